@@ -1,0 +1,5 @@
+"""`python -m openimp`, which torchrun needs."""
+
+from openimp.cli import main
+
+main()

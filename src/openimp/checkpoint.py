@@ -1,0 +1,178 @@
+"""Checkpoints: a folder each, written whole or not at all, that `openimp.load` opens as it is.
+
+    step-00001000/
+      model.safetensors       weights (the averaged ones too, in ema.safetensors, where the recipe keeps them)
+      config.json             the resolved recipe, the classes of each head, the version of this layout
+      tokenizer.json ...      what the modalities learned
+      optimizer.safetensors   AdamW's moments and counts, by parameter name
+      state.json              where the training stands
+
+Nothing here is ever unpickled.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from openimp.errors import UserError
+from openimp.modalities import Modality, modalities_of
+from openimp.model.imp import IMP
+from openimp.recipe import Recipe
+
+FORMAT = 1
+CHECKPOINTS = "checkpoints"
+
+
+def save_model(
+    folder: Path, model: IMP, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
+) -> None:
+    """Writes what `load_model` reads: weights, configuration, and what the modalities learned."""
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    config = {"format": FORMAT, "recipe": recipe.to_dict(), "classes": dict(classes)}
+    (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+    for modality in modalities.values():
+        for name, text in modality.state().items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str, list[Any]]]:
+    """The model of a folder that `save_model` wrote, in evaluation mode, with averaged weights where there are any.
+
+    Raises:
+        UserError: the folder holds no model, or one that does not fit its configuration.
+    """
+    recipe, classes, learned = read_config(folder)
+    modalities = modalities_of(recipe)
+    for modality in modalities.values():
+        modality.load_state(learned)
+    with torch.device("meta"):
+        model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
+    averaged = folder / "ema.safetensors"
+    load_weights(model, averaged if averaged.exists() else folder / "model.safetensors", assign=True)
+    return model.eval(), recipe, modalities, classes
+
+
+def read_config(folder: Path) -> tuple[Recipe, dict[str, list[Any]], dict[str, str]]:
+    """The recipe, the classes by head, and the modalities' learned state of a model folder."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no model here (a run, or a folder with config.json and model.safetensors)") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: unreadable: {error}") from None
+    if config.get("format") != FORMAT:
+        raise UserError(f"{file}: format {config.get('format')!r}, this version of openimp reads format {FORMAT}")
+    names = ("config.json", "state.json")
+    learned = {
+        path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.json") if path.name not in names
+    }
+    return Recipe.build(config["recipe"], folder, str(file)), config["classes"], learned
+
+
+def load_weights(model: IMP, file: Path, assign: bool = False) -> None:
+    """Loads a safetensors file that must hold exactly the model's tensors."""
+    tensors = _read(file)
+    try:
+        model.load_state_dict(tensors, assign=assign)
+    except RuntimeError as error:
+        raise UserError(f"{file}: does not fit the model: {' '.join(str(error).split())[:300]}") from None
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    keep: int,
+    state: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    averaged: Mapping[str, Tensor] | None,
+    model: IMP,
+    recipe: Recipe,
+    modalities: Mapping[str, Modality],
+    classes: Mapping[str, list[Any]],
+) -> Path:
+    """Writes one checkpoint beside the others, moves it into place, and removes all but the last `keep`."""
+    folder = run / CHECKPOINTS / f"step-{step:08d}"
+    draft = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_model(draft, model, recipe, modalities, classes)
+    if averaged is not None:
+        save_file(dict(averaged), draft / "ema.safetensors")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    moments = {
+        f"{names[id(parameter)]}|{key}": value
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+    save_file(moments, draft / "optimizer.safetensors")
+    (draft / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+    for file in draft.iterdir():
+        _sync(file)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(draft, folder)
+    _sync(folder.parent)
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(
+    folder: Path, model: IMP, optimizer: torch.optim.Optimizer, averaged: dict[str, Tensor] | None
+) -> dict[str, Any]:
+    """Puts weights, moments and averages back, and returns the training's state."""
+    load_weights(model, folder / "model.safetensors")
+    if averaged is not None:
+        for name, tensor in _read(folder / "ema.safetensors").items():
+            averaged[name].copy_(tensor)
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, value in _read(folder / "optimizer.safetensors").items():
+        name, _, field = key.partition("|")
+        # Counts stay on the CPU unless the optimiser is fused on an accelerator, where they live beside the moments.
+        optimizer.state.setdefault(parameters[name], {})[field] = value.to(parameters[name].device)
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return state
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = (run / CHECKPOINTS).glob("step-*") if run.is_dir() else []
+    return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name) and (path / "state.json").exists())
+
+
+def model_folder(path: Path) -> Path:
+    """The folder with the weights that a path means: itself, or the newest checkpoint of a run."""
+    if (path / "config.json").exists():
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise UserError(f"{path}: no model here (a run with a checkpoint, or a folder with config.json)")
+    return found[-1]
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged: {error}") from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

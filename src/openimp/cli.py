@@ -1,0 +1,97 @@
+"""The command line: a function a command, no logic. A docstring is its help."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openimp.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One sparse Transformer encoder for image, video, audio and text, trained by alternating gradient descent.",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's YAML file, or the name of one that comes with openimp.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a folder with a model.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Change one key of the recipe: KEY=VALUE, such as train.steps=100.")
+]
+RunOption = Annotated[Path | None, typer.Option("--run", help="The directory to write. [default: runs/NAME of the recipe]")]
+
+
+@app.command()
+def demo(set_: SetOption = None, run: RunOption = None) -> None:
+    """Train and evaluate recipes/demo.yaml on the bundled data: about five minutes on two cores."""
+    from openimp.commands import run_demo
+
+    run_demo(set_ or [], run)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run: RunOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, exactly.")] = False,
+) -> None:
+    """Train a recipe, evaluate it, and write the run: checkpoints, metrics, results."""
+    from openimp.commands import run_train
+
+    run_train(recipe, set_ or [], run, resume)
+
+
+@app.command()
+def eval(
+    run: RunArgument,
+    sets: Annotated[list[str] | None, typer.Argument(help="Evaluation sets of the recipe. [default: all]")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Take sources and evaluation sets from this recipe, not the run's own.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Also append the results, one JSON line each, here.")] = None,
+) -> None:
+    """Measure a trained model: zero-shot classification and retrieval, beside chance."""
+    from openimp.commands import run_eval
+
+    run_eval(run, sets, recipe, out)
+
+
+@app.command()
+def embed(
+    run: RunArgument,
+    files: Annotated[list[Path], typer.Argument(help="Files, or folders of them.")],
+    out: Annotated[Path, typer.Option("--out", help="The Parquet file to write.")] = Path("embeddings.parquet"),
+    modality: Annotated[str | None, typer.Option(help="What the files are. [default: told by their endings]")] = None,
+    towards: Annotated[str | None, typer.Option(help="The modality to compare with, in a disjoint space.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Files encoded at once.")] = 64,
+) -> None:
+    """Write the embeddings of files, with their paths, to a Parquet file."""
+    from openimp.embed import embed as embed_files
+
+    embed_files(run, files, out, modality=modality, towards=towards, batch_size=batch_size)
+
+
+@app.command()
+def info(
+    what: Annotated[str, typer.Argument(help="A run, a model's folder, or a recipe.")], set_: SetOption = None
+) -> None:
+    """Show a model's parameters and a recipe's mixture; of a run, also what it has spent and its results."""
+    from openimp.commands import run_info
+
+    run_info(what, set_ or [])
+
+
+def main() -> None:
+    """Runs a command; what the user can mend is told in one line, with exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"openimp: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

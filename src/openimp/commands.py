@@ -1,0 +1,138 @@
+"""What the commands do: the glue between the command line and the library, and what they print."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from openimp.checkpoint import load_model, model_folder, read_config
+from openimp.data.loader import StepBatches
+from openimp.device import pick_device
+from openimp.errors import UserError
+from openimp.evaluation import evaluate, table
+from openimp.ledger import costs, mixture
+from openimp.metrics import append, read_lines
+from openimp.modalities import modalities_of
+from openimp.model.imp import IMP
+from openimp.progress import console, mixture_table, track
+from openimp.recipe import Recipe, find_recipe
+from openimp.train import train
+
+
+def run_demo(overrides: list[str], run: Path | None) -> None:
+    """Trains the bundled recipe and says what to do next."""
+    run = run_train("demo", overrides, run, resume=False)
+    console.print(
+        f"\nThe run is in {run}: results.jsonl, metrics.jsonl, tensorboard/, checkpoints/.\n"
+        f"Next:  openimp info {run}   |   openimp embed {run} PICTURES...   |   tensorboard --logdir {run}"
+    )
+
+
+def run_train(name: str, overrides: list[str], run: Path | None, resume: bool) -> Path:
+    """Trains a recipe into `run`, or into runs/NAME."""
+    recipe = Recipe.load(name, overrides)
+    run = run or Path("runs") / recipe.name
+    train(recipe, run, resume)
+    return run
+
+
+def run_eval(path: Path, sets: list[str] | None, other: str | None, out: Path | None) -> None:
+    """Measures a model on the sets of its own recipe, or of another."""
+    folder = model_folder(path)
+    model, recipe, modalities, _ = load_model(folder)
+    if other:
+        theirs = Recipe.load(other)
+        recipe = recipe.model_copy(update={"sources": theirs.sources, "evaluation": theirs.evaluation})
+    if not recipe.evaluation.sets:
+        raise UserError(f"{other or path}: the recipe has no evaluation sets")
+    results = evaluate(model.to(pick_device()), recipe, modalities, sets or None, progress=track)
+    for result in results if out else []:
+        assert out is not None
+        append(out, {"model": str(folder), **result})
+    console.print(table(results))
+
+
+def run_info(what: str, overrides: list[str]) -> None:
+    """Describes a recipe, or a model and the run that made it."""
+    path = Path(what)
+    if path.is_dir():
+        folder = model_folder(path)
+        recipe, classes, learned = read_config(folder)
+        modalities = modalities_of(recipe)
+        for modality in modalities.values():
+            modality.load_state(learned)
+        console.print(f"{folder}: recipe {recipe.name}, saved with openimp's model format", soft_wrap=True)
+    else:
+        recipe, classes = Recipe.load(find_recipe(what), overrides), {}
+        modalities = modalities_of(recipe)
+        try:
+            classes = StepBatches(recipe, modalities).classes
+        except UserError as error:
+            console.print(f"classification heads are left out: {error}", soft_wrap=True)
+    _print_model(recipe, modalities, classes)
+    if classes or not _classifies(recipe):
+        _print_costs(recipe, modalities, classes)
+    if path.is_dir():
+        _print_run(path)
+
+
+def _classifies(recipe: Recipe) -> bool:
+    return any(objective.type == "classification" for task in recipe.tasks.values() for objective in task.objectives)
+
+
+def _print_model(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]]) -> None:
+    with torch.device("meta"):
+        model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
+    shown = Table(title="parameters", title_justify="left")
+    shown.add_column("part")
+    shown.add_column("parameters", justify="right")
+    for name, part in model.named_children():
+        shown.add_row(name, f"{_count(part):,}")
+    shown.add_section()
+    shown.add_row("in all", f"{_count(model):,}")
+    moe = recipe.model.moe
+    if moe:
+        expert = 2 * recipe.model.width * recipe.model.mlp
+        active = _count(model.encoder) - moe.layers * expert * (moe.experts - moe.capacity)
+        shown.add_row("encoder, used by a token on average", f"{round(active):,}")
+    console.print(shown)
+
+
+def _print_costs(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]]) -> None:
+    by_view = costs(recipe, modalities, classes)
+    rows = mixture(recipe, by_view)
+    shown = Table(title="one step", title_justify="left")
+    for column in ("task", "view", "examples", "tokens", "GFLOPs"):
+        shown.add_column(column, justify="left" if column == "task" else "right")
+    for (task, view), cost in by_view.items():
+        shown.add_row(task, str(view), str(cost.examples), str(cost.tokens), f"{cost.flops / 1e9:,.1f}")
+    console.print(shown)
+    steps = recipe.train.steps
+    mean = {unit: sum(rows[t]["steps"] * _mean(recipe, by_view, t, unit) for t in rows) for unit in ("examples", "tokens", "flops")}
+    console.print(mixture_table(rows, {"steps": steps, **{unit: steps * value for unit, value in mean.items()}}))
+
+
+def _mean(recipe: Recipe, by_view: Any, task: str, unit: str) -> float:
+    views = recipe.tasks[task].views
+    total = sum(view.share for view in views)
+    return sum(view.share / total * getattr(by_view[task, i], unit) for i, view in enumerate(views))
+
+
+def _print_run(path: Path) -> None:
+    lines = read_lines(path / "metrics.jsonl")
+    if lines:
+        shown = Table(title=f"spent up to step {lines[-1]['step']}", title_justify="left")
+        for column in ("task", "steps", "examples", "tokens", "FLOPs"):
+            shown.add_column(column, justify="left" if column == "task" else "right")
+        for task, units in lines[-1]["totals"].items():
+            shown.add_row(task, *(f"{units[u]:,}" for u in ("steps", "examples", "tokens")), f"{units['flops']:.4g}")
+        console.print(shown)
+    results = read_lines(path / "results.jsonl")
+    if results:
+        last = max(result["step"] or 0 for result in results)
+        console.print(table([result for result in results if (result["step"] or 0) == last]))
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,142 @@
+"""Everything that is read through Hugging Face `datasets`: Parquet files, and data sets of the hub.
+
+Its decoding stays switched off, and its code is imported when a source needs it, for that takes most of a second.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from openimp.data.files import cache_folder, fingerprint
+from openimp.data.tables import ArrowTable
+from openimp.errors import UserError
+
+STREAM_ROWS = 64
+"""Rows of a Parquet file that a stream reads at once."""
+
+
+def load(name: str, path: str, streaming: bool, config: str | None = None, split: str | None = None) -> Any:
+    """A data set of the hub, as `datasets` has it.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    from datasets import load_dataset
+
+    return _loaded(name, path, lambda: load_dataset(path, config, split=split, streaming=streaming))
+
+
+def load_parquet(name: str, path: str, files: list[str], streaming: bool) -> Any:
+    """Parquet files as a `datasets.Dataset`, unpacked once under the cache folder, or as an `IterableDataset`.
+
+    Raises:
+        UserError: a file cannot be read, or their columns differ.
+    """
+    # Not load_dataset: it reports each call to a server, also for local files, and waits for it.
+    from datasets import Dataset, IterableDataset
+
+    folder = str(cache_folder() / "parquet")
+    if not streaming:
+        return _loaded(name, path, lambda: Dataset.from_parquet(files, cache_dir=folder))
+    # Without batch_size `datasets` takes a row group's rows at once, be they none (an error) or all of a file.
+    return _loaded(name, path, lambda: IterableDataset.from_parquet(files, cache_dir=folder, batch_size=STREAM_ROWS))
+
+
+def _loaded(name: str, path: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives, without progress bars and log lines; whatever it raises becomes a UserError in one line."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    try:
+        return make()
+    except Exception as error:  # datasets and its hub client raise some twenty unrelated types
+        raise UserError(f"source {name}: {path} cannot be read: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, in one line; `datasets` wraps the cause that a person can act on."""
+    error = error.__cause__ or error
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def hub_table(name: str, hub: str, config: str | None, split: str, root: str | None) -> ArrowTable:
+    """A data set of the hub as a table; `datasets` keeps it in its own cache.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    data = load(name, hub, False, config, split)
+    files = [file["filename"] for file in data.cache_files]
+    content = partial(fingerprint, Path(files[0]).parent if files else Path(), files)
+    rows = [(f"{hub}/{split}", len(data))]
+    return ArrowTable(name, hub, data.data, content, hub_root(root), rows, class_names(data.features))
+
+
+def hub_root(root: str | None) -> Path:
+    """Where paths in a hub data set may point: into the cache that `datasets` downloads to, unless told otherwise."""
+    from datasets import config
+
+    return Path(root or config.HF_CACHE_HOME)
+
+
+def class_names(features: Any) -> dict[str, list[str]]:
+    """The names of the classes, by column, of the columns that hold class numbers."""
+    from datasets import ClassLabel
+
+    return {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
+
+
+class HubReader:
+    """The rows of a `datasets.IterableDataset`, in order."""
+
+    def __init__(self, name: str, path: str, dataset: Any) -> None:
+        """
+        Args:
+            name: what the recipe calls the source.
+            path: what it was opened from, for messages.
+            dataset: a `datasets.IterableDataset` that nobody has iterated.
+
+        Raises:
+            UserError: its first rows cannot be read.
+        """
+        self._name = name
+        self._path = path
+        try:
+            self._dataset = dataset._resolve_features().decode(False)
+        except Exception as error:
+            raise self._unreadable(error) from None
+        self._names = class_names(self._dataset.features)
+        self._beginning = self._dataset.state_dict()
+        self._row = 0
+        self.columns = list(self._dataset.features)
+
+    def rows(self, state: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """See `streams.Reader`; the state is that of `datasets`, and the number of the next row, to name it by."""
+        self._row = state["row"] if state else 0
+        self._dataset.load_state_dict(state["reader"] if state else self._beginning)
+        # Iterating the data set itself would deal its shards out to the workers of a torch DataLoader; `iter` does not.
+        batches = iter(self._dataset.iter(batch_size=1))
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise self._unreadable(error) from None
+            row = {column: values[0] for column, values in batch.items()}
+            for column, names in self._names.items():
+                number = row[column]
+                row[column] = None if number is None or number < 0 else names[number]
+            self._row += 1
+            yield f"{self._path}[{self._row - 1}]", row
+
+    def state(self) -> dict[str, Any]:
+        """See `streams.Reader`."""
+        return {"row": self._row, "reader": self._dataset.state_dict()}
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(f"source {self._name}: {self._path} cannot be read: {first_line(error)}")

@@ -1,0 +1,284 @@
+"""The loader: step -> batch, in worker processes, exact whatever their number.
+
+The alternation and the order are pure functions, so a worker needs nothing but the number of a step to make that step's
+batch. torch's DataLoader does the rest: it hands steps to workers and gives their batches back in order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from openimp.alternation import Alternation, Visit
+from openimp.data.order import example_rng, rows_at, seed_key
+from openimp.data.sources import Stream, Table, open_source
+from openimp.data.store import DecodedStore
+from openimp.data.templates import all_texts, columns_of, fill
+from openimp.errors import UserError, nearest
+from openimp.modalities import BadMedia, Modality, Tokens
+from openimp.objectives import Batch, head_key
+from openimp.recipe import Classification, Input, Recipe, Task
+
+CORPUS_ROWS = 100_000
+"""Rows of a stream that a tokenizer learns from; a table is read whole."""
+
+
+@dataclass
+class Loaded:
+    """What a worker gives for one step.
+
+    Attributes:
+        visit: the step.
+        batch: its examples.
+        bad: (where, why) of each example that could not be read; its neighbour in the batch stands in for it.
+        cursor: where a streamed source stands, to go on from there; None for tables.
+    """
+
+    visit: Visit
+    batch: Batch
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    cursor: dict[str, Any] | None = None
+
+
+class StepBatches(Dataset[Loaded]):
+    """The batch of each step of a recipe: `dataset[step]`."""
+
+    def __init__(self, recipe: Recipe, modalities: dict[str, Modality], progress: Any = None) -> None:
+        """Opens the sources, fits the modalities to the training data, and fills the caches.
+
+        Args:
+            recipe: what to read.
+            modalities: an instance for each modality; those that learn from data are fitted here unless they were.
+            progress: wraps an iterable to show its progress, `progress(iterable, description)`.
+
+        Raises:
+            UserError: a source or a column that is not there.
+        """
+        self.recipe = recipe
+        self.modalities = modalities
+        self.schedule = Alternation(recipe)
+        self.stores: dict[tuple[str, str, str], DecodedStore] = {}
+        tasks = {name: task for name, task in recipe.tasks.items() if task.weight}
+        tables: dict[str, Table | Stream] = {}
+        for name, task in tasks.items():
+            source = tables.get(task.source) or open_source(task.source, recipe.sources[task.source])
+            tables[task.source] = source
+            source.require(sorted(self._columns(task)), f"tasks.{name}")
+        # Tasks of one streamed source are read at their own pace, so each has its own stream.
+        self.sources = {
+            name: open_source(task.source, recipe.sources[task.source])
+            if isinstance(tables[task.source], Stream)
+            else tables[task.source]
+            for name, task in tasks.items()
+        }
+        self.classes = {
+            head_key(task.source, objective.label): _classes(self.sources[name], objective, f"tasks.{name}")
+            for name, task in tasks.items()
+            for objective in task.objectives
+            if isinstance(objective, Classification)
+        }
+        self._index = {key: {value: i for i, value in enumerate(values)} for key, values in self.classes.items()}
+        self.stores = self._build_stores(tasks, progress)
+
+    def fit(self) -> None:
+        """Lets the modalities learn from the training texts what they must, such as a tokenizer."""
+        for name, modality in self.modalities.items():
+            if modality.reads_text:
+                modality.fit(self._corpus(name))
+
+    def load_cursors(self, cursors: dict[str, Any]) -> None:
+        """Lets streamed tasks go on from where they stood, {task: cursor}."""
+        for name, cursor in cursors.items():
+            source = self.sources[name]
+            assert isinstance(source, Stream)
+            source.load_cursor(cursor)
+
+    def __len__(self) -> int:
+        return len(self.schedule)
+
+    def __getitem__(self, step: int) -> Loaded:
+        visit = self.schedule[step]
+        task = self.recipe.tasks[visit.task]
+        positions = np.arange(visit.start, visit.start + visit.batch)
+        source = self.sources[visit.task]
+        columns = sorted(self._columns(task))
+        if isinstance(source, Stream):
+            examples = source.read(seed_key(self.recipe.seed, visit.task), visit.start, visit.batch)
+            rows = positions
+        else:
+            rows = rows_at(self.recipe.seed, visit.task, len(source), positions)
+            examples = source.rows(rows.tolist(), columns)
+        key = seed_key(self.recipe.seed, visit.task, "augment")
+        rngs = [example_rng(key, int(position)) for position in positions]
+        items: list[dict[str, list[np.ndarray]] | None] = []
+        bad = []
+        for row, example, rng in zip(rows.tolist(), examples, rngs):
+            try:
+                items.append(self._read(visit, row, example, rng))
+            except BadMedia as error:
+                items.append(None)
+                bad.append((source.where(row), str(error)))
+        stand_in = _stand_ins(items, f"tasks.{visit.task}: no example of step {step} could be read", bad)
+        batch = Batch(
+            {name: self._tokens(visit, name, items, stand_in, rngs) for name in task.inputs},
+            {"": torch.from_numpy(rows[stand_in])},
+            rows=rows[stand_in].tolist(),
+        )
+        for objective in task.objectives:
+            if isinstance(objective, Classification):
+                values = [examples[i][objective.label] for i in stand_in]
+                index = self._index[head_key(task.source, objective.label)]
+                batch.labels[objective.label] = _labels(values, index, objective, f"{task.source}.{objective.label}")
+            elif objective.same:
+                batch.item[objective.same] = torch.tensor([_hash(examples[i][objective.same]) for i in stand_in])
+        return Loaded(visit, batch, bad, source.cursor() if isinstance(source, Stream) else None)
+
+    def _columns(self, task: Task) -> set[str]:
+        """The columns of the source that a task reads, less those whose decoded values are in a store."""
+        stored = {(m, c) for s, m, c in self.stores if s == task.source}
+        columns: set[str] = set()
+        for name, spec in task.inputs.items():
+            if self.modalities[name].reads_text:
+                columns |= set(columns_of(spec.columns))
+            else:
+                columns |= {column for column in spec.columns if (name, column) not in stored}
+        for objective in task.objectives:
+            column = objective.label if isinstance(objective, Classification) else objective.same
+            columns |= {column} if column else set()
+        return columns
+
+    def _read(
+        self, visit: Visit, row: int, example: dict[str, Any], rng: np.random.Generator
+    ) -> dict[str, list[np.ndarray]]:
+        """One example's arrays by modality, `draw` of each, augmented as the view says."""
+        task = self.recipe.tasks[visit.task]
+        arrays: dict[str, list[np.ndarray]] = {}
+        for name, spec in task.inputs.items():
+            view = task.views[visit.view][name]
+            drawn = (self._decode(visit.task, name, spec, view, row, example, rng) for _ in range(spec.draw))
+            arrays[name] = [self.modalities[name].transform(item, view, rng) for item in drawn]
+        return arrays
+
+    def _decode(
+        self, task: str, name: str, spec: Input, view: Any, row: int, example: dict[str, Any], rng: np.random.Generator
+    ) -> np.ndarray:
+        modality, source = self.modalities[name], self.sources[task]
+        if modality.reads_text:
+            return modality.decode(fill(spec.columns, example, rng), [view])
+        column = spec.columns[int(rng.integers(len(spec.columns)))] if len(spec.columns) > 1 else spec.columns[0]
+        store = self.stores.get((source.name, name, column))
+        if store is not None:
+            return store[row]
+        return modality.decode(source.media(example[column]), [view], rng)
+
+    def _tokens(
+        self, visit: Visit, name: str, items: list[Any], stand_in: list[int], rngs: list[np.random.Generator]
+    ) -> Tokens:
+        task = self.recipe.tasks[visit.task]
+        draw = task.inputs[name].draw
+        arrays = [array for i in stand_in for array in items[i][name]]
+        drop_rngs = [rng for rng in rngs for _ in range(draw)]
+        return self.modalities[name].tokens(np.stack(arrays), task.views[visit.view][name], drop_rngs)
+
+    def _build_stores(self, tasks: dict[str, Task], progress: Any) -> dict[tuple[str, str, str], DecodedStore]:
+        """Decodes the media columns of each cached source once, at the size of the largest view that reads them."""
+        views: dict[tuple[str, str, str], list[Any]] = {}
+        where: dict[tuple[str, str, str], str] = {}
+        for task_name, task in tasks.items():
+            for name, spec in task.inputs.items():
+                if self.recipe.sources[task.source].cache != "none" and not self.modalities[name].reads_text:
+                    for column in spec.columns:
+                        views.setdefault((task.source, name, column), []).extend(view[name] for view in task.views)
+                        where[(task.source, name, column)] = task_name
+        stores = {}
+        for key, seen in views.items():
+            source, name, column = key
+            table = self.sources[where[key]]
+            assert isinstance(table, Table)
+            stores[key] = DecodedStore.build(
+                table, self.modalities[name], column, seen, where=self.recipe.sources[source].cache, progress=progress
+            )
+        return stores
+
+    def _corpus(self, name: str) -> Iterator[str]:
+        for task_name, source in self.sources.items():
+            spec = self.recipe.tasks[task_name].inputs.get(name)
+            if spec is None:
+                continue
+            columns = columns_of(spec.columns)
+            if isinstance(source, Stream):
+                rows: Iterable[dict[str, Any]] = source.read(seed_key(self.recipe.seed, task_name), 0, CORPUS_ROWS)
+            else:
+                rows = chain.from_iterable(source.rows(part, columns) for part in _chunks(len(source)))
+            yield from all_texts(spec.columns, rows)
+
+
+def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> DataLoader[Loaded]:
+    """Batches of the steps from `first` to `last` (to the end), in order, made by the recipe's workers."""
+    train = dataset.recipe.train
+    workers = train.workers
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(first, len(dataset) if last is None else last),
+        num_workers=workers,
+        prefetch_factor=train.prefetch if workers else None,
+        worker_init_fn=_quiet_worker,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _quiet_worker(_: int) -> None:
+    # Ctrl-C reaches the whole process group; only the training process decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _chunks(n: int, size: int = 4096) -> Iterator[list[int]]:
+    for start in range(0, n, size):
+        yield list(range(start, min(start + size, n)))
+
+
+def _stand_ins(items: list[Any], message: str, bad: list[tuple[str, str]]) -> list[int]:
+    """For each place of the batch the index of a readable example: itself, or the next one that is."""
+    good = [i for i, item in enumerate(items) if item is not None]
+    if not good:
+        raise UserError(f"{message}; first: {bad[0][0]}: {bad[0][1]}")
+    return [i if items[i] is not None else good[int(np.searchsorted(good, i)) % len(good)] for i in range(len(items))]
+
+
+def _classes(source: Table | Stream, objective: Classification, where: str) -> list[Any]:
+    if objective.classes is not None:
+        return list(objective.classes)
+    if isinstance(source, Stream):
+        raise UserError(f"{where}: a streamed source is not read ahead, so name the classes of {objective.label!r}")
+    values = source.column(objective.label)
+    if objective.loss == "sigmoid":
+        values = [item for value in values for item in value]
+    missing = sum(value is None for value in values)
+    if missing:
+        raise UserError(f"{where}: column {objective.label!r} of {source.name} has {missing} rows without a class")
+    return sorted(set(values), key=lambda value: (str(type(value)), value))
+
+
+def _labels(values: list[Any], index: dict[Any, int], objective: Classification, where: str) -> torch.Tensor:
+    try:
+        if objective.loss == "softmax":
+            return torch.tensor([index[value] for value in values])
+        hot = torch.zeros(len(values), len(index))
+        for i, row in enumerate(values):
+            hot[i, [index[value] for value in row]] = 1
+        return hot
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: {error.args[0]!r} is not among its classes{nearest(str(error.args[0]), index)}") from None
+
+
+def _hash(value: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)

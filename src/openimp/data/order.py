@@ -1,0 +1,57 @@
+"""Order: which rows a task's n-th example is, a pure function of (seed, task, n) that costs no memory.
+
+Each epoch is one permutation of the rows, computed and not stored: a Feistel network is a bijection of the numbers below
+a power of four, and walking its cycle until the result is in range makes it one of the rows (Black and Rogaway, 2002,
+"Ciphers with arbitrary finite domains").
+"""
+
+import zlib
+
+import numpy as np
+
+ROUNDS = 6
+
+
+def rows_at(seed: int, task: str, rows: int, positions: np.ndarray) -> np.ndarray:
+    """The rows (int64) at these positions (int64, from 0) of a task's endless order: epoch after epoch, each row once."""
+    epochs, places = np.divmod(np.asarray(positions, np.int64), rows)
+    result = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        result[chosen] = permute(places[chosen], rows, seed_key(seed, task, int(epoch)))
+    return result
+
+
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """A permutation of 0..n-1, chosen by `key`, applied to each index."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    shift = np.uint64(half)
+    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
+    value = index.astype(np.uint64)
+    todo = np.ones(len(value), bool)
+    while todo.any():
+        left, right = value[todo] >> shift, value[todo] & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right + round_key) & mask)
+        value[todo] = (left << shift) | right
+        todo &= value >= n
+    return value.astype(np.int64)
+
+
+def seed_key(seed: int, *parts: str | int) -> int:
+    """One number for a seed and what it is for: the same in every process and Python version, unlike `hash`."""
+    words = [seed, *(zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts)]
+    return int.from_bytes(np.random.SeedSequence(words).generate_state(4, np.uint32).tobytes(), "little")
+
+
+def example_rng(key: int, position: int) -> np.random.Generator:
+    """The randomness of one example: of its place in the task's order, whoever reads it."""
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, position]))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser: every output bit depends on every input bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,239 @@
+"""Sources: a folder, a manifest, Parquet, WebDataset tars or a hub data set, opened as a table or a stream of rows."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from openimp.data import hub
+from openimp.data.files import combine, fingerprint, is_url, locate
+from openimp.data.streams import Reader, Stream
+from openimp.data.tables import ArrowTable, Table
+from openimp.data.tars import TarReader, TarTable
+from openimp.errors import UserError
+from openimp.recipe import Source
+
+FORMATS = {".csv": "manifest", ".json": "manifest", ".jsonl": "manifest", ".parquet": "parquet", ".tar": "webdataset"}
+CHUNK = 10_000
+"""Rows of a manifest that become Arrow arrays at once."""
+
+
+def open_source(name: str, source: Source) -> Table | Stream:
+    """Opens a source of the recipe: as a table, or with `stream` as a stream.
+
+    Args:
+        name: what the recipe calls it.
+        source: where it is, and which of its rows are wanted.
+
+    Raises:
+        UserError: it is not there, cannot be read, has no rows, or `where` leaves none.
+    """
+    try:
+        if source.stream:
+            return _open_stream(name, source)
+        table = _open_table(name, source)
+    except OSError as error:
+        raise UserError(f"source {name}: {source.path or source.hub}: {error.strerror or error}") from None
+    if not len(table):
+        raise UserError(f"source {name} ({table.path}) has no rows")
+    return table.keep(source.where)
+
+
+def _open_table(name: str, source: Source) -> Table:
+    if source.hub:
+        return hub.hub_table(name, source.hub, source.config, source.split, source.root)
+    path, kind = _path_and_format(name, source)
+    if is_url(path) and kind != "parquet":
+        hint = "; set stream: true" if kind == "webdataset" else ""
+        raise UserError(f"source {name}: {path}: a {kind} source must be on disk to be read as a table{hint}")
+    base, files = locate(name, path)
+    root = Path(source.root) if source.root else base
+    if kind == "folder":
+        return open_folder(name, path, base)
+    if kind == "manifest":
+        return open_manifest(name, path, files, base, root)
+    if kind == "parquet":
+        return open_parquet(name, path, files, base, root)
+    return TarTable(name, path, files, base)
+
+
+def _open_stream(name: str, source: Source) -> Stream:
+    reader: Reader
+    where = dict(source.where)
+    if source.hub:
+        path, root = source.hub, hub.hub_root(source.root)
+        reader = hub.HubReader(name, path, hub.load(name, path, True, source.config, source.split))
+        content = partial(combine, [path, source.config, source.split, where])
+    else:
+        path, kind = _path_and_format(name, source)
+        base, files = locate(name, path)
+        root = Path(source.root) if source.root else base
+        if kind == "webdataset":
+            reader = TarReader(name, files)
+        elif kind == "parquet":
+            reader = hub.HubReader(name, path, hub.load_parquet(name, path, files, streaming=True))
+        else:
+            raise UserError(f"source {name}: {path}: a {kind} source cannot be streamed; leave stream out")
+        content = partial(combine, [path, where]) if is_url(path) else partial(_streamed, base, files, where)
+    return Stream(name, path, reader, root, source.window, where, content)
+
+
+def _streamed(base: Path, files: list[str], where: dict[str, Any]) -> str:
+    return combine([fingerprint(base, files), where])
+
+
+def _path_and_format(name: str, source: Source) -> tuple[str, str]:
+    """The source's path and what is there, told by its ending unless the recipe says it."""
+    path = source.path
+    assert path is not None
+    ending = Path(urlsplit(path).path if is_url(path) else path).suffix.lower()
+    kind = source.format or ("folder" if os.path.isdir(path) else FORMATS.get(ending))
+    if kind is None:
+        if not ending or not is_url(path):
+            locate(name, path)  # nothing there is the likelier mistake
+        known = ", ".join(FORMATS)
+        raise UserError(f"source {name}: {path}: unknown extension {ending!r}; known: {known}; for others set format")
+    return path, kind
+
+
+def open_folder(name: str, path: str, root: Path) -> ArrowTable:
+    """A folder with one sub-folder a class: columns `file` (relative path), `label` (the sub-folder) and `name` (stem).
+
+    Listed by hand, not by `datasets`, which would guess what the files are and copy their names into its cache. Hidden
+    files are left out; links to folders are not followed below the classes.
+
+    Raises:
+        UserError: it is no folder, or has no sub-folders.
+    """
+    import pyarrow as pa
+
+    if not root.is_dir() or not Path(path).is_dir():
+        raise UserError(f"source {name}: {path} is no folder")
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"source {name}: {path} has no sub-folders; a folder source has one a class")
+    rows = [(file, size, label) for label in classes for file, size in _files_below(root, label)]
+    files = [file for file, _, _ in rows]
+    data = pa.table(
+        {"file": files, "label": [label for _, _, label in rows], "name": [Path(file).stem for file in files]},
+        schema=pa.schema([("file", pa.string()), ("label", pa.string()), ("name", pa.string())]),
+    )
+    content = partial(str, combine((file, size) for file, size, _ in rows))
+    return ArrowTable(name, path, data, content, root, label="file")
+
+
+def _files_below(root: Path, folder: str) -> Iterator[tuple[str, int]]:
+    """(path relative to `root`, bytes) of every file below a folder, in order."""
+    entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        path = f"{folder}/{entry.name}"
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_below(root, path)
+        elif not entry.is_dir():
+            yield path, entry.stat(follow_symlinks=False).st_size
+
+
+def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path) -> ArrowTable:
+    """CSV files, or JSON Lines or JSON lists of objects; columns that hold paths start at `root`.
+
+    The cells of a CSV file are text, and an empty one is missing. Read by hand, for `datasets` guesses the type of a
+    column from some of its rows: "007" becomes 7, a caption "None" is lost, and what looks like a date becomes one.
+
+    Raises:
+        UserError: a file cannot be parsed, or a column mixes types.
+    """
+    import pyarrow as pa
+
+    parts: list[Any] = []
+    counts: list[tuple[str, int]] = []
+    for file in files:
+        before = sum(part.num_rows for part in parts)
+        rows = read_csv(file) if Path(file).suffix.lower() == ".csv" else read_json(file)
+        try:
+            while chunk := list(islice(rows, CHUNK)):
+                parts.append(_to_arrow(chunk))
+        except (ValueError, csv.Error) as error:
+            raise UserError(f"source {name}: {file}: {error}") from None
+        counts.append((Path(file).name, sum(part.num_rows for part in parts) - before))
+    if not parts:
+        raise UserError(f"source {name} ({path}) has no rows")
+    try:
+        data = pa.concat_tables(parts, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UserError(f"source {name}: {path}: a column mixes types: {error}") from None
+    return ArrowTable(name, path, data, partial(fingerprint, base, files), root, counts)
+
+
+def read_csv(file: str) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file with a header; raises ValueError or csv.Error for a file that is none."""
+    with open(file, encoding="utf-8-sig", newline="") as handle:  # -sig: Excel puts a byte order mark first
+        lines = csv.reader(handle)
+        header = next(lines, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"the header names a column twice: {', '.join(header)}")
+        for cells in lines:
+            if len(cells) > len(header):
+                raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the header {len(header)}")
+            if cells:
+                yield dict.fromkeys(header) | {column: cell or None for column, cell in zip(header, cells)}
+
+
+def read_json(file: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON list, or of a file with one object a line; raises ValueError for a file that is neither."""
+    with open(file, encoding="utf-8-sig") as handle:
+        start = handle.read(1)
+        handle.seek(0)
+        rows: Iterable[Any] = json.load(handle) if start == "[" else map(json.loads, filter(str.strip, handle))
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise ValueError(f"row {number} is no object")
+            yield row
+
+
+def _to_arrow(rows: list[dict[str, Any]]) -> Any:
+    import pyarrow as pa
+
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    arrays = {}
+    for column in columns:
+        try:
+            arrays[column] = pa.array([row.get(column) for row in rows])
+        except (pa.ArrowException, OverflowError) as error:
+            raise ValueError(f"column {column!r} mixes types: {error}") from None
+    return pa.table(arrays)
+
+
+def open_parquet(name: str, path: str, files: list[str], base: Path, root: Path) -> ArrowTable:
+    """Parquet files, which `datasets` unpacks once into a memory-mapped Arrow file in openimp's cache folder.
+
+    Raises:
+        UserError: a file is corrupt, or their columns differ.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    counts: list[tuple[str, int]] = []
+    for file in files if not is_url(path) else []:
+        try:
+            counts.append((Path(file).name, pq.read_metadata(file).num_rows))
+        except pa.ArrowException as error:
+            raise UserError(f"source {name}: {file} is no readable Parquet file: {hub.first_line(error)}") from None
+    if counts and not sum(rows for _, rows in counts):
+        raise UserError(f"source {name} ({path}) has no rows")
+    data = hub.load_parquet(name, path, files, streaming=False)
+    content: Callable[[], str] = partial(fingerprint, base, files)
+    if is_url(path):
+        counts = [(path, len(data))]
+        unpacked = [file["filename"] for file in data.cache_files]
+        content = partial(fingerprint, Path(unpacked[0]).parent, unpacked)
+    return ArrowTable(name, path, data.data, content, root, counts, hub.class_names(data.features))
+
+
+__all__ = ["Stream", "Table", "open_source"]

@@ -1,0 +1,208 @@
+"""Decoded arrays of one column, so that small data is decoded once: in memory, or in a file under the cache folder."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from filelock import FileLock
+
+from openimp.data.files import cache_folder, combine, digest, inside
+from openimp.data.tables import Table
+from openimp.modalities import BadMedia, Modality
+
+log = logging.getLogger(__name__)
+
+LAYOUT = 1
+"""Version of the files; another one means that they are made anew."""
+ALIGN = 64
+"""Bytes; every array begins at a multiple, so that a view of any type is aligned."""
+CHUNK = 256
+"""Rows that are read and decoded together."""
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+class DecodedStore:
+    """The decoded arrays of a table's column: `store[row]`, read-only.
+
+    All arrays lie in one buffer of bytes. In memory it is made in the parent process, and forked workers share it; on
+    disk it is mapped, so processes share it too, and only the way to it is pickled.
+    """
+
+    def __init__(
+        self, buffer: np.ndarray, index: dict[str, np.ndarray], failures: dict[int, str], folder: Path | None = None
+    ) -> None:
+        """
+        Args:
+            buffer: (bytes,) uint8.
+            index: `offset` (rows,) int64 in bytes, `shape` (rows, axes) int64 padded with -1, `dtype` (rows,) str.
+            failures: why a row could not be decoded, by row.
+            folder: where it lies on disk.
+        """
+        self._buffer = buffer
+        self._buffer.flags.writeable = False
+        self._index = index
+        self._failures = failures
+        self._folder = folder
+
+    def __len__(self) -> int:
+        return len(self._index["offset"])
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """The decoded array of a row.
+
+        Raises:
+            BadMedia: it could not be decoded; the message is the one from then.
+        """
+        if row in self._failures:
+            raise BadMedia(self._failures[row])
+        shape = self._index["shape"][row]
+        shape = shape[shape >= 0]
+        dtype = np.dtype(str(self._index["dtype"][row]))
+        return np.ndarray(tuple(shape), dtype, self._buffer, int(self._index["offset"][row]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._folder is not None:
+            return _read, (self._folder,)
+        return DecodedStore, (self._buffer, self._index, self._failures)
+
+    @classmethod
+    def build(
+        cls,
+        table: Table,
+        modality: Modality,
+        column: str,
+        views: list[Any],
+        where: Literal["memory", "disk"] = "memory",
+        folder: Path | None = None,
+        progress: Progress | None = None,
+    ) -> "DecodedStore":
+        """Decodes a column for these views, or finds it on disk.
+
+        A store on disk is found again by the content of the table and of the files that the column names, the modality
+        with its options, the views, and the version of openimp. Of several processes that want it at once one makes it.
+
+        Args:
+            table: where the column is.
+            modality: decodes it.
+            column: of bytes or paths.
+            views: what the arrays must be large enough for.
+            where: memory, or disk.
+            folder: for a store on disk; left out, `decoded` in the cache folder.
+            progress: wraps an iterable, to show how far it is: `progress(iterable, description)`.
+        """
+        if where == "memory":
+            buffer = bytearray()
+            index, failures = _pack(_decoded(table, modality, column, views, progress), buffer.extend)
+            return cls(np.frombuffer(buffer, np.uint8), index, failures)
+        folder = (folder or cache_folder() / "decoded") / _key(table, modality, column, views)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.exists():
+                try:
+                    return _read(folder)
+                except (OSError, ValueError, KeyError, TypeError) as error:
+                    log.warning("%s is damaged and made anew: %s", folder, error)
+                    shutil.rmtree(folder)
+            _write(folder, _decoded(table, modality, column, views, progress))
+            return _read(folder)
+
+
+def _decoded(
+    table: Table, modality: Modality, column: str, views: list[Any], progress: Progress | None
+) -> Iterator[np.ndarray | BadMedia]:
+    """Each row's array, or why there is none, in order; decoded by threads, for decoders let go of Python's lock."""
+
+    def decode(row: dict[str, Any]) -> np.ndarray | BadMedia:
+        try:
+            return modality.decode(table.media(row[column]), views)
+        except BadMedia as error:
+            return error
+
+    starts: Iterable[int] = range(0, len(table), CHUNK)
+    with ThreadPoolExecutor() as pool:
+        for start in progress(starts, f"decoding {table.name}.{column}") if progress else starts:
+            rows = table.rows(range(start, min(start + CHUNK, len(table))), [column])
+            yield from pool.map(decode, rows)
+
+
+def _pack(
+    decoded: Iterable[np.ndarray | BadMedia], write: Callable[[bytes], Any]
+) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    """Writes arrays one after the other; gives back the index and the failures of `DecodedStore`."""
+    offset = 0
+    offsets, shapes, dtypes = [], [], []
+    failures = {}
+    for row, item in enumerate(decoded):
+        offsets.append(offset)
+        if isinstance(item, BadMedia):
+            failures[row] = str(item)
+            shapes.append((0,))
+            dtypes.append("|u1")
+            continue
+        if item.dtype.hasobject:
+            raise TypeError(f"a decoded array must hold numbers, found {item.dtype}")
+        shapes.append(item.shape)
+        dtypes.append(item.dtype.str)
+        data = item.tobytes()
+        data += bytes(-len(data) % ALIGN)
+        write(data)
+        offset += len(data)
+    shape = np.full((len(shapes), max(map(len, shapes), default=0)), -1, dtype=np.int64)
+    for row, axes in enumerate(shapes):
+        shape[row, : len(axes)] = axes
+    return {"offset": np.array(offsets, dtype=np.int64), "shape": shape, "dtype": np.array(dtypes, dtype=str)}, failures
+
+
+def _write(folder: Path, decoded: Iterable[np.ndarray | BadMedia]) -> None:
+    """Makes a store's folder; it appears whole or not at all. The caller holds its lock."""
+    unfinished = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)  # a process that was killed left it
+    unfinished.mkdir()
+    with open(unfinished / "data.bin", "wb") as file:
+        index, failures = _pack(decoded, file.write)
+        file.flush()
+        os.fsync(file.fileno())
+    np.savez(unfinished / "index.npz", allow_pickle=False, **index)
+    digests = {name: digest(unfinished / name) for name in ("data.bin", "index.npz")}
+    about = {"layout": LAYOUT, "digests": digests, "failures": failures}
+    (unfinished / "store.json").write_text(json.dumps(about), encoding="utf-8")
+    unfinished.rename(folder)
+
+
+def _read(folder: Path) -> DecodedStore:
+    """Opens a store's folder; raises OSError, ValueError, KeyError or TypeError for a damaged one."""
+    about = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+    for name, expected in about["digests"].items():
+        if digest(folder / name) != expected:
+            raise ValueError(f"{name} has changed")
+    with np.load(folder / "index.npz", allow_pickle=False) as file:
+        index = dict(file)
+    data = folder / "data.bin"
+    # An empty file cannot be mapped.
+    buffer = np.memmap(data, np.uint8, "r") if data.stat().st_size else np.empty(0, np.uint8)
+    return DecodedStore(buffer, index, {int(row): message for row, message in about["failures"].items()}, folder)
+
+
+def _key(table: Table, modality: Modality, column: str, views: list[Any]) -> str:
+    kind = type(modality)
+    options = [modality.config.model_dump_json(), sorted({view.model_dump_json() for view in views})]
+    files = [(path, _file_state(table, path)) for path in table.paths(column)]
+    code = [LAYOUT, version("openimp"), kind.__module__, kind.__qualname__]
+    return combine([code, table.fingerprint, column, options, files])
+
+
+def _file_state(table: Table, path: str) -> str:
+    """Tells whether a file that a column names has changed: its size, beginning and end, for there may be many."""
+    assert table.root is not None
+    try:
+        return digest(inside(table.root, path), blocks=2, block=4096)
+    except BadMedia:
+        return "bad"

@@ -1,0 +1,17 @@
+"""The one exception that means: the user can mend this. The command line prints it in one line and exits with 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message is one sentence that names the file, key or column and what was expected."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest known word, else the list of known words."""
+    known = sorted(map(str, known))
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""

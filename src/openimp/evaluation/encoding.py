@@ -1,0 +1,236 @@
+"""From the rows of an evaluation set to embeddings.
+
+Shape suffixes: N items, M clips, Z features of the common space.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openimp.data.sources import Table
+from openimp.data.templates import columns_of, fill
+from openimp.device import Precision, autocast
+from openimp.errors import UserError
+from openimp.modalities import BadMedia, Modality, Tokens
+from openimp.model.imp import IMP
+from openimp.recipe import Input, Recipe
+
+T = TypeVar("T")
+R = TypeVar("R")
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+"""Wraps an iterable to show how far it is: `progress(iterable, description)`."""
+
+READ_ROWS = 256
+"""Rows that are fetched from a source at once."""
+THREADS = min(4, os.cpu_count() or 1)
+"""Threads that decode while the model computes; Pillow, FFmpeg and libsndfile let go of Python's lock."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One input of an evaluation set, each distinct value encoded once.
+
+    Attributes:
+        embeddings: (N, Z) unit vectors, fp32, of the distinct values, in the order in which they first appear.
+        item: which of them each row of the source has, -1 where it cannot be read.
+        bad: why a row cannot be read, by row.
+    """
+
+    embeddings: Tensor
+    item: np.ndarray
+    bad: dict[int, str]
+
+
+def encode_rows(
+    model: IMP,
+    table: Table,
+    modality: Modality,
+    spec: Input,
+    view: Any,
+    towards: str,
+    batch: int,
+    precision: Precision,
+    progress: Progress | None = None,
+) -> Encoded:
+    """Encodes one modality of all rows of a source, in order.
+
+    Values are equal if their texts, or the bytes of their files, are.
+
+    Args:
+        model: in evaluation mode.
+        table: the source.
+        modality: how the values are read.
+        spec: where they stand in a row; of several columns the first counts.
+        view: the modality's view.
+        towards: the modality of the other side, which decides on the projection head.
+        batch: clips that are encoded at once.
+        precision: see `autocast`.
+        progress: shows it.
+    """
+    keys: list[str] = []
+    place: dict[str, int] = {}
+    bad: dict[str, str] = {}
+
+    def unseen() -> Iterator[tuple[str, Any]]:
+        seen = set()
+        for key, value in _values(table, modality, spec, progress):
+            keys.append(key)
+            if key not in seen:
+                seen.add(key)
+                yield key, value
+
+    def read(pair: tuple[str, Any]) -> tuple[str, np.ndarray | BadMedia]:
+        key, value = pair
+        try:
+            if isinstance(value, BadMedia):
+                raise value
+            return key, modality.encode_input(value, view)
+        except BadMedia as error:
+            return key, error
+
+    def readable() -> Iterator[np.ndarray]:
+        for key, found in ahead(read, unseen()):
+            if isinstance(found, BadMedia):
+                bad[key] = str(found)
+            else:
+                place[key] = len(place)
+                yield found
+
+    embeddings = embed(model, modality, view, readable(), towards, batch, precision)
+    item = np.array([place.get(key, -1) for key in keys], np.int64)
+    return Encoded(embeddings, item, {row: bad[key] for row, key in enumerate(keys) if key in bad})
+
+
+def embed(
+    model: IMP,
+    modality: Modality,
+    view: Any,
+    items: Iterable[np.ndarray],
+    towards: str,
+    batch: int,
+    precision: Precision,
+    normalize: bool = True,
+) -> Tensor:
+    """Items to vectors of the space that `modality` shares with `towards`, (N, Z) fp32 on the model's device.
+
+    An item of several clips has the mean of its clips' unit vectors, brought to length 1 again.
+
+    Args:
+        model: in evaluation mode.
+        modality: what the items are.
+        view: as they were transformed.
+        items: (clips, ...) each, as `Modality.encode_input` gives them.
+        towards: the other modality of the pair.
+        batch: clips that are encoded at once; an item's clips stay together.
+        precision: see `autocast`.
+        normalize: give unit vectors; without it the head's output as it is, averaged over the clips.
+    """
+    device = next(model.parameters()).device
+    found = []
+    with torch.inference_mode():
+        for chunk in _chunks(items, batch):
+            tokens = modality.tokens(np.concatenate(chunk), view, None)
+            z_MZ = embed_tokens(model, modality.name, tokens.to(device), towards, precision, normalize)
+            # No index_add, whose order of summation changes from run to run on a GPU.
+            found += [z.mean(0) for z in z_MZ.split([len(clips) for clips in chunk])]
+    # Outside inference mode, so that a probe may be trained on the result.
+    z_NZ = torch.stack(found) if found else torch.zeros(0, model.config.embed_dim, device=device)
+    return F.normalize(z_NZ, dim=-1) if normalize else z_NZ
+
+
+def embed_tokens(
+    model: IMP, name: str, tokens: Tokens, towards: str, precision: Precision, normalize: bool = True
+) -> Tensor:
+    """One batch of tokens of the modality `name` to (M, Z) fp32; see `embed`."""
+    with autocast(tokens.coords.device, precision):
+        features_MD = model.encode({name: tokens}).features
+        if normalize:
+            return model.project(features_MD, name, towards)
+        return model.projections[model.head_name(name, towards)](features_MD).float()
+
+
+def first_view(recipe: Recipe, name: str) -> Any:
+    """The view in which a modality is seen unless told otherwise: the first one of the first task that has it."""
+    return next(task.views[0][name] for task in recipe.tasks.values() if name in task.inputs)
+
+
+def require_columns(table: Table, modality: Modality, spec: Input, where: str) -> None:
+    """Raises UserError unless the source has what one input reads of it."""
+    table.require(_columns(modality, spec), where)
+
+
+def require_pair(model: IMP, a: str, b: str, where: str) -> None:
+    """Raises UserError unless two modalities share a space: their pair was trained, or the space is joint."""
+    if not {model.head_name(a, b), model.head_name(b, a)} <= set(model.projections):
+        trained = ", ".join("-".join(pair) for pair in model.pairs) or "none"
+        raise UserError(
+            f"{where}: no task trains {a} and {b} together, so they cannot be compared; trained pairs: {trained}"
+        )
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map` in a few threads, in order, and never more than a batch's worth ahead, whatever the length of `items`."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 8 * THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _columns(modality: Modality, spec: Input) -> list[str]:
+    return columns_of(spec.columns) if modality.reads_text else spec.columns[:1]
+
+
+def _values(
+    table: Table, modality: Modality, spec: Input, progress: Progress | None
+) -> Iterator[tuple[str, str | bytes | Path | BadMedia]]:
+    """Each row's raw value, or why there is none, after a key that equal values share."""
+    columns = _columns(modality, spec)
+    starts: Iterable[int] = range(0, len(table), READ_ROWS)
+    for start in progress(starts, modality.name) if progress else starts:
+        numbers = range(start, min(start + READ_ROWS, len(table)))
+        for number, row in zip(numbers, table.rows(numbers, columns)):
+            try:
+                if modality.reads_text:
+                    text = fill(spec.columns, row, None)
+                    yield "text:" + text, text
+                else:
+                    value = table.media(row[spec.columns[0]])
+                    yield _digest(value), value
+            except BadMedia as error:
+                yield f"row:{number}", error
+
+
+def _digest(value: bytes | Path) -> str:
+    if isinstance(value, bytes):
+        return "sha256:" + hashlib.sha256(value).hexdigest()
+    try:
+        with open(value, "rb") as file:
+            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BadMedia(f"{value}: {error.strerror or error}") from None
+
+
+def _chunks(items: Iterable[np.ndarray], batch: int) -> Iterator[list[np.ndarray]]:
+    """Lists of items of at most `batch` clips together, or of a single item."""
+    chunk: list[np.ndarray] = []
+    for item in items:
+        if chunk and sum(map(len, chunk)) + len(item) > batch:
+            yield chunk
+            chunk = []
+        chunk.append(item)
+    if chunk:
+        yield chunk

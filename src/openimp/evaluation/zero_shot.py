@@ -1,0 +1,146 @@
+"""Zero-shot classification: classes that are named only by text (CLIP, arXiv 2103.00020, section 3.1).
+
+Shape suffixes: N examples, K classes, P prompts, Z features of the common space.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openimp.data.sources import Table
+from openimp.data.tables import as_text
+from openimp.errors import UserError
+from openimp.evaluation.encoding import Progress, embed, encode_rows, first_view, require_columns, require_pair
+from openimp.evaluation.figures import interval, readable_rows
+from openimp.evaluation.retrieval import SIMILARITIES, ranks
+from openimp.modalities import Modality
+from openimp.model.imp import IMP
+from openimp.recipe import Recipe, ZeroShot
+
+
+@dataclass(frozen=True)
+class Classified:
+    """One evaluation set, for its figures and for a closer look.
+
+    Attributes:
+        classes: the labels, sorted.
+        row: (N,) int64, the rows of the source that could be read.
+        truth: (N,) int64, the class of each.
+        predicted: (N,) int64, the most similar class.
+        rank: (N,) int64, the rank of the true class from 1; ties count against the model.
+    """
+
+    classes: list[Any]
+    row: np.ndarray
+    truth: np.ndarray
+    predicted: np.ndarray
+    rank: np.ndarray
+
+    def confusion(self) -> np.ndarray:
+        """(K, K) int64, how many examples of a class (row) were taken for each class (column)."""
+        k = len(self.classes)
+        return np.bincount(self.truth * k + self.predicted, minlength=k * k).reshape(k, k)
+
+    def figures(self) -> dict[str, Any]:
+        """Top-1, top-5, the mean over the classes of their top-1, chance, and the 95 % interval of top-1."""
+        hit = self.rank == 1
+        return {
+            "n": len(hit),
+            "candidates": len(self.classes),
+            "top1": float(hit.mean()),
+            "top5": float((self.rank <= 5).mean()),
+            "interval": interval(hit),
+            "per_class": float(np.mean([hit[self.truth == i].mean() for i in np.unique(self.truth)])),
+            "chance": 1 / len(self.classes),
+        }
+
+
+def classify(
+    model: IMP,
+    recipe: Recipe,
+    modalities: dict[str, Modality],
+    name: str,
+    table: Table,
+    progress: Progress | None = None,
+) -> tuple[Classified, list[str]]:
+    """Classifies one evaluation set by its class names, and tells which rows could not be read.
+
+    The classes are the distinct labels of the source. Prompts are read in the reader's first training view.
+
+    Raises:
+        UserError: a column is missing, a class has no text, a prompt has no place for it, no row can be read, or the
+            two modalities share no space.
+    """
+    options = recipe.evaluation.sets[name]
+    assert isinstance(options, ZeroShot)
+    where = f"evaluation.sets.{name}"
+    (seen, spec), reader = next(iter(options.inputs.items())), options.reader
+    require_pair(model, seen, reader, where)
+    require_columns(table, modalities[seen], spec, where)
+    table.require([options.label], where)
+    labels = table.column(options.label)
+    classes = _classes(labels, f"{where}: column {options.label!r} of source {table.name}")
+    texts = [_class_text(label, options, f"{where}: source {table.name}") for label in classes]
+    classes_KZ = class_embeddings(model, recipe, modalities[reader], texts, options.prompts, seen, where)
+    encoded = encode_rows(
+        model,
+        table,
+        modalities[seen],
+        spec,
+        options.view[seen],
+        towards=reader,
+        batch=recipe.evaluation.batch,
+        precision=recipe.train.precision,
+        progress=progress,
+    )
+    row, skipped = readable_rows(table, [encoded], where)
+    index = {label: i for i, label in enumerate(classes)}
+    truth = np.array([index[labels[i]] for i in row], np.int64)
+    z_NZ = encoded.embeddings[torch.from_numpy(encoded.item[row])]
+    rank = ranks(z_NZ, classes_KZ, np.stack([np.arange(len(row)), truth], axis=1))
+    return Classified(classes, row, truth, _most_similar(z_NZ, classes_KZ), rank), skipped
+
+
+def class_embeddings(
+    model: IMP, recipe: Recipe, reader: Modality, texts: list[str], prompts: list[str], seen: str, where: str
+) -> Tensor:
+    """(K, Z) unit vectors: each class' text in every prompt, averaged over the prompts as unit vectors."""
+    view = first_view(recipe, reader.name)
+    filled = [_fill(prompt, text, where) for text in texts for prompt in prompts]
+    items = (reader.encode_input(text, view) for text in filled)
+    z_NZ = embed(model, reader, view, items, seen, recipe.evaluation.batch, recipe.train.precision)
+    return F.normalize(z_NZ.unflatten(0, (len(texts), len(prompts))).mean(1), dim=-1)
+
+
+def _classes(labels: list[Any], where: str) -> list[Any]:
+    """The distinct labels, in the order that classification heads have."""
+    try:
+        return sorted(set(labels), key=lambda label: (str(type(label)), label))
+    except TypeError:
+        raise UserError(f"{where} holds lists; zero-shot classification needs one class a row") from None
+
+
+def _class_text(label: Any, options: ZeroShot, where: str) -> str:
+    text = (options.texts or {}).get(as_text(label), label)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: class {label!r} of column {options.label!r} has no text; name it in texts")
+    return text
+
+
+def _fill(prompt: str, text: str, where: str) -> str:
+    try:
+        filled = prompt.format(text)
+    except (KeyError, IndexError, ValueError):
+        filled = ""
+    if text not in filled:
+        raise UserError(f"{where}: prompt {prompt!r} needs one {{}} where the class' text goes")
+    return filled
+
+
+def _most_similar(z_NZ: Tensor, classes_KZ: Tensor) -> np.ndarray:
+    parts = z_NZ.split(max(1, SIMILARITIES // len(classes_KZ)))
+    return torch.cat([(part @ classes_KZ.T).argmax(1) for part in parts]).cpu().numpy()

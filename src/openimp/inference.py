@@ -1,0 +1,195 @@
+"""A trained model in use: `openimp.load` and what it gives.
+
+Shape suffixes: B inputs, Z features of the common space.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openimp.checkpoint import load_model, model_folder, save_model
+from openimp.device import Precision, pick_device
+from openimp.errors import UserError, nearest
+from openimp.evaluation.encoding import embed, embed_tokens, first_view, require_pair
+from openimp.modalities import BadMedia, Modality
+from openimp.model.imp import IMP, pairs_of
+from openimp.recipe import Contrastive, Recipe
+
+
+def load(path: str | Path, device: str | torch.device | None = None, precision: Precision = "auto") -> "Model":
+    """Opens a trained model.
+
+    Args:
+        path: a run (its newest checkpoint is taken), a checkpoint, a folder that `Model.save` wrote, or a model's name
+            on the Hugging Face hub.
+        device: where it computes; left out: the GPU where there is one.
+        precision: "auto" is bf16 where the processor has it; in "fp32" an embedding is the same, to 1e-5, in any batch.
+
+    Raises:
+        UserError: there is no model, or it is damaged.
+    """
+    folder = model_folder(Path(path)) if Path(path).exists() else _from_hub(str(path))
+    imp, recipe, modalities, classes = load_model(folder)
+    return Model(imp, recipe, modalities, classes, precision).to(device or pick_device()).eval()
+
+
+class Model(nn.Module):
+    """A model with a method `encode_<name>` for each of its modalities; see `encode` for what they take and give.
+
+    Each modality is seen in the first view of the first task that has it, as in evaluation: no augmentation, no dropped
+    tokens, and the clips of a long item averaged. `views` may be changed.
+
+    Attributes:
+        imp: the network.
+        recipe: what it was trained with.
+        modalities: by name.
+        classes: the classes of each classification head.
+        views: by modality, how it is seen.
+        precision: of the forward pass.
+        preprocess: as open_clip's, a Pillow picture to a tensor (3, H, W) for `encode`; None if it takes no pictures.
+        tokenizer: as open_clip's, texts to ids (B, L) for `encode`; None if it reads no texts.
+    """
+
+    def __init__(
+        self,
+        imp: IMP,
+        recipe: Recipe,
+        modalities: dict[str, Modality],
+        classes: dict[str, list[Any]],
+        precision: Precision = "auto",
+    ) -> None:
+        super().__init__()
+        self.imp = imp
+        self.recipe = recipe
+        self.modalities = modalities
+        self.classes = classes
+        self.precision = precision
+        self.views = {name: first_view(recipe, name) for name in modalities}
+        pictures: Any = next((m for m in modalities.values() if hasattr(m, "preprocess")), None)
+        reader: Any = next((m for m in modalities.values() if hasattr(m, "tokenize")), None)
+        self._pictures: str | None = pictures and pictures.name
+        self.preprocess = pictures and partial(pictures.preprocess, view=self.views[pictures.name])
+        self.tokenizer = reader and partial(reader.tokenize, length=self.views[reader.name].length)
+
+    def encode(
+        self, modality: str, inputs: Any, towards: str | None = None, normalize: bool = False, batch_size: int = 64
+    ) -> Tensor:
+        """Inputs of one modality to vectors of the space that it shares with another.
+
+        Args:
+            modality: what the inputs are.
+            inputs: one, or a list of: file path, bytes, numpy array or Pillow picture, as the modality's `decode` takes
+                them; a text is a string. Or a batch as a tensor, as the modality's `from_tensor` takes it: float
+                (B, 3, H, W) of `preprocess` for pictures, ids (B, L) of `tokenizer` for texts. It is differentiable.
+            towards: the other modality of the pair. Left out: see `partner`. In a model with a joint space it changes
+                nothing; in one with disjoint spaces, only vectors of the same pair can be compared.
+            normalize: give unit vectors.
+            batch_size: clips or items that are encoded at once.
+
+        Returns:
+            (B, Z) fp32, on the model's device.
+
+        Raises:
+            UserError: an input cannot be read, or the two modalities were not trained together.
+        """
+        item = self._modality(modality)
+        towards = self.partner(modality) if towards is None else towards
+        require_pair(self.imp, modality, towards, f"encode_{modality}")
+        if isinstance(inputs, Tensor):
+            parts = (item.from_tensor(part) for part in inputs.to(self.device).split(batch_size))
+            vectors = [embed_tokens(self.imp, modality, part, towards, self.precision, normalize) for part in parts]
+            return torch.cat(vectors)
+        inputs = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+        items = self._read(item, inputs)
+        return embed(self.imp, item, self.views[modality], items, towards, batch_size, self.precision, normalize)
+
+    def partner(self, modality: str) -> str:
+        """The modality towards which `modality` is encoded unless told otherwise.
+
+        Among those that it was trained with, in the recipe's order: the first that reads text; for one that reads text
+        itself that of pictures, as users of open_clip expect; else the first.
+
+        Raises:
+            UserError: it was trained with none.
+        """
+        partners = list(self._partners(modality))
+        if not partners:
+            raise UserError(f"{modality} was trained with no other modality, so it has no embedding")
+        if self._modality(modality).reads_text:
+            wanted = [name for name in partners if name == self._pictures]
+        else:
+            wanted = [name for name in partners if self.modalities[name].reads_text]
+        return (wanted or partners)[0]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the model to a new folder that `load` opens.
+
+        Raises:
+            UserError: the folder holds something already.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder}: expected a new folder, but something is there")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(folder, self.imp, self.recipe, self.modalities, self.classes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.imp.parameters()).device
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """As in open_clip, the logarithm of the scale of the similarities of pictures and texts."""
+        if self._pictures is None:
+            raise UserError("this model takes no pictures; see imp.temperature for the scale of another pair")
+        return self.imp.temperature(self._pictures, self.partner(self._pictures)).scale.log()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("encode_") and name.removeprefix("encode_") in self.__dict__.get("modalities", ()):
+            return partial(self.encode, name.removeprefix("encode_"))
+        return super().__getattr__(name)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *(f"encode_{name}" for name in self.modalities)]
+
+    def _modality(self, name: str) -> Modality:
+        if name not in self.modalities:
+            raise UserError(f"the model has no modality {name!r}{nearest(name, self.modalities)}")
+        return self.modalities[name]
+
+    def _partners(self, modality: str) -> Iterator[str]:
+        for task in self.recipe.tasks.values():
+            for objective in task.objectives:
+                if isinstance(objective, Contrastive):
+                    for pair in pairs_of(objective, task.inputs):
+                        if modality in pair:
+                            yield pair[1] if pair[0] == modality else pair[0]
+
+    def _read(self, modality: Modality, inputs: list[Any]) -> Iterator[Any]:
+        for i, value in enumerate(inputs):
+            try:
+                yield modality.encode_input(value, self.views[modality.name])
+            except BadMedia as error:
+                is_path = isinstance(value, Path) or (isinstance(value, str) and not modality.reads_text)
+                name = str(value) if is_path else f"input {i}"
+                raise UserError(f"{name}: cannot be read as {modality.name}: {error}") from None
+
+
+def _from_hub(name: str) -> Path:
+    """Downloads a model from the Hugging Face hub, or finds it in its cache."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"{name}: no such folder, and no model's name on the Hugging Face hub (OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["optimizer*"])
+    except Exception as error:  # the hub's client raises its own errors, httpx's and OSError
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{name}: no such folder, and not to be had from the hub: {reason[0]}") from None
+    return model_folder(Path(folder))

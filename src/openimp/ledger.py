@@ -1,0 +1,98 @@
+"""The compute ledger: what one step of each (task, view) costs, counted, not estimated.
+
+FLOPs are those of the matrix products and attention of one forward and backward pass, counted by
+`torch.utils.flop_counter` on the meta device, where nothing is computed; a multiply-add is two.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from openimp.alternation import expected_shares, view_shares
+from openimp.modalities import Modality, Tokens
+from openimp.model.imp import IMP
+from openimp.objectives import Batch, head_key, task_losses
+from openimp.recipe import Classification, Recipe, Task
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One step.
+
+    Attributes:
+        examples: of the batch, over all processes.
+        tokens: that enter the encoder, over all modalities.
+        flops: forward and backward.
+    """
+
+    examples: int
+    tokens: int
+    flops: int
+
+
+def costs(
+    recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
+) -> dict[tuple[str, int], Cost]:
+    """The cost of a step of each (task, view index)."""
+    with torch.device("meta"):
+        model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
+    model.train()
+    found = {}
+    for name, task in recipe.tasks.items():
+        if not task.weight:
+            continue
+        for i, view in enumerate(task.views):
+            batch = _meta_batch(task, i, modalities, classes)
+            with FlopCounterMode(display=False) as counter:
+                task_losses(model, task, batch).total.backward()
+            tokens = sum(t.coords.shape[0] * t.coords.shape[1] for t in batch.tokens.values())
+            found[name, i] = Cost(view.batch or task.batch, tokens, counter.get_total_flops())
+    return found
+
+
+def mixture(recipe: Recipe, by_view: Mapping[tuple[str, int], Cost]) -> dict[str, dict[str, float]]:
+    """Each task's expected share of steps, examples, tokens and FLOPs."""
+    steps = expected_shares(recipe)
+    rows: dict[str, dict[str, float]] = {}
+    for name, share in steps.items():
+        views = list(enumerate(view_shares(recipe.tasks[name].views)))
+        mean = {
+            unit: sum(part * getattr(by_view[name, i], unit) for i, part in views)
+            for unit in ("examples", "tokens", "flops")
+        }
+        rows[name] = {"steps": share, **{unit: share * value for unit, value in mean.items()}}
+    for unit in ("examples", "tokens", "flops"):
+        total = sum(row[unit] for row in rows.values())
+        for row in rows.values():
+            row[unit] /= total
+    return rows
+
+
+def _meta_batch(task: Task, view: int, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]) -> Batch:
+    """A batch of the shapes that the loader makes, without values."""
+    size = task.views[view].batch or task.batch
+    tokens = {}
+    with torch.device("meta"):
+        for name, spec in task.inputs.items():
+            modality = modalities[name]
+            stem, length, rows = modality.stem_spec(), modality.length(task.views[view][name]), size * spec.draw
+            values = (
+                torch.zeros(rows, length, dtype=torch.int64)
+                if stem.table
+                else torch.zeros(rows, length, modality.values())
+            )
+            coords = torch.zeros(rows, length, len(stem.axes), dtype=torch.int64)
+            mask = torch.ones(rows, length, dtype=torch.bool) if modality.masked else None
+            tokens[name] = Tokens(values, coords, mask)
+        item = torch.zeros(size, dtype=torch.int64)
+        batch = Batch(tokens, {"": item}, rows=list(range(size)))
+        for objective in task.objectives:
+            if isinstance(objective, Classification):
+                many = len(classes[head_key(task.source, objective.label)])
+                batch.labels[objective.label] = item if objective.loss == "softmax" else torch.zeros(size, many)
+            elif objective.same:
+                batch.item[objective.same] = item
+    return batch

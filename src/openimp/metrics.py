@@ -1,0 +1,160 @@
+"""What a run writes down: metrics.jsonl, TensorBoard events, and the examples that could not be read."""
+
+import json
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openimp.errors import UserError
+from openimp.ledger import Cost
+from openimp.objectives import Losses
+
+ENOUGH = 100
+"""Examples of a task after which the share of bad ones is judged."""
+
+
+class Metrics:
+    """Sums up the steps between two lines of metrics, and writes the lines.
+
+    A line holds, for the steps since the last: by task the steps, the mean loss and its parts; examples and tokens a
+    second; the share of time spent waiting for data; by modality and sparse layer the experts' load, gate weight and the
+    share of tokens that no expert took; and, since step 0, FLOPs, tokens and examples by task.
+    """
+
+    def __init__(self, run: Path, step: int, totals: dict[str, dict[str, int]] | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file = run / "metrics.jsonl"
+        _cut(self.file, step)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        self.totals = {task: Counter(units) for task, units in (totals or {}).items()}
+        self._reset()
+
+    def _reset(self) -> None:
+        self.since = time.perf_counter()
+        self.waited = 0.0
+        self.examples = self.tokens = 0
+        self.steps: Counter[str] = Counter()
+        self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        self.routing: dict[str, list[Tensor]] = {}
+        self.passes: Counter[str] = Counter()
+
+    def add(self, task: str, losses: Losses, cost: Cost, waited: float) -> None:
+        """One step."""
+        self.waited += waited
+        self.examples += cost.examples
+        self.tokens += cost.tokens
+        self.steps[task] += 1
+        totals = self.totals.setdefault(task, Counter())
+        totals.update(steps=1, examples=cost.examples, tokens=cost.tokens, flops=cost.flops)
+        # Sums stay on the device: reading a number from a GPU would wait for the step to end.
+        for name, value in {"loss": losses.total.detach(), **losses.parts}.items():
+            self.sums[task][name] = self.sums[task].get(name, 0) + value
+        for modality, encoded in losses.encoded.items():
+            if encoded.routing:
+                told = [torch.cat([s.load_E, s.gate_E, s.dropped[None]]).detach() for s in encoded.routing]
+                before = self.routing.get(modality)
+                self.routing[modality] = told if before is None else [a + b for a, b in zip(before, told)]
+                self.passes[modality] += 1
+
+    def write(self, step: int, lr: float, grad_norm: float) -> dict[str, Any]:
+        """Writes the line of the steps up to `step`, starts the next one, and returns it."""
+        seconds = time.perf_counter() - self.since
+        tasks = {
+            task: {"steps": self.steps[task], **{name: float(value) / self.steps[task] for name, value in sums.items()}}
+            for task, sums in self.sums.items()
+        }
+        experts = {name: [self._layer(name, layer) for layer in layers] for name, layers in self.routing.items()}
+        line = {
+            "step": step,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "examples_per_s": self.examples / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "data_wait": self.waited / seconds,
+            "seconds": seconds,
+            "tasks": tasks,
+            "experts": experts,
+            "totals": {task: dict(units) for task, units in self.totals.items()},
+        }
+        append(self.file, line)
+        for key in ("lr", "grad_norm", "examples_per_s", "tokens_per_s", "data_wait"):
+            self.board.add_scalar(key, line[key], step)
+        for task, figures in tasks.items():
+            for name, value in figures.items():
+                self.board.add_scalar(f"{name}/{task}", value, step)
+        for modality, layers in experts.items():
+            for i, layer in enumerate(layers):
+                self.board.add_scalar(f"dropped_tokens/{modality}/sparse{i}", layer["dropped"], step)
+                for e, gate in enumerate(layer["gate"]):
+                    self.board.add_scalar(f"expert_gate/{modality}/sparse{i}/expert{e}", gate, step)
+        self._reset()
+        return line
+
+    def _layer(self, modality: str, layer: Tensor) -> dict[str, Any]:
+        *shares, dropped = (layer / self.passes[modality]).tolist()
+        half = len(shares) // 2
+        return {"load": shares[:half], "gate": shares[half:], "dropped": dropped}
+
+    def results(self, run: Path, results: list[dict[str, Any]]) -> None:
+        """Adds evaluation results to results.jsonl and to TensorBoard."""
+        for result in results:
+            append(run / "results.jsonl", result)
+            for key in ("r1", "r5", "mrr", "top1"):
+                if key in result:
+                    self.board.add_scalar(f"{key}/{result['set']}/{result['task']}", result[key], result["step"] or 0)
+        self.board.flush()
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class BadExamples:
+    """Counts and names the examples that could not be read, and stops the run when they are too many."""
+
+    def __init__(self, run: Path, limit: float, state: dict[str, dict[str, int]] | None = None) -> None:
+        self.file, self.limit = run / "skipped.jsonl", limit
+        self.state = state or {}
+
+    def add(self, step: int, task: str, read: int, bad: list[tuple[str, str]]) -> None:
+        """One step's reading.
+
+        Raises:
+            UserError: more than the recipe's share could not be read.
+        """
+        counts = self.state.setdefault(task, {"read": 0, "bad": 0})
+        counts["read"] += read
+        counts["bad"] += len(bad)
+        for where, why in bad:
+            append(self.file, {"step": step, "task": task, "where": where, "why": why})
+        if bad and counts["read"] >= ENOUGH and counts["bad"] > self.limit * counts["read"]:
+            named = "; ".join(f"{where}: {why}" for where, why in bad[:3])
+            raise UserError(
+                f"task {task}: {counts['bad']} of {counts['read']} examples could not be read, more than train.max_bad "
+                f"{self.limit:g}; among them {named}; all are named in {self.file}"
+            )
+
+
+def append(file: Path, line: dict[str, Any]) -> None:
+    """Adds one JSON line."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """All whole JSON lines of a file; a last one that a crash cut short is left out."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _cut(file: Path, step: int) -> None:
+    """Forgets lines after `step`, which a run that goes on from there will write again."""
+    kept = [line for line in read_lines(file) if line["step"] <= step]
+    if file.exists():
+        file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")

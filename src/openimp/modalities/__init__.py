@@ -1,0 +1,148 @@
+"""What a modality is: the only code that knows what a picture, a clip, a sound or a sentence is.
+
+A modality turns raw bytes into tokens: values, coordinates and, for text, a mask. It registers through the entry point
+group `openimp.modalities`; see docs/modalities.md for one from outside the package.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+
+from openimp.recipe import Recipe, Strict
+from openimp.registry import modality_class
+
+
+class BadMedia(Exception):
+    """An example that cannot be read. It is skipped, counted and named; it does not stop a run by itself."""
+
+
+class Tokens(NamedTuple):
+    """A batch of one modality. B examples, L tokens each, P values a token, A axes.
+
+    Attributes:
+        values: (B, L, P) float, or uint8 where 0..255 stands for -1..1, or (B, L) integer ids of a table.
+        coords: (B, L, A) int64, the row of each axis' position table.
+        mask: (B, L) bool, True for tokens that count; None where all do.
+    """
+
+    values: torch.Tensor
+    coords: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Tokens":
+        return Tokens(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+
+@dataclass(frozen=True)
+class StemSpec:
+    """What the model must know of a modality's tokens to embed them.
+
+    Attributes:
+        values: P, values of a token, or the size of the vocabulary where `table` is set.
+        axes: rows of each axis' position table.
+        table: tokens are ids, embedded by a table.
+    """
+
+    values: int
+    axes: tuple[int, ...]
+    table: bool = False
+
+
+class Modality(ABC):
+    """Base of all modalities; one instance serves a whole run, in the workers too, so it must pickle.
+
+    Class attributes:
+        name: what recipes call it.
+        stem: the embedding that it uses; modalities with the same stem share it and its `Config`.
+        masked: its tokens carry a mask.
+        reads_text: its raw value is a string, made from a column or a template; otherwise it is media: bytes, a file,
+            or an array.
+        extensions: of its files, lower case and with the dot, for commands that are given files only.
+    """
+
+    name: ClassVar[str]
+    stem: ClassVar[str]
+    masked: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = False
+    extensions: ClassVar[tuple[str, ...]] = ()
+
+    class Config(Strict):
+        """Options of the stem, fixed for a run."""
+
+    class View(Strict):
+        """Options that may change from step to step."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def stem_spec(self) -> StemSpec:
+        """What the model needs to embed this modality's tokens."""
+
+    def values(self) -> int:
+        """Values of one of this modality's tokens: the stem's, or a divisor of them where tokens count as repeated."""
+        return self.stem_spec().values
+
+    @abstractmethod
+    def check(self, view: Any) -> None:
+        """Raises ValueError, in one sentence that says what would do, if the view makes no whole token."""
+
+    @abstractmethod
+    def length(self, view: Any) -> int:
+        """Tokens an example in training, after token dropping."""
+
+    @abstractmethod
+    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+        """Raw value (bytes, a path, or an array) to one array, no larger than the largest of `views` needs.
+
+        Without `rng` it is the whole item, as far as memory allows. With `rng` it may be only the part that a random
+        view of `views[0]` sees, so that a long file is not decoded whole for one training clip.
+
+        Raises:
+            BadMedia: it cannot be read; the message says why.
+        """
+
+    @abstractmethod
+    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+        """Decoded array to the shape that the view asks for: augmented at random with `rng`, deterministic without.
+
+        In evaluation the result has one more leading axis: the clips whose embeddings are averaged (often one).
+        """
+
+    @abstractmethod
+    def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
+        """A stack of transformed arrays (B, ...) to tokens; with `rngs`, one an example, tokens are dropped."""
+
+    def encode_input(self, value: Any, view: Any) -> np.ndarray:
+        """One input of `model.encode_<name>` (a path, bytes, an array) to its clips, ready for `tokens`."""
+        return self.transform(self.decode(value, [view]), view, None)
+
+    def from_tensor(self, batch: torch.Tensor) -> Tokens:
+        """A batch that its user has prepared, on any device, to all of its tokens; differentiable where it is float.
+
+        Raises:
+            TypeError: this modality, or this kind of tensor, has no such form.
+        """
+        raise TypeError(f"{self.name} takes raw values, not a tensor")
+
+    def fit(self, corpus: Any) -> None:
+        """Learns what must be learned from training data before training; most modalities learn nothing."""
+
+    def state(self) -> dict[str, str]:
+        """What `fit` learned, as {file name: text}, to be saved beside the weights."""
+        return {}
+
+    def load_state(self, state: dict[str, str]) -> None:
+        """Takes back what `state` gave."""
+
+
+def modalities_of(recipe: Recipe) -> dict[str, Modality]:
+    """An instance of every modality that the recipe's tasks read, by name."""
+    names = recipe.modality_names
+    return {name: modality_class(name)(recipe.modalities[modality_class(name).stem]) for name in names}
+
+
+__all__ = ["BadMedia", "Modality", "StemSpec", "Tokens", "modalities_of"]

@@ -1,0 +1,201 @@
+"""Sounds: mono samples to patches of a log-mel spectrogram."""
+
+from functools import lru_cache
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from openimp.modalities import BadMedia, Modality, StemSpec, Tokens
+from openimp.modalities.media import (
+    batch_coordinates,
+    clip_starts,
+    coordinates,
+    drop_tokens,
+    kept,
+    patchify,
+    readable,
+    reason,
+)
+from openimp.modalities.sound import mono, read_sound, resample, samples_of
+from openimp.recipe import Count, Pair, Positive, Share, Strict
+
+FLOOR = 1e-10
+"""Added to the power before the logarithm, as a share of a full-scale sine's: -100 dB."""
+
+
+class Audio(Modality):
+    """A sound, seen as the log-mel spectrogram of its mono mix."""
+
+    name = "audio"
+    stem = "audio"
+    extensions = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".caf", ".wma")
+
+    class Config(Strict):
+        """The spectrogram, its patches and their position tables."""
+
+        sample_rate: Count = 16_000
+        """Samples a second that every sound is resampled to."""
+        window: Count = 2048
+        """Samples of the Hann window of a Fourier transform."""
+        hop: Count = 1024
+        """Samples from one frame of the spectrogram to the next."""
+        bins: Count = 128
+        """Mel bins a frame; a multiple of the patch's."""
+        low: Annotated[float, Field(ge=0)] = 80.0
+        """Hz, where the lowest mel filter starts."""
+        high: Positive = 7600.0
+        """Hz, where the highest mel filter ends; at most half the sample rate."""
+        patch: Pair = (16, 16)
+        """Frames and bins of a patch."""
+        extent: Pair = (1024, 128)
+        """Frames and bins that the position tables span; nothing longer can be heard."""
+        tables: Pair = (64, 8)
+        """Rows of the position table of each axis."""
+        mean: float = -16.0
+        """Subtracted from the logarithm of the mel power; its mean over the notes of a General MIDI sound font."""
+        std: Positive = 4.5
+        """The difference is divided by this; its standard deviation over the same notes."""
+
+        @model_validator(mode="after")
+        def _fits(self) -> "Audio.Config":
+            if not self.low < self.high <= self.sample_rate / 2:
+                raise ValueError(f"low {self.low} and high {self.high} must ascend up to {self.sample_rate / 2} Hz")
+            if self.hop > self.window:
+                raise ValueError(f"hop {self.hop} is longer than window {self.window}: samples would be skipped")
+            if self.bins % self.patch[1] or self.bins > self.extent[1]:
+                raise ValueError(f"bins {self.bins} is no multiple of {self.patch[1]} up to {self.extent[1]}")
+            return self
+
+    class View(Strict):
+        """How a sound is heard."""
+
+        seconds: Positive = 8.192
+        """Length; rounded to frames it is a multiple of the patch's. Longer sounds are cut, at random in training;
+        shorter ones are followed by silence. The paper: 8.192."""
+        drop: Share = 0.0
+        """Share of tokens dropped in training (DropToken)."""
+        gain: Annotated[float, Field(ge=0)] = 6.0
+        """dB by which a sound is at most louder or softer in training."""
+        clips: Count = 1
+        """Clips in evaluation, linearly spaced, whose embeddings are averaged; a single one is from the middle."""
+
+    def frames(self, view: Any) -> int:
+        """Frames of the spectrogram: seconds * sample_rate / hop, rounded."""
+        return round(view.seconds * self.config.sample_rate / self.config.hop)
+
+    def samples(self, view: Any) -> int:
+        """Samples of a sound as long as the view."""
+        return self.frames(view) * self.config.hop
+
+    def stem_spec(self) -> StemSpec:
+        return StemSpec(values=self.config.patch[0] * self.config.patch[1], axes=tuple(self.config.tables))
+
+    def check(self, view: Any) -> None:
+        frames, side = self.frames(view), self.config.patch[0]
+        largest = self.config.extent[0] // side * side
+        if not frames or frames % side or frames > largest:
+            below = min(max(side, frames // side * side), largest)
+            fits = sorted({below, min(below + side, largest)}) if frames <= largest else [largest]
+            seconds = " or ".join(f"{n * self.config.hop / self.config.sample_rate:.6g}" for n in fits)
+            raise ValueError(
+                f"seconds: {view.seconds} s are {frames} frames, no multiple of {side} up to {largest}; "
+                f"{seconds} s would do"
+            )
+
+    def length(self, view: Any) -> int:
+        return kept(self.frames(view) // self.config.patch[0] * (self.config.bins // self.config.patch[1]), view.drop)
+
+    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+        """A sound to mono samples (N,) int16 at the stem's sample rate.
+
+        `raw` is bytes, a path, or an array at that rate: (N,) or (N, channels), int16 or float in -1..1. Of more than
+        300 s, only what evaluation hears is read.
+        """
+        rate = self.config.sample_rate
+        view = views[0] if rng is not None else max(views, key=lambda view: view.seconds)
+        try:
+            if isinstance(raw, np.ndarray):
+                sound, found = samples_of(raw), rate
+            else:
+                sound, found = read_sound(readable(raw), self.samples(view) / rate, view.clips, rng)
+            sound = resample(mono(sound), found, rate)
+        except BadMedia:
+            raise
+        except Exception as error:  # broken files raise nearly anything
+            raise BadMedia(reason(error)) from None
+        if not sound.size:
+            raise BadMedia("no samples")
+        return np.round(sound.clip(-1, 1) * 32767).astype(np.int16)
+
+    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+        """Samples (N,) to one random cut (samples,), or (clips, samples) in evaluation; float32 in -1..1."""
+        count = self.samples(view)
+        if rng is None:
+            return np.stack([_cut(item, start, count) for start in clip_starts(len(item), count, view.clips)])
+        start = int(rng.integers(max(0, len(item) - count) + 1))
+        gain = 10 ** (rng.uniform(-view.gain, view.gain) / 20)
+        return (_cut(item, start, count) * np.float32(gain)).clip(-1, 1)
+
+    def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
+        """Samples (B, samples) to patches of the normalised spectrogram, (B, L, frames * bins of a patch) float32."""
+        return self._tokens(torch.from_numpy(items), view.drop, rngs)
+
+    def from_tensor(self, batch: torch.Tensor) -> Tokens:
+        """Mono samples (B, N) in -1..1 at the stem's sample rate to tokens; N is a whole number of patches."""
+        if batch.ndim != 2 or not batch.is_floating_point():
+            raise TypeError(f"expected float samples (B, N) in -1..1, found {batch.dtype} {list(batch.shape)}")
+        self.check(self.View(seconds=batch.shape[1] / self.config.sample_rate))
+        return self._tokens(batch, 0.0, None)
+
+    def _tokens(self, waves: torch.Tensor, drop: float, rngs: list[np.random.Generator] | None) -> Tokens:
+        config = self.config
+        spectrum = (log_mel(waves, config) - config.mean) / config.std
+        counts = (spectrum.shape[1] // config.patch[0], spectrum.shape[2] // config.patch[1])
+        coords = coordinates(counts, config.patch, config.extent, config.tables).to(waves.device)
+        keep = drop_tokens(len(coords), drop, rngs)
+        return Tokens(patchify(spectrum[..., None], config.patch, keep), batch_coordinates(coords, len(waves), keep))
+
+
+def log_mel(waves: torch.Tensor, config: Audio.Config) -> torch.Tensor:
+    """Samples (B, N) in -1..1 to the log-mel spectrogram (B, N // hop, bins): natural logarithm of power, float32.
+
+    Frame i is centred on the i-th hop. A sine of full scale has power 1, whatever the window.
+    """
+    missing = config.window - config.hop
+    window = torch.hann_window(config.window, device=waves.device)
+    filters = torch.from_numpy(mel_filters(config.sample_rate, config.window, config.bins, config.low, config.high))
+    filters = filters.to(waves.device) * (2 / window.sum()) ** 2
+    mels = []
+    for some in waves.float().split(4):  # few at a time stay in the processor's cache: three times as fast
+        padded = torch.nn.functional.pad(some, (missing // 2, missing - missing // 2))
+        spectrum = torch.stft(padded, config.window, config.hop, window=window, center=False, return_complex=True)
+        power = spectrum.real.square() + spectrum.imag.square()
+        mels.append(power.mT @ filters)
+    return torch.log(torch.cat(mels) + FLOOR)
+
+
+@lru_cache(maxsize=8)
+def mel_filters(sample_rate: int, window: int, bins: int, low: float, high: float) -> np.ndarray:
+    """Triangular filters (window // 2 + 1, bins) on the HTK mel scale, with peaks of 1; float32.
+
+    Where the mel scale is finer than the Fourier transform a filter is widened to one of its steps on either side, so
+    none is empty.
+    """
+    lowest, highest = 2595 * np.log10(1 + np.array([low, high]) / 700)
+    mel = np.linspace(float(lowest), float(highest), bins + 2)
+    edges = 700 * (10 ** (mel / 2595) - 1)
+    step, centres = sample_rate / window, edges[1:-1]
+    rise, fall = np.maximum(np.diff(edges)[:-1], step), np.maximum(np.diff(edges)[1:], step)
+    offset = np.arange(window // 2 + 1)[:, None] * step - centres
+    return np.clip(1 + np.minimum(offset / rise, -offset / fall), 0, None).astype(np.float32)
+
+
+def _cut(sound: np.ndarray, start: int, count: int) -> np.ndarray:
+    """`count` samples of an int16 sound from `start` on as float32, zeros behind its end."""
+    out = np.zeros(count, np.float32)
+    part = sound[start : start + count]
+    out[: len(part)] = part
+    out /= 32767
+    return out

@@ -1,0 +1,80 @@
+"""Pictures: anything that Pillow reads, to one frame of patches."""
+
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+
+from openimp.modalities import BadMedia, Tokens
+from openimp.modalities.media import readable, reason
+from openimp.modalities.vision import MAX_PIXELS, Vision, colour, colour_array, shrink, shrunk_size
+
+# Formats that hold pixels, as far as this build of Pillow has them. It would hand others, such as EPS, to a program of
+# the system.
+PIL.Image.init()
+PIXELS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF")
+FORMATS = tuple(name for name in PIXELS if name in PIL.Image.OPEN)
+
+
+class Image(Vision):
+    """A still, seen as a clip whose frames are all alike; its tokens carry the values of one frame."""
+
+    name = "image"
+    extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga", ".ico")
+
+    def values(self) -> int:
+        return self.stem_spec().values // self.config.patch[0]
+
+    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+        """A picture to (H, W, 3), or (H, W, 4) where it is transparent; uint8.
+
+        `raw` is bytes, a path, a Pillow picture, or a uint8 array (H, W) or (H, W, 1 to 4).
+        """
+        if isinstance(raw, np.ndarray):
+            return shrink(colour_array(raw, 2), views)
+        try:
+            if isinstance(raw, PIL.Image.Image):
+                return _picture(raw, views)
+            with PIL.Image.open(readable(raw), formats=FORMATS) as picture:
+                # JPEG shrinks by 2, 4 or 8 while it decodes; a turned picture may be asked for either way round.
+                height, width = shrunk_size((picture.height, picture.width), views)
+                turned_width, turned_height = shrunk_size((picture.width, picture.height), views)
+                picture.draft(None, (max(width, turned_width), max(height, turned_height)))
+                return _picture(picture, views)
+        except BadMedia:
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly anything on broken files
+            raise BadMedia(reason(error)) from None
+
+    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+        """Pixels (H, W, C) to (h, w, 3), or (1, h, w, 3) in evaluation; uint8."""
+        frames = self._render(item[None], view, rng)
+        return frames if rng is None else frames[0]
+
+    def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
+        """Pixels (B, h, w, 3) to patches of one frame, (B, L, h * w * 3 of a patch) uint8."""
+        return self._tokens(torch.from_numpy(items), self.config.patch[1:], view.drop, rngs)
+
+    def from_tensor(self, batch: torch.Tensor) -> Tokens:
+        """Pictures (B, 3, H, W) in -1..1, open_clip's convention, to tokens."""
+        if batch.ndim != 4 or batch.shape[1] != 3 or not batch.is_floating_point():
+            raise TypeError(f"expected float (B, 3, H, W) in -1..1, found {batch.dtype} {list(batch.shape)}")
+        self.check(self.View(size=(batch.shape[2], batch.shape[3])))
+        return self._tokens(batch.permute(0, 2, 3, 1), self.config.patch[1:], 0.0, None)
+
+    def preprocess(self, picture: Any, view: Any) -> torch.Tensor:
+        """A Pillow picture, or whatever `decode` takes, to a float tensor (3, h, w) in -1..1, for `from_tensor`."""
+        pixels = torch.from_numpy(self.encode_input(picture, view)[0])
+        return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _picture(picture: PIL.Image.Image, views: list[Any]) -> np.ndarray:
+    """The right way up and shrunk to what the views need; the caller's picture stays as it is."""
+    if picture.width * picture.height > MAX_PIXELS:
+        raise BadMedia(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS}")
+    picture = PIL.ImageOps.exif_transpose(picture)
+    if not picture.width * picture.height:
+        raise BadMedia("no pixels")
+    return shrink(colour(picture), views)

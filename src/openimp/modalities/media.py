@@ -1,0 +1,102 @@
+"""What pictures, clips and sounds have in common: readable bytes, which part is read, patches on a grid, DropToken."""
+
+import io
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from openimp.modalities import BadMedia
+
+# Everything that people keep clips and sounds in. Playlists (hls, concat, ...) are left out on purpose: they name other
+# files, which a hostile example could make us read.
+CONTAINERS = (
+    "mov,mp4,matroska,webm,avi,mpeg,mpegvideo,mpegts,flv,ogg,asf,h264,hevc,mjpeg,jpeg_pipe,aac,aiff,caf,mp3,wav"
+)
+
+
+def readable(raw: Any) -> io.BytesIO | str:
+    """What a decoder can open: a file name, or bytes as a file.
+
+    Raises:
+        BadMedia: no regular file (a pipe could block for ever), no bytes, or neither.
+    """
+    if isinstance(raw, bytes | bytearray | memoryview):
+        if not len(raw):
+            raise BadMedia("no bytes")
+        return io.BytesIO(raw)
+    if isinstance(raw, str | Path):
+        if not Path(raw).is_file():
+            raise BadMedia("no such file")
+        return str(raw)
+    raise BadMedia(f"expected bytes, a path or an array, found {type(raw).__name__}")
+
+
+def reason(error: Exception) -> str:
+    """A decoder's complaint in one short line, without the address of our buffer, which differs from run to run."""
+    message = getattr(error, "strerror", None) or str(error)  # of FFmpeg's and the system's, without the number
+    text = " ".join(message.split(" <_io.")[0].split())
+    return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__
+
+
+def clip_starts(total: int, span: int, clips: int) -> list[int]:
+    """Where `clips` parts of `span` start, linearly spaced over `total`; a single one is in the middle."""
+    room = max(0, total - span)
+    return [room * i // (clips - 1) for i in range(clips)] if clips > 1 else [room // 2]
+
+
+def segments(total: int, span: int, clips: int, limit: int, rng: np.random.Generator | None) -> list[tuple[int, int]]:
+    """Which parts to read of an item with `total` frames or samples (0: unknown), as (start, count).
+
+    With `rng`, one random part of `span`. Without, the item up to `limit`; of a longer one, the `clips` parts that
+    evaluation sees: laid end to end, they are just what `clip_starts` cuts out again.
+    """
+    if rng is not None and total > 0:
+        return [(int(rng.integers(max(0, total - span) + 1)), span)]
+    if total <= limit:
+        return [(0, limit)]
+    return [(start, span) for start in clip_starts(total, span, clips)]
+
+
+def patchify(grid: torch.Tensor, patch: tuple[int, ...], keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Cuts a batch (B, *axes, C) into patches (B, L, P): tokens by the axes in their order, and so a patch's values.
+
+    `keep` (B, K) are the tokens that are copied, all if None.
+    """
+    axes, (batch, *sizes, _) = len(patch), grid.shape
+    counts = [size // side for size, side in zip(sizes, patch)]
+    split = grid.reshape(batch, *(n for pair in zip(counts, patch) for n in pair), grid.shape[-1])
+    cut = split.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
+    if keep is None:
+        return cut.reshape(batch, prod(counts), -1)
+    rows = torch.arange(batch, device=keep.device)[:, None]
+    return cut[(rows, *torch.unravel_index(keep, counts))].flatten(2)
+
+
+def coordinates(
+    counts: tuple[int, ...], patch: tuple[int, ...], extent: tuple[int, ...], tables: tuple[int, ...]
+) -> torch.Tensor:
+    """Rows (L, A) of the position tables: floor(coordinate of a patch's first value / extent * table)."""
+    rows = [torch.arange(n) * side * table // length for n, side, length, table in zip(counts, patch, extent, tables)]
+    return torch.cartesian_prod(*rows).view(-1, len(rows))
+
+
+def kept(length: int, drop: float) -> int:
+    """Tokens of `length` that DropToken leaves in training: at least one."""
+    return max(1, round(length * (1 - drop)))
+
+
+def drop_tokens(length: int, drop: float, rngs: list[np.random.Generator] | None) -> torch.Tensor | None:
+    """DropToken (VATT, arXiv 2104.11178): a random subset (B, K) for each example, in order; None where all stay."""
+    count = kept(length, drop)
+    if rngs is None or count == length:
+        return None
+    noise = np.stack([rng.random(length, dtype=np.float32) for rng in rngs])
+    return torch.from_numpy(np.sort(np.argpartition(noise, count - 1, axis=1)[:, :count], axis=1))
+
+
+def batch_coordinates(coords: torch.Tensor, batch: int, keep: torch.Tensor | None) -> torch.Tensor:
+    """The coordinates (L, A) of one example for a batch of them, (B, L, A), or (B, K, A) of the tokens kept."""
+    return coords.expand(batch, -1, -1).contiguous() if keep is None else coords[keep]

@@ -1,0 +1,148 @@
+"""Sentences: lower-cased subwords of a tokenizer that is trained on the recipe's captions or read from a file."""
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from openimp.errors import UserError
+from openimp.modalities import BadMedia, Modality, StemSpec, Tokens
+from openimp.recipe import Count, Strict
+
+PAD, END = 0, 1
+RESERVED = 2
+"""Ids before the tokenizer's own: its id i is our i + 2, so any tokenizer will do, whatever it pads or ends with."""
+LONGEST_TOKEN = 64
+"""Characters a token at most, when a long text is cut before it is tokenised."""
+
+
+class Text(Modality):
+    """A sentence: its first subwords, an end token, and pads that the mask excludes."""
+
+    name = "text"
+    stem = "text"
+    masked = True
+    reads_text = True
+    extensions = (".txt",)
+
+    class Config(Strict):
+        """The tokenizer and the position table."""
+
+        tokenizer: str | None = None
+        """Path of a tokenizer file of the `tokenizers` library; left out: one is trained on the recipe's captions."""
+        vocab: Annotated[int, Field(ge=RESERVED + 256)] = 8192
+        """Largest number of ids of a tokenizer that is trained: two of ours, 256 bytes, and merges of them."""
+        positions: Count = 256
+        """Rows of the position table; no text can be longer."""
+
+    class View(Strict):
+        """How a sentence is read."""
+
+        length: Count = 16
+        """Tokens, the end token included; longer texts keep their beginning. The paper: 16."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The trained tokenizer."""
+        if self._tokenizer is None:
+            raise RuntimeError("no tokenizer yet: call fit or load_state first")
+        return self._tokenizer
+
+    def stem_spec(self) -> StemSpec:
+        return StemSpec(values=RESERVED + self.tokenizer.get_vocab_size(), axes=(self.config.positions,), table=True)
+
+    def check(self, view: Any) -> None:
+        if view.length > self.config.positions:
+            raise ValueError(f"length {view.length} is more than the {self.config.positions} positions of the table")
+
+    def length(self, view: Any) -> int:
+        return view.length
+
+    def fit(self, corpus: Iterable[str]) -> None:
+        """Reads the tokenizer file, or trains a lower-cased byte-level BPE on the corpus; equal texts, equal tokenizer.
+
+        Raises:
+            UserError: the file is no tokenizer.
+        """
+        if self.config.tokenizer is not None:
+            self._tokenizer = _load(self.config.tokenizer)
+            return
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.config.vocab - RESERVED,
+            min_frequency=2,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(map(_valid, corpus), trainer)
+        self._tokenizer = tokenizer
+
+    def state(self) -> dict[str, str]:
+        return {"tokenizer.json": self.tokenizer.to_str()}
+
+    def load_state(self, state: dict[str, str]) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_str(state["tokenizer.json"])
+        except Exception as error:  # tokenizers raises plain Exception
+            raise UserError(f"tokenizer.json: not a tokenizer: {error}") from None
+
+    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+        """A string, or the first of a list, to ids (n,) int64 of its subwords, as many as the longest view takes."""
+        if isinstance(raw, list | tuple) and raw:
+            raw = raw[0]
+        if not isinstance(raw, str):
+            raise BadMedia(f"expected a text, found {type(raw).__name__}")
+        return self._ids(raw, max(view.length for view in views))
+
+    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+        """Ids (n,) to (length,), or (1, length) in evaluation: ended and padded. Nothing is random here."""
+        out = np.full(view.length, PAD, np.int64)
+        beginning = item[: view.length - 1]
+        out[: len(beginning)] = beginning
+        out[len(beginning)] = END
+        return out[None] if rng is None else out
+
+    def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
+        """Ids (B, length) to tokens whose mask excludes the pads."""
+        return self.from_tensor(torch.from_numpy(items))
+
+    def from_tensor(self, batch: torch.Tensor) -> Tokens:
+        """Ids (B, L) as `tokenize` gives them to tokens."""
+        if batch.ndim != 2 or batch.is_floating_point():
+            raise TypeError(f"expected integer ids (B, L), found {batch.dtype} {list(batch.shape)}")
+        self.check(self.View(length=batch.shape[1]))
+        coords = torch.arange(batch.shape[1], device=batch.device).expand(len(batch), -1)
+        return Tokens(batch.long(), coords[..., None].contiguous(), batch != PAD)
+
+    def tokenize(self, texts: str | list[str], length: int | None = None) -> torch.Tensor:
+        """Texts to ids (B, length) padded with 0, as open_clip's tokenizers give them; the default is a view's."""
+        view = self.View() if length is None else self.View(length=length)
+        texts = [texts] if isinstance(texts, str) else texts
+        return torch.from_numpy(np.concatenate([self.encode_input(text, view) for text in texts]))
+
+    def _ids(self, text: str, count: int) -> np.ndarray:
+        # The text is cut first, so that a novel in place of a caption costs no time.
+        encoding = self.tokenizer.encode(_valid(text[: LONGEST_TOKEN * count]), add_special_tokens=False)
+        return np.array(encoding.ids[:count], np.int64) + RESERVED
+
+
+def _valid(text: str) -> str:
+    """Without lone surrogates, which no UTF-8 can hold."""
+    return text.encode("utf-8", "ignore").decode("utf-8")
+
+
+def _load(path: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(path)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"modalities.text.tokenizer: {path} is not a tokenizer file: {error}") from None

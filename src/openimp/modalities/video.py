@@ -1,0 +1,194 @@
+"""Clips: containers through PyAV, animated WebP, GIF and PNG through Pillow (which keeps what is transparent)."""
+
+import io
+from typing import Any
+
+import av
+import numpy as np
+import PIL.Image
+import torch
+
+from openimp.modalities import BadMedia, Tokens
+from openimp.modalities.media import CONTAINERS, clip_starts, readable, reason, segments
+from openimp.modalities.vision import (
+    MAX_PIXELS,
+    Vision,
+    check_multiple,
+    colour_array,
+    shrink,
+    shrunk_size,
+    without_alpha,
+)
+from openimp.recipe import Count, Share
+
+MAX_FRAMES = 256
+"""Frames up to which a clip is read whole."""
+MAX_FRAME = 2 * 2**20
+"""Pixels of a frame once it is shrunk; only absurdly long or wide ones have more."""
+
+
+class Video(Vision):
+    """A clip of frames."""
+
+    name = "video"
+    extensions = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".gif")
+
+    class View(Vision.View):
+        """How a clip is seen."""
+
+        frames: Count = 16
+        """Frames a clip; a multiple of the patch's. The paper: 16, and 4 for classification."""
+        stride: Count = 2
+        """Take every so many frames. A clip too short for that is seen whole, at the stride that spreads `frames` over
+        it; if it has fewer, some are repeated."""
+        clips: Count = 4
+        """Clips in evaluation, linearly spaced, whose embeddings are averaged."""
+        flip: bool = False
+        """Mirror half of the training clips; off, because captions tell left from right."""
+        jitter: Share = 0.0
+        """Brightness, contrast and saturation change in training by a factor of at most 1 ± this; off, as in the paper
+        for captioned clips."""
+
+        @property
+        def span(self) -> int:
+            """Frames of the source that a clip stretches over."""
+            return (self.frames - 1) * self.stride + 1
+
+    def grid(self, view: Any) -> tuple[int, int, int]:
+        return (view.frames // self.config.patch[0], *super().grid(view)[1:])
+
+    def check(self, view: Any) -> None:
+        super().check(view)
+        check_multiple("frames: clip", view.frames, self.config.patch[0], self.config.extent[0], "frames")
+
+    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+        """A clip to (T, H, W, 3), or (T, H, W, 4) where it is transparent; uint8.
+
+        `raw` is bytes, a path, or a uint8 array (T, H, W) or (T, H, W, 1 to 4). Frames are counted, not timed: with a
+        variable frame rate a clip takes longer where frames are rare. Of more than 256 frames, only those that
+        evaluation sees are read.
+        """
+        if isinstance(raw, np.ndarray):
+            return np.stack([shrink(frame, views) for frame in colour_array(raw, 3)])
+        try:
+            source = readable(raw)
+            read = _read_animation if _is_animation(source) else _read_container
+            frames = read(source, views, rng)
+            if not frames:
+                raise BadMedia("no frames")
+            return without_alpha(np.stack(frames))
+        except BadMedia:
+            raise
+        except Exception as error:  # broken files raise nearly anything
+            raise BadMedia(reason(error)) from None
+
+    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+        """Frames (T, H, W, C) to one random clip (t, h, w, 3), or (clips, t, h, w, 3) in evaluation; uint8."""
+        total = len(item)
+        step = min(view.stride, (total - 1) / max(1, view.frames - 1))
+        offsets = np.round(np.arange(view.frames) * step).astype(int)
+        if rng is not None:
+            start = int(rng.integers(max(0, total - view.span) + 1))
+            return self._render(item[start + offsets], view, rng)
+        starts = clip_starts(total, view.span, view.clips)
+        return np.stack([self._render(item[start + offsets], view, None) for start in starts])
+
+    def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
+        """Frames (B, t, h, w, 3) to patches, (B, L, t * h * w * 3 of a patch) uint8."""
+        return self._tokens(torch.from_numpy(items), self.config.patch, view.drop, rngs)
+
+    def from_tensor(self, batch: torch.Tensor) -> Tokens:
+        """Clips (B, T, 3, H, W) in -1..1 to tokens."""
+        if batch.ndim != 5 or batch.shape[2] != 3 or not batch.is_floating_point():
+            raise TypeError(f"expected float (B, T, 3, H, W) in -1..1, found {batch.dtype} {list(batch.shape)}")
+        self.check(self.View(size=(batch.shape[3], batch.shape[4]), frames=batch.shape[1]))
+        return self._tokens(batch.permute(0, 1, 3, 4, 2), self.config.patch, 0.0, None)
+
+
+def _plan(total: int, views: list[Any], rng: np.random.Generator | None) -> list[tuple[int, int]]:
+    """Which frames to read: see `segments`."""
+    longest = views[0] if rng is not None else max(views, key=lambda view: view.span)
+    return segments(total, longest.span, longest.clips, MAX_FRAMES, rng)
+
+
+def _size(height: int, width: int, views: list[Any]) -> tuple[int, int]:
+    """The size that frames are shrunk to; refuses what would not fit into memory."""
+    if not 0 < height * width <= MAX_PIXELS:
+        raise BadMedia(f"frames of {width} x {height} pixels")
+    height, width = shrunk_size((height, width), views)
+    if height * width > MAX_FRAME:
+        raise BadMedia(f"frames of {width} x {height} pixels")
+    return height, width
+
+
+def _is_animation(source: io.BytesIO | str) -> bool:
+    """Whether the first bytes are those of a WebP, GIF or PNG."""
+    if isinstance(source, str):
+        with open(source, "rb") as file:
+            head = file.read(12)
+    else:
+        head = source.getvalue()[:12]
+    return head[:4] == b"GIF8" or head[:8] == b"\x89PNG\r\n\x1a\n" or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+
+
+def _read_animation(source: io.BytesIO | str, views: list[Any], rng: np.random.Generator | None) -> list[np.ndarray]:
+    frames = []
+    with PIL.Image.open(source, formats=("WEBP", "GIF", "PNG")) as picture:
+        height, width = _size(picture.height, picture.width, views)
+        total = getattr(picture, "n_frames", 1)
+        for start, count in _plan(total, views, rng):
+            for i in range(start, min(start + count, total)):
+                picture.seek(i)
+                frame = picture.convert("RGBA")
+                frames.append(np.asarray(frame.resize((width, height), PIL.Image.Resampling.BILINEAR)))
+    return frames
+
+
+def _read_container(source: io.BytesIO | str, views: list[Any], rng: np.random.Generator | None) -> list[np.ndarray]:
+    container: Any
+    with av.open(source, options={"format_whitelist": CONTAINERS}, metadata_errors="ignore") as container:
+        if not container.streams.video:
+            raise BadMedia("no video stream")
+        stream = container.streams.video[0]
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        stream.codec_context.thread_count = 1  # the loader's workers are the parallel part
+        rate = stream.average_rate or 0
+        seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+        total = (stream.frames or int(seconds * rate)) if rate else 0
+        parts = _plan(total, views, rng)
+        return [
+            frame for start, count in parts for frame in _part(container, stream, start and start / rate, count, views)
+        ]
+
+
+def _part(container: Any, stream: Any, seconds: Any, count: int, views: list[Any]) -> list[np.ndarray]:
+    """`count` frames from a time on, as far as there are; the one shown at that time if none begins after it."""
+    first = None
+    if seconds:
+        first = (stream.start_time or 0) + int(seconds / stream.time_base)
+        container.seek(first, stream=stream)
+    frames: list[np.ndarray] = []
+    before = None
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise BadMedia("truncated")
+        for frame in packet.decode():
+            if first is not None and frame.pts is not None and frame.pts < first:
+                before = frame
+                continue
+            frames.append(_pixels(frame, views))
+            if len(frames) == count:
+                return frames
+    return frames or ([_pixels(before, views)] if before is not None else [])
+
+
+def _pixels(frame: Any, views: list[Any]) -> np.ndarray:
+    """One frame (H, W, 3 or 4), shrunk and the right way up."""
+    turns = round(frame.rotation / 90) % 4
+    height, width = _size(*((frame.width, frame.height) if turns % 2 else (frame.height, frame.width)), views)
+    if turns % 2:
+        height, width = width, height
+    transparent = any(component.is_alpha for component in frame.format.components)
+    form = "rgba" if transparent else "rgb24"
+    pixels = frame.to_ndarray(format=form, width=width, height=height, interpolation="BILINEAR")
+    return np.rot90(pixels, turns) if turns else pixels

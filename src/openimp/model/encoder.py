@@ -1,0 +1,114 @@
+"""The shared Transformer encoder: pre-norm blocks without biases, dense or sparse in the last ones.
+
+Shape suffixes: B examples, L tokens, D width, H heads, K features a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openimp.model.moe import RouterStats, SparseMLP
+from openimp.recipe import Model
+
+
+SHORT = 256
+"""Tokens up to which attention on a CPU is computed without the fused kernel."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without biases; optional LayerNorm on queries and keys (arXiv 2302.05442)."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        head = width // heads
+        self.q_norm = _norm(head) if qk_norm else nn.Identity()
+        self.k_norm = _norm(head) if qk_norm else nn.Identity()
+        # Xavier for each of q, k and v; on the fused matrix torch would count three times the fan.
+        for weight in self.qkv.weight.chunk(3):
+            nn.init.xavier_uniform_(weight)
+        nn.init.xavier_uniform_(self.out.weight)
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        q_BHLK, k_BHLK, v_BHLK = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q_BHLK, k_BHLK = self.q_norm(q_BHLK).type_as(v_BHLK), self.k_norm(k_BHLK).type_as(v_BHLK)
+        attend = None if mask_BL is None else mask_BL[:, None, None, :]
+        x_BHLK = _attend(q_BHLK, k_BHLK, v_BHLK, attend)
+        return self.out(x_BHLK.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two layers with tanh-GELU, without biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        for layer in (self.up, self.down):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BLD), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm attention, then a pre-norm MLP, or experts in its place."""
+
+    def __init__(self, config: Model, sparse: bool) -> None:
+        super().__init__()
+        self.norm1 = _norm(config.width)
+        self.attention = Attention(config.width, config.heads, config.qk_norm)
+        self.norm2 = _norm(config.width)
+        self.sparse = sparse
+        self.mlp: nn.Module
+        if sparse and config.moe:
+            self.mlp = SparseMLP(config.width, config.mlp, config.moe)
+        else:
+            self.mlp = MLP(config.width, config.mlp)
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, RouterStats | None]:
+        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), mask_BL)
+        if not self.sparse:
+            return x_BLD + self.mlp(self.norm2(x_BLD)), None
+        valid_BL = torch.ones(x_BLD.shape[:2], dtype=torch.bool, device=x_BLD.device) if mask_BL is None else mask_BL
+        y_BLD, stats = self.mlp(self.norm2(x_BLD), valid_BL)
+        return x_BLD + y_BLD, stats
+
+
+class Encoder(nn.Module):
+    """Blocks and a final LayerNorm; sizes as in arXiv 2305.06324, table 7. It knows no modality."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        first_sparse = config.layers - (config.moe.layers if config.moe else 0)
+        self.blocks = nn.ModuleList(Block(config, sparse=i >= first_sparse) for i in range(config.layers))
+        self.norm = _norm(config.width)
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> tuple[Tensor, list[RouterStats]]:
+        """Tokens to tokens, (B, L, D) both, and what each sparse layer tells, first layer first."""
+        stats = []
+        for block in self.blocks:
+            x_BLD, told = block(x_BLD, mask_BL)
+            if told is not None:
+                stats.append(told)
+        return self.norm(x_BLD), stats
+
+
+def _attend(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:
+    """Softmax attention; on the CPU, for short sequences, spelled out.
+
+    torch's fused CPU kernel is made for long sequences: forward and backward of 36 tokens take it four times as long as two
+    matrix products and a softmax, and at 256 tokens they are level (benchmarks/attention.py).
+    """
+    if q_BHLK.device.type != "cpu" or q_BHLK.shape[2] > SHORT:
+        return F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, attn_mask=mask_B11L)
+    scores = (q_BHLK * q_BHLK.shape[-1] ** -0.5) @ k_BHLK.transpose(-1, -2)
+    if mask_B11L is not None:
+        scores = scores.masked_fill(~mask_B11L, -torch.inf)
+    return scores.softmax(-1).type_as(v_BHLK) @ v_BHLK
+
+
+def _norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=1e-6, bias=False)

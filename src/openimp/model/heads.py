@@ -1,0 +1,40 @@
+"""From pooled features to the common space, and the learned temperatures."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Projection(nn.Module):
+    """Two-layer GELU MLP with a final LayerNorm into the common space (arXiv 2305.06324, section 3.2)."""
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, embed_dim)
+        self.down = nn.Linear(embed_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        for layer in (self.up, self.down):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return self.norm(self.down(F.gelu(self.up(x_BD), approximate="tanh")))
+
+
+class Temperature(nn.Module):
+    """A learned scale, and a bias that only the sigmoid loss uses, for the similarities of one pair of modalities.
+
+    The scale is kept as a logarithm, so that it stays positive, and below 100, as in CLIP (arXiv 2103.00020, section 2.5).
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        # SigLIP's start (arXiv 2303.15343, section 3.2): most pairs are negatives, so begin near "no".
+        self.bias = nn.Parameter(torch.tensor(-10.0))
+
+    @property
+    def scale(self) -> Tensor:
+        return self.log_scale.clamp(max=math.log(100.0)).exp()

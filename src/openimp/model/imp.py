@@ -1,0 +1,150 @@
+"""IMP: one encoder for every modality, with a stem and projection heads for each.
+
+Shape suffixes: B examples, L tokens, D width, Z features of the common space.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import permutations
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openimp.modalities import Modality, StemSpec, Tokens
+from openimp.model.embedding import Stem
+from openimp.model.encoder import Encoder
+from openimp.model.heads import Projection, Temperature
+from openimp.model.moe import RouterStats
+from openimp.recipe import Contrastive, Model, Recipe
+
+
+class Encoded(NamedTuple):
+    """One forward pass.
+
+    Attributes:
+        features: (B, D) mean over the valid tokens of the encoder's output.
+        routing: what each sparse layer tells, first layer first; empty in a dense model.
+    """
+
+    features: Tensor
+    routing: list[RouterStats]
+
+
+class IMP(nn.Module):
+    """The model of arXiv 2305.06324.
+
+    Args:
+        config: the encoder and the common space.
+        stems: what each stem embeds, by stem name.
+        stem_of: the stem that each modality uses; modalities may share one.
+        pairs: the pairs of modalities that are trained to agree; each has a temperature and, in a disjoint space, a
+            head for either direction.
+        classes: the size of each classification head, by head name.
+    """
+
+    def __init__(
+        self,
+        config: Model,
+        stems: Mapping[str, StemSpec],
+        stem_of: Mapping[str, str],
+        pairs: Iterable[tuple[str, str]],
+        classes: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.stem_of = dict(stem_of)
+        self.pairs = [tuple(sorted(pair)) for pair in pairs]
+        self.stems = nn.ModuleDict({name: Stem(spec, config.width) for name, spec in stems.items()})
+        self.encoder = Encoder(config)
+        names = sorted({self.head_name(a, b) for pair in self.pairs for a, b in permutations(pair)})
+        self.projections = nn.ModuleDict({name: Projection(config.width, config.embed_dim) for name in names})
+        self.temperatures = nn.ModuleDict({"-".join(pair): Temperature(config.temperature) for pair in self.pairs})
+        self.classifiers = nn.ModuleDict({name: _classifier(config.width, n) for name, n in (classes or {}).items()})
+
+    @classmethod
+    def from_recipe(
+        cls, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, int] | None = None
+    ) -> "IMP":
+        """The model that a recipe's tasks need; `modalities` are fitted, `classes` counted in the data."""
+        return cls(
+            recipe.model,
+            stems={m.stem: m.stem_spec() for m in modalities.values()},
+            stem_of={name: m.stem for name, m in modalities.items()},
+            pairs=trained_pairs(recipe),
+            classes=classes,
+        )
+
+    def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
+        """One pass over the tokens of one modality, or of several, concatenated.
+
+        Args:
+            inputs: tokens by modality, of the same B examples each.
+        """
+        parts = {name: self.stems[self.stem_of[name]](tokens) for name, tokens in inputs.items()}
+        mask_BL = None
+        if any(tokens.mask is not None for tokens in inputs.values()):
+            mask_BL = torch.cat(
+                [
+                    t.mask if t.mask is not None else torch.ones(t.coords.shape[:2], dtype=torch.bool, device=t.coords.device)
+                    for t in inputs.values()
+                ],
+                dim=1,
+            )
+        x_BLD, routing = self.encoder(torch.cat(list(parts.values()), dim=1), mask_BL)
+        lengths = [part.shape[1] for part in parts.values()]
+        read = [self.stems[self.stem_of[name]].after(x) for name, x in zip(inputs, x_BLD.split(lengths, dim=1))]
+        return Encoded(_mean(torch.cat(read, dim=1), mask_BL), routing)
+
+    def project(self, features_BD: Tensor, source: str, target: str) -> Tensor:
+        """Features of `source` to unit vectors (B, Z) in the space that it shares with `target`, in fp32.
+
+        Raises:
+            KeyError: no task trained this pair.
+        """
+        return F.normalize(self.projections[self.head_name(source, target)](features_BD).float(), dim=-1)
+
+    def temperature(self, a: str, b: str) -> Temperature:
+        """The learned scale of a pair, in either order."""
+        module = self.temperatures["-".join(sorted((a, b)))]
+        assert isinstance(module, Temperature)
+        return module
+
+    def head_name(self, source: str, target: str) -> str:
+        """The projection that takes `source` to the space that it shares with `target`."""
+        return source if self.config.space == "joint" else f"{source}-to-{target}"
+
+
+def trained_pairs(recipe: Recipe) -> list[tuple[str, str]]:
+    """Every pair of modalities that a contrastive objective of the recipe brings together, sorted."""
+    found = {
+        tuple(sorted(pair))
+        for task in recipe.tasks.values()
+        for objective in task.objectives
+        if isinstance(objective, Contrastive)
+        for pair in pairs_of(objective, task.inputs)
+    }
+    return sorted((a, b) for a, b in found)
+
+
+def pairs_of(objective: Contrastive, modalities: Iterable[str]) -> list[tuple[str, str]]:
+    """The pairs of a contrastive objective: those that it names, or all of the task's."""
+    if objective.pairs is not None:
+        return [(a, b) for a, b in objective.pairs]
+    names = list(modalities)
+    return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+
+
+def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+    if mask_BL is None:
+        return x_BLD.mean(1)
+    weight_BL1 = mask_BL[..., None].to(x_BLD.dtype)
+    return (x_BLD * weight_BL1).sum(1) / weight_BL1.sum(1)
+
+
+def _classifier(width: int, classes: int) -> nn.Linear:
+    layer = nn.Linear(width, classes)
+    # Zero: the first gradients then tell the encoder nothing random about the classes (big_vision's head_zeroinit).
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

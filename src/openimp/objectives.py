@@ -1,0 +1,149 @@
+"""Losses: what a task wants of the features of its modalities.
+
+Shape suffixes: B examples, N and M items of either side, Z features of the common space, K classes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openimp.device import full_precision
+from openimp.modalities import Tokens
+from openimp.model.imp import IMP, Encoded, pairs_of
+from openimp.recipe import Classification, Contrastive, Task
+
+
+@dataclass
+class Batch:
+    """One step's examples.
+
+    Attributes:
+        tokens: by modality; a modality drawn k times an example has k rows an example, one after the other.
+        item: (B,) int64, equal for examples that are one item; by column, "" being the row of the source itself.
+        labels: by column, (B,) int64, or (B, K) float for any number of classes an example.
+        rows: the source's rows, to name them in messages.
+    """
+
+    tokens: dict[str, Tokens]
+    item: dict[str, Tensor]
+    labels: dict[str, Tensor] = field(default_factory=dict)
+    rows: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(
+            {name: tokens.to(device) for name, tokens in self.tokens.items()},
+            {name: item.to(device, non_blocking=True) for name, item in self.item.items()},
+            {name: label.to(device, non_blocking=True) for name, label in self.labels.items()},
+            self.rows,
+        )
+
+
+@dataclass
+class Losses:
+    """What one step gives.
+
+    Attributes:
+        total: scalar, to be minimised.
+        parts: each objective's unweighted loss, detached, by name.
+        encoded: the forward passes, by modality.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    encoded: dict[str, Encoded]
+
+
+def task_losses(model: IMP, task: Task, batch: Batch, encode: Callable[..., Encoded] | None = None) -> Losses:
+    """Encodes every modality of the batch once, and sums the task's objectives with their weights.
+
+    The routers' own losses are added as they are, weighted in `model.moe`. `encode` is `model.encode`, or the same
+    compiled.
+    """
+    encode = encode or model.encode
+    encoded = {name: encode({name: tokens}) for name, tokens in batch.tokens.items()}
+    parts: dict[str, Tensor] = {}
+    total = torch.zeros((), device=next(iter(encoded.values())).features.device)
+    for objective in task.objectives:
+        terms = (
+            contrastive_losses(model, objective, encoded, batch)
+            if isinstance(objective, Contrastive)
+            else classification_losses(model, objective, task.source, encoded, batch)
+        )
+        for name, loss in terms.items():
+            parts[name] = loss.detach()
+            total = total + objective.weight * loss
+    routing = [stats for item in encoded.values() for stats in item.routing]
+    if routing:
+        aux = torch.stack([stats.aux for stats in routing]).mean()
+        parts["router"] = aux.detach()
+        total = total + aux
+    return Losses(total, parts, encoded)
+
+
+def contrastive_losses(
+    model: IMP, objective: Contrastive, encoded: Mapping[str, Encoded], batch: Batch
+) -> dict[str, Tensor]:
+    """The loss of each pair, by "a-b"; embeddings, similarities and softmax are fp32."""
+    item_B = batch.item[objective.same or ""]
+    losses = {}
+    for a, b in pairs_of(objective, encoded):
+        # Joint heads are applied once for each pair; the encoder, which is nearly all of the work, only once.
+        z_NZ, z_MZ = model.project(encoded[a].features, a, b), model.project(encoded[b].features, b, a)
+        item_N, item_M = (item_B.repeat_interleave(len(z) // len(item_B)) for z in (z_NZ, z_MZ))
+        temperature = model.temperature(a, b)
+        with full_precision(z_NZ.device):
+            logits_NM = temperature.scale * z_NZ @ z_MZ.T
+            same_NM = item_N[:, None] == item_M
+            if objective.loss == "softmax":
+                losses[f"{a}-{b}"] = (_nce(logits_NM, same_NM) + _nce(logits_NM.T, same_NM.T)) / 2
+            else:
+                losses[f"{a}-{b}"] = sigmoid_nce(logits_NM + temperature.bias, same_NM)
+    return losses
+
+
+def _nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
+    """-log of the positives' share, positives log-summed (MIL-NCE, arXiv 1912.06430); one positive: InfoNCE."""
+    positive_N = logits_NM.masked_fill(~same_NM, -torch.inf).logsumexp(1)
+    return (logits_NM.logsumexp(1) - positive_N).mean()
+
+
+def sigmoid_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
+    """Every pair is one yes-or-no question; summed over the pairs, averaged over the first side (arXiv 2303.15343)."""
+    sign_NM = same_NM.to(logits_NM.dtype) * 2 - 1
+    return -F.logsigmoid(sign_NM * logits_NM).sum() / len(logits_NM)
+
+
+def classification_losses(
+    model: IMP, objective: Classification, source: str, encoded: Mapping[str, Encoded], batch: Batch
+) -> dict[str, Tensor]:
+    """The loss of each classified modality, by "modality:column"."""
+    target = batch.labels[objective.label]
+    head = model.classifiers[head_key(source, objective.label)]
+    loss_of: Callable[..., Tensor] = softmax_classification if objective.loss == "softmax" else sigmoid_classification
+    names = [objective.of] if objective.of else [name for name, tokens in batch.tokens.items() if tokens.mask is None]
+    return {
+        f"{name}:{objective.label}": loss_of(head(encoded[name].features).float(), target, objective.smoothing)
+        for name in names
+    }
+
+
+def softmax_classification(logits_BK: Tensor, label_B: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy with label smoothing."""
+    return F.cross_entropy(logits_BK, label_B, label_smoothing=smoothing)
+
+
+def sigmoid_classification(logits_BK: Tensor, label_BK: Tensor, smoothing: float) -> Tensor:
+    """Binary cross-entropy, summed over classes; smoothing draws the targets towards one half."""
+    target_BK = label_BK * (1 - smoothing) + smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none").sum(1).mean()
+
+
+def head_key(source: str, label: str) -> str:
+    """The name of the classification head of a source's column; module names may not hold a dot."""
+    return f"{source}-{label}".replace(".", "_")

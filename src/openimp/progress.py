@@ -1,0 +1,85 @@
+"""What a person sees: bars where there is a terminal, plain lines where there is none."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+console = Console(highlight=False)
+"""Standard output."""
+PLAIN_WIDTH = 110
+if not console.is_terminal:
+    console = Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def track(items: Iterable[T], description: str) -> Iterator[T]:
+    """Passes the items on, under a bar with the time left; without a terminal, one line at the end."""
+    total = len(items) if hasattr(items, "__len__") else None
+    if not console.is_terminal:
+        start, count = time.perf_counter(), 0
+        for count, item in enumerate(items, 1):  # noqa: B007 (the count is for the line below)
+            yield item
+        console.print(f"{description}: {count} in {time.perf_counter() - start:.1f} s")
+        return
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, transient=True,
+    ) as bar:  # fmt: skip
+        yield from bar.track(items, total=total, description=description)
+
+
+class StepBar:
+    """The progress of training: steps, loss by task, examples a second, data wait, time left."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.first, self.start = total, done, time.perf_counter()
+        self.bar = Progress(
+            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self.task = self.bar.add_task("train", total=total, completed=done, note="")
+
+    def __enter__(self) -> "StepBar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def step(self, done: int) -> None:
+        self.bar.update(self.task, completed=done)
+
+    def report(self, done: int, losses: dict[str, float], rate: float, wait: float) -> None:
+        """A line of figures: on the bar, or on a line of its own."""
+        note = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        note = f"{note}  {rate:.0f} examples/s  wait {wait:.1%}"
+        if console.is_terminal:
+            self.bar.update(self.task, note=note)
+            return
+        spent = time.perf_counter() - self.start
+        left = spent / max(1, done - self.first) * (self.total - done)
+        console.print(f"step {done}/{self.total}  {note}  {_clock(spent)} spent, {_clock(left)} left", soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def mixture_table(rows: dict[str, dict[str, float]], totals: dict[str, Any]) -> Table:
+    """Each task's expected share, before training."""
+    table = Table(title="mixture: expected share by task", title_justify="left")
+    table.add_column("task")
+    for unit in ("steps", "examples", "tokens", "FLOPs"):
+        table.add_column(unit, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[unit]:.1%}" for unit in ("steps", "examples", "tokens", "flops")))
+    table.add_section()
+    table.add_row("in all", *(f"{totals[unit]:.3g}" for unit in ("steps", "examples", "tokens", "flops")))
+    return table

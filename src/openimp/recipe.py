@@ -1,0 +1,493 @@
+"""The recipe: one YAML file that says everything about an experiment. Every default lives here, with unit and source.
+
+What belongs to one modality only (a picture's size, a sound's seconds) is declared beside that modality as its `Config`
+and `View`; a recipe checks those parts against the modality that it finds by name.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from openimp.errors import UserError, nearest
+from openimp.registry import modality_class
+
+
+class Strict(BaseModel):
+    """A part of the recipe: types are exact, and an unknown key is refused with the nearest known one named."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and cls.model_config.get("extra") == "forbid":
+            for key in data:
+                if key not in cls.model_fields:
+                    raise ValueError(f"unknown key {key!r}{nearest(str(key), cls.model_fields)}")
+        return data
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+# YAML knows no tuples, so a list is taken for one; its items stay strict.
+Pair = Annotated[tuple[Count, Count], Field(strict=False)]
+Triple = Annotated[tuple[Count, Count, Count], Field(strict=False)]
+
+
+class MoE(Strict):
+    """Sparse Mixture-of-Experts in place of the MLP of the last blocks (arXiv 2305.06324, section 3.3)."""
+
+    experts: Count = 16
+    """Experts a block: 16 in B and L, 4 in S."""
+    layers: Count = 6
+    """How many of the last blocks are sparse."""
+    routing: Literal["expert_choice", "expert_choice_batch", "token_choice"] = "expert_choice"
+    """Who chooses whom: experts choose among the tokens of one example, or of the whole batch (in training only), or each
+    token chooses its `top_k` experts (in training up to the experts' capacity)."""
+    capacity: Positive = 1.0
+    """Tokens an expert takes, as a multiple of tokens / experts (of `top_k` x tokens / experts in token choice)."""
+    top_k: Count = 1
+    """Experts a token, in token choice only."""
+    z_loss: Annotated[float, Field(ge=0)] = 1e-3
+    """Weight of the router z-loss, mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, section 3.2)."""
+    balance_loss: Annotated[float, Field(ge=0)] = 1e-2
+    """Weight of the load-balancing loss, in token choice only (Switch, arXiv 2101.03961, section 2.2)."""
+
+
+class Model(Strict):
+    """The shared encoder and the space it embeds into. The defaults are IMP-S, dense."""
+
+    width: Count = 384
+    """Features a token."""
+    layers: Count = 12
+    """Transformer blocks."""
+    heads: Count = 6
+    """Attention heads; the paper's are 64 wide."""
+    mlp: Count = 1536
+    """Hidden features of the MLP, and of each expert."""
+    qk_norm: bool = False
+    """LayerNorm on queries and keys; on in the paper's MoE models."""
+    moe: MoE | None = None
+    """Left out: a dense encoder."""
+    space: Literal["disjoint", "joint"] = "disjoint"
+    """One head for each (source, target) pair of modalities, as in the authors' release, or one head a modality."""
+    embed_dim: Count = 1024
+    """Features of the common space, and of its heads' hidden layer."""
+    temperature: Positive = 0.2
+    """Where the learned temperature of each pair of modalities starts; the paper: 0.2 dense, 1.0 MoE."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Model":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        if self.moe and self.moe.layers > self.layers:
+            raise ValueError(f"moe.layers {self.moe.layers} is more than layers {self.layers}")
+        if self.moe and self.moe.top_k > self.moe.experts:
+            raise ValueError(f"moe.top_k {self.moe.top_k} is more than moe.experts {self.moe.experts}")
+        return self
+
+
+class Source(Strict):
+    """Where examples come from. Exactly one of `path` and `hub`; several tasks may share a source."""
+
+    path: str | None = None
+    """A folder (one sub-folder a class), a .csv/.jsonl manifest, .parquet or .tar files (`*` allowed), a URL that fsspec
+    opens, or `openimp:NAME` for bundled data. Relative to the recipe."""
+    hub: str | None = None
+    """A data set's name on the Hugging Face hub."""
+    config: str | None = None
+    """The configuration of a hub data set."""
+    split: str = "train"
+    """The split of a hub data set."""
+    format: Literal["folder", "manifest", "parquet", "webdataset"] | None = None
+    """Left out: told by the path."""
+    root: str | None = None
+    """Where a manifest's file names start; left out: beside the manifest. Nothing outside it is ever read."""
+    where: dict[str, str | int | bool | list[str] | list[int]] = {}
+    """Keep the rows whose column has this value, or one of these values."""
+    stream: bool = False
+    """Read in order, shard after shard, without an index: for what does not fit the disk."""
+    window: Count = 1024
+    """Streams only: examples that are shuffled together."""
+    cache: Literal["none", "memory", "disk"] = "none"
+    """Where decoded pictures, clips and sounds are kept, for data small enough to be decoded once."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Source":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of path and hub")
+        if self.stream and self.cache != "none":
+            raise ValueError("a streamed source cannot be cached; drop stream or cache")
+        return self
+
+
+class Input(Strict):
+    """Where a modality's raw value stands in a row. A plain string or list is short for `column`."""
+
+    column: str | list[str]
+    """A column, or a text template such as "{name}, {keywords*}": `{x}` takes one value of x (of a list: one at random in
+    training, the first in evaluation), `{x*}` joins all of a list by commas (in training some, in any order). Of several
+    columns or templates one is drawn in training, and the first is used in evaluation."""
+    draw: Count = 1
+    """How many are drawn in training; more than one makes several positives an item (MIL-NCE)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        return {"column": data} if isinstance(data, str | list) else data
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns or templates, in order of preference."""
+        return [self.column] if isinstance(self.column, str) else self.column
+
+
+Inputs = Annotated[dict[str, Input], Field(min_length=1)]
+
+
+class Contrastive(Strict):
+    """Symmetric contrastive loss over pairs of the task's modalities."""
+
+    type: Literal["contrastive"]
+    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = None
+    """Left out: every pair of the task's modalities."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """Softmax NCE with the positives of an item log-summed (MIL-NCE, arXiv 1912.06430), or SigLIP's sigmoid loss
+    (arXiv 2303.15343)."""
+    same: str | None = None
+    """Rows with equal values in this column count as one item: positives of each other, never negatives."""
+    weight: Positive = 1.0
+
+
+class Classification(Strict):
+    """One linear head for each (source, label column) on the pooled features."""
+
+    type: Literal["classification"]
+    label: str
+    """The column with the class, or with a list of classes (sigmoid)."""
+    of: str | None = None
+    """The modality to classify. Left out: each of the task's modalities that is not text-like (has no mask)."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """One class an example, or any number of them."""
+    classes: list[str] | list[int] | None = None
+    """The classes, in the order of the head's outputs; left out: every value that the column has. Streams need it."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that is spread over all classes."""
+    weight: Positive = 1.0
+
+
+Objective = Annotated[Contrastive | Classification, Field(discriminator="type")]
+
+
+class View(Strict):
+    """How an example is seen at one step. Beside these keys: one key a modality, with that modality's own options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    share: Positive = 1.0
+    """How often this view is drawn, against the task's other views."""
+    batch: Count | None = None
+    """Examples a step in this view; left out: the task's."""
+
+    def __getitem__(self, modality: str) -> Any:
+        """The checked options of one modality, an instance of its `View`."""
+        return (self.model_extra or {})[modality]
+
+    def bind(self, modalities: Iterable[str], where: str) -> "View":
+        """Checks the options of each modality against its `View` and fills in its defaults."""
+        extra = dict(self.model_extra or {})
+        for name in modalities:
+            options = extra.pop(name, {})
+            if isinstance(options, BaseModel):
+                options = options.model_dump()
+            checked = _checked(modality_class(name).View, options, f"{where}.{name}")
+            (self.__pydantic_extra__ or {})[name] = checked
+        if extra:
+            key = next(iter(extra))
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, [*modalities, *View.model_fields])}")
+        return self
+
+
+class Task(Strict):
+    """A source, the modalities read from it, their views, one or more objectives, a batch size and a weight."""
+
+    source: str
+    inputs: Inputs
+    """Which column, or text template, feeds which modality."""
+    objectives: Annotated[list[Objective], Field(min_length=1)]
+    """Summed with their weights."""
+    views: Annotated[list[View], Field(min_length=1, default_factory=lambda: [View()])]
+    batch: Count = 256
+    """Examples a step, over all processes."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """How often the task is drawn, against the other tasks (alternation random and cycle)."""
+    interval: Count = 1
+    """Visited every so many rounds (alternation intervals)."""
+
+
+class Alternation(Strict):
+    """The function step -> (task, view)."""
+
+    kind: Literal["random", "intervals", "cycle"] = "random"
+    """Drawn by weight (the paper's figure 1), each task every `interval` rounds (the authors' release), or a
+    low-discrepancy sequence by weight."""
+
+
+class Optimizer(Strict):
+    """Fused AdamW with one schedule for all tasks (arXiv 2305.06324, appendix)."""
+
+    lr: Positive = 8e-4
+    """Peak learning rate; the paper: S 8e-4, B 1e-3, L 5e-4."""
+    warmup: Whole = 10_000
+    """Steps of linear warm-up."""
+    final_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """On matrices only."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    clip: Positive | None = 1.0
+    """Largest norm of the gradient; null: no clipping."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of the averaged weights that are evaluated and saved beside the trained ones; null: none are kept."""
+
+
+class Train(Strict):
+    """The loop."""
+
+    steps: Count = 200_000
+    """Gradient steps, over all tasks; the paper: S 200k, B and L 500k."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 autocast where the processor has it."""
+    compile: bool = False
+    """torch.compile, once for each signature (modality, view, batch); needs a C++ compiler."""
+    workers: Whole = 2
+    """Processes that read and decode; 0: the training process does."""
+    prefetch: Count = 4
+    """Batches that each worker prepares ahead."""
+    log_every: Count = 50
+    """Steps between two lines of metrics."""
+    save_every: Count = 1000
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: Count = 2
+    """Checkpoints that are kept."""
+    max_bad: Share = 0.01
+    """The share of unreadable examples, of all that a task has read, above which the run stops (from 100 on)."""
+
+
+class Retrieval(Strict):
+    """R@1/5/10, median rank and mean reciprocal rank, both ways, between two modalities of a source."""
+
+    type: Literal["retrieval"]
+    source: str
+    inputs: Inputs
+    """Two modalities. Items with equal text, or equal raw value, are one."""
+    view: View = Field(default_factory=View)
+
+
+class ZeroShot(Strict):
+    """Top-1 and top-5 of classes that are named only by text."""
+
+    type: Literal["zero_shot"]
+    source: str
+    inputs: Annotated[dict[str, Input], Field(min_length=1, max_length=1)]
+    """The one modality to classify."""
+    label: str
+    """The column with the class."""
+    prompts: Annotated[list[str], Field(min_length=1)] = ["{}"]
+    """Templates; a class embedding is the mean over all of them."""
+    texts: dict[str, str] | None = None
+    """What a class is called in the prompts, where its label is not its name."""
+    reader: str = "text"
+    """The modality that reads the prompts."""
+    view: View = Field(default_factory=View)
+
+
+class Evaluation(Strict):
+    """What is measured during training, at its end, and by `openimp eval`."""
+
+    every: Count | None = None
+    """Steps between two evaluations; null: at the end only."""
+    batch: Count = 128
+    """Examples encoded at once."""
+    sets: dict[str, Annotated[Retrieval | ZeroShot, Field(discriminator="type")]] = {}
+
+
+class Recipe(Strict):
+    """Everything about an experiment."""
+
+    name: str
+    """Also the run directory's name: runs/NAME unless told otherwise."""
+    seed: Whole = 0
+    model: Model = Model()
+    modalities: dict[str, Any] = {}
+    """Options of each modality's stem (vision serves image and video)."""
+    sources: Annotated[dict[str, Source], Field(min_length=1)]
+    tasks: Annotated[dict[str, Task], Field(min_length=1)]
+    alternation: Alternation = Alternation()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def modality_names(self) -> list[str]:
+        """Every modality that a task reads, in the order of first use."""
+        return list(dict.fromkeys(name for task in self.tasks.values() for name in task.inputs))
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
+        """Reads a recipe from a YAML file, or a bundled one by name, and applies `a.b.c=value` overrides.
+
+        Raises:
+            UserError: no such file, no YAML, or anything that the schema refuses.
+        """
+        file = find_recipe(str(path))
+        try:
+            data = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            raise UserError(f"{file}: a recipe is a mapping of keys, found {type(data).__name__}")
+        for override in overrides:
+            _override(data, override)
+        return cls.build(data, file.resolve().parent, str(file))
+
+    @classmethod
+    def build(cls, data: Mapping[str, Any], folder: str | Path = ".", where: str = "recipe") -> "Recipe":
+        """A checked recipe from plain data; relative paths of its sources start at `folder`."""
+        recipe = _checked(cls, data, where)
+        for source in recipe.sources.values():
+            for field in ("path", "root"):
+                value = getattr(source, field)
+                if value and not re.match(r"\w+:", value):
+                    setattr(source, field, str(Path(folder).resolve() / value))
+        recipe._bind(where)
+        return recipe
+
+    def _bind(self, where: str) -> None:
+        """Checks what one part says of another: sources by name, and the options of each modality."""
+        if not any(task.weight for task in self.tasks.values()):
+            raise UserError(f"{where}: every task has weight 0; nothing would be trained")
+        users: list[tuple[str, Task | Retrieval | ZeroShot]] = [
+            *((f"tasks.{name}", task) for name, task in self.tasks.items()),
+            *((f"evaluation.sets.{name}", item) for name, item in self.evaluation.sets.items()),
+        ]
+        for key, user in users:
+            if user.source not in self.sources:
+                raise UserError(f"{where}: {key}.source: no source {user.source!r}{nearest(user.source, self.sources)}")
+            views = user.views if isinstance(user, Task) else [user.view]
+            for i, view in enumerate(views):
+                view.bind(user.inputs, f"{where}: {key}.views[{i}]" if isinstance(user, Task) else f"{where}: {key}.view")
+            if isinstance(user, Retrieval) and len(user.inputs) != 2:
+                raise UserError(f"{where}: {key}.inputs: retrieval is between two modalities, found {len(user.inputs)}")
+            if not isinstance(user, Task):
+                for name in [*user.inputs, *([user.reader] if isinstance(user, ZeroShot) else [])]:
+                    if name not in self.modality_names:
+                        raise UserError(f"{where}: {key}: no task trains modality {name!r}")
+        stems = {modality_class(name).stem: modality_class(name) for name in self.modality_names}
+        for stem in self.modalities:
+            if stem not in stems:
+                raise UserError(f"{where}: modalities: unknown key {stem!r}{nearest(stem, stems)}")
+        for stem, modality in stems.items():
+            options = self.modalities.get(stem, {})
+            options = options.model_dump() if isinstance(options, BaseModel) else options
+            self.modalities[stem] = _checked(modality.Config, options, f"{where}: modalities.{stem}")
+        for key, user in users:
+            views = user.views if isinstance(user, Task) else [user.view]
+            for i, view in enumerate(views):
+                for name in user.inputs:
+                    cls = modality_class(name)
+                    try:
+                        cls(self.modalities[cls.stem]).check(view[name])
+                    except ValueError as error:
+                        raise UserError(f"{where}: {key} view {i}, {name}: {error}") from None
+        for name, task in self.tasks.items():
+            for objective in task.objectives:
+                named = sum(objective.pairs or [], []) if isinstance(objective, Contrastive) else [objective.of]
+                for modality in filter(None, named):
+                    if modality not in task.inputs:
+                        raise UserError(
+                            f"{where}: tasks.{name}: objective {objective.type} names {modality!r}, "
+                            f"which is not among the task's inputs{nearest(modality, task.inputs)}"
+                        )
+                if isinstance(objective, Contrastive) and len(task.inputs) < 2:
+                    raise UserError(f"{where}: tasks.{name}: a contrastive objective needs two modalities in inputs")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with every default written out."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+
+
+def find_recipe(name: str) -> Path:
+    """The file that `name` means: a path, or the name of a recipe that comes with openimp.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    here = Path(__file__).resolve().parent
+    # In a wheel the recipes lie in the package, in a checkout at its top.
+    bundled = {p.stem: p for folder in (here / "recipes", here.parents[1] / "recipes") for p in folder.glob("*.yaml")}
+    if name in bundled:
+        return bundled[name]
+    raise UserError(f"{name}: no such recipe file{nearest(name, bundled)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as people expect, and a key that is given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag != "tag:yaml.org,2002:merge":
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    """Sets one value of the raw recipe from `a.b.c=value`; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text}: expected KEY=VALUE, such as tasks.captions.weight=2")
+    *path, last = key.strip().split(".")
+    node: Any = data
+    try:
+        for part in path:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = yaml.load(value, _Loader)
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise UserError(f"--set {text}: the recipe has no such key") from None
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: {value!r} is not valid YAML") from None
+
+
+def _checked(schema: type[Any], data: Any, where: str) -> Any:
+    """Validates plain data, and tells the first mistake in one sentence."""
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # A discriminated union puts the member's tag into the path, where the reader's file has no such key.
+        tags = {"contrastive", "classification", "retrieval", "zero_shot"}
+        key = ".".join(str(part) for part in first["loc"] if part not in tags)
+        message = first["msg"].removeprefix("Value error, ")
+        found = "" if first["type"] in ("value_error", "missing") else f", found {first['input']!r:.60}"
+        raise UserError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None

@@ -1,0 +1,264 @@
+"""Training: alternating gradient descent, one task and one view a step."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openimp.checkpoint import checkpoints, load_checkpoint, read_config, save_checkpoint
+from openimp.data.loader import Loaded, StepBatches, make_loader
+from openimp.device import autocast, pick_device
+from openimp.errors import UserError
+from openimp.evaluation import evaluate, table
+from openimp.ledger import Cost, costs, mixture
+from openimp.metrics import BadExamples, Metrics
+from openimp.modalities import modalities_of
+from openimp.model.imp import IMP
+from openimp.objectives import Losses, task_losses
+from openimp.progress import StepBar, console, mixture_table, track
+from openimp.recipe import Recipe
+
+FREE = {"train.workers", "train.prefetch", "train.log_every", "train.save_every", "train.keep", "train.max_bad"}
+"""Keys that change nothing a resumed run computes; so does all of `evaluation`, and where a source caches."""
+
+
+def train(recipe: Recipe, run: Path, resume: bool = False) -> Path:
+    """Trains a recipe into a run directory, evaluates it, and returns the last checkpoint.
+
+    Args:
+        recipe: what to train.
+        run: the directory to write; with `resume`, one that holds an interrupted run of the same recipe.
+
+    Raises:
+        UserError: bad data, a run that is already there, a checkpoint of another recipe, or a loss that is not finite.
+    """
+    training = Training(recipe, run, resume)
+    with _stop_signals() as stop, StepBar(recipe.train.steps, training.step) as bar:
+        waiting = time.perf_counter()
+        for loaded in make_loader(training.data, training.step):
+            waited = time.perf_counter() - waiting
+            losses = training.update(loaded)
+            training.record(loaded, losses, waited, bar)
+            if stop.requested and training.step < recipe.train.steps:
+                folder = training.save()
+                console.print(f"stopped at step {training.step}, saved {folder}; go on with --resume")
+                return folder
+            if training.due(recipe.train.save_every):
+                training.save()
+            if training.due(recipe.evaluation.every):
+                training.evaluate()
+            waiting = time.perf_counter()
+    folder = training.save()
+    training.evaluate()
+    training.metrics.close()
+    return folder
+
+
+class Training:
+    """All that one training holds."""
+
+    def __init__(self, recipe: Recipe, run: Path, resume: bool) -> None:
+        self.recipe, self.run, self.step = recipe, run, 0
+        self.device = pick_device()
+        latest = _latest(recipe, run) if resume else None
+        if not resume and (run / "recipe.yaml").exists():
+            raise UserError(f"{run}: holds a run already; go on with --resume, or name another directory with --run")
+        self.modalities = modalities_of(recipe)
+        self.data = StepBatches(recipe, self.modalities, progress=track)
+        if latest is None:
+            self.data.fit()
+        else:
+            _, classes, learned = read_config(latest)
+            for modality in self.modalities.values():
+                modality.load_state(learned)
+            if classes != self.data.classes:
+                raise UserError(f"{latest}: was trained on other classes than the data has now")
+        self.costs = costs(recipe, self.modalities, self.data.classes)
+        torch.manual_seed(recipe.seed)
+        sizes = {name: len(values) for name, values in self.data.classes.items()}
+        self.model = IMP.from_recipe(recipe, self.modalities, sizes).to(self.device).train()
+        self.encode = self._compiled() if recipe.train.compile else self.model.encode
+        self.optimizer = _optimizer(recipe, self.model)
+        self.averaged: dict[str, Tensor] | None = None
+        if recipe.optimizer.ema:
+            self.averaged = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        state: dict[str, Any] = {}
+        if latest is not None:
+            state = load_checkpoint(latest, self.model, self.optimizer, self.averaged)
+            self.step = state["step"]
+            self.data.load_cursors(state["cursors"])
+        self.cursors: dict[str, Any] = state.get("cursors", {})
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        self.metrics = Metrics(run, self.step, state.get("totals"))
+        self.bad = BadExamples(run, recipe.train.max_bad, state.get("bad"))
+        self.grad_norm = 0.0
+        self._print_plan()
+
+    def update(self, loaded: Loaded) -> Losses:
+        """One step: one task's losses, their gradients, and one update of the parameters that the task touches."""
+        visit, recipe = loaded.visit, self.recipe
+        task = recipe.tasks[visit.task]
+        with autocast(self.device, recipe.train.precision):
+            losses = task_losses(self.model, task, loaded.batch.to(self.device), self.encode)
+        losses.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip or math.inf)
+        self.grad_norm = float(norm)
+        if not math.isfinite(self.grad_norm):
+            rows = ", ".join(self.data.sources[visit.task].where(row) for row in loaded.batch.rows[:8])
+            raise UserError(
+                f"step {visit.step}, task {visit.task}: loss {float(losses.total.detach()):g} or its gradient is not finite; "
+                f"nothing was updated; first of its {len(loaded.batch)} examples: {rows}"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, visit.step)
+        self.optimizer.step()
+        # None, not zero: what the next task does not touch keeps its value and its moments.
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.averaged is not None:
+            # A short history is averaged over a short time (as in timm's ModelEmaV3 with warm-up).
+            decay = min(recipe.optimizer.ema or 0, (1 + visit.step) / (10 + visit.step))
+            torch._foreach_lerp_(list(self.averaged.values()), list(self.model.state_dict().values()), 1 - decay)
+        self.step = visit.step + 1
+        return losses
+
+    def record(self, loaded: Loaded, losses: Losses, waited: float, bar: StepBar) -> None:
+        """Adds a step to the metrics, and writes and shows a line when one is due."""
+        visit = loaded.visit
+        self.bad.add(visit.step, visit.task, len(loaded.batch), loaded.bad)
+        if loaded.cursor is not None:
+            self.cursors[visit.task] = loaded.cursor
+        self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], waited)
+        bar.step(self.step)
+        if self.due(self.recipe.train.log_every) or self.step == self.recipe.train.steps:
+            line = self.metrics.write(self.step, learning_rate(self.recipe, visit.step), self.grad_norm)
+            shown = {name: figures["loss"] for name, figures in line["tasks"].items()}
+            bar.report(self.step, shown, line["examples_per_s"], line["data_wait"])
+
+    def due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0 and self.step < self.recipe.train.steps
+
+    def save(self) -> Path:
+        """Writes a checkpoint."""
+        state = {
+            "cursors": self.cursors,
+            "bad": self.bad.state,
+            "totals": {task: dict(units) for task, units in self.metrics.totals.items()},
+        }
+        return save_checkpoint(
+            self.run, self.step, self.recipe.train.keep, state, self.optimizer, self.averaged,
+            self.model, self.recipe, self.modalities, self.data.classes,
+        )  # fmt: skip
+
+    def evaluate(self) -> None:
+        """Measures the model, with the averaged weights where there are any, and writes and prints the results."""
+        if not self.recipe.evaluation.sets:
+            return
+        with self._averaged_weights():
+            results = evaluate(self.model, self.recipe, self.modalities, step=self.step)
+        self.metrics.results(self.run, results)
+        console.print(table(results))
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        if self.averaged is None:
+            yield
+            return
+        trained = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self.averaged)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(trained)
+
+    def _compiled(self) -> Any:
+        """`encode`, compiled once for each shape; one shape more than the recipe has is an error, not a silent fall back."""
+        shapes = {
+            (name, (view.batch or task.batch) * spec.draw, self.modalities[name].length(view[name]))
+            for task in self.recipe.tasks.values()
+            for view in task.views
+            for name, spec in task.inputs.items()
+        }
+        torch._dynamo.config.recompile_limit = len(shapes)
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        return torch.compile(self.model.encode, dynamic=False)
+
+    def _print_plan(self) -> None:
+        rows = mixture(self.recipe, self.costs)
+        schedule, steps = self.data.schedule, self.recipe.train.steps
+        parts: list[Cost] = [self.costs[visit.task, visit.view] for visit in schedule]
+        totals = {"steps": steps, **{u: sum(getattr(c, u) for c in parts) for u in ("examples", "tokens", "flops")}}
+        console.print(mixture_table(rows, totals))
+        parameters = sum(p.numel() for p in self.model.parameters())
+        bf16 = "bf16" if autocast(self.device, self.recipe.train.precision).fast_dtype == torch.bfloat16 else "fp32"
+        console.print(f"{self.recipe.name}: {parameters / 1e6:.2f}M parameters on {self.device.type}, {bf16}, into {self.run}")
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then a cosine to the last step."""
+    options, steps = recipe.optimizer, recipe.train.steps
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    done = (step - options.warmup) / max(1, steps - options.warmup)
+    return options.lr * (options.final_lr + (1 - options.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def _optimizer(recipe: Recipe, model: IMP) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay on matrices, not on norms, biases and temperatures."""
+    options = recipe.optimizer
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.betas[0], options.betas[1]), fused=True)
+
+
+def _latest(recipe: Recipe, run: Path) -> Path:
+    """The newest checkpoint of a run of this very recipe."""
+    found = checkpoints(run)
+    if not found:
+        raise UserError(f"{run}: no checkpoint to resume from")
+    before, _, _ = read_config(found[-1])
+    ours, theirs = _flat(recipe.to_dict()), _flat(before.to_dict())
+    for key in sorted(ours.keys() | theirs.keys()):
+        free = key in FREE or key.startswith("evaluation.") or (key.startswith("sources.") and key.endswith(".cache"))
+        if not free and ours.get(key) != theirs.get(key):
+            raise UserError(f"{found[-1]}: made by another recipe: {key} is {theirs.get(key)!r} there, {ours.get(key)!r} here")
+    return found[-1]
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists to {"a.b.0": value}."""
+    if isinstance(data, dict | list):
+        pairs = data.items() if isinstance(data, dict) else enumerate(data)
+        return {k: v for key, value in pairs for k, v in _flat(value, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: data}
+
+
+class _Stop:
+    requested = False
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Notes the first Ctrl-C or SIGTERM, so that the loop can save; a second Ctrl-C interrupts at once."""
+    stop = _Stop()
+
+    def note(number: int, _: Any) -> None:
+        if stop.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

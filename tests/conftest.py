@@ -1,0 +1,93 @@
+"""What several tests share: a tiny sparse model of all four modalities, and a folder with small files of each."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import PIL.Image
+import pytest
+import soundfile
+import torch
+
+from openimp.checkpoint import save_model
+from openimp.modalities import Modality, modalities_of
+from openimp.model.imp import IMP
+from openimp.recipe import Recipe
+
+TEXTS = ["a red square", "a green circle", "a blue line that is rather longer than the other ones", "noise", "a"]
+IMAGE, TEXT = {"size": 32, "drop": 0.5}, {"length": 8}
+VIDEO = {"size": 16, "frames": 4, "stride": 1, "clips": 2, "drop": 0.5}
+AUDIO = {"seconds": 0.512, "clips": 2, "drop": 0.5}
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> Callable[..., Recipe]:
+    """Makes the recipe of a sparse model of width 32, 2 layers and four modalities, three of them paired with text.
+
+    Keyword arguments replace its top-level keys, those of the model one by one.
+    """
+
+    def make(model: dict[str, Any] | None = None, **changes: Any) -> Recipe:
+        sizes = {"width": 32, "layers": 2, "heads": 2, "mlp": 64, "embed_dim": 32, "moe": {"experts": 4, "layers": 1}}
+        task = {"source": "all", "objectives": [{"type": "contrastive"}]}
+        views = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
+        data = {
+            "name": "tiny",
+            "model": sizes | (model or {}),
+            "modalities": {"vision": {"patch": [2, 8, 8]}, "audio": {"window": 512, "hop": 256, "bins": 32}},
+            "sources": {"all": {"path": "all.parquet"}},
+            "tasks": {
+                name: {**task, "inputs": {name: name, "text": "text"}, "views": [{name: view, "text": TEXT}]}
+                for name, view in views.items()
+            },
+        }
+        return Recipe.build(data | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[[Recipe], tuple[IMP, dict[str, Modality]]]:
+    """Makes the untrained model of a recipe, in evaluation mode, and its modalities, fitted to a few texts."""
+
+    def make(recipe: Recipe) -> tuple[IMP, dict[str, Modality]]:
+        modalities = modalities_of(recipe)
+        for modality in modalities.values():
+            modality.fit(TEXTS)
+        torch.manual_seed(0)
+        return IMP.from_recipe(recipe, modalities).eval(), modalities
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_recipe: Callable[..., Recipe],
+    tiny_model: Callable[[Recipe], tuple[IMP, dict[str, Modality]]],
+) -> Path:
+    """A folder that `openimp.load` opens, with an untrained sparse model of image, video, audio and text."""
+    folder, recipe = tmp_path_factory.mktemp("tiny-model"), tiny_recipe()
+    model, modalities = tiny_model(recipe)
+    save_model(folder, model, recipe, modalities, {})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three files of each modality: 0.png, 0.mp4, 0.wav, 0.txt and so on; each of another size or length."""
+    folder, rng = tmp_path_factory.mktemp("media"), np.random.default_rng(0)
+    for i in range(3):
+        PIL.Image.fromarray(rng.integers(0, 256, (40 + i, 50, 3), np.uint8)).save(folder / f"{i}.png")
+        soundfile.write(folder / f"{i}.wav", rng.normal(0, 0.1, 9000 + 4000 * i), 16_000)
+        (folder / f"{i}.txt").write_text(TEXTS[i], encoding="utf-8")
+        with av.open(str(folder / f"{i}.mp4"), "w") as container:
+            stream = container.add_stream("mpeg4", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+            for level in rng.integers(0, 256, 6 + 2 * i, np.uint8):
+                frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), level, np.uint8), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    return folder

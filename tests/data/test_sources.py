@@ -1,0 +1,813 @@
+"""Sources on real files: every format, as tables and as streams, hostile paths, and what goes wrong."""
+
+import csv
+import functools
+import http.server
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import socket
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from PIL import Image
+
+from openimp.data import files
+from openimp.data.sources import Stream, Table, open_source
+from openimp.errors import UserError
+from openimp.modalities import BadMedia
+from openimp.recipe import Source
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("OPENIMP_CACHE", str(folder))
+    return folder
+
+
+def png(i: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (4, 4), (i % 256, 2 * i % 256, 3 * i % 256)).save(out, "PNG")
+    return out.getvalue()
+
+
+def wav(i: int) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, np.full(50, i / 100), 8000, format="WAV")
+    return out.getvalue()
+
+
+def colour(data: bytes | Path) -> int:
+    """The number that `png` painted."""
+    return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data).getpixel((0, 0))[0]
+
+
+def write_folder(root: Path) -> None:
+    for i, name in enumerate(["cat/a.png", "cat/deep/b.png", "dog/c.png", "cat/.hidden.png", ".git/x.png"]):
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(i))
+
+
+def write_parquet(folder: Path, rows: int = 40, shards: int = 2) -> list[dict]:
+    folder.mkdir(parents=True, exist_ok=True)
+    data = [
+        {
+            "picture": {"bytes": png(i), "path": None},
+            "sound": wav(i),
+            "name": f"n{i}",
+            "tags": ["a", f"t{i}"],
+            "half": i % 2,
+        }
+        for i in range(rows)
+    ]
+    for shard, part in enumerate(np.array_split(np.arange(rows), shards)):
+        table = pa.Table.from_pylist([data[i] for i in part])
+        pq.write_table(table, folder / f"part-{shard}.parquet", row_group_size=7)
+    return data
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes, **header) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    for key, value in header.items():
+        setattr(member, key, value)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def write_tars(folder: Path, rows: int = 40, shards: int = 2, kind: int = tarfile.PAX_FORMAT) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard, part in enumerate(np.array_split(np.arange(rows), shards)):
+        with tarfile.open(folder / f"shard-{shard:03}.tar", "w", format=kind) as tar:
+            add(tar, "notes", b"no extension, no column")
+            add(tar, ".", b"", type=tarfile.DIRTYPE)
+            for i in part:
+                # The long name makes tarfile put a header of its own before the member.
+                key = f"./a.b/{i:04}" if i % 5 else f"a.b/{'long' * 40}{i:04}"
+                add(tar, f"{key}.PNG", png(i))
+                add(tar, f"{key}.txt", f"n{i}".encode())
+                add(tar, f"{key}.cls", str(i % 2).encode())
+                add(tar, f"{key}.json", json.dumps({"caption": f"c{i}", "tags": ["x", f"t{i}"]}).encode())
+
+
+# Tables
+
+
+def test_folder(tmp_path):
+    write_folder(tmp_path)
+    table = open_source("pets", Source(path=str(tmp_path)))
+    assert isinstance(table, Table)
+    assert table.name == "pets"
+    assert table.columns == ["file", "label", "name"]
+    assert table.rows(range(len(table))) == [
+        {"file": "cat/a.png", "label": "cat", "name": "a"},
+        {"file": "cat/deep/b.png", "label": "cat", "name": "b"},
+        {"file": "dog/c.png", "label": "dog", "name": "c"},
+    ]
+    assert table.where(2) == "dog/c.png"
+    assert colour(table.media(table.column("file")[2])) == 2
+
+
+def test_rows_in_any_order_of_the_given_columns(tmp_path):
+    data = write_parquet(tmp_path)
+    table = open_source("p", Source(path=f"{tmp_path}/*.parquet"))
+    assert table.columns == list(data[0])
+    assert table.rows([39, 0, 0, 21]) == [data[i] for i in (39, 0, 0, 21)]
+    assert table.rows(np.array([5, 30]), ["half", "name"]) == [{"half": 1, "name": "n5"}, {"half": 0, "name": "n30"}]
+    assert table.rows([3], []) == [{}]
+    assert table.rows([]) == []
+    assert table.column("tags") == [row["tags"] for row in data]
+    assert table.where(3) == "part-0.parquet[3]"
+    assert table.where(20) == "part-1.parquet[0]"
+
+
+def test_parquet_media(tmp_path):
+    write_parquet(tmp_path)
+    table = open_source("p", Source(path=f"{tmp_path}/part-1.parquet"))
+    row = table.rows([7])[0]
+    assert colour(table.media(row["picture"])) == 27
+    assert table.media(row["sound"]) == wav(27)
+
+
+def test_class_numbers_become_their_names(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"label": ClassLabel(names=["cat", "dog"]), "n": Value("int64")})
+    Dataset.from_dict({"label": [1, 0, -1], "n": [0, 1, 2]}, features=features).to_parquet(tmp_path / "x.parquet")
+    assert open_source("x", Source(path=f"{tmp_path}/x.parquet")).column("label") == ["dog", "cat", None]
+    stream = open_source("x", Source(path=f"{tmp_path}/x.parquet", stream=True, window=1))
+    assert [row["label"] for row in stream.read(0, 0, 3)] == ["dog", "cat", None]
+    table = open_source("x", Source(path=f"{tmp_path}/x.parquet", where={"label": "cat"}))
+    assert table.column("n") == [1]
+
+
+def test_csv_cells_are_text(tmp_path):
+    text = '\ufefffile,name,note\na.png,007,"None, or\ntwo lines"\n\nb.png,NA,\nc.png\n'
+    (tmp_path / "m.csv").write_text(text, encoding="utf-8")
+    table = open_source("m", Source(path=f"{tmp_path}/m.csv"))
+    assert table.rows(range(3)) == [
+        {"file": "a.png", "name": "007", "note": "None, or\ntwo lines"},
+        {"file": "b.png", "name": "NA", "note": None},
+        {"file": "c.png", "name": None, "note": None},
+    ]
+    assert table.where(1) == "m.csv[1]"
+
+
+@pytest.mark.parametrize("form", ["lines.jsonl", "lines.json", "list.json"])
+def test_json_manifest(tmp_path, form):
+    rows = [{"file": "a.png", "n": 1}, {"file": "b.png", "tags": ["x", "y"], "date": "2020-01-01"}]
+    text = json.dumps(rows) if form.startswith("list") else "\n\n".join(map(json.dumps, rows)) + "\n"
+    (tmp_path / form).write_text(text)
+    table = open_source("m", Source(path=f"{tmp_path}/{form}"))
+    assert table.rows([0, 1]) == [
+        {"file": "a.png", "n": 1, "tags": None, "date": None},
+        {"file": "b.png", "n": None, "tags": ["x", "y"], "date": "2020-01-01"},
+    ]
+
+
+def test_several_manifests_and_chunks_are_one_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("openimp.data.sources.CHUNK", 3)
+    for part in range(2):
+        lines = [json.dumps({"n": i, "x": None if i < 3 else "late"}) for i in range(5)]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
+    table = open_source("m", Source(path=f"{tmp_path}/*.jsonl"))
+    assert table.column("n") == [0, 1, 2, 3, 4] * 2
+    assert table.column("x") == [None, None, None, "late", "late"] * 2
+    assert table.where(6) == "1.jsonl[1]"
+
+
+def test_manifest_media_start_at_root(tmp_path):
+    write_folder(tmp_path / "media")
+    (tmp_path / "m.csv").write_text("file\ncat/a.png\n")
+    table = open_source("m", Source(path=f"{tmp_path}/m.csv", root=f"{tmp_path}/media"))
+    assert colour(table.media("cat/a.png")) == 0
+    beside = open_source("m", Source(path=f"{tmp_path}/m.csv"))
+    with pytest.raises(BadMedia, match=r"cat/a\.png: No such file"):
+        beside.media("cat/a.png")
+    assert colour(beside.media("media/dog/c.png")) == 2
+
+
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_webdataset(tmp_path, kind):
+    write_tars(tmp_path, kind=kind)
+    table = open_source("w", Source(path=f"{tmp_path}/*.tar"))
+    assert len(table) == 40
+    assert table.columns == ["__key__", "png", "txt", "cls", "json.caption", "json.tags"]
+    rows = table.rows([33, 2, 20])
+    assert [colour(table.media(row["png"])) for row in rows] == [33, 2, 20]
+    assert [row["txt"] for row in rows] == ["n33", "n2", "n20"]
+    assert [row["cls"] for row in rows] == [1, 0, 0]
+    assert [row["json.tags"] for row in rows] == [["x", "t33"], ["x", "t2"], ["x", "t20"]]
+    assert table.column("json.caption") == [f"c{i}" for i in range(40)]
+    assert table.where(21) == "shard-001.tar[a.b/0021]"
+
+
+def test_tar_examples_may_lack_members(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add(tar, "1.jpg", b"1")
+        add(tar, "2.txt", b"two")
+        add(tar, "2.json", b'{"a": 1}')
+        add(tar, "3.txt", b"\xff")
+        add(tar, "3.json", b"{]")
+        add(tar, "3.seg.png", b"3")
+    table = open_source("x", Source(path=f"{tmp_path}/x.tar"))
+    assert table.columns == ["__key__", "jpg", "txt", "json.a", "seg.png"]
+    assert table.rows([0, 1]) == [
+        {"__key__": "1", "jpg": b"1", "txt": None, "json.a": None, "seg.png": None},
+        {"__key__": "2", "jpg": None, "txt": "two", "json.a": 1, "seg.png": None},
+    ]
+    with pytest.raises(BadMedia, match="empty"):
+        table.media(None)
+    for column in ("txt", "json.a"):
+        with pytest.raises(BadMedia, match="cannot be read"):
+            table.media(table.column(column)[2])
+
+
+def test_bundled(monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "DEMO", tmp_path)
+    write_parquet(tmp_path, rows=4, shards=1)
+    assert len(open_source("demo", Source(path="openimp:part-0.parquet"))) == 4
+    with pytest.raises(UserError, match=r"no bundled data 'part-1\.parquet'; did you mean 'part-0\.parquet'"):
+        open_source("demo", Source(path="openimp:part-1.parquet"))
+    with pytest.raises(UserError, match="no bundled data"):
+        open_source("demo", Source(path="openimp:../secret.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ({"half": 1}, [1, 3, 5, 7]),
+        ({"half": "1", "name": ["n3", "n4", "n5"]}, [3, 5]),
+        ({"tags": "t6"}, [6]),
+        ({"name": "n7"}, [7]),
+    ],
+)
+def test_where(tmp_path, where, kept):
+    data = write_parquet(tmp_path, rows=8)
+    source = Source(path=f"{tmp_path}/*.parquet", where=where)
+    table = open_source("p", source)
+    assert table.rows(range(len(table))) == [data[i] for i in kept]
+    assert table.where(0) == f"part-{kept[0] // 4}.parquet[{kept[0] % 4}]"
+    stream = open_source("p", source.model_copy(update={"stream": True}))
+    assert sorted(row["name"] for row in stream.read(0, 0, len(kept))) == [data[i]["name"] for i in kept]
+
+
+def test_where_knows_booleans(tmp_path):
+    (tmp_path / "m.csv").write_text("n,valid\n1,true\n2,false\n")
+    (tmp_path / "m.jsonl").write_text('{"n": 1, "valid": true}\n{"n": 2, "valid": false}')
+    for name in ("m.csv", "m.jsonl"):
+        table = open_source("m", Source(path=f"{tmp_path}/{name}", where={"valid": False}))
+        assert [str(n) for n in table.column("n")] == ["2"]
+
+
+# Fingerprints
+
+
+def make_source(kind: str, folder: Path) -> Source:
+    """A source of each kind in a folder."""
+    if kind == "folder":
+        write_folder(folder)
+        return Source(path=str(folder))
+    if kind == "manifest":
+        folder.mkdir()
+        (folder / "m.csv").write_text("file,label\n" + "".join(f"{i}.png,{i}\n" for i in range(9)))
+        return Source(path=f"{folder}/m.csv")
+    if kind == "parquet":
+        write_parquet(folder)
+        return Source(path=f"{folder}/*.parquet")
+    write_tars(folder)
+    return Source(path=f"{folder}/*.tar")
+
+
+KINDS = ["folder", "manifest", "parquet", "webdataset"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fingerprint_survives_moving_and_sees_changes(tmp_path, kind):
+    source = make_source(kind, tmp_path / "a")
+    before = open_source("x", source).fingerprint
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    moved = source.model_copy(update={"path": source.path.replace(f"{tmp_path}/a", f"{tmp_path}/b")})
+    os.utime(next(file for file in (tmp_path / "b").rglob("*") if file.is_file()), (1, 1))
+    assert open_source("x", moved).fingerprint == before
+    changed = {
+        "folder": "cat/a.png",
+        "manifest": "m.csv",
+        "parquet": "part-1.parquet",
+        "webdataset": "shard-001.tar",
+    }[kind]
+    if kind == "folder":
+        (tmp_path / "b" / changed).write_bytes(b"other")
+    elif kind == "parquet":
+        write_parquet(tmp_path / "b", rows=41)
+    else:
+        data = bytearray((tmp_path / "b" / changed).read_bytes())
+        data[data.index(b"8" if kind == "manifest" else b"n21")] += 1
+        (tmp_path / "b" / changed).write_bytes(data)
+    assert open_source("x", moved).fingerprint != before
+
+
+def test_fingerprint_knows_what_is_kept(tmp_path):
+    write_parquet(tmp_path)
+    prints = {
+        open_source("p", Source(path=f"{tmp_path}/*.parquet", where=where, stream=stream)).fingerprint
+        for where in ({}, {"half": 0}, {"half": 1})
+        for stream in (False, True)
+    }
+    assert len(prints) == 6
+
+
+def test_digest_of_a_large_file_sees_both_ends(tmp_path):
+    file = tmp_path / "large"
+    data = bytearray(5 << 20)
+    seen = set()
+    for change in (None, 0, len(data) - 1):
+        if change is not None:
+            data[change] ^= 1
+        file.write_bytes(data)
+        seen.add(files.digest(file))
+    file.write_bytes(data + b"\0")
+    seen.add(files.digest(file))
+    assert len(seen) == 4
+
+
+# Workers
+
+
+def answer(table: Table, queue) -> None:
+    rows = table.rows([1, 2])
+    queue.put([table.where(1), rows, table.fingerprint])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forked_workers(tmp_path, kind):
+    table = open_source("x", make_source(kind, tmp_path / "a"))
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    workers = [context.Process(target=answer, args=(table, queue)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    expected = [table.where(1), table.rows([1, 2]), table.fingerprint]
+    assert [queue.get(timeout=20) for _ in workers] == [expected] * 2
+    for worker in workers:
+        worker.join()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pickle(tmp_path, kind):
+    table = open_source("x", make_source(kind, tmp_path / "a"))
+    data = pickle.dumps(table)
+    assert len(data) < 20_000
+    copy = pickle.loads(data)
+    assert copy.rows(range(len(table))) == table.rows(range(len(table)))
+    assert copy.fingerprint == table.fingerprint
+
+
+def test_spawned_worker(tmp_path):
+    table = open_source("x", make_source("parquet", tmp_path / "a"))
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    worker = context.Process(target=answer, args=(table, queue))
+    worker.start()
+    assert queue.get(timeout=60)[1] == table.rows([1, 2])
+    worker.join()
+
+
+# Streams
+
+
+def open_stream(kind: str, folder: Path, rows: int = 40, window: int = 8, where=None) -> Stream:
+    if kind == "parquet":
+        write_parquet(folder, rows)
+    else:
+        write_tars(folder, rows)
+    stream = open_source("s", Source(path=f"{folder}/*", format=kind, stream=True, window=window, where=where or {}))
+    assert isinstance(stream, Stream)
+    return stream
+
+
+def name_column(kind: str) -> str:
+    return {"parquet": "name", "webdataset": "txt"}[kind]
+
+
+def names(stream: Stream, kind: str, start: int, count: int, seed: int = 3) -> list[str]:
+    column = name_column(kind)
+    return [row[column] for row in stream.read(seed, start, count, [column])]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+@pytest.mark.parametrize(("rows", "window"), [(40, 8), (40, 9), (40, 1), (40, 64), (40, 40)])
+def test_stream_gives_each_example_once_an_epoch(tmp_path, kind, rows, window):
+    stream = open_stream(kind, tmp_path, rows, window)
+    every = [f"n{i}" for i in range(rows)]
+    read = names(stream, kind, 0, 3 * rows)
+    for epoch in range(3):
+        part = read[epoch * rows : (epoch + 1) * rows]
+        assert sorted(part) == sorted(every)
+        for start in range(0, rows, window):
+            assert sorted(part[start : start + window]) == sorted(every[start : start + window])
+        assert (part != every) == (window > 1)
+    if window > 1:
+        assert read[:rows] != read[rows : 2 * rows]
+        assert read != names(stream, kind, 0, 3 * rows, seed=4)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_stream_does_not_depend_on_how_it_is_read(tmp_path, kind):
+    stream = open_stream(kind, tmp_path)
+    whole = names(stream, kind, 0, 100)
+    copies = [pickle.loads(pickle.dumps(stream)) for _ in range(3)]
+    for batch in range(20):
+        # Batches dealt out to workers, each of which skips what the others read.
+        assert names(copies[batch % 3], kind, 5 * batch, 5) == whole[5 * batch : 5 * batch + 5]
+    assert names(stream, kind, 2, 5) == whole[2:7]
+    assert names(stream, kind, 77, 20) == whole[77:97]
+    assert names(stream, kind, 76, 2) == whole[76:78]
+    assert names(stream, kind, 0, 9) == whole[:9]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+@pytest.mark.parametrize("where", [None, {"odd": 1}])
+@pytest.mark.parametrize("window", [7, 8])
+def test_stream_resumes_exactly_again_and_again(tmp_path, kind, where, window):
+    if where:
+        where = {{"parquet": "half", "webdataset": "cls"}[kind]: 1}
+    stream = open_stream(kind, tmp_path, window=window, where=where)
+    whole = names(stream, kind, 0, 150)
+    cursor = None
+    for start in range(0, 150, 6):
+        stream = open_stream(kind, tmp_path, window=window, where=where)
+        if cursor:
+            stream.load_cursor(json.loads(json.dumps(cursor)))
+        assert names(stream, kind, start, 6) == whole[start : start + 6]
+        cursor = stream.cursor()
+        assert cursor["position"] <= start + 5
+    # Before its cursor a stream has to begin anew.
+    assert names(stream, kind, 1, 3) == whole[1:4]
+
+
+def test_resuming_does_not_read_what_came_before(tmp_path):
+    stream = open_stream("webdataset", tmp_path)
+    whole = names(stream, "webdataset", 0, 80)
+    names(stream, "webdataset", 30, 2)
+    cursor = stream.cursor()
+    copy = open_stream("webdataset", tmp_path)
+    copy.load_cursor(cursor)
+    (tmp_path / "shard-000.tar").write_bytes(b"broken")
+    assert names(copy, "webdataset", 30, 10) == whole[30:40]
+    with pytest.raises(UserError, match=r"shard-000\.tar: not a readable tar"):
+        names(copy, "webdataset", 40, 1)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_stream_rows_are_those_of_the_table(tmp_path, kind):
+    stream = open_stream(kind, tmp_path, window=1)
+    table = open_source("t", Source(path=f"{tmp_path}/*", format=kind))
+    assert stream.columns == table.columns
+    assert stream.read(0, 0, 40) == table.rows(range(40))
+    last = stream.where(39)
+    assert last == ("shard-001.tar[a.b/0039]" if kind == "webdataset" else f"{tmp_path}/*[39]")
+    assert isinstance(stream.media(stream.read(0, 0, 1)[0]["picture" if kind == "parquet" else "png"]), bytes)
+
+
+class Rereading:
+    """A torch data set whose every worker reads the whole stream."""
+
+    def __init__(self, stream: Stream, kind: str) -> None:
+        self.stream, self.kind = stream, kind
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, batch: int) -> list[str]:
+        return names(self.stream, self.kind, 5 * batch, 5)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_stream_in_torch_workers(tmp_path, kind):
+    from torch.utils.data import DataLoader
+
+    stream = open_stream(kind, tmp_path)
+    whole = names(stream, kind, 0, 60)
+    for workers in (0, 2):
+        loader = DataLoader(Rereading(stream, kind), batch_size=None, num_workers=workers)
+        assert [name for batch in loader for name in batch] == whole
+
+
+def test_empty_tar_between_others(tmp_path):
+    write_tars(tmp_path)
+    with tarfile.open(tmp_path / "shard-0005.tar", "w"):
+        pass
+    stream = open_source("s", Source(path=f"{tmp_path}/*.tar", stream=True))
+    assert len(set(names(stream, "webdataset", 0, 40))) == 40
+
+
+@pytest.fixture(params=["file", "http"])
+def url(tmp_path, request):
+    """The URL of a folder on disk, and of the same folder served over HTTP."""
+    if request.param == "file":
+        yield tmp_path.as_uri()
+        return
+    pytest.importorskip("aiohttp", reason="fsspec needs it for HTTP")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_stream_from_a_url(tmp_path, url, kind):
+    local = open_stream(kind, tmp_path)
+    file = "part-0.parquet" if kind == "parquet" else "shard-000.tar"
+    stream = open_source("s", Source(path=f"{url}/{file}", stream=True, window=8))
+    assert names(stream, kind, 0, 16) == names(local, kind, 0, 16)
+
+
+def test_table_from_a_url(tmp_path, url):
+    data = write_parquet(tmp_path)
+    table = open_source("s", Source(path=f"{url}/part-1.parquet"))
+    assert table.rows([3]) == [data[23]]
+    assert table.where(3) == f"{url}/part-1.parquet[3]"
+    with pytest.raises(UserError, match="must be on disk to be read as a table; set stream: true"):
+        open_source("s", Source(path=f"{url}/shard.tar"))
+
+
+def test_local_files_need_no_network_and_no_other_cache(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: asked.append(args) or [])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home")
+    for kind in KINDS:
+        source = make_source(kind, tmp_path / kind)
+        open_source("x", source).rows([0])
+        if kind in ("parquet", "webdataset"):
+            open_source("x", source.model_copy(update={"stream": True})).read(0, 0, 1)
+    assert asked == []
+    assert not (tmp_path / "home").exists()
+
+
+# Hub data sets: `datasets` reads a folder laid out like one in the same way
+
+
+@pytest.fixture
+def hub_cache(tmp_path_factory, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hub"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_hub(tmp_path, hub_cache, stream):
+    data = write_parquet(tmp_path / "data" / "train")
+    write_parquet(tmp_path / "data" / "test", rows=4)
+    source = open_source("h", Source(hub=str(tmp_path), stream=stream, window=1))
+    rows = source.read(0, 0, 40) if isinstance(source, Stream) else source.rows(range(40))
+    assert rows == data
+    assert source.where(3) == (f"{tmp_path}[3]" if stream else f"{tmp_path}/train[3]")
+    assert len(source.fingerprint) == 32
+    test = open_source("h", Source(hub=str(tmp_path), split="test", stream=stream))
+    assert test.fingerprint != source.fingerprint
+    fails("cannot be read: .*valid", hub=str(tmp_path), split="valid", stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_hub_media_are_not_decoded(tmp_path, hub_cache, stream):
+    for i, name in enumerate(["cat/a.png", "dog/b.png"]):
+        file = tmp_path / "train" / name
+        file.parent.mkdir(parents=True)
+        file.write_bytes(png(i))
+    options = {"hub": str(tmp_path), "stream": stream, "window": 1}
+    source = open_source("h", Source(**options, root=str(tmp_path)))
+    rows = source.read(0, 0, 2) if isinstance(source, Stream) else source.rows([0, 1])
+    media, label = source.columns
+    assert [row[label] for row in rows] == ["cat", "dog"]
+    assert [colour(source.media(row[media])) for row in rows] == [0, 1]
+    with pytest.raises(BadMedia, match="leaves the folder"):
+        open_source("h", Source(**options)).media(rows[0][media])
+
+
+# What is hostile
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("../secret.png", "leaves the folder"),
+        ("cat/../../secret.png", "leaves the folder"),
+        ("{tmp}/secret.png", "leaves the folder"),
+        ("/etc/passwd", "leaves the folder"),
+        ("link.png", "leaves the folder"),
+        ("linked/secret.png", "leaves the folder"),
+        ("cat", "no regular file"),
+        ("pipe.png", "no regular file"),
+        ("none.png", "No such file"),
+        ("nul\0.png", "null"),
+        ("x" * 5000, "too long"),
+        ("loop.png", "symbolic links"),
+        ("https://example.com/a.png", "No such file"),
+        ("", "empty"),
+    ],
+)
+def test_paths_stay_inside(tmp_path, path, message):
+    root = tmp_path / "root"
+    write_folder(root)
+    (tmp_path / "secret.png").write_bytes(png(0))
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "linked").symlink_to(tmp_path)
+    (root / "loop.png").symlink_to(root / "loop.png")
+    (root / "inner.png").symlink_to(root / "cat/a.png")
+    os.mkfifo(root / "pipe.png")
+    (root / "m.jsonl").write_text(json.dumps({"file": path.format(tmp=tmp_path)}))
+    table = open_source("m", Source(path=f"{root}/m.jsonl"))
+    with pytest.raises(BadMedia, match=message):
+        table.media(table.column("file")[0])
+    assert colour(table.media("inner.png")) == 0
+    assert colour(table.media(f"{root}/dog/../cat/a.png")) == 0
+
+
+def test_a_linked_root_is_fine(tmp_path):
+    write_folder(tmp_path / "real")
+    (tmp_path / "root").symlink_to(tmp_path / "real")
+    table = open_source("f", Source(path=f"{tmp_path}/root"))
+    assert colour(table.media("dog/c.png")) == 2
+
+
+@pytest.mark.parametrize("value", [3, 1.5, [1], ["a.png"], {"x": 1}, True, b"", None])
+def test_no_media(tmp_path, value):
+    write_folder(tmp_path)
+    with pytest.raises(BadMedia):
+        open_source("f", Source(path=str(tmp_path))).media(value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_hostile_members(tmp_path, stream):
+    (tmp_path / "secret.png").write_bytes(png(1))
+    hostile = {
+        "../up.png": {},
+        "/etc/abs.png": {},
+        "a/../../mid.png": {},
+        "sym.png": {"type": tarfile.SYMTYPE, "linkname": "../secret.png"},
+        "hard.png": {"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"},
+        "dev.png": {"type": tarfile.CHRTYPE},
+        "fifo.png": {"type": tarfile.FIFOTYPE},
+    }
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add(tar, "good.png", png(9))
+        for name, header in hostile.items():
+            add(tar, name, b"" if header else png(1), **header)
+    source = open_source("x", Source(path=f"{tmp_path}/x.tar", stream=stream, window=1))
+    rows = source.read(0, 0, 8) if isinstance(source, Stream) else source.rows(range(8))
+    assert colour(source.media(rows[0]["png"])) == 9
+    for row in rows[1:]:
+        with pytest.raises(BadMedia, match=r"leaves the folder|no regular file"):
+            source.media(row["png"])
+    assert len(rows) == 1 + len(hostile)
+
+
+# What goes wrong
+
+
+def fails(match: str, **source) -> None:
+    with pytest.raises(UserError, match=match) as error:
+        open_source("mine", Source(**source))
+    assert "\n" not in str(error.value)
+    assert "mine" in str(error.value)
+
+
+def test_nothing_there(tmp_path):
+    fails("no such file or folder", path=f"{tmp_path}/none.parquet")
+    fails("no such file or folder", path=f"{tmp_path}/*.tar", stream=True)
+    fails("no such file or folder", path=f"{tmp_path}/none")
+    fails("no such file or folder", path=f"{tmp_path}/none.zip")
+
+
+def test_format_that_is_not_known(tmp_path):
+    (tmp_path / "x.zip").write_bytes(b"")
+    fails(r"unknown extension '\.zip'; known: \.csv", path=f"{tmp_path}/x.zip")
+    fails("is no folder", path=f"{tmp_path}/x.zip", format="folder")
+
+
+def test_folder_without_classes(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    fails("no sub-folders; a folder source has one a class", path=str(tmp_path))
+    (tmp_path / "cat").mkdir()
+    fails("has no rows", path=str(tmp_path))
+
+
+def test_what_cannot_be_streamed(tmp_path):
+    write_folder(tmp_path)
+    fails("a folder source cannot be streamed", path=str(tmp_path), stream=True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_corrupt_files(tmp_path, stream):
+    for name in ("x.parquet", "x.tar"):
+        (tmp_path / name).write_bytes(os.urandom(2000))
+        fails(f"x{name[1:]}.* (cannot be read|readable)", path=f"{tmp_path}/{name}", stream=stream)
+        (tmp_path / name).write_bytes(b"")
+        fails(f"x{name[1:]}", path=f"{tmp_path}/{name}", stream=stream)
+    write_parquet(tmp_path / "p", shards=1)
+    write_tars(tmp_path / "t", rows=2, shards=1)
+    for file in (tmp_path / "p/part-0.parquet", tmp_path / "t/shard-000.tar"):
+        data = file.read_bytes()
+        file.write_bytes(data[: 700 if file.suffix == ".tar" else -100])
+        if file.suffix == ".tar":
+            file.write_bytes(data[: data.index(b"\x89PNG") + 20])
+        fails(file.name, path=str(file), stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", os.urandom(3000), "x.csv: "),
+        ("x.csv", b"", "has no rows"),
+        ("x.csv", b"a,b\n", "has no rows"),
+        ("x.csv", b"a,b\n1,2,3\n", "line 2 has 3 cells, the header 2"),
+        ("x.csv", b"a,a\n1,2\n", "names a column twice"),
+        ("x.jsonl", b'{"a": 1}\nnonsense\n', "x.jsonl: Expecting value"),
+        ("x.jsonl", b'{"a": 1}\n[1]\n', "row 2 is no object"),
+        ("x.jsonl", b'{"a": 1}\n{"a": "b"}\n', "column 'a' mixes types"),
+        ("x.json", b"[]", "has no rows"),
+        ("x.json", b"[1]", "row 1 is no object"),
+        ("x.json", b"\xff\xfe\x00", "x.json: "),
+    ],
+)
+def test_corrupt_manifests(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    fails(message, path=f"{tmp_path}/{name}")
+
+
+def test_chunks_of_different_types(tmp_path, monkeypatch):
+    monkeypatch.setattr("openimp.data.sources.CHUNK", 1)
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": ["b"]}')
+    fails("mixes types", path=f"{tmp_path}/x.jsonl")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_rows(tmp_path, stream):
+    pq.write_table(pa.table({"a": pa.array([], pa.int64())}), tmp_path / "x.parquet")
+    fails("has no rows", path=f"{tmp_path}/x.parquet", stream=stream)
+    with tarfile.open(tmp_path / "x.tar", "w"):
+        pass
+    fails("has no rows", path=f"{tmp_path}/x.tar", stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_where_that_cannot_be(tmp_path, stream):
+    write_parquet(tmp_path)
+    path = f"{tmp_path}/*.parquet"
+    message = r"sources\.mine\.where: .*has no column 'hafl'; did you mean 'half'"
+    fails(message, path=path, where={"hafl": 1}, stream=stream)
+    fails("no row|no rows that where", path=path, where={"half": 2}, stream=stream)
+    if not stream:
+        fails(r"no row has half = \[2\]; it holds 0, 1", path=path, where={"half": [2]})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_require(tmp_path, stream):
+    write_tars(tmp_path)
+    source = open_source("w", Source(path=f"{tmp_path}/*.tar", stream=stream))
+    source.require(["png", "json.caption"])
+    with pytest.raises(UserError, match=r"tasks\.t: source w \(.*\) has no column 'pgn'; did you mean 'png'"):
+        source.require(["txt", "pgn"], "tasks.t")
+
+
+def test_duplicate_members(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add(tar, "1.jpg", b"1")
+        add(tar, "1.JPG", b"1")
+    fails(r"example 1 has two members \.jpg", path=f"{tmp_path}/x.tar")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_hub_that_cannot_be_reached(monkeypatch, tmp_path, stream):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    fails("openimp/nothing cannot be read: ", hub="openimp/nothing", stream=stream)
+
+
+def test_manifest_of_the_csv_module(tmp_path):
+    rows = [{"file": "a.png", "text": 'say "hi", twice'}, {"file": "b.png", "text": "é\r\nñ"}]
+    with open(tmp_path / "m.csv", "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, ["file", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert open_source("m", Source(path=f"{tmp_path}/m.csv")).rows([0, 1]) == rows

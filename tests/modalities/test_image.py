@@ -1,0 +1,259 @@
+import io
+import pickle
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openimp.modalities import BadMedia
+from openimp.modalities.image import Image
+from openimp.modalities.media import coordinates, patchify
+from openimp.modalities.vision import centre_box, inception_box, jitter_matrix
+
+IMAGE = Image(Image.Config())
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def pixels(height=40, width=60, channels=3, seed=0):
+    return rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def file(picture, form, **options):
+    out = io.BytesIO()
+    picture.save(out, form, **options)
+    return out.getvalue()
+
+
+def smooth(height, width):
+    """A picture whose red grows to the right and whose green grows downwards."""
+    out = np.zeros((height, width, 3), np.uint8)
+    out[..., 0] = np.linspace(0, 255, width)[None]
+    out[..., 1] = np.linspace(0, 255, height)[:, None]
+    return out
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "GIF", "WEBP"])
+def test_lossless_files_keep_their_pixels(form, tmp_path):
+    grey = np.repeat(pixels(20, 30, 1), 3, axis=2)
+    path = tmp_path / f"x.{form}"
+    PIL.Image.fromarray(grey).save(path, form, **({"lossless": True} if form == "WEBP" else {}))
+    for raw in (path, str(path), path.read_bytes()):
+        np.testing.assert_array_equal(IMAGE.decode(raw, [Image.View()]), grey)
+
+
+def test_grey_and_16_bits_are_three_equal_channels():
+    ramp = np.arange(600).reshape(20, 30) * 100
+    wide = IMAGE.decode(file(PIL.Image.fromarray(ramp.astype(np.uint16)), "PNG"), [Image.View()])
+    np.testing.assert_array_equal(wide, np.repeat((ramp >> 8)[..., None], 3, axis=2))
+    grey = IMAGE.decode(file(PIL.Image.fromarray(pixels()).convert("L"), "JPEG"), [Image.View()])
+    assert grey.shape == (40, 60, 3)
+    assert (grey[..., 0] == grey[..., 2]).all()
+
+
+@pytest.mark.parametrize(("mode", "form"), [("CMYK", "JPEG"), ("P", "PNG"), ("1", "PNG"), ("LA", "PNG"), ("I", "TIFF")])
+def test_other_modes_are_colours(mode, form):
+    out = IMAGE.decode(file(PIL.Image.fromarray(smooth(20, 30)).convert(mode), form), [Image.View()])
+    assert out.shape == (20, 30, 3)
+    assert out.dtype == np.uint8
+    assert out[-1, -1].astype(int).sum() > out[0, 0].astype(int).sum()
+
+
+def test_alpha_is_kept_only_where_something_is_transparent():
+    opaque = pixels(channels=4)
+    opaque[..., 3] = 255
+    assert IMAGE.decode(file(PIL.Image.fromarray(opaque), "PNG"), [Image.View()]).shape == (40, 60, 3)
+    clear = opaque.copy()
+    clear[0, 0, 3] = 0
+    assert IMAGE.decode(file(PIL.Image.fromarray(clear), "PNG"), [Image.View()]).shape == (40, 60, 4)
+    palette = PIL.Image.fromarray(pixels()).quantize(8)
+    assert IMAGE.decode(file(palette, "PNG", transparency=0), [Image.View()]).shape == (40, 60, 4)
+
+
+def test_transparency_is_white_in_evaluation_and_any_colour_in_training():
+    clear = np.zeros((64, 64, 4), np.uint8)
+    view = Image.View(size=64, jitter=0.0)
+    assert (IMAGE.transform(clear, view, None) == 255).all()
+    colours = {tuple(IMAGE.transform(clear, view, rng(seed))[5, 5]) for seed in range(8)}
+    assert len(colours) == 8
+
+
+def test_turned_photographs_are_turned_back():
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # taken with the camera turned: show it turned clockwise
+    out = IMAGE.decode(file(PIL.Image.fromarray(smooth(40, 80)), "PNG", exif=exif), [Image.View()])
+    assert out.shape == (80, 40, 3)
+    assert out[0, 0, 1] > 200  # what was the lower left is the upper left
+    assert out[0, -1, 1] < 50
+
+
+@given(height=st.integers(1, 300), width=st.integers(1, 300), size=st.sampled_from([16, 32, 64]))
+@settings(max_examples=25, deadline=None)
+def test_decoded_pictures_cover_the_view_and_no_more(height, width, size):
+    views = [Image.View(size=16), Image.View(size=(size, 32))]
+    out = IMAGE.decode(file(PIL.Image.new("RGB", (width, height)), "JPEG"), views)
+    need = max(size / height, 32 / width)
+    assert out.shape[0] >= min(height, size)
+    assert out.shape[1] >= min(width, 32)
+    assert out.shape[0] <= np.ceil(min(1, 1.15 * need) * height) + 1
+    np.testing.assert_array_equal(np.shape(IMAGE.transform(out, views[1], rng())), (size, 32, 3))
+
+
+def test_huge_jpegs_are_shrunk_while_they_are_decoded_and_other_giants_refused():
+    jpeg = file(PIL.Image.new("L", (9000, 8000)), "JPEG")
+    assert IMAGE.decode(jpeg, [Image.View(size=64)]).shape == (74, 83, 3)
+    with pytest.raises(BadMedia, match="9000 x 8000"):
+        IMAGE.decode(file(PIL.Image.new("1", (9000, 8000)), "PNG"), [Image.View(size=64)])
+
+
+PNG = file(PIL.Image.fromarray(pixels()), "PNG")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(b"", b"no picture", PNG[: len(PNG) // 2], b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+        *("/no/such/file", 7),
+        *(np.zeros((4, 4), np.float32), np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8)),
+    ],
+)
+def test_what_is_no_picture_is_bad_media(raw):
+    with pytest.raises(BadMedia) as error:
+        IMAGE.decode(raw, [Image.View()])
+    assert "\n" not in str(error.value)
+    assert "0x" not in str(error.value)
+
+
+@given(st.integers(0, len(PNG) - 1), st.integers(0, 255))
+@settings(max_examples=60, deadline=None)
+def test_a_broken_byte_gives_pixels_or_bad_media(position, byte):
+    broken = bytearray(PNG)
+    broken[position] = byte
+    try:
+        out = IMAGE.decode(bytes(broken), [Image.View()])
+    except BadMedia:
+        return
+    assert out.dtype == np.uint8
+    assert out.ndim == 3
+
+
+def test_evaluation_shows_the_centre_at_the_shorter_side():
+    view = Image.View(size=32)
+    out = IMAGE.transform(smooth(64, 128), view, None)
+    assert out.shape == (1, 32, 32, 3)
+    assert abs(int(out[0, 16, 0, 0]) - 64) <= 4  # a quarter from the left
+    assert abs(int(out[0, 16, -1, 0]) - 191) <= 4
+    assert out[0, 0, 0, 1] < 8
+
+
+def test_training_crops_follow_their_seed_and_options():
+    item, view = smooth(80, 80), Image.View(size=32, flip=False, jitter=0.0, crop=0.3)
+    crops = np.stack([IMAGE.transform(item, view, rng(seed)) for seed in range(60)])
+    np.testing.assert_array_equal(crops[3], IMAGE.transform(item, view, rng(3)))
+    spread = crops[:, :, -1, 0].mean(1) - crops[:, :, 0, 0].mean(1)
+    assert 0.4 * 255 < spread.min() < 0.65 * 255  # sqrt(0.3 * 3 / 4) = 0.47 of the width at least
+    assert spread.max() > 0.85 * 255
+    whole = Image.View(size=32, flip=False, jitter=0.0, crop=1.0)
+    np.testing.assert_array_equal(IMAGE.transform(item, whole, rng(1)), IMAGE.transform(item, whole, None)[0])
+
+
+def test_half_of_the_pictures_are_mirrored():
+    item, view = smooth(80, 80), Image.View(size=32, jitter=0.0)
+    mirrored = [IMAGE.transform(item, view, rng(seed)) for seed in range(60)]
+    share = np.mean([out[0, 0, 0] > out[0, -1, 0] for out in mirrored])
+    assert 0.3 < share < 0.7
+
+
+def test_jitter_changes_colours_but_neither_black_nor_grey_from_grey():
+    np.testing.assert_allclose(np.reshape(jitter_matrix(1, 1, 1), (3, 4)), np.eye(3, 4), atol=1e-9)
+    grey = np.full((32, 32, 3), 100, np.uint8)
+    outs = np.stack([IMAGE.transform(grey, Image.View(size=32, jitter=0.4), rng(seed)) for seed in range(20)])
+    assert (np.ptp(outs.astype(int), axis=-1) <= 1).all()
+    assert outs[:, 0, 0, 0].std() > 10
+
+
+boxes = st.tuples(st.integers(1, 500), st.integers(1, 500))
+
+
+@given(boxes, boxes, st.floats(0.01, 1), st.lists(st.floats(0, 1, exclude_max=True), min_size=4, max_size=4))
+def test_boxes_lie_in_the_picture(size, target, smallest, draw):
+    for box in (inception_box(size, target, smallest, draw), centre_box(size, target)):
+        left, upper, right, lower = box
+        assert 0 <= left < right <= size[1]
+        assert 0 <= upper < lower <= size[0]
+
+
+def test_tokens_are_patches_in_order_with_their_coordinates():
+    items = np.stack([pixels(32, 48, seed=i) for i in range(3)])
+    tokens = IMAGE.tokens(items, Image.View(size=(32, 48)), None)
+    assert tokens.values.shape == (3, 6, 16 * 16 * 3)
+    assert tokens.mask is None
+    np.testing.assert_array_equal(tokens.values[1, 4].reshape(16, 16, 3), items[1, 16:, 16:32])
+    assert tokens.coords[0].tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]]
+
+
+def test_a_still_repeated_over_a_patch_is_one_frame_of_it():
+    frame = torch.rand(1, 32, 32, 3)
+    clip = frame[:, None].expand(-1, 4, -1, -1, -1)
+    kernel = torch.rand(4 * 16 * 16 * 3)
+    folded = kernel.view(4, -1).sum(0)
+    torch.testing.assert_close(patchify(clip, (4, 16, 16)) @ kernel, patchify(frame, (16, 16)) @ folded)
+
+
+@given(drop=st.floats(0, 1), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_dropped_tokens_leave_the_others_in_place(drop, seed):
+    view = Image.View(size=64, drop=drop)
+    items = np.stack([pixels(64, 64, seed=i) for i in range(2)])
+    every = IMAGE.tokens(items, view, None)
+    some = IMAGE.tokens(items, view, [rng(seed), rng(seed + 1)])
+    assert some.values.shape[1] == some.coords.shape[1] == IMAGE.length(view) == max(1, round(16 * (1 - drop)))
+    for b in range(2):
+        index = some.coords[b, :, 1] * 4 + some.coords[b, :, 2]
+        assert (index.diff() > 0).all()
+        assert torch.equal(some.values[b], every.values[b, index])
+
+
+def test_every_example_drops_its_own_tokens():
+    items = np.zeros((2, 64, 64, 3), np.uint8)
+    coords = IMAGE.tokens(items, Image.View(size=64, drop=0.5), [rng(1), rng(2)]).coords
+    assert not torch.equal(coords[0], coords[1])
+
+
+def test_coordinates_are_the_same_place_at_any_resolution():
+    full = coordinates((1, 32, 32), (4, 16, 16), (64, 512, 512), (16, 32, 32))
+    assert full[:, 1].max() == 31
+    coarse = coordinates((1, 16, 16), (4, 32, 32), (64, 512, 512), (16, 32, 32))
+    assert coarse[1].tolist() == [0, 0, 2]
+
+
+@pytest.mark.parametrize(("size", "fits"), [(250, "240 or 256"), (528, "512"), ((64, 70), "width of 70 .* 64 or 80")])
+def test_sizes_that_make_no_whole_patch_are_refused(size, fits):
+    with pytest.raises(ValueError, match=fits):
+        IMAGE.check(Image.View(size=size))
+    IMAGE.check(Image.View(size=(64, 512)))
+
+
+def test_prepared_tensors_and_files_give_the_same_tokens():
+    view = Image.View(size=32)
+    picture = PIL.Image.fromarray(pixels(50, 70))
+    tensor = IMAGE.preprocess(picture, view)
+    assert tensor.shape == (3, 32, 32)
+    assert -1 <= tensor.min() < -0.5 < 0.5 < tensor.max() <= 1
+    ours = IMAGE.tokens(IMAGE.encode_input(picture, view), view, None)
+    theirs = IMAGE.from_tensor(tensor[None])
+    torch.testing.assert_close(theirs.values, ours.values.float() / 127.5 - 1)
+    assert torch.equal(theirs.coords, ours.coords)
+    with pytest.raises(TypeError, match="B, 3, H, W"):
+        IMAGE.from_tensor(torch.zeros(1, 32, 32, 3))
+
+
+def test_it_pickles_and_shares_its_stem():
+    again = pickle.loads(pickle.dumps(IMAGE))
+    assert again.stem_spec() == IMAGE.stem_spec()
+    assert (IMAGE.stem_spec().values, IMAGE.stem_spec().axes) == (3072, (16, 32, 32))

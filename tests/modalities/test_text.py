@@ -1,0 +1,148 @@
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from openimp.errors import UserError
+from openimp.modalities import BadMedia
+from openimp.modalities.text import END, PAD, Text
+
+CORPUS = ["A red bicycle leans on a wall", "a red car", "Two dogs play with a red ball", "dogs and cats"] * 5
+
+
+@pytest.fixture(scope="module")
+def text():
+    out = Text(Text.Config(vocab=400))
+    out.fit(CORPUS)
+    return out
+
+
+def test_training_is_deterministic_and_learns_words(text):
+    other = Text(Text.Config(vocab=400))
+    other.fit(iter(CORPUS))
+    assert other.state() == text.state()
+    assert text.stem_spec().values <= 400
+    assert text.stem_spec().table
+    ids = text.tokenize("red dogs")[0]
+    assert (ids != PAD).sum() == 3  # two words and the end
+
+
+def test_case_makes_no_difference(text):
+    assert torch.equal(text.tokenize("A RED Car"), text.tokenize("a red car"))
+
+
+def test_texts_are_ended_and_padded(text):
+    ids = text.tokenize(["a red car", ""], length=8)
+    assert ids.shape == (2, 8)
+    assert ids.dtype == torch.int64
+    assert ids[0, 3] == END
+    assert (ids[0, 4:] == PAD).all()
+    assert ids[1].tolist() == [END] + [PAD] * 7
+
+
+def test_long_texts_keep_their_beginning_and_end_with_the_end(text):
+    whole, cut = text.tokenize("a red car and dogs", length=16)[0], text.tokenize("a red car and dogs", length=4)[0]
+    assert torch.equal(cut[:3], whole[:3])
+    assert cut[3] == END
+    novel = "red dogs " * 1_000_000
+    assert len(text.decode(novel, [Text.View(length=16)])) == 16
+
+
+@given(st.text(st.characters(exclude_categories=[]), max_size=60), st.integers(1, 20))
+@settings(max_examples=100, deadline=None)
+def test_any_string_is_valid_ids_with_an_end(string, length):
+    text = Text(Text.Config(vocab=300))
+    text.load_state(STATE)
+    view = Text.View(length=length)
+    items = text.encode_input(string, view)
+    tokens = text.tokens(items, view, None)
+    assert tokens.values.shape == tokens.mask.shape == (1, length)
+    real = tokens.values[tokens.mask]
+    assert real[-1] == END
+    assert (real[:-1] > END).all()
+    assert real.max() < text.stem_spec().values
+    assert tokens.mask[0].tolist() == [True] * len(real) + [False] * (length - len(real))
+
+
+def _state():
+    text = Text(Text.Config(vocab=300))
+    text.fit(CORPUS)
+    return text.state()
+
+
+STATE = _state()
+
+
+def test_ids_come_back_as_text(text):
+    ids = text.decode("two dogs, ünï 犬", [Text.View(length=64)])
+    assert text.tokenizer.decode((ids - 2).tolist()).strip() == "two dogs, ünï 犬"
+
+
+def test_tokens_carry_positions_and_a_mask(text):
+    view = Text.View(length=6)
+    items = np.stack([text.transform(text.decode(raw, [view]), view, np.random.default_rng()) for raw in ("a red", "")])
+    tokens = text.tokens(items, view, None)
+    assert tokens.values.dtype == tokens.coords.dtype == torch.int64
+    assert tokens.mask.tolist() == [[True] * 3 + [False] * 3, [True] + [False] * 5]
+    assert tokens.coords.shape == (2, 6, 1)
+    assert tokens.coords[1, :, 0].tolist() == list(range(6))
+    assert torch.equal(text.from_tensor(torch.from_numpy(items).int()).values, tokens.values)
+
+
+def test_training_and_evaluation_read_alike(text):
+    view = Text.View()
+    item = text.decode(["a red car", "another caption"], [view])
+    training = text.transform(item, view, np.random.default_rng(1))
+    assert training.shape == (16,)
+    np.testing.assert_array_equal(text.transform(item, view, None), training[None])
+    np.testing.assert_array_equal(text.tokenize("a red car").numpy(), training[None])
+
+
+@pytest.mark.parametrize("raw", [None, 3, b"bytes", [], [3], {"text": "x"}])
+def test_what_is_no_text_is_bad_media(text, raw):
+    with pytest.raises(BadMedia, match="expected a text"):
+        text.decode(raw, [Text.View()])
+
+
+def test_state_and_pickle_carry_the_tokenizer(text):
+    other = Text(Text.Config(vocab=400))
+    with pytest.raises(RuntimeError, match="fit"):
+        other.stem_spec()
+    other.load_state(text.state())
+    for copy in (other, pickle.loads(pickle.dumps(text))):
+        assert torch.equal(copy.tokenize("red dogs"), text.tokenize("red dogs"))
+        assert copy.stem_spec() == text.stem_spec()
+
+
+def test_a_tokenizer_from_a_file(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"red": 0, "car": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    path = tmp_path / "words.json"
+    tokenizer.save(str(path))
+    text = Text(Text.Config(tokenizer=str(path)))
+    text.fit(["this is not looked at"])
+    assert text.stem_spec().values == 5
+    assert text.tokenize("car red bus", length=5).tolist() == [[3, 2, 4, END, PAD]]
+
+
+def test_a_bad_tokenizer_file_is_named(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text("{}")
+    for name in (str(path), str(tmp_path / "none.json")):
+        with pytest.raises(UserError, match=re.escape(name)):
+            Text(Text.Config(tokenizer=name)).fit([])
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        Text(Text.Config()).load_state({"tokenizer.json": "{}"})
+
+
+def test_texts_longer_than_the_table_are_refused(text):
+    with pytest.raises(ValueError, match=r"length 257 .* 256"):
+        text.check(Text.View(length=257))
+    text.check(Text.View(length=256))
+    with pytest.raises(TypeError, match="ids"):
+        text.from_tensor(torch.zeros(1, 4))

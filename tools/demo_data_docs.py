@@ -1,0 +1,189 @@
+"""What lies around the demo data: licence texts and NOTICE, the data card's numbers, the contact sheet.
+
+Called by build_demo_data.py; the card and the sheet are made from the built Parquet files alone.
+"""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import soundfile
+from PIL import Image, ImageSequence
+
+NOTICE = """\
+openimp's demo data is made from the works below, whose makers do not endorse it. Licence texts: LICENSES/.
+
+stills.parquet
+- Noto Emoji: Copyright Google LLC and contributors, https://github.com/googlefonts/noto-emoji, Apache License 2.0
+  (noto-emoji.txt). Changed: recompressed from PNG to WebP.
+- Twemoji: Copyright Twitter, Inc and other contributors, https://github.com/jdecked/twemoji, Creative Commons
+  Attribution 4.0 (twemoji.txt). Changed: recompressed from PNG to WebP.
+- Both come from the PNG files of emoji-data, Copyright (c) 2013 Cal Henderson, https://github.com/iamcal/emoji-data,
+  whose own data (Unicode names, used as captions) is under the MIT License (emoji-data.txt).
+- Fluent Emoji: Copyright (c) Microsoft Corporation, https://github.com/microsoft/fluentui-emoji, MIT License, packed
+  by LobeHub, https://github.com/lobehub/fluent-emoji (fluent-emoji.txt). Changed: resized from 256 to 64 pixels,
+  recompressed.
+clips.parquet
+- Animated Fluent Emoji: makers and licence as above. Changed: cut to 8 frames, resized from 256 to 64 pixels,
+  recompressed.
+names, keywords, captions and groups in both
+- emojibase, Copyright (c) 2017-2019 Miles Johnson, https://github.com/milesj/emojibase, MIT License (emojibase.txt).
+  Changed: selected, shortcodes turned into plain words.
+notes.parquet
+- MuseScore_General SoundFont, Copyright (c) 2018-2021 S. Christian Collins, from Fluid (R3) GM by Frank Wen, its mono
+  version by Michael Cowgill, and others named in musescore-general.txt; MIT License, parts CC0 or public domain.
+  Changed: single notes rendered with FluidSynth, cut to 2 seconds, levelled, resampled to 16 kHz, compressed.
+
+Packages (name, version, licence of the part used, sha256 of the archive):
+"""
+
+
+def write_licences(demo: Path, sources: dict[str, list[str]], read: Callable[[str, str], str]) -> None:
+    """Write LICENSES/ and NOTICE; `read` returns the text of a package's first file that has a pattern in its path.
+
+    The Fluent packages name the MIT License without its text: theirs is the common text with their holders.
+    """
+    common = Path("/usr/share/common-licenses")
+    mit = read("emojibase-data", "LICENSE$")
+    holders = "Copyright (c) Microsoft Corporation.\nCopyright (c) 2023 LobeHub"
+    texts = {
+        "noto-emoji": (common / "Apache-2.0").read_text(),
+        "twemoji": (common / "CC-BY-4.0").read_text(),
+        "emoji-data": read("emoji-datasource-google", "LICENSE$"),
+        "emojibase": mit,
+        "fluent-emoji": re.sub(r"Copyright \(c\).*", holders, mit, count=1),
+        "musescore-general": read("musescore-general-soundfont-small", "/copyright$"),
+    }
+    (demo / "LICENSES").mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (demo / f"LICENSES/{name}.txt").write_text(text)
+    (demo / "NOTICE").write_text(NOTICE + "".join(f"  {name} {' '.join(rest)}\n" for name, rest in sources.items()))
+
+
+def markdown(head: list[str], rows: list[list[Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    cells = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def counts(demo: Path) -> Iterator[str]:
+    """Yield the tables and sentences of the card's numbers."""
+    tables = {name: pq.read_table(demo / f"{name}.parquet").to_pylist() for name in ("stills", "clips", "notes")}
+    splits = ["train", "val", "test"]
+
+    def row(title: str, rows: list[dict[str, Any]]) -> list[Any]:
+        by_split = Counter(r["split"] for r in rows)
+        return [title, *(by_split[s] for s in splits), len(rows)]
+
+    def grouped(title: str, column: str, rows: list[dict[str, Any]]) -> str:
+        values = dict.fromkeys(r[column] for r in rows)
+        return markdown([title, *splits, "all"], [row(v, [r for r in rows if r[column] == v]) for v in values])
+
+    stills, clips, notes = tables.values()
+    emoji = list({r["emoji"]: r for r in stills}.values())
+    families = list({r["concept"]: r for r in emoji}.values())
+    vendors = [row(f"stills, {v}", [r for r in stills if r["vendor"] == v]) for v in ("noto", "fluent", "twemoji")]
+    lines = [*vendors, row("clips", clips), row("notes", notes), row("emoji", emoji), row("concept families", families)]
+    yield markdown(["", *splits, "all"], lines)
+    files = [(demo / f"{name}.parquet", rows) for name, rows in tables.items()]
+    sizes = [[f"`{file.name}`", len(rows), f"{file.stat().st_size / 1e6:.1f} MB"] for file, rows in files]
+    total = sum(f.stat().st_size for f in demo.rglob("*") if f.is_file()) / 1e6
+    yield markdown(["file", "rows", "size"], [*sizes, ["with licences", "", f"{total:.1f} MB"]])
+    yield grouped("emoji group", "group", emoji)
+    yield grouped("instrument family", "family", notes)
+
+    captions = Counter(c for r in emoji for c in set(r["captions"]))
+    shared = [r for r in emoji if any(captions[c] > 1 for c in r["captions"])]
+    names = Counter(r["name"].lower() for r in emoji)
+    trained = {c for r in emoji if r["split"] == "train" for c in r["captions"]}
+    leaked = [r for r in emoji if r["split"] == "test" and trained.intersection(r["captions"])]
+    per = Counter(r["instrument"] for r in notes)
+    untested = set(per) - {r["instrument"] for r in notes if r["split"] == "test"}
+    seconds = sorted(soundfile.info(io.BytesIO(r["audio"])).duration for r in notes)
+    yield (
+        f"- Emoji: {np.mean([len(r['captions']) for r in emoji]):.1f} captions and "
+        f"{np.mean([len(r['keywords']) for r in emoji]):.1f} keywords on average. "
+        f"{sum(n for n in names.values() if n > 1)} share their `name` with another emoji, "
+        f"{len(shared)} share a caption with one; "
+        f"{len(leaked)} test emoji have a caption that some train emoji has as well.\n"
+        f"- Notes: {len(per)} instruments of {len({r['family'] for r in notes})} families, "
+        f"{min(per.values())} to {max(per.values())} notes each; "
+        f"median length {seconds[len(seconds) // 2]:.2f} s, longest {seconds[-1]:.2f} s. "
+        f"Instruments without a test note: {', '.join(sorted(untested)) or 'none'}.\n"
+    )
+
+
+def write_card(demo: Path, card: Path) -> None:
+    """Replace the numbers between the card's two `counts` markers."""
+    numbers = "\n".join(counts(demo))
+    before, start, rest = card.read_text().partition("<!-- counts -->\n")
+    _, end, after = rest.partition("<!-- /counts -->")
+    if not end:
+        raise SystemExit(f"{card} lacks its <!-- counts --> markers")
+    card.write_text(before + start + numbers + end + after)
+
+
+def log_mel(audio: bytes, bands: int = 64) -> np.ndarray:
+    """Return the log-mel spectrogram [bands, time] of a note, 25 ms windows every 10 ms, as the sheet shows it."""
+    wave, rate = soundfile.read(io.BytesIO(audio), dtype="float32")
+    wave = np.pad(wave, (0, max(0, 2 * rate - len(wave))))[: 2 * rate]
+    windows = np.lib.stride_tricks.sliding_window_view(wave, 400)[::160] * np.hanning(400)
+    power = np.abs(np.fft.rfft(windows, 1024)) ** 2
+    hertz = np.linspace(0, rate / 2, power.shape[1])
+    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + rate / 1400), bands + 2) / 2595) - 1)
+    rise = (hertz - edges[:-2, None]) / np.diff(edges)[:-1, None]
+    fall = (edges[2:, None] - hertz) / np.diff(edges)[1:, None]
+    return np.log10(np.maximum(0, np.minimum(rise, fall)) @ power.T + 1e-4)
+
+
+def write_contact_sheet(demo: Path, path: Path) -> None:
+    """Draw some concepts (one row each: the three stills, the clip's frames) and some notes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    stills, clips, notes = (pq.read_table(demo / f"{n}.parquet").to_pylist() for n in ("stills", "clips", "notes"))
+    concepts = ["1F602", "1F996", "1F468-200D-1F373", "1F680", "1F6A2", "1F97A"]
+    instruments = ["acoustic grand piano", "violin", "xylophone", "church organ", "trumpet", "helicopter"]
+    picture = {(r["emoji"], r["vendor"]): r for r in stills}
+    video = {r["emoji"]: r["video"] for r in clips}
+    vendors = ("noto", "fluent", "twemoji")
+
+    def white(image: Image.Image) -> Image.Image:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+    figure = plt.figure(figsize=(13, 10.5), layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=[6, 2.6])
+    above, below = halves
+    # An empty narrow column sets stills and frames apart.
+    axes = above.subplots(len(concepts), 12, width_ratios=[1, 1, 1, 0.3] + [1] * 8)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, emoji in zip(axes, concepts, strict=True):
+        first = picture[emoji, "noto"]
+        title = f"{first['name']}\n({first['split']})"
+        row[0].text(-0.15, 0.5, title, transform=row[0].transAxes, ha="right", va="center")
+        images = [Image.open(io.BytesIO(picture[emoji, vendor]["image"])) for vendor in vendors]
+        frames = [frame.copy() for frame in ImageSequence.Iterator(Image.open(io.BytesIO(video[emoji])))]
+        for axis, image in zip([*row[:3], *row[4:]], [*images, *frames], strict=False):
+            axis.imshow(white(image))
+    for axis, title in zip([*axes[0, :3], *axes[0, 4:]], [*vendors, *(f"frame {i}" for i in range(8))], strict=True):
+        axis.set_title(title, fontsize=10)
+    axes = below.subplots(1, len(instruments), sharey=True)
+    for axis, instrument in zip(axes, instruments, strict=True):
+        of = [r for r in notes if r["instrument"] == instrument]
+        note = of[len(of) // 2]
+        axis.imshow(log_mel(note["audio"]), origin="lower", aspect="auto", cmap="magma", extent=(0, 2, 0, 64))
+        axis.set_title(f"{instrument}\n{note['note']} ({note['split']})", fontsize=10)
+        axis.set_xlabel("seconds")
+    axes[0].set_ylabel("mel band")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
