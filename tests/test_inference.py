@@ -134,7 +134,7 @@ def test_unreadable_inputs_are_named(model, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n truncated")
     with pytest.raises(UserError, match=r"broken\.png: cannot be read as image"):
-        model.encode_image(["%s" % broken])
+        model.encode_image([str(broken)])
     with pytest.raises(UserError, match=r"missing\.wav: cannot be read as audio: no such file"):
         model.encode_audio("missing.wav")
     with pytest.raises(UserError, match="input 1: cannot be read as text"):

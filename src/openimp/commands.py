@@ -7,7 +7,8 @@ import torch
 from rich.table import Table
 
 from openimp.checkpoint import load_model, model_folder, read_config
-from openimp.data.loader import StepBatches
+from openimp.data.loader import classes_of
+from openimp.data.sources import open_source
 from openimp.device import pick_device
 from openimp.errors import UserError
 from openimp.evaluation import evaluate, table
@@ -15,8 +16,9 @@ from openimp.ledger import costs, mixture
 from openimp.metrics import append, read_lines
 from openimp.modalities import modalities_of
 from openimp.model.imp import IMP
+from openimp.objectives import head_key
 from openimp.progress import console, mixture_table, track
-from openimp.recipe import Recipe, find_recipe
+from openimp.recipe import Classification, Recipe
 from openimp.train import train
 
 
@@ -64,21 +66,28 @@ def run_info(what: str, overrides: list[str]) -> None:
             modality.load_state(learned)
         console.print(f"{folder}: recipe {recipe.name}, saved with openimp's model format", soft_wrap=True)
     else:
-        recipe, classes = Recipe.load(find_recipe(what), overrides), {}
+        recipe = Recipe.load(what, overrides)
         modalities = modalities_of(recipe)
-        try:
-            classes = StepBatches(recipe, modalities).classes
-        except UserError as error:
-            console.print(f"classification heads are left out: {error}", soft_wrap=True)
+        classes = _classes(recipe)
     _print_model(recipe, modalities, classes)
-    if classes or not _classifies(recipe):
-        _print_costs(recipe, modalities, classes)
+    _print_costs(recipe, modalities, classes)
     if path.is_dir():
         _print_run(path)
 
 
-def _classifies(recipe: Recipe) -> bool:
-    return any(objective.type == "classification" for task in recipe.tasks.values() for objective in task.objectives)
+def _classes(recipe: Recipe) -> dict[str, list[Any]]:
+    """The classes of each head, as far as the data is there; a head without data counts as one class."""
+    found: dict[str, list[Any]] = {}
+    for name, task in recipe.tasks.items():
+        for objective in task.objectives:
+            if isinstance(objective, Classification):
+                key = head_key(task.source, objective.label)
+                try:
+                    found[key] = classes_of(open_source(task.source, recipe.sources[task.source]), objective, name)
+                except UserError as error:
+                    found[key] = [None]
+                    console.print(f"head {key} counts as one class: {error}", soft_wrap=True)
+    return found
 
 
 def _print_model(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]]) -> None:

@@ -1,6 +1,7 @@
 """What a run writes down: metrics.jsonl, TensorBoard events, and the examples that could not be read."""
 
 import json
+import os
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -30,6 +31,7 @@ class Metrics:
 
         self.file = run / "metrics.jsonl"
         _cut(self.file, step)
+        _cut(run / "results.jsonl", step)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
         self.totals = {task: Counter(units) for task, units in (totals or {}).items()}
         self._reset()
@@ -101,7 +103,8 @@ class Metrics:
         return {"load": shares[:half], "gate": shares[half:], "dropped": dropped}
 
     def results(self, run: Path, results: list[dict[str, Any]]) -> None:
-        """Adds evaluation results to results.jsonl and to TensorBoard."""
+        """Adds evaluation results to results.jsonl and to TensorBoard, in place of older ones of this step."""
+        _cut(run / "results.jsonl", max(result["step"] for result in results) - 1)
         for result in results:
             append(run / "results.jsonl", result)
             for key in ("r1", "r5", "mrr", "top1"):
@@ -116,8 +119,9 @@ class Metrics:
 class BadExamples:
     """Counts and names the examples that could not be read, and stops the run when they are too many."""
 
-    def __init__(self, run: Path, limit: float, state: dict[str, dict[str, int]] | None = None) -> None:
+    def __init__(self, run: Path, step: int, limit: float, state: dict[str, dict[str, int]] | None = None) -> None:
         self.file, self.limit = run / "skipped.jsonl", limit
+        _cut(self.file, step - 1)
         self.state = state or {}
 
     def add(self, step: int, task: str, read: int, bad: list[tuple[str, str]]) -> None:
@@ -157,4 +161,6 @@ def _cut(file: Path, step: int) -> None:
     """Forgets lines after `step`, which a run that goes on from there will write again."""
     kept = [line for line in read_lines(file) if line["step"] <= step]
     if file.exists():
-        file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        draft = file.with_name(f".{file.name}.tmp")
+        draft.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        os.replace(draft, file)

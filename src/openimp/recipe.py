@@ -5,7 +5,7 @@ and `View`; a recipe checks those parts against the modality that it finds by na
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -201,16 +201,16 @@ class View(Strict):
 
     def bind(self, modalities: Iterable[str], where: str) -> "View":
         """Checks the options of each modality against its `View` and fills in its defaults."""
-        extra = dict(self.model_extra or {})
+        extra, checked = dict(self.model_extra or {}), {}
         for name in modalities:
             options = extra.pop(name, {})
             if isinstance(options, BaseModel):
                 options = options.model_dump()
-            checked = _checked(modality_class(name).View, options, f"{where}.{name}")
-            (self.__pydantic_extra__ or {})[name] = checked
+            checked[name] = _checked(modality_class(name).View, options, f"{where}.{name}")
         if extra:
             key = next(iter(extra))
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, [*modalities, *View.model_fields])}")
+        self.__pydantic_extra__ = checked
         return self
 
 
@@ -485,9 +485,18 @@ def _checked(schema: type[Any], data: Any, where: str) -> Any:
         return schema.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        # A discriminated union puts the member's tag into the path, where the reader's file has no such key.
-        tags = {"contrastive", "classification", "retrieval", "zero_shot"}
-        key = ".".join(str(part) for part in first["loc"] if part not in tags)
+        key = ".".join(_path(data, first["loc"], missing=first["type"] == "missing"))
         message = first["msg"].removeprefix("Value error, ")
         found = "" if first["type"] in ("value_error", "missing") else f", found {first['input']!r:.60}"
         raise UserError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None
+
+
+def _path(data: Any, location: tuple[int | str, ...], missing: bool) -> Iterator[str]:
+    """The keys of pydantic's location that the data has: it also puts the members of unions among them."""
+    for i, part in enumerate(location):
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            if not (missing and i == len(location) - 1):
+                continue
+        yield str(part)

@@ -97,7 +97,7 @@ class Training:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         self.metrics = Metrics(run, self.step, state.get("totals"))
-        self.bad = BadExamples(run, recipe.train.max_bad, state.get("bad"))
+        self.bad = BadExamples(run, self.step, recipe.train.max_bad, state.get("bad"))
         self.grad_norm = 0.0
         self._print_plan()
 
@@ -196,7 +196,7 @@ class Training:
         totals = {"steps": steps, **{u: sum(getattr(c, u) for c in parts) for u in ("examples", "tokens", "flops")}}
         console.print(mixture_table(rows, totals))
         parameters = sum(p.numel() for p in self.model.parameters())
-        bf16 = "bf16" if autocast(self.device, self.recipe.train.precision).fast_dtype == torch.bfloat16 else "fp32"
+        bf16 = "bf16" if autocast(self.device, self.recipe.train.precision)._enabled else "fp32"
         console.print(f"{self.recipe.name}: {parameters / 1e6:.2f}M parameters on {self.device.type}, {bf16}, into {self.run}")
 
 

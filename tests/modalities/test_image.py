@@ -129,6 +129,12 @@ def test_what_is_no_picture_is_bad_media(raw):
     assert "0x" not in str(error.value)
 
 
+def test_only_files_are_opened(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(BadMedia, match="no such file"):
+            IMAGE.decode(path, [Image.View()])
+
+
 @given(st.integers(0, len(PNG) - 1), st.integers(0, 255))
 @settings(max_examples=60, deadline=None)
 def test_a_broken_byte_gives_pixels_or_bad_media(position, byte):
@@ -171,6 +177,8 @@ def test_half_of_the_pictures_are_mirrored():
 
 def test_jitter_changes_colours_but_neither_black_nor_grey_from_grey():
     np.testing.assert_allclose(np.reshape(jitter_matrix(1, 1, 1), (3, 4)), np.eye(3, 4), atol=1e-9)
+    luma = [0.299, 0.587, 0.114, 0]
+    np.testing.assert_allclose(np.reshape(jitter_matrix(1, 1, 0), (3, 4)), [luma] * 3, atol=1e-9)
     grey = np.full((32, 32, 3), 100, np.uint8)
     outs = np.stack([IMAGE.transform(grey, Image.View(size=32, jitter=0.4), rng(seed)) for seed in range(20)])
     assert (np.ptp(outs.astype(int), axis=-1) <= 1).all()
@@ -221,8 +229,10 @@ def test_dropped_tokens_leave_the_others_in_place(drop, seed):
 
 def test_every_example_drops_its_own_tokens():
     items = np.zeros((2, 64, 64, 3), np.uint8)
-    coords = IMAGE.tokens(items, Image.View(size=64, drop=0.5), [rng(1), rng(2)]).coords
+    view = Image.View(size=64, drop=0.5)
+    coords = IMAGE.tokens(items, view, [rng(1), rng(2)]).coords
     assert not torch.equal(coords[0], coords[1])
+    assert torch.equal(coords[1:], IMAGE.tokens(items[1:], view, [rng(2)]).coords)
 
 
 def test_coordinates_are_the_same_place_at_any_resolution():

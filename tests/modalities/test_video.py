@@ -153,6 +153,30 @@ def test_a_variable_frame_rate_is_no_trouble():
         assert shown == list(range(shown[0], shown[0] + len(shown)))
 
 
+def test_a_sound_longer_than_the_film_holds_its_last_frame():
+    out = io.BytesIO()
+    with av.open(out, "w", format="matroska") as container:
+        video = container.add_stream("ffv1", rate=25)
+        audio = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        video.height, video.width, video.pix_fmt = 32, 48, "gray"
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.int16), format="s16", layout="mono")
+        sound.sample_rate = 8000
+        for pixels in counting(8):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux([*video.encode(), *audio.encode(sound), *audio.encode()])
+    view = Video.View(size=32, frames=4)
+    ends = {greys(VIDEO.decode(out.getvalue(), [view], rng(seed)))[-1] for seed in range(12)}
+    assert ends == {7}
+
+
+def test_playlists_open_no_other_file(tmp_path):
+    (tmp_path / "secret.ts").write_bytes(film(counting(8), "mpegts", "mpeg2video"))
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile secret.ts\n")
+    assert len(VIDEO.decode(tmp_path / "secret.ts", [Video.View()])) == 8
+    with pytest.raises(BadMedia):
+        VIDEO.decode(tmp_path / "list.mp4", [Video.View()])
+
+
 MP4, WEBP = film(counting(12)), animation(counting(5), "WEBP")
 
 

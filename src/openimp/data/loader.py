@@ -80,7 +80,7 @@ class StepBatches(Dataset[Loaded]):
             for name, task in tasks.items()
         }
         self.classes = {
-            head_key(task.source, objective.label): _classes(self.sources[name], objective, f"tasks.{name}")
+            head_key(task.source, objective.label): classes_of(self.sources[name], objective, f"tasks.{name}")
             for name, task in tasks.items()
             for objective in task.objectives
             if isinstance(objective, Classification)
@@ -215,18 +215,22 @@ class StepBatches(Dataset[Loaded]):
                 continue
             columns = columns_of(spec.columns)
             if isinstance(source, Stream):
-                rows: Iterable[dict[str, Any]] = source.read(seed_key(self.recipe.seed, task_name), 0, CORPUS_ROWS)
+                rows: Iterable[dict[str, Any]] = _beginning(source, seed_key(self.recipe.seed, task_name), columns)
             else:
                 rows = chain.from_iterable(source.rows(part, columns) for part in _chunks(len(source)))
             yield from all_texts(spec.columns, rows)
 
 
-def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> DataLoader[Loaded]:
-    """Batches of the steps from `first` to `last` (to the end), in order, made by the recipe's workers."""
+def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> Iterator[Loaded]:
+    """Batches of the steps from `first` to `last` (to the end), in order, made by the recipe's workers.
+
+    Raises:
+        UserError: no example of a batch can be read, or a label is none of the classes.
+    """
     train = dataset.recipe.train
     workers = train.workers
-    return DataLoader(
-        dataset,
+    loader: DataLoader[Loaded | UserError] = DataLoader(
+        _Told(dataset),
         batch_size=None,
         sampler=range(first, len(dataset) if last is None else last),
         num_workers=workers,
@@ -234,11 +238,42 @@ def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> Da
         worker_init_fn=_quiet_worker,
         pin_memory=torch.cuda.is_available(),
     )
+    for loaded in loader:
+        if isinstance(loaded, UserError):
+            raise loaded
+        yield loaded
+
+
+@dataclass(frozen=True)
+class _Told(Dataset["Loaded | UserError"]):
+    """Gives a user's error instead of raising it: the DataLoader would put a worker's traceback into its message."""
+
+    batches: StepBatches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, step: int) -> Loaded | UserError:
+        try:
+            return self.batches[step]
+        except UserError as error:
+            return error
 
 
 def _quiet_worker(_: int) -> None:
     # Ctrl-C reaches the whole process group; only the training process decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _beginning(source: Stream, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The first rows of a stream, as many as a tokenizer learns from, but hardly more than an epoch."""
+    start = source.cursor()
+    for part in _chunks(CORPUS_ROWS, 256):
+        yield from source.read(key, part[0], len(part), columns)
+        if source.cursor()["epoch"]:
+            break
+    # Back to where it stood: forked workers would share the files that it has open now.
+    source.load_cursor(start)
 
 
 def _chunks(n: int, size: int = 4096) -> Iterator[list[int]]:
@@ -254,7 +289,8 @@ def _stand_ins(items: list[Any], message: str, bad: list[tuple[str, str]]) -> li
     return [i if items[i] is not None else good[int(np.searchsorted(good, i)) % len(good)] for i in range(len(items))]
 
 
-def _classes(source: Table | Stream, objective: Classification, where: str) -> list[Any]:
+def classes_of(source: Table | Stream, objective: Classification, where: str) -> list[Any]:
+    """The classes of a classification, in the order of its head's outputs."""
     if objective.classes is not None:
         return list(objective.classes)
     if isinstance(source, Stream):

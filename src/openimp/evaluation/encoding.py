@@ -179,12 +179,12 @@ def require_pair(model: IMP, a: str, b: str, where: str) -> None:
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map` in a few threads, in order, and never more than a batch's worth ahead, whatever the length of `items`."""
+    """`map` in a few threads, in order, and only a few items ahead, for a long clip takes much memory."""
     with ThreadPoolExecutor(THREADS) as pool:
         waiting: deque[Future[R]] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > 8 * THREADS:
+            if len(waiting) > 2 * THREADS:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

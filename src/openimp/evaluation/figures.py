@@ -35,7 +35,8 @@ def interval(hit: np.ndarray) -> list[float]:
     """The 95 % bootstrap interval [low, high] of the mean of hits (N,) bool, with a fixed seed.
 
     N hits or misses drawn with replacement are a binomial draw, so no index is drawn. It tells how much hangs on the
-    choice of queries, nothing of the training's seed, and takes queries for independent.
+    choice of queries, nothing of the training's seed, and takes queries for independent; with all
+    hits or none it has no width.
     """
     means = np.random.default_rng(0).binomial(len(hit), hit.mean(), RESAMPLES) / len(hit)
     return [float(x) for x in np.quantile(means, [0.025, 0.975])]

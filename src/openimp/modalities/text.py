@@ -56,7 +56,9 @@ class Text(Modality):
         return self._tokenizer
 
     def stem_spec(self) -> StemSpec:
-        return StemSpec(values=RESERVED + self.tokenizer.get_vocab_size(), axes=(self.config.positions,), table=True)
+        # Before it is trained a tokenizer counts as large as it may become.
+        ids = self.config.vocab if self._tokenizer is None else RESERVED + self._tokenizer.get_vocab_size()
+        return StemSpec(values=ids, axes=(self.config.positions,), table=True)
 
     def check(self, view: Any) -> None:
         if view.length > self.config.positions:

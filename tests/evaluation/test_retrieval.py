@@ -1,0 +1,308 @@
+import io
+import json
+import math
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from rich.console import Console
+
+from openimp.errors import UserError
+from openimp.evaluation import evaluate, table
+from openimp.evaluation.figures import interval
+from openimp.evaluation.retrieval import Retrieved, ranks
+from openimp.inference import Model
+
+NAMES = ["red", "green", "blue", "red", "red", "green", "grey", "white"]
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 20, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_pictures(folder, pictures, names=NAMES):
+    """A Parquet file of pictures (bytes) with names, and the keys of a recipe that evaluates it."""
+    pq.write_table(pa.table({"picture": pictures, "name": names}), folder / "pictures.parquet")
+    options = {
+        "type": "retrieval",
+        "source": "pictures",
+        "inputs": {"image": "picture", "text": "name"},
+        "view": {"image": {"size": 16}, "text": {"length": 8}},
+    }
+    return {
+        "sources": {"all": {"path": "unused.parquet"}, "pictures": {"path": str(folder / "pictures.parquet")}},
+        "train": {"precision": "fp32"},
+        "evaluation": {"sets": {"names": options}, "batch": 3},
+    }
+
+
+@pytest.fixture
+def measure(tiny_recipe, tiny_model):
+    """Evaluates the tiny model on the sets of a recipe with these keys."""
+
+    def run(keys, **options):
+        recipe = tiny_recipe(**keys)
+        model, modalities = tiny_model(recipe)
+        return evaluate(model, recipe, modalities, **options)
+
+    return run
+
+
+def printed(results) -> str:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table(results))
+    return console.export_text()
+
+
+def naive_rank(similar: np.ndarray, right: set[int]) -> int:
+    """Sorts all candidates, the wrong ones first where they tie, and looks for the first correct one."""
+    order = sorted(range(len(similar)), key=lambda i: (-similar[i], i in right))
+    return 1 + min(order.index(i) for i in right)
+
+
+@st.composite
+def problems(draw):
+    """Queries and candidates with small whole entries, so that exact ties abound, and correct pairs for each query."""
+    n, m, z = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.integers(1, 3))
+    entries = st.integers(-2, 2).map(float)
+    queries, candidates = (draw(hnp.arrays(np.float32, (rows, z), elements=entries)) for rows in (n, m))
+    right = draw(st.lists(st.sets(st.integers(0, m - 1), min_size=1), min_size=n, max_size=n))
+    return queries, candidates, right, draw(st.integers(1, 20))
+
+
+@given(problems())
+@settings(max_examples=200, deadline=None)
+def test_ranks_are_those_of_a_full_sort(problem):
+    queries, candidates, right, limit = problem
+    pairs = np.array([(i, j) for i, found in enumerate(right) for j in found])
+    pairs = np.random.default_rng(0).permutation(pairs)
+    got = ranks(torch.from_numpy(queries), torch.from_numpy(candidates), pairs, limit)
+    similar = queries @ candidates.T
+    assert got.tolist() == [naive_rank(row, found) for row, found in zip(similar, right)]
+
+
+def test_a_model_that_says_the_same_of_everything_finds_nothing():
+    same = torch.ones(10, 4)
+    assert (ranks(same, same, np.stack([np.arange(10)] * 2, axis=1)) == 10).all()
+
+
+def test_memory_stays_small_whatever_the_number_of_items(monkeypatch):
+    """No product is larger than the limit."""
+    seen = []
+    matmul = torch.Tensor.__matmul__
+
+    def watch(a, b):
+        seen.append(a.shape[0] * b.shape[1])
+        return matmul(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watch)
+    z = torch.nn.functional.normalize(torch.randn(3000, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    got = ranks(z, z, np.stack([np.arange(3000)] * 2, axis=1), limit=60_000)
+    assert (got == 1).all()
+    assert len(seen) == 150
+    assert max(seen) <= 60_000
+
+
+def test_figures_of_ranks_known_by_hand():
+    pairs = np.array([(0, 0), (1, 1), (2, 2), (3, 3), (3, 4)])
+    found = Retrieved("a", "b", np.array([1, 3, 8, 20]), pairs, np.arange(4), np.arange(20))
+    figures = found.figures()
+    assert (figures["n"], figures["candidates"]) == (4, 20)
+    assert (figures["r1"], figures["r5"], figures["r10"]) == (0.25, 0.5, 0.75)
+    assert figures["median_rank"] == 5.5
+    assert figures["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 8 + 1 / 20) / 4)
+    # Three queries with one correct candidate of 20, one with two.
+    assert figures["chance"] == pytest.approx((3 * 1 / 20 + 2 / 20) / 4)
+
+
+@given(st.integers(1, 2000), st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_the_interval_is_the_bootstraps(n, share):
+    hit = np.arange(n) < round(share * n)
+    low, high = interval(hit)
+    assert 0 <= low <= hit.mean() <= high <= 1
+    # The normal approximation, where it holds.
+    if n > 500 and 0.2 < share < 0.8:
+        assert high - low == pytest.approx(2 * 1.96 * math.sqrt(hit.mean() * (1 - hit.mean()) / n), rel=0.1)
+    assert interval(hit) == [low, high]
+
+
+def test_the_interval_is_that_of_drawing_queries_with_replacement():
+    hit = np.arange(40) < 13
+    draws = np.random.default_rng(1).integers(0, 40, (20_000, 40))
+    assert interval(hit) == pytest.approx(np.quantile(hit[draws].mean(1), [0.025, 0.975]), abs=0.026)
+
+
+def test_equal_names_and_equal_pictures_are_one_item(measure, tmp_path, tiny_recipe, tiny_model):
+    """Against a naive computation with `Model.encode`, one item at a time, and all similarities in one matrix."""
+    pictures = [png(i) for i in (0, 1, 2, 3, 4, 5, 6, 0)]  # the last is the first picture again, with another name
+    keys = write_pictures(tmp_path, pictures)
+    to_text, to_image = measure(keys)
+    recipe = tiny_recipe(**keys)
+    imp, modalities = tiny_model(recipe)
+    model = Model(imp, recipe, modalities, {}, "fp32")
+    model.views["image"] = recipe.evaluation.sets["names"].view["image"]
+    names = ["red", "green", "blue", "grey", "white"]
+    images = torch.cat([model.encode_image(picture, normalize=True) for picture in pictures[:7]])
+    texts = torch.cat([model.encode_text(name, normalize=True) for name in names])
+    similar = (images @ texts.T).numpy()
+    right = [{0, 4}, {1}, {2}, {0}, {0}, {1}, {3}]
+    wanted = np.array([naive_rank(row, found) for row, found in zip(similar, right)])
+    back = [{i for i, found in enumerate(right) if j in found} for j in range(5)]
+    wanted_back = np.array([naive_rank(row, found) for row, found in zip(similar.T, back)])
+    for result, rank, candidates in ((to_text, wanted, 5), (to_image, wanted_back, 7)):
+        assert (result["n"], result["candidates"]) == (len(rank), candidates)
+        assert result["r1"] == pytest.approx((rank == 1).mean())
+        assert result["median_rank"] == np.median(rank)
+        assert result["mrr"] == pytest.approx((1 / rank).mean())
+    assert (to_text["task"], to_image["task"]) == ("image -> text", "text -> image")
+    assert to_text["chance"] == pytest.approx(8 / 7 / 5)
+    assert to_image["chance"] == pytest.approx(8 / 5 / 7)
+
+
+def test_equal_files_under_two_names_are_one_item(measure, tmp_path):
+    for name, seed in (("a", 0), ("b", 1), ("copy", 0)):
+        (tmp_path / f"{name}.png").write_bytes(png(seed))
+    keys = write_pictures(tmp_path, ["a.png", "b.png", "copy.png"], ["red", "green", "red"])
+    to_text, to_image = measure(keys)
+    assert (to_text["n"], to_image["n"]) == (2, 2)
+
+
+def test_a_trained_pair_is_found_and_the_figures_are_reproducible(measure, tmp_path, tiny_recipe, tiny_model):
+    """Fits the tiny model to eight pictures with the real loss; R@1 then is 1, both ways, twice, in any batch size."""
+    keys = write_pictures(tmp_path, [png(i) for i in range(8)], [f"{i} number" for i in range(8)])
+    recipe = tiny_recipe(**keys)
+    model, modalities = tiny_model(recipe)
+    view = recipe.evaluation.sets["names"].view
+    tokens = {
+        "image": modalities["image"].tokens(
+            np.concatenate([modalities["image"].encode_input(png(i), view["image"]) for i in range(8)]),
+            view["image"],
+            None,
+        ),
+        "text": modalities["text"].from_tensor(modalities["text"].tokenize([f"{i} number" for i in range(8)], 8)),
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        a = model.project(model.encode({"image": tokens["image"]}).features, "image", "text")
+        b = model.project(model.encode({"text": tokens["text"]}).features, "text", "image")
+        logits = model.temperature("image", "text").scale * a @ b.T
+        target = torch.arange(8)
+        loss = torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.train()
+    first = evaluate(model, recipe, modalities, step=150)
+    assert model.training
+    assert [(result["r1"], result["mrr"], result["step"]) for result in first] == [(1, 1, 150)] * 2
+    assert evaluate(model, recipe, modalities, step=150) == first
+    recipe.evaluation.batch = 1
+    assert evaluate(model, recipe, modalities, step=150) == first
+
+
+def test_results_are_json_and_say_what_was_measured(measure, tmp_path):
+    keys = write_pictures(tmp_path, [png(i) for i in range(8)])
+    results = measure(keys, step=7)
+    assert json.loads(json.dumps(results)) == results
+    result = results[0]
+    assert (result["set"], result["type"], result["step"], result["source"]) == ("names", "retrieval", 7, "pictures")
+    assert result["view"]["image"]["size"] == 16
+    assert (result["skipped"], result["skipped_rows"], result["prompts"]) == (0, [], None)
+    # Other data, another fingerprint; the same data somewhere else, the same.
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "changed").mkdir()
+    moved = measure(write_pictures(tmp_path / "moved", [png(i) for i in range(8)]))[0]
+    changed = measure(write_pictures(tmp_path / "changed", [png(i) for i in range(1, 9)]))[0]
+    assert moved["fingerprint"] == result["fingerprint"] != changed["fingerprint"]
+
+
+def test_unreadable_rows_are_left_out_counted_and_named(measure, tmp_path):
+    """The figures are those of the readable rows alone."""
+    good = [png(i) for i in range(8)]
+    bad = measure(write_pictures(tmp_path, [*good[:3], b"not a picture", *good[4:], png(9)], [*NAMES, None]))
+    (tmp_path / "clean").mkdir()
+    clean = measure(write_pictures(tmp_path / "clean", [*good[:3], *good[4:]], [*NAMES[:3], *NAMES[4:]]))
+    for with_bad, without in zip(bad, clean):
+        assert with_bad["skipped"] == 2
+        assert [row.split(": ")[0] for row in with_bad["skipped_rows"]] == [
+            "pictures.parquet[3]",
+            "pictures.parquet[8]",
+        ]
+        assert "no text in column name" in with_bad["skipped_rows"][1]
+        same = ("n", "candidates", "r1", "r5", "median_rank", "chance")
+        assert {key: with_bad[key] for key in same} == {key: without[key] for key in same}
+
+
+def test_a_set_without_readable_rows_is_an_error(measure, tmp_path):
+    keys = write_pictures(tmp_path, [b"no", b"picture"], ["red", "green"])
+    with pytest.raises(
+        UserError, match=r"evaluation\.sets\.names: none of the 2 rows can be read; the first: pictures"
+    ):
+        measure(keys)
+
+
+def test_modalities_that_were_never_trained_together_are_refused(measure, tmp_path):
+    keys = write_pictures(tmp_path, [png(0)], ["red"])
+    keys["evaluation"]["sets"]["names"]["inputs"] = {"image": "picture", "audio": "name"}
+    keys["evaluation"]["sets"]["names"]["view"] = {"audio": {"seconds": 0.512}, "image": {"size": 16}}
+    with pytest.raises(
+        UserError, match=r"sets\.names: no task trains image and audio together.*audio-text, image-text"
+    ):
+        measure(keys)
+
+
+def test_bad_names_get_one_clear_line(measure, tmp_path):
+    keys = write_pictures(tmp_path, [png(0)], ["red"])
+    with pytest.raises(UserError, match="no evaluation set is called 'name'; did you mean 'names'"):
+        measure(keys, sets=["name"])
+    keys["evaluation"]["sets"]["names"]["inputs"]["text"] = "nam"
+    with pytest.raises(UserError, match=r"sets\.names: .*no column 'nam'; did you mean 'name'"):
+        measure(keys)
+
+
+def test_the_mode_is_restored_after_an_error(tmp_path, tiny_recipe, tiny_model):
+    recipe = tiny_recipe(**write_pictures(tmp_path, [b"bad"], ["red"]))
+    model, modalities = tiny_model(recipe)
+    model.train()
+    with pytest.raises(UserError):
+        evaluate(model, recipe, modalities)
+    assert model.training
+
+
+def test_progress_passes_every_part_of_the_source(measure, tmp_path):
+    shown = []
+
+    def progress(items, description):
+        for item in items:
+            shown.append((description, item))
+            yield item
+
+    measure(write_pictures(tmp_path, [png(i) for i in range(8)]), progress=progress)
+    assert shown == [("names: image", 0), ("names: text", 0)]
+
+
+def test_the_table_fits_a_terminal_and_shows_every_figure(measure, tmp_path):
+    keys = write_pictures(tmp_path, [png(i) for i in range(7)] + [b"bad"])
+    keys["evaluation"]["sets"] = {"unseen vendor": keys["evaluation"]["sets"]["names"]}
+    results = measure(keys)
+    text = printed(results)
+    assert text.count("unseen vendor") == 2  # one row, and the rows left out
+    for result in results:
+        low, high = result["interval"]
+        assert result["task"] in text
+        assert f"{100 * result['r1']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in text
+        assert f"{result['mrr']:.3f}" in text
+        assert f"{100 * result['chance']:.1f}" in text
+    wide = printed([{**results[0], "set": "a set with a name that is long " * 3, "n": 123_456}])
+    assert "123456" in wide
+    assert max(map(len, (text + wide).splitlines())) <= 100
+    assert "unreadable rows left out: unseen vendor 1" in " ".join(text.split())

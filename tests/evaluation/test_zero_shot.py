@@ -1,0 +1,182 @@
+import io
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+
+from openimp.data.sources import open_source
+from openimp.errors import UserError
+from openimp.evaluation import evaluate, table
+from openimp.evaluation.zero_shot import Classified, classify
+from openimp.inference import Model
+
+LABELS = ["red_thing", "sea", "red_thing", "tree", "sea", "red_thing", "sky", "night", "fire"]
+PROMPTS = ["{}", "a picture of {}, and what is around it", "the {}"]
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 20, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def setup(tmp_path, tiny_recipe, tiny_model):
+    """Writes labelled pictures and makes a recipe that classifies them, its model, its modalities and its source."""
+
+    def make(labels=LABELS, pictures=None, **options):
+        pictures = pictures or [png(i) for i in range(len(labels))]
+        pq.write_table(pa.table({"picture": pictures, "label": labels}), tmp_path / "labelled.parquet")
+        task = {
+            "type": "zero_shot",
+            "source": "labelled",
+            "inputs": {"image": "picture"},
+            "label": "label",
+            "view": {"image": {"size": 16}},
+            **options,
+        }
+        recipe = tiny_recipe(
+            sources={"all": {"path": "unused.parquet"}, "labelled": {"path": str(tmp_path / "labelled.parquet")}},
+            train={"precision": "fp32"},
+            evaluation={"sets": {"things": task}, "batch": 4},
+        )
+        return *tiny_model(recipe), recipe, open_source("labelled", recipe.sources["labelled"])
+
+    return make
+
+
+def test_classes_are_prompts_averaged_as_unit_vectors(setup):
+    """Against a naive computation with `Model.encode`, one picture and one prompt at a time."""
+    imp, modalities, recipe, _ = setup(prompts=PROMPTS)
+    (result,) = evaluate(imp, recipe, modalities, step=3)
+    model = Model(imp, recipe, modalities, {}, "fp32")
+    model.views["image"] = recipe.evaluation.sets["things"].view["image"]
+    classes = sorted(set(LABELS))
+    weights = []
+    for name in classes:
+        prompts = torch.cat([model.encode_text(prompt.format(name), normalize=True) for prompt in PROMPTS])
+        weights.append(F.normalize(prompts.mean(0), dim=0))
+    images = torch.cat([model.encode_image(png(i), normalize=True) for i in range(len(LABELS))])
+    similar = (images @ torch.stack(weights, dim=1)).numpy()
+    truth = np.array([classes.index(label) for label in LABELS])
+    place = np.array([list(np.argsort(-row)).index(i) for row, i in zip(similar, truth)])
+    assert (result["n"], result["candidates"], result["chance"]) == (9, 6, 1 / 6)
+    assert result["top1"] == pytest.approx((place < 1).mean())
+    assert result["top5"] == pytest.approx((place < 5).mean())
+    assert 0 < result["top5"] < 1  # or the line above would say nothing
+    assert result["per_class"] == pytest.approx(np.mean([(place < 1)[truth == i].mean() for i in range(6)]))
+    assert (result["type"], result["task"], result["step"]) == ("zero_shot", "image -> label", 3)
+    assert result["prompts"] == PROMPTS
+    assert result["view"]["text"] == {"length": 8}
+    assert evaluate(imp, recipe, modalities, step=3) == [result]
+
+
+def test_figures_and_confusion_of_answers_known_by_hand():
+    """Three of class a, one of b: both figures of accuracy, and where the wrong ones went."""
+    truth, predicted, rank = np.array([0, 0, 0, 1]), np.array([0, 0, 2, 1]), np.array([1, 1, 6, 1])
+    found = Classified(list("abcdefgh"), np.arange(4), truth, predicted, rank)
+    figures = found.figures()
+    assert (figures["top1"], figures["top5"]) == (0.75, 0.75)
+    assert figures["per_class"] == pytest.approx((2 / 3 + 1) / 2)
+    assert found.confusion()[:2, :3].tolist() == [[2, 0, 1], [0, 1, 0]]
+    assert found.confusion().sum() == 4
+
+
+def test_the_confusion_agrees_with_top1(setup):
+    imp, modalities, recipe, source = setup()
+    found, skipped = classify(imp, recipe, modalities, "things", source)
+    assert found.classes == sorted(set(LABELS))
+    assert np.trace(found.confusion()) / 9 == found.figures()["top1"]
+    assert found.confusion().sum(1).tolist() == [LABELS.count(name) for name in found.classes]
+    assert skipped == []
+
+
+def test_texts_name_the_classes_and_decide_the_outcome(setup):
+    """Numbers as labels need texts; with the texts swapped the pictures are taken for the other class."""
+    labels, texts = [1, 2, 1, 2], {"1": "red", "2": "green"}
+    first = classify(*_of(setup(labels, texts=texts)))[0]
+    swapped = classify(*_of(setup(labels, texts={"1": "green", "2": "red"})))[0]
+    assert first.classes == [1, 2]
+    assert (swapped.predicted == 1 - first.predicted).all()
+
+
+def test_a_text_takes_the_place_of_a_label(setup):
+    plain = classify(*_of(setup()))[0]
+    named = classify(*_of(setup(texts={"sea": "tree", "tree": "sea"})))[0]
+    assert named.classes == plain.classes
+    sea, tree = plain.classes.index("sea"), plain.classes.index("tree")
+    swap = {sea: tree, tree: sea}
+    assert {sea, tree} & set(plain.predicted.tolist())
+    assert named.predicted.tolist() == [swap.get(i, i) for i in plain.predicted.tolist()]
+
+
+def test_unreadable_rows_are_left_out_counted_and_named(setup):
+    pictures = [png(i) for i in range(len(LABELS))]
+    pictures[3] = b"broken"
+    imp, modalities, recipe, _ = setup(pictures=pictures)
+    (result,) = evaluate(imp, recipe, modalities)
+    assert (result["n"], result["skipped"]) == (8, 1)
+    assert result["skipped_rows"][0].startswith("labelled.parquet[3]: ")
+    # Its class is still one of those to choose from.
+    assert result["candidates"] == 6
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([1, 2], {}, r"evaluation\.sets\.things: source labelled: class 1 of column 'label' has no text"),
+        ([1, 2], {"texts": {"1": "red"}}, "class 2 of column 'label' has no text; name it in texts"),
+        (["sea", ""], {}, "class '' of column 'label' has no text"),
+        (["sea", None], {}, "class None of column 'label' has no text"),
+        ([["sea"], ["tree"]], {}, "column 'label' of source labelled holds lists"),
+        (["sea", "tree"], {"prompts": ["a picture"]}, "prompt 'a picture' needs one {}"),
+        (["sea", "tree"], {"prompts": ["a {thing}"]}, "prompt 'a {thing}' needs one {}"),
+        (["sea", "tree"], {"label": "labels"}, "no column 'labels'; did you mean 'label'"),
+        (["sea", "tree"], {"reader": "audio"}, "no task trains image and audio together"),
+    ],
+)
+def test_bad_input_is_said_in_one_sentence(setup, labels, options, message):
+    imp, modalities, recipe, _ = setup(labels, **options)
+    with pytest.raises(UserError, match=message.replace("{}", r"\{\}")) as error:
+        evaluate(imp, recipe, modalities)
+    assert "\n" not in str(error.value)
+
+
+def test_class_names_may_hold_braces(setup):
+    imp, modalities, recipe, _ = setup(["{sea}", "tree"], prompts=["a {}"])
+    assert evaluate(imp, recipe, modalities)[0]["candidates"] == 2
+
+
+def test_the_table_shows_both_kinds(setup):
+    imp, modalities, recipe, _ = setup()
+    (result,) = evaluate(imp, recipe, modalities)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table([result]))
+    text = console.export_text()
+    assert "image -> label" in text
+    assert f"{100 * result['top1']:.1f} [" in text
+    assert f"{100 * result['top5']:.1f}" in text
+
+
+def test_modalities_have_no_name_here():
+    """Only modalities/ and recipes know what a picture is."""
+    import ast
+    from importlib.metadata import entry_points
+    from pathlib import Path
+
+    import openimp.evaluation
+
+    names = entry_points(group="openimp.modalities").names
+    for file in Path(openimp.evaluation.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Constant) and node.value in names), f"{file.name}:{node.lineno}"
+
+
+def _of(made):
+    imp, modalities, recipe, source = made
+    return imp, recipe, modalities, "things", source
