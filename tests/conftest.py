@@ -1,5 +1,7 @@
 """What several tests share: a tiny sparse model of all four modalities, and a folder with small files of each."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from openimp.checkpoint import save_model
 from openimp.modalities import Modality, modalities_of
 from openimp.model.imp import IMP
 from openimp.recipe import Recipe
+from openimp.train import train
 
 TEXTS = ["a red square", "a green circle", "a blue line that is rather longer than the other ones", "noise", "a"]
 IMAGE, TEXT = {"size": 32, "drop": 0.5}, {"length": 8}
@@ -91,3 +94,81 @@ def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
     return folder
+
+
+PICTURES = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 220), "white": (240, 240, 240)}
+TONES = {"low": 200, "middle": 800, "high": 3000}
+RECIPE = """
+name: little
+model:
+  {width: 32, layers: 2, heads: 2, mlp: 64, embed_dim: 32, moe: {experts: 2, layers: 1}}
+modalities:
+  vision: {patch: [2, 8, 8]}
+  audio: {window: 512, hop: 256, bins: 32}
+  text: {vocab: 300, positions: 16}
+sources:
+  pictures: {path: pictures}
+  sounds: {path: sounds.jsonl}
+tasks:
+  named:
+    source: pictures
+    inputs: {image: file, text: "a {label} square"}
+    objectives:
+      - {type: contrastive, same: label}
+      - {type: classification, label: label, weight: 0.5}
+    batch: 8
+    weight: 2
+    views:
+      - {image: {size: 16, crop: 1, jitter: 0}, text: {length: 8}}
+      - {image: {size: 32, drop: 0.5, jitter: 0.1}, text: {length: 12}, batch: 6, share: 0.5}
+  heard:
+    source: sounds
+    inputs: {audio: sound, text: caption}
+    objectives: [{type: contrastive, same: caption}]
+    batch: 6
+    views: [{audio: {seconds: 0.512}, text: {length: 8}}]
+optimizer: {lr: 3e-3, warmup: 5, ema: 0.9}
+train: {steps: 12, workers: 0, log_every: 1, save_every: 5}
+evaluation:
+  sets:
+    colours: {type: zero_shot, source: pictures, inputs: {image: file}, label: label, prompts: ["a {} square"],
+              view: {image: {size: 16}}}
+    tones: {type: retrieval, source: sounds, inputs: {audio: sound, text: caption},
+            view: {audio: {seconds: 0.512}, text: {length: 8}}}
+"""
+
+
+@pytest.fixture(scope="session")
+def little_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with recipe.yaml of two tasks, and their data: 24 pictures by class and 15 captioned sounds."""
+    folder, rng = tmp_path_factory.mktemp("little"), np.random.default_rng(0)
+    for name, colour in PICTURES.items():
+        (folder / "pictures" / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = (np.array(colour) + rng.integers(-15, 16, (24 + i, 26, 3))).clip(0, 255).astype(np.uint8)
+            PIL.Image.fromarray(pixels).save(folder / "pictures" / name / f"{i}.png")
+    lines = []
+    for i in range(15):
+        name, pitch = list(TONES.items())[i % 3]
+        wave = 0.3 * np.sin(2 * np.pi * pitch * np.arange(8000 + 400 * i) / 16_000) + rng.normal(
+            0, 0.01, 8000 + 400 * i
+        )
+        soundfile.write(folder / f"{i}.wav", wave, 16_000)
+        lines.append(json.dumps({"sound": f"{i}.wav", "caption": f"a {name} tone"}) + "\n")
+    (folder / "sounds.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def own_data(little_data: Path, tmp_path: Path) -> Path:
+    """A copy of `little_data` that a test may spoil."""
+    return Path(shutil.copytree(little_data, tmp_path / "data"))
+
+
+@pytest.fixture(scope="session")
+def little_run(little_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the recipe in `little_data`."""
+    run = tmp_path_factory.mktemp("runs") / "little"
+    train(Recipe.load(little_data / "recipe.yaml"), run)
+    return run

@@ -67,6 +67,13 @@ def test_tokenizer_batches_are_the_texts(model):
     assert torch.equal(model.tokenizer("noise"), ids[1:])
 
 
+def test_pads_change_nothing(model):
+    ids = model.tokenizer("a")
+    assert (ids[0, 3:] == 0).all()
+    for length in (3, 5):
+        torch.testing.assert_close(model.encode_text(ids[:, :length]), model.encode_text(ids), rtol=0, atol=1e-5)
+
+
 def test_arrays_are_sounds_and_clips(model, media_folder):
     sound, _ = soundfile.read(media_folder / "2.wav", dtype="int16")
     assert torch.equal(model.encode_audio(sound), model.encode_audio(media_folder / "2.wav"))

@@ -67,15 +67,13 @@ def read_config(folder: Path) -> tuple[Recipe, dict[str, list[Any]], dict[str, s
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder}: no model here (a run, or a folder with config.json and model.safetensors)") from None
+        raise UserError(f"{folder}: no model here, expected a run or a folder with config.json") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{file}: unreadable: {error}") from None
     if config.get("format") != FORMAT:
         raise UserError(f"{file}: format {config.get('format')!r}, this version of openimp reads format {FORMAT}")
     names = ("config.json", "state.json")
-    learned = {
-        path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.json") if path.name not in names
-    }
+    learned = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.json") if path.name not in names}
     return Recipe.build(config["recipe"], folder, str(file)), config["classes"], learned
 
 

@@ -15,12 +15,12 @@ app = typer.Typer(
     help="One sparse Transformer encoder for image, video, audio and text, trained by alternating gradient descent.",
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe's YAML file, or the name of one that comes with openimp.")]
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's YAML file, or a bundled one's name.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a folder with a model.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change one key of the recipe: KEY=VALUE, such as train.steps=100.")
 ]
-RunOption = Annotated[Path | None, typer.Option("--run", help="The directory to write. [default: runs/NAME of the recipe]")]
+RunOption = Annotated[Path | None, typer.Option("--run", help="Where to write. [default: runs/NAME of the recipe]")]
 
 
 @app.command()
@@ -49,9 +49,9 @@ def eval(
     run: RunArgument,
     sets: Annotated[list[str] | None, typer.Argument(help="Evaluation sets of the recipe. [default: all]")] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Take sources and evaluation sets from this recipe, not the run's own.")
+        str | None, typer.Option("--recipe", help="Take sources and sets from this recipe, not the run's.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Also append the results, one JSON line each, here.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Append the results here too, as JSON lines.")] = None,
 ) -> None:
     """Measure a trained model: zero-shot classification and retrieval, beside chance."""
     from openimp.commands import run_eval

@@ -12,12 +12,12 @@ from openimp.data.sources import open_source
 from openimp.device import pick_device
 from openimp.errors import UserError
 from openimp.evaluation import evaluate, table
-from openimp.ledger import costs, mixture
+from openimp.ledger import costs, mixture_table
 from openimp.metrics import append, read_lines
 from openimp.modalities import modalities_of
 from openimp.model.imp import IMP
 from openimp.objectives import head_key
-from openimp.progress import console, mixture_table, track
+from openimp.progress import console, track
 from openimp.recipe import Classification, Recipe
 from openimp.train import train
 
@@ -110,22 +110,13 @@ def _print_model(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]])
 
 def _print_costs(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]]) -> None:
     by_view = costs(recipe, modalities, classes)
-    rows = mixture(recipe, by_view)
     shown = Table(title="one step", title_justify="left")
     for column in ("task", "view", "examples", "tokens", "GFLOPs"):
         shown.add_column(column, justify="left" if column == "task" else "right")
     for (task, view), cost in by_view.items():
         shown.add_row(task, str(view), str(cost.examples), str(cost.tokens), f"{cost.flops / 1e9:,.1f}")
     console.print(shown)
-    steps = recipe.train.steps
-    mean = {unit: sum(rows[t]["steps"] * _mean(recipe, by_view, t, unit) for t in rows) for unit in ("examples", "tokens", "flops")}
-    console.print(mixture_table(rows, {"steps": steps, **{unit: steps * value for unit, value in mean.items()}}))
-
-
-def _mean(recipe: Recipe, by_view: Any, task: str, unit: str) -> float:
-    views = recipe.tasks[task].views
-    total = sum(view.share for view in views)
-    return sum(view.share / total * getattr(by_view[task, i], unit) for i, view in enumerate(views))
+    console.print(mixture_table(recipe, by_view))
 
 
 def _print_run(path: Path) -> None:

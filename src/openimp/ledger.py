@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.alternation import expected_shares, view_shares
@@ -16,6 +17,8 @@ from openimp.modalities import Modality, Tokens
 from openimp.model.imp import IMP
 from openimp.objectives import Batch, head_key, task_losses
 from openimp.recipe import Classification, Recipe, Task
+
+UNITS = ("steps", "examples", "tokens", "flops")
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,38 @@ def costs(
 
 
 def mixture(recipe: Recipe, by_view: Mapping[tuple[str, int], Cost]) -> dict[str, dict[str, float]]:
-    """Each task's expected share of steps, examples, tokens and FLOPs."""
-    steps = expected_shares(recipe)
+    """What each task contributes to the mean step: its share of the steps, and examples, tokens and FLOPs."""
     rows: dict[str, dict[str, float]] = {}
-    for name, share in steps.items():
+    for name, share in expected_shares(recipe).items():
         views = list(enumerate(view_shares(recipe.tasks[name].views)))
-        mean = {
-            unit: sum(part * getattr(by_view[name, i], unit) for i, part in views)
-            for unit in ("examples", "tokens", "flops")
-        }
-        rows[name] = {"steps": share, **{unit: share * value for unit, value in mean.items()}}
-    for unit in ("examples", "tokens", "flops"):
-        total = sum(row[unit] for row in rows.values())
-        for row in rows.values():
-            row[unit] /= total
+        rows[name] = {"steps": share}
+        for unit in UNITS[1:]:
+            rows[name][unit] = share * sum(part * getattr(by_view[name, i], unit) for i, part in views)
     return rows
+
+
+def mixture_table(recipe: Recipe, by_view: Mapping[tuple[str, int], Cost]) -> Table:
+    """Each task's expected share of steps, examples, tokens and FLOPs, and what the whole training is expected to
+    take."""
+    rows = mixture(recipe, by_view)
+    totals = {unit: sum(row[unit] for row in rows.values()) for unit in UNITS}
+    shown = Table(title="mixture: expected share by task", title_justify="left")
+    shown.add_column("task")
+    for unit in UNITS:
+        shown.add_column("FLOPs" if unit == "flops" else unit, justify="right")
+    for name, row in rows.items():
+        shown.add_row(name, *(f"{row[unit] / totals[unit]:.1%}" for unit in UNITS))
+    shown.add_section()
+    shown.add_row("in all", *(_short(recipe.train.steps * totals[unit]) for unit in UNITS))
+    return shown
+
+
+def _short(number: float) -> str:
+    """1234567 as 1.23 M, with the prefixes of the SI."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if number >= 10**power:
+            return f"{number / 10**power:.3g} {prefix}"
+    return f"{number:,.0f}"
 
 
 def _meta_batch(task: Task, view: int, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]) -> Batch:

@@ -22,8 +22,8 @@ class Metrics:
     """Sums up the steps between two lines of metrics, and writes the lines.
 
     A line holds, for the steps since the last: by task the steps, the mean loss and its parts; examples and tokens a
-    second; the share of time spent waiting for data; by modality and sparse layer the experts' load, gate weight and the
-    share of tokens that no expert took; and, since step 0, FLOPs, tokens and examples by task.
+    second; the share of time spent waiting for data; by modality and sparse layer the experts' load, gate weight and
+    the share of tokens that no expert took; and, since step 0, FLOPs, tokens and examples by task.
     """
 
     def __init__(self, run: Path, step: int, totals: dict[str, dict[str, int]] | None = None) -> None:

@@ -1,12 +1,11 @@
 """What a person sees: bars where there is a terminal, plain lines where there is none."""
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 T = TypeVar("T")
 console = Console(highlight=False)
@@ -18,7 +17,7 @@ if not console.is_terminal:
 
 def track(items: Iterable[T], description: str) -> Iterator[T]:
     """Passes the items on, under a bar with the time left; without a terminal, one line at the end."""
-    total = len(items) if hasattr(items, "__len__") else None
+    total = len(items) if isinstance(items, Sized) else None
     if not console.is_terminal:
         start, count = time.perf_counter(), 0
         for count, item in enumerate(items, 1):  # noqa: B007 (the count is for the line below)
@@ -70,16 +69,3 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def mixture_table(rows: dict[str, dict[str, float]], totals: dict[str, Any]) -> Table:
-    """Each task's expected share, before training."""
-    table = Table(title="mixture: expected share by task", title_justify="left")
-    table.add_column("task")
-    for unit in ("steps", "examples", "tokens", "FLOPs"):
-        table.add_column(unit, justify="right")
-    for name, row in rows.items():
-        table.add_row(name, *(f"{row[unit]:.1%}" for unit in ("steps", "examples", "tokens", "flops")))
-    table.add_section()
-    table.add_row("in all", *(f"{totals[unit]:.3g}" for unit in ("steps", "examples", "tokens", "flops")))
-    return table

@@ -6,6 +6,7 @@ and `View`; a recipe checks those parts against the modality that it finds by na
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from openimp.errors import UserError, nearest
+from openimp.recipe_file import read_recipe
 from openimp.registry import modality_class
 
 
@@ -48,8 +50,8 @@ class MoE(Strict):
     layers: Count = 6
     """How many of the last blocks are sparse."""
     routing: Literal["expert_choice", "expert_choice_batch", "token_choice"] = "expert_choice"
-    """Who chooses whom: experts choose among the tokens of one example, or of the whole batch (in training only), or each
-    token chooses its `top_k` experts (in training up to the experts' capacity)."""
+    """Who chooses whom: experts choose among the tokens of one example, or of the whole batch (in training only), or
+    each token chooses its `top_k` experts (in training up to the experts' capacity)."""
     capacity: Positive = 1.0
     """Tokens an expert takes, as a multiple of tokens / experts (of `top_k` x tokens / experts in token choice)."""
     top_k: Count = 1
@@ -97,8 +99,8 @@ class Source(Strict):
     """Where examples come from. Exactly one of `path` and `hub`; several tasks may share a source."""
 
     path: str | None = None
-    """A folder (one sub-folder a class), a .csv/.jsonl manifest, .parquet or .tar files (`*` allowed), a URL that fsspec
-    opens, or `openimp:NAME` for bundled data. Relative to the recipe."""
+    """A folder (one sub-folder a class), a .csv/.jsonl manifest, .parquet or .tar files (`*` allowed), a URL that
+    fsspec opens, or `openimp:NAME` for bundled data. Relative to the recipe."""
     hub: str | None = None
     """A data set's name on the Hugging Face hub."""
     config: str | None = None
@@ -131,9 +133,9 @@ class Input(Strict):
     """Where a modality's raw value stands in a row. A plain string or list is short for `column`."""
 
     column: str | list[str]
-    """A column, or a text template such as "{name}, {keywords*}": `{x}` takes one value of x (of a list: one at random in
-    training, the first in evaluation), `{x*}` joins all of a list by commas (in training some, in any order). Of several
-    columns or templates one is drawn in training, and the first is used in evaluation."""
+    """A column, or a text template such as "{name}, {keywords*}": `{x}` takes one value of x (of a list: one at
+    random in training, the first in evaluation), `{x*}` joins all of a list by commas (in training some, in any
+    order). Of several columns or templates one is drawn in training, and the first is used in evaluation."""
     draw: Count = 1
     """How many are drawn in training; more than one makes several positives an item (MIL-NCE)."""
 
@@ -204,8 +206,6 @@ class View(Strict):
         extra, checked = dict(self.model_extra or {}), {}
         for name in modalities:
             options = extra.pop(name, {})
-            if isinstance(options, BaseModel):
-                options = options.model_dump()
             checked[name] = _checked(modality_class(name).View, options, f"{where}.{name}")
         if extra:
             key = next(iter(extra))
@@ -346,15 +346,7 @@ class Recipe(Strict):
         Raises:
             UserError: no such file, no YAML, or anything that the schema refuses.
         """
-        file = find_recipe(str(path))
-        try:
-            data = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(data, dict):
-            raise UserError(f"{file}: a recipe is a mapping of keys, found {type(data).__name__}")
-        for override in overrides:
-            _override(data, override)
+        data, file = read_recipe(str(path), overrides)
         return cls.build(data, file.resolve().parent, str(file))
 
     @classmethod
@@ -373,50 +365,39 @@ class Recipe(Strict):
         """Checks what one part says of another: sources by name, and the options of each modality."""
         if not any(task.weight for task in self.tasks.values()):
             raise UserError(f"{where}: every task has weight 0; nothing would be trained")
-        users: list[tuple[str, Task | Retrieval | ZeroShot]] = [
-            *((f"tasks.{name}", task) for name, task in self.tasks.items()),
-            *((f"evaluation.sets.{name}", item) for name, item in self.evaluation.sets.items()),
-        ]
-        for key, user in users:
-            if user.source not in self.sources:
-                raise UserError(f"{where}: {key}.source: no source {user.source!r}{nearest(user.source, self.sources)}")
-            views = user.views if isinstance(user, Task) else [user.view]
-            for i, view in enumerate(views):
-                view.bind(user.inputs, f"{where}: {key}.views[{i}]" if isinstance(user, Task) else f"{where}: {key}.view")
-            if isinstance(user, Retrieval) and len(user.inputs) != 2:
-                raise UserError(f"{where}: {key}.inputs: retrieval is between two modalities, found {len(user.inputs)}")
-            if not isinstance(user, Task):
-                for name in [*user.inputs, *([user.reader] if isinstance(user, ZeroShot) else [])]:
-                    if name not in self.modality_names:
-                        raise UserError(f"{where}: {key}: no task trains modality {name!r}")
         stems = {modality_class(name).stem: modality_class(name) for name in self.modality_names}
         for stem in self.modalities:
             if stem not in stems:
                 raise UserError(f"{where}: modalities: unknown key {stem!r}{nearest(stem, stems)}")
         for stem, modality in stems.items():
-            options = self.modalities.get(stem, {})
-            options = options.model_dump() if isinstance(options, BaseModel) else options
-            self.modalities[stem] = _checked(modality.Config, options, f"{where}: modalities.{stem}")
-        for key, user in users:
-            views = user.views if isinstance(user, Task) else [user.view]
-            for i, view in enumerate(views):
-                for name in user.inputs:
-                    cls = modality_class(name)
-                    try:
-                        cls(self.modalities[cls.stem]).check(view[name])
-                    except ValueError as error:
-                        raise UserError(f"{where}: {key} view {i}, {name}: {error}") from None
-        for name, task in self.tasks.items():
+            self.modalities[stem] = _checked(
+                modality.Config, self.modalities.get(stem, {}), f"{where}: modalities.{stem}"
+            )
+        for task_name, task in self.tasks.items():
+            key = f"{where}: tasks.{task_name}"
+            self._bind_user(key, task, {f"{key}.views[{i}]": view for i, view in enumerate(task.views)})
             for objective in task.objectives:
-                named = sum(objective.pairs or [], []) if isinstance(objective, Contrastive) else [objective.of]
-                for modality in filter(None, named):
-                    if modality not in task.inputs:
-                        raise UserError(
-                            f"{where}: tasks.{name}: objective {objective.type} names {modality!r}, "
-                            f"which is not among the task's inputs{nearest(modality, task.inputs)}"
-                        )
-                if isinstance(objective, Contrastive) and len(task.inputs) < 2:
-                    raise UserError(f"{where}: tasks.{name}: a contrastive objective needs two modalities in inputs")
+                _check_objective(key, objective, task.inputs)
+        for set_name, options in self.evaluation.sets.items():
+            key = f"{where}: evaluation.sets.{set_name}"
+            for name in [*options.inputs, *([options.reader] if isinstance(options, ZeroShot) else [])]:
+                if name not in self.modality_names:
+                    raise UserError(f"{key}: no task trains modality {name!r}{nearest(name, self.modality_names)}")
+            if isinstance(options, Retrieval) and len(options.inputs) != 2:
+                raise UserError(f"{key}.inputs: retrieval is between two modalities, found {len(options.inputs)}")
+            self._bind_user(key, options, {f"{key}.view": options.view})
+
+    def _bind_user(self, key: str, user: "Task | Retrieval | ZeroShot", views: Mapping[str, View]) -> None:
+        if user.source not in self.sources:
+            raise UserError(f"{key}.source: no source {user.source!r}{nearest(user.source, self.sources)}")
+        for place, view in views.items():
+            view.bind(user.inputs, place)
+            for name in user.inputs:
+                modality = modality_class(name)
+                try:
+                    modality(self.modalities[modality.stem]).check(view[name])
+                except ValueError as error:
+                    raise UserError(f"{place}.{name}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with every default written out."""
@@ -427,60 +408,20 @@ class Recipe(Strict):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
 
 
-def find_recipe(name: str) -> Path:
-    """The file that `name` means: a path, or the name of a recipe that comes with openimp.
-
-    Raises:
-        UserError: there is neither.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    here = Path(__file__).resolve().parent
-    # In a wheel the recipes lie in the package, in a checkout at its top.
-    bundled = {p.stem: p for folder in (here / "recipes", here.parents[1] / "recipes") for p in folder.glob("*.yaml")}
-    if name in bundled:
-        return bundled[name]
-    raise UserError(f"{name}: no such recipe file{nearest(name, bundled)}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as people expect, and a key that is given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag != "tag:yaml.org,2002:merge":
-                key = self.construct_object(key_node, deep=True)
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _override(data: dict[str, Any], text: str) -> None:
-    """Sets one value of the raw recipe from `a.b.c=value`; the value is YAML."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--set {text}: expected KEY=VALUE, such as tasks.captions.weight=2")
-    *path, last = key.strip().split(".")
-    node: Any = data
-    try:
-        for part in path:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[int(last) if isinstance(node, list) else last] = yaml.load(value, _Loader)
-    except (ValueError, IndexError, TypeError, AttributeError):
-        raise UserError(f"--set {text}: the recipe has no such key") from None
-    except yaml.YAMLError:
-        raise UserError(f"--set {text}: {value!r} is not valid YAML") from None
+def _check_objective(key: str, objective: Contrastive | Classification, inputs: Mapping[str, Input]) -> None:
+    """An objective may name only modalities of its task."""
+    named = chain(*(objective.pairs or [])) if isinstance(objective, Contrastive) else [objective.of]
+    for modality in named:
+        if modality is not None and modality not in inputs:
+            raise UserError(f"{key}: objective {objective.type}: {modality!r} is no input{nearest(modality, inputs)}")
+    if isinstance(objective, Contrastive) and len(inputs) < 2:
+        raise UserError(f"{key}: a contrastive objective needs two modalities in inputs")
 
 
 def _checked(schema: type[Any], data: Any, where: str) -> Any:
-    """Validates plain data, and tells the first mistake in one sentence."""
+    """Validates plain data (or checks what is checked already anew), and tells the first mistake in one sentence."""
+    if isinstance(data, BaseModel):
+        data = data.model_dump()
     try:
         return schema.model_validate(data)
     except ValidationError as error:

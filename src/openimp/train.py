@@ -16,12 +16,12 @@ from openimp.data.loader import Loaded, StepBatches, make_loader
 from openimp.device import autocast, pick_device
 from openimp.errors import UserError
 from openimp.evaluation import evaluate, table
-from openimp.ledger import Cost, costs, mixture
+from openimp.ledger import costs, mixture_table
 from openimp.metrics import BadExamples, Metrics
 from openimp.modalities import modalities_of
 from openimp.model.imp import IMP
 from openimp.objectives import Losses, task_losses
-from openimp.progress import StepBar, console, mixture_table, track
+from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe
 
 FREE = {"train.workers", "train.prefetch", "train.log_every", "train.save_every", "train.keep", "train.max_bad"}
@@ -113,8 +113,8 @@ class Training:
         if not math.isfinite(self.grad_norm):
             rows = ", ".join(self.data.sources[visit.task].where(row) for row in loaded.batch.rows[:8])
             raise UserError(
-                f"step {visit.step}, task {visit.task}: loss {float(losses.total.detach()):g} or its gradient is not finite; "
-                f"nothing was updated; first of its {len(loaded.batch)} examples: {rows}"
+                f"step {visit.step}, task {visit.task}: the loss ({float(losses.total.detach()):g}) or its gradient is "
+                f"not finite; nothing was updated; its {len(loaded.batch)} examples begin with {rows}"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, visit.step)
@@ -178,7 +178,8 @@ class Training:
             self.model.load_state_dict(trained)
 
     def _compiled(self) -> Any:
-        """`encode`, compiled once for each shape; one shape more than the recipe has is an error, not a silent fall back."""
+        """`encode`, compiled once for each shape; one shape more than the recipe has is an error, not a silent fall
+        back."""
         shapes = {
             (name, (view.batch or task.batch) * spec.draw, self.modalities[name].length(view[name]))
             for task in self.recipe.tasks.values()
@@ -190,14 +191,11 @@ class Training:
         return torch.compile(self.model.encode, dynamic=False)
 
     def _print_plan(self) -> None:
-        rows = mixture(self.recipe, self.costs)
-        schedule, steps = self.data.schedule, self.recipe.train.steps
-        parts: list[Cost] = [self.costs[visit.task, visit.view] for visit in schedule]
-        totals = {"steps": steps, **{u: sum(getattr(c, u) for c in parts) for u in ("examples", "tokens", "flops")}}
-        console.print(mixture_table(rows, totals))
+        console.print(mixture_table(self.recipe, self.costs))
         parameters = sum(p.numel() for p in self.model.parameters())
         bf16 = "bf16" if autocast(self.device, self.recipe.train.precision)._enabled else "fp32"
-        console.print(f"{self.recipe.name}: {parameters / 1e6:.2f}M parameters on {self.device.type}, {bf16}, into {self.run}")
+        size = f"{parameters / 1e6:.2f}M parameters"
+        console.print(f"{self.recipe.name}: {size} on {self.device.type}, {bf16}, into {self.run}", soft_wrap=True)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -230,7 +228,8 @@ def _latest(recipe: Recipe, run: Path) -> Path:
     for key in sorted(ours.keys() | theirs.keys()):
         free = key in FREE or key.startswith("evaluation.") or (key.startswith("sources.") and key.endswith(".cache"))
         if not free and ours.get(key) != theirs.get(key):
-            raise UserError(f"{found[-1]}: made by another recipe: {key} is {theirs.get(key)!r} there, {ours.get(key)!r} here")
+            was, now = theirs.get(key), ours.get(key)
+            raise UserError(f"{found[-1]}: made by another recipe: {key} is {was!r} there, {now!r} here")
     return found[-1]
 
 

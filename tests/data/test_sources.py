@@ -417,6 +417,9 @@ def test_stream_gives_each_example_once_an_epoch(tmp_path, kind, rows, window):
         for start in range(0, rows, window):
             assert sorted(part[start : start + window]) == sorted(every[start : start + window])
         assert (part != every) == (window > 1)
+    orders = [[every.index(name) - start for name in read[start : start + window]] for start in range(0, rows, window)]
+    if 1 < window < rows:
+        assert orders[0] != orders[1]
     if window > 1:
         assert read[:rows] != read[rows : 2 * rows]
         assert read != names(stream, kind, 0, 3 * rows, seed=4)
@@ -641,6 +644,12 @@ def test_paths_stay_inside(tmp_path, path, message):
     assert colour(table.media(f"{root}/dog/../cat/a.png")) == 0
 
 
+def test_lists_of_numbers_are_arrays(tmp_path):
+    pq.write_table(pa.table({"x": [[[1, 2], [3, 4]]]}), tmp_path / "x.parquet")
+    table = open_source("x", Source(path=f"{tmp_path}/x.parquet"))
+    np.testing.assert_array_equal(table.media(table.column("x")[0]), [[1, 2], [3, 4]])
+
+
 def test_a_linked_root_is_fine(tmp_path):
     write_folder(tmp_path / "real")
     (tmp_path / "root").symlink_to(tmp_path / "real")
@@ -648,7 +657,7 @@ def test_a_linked_root_is_fine(tmp_path):
     assert colour(table.media("dog/c.png")) == 2
 
 
-@pytest.mark.parametrize("value", [3, 1.5, [1], ["a.png"], {"x": 1}, True, b"", None])
+@pytest.mark.parametrize("value", [3, 1.5, [], ["a.png"], [[1], [1, 2]], {"x": 1}, True, b"", None])
 def test_no_media(tmp_path, value):
     write_folder(tmp_path)
     with pytest.raises(BadMedia):

@@ -61,7 +61,7 @@ class Numbers(Modality):
 
 
 ARRAYS = [
-    np.arange(24, dtype=np.uint8).reshape(2, 3, 4),
+    np.arange(15, dtype=np.uint8).reshape(1, 3, 5),  # an odd number of bytes
     np.arange(5, dtype=np.int16) - 2,
     np.linspace(0, 1, 7, dtype=np.float16)[None],
     np.zeros((0, 4), np.uint8),
@@ -210,6 +210,12 @@ def test_a_change_makes_it_anew(tmp_path, change):
     assert modality.decoded > 0
     fresh = build(table, numbers(modality.config.scale), "memory", **options)
     np.testing.assert_array_equal(store[0], fresh[0])
+
+
+def test_a_change_of_embedded_data_makes_it_anew(tmp_path):
+    for i in range(2):
+        pq.write_table(pa.table({"file": [npy(np.full(3, i, np.int16))]}), tmp_path / "x.parquet")
+        assert build(open_source("x", Source(path=f"{tmp_path}/x.parquet")))[0].tolist() == [i] * 3
 
 
 def test_another_version_makes_it_anew(tmp_path, monkeypatch):

@@ -7,12 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 
 from openimp.data.sources import open_source
 from openimp.errors import UserError
-from openimp.evaluation import evaluate, table
-from openimp.evaluation.zero_shot import Classified, classify
+from openimp.evaluation import evaluate
+from openimp.evaluation.zero_shot import Classified, class_embeddings, classify
 from openimp.inference import Model
 
 LABELS = ["red_thing", "sea", "red_thing", "tree", "sea", "red_thing", "sky", "night", "fire"]
@@ -61,6 +60,8 @@ def test_classes_are_prompts_averaged_as_unit_vectors(setup):
     for name in classes:
         prompts = torch.cat([model.encode_text(prompt.format(name), normalize=True) for prompt in PROMPTS])
         weights.append(F.normalize(prompts.mean(0), dim=0))
+    found = class_embeddings(imp, recipe, modalities["text"], classes, PROMPTS, "image", "")
+    torch.testing.assert_close(found, torch.stack(weights), rtol=0, atol=1e-5)
     images = torch.cat([model.encode_image(png(i), normalize=True) for i in range(len(LABELS))])
     similar = (images @ torch.stack(weights, dim=1)).numpy()
     truth = np.array([classes.index(label) for label in LABELS])
@@ -150,17 +151,6 @@ def test_bad_input_is_said_in_one_sentence(setup, labels, options, message):
 def test_class_names_may_hold_braces(setup):
     imp, modalities, recipe, _ = setup(["{sea}", "tree"], prompts=["a {}"])
     assert evaluate(imp, recipe, modalities)[0]["candidates"] == 2
-
-
-def test_the_table_shows_both_kinds(setup):
-    imp, modalities, recipe, _ = setup()
-    (result,) = evaluate(imp, recipe, modalities)
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(table([result]))
-    text = console.export_text()
-    assert "image -> label" in text
-    assert f"{100 * result['top1']:.1f} [" in text
-    assert f"{100 * result['top5']:.1f}" in text
 
 
 def test_modalities_have_no_name_here():

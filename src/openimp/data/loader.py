@@ -191,21 +191,18 @@ class StepBatches(Dataset[Loaded]):
     def _build_stores(self, tasks: dict[str, Task], progress: Any) -> dict[tuple[str, str, str], DecodedStore]:
         """Decodes the media columns of each cached source once, at the size of the largest view that reads them."""
         views: dict[tuple[str, str, str], list[Any]] = {}
-        where: dict[tuple[str, str, str], str] = {}
-        for task_name, task in tasks.items():
+        for task in tasks.values():
             for name, spec in task.inputs.items():
-                if self.recipe.sources[task.source].cache != "none" and not self.modalities[name].reads_text:
-                    for column in spec.columns:
-                        views.setdefault((task.source, name, column), []).extend(view[name] for view in task.views)
-                        where[(task.source, name, column)] = task_name
+                for column in spec.columns if not self.modalities[name].reads_text else []:
+                    views.setdefault((task.source, name, column), []).extend(view[name] for view in task.views)
+        tables = {tasks[name].source: source for name, source in self.sources.items()}
         stores = {}
-        for key, seen in views.items():
-            source, name, column = key
-            table = self.sources[where[key]]
-            assert isinstance(table, Table)
-            stores[key] = DecodedStore.build(
-                table, self.modalities[name], column, seen, where=self.recipe.sources[source].cache, progress=progress
-            )
+        for (source, name, column), seen in views.items():
+            table, cache = tables[source], self.recipe.sources[source].cache
+            if isinstance(table, Table) and cache != "none":
+                stores[source, name, column] = DecodedStore.build(
+                    table, self.modalities[name], column, seen, where=cache, progress=progress
+                )
         return stores
 
     def _corpus(self, name: str) -> Iterator[str]:
@@ -246,7 +243,10 @@ def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> It
 
 @dataclass(frozen=True)
 class _Told(Dataset["Loaded | UserError"]):
-    """Gives a user's error instead of raising it: the DataLoader would put a worker's traceback into its message."""
+    """Gives a user's error instead of raising it: the DataLoader would put a worker's traceback into its message.
+
+    Batches are made with one thread, as workers have it: the last bits of a spectrogram depend on the number.
+    """
 
     batches: StepBatches
 
@@ -254,10 +254,14 @@ class _Told(Dataset["Loaded | UserError"]):
         return len(self.batches)
 
     def __getitem__(self, step: int) -> Loaded | UserError:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         try:
             return self.batches[step]
         except UserError as error:
             return error
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _quiet_worker(_: int) -> None:
@@ -313,7 +317,9 @@ def _labels(values: list[Any], index: dict[Any, int], objective: Classification,
             hot[i, [index[value] for value in row]] = 1
         return hot
     except (KeyError, TypeError) as error:
-        raise UserError(f"{where}: {error.args[0]!r} is not among its classes{nearest(str(error.args[0]), index)}") from None
+        raise UserError(
+            f"{where}: {error.args[0]!r} is not among its classes{nearest(str(error.args[0]), index)}"
+        ) from None
 
 
 def _hash(value: Any) -> int:

@@ -1,7 +1,8 @@
 """Order: which rows a task's n-th example is, a pure function of (seed, task, n) that costs no memory.
 
-Each epoch is one permutation of the rows, computed and not stored: a Feistel network is a bijection of the numbers below
-a power of four, and walking its cycle until the result is in range makes it one of the rows (Black and Rogaway, 2002,
+Each epoch is one permutation of the rows, computed and not stored: a Feistel network is a bijection of the numbers
+below a power of four, and walking its cycle until the result is in range makes it one of the rows (Black and
+Rogaway, 2002,
 "Ciphers with arbitrary finite domains").
 """
 
@@ -13,7 +14,8 @@ ROUNDS = 6
 
 
 def rows_at(seed: int, task: str, rows: int, positions: np.ndarray) -> np.ndarray:
-    """The rows (int64) at these positions (int64, from 0) of a task's endless order: epoch after epoch, each row once."""
+    """The rows (int64) at these positions (int64, from 0) of a task's endless order: epoch after epoch, each row
+    once."""
     epochs, places = np.divmod(np.asarray(positions, np.int64), rows)
     result = np.empty_like(places)
     for epoch in np.unique(epochs):

@@ -53,10 +53,11 @@ class Rows:
                     f"{where}source {self.name} ({self.path}) has no column {column!r}{nearest(column, self.columns)}"
                 )
 
-    def media(self, value: Any) -> bytes | Path:
-        """A row's value as what `Modality.decode` takes: the bytes, or a file inside `root`.
+    def media(self, value: Any) -> bytes | Path | np.ndarray:
+        """A row's value as what `Modality.decode` takes: the bytes, a file inside `root`, or an array.
 
-        Takes bytes, a path relative to `root`, or the `{"bytes": ..., "path": ...}` of Hugging Face data sets.
+        Takes bytes, a path relative to `root`, the `{"bytes": ..., "path": ...}` of Hugging Face data sets, or a
+        list of numbers, or of equally long lists of them.
 
         Raises:
             BadMedia: nothing is there, or the path leaves `root`.
@@ -65,13 +66,15 @@ class Rows:
             raise BadMedia(value.reason)
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
-        if value is None or value in (b"", ""):
+        if value is None or value in (b"", "", []):
             raise BadMedia("the column is empty here")
         if isinstance(value, bytes):
             return value
         if isinstance(value, str) and self.root is not None:
             return inside(self.root, value)
-        raise BadMedia(f"expected bytes or a path, found {type(value).__name__}")
+        if isinstance(value, list):
+            return _array(value)
+        raise BadMedia(f"expected bytes, a path or numbers, found {type(value).__name__}")
 
 
 class Table(Rows, ABC):
@@ -216,6 +219,16 @@ class ArrowTable(Table):
         if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
             return []
         return [path for path in (values[row].as_py() for row in rows) if path]
+
+
+def _array(value: list[Any]) -> np.ndarray:
+    try:
+        array = np.array(value)
+    except ValueError:
+        raise BadMedia("expected lists of equal length") from None
+    if array.dtype.kind not in "biuf":
+        raise BadMedia("expected numbers in the list, found something else among them")
+    return array
 
 
 def as_text(value: Any) -> str:

@@ -196,7 +196,7 @@ def _columns(modality: Modality, spec: Input) -> list[str]:
 
 def _values(
     table: Table, modality: Modality, spec: Input, progress: Progress | None
-) -> Iterator[tuple[str, str | bytes | Path | BadMedia]]:
+) -> Iterator[tuple[str, str | bytes | Path | np.ndarray | BadMedia]]:
     """Each row's raw value, or why there is none, after a key that equal values share."""
     columns = _columns(modality, spec)
     starts: Iterable[int] = range(0, len(table), READ_ROWS)
@@ -214,7 +214,9 @@ def _values(
                 yield f"row:{number}", error
 
 
-def _digest(value: bytes | Path) -> str:
+def _digest(value: bytes | Path | np.ndarray) -> str:
+    if isinstance(value, np.ndarray):
+        return f"sha256:{value.shape}{value.dtype}{hashlib.sha256(value.tobytes()).hexdigest()}"
     if isinstance(value, bytes):
         return "sha256:" + hashlib.sha256(value).hexdigest()
     try:

@@ -33,7 +33,12 @@ class Tokens(NamedTuple):
     mask: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Tokens":
-        return Tokens(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        return Tokens(self.values.to(device, non_blocking=True), self.coords.to(device, non_blocking=True), mask)
+
+    def valid(self) -> torch.Tensor:
+        """(B, L) bool, the mask, or all True."""
+        return self.mask if self.mask is not None else self.coords.new_ones(self.coords.shape[:2], dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -128,14 +133,14 @@ class Modality(ABC):
         """
         raise TypeError(f"{self.name} takes raw values, not a tensor")
 
-    def fit(self, corpus: Any) -> None:
+    def fit(self, corpus: Any) -> None:  # noqa: B027 (most have nothing to learn)
         """Learns what must be learned from training data before training; most modalities learn nothing."""
 
     def state(self) -> dict[str, str]:
         """What `fit` learned, as {file name: text}, to be saved beside the weights."""
         return {}
 
-    def load_state(self, state: dict[str, str]) -> None:
+    def load_state(self, state: dict[str, str]) -> None:  # noqa: B027 (as above)
         """Takes back what `state` gave."""
 
 

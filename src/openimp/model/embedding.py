@@ -23,38 +23,46 @@ class Stem(nn.Module):
 
     def __init__(self, spec: StemSpec, width: int) -> None:
         super().__init__()
-        self.spec = spec
-        if spec.table:
-            # The usual 0.02 would drown a token in its position, which is normalised to one.
-            self.embed: nn.Module = nn.Embedding(spec.values, width)
-            nn.init.normal_(self.embed.weight, std=1.0)
-        else:
-            self.embed = nn.Linear(spec.values, width)
-            nn.init.trunc_normal_(self.embed.weight, std=spec.values**-0.5)
-            nn.init.zeros_(self.embed.bias)
+        self.embed = _table(spec.values, width) if spec.table else _patch_embedding(spec.values, width)
         self.positions = nn.ModuleList(nn.Embedding(rows, width) for rows in spec.axes)
-        for table in self.positions:
-            nn.init.normal_(table.weight, std=0.02)
         self.position_norm = nn.LayerNorm(width, eps=1e-6)
         self.before = _linear(width)
         self.after = _linear(width)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """(B, L, P) values, or (B, L) ids, to (B, L, D)."""
-        x_BLD = self.embed(tokens.values) if self.spec.table else self._patches(tokens.values)
+        if isinstance(self.embed, nn.Embedding):
+            x_BLD = self.embed(tokens.values)
+        else:
+            x_BLD = _embed_patches(self.embed, tokens.values)
         where = sum(table(index) for table, index in zip(self.positions, tokens.coords.unbind(-1)))
         return self.before(x_BLD + self.position_norm(where))
 
-    def _patches(self, values_BLP: Tensor) -> Tensor:
-        if values_BLP.dtype == torch.uint8:
-            values_BLP = values_BLP.float() / 127.5 - 1
-        repeats, rest = divmod(self.spec.values, values_BLP.shape[-1])
-        if rest:
-            raise ValueError(f"tokens of {values_BLP.shape[-1]} values do not divide the stem's {self.spec.values}")
-        weight = self.embed.weight
-        if repeats > 1:
-            weight = weight.unflatten(1, (repeats, -1)).sum(1)
-        return F.linear(values_BLP, weight, self.embed.bias)
+
+def _embed_patches(embed: nn.Linear, values_BLP: Tensor) -> Tensor:
+    if values_BLP.dtype == torch.uint8:
+        values_BLP = values_BLP.float() / 127.5 - 1
+    repeats, rest = divmod(embed.in_features, values_BLP.shape[-1])
+    if rest:
+        raise ValueError(f"tokens of {values_BLP.shape[-1]} values do not divide the stem's {embed.in_features}")
+    weight = embed.weight
+    if repeats > 1:
+        weight = weight.unflatten(1, (repeats, -1)).sum(1)
+    return F.linear(values_BLP, weight, embed.bias)
+
+
+def _table(ids: int, width: int) -> nn.Embedding:
+    table = nn.Embedding(ids, width)
+    # The usual 0.02 would drown a token in its position, which is normalised to one.
+    nn.init.normal_(table.weight, std=1.0)
+    return table
+
+
+def _patch_embedding(values: int, width: int) -> nn.Linear:
+    layer = nn.Linear(values, width)
+    nn.init.trunc_normal_(layer.weight, std=values**-0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _linear(width: int) -> nn.Linear:

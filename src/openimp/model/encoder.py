@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from openimp.model.moe import RouterStats, SparseMLP
 from openimp.recipe import Model
 
-
 SHORT = 256
 """Tokens up to which attention on a CPU is computed without the fused kernel."""
 
@@ -99,8 +98,8 @@ class Encoder(nn.Module):
 def _attend(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:
     """Softmax attention; on the CPU, for short sequences, spelled out.
 
-    torch's fused CPU kernel is made for long sequences: forward and backward of 36 tokens take it four times as long as two
-    matrix products and a softmax, and at 256 tokens they are level (benchmarks/attention.py).
+    torch's fused CPU kernel is made for long sequences: forward and backward of 36 tokens take it four times as long
+    as two matrix products and a softmax, and at 256 tokens they are level (benchmarks/attention.py).
     """
     if q_BHLK.device.type != "cpu" or q_BHLK.shape[2] > SHORT:
         return F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, attn_mask=mask_B11L)

@@ -26,7 +26,8 @@ class Projection(nn.Module):
 class Temperature(nn.Module):
     """A learned scale, and a bias that only the sigmoid loss uses, for the similarities of one pair of modalities.
 
-    The scale is kept as a logarithm, so that it stays positive, and below 100, as in CLIP (arXiv 2103.00020, section 2.5).
+    The scale is kept as a logarithm, so that it stays positive, and below 100, as in CLIP (arXiv 2103.00020, section
+    2.5).
     """
 
     def __init__(self, temperature: float) -> None:

@@ -81,20 +81,19 @@ class IMP(nn.Module):
         Args:
             inputs: tokens by modality, of the same B examples each.
         """
-        parts = {name: self.stems[self.stem_of[name]](tokens) for name, tokens in inputs.items()}
-        mask_BL = None
-        if any(tokens.mask is not None for tokens in inputs.values()):
-            mask_BL = torch.cat(
-                [
-                    t.mask if t.mask is not None else torch.ones(t.coords.shape[:2], dtype=torch.bool, device=t.coords.device)
-                    for t in inputs.values()
-                ],
-                dim=1,
-            )
-        x_BLD, routing = self.encoder(torch.cat(list(parts.values()), dim=1), mask_BL)
-        lengths = [part.shape[1] for part in parts.values()]
-        read = [self.stems[self.stem_of[name]].after(x) for name, x in zip(inputs, x_BLD.split(lengths, dim=1))]
+        parts = [self.stem(name)(tokens) for name, tokens in inputs.items()]
+        masked = any(tokens.mask is not None for tokens in inputs.values())
+        mask_BL = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1) if masked else None
+        x_BLD, routing = self.encoder(torch.cat(parts, dim=1), mask_BL)
+        pieces = x_BLD.split([part.shape[1] for part in parts], dim=1)
+        read = [self.stem(name).after(x) for name, x in zip(inputs, pieces)]
         return Encoded(_mean(torch.cat(read, dim=1), mask_BL), routing)
+
+    def stem(self, modality: str) -> Stem:
+        """The embedding of a modality, which it may share with others."""
+        stem = self.stems[self.stem_of[modality]]
+        assert isinstance(stem, Stem)
+        return stem
 
     def project(self, features_BD: Tensor, source: str, target: str) -> Tensor:
         """Features of `source` to unit vectors (B, Z) in the space that it shares with `target`, in fp32.

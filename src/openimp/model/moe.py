@@ -1,9 +1,10 @@
 """Sparse Mixture-of-Experts: routers, dispatch and experts, three separate pieces.
 
-A router turns tokens into a `Routing`: which token stands in which slot of which expert, and how much the result counts.
-Dispatch gathers the slots, the experts work on them, and the results are added back where they came from.
+A router turns tokens into a `Routing`: which token stands in which slot of which expert, and how much the result
+counts. Dispatch gathers the slots, the experts work on them, and the results are added back where they came from.
 
-Shape suffixes: B examples, L tokens an example, G groups, N tokens a group, E experts, C slots an expert, D width, F hidden.
+Shape suffixes: B examples, L tokens an example, G groups, N tokens a group, E experts, C slots an expert, D width, F
+hidden.
 """
 
 from typing import NamedTuple
@@ -48,8 +49,8 @@ class RouterStats(NamedTuple):
 def expert_choice(probs_GNE: Tensor, valid_GN: Tensor, capacity: float) -> Routing:
     """Each expert takes its top-C tokens of a group; a token may reach 0 to E experts (arXiv 2202.09368).
 
-    C = capacity x tokens / experts, at least 1, counts the group's own valid tokens. So neither pads nor the length that
-    a caption is padded to change what an example's tokens receive, although all shapes are static.
+    C = capacity x tokens / experts, at least 1, counts the group's own valid tokens. So neither pads nor the length
+    that a caption is padded to change what an example's tokens receive, although all shapes are static.
     """
     _, n, experts = probs_GNE.shape
     slots = min(n, _slots(n, capacity / experts))
@@ -63,8 +64,8 @@ def expert_choice(probs_GNE: Tensor, valid_GN: Tensor, capacity: float) -> Routi
 def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | None) -> Routing:
     """Each token chooses its `top_k` experts; an expert serves first choices first, in order, up to `slots` tokens.
 
-    (GShard, arXiv 2006.16668; V-MoE, arXiv 2106.05974.) Tokens over the capacity are dropped; with `slots` None there are
-    as many slots as the busiest expert needs.
+    (GShard, arXiv 2006.16668; V-MoE, arXiv 2106.05974.) Tokens over the capacity are dropped; with `slots` None
+    there are as many slots as the busiest expert needs.
     """
     groups, n, experts = probs_GNE.shape
     gate_GNK, choice_GNK = probs_GNE.topk(top_k, dim=-1)
@@ -112,7 +113,9 @@ class Router(nn.Module):
             logits_BLE = F.linear(x_BLD.float(), self.weight_ED.float())
         probs_BLE = logits_BLE.softmax(-1)
         across = self.training and config.routing != "expert_choice"
-        probs_GNE, valid_GN = (probs_BLE.flatten(0, 1)[None], valid_BL.flatten()[None]) if across else (probs_BLE, valid_BL)
+        probs_GNE, valid_GN = (
+            (probs_BLE.flatten(0, 1)[None], valid_BL.flatten()[None]) if across else (probs_BLE, valid_BL)
+        )
         if config.routing == "token_choice":
             slots = _slots(probs_GNE.shape[1], config.top_k * config.capacity / experts) if self.training else None
             routing = token_choice(probs_GNE, valid_GN, config.top_k, slots)
@@ -136,7 +139,9 @@ class Router(nn.Module):
             taken_GN = torch.zeros_like(valid_GN, dtype=torch.float32)
             taken_GN = taken_GN.scatter_add(1, routing.token_GEC.flatten(1), filled_GEC.flatten(1))
             dropped = ((taken_GN == 0) & valid_GN).sum() / count
-            return RouterStats(aux, load_E / load_E.sum(), gate_E / gate_E.sum(), dropped)
+            # A batch of pads only fills no slot.
+            load_E, gate_E = load_E / load_E.sum().clamp(min=1), gate_E / gate_E.sum().clamp(min=1e-9)
+            return RouterStats(aux, load_E, gate_E, dropped)
 
 
 class Experts(nn.Module):

@@ -1,0 +1,85 @@
+"""Finding and reading a recipe's YAML file, and changing single keys of it."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from openimp.errors import UserError, nearest
+
+
+def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], Path]:
+    """The plain data of a recipe, with `a.b.c=value` overrides applied, and its file.
+
+    Args:
+        name: a path, or the name of a recipe that comes with openimp.
+
+    Raises:
+        UserError: no such file, no YAML, or no mapping.
+    """
+    file = find_recipe(name)
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), RecipeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: a recipe is a mapping of keys, found {type(data).__name__}")
+    for text in overrides:
+        override(data, text)
+    return data, file
+
+
+def find_recipe(name: str) -> Path:
+    """The file that `name` means: a path, or the name of a recipe that comes with openimp.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    here = Path(__file__).resolve().parent
+    # In a wheel the recipes lie in the package, in a checkout at its top.
+    bundled = {p.stem: p for folder in (here / "recipes", here.parents[1] / "recipes") for p in folder.glob("*.yaml")}
+    if name in bundled:
+        return bundled[name]
+    raise UserError(f"{name}: no such recipe file{nearest(name, bundled)}")
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as people expect, and a key that is given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag != "tag:yaml.org,2002:merge":
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key!r} is given twice", key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def override(data: dict[str, Any], text: str) -> None:
+    """Sets one value of the raw recipe from `a.b.c=value`; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text}: expected KEY=VALUE, such as tasks.captions.weight=2")
+    *path, last = key.strip().split(".")
+    node: Any = data
+    try:
+        for part in path:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = yaml.load(value, RecipeLoader)
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise UserError(f"--set {text}: the recipe has no such key") from None
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: {value!r} is not valid YAML") from None

@@ -1,0 +1,85 @@
+import io
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from openimp.evaluation import table
+from openimp.evaluation.figures import interval
+
+COMMON = {"set": "unseen vendor", "n": 1350, "interval": [0.052, 0.0711], "skipped": 0}
+FOUND = {
+    **COMMON,
+    "type": "retrieval",
+    "task": "image -> text",
+    "r1": 0.0613,
+    "r5": 0.2144,
+    "r10": 0.3,
+    "median_rank": 31.5,
+    "mrr": 0.1234,
+    "chance": 0.0007,
+}
+NAMED = {
+    **COMMON,
+    "set": "groups",
+    "type": "zero_shot",
+    "task": "image -> group",
+    "top1": 0.5,
+    "top5": 1.0,
+    "chance": 0.1,
+}
+
+
+@given(st.integers(1, 2000), st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_the_interval_is_the_bootstraps(n, share):
+    hit = np.arange(n) < round(share * n)
+    low, high = interval(hit)
+    assert 0 <= low <= hit.mean() <= high <= 1
+    # The normal approximation, where it holds.
+    if n > 500 and 0.2 < share < 0.8:
+        assert high - low == pytest.approx(2 * 1.96 * math.sqrt(hit.mean() * (1 - hit.mean()) / n), rel=0.1)
+    assert interval(hit) == [low, high]
+
+
+def test_the_interval_is_that_of_drawing_queries_with_replacement():
+    hit = np.arange(40) < 13
+    draws = np.random.default_rng(1).integers(0, 40, (20_000, 40))
+    assert interval(hit) == pytest.approx(np.quantile(hit[draws].mean(1), [0.025, 0.975]), abs=0.026)
+
+
+def printed(results) -> list[str]:
+    """The lines of the table in a terminal of 100 columns."""
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table(results))
+    return console.export_text().splitlines()
+
+
+def cells(lines: list[str]) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+
+
+def test_the_table_shows_every_figure_beside_chance():
+    lines = printed([FOUND, {**FOUND, "task": "text -> image"}, NAMED])
+    assert cells(lines) == [
+        ["unseen vendor", "image -> text", "1350", "6.1 [5.2, 7.1]", "21.4", "30.0", "31.5", "0.123", "0.07"],
+        ["", "text -> image", "1350", "6.1 [5.2, 7.1]", "21.4", "30.0", "31.5", "0.123", "0.07"],
+        ["groups", "image -> group", "1350", "50.0 [5.2, 7.1]", "100.0", "", "", "", "10.0"],
+    ]
+    assert "unreadable" not in " ".join(lines)
+
+
+def test_the_table_names_sets_with_unreadable_rows():
+    lines = printed([{**FOUND, "skipped": 3}, NAMED])
+    assert "unreadable rows left out: unseen vendor 3" in " ".join(lines)
+
+
+def test_the_table_fits_100_columns_with_any_name():
+    wide = {**FOUND, "set": "a set with a name that is long " * 3, "n": 1_234_567, "median_rank": 123_456.5}
+    lines = printed([wide])
+    assert max(map(len, lines)) <= 100
+    assert cells(lines)[0][2] == "1234567"
+    assert cells(lines)[0][3:] == ["6.1 [5.2, 7.1]", "21.4", "30.0", "123456", "0.123", "0.07"]

@@ -1,0 +1,111 @@
+"""The encoder: published sizes, attention, and what padding must not do."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from openimp.model.encoder import SHORT, Attention, Encoder, _attend
+from openimp.recipe import Model, Recipe
+
+# arXiv 2305.06324, table 7 and section 4: parameters of the encoder in all.
+PUBLISHED = {
+    "imp_s": 21.24e6,
+    "imp_b": 84.95e6,
+    "imp_m": 151.0e6,
+    "imp_l": 302.0e6,
+    "imp_moe_s": 42.5e6,
+    "imp_moe_b": 509.7e6,
+    "imp_moe_l": 1.057e9,
+}
+ROUTINGS = ["expert_choice", "expert_choice_batch", "token_choice"]
+
+
+def tiny(moe: dict | None = None, **changes) -> Model:
+    sizes = {"width": 32, "layers": 3, "heads": 4, "mlp": 64, "moe": moe and {"experts": 4, "layers": 2, **moe}}
+    return Model.model_validate(sizes | changes)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_recipes_have_the_published_numbers_of_parameters(name):
+    with torch.device("meta"):
+        encoder = Encoder(Recipe.load(name).model)
+    digits = f"{PUBLISHED[name]:.10g}".rstrip("0")
+    counted = sum(parameter.numel() for parameter in encoder.parameters())
+    assert f"{counted:.{len(digits) - 1}e}" == f"{PUBLISHED[name]:.{len(digits) - 1}e}"
+
+
+@pytest.mark.parametrize(("name", "widths"), [("imp_s", 64), ("imp_b", 64), ("imp_m", 64), ("imp_moe_l", 64)])
+def test_heads_are_64_wide_and_blocks_have_no_bias(name, widths):
+    config = Recipe.load(name).model
+    with torch.device("meta"):
+        encoder = Encoder(config)
+    assert config.width // config.heads == widths
+    assert not [key for key, _ in encoder.named_parameters() if key.endswith("bias")]
+
+
+def test_the_last_blocks_are_sparse():
+    assert [block.sparse for block in Encoder(tiny({"layers": 2})).blocks] == [False, True, True]
+    assert not any(block.sparse for block in Encoder(tiny()).blocks)
+
+
+@pytest.mark.parametrize("length", [1, 7, SHORT, SHORT + 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_spelled_out_attention_is_torchs(length, masked):
+    torch.manual_seed(length)
+    q, k, v = (torch.randn(3, 2, length, 8, requires_grad=True) for _ in range(3))
+    mask = (torch.rand(3, 1, 1, length) < 0.6) if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    ours = _attend(q, k, v, mask)
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    grads = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (ours, theirs)]
+    for mine, other in zip(*grads):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_is_the_formula_head_by_head(qk_norm):
+    torch.manual_seed(0)
+    layer = Attention(32, 4, qk_norm)
+    x = torch.randn(2, 5, 32)
+    q, k, v = layer.qkv(x).chunk(3, dim=-1)
+    heads = []
+    for part in (slice(8 * h, 8 * h + 8) for h in range(4)):
+        one, other = q[..., part], k[..., part]
+        if qk_norm:
+            one, other = F.layer_norm(one, (8,), eps=1e-6), F.layer_norm(other, (8,), eps=1e-6)
+        heads.append((one @ other.mT / 8**0.5).softmax(-1) @ v[..., part])
+    torch.testing.assert_close(layer(x, None), layer.out(torch.cat(heads, -1)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("moe", [None, *({"routing": routing, "top_k": 2} for routing in ROUTINGS)])
+def test_pads_change_nothing(moe):
+    """Neither what stands in them, nor how many there are, nor the other examples of the batch."""
+    torch.manual_seed(1)
+    encoder, lengths = Encoder(tiny(moe)).eval(), [1, 3, 9, 16]
+    x = torch.randn(4, 16, 32)
+    mask = torch.arange(16) < torch.tensor(lengths)[:, None]
+    with torch.no_grad():
+        out, _ = encoder(x, mask)
+        other, _ = encoder(torch.where(mask[..., None], x, 1e3 * torch.randn_like(x)), mask)
+        wider, _ = encoder(F.pad(x, (0, 0, 0, 11)), F.pad(mask, (0, 11)))
+        for i, n in enumerate(lengths):
+            alone, _ = encoder(x[i : i + 1, :n])
+            for found in (out, other, wider):
+                torch.testing.assert_close(found[i : i + 1, :n], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("moe", [None, {}])
+def test_tokens_have_no_order_of_their_own(moe):
+    """Only positions, which the stems add, tell where a token stands."""
+    torch.manual_seed(2)
+    encoder, order = Encoder(tiny(moe)).eval(), torch.randperm(12)
+    x = torch.randn(2, 12, 32)
+    torch.testing.assert_close(encoder(x[:, order])[0], encoder(x)[0][:, order], rtol=0, atol=1e-5)
+
+
+def test_each_sparse_layer_tells_what_it_did():
+    encoder = Encoder(tiny({"layers": 2}))
+    assert len(encoder(torch.randn(2, 5, 32))[1]) == 2
+    assert Encoder(tiny())(torch.randn(2, 5, 32))[1] == []

@@ -1,0 +1,156 @@
+"""The whole model: stems, passes of one and of several modalities, heads, temperatures."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from openimp.modalities import StemSpec, Tokens
+from openimp.model.embedding import Stem
+from openimp.model.heads import Temperature
+from openimp.model.imp import IMP, trained_pairs
+from openimp.recipe import Model
+
+
+def small(space: str = "disjoint", **options) -> IMP:
+    torch.manual_seed(0)
+    config = Model(width=32, layers=2, heads=2, mlp=64, embed_dim=16, space=space, **options)
+    stems = {"vision": StemSpec(24, (4, 4)), "text": StemSpec(50, (16,), table=True)}
+    return IMP(
+        config,
+        stems,
+        {"image": "vision", "video": "vision", "text": "text"},
+        [("image", "text"), ("video", "text")],
+        {"pictures-label": 7},
+    ).eval()
+
+
+def texts(lengths: list[int], total: int) -> Tokens:
+    generator = torch.Generator().manual_seed(total)
+    coords = torch.arange(total).expand(len(lengths), -1)[..., None]
+    ids = torch.randint(0, 50, (len(lengths), 16), generator=generator)[:, :total]
+    return Tokens(ids, coords, torch.arange(total) < torch.tensor(lengths)[:, None])
+
+
+def patches(batch: int, values: int = 24) -> Tokens:
+    generator = torch.Generator().manual_seed(batch)
+    rows = torch.cartesian_prod(torch.arange(4), torch.arange(3))
+    return Tokens(torch.randn(batch, 12, values, generator=generator), rows.expand(batch, -1, -1))
+
+
+@pytest.mark.parametrize("moe", [None, {"experts": 4, "layers": 1}])
+def test_a_still_is_a_clip_whose_frames_are_all_alike(tiny_recipe, tiny_model, moe):
+    """One frame's values in a stem for clips give, to rounding, what the repeated still gives, and for less work."""
+    recipe = tiny_recipe({"moe": moe})
+    model, modalities = tiny_model(recipe)
+    views = {name: recipe.tasks[name].views[0][name].model_copy(update={"size": 32}) for name in ("image", "video")}
+    view = views["video"].model_copy(update={"frames": 2})
+    still = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    image = modalities["image"].tokens(still, views["image"], None)
+    video = modalities["video"].tokens(np.stack([still, still], axis=1), view, None)
+    assert image.values.shape[-1] * 2 == video.values.shape[-1]
+    with torch.no_grad():
+        one, other = model.encode({"image": image}).features, model.encode({"video": video}).features
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_bytes_stand_for_minus_one_to_one():
+    stem = Stem(StemSpec(6, (4,)), 8)
+    values, coords = torch.tensor([[[0, 51, 102, 153, 204, 255]]], dtype=torch.uint8), torch.zeros(1, 1, 1, dtype=int)
+    exact = torch.tensor([[[-1, -0.6, -0.2, 0.2, 0.6, 1]]])
+    torch.testing.assert_close(stem(Tokens(values, coords)), stem(Tokens(exact, coords)))
+
+
+def test_a_stem_refuses_tokens_that_are_no_part_of_its_own():
+    with pytest.raises(ValueError, match="tokens of 5 values do not divide the stem's 24"):
+        Stem(StemSpec(24, (4, 4)), 8)(patches(2, values=5))
+
+
+def test_positions_are_looked_up_by_coordinate():
+    """A dropped token's neighbours keep their own positions: a subset embeds as it does in the whole."""
+    stem, tokens, keep = small().stems["vision"], patches(2), torch.tensor([0, 5, 11])
+    subset = Tokens(tokens.values[:, keep], tokens.coords[:, keep])
+    torch.testing.assert_close(stem(subset), stem(tokens)[:, keep])
+    moved = Tokens(tokens.values, tokens.coords.flip(1))
+    assert not torch.allclose(stem(moved), stem(tokens))
+
+
+def test_features_are_the_mean_of_the_valid_tokens():
+    model, tokens = small(), texts([3, 16], 16)
+    x, _ = model.encoder(model.stems["text"](tokens), tokens.mask)
+    x = model.stems["text"].after(x)
+    expected = torch.stack([x[0, :3].mean(0), x[1].mean(0)])
+    torch.testing.assert_close(model.encode({"text": tokens}).features, expected)
+
+
+@pytest.mark.parametrize("moe", [None, {"experts": 4, "layers": 1}])
+def test_several_modalities_make_one_pass(moe):
+    """Their tokens are concatenated, attend to each other, and are pooled together; pads still count for nothing."""
+    model = small(moe=moe)
+    image, text = patches(2), texts([3, 7], 16)
+    together = model.encode({"image": image, "text": text}).features
+    parts = [model.stems["vision"](image), model.stems["text"](text)]
+    mask = torch.cat([torch.ones(2, 12, dtype=torch.bool), text.mask], dim=1)
+    x, _ = model.encoder(torch.cat(parts, dim=1), mask)
+    read = torch.cat([model.stems["vision"].after(x[:, :12]), model.stems["text"].after(x[:, 12:])], dim=1)
+    expected = torch.stack([read[i][mask[i]].mean(0) for i in range(2)])
+    torch.testing.assert_close(together, expected, rtol=0, atol=1e-5)
+
+    swapped = model.encode({"text": text, "image": image}).features
+    torch.testing.assert_close(swapped, together, rtol=0, atol=1e-5)
+    shorter = model.encode({"image": image, "text": texts([3, 7], 8)._replace(values=text.values[:, :8])}).features
+    torch.testing.assert_close(shorter, together, rtol=0, atol=1e-5)
+    separate = (model.encode({"image": image}).features + model.encode({"text": text}).features) / 2
+    assert (separate - together).abs().max() > 1e-3
+
+
+def test_a_disjoint_space_has_a_head_for_each_direction_of_each_pair():
+    model = small("disjoint")
+    assert sorted(model.projections) == ["image-to-text", "text-to-image", "text-to-video", "video-to-text"]
+    x = torch.randn(3, 32)
+    assert not torch.allclose(model.project(x, "text", "image"), model.project(x, "text", "video"))
+    with pytest.raises(KeyError):
+        model.project(x, "image", "video")
+
+
+def test_a_joint_space_has_a_head_for_each_modality():
+    model = small("joint")
+    assert sorted(model.projections) == ["image", "text", "video"]
+    x = torch.randn(3, 32)
+    assert torch.equal(model.project(x, "text", "image"), model.project(x, "text", "video"))
+    vectors = model.project(x, "image", "video")
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3))
+
+
+def test_each_pair_has_a_temperature_in_either_order():
+    model = small(temperature=0.2)
+    assert model.temperature("text", "image") is model.temperature("image", "text")
+    assert model.temperature("text", "image") is not model.temperature("video", "text")
+    assert model.temperature("video", "text").scale.item() == pytest.approx(5)
+
+
+def test_the_scale_stays_below_100():
+    temperature = Temperature(0.07)
+    assert temperature.scale.item() == pytest.approx(1 / 0.07)
+    with torch.no_grad():
+        temperature.log_scale.fill_(math.log(1000))
+    assert temperature.scale.item() == pytest.approx(100)
+
+
+def test_classification_starts_undecided():
+    model = small()
+    assert model.classifiers["pictures-label"](torch.randn(2, 32)).tolist() == [[0.0] * 7] * 2
+
+
+def test_the_pairs_of_a_recipe_are_those_of_its_objectives(tiny_recipe):
+    task = {"source": "all", "inputs": {"video": "v", "audio": "a", "text": "t"}}
+    some = {"type": "contrastive", "pairs": [["video", "audio"]]}
+
+    def pairs(*objectives):
+        return trained_pairs(tiny_recipe(tasks={"one": {**task, "objectives": objectives}}))
+
+    assert pairs(some) == [("audio", "video")]
+    assert pairs({"type": "contrastive"}) == [("audio", "text"), ("audio", "video"), ("text", "video")]
+    assert pairs({"type": "classification", "label": "x"}) == []
+    assert pairs(some, {"type": "contrastive", "pairs": [["text", "audio"]]}) == [("audio", "text"), ("audio", "video")]

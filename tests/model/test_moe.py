@@ -1,0 +1,226 @@
+"""Mixture-of-Experts against references that route one token at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from openimp.model.moe import SparseMLP, expert_choice
+from openimp.recipe import MoE
+
+ROUTINGS = ["expert_choice", "expert_choice_batch", "token_choice"]
+WIDTH, HIDDEN = 12, 20
+
+
+def layer_of(seed: int = 0, **options) -> SparseMLP:
+    torch.manual_seed(seed)
+    layer = SparseMLP(WIDTH, HIDDEN, MoE.model_validate(options))
+    # Routers start nearly indifferent; these have preferences.
+    torch.nn.init.normal_(layer.router.weight_ED, std=0.7)
+    return layer
+
+
+def batch_of(seed: int, lengths: list[int], total: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(len(lengths), total, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return x, torch.arange(total) < torch.tensor(lengths)[:, None]
+
+
+def slots_of(tokens: int, share: float) -> int:
+    """tokens x share, rounded half up, at least 1."""
+    return max(1, int(tokens * share + 0.5))
+
+
+def chosen_by_experts(probs: Tensor, tokens: list[int], capacity: float) -> list[tuple[int, int]]:
+    """(token, expert) pairs: every expert takes its most probable tokens."""
+    experts = probs.shape[1]
+    count = slots_of(len(tokens), capacity / experts)
+    return [
+        (token, expert)
+        for expert in range(experts)
+        for token in sorted(tokens, key=lambda t: -probs[t, expert].item())[:count]
+    ]
+
+
+def chosen_by_tokens(probs: Tensor, tokens: list[int], top_k: int, slots: float) -> list[tuple[int, int]]:
+    """(token, expert) pairs: all first choices in the order of the tokens, then all second ones, while there is room."""
+    filled = [0] * probs.shape[1]
+    pairs = []
+    for rank in range(top_k):
+        for token in tokens:
+            expert = int(probs[token].argsort(descending=True)[rank])
+            if filled[expert] < slots:
+                filled[expert] += 1
+                pairs.append((token, expert))
+    return pairs
+
+
+def naive(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    """What the layer should give, and all (token, expert) pairs; tokens numbered over the batch."""
+    config, flat, mask = layer.router.config, x.flatten(0, 1), valid.flatten()
+    probs = (flat @ layer.router.weight_ED.T).softmax(-1)
+    across = layer.training and config.routing != "expert_choice"
+    groups = [range(len(flat))] if across else [range(i * x.shape[1], (i + 1) * x.shape[1]) for i in range(len(x))]
+    pairs = []
+    for group in groups:
+        tokens = [i for i in group if mask[i]]
+        if not tokens:
+            continue
+        if config.routing == "token_choice":
+            # The capacity counts pads too, so that shapes are static.
+            room = slots_of(len(group), config.top_k * config.capacity / config.experts)
+            pairs += chosen_by_tokens(probs, tokens, config.top_k, room if layer.training else float("inf"))
+        else:
+            pairs += chosen_by_experts(probs, tokens, config.capacity)
+    out = [torch.zeros(WIDTH) for _ in flat]
+    for token, expert in pairs:
+        hidden = F.gelu(flat[token] @ layer.experts.up_EDF[expert], approximate="tanh")
+        out[token] = out[token] + probs[token, expert] * (hidden @ layer.experts.down_EFD[expert])
+    return torch.stack(out).view_as(x), pairs
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    routing=st.sampled_from(ROUTINGS),
+    training=st.booleans(),
+    seed=st.integers(0, 1000),
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    pads=st.integers(0, 4),
+    experts=st.integers(1, 5),
+    top_k=st.integers(1, 3),
+    capacity=st.sampled_from([0.3, 1.0, 1.25, 2.0, 9.0]),
+)
+def test_the_layer_does_what_its_routing_says(routing, training, seed, lengths, pads, experts, top_k, capacity):
+    """Output, gradients and statistics equal those of a loop over tokens; groups, pads and capacities included."""
+    top_k = min(top_k, experts)
+    layer = layer_of(seed, routing=routing, experts=experts, top_k=top_k, capacity=capacity).train(training)
+    x, valid = batch_of(seed, lengths, max(1, *lengths) + pads)
+    x.requires_grad_()
+    out, stats = layer(x, valid)
+    expected, pairs = naive(layer, x, valid)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+    inputs = [x, layer.router.weight_ED, layer.experts.up_EDF, layer.experts.down_EFD]
+    weights = torch.randn_like(out)
+    found = torch.autograd.grad((out * weights).sum(), inputs, allow_unused=True)
+    wanted = torch.autograd.grad((expected * weights).sum() + 0 * sum(i.sum() for i in inputs), inputs)
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+    probs = (x.flatten(0, 1) @ layer.router.weight_ED.T).softmax(-1)
+    load, gate = torch.zeros(experts), torch.zeros(experts)
+    for token, expert in pairs:
+        load[expert] += 1
+        gate[expert] += probs[token, expert].detach()
+    torch.testing.assert_close(stats.load_E, load / max(1, len(pairs)))
+    torch.testing.assert_close(stats.gate_E, gate / max(1e-9, gate.sum().item()))
+    count = int(valid.sum())
+    assert stats.dropped.item() == pytest.approx((count - len({token for token, _ in pairs})) / max(1, count))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_an_example_gives_the_same_alone_as_in_any_batch(routing):
+    layer = layer_of(routing=routing, experts=4, top_k=2).eval()
+    lengths = [16, 1, 7, 12]
+    x, valid = batch_of(0, lengths, 16)
+    with torch.no_grad():
+        together, _ = layer(x, valid)
+        for i, n in enumerate(lengths):
+            alone, _ = layer(x[i : i + 1, :n], valid[i : i + 1, :n])
+            torch.testing.assert_close(together[i : i + 1, :n], alone, rtol=0, atol=1e-5)
+
+
+def test_in_training_groups_are_what_the_recipe_says():
+    """Within an example by default; across the batch for the two other routings."""
+    x, valid = batch_of(0, [8, 8, 8], 8)
+    for routing, within in (("expert_choice", True), ("expert_choice_batch", False), ("token_choice", False)):
+        layer = layer_of(routing=routing, experts=4, capacity=0.5).train()
+        together, alone = layer(x, valid)[0][:1], layer(x[:1], valid[:1])[0]
+        assert torch.allclose(together, alone, atol=1e-5) == within
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    valid=st.integers(1, 300),
+    pads=st.integers(0, 300),
+    experts=st.integers(1, 16),
+    capacity=st.sampled_from([0.25, 0.5, 1.0, 1.1, 1.25, 1.3, 2.0]),
+)
+def test_capacity_counts_an_examples_own_tokens_and_is_at_least_one(valid, pads, experts, capacity):
+    """Pads take no slot, and their number changes nothing: each expert takes C = tokens x capacity / experts."""
+    probs = torch.rand(1, valid + pads, experts, generator=torch.Generator().manual_seed(valid)) + 0.01
+    is_valid = (torch.arange(valid + pads) < valid)[None]
+    padded = expert_choice(probs, is_valid, capacity)
+    filled = padded.gate_GEC > 0
+    assert padded.token_GEC[filled].max() < valid
+    alone = expert_choice(probs[:, :valid], is_valid[:, :valid], capacity)
+    assert filled.sum(-1).unique().tolist() == [(alone.gate_GEC > 0).sum(-1).max().item()]
+    assert filled.sum(-1).min() == max(1, min(valid, int(valid * capacity / experts + 0.5)))
+
+
+def test_shapes_follow_from_shapes_alone():
+    """What torch.compile needs: whatever the tokens and their mask, each expert has as many slots."""
+    for routing in ROUTINGS:
+        router = layer_of(routing=routing, experts=4, top_k=2).train().router
+        shapes = set()
+        for seed, lengths in enumerate(([9, 9], [1, 9], [2, 1])):
+            for part in router(*batch_of(seed, lengths, 9))[0]:
+                shapes.add(part.shape)
+        assert len(shapes) == 1, routing
+
+
+def test_the_z_loss_is_the_mean_squared_logsumexp_of_the_valid_tokens():
+    layer = layer_of(experts=3, z_loss=0.5)
+    x, valid = batch_of(0, [4, 2], 4)
+    logits = x[valid] @ layer.router.weight_ED.T
+    assert layer(x, valid)[1].aux.item() == pytest.approx(0.5 * logits.exp().sum(-1).log().square().mean().item(), rel=1e-5)
+
+
+def test_the_balance_loss_is_experts_times_load_times_probability():
+    """Switch's formula, only in token choice: 1 if all is even, the number of experts if one gets everything."""
+    layer = layer_of(experts=3, z_loss=0.0, balance_loss=2.0, routing="token_choice")
+    x, valid = batch_of(0, [4, 2], 4)
+    probs = (x[valid] @ layer.router.weight_ED.T).softmax(-1)
+    share = F.one_hot(probs.argmax(-1), 3).float().mean(0)
+    expected = 2.0 * 3 * (share * probs.mean(0)).sum()
+    assert layer(x, valid)[1].aux.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert layer_of(experts=3, z_loss=0.0, balance_loss=2.0)(x, valid)[1].aux == 0
+    with torch.no_grad():
+        layer.router.weight_ED.copy_(torch.tensor([50.0, 0.0, 0.0])[:, None].expand(3, WIDTH))
+    assert layer(x.abs(), valid)[1].aux.item() == pytest.approx(2.0 * 3, rel=1e-4)
+
+
+def test_the_losses_reach_the_router_and_the_experts_learn():
+    layer = layer_of(experts=3)
+    out, stats = layer(*batch_of(0, [5, 5], 5))
+    (router,) = torch.autograd.grad(stats.aux, layer.router.weight_ED, retain_graph=True)
+    assert router.abs().sum() > 0
+    out.square().sum().backward()
+    for parameter in layer.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.flatten(1).abs().sum(1).gt(0).all(), "an expert has no gradient"
+
+
+def test_a_batch_of_pads_gives_nothing_and_no_nan():
+    for routing in ROUTINGS:
+        for training in (True, False):
+            layer = layer_of(routing=routing, experts=4).train(training)
+            x, valid = batch_of(0, [0, 0], 5)
+            out, stats = layer(x, valid)
+            assert not out.any()
+            assert all(torch.isfinite(part).all() for part in stats)
+
+
+def test_the_router_computes_in_fp32_under_autocast():
+    """bf16 logits make ties: under autocast the choice is the one that fp32 makes of the same tokens."""
+    layer = layer_of(experts=4).eval()
+    x, valid = batch_of(0, [64], 64)
+    exact = layer.router(x, valid)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = layer.router(x, valid)[0]
+        out, _ = layer(x, valid)
+    assert cast.gate_GEC.dtype == torch.float32
+    assert torch.equal(cast.gate_GEC, exact.gate_GEC)
+    assert torch.equal(cast.token_GEC, exact.token_GEC)
+    assert out.dtype == torch.bfloat16

@@ -1,0 +1,212 @@
+"""The losses against loops over single pairs."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openimp.modalities import StemSpec, Tokens
+from openimp.model.imp import IMP, Encoded
+from openimp.objectives import (
+    Batch,
+    classification_losses,
+    contrastive_losses,
+    head_key,
+    sigmoid_classification,
+    sigmoid_nce,
+    softmax_classification,
+    task_losses,
+)
+from openimp.recipe import Classification, Contrastive, Model, Recipe
+
+
+def small(moe: dict | None = None) -> IMP:
+    torch.manual_seed(0)
+    config = Model(width=16, layers=2, heads=2, mlp=32, embed_dim=8, moe=moe)
+    names = ("image", "audio", "text")
+    stems = {name: StemSpec(6, (4,)) for name in names}
+    pairs = [("image", "text"), ("audio", "text"), ("audio", "image")]
+    return IMP(config, stems, {name: name for name in names}, pairs, {"all-label": 5, "all-tags": 5})
+
+
+def batch_of(items: list[int], draw: int = 1, same: list[int] | None = None) -> tuple[Batch, dict[str, Encoded]]:
+    """A batch of random features: `draw` texts an item."""
+    torch.manual_seed(len(items))
+    rows = {"image": len(items), "text": len(items) * draw}
+    encoded = {name: Encoded(torch.randn(n, 16), []) for name, n in rows.items()}
+    batch = Batch({}, {"": torch.tensor(items)}, rows=items)
+    if same:
+        batch.item["name"] = torch.tensor(same)
+    return batch, encoded
+
+
+def similarities(model: IMP, encoded: dict[str, Encoded]) -> torch.Tensor:
+    image, text = (model.project(encoded[a].features, a, b) for a, b in (("image", "text"), ("text", "image")))
+    return (image @ text.T) / model.config.temperature
+
+
+def test_softmax_nce_of_distinct_items_is_cross_entropy_both_ways():
+    model = small()
+    batch, encoded = batch_of([3, 1, 4, 15, 9])
+    logits, diagonal = similarities(model, encoded), torch.arange(5)
+    expected = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
+    found = contrastive_losses(model, Contrastive(type="contrastive"), encoded, batch)
+    assert list(found) == ["image-text"]
+    torch.testing.assert_close(found["image-text"], expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    items=st.lists(st.integers(0, 3), min_size=1, max_size=6),
+    draw=st.integers(1, 3),
+    by_column=st.booleans(),
+    kind=st.sampled_from(["softmax", "sigmoid"]),
+)
+def test_items_with_several_positives(items, draw, by_column, kind):
+    """Several texts an item, and rows that are the same item by row or by column: all of them are positives."""
+    model = small()
+    rows = list(range(len(items))) if by_column else items
+    batch, encoded = batch_of(rows, draw, same=items if by_column else None)
+    logits = similarities(model, encoded)
+    positive = [[one == other for other in items for _ in range(draw)] for one in items]
+
+    def nce(rows: torch.Tensor, wanted: list[list[bool]]) -> float:
+        total = 0.0
+        for row, marks in zip(rows.tolist(), wanted):
+            share = sum(math.exp(x) for x, yes in zip(row, marks) if yes) / sum(math.exp(x) for x in row)
+            total -= math.log(share)
+        return total / len(rows)
+
+    if kind == "softmax":
+        expected = (nce(logits, positive) + nce(logits.T, [list(column) for column in zip(*positive)])) / 2
+    else:
+        bias = -10  # where SigLIP's starts
+        signs = [[1 if yes else -1 for yes in row] for row in positive]
+        expected = sum(
+            math.log1p(math.exp(-sign * (x + bias)))
+            for row, marks in zip(logits.tolist(), signs)
+            for x, sign in zip(row, marks)
+        ) / len(items)
+    objective = Contrastive(type="contrastive", loss=kind, same="name" if by_column else None)
+    found = contrastive_losses(model, objective, encoded, batch)["image-text"].item()
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_sigmoid_loss_is_siglips():
+    """Algorithm 1 of arXiv 2303.15343, written down again."""
+    torch.manual_seed(0)
+    n, t_prime, b = 7, torch.tensor(math.log(10.0)), torch.tensor(-10.0)
+    image, text = F.normalize(torch.randn(n, 8)), F.normalize(torch.randn(n, 8))
+    logits = image @ text.T * t_prime.exp() + b
+    labels = 2 * torch.eye(n) - torch.ones(n, n)
+    expected = -torch.log(torch.sigmoid(labels * logits)).sum() / n
+    torch.testing.assert_close(sigmoid_nce(logits, torch.eye(n, dtype=torch.bool)), expected)
+
+
+def test_only_named_pairs_are_compared():
+    model = small()
+    names = ("image", "audio", "text")
+    encoded = {name: Encoded(torch.randn(4, 16), []) for name in names}
+    batch = Batch({}, {"": torch.arange(4)}, rows=list(range(4)))
+
+    def pairs(**options):
+        return list(contrastive_losses(model, Contrastive(type="contrastive", **options), encoded, batch))
+
+    assert pairs() == ["image-audio", "image-text", "audio-text"]
+    assert pairs(pairs=[["text", "audio"]]) == ["text-audio"]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_classification_losses_by_hand(smoothing):
+    logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]])
+    logs = logits.log_softmax(-1)
+    target = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]) * (1 - smoothing) + smoothing / 3
+    found = softmax_classification(logits, torch.tensor([0, 2]), smoothing)
+    torch.testing.assert_close(found, -(target * logs).sum(1).mean())
+
+    marks = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    soft = marks * (1 - smoothing) + (1 - marks) * 0 + smoothing / 2
+    yes, no = torch.sigmoid(logits).log(), torch.sigmoid(-logits).log()
+    expected = -(soft * yes + (1 - soft) * no).sum(1).mean()
+    torch.testing.assert_close(sigmoid_classification(logits, marks, smoothing), expected)
+
+
+def test_classification_is_of_the_modalities_without_a_mask_unless_one_is_named():
+    model = small()
+    torch.nn.init.normal_(model.classifiers["all-label"].weight)
+    tokens = Tokens(torch.zeros(3, 1, 6), torch.zeros(3, 1, 1, dtype=int))
+    mask = torch.ones(3, 1, dtype=torch.bool)
+    given_ = {"image": tokens, "audio": tokens, "text": tokens._replace(mask=mask)}
+    encoded = {name: Encoded(torch.randn(3, 16), []) for name in given_}
+    batch = Batch(given_, {}, {"label": torch.tensor([0, 4, 2])}, rows=[0, 1, 2])
+
+    def losses(**options):
+        objective = Classification(type="classification", label="label", **options)
+        return classification_losses(model, objective, "all", encoded, batch)
+
+    assert list(losses()) == ["image:label", "audio:label"]
+    assert list(losses(of="text")) == ["text:label"]
+    logits = model.classifiers["all-label"](encoded["audio"].features)
+    torch.testing.assert_close(losses(of="audio")["audio:label"], F.cross_entropy(logits, torch.tensor([0, 4, 2])))
+
+
+@pytest.mark.parametrize("moe", [None, {"experts": 2, "layers": 2}])
+def test_a_tasks_objectives_are_summed_with_their_weights(moe):
+    """And the routers' own losses, averaged over sparse layers and modalities, are added as they are."""
+    model = small(moe)
+    recipe = Recipe.build(
+        {
+            "name": "x",
+            "sources": {"all": {"path": "x.parquet"}},
+            "tasks": {
+                "one": {
+                    "source": "all",
+                    "inputs": {"image": "i", "text": "t"},
+                    "objectives": [
+                        {"type": "contrastive", "weight": 0.25},
+                        {"type": "classification", "label": "label", "of": "image", "weight": 3.0},
+                        {"type": "classification", "label": "tags", "of": "image", "loss": "sigmoid"},
+                    ],
+                }
+            },
+        }
+    )
+    tokens = Tokens(torch.randn(4, 3, 6), torch.arange(3).expand(4, -1)[..., None])
+    labels = {"label": torch.tensor([0, 1, 2, 3]), "tags": torch.eye(5)[:4]}
+    batch = Batch({"image": tokens, "text": tokens}, {"": torch.arange(4)}, labels, rows=[0, 1, 2, 3])
+    found = task_losses(model, recipe.tasks["one"], batch)
+    parts = found.parts
+    assert list(parts) == ["image-text", "image:label", "image:tags", *(["router"] if moe else [])]
+    expected = 0.25 * parts["image-text"] + 3 * parts["image:label"] + parts["image:tags"] + parts.get("router", 0)
+    torch.testing.assert_close(found.total.detach(), expected)
+    if moe:
+        aux = [stats.aux for encoded in found.encoded.values() for stats in encoded.routing]
+        assert len(aux) == 4
+        torch.testing.assert_close(parts["router"], torch.stack(aux).mean().detach())
+    assert found.total.requires_grad
+    assert not any(part.requires_grad for part in parts.values())
+
+
+def test_each_modality_is_encoded_once():
+    """However many pairs it is in: the encoder is nearly all of the work."""
+    model = small()
+    task = {"source": "all", "inputs": {n: n for n in ("image", "audio", "text")}, "objectives": [{"type": "contrastive"}]}
+    recipe = Recipe.build({"name": "x", "sources": {"all": {"path": "x.parquet"}}, "tasks": {"one": task}})
+    tokens = Tokens(torch.randn(2, 3, 6), torch.arange(3).expand(2, -1)[..., None])
+    batch = Batch({n: tokens for n in ("image", "audio", "text")}, {"": torch.arange(2)}, rows=[0, 1])
+    passes = []
+
+    def counted(inputs):
+        passes.append(list(inputs))
+        return model.encode(inputs)
+
+    losses = task_losses(model, recipe.tasks["one"], batch, counted)
+    assert passes == [["image"], ["audio"], ["text"]]
+    assert len(losses.parts) == 3
+
+
+def test_heads_are_named_by_source_and_column():
+    assert head_key("notes", "family.name") == "notes-family_name"
