@@ -416,6 +416,8 @@ def _check_objective(key: str, objective: Contrastive | Classification, inputs: 
             raise UserError(f"{key}: objective {objective.type}: {modality!r} is no input{nearest(modality, inputs)}")
     if isinstance(objective, Contrastive) and len(inputs) < 2:
         raise UserError(f"{key}: a contrastive objective needs two modalities in inputs")
+    if isinstance(objective, Classification) and not objective.of and all(modality_class(n).masked for n in inputs):
+        raise UserError(f"{key}: a classification of {', '.join(inputs)} only must name it as its `of`")
 
 
 def _checked(schema: type[Any], data: Any, where: str) -> Any:

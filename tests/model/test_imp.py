@@ -148,7 +148,7 @@ def test_the_pairs_of_a_recipe_are_those_of_its_objectives(tiny_recipe):
     some = {"type": "contrastive", "pairs": [["video", "audio"]]}
 
     def pairs(*objectives):
-        return trained_pairs(tiny_recipe(tasks={"one": {**task, "objectives": objectives}}))
+        return trained_pairs(tiny_recipe(tasks={"one": {**task, "objectives": list(objectives)}}))
 
     assert pairs(some) == [("audio", "video")]
     assert pairs({"type": "contrastive"}) == [("audio", "text"), ("audio", "video"), ("text", "video")]

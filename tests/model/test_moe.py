@@ -87,7 +87,7 @@ def naive(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, list[tupl
     seed=st.integers(0, 1000),
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4),
     pads=st.integers(0, 4),
-    experts=st.integers(1, 5),
+    experts=st.integers(2, 5),
     top_k=st.integers(1, 3),
     capacity=st.sampled_from([0.3, 1.0, 1.25, 2.0, 9.0]),
 )
@@ -156,7 +156,7 @@ def test_capacity_counts_an_examples_own_tokens_and_is_at_least_one(valid, pads,
     assert padded.token_GEC[filled].max() < valid
     alone = expert_choice(probs[:, :valid], is_valid[:, :valid], capacity)
     assert filled.sum(-1).unique().tolist() == [(alone.gate_GEC > 0).sum(-1).max().item()]
-    assert filled.sum(-1).min() == max(1, min(valid, int(valid * capacity / experts + 0.5)))
+    assert filled.sum(-1).min() == max(1, min(valid, int(valid * (capacity / experts) + 0.5)))
 
 
 def test_shapes_follow_from_shapes_alone():

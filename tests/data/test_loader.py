@@ -1,0 +1,244 @@
+"""The loader: the same batches whoever makes them, from wherever they go on, and whatever is broken on the disk."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from openimp.data.loader import Loaded, StepBatches, make_loader
+from openimp.data.sources import Stream
+from openimp.errors import UserError
+from openimp.ledger import costs
+from openimp.modalities import modalities_of
+from openimp.recipe import Recipe
+
+NO_EVALUATION = "evaluation={}"
+
+
+def opened(folder: Path, *changes: str) -> StepBatches:
+    recipe = Recipe.load(folder / "recipe.yaml", changes)
+    data = StepBatches(recipe, modalities_of(recipe))
+    data.fit()
+    return data
+
+
+def loaded(folder: Path, *changes: str, first: int = 0) -> list[Loaded]:
+    return list(make_loader(opened(folder, *changes), first))
+
+
+def assert_same(one: list[Loaded], other: list[Loaded]) -> None:
+    assert [a.visit for a in one] == [b.visit for b in other]
+    for a, b in zip(one, other):
+        assert (a.bad, a.batch.rows, a.cursor) == (b.bad, b.batch.rows, b.cursor)
+        for mine, theirs in ((a.batch.item, b.batch.item), (a.batch.labels, b.batch.labels)):
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+        assert a.batch.tokens.keys() == b.batch.tokens.keys()
+        for name, tokens in a.batch.tokens.items():
+            for mine, theirs in zip(tokens, b.batch.tokens[name]):
+                assert (mine is None) == (theirs is None)
+                assert mine is None or torch.equal(mine, theirs), name
+
+
+def test_batches_are_bitwise_the_same_whatever_the_number_of_workers(little_data):
+    """Also where the training process, which has more threads than a worker, makes them itself."""
+    longer = ["modalities.audio={}", "tasks.heard.views.0.audio.seconds=1.024", NO_EVALUATION]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        alone = loaded(little_data, "train.workers=0", *longer)
+        assert torch.get_num_threads() == 2
+        assert len({item.visit.task for item in alone}) == 2
+        for workers in (1, 2):
+            assert_same(loaded(little_data, f"train.workers={workers}", *longer), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_run_goes_on_from_any_step(little_data):
+    whole = loaded(little_data)
+    for first, workers in ((1, 0), (5, 2), (11, 0)):
+        assert_same(loaded(little_data, f"train.workers={workers}", first=first), whole[first:])
+
+
+def test_the_seed_changes_everything(little_data):
+    one, other = loaded(little_data), loaded(little_data, "seed=1")
+    assert [item.batch.rows for item in one] != [item.batch.rows for item in other]
+
+
+def test_each_epoch_of_a_task_has_every_row_once(little_data):
+    rows = [row for item in loaded(little_data, "train.steps=30") if item.visit.task == "named" for row in item.batch.rows]
+    assert len(rows) > 2 * 24
+    for epoch in range(2):
+        assert sorted(rows[24 * epoch : 24 * epoch + 24]) == list(range(24))
+
+
+def test_batches_have_the_shapes_that_the_ledger_counts(little_data):
+    data = opened(little_data, "tasks.named.inputs.text={column: label, draw: 3}")
+    counted = costs(data.recipe, data.modalities, data.classes)
+    seen = set()
+    for item in make_loader(data, 0):
+        cost = counted[item.visit.task, item.visit.view]
+        tokens = item.batch.tokens
+        assert cost.examples == len(item.batch) == item.visit.batch
+        assert cost.tokens == sum(t.coords.shape[0] * t.coords.shape[1] for t in tokens.values())
+        for name, batch in tokens.items():
+            modality, view = data.modalities[name], data.recipe.tasks[item.visit.task].views[item.visit.view][name]
+            assert batch.coords.shape[1:] == (modality.length(view), len(modality.stem_spec().axes))
+            assert (batch.mask is not None) == modality.masked
+            assert batch.values.shape[2:] == (() if modality.stem_spec().table else (modality.values(),))
+        if item.visit.task == "named":
+            assert tokens["text"].coords.shape[0] == 3 * tokens["image"].coords.shape[0]
+        seen.add((item.visit.task, item.visit.view))
+    assert seen == set(counted)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_file_is_skipped_counted_named_and_stood_in_for(own_data, workers):
+    for name, content in {"red/1.png": b"", "blue/2.png": b"\x89PNG\r\n\x1a\n broken", "white/0.png": b"GIF89a"}.items():
+        (own_data / "pictures" / name).write_bytes(content)
+    bad = {"red/1.png", "blue/2.png", "white/0.png"}
+    data = opened(own_data, f"train.workers={workers}")
+    table = data.sources["named"]
+    named = []
+    for item in make_loader(data, 0):
+        if item.visit.task == "named":
+            assert len(item.batch.rows) == len(item.batch.tokens["image"].values) == item.visit.batch
+            assert not bad & {table.where(row) for row in item.batch.rows}
+            # A stand-in is the same item as the neighbour whose place it shares, not a false negative.
+            assert item.batch.item[""].tolist() == item.batch.rows
+            classes = [data.classes["pictures-label"][label] for label in item.batch.labels["label"]]
+            assert classes == [table.where(row).split("/")[0] for row in item.batch.rows]
+            assert len(set(item.batch.rows)) == item.visit.batch - len(item.bad)
+            named += item.bad
+    assert {where for where, _ in named} == bad
+    assert all(why for _, why in named)
+    first = next(item for item in make_loader(data, 0) if item.bad)
+    again = next(item for item in make_loader(data, 0) if item.bad)
+    assert_same([first], [again])
+
+
+def test_a_picture_that_is_missing_a_text_is_skipped_too(own_data):
+    rows = [{"sound": f"{i}.wav", "caption": None if i == 3 else f"tone {i}"} for i in range(15)]
+    (own_data / "sounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    bad = [b for item in loaded(own_data, "tasks.named.weight=0", NO_EVALUATION) for b in item.bad]
+    assert set(bad) == {("sounds.jsonl[3]", "no text in column caption")}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_the_user_can_mend_comes_out_of_a_worker_in_one_line(own_data, workers):
+    """The DataLoader would put the worker's traceback into the message."""
+    (own_data / "sounds").mkdir()
+    for file in own_data.glob("*.wav"):
+        file.write_bytes(b"no sound")
+    changes = [f"train.workers={workers}", "tasks.named.weight=0"]
+    with pytest.raises(UserError, match="tasks.heard: no example of step 0 could be read; first: ") as error:
+        loaded(own_data, *changes)
+    assert "\n" not in str(error.value)
+
+    classes = "tasks.named.objectives.1.classes=[red, green, white]"
+    with pytest.raises(UserError, match="pictures.label: 'blue' is not among its classes") as error:
+        loaded(own_data, f"train.workers={workers}", "tasks.heard.weight=0", classes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cached_source_gives_the_same_pictures(little_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path))
+    one_view = ["tasks.named.views=[{image: {size: 16}, text: {length: 8}}]", "tasks.heard.weight=0"]
+    plain = loaded(little_data, *one_view)
+    for cache in ("memory", "disk", "disk"):
+        assert_same(loaded(little_data, f"sources.pictures.cache={cache}", "train.workers=1", *one_view), plain)
+    assert list(tmp_path.rglob("data.bin"))
+
+
+def test_a_source_smaller_than_a_batch_is_read_again(little_data):
+    (item, *_) = loaded(little_data, "tasks.named.weight=0", "tasks.heard.batch=40")
+    assert len(item.batch) == 40
+    assert set(item.batch.rows) == set(range(15))
+
+
+def test_several_classes_a_row_become_marks(own_data):
+    rows = [{"sound": f"{i}.wav", "caption": "x", "tags": [["a"], ["c", "b"], []][i % 3]} for i in range(15)]
+    (own_data / "sounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    objective = "tasks.heard.objectives=[{type: classification, label: tags, loss: sigmoid}]"
+    data = opened(own_data, "tasks.named.weight=0", objective, NO_EVALUATION)
+    assert data.classes == {"sounds-tags": ["a", "b", "c"]}
+    for item in make_loader(data, 0):
+        expected = [[[1, 0, 0], [0, 1, 1], [0, 0, 0]][row % 3] for row in item.batch.rows]
+        assert item.batch.labels["tags"].tolist() == expected
+
+
+def test_rows_without_a_class_are_refused(own_data):
+    rows = [{"sound": f"{i}.wav", "caption": "x", "kind": None if i < 2 else "k"} for i in range(15)]
+    (own_data / "sounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    objective = "tasks.heard.objectives=[{type: classification, label: kind}]"
+    with pytest.raises(UserError, match="tasks.heard: column 'kind' of sounds has 2 rows without a class"):
+        opened(own_data, objective, NO_EVALUATION)
+
+
+@pytest.fixture
+def streamed(own_data) -> tuple[Path, list[str]]:
+    """The pictures in two tars, and the changes of the recipe that stream them."""
+    files = sorted((own_data / "pictures").rglob("*.png"))
+    for shard in range(2):
+        with tarfile.open(own_data / f"{shard}.tar", "w") as tar:
+            for file in files[12 * shard : 12 * shard + 12]:
+                key = f"{file.parent.name}-{file.stem}"
+                for ending, content in ((".png", file.read_bytes()), (".txt", f"a {file.parent.name} square".encode())):
+                    info = tarfile.TarInfo(key + ending)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    inputs = "tasks.named.inputs={image: png, text: txt}"
+    objectives = "tasks.named.objectives=[{type: contrastive, same: txt}]"
+    source = "sources.pictures={path: '*.tar', stream: true, window: 5}"
+    return own_data, [inputs, objectives, source, "evaluation={}", "train.steps=20"]
+
+
+def test_a_stream_goes_on_from_its_cursor(streamed):
+    """In the middle of a window, in another epoch, with another number of workers, without reading from the start."""
+    folder, changes = streamed
+    whole = loaded(folder, *changes)
+    cursors = {}
+    for step, item in enumerate(whole):
+        if step in (3, 9, 16):
+            data = opened(folder, f"train.workers={step % 3}", *changes)
+            data.load_cursors(json.loads(json.dumps(cursors)))
+            assert_same(list(make_loader(data, step)), whole[step:])
+        if item.cursor is not None:
+            cursors[item.visit.task] = item.cursor
+    assert cursors["named"]["epoch"] > 1
+    assert cursors.keys() == {"named"}
+
+
+def test_workers_read_a_stream_as_one(streamed):
+    """Each has its own; files that were open while the tokenizer learned are not shared."""
+    folder, changes = streamed
+    whole = loaded(folder, *changes, "sources.pictures.window=100000")
+    assert_same(loaded(folder, *changes, "sources.pictures.window=100000", "train.workers=2"), whole)
+    rows = sorted(text for text in opened(folder, *changes)._corpus("text"))
+    assert len(rows) < 1000
+
+
+def test_a_streams_tokenizer_learns_from_texts_alone(streamed, monkeypatch):
+    """Pictures beside a hundred thousand captions would fill the memory."""
+    folder, changes = streamed
+    asked = set()
+    read = Stream.read
+
+    def noted(self, seed, start, count, columns=None):
+        asked.add((count <= 256, tuple(columns or ())))
+        return read(self, seed, start, count, columns)
+
+    monkeypatch.setattr(Stream, "read", noted)
+    opened(folder, *changes)
+    assert asked == {(True, ("txt",))}
+
+
+def test_a_stream_must_name_its_classes(streamed):
+    folder, changes = streamed
+    changes = [*changes, "tasks.named.objectives=[{type: classification, label: txt}]"]
+    with pytest.raises(UserError, match="a streamed source is not read ahead, so name the classes of 'txt'"):
+        opened(folder, *changes)

@@ -1,0 +1,75 @@
+"""The order of examples: permutations that nobody stores."""
+
+import subprocess
+import sys
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openimp.data.order import example_rng, permute, rows_at, seed_key
+
+
+@settings(max_examples=150, deadline=None)
+@given(n=st.integers(1, 3000), seed=st.integers(0, 2**32), task=st.text(max_size=8), epoch=st.integers(0, 5))
+def test_each_epoch_has_every_row_once(n, seed, task, epoch):
+    rows = rows_at(seed, task, n, np.arange(epoch * n, (epoch + 1) * n))
+    assert np.array_equal(np.sort(rows), np.arange(n))
+
+
+@settings(max_examples=100, deadline=None)
+@given(n=st.integers(1, 500), seed=st.integers(0, 99), start=st.integers(0, 2000), count=st.integers(0, 300))
+def test_any_part_can_be_asked_for_alone(n, seed, start, count):
+    """In any pieces, across epochs too: what a resumed run or another worker asks for is what the first one saw."""
+    whole = rows_at(seed, "t", n, np.arange(start + count))
+    assert np.array_equal(rows_at(seed, "t", n, np.arange(start, start + count)), whole[start:])
+    assert np.array_equal(rows_at(seed, "t", n, np.arange(start + count)[::-1]), whole[::-1])
+
+
+def test_epochs_tasks_and_seeds_have_orders_of_their_own():
+    n = 1000
+    orders = [
+        rows_at(0, "t", n, np.arange(n)),
+        rows_at(0, "t", n, np.arange(n, 2 * n)),
+        rows_at(0, "u", n, np.arange(n)),
+        rows_at(1, "t", n, np.arange(n)),
+    ]
+    for i, one in enumerate(orders):
+        assert (one == np.arange(n)).sum() < 10
+        for other in orders[:i]:
+            assert (one == other).sum() < 10
+
+
+def test_the_order_is_random_enough():
+    """Over many keys each row comes equally often to each place, and neighbours do not stay neighbours."""
+    n, keys = 7, 4000
+    counts = np.zeros((n, n))
+    together = 0
+    for key in range(keys):
+        row = permute(np.arange(n), n, key)
+        counts[np.arange(n), row] += 1
+        together += int((np.diff(row) == 1).sum())
+    # Standard deviation of a count: about 22 around 571.
+    assert abs(counts - keys / n).max() < 5 * (keys / n) ** 0.5
+    # Of n - 1 neighbours, each stays with chance 1/n: 3429 in all.
+    assert abs(together - keys * (n - 1) / n) < 400
+
+
+def test_a_billion_rows_cost_nothing():
+    rows = rows_at(0, "t", 10**9, np.arange(5 * 10**9 - 8, 5 * 10**9 + 8))
+    assert len(set(rows.tolist())) > 14
+    assert ((0 <= rows) & (rows < 10**9)).all()
+
+
+def test_randomness_is_that_of_the_place_in_the_order():
+    key = seed_key(0, "t", "augment")
+    assert example_rng(key, 5).random() == example_rng(key, 5).random()
+    draws = {example_rng(seed_key(seed, task), place).random() for seed in (0, 1) for task in "tu" for place in range(50)}
+    assert len(draws) == 200
+
+
+def test_another_process_has_the_same_keys():
+    """Python's own `hash` of a string differs from process to process."""
+    code = "from openimp.data.order import *; print(seed_key(3, 'näme', 7), permute(np.arange(9), 9, 4).tolist())"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split(" ", 1) == [str(seed_key(3, "näme", 7)), f"{permute(np.arange(9), 9, 4).tolist()}\n"]

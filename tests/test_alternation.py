@@ -1,0 +1,115 @@
+"""The alternation: pure, stable, and as frequent as the recipe says."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openimp.alternation import Alternation, _draw, expected_shares, view_shares
+from openimp.recipe import Recipe
+
+
+def mixture(kind: str, steps: int, tasks: dict, seed: int = 0) -> Recipe:
+    one = {"source": "all", "inputs": {"image": "i", "text": "t"}, "objectives": [{"type": "contrastive"}], "batch": 4}
+    return Recipe.build(
+        {
+            "name": "x",
+            "seed": seed,
+            "sources": {"all": {"path": "x.parquet"}},
+            "tasks": {name: {**one, **options} for name, options in tasks.items()},
+            "alternation": {"kind": kind},
+            "train": {"steps": steps},
+        }
+    )
+
+
+THREE = {
+    "a": {"weight": 5.0, "views": [{"share": 2.0, "batch": 6}, {"share": 1.0, "image": {"size": 128}}]},
+    "b": {"weight": 3.0, "interval": 2},
+    "c": {"weight": 2.0, "interval": 5, "batch": 10},
+}
+
+
+@pytest.mark.parametrize("kind", ["random", "intervals", "cycle"])
+def test_the_schedule_is_a_pure_function_of_recipe_seed_and_step(kind):
+    """Two processes that never speak agree; a longer run begins like a shorter one; the seed makes the difference."""
+    long, again, short = (Alternation(mixture(kind, steps, THREE, seed=3)) for steps in (500, 500, 123))
+    assert list(long) == list(again)
+    assert list(long)[:123] == list(short)
+    other = Alternation(mixture(kind, 500, THREE, seed=4))
+    # Of fixed intervals, only the views are left to the seed.
+    assert list(other) != list(long)
+
+
+@pytest.mark.parametrize("kind", ["random", "intervals", "cycle"])
+def test_each_task_takes_its_examples_one_after_the_other(kind):
+    """Batches of a task lie end to end in its order, whatever comes between them and however large its views' are."""
+    following = {"a": 0, "b": 0, "c": 0}
+    for step, visit in enumerate(Alternation(mixture(kind, 300, THREE))):
+        assert visit.step == step
+        assert visit.start == following[visit.task]
+        assert visit.batch == {"a": [6, 4][visit.view], "b": 4, "c": 10}[visit.task]
+        following[visit.task] += visit.batch
+    assert all(following.values())
+
+
+def test_random_draws_tasks_and_views_by_weight():
+    visits = list(Alternation(mixture("random", 20_000, THREE)))
+    tasks = [visit.task for visit in visits]
+    # Four standard deviations of a share of 20 000 draws.
+    for name, share in expected_shares(mixture("random", 1, THREE)).items():
+        assert share == {"a": 0.5, "b": 0.3, "c": 0.2}[name]
+        assert tasks.count(name) / 20_000 == pytest.approx(share, abs=4 * (share * (1 - share) / 20_000) ** 0.5)
+    views = [visit.view for visit in visits if visit.task == "a"]
+    assert views.count(0) / len(views) == pytest.approx(2 / 3, abs=0.02)
+    # Draws are independent: the task after an "a" is no other than at any time.
+    after = [second for first, second in zip(tasks, tasks[1:]) if first == "a"]
+    assert after.count("a") / len(after) == pytest.approx(0.5, abs=0.03)
+
+
+@settings(max_examples=40, deadline=None)
+@given(weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_a_cycle_is_never_far_from_its_shares(weights, seed):
+    """In any run of steps, from any step on, a task has its share of them to within five visits (random draws: to within a hundred)."""
+    steps = 2000
+    drawn = _draw(weights, steps, False, (seed, 0))
+    for i, weight in enumerate(weights):
+        visits = np.concatenate([[0], np.cumsum(drawn == i)])
+        off = visits - weight / sum(weights) * np.arange(steps + 1)
+        assert off.max() - off.min() < 5
+
+
+def test_fixed_intervals_give_the_mixture_of_the_release():
+    """Image-text and labelled images at every round, the others at every 5th to 12th (arXiv 2305.06324)."""
+    recipe = Recipe.load("imp_s")
+    assert {name: task.interval for name, task in recipe.tasks.items()} == {
+        "image_text": 1, "image_class": 1, "video_text": 12, "video_class": 5, "video_audio_text": 12, "audio_class": 8,
+    }  # fmt: skip
+    assert {name: round(100 * share) for name, share in expected_shares(recipe).items()} == {
+        "image_text": 40, "image_class": 40, "video_text": 3, "video_class": 8, "video_audio_text": 3, "audio_class": 5,
+    }  # fmt: skip
+    steps = 299 * 10  # ten times the 120 rounds after which all repeats
+    tasks = [visit.task for visit in Alternation(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})}))]
+    for name, share in expected_shares(recipe).items():
+        assert tasks.count(name) == round(share * steps)
+    assert tasks[:6] == list(recipe.tasks)
+    assert tasks[6:8] == ["image_text", "image_class"]
+
+
+def test_tasks_of_weight_0_are_never_visited():
+    for kind in ("random", "intervals", "cycle"):
+        recipe = mixture(kind, 100, {**THREE, "b": {"weight": 0.0}})
+        assert {visit.task for visit in Alternation(recipe)} == {"a", "c"}
+        assert "b" not in expected_shares(recipe)
+
+
+def test_shares_of_views_add_up_to_one():
+    assert view_shares(mixture("random", 1, THREE).tasks["a"].views) == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_steps_outside_the_run_are_refused():
+    schedule = Alternation(mixture("random", 5, THREE))
+    assert len(schedule) == 5
+    for step in (-1, 5):
+        with pytest.raises(IndexError):
+            schedule[step]
