@@ -1,5 +1,7 @@
 """The alternation: pure, stable, and as frequent as the recipe says."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -63,14 +65,14 @@ def test_random_draws_tasks_and_views_by_weight():
     views = [visit.view for visit in visits if visit.task == "a"]
     assert views.count(0) / len(views) == pytest.approx(2 / 3, abs=0.02)
     # Draws are independent: the task after an "a" is no other than at any time.
-    after = [second for first, second in zip(tasks, tasks[1:]) if first == "a"]
+    after = [second for first, second in pairwise(tasks) if first == "a"]
     assert after.count("a") / len(after) == pytest.approx(0.5, abs=0.03)
 
 
 @settings(max_examples=40, deadline=None)
 @given(weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_a_cycle_is_never_far_from_its_shares(weights, seed):
-    """In any run of steps, from any step on, a task has its share of them to within five visits (random draws: to within a hundred)."""
+    """In any run of steps, from any step on, a task has its share of them to within five visits."""
     steps = 2000
     drawn = _draw(weights, steps, False, (seed, 0))
     for i, weight in enumerate(weights):
@@ -89,7 +91,10 @@ def test_fixed_intervals_give_the_mixture_of_the_release():
         "image_text": 40, "image_class": 40, "video_text": 3, "video_class": 8, "video_audio_text": 3, "audio_class": 5,
     }  # fmt: skip
     steps = 299 * 10  # ten times the 120 rounds after which all repeats
-    tasks = [visit.task for visit in Alternation(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})}))]
+    tasks = [
+        visit.task
+        for visit in Alternation(recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})}))
+    ]
     for name, share in expected_shares(recipe).items():
         assert tasks.count(name) == round(share * steps)
     assert tasks[:6] == list(recipe.tasks)

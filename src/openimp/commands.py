@@ -24,19 +24,20 @@ from openimp.train import train
 
 def run_demo(overrides: list[str], run: Path | None) -> None:
     """Trains the bundled recipe and says what to do next."""
-    run = run_train("demo", overrides, run, resume=False)
+    recipe = Recipe.load("demo", overrides)
+    run = run or Path("runs") / recipe.name
+    if not train(recipe, run):
+        return
     console.print(
         f"\nThe run is in {run}: results.jsonl, metrics.jsonl, tensorboard/, checkpoints/.\n"
         f"Next:  openimp info {run}   |   openimp embed {run} PICTURES...   |   tensorboard --logdir {run}"
     )
 
 
-def run_train(name: str, overrides: list[str], run: Path | None, resume: bool) -> Path:
+def run_train(name: str, overrides: list[str], run: Path | None, resume: bool) -> None:
     """Trains a recipe into `run`, or into runs/NAME."""
     recipe = Recipe.load(name, overrides)
-    run = run or Path("runs") / recipe.name
-    train(recipe, run, resume)
-    return run
+    train(recipe, run or Path("runs") / recipe.name, resume)
 
 
 def run_eval(path: Path, sets: list[str] | None, other: str | None, out: Path | None) -> None:

@@ -30,7 +30,8 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self.file = run / "metrics.jsonl"
-        _cut(self.file, step)
+        for name in ("metrics.jsonl", "results.jsonl", "skipped.jsonl"):
+            _cut(run / name, step)
         _cut(run / "results.jsonl", step)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
         self.totals = {task: Counter(units) for task, units in (totals or {}).items()}
@@ -159,7 +160,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def _cut(file: Path, step: int) -> None:
     """Forgets lines after `step`, which a run that goes on from there will write again."""
-    kept = [line for line in read_lines(file) if line["step"] <= step]
+    kept = [line for line in read_lines(file) if (line["step"] or 0) <= step]
     if file.exists():
         draft = file.with_name(f".{file.name}.tmp")
         draft.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from openimp.errors import UserError, nearest
 from openimp.recipe_file import read_recipe
@@ -33,6 +33,14 @@ class Strict(BaseModel):
         return data
 
 
+def _beside_recipe(path: str, info: ValidationInfo) -> str:
+    """A relative path starts at the recipe's folder; a URL, or `openimp:NAME`, stays as it is."""
+    folder = (info.context or {}).get("folder")
+    return path if folder is None or re.match(r"\w\w+:", path) else str(Path(folder).resolve() / path)
+
+
+RecipePath = Annotated[str, AfterValidator(_beside_recipe)]
+"""A path that a recipe names; a modality's `Config` may use it too."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -43,7 +51,7 @@ Triple = Annotated[tuple[Count, Count, Count], Field(strict=False)]
 
 
 class MoE(Strict):
-    """Sparse Mixture-of-Experts in place of the MLP of the last blocks (arXiv 2305.06324, section 3.3)."""
+    """Sparse Mixture-of-Experts in place of the MLP of the last blocks (arXiv 2305.06324)."""
 
     experts: Count = 16
     """Experts a block: 16 in B and L, 4 in S."""
@@ -98,7 +106,7 @@ class Model(Strict):
 class Source(Strict):
     """Where examples come from. Exactly one of `path` and `hub`; several tasks may share a source."""
 
-    path: str | None = None
+    path: RecipePath | None = None
     """A folder (one sub-folder a class), a .csv/.jsonl manifest, .parquet or .tar files (`*` allowed), a URL that
     fsspec opens, or `openimp:NAME` for bundled data. Relative to the recipe."""
     hub: str | None = None
@@ -109,7 +117,7 @@ class Source(Strict):
     """The split of a hub data set."""
     format: Literal["folder", "manifest", "parquet", "webdataset"] | None = None
     """Left out: told by the path."""
-    root: str | None = None
+    root: RecipePath | None = None
     """Where a manifest's file names start; left out: beside the manifest. Nothing outside it is ever read."""
     where: dict[str, str | int | bool | list[str] | list[int]] = {}
     """Keep the rows whose column has this value, or one of these values."""
@@ -157,6 +165,7 @@ class Contrastive(Strict):
     """Symmetric contrastive loss over pairs of the task's modalities."""
 
     type: Literal["contrastive"]
+    """What kind of objective this is."""
     pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = None
     """Left out: every pair of the task's modalities."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
@@ -165,12 +174,14 @@ class Contrastive(Strict):
     same: str | None = None
     """Rows with equal values in this column count as one item: positives of each other, never negatives."""
     weight: Positive = 1.0
+    """How much its loss counts in the task's sum."""
 
 
 class Classification(Strict):
     """One linear head for each (source, label column) on the pooled features."""
 
     type: Literal["classification"]
+    """What kind of objective this is."""
     label: str
     """The column with the class, or with a list of classes (sigmoid)."""
     of: str | None = None
@@ -182,6 +193,7 @@ class Classification(Strict):
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target that is spread over all classes."""
     weight: Positive = 1.0
+    """How much its loss counts in the task's sum."""
 
 
 Objective = Annotated[Contrastive | Classification, Field(discriminator="type")]
@@ -218,11 +230,13 @@ class Task(Strict):
     """A source, the modalities read from it, their views, one or more objectives, a batch size and a weight."""
 
     source: str
+    """The name of one of `sources`."""
     inputs: Inputs
     """Which column, or text template, feeds which modality."""
     objectives: Annotated[list[Objective], Field(min_length=1)]
     """Summed with their weights."""
     views: Annotated[list[View], Field(min_length=1, default_factory=lambda: [View()])]
+    """How its examples are seen; one view is drawn at each of the task's steps."""
     batch: Count = 256
     """Examples a step, over all processes."""
     weight: Annotated[float, Field(ge=0)] = 1.0
@@ -240,7 +254,7 @@ class Alternation(Strict):
 
 
 class Optimizer(Strict):
-    """Fused AdamW with one schedule for all tasks (arXiv 2305.06324, appendix)."""
+    """Fused AdamW with one schedule for all tasks (arXiv 2305.06324)."""
 
     lr: Positive = 8e-4
     """Peak learning rate; the paper: S 8e-4, B 1e-3, L 5e-4."""
@@ -251,6 +265,7 @@ class Optimizer(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """On matrices only."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """Decay of AdamW's means of the gradient and of its square."""
     clip: Positive | None = 1.0
     """Largest norm of the gradient; null: no clipping."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -284,17 +299,22 @@ class Retrieval(Strict):
     """R@1/5/10, median rank and mean reciprocal rank, both ways, between two modalities of a source."""
 
     type: Literal["retrieval"]
+    """What kind of evaluation this is."""
     source: str
+    """The name of one of `sources`; it may not be a stream."""
     inputs: Inputs
     """Two modalities. Items with equal text, or equal raw value, are one."""
     view: View = Field(default_factory=View)
+    """How the items are seen: no augmentation, no dropped tokens."""
 
 
 class ZeroShot(Strict):
     """Top-1 and top-5 of classes that are named only by text."""
 
     type: Literal["zero_shot"]
+    """What kind of evaluation this is."""
     source: str
+    """The name of one of `sources`; it may not be a stream."""
     inputs: Annotated[dict[str, Input], Field(min_length=1, max_length=1)]
     """The one modality to classify."""
     label: str
@@ -304,8 +324,9 @@ class ZeroShot(Strict):
     texts: dict[str, str] | None = None
     """What a class is called in the prompts, where its label is not its name."""
     reader: str = "text"
-    """The modality that reads the prompts."""
+    """The modality that reads the prompts, in its first training view."""
     view: View = Field(default_factory=View)
+    """How the items are seen: no augmentation, no dropped tokens."""
 
 
 class Evaluation(Strict):
@@ -316,6 +337,7 @@ class Evaluation(Strict):
     batch: Count = 128
     """Examples encoded at once."""
     sets: dict[str, Annotated[Retrieval | ZeroShot, Field(discriminator="type")]] = {}
+    """What is measured, by name."""
 
 
 class Recipe(Strict):
@@ -324,15 +346,23 @@ class Recipe(Strict):
     name: str
     """Also the run directory's name: runs/NAME unless told otherwise."""
     seed: Whole = 0
+    """Of the weights, the schedule, the order of the data and its augmentation."""
     model: Model = Model()
+    """The shared encoder and the common space."""
     modalities: dict[str, Any] = {}
     """Options of each modality's stem (vision serves image and video)."""
     sources: Annotated[dict[str, Source], Field(min_length=1)]
+    """Where examples come from, by name."""
     tasks: Annotated[dict[str, Task], Field(min_length=1)]
+    """What is trained, by name."""
     alternation: Alternation = Alternation()
+    """Which task a step takes."""
     optimizer: Optimizer = Optimizer()
+    """How weights are updated."""
     train: Train = Train()
+    """How long, how, and what is kept."""
     evaluation: Evaluation = Evaluation()
+    """What is measured, and when."""
 
     @property
     def modality_names(self) -> list[str]:
@@ -352,26 +382,26 @@ class Recipe(Strict):
     @classmethod
     def build(cls, data: Mapping[str, Any], folder: str | Path = ".", where: str = "recipe") -> "Recipe":
         """A checked recipe from plain data; relative paths of its sources start at `folder`."""
-        recipe = _checked(cls, data, where)
-        for source in recipe.sources.values():
-            for field in ("path", "root"):
-                value = getattr(source, field)
-                if value and not re.match(r"\w+:", value):
-                    setattr(source, field, str(Path(folder).resolve() / value))
-        recipe._bind(where)
+        recipe = _checked(cls, data, where, folder)
+        recipe._bind(where, folder)
         return recipe
 
-    def _bind(self, where: str) -> None:
+    def _bind(self, where: str, folder: str | Path) -> None:
         """Checks what one part says of another: sources by name, and the options of each modality."""
         if not any(task.weight for task in self.tasks.values()):
             raise UserError(f"{where}: every task has weight 0; nothing would be trained")
-        stems = {modality_class(name).stem: modality_class(name) for name in self.modality_names}
+        stems = {}
+        for name in self.modality_names:
+            try:
+                stems[modality_class(name).stem] = modality_class(name)
+            except UserError as error:
+                raise UserError(f"{where}: tasks: {error}") from None
         for stem in self.modalities:
             if stem not in stems:
                 raise UserError(f"{where}: modalities: unknown key {stem!r}{nearest(stem, stems)}")
         for stem, modality in stems.items():
             self.modalities[stem] = _checked(
-                modality.Config, self.modalities.get(stem, {}), f"{where}: modalities.{stem}"
+                modality.Config, self.modalities.get(stem, {}), f"{where}: modalities.{stem}", folder
             )
         for task_name, task in self.tasks.items():
             key = f"{where}: tasks.{task_name}"
@@ -420,12 +450,12 @@ def _check_objective(key: str, objective: Contrastive | Classification, inputs: 
         raise UserError(f"{key}: a classification of {', '.join(inputs)} only must name it as its `of`")
 
 
-def _checked(schema: type[Any], data: Any, where: str) -> Any:
+def _checked(schema: type[Any], data: Any, where: str, folder: str | Path | None = None) -> Any:
     """Validates plain data (or checks what is checked already anew), and tells the first mistake in one sentence."""
     if isinstance(data, BaseModel):
         data = data.model_dump()
     try:
-        return schema.model_validate(data)
+        return schema.model_validate(data, context={"folder": folder})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(_path(data, first["loc"], missing=first["type"] == "missing"))

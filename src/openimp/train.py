@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from openimp.checkpoint import checkpoints, load_checkpoint, read_config, save_c
 from openimp.data.loader import Loaded, StepBatches, make_loader
 from openimp.device import autocast, pick_device
 from openimp.errors import UserError
-from openimp.evaluation import evaluate, table
+from openimp.evaluation import evaluate, open_sets, table
 from openimp.ledger import costs, mixture_table
 from openimp.metrics import BadExamples, Metrics
 from openimp.modalities import modalities_of
@@ -25,11 +25,11 @@ from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe
 
 FREE = {"train.workers", "train.prefetch", "train.log_every", "train.save_every", "train.keep", "train.max_bad"}
-"""Keys that change nothing a resumed run computes; so does all of `evaluation`, and where a source caches."""
+"""Keys that change nothing of what a resumed run computes, like all of `evaluation`."""
 
 
-def train(recipe: Recipe, run: Path, resume: bool = False) -> Path:
-    """Trains a recipe into a run directory, evaluates it, and returns the last checkpoint.
+def train(recipe: Recipe, run: Path, resume: bool = False) -> bool:
+    """Trains a recipe into a run directory, evaluates it, and says whether it came to its end or was stopped.
 
     Args:
         recipe: what to train.
@@ -39,7 +39,7 @@ def train(recipe: Recipe, run: Path, resume: bool = False) -> Path:
         UserError: bad data, a run that is already there, a checkpoint of another recipe, or a loss that is not finite.
     """
     training = Training(recipe, run, resume)
-    with _stop_signals() as stop, StepBar(recipe.train.steps, training.step) as bar:
+    with _stop_signals() as stop, StepBar(recipe.train.steps, training.step) as bar, closing(training.metrics):
         waiting = time.perf_counter()
         for loaded in make_loader(training.data, training.step):
             waited = time.perf_counter() - waiting
@@ -47,17 +47,16 @@ def train(recipe: Recipe, run: Path, resume: bool = False) -> Path:
             training.record(loaded, losses, waited, bar)
             if stop.requested and training.step < recipe.train.steps:
                 folder = training.save()
-                console.print(f"stopped at step {training.step}, saved {folder}; go on with --resume")
-                return folder
+                console.print(f"stopped at step {training.step}, saved {folder}; go on with --resume", soft_wrap=True)
+                return False
             if training.due(recipe.train.save_every):
                 training.save()
             if training.due(recipe.evaluation.every):
                 training.evaluate()
             waiting = time.perf_counter()
-    folder = training.save()
-    training.evaluate()
-    training.metrics.close()
-    return folder
+        training.save()
+        training.evaluate()
+    return True
 
 
 class Training:
@@ -83,6 +82,7 @@ class Training:
         torch.manual_seed(recipe.seed)
         sizes = {name: len(values) for name, values in self.data.classes.items()}
         self.model = IMP.from_recipe(recipe, self.modalities, sizes).to(self.device).train()
+        open_sets(self.model, recipe, self.modalities)
         self.encode = self._compiled() if recipe.train.compile else self.model.encode
         self.optimizer = _optimizer(recipe, self.model)
         self.averaged: dict[str, Tensor] | None = None
@@ -226,7 +226,7 @@ def _latest(recipe: Recipe, run: Path) -> Path:
     before, _, _ = read_config(found[-1])
     ours, theirs = _flat(recipe.to_dict()), _flat(before.to_dict())
     for key in sorted(ours.keys() | theirs.keys()):
-        free = key in FREE or key.startswith("evaluation.") or (key.startswith("sources.") and key.endswith(".cache"))
+        free = key in FREE or key.startswith("evaluation.")
         if not free and ours.get(key) != theirs.get(key):
             was, now = theirs.get(key), ours.get(key)
             raise UserError(f"{found[-1]}: made by another recipe: {key} is {was!r} there, {now!r} here")

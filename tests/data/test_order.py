@@ -58,13 +58,16 @@ def test_the_order_is_random_enough():
 def test_a_billion_rows_cost_nothing():
     rows = rows_at(0, "t", 10**9, np.arange(5 * 10**9 - 8, 5 * 10**9 + 8))
     assert len(set(rows.tolist())) > 14
-    assert ((0 <= rows) & (rows < 10**9)).all()
+    assert rows.min() >= 0
+    assert rows.max() < 10**9
 
 
 def test_randomness_is_that_of_the_place_in_the_order():
     key = seed_key(0, "t", "augment")
     assert example_rng(key, 5).random() == example_rng(key, 5).random()
-    draws = {example_rng(seed_key(seed, task), place).random() for seed in (0, 1) for task in "tu" for place in range(50)}
+    draws = {
+        example_rng(seed_key(seed, task), place).random() for seed in (0, 1) for task in "tu" for place in range(50)
+    }
     assert len(draws) == 200
 
 

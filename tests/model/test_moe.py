@@ -44,7 +44,7 @@ def chosen_by_experts(probs: Tensor, tokens: list[int], capacity: float) -> list
 
 
 def chosen_by_tokens(probs: Tensor, tokens: list[int], top_k: int, slots: float) -> list[tuple[int, int]]:
-    """(token, expert) pairs: all first choices in the order of the tokens, then all second ones, while there is room."""
+    """(token, expert) pairs: all first choices in the order of the tokens, then all second ones, if there is room."""
     filled = [0] * probs.shape[1]
     pairs = []
     for rank in range(top_k):
@@ -174,7 +174,9 @@ def test_the_z_loss_is_the_mean_squared_logsumexp_of_the_valid_tokens():
     layer = layer_of(experts=3, z_loss=0.5)
     x, valid = batch_of(0, [4, 2], 4)
     logits = x[valid] @ layer.router.weight_ED.T
-    assert layer(x, valid)[1].aux.item() == pytest.approx(0.5 * logits.exp().sum(-1).log().square().mean().item(), rel=1e-5)
+    assert layer(x, valid)[1].aux.item() == pytest.approx(
+        0.5 * logits.exp().sum(-1).log().square().mean().item(), rel=1e-5
+    )
 
 
 def test_the_balance_loss_is_experts_times_load_times_probability():

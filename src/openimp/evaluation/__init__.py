@@ -5,10 +5,9 @@ from typing import Any
 
 from openimp.data.sources import Table, open_source
 from openimp.errors import UserError, nearest
+from openimp.evaluation import retrieval, zero_shot
 from openimp.evaluation.encoding import Progress, first_view
 from openimp.evaluation.figures import skipped_fields, table
-from openimp.evaluation.retrieval import retrieve
-from openimp.evaluation.zero_shot import classify
 from openimp.modalities import Modality
 from openimp.model.imp import IMP
 from openimp.recipe import Recipe, Retrieval, ZeroShot
@@ -42,21 +41,38 @@ def evaluate(
         UserError: an unknown set, a source or column that is not there, a class without text, or a pair of
             modalities that was never trained together.
     """
-    wanted = list(recipe.evaluation.sets) if sets is None else list(sets)
-    for name in wanted:
-        if name not in recipe.evaluation.sets:
-            raise UserError(f"no evaluation set is called {name!r}{nearest(name, recipe.evaluation.sets)}")
-    tables = {name: _open(recipe, name) for name in wanted}
+    tables = open_sets(model, recipe, modalities, sets)
     training = model.training
     model.eval()
     try:
         results = []
-        for name in wanted:
+        for name, source in tables.items():
             shown = None if progress is None else _labelled(progress, name)
-            results += _measure(model, recipe, modalities, name, tables[name], step, shown)
+            results += _measure(model, recipe, modalities, name, source, step, shown)
         return results
     finally:
         model.train(training)
+
+
+def open_sets(
+    model: IMP, recipe: Recipe, modalities: dict[str, Modality], sets: Iterable[str] | None = None
+) -> dict[str, Table]:
+    """Opens the sources of evaluation sets, and finds what would stop `evaluate`: before a training, not after it.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    tables = {}
+    for name in recipe.evaluation.sets if sets is None else sets:
+        if name not in recipe.evaluation.sets:
+            raise UserError(f"no evaluation set is called {name!r}{nearest(name, recipe.evaluation.sets)}")
+        options, where = recipe.evaluation.sets[name], f"evaluation.sets.{name}"
+        tables[name] = source = _open(recipe, name)
+        if isinstance(options, ZeroShot):
+            zero_shot.check(model, modalities, options, where, source)
+        else:
+            retrieval.check(model, modalities, options, where, source)
+    return tables
 
 
 def _measure(
@@ -72,12 +88,12 @@ def _measure(
     options = recipe.evaluation.sets[name]
     views = {side: options.view[side] for side in options.inputs}
     if isinstance(options, ZeroShot):
-        classified, skipped = classify(model, recipe, modalities, name, source, progress)
+        classified, skipped = zero_shot.classify(model, recipe, modalities, name, source, progress)
         (seen,) = options.inputs
         views[options.reader] = first_view(recipe, options.reader)
         figures = [{"task": f"{seen} -> {options.label}", **classified.figures(), "prompts": options.prompts}]
     else:
-        found, skipped = retrieve(model, recipe, modalities, name, source, progress)
+        found, skipped = retrieval.retrieve(model, recipe, modalities, name, source, progress)
         figures = [{"task": f"{item.query} -> {item.target}", **item.figures(), "prompts": None} for item in found]
     return [
         {
@@ -108,4 +124,4 @@ def _labelled(progress: Progress, name: str) -> Progress:
     return lambda items, description: progress(items, f"{name}: {description}")
 
 
-__all__ = ["evaluate", "table"]
+__all__ = ["evaluate", "open_sets", "table"]

@@ -74,9 +74,7 @@ def retrieve(
     assert isinstance(options, Retrieval)
     where = f"evaluation.sets.{name}"
     a, b = options.inputs
-    require_pair(model, a, b, where)
-    for side in (a, b):
-        require_columns(table, modalities[side], options.inputs[side], where)
+    check(model, modalities, options, where, table)
     encoded: dict[str, Encoded] = {
         side: encode_rows(
             model,
@@ -101,6 +99,18 @@ def retrieve(
         rank = ranks(vectors[query], vectors[target], correct)
         found.append(Retrieved(query, target, rank, correct, rows[shown[query][1]], rows[shown[target][1]]))
     return found, skipped
+
+
+def check(model: IMP, modalities: dict[str, Modality], options: Retrieval, where: str, table: Table) -> None:
+    """Finds what would stop `retrieve`, without encoding anything.
+
+    Raises:
+        UserError: as `retrieve`.
+    """
+    a, b = options.inputs
+    require_pair(model, a, b, where)
+    for side, spec in options.inputs.items():
+        require_columns(table, modalities[side], spec, where)
 
 
 @torch.inference_mode()

@@ -79,12 +79,7 @@ def classify(
     assert isinstance(options, ZeroShot)
     where = f"evaluation.sets.{name}"
     (seen, spec), reader = next(iter(options.inputs.items())), options.reader
-    require_pair(model, seen, reader, where)
-    require_columns(table, modalities[seen], spec, where)
-    table.require([options.label], where)
-    labels = table.column(options.label)
-    classes = _classes(labels, f"{where}: column {options.label!r} of source {table.name}")
-    texts = [_class_text(label, options, f"{where}: source {table.name}") for label in classes]
+    labels, classes, texts = check(model, modalities, options, where, table)
     classes_KZ = class_embeddings(model, recipe, modalities[reader], texts, options.prompts, seen, where)
     encoded = encode_rows(
         model,
@@ -103,6 +98,29 @@ def classify(
     z_NZ = encoded.embeddings[torch.from_numpy(encoded.item[row])]
     rank = ranks(z_NZ, classes_KZ, np.stack([np.arange(len(row)), truth], axis=1))
     return Classified(classes, row, truth, _most_similar(z_NZ, classes_KZ), rank), skipped
+
+
+def check(
+    model: IMP, modalities: dict[str, Modality], options: ZeroShot, where: str, table: Table
+) -> tuple[list[Any], list[Any], list[str]]:
+    """Finds what would stop `classify`, without encoding anything.
+
+    Returns:
+        The label of each row, the distinct ones, and the text of each of those.
+
+    Raises:
+        UserError: as `classify`.
+    """
+    (seen, spec) = next(iter(options.inputs.items()))
+    require_pair(model, seen, options.reader, where)
+    require_columns(table, modalities[seen], spec, where)
+    table.require([options.label], where)
+    labels = table.column(options.label)
+    classes = _classes(labels, f"{where}: column {options.label!r} of source {table.name}")
+    texts = [_class_text(label, options, f"{where}: source {table.name}") for label in classes]
+    for prompt in options.prompts:
+        _fill(prompt, texts[0], where)
+    return labels, classes, texts
 
 
 def class_embeddings(

@@ -5,6 +5,7 @@ group `openimp.modalities`; see docs/modalities.md for one from outside the pack
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -133,8 +134,8 @@ class Modality(ABC):
         """
         raise TypeError(f"{self.name} takes raw values, not a tensor")
 
-    def fit(self, corpus: Any) -> None:  # noqa: B027 (most have nothing to learn)
-        """Learns what must be learned from training data before training; most modalities learn nothing."""
+    def fit(self, corpus: Iterable[str]) -> None:  # noqa: B027 (most have nothing to learn)
+        """Learns from all training texts before training, such as a tokenizer; asked of modalities that read text."""
 
     def state(self) -> dict[str, str]:
         """What `fit` learned, as {file name: text}, to be saved beside the weights."""

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from openimp.errors import UserError
 from openimp.modalities import BadMedia, Modality, StemSpec, Tokens
-from openimp.recipe import Count, Strict
+from openimp.recipe import Count, RecipePath, Strict
 
 PAD, END = 0, 1
 RESERVED = 2
@@ -31,7 +31,7 @@ class Text(Modality):
     class Config(Strict):
         """The tokenizer and the position table."""
 
-        tokenizer: str | None = None
+        tokenizer: RecipePath | None = None
         """Path of a tokenizer file of the `tokenizers` library; left out: one is trained on the recipe's captions."""
         vocab: Annotated[int, Field(ge=RESERVED + 256)] = 8192
         """Largest number of ids of a tokenizer that is trained: two of ours, 256 bytes, and merges of them."""

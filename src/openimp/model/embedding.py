@@ -11,7 +11,7 @@ from openimp.modalities import StemSpec, Tokens
 
 
 class Stem(nn.Module):
-    """Embeds one modality's tokens and reads them out again (arXiv 2305.06324, section 3.1).
+    """Embeds one modality's tokens and reads them out again (arXiv 2305.06324).
 
     It holds one linear patch embedding (a table for ids), one position table an axis, summed and normalised, and one
     linear before and one after the shared encoder. Positions are looked up by coordinate, so any resolution and any

@@ -11,7 +11,7 @@ from openimp.model.moe import RouterStats, SparseMLP
 from openimp.recipe import Model
 
 SHORT = 256
-"""Tokens up to which attention on a CPU is computed without the fused kernel."""
+"""Tokens up to which bf16 attention on a CPU is computed without the fused kernel."""
 
 
 class Attention(nn.Module):
@@ -77,7 +77,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Blocks and a final LayerNorm; sizes as in arXiv 2305.06324, table 7. It knows no modality."""
+    """Blocks and a final LayerNorm; sizes as in arXiv 2305.06324. It knows no modality."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
@@ -96,13 +96,20 @@ class Encoder(nn.Module):
 
 
 def _attend(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:
-    """Softmax attention; on the CPU, for short sequences, spelled out.
+    """Softmax attention; in bf16 on the CPU, for short sequences, spelled out.
 
-    torch's fused CPU kernel is made for long sequences: forward and backward of 36 tokens take it four times as long
-    as two matrix products and a softmax, and at 256 tokens they are level (benchmarks/attention.py).
+    torch's fused CPU kernel is made for fp32 and for long sequences: in bf16 it takes three to five times as long as
+    two matrix products and a softmax at 16 to 128 tokens, forward and backward, and 1.3 to 1.5 times at 256; from 512
+    tokens on, and in fp32, it is level or faster (benchmarks/attention.py).
     """
-    if q_BHLK.device.type != "cpu" or q_BHLK.shape[2] > SHORT:
+    short = q_BHLK.device.type == "cpu" and q_BHLK.dtype == torch.bfloat16 and q_BHLK.shape[2] <= SHORT
+    if not short:
         return F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, attn_mask=mask_B11L)
+    return spelled_out(q_BHLK, k_BHLK, v_BHLK, mask_B11L)
+
+
+def spelled_out(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:
+    """Softmax attention as two matrix products; the mask is True where a key counts."""
     scores = (q_BHLK * q_BHLK.shape[-1] ** -0.5) @ k_BHLK.transpose(-1, -2)
     if mask_B11L is not None:
         scores = scores.masked_fill(~mask_B11L, -torch.inf)

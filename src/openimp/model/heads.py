@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Projection(nn.Module):
-    """Two-layer GELU MLP with a final LayerNorm into the common space (arXiv 2305.06324, section 3.2)."""
+    """Two-layer GELU MLP with a final LayerNorm into the common space (arXiv 2305.06324)."""
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()

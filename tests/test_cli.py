@@ -1,0 +1,251 @@
+"""The command line: help that is the docstring, one line for what the user can mend, commands that do their work."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from openimp import cli
+from openimp.metrics import read_lines
+
+
+@pytest.fixture
+def openimp(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["openimp", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(openimp):
+    """Runs a command that must fail as a user's mistake does, and returns its one line."""
+
+    def run(*arguments: str | Path) -> str:
+        code, _, err = openimp(*arguments)
+        assert code == 2
+        assert err.startswith("openimp: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        assert "Traceback" not in err
+        return err.removeprefix("openimp: ").rstrip("\n")
+
+    return run
+
+
+def sets(*changes: str) -> list[str]:
+    return [argument for change in changes for argument in ("--set", change)]
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "embed", "info"])
+def test_help_is_the_docstring(openimp, command):
+    code, out, _ = openimp(command, "--help")
+    assert code == 0
+    assert " ".join(getattr(cli, command).__doc__.split()) in " ".join(out.replace("│", " ").split())
+    assert command in openimp("--help")[1]
+
+
+def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
+    """As the shell sees it, from a worker process too."""
+    for file in own_data.glob("*.wav"):
+        file.write_bytes(b"no sound")
+    command = [sys.executable, "-m", "openimp", "train", str(own_data / "recipe.yaml"), "--run", str(own_data / "run")]
+    changes = sets("tasks.named.weight=0", "train.workers=1")
+    done = subprocess.run([*command, *changes], capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("openimp: tasks.heard: no example of step 0 could be read; first: sounds.jsonl[")
+    quick = subprocess.run([sys.executable, "-c", "import sys, openimp.cli; print('torch' in sys.modules)"],
+                           capture_output=True, text=True)  # fmt: skip
+    assert quick.stdout == "False\n", "help should not wait for torch"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("train.stepz=1", ["recipe.yaml: train: unknown key 'stepz'; did you mean 'steps'?"]),
+        ("train.steps=many", ["recipe.yaml: train.steps: Input should be a valid integer, found 'many'"]),
+        ("tasks.named.views.0.image.size=20", ["recipe.yaml: tasks.named.views[0].image: size", "16 or 24 would do"]),
+        ("tasks.heard.inputs.text=captoin", ["tasks.heard: source sounds (", "no column 'captoin'", "'caption'?"]),
+        ("tasks.heard.inputs.audio=sond", ["tasks.heard: source sounds (", "no column 'sond'", "'sound'?"]),
+        ("tasks.named.objectives.1.label=lable", ["tasks.named: source pictures (", "'lable'; did you mean 'label'?"]),
+        ("tasks.named.objectives.0.same=nam", ["tasks.named: source pictures (", "'nam'; did you mean 'name'?"]),
+        ("sources.sounds.path=missing.jsonl", ["source sounds: ", "missing.jsonl: no such file or folder"]),
+        ("sources.pictures.path=missing", ["source pictures: ", "missing: no such file or folder"]),
+        ("sources.sounds.path=empty.jsonl", ["source sounds (", "empty.jsonl) has no rows"]),
+        ("sources.pictures.path=empty", ["source pictures: ", "empty has no sub-folders"]),
+        ("sources.sounds.path=broken.jsonl", ["source sounds: ", "broken.jsonl: "]),
+        ("sources.pictures.where={label: pink}", ["source pictures (", "no row has label = 'pink'"]),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained_is_refused_before_training(refused, own_data, tmp_path, change, named):
+    (own_data / "empty.jsonl").write_text("")
+    (own_data / "broken.jsonl").write_text('{"sound": "0.wav", "cap')
+    (own_data / "empty").mkdir()
+    message = refused("train", own_data / "recipe.yaml", "--run", tmp_path / "run", *sets(change))
+    for part in named:
+        assert part in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, little_data, little_run):
+    (tmp_path / "bad.yaml").write_text("name: [")
+    (tmp_path / "folder").mkdir()
+    assert "bad.yaml: not valid YAML" in refused("train", tmp_path / "bad.yaml")
+    assert "no such recipe file; did you mean 'demo'?" in refused("train", "demoo")
+    assert "expected KEY=VALUE" in refused("train", "demo", "--set", "train.steps")
+    assert "folder: no model here" in refused("eval", tmp_path / "folder")
+    assert "folder: no model here" in refused("info", tmp_path / "folder")
+    assert "nothing: no such recipe file" in refused("info", "nothing")
+    assert "no evaluation set is called 'tone'; did you mean 'tones'?" in refused("eval", little_run, "tone")
+    other = little_data / "recipe.yaml"
+    damaged = Path(shutil.copytree(little_run / "checkpoints" / "step-00000012", tmp_path / "damaged"))
+    (damaged / "ema.safetensors").write_bytes((damaged / "ema.safetensors").read_bytes()[:1000])
+    assert "ema.safetensors: damaged: " in refused("eval", damaged, "--recipe", other)
+    (damaged / "config.json").write_text("{")
+    assert "config.json: unreadable: " in refused("info", damaged)
+    (damaged / "config.json").write_text('{"format": 99}')
+    assert "config.json: format 99, this version of openimp reads format 1" in refused("info", damaged)
+
+
+def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path):
+    recipe = (own_data / "recipe.yaml").read_text()
+    rows = [{"picture": str(path.relative_to(own_data)), "class": i % 3} for i, path in enumerate(
+        sorted((own_data / "pictures").rglob("*.png")))]  # fmt: skip
+    (own_data / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    numbers = "{type: zero_shot, source: numbers, inputs: {image: picture}, label: class, view: {image: {size: 16}}"
+    changed = recipe.replace("sources:", "sources:\n  numbers: {path: numbers.jsonl}")
+    for texts, message in (
+        ("}", "class 0 of column 'class' has no text; name it in texts"),
+        (", texts: {'0': red, '1': green}}", "class 2 of column 'class' has no text; name it in texts"),
+        (
+            ", texts: {'0': a, '1': b, '2': c}, prompts: [picture]}",
+            "prompt 'picture' needs one {} where the class' text goes",
+        ),
+    ):
+        (own_data / "other.yaml").write_text(changed + f"    numbers: {numbers}{texts}\n")
+        told = refused("eval", little_run, "numbers", "--recipe", own_data / "other.yaml")
+        assert told.startswith("evaluation.sets.numbers: ")
+        assert told.endswith(message)
+
+
+def test_a_run_that_is_there_and_a_checkpoint_of_another_recipe_are_refused(refused, little_data, little_run):
+    file = little_data / "recipe.yaml"
+    assert f"{little_run}: holds a run already; go on with --resume" in refused("train", file, "--run", little_run)
+    told = refused("train", file, "--run", little_run, "--resume", *sets("model.embed_dim=64"))
+    assert "step-00000012: made by another recipe: model.embed_dim is 32 there, 64 here" in told
+    assert "no checkpoint to resume from" in refused("train", file, "--run", little_run / "x", "--resume")
+
+
+def broken(folder: Path) -> set[str]:
+    """Spoils three pictures, each in its own way, and returns their names."""
+    whole = (folder / "pictures/red/1.png").read_bytes()
+    contents = {"red/1.png": whole[: len(whole) // 2], "green/2.png": b"", "blue/3.png": bytes(reversed(whole))}
+    for name, content in contents.items():
+        (folder / "pictures" / name).write_bytes(content)
+    return set(contents)
+
+
+def test_broken_files_are_skipped_counted_and_named(openimp, own_data, tmp_path):
+    bad, run = broken(own_data), tmp_path / "run"
+    changes = sets("train.steps=20", "train.max_bad=0.5", "tasks.heard.weight=0", "train.workers=1")
+    code, _, err = openimp("train", own_data / "recipe.yaml", "--run", run, *changes)
+    assert (code, err) == (0, "")
+    lines = read_lines(run / "skipped.jsonl")
+    assert {line["where"] for line in lines} == bad
+    assert all(line["task"] == "named" and line["why"] for line in lines)
+    state = json.loads((next((run / "checkpoints").glob("step-00000020")) / "state.json").read_text())
+    assert state["bad"]["named"]["bad"] == len(lines)
+    (colours,) = [line for line in read_lines(run / "results.jsonl") if line["set"] == "colours"]
+    assert (colours["n"], colours["skipped"]) == (21, 3)
+    assert {row.split(": ")[0] for row in colours["skipped_rows"]} == bad
+
+
+def test_too_many_broken_files_stop_the_run(refused, own_data, tmp_path):
+    bad, run = broken(own_data), tmp_path / "run"
+    changes = sets("train.steps=60", "train.max_bad=0.05", "tasks.heard.weight=0")
+    told = refused("train", own_data / "recipe.yaml", "--run", run, *changes)
+    assert "task named: " in told
+    assert "examples could not be read, more than train.max_bad 0.05; among them " in told
+    assert any(name in told for name in bad)
+    assert told.endswith(f"all are named in {run / 'skipped.jsonl'}")
+    assert {line["where"] for line in read_lines(run / "skipped.jsonl")} <= bad
+
+
+def test_train_prints_the_mixture_and_the_results(openimp, little_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = openimp("train", little_data / "recipe.yaml", *sets("train.precision=fp32", "train.steps=6"))
+    assert (code, err) == (0, "")
+    assert (tmp_path / "runs" / "little" / "results.jsonl").exists()
+    assert "mixture" in out
+    assert "66.7%" in out
+    assert "parameters on cpu, fp32, into runs/little" in out
+    assert "step 6/6" in out
+    assert "colours" in out
+    assert "chance" in out
+
+
+def test_info_of_a_recipe_and_of_a_run(openimp, little_data, little_run):
+    code, of_recipe, err = openimp("info", little_data / "recipe.yaml", *sets("model.embed_dim=64"))
+    assert (code, err) == (0, "")
+    for part in ("parameters", "encoder", "classifiers", "mixture", "named", "heard"):
+        assert part in of_recipe
+    code, of_run, err = openimp("info", little_run)
+    assert (code, err) == (0, "")
+    for part in ("step-00000012", "recipe little", "mixture", "spent up to step 12", "colours", "chance"):
+        assert part in of_run
+    spent = read_lines(little_run / "metrics.jsonl")[-1]["totals"]
+    assert f"{spent['named']['tokens']:,}" in of_run
+    # Recipes of the published sizes are described without their data.
+    code, of_published, err = openimp("info", "imp_s")
+    assert (code, err) == (0, "")
+    assert "GFLOPs" in of_published
+
+
+def test_eval_measures_again_what_training_measured(openimp, little_run, little_data, tmp_path):
+    out = tmp_path / "results.jsonl"
+    code, printed, err = openimp("eval", little_run, "--out", out)
+    assert (code, err) == (0, "")
+    assert "colours" in printed
+    again = read_lines(out)
+    before = read_lines(little_run / "results.jsonl")
+    for one, other in zip(again, before, strict=True):
+        assert one.pop("model").endswith("step-00000012")
+        assert {**one, "step": None} == {**other, "step": None}
+    assert openimp("eval", little_run, "tones", "--recipe", little_data / "recipe.yaml", "--out", out)[0] == 0
+    assert [line["set"] for line in read_lines(out)] == ["colours", "tones", "tones", "tones", "tones"]
+
+
+def test_embed_writes_vectors_and_paths(openimp, refused, little_run, little_data, tmp_path):
+    out = tmp_path / "vectors.parquet"
+    code, printed, err = openimp("embed", little_run, little_data / "pictures", little_data / "0.wav", "--out", out)
+    assert (code, err) == (0, "")
+    table = pq.read_table(out)
+    assert table.num_rows == 25
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 32)
+    assert str(little_data / "0.wav") in table["path"].to_pylist()
+    assert "25 vectors (24 image, 1 audio)" in printed
+    assert "missing.png: no such file or folder" in refused("embed", little_run, tmp_path / "missing.png")
+
+
+def test_demo_is_the_bundled_recipe(openimp, tmp_path):
+    """A few steps of it: `make demo` trains it whole."""
+    changes = sets("train.steps=2", "evaluation={}", "model.width=48", "model.heads=3", "model.mlp=48",
+                   "sources.stills.cache=none", "sources.clips.cache=none", "sources.notes.cache=none",
+                   "tasks.stills.batch=4", "tasks.clips.batch=4", "tasks.notes.batch=4", "train.workers=0")  # fmt: skip
+    code, out, err = openimp("demo", "--run", tmp_path / "run", *changes)
+    assert (code, err) == (0, "")
+    assert f"The run is in {tmp_path / 'run'}" in out.replace("\n", "")
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "tokenizer.json").exists()

@@ -1,0 +1,173 @@
+"""What the documents show works: recipes, files and code are taken out of the pages and used."""
+
+import re
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from openimp.data.loader import StepBatches
+from openimp.data.sources import open_source
+from openimp.metrics import read_lines
+from openimp.modalities import modalities_of
+from openimp.recipe import Recipe, Source, Task
+from openimp.recipe_file import RecipeLoader
+from openimp.registry import modality_class
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+SOURCE = {"path": "photos"}
+TASK = {
+    "source": "photos",
+    "inputs": {"image": "file", "text": "label"},
+    "objectives": [{"type": "contrastive"}],
+    "views": [{"image": {"size": 64}}],
+}
+
+
+def blocks(page: Path, language: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a language, each with the file name that may follow it."""
+    fence = rf"^```{language}(?: ([^\n]+))?\n(.*?)^```$"
+    return re.findall(fence, page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def framed(text: str) -> dict:
+    """A recipe, or a part of one, or of its task or source, as a recipe."""
+    data = yaml.load(text, RecipeLoader)
+    if data.keys() <= Task.model_fields.keys():
+        data = {"tasks": {"task": {**TASK, **data}}}
+    elif data.keys() <= Source.model_fields.keys():
+        data = {"sources": {"photos": data}}
+    assert data.keys() <= Recipe.model_fields.keys(), f"no part of a recipe: {text}"
+    sources = data.get("sources", {"photos": SOURCE})
+    return {"name": "part", "sources": sources, "tasks": {"task": {**TASK, "source": next(iter(sources))}}, **data}
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """The package of docs/modalities.md, as if it were installed."""
+    page = ROOT / "docs" / "modalities.md"
+    ((_, toml),) = [found for found in blocks(page, "toml") if found[0] == "pyproject.toml"]
+    points = tomllib.loads(toml)["project"]["entry-points"]["openimp.modalities"]
+    info = tmp_path / "outside-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1\n", encoding="utf-8")
+    lines = "".join(f"{name} = {target}\n" for name, target in points.items())
+    (info / "entry_points.txt").write_text(f"[openimp.modalities]\n{lines}", encoding="utf-8")
+    for name, code in blocks(page, "python"):
+        if name:
+            assert len(code.splitlines()) <= 80
+            (tmp_path / name).write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    modality_class.cache_clear()
+    yield import_module(next(iter(points.values())).partition(":")[0])
+    modality_class.cache_clear()
+
+
+def test_there_are_pages():
+    assert {"README.md", "CONTRIBUTING.md", "recipe.md", "data.md", "modalities.md"} <= {page.name for page in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_recipe_and_part_of_one_is_valid(page, outside):
+    for _, text in blocks(page, "yaml"):
+        Recipe.build(framed(text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_the_examples_of_the_data_page_are_read(tmp_path, monkeypatch):
+    page = ROOT / "docs" / "data.md"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
+    for name, text in blocks(page, "csv") + blocks(page, "jsonl"):
+        Path(name).write_text(text, encoding="utf-8")
+    known = {}
+    for _, code in blocks(page, "python"):
+        exec(code, known)
+    read = set()
+    for _, text in blocks(page, "yaml"):
+        recipe = Recipe.build({**framed(text), "train": {"steps": 8, "workers": 0}, "alternation": {"kind": "cycle"}})
+        given = yaml.load(text, RecipeLoader).keys()
+        if "tasks" in given and not any(recipe.sources[task.source].hub for task in recipe.tasks.values()):
+            data = StepBatches(recipe, modalities_of(recipe))
+            data.fit()
+            for step in range(len(data)):
+                loaded = data[step]
+                assert not loaded.bad
+                read.add(recipe.tasks[loaded.visit.task].source)
+        elif "sources" in given and "tasks" not in given:
+            for name, source in recipe.sources.items():
+                assert len(open_source(name, source))
+    assert read == {"photos", "songs", "more_songs", "birds", "shards", "stream"}
+
+
+def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, monkeypatch):
+    page = ROOT / "docs" / "modalities.md"
+    monkeypatch.chdir(tmp_path)
+    for name, code in blocks(page, "python"):
+        if not name:
+            exec(code, {})
+    ((_, text),) = blocks(page, "yaml")
+    recipe = Recipe.build(yaml.load(text, RecipeLoader), tmp_path)
+    recipe.train.workers, recipe.train.steps = 0, 2
+    modalities = modalities_of(recipe)
+    data = StepBatches(recipe, modalities)
+    data.fit()
+    task = next(iter(recipe.tasks.values()))
+    name = next(name for name in task.inputs if name != "text")
+    modality, view = modalities[name], task.views[0][name]
+    spec = modality.stem_spec()
+
+    batch = data[0].batch.tokens[name]
+    assert batch.values.shape == (task.batch, modality.length(view), spec.values)
+    clips = modality.encode_input(np.random.default_rng(0).normal(size=(900, 3)), view)
+    whole = modality.tokens(clips, view, None)
+    undropped = modality.length(view.model_copy(update={"drop": 0.0}))
+    assert whole.values.shape == (view.clips, undropped, spec.values)
+    for tokens in (batch, whole):
+        assert tokens.coords.shape == (*tokens.values.shape[:2], len(spec.axes))
+        assert tokens.coords.dtype == torch.int64
+        assert (tokens.coords >= 0).all()
+        assert (tokens.coords < torch.tensor(spec.axes)).all()
+
+
+def test_every_field_of_a_run_has_a_meaning(little_run):
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    lines = read_lines(little_run / "metrics.jsonl") + read_lines(little_run / "results.jsonl")
+    checkpoint = next((little_run / "checkpoints").iterdir())
+    names = {key for line in lines for key in line}
+    names |= {path.name for path in [*little_run.iterdir(), *checkpoint.iterdir()]}
+    assert not {name for name in names if f"`{name}`" not in page and f"`{name}/`" not in page}
+
+
+def test_the_layout_is_the_one_that_the_design_page_draws():
+    """Imports point up the list: what stands on a line may import only what stands on a line above it."""
+    ((_, text),) = [found for found in blocks(ROOT / "docs" / "design.md", "text") if found[0] == "layers"]
+    level = {name: i for i, line in enumerate(text.splitlines()) for name in line.partition("  ")[0].split(", ")}
+    package = ROOT / "src" / "openimp"
+    for file in package.rglob("*.py"):
+        own = file.relative_to(package).parts[0].removesuffix(".py")
+        if own in ("__init__", "__main__"):
+            continue
+        assert own in level, f"{own} is missing in docs/design.md"
+        code = re.sub(r"^if TYPE_CHECKING:\n(    .*\n)+", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for other in re.findall(r"^ *from openimp\.(\w+)", code, re.MULTILINE):
+            assert other == own or level[other] < level[own], f"{file} imports {other}"
+
+
+def test_the_tests_that_the_design_page_names_exist():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert named
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"

@@ -1,0 +1,440 @@
+"""The loop: it learns, it goes on exactly where it was cut off, and it says what is wrong before it does harm."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from openimp.alternation import Alternation
+from openimp.checkpoint import checkpoints
+from openimp.data.loader import make_loader
+from openimp.errors import UserError
+from openimp.metrics import read_lines
+from openimp.recipe import Recipe
+from openimp.train import Training, learning_rate, train
+
+STEPS = 120
+LONG = [f"train.steps={STEPS}", "train.save_every=10", "train.keep=3", "evaluation.every=50", "optimizer.lr=1e-3"]
+CLOCK = ("examples_per_s", "tokens_per_s", "data_wait", "seconds")
+"""Figures of a metrics line that no two runs share."""
+
+
+def recipe_of(folder: Path, *changes: str) -> Recipe:
+    return Recipe.load(folder / "recipe.yaml", changes)
+
+
+def start(folder: Path, run: Path, *changes: str, resume: bool = False) -> subprocess.Popen:
+    """`openimp train` as a process group of its own, as a shell starts it; what it prints goes to run.log."""
+    sets = [argument for change in changes for argument in ("--set", change)]
+    command = [sys.executable, "-m", "openimp", "train", str(folder / "recipe.yaml"), "--run", str(run), *sets]
+    with open(f"{run}.log", "ab") as log:
+        return subprocess.Popen(
+            [*command, *(["--resume"] if resume else [])], stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"it ended too early, with {process.returncode}"
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.005)
+
+
+def last_step(run: Path) -> int:
+    found = checkpoints(run)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+def figures(run: Path) -> list[dict]:
+    return [
+        {key: value for key, value in line.items() if key not in CLOCK} for line in read_lines(run / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole_run(little_data, tmp_path_factory) -> Path:
+    """All steps in one go."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(recipe_of(little_data, *LONG), run)
+    return run
+
+
+def test_training_lowers_the_loss_of_every_task(whole_run):
+    losses = {"named": [], "heard": []}
+    for line in figures(whole_run):
+        ((task, told),) = line["tasks"].items()
+        losses[task].append(told["loss"])
+    for task, told in losses.items():
+        assert np.mean(told[-20:]) < 0.7 * np.mean(told[:20]), task
+
+
+def test_the_run_tells_what_it_did(whole_run, little_data):
+    lines = figures(whole_run)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert set(lines[0]) == {"step", "lr", "grad_norm", "tasks", "experts", "totals"}
+    assert sum(units["steps"] for units in lines[-1]["totals"].values()) == STEPS
+    for line in lines:
+        for layers in line["experts"].values():
+            (layer,) = layers
+            assert sum(layer["load"]) == pytest.approx(1)
+            assert sum(layer["gate"]) == pytest.approx(1)
+            assert 0 <= layer["dropped"] < 1
+    results = read_lines(whole_run / "results.jsonl")
+    assert [(result["step"], result["set"]) for result in results] == [
+        (step, name) for step in (50, 100, 120) for name in ("colours", "tones", "tones")
+    ]
+    assert results[-3]["top1"] > results[-3]["chance"] == 0.25
+    assert Recipe.load(whole_run / "recipe.yaml") == recipe_of(little_data, *LONG)
+    assert list((whole_run / "tensorboard").iterdir())
+    assert sorted(path.name for path in (whole_run / "checkpoints").iterdir()) == [
+        "step-00000100", "step-00000110", "step-00000120",
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_killed_and_stopped_and_resumed_is_the_whole_run(whole_run, little_data, tmp_path):
+    """SIGKILL, Ctrl-C and SIGTERM, in the middle of an epoch, each time with another number of workers."""
+    run = tmp_path / "run"
+    process = start(little_data, run, *LONG, "train.workers=1")
+    wait_until(lambda: last_step(run) >= 10, process)
+    process.kill()
+    process.wait()
+    killed = last_step(run)
+    assert 10 <= killed < STEPS
+
+    # What a crash may leave behind.
+    shutil.copytree(checkpoints(run)[-1], run / "checkpoints" / ".step-00000999.tmp")
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 999, "tasks": {}}\n{"st')
+    with (run / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 999')
+
+    saved = [killed]
+    for number, workers in ((signal.SIGINT, 2), (signal.SIGTERM, 0)):
+        process = start(little_data, run, *LONG, f"train.workers={workers}", resume=True)
+        wait_until(lambda: len(read_lines(run / "metrics.jsonl")) > saved[-1] + 1, process)
+        os.killpg(process.pid, number)
+        assert process.wait(30) == 0, Path(f"{run}.log").read_text()
+        saved.append(last_step(run))
+        assert saved[-2] < saved[-1] < STEPS
+        assert f"stopped at step {saved[-1]}, saved" in Path(f"{run}.log").read_text()
+        assert [line["step"] for line in figures(run)] == list(range(1, saved[-1] + 1))
+    schedule, rows = Alternation(recipe_of(little_data, *LONG)), {"named": 24, "heard": 15}
+    seen = [{visit.task: visit.start + visit.batch for visit in list(schedule)[:step]} for step in saved]
+    assert any(count % rows[task] for counts in seen for task, count in counts.items()), "all between two epochs"
+
+    final = train(recipe_of(little_data, *LONG, "train.workers=0"), run, resume=True)
+    assert figures(run) == figures(whole_run)
+    assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
+    reference = checkpoints(whole_run)[-1]
+    assert final.name == reference.name == f"step-{STEPS:08d}"
+    for file in ("model", "ema", "optimizer"):
+        ours, theirs = load_file(final / f"{file}.safetensors"), load_file(reference / f"{file}.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert not [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+    assert json.loads((final / "state.json").read_text()) == json.loads((reference / "state.json").read_text())
+
+
+def test_a_finished_run_may_be_resumed_and_stays_what_it_is(whole_run, little_data, tmp_path):
+    run = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    train(recipe_of(little_data, *LONG), run, resume=True)
+    assert figures(run) == figures(whole_run)
+    assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(whole_run, little_data, tmp_path):
+    """Metrics, results and skipped examples of the steps that are made again are not there twice."""
+    run = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    for folder in checkpoints(run)[1:]:
+        shutil.rmtree(folder)
+    (run / "skipped.jsonl").write_text('{"step": 99, "where": "a"}\n{"step": 100, "where": "b"}\n')
+    Training(recipe_of(little_data, *LONG), run, resume=True)
+    assert figures(run) == figures(whole_run)[:100]
+    assert [line["step"] for line in read_lines(run / "results.jsonl")] == [50] * 3 + [100] * 3
+    assert [line["step"] for line in read_lines(run / "skipped.jsonl")] == [99]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("optimizer.lr=2e-3", "optimizer.lr is 0.001 there, 0.002 here"),
+        ("tasks.heard.weight=3", "tasks.heard.weight is 1.0 there, 3.0 here"),
+        ("sources.sounds.where={caption: a low tone}", "sources.sounds.where.caption is None there, 'a low tone' here"),
+        ("model.width=64", "model.width is 32 there, 64 here"),
+    ],
+)
+def test_a_checkpoint_of_another_recipe_is_refused(whole_run, little_data, change, key):
+    with pytest.raises(UserError, match=f"step-00000120: made by another recipe: {re.escape(key)}"):
+        train(recipe_of(little_data, *LONG, change), whole_run, resume=True)
+
+
+def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")}
+    with pytest.raises(UserError, match=f"{whole_run}: holds a run already; go on with --resume, or name another"):
+        train(recipe_of(little_data, *LONG), whole_run)
+    assert {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")} == before
+    with pytest.raises(UserError, match="nowhere: no checkpoint to resume from"):
+        train(recipe_of(little_data, *LONG), tmp_path / "nowhere", resume=True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("what", ["weights", "learning rate"])
+def test_a_loss_that_is_not_finite_stops_before_the_update(little_data, tmp_path, what):
+    changes = ["tasks.heard.weight=0", "evaluation={}", *(["optimizer.lr=1e30"] if what == "learning rate" else [])]
+    training = Training(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    steps = iter(make_loader(training.data, 0))
+    loaded = next(steps)
+    if what == "weights":
+        with torch.no_grad():
+            training.model.encoder.norm.weight[0] = torch.inf
+    else:
+        training.update(loaded)
+        loaded = next(steps)
+    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    moments = {name: tensor.clone() for name, tensor in moments_of(training).items()}
+    with pytest.raises(UserError) as error:
+        training.update(loaded)
+    message = str(error.value)
+    assert f"step {loaded.visit.step}, task named: " in message
+    assert "not finite" in message
+    assert training.data.sources["named"].where(loaded.batch.rows[0]) in message
+    after = training.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert moments.keys() == moments_of(training).keys()
+    assert all(torch.equal(tensor, moments_of(training)[name]) for name, tensor in moments.items())
+
+
+def moments_of(training: Training) -> dict[str, torch.Tensor]:
+    names = {parameter: name for name, parameter in training.model.named_parameters()}
+    return {
+        f"{names[parameter]}|{key}": value
+        for parameter, state in training.optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def test_what_a_task_does_not_touch_keeps_its_value_and_its_moments(little_data, tmp_path):
+    """No weight decay, no decay of moments, no count: the gradient is None, not zero."""
+    changes = ["alternation.kind=intervals", "optimizer.weight_decay=0.5"]
+    training = Training(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    own = {"named": ("stems.vision", "projections.image", "temperatures.image-text", "classifiers"), "heard": (
+        "stems.audio", "projections.audio", "temperatures.audio-text")}  # fmt: skip
+    own["named"] += ("projections.text-to-image",)
+    own["heard"] += ("projections.text-to-audio",)
+    for loaded in make_loader(training.data, 0, 6):
+        before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+        moments = {name: tensor.clone() for name, tensor in moments_of(training).items()}
+        training.update(loaded)
+        task = loaded.visit.task
+        (other,) = own.keys() - {task}
+        for name, tensor in training.model.state_dict().items():
+            touched = not name.startswith(own[other])
+            if name.endswith(("bias", "positions.0.weight")) and torch.equal(tensor, before[name]):
+                continue  # the sigmoid loss' bias, or rows whose gradient is 0
+            assert torch.equal(tensor, before[name]) != touched, name
+        for name, tensor in moments_of(training).items():
+            if name.startswith(own[other]):
+                assert torch.equal(tensor, moments[name]), name
+            elif name in moments and name.endswith("|step"):
+                assert tensor == moments[name] + 1, name
+    counts = {name: int(tensor) for name, tensor in moments_of(training).items() if name.endswith("|step")}
+    assert counts["encoder.norm.weight|step"] == 6
+    assert counts["stems.vision.embed.weight|step"] == counts["stems.audio.embed.weight|step"] == 3
+
+
+def test_the_gradient_is_clipped_decayed_and_averaged_as_the_recipe_says(little_data, tmp_path):
+    changes = ["optimizer.clip=0.01", "optimizer.weight_decay=0.3", "optimizer.ema=0.5"]
+    training = Training(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    seen: list[float] = []
+
+    def note(optimizer, *_):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(float(torch.stack([grad.norm() for grad in grads]).norm()))
+
+    training.optimizer.register_step_pre_hook(note)
+    average = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    for step, loaded in enumerate(make_loader(training.data, 0)):
+        training.update(loaded)
+        assert training.grad_norm > 0.01
+        assert seen[-1] == pytest.approx(0.01, rel=1e-3)
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = {
+            name: decay * average[name] + (1 - decay) * tensor for name, tensor in training.model.state_dict().items()
+        }
+    assert training.averaged is not None
+    for name, tensor in training.averaged.items():
+        torch.testing.assert_close(tensor, average[name], rtol=1e-4, atol=1e-6)
+    decayed = {id(p) for group in training.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in training.model.named_parameters():
+        assert (id(parameter) in decayed) != bool(re.search(r"(bias|norm\d?\.weight|log_scale)$", name)), name
+
+
+def test_the_learning_rate_rises_and_falls(little_data):
+    recipe = recipe_of(little_data, "optimizer={lr: 0.1, warmup: 4, final_lr: 0.2}", "train.steps=12")
+    rates = [learning_rate(recipe, step) for step in range(12)]
+    assert rates[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    assert rates[8] == pytest.approx(0.1 * (0.2 + 0.8 * 0.5))
+    assert all(one > other for one, other in itertools.pairwise(rates[4:]))
+    assert learning_rate(recipe, 12) == pytest.approx(0.02)
+
+
+def test_the_evaluated_weights_are_the_averaged_ones(whole_run, little_data, tmp_path):
+    """And training goes on with its own."""
+    run = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    training = Training(recipe_of(little_data, *LONG), run, resume=True)
+    trained = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    averaged = load_file(checkpoints(run)[-1] / "ema.safetensors")
+    assert averaged.keys() == trained.keys()
+    assert all(torch.equal(training.averaged[name], tensor) for name, tensor in averaged.items())
+    training.evaluate()
+    assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
+    training.averaged = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
+    training.evaluate()
+    assert [result.get("r1", result.get("top1")) for result in read_lines(run / "results.jsonl")[-3:]] == [0, 0, 0]
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in training.model.state_dict().items())
+    assert training.model.training
+
+
+def peak_bytes(recipe: Recipe, run: Path) -> int:
+    """The most memory that a training holds beyond what it had at its start, as torch's allocator sees it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        train(recipe, run)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    assert len(changes) > 1000
+    return int(np.cumsum(changes).max())
+
+
+def test_the_peak_memory_of_a_mixture_is_that_of_its_largest_task(little_data, tmp_path):
+    common = ["alternation.kind=intervals", "train.steps=6", "evaluation={}", "train.precision=fp32",
+              "tasks.named.batch=64", "tasks.named.views=[{image: {size: 32}, text: {length: 16}}]",
+              "tasks.heard.batch=48", "tasks.heard.views=[{audio: {seconds: 2.048}, text: {length: 16}}]"]  # fmt: skip
+    mixed = peak_bytes(recipe_of(little_data, *common), tmp_path / "mixed")
+    alone = [
+        peak_bytes(recipe_of(little_data, *common, f"tasks.{other}.weight=0"), tmp_path / other)
+        for other in ("heard", "named")
+    ]
+    assert min(alone) > 0.6 * max(alone), "the tasks should be about as large, or this tells nothing"
+    assert mixed < 1.05 * max(alone)
+
+
+MOTION = '''
+    """Traces of an accelerometer: a modality that openimp has never heard of."""
+
+    import numpy as np
+    import torch
+
+    from openimp.modalities import BadMedia, Modality, StemSpec, Tokens
+    from openimp.recipe import Count, Strict
+
+
+    class Motion(Modality):
+        name = "motion"
+        stem = "motion"
+
+        class Config(Strict):
+            patch: Count = 8
+            """Samples a patch."""
+
+        class View(Strict):
+            length: Count = 32
+            """Samples a trace."""
+
+        def stem_spec(self):
+            return StemSpec(values=3 * self.config.patch, axes=(16,))
+
+        def check(self, view):
+            if view.length % self.config.patch:
+                raise ValueError(f"length {view.length} is no multiple of {self.config.patch}")
+
+        def length(self, view):
+            return view.length // self.config.patch
+
+        def decode(self, raw, views, rng=None):
+            trace = np.asarray(raw, np.float32)
+            if trace.ndim != 2 or trace.shape[1] != 3:
+                raise BadMedia(f"expected (samples, 3), found {trace.shape}")
+            return trace
+
+        def transform(self, item, view, rng):
+            start = 0 if rng is None else int(rng.integers(len(item) - view.length + 1))
+            cut = item[start : start + view.length]
+            return cut[None] if rng is None else cut
+
+        def tokens(self, items, view, rngs):
+            values = torch.from_numpy(items).reshape(len(items), self.length(view), -1)
+            coords = torch.arange(self.length(view)).expand(len(items), -1)[..., None].contiguous()
+            return Tokens(values, coords)
+'''
+MOTION_RECIPE = """
+    name: motion
+    model: {width: 32, layers: 2, heads: 2, mlp: 64, embed_dim: 32, moe: {experts: 2, layers: 1}}
+    modalities: {motion: {patch: 4}, text: {vocab: 300, positions: 16}}
+    sources:
+      train: {path: traces.parquet, where: {split: train}}
+      val: {path: traces.parquet, where: {split: val}}
+    tasks:
+      worn:
+        source: train
+        inputs: {motion: trace, text: "someone is {activity}"}
+        objectives:
+          - {type: contrastive, same: activity}
+          - {type: classification, label: activity, of: motion}
+        batch: 16
+        views: [{motion: {length: 24}, text: {length: 8}}]
+    optimizer: {lr: 3e-3, warmup: 5}
+    train: {steps: 60, workers: 1, max_bad: 0.05}
+    evaluation:
+      sets:
+        val: {type: retrieval, source: val, inputs: {motion: trace, text: "someone is {activity}"},
+              view: {motion: {length: 24}, text: {length: 8}}}
+"""
+
+
+def test_a_modality_from_outside_the_package_trains_and_is_measured(tmp_path):
+    """Installed as any package is, it registers by its entry point; nothing inside openimp knows of it."""
+    about = tmp_path / "site" / "openimp_motion-0.1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: openimp-motion\nVersion: 0.1\n")
+    (about / "entry_points.txt").write_text("[openimp.modalities]\nmotion = openimp_motion:Motion\n")
+    (tmp_path / "site" / "openimp_motion.py").write_text(textwrap.dedent(MOTION))
+    rng, rows = np.random.default_rng(0), []
+    activities = {"resting": 0.0, "walking": 0.3, "running": 0.9, "shaking a fist": 2.2}
+    for i in range(120):
+        activity, speed = list(activities.items())[i % 4]
+        wave = np.sin(speed * np.arange(32)[:, None] + rng.uniform(0, 6, 3)) * (speed > 0)
+        trace = (wave + rng.normal(0, 0.1, (32, 3))).tolist()
+        rows.append({"trace": trace, "activity": activity, "split": "val" if i % 3 == 0 else "train"})
+    rows[1]["trace"] = [[0.0, 1.0]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "traces.parquet")
+    (tmp_path / "recipe.yaml").write_text(textwrap.dedent(MOTION_RECIPE))
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OPENIMP_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "openimp", "train", "recipe.yaml", "--run", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for result in read_lines(tmp_path / "run" / "results.jsonl"):
+        assert result["skipped"] == 0
+        assert result["r1"] > 0.7 > result["chance"], result["task"]
+    assert {result["task"] for result in read_lines(tmp_path / "run" / "results.jsonl")} == {
+        "motion -> text",
+        "text -> motion",
+    }
+    skipped = read_lines(tmp_path / "run" / "skipped.jsonl")
+    assert {(line["where"], line["why"]) for line in skipped} == {
+        ("traces.parquet[1]", "expected (samples, 3), found (1, 2)")
+    }
