@@ -137,16 +137,35 @@ def test_a_run_that_is_killed_and_stopped_and_resumed_is_the_whole_run(whole_run
     seen = [{visit.task: visit.start + visit.batch for visit in list(schedule)[:step]} for step in saved]
     assert any(count % rows[task] for counts in seen for task, count in counts.items()), "all between two epochs"
 
-    final = train(recipe_of(little_data, *LONG, "train.workers=0"), run, resume=True)
+    train(recipe_of(little_data, *LONG, "train.workers=0"), run, resume=True)
     assert figures(run) == figures(whole_run)
     assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
-    reference = checkpoints(whole_run)[-1]
+    final, reference = checkpoints(run)[-1], checkpoints(whole_run)[-1]
     assert final.name == reference.name == f"step-{STEPS:08d}"
     for file in ("model", "ema", "optimizer"):
         ours, theirs = load_file(final / f"{file}.safetensors"), load_file(reference / f"{file}.safetensors")
         assert ours.keys() == theirs.keys()
         assert not [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
     assert json.loads((final / "state.json").read_text()) == json.loads((reference / "state.json").read_text())
+
+
+def test_a_streamed_task_goes_on_from_its_cursor(streamed, tmp_path):
+    """Saved with the checkpoint, in the middle of a later epoch; what came before is not read again."""
+    folder, changes = streamed
+    runs = [tmp_path / name for name in ("whole", "cut")]
+    recipe = recipe_of(folder, *changes, "train.keep=4")
+    train(recipe, runs[0])
+    shutil.copytree(runs[0], runs[1])
+    for checkpoint in checkpoints(runs[1])[-2:]:
+        shutil.rmtree(checkpoint)
+    resumed = checkpoints(runs[1])[-1]
+    cursor = json.loads((resumed / "state.json").read_text())["cursors"]["named"]
+    assert cursor["epoch"] > 0
+    assert cursor["position"] > 24
+    train(recipe_of(folder, *changes, "train.keep=4", "train.workers=1"), runs[1], resume=True)
+    assert figures(runs[1]) == figures(runs[0])
+    ours, theirs = (load_file(checkpoints(run)[-1] / "model.safetensors") for run in runs)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_a_finished_run_may_be_resumed_and_stays_what_it_is(whole_run, little_data, tmp_path):
@@ -320,16 +339,17 @@ def peak_bytes(recipe: Recipe, run: Path) -> int:
 
 
 def test_the_peak_memory_of_a_mixture_is_that_of_its_largest_task(little_data, tmp_path):
-    common = ["alternation.kind=intervals", "train.steps=6", "evaluation={}", "train.precision=fp32",
-              "tasks.named.batch=64", "tasks.named.views=[{image: {size: 32}, text: {length: 16}}]",
-              "tasks.heard.batch=48", "tasks.heard.views=[{audio: {seconds: 2.048}, text: {length: 16}}]"]  # fmt: skip
-    mixed = peak_bytes(recipe_of(little_data, *common), tmp_path / "mixed")
+    """Nor does a step hold on to anything of the one before: a task alone has a single step here."""
+    common = ["alternation.kind=intervals", "evaluation={}", "train.precision=fp32",
+              "tasks.named.batch=128", "tasks.named.views=[{image: {size: 32}, text: {length: 16}}]",
+              "tasks.heard.batch=96", "tasks.heard.views=[{audio: {seconds: 2.048}, text: {length: 16}}]"]  # fmt: skip
+    mixed = peak_bytes(recipe_of(little_data, *common, "train.steps=6"), tmp_path / "mixed")
     alone = [
-        peak_bytes(recipe_of(little_data, *common, f"tasks.{other}.weight=0"), tmp_path / other)
+        peak_bytes(recipe_of(little_data, *common, "train.steps=1", f"tasks.{other}.weight=0"), tmp_path / other)
         for other in ("heard", "named")
     ]
     assert min(alone) > 0.6 * max(alone), "the tasks should be about as large, or this tells nothing"
-    assert mixed < 1.05 * max(alone)
+    assert mixed < 1.1 * max(alone)
 
 
 MOTION = '''

@@ -1,8 +1,6 @@
 """The loader: the same batches whoever makes them, from wherever they go on, and whatever is broken on the disk."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -184,24 +182,6 @@ def test_rows_without_a_class_are_refused(own_data):
     objective = "tasks.heard.objectives=[{type: classification, label: kind}]"
     with pytest.raises(UserError, match=r"tasks\.heard: column 'kind' of sounds has 2 rows without a class"):
         opened(own_data, objective, NO_EVALUATION)
-
-
-@pytest.fixture
-def streamed(own_data) -> tuple[Path, list[str]]:
-    """The pictures in two tars, and the changes of the recipe that stream them."""
-    files = sorted((own_data / "pictures").rglob("*.png"))
-    for shard in range(2):
-        with tarfile.open(own_data / f"{shard}.tar", "w") as tar:
-            for file in files[12 * shard : 12 * shard + 12]:
-                key = f"{file.parent.name}-{file.stem}"
-                for ending, content in ((".png", file.read_bytes()), (".txt", f"a {file.parent.name} square".encode())):
-                    info = tarfile.TarInfo(key + ending)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-    inputs = "tasks.named.inputs={image: png, text: txt}"
-    objectives = "tasks.named.objectives=[{type: contrastive, same: txt}]"
-    source = "sources.pictures={path: '*.tar', stream: true, window: 5}"
-    return own_data, [inputs, objectives, source, "evaluation={}", "train.steps=20"]
 
 
 def test_a_stream_goes_on_from_its_cursor(streamed):

@@ -19,7 +19,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.qk_norm = heads, qk_norm
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         head = width // heads
@@ -31,7 +31,9 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.out.weight)
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
-        q_BHLK, k_BHLK, v_BHLK = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # The norms would copy what is not contiguous, in the forward pass and again in the backward one.
+        q_BHLK, k_BHLK, v_BHLK = qkv.contiguous() if self.qk_norm else qkv
         q_BHLK, k_BHLK = self.q_norm(q_BHLK).type_as(v_BHLK), self.k_norm(k_BHLK).type_as(v_BHLK)
         attend = None if mask_BL is None else mask_BL[:, None, None, :]
         x_BHLK = _attend(q_BHLK, k_BHLK, v_BHLK, attend)
