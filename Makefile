@@ -8,7 +8,8 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/.installed
 	@if [ -e runs/demo/results.jsonl ]; then \
 	  echo "runs/demo is there already; its results (remove the folder to train again):"; $(BIN)/openimp info runs/demo; \
-	elif [ -d runs/demo/checkpoints ]; then $(BIN)/openimp train demo --resume; \
+	elif ls -d runs/demo/checkpoints/step-* >/dev/null 2>&1; then \
+	  $(BIN)/openimp train demo --resume && $(BIN)/openimp info runs/demo; \
 	else rm -rf runs/demo; $(BIN)/openimp demo; fi
 
 test: $(VENV)/.installed

@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from openimp.device import autocast
 from openimp.modalities import modalities_of
 from openimp.model.imp import IMP
-from openimp.objectives import Batch, task_losses
+from openimp.objectives import Batch, head_key, task_losses
 from openimp.recipe import Recipe
 
 SIZE, PATCH, CLASSES = 128, 16, 1000
@@ -135,7 +135,7 @@ def openimp_step(batch: int, name: str, drop: float = 0.0, compiled: bool = Fals
     recipe = Recipe.build({"name": name, "model": model, "sources": sources, "tasks": {"all": task}})
     modalities = modalities_of(recipe)
     torch.manual_seed(0)
-    imp = IMP.from_recipe(recipe, modalities, {"pictures-label": CLASSES}).train()
+    imp = IMP.from_recipe(recipe, modalities, {head_key("pictures", "label"): CLASSES}).train()
     pixels, label = pictures(batch)
     rngs = [np.random.default_rng(i) for i in range(batch)]
     tokens = modalities["image"].tokens(pixels, recipe.tasks["all"].views[0]["image"], rngs)
@@ -189,15 +189,15 @@ def comparisons(smoke: bool, compiled: bool) -> list[Comparison]:
     return found
 
 
-def report(found: list[Comparison]) -> str:
-    """The results page."""
+def report(found: list[Comparison], code: str) -> str:
+    """The results page; `code` is the commit that was measured."""
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(item.row() for item in found)]
     return f"""# Throughput of a training step
 
 Written by `benchmarks/throughput.py`, whose head says what is measured and how.
 
 - Command: `{shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]])}`
-- Commit: {commit()}
+- Commit: {code}
 - Versions: Python {platform.python_version()}, torch {torch.__version__}, timm {version("timm")}
 - Hardware: {processor()}, {os.cpu_count()} cores; threads used: {torch.get_num_threads()}
 - Pairs a row: {len(found[0].ratios)}; bf16 autocast; seed 0
@@ -229,6 +229,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="also write docs/results/throughput.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    code = commit()  # now, not at the end: the checkout may move on meanwhile
     pairs = 2 if args.smoke else max(2, args.pairs)
     found = [replace(item, bar=None if args.smoke else item.bar) for item in comparisons(args.smoke, args.compile)]
     for step in {id(step): step for item in found for step in (item.variant, item.baseline)}.values():
@@ -237,7 +238,7 @@ def main() -> int:
     for i in track(range(pairs), "pairs", console=Console(stderr=True)):
         for item in found:
             item.measure(swap=i % 2 == 1)
-    text = report(found)
+    text = report(found, code)
     print(text)
     if args.write:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)

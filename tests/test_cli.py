@@ -1,6 +1,7 @@
 """The command line: help that is the docstring, one line for what the user can mend, commands that do their work."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from openimp import cli
+from openimp.checkpoint import checkpoints
 from openimp.metrics import read_lines
 
 
@@ -116,8 +118,52 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
     assert "ema.safetensors: damaged: " in refused("eval", damaged, "--recipe", other)
     (damaged / "config.json").write_text("{")
     assert "config.json: unreadable: " in refused("info", damaged)
+    (damaged / "config.json").write_text("[]")
+    assert "config.json: expected an object with format, recipe and classes" in refused("info", damaged)
+    (damaged / "config.json").write_text('{"format": 1, "classes": {}}')
+    assert "config.json: recipe is missing, or no object" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 99}')
     assert "config.json: format 99, this version of openimp reads format 1" in refused("info", damaged)
+
+
+def test_what_cannot_be_written_or_would_be_ignored_is_refused_at_once(refused, little_data, little_run, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    train = ("train", little_data / "recipe.yaml", "--run")
+    assert refused(*train, file) == f"{file}: is a file; name a directory with --run"
+    assert refused(*train, file / "run") == f"{file / 'run'}: Not a directory"
+    out = tmp_path / "missing" / "results.jsonl"
+    for place in (out, tmp_path):
+        assert (
+            refused("eval", little_run, "--out", place) == f"{place}: --out needs a file, in a directory that is there"
+        )
+    told = refused("info", little_run, *sets("train.steps=1"))
+    assert told == f"{little_run}: --set changes a recipe, and this is a run or a model"
+
+
+def test_the_views_of_another_recipe_must_suit_the_model(refused, openimp, little_data, little_run, tmp_path):
+    """The other recipe needs none of the run's sources, and its patches may be of another size."""
+    text = (little_data / "recipe.yaml").read_text().replace("patch: [2, 8, 8]", "patch: [2, 4, 4]")
+    text = text.replace("pictures", "squares").replace("{path: squares}", f"{{path: {little_data / 'pictures'}}}")
+    for size, message in (
+        (20, "20.yaml: evaluation.sets.colours.view.image: size: height of 20 pixels is no multiple of 8"),
+        (24, ""),
+    ):
+        other = tmp_path / f"{size}.yaml"
+        other.write_text(text.replace("view: {image: {size: 16}}", f"view: {{image: {{size: {size}}}}}"))
+        command = ("eval", little_run, "colours", "--recipe", other)
+        if message:
+            assert message in refused(*command)
+        else:
+            assert openimp(*command)[0] == 0
+
+
+def test_info_counts_the_experts_of_a_token(openimp, little_data):
+    """Choosing 2 of 2 experts uses all of the encoder, whatever the room in them."""
+    moe = "model.moe={experts: 2, layers: 1, routing: token_choice, top_k: 2, capacity: 1.5}"
+    _, printed, _ = openimp("info", little_data / "recipe.yaml", *sets(moe))
+    used, whole = (re.search(rf"{part}\W+([\d,]+)", printed)[1] for part in ("on average", "encoder"))
+    assert used == whole
 
 
 def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path):
@@ -173,7 +219,7 @@ def test_broken_files_are_skipped_counted_and_named(openimp, own_data, tmp_path)
     assert {row.split(": ")[0] for row in colours["skipped_rows"]} == bad
 
 
-def test_too_many_broken_files_stop_the_run(refused, own_data, tmp_path):
+def test_too_many_broken_files_stop_the_run(openimp, refused, own_data, tmp_path):
     bad, run = broken(own_data), tmp_path / "run"
     changes = sets("train.steps=60", "train.max_bad=0.05", "tasks.heard.weight=0")
     told = refused("train", own_data / "recipe.yaml", "--run", run, *changes)
@@ -182,6 +228,11 @@ def test_too_many_broken_files_stop_the_run(refused, own_data, tmp_path):
     assert any(name in told for name in bad)
     assert told.endswith(f"all are named in {run / 'skipped.jsonl'}")
     assert {line["where"] for line in read_lines(run / "skipped.jsonl")} <= bad
+    # The steps up to there are kept.
+    assert checkpoints(run)[-1].name == f"step-{read_lines(run / 'skipped.jsonl')[-1]['step'] + 1:08d}"
+    assert (
+        openimp("train", own_data / "recipe.yaml", "--run", run, "--resume", *changes, *sets("train.max_bad=1"))[0] == 0
+    )
 
 
 def test_train_prints_the_mixture_and_the_results(openimp, little_data, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def small(moe: dict | None = None) -> IMP:
     names = ("image", "audio", "text")
     stems = {name: StemSpec(6, (4,)) for name in names}
     pairs = [("image", "text"), ("audio", "text"), ("audio", "image")]
-    return IMP(config, stems, {name: name for name in names}, pairs, {"all-label": 5, "all-tags": 5})
+    return IMP(config, stems, {name: name for name in names}, pairs, {"all:label": 5, "all:tags": 5})
 
 
 def batch_of(items: list[int], draw: int = 1, same: list[int] | None = None) -> tuple[Batch, dict[str, Encoded]]:
@@ -136,7 +136,7 @@ def test_classification_losses_by_hand(smoothing):
 
 def test_classification_is_of_the_modalities_without_a_mask_unless_one_is_named():
     model = small()
-    torch.nn.init.normal_(model.classifiers["all-label"].weight)
+    torch.nn.init.normal_(model.classifiers["all:label"].weight)
     tokens = Tokens(torch.zeros(3, 1, 6), torch.zeros(3, 1, 1, dtype=int))
     mask = torch.ones(3, 1, dtype=torch.bool)
     given_ = {"image": tokens, "audio": tokens, "text": tokens._replace(mask=mask)}
@@ -149,7 +149,7 @@ def test_classification_is_of_the_modalities_without_a_mask_unless_one_is_named(
 
     assert list(losses()) == ["image:label", "audio:label"]
     assert list(losses(of="text")) == ["text:label"]
-    logits = model.classifiers["all-label"](encoded["audio"].features)
+    logits = model.classifiers["all:label"](encoded["audio"].features)
     torch.testing.assert_close(losses(of="audio")["audio:label"], F.cross_entropy(logits, torch.tensor([0, 4, 2])))
 
 
@@ -213,4 +213,4 @@ def test_each_modality_is_encoded_once():
 
 
 def test_heads_are_named_by_source_and_column():
-    assert head_key("notes", "family.name") == "notes-family_name"
+    assert head_key("notes", "family.name") == "notes:family/name" != head_key("notes-family", "name")

@@ -62,11 +62,25 @@ REFUSED = {
     "sources.pictures.hub=x/y": "sources.pictures: give exactly one of path and hub",
     "sources.pictures={path: x.tar, stream: true, cache: disk}": "sources.pictures: a streamed source cannot be "
     "cached; drop stream or cache",
+    "sources.pictures.split=test": "sources.pictures: config and split are for hub data sets; of a path, keep rows "
+    "with where",
+    "sources.pictures.config=x": "sources.pictures: config and split are for hub data sets",
+    "sources.pictures.window=9": "sources.pictures: window is for streams; drop it, or set stream: true",
+    "sources.pictures={hub: x/y, format: parquet}": "sources.pictures: format is for a path; drop it",
     "tasks.named.source=picture": "tasks.named.source: no source 'picture'; did you mean 'pictures'?",
     "evaluation.sets.tones.source=x": "evaluation.sets.tones.source: no source 'x'; known: pictures, sounds",
     "tasks.named.inputs={imag: file, text: label}": "tasks: no modality is called 'imag'; did you mean 'image'?",
     "tasks.named.objectives.0.pairs=[[image, txt]]": "tasks.named: objective contrastive: 'txt' is no input; "
     "did you mean 'text'?",
+    "tasks.named.objectives.0.pairs=[[image, image]]": "tasks.named: objective contrastive: pairs needs different "
+    "modalities, and each pair once",
+    "tasks.named.objectives.0.pairs=[[image, text], [text, image]]": "tasks.named: objective contrastive: pairs needs "
+    "different modalities, and each pair once",
+    "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label, "
+    "classes: [red]}]}": "tasks.other: tasks.named classifies 'label' of pictures too, by the same head, so loss and "
+    "classes must be the same",
+    "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label, "
+    "loss: sigmoid}]}": "tasks.other: tasks.named classifies 'label' of pictures too",
     "tasks.named.objectives.1.of=audio": "tasks.named: objective classification: 'audio' is no input; "
     "known: image, text",
     "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: contrastive}]}": "tasks.other: a "
@@ -75,6 +89,11 @@ REFUSED = {
     "classification of text only must name it as its `of`",
     "evaluation.sets.tones.inputs={audio: sound}": "evaluation.sets.tones.inputs: retrieval is between two modalities, "
     "found 1",
+    "evaluation.sets.tones.inputs.text={column: caption, draw: 2}": "evaluation.sets.tones.inputs.text: evaluation "
+    "draws nothing; drop draw",
+    "evaluation.sets.tones.view.batch=4": "evaluation.sets.tones.view: share and batch are for training; "
+    "evaluation.batch counts here",
+    "evaluation.sets.colours.view.share=0.5": "evaluation.sets.colours.view: share and batch are for training",
     "evaluation.sets.colours.inputs={video: file}": "evaluation.sets.colours: no task trains modality 'video'; "
     "known: audio, image, text",
     "evaluation.sets.colours.reader=txt": "evaluation.sets.colours: no task trains modality 'txt'; "

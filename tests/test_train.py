@@ -25,7 +25,7 @@ from openimp.data.loader import make_loader
 from openimp.errors import UserError
 from openimp.metrics import read_lines
 from openimp.recipe import Recipe
-from openimp.train import Training, learning_rate, train
+from openimp.train import Training, _Stop, _Stopped, learning_rate, train
 
 STEPS = 120
 LONG = [f"train.steps={STEPS}", "train.save_every=10", "train.keep=3", "evaluation.every=50", "optimizer.lr=1e-3"]
@@ -107,7 +107,7 @@ def test_the_run_tells_what_it_did(whole_run, little_data):
 
 
 def test_a_run_that_is_killed_and_stopped_and_resumed_is_the_whole_run(whole_run, little_data, tmp_path):
-    """SIGKILL, Ctrl-C and SIGTERM, in the middle of an epoch, each time with another number of workers."""
+    """SIGKILL, Ctrl-C and SIGTERM, to the workers too, in the middle of an epoch, each with another number of them."""
     run = tmp_path / "run"
     process = start(little_data, run, *LONG, "train.workers=1")
     wait_until(lambda: last_step(run) >= 10, process)
@@ -124,7 +124,7 @@ def test_a_run_that_is_killed_and_stopped_and_resumed_is_the_whole_run(whole_run
         file.write('{"step": 999')
 
     saved = [killed]
-    for number, workers in ((signal.SIGINT, 2), (signal.SIGTERM, 0)):
+    for number, workers in ((signal.SIGINT, 2), (signal.SIGTERM, 3)):
         process = start(little_data, run, *LONG, f"train.workers={workers}", resume=True)
         wait_until(lambda: len(read_lines(run / "metrics.jsonl")) > saved[-1] + 1, process)
         os.killpg(process.pid, number)
@@ -170,9 +170,54 @@ def test_a_streamed_task_goes_on_from_its_cursor(streamed, tmp_path):
 
 def test_a_finished_run_may_be_resumed_and_stays_what_it_is(whole_run, little_data, tmp_path):
     run = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
     train(recipe_of(little_data, *LONG), run, resume=True)
     assert figures(run) == figures(whole_run)
     assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
+    assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")} == before
+
+
+def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(own_data, tmp_path):
+    """It is that of step 6, between two checkpoints."""
+    changes = ["tasks.heard.weight=0", "train.steps=9", "evaluation.every=6", "train.save_every=4"]
+    recipe, run = recipe_of(own_data, *changes), tmp_path / "run"
+    sounds = {file: file.read_bytes() for file in own_data.glob("*.wav")}
+    for file in sounds:
+        file.write_bytes(b"no sound")
+    with pytest.raises(UserError, match="sets.tones: "):
+        train(recipe, run)
+    assert last_step(run) == 6
+    for file, content in sounds.items():
+        file.write_bytes(content)
+    train(recipe, run, resume=True)
+    assert [line["step"] for line in figures(run)] == list(range(1, 10))
+    assert [line["step"] for line in read_lines(run / "results.jsonl")] == [6] * 3 + [9] * 3
+
+
+def test_a_stop_ends_an_evaluation(little_data, tmp_path):
+    recipe, stop = recipe_of(little_data), _Stop()
+    training = Training(recipe, tmp_path / "run", resume=False)
+    stop.requested = True
+    with pytest.raises(_Stopped):
+        training.evaluate(stop.watch)
+    assert not read_lines(tmp_path / "run" / "results.jsonl")
+    assert training.model.training
+
+
+def test_a_warm_up_longer_than_the_training_is_told(little_data, tmp_path, capsys):
+    for warmup in (11, 12):
+        Training(recipe_of(little_data, f"optimizer.warmup={warmup}"), tmp_path / str(warmup), resume=False)
+        told = "warm-up of 12 steps is not shorter than the 12 steps of training; set optimizer.warmup"
+        assert (told in capsys.readouterr().out) == (warmup == 12)
+
+
+def test_the_temperatures_are_kept_in_bounds(little_data, tmp_path):
+    training = Training(recipe_of(little_data, "tasks.heard.weight=0"), tmp_path / "run", resume=False)
+    (temperature,) = (t for pair, t in training.model.temperatures.items() if pair == "image-text")
+    with torch.no_grad():
+        temperature.log_scale.fill_(7)
+    training.update(next(iter(make_loader(training.data, 0))))
+    assert temperature.scale.item() == pytest.approx(100)
 
 
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(whole_run, little_data, tmp_path):
@@ -206,6 +251,13 @@ def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
     with pytest.raises(UserError, match=f"{whole_run}: holds a run already; go on with --resume, or name another"):
         train(recipe_of(little_data, *LONG), whole_run)
     assert {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")} == before
+    (tmp_path / "begun").mkdir()
+    shutil.copy(whole_run / "recipe.yaml", tmp_path / "begun")
+    for resume in (False, True):
+        with pytest.raises(UserError, match="begun: holds a run that saved no checkpoint; remove it or name another"):
+            train(recipe_of(little_data, *LONG), tmp_path / "begun", resume)
+        with pytest.raises(UserError, match=r"recipe.yaml: is a file; name a directory with --run"):
+            train(recipe_of(little_data, *LONG), tmp_path / "begun" / "recipe.yaml", resume)
     with pytest.raises(UserError, match="nowhere: no checkpoint to resume from"):
         train(recipe_of(little_data, *LONG), tmp_path / "nowhere", resume=True)
     assert not (tmp_path / "nowhere").exists()

@@ -70,8 +70,13 @@ def read_config(folder: Path) -> tuple[Recipe, dict[str, list[Any]], dict[str, s
         raise UserError(f"{folder}: no model here, expected a run or a folder with config.json") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{file}: unreadable: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: expected an object with format, recipe and classes")
     if config.get("format") != FORMAT:
         raise UserError(f"{file}: format {config.get('format')!r}, this version of openimp reads format {FORMAT}")
+    for key in ("recipe", "classes"):
+        if not isinstance(config.get(key), dict):
+            raise UserError(f"{file}: {key} is missing, or no object")
     names = ("config.json", "state.json")
     learned = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.json") if path.name not in names}
     return Recipe.build(config["recipe"], folder, str(file)), config["classes"], learned
@@ -116,10 +121,14 @@ def save_checkpoint(
     (draft / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
     for file in draft.iterdir():
         _sync(file)
+    # An older one of this name is moved aside first: a crash may not leave half of it in its place.
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        os.replace(folder, aside)
     os.replace(draft, folder)
     _sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return folder

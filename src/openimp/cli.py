@@ -85,11 +85,16 @@ def info(
 
 
 def main() -> None:
-    """Runs a command; what the user can mend is told in one line, with exit code 2."""
+    """Runs a command; what the user can mend, files that cannot be used too, is told in one line, with exit code 2."""
     try:
         app()
     except UserError as error:
         print(f"openimp: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"openimp: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
 
 

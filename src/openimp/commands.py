@@ -42,24 +42,30 @@ def run_train(name: str, overrides: list[str], run: Path | None, resume: bool) -
 
 def run_eval(path: Path, sets: list[str] | None, other: str | None, out: Path | None) -> None:
     """Measures a model on the sets of its own recipe, or of another."""
+    if out and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"{out}: --out needs a file, in a directory that is there")
     folder = model_folder(path)
     model, recipe, modalities, _ = load_model(folder)
     if other:
-        theirs = Recipe.load(other)
-        recipe = recipe.model_copy(update={"sources": theirs.sources, "evaluation": theirs.evaluation})
+        ours, theirs = recipe.to_dict(), Recipe.load(other).to_dict()
+        # The run's own sources stay known, for its tasks name them; the views must suit the run's modalities.
+        sources = ours["sources"] | theirs["sources"]
+        recipe = Recipe.build({**ours, "sources": sources, "evaluation": theirs["evaluation"]}, where=other)
     if not recipe.evaluation.sets:
         raise UserError(f"{other or path}: the recipe has no evaluation sets")
     results = evaluate(model.to(pick_device()), recipe, modalities, sets or None, progress=track)
+    console.print(table(results))
     for result in results if out else []:
         assert out is not None
         append(out, {"model": str(folder), **result})
-    console.print(table(results))
 
 
 def run_info(what: str, overrides: list[str]) -> None:
     """Describes a recipe, or a model and the run that made it."""
     path = Path(what)
     if path.is_dir():
+        if overrides:
+            raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
         folder = model_folder(path)
         recipe, classes, learned = read_config(folder)
         modalities = modalities_of(recipe)
@@ -104,7 +110,8 @@ def _print_model(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]])
     moe = recipe.model.moe
     if moe:
         expert = 2 * recipe.model.width * recipe.model.mlp
-        active = _count(model.encoder) - moe.layers * expert * (moe.experts - moe.capacity)
+        used = moe.top_k if moe.routing == "token_choice" else moe.capacity
+        active = _count(model.encoder) - moe.layers * expert * (moe.experts - used)
         shown.add_row("encoder, used by a token on average", f"{round(active):,}")
     console.print(shown)
 

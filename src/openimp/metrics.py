@@ -30,8 +30,7 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self.file = run / "metrics.jsonl"
-        for name in ("metrics.jsonl", "results.jsonl", "skipped.jsonl"):
-            _cut(run / name, step)
+        _cut(self.file, step)
         _cut(run / "results.jsonl", step)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
         self.totals = {task: Counter(units) for task, units in (totals or {}).items()}
@@ -122,7 +121,7 @@ class BadExamples:
 
     def __init__(self, run: Path, step: int, limit: float, state: dict[str, dict[str, int]] | None = None) -> None:
         self.file, self.limit = run / "skipped.jsonl", limit
-        _cut(self.file, step - 1)
+        _cut(self.file, step - 1)  # Its lines count steps from 0.
         self.state = state or {}
 
     def add(self, step: int, task: str, read: int, bad: list[tuple[str, str]]) -> None:

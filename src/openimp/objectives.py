@@ -43,6 +43,14 @@ class Batch:
             self.rows,
         )
 
+    def pin_memory(self) -> "Batch":
+        return Batch(
+            {name: tokens.pin_memory() for name, tokens in self.tokens.items()},
+            {name: item.pin_memory() for name, item in self.item.items()},
+            {name: label.pin_memory() for name, label in self.labels.items()},
+            self.rows,
+        )
+
 
 @dataclass
 class Losses:
@@ -127,10 +135,13 @@ def classification_losses(
     head = model.classifiers[head_key(source, objective.label)]
     loss_of: Callable[..., Tensor] = softmax_classification if objective.loss == "softmax" else sigmoid_classification
     names = [objective.of] if objective.of else [name for name, tokens in batch.tokens.items() if tokens.mask is None]
-    return {
-        f"{name}:{objective.label}": loss_of(head(encoded[name].features).float(), target, objective.smoothing)
-        for name in names
-    }
+    losses = {}
+    for name in names:
+        features_BD = encoded[name].features
+        with full_precision(features_BD.device):
+            logits_BK = head(features_BD.float())
+        losses[f"{name}:{objective.label}"] = loss_of(logits_BK, target, objective.smoothing)
+    return losses
 
 
 def softmax_classification(logits_BK: Tensor, label_B: Tensor, smoothing: float) -> Tensor:
@@ -146,4 +157,4 @@ def sigmoid_classification(logits_BK: Tensor, label_BK: Tensor, smoothing: float
 
 def head_key(source: str, label: str) -> str:
     """The name of the classification head of a source's column; module names may not hold a dot."""
-    return f"{source}-{label}".replace(".", "_")
+    return f"{source}:{label}".replace(".", "/")

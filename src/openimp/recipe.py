@@ -126,7 +126,8 @@ class Source(Strict):
     window: Count = 1024
     """Streams only: examples that are shuffled together."""
     cache: Literal["none", "memory", "disk"] = "none"
-    """Where decoded pictures, clips and sounds are kept, for data small enough to be decoded once."""
+    """Where decoded pictures, clips and sounds are kept, for data small enough to be decoded once. Of clips above 256
+    frames and sounds above 300 s only the parts that evaluation sees are kept, end to end; do not cache those."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":
@@ -134,6 +135,13 @@ class Source(Strict):
             raise ValueError("give exactly one of path and hub")
         if self.stream and self.cache != "none":
             raise ValueError("a streamed source cannot be cached; drop stream or cache")
+        # Defaults are written out in a resolved recipe, so only other values can be told to be in vain.
+        if self.path and (self.config is not None or self.split != "train"):
+            raise ValueError("config and split are for hub data sets; of a path, keep rows with where")
+        if self.hub and self.format:
+            raise ValueError("format is for a path; drop it")
+        if not self.stream and self.window != type(self).model_fields["window"].default:
+            raise ValueError("window is for streams; drop it, or set stream: true")
         return self
 
 
@@ -172,7 +180,8 @@ class Contrastive(Strict):
     """Softmax NCE with the positives of an item log-summed (MIL-NCE, arXiv 1912.06430), or SigLIP's sigmoid loss
     (arXiv 2303.15343)."""
     same: str | None = None
-    """Rows with equal values in this column count as one item: positives of each other, never negatives."""
+    """Rows with equal values in this column count as one item: positives of each other, never negatives. A row
+    without a value is an item of its own."""
     weight: Positive = 1.0
     """How much its loss counts in the task's sum."""
 
@@ -183,7 +192,7 @@ class Classification(Strict):
     type: Literal["classification"]
     """What kind of objective this is."""
     label: str
-    """The column with the class, or with a list of classes (sigmoid)."""
+    """The column with the class, or (sigmoid) with a list of classes; where it is empty there, the row has none."""
     of: str | None = None
     """The modality to classify. Left out: each of the task's modalities that is not text-like (has no mask)."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
@@ -305,7 +314,7 @@ class Retrieval(Strict):
     inputs: Inputs
     """Two modalities. Items with equal text, or equal raw value, are one."""
     view: View = Field(default_factory=View)
-    """How the items are seen: no augmentation, no dropped tokens."""
+    """How the items are seen. Nothing is augmented and no token dropped, whatever the options of training say."""
 
 
 class ZeroShot(Strict):
@@ -326,7 +335,7 @@ class ZeroShot(Strict):
     reader: str = "text"
     """The modality that reads the prompts, in its first training view."""
     view: View = Field(default_factory=View)
-    """How the items are seen: no augmentation, no dropped tokens."""
+    """How the items are seen. Nothing is augmented and no token dropped, whatever the options of training say."""
 
 
 class Evaluation(Strict):
@@ -403,11 +412,19 @@ class Recipe(Strict):
             self.modalities[stem] = _checked(
                 modality.Config, self.modalities.get(stem, {}), f"{where}: modalities.{stem}", folder
             )
+        heads: dict[tuple[str, str], tuple[str, Classification]] = {}
         for task_name, task in self.tasks.items():
             key = f"{where}: tasks.{task_name}"
             self._bind_user(key, task, {f"{key}.views[{i}]": view for i, view in enumerate(task.views)})
             for objective in task.objectives:
                 _check_objective(key, objective, task.inputs)
+                if isinstance(objective, Classification):
+                    head = heads.setdefault((task.source, objective.label), (task_name, objective))
+                    if (objective.loss, objective.classes) != (head[1].loss, head[1].classes):
+                        raise UserError(
+                            f"{key}: tasks.{head[0]} classifies {objective.label!r} of {task.source} too, by the same "
+                            "head, so loss and classes must be the same"
+                        )
         for set_name, options in self.evaluation.sets.items():
             key = f"{where}: evaluation.sets.{set_name}"
             for name in [*options.inputs, *([options.reader] if isinstance(options, ZeroShot) else [])]:
@@ -415,6 +432,11 @@ class Recipe(Strict):
                     raise UserError(f"{key}: no task trains modality {name!r}{nearest(name, self.modality_names)}")
             if isinstance(options, Retrieval) and len(options.inputs) != 2:
                 raise UserError(f"{key}.inputs: retrieval is between two modalities, found {len(options.inputs)}")
+            for name, spec in options.inputs.items():
+                if spec.draw > 1:
+                    raise UserError(f"{key}.inputs.{name}: evaluation draws nothing; drop draw")
+            if (options.view.share, options.view.batch) != (1, None):
+                raise UserError(f"{key}.view: share and batch are for training; evaluation.batch counts here")
             self._bind_user(key, options, {f"{key}.view": options.view})
 
     def _bind_user(self, key: str, user: "Task | Retrieval | ZeroShot", views: Mapping[str, View]) -> None:
@@ -444,6 +466,10 @@ def _check_objective(key: str, objective: Contrastive | Classification, inputs: 
     for modality in named:
         if modality is not None and modality not in inputs:
             raise UserError(f"{key}: objective {objective.type}: {modality!r} is no input{nearest(modality, inputs)}")
+    if isinstance(objective, Contrastive):
+        pairs = [frozenset(pair) for pair in objective.pairs or []]
+        if any(len(pair) < 2 for pair in pairs) or len(set(pairs)) < len(pairs):
+            raise UserError(f"{key}: objective contrastive: pairs needs different modalities, and each pair once")
     if isinstance(objective, Contrastive) and len(inputs) < 2:
         raise UserError(f"{key}: a contrastive objective needs two modalities in inputs")
     if isinstance(objective, Classification) and not objective.of and all(modality_class(n).masked for n in inputs):

@@ -1,12 +1,13 @@
 """Training: alternating gradient descent, one task and one view a step."""
 
 import math
+import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +19,13 @@ from openimp.errors import UserError
 from openimp.evaluation import evaluate, open_sets, table
 from openimp.ledger import costs, mixture_table
 from openimp.metrics import BadExamples, Metrics
-from openimp.modalities import modalities_of
-from openimp.model.imp import IMP
+from openimp.modalities import Tokens, modalities_of
+from openimp.model.imp import IMP, Encoded
 from openimp.objectives import Losses, task_losses
 from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe
 
+T = TypeVar("T")
 FREE = {"train.workers", "train.prefetch", "train.log_every", "train.save_every", "train.keep", "train.max_bad"}
 """Keys that change nothing of what a resumed run computes, like all of `evaluation`."""
 
@@ -37,25 +39,33 @@ def train(recipe: Recipe, run: Path, resume: bool = False) -> bool:
 
     Raises:
         UserError: bad data, a run that is already there, a checkpoint of another recipe, or a loss that is not finite.
+            The steps before it are saved.
     """
     training = Training(recipe, run, resume)
     with _stop_signals() as stop, StepBar(recipe.train.steps, training.step) as bar, closing(training.metrics):
-        waiting = time.perf_counter()
-        for loaded in make_loader(training.data, training.step):
-            waited = time.perf_counter() - waiting
-            losses = training.update(loaded)
-            training.record(loaded, losses, waited, bar)
-            if stop.requested and training.step < recipe.train.steps:
-                folder = training.save()
-                console.print(f"stopped at step {training.step}, saved {folder}; go on with --resume", soft_wrap=True)
-                return False
-            if training.due(recipe.train.save_every):
-                training.save()
-            if training.due(recipe.evaluation.every):
-                training.evaluate()
+        try:
+            if training.step and training.due(recipe.evaluation.every):
+                training.evaluate(stop.watch)  # What ended the run may have come before this was done.
             waiting = time.perf_counter()
-        training.save()
-        training.evaluate()
+            for loaded in stop.watch(make_loader(training.data, training.step)):
+                waited = time.perf_counter() - waiting
+                losses = training.update(loaded)
+                training.record(loaded, losses, waited, bar)
+                if training.due(recipe.train.save_every):
+                    training.save()
+                if training.due(recipe.evaluation.every):
+                    training.evaluate(stop.watch)
+                waiting = time.perf_counter()
+            training.save()
+            training.evaluate(stop.watch)
+        except _Stopped:
+            training.save()
+            saved = f"saved in {run}; go on with --resume" if training.step else "nothing to save"
+            console.print(f"stopped at step {training.step}, {saved}", soft_wrap=True)
+            return False
+        except UserError:
+            training.save()
+            raise
     return True
 
 
@@ -65,9 +75,13 @@ class Training:
     def __init__(self, recipe: Recipe, run: Path, resume: bool) -> None:
         self.recipe, self.run, self.step = recipe, run, 0
         self.device = pick_device()
-        latest = _latest(recipe, run) if resume else None
+        if run.exists() and not run.is_dir():
+            raise UserError(f"{run}: is a file; name a directory with --run")
+        if (run / "recipe.yaml").exists() and not checkpoints(run):
+            raise UserError(f"{run}: holds a run that saved no checkpoint; remove it or name another with --run")
         if not resume and (run / "recipe.yaml").exists():
             raise UserError(f"{run}: holds a run already; go on with --resume, or name another directory with --run")
+        latest = _latest(recipe, run) if resume else None
         self.modalities = modalities_of(recipe)
         self.data = StepBatches(recipe, self.modalities, progress=track)
         if latest is None:
@@ -83,7 +97,9 @@ class Training:
         sizes = {name: len(values) for name, values in self.data.classes.items()}
         self.model = IMP.from_recipe(recipe, self.modalities, sizes).to(self.device).train()
         open_sets(self.model, recipe, self.modalities)
-        self.encode = self._compiled() if recipe.train.compile else self.model.encode
+        self.encode = (
+            compiled_encode(self.model, len(self._signatures())) if recipe.train.compile else self.model.encode
+        )
         self.optimizer = _optimizer(recipe, self.model)
         self.averaged: dict[str, Tensor] | None = None
         if recipe.optimizer.ema:
@@ -93,6 +109,7 @@ class Training:
             state = load_checkpoint(latest, self.model, self.optimizer, self.averaged)
             self.step = state["step"]
             self.data.load_cursors(state["cursors"])
+        self.saved = self.step
         self.cursors: dict[str, Any] = state.get("cursors", {})
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -109,6 +126,7 @@ class Training:
             losses = task_losses(self.model, task, loaded.batch.to(self.device), self.encode)
         losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip or math.inf)
+        # This waits for a GPU to end the backward pass: the price of never updating with what is not finite.
         self.grad_norm = float(norm)
         if not math.isfinite(self.grad_norm):
             rows = ", ".join(self.data.sources[visit.task].where(row) for row in loaded.batch.rows[:8])
@@ -119,6 +137,8 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, visit.step)
         self.optimizer.step()
+        for pair in self.model.pairs:
+            self.model.temperature(*pair).limit()
         # None, not zero: what the next task does not touch keeps its value and its moments.
         self.optimizer.zero_grad(set_to_none=True)
         if self.averaged is not None:
@@ -131,7 +151,6 @@ class Training:
     def record(self, loaded: Loaded, losses: Losses, waited: float, bar: StepBar) -> None:
         """Adds a step to the metrics, and writes and shows a line when one is due."""
         visit = loaded.visit
-        self.bad.add(visit.step, visit.task, len(loaded.batch), loaded.bad)
         if loaded.cursor is not None:
             self.cursors[visit.task] = loaded.cursor
         self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], waited)
@@ -140,28 +159,33 @@ class Training:
             line = self.metrics.write(self.step, learning_rate(self.recipe, visit.step), self.grad_norm)
             shown = {name: figures["loss"] for name, figures in line["tasks"].items()}
             bar.report(self.step, shown, line["examples_per_s"], line["data_wait"])
+        # Last, for it may end the run, whose checkpoint then holds all of this step.
+        self.bad.add(visit.step, visit.task, len(loaded.batch), loaded.bad)
 
     def due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0 and self.step < self.recipe.train.steps
 
-    def save(self) -> Path:
-        """Writes a checkpoint."""
+    def save(self) -> None:
+        """Writes a checkpoint, if there were steps since the last."""
+        if self.step == self.saved:
+            return
         state = {
             "cursors": self.cursors,
             "bad": self.bad.state,
             "totals": {task: dict(units) for task, units in self.metrics.totals.items()},
         }
-        return save_checkpoint(
+        save_checkpoint(
             self.run, self.step, self.recipe.train.keep, state, self.optimizer, self.averaged,
             self.model, self.recipe, self.modalities, self.data.classes,
         )  # fmt: skip
+        self.saved = self.step
 
-    def evaluate(self) -> None:
+    def evaluate(self, progress: Any = None) -> None:
         """Measures the model, with the averaged weights where there are any, and writes and prints the results."""
         if not self.recipe.evaluation.sets:
             return
         with self._averaged_weights():
-            results = evaluate(self.model, self.recipe, self.modalities, step=self.step)
+            results = evaluate(self.model, self.recipe, self.modalities, step=self.step, progress=progress)
         self.metrics.results(self.run, results)
         console.print(table(results))
 
@@ -177,25 +201,57 @@ class Training:
         finally:
             self.model.load_state_dict(trained)
 
-    def _compiled(self) -> Any:
-        """`encode`, compiled once for each shape; one shape more than the recipe has is an error, not a silent fall
-        back."""
-        shapes = {
+    def _signatures(self) -> set[tuple[str, int, int]]:
+        """The shapes of all passes: modality, examples, tokens."""
+        return {
             (name, (view.batch or task.batch) * spec.draw, self.modalities[name].length(view[name]))
             for task in self.recipe.tasks.values()
+            if task.weight
             for view in task.views
             for name, spec in task.inputs.items()
         }
-        torch._dynamo.config.recompile_limit = len(shapes)
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-        return torch.compile(self.model.encode, dynamic=False)
 
     def _print_plan(self) -> None:
         console.print(mixture_table(self.recipe, self.costs))
         parameters = sum(p.numel() for p in self.model.parameters())
         bf16 = "bf16" if autocast(self.device, self.recipe.train.precision)._enabled else "fp32"
         size = f"{parameters / 1e6:.2f}M parameters"
-        console.print(f"{self.recipe.name}: {size} on {self.device.type}, {bf16}, into {self.run}", soft_wrap=True)
+        how = f"{bf16}, compiled for {len(self._signatures())} signatures" if self.recipe.train.compile else bf16
+        console.print(f"{self.recipe.name}: {size} on {self.device.type}, {how}, into {self.run}", soft_wrap=True)
+        warmup, steps = self.recipe.optimizer.warmup, self.recipe.train.steps
+        if warmup >= steps:
+            longer = f"warm-up of {warmup} steps is not shorter than the {steps} steps of training"
+            console.print(f"{longer}; set optimizer.warmup", soft_wrap=True)
+
+
+def compiled_encode(model: IMP, signatures: int) -> Callable[..., Encoded]:
+    """`model.encode`, compiled once for each shape of its input; one shape more than `signatures` is an error, not a
+    silent fall back."""
+    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    torch._dynamo.reset()  # Shapes are counted by function, so those of a model before would count too.
+    torch._dynamo.config.recompile_limit = signatures
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    compiled = torch.compile(model.encode, dynamic=False)
+
+    def encode(inputs: Mapping[str, Tokens]) -> Encoded:
+        try:
+            return compiled(inputs)
+        except FailOnRecompileLimitHit:
+            shapes = {name: tuple(tokens.coords.shape[:2]) for name, tokens in inputs.items()}
+            raise UserError(
+                f"train.compile: {shapes} (examples, tokens) is none of the {signatures} shapes of the recipe's views"
+            ) from None
+        except BackendCompilerFailed as error:
+            if not isinstance(error.inner_exception, InvalidCxxCompiler | CppCompileError):
+                raise
+            raise UserError(
+                "train.compile: torch's C++ code does not compile here; install a compiler, such as g++, and Python's "
+                "headers, or set train.compile=false"
+            ) from None
+
+    return encode
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -241,8 +297,25 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: data}
 
 
+class _Stopped(Exception):
+    """A stop was asked for, and nothing is half done."""
+
+
 class _Stop:
     requested = False
+
+    def watch(self, items: Iterable[T], _: str = "") -> Iterator[T]:
+        """Passes the items on until a stop is asked for, which raises `_Stopped` between two of them."""
+        try:
+            for item in items:
+                yield item
+                if self.requested:
+                    raise _Stopped
+        except RuntimeError:
+            # The signal may have killed the loader's workers too.
+            if not self.requested:
+                raise
+            raise _Stopped from None
 
 
 @contextmanager
@@ -254,6 +327,9 @@ def _stop_signals() -> Iterator[_Stop]:
         if stop.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.requested = True
+        if number == signal.SIGINT:
+            # Not print, which the signal may have interrupted.
+            os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -115,7 +115,7 @@ def test_a_bad_file_is_skipped_counted_named_and_stood_in_for(own_data, workers)
             assert not bad & {table.where(row) for row in item.batch.rows}
             # A stand-in is the same item as the neighbour whose place it shares, not a false negative.
             assert item.batch.item[""].tolist() == item.batch.rows
-            classes = [data.classes["pictures-label"][label] for label in item.batch.labels["label"]]
+            classes = [data.classes["pictures:label"][label] for label in item.batch.labels["label"]]
             assert classes == [table.where(row).split("/")[0] for row in item.batch.rows]
             assert len(set(item.batch.rows)) == item.visit.batch - len(item.bad)
             named += item.bad
@@ -170,7 +170,7 @@ def test_several_classes_a_row_become_marks(own_data):
     (own_data / "sounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     objective = "tasks.heard.objectives=[{type: classification, label: tags, loss: sigmoid}]"
     data = opened(own_data, "tasks.named.weight=0", objective, NO_EVALUATION)
-    assert data.classes == {"sounds-tags": ["a", "b", "c"]}
+    assert data.classes == {"sounds:tags": ["a", "b", "c"]}
     for item in make_loader(data, 0):
         expected = [[[1, 0, 0], [0, 1, 1], [0, 0, 0]][row % 3] for row in item.batch.rows]
         assert item.batch.labels["tags"].tolist() == expected
@@ -234,3 +234,72 @@ def test_a_stream_must_name_its_classes(streamed):
     changes = [*changes, "tasks.named.objectives=[{type: classification, label: txt}]"]
     with pytest.raises(UserError, match="a streamed source is not read ahead, so name the classes of 'txt'"):
         opened(folder, *changes)
+
+
+def only_image(*objectives: str) -> list[str]:
+    """Changes of the recipe: one task, of a manifest of the pictures, with these objectives."""
+    task = "{source: pictures, batch: 6, inputs: {image: file}, views: [{image: {size: 16}}], objectives: [%s]}"
+    return [NO_EVALUATION, "modalities={vision: {patch: [2, 8, 8]}}", f"tasks={{one: {task % ', '.join(objectives)}}}"]
+
+
+def write_labels(folder: Path, labels: list[object]) -> list[str]:
+    """A manifest of red pictures with these labels, and the change of the recipe that reads it."""
+    lines = [json.dumps({"file": f"pictures/red/{i}.png", "label": label}) for i, label in enumerate(labels)]
+    (folder / "m.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return ["sources.pictures={path: m.jsonl}"]
+
+
+def test_rows_without_a_value_are_items_of_their_own(own_data):
+    source = write_labels(own_data, ["a", None, None, "a", "", ""])
+    (batch, *_) = loaded(own_data, *source, "tasks.named.objectives=[{type: contrastive, same: label}]",
+                         "tasks.named.inputs.text=file", "tasks.heard.weight=0", NO_EVALUATION)  # fmt: skip
+    found: dict[int, set[int]] = {}
+    for row, item in zip(batch.batch.rows, batch.batch.item["label"].tolist()):
+        found.setdefault(item, set()).add(row)
+    assert sorted(map(sorted, found.values())) == [[0, 3], [1], [2], [4], [5]]
+
+
+def test_several_classes_a_row(own_data):
+    source = write_labels(own_data, [["a", "b"], [], None, ["c"], ["a"], ["b", "c"]])
+    (batch, *_) = loaded(own_data, *source, *only_image("{type: classification, label: label, loss: sigmoid}"))
+    hot = dict(zip(batch.batch.rows, batch.batch.labels["label"].int().tolist()))
+    assert [hot[row] for row in range(6)] == [[1, 1, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0], [0, 1, 1]]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "labels", "message"),
+    [
+        ("sigmoid", ["ab"] * 6, "label.*: loss sigmoid needs a list of classes a row, found 'ab'"),
+        ("softmax", [["a"]] * 6, "label.*: loss softmax needs one class a row, found .'a'."),
+        ("sigmoid", [[["a"]]] * 6, "label.*: loss sigmoid needs a list of classes a row, found "),
+        ("softmax", [{"a": 1}] * 6, "label.*: loss softmax needs one class a row, found "),
+        ("sigmoid", [["a", None]] * 6, "'label'.* 6 rows without a class"),
+        ("softmax", ["a", None] * 3, "'label'.* 3 rows without a class"),
+    ],
+)
+def test_labels_that_do_not_fit_the_loss(own_data, loss, labels, message, named):
+    classes = ", classes: [a, b]" if named else ""
+    task = only_image(f"{{type: classification, label: label, loss: {loss}{classes}}}")
+    with pytest.raises(UserError, match="label.*None is not among" if named and "rows" in message else message):
+        loaded(own_data, *write_labels(own_data, labels), *task)
+
+
+def test_a_large_table_gives_the_tokenizer_some_rows_of_all_its_parts(little_data, monkeypatch):
+    monkeypatch.setattr(loader, "CORPUS_ROWS", 12)
+    data = opened(little_data, "tasks.heard.weight=0")
+    texts = list(data._corpus("text"))
+    assert len(texts) == 12
+    assert len(set(texts)) > 2
+    assert texts == list(opened(little_data, "tasks.heard.weight=0")._corpus("text"))
+    assert texts != list(opened(little_data, "tasks.heard.weight=0", "seed=1")._corpus("text"))
+
+
+def test_a_cut_tar_is_counted_and_passed_over(streamed):
+    folder, changes = streamed
+    data = (folder / "0.tar").read_bytes()
+    (folder / "0.tar").write_bytes(data[: len(data) // 2])
+    steps = [item for item in loaded(folder, *changes) if item.visit.task == "named"]
+    bad = [where for item in steps for where, _ in item.bad]
+    assert set(bad) == {"0.tar[the rest]"}
+    assert len(bad) > 1  # once an epoch

@@ -85,6 +85,15 @@ def test_a_model_that_says_the_same_of_everything_finds_nothing():
     assert (ranks(same, same, np.stack([np.arange(10)] * 2, axis=1)) == 10).all()
 
 
+def test_nan_finds_nothing():
+    """Neither where all is NaN, nor where a wrong or the right candidate is."""
+    z, pairs = torch.eye(10), np.stack([np.arange(10)] * 2, axis=1)
+    assert (ranks(z * torch.nan, z, pairs) == 10).all()
+    candidates = z.clone()
+    candidates[3] = torch.nan
+    assert ranks(z, candidates, pairs).tolist() == [2, 2, 2, 10, 2, 2, 2, 2, 2, 2]
+
+
 def test_memory_stays_small_whatever_the_number_of_items(monkeypatch):
     """No product is larger than the limit."""
     seen = []
@@ -256,7 +265,7 @@ def test_the_mode_is_restored_after_an_error(tmp_path, tiny_recipe, tiny_model):
     assert model.training
 
 
-def test_progress_passes_every_part_of_the_source(measure, tmp_path):
+def test_progress_counts_rows(measure, tmp_path):
     shown = []
 
     def progress(items, description):
@@ -265,4 +274,4 @@ def test_progress_passes_every_part_of_the_source(measure, tmp_path):
             yield item
 
     measure(write_pictures(tmp_path, [png(i) for i in range(8)]), progress=progress)
-    assert shown == [("names: image", 0), ("names: text", 0)]
+    assert shown == [(f"names: {side}", row) for side in ("image", "text") for row in range(8)]

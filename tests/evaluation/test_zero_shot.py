@@ -1,4 +1,5 @@
 import io
+import tarfile
 
 import numpy as np
 import PIL.Image
@@ -13,6 +14,7 @@ from openimp.errors import UserError
 from openimp.evaluation import evaluate
 from openimp.evaluation.zero_shot import Classified, class_embeddings, classify
 from openimp.inference import Model
+from openimp.recipe import Source
 
 LABELS = ["red_thing", "sea", "red_thing", "tree", "sea", "red_thing", "sky", "night", "fire"]
 PROMPTS = ["{}", "a picture of {}, and what is around it", "the {}"]
@@ -170,3 +172,21 @@ def test_modalities_have_no_name_here():
 def _of(made):
     imp, modalities, recipe, source = made
     return imp, recipe, modalities, "things", source
+
+
+def test_rows_of_a_tar_whose_label_cannot_be_read_are_left_out(tmp_path, setup):
+    """One label is no text, and the tar is cut off in its last picture."""
+    file = tmp_path / "things.tar"
+    with tarfile.open(file, "w") as tar:
+        for i, label in enumerate([b"sea", b"tree", b"\xff", b"sea", b"sky"]):
+            for name, data in (f"{i}.txt", label), (f"{i}.png", png(i)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    data = file.read_bytes()
+    file.write_bytes(data[: data.index(b"4.png") + 600])
+    imp, modalities, recipe, _ = setup(inputs={"image": "png"}, label="txt")
+    source = open_source("labelled", Source(path=str(file)))
+    found, skipped = classify(imp, recipe, modalities, "things", source)
+    assert (found.classes, found.row.tolist(), found.truth.tolist()) == (["sea", "tree"], [0, 1, 3], [0, 1, 0])
+    assert [line.split(":")[0] for line in skipped] == ["things.tar[2]", "things.tar[the rest]"]

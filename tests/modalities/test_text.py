@@ -132,6 +132,18 @@ def test_a_tokenizer_from_a_file(tmp_path):
     assert text.tokenize("car red bus", length=5).tolist() == [[3, 2, 4, END, PAD]]
 
 
+def test_a_file_that_pads_cuts_and_leaves_out_ids(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"red": 0, "car": 7}, unk_token="red"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_padding(pad_id=0, length=6)
+    tokenizer.enable_truncation(1)
+    tokenizer.save(str(tmp_path / "words.json"))
+    text = Text(Text.Config(tokenizer=str(tmp_path / "words.json")))
+    text.fit([])
+    assert text.stem_spec().values == 2 + 8
+    assert text.tokenize("car red car", length=5).tolist() == [[9, 2, 9, END, PAD]]
+
+
 def test_a_bad_tokenizer_file_is_named(tmp_path):
     path = tmp_path / "bad.json"
     path.write_text("{}")

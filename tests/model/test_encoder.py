@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from openimp.model.encoder import SHORT, Attention, Encoder, _attend
+from openimp.model.encoder import SHORT, Attention, Encoder, _attend, spelled_out
 from openimp.recipe import Model, Recipe
 
 # arXiv 2305.06324, table 7 and section 4: parameters of the encoder in all, in millions, to so many decimals.
@@ -55,12 +55,15 @@ def test_spelled_out_attention_is_torchs(length, masked):
     mask = (torch.rand(3, 1, 1, length) < 0.6) if masked else None
     if mask is not None:
         mask[..., 0] = True
-    ours = _attend(q, k, v, mask)
+    ours = spelled_out(q, k, v, mask)
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     grads = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (ours, theirs)]
     for mine, other in zip(*grads):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    in_bf16 = _attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
+    assert in_bf16.dtype == torch.bfloat16
+    torch.testing.assert_close(in_bf16.float(), theirs, rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

@@ -5,6 +5,7 @@ Its decoding stays switched off, and its code is imported when a source needs it
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def load(name: str, path: str, streaming: bool, config: str | None = None, split
     """
     from datasets import load_dataset
 
-    return _loaded(name, path, lambda: load_dataset(path, config, split=split, streaming=streaming))
+    return _loaded(name, path, lambda: load_dataset(path, config, split=split, streaming=streaming), bars=True)
 
 
 def load_parquet(name: str, path: str, files: list[str], streaming: bool) -> Any:
@@ -44,17 +45,36 @@ def load_parquet(name: str, path: str, files: list[str], streaming: bool) -> Any
     return _loaded(name, path, lambda: IterableDataset.from_parquet(files, cache_dir=folder, batch_size=STREAM_ROWS))
 
 
-def _loaded(name: str, path: str, make: Callable[[], Any]) -> Any:
-    """What `make` gives, without progress bars and log lines; whatever it raises becomes a UserError in one line."""
-    import datasets
+def _loaded(name: str, path: str, make: Callable[[], Any], bars: bool = False) -> Any:
+    """What `make` gives, without log lines; whatever it raises becomes a UserError in one line.
 
-    datasets.disable_progress_bars()
-    for library in ("datasets", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    `bars` leaves the progress bars of `datasets` as they are: a download takes long.
+    """
     try:
-        return make()
+        with _quiet(bars):
+            return make()
     except Exception as error:  # datasets and its hub client raise some twenty unrelated types
         raise UserError(f"source {name}: {path} cannot be read: {first_line(error)}") from None
+
+
+@contextmanager
+def _quiet(bars: bool) -> Iterator[None]:
+    """Without log lines, and unless `bars` without progress bars; both are the process' own, and put back after it."""
+    import datasets
+
+    loggers = [logging.getLogger(library) for library in ("datasets", "huggingface_hub")]
+    levels, hide = [logger.level for logger in loggers], not bars and not datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    if hide:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+        if hide:
+            datasets.enable_progress_bars()
 
 
 def first_line(error: BaseException) -> str:
@@ -106,7 +126,8 @@ class HubReader:
         self._name = name
         self._path = path
         try:
-            self._dataset = dataset._resolve_features().decode(False)
+            with _quiet(bars=False):
+                self._dataset = dataset._resolve_features().decode(False)
         except Exception as error:
             raise self._unreadable(error) from None
         self._names = class_names(self._dataset.features)

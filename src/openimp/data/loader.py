@@ -7,9 +7,11 @@ batch. torch's DataLoader does the rest: it hands steps to workers and gives the
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -18,9 +20,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from openimp.alternation import Alternation, Visit
-from openimp.data.order import example_rng, rows_at, seed_key
+from openimp.data.order import example_rng, permute, rows_at, seed_key
 from openimp.data.sources import Stream, Table, open_source
 from openimp.data.store import DecodedStore
+from openimp.data.tables import Refused
 from openimp.data.templates import all_texts, columns_of, fill
 from openimp.errors import UserError, nearest
 from openimp.modalities import BadMedia, Modality, Tokens
@@ -28,7 +31,7 @@ from openimp.objectives import Batch, head_key
 from openimp.recipe import Classification, Input, Recipe, Task
 
 CORPUS_ROWS = 100_000
-"""Rows of a stream that a tokenizer learns from; a table is read whole."""
+"""Rows of a source that a tokenizer learns from: the first of a stream, and of a larger table a random part."""
 
 
 @dataclass
@@ -46,6 +49,11 @@ class Loaded:
     batch: Batch
     bad: list[tuple[str, str]] = field(default_factory=list)
     cursor: dict[str, Any] | None = None
+
+    def pin_memory(self) -> Loaded:
+        """Asked for by the DataLoader, where there is CUDA: only from pinned memory is a copy to the GPU not waited
+        for."""
+        return replace(self, batch=self.batch.pin_memory())
 
 
 class StepBatches(Dataset[Loaded]):
@@ -138,7 +146,8 @@ class StepBatches(Dataset[Loaded]):
                 index = self._index[head_key(task.source, objective.label)]
                 batch.labels[objective.label] = _labels(values, index, objective, f"{task.source}.{objective.label}")
             elif objective.same:
-                batch.item[objective.same] = torch.tensor([_hash(examples[i][objective.same]) for i in stand_in])
+                items_of = [_item(examples[i][objective.same], int(rows[i])) for i in stand_in]
+                batch.item[objective.same] = torch.tensor(items_of)
         return Loaded(visit, batch, bad, source.cursor() if isinstance(source, Stream) else None)
 
     def _columns(self, task: Task) -> set[str]:
@@ -150,16 +159,16 @@ class StepBatches(Dataset[Loaded]):
                 columns |= set(columns_of(spec.columns))
             else:
                 columns |= {column for column in spec.columns if (name, column) not in stored}
-        for objective in task.objectives:
-            column = objective.label if isinstance(objective, Classification) else objective.same
-            columns |= {column} if column else set()
-        return columns
+        return columns | _told_by(task)
 
     def _read(
         self, visit: Visit, row: int, example: dict[str, Any], rng: np.random.Generator
     ) -> dict[str, list[np.ndarray]]:
         """One example's arrays by modality, `draw` of each, augmented as the view says."""
         task = self.recipe.tasks[visit.task]
+        for column in _told_by(task):
+            if isinstance(example[column], Refused):
+                raise BadMedia(example[column].reason)
         arrays: dict[str, list[np.ndarray]] = {}
         for name, spec in task.inputs.items():
             view = task.views[visit.view][name]
@@ -214,7 +223,12 @@ class StepBatches(Dataset[Loaded]):
             if isinstance(source, Stream):
                 rows: Iterable[dict[str, Any]] = _beginning(source, seed_key(self.recipe.seed, task_name), columns)
             else:
-                rows = chain.from_iterable(source.rows(part, columns) for part in _chunks(len(source)))
+                numbers = np.arange(len(source))
+                if len(numbers) > CORPUS_ROWS:
+                    key = seed_key(self.recipe.seed, task_name, "corpus")
+                    numbers = np.sort(permute(numbers[:CORPUS_ROWS], len(source), key))
+                parts = (numbers[part].tolist() for part in _chunks(len(numbers)))
+                rows = chain.from_iterable(source.rows(part, columns) for part in parts)
             yield from all_texts(spec.columns, rows)
 
 
@@ -233,6 +247,8 @@ def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> It
         num_workers=workers,
         prefetch_factor=train.prefetch if workers else None,
         worker_init_fn=_quiet_worker,
+        # Forked workers share the decoded caches; from Python 3.14 on, Linux would not fork by itself.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=torch.cuda.is_available(),
     )
     for loaded in loader:
@@ -265,8 +281,10 @@ class _Told(Dataset["Loaded | UserError"]):
 
 
 def _quiet_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; only the training process decides what it means.
+    # Ctrl-C, and often SIGTERM, reach the whole process group; only the training process decides what they mean.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setsid"):
+        os.setsid()
 
 
 def _beginning(source: Stream, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -299,22 +317,44 @@ def classes_of(source: Table | Stream, objective: Classification, where: str) ->
         return list(objective.classes)
     if isinstance(source, Stream):
         raise UserError(f"{where}: a streamed source is not read ahead, so name the classes of {objective.label!r}")
-    values = source.column(objective.label)
-    if objective.loss == "sigmoid":
-        values = [item for value in values for item in value]
+    column = f"{where}: column {objective.label!r} of {source.name}"
+    rows = [value for value in source.column(objective.label) if not isinstance(value, Refused)]
+    values = [item for value in rows for item in _classes(value, objective, column)]
     missing = sum(value is None for value in values)
     if missing:
-        raise UserError(f"{where}: column {objective.label!r} of {source.name} has {missing} rows without a class")
+        raise UserError(f"{column} has {missing} rows without a class")
     return sorted(set(values), key=lambda value: (str(type(value)), value))
+
+
+def _classes(value: Any, objective: Classification, where: str) -> list[Any]:
+    """The classes of a row: one for softmax; for sigmoid a list, and none where the column is empty.
+
+    Raises:
+        UserError: a list for softmax, or no list for sigmoid.
+    """
+    if objective.loss == "sigmoid" and value is None:
+        return []
+    found = value if isinstance(value, list) else [value]
+    if isinstance(value, list) != (objective.loss == "sigmoid") or any(isinstance(item, list | dict) for item in found):
+        wanted = "a list of classes" if objective.loss == "sigmoid" else "one class"
+        raise UserError(f"{where}: loss {objective.loss} needs {wanted} a row, found {value!r:.60}")
+    return found
+
+
+def _told_by(task: Task) -> set[str]:
+    """The columns that a task's objectives read."""
+    columns = (o.label if isinstance(o, Classification) else o.same for o in task.objectives)
+    return {column for column in columns if column}
 
 
 def _labels(values: list[Any], index: dict[Any, int], objective: Classification, where: str) -> torch.Tensor:
     try:
+        places = [[index[item] for item in _classes(value, objective, where)] for value in values]
         if objective.loss == "softmax":
-            return torch.tensor([index[value] for value in values])
+            return torch.tensor(places)[:, 0]
         hot = torch.zeros(len(values), len(index))
-        for i, row in enumerate(values):
-            hot[i, [index[value] for value in row]] = 1
+        for i, row in enumerate(places):
+            hot[i, row] = 1
         return hot
     except (KeyError, TypeError) as error:
         raise UserError(
@@ -322,5 +362,8 @@ def _labels(values: list[Any], index: dict[Any, int], objective: Classification,
         ) from None
 
 
-def _hash(value: Any) -> int:
+def _item(value: Any, row: int) -> int:
+    """What equal values share; a row without a value is an item of its own."""
+    if value in (None, "", []):
+        value = ("row", row)
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)

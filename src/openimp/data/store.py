@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,11 +127,12 @@ def _decoded(
         except BadMedia as error:
             return error
 
-    starts: Iterable[int] = range(0, len(table), CHUNK)
+    rows = range(len(table))
+    shown: Iterable[int] = progress(rows, f"decoding {table.name}.{column}") if progress else rows
     with ThreadPoolExecutor() as pool:
-        for start in progress(starts, f"decoding {table.name}.{column}") if progress else starts:
-            rows = table.rows(range(start, min(start + CHUNK, len(table))), [column])
-            yield from pool.map(decode, rows)
+        chunks = (table.rows(rows[start : start + CHUNK], [column]) for start in rows[::CHUNK])
+        arrays = chain.from_iterable(pool.map(decode, chunk) for chunk in chunks)
+        yield from (array for _, array in zip(shown, arrays))
 
 
 def _pack(

@@ -23,6 +23,10 @@ class Refused:
     reason: str
 
 
+class Lost(Refused):
+    """Stands in every column of the one row that is left of an unreadable rest of a file; no filter drops it."""
+
+
 class Rows:
     """What tables and streams share.
 
@@ -237,7 +241,9 @@ def as_text(value: Any) -> str:
 
 
 def matches(cell: Any, wanted: Any) -> bool:
-    """Whether a cell, or one of its items, is the wanted value or one of the wanted values."""
+    """Whether a cell, or one of its items, is the wanted value or one of the wanted values, or the cell is `Lost`."""
+    if isinstance(cell, Lost):
+        return True
     cells = cell if isinstance(cell, list) else [cell]
     texts = [as_text(item) for item in (wanted if isinstance(wanted, list) else [wanted])]
     return any(item is not None and as_text(item) in texts for item in cells)

@@ -5,6 +5,7 @@ table needs the members' offsets only, and a stream goes on from a byte offset w
 """
 
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,13 @@ from typing import IO, Any
 import numpy as np
 
 from openimp.data.files import fingerprint
-from openimp.data.tables import Refused, Table
+from openimp.data.tables import Lost, Refused, Table
 from openimp.errors import UserError
 
 NUMBERS = {"cls", "cls2", "id", "index", "inx"}
 """Extensions that hold one integer, by the convention of WebDataset."""
+LARGEST = 2**31
+"""Bytes of a member at most; what a header claims is allocated before it is read."""
 
 
 @dataclass
@@ -31,36 +34,60 @@ class Example:
         key: that name.
         members: what `load` gave for each, or a `Refused`, by extension in lower case.
         end: the offset of the next example in the file; None for the last.
+        lost: why this example and all that follow it in the file cannot be read; it is the last then, without members.
     """
 
     key: str
     members: dict[str, Any] = field(default_factory=dict)
     end: int | None = None
+    lost: Lost | None = None
 
 
 def examples(file: IO[bytes], load: Callable[[tarfile.TarInfo], Any]) -> Iterator[Example]:
     """The examples of an open, seekable tar from where it stands, which must be where a member begins.
 
-    Raises:
-        tarfile.TarError: it is no tar, or cut off.
+    If it is cut off, or is no tar, its last example is one for all that cannot be read, from the beginning of the
+    example that the cut may have gone through.
     """
-    tar: Any = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+    start = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(start)
     current: Example | None = None
-    while (member := tar.next()) is not None:
-        tar.members = []  # tarfile would keep every header
-        key, extension = split_name(member.name)
-        if member.isdir() or not extension:
-            continue
-        if current is None or current.key != key:
-            if current is not None:
-                current.end = member.offset
-                yield current
-            current = Example(key)
-        if extension in current.members:
-            raise tarfile.TarError(f"example {key} has two members .{extension}")
-        current.members[extension] = refusal(member) or load(member)
+    try:
+        tar: Any = tarfile.open(fileobj=_Bounded(file, size), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
+        while (member := tar.next()) is not None:
+            tar.members = []  # tarfile would keep every header
+            key, extension = split_name(member.name)
+            if member.isdir() or not extension:
+                continue
+            if current is None or current.key != key:
+                if current is not None:
+                    current.end = member.offset
+                    yield current
+                current = Example(key)
+            if extension in current.members:
+                current.members[extension] = Refused(f"example {key} has two members .{extension}")
+            else:
+                current.members[extension] = refusal(member, size - member.offset_data) or load(member)
+        # tarfile takes half a header, or none where the two empty blocks of the end should be, for the end.
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("unexpected end of data")
+    except tarfile.TarError as error:
+        current = Example("the rest", lost=Lost(f"not a readable tar from here on: {error}"))
     if current is not None:
         yield current
+
+
+class _Bounded:
+    """A file whose reads ask for no more than it has: tarfile reads long names at the size that a header claims."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file, self._size = file, size
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(max(0, min(size, self._size - self.tell(), LARGEST)))
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -69,12 +96,17 @@ def split_name(name: str) -> tuple[str, str]:
     return (match[1], match[2].lower()) if match else ("", "")
 
 
-def refusal(member: tarfile.TarInfo) -> Refused | None:
-    """Why a member must not be read: its name leaves the archive, or it is a link, a device or sparse."""
+def refusal(member: tarfile.TarInfo, left: int) -> Refused | None:
+    """Why a member must not be read: its name leaves the archive, it is a link, a device or sparse, or is too large.
+
+    `left` is how many bytes the file has for it.
+    """
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return Refused(f"{member.name} leaves the folder of its archive")
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
         return Refused(f"{member.name} is no regular file")
+    if not 0 <= member.size <= min(left, LARGEST):
+        return Refused(f"{member.name} claims {member.size} bytes; {min(left, LARGEST)} may be read")
     return None
 
 
@@ -111,27 +143,29 @@ class TarTable(Table):
     def __init__(self, name: str, path: str, files: list[str], root: Path) -> None:
         """
         Raises:
-            UserError: a tar is corrupt.
+            UserError: no example of any tar can be read.
         """
         self._files = files
         self._root = root
         self._keys: list[str] = []
         self._refused: dict[tuple[str, int], Refused] = {}
+        self._lost: dict[int, Lost] = {}
         shards: list[int] = []
         places: dict[str, dict[int, tuple[int, int]]] = {}
         for shard, file in enumerate(files):
-            try:
-                with open(file, "rb") as handle:
-                    for example in examples(handle, lambda member: (member.offset_data, member.size)):
-                        for extension, place in example.members.items():
-                            if isinstance(place, Refused):
-                                self._refused[extension, len(shards)] = place
-                                place = (0, 0)
-                            places.setdefault(extension, {})[len(shards)] = place
-                        self._keys.append(example.key)
-                        shards.append(shard)
-            except tarfile.TarError as error:
-                raise UserError(f"source {name}: {file}: not a readable tar: {error}") from None
+            with open(file, "rb") as handle:
+                for example in examples(handle, lambda member: (member.offset_data, member.size)):
+                    for extension, place in example.members.items():
+                        if isinstance(place, Refused):
+                            self._refused[extension, len(shards)] = place
+                            place = (0, 0)
+                        places.setdefault(extension, {})[len(shards)] = place
+                    if example.lost:
+                        self._lost[len(shards)] = example.lost
+                    self._keys.append(example.key)
+                    shards.append(shard)
+        if self._lost and not places:
+            raise UserError(f"source {name}: {files[shards[0]]}: {self._lost[0].reason}")
         self._shards = np.array(shards, dtype=np.int32)
         self._places = {extension: _dense(found, len(shards)) for extension, found in places.items()}
         self._fields = {"__key__": ("__key__", "")}
@@ -146,10 +180,9 @@ class TarTable(Table):
 
     def _column(self, column: str, rows: Sequence[int]) -> list[Any]:
         extension, key = self._fields[column]
-        if extension == "__key__":
-            return [self._keys[row] for row in rows]
-        values = self._member(extension, rows)
-        return [pick(value, key) for value in values] if key else values
+        values = [self._keys[row] for row in rows] if extension == "__key__" else self._member(extension, rows)
+        values = [pick(value, key) for value in values] if key else values
+        return [self._lost.get(row, value) for row, value in zip(rows, values)] if self._lost else values
 
     def _member(self, extension: str, rows: Sequence[int]) -> list[Any]:
         """One extension's values, each tar opened once and read in the order of its bytes."""
@@ -191,10 +224,11 @@ class TarReader:
     def __init__(self, name: str, files: list[str]) -> None:
         """
         Raises:
-            UserError: the first tar cannot be read.
+            UserError: the first example cannot be read.
         """
         self._name = name
         self._files = files
+        self.columns: list[str] = []
         self._state = {"shard": 0, "offset": 0}
         self.columns = list(next(self.rows(None), ("", {}))[1])
 
@@ -207,8 +241,11 @@ class TarReader:
                 for example in read_examples(file, offset):
                     ended = example.end is None
                     self._state = {"shard": shard + ended, "offset": example.end or 0}
-                    yield f"{file.rsplit('/', 1)[-1]}[{example.key}]", to_row(example)
-            except (tarfile.TarError, OSError, ImportError) as error:  # fsspec imports what a URL needs
+                    row = dict.fromkeys(self.columns, example.lost) if example.lost else to_row(example)
+                    if example.lost and not row:
+                        raise UserError(f"source {self._name}: {file}: {example.lost.reason}")
+                    yield f"{file.rsplit('/', 1)[-1]}[{example.key}]", row
+            except (OSError, ImportError) as error:  # fsspec imports what a URL needs
                 raise UserError(f"source {self._name}: {file}: not a readable tar: {error}") from None
             offset = 0
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -199,19 +200,19 @@ def _values(
 ) -> Iterator[tuple[str, str | bytes | Path | np.ndarray | BadMedia]]:
     """Each row's raw value, or why there is none, after a key that equal values share."""
     columns = _columns(modality, spec)
-    starts: Iterable[int] = range(0, len(table), READ_ROWS)
-    for start in progress(starts, modality.name) if progress else starts:
-        numbers = range(start, min(start + READ_ROWS, len(table)))
-        for number, row in zip(numbers, table.rows(numbers, columns)):
-            try:
-                if modality.reads_text:
-                    text = fill(spec.columns, row, None)
-                    yield "text:" + text, text
-                else:
-                    value = table.media(row[spec.columns[0]])
-                    yield _digest(value), value
-            except BadMedia as error:
-                yield f"row:{number}", error
+    numbers = range(len(table))
+    chunks = (table.rows(numbers[start : start + READ_ROWS], columns) for start in numbers[::READ_ROWS])
+    shown: Iterable[int] = progress(numbers, modality.name) if progress else numbers
+    for number, row in zip(shown, chain.from_iterable(chunks)):
+        try:
+            if modality.reads_text:
+                text = fill(spec.columns, row, None)
+                yield "text:" + text, text
+            else:
+                value = table.media(row[spec.columns[0]])
+                yield _digest(value), value
+        except BadMedia as error:
+            yield f"row:{number}", error
 
 
 def _digest(value: bytes | Path | np.ndarray) -> str:

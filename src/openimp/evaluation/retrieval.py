@@ -118,7 +118,7 @@ def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, correct: np.ndarray, limit:
     """The rank from 1 of each query's best correct candidate by dot product.
 
     A tie counts against the model: a wrong candidate as similar as the best correct one stands before it. So a model
-    that gives everything the same vector finds nothing.
+    that gives everything the same vector, or NaN, finds nothing.
 
     Args:
         queries_NZ, candidates_MZ: vectors on one device.
@@ -138,7 +138,8 @@ def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, correct: np.ndarray, limit:
         query_E = query_E - start
         right_E = similar_nM[query_E, candidate_E]
         best_n = similar_nM.new_full((len(similar_nM),), -torch.inf).scatter_reduce(0, query_E, right_E, "amax")
-        before_n = (similar_nM >= best_n[:, None]).sum(1)
-        right_before_n = torch.zeros_like(before_n).index_add(0, query_E, (right_E >= best_n[query_E]).long())
+        # Not `>=`, which NaN would pass by unseen.
+        before_n = (~(similar_nM < best_n[:, None])).sum(1)
+        right_before_n = torch.zeros_like(before_n).index_add(0, query_E, (~(right_E < best_n[query_E])).long())
         found.append(1 + before_n - right_before_n)
     return torch.cat(found).cpu().numpy()

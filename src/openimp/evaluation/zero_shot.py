@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.data.sources import Table
-from openimp.data.tables import as_text
+from openimp.data.tables import Refused, as_text
 from openimp.errors import UserError
 from openimp.evaluation.encoding import Progress, embed, encode_rows, first_view, require_columns, require_pair
 from openimp.evaluation.figures import interval, readable_rows
@@ -92,6 +92,9 @@ def classify(
         precision=recipe.train.precision,
         progress=progress,
     )
+    for i, label in enumerate(labels):
+        if isinstance(label, Refused):
+            encoded.item[i], encoded.bad[i] = -1, label.reason
     row, skipped = readable_rows(table, [encoded], where)
     index = {label: i for i, label in enumerate(classes)}
     truth = np.array([index[labels[i]] for i in row], np.int64)
@@ -137,9 +140,12 @@ def class_embeddings(
 def _classes(labels: list[Any], where: str) -> list[Any]:
     """The distinct labels, in the order that classification heads have."""
     try:
-        return sorted(set(labels), key=lambda label: (str(type(label)), label))
+        classes = {label for label in labels if not isinstance(label, Refused)}
     except TypeError:
         raise UserError(f"{where} holds lists; zero-shot classification needs one class a row") from None
+    if not classes:
+        raise UserError(f"{where} cannot be read in any row")
+    return sorted(classes, key=lambda label: (str(type(label)), label))
 
 
 def _class_text(label: Any, options: ZeroShot, where: str) -> str:

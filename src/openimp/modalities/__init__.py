@@ -37,6 +37,10 @@ class Tokens(NamedTuple):
         mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
         return Tokens(self.values.to(device, non_blocking=True), self.coords.to(device, non_blocking=True), mask)
 
+    def pin_memory(self) -> "Tokens":
+        mask = None if self.mask is None else self.mask.pin_memory()
+        return Tokens(self.values.pin_memory(), self.coords.pin_memory(), mask)
+
     def valid(self) -> torch.Tensor:
         """(B, L) bool, the mask, or all True."""
         return self.mask if self.mask is not None else self.coords.new_ones(self.coords.shape[:2], dtype=torch.bool)

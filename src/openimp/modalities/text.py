@@ -56,8 +56,8 @@ class Text(Modality):
         return self._tokenizer
 
     def stem_spec(self) -> StemSpec:
-        # Before it is trained a tokenizer counts as large as it may become.
-        ids = self.config.vocab if self._tokenizer is None else RESERVED + self._tokenizer.get_vocab_size()
+        # Before it is trained a tokenizer counts as large as it may become; a file's ids may have gaps.
+        ids = self.config.vocab if self._tokenizer is None else RESERVED + 1 + max(self._tokenizer.get_vocab().values())
         return StemSpec(values=ids, axes=(self.config.positions,), table=True)
 
     def check(self, view: Any) -> None:
@@ -145,6 +145,10 @@ def _valid(text: str) -> str:
 
 def _load(path: str) -> Tokenizer:
     try:
-        return Tokenizer.from_file(path)
+        tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"modalities.text.tokenizer: {path} is not a tokenizer file: {error}") from None
+    # A view says how long a text is; the file's own pads would be words to us.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

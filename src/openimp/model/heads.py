@@ -26,8 +26,7 @@ class Projection(nn.Module):
 class Temperature(nn.Module):
     """A learned scale, and a bias that only the sigmoid loss uses, for the similarities of one pair of modalities.
 
-    The scale is kept as a logarithm, so that it stays positive, and below 100, as in CLIP (arXiv 2103.00020, section
-    2.5).
+    The scale is kept as a logarithm, so that it stays positive.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -38,4 +37,12 @@ class Temperature(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        return self.log_scale.clamp(max=math.log(100.0)).exp()
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def limit(self) -> None:
+        """Keeps the scale below 100, after each update, as CLIP does (arXiv 2103.00020, section 2.5).
+
+        In the forward pass a limit would leave no gradient to come back by.
+        """
+        self.log_scale.clamp_(max=math.log(100.0))

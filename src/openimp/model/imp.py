@@ -137,8 +137,8 @@ def pairs_of(objective: Contrastive, modalities: Iterable[str]) -> list[tuple[st
 def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
     if mask_BL is None:
         return x_BLD.mean(1)
-    weight_BL1 = mask_BL[..., None].to(x_BLD.dtype)
-    return (x_BLD * weight_BL1).sum(1) / weight_BL1.sum(1)
+    # In bf16 a count above 256 would be rounded.
+    return (x_BLD * mask_BL[..., None]).sum(1, dtype=torch.float32) / mask_BL.sum(1, keepdim=True)
 
 
 def _classifier(width: int, classes: int) -> nn.Linear:
