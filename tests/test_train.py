@@ -184,7 +184,7 @@ def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(own_data, tmp
     sounds = {file: file.read_bytes() for file in own_data.glob("*.wav")}
     for file in sounds:
         file.write_bytes(b"no sound")
-    with pytest.raises(UserError, match="sets.tones: "):
+    with pytest.raises(UserError, match=r"evaluation\.sets\.tones: "):
         train(recipe, run)
     assert last_step(run) == 6
     for file, content in sounds.items():

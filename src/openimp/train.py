@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openimp.checkpoint import checkpoints, load_checkpoint, read_config, save_checkpoint
 from openimp.data.loader import Loaded, StepBatches, make_loader
-from openimp.device import autocast, pick_device
+from openimp.device import autocast, keep_freed_memory, pick_device
 from openimp.errors import UserError
 from openimp.evaluation import evaluate, open_sets, table
 from openimp.ledger import costs, mixture_table
@@ -75,6 +75,7 @@ class Training:
     def __init__(self, recipe: Recipe, run: Path, resume: bool) -> None:
         self.recipe, self.run, self.step = recipe, run, 0
         self.device = pick_device()
+        keep_freed_memory()
         if run.exists() and not run.is_dir():
             raise UserError(f"{run}: is a file; name a directory with --run")
         if (run / "recipe.yaml").exists() and not checkpoints(run):
