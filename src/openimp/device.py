@@ -31,8 +31,8 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 def keep_freed_memory() -> None:
     """Lets glibc keep what a step frees for the next one, where the allocator is glibc's.
 
-    Otherwise large tensors go back to the system after each step and are zeroed page by page in the next: on a CPU about
-    a tenth of a sparse model's step.
+    Otherwise large tensors go back to the system after each step and are zeroed page by page in the next: about a tenth
+    of a sparse model's step on a CPU.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
