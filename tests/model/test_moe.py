@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -91,6 +91,7 @@ def naive(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, list[tupl
     top_k=st.integers(1, 3),
     capacity=st.sampled_from([0.3, 1.0, 1.25, 2.0, 9.0]),
 )
+@example("expert_choice_batch", True, 0, [6, 9], 0, 3, 1, 0.3)  # 15 tokens x 0.3 / 3: half a slot
 def test_the_layer_does_what_its_routing_says(routing, training, seed, lengths, pads, experts, top_k, capacity):
     """Output, gradients and statistics equal those of a loop over tokens; groups, pads and capacities included."""
     top_k = min(top_k, experts)

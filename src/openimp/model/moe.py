@@ -56,7 +56,8 @@ def expert_choice(probs_GNE: Tensor, valid_GN: Tensor, capacity: float) -> Routi
     slots = min(n, _slots(n, capacity / experts))
     score_GEN = probs_GNE.masked_fill(~valid_GN[..., None], -1.0).transpose(1, 2)
     gate_GEC, token_GEC = score_GEN.topk(slots, dim=-1)
-    own_G = (valid_GN.sum(-1) * (capacity / experts)).add(0.5).floor().clamp(min=1)
+    # In fp64, as `_slots` computes: fp32 may round a half the other way, and the two would disagree.
+    own_G = (valid_GN.sum(-1).double() * (capacity / experts) + 0.5).floor().clamp(min=1)
     used_GEC = (torch.arange(slots, device=gate_GEC.device) < own_G[:, None, None]) & (gate_GEC > 0)
     return Routing(token_GEC, gate_GEC * used_GEC)
 
