@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import pickle
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore
 from openimp.modalities import BadMedia, Modality, StemSpec, Tokens
 from openimp.recipe import Source, Strict
+
+# NumPy parses a file's header with `ast`, which in Python 3.11 may fail in several threads at once (python/cpython#106905).
+ONE_AT_A_TIME = threading.Lock()
 
 
 class Numbers(Modality):
@@ -48,7 +52,8 @@ class Numbers(Modality):
     def decode(self, raw, views, rng=None) -> np.ndarray:
         self.decoded += 1
         try:
-            array = np.load(io.BytesIO(raw) if isinstance(raw, bytes) else raw, allow_pickle=False)
+            with ONE_AT_A_TIME:
+                array = np.load(io.BytesIO(raw) if isinstance(raw, bytes) else raw, allow_pickle=False)
         except ValueError:
             raise BadMedia("this is no array") from None
         return array[..., : max(view.size for view in views)] * np.asarray(self.config.scale, array.dtype)
