@@ -20,7 +20,8 @@ from openimp.data.store import DecodedStore
 from openimp.modalities import BadMedia, Modality, StemSpec, Tokens
 from openimp.recipe import Source, Strict
 
-# NumPy parses a file's header with `ast`, which in Python 3.11 may fail in several threads at once (python/cpython#106905).
+# NumPy parses a file's header with `ast`, which in Python 3.11 may fail in several threads at once
+# (python/cpython#106905).
 ONE_AT_A_TIME = threading.Lock()
 
 
