@@ -53,8 +53,7 @@ def _embed_patches(embed: nn.Linear, values_BLP: Tensor) -> Tensor:
 
 def _table(ids: int, width: int) -> nn.Embedding:
     table = nn.Embedding(ids, width)
-    # The usual 0.02 would drown a token in its position, which is normalised to one. Small tables under one norm over
-    # the sum learn faster but generalise worse: mean reciprocal rank of the demo's unseen stills 0.14 instead of 0.21.
+    # The usual 0.02 would drown a token in its position, which is normalised to one.
     nn.init.normal_(table.weight, std=1.0)
     return table
 
