@@ -153,6 +153,24 @@ def test_classification_is_of_the_modalities_without_a_mask_unless_one_is_named(
     torch.testing.assert_close(losses(of="audio")["audio:label"], F.cross_entropy(logits, torch.tensor([0, 4, 2])))
 
 
+@pytest.mark.parametrize(("label", "loss"), [("label", "softmax"), ("tags", "sigmoid")])
+def test_every_drawn_row_is_classified_by_its_examples_label(label, loss):
+    model = small()
+    torch.nn.init.normal_(model.classifiers[f"all:{label}"].weight)
+    features = torch.randn(6, 16)
+    labels = torch.tensor([4, 0, 2]) if loss == "softmax" else torch.tensor([[1.0, 0, 0, 1, 0]] * 2 + [[0.0] * 5])
+    objective = Classification(type="classification", label=label, loss=loss, of="image")
+
+    def found(rows, target):
+        encoded = {"image": Encoded(rows, [])}
+        (value,) = classification_losses(model, objective, "all", encoded, Batch({}, {}, {label: target})).values()
+        return value
+
+    # Two rows an example, one after the other.
+    expected = (found(features[::2], labels) + found(features[1::2], labels)) / 2
+    torch.testing.assert_close(found(features, labels), expected)
+
+
 @pytest.mark.parametrize("moe", [None, {"experts": 2, "layers": 2}])
 def test_a_tasks_objectives_are_summed_with_their_weights(moe):
     """And the routers' own losses, averaged over sparse layers and modalities, are added as they are."""

@@ -4,7 +4,7 @@
       model.safetensors       weights (the averaged ones too, in ema.safetensors, where the recipe keeps them)
       config.json             the resolved recipe, the classes of each head, the version of this layout
       tokenizer.json ...      what the modalities learned
-      optimizer.safetensors   AdamW's moments and counts, by parameter name
+      optimizer.safetensors   the optimisers' moments and counts, by parameter name
       state.json              where the training stands
 
 Nothing here is ever unpickled.
@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from openimp.modalities import Modality, modalities_of
 from openimp.model.imp import IMP
 from openimp.recipe import Recipe
 
-FORMAT = 1
+FORMAT = 2
 CHECKPOINTS = "checkpoints"
 
 
@@ -96,7 +96,7 @@ def save_checkpoint(
     step: int,
     keep: int,
     state: Mapping[str, Any],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     averaged: Mapping[str, Tensor] | None,
     model: IMP,
     recipe: Recipe,
@@ -114,6 +114,7 @@ def save_checkpoint(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     moments = {
         f"{names[id(parameter)]}|{key}": value
+        for optimizer in optimizers
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
@@ -135,7 +136,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: IMP, optimizer: torch.optim.Optimizer, averaged: dict[str, Tensor] | None
+    folder: Path, model: IMP, optimizers: Sequence[torch.optim.Optimizer], averaged: dict[str, Tensor] | None
 ) -> dict[str, Any]:
     """Puts weights, moments and averages back, and returns the training's state."""
     load_weights(model, folder / "model.safetensors")
@@ -143,11 +144,14 @@ def load_checkpoint(
         for name, tensor in _read(folder / "ema.safetensors").items():
             averaged[name].copy_(tensor)
     parameters = dict(model.named_parameters())
-    optimizer.state.clear()
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for optimizer in optimizers:
+        optimizer.state.clear()
     for key, value in _read(folder / "optimizer.safetensors").items():
         name, _, field = key.partition("|")
+        parameter = parameters[name]
         # Counts stay on the CPU unless the optimiser is fused on an accelerator, where they live beside the moments.
-        optimizer.state.setdefault(parameters[name], {})[field] = value.to(parameters[name].device)
+        owner[parameter].state.setdefault(parameter, {})[field] = value.to(parameter.device)
     state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return state
 

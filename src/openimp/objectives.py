@@ -140,7 +140,9 @@ def classification_losses(
         features_BD = encoded[name].features
         with full_precision(features_BD.device):
             logits_BK = head(features_BD.float())
-        losses[f"{name}:{objective.label}"] = loss_of(logits_BK, target, objective.smoothing)
+        # A modality drawn k times an example has k rows an example.
+        repeated = target.repeat_interleave(len(logits_BK) // len(target), dim=0)
+        losses[f"{name}:{objective.label}"] = loss_of(logits_BK, repeated, objective.smoothing)
     return losses
 
 

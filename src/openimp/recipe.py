@@ -263,16 +263,19 @@ class Alternation(Strict):
 
 
 class Optimizer(Strict):
-    """Fused AdamW with one schedule for all tasks (arXiv 2305.06324)."""
+    """Fused AdamW with one schedule for all tasks (arXiv 2305.06324); Muon beside it by option."""
 
     lr: Positive = 8e-4
     """Peak learning rate; the paper: S 8e-4, B 1e-3, L 5e-4."""
+    muon_lr: Positive | None = None
+    """Peak learning rate of Muon (arXiv 2502.16982), which then updates the encoder's dense matrices and the linear
+    layers about it, while AdamW keeps the rest; four times `lr` is a good start. null: AdamW updates everything."""
     warmup: Whole = 10_000
     """Steps of linear warm-up."""
     final_lr: Annotated[float, Field(ge=0)] = 0.0
     """Where the cosine ends, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """On matrices only."""
+    """On matrices only, by either optimiser."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """Decay of AdamW's means of the gradient and of its square."""
     clip: Positive | None = 1.0

@@ -22,6 +22,7 @@ from openimp.metrics import BadExamples, Metrics
 from openimp.modalities import Tokens, modalities_of
 from openimp.model.imp import IMP, Encoded
 from openimp.objectives import Losses, task_losses
+from openimp.optim import make_optimizers, schedule, set_learning_rate
 from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe
 
@@ -101,13 +102,13 @@ class Training:
         self.encode = (
             compiled_encode(self.model, len(self._signatures())) if recipe.train.compile else self.model.encode
         )
-        self.optimizer = _optimizer(recipe, self.model)
+        self.optimizers = make_optimizers(recipe.optimizer, self.model)
         self.averaged: dict[str, Tensor] | None = None
         if recipe.optimizer.ema:
             self.averaged = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         state: dict[str, Any] = {}
         if latest is not None:
-            state = load_checkpoint(latest, self.model, self.optimizer, self.averaged)
+            state = load_checkpoint(latest, self.model, self.optimizers, self.averaged)
             self.step = state["step"]
             self.data.load_cursors(state["cursors"])
         self.saved = self.step
@@ -135,13 +136,13 @@ class Training:
                 f"step {visit.step}, task {visit.task}: the loss ({float(losses.total.detach()):g}) or its gradient is "
                 f"not finite; nothing was updated; its {len(loaded.batch)} examples begin with {rows}"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, visit.step)
-        self.optimizer.step()
+        set_learning_rate(self.optimizers, schedule(recipe, visit.step))
+        for optimizer in self.optimizers:
+            optimizer.step()
         for pair in self.model.pairs:
             self.model.temperature(*pair).limit()
         # None, not zero: what the next task does not touch keeps its value and its moments.
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         if self.averaged is not None:
             # A short history is averaged over a short time (as in timm's ModelEmaV3 with warm-up).
             decay = min(recipe.optimizer.ema or 0, (1 + visit.step) / (10 + visit.step))
@@ -157,7 +158,8 @@ class Training:
         self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], waited)
         bar.step(self.step)
         if self.due(self.recipe.train.log_every) or self.step == self.recipe.train.steps:
-            line = self.metrics.write(self.step, learning_rate(self.recipe, visit.step), self.grad_norm)
+            rate = self.recipe.optimizer.lr * schedule(self.recipe, visit.step)
+            line = self.metrics.write(self.step, rate, self.grad_norm)
             shown = {name: figures["loss"] for name, figures in line["tasks"].items()}
             bar.report(self.step, shown, line["examples_per_s"], line["data_wait"])
         # Last, for it may end the run, whose checkpoint then holds all of this step.
@@ -176,7 +178,7 @@ class Training:
             "totals": {task: dict(units) for task, units in self.metrics.totals.items()},
         }
         save_checkpoint(
-            self.run, self.step, self.recipe.train.keep, state, self.optimizer, self.averaged,
+            self.run, self.step, self.recipe.train.keep, state, self.optimizers, self.averaged,
             self.model, self.recipe, self.modalities, self.data.classes,
         )  # fmt: skip
         self.saved = self.step
@@ -253,26 +255,6 @@ def compiled_encode(model: IMP, signatures: int) -> Callable[..., Encoded]:
             ) from None
 
     return encode
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine to the last step."""
-    options, steps = recipe.optimizer, recipe.train.steps
-    if step < options.warmup:
-        return options.lr * (step + 1) / options.warmup
-    done = (step - options.warmup) / max(1, steps - options.warmup)
-    return options.lr * (options.final_lr + (1 - options.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def _optimizer(recipe: Recipe, model: IMP) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices, not on norms, biases and temperatures."""
-    options = recipe.optimizer
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.betas[0], options.betas[1]), fused=True)
 
 
 def _latest(recipe: Recipe, run: Path) -> Path:

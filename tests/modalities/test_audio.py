@@ -198,6 +198,23 @@ def test_long_sounds_are_cut_at_random_in_training_and_evenly_in_evaluation():
     assert drawn[3] == round(float(AUDIO.transform(item, view, rng(3))[0]) * 32767)
 
 
+def test_speed_moves_pitch_and_length_together():
+    """Of a sine of 1000 Hz that ends after 0.5 s, by counting its periods and finding its end."""
+    item = (np.sin(np.arange(8000) * 2 * np.pi * 1000 / 16_000) * 10_000).astype(np.int16)
+    view = Audio.View(seconds=1.024, gain=0.0, speed=0.25)
+    speeds = []
+    for seed in range(40):
+        sound = AUDIO.transform(item, view, rng(seed))
+        assert sound.shape == (AUDIO.samples(view),)
+        end = int(np.nonzero(np.abs(sound) > 0.01)[0][-1])
+        periods = (np.diff(np.signbit(sound[:end])) != 0).sum() / 2
+        assert periods == pytest.approx(500, abs=2)
+        speeds.append(8000 / end)
+    assert 0.75 <= min(speeds) < 0.8
+    assert 1.2 < max(speeds) <= 1.255
+    assert np.array_equal(AUDIO.transform(item, view, None), AUDIO.transform(item, Audio.View(seconds=1.024), None))
+
+
 def test_gain_is_within_its_decibels():
     item = np.full(20_000, 3277, np.int16)
     levels = [

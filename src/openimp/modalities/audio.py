@@ -1,6 +1,7 @@
 """Sounds: mono samples to patches of a log-mel spectrogram."""
 
 from functools import lru_cache
+from math import ceil
 from typing import Annotated, Any
 
 import numpy as np
@@ -78,6 +79,9 @@ class Audio(Modality):
         """Share of tokens dropped in training (DropToken)."""
         gain: Annotated[float, Field(ge=0)] = 6.0
         """dB by which a sound is at most louder or softer in training."""
+        speed: Share = 0.0
+        """A sound is at most this much faster or slower in training, and so higher or lower (speed perturbation, Ko et
+        al., Interspeech 2015)."""
         clips: Count = 1
         """Clips in evaluation, linearly spaced, whose embeddings are averaged; a single one is from the middle."""
 
@@ -134,9 +138,14 @@ class Audio(Modality):
         count = self.samples(view)
         if rng is None:
             return np.stack([_cut(item, start, count) for start in clip_starts(len(item), count, view.clips)])
-        start = int(rng.integers(max(0, len(item) - count) + 1))
+        speed = 1 + rng.uniform(-view.speed, view.speed) if view.speed else 1.0
+        heard = ceil(count * speed)
+        start = int(rng.integers(max(0, len(item) - heard) + 1))
         gain = 10 ** (rng.uniform(-view.gain, view.gain) / 20)
-        return (_cut(item, start, count) * np.float32(gain)).clip(-1, 1)
+        sound = _cut(item, start, heard)
+        if view.speed:
+            sound = np.interp(np.arange(count) * speed, np.arange(heard), sound).astype(np.float32)
+        return (sound * np.float32(gain)).clip(-1, 1)
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
         """Samples (B, samples) to patches of the normalised spectrogram, (B, L, frames * bins of a patch) float32."""

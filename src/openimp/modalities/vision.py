@@ -105,8 +105,9 @@ class Vision(Modality):
                 plain.paste(picture, mask=picture)
                 picture = plain
             picture = picture.resize(view.hw[::-1], PIL.Image.Resampling.BILINEAR, box)
-            shown = np.asarray(picture.convert("RGB", colours) if colours else picture)
-            out[i] = shown[:, ::-1] if mirror else shown
+            if mirror:
+                picture = picture.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
+            out[i] = np.asarray(picture.convert("RGB", colours) if colours else picture)
         return out
 
     def _tokens(

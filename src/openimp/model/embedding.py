@@ -19,11 +19,19 @@ class Stem(nn.Module):
 
     Tokens that hold r times fewer values than the embedding was made for count as repeated r times: a still in a stem
     for clips. That equals summing the kernel over its r parts, so nothing is copied.
+
+    Embedding weights start at std D^-0.5, and their output is scaled to unit variance (for tables as in arXiv
+    1706.03762, section 3.4). An adaptive optimiser moves every weight by about the learning rate; unscaled, a patch of
+    thousands of values would then move far too fast, and a table's rows hardly at all.
     """
 
     def __init__(self, spec: StemSpec, width: int) -> None:
         super().__init__()
-        self.embed = _table(spec.values, width) if spec.table else _patch_embedding(spec.values, width)
+        self.embed = nn.Embedding(spec.values, width) if spec.table else nn.Linear(spec.values, width)
+        self.scale = (width if spec.table else width / spec.values) ** 0.5
+        nn.init.trunc_normal_(self.embed.weight, std=width**-0.5)
+        if isinstance(self.embed, nn.Linear):
+            nn.init.zeros_(self.embed.bias)
         self.positions = nn.ModuleList(nn.Embedding(rows, width) for rows in spec.axes)
         self.position_norm = nn.LayerNorm(width, eps=1e-6)
         self.before = _linear(width)
@@ -32,14 +40,14 @@ class Stem(nn.Module):
     def forward(self, tokens: Tokens) -> Tensor:
         """(B, L, P) values, or (B, L) ids, to (B, L, D)."""
         if isinstance(self.embed, nn.Embedding):
-            x_BLD = self.embed(tokens.values)
+            x_BLD = self.embed(tokens.values) * self.scale
         else:
-            x_BLD = _embed_patches(self.embed, tokens.values)
+            x_BLD = _embed_patches(self.embed, tokens.values, self.scale)
         where = sum(table(index) for table, index in zip(self.positions, tokens.coords.unbind(-1)))
         return self.before(x_BLD + self.position_norm(where))
 
 
-def _embed_patches(embed: nn.Linear, values_BLP: Tensor) -> Tensor:
+def _embed_patches(embed: nn.Linear, values_BLP: Tensor, scale: float) -> Tensor:
     if values_BLP.dtype == torch.uint8:
         values_BLP = values_BLP.float() / 127.5 - 1
     repeats, rest = divmod(embed.in_features, values_BLP.shape[-1])
@@ -48,21 +56,7 @@ def _embed_patches(embed: nn.Linear, values_BLP: Tensor) -> Tensor:
     weight = embed.weight
     if repeats > 1:
         weight = weight.unflatten(1, (repeats, -1)).sum(1)
-    return F.linear(values_BLP, weight, embed.bias)
-
-
-def _table(ids: int, width: int) -> nn.Embedding:
-    table = nn.Embedding(ids, width)
-    # The usual 0.02 would drown a token in its position, which is normalised to one.
-    nn.init.normal_(table.weight, std=1.0)
-    return table
-
-
-def _patch_embedding(values: int, width: int) -> nn.Linear:
-    layer = nn.Linear(values, width)
-    nn.init.trunc_normal_(layer.weight, std=values**-0.5)
-    nn.init.zeros_(layer.bias)
-    return layer
+    return F.linear(values_BLP, weight * scale, embed.bias)
 
 
 def _linear(width: int) -> nn.Linear:

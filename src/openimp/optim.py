@@ -1,0 +1,63 @@
+"""Optimisers and their one schedule."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from openimp.model.imp import IMP
+from openimp.recipe import Optimizer, Recipe
+
+
+def make_optimizers(options: Optimizer, model: IMP) -> list[torch.optim.Optimizer]:
+    """Fused AdamW, with Muon beside it for the hidden matrices where the recipe asks for it.
+
+    Weight decay is for matrices, not for norms, biases and temperatures. Each group keeps its peak learning rate as
+    `peak`.
+    """
+    hidden = hidden_matrices(model) if options.muon_lr else {}
+    rest = [parameter for parameter in model.parameters() if parameter not in hidden]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (options.betas[0], options.betas[1])
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)]
+    if options.muon_lr:
+        # Updates as large as AdamW's (arXiv 2502.16982, section 2.2), so that both share the scale of learning rates.
+        muon = torch.optim.Muon(
+            hidden, lr=options.muon_lr, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        made.append(muon)
+    for group in (group for optimizer in made for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
+    return made
+
+
+def hidden_matrices(model: IMP) -> dict[Tensor, None]:
+    """The weights that take hidden features to hidden features, in order.
+
+    Not those that read inputs or write classes, nor routers; nor experts, of which each would have to be orthogonalised
+    by itself at every step.
+    """
+    return {
+        module.weight: None
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith("classifiers.") and not name.endswith(".embed")
+    }
+
+
+def schedule(recipe: Recipe, step: int) -> float:
+    """The learning rate of a step as a share of its peak: linear warm-up, then a cosine to the last step."""
+    options, steps = recipe.optimizer, recipe.train.steps
+    if step < options.warmup:
+        return (step + 1) / options.warmup
+    done = (step - options.warmup) / max(1, steps - options.warmup)
+    return options.final_lr + (1 - options.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
+    """Sets every group to a share of its peak."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["peak"] * share
