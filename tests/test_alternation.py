@@ -43,7 +43,7 @@ def test_the_schedule_is_a_pure_function_of_recipe_seed_and_step(kind):
     assert list(other) != list(long)
 
 
-@pytest.mark.parametrize("kind", ["random", "intervals", "cycle"])
+@pytest.mark.parametrize("kind", ["random", "intervals", "cycle", "sequence"])
 def test_each_task_takes_its_examples_one_after_the_other(kind):
     """Batches of a task lie end to end in its order, whatever comes between them and however large its views' are."""
     following = {"a": 0, "b": 0, "c": 0}
@@ -81,6 +81,11 @@ def test_a_cycle_is_never_far_from_its_shares(weights, seed):
         assert off.max() - off.min() < 5
 
 
+def test_in_a_sequence_each_task_has_its_share_of_the_steps_at_one_time():
+    tasks = [visit.task for visit in Alternation(mixture("sequence", 100, THREE))]
+    assert tasks == ["a"] * 50 + ["b"] * 30 + ["c"] * 20
+
+
 def test_fixed_intervals_give_the_mixture_of_the_release():
     """Image-text and labelled images at every round, the others at every 5th to 12th (arXiv 2305.06324)."""
     recipe = Recipe.load("imp_s")
@@ -102,7 +107,7 @@ def test_fixed_intervals_give_the_mixture_of_the_release():
 
 
 def test_tasks_of_weight_0_are_never_visited():
-    for kind in ("random", "intervals", "cycle"):
+    for kind in ("random", "intervals", "cycle", "sequence"):
         recipe = mixture(kind, 100, {**THREE, "b": {"weight": 0.0}})
         assert {visit.task for visit in Alternation(recipe)} == {"a", "c"}
         assert "b" not in expected_shares(recipe)

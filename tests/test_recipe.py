@@ -5,7 +5,7 @@ import yaml
 
 from openimp.errors import UserError
 from openimp.recipe import Recipe, View
-from openimp.recipe_file import find_recipe
+from openimp.recipe_file import find_file
 
 BUNDLED = ["demo", "imp_s", "imp_b", "imp_m", "imp_l", "imp_moe_s", "imp_moe_b", "imp_moe_l"]
 
@@ -150,8 +150,8 @@ def test_a_file_that_is_no_recipe_is_told_in_one_sentence(tmp_path, text, messag
 
 
 def test_a_recipe_is_found_by_path_or_by_name(file):
-    assert find_recipe(str(file)) == file
-    assert find_recipe("demo").name == "demo.yaml"
+    assert find_file(str(file)) == file
+    assert find_file("demo").name == "demo.yaml"
     with pytest.raises(UserError, match=r"dem: no such recipe file; did you mean 'demo'\?"):
         Recipe.load("dem")
     with pytest.raises(UserError, match=r"nowhere\.yaml: no such recipe file"):

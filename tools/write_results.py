@@ -2,7 +2,7 @@
 
     .venv/bin/python tools/write_results.py runs/demo
 
-The picture needs matplotlib (`pip install openimp[docs]`). It shows test items that the model had never seen, evenly
+The picture needs matplotlib (`pip install openimp[plots]`). It shows test items that the model had never seen, evenly
 spaced through the data, not the ones that came out best.
 """
 

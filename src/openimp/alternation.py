@@ -32,7 +32,10 @@ class Visit:
 
 
 class Alternation(Sequence[Visit]):
-    """The whole schedule of a recipe, a few bytes a step. A longer run's schedule begins with a shorter one's."""
+    """The whole schedule of a recipe, a few bytes a step.
+
+    A longer run's schedule begins with a shorter one's, unless the tasks come one after the other.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self._names = [name for name, task in recipe.tasks.items() if task.weight]
@@ -80,6 +83,8 @@ def view_shares(views: Sequence[View]) -> list[float]:
 
 def _tasks(kind: str, weights: list[float], intervals: list[int], steps: int, seed: int) -> np.ndarray:
     """(steps,) index of each step's task."""
+    if kind == "sequence":
+        return _pick(weights, (np.arange(steps) + 0.5) / steps)
     if kind != "intervals":
         return _draw(weights, steps, kind == "random", (seed, 0))
     visited: list[int] = []
@@ -93,7 +98,11 @@ def _tasks(kind: str, weights: list[float], intervals: list[int], steps: int, se
 def _draw(weights: list[float], n: int, random: bool, key: tuple[int, ...]) -> np.ndarray:
     """(n,) indices with frequencies as the weights; a prefix of a longer draw is the shorter one."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-    points = rng.random(n) if random else (rng.random() + GOLDEN * np.arange(n)) % 1.0
+    return _pick(weights, rng.random(n) if random else (rng.random() + GOLDEN * np.arange(n)) % 1.0)
+
+
+def _pick(weights: list[float], points: np.ndarray) -> np.ndarray:
+    """Indices of points between 0 and 1, each index for a part as large as its weight."""
     edges = np.cumsum(weights) / np.sum(weights)
     # The last edge may be a rounding error below 1.
     return np.minimum(np.searchsorted(edges, points, side="right"), len(weights) - 1).astype(np.int16)

@@ -224,14 +224,14 @@ class View(Strict):
 
     def bind(self, modalities: Iterable[str], where: str) -> "View":
         """Checks the options of each modality against its `View` and fills in its defaults."""
-        extra, checked = dict(self.model_extra or {}), {}
+        extra, known = dict(self.model_extra or {}), {}
         for name in modalities:
             options = extra.pop(name, {})
-            checked[name] = _checked(modality_class(name).View, options, f"{where}.{name}")
+            known[name] = checked(modality_class(name).View, options, f"{where}.{name}")
         if extra:
             key = next(iter(extra))
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, [*modalities, *View.model_fields])}")
-        self.__pydantic_extra__ = checked
+        self.__pydantic_extra__ = known
         return self
 
 
@@ -257,9 +257,9 @@ class Task(Strict):
 class Alternation(Strict):
     """The function step -> (task, view)."""
 
-    kind: Literal["random", "intervals", "cycle"] = "random"
-    """Drawn by weight (the paper's figure 1), each task every `interval` rounds (the authors' release), or a
-    low-discrepancy sequence by weight."""
+    kind: Literal["random", "intervals", "cycle", "sequence"] = "random"
+    """Drawn by weight (the paper's figure 1), each task every `interval` rounds (the authors' release), a
+    low-discrepancy sequence by weight, or one task after the other, each for its share of the steps."""
 
 
 class Optimizer(Strict):
@@ -394,7 +394,7 @@ class Recipe(Strict):
     @classmethod
     def build(cls, data: Mapping[str, Any], folder: str | Path = ".", where: str = "recipe") -> "Recipe":
         """A checked recipe from plain data; relative paths of its sources start at `folder`."""
-        recipe = _checked(cls, data, where, folder)
+        recipe = checked(cls, data, where, folder)
         recipe._bind(where, folder)
         return recipe
 
@@ -412,7 +412,7 @@ class Recipe(Strict):
             if stem not in stems:
                 raise UserError(f"{where}: modalities: unknown key {stem!r}{nearest(stem, stems)}")
         for stem, modality in stems.items():
-            self.modalities[stem] = _checked(
+            self.modalities[stem] = checked(
                 modality.Config, self.modalities.get(stem, {}), f"{where}: modalities.{stem}", folder
             )
         heads: dict[tuple[str, str], tuple[str, Classification]] = {}
@@ -479,7 +479,7 @@ def _check_objective(key: str, objective: Contrastive | Classification, inputs: 
         raise UserError(f"{key}: a classification of {', '.join(inputs)} only must name it as its `of`")
 
 
-def _checked(schema: type[Any], data: Any, where: str, folder: str | Path | None = None) -> Any:
+def checked(schema: type[Any], data: Any, where: str, folder: str | Path | None = None) -> Any:
     """Validates plain data (or checks what is checked already anew), and tells the first mistake in one sentence."""
     if isinstance(data, BaseModel):
         data = data.model_dump()

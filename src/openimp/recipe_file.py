@@ -19,20 +19,30 @@ def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[dict[str, Any
     Raises:
         UserError: no such file, no YAML, or no mapping.
     """
-    file = find_recipe(name)
-    try:
-        data = yaml.load(file.read_text(encoding="utf-8"), RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{file}: a recipe is a mapping of keys, found {type(data).__name__}")
+    file = find_file(name)
+    data = read_mapping(file, "recipe")
     for text in overrides:
         override(data, text)
     return data, file
 
 
-def find_recipe(name: str) -> Path:
-    """The file that `name` means: a path, or the name of a recipe that comes with openimp.
+def read_mapping(file: Path, what: str) -> dict[str, Any]:
+    """The plain data of a YAML file that holds a mapping.
+
+    Raises:
+        UserError: no YAML, or no mapping.
+    """
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), RecipeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: a {what} is a mapping of keys, found {type(data).__name__}")
+    return data
+
+
+def find_file(name: str, folder: str = "recipes", what: str = "recipe file") -> Path:
+    """The file that `name` means: a path, or the name of a recipe, or of what else a folder holds, of openimp's own.
 
     Raises:
         UserError: there is neither.
@@ -40,11 +50,11 @@ def find_recipe(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     here = Path(__file__).resolve().parent
-    # In a wheel the recipes lie in the package, in a checkout at its top.
-    bundled = {p.stem: p for folder in (here / "recipes", here.parents[1] / "recipes") for p in folder.glob("*.yaml")}
+    # In a wheel the folder lies in the package, in a checkout at its top.
+    bundled = {p.stem: p for place in (here / folder, here.parents[1] / folder) for p in place.glob("*.yaml")}
     if name in bundled:
         return bundled[name]
-    raise UserError(f"{name}: no such recipe file{nearest(name, bundled)}")
+    raise UserError(f"{name}: no such {what}{nearest(name, bundled)}")
 
 
 class RecipeLoader(yaml.SafeLoader):

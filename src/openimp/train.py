@@ -31,18 +31,19 @@ FREE = {"train.workers", "train.prefetch", "train.log_every", "train.save_every"
 """Keys that change nothing of what a resumed run computes, like all of `evaluation`."""
 
 
-def train(recipe: Recipe, run: Path, resume: bool = False) -> bool:
+def train(recipe: Recipe, run: Path, resume: bool = False, loop: "type[Training] | None" = None) -> bool:
     """Trains a recipe into a run directory, evaluates it, and says whether it came to its end or was stopped.
 
     Args:
         recipe: what to train.
         run: the directory to write; with `resume`, one that holds an interrupted run of the same recipe.
+        loop: what makes the steps, for studies of other ways to train; left out: `Training`.
 
     Raises:
         UserError: bad data, a run that is already there, a checkpoint of another recipe, or a loss that is not finite.
             The steps before it are saved.
     """
-    training = Training(recipe, run, resume)
+    training = (loop or Training)(recipe, run, resume)
     with _stop_signals() as stop, StepBar(recipe.train.steps, training.step) as bar, closing(training.metrics):
         try:
             if training.step and training.due(recipe.evaluation.every):
@@ -122,11 +123,24 @@ class Training:
 
     def update(self, loaded: Loaded) -> Losses:
         """One step: one task's losses, their gradients, and one update of the parameters that the task touches."""
-        visit, recipe = loaded.visit, self.recipe
-        task = recipe.tasks[visit.task]
-        with autocast(self.device, recipe.train.precision):
-            losses = task_losses(self.model, task, loaded.batch.to(self.device), self.encode)
+        losses = self.forward(loaded)
         losses.total.backward()
+        self.apply_gradients(loaded, losses)
+        return losses
+
+    def forward(self, loaded: Loaded) -> Losses:
+        """The losses of the step's task."""
+        task = self.recipe.tasks[loaded.visit.task]
+        with autocast(self.device, self.recipe.train.precision):
+            return task_losses(self.model, task, loaded.batch.to(self.device), self.encode)
+
+    def apply_gradients(self, loaded: Loaded, losses: Losses) -> None:
+        """Clips the gradients, updates what has one, and forgets them.
+
+        Raises:
+            UserError: the loss or its gradient is not finite.
+        """
+        visit, recipe = loaded.visit, self.recipe
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip or math.inf)
         # This waits for a GPU to end the backward pass: the price of never updating with what is not finite.
         self.grad_norm = float(norm)
@@ -148,7 +162,6 @@ class Training:
             decay = min(recipe.optimizer.ema or 0, (1 + visit.step) / (10 + visit.step))
             torch._foreach_lerp_(list(self.averaged.values()), list(self.model.state_dict().values()), 1 - decay)
         self.step = visit.step + 1
-        return losses
 
     def record(self, loaded: Loaded, losses: Losses, waited: float, bar: StepBar) -> None:
         """Adds a step to the metrics, and writes and shows a line when one is due."""
