@@ -17,6 +17,7 @@ from openimp.modalities import modalities_of
 from openimp.recipe import Recipe, Source, Task
 from openimp.recipe_file import RecipeLoader
 from openimp.registry import modality_class
+from openimp.study.schema import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -74,8 +75,11 @@ def test_there_are_pages():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_recipe_and_part_of_one_is_valid(page, outside):
-    for _, text in blocks(page, "yaml"):
-        Recipe.build(framed(text))
+    for name, text in blocks(page, "yaml"):
+        if name == "study.yaml":
+            Study.model_validate(yaml.load(text, RecipeLoader))
+        else:
+            Recipe.build(framed(text))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -84,6 +84,21 @@ def info(
     run_info(what, set_ or [])
 
 
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="A study's YAML file, or a bundled one's name.")],
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="One seed and a few steps, to see that all of it works.")
+    ] = False,
+    runs: Annotated[Path, typer.Option("--runs", help="Where the trainings are kept.")] = Path("runs/studies"),
+    out: Annotated[Path, typer.Option("--out", help="Where the table and the plot go.")] = Path("docs/results"),
+) -> None:
+    """Compare variants of a recipe at equal FLOPs, over seeds; started again, it goes on where it stopped."""
+    from openimp.study import run_study
+
+    run_study(name, runs, out, smoke)
+
+
 def main() -> None:
     """Runs a command; what the user can mend, files that cannot be used too, is told in one line, with exit code 2."""
     try:

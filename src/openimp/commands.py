@@ -108,7 +108,8 @@ def _print_model(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]])
     shown.add_section()
     shown.add_row("in all", f"{_count(model):,}")
     moe = recipe.model.moe
-    if moe:
+    # Soft slots take from all tokens of an example, so no token uses a number of experts.
+    if moe and moe.routing != "soft":
         expert = 2 * recipe.model.width * recipe.model.mlp
         used = moe.top_k if moe.routing == "token_choice" else moe.capacity
         active = _count(model.encoder) - moe.layers * expert * (moe.experts - used)

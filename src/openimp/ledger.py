@@ -4,6 +4,7 @@ FLOPs are those of the matrix products and attention of one forward and backward
 `torch.utils.flop_counter` on the meta device, where nothing is computed; a multiply-add is two.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from openimp.objectives import Batch, head_key, task_losses
 from openimp.recipe import Classification, Recipe, Task
 
 UNITS = ("steps", "examples", "tokens", "flops")
+
+
+_counted: dict[str, dict[tuple[str, int], "Cost"]] = {}
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,17 @@ def costs(
     recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
 ) -> dict[tuple[str, int], Cost]:
     """The cost of a step of each (task, view index)."""
+    data = recipe.to_dict()
+    sizes = {name: len(values) for name, values in classes.items()}
+    key = json.dumps([data["model"], data["modalities"], data["tasks"], sizes])
+    if key not in _counted:  # Counting takes seconds, and a study asks for the same again and again.
+        _counted[key] = _count(recipe, modalities, classes)
+    return _counted[key]
+
+
+def _count(
+    recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
+) -> dict[tuple[str, int], Cost]:
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
     model.train()

@@ -30,8 +30,8 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self.file = run / "metrics.jsonl"
-        _cut(self.file, step)
-        _cut(run / "results.jsonl", step)
+        forget_after(self.file, step)
+        forget_after(run / "results.jsonl", step)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
         self.totals = {task: Counter(units) for task, units in (totals or {}).items()}
         self._reset()
@@ -104,7 +104,7 @@ class Metrics:
 
     def results(self, run: Path, results: list[dict[str, Any]]) -> None:
         """Adds evaluation results to results.jsonl and to TensorBoard, in place of older ones of this step."""
-        _cut(run / "results.jsonl", max(result["step"] for result in results) - 1)
+        forget_after(run / "results.jsonl", max(result["step"] for result in results) - 1)
         for result in results:
             append(run / "results.jsonl", result)
             for key in ("r1", "r5", "mrr", "top1"):
@@ -121,7 +121,7 @@ class BadExamples:
 
     def __init__(self, run: Path, step: int, limit: float, state: dict[str, dict[str, int]] | None = None) -> None:
         self.file, self.limit = run / "skipped.jsonl", limit
-        _cut(self.file, step - 1)  # Its lines count steps from 0.
+        forget_after(self.file, step - 1)  # Its lines count steps from 0.
         self.state = state or {}
 
     def add(self, step: int, task: str, read: int, bad: list[tuple[str, str]]) -> None:
@@ -157,7 +157,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _cut(file: Path, step: int) -> None:
+def forget_after(file: Path, step: int) -> None:
     """Forgets lines after `step`, which a run that goes on from there will write again."""
     kept = [line for line in read_lines(file) if (line["step"] or 0) <= step]
     if file.exists():

@@ -57,13 +57,17 @@ class MoE(Strict):
     """Experts a block: 16 in B and L, 4 in S."""
     layers: Count = 6
     """How many of the last blocks are sparse."""
-    routing: Literal["expert_choice", "expert_choice_batch", "token_choice"] = "expert_choice"
+    routing: Literal["expert_choice", "expert_choice_batch", "token_choice", "soft"] = "expert_choice"
     """Who chooses whom: experts choose among the tokens of one example, or of the whole batch (in training only), or
-    each token chooses its `top_k` experts (in training up to the experts' capacity)."""
+    each token chooses its `top_k` experts (in training up to the experts' capacity), or every slot of an expert takes
+    a weighted mean of the example's tokens (Soft MoE, arXiv 2308.00951)."""
     capacity: Positive = 1.0
-    """Tokens an expert takes, as a multiple of tokens / experts (of `top_k` x tokens / experts in token choice)."""
+    """Tokens an expert takes, as a multiple of tokens / experts (of `top_k` x tokens / experts in token choice); not in
+    soft routing."""
     top_k: Count = 1
     """Experts a token, in token choice only."""
+    slots: Count = 1
+    """Slots an expert, in soft routing only; so its cost is by example, not by token."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-3
     """Weight of the router z-loss, mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, section 3.2)."""
     balance_loss: Annotated[float, Field(ge=0)] = 1e-2
@@ -85,6 +89,9 @@ class Model(Strict):
     """LayerNorm on queries and keys; on in the paper's MoE models."""
     moe: MoE | None = None
     """Left out: a dense encoder."""
+    own_layers: Annotated[int, Field(ge=0)] = 0
+    """How many of the first blocks each stem has of its own, to compare one encoder with modality-specific ones: all
+    blocks for an encoder a stem, fewer for encoders that shared layers fuse. 0: one encoder, as in the paper."""
     space: Literal["disjoint", "joint"] = "disjoint"
     """One head for each (source, target) pair of modalities, as in the authors' release, or one head a modality."""
     embed_dim: Count = 1024
@@ -98,6 +105,8 @@ class Model(Strict):
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
         if self.moe and self.moe.layers > self.layers:
             raise ValueError(f"moe.layers {self.moe.layers} is more than layers {self.layers}")
+        if self.own_layers > self.layers:
+            raise ValueError(f"own_layers {self.own_layers} is more than layers {self.layers}")
         if self.moe and self.moe.top_k > self.moe.experts:
             raise ValueError(f"moe.top_k {self.moe.top_k} is more than moe.experts {self.moe.experts}")
         return self
@@ -125,6 +134,8 @@ class Source(Strict):
     """Read in order, shard after shard, without an index: for what does not fit the disk."""
     window: Count = 1024
     """Streams only: examples that are shuffled together."""
+    limit: Count | None = None
+    """Tables only: keep at most so many of those rows, evenly spaced; for a quick try."""
     cache: Literal["none", "memory", "disk"] = "none"
     """Where decoded pictures, clips and sounds are kept, for data small enough to be decoded once. Of clips above 256
     frames and sounds above 300 s only the parts that evaluation sees are kept, end to end; do not cache those."""
@@ -135,6 +146,8 @@ class Source(Strict):
             raise ValueError("give exactly one of path and hub")
         if self.stream and self.cache != "none":
             raise ValueError("a streamed source cannot be cached; drop stream or cache")
+        if self.stream and self.limit:
+            raise ValueError("a streamed source has no limit; drop stream or limit")
         # Defaults are written out in a resolved recipe, so only other values can be told to be in vain.
         if self.path and (self.config is not None or self.split != "train"):
             raise ValueError("config and split are for hub data sets; of a path, keep rows with where")

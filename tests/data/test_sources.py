@@ -264,6 +264,16 @@ def test_where(tmp_path, where, kept):
     assert sorted(row["name"] for row in stream.read(0, 0, len(kept))) == [data[i]["name"] for i in kept]
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(1, [1]), (3, [1, 3, 5]), (4, [1, 3, 5, 7]), (100, [1, 3, 5, 7])])
+def test_limit_keeps_evenly_spaced_rows_of_those_that_where_keeps(tmp_path, limit, kept):
+    data = write_parquet(tmp_path, rows=8)
+    source = Source(path=f"{tmp_path}/*.parquet", where={"half": 1}, limit=limit)
+    table = open_source("p", source)
+    assert table.rows(range(len(table))) == [data[i] for i in kept]
+    whole = open_source("p", source.model_copy(update={"limit": None}))
+    assert (table.fingerprint == whole.fingerprint) == (len(kept) == 4)
+
+
 def test_where_knows_booleans(tmp_path):
     (tmp_path / "m.csv").write_text("n,valid\n1,true\n2,false\n")
     (tmp_path / "m.jsonl").write_text('{"n": 1, "valid": true}\n{"n": 2, "valid": false}')
@@ -730,6 +740,8 @@ def test_folder_without_classes(tmp_path):
 def test_what_cannot_be_streamed(tmp_path):
     write_folder(tmp_path)
     fails("a folder source cannot be streamed", path=str(tmp_path), stream=True)
+    with pytest.raises(ValueError, match="a streamed source has no limit"):
+        Source(path=f"{tmp_path}/*.tar", stream=True, limit=3)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -105,6 +105,26 @@ def test_several_modalities_make_one_pass(moe):
     assert (separate - together).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("own", [1, 2])
+def test_stems_may_have_first_blocks_of_their_own(own):
+    """What one stem's blocks do is nothing to another's pass; a shared block behind them still fuses all tokens."""
+    model, image, text = small(own_layers=own, moe={"experts": 4, "layers": 1}), patches(2), texts([3, 7], 16)
+    assert sorted(model.encoder.own) == ["text", "vision"]
+    assert [len(blocks) for blocks in model.encoder.own.values()] == [own, own]
+    assert len(model.encoder.blocks) == 2 - own
+    alone = {name: model.encode({name: tokens}) for name, tokens in (("image", image), ("text", text))}
+    assert [len(encoded.routing) for encoded in alone.values()] == [1, 1]
+    fused = model.encode({"image": image, "text": text}).features
+    weight = torch.tensor([[3], [7]])
+    separate = (12 * alone["image"].features + weight * alone["text"].features) / (12 + weight)
+    assert torch.allclose(fused, separate, atol=1e-5) == (own == 2)
+    with torch.no_grad():
+        for parameter in model.encoder.own["text"].parameters():
+            parameter.mul_(1.5)
+    torch.testing.assert_close(model.encode({"image": image}).features, alone["image"].features)
+    assert not torch.allclose(model.encode({"text": text}).features, alone["text"].features)
+
+
 def test_a_disjoint_space_has_a_head_for_each_direction_of_each_pair():
     model = small("disjoint")
     assert sorted(model.projections) == ["image-to-text", "text-to-image", "text-to-video", "video-to-text"]

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openimp.model.moe import SparseMLP, expert_choice
+from openimp.model.moe import SoftMLP, SparseMLP, expert_choice
 from openimp.recipe import MoE
 
 ROUTINGS = ["expert_choice", "expert_choice_batch", "token_choice"]
@@ -227,3 +227,25 @@ def test_the_router_computes_in_fp32_under_autocast():
     assert torch.equal(cast.gate_GEC, exact.gate_GEC)
     assert torch.equal(cast.token_GEC, exact.token_GEC)
     assert out.dtype == torch.bfloat16
+
+
+def test_soft_slots_are_means_of_the_tokens_and_tokens_means_of_the_slots():
+    """Against Soft MoE's algorithm 1 (arXiv 2308.00951), written for one example at a time."""
+    torch.manual_seed(0)
+    layer = SoftMLP(WIDTH, HIDDEN, MoE(experts=3, routing="soft", slots=2))
+    x, valid = batch_of(1, [5, 9, 1], 9)
+    result, stats = layer(x, valid)
+    for row, mask, got in zip(x, valid, result):
+        tokens = row[mask]
+        logits = layer.scale * F.normalize(tokens, dim=-1) @ F.normalize(layer.slot_SD, dim=-1).T
+        slots = logits.softmax(0).T @ tokens
+        outs = [
+            F.gelu(slot @ layer.experts.up_EDF[s // 2], approximate="tanh") @ layer.experts.down_EFD[s // 2]
+            for s, slot in enumerate(slots)
+        ]
+        torch.testing.assert_close(got[mask], logits.softmax(-1) @ torch.stack(outs))
+        assert not got[~mask].any()
+    assert stats.load_E.sum().item() == pytest.approx(1)
+    # A caption padded further, or beside other captions, comes out the same.
+    longer, wider = F.pad(x, (0, 0, 0, 4)), F.pad(valid, (0, 4))
+    torch.testing.assert_close(layer(longer[:2], wider[:2])[0][:, :9], result[:2])

@@ -41,7 +41,7 @@ def open_source(name: str, source: Source) -> Table | Stream:
         raise UserError(f"source {name}: {source.path or source.hub}: {error.strerror or error}") from None
     if not len(table):
         raise UserError(f"source {name} ({table.path}) has no rows")
-    return table.keep(source.where)
+    return table.keep(source.where).thin(source.limit)
 
 
 def _open_table(name: str, source: Source) -> Table:

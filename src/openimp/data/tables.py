@@ -154,6 +154,13 @@ class Table(Rows, ABC):
             self._kept = np.asarray(self._stored(kept), dtype=np.int64)
         return self
 
+    def thin(self, limit: int | None) -> "Table":
+        """Keeps at most `limit` rows, evenly spaced; gives the table back."""
+        if limit is not None and limit < len(self):
+            spaced = np.arange(limit) * len(self) // limit
+            self._kept = np.asarray(self._stored(spaced.tolist()), dtype=np.int64)
+        return self
+
     def _stored(self, indices: Sequence[int]) -> Sequence[int]:
         """Numbers of rows before `keep`."""
         return indices if self._kept is None else self._kept[np.asarray(indices, dtype=np.int64)].tolist()

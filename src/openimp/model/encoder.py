@@ -1,13 +1,15 @@
-"""The shared Transformer encoder: pre-norm blocks without biases, dense or sparse in the last ones.
+"""The Transformer encoder: pre-norm blocks without biases, dense or sparse in the last ones.
 
 Shape suffixes: B examples, L tokens, D width, H heads, K features a head.
 """
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openimp.model.moe import RouterStats, SparseMLP
+from openimp.model.moe import RouterStats, SoftMLP, SparseMLP
 from openimp.recipe import Model
 
 SHORT = 256
@@ -65,7 +67,8 @@ class Block(nn.Module):
         self.sparse = sparse
         self.mlp: nn.Module
         if sparse and config.moe:
-            self.mlp = SparseMLP(config.width, config.mlp, config.moe)
+            kind = SoftMLP if config.moe.routing == "soft" else SparseMLP
+            self.mlp = kind(config.width, config.mlp, config.moe)
         else:
             self.mlp = MLP(config.width, config.mlp)
 
@@ -79,22 +82,41 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Blocks and a final LayerNorm; sizes as in arXiv 2305.06324. It knows no modality."""
+    """Blocks and a final LayerNorm; sizes as in arXiv 2305.06324. It knows no modality.
 
-    def __init__(self, config: Model) -> None:
+    Args:
+        config: the sizes.
+        own: names of what has the first `config.own_layers` blocks of its own, for comparison with one shared encoder.
+    """
+
+    def __init__(self, config: Model, own: Iterable[str] = ()) -> None:
         super().__init__()
         first_sparse = config.layers - (config.moe.layers if config.moe else 0)
-        self.blocks = nn.ModuleList(Block(config, sparse=i >= first_sparse) for i in range(config.layers))
+
+        def blocks(first: int, last: int) -> nn.ModuleList:
+            return nn.ModuleList(Block(config, sparse=i >= first_sparse) for i in range(first, last))
+
+        self.own = nn.ModuleDict({name: blocks(0, config.own_layers) for name in own if config.own_layers})
+        self.blocks = blocks(config.own_layers, config.layers)
         self.norm = _norm(config.width)
 
+    def begin(self, x_BLD: Tensor, mask_BL: Tensor | None, name: str) -> tuple[Tensor, list[RouterStats]]:
+        """The blocks that `name` has of its own, as `forward`; nothing where there are none."""
+        return _run(self.own[name], x_BLD, mask_BL) if self.own else (x_BLD, [])
+
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> tuple[Tensor, list[RouterStats]]:
-        """Tokens to tokens, (B, L, D) both, and what each sparse layer tells, first layer first."""
-        stats = []
-        for block in self.blocks:
-            x_BLD, told = block(x_BLD, mask_BL)
-            if told is not None:
-                stats.append(told)
+        """Tokens to tokens, (B, L, D) both, through the shared blocks, and what each sparse layer tells, in order."""
+        x_BLD, stats = _run(self.blocks, x_BLD, mask_BL)
         return self.norm(x_BLD), stats
+
+
+def _run(blocks: nn.Module, x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, list[RouterStats]]:
+    stats = []
+    for block in blocks.children():
+        x_BLD, told = block(x_BLD, mask_BL)
+        if told is not None:
+            stats.append(told)
+    return x_BLD, stats
 
 
 def _attend(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:

@@ -56,7 +56,7 @@ class IMP(nn.Module):
         self.stem_of = dict(stem_of)
         self.pairs = [tuple(sorted(pair)) for pair in pairs]
         self.stems = nn.ModuleDict({name: Stem(spec, config.width) for name, spec in stems.items()})
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, self.stems)
         names = sorted({self.head_name(a, b) for pair in self.pairs for a, b in permutations(pair)})
         self.projections = nn.ModuleDict({name: Projection(config.width, config.embed_dim) for name in names})
         self.temperatures = nn.ModuleDict({"-".join(pair): Temperature(config.temperature) for pair in self.pairs})
@@ -81,13 +81,18 @@ class IMP(nn.Module):
         Args:
             inputs: tokens by modality, of the same B examples each.
         """
-        parts = [self.stem(name)(tokens) for name, tokens in inputs.items()]
+        begun = [
+            self.encoder.begin(self.stem(name)(tokens), tokens.mask, self.stem_of[name])
+            for name, tokens in inputs.items()
+        ]
+        parts = [x_BLD for x_BLD, _ in begun]
         masked = any(tokens.mask is not None for tokens in inputs.values())
         mask_BL = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1) if masked else None
         x_BLD, routing = self.encoder(torch.cat(parts, dim=1), mask_BL)
         pieces = x_BLD.split([part.shape[1] for part in parts], dim=1)
         read = [self.stem(name).after(x) for name, x in zip(inputs, pieces)]
-        return Encoded(_mean(torch.cat(read, dim=1), mask_BL), routing)
+        own = [told for _, stats in begun for told in stats]
+        return Encoded(_mean(torch.cat(read, dim=1), mask_BL), own + routing)
 
     def stem(self, modality: str) -> Stem:
         """The embedding of a modality, which it may share with others."""

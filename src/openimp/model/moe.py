@@ -183,3 +183,39 @@ class SparseMLP(nn.Module):
         out = self.experts(slots_ESD).flatten(0, 1)
         result = torch.zeros_like(tokens, dtype=out.dtype).index_add(0, row_ES, out * gate_ES.to(out.dtype))
         return result.view_as(x_BLD), stats
+
+
+class SoftMLP(nn.Module):
+    """Soft MoE (arXiv 2308.00951, algorithm 1) in the place of a block's MLP.
+
+    Each slot of an expert works on a weighted mean of the example's tokens, and each token gets a weighted mean of all
+    slots' results: nothing is chosen or dropped. Slots do not grow with the example, so its length, pads included,
+    changes nothing of another token's result.
+    """
+
+    def __init__(self, width: int, hidden: int, config: MoE) -> None:
+        super().__init__()
+        self.slots = config.slots
+        self.slot_SD = nn.Parameter(torch.empty(config.experts * config.slots, width))
+        # Logits start with unit variance, as they would without the normalisation below.
+        self.scale = nn.Parameter(torch.full((1,), width**0.5))
+        self.experts = Experts(config.experts, width, hidden)
+        nn.init.normal_(self.slot_SD)
+
+    def forward(self, x_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, RouterStats]:
+        with full_precision(x_BLD.device):
+            # Unit vectors, as section 2.3 asks for: at large widths the softmax would become an argmax.
+            slot_SD = self.scale * F.normalize(self.slot_SD.float(), dim=-1)
+            logits_BLS = F.linear(F.normalize(x_BLD.float(), dim=-1), slot_SD)
+        valid_BL1 = valid_BL[..., None]
+        dispatch_BLS = logits_BLS.masked_fill(~valid_BL1, torch.finfo(logits_BLS.dtype).min).softmax(1)
+        combine_BLS = logits_BLS.softmax(-1) * valid_BL1
+        slots_BSD = dispatch_BLS.to(x_BLD.dtype).transpose(1, 2) @ x_BLD
+        slots_ESD = slots_BSD.unflatten(1, (-1, self.slots)).transpose(0, 1).flatten(1, 2)
+        out_ESD = self.experts(slots_ESD)
+        out_BSD = out_ESD.unflatten(1, (len(x_BLD), self.slots)).transpose(0, 1).flatten(1, 2)
+        result_BLD = combine_BLS.to(out_BSD.dtype) @ out_BSD
+        with torch.no_grad():
+            share_E = combine_BLS.sum((0, 1)).unflatten(0, (-1, self.slots)).sum(-1) / valid_BL.sum().clamp(min=1)
+        nothing = logits_BLS.new_zeros(())
+        return result_BLD, RouterStats(nothing, share_E, share_E, nothing)

@@ -1,0 +1,73 @@
+"""Studies: the same recipe in several variants and seeds, at equal FLOPs, with a table and a plot at the end.
+
+A study is a YAML file of `studies/`. Each arm is the study's recipe with some keys changed, or several such parts that
+share the arm's FLOPs, each a model of its own. What is trained already is not trained again.
+"""
+
+import shlex
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from openimp.checkpoint import checkpoints
+from openimp.errors import UserError
+from openimp.metrics import read_lines
+from openimp.progress import console
+from openimp.recipe import Recipe
+from openimp.study.outcome import Outcome
+from openimp.study.schema import Part, Study, part_recipe, read_study
+from openimp.study.training import ConflictTraining, SummedTraining, peak_memory
+from openimp.train import Training, train
+
+
+def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
+    """Trains what is not trained yet, and writes NAME.md and its pictures into `out`; False if it was stopped before.
+
+    Args:
+        name: a study's file, or the name of one that comes with openimp.
+        runs: where the trainings are kept, in a folder for each study.
+        out: where the results are written.
+        smoke: a small part of the FLOPs and of the data and one seed, to see that all of it works.
+
+    Raises:
+        UserError: no such study, an invalid one, or what stops a training.
+    """
+    # Here, so that a missing matplotlib is told before hours of training.
+    from openimp.study.results import write_results
+
+    study, title = read_study(name, smoke)
+    plan = [(seed, arm, i) for seed in study.seeds for arm, parts in study.arms.items() for i in range(len(parts))]
+    recipes = {}
+    for seed, arm, i in plan:  # All of them first, so that a mistake in the last arm is told at once.
+        try:
+            recipes[seed, arm, i] = part_recipe(study, study.arms[arm][i], seed, smoke)
+        except UserError as error:
+            raise UserError(f"{name}: arm {arm!r}: {error}") from None
+    found: dict[str, dict[int, Outcome]] = {arm: {seed: Outcome() for seed in study.seeds} for arm in study.arms}
+    for done, (seed, arm, i) in enumerate(plan):
+        recipe, kind = recipes[seed, arm, i], _kind(study, study.arms[arm][i])
+        run = runs / title / f"{arm}-{i}-seed{seed}".replace(" ", "_")
+        console.print(f"\n{title}, training {done + 1} of {len(plan)}: {arm}, seed {seed}", style="bold")
+        if not _finished(run) and not train(recipe, run, bool(checkpoints(run)), kind):
+            return False
+        found[arm][seed].add(run)
+        if seed == study.seeds[0]:
+            with TemporaryDirectory() as folder, console.capture():
+                found[arm][seed].count_memory(peak_memory(recipe, Path(folder), kind))
+    command = f"openimp study {shlex.quote(name)}{' --smoke' if smoke else ''}"
+    write_results(study, {arm: list(by_seed.values()) for arm, by_seed in found.items()}, out, title, command)
+    console.print(f"\nwritten: {out / title}.md", soft_wrap=True)
+    return True
+
+
+def _kind(study: Study, part: Part) -> type[Training]:
+    if part.summed:
+        return SummedTraining
+    return ConflictTraining if study.conflict else Training
+
+
+def _finished(run: Path) -> bool:
+    """A training ends with its results."""
+    if not (run / "results.jsonl").exists():
+        return False
+    steps = Recipe.load(str(run / "recipe.yaml")).train.steps
+    return any(line["step"] == steps for line in read_lines(run / "results.jsonl"))

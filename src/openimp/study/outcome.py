@@ -1,0 +1,59 @@
+"""What one arm of a study reached and spent with one seed."""
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openimp.checkpoint import load_model, model_folder
+from openimp.metrics import read_lines
+
+
+@dataclass
+class Outcome:
+    """All models of an arm together.
+
+    Attributes:
+        scores: mean reciprocal rank by evaluation set, both directions averaged.
+        flops, steps, seconds, parameters: of all models.
+        memory: bytes that an update holds at most beyond weights and data, of the largest model.
+        cosines: by pair of tasks, the cosine of their gradients at each step where it was measured.
+        experts: the last line's expert usage, by modality and sparse layer (see docs/metrics.md).
+    """
+
+    scores: dict[str, float] = field(default_factory=dict)
+    flops: int = 0
+    steps: int = 0
+    parameters: int = 0
+    seconds: float = 0.0
+    memory: int = 0
+    cosines: dict[str, list[float]] = field(default_factory=dict)
+    experts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Over the evaluation sets."""
+        return statistics.mean(self.scores.values())
+
+    def add(self, run: Path) -> None:
+        """Adds a model that was trained."""
+        lines = read_lines(run / "metrics.jsonl")
+        self.flops += sum(units["flops"] for units in lines[-1]["totals"].values())
+        self.steps += lines[-1]["step"]
+        self.seconds += sum(line["seconds"] for line in lines)
+        self.parameters += sum(p.numel() for p in load_model(model_folder(run))[0].parameters())
+        for line in lines:  # A modality may be missing in the last one.
+            self.experts.update(line["experts"])
+        by_set = defaultdict(list)
+        for line in read_lines(run / "results.jsonl"):
+            if line["step"] == lines[-1]["step"] and "mrr" in line:
+                by_set[line["set"]].append(line["mrr"])
+        self.scores.update((name, statistics.mean(both_ways)) for name, both_ways in by_set.items())
+        for line in read_lines(run / "conflict.jsonl"):
+            for pair, cosine in line["cosine"].items():
+                self.cosines.setdefault(pair, []).append(cosine)
+
+    def count_memory(self, peak: int) -> None:
+        """Models are trained one at a time, so the largest counts."""
+        self.memory = max(self.memory, peak)

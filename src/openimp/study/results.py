@@ -1,0 +1,233 @@
+"""What a study found, as a page of Markdown and pictures; needs matplotlib (`pip install openimp[plots]`)."""
+
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from openimp.errors import UserError
+from openimp.study.outcome import Outcome
+from openimp.study.schema import Study
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError:
+    raise UserError("studies draw with matplotlib, which is not installed: pip install 'openimp[plots]'") from None
+
+INK, MUTED, ACCENT = "#222222", "#8a8a8a", "#1f6f8b"
+Found = Mapping[str, Sequence[Outcome]]
+"""By arm, an outcome a seed."""
+
+
+def write_results(study: Study, found: Found, out: Path, title: str, command: str) -> None:
+    """Writes TITLE.md and the pictures that it shows.
+
+    Args:
+        study: what was asked.
+        found: what was found.
+        out: the folder; made if it is not there.
+        title: what the files are called.
+        command: how to repeat it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    sections = [f"# {study.title}", study.question.strip()]
+    sections += [_picture("Mean reciprocal rank of each arm, by evaluation set", draw_scores(found), out, title)]
+    if len({sum(part.flops for part in parts) / len(parts) for parts in study.arms.values()}) > 1:
+        curve = draw_against_flops(found)
+        sections += [_picture("Mean over the sets against training FLOPs", curve, out, f"{title}-flops")]
+    sections += [_table(found), _explained(study)]
+    if study.conflict:
+        maps = draw_cosines(found)
+        sections += [
+            "## The tasks' gradients",
+            _picture("Cosine between the tasks' gradients on the encoder", maps, out, f"{title}-cosines"),
+            _cosine_table(found),
+            "The cosine between the gradients of two batches on all weights of the encoder: mean over the training and "
+            "the seeds, and the share of the measurements below 0. A task's cosine with itself is that of two of its "
+            "own batches.",
+        ]
+        used = {arm: outcomes[0].experts for arm, outcomes in found.items() if outcomes[0].experts}
+        for arm, experts in used.items():
+            name = f"{title}-experts-{arm}".replace(" ", "-").replace(",", "")
+            sections += [_picture(f"Expert usage by modality: {arm}", draw_experts(experts), out, name)]
+    sections += [study.findings.strip()] if study.findings else []
+    sections += [f"Written by `{command}`, {date.today().isoformat()}: {_versions()}."]
+    (out / f"{title}.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def draw_scores(found: Found) -> Any:
+    """A panel for each evaluation set and one for their mean: a dot a seed, a bar to the mean."""
+    panels: dict[str, Callable[[Outcome], float]] = {"mean": lambda o: o.mean}
+    panels |= {name.replace("_", " "): lambda o, name=name: o.scores.get(name, 0.0) for name in _sets(found)}  # type: ignore[misc]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (2.2 + 2.6 * columns, rows * (0.75 + 0.3 * len(found)) + 0.3)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, score) in zip(axes.flat, panels.items()):
+        for row, outcomes in enumerate(found.values()):
+            seeds = [100 * score(o) for o in outcomes]
+            mean = statistics.mean(seeds)
+            axis.barh(row, mean, height=0.62, color=ACCENT if title == "mean" else MUTED, alpha=0.35)
+            axis.plot(seeds, [row] * len(seeds), "o", color=INK, markersize=3)
+            axis.text(max(seeds), row, f"  {mean:.1f}", va="center", fontsize=8, color=INK)
+        axis.set_title(title, fontsize=9)
+        axis.set_yticks(range(len(found)), list(found), fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlim(0, 1.18 * axis.get_xlim()[1])
+    axes[0][0].invert_yaxis()
+    figure.supxlabel("mean reciprocal rank, %; a dot is a seed", fontsize=8)
+    return figure
+
+
+def draw_against_flops(found: Found) -> Any:
+    """The mean of each arm against the FLOPs that it took, on a logarithmic axis."""
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for arm, outcomes in found.items():
+        flops = statistics.mean(o.flops for o in outcomes) / 1e12
+        means = [100 * o.mean for o in outcomes]
+        spread = statistics.stdev(means) if len(means) > 1 else 0.0
+        axis.errorbar(flops, statistics.mean(means), yerr=spread, fmt="o", color=ACCENT, capsize=3)
+        axis.annotate(
+            arm, (flops, statistics.mean(means)), xytext=(6, 4), textcoords="offset points", fontsize=8, color=INK
+        )
+    axis.set_xscale("log")
+    spent = sorted({round(statistics.mean(o.flops for o in outcomes) / 1e12, 1) for outcomes in found.values()})
+    axis.set_xticks(spent, [f"{flops:g}" for flops in spent], fontsize=8)
+    axis.minorticks_off()
+    axis.margins(x=0.25)
+    axis.set_xlabel("training TFLOPs, logarithmic", fontsize=9)
+    axis.set_ylabel("mean reciprocal rank over all sets, %", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_cosines(found: Found) -> Any:
+    """A heat map of the tasks' cosines for each arm."""
+    figure, axes = plt.subplots(1, len(found), figsize=(1 + 2.9 * len(found), 3), squeeze=False, layout="constrained")
+    image: Any = None
+    largest = max(abs(statistics.mean(v)) for o in found.values() for v in _pooled(o).values())
+    for axis, (arm, outcomes) in zip(axes[0], found.items()):
+        cosines = _pooled(outcomes)
+        tasks = list(dict.fromkeys(name for pair in cosines for name in pair.split("|")))
+        grid = np.full((len(tasks), len(tasks)), np.nan)
+        for pair, values in cosines.items():
+            a, b = (tasks.index(name) for name in pair.split("|"))
+            grid[a, b] = grid[b, a] = statistics.mean(values)
+            for x, y in {(a, b), (b, a)}:
+                axis.text(x, y, f"{grid[a, b]:.2f}", ha="center", va="center", fontsize=9, color=INK)
+        image = axis.imshow(grid, cmap="RdBu", vmin=-largest, vmax=largest)
+        axis.set_title(arm, fontsize=9)
+        axis.set_xticks(range(len(tasks)), tasks, fontsize=8)
+        axis.set_yticks(range(len(tasks)), tasks, fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=8)
+    return figure
+
+
+def draw_experts(experts: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
+    """For each sparse layer, which share of its gate weight each modality gives to each expert."""
+    layers = len(next(iter(experts.values())))
+    size = (1 + 3.2 * layers, 0.9 + 0.4 * len(experts))
+    figure, axes = plt.subplots(1, layers, figsize=size, squeeze=False, layout="constrained")
+    for i, axis in enumerate(axes[0]):
+        grid = np.array([told[i]["gate"] for told in experts.values()])
+        image = axis.imshow(grid, cmap="Blues", vmin=0, aspect="auto")
+        axis.set_title(f"sparse layer {i + 1}", fontsize=9)
+        axis.set_yticks(range(len(experts)), list(experts), fontsize=8)
+        axis.set_xticks(range(grid.shape[1]), range(1, grid.shape[1] + 1), fontsize=8)
+        axis.set_xlabel("expert", fontsize=8)
+        figure.colorbar(image, ax=axis).ax.tick_params(labelsize=7)
+    return figure
+
+
+def _picture(about: str, figure: Any, out: Path, name: str) -> str:
+    figure.savefig(out / f"{name}.png", dpi=130, facecolor="white")
+    plt.close(figure)
+    return f"![{about}]({name}.png)"
+
+
+def _table(found: Found) -> str:
+    head = ["arm", "mean", *(name.replace("_", " ") for name in _sets(found))]
+    head += ["steps", "TFLOPs", "parameters", "peak memory", "ms a step"]
+    rows = []
+    best = max(statistics.mean(o.mean for o in outcomes) for outcomes in found.values())
+    for arm, outcomes in found.items():
+        mean = _spread([o.mean for o in outcomes])
+        rows.append(
+            [
+                arm,
+                f"**{mean}**" if statistics.mean(o.mean for o in outcomes) == best else mean,
+                *(_spread([o.scores[name] for o in outcomes if name in o.scores]) for name in _sets(found)),
+                f"{outcomes[0].steps:,}",
+                f"{statistics.mean(o.flops for o in outcomes) / 1e12:.2f}",
+                f"{outcomes[0].parameters / 1e6:.2f}M",
+                f"{outcomes[0].memory / 2**20:,.0f} MiB",
+                f"{statistics.median(o.seconds / o.steps for o in outcomes) * 1e3:.0f}",
+            ]
+        )
+    return _markdown(head, rows)
+
+
+def _explained(study: Study) -> str:
+    seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} ({', '.join(map(str, study.seeds))})"
+    return (
+        f"Mean reciprocal rank in per cent, both directions averaged: mean and standard deviation over {seeds}. TFLOPs "
+        "are those of forward and backward passes, counted. Peak memory is what one update allocates at most, beyond "
+        "weights, moments and batch. Milliseconds are of a shared machine, and only a hint."
+    )
+
+
+def _cosine_table(found: Found) -> str:
+    pooled = {arm: _pooled(outcomes) for arm, outcomes in found.items()}
+    rows = []
+    for pair in next(iter(pooled.values())):
+        cells = []
+        for cosines in pooled.values():
+            below = statistics.mean(value < 0 for value in cosines[pair])
+            cells.append(f"{statistics.mean(cosines[pair]):.3f} ({below:.0%} below 0)")
+        rows.append([pair.replace("|", " and "), *cells])
+    return _markdown(["tasks", *pooled], rows)
+
+
+def _pooled(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
+    """By pair of tasks, the cosines of all seeds."""
+    return {pair: [value for o in outcomes for value in o.cosines[pair]] for pair in outcomes[0].cosines}
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _sets(found: Found) -> list[str]:
+    """All evaluation sets, for an arm may lack those that its tasks have no modality for."""
+    return list(dict.fromkeys(name for outcomes in found.values() for name in outcomes[0].scores))
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation, in per cent."""
+    if len(values) < 2:
+        return f"{values[0] * 100:.1f}" if values else ""
+    return f"{statistics.mean(values) * 100:.1f} ± {statistics.stdev(values) * 100:.1f}"
+
+
+def _versions() -> str:
+    git = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = f"commit {found.stdout.strip()}, " if found.returncode == 0 else ""
+    return (
+        f"{commit}openimp {version('openimp')}, torch {version('torch')}, Python {platform.python_version()}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )

@@ -1,0 +1,132 @@
+"""What a study file says: a recipe, the variants of it that are compared, and the compute that each gets."""
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from openimp.data.loader import StepBatches
+from openimp.errors import UserError, nearest
+from openimp.ledger import costs, mixture
+from openimp.modalities import modalities_of
+from openimp.recipe import Positive, Recipe, Strict, checked
+from openimp.recipe_file import find_file, read_mapping
+
+WARMUP = 0.07
+"""Of the steps: a fixed number would be all of a short training and little of a long one."""
+SMOKE_FLOPS, SMOKE_ROWS, SMOKE_BATCH = 0.002, 48, 16
+"""With --smoke: the share of the FLOPs, rows of each source, and examples a step."""
+
+
+class Part(Strict):
+    """One model of an arm."""
+
+    set: list[str] = Field([])
+    """Changes of the study's recipe, as --set takes them."""
+    tasks: list[str] | None = None
+    """Train these tasks only, with their share of the FLOPs, and measure what their modalities allow; null: all."""
+    summed: bool = False
+    """Sum the losses of all tasks in each step, in place of alternating."""
+    flops: Positive = 1.0
+    """A multiple of the study's FLOPs."""
+
+
+def _parts(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+class Study(Strict):
+    """What is compared, and with how much compute."""
+
+    title: str
+    """What is compared, in a line."""
+    question: str
+    """What is asked, and what the paper found."""
+    recipe: str
+    """The recipe that all arms change: a file, relative to the study's, or a bundled one's name."""
+    set: list[str] = Field([])
+    """Changes that all arms share."""
+    flops: Positive
+    """Training FLOPs of each arm and seed."""
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    """A training each."""
+    conflict: bool = False
+    """Measure the cosine between the tasks' gradients on the encoder, all through training."""
+    arms: Annotated[dict[str, Annotated[list[Part], BeforeValidator(_parts)]], Field(min_length=2)]
+    """By name, the model that makes an arm, or the list of those that share its FLOPs."""
+    findings: str = ""
+    """What the figures mean, written after they were seen."""
+
+    @model_validator(mode="after")
+    def _one_loop(self) -> "Study":
+        for name, parts in self.arms.items():
+            if self.conflict and any(part.summed for part in parts):
+                raise ValueError(f"arm {name!r} sums the losses, so no task has a gradient of its own for conflict")
+        return self
+
+
+def read_study(name: str, smoke: bool) -> tuple[Study, str]:
+    """A study by its file, or by the name of one that comes with openimp, and what to call its results.
+
+    Raises:
+        UserError: no such study, or an invalid one.
+    """
+    file = find_file(name, "studies", "study")
+    study: Study = checked(Study, read_mapping(file, "study"), str(file), file.parent)
+    beside = file.parent / study.recipe
+    if beside.is_file():
+        study = study.model_copy(update={"recipe": str(beside)})
+    if not smoke:
+        return study, file.stem
+    return study.model_copy(update={"flops": study.flops * SMOKE_FLOPS, "seeds": study.seeds[:1]}), f"{file.stem}-smoke"
+
+
+def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Recipe:
+    """The recipe of one model, with as many steps as its share of the FLOPs pays for.
+
+    Raises:
+        UserError: a change that the recipe does not take, or an unknown task.
+    """
+    whole = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"])
+    data = whole.to_dict()
+    if smoke:
+        for source in data["sources"].values():
+            source.update(limit=SMOKE_ROWS, cache="none")
+        for task in data["tasks"].values():
+            task["batch"] = SMOKE_BATCH
+        data["train"]["workers"] = 0
+        whole = Recipe.build(data)
+    spent = _flops_of_a_step(whole)
+    if part.tasks is not None:
+        _keep_tasks(data, part.tasks, whole)
+    kept = Recipe.build(data)
+    share = sum(spent[name] for name in kept.tasks) / sum(spent.values())
+    steps = max(1, round(part.flops * share * study.flops / sum(_flops_of_a_step(kept).values())))
+    data["train"]["steps"], data["optimizer"]["warmup"] = steps, round(WARMUP * steps)
+    return Recipe.build(data)
+
+
+def _keep_tasks(data: dict[str, Any], names: list[str], whole: Recipe) -> None:
+    """Leaves out the other tasks, and the modalities and evaluation sets that then have no use."""
+    for name in names:
+        if name not in data["tasks"]:
+            raise UserError(f"study: no task of the recipe is called {name!r}{nearest(name, data['tasks'])}")
+    data["tasks"] = {name: data["tasks"][name] for name in names}
+    seen = {name for task in data["tasks"].values() for name in task["inputs"]}
+    stems = {modality.stem for name, modality in modalities_of(whole).items() if name in seen}
+    data["modalities"] = {stem: options for stem, options in data["modalities"].items() if stem in stems}
+    data["evaluation"]["sets"] = {
+        name: options
+        for name, options in data["evaluation"]["sets"].items()
+        if {*options["inputs"], *([options["reader"]] if "reader" in options else [])} <= seen
+    }
+
+
+def _flops_of_a_step(recipe: Recipe) -> dict[str, float]:
+    """What each task contributes to the FLOPs of the mean step."""
+    data = recipe.to_dict()
+    for source in data["sources"].values():
+        source["cache"] = "none"
+    recipe = Recipe.build(data)
+    modalities = modalities_of(recipe)
+    batches = StepBatches(recipe, modalities)
+    return {name: row["flops"] for name, row in mixture(recipe, costs(recipe, modalities, batches.classes)).items()}

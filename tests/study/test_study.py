@@ -1,0 +1,146 @@
+"""Studies: equal FLOPs for every arm, results that tell what was found, and a stop that loses nothing."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from openimp.errors import UserError
+from openimp.metrics import read_lines
+from openimp.recipe_file import find_file
+from openimp.study import Outcome, run_study
+from openimp.study.schema import read_study
+
+STUDIES = sorted(path.stem for path in Path(find_file("moe", "studies")).parent.glob("*.yaml"))
+LITTLE = {
+    "title": "Little arms",
+    "question": "Which is better?",
+    "recipe": "recipe.yaml",
+    "flops": 2e8,
+    "seeds": [0, 1],
+    "arms": {
+        "together": {},
+        "half": {"flops": 0.5},
+        "alone": [{"tasks": ["named"]}, {"tasks": ["heard"]}],
+    },
+}
+
+
+def write_study(folder: Path, **changes: object) -> Path:
+    file = folder / "little.yaml"
+    file.write_text(yaml.safe_dump(LITTLE | changes, sort_keys=False))
+    return file
+
+
+@pytest.fixture(scope="module")
+def done(little_data, tmp_path_factory):
+    """A study of the little recipe, run to its end: (study, runs, results)."""
+    runs, out = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("out")
+    file = write_study(little_data)
+    assert run_study(str(file), runs, out)
+    return file, runs, out
+
+
+def outcome(folder: Path, arm: str, seed: int) -> Outcome:
+    found = Outcome()
+    for run in folder.glob(f"little/{arm}-*-seed{seed}"):
+        found.add(run)
+    return found
+
+
+def test_every_arm_gets_the_flops_that_the_study_says(done):
+    _, runs, _ = done
+    for arm, share in {"together": 1, "half": 0.5, "alone": 1}.items():
+        spent = [outcome(runs, arm, seed).flops for seed in (0, 1)]
+        # What a draw by weight and whole steps leave of it.
+        assert spent == pytest.approx([share * LITTLE["flops"]] * 2, rel=0.15), arm
+
+
+def test_the_page_holds_what_the_runs_found(done):
+    file, runs, out = done
+    page = (out / "little.md").read_text()
+    assert f"`openimp study {file}`" in page
+    assert "2 seeds (0, 1)" in page
+    for arm in LITTLE["arms"]:
+        (row,) = re.findall(rf"^\| {arm} \|.*$", page, re.MULTILINE)
+        means = [100 * outcome(runs, arm, seed).scores["tones"] for seed in (0, 1)]
+        assert f"{sum(means) / 2:.1f} ± " in row
+        assert f"{outcome(runs, arm, 0).steps} " in row
+        assert int(re.search(r"(\d+) MiB", row)[1]) >= 0
+    pictures = re.findall(r"\]\((.*?\.png)\)", page)
+    assert pictures == ["little.png", "little-flops.png"]
+    for picture in pictures:
+        assert min(Image.open(out / picture).size) > 200
+
+
+def test_what_is_trained_is_not_trained_again(done, capsys):
+    file, runs, out = done
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")}
+    (out / "little.md").unlink()
+    assert run_study(str(file), runs, out)
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")} == before
+    assert (out / "little.md").exists()
+
+
+def test_a_stopped_study_goes_on_where_it_stopped(done, little_data, tmp_path):
+    """Stopped by a signal in its first training, it ends with the figures of the one that was never stopped."""
+    file, runs, _ = done
+    command = [sys.executable, "-u", "-m", "openimp", "study", file, "--runs", tmp_path / "runs", "--out", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 0
+    assert "go on with" in rest
+    assert not list(tmp_path.glob("*.md"))
+    assert run_study(str(file), tmp_path / "runs", tmp_path)
+    for arm in LITTLE["arms"]:
+        assert outcome(tmp_path / "runs", arm, 0).scores == outcome(runs, arm, 0).scores
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"armz": {}}, "unknown key 'armz'"),
+        ({"arms": {"only": {}}}, "arms: .*at least 2"),
+        ({"arms": {"a": {}, "b": {"set": ["model.widht=3"]}}}, "arm 'b': .*unknown key 'widht'; did you mean 'width'"),
+        ({"arms": {"a": {}, "b": {"tasks": ["herd"]}}}, "arm 'b': .*'herd'; did you mean 'heard'"),
+        ({"arms": {"a": {"summed": True}, "b": {}}, "conflict": True}, "'a' sums the losses"),
+        ({"recipe": "none.yaml"}, "none.yaml: no such recipe"),
+    ],
+)
+def test_a_mistake_in_a_study_is_told_before_anything_is_trained(little_data, tmp_path, change, message):
+    for name in ("recipe.yaml", "pictures", "sounds.jsonl"):
+        (tmp_path / name).symlink_to(little_data / name)
+    with pytest.raises(UserError, match=message):
+        run_study(str(write_study(tmp_path, **change)), tmp_path / "runs", tmp_path / "out")
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_study_is_told_with_the_nearest_known():
+    with pytest.raises(UserError, match="moo: no such study; did you mean 'moe'"):
+        read_study("moo", smoke=False)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_bundled_studies_run_to_their_end(name, tmp_path):
+    """Their smallest setting, on a part of the bundled data."""
+    assert run_study(name, tmp_path / "runs", tmp_path / "out", smoke=True)
+    study, title = read_study(name, smoke=True)
+    assert len(read_study(name, smoke=False)[0].seeds) >= 3
+    page = (tmp_path / "out" / f"{title}.md").read_text()
+    for arm, parts in study.arms.items():
+        assert f"\n| {arm} |" in page
+        for i, _ in enumerate(parts):
+            (run,) = (tmp_path / "runs" / title).glob(f"{arm}-{i}-seed0".replace(" ", "_"))
+            assert read_lines(run / "results.jsonl")
+    for picture in re.findall(r"\]\((.*?\.png)\)", page):
+        assert (tmp_path / "out" / picture).exists()

@@ -1,0 +1,93 @@
+"""How studies train, and what they measure."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from openimp.metrics import read_lines
+from openimp.recipe import Recipe
+from openimp.study.training import ConflictTraining, SummedTraining, peak_memory
+from openimp.train import Training, train
+
+SUMMED = ["alternation.kind=intervals", "optimizer.clip=null", "optimizer.ema=null"]
+
+
+def recipe_of(folder, *changes: str) -> Recipe:
+    return Recipe.load(folder / "recipe.yaml", list(changes))
+
+
+def test_a_summed_round_updates_by_the_gradient_of_the_summed_losses(little_data, tmp_path):
+    summed = SummedTraining(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
+    alone = Training(recipe_of(little_data, *SUMMED), tmp_path / "b", False)
+    batches = [alone.data[step] for step in (0, 1)]
+    assert {loaded.visit.task for loaded in batches} == {"named", "heard"}
+    sum(alone.forward(loaded).total for loaded in batches).backward()
+    expected = {name: p.grad for name, p in alone.model.named_parameters() if p.grad is not None}
+    before = {name: p.detach().clone() for name, p in summed.model.named_parameters()}
+
+    seen = {}
+    applied = summed.apply_gradients
+
+    def apply_gradients(*arguments):
+        seen.update({name: p.grad.clone() for name, p in summed.model.named_parameters() if p.grad is not None})
+        applied(*arguments)
+
+    summed.apply_gradients = apply_gradients
+    summed.update(batches[0])
+    assert all(torch.equal(p, before[name]) for name, p in summed.model.named_parameters())
+    summed.update(batches[1])
+    assert seen.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-3, atol=1e-5)
+    assert not torch.equal(summed.model.encoder.norm.weight, before["encoder.norm.weight"])
+
+
+def test_a_round_is_never_saved_by_half(little_data, tmp_path):
+    training = SummedTraining(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
+    for step in range(3):
+        training.update(training.data[step])
+        training.save()
+    assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_cosines_are_those_of_the_tasks_gradients_and_change_nothing(little_data, tmp_path):
+    recipe = recipe_of(little_data, "train.steps=12")
+    train(recipe, tmp_path / "plain")
+    train(recipe, tmp_path / "measured", loop=ConflictTraining)
+    drop = {"seconds", "examples_per_s", "tokens_per_s", "data_wait"}
+    plain, measured = (
+        [{k: v for k, v in line.items() if k not in drop} for line in read_lines(tmp_path / run / "metrics.jsonl")]
+        for run in ("plain", "measured")
+    )
+    assert plain == measured
+    lines = read_lines(tmp_path / "measured" / "conflict.jsonl")
+    assert [line["step"] for line in lines] == list(range(12))
+    assert set(lines[0]["cosine"]) == {"named|named", "named|heard", "heard|heard"}
+
+    training = ConflictTraining(recipe, tmp_path / "again", False)
+    steps = {name: [v.step for v in training.data.schedule if v.task == name][:2] for name in ("named", "heard")}
+    vectors = {}
+    for name, step in {"named": steps["named"][0], "heard": steps["heard"][1]}.items():
+        training.model.zero_grad()
+        training.forward(training.data[step]).total.backward()
+        gradients = torch.autograd.grad(
+            training.forward(training.data[step]).total, list(training.model.encoder.parameters()), allow_unused=True
+        )
+        vectors[name] = torch.cat([g.flatten() for g in gradients if g is not None])
+    cosine = float(F.cosine_similarity(*vectors.values(), dim=0))
+    assert lines[0]["cosine"]["named|heard"] == pytest.approx(cosine, abs=1e-3)
+
+
+def test_peak_memory_of_alternation_is_that_of_its_largest_task_and_less_than_the_sum(little_data, tmp_path):
+    """At sizes where activations count, as they do outside of tests."""
+    large = ["tasks.named.batch=128", "tasks.named.views.1.batch=128", "tasks.heard.batch=64", "optimizer.ema=null"]
+    peaks = {}
+    for name, kind, changes in (
+        ("alternating", Training, []),
+        ("summed", SummedTraining, ["alternation.kind=intervals"]),
+        ("named", Training, ["tasks.heard.weight=0"]),
+        ("heard", Training, ["tasks.named.weight=0"]),
+    ):
+        peaks[name] = peak_memory(recipe_of(little_data, *large, *changes), tmp_path / name, kind)
+    assert peaks["alternating"] <= 1.05 * max(peaks["named"], peaks["heard"])
+    assert peaks["summed"] > 1.2 * peaks["alternating"]
