@@ -1,4 +1,5 @@
-# Everything a newcomer types. `make demo` and `make test` make the environment first, and only once.
+# Everything a newcomer types. Each makes the environment first, and only once: `make demo` with what training needs, the
+# others with the tools and the libraries that tests compare with, which are twice as much.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -12,21 +13,25 @@ demo: $(VENV)/.installed
 	  $(BIN)/openimp train demo --resume && $(BIN)/openimp info runs/demo; \
 	else rm -rf runs/demo; $(BIN)/openimp demo; fi
 
-test: $(VENV)/.installed
+test: $(VENV)/.dev
 	$(BIN)/pytest
 
-check: $(VENV)/.installed
+check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 install: $(VENV)/.installed
 
-docs: $(VENV)/.installed
+docs: $(VENV)/.dev
 	$(BIN)/python tools/write_recipe_reference.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 

@@ -115,6 +115,23 @@ def test_the_examples_of_the_data_page_are_read(tmp_path, monkeypatch):
     assert read == {"photos", "songs", "more_songs", "birds", "shards", "stream"}
 
 
+def test_the_evaluators_page_runs(little_data, little_run, tmp_path, monkeypatch, capsys):
+    """The little run stands for the demo's, and its coloured squares, which it knows, for the pictures."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/demo").symlink_to(little_run)
+    Path("pictures").symlink_to(little_data / "pictures")
+    page = ROOT / "docs" / "evaluators.md"
+    known = {"__name__": "evaluators"}
+    for _, code in blocks(page, "python"):
+        exec(code, known)
+    top, mean, retrieval, score = capsys.readouterr().out.splitlines()[-4:]
+    assert (top, mean, score) == ("top-1 1.0", "mean over the classes 1.0", "1.0")
+    assert "text_retrieval_recall@10" in retrieval
+
+
 def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, monkeypatch):
     page = ROOT / "docs" / "modalities.md"
     monkeypatch.chdir(tmp_path)

@@ -4,7 +4,7 @@ Shape suffixes: B inputs, Z features of the common space.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Model(nn.Module):
     """A model with a method `encode_<name>` for each of its modalities; see `encode` for what they take and give.
 
     Each modality is seen in the first view of the first task that has it, as in evaluation: no augmentation, no dropped
-    tokens, and the clips of a long item averaged. `views` may be changed.
+    tokens, and the clips of a long item averaged. `views` may be changed; `preprocess` and `tokenizer` follow.
 
     Attributes:
         imp: the network.
@@ -51,8 +51,6 @@ class Model(nn.Module):
         classes: the classes of each classification head.
         views: by modality, how it is seen.
         precision: of the forward pass.
-        preprocess: as open_clip's, a Pillow picture to a tensor (3, H, W) for `encode`; None if it takes no pictures.
-        tokenizer: as open_clip's, texts to ids (B, L) for `encode`; None if it reads no texts.
     """
 
     def __init__(
@@ -70,14 +68,11 @@ class Model(nn.Module):
         self.classes = classes
         self.precision = precision
         self.views = {name: first_view(recipe, name) for name in modalities}
-        pictures: Any = next((m for m in modalities.values() if hasattr(m, "preprocess")), None)
-        reader: Any = next((m for m in modalities.values() if hasattr(m, "tokenize")), None)
-        self._pictures: str | None = pictures and pictures.name
-        self.preprocess = pictures and partial(pictures.preprocess, view=self.views[pictures.name])
-        self.tokenizer = reader and partial(reader.tokenize, length=self.views[reader.name].length)
+        self._pictures = next((name for name, m in modalities.items() if hasattr(m, "preprocess")), None)
+        self._reader = next((name for name, m in modalities.items() if hasattr(m, "tokenize")), None)
 
     def encode(
-        self, modality: str, inputs: Any, towards: str | None = None, normalize: bool = False, batch_size: int = 64
+        self, modality: str, inputs: Any, normalize: bool = False, towards: str | None = None, batch_size: int = 64
     ) -> Tensor:
         """Inputs of one modality to vectors of the space that it shares with another.
 
@@ -86,9 +81,9 @@ class Model(nn.Module):
             inputs: one, or a list of: file path, bytes, numpy array or Pillow picture, as the modality's `decode` takes
                 them; a text is a string. Or a batch as a tensor, as the modality's `from_tensor` takes it: float
                 (B, 3, H, W) of `preprocess` for pictures, ids (B, L) of `tokenizer` for texts. It is differentiable.
+            normalize: give unit vectors.
             towards: the other modality of the pair. Left out: see `partner`. In a model with a joint space it changes
                 nothing; in one with disjoint spaces, only vectors of the same pair can be compared.
-            normalize: give unit vectors.
             batch_size: clips or items that are encoded at once.
 
         Returns:
@@ -142,6 +137,22 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         """Where the model computes."""
         return next(self.imp.parameters()).device
+
+    @property
+    def preprocess(self) -> Callable[[Any], Tensor] | None:
+        """As open_clip's, a Pillow picture to a tensor (3, H, W) for `encode`; None if the model takes no pictures."""
+        if self._pictures is None:
+            return None
+        pictures: Any = self.modalities[self._pictures]
+        return partial(pictures.preprocess, view=self.views[self._pictures])
+
+    @property
+    def tokenizer(self) -> Callable[[str | list[str]], Tensor] | None:
+        """As open_clip's, texts to ids (B, L) for `encode`; None if the model reads no texts."""
+        if self._reader is None:
+            return None
+        reader: Any = self.modalities[self._reader]
+        return partial(reader.tokenize, length=self.views[self._reader].length)
 
     @property
     def logit_scale(self) -> Tensor:
