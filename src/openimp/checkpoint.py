@@ -82,6 +82,12 @@ def read_config(folder: Path) -> tuple[Recipe, dict[str, list[Any]], dict[str, s
     return Recipe.build(config["recipe"], folder, str(file)), config["classes"], learned
 
 
+def saved_step(folder: Path) -> int | None:
+    """The step at which a training saved this folder; None where a model was saved by itself."""
+    file = folder / "state.json"
+    return json.loads(file.read_text(encoding="utf-8"))["step"] if file.exists() else None
+
+
 def load_weights(model: IMP, file: Path, assign: bool = False) -> None:
     """Loads a safetensors file that must hold exactly the model's tensors."""
     tensors = _read(file)

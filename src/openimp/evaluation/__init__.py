@@ -5,7 +5,7 @@ from typing import Any
 
 from openimp.data.sources import Table, open_source
 from openimp.errors import UserError, nearest
-from openimp.evaluation import retrieval, zero_shot
+from openimp.evaluation import provenance, retrieval, zero_shot
 from openimp.evaluation.encoding import Progress, first_view
 from openimp.evaluation.figures import skipped_fields, table
 from openimp.modalities import Modality
@@ -45,11 +45,12 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        results = []
+        results: list[dict[str, Any]] = []
         for name, source in tables.items():
             shown = None if progress is None else _labelled(progress, name)
             results += _measure(model, recipe, modalities, name, source, step, shown)
-        return results
+        by = provenance.checkpoint_fields(model, modalities)
+        return [result | by for result in results]
     finally:
         model.train(training)
 
@@ -87,24 +88,26 @@ def _measure(
     """The results of one set."""
     options = recipe.evaluation.sets[name]
     views = {side: options.view[side] for side in options.inputs}
+    prompts: list[str] | None = None
+    wording: list[Any] = [spec.columns for side, spec in options.inputs.items() if modalities[side].reads_text]
     if isinstance(options, ZeroShot):
-        classified, skipped = zero_shot.classify(model, recipe, modalities, name, source, progress)
+        classified, counted = zero_shot.classify(model, recipe, modalities, name, source, progress)
         (seen,) = options.inputs
         views[options.reader] = first_view(recipe, options.reader)
-        figures = [{"task": f"{seen} -> {options.label}", **classified.figures(), "prompts": options.prompts}]
+        prompts, wording = options.prompts, [*wording, options.prompts, options.texts]
+        figures = [{"task": f"{seen} -> {options.label}", **classified.figures()}]
     else:
-        found, skipped = retrieval.retrieve(model, recipe, modalities, name, source, progress)
-        figures = [{"task": f"{item.query} -> {item.target}", **item.figures(), "prompts": None} for item in found]
+        found, counted = retrieval.retrieve(model, recipe, modalities, name, source, progress)
+        figures = [{"task": f"{item.query} -> {item.target}", **item.figures()} for item in found]
     return [
         {
             "set": name,
             "type": options.type,
             "step": step,
             **figure,
-            **skipped_fields(skipped),
-            "source": options.source,
-            "fingerprint": source.fingerprint,
-            "view": {side: view.model_dump(mode="json") for side, view in views.items()},
+            **skipped_fields(counted.skipped),
+            **provenance.data_fields(recipe, source, counted),
+            **provenance.how_fields(views, modalities, prompts, wording),
         }
         for figure in figures
     ]

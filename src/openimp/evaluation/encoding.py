@@ -45,11 +45,13 @@ class Encoded:
         embeddings: (N, Z) unit vectors, fp32, of the distinct values, in the order in which they first appear.
         item: which of them each row of the source has, -1 where it cannot be read.
         bad: why a row cannot be read, by row.
+        keys: of each row what equal values share, made of all that the value holds.
     """
 
     embeddings: Tensor
     item: np.ndarray
     bad: dict[int, str]
+    keys: list[str]
 
 
 def encode_rows(
@@ -109,7 +111,7 @@ def encode_rows(
 
     embeddings = embed(model, modality, view, readable(), towards, batch, precision)
     item = np.array([place.get(key, -1) for key in keys], np.int64)
-    return Encoded(embeddings, item, {row: bad[key] for row, key in enumerate(keys) if key in bad})
+    return Encoded(embeddings, item, {row: bad[key] for row, key in enumerate(keys) if key in bad}, keys)
 
 
 def embed(
