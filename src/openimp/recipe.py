@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from openimp.errors import UserError, nearest
-from openimp.recipe_evaluation import Evaluation, Retrieval, ZeroShot
+from openimp.recipe_evaluation import Evaluation, Probe, Retrieval, ZeroShot
 from openimp.recipe_file import read_recipe
 from openimp.recipe_types import (
     Count,
@@ -328,10 +328,13 @@ class Recipe(Strict):
             if (options.view.share, options.view.batch) != (1, None):
                 raise UserError(f"{key}.view: share and batch are for training; evaluation.batch counts here")
             self._bind_user(key, options, {f"{key}.view": options.view})
+            if isinstance(options, Probe):
+                self._require_source(f"{key}.train", options.train)
+                if options.train == options.source:
+                    raise UserError(f"{key}: train and source are both {options.train}; a probe needs new rows")
 
-    def _bind_user(self, key: str, user: "Task | Retrieval | ZeroShot", views: Mapping[str, View]) -> None:
-        if user.source not in self.sources:
-            raise UserError(f"{key}.source: no source {user.source!r}{nearest(user.source, self.sources)}")
+    def _bind_user(self, key: str, user: "Task | Retrieval | ZeroShot | Probe", views: Mapping[str, View]) -> None:
+        self._require_source(f"{key}.source", user.source)
         for place, view in views.items():
             view.bind(user.inputs, place)
             for name in user.inputs:
@@ -340,6 +343,10 @@ class Recipe(Strict):
                     modality(self.modalities[modality.stem]).check(view[name])
                 except ValueError as error:
                     raise UserError(f"{place}.{name}: {error}") from None
+
+    def _require_source(self, key: str, name: str) -> None:
+        if name not in self.sources:
+            raise UserError(f"{key}: no source {name!r}{nearest(name, self.sources)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with every default written out."""

@@ -52,6 +52,21 @@ def readable_rows(table: Table, sides: list[Encoded], where: str, labels: Sequen
     return Readable(rows, skipped, content)
 
 
+def classes_in(labels: Sequence[Any], column: str) -> list[Any]:
+    """The distinct labels that can be read, in the order that classification heads have.
+
+    Raises:
+        UserError: a row has a list, or no row can be read; the message begins with `column`.
+    """
+    try:
+        classes = {label for label in labels if not isinstance(label, Refused)}
+    except TypeError:
+        raise UserError(f"{column} holds lists; it needs one class a row") from None
+    if not classes:
+        raise UserError(f"{column} cannot be read in any row")
+    return sorted(classes, key=lambda label: (str(type(label)), label))
+
+
 def accuracy(hit: np.ndarray, truth: np.ndarray, classes: int) -> dict[str, Any]:
     """Top-1 with its 95 % interval, the mean over the classes of their top-1, and chance.
 

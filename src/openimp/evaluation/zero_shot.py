@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.data.sources import Table
-from openimp.data.tables import Refused, as_text
+from openimp.data.tables import as_text
 from openimp.errors import UserError
 from openimp.evaluation.encoding import Progress, embed, encode_rows, first_view, require_columns, require_pair
-from openimp.evaluation.figures import Readable, accuracy, readable_rows
+from openimp.evaluation.figures import Readable, accuracy, classes_in, readable_rows
 from openimp.evaluation.retrieval import SIMILARITIES, ranks
 from openimp.modalities import Modality
 from openimp.model.imp import IMP
@@ -109,7 +109,7 @@ def check(
     require_columns(table, modalities[seen], spec, where)
     table.require([options.label], where)
     labels = table.column(options.label)
-    classes = _classes(labels, f"{where}: column {options.label!r} of source {table.name}")
+    classes = classes_in(labels, f"{where}: column {options.label!r} of source {table.name}")
     texts = [_class_text(label, options, f"{where}: source {table.name}") for label in classes]
     for prompt in options.prompts:
         _fill(prompt, texts[0], where)
@@ -125,17 +125,6 @@ def class_embeddings(
     items = (reader.encode_input(text, view) for text in filled)
     z_NZ = embed(model, reader, view, items, seen, recipe.evaluation.batch, recipe.train.precision)
     return F.normalize(z_NZ.unflatten(0, (len(texts), len(prompts))).mean(1), dim=-1)
-
-
-def _classes(labels: list[Any], where: str) -> list[Any]:
-    """The distinct labels, in the order that classification heads have."""
-    try:
-        classes = {label for label in labels if not isinstance(label, Refused)}
-    except TypeError:
-        raise UserError(f"{where} holds lists; zero-shot classification needs one class a row") from None
-    if not classes:
-        raise UserError(f"{where} cannot be read in any row")
-    return sorted(classes, key=lambda label: (str(type(label)), label))
 
 
 def _class_text(label: Any, options: ZeroShot, where: str) -> str:
