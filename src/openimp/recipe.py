@@ -221,6 +221,9 @@ class Train(Strict):
 
     steps: Count = 200_000
     """Gradient steps, over all tasks; the paper: S 200k, B and L 500k."""
+    init: RecipePath | None = None
+    """A run, a checkpoint or a model's folder to start from, tokenizer included; heads of other tasks or classes, and
+    stems of other modalities, are new. null: everything is. Relative to the recipe."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where the processor has it."""
     compile: bool = False
