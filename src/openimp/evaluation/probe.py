@@ -21,7 +21,7 @@ from openimp.modalities import Modality
 from openimp.model.imp import IMP
 from openimp.recipe import Probe, Recipe
 
-STRENGTHS = [10.0**power for power in range(-4, 3)]
+STRENGTHS = [10.0**power for power in range(-4, 4)]
 """Values of C, the inverse of the L2 penalty's weight, to choose from. CLIP sweeps it too: the best one depends on the
 number of examples and the width by orders of magnitude, so a fixed one would favour some models."""
 FOLDS = 5
