@@ -105,6 +105,21 @@ def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def peak_bytes() -> Callable[[Callable[[], Any]], int]:
+    """Measures the most memory that a function's tensors hold beyond what was there, as torch's allocator sees it."""
+
+    def measure(function: Callable[[], Any]) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            function()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        assert len(changes) > 100, "the profiler should see every tensor"
+        return int(np.cumsum(changes).max())
+
+    return measure
+
+
 PICTURES = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 220), "white": (240, 240, 240)}
 TONES = {"low": 200, "middle": 800, "high": 3000}
 RECIPE = """

@@ -270,11 +270,7 @@ def test_eval_measures_again_what_training_measured(openimp, little_run, little_
     code, printed, err = openimp("eval", little_run, "--out", out)
     assert (code, err) == (0, "")
     assert "colours" in printed
-    again = read_lines(out)
-    before = read_lines(little_run / "results.jsonl")
-    for one, other in zip(again, before, strict=True):
-        assert one.pop("model").endswith("step-00000012")
-        assert {**one, "step": None} == {**other, "step": None}
+    assert out.read_bytes() == (little_run / "results.jsonl").read_bytes()
     assert openimp("eval", little_run, "tones", "--recipe", little_data / "recipe.yaml", "--out", out)[0] == 0
     assert [line["set"] for line in read_lines(out)] == ["colours", "tones", "tones", "tones", "tones"]
 

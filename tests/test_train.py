@@ -373,26 +373,17 @@ def test_the_evaluated_weights_are_the_averaged_ones(whole_run, little_data, tmp
     assert training.model.training
 
 
-def peak_bytes(recipe: Recipe, run: Path) -> int:
-    """The most memory that a training holds beyond what it had at its start, as torch's allocator sees it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        train(recipe, run)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    assert len(changes) > 1000
-    return int(np.cumsum(changes).max())
-
-
-def test_the_peak_memory_of_a_mixture_is_that_of_its_largest_task(little_data, tmp_path):
+def test_the_peak_memory_of_a_mixture_is_that_of_its_largest_task(little_data, tmp_path, peak_bytes):
     """Nor does a step hold on to anything of the one before: a task alone has a single step here."""
     common = ["alternation.kind=intervals", "evaluation={}", "train.precision=fp32",
               "tasks.named.batch=128", "tasks.named.views=[{image: {size: 32}, text: {length: 16}}]",
               "tasks.heard.batch=96", "tasks.heard.views=[{audio: {seconds: 2.048}, text: {length: 16}}]"]  # fmt: skip
-    mixed = peak_bytes(recipe_of(little_data, *common, "train.steps=6"), tmp_path / "mixed")
-    alone = [
-        peak_bytes(recipe_of(little_data, *common, "train.steps=1", f"tasks.{other}.weight=0"), tmp_path / other)
-        for other in ("heard", "named")
-    ]
+
+    def peak(name: str, *changes: str) -> int:
+        return peak_bytes(lambda: train(recipe_of(little_data, *common, *changes), tmp_path / name))
+
+    mixed = peak("mixed", "train.steps=6")
+    alone = [peak(other, "train.steps=1", f"tasks.{other}.weight=0") for other in ("heard", "named")]
     assert min(alone) > 0.6 * max(alone), "the tasks should be about as large, or this tells nothing"
     assert mixed < 1.1 * max(alone)
 

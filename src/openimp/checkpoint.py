@@ -56,8 +56,7 @@ def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str
         modality.load_state(learned)
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
-    averaged = folder / "ema.safetensors"
-    load_weights(model, averaged if averaged.exists() else folder / "model.safetensors", assign=True)
+    load_weights(model, weights_file(folder), assign=True)
     return model.eval(), recipe, modalities, classes
 
 
@@ -82,9 +81,35 @@ def read_config(folder: Path) -> tuple[Recipe, dict[str, list[Any]], dict[str, s
     return Recipe.build(config["recipe"], folder, str(file)), config["classes"], learned
 
 
+def saved_step(folder: Path) -> int | None:
+    """The step at which a training saved this folder; None where a model was saved by itself."""
+    file = folder / "state.json"
+    return json.loads(file.read_text(encoding="utf-8"))["step"] if file.exists() else None
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights to use of a folder: the averaged ones where there are any."""
+    averaged = folder / "ema.safetensors"
+    return averaged if averaged.exists() else folder / "model.safetensors"
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged: {error}") from None
+
+
 def load_weights(model: IMP, file: Path, assign: bool = False) -> None:
     """Loads a safetensors file that must hold exactly the model's tensors."""
-    tensors = _read(file)
+    tensors = read_tensors(file)
     try:
         model.load_state_dict(tensors, assign=assign)
     except RuntimeError as error:
@@ -141,13 +166,13 @@ def load_checkpoint(
     """Puts weights, moments and averages back, and returns the training's state."""
     load_weights(model, folder / "model.safetensors")
     if averaged is not None:
-        for name, tensor in _read(folder / "ema.safetensors").items():
+        for name, tensor in read_tensors(folder / "ema.safetensors").items():
             averaged[name].copy_(tensor)
     parameters = dict(model.named_parameters())
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for optimizer in optimizers:
         optimizer.state.clear()
-    for key, value in _read(folder / "optimizer.safetensors").items():
+    for key, value in read_tensors(folder / "optimizer.safetensors").items():
         name, _, field = key.partition("|")
         parameter = parameters[name]
         # Counts stay on the CPU unless the optimiser is fused on an accelerator, where they live beside the moments.
@@ -170,15 +195,6 @@ def model_folder(path: Path) -> Path:
     if not found:
         raise UserError(f"{path}: no model here (a run with a checkpoint, or a folder with config.json)")
     return found[-1]
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged: {error}") from None
 
 
 def _sync(path: Path) -> None:

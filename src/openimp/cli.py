@@ -53,7 +53,7 @@ def eval(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Append the results here too, as JSON lines.")] = None,
 ) -> None:
-    """Measure a trained model: zero-shot classification and retrieval, beside chance."""
+    """Measure a trained model: zero-shot classification, retrieval and probes, beside chance."""
     from openimp.commands import run_eval
 
     run_eval(run, sets, recipe, out)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from openimp.checkpoint import load_model, model_folder, read_config
+from openimp.checkpoint import load_model, model_folder, read_config, saved_step
 from openimp.data.loader import classes_of
 from openimp.data.sources import open_source
 from openimp.device import pick_device
@@ -53,11 +53,11 @@ def run_eval(path: Path, sets: list[str] | None, other: str | None, out: Path | 
         recipe = Recipe.build({**ours, "sources": sources, "evaluation": theirs["evaluation"]}, where=other)
     if not recipe.evaluation.sets:
         raise UserError(f"{other or path}: the recipe has no evaluation sets")
-    results = evaluate(model.to(pick_device()), recipe, modalities, sets or None, progress=track)
+    results = evaluate(model.to(pick_device()), recipe, modalities, sets or None, saved_step(folder), track)
     console.print(table(results))
     for result in results if out else []:
         assert out is not None
-        append(out, {"model": str(folder), **result})
+        append(out, result)
 
 
 def run_info(what: str, overrides: list[str]) -> None:

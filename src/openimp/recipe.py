@@ -1,53 +1,36 @@
 """The recipe: one YAML file that says everything about an experiment. Every default lives here, with unit and source.
 
-What belongs to one modality only (a picture's size, a sound's seconds) is declared beside that modality as its `Config`
-and `View`; a recipe checks those parts against the modality that it finds by name.
+What is measured stands in `recipe_evaluation`, and what all parts are made of in `recipe_types`. What belongs to one
+modality only (a picture's size, a sound's seconds) is declared beside that modality as its `Config` and `View`; a
+recipe checks those parts against the modality that it finds by name.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import Field, model_validator
 
 from openimp.errors import UserError, nearest
+from openimp.recipe_evaluation import Evaluation, Probe, Retrieval, ZeroShot
 from openimp.recipe_file import read_recipe
+from openimp.recipe_types import (
+    Count,
+    Input,
+    Inputs,
+    Positive,
+    RecipePath,
+    Share,
+    Strict,
+    View,
+    Whole,
+    checked,
+)
+from openimp.recipe_types import Pair as Pair  # for modalities, as most of the others
+from openimp.recipe_types import Triple as Triple
 from openimp.registry import modality_class
-
-
-class Strict(BaseModel):
-    """A part of the recipe: types are exact, and an unknown key is refused with the nearest known one named."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and cls.model_config.get("extra") == "forbid":
-            for key in data:
-                if key not in cls.model_fields:
-                    raise ValueError(f"unknown key {key!r}{nearest(str(key), cls.model_fields)}")
-        return data
-
-
-def _beside_recipe(path: str, info: ValidationInfo) -> str:
-    """A relative path starts at the recipe's folder; a URL, or `openimp:NAME`, stays as it is."""
-    folder = (info.context or {}).get("folder")
-    return path if folder is None or re.match(r"\w\w+:", path) else str(Path(folder).resolve() / path)
-
-
-RecipePath = Annotated[str, AfterValidator(_beside_recipe)]
-"""A path that a recipe names; a modality's `Config` may use it too."""
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-# YAML knows no tuples, so a list is taken for one; its items stay strict.
-Pair = Annotated[tuple[Count, Count], Field(strict=False)]
-Triple = Annotated[tuple[Count, Count, Count], Field(strict=False)]
 
 
 class MoE(Strict):
@@ -158,30 +141,6 @@ class Source(Strict):
         return self
 
 
-class Input(Strict):
-    """Where a modality's raw value stands in a row. A plain string or list is short for `column`."""
-
-    column: str | list[str]
-    """A column, or a text template such as "{name}, {keywords*}": `{x}` takes one value of x (of a list: one at
-    random in training, the first in evaluation), `{x*}` joins all of a list by commas (in training some, in any
-    order). Of several columns or templates one is drawn in training, and the first is used in evaluation."""
-    draw: Count = 1
-    """How many are drawn in training; more than one makes several positives an item (MIL-NCE)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, data: Any) -> Any:
-        return {"column": data} if isinstance(data, str | list) else data
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns or templates, in order of preference."""
-        return [self.column] if isinstance(self.column, str) else self.column
-
-
-Inputs = Annotated[dict[str, Input], Field(min_length=1)]
-
-
 class Contrastive(Strict):
     """Symmetric contrastive loss over pairs of the task's modalities."""
 
@@ -219,33 +178,6 @@ class Classification(Strict):
 
 
 Objective = Annotated[Contrastive | Classification, Field(discriminator="type")]
-
-
-class View(Strict):
-    """How an example is seen at one step. Beside these keys: one key a modality, with that modality's own options."""
-
-    model_config = ConfigDict(extra="allow")
-
-    share: Positive = 1.0
-    """How often this view is drawn, against the task's other views."""
-    batch: Count | None = None
-    """Examples a step in this view; left out: the task's."""
-
-    def __getitem__(self, modality: str) -> Any:
-        """The checked options of one modality, an instance of its `View`."""
-        return (self.model_extra or {})[modality]
-
-    def bind(self, modalities: Iterable[str], where: str) -> "View":
-        """Checks the options of each modality against its `View` and fills in its defaults."""
-        extra, known = dict(self.model_extra or {}), {}
-        for name in modalities:
-            options = extra.pop(name, {})
-            known[name] = checked(modality_class(name).View, options, f"{where}.{name}")
-        if extra:
-            key = next(iter(extra))
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, [*modalities, *View.model_fields])}")
-        self.__pydantic_extra__ = known
-        return self
 
 
 class Task(Strict):
@@ -302,6 +234,9 @@ class Train(Strict):
 
     steps: Count = 200_000
     """Gradient steps, over all tasks; the paper: S 200k, B and L 500k."""
+    init: RecipePath | None = None
+    """A run, a checkpoint or a model's folder to start from, tokenizer included; heads of other tasks or classes, and
+    stems of other modalities, are new. null: everything is. Relative to the recipe."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where the processor has it."""
     compile: bool = False
@@ -318,51 +253,6 @@ class Train(Strict):
     """Checkpoints that are kept."""
     max_bad: Share = 0.01
     """The share of unreadable examples, of all that a task has read, above which the run stops (from 100 on)."""
-
-
-class Retrieval(Strict):
-    """R@1/5/10, median rank and mean reciprocal rank, both ways, between two modalities of a source."""
-
-    type: Literal["retrieval"]
-    """What kind of evaluation this is."""
-    source: str
-    """The name of one of `sources`; it may not be a stream."""
-    inputs: Inputs
-    """Two modalities. Items with equal text, or equal raw value, are one."""
-    view: View = Field(default_factory=View)
-    """How the items are seen. Nothing is augmented and no token dropped, whatever the options of training say."""
-
-
-class ZeroShot(Strict):
-    """Top-1 and top-5 of classes that are named only by text."""
-
-    type: Literal["zero_shot"]
-    """What kind of evaluation this is."""
-    source: str
-    """The name of one of `sources`; it may not be a stream."""
-    inputs: Annotated[dict[str, Input], Field(min_length=1, max_length=1)]
-    """The one modality to classify."""
-    label: str
-    """The column with the class."""
-    prompts: Annotated[list[str], Field(min_length=1)] = ["{}"]
-    """Templates; a class embedding is the mean over all of them."""
-    texts: dict[str, str] | None = None
-    """What a class is called in the prompts, where its label is not its name."""
-    reader: str = "text"
-    """The modality that reads the prompts, in its first training view."""
-    view: View = Field(default_factory=View)
-    """How the items are seen. Nothing is augmented and no token dropped, whatever the options of training say."""
-
-
-class Evaluation(Strict):
-    """What is measured during training, at its end, and by `openimp eval`."""
-
-    every: Count | None = None
-    """Steps between two evaluations; null: at the end only."""
-    batch: Count = 128
-    """Examples encoded at once."""
-    sets: dict[str, Annotated[Retrieval | ZeroShot, Field(discriminator="type")]] = {}
-    """What is measured, by name."""
 
 
 class Recipe(Strict):
@@ -454,10 +344,13 @@ class Recipe(Strict):
             if (options.view.share, options.view.batch) != (1, None):
                 raise UserError(f"{key}.view: share and batch are for training; evaluation.batch counts here")
             self._bind_user(key, options, {f"{key}.view": options.view})
+            if isinstance(options, Probe):
+                self._require_source(f"{key}.train", options.train)
+                if options.train == options.source:
+                    raise UserError(f"{key}: train and source are both {options.train}; a probe needs new rows")
 
-    def _bind_user(self, key: str, user: "Task | Retrieval | ZeroShot", views: Mapping[str, View]) -> None:
-        if user.source not in self.sources:
-            raise UserError(f"{key}.source: no source {user.source!r}{nearest(user.source, self.sources)}")
+    def _bind_user(self, key: str, user: "Task | Retrieval | ZeroShot | Probe", views: Mapping[str, View]) -> None:
+        self._require_source(f"{key}.source", user.source)
         for place, view in views.items():
             view.bind(user.inputs, place)
             for name in user.inputs:
@@ -466,6 +359,10 @@ class Recipe(Strict):
                     modality(self.modalities[modality.stem]).check(view[name])
                 except ValueError as error:
                     raise UserError(f"{place}.{name}: {error}") from None
+
+    def _require_source(self, key: str, name: str) -> None:
+        if name not in self.sources:
+            raise UserError(f"{key}: no source {name!r}{nearest(name, self.sources)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with every default written out."""
@@ -490,28 +387,3 @@ def _check_objective(key: str, objective: Contrastive | Classification, inputs: 
         raise UserError(f"{key}: a contrastive objective needs two modalities in inputs")
     if isinstance(objective, Classification) and not objective.of and all(modality_class(n).masked for n in inputs):
         raise UserError(f"{key}: a classification of {', '.join(inputs)} only must name it as its `of`")
-
-
-def checked(schema: type[Any], data: Any, where: str, folder: str | Path | None = None) -> Any:
-    """Validates plain data (or checks what is checked already anew), and tells the first mistake in one sentence."""
-    if isinstance(data, BaseModel):
-        data = data.model_dump()
-    try:
-        return schema.model_validate(data, context={"folder": folder})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(_path(data, first["loc"], missing=first["type"] == "missing"))
-        message = first["msg"].removeprefix("Value error, ")
-        found = "" if first["type"] in ("value_error", "missing") else f", found {first['input']!r:.60}"
-        raise UserError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None
-
-
-def _path(data: Any, location: tuple[int | str, ...], missing: bool) -> Iterator[str]:
-    """The keys of pydantic's location that the data has: it also puts the members of unions among them."""
-    for i, part in enumerate(location):
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            if not (missing and i == len(location) - 1):
-                continue
-        yield str(part)

@@ -57,6 +57,14 @@ def find_file(name: str, folder: str = "recipes", what: str = "recipe file") -> 
     raise UserError(f"{name}: no such {what}{nearest(name, bundled)}")
 
 
+def flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists to {"a.b.0": value}."""
+    if isinstance(data, dict | list):
+        pairs = data.items() if isinstance(data, dict) else enumerate(data)
+        return {k: v for key, value in pairs for k, v in flat(value, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: data}
+
+
 class RecipeLoader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number, as people expect, and a key that is given twice is an error."""
 

@@ -25,6 +25,8 @@ from openimp.objectives import Losses, task_losses
 from openimp.optim import make_optimizers, schedule, set_learning_rate
 from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe
+from openimp.recipe_file import flat
+from openimp.warm_start import open_start
 
 T = TypeVar("T")
 FREE = {"train.workers", "train.prefetch", "train.log_every", "train.save_every", "train.keep", "train.max_bad"}
@@ -40,8 +42,8 @@ def train(recipe: Recipe, run: Path, resume: bool = False, loop: "type[Training]
         loop: what makes the steps, for studies of other ways to train; left out: `Training`.
 
     Raises:
-        UserError: bad data, a run that is already there, a checkpoint of another recipe, or a loss that is not finite.
-            The steps before it are saved.
+        UserError: bad data, a run that is already there, a checkpoint of another recipe, a model that cannot be started
+            from, or a loss that is not finite. The steps before it are saved.
     """
     training = (loop or Training)(recipe, run, resume)
     with _stop_signals() as stop, StepBar(recipe.train.steps, training.step) as bar, closing(training.metrics):
@@ -86,9 +88,10 @@ class Training:
             raise UserError(f"{run}: holds a run already; go on with --resume, or name another directory with --run")
         latest = _latest(recipe, run) if resume else None
         self.modalities = modalities_of(recipe)
+        start = open_start(recipe, self.modalities) if latest is None else None
         self.data = StepBatches(recipe, self.modalities, progress=track)
         if latest is None:
-            self.data.fit()
+            self.data.fit(start.stems if start else ())
         else:
             _, classes, learned = read_config(latest)
             for modality in self.modalities.values():
@@ -99,6 +102,8 @@ class Training:
         torch.manual_seed(recipe.seed)
         sizes = {name: len(values) for name, values in self.data.classes.items()}
         self.model = IMP.from_recipe(recipe, self.modalities, sizes).to(self.device).train()
+        if start is not None:
+            console.print(start.load(self.model, self.data.classes), soft_wrap=True, markup=False)
         open_sets(self.model, recipe, self.modalities)
         self.encode = (
             compiled_encode(self.model, len(self._signatures())) if recipe.train.compile else self.model.encode
@@ -276,21 +281,13 @@ def _latest(recipe: Recipe, run: Path) -> Path:
     if not found:
         raise UserError(f"{run}: no checkpoint to resume from")
     before, _, _ = read_config(found[-1])
-    ours, theirs = _flat(recipe.to_dict()), _flat(before.to_dict())
+    ours, theirs = flat(recipe.to_dict()), flat(before.to_dict())
     for key in sorted(ours.keys() | theirs.keys()):
         free = key in FREE or key.startswith("evaluation.")
         if not free and ours.get(key) != theirs.get(key):
             was, now = theirs.get(key), ours.get(key)
             raise UserError(f"{found[-1]}: made by another recipe: {key} is {was!r} there, {now!r} here")
     return found[-1]
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists to {"a.b.0": value}."""
-    if isinstance(data, dict | list):
-        pairs = data.items() if isinstance(data, dict) else enumerate(data)
-        return {k: v for key, value in pairs for k, v in _flat(value, f"{prefix}{key}.").items()}
-    return {prefix[:-1]: data}
 
 
 class _Stopped(Exception):

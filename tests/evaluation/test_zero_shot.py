@@ -92,11 +92,11 @@ def test_figures_and_confusion_of_answers_known_by_hand():
 
 def test_the_confusion_agrees_with_top1(setup):
     imp, modalities, recipe, source = setup()
-    found, skipped = classify(imp, recipe, modalities, "things", source)
+    found, counted = classify(imp, recipe, modalities, "things", source)
     assert found.classes == sorted(set(LABELS))
     assert np.trace(found.confusion()) / 9 == found.figures()["top1"]
     assert found.confusion().sum(1).tolist() == [LABELS.count(name) for name in found.classes]
-    assert skipped == []
+    assert counted.skipped == []
 
 
 def test_texts_name_the_classes_and_decide_the_outcome(setup):
@@ -187,6 +187,6 @@ def test_rows_of_a_tar_whose_label_cannot_be_read_are_left_out(tmp_path, setup):
     file.write_bytes(data[: data.index(b"4.png") + 600])
     imp, modalities, recipe, _ = setup(inputs={"image": "png"}, label="txt")
     source = open_source("labelled", Source(path=str(file)))
-    found, skipped = classify(imp, recipe, modalities, "things", source)
+    found, counted = classify(imp, recipe, modalities, "things", source)
     assert (found.classes, found.row.tolist(), found.truth.tolist()) == (["sea", "tree"], [0, 1, 3], [0, 1, 0])
-    assert [line.split(":")[0] for line in skipped] == ["things.tar[2]", "things.tar[the rest]"]
+    assert [line.split(":")[0] for line in counted.skipped] == ["things.tar[2]", "things.tar[the rest]"]

@@ -10,7 +10,7 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -96,10 +96,11 @@ class StepBatches(Dataset[Loaded]):
         self._index = {key: {value: i for i, value in enumerate(values)} for key, values in self.classes.items()}
         self.stores = self._build_stores(tasks, progress)
 
-    def fit(self) -> None:
-        """Lets the modalities learn from the training texts what they must, such as a tokenizer."""
+    def fit(self, fitted: Collection[str] = ()) -> None:
+        """Lets the modalities learn from the training texts what they must, such as a tokenizer; but not those of the
+        stems that are `fitted` already."""
         for name, modality in self.modalities.items():
-            if modality.reads_text:
+            if modality.reads_text and modality.stem not in fitted:
                 modality.fit(self._corpus(name))
 
     def load_cursors(self, cursors: dict[str, Any]) -> None:

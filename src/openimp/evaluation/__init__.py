@@ -1,16 +1,16 @@
-"""Evaluation: zero-shot classification and retrieval, as a recipe's `evaluation.sets` ask for them."""
+"""Evaluation: zero-shot classification, retrieval and probes, as a recipe's `evaluation.sets` ask for them."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from openimp.data.sources import Table, open_source
 from openimp.errors import UserError, nearest
-from openimp.evaluation import retrieval, zero_shot
+from openimp.evaluation import probe, provenance, retrieval, zero_shot
 from openimp.evaluation.encoding import Progress, first_view
 from openimp.evaluation.figures import skipped_fields, table
 from openimp.modalities import Modality
 from openimp.model.imp import IMP
-from openimp.recipe import Recipe, Retrieval, ZeroShot
+from openimp.recipe import Probe, Recipe, ZeroShot
 
 
 def evaluate(
@@ -34,30 +34,35 @@ def evaluate(
         progress: wraps an iterable to show its progress, `progress(iterable, description)`.
 
     Returns:
-        One flat dict of JSON values for each figure direction: a retrieval set has two, a zero-shot set one. Shares are
-        between 0 and 1. Rows that cannot be read are left out, counted in `skipped` and named in `skipped_rows`.
+        One dict of JSON values for each direction of a retrieval set, each classifier of a probe, and each zero-shot
+        set. Shares are between 0 and 1. Rows that cannot be read are left out, counted in `skipped` and named in
+        `skipped_rows`.
 
     Raises:
-        UserError: an unknown set, a source or column that is not there, a class without text, or a pair of
-            modalities that was never trained together.
+        UserError: an unknown set, a source or column that is not there, a class without text, a pair of
+            modalities that was never trained together, or what a probe cannot be fitted to.
     """
     tables = open_sets(model, recipe, modalities, sets)
     training = model.training
     model.eval()
     try:
-        results = []
-        for name, source in tables.items():
+        results: list[dict[str, Any]] = []
+        for name, sources in tables.items():
             shown = None if progress is None else _labelled(progress, name)
-            results += _measure(model, recipe, modalities, name, source, step, shown)
-        return results
+            results += _measure(model, recipe, modalities, name, sources, step, shown)
+        by = provenance.checkpoint_fields(model, modalities)
+        return [result | by for result in results]
     finally:
         model.train(training)
 
 
 def open_sets(
     model: IMP, recipe: Recipe, modalities: dict[str, Modality], sets: Iterable[str] | None = None
-) -> dict[str, Table]:
+) -> dict[str, dict[str, Table]]:
     """Opens the sources of evaluation sets, and finds what would stop `evaluate`: before a training, not after it.
+
+    Returns:
+        By set, its sources by name.
 
     Raises:
         UserError: as `evaluate`.
@@ -67,8 +72,12 @@ def open_sets(
         if name not in recipe.evaluation.sets:
             raise UserError(f"no evaluation set is called {name!r}{nearest(name, recipe.evaluation.sets)}")
         options, where = recipe.evaluation.sets[name], f"evaluation.sets.{name}"
-        tables[name] = source = _open(recipe, name)
-        if isinstance(options, ZeroShot):
+        source = _open(recipe, name, options.source)
+        tables[name] = {options.source: source}
+        if isinstance(options, Probe):
+            tables[name][options.train] = train = _open(recipe, name, options.train)
+            probe.check(modalities, options, where, source, train)
+        elif isinstance(options, ZeroShot):
             zero_shot.check(model, modalities, options, where, source)
         else:
             retrieval.check(model, modalities, options, where, source)
@@ -80,42 +89,51 @@ def _measure(
     recipe: Recipe,
     modalities: dict[str, Modality],
     name: str,
-    source: Table,
+    sources: dict[str, Table],
     step: int | None,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
     """The results of one set."""
     options = recipe.evaluation.sets[name]
+    source = sources[options.source]
     views = {side: options.view[side] for side in options.inputs}
-    if isinstance(options, ZeroShot):
-        classified, skipped = zero_shot.classify(model, recipe, modalities, name, source, progress)
-        (seen,) = options.inputs
+    prompts: list[str] | None = None
+    wording: list[Any] = [spec.columns for side, spec in options.inputs.items() if modalities[side].reads_text]
+    seen, more = next(iter(options.inputs)), dict[str, Any]()
+    if isinstance(options, Probe):
+        train = sources[options.train]
+        answers, counted, learned = probe.probe(model, recipe, modalities, name, source, train, progress)
+        figures = [{"task": f"{seen} -> {options.label} ({how})", **found.figures()} for how, found in answers.items()]
+        read = {"n": len(learned.row), **skipped_fields(learned.skipped)}
+        more = {"train": read | provenance.data_fields(recipe, train, learned)}
+    elif isinstance(options, ZeroShot):
+        classified, counted = zero_shot.classify(model, recipe, modalities, name, source, progress)
         views[options.reader] = first_view(recipe, options.reader)
-        figures = [{"task": f"{seen} -> {options.label}", **classified.figures(), "prompts": options.prompts}]
+        prompts, wording = options.prompts, [*wording, options.prompts, options.texts]
+        figures = [{"task": f"{seen} -> {options.label}", **classified.figures()}]
     else:
-        found, skipped = retrieval.retrieve(model, recipe, modalities, name, source, progress)
-        figures = [{"task": f"{item.query} -> {item.target}", **item.figures(), "prompts": None} for item in found]
+        found, counted = retrieval.retrieve(model, recipe, modalities, name, source, progress)
+        figures = [{"task": f"{item.query} -> {item.target}", **item.figures()} for item in found]
     return [
         {
             "set": name,
             "type": options.type,
             "step": step,
             **figure,
-            **skipped_fields(skipped),
-            "source": options.source,
-            "fingerprint": source.fingerprint,
-            "view": {side: view.model_dump(mode="json") for side, view in views.items()},
+            **skipped_fields(counted.skipped),
+            **provenance.data_fields(recipe, source, counted),
+            **more,
+            **provenance.how_fields(views, modalities, prompts, wording),
         }
         for figure in figures
     ]
 
 
-def _open(recipe: Recipe, name: str) -> Table:
-    options: Retrieval | ZeroShot = recipe.evaluation.sets[name]
-    source = open_source(options.source, recipe.sources[options.source])
+def _open(recipe: Recipe, name: str, wanted: str) -> Table:
+    source = open_source(wanted, recipe.sources[wanted])
     if not isinstance(source, Table):
         raise UserError(
-            f"evaluation.sets.{name}: source {options.source} is streamed, but evaluation reads all of it; drop stream"
+            f"evaluation.sets.{name}: source {wanted} is streamed, but evaluation reads all of it; drop stream"
         )
     return source
 

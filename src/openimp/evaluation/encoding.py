@@ -1,6 +1,6 @@
 """From the rows of an evaluation set to embeddings.
 
-Shape suffixes: N items, M clips, Z features of the common space.
+Shape suffixes: N items, M clips, D width, Z features of the common space.
 """
 
 import hashlib
@@ -42,14 +42,17 @@ class Encoded:
     """One input of an evaluation set, each distinct value encoded once.
 
     Attributes:
-        embeddings: (N, Z) unit vectors, fp32, of the distinct values, in the order in which they first appear.
+        embeddings: (N, Z) unit vectors, or (N, D) features, fp32, of the distinct values, in the order in which they
+            first appear.
         item: which of them each row of the source has, -1 where it cannot be read.
         bad: why a row cannot be read, by row.
+        keys: of each row what equal values share, made of all that the value holds.
     """
 
     embeddings: Tensor
     item: np.ndarray
     bad: dict[int, str]
+    keys: list[str]
 
 
 def encode_rows(
@@ -58,7 +61,7 @@ def encode_rows(
     modality: Modality,
     spec: Input,
     view: Any,
-    towards: str,
+    towards: str | None,
     batch: int,
     precision: Precision,
     progress: Progress | None = None,
@@ -73,7 +76,8 @@ def encode_rows(
         modality: how the values are read.
         spec: where they stand in a row; of several columns the first counts.
         view: the modality's view.
-        towards: the modality of the other side, which decides on the projection head.
+        towards: the modality of the other side, which decides on the projection head; None: the encoder's features as
+            they are.
         batch: clips that are encoded at once.
         precision: see `autocast`.
         progress: shows it.
@@ -107,9 +111,9 @@ def encode_rows(
                 place[key] = len(place)
                 yield found
 
-    embeddings = embed(model, modality, view, readable(), towards, batch, precision)
+    embeddings = embed(model, modality, view, readable(), towards, batch, precision, normalize=towards is not None)
     item = np.array([place.get(key, -1) for key in keys], np.int64)
-    return Encoded(embeddings, item, {row: bad[key] for row, key in enumerate(keys) if key in bad})
+    return Encoded(embeddings, item, {row: bad[key] for row, key in enumerate(keys) if key in bad}, keys)
 
 
 def embed(
@@ -117,7 +121,7 @@ def embed(
     modality: Modality,
     view: Any,
     items: Iterable[np.ndarray],
-    towards: str,
+    towards: str | None,
     batch: int,
     precision: Precision,
     normalize: bool = True,
@@ -131,10 +135,10 @@ def embed(
         modality: what the items are.
         view: as they were transformed.
         items: (clips, ...) each, as `Modality.encode_input` gives them.
-        towards: the other modality of the pair.
+        towards: the other modality of the pair; None: the encoder's features (N, D), before any projection.
         batch: clips that are encoded at once; an item's clips stay together.
         precision: see `autocast`.
-        normalize: give unit vectors; without it the head's output as it is, averaged over the clips.
+        normalize: give unit vectors; without it what the head or the encoder gives, averaged over the clips.
     """
     device = next(model.parameters()).device
     found = []
@@ -145,16 +149,19 @@ def embed(
             # No index_add, whose order of summation changes from run to run on a GPU.
             found += [z.mean(0) for z in z_MZ.split([len(clips) for clips in chunk])]
     # Outside inference mode, so that a probe may be trained on the result.
-    z_NZ = torch.stack(found) if found else torch.zeros(0, model.config.embed_dim, device=device)
+    size = model.config.width if towards is None else model.config.embed_dim
+    z_NZ = torch.stack(found) if found else torch.zeros(0, size, device=device)
     return F.normalize(z_NZ, dim=-1) if normalize else z_NZ
 
 
 def embed_tokens(
-    model: IMP, name: str, tokens: Tokens, towards: str, precision: Precision, normalize: bool = True
+    model: IMP, name: str, tokens: Tokens, towards: str | None, precision: Precision, normalize: bool = True
 ) -> Tensor:
     """One batch of tokens of the modality `name` to (M, Z) fp32; see `embed`."""
     with autocast(tokens.coords.device, precision):
         features_MD = model.encode({name: tokens}).features
+        if towards is None:
+            return F.normalize(features_MD.float(), dim=-1) if normalize else features_MD.float()
         if normalize:
             return model.project(features_MD, name, towards)
         return model.projections[model.head_name(name, towards)](features_MD).float()

@@ -1,11 +1,15 @@
-"""What both kinds of evaluation report: which rows counted, an interval, a table."""
+"""What all kinds of evaluation report: which rows counted, accuracy, an interval, a table."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.table import Table as RichTable
 
+from openimp.data.files import combine
 from openimp.data.sources import Table
+from openimp.data.tables import Refused
 from openimp.errors import UserError
 from openimp.evaluation.encoding import Encoded
 
@@ -15,8 +19,23 @@ NAMED = 20
 """Unreadable rows that a result names; it counts them all."""
 
 
-def readable_rows(table: Table, sides: list[Encoded], where: str) -> tuple[np.ndarray, list[str]]:
-    """The rows (R,) int64 that every side can read, and "row: reason" of each other one.
+@dataclass(frozen=True)
+class Readable:
+    """The rows of a source that count.
+
+    Attributes:
+        row: (R,) int64, their numbers.
+        skipped: "row: reason" of each other one.
+        content: names all that was read of them, 32 digits: other bytes, texts, labels or rows, another name.
+    """
+
+    row: np.ndarray
+    skipped: list[str]
+    content: str
+
+
+def readable_rows(table: Table, sides: list[Encoded], where: str, labels: Sequence[Any] | None = None) -> Readable:
+    """The rows whose every side, and label where there are labels, can be read.
 
     Raises:
         UserError: there is none.
@@ -24,11 +43,46 @@ def readable_rows(table: Table, sides: list[Encoded], where: str) -> tuple[np.nd
     bad: dict[int, str] = {}
     for side in sides:
         bad = side.bad | bad
+    bad |= {row: label.reason for row, label in enumerate(labels or ()) if isinstance(label, Refused)}
     skipped = [f"{table.where(row)}: {bad[row]}" for row in sorted(bad)]
-    rows = np.flatnonzero(np.all([side.item >= 0 for side in sides], axis=0))
+    rows = np.setdiff1d(np.arange(len(table)), list(bad))
     if not len(rows):
         raise UserError(f"{where}: none of the {len(table)} rows can be read; the first: {skipped[0]}")
-    return rows, skipped
+    content = combine((*(side.keys[row] for side in sides), labels and labels[row]) for row in rows)
+    return Readable(rows, skipped, content)
+
+
+def classes_in(labels: Sequence[Any], column: str) -> list[Any]:
+    """The distinct labels that can be read, in the order that classification heads have.
+
+    Raises:
+        UserError: a row has a list, or no row can be read; the message begins with `column`.
+    """
+    try:
+        classes = {label for label in labels if not isinstance(label, Refused)}
+    except TypeError:
+        raise UserError(f"{column} holds lists; it needs one class a row") from None
+    if not classes:
+        raise UserError(f"{column} cannot be read in any row")
+    return sorted(classes, key=lambda label: (str(type(label)), label))
+
+
+def accuracy(hit: np.ndarray, truth: np.ndarray, classes: int) -> dict[str, Any]:
+    """Top-1 with its 95 % interval, the mean over the classes of their top-1, and chance.
+
+    Args:
+        hit: (N,) bool, whether an example's class was found.
+        truth: (N,) int64, its class.
+        classes: how many there are to choose from.
+    """
+    return {
+        "n": len(hit),
+        "candidates": classes,
+        "top1": float(hit.mean()),
+        "interval": interval(hit),
+        "per_class": float(np.mean([hit[truth == i].mean() for i in np.unique(truth)])),
+        "chance": 1 / classes,
+    }
 
 
 def interval(hit: np.ndarray) -> list[float]:
@@ -60,7 +114,7 @@ def table(results: list[dict[str, Any]]) -> RichTable:
             first, rest = "r1", [_percent(result[f"r{k}"]) for k in (5, 10)]
             rest += [f"{result['median_rank']:g}", f"{result['mrr']:.3f}"]
         else:
-            first, rest = "top1", [_percent(result["top5"]), "", "", ""]
+            first, rest = "top1", [_percent(result["top5"]) if "top5" in result else "", "", "", ""]
         low, high = result["interval"]
         cell = f"{_percent(result[first])} [{_percent(low)}, {_percent(high)}]"
         name = result["set"] if result["set"] != previous else ""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openimp.data.sources import Table
 from openimp.evaluation.encoding import Encoded, Progress, encode_rows, require_columns, require_pair
-from openimp.evaluation.figures import interval, readable_rows
+from openimp.evaluation.figures import Readable, interval, readable_rows
 from openimp.modalities import Modality
 from openimp.model.imp import IMP
 from openimp.recipe import Recipe, Retrieval
@@ -61,8 +61,8 @@ def retrieve(
     name: str,
     table: Table,
     progress: Progress | None = None,
-) -> tuple[list[Retrieved], list[str]]:
-    """Both directions of one evaluation set, and its rows that could not be read.
+) -> tuple[list[Retrieved], Readable]:
+    """Both directions of one evaluation set, and its rows that counted.
 
     Values of a modality that are equal are one item, and a pair is correct if any row has it: 250 notes of 104
     instruments have 104 names as candidates, and for a name all notes of the instrument are correct.
@@ -89,7 +89,8 @@ def retrieve(
         )
         for side, other in ((a, b), (b, a))
     }
-    rows, skipped = readable_rows(table, list(encoded.values()), where)
+    counted = readable_rows(table, list(encoded.values()), where)
+    rows = counted.row
     # Items that no readable row has are neither asked for nor offered.
     shown = {side: np.unique(encoded[side].item[rows], return_index=True, return_inverse=True) for side in (a, b)}
     pairs = np.unique(np.stack([shown[a][2], shown[b][2]], axis=1), axis=0)
@@ -98,7 +99,7 @@ def retrieve(
     for query, target, correct in ((a, b, pairs), (b, a, pairs[:, ::-1])):
         rank = ranks(vectors[query], vectors[target], correct)
         found.append(Retrieved(query, target, rank, correct, rows[shown[query][1]], rows[shown[target][1]]))
-    return found, skipped
+    return found, counted
 
 
 def check(model: IMP, modalities: dict[str, Modality], options: Retrieval, where: str, table: Table) -> None:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.data.sources import Table
-from openimp.data.tables import Refused, as_text
+from openimp.data.tables import as_text
 from openimp.errors import UserError
 from openimp.evaluation.encoding import Progress, embed, encode_rows, first_view, require_columns, require_pair
-from openimp.evaluation.figures import interval, readable_rows
+from openimp.evaluation.figures import Readable, accuracy, classes_in, readable_rows
 from openimp.evaluation.retrieval import SIMILARITIES, ranks
 from openimp.modalities import Modality
 from openimp.model.imp import IMP
@@ -47,16 +47,8 @@ class Classified:
 
     def figures(self) -> dict[str, Any]:
         """Top-1, top-5, the mean over the classes of their top-1, chance, and the 95 % interval of top-1."""
-        hit = self.rank == 1
-        return {
-            "n": len(hit),
-            "candidates": len(self.classes),
-            "top1": float(hit.mean()),
-            "top5": float((self.rank <= 5).mean()),
-            "interval": interval(hit),
-            "per_class": float(np.mean([hit[self.truth == i].mean() for i in np.unique(self.truth)])),
-            "chance": 1 / len(self.classes),
-        }
+        top5 = float((self.rank <= 5).mean())
+        return accuracy(self.rank == 1, self.truth, len(self.classes)) | {"top5": top5}
 
 
 def classify(
@@ -66,8 +58,8 @@ def classify(
     name: str,
     table: Table,
     progress: Progress | None = None,
-) -> tuple[Classified, list[str]]:
-    """Classifies one evaluation set by its class names, and tells which rows could not be read.
+) -> tuple[Classified, Readable]:
+    """Classifies one evaluation set by its class names, and tells which rows counted.
 
     The classes are the distinct labels of the source. Prompts are read in the reader's first training view.
 
@@ -92,15 +84,13 @@ def classify(
         precision=recipe.train.precision,
         progress=progress,
     )
-    for i, label in enumerate(labels):
-        if isinstance(label, Refused):
-            encoded.item[i], encoded.bad[i] = -1, label.reason
-    row, skipped = readable_rows(table, [encoded], where)
+    counted = readable_rows(table, [encoded], where, labels)
+    row = counted.row
     index = {label: i for i, label in enumerate(classes)}
     truth = np.array([index[labels[i]] for i in row], np.int64)
     z_NZ = encoded.embeddings[torch.from_numpy(encoded.item[row])]
     rank = ranks(z_NZ, classes_KZ, np.stack([np.arange(len(row)), truth], axis=1))
-    return Classified(classes, row, truth, _most_similar(z_NZ, classes_KZ), rank), skipped
+    return Classified(classes, row, truth, _most_similar(z_NZ, classes_KZ), rank), counted
 
 
 def check(
@@ -119,7 +109,7 @@ def check(
     require_columns(table, modalities[seen], spec, where)
     table.require([options.label], where)
     labels = table.column(options.label)
-    classes = _classes(labels, f"{where}: column {options.label!r} of source {table.name}")
+    classes = classes_in(labels, f"{where}: column {options.label!r} of source {table.name}")
     texts = [_class_text(label, options, f"{where}: source {table.name}") for label in classes]
     for prompt in options.prompts:
         _fill(prompt, texts[0], where)
@@ -135,17 +125,6 @@ def class_embeddings(
     items = (reader.encode_input(text, view) for text in filled)
     z_NZ = embed(model, reader, view, items, seen, recipe.evaluation.batch, recipe.train.precision)
     return F.normalize(z_NZ.unflatten(0, (len(texts), len(prompts))).mean(1), dim=-1)
-
-
-def _classes(labels: list[Any], where: str) -> list[Any]:
-    """The distinct labels, in the order that classification heads have."""
-    try:
-        classes = {label for label in labels if not isinstance(label, Refused)}
-    except TypeError:
-        raise UserError(f"{where} holds lists; zero-shot classification needs one class a row") from None
-    if not classes:
-        raise UserError(f"{where} cannot be read in any row")
-    return sorted(classes, key=lambda label: (str(type(label)), label))
 
 
 def _class_text(label: Any, options: ZeroShot, where: str) -> str:

@@ -71,6 +71,7 @@ class Modality(ABC):
         reads_text: its raw value is a string, made from a column or a template; otherwise it is media: bytes, a file,
             or an array.
         extensions: of its files, lower case and with the dot, for commands that are given files only.
+        decoders: the installed packages that read its raw values; results of an evaluation name their versions.
     """
 
     name: ClassVar[str]
@@ -78,6 +79,7 @@ class Modality(ABC):
     masked: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
     extensions: ClassVar[tuple[str, ...]] = ()
+    decoders: ClassVar[tuple[str, ...]] = ()
 
     class Config(Strict):
         """Options of the stem, fixed for a run."""

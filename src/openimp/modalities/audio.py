@@ -32,6 +32,7 @@ class Audio(Modality):
     name = "audio"
     stem = "audio"
     extensions = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".caf", ".wma")
+    decoders = ("soundfile", "av")
 
     class Config(Strict):
         """The spectrogram, its patches and their position tables."""

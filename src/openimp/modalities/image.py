@@ -23,6 +23,7 @@ class Image(Vision):
 
     name = "image"
     extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga", ".ico")
+    decoders = ("pillow",)
 
     def values(self) -> int:
         return self.stem_spec().values // self.config.patch[0]

@@ -27,6 +27,7 @@ class Text(Modality):
     masked = True
     reads_text = True
     extensions = (".txt",)
+    decoders = ("tokenizers",)
 
     class Config(Strict):
         """The tokenizer and the position table."""

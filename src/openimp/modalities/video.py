@@ -32,6 +32,7 @@ class Video(Vision):
 
     name = "video"
     extensions = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".gif")
+    decoders = ("av", "pillow")
 
     class View(Vision.View):
         """How a clip is seen."""

@@ -1,0 +1,71 @@
+"""What a result says of how it came about: two results of the same thing are equal, and of two others one sees why."""
+
+import hashlib
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from openimp.data.files import combine
+from openimp.data.sources import Table
+from openimp.evaluation.figures import Readable
+from openimp.modalities import Modality
+from openimp.model.imp import IMP
+from openimp.recipe import Recipe
+
+
+def checkpoint_fields(model: IMP, modalities: dict[str, Modality]) -> dict[str, Any]:
+    """What was measured, by what: a name of 16 digits for the model's tensors and for what its modalities learned, and
+    the version of openimp."""
+    total = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy())
+    for modality in modalities.values():
+        total.update(repr(sorted(modality.state().items())).encode())
+    return {"checkpoint": total.hexdigest()[:16], "openimp": version("openimp")}
+
+
+def data_fields(recipe: Recipe, table: Table, counted: Readable) -> dict[str, Any]:
+    """Which rows were measured: the source, what the recipe takes of it, its fingerprint, and the name of their values.
+
+    The fingerprint is quick and leaves out what a manifest's files hold; `measured` is made of all that was read.
+    """
+    source = recipe.sources[table.name]
+    return {
+        "source": table.name,
+        "split": source.split if source.hub else None,
+        "where": source.where,
+        "fingerprint": table.fingerprint,
+        "measured": counted.content,
+    }
+
+
+def how_fields(
+    views: dict[str, Any], modalities: dict[str, Modality], prompts: list[str] | None, wording: list[Any]
+) -> dict[str, Any]:
+    """How it was seen: views, the libraries that decoded it, and prompts.
+
+    Args:
+        views: by modality, all that took part.
+        modalities: by name.
+        prompts: of zero-shot classification.
+        wording: whatever decides on the texts: prompts, names of classes, templates; empty if there are none.
+    """
+    return {
+        "prompts": prompts,
+        "prompts_version": combine(wording)[:8] if wording else None,
+        "view": {name: view.model_dump(mode="json") for name, view in views.items()},
+        "decoders": _versions(library for name in views for library in modalities[name].decoders),
+    }
+
+
+def _versions(libraries: Iterable[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for library in libraries:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:  # a modality from outside may name anything
+            found[library] = None
+    return found
