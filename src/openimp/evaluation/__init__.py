@@ -1,6 +1,7 @@
 """Evaluation: zero-shot classification and retrieval, as a recipe's `evaluation.sets` ask for them."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from openimp.data.sources import Table, open_source
@@ -8,9 +9,24 @@ from openimp.errors import UserError, nearest
 from openimp.evaluation import retrieval, zero_shot
 from openimp.evaluation.encoding import Progress, first_view
 from openimp.evaluation.figures import skipped_fields, table
+from openimp.evaluation.retrieval import Retrieved
+from openimp.evaluation.zero_shot import Classified
 from openimp.modalities import Modality
 from openimp.model.imp import IMP
 from openimp.recipe import Recipe, Retrieval, ZeroShot
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation set of a model.
+
+    Attributes:
+        results: what `evaluate` tells of it.
+        found: what that was computed from: both directions of a retrieval set, or the one of a zero-shot set.
+    """
+
+    results: list[dict[str, Any]]
+    found: list[Retrieved] | list[Classified]
 
 
 def evaluate(
@@ -42,16 +58,11 @@ def evaluate(
             modalities that was never trained together.
     """
     tables = open_sets(model, recipe, modalities, sets)
-    training = model.training
-    model.eval()
-    try:
-        results = []
-        for name, source in tables.items():
-            shown = None if progress is None else _labelled(progress, name)
-            results += _measure(model, recipe, modalities, name, source, step, shown)
-        return results
-    finally:
-        model.train(training)
+    return [
+        result
+        for name, source in tables.items()
+        for result in measure(model, recipe, modalities, name, source, step, progress).results
+    ]
 
 
 def open_sets(
@@ -75,39 +86,57 @@ def open_sets(
     return tables
 
 
-def _measure(
+def measure(
     model: IMP,
     recipe: Recipe,
     modalities: dict[str, Modality],
     name: str,
     source: Table,
-    step: int | None,
-    progress: Progress | None,
-) -> list[dict[str, Any]]:
-    """The results of one set."""
+    step: int | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Measures the model on one set, whose source `open_sets` gave; see `evaluate`."""
+    shown = None if progress is None else _labelled(progress, name)
+    training = model.training
+    model.eval()
+    try:
+        found, skipped = _find(model, recipe, modalities, name, source, shown)
+    finally:
+        model.train(training)
     options = recipe.evaluation.sets[name]
     views = {side: options.view[side] for side in options.inputs}
     if isinstance(options, ZeroShot):
-        classified, skipped = zero_shot.classify(model, recipe, modalities, name, source, progress)
-        (seen,) = options.inputs
         views[options.reader] = first_view(recipe, options.reader)
-        figures = [{"task": f"{seen} -> {options.label}", **classified.figures(), "prompts": options.prompts}]
-    else:
-        found, skipped = retrieval.retrieve(model, recipe, modalities, name, source, progress)
-        figures = [{"task": f"{item.query} -> {item.target}", **item.figures(), "prompts": None} for item in found]
-    return [
+    results = [
         {
             "set": name,
             "type": options.type,
             "step": step,
-            **figure,
+            "task": f"{item.query} -> {item.target}",
+            **item.figures(),
+            "prompts": options.prompts if isinstance(options, ZeroShot) else None,
             **skipped_fields(skipped),
             "source": options.source,
             "fingerprint": source.fingerprint,
             "view": {side: view.model_dump(mode="json") for side, view in views.items()},
         }
-        for figure in figures
+        for item in found
     ]
+    return Measured(results, found)
+
+
+def _find(
+    model: IMP,
+    recipe: Recipe,
+    modalities: dict[str, Modality],
+    name: str,
+    source: Table,
+    progress: Progress | None,
+) -> tuple[list[Retrieved] | list[Classified], list[str]]:
+    if isinstance(recipe.evaluation.sets[name], ZeroShot):
+        classified, skipped = zero_shot.classify(model, recipe, modalities, name, source, progress)
+        return [classified], skipped
+    return retrieval.retrieve(model, recipe, modalities, name, source, progress)
 
 
 def _open(recipe: Recipe, name: str) -> Table:
@@ -124,4 +153,4 @@ def _labelled(progress: Progress, name: str) -> Progress:
     return lambda items, description: progress(items, f"{name}: {description}")
 
 
-__all__ = ["evaluate", "open_sets", "table"]
+__all__ = ["Classified", "Measured", "Retrieved", "evaluate", "measure", "open_sets", "table"]

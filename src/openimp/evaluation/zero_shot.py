@@ -27,6 +27,7 @@ class Classified:
     """One evaluation set, for its figures and for a closer look.
 
     Attributes:
+        query, target: the modality, and the column with the class.
         classes: the labels, sorted.
         row: (N,) int64, the rows of the source that could be read.
         truth: (N,) int64, the class of each.
@@ -34,6 +35,8 @@ class Classified:
         rank: (N,) int64, the rank of the true class from 1; ties count against the model.
     """
 
+    query: str
+    target: str
     classes: list[Any]
     row: np.ndarray
     truth: np.ndarray
@@ -100,7 +103,7 @@ def classify(
     truth = np.array([index[labels[i]] for i in row], np.int64)
     z_NZ = encoded.embeddings[torch.from_numpy(encoded.item[row])]
     rank = ranks(z_NZ, classes_KZ, np.stack([np.arange(len(row)), truth], axis=1))
-    return Classified(classes, row, truth, _most_similar(z_NZ, classes_KZ), rank), skipped
+    return Classified(seen, options.label, classes, row, truth, _most_similar(z_NZ, classes_KZ), rank), skipped
 
 
 def check(
