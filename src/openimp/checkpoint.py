@@ -172,6 +172,12 @@ def model_folder(path: Path) -> Path:
     return found[-1]
 
 
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint; None for a model that was saved to be given away."""
+    state = folder / "state.json"
+    return int(json.loads(state.read_text(encoding="utf-8"))["step"]) if state.exists() else None
+
+
 def _read(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
