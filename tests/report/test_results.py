@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from openimp.evaluation import Classified
-from openimp.report.results import LABELLED, SQUARES, confusion
+from openimp.report.results import LABELLED, SQUARES, confusion, figures
 
 
 def classified(counts: np.ndarray) -> Classified:
@@ -44,3 +44,11 @@ def test_many_classes_are_drawn_and_more_are_told_by_their_commonest_confusions(
 def test_a_model_without_a_mistake_has_no_confusions_to_list():
     (matrix,) = ElementTree.fromstring(confusion(classified(np.eye(4, dtype=int)))).iter("table")
     assert len(rows(matrix)) == 5
+
+
+def test_chance_stays_on_the_scale_of_a_model_that_does_worse():
+    found = classified(np.array([[0, 9], [9, 0]]))
+    result = {"set": "s", "type": "zero_shot", "task": "a -> b", "step": None, "skipped": 2, **found.figures()}
+    root = ElementTree.fromstring(figures([result]))
+    assert 0 < float(root.find(".//line[@class='chance']").get("x1")) <= 100
+    assert "Unreadable rows left out: s 2." in "".join(root.find(".//caption").itertext())

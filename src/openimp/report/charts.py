@@ -172,16 +172,17 @@ def smoothed(values: np.ndarray) -> np.ndarray:
         return values
     reach = max(1, len(values) // 20)
     weights = np.hanning(2 * reach + 3)[1:-1]
-    return (
-        np.convolve(values, weights, "full")[reach:-reach]
-        / np.convolve(np.ones_like(values), weights, "full")[reach:-reach]
-    )
+    sums, whole = (np.convolve(each, weights)[reach:-reach] for each in (values, np.ones_like(values)))
+    return sums / whole
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers, evenly spaced, from at most `low` to at least `high`."""
-    if high <= low:
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
+    """Two to seven round numbers, evenly spaced, that span the values; more than that, if they are all alike."""
+    size = max(abs(low), abs(high))
+    if size < 1e-200:
+        low, high = 0.0, 1.0
+    elif high - low <= 1e-9 * size:
+        low, high = low - size / 2, high + size / 2
     raw = (high - low) / 4
     scale = 10.0 ** floor(log10(raw))
     step = scale * next(factor for factor in (1, 2, 2.5, 5, 10) if raw <= factor * scale * (1 + 1e-9))

@@ -36,7 +36,7 @@ Show = Callable[[str, int], "str | bytes | np.ndarray"]
 
 def figures(results: list[dict[str, Any]]) -> Markup:
     """The figures of the evaluation sets, beside chance."""
-    top = min(1.0, nice_ticks(0, max(result["interval"][1] for result in results))[-1])
+    top = min(1.0, nice_ticks(0, max(max(result["interval"][1], result["chance"]) for result in results))[-1])
     steps = {result["step"] for result in results}
     rows: list[list[Child]] = []
     for result in results:
