@@ -51,7 +51,7 @@ def sets(*changes: str) -> list[str]:
     return [argument for change in changes for argument in ("--set", change)]
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "embed", "info", "study"])
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "embed", "report", "info", "study"])
 def test_help_is_the_docstring(openimp, command):
     code, out, _ = openimp(command, "--help")
     assert code == 0
@@ -285,6 +285,15 @@ def test_embed_writes_vectors_and_paths(openimp, refused, little_run, little_dat
     assert str(little_data / "0.wav") in table["path"].to_pylist()
     assert "25 vectors (24 image, 1 audio)" in printed
     assert "missing.png: no such file or folder" in refused("embed", little_run, tmp_path / "missing.png")
+
+
+def test_report_writes_a_page_or_says_why_not(openimp, refused, little_run, tmp_path):
+    page = tmp_path / "page.html"
+    code, printed, err = openimp("report", little_run, "--out", page)
+    assert (code, err) == (0, "")
+    assert f"{page}: {page.stat().st_size / 1e6:.2f} MB" in printed
+    told = refused("report", tmp_path / "missing")
+    assert told == f"{tmp_path / 'missing'}: nothing to report on: no checkpoint, and no line in metrics.jsonl"
 
 
 def test_demo_is_the_bundled_recipe(openimp, tmp_path):

@@ -490,6 +490,12 @@ def test_a_modality_from_outside_the_package_trains_and_is_measured(tmp_path):
         "motion -> text",
         "text -> motion",
     }
+    report = [sys.executable, "-m", "openimp", "report", "run"]
+    done = subprocess.run(report, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "run" / "report.html").read_text()
+    three_curves = r"<svg[^>]*><title>motion: traces\.parquet\[\d+\]</title>(?:<path[^>]*></path>){3}</svg>"
+    assert len(re.findall(three_curves, page)) == page.count('class="series"') > 6
     skipped = read_lines(tmp_path / "run" / "skipped.jsonl")
     assert {(line["where"], line["why"]) for line in skipped} == {
         ("traces.parquet[1]", "expected (samples, 3), found (1, 2)")

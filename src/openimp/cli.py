@@ -75,6 +75,17 @@ def embed(
 
 
 @app.command()
+def report(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option("--out", help="The HTML file. [default: RUN/report.html]")] = None,
+) -> None:
+    """Write one HTML page about a run: its curves, experts, results beside chance, and answers to look at."""
+    from openimp.commands import run_report
+
+    run_report(run, out)
+
+
+@app.command()
 def info(
     what: Annotated[str, typer.Argument(help="A run, a model's folder, or a recipe.")], set_: SetOption = None
 ) -> None:

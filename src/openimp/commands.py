@@ -19,6 +19,7 @@ from openimp.model.imp import IMP
 from openimp.objectives import head_key
 from openimp.progress import console, track
 from openimp.recipe import Classification, Recipe
+from openimp.report import write_report
 from openimp.train import train
 
 
@@ -30,7 +31,8 @@ def run_demo(overrides: list[str], run: Path | None) -> None:
         return
     console.print(
         f"\nThe run is in {run}: results.jsonl, metrics.jsonl, tensorboard/, checkpoints/.\n"
-        f"Next:  openimp info {run}   |   openimp embed {run} PICTURES...   |   tensorboard --logdir {run}"
+        f"Next:  openimp report {run}   |   openimp info {run}   |   openimp embed {run} PICTURES...\n"
+        f"       tensorboard --logdir {run}"
     )
 
 
@@ -58,6 +60,12 @@ def run_eval(path: Path, sets: list[str] | None, other: str | None, out: Path | 
     for result in results if out else []:
         assert out is not None
         append(out, result)
+
+
+def run_report(run: Path, out: Path | None) -> None:
+    """Writes a run's page."""
+    file = write_report(run, out, progress=track)
+    console.print(f"{file}: {file.stat().st_size / 1e6:.2f} MB", soft_wrap=True, markup=False)
 
 
 def run_info(what: str, overrides: list[str]) -> None:

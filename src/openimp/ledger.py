@@ -94,11 +94,11 @@ def mixture_table(recipe: Recipe, by_view: Mapping[tuple[str, int], Cost]) -> Ta
     for name, row in rows.items():
         shown.add_row(name, *(f"{row[unit] / totals[unit]:.1%}" for unit in UNITS))
     shown.add_section()
-    shown.add_row("in all", *(_short(recipe.train.steps * totals[unit]) for unit in UNITS))
+    shown.add_row("in all", *(short(recipe.train.steps * totals[unit]) for unit in UNITS))
     return shown
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """1234567 as 1.23 M, with the prefixes of the SI."""
     for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
         if number >= 10**power:

@@ -150,11 +150,20 @@ def append(file: Path, line: dict[str, Any]) -> None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """All whole JSON lines of a file; a last one that a crash cut short is left out."""
+    """All whole JSON lines of a file; a last one that a crash cut short is left out.
+
+    Raises:
+        UserError: a line is no JSON.
+    """
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{file}: line {number} is no JSON") from None
+    return found
 
 
 def forget_after(file: Path, step: int) -> None:

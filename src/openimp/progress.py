@@ -62,10 +62,11 @@ class StepBar:
             return
         spent = time.perf_counter() - self.start
         left = spent / max(1, done - self.first) * (self.total - done)
-        console.print(f"step {done}/{self.total}  {note}  {_clock(spent)} spent, {_clock(left)} left", soft_wrap=True)
+        console.print(f"step {done}/{self.total}  {note}  {clock(spent)} spent, {clock(left)} left", soft_wrap=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as 4:07 or 1:04:07."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

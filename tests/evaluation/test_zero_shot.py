@@ -82,7 +82,7 @@ def test_classes_are_prompts_averaged_as_unit_vectors(setup):
 def test_figures_and_confusion_of_answers_known_by_hand():
     """Three of class a, one of b: both figures of accuracy, and where the wrong ones went."""
     truth, predicted, rank = np.array([0, 0, 0, 1]), np.array([0, 0, 2, 1]), np.array([1, 1, 6, 1])
-    found = Classified(list("abcdefgh"), np.arange(4), truth, predicted, rank)
+    found = Classified("a", "b", list("abcdefgh"), np.arange(4), truth, predicted, rank)
     figures = found.figures()
     assert (figures["top1"], figures["top5"]) == (0.75, 0.75)
     assert figures["per_class"] == pytest.approx((2 / 3 + 1) / 2)

@@ -3,6 +3,7 @@ import pickle
 
 import av
 import numpy as np
+import PIL.Image
 import pytest
 import soundfile
 import torch
@@ -174,6 +175,18 @@ def test_a_broken_byte_gives_samples_or_bad_media(position, byte):
         return
     assert out.dtype == np.int16
     assert len(out)
+
+
+def test_a_person_sees_a_spectrogram_with_high_pitch_above_and_silence_dark():
+    view = Audio.View(seconds=1.024)
+    heights = []
+    for hertz in (300, 3000):
+        with PIL.Image.open(io.BytesIO(AUDIO.show(sine(hertz, 0.512), view))) as picture:
+            assert (picture.format, picture.size) == ("WEBP", (16, 128))
+            light = np.asarray(picture.convert("L")).astype(float)
+        heights.append(light[:, 2:6].mean(1).argmax())
+        assert light[:, 10:].max() < 40 < 150 < light[:, 2:6].max()
+    assert heights[1] + 30 < heights[0]
 
 
 def test_short_sounds_are_followed_by_silence():

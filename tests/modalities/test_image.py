@@ -263,6 +263,16 @@ def test_prepared_tensors_and_files_give_the_same_tokens():
         IMAGE.from_tensor(torch.zeros(1, 32, 32, 3))
 
 
+def test_a_person_sees_what_evaluation_sees():
+    picture = PIL.Image.fromarray(smooth(300, 400))
+    for size, shown in ((64, (64, 64)), (256, (128, 128)), ((128, 256), (128, 64))):
+        with PIL.Image.open(io.BytesIO(IMAGE.show(file(picture, "PNG"), Image.View(size=size)))) as small:
+            assert (small.format, small.size) == ("WEBP", shown)
+            red, green, _ = np.asarray(small.convert("RGB")).astype(float).transpose(2, 0, 1)
+            assert red[:, 0].mean() + 90 < red[:, -1].mean()
+            assert green[0].mean() + 90 < green[-1].mean()
+
+
 def test_it_pickles_and_shares_its_stem():
     again = pickle.loads(pickle.dumps(IMAGE))
     assert again.stem_spec() == IMAGE.stem_spec()

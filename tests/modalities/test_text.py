@@ -160,3 +160,7 @@ def test_texts_longer_than_the_table_are_refused(text):
     text.check(Text.View(length=256))
     with pytest.raises(TypeError, match="ids"):
         text.from_tensor(torch.zeros(1, 4))
+
+
+def test_a_person_sees_the_text(text):
+    assert text.show("A red <bicycle>", Text.View()) == "A red <bicycle>"

@@ -319,5 +319,15 @@ def test_real_films():
         np.testing.assert_array_equal(part, whole[start : start + view.span])
 
 
+@pytest.mark.parametrize(("count", "shown"), [(30, [0, 10, 19, 29]), (3, [0, 1, 2]), (1, [0])])
+def test_a_person_sees_a_strip_of_frames_in_order(count, shown):
+    """Though the two clips of evaluation overlap."""
+    view = Video.View(size=64, frames=16, stride=1, clips=2)
+    with PIL.Image.open(io.BytesIO(VIDEO.show(counting(count), view))) as strip:
+        assert (strip.format, strip.size) == ("WEBP", (64 * len(shown), 64))
+        frames = np.split(np.asarray(strip.convert("RGB")), len(shown), axis=1)
+    assert [greys(frame[None, :, 8:-8])[0] for frame in frames] == shown
+
+
 def test_it_pickles():
     assert pickle.loads(pickle.dumps(VIDEO)).stem_spec() == VIDEO.stem_spec()

@@ -1,6 +1,7 @@
 """Evaluation: zero-shot classification, retrieval and probes, as a recipe's `evaluation.sets` ask for them."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from openimp.data.sources import Table, open_source
@@ -8,9 +9,26 @@ from openimp.errors import UserError, nearest
 from openimp.evaluation import probe, provenance, retrieval, zero_shot
 from openimp.evaluation.encoding import Progress, first_view
 from openimp.evaluation.figures import skipped_fields, table
+from openimp.evaluation.probe import Probed
+from openimp.evaluation.retrieval import Retrieved
+from openimp.evaluation.zero_shot import Classified
 from openimp.modalities import Modality
 from openimp.model.imp import IMP
 from openimp.recipe import Probe, Recipe, ZeroShot
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation set of a model.
+
+    Attributes:
+        results: what `evaluate` tells of it.
+        found: what that was computed from: both directions of a retrieval set, the one of a zero-shot set, or both
+            classifiers of a probe.
+    """
+
+    results: list[dict[str, Any]]
+    found: list[Retrieved] | list[Classified] | list[Probed]
 
 
 def evaluate(
@@ -43,17 +61,9 @@ def evaluate(
             modalities that was never trained together, or what a probe cannot be fitted to.
     """
     tables = open_sets(model, recipe, modalities, sets)
-    training = model.training
-    model.eval()
-    try:
-        results: list[dict[str, Any]] = []
-        for name, sources in tables.items():
-            shown = None if progress is None else _labelled(progress, name)
-            results += _measure(model, recipe, modalities, name, sources, step, shown)
-        by = provenance.checkpoint_fields(model, modalities)
-        return [result | by for result in results]
-    finally:
-        model.train(training)
+    measured = [measure(model, recipe, modalities, name, tables[name], step, progress) for name in tables]
+    by = provenance.checkpoint_fields(model, modalities)
+    return [result | by for one in measured for result in one.results]
 
 
 def open_sets(
@@ -84,49 +94,56 @@ def open_sets(
     return tables
 
 
-def _measure(
+def measure(
     model: IMP,
     recipe: Recipe,
     modalities: dict[str, Modality],
     name: str,
     sources: dict[str, Table],
-    step: int | None,
-    progress: Progress | None,
-) -> list[dict[str, Any]]:
-    """The results of one set."""
+    step: int | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Measures the model on one set, whose sources `open_sets` gave; `evaluate` adds what names the model."""
     options = recipe.evaluation.sets[name]
     source = sources[options.source]
     views = {side: options.view[side] for side in options.inputs}
     prompts: list[str] | None = None
     wording: list[Any] = [spec.columns for side, spec in options.inputs.items() if modalities[side].reads_text]
-    seen, more = next(iter(options.inputs)), dict[str, Any]()
-    if isinstance(options, Probe):
-        train = sources[options.train]
-        answers, counted, learned = probe.probe(model, recipe, modalities, name, source, train, progress)
-        figures = [{"task": f"{seen} -> {options.label} ({how})", **found.figures()} for how, found in answers.items()]
-        read = {"n": len(learned.row), **skipped_fields(learned.skipped)}
-        more = {"train": read | provenance.data_fields(recipe, train, learned)}
-    elif isinstance(options, ZeroShot):
-        classified, counted = zero_shot.classify(model, recipe, modalities, name, source, progress)
-        views[options.reader] = first_view(recipe, options.reader)
-        prompts, wording = options.prompts, [*wording, options.prompts, options.texts]
-        figures = [{"task": f"{seen} -> {options.label}", **classified.figures()}]
-    else:
-        found, counted = retrieval.retrieve(model, recipe, modalities, name, source, progress)
-        figures = [{"task": f"{item.query} -> {item.target}", **item.figures()} for item in found]
-    return [
+    shown = None if progress is None else _labelled(progress, name)
+    more: dict[str, Any] = {}
+    found: list[Retrieved] | list[Classified] | list[Probed]
+    training = model.training
+    model.eval()
+    try:
+        if isinstance(options, Probe):
+            train = sources[options.train]
+            found, counted, learned = probe.probe(model, recipe, modalities, name, source, train, shown)
+            read = {"n": len(learned.row), **skipped_fields(learned.skipped)}
+            more = {"train": read | provenance.data_fields(recipe, train, learned)}
+        elif isinstance(options, ZeroShot):
+            classified, counted = zero_shot.classify(model, recipe, modalities, name, source, shown)
+            found = [classified]
+            views[options.reader] = first_view(recipe, options.reader)
+            prompts, wording = options.prompts, [*wording, options.prompts, options.texts]
+        else:
+            found, counted = retrieval.retrieve(model, recipe, modalities, name, source, shown)
+    finally:
+        model.train(training)
+    results = [
         {
             "set": name,
             "type": options.type,
             "step": step,
-            **figure,
+            "task": item.task,
+            **item.figures(),
             **skipped_fields(counted.skipped),
             **provenance.data_fields(recipe, source, counted),
             **more,
             **provenance.how_fields(views, modalities, prompts, wording),
         }
-        for figure in figures
+        for item in found
     ]
+    return Measured(results, found)
 
 
 def _open(recipe: Recipe, name: str, wanted: str) -> Table:
@@ -142,4 +159,4 @@ def _labelled(progress: Progress, name: str) -> Progress:
     return lambda items, description: progress(items, f"{name}: {description}")
 
 
-__all__ = ["evaluate", "open_sets", "table"]
+__all__ = ["Classified", "Measured", "Retrieved", "evaluate", "measure", "open_sets", "table"]

@@ -186,6 +186,16 @@ def require_pair(model: IMP, a: str, b: str, where: str) -> None:
         )
 
 
+def raw_value(table: Table, modality: Modality, spec: Input, row: int) -> str | bytes | Path | np.ndarray:
+    """What one input of an evaluation set has in a row of its source, as `Modality.decode` takes it.
+
+    Raises:
+        BadMedia: nothing that can be read is there.
+    """
+    (values,) = table.rows([row], _columns(modality, spec))
+    return _value(table, modality, spec, values)
+
+
 def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map` in a few threads, in order, and only a few items ahead, for a long clip takes much memory."""
     with ThreadPoolExecutor(THREADS) as pool:
@@ -212,17 +222,19 @@ def _values(
     shown: Iterable[int] = progress(numbers, modality.name) if progress else numbers
     for number, row in zip(shown, chain.from_iterable(chunks)):
         try:
-            if modality.reads_text:
-                text = fill(spec.columns, row, None)
-                yield "text:" + text, text
-            else:
-                value = table.media(row[spec.columns[0]])
-                yield _digest(value), value
+            value = _value(table, modality, spec, row)
+            yield _digest(value), value
         except BadMedia as error:
             yield f"row:{number}", error
 
 
-def _digest(value: bytes | Path | np.ndarray) -> str:
+def _value(table: Table, modality: Modality, spec: Input, row: dict[str, Any]) -> str | bytes | Path | np.ndarray:
+    return fill(spec.columns, row, None) if modality.reads_text else table.media(row[spec.columns[0]])
+
+
+def _digest(value: str | bytes | Path | np.ndarray) -> str:
+    if isinstance(value, str):
+        return "text:" + value
     if isinstance(value, np.ndarray):
         return f"sha256:{value.shape}{value.dtype}{hashlib.sha256(value.tobytes()).hexdigest()}"
     if isinstance(value, bytes):

@@ -35,15 +35,25 @@ class Probed:
     """What one classifier answered.
 
     Attributes:
+        query, target: the modality, and the column with the class.
+        kind: "linear" or "kNN".
         classes: the labels, sorted.
         truth, predicted: (N,) int64, the class of each test example, and the answer.
         chosen: its setting, {"C": ...} or {"k": ...}.
     """
 
+    query: str
+    target: str
+    kind: str
     classes: list[Any]
     truth: np.ndarray
     predicted: np.ndarray
     chosen: dict[str, Any]
+
+    @property
+    def task(self) -> str:
+        """What a result calls it."""
+        return f"{self.query} -> {self.target} ({self.kind})"
 
     def figures(self) -> dict[str, Any]:
         """Top-1 with its interval, the mean over the classes of their top-1, chance, and the classifier's setting."""
@@ -58,13 +68,13 @@ def probe(
     test: Table,
     train: Table,
     progress: Progress | None = None,
-) -> tuple[dict[str, Probed], Readable, Readable]:
+) -> tuple[list[Probed], Readable, Readable]:
     """Fits both classifiers of one evaluation set, which `check` has passed, to `train` and asks them about `test`.
 
     Nothing of the test part decides on anything: C is chosen by cross-validation within the training part.
 
     Returns:
-        The answers by classifier, "linear" and "kNN", and the rows of `test` and of `train` that counted.
+        What each classifier answered, and the rows of `test` and of `train` that counted.
 
     Raises:
         UserError: what is left without the rows that cannot be read would not pass, or a feature is not finite.
@@ -79,10 +89,11 @@ def probe(
     truth_N, known_N = (np.array([index[x] for x in labels], np.int64) for labels in (test_labels, train_labels))
     fitted_N, c = linear(train_ND, known_N, test_ND)
     near_N = neighbours(train_ND, known_N, test_ND, options.k)
-    answers = {
-        "linear": Probed(classes, truth_N, fitted_N, {"C": c}),
-        "kNN": Probed(classes, truth_N, near_N, {"k": options.k}),
-    }
+    (seen,) = options.inputs
+    answers = [
+        Probed(seen, options.label, kind, classes, truth_N, predicted_N, chosen)
+        for kind, predicted_N, chosen in (("linear", fitted_N, {"C": c}), ("kNN", near_N, {"k": options.k}))
+    ]
     return answers, tested, learned
 
 

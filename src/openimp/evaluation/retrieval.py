@@ -22,6 +22,21 @@ SIMILARITIES = 2**22
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A candidate that is offered to a query.
+
+    Attributes:
+        candidate: its number.
+        similarity: the dot product of the two unit vectors.
+        right: whether it is correct.
+    """
+
+    candidate: int
+    similarity: float
+    right: bool
+
+
+@dataclass(frozen=True)
 class Retrieved:
     """One direction of an evaluation set, for its figures and for a closer look.
 
@@ -30,6 +45,7 @@ class Retrieved:
         rank: (N,) int64, the rank from 1 of each query's best correct candidate.
         correct: (E, 2) int64, every correct pair (query, candidate).
         query_row, target_row: a row of the source that shows each query and each candidate.
+        query_NZ, target_MZ: their unit vectors.
     """
 
     query: str
@@ -38,6 +54,26 @@ class Retrieved:
     correct: np.ndarray
     query_row: np.ndarray
     target_row: np.ndarray
+    query_NZ: Tensor
+    target_MZ: Tensor
+
+    @property
+    def task(self) -> str:
+        """What a result calls it."""
+        return f"{self.query} -> {self.target}"
+
+    def answers(self, query: int, k: int) -> list[Answer]:
+        """The `k` candidates most similar to a query, in order, then the best correct one if it is not among them.
+
+        Where they tie, a wrong candidate stands before a correct one, so that the best correct one has its `rank`.
+        """
+        similar_M = (self.target_MZ @ self.query_NZ[query]).cpu().numpy()
+        right_M = np.zeros(len(similar_M), bool)
+        right_M[self.correct[self.correct[:, 0] == query, 1]] = True
+        against_M = np.where(right_M, -np.inf, np.inf)  # NaN counts against the model too.
+        order = np.lexsort((right_M, -np.where(np.isnan(similar_M), against_M, similar_M)))
+        chosen = [*order[:k], *(order[right_M[order]][:1] if not right_M[order[:k]].any() else [])]
+        return [Answer(int(i), float(similar_M[i]), bool(right_M[i])) for i in chosen]
 
     def figures(self) -> dict[str, Any]:
         """R@1, R@5, R@10, median rank, mean reciprocal rank, chance, and the 95 % interval of R@1."""
@@ -98,7 +134,8 @@ def retrieve(
     found = []
     for query, target, correct in ((a, b, pairs), (b, a, pairs[:, ::-1])):
         rank = ranks(vectors[query], vectors[target], correct)
-        found.append(Retrieved(query, target, rank, correct, rows[shown[query][1]], rows[shown[target][1]]))
+        query_row, target_row = rows[shown[query][1]], rows[shown[target][1]]
+        found.append(Retrieved(query, target, rank, correct, query_row, target_row, vectors[query], vectors[target]))
     return found, counted
 
 

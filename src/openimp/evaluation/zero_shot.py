@@ -27,6 +27,7 @@ class Classified:
     """One evaluation set, for its figures and for a closer look.
 
     Attributes:
+        query, target: the modality, and the column with the class.
         classes: the labels, sorted.
         row: (N,) int64, the rows of the source that could be read.
         truth: (N,) int64, the class of each.
@@ -34,11 +35,18 @@ class Classified:
         rank: (N,) int64, the rank of the true class from 1; ties count against the model.
     """
 
+    query: str
+    target: str
     classes: list[Any]
     row: np.ndarray
     truth: np.ndarray
     predicted: np.ndarray
     rank: np.ndarray
+
+    @property
+    def task(self) -> str:
+        """What a result calls it."""
+        return f"{self.query} -> {self.target}"
 
     def confusion(self) -> np.ndarray:
         """(K, K) int64, how many examples of a class (row) were taken for each class (column)."""
@@ -90,7 +98,7 @@ def classify(
     truth = np.array([index[labels[i]] for i in row], np.int64)
     z_NZ = encoded.embeddings[torch.from_numpy(encoded.item[row])]
     rank = ranks(z_NZ, classes_KZ, np.stack([np.arange(len(row)), truth], axis=1))
-    return Classified(classes, row, truth, _most_similar(z_NZ, classes_KZ), rank), counted
+    return Classified(seen, options.label, classes, row, truth, _most_similar(z_NZ, classes_KZ), rank), counted
 
 
 def check(

@@ -132,6 +132,17 @@ class Modality(ABC):
         """One input of `model.encode_<name>` (a path, bytes, an array) to its clips, ready for `tokens`."""
         return self.transform(self.decode(value, [view]), view, None)
 
+    def show(self, value: Any, view: Any) -> str | bytes | np.ndarray:
+        """A raw value as a person sees it beside others: a text, the bytes of a small WebP picture, or numbers that are
+        drawn as curves, (N,) or (N, curves).
+
+        Left alone, a modality that reads text shows it, and another the numbers of its first clip.
+
+        Raises:
+            BadMedia: it cannot be read.
+        """
+        return str(value) if self.reads_text else self.encode_input(value, view)[0]
+
     def from_tensor(self, batch: torch.Tensor) -> Tokens:
         """A batch that its user has prepared, on any device, to all of its tokens; differentiable where it is float.
 

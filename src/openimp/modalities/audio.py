@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from openimp.modalities import BadMedia, Modality, StemSpec, Tokens
 from openimp.modalities.media import (
+    SHOWN,
     batch_coordinates,
     clip_starts,
     coordinates,
@@ -18,12 +19,17 @@ from openimp.modalities.media import (
     patchify,
     readable,
     reason,
+    webp,
 )
 from openimp.modalities.sound import mono, read_sound, resample, samples_of
 from openimp.recipe import Count, Pair, Positive, Share, Strict
 
 FLOOR = 1e-10
 """Added to the power before the logarithm, as a share of a full-scale sine's: -100 dB."""
+RANGE = 7 * np.log(10)
+"""Of the logarithm of the power that a spectrogram shows: 70 dB."""
+COLOURS = ((10, 8, 30), (80, 18, 110), (185, 45, 100), (245, 125, 50), (252, 240, 165))
+"""Of a spectrogram, red, green and blue, from what is silent to what is loud; the luminance rises evenly."""
 
 
 class Audio(Modality):
@@ -151,6 +157,14 @@ class Audio(Modality):
     def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
         """Samples (B, samples) to patches of the normalised spectrogram, (B, L, frames * bins of a patch) float32."""
         return self._tokens(torch.from_numpy(items), view.drop, rngs)
+
+    def show(self, value: Any, view: Any) -> bytes:
+        """The spectrogram of the first clip that evaluation hears, as a small WebP file: time goes right and pitch up,
+        louder is brighter, over the loudest 70 dB."""
+        spectrum = log_mel(torch.from_numpy(self.encode_input(value, view)[:1]), self.config)[0].T.numpy()[::-1]
+        loudness = (1 + (spectrum - spectrum.max()) / RANGE).clip(0, 1)
+        shades = [np.interp(loudness, np.linspace(0, 1, len(COLOURS)), channel) for channel in zip(*COLOURS)]
+        return webp(np.stack(shades, axis=-1).round().astype(np.uint8), 2 * SHOWN)
 
     def from_tensor(self, batch: torch.Tensor) -> Tokens:
         """Mono samples (B, N) in -1..1 at the stem's sample rate to tokens; N is a whole number of patches."""

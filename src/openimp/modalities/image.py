@@ -8,7 +8,7 @@ import PIL.ImageOps
 import torch
 
 from openimp.modalities import BadMedia, Tokens
-from openimp.modalities.media import readable, reason
+from openimp.modalities.media import SHOWN, readable, reason, webp
 from openimp.modalities.vision import MAX_PIXELS, Vision, colour, colour_array, shrink, shrunk_size
 
 # Formats that hold pixels, as far as this build of Pillow has them. It would hand others, such as EPS, to a program of
@@ -57,6 +57,10 @@ class Image(Vision):
     def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
         """Pixels (B, h, w, 3) to patches of one frame, (B, L, h * w * 3 of a patch) uint8."""
         return self._tokens(torch.from_numpy(items), self.config.patch[1:], view.drop, rngs)
+
+    def show(self, value: Any, view: Any) -> bytes:
+        """The pixels that evaluation sees, as a small WebP file."""
+        return webp(self.encode_input(value, view)[0], SHOWN)
 
     def from_tensor(self, batch: torch.Tensor) -> Tokens:
         """Pictures (B, 3, H, W) in -1..1, open_clip's convention, to tokens."""

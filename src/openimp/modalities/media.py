@@ -1,4 +1,5 @@
-"""What pictures, clips and sounds have in common: readable bytes, which part is read, patches on a grid, DropToken."""
+"""What pictures, clips and sounds have in common: readable bytes, which part is read, what a person is
+shown, patches on a grid, DropToken."""
 
 import io
 from math import prod
@@ -6,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 
 from openimp.modalities import BadMedia
@@ -15,6 +17,8 @@ from openimp.modalities import BadMedia
 CONTAINERS = (
     "mov,mp4,matroska,webm,avi,mpeg,mpegvideo,mpegts,flv,ogg,asf,h264,hevc,mjpeg,jpeg_pipe,aac,aiff,caf,mp3,wav"
 )
+SHOWN = 128
+"""Pixels of the longer side of a frame that a person is shown, where its view is larger."""
 
 
 def readable(raw: Any) -> io.BytesIO | str:
@@ -58,6 +62,14 @@ def segments(total: int, span: int, clips: int, limit: int, rng: np.random.Gener
     if total <= limit:
         return [(0, limit)]
     return [(start, span) for start in clip_starts(total, span, clips)]
+
+
+def webp(pixels: np.ndarray, side: int) -> bytes:
+    """Pixels (H, W, 3) uint8 as a WebP file of at most `side` pixels a side."""
+    picture, file = PIL.Image.fromarray(pixels), io.BytesIO()
+    picture.thumbnail((side, side), PIL.Image.Resampling.BILINEAR)
+    picture.save(file, "WEBP", quality=80)
+    return file.getvalue()
 
 
 def patchify(grid: torch.Tensor, patch: tuple[int, ...], keep: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 
 from openimp.modalities import BadMedia, Tokens
-from openimp.modalities.media import CONTAINERS, clip_starts, readable, reason, segments
+from openimp.modalities.media import CONTAINERS, SHOWN, clip_starts, readable, reason, segments, webp
 from openimp.modalities.vision import (
     MAX_PIXELS,
     Vision,
@@ -23,6 +23,8 @@ from openimp.recipe import Count, Share
 
 MAX_FRAMES = 256
 """Frames up to which a clip is read whole."""
+STRIP = 4
+"""Frames of a clip that a person is shown."""
 MAX_FRAME = 2 * 2**20
 """Pixels of a frame once it is shrunk; only absurdly long or wide ones have more."""
 
@@ -97,6 +99,12 @@ class Video(Vision):
     def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
         """Frames (B, t, h, w, 3) to patches, (B, L, t * h * w * 3 of a patch) uint8."""
         return self._tokens(torch.from_numpy(items), self.config.patch, view.drop, rngs)
+
+    def show(self, value: Any, view: Any) -> bytes:
+        """Up to 4 frames, evenly spaced from the first to the last that are read, side by side in a small WebP file."""
+        item = self.decode(value, [view])
+        chosen = item[np.linspace(0, len(item) - 1, min(STRIP, len(item))).round().astype(int)]
+        return webp(np.concatenate(list(self._render(chosen, view, None)), axis=1), STRIP * SHOWN)
 
     def from_tensor(self, batch: torch.Tensor) -> Tokens:
         """Clips (B, T, 3, H, W) in -1..1 to tokens."""

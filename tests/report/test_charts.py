@@ -1,0 +1,101 @@
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from openimp.report.charts import POINTS, Curve, line_chart, matrix, nice_ticks, number, series, share_bar, smoothed
+
+
+def elements(chart: str, name: str) -> list[ElementTree.Element]:
+    return list(ElementTree.fromstring(chart).iter(name))
+
+
+def points(path: ElementTree.Element) -> np.ndarray:
+    return np.array(re.findall(r"-?[\d.]+", path.get("d")), float).reshape(-1, 2)
+
+
+@given(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9))
+@example(5e-324, 5e-324)
+@example(1e8, 1e8 + 1e-7)
+def test_ticks_are_few_evenly_spaced_and_span_the_values(a, b):
+    low, high = min(a, b), max(a, b)
+    ticks = nice_ticks(low, high)
+    slack = 1e-6 * (ticks[-1] - ticks[0])
+    assert ticks[0] <= low + slack
+    assert ticks[-1] >= high - slack
+    assert 2 <= len(ticks) <= 7
+    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0], atol=slack)
+
+
+def test_a_curve_has_its_values_where_they_belong():
+    chart = line_chart("loss", [Curve("loss", [10, 20, 30], [4.0, 3.0, 2.0])])
+    (path,) = elements(chart, "path")
+    right, down = points(path).T
+    assert right[1] - right[0] == pytest.approx(right[2] - right[1])
+    assert right[0] < right[2]
+    assert down[1] - down[0] == pytest.approx(down[2] - down[1], abs=0.11)
+    assert down[0] < down[2], "more is further up"
+    assert [tip.text for tip in elements(chart, "title")] == [
+        "loss, step 10: 4", "loss, step 20: 3", "loss, step 30: 2"
+    ]  # fmt: skip
+    (drawing,) = elements(chart, "svg")
+    assert drawing.get("aria-label") == "loss: loss from 4 at step 10 to 2 at step 30"
+
+
+def test_many_points_are_thinned_and_what_is_not_finite_is_left_out():
+    values = np.linspace(5, 1, 10_000)
+    values[::7] = np.nan
+    chart = line_chart("loss", [Curve("loss", list(range(10_000)), values.tolist())])
+    raw, smooth = elements(chart, "path")
+    assert len(points(raw)) == len(points(smooth)) == POINTS
+    assert "nan" not in chart
+    assert "No finite values" in line_chart("loss", [Curve("loss", [1], [float("inf")])])
+
+
+def test_one_point_and_equal_values_are_drawn():
+    for values in ([0.0], [2.0], [-3.0, -3.0], [0.0, 0.0]):
+        chart = line_chart("x", [Curve("x", list(range(len(values))), values)])
+        assert np.isfinite(points(elements(chart, "path")[0])).all()
+
+
+def test_smoothing_keeps_a_line_and_lessens_noise():
+    line = np.linspace(3, 1, 200)
+    noisy = line + np.random.default_rng(0).normal(0, 0.1, 200)
+    assert np.allclose(smoothed(line)[20:-20], line[20:-20])
+    assert np.abs(smoothed(noisy) - line)[20:-20].mean() < 0.5 * np.abs(noisy - line).mean()
+    assert len(smoothed(noisy)) == 200
+    assert smoothed(line[:11]).tolist() == line[:11].tolist()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (1.1e-7, "1.1e-7"), (7.5e-4, "7.5e-4"), (0.0123, "0.0123"), (3.456, "3.46"),
+                        (128.4, "128"), (1234.5, "1234"), (560_000, "5.6e5"), (-2.5, "-2.5")]
+)  # fmt: skip
+def test_numbers_are_short(value, text):
+    assert number(value) == text
+
+
+def test_a_bar_is_as_long_as_its_share_of_the_scale():
+    chart = share_bar(0.2, 0.1, 0.25, 0.05, top=0.4)
+    assert [rect.get("width") for rect in elements(chart, "rect")] == ["100", "50.0"]
+    assert [(line.get("x1"), line.get("x2")) for line in elements(chart, "line")] == [
+        ("25.0", "62.5"),
+        ("12.5", "12.5"),
+    ]
+
+
+def test_a_matrix_draws_what_is_not_zero():
+    chart = matrix(np.array([[3, 1], [0, 2]]), ["<a>", "b"], "label")
+    assert [tip.text for tip in elements(chart, "title")] == [
+        "<a> taken for <a>: 3", "<a> taken for b: 1", "b taken for b: 2"
+    ]  # fmt: skip
+
+
+def test_numbers_of_any_shape_are_shown():
+    assert len(elements(series(np.zeros(50), "x"), "path")) == 1
+    assert len(elements(series(np.random.default_rng(0).normal(size=(5000, 3)), "x"), "path")) == 3
+    assert "2 × 3 × 4 numbers" in series(np.zeros((2, 3, 4)), "x")
+    assert "3 numbers" in series(np.full(3, np.nan), "x")

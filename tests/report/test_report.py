@@ -1,0 +1,263 @@
+"""The page, looked at as a browser sees it."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+import PIL.Image
+import pytest
+
+from openimp.checkpoint import load_model, model_folder
+from openimp.data.sources import open_source
+from openimp.errors import UserError
+from openimp.evaluation.zero_shot import classify
+from openimp.metrics import read_lines
+from openimp.recipe import Recipe
+from openimp.report import write_report
+from openimp.report.markup import VOID
+from openimp.train import train
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next((path for path in map(shutil.which, BROWSERS) if path), None)
+in_browser = pytest.mark.skipif(BROWSER is None, reason=f"needs a browser on the PATH: {' or '.join(BROWSERS)}")
+OPTIONS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+    "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--dump-dom",
+)  # fmt: skip
+HOSTILE = """<script>document.title="owned"</script><img src="http://127.0.0.1:9/x.png" onerror="alert('1')">"""
+
+
+class Parser(HTMLParser):
+    """HTML to a tree of elements."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.builder = ElementTree.TreeBuilder()
+        self.feed(text)
+        self.root = self.builder.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.builder.start(tag, {key: value or "" for key, value in attributes})
+        if tag in VOID:
+            self.builder.end(tag)
+
+    def handle_endtag(self, tag):
+        self.builder.end(tag)
+
+    def handle_data(self, data):
+        self.builder.data(data)
+
+
+@dataclass
+class Seen:
+    """What a browser made of a page: its elements, the lines of its console, and what the page requested."""
+
+    root: Element
+    console: list[str]
+    requests: list[str]
+
+    def section(self, title: str) -> Element:
+        return self.root.find(f".//section[@id='{title}']")
+
+
+@pytest.fixture
+def browse(tmp_path):
+    def run(page: Path) -> Seen:
+        assert BROWSER is not None
+        log = tmp_path / "net.json"
+        command = [BROWSER, *OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+        # The browser has errands of its own; these have no page for their origin.
+        asked = [event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"]
+        return Seen(Parser(done.stdout).root, re.findall(r"CONSOLE.*", done.stderr), asked)
+
+    return run
+
+
+def text(element: Element) -> str:
+    return " ".join("".join(element.itertext()).split())
+
+
+def cells(table: Element) -> list[list[str]]:
+    return [[text(cell) for cell in row if cell.tag in ("th", "td")] for row in table.iter("tr")]
+
+
+@in_browser
+def test_the_browser_tells_of_requests_and_of_errors(browse, tmp_path):
+    """Or the other tests would find none."""
+    page = tmp_path / "page.html"
+    page.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("wrong")</script>')
+    seen = browse(page)
+    assert set(seen.requests) == {"http://127.0.0.1:9/x.png"}
+    assert any("wrong" in line for line in seen.console)
+
+
+@in_browser
+def test_the_page_has_all_sections_and_asks_for_nothing(browse, little_run, tmp_path):
+    page = write_report(little_run, tmp_path / "page.html")
+    assert page.stat().st_size < 3e6
+    assert "http://" not in page.read_text().replace("http://www.w3.org", "")
+    seen = browse(page)
+    assert (seen.console, seen.requests) == ([], [])
+    titles = [text(heading) for heading in seen.root.iter("h2")]
+    assert titles == ["Results", "Losses", "Pace", "Mixture", "Experts", "Confusions", "Retrieval"]
+    assert [link.get("href") for link in seen.root.find(".//nav")] == [f"#{title.lower()}" for title in titles]
+
+    # A chart for each task and one of the routers: raw and smoothed lines of the loss and its two parts.
+    lines = read_lines(little_run / "metrics.jsonl")
+    charts = {text(chart.find(".//span[@class='title']")): chart for chart in seen.section("losses").iter("figure")}
+    assert set(charts) == {"named", "heard", "router losses"}
+    assert len(list(charts["heard"].iter("path"))) == 1
+    told = [line["tasks"]["heard"]["loss"] for line in lines if "heard" in line["tasks"]]
+    assert len(list(charts["heard"].iter("circle"))) == len(told)
+    assert len(list(charts["named"].iter("path"))) == 3
+    assert len(list(seen.section("pace").iter("figure"))) == 4
+    for drawing in seen.root.iter("svg"):
+        assert drawing.get("role") == "img"
+        assert drawing.get("aria-label")
+    for picture in seen.root.iter("img"):
+        assert picture.get("alt")
+    totals = lines[-1]["totals"]
+    mixture = cells(seen.section("mixture").find(".//table"))
+    assert {row[0]: int(row[1].split()[0]) for row in mixture[1:]} == {
+        **{task: units["steps"] for task, units in totals.items()},
+        "in all": 12,
+    }
+    (heat,) = seen.section("experts").iter("table")
+    assert {row[0] for row in cells(heat)[1:]} == {"image", "text", "audio"}
+    for row in cells(heat)[1:]:
+        assert sum(map(int, row[1:3])) == pytest.approx(100, abs=1)
+
+
+@in_browser
+def test_its_numbers_are_those_of_the_evaluation(browse, little_run, tmp_path):
+    seen = browse(write_report(little_run, tmp_path / "page.html"))
+    model, recipe, modalities, _ = load_model(model_folder(little_run))
+    source = open_source("pictures", recipe.sources["pictures"])
+    found, _ = classify(model, recipe, modalities, "colours", source)
+    matrix, *_ = seen.section("confusions").iter("table")
+    header, *rows = cells(matrix)
+    assert header[1:] == found.classes == [row[0] for row in rows]
+    assert [[int(count) for count in row[1:]] for row in rows] == found.confusion().tolist()
+    recorded = read_lines(little_run / "results.jsonl")
+    _, *shown = cells(seen.section("results").find(".//table"))
+    assert len(shown) == len(recorded) == 3
+    for row, result in zip(shown, recorded):
+        assert row[0] == result["set"] + result["task"].replace(" -> ", " → ")
+        first = 100 * result.get("r1", result.get("top1"))
+        assert float(row[1].split("%")[0]) == pytest.approx(first, abs=0.051)
+        assert float(row[3].rstrip("%")) == pytest.approx(100 * result["chance"], abs=0.051)
+
+
+@in_browser
+def test_queries_stand_beside_their_answers_and_the_right_ones_are_marked(browse, little_run, tmp_path):
+    """Three captions and fifteen sounds: a sound's answers are all three captions."""
+    seen = browse(write_report(little_run, tmp_path / "page.html"))
+    heard, named = seen.section("retrieval").findall(".//div[@class='cases']")
+    captions = {"a low tone", "a middle tone", "a high tone"}
+    assert [case.get("aria-label").split(",")[0] for case in heard] == [
+        k for k in ("best", "median", "worst") for _ in "12"
+    ]
+    for case in heard:
+        (picture,) = case.iter("img")
+        with PIL.Image.open(BytesIO(base64.b64decode(picture.get("src").partition("base64,")[2]))) as shown:
+            assert shown.format == "WEBP"
+            assert [str(side) for side in shown.size] == [picture.get("width"), picture.get("height")]
+        answers = list(case.iter("li"))
+        assert {text(answer.find("p")) for answer in answers} == captions
+        rank = int(case.get("aria-label").split()[-1])
+        (right,) = [answer for answer in answers if answer.get("class") == "right"]
+        assert (text(right).split()[0], right.get("value")) == (str(rank), str(rank))
+        # The sounds are numbered, and their captions alternate.
+        row = int(re.search(r"\[(\d+)\]", picture.get("alt"))[1])
+        assert text(right.find("p")) == ["a low tone", "a middle tone", "a high tone"][row % 3]
+    assert {text(case.find(".//div[@class='query']/p")) for case in named} == captions
+    for case in named:
+        assert len(list(case.iter("img"))) in (5, 6)
+
+
+@in_browser
+def test_names_from_data_and_recipe_are_text(browse, own_data, tmp_path):
+    lines = [json.loads(line) for line in (own_data / "sounds.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["caption"] = line["caption"].replace("low", HOSTILE)
+    (own_data / "sounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = Recipe.load(own_data / "recipe.yaml", ["train.steps=4", "train.log_every=2"]).to_dict()
+    data["name"] = "<i>name</i>"
+    data["tasks"] = {HOSTILE: data["tasks"]["heard"]}
+    data["modalities"].pop("vision")
+    tones = {**data["evaluation"]["sets"]["tones"]}
+    classes = {**tones, "type": "zero_shot", "label": "caption", "inputs": {"audio": tones["inputs"]["audio"]}}
+    classes["view"] = {"audio": tones["view"]["audio"]}
+    data["evaluation"]["sets"] = {HOSTILE: tones, "classes": classes}
+    run = tmp_path / "run"
+    train(Recipe.build(data, own_data), run)
+    seen = browse(write_report(run))
+    assert (seen.console, seen.requests) == ([], [])
+    assert text(seen.root.find(".//title")) == "<i>name</i> · openimp report"
+    assert list(seen.root.iter("script")) == []
+    assert all(picture.get("src").startswith("data:image/webp;base64,") for picture in seen.root.iter("img"))
+    for title in ("results", "losses", "mixture", "retrieval", "confusions"):
+        assert HOSTILE in text(seen.section(title)), title
+
+
+def test_a_run_without_evaluation_sets_has_its_curves(own_data, tmp_path):
+    changes = ["evaluation={}", "train.steps=2", "model.moe=null"]
+    train(Recipe.load(own_data / "recipe.yaml", changes), tmp_path / "run")
+    page = write_report(tmp_path / "run").read_text()
+    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Losses", "Pace", "Mixture"]
+
+
+def test_a_run_without_a_checkpoint_keeps_its_curves_and_its_figures(little_run, tmp_path):
+    run = Path(shutil.copytree(little_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
+    page = write_report(run).read_text()
+    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Results", "Losses", "Pace", "Mixture", "Experts"]
+    assert "There is no checkpoint to measure." in page
+    assert "tones" in page
+
+
+def test_a_model_without_metrics_has_its_results(little_run, tmp_path):
+    page = write_report(model_folder(little_run), tmp_path / "page.html").read_text()
+    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Results", "Confusions", "Retrieval"]
+
+
+def test_a_set_whose_data_is_gone_keeps_its_recorded_figures(own_data, tmp_path):
+    run = tmp_path / "run"
+    train(Recipe.load(own_data / "recipe.yaml", ["train.steps=2"]), run)
+    shutil.rmtree(own_data / "pictures")
+    page = write_report(run).read_text()
+    assert "colours is not measured again; its figures are those that were recorded, if any: source pictures: " in page
+    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Results", "Losses", "Pace", "Mixture", "Experts", "Retrieval"]
+    (result, *_) = read_lines(run / "results.jsonl")
+    assert result["set"] == "colours"
+    assert f"{100 * result['top1']:.1f}%" in page
+
+
+def test_a_page_is_written_whole_or_not_at_all(little_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: nothing to report on: no checkpoint, and no line in metrics\.jsonl"):
+        write_report(tmp_path / "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
+    for out in (tmp_path, tmp_path / "missing" / "page.html"):
+        with pytest.raises(UserError, match="--out needs a file, in a directory that is there"):
+            write_report(little_run, out)
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
+    before = sorted(run.iterdir())
+    weights = model_folder(run) / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        write_report(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("{no json\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line \d+ is no JSON"):
+        write_report(run)
+    assert sorted(run.iterdir()) == before
