@@ -9,12 +9,12 @@ from openimp.evaluation import retrieval, zero_shot
 from openimp.evaluation.encoding import Progress, first_view
 from openimp.evaluation.figures import skipped_fields, table
 from openimp.modalities import Modality
-from openimp.model.imp import IMP
+from openimp.model.embedder import Embedder
 from openimp.recipe import Recipe, Retrieval, ZeroShot
 
 
 def evaluate(
-    model: IMP,
+    model: Embedder,
     recipe: Recipe,
     modalities: dict[str, Modality],
     sets: Iterable[str] | None = None,
@@ -55,7 +55,7 @@ def evaluate(
 
 
 def open_sets(
-    model: IMP, recipe: Recipe, modalities: dict[str, Modality], sets: Iterable[str] | None = None
+    model: Embedder, recipe: Recipe, modalities: dict[str, Modality], sets: Iterable[str] | None = None
 ) -> dict[str, Table]:
     """Opens the sources of evaluation sets, and finds what would stop `evaluate`: before a training, not after it.
 
@@ -76,7 +76,7 @@ def open_sets(
 
 
 def _measure(
-    model: IMP,
+    model: Embedder,
     recipe: Recipe,
     modalities: dict[str, Modality],
     name: str,
