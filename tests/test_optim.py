@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from openimp.data.loader import make_loader
-from openimp.optim import hidden_matrices, schedule, set_learning_rate
+from openimp.optim import schedule, set_learning_rate
 from openimp.recipe import Recipe
 from openimp.train import Training
 
@@ -23,7 +23,7 @@ def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_pa
     assert [type(adamw), type(muon)] == [torch.optim.AdamW, torch.optim.Muon]
     names = {parameter: name for name, parameter in training.model.named_parameters()}
     of_muon = [names[p] for group in muon.param_groups for p in group["params"]]
-    assert sorted(of_muon) == sorted(names[p] for p in hidden_matrices(training.model))
+    assert sorted(of_muon) == sorted(names[p] for p in training.model.hidden_matrices())
     blocks = r"encoder.blocks.\d.(attention.(qkv|out)|mlp.(up|down))"
     hidden = rf"({blocks}|stems.\w+.(before|after)|projections.[\w-]+.(up|down)).weight"
     assert all(re.fullmatch(hidden, name) for name in of_muon)

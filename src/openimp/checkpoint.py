@@ -25,6 +25,7 @@ from torch import Tensor
 
 from openimp.errors import UserError
 from openimp.modalities import Modality, modalities_of
+from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.recipe import Recipe
 
@@ -33,7 +34,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def save_model(
-    folder: Path, model: IMP, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
+    folder: Path, model: Embedder, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
 ) -> None:
     """Writes what `load_model` reads: weights, configuration, and what the modalities learned."""
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
@@ -107,7 +108,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: damaged: {error}") from None
 
 
-def load_weights(model: IMP, file: Path, assign: bool = False) -> None:
+def load_weights(model: Embedder, file: Path, assign: bool = False) -> None:
     """Loads a safetensors file that must hold exactly the model's tensors."""
     tensors = read_tensors(file)
     try:
@@ -123,7 +124,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     optimizers: Sequence[torch.optim.Optimizer],
     averaged: Mapping[str, Tensor] | None,
-    model: IMP,
+    model: Embedder,
     recipe: Recipe,
     modalities: Mapping[str, Modality],
     classes: Mapping[str, list[Any]],
@@ -161,7 +162,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: IMP, optimizers: Sequence[torch.optim.Optimizer], averaged: dict[str, Tensor] | None
+    folder: Path, model: Embedder, optimizers: Sequence[torch.optim.Optimizer], averaged: dict[str, Tensor] | None
 ) -> dict[str, Any]:
     """Puts weights, moments and averages back, and returns the training's state."""
     load_weights(model, folder / "model.safetensors")

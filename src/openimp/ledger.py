@@ -5,7 +5,7 @@ FLOPs are those of the matrix products and attention of one forward and backward
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from openimp.alternation import expected_shares, view_shares
 from openimp.modalities import Modality, Tokens
 from openimp.model.imp import IMP
-from openimp.objectives import Batch, head_key, task_losses
+from openimp.objectives import Batch, Losses, head_key, task_losses
 from openimp.recipe import Classification, Recipe, Task
 
 UNITS = ("steps", "examples", "tokens", "flops")
@@ -41,22 +41,30 @@ class Cost:
 
 
 def costs(
-    recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
+    recipe: Recipe,
+    modalities: Mapping[str, Modality],
+    classes: Mapping[str, list[Any]],
+    build: Callable[..., Any] = IMP.from_recipe,
+    losses: Callable[..., Losses] = task_losses,
 ) -> dict[tuple[str, int], Cost]:
-    """The cost of a step of each (task, view index)."""
+    """The cost of a step of each (task, view index); of another model than IMP if `build` and `losses` are its own."""
     data = recipe.to_dict()
     sizes = {name: len(values) for name, values in classes.items()}
-    key = json.dumps([data["model"], data["modalities"], data["tasks"], sizes])
+    key = json.dumps([build.__qualname__, data["model"], data["modalities"], data["tasks"], sizes])
     if key not in _counted:  # Counting takes seconds, and a study asks for the same again and again.
-        _counted[key] = _count(recipe, modalities, classes)
+        _counted[key] = _count(recipe, modalities, classes, build, losses)
     return _counted[key]
 
 
 def _count(
-    recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
+    recipe: Recipe,
+    modalities: Mapping[str, Modality],
+    classes: Mapping[str, list[Any]],
+    build: Callable[..., Any],
+    losses: Callable[..., Losses],
 ) -> dict[tuple[str, int], Cost]:
     with torch.device("meta"):
-        model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
+        model = build(recipe, modalities, {name: len(values) for name, values in classes.items()})
     model.train()
     found = {}
     for name, task in recipe.tasks.items():
@@ -65,7 +73,7 @@ def _count(
         for i, view in enumerate(task.views):
             batch = _meta_batch(task, i, modalities, classes)
             with FlopCounterMode(display=False) as counter:
-                task_losses(model, task, batch).total.backward()
+                losses(model, task, batch).total.backward()
             tokens = sum(t.coords.shape[0] * t.coords.shape[1] for t in batch.tokens.values())
             found[name, i] = Cost(view.batch or task.batch, tokens, counter.get_total_flops())
     return found

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from openimp.device import full_precision
 from openimp.modalities import Tokens
-from openimp.model.imp import IMP, Encoded, pairs_of
+from openimp.model.embedder import Encoded
+from openimp.model.imp import IMP, pairs_of
 from openimp.recipe import Classification, Contrastive, Task
 
 

@@ -4,19 +4,18 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
 
-from openimp.model.imp import IMP
+from openimp.model.embedder import Embedder
 from openimp.recipe import Optimizer, Recipe
 
 
-def make_optimizers(options: Optimizer, model: IMP) -> list[torch.optim.Optimizer]:
+def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Optimizer]:
     """Fused AdamW, with Muon beside it for the hidden matrices where the recipe asks for it.
 
     Weight decay is for matrices, not for norms, biases and temperatures. Each group keeps its peak learning rate as
     `peak`.
     """
-    hidden = hidden_matrices(model) if options.muon_lr else {}
+    hidden = model.hidden_matrices() if options.muon_lr else {}
     rest = [parameter for parameter in model.parameters() if parameter not in hidden]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": options.weight_decay},
@@ -33,19 +32,6 @@ def make_optimizers(options: Optimizer, model: IMP) -> list[torch.optim.Optimize
     for group in (group for optimizer in made for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     return made
-
-
-def hidden_matrices(model: IMP) -> dict[Tensor, None]:
-    """The weights that take hidden features to hidden features, in order.
-
-    Not those that read inputs or write classes, nor routers; nor experts, of which each would have to be orthogonalised
-    by itself at every step.
-    """
-    return {
-        module.weight: None
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith("classifiers.") and not name.endswith(".embed")
-    }
 
 
 def schedule(recipe: Recipe, step: int) -> float:

@@ -19,12 +19,13 @@ from openimp.errors import UserError
 from openimp.evaluation import evaluate, open_sets, table
 from openimp.ledger import costs, mixture_table
 from openimp.metrics import BadExamples, Metrics
-from openimp.modalities import Tokens, modalities_of
-from openimp.model.imp import IMP, Encoded
-from openimp.objectives import Losses, task_losses
+from openimp.modalities import Modality, Tokens, modalities_of
+from openimp.model.embedder import Embedder, Encoded
+from openimp.model.imp import IMP
+from openimp.objectives import Batch, Losses, task_losses
 from openimp.optim import make_optimizers, schedule, set_learning_rate
 from openimp.progress import StepBar, console, track
-from openimp.recipe import Recipe
+from openimp.recipe import Recipe, Task
 from openimp.recipe_file import flat
 from openimp.warm_start import open_start
 
@@ -74,7 +75,26 @@ def train(recipe: Recipe, run: Path, resume: bool = False, loop: "type[Training]
 
 
 class Training:
-    """All that one training holds."""
+    """All that one training holds.
+
+    Its three static methods say what is trained. A subclass that puts another model there gets data, steps, resuming,
+    metrics and evaluation as they are.
+    """
+
+    @staticmethod
+    def read(recipe: Recipe) -> dict[str, Modality]:
+        """The modalities, as the model wants their tokens."""
+        return modalities_of(recipe)
+
+    @staticmethod
+    def build(recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, int]) -> Embedder:
+        """The model, with random weights."""
+        return IMP.from_recipe(recipe, modalities, classes)
+
+    @staticmethod
+    def losses(model: Any, task: Task, batch: Batch, encode: Callable[..., Encoded] | None = None) -> Losses:
+        """What a task wants of the model; `encode` is the model's, or the same compiled."""
+        return task_losses(model, task, batch, encode)
 
     def __init__(self, recipe: Recipe, run: Path, resume: bool) -> None:
         self.recipe, self.run, self.step = recipe, run, 0
@@ -87,7 +107,7 @@ class Training:
         if not resume and (run / "recipe.yaml").exists():
             raise UserError(f"{run}: holds a run already; go on with --resume, or name another directory with --run")
         latest = _latest(recipe, run) if resume else None
-        self.modalities = modalities_of(recipe)
+        self.modalities = self.read(recipe)
         start = open_start(recipe, self.modalities) if latest is None else None
         self.data = StepBatches(recipe, self.modalities, progress=track)
         if latest is None:
@@ -98,10 +118,10 @@ class Training:
                 modality.load_state(learned)
             if classes != self.data.classes:
                 raise UserError(f"{latest}: was trained on other classes than the data has now")
-        self.costs = costs(recipe, self.modalities, self.data.classes)
+        self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses)
         torch.manual_seed(recipe.seed)
         sizes = {name: len(values) for name, values in self.data.classes.items()}
-        self.model = IMP.from_recipe(recipe, self.modalities, sizes).to(self.device).train()
+        self.model = self.build(recipe, self.modalities, sizes).to(self.device).train()
         if start is not None:
             console.print(start.load(self.model, self.data.classes), soft_wrap=True, markup=False)
         open_sets(self.model, recipe, self.modalities)
@@ -137,7 +157,7 @@ class Training:
         """The losses of the step's task."""
         task = self.recipe.tasks[loaded.visit.task]
         with autocast(self.device, self.recipe.train.precision):
-            return task_losses(self.model, task, loaded.batch.to(self.device), self.encode)
+            return self.losses(self.model, task, loaded.batch.to(self.device), self.encode)
 
     def apply_gradients(self, loaded: Loaded, losses: Losses) -> None:
         """Clips the gradients, updates what has one, and forgets them.
@@ -158,8 +178,7 @@ class Training:
         set_learning_rate(self.optimizers, schedule(recipe, visit.step))
         for optimizer in self.optimizers:
             optimizer.step()
-        for pair in self.model.pairs:
-            self.model.temperature(*pair).limit()
+        self.model.limit_temperatures()
         # None, not zero: what the next task does not touch keeps its value and its moments.
         self.model.zero_grad(set_to_none=True)
         if self.averaged is not None:
@@ -245,7 +264,7 @@ class Training:
             console.print(f"{longer}; set optimizer.warmup", soft_wrap=True)
 
 
-def compiled_encode(model: IMP, signatures: int) -> Callable[..., Encoded]:
+def compiled_encode(model: Embedder, signatures: int) -> Callable[..., Encoded]:
     """`model.encode`, compiled once for each shape of its input; one shape more than `signatures` is an error, not a
     silent fall back."""
     from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit

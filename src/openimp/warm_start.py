@@ -8,7 +8,7 @@ from typing import Any
 from openimp.checkpoint import model_folder, read_config, read_tensors, weights_file
 from openimp.errors import UserError
 from openimp.modalities import Modality
-from openimp.model.imp import IMP
+from openimp.model.embedder import Embedder
 from openimp.recipe import Recipe
 from openimp.recipe_file import flat
 
@@ -30,7 +30,7 @@ class WarmStart:
     classes: dict[str, list[Any]]
     stems: frozenset[str]
 
-    def load(self, model: IMP, classes: Mapping[str, list[Any]]) -> str:
+    def load(self, model: Embedder, classes: Mapping[str, list[Any]]) -> str:
         """Puts the weights in place, the averaged ones where there are any, and tells in one line what came of it.
 
         The encoder is taken, and each stem, projection and temperature that has the same name; a classification head

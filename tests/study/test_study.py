@@ -49,7 +49,7 @@ def done(little_data, tmp_path_factory):
 def outcome(folder: Path, arm: str, seed: int) -> Outcome:
     found = Outcome()
     for run in folder.glob(f"little/{arm}-*-seed{seed}"):
-        found.add(run)
+        found.add(run, 0)
     return found
 
 

@@ -13,7 +13,7 @@ from openimp.evaluation.probe import Probed
 from openimp.evaluation.retrieval import Retrieved
 from openimp.evaluation.zero_shot import Classified
 from openimp.modalities import Modality
-from openimp.model.imp import IMP
+from openimp.model.embedder import Embedder
 from openimp.recipe import Probe, Recipe, ZeroShot
 
 
@@ -32,7 +32,7 @@ class Measured:
 
 
 def evaluate(
-    model: IMP,
+    model: Embedder,
     recipe: Recipe,
     modalities: dict[str, Modality],
     sets: Iterable[str] | None = None,
@@ -67,7 +67,7 @@ def evaluate(
 
 
 def open_sets(
-    model: IMP, recipe: Recipe, modalities: dict[str, Modality], sets: Iterable[str] | None = None
+    model: Embedder, recipe: Recipe, modalities: dict[str, Modality], sets: Iterable[str] | None = None
 ) -> dict[str, dict[str, Table]]:
     """Opens the sources of evaluation sets, and finds what would stop `evaluate`: before a training, not after it.
 
@@ -95,7 +95,7 @@ def open_sets(
 
 
 def measure(
-    model: IMP,
+    model: Embedder,
     recipe: Recipe,
     modalities: dict[str, Modality],
     name: str,

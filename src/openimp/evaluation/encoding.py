@@ -23,7 +23,7 @@ from openimp.data.templates import columns_of, fill
 from openimp.device import Precision, autocast
 from openimp.errors import UserError
 from openimp.modalities import BadMedia, Modality, Tokens
-from openimp.model.imp import IMP
+from openimp.model.embedder import Embedder
 from openimp.recipe import Input, Recipe
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class Encoded:
 
 
 def encode_rows(
-    model: IMP,
+    model: Embedder,
     table: Table,
     modality: Modality,
     spec: Input,
@@ -88,7 +88,7 @@ def encode_rows(
 
     def unseen() -> Iterator[tuple[str, Any]]:
         seen = set()
-        for key, value in _values(table, modality, spec, progress):
+        for key, value in raw_values(table, modality, spec, progress):
             keys.append(key)
             if key not in seen:
                 seen.add(key)
@@ -117,7 +117,7 @@ def encode_rows(
 
 
 def embed(
-    model: IMP,
+    model: Embedder,
     modality: Modality,
     view: Any,
     items: Iterable[np.ndarray],
@@ -155,16 +155,14 @@ def embed(
 
 
 def embed_tokens(
-    model: IMP, name: str, tokens: Tokens, towards: str | None, precision: Precision, normalize: bool = True
+    model: Embedder, name: str, tokens: Tokens, towards: str | None, precision: Precision, normalize: bool = True
 ) -> Tensor:
     """One batch of tokens of the modality `name` to (M, Z) fp32; see `embed`."""
     with autocast(tokens.coords.device, precision):
         features_MD = model.encode({name: tokens}).features
         if towards is None:
             return F.normalize(features_MD.float(), dim=-1) if normalize else features_MD.float()
-        if normalize:
-            return model.project(features_MD, name, towards)
-        return model.projections[model.head_name(name, towards)](features_MD).float()
+        return model.project(features_MD, name, towards, normalize)
 
 
 def first_view(recipe: Recipe, name: str) -> Any:
@@ -177,9 +175,9 @@ def require_columns(table: Table, modality: Modality, spec: Input, where: str) -
     table.require(_columns(modality, spec), where)
 
 
-def require_pair(model: IMP, a: str, b: str, where: str) -> None:
+def require_pair(model: Embedder, a: str, b: str, where: str) -> None:
     """Raises UserError unless two modalities share a space: their pair was trained, or the space is joint."""
-    if not {model.head_name(a, b), model.head_name(b, a)} <= set(model.projections):
+    if not model.share_a_space(a, b):
         trained = ", ".join("-".join(pair) for pair in model.pairs) or "none"
         raise UserError(
             f"{where}: no task trains {a} and {b} together, so they cannot be compared; trained pairs: {trained}"
@@ -212,8 +210,8 @@ def _columns(modality: Modality, spec: Input) -> list[str]:
     return columns_of(spec.columns) if modality.reads_text else spec.columns[:1]
 
 
-def _values(
-    table: Table, modality: Modality, spec: Input, progress: Progress | None
+def raw_values(
+    table: Table, modality: Modality, spec: Input, progress: Progress | None = None
 ) -> Iterator[tuple[str, str | bytes | Path | np.ndarray | BadMedia]]:
     """Each row's raw value, or why there is none, after a key that equal values share."""
     columns = _columns(modality, spec)

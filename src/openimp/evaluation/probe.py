@@ -18,7 +18,7 @@ from openimp.errors import UserError
 from openimp.evaluation.encoding import Progress, encode_rows, require_columns
 from openimp.evaluation.figures import Readable, accuracy, classes_in, readable_rows
 from openimp.modalities import Modality
-from openimp.model.imp import IMP
+from openimp.model.embedder import Embedder
 from openimp.recipe import Probe, Recipe
 
 STRENGTHS = [10.0**power for power in range(-4, 4)]
@@ -61,7 +61,7 @@ class Probed:
 
 
 def probe(
-    model: IMP,
+    model: Embedder,
     recipe: Recipe,
     modalities: dict[str, Modality],
     name: str,
@@ -116,7 +116,7 @@ def check(modalities: dict[str, Modality], options: Probe, where: str, test: Tab
 
 
 def _read(
-    model: IMP,
+    model: Embedder,
     recipe: Recipe,
     modalities: dict[str, Modality],
     options: Probe,

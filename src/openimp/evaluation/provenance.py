@@ -11,11 +11,11 @@ from openimp.data.files import combine
 from openimp.data.sources import Table
 from openimp.evaluation.figures import Readable
 from openimp.modalities import Modality
-from openimp.model.imp import IMP
+from openimp.model.embedder import Embedder
 from openimp.recipe import Recipe
 
 
-def checkpoint_fields(model: IMP, modalities: dict[str, Modality]) -> dict[str, Any]:
+def checkpoint_fields(model: Embedder, modalities: dict[str, Modality]) -> dict[str, Any]:
     """What was measured, by what: a name of 16 digits for the model's tensors and for what its modalities learned, and
     the version of openimp."""
     total = hashlib.sha256()

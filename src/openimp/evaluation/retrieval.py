@@ -14,7 +14,7 @@ from openimp.data.sources import Table
 from openimp.evaluation.encoding import Encoded, Progress, encode_rows, require_columns, require_pair
 from openimp.evaluation.figures import Readable, interval, readable_rows
 from openimp.modalities import Modality
-from openimp.model.imp import IMP
+from openimp.model.embedder import Embedder
 from openimp.recipe import Recipe, Retrieval
 
 SIMILARITIES = 2**22
@@ -91,7 +91,7 @@ class Retrieved:
 
 
 def retrieve(
-    model: IMP,
+    model: Embedder,
     recipe: Recipe,
     modalities: dict[str, Modality],
     name: str,
@@ -139,7 +139,7 @@ def retrieve(
     return found, counted
 
 
-def check(model: IMP, modalities: dict[str, Modality], options: Retrieval, where: str, table: Table) -> None:
+def check(model: Embedder, modalities: dict[str, Modality], options: Retrieval, where: str, table: Table) -> None:
     """Finds what would stop `retrieve`, without encoding anything.
 
     Raises:

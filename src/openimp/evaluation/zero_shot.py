@@ -18,7 +18,7 @@ from openimp.evaluation.encoding import Progress, embed, encode_rows, first_view
 from openimp.evaluation.figures import Readable, accuracy, classes_in, readable_rows
 from openimp.evaluation.retrieval import SIMILARITIES, ranks
 from openimp.modalities import Modality
-from openimp.model.imp import IMP
+from openimp.model.embedder import Embedder
 from openimp.recipe import Recipe, ZeroShot
 
 
@@ -60,7 +60,7 @@ class Classified:
 
 
 def classify(
-    model: IMP,
+    model: Embedder,
     recipe: Recipe,
     modalities: dict[str, Modality],
     name: str,
@@ -102,7 +102,7 @@ def classify(
 
 
 def check(
-    model: IMP, modalities: dict[str, Modality], options: ZeroShot, where: str, table: Table
+    model: Embedder, modalities: dict[str, Modality], options: ZeroShot, where: str, table: Table
 ) -> tuple[list[Any], list[Any], list[str]]:
     """Finds what would stop `classify`, without encoding anything.
 
@@ -125,7 +125,7 @@ def check(
 
 
 def class_embeddings(
-    model: IMP, recipe: Recipe, reader: Modality, texts: list[str], prompts: list[str], seen: str, where: str
+    model: Embedder, recipe: Recipe, reader: Modality, texts: list[str], prompts: list[str], seen: str, where: str
 ) -> Tensor:
     """(K, Z) unit vectors: each class' text in every prompt, averaged over the prompts as unit vectors."""
     view = first_view(recipe, reader.name)

@@ -151,6 +151,23 @@ class Modality(ABC):
         """
         raise TypeError(f"{self.name} takes raw values, not a tensor")
 
+    def shape(self, view: Any) -> tuple[int, int, int, int]:
+        """Frames, height, width and channels of an example, for encoders that are made for pictures.
+
+        Raises:
+            TypeError: this modality has no such form.
+        """
+        raise TypeError(f"{self.name} has no form of pictures")
+
+    def whole(self, view: Any) -> "Modality":
+        """This modality with one token for all that the view shows, its values in the order of `shape`; none is
+        dropped. For encoders that cut patches themselves.
+
+        Raises:
+            TypeError: as `shape`.
+        """
+        raise TypeError(f"{self.name} has no form of pictures")
+
     def fit(self, corpus: Iterable[str]) -> None:  # noqa: B027 (most have nothing to learn)
         """Learns from all training texts before training, such as a tokenizer; asked of modalities that read text."""
 

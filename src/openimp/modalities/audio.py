@@ -115,6 +115,12 @@ class Audio(Modality):
                 f"{seconds} s would do"
             )
 
+    def shape(self, view: Any) -> tuple[int, int, int, int]:
+        return (1, self.frames(view), self.config.bins, 1)
+
+    def whole(self, view: Any) -> "Audio":
+        return Audio(self.config.model_copy(update={"patch": self.shape(view)[1:3]}))
+
     def length(self, view: Any) -> int:
         return kept(self.frames(view) // self.config.patch[0] * (self.config.bins // self.config.patch[1]), view.drop)
 

@@ -11,6 +11,7 @@ import torch
 from openimp.modalities import BadMedia, Tokens
 from openimp.modalities.media import CONTAINERS, SHOWN, clip_starts, readable, reason, segments, webp
 from openimp.modalities.vision import (
+    CHANNELS,
     MAX_PIXELS,
     Vision,
     check_multiple,
@@ -59,6 +60,9 @@ class Video(Vision):
 
     def grid(self, view: Any) -> tuple[int, int, int]:
         return (view.frames // self.config.patch[0], *super().grid(view)[1:])
+
+    def shape(self, view: Any) -> tuple[int, int, int, int]:
+        return (view.frames, *view.hw, CHANNELS)
 
     def check(self, view: Any) -> None:
         super().check(view)

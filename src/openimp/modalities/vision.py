@@ -74,6 +74,12 @@ class Vision(Modality):
         """Patches along time, height and width."""
         return (1, view.hw[0] // self.config.patch[1], view.hw[1] // self.config.patch[2])
 
+    def shape(self, view: Any) -> tuple[int, int, int, int]:
+        return (1, *view.hw, CHANNELS)
+
+    def whole(self, view: Any) -> "Vision":
+        return type(self)(self.config.model_copy(update={"patch": self.shape(view)[:3]}))
+
     def length(self, view: Any) -> int:
         frames, rows, columns = self.grid(view)
         return kept(frames * rows * columns, view.drop)

@@ -5,33 +5,20 @@ Shape suffixes: B examples, L tokens, D width, Z features of the common space.
 
 from collections.abc import Iterable, Mapping
 from itertools import permutations
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openimp.modalities import Modality, StemSpec, Tokens
+from openimp.model.embedder import Embedder, Encoded
 from openimp.model.embedding import Stem
 from openimp.model.encoder import Encoder
 from openimp.model.heads import Projection, Temperature
-from openimp.model.moe import RouterStats
 from openimp.recipe import Contrastive, Model, Recipe
 
 
-class Encoded(NamedTuple):
-    """One forward pass.
-
-    Attributes:
-        features: (B, D) mean over the valid tokens of the encoder's output.
-        routing: what each sparse layer tells, first layer first; empty in a dense model.
-    """
-
-    features: Tensor
-    routing: list[RouterStats]
-
-
-class IMP(nn.Module):
+class IMP(Embedder):
     """The model of arXiv 2305.06324.
 
     Args:
@@ -54,7 +41,7 @@ class IMP(nn.Module):
         super().__init__()
         self.config = config
         self.stem_of = dict(stem_of)
-        self.pairs = [tuple(sorted(pair)) for pair in pairs]
+        self.pairs = [(min(pair), max(pair)) for pair in pairs]
         self.stems = nn.ModuleDict({name: Stem(spec, config.width) for name, spec in stems.items()})
         self.encoder = Encoder(config, self.stems)
         names = sorted({self.head_name(a, b) for pair in self.pairs for a, b in permutations(pair)})
@@ -80,6 +67,9 @@ class IMP(nn.Module):
 
         Args:
             inputs: tokens by modality, of the same B examples each.
+
+        Returns:
+            The mean over the valid tokens of the encoder's output.
         """
         begun = [
             self.encoder.begin(self.stem(name)(tokens), tokens.mask, self.stem_of[name])
@@ -100,13 +90,25 @@ class IMP(nn.Module):
         assert isinstance(stem, Stem)
         return stem
 
-    def project(self, features_BD: Tensor, source: str, target: str) -> Tensor:
-        """Features of `source` to unit vectors (B, Z) in the space that it shares with `target`, in fp32.
+    def project(self, features_BD: Tensor, source: str, target: str, normalize: bool = True) -> Tensor:
+        z_BZ: Tensor = self.projections[self.head_name(source, target)](features_BD).float()
+        return F.normalize(z_BZ, dim=-1) if normalize else z_BZ
 
-        Raises:
-            KeyError: no task trained this pair.
-        """
-        return F.normalize(self.projections[self.head_name(source, target)](features_BD).float(), dim=-1)
+    def share_a_space(self, a: str, b: str) -> bool:
+        return {self.head_name(a, b), self.head_name(b, a)} <= set(self.projections)
+
+    def hidden_matrices(self) -> dict[Tensor, None]:
+        """Linear weights, but not those that read inputs or write classes, nor routers; nor experts, of which each
+        would have to be orthogonalised by itself at every step."""
+        return {
+            module.weight: None
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Linear) and not name.startswith("classifiers.") and not name.endswith(".embed")
+        }
+
+    def limit_temperatures(self) -> None:
+        for pair in self.pairs:
+            self.temperature(*pair).limit()
 
     def temperature(self, a: str, b: str) -> Temperature:
         """The learned scale of a pair, in either order."""

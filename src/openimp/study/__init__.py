@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from openimp.checkpoint import checkpoints
+from openimp.checkpoint import checkpoints, load_model, model_folder
 from openimp.errors import UserError
 from openimp.metrics import read_lines
 from openimp.progress import console
@@ -17,6 +17,7 @@ from openimp.study.outcome import Outcome
 from openimp.study.schema import Part, Study, part_recipe, read_study
 from openimp.study.training import ConflictTraining, SummedTraining, peak_memory
 from openimp.train import Training, train
+from openimp.two_towers import TwoTowerTraining, load_two_towers
 
 
 def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
@@ -49,7 +50,8 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
         console.print(f"\n{title}, training {done + 1} of {len(plan)}: {arm}, seed {seed}", style="bold")
         if not _finished(run) and not train(recipe, run, bool(checkpoints(run)), kind):
             return False
-        found[arm][seed].add(run)
+        model = load_two_towers(run) if study.arms[arm][i].two_towers else load_model(model_folder(run))[0]
+        found[arm][seed].add(run, sum(parameter.numel() for parameter in model.parameters()))
         if seed == study.seeds[0]:
             with TemporaryDirectory() as folder, console.capture():
                 found[arm][seed].count_memory(peak_memory(recipe, Path(folder), kind))
@@ -60,6 +62,8 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
 
 
 def _kind(study: Study, part: Part) -> type[Training]:
+    if part.two_towers:
+        return TwoTowerTraining
     if part.summed:
         return SummedTraining
     return ConflictTraining if study.conflict else Training

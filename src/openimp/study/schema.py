@@ -10,6 +10,7 @@ from openimp.ledger import costs, mixture
 from openimp.modalities import modalities_of
 from openimp.recipe import Positive, Recipe, Strict, checked
 from openimp.recipe_file import find_file, read_mapping
+from openimp.two_towers import flops_of_a_step as towers_flops
 
 WARMUP = 0.07
 """Of the steps: a fixed number would be all of a short training and little of a long one."""
@@ -26,6 +27,8 @@ class Part(Strict):
     """Train these tasks only, with their share of the FLOPs, and measure what their modalities allow; null: all."""
     summed: bool = False
     """Sum the losses of all tasks in each step, in place of alternating."""
+    two_towers: bool = False
+    """Train open_clip's two towers on the one task, in place of openimp's model; `set` makes the task fit for them."""
     flops: Positive = 1.0
     """A multiple of the study's FLOPs."""
 
@@ -58,9 +61,11 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _one_loop(self) -> "Study":
-        for name, parts in self.arms.items():
-            if self.conflict and any(part.summed for part in parts):
-                raise ValueError(f"arm {name!r} sums the losses, so no task has a gradient of its own for conflict")
+        for name, part in ((name, part) for name, parts in self.arms.items() for part in parts):
+            if self.conflict and (part.summed or part.two_towers):
+                raise ValueError(f"conflict compares the tasks' gradients on one encoder, which arm {name!r} has not")
+            if part.summed and part.two_towers:
+                raise ValueError(f"arm {name!r}: two towers have one task; there is nothing to be summed")
         return self
 
 
@@ -86,23 +91,29 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     Raises:
         UserError: a change that the recipe does not take, or an unknown task.
     """
-    whole = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"])
-    data = whole.to_dict()
+    data = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"]).to_dict()
     if smoke:
-        for source in data["sources"].values():
-            source.update(limit=SMOKE_ROWS, cache="none")
-        for task in data["tasks"].values():
-            task["batch"] = SMOKE_BATCH
-        data["train"]["workers"] = 0
-        whole = Recipe.build(data)
-    spent = _flops_of_a_step(whole)
+        _make_small(data)
+    share = 1.0
     if part.tasks is not None:
+        # Shares are those of the study's recipe: what the part sets may change what a step of its task costs.
+        whole = Recipe.load(study.recipe, study.set)
+        spent = _flops_of_a_step(whole)
         _keep_tasks(data, part.tasks, whole)
-    kept = Recipe.build(data)
-    share = sum(spent[name] for name in kept.tasks) / sum(spent.values())
-    steps = max(1, round(part.flops * share * study.flops / sum(_flops_of_a_step(kept).values())))
+        share = sum(spent[name] for name in part.tasks) / sum(spent.values())
+    recipe = Recipe.build(data)
+    a_step = towers_flops(recipe) if part.two_towers else sum(_flops_of_a_step(recipe).values())
+    steps = max(1, round(part.flops * share * study.flops / a_step))
     data["train"]["steps"], data["optimizer"]["warmup"] = steps, round(WARMUP * steps)
     return Recipe.build(data)
+
+
+def _make_small(data: dict[str, Any]) -> None:
+    for source in data["sources"].values():
+        source.update(limit=SMOKE_ROWS, cache="none")
+    for task in data["tasks"].values():
+        task["batch"] = SMOKE_BATCH
+    data["train"]["workers"] = 0
 
 
 def _keep_tasks(data: dict[str, Any], names: list[str], whole: Recipe) -> None:

@@ -12,6 +12,7 @@ from openimp.data.loader import Loaded
 from openimp.data.sources import Stream
 from openimp.errors import UserError
 from openimp.metrics import append, forget_after
+from openimp.model.imp import IMP
 from openimp.objectives import Losses
 from openimp.recipe import Recipe
 from openimp.train import Training
@@ -91,6 +92,7 @@ class ConflictTraining(Training):
 
     def _gradient(self, loaded: Loaded) -> Tensor:
         """The gradient of one batch's loss on all weights of the encoder, in one fp32 vector."""
+        assert isinstance(self.model, IMP)
         self.forward(loaded).total.backward()
         parts = [(p.new_zeros(p.shape) if p.grad is None else p.grad) for p in self.model.encoder.parameters()]
         self.model.zero_grad(set_to_none=True)

@@ -1,0 +1,70 @@
+"""The figures of another evaluator, to check ours by: CLIP_benchmark's retrieval, as it is.
+
+Needs `pip install openimp[peers]`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openimp.data.sources import Table, open_source
+from openimp.errors import UserError, nearest
+from openimp.evaluation.encoding import raw_values
+from openimp.modalities import BadMedia
+from openimp.recipe import Recipe, Retrieval
+
+
+def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Recall by CLIP_benchmark's `zeroshot_retrieval.evaluate`, in fp32 as far as the model does not cast by itself.
+
+    Equal pictures are one with several texts, as in openimp. Equal texts are not one, for CLIP_benchmark cannot say it:
+    where two pictures share a text, only one of them is right for each of its copies, and recalls are below openimp's.
+    Ties count for the model.
+
+    Args:
+        model: what `openimp.load` or `load_two_towers` gives: it has `modalities`, `preprocess`, `tokenizer`,
+            `encode_image` and `encode_text`.
+        recipe: where the set is.
+        name: one of `recipe.evaluation.sets`, a retrieval between what `preprocess` takes and a text.
+        ks: fewer than the set's pictures and texts.
+
+    Returns:
+        `image_retrieval_recall@K` (of texts) and `text_retrieval_recall@K` (of pictures), between 0 and 1.
+
+    Raises:
+        UserError: CLIP_benchmark is not installed, or there is no such set.
+    """
+    try:
+        from clip_benchmark.metrics import zeroshot_retrieval
+    except ImportError:
+        raise UserError("CLIP_benchmark is not installed: pip install 'openimp[peers]'") from None
+    options = recipe.evaluation.sets.get(name)
+    if options is None:
+        raise UserError(f"no evaluation set is called {name!r}{nearest(name, recipe.evaluation.sets)}")
+    table = open_source(options.source, recipe.sources[options.source])
+    sides = {model.modalities[side].reads_text: side for side in options.inputs}
+    pictures = model.modalities[sides.get(False)]
+    if not isinstance(options, Retrieval) or len(sides) < 2 or not hasattr(pictures, "preprocess"):
+        raise UserError(f"evaluation.sets.{name}: CLIP_benchmark takes pictures and their texts")
+    assert isinstance(table, Table)
+    captions: dict[str, list[str]] = {}
+    shown: dict[str, Any] = {}
+    values = (
+        raw_values(table, model.modalities[sides[reads]], options.inputs[sides[reads]]) for reads in (False, True)
+    )
+    for (key, picture), (_, text) in zip(*values):
+        if not isinstance(picture, BadMedia) and not isinstance(text, BadMedia):
+            shown[key] = picture
+            captions.setdefault(key, []).append(str(text))
+
+    def batches() -> Iterator[tuple[Tensor, list[list[str]]]]:
+        keys = list(shown)
+        for start in range(0, len(keys), recipe.evaluation.batch):
+            some = keys[start : start + recipe.evaluation.batch]
+            yield torch.stack([model.preprocess(shown[key]) for key in some]), [captions[key] for key in some]
+
+    device = next(model.parameters()).device.type
+    found = zeroshot_retrieval.evaluate(model, batches(), model.tokenizer, device, amp=False, recall_k_list=list(ks))
+    return {key: float(value) for key, value in found.items()}
