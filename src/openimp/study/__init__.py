@@ -8,8 +8,10 @@ import shlex
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from openimp.checkpoint import checkpoints, load_model, model_folder
+from openimp.checkpoint import checkpoints
 from openimp.errors import UserError
+from openimp.evaluation.clip_benchmark import clip_benchmark_recalls
+from openimp.inference import load
 from openimp.metrics import read_lines
 from openimp.progress import console
 from openimp.recipe import Recipe
@@ -50,8 +52,12 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
         console.print(f"\n{title}, training {done + 1} of {len(plan)}: {arm}, seed {seed}", style="bold")
         if not _finished(run) and not train(recipe, run, bool(checkpoints(run)), kind):
             return False
-        model = load_two_towers(run) if study.arms[arm][i].two_towers else load_model(model_folder(run))[0]
+        model = load_two_towers(run) if study.arms[arm][i].two_towers else load(run)
         found[arm][seed].add(run, sum(parameter.numel() for parameter in model.parameters()))
+        for measured in study.clip_benchmark:
+            if measured in recipe.evaluation.sets:
+                recalls = clip_benchmark_recalls(model, recipe, measured)
+                found[arm][seed].judged.update({(measured, figure): value for figure, value in recalls.items()})
         if seed == study.seeds[0]:
             with TemporaryDirectory() as folder, console.capture():
                 found[arm][seed].count_memory(peak_memory(recipe, Path(folder), kind))

@@ -17,6 +17,7 @@ class Outcome:
         scores: mean reciprocal rank by evaluation set, both directions averaged.
         flops, steps, seconds, parameters: of all models.
         memory: bytes that an update holds at most beyond weights and data, of the largest model.
+        judged: CLIP_benchmark's recalls, by (evaluation set, figure).
         cosines: by pair of tasks, the cosine of their gradients at each step where it was measured.
         experts: the last line's expert usage, by modality and sparse layer (see docs/metrics.md).
     """
@@ -27,6 +28,7 @@ class Outcome:
     parameters: int = 0
     seconds: float = 0.0
     memory: int = 0
+    judged: dict[tuple[str, str], float] = field(default_factory=dict)
     cosines: dict[str, list[float]] = field(default_factory=dict)
     experts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 

@@ -3,7 +3,7 @@
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,8 @@ def write_results(study: Study, found: Found, out: Path, title: str, command: st
         curve = draw_against_flops(found)
         sections += [_picture("Mean over the sets against training FLOPs", curve, out, f"{title}-flops")]
     sections += [_table(found), _explained(study)]
+    if study.clip_benchmark:
+        sections += ["## By CLIP_benchmark", *(_judged_table(found, name) for name in study.clip_benchmark)]
     if study.conflict:
         maps = draw_cosines(found)
         sections += [
@@ -67,17 +69,18 @@ def write_results(study: Study, found: Found, out: Path, title: str, command: st
 
 def draw_scores(found: Found) -> Any:
     """A panel for each evaluation set and one for their mean: a dot a seed, a bar to the mean."""
-    panels: dict[str, Callable[[Outcome], float]] = {"mean": lambda o: o.mean}
-    panels |= {name.replace("_", " "): lambda o, name=name: o.scores.get(name, 0.0) for name in _sets(found)}  # type: ignore[misc]
+    panels = {"mean": _means(found)} | {name.replace("_", " "): _scores(found, name) for name in _sets(found)}
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     size = (2.2 + 2.6 * columns, rows * (0.75 + 0.3 * len(found)) + 0.3)
     figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    for axis, (title, score) in zip(axes.flat, panels.items()):
-        for row, outcomes in enumerate(found.values()):
-            seeds = [100 * score(o) for o in outcomes]
+    for axis, (title, by_arm) in zip(axes.flat, panels.items()):
+        for row, arm in enumerate(found):
+            if not by_arm[arm]:
+                continue
+            seeds = [100 * value for value in by_arm[arm]]
             mean = statistics.mean(seeds)
             axis.barh(row, mean, height=0.62, color=ACCENT if title == "mean" else MUTED, alpha=0.35)
             axis.plot(seeds, [row] * len(seeds), "o", color=INK, markersize=3)
@@ -95,9 +98,11 @@ def draw_scores(found: Found) -> Any:
 def draw_against_flops(found: Found) -> Any:
     """The mean of each arm against the FLOPs that it took, on a logarithmic axis."""
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for arm, outcomes in found.items():
-        flops = statistics.mean(o.flops for o in outcomes) / 1e12
-        means = [100 * o.mean for o in outcomes]
+    for arm, values in _means(found).items():
+        if not values:
+            continue
+        flops = statistics.mean(o.flops for o in found[arm]) / 1e12
+        means = [100 * value for value in values]
         spread = statistics.stdev(means) if len(means) > 1 else 0.0
         axis.errorbar(flops, statistics.mean(means), yerr=spread, fmt="o", color=ACCENT, capsize=3)
         axis.annotate(
@@ -162,14 +167,15 @@ def _table(found: Found) -> str:
     head = ["arm", "mean", *(name.replace("_", " ") for name in _sets(found))]
     head += ["steps", "TFLOPs", "parameters", "peak memory", "ms a step"]
     rows = []
-    best = max(statistics.mean(o.mean for o in outcomes) for outcomes in found.values())
+    means, scores = _means(found), [_scores(found, name) for name in _sets(found)]
+    best = max(statistics.mean(values) for values in means.values() if values)
     for arm, outcomes in found.items():
-        mean = _spread([o.mean for o in outcomes])
+        mean = _spread(means[arm])
         rows.append(
             [
                 arm,
-                f"**{mean}**" if statistics.mean(o.mean for o in outcomes) == best else mean,
-                *(_spread([o.scores[name] for o in outcomes if name in o.scores]) for name in _sets(found)),
+                f"**{mean}**" if means[arm] and statistics.mean(means[arm]) == best else mean,
+                *(_spread(by_arm[arm]) for by_arm in scores),
                 f"{outcomes[0].steps:,}",
                 f"{statistics.mean(o.flops for o in outcomes) / 1e12:.2f}",
                 f"{outcomes[0].parameters / 1e6:.2f}M",
@@ -178,6 +184,21 @@ def _table(found: Found) -> str:
             ]
         )
     return _markdown(head, rows)
+
+
+def _judged_table(found: Found, name: str) -> str:
+    judged = {arm: outcomes for arm, outcomes in found.items() if any(key[0] == name for key in outcomes[0].judged)}
+    figures = [figure for known, figure in next(iter(judged.values()))[0].judged if known == name]
+    rows = [
+        [arm, *(_spread([o.judged[name, figure] for o in outcomes]) for figure in figures)]
+        for arm, outcomes in judged.items()
+    ]
+    head = [name.replace("_", " "), *(figure.replace("_retrieval_recall@", " R@") for figure in figures)]
+    told = (
+        "Recall in per cent by `clip_benchmark.metrics.zeroshot_retrieval.evaluate`, unmodified: image R@k finds the "
+        "picture of a text, text R@k the text of a picture."
+    )
+    return f"{_markdown(head, rows)}\n\n{told}"
 
 
 def _explained(study: Study) -> str:
@@ -214,6 +235,17 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _sets(found: Found) -> list[str]:
     """All evaluation sets, for an arm may lack those that its tasks have no modality for."""
     return list(dict.fromkeys(name for outcomes in found.values() for name in outcomes[0].scores))
+
+
+def _scores(found: Found, name: str) -> dict[str, list[float]]:
+    """By arm, the figure of one set with each seed; nothing for an arm that has no modality for it."""
+    return {arm: [o.scores[name] for o in outcomes if name in o.scores] for arm, outcomes in found.items()}
+
+
+def _means(found: Found) -> dict[str, list[float]]:
+    """By arm, the mean over all sets with each seed; nothing for an arm that lacks one."""
+    sets = set(_sets(found))
+    return {arm: [o.mean for o in outcomes if o.scores.keys() == sets] for arm, outcomes in found.items()}
 
 
 def _spread(values: Sequence[float]) -> str:

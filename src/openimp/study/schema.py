@@ -54,6 +54,8 @@ class Study(Strict):
     """A training each."""
     conflict: bool = False
     """Measure the cosine between the tasks' gradients on the encoder, all through training."""
+    clip_benchmark: list[str] = Field([])
+    """Retrieval sets of pictures and texts that CLIP_benchmark's own function judges as well."""
     arms: Annotated[dict[str, Annotated[list[Part], BeforeValidator(_parts)]], Field(min_length=2)]
     """By name, the model that makes an arm, or the list of those that share its FLOPs."""
     findings: str = ""
