@@ -13,10 +13,8 @@ counts. Both timm models are held to the bar: on CPUs its fused attention, the d
 import argparse
 import os
 import platform
-import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +38,7 @@ from openimp.modalities import modalities_of
 from openimp.model.imp import IMP
 from openimp.objectives import Batch, head_key, task_losses
 from openimp.recipe import Recipe
+from openimp.versions import openimp_version, processor
 
 SIZE, PATCH, CLASSES = 128, 16, 1000
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "throughput.md"
@@ -189,35 +188,21 @@ def comparisons(smoke: bool, compiled: bool) -> list[Comparison]:
     return found
 
 
-def report(found: list[Comparison], code: str) -> str:
-    """The results page; `code` is the commit that was measured."""
+def report(found: list[Comparison]) -> str:
+    """The results page."""
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(item.row() for item in found)]
     return f"""# Throughput of a training step
 
 Written by `benchmarks/throughput.py`, whose head says what is measured and how.
 
 - Command: `{shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]])}`
-- Commit: {code}
+- openimp: {openimp_version()}
 - Versions: Python {platform.python_version()}, torch {torch.__version__}, timm {version("timm")}
 - Hardware: {processor()}, {os.cpu_count()} cores; threads used: {torch.get_num_threads()}
 - Pairs a row: {len(found[0].ratios)}; bf16 autocast; seed 0
 
 {chr(10).join("| " + " | ".join(cells) + " |" for cells in rows)}
 """
-
-
-def commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=RESULTS.parents[2], capture_output=True, text=True).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + (", with changes" if git("status", "--porcelain", "src") else "")
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    file = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", file.read_text()) if file.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> int:
@@ -229,7 +214,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="also write docs/results/throughput.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    code = commit()  # now, not at the end: the checkout may move on meanwhile
+    openimp_version()  # kept from now on: the checkout may move on meanwhile
     pairs = 2 if args.smoke else max(2, args.pairs)
     found = [replace(item, bar=None if args.smoke else item.bar) for item in comparisons(args.smoke, args.compile)]
     for step in {id(step): step for item in found for step in (item.variant, item.baseline)}.values():
@@ -238,7 +223,7 @@ def main() -> int:
     for i in track(range(pairs), "pairs", console=Console(stderr=True)):
         for item in found:
             item.measure(swap=i % 2 == 1)
-    text = report(found, code)
+    text = report(found)
     print(text)
     if args.write:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ spaced through the data, not the ones that came out best.
 import argparse
 import io
 import platform
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,12 +60,11 @@ def write_table(run: Path, readme: Path) -> None:
     seconds = sum(line["seconds"] for line in spent)
     wait = sum(line["seconds"] * line["data_wait"] for line in spent) / seconds
     flops = sum(units["flops"] for units in spent[-1]["totals"].values())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     rows += [
         "",
         f"{last:,} steps, {flops / 1e12:.1f} TFLOPs, {seconds:.0f} s of training, of it {wait:.1%} waiting for data; "
         f"seed {openimp.Recipe.load(run / 'recipe.yaml').seed}, {torch.get_num_threads()} threads, "
-        f"torch {version('torch')}, Python {platform.python_version()}, commit {commit.strip()}. "
+        f"torch {version('torch')}, Python {platform.python_version()}, openimp {lines[-1]['openimp']}. "
         "In brackets the 95 % interval over the items.",
     ]
     text = readme.read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ from openimp.evaluation.figures import Readable
 from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
 from openimp.recipe import Recipe
+from openimp.versions import openimp_version
 
 
 def checkpoint_fields(model: Embedder, modalities: dict[str, Modality]) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def checkpoint_fields(model: Embedder, modalities: dict[str, Modality]) -> dict[
         total.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy())
     for modality in modalities.values():
         total.update(repr(sorted(modality.state().items())).encode())
-    return {"checkpoint": total.hexdigest()[:16], "openimp": version("openimp")}
+    return {"checkpoint": total.hexdigest()[:16], "openimp": openimp_version()}
 
 
 def data_fields(recipe: Recipe, table: Table, counted: Readable) -> dict[str, Any]:

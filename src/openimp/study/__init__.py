@@ -5,20 +5,24 @@ share the arm's FLOPs, each a model of its own. What is trained already is not t
 """
 
 import shlex
+import shutil
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from openimp.checkpoint import checkpoints
-from openimp.errors import UserError
+from openimp.errors import UserError, nearest
 from openimp.evaluation.clip_benchmark import clip_benchmark_recalls
 from openimp.inference import load
 from openimp.metrics import read_lines
 from openimp.progress import console
-from openimp.recipe import Recipe
+from openimp.recipe import Recipe, Retrieval
+from openimp.recipe_file import flat
 from openimp.study.outcome import Outcome
 from openimp.study.schema import Part, Study, part_recipe, read_study
 from openimp.study.training import ConflictTraining, SummedTraining, peak_memory
-from openimp.train import Training, train
+from openimp.train import FREE, Training, train
 from openimp.two_towers import TwoTowerTraining, load_two_towers
 
 
@@ -45,13 +49,17 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
             recipes[seed, arm, i] = part_recipe(study, study.arms[arm][i], seed, smoke)
         except UserError as error:
             raise UserError(f"{name}: arm {arm!r}: {error}") from None
+    _check_figures(study, name, recipes)
     found: dict[str, dict[int, Outcome]] = {arm: {seed: Outcome() for seed in study.seeds} for arm in study.arms}
     for done, (seed, arm, i) in enumerate(plan):
         recipe, kind = recipes[seed, arm, i], _kind(study, study.arms[arm][i])
         run = runs / title / f"{arm}-{i}-seed{seed}".replace(" ", "_")
         console.print(f"\n{title}, training {done + 1} of {len(plan)}: {arm}, seed {seed}", style="bold")
-        if not _finished(run) and not train(recipe, run, bool(checkpoints(run)), kind):
-            return False
+        if not _finished(run, recipe):
+            if not checkpoints(run):  # Stopped before it saved anything.
+                shutil.rmtree(run, ignore_errors=True)
+            if not train(recipe, run, bool(checkpoints(run)), kind):
+                return False
         model = load_two_towers(run) if study.arms[arm][i].two_towers else load(run)
         found[arm][seed].add(run, sum(parameter.numel() for parameter in model.parameters()))
         for measured in study.clip_benchmark:
@@ -75,9 +83,34 @@ def _kind(study: Study, part: Part) -> type[Training]:
     return ConflictTraining if study.conflict else Training
 
 
-def _finished(run: Path) -> bool:
-    """A training ends with its results."""
+def _check_figures(study: Study, name: str, recipes: Mapping[tuple[int, str, int], Recipe]) -> None:
+    """Tells before anything is trained what would be missed once all is."""
+    sets: dict[str, set[str]] = {arm: set() for arm in study.arms}
+    for (_, arm, _), recipe in recipes.items():
+        sets[arm] |= {title for title, options in recipe.evaluation.sets.items() if isinstance(options, Retrieval)}
+    complete = max(sets.values(), key=len)
+    if not complete:
+        raise UserError(f"{name}: recipe {study.recipe} has no evaluation set of type retrieval, by which arms compare")
+    if not all(known <= complete for known in sets.values()):
+        raise UserError(f"{name}: no arm has all evaluation sets, so no mean can be compared")
+    for title in study.clip_benchmark:
+        if title not in complete:
+            raise UserError(f"{name}: clip_benchmark: no retrieval set is called {title!r}{nearest(title, complete)}")
+    if study.clip_benchmark and find_spec("clip_benchmark") is None:
+        raise UserError("CLIP_benchmark is not installed: pip install 'openimp[peers]'")
+
+
+def _finished(run: Path, recipe: Recipe) -> bool:
+    """Whether this very recipe was trained here to the end, which is its results.
+
+    Raises:
+        UserError: the run is of another recipe: the study was changed, and its old figures may not pass as new ones.
+    """
     if not (run / "results.jsonl").exists():
         return False
-    steps = Recipe.load(str(run / "recipe.yaml")).train.steps
-    return any(line["step"] == steps for line in read_lines(run / "results.jsonl"))
+    before, now = (flat(r.to_dict()) for r in (Recipe.load(str(run / "recipe.yaml")), recipe))
+    for key in sorted((before.keys() | now.keys()) - FREE):
+        if before.get(key) != now.get(key):
+            was, wanted = before.get(key), now.get(key)
+            raise UserError(f"{run}: trained with {key} {was!r}, now {wanted!r}; remove the folder to train it again")
+    return any(line["step"] == recipe.train.steps for line in read_lines(run / "results.jsonl"))

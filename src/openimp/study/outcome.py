@@ -19,6 +19,7 @@ class Outcome:
         memory: bytes that an update holds at most beyond weights and data, of the largest model.
         judged: CLIP_benchmark's recalls, by (evaluation set, figure).
         cosines: by pair of tasks, the cosine of their gradients at each step where it was measured.
+        versions: of openimp that trained the models and measured them.
         experts: the last line's expert usage, by modality and sparse layer (see docs/metrics.md).
     """
 
@@ -28,6 +29,7 @@ class Outcome:
     parameters: int = 0
     seconds: float = 0.0
     memory: int = 0
+    versions: set[str] = field(default_factory=set)
     judged: dict[tuple[str, str], float] = field(default_factory=dict)
     cosines: dict[str, list[float]] = field(default_factory=dict)
     experts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -48,6 +50,7 @@ class Outcome:
             self.experts.update(line["experts"])
         by_set = defaultdict(list)
         for line in read_lines(run / "results.jsonl"):
+            self.versions.add(line["openimp"])
             if line["step"] == lines[-1]["step"] and "mrr" in line:
                 by_set[line["set"]].append(line["mrr"])
         self.scores.update((name, statistics.mean(both_ways)) for name, both_ways in by_set.items())

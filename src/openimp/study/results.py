@@ -1,8 +1,8 @@
 """What a study found, as a page of Markdown and pictures; needs matplotlib (`pip install openimp[plots]`)."""
 
+import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
@@ -15,6 +15,7 @@ import torch
 from openimp.errors import UserError
 from openimp.study.outcome import Outcome
 from openimp.study.schema import Study
+from openimp.versions import processor
 
 try:
     import matplotlib
@@ -63,7 +64,7 @@ def write_results(study: Study, found: Found, out: Path, title: str, command: st
             name = f"{title}-experts-{arm}".replace(" ", "-").replace(",", "")
             sections += [_picture(f"Expert usage by modality: {arm}", draw_experts(experts), out, name)]
     sections += [study.findings.strip()] if study.findings else []
-    sections += [f"Written by `{command}`, {date.today().isoformat()}: {_versions()}."]
+    sections += [f"Written by `{command}`, {date.today().isoformat()}: {_versions(found)}."]
     (out / f"{title}.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
@@ -255,11 +256,9 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values) * 100:.1f} ± {statistics.stdev(values) * 100:.1f}"
 
 
-def _versions() -> str:
-    git = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
-    commit = f"commit {found.stdout.strip()}, " if found.returncode == 0 else ""
+def _versions(found: Found) -> str:
+    trained = sorted(set().union(*(o.versions for outcomes in found.values() for o in outcomes)))
     return (
-        f"{commit}openimp {version('openimp')}, torch {version('torch')}, Python {platform.python_version()}, "
-        f"{platform.machine()}, {torch.get_num_threads()} threads"
+        f"openimp {' and '.join(trained)}, torch {version('torch')}, Python {platform.python_version()}; "
+        f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
     )

@@ -14,6 +14,9 @@ from openimp.two_towers import flops_of_a_step as towers_flops
 
 WARMUP = 0.07
 """Of the steps: a fixed number would be all of a short training and little of a long one."""
+SAVES = 5
+"""Checkpoints of a training, for stops that nobody asked for."""
+DERIVED = ("train.steps", "train.save_every", "optimizer.warmup")
 SMOKE_FLOPS, SMOKE_ROWS, SMOKE_BATCH = 0.002, 48, 16
 """With --smoke: the share of the FLOPs, rows of each source, and examples a step."""
 
@@ -22,11 +25,12 @@ class Part(Strict):
     """One model of an arm."""
 
     set: list[str] = Field([])
-    """Changes of the study's recipe, as --set takes them."""
+    """Changes of the study's recipe, as --set takes them, but for what follows from the FLOPs: train.steps,
+    train.save_every and optimizer.warmup."""
     tasks: list[str] | None = None
     """Train these tasks only, with their share of the FLOPs, and measure what their modalities allow; null: all."""
     summed: bool = False
-    """Sum the losses of all tasks in each step, in place of alternating."""
+    """Sum the losses of all tasks in each update, in place of alternating."""
     two_towers: bool = False
     """Train open_clip's two towers on the one task, in place of openimp's model; `set` makes the task fit for them."""
     flops: Positive = 1.0
@@ -56,7 +60,7 @@ class Study(Strict):
     """Measure the cosine between the tasks' gradients on the encoder, all through training."""
     clip_benchmark: list[str] = Field([])
     """Retrieval sets of pictures and texts that CLIP_benchmark's own function judges as well."""
-    arms: Annotated[dict[str, Annotated[list[Part], BeforeValidator(_parts)]], Field(min_length=2)]
+    arms: Annotated[dict[str, Annotated[list[Part], Field(min_length=1), BeforeValidator(_parts)]], Field(min_length=2)]
     """By name, the model that makes an arm, or the list of those that share its FLOPs."""
     findings: str = ""
     """What the figures mean, written after they were seen."""
@@ -93,7 +97,12 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     Raises:
         UserError: a change that the recipe does not take, or an unknown task.
     """
+    for key in (change.partition("=")[0] for change in (*study.set, *part.set)):
+        if key in DERIVED:
+            raise UserError(f"{key} follows from the study's FLOPs")
     data = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"]).to_dict()
+    if part.summed:
+        data["alternation"]["kind"] = "intervals"
     if smoke:
         _make_small(data)
     share = 1.0
@@ -106,7 +115,10 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     recipe = Recipe.build(data)
     a_step = towers_flops(recipe) if part.two_towers else sum(_flops_of_a_step(recipe).values())
     steps = max(1, round(part.flops * share * study.flops / a_step))
-    data["train"]["steps"], data["optimizer"]["warmup"] = steps, round(WARMUP * steps)
+    # A whole number of rounds, for within one of summed losses nothing can be saved.
+    rounds = len(data["tasks"])
+    data["train"].update(steps=steps, save_every=max(1, steps // (SAVES * rounds)) * rounds)
+    data["optimizer"]["warmup"] = round(WARMUP * steps)
     return Recipe.build(data)
 
 

@@ -24,7 +24,8 @@ MEASURED = 12
 class SummedTraining(Training):
     """Every update follows from the sum of all tasks' losses, whose graphs are held until then.
 
-    The tasks are visited in turn (`alternation.kind: intervals`); those of a round share one backward pass.
+    The tasks are visited in turn (`alternation.kind: intervals`, every interval 1); those of a round share one backward
+    pass.
     """
 
     def __init__(self, recipe: Recipe, run: Path, resume: bool) -> None:
