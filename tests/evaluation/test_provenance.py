@@ -2,7 +2,12 @@
 
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -12,6 +17,7 @@ import torch
 
 from openimp.evaluation import evaluate
 from openimp.evaluation.provenance import checkpoint_fields
+from openimp.versions import openimp_version
 
 WORDS = ["red", "green", "blue", "white"]
 
@@ -114,4 +120,25 @@ def test_a_checkpoint_is_named_by_all_of_its_tensors_and_by_what_was_learned(tin
     modalities["text"].fit(["other words, other words"])
     assert checkpoint_fields(model, modalities)["checkpoint"] != name
     assert checkpoint_fields(model.bfloat16(), modalities)["checkpoint"] != name
-    assert checkpoint_fields(model, modalities)["openimp"] == version("openimp")
+    assert checkpoint_fields(model, modalities)["openimp"] == openimp_version()
+
+
+def test_the_version_names_the_commit_of_a_checkout_and_of_no_other_project(tmp_path):
+    """A copy of the package reports the commit of the checkout it lies in as src/openimp, and only then."""
+    package = Path(sys.modules["openimp"].__file__).parent
+
+    def told(folder: Path) -> str:
+        shutil.copytree(package, folder / "openimp", ignore=shutil.ignore_patterns("data", "__pycache__"))
+        code = "from openimp.versions import openimp_version as v, PACKAGE; print(PACKAGE.parent, v())"
+        env = {**os.environ, "PYTHONPATH": str(folder)}
+        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        path, _, found = out.stdout.strip().partition(" ")
+        assert path == str(folder)
+        return found
+
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert told(tmp_path / "src") == f"{version('openimp')} ({head.strip()})"
+    assert told(tmp_path / ".venv" / "lib" / "site-packages") == version("openimp")
