@@ -2,7 +2,8 @@
 
     step-00001000/
       model.safetensors       weights (the averaged ones too, in ema.safetensors, where the recipe keeps them)
-      config.json             the resolved recipe, the classes of each head, the model's class, the version of this layout
+      config.json             the resolved recipe, the classes of each head, the class of the model, the version of this
+                              layout
       tokenizer.json ...      what the modalities learned
       optimizer.safetensors   the optimisers' moments and counts, by parameter name
       state.json              where the training stands, and which loop made it

@@ -159,7 +159,7 @@ def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path
         try:
             while chunk := list(islice(rows, CHUNK)):
                 parts.append(_to_arrow(chunk))
-        except (ValueError, csv.Error) as error:
+        except (ValueError, RecursionError, csv.Error) as error:
             raise UserError(f"source {name}: {file}: {error}") from None
         counts.append((Path(file).name, sum(part.num_rows for part in parts) - before))
     if not parts:
@@ -186,7 +186,8 @@ def read_csv(file: str) -> Iterator[dict[str, Any]]:
 
 
 def read_json(file: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON list, or of a file with one object a line; raises ValueError for a file that is neither."""
+    """The objects of a JSON list, or of a file with one object a line; raises ValueError for a file that is neither,
+    RecursionError for one that is nested too deeply."""
     with open(file, encoding="utf-8-sig") as handle:
         start = handle.read(1)
         handle.seek(0)
