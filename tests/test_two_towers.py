@@ -116,6 +116,13 @@ def test_dropped_patches_cost_nothing(tmp_path):
     assert flops_of_a_step(recipe_of("image")) < 0.9 * flops_of_a_step(Recipe.build(whole))
 
 
+def test_what_evaluation_reads_is_part_of_the_cost():
+    """The text tower is as long as the longest text of all views, and reads each text at that length."""
+    long = recipe_of("image").to_dict()
+    long["evaluation"]["sets"]["both_ways"]["view"]["text"]["length"] = 16
+    assert flops_of_a_step(Recipe.build(long)) > flops_of_a_step(recipe_of("image"))
+
+
 def test_the_towers_have_the_recipes_sizes_and_start(tmp_path):
     recipe = recipe_of("image")
     model = TwoTowerTraining(recipe, tmp_path / "run", resume=False).model
