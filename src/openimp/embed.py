@@ -126,6 +126,7 @@ def _encode(
 
     def read(path: Path) -> tuple[Path, np.ndarray | BadMedia]:
         try:
+            _require_utf8(path)
             return path, item.encode_input(_text(path) if item.reads_text else path, view)
         except BadMedia as error:
             return path, error
@@ -133,7 +134,7 @@ def _encode(
     def readable() -> Iterator[np.ndarray]:
         for path, found in ahead(read, paths):
             if isinstance(found, BadMedia):
-                skipped.append(f"{path}: {found}")
+                skipped.append(f"{str(path).encode(errors='backslashreplace').decode()}: {found}")
             else:
                 kept.append(str(path))
                 yield found
@@ -179,6 +180,13 @@ def _find(
     if not found:
         raise UserError(f"nothing to embed in {', '.join(map(str, names)) or 'no files'}; looked for {', '.join(kind)}")
     return {name: list(dict.fromkeys(paths)) for name, paths in found.items()}, unknown
+
+
+def _require_utf8(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise BadMedia("its name is not UTF-8, as the table's paths are") from None
 
 
 def _text(path: Path) -> str:
