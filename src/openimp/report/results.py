@@ -62,8 +62,8 @@ def figures(results: list[dict[str, Any]]) -> Markup:
     head = ["set", "R@1 or top-1", scale, "chance", "× chance", "at 5", "at 10", "median rank", "MRR", "items"]
     caption = "" if steps == {None} or len(steps) > 1 else f"At step {steps.pop():,}. "
     caption += (
-        "R@1 of retrieval, or top-1 of zero-shot classes and of probes, with the 95% bootstrap interval over the "
-        "items, which says nothing of other seeds; the red mark is chance. At the end, the items and the candidates for each."
+        "R@1 of retrieval, or top-1 of zero-shot classes and probes, with the 95% bootstrap interval over the items, "
+        "which says nothing of other seeds; the red mark is chance. At the end, the items and the candidates for each."
     )
     skipped = {result["set"]: result["skipped"] for result in results if result["skipped"]}
     if skipped:
