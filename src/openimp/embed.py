@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from openimp.data.files import is_utf8
 from openimp.errors import UserError, nearest
 from openimp.evaluation.encoding import ahead, require_pair
 from openimp.evaluation.encoding import embed as embed_items
@@ -126,7 +127,8 @@ def _encode(
 
     def read(path: Path) -> tuple[Path, np.ndarray | BadMedia]:
         try:
-            _require_utf8(path)
+            if not is_utf8(str(path)):
+                raise BadMedia("its name is not UTF-8, as the table's paths are")
             return path, item.encode_input(_text(path) if item.reads_text else path, view)
         except BadMedia as error:
             return path, error
@@ -180,13 +182,6 @@ def _find(
     if not found:
         raise UserError(f"nothing to embed in {', '.join(map(str, names)) or 'no files'}; looked for {', '.join(kind)}")
     return {name: list(dict.fromkeys(paths)) for name, paths in found.items()}, unknown
-
-
-def _require_utf8(path: Path) -> None:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise BadMedia("its name is not UTF-8, as the table's paths are") from None
 
 
 def _text(path: Path) -> str:

@@ -737,6 +737,12 @@ def test_folder_without_classes(tmp_path):
     fails("has no rows", path=str(tmp_path))
 
 
+def test_a_folder_with_a_name_that_is_no_utf8(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "cat" / os.fsdecode(b"\xff.png")).write_bytes(png(0))
+    fails(r"the name of 'cat/\\udcff\.png' is not UTF-8; rename it", path=str(tmp_path))
+
+
 def test_what_cannot_be_streamed(tmp_path):
     write_folder(tmp_path)
     fails("a folder source cannot be streamed", path=str(tmp_path), stream=True)
