@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_a_folder_becomes_a_table_of_unit_vectors(tiny_model_folder, folder, tmp
         path = Path(row["path"])
         value = path.read_text(encoding="utf-8") if row["modality"] == "text" else path
         alone = model.encode(row["modality"], value, normalize=True)[0].cpu()
-        # Up to the rounding of bf16, where the processor has it.
+        # Up to the rounding of bf16, where it is faster.
         assert torch.dot(alone, torch.tensor(row["embedding"])) > 0.999
     assert np.linalg.norm([row["embedding"] for row in rows], axis=1) == pytest.approx(1, abs=1e-5)
     assert done.rows == {"image": 3, "video": 3, "audio": 3, "text": 3}
@@ -67,6 +68,18 @@ def test_long_lists_are_written_part_by_part_in_order(tiny_model_folder, media_f
     assert parts["path"].to_pylist() == whole["path"].to_pylist()
     for one, other in zip(parts["embedding"].to_pylist(), whole["embedding"].to_pylist()):
         assert one == pytest.approx(other, abs=1e-2)
+
+
+def test_a_file_whose_name_is_no_utf8_is_skipped_and_named(tiny_model_folder, media_folder, tmp_path, capsys):
+    for file in ("0.png", "0.txt"):
+        shutil.copy(media_folder / file, tmp_path / file)
+        shutil.copy(media_folder / file, os.fsencode(tmp_path) + b"/\xff" + os.fsencode(file))
+    done = embed(tiny_model_folder, [tmp_path], tmp_path / "out.parquet")
+    assert done.rows == {"image": 1, "text": 1}
+    assert sorted(pq.read_table(done.out)["path"].to_pylist()) == [str(tmp_path / name) for name in ("0.png", "0.txt")]
+    told = [f"{tmp_path}/\\udcff0.{end}: its name is not UTF-8, as the table's paths are" for end in ("png", "txt")]
+    assert done.skipped == told
+    assert told[0] in capsys.readouterr().out
 
 
 def test_the_modality_can_be_said_where_the_name_does_not_tell(tiny_model_folder, media_folder, tmp_path):

@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 
 from openimp.alternation import Alternation
 from openimp.checkpoint import checkpoints
+from openimp.commands import run_eval
 from openimp.data.loader import make_loader
 from openimp.errors import UserError
 from openimp.metrics import read_lines
 from openimp.recipe import Recipe
+from openimp.study.training import SummedTraining
 from openimp.train import Training, _Stop, _Stopped, train
 
 STEPS = 120
@@ -244,6 +246,58 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(whole_run, little_
 def test_a_checkpoint_of_another_recipe_is_refused(whole_run, little_data, change, key):
     with pytest.raises(UserError, match=f"step-00000120: made by another recipe: {re.escape(key)}"):
         train(recipe_of(little_data, *LONG, change), whole_run, resume=True)
+
+
+def test_a_damaged_state_is_named(whole_run, little_data, tmp_path):
+    run = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    file = checkpoints(run)[-1] / "state.json"
+    text = file.read_text()
+    for content, told in ((text[:40], "damaged: "), ("{}", "damaged: step is missing, or no whole number")):
+        file.write_text(content)
+        for use in (
+            lambda: train(recipe_of(little_data, *LONG), run, resume=True),
+            lambda: run_eval(run, None, None, None),
+        ):
+            with pytest.raises(UserError, match=rf"state\.json: {told}"):
+                use()
+
+
+def test_a_run_of_another_loop_does_not_go_on(little_data, tmp_path):
+    """One that says nothing of its loop, as older versions wrote it, does."""
+    recipe = recipe_of(little_data, "train.steps=4", "evaluation={}")
+    train(recipe, tmp_path / "run", loop=SummedTraining)
+    with pytest.raises(UserError, match="step-00000004: made by another loop: SummedTraining there, Training here; "):
+        train(recipe, tmp_path / "run", resume=True)
+    assert train(recipe, tmp_path / "run", resume=True, loop=SummedTraining)
+    file = checkpoints(tmp_path / "run")[-1] / "state.json"
+    state = json.loads(file.read_text())
+    del state["loop"]
+    file.write_text(json.dumps(state))
+    assert train(recipe, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("stop", "told"),
+    [
+        (1, "stopped at step 1, nothing is saved"),
+        (4, "stopped at step 4, saved in {run}; go on with --resume"),
+        (5, "stopped at step 5, saved up to step 4 in {run}; go on with --resume"),
+    ],
+)
+def test_a_stop_tells_what_is_saved(little_data, tmp_path, capsys, stop, told):
+    """Within a round of summed losses nothing can be."""
+
+    class Interrupted(SummedTraining):
+        def update(self, loaded):
+            losses = super().update(loaded)
+            if self.step == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            return losses
+
+    run = tmp_path / "run"
+    assert not train(recipe_of(little_data, "train.save_every=2"), run, loop=Interrupted)
+    assert told.format(run=run) in capsys.readouterr().out
+    assert last_step(run) == stop // 2 * 2
 
 
 def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):

@@ -1,5 +1,7 @@
 """open_clip's towers in openimp's loop: they learn from each kind of media, and are measured as IMP is."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
+from openimp.checkpoint import checkpoints
+from openimp.cli import app
 from openimp.data.loader import StepBatches
 from openimp.errors import UserError
 from openimp.metrics import read_lines
@@ -24,6 +29,7 @@ from openimp.two_towers import (
     flops_of_a_step,
     load_two_towers,
 )
+from openimp.warm_start import open_start
 
 SEEN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "image": ("stills", {"split": "test", "vendor": "twemoji"}, {"size": 32, "drop": 0.5}, "{name}, {keywords*}"),
@@ -108,6 +114,13 @@ def test_dropped_patches_cost_nothing(tmp_path):
     whole = recipe_of("image").to_dict()
     whole["tasks"]["pairs"]["views"][0]["image"]["drop"] = 0.0
     assert flops_of_a_step(recipe_of("image")) < 0.9 * flops_of_a_step(Recipe.build(whole))
+
+
+def test_what_evaluation_reads_is_part_of_the_cost():
+    """The text tower is as long as the longest text of all views, and reads each text at that length."""
+    long = recipe_of("image").to_dict()
+    long["evaluation"]["sets"]["both_ways"]["view"]["text"]["length"] = 16
+    assert flops_of_a_step(Recipe.build(long)) > flops_of_a_step(recipe_of("image"))
 
 
 def test_the_towers_have_the_recipes_sizes_and_start(tmp_path):
@@ -207,6 +220,28 @@ def test_a_run_goes_on_and_its_towers_are_loaded(tmp_path):
             assert torch.equal(
                 loaded.encode({name: some}).features, training.model.eval().encode({name: some}).features
             )
+
+
+def test_nothing_but_a_study_takes_the_towers_for_its_own_model(trained, tmp_path):
+    """Nor does a study take IMP for them; a checkpoint of before the model's class was written is loaded as before."""
+    recipe, run = trained
+    for command in ("info", "eval", "report", "embed", "train"):
+        arguments = {"embed": [run, run], "train": [run / "recipe.yaml", "--run", run, "--resume"]}
+        done = CliRunner().invoke(app, [command, *map(str, arguments.get(command, [run]))])
+        assert isinstance(done.exception, UserError), command
+        told = "made by another loop: TwoTowerTraining there" if command == "train" else "holds TwoTowers, expected IMP"
+        assert told in str(done.exception)
+    with pytest.raises(UserError, match="holds TwoTowers, expected IMP"):
+        open_start(Recipe.build(recipe.to_dict() | {"train": {"init": str(run)}}), {})
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    file = checkpoints(copy)[-1] / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"model": "IMP"}))
+    with pytest.raises(UserError, match="holds IMP, expected TwoTowers"):
+        load_two_towers(copy)
+    del config["model"]
+    file.write_text(json.dumps(config))
+    load_two_towers(copy)
 
 
 @pytest.mark.parametrize(

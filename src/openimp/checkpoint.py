@@ -2,10 +2,11 @@
 
     step-00001000/
       model.safetensors       weights (the averaged ones too, in ema.safetensors, where the recipe keeps them)
-      config.json             the resolved recipe, the classes of each head, the version of this layout
+      config.json             the resolved recipe, the classes of each head, the class of the model, the version of this
+                              layout
       tokenizer.json ...      what the modalities learned
       optimizer.safetensors   the optimisers' moments and counts, by parameter name
-      state.json              where the training stands
+      state.json              where the training stands, and which loop made it
 
 Nothing here is ever unpickled.
 """
@@ -38,7 +39,8 @@ def save_model(
 ) -> None:
     """Writes what `load_model` reads: weights, configuration, and what the modalities learned."""
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    config = {"format": FORMAT, "recipe": recipe.to_dict(), "classes": dict(classes)}
+    name = type(model).__name__
+    config = {"format": FORMAT, "model": name, "recipe": recipe.to_dict(), "classes": dict(classes)}
     (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
     for modality in modalities.values():
         for name, text in modality.state().items():
@@ -61,31 +63,49 @@ def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str
     return model.eval(), recipe, modalities, classes
 
 
-def read_config(folder: Path) -> tuple[Recipe, dict[str, list[Any]], dict[str, str]]:
-    """The recipe, the classes by head, and the modalities' learned state of a model folder."""
+def read_config(
+    folder: Path, model: type[Embedder] | None = IMP
+) -> tuple[Recipe, dict[str, list[Any]], dict[str, str]]:
+    """The recipe, the classes by head, and the modalities' learned state of a model folder.
+
+    Raises:
+        UserError: there is none, it is damaged, or its model is none of the class `model`.
+    """
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no model here, expected a run or a folder with config.json")
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no model here, expected a run or a folder with config.json") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file}: unreadable: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: expected an object with format, recipe and classes")
+    config = _read_object(file)
     if config.get("format") != FORMAT:
         raise UserError(f"{file}: format {config.get('format')!r}, this version of openimp reads format {FORMAT}")
+    found = config.get("model")  # Older ones do not say.
+    if model and found not in (None, model.__name__):
+        raise UserError(
+            f"{folder}: holds {found}, expected {model.__name__}; a study's peers are loaded by openimp.study alone"
+        )
     for key in ("recipe", "classes"):
         if not isinstance(config.get(key), dict):
             raise UserError(f"{file}: {key} is missing, or no object")
     names = ("config.json", "state.json")
-    learned = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.json") if path.name not in names}
+    learned = {path.name: _read_text(path) for path in folder.glob("*.json") if path.name not in names}
     return Recipe.build(config["recipe"], folder, str(file)), config["classes"], learned
 
 
 def saved_step(folder: Path) -> int | None:
     """The step at which a training saved this folder; None where a model was saved by itself."""
+    return read_state(folder)["step"] if (folder / "state.json").exists() else None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Where the training stood that saved this folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     file = folder / "state.json"
-    return json.loads(file.read_text(encoding="utf-8"))["step"] if file.exists() else None
+    state = _read_object(file)
+    if not isinstance(state.get("step"), int):
+        raise UserError(f"{file}: damaged: step is missing, or no whole number")
+    return state
 
 
 def weights_file(folder: Path) -> Path:
@@ -178,8 +198,7 @@ def load_checkpoint(
         parameter = parameters[name]
         # Counts stay on the CPU unless the optimiser is fused on an accelerator, where they live beside the moments.
         owner[parameter].state.setdefault(parameter, {})[field] = value.to(parameter.device)
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return state
+    return read_state(folder)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -196,6 +215,23 @@ def model_folder(path: Path) -> Path:
     if not found:
         raise UserError(f"{path}: no model here (a run with a checkpoint, or a folder with config.json)")
     return found[-1]
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: damaged: expected a JSON object")
+    return found
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: damaged: {error}") from None
 
 
 def _sync(path: Path) -> None:

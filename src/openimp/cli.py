@@ -36,7 +36,9 @@ def train(
     recipe: RecipeArgument,
     set_: SetOption = None,
     run: RunOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, exactly.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run; on the CPU, bit for bit.")
+    ] = False,
 ) -> None:
     """Train a recipe, evaluate it, and write the run: checkpoints, metrics, results."""
     from openimp.commands import run_train

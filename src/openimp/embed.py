@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from openimp.data.files import is_utf8
 from openimp.errors import UserError, nearest
 from openimp.evaluation.encoding import ahead, require_pair
 from openimp.evaluation.encoding import embed as embed_items
@@ -126,6 +127,8 @@ def _encode(
 
     def read(path: Path) -> tuple[Path, np.ndarray | BadMedia]:
         try:
+            if not is_utf8(str(path)):
+                raise BadMedia("its name is not UTF-8, as the table's paths are")
             return path, item.encode_input(_text(path) if item.reads_text else path, view)
         except BadMedia as error:
             return path, error
@@ -133,7 +136,7 @@ def _encode(
     def readable() -> Iterator[np.ndarray]:
         for path, found in ahead(read, paths):
             if isinstance(found, BadMedia):
-                skipped.append(f"{path}: {found}")
+                skipped.append(f"{str(path).encode(errors='backslashreplace').decode()}: {found}")
             else:
                 kept.append(str(path))
                 yield found

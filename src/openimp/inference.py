@@ -28,7 +28,7 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
         path: a run (its newest checkpoint is taken), a checkpoint, a folder that `Model.save` wrote, or a model's name
             on the Hugging Face hub.
         device: where it computes; left out: the GPU where there is one.
-        precision: "auto" is bf16 where the processor has it; in "fp32" an embedding is the same, to 1e-5, in any batch.
+        precision: "auto" is bf16 where it is faster; in "fp32" an embedding is the same, to 1e-5, in any batch.
 
     Raises:
         UserError: there is no model, or it is damaged.

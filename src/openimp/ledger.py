@@ -50,7 +50,9 @@ def costs(
     """The cost of a step of each (task, view index); of another model than IMP if `build` and `losses` are its own."""
     data = recipe.to_dict()
     sizes = {name: len(values) for name, values in classes.items()}
-    key = json.dumps([build.__qualname__, data["model"], data["modalities"], data["tasks"], sizes])
+    # How evaluation sees a modality counts too: two towers are as long as the longest view of either.
+    parts = [data[part] for part in ("model", "modalities", "tasks", "evaluation")]
+    key = json.dumps([build.__qualname__, parts, sizes])
     if key not in _counted:  # Counting takes seconds, and a study asks for the same again and again.
         _counted[key] = _count(recipe, modalities, classes, build, losses)
     return _counted[key]

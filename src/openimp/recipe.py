@@ -238,7 +238,7 @@ class Train(Strict):
     """A run, a checkpoint or a model's folder to start from, tokenizer included; heads of other tasks or classes, and
     stems of other modalities, are new. null: everything is. Relative to the recipe."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 autocast where the processor has it."""
+    """auto: bf16 autocast where it is faster."""
     compile: bool = False
     """torch.compile, once for each signature (modality, view, batch); needs a C++ compiler."""
     workers: Whole = 2

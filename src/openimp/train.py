@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from openimp.checkpoint import checkpoints, load_checkpoint, read_config, save_checkpoint
+from openimp.checkpoint import checkpoints, load_checkpoint, read_config, read_state, save_checkpoint
 from openimp.data.loader import Loaded, StepBatches, make_loader
 from openimp.device import autocast, keep_freed_memory, pick_device
 from openimp.errors import UserError
@@ -43,8 +43,8 @@ def train(recipe: Recipe, run: Path, resume: bool = False, loop: "type[Training]
         loop: what makes the steps, for studies of other ways to train; left out: `Training`.
 
     Raises:
-        UserError: bad data, a run that is already there, a checkpoint of another recipe, a model that cannot be started
-            from, or a loss that is not finite. The steps before it are saved.
+        UserError: bad data, a run that is already there, a checkpoint of another recipe or loop, a model that cannot be
+            started from, or a loss that is not finite. The steps before it are saved.
     """
     training = (loop or Training)(recipe, run, resume)
     with _stop_signals() as stop, StepBar(recipe.train.steps, training.step) as bar, closing(training.metrics):
@@ -65,8 +65,9 @@ def train(recipe: Recipe, run: Path, resume: bool = False, loop: "type[Training]
             training.evaluate(stop.watch)
         except _Stopped:
             training.save()
-            saved = f"saved in {run}; go on with --resume" if training.step else "nothing to save"
-            console.print(f"stopped at step {training.step}, {saved}", soft_wrap=True)
+            kept = "saved" if training.saved == training.step else f"saved up to step {training.saved}"
+            told = f"{kept} in {run}; go on with --resume" if training.saved else "nothing is saved"
+            console.print(f"stopped at step {training.step}, {told}", soft_wrap=True)
             return False
         except UserError:
             training.save()
@@ -106,14 +107,14 @@ class Training:
             raise UserError(f"{run}: holds a run that saved no checkpoint; remove it or name another with --run")
         if not resume and (run / "recipe.yaml").exists():
             raise UserError(f"{run}: holds a run already; go on with --resume, or name another directory with --run")
-        latest = _latest(recipe, run) if resume else None
+        latest = _latest(recipe, run, type(self)) if resume else None
         self.modalities = self.read(recipe)
         start = open_start(recipe, self.modalities) if latest is None else None
         self.data = StepBatches(recipe, self.modalities, progress=track)
         if latest is None:
             self.data.fit(start.stems if start else ())
         else:
-            _, classes, learned = read_config(latest)
+            _, classes, learned = read_config(latest, None)
             for modality in self.modalities.values():
                 modality.load_state(learned)
             if classes != self.data.classes:
@@ -210,6 +211,7 @@ class Training:
         if self.step == self.saved:
             return
         state = {
+            "loop": type(self).__name__,
             "cursors": self.cursors,
             "bad": self.bad.state,
             "totals": {task: dict(units) for task, units in self.metrics.totals.items()},
@@ -294,12 +296,18 @@ def compiled_encode(model: Embedder, signatures: int) -> Callable[..., Encoded]:
     return encode
 
 
-def _latest(recipe: Recipe, run: Path) -> Path:
-    """The newest checkpoint of a run of this very recipe."""
+def _latest(recipe: Recipe, run: Path, loop: type[Training]) -> Path:
+    """The newest checkpoint of a run of this very recipe and loop."""
     found = checkpoints(run)
     if not found:
         raise UserError(f"{run}: no checkpoint to resume from")
-    before, _, _ = read_config(found[-1])
+    made_by = read_state(found[-1]).get("loop", loop.__name__)  # Older ones do not say.
+    if made_by != loop.__name__:
+        raise UserError(
+            f"{found[-1]}: made by another loop: {made_by} there, {loop.__name__} here; a study's run goes on with its "
+            "study"
+        )
+    before, _, _ = read_config(found[-1], None)
     ours, theirs = flat(recipe.to_dict()), flat(before.to_dict())
     for key in sorted(ours.keys() | theirs.keys()):
         free = key in FREE or key.startswith("evaluation.")

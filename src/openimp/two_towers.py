@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openimp.checkpoint import load_weights, model_folder, read_config
+from openimp.checkpoint import load_weights, model_folder, read_config, weights_file
 from openimp.device import full_precision, pick_device
 from openimp.errors import UserError
 from openimp.ledger import costs, mixture
@@ -174,16 +174,15 @@ def load_two_towers(run: Path) -> TwoTowers:
     """The newest checkpoint of a run of `TwoTowerTraining`, in evaluation mode, on the GPU where there is one.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, it is damaged, or the run is of another model.
     """
     folder = model_folder(run)
-    recipe, _, learned = read_config(folder)
+    recipe, _, learned = read_config(folder, TwoTowers)
     modalities = whole_modalities(recipe)
     for modality in modalities.values():
         modality.load_state(learned)
     model = TwoTowers(recipe, modalities)
-    averaged = folder / "ema.safetensors"
-    load_weights(model, averaged if averaged.exists() else folder / "model.safetensors")
+    load_weights(model, weights_file(folder))
     return model.to(pick_device()).eval()
 
 

@@ -737,6 +737,12 @@ def test_folder_without_classes(tmp_path):
     fails("has no rows", path=str(tmp_path))
 
 
+def test_a_folder_with_a_name_that_is_no_utf8(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "cat" / os.fsdecode(b"\xff.png")).write_bytes(png(0))
+    fails(r"the name of 'cat/\\udcff\.png' is not UTF-8; rename it", path=str(tmp_path))
+
+
 def test_what_cannot_be_streamed(tmp_path):
     write_folder(tmp_path)
     fails("a folder source cannot be streamed", path=str(tmp_path), stream=True)
@@ -772,6 +778,8 @@ def test_corrupt_files(tmp_path, stream):
         ("x.jsonl", b'{"a": 1}\nnonsense\n', "x.jsonl: Expecting value"),
         ("x.jsonl", b'{"a": 1}\n[1]\n', "row 2 is no object"),
         ("x.jsonl", b'{"a": 1}\n{"a": "b"}\n', "column 'a' mixes types"),
+        ("x.jsonl", b'{"a": ' + b"[" * 200_000, "x.jsonl: maximum recursion depth"),
+        ("x.json", b"[" * 200_000, "x.json: maximum recursion depth"),
         ("x.json", b"[]", "has no rows"),
         ("x.json", b"[1]", "row 1 is no object"),
         ("x.json", b"\xff\xfe\x00", "x.json: "),
@@ -867,6 +875,76 @@ def test_a_header_that_claims_a_terabyte(tmp_path, stream, kind):
     assert colour(good["png"]) == 1
     with pytest.raises(BadMedia, match="not a readable tar from here on"):
         source.media(bad["png"])
+
+
+def pax(**records: str) -> bytes:
+    """A pax header, which says more of the member behind it."""
+    lines = [f"{key.replace('_', '.')}={value}\n" for key, value in records.items()]
+    body = b"".join(f"{len(line) + 3} {line}".encode() for line in lines)
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, len(body)
+    return header.tobuf(tarfile.USTAR_FORMAT) + body.ljust(tarfile.BLOCKSIZE, b"\0")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("headers", "left", "told"),
+    [
+        (3000 * pax(path="abc"), 1, "maximum recursion depth"),
+        (pax(GNU_sparse_map="x"), 1, "invalid literal for int"),
+        (pax(size="-1536"), 1, "3.png ends before it begins"),
+        (pax(size=str(10**22)), 2, "int"),
+    ],
+    ids=["chained", "no number", "negative", "huge"],
+)
+def test_headers_that_lead_astray(tmp_path, stream, headers, left, told):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add(tar, "1.png", png(1))
+        add(tar, "2.png", png(2))
+        tar.fileobj.write(headers)
+        tar.offset += len(headers)
+        add(tar, "3.png", png(3))
+    (*good, bad), source = in_order(f"{tmp_path}/x.tar", stream, left + 1)
+    assert [colour(row["png"]) for row in good] == [1, 2][:left]
+    with pytest.raises(BadMedia, match=f"not a readable tar from here on: .*{told}"):
+        source.media(bad["png"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("broken", [b"{broken", b"[" * 200_000], ids=["cut", "deep"])
+def test_a_first_json_that_is_broken(tmp_path, stream, broken):
+    """The columns are those of the next one, and the rest of its example is as good as any other."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i in range(5):
+            add(tar, f"{i}.png", png(i))
+            add(tar, f"{i}.json", b'{"caption": "c"}' if i else broken)
+    rows, source = in_order(f"{tmp_path}/x.tar", stream, 5)
+    assert source.columns == ["__key__", "png", "json.caption"]
+    assert [row["json.caption"] for row in rows[1:]] == ["c"] * 4
+    assert [colour(source.media(row["png"])) for row in rows] == list(range(5))
+    with pytest.raises(BadMedia):
+        source.media(rows[0]["json.caption"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_json_that_is_broken_everywhere(tmp_path, stream):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i in range(3):
+            add(tar, f"{i}.json", b"{broken")
+    rows, source = in_order(f"{tmp_path}/x.tar", stream, 3)
+    assert source.columns == ["__key__", "json"]
+    assert isinstance(rows[0]["json"], Refused)
+
+
+@pytest.mark.parametrize(("members", "refused"), [(tars.MOST, False), (tars.MOST + 1, True)])
+def test_an_extension_for_each_member(tmp_path, members, refused):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i in range(members):
+            add(tar, f"a{i}.v{i}.jpg", b"x")
+    if refused:
+        fails(r"x\.tar: more than 256 extensions, such as \.v255\.jpg, \.v256\.jpg; ", path=f"{tmp_path}/x.tar")
+    else:
+        assert len(open_source("x", Source(path=f"{tmp_path}/x.tar")).columns) == 1 + members
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from openimp.data.sources import open_source
 from openimp.errors import UserError
-from openimp.evaluation import evaluate
+from openimp.evaluation import evaluate, open_sets
 from openimp.evaluation.zero_shot import Classified, class_embeddings, classify
 from openimp.inference import Model
 from openimp.recipe import Source
@@ -139,6 +139,8 @@ def test_unreadable_rows_are_left_out_counted_and_named(setup):
         ([["sea"], ["tree"]], {}, "column 'label' of source labelled holds lists"),
         (["sea", "tree"], {"prompts": ["a picture"]}, "prompt 'a picture' needs one {}"),
         (["sea", "tree"], {"prompts": ["a {thing}"]}, "prompt 'a {thing}' needs one {}"),
+        (["sea", "tree"], {"prompts": ["a {.thing}"]}, "prompt 'a {.thing}' needs one {}"),
+        (["sea", "tree"], {"prompts": ["a {[thing]}"]}, "prompt 'a {\\[thing\\]}' needs one {}"),
         (["sea", "tree"], {"label": "labels"}, "no column 'labels'; did you mean 'label'"),
         (["sea", "tree"], {"reader": "audio"}, "no task trains image and audio together"),
     ],
@@ -148,6 +150,12 @@ def test_bad_input_is_said_in_one_sentence(setup, labels, options, message):
     with pytest.raises(UserError, match=message.replace("{}", r"\{\}")) as error:
         evaluate(imp, recipe, modalities)
     assert "\n" not in str(error.value)
+
+
+def test_every_class_is_put_into_the_prompts_before_anything_is_encoded(setup):
+    imp, modalities, recipe, _ = setup(["sea", "tree"], prompts=["a {:.3}"])
+    with pytest.raises(UserError, match=r"prompt 'a \{:\.3\}' needs one \{\}"):
+        open_sets(imp, recipe, modalities)
 
 
 def test_class_names_may_hold_braces(setup):

@@ -228,6 +228,21 @@ def test_speed_moves_pitch_and_length_together():
     assert np.array_equal(AUDIO.transform(item, view, None), AUDIO.transform(item, Audio.View(seconds=1.024), None))
 
 
+def test_a_faster_sound_fills_its_view_too():
+    """Cut from the file, and not from the whole sound that a cache holds. The sine swells, so a cut tells its start."""
+    raw = file(np.linspace(0.2, 1, 10 * RATE) * sine(1000, seconds=10.0, level=1.0))
+    view = Audio.View(seconds=1.024, gain=0.0, speed=0.3)
+    levels = []
+    for seed in range(40):
+        generator = rng(seed)
+        sound = AUDIO.transform(AUDIO.decode(raw, [view], generator), view, generator)
+        assert np.abs(sound[-20:]).max() > 0.2  # 20 samples hold a period
+        levels.append(np.abs(sound[:20]).max())
+    assert min(levels) < 0.3
+    assert max(levels) > 0.8
+    assert np.unique(np.round(levels, 2)).size > 20
+
+
 def test_gain_is_within_its_decibels():
     item = np.full(20_000, 3277, np.int16)
     levels = [

@@ -210,6 +210,23 @@ def test_names_from_data_and_recipe_are_text(browse, own_data, tmp_path):
         assert HOSTILE in text(seen.section(title)), title
 
 
+def test_a_probe_has_a_row_for_each_of_its_classifiers(little_data, tmp_path):
+    probed = "type: probe, train: seen, source: unseen, inputs: {image: file}, label: label, view: {image: {size: 16}}"
+    changes = [f"evaluation.sets.probed={{{probed}, k: 3}}", "train.steps=2"]
+    for name, files in (("seen", "['0', '1', '2', '3']"), ("unseen", "['4', '5']")):
+        changes.append(f"sources.{name}={{path: pictures, where: {{name: {files}}}}}")
+    train(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / "run")
+    results = Parser(write_report(tmp_path / "run").read_text()).root.find(".//section[@id='results']")
+    shown = {row[0]: row[1:] for row in cells(results.find(".//table"))}
+    recorded = [line for line in read_lines(tmp_path / "run" / "results.jsonl") if line["set"] == "probed"]
+    assert [line["task"] for line in recorded] == ["image -> label (linear)", "image -> label (kNN)"]
+    for line in recorded:
+        row = shown["probed" + line["task"].replace(" -> ", " → ")]
+        assert row[0].startswith(f"{100 * line['top1']:.1f}%")
+        assert row[4:8] == ["", "", "", ""]  # of retrieval and zero-shot only
+    assert shown["coloursimage → label"][4]
+
+
 def test_a_run_without_evaluation_sets_has_its_curves(own_data, tmp_path):
     changes = ["evaluation={}", "train.steps=2", "model.moe=null"]
     train(Recipe.load(own_data / "recipe.yaml", changes), tmp_path / "run")

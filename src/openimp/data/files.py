@@ -22,6 +22,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openimp"
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a file's name is UTF-8, as Arrow's strings are; what is not, Python holds as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def is_url(path: str) -> bool:
     """Whether `path` is for fsspec to open, such as `s3://bucket/*.parquet`."""
     return "://" in path

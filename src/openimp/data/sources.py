@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from openimp.data import hub
-from openimp.data.files import combine, fingerprint, is_url, locate
+from openimp.data.files import combine, fingerprint, is_url, is_utf8, locate
 from openimp.data.streams import Reader, Stream
 from openimp.data.tables import ArrowTable, Table
 from openimp.data.tars import TarReader, TarTable
@@ -108,7 +108,7 @@ def open_folder(name: str, path: str, root: Path) -> ArrowTable:
     files are left out; links to folders are not followed below the classes.
 
     Raises:
-        UserError: it is no folder, or has no sub-folders.
+        UserError: it is no folder, has no sub-folders, or a name in it is not UTF-8.
     """
     import pyarrow as pa
 
@@ -119,6 +119,9 @@ def open_folder(name: str, path: str, root: Path) -> ArrowTable:
         raise UserError(f"source {name}: {path} has no sub-folders; a folder source has one a class")
     rows = [(file, size, label) for label in classes for file, size in _files_below(root, label)]
     files = [file for file, _, _ in rows]
+    for file in files:
+        if not is_utf8(file):
+            raise UserError(f"source {name}: {path}: the name of {file!r} is not UTF-8; rename it")
     data = pa.table(
         {"file": files, "label": [label for _, _, label in rows], "name": [Path(file).stem for file in files]},
         schema=pa.schema([("file", pa.string()), ("label", pa.string()), ("name", pa.string())]),
@@ -159,7 +162,7 @@ def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path
         try:
             while chunk := list(islice(rows, CHUNK)):
                 parts.append(_to_arrow(chunk))
-        except (ValueError, csv.Error) as error:
+        except (ValueError, RecursionError, csv.Error) as error:
             raise UserError(f"source {name}: {file}: {error}") from None
         counts.append((Path(file).name, sum(part.num_rows for part in parts) - before))
     if not parts:
@@ -186,7 +189,8 @@ def read_csv(file: str) -> Iterator[dict[str, Any]]:
 
 
 def read_json(file: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON list, or of a file with one object a line; raises ValueError for a file that is neither."""
+    """The objects of a JSON list, or of a file with one object a line; raises ValueError for a file that is neither,
+    RecursionError for one that is nested too deeply."""
     with open(file, encoding="utf-8-sig") as handle:
         start = handle.read(1)
         handle.seek(0)

@@ -10,7 +10,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,11 @@ NUMBERS = {"cls", "cls2", "id", "index", "inx"}
 """Extensions that hold one integer, by the convention of WebDataset."""
 LARGEST = 2**31
 """Bytes of a member at most; what a header claims is allocated before it is read."""
+MOST = 256
+"""Extensions of a table at most. Each is a column as long as the table, and an extension is all that follows a name's
+first dot, so in a tar of a1.v1.jpg, a2.v2.jpg, ... each member would have its own."""
+LOOKED = 100
+"""Examples of a stream that are looked at for its columns, if there are members among them that cannot be read."""
 
 
 @dataclass
@@ -57,6 +62,8 @@ def examples(file: IO[bytes], load: Callable[[tarfile.TarInfo], Any]) -> Iterato
         tar: Any = tarfile.open(fileobj=_Bounded(file, size), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
         while (member := tar.next()) is not None:
             tar.members = []  # tarfile would keep every header
+            if tar.offset <= member.offset:  # A negative size would lead back to it, again and again.
+                raise tarfile.ReadError(f"{member.name} ends before it begins")
             key, extension = split_name(member.name)
             if member.isdir() or not extension:
                 continue
@@ -73,7 +80,8 @@ def examples(file: IO[bytes], load: Callable[[tarfile.TarInfo], Any]) -> Iterato
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("unexpected end of data")
-    except tarfile.TarError as error:
+    # tarfile does not check a header's numbers, and calls itself for each of a chain of headers.
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         current = Example("the rest", lost=Lost(f"not a readable tar from here on: {error}"))
     if current is not None:
         yield current
@@ -120,7 +128,7 @@ def parse(extension: str, data: bytes) -> Any:
             return int(data)
         if kind == "json":
             return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Refused(f"its .{extension} cannot be read: {error}")
     return data
 
@@ -138,12 +146,13 @@ def pick(value: Any, key: str) -> Any:
 
 
 class TarTable(Table):
-    """Examples of local tars by number. What it holds is an index, 16 bytes a member; the tars are read when asked."""
+    """Examples of local tars by number. What it holds is an index, 16 bytes for each example and extension; the tars
+    are read when asked."""
 
     def __init__(self, name: str, path: str, files: list[str], root: Path) -> None:
         """
         Raises:
-            UserError: no example of any tar can be read.
+            UserError: no example of any tar can be read, or their members have too many extensions.
         """
         self._files = files
         self._root = root
@@ -160,6 +169,12 @@ class TarTable(Table):
                             self._refused[extension, len(shards)] = place
                             place = (0, 0)
                         places.setdefault(extension, {})[len(shards)] = place
+                    if len(places) > MOST:
+                        some = ", ".join(f".{extension}" for extension in list(places)[-2:])
+                        raise UserError(
+                            f"source {name}: {file}: more than {MOST} extensions, such as {some}; an extension is all "
+                            "that follows a name's first dot, and names a column"
+                        )
                     if example.lost:
                         self._lost[len(shards)] = example.lost
                     self._keys.append(example.key)
@@ -170,7 +185,9 @@ class TarTable(Table):
         self._places = {extension: _dense(found, len(shards)) for extension, found in places.items()}
         self._fields = {"__key__": ("__key__", "")}
         for extension, found in places.items():
-            for column in flatten(extension, self._member(extension, [next(iter(found))])[0]):
+            values = (self._member(extension, [row])[0] for row in found)
+            value = next((value for value in values if not isinstance(value, Refused)), None)
+            for column in flatten(extension, value):
                 self._fields[column] = (extension, column[len(extension) + 1 :])
         # Members have no paths outside their tar.
         super().__init__(name, path, list(self._fields), None)
@@ -224,13 +241,23 @@ class TarReader:
     def __init__(self, name: str, files: list[str]) -> None:
         """
         Raises:
-            UserError: the first example cannot be read.
+            UserError: no example can be read.
         """
         self._name = name
         self._files = files
         self.columns: list[str] = []
         self._state = {"shard": 0, "offset": 0}
-        self.columns = list(next(self.rows(None), ("", {}))[1])
+        self.columns = self._columns()
+
+    def _columns(self) -> list[str]:
+        """Those of the first example whose members can all be read, if there is one near, for a JSON member that cannot
+        be parsed does not tell its keys."""
+        columns: list[str] = []
+        for _, row in islice(self.rows(None), LOOKED):
+            columns = columns or list(row)
+            if not any(isinstance(value, Refused) for value in row.values()):
+                return list(row)
+        return columns
 
     def rows(self, state: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
         """See `streams.Reader`; the state is the byte at which the next example begins."""

@@ -120,7 +120,8 @@ def check(
     classes = classes_in(labels, f"{where}: column {options.label!r} of source {table.name}")
     texts = [_class_text(label, options, f"{where}: source {table.name}") for label in classes]
     for prompt in options.prompts:
-        _fill(prompt, texts[0], where)
+        for text in texts:  # Each, for a format may suit a short one only.
+            _fill(prompt, text, where)
     return labels, classes, texts
 
 
@@ -145,7 +146,7 @@ def _class_text(label: Any, options: ZeroShot, where: str) -> str:
 def _fill(prompt: str, text: str, where: str) -> str:
     try:
         filled = prompt.format(text)
-    except (KeyError, IndexError, ValueError):
+    except (LookupError, ValueError, TypeError, AttributeError):
         filled = ""
     if text not in filled:
         raise UserError(f"{where}: prompt {prompt!r} needs one {{}} where the class' text goes")

@@ -136,7 +136,9 @@ class Audio(Modality):
             if isinstance(raw, np.ndarray):
                 sound, found = samples_of(raw), rate
             else:
-                sound, found = read_sound(readable(raw), self.samples(view) / rate, view.clips, rng)
+                # What is played faster is longer before.
+                longest = self.samples(view) * (1 + view.speed if rng is not None else 1)
+                sound, found = read_sound(readable(raw), longest / rate, view.clips, rng)
             sound = resample(mono(sound), found, rate)
         except BadMedia:
             raise

@@ -42,6 +42,7 @@ def figures(results: list[dict[str, Any]]) -> Markup:
     for result in results:
         retrieval = result["type"] == "retrieval"
         first, (low, high), chance = result[_first(result)], result["interval"], result["chance"]
+        fifth = "r5" if retrieval else "top5"  # Nearest neighbours rank no classes, so a probe has none.
         task = arrow(result["task"]) + ("" if len(steps) == 1 else f", step {result['step']}")
         rows.append(
             [
@@ -50,7 +51,7 @@ def figures(results: list[dict[str, Any]]) -> Markup:
                 share_bar(first, low, high, chance, top),
                 percent(chance),
                 f"{first / chance:.1f}×" if chance else "",
-                percent(result["r5" if retrieval else "top5"]),
+                percent(result[fifth]) if fifth in result else "",
                 percent(result["r10"]) if retrieval else "",
                 f"{result['median_rank']:g}" if retrieval else "",
                 f"{result['mrr']:.3f}" if retrieval else "",
@@ -61,8 +62,8 @@ def figures(results: list[dict[str, Any]]) -> Markup:
     head = ["set", "R@1 or top-1", scale, "chance", "× chance", "at 5", "at 10", "median rank", "MRR", "items"]
     caption = "" if steps == {None} or len(steps) > 1 else f"At step {steps.pop():,}. "
     caption += (
-        "R@1 of retrieval or top-1 of zero-shot classes, with the 95% bootstrap interval over the items, which says "
-        "nothing of other seeds; the red mark is chance. At the end, the items and the candidates for each."
+        "R@1 of retrieval, or top-1 of zero-shot classes and probes, with the 95% bootstrap interval over the items, "
+        "which says nothing of other seeds; the red mark is chance. At the end, the items and the candidates for each."
     )
     skipped = {result["set"]: result["skipped"] for result in results if result["skipped"]}
     if skipped:
