@@ -28,6 +28,10 @@ settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
+# The tests run in a process a core; more threads than cores would stand in each other's way.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 TEXTS = ["a red square", "a green circle", "a blue line that is rather longer than the other ones", "noise", "a"]
 IMAGE, TEXT = {"size": 32, "drop": 0.5}, {"length": 8}
 VIDEO = {"size": 16, "frames": 4, "stride": 1, "clips": 2, "drop": 0.5}
