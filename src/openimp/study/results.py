@@ -98,22 +98,30 @@ def draw_scores(found: Found) -> Any:
 
 def draw_against_flops(found: Found) -> Any:
     """The mean of each arm against the FLOPs that it took, on a logarithmic axis."""
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    points = []
     for arm, values in _means(found).items():
-        if not values:
-            continue
-        flops = statistics.mean(o.flops for o in found[arm]) / 1e12
-        means = [100 * value for value in values]
-        spread = statistics.stdev(means) if len(means) > 1 else 0.0
-        axis.errorbar(flops, statistics.mean(means), yerr=spread, fmt="o", color=ACCENT, capsize=3)
-        axis.annotate(
-            arm, (flops, statistics.mean(means)), xytext=(6, 4), textcoords="offset points", fontsize=8, color=INK
-        )
+        if values:
+            means = [100 * value for value in values]
+            points.append((statistics.mean(means), statistics.mean(o.flops for o in found[arm]) / 1e12, arm))
+            spread = statistics.stdev(means) if len(means) > 1 else 0.0
+            axis.errorbar(points[-1][1], points[-1][0], yerr=spread, fmt="o", color=ACCENT, capsize=3)
     axis.set_xscale("log")
-    spent = sorted({round(statistics.mean(o.flops for o in outcomes) / 1e12, 1) for outcomes in found.values()})
-    axis.set_xticks(spent, [f"{flops:g}" for flops in spent], fontsize=8)
+    axis.margins(x=0.35, y=0.08)
+    bottom, top = axis.get_ylim()
+    right = 1.1 * max(flops for _, flops, _ in points)
+    label = top
+    for mean, flops, arm in sorted(points, reverse=True):  # From above, each clear of the one before.
+        label = min(mean, label - 0.045 * (top - bottom))
+        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5}
+        axis.annotate(arm, (flops, mean), xytext=(right, label), va="center", fontsize=8, color=INK, arrowprops=line)
+    axis.set_xlim(right=right * (right / axis.get_xlim()[0]) ** 0.75)
+    spent: list[float] = []
+    for _, flops, _ in sorted(points, key=lambda point: point[1]):
+        if not spent or flops > 1.15 * spent[-1]:
+            spent.append(flops)
+    axis.set_xticks(spent, [f"{flops:.2g}" for flops in spent], fontsize=8)
     axis.minorticks_off()
-    axis.margins(x=0.25)
     axis.set_xlabel("training TFLOPs, logarithmic", fontsize=9)
     axis.set_ylabel("mean reciprocal rank over all sets, %", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
