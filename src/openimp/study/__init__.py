@@ -56,8 +56,8 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
         run = runs / title / f"{arm}-{i}-seed{seed}".replace(" ", "_")
         console.print(f"\n{title}, training {done + 1} of {len(plan)}: {arm}, seed {seed}", style="bold")
         if not _finished(run, recipe):
-            if not checkpoints(run):  # Stopped before it saved anything.
-                shutil.rmtree(run, ignore_errors=True)
+            if (run / "recipe.yaml").exists() and not checkpoints(run):  # Stopped before it saved anything.
+                shutil.rmtree(run)
             if not train(recipe, run, bool(checkpoints(run)), kind):
                 return False
         model = load_two_towers(run) if study.arms[arm][i].two_towers else load(run)

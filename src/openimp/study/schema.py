@@ -66,7 +66,10 @@ class Study(Strict):
     """What the figures mean, written after they were seen."""
 
     @model_validator(mode="after")
-    def _one_loop(self) -> "Study":
+    def _arms_can_be(self) -> "Study":
+        for name in self.arms:
+            if {"/", "\\"} & set(name):  # Arms name folders, which are removed if a training left nothing in them.
+                raise ValueError(f"arm {name!r}: no slash may be in its name")
         for name, part in ((name, part) for name, parts in self.arms.items() for part in parts):
             if self.conflict and (part.summed or part.two_towers):
                 raise ValueError(f"conflict compares the tasks' gradients on one encoder, which arm {name!r} has not")
