@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.alternation import expected_shares, view_shares
 from openimp.modalities import Modality, Tokens
+from openimp.model.embedder import in_pieces
 from openimp.model.imp import IMP
 from openimp.objectives import Batch, Losses, head_key, task_losses
 from openimp.recipe import Classification, Recipe, Task
@@ -51,7 +52,7 @@ def costs(
     data = recipe.to_dict()
     sizes = {name: len(values) for name, values in classes.items()}
     # How evaluation sees a modality counts too: two towers are as long as the longest view of either.
-    parts = [data[part] for part in ("model", "modalities", "tasks", "evaluation")]
+    parts = [data[part] for part in ("model", "modalities", "tasks", "batch", "evaluation")]
     key = json.dumps([build.__qualname__, parts, sizes])
     if key not in _counted:  # Counting takes seconds, and a study asks for the same again and again.
         _counted[key] = _count(recipe, modalities, classes, build, losses)
@@ -75,7 +76,8 @@ def _count(
         for i, view in enumerate(task.views):
             batch = _meta_batch(task, i, modalities, classes)
             with FlopCounterMode(display=False) as counter:
-                losses(model, task, batch).total.backward()
+                encode = in_pieces(model.encode, recipe.batch.micro)
+                losses(model, task, batch, encode).total.backward()
             tokens = sum(t.coords.shape[0] * t.coords.shape[1] for t in batch.tokens.values())
             found[name, i] = Cost(view.batch or task.batch, tokens, counter.get_total_flops())
     return found

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openimp.device import full_precision
 from openimp.modalities import Tokens
-from openimp.model.embedder import Encoded
+from openimp.model.embedder import Encode, Encoded
 from openimp.model.imp import IMP, pairs_of
 from openimp.recipe import Classification, Contrastive, Task
 
@@ -68,7 +68,7 @@ class Losses:
     encoded: dict[str, Encoded]
 
 
-def task_losses(model: IMP, task: Task, batch: Batch, encode: Callable[..., Encoded] | None = None) -> Losses:
+def task_losses(model: IMP, task: Task, batch: Batch, encode: Encode | None = None) -> Losses:
     """Encodes every modality of the batch once, and sums the task's objectives with their weights.
 
     The routers' own losses are added as they are, weighted in `model.moe`. `encode` is `model.encode`, or the same

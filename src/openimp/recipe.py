@@ -32,6 +32,9 @@ from openimp.recipe_types import Pair as Pair  # for modalities, as most of the 
 from openimp.recipe_types import Triple as Triple
 from openimp.registry import modality_class
 
+ACROSS = ("expert_choice_batch", "token_choice")
+"""Routings that look at the tokens of a whole batch in training."""
+
 
 class MoE(Strict):
     """Sparse Mixture-of-Experts in place of the MLP of the last blocks (arXiv 2305.06324)."""
@@ -229,6 +232,16 @@ class Optimizer(Strict):
     """Decay of the averaged weights that are evaluated and saved beside the trained ones; null: none are kept."""
 
 
+class BatchMemory(Strict):
+    """How much of a batch is in memory at once: the same gradients for less memory, and one more forward pass."""
+
+    micro: Count | None = None
+    """Examples of one modality that the encoder takes at a time; their activations are forgotten and computed again
+    when the gradient of the whole batch's loss is known (GradCache, arXiv 2101.06983). null: all at once."""
+    recompute: bool = False
+    """Forget the activations within each block of the encoder and compute them again (arXiv 1604.06174)."""
+
+
 class Train(Strict):
     """The loop."""
 
@@ -274,6 +287,8 @@ class Recipe(Strict):
     """Which task a step takes."""
     optimizer: Optimizer = Optimizer()
     """How weights are updated."""
+    batch: BatchMemory = BatchMemory()
+    """How large batches fit into memory."""
     train: Train = Train()
     """How long, how, and what is kept."""
     evaluation: Evaluation = Evaluation()
@@ -305,6 +320,11 @@ class Recipe(Strict):
         """Checks what one part says of another: sources by name, and the options of each modality."""
         if not any(task.weight for task in self.tasks.values()):
             raise UserError(f"{where}: every task has weight 0; nothing would be trained")
+        if self.batch.micro and self.model.moe and self.model.moe.routing in ACROSS:
+            raise UserError(
+                f"{where}: batch.micro: routing {self.model.moe.routing} looks at the whole batch at once; "
+                "expert_choice and soft do not"
+            )
         stems = {}
         for name in self.modality_names:
             try:

@@ -4,7 +4,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from openimp.evaluation import evaluate, open_sets, table
 from openimp.ledger import costs, mixture_table
 from openimp.metrics import BadExamples, Metrics
 from openimp.modalities import Modality, Tokens, modalities_of
-from openimp.model.embedder import Embedder, Encoded
+from openimp.model.embedder import Embedder, Encode, Encoded, in_pieces, piece_sizes
 from openimp.model.imp import IMP
 from openimp.objectives import Batch, Losses, task_losses
 from openimp.optim import make_optimizers, schedule, set_learning_rate
@@ -93,7 +93,7 @@ class Training:
         return IMP.from_recipe(recipe, modalities, classes)
 
     @staticmethod
-    def losses(model: Any, task: Task, batch: Batch, encode: Callable[..., Encoded] | None = None) -> Losses:
+    def losses(model: Any, task: Task, batch: Batch, encode: Encode | None = None) -> Losses:
         """What a task wants of the model; `encode` is the model's, or the same compiled."""
         return task_losses(model, task, batch, encode)
 
@@ -126,9 +126,8 @@ class Training:
         if start is not None:
             console.print(start.load(self.model, self.data.classes), soft_wrap=True, markup=False)
         open_sets(self.model, recipe, self.modalities)
-        self.encode = (
-            compiled_encode(self.model, len(self._signatures())) if recipe.train.compile else self.model.encode
-        )
+        encode = compiled_encode(self.model, len(self._signatures())) if recipe.train.compile else self.model.encode
+        self.encode = in_pieces(encode, recipe.batch.micro)
         self.optimizers = make_optimizers(recipe.optimizer, self.model)
         self.averaged: dict[str, Tensor] | None = None
         if recipe.optimizer.ema:
@@ -246,11 +245,12 @@ class Training:
     def _signatures(self) -> set[tuple[str, int, int]]:
         """The shapes of all passes: modality, examples, tokens."""
         return {
-            (name, (view.batch or task.batch) * spec.draw, self.modalities[name].length(view[name]))
+            (name, rows, self.modalities[name].length(view[name]))
             for task in self.recipe.tasks.values()
             if task.weight
             for view in task.views
             for name, spec in task.inputs.items()
+            for rows in piece_sizes((view.batch or task.batch) * spec.draw, self.recipe.batch.micro)
         }
 
     def _print_plan(self) -> None:
@@ -266,7 +266,7 @@ class Training:
             console.print(f"{longer}; set optimizer.warmup", soft_wrap=True)
 
 
-def compiled_encode(model: Embedder, signatures: int) -> Callable[..., Encoded]:
+def compiled_encode(model: Embedder, signatures: int) -> Encode:
     """`model.encode`, compiled once for each shape of its input; one shape more than `signatures` is an error, not a
     silent fall back."""
     from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit

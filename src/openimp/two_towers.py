@@ -11,7 +11,7 @@ common space.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,7 @@ from openimp.errors import UserError
 from openimp.ledger import costs, mixture
 from openimp.modalities import Modality, Tokens, modalities_of
 from openimp.modalities.text import END, PAD
-from openimp.model.embedder import Embedder, Encoded
+from openimp.model.embedder import Embedder, Encode, Encoded
 from openimp.objectives import Batch, Losses
 from openimp.recipe import Contrastive, Recipe, Task
 from openimp.train import Training
@@ -146,7 +146,7 @@ class TwoTowerTraining(Training):
         return TwoTowers(recipe, modalities)
 
     @staticmethod
-    def losses(model: Any, task: Task, batch: Batch, encode: Callable[..., Encoded] | None = None) -> Losses:
+    def losses(model: Any, task: Task, batch: Batch, encode: Encode | None = None) -> Losses:
         """`open_clip.ClipLoss`; its similarities and softmax are fp32."""
         from open_clip import ClipLoss
 

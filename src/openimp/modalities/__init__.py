@@ -7,6 +7,7 @@ group `openimp.modalities`; see docs/modalities.md for one from outside the pack
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -40,6 +41,11 @@ class Tokens(NamedTuple):
     def pin_memory(self) -> "Tokens":
         mask = None if self.mask is None else self.mask.pin_memory()
         return Tokens(self.values.pin_memory(), self.coords.pin_memory(), mask)
+
+    def split(self, examples: int) -> "list[Tokens]":
+        """Pieces of at most so many examples."""
+        parts = [() if part is None else part.split(examples) for part in self]
+        return [Tokens(*piece) for piece in zip_longest(*parts)]
 
     def valid(self) -> torch.Tensor:
         """(B, L) bool, the mask, or all True."""

@@ -4,10 +4,12 @@ Shape suffixes: B examples, D features, Z features of the common space.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from openimp.modalities import Tokens
 from openimp.model.moe import RouterStats
@@ -24,6 +26,36 @@ class Encoded(NamedTuple):
 
     features: Tensor
     routing: list[RouterStats]
+
+
+Encode = Callable[[Mapping[str, Tokens]], Encoded]
+
+
+def in_pieces(encode: Encode, micro: int | None) -> Encode:
+    """`encode`, with the activations of no more than `micro` examples in memory at a time.
+
+    Each piece keeps nothing but its result. When the gradient of the features is known, one piece after the other is
+    encoded again, now for its gradient: GradCache (arXiv 2101.06983), for any loss on the features.
+    """
+    if micro is None:
+        return encode
+
+    def encode_pieces(inputs: Mapping[str, Tokens]) -> Encoded:
+        valid = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1)
+        if len(valid) <= micro:
+            return encode(inputs)
+        pieces = zip(*(tokens.split(micro) for tokens in inputs.values()))
+        done = [checkpoint(encode, dict(zip(inputs, piece)), use_reentrant=False) for piece in pieces]
+        shares = [part.sum() / valid.sum().clamp(min=1) for part in valid.split(micro)]
+        routing = [RouterStats.mean(stats, shares) for stats in zip(*(piece.routing for piece in done))]
+        return Encoded(torch.cat([piece.features for piece in done]), routing)
+
+    return encode_pieces
+
+
+def piece_sizes(examples: int, micro: int | None) -> set[int]:
+    """The numbers of examples that `in_pieces` hands on."""
+    return {examples} if micro is None or examples <= micro else {micro, examples % micro or micro}
 
 
 class Embedder(nn.Module, ABC):

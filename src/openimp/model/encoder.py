@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from openimp.model.moe import RouterStats, SoftMLP, SparseMLP
 from openimp.recipe import Model
@@ -87,6 +88,9 @@ class Encoder(nn.Module):
     Args:
         config: the sizes.
         own: names of what has the first `config.own_layers` blocks of its own, for comparison with one shared encoder.
+
+    Attributes:
+        recompute: forget what happens within a block in training, and compute it again for the gradient.
     """
 
     def __init__(self, config: Model, own: Iterable[str] = ()) -> None:
@@ -99,24 +103,27 @@ class Encoder(nn.Module):
         self.own = nn.ModuleDict({name: blocks(0, config.own_layers) for name in own if config.own_layers})
         self.blocks = blocks(config.own_layers, config.layers)
         self.norm = _norm(config.width)
+        self.recompute = False
 
     def begin(self, x_BLD: Tensor, mask_BL: Tensor | None, name: str) -> tuple[Tensor, list[RouterStats]]:
         """The blocks that `name` has of its own, as `forward`; nothing where there are none."""
-        return _run(self.own[name], x_BLD, mask_BL) if self.own else (x_BLD, [])
+        return self._run(self.own[name], x_BLD, mask_BL) if self.own else (x_BLD, [])
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> tuple[Tensor, list[RouterStats]]:
         """Tokens to tokens, (B, L, D) both, through the shared blocks, and what each sparse layer tells, in order."""
-        x_BLD, stats = _run(self.blocks, x_BLD, mask_BL)
+        x_BLD, stats = self._run(self.blocks, x_BLD, mask_BL)
         return self.norm(x_BLD), stats
 
-
-def _run(blocks: nn.Module, x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, list[RouterStats]]:
-    stats = []
-    for block in blocks.children():
-        x_BLD, told = block(x_BLD, mask_BL)
-        if told is not None:
-            stats.append(told)
-    return x_BLD, stats
+    def _run(self, blocks: nn.Module, x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, list[RouterStats]]:
+        stats = []
+        for block in blocks.children():
+            if self.recompute and torch.is_grad_enabled():
+                x_BLD, told = checkpoint(block, x_BLD, mask_BL, use_reentrant=False)
+            else:
+                x_BLD, told = block(x_BLD, mask_BL)
+            if told is not None:
+                stats.append(told)
+        return x_BLD, stats
 
 
 def _attend(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:

@@ -54,13 +54,15 @@ class IMP(Embedder):
         cls, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, int] | None = None
     ) -> "IMP":
         """The model that a recipe's tasks need; `modalities` are fitted, `classes` counted in the data."""
-        return cls(
+        model = cls(
             recipe.model,
             stems={m.stem: m.stem_spec() for m in modalities.values()},
             stem_of={name: m.stem for name, m in modalities.items()},
             pairs=trained_pairs(recipe),
             classes=classes,
         )
+        model.encoder.recompute = recipe.batch.recompute
+        return model
 
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
         """One pass over the tokens of one modality, or of several, concatenated.

@@ -7,6 +7,7 @@ Shape suffixes: B examples, L tokens an example, G groups, N tokens a group, E e
 hidden.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openimp.device import full_precision
-from openimp.recipe import MoE
+from openimp.recipe import ACROSS, MoE
 
 
 class Routing(NamedTuple):
@@ -44,6 +45,11 @@ class RouterStats(NamedTuple):
     load_E: Tensor
     gate_E: Tensor
     dropped: Tensor
+
+    @staticmethod
+    def mean(pieces: Sequence["RouterStats"], shares: Sequence[Tensor]) -> "RouterStats":
+        """What a layer tells of a batch that it saw in pieces, each with its share of the tokens."""
+        return RouterStats(*(sum(s * x for s, x in zip(shares, values)) for values in zip(*pieces)))
 
 
 def expert_choice(probs_GNE: Tensor, valid_GN: Tensor, capacity: float) -> Routing:
@@ -113,7 +119,7 @@ class Router(nn.Module):
         with full_precision(x_BLD.device):
             logits_BLE = F.linear(x_BLD.float(), self.weight_ED.float())
         probs_BLE = logits_BLE.softmax(-1)
-        across = self.training and config.routing != "expert_choice"
+        across = self.training and config.routing in ACROSS
         probs_GNE, valid_GN = (
             (probs_BLE.flatten(0, 1)[None], valid_BL.flatten()[None]) if across else (probs_BLE, valid_BL)
         )
