@@ -103,12 +103,34 @@ class StepBatches(Dataset[Loaded]):
             if modality.reads_text and modality.stem not in fitted:
                 modality.fit(self._corpus(name))
 
-    def load_cursors(self, cursors: dict[str, Any]) -> None:
-        """Lets streamed tasks go on from where they stood, {task: cursor}."""
+    def fingerprints(self) -> dict[str, str]:
+        """Names what each source holds, the media files that tasks read from it included: {source: name}."""
+        sources = {source.name: source for source in self.sources.values()}
+        media: dict[str, set[str]] = {name: set() for name in sources}
+        for task in map(self.recipe.tasks.__getitem__, self.sources):
+            for name, spec in task.inputs.items():
+                media[task.source] |= set() if self.modalities[name].reads_text else set(spec.columns)
+        return {
+            name: source.fingerprint_with_files(sorted(media[name]))
+            if isinstance(source, Table)
+            else source.fingerprint
+            for name, source in sources.items()
+        }
+
+    def load_cursors(self, cursors: dict[str, Any], changed: Collection[str] = ()) -> dict[str, Any]:
+        """Lets streamed tasks go on from where they stood, {task: cursor}, and returns the cursors.
+
+        Those of the `changed` sources begin the next epoch, for a place in a shard means nothing in another one.
+        """
+        loaded = {}
         for name, cursor in cursors.items():
             source = self.sources[name]
             assert isinstance(source, Stream)
+            if source.name in changed:
+                cursor = {**cursor, "epoch": cursor["epoch"] + 1, "window": 0, "state": None}
             source.load_cursor(cursor)
+            loaded[name] = cursor
+        return loaded
 
     def __len__(self) -> int:
         return len(self.schedule)

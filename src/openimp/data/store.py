@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from filelock import FileLock
 
-from openimp.data.files import cache_folder, combine, digest, inside
+from openimp.data.files import cache_folder, combine, digest
 from openimp.data.tables import Table
 from openimp.modalities import BadMedia, Modality
 
@@ -196,15 +196,6 @@ def _read(folder: Path) -> DecodedStore:
 def _key(table: Table, modality: Modality, column: str, views: list[Any]) -> str:
     kind = type(modality)
     options = [modality.config.model_dump_json(), sorted({view.model_dump_json() for view in views})]
-    files = [(path, _file_state(table, path)) for path in table.paths(column)]
+    files = [(path, table.file_state(path)) for path in table.paths(column)]
     code = [LAYOUT, version("openimp"), kind.__module__, kind.__qualname__]
     return combine([code, table.fingerprint, column, options, files])
-
-
-def _file_state(table: Table, path: str) -> str:
-    """Tells whether a file that a column names has changed: its size, beginning and end, for there may be many."""
-    assert table.root is not None
-    try:
-        return digest(inside(table.root, path), blocks=2, block=4096)
-    except BadMedia:
-        return "bad"

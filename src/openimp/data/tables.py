@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from openimp.data.files import combine, inside
+from openimp.data.files import combine, digest, inside
 from openimp.errors import UserError, nearest
 from openimp.modalities import BadMedia
+
+LOOKED_AT = 10_000
+"""Files of a source that are opened at every start to see whether one has changed."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,20 @@ class Table(Rows, ABC):
         """
         kept = "" if self._kept is None else "-" + combine([self._kept.tobytes()])
         return self._content() + kept
+
+    def fingerprint_with_files(self, columns: Iterable[str]) -> str:
+        """Names what `fingerprint` does, and the files in these columns: all, or 10,000 that are evenly spread."""
+        paths = list(dict.fromkeys(path for column in columns for path in self.paths(column)))
+        looked_at = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
+        return combine([self.fingerprint, *((path, self.file_state(path)) for path in looked_at)])
+
+    def file_state(self, path: str) -> str:
+        """Names a file that a column names by its size, beginning and end only, for there may be many."""
+        assert self.root is not None
+        try:
+            return digest(inside(self.root, path), blocks=2, block=4096)
+        except (BadMedia, OSError):
+            return "bad"
 
     def keep(self, where: dict[str, Any]) -> "Table":
         """Keeps the rows whose column has the value that `where` gives, or one of its values; gives the table back.
