@@ -276,6 +276,11 @@ def test_eval_measures_again_what_training_measured(openimp, little_run, little_
     assert [line["set"] for line in read_lines(out)] == ["colours", "tones", "tones", "tones", "tones"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_full_disk_is_told(refused, little_run):
+    assert refused("eval", little_run, "tones", "--out", "/dev/full") == "No space left on device"
+
+
 def test_embed_writes_vectors_and_paths(openimp, refused, little_run, little_data, tmp_path):
     out = tmp_path / "vectors.parquet"
     code, printed, err = openimp("embed", little_run, little_data / "pictures", little_data / "0.wav", "--out", out)

@@ -1,5 +1,6 @@
 """The command line: a function a command, no logic. A docstring is its help."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -124,9 +125,11 @@ def main() -> None:
         print(f"openimp: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.filename is None:
+        # A write to a full disk does not say where.
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        print(f"openimp: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"openimp: {where}{error.strerror}", file=sys.stderr)
         sys.exit(2)
 
 
