@@ -6,11 +6,13 @@
                               layout
       tokenizer.json ...      what the modalities learned
       optimizer.safetensors   the optimisers' moments and counts, by parameter name
-      state.json              where the training stands, and which loop made it
+      state.json              where the training stands, which loop made it, and from which data
+      manifest.json           size and SHA-256 of every other file, so that damage is noticed before a run goes on
 
 Nothing here is ever unpickled.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -32,6 +34,11 @@ from openimp.recipe import Recipe
 
 FORMAT = 2
 CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"
+
+
+class NotSaved(UserError):
+    """A checkpoint could not be written, for the disk is full or broken; those before it are as they were."""
 
 
 def save_model(
@@ -49,6 +56,8 @@ def save_model(
 
 def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str, list[Any]]]:
     """The model of a folder that `save_model` wrote, in evaluation mode, with averaged weights where there are any.
+
+    A file that was cut short is refused; a flipped bit in the weights is not seen, see `verify`.
 
     Raises:
         UserError: the folder holds no model, or one that does not fit its configuration.
@@ -85,7 +94,7 @@ def read_config(
     for key in ("recipe", "classes"):
         if not isinstance(config.get(key), dict):
             raise UserError(f"{file}: {key} is missing, or no object")
-    names = ("config.json", "state.json")
+    names = ("config.json", "state.json", MANIFEST)
     learned = {path.name: _read_text(path) for path in folder.glob("*.json") if path.name not in names}
     return Recipe.build(config["recipe"], folder, str(file)), config["classes"], learned
 
@@ -149,14 +158,13 @@ def save_checkpoint(
     modalities: Mapping[str, Modality],
     classes: Mapping[str, list[Any]],
 ) -> Path:
-    """Writes one checkpoint beside the others, moves it into place, and removes all but the last `keep`."""
+    """Writes one checkpoint beside the others, moves it into place, and removes all but the last `keep` up to it.
+
+    Raises:
+        NotSaved: it cannot be written. Nothing of it is left.
+    """
     folder = run / CHECKPOINTS / f"step-{step:08d}"
     draft = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    save_model(draft, model, recipe, modalities, classes)
-    if averaged is not None:
-        save_file(dict(averaged), draft / "ema.safetensors")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     moments = {
         f"{names[id(parameter)]}|{key}": value
@@ -164,21 +172,58 @@ def save_checkpoint(
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-    save_file(moments, draft / "optimizer.safetensors")
-    (draft / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
-    for file in draft.iterdir():
-        _sync(file)
-    # An older one of this name is moved aside first: a crash may not leave half of it in its place.
-    aside = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, aside)
-    os.replace(draft, folder)
-    _sync(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    try:
+        for left in folder.parent.glob(".step-*"):  # by a crash
+            shutil.rmtree(left)
+        draft.mkdir(parents=True)
+        save_model(draft, model, recipe, modalities, classes)
+        if averaged is not None:
+            save_file(dict(averaged), draft / "ema.safetensors")
+        save_file(moments, draft / "optimizer.safetensors")
+        (draft / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        manifest = {file.name: _facts(file) for file in sorted(draft.iterdir())}
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for file in draft.iterdir():
+            _sync(file)
+        if folder.exists():  # Damaged, or the run would have gone on from it.
+            _remove(folder)
+        os.replace(draft, folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise NotSaved(f"{folder}: could not be saved: {reason}; older checkpoints are untouched") from None
+    # One of a later step is damaged, or the run would have gone on from it. Left there, it would pass for the newest.
+    found = checkpoints(run)
+    kept = [path for path in found if path <= folder][-keep:]
+    for other in found:
+        if other not in kept:
+            _remove(other)
     return folder
+
+
+def verify(folder: Path) -> None:
+    """Reads all of a checkpoint and compares it with its manifest.
+
+    Only a run that goes on asks for this. Whoever uses a model would wait for gigabytes to be hashed; there it is
+    enough that safetensors refuses a file of another length than its header says.
+
+    Raises:
+        UserError: a file is missing or is not what was saved. It names the first one.
+    """
+    file = folder / MANIFEST
+    if not file.exists() and "sources" not in read_state(folder):
+        return  # Older versions of openimp wrote neither.
+    for name, saved in _read_object(file).items():
+        path = folder / name
+        try:
+            found = _facts(path)
+        except FileNotFoundError:
+            raise UserError(f"{path}: missing") from None
+        except OSError as error:
+            raise UserError(f"{path}: damaged: {error.strerror}") from None
+        if found != saved:
+            raise UserError(f"{path}: damaged: its {found['size']:,} bytes are not those that were saved")
 
 
 def load_checkpoint(
@@ -202,9 +247,14 @@ def load_checkpoint(
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first."""
     found = (run / CHECKPOINTS).glob("step-*") if run.is_dir() else []
-    return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name) and (path / "state.json").exists())
+    return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder, which may be damaged inside."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def model_folder(path: Path) -> Path:
@@ -230,8 +280,23 @@ def _read_object(file: Path) -> dict[str, Any]:
 def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{file}: damaged: {error}") from None
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    with file.open("rb") as stream:
+        return {"size": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _remove(folder: Path) -> None:
+    """Moved aside first: a crash may not leave half of it in its place."""
+    aside = folder.with_name(f".{folder.name}.old")
+    os.replace(folder, aside)
+    shutil.rmtree(aside)
 
 
 def _sync(path: Path) -> None:

@@ -39,13 +39,16 @@ def train(
     set_: SetOption = None,
     run: RunOption = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run; on the CPU, bit for bit.")
+        bool, typer.Option("--resume", help="Go on from a run's newest intact checkpoint; on the CPU, bit for bit.")
+    ] = False,
+    allow_changed_data: Annotated[
+        bool, typer.Option("--allow-changed-data", help="Resume even if a source is not what it was.")
     ] = False,
 ) -> None:
     """Train a recipe, evaluate it, and write the run: checkpoints, metrics, results."""
     from openimp.commands import run_train
 
-    run_train(recipe, set_ or [], run, resume)
+    run_train(recipe, set_ or [], run, resume, allow_changed_data)
 
 
 @app.command()

@@ -36,10 +36,12 @@ def run_demo(overrides: list[str], run: Path | None) -> None:
     )
 
 
-def run_train(name: str, overrides: list[str], run: Path | None, resume: bool) -> None:
+def run_train(
+    name: str, overrides: list[str], run: Path | None, resume: bool, allow_changed_data: bool = False
+) -> None:
     """Trains a recipe into `run`, or into runs/NAME."""
     recipe = Recipe.load(name, overrides)
-    train(recipe, run or Path("runs") / recipe.name, resume)
+    train(recipe, run or Path("runs") / recipe.name, resume, allow_changed_data=allow_changed_data)
 
 
 def run_eval(path: Path, sets: list[str] | None, other: str | None, out: Path | None) -> None:

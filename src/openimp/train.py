@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from openimp.checkpoint import checkpoints, load_checkpoint, read_config, read_state, save_checkpoint
+from openimp.checkpoint import NotSaved, checkpoints, load_checkpoint, read_config, save_checkpoint
 from openimp.data.loader import Loaded, StepBatches, make_loader
 from openimp.device import autocast, keep_freed_memory, pick_device
 from openimp.errors import UserError
@@ -26,27 +26,33 @@ from openimp.objectives import Batch, Losses, task_losses
 from openimp.optim import make_optimizers, schedule, set_learning_rate
 from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe, Task
-from openimp.recipe_file import flat
+from openimp.resume import changed_sources, resumable
 from openimp.warm_start import open_start
 
 T = TypeVar("T")
-FREE = {"train.workers", "train.prefetch", "train.log_every", "train.save_every", "train.keep", "train.max_bad"}
-"""Keys that change nothing of what a resumed run computes, like all of `evaluation`."""
 
 
-def train(recipe: Recipe, run: Path, resume: bool = False, loop: "type[Training] | None" = None) -> bool:
+def train(
+    recipe: Recipe,
+    run: Path,
+    resume: bool = False,
+    loop: "type[Training] | None" = None,
+    allow_changed_data: bool = False,
+) -> bool:
     """Trains a recipe into a run directory, evaluates it, and says whether it came to its end or was stopped.
 
     Args:
         recipe: what to train.
         run: the directory to write; with `resume`, one that holds an interrupted run of the same recipe.
         loop: what makes the steps, for studies of other ways to train; left out: `Training`.
+        allow_changed_data: resume even if a source is not what it was when the checkpoint was made.
 
     Raises:
-        UserError: bad data, a run that is already there, a checkpoint of another recipe or loop, a model that cannot be
-            started from, or a loss that is not finite. The steps before it are saved.
+        UserError: bad data, a run that is already there, no intact checkpoint, one of another recipe, loop or data, a
+            model that cannot be started from, or a loss that is not finite. The steps before it are saved.
+        NotSaved: a checkpoint cannot be written. The steps since the one before it are lost.
     """
-    training = (loop or Training)(recipe, run, resume)
+    training = (loop or Training)(recipe, run, resume, allow_changed_data)
     with _stop_signals() as stop, StepBar(recipe.train.steps, training.step) as bar, closing(training.metrics):
         try:
             if training.step and training.due(recipe.evaluation.every):
@@ -69,6 +75,8 @@ def train(recipe: Recipe, run: Path, resume: bool = False, loop: "type[Training]
             told = f"{kept} in {run}; go on with --resume" if training.saved else "nothing is saved"
             console.print(f"stopped at step {training.step}, {told}", soft_wrap=True)
             return False
+        except NotSaved:
+            raise
         except UserError:
             training.save()
             raise
@@ -97,7 +105,7 @@ class Training:
         """What a task wants of the model; `encode` is the model's, or the same compiled."""
         return task_losses(model, task, batch, encode)
 
-    def __init__(self, recipe: Recipe, run: Path, resume: bool) -> None:
+    def __init__(self, recipe: Recipe, run: Path, resume: bool, allow_changed_data: bool = False) -> None:
         self.recipe, self.run, self.step = recipe, run, 0
         self.device = pick_device()
         keep_freed_memory()
@@ -107,10 +115,12 @@ class Training:
             raise UserError(f"{run}: holds a run that saved no checkpoint; remove it or name another with --run")
         if not resume and (run / "recipe.yaml").exists():
             raise UserError(f"{run}: holds a run already; go on with --resume, or name another directory with --run")
-        latest = _latest(recipe, run, type(self)) if resume else None
+        latest = resumable(recipe, run, type(self).__name__) if resume else None
         self.modalities = self.read(recipe)
         start = open_start(recipe, self.modalities) if latest is None else None
         self.data = StepBatches(recipe, self.modalities, progress=track)
+        self.sources = self.data.fingerprints()
+        changed = changed_sources(latest, self.sources, allow_changed_data) if latest else []
         if latest is None:
             self.data.fit(start.stems if start else ())
         else:
@@ -136,9 +146,8 @@ class Training:
         if latest is not None:
             state = load_checkpoint(latest, self.model, self.optimizers, self.averaged)
             self.step = state["step"]
-            self.data.load_cursors(state["cursors"])
         self.saved = self.step
-        self.cursors: dict[str, Any] = state.get("cursors", {})
+        self.cursors = self.data.load_cursors(state.get("cursors", {}), changed)
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         self.metrics = Metrics(run, self.step, state.get("totals"))
@@ -206,11 +215,16 @@ class Training:
         return every is not None and self.step % every == 0 and self.step < self.recipe.train.steps
 
     def save(self) -> None:
-        """Writes a checkpoint, if there were steps since the last."""
+        """Writes a checkpoint, if there were steps since the last.
+
+        Raises:
+            NotSaved: it cannot be written.
+        """
         if self.step == self.saved:
             return
         state = {
             "loop": type(self).__name__,
+            "sources": self.sources,
             "cursors": self.cursors,
             "bad": self.bad.state,
             "totals": {task: dict(units) for task, units in self.metrics.totals.items()},
@@ -294,27 +308,6 @@ def compiled_encode(model: Embedder, signatures: int) -> Encode:
             ) from None
 
     return encode
-
-
-def _latest(recipe: Recipe, run: Path, loop: type[Training]) -> Path:
-    """The newest checkpoint of a run of this very recipe and loop."""
-    found = checkpoints(run)
-    if not found:
-        raise UserError(f"{run}: no checkpoint to resume from")
-    made_by = read_state(found[-1]).get("loop", loop.__name__)  # Older ones do not say.
-    if made_by != loop.__name__:
-        raise UserError(
-            f"{found[-1]}: made by another loop: {made_by} there, {loop.__name__} here; a study's run goes on with its "
-            "study"
-        )
-    before, _, _ = read_config(found[-1], None)
-    ours, theirs = flat(recipe.to_dict()), flat(before.to_dict())
-    for key in sorted(ours.keys() | theirs.keys()):
-        free = key in FREE or key.startswith("evaluation.")
-        if not free and ours.get(key) != theirs.get(key):
-            was, now = theirs.get(key), ours.get(key)
-            raise UserError(f"{found[-1]}: made by another recipe: {key} is {was!r} there, {now!r} here")
-    return found[-1]
 
 
 class _Stopped(Exception):

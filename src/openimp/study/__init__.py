@@ -19,10 +19,11 @@ from openimp.metrics import read_lines
 from openimp.progress import console
 from openimp.recipe import Recipe, Retrieval
 from openimp.recipe_file import flat
+from openimp.resume import FREE
 from openimp.study.outcome import Outcome
 from openimp.study.schema import Part, Study, part_recipe, read_study
 from openimp.study.training import ConflictTraining, SummedTraining, peak_memory
-from openimp.train import FREE, Training, train
+from openimp.train import Training, train
 from openimp.two_towers import TwoTowerTraining, load_two_towers
 
 

@@ -28,8 +28,8 @@ class SummedTraining(Training):
     pass.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, resume: bool) -> None:
-        super().__init__(recipe, run, resume)
+    def __init__(self, recipe: Recipe, run: Path, resume: bool, allow_changed_data: bool = False) -> None:
+        super().__init__(recipe, run, resume, allow_changed_data)
         self.round = sum(task.weight > 0 for task in recipe.tasks.values())
         self.held: list[Tensor] = []
 
@@ -59,8 +59,8 @@ class ConflictTraining(Training):
     ledger does not count what is computed here.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, resume: bool) -> None:
-        super().__init__(recipe, run, resume)
+    def __init__(self, recipe: Recipe, run: Path, resume: bool, allow_changed_data: bool = False) -> None:
+        super().__init__(recipe, run, resume, allow_changed_data)
         for source in self.data.sources.values():
             if isinstance(source, Stream):
                 raise UserError(f"source {source.name} is streamed, so batches of later steps cannot be looked at now")

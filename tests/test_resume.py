@@ -1,0 +1,250 @@
+"""Going on: from the newest intact checkpoint, of the same data, after a full disk or a kill while saving."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import openimp
+from openimp.checkpoint import checkpoints
+from openimp.data.loader import make_loader
+from openimp.errors import UserError
+from openimp.recipe import Recipe
+from openimp.train import Training, train
+
+CHANGES = ["train.save_every=4", "train.keep=3", "evaluation={}"]
+
+
+def recipe_of(folder: Path, *changes: str) -> Recipe:
+    return Recipe.load(folder / "recipe.yaml", [*CHANGES, *changes])
+
+
+def start(folder: Path, run: Path, *options: str, changes: list[str] = CHANGES, **how) -> subprocess.Popen:
+    """`openimp train` in a process of its own."""
+    sets = [argument for change in changes for argument in ("--set", change)]
+    command = [
+        sys.executable,
+        "-m",
+        "openimp",
+        "train",
+        str(folder / "recipe.yaml"),
+        "--run",
+        str(run),
+        *sets,
+        *options,
+    ]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **how)
+
+
+def names(run: Path) -> list[str]:
+    """All that is in the folder of the checkpoints, drafts included."""
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def last_manifest(run: Path) -> dict:
+    """The digests of all files of the newest checkpoint: equal for equal weights, moments, totals and so on."""
+    return json.loads((checkpoints(run)[-1] / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole_run(little_data, tmp_path_factory) -> Path:
+    """Steps 1 to 12, with checkpoints at 4, 8 and 12."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(recipe_of(little_data), run)
+    return run
+
+
+@pytest.fixture
+def run(whole_run, tmp_path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(whole_run, tmp_path / "run"))
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle, which changes neither size nor time."""
+    data, times = bytearray(file.read_bytes()), file.stat()
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("harm", "file", "told"),
+    [
+        (flip, "model.safetensors", r"damaged: its [\d,]+ bytes are not those that were saved"),
+        (flip, "tokenizer.json", r"damaged: its [\d,]+ bytes are not those that were saved"),
+        (cut, "optimizer.safetensors", r"damaged: its [\d,]+ bytes are not those that were saved"),
+        (cut, "manifest.json", "damaged: "),
+        (Path.unlink, "ema.safetensors", "missing"),
+        (Path.unlink, "state.json", "missing"),
+        (Path.unlink, "manifest.json", "missing"),
+    ],
+)
+def test_damage_is_named_and_the_checkpoint_before_it_is_used(run, whole_run, little_data, capsys, harm, file, told):
+    damaged = checkpoints(run)[-1] / file
+    harm(damaged)
+    train(recipe_of(little_data), run, resume=True)
+    out = capsys.readouterr().out
+    assert re.search(rf"^{damaged}: {told}.*; going on from step 8, 4 steps are lost$", out, re.MULTILINE)
+    assert out.count("are lost") == 1
+    assert last_manifest(run) == last_manifest(whole_run)
+    assert names(run) == names(whole_run)
+
+
+def test_without_an_intact_checkpoint_all_damage_is_named(run, little_data, capsys):
+    flip(checkpoints(run)[2] / "model.safetensors")
+    cut(checkpoints(run)[1] / "ema.safetensors")
+    Training(recipe_of(little_data), run, resume=True)
+    assert capsys.readouterr().out.count("; going on from step 4, 8 steps are lost\n") == 2
+    (checkpoints(run)[0] / "config.json").unlink()
+    with pytest.raises(UserError) as error:
+        train(recipe_of(little_data), run, resume=True)
+    message = str(error.value)
+    assert message.startswith(f"{run}: no checkpoint to resume from; {checkpoints(run)[2] / 'model.safetensors'}: dam")
+    assert f"; {checkpoints(run)[1] / 'ema.safetensors'}: damaged: " in message
+    assert message.endswith(f"; {checkpoints(run)[0] / 'config.json'}: missing")
+    assert "\n" not in message
+
+
+def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_new_one(run, little_data):
+    """It has the higher number, and would pass for the newest when older ones are removed."""
+    flip(checkpoints(run)[-1] / "model.safetensors")
+    training = Training(recipe_of(little_data, "train.keep=1"), run, resume=True)
+    training.update(next(iter(make_loader(training.data, training.step))))
+    training.save()
+    assert names(run) == ["step-00000009"]
+
+
+def test_a_checkpoint_of_an_older_version_is_used_and_gone_on_from(run, whole_run, little_data):
+    """It has no manifest and does not say what data it was made with."""
+    older = checkpoints(run)[1]
+    for folder in (checkpoints(run)[0], checkpoints(run)[2]):
+        shutil.rmtree(folder)
+    (older / "manifest.json").unlink()
+    state = json.loads((older / "state.json").read_text())
+    del state["sources"]
+    (older / "state.json").write_text(json.dumps(state))
+    assert openimp.load(run).encode_text(["a red square"]).isfinite().all()
+    train(recipe_of(little_data), run, resume=True)
+    assert last_manifest(run) == last_manifest(whole_run)
+    assert names(run) == ["step-00000008", "step-00000012"]
+
+
+def test_a_full_disk_costs_no_checkpoint_but_the_one_that_did_not_fit(run, whole_run, little_data):
+    """A limit on a file's size stands for it: the system refuses the bytes beyond, in the middle of a file."""
+    for folder in checkpoints(run)[1:]:
+        shutil.rmtree(folder)
+    limit = (checkpoints(run)[0] / "model.safetensors").stat().st_size // 2
+    kept = {path: path.read_bytes() for path in checkpoints(run)[0].iterdir()}
+    process = start(
+        little_data, run, "--resume", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 2, err
+    folder = run / "checkpoints" / "step-00000008"
+    assert re.fullmatch(rf"openimp: {folder}: could not be saved: .*File too large.*; older .* untouched\n", err)
+    assert names(run) == ["step-00000004"]
+    assert {path: path.read_bytes() for path in checkpoints(run)[0].iterdir()} == kept
+    train(recipe_of(little_data), run, resume=True)
+    assert last_manifest(run) == last_manifest(whole_run)
+
+
+def test_a_run_that_is_killed_in_the_middle_of_a_save_goes_on_exactly(whole_run, little_data, tmp_path):
+    run = tmp_path / "run"
+    often = ["train.save_every=1", "train.keep=100", "evaluation={}", "train.steps=12"]
+    process = start(little_data, run, changes=often)
+    while True:  # Held while the draft is there and its place is empty, and let go on if that came a moment too late.
+        assert process.poll() is None, process.communicate()[1]
+        drafts = list((run / "checkpoints").glob(".step-*.tmp")) if checkpoints(run) else []
+        if drafts:
+            process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
+            if drafts[0].exists():
+                break
+            process.send_signal(signal.SIGCONT)
+    process.kill()
+    process.communicate()
+    saved = checkpoints(run)
+    assert drafts[0].name == f".step-{len(saved) + 1:08d}.tmp"
+    assert drafts[0].exists()
+    train(recipe_of(little_data), run, resume=True)
+    assert last_manifest(run) == last_manifest(whole_run)
+    assert not [name for name in names(run) if name.startswith(".")]
+
+
+def test_a_source_that_has_changed_is_named(own_data, tmp_path):
+    """A row, a file of a folder, and a file that a manifest names; the sizes and times stay."""
+    run, recipe = tmp_path / "run", recipe_of(own_data)
+    train(recipe, run)
+    folder = checkpoints(run)[-1]
+    for changed, source in (("pictures/red/3.png", "pictures"), ("sounds.jsonl", "sounds"), ("7.wav", "sounds")):
+        before, times = (own_data / changed).read_bytes(), (own_data / changed).stat()
+        if changed == "sounds.jsonl":
+            (own_data / changed).write_bytes(before.replace(b"a high tone", b"a loud tone", 1))
+            os.utime(own_data / changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+        else:
+            after = bytearray(before)
+            after[-1] ^= 1
+            (own_data / changed).write_bytes(after)
+            os.utime(own_data / changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(
+            UserError, match=rf"^{folder}: source {source} has changed since it was saved; .*--allow-ch"
+        ):
+            train(recipe, run, resume=True)
+        (own_data / changed).write_bytes(before)
+        (own_data / changed).touch()
+    assert train(recipe, run, resume=True)
+
+
+def test_a_changed_source_may_be_allowed(own_data, tmp_path):
+    """From the next checkpoint on the run is one of the new data."""
+    run, recipe = tmp_path / "run", recipe_of(own_data)
+    train(recipe, run)
+    for folder in checkpoints(run)[1:]:
+        shutil.rmtree(folder)
+    lines = (own_data / "sounds.jsonl").read_text().splitlines()
+    (own_data / "sounds.jsonl").write_text("\n".join(lines[:-1]))
+    _, err = (process := start(own_data, run, "--resume")).communicate(timeout=90)
+    assert (process.returncode, err.count("\n")) == (2, 1)
+    assert f"{checkpoints(run)[0]}: source sounds has changed" in err
+    _, err = (process := start(own_data, run, "--resume", "--allow-changed-data")).communicate(timeout=90)
+    assert process.returncode == 0, err
+    assert checkpoints(run)[-1].name == "step-00000012"
+    assert train(recipe, run, resume=True)
+
+
+def test_a_changed_stream_begins_a_new_epoch(streamed, tmp_path):
+    """Where it stood in the old shards means nothing in the new ones, which are shorter."""
+    folder, changes = streamed
+    run, recipe = tmp_path / "run", recipe_of(folder, *changes, "train.save_every=10")
+    train(recipe, run)
+    shutil.rmtree(checkpoints(run)[-1])
+    with tarfile.open(folder / "0.tar") as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()[:12]]
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for member, content in members[6 * shard : 6 * shard + 6]:
+                (own := tarfile.TarInfo(member.name)).size = len(content)
+                (folder / "member").write_bytes(content)
+                with (folder / "member").open("rb") as file:
+                    tar.addfile(own, file)
+    with pytest.raises(UserError, match="source pictures has changed"):
+        train(recipe, run, resume=True)
+    before = json.loads((checkpoints(run)[-1] / "state.json").read_text())["cursors"]["named"]
+    training = Training(recipe, run, resume=True, allow_changed_data=True)
+    assert before["state"], "at the beginning of an epoch nothing could go wrong"
+    assert training.cursors["named"] == {**before, "epoch": before["epoch"] + 1, "window": 0, "state": None}
+    assert train(recipe, run, resume=True, allow_changed_data=True)
+    assert train(recipe, run, resume=True)
