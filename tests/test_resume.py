@@ -15,8 +15,10 @@ import pytest
 
 import openimp
 from openimp.checkpoint import checkpoints
+from openimp.commands import run_eval
 from openimp.data.loader import make_loader
 from openimp.errors import UserError
+from openimp.metrics import read_lines
 from openimp.recipe import Recipe
 from openimp.train import Training, train
 
@@ -248,3 +250,44 @@ def test_a_changed_stream_begins_a_new_epoch(streamed, tmp_path):
     assert training.cursors["named"] == {**before, "epoch": before["epoch"] + 1, "window": 0, "state": None}
     assert train(recipe, run, resume=True, allow_changed_data=True)
     assert train(recipe, run, resume=True)
+
+
+def test_the_best_checkpoint_is_kept_and_found(little_data, tmp_path):
+    """Through removing of older ones and going on; a run's model stays its newest."""
+    run = tmp_path / "run"
+    recipe = Recipe.load(
+        little_data / "recipe.yaml",
+        ["train.save_every=5", "train.keep=1", "evaluation.every=2", "evaluation.best=colours"],
+    )
+    train(recipe, run)
+    lines = [line for line in read_lines(run / "results.jsonl") if line["set"] == "colours"]
+    highest = max(line["top1"] for line in lines)
+    best = next(line for line in lines if line["top1"] == highest)
+    assert best["step"] < 12, "the last one would be kept anyhow"
+    expected = ["best", f"step-{best['step']:08d}", "step-00000012"]
+    assert names(run) == expected
+    run_eval(run / "checkpoints" / "best", ["colours"], None, tmp_path / "best.jsonl")
+    assert read_lines(tmp_path / "best.jsonl") == [best]
+    run_eval(run, ["colours"], None, tmp_path / "newest.jsonl")
+    assert read_lines(tmp_path / "newest.jsonl") == lines[-1:]
+
+    recorded = read_lines(run / "results.jsonl")
+    flip(checkpoints(run)[-1] / "model.safetensors")
+    train(recipe, run, resume=True)
+    assert names(run) == expected
+    assert read_lines(run / "results.jsonl") == recorded
+    assert (run / "checkpoints" / "best").resolve().name == expected[1]
+
+
+def test_the_best_checkpoint_is_so_by_the_mean_of_both_ways(little_data, tmp_path):
+    run = tmp_path / "run"
+    changes = ["train.save_every=100", "train.keep=1", "evaluation.every=1", "evaluation.best=tones"]
+    train(Recipe.load(little_data / "recipe.yaml", changes), run)
+    found: dict[int, float] = {}
+    for line in read_lines(run / "results.jsonl"):
+        if line["set"] == "tones":
+            found[line["step"]] = found.get(line["step"], 0) + line["r1"] / 2
+    best = (run / "checkpoints" / "best").resolve().name
+    assert found[int(best.removeprefix("step-"))] == pytest.approx(max(found.values()))
+    with pytest.raises(UserError, match=r"evaluation\.best: no evaluation set 'tone'; did you mean 'tones'\?"):
+        Recipe.load(little_data / "recipe.yaml", ["evaluation.best=tone"])

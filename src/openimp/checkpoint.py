@@ -35,6 +35,7 @@ from openimp.recipe import Recipe
 FORMAT = 2
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
+BEST = "best"
 
 
 class NotSaved(UserError):
@@ -158,12 +159,13 @@ def save_checkpoint(
     modalities: Mapping[str, Modality],
     classes: Mapping[str, list[Any]],
 ) -> Path:
-    """Writes one checkpoint beside the others, moves it into place, and removes all but the last `keep` up to it.
+    """Writes one checkpoint beside the others, moves it into place, and removes all but the last `keep` up to it and
+    the one that is marked as the best.
 
     Raises:
         NotSaved: it cannot be written. Nothing of it is left.
     """
-    folder = run / CHECKPOINTS / f"step-{step:08d}"
+    folder = folder_of(run, step)
     draft = folder.with_name(f".{folder.name}.tmp")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     moments = {
@@ -194,12 +196,23 @@ def save_checkpoint(
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise NotSaved(f"{folder}: could not be saved: {reason}; older checkpoints are untouched") from None
     # One of a later step is damaged, or the run would have gone on from it. Left there, it would pass for the newest.
-    found = checkpoints(run)
-    kept = [path for path in found if path <= folder][-keep:]
+    found, best = checkpoints(run), (folder.parent / BEST).resolve().name
+    earlier = [path for path in found if path <= folder]
+    kept = {*earlier[-keep:], *(path for path in earlier if path.name == best)}
     for other in found:
         if other not in kept:
             _remove(other)
     return folder
+
+
+def mark_best(run: Path, step: int) -> None:
+    """Lets `checkpoints/best` lead to the checkpoint of a step, if there is one."""
+    folder = folder_of(run, step)
+    if folder.exists():
+        draft = folder.with_name(f".{BEST}.tmp")
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(folder.name)
+        os.replace(draft, folder.with_name(BEST))
 
 
 def verify(folder: Path) -> None:
@@ -250,6 +263,11 @@ def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = (run / CHECKPOINTS).glob("step-*") if run.is_dir() else []
     return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where a run's checkpoint of a step is."""
+    return run / CHECKPOINTS / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:

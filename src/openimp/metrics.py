@@ -4,7 +4,9 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -164,6 +166,15 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             raise UserError(f"{file}: line {number} is no JSON") from None
     return found
+
+
+def best_step(file: Path, name: str, steps: Collection[int]) -> int:
+    """Which of these steps has the highest R@1 or top-1 of a set, as the mean over its tasks; the first of equals."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for line in read_lines(file):
+        if line["set"] == name and line["step"] in steps:
+            found[line["step"]].append(line["r1"] if line["type"] == "retrieval" else line["top1"])
+    return max(found, key=lambda step: fmean(found[step]))
 
 
 def forget_after(file: Path, step: int) -> None:

@@ -351,7 +351,10 @@ class Recipe(Strict):
                             f"{key}: tasks.{head[0]} classifies {objective.label!r} of {task.source} too, by the same "
                             "head, so loss and classes must be the same"
                         )
-        for set_name, options in self.evaluation.sets.items():
+        best, sets = self.evaluation.best, self.evaluation.sets
+        if best is not None and best not in sets:
+            raise UserError(f"{where}: evaluation.best: no evaluation set {best!r}{nearest(best, sets)}")
+        for set_name, options in sets.items():
             key = f"{where}: evaluation.sets.{set_name}"
             for name in [*options.inputs, *([options.reader] if isinstance(options, ZeroShot) else [])]:
                 if name not in self.modality_names:

@@ -72,5 +72,8 @@ class Evaluation(Strict):
     """Steps between two evaluations; null: at the end only."""
     batch: Count = 128
     """Examples encoded at once."""
+    best: str | None = None
+    """The name of one of `sets`. Of the steps at which it is measured, the best so far is saved and its checkpoint kept
+    besides the last ones: the highest R@1, as the mean of both ways, or top-1. `checkpoints/best` leads to it."""
     sets: dict[str, Annotated[Retrieval | ZeroShot | Probe, Field(discriminator="type")]] = {}
     """What is measured, by name."""

@@ -12,13 +12,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from openimp.checkpoint import NotSaved, checkpoints, load_checkpoint, read_config, save_checkpoint
+from openimp.checkpoint import (
+    NotSaved,
+    checkpoints,
+    load_checkpoint,
+    mark_best,
+    read_config,
+    save_checkpoint,
+    step_of,
+)
 from openimp.data.loader import Loaded, StepBatches, make_loader
 from openimp.device import autocast, keep_freed_memory, pick_device
 from openimp.errors import UserError
 from openimp.evaluation import evaluate, open_sets, table
 from openimp.ledger import costs, mixture_table
-from openimp.metrics import BadExamples, Metrics
+from openimp.metrics import BadExamples, Metrics, best_step
 from openimp.modalities import Modality, Tokens, modalities_of
 from openimp.model.embedder import Embedder, Encode, Encoded, in_pieces, piece_sizes
 from openimp.model.imp import IMP
@@ -236,13 +244,23 @@ class Training:
         self.saved = self.step
 
     def evaluate(self, progress: Any = None) -> None:
-        """Measures the model, with the averaged weights where there are any, and writes and prints the results."""
+        """Measures the model, with the averaged weights where there are any, and writes and prints the results.
+
+        Raises:
+            NotSaved: it is the best so far, which the recipe keeps, and cannot be saved.
+        """
         if not self.recipe.evaluation.sets:
             return
         with self._averaged_weights():
             results = evaluate(self.model, self.recipe, self.modalities, step=self.step, progress=progress)
         self.metrics.results(self.run, results)
         console.print(table(results))
+        if self.recipe.evaluation.best:
+            there = {self.step, *map(step_of, checkpoints(self.run))}
+            best = best_step(self.run / "results.jsonl", self.recipe.evaluation.best, there)
+            if best == self.step:
+                self.save()
+            mark_best(self.run, best)
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
