@@ -66,6 +66,11 @@ class Alternation(Sequence[Visit]):
             int(self._start[step]),
         )
 
+    def visits(self) -> dict[tuple[str, int], int]:
+        """How many steps take each (task, view)."""
+        found, steps = np.unique(np.stack((self._task, self._view)), axis=1, return_counts=True)
+        return {(self._names[task], int(view)): int(n) for task, view, n in zip(*found, steps)}
+
 
 def expected_shares(recipe: Recipe) -> dict[str, float]:
     """Each task's expected share of the steps."""

@@ -103,6 +103,20 @@ def info(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    gpus: Annotated[int, typer.Option("--gpus", help="How many share each batch.")] = 256,
+    gpu: Annotated[str, typer.Option("--gpu", help="Of which kind, such as a100, h100, h200.")] = "h100",
+    mfu: Annotated[float, typer.Option("--mfu", help="Share of its bf16 peak that training reaches.")] = 0.4,
+) -> None:
+    """Say what a training would need, without any GPU: parameters, memory, FLOPs, communication, days."""
+    from openimp.commands import run_plan
+
+    run_plan(recipe, set_ or [], gpus, gpu, mfu)
+
+
+@app.command()
 def study(
     name: Annotated[str, typer.Argument(help="A study's YAML file, or a bundled one's name.")],
     smoke: Annotated[

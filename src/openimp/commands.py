@@ -12,12 +12,14 @@ from openimp.data.sources import open_source
 from openimp.device import pick_device
 from openimp.errors import UserError
 from openimp.evaluation import evaluate, table
-from openimp.ledger import costs, mixture_table
+from openimp.gpus import USABLE
+from openimp.ledger import costs, mixture_table, short
 from openimp.metrics import append, read_lines
 from openimp.modalities import modalities_of
 from openimp.model.imp import IMP
 from openimp.objectives import head_key
-from openimp.progress import console, track
+from openimp.plan import Plan, count, encoder_per_token, plan
+from openimp.progress import clock, console, track
 from openimp.recipe import Classification, Recipe
 from openimp.report import write_report
 from openimp.train import train
@@ -92,6 +94,37 @@ def run_info(what: str, overrides: list[str]) -> None:
         _print_run(path)
 
 
+def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -> None:
+    """Says what a run of a recipe would need."""
+    recipe = Recipe.load(name, overrides)
+    found = plan(recipe, modalities_of(recipe), _classes(recipe), gpus, gpu, mfu)
+    _print_parameters(found.parameters, {"a token uses on average, after its embedding": found.per_token})
+    _print_steps(found)
+    task, view = found.largest
+    shown = Table(title="memory of a GPU", title_justify="left")
+    shown.add_column(f"largest step: {task}, view {view}")
+    shown.add_column("GiB", justify="right")
+    for what, size in found.steps[found.largest].memory.items():
+        shown.add_row(what, f"{size / 2**30:,.3f}")
+    shown.add_section()
+    shown.add_row("in all", f"{found.memory / 2**30:,.3f}")
+    console.print(shown)
+    verdict, room = "fits" if found.fits else "does not fit", USABLE * found.gpu.memory
+    lines = [
+        f"{recipe.name} {verdict}: {found.memory / 2**30:,.2f} of {room:.1f} GiB for tensors on each of {gpus} x {gpu}",
+        f"{recipe.train.steps:,} steps, {short(found.flops)}FLOPs: {_days(found.seconds)} at an MFU of {mfu:.0%}",
+    ]
+    if found.seconds_connected > found.seconds:
+        lines.append(
+            f"over this network at least {_days(found.seconds_connected)}: its bytes take longer than its FLOPs"
+        )
+    console.print("\n".join(lines), soft_wrap=True)
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / 86400:,.2f} days ({clock(seconds)})"
+
+
 def _classes(recipe: Recipe) -> dict[str, list[Any]]:
     """The classes of each head, as far as the data is there; a head without data counts as one class."""
     found: dict[str, list[Any]] = {}
@@ -110,20 +143,37 @@ def _classes(recipe: Recipe) -> dict[str, list[Any]]:
 def _print_model(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]]) -> None:
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
+    used = encoder_per_token(recipe, model) if recipe.model.moe else None
+    parts = {name: count(part) for name, part in model.named_children()}
+    _print_parameters(parts, {"encoder, used by a token on average": used})
+
+
+def _print_parameters(parts: dict[str, int], used: dict[str, int | None]) -> None:
     shown = Table(title="parameters", title_justify="left")
     shown.add_column("part")
     shown.add_column("parameters", justify="right")
-    for name, part in model.named_children():
-        shown.add_row(name, f"{_count(part):,}")
+    for name, size in parts.items():
+        shown.add_row(name, f"{size:,}")
     shown.add_section()
-    shown.add_row("in all", f"{_count(model):,}")
-    moe = recipe.model.moe
-    # Soft slots take from all tokens of an example, so no token uses a number of experts.
-    if moe and moe.routing != "soft":
-        expert = 2 * recipe.model.width * recipe.model.mlp
-        used = moe.top_k if moe.routing == "token_choice" else moe.capacity
-        active = _count(model.encoder) - moe.layers * expert * (moe.experts - used)
-        shown.add_row("encoder, used by a token on average", f"{round(active):,}")
+    shown.add_row("in all", f"{sum(parts.values()):,}")
+    for what, some in used.items():
+        if some is not None:
+            shown.add_row(what, f"{some:,}")
+    console.print(shown)
+
+
+def _print_steps(found: Plan) -> None:
+    shown = Table(title=f"one step, divided by {found.gpus}", title_justify="left")
+    for title in ("task, view", "examples", "tokens", "FLOPs", "computes\nms", "receives\nGB", "waits\nms",
+                  "activa-\ntions\nGiB", "memory\nGiB"):  # fmt: skip
+        shown.add_column(title, justify="left" if title == "task, view" else "right")
+    for (task, view), step in found.steps.items():
+        memory = (step.memory["activations"], sum(step.memory.values()))
+        shown.add_row(
+            f"{task}, {view}", f"{step.cost.examples:,}", f"{step.cost.tokens:,}", short(step.cost.flops),
+            f"{1e3 * found.computing(step.cost.flops):,.1f}", f"{step.received / 1e9:,.2f}",
+            f"{1e3 * found.communicating(step.received):,.1f}", *(f"{size / 2**30:,.2f}" for size in memory),
+        )  # fmt: skip
     console.print(shown)
 
 
@@ -151,7 +201,3 @@ def _print_run(path: Path) -> None:
     if results:
         last = max(result["step"] or 0 for result in results)
         console.print(table([result for result in results if (result["step"] or 0) == last]))
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

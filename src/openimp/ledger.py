@@ -74,7 +74,7 @@ def _count(
         if not task.weight:
             continue
         for i, view in enumerate(task.views):
-            batch = _meta_batch(task, i, modalities, classes)
+            batch = empty_batch(task, i, modalities, classes, torch.device("meta"))
             with FlopCounterMode(display=False) as counter:
                 encode = in_pieces(model.encode, recipe.batch.micro)
                 losses(model, task, batch, encode).total.backward()
@@ -112,17 +112,24 @@ def mixture_table(recipe: Recipe, by_view: Mapping[tuple[str, int], Cost]) -> Ta
 
 def short(number: float) -> str:
     """1234567 as 1.23 M, with the prefixes of the SI."""
-    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+    for power, prefix in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
         if number >= 10**power:
             return f"{number / 10**power:.3g} {prefix}"
     return f"{number:,.0f}"
 
 
-def _meta_batch(task: Task, view: int, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]) -> Batch:
-    """A batch of the shapes that the loader makes, without values."""
-    size = task.views[view].batch or task.batch
+def empty_batch(
+    task: Task,
+    view: int,
+    modalities: Mapping[str, Modality],
+    classes: Mapping[str, list[Any]],
+    device: torch.device,
+    gpus: int = 1,
+) -> Batch:
+    """A batch of the shapes that the loader makes, of zeros, for one of so many GPUs that share it."""
+    size = (task.views[view].batch or task.batch) // gpus
     tokens = {}
-    with torch.device("meta"):
+    with device:
         for name, spec in task.inputs.items():
             modality = modalities[name]
             stem, length, rows = modality.stem_spec(), modality.length(task.views[view][name]), size * spec.draw

@@ -22,7 +22,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
-        self.heads, self.qk_norm = heads, qk_norm
+        self.heads, self.qk_norm, self.attend = heads, qk_norm, _attend
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         head = width // heads
@@ -38,8 +38,8 @@ class Attention(nn.Module):
         # The norms would copy what is not contiguous, in the forward pass and again in the backward one.
         q_BHLK, k_BHLK, v_BHLK = qkv.contiguous() if self.qk_norm else qkv
         q_BHLK, k_BHLK = self.q_norm(q_BHLK).type_as(v_BHLK), self.k_norm(k_BHLK).type_as(v_BHLK)
-        attend = None if mask_BL is None else mask_BL[:, None, None, :]
-        x_BHLK = _attend(q_BHLK, k_BHLK, v_BHLK, attend)
+        mask = None if mask_BL is None else mask_BL[:, None, None, :]
+        x_BHLK = self.attend(q_BHLK, k_BHLK, v_BHLK, mask)
         return self.out(x_BHLK.transpose(1, 2).flatten(2))
 
 

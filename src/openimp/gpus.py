@@ -1,0 +1,36 @@
+"""Published figures of GPUs, to plan with."""
+
+from dataclasses import dataclass
+
+NODE = 8
+"""GPUs of a node, which are connected by `GPU.link`; more of them meet on the network."""
+USABLE = 0.9
+"""Share of a GPU's memory for tensors; its context, NCCL's buffers and gaps between tensors have the rest."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A GPU in the kind of machine that it is mostly sold in.
+
+    Attributes:
+        memory: GiB that programs see.
+        tflops: dense bf16 products, TFLOP/s, as its maker publishes.
+        link: GB/s to the other GPUs of its node, each way.
+        network: GB/s to other nodes, each way.
+    """
+
+    memory: float
+    tflops: float
+    link: float
+    network: float
+
+
+GPUS = {
+    "a100-40": GPU(39, 312, 300, 25),
+    "a100": GPU(79, 312, 300, 25),
+    "h100": GPU(79, 989, 450, 50),
+    "h200": GPU(140, 989, 450, 50),
+    "b200": GPU(178, 2250, 900, 50),
+    "l40s": GPU(44, 362, 32, 12.5),
+    "rtx4090": GPU(23.5, 165, 32, 1.25),
+}

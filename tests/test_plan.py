@@ -1,0 +1,190 @@
+"""The plan against published sizes, against what a run records, and against what a step really holds."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from openimp.alternation import Alternation
+from openimp.commands import run_plan
+from openimp.data.loader import StepBatches
+from openimp.errors import UserError
+from openimp.gpus import GPUS, USABLE
+from openimp.ledger import short
+from openimp.memory import StepMemory, step_memory
+from openimp.metrics import read_lines
+from openimp.modalities import modalities_of
+from openimp.model.imp import IMP
+from openimp.objectives import _nce
+from openimp.plan import SIMILARITY, Plan, count, per_token, plan
+from openimp.recipe import Recipe
+from openimp.study.training import peak_memory
+from openimp.train import Training
+
+
+@pytest.mark.parametrize(
+    ("name", "in_all", "token", "counted"),
+    [("imp_b", 84.95, 86, 86.14), ("imp_moe_b", 509.7, 90, 86.21), ("imp_moe_l", 1057, 350, 304.2)],
+)
+def test_parameters_are_the_published_ones(name, in_all, token, counted):
+    """Encoders in all are the paper's, and so are IMP-B's a token. How it counts those of experts it does not say."""
+    recipe = Recipe.load(name)
+    with torch.device("meta"):
+        model = IMP.from_recipe(recipe, modalities_of(recipe))
+    used = per_token(recipe, model) / 1e6
+    assert float(f"{count(model.encoder) / 1e6:.4g}") == in_all
+    assert used == pytest.approx(counted, abs=0.05)
+    assert 0.85 < used / token < 1.01
+    # By hand: four matrices of attention and two of the MLP a block, and the two linear layers of the stem.
+    width, mlp, moe = recipe.model.width, recipe.model.mlp, recipe.model.moe
+    matrices = recipe.model.layers * (4 * width**2 + 2 * width * mlp) + 2 * width**2
+    routers = moe.layers * moe.experts * width if moe else 0
+    assert 1e6 * used == pytest.approx(matrices + routers, rel=1e-3)
+
+
+CLASSES = {"pictures:label": ["blue", "green", "red", "white"]}
+
+
+def plan_of(recipe: Recipe, gpus: int = 1, gpu: str = "h100", mfu: float = 0.4) -> Plan:
+    return plan(recipe, modalities_of(recipe), CLASSES, gpus, gpu, mfu)
+
+
+def test_flops_are_those_that_the_run_records(little_data, little_run):
+    recipe = Recipe.load(little_data / "recipe.yaml")
+    found = plan_of(recipe)
+    totals = read_lines(little_run / "metrics.jsonl")[-1]["totals"]
+    assert found.flops == sum(units["flops"] for units in totals.values())
+    assert found.seconds == found.flops / (989e12 * 0.4)
+    assert sum(found.visits.values()) == recipe.train.steps
+    steps = [(visit.task, visit.view) for visit in Alternation(recipe)]
+    assert found.visits == {key: steps.count(key) for key in steps}
+
+
+def test_the_peak_is_the_measured_one(tmp_path):
+    """A step of the demo on this CPU, in the precision that it trains in, and what a run holds between its steps."""
+    recipe = Recipe.load(
+        "demo", ["evaluation={}", "train.workers=0", "train.steps=60", *few("stills", "clips", "notes")]
+    )
+    classes = StepBatches(recipe, modalities_of(recipe)).classes
+    counted = [
+        step_memory(recipe, modalities_of(recipe), classes, task, view, "auto", on_gpu=False).peak.total()
+        for task, options in recipe.tasks.items()
+        for view in range(len(options.views))
+    ]
+    assert max(counted) == pytest.approx(peak_memory(recipe, tmp_path / "run", Training), rel=0.15)
+
+
+def few(*sources: str) -> list[str]:
+    """Rows enough for a batch: sizes of tensors do not depend on how many there are."""
+    return [f"sources.{source}.limit=300" for source in sources]
+
+
+def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
+    """Weights, both kinds of moments, averaged weights, once every task has had a step."""
+    changes = ["optimizer.muon_lr=1e-2", "alternation.kind=intervals", "modalities.text.vocab=258"]
+    training = Training(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / "run", False)
+    for step in range(2):
+        training.update(training.data[step])
+    training.metrics.close()
+    states = [state for optimizer in training.optimizers for state in optimizer.state.values()]
+    moments = [tensor for state in states for key, tensor in state.items() if key != "step"]
+    held = [*training.model.parameters(), *moments, *training.averaged.values()]
+    memory = plan_of(training.recipe).steps["heard", 0].memory
+    never = 2 * 4 * len(training.model.pairs)  # Moments of the sigmoid loss' bias, which this recipe does not use.
+    assert memory["parameters"] + memory["optimiser"] == sum(tensor.nbytes for tensor in held) + never
+
+
+def test_a_block_holds_on_a_gpu_what_its_backward_pass_needs(tiny_recipe):
+    """By hand, in bytes a token: both norms keep their input in fp32 and two statistics, linear layers and attention
+    what they read and made in bf16."""
+    width, hidden, tokens = 64, 256, 16 * 16
+    task = {"source": "all", "inputs": {"image": "image"}, "batch": 16, "views": [{"image": {"size": 32}}],
+            "objectives": [{"type": "classification", "label": "kind"}]}  # fmt: skip
+
+    def held(layers: int) -> int:
+        sizes = {"width": width, "mlp": hidden, "heads": 1, "layers": layers, "moe": None}
+        recipe = tiny_recipe(model=sizes, modalities={"vision": {"patch": [2, 8, 8]}}, tasks={"named": task})
+        return step_memory(recipe, modalities_of(recipe), {"all:kind": [0, 1]}, "named", 0, "bf16").activations
+
+    norms = 2 * (4 * width + 2 * 4)
+    attention = 2 * (width + 3 * width + width) + 4
+    assert held(5) - held(4) == pytest.approx(tokens * (norms + attention + 2 * (width + 2 * hidden)), rel=0.01)
+
+
+def test_several_gpus_divide_and_speak_as_the_page_says(little_data):
+    recipe = Recipe.load(little_data / "recipe.yaml", ["tasks.named.views.1.batch=8", "tasks.heard.batch=64"])
+    alone, shared = plan_of(recipe), plan_of(recipe, gpus=2)
+    with torch.device("meta"):
+        model = IMP.from_recipe(recipe, modalities_of(recipe), {"pictures:label": 4})
+    blocks = count(model.encoder.blocks)
+    parts = [model.encoder.norm, *(model.stems[m] for m in ("audio", "text"))]
+    outside = 1 + sum(map(count, [*parts, *(model.projections[m] for m in ("audio-to-text", "text-to-audio"))]))
+    vectors, block = 4 * 2 * 64 * 32, count(model.encoder.blocks[1])
+    before, after = alone.steps["heard", 0], shared.steps["heard", 0]
+    assert (before.received, after.received) == (0, (8 * (outside + 2 * blocks) + 2 * vectors) // 2)
+    similarities = 2 * SIMILARITY * 32 * 32
+    assert after.memory["gathered"] == 2 * (outside + 2 * block) + 6 * block + 2 * vectors + similarities
+    assert after.memory["gradients"] == 4 * (outside + blocks) // 2
+    for kind in ("parameters", "optimiser", "inputs"):
+        assert after.memory[kind] == before.memory[kind] // 2
+    assert after.memory["activations"] == pytest.approx(before.memory["activations"] / 2, rel=0.1)
+    assert shared.seconds == alone.seconds / 2
+    assert shared.communicating(450 * 10**9) == replace(shared, gpus=9).communicating(50 * 10**9) == 1
+    slow = replace(shared, gpu=replace(shared.gpu, link=1e-9))
+    waits = {key: step.received for key, step in slow.steps.items()}
+    assert slow.seconds_connected == pytest.approx(sum(waits[key] * n for key, n in slow.visits.items()))
+    assert replace(shared, gpu=replace(shared.gpu, link=1e9)).seconds_connected == pytest.approx(shared.seconds)
+
+
+def test_the_bytes_of_a_similarity_are_counted():
+    with FakeTensorMode():
+        sides = nn.ParameterList([torch.empty(100, 2), torch.empty(800, 2)])
+        with StepMemory(sides) as memory:
+            _nce(sides[0] @ sides[1].T, torch.zeros(100, 800, dtype=torch.bool)).backward()
+    assert memory.activations / (100 * 800) == pytest.approx(SIMILARITY, rel=0.02)
+
+
+def test_fits_or_not(little_data):
+    """A batch that is too large for one GPU and not for another."""
+    small = plan_of(Recipe.load(little_data / "recipe.yaml", ["tasks.heard.batch=40000"]), gpu="rtx4090")
+    assert small.largest == ("heard", 0)
+    assert GPUS["rtx4090"].memory * USABLE < small.memory / 2**30 < GPUS["h200"].memory * USABLE
+    assert (small.fits, replace(small, gpu=GPUS["h200"]).fits) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"gpu": "h1000"}, "--gpu: no GPU is called 'h1000'; did you mean 'h100'?"),
+        ({"gpus": 0}, "--gpus: expected 1 or more, found 0"),
+        ({"mfu": 1.5}, "--mfu: expected a share above 0 and at most 1, found 1.5"),
+        (
+            {"gpus": 4},
+            "--gpus: 4 GPUs do not divide a batch evenly: 6 of tasks.named.views[1], 6 of tasks.heard.views[0]",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(little_data, change, told):
+    with pytest.raises(UserError) as refused:
+        plan_of(Recipe.load(little_data / "recipe.yaml"), **change)
+    assert str(refused.value) == told
+
+
+def test_the_command_prints_the_plan(little_data, capsys):
+    run_plan(str(little_data / "recipe.yaml"), ["train.steps=7"], 2, "a100", 0.5)
+    printed = capsys.readouterr().out
+    found = plan_of(Recipe.load(little_data / "recipe.yaml", ["train.steps=7"]), 2, "a100", 0.5)
+    task, view = found.largest
+    step = found.steps[task, view]
+    row = [f"{task}, {view}", f"{step.cost.examples}", f"{step.cost.tokens}", short(step.cost.flops)]
+    row += [f"{1e3 * found.computing(step.cost.flops):.1f}", f"{step.received / 1e9:.2f}"]
+    assert row in [[cell.strip() for cell in line.split("│")[1:7]] for line in printed.splitlines()]
+    assert f"largest step: {task}, view {view}" in printed
+    assert re.search(rf"in all\W+{sum(found.parameters.values()):,}\b", printed)
+    assert re.search(rf"a token uses\D+{found.per_token:,}\b", printed)
+    assert re.search(rf"activations\W+{found.steps[found.largest].memory['activations'] / 2**30:.3f}\b", printed)
+    assert f"little fits: {found.memory / 2**30:.2f} of 71.1 GiB for tensors on each of 2 x a100" in printed
+    assert f"7 steps, {short(found.flops)}FLOPs: 0.00 days (0:00) at an MFU of 50%" in printed
