@@ -124,9 +124,10 @@ def test_several_gpus_divide_and_speak_as_the_page_says(little_data):
     outside = 1 + sum(map(count, [*parts, *(model.projections[m] for m in ("audio-to-text", "text-to-audio"))]))
     vectors, block = 4 * 2 * 64 * 32, count(model.encoder.blocks[1])
     before, after = alone.steps["heard", 0], shared.steps["heard", 0]
-    assert (before.received, after.received) == (0, (8 * (outside + 2 * blocks) + 2 * vectors) // 2)
+    assert (before.received, after.received) == (0, (12 * (outside + 2 * blocks) + 2 * vectors) // 2)
     similarities = 2 * SIMILARITY * 32 * 32
-    assert after.memory["gathered"] == 2 * (outside + 2 * block) + 6 * block + 2 * vectors + similarities
+    assert after.memory["gathered"] == 4 * (outside + 2 * block) + 8 * block + 2 * vectors + similarities
+    assert after.memory["cast weights"] == 2 * (outside + blocks)
     assert after.memory["gradients"] == 4 * (outside + blocks) // 2
     for kind in ("parameters", "optimiser", "inputs"):
         assert after.memory[kind] == before.memory[kind] // 2

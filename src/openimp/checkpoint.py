@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from openimp.distributed import like
 from openimp.errors import UserError
 from openimp.modalities import Modality, modalities_of
 from openimp.model.embedder import Embedder
@@ -152,7 +153,7 @@ def save_checkpoint(
     step: int,
     keep: int,
     state: Mapping[str, Any],
-    optimizers: Sequence[torch.optim.Optimizer],
+    moments: Mapping[str, Tensor],
     averaged: Mapping[str, Tensor] | None,
     model: Embedder,
     recipe: Recipe,
@@ -167,13 +168,6 @@ def save_checkpoint(
     """
     folder = folder_of(run, step)
     draft = folder.with_name(f".{folder.name}.tmp")
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    moments = {
-        f"{names[id(parameter)]}|{key}": value
-        for optimizer in optimizers
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
     try:
         for left in folder.parent.glob(".step-*"):  # by a crash
             shutil.rmtree(left)
@@ -181,7 +175,7 @@ def save_checkpoint(
         save_model(draft, model, recipe, modalities, classes)
         if averaged is not None:
             save_file(dict(averaged), draft / "ema.safetensors")
-        save_file(moments, draft / "optimizer.safetensors")
+        save_file(dict(moments), draft / "optimizer.safetensors")
         (draft / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
         manifest = {file.name: _facts(file) for file in sorted(draft.iterdir())}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -239,14 +233,24 @@ def verify(folder: Path) -> None:
             raise UserError(f"{path}: damaged: its {found['size']:,} bytes are not those that were saved")
 
 
-def load_checkpoint(
+def moments_of(model: Embedder, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimisers' moments and counts, as they are sharded, by "parameter|moment"."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}|{key}": value
+        for optimizer in optimizers
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def load_training(
     folder: Path, model: Embedder, optimizers: Sequence[torch.optim.Optimizer], averaged: dict[str, Tensor] | None
 ) -> dict[str, Any]:
-    """Puts weights, moments and averages back, and returns the training's state."""
-    load_weights(model, folder / "model.safetensors")
+    """Puts moments and averages back, to a model that has its weights already, and returns the training's state."""
     if averaged is not None:
         for name, tensor in read_tensors(folder / "ema.safetensors").items():
-            averaged[name].copy_(tensor)
+            averaged[name].copy_(like(tensor, averaged[name]))
     parameters = dict(model.named_parameters())
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for optimizer in optimizers:
@@ -255,7 +259,9 @@ def load_checkpoint(
         name, _, field = key.partition("|")
         parameter = parameters[name]
         # Counts stay on the CPU unless the optimiser is fused on an accelerator, where they live beside the moments.
-        owner[parameter].state.setdefault(parameter, {})[field] = value.to(parameter.device)
+        # Temperatures were scalars once.
+        value = value if field == "step" else value.reshape(parameter.shape)
+        owner[parameter].state.setdefault(parameter, {})[field] = like(value, parameter)
     return read_state(folder)
 
 

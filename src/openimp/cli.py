@@ -22,7 +22,9 @@ RunArgument = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a fol
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change one key of the recipe: KEY=VALUE, such as train.steps=100.")
 ]
-RunOption = Annotated[Path | None, typer.Option("--run", help="Where to write. [default: runs/NAME of the recipe]")]
+RunOption = Annotated[
+    Path | None, typer.Option("--run", "--run-dir", help="Where to write. [default: runs/NAME of the recipe]")
+]
 
 
 @app.command()

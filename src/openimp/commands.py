@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from openimp.checkpoint import load_model, model_folder, read_config, saved_step
+from openimp.checkpoint import checkpoints, load_model, model_folder, read_config, saved_step
 from openimp.data.loader import classes_of
 from openimp.data.sources import open_source
 from openimp.device import pick_device
+from openimp.distributed import restarted
 from openimp.errors import UserError
 from openimp.evaluation import evaluate, table
 from openimp.gpus import USABLE
@@ -41,9 +42,11 @@ def run_demo(overrides: list[str], run: Path | None) -> None:
 def run_train(
     name: str, overrides: list[str], run: Path | None, resume: bool, allow_changed_data: bool = False
 ) -> None:
-    """Trains a recipe into `run`, or into runs/NAME."""
+    """Trains a recipe into `run`, or into runs/NAME; it goes on by itself where torchrun has started it again."""
     recipe = Recipe.load(name, overrides)
-    train(recipe, run or Path("runs") / recipe.name, resume, allow_changed_data=allow_changed_data)
+    run = run or Path("runs") / recipe.name
+    resume = resume or (restarted() and bool(checkpoints(run)))
+    train(recipe, run, resume, allow_changed_data=allow_changed_data)
 
 
 def run_eval(path: Path, sets: list[str] | None, other: str | None, out: Path | None) -> None:

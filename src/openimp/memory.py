@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from openimp.device import Precision, autocast
 from openimp.ledger import empty_batch
 from openimp.modalities import Modality
+from openimp.model.embedder import in_pieces
 from openimp.model.encoder import Attention
 from openimp.model.imp import IMP
 from openimp.objectives import task_losses
@@ -112,7 +113,7 @@ def step_memory(
         with StepMemory(model) as memory:
             memory.inputs = sum(t.nbytes for t in tree_leaves(vars(batch)) if isinstance(t, Tensor))
             with autocast(CPU, precision):
-                losses = task_losses(model, recipe.tasks[task], batch)
+                losses = task_losses(model, recipe.tasks[task], batch, in_pieces(model.encode, recipe.batch.micro))
             losses.total.backward()
     return memory
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openimp.distributed import mean, rank
 from openimp.errors import UserError
 from openimp.ledger import Cost
 from openimp.objectives import Losses
@@ -23,18 +24,21 @@ ENOUGH = 100
 class Metrics:
     """Sums up the steps between two lines of metrics, and writes the lines.
 
-    A line holds, for the steps since the last: by task the steps, the mean loss and its parts; examples and tokens a
-    second; the share of time spent waiting for data; by modality and sparse layer the experts' load, gate weight and
-    the share of tokens that no expert took; and, since step 0, FLOPs, tokens and examples by task.
+    The first process writes; losses and experts' shares are means over all processes. A line holds, for the steps since
+    the last: by task the steps, the mean loss and its parts; examples and tokens a second; the share of time spent
+    waiting for data; by modality and sparse layer the experts' load, gate weight and the share of tokens that no
+    expert took; and, since step 0, FLOPs, tokens and examples by task.
     """
 
     def __init__(self, run: Path, step: int, totals: dict[str, dict[str, int]] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.file = run / "metrics.jsonl"
-        forget_after(self.file, step)
-        forget_after(run / "results.jsonl", step)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        self.board: SummaryWriter | None = None
+        if rank() == 0:
+            forget_after(self.file, step)
+            forget_after(run / "results.jsonl", step)
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
         self.totals = {task: Counter(units) for task, units in (totals or {}).items()}
         self._reset()
 
@@ -69,7 +73,7 @@ class Metrics:
         """Writes the line of the steps up to `step`, starts the next one, and returns it."""
         seconds = time.perf_counter() - self.since
         tasks = {
-            task: {"steps": self.steps[task], **{name: float(value) / self.steps[task] for name, value in sums.items()}}
+            task: {"steps": self.steps[task], **{name: float(mean(x)) / self.steps[task] for name, x in sums.items()}}
             for task, sums in self.sums.items()
         }
         experts = {name: [self._layer(name, layer) for layer in layers] for name, layers in self.routing.items()}
@@ -85,6 +89,9 @@ class Metrics:
             "experts": experts,
             "totals": {task: dict(units) for task, units in self.totals.items()},
         }
+        self._reset()
+        if self.board is None:
+            return line
         append(self.file, line)
         for key in ("lr", "grad_norm", "examples_per_s", "tokens_per_s", "data_wait"):
             self.board.add_scalar(key, line[key], step)
@@ -96,16 +103,17 @@ class Metrics:
                 self.board.add_scalar(f"dropped_tokens/{modality}/sparse{i}", layer["dropped"], step)
                 for e, gate in enumerate(layer["gate"]):
                     self.board.add_scalar(f"expert_gate/{modality}/sparse{i}/expert{e}", gate, step)
-        self._reset()
         return line
 
     def _layer(self, modality: str, layer: Tensor) -> dict[str, Any]:
-        *shares, dropped = (layer / self.passes[modality]).tolist()
+        *shares, dropped = (mean(layer) / self.passes[modality]).tolist()
         half = len(shares) // 2
         return {"load": shares[:half], "gate": shares[half:], "dropped": dropped}
 
     def results(self, run: Path, results: list[dict[str, Any]]) -> None:
-        """Adds evaluation results to results.jsonl and to TensorBoard, in place of older ones of this step."""
+        """Adds evaluation results to results.jsonl and to TensorBoard, in place of older ones of this step; in the
+        first process only."""
+        assert self.board is not None
         forget_after(run / "results.jsonl", max(result["step"] for result in results) - 1)
         for result in results:
             append(run / "results.jsonl", result)
@@ -115,7 +123,8 @@ class Metrics:
         self.board.flush()
 
     def close(self) -> None:
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
 
 
 class BadExamples:
@@ -123,11 +132,12 @@ class BadExamples:
 
     def __init__(self, run: Path, step: int, limit: float, state: dict[str, dict[str, int]] | None = None) -> None:
         self.file, self.limit = run / "skipped.jsonl", limit
-        forget_after(self.file, step - 1)  # Its lines count steps from 0.
+        if rank() == 0:
+            forget_after(self.file, step - 1)  # Its lines count steps from 0.
         self.state = state or {}
 
     def add(self, step: int, task: str, read: int, bad: list[tuple[str, str]]) -> None:
-        """One step's reading.
+        """One step's reading, by all processes.
 
         Raises:
             UserError: more than the recipe's share could not be read.
@@ -135,7 +145,7 @@ class BadExamples:
         counts = self.state.setdefault(task, {"read": 0, "bad": 0})
         counts["read"] += read
         counts["bad"] += len(bad)
-        for where, why in bad:
+        for where, why in bad if rank() == 0 else []:
             append(self.file, {"step": step, "task": task, "where": where, "why": why})
         if bad and counts["read"] >= ENOUGH and counts["bad"] > self.limit * counts["read"]:
             named = "; ".join(f"{where}: {why}" for where, why in bad[:3])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.device import full_precision
+from openimp.distributed import everywhere
 from openimp.modalities import Tokens
 from openimp.model.embedder import Encode, Encoded
 from openimp.model.imp import IMP, pairs_of
@@ -98,7 +99,11 @@ def task_losses(model: IMP, task: Task, batch: Batch, encode: Encode | None = No
 def contrastive_losses(
     model: IMP, objective: Contrastive, encoded: Mapping[str, Encoded], batch: Batch
 ) -> dict[str, Tensor]:
-    """The loss of each pair, by "a-b"; embeddings, similarities and softmax are fp32."""
+    """The loss of each pair, by "a-b"; embeddings, similarities and softmax are fp32.
+
+    Each process compares its own examples with those of all processes, so that none holds all similarities. N and M are
+    its own items of either side; the mean over the processes is the loss of the whole batch.
+    """
     item_B = batch.item[objective.same or ""]
     losses = {}
     for a, b in pairs_of(objective, encoded):
@@ -107,12 +112,14 @@ def contrastive_losses(
         item_N, item_M = (item_B.repeat_interleave(len(z) // len(item_B)) for z in (z_NZ, z_MZ))
         temperature = model.temperature(a, b)
         with full_precision(z_NZ.device):
-            logits_NM = temperature.scale * z_NZ @ z_MZ.T
-            same_NM = item_N[:, None] == item_M
+            logits = temperature.scale * z_NZ @ everywhere(z_MZ).T
+            same = item_N[:, None] == everywhere(item_M)
             if objective.loss == "softmax":
-                losses[f"{a}-{b}"] = (_nce(logits_NM, same_NM) + _nce(logits_NM.T, same_NM.T)) / 2
+                back = temperature.scale * z_MZ @ everywhere(z_NZ).T
+                loss = (_nce(logits, same) + _nce(back, item_M[:, None] == everywhere(item_N))) / 2
             else:
-                losses[f"{a}-{b}"] = sigmoid_nce(logits_NM + temperature.bias, same_NM)
+                loss = sigmoid_nce(logits + temperature.bias, same)
+            losses[f"{a}-{b}"] = loss
     return losses
 
 

@@ -7,6 +7,7 @@ docs/plan.md writes it out.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -197,15 +198,16 @@ def _sharded(
     recipe: Recipe, model: IMP, task: Task, examples: int, counted: StepMemory, gpus: int, precision: Precision
 ) -> tuple[dict[str, int], int]:
     """Bytes beyond weights and moments that one of several GPUs holds, and bytes that it receives; docs/plan.md."""
-    width = 4 if precision == "fp32" else 2
     sizes = {name: p.numel() for name, p in model.named_parameters() if name in counted.touched}
     in_blocks = sum(size for name, size in sizes.items() if name.startswith("encoder.blocks."))
     outside = sum(sizes.values()) - in_blocks
     block = max(count(block) for block in model.encoder.blocks)
-    # What stands outside of the blocks, one block and the next, and one block's gradients, as computed and in fp32.
-    gathered = width * (outside + 2 * block) + (width + 4) * block
-    # Gathered for the forward pass and again for the backward one, and gradients summed in fp32.
-    received = (2 * width + 4) * (outside + len(task.inputs) * in_blocks)
+    # What stands outside of the blocks, one block and the next, and one block's gradients, before and summed.
+    gathered = 4 * (outside + 2 * block) + 8 * block
+    # Gathered for the forward pass and again for the backward one, and gradients summed.
+    rows = [examples * spec.draw // gpus for spec in task.inputs.values()]
+    passes = sum(ceil(n / (recipe.batch.micro or n)) for n in rows)
+    received = 12 * (outside + passes * in_blocks)
     for objective in task.objectives:
         for a, b in pairs_of(objective, task.inputs) if isinstance(objective, Contrastive) else []:
             rows_a, rows_b = examples * task.inputs[a].draw, examples * task.inputs[b].draw
@@ -214,5 +216,7 @@ def _sharded(
             gathered += 2 * vectors + 2 * SIMILARITY * rows_a * rows_b * (gpus - 1) // gpus**2
             received += 2 * vectors
     gradients = 4 * sum(sizes.values()) // gpus
-    memory = {"gradients": gradients, "gathered": gathered, "activations": counted.activations}
+    # Autocast's copies of all weights stay until the backward pass has used them, whatever FSDP gives back.
+    cast = 0 if precision == "fp32" else 2 * sum(sizes.values())
+    memory = {"gradients": gradients, "gathered": gathered, "cast weights": cast, "activations": counted.activations}
     return memory, received * (gpus - 1) // gpus

@@ -12,17 +12,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from openimp import distributed
 from openimp.checkpoint import (
     NotSaved,
     checkpoints,
-    load_checkpoint,
+    load_training,
+    load_weights,
     mark_best,
+    moments_of,
     read_config,
     save_checkpoint,
     step_of,
 )
 from openimp.data.loader import Loaded, StepBatches, make_loader
-from openimp.device import autocast, keep_freed_memory, pick_device
+from openimp.device import autocast, keep_freed_memory
 from openimp.errors import UserError
 from openimp.evaluation import evaluate, open_sets, table
 from openimp.ledger import costs, mixture_table
@@ -82,12 +85,14 @@ def train(
             kept = "saved" if training.saved == training.step else f"saved up to step {training.saved}"
             told = f"{kept} in {run}; go on with --resume" if training.saved else "nothing is saved"
             console.print(f"stopped at step {training.step}, {told}", soft_wrap=True)
+            distributed.leave()
             return False
         except NotSaved:
             raise
         except UserError:
             training.save()
             raise
+    distributed.leave()
     return True
 
 
@@ -115,18 +120,25 @@ class Training:
 
     def __init__(self, recipe: Recipe, run: Path, resume: bool, allow_changed_data: bool = False) -> None:
         self.recipe, self.run, self.step = recipe, run, 0
-        self.device = pick_device()
+        self.device = distributed.start()
+        console.quiet = distributed.rank() > 0
         keep_freed_memory()
+        if distributed.world() > 1:
+            if recipe.train.compile:
+                raise UserError("train.compile: is for one process; set train.compile=false")
+            if type(self) is not Training:
+                raise UserError(f"{type(self).__name__}: a study trains in one process; start it without torchrun")
         if run.exists() and not run.is_dir():
             raise UserError(f"{run}: is a file; name a directory with --run")
-        if (run / "recipe.yaml").exists() and not checkpoints(run):
+        begun = (run / "recipe.yaml").exists() and not distributed.restarted()
+        if begun and not checkpoints(run):
             raise UserError(f"{run}: holds a run that saved no checkpoint; remove it or name another with --run")
-        if not resume and (run / "recipe.yaml").exists():
+        if begun and not resume:
             raise UserError(f"{run}: holds a run already; go on with --resume, or name another directory with --run")
         latest = resumable(recipe, run, type(self).__name__) if resume else None
         self.modalities = self.read(recipe)
         start = open_start(recipe, self.modalities) if latest is None else None
-        self.data = StepBatches(recipe, self.modalities, progress=track)
+        self.data = StepBatches(recipe, self.modalities, track, distributed.rank(), distributed.world())
         self.sources = self.data.fingerprints()
         changed = changed_sources(latest, self.sources, allow_changed_data) if latest else []
         if latest is None:
@@ -143,7 +155,10 @@ class Training:
         self.model = self.build(recipe, self.modalities, sizes).to(self.device).train()
         if start is not None:
             console.print(start.load(self.model, self.data.classes), soft_wrap=True, markup=False)
+        if latest is not None:
+            load_weights(self.model, latest / "model.safetensors")
         open_sets(self.model, recipe, self.modalities)
+        distributed.shard(self.model, self.model.blocks(), ("encode", "project"))
         encode = compiled_encode(self.model, len(self._signatures())) if recipe.train.compile else self.model.encode
         self.encode = in_pieces(encode, recipe.batch.micro)
         self.optimizers = make_optimizers(recipe.optimizer, self.model)
@@ -152,12 +167,14 @@ class Training:
             self.averaged = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         state: dict[str, Any] = {}
         if latest is not None:
-            state = load_checkpoint(latest, self.model, self.optimizers, self.averaged)
+            state = load_training(latest, self.model, self.optimizers, self.averaged)
             self.step = state["step"]
         self.saved = self.step
         self.cursors = self.data.load_cursors(state.get("cursors", {}), changed)
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        distributed.wait()  # Until none looks for a run that is there already.
+        if distributed.rank() == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         self.metrics = Metrics(run, self.step, state.get("totals"))
         self.bad = BadExamples(run, self.step, recipe.train.max_bad, state.get("bad"))
         self.grad_norm = 0.0
@@ -185,9 +202,9 @@ class Training:
         visit, recipe = loaded.visit, self.recipe
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip or math.inf)
         # This waits for a GPU to end the backward pass: the price of never updating with what is not finite.
-        self.grad_norm = float(norm)
+        self.grad_norm = float(distributed.whole(norm))
         if not math.isfinite(self.grad_norm):
-            rows = ", ".join(self.data.sources[visit.task].where(row) for row in loaded.batch.rows[:8])
+            rows = ", ".join(self._suspects(loaded, losses))
             raise UserError(
                 f"step {visit.step}, task {visit.task}: the loss ({float(losses.total.detach()):g}) or its gradient is "
                 f"not finite; nothing was updated; its {len(loaded.batch)} examples begin with {rows}"
@@ -204,6 +221,13 @@ class Training:
             torch._foreach_lerp_(list(self.averaged.values()), list(self.model.state_dict().values()), 1 - decay)
         self.step = visit.step + 1
 
+    def _suspects(self, loaded: Loaded, losses: Losses) -> list[str]:
+        """Names of the first examples of the processes whose loss is not finite; of all where every loss is."""
+        source = self.data.sources[loaded.visit.task]
+        names = [source.where(row) for row in loaded.batch.rows[:8]]
+        finite = math.isfinite(float(losses.total.detach()))
+        return distributed.told_to_all([] if finite else names) or names
+
     def record(self, loaded: Loaded, losses: Losses, waited: float, bar: StepBar) -> None:
         """Adds a step to the metrics, and writes and shows a line when one is due."""
         visit = loaded.visit
@@ -217,7 +241,7 @@ class Training:
             shown = {name: figures["loss"] for name, figures in line["tasks"].items()}
             bar.report(self.step, shown, line["examples_per_s"], line["data_wait"])
         # Last, for it may end the run, whose checkpoint then holds all of this step.
-        self.bad.add(visit.step, visit.task, len(loaded.batch), loaded.bad)
+        self.bad.add(visit.step, visit.task, visit.batch, distributed.told_to_all(loaded.bad))
 
     def due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0 and self.step < self.recipe.train.steps
@@ -237,10 +261,21 @@ class Training:
             "bad": self.bad.state,
             "totals": {task: dict(units) for task, units in self.metrics.totals.items()},
         }
-        save_checkpoint(
-            self.run, self.step, self.recipe.train.keep, state, self.optimizers, self.averaged,
-            self.model, self.recipe, self.modalities, self.data.classes,
-        )  # fmt: skip
+        moments = distributed.gathered(moments_of(self.model, self.optimizers))
+        averaged = None if self.averaged is None else distributed.gathered(self.averaged)
+        model = self.whole_model()
+
+        def write() -> None:
+            assert model is not None
+            save_checkpoint(
+                self.run, self.step, self.recipe.train.keep, state, moments, averaged,
+                model, self.recipe, self.modalities, self.data.classes,
+            )  # fmt: skip
+
+        try:
+            distributed.alone(write)
+        except UserError as error:
+            raise NotSaved(str(error)) from None
         self.saved = self.step
 
     def evaluate(self, progress: Any = None) -> None:
@@ -251,28 +286,44 @@ class Training:
         """
         if not self.recipe.evaluation.sets:
             return
-        with self._averaged_weights():
-            results = evaluate(self.model, self.recipe, self.modalities, step=self.step, progress=progress)
-        self.metrics.results(self.run, results)
-        console.print(table(results))
-        if self.recipe.evaluation.best:
-            there = {self.step, *map(step_of, checkpoints(self.run))}
-            best = best_step(self.run / "results.jsonl", self.recipe.evaluation.best, there)
+        model, told = self.whole_model(self.averaged), {"stopped": False, "best": 0}
+
+        def measure() -> None:
+            assert model is not None
+            try:
+                results = evaluate(
+                    model.to(self.device), self.recipe, self.modalities, step=self.step, progress=progress
+                )
+            except _Stopped:
+                told["stopped"] = True
+                return
+            self.metrics.results(self.run, results)
+            console.print(table(results))
+            if self.recipe.evaluation.best:
+                there = {self.step, *map(step_of, checkpoints(self.run))}
+                told["best"] = best_step(self.run / "results.jsonl", self.recipe.evaluation.best, there)
+
+        distributed.alone(measure)
+        if distributed.total(told["stopped"]):
+            raise _Stopped
+        if best := distributed.total(told["best"]):
             if best == self.step:
                 self.save()
-            mark_best(self.run, best)
+            if distributed.rank() == 0:
+                mark_best(self.run, best)
 
-    @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        if self.averaged is None:
-            yield
-            return
-        trained = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.model.load_state_dict(self.averaged)
-        try:
-            yield
-        finally:
-            self.model.load_state_dict(trained)
+    def whole_model(self, tensors: Mapping[str, Tensor] | None = None) -> Embedder | None:
+        """The model, or one with these tensors in the place of its own, in the first process; in others None."""
+        if tensors is None and distributed.world() == 1:
+            return self.model
+        found = distributed.gathered(self.model.state_dict() if tensors is None else tensors)
+        if distributed.rank():
+            return None
+        sizes = {name: len(values) for name, values in self.data.classes.items()}
+        with torch.random.fork_rng():
+            model = self.build(self.recipe, self.modalities, sizes)
+        model.load_state_dict(found)
+        return model
 
     def _signatures(self) -> set[tuple[str, int, int]]:
         """The shapes of all passes: modality, examples, tokens."""
@@ -336,17 +387,30 @@ class _Stop:
     requested = False
 
     def watch(self, items: Iterable[T], _: str = "") -> Iterator[T]:
-        """Passes the items on until a stop is asked for, which raises `_Stopped` between two of them."""
-        try:
-            for item in items:
-                yield item
-                if self.requested:
-                    raise _Stopped
-        except RuntimeError:
-            # The signal may have killed the loader's workers too.
-            if not self.requested:
-                raise
-            raise _Stopped from None
+        """Passes the items on until a stop is asked for, which raises `_Stopped` between two of them.
+
+        What stops one process, a signal or bad data, stops all of them at the same step.
+        """
+        iterator = iter(items)
+        while True:
+            found: list[T] = []
+            why: list[str] = []
+            try:
+                found = [next(iterator)]
+            except StopIteration:
+                return
+            except UserError as error:
+                why = [str(error)]
+            except RuntimeError:
+                # The signal may have killed the loader's workers too.
+                if not self.requested:
+                    raise
+                why = [""]
+            if why := distributed.told_to_all(why):
+                raise UserError(max(why)) if max(why) else _Stopped
+            yield found[0]
+            if distributed.total(self.requested):
+                raise _Stopped
 
 
 @contextmanager

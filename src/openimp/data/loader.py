@@ -59,22 +59,30 @@ class Loaded:
 class StepBatches(Dataset[Loaded]):
     """The batch of each step of a recipe: `dataset[step]`."""
 
-    def __init__(self, recipe: Recipe, modalities: dict[str, Modality], progress: Any = None) -> None:
+    def __init__(
+        self, recipe: Recipe, modalities: dict[str, Modality], progress: Any = None, part: int = 0, parts: int = 1
+    ) -> None:
         """Opens the sources, fits the modalities to the training data, and fills the caches.
 
         Args:
             recipe: what to read.
             modalities: an instance for each modality; those that learn from data are fitted here unless they were.
             progress: wraps an iterable to show its progress, `progress(iterable, description)`.
+            part: which of the `parts` equal parts of each batch to make.
 
         Raises:
-            UserError: a source or a column that is not there.
+            UserError: a source or a column that is not there, or a batch that has no equal parts.
         """
         self.recipe = recipe
         self.modalities = modalities
         self.schedule = Alternation(recipe)
-        self.stores: dict[tuple[str, str, str], DecodedStore] = {}
+        self.part, self.parts = part, parts
         tasks = {name: task for name, task in recipe.tasks.items() if task.weight}
+        for name, task in tasks.items():
+            for size in (view.batch or task.batch for view in task.views):
+                if size % parts:
+                    raise UserError(f"tasks.{name}: a batch of {size} cannot be dealt out to {parts} processes")
+        self.stores: dict[tuple[str, str, str], DecodedStore] = {}
         tables: dict[str, Table | Stream] = {}
         for name, task in tasks.items():
             source = tables.get(task.source) or open_source(task.source, recipe.sources[task.source])
@@ -138,11 +146,14 @@ class StepBatches(Dataset[Loaded]):
     def __getitem__(self, step: int) -> Loaded:
         visit = self.schedule[step]
         task = self.recipe.tasks[visit.task]
-        positions = np.arange(visit.start, visit.start + visit.batch)
+        size = visit.batch // self.parts
+        first = self.part * size
+        positions = np.arange(visit.start + first, visit.start + first + size)
         source = self.sources[visit.task]
         columns = sorted(self._columns(task))
         if isinstance(source, Stream):
             examples = source.read(seed_key(self.recipe.seed, visit.task), visit.start, visit.batch)
+            examples = examples[first : first + size]
             rows = positions
         else:
             rows = rows_at(self.recipe.seed, visit.task, len(source), positions)

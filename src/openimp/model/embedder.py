@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from openimp.distributed import mean
 from openimp.modalities import Tokens
 from openimp.model.moe import RouterStats
 from openimp.recipe import Model
@@ -46,7 +47,8 @@ def in_pieces(encode: Encode, micro: int | None) -> Encode:
             return encode(inputs)
         pieces = zip(*(tokens.split(micro) for tokens in inputs.values()))
         done = [checkpoint(encode, dict(zip(inputs, piece)), use_reentrant=False) for piece in pieces]
-        shares = [part.sum() / valid.sum().clamp(min=1) for part in valid.split(micro)]
+        # Of the tokens of all processes, as the routers' means are.
+        shares = [mean(part.sum().float()) / mean(valid.sum().float()).clamp(min=1) for part in valid.split(micro)]
         routing = [RouterStats.mean(stats, shares) for stats in zip(*(piece.routing for piece in done))]
         return Encoded(torch.cat([piece.features for piece in done]), routing)
 
@@ -89,6 +91,10 @@ class Embedder(nn.Module, ABC):
     @abstractmethod
     def hidden_matrices(self) -> dict[Tensor, None]:
         """The weights that take hidden features to hidden features, in order: those that Muon may update."""
+
+    def blocks(self) -> list[nn.Module]:
+        """The parts that hold most parameters, to be gathered one after the other where a model is in shards."""
+        return []
 
     @abstractmethod
     def limit_temperatures(self) -> None:

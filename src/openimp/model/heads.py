@@ -1,6 +1,7 @@
 """From pooled features to the common space, and the learned temperatures."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +32,16 @@ class Temperature(nn.Module):
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        # Of one element and not scalars, which cannot be cut into shards.
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
         # SigLIP's start (arXiv 2303.15343, section 3.2): most pairs are negatives, so begin near "no".
-        self.bias = nn.Parameter(torch.tensor(-10.0))
+        self.bias = nn.Parameter(torch.tensor([-10.0]))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in self.state_dict():  # They were scalars once.
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = state_dict[prefix + name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def scale(self) -> Tensor:

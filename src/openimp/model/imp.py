@@ -108,6 +108,9 @@ class IMP(Embedder):
             if isinstance(module, nn.Linear) and not name.startswith("classifiers.") and not name.endswith(".embed")
         }
 
+    def blocks(self) -> list[nn.Module]:
+        return [*self.encoder.blocks, *(block for own in self.encoder.own.values() for block in own.children())]
+
     def limit_temperatures(self) -> None:
         for pair in self.pairs:
             self.temperature(*pair).limit()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openimp.device import full_precision
+from openimp.distributed import mean
 from openimp.recipe import ACROSS, MoE
 
 
@@ -134,10 +135,12 @@ class Router(nn.Module):
         self, logits_BLE: Tensor, probs_BLE: Tensor, valid_BL: Tensor, routing: Routing, valid_GN: Tensor
     ) -> RouterStats:
         config = self.config
-        count = valid_BL.sum().clamp(min=1)
+        # Of a mean process, so that the mean over the processes is that over all tokens.
+        count = mean(valid_BL.sum().float()).clamp(min=1)
         aux = config.z_loss * (logits_BLE.logsumexp(-1).square() * valid_BL).sum() / count
         if config.routing == "token_choice":
-            first_E = (F.one_hot(probs_BLE.argmax(-1), config.experts) * valid_BL[..., None]).sum((0, 1)) / count
+            first_E = (F.one_hot(probs_BLE.argmax(-1), config.experts) * valid_BL[..., None]).sum((0, 1))
+            first_E = mean(first_E.float()) / count
             prob_E = (probs_BLE * valid_BL[..., None]).sum((0, 1)) / count
             aux = aux + config.balance_loss * config.experts * (first_E * prob_E).sum()
         with torch.no_grad():

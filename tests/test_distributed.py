@@ -1,0 +1,189 @@
+"""Several processes, as torchrun starts them, against one: gradients, a whole training, and one that goes on elsewhere.
+
+torchrun runs this very file to compute the gradients of all cases.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from openimp import distributed
+from openimp.data.loader import make_loader
+from openimp.metrics import read_lines
+from openimp.recipe import Recipe
+from openimp.train import Training
+
+COMMON = ["train.precision=fp32", "tasks.heard.batch=8", "tasks.named.views.1.batch=8", "train.steps=24"]
+CASES = {
+    "sparse": [],
+    "dense, sigmoid": [
+        "model.moe=null",
+        "tasks.named.objectives=[{type: contrastive, loss: sigmoid}, {type: classification, label: label}]",
+    ],
+    "soft, several texts": [
+        "model.moe={experts: 2, layers: 1, routing: soft}",
+        'tasks.named.inputs.text={column: "a {label} square", draw: 2}',
+    ],
+    "in pieces": ["batch={micro: 2, recompute: true}", "model.moe.z_loss=1"],
+    "Muon": ["optimizer={muon_lr: 0.1, warmup: 1}"],
+    "disjoint, a stem's own block": ["model.space=disjoint", "model.own_layers=1"],
+}
+
+
+def gradients(training: Training) -> dict[str, Tensor]:
+    """Whole, of a step of each task, by task and parameter."""
+    found: dict[str, Tensor] = {}
+    for loaded in make_loader(training.data, 0):
+        task = loaded.visit.task
+        if f"{task} loss" not in found:
+            losses = training.forward(loaded)
+            losses.total.backward()
+            found[f"{task} loss"] = distributed.mean(losses.total.detach())
+            for name, parameter in training.model.named_parameters():
+                if parameter.grad is not None:
+                    found[f"{task} {name}"] = distributed.whole(parameter.grad).clone()
+            training.model.zero_grad()
+    if training.recipe.optimizer.muon_lr:
+        training.update(training.data[0])
+        found |= {
+            f"named {i} updated": distributed.whole(w.detach()) for i, w in enumerate(training.model.hidden_matrices())
+        }
+    return found
+
+
+def write_gradients(folder: Path, out: Path) -> None:
+    """Of all cases, a file each, by the first process."""
+    for name, changes in CASES.items():
+        training = Training(
+            Recipe.load(folder / "recipe.yaml", [*COMMON, "evaluation={}", *changes]), out / f"run {name}", False
+        )
+        found = gradients(training)
+        if distributed.rank() == 0:
+            save_file(found, out / f"{name}.safetensors")
+
+
+def torchrun(processes: int, *command: object, restarts: int = 0) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+            "--max-restarts", str(restarts), *map(str, command)]  # fmt: skip
+
+
+def signalled(torchrun: subprocess.Popen[str], at: str, number: signal.Signals) -> list[str]:
+    """All lines that torchrun's processes print, of which the last one gets a signal when a line begins with `at`."""
+    assert torchrun.stdout is not None
+    lines: list[str] = []
+    for line in torchrun.stdout:
+        if line.startswith(at) and not any(before.startswith(at) for before in lines):
+            children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+            os.kill(int(children[-1]), number)
+        lines.append(line)
+    return lines
+
+
+@pytest.fixture(scope="module")
+def alone(little_data, tmp_path_factory) -> Path:
+    """The gradients of one process."""
+    out = tmp_path_factory.mktemp("alone")
+    write_gradients(little_data, out)
+    return out
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_have_the_gradients_of_one(little_data, alone, tmp_path, processes):
+    subprocess.run(torchrun(processes, __file__, little_data, tmp_path), check=True, capture_output=True, timeout=300)
+    for name in CASES:
+        expected, found = (load_file(folder / f"{name}.safetensors") for folder in (alone, tmp_path))
+        assert found.keys() == expected.keys()
+        assert len({key.split()[0] for key in found}) == 2
+        for key, value in expected.items():
+            if key.endswith("updated"):  # Orthogonal in bf16: each number may differ by more, all together by little.
+                assert (found[key] - value).norm() < 0.02 * value.norm(), f"{name}, {key}"
+                continue
+            torch.testing.assert_close(
+                found[key].view_as(value), value, rtol=1e-4, atol=1e-6, msg=lambda m, k=f"{name}, {key}": f"{k}: {m}"
+            )
+
+
+def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, tmp_path):
+    """A signal to one of the two stops both after the same step."""
+    command = ["-m", "openimp", "train", little_data / "recipe.yaml"]
+    for change in COMMON:
+        command += ["--set", change]
+    one, two, four = (tmp_path / name for name in ("one", "two", "four"))
+    subprocess.run([sys.executable, *command, "--run", one], check=True, capture_output=True, timeout=300)
+
+    started = subprocess.Popen(torchrun(2, *command, "--run-dir", two), stdout=subprocess.PIPE, text=True)
+    *_, last = signalled(started, "step 6/24", signal.SIGTERM)
+    assert started.wait(timeout=300) == 0
+    assert last.startswith("stopped at step"), last
+    (saved,) = [path.name for path in (two / "checkpoints").iterdir() if path.name > "step-00000005"]
+    assert saved < "step-00000024"
+
+    subprocess.run(["cp", "-r", two, four], check=True)
+    subprocess.run([sys.executable, *command, "--run", two, "--resume"], check=True, capture_output=True, timeout=300)
+    # Four, of which one is killed; torchrun starts all again, and they go on from step 15.
+    resumed = torchrun(4, *command, "--run-dir", four, "--resume", restarts=1)
+    restarted = subprocess.Popen(resumed, stdout=subprocess.PIPE, text=True)
+    steps = [line.split()[1] for line in signalled(restarted, "step 17/24", signal.SIGKILL) if line.startswith("step ")]
+    assert restarted.wait(timeout=300) == 0
+    assert steps[-1] == "24/24"
+    assert steps.count("17/24") == 2
+
+    lines = read_lines(one / "metrics.jsonl")
+    for run in (two, four):
+        for file in ("model.safetensors", "ema.safetensors"):
+            expected, found = (load_file(r / "checkpoints" / "step-00000024" / file) for r in (one, run))
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                assert (found[name] - value).norm() <= 2e-3 * value.norm() + 1e-4, f"{file}, {name}"
+        for line, other in zip(lines, read_lines(run / "metrics.jsonl"), strict=True):
+            assert [*line["tasks"]] == [*other["tasks"]]
+            for task, figures in line["tasks"].items():
+                assert other["tasks"][task] == pytest.approx(figures, rel=1e-3)
+            assert line["totals"] == other["totals"]
+        (first, *_), (same, *_) = (read_lines(folder / "results.jsonl") for folder in (one, run))
+        assert same["top1"] == first["top1"]
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_told(little_data, tmp_path):
+    command = ["-m", "openimp", "train", little_data / "recipe.yaml", "--set", "tasks.heard.batch=7"]
+    done = subprocess.run(torchrun(2, *command, "--run-dir", tmp_path / "run"), capture_output=True, text=True)
+    assert done.returncode
+    assert "tasks.heard: a batch of 7 cannot be dealt out to 2 processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_that_fails_in_the_first_process_ends_all_and_loses_no_step(own_data, tmp_path):
+    """Its data is spoilt after the start, which looks at the source but reads no file of it."""
+    shutil.copytree(own_data / "pictures", own_data / "others")
+    command = ["-m", "openimp", "train", own_data / "recipe.yaml"]
+    for change in [*COMMON, "sources.others={path: others}", "evaluation.sets.colours.source=others"]:
+        command += ["--set", change]
+    run = tmp_path / "run"
+    started = subprocess.Popen(
+        torchrun(2, *command, "--run-dir", run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert started.stdout is not None
+    assert started.stderr is not None
+    for line in started.stdout:
+        if line.startswith("step 2/24"):
+            for file in (own_data / "others").rglob("*.png"):
+                file.write_bytes(b"no picture")
+    told = started.stderr.read()
+    assert started.wait(timeout=300)
+    assert told.count("openimp: evaluation.sets.colours") == 2
+    assert "Timed out" not in told
+    assert (run / "checkpoints" / "step-00000024" / "manifest.json").exists()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    write_gradients(Path(sys.argv[1]), Path(sys.argv[2]))
+    distributed.leave()
