@@ -141,7 +141,8 @@ def draw_cosines(found: Found) -> Any:
             a, b = (tasks.index(name) for name in pair.split("|"))
             grid[a, b] = grid[b, a] = statistics.mean(values)
             for x, y in {(a, b), (b, a)}:
-                axis.text(x, y, f"{grid[a, b]:.2f}", ha="center", va="center", fontsize=9, color=INK)
+                ink = "white" if abs(grid[a, b]) > 0.6 * largest else INK
+                axis.text(x, y, f"{grid[a, b]:.2f}", ha="center", va="center", fontsize=9, color=ink)
         image = axis.imshow(grid, cmap="RdBu", vmin=-largest, vmax=largest)
         axis.set_title(arm, fontsize=9)
         axis.set_xticks(range(len(tasks)), tasks, fontsize=8)
