@@ -31,8 +31,8 @@ REFUSED = {
     "known: batch, image, share",
     "modalities.vision.pach=8": "modalities.vision: unknown key 'pach'; did you mean 'patch'?",
     "modalities.visions={}": "modalities: unknown key 'visions'; did you mean 'vision'?",
-    "zzz=1": "unknown key 'zzz'; known: alternation, batch, evaluation, modalities, model, name, optimizer, seed, sources, "
-    "tasks, train",
+    "zzz=1": "unknown key 'zzz'; known: alternation, batch, evaluation, modalities, model, name, optimizer, seed, "
+    "sources, tasks, train",
     # A wrong type or value is answered with what was expected and what was found.
     "train.steps=many": "train.steps: Input should be a valid integer, found 'many'",
     "train.steps='7'": "train.steps: Input should be a valid integer, found '7'",
