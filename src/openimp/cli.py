@@ -136,7 +136,7 @@ def study(
 def main() -> None:
     """Runs a command; what the user can mend, files that cannot be used too, is told in one line, with exit code 2."""
     # Threads of torch's that wait for one another would keep the cores busy for milliseconds that the loader's workers
-    # could use: on two cores with one worker a step of the demo takes a tenth longer. Read when torch is loaded.
+    # could use; on two cores with one worker they cost the demo's steps time. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
