@@ -31,8 +31,8 @@ REFUSED = {
     "known: batch, image, share",
     "modalities.vision.pach=8": "modalities.vision: unknown key 'pach'; did you mean 'patch'?",
     "modalities.visions={}": "modalities: unknown key 'visions'; did you mean 'vision'?",
-    "zzz=1": "unknown key 'zzz'; known: alternation, batch, evaluation, modalities, model, name, optimizer, seed, "
-    "sources, tasks, train",
+    "zzz=1": "unknown key 'zzz'; known: alternation, batch, evaluation, modalities, model, name, optimizer, parallel, "
+    "seed, sources, tasks, train",
     # A wrong type or value is answered with what was expected and what was found.
     "train.steps=many": "train.steps: Input should be a valid integer, found 'many'",
     "train.steps='7'": "train.steps: Input should be a valid integer, found '7'",
@@ -57,6 +57,7 @@ REFUSED = {
     # Parts must fit each other.
     "model.heads=3": "model: width 32 is no multiple of heads 3",
     "model.moe.layers=3": "model: moe.layers 3 is more than layers 2",
+    "parallel.experts=3": "parallel.experts: 3 processes cannot share 2 experts evenly",
     "model.moe.top_k=3": "model: moe.top_k 3 is more than moe.experts 2",
     "sources.pictures={}": "sources.pictures: give exactly one of path and hub",
     "sources.pictures.hub=x/y": "sources.pictures: give exactly one of path and hub",

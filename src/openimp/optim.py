@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
+from openimp.distributed import on_one_mesh
 from openimp.model.embedder import Embedder
 from openimp.recipe import Optimizer, Recipe
 
@@ -17,9 +18,11 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
     """
     hidden = model.hidden_matrices() if options.muon_lr else {}
     rest = [parameter for parameter in model.parameters() if parameter not in hidden]
+    decay = {True: options.weight_decay, False: 0.0}
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": group, "weight_decay": decay[is_matrix]}
+        for is_matrix in decay
+        for group in on_one_mesh(p for p in rest if (p.ndim >= 2) == is_matrix)
     ]
     betas = (options.betas[0], options.betas[1])
     made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)]

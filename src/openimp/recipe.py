@@ -242,6 +242,17 @@ class BatchMemory(Strict):
     """Forget the activations within each block of the encoder and compute them again (arXiv 1604.06174)."""
 
 
+class Parallel(Strict):
+    """How torchrun's processes hold the model between them; losses and gradients are the same in any way."""
+
+    shard: Count | None = None
+    """Processes that share one copy of weights, gradients and moments (FSDP2); each such group has its own (HSDP). 1: a
+    whole copy in every process, for small models. null: all processes share one."""
+    experts: Count = 1
+    """Processes that share the experts of each sparse layer, each with some of them whole; tokens travel to them and
+    back (expert parallelism). They are among those that share a copy, unless every process has a whole one."""
+
+
 class Train(Strict):
     """The loop."""
 
@@ -289,6 +300,8 @@ class Recipe(Strict):
     """How weights are updated."""
     batch: BatchMemory = BatchMemory()
     """How large batches fit into memory."""
+    parallel: Parallel = Parallel()
+    """How several processes hold the model."""
     train: Train = Train()
     """How long, how, and what is kept."""
     evaluation: Evaluation = Evaluation()
@@ -325,6 +338,9 @@ class Recipe(Strict):
                 f"{where}: batch.micro: routing {self.model.moe.routing} looks at the whole batch at once; "
                 "expert_choice and soft do not"
             )
+        experts, owners = self.model.moe.experts if self.model.moe else 0, self.parallel.experts
+        if owners > 1 and (experts == 0 or experts % owners):
+            raise UserError(f"{where}: parallel.experts: {owners} processes cannot share {experts} experts evenly")
         stems = {}
         for name in self.modality_names:
             try:

@@ -10,7 +10,7 @@ from openimp.recipe import Recipe
 from openimp.recipe_file import flat
 
 FREE = {"train.workers", "train.prefetch", "train.log_every", "train.save_every", "train.keep", "train.max_bad"}
-"""Keys that change nothing of what a resumed run computes, like all of `evaluation`."""
+"""Keys that change nothing of what a resumed run computes, like all of `evaluation` and `parallel`."""
 
 
 def resumable(recipe: Recipe, run: Path, loop: str) -> Path:
@@ -28,7 +28,7 @@ def resumable(recipe: Recipe, run: Path, loop: str) -> Path:
     before, _, _ = read_config(folder, None)
     ours, theirs = flat(recipe.to_dict()), flat(before.to_dict())
     for key in sorted(ours.keys() | theirs.keys()):
-        free = key in FREE or key.startswith("evaluation.")
+        free = key in FREE or key.startswith(("evaluation.", "parallel."))
         if not free and ours.get(key) != theirs.get(key):
             was, now = theirs.get(key), ours.get(key)
             raise UserError(f"{folder}: made by another recipe: {key} is {was!r} there, {now!r} here")

@@ -158,7 +158,10 @@ class Training:
         if latest is not None:
             load_weights(self.model, latest / "model.safetensors")
         open_sets(self.model, recipe, self.modalities)
-        distributed.shard(self.model, self.model.blocks(), ("encode", "project"))
+        self.copies = distributed.spread(
+            self.model, self.model.blocks(), self.model.experts(), ("encode", "project"),
+            recipe.parallel.shard, recipe.parallel.experts,
+        )  # fmt: skip
         encode = compiled_encode(self.model, len(self._signatures())) if recipe.train.compile else self.model.encode
         self.encode = in_pieces(encode, recipe.batch.micro)
         self.optimizers = make_optimizers(recipe.optimizer, self.model)
@@ -184,6 +187,7 @@ class Training:
         """One step: one task's losses, their gradients, and one update of the parameters that the task touches."""
         losses = self.forward(loaded)
         losses.total.backward()
+        distributed.average_gradients(self.copies)
         self.apply_gradients(loaded, losses)
         return losses
 
@@ -200,9 +204,9 @@ class Training:
             UserError: the loss or its gradient is not finite.
         """
         visit, recipe = loaded.visit, self.recipe
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip or math.inf)
+        norm = distributed.clip_gradients(self.model.parameters(), recipe.optimizer.clip or math.inf)
         # This waits for a GPU to end the backward pass: the price of never updating with what is not finite.
-        self.grad_norm = float(distributed.whole(norm))
+        self.grad_norm = float(norm)
         if not math.isfinite(self.grad_norm):
             rows = ", ".join(self._suspects(loaded, losses))
             raise UserError(
@@ -218,7 +222,11 @@ class Training:
         if self.averaged is not None:
             # A short history is averaged over a short time (as in timm's ModelEmaV3 with warm-up).
             decay = min(recipe.optimizer.ema or 0, (1 + visit.step) / (10 + visit.step))
-            torch._foreach_lerp_(list(self.averaged.values()), list(self.model.state_dict().values()), 1 - decay)
+            averaged, weights = (
+                [distributed.own_part(tensor) for tensor in tensors.values()]
+                for tensors in (self.averaged, self.model.state_dict())
+            )
+            torch._foreach_lerp_(averaged, weights, 1 - decay)
         self.step = visit.step + 1
 
     def _suspects(self, loaded: Loaded, losses: Losses) -> list[str]:

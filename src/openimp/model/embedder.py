@@ -96,6 +96,10 @@ class Embedder(nn.Module, ABC):
         """The parts that hold most parameters, to be gathered one after the other where a model is in shards."""
         return []
 
+    def experts(self) -> list[nn.Module]:
+        """The parts whose parameters have experts as their first dimension, which processes may share."""
+        return []
+
     @abstractmethod
     def limit_temperatures(self) -> None:
         """Keeps the learned scales of similarities within their limits, after each update."""

@@ -15,6 +15,7 @@ from openimp.model.embedder import Embedder, Encoded
 from openimp.model.embedding import Stem
 from openimp.model.encoder import Encoder
 from openimp.model.heads import Projection, Temperature
+from openimp.model.moe import Experts
 from openimp.recipe import Contrastive, Model, Recipe
 
 
@@ -110,6 +111,9 @@ class IMP(Embedder):
 
     def blocks(self) -> list[nn.Module]:
         return [*self.encoder.blocks, *(block for own in self.encoder.own.values() for block in own.children())]
+
+    def experts(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, Experts)]
 
     def limit_temperatures(self) -> None:
         for pair in self.pairs:

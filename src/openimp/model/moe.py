@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openimp.device import full_precision
-from openimp.distributed import mean
+from openimp.distributed import from_owners, mean, owned, to_owners
 from openimp.recipe import ACROSS, MoE
 
 
@@ -167,9 +167,10 @@ class Experts(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, x_ESD: Tensor) -> Tensor:
-        """(E, S, D) to (E, S, D): expert e works on its own S slots."""
-        hidden_ESF = F.gelu(torch.bmm(x_ESD, self.up_EDF), approximate="tanh")
-        return torch.bmm(hidden_ESF, self.down_EFD)
+        """(E, S, D) to (E, S, D): expert e works on its own S slots, in the process that has it."""
+        (up_EDF, down_EFD), group = owned((self.up_EDF, self.down_EFD))
+        hidden_ESF = F.gelu(torch.bmm(to_owners(x_ESD, group), up_EDF), approximate="tanh")
+        return from_owners(torch.bmm(hidden_ESF, down_EFD), group)
 
 
 class SparseMLP(nn.Module):
