@@ -7,8 +7,8 @@ import torch
 from rich.table import Table
 
 from openimp.checkpoint import checkpoints, load_model, model_folder, read_config, saved_step
-from openimp.data.loader import classes_of
 from openimp.data.sources import open_source
+from openimp.data.targets import classes_of
 from openimp.device import pick_device
 from openimp.distributed import restarted
 from openimp.errors import UserError

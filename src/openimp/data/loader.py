@@ -6,7 +6,6 @@ batch. torch's DataLoader does the rest: it hands steps to workers and gives the
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import sys
@@ -24,8 +23,9 @@ from openimp.data.order import example_rng, permute, rows_at, seed_key
 from openimp.data.sources import Stream, Table, open_source
 from openimp.data.store import DecodedStore
 from openimp.data.tables import Refused
+from openimp.data.targets import classes_of, item_of, labels_of, told_by
 from openimp.data.templates import all_texts, columns_of, fill
-from openimp.errors import UserError, nearest
+from openimp.errors import UserError
 from openimp.modalities import BadMedia, Modality, Tokens
 from openimp.objectives import Batch, head_key
 from openimp.recipe import Classification, Input, Recipe, Task
@@ -178,9 +178,9 @@ class StepBatches(Dataset[Loaded]):
             if isinstance(objective, Classification):
                 values = [examples[i][objective.label] for i in stand_in]
                 index = self._index[head_key(task.source, objective.label)]
-                batch.labels[objective.label] = _labels(values, index, objective, f"{task.source}.{objective.label}")
+                batch.labels[objective.label] = labels_of(values, index, objective, f"{task.source}.{objective.label}")
             elif objective.same:
-                items_of = [_item(examples[i][objective.same], int(rows[i])) for i in stand_in]
+                items_of = [item_of(examples[i][objective.same], int(rows[i])) for i in stand_in]
                 batch.item[objective.same] = torch.tensor(items_of)
         return Loaded(visit, batch, bad, source.cursor() if isinstance(source, Stream) else None)
 
@@ -193,14 +193,14 @@ class StepBatches(Dataset[Loaded]):
                 columns |= set(columns_of(spec.columns))
             else:
                 columns |= {column for column in spec.columns if (name, column) not in stored}
-        return columns | _told_by(task)
+        return columns | told_by(task)
 
     def _read(
         self, visit: Visit, row: int, example: dict[str, Any], rng: np.random.Generator
     ) -> dict[str, list[np.ndarray]]:
         """One example's arrays by modality, `draw` of each, augmented as the view says."""
         task = self.recipe.tasks[visit.task]
-        for column in _told_by(task):
+        for column in told_by(task):
             if isinstance(example[column], Refused):
                 raise BadMedia(example[column].reason)
         arrays: dict[str, list[np.ndarray]] = {}
@@ -343,61 +343,3 @@ def _stand_ins(items: list[Any], message: str, bad: list[tuple[str, str]]) -> li
     if not good:
         raise UserError(f"{message}; first: {bad[0][0]}: {bad[0][1]}")
     return [i if items[i] is not None else good[int(np.searchsorted(good, i)) % len(good)] for i in range(len(items))]
-
-
-def classes_of(source: Table | Stream, objective: Classification, where: str) -> list[Any]:
-    """The classes of a classification, in the order of its head's outputs."""
-    if objective.classes is not None:
-        return list(objective.classes)
-    if isinstance(source, Stream):
-        raise UserError(f"{where}: a streamed source is not read ahead, so name the classes of {objective.label!r}")
-    column = f"{where}: column {objective.label!r} of {source.name}"
-    rows = [value for value in source.column(objective.label) if not isinstance(value, Refused)]
-    values = [item for value in rows for item in _classes(value, objective, column)]
-    missing = sum(value is None for value in values)
-    if missing:
-        raise UserError(f"{column} has {missing} rows without a class")
-    return sorted(set(values), key=lambda value: (str(type(value)), value))
-
-
-def _classes(value: Any, objective: Classification, where: str) -> list[Any]:
-    """The classes of a row: one for softmax; for sigmoid a list, and none where the column is empty.
-
-    Raises:
-        UserError: a list for softmax, or no list for sigmoid.
-    """
-    if objective.loss == "sigmoid" and value is None:
-        return []
-    found = value if isinstance(value, list) else [value]
-    if isinstance(value, list) != (objective.loss == "sigmoid") or any(isinstance(item, list | dict) for item in found):
-        wanted = "a list of classes" if objective.loss == "sigmoid" else "one class"
-        raise UserError(f"{where}: loss {objective.loss} needs {wanted} a row, found {value!r:.60}")
-    return found
-
-
-def _told_by(task: Task) -> set[str]:
-    """The columns that a task's objectives read."""
-    columns = (o.label if isinstance(o, Classification) else o.same for o in task.objectives)
-    return {column for column in columns if column}
-
-
-def _labels(values: list[Any], index: dict[Any, int], objective: Classification, where: str) -> torch.Tensor:
-    try:
-        places = [[index[item] for item in _classes(value, objective, where)] for value in values]
-        if objective.loss == "softmax":
-            return torch.tensor(places)[:, 0]
-        hot = torch.zeros(len(values), len(index))
-        for i, row in enumerate(places):
-            hot[i, row] = 1
-        return hot
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{where}: {error.args[0]!r} is not among its classes{nearest(str(error.args[0]), index)}"
-        ) from None
-
-
-def _item(value: Any, row: int) -> int:
-    """What equal values share; a row without a value is an item of its own."""
-    if value in (None, "", []):
-        value = ("row", row)
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)
