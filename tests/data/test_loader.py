@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from openimp.data import loader
 from openimp.data.loader import Loaded, StepBatches, make_loader
+from openimp.data.order import example_rng, seed_key
 from openimp.data.sources import Stream
+from openimp.data.templates import fill
 from openimp.errors import UserError
 from openimp.ledger import costs
 from openimp.modalities import modalities_of
@@ -55,6 +58,28 @@ def test_batches_are_bitwise_the_same_whatever_the_number_of_workers(little_data
             assert_same(loaded(little_data, f"train.workers={workers}", *longer), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_an_example_is_what_it_would_be_alone(little_data):
+    """Read by itself, one modality after the other with one generator, though a batch goes through them in turn."""
+    data = opened(little_data, "tasks.named.inputs.text={column: [label, 'a {label}'], draw: 3}", NO_EVALUATION)
+    for step in range(4):
+        visit, batch = (item := data[step]).visit, item.batch
+        task = data.recipe.tasks[visit.task]
+        view, source = task.views[visit.view], data.sources[visit.task]
+        key = seed_key(data.recipe.seed, visit.task, "augment")
+        for i, example in enumerate(source.rows(batch.rows)):
+            rng, arrays = example_rng(key, visit.start + i), {}
+            for name, spec in task.inputs.items():
+                modality, arrays[name] = data.modalities[name], []
+                for _ in range(spec.draw):
+                    raw = fill(spec.columns, example, rng) if name == "text" else source.media(example[spec.column])
+                    arrays[name].append(modality.transform(modality.decode(raw, [view[name]], rng), view[name], rng))
+            for name, spec in task.inputs.items():
+                alone = data.modalities[name].tokens(np.stack(arrays[name]), view[name], [rng] * spec.draw)
+                mine = batch.tokens[name].values[i * spec.draw : (i + 1) * spec.draw]
+                torch.testing.assert_close(mine, alone.values, rtol=1e-5, atol=1e-5)
+                assert torch.equal(batch.tokens[name].coords[i * spec.draw : (i + 1) * spec.draw], alone.coords)
 
 
 def test_a_run_goes_on_from_any_step(little_data):

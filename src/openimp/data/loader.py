@@ -160,17 +160,14 @@ class StepBatches(Dataset[Loaded]):
             examples = source.rows(rows.tolist(), columns)
         key = seed_key(self.recipe.seed, visit.task, "augment")
         rngs = [example_rng(key, int(position)) for position in positions]
-        items: list[dict[str, list[np.ndarray]] | None] = []
-        bad = []
-        for row, example, rng in zip(rows.tolist(), examples, rngs):
-            try:
-                items.append(self._read(visit, row, example, rng))
-            except BadMedia as error:
-                items.append(None)
-                bad.append((source.where(row), str(error)))
-        stand_in = _stand_ins(items, f"tasks.{visit.task}: no example of step {step} could be read", bad)
+        told = told_by(task)
+        refused = ((i, example[column]) for i, example in enumerate(examples) for column in told)
+        bad = {i: cell.reason for i, cell in refused if isinstance(cell, Refused)}
+        arrays = {name: self._read(visit, name, rows.tolist(), examples, rngs, bad) for name in task.inputs}
+        named = [(source.where(int(rows[i])), why) for i, why in sorted(bad.items())]
+        stand_in = _stand_ins(size, bad, f"tasks.{visit.task}: no example of step {step} could be read", named)
         batch = Batch(
-            {name: self._tokens(visit, name, items, stand_in, rngs) for name in task.inputs},
+            {name: self._tokens(visit, name, arrays[name], stand_in, rngs) for name in task.inputs},
             {"": torch.from_numpy(rows[stand_in])},
             rows=rows[stand_in].tolist(),
         )
@@ -182,7 +179,7 @@ class StepBatches(Dataset[Loaded]):
             elif objective.same:
                 items_of = [item_of(examples[i][objective.same], int(rows[i])) for i in stand_in]
                 batch.item[objective.same] = torch.tensor(items_of)
-        return Loaded(visit, batch, bad, source.cursor() if isinstance(source, Stream) else None)
+        return Loaded(visit, batch, named, source.cursor() if isinstance(source, Stream) else None)
 
     def _columns(self, task: Task) -> set[str]:
         """The columns of the source that a task reads, less those whose decoded values are in a store."""
@@ -196,18 +193,31 @@ class StepBatches(Dataset[Loaded]):
         return columns | told_by(task)
 
     def _read(
-        self, visit: Visit, row: int, example: dict[str, Any], rng: np.random.Generator
-    ) -> dict[str, list[np.ndarray]]:
-        """One example's arrays by modality, `draw` of each, augmented as the view says."""
-        task = self.recipe.tasks[visit.task]
-        for column in told_by(task):
-            if isinstance(example[column], Refused):
-                raise BadMedia(example[column].reason)
-        arrays: dict[str, list[np.ndarray]] = {}
-        for name, spec in task.inputs.items():
-            view = task.views[visit.view][name]
-            drawn = (self._decode(visit.task, name, spec, view, row, example, rng) for _ in range(spec.draw))
-            arrays[name] = [self.modalities[name].transform(item, view, rng) for item in drawn]
+        self,
+        visit: Visit,
+        name: str,
+        rows: list[int],
+        examples: list[dict[str, Any]],
+        rngs: list[np.random.Generator],
+        bad: dict[int, str],
+    ) -> list[list[np.ndarray]]:
+        """The arrays of one modality, `draw` of each example, augmented as the view says. What is `bad` is passed over,
+        and what cannot be read becomes so.
+
+        The whole batch goes through one modality before the next, for its code and tables stay in the processor's
+        cache. An example has its own randomness, so the order of its draws is the same.
+        """
+        task, modality = self.recipe.tasks[visit.task], self.modalities[name]
+        spec, view = task.inputs[name], task.views[visit.view][name]
+        arrays: list[list[np.ndarray]] = []
+        for i, (row, example, rng) in enumerate(zip(rows, examples, rngs)):
+            arrays.append([])
+            try:
+                for _ in range(spec.draw if i not in bad else 0):
+                    item = self._decode(visit.task, name, spec, view, row, example, rng)
+                    arrays[i].append(modality.transform(item, view, rng))
+            except BadMedia as error:
+                bad[i] = str(error)
         return arrays
 
     def _decode(
@@ -223,13 +233,17 @@ class StepBatches(Dataset[Loaded]):
         return modality.decode(source.media(example[column]), [view], rng)
 
     def _tokens(
-        self, visit: Visit, name: str, items: list[Any], stand_in: list[int], rngs: list[np.random.Generator]
+        self,
+        visit: Visit,
+        name: str,
+        arrays: list[list[np.ndarray]],
+        stand_in: list[int],
+        rngs: list[np.random.Generator],
     ) -> Tokens:
         task = self.recipe.tasks[visit.task]
-        draw = task.inputs[name].draw
-        arrays = [array for i in stand_in for array in items[i][name]]
-        drop_rngs = [rng for rng in rngs for _ in range(draw)]
-        return self.modalities[name].tokens(np.stack(arrays), task.views[visit.view][name], drop_rngs)
+        drop_rngs = [rng for rng in rngs for _ in range(task.inputs[name].draw)]
+        items = np.stack([array for i in stand_in for array in arrays[i]])
+        return self.modalities[name].tokens(items, task.views[visit.view][name], drop_rngs)
 
     def _build_stores(self, tasks: dict[str, Task], progress: Any) -> dict[tuple[str, str, str], DecodedStore]:
         """Decodes the media columns of each cached source once, at the size of the largest view that reads them."""
@@ -337,9 +351,9 @@ def _chunks(n: int, size: int = 4096) -> Iterator[list[int]]:
         yield list(range(start, min(start + size, n)))
 
 
-def _stand_ins(items: list[Any], message: str, bad: list[tuple[str, str]]) -> list[int]:
+def _stand_ins(size: int, bad: Collection[int], message: str, named: list[tuple[str, str]]) -> list[int]:
     """For each place of the batch the index of a readable example: itself, or the next one that is."""
-    good = [i for i, item in enumerate(items) if item is not None]
+    good = [i for i in range(size) if i not in bad]
     if not good:
-        raise UserError(f"{message}; first: {bad[0][0]}: {bad[0][1]}")
-    return [i if items[i] is not None else good[int(np.searchsorted(good, i)) % len(good)] for i in range(len(items))]
+        raise UserError(f"{message}; first: {named[0][0]}: {named[0][1]}")
+    return [good[int(np.searchsorted(good, i)) % len(good)] if i in bad else i for i in range(size)]
