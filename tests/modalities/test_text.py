@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from openimp.errors import UserError
 from openimp.modalities import BadMedia
+from openimp.modalities import text as text_module
 from openimp.modalities.text import END, PAD, Text
 
 CORPUS = ["A red bicycle leans on a wall", "a red car", "Two dogs play with a red ball", "dogs and cats"] * 5
@@ -68,6 +69,29 @@ def test_any_string_is_valid_ids_with_an_end(string, length):
     assert (real[:-1] > END).all()
     assert real.max() < text.stem_spec().values
     assert tokens.mask[0].tolist() == [True] * len(real) + [False] * (length - len(real))
+
+
+SOME = ["a", "red", "Dogs,", "ΑΣ", "don't", "x" * 70, "", "\u0301", "\t", "\u2003"]
+
+
+@given(st.lists(st.sampled_from(SOME) | st.text(), max_size=12).map(" ".join), st.integers(2, 40))
+@settings(max_examples=300, deadline=None)
+def test_words_that_are_looked_up_have_the_ids_of_the_whole_text(string, count):
+    whole = Tokenizer.from_str(STATE["tokenizer.json"]).encode(string, add_special_tokens=False).ids
+    text = Text(Text.Config(vocab=300))
+    text.load_state(STATE)
+    for _ in range(2):  # once told by the tokenizer, once looked up
+        assert (text.decode(string, [Text.View(length=count)]) - 2).tolist() == whole[:count]
+
+
+def test_known_words_do_not_fill_the_memory(text, monkeypatch):
+    monkeypatch.setattr(text_module, "WORDS", 10)
+    some = Text(Text.Config(vocab=400))
+    some.load_state(text.state())
+    for i in range(50):
+        some.tokenize(f"red {i} dogs {'x' * 1000}")
+        assert 0 < len(some._known) <= 10
+        assert "x" * 1000 not in some._known
 
 
 def _state():
@@ -130,6 +154,15 @@ def test_a_tokenizer_from_a_file(tmp_path):
     text.fit(["this is not looked at"])
     assert text.stem_spec().values == 5
     assert text.tokenize("car red bus", length=5).tolist() == [[3, 2, 4, END, PAD]]
+
+
+def test_a_tokenizer_that_joins_words_is_asked_for_whole_texts(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"red car": 5, "red": 0, "car": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(",", "removed")
+    tokenizer.save(str(tmp_path / "words.json"))
+    text = Text(Text.Config(tokenizer=str(tmp_path / "words.json")))
+    text.fit([])
+    assert text.tokenize(["red car,red", "car"], length=4).tolist() == [[7, 2, END, PAD], [3, END, PAD, PAD]]
 
 
 def test_a_file_that_pads_cuts_and_leaves_out_ids(tmp_path):
