@@ -64,10 +64,8 @@ class DecodedStore:
         """
         if row in self._failures:
             raise BadMedia(self._failures[row])
-        shape = self._index["shape"][row]
-        shape = shape[shape >= 0]
-        dtype = np.dtype(str(self._index["dtype"][row]))
-        return np.ndarray(tuple(shape), dtype, self._buffer, int(self._index["offset"][row]))
+        shape = [side for side in self._index["shape"][row].tolist() if side >= 0]
+        return np.ndarray(shape, self._index["dtype"].item(row), self._buffer, self._index["offset"].item(row))
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._folder is not None:
