@@ -228,6 +228,20 @@ def test_speed_moves_pitch_and_length_together():
     assert np.array_equal(AUDIO.transform(item, view, None), AUDIO.transform(item, Audio.View(seconds=1.024), None))
 
 
+@pytest.mark.parametrize("length", [3000, 40_000])
+def test_speed_interpolates_as_numpy_does(length):
+    item = rng(9).integers(-9999, 9999, length).astype(np.int16)
+    view = Audio.View(seconds=1.024, gain=0.0, speed=0.3)
+    for seed in range(20):
+        generator, count = rng(seed), AUDIO.samples(view)
+        speed = 1 + generator.uniform(-0.3, 0.3)
+        heard = int(np.ceil(count * speed))
+        start = int(generator.integers(max(0, length - heard) + 1))
+        sound = np.pad(item[start : start + heard] / 32767, (0, max(0, heard - length)))
+        expected = np.interp(np.arange(count) * speed, np.arange(heard), sound)
+        np.testing.assert_allclose(AUDIO.transform(item, view, rng(seed)), expected, rtol=0, atol=2e-7)
+
+
 def test_a_faster_sound_fills_its_view_too():
     """Cut from the file, and not from the whole sound that a cache holds. The sine swells, so a cut tells its start."""
     raw = file(np.linspace(0.2, 1, 10 * RATE) * sine(1000, seconds=10.0, level=1.0))
@@ -271,6 +285,20 @@ def test_frames_are_where_the_sound_is():
     wave = torch.zeros(1, 16 * 1024)
     wave[0, 8 * 1024 + 512] = 1.0  # the middle of the eighth hop
     assert log_mel(wave, AUDIO.config)[0].mean(-1).argmax() == 8
+
+
+@pytest.mark.parametrize(("window", "hop", "bins"), [(2048, 1024, 128), (1024, 256, 64), (400, 200, 40), (64, 64, 16)])
+def test_a_spectrogram_is_the_logarithm_of_all_filters_times_the_power(window, hop, bins):
+    config = Audio.Config(window=window, hop=hop, bins=bins, patch=(1, bins))
+    waves = torch.from_numpy(rng().standard_normal((5, 16_384 // hop * hop)) * 0.1)
+    hann = torch.hann_window(window, dtype=torch.float64)
+    missing = window - hop
+    padded = torch.nn.functional.pad(waves, (missing // 2, missing - missing // 2))
+    spectrum = torch.stft(padded, window, hop, window=hann, center=False, return_complex=True)
+    power = (spectrum.abs() * 2 / hann.sum()) ** 2
+    filters = torch.from_numpy(mel_filters(RATE, window, bins, config.low, config.high)).double()
+    expected = torch.log(power.mT @ filters + 1e-10)
+    torch.testing.assert_close(log_mel(waves, config).double(), expected, rtol=0, atol=1e-4)
 
 
 def test_a_sound_has_the_same_spectrogram_in_any_batch():

@@ -28,6 +28,8 @@ FLOOR = 1e-10
 """Added to the power before the logarithm, as a share of a full-scale sine's: -100 dB."""
 RANGE = 7 * np.log(10)
 """Of the logarithm of the power that a spectrogram shows: 70 dB."""
+BAND = 16
+"""Mel bins that are computed in one product: neighbours, which hear but a part of the spectrum."""
 COLOURS = ((10, 8, 30), (80, 18, 110), (185, 45, 100), (245, 125, 50), (252, 240, 165))
 """Of a spectrogram, red, green and blue, from what is silent to what is loud; the luminance rises evenly."""
 
@@ -159,7 +161,7 @@ class Audio(Modality):
         gain = 10 ** (rng.uniform(-view.gain, view.gain) / 20)
         sound = _cut(item, start, heard)
         if view.speed:
-            sound = np.interp(np.arange(count) * speed, np.arange(heard), sound).astype(np.float32)
+            sound = _at_speed(sound, speed, count)
         return (sound * np.float32(gain)).clip(-1, 1)
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
@@ -183,11 +185,12 @@ class Audio(Modality):
 
     def _tokens(self, waves: torch.Tensor, drop: float, rngs: list[np.random.Generator] | None) -> Tokens:
         config = self.config
-        spectrum = (log_mel(waves, config) - config.mean) / config.std
+        spectrum = log_mel(waves, config)
         counts = (spectrum.shape[1] // config.patch[0], spectrum.shape[2] // config.patch[1])
         coords = coordinates(counts, config.patch, config.extent, config.tables).to(waves.device)
         keep = drop_tokens(len(coords), drop, rngs)
-        return Tokens(patchify(spectrum[..., None], config.patch, keep), batch_coordinates(coords, len(waves), keep))
+        values = (patchify(spectrum[..., None], config.patch, keep) - config.mean) / config.std
+        return Tokens(values, batch_coordinates(coords, len(waves), keep))
 
 
 def log_mel(waves: torch.Tensor, config: Audio.Config) -> torch.Tensor:
@@ -197,15 +200,24 @@ def log_mel(waves: torch.Tensor, config: Audio.Config) -> torch.Tensor:
     """
     missing = config.window - config.hop
     window = torch.hann_window(config.window, device=waves.device)
+    window *= 2 / window.sum()
     filters = torch.from_numpy(mel_filters(config.sample_rate, config.window, config.bins, config.low, config.high))
-    filters = filters.to(waves.device) * (2 / window.sum()) ** 2
+    bands = [_band(part, waves.device) for part in filters.split(BAND, dim=1)]
     mels = []
-    for some in waves.float().split(4):  # few at a time stay in the processor's cache: three times as fast
+    for some in waves.float().split(2):  # few at a time stay in the processor's cache
         padded = torch.nn.functional.pad(some, (missing // 2, missing - missing // 2))
-        spectrum = torch.stft(padded, config.window, config.hop, window=window, center=False, return_complex=True)
-        power = spectrum.real.square() + spectrum.imag.square()
-        mels.append(power.mT @ filters)
-    return torch.log(torch.cat(mels) + FLOOR)
+        spectrum = torch.fft.rfft(padded.unfold(1, config.window, config.hop) * window)
+        power = torch.view_as_real(spectrum).flatten(2).square()
+        mels.append(torch.log(torch.cat([power[..., heard] @ band for heard, band in bands], dim=-1) + FLOOR))
+    return torch.cat(mels)
+
+
+def _band(filters: torch.Tensor, device: torch.device) -> tuple[slice, torch.Tensor]:
+    """The part of a spectrum that some neighbouring filters hear, and the filters there, each row of them twice: for
+    the square of the real part, which stands beside that of the imaginary one."""
+    heard = filters.any(1).nonzero()[:, 0]
+    first, last = int(heard[0]), int(heard[-1]) + 1
+    return slice(2 * first, 2 * last), filters[first:last].repeat_interleave(2, dim=0).to(device)
 
 
 @lru_cache(maxsize=8)
@@ -222,6 +234,15 @@ def mel_filters(sample_rate: int, window: int, bins: int, low: float, high: floa
     rise, fall = np.maximum(np.diff(edges)[:-1], step), np.maximum(np.diff(edges)[1:], step)
     offset = np.arange(window // 2 + 1)[:, None] * step - centres
     return np.clip(1 + np.minimum(offset / rise, -offset / fall), 0, None).astype(np.float32)
+
+
+def _at_speed(sound: np.ndarray, speed: float, count: int) -> np.ndarray:
+    """`count` float32 samples `speed` apart, each on the line between its two neighbours, as `np.interp` gives them."""
+    samples, places = torch.from_numpy(sound), torch.arange(count, dtype=torch.float64) * speed
+    before = places.int()
+    left = samples.index_select(0, before)
+    right = samples.index_select(0, (before + 1).clamp_(max=len(sound) - 1))
+    return torch.lerp(left, right, places.sub_(before).float()).numpy()
 
 
 def _cut(sound: np.ndarray, start: int, count: int) -> np.ndarray:
