@@ -1,0 +1,82 @@
+"""What a batch costs the loader: CPU milliseconds by task and view of a recipe, and what they go to.
+
+    python benchmarks/loader.py recipes/demo.yaml [--set sources.stills.cache=none] [--batches 20]
+
+Batches are made here, by one thread and one after the other, as a worker makes them; waiting for the disk does not
+count. `decode`, `augment` and `tokens` are what media take, `text` is all of that for texts and their templates, and
+`rest` reads rows, draws and stacks. A training waits for data where this, divided by `train.workers`, is more than a
+step takes.
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from openimp.data import loader
+from openimp.data.loader import StepBatches
+from openimp.modalities import modalities_of
+from openimp.recipe import Recipe
+
+PARTS = {"decode": "decode", "transform": "augment", "tokens": "tokens"}
+
+
+def timed(function: Callable[..., Any], part: str, spent: Counter[str]) -> Callable[..., Any]:
+    """The function, which adds its nanoseconds to a part of what is `spent`."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        start = time.thread_time_ns()
+        try:
+            return function(*args, **options)
+        finally:
+            spent[part] += time.thread_time_ns() - start
+
+    return call
+
+
+def measure(recipe: Recipe, batches: int) -> dict[tuple[str, int], Counter[str]]:
+    """Nanoseconds of the parts, and in all, of the first `batches` of each task and view after one to warm up."""
+    data = StepBatches(recipe, modalities_of(recipe))
+    data.fit()
+    spent: Counter[str] = Counter()
+    for modality in data.modalities.values():
+        for method, part in PARTS.items():
+            part = "text" if modality.reads_text else part
+            setattr(modality, method, timed(getattr(modality, method), part, spent))
+    loader.fill = timed(loader.fill, "text", spent)
+    steps: dict[tuple[str, int], list[int]] = {}
+    for step in range(len(data)):
+        steps.setdefault((data.schedule[step].task, data.schedule[step].view), []).append(step)
+    found = {}
+    for key, (first, *others) in sorted(steps.items()):
+        data[first]
+        spent.clear()
+        for step in others[:batches]:
+            timed(data.__getitem__, "all", spent)(step)
+        found[key] = Counter({part: ns // max(1, len(others[:batches])) for part, ns in spent.items()})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a file, or the name of a bundled recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
+    parser.add_argument("--batches", type=int, default=20, help="of each task and view")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    parts = [*PARTS.values(), "text"]
+    table = Table("task", "view", "ms a batch", *parts, "rest")
+    for (task, view), spent in measure(Recipe.load(args.recipe, args.set), args.batches).items():
+        shares = [spent[part] / max(1, spent["all"]) for part in parts]
+        shown = [f"{share:.0%}" for share in [*shares, 1 - sum(shares)]]
+        table.add_row(task, str(view), f"{spent['all'] / 1e6:.1f}", *shown)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
