@@ -89,7 +89,7 @@ def test_known_words_do_not_fill_the_memory(text, monkeypatch):
     some = Text(Text.Config(vocab=400))
     some.load_state(text.state())
     for i in range(50):
-        some.tokenize(f"red {i} dogs {'x' * 1000}")
+        some.tokenize([f"red {i} dogs", "a " + "x" * 1000])
         assert 0 < len(some._known) <= 10
         assert "x" * 1000 not in some._known
 

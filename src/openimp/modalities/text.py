@@ -144,22 +144,22 @@ class Text(Modality):
     def _ids(self, text: str, count: int) -> np.ndarray:
         # The text is cut first, so that a novel in place of a caption costs no time.
         text = _valid(text[: LONGEST_TOKEN * count])
+        words = text.split(" ")
+        if not self._word_by_word or words != text.split() or len(max(words, key=len)) > LONGEST_TOKEN:
+            return np.array(self._encode(text)[:count], np.int64) + RESERVED
         # Our own tokenizer puts the space before a word to the word, and reads each by itself, as long as there is
         # nothing but single spaces between them. Looking words up is many times as fast as calling it.
-        words = text.split(" ")
         ids: list[int] = []
-        for part in words if self._word_by_word and words == text.split() else [text]:
-            found = self._known.get(part)
-            if found is None:
-                found = self.tokenizer.encode(part, add_special_tokens=False).ids
-                if len(part) <= LONGEST_TOKEN:
-                    if len(self._known) >= WORDS:
-                        self._known.clear()
-                    self._known[part] = found
-            ids += found
-            if len(ids) >= count:
-                break
+        for word in words[:count]:
+            if word not in self._known:
+                if len(self._known) >= WORDS:
+                    self._known.clear()
+                self._known[word] = self._encode(word)
+            ids += self._known[word]
         return np.array(ids[:count], np.int64) + RESERVED
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _untrained() -> Tokenizer:
