@@ -31,7 +31,7 @@ from openimp.train import Training, _Stop, _Stopped, train
 STEPS = 120
 LONG = [f"train.steps={STEPS}", "train.save_every=10", "train.keep=3", "evaluation.every=50", "optimizer.lr=1e-3",
         "optimizer.muon_lr=4e-3"]  # fmt: skip
-CLOCK = ("examples_per_s", "tokens_per_s", "data_wait", "seconds")
+CLOCK = ("examples_per_s", "tokens_per_s", "data_wait", "waits", "step_p50", "step_p95", "seconds")
 """Figures of a metrics line that no two runs share."""
 
 

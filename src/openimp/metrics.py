@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections import Counter, defaultdict
 from collections.abc import Collection
 from pathlib import Path
@@ -25,9 +24,9 @@ class Metrics:
     """Sums up the steps between two lines of metrics, and writes the lines.
 
     The first process writes; losses and experts' shares are means over all processes. A line holds, for the steps since
-    the last: by task the steps, the mean loss and its parts; examples and tokens a second; the share of time spent
-    waiting for data; by modality and sparse layer the experts' load, gate weight and the share of tokens that no
-    expert took; and, since step 0, FLOPs, tokens and examples by task.
+    the last: by task the steps, the mean loss and its parts; examples and tokens a second, and what `Pace` tells; by
+    modality and sparse layer the experts' load, gate weight and the share of tokens that no expert took; and, since
+    step 0, FLOPs, tokens and examples by task.
     """
 
     def __init__(self, run: Path, step: int, totals: dict[str, dict[str, int]] | None = None) -> None:
@@ -43,17 +42,14 @@ class Metrics:
         self._reset()
 
     def _reset(self) -> None:
-        self.since = time.perf_counter()
-        self.waited = 0.0
         self.examples = self.tokens = 0
         self.steps: Counter[str] = Counter()
         self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.routing: dict[str, list[Tensor]] = {}
         self.passes: Counter[str] = Counter()
 
-    def add(self, task: str, losses: Losses, cost: Cost, waited: float) -> None:
+    def add(self, task: str, losses: Losses, cost: Cost) -> None:
         """One step."""
-        self.waited += waited
         self.examples += cost.examples
         self.tokens += cost.tokens
         self.steps[task] += 1
@@ -69,9 +65,8 @@ class Metrics:
                 self.routing[modality] = told if before is None else [a + b for a, b in zip(before, told)]
                 self.passes[modality] += 1
 
-    def write(self, step: int, lr: float, grad_norm: float) -> dict[str, Any]:
+    def write(self, step: int, lr: float, grad_norm: float, pace: dict[str, Any]) -> dict[str, Any]:
         """Writes the line of the steps up to `step`, starts the next one, and returns it."""
-        seconds = time.perf_counter() - self.since
         tasks = {
             task: {"steps": self.steps[task], **{name: float(mean(x)) / self.steps[task] for name, x in sums.items()}}
             for task, sums in self.sums.items()
@@ -81,10 +76,9 @@ class Metrics:
             "step": step,
             "lr": lr,
             "grad_norm": grad_norm,
-            "examples_per_s": self.examples / seconds,
-            "tokens_per_s": self.tokens / seconds,
-            "data_wait": self.waited / seconds,
-            "seconds": seconds,
+            "examples_per_s": self.examples / pace["seconds"],
+            "tokens_per_s": self.tokens / pace["seconds"],
+            **pace,
             "tasks": tasks,
             "experts": experts,
             "totals": {task: dict(units) for task, units in self.totals.items()},
@@ -93,8 +87,12 @@ class Metrics:
         if self.board is None:
             return line
         append(self.file, line)
-        for key in ("lr", "grad_norm", "examples_per_s", "tokens_per_s", "data_wait"):
+        for key in ("lr", "grad_norm", "examples_per_s", "tokens_per_s", "data_wait", "step_p50", "step_p95"):
             self.board.add_scalar(key, line[key], step)
+        for key in ("rank", "slower") if "slowest" in line else ():
+            self.board.add_scalar(f"slowest/{key}", line["slowest"][key], step)
+        for task, share in line["waits"].items():
+            self.board.add_scalar(f"data_wait/{task}", share, step)
         for task, figures in tasks.items():
             for name, value in figures.items():
                 self.board.add_scalar(f"{name}/{task}", value, step)

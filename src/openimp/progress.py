@@ -1,11 +1,12 @@
 """What a person sees: bars where there is a terminal, plain lines where there is none."""
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 T = TypeVar("T")
 console = Console(highlight=False)
@@ -32,16 +33,15 @@ def track(items: Iterable[T], description: str) -> Iterator[T]:
 
 
 class StepBar:
-    """The progress of training: steps, loss by task, examples a second, data wait, time left."""
+    """The progress of training: steps and the time left, and the losses and the pace of the last line of metrics."""
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.first, self.start = total, done, time.perf_counter()
-        self.bar = Progress(
+        self.bar = _Noted(
             TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-            console=console, disable=not console.is_terminal,
+            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self.task = self.bar.add_task("train", total=total, completed=done, note="")
+        self.task = self.bar.add_task("train", total=total, completed=done)
 
     def __enter__(self) -> "StepBar":
         self.bar.start()
@@ -53,16 +53,28 @@ class StepBar:
     def step(self, done: int) -> None:
         self.bar.update(self.task, completed=done)
 
-    def report(self, done: int, losses: dict[str, float], rate: float, wait: float) -> None:
-        """A line of figures: on the bar, or on a line of its own."""
-        note = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-        note = f"{note}  {rate:.0f} examples/s  wait {wait:.1%}"
+    def report(self, done: int, losses: Mapping[str, float], pace: str, remark: str) -> None:
+        """A line of figures: below the bar, or on a line of its own."""
+        note = "  ".join([*(f"{name} {loss:.3f}" for name, loss in losses.items()), pace])
+        remark = f"  {remark}" if remark else ""
         if console.is_terminal:
-            self.bar.update(self.task, note=note)
+            self.bar.note = note + remark
             return
         spent = time.perf_counter() - self.start
-        left = spent / max(1, done - self.first) * (self.total - done)
-        console.print(f"step {done}/{self.total}  {note}  {clock(spent)} spent, {clock(left)} left", soft_wrap=True)
+        whole = spent / max(1, done - self.first) * (self.total - self.first)
+        place = f"step {done}/{self.total}".ljust(len(f"step {self.total}/{self.total}"))
+        console.print(f"{place}  {note}  {clock(spent)} of {clock(whole)}{remark}", soft_wrap=True, markup=False)
+
+
+class _Noted(Progress):
+    """A bar with a note below it, for which there is no room beside it."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.note:
+            yield Text(self.note)
 
 
 def clock(seconds: float) -> str:

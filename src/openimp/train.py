@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -35,6 +34,7 @@ from openimp.model.embedder import Embedder, Encode, Encoded, in_pieces, piece_s
 from openimp.model.imp import IMP
 from openimp.objectives import Batch, Losses, task_losses
 from openimp.optim import make_optimizers, schedule, set_learning_rate
+from openimp.pace import Pace, shown
 from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe, Task
 from openimp.resume import changed_sources, resumable
@@ -68,16 +68,13 @@ def train(
         try:
             if training.step and training.due(recipe.evaluation.every):
                 training.evaluate(stop.watch)  # What ended the run may have come before this was done.
-            waiting = time.perf_counter()
-            for loaded in stop.watch(make_loader(training.data, training.step)):
-                waited = time.perf_counter() - waiting
+            for loaded in stop.watch(training.pace.batches(make_loader(training.data, training.step))):
                 losses = training.update(loaded)
-                training.record(loaded, losses, waited, bar)
+                training.record(loaded, losses, bar)
                 if training.due(recipe.train.save_every):
                     training.save()
                 if training.due(recipe.evaluation.every):
                     training.evaluate(stop.watch)
-                waiting = time.perf_counter()
             training.save()
             training.evaluate(stop.watch)
         except _Stopped:
@@ -179,6 +176,7 @@ class Training:
             run.mkdir(parents=True, exist_ok=True)
             (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         self.metrics = Metrics(run, self.step, state.get("totals"))
+        self.pace = Pace(self.model, self.device)
         self.bad = BadExamples(run, self.step, recipe.train.max_bad, state.get("bad"))
         self.grad_norm = 0.0
         self._print_plan()
@@ -236,18 +234,21 @@ class Training:
         finite = math.isfinite(float(losses.total.detach()))
         return distributed.told_to_all([] if finite else names) or names
 
-    def record(self, loaded: Loaded, losses: Losses, waited: float, bar: StepBar) -> None:
+    def record(self, loaded: Loaded, losses: Losses, bar: StepBar) -> None:
         """Adds a step to the metrics, and writes and shows a line when one is due."""
         visit = loaded.visit
         if loaded.cursor is not None:
             self.cursors[visit.task] = loaded.cursor
-        self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], waited)
+        self.pace.step(visit.task)
+        self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view])
         bar.step(self.step)
         if self.due(self.recipe.train.log_every) or self.step == self.recipe.train.steps:
             rate = self.recipe.optimizer.lr * schedule(self.recipe, visit.step)
-            line = self.metrics.write(self.step, rate, self.grad_norm)
-            shown = {name: figures["loss"] for name, figures in line["tasks"].items()}
-            bar.report(self.step, shown, line["examples_per_s"], line["data_wait"])
+            line = self.metrics.write(self.step, rate, self.grad_norm, self.pace.line())
+            told = {name: line["tasks"][name]["loss"] for name in self.recipe.tasks if name in line["tasks"]}
+            bar.report(self.step, told, *shown(line))
+            if warning := self.pace.warning(line, self.recipe, self.modalities):
+                console.print(warning, soft_wrap=True, markup=False)
         # Last, for it may end the run, whose checkpoint then holds all of this step.
         self.bad.add(visit.step, visit.task, visit.batch, distributed.told_to_all(loaded.bad))
 

@@ -19,7 +19,7 @@ from openimp.checkpoint import load_model, model_folder
 from openimp.data.sources import open_source
 from openimp.errors import UserError
 from openimp.evaluation.zero_shot import classify
-from openimp.metrics import read_lines
+from openimp.metrics import append, read_lines
 from openimp.recipe import Recipe
 from openimp.report import write_report
 from openimp.report.markup import VOID
@@ -120,7 +120,7 @@ def test_the_page_has_all_sections_and_asks_for_nothing(browse, little_run, tmp_
     told = [line["tasks"]["heard"]["loss"] for line in lines if "heard" in line["tasks"]]
     assert len(list(charts["heard"].iter("circle"))) == len(told)
     assert len(list(charts["named"].iter("path"))) == 3
-    assert len(list(seen.section("pace").iter("figure"))) == 4
+    assert len(list(seen.section("pace").iter("figure"))) == 5
     for drawing in seen.root.iter("svg"):
         assert drawing.get("role") == "img"
         assert drawing.get("aria-label")
@@ -240,6 +240,17 @@ def test_a_run_without_a_checkpoint_keeps_its_curves_and_its_figures(little_run,
     assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Results", "Losses", "Pace", "Mixture", "Experts"]
     assert "There is no checkpoint to measure." in page
     assert "tones" in page
+
+
+def test_a_run_of_an_older_version_lacks_step_times_only(little_run, tmp_path):
+    new = Path(shutil.copytree(little_run, tmp_path / "new", ignore=shutil.ignore_patterns("checkpoints")))
+    old = Path(shutil.copytree(new, tmp_path / "old", ignore=shutil.ignore_patterns("metrics.jsonl")))
+    for line in read_lines(new / "metrics.jsonl"):
+        assert 0 < line.pop("step_p50") <= line.pop("step_p95")
+        append(old / "metrics.jsonl", line)
+    told = [write_report(run).read_text() for run in (old, new)]
+    assert ["seconds a step" in page for page in told] == [False, True]
+    assert all("examples per second" in page for page in told)
 
 
 def test_a_model_without_metrics_has_its_results(little_run, tmp_path):

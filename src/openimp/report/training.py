@@ -37,7 +37,8 @@ def losses(lines: Lines) -> Markup:
 
 
 def pace(lines: Lines) -> Markup:
-    """Charts of the learning rate, the gradient's norm, examples a second, and the share of time spent on waiting."""
+    """Charts of the learning rate, the gradient's norm, examples a second, the time of a step, and the share of time
+    spent on waiting."""
     steps = [line["step"] for line in lines]
 
     def chart(title: str, key: str, **options: Any) -> Markup:
@@ -49,6 +50,12 @@ def pace(lines: Lines) -> Markup:
         chart("waiting for data", "data_wait", shares=True),
         chart("gradient norm", "grad_norm"),
     ]
+    if "step_p95" in lines[-1]:  # Runs of older versions do not say.
+        curves = [
+            Curve(name, steps, [line.get(key, np.nan) for line in lines])
+            for name, key in (("median", "step_p50"), ("95th percentile", "step_p95"))
+        ]
+        charts.insert(2, line_chart("seconds a step", curves))
     return tag("div", charts, class_="charts")
 
 
