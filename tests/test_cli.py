@@ -194,6 +194,12 @@ def test_a_run_that_is_there_and_a_checkpoint_of_another_recipe_are_refused(refu
     told = refused("train", file, "--run", little_run, "--resume", *sets("model.embed_dim=64"))
     assert "step-00000012: made by another recipe: model.embed_dim is 32 there, 64 here" in told
     assert "no checkpoint to resume from" in refused("train", file, "--run", little_run / "x", "--resume")
+    assert "made by another recipe" in refused(
+        "train", file, "--run", little_run, "--resume", "auto", *sets("model.embed_dim=64")
+    )
+    typo = "--resume yes: only auto, or nothing, may follow --resume; a recipe goes before it"
+    for options in (["--resume", "yes"], ["--resume=yes"]):
+        assert refused("train", file, "--run", little_run, *options) == typo
 
 
 def broken(folder: Path) -> set[str]:

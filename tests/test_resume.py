@@ -163,6 +163,40 @@ def test_a_full_disk_costs_no_checkpoint_but_the_one_that_did_not_fit(run, whole
     assert last_manifest(run) == last_manifest(whole_run)
 
 
+def test_resume_auto_starts_a_run_that_has_no_checkpoint_and_goes_on_with_one_that_has(
+    whole_run, little_data, tmp_path
+):
+    """The same command three times: one that dies at its first save, one that starts anew, and one that goes on."""
+    run, limit = tmp_path / "run", (checkpoints(whole_run)[0] / "model.safetensors").stat().st_size // 2
+    times = []
+    for how in (
+        {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))},
+        {},
+        {},
+    ):
+        _, err = (process := start(little_data, run, "--resume", "auto", **how)).communicate(timeout=90)
+        assert process.returncode == (2 if how else 0), err
+        if not how:
+            assert last_manifest(run) == last_manifest(whole_run)
+            shutil.rmtree(checkpoints(run)[-1])
+        times.append([line["seconds"] for line in read_lines(run / "metrics.jsonl")])
+    died, anew, went_on = times
+    assert [len(seconds) for seconds in times] == [4, 12, 12]
+    assert died[0] != anew[0]
+    assert went_on[:8] == anew[:8]
+    assert went_on[8] != anew[8]
+
+
+def test_resume_auto_starts_no_run_anew_whose_checkpoints_are_damaged(run, little_data):
+    for folder in checkpoints(run):
+        flip(folder / "model.safetensors")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    _, err = (process := start(little_data, run, "--resume", "auto")).communicate(timeout=90)
+    assert process.returncode == 2
+    assert err.startswith(f"openimp: {run}: no checkpoint to resume from; ")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
 def test_a_run_that_is_killed_in_the_middle_of_a_save_goes_on_exactly(whole_run, little_data, tmp_path):
     run = tmp_path / "run"
     often = ["train.save_every=1", "train.keep=100", "evaluation={}", "train.steps=12"]

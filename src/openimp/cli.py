@@ -41,8 +41,13 @@ def train(
     set_: SetOption = None,
     run: RunOption = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from a run's newest intact checkpoint; on the CPU, bit for bit.")
-    ] = False,
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="[auto]",
+            help="Go on from a run's newest intact checkpoint; on the CPU, bit for bit. auto: start it if it has none.",
+        ),
+    ] = None,
     allow_changed_data: Annotated[
         bool, typer.Option("--allow-changed-data", help="Resume even if a source is not what it was.")
     ] = False,
@@ -139,7 +144,7 @@ def main() -> None:
     # could use; on two cores with one worker they cost the demo's steps time. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
-        app()
+        app(_with_values(sys.argv[1:]))
     except UserError as error:
         print(f"openimp: {error}", file=sys.stderr)
         sys.exit(2)
@@ -150,6 +155,13 @@ def main() -> None:
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"openimp: {where}{error.strerror}", file=sys.stderr)
         sys.exit(2)
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """A bare --resume gets an empty value, for typer has no options whose value may be left out: what click has for
+    that, flag_value, it does not pass on."""
+    bare = [after.startswith("-") for after in [*arguments[1:], "-"]]
+    return [f"{it}=" if it == "--resume" and alone else it for it, alone in zip(arguments, bare)]
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """What the commands do: the glue between the command line and the library, and what they print."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
 
-from openimp.checkpoint import checkpoints, load_model, model_folder, read_config, saved_step
+from openimp.checkpoint import load_model, model_folder, read_config, saved_step
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
 from openimp.device import pick_device
-from openimp.distributed import restarted
 from openimp.errors import UserError
 from openimp.evaluation import evaluate, table
 from openimp.gpus import USABLE
@@ -40,13 +39,22 @@ def run_demo(overrides: list[str], run: Path | None) -> None:
 
 
 def run_train(
-    name: str, overrides: list[str], run: Path | None, resume: bool, allow_changed_data: bool = False
+    name: str, overrides: list[str], run: Path | None, resume: str | None = None, allow_changed_data: bool = False
 ) -> None:
-    """Trains a recipe into `run`, or into runs/NAME; it goes on by itself where torchrun has started it again."""
+    """Trains a recipe into `run`, or into runs/NAME.
+
+    Args:
+        name: the recipe.
+        overrides: its changes.
+        run: the directory to write.
+        resume: None, or what stands after --resume: nothing, or auto.
+        allow_changed_data: as of `train`.
+    """
+    if resume not in (None, "", "auto"):
+        raise UserError(f"--resume {resume}: only auto, or nothing, may follow --resume; a recipe goes before it")
     recipe = Recipe.load(name, overrides)
-    run = run or Path("runs") / recipe.name
-    resume = resume or (restarted() and bool(checkpoints(run)))
-    train(recipe, run, resume, allow_changed_data=allow_changed_data)
+    how: bool | Literal["auto"] = "auto" if resume == "auto" else resume is not None
+    train(recipe, run or Path("runs") / recipe.name, how, allow_changed_data=allow_changed_data)
 
 
 def run_eval(path: Path, sets: list[str] | None, other: str | None, out: Path | None) -> None:

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ T = TypeVar("T")
 def train(
     recipe: Recipe,
     run: Path,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     loop: "type[Training] | None" = None,
     allow_changed_data: bool = False,
 ) -> bool:
@@ -55,6 +55,8 @@ def train(
     Args:
         recipe: what to train.
         run: the directory to write; with `resume`, one that holds an interrupted run of the same recipe.
+        resume: go on from its newest intact checkpoint; "auto": but start it if it has no checkpoint. What torchrun
+            starts again does so unasked.
         loop: what makes the steps, for studies of other ways to train; left out: `Training`.
         allow_changed_data: resume even if a source is not what it was when the checkpoint was made.
 
@@ -115,7 +117,9 @@ class Training:
         """What a task wants of the model; `encode` is the model's, or the same compiled."""
         return task_losses(model, task, batch, encode)
 
-    def __init__(self, recipe: Recipe, run: Path, resume: bool, allow_changed_data: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, run: Path, resume: bool | Literal["auto"], allow_changed_data: bool = False
+    ) -> None:
         self.recipe, self.run, self.step = recipe, run, 0
         self.device = distributed.start()
         console.quiet = distributed.rank() > 0
@@ -127,11 +131,16 @@ class Training:
                 raise UserError(f"{type(self).__name__}: a study trains in one process; start it without torchrun")
         if run.exists() and not run.is_dir():
             raise UserError(f"{run}: is a file; name a directory with --run")
-        begun = (run / "recipe.yaml").exists() and not distributed.restarted()
-        if begun and not checkpoints(run):
-            raise UserError(f"{run}: holds a run that saved no checkpoint; remove it or name another with --run")
-        if begun and not resume:
-            raise UserError(f"{run}: holds a run already; go on with --resume, or name another directory with --run")
+        saved = bool(checkpoints(run))
+        if resume == "auto" or distributed.restarted():
+            resume = saved  # A run that died before it saved any loses nothing when it starts anew.
+        elif (run / "recipe.yaml").exists():
+            if not saved:
+                raise UserError(f"{run}: holds a run that saved no checkpoint; remove it or name another with --run")
+            if not resume:
+                raise UserError(
+                    f"{run}: holds a run already; go on with --resume, or name another directory with --run"
+                )
         latest = resumable(recipe, run, type(self).__name__) if resume else None
         self.modalities = self.read(recipe)
         start = open_start(recipe, self.modalities) if latest is None else None
