@@ -139,13 +139,9 @@ def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, tmp
     subprocess.run(["cp", "-r", two, four], check=True)
     subprocess.run([sys.executable, *command, "--run", two, "--resume"], check=True, capture_output=True, timeout=300)
     # Four, of which one is killed; torchrun starts all again, and they go on from step 15.
-<<<<<<< HEAD
     # They hold the model otherwise than the two did.
     changed = ["--set", "parallel={shard: 2, experts: 2}"]
-    resumed = torchrun(4, *command, *changed, "--run-dir", four, "--resume", restarts=1)
-=======
-    resumed = torchrun(4, *command, "--run-dir", four, "--resume", "auto", restarts=1)
->>>>>>> 52378bf (train --resume auto: one command that starts a run and goes on with it)
+    resumed = torchrun(4, *command, *changed, "--run-dir", four, "--resume", "auto", restarts=1)
     restarted = subprocess.Popen(resumed, stdout=subprocess.PIPE, text=True)
     steps = [line.split()[1] for line in signalled(restarted, "step 17/24", signal.SIGKILL) if line.startswith("step ")]
     assert restarted.wait(timeout=300) == 0
