@@ -126,6 +126,7 @@ def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_new_one(run, little_
     training = Training(recipe_of(little_data, "train.keep=1"), run, resume=True)
     training.update(next(iter(make_loader(training.data, training.step))))
     training.save()
+    training.saver.wait()
     assert names(run) == ["step-00000009"]
 
 

@@ -208,6 +208,7 @@ def test_a_run_goes_on_and_its_towers_are_loaded(tmp_path):
     for step in range(3):
         training.update(training.data[step])
     training.save()
+    training.saver.wait()
     resumed = TwoTowerTraining(recipe, tmp_path / "run", resume=True)
     assert resumed.step == 3
     loaded = load_two_towers(tmp_path / "run")

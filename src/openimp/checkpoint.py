@@ -1,59 +1,62 @@
 """Checkpoints: a folder each, written whole or not at all, that `openimp.load` opens as it is.
 
     step-00001000/
-      model.safetensors       weights (the averaged ones too, in ema.safetensors, where the recipe keeps them)
+      model.safetensors       weights (the averaged ones too, in ema.safetensors, where the recipe keeps them); several
+                              processes write their parts into model-00001-of-00002.safetensors and so on
       config.json             the resolved recipe, the classes of each head, the class of the model, the version of this
                               layout
       tokenizer.json ...      what the modalities learned
-      optimizer.safetensors   the optimisers' moments and counts, by parameter name
+      optimizer.safetensors   the optimisers' moments and counts, by parameter name, in parts likewise
       state.json              where the training stands, which loop made it, and from which data
       manifest.json           size and SHA-256 of every other file, so that damage is noticed before a run goes on
 
-Nothing here is ever unpickled.
+Nothing here is ever unpickled. `saver` writes them.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openimp.distributed import like
+from openimp.distributed import agreed, rank, world
 from openimp.errors import UserError
 from openimp.modalities import Modality, modalities_of
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.recipe import Recipe
+from openimp.shards import file_name, parts, read, there, write
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, 3)
+"""In format 2 each kind of tensors was one file, as it still is when one process writes."""
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 BEST = "best"
-
-
-class NotSaved(UserError):
-    """A checkpoint could not be written, for the disk is full or broken; those before it are as they were."""
 
 
 def save_model(
     folder: Path, model: Embedder, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
 ) -> None:
     """Writes what `load_model` reads: weights, configuration, and what the modalities learned."""
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    name = type(model).__name__
-    config = {"format": FORMAT, "model": name, "recipe": recipe.to_dict(), "classes": dict(classes)}
-    (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-    for modality in modalities.values():
-        for name, text in modality.state().items():
-            (folder / name).write_text(text, encoding="utf-8")
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write(folder / file_name("model"), tensors)
+    for name, text in texts_of(model, recipe, modalities, classes).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def texts_of(
+    model: Embedder, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
+) -> dict[str, str]:
+    """The configuration and what the modalities learned, by file name."""
+    config = {"format": FORMAT, "model": type(model).__name__, "recipe": recipe.to_dict(), "classes": dict(classes)}
+    learned = {name: text for modality in modalities.values() for name, text in modality.state().items()}
+    return {"config.json": json.dumps(config, indent=1, ensure_ascii=False), **learned}
 
 
 def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str, list[Any]]]:
@@ -70,7 +73,7 @@ def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str
         modality.load_state(learned)
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
-    load_weights(model, weights_file(folder), assign=True)
+    load_weights(model, folder, assign=True)
     return model.eval(), recipe, modalities, classes
 
 
@@ -86,7 +89,7 @@ def read_config(
         raise UserError(f"{folder}: no model here, expected a run or a folder with config.json")
     file = folder / "config.json"
     config = _read_object(file)
-    if config.get("format") != FORMAT:
+    if config.get("format") not in READABLE:
         raise UserError(f"{file}: format {config.get('format')!r}, this version of openimp reads format {FORMAT}")
     found = config.get("model")  # Older ones do not say.
     if model and found not in (None, model.__name__):
@@ -119,84 +122,26 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def weights_file(folder: Path) -> Path:
-    """The weights to use of a folder: the averaged ones where there are any."""
-    averaged = folder / "ema.safetensors"
-    return averaged if averaged.exists() else folder / "model.safetensors"
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, by name.
+def weights(folder: Path) -> dict[str, Tensor]:
+    """The weights to use of a folder, whole: the averaged ones where there are any.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: they are missing or damaged.
     """
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged: {error}") from None
+    return read(folder, _used(folder))
 
 
-def load_weights(model: Embedder, file: Path, assign: bool = False) -> None:
-    """Loads a safetensors file that must hold exactly the model's tensors."""
-    tensors = read_tensors(file)
+def load_weights(model: Embedder, folder: Path, assign: bool = False) -> None:
+    """Loads the weights to use of a folder, which must be exactly the model's tensors."""
     try:
-        model.load_state_dict(tensors, assign=assign)
+        model.load_state_dict(weights(folder), assign=assign)
     except RuntimeError as error:
+        file = folder / file_name(_used(folder))
         raise UserError(f"{file}: does not fit the model: {' '.join(str(error).split())[:300]}") from None
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    keep: int,
-    state: Mapping[str, Any],
-    moments: Mapping[str, Tensor],
-    averaged: Mapping[str, Tensor] | None,
-    model: Embedder,
-    recipe: Recipe,
-    modalities: Mapping[str, Modality],
-    classes: Mapping[str, list[Any]],
-) -> Path:
-    """Writes one checkpoint beside the others, moves it into place, and removes all but the last `keep` up to it and
-    the one that is marked as the best.
-
-    Raises:
-        NotSaved: it cannot be written. Nothing of it is left.
-    """
-    folder = folder_of(run, step)
-    draft = folder.with_name(f".{folder.name}.tmp")
-    try:
-        for left in folder.parent.glob(".step-*"):  # by a crash
-            shutil.rmtree(left)
-        draft.mkdir(parents=True)
-        save_model(draft, model, recipe, modalities, classes)
-        if averaged is not None:
-            save_file(dict(averaged), draft / "ema.safetensors")
-        save_file(dict(moments), draft / "optimizer.safetensors")
-        (draft / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
-        manifest = {file.name: _facts(file) for file in sorted(draft.iterdir())}
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for file in draft.iterdir():
-            _sync(file)
-        if folder.exists():  # Damaged, or the run would have gone on from it.
-            _remove(folder)
-        os.replace(draft, folder)
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise NotSaved(f"{folder}: could not be saved: {reason}; older checkpoints are untouched") from None
-    # One of a later step is damaged, or the run would have gone on from it. Left there, it would pass for the newest.
-    found, best = checkpoints(run), (folder.parent / BEST).resolve().name
-    earlier = [path for path in found if path <= folder]
-    kept = {*earlier[-keep:], *(path for path in earlier if path.name == best)}
-    for other in found:
-        if other not in kept:
-            _remove(other)
-    return folder
+def _used(folder: Path) -> str:
+    return "ema" if there(folder, "ema") else "model"
 
 
 def mark_best(run: Path, step: int) -> None:
@@ -210,27 +155,34 @@ def mark_best(run: Path, step: int) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Reads all of a checkpoint and compares it with its manifest.
+    """Reads all of a checkpoint and compares it with its manifest; of several processes each reads a share.
 
     Only a run that goes on asks for this. Whoever uses a model would wait for gigabytes to be hashed; there it is
     enough that safetensors refuses a file of another length than its header says.
 
     Raises:
-        UserError: a file is missing or is not what was saved. It names the first one.
+        UserError: in all processes: a file is missing, is not what was saved, or was not saved at all. It names one.
     """
+    agreed(lambda: _verify_share(folder))
+
+
+def _verify_share(folder: Path) -> None:
     file = folder / MANIFEST
     if not file.exists() and "sources" not in read_state(folder):
         return  # Older versions of openimp wrote neither.
-    for name, saved in _read_object(file).items():
+    manifest, found = _read_object(file), {path.name for path in folder.iterdir()} - {MANIFEST}
+    for name in sorted(manifest.keys() | found)[rank() :: world()]:
         path = folder / name
+        if name not in manifest:
+            raise UserError(f"{path}: damaged: is not in {MANIFEST}")
         try:
-            found = _facts(path)
+            facts = facts_of(path)
         except FileNotFoundError:
             raise UserError(f"{path}: missing") from None
         except OSError as error:
             raise UserError(f"{path}: damaged: {error.strerror}") from None
-        if found != saved:
-            raise UserError(f"{path}: damaged: its {found['size']:,} bytes are not those that were saved")
+        if facts != manifest[name]:
+            raise UserError(f"{path}: damaged: its {facts['size']:,} bytes are not those that were saved")
 
 
 def moments_of(model: Embedder, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -247,21 +199,30 @@ def moments_of(model: Embedder, optimizers: Sequence[torch.optim.Optimizer]) -> 
 def load_training(
     folder: Path, model: Embedder, optimizers: Sequence[torch.optim.Optimizer], averaged: dict[str, Tensor] | None
 ) -> dict[str, Any]:
-    """Puts moments and averages back, to a model that has its weights already, and returns the training's state."""
+    """Puts weights, averages and moments back, each process what it holds of them, and returns the training's state.
+
+    Raises:
+        UserError: a file is missing or damaged, or does not fit the model.
+    """
+    from openimp.dcp import load
+
+    load(folder, "model", model.state_dict())
     if averaged is not None:
-        for name, tensor in read_tensors(folder / "ema.safetensors").items():
-            averaged[name].copy_(like(tensor, averaged[name]))
+        load(folder, "ema", averaged)
     parameters = dict(model.named_parameters())
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    moments: dict[str, Tensor] = {}
     for optimizer in optimizers:
         optimizer.state.clear()
-    for key, value in read_tensors(folder / "optimizer.safetensors").items():
+    for key in parts(folder, "optimizer"):
         name, _, field = key.partition("|")
+        if name not in parameters:
+            raise UserError(f"{folder / file_name('optimizer')}: does not fit the model: it has no parameter {name}")
         parameter = parameters[name]
-        # Counts stay on the CPU unless the optimiser is fused on an accelerator, where they live beside the moments.
-        # Temperatures were scalars once.
-        value = value if field == "step" else value.reshape(parameter.shape)
-        owner[parameter].state.setdefault(parameter, {})[field] = like(value, parameter)
+        # A count lives beside the moments, for the optimisers are fused.
+        moments[key] = torch.zeros((), device=parameter.device) if field == "step" else torch.empty_like(parameter)
+        owner[parameter].state.setdefault(parameter, {})[field] = moments[key]
+    load(folder, "optimizer", moments)
     return read_state(folder)
 
 
@@ -310,22 +271,7 @@ def _read_text(file: Path) -> str:
         raise UserError(f"{file}: damaged: {error}") from None
 
 
-def _facts(file: Path) -> dict[str, Any]:
+def facts_of(file: Path) -> dict[str, Any]:
     """What a manifest says of a file."""
     with file.open("rb") as stream:
         return {"size": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _remove(folder: Path) -> None:
-    """Moved aside first: a crash may not leave half of it in its place."""
-    aside = folder.with_name(f".{folder.name}.old")
-    os.replace(folder, aside)
-    shutil.rmtree(aside)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

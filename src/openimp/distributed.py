@@ -1,7 +1,8 @@
 """Many processes, as torchrun starts them: one group, a model in shards, and what all of them must know.
 
-In a single process each function here gives back what it got. Nothing else imports torch.distributed. Every process
-takes the same steps, each with its part of a step's batch, so all of them call these functions in the same order.
+In a single process each function here gives back what it got. Nothing else but `dcp` imports torch.distributed. Every
+process takes the same steps, each with its part of a step's batch, so all of them call these functions in the same
+order. What does not keep to that order, such as a save in the background, has a group of its own.
 """
 
 import json
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from openimp.errors import UserError
 
 T = TypeVar("T")
-Copies = list[tuple[Any, list[nn.Parameter]]]
+Group = dist.ProcessGroup
+Copies = list[tuple[Group | None, list[nn.Parameter]]]
 """Parameters of which each process of a group has a copy, by group."""
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for another one that still lives; of one that died the connection breaks at once."""
 WAIT = timedelta(days=1)
 """How long it waits where the first process works alone."""
-_alone, _patient = False, None
+_alone = False
+_patient: Group | None = None
 
 
 def start() -> torch.device:
@@ -73,9 +76,7 @@ def everywhere(x: Tensor) -> Tensor:
 class _Everywhere(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, x: Tensor) -> Tensor:
-        found = [torch.empty_like(x) for _ in range(world())]
-        dist.all_gather(found, x.contiguous())
-        return torch.cat(found)
+        return _rows_of_all(x, None)
 
     @staticmethod
     def backward(_: Any, grad: Tensor) -> Tensor:
@@ -84,6 +85,12 @@ class _Everywhere(torch.autograd.Function):
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         reduce_scatter(own, grad.contiguous())
         return own
+
+
+def _rows_of_all(x: Tensor, group: Group | None) -> Tensor:
+    found = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, x.contiguous(), group=group)
+    return torch.cat(found)
 
 
 def mean(x: Tensor) -> Tensor:
@@ -104,40 +111,65 @@ def total(number: int) -> int:
     return int(count)
 
 
-def told_to_all(items: list[Any]) -> list[Any]:
+def own_group() -> Group | None:
+    """All processes again, for what happens beside the steps and may take up to a day; None in a single process."""
+    return dist.new_group(backend="gloo", timeout=WAIT) if world() > 1 else None
+
+
+def told_to_all(items: list[Any], group: Group | None = None) -> list[Any]:
     """The items of all processes, first process first; what JSON can say."""
-    if world() == 1 or not total(len(items)):
+    if group is None and world() == 1:
         return items
     text = json.dumps(items).encode()
-    sizes = everywhere(torch.tensor([len(text)])).tolist()
+    sizes = _rows_of_all(torch.tensor([len(text)]), group).tolist()
+    if max(sizes) == len("[]"):
+        return []
     padded = torch.frombuffer(bytearray(text.ljust(max(sizes))), dtype=torch.uint8)
-    parts = everywhere(padded).chunk(world())
+    parts = _rows_of_all(padded, group).chunk(len(sizes))
     return [item for part in parts for item in json.loads(part.numpy().tobytes())]
 
 
-def alone(work: Callable[[], T]) -> T | None:
-    """What `work` gives in the first process, which does it as if there were no other; the others wait, up to a day.
+def agreed(work: Callable[[], T], group: Group | None = None) -> list[T]:
+    """What `work` gives in each process, told to all; what JSON can say.
+
+    Raises:
+        UserError: in all processes, what the first of those that failed has raised.
+    """
+    if group is None and world() == 1:
+        return [work()]
+    found, wrong = [], []
+    try:
+        found = [work()]
+    except Exception as error:
+        wrong = [error]
+    if told := told_to_all([str(error) for error in wrong], group):
+        raise UserError(told[0]) from (wrong[0] if wrong else None)
+    return told_to_all(found, group)
+
+
+def alone(work: Callable[[], T]) -> T:
+    """What `work` gives in the first process, which does it as if there were no other, told to all, who wait up to a
+    day; what JSON can say.
 
     Raises:
         UserError: in all processes, whatever the first one raised.
     """
-    global _alone, _patient
+    global _patient
     if world() == 1:
         return work()
-    _patient = _patient or dist.new_group(backend="gloo", timeout=WAIT)
-    found, wrong = None, []
-    if rank() == 0:
+    _patient = _patient or own_group()
+
+    def first() -> T | None:
+        global _alone
+        if rank():
+            return None
         _alone = True
         try:
-            found = work()
-        except Exception as error:
-            wrong = [error]
+            return work()
         finally:
             _alone = False
-    dist.barrier(_patient)
-    if told := told_to_all([str(error) for error in wrong]):
-        raise UserError(told[0]) from (wrong[0] if wrong else None)
-    return found
+
+    return cast(T, agreed(first, _patient)[0])
 
 
 def wait() -> None:
@@ -322,13 +354,3 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if rank() == 0:
             found[name] = full.cpu()
     return found
-
-
-def like(tensor: Tensor, model: Tensor) -> Tensor:
-    """A whole tensor, the same in all processes, cut into shards as `model` is."""
-    if world() == 1 or not tensor.ndim:
-        return tensor.to(model.device)
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(model, DTensor)
-    return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)

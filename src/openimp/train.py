@@ -1,5 +1,6 @@
 """Training: alternating gradient descent, one task and one view a step."""
 
+import json
 import math
 import os
 import signal
@@ -13,15 +14,13 @@ from torch import Tensor
 
 from openimp import distributed
 from openimp.checkpoint import (
-    NotSaved,
     checkpoints,
     load_training,
-    load_weights,
     mark_best,
     moments_of,
     read_config,
-    save_checkpoint,
     step_of,
+    texts_of,
 )
 from openimp.data.loader import Loaded, StepBatches, make_loader
 from openimp.device import autocast, keep_freed_memory
@@ -38,6 +37,7 @@ from openimp.pace import Pace, shown
 from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe, Task
 from openimp.resume import changed_sources, resumable
+from openimp.saver import NotSaved, Saver
 from openimp.warm_start import open_start
 
 T = TypeVar("T")
@@ -79,8 +79,10 @@ def train(
                     training.evaluate(stop.watch)
             training.save()
             training.evaluate(stop.watch)
+            training.saver.wait()
         except _Stopped:
             training.save()
+            training.saver.wait()
             kept = "saved" if training.saved == training.step else f"saved up to step {training.saved}"
             told = f"{kept} in {run}; go on with --resume" if training.saved else "nothing is saved"
             console.print(f"stopped at step {training.step}, {told}", soft_wrap=True)
@@ -90,6 +92,7 @@ def train(
             raise
         except UserError:
             training.save()
+            training.saver.wait()
             raise
     distributed.leave()
     return True
@@ -161,9 +164,9 @@ class Training:
         self.model = self.build(recipe, self.modalities, sizes).to(self.device).train()
         if start is not None:
             console.print(start.load(self.model, self.data.classes), soft_wrap=True, markup=False)
-        if latest is not None:
-            load_weights(self.model, latest / "model.safetensors")
         open_sets(self.model, recipe, self.modalities)
+        # Of the model as it was made, for one in shards has another class.
+        self.texts = texts_of(self.model, recipe, self.modalities, self.data.classes)
         self.copies = distributed.spread(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "project"),
             recipe.parallel.shard, recipe.parallel.experts,
@@ -178,7 +181,7 @@ class Training:
         if latest is not None:
             state = load_training(latest, self.model, self.optimizers, self.averaged)
             self.step = state["step"]
-        self.saved = self.step
+        self.saved, self.saver = self.step, Saver(run, recipe.train.keep)
         self.cursors = self.data.load_cursors(state.get("cursors", {}), changed)
         distributed.wait()  # Until none looks for a run that is there already.
         if distributed.rank() == 0:
@@ -265,35 +268,26 @@ class Training:
         return every is not None and self.step % every == 0 and self.step < self.recipe.train.steps
 
     def save(self) -> None:
-        """Writes a checkpoint, if there were steps since the last.
+        """Lets a checkpoint be written in the background, if there were steps since the last; waits for that one.
 
         Raises:
-            NotSaved: it cannot be written.
+            NotSaved: that one could not be written.
         """
         if self.step == self.saved:
             return
         state = {
+            "step": self.step,
             "loop": type(self).__name__,
             "sources": self.sources,
             "cursors": self.cursors,
             "bad": self.bad.state,
             "totals": {task: dict(units) for task, units in self.metrics.totals.items()},
         }
-        moments = distributed.gathered(moments_of(self.model, self.optimizers))
-        averaged = None if self.averaged is None else distributed.gathered(self.averaged)
-        model = self.whole_model()
-
-        def write() -> None:
-            assert model is not None
-            save_checkpoint(
-                self.run, self.step, self.recipe.train.keep, state, moments, averaged,
-                model, self.recipe, self.modalities, self.data.classes,
-            )  # fmt: skip
-
-        try:
-            distributed.alone(write)
-        except UserError as error:
-            raise NotSaved(str(error)) from None
+        texts = {**self.texts, "state.json": json.dumps(state, indent=1)}
+        tensors = {"model": self.model.state_dict(), "optimizer": moments_of(self.model, self.optimizers)}
+        if self.averaged is not None:
+            tensors["ema"] = self.averaged
+        self.saver.start(self.step, texts, tensors)
         self.saved = self.step
 
     def evaluate(self, progress: Any = None) -> None:
@@ -304,29 +298,29 @@ class Training:
         """
         if not self.recipe.evaluation.sets:
             return
-        model, told = self.whole_model(self.averaged), {"stopped": False, "best": 0}
+        model, best_of = self.whole_model(self.averaged), self.recipe.evaluation.best
 
-        def measure() -> None:
+        def measure() -> bool:
             assert model is not None
             try:
                 results = evaluate(
                     model.to(self.device), self.recipe, self.modalities, step=self.step, progress=progress
                 )
             except _Stopped:
-                told["stopped"] = True
-                return
+                return False
             self.metrics.results(self.run, results)
             console.print(table(results))
-            if self.recipe.evaluation.best:
-                there = {self.step, *map(step_of, checkpoints(self.run))}
-                told["best"] = best_step(self.run / "results.jsonl", self.recipe.evaluation.best, there)
+            return True
 
-        distributed.alone(measure)
-        if distributed.total(told["stopped"]):
+        if not distributed.alone(measure):
             raise _Stopped
-        if best := distributed.total(told["best"]):
+        if best_of:
+            self.saver.wait()
+            there = {self.step, *map(step_of, checkpoints(self.run))}
+            best = distributed.alone(lambda: best_step(self.run / "results.jsonl", best_of, there))
             if best == self.step:
                 self.save()
+                self.saver.wait()
             if distributed.rank() == 0:
                 mark_best(self.run, best)
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openimp.checkpoint import load_weights, model_folder, read_config, weights_file
+from openimp.checkpoint import load_weights, model_folder, read_config
 from openimp.device import full_precision, pick_device
 from openimp.errors import UserError
 from openimp.ledger import costs, mixture
@@ -182,7 +182,7 @@ def load_two_towers(run: Path) -> TwoTowers:
     for modality in modalities.values():
         modality.load_state(learned)
     model = TwoTowers(recipe, modalities)
-    load_weights(model, weights_file(folder))
+    load_weights(model, folder)
     return model.to(pick_device()).eval()
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint import model_folder, read_config, read_tensors, weights_file
+from openimp.checkpoint import model_folder, read_config, weights
 from openimp.errors import UserError
 from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
@@ -39,7 +39,7 @@ class WarmStart:
         Raises:
             UserError: the file is damaged, or a tensor is missing or has another shape.
         """
-        tensors, ours = read_tensors(weights_file(self.folder)), model.state_dict()
+        tensors, ours = weights(self.folder), model.state_dict()
         there, here = (dict.fromkeys(map(_part, names)) for names in (tensors, ours))
         other = {f"classifiers.{head}" for head, values in self.classes.items() if classes.get(head) != values}
         taken = {"encoder", *there} - other

@@ -47,6 +47,7 @@ def test_a_round_is_never_saved_by_half(little_data, tmp_path):
     for step in range(3):
         training.update(training.data[step])
         training.save()
+    training.saver.wait()
     assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000002"]
 
 

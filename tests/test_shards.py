@@ -1,0 +1,65 @@
+"""Tensors in parts, in files of several processes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+from openimp.errors import UserError
+from openimp.shards import file_name, read, write
+
+WHOLE = {"rows": torch.arange(12.0).view(4, 3), "one": torch.ones(1), "scalar": torch.tensor(2.0)}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two processes' parts, of which the second one's have as many elements as the first one's."""
+    rows, one, scalar = WHOLE.values()
+    first = {"rows": rows[:2].clone(), "one": one, "scalar": scalar}
+    write(tmp_path / file_name("model", 0, 2), first, {"rows": (0, 0), "one": (0,), "scalar": ()})
+    second = {"rows": rows[2:].clone(), "one": torch.ones(0)}
+    write(tmp_path / file_name("model", 1, 2), second, {"rows": (2, 0), "one": (1,)})
+    return tmp_path
+
+
+def test_parts_make_up_what_they_are_parts_of(folder):
+    found = read(folder, "model")
+    assert found.keys() == WHOLE.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in WHOLE.items())
+
+
+def test_torchs_reader_reads_them_too(folder):
+    found = {name: torch.zeros_like(tensor) for name, tensor in WHOLE.items()}
+    load(found, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    assert all(torch.equal(found[name], tensor) for name, tensor in WHOLE.items())
+
+
+def test_a_part_that_is_lost_or_there_twice_is_told(folder):
+    first, second = sorted(folder.iterdir())
+    content = first.read_bytes()
+    first.unlink()
+    with pytest.raises(UserError, match=f"{first}: missing"):
+        read(folder, "model")
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(UserError, match=r"damaged: rows is not whole"):
+        read(folder, "model")
+    first.write_bytes(content)
+    read(folder, "model")
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        "{",
+        '["rows"]',
+        '{"rows": {}}',
+        *('{"rows": {"saved_offsets": %s}}' % x for x in ("[0]", "[-1, 0]", '["", 0]', "[9, 0]")),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_damage(tmp_path, places):
+    file = tmp_path / file_name("model")
+    save_file({"rows": torch.zeros(4, 3)}, file, metadata={"DCP_SHARDING_INFO": places})
+    with pytest.raises(UserError, match=f"{file}: damaged: "):
+        read(tmp_path, "model")
