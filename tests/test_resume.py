@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import openimp
 from openimp.checkpoint import checkpoints
@@ -131,7 +132,7 @@ def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_new_one(run, little_
 
 
 def test_a_checkpoint_of_an_older_version_is_used_and_gone_on_from(run, whole_run, little_data):
-    """It has no manifest and does not say what data it was made with."""
+    """It has no manifest, no metadata in its tensors, and does not say what data it was made with."""
     older = checkpoints(run)[1]
     for folder in (checkpoints(run)[0], checkpoints(run)[2]):
         shutil.rmtree(folder)
@@ -139,6 +140,10 @@ def test_a_checkpoint_of_an_older_version_is_used_and_gone_on_from(run, whole_ru
     state = json.loads((older / "state.json").read_text())
     del state["sources"]
     (older / "state.json").write_text(json.dumps(state))
+    config = json.loads((older / "config.json").read_text())
+    (older / "config.json").write_text(json.dumps(config | {"format": 2}))
+    for file in older.glob("*.safetensors"):
+        save_file(load_file(file), file)
     assert openimp.load(run).encode_text(["a red square"]).isfinite().all()
     train(recipe_of(little_data), run, resume=True)
     assert last_manifest(run) == last_manifest(whole_run)

@@ -78,7 +78,8 @@ def parts(folder: Path, name: str) -> dict[str, list[Part]]:
                 found.setdefault(key, []).append(Part(file, offsets, sizes))
     for key, some in found.items():
         # Without this the place of a lost part would be read as whatever was in memory.
-        if sum({part.offsets: math.prod(part.sizes) for part in some}.values()) != math.prod(shape(some)):
+        begin = [part.offsets for part in some if math.prod(part.sizes)]
+        if len({*begin}) < len(begin) or sum(math.prod(part.sizes) for part in some) != math.prod(shape(some)):
             raise UserError(f"{some[0].file}: damaged: {key} is not whole")
     return found
 
