@@ -187,7 +187,8 @@ def test_resume_auto_starts_a_run_that_has_no_checkpoint_and_goes_on_with_one_th
             shutil.rmtree(checkpoints(run)[-1])
         times.append([line["seconds"] for line in read_lines(run / "metrics.jsonl")])
     died, anew, went_on = times
-    assert [len(seconds) for seconds in times] == [4, 12, 12]
+    assert 4 <= len(died) <= 8  # It is written beside the steps; the next one would wait for it.
+    assert [len(anew), len(went_on)] == [12, 12]
     assert died[0] != anew[0]
     assert went_on[:8] == anew[:8]
     assert went_on[8] != anew[8]

@@ -197,7 +197,7 @@ def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(own_data, tmp
 
 
 def test_a_stop_ends_an_evaluation(little_data, tmp_path):
-    recipe, stop = recipe_of(little_data), _Stop()
+    recipe, stop = recipe_of(little_data), _Stop(lambda: False)
     training = Training(recipe, tmp_path / "run", resume=False)
     stop.requested = True
     with pytest.raises(_Stopped):

@@ -170,7 +170,9 @@ def _verify_share(folder: Path) -> None:
     file = folder / MANIFEST
     if not file.exists() and "sources" not in read_state(folder):
         return  # Older versions of openimp wrote neither.
-    manifest, found = _read_object(file), {path.name for path in folder.iterdir()} - {MANIFEST}
+    # What begins with a dot comes from file managers and network file systems.
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST}
+    manifest = _read_object(file)
     for name in sorted(manifest.keys() | found)[rank() :: world()]:
         path = folder / name
         if name not in manifest:

@@ -57,6 +57,10 @@ class Saver:
         copies = {name: Snapshot(some) for name, some in tensors.items()}
         self._saving = self._thread.submit(self._save, folder_of(self.run, step), texts, copies)
 
+    def failed(self) -> bool:
+        """Whether the checkpoint that was begun last could not be written, as far as this is known already."""
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+
     def wait(self) -> None:
         """Goes on when no checkpoint is being written.
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -66,7 +66,7 @@ def train(
         NotSaved: a checkpoint cannot be written. The steps since the one before it are lost.
     """
     training = (loop or Training)(recipe, run, resume, allow_changed_data)
-    with _stop_signals() as stop, StepBar(recipe.train.steps, training.step) as bar, closing(training.metrics):
+    with _stop_signals(training.saver.failed) as stop, StepBar(recipe.train.steps, training.step) as bar, closing(training.metrics):
         try:
             if training.step and training.due(recipe.evaluation.every):
                 training.evaluate(stop.watch)  # What ended the run may have come before this was done.
@@ -396,7 +396,10 @@ class _Stopped(Exception):
 
 
 class _Stop:
-    requested = False
+    """Why training should stop: a signal, or a reason that comes up beside the steps."""
+
+    def __init__(self, reason: Callable[[], bool]) -> None:
+        self.requested, self.reason = False, reason
 
     def watch(self, items: Iterable[T], _: str = "") -> Iterator[T]:
         """Passes the items on until a stop is asked for, which raises `_Stopped` between two of them.
@@ -421,14 +424,14 @@ class _Stop:
             if why := distributed.told_to_all(why):
                 raise UserError(max(why)) if max(why) else _Stopped
             yield found[0]
-            if distributed.total(self.requested):
+            if distributed.total(self.requested or self.reason()):
                 raise _Stopped
 
 
 @contextmanager
-def _stop_signals() -> Iterator[_Stop]:
+def _stop_signals(reason: Callable[[], bool]) -> Iterator[_Stop]:
     """Notes the first Ctrl-C or SIGTERM, so that the loop can save; a second Ctrl-C interrupts at once."""
-    stop = _Stop()
+    stop = _Stop(reason)
 
     def note(number: int, _: Any) -> None:
         if stop.requested and number == signal.SIGINT:
