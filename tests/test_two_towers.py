@@ -227,7 +227,7 @@ def test_nothing_but_a_study_takes_the_towers_for_its_own_model(trained, tmp_pat
     """Nor does a study take IMP for them; a checkpoint of before the model's class was written is loaded as before."""
     recipe, run = trained
     for command in ("info", "eval", "report", "embed", "train"):
-        arguments = {"embed": [run, run], "train": [run / "recipe.yaml", "--run", run, "--resume"]}
+        arguments = {"embed": [run, run], "train": [run / "recipe.yaml", "--run", run, "--resume="]}
         done = CliRunner().invoke(app, [command, *map(str, arguments.get(command, [run]))])
         assert isinstance(done.exception, UserError), command
         told = "made by another loop: TwoTowerTraining there" if command == "train" else "holds TwoTowers, expected IMP"
