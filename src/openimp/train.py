@@ -22,7 +22,7 @@ from openimp.checkpoint import (
     step_of,
     texts_of,
 )
-from openimp.data.loader import Loaded, StepBatches, make_loader
+from openimp.data.loader import Loaded, StepBatches, WorkersFailed, make_loader
 from openimp.device import autocast, keep_freed_memory
 from openimp.errors import UserError
 from openimp.evaluation import evaluate, open_sets, table
@@ -414,13 +414,11 @@ class _Stop:
                 found = [next(iterator)]
             except StopIteration:
                 return
+            except WorkersFailed as error:
+                # The signal may have killed the loader's workers too.
+                why = ["" if self.requested else str(error)]
             except UserError as error:
                 why = [str(error)]
-            except RuntimeError:
-                # The signal may have killed the loader's workers too.
-                if not self.requested:
-                    raise
-                why = [""]
             if why := distributed.told_to_all(why):
                 raise UserError(max(why)) if max(why) else _Stopped
             yield found[0]

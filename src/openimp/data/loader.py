@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
 from openimp.alternation import Alternation, Visit
 from openimp.data.order import example_rng, permute, rows_at, seed_key
@@ -32,6 +33,10 @@ from openimp.recipe import Classification, Input, Recipe, Task
 
 CORPUS_ROWS = 100_000
 """Rows of a source that a tokenizer learns from: the first of a stream, and of a larger table a random part."""
+
+
+class WorkersFailed(UserError):
+    """A worker was killed, or cannot be reached any more."""
 
 
 @dataclass
@@ -285,6 +290,7 @@ def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> It
 
     Raises:
         UserError: no example of a batch can be read, or a label is none of the classes.
+        WorkersFailed: a worker died.
     """
     train = dataset.recipe.train
     workers = train.workers
@@ -299,9 +305,40 @@ def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> It
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=torch.cuda.is_available(),
     )
-    for loaded in loader:
+    watched = workers and hasattr(signal, "SIGCHLD")
+    for loaded in _workers_watched(loader) if watched else loader:
         if isinstance(loaded, UserError):
             raise loaded
+        yield loaded
+
+
+def _workers_watched(loader: DataLoader[Loaded | UserError]) -> Iterator[Loaded | UserError]:
+    """The loader's batches; a worker's death is told while one is waited for.
+
+    torch tells of it by a signal handler that raises wherever the training process happens to be: in the middle of an
+    update, too, after which nothing could be saved. So that handler is taken out again, and the same is asked here.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    batches: Iterator[Loaded | UserError] | None = None
+    while True:
+        try:
+            batches = batches or iter(loader)
+            # Of a batch that the dead worker has written half of, the rest would be waited for without end.
+            signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
+            _error_if_any_worker_fails()
+            loaded = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:  # The last two of a batch that was the dead worker's.
+            if "Original Traceback" in str(error):  # What a worker raised; it lives.
+                raise
+            reason = str(error).split(". ")[0] or "the connection to one ended"
+            raise WorkersFailed(
+                f"train.workers: a worker that makes batches died: {reason}; if that was for want of memory, a smaller "
+                "train.workers or train.prefetch needs less"
+            ) from None
+        finally:
+            signal.signal(signal.SIGCHLD, before)
         yield loaded
 
 
