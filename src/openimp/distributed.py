@@ -7,8 +7,12 @@ order. What does not keep to that order, such as a save in the background, has a
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -25,8 +29,12 @@ PATIENCE = timedelta(minutes=10)
 """How long a process waits for another one that still lives; of one that died the connection breaks at once."""
 WAIT = timedelta(days=1)
 """How long it waits where the first process works alone."""
+LOOKS = 50
+"""How often, ten times a second, it looks which process died."""
 _alone = False
 _patient: Group | None = None
+_store: dist.Store
+_members: list[tuple[str, int]] = []
 
 
 def start() -> torch.device:
@@ -34,15 +42,17 @@ def start() -> torch.device:
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return torch.device("cuda" if cuda else "cpu")
+    global _store, _members
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         store, number, processes = next(dist.rendezvous("env://"))
         # Started again, processes would find the addresses of those that died before in torchrun's store.
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        _store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=processes, timeout=PATIENCE)
+        dist.init_process_group(backend, store=_store, rank=number, world_size=processes, timeout=PATIENCE)
+        _members = told_to_all([(socket.gethostname(), os.getpid())])
     return device
 
 
@@ -51,6 +61,54 @@ def leave() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+@contextmanager
+def deaths_told() -> Iterator[None]:
+    """Names the process that died, where what needs all of them fails.
+
+    Raises:
+        UserError: one died, or has not answered for `PATIENCE`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's errors have no class of their own.
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        dead = ", ".join(map(str, _dead()))
+        who = f"process {dead} of 0 to {len(_members) - 1} died" if dead else "a process died or does not answer"
+        raise UserError(
+            f"{who}, and the others cannot go on without it; the run is saved up to its last checkpoint, go on with "
+            "--resume"
+        ) from None
+
+
+def _dead() -> list[int]:
+    """The processes that died, by who found it out first: one on the same machine, for others see no more than that
+    the connection broke. Whoever asks later finds those that have left because of it, too."""
+    for _ in range(LOOKS):
+        with suppress(RuntimeError):  # The store may be gone as well.
+            if _store.check(["dead"]):
+                return cast(list[int], json.loads(_store.get("dead")))
+        here = ((number, pid) for number, (host, pid) in enumerate(_members) if host == socket.gethostname())
+        if dead := [number for number, pid in here if not _runs(pid)]:
+            with suppress(RuntimeError):
+                _store.set("dead", json.dumps(dead))
+            return dead
+        time.sleep(0.1)
+    return []
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except OSError:  # It is another user's, or the system has no /proc.
+        return True
+    return state not in "ZX"  # It ended, and its parent has not asked how.
 
 
 def restarted() -> bool:

@@ -43,6 +43,7 @@ from openimp.warm_start import open_start
 T = TypeVar("T")
 
 
+@distributed.deaths_told()
 def train(
     recipe: Recipe,
     run: Path,
@@ -62,7 +63,8 @@ def train(
 
     Raises:
         UserError: bad data, a run that is already there, no intact checkpoint, one of another recipe, loop or data, a
-            model that cannot be started from, or a loss that is not finite. The steps before it are saved.
+            model that cannot be started from, or a loss that is not finite. The steps before it are saved. Or another
+            process died; the steps since the last checkpoint are lost.
         NotSaved: a checkpoint cannot be written. The steps since the one before it are lost.
     """
     training = (loop or Training)(recipe, run, resume, allow_changed_data)
