@@ -161,6 +161,7 @@ def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, tmp
             for task, figures in line["tasks"].items():
                 assert other["tasks"][task] == pytest.approx(figures, rel=1e-3)
             assert line["totals"] == other["totals"]
+            assert line["samples"] == other["samples"]
         (first, *_), (same, *_) = (read_lines(folder / "results.jsonl") for folder in (one, run))
         assert same["top1"] == first["top1"]
 

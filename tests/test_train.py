@@ -88,7 +88,7 @@ def test_training_lowers_the_loss_of_every_task(whole_run):
 def test_the_run_tells_what_it_did(whole_run, little_data):
     lines = figures(whole_run)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert set(lines[0]) == {"step", "lr", "grad_norm", "tasks", "experts", "totals"}
+    assert set(lines[0]) == {"step", "lr", "grad_norm", "samples", "tasks", "experts", "totals"}
     assert sum(units["steps"] for units in lines[-1]["totals"].values()) == STEPS
     for line in lines:
         for layers in line["experts"].values():

@@ -11,22 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openimp.distributed import mean, rank
+from openimp.distributed import mean, rank, total
 from openimp.errors import UserError
 from openimp.ledger import Cost
 from openimp.objectives import Losses
 
 ENOUGH = 100
 """Examples of a task after which the share of bad ones is judged."""
+DIGESTS = 2**48
+"""The sums of digests are taken modulo this, so that those of many processes can be added."""
 
 
 class Metrics:
     """Sums up the steps between two lines of metrics, and writes the lines.
 
     The first process writes; losses and experts' shares are means over all processes. A line holds, for the steps since
-    the last: by task the steps, the mean loss and its parts; examples and tokens a second, and what `Pace` tells; by
-    modality and sparse layer the experts' load, gate weight and the share of tokens that no expert took; and, since
-    step 0, FLOPs, tokens and examples by task.
+    the last: by task the steps, the mean loss and its parts; examples and tokens a second, a name for those examples,
+    and what `Pace` tells; by modality and sparse layer the experts' load, gate weight and the share of tokens that no
+    expert took; and, since step 0, FLOPs, tokens and examples by task.
     """
 
     def __init__(self, run: Path, step: int, totals: dict[str, dict[str, int]] | None = None) -> None:
@@ -42,14 +44,15 @@ class Metrics:
         self._reset()
 
     def _reset(self) -> None:
-        self.examples = self.tokens = 0
+        self.examples = self.tokens = self.digest = 0
         self.steps: Counter[str] = Counter()
         self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.routing: dict[str, list[Tensor]] = {}
         self.passes: Counter[str] = Counter()
 
-    def add(self, task: str, losses: Losses, cost: Cost) -> None:
+    def add(self, task: str, losses: Losses, cost: Cost, digest: int = 0) -> None:
         """One step."""
+        self.digest += digest
         self.examples += cost.examples
         self.tokens += cost.tokens
         self.steps[task] += 1
@@ -79,6 +82,7 @@ class Metrics:
             "examples_per_s": self.examples / pace["seconds"],
             "tokens_per_s": self.tokens / pace["seconds"],
             **pace,
+            "samples": f"{total(self.digest % DIGESTS) % DIGESTS:012x}",
             "tasks": tasks,
             "experts": experts,
             "totals": {task: dict(units) for task, units in self.totals.items()},

@@ -254,7 +254,7 @@ class Training:
         if loaded.cursor is not None:
             self.cursors[visit.task] = loaded.cursor
         self.pace.step(visit.task)
-        self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view])
+        self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], loaded.digest)
         bar.step(self.step)
         if self.due(self.recipe.train.log_every) or self.step == self.recipe.train.steps:
             rate = self.recipe.optimizer.lr * schedule(self.recipe, visit.step)

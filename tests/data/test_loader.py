@@ -34,7 +34,7 @@ def loaded(folder: Path, *changes: str, first: int = 0) -> list[Loaded]:
 def assert_same(one: list[Loaded], other: list[Loaded]) -> None:
     assert [a.visit for a in one] == [b.visit for b in other]
     for a, b in zip(one, other):
-        assert (a.bad, a.batch.rows, a.cursor) == (b.bad, b.batch.rows, b.cursor)
+        assert (a.bad, a.batch.rows, a.cursor, a.digest) == (b.bad, b.batch.rows, b.cursor, b.digest)
         for mine, theirs in ((a.batch.item, b.batch.item), (a.batch.labels, b.batch.labels)):
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(mine[key], theirs[key]) for key in mine)

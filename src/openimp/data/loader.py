@@ -6,6 +6,8 @@ batch. torch's DataLoader does the rest: it hands steps to workers and gives the
 
 from __future__ import annotations
 
+import hashlib
+import hashlib
 import os
 import signal
 import sys
@@ -48,12 +50,14 @@ class Loaded:
         batch: its examples.
         bad: (where, why) of each example that could not be read; its neighbour in the batch stands in for it.
         cursor: where a streamed source stands, to go on from there; None for tables.
+        digest: names the examples, whatever their order; see `digest_of`.
     """
 
     visit: Visit
     batch: Batch
     bad: list[tuple[str, str]] = field(default_factory=list)
     cursor: dict[str, Any] | None = None
+    digest: int = 0
 
     def pin_memory(self) -> Loaded:
         """Asked for by the DataLoader, where there is CUDA: only from pinned memory is a copy to the GPU not waited
@@ -184,7 +188,8 @@ class StepBatches(Dataset[Loaded]):
             elif objective.same:
                 items_of = [item_of(examples[i][objective.same], int(rows[i])) for i in stand_in]
                 batch.item[objective.same] = torch.tensor(items_of)
-        return Loaded(visit, batch, named, source.cursor() if isinstance(source, Stream) else None)
+        digest = digest_of(f"{visit.task} {source.where(row)}" for row in batch.rows)
+        return Loaded(visit, batch, named, source.cursor() if isinstance(source, Stream) else None, digest)
 
     def _columns(self, task: Task) -> set[str]:
         """The columns of the source that a task reads, less those whose decoded values are in a store."""
@@ -386,6 +391,11 @@ def _beginning(source: Stream, key: int, columns: list[str]) -> Iterator[dict[st
 def _chunks(n: int, size: int = 4096) -> Iterator[list[int]]:
     for start in range(0, n, size):
         yield list(range(start, min(start + size, n)))
+
+
+def digest_of(names: Iterable[str]) -> int:
+    """The sum of the names' hashes, of 48 bits each: that of a batch is the sum of those of its parts."""
+    return sum(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) for name in names)
 
 
 def _stand_ins(size: int, bad: Collection[int], message: str, named: list[tuple[str, str]]) -> list[int]:
