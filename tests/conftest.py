@@ -1,7 +1,6 @@
 """What several tests share: a tiny sparse model of all four modalities, and a folder with small files of each."""
 
 import io
-import json
 import os
 import shutil
 import tarfile
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import little
 import numpy as np
 import PIL.Image
 import pytest
@@ -124,68 +124,10 @@ def peak_bytes() -> Callable[[Callable[[], Any]], int]:
     return measure
 
 
-PICTURES = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 220), "white": (240, 240, 240)}
-TONES = {"low": 200, "middle": 800, "high": 3000}
-RECIPE = """
-name: little
-model:
-  {width: 32, layers: 2, heads: 2, mlp: 64, embed_dim: 32, moe: {experts: 2, layers: 1}}
-modalities:
-  vision: {patch: [2, 8, 8]}
-  audio: {window: 512, hop: 256, bins: 32}
-  text: {vocab: 300, positions: 16}
-sources:
-  pictures: {path: pictures}
-  sounds: {path: sounds.jsonl}
-tasks:
-  named:
-    source: pictures
-    inputs: {image: file, text: "a {label} square"}
-    objectives:
-      - {type: contrastive, same: label}
-      - {type: classification, label: label, weight: 0.5}
-    batch: 8
-    weight: 2
-    views:
-      - {image: {size: 16, crop: 1, jitter: 0}, text: {length: 8}}
-      - {image: {size: 32, drop: 0.5, jitter: 0.1}, text: {length: 12}, batch: 6, share: 0.5}
-  heard:
-    source: sounds
-    inputs: {audio: sound, text: caption}
-    objectives: [{type: contrastive, same: caption}]
-    batch: 6
-    views: [{audio: {seconds: 0.512}, text: {length: 8}}]
-optimizer: {lr: 3e-3, warmup: 5, ema: 0.9}
-train: {steps: 12, workers: 0, log_every: 1, save_every: 5}
-evaluation:
-  sets:
-    colours: {type: zero_shot, source: pictures, inputs: {image: file}, label: label, prompts: ["a {} square"],
-              view: {image: {size: 16}}}
-    tones: {type: retrieval, source: sounds, inputs: {audio: sound, text: caption},
-            view: {audio: {seconds: 0.512}, text: {length: 8}}}
-"""
-
-
 @pytest.fixture(scope="session")
 def little_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with recipe.yaml of two tasks, and their data: 24 pictures by class and 15 captioned sounds."""
-    folder, rng = tmp_path_factory.mktemp("little"), np.random.default_rng(0)
-    for name, colour in PICTURES.items():
-        (folder / "pictures" / name).mkdir(parents=True)
-        for i in range(6):
-            pixels = (np.array(colour) + rng.integers(-15, 16, (24 + i, 26, 3))).clip(0, 255).astype(np.uint8)
-            PIL.Image.fromarray(pixels).save(folder / "pictures" / name / f"{i}.png")
-    lines = []
-    for i in range(15):
-        name, pitch = list(TONES.items())[i % 3]
-        wave = 0.3 * np.sin(2 * np.pi * pitch * np.arange(8000 + 400 * i) / 16_000) + rng.normal(
-            0, 0.01, 8000 + 400 * i
-        )
-        soundfile.write(folder / f"{i}.wav", wave, 16_000)
-        lines.append(json.dumps({"sound": f"{i}.wav", "caption": f"a {name} tone"}) + "\n")
-    (folder / "sounds.jsonl").write_text("".join(lines), encoding="utf-8")
-    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    return folder
+    return little.write(tmp_path_factory.mktemp("little"))
 
 
 @pytest.fixture
