@@ -1,0 +1,284 @@
+"""What a run loses to each fault: real processes are killed, filled up, lied to, and go on.
+
+    python benchmarks/faults.py [--only FAULT ...] [--write]
+
+Trains the tests' small recipe of pictures and sounds on the CPU, with a checkpoint every 8 of 40 steps, once in peace
+and once with each fault in it, and goes on with --resume. Each run is compared with the one in peace:
+
+- steps lost: those that were made before the fault and had to be made again;
+- samples lost or seen twice: the examples of the steps that the whole of the run's metrics.jsonl has more often, less
+  often or otherwise, by the names of the examples (`samples`) and by all losses, bit for bit;
+- the weights in the end, bit for bit.
+
+The exit code is 1 if a fault was not noticed, if it cost more than the steps since the last checkpoint, or any sample.
+`--write` puts the table into docs/results/faults.md.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import hostile
+import torch
+from trainings import (
+    BATCH,
+    EVERY,
+    STEPS,
+    Bench,
+    Outcome,
+    Process,
+    children,
+    finished,
+    most_memory,
+    steps_of,
+    told,
+    watch,
+)
+
+from openimp.checkpoint import checkpoints, load_model, read_state, step_of
+from openimp.metrics import read_lines
+from openimp.versions import openimp_version, processor
+
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 60
+"""Seconds within which all processes must have ended once one of them died."""
+GROWTH = 100 * 2**20
+"""Bytes by which the most memory that a training holds may grow with files that claim to be large."""
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle; size and time stay."""
+    content, times = bytearray(file.read_bytes()), file.stat()
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def killed(bench: Bench) -> list[Outcome]:
+    run = bench.folder / "killed"
+    process = bench.start(run)
+    watch(process, Process.kill)
+    noticed = f"exit code {process.returncode}" if process.returncode < 0 else ""
+    return [bench.gone_on("kill -9 in the middle of a step", run, noticed)]
+
+
+def killed_while_saving(bench: Bench) -> list[Outcome]:
+    run = bench.folder / "killed while saving"
+    process = bench.start(run)
+
+    def drafts() -> list[Path]:
+        return list((run / "checkpoints").glob(".step-*.tmp"))
+
+    def kill(process: Process) -> None:
+        while process.poll() is None:  # Held while there is a draft, and let go on if that came a moment too late.
+            if drafts():
+                process.send_signal(signal.SIGSTOP)
+                if drafts():
+                    process.kill()
+                    return
+                process.send_signal(signal.SIGCONT)
+
+    watch(process, kill)
+    noticed = f"exit code {process.returncode}; {drafts()[0].name} is no checkpoint" if drafts() else ""
+    return [bench.gone_on("kill -9 in the middle of a save", run, noticed)]
+
+
+def stopped(bench: Bench) -> list[Outcome]:
+    run = bench.folder / "stopped"
+    process = bench.start(run)
+    lines = watch(process, Process.terminate)
+    return [bench.gone_on("SIGTERM", run, told(process, lines, "stopped at step", code=0))]
+
+
+def full_disk(bench: Bench) -> list[Outcome]:
+    """The system refuses the bytes of a file beyond a limit, as a full disk does, in the middle of it."""
+    run = bench.folder / "full disk"
+    limit = max(file.stat().st_size for file in checkpoints(bench.whole())[0].rglob("*")) // 2
+    process = bench.start(run)
+    lines = watch(process, lambda process: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit)))
+    return [bench.gone_on("a disk that is full while saving", run, told(process, lines, "could not be saved: "))]
+
+
+def flipped_bit(bench: Bench) -> list[Outcome]:
+    run = bench.copy("flipped bit")
+    file = max(checkpoints(run)[-1].rglob("*"), key=lambda file: file.stat().st_size)
+    flip(file)
+    process = bench.start(run, "--resume")
+    lines = watch(process)
+    noticed = told(process, lines, f"{file}: damaged", code=0)
+    lost = STEPS - steps_of(lines)[0] + 1
+    return [bench.compared("a flipped bit in the newest checkpoint", run, noticed, lost)]
+
+
+def rank_that_dies(bench: Bench) -> list[Outcome]:
+    """The other one must end by itself: nobody sends it a signal."""
+    run = bench.folder / "rank"
+    survivor, victim = bench.start_two(run)
+    since = time.monotonic()
+
+    def kill(_: Process) -> None:
+        nonlocal since
+        victim.kill()
+        since = time.monotonic()
+
+    lines = watch(survivor, kill)
+    seconds = time.monotonic() - since
+    victim.communicate()
+    noticed = told(survivor, lines, "process 1 of 0 to 1 died")
+    noticed = f"{noticed} (after {seconds:.1f} s)" if noticed and seconds < PATIENCE else ""
+    return [bench.gone_on("kill -9 of one of two processes", run, noticed, processes=2)]
+
+
+def rank_that_is_started_again(bench: Bench) -> list[Outcome]:
+    run = bench.folder / "restart"
+    process = bench.torchrun(run)
+    lines = watch(process, lambda process: os.kill(children(process)[-1], signal.SIGKILL))
+    named = [line for line in lines if "process 1 of 0 to 1 died" in line]
+    steps = steps_of(finished(process, lines))
+    again = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])
+    noticed = f"{named[0].removeprefix('openimp: ')}; started again" if named else ""
+    lost = steps[again - 1] - steps[again] + 1
+    return [bench.compared("the same, under torchrun --max-restarts 1", run, noticed, lost, processes=2)]
+
+
+def worker_that_dies(bench: Bench) -> list[Outcome]:
+    run = bench.folder / "worker"
+    process = bench.start(run, changes=["train.workers=2"])
+    lines = watch(process, lambda process: os.kill(children(process)[-1], signal.SIGKILL))
+    return [
+        bench.gone_on("kill -9 of a loader's worker", run, told(process, lines, "a worker that makes batches died"))
+    ]
+
+
+def loss_that_is_not_finite(bench: Bench) -> list[Outcome]:
+    """A learning rate of 1e30 makes it so at the second step. The step before is as in peace, and is kept."""
+    run = bench.folder / "loss"
+    process = bench.start(run, changes=["optimizer.lr=1e30"])
+    noticed = told(process, watch(process), "is not finite; nothing was updated; its 8 examples begin with ")
+    seen, peace = (read_lines(path / "metrics.jsonl") for path in (run, bench.whole()))
+    differ = [line for line, other in zip(seen, peace) if line["samples"] != other["samples"]]
+    saved = checkpoints(run)[-1]
+    finite = all(tensor.isfinite().all() for tensor in load_model(saved)[0].state_dict().values())
+    fault = "a loss that is not finite"
+    return [Outcome(fault, noticed if finite else "", len(seen) - step_of(saved), BATCH * len(differ))]
+
+
+def changed_source(bench: Bench) -> list[Outcome]:
+    run, allowed = bench.copy("changed"), bench.folder / "changed and allowed"
+    shutil.rmtree(checkpoints(run)[-1])
+    shutil.copytree(run, allowed)
+    reached = step_of(checkpoints(run)[-1])
+    file = bench.data / "pictures" / "red" / "3.png"
+    flip(file)
+    process = bench.start(run, "--resume")
+    noticed = told(process, watch(process), "source pictures has changed since it was saved")
+    process = bench.start(allowed, "--resume", "--allow-changed-data")
+    lines = watch(process)
+    flip(file)
+    if not told(process, lines, "going on with the data as it is now", code=0):
+        noticed = ""
+    return [bench.gone_on("a source that has changed since the checkpoint", run, noticed, reached)]
+
+
+def hostile_media(bench: Bench) -> list[Outcome]:
+    """One outcome for each file, one for the memory that all take, and one for more of them than the recipe allows."""
+    peace, data = (hostile.more_data(bench.data, bench.folder / name) for name in ("more data", "hostile data"))
+    names = {fault: write(data) for fault, write in hostile.FILES.items()}
+    changes, memory, lines = [*hostile.TASKS, "train.max_bad=0.5"], [], []
+    for folder in (peace, data):
+        process = Bench(bench.folder, folder).start(folder / "run", changes=changes)
+        lines = finished(process, watch(process, lambda process: memory.append(most_memory(process)), STEPS - 1))
+    skipped = read_lines(data / "run" / "skipped.jsonl")
+    counted = read_state(checkpoints(data / "run")[-1])["bad"].values()
+    wrong = [line for line in skipped if not line["where"].endswith(tuple(names.values()))]
+    samples = len(wrong) + abs(sum(task["bad"] for task in counted) - len(skipped))
+    found = []
+    for fault, name in names.items():
+        why = [line["why"] for line in skipped if line["where"].endswith(name)]
+        noticed = f"{name} skipped {len(why)} times: {why[0]}" if why and steps_of(lines)[-1] == STEPS else ""
+        found.append(Outcome(fault, noticed, samples=samples))
+    grown = memory[1] - memory[0]
+    fault = f"all of these at once: the most memory held, {memory[0] / 2**20:.0f} MiB without them"
+    found.append(Outcome(fault, f"{grown / 2**20:+.0f} MiB" if grown < GROWTH else ""))
+    run = data / "too many"
+    process = Bench(bench.folder, data).start(run, changes=[*hostile.TASKS, "train.max_bad=0.01"])
+    noticed = told(process, watch(process), "could not be read, more than train.max_bad 0.01")
+    steps = len(read_lines(run / "metrics.jsonl")) - step_of(checkpoints(run)[-1])
+    return [*found, Outcome("more of them than train.max_bad", noticed, steps)]
+
+
+FAULTS: dict[str, Callable[[Bench], list[Outcome]]] = {
+    function.__name__: function
+    for function in (
+        killed,
+        killed_while_saving,
+        stopped,
+        full_disk,
+        flipped_bit,
+        rank_that_dies,
+        rank_that_is_started_again,
+        worker_that_dies,
+        hostile_media,
+        loss_that_is_not_finite,
+        changed_source,
+    )
+}
+NOTES = """
+Weights are compared with those of the run in peace, bit for bit; after a loss that is not finite, and with files that
+cannot be read, there is none to compare with. For such a file its neighbour in the batch stands in; what was skipped
+besides these files would count as samples lost.
+"""
+
+
+def table(outcomes: list[Outcome]) -> str:
+    head = [
+        "| fault | noticed | steps lost | samples lost or seen twice | weights in the end |",
+        "|---|---|---:|---:|---|",
+    ]
+    return "\n".join([*head, *(outcome.row() for outcome in outcomes)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT", help=", ".join(FAULTS)
+    )
+    parser.add_argument("--write", action="store_true", help="into docs/results/faults.md")
+    args = parser.parse_args()
+    openimp_version()  # Kept from now on: the checkout may move on meanwhile.
+    outcomes, begin = [], time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench.of_little_data(Path(folder))
+        for name in args.only:
+            found = FAULTS[name](bench)
+            for outcome in found:
+                outcome.noticed = outcome.noticed.replace(f"{folder}/", "")
+            outcomes += found
+            good = "as it should be" if all(outcome.ok for outcome in found) else "NOT AS IT SHOULD BE"
+            print(f"{name}: {good}, {time.monotonic() - begin:.0f} s", flush=True)
+    print(table(outcomes))
+    if args.write:
+        head = (
+            "# Faults, and what they cost\n\n"
+            "Written by `benchmarks/faults.py`, whose head says what is measured and how.\n\n"
+            f"- Command: `{shlex.join(['python', 'benchmarks/faults.py', *sys.argv[1:]])}`, "
+            f"{time.monotonic() - begin:.0f} s\n- openimp: {openimp_version()}\n"
+            f"- Versions: Python {platform.python_version()}, torch {torch.__version__}\n"
+            f"- Hardware: {processor()}, {os.cpu_count()} cores\n"
+            f"- Runs: {STEPS} steps of {BATCH} examples, a checkpoint every {EVERY}\n\n"
+        )
+        (ROOT / "docs" / "results" / "faults.md").write_text(head + table(outcomes) + "\n" + NOTES, encoding="utf-8")
+    return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Files of strangers, for benchmarks/faults.py: broken, or not what they claim to be."""
+
+import io
+import json
+import shutil
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import soundfile
+
+SIDE = 40_000
+"""Pixels a side that a header claims: 4.8 GB, once decoded."""
+TASKS = [
+    "sources.clips={path: clips}",
+    "sources.packed={path: packed.tar}",
+    'tasks.seen={source: clips, inputs: {video: file, text: "a {label}"}, batch: 8, weight: 2,'
+    " objectives: [{type: contrastive, same: label}],"
+    " views: [{video: {size: 16, frames: 4, stride: 1}, text: {length: 8}}]}",
+    "tasks.packed={source: packed, inputs: {image: png, text: txt}, batch: 8, weight: 2,"
+    " objectives: [{type: contrastive, same: txt}], views: [{image: {size: 16}, text: {length: 8}}]}",
+]
+
+
+def more_data(little: Path, folder: Path) -> Path:
+    """A copy of the tests' data, with 24 clips and a tar of its pictures besides."""
+    shutil.copytree(little, folder)
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        file = folder / "clips" / ("dark", "light")[i % 2] / f"{i}.avi"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(_clip(rng.integers(0, 128, (5, 32, 48, 3), np.uint8) + np.uint8(120 * (i % 2))))
+    with tarfile.open(folder / "packed.tar", "w") as tar:
+        for file in sorted((folder / "pictures").rglob("*.png")):
+            _add(tar, f"{file.parent.name}-{file.stem}", file.read_bytes(), file.parent.name)
+    return folder
+
+
+def _clip(frames: np.ndarray) -> bytes:
+    """Frames (T, H, W, 3) as an AVI file."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="avi") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        container.start_encoding()
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        if len(frames):
+            container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def _add(tar: tarfile.TarFile, key: str, picture: bytes, text: str) -> None:
+    for ending, content in ((".png", picture), (".txt", text.encode())):
+        member = tarfile.TarInfo(key + ending)
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+
+
+def _picture(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], str]:
+    """Writes a spoilt copy of a picture, and says how its name ends."""
+
+    def write(data: Path) -> str:
+        file = data / "pictures" / "red" / name
+        file.write_bytes(change((data / "pictures" / "red" / "0.png").read_bytes()))
+        return name
+
+    return write
+
+
+def _corrupt(picture: bytes) -> bytes:
+    return picture[:60] + bytes(byte ^ 0x55 for byte in picture[60:])
+
+
+def _huge(picture: bytes) -> bytes:
+    """The header of SIDE x SIDE pixels, its checksum right, and the same pixels after it."""
+    header = b"IHDR" + struct.pack(">II", SIDE, SIDE) + picture[24:29]
+    return picture[:12] + header + struct.pack(">I", zlib.crc32(header)) + picture[33:]
+
+
+def _no_frames(data: Path) -> str:
+    (data / "clips" / "dark" / "none.avi").write_bytes(_clip(np.empty((0, 32, 48, 3), np.uint8)))
+    return "none.avi"
+
+
+def _cut_clip(data: Path) -> str:
+    whole = (data / "clips" / "dark" / "0.avi").read_bytes()
+    (data / "clips" / "dark" / "cut.avi").write_bytes(whole[: len(whole) // 8])
+    return "cut.avi"
+
+
+def _not_numbers(data: Path) -> str:
+    soundfile.write(data / "nan.wav", np.full(8000, np.nan), 16_000, subtype="FLOAT")
+    with (data / "sounds.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"sound": "nan.wav", "caption": "a low tone"}) + "\n")
+    return "sounds.jsonl[15]"
+
+
+def _outside(data: Path) -> str:
+    with tarfile.open(data / "packed.tar", "a") as tar:
+        _add(tar, "../outside", (data / "pictures" / "red" / "0.png").read_bytes(), "red")
+    return "packed.tar[../outside]"
+
+
+FILES: dict[str, Callable[[Path], str]] = {
+    "a picture whose bytes are not its own": _picture("corrupt.png", _corrupt),
+    "a picture cut in the middle": _picture("cut.png", lambda picture: picture[: len(picture) // 2]),
+    "a picture of no bytes": _picture("empty.png", lambda _: b""),
+    f"a picture whose header claims {SIDE:,} x {SIDE:,} pixels": _picture("huge.png", _huge),
+    "a clip cut short": _cut_clip,
+    "a clip of no frames": _no_frames,
+    "a sound of NaN": _not_numbers,
+    "a member of a tar named ../outside": _outside,
+}
+"""What writes each into the data, and gives the end of the name by which it is skipped."""

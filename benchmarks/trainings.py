@@ -1,0 +1,184 @@
+"""What benchmarks/faults.py starts, watches and compares: trainings of the tests' small recipe, in processes."""
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openimp.checkpoint import checkpoints, load_model
+from openimp.metrics import read_lines
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import little
+
+STEPS, EVERY, BATCH = 40, 8, 8
+AT = 12
+"""The step after which most faults happen: in the middle between two checkpoints."""
+CHANGES = [f"train.steps={STEPS}", f"train.save_every={EVERY}", "train.keep=3", "evaluation={}",
+           f"tasks.named.views.1.batch={BATCH}", f"tasks.heard.batch={BATCH}"]  # fmt: skip
+Process = subprocess.Popen[str]
+
+
+@dataclass
+class Outcome:
+    """What a fault came to.
+
+    Attributes:
+        fault: what was done.
+        noticed: how a person hears of it; empty if nobody does.
+        steps: made before the fault, and made again.
+        samples: lost, or seen twice.
+        same: whether the weights in the end are those of the run in peace; None where they cannot be.
+    """
+
+    fault: str
+    noticed: str
+    steps: int = 0
+    samples: int = 0
+    same: bool | None = None
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.noticed) and self.steps <= EVERY and not self.samples and self.same is not False
+
+    def row(self) -> str:
+        same = {True: "the same", False: "OTHERS", None: ""}[self.same]
+        cells = (self.fault, self.noticed or "NOT NOTICED", self.steps, self.samples, same)
+        return "| " + " | ".join(str(cell).replace("|", r"\|") for cell in cells) + " |"
+
+
+@dataclass
+class Bench:
+    """Trainings, in a folder, of the recipe in a folder of data."""
+
+    folder: Path
+    data: Path
+
+    @classmethod
+    def of_little_data(cls, folder: Path) -> "Bench":
+        """With data of its own, which may be spoilt."""
+        (folder / "data").mkdir()
+        return cls(folder, little.write(folder / "data"))
+
+    def command(self, run: Path, *options: str, changes: Iterable[str] = ()) -> list[str]:
+        sets = [part for change in (*CHANGES, *changes) for part in ("--set", change)]
+        return ["-m", "openimp", "train", str(self.data / "recipe.yaml"), "--run-dir", str(run), *sets, *options]
+
+    def start(self, run: Path, *options: str, changes: Iterable[str] = ()) -> Process:
+        return start([sys.executable, *self.command(run, *options, changes=changes)])
+
+    def start_two(self, run: Path, *options: str) -> list[Process]:
+        """Two processes that work together, without torchrun, which would keep their exit codes to itself."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        command = [sys.executable, *self.command(run, *options)]
+        return [start(command, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+
+    def torchrun(self, run: Path) -> Process:
+        """The same, started again once."""
+        how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+        return start([sys.executable, "-m", "torch.distributed.run", *how, *self.command(run)])
+
+    def whole(self, processes: int = 1) -> Path:
+        """A run in peace, made when it is asked for."""
+        run = self.folder / f"whole {processes}"
+        if not run.exists():
+            for process in [self.start(run)] if processes == 1 else self.start_two(run):
+                finished(process, watch(process))
+        return run
+
+    def copy(self, name: str) -> Path:
+        """A copy of the run in peace, to be spoilt."""
+        return Path(shutil.copytree(self.whole(), self.folder / name))
+
+    def gone_on(self, fault: str, run: Path, noticed: str, reached: int | None = None, processes: int = 1) -> Outcome:
+        """What became of a run that goes on with --resume.
+
+        Args:
+            fault, noticed: see `Outcome`.
+            run: where it ended.
+            reached: how many steps it had made; left out, those of its metrics.
+            processes: how many go on.
+        """
+        reached = read_lines(run / "metrics.jsonl")[-1]["step"] if reached is None else reached
+        resumed = [self.start(run, "--resume")] if processes == 1 else self.start_two(run, "--resume")
+        lines = [finished(process, watch(process)) for process in resumed]
+        return self.compared(fault, run, noticed, reached - steps_of(lines[0])[0] + 1, processes)
+
+    def compared(self, fault: str, run: Path, noticed: str, steps: int, processes: int = 1) -> Outcome:
+        """What became of a run that has come to its end."""
+        whole = self.whole(processes)
+        weights, others = (load_model(checkpoints(path)[-1])[0].state_dict() for path in (run, whole))
+        same = all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
+        ours, theirs = made(run), made(whole)
+        differ = (ours - theirs) + (theirs - ours)
+        return Outcome(fault, noticed, steps, BATCH * differ.total(), same)
+
+
+def start(command: list[str], **environment: str) -> Process:
+    """A process whose output and errors are read as one."""
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def watch(process: Process, harm: Callable[[Process], Any] | None = None, at: int = AT) -> list[str]:
+    """All lines that a process prints until it ends; after that of step `at`, harm is done."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if harm and line.startswith(f"step {at}/"):
+            harm(process)
+            harm = None
+    process.wait()
+    return lines
+
+
+def finished(process: Process, lines: list[str]) -> list[str]:
+    if process.returncode:
+        raise RuntimeError(f"{shlex.join(map(str, process.args))}: exit code {process.returncode}: {lines[-9:]}")
+    return lines
+
+
+def steps_of(lines: list[str]) -> list[int]:
+    """The steps that were printed, in order."""
+    return [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("step ")]
+
+
+def made(run: Path) -> Counter[str]:
+    """The steps of a run: number, names of the examples, losses."""
+    lines = read_lines(run / "metrics.jsonl")
+    return Counter(json.dumps([line["step"], line["samples"], line["tasks"]]) for line in lines)
+
+
+def told(process: Process, lines: list[str], part: str, code: int = 2) -> str:
+    """The line with this part, and the exit code; nothing if either is another one, or there is a traceback."""
+    found = [line for line in lines if part in line]
+    if process.returncode != code or not found or any("Traceback" in line for line in lines):
+        print("\n".join(lines[-20:]), f"exit code {process.returncode}", sep="\n", file=sys.stderr)
+        return ""
+    return f"exit code {code}: {found[-1].removeprefix('openimp: ')}"
+
+
+def children(process: Process) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def most_memory(process: Process) -> int:
+    """Bytes that a process has held at most so far."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
