@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import hostile
@@ -63,6 +64,11 @@ def flip(file: Path) -> None:
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def drafts(run: Path) -> list[Path]:
+    """Checkpoints that are not whole."""
+    return list((run / "checkpoints").glob(".step-*"))
+
+
 def killed(bench: Bench) -> list[Outcome]:
     run = bench.folder / "killed"
     process = bench.start(run)
@@ -75,21 +81,19 @@ def killed_while_saving(bench: Bench) -> list[Outcome]:
     run = bench.folder / "killed while saving"
     process = bench.start(run)
 
-    def drafts() -> list[Path]:
-        return list((run / "checkpoints").glob(".step-*.tmp"))
-
     def kill(process: Process) -> None:
         while process.poll() is None:  # Held while there is a draft, and let go on if that came a moment too late.
-            if drafts():
+            if drafts(run):
                 process.send_signal(signal.SIGSTOP)
-                if drafts():
+                if drafts(run):
                     process.kill()
                     return
                 process.send_signal(signal.SIGCONT)
 
     watch(process, kill)
-    noticed = f"exit code {process.returncode}; {drafts()[0].name} is no checkpoint" if drafts() else ""
-    return [bench.gone_on("kill -9 in the middle of a save", run, noticed)]
+    noticed = f"exit code {process.returncode}; {drafts(run)[0].name} is no checkpoint" if drafts(run) else ""
+    outcome = bench.gone_on("kill -9 in the middle of a save", run, noticed)
+    return [replace(outcome, noticed="" if drafts(run) else noticed)]
 
 
 def stopped(bench: Bench) -> list[Outcome]:
@@ -105,7 +109,8 @@ def full_disk(bench: Bench) -> list[Outcome]:
     limit = max(file.stat().st_size for file in checkpoints(bench.whole())[0].rglob("*")) // 2
     process = bench.start(run)
     lines = watch(process, lambda process: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit)))
-    return [bench.gone_on("a disk that is full while saving", run, told(process, lines, "could not be saved: "))]
+    noticed = "" if drafts(run) else told(process, lines, "could not be saved: ")
+    return [bench.gone_on("a disk that is full while saving", run, noticed)]
 
 
 def flipped_bit(bench: Bench) -> list[Outcome]:

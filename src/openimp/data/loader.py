@@ -7,7 +7,6 @@ batch. torch's DataLoader does the rest: it hands steps to workers and gives the
 from __future__ import annotations
 
 import hashlib
-import hashlib
 import os
 import signal
 import sys
