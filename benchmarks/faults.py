@@ -275,8 +275,8 @@ def main() -> int:
         head = (
             "# Faults, and what they cost\n\n"
             "Written by `benchmarks/faults.py`, whose head says what is measured and how.\n\n"
-            f"- Command: `{shlex.join(['python', 'benchmarks/faults.py', *sys.argv[1:]])}`, "
-            f"{time.monotonic() - begin:.0f} s\n- openimp: {openimp_version()}\n"
+            f"- Command: `{shlex.join(['python', 'benchmarks/faults.py', *sys.argv[1:]])}`\n"
+            f"- openimp: {openimp_version()}\n"
             f"- Versions: Python {platform.python_version()}, torch {torch.__version__}\n"
             f"- Hardware: {processor()}, {os.cpu_count()} cores\n"
             f"- Runs: {STEPS} steps of {BATCH} examples, a checkpoint every {EVERY}\n\n"
