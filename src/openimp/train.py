@@ -68,7 +68,11 @@ def train(
         NotSaved: a checkpoint cannot be written. The steps since the one before it are lost.
     """
     training = (loop or Training)(recipe, run, resume, allow_changed_data)
-    with _stop_signals(training.saver.failed) as stop, StepBar(recipe.train.steps, training.step) as bar, closing(training.metrics):
+    with (
+        _stop_signals(training.saver.failed) as stop,
+        StepBar(recipe.train.steps, training.step) as bar,
+        closing(training.metrics),
+    ):
         try:
             if training.step and training.due(recipe.evaluation.every):
                 training.evaluate(stop.watch)  # What ended the run may have come before this was done.

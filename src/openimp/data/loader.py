@@ -6,7 +6,6 @@ batch. torch's DataLoader does the rest: it hands steps to workers and gives the
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
 from openimp.alternation import Alternation, Visit
-from openimp.data.order import example_rng, permute, rows_at, seed_key
+from openimp.data.order import digest_of, example_rng, permute, rows_at, seed_key
 from openimp.data.sources import Stream, Table, open_source
 from openimp.data.store import DecodedStore
 from openimp.data.tables import Refused
@@ -390,11 +389,6 @@ def _beginning(source: Stream, key: int, columns: list[str]) -> Iterator[dict[st
 def _chunks(n: int, size: int = 4096) -> Iterator[list[int]]:
     for start in range(0, n, size):
         yield list(range(start, min(start + size, n)))
-
-
-def digest_of(names: Iterable[str]) -> int:
-    """The sum of the names' hashes, of 48 bits each: that of a batch is the sum of those of its parts."""
-    return sum(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) for name in names)
 
 
 def _stand_ins(size: int, bad: Collection[int], message: str, named: list[tuple[str, str]]) -> list[int]:

@@ -6,7 +6,9 @@ Rogaway, 2002,
 "Ciphers with arbitrary finite domains").
 """
 
+import hashlib
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -57,3 +59,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def digest_of(names: Iterable[str]) -> int:
+    """The sum of the names' hashes, of 48 bits each: that of a batch is the sum of those of its parts."""
+    return sum(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) for name in names)
