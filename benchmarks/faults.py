@@ -10,7 +10,8 @@ and once with each fault in it, and goes on with --resume. Each run is compared 
   often or otherwise, by the names of the examples (`samples`) and by all losses, bit for bit;
 - the weights in the end, bit for bit.
 
-The exit code is 1 if a fault was not noticed, if it cost more than the steps since the last checkpoint, or any sample.
+The exit code is 1 if a fault was not noticed, if it cost any sample, or more steps than lie between two checkpoints.
+One that spoils a checkpoint in the making also costs the steps that were made meanwhile.
 `--write` puts the table into docs/results/faults.md.
 """
 
@@ -52,6 +53,9 @@ from openimp.versions import openimp_version, processor
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 60
 """Seconds within which all processes must have ended once one of them died."""
+WHILE_SAVING = 2 * EVERY
+"""Steps that a fault may cost which spoils a checkpoint: those since the one before, and those that were made while it
+was being written, of which there are never more than to the next one."""
 GROWTH = 100 * 2**20
 """Bytes by which the most memory that a training holds may grow with files that claim to be large."""
 
@@ -93,7 +97,7 @@ def killed_while_saving(bench: Bench) -> list[Outcome]:
     watch(process, kill)
     noticed = f"exit code {process.returncode}; {drafts(run)[0].name} is no checkpoint" if drafts(run) else ""
     outcome = bench.gone_on("kill -9 in the middle of a save", run, noticed)
-    return [replace(outcome, noticed="" if drafts(run) else noticed)]
+    return [replace(outcome, noticed="" if drafts(run) else noticed, limit=WHILE_SAVING)]
 
 
 def stopped(bench: Bench) -> list[Outcome]:
@@ -110,7 +114,7 @@ def full_disk(bench: Bench) -> list[Outcome]:
     process = bench.start(run)
     lines = watch(process, lambda process: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit)))
     noticed = "" if drafts(run) else told(process, lines, "could not be saved: ")
-    return [bench.gone_on("a disk that is full while saving", run, noticed)]
+    return [replace(bench.gone_on("a disk that is full while saving", run, noticed), limit=WHILE_SAVING)]
 
 
 def flipped_bit(bench: Bench) -> list[Outcome]:

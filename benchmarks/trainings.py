@@ -39,6 +39,7 @@ class Outcome:
         steps: made before the fault, and made again.
         samples: lost, or seen twice.
         same: whether the weights in the end are those of the run in peace; None where they cannot be.
+        limit: most steps that it may cost.
     """
 
     fault: str
@@ -46,10 +47,11 @@ class Outcome:
     steps: int = 0
     samples: int = 0
     same: bool | None = None
+    limit: int = EVERY
 
     @property
     def ok(self) -> bool:
-        return bool(self.noticed) and self.steps <= EVERY and not self.samples and self.same is not False
+        return bool(self.noticed) and self.steps <= self.limit and not self.samples and self.same is not False
 
     def row(self) -> str:
         same = {True: "the same", False: "OTHERS", None: ""}[self.same]
