@@ -37,6 +37,43 @@ _store: dist.Store
 _members: list[tuple[str, int]] = []
 
 
+class Layout(NamedTuple):
+    """How processes hold a model between them.
+
+    Attributes:
+        processes: how many there are.
+        shard: consecutive ones that share a copy; 1: each has a whole one, but for the experts.
+        owners: consecutive ones that share the experts.
+    """
+
+    processes: int
+    shard: int
+    owners: int
+
+    @classmethod
+    def of(cls, processes: int, shard: int | None, owners: int) -> "Layout":
+        """As the recipe's `parallel` says; fewer processes than a group has are one group, and one has everything.
+
+        Raises:
+            UserError: the processes cannot be divided so.
+        """
+        if processes == 1:
+            return cls(1, 1, 1)
+        shard = min(shard or processes, processes)
+        if processes % shard:
+            raise UserError(f"parallel.shard: {processes} processes cannot be divided into groups of {shard}")
+        among = shard if shard > 1 else processes
+        if among % owners:
+            raise UserError(f"parallel.experts: {among} processes cannot be divided into groups of {owners}")
+        return cls(processes, shard, owners)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Copies of an expert, the parts that each is cut into, and the owners that share all of them."""
+        parts = max(1, self.shard // self.owners)
+        return self.processes // (parts * self.owners), parts, self.owners
+
+
 def start() -> torch.device:
     """Joins the processes that torchrun started, if it did, and says which device this one computes on."""
     cuda = torch.cuda.is_available()
@@ -266,25 +303,19 @@ def spread(
     from torch.distributed.tensor import Shard, distribute_tensor
 
     device = next(model.parameters()).device.type
-    shard = min(shard or world(), world())
-    if world() % shard:
-        raise UserError(f"parallel.shard: {world()} processes cannot be divided into groups of {shard}")
-    among = shard if shard > 1 else world()
-    if among % owners:
-        raise UserError(f"parallel.experts: {among} processes cannot be divided into groups of {owners}")
-    sizes = (world() // shard, shard // owners, owners) if shard > 1 else (world() // owners, 1, owners)
-    mesh = init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard", "experts"))
+    layout = Layout.of(world(), shard, owners)
+    mesh = init_device_mesh(device, layout.sizes, mesh_dim_names=("replicate", "shard", "experts"))
     apart = list(experts) if owners > 1 else []
     for module in apart:
         for name, weight in list(module.named_parameters()):
             setattr(module, name, nn.Parameter(distribute_tensor(weight.detach(), mesh["experts"], [Shard(0)])))
-    if shard == 1:
+    if layout.shard == 1:
         owned = {weight: None for module in apart for weight in module.parameters()}
         others = [weight for weight in model.parameters() if weight not in owned]
         return [(dist.group.WORLD, others), (mesh.get_group("replicate"), list(owned))]
     for module in apart:
         _fully_shard(module, mesh, dim=1)  # Their first dimension is dealt out already.
-    mesh = init_device_mesh(device, (sizes[0], shard), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device, (layout.sizes[0], layout.shard), mesh_dim_names=("replicate", "shard"))
     for module in (*blocks, model):
         _fully_shard(module, mesh, dim=0)
     for method in methods:
