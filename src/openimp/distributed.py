@@ -305,7 +305,8 @@ def spread(
     device = next(model.parameters()).device.type
     layout = Layout.of(world(), shard, owners)
     mesh = init_device_mesh(device, layout.sizes, mesh_dim_names=("replicate", "shard", "experts"))
-    apart = list(experts) if owners > 1 else []
+    experts = list(experts)
+    apart = experts if owners > 1 else []
     for module in apart:
         for name, weight in list(module.named_parameters()):
             setattr(module, name, nn.Parameter(distribute_tensor(weight.detach(), mesh["experts"], [Shard(0)])))
@@ -313,17 +314,20 @@ def spread(
         owned = {weight: None for module in apart for weight in module.parameters()}
         others = [weight for weight in model.parameters() if weight not in owned]
         return [(dist.group.WORLD, others), (mesh.get_group("replicate"), list(owned))]
+    # FSDP2 pads a first dimension to a part a process: of few experts many processes would gather mostly padding.
+    second = {w for module in experts for w in module.parameters() if apart or w.shape[1] % layout.shard == 0}
     for module in apart:
-        _fully_shard(module, mesh, dim=1)  # Their first dimension is dealt out already.
+        _fully_shard(module, mesh, second)  # Their first dimension is dealt out already.
     mesh = init_device_mesh(device, (layout.sizes[0], layout.shard), mesh_dim_names=("replicate", "shard"))
     for module in (*blocks, model):
-        _fully_shard(module, mesh, dim=0)
+        _fully_shard(module, mesh, second)
     for method in methods:
         register_fsdp_forward_method(model, method)
     return []
 
 
-def _fully_shard(module: nn.Module, mesh: Any, dim: int) -> None:
+def _fully_shard(module: nn.Module, mesh: Any, second: set[nn.Parameter]) -> None:
+    """Cuts a module's parameters along their first dimension, and some along their second one."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
 
@@ -331,7 +335,7 @@ def _fully_shard(module: nn.Module, mesh: Any, dim: int) -> None:
         module,
         mesh=mesh["shard"] if mesh["replicate"].size() == 1 else mesh["replicate", "shard"],
         mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
-        shard_placement_fn=lambda _: Shard(dim),
+        shard_placement_fn=lambda weight: Shard(int(weight in second)),
     )
 
 
