@@ -1,25 +1,39 @@
-"""The plan against published sizes, against what a run records, and against what a step really holds."""
+"""The plan against published sizes, against what a run records, and against what a step really holds and sends.
 
+torchrun runs this very file to measure what comes to each of four processes.
+"""
+
+import json
 import re
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from openimp import distributed
 from openimp.alternation import Alternation
 from openimp.commands import run_plan
 from openimp.data.loader import StepBatches
 from openimp.errors import UserError
 from openimp.gpus import GPUS, USABLE
-from openimp.ledger import short
+from openimp.ledger import empty_batch, short
 from openimp.memory import StepMemory, step_memory
 from openimp.metrics import read_lines
 from openimp.modalities import modalities_of
+from openimp.model.embedder import in_pieces
 from openimp.model.imp import IMP
-from openimp.objectives import _nce
-from openimp.plan import SIMILARITY, Plan, count, per_token, plan
+from openimp.objectives import _nce, task_losses
+from openimp.plan import SIMILARITY, Plan, Step, count, per_token, plan
 from openimp.recipe import Recipe
 from openimp.study.training import peak_memory
 from openimp.train import Training
@@ -119,25 +133,149 @@ def test_several_gpus_divide_and_speak_as_the_page_says(little_data):
     alone, shared = plan_of(recipe), plan_of(recipe, gpus=2)
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities_of(recipe), {"pictures:label": 4})
-    blocks = count(model.encoder.blocks)
+    blocks, block = count(model.encoder.blocks), count(model.encoder.blocks[1])
     parts = [model.encoder.norm, *(model.stems[m] for m in ("audio", "text"))]
-    outside = 1 + sum(map(count, [*parts, *(model.projections[m] for m in ("audio-to-text", "text-to-audio"))]))
-    vectors, block = 4 * 2 * 64 * 32, count(model.encoder.blocks[1])
+    touched = (
+        1 + sum(map(count, [*parts, *(model.projections[m] for m in ("audio-to-text", "text-to-audio"))])) + blocks
+    )
+    outside, vectors = count(model) - blocks, 4 * 2 * 64 * 32
     before, after = alone.steps["heard", 0], shared.steps["heard", 0]
-    assert (before.received, after.received) == (0, (12 * (outside + 2 * blocks) + 2 * vectors) // 2)
+    assert sum(before.received.values()) == 0
+    # Gathered once and for two projections, blocks for two passes there and back; touched gradients, item numbers.
+    received = 4 * (3 * outside + 2 * 2 * blocks + touched) + 2 * vectors + 8 * 2 * 64
+    assert after.received == {"link": pytest.approx(received / 2, rel=1e-4), "network": 0}
     similarities = 2 * SIMILARITY * 32 * 32
     assert after.memory["gathered"] == 4 * (outside + 2 * block) + 8 * block + 2 * vectors + similarities
-    assert after.memory["cast weights"] == 2 * (outside + blocks)
-    assert after.memory["gradients"] == 4 * (outside + blocks) // 2
+    assert after.memory["cast weights"] == 2 * touched
+    assert after.memory["gradients"] == 4 * touched // 2
     for kind in ("parameters", "optimiser", "inputs"):
         assert after.memory[kind] == before.memory[kind] // 2
     assert after.memory["activations"] == pytest.approx(before.memory["activations"] / 2, rel=0.1)
     assert shared.seconds == alone.seconds / 2
-    assert shared.communicating(450 * 10**9) == replace(shared, gpus=9).communicating(50 * 10**9) == 1
     slow = replace(shared, gpu=replace(shared.gpu, link=1e-9))
-    waits = {key: step.received for key, step in slow.steps.items()}
+    waits = {key: step.received["link"] for key, step in slow.steps.items()}
     assert slow.seconds_connected == pytest.approx(sum(waits[key] * n for key, n in slow.visits.items()))
     assert replace(shared, gpu=replace(shared.gpu, link=1e9)).seconds_connected == pytest.approx(shared.seconds)
+
+
+def test_whole_copies_send_their_gradients_once_whatever_the_pieces(little_data):
+    """Of many parameters and few examples, so that the buffer in which gradients are summed decides the memory."""
+    changes = ["tasks.named.weight=0", "tasks.heard.batch=4", "model.width=256", "model.mlp=4096", "parallel.shard=1"]
+    recipe, pieces = (Recipe.load(little_data / "recipe.yaml", [*changes, f"batch.micro={n}"]) for n in ("null", 1))
+    alone, shared, again = (plan_of(r, n).steps["heard", 0] for r, n in ((recipe, 1), (recipe, 4), (pieces, 4)))
+    for kind in ("parameters", "optimiser"):
+        assert shared.memory[kind] == alone.memory[kind]
+    gradients = shared.memory["gradients"]
+    assert [shared.memory[kind] for kind in ("gathered", "cast weights", "activations")] == [gradients, 0, 0]
+    received = 2 * gradients + 8 * 2 * 4 * 32 + 8 * 2 * 4  # Vectors of two sides, and numbers of their items.
+    assert again.received == shared.received == {"link": pytest.approx(3 / 4 * received, rel=1e-4), "network": 0}
+
+
+def test_experts_apart_stay_and_their_slots_travel(little_data):
+    """On a GPU to them in fp32, as the norm before them gives them, and back in bf16; their gradients likewise."""
+    changes = ["tasks.named.weight=0", "tasks.heard.batch=32", "model.moe={experts: 4, layers: 1}"]
+
+    def held_as(parallel: str) -> Step:
+        recipe = Recipe.load(little_data / "recipe.yaml", [*changes, f"parallel={parallel}"])
+        return plan_of(recipe, gpus=16).steps["heard", 0]
+
+    sharded, apart = held_as("{shard: 8}"), held_as("{shard: 8, experts: 4}")
+    experts = 4 * 2 * 32 * 64
+    elsewhere = experts * 3 // 4
+    for kind in ("parameters", "optimiser", "gradients"):
+        assert apart.memory[kind] == sharded.memory[kind]
+    for kind, size in (("gathered", 16), ("cast weights", 2)):
+        assert apart.memory[kind] == sharded.memory[kind] - size * elsewhere
+    # Two passes there and back and their gradients, of all experts from 8 GPUs, or of a quarter from 2.
+    slots = (4 + 2) * 32 * 2 * apart.cost.tokens // 16
+    saved = 5 * (4 * experts * 7 // 8 - 4 * (experts - elsewhere) // 2) - slots * 3 // 4
+    assert apart.received["link"] == sharded.received["link"] - saved
+    # An eighth of the gradients in either of two copies, and what the loss compares with all.
+    assert apart.received["network"] == pytest.approx(
+        sharded.memory["gradients"] + 15 / 16 * (8 * 32 + 8) * 2 * 32, rel=1e-3
+    )
+    assert apart.received["network"] == sharded.received["network"]
+
+    copies, own = held_as("{shard: 1}"), held_as("{shard: 1, experts: 4}")
+    assert own.memory["parameters"] == copies.memory["parameters"] - 4 * elsewhere
+    assert own.memory["gradients"] == copies.memory["gradients"] - 4 * elsewhere
+    # Four have the same experts; sixteen have all the rest.
+    summed = 2 * 4 * (experts * 15 // 16 - (experts - elsewhere) * 3 // 4)
+    assert own.received["network"] == pytest.approx(copies.received["network"] - summed, abs=2)
+    assert own.received["link"] == slots * 3 // 4
+
+
+def test_what_stays_in_a_node_comes_over_its_link(little_data):
+    found = plan_of(Recipe.load(little_data / "recipe.yaml", ["tasks.named.views.1.batch=8", "tasks.heard.batch=8"]), 2)
+    received = {"link": 450 * 10**9, "network": 100 * 10**9}
+    assert found.communicating(received) == 2
+    assert found.communicating(received | {"network": 0}) == 1
+
+
+SMALL = ["train.precision=fp32", "tasks.heard.weight=0", "tasks.named.views=[{image: {size: 16}}]"]
+LAYOUTS = {
+    "in shards": ["tasks.named.objectives=[{type: contrastive, loss: sigmoid}]", "model.own_layers=1"],
+    "in two groups": ["parallel.shard=2"],
+    "experts apart, in pieces": ["parallel.experts=2", "batch={micro: 1, recompute: true}"],
+    "in two groups, experts apart": ["parallel={shard: 2, experts: 2}"],
+    "whole copies": ["parallel.shard=1"],
+    "whole copies, experts apart": ["parallel={shard: 1, experts: 2}"],
+}
+
+
+class Received(TorchDispatchMode):
+    """Counts the bytes that come to this process, by collective, where a sum over processes goes round in a ring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name, given = func._opname, [*tree_leaves(args), *tree_leaves(kwargs)]
+        if func.namespace in ("c10d", "_c10d_functional") and not name.startswith(("wait", "_wrap")):
+            largest = max(leaf.nbytes for leaf in given if isinstance(leaf, torch.Tensor))
+            (group,) = (found for leaf in given if (found := _group(leaf)))
+            share = 2 if name == "allreduce_" else group.size() if name == "allgather_" else 1
+            self.bytes[name] += share * largest * (group.size() - 1) // group.size()
+        return func(*args, **(kwargs or {}))
+
+
+def _group(leaf: Any) -> Any:
+    if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in leaf._type().name():
+        return dist.ProcessGroup.unbox(leaf)
+    return dist.distributed_c10d._resolve_process_group(leaf) if isinstance(leaf, str) and leaf.isdigit() else None
+
+
+def measure_received(recipe: Path, out: Path) -> None:
+    """Of a step in each layout, a file of this process."""
+    found = {}
+    for layout, changes in LAYOUTS.items():
+        options = Recipe.load(recipe, [*SMALL, *changes])
+        device, modalities = distributed.start(), modalities_of(options)
+        model = IMP.from_recipe(options, modalities, {"pictures:label": 4}).train()
+        copies = distributed.spread(
+            model, model.blocks(), model.experts(), ("encode", "project"),
+            options.parallel.shard, options.parallel.experts,
+        )  # fmt: skip
+        batch = empty_batch(options.tasks["named"], 0, modalities, CLASSES, device, distributed.world())
+        encode = in_pieces(model.encode, options.batch.micro)
+        with Received() as received:
+            task_losses(model, options.tasks["named"], batch, encode).total.backward()
+            distributed.average_gradients(copies)
+        found[layout] = received.bytes
+    (out / f"{distributed.rank()}.json").write_text(json.dumps(found))
+
+
+def test_four_processes_receive_what_the_plan_says(little_data, tmp_path):
+    recipe = little_data / "recipe.yaml"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", __file__, recipe, tmp_path]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=300)
+    measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    assert measured[1:] == measured[:1] * 3
+    for layout, changes in LAYOUTS.items():
+        step = plan_of(Recipe.load(recipe, [*SMALL, *changes]), gpus=4).steps["named", 0]
+        # Above it by what FSDP2 pads, and by the routers' counts.
+        assert sum(step.received.values()) == pytest.approx(sum(measured[0][layout].values()), rel=3e-3), layout
 
 
 def test_the_bytes_of_a_similarity_are_counted():
@@ -174,6 +312,22 @@ def test_what_cannot_be_planned_is_refused(little_data, change, told):
     assert str(refused.value) == told
 
 
+@pytest.mark.parametrize(
+    ("parallel", "told"),
+    [
+        ("{shard: 4}", "parallel.shard: 6 processes cannot be divided into groups of 4"),
+        ("{shard: 3, experts: 2}", "parallel.experts: 3 processes cannot be divided into groups of 2"),
+        ("{shard: 1, experts: 4}", "parallel.experts: 6 processes cannot be divided into groups of 4"),
+    ],
+)
+def test_a_model_that_processes_cannot_hold_so_is_refused(little_data, parallel, told):
+    recipe = Recipe.load(little_data / "recipe.yaml", ["model.moe.experts=4", f"parallel={parallel}"])
+    with pytest.raises(UserError) as refused:
+        plan_of(recipe, gpus=6)
+    assert str(refused.value) == told
+    assert plan_of(recipe, gpus=1).fits
+
+
 def test_the_command_prints_the_plan(little_data, capsys):
     run_plan(str(little_data / "recipe.yaml"), ["train.steps=7"], 2, "a100", 0.5)
     printed = capsys.readouterr().out
@@ -181,7 +335,7 @@ def test_the_command_prints_the_plan(little_data, capsys):
     task, view = found.largest
     step = found.steps[task, view]
     row = [f"{task}, {view}", f"{step.cost.examples}", f"{step.cost.tokens}", short(step.cost.flops)]
-    row += [f"{1e3 * found.computing(step.cost.flops):.1f}", f"{step.received / 1e9:.2f}"]
+    row += [f"{1e3 * found.computing(step.cost.flops):.1f}", f"{sum(step.received.values()) / 1e9:.2f}"]
     assert row in [[cell.strip() for cell in line.split("│")[1:7]] for line in printed.splitlines()]
     assert f"largest step: {task}, view {view}" in printed
     assert re.search(rf"in all\W+{sum(found.parameters.values()):,}\b", printed)
@@ -189,3 +343,9 @@ def test_the_command_prints_the_plan(little_data, capsys):
     assert re.search(rf"activations\W+{found.steps[found.largest].memory['activations'] / 2**30:.3f}\b", printed)
     assert f"little fits: {found.memory / 2**30:.2f} of 71.1 GiB for tensors on each of 2 x a100" in printed
     assert f"7 steps, {short(found.flops)}FLOPs: 0.00 days (0:00) at an MFU of 50%" in printed
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    measure_received(Path(sys.argv[1]), Path(sys.argv[2]))
+    distributed.leave()

@@ -182,7 +182,7 @@ def _print_steps(found: Plan) -> None:
         memory = (step.memory["activations"], sum(step.memory.values()))
         shown.add_row(
             f"{task}, {view}", f"{step.cost.examples:,}", f"{step.cost.tokens:,}", short(step.cost.flops),
-            f"{1e3 * found.computing(step.cost.flops):,.1f}", f"{step.received / 1e9:,.2f}",
+            f"{1e3 * found.computing(step.cost.flops):,.1f}", f"{sum(step.received.values()) / 1e9:,.2f}",
             f"{1e3 * found.communicating(step.received):,.1f}", *(f"{size / 2**30:,.2f}" for size in memory),
         )  # fmt: skip
     console.print(shown)

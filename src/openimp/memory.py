@@ -22,7 +22,6 @@ from openimp.objectives import task_losses
 from openimp.recipe import Recipe
 
 CPU = torch.device("cpu")
-KINDS = ("gradients", "cast weights", "activations")
 
 
 class StepMemory(TorchDispatchMode):
@@ -37,12 +36,13 @@ class StepMemory(TorchDispatchMode):
         activations: most bytes of activations at any moment.
         inputs: bytes of the batch, which is there before the step; in fp32, though pictures may come in a byte a value.
         touched: names of the parameters that got a gradient.
+        slots: bytes that experts got and gave, forward and backward, where they are with several processes.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.peak: Counter[str] = Counter()
-        self.activations = self.inputs = 0
+        self.activations = self.inputs = self.slots = 0
         self.touched: set[str] = set()
         self._now: Counter[str] = Counter()
         self._kind: dict[int, str] = {}
@@ -93,29 +93,72 @@ def step_memory(
     precision: Precision,
     on_gpu: bool = True,
     gpus: int = 1,
+    owners: int = 1,
 ) -> StepMemory:
-    """Counts a forward and a backward pass of one process, which has its share of the batch.
+    """Counts a forward and a backward pass of one process, which has its share of the batch and of the experts.
 
     Args:
         precision: as in the recipe; "auto" is what this machine's CPU would take.
         on_gpu: with a GPU's kernels; otherwise as the CPU does it.
         gpus: how many share the batch.
+        owners: how many share the experts.
     """
     # Without CUDA torch makes no gradients of CUDA's fake tensors. So these are the CPU's, and modules that a GPU
     # treats otherwise are told to do as there.
     with torch.device("meta"):  # Some initialisers read what they have drawn, and fake tensors hold nothing.
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()}).train()
+    keep_own_experts(model, owners)
     with FakeTensorMode(allow_non_fake_inputs=True):  # The weights on the meta device are.
         model.to_empty(device=CPU)
         if on_gpu:
             _as_on_a_gpu(model)
         batch = empty_batch(recipe.tasks[task], view, modalities, classes, CPU, gpus)
         with StepMemory(model) as memory:
+            if owners > 1:
+                _send_slots(model, owners, memory)
             memory.inputs = sum(t.nbytes for t in tree_leaves(vars(batch)) if isinstance(t, Tensor))
             with autocast(CPU, precision):
                 losses = task_losses(model, recipe.tasks[task], batch, in_pieces(model.encode, recipe.batch.micro))
             losses.total.backward()
     return memory
+
+
+def keep_own_experts(model: IMP, owners: int) -> None:
+    """Leaves a model the experts that one of so many processes has."""
+    for module in model.experts():
+        for name, weight in list(module.named_parameters()):
+            setattr(module, name, nn.Parameter(weight.detach()[: len(weight) // owners]))
+
+
+def _send_slots(model: IMP, owners: int, memory: StepMemory) -> None:
+    """Has the experts of one process work on as many slots as all `owners` send it, and makes and counts the tensors
+    that `distributed.to_owners` and `from_owners` would."""
+
+    def to(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        sent: Tensor = _Sent.apply(inputs[0], memory)
+        return (sent.unflatten(0, (owners, -1)).transpose(0, 1).flatten(1, 2),)
+
+    def back(_: nn.Module, __: tuple[Tensor], out_ESD: Tensor) -> Any:
+        return _Sent.apply(out_ESD.unflatten(1, (owners, -1)).transpose(0, 1).flatten(0, 1), memory)
+
+    for module in model.experts():
+        module.register_forward_pre_hook(to)
+        module.register_forward_hook(back)
+
+
+class _Sent(torch.autograd.Function):
+    """Stands for an all-to-all: another tensor of the same size, and its gradient likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, memory: StepMemory) -> Tensor:
+        ctx.memory = memory
+        memory.slots += x.nbytes
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.memory.slots += grad.nbytes
+        return grad.clone(), None
 
 
 def _as_on_a_gpu(model: nn.Module) -> None:

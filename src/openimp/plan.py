@@ -1,29 +1,32 @@
 """What a run would need, told without a GPU: parameters, memory, FLOPs, communication, days.
 
-FLOPs are the ledger's, and the memory of a step is counted. The rest is arithmetic on sizes, for FSDP as in torch's
-`fully_shard`: weights, gradients and moments in fp32 and sharded over all GPUs, every block gathered when it computes.
-docs/plan.md writes it out.
+FLOPs are the ledger's, and the memory of a step is counted. The rest is arithmetic on sizes, for what `distributed.py`
+does: weights, gradients and moments in fp32, held as the recipe's `parallel` says. docs/plan.md writes it out.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from openimp.alternation import Alternation
 from openimp.device import Precision
+from openimp.distributed import Layout
 from openimp.errors import UserError, nearest
 from openimp.gpus import GPU, GPUS, NODE, USABLE
 from openimp.ledger import Cost, costs
-from openimp.memory import KINDS, StepMemory, step_memory
+from openimp.memory import StepMemory, keep_own_experts, step_memory
 from openimp.modalities import Modality
 from openimp.model.imp import IMP, pairs_of
 from openimp.optim import make_optimizers
 from openimp.recipe import Contrastive, Recipe, Task
 
+PARTS = ("gradients", "gathered", "cast weights", "activations")
+"""What a step holds beyond weights, moments and its batch."""
 SIMILARITY = 21
 """Bytes that the softmax loss holds at its peak for a pair of items, seen from one side; a test counts them."""
 
@@ -35,12 +38,12 @@ class Step:
     Attributes:
         cost: examples, tokens and FLOPs, over all GPUs.
         memory: bytes of one GPU when the step needs most, by what they hold.
-        received: bytes that come to one GPU; as many leave it.
+        received: bytes that come to one GPU, by connection, "link" or "network"; as many leave it.
     """
 
     cost: Cost
     memory: dict[str, int]
-    received: int
+    received: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,58 @@ class Plan:
         """Seconds that all GPUs take for FLOPs at the MFU."""
         return flops / (self.gpus * self.gpu.tflops * 1e12 * self.mfu)
 
-    def communicating(self, received: int) -> float:
-        """Seconds that bytes take to come over the slowest connection, if nothing else happens meanwhile."""
-        return received / (1e9 * (self.gpu.link if self.gpus <= NODE else self.gpu.network))
+    def communicating(self, received: Mapping[str, int]) -> float:
+        """Seconds that bytes take to come, over both connections at once, if nothing else happens meanwhile."""
+        return max(size / (1e9 * getattr(self.gpu, connection)) for connection, size in received.items())
+
+
+class Compared(NamedTuple):
+    """What a step's contrastive losses compare, over all GPUs.
+
+    Attributes:
+        pairs: of modalities.
+        rows: whose vectors all GPUs get.
+        similarities: of all of them.
+    """
+
+    pairs: int
+    rows: int
+    similarities: int
+
+
+class Shares:
+    """What one of several GPUs has of a model, in bytes of fp32.
+
+    Args:
+        layout: how they hold it.
+        model: with the experts that one GPU has, or gathers.
+    """
+
+    def __init__(self, layout: Layout, model: IMP) -> None:
+        self.layout = layout
+        self._experts = {weight for module in model.experts() for weight in module.parameters()}
+
+    def held(self, weights: Iterable[nn.Parameter]) -> int:
+        """Of weights themselves."""
+        return sum(4 * weight.numel() // self._parts(weight) for weight in weights)
+
+    def gathered(self, weights: Iterable[nn.Parameter]) -> int:
+        """Received, to have them whole; and to have one's part of the sum of their gradients."""
+        return sum(others(4 * weight.numel(), self._parts(weight)) for weight in weights)
+
+    def summed(self, weights: Iterable[nn.Parameter]) -> int:
+        """Received, to sum the gradients of the parts that it holds over all copies: an all-reduce in a ring."""
+        return sum(2 * others(self.held([weight]), self._copies(weight)) for weight in weights)
+
+    def copied(self, weights: Iterable[nn.Parameter]) -> int:
+        """Of the buffer in which gradients of whole weights are summed."""
+        return self.held(weight for weight in weights if self._copies(weight) > 1)
+
+    def _parts(self, weight: nn.Parameter) -> int:
+        return self.layout.sizes[1] if weight in self._experts else self.layout.shard
+
+    def _copies(self, weight: nn.Parameter) -> int:
+        return self.layout.sizes[0] if weight in self._experts else self.layout.processes // self.layout.shard
 
 
 def plan(
@@ -125,7 +177,7 @@ def plan(
         mfu: above 0, at most 1.
 
     Raises:
-        UserError: an unknown GPU, no GPU, an MFU that is none, or batches that cannot be divided evenly.
+        UserError: an unknown GPU, no GPU, an MFU that is none, or batches or a model that cannot be divided evenly.
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu: no GPU is called {gpu!r}{nearest(gpu, GPUS)}")
@@ -133,6 +185,7 @@ def plan(
         raise UserError(f"--gpus: expected 1 or more, found {gpus}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: expected a share above 0 and at most 1, found {mfu:g}")
+    layout = Layout.of(gpus, recipe.parallel.shard, recipe.parallel.experts)
     by_view = costs(recipe, modalities, classes)
     uneven = [f"{cost.examples} of tasks.{t}.views[{i}]" for (t, i), cost in by_view.items() if cost.examples % gpus]
     if uneven:
@@ -140,22 +193,19 @@ def plan(
     precision: Precision = "fp32" if recipe.train.precision == "fp32" else "bf16"
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
+    parameters, used = {name: count(part) for name, part in model.named_children()}, per_token(recipe, model)
+    keep_own_experts(model, layout.owners)
+    shares = Shares(layout, model)
+    held = {"parameters": shares.held(model.parameters()), "optimiser": _optimiser_bytes(recipe, model, shares)}
     steps = {}
     for (name, view), cost in by_view.items():
-        counted = step_memory(recipe, modalities, classes, name, view, precision, gpus=gpus)
-        memory = {
-            "parameters": 4 * count(model) // gpus,
-            "optimiser": _optimiser_bytes(recipe, model) // gpus,
-            "inputs": counted.inputs,
-        }
-        if gpus == 1:
-            parts, received = {kind: counted.peak[kind] for kind in KINDS}, 0
-        else:
-            task = recipe.tasks[name]
-            parts, received = _sharded(recipe, model, task, cost.examples, counted, gpus, precision)
-        steps[name, view] = Step(cost, memory | parts, received)
-    parameters = {name: count(part) for name, part in model.named_children()}
-    return Plan(GPUS[gpu], gpus, mfu, parameters, per_token(recipe, model), steps, Alternation(recipe).visits())
+        counted = step_memory(recipe, modalities, classes, name, view, precision, gpus=gpus, owners=layout.owners)
+        task = recipe.tasks[name]
+        compared = _compared(task, cost.examples)
+        memory = _memory(model, shares, counted, compared, precision)
+        received = _received(recipe, model, shares, task, cost.examples, counted, compared)
+        steps[name, view] = Step(cost, held | {"inputs": counted.inputs} | memory, received)
+    return Plan(GPUS[gpu], gpus, mfu, parameters, used, steps, Alternation(recipe).visits())
 
 
 def count(module: nn.Module) -> int:
@@ -185,38 +235,75 @@ def per_token(recipe: Recipe, model: IMP) -> int | None:
     return None if encoder is None else encoder + 2 * (width * width + width)
 
 
-def _optimiser_bytes(recipe: Recipe, model: IMP) -> int:
+def others(size: int, among: int) -> int:
+    """What comes from the others of so many, of something that all have evenly."""
+    return size * (among - 1) // among
+
+
+def _optimiser_bytes(recipe: Recipe, model: IMP, shares: Shares) -> int:
     """AdamW's two moments, Muon's one, and the averaged weights, in fp32."""
-    size = 4 * count(model) if recipe.optimizer.ema else 0
+    size = shares.held(model.parameters()) if recipe.optimizer.ema else 0
     for optimizer in make_optimizers(recipe.optimizer, model):
         moments = 1 if isinstance(optimizer, torch.optim.Muon) else 2
-        size += sum(4 * moments * p.numel() for group in optimizer.param_groups for p in group["params"])
+        size += moments * sum(shares.held(group["params"]) for group in optimizer.param_groups)
     return size
 
 
-def _sharded(
-    recipe: Recipe, model: IMP, task: Task, examples: int, counted: StepMemory, gpus: int, precision: Precision
-) -> tuple[dict[str, int], int]:
-    """Bytes beyond weights and moments that one of several GPUs holds, and bytes that it receives; docs/plan.md."""
-    sizes = {name: p.numel() for name, p in model.named_parameters() if name in counted.touched}
-    in_blocks = sum(size for name, size in sizes.items() if name.startswith("encoder.blocks."))
-    outside = sum(sizes.values()) - in_blocks
-    block = max(count(block) for block in model.encoder.blocks)
-    # What stands outside of the blocks, one block and the next, and one block's gradients, before and summed.
-    gathered = 4 * (outside + 2 * block) + 8 * block
-    # Gathered for the forward pass and again for the backward one, and gradients summed.
-    rows = [examples * spec.draw // gpus for spec in task.inputs.values()]
-    passes = sum(ceil(n / (recipe.batch.micro or n)) for n in rows)
-    received = 12 * (outside + passes * in_blocks)
+def _compared(task: Task, examples: int) -> Compared:
+    """What a task's contrastive losses compare; a sigmoid asks about each pair of items once."""
+    pairs = rows = similarities = 0
     for objective in task.objectives:
         for a, b in pairs_of(objective, task.inputs) if isinstance(objective, Contrastive) else []:
             rows_a, rows_b = examples * task.inputs[a].draw, examples * task.inputs[b].draw
-            vectors = 4 * (rows_a + rows_b) * recipe.model.embed_dim
-            # The vectors of all GPUs and their gradients, and similarities with the other GPUs' from either side.
-            gathered += 2 * vectors + 2 * SIMILARITY * rows_a * rows_b * (gpus - 1) // gpus**2
-            received += 2 * vectors
-    gradients = 4 * sum(sizes.values()) // gpus
+            sides = 2 if objective.loss == "softmax" else 1
+            pairs += 1
+            rows += rows_b + (rows_a if sides == 2 else 0)
+            similarities += sides * rows_a * rows_b
+    return Compared(pairs, rows, similarities)
+
+
+def _memory(
+    model: IMP, shares: Shares, counted: StepMemory, compared: Compared, precision: Precision
+) -> dict[str, int]:
+    """Bytes beyond weights and moments that one GPU holds in a step; docs/plan.md."""
+    gpus = shares.layout.processes
+    touched = [weight for name, weight in model.named_parameters() if name in counted.touched]
+    # The vectors of all GPUs and their gradients, and similarities with those of the others.
+    gathered = 0 if gpus == 1 else 8 * model.config.embed_dim * compared.rows
+    gathered += SIMILARITY * others(compared.similarities, gpus) // gpus
+    if shares.layout.shard == 1:
+        step = counted.peak + Counter(gathered=gathered)
+        exchange = Counter(gradients=shares.held(touched), gathered=shares.copied(touched))
+        most = max(step, exchange, key=Counter.total)
+        return {part: most[part] for part in PARTS}
+    blocks = [count(block) for block in model.blocks()]
+    # What stands outside of the blocks, one block and the next, and one block's gradients, before and summed.
+    gathered += 4 * (count(model) - sum(blocks) + 2 * max(blocks)) + 8 * max(blocks)
     # Autocast's copies of all weights stay until the backward pass has used them, whatever FSDP gives back.
-    cast = 0 if precision == "fp32" else 2 * sum(sizes.values())
-    memory = {"gradients": gradients, "gathered": gathered, "cast weights": cast, "activations": counted.activations}
-    return memory, received * (gpus - 1) // gpus
+    cast = 0 if precision == "fp32" else 2 * sum(weight.numel() for weight in touched)
+    return dict(zip(PARTS, (shares.held(touched), gathered, cast, counted.activations)))
+
+
+def _received(
+    recipe: Recipe, model: IMP, shares: Shares, task: Task, examples: int, counted: StepMemory, compared: Compared
+) -> dict[str, int]:
+    """Bytes that one GPU receives in a step, by connection; docs/plan.md."""
+    gpus, shard, owners = shares.layout
+    touched = [weight for name, weight in model.named_parameters() if name in counted.touched]
+    in_blocks = {weight for block in model.blocks() for weight in block.parameters()}
+    outside = [weight for weight in model.parameters() if weight not in in_blocks]
+    among: Counter[int] = Counter()  # So many consecutive GPUs.
+    # After the gradient of each projection, of which a pair has two, FSDP2 gives back what is outside of the blocks.
+    among[shard] += shares.gathered(touched) + (1 + 2 * compared.pairs) * shares.gathered(outside)
+    for name, spec in task.inputs.items():
+        rows = examples * spec.draw // gpus
+        own = model.encoder.own[model.stem_of[name]] if model.encoder.own else nn.ModuleList()
+        once = shares.gathered([*own.parameters(), *model.encoder.blocks.parameters()])
+        among[shard] += 2 * once * ceil(rows / (recipe.batch.micro or rows))
+    among[owners] += others(counted.slots, owners)
+    # Vectors, their gradients, and the numbers of their items.
+    among[gpus] += shares.summed(touched) + others((8 * model.config.embed_dim + 8) * compared.rows, gpus)
+    received = {"link": 0, "network": 0}
+    for span, size in among.items():
+        received["link" if gpus <= NODE or NODE % span == 0 else "network"] += size
+    return received
