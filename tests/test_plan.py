@@ -32,7 +32,7 @@ from openimp.metrics import read_lines
 from openimp.modalities import modalities_of
 from openimp.model.embedder import in_pieces
 from openimp.model.imp import IMP
-from openimp.objectives import _nce, task_losses
+from openimp.objectives import _nce, sigmoid_nce, task_losses
 from openimp.plan import SIMILARITY, Plan, Step, count, per_token, plan
 from openimp.recipe import Recipe
 from openimp.study.training import peak_memory
@@ -278,11 +278,12 @@ def test_four_processes_receive_what_the_plan_says(little_data, tmp_path):
         assert sum(step.received.values()) == pytest.approx(sum(measured[0][layout].values()), rel=3e-3), layout
 
 
-def test_the_bytes_of_a_similarity_are_counted():
+@pytest.mark.parametrize("loss", [_nce, sigmoid_nce])
+def test_the_bytes_of_a_similarity_are_counted(loss):
     with FakeTensorMode():
         sides = nn.ParameterList([torch.empty(100, 2), torch.empty(800, 2)])
         with StepMemory(sides) as memory:
-            _nce(sides[0] @ sides[1].T, torch.zeros(100, 800, dtype=torch.bool)).backward()
+            loss(sides[0] @ sides[1].T, torch.zeros(100, 800, dtype=torch.bool)).backward()
     assert memory.activations / (100 * 800) == pytest.approx(SIMILARITY, rel=0.02)
 
 

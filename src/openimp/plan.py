@@ -28,7 +28,7 @@ from openimp.recipe import Contrastive, Recipe, Task
 PARTS = ("gradients", "gathered", "cast weights", "activations")
 """What a step holds beyond weights, moments and its batch."""
 SIMILARITY = 21
-"""Bytes that the softmax loss holds at its peak for a pair of items, seen from one side; a test counts them."""
+"""Bytes that a contrastive loss holds at its peak for a pair of items, seen from one side; a test counts them."""
 
 
 @dataclass(frozen=True)
