@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openimp import distributed
+from openimp import distributed, parallel
 from openimp.data.loader import make_loader
 from openimp.metrics import read_lines
 from openimp.recipe import Recipe
@@ -52,16 +52,16 @@ def gradients(training: Training) -> dict[str, Tensor]:
         if f"{task} loss" not in found:
             losses = training.forward(loaded)
             losses.total.backward()
-            distributed.average_gradients(training.copies)
+            parallel.average_gradients(training.copies)
             found[f"{task} loss"] = distributed.mean(losses.total.detach())
             for name, parameter in training.model.named_parameters():
                 if parameter.grad is not None:
-                    found[f"{task} {name}"] = distributed.whole(parameter.grad).clone()
+                    found[f"{task} {name}"] = parallel.whole(parameter.grad).clone()
             training.model.zero_grad()
     if training.recipe.optimizer.muon_lr:
         training.update(training.data[0])
         found |= {
-            f"named {i} updated": distributed.whole(w.detach()) for i, w in enumerate(training.model.hidden_matrices())
+            f"named {i} updated": parallel.whole(w.detach()) for i, w in enumerate(training.model.hidden_matrices())
         }
     return found
 
@@ -174,13 +174,18 @@ def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, tmp
             ["model.moe.experts=4", "parallel.experts=4"],
             "parallel.experts: 2 processes cannot be divided into groups of 4",
         ),
+        (
+            ["parallel={experts: 2}", "model.mlp=63"],
+            "parallel: shard / experts: an expert's 63 x 32 weights cannot be cut into 2",
+        ),
     ],
 )
 def test_what_cannot_be_divided_is_told(little_data, tmp_path, changes, told):
+    processes = 4 if "model.mlp=63" in changes else 2
     command = ["-m", "openimp", "train", little_data / "recipe.yaml"]
     for change in [*COMMON, *changes]:
         command += ["--set", change]
-    done = subprocess.run(torchrun(2, *command, "--run-dir", tmp_path / "run"), capture_output=True, text=True)
+    done = subprocess.run(torchrun(processes, *command, "--run-dir", tmp_path / "run"), capture_output=True, text=True)
     assert done.returncode
     assert told in done.stderr
     assert not (tmp_path / "run").exists()

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from openimp import distributed
+from openimp import distributed, parallel
 from openimp.alternation import Alternation
 from openimp.commands import run_plan
 from openimp.data.loader import StepBatches
@@ -253,7 +253,7 @@ def measure_received(recipe: Path, out: Path) -> None:
         options = Recipe.load(recipe, [*SMALL, *changes])
         device, modalities = distributed.start(), modalities_of(options)
         model = IMP.from_recipe(options, modalities, {"pictures:label": 4}).train()
-        copies = distributed.spread(
+        copies = parallel.spread(
             model, model.blocks(), model.experts(), ("encode", "project"),
             options.parallel.shard, options.parallel.experts,
         )  # fmt: skip
@@ -261,7 +261,7 @@ def measure_received(recipe: Path, out: Path) -> None:
         encode = in_pieces(model.encode, options.batch.micro)
         with Received() as received:
             task_losses(model, options.tasks["named"], batch, encode).total.backward()
-            distributed.average_gradients(copies)
+            parallel.average_gradients(copies)
         found[layout] = received.bytes
     (out / f"{distributed.rank()}.json").write_text(json.dumps(found))
 

@@ -19,7 +19,7 @@ from test_distributed import COMMON, torchrun
 from torch import Tensor
 
 import openimp
-from openimp import distributed
+from openimp import distributed, parallel
 from openimp.checkpoint import checkpoints, moments_of, verify
 from openimp.dcp import Snapshot, load
 from openimp.errors import UserError
@@ -44,7 +44,7 @@ def tensors_of(training: Training) -> dict[str, Tensor]:
         "optimizer": moments_of(training.model, training.optimizers),
     }
     return {
-        f"{kind} {name}": distributed.whole(tensor).detach().clone()
+        f"{kind} {name}": parallel.whole(tensor).detach().clone()
         for kind, tensors in kinds.items()
         for name, tensor in tensors.items()
     }
@@ -280,7 +280,7 @@ def meshes(folder: Path) -> None:
     Snapshot(saved).save(folder, "some", distributed.own_group())
     distributed.wait()
     load(folder, "some", target)
-    assert same({name: distributed.whole(tensor) for name, tensor in target.items()}, whole)
+    assert same({name: parallel.whole(tensor) for name, tensor in target.items()}, whole)
 
 
 def save(folder: Path, run: Path) -> None:

@@ -132,7 +132,7 @@ def keep_own_experts(model: IMP, owners: int) -> None:
 
 def _send_slots(model: IMP, owners: int, memory: StepMemory) -> None:
     """Has the experts of one process work on as many slots as all `owners` send it, and makes and counts the tensors
-    that `distributed.to_owners` and `from_owners` would."""
+    that `parallel.to_owners` and `from_owners` would."""
 
     def to(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         sent: Tensor = _Sent.apply(inputs[0], memory)

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 import torch
 
-from openimp.distributed import on_one_mesh
 from openimp.model.embedder import Embedder
+from openimp.parallel import on_one_mesh
 from openimp.recipe import Optimizer, Recipe
 
 

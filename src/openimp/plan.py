@@ -15,7 +15,6 @@ from torch import nn
 
 from openimp.alternation import Alternation
 from openimp.device import Precision
-from openimp.distributed import Layout
 from openimp.errors import UserError, nearest
 from openimp.gpus import GPU, GPUS, NODE, USABLE
 from openimp.ledger import Cost, costs
@@ -23,6 +22,7 @@ from openimp.memory import StepMemory, keep_own_experts, step_memory
 from openimp.modalities import Modality
 from openimp.model.imp import IMP, pairs_of
 from openimp.optim import make_optimizers
+from openimp.parallel import Layout
 from openimp.recipe import Contrastive, Recipe, Task
 
 PARTS = ("gradients", "gathered", "cast weights", "activations")

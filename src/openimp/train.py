@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from openimp import distributed
+from openimp import distributed, parallel
 from openimp.checkpoint import (
     checkpoints,
     load_training,
@@ -173,7 +173,7 @@ class Training:
         open_sets(self.model, recipe, self.modalities)
         # Of the model as it was made, for one in shards has another class.
         self.texts = texts_of(self.model, recipe, self.modalities, self.data.classes)
-        self.copies = distributed.spread(
+        self.copies = parallel.spread(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "project"),
             recipe.parallel.shard, recipe.parallel.experts,
         )  # fmt: skip
@@ -203,7 +203,7 @@ class Training:
         """One step: one task's losses, their gradients, and one update of the parameters that the task touches."""
         losses = self.forward(loaded)
         losses.total.backward()
-        distributed.average_gradients(self.copies)
+        parallel.average_gradients(self.copies)
         self.apply_gradients(loaded, losses)
         return losses
 
@@ -220,7 +220,7 @@ class Training:
             UserError: the loss or its gradient is not finite.
         """
         visit, recipe = loaded.visit, self.recipe
-        norm = distributed.clip_gradients(self.model.parameters(), recipe.optimizer.clip or math.inf)
+        norm = parallel.clip_gradients(self.model.parameters(), recipe.optimizer.clip or math.inf)
         # This waits for a GPU to end the backward pass: the price of never updating with what is not finite.
         self.grad_norm = float(norm)
         if not math.isfinite(self.grad_norm):
@@ -239,7 +239,7 @@ class Training:
             # A short history is averaged over a short time (as in timm's ModelEmaV3 with warm-up).
             decay = min(recipe.optimizer.ema or 0, (1 + visit.step) / (10 + visit.step))
             averaged, weights = (
-                [distributed.own_part(tensor) for tensor in tensors.values()]
+                [parallel.own_part(tensor) for tensor in tensors.values()]
                 for tensors in (self.averaged, self.model.state_dict())
             )
             torch._foreach_lerp_(averaged, weights, 1 - decay)
@@ -334,7 +334,7 @@ class Training:
         """The model, or one with these tensors in the place of its own, in the first process; in others None."""
         if tensors is None and distributed.world() == 1:
             return self.model
-        found = distributed.gathered(self.model.state_dict() if tensors is None else tensors)
+        found = parallel.gathered(self.model.state_dict() if tensors is None else tensors)
         if distributed.rank():
             return None
         sizes = {name: len(values) for name, values in self.data.classes.items()}

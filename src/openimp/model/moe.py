@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openimp.device import full_precision
-from openimp.distributed import from_owners, mean, owned, to_owners
+from openimp.distributed import mean
+from openimp.parallel import from_owners, owned, to_owners
 from openimp.recipe import ACROSS, MoE
 
 
