@@ -139,14 +139,23 @@ def test_a_long_sound_is_read_where_evaluation_hears_it():
 WAV = file(sine(440, seconds=0.2))
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        *(b"", b"no sound" * 99, WAV[:20], b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n", "/no/such/file", 3),
-        *(file(np.zeros(0)), file(np.array([0, np.nan, 0]), subtype="FLOAT")),
-        *(np.array([np.inf, 0.0]), np.zeros(9, np.int64), np.zeros(0)),
-    ],
-)
+NO_SOUND = {
+    "nothing": b"",
+    "text": b"no sound" * 99,
+    "cut": WAV[:20],
+    "playlist": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n",
+    "no file": "/no/such/file",
+    "a number": 3,
+    "no samples": file(np.zeros(0)),
+    "NaN": file(np.array([0, np.nan, 0]), subtype="FLOAT"),
+    "infinite": np.array([np.inf, 0.0]),
+    "whole numbers": np.zeros(9, np.int64),
+    "an empty array": np.zeros(0),
+}
+
+
+# Named, for a file of floats holds the second at which it was made, and names must not differ between test processes.
+@pytest.mark.parametrize("raw", NO_SOUND.values(), ids=NO_SOUND)
 def test_what_is_no_sound_is_bad_media(raw):
     with pytest.raises(BadMedia) as error:
         AUDIO.decode(raw, [SHORT])
