@@ -91,8 +91,10 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
                 losses.total.backward()
             training.apply_gradients(loaded, losses)
             computed[loaded.visit.task] += counter.get_total_flops()
-            training.metrics.add(loaded.visit.task, losses, training.costs[loaded.visit.task, loaded.visit.view], 0.0)
-    training.metrics.write(6, 0.0, 0.0)
+            training.metrics.add(loaded.visit.task, losses, training.costs[loaded.visit.task, loaded.visit.view])
+    training.metrics.write(
+        6, 0.0, 0.0, {"seconds": 1.0, "step_p50": 0.1, "step_p95": 0.1, "data_wait": 0.0, "waits": {}}
+    )
     training.metrics.close()
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert {task: totals["flops"] for task, totals in line["totals"].items()} == computed
