@@ -53,13 +53,32 @@ def test_a_part_that_is_lost_or_there_twice_is_told(folder):
 
 
 @pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((torch.zeros(2), (0,)), (torch.zeros(4), (1,))),
+        ((torch.zeros(3), (0,)), (torch.zeros(2), (4,))),
+        ((torch.zeros(2), (0,)), (torch.zeros(2, 2), (2, 0))),
+        ((torch.zeros(2), (0,)), (torch.zeros(2, dtype=torch.int64), (2,))),
+    ],
+    ids=["overlap", "hole", "rank", "type"],
+)
+def test_parts_that_do_not_make_up_a_tensor_are_damage(tmp_path, first, second):
+    for number, (part, offsets) in enumerate((first, second)):
+        write(tmp_path / file_name("model", number, 2), {"x": part}, {"x": offsets})
+    with pytest.raises(UserError, match="damaged: x is not whole"):
+        read(tmp_path, "model")
+
+
+@pytest.mark.parametrize(
     "places",
     [
         "{",
         '["rows"]',
         '{"rows": {}}',
+        "[" * 100_000,
         *(f'{{"rows": {{"saved_offsets": {x}}}}}' for x in ("[0]", "[-1, 0]", '["", 0]', "[9, 0]")),
     ],
+    ids=str.__len__,
 )
 def test_a_header_that_makes_no_sense_is_damage(tmp_path, places):
     file = tmp_path / file_name("model")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint as torch_dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -37,7 +37,7 @@ from openimp.shards import Part, file_name, parts, readable, shape, write
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # In one process that is what is meant.
 
 
-class Snapshot(dcp.DefaultSavePlanner):
+class Snapshot(torch_dcp.DefaultSavePlanner):
     """This process' parts of some tensors, copied to the CPU's memory: what becomes of the tensors is of no matter."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -67,7 +67,7 @@ class Snapshot(dcp.DefaultSavePlanner):
         """
         writer = _Writer(folder, name)
         try:
-            dcp.save({}, storage_writer=writer, planner=self, process_group=group, no_dist=group is None)
+            torch_dcp.save({}, storage_writer=writer, planner=self, process_group=group, no_dist=group is None)
         except CheckpointException as error:
             raise _cause(error) from None
         return writer.file
@@ -87,8 +87,8 @@ def load(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
             where = boxes[key][0].file if key in boxes else folder / file_name(name)
             raise UserError(f"{where}: does not fit the model: {key} is {found} there, {wanted} here")
     try:
-        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
-        dcp.load(dict(tensors), storage_reader=_Reader(boxes), planner=planner, no_dist=True)
+        planner = torch_dcp.DefaultLoadPlanner(flatten_state_dict=False)
+        torch_dcp.load(dict(tensors), storage_reader=_Reader(boxes), planner=planner, no_dist=True)
     except CheckpointException as error:
         raise _cause(error) from None
 

@@ -31,11 +31,13 @@ class Part:
         file: where it is.
         offsets: where in the tensor it begins, for each dimension.
         sizes: its shape.
+        dtype: of its numbers, as the file calls it.
     """
 
     file: Path
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    dtype: str = ""
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -71,17 +73,26 @@ def parts(folder: Path, name: str) -> dict[str, list[Part]]:
         with readable(file), safe_open(file, "pt") as opened:
             places = json.loads((opened.metadata() or {}).get(PLACES, "{}"))
             for key in opened.keys():  # noqa: SIM118, it is no mapping
-                sizes = tuple(opened.get_slice(key).get_shape())
+                box = opened.get_slice(key)
+                sizes = tuple(box.get_shape())
                 offsets = tuple(places[key][OFFSETS]) if key in places else (0,) * len(sizes)
                 if [type(offset) for offset in offsets] != [int] * len(sizes) or min(offsets, default=0) < 0:
                     raise ValueError(f"{key} begins at {offsets}")
-                found.setdefault(key, []).append(Part(file, offsets, sizes))
+                found.setdefault(key, []).append(Part(file, offsets, sizes, box.get_dtype()))
     for key, some in found.items():
         # Without this the place of a lost part would be read as whatever was in memory.
-        begin = [part.offsets for part in some if math.prod(part.sizes)]
-        if len({*begin}) < len(begin) or sum(math.prod(part.sizes) for part in some) != math.prod(shape(some)):
+        if len({(len(part.sizes), part.dtype) for part in some}) > 1 or not _fill_a_grid(some):
             raise UserError(f"{some[0].file}: damaged: {key} is not whole")
     return found
+
+
+def _fill_a_grid(parts: list[Part]) -> bool:
+    """Whether parts, but for empty ones, are the cells of a grid, each once, as those of a mesh of processes are."""
+    filled = [part for part in parts if math.prod(part.sizes)]
+    axes = [sorted({(side.start, side.stop) for side in sides}) for sides in zip(*(part.slices for part in filled))]
+    joined = all(start == stop for axis in axes for (start, _), stop in zip(axis, [0, *(stop for _, stop in axis)]))
+    cells = len({part.offsets for part in filled})
+    return not filled or (joined and cells == len(filled) == math.prod(map(len, axes)))
 
 
 def shape(parts: list[Part]) -> tuple[int, ...]:
@@ -127,5 +138,5 @@ def readable(file: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{file}: missing") from None
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{file}: damaged: {error}") from None
