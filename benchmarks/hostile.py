@@ -7,14 +7,15 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 import soundfile
 
-SIDE = 40_000
-"""Pixels a side that a header claims: 4.8 GB, once decoded."""
+SIDES = {"large": 10_000, "huge": 40_000}
+"""Pixels a side that headers claim: 0.3 and 4.8 GB, once decoded. openimp refuses the one, Pillow itself the other."""
 TASKS = [
     "sources.clips={path: clips}",
     "sources.packed={path: packed.tar}",
@@ -76,9 +77,9 @@ def _corrupt(picture: bytes) -> bytes:
     return picture[:60] + bytes(byte ^ 0x55 for byte in picture[60:])
 
 
-def _huge(picture: bytes) -> bytes:
-    """The header of SIDE x SIDE pixels, its checksum right, and the same pixels after it."""
-    header = b"IHDR" + struct.pack(">II", SIDE, SIDE) + picture[24:29]
+def _claiming(side: int, picture: bytes) -> bytes:
+    """The header of so many pixels a side, its checksum right, and the same pixels after it."""
+    header = b"IHDR" + struct.pack(">II", side, side) + picture[24:29]
     return picture[:12] + header + struct.pack(">I", zlib.crc32(header)) + picture[33:]
 
 
@@ -110,7 +111,10 @@ FILES: dict[str, Callable[[Path], str]] = {
     "a picture whose bytes are not its own": _picture("corrupt.png", _corrupt),
     "a picture cut in the middle": _picture("cut.png", lambda picture: picture[: len(picture) // 2]),
     "a picture of no bytes": _picture("empty.png", lambda _: b""),
-    f"a picture whose header claims {SIDE:,} x {SIDE:,} pixels": _picture("huge.png", _huge),
+    **{
+        f"a picture whose header claims {side:,} x {side:,} pixels": _picture(f"{name}.png", partial(_claiming, side))
+        for name, side in SIDES.items()
+    },
     "a clip cut short": _cut_clip,
     "a clip of no frames": _no_frames,
     "a sound of NaN": _not_numbers,
