@@ -151,11 +151,12 @@ class Text(Modality):
         # nothing but single spaces between them. Looking words up is many times as fast as calling it.
         ids: list[int] = []
         for word in words[:count]:
-            if word not in self._known:
+            found = self._known.get(word)
+            if found is None:
                 if len(self._known) >= WORDS:
                     self._known.clear()
-                self._known[word] = self._encode(word)
-            ids += self._known[word]
+                found = self._known[word] = self._encode(word)
+            ids += found
         return np.array(ids[:count], np.int64) + RESERVED
 
     def _encode(self, text: str) -> list[int]:
