@@ -33,6 +33,7 @@ CASES = {
         "model.moe={experts: 2, layers: 1, routing: soft}",
         'tasks.named.inputs.text={column: "a {label} square", draw: 2}',
     ],
+    "classification first": ["tasks.named.objectives=[{type: classification, label: label}, {type: contrastive}]"],
     "in pieces": ["batch={micro: 2, recompute: true}", "model.moe.z_loss=1"],
     "Muon": ["optimizer={muon_lr: 0.1, warmup: 1}"],
     "disjoint, a stem's own block": ["model.space=disjoint", "model.own_layers=1"],
@@ -189,6 +190,22 @@ def test_what_cannot_be_divided_is_told(little_data, tmp_path, changes, told):
     assert done.returncode
     assert told in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_there_already_is_refused_however_often_torchrun_starts(little_data, tmp_path):
+    command, run = (
+        ["-m", "openimp", "train", little_data / "recipe.yaml", "--run-dir", tmp_path / "run"],
+        tmp_path / "run",
+    )
+    for change in [*COMMON, "evaluation={}", "train.steps=4"]:
+        command += ["--set", change]
+    subprocess.run(torchrun(2, *command), check=True, capture_output=True, timeout=300)
+    shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = subprocess.run(torchrun(2, *command, restarts=1), capture_output=True, text=True, timeout=300)
+    assert done.returncode
+    assert done.stderr.count(f"openimp: {run}: holds a run that saved no checkpoint") >= 2
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_an_evaluation_that_fails_in_the_first_process_ends_all_and_loses_no_step(own_data, tmp_path):

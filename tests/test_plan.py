@@ -254,7 +254,7 @@ def measure_received(recipe: Path, out: Path) -> None:
         device, modalities = distributed.start(), modalities_of(options)
         model = IMP.from_recipe(options, modalities, {"pictures:label": 4}).train()
         copies = parallel.spread(
-            model, model.blocks(), model.experts(), ("encode", "project"),
+            model, model.blocks(), model.experts(), ("encode", "project", "classify"),
             options.parallel.shard, options.parallel.experts,
         )  # fmt: skip
         batch = empty_batch(options.tasks["named"], 0, modalities, CLASSES, device, distributed.world())

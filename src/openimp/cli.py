@@ -160,8 +160,8 @@ def main() -> None:
 def _with_values(arguments: list[str]) -> list[str]:
     """A bare --resume gets an empty value, for typer has no options whose value may be left out: what click has for
     that, flag_value, it does not pass on."""
-    bare = [after.startswith("-") for after in [*arguments[1:], "-"]]
-    return [f"{it}=" if it == "--resume" and alone else it for it, alone in zip(arguments, bare)]
+    following = [*arguments[1:], ""]
+    return [f"{it}=" if it == "--resume" and after != "auto" else it for it, after in zip(arguments, following)]
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def run_train(
         allow_changed_data: as of `train`.
     """
     if resume not in (None, "", "auto"):
-        raise UserError(f"--resume {resume}: only auto, or nothing, may follow --resume; a recipe goes before it")
+        raise UserError(f"--resume: expected auto or nothing, found {resume}")
     recipe = Recipe.load(name, overrides)
     how: bool | Literal["auto"] = "auto" if resume == "auto" else resume is not None
     train(recipe, run or Path("runs") / recipe.name, how, allow_changed_data=allow_changed_data)

@@ -33,6 +33,7 @@ _alone = False
 _patient: Group | None = None
 _store: dist.Store
 _members: list[tuple[str, int]] = []
+_left = 0
 
 
 def start() -> torch.device:
@@ -46,19 +47,24 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         store, number, processes = next(dist.rendezvous("env://"))
-        # Started again, processes would find the addresses of those that died before in torchrun's store.
-        _store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        # Otherwise processes would find the addresses of an earlier start, or an earlier training, in torchrun's store.
+        _store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {_left}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=_store, rank=number, world_size=processes, timeout=PATIENCE)
+        dist.init_process_group(
+            backend, store=_store, rank=number, world_size=processes, timeout=PATIENCE,
+            device_id=device if cuda else None,
+        )  # fmt: skip
         _members = told_to_all([(socket.gethostname(), os.getpid())])
     return device
 
 
 def leave() -> None:
     """Parts from the others, when all is done."""
+    global _patient, _members, _left
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        _patient, _members, _left = None, [], _left + 1
 
 
 @contextmanager
@@ -107,6 +113,11 @@ def _runs(pid: int) -> bool:
     except OSError:  # It is another user's, or the system has no /proc.
         return True
     return state not in "ZX"  # It ended, and its parent has not asked how.
+
+
+def job() -> str:
+    """What torchrun calls all its starts of these processes; nothing without it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def restarted() -> bool:
@@ -167,9 +178,9 @@ def total(number: int) -> int:
     return int(count)
 
 
-def own_group() -> Group | None:
-    """All processes again, for what happens beside the steps and may take up to a day; None in a single process."""
-    return dist.new_group(backend="gloo", timeout=WAIT) if world() > 1 else None
+def own_group(timeout: timedelta = PATIENCE) -> Group | None:
+    """All processes again, for what happens beside the steps; None in a single process."""
+    return dist.new_group(backend="gloo", timeout=timeout) if world() > 1 else None
 
 
 def told_to_all(items: list[Any], group: Group | None = None) -> list[Any]:
@@ -213,7 +224,7 @@ def alone(work: Callable[[], T]) -> T:
     global _patient
     if world() == 1:
         return work()
-    _patient = _patient or own_group()
+    _patient = _patient or own_group(WAIT)
 
     def first() -> T | None:
         global _alone

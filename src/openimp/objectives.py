@@ -140,14 +140,13 @@ def classification_losses(
 ) -> dict[str, Tensor]:
     """The loss of each classified modality, by "modality:column"."""
     target = batch.labels[objective.label]
-    head = model.classifiers[head_key(source, objective.label)]
     loss_of: Callable[..., Tensor] = softmax_classification if objective.loss == "softmax" else sigmoid_classification
     names = [objective.of] if objective.of else [name for name, tokens in batch.tokens.items() if tokens.mask is None]
     losses = {}
     for name in names:
         features_BD = encoded[name].features
         with full_precision(features_BD.device):
-            logits_BK = head(features_BD.float())
+            logits_BK = model.classify(features_BD, head_key(source, objective.label))
         # A modality drawn k times an example has k rows an example.
         repeated = target.repeat_interleave(len(logits_BK) // len(target), dim=0)
         losses[f"{name}:{objective.label}"] = loss_of(logits_BK, repeated, objective.smoothing)

@@ -4,13 +4,13 @@ In a single process each function here gives back what it got. A tensor of which
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from openimp.distributed import Group, rank, world
+from openimp.distributed import Group, mean, rank, world
 from openimp.errors import UserError
 
 Copies = list[tuple[Group | None, list[nn.Parameter]]]
@@ -47,6 +47,19 @@ class Layout(NamedTuple):
             raise UserError(f"parallel.experts: {among} processes cannot be divided into groups of {owners}")
         return cls(processes, shard, owners)
 
+    def check(self, weights: Iterable[Tensor]) -> None:
+        """Whether experts that are dealt out can be cut evenly between those that share them.
+
+        Raises:
+            UserError: they cannot.
+        """
+        for weight in weights if self.owners > 1 else ():
+            if weight.shape[1] % self.sizes[1]:
+                shape = " x ".join(map(str, weight.shape[1:]))
+                raise UserError(
+                    f"parallel: shard / experts: an expert's {shape} weights cannot be cut into {self.sizes[1]}"
+                )
+
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Copies of an expert, the parts that each is cut into, and the owners that share all of them."""
@@ -61,6 +74,7 @@ def spread(
     methods: Iterable[str],
     shard: int | None,
     owners: int,
+    device: str = "cpu",
 ) -> Copies:
     """Lays a model out over the processes as the recipe's `parallel` says, and tells which gradients to average.
 
@@ -73,9 +87,10 @@ def spread(
         methods: of the model, that compute with its other parameters.
         shard: processes that share one copy; None: all.
         owners: processes that share the experts.
+        device: where shards go.
 
     Raises:
-        UserError: the processes cannot be divided so.
+        UserError: the processes, or the experts, cannot be divided so.
     """
     if world() == 1:
         return []
@@ -83,29 +98,29 @@ def spread(
     from torch.distributed.fsdp import register_fsdp_forward_method
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    device = next(model.parameters()).device.type
-    layout = Layout.of(world(), shard, owners)
-    mesh = init_device_mesh(device, layout.sizes, mesh_dim_names=("replicate", "shard", "experts"))
-    experts = list(experts)
-    apart = experts if owners > 1 else []
-    for module in apart:
-        for name, weight in list(module.named_parameters()):
-            setattr(module, name, nn.Parameter(distribute_tensor(weight.detach(), mesh["experts"], [Shard(0)])))
+    layout, experts = Layout.of(world(), shard, owners), list(experts)
+    layout.check(weight for module in experts for weight in module.parameters())
+    dealt: list[nn.Parameter] = []
+    if owners > 1:
+        expert_mesh = init_device_mesh(device, layout.sizes, mesh_dim_names=("replicate", "shard", "experts"))
+        for module in experts:
+            for name, weight in list(module.named_parameters()):
+                part = distribute_tensor(weight.detach(), expert_mesh["experts"], [Shard(0)])
+                setattr(module, name, nn.Parameter(part))
+        dealt = [weight for module in experts for weight in module.parameters()]
     if layout.shard == 1:
-        dealt = [weight for module in apart for weight in module.parameters()]
-        others = [weight for weight in model.parameters() if weight not in set(dealt)]
-        return [(dist.group.WORLD, others), (mesh.get_group("replicate"), dealt)]
-    # FSDP2 pads a first dimension to a part a process: of few experts many processes would gather mostly padding.
-    second = {w for module in experts for w in module.parameters() if apart or w.shape[1] % layout.shard == 0}
-    for weight in (weight for module in apart for weight in module.parameters()):
-        if weight.shape[1] % layout.sizes[1]:
-            shape = " x ".join(map(str, weight.shape[1:]))
-            raise UserError(
-                f"parallel: shard / experts: an expert's {shape} weights cannot be cut into {layout.sizes[1]}"
-            )
-    for module in apart:
-        _fully_shard(module, mesh, second)  # Their first dimension is dealt out already.
-    mesh = init_device_mesh(device, (layout.sizes[0], layout.shard), mesh_dim_names=("replicate", "shard"))
+        apart = set(dealt)
+        copies: Copies = [(dist.group.WORLD, [weight for weight in model.parameters() if weight not in apart])]
+        return [*copies, (expert_mesh.get_group("replicate"), dealt)] if dealt else copies
+    # Experts that are dealt out are cut along their second dimension. So are others: FSDP2 pads a first dimension to a
+    # part a process, and of few experts many processes would gather mostly padding.
+    second = {w for module in experts for w in module.parameters() if dealt or w.shape[1] % layout.shard == 0}
+    if dealt:
+        for module in experts:
+            _fully_shard(module, expert_mesh, second)
+    groups = world() // layout.shard
+    sizes = {"replicate": groups, "shard": layout.shard} if groups > 1 else {"shard": layout.shard}
+    mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     for module in (*blocks, model):
         _fully_shard(module, mesh, second)
     for method in methods:
@@ -118,9 +133,10 @@ def _fully_shard(module: nn.Module, mesh: Any, second: set[nn.Parameter]) -> Non
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
 
+    several = "replicate" in mesh.mesh_dim_names and mesh["replicate"].size() > 1
     fully_shard(
         module,
-        mesh=mesh["shard"] if mesh["replicate"].size() == 1 else mesh["replicate", "shard"],
+        mesh=mesh["replicate", "shard"] if several else mesh["shard"],
         mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
         shard_placement_fn=lambda weight: Shard(int(weight in second)),
     )
@@ -138,9 +154,14 @@ def average_gradients(copies: Copies) -> None:
             torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
 
 
+def is_part(tensor: Tensor) -> bool:
+    """Whether this process has but a part of a tensor, or others may have."""
+    return hasattr(tensor, "to_local")
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """What this process has of a tensor; with its gradient."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return cast(Any, tensor).to_local() if is_part(tensor) else tensor
 
 
 def on_one_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -158,7 +179,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [whole(torch.nn.utils.get_total_norm(group)) for group in on_one_mesh(gradients)]
-    norm = norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
+    # Of several kinds, those that hold copies may have summed in another order; they must scale alike to stay alike.
+    norm = norms[0] if len(norms) == 1 else mean(torch.nn.utils.get_total_norm(norms))
     torch._foreach_mul_([own_part(gradient) for gradient in gradients], (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 

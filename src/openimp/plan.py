@@ -194,6 +194,7 @@ def plan(
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
     parameters, used = {name: count(part) for name, part in model.named_children()}, per_token(recipe, model)
+    layout.check(weight for module in model.experts() for weight in module.parameters())
     keep_own_experts(model, layout.owners)
     shares = Shares(layout, model)
     held = {"parameters": shares.held(model.parameters()), "optimiser": _optimiser_bytes(recipe, model, shares)}

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from openimp.checkpoint import checkpoints, read_config, read_state, step_of, verify
+from openimp.checkpoint import CHECKPOINTS, checkpoints, read_config, read_state, step_of, verify
+from openimp.distributed import alone
 from openimp.errors import UserError
 from openimp.progress import console
 from openimp.recipe import Recipe
@@ -56,8 +57,15 @@ def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> 
     return changed
 
 
+def common_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that the first process sees, oldest first: on a network's disk the others may see less
+    for a while, and all must go on from the same one."""
+    names = alone(lambda: [folder.name for folder in checkpoints(run)])
+    return [run / CHECKPOINTS / name for name in names]
+
+
 def _newest_intact(run: Path) -> Path:
-    found = checkpoints(run)
+    found = common_checkpoints(run)
     damage: list[str] = []
     for folder in reversed(found):
         try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from openimp import distributed
+from openimp import distributed, parallel
 from openimp.checkpoint import BEST, MANIFEST, checkpoints, facts_of, folder_of
 from openimp.errors import UserError
 
@@ -54,7 +54,10 @@ class Saver:
         from openimp.dcp import Snapshot
 
         self.wait()
-        copies = {name: Snapshot(some) for name, some in tensors.items()}
+        first = distributed.rank() == 0
+        # What all processes have alike, the first one writes; the others need not copy it.
+        own = ({key: x for key, x in some.items() if first or parallel.is_part(x)} for some in tensors.values())
+        copies = {name: Snapshot(some) for name, some in zip(tensors, own)}
         self._saving = self._thread.submit(self._save, folder_of(self.run, step), texts, copies)
 
     def failed(self) -> bool:

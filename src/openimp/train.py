@@ -36,7 +36,7 @@ from openimp.optim import make_optimizers, schedule, set_learning_rate
 from openimp.pace import Pace, shown
 from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe, Task
-from openimp.resume import changed_sources, resumable
+from openimp.resume import changed_sources, common_checkpoints, resumable
 from openimp.saver import NotSaved, Saver
 from openimp.warm_start import open_start
 
@@ -140,8 +140,10 @@ class Training:
                 raise UserError(f"{type(self).__name__}: a study trains in one process; start it without torchrun")
         if run.exists() and not run.is_dir():
             raise UserError(f"{run}: is a file; name a directory with --run")
-        saved = bool(checkpoints(run))
-        if resume == "auto" or distributed.restarted():
+        saved, job = bool(common_checkpoints(run)), run / "torchrun.job"
+        # Not after a start that was refused, which torchrun repeats too.
+        again = distributed.restarted() and job.exists() and job.read_text(encoding="utf-8") == distributed.job()
+        if resume == "auto" or again:
             resume = saved  # A run that died before it saved any loses nothing when it starts anew.
         elif (run / "recipe.yaml").exists():
             if not saved:
@@ -167,16 +169,17 @@ class Training:
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses)
         torch.manual_seed(recipe.seed)
         sizes = {name: len(values) for name, values in self.data.classes.items()}
-        self.model = self.build(recipe, self.modalities, sizes).to(self.device).train()
+        self.model = self.build(recipe, self.modalities, sizes).train()
         if start is not None:
             console.print(start.load(self.model, self.data.classes), soft_wrap=True, markup=False)
         open_sets(self.model, recipe, self.modalities)
         # Of the model as it was made, for one in shards has another class.
         self.texts = texts_of(self.model, recipe, self.modalities, self.data.classes)
         self.copies = parallel.spread(
-            self.model, self.model.blocks(), self.model.experts(), ("encode", "project"),
-            recipe.parallel.shard, recipe.parallel.experts,
+            self.model, self.model.blocks(), self.model.experts(), ("encode", "project", "classify"),
+            recipe.parallel.shard, recipe.parallel.experts, self.device.type,
         )  # fmt: skip
+        self.model.to(self.device)  # What is in shards is there already, and never was as a whole.
         encode = compiled_encode(self.model, len(self._signatures())) if recipe.train.compile else self.model.encode
         self.encode = in_pieces(encode, recipe.batch.micro)
         self.optimizers = make_optimizers(recipe.optimizer, self.model)
@@ -193,6 +196,8 @@ class Training:
         if distributed.rank() == 0:
             run.mkdir(parents=True, exist_ok=True)
             (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            if distributed.job():
+                job.write_text(distributed.job(), encoding="utf-8")
         self.metrics = Metrics(run, self.step, state.get("totals"))
         self.pace = Pace(self.model, self.device)
         self.bad = BadExamples(run, self.step, recipe.train.max_bad, state.get("bad"))
@@ -425,11 +430,11 @@ class _Stop:
                 why = ["" if self.requested else str(error)]
             except UserError as error:
                 why = [str(error)]
+            if self.requested or self.reason():
+                why.append("")
             if why := distributed.told_to_all(why):
                 raise UserError(max(why)) if max(why) else _Stopped
             yield found[0]
-            if distributed.total(self.requested or self.reason()):
-                raise _Stopped
 
 
 @contextmanager

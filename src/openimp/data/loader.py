@@ -323,17 +323,16 @@ def _workers_watched(loader: DataLoader[Loaded | UserError]) -> Iterator[Loaded 
     """
     before = signal.getsignal(signal.SIGCHLD)
     batches: Iterator[Loaded | UserError] | None = None
-    while True:
+    for _ in range(len(loader)):  # Once all are there, a death is of no matter.
         try:
             batches = batches or iter(loader)
             # Of a batch that the dead worker has written half of, the rest would be waited for without end.
             signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
             _error_if_any_worker_fails()
             loaded = next(batches)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError) as error:  # The last two of a batch that was the dead worker's.
-            if "Original Traceback" in str(error):  # What a worker raised; it lives.
+        # Those beside torch's own come from a batch that was the dead worker's.
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
                 raise
             reason = str(error).split(". ")[0] or "the connection to one ended"
             raise WorkersFailed(

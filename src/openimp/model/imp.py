@@ -97,6 +97,11 @@ class IMP(Embedder):
         z_BZ: Tensor = self.projections[self.head_name(source, target)](features_BD).float()
         return F.normalize(z_BZ, dim=-1) if normalize else z_BZ
 
+    def classify(self, features_BD: Tensor, head: str) -> Tensor:
+        """Features to logits (B, K) of a classification head, in fp32 where autocast is off."""
+        logits_BK: Tensor = self.classifiers[head](features_BD.float())
+        return logits_BK
+
     def share_a_space(self, a: str, b: str) -> bool:
         return {self.head_name(a, b), self.head_name(b, a)} <= set(self.projections)
 
