@@ -23,7 +23,8 @@ from openimp.modalities import Modality
 from openimp.model.imp import IMP, pairs_of
 from openimp.optim import make_optimizers
 from openimp.parallel import Layout
-from openimp.recipe import Contrastive, Recipe, Task
+from openimp.recipe import Classification, Recipe, Task
+from openimp.registry import modality_class
 
 PARTS = ("gradients", "gathered", "cast weights", "activations")
 """What a step holds beyond weights, moments and its batch."""
@@ -111,15 +112,15 @@ class Plan:
 
 
 class Compared(NamedTuple):
-    """What a step's contrastive losses compare, over all GPUs.
+    """What a step's losses look at, over all GPUs.
 
     Attributes:
-        pairs: of modalities.
+        heads: passes of features through a projection or a classification.
         rows: whose vectors all GPUs get.
         similarities: of all of them.
     """
 
-    pairs: int
+    heads: int
     rows: int
     similarities: int
 
@@ -251,16 +252,19 @@ def _optimiser_bytes(recipe: Recipe, model: IMP, shares: Shares) -> int:
 
 
 def _compared(task: Task, examples: int) -> Compared:
-    """What a task's contrastive losses compare; a sigmoid asks about each pair of items once."""
-    pairs = rows = similarities = 0
+    """What a task's losses look at; a sigmoid asks about each pair of items once."""
+    heads = rows = similarities = 0
     for objective in task.objectives:
-        for a, b in pairs_of(objective, task.inputs) if isinstance(objective, Contrastive) else []:
+        if isinstance(objective, Classification):
+            heads += 1 if objective.of else sum(not modality_class(name).masked for name in task.inputs)
+            continue
+        for a, b in pairs_of(objective, task.inputs):
             rows_a, rows_b = examples * task.inputs[a].draw, examples * task.inputs[b].draw
             sides = 2 if objective.loss == "softmax" else 1
-            pairs += 1
+            heads += 2
             rows += rows_b + (rows_a if sides == 2 else 0)
             similarities += sides * rows_a * rows_b
-    return Compared(pairs, rows, similarities)
+    return Compared(heads, rows, similarities)
 
 
 def _memory(
@@ -294,8 +298,8 @@ def _received(
     in_blocks = {weight for block in model.blocks() for weight in block.parameters()}
     outside = [weight for weight in model.parameters() if weight not in in_blocks]
     among: Counter[int] = Counter()  # So many consecutive GPUs.
-    # After the gradient of each projection, of which a pair has two, FSDP2 gives back what is outside of the blocks.
-    among[shard] += shares.gathered(touched) + (1 + 2 * compared.pairs) * shares.gathered(outside)
+    # After the gradient of each pass through a head FSDP2 gives back what is outside of the blocks.
+    among[shard] += shares.gathered(touched) + (1 + compared.heads) * shares.gathered(outside)
     for name, spec in task.inputs.items():
         rows = examples * spec.draw // gpus
         own = model.encoder.own[model.stem_of[name]] if model.encoder.own else nn.ModuleList()
