@@ -7,6 +7,7 @@ functions in the same order. What does not keep to that order, such as a save in
 
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +81,7 @@ def deaths_told() -> Iterator[None]:
         # gloo's errors have no class of their own.
         if not _members or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun, which sees the death too, would end this unsaid.
         dead = ", ".join(map(str, _dead()))
         who = f"process {dead} of 0 to {len(_members) - 1} died" if dead else "a process died or does not answer"
         raise UserError(
