@@ -26,7 +26,8 @@ from openimp.errors import UserError
 from openimp.metrics import read_lines
 from openimp.recipe import Recipe
 from openimp.study.training import SummedTraining
-from openimp.train import Training, _Stop, _Stopped, train
+from openimp.stopping import Stop, Stopped
+from openimp.train import Training, train
 
 STEPS = 120
 LONG = [f"train.steps={STEPS}", "train.save_every=10", "train.keep=3", "evaluation.every=50", "optimizer.lr=1e-3",
@@ -197,10 +198,10 @@ def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(own_data, tmp
 
 
 def test_a_stop_ends_an_evaluation(little_data, tmp_path):
-    recipe, stop = recipe_of(little_data), _Stop(lambda: False)
+    recipe, stop = recipe_of(little_data), Stop(lambda: False)
     training = Training(recipe, tmp_path / "run", resume=False)
     stop.requested = True
-    with pytest.raises(_Stopped):
+    with pytest.raises(Stopped):
         training.evaluate(stop.watch)
     assert not read_lines(tmp_path / "run" / "results.jsonl")
     assert training.model.training

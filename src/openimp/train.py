@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
-import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +20,7 @@ from openimp.checkpoint import (
     step_of,
     texts_of,
 )
-from openimp.data.loader import Loaded, StepBatches, WorkersFailed, make_loader
+from openimp.data.loader import Loaded, StepBatches, make_loader
 from openimp.device import autocast, keep_freed_memory
 from openimp.errors import UserError
 from openimp.evaluation import evaluate, open_sets, table
@@ -38,9 +36,8 @@ from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe, Task
 from openimp.resume import changed_sources, common_checkpoints, resumable
 from openimp.saver import NotSaved, Saver
+from openimp.stopping import Stopped, stop_signals
 from openimp.warm_start import open_start
-
-T = TypeVar("T")
 
 
 @distributed.deaths_told()
@@ -69,7 +66,7 @@ def train(
     """
     training = (loop or Training)(recipe, run, resume, allow_changed_data)
     with (
-        _stop_signals(training.saver.failed) as stop,
+        stop_signals(training.saver.failed) as stop,
         StepBar(recipe.train.steps, training.step) as bar,
         closing(training.metrics),
     ):
@@ -86,7 +83,7 @@ def train(
             training.save()
             training.evaluate(stop.watch)
             training.saver.wait()
-        except _Stopped:
+        except Stopped:
             training.save()
             training.saver.wait()
             kept = "saved" if training.saved == training.step else f"saved up to step {training.saved}"
@@ -317,14 +314,14 @@ class Training:
                 results = evaluate(
                     model.to(self.device), self.recipe, self.modalities, step=self.step, progress=progress
                 )
-            except _Stopped:
+            except Stopped:
                 return False
             self.metrics.results(self.run, results)
             console.print(table(results))
             return True
 
         if not distributed.alone(measure):
-            raise _Stopped
+            raise Stopped
         if best_of:
             self.saver.wait()
             there = {self.step, *map(step_of, checkpoints(self.run))}
@@ -400,59 +397,3 @@ def compiled_encode(model: Embedder, signatures: int) -> Encode:
             ) from None
 
     return encode
-
-
-class _Stopped(Exception):
-    """A stop was asked for, and nothing is half done."""
-
-
-class _Stop:
-    """Why training should stop: a signal, or a reason that comes up beside the steps."""
-
-    def __init__(self, reason: Callable[[], bool]) -> None:
-        self.requested, self.reason = False, reason
-
-    def watch(self, items: Iterable[T], _: str = "") -> Iterator[T]:
-        """Passes the items on until a stop is asked for, which raises `_Stopped` between two of them.
-
-        What stops one process, a signal or bad data, stops all of them at the same step.
-        """
-        iterator = iter(items)
-        while True:
-            found: list[T] = []
-            why: list[str] = []
-            try:
-                found = [next(iterator)]
-            except StopIteration:
-                return
-            except WorkersFailed as error:
-                # The signal may have killed the loader's workers too.
-                why = ["" if self.requested else str(error)]
-            except UserError as error:
-                why = [str(error)]
-            if self.requested or self.reason():
-                why.append("")
-            if why := distributed.told_to_all(why):
-                raise UserError(max(why)) if max(why) else _Stopped
-            yield found[0]
-
-
-@contextmanager
-def _stop_signals(reason: Callable[[], bool]) -> Iterator[_Stop]:
-    """Notes the first Ctrl-C or SIGTERM, so that the loop can save; a second Ctrl-C interrupts at once."""
-    stop = _Stop(reason)
-
-    def note(number: int, _: Any) -> None:
-        if stop.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.requested = True
-        if number == signal.SIGINT:
-            # Not print, which the signal may have interrupted.
-            os.write(2, b"\nstopping after this step; once more to leave at once\n")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
