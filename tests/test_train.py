@@ -25,8 +25,8 @@ from openimp.data.loader import make_loader
 from openimp.errors import UserError
 from openimp.metrics import read_lines
 from openimp.recipe import Recipe
-from openimp.study.training import SummedTraining
 from openimp.stopping import Stop, Stopped
+from openimp.study.training import SummedTraining
 from openimp.train import Training, train
 
 STEPS = 120
