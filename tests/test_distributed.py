@@ -53,7 +53,8 @@ def gradients(training: Training) -> dict[str, Tensor]:
         if f"{task} loss" not in found:
             losses = training.forward(loaded)
             losses.total.backward()
-            parallel.average_gradients(training.copies)
+            for copies in training.copies:
+                copies.average()
             found[f"{task} loss"] = distributed.mean(losses.total.detach())
             for name, parameter in training.model.named_parameters():
                 if parameter.grad is not None:

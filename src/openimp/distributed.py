@@ -137,9 +137,14 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
-def everywhere(x: Tensor) -> Tensor:
-    """The rows of all processes, first process first; the gradient goes back to whose rows they are."""
-    return x if world() == 1 or x.is_meta else cast(Tensor, _Everywhere.apply(x))
+def everywhere(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The rows of all processes, first process first, of tensors that are alike but for their number of rows; the
+    gradients go back to whose rows they are. All of them in one exchange, for each makes the processes wait."""
+    if world() == 1 or tensors[0].is_meta:
+        return tensors
+    rows = [len(tensor) for tensor in tensors]
+    found: Tensor = _Everywhere.apply(torch.cat(tensors))
+    return tuple(part.flatten(0, 1) for part in found.unflatten(0, (world(), -1)).split(rows, dim=1))
 
 
 class _Everywhere(torch.autograd.Function):

@@ -104,21 +104,24 @@ def contrastive_losses(
     Each process compares its own examples with those of all processes, so that none holds all similarities. N and M are
     its own items of either side; the mean over the processes is the loss of the whole batch.
     """
-    item_B = batch.item[objective.same or ""]
+    own_B = batch.item[objective.same or ""]
+    (item_B,) = everywhere(own_B)
     losses = {}
     for a, b in pairs_of(objective, encoded):
         # Joint heads are applied once for each pair; the encoder, which is nearly all of the work, only once.
         z_NZ, z_MZ = model.project(encoded[a].features, a, b), model.project(encoded[b].features, b, a)
-        item_N, item_M = (item_B.repeat_interleave(len(z) // len(item_B)) for z in (z_NZ, z_MZ))
+        draws_a, draws_b = (len(z) // len(own_B) for z in (z_NZ, z_MZ))
+        same = own_B.repeat_interleave(draws_a)[:, None] == item_B.repeat_interleave(draws_b)
         temperature = model.temperature(a, b)
         with full_precision(z_NZ.device):
-            logits = temperature.scale * z_NZ @ everywhere(z_MZ).T
-            same = item_N[:, None] == everywhere(item_M)
             if objective.loss == "softmax":
-                back = temperature.scale * z_MZ @ everywhere(z_NZ).T
-                loss = (_nce(logits, same) + _nce(back, item_M[:, None] == everywhere(item_N))) / 2
+                all_b, all_a = everywhere(z_MZ, z_NZ)
+                back = own_B.repeat_interleave(draws_b)[:, None] == item_B.repeat_interleave(draws_a)
+                loss = _nce(temperature.scale * z_NZ @ all_b.T, same)
+                loss = (loss + _nce(temperature.scale * z_MZ @ all_a.T, back)) / 2
             else:
-                loss = sigmoid_nce(logits + temperature.bias, same)
+                (all_b,) = everywhere(z_MZ)
+                loss = sigmoid_nce(temperature.scale * z_NZ @ all_b.T + temperature.bias, same)
             losses[f"{a}-{b}"] = loss
     return losses
 

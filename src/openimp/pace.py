@@ -68,7 +68,7 @@ class Pace:
         """
         seconds = time.perf_counter() - self.since
         own = [*self.steps, *self.waits, self.clock.seconds() if self.clock else 1]
-        told = everywhere(torch.tensor([own], dtype=torch.float64))
+        (told,) = everywhere(torch.tensor([own], dtype=torch.float64))
         steps_RS, waits_RS, computing_R1 = told.split([len(self.steps), len(self.waits), 1], dim=1)
         waits_S = waits_RS.amax(0)
         waits = dict.fromkeys(self.tasks, 0.0)

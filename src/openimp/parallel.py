@@ -13,8 +13,45 @@ from torch import Tensor, nn
 from openimp.distributed import Group, mean, rank, world
 from openimp.errors import UserError
 
-Copies = list[tuple[Group | None, list[nn.Parameter]]]
-"""Parameters of which each process of a group has a copy, by group."""
+TOGETHER = 2**22
+"""Bytes of gradients from which on they are sent: few enough that most go while others are still computed."""
+
+
+class Copies:
+    """Parameters of which each process of a group has a copy. Their gradients are summed while others are computed.
+
+    What goes together is what the backward pass brings one after the other. It brings them in the same order in all
+    processes, whose graphs are the same, and brings nothing of what the step's task does not touch.
+    """
+
+    def __init__(self, group: Group | None, parameters: Iterable[nn.Parameter]) -> None:
+        self.group, self.processes = group, dist.get_world_size(group)
+        self.ready: list[Tensor] = []
+        self.sent: list[tuple[Any, Tensor, list[Tensor]]] = []
+        for parameter in parameters if self.processes > 1 else ():
+            parameter.register_post_accumulate_grad_hook(self._add)
+
+    def _add(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.ready.append(own_part(parameter.grad))
+        if sum(gradient.nbytes for gradient in self.ready) >= TOGETHER:
+            self._send()
+
+    def _send(self) -> None:
+        flat = torch.cat([gradient.flatten() for gradient in self.ready])
+        self.sent.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, self.ready))
+        self.ready = []
+
+    def average(self) -> None:
+        """Makes the gradients, after a backward pass, those of the mean over the processes."""
+        if self.ready:
+            self._send()
+        for work, flat, gradients in self.sent:
+            work.wait()
+            flat /= self.processes
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
+        self.sent = []
 
 
 class Layout(NamedTuple):
@@ -74,9 +111,10 @@ def spread(
     methods: Iterable[str],
     shard: int | None,
     owners: int,
-    device: str = "cpu",
-) -> Copies:
-    """Lays a model out over the processes as the recipe's `parallel` says, and tells which gradients to average.
+    device: torch.device,
+) -> list[Copies]:
+    """Lays a model out over the processes as the recipe's `parallel` says, on their devices; what it returns has
+    gradients to average.
 
     Parameters stay fp32 and are cast by autocast as in one process; gradients are averaged in fp32.
 
@@ -87,12 +125,13 @@ def spread(
         methods: of the model, that compute with its other parameters.
         shard: processes that share one copy; None: all.
         owners: processes that share the experts.
-        device: where shards go.
+        device: where this process computes; of a model in shards it never has to hold the whole.
 
     Raises:
         UserError: the processes, or the experts, cannot be divided so.
     """
     if world() == 1:
+        model.to(device)
         return []
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import register_fsdp_forward_method
@@ -102,16 +141,17 @@ def spread(
     layout.check(weight for module in experts for weight in module.parameters())
     dealt: list[nn.Parameter] = []
     if owners > 1:
-        expert_mesh = init_device_mesh(device, layout.sizes, mesh_dim_names=("replicate", "shard", "experts"))
+        expert_mesh = init_device_mesh(device.type, layout.sizes, mesh_dim_names=("replicate", "shard", "experts"))
         for module in experts:
             for name, weight in list(module.named_parameters()):
                 part = distribute_tensor(weight.detach(), expert_mesh["experts"], [Shard(0)])
                 setattr(module, name, nn.Parameter(part))
         dealt = [weight for module in experts for weight in module.parameters()]
     if layout.shard == 1:
+        model.to(device)  # Before hooks are put on the parameters: torch makes new ones of DTensors here.
         apart = set(dealt)
-        copies: Copies = [(dist.group.WORLD, [weight for weight in model.parameters() if weight not in apart])]
-        return [*copies, (expert_mesh.get_group("replicate"), dealt)] if dealt else copies
+        copies = [Copies(dist.group.WORLD, [weight for weight in model.parameters() if weight not in apart])]
+        return [*copies, Copies(expert_mesh.get_group("replicate"), dealt)] if dealt else copies
     # Experts that are dealt out are cut along their second dimension. So are others: FSDP2 pads a first dimension to a
     # part a process, and of few experts many processes would gather mostly padding.
     second = {w for module in experts for w in module.parameters() if dealt or w.shape[1] % layout.shard == 0}
@@ -120,11 +160,12 @@ def spread(
             _fully_shard(module, expert_mesh, second)
     groups = world() // layout.shard
     sizes = {"replicate": groups, "shard": layout.shard} if groups > 1 else {"shard": layout.shard}
-    mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     for module in (*blocks, model):
         _fully_shard(module, mesh, second)
     for method in methods:
         register_fsdp_forward_method(model, method)
+    model.to(device)  # What is in no shard.
     return []
 
 
@@ -140,18 +181,6 @@ def _fully_shard(module: nn.Module, mesh: Any, second: set[nn.Parameter]) -> Non
         mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
         shard_placement_fn=lambda weight: Shard(int(weight in second)),
     )
-
-
-def average_gradients(copies: Copies) -> None:
-    """Makes the gradients of parameters of which each process has a copy those of the whole batch, in one exchange."""
-    for group, parameters in copies:
-        gradients = [own_part(p.grad) for p in parameters if p.grad is not None]
-        if gradients and (count := dist.get_world_size(group)) > 1:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat, group=group)
-            flat /= count
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
 
 
 def is_part(tensor: Tensor) -> bool:

@@ -117,11 +117,13 @@ class Compared(NamedTuple):
     Attributes:
         heads: passes of features through a projection or a classification.
         rows: whose vectors all GPUs get.
-        similarities: of all of them.
+        items: whose numbers all GPUs get.
+        similarities: of all rows.
     """
 
     heads: int
     rows: int
+    items: int
     similarities: int
 
 
@@ -253,18 +255,19 @@ def _optimiser_bytes(recipe: Recipe, model: IMP, shares: Shares) -> int:
 
 def _compared(task: Task, examples: int) -> Compared:
     """What a task's losses look at; a sigmoid asks about each pair of items once."""
-    heads = rows = similarities = 0
+    heads = rows = items = similarities = 0
     for objective in task.objectives:
         if isinstance(objective, Classification):
             heads += 1 if objective.of else sum(not modality_class(name).masked for name in task.inputs)
             continue
+        items += examples
         for a, b in pairs_of(objective, task.inputs):
             rows_a, rows_b = examples * task.inputs[a].draw, examples * task.inputs[b].draw
             sides = 2 if objective.loss == "softmax" else 1
             heads += 2
             rows += rows_b + (rows_a if sides == 2 else 0)
             similarities += sides * rows_a * rows_b
-    return Compared(heads, rows, similarities)
+    return Compared(heads, rows, items, similarities)
 
 
 def _memory(
@@ -307,7 +310,8 @@ def _received(
         among[shard] += 2 * once * ceil(rows / (recipe.batch.micro or rows))
     among[owners] += others(counted.slots, owners)
     # Vectors, their gradients, and the numbers of their items.
-    among[gpus] += shares.summed(touched) + others((8 * model.config.embed_dim + 8) * compared.rows, gpus)
+    vectors, numbers = 8 * model.config.embed_dim * compared.rows, 8 * compared.items
+    among[gpus] += shares.summed(touched) + others(vectors + numbers, gpus)
     received = {"link": 0, "network": 0}
     for span, size in among.items():
         received["link" if gpus <= NODE or NODE % span == 0 else "network"] += size

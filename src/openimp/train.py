@@ -174,9 +174,8 @@ class Training:
         self.texts = texts_of(self.model, recipe, self.modalities, self.data.classes)
         self.copies = parallel.spread(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "project", "classify"),
-            recipe.parallel.shard, recipe.parallel.experts, self.device.type,
+            recipe.parallel.shard, recipe.parallel.experts, self.device,
         )  # fmt: skip
-        self.model.to(self.device)  # What is in shards is there already, and never was as a whole.
         encode = compiled_encode(self.model, len(self._signatures())) if recipe.train.compile else self.model.encode
         self.encode = in_pieces(encode, recipe.batch.micro)
         self.optimizers = make_optimizers(recipe.optimizer, self.model)
@@ -205,7 +204,8 @@ class Training:
         """One step: one task's losses, their gradients, and one update of the parameters that the task touches."""
         losses = self.forward(loaded)
         losses.total.backward()
-        parallel.average_gradients(self.copies)
+        for copies in self.copies:
+            copies.average()
         self.apply_gradients(loaded, losses)
         return losses
 

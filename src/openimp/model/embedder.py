@@ -48,7 +48,8 @@ def in_pieces(encode: Encode, micro: int | None) -> Encode:
         pieces = zip(*(tokens.split(micro) for tokens in inputs.values()))
         done = [checkpoint(encode, dict(zip(inputs, piece)), use_reentrant=False) for piece in pieces]
         # Of the tokens of all processes, as the routers' means are.
-        shares = [mean(part.sum().float()) / mean(valid.sum().float()).clamp(min=1) for part in valid.split(micro)]
+        counts = mean(torch.stack([part.sum().float() for part in valid.split(micro)]))
+        shares = (counts / counts.sum().clamp(min=1)).unbind()
         routing = [RouterStats.mean(stats, shares) for stats in zip(*(piece.routing for piece in done))]
         return Encoded(torch.cat([piece.features for piece in done]), routing)
 

@@ -97,6 +97,12 @@ def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | N
     return Routing(token_GS.unflatten(1, (experts, slots)), gate_GS.unflatten(1, (experts, slots)))
 
 
+def mean_tokens(mask_BL: Tensor | None) -> Tensor | None:
+    """The number of valid tokens of a mean process: what a router's mean over its own tokens has to be divided by, so
+    that the mean over the processes is that over all tokens. None where nothing is masked, which is so everywhere."""
+    return None if mask_BL is None else mean(mask_BL.sum().float())
+
+
 def _slots(tokens: int, share: float) -> int:
     return max(1, int(tokens * share + 0.5))
 
@@ -110,7 +116,7 @@ class Router(nn.Module):
         self.weight_ED = nn.Parameter(torch.empty(config.experts, width))
         nn.init.normal_(self.weight_ED, std=0.02)
 
-    def forward(self, x_BLD: Tensor, valid_BL: Tensor) -> tuple[Routing, RouterStats]:
+    def forward(self, x_BLD: Tensor, valid_BL: Tensor, tokens: Tensor | None = None) -> tuple[Routing, RouterStats]:
         """Routes the tokens of each group: an example, or in training for two of the routings the whole batch.
 
         Outside training no group is larger than an example and token choice drops nothing, so that an embedding never
@@ -130,14 +136,19 @@ class Router(nn.Module):
             routing = token_choice(probs_GNE, valid_GN, config.top_k, slots)
         else:
             routing = expert_choice(probs_GNE, valid_GN, config.capacity)
-        return routing, self._stats(logits_BLE, probs_BLE, valid_BL, routing, valid_GN)
+        count = (valid_BL.sum().float() if tokens is None else tokens).clamp(min=1)
+        return routing, self._stats(logits_BLE, probs_BLE, valid_BL, count, routing, valid_GN)
 
     def _stats(
-        self, logits_BLE: Tensor, probs_BLE: Tensor, valid_BL: Tensor, routing: Routing, valid_GN: Tensor
+        self,
+        logits_BLE: Tensor,
+        probs_BLE: Tensor,
+        valid_BL: Tensor,
+        count: Tensor,
+        routing: Routing,
+        valid_GN: Tensor,
     ) -> RouterStats:
         config = self.config
-        # Of a mean process, so that the mean over the processes is that over all tokens.
-        count = mean(valid_BL.sum().float()).clamp(min=1)
         aux = config.z_loss * (logits_BLE.logsumexp(-1).square() * valid_BL).sum() / count
         if config.routing == "token_choice":
             first_E = (F.one_hot(probs_BLE.argmax(-1), config.experts) * valid_BL[..., None]).sum((0, 1))
@@ -182,17 +193,18 @@ class SparseMLP(nn.Module):
         self.router = Router(width, config)
         self.experts = Experts(config.experts, width, hidden)
 
-    def forward(self, x_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, RouterStats]:
-        routing, stats = self.router(x_BLD, valid_BL)
+    def forward(self, x_BLD: Tensor, valid_BL: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        """Tokens to tokens, and what the router tells; `tokens` is `mean_tokens` of a batch with pads."""
+        routing, stats = self.router(x_BLD, valid_BL, tokens)
         groups, experts, slots = routing.token_GEC.shape
-        tokens = x_BLD.flatten(0, 1)
-        per_group = tokens.shape[0] // groups
-        first_G = torch.arange(groups, device=tokens.device) * per_group
+        x_ND = x_BLD.flatten(0, 1)
+        per_group = x_ND.shape[0] // groups
+        first_G = torch.arange(groups, device=x_ND.device) * per_group
         row_ES = (routing.token_GEC + first_G[:, None, None]).transpose(0, 1).reshape(-1)
         gate_ES = routing.gate_GEC.transpose(0, 1).reshape(-1, 1)
-        slots_ESD = tokens.index_select(0, row_ES).unflatten(0, (experts, groups * slots))
+        slots_ESD = x_ND.index_select(0, row_ES).unflatten(0, (experts, groups * slots))
         out = self.experts(slots_ESD).flatten(0, 1)
-        result = torch.zeros_like(tokens, dtype=out.dtype).index_add(0, row_ES, out * gate_ES.to(out.dtype))
+        result = torch.zeros_like(x_ND, dtype=out.dtype).index_add(0, row_ES, out * gate_ES.to(out.dtype))
         return result.view_as(x_BLD), stats
 
 
@@ -213,7 +225,8 @@ class SoftMLP(nn.Module):
         self.experts = Experts(config.experts, width, hidden)
         nn.init.normal_(self.slot_SD)
 
-    def forward(self, x_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, RouterStats]:
+    def forward(self, x_BLD: Tensor, valid_BL: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        """As `SparseMLP.forward`."""
         with full_precision(x_BLD.device):
             # Unit vectors, as section 2.3 asks for: at large widths the softmax would become an argmax.
             slot_SD = self.scale * F.normalize(self.slot_SD.float(), dim=-1)
@@ -227,6 +240,7 @@ class SoftMLP(nn.Module):
         out_BSD = out_ESD.unflatten(1, (len(x_BLD), self.slots)).transpose(0, 1).flatten(1, 2)
         result_BLD = combine_BLS.to(out_BSD.dtype) @ out_BSD
         with torch.no_grad():
-            share_E = combine_BLS.sum((0, 1)).unflatten(0, (-1, self.slots)).sum(-1) / valid_BL.sum().clamp(min=1)
+            count = (valid_BL.sum() if tokens is None else tokens).clamp(min=1)
+            share_E = combine_BLS.sum((0, 1)).unflatten(0, (-1, self.slots)).sum(-1) / count
         nothing = logits_BLS.new_zeros(())
         return result_BLD, RouterStats(nothing, share_E, share_E, nothing)
