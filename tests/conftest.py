@@ -71,7 +71,7 @@ def tiny_model() -> Callable[[Recipe], tuple[IMP, dict[str, Modality]]]:
     def make(recipe: Recipe) -> tuple[IMP, dict[str, Modality]]:
         modalities = modalities_of(recipe)
         for modality in modalities.values():
-            modality.fit(TEXTS)
+            modality.fit([TEXTS])
         torch.manual_seed(0)
         return IMP.from_recipe(recipe, modalities).eval(), modalities
 

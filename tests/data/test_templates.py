@@ -98,15 +98,11 @@ def test_malformed(template):
 
 
 def test_all_texts():
-    rows = [ROW, {"name": "owl", "tags": []}, {"name": None, "tags": ["x"]}]
+    rows = [ROW, {"name": "owl", "tags": []}, {"name": None, "tags": []}, {"name": None, "tags": ["x"]}]
     assert list(all_texts(["name", "{tags*}", "{tags} {name}"], rows)) == [
-        "red panda",
-        "animal, red, cute",
-        "animal red panda",
-        "red red panda",
-        "cute red panda",
-        "owl",
-        "x",
+        ["red panda", "animal, red, cute", "animal red panda", "red red panda", "cute red panda"],
+        ["owl"],
+        ["x"],
     ]
 
 

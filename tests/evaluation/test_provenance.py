@@ -117,7 +117,7 @@ def test_a_checkpoint_is_named_by_all_of_its_tensors_and_by_what_was_learned(tin
         assert checkpoint_fields(model, modalities)["checkpoint"] != name
         tensor.copy_(value)
     assert checkpoint_fields(model, modalities)["checkpoint"] == name
-    modalities["text"].fit(["other words, other words"])
+    modalities["text"].fit([["other words, other words"]])
     assert checkpoint_fields(model, modalities)["checkpoint"] != name
     assert checkpoint_fields(model.bfloat16(), modalities)["checkpoint"] != name
     assert checkpoint_fields(model, modalities)["openimp"] == openimp_version()

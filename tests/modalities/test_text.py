@@ -19,13 +19,13 @@ CORPUS = ["A red bicycle leans on a wall", "a red car", "Two dogs play with a re
 @pytest.fixture(scope="module")
 def text():
     out = Text(Text.Config(vocab=400))
-    out.fit(CORPUS)
+    out.fit([text] for text in CORPUS)
     return out
 
 
 def test_training_is_deterministic_and_learns_words(text):
     other = Text(Text.Config(vocab=400))
-    other.fit(iter(CORPUS))
+    other.fit(iter([CORPUS]))
     assert other.state() == text.state()
     assert text.stem_spec().values <= 400
     assert text.stem_spec().table
@@ -74,18 +74,45 @@ def test_any_string_is_valid_ids_with_an_end(string, length):
 SOME = ["a", "red", "Dogs,", "ΑΣ", "don't", "x" * 70, "", "\u0301", "\t", "\u2003"]
 
 
-@given(st.lists(st.sampled_from(SOME) | st.text(), max_size=12).map(" ".join), st.integers(2, 40))
+@given(st.lists(st.sampled_from(SOME) | st.text(), max_size=12).map(" ".join), st.integers(2, 40), st.booleans())
 @settings(max_examples=300, deadline=None)
-def test_words_that_are_looked_up_have_the_ids_of_the_whole_text(string, count):
-    whole = Tokenizer.from_str(STATE["tokenizer.json"]).encode(string, add_special_tokens=False).ids
+def test_words_that_are_looked_up_have_the_ids_of_the_whole_text(string, count, words):
+    state = WORDS if words else STATE
+    whole = Tokenizer.from_str(state["tokenizer.json"]).encode(string[: 64 * count], add_special_tokens=False).ids
+    if words:
+        whole = [i for i in whole if i]  # 0 is what is not known.
     text = Text(Text.Config(vocab=300))
-    text.load_state(STATE)
+    text.load_state(state)
+    assert text._word_by_word
     for _ in range(2):  # once told by the tokenizer, once looked up
         assert (text.decode(string, [Text.View(length=count)]) - 2).tolist() == whole[:count]
 
 
+def test_words_of_few_examples_are_left_out():
+    """Examples count, not texts or words; of those that are as frequent the alphabet says which are kept."""
+    corpus = [["A red car, red", "red: (rare)"], ["the CAR"], ["a red bus"], ["bus"], ["don't, don't", "t"]]
+    text = Text(Text.Config(min_df=2))
+    text.fit(corpus)
+    vocabulary = {"[UNK]": 0, "a": 1, "bus": 2, "car": 3, "red": 4}
+    assert text.tokenizer.get_vocab() == vocabulary
+    assert text.stem_spec().values == 2 + 5
+    assert text.tokenize(["Rare: a RED, red (car)!", "rare"], length=6).tolist() == [
+        [3, 6, 6, 5, END, PAD], [END, PAD, PAD, PAD, PAD, PAD],
+    ]  # fmt: skip
+    again = Text(Text.Config(min_df=2))
+    again.fit(iter(corpus))
+    assert again.state() == text.state()
+    small = Text(Text.Config(min_df=1, vocab=2 + 256))
+    small.fit([[f"w{i} w{i + 1}"] for i in range(1000)])
+    assert small.stem_spec().values == 2 + 256
+    with pytest.raises(UserError, match=r"min_df.* 6 of"):
+        Text(Text.Config(min_df=6)).fit(corpus)
+    with pytest.raises(ValueError, match="min_df"):
+        Text.Config(min_df=2, tokenizer="words.json")
+
+
 def test_known_words_do_not_fill_the_memory(text, monkeypatch):
-    monkeypatch.setattr(text_module, "WORDS", 10)
+    monkeypatch.setattr(text_module, "REMEMBERED", 10)
     some = Text(Text.Config(vocab=400))
     some.load_state(text.state())
     for i in range(50):
@@ -94,13 +121,13 @@ def test_known_words_do_not_fill_the_memory(text, monkeypatch):
         assert "x" * 1000 not in some._known
 
 
-def _state():
-    text = Text(Text.Config(vocab=300))
-    text.fit(CORPUS)
+def _state(**config):
+    text = Text(Text.Config(vocab=300, **config))
+    text.fit([CORPUS] * 2)
     return text.state()
 
 
-STATE = _state()
+STATE, WORDS = _state(), _state(min_df=2)
 
 
 def test_ids_come_back_as_text(text):
@@ -151,7 +178,7 @@ def test_a_tokenizer_from_a_file(tmp_path):
     path = tmp_path / "words.json"
     tokenizer.save(str(path))
     text = Text(Text.Config(tokenizer=str(path)))
-    text.fit(["this is not looked at"])
+    text.fit([["this is not looked at"]])
     assert text.stem_spec().values == 5
     assert text.tokenize("car red bus", length=5).tolist() == [[3, 2, 4, END, PAD]]
 

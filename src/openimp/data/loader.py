@@ -270,7 +270,7 @@ class StepBatches(Dataset[Loaded]):
                 )
         return stores
 
-    def _corpus(self, name: str) -> Iterator[str]:
+    def _corpus(self, name: str) -> Iterator[list[str]]:
         for task_name, source in self.sources.items():
             spec = self.recipe.tasks[task_name].inputs.get(name)
             if spec is None:

@@ -64,13 +64,14 @@ def fill(columns: list[str], row: dict[str, Any], rng: np.random.Generator | Non
     raise BadMedia(f"no text in column {', '.join(empty)}")
 
 
-def all_texts(columns: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """What a tokenizer learns from: every template of every row, in each value of its columns; empty ones are left out.
+def all_texts(columns: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
+    """What a tokenizer learns from, row by row: every template in each value of its columns; empty ones are left out.
 
     Raises:
         UserError: a template is malformed.
     """
     for row in rows:
+        texts = []
         for template in columns:
             parts = _parse(template)
             try:
@@ -80,7 +81,9 @@ def all_texts(columns: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[st
             if all(values.values()):
                 turns = max((len(values[part.text]) for part in parts if part.values == "one"), default=1)
                 for turn in range(turns):
-                    yield _write(parts, values, partial(_in_turn, turn), list)
+                    texts.append(_write(parts, values, partial(_in_turn, turn), list))
+        if texts:
+            yield texts
 
 
 def _write(

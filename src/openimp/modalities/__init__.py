@@ -174,8 +174,9 @@ class Modality(ABC):
         """
         raise TypeError(f"{self.name} has no form of pictures")
 
-    def fit(self, corpus: Iterable[str]) -> None:  # noqa: B027 (most have nothing to learn)
-        """Learns from all training texts before training, such as a tokenizer; asked of modalities that read text."""
+    def fit(self, corpus: Iterable[list[str]]) -> None:  # noqa: B027 (most have nothing to learn)
+        """Learns from the texts of each training example before training, such as a tokenizer; asked of modalities that
+        read text."""
 
     def state(self) -> dict[str, str]:
         """What `fit` learned, as {file name: text}, to be saved beside the weights."""

@@ -1,29 +1,34 @@
-"""Sentences: lower-cased subwords of a tokenizer that is trained on the recipe's captions or read from a file."""
+"""Sentences: lower-cased subwords, or known words, of a tokenizer that is trained on the recipe's captions or read from
+a file."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from pydantic import Field, model_validator
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from openimp.errors import UserError
 from openimp.modalities import BadMedia, Modality, StemSpec, Tokens
 from openimp.recipe import Count, RecipePath, Strict
 
 PAD, END = 0, 1
+UNKNOWN = "[UNK]"
+"""What a tokenizer of whole words has in the place of all others; it is left out of texts."""
 RESERVED = 2
 """Ids before the tokenizer's own: its id i is our i + 2, so any tokenizer will do, whatever it pads or ends with."""
 LONGEST_TOKEN = 64
 """Characters a token at most, when a long text is cut before it is tokenised."""
-WORDS = 2**16
+REMEMBERED = 2**16
 """Words whose ids are kept; before there are more, all are forgotten."""
 
 
 class Text(Modality):
-    """A sentence: its first subwords, an end token, and pads that the mask excludes."""
+    """A sentence: its first subwords or known words, an end token, and pads that the mask excludes."""
 
     name = "text"
     stem = "text"
@@ -39,8 +44,18 @@ class Text(Modality):
         """Path of a tokenizer file of the `tokenizers` library; left out: one is trained on the recipe's captions."""
         vocab: Annotated[int, Field(ge=RESERVED + 256)] = 8192
         """Largest number of ids of a tokenizer that is trained: two of ours, 256 bytes, and merges of them."""
+        min_df: Count | None = None
+        """Read whole words that the texts of at least so many training examples have, and leave out all others and what
+        is between them (scikit-learn's min_df); left out: subwords. For few captions, whose rare words tell nothing of
+        anything new; not for languages that put no spaces between words."""
         positions: Count = 256
         """Rows of the position table; no text can be longer."""
+
+        @model_validator(mode="after")
+        def _one_tokenizer(self) -> "Text.Config":
+            if self.tokenizer is not None and self.min_df is not None:
+                raise ValueError("min_df is for a tokenizer that is trained, not for one of a file")
+            return self
 
     class View(Strict):
         """How a sentence is read."""
@@ -52,6 +67,7 @@ class Text(Modality):
         super().__init__(config)
         self._tokenizer: Tokenizer | None = None
         self._word_by_word = False
+        self._unknown: int | None = None
         self._known: dict[str, list[int]] = {}
 
     @property
@@ -73,14 +89,18 @@ class Text(Modality):
     def length(self, view: Any) -> int:
         return view.length
 
-    def fit(self, corpus: Iterable[str]) -> None:
-        """Reads the tokenizer file, or trains a lower-cased byte-level BPE on the corpus; equal texts, equal tokenizer.
+    def fit(self, corpus: Iterable[list[str]]) -> None:
+        """Reads the tokenizer file, or learns a lower-cased byte-level BPE, or words, from the texts of each example;
+        equal texts, equal tokenizer.
 
         Raises:
-            UserError: the file is no tokenizer.
+            UserError: the file is no tokenizer, or no word is in as many examples as it has to be.
         """
         if self.config.tokenizer is not None:
             self._use(_load(self.config.tokenizer))
+            return
+        if self.config.min_df is not None:
+            self._use(_words(corpus, self.config.min_df, self.config.vocab - RESERVED))
             return
         tokenizer = _untrained()
         trainer = trainers.BpeTrainer(
@@ -89,7 +109,7 @@ class Text(Modality):
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(map(_valid, corpus), trainer)
+        tokenizer.train_from_iterator(map(_valid, chain.from_iterable(corpus)), trainer)
         self._use(tokenizer)
 
     def state(self) -> dict[str, str]:
@@ -138,7 +158,9 @@ class Text(Modality):
 
     def _use(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._word_by_word = _reading(tokenizer) == _reading(_untrained())
+        self._word_by_word = _reading(tokenizer) in (_reading(_untrained()), _reading(_of_words({})))
+        whole = _reading(tokenizer) == _reading(_of_words({}))
+        self._unknown = tokenizer.token_to_id(UNKNOWN) if whole else None
         self._known = {}
 
     def _ids(self, text: str, count: int) -> np.ndarray:
@@ -147,20 +169,23 @@ class Text(Modality):
         words = text.split(" ")
         if not self._word_by_word or words != text.split() or len(max(words, key=len)) > LONGEST_TOKEN:
             return np.array(self._encode(text)[:count], np.int64) + RESERVED
-        # Our own tokenizer puts the space before a word to the word, and reads each by itself, as long as there is
-        # nothing but single spaces between them. Looking words up is many times as fast as calling it.
+        # Our own tokenizers put the space before a word to the word, or leave it out, and read each by itself, as long
+        # as there is nothing but single spaces between them. Looking words up is many times as fast as calling them.
         ids: list[int] = []
-        for word in words[:count]:
+        for word in words:
+            if len(ids) >= count:
+                break
             found = self._known.get(word)
             if found is None:
-                if len(self._known) >= WORDS:
+                if len(self._known) >= REMEMBERED:
                     self._known.clear()
                 found = self._known[word] = self._encode(word)
             ids += found
         return np.array(ids[:count], np.int64) + RESERVED
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids if self._unknown is None else [i for i in ids if i != self._unknown]
 
 
 def _untrained() -> Tokenizer:
@@ -170,6 +195,27 @@ def _untrained() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _of_words(vocab: dict[str, int]) -> Tokenizer:
+    """Lower-cased words of letters and digits, of these the known ones."""
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
+    return tokenizer
+
+
+def _words(corpus: Iterable[list[str]], min_df: int, size: int) -> Tokenizer:
+    """A tokenizer of the words that the texts of at least `min_df` examples have; if too many, of the most frequent."""
+    reader, examples = _of_words({}), Counter[str]()
+    for texts in corpus:
+        normalized = (reader.normalizer.normalize_str(_valid(text)) for text in texts)
+        pieces = chain.from_iterable(map(reader.pre_tokenizer.pre_tokenize_str, normalized))
+        examples.update({word for word, _ in pieces})
+    known = sorted((word for word, count in examples.items() if count >= min_df), key=lambda w: (-examples[w], w))
+    if not known:
+        raise UserError(f"modalities.text.min_df: no word is in the texts of {min_df} of the training examples")
+    return _of_words({word: i for i, word in enumerate([UNKNOWN, *known][:size])})
 
 
 def _reading(tokenizer: Tokenizer) -> dict[str, Any]:
