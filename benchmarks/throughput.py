@@ -213,8 +213,10 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="a few tiny steps; no bars")
     parser.add_argument("--write", action="store_true", help="also write docs/results/throughput.md")
     args = parser.parse_args()
+    # Asked for here, and kept from now on: the checkout may move on meanwhile.
+    if args.write and "-dirty" in openimp_version():
+        parser.error("--write: the checkout was changed since its commit, which the page names; commit first")
     torch.set_num_threads(args.threads)
-    openimp_version()  # kept from now on: the checkout may move on meanwhile
     pairs = 2 if args.smoke else max(2, args.pairs)
     found = [replace(item, bar=None if args.smoke else item.bar) for item in comparisons(args.smoke, args.compile)]
     for step in {id(step): step for item in found for step in (item.variant, item.baseline)}.values():

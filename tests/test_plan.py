@@ -219,16 +219,18 @@ LAYOUTS = {
     "experts apart, in pieces": ["parallel.experts=2", "batch={micro: 1, recompute: true}"],
     "in two groups, experts apart": ["parallel={shard: 2, experts: 2}"],
     "whole copies": ["parallel.shard=1"],
+    "whole copies, in pieces": ["parallel.shard=1", "batch={micro: 1, recompute: true}"],
     "whole copies, experts apart": ["parallel={shard: 1, experts: 2}"],
 }
 
 
 class Received(TorchDispatchMode):
-    """Counts the bytes that come to this process, by collective, where a sum over processes goes round in a ring."""
+    """Counts collectives, and the bytes by which they come to this process, where a sum goes round in a ring."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name, given = func._opname, [*tree_leaves(args), *tree_leaves(kwargs)]
@@ -236,6 +238,7 @@ class Received(TorchDispatchMode):
             largest = max(leaf.nbytes for leaf in given if isinstance(leaf, torch.Tensor))
             (group,) = (found for leaf in given if (found := _group(leaf)))
             share = 2 if name == "allreduce_" else group.size() if name == "allgather_" else 1
+            self.calls[name] += 1
             self.bytes[name] += share * largest * (group.size() - 1) // group.size()
         return func(*args, **(kwargs or {}))
 
@@ -261,9 +264,8 @@ def measure_received(recipe: Path, out: Path) -> None:
         encode = in_pieces(model.encode, options.batch.micro)
         with Received() as received:
             task_losses(model, options.tasks["named"], batch, encode).total.backward()
-            for group in copies:
-                group.average()
-        found[layout] = received.bytes
+            parallel.average_gradients(copies)
+        found[layout] = {"bytes": received.bytes, "calls": received.calls}
     (out / f"{distributed.rank()}.json").write_text(json.dumps(found))
 
 
@@ -276,7 +278,12 @@ def test_four_processes_receive_what_the_plan_says(little_data, tmp_path):
     for layout, changes in LAYOUTS.items():
         step = plan_of(Recipe.load(recipe, [*SMALL, *changes]), gpus=4).steps["named", 0]
         # Above it by what FSDP2 pads, and by the routers' counts.
-        assert sum(step.received.values()) == pytest.approx(sum(measured[0][layout].values()), rel=3e-3), layout
+        assert sum(step.received.values()) == pytest.approx(sum(measured[0][layout]["bytes"].values()), rel=3e-3), (
+            layout
+        )
+    # Vectors and items; the gradient of the vectors; how many tokens the texts have, and gradients.
+    calls = measured[0]["whole copies"]["calls"]
+    assert sorted(calls.values()) == [1, 2, 2], calls
 
 
 @pytest.mark.parametrize("loss", [_nce, sigmoid_nce])

@@ -85,8 +85,8 @@ def deaths_told() -> Iterator[None]:
         dead = ", ".join(map(str, _dead()))
         who = f"process {dead} of 0 to {len(_members) - 1} died" if dead else "a process died or does not answer"
         raise UserError(
-            f"{who}, and the others cannot go on without it; the run is saved up to its last checkpoint, go on with "
-            "--resume"
+            f"{who}, and the others cannot go on without it; the run is saved up to its last checkpoint, if there is "
+            "one; go on with --resume auto"
         ) from None
 
 

@@ -1,6 +1,6 @@
 """How processes hold a model between them: in shards, as copies, with the experts apart; and what a step does then.
 
-In a single process each function here gives back what it got. A tensor of which this process has a part is a DTensor.
+In a single process nothing is exchanged. A tensor of which this process has a part is a DTensor.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,11 +14,12 @@ from openimp.distributed import Group, mean, rank, world
 from openimp.errors import UserError
 
 TOGETHER = 2**22
-"""Bytes of gradients from which on they are sent: few enough that most go while others are still computed."""
+"""Bytes of gradients from which on they are sent. A few pieces of the demo's 16 MB; chosen for processes on CPUs."""
 
 
 class Copies:
-    """Parameters of which each process of a group has a copy. Their gradients are summed while others are computed.
+    """Parameters of which each process of a group has a copy. Their gradients are summed while others are computed: a
+    shared encoder's when the backward pass comes to the modality that was encoded first.
 
     What goes together is what the backward pass brings one after the other. It brings them in the same order in all
     processes, whose graphs are the same, and brings nothing of what the step's task does not touch.
@@ -29,7 +30,8 @@ class Copies:
         self.ready: list[Tensor] = []
         self.sent: list[tuple[Any, Tensor, list[Tensor]]] = []
         for parameter in parameters if self.processes > 1 else ():
-            parameter.register_post_accumulate_grad_hook(self._add)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._add)
 
     def _add(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -43,15 +45,21 @@ class Copies:
         self.ready = []
 
     def average(self) -> None:
-        """Makes the gradients, after a backward pass, those of the mean over the processes."""
+        """Makes the gradients, after each backward pass, those of the mean over the processes."""
         if self.ready:
             self._send()
-        for work, flat, gradients in self.sent:
+        sent, self.sent = self.sent, []
+        for work, flat, gradients in sent:
             work.wait()
             flat /= self.processes
             parts = flat.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
-        self.sent = []
+
+
+def average_gradients(copies: Iterable[Copies]) -> None:
+    """`Copies.average` of all."""
+    for group in copies:
+        group.average()
 
 
 class Layout(NamedTuple):
@@ -94,7 +102,8 @@ class Layout(NamedTuple):
             if weight.shape[1] % self.sizes[1]:
                 shape = " x ".join(map(str, weight.shape[1:]))
                 raise UserError(
-                    f"parallel: shard / experts: an expert's {shape} weights cannot be cut into {self.sizes[1]}"
+                    f"parallel: an expert's {shape} weights cannot be cut into {self.sizes[1]}, shard by experts; "
+                    f"make model.width and model.mlp multiples of {self.sizes[1]}, or change parallel.shard"
                 )
 
     @property
@@ -165,7 +174,6 @@ def spread(
         _fully_shard(module, mesh, second)
     for method in methods:
         register_fsdp_forward_method(model, method)
-    model.to(device)  # What is in no shard.
     return []
 
 

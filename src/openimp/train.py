@@ -204,8 +204,7 @@ class Training:
         """One step: one task's losses, their gradients, and one update of the parameters that the task touches."""
         losses = self.forward(loaded)
         losses.total.backward()
-        for copies in self.copies:
-            copies.average()
+        parallel.average_gradients(self.copies)
         self.apply_gradients(loaded, losses)
         return losses
 
@@ -227,9 +226,10 @@ class Training:
         self.grad_norm = float(norm)
         if not math.isfinite(self.grad_norm):
             rows = ", ".join(self._suspects(loaded, losses))
+            loss = float(distributed.mean(losses.total.detach()))
             raise UserError(
-                f"step {visit.step}, task {visit.task}: the loss ({float(losses.total.detach()):g}) or its gradient is "
-                f"not finite; nothing was updated; its {len(loaded.batch)} examples begin with {rows}"
+                f"step {visit.step}, task {visit.task}: the loss ({loss:g}) or its gradient is not finite; nothing was "
+                f"updated; among its {visit.batch} examples are {rows}"
             )
         set_learning_rate(self.optimizers, schedule(recipe, visit.step))
         for optimizer in self.optimizers:

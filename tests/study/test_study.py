@@ -134,6 +134,8 @@ def test_a_stopped_study_goes_on_where_it_stopped(done, little_data, tmp_path):
         ({"recipe": "none.yaml"}, "none.yaml: no such recipe"),
         ({"arms": {"a": {}, "b": []}}, "arms.b: .*at least 1"),
         ({"arms": {"a": {}, "../b": {}}}, "arm '../b': no slash may be in its name"),
+        ({"arms": {"a": {}, "b": [{}, {}]}}, "arm 'b': each of its models needs tasks of its own"),
+        ({"arms": {"a": {}, "b": [{"tasks": ["named"]}] * 2}}, "arm 'b': each of its models needs tasks of its own"),
         ({"arms": {"a": {}, "b": {"set": ["train.steps=3"]}}}, "arm 'b': train.steps follows from the study's FLOPs"),
         ({"clip_benchmark": ["tonez"]}, "clip_benchmark: no retrieval set is called 'tonez'; did you mean 'tones'"),
         ({"set": ["evaluation.sets={}"]}, "no evaluation set of type retrieval"),

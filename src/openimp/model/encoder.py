@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from openimp.model.moe import RouterStats, SoftMLP, SparseMLP, mean_tokens
+from openimp.model.moe import RouterStats, SoftMLP, SparseMLP, mean_count
 from openimp.recipe import Model
 
 SHORT = 256
@@ -74,14 +74,15 @@ class Block(nn.Module):
             self.mlp = MLP(config.width, config.mlp)
 
     def forward(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, tokens: Tensor | None = None
+        self, x_BLD: Tensor, mask_BL: Tensor | None, count: Tensor | None = None
     ) -> tuple[Tensor, RouterStats | None]:
-        """Tokens to tokens, and what a sparse block tells; `tokens` is its `mean_tokens`."""
+        """Tokens to tokens, and what a sparse block tells, which needs to know the `mean_count` of its tokens."""
         x_BLD = x_BLD + self.attention(self.norm1(x_BLD), mask_BL)
         if not self.sparse:
             return x_BLD + self.mlp(self.norm2(x_BLD)), None
+        assert count is not None
         valid_BL = torch.ones(x_BLD.shape[:2], dtype=torch.bool, device=x_BLD.device) if mask_BL is None else mask_BL
-        y_BLD, stats = self.mlp(self.norm2(x_BLD), valid_BL, tokens)
+        y_BLD, stats = self.mlp(self.norm2(x_BLD), valid_BL, count)
         return x_BLD + y_BLD, stats
 
 
@@ -120,12 +121,12 @@ class Encoder(nn.Module):
     def _run(self, blocks: nn.Module, x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, list[RouterStats]]:
         stats = []
         # Once for all blocks, for each exchange makes the processes wait.
-        tokens = mean_tokens(mask_BL) if any(block.sparse for block in blocks.children()) else None
+        count = mean_count(x_BLD, mask_BL) if any(block.sparse for block in blocks.children()) else None
         for block in blocks.children():
             if self.recompute and torch.is_grad_enabled():
-                x_BLD, told = checkpoint(block, x_BLD, mask_BL, tokens, use_reentrant=False)
+                x_BLD, told = checkpoint(block, x_BLD, mask_BL, count, use_reentrant=False)
             else:
-                x_BLD, told = block(x_BLD, mask_BL, tokens)
+                x_BLD, told = block(x_BLD, mask_BL, count)
             if told is not None:
                 stats.append(told)
         return x_BLD, stats

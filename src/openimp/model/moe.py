@@ -97,10 +97,12 @@ def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | N
     return Routing(token_GS.unflatten(1, (experts, slots)), gate_GS.unflatten(1, (experts, slots)))
 
 
-def mean_tokens(mask_BL: Tensor | None) -> Tensor | None:
-    """The number of valid tokens of a mean process: what a router's mean over its own tokens has to be divided by, so
-    that the mean over the processes is that over all tokens. None where nothing is masked, which is so everywhere."""
-    return None if mask_BL is None else mean(mask_BL.sum().float())
+def mean_count(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+    """The number of valid tokens of a mean process, fp32. A router's sum over its own tokens is divided by it,
+    so that the mean over the processes is that over all tokens. Without a mask all of them have as many."""
+    if mask_BL is None:
+        return torch.full((), float(x_BLD.shape[0] * x_BLD.shape[1]), device=x_BLD.device)
+    return mean(mask_BL.sum().float()).clamp(min=1)
 
 
 def _slots(tokens: int, share: float) -> int:
@@ -116,7 +118,7 @@ class Router(nn.Module):
         self.weight_ED = nn.Parameter(torch.empty(config.experts, width))
         nn.init.normal_(self.weight_ED, std=0.02)
 
-    def forward(self, x_BLD: Tensor, valid_BL: Tensor, tokens: Tensor | None = None) -> tuple[Routing, RouterStats]:
+    def forward(self, x_BLD: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Routing, RouterStats]:
         """Routes the tokens of each group: an example, or in training for two of the routings the whole batch.
 
         Outside training no group is larger than an example and token choice drops nothing, so that an embedding never
@@ -136,7 +138,6 @@ class Router(nn.Module):
             routing = token_choice(probs_GNE, valid_GN, config.top_k, slots)
         else:
             routing = expert_choice(probs_GNE, valid_GN, config.capacity)
-        count = (valid_BL.sum().float() if tokens is None else tokens).clamp(min=1)
         return routing, self._stats(logits_BLE, probs_BLE, valid_BL, count, routing, valid_GN)
 
     def _stats(
@@ -193,9 +194,9 @@ class SparseMLP(nn.Module):
         self.router = Router(width, config)
         self.experts = Experts(config.experts, width, hidden)
 
-    def forward(self, x_BLD: Tensor, valid_BL: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, RouterStats]:
-        """Tokens to tokens, and what the router tells; `tokens` is `mean_tokens` of a batch with pads."""
-        routing, stats = self.router(x_BLD, valid_BL, tokens)
+    def forward(self, x_BLD: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Tensor, RouterStats]:
+        """Tokens to tokens, and what the router tells; `count` is their `mean_count`."""
+        routing, stats = self.router(x_BLD, valid_BL, count)
         groups, experts, slots = routing.token_GEC.shape
         x_ND = x_BLD.flatten(0, 1)
         per_group = x_ND.shape[0] // groups
@@ -225,7 +226,7 @@ class SoftMLP(nn.Module):
         self.experts = Experts(config.experts, width, hidden)
         nn.init.normal_(self.slot_SD)
 
-    def forward(self, x_BLD: Tensor, valid_BL: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+    def forward(self, x_BLD: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Tensor, RouterStats]:
         """As `SparseMLP.forward`."""
         with full_precision(x_BLD.device):
             # Unit vectors, as section 2.3 asks for: at large widths the softmax would become an argmax.
@@ -240,7 +241,6 @@ class SoftMLP(nn.Module):
         out_BSD = out_ESD.unflatten(1, (len(x_BLD), self.slots)).transpose(0, 1).flatten(1, 2)
         result_BLD = combine_BLS.to(out_BSD.dtype) @ out_BSD
         with torch.no_grad():
-            count = (valid_BL.sum() if tokens is None else tokens).clamp(min=1)
             share_E = combine_BLS.sum((0, 1)).unflatten(0, (-1, self.slots)).sum(-1) / count
         nothing = logits_BLS.new_zeros(())
         return result_BLD, RouterStats(nothing, share_E, share_E, nothing)

@@ -70,6 +70,11 @@ class Study(Strict):
         for name in self.arms:
             if {"/", "\\"} & set(name):  # Arms name folders, which are removed if a training left nothing in them.
                 raise ValueError(f"arm {name!r}: no slash may be in its name")
+            seen: list[str] = []
+            for part in self.arms[name] if len(self.arms[name]) > 1 else []:
+                if part.tasks is None or set(part.tasks) & set(seen):
+                    raise ValueError(f"arm {name!r}: each of its models needs tasks of its own, which share the FLOPs")
+                seen += part.tasks
         for name, part in ((name, part) for name, parts in self.arms.items() for part in parts):
             if self.conflict and (part.summed or part.two_towers):
                 raise ValueError(f"conflict compares the tasks' gradients on one encoder, which arm {name!r} has not")
