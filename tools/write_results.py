@@ -101,6 +101,7 @@ def _show_set(row: list[Axes], model: Model, table: Table, options: Any) -> None
     for axis, item, value, best in zip(row, chosen, media, closest.tolist()):
         _show_item(axis, value, model)
         right = item.get("name") or item["instrument"]
+        axis.set_title(right if len(right) < 26 else right[:24] + "…", fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)

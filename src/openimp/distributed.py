@@ -77,6 +77,11 @@ def deaths_told() -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        # Threads of gloo's that still run when the interpreter ends abort the process, with an exit code of their own.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         # gloo's errors have no class of their own.
         if not _members or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):

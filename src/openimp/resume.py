@@ -32,7 +32,10 @@ def resumable(recipe: Recipe, run: Path, loop: str) -> Path:
         free = key in FREE or key.startswith(("evaluation.", "parallel."))
         if not free and ours.get(key) != theirs.get(key):
             was, now = theirs.get(key), ours.get(key)
-            raise UserError(f"{folder}: made by another recipe: {key} is {was!r} there, {now!r} here")
+            raise UserError(
+                f"{folder}: made by another recipe: {key} is {was!r} there, {now!r} here; what --set changed then has "
+                "to be given again"
+            )
     return folder
 
 

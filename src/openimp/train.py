@@ -65,6 +65,8 @@ def train(
         NotSaved: a checkpoint cannot be written. The steps since the one before it are lost.
     """
     training = (loop or Training)(recipe, run, resume, allow_changed_data)
+    if training.step == recipe.train.steps:
+        console.print(f"{run}: all {training.step:,} steps are made already", soft_wrap=True)
     with (
         stop_signals(training.saver.failed) as stop,
         StepBar(recipe.train.steps, training.step) as bar,
@@ -144,7 +146,10 @@ class Training:
             resume = saved  # A run that died before it saved any loses nothing when it starts anew.
         elif (run / "recipe.yaml").exists():
             if not saved:
-                raise UserError(f"{run}: holds a run that saved no checkpoint; remove it or name another with --run")
+                raise UserError(
+                    f"{run}: holds a run that saved no checkpoint; start it anew with --resume auto, or name another "
+                    "directory with --run"
+                )
             if not resume:
                 raise UserError(
                     f"{run}: holds a run already; go on with --resume, or name another directory with --run"

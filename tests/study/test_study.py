@@ -163,6 +163,8 @@ def test_bundled_studies_run_to_their_end(name, tmp_path):
     study, title = read_study(name, smoke=True)
     assert len(read_study(name, smoke=False)[0].seeds) >= 3
     page = (tmp_path / "out" / f"{title}.md").read_text()
+    assert "--smoke" in page.splitlines()[0]
+    assert "Findings" not in page
     for arm, parts in study.arms.items():
         assert f"\n| {arm} |" in page
         for i, _ in enumerate(parts):

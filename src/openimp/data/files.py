@@ -70,7 +70,7 @@ def inside(root: Path, path: str) -> Path:
         if not stat.S_ISREG(found.stat().st_mode):
             raise BadMedia(f"{path} is no regular file")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise BadMedia(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        raise BadMedia(f"{path}: {getattr(error, 'strerror', None) or error} in {root}") from None
     return found
 
 

@@ -96,7 +96,10 @@ def read_study(name: str, smoke: bool) -> tuple[Study, str]:
         study = study.model_copy(update={"recipe": str(beside)})
     if not smoke:
         return study, file.stem
-    return study.model_copy(update={"flops": study.flops * SMOKE_FLOPS, "seeds": study.seeds[:1]}), f"{file.stem}-smoke"
+    # The findings are of the whole study's figures.
+    smaller = {"flops": study.flops * SMOKE_FLOPS, "seeds": study.seeds[:1], "findings": ""}
+    smaller["title"] = f"{study.title} (--smoke: figures that mean nothing)"
+    return study.model_copy(update=smaller), f"{file.stem}-smoke"
 
 
 def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Recipe:
