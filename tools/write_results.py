@@ -73,7 +73,7 @@ def write_table(run: Path, readme: Path) -> None:
 
 
 def write_picture(run: Path, file: Path) -> None:
-    """Test items above the three texts that the model finds closest, among all texts of the set."""
+    """Test items with what they are above, and below the three texts that the model finds closest among all of the set."""
     model = openimp.load(run)
     kinds = ["unseen_concept_and_artist", "clips", "notes"]
     figure, axes = plt.subplots(len(kinds), SHOWN, figsize=(11, 7.2), facecolor="white")
@@ -82,7 +82,7 @@ def write_picture(run: Path, file: Path) -> None:
         table = open_source(name, model.recipe.sources[options.source])
         assert isinstance(table, Table)
         _show_set(row, model, table, options)
-    titles = ["pictures of unseen concepts\nby an unseen artist", "clips of unseen\nconcepts", "unseen notes"]
+    titles = ["pictures of unseen\nconcepts by an\nunseen artist", "clips of unseen\nconcepts", "unseen notes"]
     for row, title in zip(axes, titles):
         row[0].set_ylabel(title, fontsize=10, labelpad=14)
     figure.tight_layout(h_pad=1.5)
