@@ -73,7 +73,7 @@ def write_table(run: Path, readme: Path) -> None:
 
 
 def write_picture(run: Path, file: Path) -> None:
-    """Test items with what they are above, and below the three texts that the model finds closest among all of the set."""
+    """Test items, above them what they are, and below the three texts of the set that the model finds closest."""
     model = openimp.load(run)
     kinds = ["unseen_concept_and_artist", "clips", "notes"]
     figure, axes = plt.subplots(len(kinds), SHOWN, figsize=(11, 7.2), facecolor="white")

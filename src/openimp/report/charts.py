@@ -13,7 +13,7 @@ import numpy as np
 from openimp.report.markup import Markup, join, tag
 
 WIDTH, HEIGHT = 290, 165
-LEFT, RIGHT, TOP, BOTTOM = 44, 6, 8, 24
+LEFT, RIGHT, TOP, BOTTOM = 54, 6, 8, 24
 COLOURS = 8
 """Colours of curves in the style sheet; more curves begin anew."""
 POINTS = 240
