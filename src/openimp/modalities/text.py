@@ -43,7 +43,7 @@ class Text(Modality):
         tokenizer: RecipePath | None = None
         """Path of a tokenizer file of the `tokenizers` library; left out: one is trained on the recipe's captions."""
         vocab: Annotated[int, Field(ge=RESERVED + 256)] = 8192
-        """Largest number of ids of a tokenizer that is trained: two of ours, 256 bytes, and merges of them."""
+        """Largest number of ids of a tokenizer that is trained: two of ours, 256 bytes, and merges, or words."""
         min_df: Count | None = None
         """Read whole words that the texts of at least so many training examples have, and leave out all others and what
         is between them (scikit-learn's min_df); left out: subwords. For few captions, whose rare words tell nothing of
@@ -158,8 +158,8 @@ class Text(Modality):
 
     def _use(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._word_by_word = _reading(tokenizer) in (_reading(_untrained()), _reading(_of_words({})))
         whole = _reading(tokenizer) == _reading(_of_words({}))
+        self._word_by_word = whole or _reading(tokenizer) == _reading(_untrained())
         self._unknown = tokenizer.token_to_id(UNKNOWN) if whole else None
         self._known = {}
 
