@@ -54,6 +54,12 @@ def test_without_muon_there_is_one_optimiser(little_data, tmp_path):
     assert sum(len(group["params"]) for group in adamw.param_groups) == len(list(training.model.parameters()))
 
 
+def test_one_step_in_twenty_warms_up_unless_told_otherwise(little_data):
+    recipe = Recipe.load(little_data / "recipe.yaml", ["optimizer.warmup=null", "train.steps=80"])
+    assert [schedule(recipe, step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert schedule(recipe, 5) < 1
+
+
 def test_the_learning_rate_rises_and_falls(little_data, tmp_path):
     changes = ["optimizer={lr: 0.1, muon_lr: 0.3, warmup: 4, final_lr: 0.2}", "train.steps=12"]
     training = training_of(little_data, tmp_path / "run", *changes)

@@ -123,17 +123,17 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
     verdict, room = "fits" if found.fits else "does not fit", USABLE * found.gpu.memory
     lines = [
         f"{recipe.name} {verdict}: {found.memory / 2**30:,.2f} of {room:.1f} GiB for tensors on each of {gpus} x {gpu}",
-        f"{recipe.train.steps:,} steps, {short(found.flops)}FLOPs: {_days(found.seconds)} at an MFU of {mfu:.0%}",
+        f"{recipe.train.steps:,} steps, {short(found.flops)}FLOPs: {_duration(found.seconds)} at an MFU of {mfu:.0%}",
     ]
     if found.seconds_connected > found.seconds:
         lines.append(
-            f"over this network at least {_days(found.seconds_connected)}: its bytes take longer than its FLOPs"
+            f"over this network at least {_duration(found.seconds_connected)}: its bytes take longer than its FLOPs"
         )
     console.print("\n".join(lines), soft_wrap=True)
 
 
-def _days(seconds: float) -> str:
-    return f"{seconds / 86400:,.2f} days ({clock(seconds)})"
+def _duration(seconds: float) -> str:
+    return f"{seconds / 86400:,.1f} days" if seconds >= 86400 else clock(seconds)
 
 
 def _classes(recipe: Recipe) -> dict[str, list[Any]]:

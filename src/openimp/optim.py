@@ -40,9 +40,10 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
 def schedule(recipe: Recipe, step: int) -> float:
     """The learning rate of a step as a share of its peak: linear warm-up, then a cosine to the last step."""
     options, steps = recipe.optimizer, recipe.train.steps
-    if step < options.warmup:
-        return (step + 1) / options.warmup
-    done = (step - options.warmup) / max(1, steps - options.warmup)
+    warmup = steps // 20 if options.warmup is None else options.warmup
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
     return options.final_lr + (1 - options.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 

@@ -218,8 +218,8 @@ class Optimizer(Strict):
     muon_lr: Positive | None = None
     """Peak learning rate of Muon (arXiv 2502.16982), which then updates the encoder's dense matrices and the linear
     layers about it, while AdamW keeps the rest; four times `lr` is a good start. null: AdamW updates everything."""
-    warmup: Whole = 10_000
-    """Steps of linear warm-up."""
+    warmup: Whole | None = None
+    """Steps of linear warm-up; null: one step in twenty, as the paper's S and B."""
     final_lr: Annotated[float, Field(ge=0)] = 0.0
     """Where the cosine ends, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4

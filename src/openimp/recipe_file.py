@@ -54,6 +54,8 @@ def find_file(name: str, folder: str = "recipes", what: str = "recipe file") -> 
     bundled = {p.stem: p for place in (here / folder, here.parents[1] / folder) for p in place.glob("*.yaml")}
     if name in bundled:
         return bundled[name]
+    if "/" in name:  # No name of one of ours, so those are no help.
+        raise UserError(f"{name}: no such {what}")
     raise UserError(f"{name}: no such {what}{nearest(name, bundled)}")
 
 

@@ -369,7 +369,7 @@ class Training:
         how = f"{bf16}, compiled for {len(self._signatures())} signatures" if self.recipe.train.compile else bf16
         console.print(f"{self.recipe.name}: {size} on {self.device.type}, {how}, into {self.run}", soft_wrap=True)
         warmup, steps = self.recipe.optimizer.warmup, self.recipe.train.steps
-        if warmup >= steps:
+        if warmup is not None and warmup >= steps:
             longer = f"warm-up of {warmup} steps is not shorter than the {steps} steps of training"
             console.print(f"{longer}; set optimizer.warmup", soft_wrap=True)
 
