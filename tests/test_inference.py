@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,17 @@ def test_unreadable_inputs_are_named(model, tmp_path):
         model.encode_audio("missing.wav")
     with pytest.raises(UserError, match="input 1: cannot be read as text"):
         model.encode_text(["a", 7])
+
+
+def test_a_text_without_a_known_word_is_told(tiny_recipe, tiny_model):
+    recipe = tiny_recipe()
+    recipe.modalities["text"].min_df = 1
+    words = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {})
+    with pytest.warns(UserWarning, match=r"'xylophone' has no word that the model knows"):
+        unknown = words.encode_text(["a red", "xylophone"])[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(words.encode_text(["a red", ""])[1], unknown)
 
 
 def test_an_unknown_modality_is_no_method(model):

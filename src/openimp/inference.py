@@ -4,11 +4,13 @@ Shape suffixes: B inputs, Z features of the common space.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -183,9 +185,16 @@ class Model(nn.Module):
                             yield pair[1] if pair[0] == modality else pair[0]
 
     def _read(self, modality: Modality, inputs: list[Any]) -> Iterator[Any]:
+        view = self.views[modality.name]
+        empty = modality.encode_input("", view) if modality.reads_text else None
         for i, value in enumerate(inputs):
             try:
-                yield modality.encode_input(value, self.views[modality.name])
+                item = modality.encode_input(value, view)
+                if empty is not None and str(value).strip() and np.array_equal(item, empty):
+                    warnings.warn(
+                        f"{value!r} has no word that the model knows; it is read as an empty text", stacklevel=1
+                    )
+                yield item
             except BadMedia as error:
                 is_path = isinstance(value, Path) or (isinstance(value, str) and not modality.reads_text)
                 name = str(value) if is_path else f"input {i}"
