@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from openimp.model.encoder import SHORT, Attention, Encoder, _attend, spelled_out
+from openimp.model.encoder import Attention, Encoder
+from openimp.model.kernels import SHORT, attend, gelu, spelled_out
 from openimp.recipe import Model, Recipe
 
 # arXiv 2305.06324, table 7 and section 4: parameters of the encoder in all, in millions, to so many decimals.
@@ -61,9 +62,18 @@ def test_spelled_out_attention_is_torchs(length, masked):
     grads = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (ours, theirs)]
     for mine, other in zip(*grads):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-    in_bf16 = _attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
+    in_bf16 = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
     assert in_bf16.dtype == torch.bfloat16
     torch.testing.assert_close(in_bf16.float(), theirs, rtol=0, atol=0.03)
+
+
+def test_gelu_is_the_papers_within_what_bf16_rounds():
+    x = torch.linspace(-6, 6, 4801)
+    by_tanh = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    torch.testing.assert_close(gelu(x), by_tanh, rtol=0, atol=1e-6)
+    in_bf16 = gelu(x.bfloat16())
+    assert in_bf16.dtype == torch.bfloat16
+    torch.testing.assert_close(in_bf16.float(), by_tanh, rtol=2**-7, atol=1.5e-3)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

@@ -6,15 +6,12 @@ Shape suffixes: B examples, L tokens, D width, H heads, K features a head.
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from openimp.model.kernels import attend, gelu
 from openimp.model.moe import RouterStats, SoftMLP, SparseMLP, mean_count
 from openimp.recipe import Model
-
-SHORT = 256
-"""Tokens up to which bf16 attention on a CPU is computed without the fused kernel."""
 
 
 class Attention(nn.Module):
@@ -22,7 +19,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
-        self.heads, self.qk_norm, self.attend = heads, qk_norm, _attend
+        self.heads, self.qk_norm, self.attend = heads, qk_norm, attend
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         head = width // heads
@@ -44,7 +41,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with tanh-GELU, without biases."""
+    """Two layers with GELU between them, without biases."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -54,7 +51,7 @@ class MLP(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BLD), approximate="tanh"))
+        return self.down(gelu(self.up(x_BLD)))
 
 
 class Block(nn.Module):
@@ -130,27 +127,6 @@ class Encoder(nn.Module):
             if told is not None:
                 stats.append(told)
         return x_BLD, stats
-
-
-def _attend(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:
-    """Softmax attention; in bf16 on the CPU, for short sequences, spelled out.
-
-    torch's fused CPU kernel is made for fp32 and for long sequences: in bf16 it takes three to five times as long as
-    two matrix products and a softmax at 16 to 128 tokens, forward and backward, and 1.3 to 1.5 times at 256; from 512
-    tokens on, and in fp32, it is level or faster (benchmarks/attention.py).
-    """
-    short = q_BHLK.device.type == "cpu" and q_BHLK.dtype == torch.bfloat16 and q_BHLK.shape[2] <= SHORT
-    if not short:
-        return F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, attn_mask=mask_B11L)
-    return spelled_out(q_BHLK, k_BHLK, v_BHLK, mask_B11L)
-
-
-def spelled_out(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:
-    """Softmax attention as two matrix products; the mask is True where a key counts."""
-    scores = (q_BHLK * q_BHLK.shape[-1] ** -0.5) @ k_BHLK.transpose(-1, -2)
-    if mask_B11L is not None:
-        scores = scores.masked_fill(~mask_B11L, -torch.inf)
-    return scores.softmax(-1).type_as(v_BHLK) @ v_BHLK
 
 
 def _norm(width: int) -> nn.LayerNorm:

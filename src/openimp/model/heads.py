@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from openimp.model.kernels import gelu
 
 
 class Projection(nn.Module):
@@ -21,7 +22,7 @@ class Projection(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        return self.norm(self.down(F.gelu(self.up(x_BD), approximate="tanh")))
+        return self.norm(self.down(gelu(self.up(x_BD))))
 
 
 class Temperature(nn.Module):

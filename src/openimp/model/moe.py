@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from openimp.device import full_precision
 from openimp.distributed import mean
+from openimp.model.kernels import gelu
 from openimp.parallel import from_owners, owned, to_owners
 from openimp.recipe import ACROSS, MoE
 
@@ -182,7 +183,7 @@ class Experts(nn.Module):
     def forward(self, x_ESD: Tensor) -> Tensor:
         """(E, S, D) to (E, S, D): expert e works on its own S slots, in the process that has it."""
         (up_EDF, down_EFD), group = owned((self.up_EDF, self.down_EFD))
-        hidden_ESF = F.gelu(torch.bmm(to_owners(x_ESD, group), up_EDF), approximate="tanh")
+        hidden_ESF = gelu(torch.bmm(to_owners(x_ESD, group), up_EDF))
         return from_owners(torch.bmm(hidden_ESF, down_EFD), group)
 
 
