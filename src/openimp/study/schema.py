@@ -12,8 +12,6 @@ from openimp.recipe import Positive, Recipe, Strict, checked
 from openimp.recipe_file import find_file, read_mapping
 from openimp.two_towers import flops_of_a_step as towers_flops
 
-WARMUP = 0.07
-"""Of the steps: a fixed number would be all of a short training and little of a long one."""
 SAVES = 5
 """Checkpoints of a training, for stops that nobody asked for."""
 DERIVED = ("train.steps", "train.save_every", "optimizer.warmup")
@@ -129,7 +127,7 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     # A whole number of rounds, for within one of summed losses nothing can be saved.
     rounds = len(data["tasks"])
     data["train"].update(steps=steps, save_every=max(1, steps // (SAVES * rounds)) * rounds)
-    data["optimizer"]["warmup"] = round(WARMUP * steps)
+    data["optimizer"]["warmup"] = None  # A share of the steps: a fixed number would be all of a short training.
     return Recipe.build(data)
 
 
