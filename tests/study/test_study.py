@@ -15,6 +15,7 @@ from openimp.errors import UserError
 from openimp.metrics import read_lines
 from openimp.recipe_file import find_file
 from openimp.study import Outcome, run_study
+from openimp.study.results import curves_of
 from openimp.study.schema import read_study
 
 STUDIES = sorted(path.stem for path in Path(find_file("moe", "studies")).parent.glob("*.yaml"))
@@ -76,6 +77,11 @@ def test_the_page_holds_what_the_runs_found(done):
     assert pictures == ["little.png", "little-flops.png"]
     for picture in pictures:
         assert min(Image.open(out / picture).size) > 200
+
+
+def test_arms_that_differ_in_their_flops_alone_are_one_curve(done):
+    study, _ = read_study(str(done[0]), smoke=False)
+    assert sorted(curves_of(study)) == [["alone"], ["half", "together"]]
 
 
 def test_what_is_trained_is_not_trained_again(done, capsys):

@@ -26,6 +26,8 @@ except ImportError:
     raise UserError("studies draw with matplotlib, which is not installed: pip install 'openimp[plots]'") from None
 
 INK, MUTED, ACCENT = "#222222", "#8a8a8a", "#1f6f8b"
+COLOURS = (ACCENT, "#c2541a", "#6a4c93")
+"""Of curves, as many as a study is likely to have."""
 Found = Mapping[str, Sequence[Outcome]]
 """By arm, an outcome a seed."""
 
@@ -44,7 +46,7 @@ def write_results(study: Study, found: Found, out: Path, title: str, command: st
     sections = [f"# {study.title}", study.question.strip()]
     sections += [_picture("Mean reciprocal rank of each arm, by evaluation set", draw_scores(found), out, title)]
     if len({sum(part.flops for part in parts) / len(parts) for parts in study.arms.values()}) > 1:
-        curve = draw_against_flops(found)
+        curve = draw_against_flops(found, curves_of(study))
         sections += [_picture("Mean over the sets against training FLOPs", curve, out, f"{title}-flops")]
     sections += [_table(found), _explained(study)]
     if study.clip_benchmark:
@@ -96,16 +98,19 @@ def draw_scores(found: Found) -> Any:
     return figure
 
 
-def draw_against_flops(found: Found) -> Any:
-    """The mean of each arm against the FLOPs that it took, on a logarithmic axis."""
+def draw_against_flops(found: Found, curves: Sequence[Sequence[str]]) -> Any:
+    """The mean of each arm against the FLOPs that it took, on a logarithmic axis; a line through those of a curve."""
     figure, axis = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
-    points = []
-    for arm, values in _means(found).items():
-        if values:
-            means = [100 * value for value in values]
-            points.append((statistics.mean(means), statistics.mean(o.flops for o in found[arm]) / 1e12, arm))
-            spread = statistics.stdev(means) if len(means) > 1 else 0.0
-            axis.errorbar(points[-1][1], points[-1][0], yerr=spread, fmt="o", color=ACCENT, capsize=3)
+    points: list[tuple[float, float, str]] = []
+    colours = iter(COLOURS)
+    for curve in curves:
+        arms = [arm for arm in curve if _means(found)[arm]]
+        means = [[100 * value for value in _means(found)[arm]] for arm in arms]
+        flops = [statistics.mean(o.flops for o in found[arm]) / 1e12 for arm in arms]
+        middle, spread = list(map(statistics.mean, means)), [statistics.stdev(m) if len(m) > 1 else 0 for m in means]
+        colour = next(colours, INK) if len(arms) > 1 else MUTED
+        axis.errorbar(flops, middle, yerr=spread, fmt="o-", color=colour, linewidth=1, capsize=3)
+        points += zip(middle, flops, arms)
     axis.set_xscale("log")
     axis.margins(x=0.35, y=0.08)
     bottom, top = axis.get_ylim()
@@ -165,6 +170,14 @@ def draw_experts(experts: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
         axis.set_xlabel("expert", fontsize=8)
         figure.colorbar(image, ax=axis).ax.tick_params(labelsize=7)
     return figure
+
+
+def curves_of(study: Study) -> list[list[str]]:
+    """Arms that are the same but for their FLOPs, from few to many."""
+    found: dict[str, list[str]] = {}
+    for arm, parts in sorted(study.arms.items(), key=lambda item: sum(part.flops for part in item[1])):
+        found.setdefault(repr([part.model_copy(update={"flops": 1.0}) for part in parts]), []).append(arm)
+    return list(found.values())
 
 
 def _picture(about: str, figure: Any, out: Path, name: str) -> str:
