@@ -106,11 +106,11 @@ def draw_against_flops(found: Found, curves: Sequence[Sequence[str]]) -> Any:
     for curve in curves:
         arms = [arm for arm in curve if _means(found)[arm]]
         means = [[100 * value for value in _means(found)[arm]] for arm in arms]
-        flops = [statistics.mean(o.flops for o in found[arm]) / 1e12 for arm in arms]
+        taken = [statistics.mean(o.flops for o in found[arm]) / 1e12 for arm in arms]
         middle, spread = list(map(statistics.mean, means)), [statistics.stdev(m) if len(m) > 1 else 0 for m in means]
         colour = next(colours, INK) if len(arms) > 1 else MUTED
-        axis.errorbar(flops, middle, yerr=spread, fmt="o-", color=colour, linewidth=1, capsize=3)
-        points += zip(middle, flops, arms)
+        axis.errorbar(taken, middle, yerr=spread, fmt="o-", color=colour, linewidth=1, capsize=3)
+        points += zip(middle, taken, arms)
     axis.set_xscale("log")
     axis.margins(x=0.35, y=0.08)
     bottom, top = axis.get_ylim()
