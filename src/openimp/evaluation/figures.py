@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from openimp.data.files import combine
 from openimp.data.sources import Table
@@ -102,10 +104,15 @@ def skipped_fields(skipped: list[str]) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> RichTable:
-    """Results of `evaluate` as a table of at most 100 columns, a row each; figures in per cent but rank and MRR."""
-    out = RichTable(title="Evaluation", caption=_caption(results), caption_justify="left")
-    for head in ("set", "task"):
-        out.add_column(head, overflow="fold")
+    """Results of `evaluate` as a table of at most 80 columns, figures in per cent but rank and MRR.
+
+    A line names the set, and one for each of its tasks follows.
+    """
+    out = RichTable(
+        title="Evaluation", title_justify="left", caption=_caption(results), caption_justify="left",
+        box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False,
+    )  # fmt: skip
+    out.add_column("set and task", overflow="fold")
     for head in ("n", "top-1 / R@1", "5", "10", "rank", "MRR", "chance"):
         out.add_column(head, justify="right", no_wrap=True)
     previous = None
@@ -117,9 +124,10 @@ def table(results: list[dict[str, Any]]) -> RichTable:
             first, rest = "top1", [_percent(result["top5"]) if "top5" in result else "", "", "", ""]
         low, high = result["interval"]
         cell = f"{_percent(result[first])} [{_percent(low)}, {_percent(high)}]"
-        name = result["set"] if result["set"] != previous else ""
+        if result["set"] != previous:
+            out.add_row(Text(result["set"], "bold"))
         previous = result["set"]
-        out.add_row(name, result["task"], str(result["n"]), cell, *rest, _percent(result["chance"]))
+        out.add_row(f"  {result['task']}", str(result["n"]), cell, *rest, _percent(result["chance"]))
     return out
 
 
@@ -128,7 +136,7 @@ def _percent(share: float) -> str:
 
 
 def _caption(results: list[dict[str, Any]]) -> str:
-    text = "per cent, with the 95 % interval of the first; 5, 10: top-5, R@5, R@10; rank: median"
+    text = "per cent, with a 95 % interval; 5, 10: top-5 or R@5, R@10; rank: the median"
     skipped = {result["set"]: result["skipped"] for result in results if result["skipped"]}
     if skipped:
         text += "\nunreadable rows left out: " + ", ".join(f"{name} {count}" for name, count in skipped.items())
