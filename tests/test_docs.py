@@ -132,6 +132,24 @@ def test_the_evaluators_page_runs(little_data, little_run, tmp_path, monkeypatch
     assert "text_retrieval_recall@10" in retrieval
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_python_on_the_page_runs(page, little_data, little_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/demo").symlink_to(little_run)
+    for name, file in {"cat.png": "pictures/red/0.png", "dog.png": "pictures/blue/0.png", "flute.ogg": "0.wav"}.items():
+        Path(name).symlink_to(little_data / file)
+    Path("mine.yaml").symlink_to(little_data / "recipe.yaml")
+    known = {}
+    for _, code in blocks(ROOT / page, "python"):
+        exec(code, known)
+    assert known["pictures"].shape[0] == 2
+    assert known["texts"].shape[0] == 3
+    if page == "docs/python.md":
+        assert torch.equal(known["same"].encode_text("a cat"), known["model"].encode_text("a cat"))
+        assert len(read_lines(Path("runs/mine/metrics.jsonl"))) == 20
+
+
 def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, monkeypatch):
     page = ROOT / "docs" / "modalities.md"
     monkeypatch.chdir(tmp_path)
