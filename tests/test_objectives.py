@@ -12,6 +12,7 @@ from openimp.modalities import StemSpec, Tokens
 from openimp.model.imp import IMP, Encoded
 from openimp.objectives import (
     Batch,
+    alike,
     classification_losses,
     contrastive_losses,
     head_key,
@@ -20,7 +21,7 @@ from openimp.objectives import (
     softmax_classification,
     task_losses,
 )
-from openimp.recipe import Classification, Contrastive, Model, Recipe
+from openimp.recipe import Classification, Contrastive, Model, Recipe, Task
 
 
 def small(moe: dict | None = None) -> IMP:
@@ -46,6 +47,23 @@ def batch_of(items: list[int], draw: int = 1, same: list[int] | None = None) -> 
 def similarities(model: IMP, encoded: dict[str, Encoded]) -> torch.Tensor:
     image, text = (model.project(encoded[a].features, a, b) for a, b in (("image", "text"), ("text", "image")))
     return (image @ text.T) / model.config.temperature
+
+
+def test_equal_texts_count_as_alike_unless_they_are_of_one_item():
+    ids = torch.tensor([[5, 1], [5, 1], [6, 1], [7, 1], [6, 1], [8, 1]])
+    text = Tokens(ids, torch.zeros(6, 2, 1, dtype=torch.int64), torch.ones(6, 2, dtype=torch.bool))
+    image = Tokens(torch.zeros(3, 4, 2), torch.zeros(3, 4, 1, dtype=torch.int64), None)
+    batch = Batch({"image": image, "text": text}, {"": torch.tensor([0, 1, 2]), "name": torch.tensor([0, 1, 1])})
+    told = {}
+    for same in ("", "name"):
+        objective = {"type": "contrastive", "same": same or None}
+        told[same] = alike(Task(source="s", inputs={"image": "i", "text": "t"}, objectives=[objective]), batch)
+    # Two texts an item: items 0, 1 and 2 have [5, 5], [6, 7] and [6, 8].
+    assert told == {"": pytest.approx(2 / 6), "name": 0}
+    assert (
+        alike(Task(source="s", inputs={"image": "i"}, objectives=[{"type": "classification", "label": "l"}]), batch)
+        == 0
+    )
 
 
 def test_softmax_nce_of_distinct_items_is_cross_entropy_both_ways():

@@ -215,6 +215,22 @@ def test_a_warm_up_longer_than_the_training_is_told(little_data, tmp_path, capsy
         assert (told in capsys.readouterr().out) == (warmup == 12)
 
 
+def test_equal_texts_of_different_items_are_told(little_data, tmp_path, capsys):
+    """Each of four colours has six pictures; unless they are one item, a batch of 8 pushes equal texts apart."""
+    changes = ["train.steps=3", "tasks.heard.weight=0", "evaluation.sets={}", "tasks.named.views.1.share=0.001"]
+    train(recipe_of(little_data, *changes), tmp_path / "one item")
+    assert "belong to other examples too" not in capsys.readouterr().out
+    recipe = recipe_of(little_data, *changes, "tasks.named.objectives.0.same=null")
+    data = Training(recipe, tmp_path / "looked at", resume=False).data
+    names = [Path(data.sources["named"].where(row)).parent.name for row in data[0].batch.rows]
+    alike = sum(names.count(name) > 1 for name in names) / len(names)
+    capsys.readouterr()
+    train(recipe, tmp_path / "apart")
+    assert (
+        capsys.readouterr().out.count(f"task named: {alike:.0%} of a batch's texts belong to other examples too") == 1
+    )
+
+
 def test_the_temperatures_are_kept_in_bounds(little_data, tmp_path):
     training = Training(recipe_of(little_data, "tasks.heard.weight=0"), tmp_path / "run", resume=False)
     (temperature,) = (t for pair, t in training.model.temperatures.items() if pair == "image-text")

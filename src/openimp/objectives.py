@@ -5,6 +5,7 @@ Shape suffixes: B examples, N and M items of either side, Z features of the comm
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +137,23 @@ def sigmoid_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
     """Every pair is one yes-or-no question; summed over the pairs, averaged over the first side (arXiv 2303.15343)."""
     sign_NM = same_NM.to(logits_NM.dtype) * 2 - 1
     return -F.logsigmoid(sign_NM * logits_NM).sum() / len(logits_NM)
+
+
+def alike(task: Task, batch: Batch) -> float:
+    """The share of a batch's texts that another item has too, where a contrastive objective pushes the two apart; the
+    largest of all objectives and modalities that read texts (have a mask)."""
+    shares = [0.0]
+    for objective in task.objectives:
+        if isinstance(objective, Contrastive):
+            item_B = batch.item[objective.same or ""]
+            for name in dict.fromkeys(chain.from_iterable(pairs_of(objective, batch.tokens))):
+                tokens = batch.tokens[name]
+                if tokens.mask is not None:
+                    text_N = tokens.values.unique(dim=0, return_inverse=True)[1]
+                    item_N = item_B.repeat_interleave(len(text_N) // len(item_B))
+                    items_of_text = torch.stack([text_N, item_N]).unique(dim=1)[0].bincount()
+                    shares.append(float((items_of_text[text_N] > 1).float().mean()))
+    return max(shares)
 
 
 def classification_losses(
