@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,29 @@ def test_a_text_without_a_known_word_is_told(tiny_recipe, tiny_model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(words.encode_text(["a red", ""])[1], unknown)
+
+
+def test_a_view_that_does_not_fit_is_told(tiny_model_folder, media_folder):
+    model = openimp.load(tiny_model_folder, device="cpu")
+    model.views["image"].size = 12
+    with pytest.raises(UserError, match=r"views\['image'\]: size: height of 12 pixels is no multiple of 8"):
+        model.encode_image(media_folder / "0.png")
+    model.views["text"].length = 100_000
+    with pytest.raises(UserError, match=r"views\['text'\]: length"):
+        model.encode_text("a")
+
+
+def test_a_text_of_pads_alone_is_no_nan(model):
+    assert model.encode_text(torch.zeros(1, 8, dtype=torch.int64)).isfinite().all()
+
+
+def test_a_model_file_cannot_ask_for_more_layers_than_it_has(tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["recipe"]["model"]["layers"] = 10**9
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not fit the model: 1000000000 layers in"):
+        openimp.load(folder)
 
 
 def test_an_unknown_modality_is_no_method(model):

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from openimp import distributed, parallel
 from openimp.alternation import Alternation
-from openimp.commands import run_plan
+from openimp.commands import _duration, run_plan
 from openimp.data.loader import StepBatches
 from openimp.errors import UserError
 from openimp.gpus import GPUS, USABLE
@@ -352,6 +352,15 @@ def test_the_command_prints_the_plan(little_data, capsys):
     assert re.search(rf"activations\W+{found.steps[found.largest].memory['activations'] / 2**30:.3f}\b", printed)
     assert f"little fits: {found.memory / 2**30:.2f} of 71.1 GiB for tensors on each of 2 x a100" in printed
     assert f"7 steps, {short(found.flops)}FLOPs: 0:00 at an MFU of 50%" in printed
+
+
+def test_a_run_of_days_is_told_in_days():
+    assert [_duration(seconds) for seconds in (59.6, 86_399, 86_400, 1e6)] == [
+        "1:00",
+        "23:59:59",
+        "1.0 days",
+        "11.6 days",
+    ]
 
 
 if __name__ == "__main__":

@@ -71,6 +71,10 @@ def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str
     modalities = modalities_of(recipe)
     for modality in modalities.values():
         modality.load_state(learned)
+    # Every block takes time and memory to make, even on the meta device, and its number is only a number in a file.
+    layers, tensors = recipe.model.layers, len(parts(folder, _used(folder)))
+    if layers > tensors:
+        raise UserError(f"{folder}: does not fit the model: {layers} layers in {tensors} tensors")
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
     load_weights(model, folder, assign=True)

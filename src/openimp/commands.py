@@ -80,7 +80,7 @@ def run_eval(path: Path, sets: list[str] | None, other: str | None, out: Path | 
 def run_report(run: Path, out: Path | None) -> None:
     """Writes a run's page."""
     file = write_report(run, out, progress=track)
-    console.print(f"{file}: {file.stat().st_size / 1e6:.2f} MB", soft_wrap=True, markup=False)
+    console.print(f"{file}: {file.stat().st_size / 1e6:.2f} MB", soft_wrap=True)
 
 
 def run_info(what: str, overrides: list[str]) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -43,11 +44,19 @@ def start() -> torch.device:
     if "RANK" not in os.environ:
         return torch.device("cuda" if cuda else "cpu")
     global _store, _members
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    here = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and here >= torch.cuda.device_count():
+        raise UserError(
+            f"process {here} of this machine has no GPU of its own; start {torch.cuda.device_count()} at most"
+        )
+    device = torch.device("cuda", here) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        store, number, processes = next(dist.rendezvous("env://"))
+        try:
+            store, number, processes = next(dist.rendezvous("env://"))
+        except ValueError as error:  # Some schedulers set RANK and nothing else.
+            raise UserError(f"RANK is set, as for one of several processes, but {error}; use torchrun") from None
         # Otherwise processes would find the addresses of an earlier start, or an earlier training, in torchrun's store.
         _store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {_left}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -216,12 +225,17 @@ def agreed(work: Callable[[], T], group: Group | None = None) -> list[T]:
     """
     if group is None and world() == 1:
         return [work()]
-    found, wrong = [], []
+    found: list[T] = []
+    wrong: list[Exception] = []
+    said: list[str] = []
     try:
         found = [work()]
-    except Exception as error:
-        wrong = [error]
-    if told := told_to_all([str(error) for error in wrong], group):
+    except (UserError, OSError) as error:
+        wrong, said = [error], [str(error)]
+    except Exception as error:  # A mistake of ours: whoever made it shows where.
+        traceback.print_exc()
+        wrong, said = [error], [f"{type(error).__name__}: {error}"]
+    if told := told_to_all(said, group):
         raise UserError(told[0]) from (wrong[0] if wrong else None)
     return told_to_all(found, group)
 

@@ -114,7 +114,7 @@ def embed(
     finally:
         draft.unlink(missing_ok=True)
     done = Embedded(out, rows, skipped, unknown)
-    console.print(str(done), soft_wrap=True, markup=False)
+    console.print(str(done), soft_wrap=True)
     return done
 
 

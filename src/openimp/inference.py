@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -92,7 +91,9 @@ class Model(nn.Module):
             (B, Z) fp32, on the model's device.
 
         Raises:
-            UserError: an input cannot be read, or the two modalities were not trained together.
+            UserError: an input cannot be read, the modality's view does not fit the model, or the two modalities were
+                not trained together.
+            TypeError, ValueError: a tensor is none that the modality's `from_tensor` takes.
         """
         item = self._modality(modality)
         towards = self.partner(modality) if towards is None else towards
@@ -101,6 +102,10 @@ class Model(nn.Module):
             parts = (item.from_tensor(part) for part in inputs.to(self.device).split(batch_size))
             vectors = [embed_tokens(self.imp, modality, part, towards, self.precision, normalize) for part in parts]
             return torch.cat(vectors)
+        try:
+            item.check(self.views[modality])
+        except ValueError as error:
+            raise UserError(f"views[{modality!r}]: {error}") from None
         inputs = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
         items = self._read(item, inputs)
         return embed(self.imp, item, self.views[modality], items, towards, batch_size, self.precision, normalize)
@@ -186,14 +191,12 @@ class Model(nn.Module):
 
     def _read(self, modality: Modality, inputs: list[Any]) -> Iterator[Any]:
         view = self.views[modality.name]
-        empty = modality.encode_input("", view) if modality.reads_text else None
         for i, value in enumerate(inputs):
             try:
                 item = modality.encode_input(value, view)
-                if empty is not None and str(value).strip() and np.array_equal(item, empty):
-                    warnings.warn(
-                        f"{value!r} has no word that the model knows; it is read as an empty text", stacklevel=1
-                    )
+                if not modality.knows(value, view):
+                    told = f"{value!r} has no word that the model knows, and is read as an empty text"
+                    warnings.warn(told, stacklevel=2)
                 yield item
             except BadMedia as error:
                 is_path = isinstance(value, Path) or (isinstance(value, str) and not modality.reads_text)

@@ -140,16 +140,16 @@ def sigmoid_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
 
 
 def alike(task: Task, batch: Batch) -> float:
-    """The share of a batch's texts that another item has too, where a contrastive objective pushes the two apart; the
-    largest of all objectives and modalities that read texts (have a mask)."""
+    """The share of the texts of all processes' batch that another item has too, where a contrastive objective pushes
+    the two apart; the largest of all objectives and modalities that read texts (have a mask)."""
     shares = [0.0]
     for objective in task.objectives:
         if isinstance(objective, Contrastive):
-            item_B = batch.item[objective.same or ""]
+            (item_B,) = everywhere(batch.item[objective.same or ""])
             for name in dict.fromkeys(chain.from_iterable(pairs_of(objective, batch.tokens))):
                 tokens = batch.tokens[name]
                 if tokens.mask is not None:
-                    text_N = tokens.values.unique(dim=0, return_inverse=True)[1]
+                    text_N = everywhere(tokens.values)[0].unique(dim=0, return_inverse=True)[1]
                     item_N = item_B.repeat_interleave(len(text_N) // len(item_B))
                     items_of_text = torch.stack([text_N, item_N]).unique(dim=1)[0].bincount()
                     shares.append(float((items_of_text[text_N] > 1).float().mean()))

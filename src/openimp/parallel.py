@@ -77,7 +77,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, processes: int, shard: int | None, owners: int) -> "Layout":
-        """As the recipe's `parallel` says; fewer processes than a group has are one group, and one has everything.
+        """As the recipe's `parallel` says; fewer than `shard` share one copy, and a single process has all.
 
         Raises:
             UserError: the processes cannot be divided so.
@@ -89,7 +89,8 @@ class Layout(NamedTuple):
             raise UserError(f"parallel.shard: {processes} processes cannot be divided into groups of {shard}")
         among = shard if shard > 1 else processes
         if among % owners:
-            raise UserError(f"parallel.experts: {among} processes cannot be divided into groups of {owners}")
+            told = f"the {among} processes that share a copy" if shard > 1 else f"{among} processes"
+            raise UserError(f"parallel.experts: {told} cannot be divided into groups of {owners}")
         return cls(processes, shard, owners)
 
     def check(self, weights: Iterable[Tensor]) -> None:

@@ -9,11 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 T = TypeVar("T")
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 """Standard output."""
 PLAIN_WIDTH = 110
 if not console.is_terminal:
-    console = Console(highlight=False, width=PLAIN_WIDTH)
+    console = Console(highlight=False, markup=False, width=PLAIN_WIDTH)
 
 
 def track(items: Iterable[T], description: str) -> Iterator[T]:
@@ -26,7 +26,7 @@ def track(items: Iterable[T], description: str) -> Iterator[T]:
         console.print(f"{description}: {count} in {time.perf_counter() - start:.1f} s")
         return
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, transient=True,
     ) as bar:  # fmt: skip
         yield from bar.track(items, total=total, description=description)
@@ -63,7 +63,7 @@ class StepBar:
         spent = time.perf_counter() - self.start
         whole = spent / max(1, done - self.first) * (self.total - self.first)
         place = f"step {done}/{self.total}".ljust(len(f"step {self.total}/{self.total}"))
-        console.print(f"{place}  {note}  {clock(spent)} of {clock(whole)}{remark}", soft_wrap=True, markup=False)
+        console.print(f"{place}  {note}  {clock(spent)} of {clock(whole)}{remark}", soft_wrap=True)
 
 
 class _Noted(Progress):

@@ -56,7 +56,7 @@ def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> 
         told = f"{folder}: source {', '.join(changed)} has changed since it was saved"
         if not allowed:
             raise UserError(f"{told}; bring back the data, or go on with --allow-changed-data")
-        console.print(f"{told}; going on with the data as it is now", soft_wrap=True, markup=False)
+        console.print(f"{told}; going on with the data as it is now", soft_wrap=True)
     return changed
 
 
@@ -78,6 +78,6 @@ def _newest_intact(run: Path) -> Path:
             continue
         for told in damage:
             lost = f"going on from step {step_of(folder)}, {step_of(found[-1]) - step_of(folder)} steps are lost"
-            console.print(f"{told}; {lost}", soft_wrap=True, markup=False)
+            console.print(f"{told}; {lost}", soft_wrap=True)
         return folder
     raise UserError(f"{run}: no checkpoint to resume from{''.join(f'; {told}' for told in damage)}")

@@ -176,7 +176,7 @@ class Training:
         sizes = {name: len(values) for name, values in self.data.classes.items()}
         self.model = self.build(recipe, self.modalities, sizes).train()
         if start is not None:
-            console.print(start.load(self.model, self.data.classes), soft_wrap=True, markup=False)
+            console.print(start.load(self.model, self.data.classes), soft_wrap=True)
         open_sets(self.model, recipe, self.modalities)
         # Of the model as it was made, for one in shards has another class.
         self.texts = texts_of(self.model, recipe, self.modalities, self.data.classes)
@@ -269,7 +269,7 @@ class Training:
         if loaded.cursor is not None:
             self.cursors[visit.task] = loaded.cursor
         self.pace.step(visit.task)
-        self._warn_of_alike(loaded)
+        self.warn_of_alike(loaded)
         self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], loaded.digest)
         bar.step(self.step)
         if self.due(self.recipe.train.log_every) or self.step == self.recipe.train.steps:
@@ -278,11 +278,11 @@ class Training:
             told = {name: line["tasks"][name]["loss"] for name in self.recipe.tasks if name in line["tasks"]}
             bar.report(self.step, told, *shown(line))
             if warning := self.pace.warning(line, self.recipe, self.modalities):
-                console.print(warning, soft_wrap=True, markup=False)
+                console.print(warning, soft_wrap=True)
         # Last, for it may end the run, whose checkpoint then holds all of this step.
         self.bad.add(visit.step, visit.task, visit.batch, distributed.told_to_all(loaded.bad))
 
-    def _warn_of_alike(self, loaded: Loaded) -> None:
+    def warn_of_alike(self, loaded: Loaded) -> None:
         """Tells of the first batch of a task whose texts are not told apart well enough to be negatives."""
         name = loaded.visit.task
         if name not in self.looked:
@@ -292,7 +292,6 @@ class Training:
                     f"task {name}: {share:.0%} of a batch's texts belong to other examples too, and the loss pushes "
                     "these apart; with `same: COLUMN`, a contrastive objective takes rows of equal values for one item",
                     soft_wrap=True,
-                    markup=False,
                 )
 
     def due(self, every: int | None) -> bool:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.checkpoint import load_weights, model_folder, read_config
+from openimp.data.loader import Loaded
 from openimp.device import full_precision, pick_device
 from openimp.errors import UserError
 from openimp.ledger import costs, mixture
@@ -157,6 +158,9 @@ class TwoTowerTraining(Training):
         with full_precision(z_BZ.device):
             loss = ClipLoss()(z_BZ, other_BZ, model.clip.logit_scale.exp())
         return Losses(loss, {f"{a}-{b}": loss.detach()}, encoded)
+
+    def warn_of_alike(self, loaded: Loaded) -> None:
+        """Nothing can be done about it: open_clip's loss takes each example for an item."""
 
 
 def flops_of_a_step(recipe: Recipe) -> float:

@@ -74,7 +74,7 @@ def test_equal_pictures_are_one_with_several_texts(run, tmp_path):
     data["sources"]["emoji"] = {"path": str(tmp_path / "rows.csv")}
     # Two pictures, so the right one is always among the first two.
     assert clip_benchmark_recalls(model, Recipe.build(data), "emoji", [2])["image_retrieval_recall@2"] == 1
-    with pytest.raises(RuntimeError, match="out of range"):
+    with pytest.raises(UserError, match="cannot look for 3 of 2; give smaller ks"):
         clip_benchmark_recalls(model, Recipe.build(data), "emoji", [3])
 
 

@@ -1,14 +1,13 @@
-import io
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from openimp.evaluation import table
 from openimp.evaluation.figures import interval
+from openimp.progress import console
 
 COMMON = {"set": "unseen vendor", "n": 1350, "interval": [0.052, 0.0711], "skipped": 0}
 FOUND = {
@@ -53,9 +52,9 @@ def test_the_interval_is_that_of_drawing_queries_with_replacement():
 
 def printed(results) -> list[str]:
     """The lines of the table in a terminal of 80 columns."""
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(table(results))
-    return console.export_text().splitlines()
+    with console.capture() as captured:
+        console.print(table(results), width=80)
+    return captured.get().splitlines()
 
 
 def cells(lines: list[str]) -> list[str]:
@@ -76,6 +75,12 @@ def test_the_table_shows_every_figure_beside_chance():
     ends = {len(line.rstrip()) for line in lines if "->" in line}
     assert len(ends) == 1, "chance stands below chance"
     assert "unreadable" not in " ".join(lines)
+
+
+def test_brackets_in_names_are_printed_as_they_are():
+    lines = printed([{**NAMED, "task": "image -> [/b] class [fine]", "set": "a [red] set", "skipped": 1}])
+    assert "image -> [/b] class [fine]" in " ".join(" ".join(lines).split())
+    assert "left out: a [red] set 1" in " ".join(lines)
 
 
 def test_the_table_names_sets_with_unreadable_rows():

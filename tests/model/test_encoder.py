@@ -74,6 +74,8 @@ def test_gelu_is_the_papers_within_what_bf16_rounds():
     in_bf16 = gelu(x.bfloat16())
     assert in_bf16.dtype == torch.bfloat16
     torch.testing.assert_close(in_bf16.float(), by_tanh, rtol=2**-7, atol=1.5e-3)
+    assert torch.equal(in_bf16, F.gelu(x.bfloat16())), "the exact one, which is faster"
+    assert not torch.equal(in_bf16, F.gelu(x.bfloat16(), approximate="tanh"))
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

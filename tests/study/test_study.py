@@ -13,10 +13,11 @@ from PIL import Image
 
 from openimp.errors import UserError
 from openimp.metrics import read_lines
+from openimp.recipe import Recipe
 from openimp.recipe_file import find_file
-from openimp.study import Outcome, run_study
-from openimp.study.results import curves_of
-from openimp.study.schema import read_study
+from openimp.study import Outcome, _finished, run_study
+from openimp.study.results import curves_of, write_results
+from openimp.study.schema import Study, read_study
 
 STUDIES = sorted(path.stem for path in Path(find_file("moe", "studies")).parent.glob("*.yaml"))
 LITTLE = {
@@ -101,6 +102,49 @@ def test_figures_of_another_recipe_do_not_pass_as_the_study_s(done, little_data,
     write_study(little_data)
 
 
+def test_figures_of_another_loop_do_not_pass_as_the_study_s(done, little_data, tmp_path):
+    _, runs, _ = done
+    (recipe,) = {str(run / "recipe.yaml") for run in runs.glob("little/together-0-seed0")}
+    assert _finished(Path(recipe).parent, Recipe.load(recipe), "Training")
+    with pytest.raises(
+        UserError, match="together-0-seed0: trained by Training, now by SummedTraining; remove the folder"
+    ):
+        _finished(Path(recipe).parent, Recipe.load(recipe), "SummedTraining")
+
+
+def test_models_of_one_arm_may_not_measure_the_same_set(little_data, tmp_path):
+    for name in ("pictures", "sounds.jsonl"):
+        (tmp_path / name).symlink_to(little_data / name)
+    for file in little_data.glob("*.wav"):
+        (tmp_path / file.name).symlink_to(file)
+    data = yaml.safe_load((little_data / "recipe.yaml").read_text())
+    data["tasks"]["heard_too"] = data["tasks"]["heard"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+    study = write_study(tmp_path, arms={"a": {}, "b": [{"tasks": ["heard"]}, {"tasks": ["heard_too"]}]})
+    with pytest.raises(UserError, match="arm 'b': two of its models measure tones; one figure would be lost"):
+        run_study(str(study), tmp_path / "runs", tmp_path / "out")
+
+
+def test_a_study_is_no_work_for_several_processes(done, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="a study trains in one process; start it without torchrun"):
+        run_study(str(done[0]), tmp_path / "runs", tmp_path)
+
+
+def test_cosines_that_were_not_measured_leave_an_empty_cell(tmp_path):
+    outcome = {"flops": 1, "steps": 1, "parameters": 1, "seconds": 1.0, "scores": {"s": 0.5}}
+    found = {
+        "a": [Outcome(**outcome, cosines={"x|x": [0.5], "x|y": [-0.25]}), Outcome(**outcome, cosines={"x|x": [0.25]})],
+        "b": [Outcome(**outcome), Outcome(**outcome)],
+    }
+    study = Study(title="t", question="q", recipe="r", flops=1, seeds=[0, 1], conflict=True, arms={"a": {}, "b": {}})
+    write_results(study, found, tmp_path, "t", "c")
+    page = (tmp_path / "t.md").read_text()
+    assert "| x and x | 0.375 (0% below 0) |  |" in page
+    assert "| x and y | -0.250 (100% below 0) |  |" in page
+    assert (tmp_path / "t-cosines.png").stat().st_size
+
+
 def test_a_training_that_was_killed_before_its_first_checkpoint_begins_anew(done, tmp_path):
     file, runs, _ = done
     shutil.copytree(runs, tmp_path / "runs")
@@ -137,12 +181,20 @@ def test_a_stopped_study_goes_on_where_it_stopped(done, little_data, tmp_path):
         ({"arms": {"a": {}, "b": {"set": ["model.widht=3"]}}}, "arm 'b': .*unknown key 'widht'; did you mean 'width'"),
         ({"arms": {"a": {}, "b": {"tasks": ["herd"]}}}, "arm 'b': .*'herd'; did you mean 'heard'"),
         ({"arms": {"a": {"summed": True}, "b": {}}, "conflict": True}, "which arm 'a' has not"),
+        ({"arms": {"a": {"tasks": ["named"]}, "b": {}}, "conflict": True}, "which arm 'a' has not"),
         ({"recipe": "none.yaml"}, "none.yaml: no such recipe"),
         ({"arms": {"a": {}, "b": []}}, "arms.b: .*at least 1"),
         ({"arms": {"a": {}, "../b": {}}}, "arm '../b': no slash may be in its name"),
         ({"arms": {"a": {}, "b": [{}, {}]}}, "arm 'b': each of its models needs tasks of its own"),
         ({"arms": {"a": {}, "b": [{"tasks": ["named"]}] * 2}}, "arm 'b': each of its models needs tasks of its own"),
         ({"arms": {"a": {}, "b": {"set": ["train.steps=3"]}}}, "arm 'b': train.steps follows from the study's FLOPs"),
+        (
+            {"arms": {"a": {}, "b": {"set": ["optimizer={lr: 1e-3, warmup: 7}"]}}},
+            "arm 'b': optimizer.warmup follows from",
+        ),
+        ({"arms": {"a": {}, "b": {"set": ["seed =9"]}}}, "arm 'b': seed follows from the study's FLOPs and seeds"),
+        ({"set": ["tasks.named.weight=0"], "arms": {"a": {}, "b": {"tasks": ["named"]}}}, "arm 'b': .*weight 0"),
+        ({"clip_benchmark": ["tones"]}, "evaluation.sets.tones: CLIP_benchmark takes pictures and their texts"),
         ({"clip_benchmark": ["tonez"]}, "clip_benchmark: no retrieval set is called 'tonez'; did you mean 'tones'"),
         ({"set": ["evaluation.sets={}"]}, "no evaluation set of type retrieval"),
         ({"arms": {"a": {"tasks": ["named"]}, "b": {"tasks": ["heard"], "set": ["evaluation.sets={}"]}}}, "no eval"),

@@ -1,9 +1,12 @@
 """How studies train, and what they measure."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from openimp.errors import UserError
 from openimp.metrics import read_lines
 from openimp.recipe import Recipe
 from openimp.study.training import ConflictTraining, SummedTraining, peak_memory
@@ -49,6 +52,18 @@ def test_a_round_is_never_saved_by_half(little_data, tmp_path):
         training.save()
     training.saver.wait()
     assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_round_that_ends_the_run_is_not_saved_by_half(little_data, tmp_path):
+    training = SummedTraining(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
+    with torch.no_grad():
+        training.model.encoder.norm.weight.fill_(math.nan)
+    training.update(training.data[0])
+    with pytest.raises(UserError, match="not finite"):
+        training.update(training.data[1])
+    training.save()
+    training.saver.wait()
+    assert not (tmp_path / "a" / "checkpoints").exists()
 
 
 def test_cosines_are_those_of_the_tasks_gradients_and_change_nothing(little_data, tmp_path):

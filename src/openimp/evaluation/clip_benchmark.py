@@ -14,6 +14,7 @@ from openimp.errors import UserError, nearest
 from openimp.evaluation.encoding import raw_values
 from openimp.modalities import BadMedia
 from openimp.recipe import Recipe, Retrieval
+from openimp.registry import modality_class
 
 
 def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
@@ -28,26 +29,21 @@ def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[i
             `encode_image` and `encode_text`.
         recipe: where the set is.
         name: one of `recipe.evaluation.sets`, a retrieval between what `preprocess` takes and a text.
-        ks: fewer than the set's pictures and texts.
+        ks: no more than the set's pictures and texts.
 
     Returns:
         `image_retrieval_recall@K` (of texts) and `text_retrieval_recall@K` (of pictures), between 0 and 1.
 
     Raises:
-        UserError: CLIP_benchmark is not installed, or there is no such set.
+        UserError: CLIP_benchmark is not installed, there is no such set, or it is too small.
     """
     try:
         from clip_benchmark.metrics import zeroshot_retrieval
     except ImportError:
         raise UserError("CLIP_benchmark is not installed: pip install 'openimp[peers]'") from None
-    options = recipe.evaluation.sets.get(name)
-    if options is None:
-        raise UserError(f"no evaluation set is called {name!r}{nearest(name, recipe.evaluation.sets)}")
+    options = require_pictures_and_texts(recipe, name)
     table = open_source(options.source, recipe.sources[options.source])
     sides = {model.modalities[side].reads_text: side for side in options.inputs}
-    pictures = model.modalities[sides.get(False)]
-    if not isinstance(options, Retrieval) or len(sides) < 2 or not hasattr(pictures, "preprocess"):
-        raise UserError(f"evaluation.sets.{name}: CLIP_benchmark takes pictures and their texts")
     assert isinstance(table, Table)
     captions: dict[str, list[str]] = {}
     shown: dict[str, Any] = {}
@@ -59,6 +55,10 @@ def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[i
             shown[key] = picture
             captions.setdefault(key, []).append(str(text))
 
+    fewer = min(len(shown), sum(map(len, captions.values())))
+    if fewer < max(ks):
+        raise UserError(f"evaluation.sets.{name}: CLIP_benchmark cannot look for {max(ks)} of {fewer}; give smaller ks")
+
     def batches() -> Iterator[tuple[Tensor, list[list[str]]]]:
         keys = list(shown)
         for start in range(0, len(keys), recipe.evaluation.batch):
@@ -68,3 +68,18 @@ def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[i
     device = next(model.parameters()).device.type
     found = zeroshot_retrieval.evaluate(model, batches(), model.tokenizer, device, amp=False, recall_k_list=list(ks))
     return {key: float(value) for key, value in found.items()}
+
+
+def require_pictures_and_texts(recipe: Recipe, name: str) -> Retrieval:
+    """The evaluation set of this name, if it is one that CLIP_benchmark can judge.
+
+    Raises:
+        UserError: there is none, or it is no retrieval between what has `preprocess` and a text.
+    """
+    options = recipe.evaluation.sets.get(name)
+    if options is None:
+        raise UserError(f"no evaluation set is called {name!r}{nearest(name, recipe.evaluation.sets)}")
+    sides = {modality_class(side).reads_text: modality_class(side) for side in options.inputs}
+    if not isinstance(options, Retrieval) or len(sides) < 2 or not hasattr(sides[False], "preprocess"):
+        raise UserError(f"evaluation.sets.{name}: CLIP_benchmark takes pictures and their texts")
+    return options

@@ -138,6 +138,10 @@ class Modality(ABC):
         """One input of `model.encode_<name>` (a path, bytes, an array) to its clips, ready for `tokens`."""
         return self.transform(self.decode(value, [view]), view, None)
 
+    def knows(self, value: Any, view: Any) -> bool:
+        """Whether anything of an input is told apart from nothing; what reads texts may know none of their words."""
+        return True
+
     def show(self, value: Any, view: Any) -> str | bytes | np.ndarray:
         """A raw value as a person sees it beside others: a text, the bytes of a small WebP picture, or numbers that are
         drawn as curves, (N,) or (N, curves).

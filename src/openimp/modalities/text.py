@@ -138,6 +138,9 @@ class Text(Modality):
         out[len(beginning)] = END
         return out[None] if rng is None else out
 
+    def knows(self, value: Any, view: Any) -> bool:
+        return not isinstance(value, str) or not value.strip() or len(self._ids(value, view.length)) > 0
+
     def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
         """Ids (B, length) to tokens whose mask excludes the pads."""
         return self.from_tensor(torch.from_numpy(items))

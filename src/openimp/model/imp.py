@@ -159,7 +159,7 @@ def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
     if mask_BL is None:
         return x_BLD.mean(1)
     # In bf16 a count above 256 would be rounded.
-    return (x_BLD * mask_BL[..., None]).sum(1, dtype=torch.float32) / mask_BL.sum(1, keepdim=True)
+    return (x_BLD * mask_BL[..., None]).sum(1, dtype=torch.float32) / mask_BL.sum(1, keepdim=True).clamp(min=1)
 
 
 def _classifier(width: int, classes: int) -> nn.Linear:

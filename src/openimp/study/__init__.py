@@ -4,6 +4,7 @@ A study is a YAML file of `studies/`. Each arm is the study's recipe with some k
 share the arm's FLOPs, each a model of its own. What is trained already is not trained again.
 """
 
+import os
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -11,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from openimp.checkpoint import checkpoints
+from openimp.checkpoint import checkpoints, read_state
 from openimp.errors import UserError, nearest
-from openimp.evaluation.clip_benchmark import clip_benchmark_recalls
+from openimp.evaluation.clip_benchmark import clip_benchmark_recalls, require_pictures_and_texts
 from openimp.inference import load
 from openimp.metrics import read_lines
 from openimp.progress import console
@@ -39,6 +40,8 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     Raises:
         UserError: no such study, an invalid one, or what stops a training.
     """
+    if "RANK" in os.environ:
+        raise UserError(f"{name}: a study trains in one process; start it without torchrun")
     # Here, so that a missing matplotlib is told before hours of training.
     from openimp.study.results import write_results
 
@@ -56,7 +59,7 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
         recipe, kind = recipes[seed, arm, i], _kind(study, study.arms[arm][i])
         run = runs / title / f"{arm}-{i}-seed{seed}".replace(" ", "_")
         console.print(f"\n{title}, training {done + 1} of {len(plan)}: {arm}, seed {seed}", style="bold")
-        if not _finished(run, recipe):
+        if not _finished(run, recipe, kind.__name__):
             if (run / "recipe.yaml").exists() and not checkpoints(run):  # Stopped before it saved anything.
                 shutil.rmtree(run)
             if not train(recipe, run, bool(checkpoints(run)), kind):
@@ -87,8 +90,15 @@ def _kind(study: Study, part: Part) -> type[Training]:
 def _check_figures(study: Study, name: str, recipes: Mapping[tuple[int, str, int], Recipe]) -> None:
     """Tells before anything is trained what would be missed once all is."""
     sets: dict[str, set[str]] = {arm: set() for arm in study.arms}
-    for (_, arm, _), recipe in recipes.items():
-        sets[arm] |= {title for title, options in recipe.evaluation.sets.items() if isinstance(options, Retrieval)}
+    for (seed, arm, _), recipe in recipes.items():
+        if seed != study.seeds[0]:
+            continue
+        own = {title for title, options in recipe.evaluation.sets.items() if isinstance(options, Retrieval)}
+        if twice := own & sets[arm]:
+            raise UserError(f"{name}: arm {arm!r}: two of its models measure {min(twice)}; one figure would be lost")
+        sets[arm] |= own
+        for title in own & set(study.clip_benchmark):
+            require_pictures_and_texts(recipe, title)
     complete = max(sets.values(), key=len)
     if not complete:
         raise UserError(f"{name}: recipe {study.recipe} has no evaluation set of type retrieval, by which arms compare")
@@ -101,11 +111,11 @@ def _check_figures(study: Study, name: str, recipes: Mapping[tuple[int, str, int
         raise UserError("CLIP_benchmark is not installed: pip install 'openimp[peers]'")
 
 
-def _finished(run: Path, recipe: Recipe) -> bool:
-    """Whether this very recipe was trained here to the end, which is its results.
+def _finished(run: Path, recipe: Recipe, loop: str) -> bool:
+    """Whether this very recipe was trained here to the end, which is its results, by this loop.
 
     Raises:
-        UserError: the run is of another recipe: the study was changed, and its old figures may not pass as new ones.
+        UserError: the run is of another: the study was changed, and its old figures may not pass as new ones.
     """
     if not (run / "results.jsonl").exists():
         return False
@@ -114,4 +124,7 @@ def _finished(run: Path, recipe: Recipe) -> bool:
         if before.get(key) != now.get(key):
             was, wanted = before.get(key), now.get(key)
             raise UserError(f"{run}: trained with {key} {was!r}, now {wanted!r}; remove the folder to train it again")
+    made_by = read_state(checkpoints(run)[-1])["loop"] if checkpoints(run) else loop
+    if made_by != loop:
+        raise UserError(f"{run}: trained by {made_by}, now by {loop}; remove the folder to train it again")
     return any(line["step"] == recipe.train.steps for line in read_lines(run / "results.jsonl"))

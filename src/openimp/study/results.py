@@ -137,7 +137,7 @@ def draw_cosines(found: Found) -> Any:
     """A heat map of the tasks' cosines for each arm."""
     figure, axes = plt.subplots(1, len(found), figsize=(1 + 2.9 * len(found), 3), squeeze=False, layout="constrained")
     image: Any = None
-    largest = max(abs(statistics.mean(v)) for o in found.values() for v in _pooled(o).values())
+    largest = max((abs(statistics.mean(v)) for o in found.values() for v in _pooled(o).values()), default=1.0)
     for axis, (arm, outcomes) in zip(axes[0], found.items()):
         cosines = _pooled(outcomes)
         tasks = list(dict.fromkeys(name for pair in cosines for name in pair.split("|")))
@@ -236,18 +236,19 @@ def _explained(study: Study) -> str:
 def _cosine_table(found: Found) -> str:
     pooled = {arm: _pooled(outcomes) for arm, outcomes in found.items()}
     rows = []
-    for pair in next(iter(pooled.values())):
+    for pair in dict.fromkeys(pair for cosines in pooled.values() for pair in cosines):
         cells = []
-        for cosines in pooled.values():
-            below = statistics.mean(value < 0 for value in cosines[pair])
-            cells.append(f"{statistics.mean(cosines[pair]):.3f} ({below:.0%} below 0)")
+        for values in (cosines.get(pair, []) for cosines in pooled.values()):
+            below = statistics.mean(value < 0 for value in values) if values else 0
+            cells.append(f"{statistics.mean(values):.3f} ({below:.0%} below 0)" if values else "")
         rows.append([pair.replace("|", " and "), *cells])
     return _markdown(["tasks", *pooled], rows)
 
 
 def _pooled(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
-    """By pair of tasks, the cosines of all seeds."""
-    return {pair: [value for o in outcomes for value in o.cosines[pair]] for pair in outcomes[0].cosines}
+    """By pair of tasks, the cosines of all seeds, in each of which a rare task may be missing."""
+    pairs = dict.fromkeys(pair for o in outcomes for pair in o.cosines)
+    return {pair: [value for o in outcomes for value in o.cosines.get(pair, [])] for pair in pairs}
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any
 
+import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from openimp.data.loader import StepBatches
@@ -9,12 +10,12 @@ from openimp.errors import UserError, nearest
 from openimp.ledger import costs, mixture
 from openimp.modalities import modalities_of
 from openimp.recipe import Positive, Recipe, Strict, checked
-from openimp.recipe_file import find_file, read_mapping
+from openimp.recipe_file import RecipeLoader, find_file, flat, read_mapping
 from openimp.two_towers import flops_of_a_step as towers_flops
 
 SAVES = 5
 """Checkpoints of a training, for stops that nobody asked for."""
-DERIVED = ("train.steps", "train.save_every", "optimizer.warmup")
+DERIVED = {"train.steps", "train.save_every", "optimizer.warmup", "seed"}
 SMOKE_FLOPS, SMOKE_ROWS, SMOKE_BATCH = 0.002, 48, 16
 """With --smoke: the share of the FLOPs, rows of each source, and examples a step."""
 
@@ -23,8 +24,8 @@ class Part(Strict):
     """One model of an arm."""
 
     set: list[str] = Field([])
-    """Changes of the study's recipe, as --set takes them, but for what follows from the FLOPs: train.steps,
-    train.save_every and optimizer.warmup."""
+    """Changes of the study's recipe, as --set takes them, but for what follows from the FLOPs and seeds: train.steps,
+    train.save_every, optimizer.warmup and seed."""
     tasks: list[str] | None = None
     """Train these tasks only, with their share of the FLOPs, and measure what their modalities allow; null: all."""
     summed: bool = False
@@ -74,8 +75,8 @@ class Study(Strict):
                     raise ValueError(f"arm {name!r}: each of its models needs tasks of its own, which share the FLOPs")
                 seen += part.tasks
         for name, part in ((name, part) for name, parts in self.arms.items() for part in parts):
-            if self.conflict and (part.summed or part.two_towers):
-                raise ValueError(f"conflict compares the tasks' gradients on one encoder, which arm {name!r} has not")
+            if self.conflict and (part.summed or part.two_towers or part.tasks):
+                raise ValueError(f"conflict compares all tasks' gradients on one encoder, which arm {name!r} has not")
             if part.summed and part.two_towers:
                 raise ValueError(f"arm {name!r}: two towers have one task; there is nothing to be summed")
         return self
@@ -106,9 +107,10 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     Raises:
         UserError: a change that the recipe does not take, or an unknown task.
     """
-    for key in (change.partition("=")[0] for change in (*study.set, *part.set)):
-        if key in DERIVED:
-            raise UserError(f"{key} follows from the study's FLOPs")
+    for change in (*study.set, *part.set):
+        key, _, value = change.partition("=")
+        for derived in flat({key.strip(): yaml.load(value, RecipeLoader)}).keys() & DERIVED:
+            raise UserError(f"{derived} follows from the study's FLOPs and seeds")
     data = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"]).to_dict()
     if part.summed:
         data["alternation"]["kind"] = "intervals"
@@ -120,7 +122,7 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
         whole = Recipe.load(study.recipe, study.set)
         spent = _flops_of_a_step(whole)
         _keep_tasks(data, part.tasks, whole)
-        share = sum(spent[name] for name in part.tasks) / sum(spent.values())
+        share = sum(spent.get(name, 0) for name in part.tasks) / sum(spent.values())  # A task of weight 0 has none.
     recipe = Recipe.build(data)
     a_step = towers_flops(recipe) if part.two_towers else sum(_flops_of_a_step(recipe).values())
     steps = max(1, round(part.flops * share * study.flops / a_step))

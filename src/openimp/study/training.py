@@ -39,8 +39,8 @@ class SummedTraining(Training):
         last = loaded.visit.step + 1
         if len(self.held) == self.round or last == self.recipe.train.steps:
             torch.stack(self.held).sum().backward()
-            self.held.clear()
             self.apply_gradients(loaded, losses)
+            self.held.clear()  # Not before: what ends the run in there finds a round that cannot be saved.
         self.step = last
         return losses
 
