@@ -132,15 +132,18 @@ def test_a_study_is_no_work_for_several_processes(done, tmp_path, monkeypatch):
 
 
 def test_cosines_that_were_not_measured_leave_an_empty_cell(tmp_path):
+    """A task that comes rarely may not come twice in a short training, or not at all."""
     outcome = {"flops": 1, "steps": 1, "parameters": 1, "seconds": 1.0, "scores": {"s": 0.5}}
     found = {
         "a": [Outcome(**outcome, cosines={"x|x": [0.5], "x|y": [-0.25]}), Outcome(**outcome, cosines={"x|x": [0.25]})],
-        "b": [Outcome(**outcome), Outcome(**outcome)],
+        "b": [Outcome(**outcome, cosines={"x|x": [1.0]}), Outcome(**outcome)],
+        "c": [Outcome(**outcome), Outcome(**outcome)],
     }
-    study = Study(title="t", question="q", recipe="r", flops=1, seeds=[0, 1], conflict=True, arms={"a": {}, "b": {}})
+    arms = {arm: {} for arm in found}
+    study = Study(title="t", question="q", recipe="r", flops=1, seeds=[0, 1], conflict=True, arms=arms)
     write_results(study, found, tmp_path, "t", "c")
     page = (tmp_path / "t.md").read_text()
-    assert "| x and x | 0.375 (0% below 0) |  |" in page
+    assert "| x and x | 0.375 (0% below 0) | 1.000 (0% below 0) |" in page
     assert "| x and y | -0.250 (100% below 0) |  |" in page
     assert (tmp_path / "t-cosines.png").stat().st_size
 

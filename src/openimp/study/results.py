@@ -51,12 +51,13 @@ def write_results(study: Study, found: Found, out: Path, title: str, command: st
     sections += [_table(found), _explained(study)]
     if study.clip_benchmark:
         sections += ["## By CLIP_benchmark", *(_judged_table(found, name) for name in study.clip_benchmark)]
-    if study.conflict:
-        maps = draw_cosines(found)
+    cosines = {arm: pooled for arm, outcomes in found.items() if (pooled := _pooled(outcomes))}
+    if cosines:
+        maps = draw_cosines(cosines)
         sections += [
             "## The tasks' gradients",
             _picture("Cosine between the tasks' gradients on the encoder", maps, out, f"{title}-cosines"),
-            _cosine_table(found),
+            _cosine_table(cosines),
             "The cosine between the gradients of two batches on all weights of the encoder: mean over the training and "
             "the seeds, and the share of the measurements below 0. A task's cosine with itself is that of two of its "
             "own batches.",
@@ -133,13 +134,12 @@ def draw_against_flops(found: Found, curves: Sequence[Sequence[str]]) -> Any:
     return figure
 
 
-def draw_cosines(found: Found) -> Any:
-    """A heat map of the tasks' cosines for each arm."""
-    figure, axes = plt.subplots(1, len(found), figsize=(1 + 2.9 * len(found), 3), squeeze=False, layout="constrained")
+def draw_cosines(pooled: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
+    """A heat map of the tasks' cosines for each arm, each mean over what was measured of a pair of tasks."""
+    figure, axes = plt.subplots(1, len(pooled), figsize=(1 + 2.9 * len(pooled), 3), squeeze=False, layout="constrained")
     image: Any = None
-    largest = max((abs(statistics.mean(v)) for o in found.values() for v in _pooled(o).values()), default=1.0)
-    for axis, (arm, outcomes) in zip(axes[0], found.items()):
-        cosines = _pooled(outcomes)
+    largest = max(abs(statistics.mean(values)) for cosines in pooled.values() for values in cosines.values())
+    for axis, (arm, cosines) in zip(axes[0], pooled.items()):
         tasks = list(dict.fromkeys(name for pair in cosines for name in pair.split("|")))
         grid = np.full((len(tasks), len(tasks)), np.nan)
         for pair, values in cosines.items():
@@ -233,8 +233,7 @@ def _explained(study: Study) -> str:
     )
 
 
-def _cosine_table(found: Found) -> str:
-    pooled = {arm: _pooled(outcomes) for arm, outcomes in found.items()}
+def _cosine_table(pooled: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     rows = []
     for pair in dict.fromkeys(pair for cosines in pooled.values() for pair in cosines):
         cells = []
