@@ -176,7 +176,7 @@ def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, tmp
         (["tasks.heard.batch=7"], "tasks.heard: a batch of 7 cannot be dealt out to 2 processes"),
         (
             ["model.moe.experts=4", "parallel.experts=4"],
-            "parallel.experts: 2 processes cannot be divided into groups of 4",
+            "parallel.experts: the 2 processes that share a copy cannot be divided into groups of 4",
         ),
         (
             ["parallel={experts: 2}", "model.mlp=63"],

@@ -325,7 +325,10 @@ def test_what_cannot_be_planned_is_refused(little_data, change, told):
     ("parallel", "told"),
     [
         ("{shard: 4}", "parallel.shard: 6 processes cannot be divided into groups of 4"),
-        ("{shard: 3, experts: 2}", "parallel.experts: 3 processes cannot be divided into groups of 2"),
+        (
+            "{shard: 3, experts: 2}",
+            "parallel.experts: the 3 processes that share a copy cannot be divided into groups of 2",
+        ),
         ("{shard: 1, experts: 4}", "parallel.experts: 6 processes cannot be divided into groups of 4"),
     ],
 )
