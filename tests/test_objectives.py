@@ -12,9 +12,9 @@ from openimp.modalities import StemSpec, Tokens
 from openimp.model.imp import IMP, Encoded
 from openimp.objectives import (
     Batch,
-    alike,
     classification_losses,
     contrastive_losses,
+    equal_texts,
     head_key,
     sigmoid_classification,
     sigmoid_nce,
@@ -57,13 +57,11 @@ def test_equal_texts_count_as_alike_unless_they_are_of_one_item():
     told = {}
     for same in ("", "name"):
         objective = {"type": "contrastive", "same": same or None}
-        told[same] = alike(Task(source="s", inputs={"image": "i", "text": "t"}, objectives=[objective]), batch)
+        told[same] = equal_texts(Task(source="s", inputs={"image": "i", "text": "t"}, objectives=[objective]), batch)
     # Two texts an item: items 0, 1 and 2 have [5, 5], [6, 7] and [6, 8].
     assert told == {"": pytest.approx(2 / 6), "name": 0}
-    assert (
-        alike(Task(source="s", inputs={"image": "i"}, objectives=[{"type": "classification", "label": "l"}]), batch)
-        == 0
-    )
+    classify = Task(source="s", inputs={"image": "i"}, objectives=[{"type": "classification", "label": "l"}])
+    assert equal_texts(classify, batch) == 0
 
 
 def test_softmax_nce_of_distinct_items_is_cross_entropy_both_ways():

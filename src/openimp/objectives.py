@@ -139,7 +139,7 @@ def sigmoid_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
     return -F.logsigmoid(sign_NM * logits_NM).sum() / len(logits_NM)
 
 
-def alike(task: Task, batch: Batch) -> float:
+def equal_texts(task: Task, batch: Batch) -> float:
     """The share of the texts of all processes' batch that another item has too, where a contrastive objective pushes
     the two apart; the largest of all objectives and modalities that read texts (have a mask)."""
     shares = [0.0]

@@ -29,7 +29,7 @@ from openimp.metrics import BadExamples, Metrics, best_step
 from openimp.modalities import Modality, Tokens, modalities_of
 from openimp.model.embedder import Embedder, Encode, Encoded, in_pieces, piece_sizes
 from openimp.model.imp import IMP
-from openimp.objectives import Batch, Losses, alike, task_losses
+from openimp.objectives import Batch, Losses, equal_texts, task_losses
 from openimp.optim import make_optimizers, schedule, set_learning_rate
 from openimp.pace import Pace, shown
 from openimp.progress import StepBar, console, track
@@ -39,7 +39,7 @@ from openimp.saver import NotSaved, Saver
 from openimp.stopping import Stopped, stop_signals
 from openimp.warm_start import open_start
 
-ALIKE = 0.1
+EQUAL_TEXTS = 0.1
 """The share of equal texts in a batch from which on it is told how to make one item of their examples."""
 
 
@@ -206,7 +206,7 @@ class Training:
         self.pace = Pace(self.model, self.device)
         self.bad = BadExamples(run, self.step, recipe.train.max_bad, state.get("bad"))
         self.grad_norm = 0.0
-        self.looked: set[str] = set()
+        self.texts_looked_at: set[str] = set()
         self._print_plan()
 
     def update(self, loaded: Loaded) -> Losses:
@@ -269,7 +269,7 @@ class Training:
         if loaded.cursor is not None:
             self.cursors[visit.task] = loaded.cursor
         self.pace.step(visit.task)
-        self.warn_of_alike(loaded)
+        self.warn_of_equal_texts(loaded)
         self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], loaded.digest)
         bar.step(self.step)
         if self.due(self.recipe.train.log_every) or self.step == self.recipe.train.steps:
@@ -282,12 +282,12 @@ class Training:
         # Last, for it may end the run, whose checkpoint then holds all of this step.
         self.bad.add(visit.step, visit.task, visit.batch, distributed.told_to_all(loaded.bad))
 
-    def warn_of_alike(self, loaded: Loaded) -> None:
+    def warn_of_equal_texts(self, loaded: Loaded) -> None:
         """Tells of the first batch of a task whose texts are not told apart well enough to be negatives."""
         name = loaded.visit.task
-        if name not in self.looked:
-            self.looked.add(name)
-            if (share := alike(self.recipe.tasks[name], loaded.batch)) > ALIKE:
+        if name not in self.texts_looked_at:
+            self.texts_looked_at.add(name)
+            if (share := equal_texts(self.recipe.tasks[name], loaded.batch)) > EQUAL_TEXTS:
                 console.print(
                     f"task {name}: {share:.0%} of a batch's texts belong to other examples too, and the loss pushes "
                     "these apart; with `same: COLUMN`, a contrastive objective takes rows of equal values for one item",

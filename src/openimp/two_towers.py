@@ -159,7 +159,7 @@ class TwoTowerTraining(Training):
             loss = ClipLoss()(z_BZ, other_BZ, model.clip.logit_scale.exp())
         return Losses(loss, {f"{a}-{b}": loss.detach()}, encoded)
 
-    def warn_of_alike(self, loaded: Loaded) -> None:
+    def warn_of_equal_texts(self, loaded: Loaded) -> None:
         """Nothing can be done about it: open_clip's loss takes each example for an item."""
 
 

@@ -102,14 +102,13 @@ def test_figures_of_another_recipe_do_not_pass_as_the_study_s(done, little_data,
     write_study(little_data)
 
 
-def test_figures_of_another_loop_do_not_pass_as_the_study_s(done, little_data, tmp_path):
+def test_figures_of_another_loop_do_not_pass_as_the_study_s(done):
     _, runs, _ = done
-    (recipe,) = {str(run / "recipe.yaml") for run in runs.glob("little/together-0-seed0")}
-    assert _finished(Path(recipe).parent, Recipe.load(recipe), "Training")
-    with pytest.raises(
-        UserError, match="together-0-seed0: trained by Training, now by SummedTraining; remove the folder"
-    ):
-        _finished(Path(recipe).parent, Recipe.load(recipe), "SummedTraining")
+    run = runs / "little/together-0-seed0"
+    recipe = Recipe.load(run / "recipe.yaml")
+    assert _finished(run, recipe, "Training")
+    with pytest.raises(UserError, match="seed0: trained by Training, now by SummedTraining; remove the folder"):
+        _finished(run, recipe, "SummedTraining")
 
 
 def test_models_of_one_arm_may_not_measure_the_same_set(little_data, tmp_path):
@@ -195,6 +194,8 @@ def test_a_stopped_study_goes_on_where_it_stopped(done, little_data, tmp_path):
             {"arms": {"a": {}, "b": {"set": ["optimizer={lr: 1e-3, warmup: 7}"]}}},
             "arm 'b': optimizer.warmup follows from",
         ),
+        ({"arms": {"a": {}, "b": {"set": ["model.width={"]}}}, "arm 'b': --set model.width={: '{' is not valid YAML"),
+        ({"arms": {"a": {}, "b": {"set": ["model.width"]}}}, "arm 'b': --set model.width: expected KEY=VALUE"),
         ({"arms": {"a": {}, "b": {"set": ["seed =9"]}}}, "arm 'b': seed follows from the study's FLOPs and seeds"),
         ({"set": ["tasks.named.weight=0"], "arms": {"a": {}, "b": {"tasks": ["named"]}}}, "arm 'b': .*weight 0"),
         ({"clip_benchmark": ["tones"]}, "evaluation.sets.tones: CLIP_benchmark takes pictures and their texts"),

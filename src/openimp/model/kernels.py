@@ -35,8 +35,7 @@ def spelled_out(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tenso
 def gelu(x: Tensor) -> Tensor:
     """GELU by its approximation with tanh, as in arXiv 2305.06324; in bf16 on the CPU the exact one.
 
-    The two differ by less than 5e-4, and there the exact one takes a third of the time: of a small model's step the
-    tanh was an eighth.
+    The two differ by less than 5e-4, and there the one by tanh takes 2.6 to 2.9 times as long.
     """
     exact = x.device.type == "cpu" and x.dtype == torch.bfloat16
     return F.gelu(x, approximate="none" if exact else "tanh")

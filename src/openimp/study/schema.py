@@ -107,11 +107,10 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     Raises:
         UserError: a change that the recipe does not take, or an unknown task.
     """
-    for change in (*study.set, *part.set):
-        key, _, value = change.partition("=")
+    data = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"]).to_dict()
+    for key, _, value in (change.partition("=") for change in (*study.set, *part.set)):
         for derived in flat({key.strip(): yaml.load(value, RecipeLoader)}).keys() & DERIVED:
             raise UserError(f"{derived} follows from the study's FLOPs and seeds")
-    data = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"]).to_dict()
     if part.summed:
         data["alternation"]["kind"] = "intervals"
     if smoke:
