@@ -1,7 +1,7 @@
 """How fast a training step is: openimp against timm's ViT, sparse against dense, few tokens against all.
 
     pip install -e '.[bench]'
-    python benchmarks/throughput.py            # about five minutes on one core; exit code 1 if a bar is missed
+    python benchmarks/throughput.py            # about ten minutes on one core; exit code 1 if a bar is missed
     python benchmarks/throughput.py --smoke    # does it run at all; no bars
 
 A step is forward, backward and fused AdamW under bf16 autocast on the CPU: 64 pictures of 128 x 128 pixels, 64 tokens
