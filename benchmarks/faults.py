@@ -149,20 +149,35 @@ def rank_that_dies(bench: Bench) -> list[Outcome]:
 
 def rank_that_is_started_again(bench: Bench) -> list[Outcome]:
     run = bench.folder / "restart"
-    process = bench.torchrun(run)
-    lines = watch(process, lambda process: os.kill(children(process)[-1], signal.SIGKILL))
-    named = [line for line in lines if "process 1 of 0 to 1 died" in line]
+    return [_started_again(bench, "the same, under torchrun --max-restarts 1", bench.torchrun(run), run, 0)]
+
+
+def node_that_is_started_again(bench: Bench) -> list[Outcome]:
+    run = bench.folder / "nodes"
+    return [_started_again(bench, "the same, with a torchrun for each", bench.two_nodes(run), run, 1)]
+
+
+def _started_again(bench: Bench, fault: str, process: Process, run: Path, above: int) -> Outcome:
+    """Kills the last of the processes; `above` is how many levels of parents they have below `process`."""
+
+    def kill(process: Process) -> None:
+        pid = process.pid
+        for _ in range(above + 1):
+            pid = children(pid)[-1]
+        os.kill(pid, signal.SIGKILL)
+
+    lines = watch(process, kill)
+    named = [line for line in lines if " of 0 to 1 died" in line]
     steps = steps_of(finished(process, lines))
     again = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])
     noticed = f"{named[0].removeprefix('openimp: ')}; started again" if named else ""
-    lost = steps[again - 1] - steps[again] + 1
-    return [bench.compared("the same, under torchrun --max-restarts 1", run, noticed, lost, processes=2)]
+    return bench.compared(fault, run, noticed, steps[again - 1] - steps[again] + 1, processes=2)
 
 
 def worker_that_dies(bench: Bench) -> list[Outcome]:
     run = bench.folder / "worker"
     process = bench.start(run, changes=["train.workers=2"])
-    lines = watch(process, lambda process: os.kill(children(process)[-1], signal.SIGKILL))
+    lines = watch(process, lambda process: os.kill(children(process.pid)[-1], signal.SIGKILL))
     return [
         bench.gone_on("kill -9 of a loader's worker", run, told(process, lines, "a worker that makes batches died"))
     ]
@@ -235,6 +250,7 @@ FAULTS: dict[str, Callable[[Bench], list[Outcome]]] = {
         flipped_bit,
         rank_that_dies,
         rank_that_is_started_again,
+        node_that_is_started_again,
         worker_that_dies,
         hostile_media,
         loss_that_is_not_finite,

@@ -81,10 +81,7 @@ class Bench:
 
     def start_two(self, run: Path, *options: str) -> list[Process]:
         """Two processes that work together, without torchrun, which would keep their exit codes to itself."""
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
         command = [sys.executable, *self.command(run, *options)]
         return [start(command, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
@@ -92,6 +89,13 @@ class Bench:
         """The same, started again once."""
         how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
         return start([sys.executable, "-m", "torch.distributed.run", *how, *self.command(run)])
+
+    def two_nodes(self, run: Path) -> Process:
+        """The same by two torchruns with a process each, as on two nodes: the children of what this gives."""
+        how = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1", "--rdzv-backend", "c10d",
+               "--rdzv-id", "nodes", "--rdzv-endpoint", f"localhost:{free_port()}"]  # fmt: skip
+        node = shlex.join([sys.executable, "-m", "torch.distributed.run", *how, *self.command(run)])
+        return start(["sh", "-c", f"{node} & first=$!; {node} & wait $! && wait $first"])
 
     def whole(self, processes: int = 1) -> Path:
         """A run in peace, made when it is asked for."""
@@ -137,6 +141,12 @@ def start(command: list[str], **environment: str) -> Process:
     )  # fmt: skip
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
 def watch(process: Process, harm: Callable[[Process], Any] | None = None, at: int = AT) -> list[str]:
     """All lines that a process prints until it ends; after that of step `at`, harm is done."""
     assert process.stdout is not None
@@ -176,8 +186,8 @@ def told(process: Process, lines: list[str], part: str, code: int = 2) -> str:
     return f"exit code {code}: {found[-1].removeprefix('openimp: ')}"
 
 
-def children(process: Process) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def most_memory(process: Process) -> int:

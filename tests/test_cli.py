@@ -175,8 +175,8 @@ def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path
     numbers = "{type: zero_shot, source: numbers, inputs: {image: picture}, label: class, view: {image: {size: 16}}"
     changed = recipe.replace("sources:", "sources:\n  numbers: {path: numbers.jsonl}")
     for texts, message in (
-        ("}", "class 0 of column 'class' has no text; name it in texts"),
-        (", texts: {'0': red, '1': green}}", "class 2 of column 'class' has no text; name it in texts"),
+        ("}", "class 0 of column 'class' has no text; name it in texts as '0'"),
+        (", texts: {'0': red, '1': green}}", "class 2 of column 'class' has no text; name it in texts as '2'"),
         (
             ", texts: {'0': a, '1': b, '2': c}, prompts: [picture]}",
             "prompt 'picture' needs one {} where the class' text goes",
@@ -194,6 +194,11 @@ def test_a_run_that_is_there_and_a_checkpoint_of_another_recipe_are_refused(refu
     told = refused("train", file, "--run", little_run, "--resume", *sets("model.embed_dim=64"))
     assert "step-00000012: made by another recipe: model.embed_dim is 32 there, 64 here" in told
     assert "no checkpoint to resume from" in refused("train", file, "--run", little_run / "x", "--resume")
+    before = file.read_bytes()
+    for resume in ([], ["--resume", "auto"]):
+        told = refused("train", file, "--run", little_data, *resume)
+        assert told == f"{file}: a run would write over it; name another directory with --run"
+        assert file.read_bytes() == before
     assert "made by another recipe" in refused(
         "train", file, "--run", little_run, "--resume", "auto", *sets("model.embed_dim=64")
     )
@@ -286,7 +291,7 @@ def test_eval_measures_again_what_training_measured(openimp, little_run, little_
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
 def test_a_full_disk_is_told(refused, little_run):
-    assert refused("eval", little_run, "tones", "--out", "/dev/full") == "No space left on device"
+    assert refused("eval", little_run, "tones", "--out", "/dev/full") == "/dev/full: No space left on device"
 
 
 def test_embed_writes_vectors_and_paths(openimp, refused, little_run, little_data, tmp_path):

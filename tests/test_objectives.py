@@ -119,7 +119,7 @@ def test_the_sigmoid_loss_is_siglips():
     logits = image @ text.T * t_prime.exp() + b
     labels = 2 * torch.eye(n) - torch.ones(n, n)
     expected = -torch.log(torch.sigmoid(labels * logits)).sum() / n
-    torch.testing.assert_close(sigmoid_nce(logits, torch.eye(n, dtype=torch.bool)), expected)
+    torch.testing.assert_close(sigmoid_nce(logits, torch.eye(n, dtype=torch.bool)).mean(), expected)
 
 
 def test_only_named_pairs_are_compared():
@@ -248,3 +248,24 @@ def test_each_modality_is_encoded_once():
 
 def test_heads_are_named_by_source_and_column():
     assert head_key("notes", "family.name") == "notes:family/name" != head_key("notes-family", "name")
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_blocks_of_similarities_change_nothing_but_what_is_held(kind, monkeypatch):
+    """However small the blocks, the same loss and gradients; and no tensor of all similarities waits."""
+    batch, _ = batch_of([3, 1, 4, 1, 5], draw=3)
+    model = small()
+    found = []
+    for block in (2**24, 40, 1):
+        monkeypatch.setattr("openimp.objectives.BLOCK", block)
+        torch.manual_seed(0)
+        features = {name: torch.randn(rows, 16, requires_grad=True) for name, rows in (("image", 5), ("text", 15))}
+        encoded = {name: Encoded(x, []) for name, x in features.items()}
+        held: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: (held.append(x.numel()), x)[1], lambda x: x):
+            loss = contrastive_losses(model, Contrastive(type="contrastive", loss=kind), encoded, batch)["image-text"]
+        loss.backward()
+        found.append([loss.detach(), *(x.grad for x in features.values())])
+        assert (5 * 15 in held) == (block == 2**24)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-7)

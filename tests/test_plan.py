@@ -32,7 +32,7 @@ from openimp.metrics import read_lines
 from openimp.modalities import modalities_of
 from openimp.model.embedder import in_pieces
 from openimp.model.imp import IMP
-from openimp.objectives import _nce, sigmoid_nce, task_losses
+from openimp.objectives import sigmoid_nce, softmax_nce, task_losses
 from openimp.plan import SIMILARITY, Plan, Step, count, per_token, plan
 from openimp.recipe import Recipe
 from openimp.study.training import peak_memory
@@ -286,18 +286,19 @@ def test_four_processes_receive_what_the_plan_says(little_data, tmp_path):
     assert sorted(calls.values()) == [1, 2, 2], calls
 
 
-@pytest.mark.parametrize("loss", [_nce, sigmoid_nce])
+@pytest.mark.parametrize("loss", [softmax_nce, sigmoid_nce])
 def test_the_bytes_of_a_similarity_are_counted(loss):
     with FakeTensorMode():
         sides = nn.ParameterList([torch.empty(100, 2), torch.empty(800, 2)])
         with StepMemory(sides) as memory:
-            loss(sides[0] @ sides[1].T, torch.zeros(100, 800, dtype=torch.bool)).backward()
+            loss(sides[0] @ sides[1].T, torch.zeros(100, 800, dtype=torch.bool)).sum().backward()
     assert memory.activations / (100 * 800) == pytest.approx(SIMILARITY, rel=0.02)
 
 
 def test_fits_or_not(little_data):
     """A batch that is too large for one GPU and not for another."""
-    small = plan_of(Recipe.load(little_data / "recipe.yaml", ["tasks.heard.batch=40000"]), gpu="rtx4090")
+    changes = ["tasks.heard.batch=40000", "model.width=1024"]
+    small = plan_of(Recipe.load(little_data / "recipe.yaml", changes), gpu="rtx4090")
     assert small.largest == ("heard", 0)
     assert GPUS["rtx4090"].memory * USABLE < small.memory / 2**30 < GPUS["h200"].memory * USABLE
     assert (small.fits, replace(small, gpu=GPUS["h200"]).fits) == (False, True)

@@ -50,6 +50,10 @@ REFUSED = {
     "not match any of the expected tags: 'contrastive', 'classification'",
     "modalities.vision.patch=[2, 8]": "modalities.vision: patch.2: Field required",
     "tasks.named.views=[]": "tasks.named.views: List should have at least 1 item after validation, not 0",
+    "tasks.named.objectives.0.pairs=[]": "tasks.named.objectives.0.pairs: List should have at least 1 item after "
+    "validation, not 0",
+    "tasks.named.inputs.image=[]": "tasks.named.inputs.image: names no column",
+    "tasks.named.weight=.inf": "tasks.named.weight: Input should be a finite number, found inf",
     # So is a missing one.
     "tasks.named.objectives.1={type: classification}": "tasks.named.objectives.1.label: Field required",
     "tasks.other={source: pictures, objectives: [{type: contrastive}]}": "tasks.other.inputs: Field required",

@@ -25,7 +25,7 @@ from openimp.data.loader import make_loader
 from openimp.errors import UserError
 from openimp.metrics import read_lines
 from openimp.recipe import Recipe
-from openimp.stopping import Stop, Stopped
+from openimp.stopping import Stop, Stopped, stop_signals
 from openimp.study.training import SummedTraining
 from openimp.train import Training, train
 
@@ -264,6 +264,27 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(whole_run, little_
 def test_a_checkpoint_of_another_recipe_is_refused(whole_run, little_data, change, key):
     with pytest.raises(UserError, match=f"step-00000120: made by another recipe: {re.escape(key)}"):
         train(recipe_of(little_data, *LONG, change), whole_run, resume=True)
+
+
+def test_a_run_goes_on_after_it_and_its_data_have_moved(whole_run, little_data, tmp_path):
+    data, run = (Path(shutil.copytree(old, tmp_path / old.name)) for old in (little_data, whole_run))
+    shutil.rmtree(checkpoints(run)[-1])
+    train(recipe_of(data, *LONG), run, resume=True)
+    assert figures(run) == figures(whole_run)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_a_terminal_that_is_closed_asks_for_a_stop_unless_nohup_was_asked_for():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, asked in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            with stop_signals(lambda: False) as stop:
+                signal.raise_signal(signal.SIGHUP)
+                assert stop.requested == asked
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_damaged_state_is_named(whole_run, little_data, tmp_path):

@@ -26,8 +26,15 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
         device: where it runs.
         precision: "bf16" or "fp32" as it says; "auto" is bf16 where that is faster.
     """
-    enabled = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    enabled = precision_of(device, precision) == "bf16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def precision_of(device: torch.device, precision: Precision) -> Literal["bf16", "fp32"]:
+    """What `precision` comes to on a device."""
+    if precision == "auto":
+        return "bf16" if has_bf16(device) else "fp32"
+    return precision
 
 
 def keep_freed_memory() -> None:

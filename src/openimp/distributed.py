@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,6 @@ _alone = False
 _patient: Group | None = None
 _store: dist.Store
 _members: list[tuple[str, int]] = []
-_left = 0
 
 
 def start() -> torch.device:
@@ -58,7 +58,7 @@ def start() -> torch.device:
         except ValueError as error:  # Some schedulers set RANK and nothing else.
             raise UserError(f"RANK is set, as for one of several processes, but {error}; use torchrun") from None
         # Otherwise processes would find the addresses of an earlier start, or an earlier training, in torchrun's store.
-        _store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {_left}", store)
+        _store = dist.PrefixStore(_name_of_start(store, number, processes), store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
             backend, store=_store, rank=number, world_size=processes, timeout=PATIENCE,
@@ -68,13 +68,40 @@ def start() -> torch.device:
     return device
 
 
+def _name_of_start(store: dist.Store, number: int, processes: int) -> str:
+    """A name that these processes have for this start and no others had before; torchrun counts its starts on each node
+    by itself. What a store holds of an earlier start can be told by the greetings, which are new each time.
+
+    Raises:
+        UserError: some have not come within `PATIENCE`.
+    """
+    own, others = uuid4().hex, range(1, processes)
+    end = time.monotonic() + PATIENCE.total_seconds()
+    if number:
+        store.set(f"greeting {number}", own)
+    while time.monotonic() < end:
+        if number == 0:
+            came = [n for n in others if store.check([f"greeting {n}"])]
+            told = {str(n): store.get(f"greeting {n}").decode() for n in came}
+            store.set("start", json.dumps({"name": own, "greetings": told}))
+            if all(store.check([f"{own} {n}"]) for n in others):
+                return own
+        elif store.check(["start"]):
+            start = json.loads(store.get("start"))
+            if start["greetings"].get(str(number)) == own:
+                store.set(f"{start['name']} {number}", "")
+                return cast(str, start["name"])
+        time.sleep(0.05)
+    raise UserError(f"process {number}: the other processes have not come within {PATIENCE}")
+
+
 def leave() -> None:
     """Parts from the others, when all is done."""
-    global _patient, _members, _left
+    global _patient, _members
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-        _patient, _members, _left = None, [], _left + 1
+        _patient, _members = None, []
 
 
 @contextmanager
@@ -137,8 +164,8 @@ def job() -> str:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started the processes again, after one of them died."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    """Whether torchrun has started the processes again, after one of them died. Only that one's node counts it."""
+    return any(told_to_all([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"]))
 
 
 def rank() -> int:

@@ -159,8 +159,11 @@ class BadExamples:
 
 def append(file: Path, line: dict[str, Any]) -> None:
     """Adds one JSON line."""
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:  # A full disk does not say where it is.
+        raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -5,11 +5,13 @@ Shape suffixes: B examples, N and M items of either side, Z features of the comm
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from openimp.device import full_precision
 from openimp.distributed import everywhere
@@ -17,6 +19,9 @@ from openimp.modalities import Tokens
 from openimp.model.embedder import Encode, Encoded
 from openimp.model.imp import IMP, pairs_of
 from openimp.recipe import Classification, Contrastive, Task
+
+BLOCK = 2**24
+"""Similarities that a contrastive loss holds at once: 64 MiB of each of the tensors that its gradient needs."""
 
 
 @dataclass
@@ -102,8 +107,8 @@ def contrastive_losses(
 ) -> dict[str, Tensor]:
     """The loss of each pair, by "a-b"; embeddings, similarities and softmax are fp32.
 
-    Each process compares its own examples with those of all processes, so that none holds all similarities. N and M are
-    its own items of either side; the mean over the processes is the loss of the whole batch.
+    Each process compares its own examples with those of all processes, in blocks of rows, so that none holds all
+    similarities. N and M are its own items of either side; the mean over the processes is the loss of the whole batch.
     """
     own_B = batch.item[objective.same or ""]
     (item_B,) = everywhere(own_B)
@@ -112,31 +117,46 @@ def contrastive_losses(
         # Joint heads are applied once for each pair; the encoder, which is nearly all of the work, only once.
         z_NZ, z_MZ = model.project(encoded[a].features, a, b), model.project(encoded[b].features, b, a)
         draws_a, draws_b = (len(z) // len(own_B) for z in (z_NZ, z_MZ))
-        same = own_B.repeat_interleave(draws_a)[:, None] == item_B.repeat_interleave(draws_b)
+        own_a, own_b = own_B.repeat_interleave(draws_a), own_B.repeat_interleave(draws_b)
+        item_a, item_b = item_B.repeat_interleave(draws_a), item_B.repeat_interleave(draws_b)
         temperature = model.temperature(a, b)
         with full_precision(z_NZ.device):
             if objective.loss == "softmax":
                 all_b, all_a = everywhere(z_MZ, z_NZ)
-                back = own_B.repeat_interleave(draws_b)[:, None] == item_B.repeat_interleave(draws_a)
-                loss = _nce(temperature.scale * z_NZ @ all_b.T, same)
-                loss = (loss + _nce(temperature.scale * z_MZ @ all_a.T, back)) / 2
+                loss = _by_blocks(softmax_nce, temperature.scale * z_NZ, own_a, all_b, item_b)
+                loss = (loss + _by_blocks(softmax_nce, temperature.scale * z_MZ, own_b, all_a, item_a)) / 2
             else:
                 (all_b,) = everywhere(z_MZ)
-                loss = sigmoid_nce(temperature.scale * z_NZ @ all_b.T + temperature.bias, same)
+                biased = partial(sigmoid_nce, bias=temperature.bias)
+                loss = _by_blocks(biased, temperature.scale * z_NZ, own_a, all_b, item_b)
             losses[f"{a}-{b}"] = loss
     return losses
 
 
-def _nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
-    """-log of the positives' share, positives log-summed (MIL-NCE, arXiv 1912.06430); one positive: InfoNCE."""
+def _by_blocks(loss_of: Callable[..., Tensor], z_NZ: Tensor, own_N: Tensor, all_MZ: Tensor, item_M: Tensor) -> Tensor:
+    """The mean loss of the rows. Above `BLOCK` similarities they are computed block by block, and again, one block at a
+    time, for the gradient."""
+
+    def rows_loss(z_RZ: Tensor, own_R: Tensor, all_MZ: Tensor) -> Tensor:
+        return loss_of(z_RZ @ all_MZ.T, own_R[:, None] == item_M)
+
+    rows = max(1, BLOCK // len(all_MZ))
+    if len(z_NZ) <= rows:
+        return rows_loss(z_NZ, own_N, all_MZ).mean()
+    blocks = zip(z_NZ.split(rows), own_N.split(rows))
+    return torch.cat([checkpoint(rows_loss, *block, all_MZ, use_reentrant=False) for block in blocks]).mean()
+
+
+def softmax_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
+    """-log of the positives' share (N,), positives log-summed (MIL-NCE, arXiv 1912.06430); one positive: InfoNCE."""
     positive_N = logits_NM.masked_fill(~same_NM, -torch.inf).logsumexp(1)
-    return (logits_NM.logsumexp(1) - positive_N).mean()
+    return logits_NM.logsumexp(1) - positive_N
 
 
-def sigmoid_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
-    """Every pair is one yes-or-no question; summed over the pairs, averaged over the first side (arXiv 2303.15343)."""
+def sigmoid_nce(logits_NM: Tensor, same_NM: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """Every pair is one yes-or-no question; summed over the pairs of a row (N,) (arXiv 2303.15343)."""
     sign_NM = same_NM.to(logits_NM.dtype) * 2 - 1
-    return -F.logsigmoid(sign_NM * logits_NM).sum() / len(logits_NM)
+    return -F.logsigmoid(sign_NM * (logits_NM + bias)).sum(1)
 
 
 def equal_texts(task: Task, batch: Batch) -> float:

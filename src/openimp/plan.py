@@ -21,6 +21,7 @@ from openimp.ledger import Cost, costs
 from openimp.memory import StepMemory, keep_own_experts, step_memory
 from openimp.modalities import Modality
 from openimp.model.imp import IMP, pairs_of
+from openimp.objectives import BLOCK
 from openimp.optim import make_optimizers
 from openimp.parallel import Layout
 from openimp.recipe import Classification, Recipe, Task
@@ -278,7 +279,7 @@ def _memory(
     touched = [weight for name, weight in model.named_parameters() if name in counted.touched]
     # The vectors of all GPUs and their gradients, and similarities with those of the others.
     gathered = 0 if gpus == 1 else 8 * model.config.embed_dim * compared.rows
-    gathered += SIMILARITY * others(compared.similarities, gpus) // gpus
+    gathered += SIMILARITY * min(BLOCK, others(compared.similarities, gpus) // gpus)
     if shares.layout.shard == 1:
         step = counted.peak + Counter(gathered=gathered)
         exchange = Counter(gradients=shares.held(touched), gathered=shares.copied(touched))

@@ -149,7 +149,7 @@ class Contrastive(Strict):
 
     type: Literal["contrastive"]
     """What kind of objective this is."""
-    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = None
+    pairs: Annotated[list[Annotated[list[str], Field(min_length=2, max_length=2)]], Field(min_length=1)] | None = None
     """Left out: every pair of the task's modalities."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """Softmax NCE with the positives of an item log-summed (MIL-NCE, arXiv 1912.06430), or SigLIP's sigmoid loss

@@ -14,7 +14,9 @@ from openimp.registry import modality_class
 class Strict(BaseModel):
     """A part of the recipe: types are exact, and an unknown key is refused with the nearest known one named."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -56,6 +58,8 @@ class Input(Strict):
     @model_validator(mode="before")
     @classmethod
     def _short(cls, data: Any) -> Any:
+        if data == []:
+            raise ValueError("names no column")
         return {"column": data} if isinstance(data, str | list) else data
 
     @property

@@ -11,7 +11,9 @@ from openimp.recipe import Recipe
 from openimp.recipe_file import flat
 
 FREE = {"train.workers", "train.prefetch", "train.log_every", "train.save_every", "train.keep", "train.max_bad"}
-"""Keys that change nothing of what a resumed run computes, like all of `evaluation` and `parallel`."""
+FREE |= {"batch.micro", "batch.recompute", "train.init"}
+"""Keys that change nothing of what a resumed run computes, like all of `evaluation` and `parallel`; the first weights
+are those of its checkpoint."""
 
 
 def resumable(recipe: Recipe, run: Path, loop: str) -> Path:
@@ -30,6 +32,8 @@ def resumable(recipe: Recipe, run: Path, loop: str) -> Path:
     ours, theirs = flat(recipe.to_dict()), flat(before.to_dict())
     for key in sorted(ours.keys() | theirs.keys()):
         free = key in FREE or key.startswith(("evaluation.", "parallel."))
+        # Data may move: what is in it is compared, not where it is.
+        free = free or (key.startswith("sources.") and key.endswith((".path", ".root")))
         if not free and ours.get(key) != theirs.get(key):
             was, now = theirs.get(key), ours.get(key)
             raise UserError(

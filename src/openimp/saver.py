@@ -34,7 +34,7 @@ class Saver:
 
     def __init__(self, run: Path, keep: int) -> None:
         self.run, self.keep = run, keep
-        self.group = distributed.own_group()
+        self.group = distributed.own_group(distributed.WAIT)  # Disks may be slow; a death is known at once.
         # At the end of the program Python waits for its thread, so an error elsewhere costs no checkpoint.
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving: Future[None] | None = None
@@ -125,8 +125,12 @@ def _place(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     _sync(draft)
     if folder.exists():  # Damaged, or the run would have gone on from it.
         _remove(folder)
+    # What the run wrote down before this must not be younger than its checkpoint, if the power fails.
+    for written in folder.parents[1].glob("*.jsonl"):
+        _sync(written)
     os.replace(draft, folder)
     _sync(folder.parent)
+    _sync(folder.parents[1])
 
 
 def _remove_older(folder: Path, keep: int) -> None:

@@ -50,7 +50,7 @@ class Stop:
 
 @contextmanager
 def stop_signals(reason: Callable[[], bool]) -> Iterator[Stop]:
-    """Notes the first Ctrl-C or SIGTERM, so that the loop can save; a second Ctrl-C interrupts at once."""
+    """Notes the first Ctrl-C, SIGTERM or SIGHUP, so that the loop can save; a second Ctrl-C interrupts at once."""
     stop = Stop(reason)
 
     def note(number: int, _: Any) -> None:
@@ -61,7 +61,10 @@ def stop_signals(reason: Callable[[], bool]) -> Iterator[Stop]:
             # Not print, which the signal may have interrupted.
             os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored.
+        numbers.append(signal.SIGHUP)  # The terminal was closed.
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield stop
     finally:

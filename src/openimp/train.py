@@ -21,7 +21,7 @@ from openimp.checkpoint import (
     texts_of,
 )
 from openimp.data.loader import Loaded, StepBatches, make_loader
-from openimp.device import autocast, keep_freed_memory
+from openimp.device import autocast, keep_freed_memory, precision_of
 from openimp.errors import UserError
 from openimp.evaluation import evaluate, open_sets, table
 from openimp.ledger import costs, mixture_table
@@ -135,19 +135,22 @@ class Training:
         self.device = distributed.start()
         console.quiet = distributed.rank() > 0
         keep_freed_memory()
-        if distributed.world() > 1:
-            if recipe.train.compile:
-                raise UserError("train.compile: is for one process; set train.compile=false")
-            if type(self) is not Training:
-                raise UserError(f"{type(self).__name__}: a study trains in one process; start it without torchrun")
+        if distributed.world() > 1 and type(self) is not Training:
+            raise UserError(f"{type(self).__name__}: a study trains in one process; start it without torchrun")
+        self.compile = recipe.train.compile and distributed.world() == 1
         if run.exists() and not run.is_dir():
             raise UserError(f"{run}: is a file; name a directory with --run")
         saved, job = bool(common_checkpoints(run)), run / "torchrun.job"
+        written = run / "recipe.yaml"
+        # Without anything else of a run there it is of one that died while it began, or what somebody wrote.
+        alone = written.exists() and not saved and not (run / "tensorboard").exists()
+        if alone and written.read_text(encoding="utf-8", errors="replace") != recipe.to_yaml():
+            raise UserError(f"{written}: a run would write over it; name another directory with --run")
         # Not after a start that was refused, which torchrun repeats too.
         again = distributed.restarted() and job.exists() and job.read_text(encoding="utf-8") == distributed.job()
         if resume == "auto" or again:
             resume = saved  # A run that died before it saved any loses nothing when it starts anew.
-        elif (run / "recipe.yaml").exists():
+        elif written.exists():
             if not saved:
                 raise UserError(
                     f"{run}: holds a run that saved no checkpoint; start it anew with --resume auto, or name another "
@@ -184,7 +187,7 @@ class Training:
             self.model, self.model.blocks(), self.model.experts(), ("encode", "project", "classify"),
             recipe.parallel.shard, recipe.parallel.experts, self.device,
         )  # fmt: skip
-        encode = compiled_encode(self.model, len(self._signatures())) if recipe.train.compile else self.model.encode
+        encode = compiled_encode(self.model, len(self._signatures())) if self.compile else self.model.encode
         self.encode = in_pieces(encode, recipe.batch.micro)
         self.optimizers = make_optimizers(recipe.optimizer, self.model)
         self.averaged: dict[str, Tensor] | None = None
@@ -199,7 +202,7 @@ class Training:
         distributed.wait()  # Until none looks for a run that is there already.
         if distributed.rank() == 0:
             run.mkdir(parents=True, exist_ok=True)
-            (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            written.write_text(recipe.to_yaml(), encoding="utf-8")
             if distributed.job():
                 job.write_text(distributed.job(), encoding="utf-8")
         self.metrics = Metrics(run, self.step, state.get("totals"))
@@ -362,7 +365,7 @@ class Training:
         if distributed.rank():
             return None
         sizes = {name: len(values) for name, values in self.data.classes.items()}
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             model = self.build(self.recipe, self.modalities, sizes)
         model.load_state_dict(found)
         return model
@@ -381,9 +384,11 @@ class Training:
     def _print_plan(self) -> None:
         console.print(mixture_table(self.recipe, self.costs))
         parameters = sum(p.numel() for p in self.model.parameters())
-        bf16 = "bf16" if autocast(self.device, self.recipe.train.precision)._enabled else "fp32"
+        bf16 = precision_of(self.device, self.recipe.train.precision)
         size = f"{parameters / 1e6:.2f}M parameters"
-        how = f"{bf16}, compiled for {len(self._signatures())} signatures" if self.recipe.train.compile else bf16
+        how = f"{bf16}, compiled for {len(self._signatures())} signatures" if self.compile else bf16
+        if self.recipe.train.compile and not self.compile:
+            how += ", not compiled, which is for one process"
         console.print(f"{self.recipe.name}: {size} on {self.device.type}, {how}, into {self.run}", soft_wrap=True)
         warmup, steps = self.recipe.optimizer.warmup, self.recipe.train.steps
         if warmup is not None and warmup >= steps:

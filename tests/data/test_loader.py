@@ -151,6 +151,33 @@ def test_a_bad_file_is_skipped_counted_named_and_stood_in_for(own_data, workers)
     assert_same([first], [again])
 
 
+def test_a_part_that_cannot_be_read_at_all_is_replaced_by_the_next_process_part(own_data):
+    recipe = Recipe.load(
+        own_data / "recipe.yaml",
+        [
+            "tasks.heard.weight=0",
+            "tasks.named.views=[{image: {size: 16}, text: {length: 8}}]",
+            "tasks.named.batch=4",
+            NO_EVALUATION,
+        ],
+    )
+    parts = [StepBatches(recipe, modalities_of(recipe), part=part, parts=4) for part in range(4)]
+    for data in parts:
+        data.fit()
+    table = parts[0].sources["named"]
+    first = [data[0].batch.rows[0] for data in parts]
+    for row in first[1:3]:
+        (own_data / "pictures" / table.where(row)).write_bytes(b"no picture")
+    found = [data[0] for data in parts]
+    assert [item.batch.rows for item in found] == [[first[0]], [first[3]], [first[3]], [first[3]]]
+    assert [[where for where, _ in item.bad] for item in found] == [
+        [],
+        [table.where(first[1])],
+        [table.where(first[2])],
+        [],
+    ]
+
+
 def test_a_picture_that_is_missing_a_text_is_skipped_too(own_data):
     rows = [{"sound": f"{i}.wav", "caption": None if i == 3 else f"tone {i}"} for i in range(15)]
     (own_data / "sounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -552,6 +552,10 @@ def test_stream_from_a_url(tmp_path, url, kind):
     file = "part-0.parquet" if kind == "parquet" else "shard-000.tar"
     stream = open_source("s", Source(path=f"{url}/{file}", stream=True, window=8))
     assert names(stream, kind, 0, 16) == names(local, kind, 0, 16)
+    many = open_source("s", Source(path=f"{url}/*{Path(file).suffix}", stream=True))
+    assert sorted(names(many, kind, 0, 40)) == sorted(names(local, kind, 0, 40))
+    with pytest.raises(UserError, match="nothing there matches"):
+        open_source("s", Source(path=f"{url}/none-*{Path(file).suffix}", stream=True))
 
 
 def test_table_from_a_url(tmp_path, url):
@@ -719,6 +723,8 @@ def fails(match: str, **source) -> None:
 
 def test_nothing_there(tmp_path):
     fails("no such file or folder", path=f"{tmp_path}/none.parquet")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    fails("is no regular file", path=f"{tmp_path}/pipe.jsonl")
     fails("no such file or folder", path=f"{tmp_path}/*.tar", stream=True)
     fails("no such file or folder", path=f"{tmp_path}/none")
     fails("no such file or folder", path=f"{tmp_path}/none.zip")

@@ -116,6 +116,13 @@ def test_a_linear_probe_does_not_mind_the_scale_of_a_feature():
     assert c == same
 
 
+def test_a_fit_that_does_not_converge_is_no_flood_of_warnings(monkeypatch, recwarn):
+    monkeypatch.setattr("openimp.evaluation.probe.MAX_ITER", 1)
+    classes = np.arange(60) % 2
+    linear(np.random.default_rng(0).normal(size=(60, 30)), classes, np.zeros((1, 30)))
+    assert not list(recwarn)
+
+
 def test_the_penalty_is_chosen_by_the_training_examples():
     """Many useless features want a strong penalty; few good ones, and no noise, do not."""
     rng = np.random.default_rng(0)

@@ -45,11 +45,12 @@ def folder(tmp_path):
 def measure(folder, tiny_recipe, tiny_model):
     """The results of one evaluation set of the manifest."""
 
-    def run(model=None, where=None, **options):
+    def run(model=None, where=None, train=None, **options):
         names = {"type": "zero_shot", "inputs": {"image": "picture"}, "label": "word", "view": {"image": {"size": 16}}}
         recipe = tiny_recipe(
             model,
             sources={"all": {"path": "unused"}, "things": {"path": f"{folder}/things.jsonl", "where": where or {}}},
+            train=train or {},
             evaluation={"sets": {"names": {"source": "things"} | (options or names)}},
         )
         return evaluate(*_model(tiny_model, recipe))
@@ -100,6 +101,12 @@ def test_prompts_have_a_version(measure):
     (result, _) = measure({"space": "joint"}, **sounds, view=views)
     assert result["prompts_version"] is None
     assert result["decoders"] == {name: version(name) for name in ("pillow", "soundfile", "av")}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_precision_that_was_computed_in_is_told(measure, precision):
+    (result,) = measure(train={"precision": precision})
+    assert (result["precision"], result["torch"]) == (precision, torch.__version__)
 
 
 def test_decoders_are_those_of_the_set(measure):

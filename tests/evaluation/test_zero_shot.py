@@ -133,9 +133,9 @@ def test_unreadable_rows_are_left_out_counted_and_named(setup):
     ("labels", "options", "message"),
     [
         ([1, 2], {}, r"evaluation\.sets\.things: source labelled: class 1 of column 'label' has no text"),
-        ([1, 2], {"texts": {"1": "red"}}, "class 2 of column 'label' has no text; name it in texts"),
+        ([1, 2], {"texts": {"1": "red"}}, "class 2 of column 'label' has no text; name it in texts as '2'"),
         (["sea", ""], {}, "class '' of column 'label' has no text"),
-        (["sea", None], {}, "class None of column 'label' has no text"),
+        (["sea", None], {}, "column 'label' of source labelled has 1 rows without a class; leave them out"),
         ([["sea"], ["tree"]], {}, "column 'label' of source labelled holds lists"),
         (["sea", "tree"], {"prompts": ["a picture"]}, "prompt 'a picture' needs one {}"),
         (["sea", "tree"], {"prompts": ["a {thing}"]}, "prompt 'a {thing}' needs one {}"),

@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element
 import PIL.Image
 import pytest
 
-from openimp.checkpoint import load_model, model_folder
+from openimp.checkpoint import load_model, model_folder, verify
 from openimp.data.sources import open_source
 from openimp.errors import UserError
 from openimp.evaluation.zero_shot import classify
@@ -251,6 +251,13 @@ def test_a_run_of_an_older_version_lacks_step_times_only(little_run, tmp_path):
     told = [write_report(run).read_text() for run in (old, new)]
     assert ["seconds a step" in page for page in told] == [False, True]
     assert all("examples per second" in page for page in told)
+
+
+def test_the_page_of_a_checkpoint_goes_beside_the_checkpoints_not_into_one(little_run, tmp_path):
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
+    folder = model_folder(run)
+    assert write_report(folder) == run / "report.html"
+    verify(folder)
 
 
 def test_a_model_without_metrics_has_its_results(little_run, tmp_path):

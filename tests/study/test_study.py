@@ -1,23 +1,26 @@
 """Studies: equal FLOPs for every arm, results that tell what was found, and a stop that loses nothing."""
 
+import math
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
+from openimp.alternation import Alternation
 from openimp.errors import UserError
 from openimp.metrics import read_lines
 from openimp.recipe import Recipe
 from openimp.recipe_file import find_file
 from openimp.study import Outcome, _finished, run_study
 from openimp.study.results import curves_of, write_results
-from openimp.study.schema import Study, read_study
+from openimp.study.schema import Study, part_recipe, read_study
 
 STUDIES = sorted(path.stem for path in Path(find_file("moe", "studies")).parent.glob("*.yaml"))
 LITTLE = {
@@ -85,6 +88,17 @@ def test_arms_that_differ_in_their_flops_alone_are_one_curve(done):
     assert sorted(curves_of(study)) == [["alone"], ["half", "together"]]
 
 
+def test_a_summed_round_takes_every_task_once(little_data):
+    """Whatever the recipe or the part says of the alternation."""
+    changes = ["tasks.named.interval=2", "tasks.heard.interval=3", "alternation.kind=random"]
+    summed = {"summed": True, "set": changes}
+    study, _ = read_study(str(write_study(little_data, arms={"a": {}, "b": summed})), smoke=False)
+    write_study(little_data)
+    schedule = Alternation(part_recipe(study, study.arms["b"][0], 0))
+    tasks = [visit.task for visit in schedule]
+    assert tasks == (["named", "heard"] * len(tasks))[: len(tasks)]
+
+
 def test_what_is_trained_is_not_trained_again(done, capsys):
     file, runs, out = done
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")}
@@ -109,6 +123,36 @@ def test_figures_of_another_loop_do_not_pass_as_the_study_s(done):
     assert _finished(run, recipe, "Training")
     with pytest.raises(UserError, match="seed0: trained by Training, now by SummedTraining; remove the folder"):
         _finished(run, recipe, "SummedTraining")
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("metrics.jsonl", ""),
+        ("metrics.jsonl", '{"step": 1, "totals": {}, "seconds": 1.0, "experts": {}}\n'),
+        ("metrics.jsonl", '{"step": 99}\n'),
+        ("results.jsonl", '{"set": "tones"}\n'),
+        ("results.jsonl", "3\n"),
+        ("results.jsonl", '{"step": STEPS, "set": "tones", "mrr": 0.5}\n'),
+    ],
+)
+def test_a_finished_run_that_lost_figures_is_named(done, tmp_path, name, lines):
+    file, runs, _ = done
+    shutil.copytree(runs, tmp_path / "runs")
+    run = tmp_path / "runs/little/together-0-seed0"
+    steps = Recipe.load(run / "recipe.yaml").train.steps
+    (run / name).write_text(lines.replace("STEPS", str(steps)))
+    message = f"together-0-seed0: {name} is missing or damaged; remove the folder to train it again"
+    with pytest.raises(UserError, match=message):
+        run_study(str(file), tmp_path / "runs", tmp_path / "out")
+
+
+@pytest.mark.parametrize("out", ["file", "file/folder"])
+def test_no_place_for_the_results_is_told_before_anything_is_trained(done, tmp_path, out):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"{out}: --out needs a folder, and none can be made there: "):
+        run_study(str(done[0]), tmp_path / "runs", tmp_path / out)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_models_of_one_arm_may_not_measure_the_same_set(little_data, tmp_path):
@@ -145,6 +189,28 @@ def test_cosines_that_were_not_measured_leave_an_empty_cell(tmp_path):
     assert "| x and x | 0.375 (0% below 0) | 1.000 (0% below 0) |" in page
     assert "| x and y | -0.250 (100% below 0) |  |" in page
     assert (tmp_path / "t-cosines.png").stat().st_size
+
+
+PLAIN = Outcome(flops=1, steps=1, parameters=1, seconds=1.0, scores={"s": 0.5})
+
+
+def test_results_that_cannot_be_written_leave_the_old_ones(tmp_path):
+    for name in ("t.md", "t.png"):
+        (tmp_path / name).write_text("old")
+    study = Study(title="t", question="q", recipe="r", flops=1, arms={"a": {}, "b": {"flops": 2}})
+    broken = replace(PLAIN, seconds=None)
+    with pytest.raises(TypeError):
+        write_results(study, {"a": [PLAIN], "b": [broken]}, tmp_path, "t", "c")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"t.md": "old", "t.png": "old"}
+    write_results(study, {"a": [PLAIN], "b": [PLAIN]}, tmp_path, "t", "c")
+    assert {path.name for path in tmp_path.iterdir()} == {"t.md", "t.png", "t-flops.png"}
+    assert (tmp_path / "t.md").read_text() != "old"
+
+
+def test_a_bar_in_a_name_is_none_of_the_table(tmp_path):
+    study = Study(title="t", question="q", recipe="r", flops=1, arms={"a|b": {}, "c": {}})
+    write_results(study, {"a|b": [PLAIN], "c": [PLAIN]}, tmp_path, "t", "c")
+    assert "\n| a\\|b | **50.0** |" in (tmp_path / "t.md").read_text()
 
 
 def test_a_training_that_was_killed_before_its_first_checkpoint_begins_anew(done, tmp_path):
@@ -187,6 +253,22 @@ def test_a_stopped_study_goes_on_where_it_stopped(done, little_data, tmp_path):
         ({"recipe": "none.yaml"}, "none.yaml: no such recipe"),
         ({"arms": {"a": {}, "b": []}}, "arms.b: .*at least 1"),
         ({"arms": {"a": {}, "../b": {}}}, "arm '../b': no slash may be in its name"),
+        ({"arms": {"a": {}, "b\0": {}}}, r"arm 'b\\x00': no control character may be in its name"),
+        ({"arms": {"x y": {}, "x_y": {}}}, "arms 'x y' and 'x_y' would share files: only spaces, _ - or commas differ"),
+        ({"arms": {"x y": {}, "x, y": {}}}, "arms 'x y' and 'x, y' would share files"),
+        ({"arms": {"a": {}, "b": {"tasks": ["named", "named"]}}}, "arm 'b': tasks: 'named' is given twice"),
+        ({"seeds": [0, 1, 0]}, "seeds: 0 is given twice"),
+        ({"seeds": [10**30]}, f"seeds.0: Input should be less than {2**63}"),
+        ({"seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
+        ({"clip_benchmark": ["tones", "tones"]}, "clip_benchmark: 'tones' is given twice"),
+        ({"flops": math.inf}, "flops: Input should be a finite number"),
+        ({"arms": {"a": {}, "b": {"flops": math.inf}}}, "arms.b.flops: Input should be a finite number"),
+        (
+            {"flops": 1e300},
+            "arm 'together': its FLOPs pay for .*e.2.. steps, where a training takes at most 100,000,000",
+        ),
+        ({"flops": 1e300, "arms": {"a": {}, "b": {"flops": 1e300}}}, "arm 'a': its FLOPs pay for"),
+        ({"arms": {"a": {}, "b": {"flops": 1e300}}}, "arm 'b': its FLOPs pay for"),
         ({"arms": {"a": {}, "b": [{}, {}]}}, "arm 'b': each of its models needs tasks of its own"),
         ({"arms": {"a": {}, "b": [{"tasks": ["named"]}] * 2}}, "arm 'b': each of its models needs tasks of its own"),
         ({"arms": {"a": {}, "b": {"set": ["train.steps=3"]}}}, "arm 'b': train.steps follows from the study's FLOPs"),

@@ -35,13 +35,13 @@ def is_url(path: str) -> bool:
 def locate(name: str, path: str) -> tuple[Path, list[str]]:
     """The folder that a source's `path` starts at and the files that it names, sorted, for `*` may name many.
 
-    The folder is the part before the first `*`, or a single file's own. A URL is given back as it is.
+    The folder is the part before the first `*`, or a single file's own; of a URL it means nothing.
 
     Raises:
         UserError: there is none.
     """
     if is_url(path):
-        return Path(), [path]
+        return Path(), _matching_urls(name, path)
     if path.startswith("openimp:"):
         wanted = path.removeprefix("openimp:")
         bundled = [file.name for file in DEMO.iterdir()] if DEMO.is_dir() else []
@@ -49,11 +49,28 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
             raise UserError(f"source {name}: openimp has no bundled data {wanted!r}{nearest(wanted, bundled)}")
         path = str(DEMO / wanted)
     if os.path.exists(path):
+        if not (os.path.isdir(path) or os.path.isfile(path)):
+            raise UserError(f"source {name}: {path}: is no regular file")
         return Path(path) if os.path.isdir(path) else Path(path).parent, [path]
     files = sorted(glob.glob(path, recursive=True))
     if not files:
         raise UserError(f"source {name}: {path}: no such file or folder")
     return Path(re.split(r"[*?\[]", path)[0] + "_").parent, files
+
+
+def _matching_urls(name: str, url: str) -> list[str]:
+    if "*" not in url:
+        return [url]
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+        found = sorted(system.glob(path))
+    except Exception as error:  # Each file system has errors of its own.
+        raise UserError(f"source {name}: {url}: {str(error).strip() or type(error).__name__}") from None
+    if not found:
+        raise UserError(f"source {name}: {url}: nothing there matches")
+    return [system.unstrip_protocol(file) for file in found]
 
 
 def inside(root: Path, path: str) -> Path:

@@ -154,24 +154,30 @@ class StepBatches(Dataset[Loaded]):
         visit = self.schedule[step]
         task = self.recipe.tasks[visit.task]
         size = visit.batch // self.parts
-        first = self.part * size
-        positions = np.arange(visit.start + first, visit.start + first + size)
         source = self.sources[visit.task]
         columns = sorted(self._columns(task))
+        whole = []
         if isinstance(source, Stream):
-            examples = source.read(seed_key(self.recipe.seed, visit.task), visit.start, visit.batch)
-            examples = examples[first : first + size]
-            rows = positions
-        else:
-            rows = rows_at(self.recipe.seed, visit.task, len(source), positions)
-            examples = source.rows(rows.tolist(), columns)
+            whole = source.read(seed_key(self.recipe.seed, visit.task), visit.start, visit.batch)
         key = seed_key(self.recipe.seed, visit.task, "augment")
-        rngs = [example_rng(key, int(position)) for position in positions]
         told = told_by(task)
-        refused = ((i, example[column]) for i, example in enumerate(examples) for column in told)
-        bad = {i: cell.reason for i, cell in refused if isinstance(cell, Refused)}
-        arrays = {name: self._read(visit, name, rows.tolist(), examples, rngs, bad) for name in task.inputs}
-        named = [(source.where(int(rows[i])), why) for i, why in sorted(bad.items())]
+        named: list[tuple[str, str]] = []
+        for part in range(self.parts):  # Its own part, or if nothing of that can be read, the next process'.
+            first = (self.part + part) % self.parts * size
+            rows = positions = np.arange(visit.start + first, visit.start + first + size)
+            if isinstance(source, Stream):
+                examples = whole[first : first + size]
+            else:
+                rows = rows_at(self.recipe.seed, visit.task, len(source), positions)
+                examples = source.rows(rows.tolist(), columns)
+            rngs = [example_rng(key, int(position)) for position in positions]
+            refused = ((i, example[column]) for i, example in enumerate(examples) for column in told)
+            bad = {i: cell.reason for i, cell in refused if isinstance(cell, Refused)}
+            arrays = {name: self._read(visit, name, rows.tolist(), examples, rngs, bad) for name in task.inputs}
+            # Those of another part are named by its own process.
+            named = named or [(source.where(int(rows[i])), why) for i, why in sorted(bad.items())]
+            if len(bad) < size:
+                break
         stand_in = _stand_ins(size, bad, f"tasks.{visit.task}: no example of step {step} could be read", named)
         batch = Batch(
             {name: self._tokens(visit, name, arrays[name], stand_in, rngs) for name in task.inputs},

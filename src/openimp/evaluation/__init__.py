@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openimp.data.sources import Table, open_source
+from openimp.device import precision_of
 from openimp.errors import UserError, nearest
 from openimp.evaluation import probe, provenance, retrieval, zero_shot
 from openimp.evaluation.encoding import Progress, first_view
@@ -113,6 +114,7 @@ def measure(
     more: dict[str, Any] = {}
     found: list[Retrieved] | list[Classified] | list[Probed]
     training = model.training
+    precision = precision_of(next(model.parameters()).device, recipe.train.precision)
     model.eval()
     try:
         if isinstance(options, Probe):
@@ -139,7 +141,7 @@ def measure(
             **skipped_fields(counted.skipped),
             **provenance.data_fields(recipe, source, counted),
             **more,
-            **provenance.how_fields(views, modalities, prompts, wording),
+            **provenance.how_fields(views, modalities, prompts, wording, precision),
         }
         for item in found
     ]

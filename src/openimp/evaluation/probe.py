@@ -7,6 +7,7 @@ votes with weight exp(similarity / 0.07).
 Shape suffixes: N examples, D width.
 """
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from openimp.recipe import Probe, Recipe
 STRENGTHS = [10.0**power for power in range(-4, 4)]
 """Values of C, the inverse of the L2 penalty's weight, to choose from. CLIP sweeps it too: the best one depends on the
 number of examples and the width by orders of magnitude, so a fixed one would favour some models."""
+MAX_ITER = 1000
+"""Of L-BFGS, a fit."""
 FOLDS = 5
 """Parts of the training examples for that choice; fewer where a class has fewer examples."""
 TEMPERATURE = 0.07
@@ -147,6 +150,7 @@ def _read(
 
 def linear(train_ND: np.ndarray, class_N: np.ndarray, test_ND: np.ndarray) -> tuple[np.ndarray, float]:
     """The answers (N,) of logistic regression, and its C; of equally good ones the strongest penalty."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
     from sklearn.pipeline import make_pipeline
@@ -154,9 +158,12 @@ def linear(train_ND: np.ndarray, class_N: np.ndarray, test_ND: np.ndarray) -> tu
 
     folds = StratifiedKFold(min(FOLDS, int(np.bincount(class_N).min())), shuffle=True, random_state=0)
     # The scaler is part of what is validated, so it too sees a fold's training examples only.
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITER))
     search = GridSearchCV(pipeline, {"logisticregression__C": STRENGTHS}, cv=folds)
-    search.fit(train_ND, class_N)
+    with warnings.catch_warnings():
+        # Weak penalties may want more than MAX_ITER steps; how they do then is compared as it is.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        search.fit(train_ND, class_N)
     return search.predict(test_ND), search.best_params_["logisticregression__C"]
 
 

@@ -44,20 +44,27 @@ def data_fields(recipe: Recipe, table: Table, counted: Readable) -> dict[str, An
 
 
 def how_fields(
-    views: dict[str, Any], modalities: dict[str, Modality], prompts: list[str] | None, wording: list[Any]
+    views: dict[str, Any],
+    modalities: dict[str, Modality],
+    prompts: list[str] | None,
+    wording: list[Any],
+    precision: str,
 ) -> dict[str, Any]:
-    """How it was seen: views, the libraries that decoded it, and prompts.
+    """How it was seen: views, the libraries that decoded it, prompts, and the precision of the forward pass.
 
     Args:
         views: by modality, all that took part.
         modalities: by name.
         prompts: of zero-shot classification.
         wording: whatever decides on the texts: prompts, names of classes, templates; empty if there are none.
+        precision: that was computed in, "bf16" or "fp32".
     """
     return {
         "prompts": prompts,
         "prompts_version": combine(wording)[:8] if wording else None,
         "view": {name: view.model_dump(mode="json") for name, view in views.items()},
+        "precision": precision,
+        "torch": torch.__version__,
         "decoders": _versions(library for name in views for library in modalities[name].decoders),
     }
 

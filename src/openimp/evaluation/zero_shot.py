@@ -118,6 +118,9 @@ def check(
     table.require([options.label], where)
     labels = table.column(options.label)
     classes = classes_in(labels, f"{where}: column {options.label!r} of source {table.name}")
+    if None in classes:
+        column = f"column {options.label!r} of source {table.name}"
+        raise UserError(f"{where}: {column} has {labels.count(None)} rows without a class; leave them out with where")
     texts = [_class_text(label, options, f"{where}: source {table.name}") for label in classes]
     for prompt in options.prompts:
         for text in texts:  # Each, for a format may suit a short one only.
@@ -139,7 +142,9 @@ def class_embeddings(
 def _class_text(label: Any, options: ZeroShot, where: str) -> str:
     text = (options.texts or {}).get(as_text(label), label)
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: class {label!r} of column {options.label!r} has no text; name it in texts")
+        raise UserError(
+            f"{where}: class {label!r} of column {options.label!r} has no text; name it in texts as {as_text(label)!r}"
+        )
     return text
 
 

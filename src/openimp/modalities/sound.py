@@ -13,6 +13,8 @@ from openimp.modalities.media import CONTAINERS, segments
 
 MAX_SECONDS = 300
 """Length up to which a sound is read whole."""
+MAX_CHANNELS = 255
+"""As FFmpeg counts them at most."""
 MAX_VALUES = 2**27
 """Samples times channels that are read at once."""
 
@@ -21,6 +23,10 @@ def samples_of(raw: np.ndarray) -> np.ndarray:
     """An array that stands for a sound, as float in -1..1."""
     if raw.ndim not in (1, 2) or not (raw.dtype == np.int16 or np.issubdtype(raw.dtype, np.floating)):
         raise BadMedia(f"expected int16 or float samples (N,) or (N, channels), found {raw.dtype} {list(raw.shape)}")
+    if raw.ndim == 2 and raw.shape[1] > MAX_CHANNELS:
+        raise BadMedia(
+            f"expected samples (N, channels), found {raw.shape[1]} channels; transpose channels that come first"
+        )
     return raw.astype(np.float32) / 32767 if raw.dtype == np.int16 else raw
 
 

@@ -23,6 +23,8 @@ RESERVED = 2
 """Ids before the tokenizer's own: its id i is our i + 2, so any tokenizer will do, whatever it pads or ends with."""
 LONGEST_TOKEN = 64
 """Characters a token at most, when a long text is cut before it is tokenised."""
+LEARNT_FROM = 10_000
+"""Characters of a text that a tokenizer learns from: its time grows with the square of a word that never ends."""
 REMEMBERED = 2**16
 """Words whose ids are kept; before there are more, all are forgotten."""
 
@@ -109,7 +111,8 @@ class Text(Modality):
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(map(_valid, chain.from_iterable(corpus)), trainer)
+        texts = (_valid(text[:LEARNT_FROM]) for text in chain.from_iterable(corpus))
+        tokenizer.train_from_iterator(texts, trainer)
         self._use(tokenizer)
 
     def state(self) -> dict[str, str]:

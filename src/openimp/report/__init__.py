@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from openimp.checkpoint import checkpoints, load_model, model_folder, saved_step
+from openimp.checkpoint import MANIFEST, checkpoints, load_model, model_folder, saved_step
 from openimp.data.sources import Table
 from openimp.device import pick_device
 from openimp.errors import UserError
@@ -31,7 +31,7 @@ def write_report(run: Path, out: Path | None = None, progress: Progress | None =
 
     Args:
         run: a run, or a folder with a model, which has no curves.
-        out: the file; left out: report.html in `run`.
+        out: the file; left out: report.html in `run`, or in the run of a checkpoint.
         progress: wraps an iterable to show its progress.
 
     Raises:
@@ -42,7 +42,8 @@ def write_report(run: Path, out: Path | None = None, progress: Progress | None =
     trained = (run / "config.json").exists() or bool(checkpoints(run))
     if not trained and not lines:
         raise UserError(f"{run}: nothing to report on: no checkpoint, and no line in metrics.jsonl")
-    out = out or run / "report.html"
+    # Not into a checkpoint, which must hold what was saved and nothing else.
+    out = out or (run.resolve().parents[1] if (run / MANIFEST).exists() else run) / "report.html"
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
     text = _page(run, lines, trained, progress)

@@ -16,12 +16,11 @@ from openimp.checkpoint import checkpoints, read_state
 from openimp.errors import UserError, nearest
 from openimp.evaluation.clip_benchmark import clip_benchmark_recalls, require_pictures_and_texts
 from openimp.inference import load
-from openimp.metrics import read_lines
 from openimp.progress import console
 from openimp.recipe import Recipe, Retrieval
 from openimp.recipe_file import flat
 from openimp.resume import FREE
-from openimp.study.outcome import Outcome
+from openimp.study.outcome import Outcome, lines_of
 from openimp.study.schema import Part, Study, part_recipe, read_study
 from openimp.study.training import ConflictTraining, SummedTraining, peak_memory
 from openimp.train import Training, train
@@ -38,7 +37,7 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
         smoke: a small part of the FLOPs and of the data and one seed, to see that all of it works.
 
     Raises:
-        UserError: no such study, an invalid one, or what stops a training.
+        UserError: no such study, an invalid one, no folder for the results, or what stops a training.
     """
     if "RANK" in os.environ:
         raise UserError(f"{name}: a study trains in one process; start it without torchrun")
@@ -54,6 +53,10 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
         except UserError as error:
             raise UserError(f"{name}: arm {arm!r}: {error}") from None
     _check_figures(study, name, recipes)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: --out needs a folder, and none can be made there: {error.strerror}") from None
     found: dict[str, dict[int, Outcome]] = {arm: {seed: Outcome() for seed in study.seeds} for arm in study.arms}
     for done, (seed, arm, i) in enumerate(plan):
         recipe, kind = recipes[seed, arm, i], _kind(study, study.arms[arm][i])
@@ -115,7 +118,8 @@ def _finished(run: Path, recipe: Recipe, loop: str) -> bool:
     """Whether this very recipe was trained here to the end, which is its results, by this loop.
 
     Raises:
-        UserError: the run is of another: the study was changed, and its old figures may not pass as new ones.
+        UserError: the run is of another: the study was changed, and its old figures may not pass as new ones; or its
+            results are damaged.
     """
     if not (run / "results.jsonl").exists():
         return False
@@ -127,4 +131,4 @@ def _finished(run: Path, recipe: Recipe, loop: str) -> bool:
     made_by = read_state(checkpoints(run)[-1])["loop"] if checkpoints(run) else loop
     if made_by != loop:
         raise UserError(f"{run}: trained by {made_by}, now by {loop}; remove the folder to train it again")
-    return any(line["step"] == recipe.train.steps for line in read_lines(run / "results.jsonl"))
+    return any(line["step"] == recipe.train.steps for line in lines_of(run, "results.jsonl", "step"))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openimp.errors import UserError
 from openimp.metrics import read_lines
 
 
@@ -40,8 +41,15 @@ class Outcome:
         return statistics.mean(self.scores.values())
 
     def add(self, run: Path, parameters: int) -> None:
-        """Adds a model that was trained, of so many parameters."""
-        lines = read_lines(run / "metrics.jsonl")
+        """Adds a model that was trained, of so many parameters.
+
+        Raises:
+            UserError: what the training wrote is not there any more.
+        """
+        lines = lines_of(run, "metrics.jsonl", "step", "totals", "seconds", "experts")
+        results = lines_of(run, "results.jsonl", "step", "openimp")
+        if not lines or any((line["step"] or 0) > lines[-1]["step"] for line in results):
+            raise damaged(run, "metrics.jsonl")
         self.flops += sum(units["flops"] for units in lines[-1]["totals"].values())
         self.steps += lines[-1]["step"]
         self.seconds += sum(line["seconds"] for line in lines)
@@ -49,15 +57,31 @@ class Outcome:
         for line in lines:  # A modality may be missing in the last one.
             self.experts.update(line["experts"])
         by_set = defaultdict(list)
-        for line in read_lines(run / "results.jsonl"):
+        for line in results:
             self.versions.add(line["openimp"])
             if line["step"] == lines[-1]["step"] and "mrr" in line:
                 by_set[line["set"]].append(line["mrr"])
         self.scores.update((name, statistics.mean(both_ways)) for name, both_ways in by_set.items())
-        for line in read_lines(run / "conflict.jsonl"):
+        for line in lines_of(run, "conflict.jsonl", "cosine"):
             for pair, cosine in line["cosine"].items():
                 self.cosines.setdefault(pair, []).append(cosine)
 
     def count_memory(self, peak: int) -> None:
         """Models are trained one at a time, so the largest counts."""
         self.memory = max(self.memory, peak)
+
+
+def lines_of(run: Path, name: str, *keys: str) -> list[dict[str, Any]]:
+    """All lines of one of the run's files.
+
+    Raises:
+        UserError: one of them is without one of these keys.
+    """
+    lines = read_lines(run / name)
+    if not all(isinstance(line, dict) and line.keys() >= set(keys) for line in lines):
+        raise damaged(run, name)
+    return lines
+
+
+def damaged(run: Path, name: str) -> UserError:
+    return UserError(f"{run}: {name} is missing or damaged; remove the folder to train it again")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,14 @@ except ImportError:
 INK, MUTED, ACCENT = "#222222", "#8a8a8a", "#1f6f8b"
 COLOURS = (ACCENT, "#c2541a", "#6a4c93")
 """Of curves, as many as a study is likely to have."""
+BAR = "\\|"
+"""What Markdown shows as | within a table."""
 Found = Mapping[str, Sequence[Outcome]]
 """By arm, an outcome a seed."""
 
 
 def write_results(study: Study, found: Found, out: Path, title: str, command: str) -> None:
-    """Writes TITLE.md and the pictures that it shows.
+    """Writes TITLE.md and the pictures that it shows, all of them or none.
 
     Args:
         study: what was asked.
@@ -43,6 +46,15 @@ def write_results(study: Study, found: Found, out: Path, title: str, command: st
         command: how to repeat it.
     """
     out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{title}-", dir=out) as draft:
+        page = _page(study, found, Path(draft), title, command)
+        (Path(draft) / f"{title}.md").write_text(page, encoding="utf-8")
+        for file in sorted(Path(draft).iterdir(), key=lambda file: file.suffix == ".md"):  # The page last.
+            os.replace(file, out / file.name)
+
+
+def _page(study: Study, found: Found, out: Path, title: str, command: str) -> str:
+    """The page, whose pictures are written into `out`."""
     sections = [f"# {study.title}", study.question.strip()]
     sections += [_picture("Mean reciprocal rank of each arm, by evaluation set", draw_scores(found), out, title)]
     if len({sum(part.flops for part in parts) / len(parts) for parts in study.arms.values()}) > 1:
@@ -68,7 +80,7 @@ def write_results(study: Study, found: Found, out: Path, title: str, command: st
             sections += [_picture(f"Expert usage by modality: {arm}", draw_experts(experts), out, name)]
     sections += [study.findings.strip()] if study.findings else []
     sections += [f"Written by `{command}`, {date.today().isoformat()}: {_versions(found)}."]
-    (out / f"{title}.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return "\n\n".join(sections) + "\n"
 
 
 def draw_scores(found: Found) -> Any:
@@ -252,7 +264,7 @@ def _pooled(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell.replace('|', BAR) for cell in line)} |" for line in lines)
 
 
 def _sets(found: Found) -> list[str]:

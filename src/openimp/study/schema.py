@@ -1,5 +1,7 @@
 """What a study file says: a recipe, the variants of it that are compared, and the compute that each gets."""
 
+import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import yaml
@@ -18,6 +20,9 @@ SAVES = 5
 DERIVED = {"train.steps", "train.save_every", "optimizer.warmup", "seed"}
 SMOKE_FLOPS, SMOKE_ROWS, SMOKE_BATCH = 0.002, 48, 16
 """With --smoke: the share of the FLOPs, rows of each source, and examples a step."""
+MOST_STEPS = 10**8
+"""Of a training, whose whole schedule is in memory."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Part(Strict):
@@ -29,7 +34,7 @@ class Part(Strict):
     tasks: list[str] | None = None
     """Train these tasks only, with their share of the FLOPs, and measure what their modalities allow; null: all."""
     summed: bool = False
-    """Sum the losses of all tasks in each update, in place of alternating."""
+    """Sum the losses of all tasks in each update, in place of alternating; each task's `interval` is then 1."""
     two_towers: bool = False
     """Train open_clip's two towers on the one task, in place of openimp's model; `set` makes the task fit for them."""
     flops: Positive = 1.0
@@ -53,7 +58,7 @@ class Study(Strict):
     """Changes that all arms share."""
     flops: Positive
     """Training FLOPs of each arm and seed."""
-    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     """A training each."""
     conflict: bool = False
     """Measure the cosine between the tasks' gradients on the encoder, all through training."""
@@ -66,20 +71,36 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _arms_can_be(self) -> "Study":
+        _check_twice("seeds", self.seeds)
+        _check_twice("clip_benchmark", self.clip_benchmark)
+        alike: dict[str, str] = {}
         for name in self.arms:
             if {"/", "\\"} & set(name):  # Arms name folders, which are removed if a training left nothing in them.
                 raise ValueError(f"arm {name!r}: no slash may be in its name")
+            if not name.isprintable():
+                raise ValueError(f"arm {name!r}: no control character may be in its name")
+            # Spaces are others in the names of folders and pictures, and commas are left out of the latter.
+            other = alike.setdefault(re.sub("[ _-]", "-", name.replace(",", "")), name)
+            if other != name:
+                raise ValueError(f"arms {other!r} and {name!r} would share files: only spaces, _ - or commas differ")
             seen: list[str] = []
             for part in self.arms[name] if len(self.arms[name]) > 1 else []:
                 if part.tasks is None or set(part.tasks) & set(seen):
                     raise ValueError(f"arm {name!r}: each of its models needs tasks of its own, which share the FLOPs")
                 seen += part.tasks
         for name, part in ((name, part) for name, parts in self.arms.items() for part in parts):
+            _check_twice(f"arm {name!r}: tasks", part.tasks or [])
             if self.conflict and (part.summed or part.two_towers or part.tasks):
                 raise ValueError(f"conflict compares all tasks' gradients on one encoder, which arm {name!r} has not")
             if part.summed and part.two_towers:
                 raise ValueError(f"arm {name!r}: two towers have one task; there is nothing to be summed")
         return self
+
+
+def _check_twice(where: str, given: Sequence[Any]) -> None:
+    for item in given:
+        if given.count(item) > 1:
+            raise ValueError(f"{where}: {item!r} is given twice")
 
 
 def read_study(name: str, smoke: bool) -> tuple[Study, str]:
@@ -105,7 +126,7 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     """The recipe of one model, with as many steps as its share of the FLOPs pays for.
 
     Raises:
-        UserError: a change that the recipe does not take, or an unknown task.
+        UserError: a change that the recipe does not take, an unknown task, or more FLOPs than anyone can train for.
     """
     data = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"]).to_dict()
     for key, _, value in (change.partition("=") for change in (*study.set, *part.set)):
@@ -113,6 +134,8 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
             raise UserError(f"{derived} follows from the study's FLOPs and seeds")
     if part.summed:
         data["alternation"]["kind"] = "intervals"
+        for task in data["tasks"].values():  # A round sums one batch of each.
+            task["interval"] = 1
     if smoke:
         _make_small(data)
     share = 1.0
@@ -124,7 +147,10 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
         share = sum(spent.get(name, 0) for name in part.tasks) / sum(spent.values())  # A task of weight 0 has none.
     recipe = Recipe.build(data)
     a_step = towers_flops(recipe) if part.two_towers else sum(_flops_of_a_step(recipe).values())
-    steps = max(1, round(part.flops * share * study.flops / a_step))
+    paid = part.flops * share * study.flops / a_step
+    if paid > MOST_STEPS:
+        raise UserError(f"its FLOPs pay for {paid:.2g} steps, where a training takes at most {MOST_STEPS:,}")
+    steps = max(1, round(paid))
     # A whole number of rounds, for within one of summed losses nothing can be saved.
     rounds = len(data["tasks"])
     data["train"].update(steps=steps, save_every=max(1, steps // (SAVES * rounds)) * rounds)
