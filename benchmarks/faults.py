@@ -260,7 +260,8 @@ FAULTS: dict[str, Callable[[Bench], list[Outcome]]] = {
 NOTES = """
 Weights are compared with those of the run in peace, bit for bit; after a loss that is not finite, and with files that
 cannot be read, there is none to compare with. For such a file its neighbour in the batch stands in; what was skipped
-besides these files would count as samples lost.
+besides these files would count as samples lost. At most the steps of one checkpoint's interval are lost, but where a
+checkpoint is spoilt in the making: then those that were made while it was written are lost as well.
 """
 
 

@@ -12,6 +12,7 @@ first steps, which warm up, are left out. What is compared is the paired ratio o
 
 import argparse
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def main() -> None:
     print(table)
     if args.write:
         head = (
-            f"# Several processes on one machine\n\n`python benchmarks/scaling.py --write`: the recipe {args.recipe}, "
+            f"# Several processes on one machine\n\n`{shlex.join(['python', 'benchmarks/scaling.py', *sys.argv[1:]])}`: the recipe {args.recipe}, "
             f"{args.steps} steps, one thread a process, which makes its batches itself but for the last two rows; "
             f"medians of {args.rounds} rounds in which the settings take turns. Two that exchange nothing are "
             "trainings of half of the batch each, side by side: the most that two processes could reach.\n\n"

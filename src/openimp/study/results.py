@@ -131,7 +131,7 @@ def draw_against_flops(found: Found, curves: Sequence[Sequence[str]]) -> Any:
     label = top
     for mean, flops, arm in sorted(points, reverse=True):  # From above, each clear of the one before.
         label = min(mean, label - 0.045 * (top - bottom))
-        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5}
+        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "relpos": (0, 0.5)}
         axis.annotate(arm, (flops, mean), xytext=(right, label), va="center", fontsize=8, color=INK, arrowprops=line)
     axis.set_xlim(right=right * (right / axis.get_xlim()[0]) ** 0.75)
     spent: list[float] = []
