@@ -114,10 +114,10 @@ def main() -> None:
     table = "\n".join(lines)
     print(table)
     if args.write:
+        command = shlex.join(["python", "benchmarks/scaling.py", *sys.argv[1:]])
         head = (
-            f"# Several processes on one machine\n\n`{shlex.join(['python', 'benchmarks/scaling.py', *sys.argv[1:]])}`: "
-            f"the recipe {args.recipe}, "
-            f"{args.steps} steps, one thread a process, which makes its batches itself but for the last two rows; "
+            f"# Several processes on one machine\n\n`{command}`: the recipe {args.recipe}, {args.steps} steps, one "
+            "thread a process, which makes its batches itself but for the last two rows; "
             f"medians of {args.rounds} rounds in which the settings take turns. Two that exchange nothing are "
             "trainings of half of the batch each, side by side: the most that two processes could reach.\n\n"
         )
