@@ -27,7 +27,8 @@ from openimp.train import train
 COMMON = ["train.precision=fp32", "tasks.heard.weight=0", "tasks.named.views.1.batch=8", "evaluation={}",
           "train.steps=20", "train.log_every=10", "train.workers=1"]  # fmt: skip
 LINE = re.compile(
-    r"step (\d+)/20  (?:named \d+\.\d{3}  )(?:heard \d+\.\d{3}  )? *[\d,.]+ tokens/s  wait ([ \d]{2})%  "
+    r"step (\d+)/20  (?:named \d+\.\d{3}  )(?:heard \d+\.\d{3}  )? *[\d,.]+ examples, "
+    r" *[\d,.]+ tokens/s  wait ([ \d]{2})%  "
     r"step [\d.]+ m?s \(p95 [\d.]+ m?s\)  \d:\d\d of \d:\d\d(?:  slowest rank (\d): \+(\d+)% (data|compute))?"
 )
 
@@ -130,8 +131,14 @@ def test_the_advice_fits_the_recipe(little_data, streamed):
 
 
 def test_a_line_is_short_and_names_no_process_that_is_hardly_slower():
-    line = {"tokens_per_s": 1_234_567, "data_wait": 0.014, "step_p50": 0.0421, "step_p95": 1.3}
-    pace = " 1.23 M tokens/s  wait  1%  step 42.1 ms (p95 1.30 s)"
+    line = {
+        "examples_per_s": 1234.5,
+        "tokens_per_s": 1_234_567,
+        "data_wait": 0.014,
+        "step_p50": 0.0421,
+        "step_p95": 1.3,
+    }
+    pace = "  1,234 examples,  1.23 M tokens/s  wait  1%  step 42.1 ms (p95 1.30 s)"
     assert shown(line) == (pace, "")
     for slower, remark in ((0.09, ""), (0.12, "slowest rank 11: +12% data")):
         assert shown({**line, "slowest": {"rank": 11, "host": "b", "slower": slower, "by": "data"}}) == (pace, remark)

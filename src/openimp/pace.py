@@ -145,8 +145,8 @@ def advice(recipe: Recipe, modalities: Mapping[str, Modality], name: str, rare: 
 
 def shown(line: Mapping[str, Any]) -> tuple[str, str]:
     """A line's pace for people, and the slowest process if it is notably slower."""
-    pace = f"{short(line['tokens_per_s']):>7} tokens/s  wait {line['data_wait']:3.0%}"
-    pace = f"{pace}  step {_brief(line['step_p50'])} (p95 {_brief(line['step_p95'])})"
+    pace = f"{line['examples_per_s']:7,.0f} examples, {short(line['tokens_per_s']):>7} tokens/s"
+    pace = f"{pace}  wait {line['data_wait']:3.0%}  step {_brief(line['step_p50'])} (p95 {_brief(line['step_p95'])})"
     last = line.get("slowest")
     if last is None or last["slower"] < NOTABLE:
         return pace, ""

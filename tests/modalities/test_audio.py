@@ -151,6 +151,9 @@ NO_SOUND = {
     "infinite": np.array([np.inf, 0.0]),
     "whole numbers": np.zeros(9, np.int64),
     "an empty array": np.zeros(0),
+    "channels first": np.zeros((2, 9000)),
+    "a WAV cut short": file(sine(440))[:-200],
+    "an AIFF cut short": file(sine(440), form="AIFF")[:-200],
 }
 
 

@@ -194,6 +194,15 @@ def test_what_is_no_film_is_bad_media(raw):
     assert "\n" not in str(error.value)
 
 
+def test_an_avi_cut_short_is_bad_media(tmp_path):
+    path = tmp_path / "x.avi"
+    path.write_bytes(film(rng().integers(0, 256, (9, 32, 48, 3), dtype=np.uint8), "avi"))
+    assert len(VIDEO.decode(str(path), [Video.View()])) == 9
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BadMedia, match="truncated"):
+        VIDEO.decode(str(path), [Video.View()])
+
+
 def test_a_film_cut_short_behind_its_index_is_bad_media(tmp_path):
     path = tmp_path / "x.mp4"
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:

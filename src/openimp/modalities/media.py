@@ -2,9 +2,10 @@
 shown, patches on a grid, DropToken."""
 
 import io
+import os
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -17,6 +18,10 @@ from openimp.modalities import BadMedia
 CONTAINERS = (
     "mov,mp4,matroska,webm,avi,mpeg,mpegvideo,mpegts,flv,ogg,asf,h264,hevc,mjpeg,jpeg_pipe,aac,aiff,caf,mp3,wav"
 )
+LENGTHS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}
+"""First bytes of the files that say how long they are, and in what order of bytes."""
+SLACK = 64
+"""Bytes by which programs are known to count wrong."""
 SHOWN = 128
 """Pixels of the longer side of a frame that a person is shown, where its view is larger."""
 
@@ -25,17 +30,31 @@ def readable(raw: Any) -> io.BytesIO | str:
     """What a decoder can open: a file name, or bytes as a file.
 
     Raises:
-        BadMedia: no regular file (a pipe could block for ever), no bytes, or neither.
+        BadMedia: no regular file (a pipe could block for ever), no bytes, neither, or fewer bytes than it says.
     """
     if isinstance(raw, bytes | bytearray | memoryview):
         if not len(raw):
             raise BadMedia("no bytes")
+        _check_length(bytes(raw[:8]), len(raw))
         return io.BytesIO(raw)
     if isinstance(raw, str | Path):
         if not Path(raw).is_file():
             raise BadMedia("no such file")
+        with Path(raw).open("rb") as file:
+            _check_length(file.read(8), os.fstat(file.fileno()).st_size)
         return str(raw)
     raise BadMedia(f"expected bytes, a path or an array, found {type(raw).__name__}")
+
+
+def _check_length(head: bytes, size: int) -> None:
+    """Raises BadMedia for a WAV, AVI, WebP or AIFF file that was cut: decoders give what is left of sound and clip.
+
+    Who writes to a pipe cannot know the length, and writes the largest number or none.
+    """
+    if head[:4] in LENGTHS and len(head) == 8:
+        claimed = int.from_bytes(head[4:], LENGTHS[head[:4]])
+        if size + SLACK < claimed < 2**31 - 2**16:
+            raise BadMedia(f"truncated: {size:,} bytes of {claimed + 8:,}")
 
 
 def reason(error: Exception) -> str:
