@@ -11,9 +11,8 @@ from openimp.recipe import Recipe
 from openimp.recipe_file import flat
 
 FREE = {"train.workers", "train.prefetch", "train.log_every", "train.save_every", "train.keep", "train.max_bad"}
-FREE |= {"batch.micro", "batch.recompute", "train.init"}
-"""Keys that change nothing of what a resumed run computes, like all of `evaluation` and `parallel`; the first weights
-are those of its checkpoint."""
+FREE |= {"batch.micro", "batch.recompute"}
+"""Keys that change nothing of what a resumed run computes, like all of `evaluation` and `parallel`."""
 
 
 def resumable(recipe: Recipe, run: Path, loop: str) -> Path:
