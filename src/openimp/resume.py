@@ -10,8 +10,8 @@ from openimp.progress import console
 from openimp.recipe import Recipe
 from openimp.recipe_file import flat
 
-FREE = {"train.workers", "train.prefetch", "train.log_every", "train.save_every", "train.keep", "train.max_bad"}
-FREE |= {"batch.micro", "batch.recompute"}
+FREE = {"train.workers", "train.prefetch", "train.log_every", "train.save_every", "train.keep", "train.max_bad",
+        "batch.micro", "batch.recompute"}  # fmt: skip
 """Keys that change nothing of what a resumed run computes, like all of `evaluation` and `parallel`."""
 
 
