@@ -141,16 +141,16 @@ class Training:
         if run.exists() and not run.is_dir():
             raise UserError(f"{run}: is a file; name a directory with --run")
         saved, job = bool(common_checkpoints(run)), run / "torchrun.job"
-        written = run / "recipe.yaml"
-        # Without anything else of a run there it is of one that died while it began, or what somebody wrote.
-        alone = written.exists() and not saved and not (run / "tensorboard").exists()
-        if alone and written.read_text(encoding="utf-8", errors="replace") != recipe.to_yaml():
-            raise UserError(f"{written}: a run would write over it; name another directory with --run")
+        recipe_file = run / "recipe.yaml"
+        begun = saved or (run / "tensorboard").exists()
+        # Else it is of a run that died before it began, or what somebody wrote by hand.
+        if recipe_file.exists() and not begun and recipe_file.read_text("utf-8", "replace") != recipe.to_yaml():
+            raise UserError(f"{recipe_file}: a run would write over it; name another directory with --run")
         # Not after a start that was refused, which torchrun repeats too.
         again = distributed.restarted() and job.exists() and job.read_text(encoding="utf-8") == distributed.job()
         if resume == "auto" or again:
             resume = saved  # A run that died before it saved any loses nothing when it starts anew.
-        elif written.exists():
+        elif recipe_file.exists():
             if not saved:
                 raise UserError(
                     f"{run}: holds a run that saved no checkpoint; start it anew with --resume auto, or name another "
@@ -202,7 +202,7 @@ class Training:
         distributed.wait()  # Until none looks for a run that is there already.
         if distributed.rank() == 0:
             run.mkdir(parents=True, exist_ok=True)
-            written.write_text(recipe.to_yaml(), encoding="utf-8")
+            recipe_file.write_text(recipe.to_yaml(), encoding="utf-8")
             if distributed.job():
                 job.write_text(distributed.job(), encoding="utf-8")
         self.metrics = Metrics(run, self.step, state.get("totals"))
@@ -384,10 +384,11 @@ class Training:
     def _print_plan(self) -> None:
         console.print(mixture_table(self.recipe, self.costs))
         parameters = sum(p.numel() for p in self.model.parameters())
-        bf16 = precision_of(self.device, self.recipe.train.precision)
+        how: str = precision_of(self.device, self.recipe.train.precision)
         size = f"{parameters / 1e6:.2f}M parameters"
-        how = f"{bf16}, compiled for {len(self._signatures())} signatures" if self.compile else bf16
-        if self.recipe.train.compile and not self.compile:
+        if self.compile:
+            how += f", compiled for {len(self._signatures())} signatures"
+        elif self.recipe.train.compile:
             how += ", not compiled, which is for one process"
         console.print(f"{self.recipe.name}: {size} on {self.device.type}, {how}, into {self.run}", soft_wrap=True)
         warmup, steps = self.recipe.optimizer.warmup, self.recipe.train.steps

@@ -534,7 +534,6 @@ def url(tmp_path, request):
     if request.param == "file":
         yield tmp_path.as_uri()
         return
-    pytest.importorskip("aiohttp", reason="fsspec needs it for HTTP")
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args) -> None:

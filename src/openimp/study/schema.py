@@ -71,8 +71,8 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _arms_can_be(self) -> "Study":
-        _check_twice("seeds", self.seeds)
-        _check_twice("clip_benchmark", self.clip_benchmark)
+        _check_distinct("seeds", self.seeds)
+        _check_distinct("clip_benchmark", self.clip_benchmark)
         alike: dict[str, str] = {}
         for name in self.arms:
             if {"/", "\\"} & set(name):  # Arms name folders, which are removed if a training left nothing in them.
@@ -89,7 +89,7 @@ class Study(Strict):
                     raise ValueError(f"arm {name!r}: each of its models needs tasks of its own, which share the FLOPs")
                 seen += part.tasks
         for name, part in ((name, part) for name, parts in self.arms.items() for part in parts):
-            _check_twice(f"arm {name!r}: tasks", part.tasks or [])
+            _check_distinct(f"arm {name!r}: tasks", part.tasks or [])
             if self.conflict and (part.summed or part.two_towers or part.tasks):
                 raise ValueError(f"conflict compares all tasks' gradients on one encoder, which arm {name!r} has not")
             if part.summed and part.two_towers:
@@ -97,7 +97,7 @@ class Study(Strict):
         return self
 
 
-def _check_twice(where: str, given: Sequence[Any]) -> None:
+def _check_distinct(where: str, given: Sequence[Any]) -> None:
     for item in given:
         if given.count(item) > 1:
             raise ValueError(f"{where}: {item!r} is given twice")
