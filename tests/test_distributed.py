@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openimp import distributed, parallel
+from openimp import distributed, parallel, shared_memory
+from openimp.checkpoint import moments_of
 from openimp.data.loader import make_loader
 from openimp.metrics import read_lines
 from openimp.recipe import Recipe
@@ -64,6 +66,12 @@ def gradients(training: Training) -> dict[str, Tensor]:
             training.model.zero_grad()
     if training.recipe.optimizer.muon_lr:
         training.update(training.data[0])
+        hidden = [parallel.whole(matrix.detach()) for matrix in training.model.hidden_matrices()]
+        updates = distributed.total(sum(len(group["params"]) for group in training.optimizers[1].param_groups))
+        copies = training.recipe.parallel.shard == 1
+        assert updates == len(hidden) * (1 if copies else distributed.world())
+        sums = distributed.told_to_all([float(sum(matrix.double().sum() for matrix in hidden))])
+        assert len({*sums}) == 1
         found |= {
             f"named {i} updated": parallel.whole(w.detach()) for i, w in enumerate(training.model.hidden_matrices())
         }
@@ -107,8 +115,10 @@ def alone(little_data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_have_the_gradients_of_one(little_data, alone, tmp_path, processes):
-    subprocess.run(torchrun(processes, __file__, little_data, tmp_path), check=True, capture_output=True, timeout=300)
+@pytest.mark.parametrize("backend", ["gloo", shared_memory.NAME])
+def test_processes_have_the_gradients_of_one(little_data, alone, tmp_path, processes, backend):
+    command = torchrun(processes, __file__, little_data, tmp_path, backend)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     for name in CASES:
         expected, found = (load_file(folder / f"{name}.safetensors") for folder in (alone, tmp_path))
         assert found.keys() == expected.keys()
@@ -168,6 +178,23 @@ def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, tmp
             assert line["samples"] == other["samples"]
         (first, *_), (same, *_) = (read_lines(folder / "results.jsonl") for folder in (one, run))
         assert same["top1"] == first["top1"]
+
+
+def test_moments_that_one_of_two_processes_has_are_saved_and_go_on_in_one(little_data, tmp_path):
+    run, changes = tmp_path / "run", [*COMMON, "evaluation={}", "train.steps=4", "optimizer.muon_lr=1e-2"]
+    command = ["-m", "openimp", "train", little_data / "recipe.yaml", "--run-dir", run, "--set", "parallel.shard=1"]
+    for change in changes:
+        command += ["--set", change]
+    subprocess.run(torchrun(2, *command), check=True, capture_output=True, timeout=300)
+    saved = [load_file(file) for file in sorted((run / "checkpoints" / "step-00000004").glob("optimizer-*"))]
+    of_muon = [{name for name in part if name.endswith("|momentum_buffer")} for part in saved]
+    assert all(of_muon)
+    training = Training(Recipe.load(little_data / "recipe.yaml", changes), run, resume=True)
+    moments = moments_of(training.model, training.optimizers)
+    assert {name for name in moments if name.endswith("|momentum_buffer")} == set.union(*of_muon)
+    assert len(of_muon[0]) + len(of_muon[1]) == len(set.union(*of_muon)) > len(training.model.hidden_matrices()) // 2
+    for part, names in zip(saved, of_muon):
+        assert all(torch.equal(moments[name], part[name]) and moments[name].any() for name in names)
 
 
 @pytest.mark.parametrize(
@@ -237,5 +264,9 @@ def test_an_evaluation_that_fails_in_the_first_process_ends_all_and_loses_no_ste
 if __name__ == "__main__":
     torch.set_num_threads(1)
     parallel.TOGETHER = 2**12  # So that a small model's gradients leave in several pieces too, and not at the end.
-    write_gradients(Path(sys.argv[1]), Path(sys.argv[2]))
+    folder, out, backend = sys.argv[1:]
+    if backend == "gloo":
+        del os.environ["LOCAL_WORLD_SIZE"]  # As if torchrun had started others elsewhere.
+    write_gradients(Path(folder), Path(out))
+    assert dist.get_backend() == backend
     distributed.leave()

@@ -227,7 +227,8 @@ def load_training(
         parameter = parameters[name]
         # A count lives beside the moments, for the optimisers are fused.
         moments[key] = torch.zeros((), device=parameter.device) if field == "step" else torch.empty_like(parameter)
-        owner[parameter].state.setdefault(parameter, {})[field] = moments[key]
+        if parameter in owner:  # Else another process updates it.
+            owner[parameter].state.setdefault(parameter, {})[field] = moments[key]
     load(folder, "optimizer", moments)
     return read_state(folder)
 

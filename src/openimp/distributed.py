@@ -1,8 +1,9 @@
 """Many processes, as torchrun starts them: one group, and what all of them must know.
 
-In a single process each function here gives back what it got. Nothing else but `parallel` and `dcp` imports
-torch.distributed. Every process takes the same steps, each with its part of a step's batch, so all of them call these
-functions in the same order. What does not keep to that order, such as a save in the background, has a group of its own.
+In a single process each function here gives back what it got. Nothing else but `parallel`, `shared_memory` and `dcp`
+imports torch.distributed. Every process takes the same steps, each with its part of a step's batch, so all of them call
+these functions in the same order. What does not keep to that order, such as a save in the background, has a group of
+its own.
 """
 
 import json
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from openimp import shared_memory
 from openimp.errors import UserError
 
 T = TypeVar("T")
@@ -59,7 +61,7 @@ def start() -> torch.device:
             raise UserError(f"RANK is set, as for one of several processes, but {error}; use torchrun") from None
         # Otherwise processes would find the addresses of an earlier start, or an earlier training, in torchrun's store.
         _store = dist.PrefixStore(_name_of_start(store, number, processes), store)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if cuda else shared_memory.backend()
         dist.init_process_group(
             backend, store=_store, rank=number, world_size=processes, timeout=PATIENCE,
             device_id=device if cuda else None,

@@ -34,11 +34,13 @@ class Cost:
         examples: of the batch, over all processes.
         tokens: that enter the encoder, over all modalities.
         flops: forward and backward.
+        touched: names of the parameters that get a gradient.
     """
 
     examples: int
     tokens: int
     flops: int
+    touched: frozenset[str]
 
 
 def costs(
@@ -79,7 +81,9 @@ def _count(
                 encode = in_pieces(model.encode, recipe.batch.micro)
                 losses(model, task, batch, encode).total.backward()
             tokens = sum(t.coords.shape[0] * t.coords.shape[1] for t in batch.tokens.values())
-            found[name, i] = Cost(view.batch or task.batch, tokens, counter.get_total_flops())
+            touched = frozenset(name for name, weight in model.named_parameters() if weight.grad is not None)
+            model.zero_grad()
+            found[name, i] = Cost(view.batch or task.batch, tokens, counter.get_total_flops(), touched)
     return found
 
 

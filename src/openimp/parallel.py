@@ -3,7 +3,7 @@
 In a single process nothing is exchanged. A tensor of which this process has a part is a DTensor.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,11 +25,15 @@ class Copies:
     processes, whose graphs are the same, and brings nothing of what the step's task does not touch.
     """
 
-    def __init__(self, group: Group | None, parameters: Iterable[nn.Parameter]) -> None:
-        self.group, self.processes = group, dist.get_world_size(group)
+    def __init__(self, group: Group, parameters: Iterable[nn.Parameter]) -> None:
+        self.group = group
+        self.options = dist.AllreduceCoalescedOptions()
+        # Some versions of gloo give a wrong mean.
+        self.divided = dist.get_backend(group) != "gloo"
+        self.options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG if self.divided else dist.ReduceOp.SUM)
         self.ready: list[Tensor] = []
-        self.sent: list[tuple[Any, Tensor, list[Tensor]]] = []
-        for parameter in parameters if self.processes > 1 else ():
+        self.sent: list[tuple[Any, list[Tensor]]] = []
+        for parameter in parameters if group.size() > 1 else ():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._add)
 
@@ -40,8 +44,7 @@ class Copies:
             self._send()
 
     def _send(self) -> None:
-        flat = torch.cat([gradient.flatten() for gradient in self.ready])
-        self.sent.append((dist.all_reduce(flat, group=self.group, async_op=True), flat, self.ready))
+        self.sent.append((self.group.allreduce_coalesced(self.ready, self.options), self.ready))
         self.ready = []
 
     def average(self) -> None:
@@ -49,17 +52,67 @@ class Copies:
         if self.ready:
             self._send()
         sent, self.sent = self.sent, []
-        for work, flat, gradients in sent:
+        for work, gradients in sent:
             work.wait()
-            flat /= self.processes
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
+            if not self.divided:
+                torch._foreach_div_(gradients, self.group.size())
 
 
 def average_gradients(copies: Iterable[Copies]) -> None:
     """`Copies.average` of all."""
     for group in copies:
         group.average()
+
+
+class Dealt:
+    """Matrices that all processes have alike, of which each updates its share and lets the others have it: an update
+    that takes long, such as Muon's, is not made once in every process. Where processes have parts, all is their own.
+
+    Args:
+        steps: what each kind of step updates, so that no process does the work of one for the others.
+
+    Attributes:
+        own: those that this process updates.
+    """
+
+    def __init__(self, matrices: Iterable[Tensor], steps: Iterable[Collection[Tensor]]) -> None:
+        matrices = list(matrices)
+        self.shares = deal(matrices, steps, 1 if any(map(is_part, matrices)) else world())
+        self.own = self.shares[rank() % len(self.shares)]
+
+    def exchange(self) -> None:
+        """Gets what the others have updated: the matrices that have a gradient."""
+        if len(self.shares) == 1:
+            return
+        updated = [[matrix.detach() for matrix in share if matrix.grad is not None] for share in self.shares]
+        most = max(sum(matrix.numel() for matrix in share) for share in updated)
+        own = torch.cat([*(matrix.flatten() for matrix in updated[rank()]), self.shares[0][0].new_empty(most)])[:most]
+        found = [torch.empty_like(own) for _ in updated]
+        dist.all_gather(found, own)
+        for number, (flat, share) in enumerate(zip(found, updated)):
+            if number != rank():
+                sizes = [matrix.numel() for matrix in share]
+                parts = flat[: sum(sizes)].split(sizes)
+                torch._foreach_copy_(share, [part.view_as(matrix) for part, matrix in zip(parts, share)])
+
+
+def deal(matrices: Iterable[Tensor], steps: Iterable[Collection[Tensor]], processes: int) -> list[list[Tensor]]:
+    """Matrices in as many shares as there are processes, alike in the work that each kind of step makes of them: the
+    largest first, each to the process that has least to do in the steps that update it."""
+    shares: list[list[Tensor]] = [[] for _ in range(processes)]
+    loads = [(step, [0] * processes) for step in steps]
+    for matrix in sorted(matrices, key=_work, reverse=True):
+        of_it = [load for step, load in loads if matrix in step]
+        least = min(range(processes), key=lambda process: sum(load[process] for load in of_it))
+        shares[least].append(matrix)
+        for load in of_it:
+            load[least] += _work(matrix)
+    return shares
+
+
+def _work(matrix: Tensor) -> int:
+    """To orthogonalise it, about."""
+    return matrix.numel() * min(matrix.shape)
 
 
 class Layout(NamedTuple):
@@ -160,7 +213,8 @@ def spread(
     if layout.shard == 1:
         model.to(device)  # Before hooks are put on the parameters: torch makes new ones of DTensors here.
         apart = set(dealt)
-        copies = [Copies(dist.group.WORLD, [weight for weight in model.parameters() if weight not in apart])]
+        alike = (weight for weight in model.parameters() if weight not in apart)
+        copies = [Copies(cast(Group, dist.group.WORLD), alike)]
         return [*copies, Copies(expert_mesh.get_group("replicate"), dealt)] if dealt else copies
     # Experts that are dealt out are cut along their second dimension. So are others: FSDP2 pads a first dimension to a
     # part a process, and of few experts many processes would gather mostly padding.

@@ -5,13 +5,13 @@ does: weights, gradients and moments in fp32, held as the recipe's `parallel` sa
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openimp.alternation import Alternation
 from openimp.device import Precision
@@ -22,8 +22,7 @@ from openimp.memory import StepMemory, keep_own_experts, step_memory
 from openimp.modalities import Modality
 from openimp.model.imp import IMP, pairs_of
 from openimp.objectives import BLOCK
-from openimp.optim import make_optimizers
-from openimp.parallel import Layout
+from openimp.parallel import Layout, deal
 from openimp.recipe import Classification, Recipe, Task
 from openimp.registry import modality_class
 
@@ -140,26 +139,22 @@ class Shares:
         self.layout = layout
         self._experts = {weight for module in model.experts() for weight in module.parameters()}
 
-    def held(self, weights: Iterable[nn.Parameter]) -> int:
+    def held(self, weights: Iterable[Tensor]) -> int:
         """Of weights themselves."""
         return sum(4 * weight.numel() // self._parts(weight) for weight in weights)
 
-    def gathered(self, weights: Iterable[nn.Parameter]) -> int:
+    def gathered(self, weights: Iterable[Tensor]) -> int:
         """Received, to have them whole; and to have one's part of the sum of their gradients."""
         return sum(others(4 * weight.numel(), self._parts(weight)) for weight in weights)
 
-    def summed(self, weights: Iterable[nn.Parameter]) -> int:
+    def summed(self, weights: Iterable[Tensor]) -> int:
         """Received, to sum the gradients of the parts that it holds over all copies: an all-reduce in a ring."""
         return sum(2 * others(self.held([weight]), self._copies(weight)) for weight in weights)
 
-    def copied(self, weights: Iterable[nn.Parameter]) -> int:
-        """Of the buffer in which gradients of whole weights are summed."""
-        return self.held(weight for weight in weights if self._copies(weight) > 1)
-
-    def _parts(self, weight: nn.Parameter) -> int:
+    def _parts(self, weight: Tensor) -> int:
         return self.layout.sizes[1] if weight in self._experts else self.layout.shard
 
-    def _copies(self, weight: nn.Parameter) -> int:
+    def _copies(self, weight: Tensor) -> int:
         return self.layout.sizes[0] if weight in self._experts else self.layout.processes // self.layout.shard
 
 
@@ -201,14 +196,15 @@ def plan(
     layout.check(weight for module in model.experts() for weight in module.parameters())
     keep_own_experts(model, layout.owners)
     shares = Shares(layout, model)
-    held = {"parameters": shares.held(model.parameters()), "optimiser": _optimiser_bytes(recipe, model, shares)}
+    dealt = _dealt(recipe, model, layout, by_view.values())
+    held = {"parameters": shares.held(model.parameters()), "optimiser": _optimiser_bytes(recipe, model, shares, dealt)}
     steps = {}
     for (name, view), cost in by_view.items():
         counted = step_memory(recipe, modalities, classes, name, view, precision, gpus=gpus, owners=layout.owners)
         task = recipe.tasks[name]
         compared = _compared(task, cost.examples)
         memory = _memory(model, shares, counted, compared, precision)
-        received = _received(recipe, model, shares, task, cost.examples, counted, compared)
+        received = _received(recipe, model, shares, task, cost.examples, counted, compared, dealt)
         steps[name, view] = Step(cost, held | {"inputs": counted.inputs} | memory, received)
     return Plan(GPUS[gpu], gpus, mfu, parameters, used, steps, Alternation(recipe).visits())
 
@@ -245,13 +241,20 @@ def others(size: int, among: int) -> int:
     return size * (among - 1) // among
 
 
-def _optimiser_bytes(recipe: Recipe, model: IMP, shares: Shares) -> int:
+def _dealt(recipe: Recipe, model: IMP, layout: Layout, by_view: Iterable[Cost]) -> list[list[Tensor]]:
+    """The matrices that Muon updates on each GPU; where they are in shards, all on each."""
+    named = dict(model.named_parameters())
+    hidden = [matrix for matrix in model.hidden_matrices() if recipe.optimizer.muon_lr]
+    steps = [{named[name] for name in cost.touched} for cost in by_view]
+    return deal(hidden, steps, layout.processes if layout.shard == 1 else 1)
+
+
+def _optimiser_bytes(recipe: Recipe, model: IMP, shares: Shares, dealt: Sequence[Sequence[Tensor]]) -> int:
     """AdamW's two moments, Muon's one, and the averaged weights, in fp32."""
     size = shares.held(model.parameters()) if recipe.optimizer.ema else 0
-    for optimizer in make_optimizers(recipe.optimizer, model):
-        moments = 1 if isinstance(optimizer, torch.optim.Muon) else 2
-        size += moments * sum(shares.held(group["params"]) for group in optimizer.param_groups)
-    return size
+    by_muon = {matrix for share in dealt for matrix in share}
+    size += 2 * shares.held(weight for weight in model.parameters() if weight not in by_muon)
+    return size + max(map(shares.held, dealt))
 
 
 def _compared(task: Task, examples: int) -> Compared:
@@ -281,10 +284,8 @@ def _memory(
     gathered = 0 if gpus == 1 else 8 * model.config.embed_dim * compared.rows
     gathered += SIMILARITY * min(BLOCK, others(compared.similarities, gpus) // gpus)
     if shares.layout.shard == 1:
-        step = counted.peak + Counter(gathered=gathered)
-        exchange = Counter(gradients=shares.held(touched), gathered=shares.copied(touched))
-        most = max(step, exchange, key=Counter.total)
-        return {part: most[part] for part in PARTS}
+        peak = counted.peak + Counter(gathered=gathered)
+        return {part: peak[part] for part in PARTS}
     blocks = [count(block) for block in model.blocks()]
     # What stands outside of the blocks, one block and the next, and one block's gradients, before and summed.
     gathered += 4 * (count(model) - sum(blocks) + 2 * max(blocks)) + 8 * max(blocks)
@@ -294,11 +295,18 @@ def _memory(
 
 
 def _received(
-    recipe: Recipe, model: IMP, shares: Shares, task: Task, examples: int, counted: StepMemory, compared: Compared
+    recipe: Recipe,
+    model: IMP,
+    shares: Shares,
+    task: Task,
+    examples: int,
+    counted: StepMemory,
+    compared: Compared,
+    dealt: Sequence[Sequence[Tensor]],
 ) -> dict[str, int]:
     """Bytes that one GPU receives in a step, by connection; docs/plan.md."""
     gpus, shard, owners = shares.layout
-    touched = [weight for name, weight in model.named_parameters() if name in counted.touched]
+    touched = {weight: None for name, weight in model.named_parameters() if name in counted.touched}
     in_blocks = {weight for block in model.blocks() for weight in block.parameters()}
     outside = [weight for weight in model.parameters() if weight not in in_blocks]
     among: Counter[int] = Counter()  # So many consecutive GPUs.
@@ -313,6 +321,8 @@ def _received(
     # Vectors, their gradients, and the numbers of their items.
     vectors, numbers = 8 * model.config.embed_dim * compared.rows, 8 * compared.items
     among[gpus] += shares.summed(touched) + others(vectors + numbers, gpus)
+    # What the others have updated, each share padded to the largest one.
+    among[gpus] += (len(dealt) - 1) * max(shares.held(w for w in share if w in touched) for share in dealt)
     received = {"link": 0, "network": 0}
     for span, size in among.items():
         received["link" if gpus <= NODE or NODE % span == 0 else "network"] += size

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,7 +39,13 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving: Future[None] | None = None
 
-    def start(self, step: int, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def start(
+        self,
+        step: int,
+        texts: Mapping[str, str],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        only_here: Collection[str] = (),
+    ) -> None:
         """Copies the tensors to the CPU's memory, once the checkpoint before is in place, and leaves the rest to the
         thread.
 
@@ -47,6 +53,7 @@ class Saver:
             step: after which this is.
             texts: what the first process writes, by file name.
             tensors: whole or sharded ones, by the name of their file.
+            only_here: names of whole ones that no other process has; others all have alike.
 
         Raises:
             NotSaved: the one before could not be written.
@@ -56,7 +63,10 @@ class Saver:
         self.wait()
         first = distributed.rank() == 0
         # What all processes have alike, the first one writes; the others need not copy it.
-        own = ({key: x for key, x in some.items() if first or parallel.is_part(x)} for some in tensors.values())
+        own = (
+            {key: x for key, x in some.items() if first or key in only_here or parallel.is_part(x)}
+            for some in tensors.values()
+        )
         copies = {name: Snapshot(some) for name, some in zip(tensors, own)}
         self._saving = self._thread.submit(self._save, folder_of(self.run, step), texts, copies)
 

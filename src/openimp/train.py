@@ -189,7 +189,7 @@ class Training:
         )  # fmt: skip
         encode = compiled_encode(self.model, len(self._signatures())) if self.compile else self.model.encode
         self.encode = in_pieces(encode, recipe.batch.micro)
-        self.optimizers = make_optimizers(recipe.optimizer, self.model)
+        self.optimizers = make_optimizers(recipe.optimizer, self.model, {cost.touched for cost in self.costs.values()})
         self.averaged: dict[str, Tensor] | None = None
         if recipe.optimizer.ema:
             self.averaged = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
@@ -320,7 +320,8 @@ class Training:
         tensors = {"model": self.model.state_dict(), "optimizer": moments_of(self.model, self.optimizers)}
         if self.averaged is not None:
             tensors["ema"] = self.averaged
-        self.saver.start(self.step, texts, tensors)
+        dealt = moments_of(self.model, [o for o in self.optimizers if isinstance(o, torch.optim.Muon)])
+        self.saver.start(self.step, texts, tensors, only_here=dealt)
         self.saved = self.step
 
     def evaluate(self, progress: Any = None) -> None:
