@@ -37,11 +37,13 @@ class Setting(NamedTuple):
         processes: how many.
         changes: of the recipe, which itself says how they hold the model.
         apart: they are trainings of their own, each of its part of the batch.
+        gloo: they exchange as processes of several machines do.
     """
 
     processes: int
     changes: tuple[str, ...] = ()
     apart: bool = False
+    gloo: bool = False
 
 
 WORKER = "train.workers=1"
@@ -49,6 +51,7 @@ SETTINGS = {
     "1": Setting(1),
     "2": Setting(2),
     "2, exchanging nothing": Setting(2, apart=True),
+    "2, through gloo": Setting(2, gloo=True),
     "4": Setting(4),
     "2, in shards": Setting(2, ("parallel={shard: 2}",)),
     "2, experts apart": Setting(2, ("parallel={shard: 1, experts: 2}",)),
@@ -68,6 +71,8 @@ def examples_per_s(setting: Setting, steps: int, recipe: str) -> float:
             batches |= {f"tasks.{name}.views.{i}.batch": view.batch for i, view in enumerate(task.views) if view.batch}
             changes += [f"{key}={batch // setting.processes}" for key, batch in batches.items()]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.processes)]
+    if setting.gloo:  # What torchrun says of processes that are not all on one machine.
+        torchrun += ["--no-python", "env", "LOCAL_WORLD_SIZE=1", sys.executable]
     together = setting.processes > 1 and not setting.apart
     command = [sys.executable, *(torchrun if together else []), "-m", "openimp", "train", recipe]
     command += [part for change in changes for part in ("--set", change)]

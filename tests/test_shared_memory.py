@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openimp import distributed, shared_memory
+from openimp import distributed, parallel, shared_memory
 
 TYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]
 OPERATIONS = [dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN]
@@ -57,12 +58,35 @@ def compare() -> None:
             assert torch.equal(found, expected)
 
     alike()
+    # In a part of the processes, and in one alone.
+    for members in ([0, 1], [processes - 1]):
+        groups = [dist.new_group(members, backend=name) for name in (shared_memory.NAME, "gloo")]
+        if rank in members:
+            own = torch.arange(2.0 * len(members)).view(len(members), 2) + rank
+            found, expected = (results(own, dist.ReduceOp.SUM, members[-1], some) for some in groups)
+            assert all(map(torch.equal, found, expected))
     # Of tensors that are together larger than a piece, and one that is not contiguous.
     several = [torch.full((n, 3), float(rank)).T for n in (1, 100, 10, 1000)]
     options = dist.AllreduceCoalescedOptions()
     options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG)
     group.allreduce_coalesced(several, options).wait()
     assert all(torch.equal(tensor, torch.full_like(tensor, (processes - 1) / 2)) for tensor in several)
+    # Matrices of which a process may have none to update.
+    matrices = [torch.full((n, n), 1.0) for n in (2, 3)]
+    for matrix in matrices:
+        matrix.grad = torch.ones_like(matrix)
+    dealt = parallel.Dealt(matrices, [{*matrices}])
+    for matrix in dealt.own:
+        matrix += 1
+    dealt.exchange()
+    assert all(bool((matrix == 2).all()) for matrix in matrices)
+    with pytest.raises(dist.DistError, match="do not exchange the same"):
+        dist.all_reduce(torch.zeros(4 + rank), group=dist.new_group())
+    slow = dist.new_group(timeout=timedelta(seconds=0.5))
+    if rank == 0:
+        with pytest.raises(dist.DistError, match="has not come within"):
+            dist.barrier(slow)
+    dist.barrier(gloo)
     print(f"the same in {draws} draws")
 
 
@@ -73,6 +97,8 @@ def results(own: Tensor, operation: Any, source: int, group: Any) -> list[Tensor
     dist.all_reduce(summed, operation, group=group)
     gathered = [torch.empty_like(own) for _ in range(processes)]
     dist.all_gather(gathered, own, group=group)
+    in_one = torch.empty(processes * own.numel(), dtype=own.dtype)
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(in_one, own.flatten(), group=group)
     dist.all_to_all_single(sent, own, group=group)
     dist.broadcast(copied, source, group=group)
     dist.scatter(scattered, list(own) if dist.get_rank() == source else None, source, group=group)
@@ -80,7 +106,7 @@ def results(own: Tensor, operation: Any, source: int, group: Any) -> list[Tensor
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     reduce_scatter(reduced, own.flatten(), operation, group=group)
     dist.barrier(group=group)
-    return [summed, *gathered, sent, copied, scattered, reduced]
+    return [summed, *gathered, in_one, sent, copied, scattered, reduced]
 
 
 def die() -> None:

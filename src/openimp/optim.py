@@ -1,7 +1,7 @@
 """Optimisers and their one schedule."""
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import torch
 
@@ -10,9 +10,7 @@ from openimp.parallel import Dealt, on_one_mesh
 from openimp.recipe import Optimizer, Recipe
 
 
-def make_optimizers(
-    options: Optimizer, model: Embedder, steps: Iterable[Collection[str]] = ()
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(options: Optimizer, model: Embedder, steps: Iterable[Iterable[str]]) -> list[torch.optim.Optimizer]:
     """Fused AdamW, with Muon beside it for the hidden matrices where the recipe asks for it.
 
     Weight decay is for matrices, not for norms, biases and temperatures. Each group keeps its peak learning rate as

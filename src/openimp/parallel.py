@@ -3,7 +3,7 @@
 In a single process nothing is exchanged. A tensor of which this process has a part is a DTensor.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,14 +23,18 @@ class Copies:
 
     What goes together is what the backward pass brings one after the other. It brings them in the same order in all
     processes, whose graphs are the same, and brings nothing of what the step's task does not touch.
+
+    Attributes:
+        ready: gradients that are complete and not yet sent.
+        sent: what waits for gradients that are on their way, and these.
     """
 
     def __init__(self, group: Group, parameters: Iterable[nn.Parameter]) -> None:
         self.group = group
+        # Some versions of gloo give a wrong mean: https://github.com/pytorch/pytorch/issues/162338
+        self.sums = dist.get_backend(group) == "gloo"
         self.options = dist.AllreduceCoalescedOptions()
-        # Some versions of gloo give a wrong mean.
-        self.divided = dist.get_backend(group) != "gloo"
-        self.options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG if self.divided else dist.ReduceOp.SUM)
+        self.options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM if self.sums else dist.ReduceOp.AVG)
         self.ready: list[Tensor] = []
         self.sent: list[tuple[Any, list[Tensor]]] = []
         for parameter in parameters if group.size() > 1 else ():
@@ -54,7 +58,7 @@ class Copies:
         sent, self.sent = self.sent, []
         for work, gradients in sent:
             work.wait()
-            if not self.divided:
+            if self.sums:
                 torch._foreach_div_(gradients, self.group.size())
 
 
@@ -75,7 +79,7 @@ class Dealt:
         own: those that this process updates.
     """
 
-    def __init__(self, matrices: Iterable[Tensor], steps: Iterable[Collection[Tensor]]) -> None:
+    def __init__(self, matrices: Iterable[Tensor], steps: Iterable[Set[Tensor]]) -> None:
         matrices = list(matrices)
         self.shares = deal(matrices, steps, 1 if any(map(is_part, matrices)) else world())
         self.own = self.shares[rank() % len(self.shares)]
@@ -85,22 +89,22 @@ class Dealt:
         if len(self.shares) == 1:
             return
         updated = [[matrix.detach() for matrix in share if matrix.grad is not None] for share in self.shares]
-        most = max(sum(matrix.numel() for matrix in share) for share in updated)
-        own = torch.cat([*(matrix.flatten() for matrix in updated[rank()]), self.shares[0][0].new_empty(most)])[:most]
+        sizes = [[matrix.numel() for matrix in share] for share in updated]
+        own = self.shares[0][0].new_empty(max(map(sum, sizes)))
+        own[: sum(sizes[rank()])] = torch.cat([own[:0], *(matrix.flatten() for matrix in updated[rank()])])
         found = [torch.empty_like(own) for _ in updated]
         dist.all_gather(found, own)
-        for number, (flat, share) in enumerate(zip(found, updated)):
-            if number != rank():
-                sizes = [matrix.numel() for matrix in share]
-                parts = flat[: sum(sizes)].split(sizes)
+        for number, share in enumerate(updated):
+            if share and number != rank():
+                parts = found[number][: sum(sizes[number])].split(sizes[number])
                 torch._foreach_copy_(share, [part.view_as(matrix) for part, matrix in zip(parts, share)])
 
 
-def deal(matrices: Iterable[Tensor], steps: Iterable[Collection[Tensor]], processes: int) -> list[list[Tensor]]:
-    """Matrices in as many shares as there are processes, alike in the work that each kind of step makes of them: the
-    largest first, each to the process that has least to do in the steps that update it."""
+def deal(matrices: Iterable[Tensor], steps: Iterable[Set[Tensor]], processes: int) -> list[list[Tensor]]:
+    """Matrices in as many shares as there are processes: the largest first, each to the process that has least to do in
+    the kinds of steps that update it."""
     shares: list[list[Tensor]] = [[] for _ in range(processes)]
-    loads = [(step, [0] * processes) for step in steps]
+    loads = [(step, [0] * processes) for step in dict.fromkeys(map(frozenset, steps))]
     for matrix in sorted(matrices, key=_work, reverse=True):
         of_it = [load for step, load in loads if matrix in step]
         least = min(range(processes), key=lambda process: sum(load[process] for load in of_it))

@@ -5,7 +5,7 @@ does: weights, gradients and moments in fp32, held as the recipe's `parallel` sa
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, NamedTuple
@@ -203,7 +203,7 @@ def plan(
         counted = step_memory(recipe, modalities, classes, name, view, precision, gpus=gpus, owners=layout.owners)
         task = recipe.tasks[name]
         compared = _compared(task, cost.examples)
-        memory = _memory(model, shares, counted, compared, precision)
+        memory = _memory(model, shares, counted, compared, precision, dealt)
         received = _received(recipe, model, shares, task, cost.examples, counted, compared, dealt)
         steps[name, view] = Step(cost, held | {"inputs": counted.inputs} | memory, received)
     return Plan(GPUS[gpu], gpus, mfu, parameters, used, steps, Alternation(recipe).visits())
@@ -274,17 +274,31 @@ def _compared(task: Task, examples: int) -> Compared:
     return Compared(heads, rows, items, similarities)
 
 
+def _largest(shares: Shares, dealt: Sequence[Sequence[Tensor]], touched: Container[Tensor]) -> int:
+    """Bytes of Muon's matrices that the largest share has of those that a step touches; others are padded to it."""
+    return max(shares.held(matrix for matrix in share if matrix in touched) for share in dealt)
+
+
 def _memory(
-    model: IMP, shares: Shares, counted: StepMemory, compared: Compared, precision: Precision
+    model: IMP,
+    shares: Shares,
+    counted: StepMemory,
+    compared: Compared,
+    precision: Precision,
+    dealt: Sequence[Sequence[Tensor]],
 ) -> dict[str, int]:
     """Bytes beyond weights and moments that one GPU holds in a step; docs/plan.md."""
     gpus = shares.layout.processes
-    touched = [weight for name, weight in model.named_parameters() if name in counted.touched]
+    touched = {weight: None for name, weight in model.named_parameters() if name in counted.touched}
     # The vectors of all GPUs and their gradients, and similarities with those of the others.
     gathered = 0 if gpus == 1 else 8 * model.config.embed_dim * compared.rows
     gathered += SIMILARITY * min(BLOCK, others(compared.similarities, gpus) // gpus)
     if shares.layout.shard == 1:
-        peak = counted.peak + Counter(gathered=gathered)
+        # While gradients wait for the next step, Muon's matrices are exchanged: one's own share, and all.
+        update = Counter(gradients=shares.held(touched), gathered=(1 + len(dealt)) * _largest(shares, dealt, touched))
+        peak = max(
+            counted.peak + Counter(gathered=gathered), update if len(dealt) > 1 else Counter(), key=Counter.total
+        )
         return {part: peak[part] for part in PARTS}
     blocks = [count(block) for block in model.blocks()]
     # What stands outside of the blocks, one block and the next, and one block's gradients, before and summed.
@@ -321,8 +335,7 @@ def _received(
     # Vectors, their gradients, and the numbers of their items.
     vectors, numbers = 8 * model.config.embed_dim * compared.rows, 8 * compared.items
     among[gpus] += shares.summed(touched) + others(vectors + numbers, gpus)
-    # What the others have updated, each share padded to the largest one.
-    among[gpus] += (len(dealt) - 1) * max(shares.held(w for w in share if w in touched) for share in dealt)
+    among[gpus] += (len(dealt) - 1) * _largest(shares, dealt, touched)
     received = {"link": 0, "network": 0}
     for span, size in among.items():
         received["link" if gpus <= NODE or NODE % span == 0 else "network"] += size

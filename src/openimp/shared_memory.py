@@ -1,8 +1,8 @@
 """A process group for the processes of one machine without GPUs: tensors go through memory that all of them see.
 
-gloo sends them through TCP, in threads of its own: where all cores compute, 14 MB of gradients cost 11 ms of them and
-each meeting of the processes a quarter of one. Here a process writes into its own memory, which the others have mapped,
-meets them, and reads theirs: 2.5 ms, and a hundredth of one. A collective is done when its call returns.
+gloo sends them through TCP, in threads of its own, which take time from those that compute. Here a process writes into
+memory of its own, which the others have mapped, meets them, and reads theirs. A collective is done when its call
+returns.
 
 Shape suffixes: P processes, N numbers.
 """
@@ -14,6 +14,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,9 @@ from torch.distributed import ReduceOp
 NAME = "shared_memory"
 PIECE = 2**20
 """Bytes that a process shows to the others at once: few enough to be in the processor's cache when they are read."""
-LOOKS = 100
+SPINS = 100
 """How often a process looks whether another one has come before it sleeps: about as long as waking up takes."""
+MESSAGE = struct.Struct("q")
 REDUCE: dict[Any, Callable[..., Tensor]] = {
     ReduceOp.SUM: torch.add,
     ReduceOp.AVG: torch.add,
@@ -33,6 +35,17 @@ REDUCE: dict[Any, Callable[..., Tensor]] = {
 }
 
 _PROCESS_GROUP: Any = dist.ProcessGroup  # Its stubs have all the ways to call it, of which torch itself takes one.
+_groups: "WeakSet[SharedMemory]" = WeakSet()
+
+
+def _part() -> None:
+    for group in _groups:
+        group.shutdown()
+
+
+if hasattr(os, "register_at_fork"):
+    # Else the connections of a process that died would live on in the loader's workers, which are forked.
+    os.register_at_fork(after_in_child=_part)
 
 
 def backend() -> str:
@@ -63,37 +76,39 @@ class SharedMemory(_PROCESS_GROUP):
         super().__init__(self.number, processes)
         self.name, self.seconds, self.turn = options.group_id, options.timeout.total_seconds(), 0
         self.others: dict[int, socket.socket] = {}
-        # Seen by no other than whom it is sent to, not counted in /dev/shm, and gone with its last process.
-        file = os.memfd_create("openimp", os.MFD_CLOEXEC)
-        os.ftruncate(file, 2 * PIECE)
-        files = {self.number: file}
+        self.pieces: list[Tensor] = []
+        _groups.add(self)
         try:
+            # Seen by no other than whom it is sent to, not counted in /dev/shm, and gone with its last process.
+            file = os.memfd_create("openimp", os.MFD_CLOEXEC)
+            os.ftruncate(file, 2 * PIECE)
+            files = {self.number: file}
             self._connect(options.store, processes)
+            # Those of lower numbers come first, in all processes, so none waits for one that waits for it.
             for other, connection in self.others.items():
                 socket.send_fds(connection, [b"m"], [file])
-                files[other] = socket.recv_fds(connection, 1, 1)[1][0]
+                _, (files[other],), *_ = socket.recv_fds(connection, 1, 1)
                 connection.setblocking(False)
-        except OSError as error:
-            raise dist.DistError(f"processes of this machine do not find each other: {error}") from None
+        except (OSError, ValueError, struct.error) as error:  # Of nothing received, where another one died.
+            raise dist.DistError(f"processes of this machine do not find each other: {error}") from error
         self.pieces = [_mapped(files[number]) for number in range(processes)]
-        os.register_at_fork(after_in_child=self.shutdown)  # Else a dead process' connections live on in its workers.
 
     def _connect(self, store: dist.Store, processes: int) -> None:
-        with socket.socket(socket.AF_UNIX) as listener:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(b"")  # Linux finds a name.
             listener.listen(processes)
             listener.settimeout(self.seconds)
             store.set(f"address {self.number}", listener.getsockname())
             for other in range(self.number):
-                connection = socket.socket(socket.AF_UNIX)
+                connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 connection.connect(store.get(f"address {other}"))
-                connection.send(struct.pack("i", self.number))
+                connection.send(MESSAGE.pack(self.number))
                 self.others[other] = connection
             while len(self.others) < processes - 1:
                 connection, _ = listener.accept()
                 _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
                 if user == os.getuid():
-                    (other,) = struct.unpack("i", connection.recv(4))
+                    (other,) = MESSAGE.unpack(connection.recv(MESSAGE.size))
                     self.others[other] = connection
         for connection in self.others.values():
             connection.settimeout(self.seconds)
@@ -107,36 +122,41 @@ class SharedMemory(_PROCESS_GROUP):
         """Parts from the others."""
         for connection in self.others.values():
             connection.close()
+        self.pieces = []
 
-    def _meet(self) -> None:
+    def _meet(self, size: int = 0) -> None:
+        """Goes on when all have come here, each with as many bytes to show."""
         try:
             for connection in self.others.values():
-                connection.send(b"m")
-            came = all(self._came(connection) for connection in self.others.values())
-        except OSError:
-            came = False
-        if not came:
-            raise dist.DistError("a process died")
+                connection.send(MESSAGE.pack(size))
+            for connection in self.others.values():
+                message = self._received(connection)
+                if not message:
+                    raise ConnectionError
+                if message != MESSAGE.pack(size):
+                    raise dist.DistError("processes do not exchange the same")
+        except ConnectionError:
+            raise dist.DistError("a process died") from None
 
-    def _came(self, connection: socket.socket) -> bool:
-        for _ in range(LOOKS):
+    def _received(self, connection: socket.socket) -> bytes:
+        for _ in range(SPINS):
             try:
-                return connection.recv(1) != b""
+                return connection.recv(MESSAGE.size)
             except BlockingIOError:
                 pass
         waiting = select.poll()
         waiting.register(connection, select.POLLIN)
         if not waiting.poll(1000 * self.seconds):
             raise dist.DistError(f"a process has not come within {self.seconds:.0f} s")
-        return connection.recv(1) != b""
+        return connection.recv(MESSAGE.size)
 
     def _show(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Flat parts, one after the other, of each process; until the next but one call."""
-        numbers = sum(len(part) for part in parts)
+        """Flat parts of one type, one after the other, of each process; until the next but one call."""
+        numbers, dtype = sum(len(part) for part in parts), parts[0].dtype
         self.turn = 1 - self.turn
-        shown = [piece[self.turn].view(parts[0].dtype)[:numbers] for piece in self.pieces]
+        shown = [piece[self.turn].view(dtype)[:numbers] for piece in self.pieces]
         torch.cat(list(parts), out=shown[self.number])
-        self._meet()
+        self._meet(numbers * dtype.itemsize)
         return shown
 
     def _columns(self, own_PN: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -224,7 +244,7 @@ def _mapped(file: int) -> Tensor:
 
 
 def _pieces(flat: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Flat tensors of one type, as many at a time as make a piece, and cut where they are larger."""
+    """Flat tensors, as many at a time as make a piece, and cut where they are larger."""
     parts: list[Tensor] = []
     room = PIECE
     for tensor in flat:

@@ -189,7 +189,7 @@ class Training:
         )  # fmt: skip
         encode = compiled_encode(self.model, len(self._signatures())) if self.compile else self.model.encode
         self.encode = in_pieces(encode, recipe.batch.micro)
-        self.optimizers = make_optimizers(recipe.optimizer, self.model, {cost.touched for cost in self.costs.values()})
+        self.optimizers = make_optimizers(recipe.optimizer, self.model, [cost.touched for cost in self.costs.values()])
         self.averaged: dict[str, Tensor] | None = None
         if recipe.optimizer.ema:
             self.averaged = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
