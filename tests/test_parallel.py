@@ -20,7 +20,7 @@ def test_matrices_are_dealt_out_so_that_each_kind_of_step_is_shared():
     assert sum(matrix.numel() == 64 * 64 for matrix in large) == 2
 
 
-def test_steps_of_one_kind_count_once():
-    a, b, c = (torch.empty(n, n) for n in (8, 7, 6))
-    once, often = ([{a, b, c}, *n * [{a, c}]] for n in (1, 9))
-    assert deal([a, b, c], once, 2) == deal([a, b, c], often, 2)
+def test_kinds_of_steps_count_once_however_many_views_are_of_one():
+    a, b, c, d, e = (torch.empty(n, n) for n in (10, 9, 8, 7, 6))
+    once, often = ([{a, e}, *[{b, c, d, e}] * n] for n in (1, 9))
+    assert deal([a, b, c, d, e], once, 2) == deal([a, b, c, d, e], often, 2) == [[a, b], [c, d, e]]
