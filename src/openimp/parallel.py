@@ -91,7 +91,7 @@ class Dealt:
         updated = [[matrix.detach() for matrix in share if matrix.grad is not None] for share in self.shares]
         sizes = [[matrix.numel() for matrix in share] for share in updated]
         own = self.shares[0][0].new_empty(max(map(sum, sizes)))
-        own[: sum(sizes[rank()])] = torch.cat([own[:0], *(matrix.flatten() for matrix in updated[rank()])])
+        torch.cat([own[:0], *(matrix.flatten() for matrix in updated[rank()])], out=own[: sum(sizes[rank()])])
         found = [torch.empty_like(own) for _ in updated]
         dist.all_gather(found, own)
         for number, share in enumerate(updated):
