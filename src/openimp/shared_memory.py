@@ -13,6 +13,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 from weakref import WeakSet
 
@@ -170,12 +171,11 @@ class SharedMemory(_PROCESS_GROUP):
     def allreduce(self, tensors: list[Tensor], opts: Any) -> Any:
         flat = [tensor.contiguous().view(-1) for tensor in tensors]
         for parts in _pieces(flat):
-            shown, sizes = self._show(parts), [len(part) for part in parts]
-            for part, *of_all in zip(parts, *(one.split(sizes) for one in shown)):
-                _reduce(of_all, part, opts)
-        for tensor, reduced in zip(tensors, flat):
+            reduced = _reduced(self._show(parts), opts)
+            torch._foreach_copy_(parts, list(reduced.split([len(part) for part in parts])))
+        for tensor, found in zip(tensors, flat):
             if not tensor.is_contiguous():
-                tensor.copy_(reduced.view_as(tensor))
+                tensor.copy_(found.view_as(tensor))
         return _done(tensors)
 
     def allgather(self, found: list[list[Tensor]], own: list[Tensor], opts: Any = None) -> Any:
@@ -197,7 +197,7 @@ class SharedMemory(_PROCESS_GROUP):
     def reduce_scatter_single_coalesced(self, found: list[Tensor], own: list[Tensor], opts: Any) -> Any:
         for target, tensor in zip(found, own, strict=True):
             for columns, shown in self._columns(tensor.reshape(self.size(), -1)):
-                _reduce([part[self.number] for part in shown], target.view(-1)[columns], opts)
+                target.view(-1)[columns] = _reduced([part[self.number] for part in shown], opts)
         return _done(found)
 
     def all_to_all_single(
@@ -257,16 +257,11 @@ def _pieces(flat: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     yield parts
 
 
-def _reduce(parts: Sequence[Tensor], out: Tensor, opts: Any) -> None:
-    """In the order of the processes, so that all have the same result, bit for bit."""
-    found, *others = parts
+def _reduced(parts: Sequence[Tensor], opts: Any) -> Tensor:
+    """In the order of the processes, so that all have the same, bit for bit."""
     kind = opts.reduceOp.op
-    for other in others:
-        found = REDUCE[kind](found, other, out=out)
-    if not others:
-        out.copy_(found)
-    if kind == ReduceOp.AVG:
-        out /= len(parts)
+    found = reduce(REDUCE[kind], parts)
+    return found / len(parts) if kind == ReduceOp.AVG else found
 
 
 def _done(result: Any) -> Any:
