@@ -76,7 +76,7 @@ def drafts(run: Path) -> list[Path]:
 def killed(bench: Bench) -> list[Outcome]:
     run = bench.folder / "killed"
     process = bench.start(run)
-    watch(process, Process.kill)
+    watch(process, Process.kill, saved=run)
     noticed = f"exit code {process.returncode}" if process.returncode < 0 else ""
     return [bench.gone_on("kill -9 in the middle of a step", run, noticed)]
 
@@ -139,7 +139,7 @@ def rank_that_dies(bench: Bench) -> list[Outcome]:
         victim.kill()
         since = time.monotonic()
 
-    lines = watch(survivor, kill)
+    lines = watch(survivor, kill, saved=run)
     seconds = time.monotonic() - since
     victim.communicate()
     noticed = told(survivor, lines, "process 1 of 0 to 1 died")
@@ -166,7 +166,7 @@ def _started_again(bench: Bench, fault: str, process: Process, run: Path, above:
             pid = children(pid)[-1]
         os.kill(pid, signal.SIGKILL)
 
-    lines = watch(process, kill)
+    lines = watch(process, kill, saved=run)
     named = [line for line in lines if " of 0 to 1 died" in line]
     steps = steps_of(finished(process, lines))
     again = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])

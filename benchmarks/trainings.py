@@ -147,13 +147,17 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def watch(process: Process, harm: Callable[[Process], Any] | None = None, at: int = AT) -> list[str]:
-    """All lines that a process prints until it ends; after that of step `at`, harm is done."""
+def watch(
+    process: Process, harm: Callable[[Process], Any] | None = None, at: int = AT, saved: Path | None = None
+) -> list[str]:
+    """All lines that a process prints until it ends; after that of step `at`, harm is done, if need be a few steps
+    later, when the run `saved` has a checkpoint: it is written beside the steps."""
     assert process.stdout is not None
-    lines = []
+    lines, reached = [], False
     for line in process.stdout:
         lines.append(line.rstrip())
-        if harm and line.startswith(f"step {at}/"):
+        reached = reached or line.startswith(f"step {at}/")
+        if harm and reached and (saved is None or checkpoints(saved)):
             harm(process)
             harm = None
     process.wait()

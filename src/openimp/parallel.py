@@ -14,7 +14,7 @@ from openimp.distributed import Group, mean, rank, world
 from openimp.errors import UserError
 
 TOGETHER = 2**22
-"""Bytes of gradients from which on they are sent. A few pieces of the demo's 16 MB; chosen for processes on CPUs."""
+"""Bytes of gradients from which on they are sent. A few pieces of the demo's 14 MB; chosen for processes on CPUs."""
 
 
 class Copies:

@@ -69,7 +69,7 @@ class SharedMemory(_PROCESS_GROUP):
             wait.
 
     Raises:
-        dist.DistError: a process died, or has not come in time; from every collective.
+        dist.DistError: from every collective: a process died, has not come in time, or exchanges another size.
     """
 
     def __init__(self, options: Any, _: Any) -> None:
