@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openimp import distributed, parallel, shared_memory
+from openimp import distributed, exchange, parallel, shared_memory
 from openimp.checkpoint import moments_of
 from openimp.data.loader import make_loader
+from openimp.exchange import OneCopy, WholeCopies
 from openimp.metrics import read_lines
 from openimp.recipe import Recipe
 from openimp.shards import read
@@ -56,13 +58,11 @@ def gradients(training: Training) -> dict[str, Tensor]:
         if f"{task} loss" not in found:
             losses = training.forward(loaded)
             losses.total.backward()
-            if training.recipe.parallel.shard == 1 and distributed.world() == 4:
-                assert len(training.copies[0].sent) > 1
-            parallel.average_gradients(training.copies)
+            if isinstance(training.exchange, WholeCopies) and distributed.world() == 4:
+                assert len(training.exchange.copies[0].sent) > 1
+            training.exchange.gradients()
             found[f"{task} loss"] = distributed.mean(losses.total.detach())
-            for name, parameter in training.model.named_parameters():
-                if parameter.grad is not None:
-                    found[f"{task} {name}"] = parallel.whole(parameter.grad).clone()
+            found |= {f"{task} {name}": grad for name, grad in whole_gradients(training).items()}
             training.model.zero_grad()
     if training.recipe.optimizer.muon_lr:
         training.update(training.data[0])
@@ -75,6 +75,24 @@ def gradients(training: Training) -> dict[str, Tensor]:
         found |= {
             f"named {i} updated": parallel.whole(w.detach()) for i, w in enumerate(training.model.hidden_matrices())
         }
+    return found
+
+
+def whole_gradients(training: Training) -> dict[str, Tensor]:
+    """Of all processes; of one copy, each has those of its share."""
+    found = {
+        name: parallel.whole(parameter.grad).clone()
+        for name, parameter in training.model.named_parameters()
+        if parameter.grad is not None
+    }
+    if isinstance(training.exchange, OneCopy):
+        assert found.keys() <= {
+            name for name, p in training.model.named_parameters() if p in set(training.exchange.own)
+        }
+        shares: list[Any] = [None] * distributed.world()
+        dist.all_gather_object(shares, found)
+        assert sum(map(len, shares)) == len({name for share in shares for name in share})
+        found = {name: grad for share in shares for name, grad in share.items()}
     return found
 
 
@@ -137,14 +155,15 @@ def test_processes_have_the_gradients_of_one(little_data, alone, tmp_path, proce
 
 
 def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, tmp_path):
-    """A signal to one of the two stops both after the same step."""
+    """The two have one copy of the model; a signal to one of them stops both after the same step."""
     command = ["-m", "openimp", "train", little_data / "recipe.yaml"]
     for change in COMMON:
         command += ["--set", change]
     one, two, four = (tmp_path / name for name in ("one", "two", "four"))
     subprocess.run([sys.executable, *command, "--run", one], check=True, capture_output=True, timeout=300)
 
-    started = subprocess.Popen(torchrun(2, *command, "--run-dir", two), stdout=subprocess.PIPE, text=True)
+    copied = torchrun(2, *command, "--set", "parallel.shard=1", "--run-dir", two)
+    started = subprocess.Popen(copied, stdout=subprocess.PIPE, text=True)
     *_, last = signalled(started, "step 6/24", signal.SIGTERM)
     assert started.wait(timeout=300) == 0
     assert last.startswith("stopped at step"), last
@@ -187,14 +206,17 @@ def test_moments_that_one_of_two_processes_has_are_saved_and_go_on_in_one(little
         command += ["--set", change]
     subprocess.run(torchrun(2, *command), check=True, capture_output=True, timeout=300)
     saved = [load_file(file) for file in sorted((run / "checkpoints" / "step-00000004").glob("optimizer-*"))]
-    of_muon = [{name for name in part if name.endswith("|momentum_buffer")} for part in saved]
-    assert all(of_muon)
     training = Training(Recipe.load(little_data / "recipe.yaml", changes), run, resume=True)
     moments = moments_of(training.model, training.optimizers)
-    assert {name for name in moments if name.endswith("|momentum_buffer")} == set.union(*of_muon)
-    assert len(of_muon[0]) + len(of_muon[1]) == len(set.union(*of_muon)) > len(training.model.hidden_matrices()) // 2
-    for part, names in zip(saved, of_muon):
-        assert all(torch.equal(moments[name], part[name]) and moments[name].any() for name in names)
+    assert len(saved) == 2
+    assert {name.rpartition("|")[2] for name in moments} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+    for kind in ("momentum_buffer", "exp_avg"):
+        assert all(any(name.endswith(f"|{kind}") for name in part) for part in saved)
+    assert sum(map(len, saved)) == len(moments)
+    for name, moment in moments.items():
+        (part,) = (part for part in saved if name in part)
+        assert torch.equal(moment, part[name])
+        assert moment.any(), name
 
 
 @pytest.mark.parametrize(
@@ -263,7 +285,7 @@ def test_an_evaluation_that_fails_in_the_first_process_ends_all_and_loses_no_ste
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parallel.TOGETHER = 2**12  # So that a small model's gradients leave in several pieces too, and not at the end.
+    exchange.TOGETHER = 2**12  # So that a small model's gradients leave in several pieces too, and not at the end.
     folder, out, backend = sys.argv[1:]
     if backend == "gloo":
         del os.environ["LOCAL_WORLD_SIZE"]  # As if torchrun had started others elsewhere.

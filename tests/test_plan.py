@@ -26,6 +26,7 @@ from openimp.alternation import Alternation
 from openimp.commands import _duration, run_plan
 from openimp.data.loader import StepBatches
 from openimp.errors import UserError
+from openimp.exchange import make_exchange
 from openimp.gpus import GPUS, USABLE
 from openimp.ledger import costs, empty_batch, short
 from openimp.memory import StepMemory, step_memory
@@ -34,7 +35,7 @@ from openimp.modalities import modalities_of
 from openimp.model.embedder import in_pieces
 from openimp.model.imp import IMP
 from openimp.objectives import sigmoid_nce, softmax_nce, task_losses
-from openimp.optim import make_optimizers
+from openimp.optim import make_optimizers, muon_matrices
 from openimp.plan import SIMILARITY, Plan, Step, count, per_token, plan
 from openimp.recipe import Recipe
 from openimp.study.training import peak_memory
@@ -270,13 +271,16 @@ def measure_received(recipe: Path, out: Path) -> None:
         )  # fmt: skip
         batch = empty_batch(options.tasks["named"], 0, modalities, CLASSES, device, distributed.world())
         encode = in_pieces(model.encode, options.batch.micro)
-        by_view = costs(options, modalities, CLASSES).values()
-        optimizers = make_optimizers(options.optimizer, model, [cost.touched for cost in by_view])
+        named = dict(model.named_parameters())
+        steps = [{named[name] for name in cost.touched} for cost in costs(options, modalities, CLASSES).values()]
+        exchange = make_exchange(model, copies, muon_matrices(options.optimizer, model), steps)
+        optimizers = make_optimizers(options.optimizer, model, exchange.own)
         with Received() as received:
             task_losses(model, options.tasks["named"], batch, encode).total.backward()
-            parallel.average_gradients(copies)
+            exchange.gradients()
             for optimizer in optimizers:
                 optimizer.step()
+            exchange.updates()
         found[layout] = {"bytes": received.bytes, "calls": received.calls}
     (out / f"{distributed.rank()}.json").write_text(json.dumps(found))
 

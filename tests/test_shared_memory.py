@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openimp import distributed, parallel, shared_memory
+from openimp import distributed, shared_memory
 
 TYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]
 OPERATIONS = [dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN]
@@ -71,15 +71,7 @@ def compare() -> None:
     options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG)
     group.allreduce_coalesced(several, options).wait()
     assert all(torch.equal(tensor, torch.full_like(tensor, (processes - 1) / 2)) for tensor in several)
-    # Matrices of which a process may have none to update.
-    matrices = [torch.full((n, n), 1.0) for n in (2, 3)]
-    for matrix in matrices:
-        matrix.grad = torch.ones_like(matrix)
-    dealt = parallel.Dealt(matrices, [{*matrices}])
-    for matrix in dealt.own:
-        matrix += 1
-    dealt.exchange()
-    assert all(bool((matrix == 2).all()) for matrix in matrices)
+    share_one_copy(group)
     with pytest.raises(dist.DistError, match="do not exchange the same"):
         dist.all_reduce(torch.zeros(4 + rank), group=dist.new_group())
     slow = dist.new_group(timeout=timedelta(seconds=0.5))
@@ -88,6 +80,26 @@ def compare() -> None:
             dist.barrier(slow)
     dist.barrier(gloo)
     print(f"the same in {draws} draws")
+
+
+def share_one_copy(group: Any) -> None:
+    """In any number of shares, of which some may be empty, and of tensors larger and smaller than a piece."""
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    sizes = [[700, 3, 5], *([[1, 300]] * (processes - 2)), []]
+    shares = [[torch.arange(float(size)) for size in row] for row in sizes]
+    before = [tensor.clone() for share in shares for tensor in share]
+    group.lay_together(shares)
+    assert all(map(torch.equal, (tensor for share in shares for tensor in share), before))
+    dist.barrier()
+    for tensor in shares[rank]:
+        tensor += 1
+    dist.barrier()
+    assert all(map(torch.equal, (tensor - 1 for share in shares for tensor in share), before))
+    dist.barrier()
+    gradients = [[torch.full((size,), float(rank)) for size in row] for row in sizes]
+    group.average_in_shares(gradients)
+    for number, share in enumerate(gradients):
+        assert all(bool((tensor == (processes - 1) / 2).all()) for tensor in share if number == rank)
 
 
 def results(own: Tensor, operation: Any, source: int, group: Any) -> list[Tensor]:
@@ -101,12 +113,14 @@ def results(own: Tensor, operation: Any, source: int, group: Any) -> list[Tensor
     (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(in_one, own.flatten(), group=group)
     dist.all_to_all_single(sent, own, group=group)
     dist.broadcast(copied, source, group=group)
+    collected = [torch.zeros_like(own) for _ in range(processes)] if dist.get_rank() == source else None
+    dist.gather(own, collected, source, group=group)
     dist.scatter(scattered, list(own) if dist.get_rank() == source else None, source, group=group)
     reduced = torch.empty_like(part)
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     reduce_scatter(reduced, own.flatten(), operation, group=group)
     dist.barrier(group=group)
-    return [summed, *gathered, in_one, sent, copied, scattered, reduced]
+    return [summed, *gathered, *(collected or []), in_one, sent, copied, scattered, reduced]
 
 
 def die() -> None:

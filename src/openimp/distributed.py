@@ -1,9 +1,9 @@
 """Many processes, as torchrun starts them: one group, and what all of them must know.
 
-In a single process each function here gives back what it got. Nothing else but `parallel`, `shared_memory` and `dcp`
-imports torch.distributed. Every process takes the same steps, each with its part of a step's batch, so all of them call
-these functions in the same order. What does not keep to that order, such as a save in the background, has a group of
-its own.
+In a single process each function here gives back what it got. Nothing else but `parallel`, `exchange`, `shared_memory`
+and `dcp` imports torch.distributed. Every process takes the same steps, each with its part of a step's batch, so all of
+them call these functions in the same order. What does not keep to that order, such as a save in the background, has a
+group of its own.
 """
 
 import json
@@ -230,7 +230,10 @@ def total(number: int) -> int:
 
 def own_group(timeout: timedelta = PATIENCE) -> Group | None:
     """All processes again, for what happens beside the steps; None in a single process."""
-    return dist.new_group(backend="gloo", timeout=timeout) if world() > 1 else None
+    if world() == 1:
+        return None
+    shared = isinstance(dist.group.WORLD, shared_memory.SharedMemory)
+    return dist.new_group(backend=shared_memory.NAME if shared else "gloo", timeout=timeout)
 
 
 def told_to_all(items: list[Any], group: Group | None = None) -> list[Any]:

@@ -4,41 +4,46 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from openimp.model.embedder import Embedder
-from openimp.parallel import Dealt, on_one_mesh
+from openimp.parallel import on_one_mesh
 from openimp.recipe import Optimizer, Recipe
 
 
-def make_optimizers(options: Optimizer, model: Embedder, steps: Iterable[Iterable[str]]) -> list[torch.optim.Optimizer]:
+def muon_matrices(options: Optimizer, model: Embedder) -> dict[Tensor, None]:
+    """What Muon updates, in order: the hidden matrices, where the recipe asks for it."""
+    return model.hidden_matrices() if options.muon_lr else {}
+
+
+def make_optimizers(options: Optimizer, model: Embedder, own: Iterable[Tensor]) -> list[torch.optim.Optimizer]:
     """Fused AdamW, with Muon beside it for the hidden matrices where the recipe asks for it.
 
     Weight decay is for matrices, not for norms, biases and temperatures. Each group keeps its peak learning rate as
     `peak`.
 
     Args:
-        steps: the names of the parameters that each kind of step updates, by which processes with copies of the model
-            share Muon's work.
+        own: the parameters that this process updates.
     """
-    hidden = model.hidden_matrices() if options.muon_lr else {}
-    rest = [parameter for parameter in model.parameters() if parameter not in hidden]
+    hidden = muon_matrices(options, model)
+    rest = [parameter for parameter in own if parameter not in hidden]
     decay = {True: options.weight_decay, False: 0.0}
     groups = [
         {"params": group, "weight_decay": decay[is_matrix]}
         for is_matrix in decay
         for group in on_one_mesh(p for p in rest if (p.ndim >= 2) == is_matrix)
     ]
+    # Of many processes some may have nothing to update; a group may be empty, but not the list of groups.
     betas = (options.betas[0], options.betas[1])
-    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups or [{"params": []}], lr=options.lr, betas=betas, fused=True)
+    ]
     if options.muon_lr:
-        named = dict(model.named_parameters())
-        dealt = Dealt(hidden, [{named[name] for name in step} for step in steps])
         # Updates as large as AdamW's (arXiv 2502.16982, section 2.2), so that both share the scale of learning rates.
         muon = torch.optim.Muon(
-            [{"params": dealt.own}],  # With many processes it may be empty, and then is no list of parameters to torch.
+            [{"params": [parameter for parameter in own if parameter in hidden]}],
             lr=options.muon_lr, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw",
         )  # fmt: skip
-        muon.register_step_post_hook(lambda *_: dealt.exchange())
         made.append(muon)
     for group in (group for optimizer in made for group in optimizer.param_groups):
         group["peak"] = group["lr"]

@@ -1,122 +1,17 @@
-"""How processes hold a model between them: in shards, as copies, with the experts apart; and what a step does then.
+"""How processes hold a model between them: in shards, as copies, with the experts apart.
 
-In a single process nothing is exchanged. A tensor of which this process has a part is a DTensor.
+A tensor of which this process has a part is a DTensor.
 """
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from openimp.distributed import Group, mean, rank, world
+from openimp.distributed import Group, rank, world
 from openimp.errors import UserError
-
-TOGETHER = 2**22
-"""Bytes of gradients from which on they are sent. A few pieces of the demo's 14 MB; chosen for processes on CPUs."""
-
-
-class Copies:
-    """Parameters of which each process of a group has a copy. Their gradients are summed while others are computed: a
-    shared encoder's when the backward pass comes to the modality that was encoded first.
-
-    What goes together is what the backward pass brings one after the other. It brings them in the same order in all
-    processes, whose graphs are the same, and brings nothing of what the step's task does not touch.
-
-    Attributes:
-        ready: gradients that are complete and not yet sent.
-        sent: what waits for gradients that are on their way, and these.
-    """
-
-    def __init__(self, group: Group, parameters: Iterable[nn.Parameter]) -> None:
-        self.group = group
-        # Some versions of gloo give a wrong mean: https://github.com/pytorch/pytorch/issues/162338
-        self.sums = dist.get_backend(group) == "gloo"
-        self.options = dist.AllreduceCoalescedOptions()
-        self.options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM if self.sums else dist.ReduceOp.AVG)
-        self.ready: list[Tensor] = []
-        self.sent: list[tuple[Any, list[Tensor]]] = []
-        for parameter in parameters if group.size() > 1 else ():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._add)
-
-    def _add(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self.ready.append(own_part(parameter.grad))
-        if sum(gradient.nbytes for gradient in self.ready) >= TOGETHER:
-            self._send()
-
-    def _send(self) -> None:
-        self.sent.append((self.group.allreduce_coalesced(self.ready, self.options), self.ready))
-        self.ready = []
-
-    def average(self) -> None:
-        """Makes the gradients, after each backward pass, those of the mean over the processes."""
-        if self.ready:
-            self._send()
-        sent, self.sent = self.sent, []
-        for work, gradients in sent:
-            work.wait()
-            if self.sums:
-                torch._foreach_div_(gradients, self.group.size())
-
-
-def average_gradients(copies: Iterable[Copies]) -> None:
-    """`Copies.average` of all."""
-    for group in copies:
-        group.average()
-
-
-class Dealt:
-    """Matrices that all processes have alike, of which each updates its share and lets the others have it: an update
-    that takes long, such as Muon's, is not made once in every process. Where processes have parts, all is their own.
-
-    Args:
-        steps: what each kind of step updates, so that no process does the work of one for the others.
-
-    Attributes:
-        own: those that this process updates.
-    """
-
-    def __init__(self, matrices: Iterable[Tensor], steps: Iterable[Set[Tensor]]) -> None:
-        matrices = list(matrices)
-        self.shares = deal(matrices, steps, 1 if any(map(is_part, matrices)) else world())
-        self.own = self.shares[rank() % len(self.shares)]
-
-    def exchange(self) -> None:
-        """Gets what the others have updated: the matrices that have a gradient."""
-        if len(self.shares) == 1:
-            return
-        updated = [[matrix.detach() for matrix in share if matrix.grad is not None] for share in self.shares]
-        sizes = [[matrix.numel() for matrix in share] for share in updated]
-        own = self.shares[0][0].new_empty(max(map(sum, sizes)))
-        torch.cat([own[:0], *(matrix.flatten() for matrix in updated[rank()])], out=own[: sum(sizes[rank()])])
-        found = [torch.empty_like(own) for _ in updated]
-        dist.all_gather(found, own)
-        for number, share in enumerate(updated):
-            if share and number != rank():
-                parts = found[number][: sum(sizes[number])].split(sizes[number])
-                torch._foreach_copy_(share, [part.view_as(matrix) for part, matrix in zip(parts, share)])
-
-
-def deal(matrices: Iterable[Tensor], steps: Iterable[Set[Tensor]], processes: int) -> list[list[Tensor]]:
-    """Matrices in as many shares as there are processes: the largest first, each to the process that has least to do in
-    the kinds of steps that update it."""
-    shares: list[list[Tensor]] = [[] for _ in range(processes)]
-    loads = [(step, [0] * processes) for step in dict.fromkeys(map(frozenset, steps))]
-    for matrix in sorted(matrices, key=_work, reverse=True):
-        of_it = [load for step, load in loads if matrix in step]
-        least = min(range(processes), key=lambda process: sum(load[process] for load in of_it))
-        shares[least].append(matrix)
-        for load in of_it:
-            load[least] += _work(matrix)
-    return shares
-
-
-def _work(matrix: Tensor) -> int:
-    """To orthogonalise it, about."""
-    return matrix.numel() * min(matrix.shape)
 
 
 class Layout(NamedTuple):
@@ -179,9 +74,9 @@ def spread(
     shard: int | None,
     owners: int,
     device: torch.device,
-) -> list[Copies]:
-    """Lays a model out over the processes as the recipe's `parallel` says, on their devices; what it returns has
-    gradients to average.
+) -> list[tuple[Group, list[nn.Parameter]]]:
+    """Lays a model out over the processes as the recipe's `parallel` says, on their devices, and returns which of them
+    have copies of which parameters, that FSDP2 does not keep alike.
 
     Parameters stay fp32 and are cast by autocast as in one process; gradients are averaged in fp32.
 
@@ -206,20 +101,20 @@ def spread(
 
     layout, experts = Layout.of(world(), shard, owners), list(experts)
     layout.check(weight for module in experts for weight in module.parameters())
-    dealt: list[nn.Parameter] = []
     if owners > 1:
         expert_mesh = init_device_mesh(device.type, layout.sizes, mesh_dim_names=("replicate", "shard", "experts"))
         for module in experts:
             for name, weight in list(module.named_parameters()):
                 part = distribute_tensor(weight.detach(), expert_mesh["experts"], [Shard(0)])
                 setattr(module, name, nn.Parameter(part))
-        dealt = [weight for module in experts for weight in module.parameters()]
     if layout.shard == 1:
-        model.to(device)  # Before hooks are put on the parameters: torch makes new ones of DTensors here.
+        model.to(device)  # Of DTensors it makes new parameters.
+    dealt = [weight for module in experts for weight in module.parameters()] if owners > 1 else []
+    if layout.shard == 1:
         apart = set(dealt)
-        alike = (weight for weight in model.parameters() if weight not in apart)
-        copies = [Copies(cast(Group, dist.group.WORLD), alike)]
-        return [*copies, Copies(expert_mesh.get_group("replicate"), dealt)] if dealt else copies
+        alike = [weight for weight in model.parameters() if weight not in apart]
+        copies = [(cast(Group, dist.group.WORLD), alike)]
+        return [*copies, (expert_mesh.get_group("replicate"), dealt)] if dealt else copies
     # Experts that are dealt out are cut along their second dimension. So are others: FSDP2 pads a first dimension to a
     # part a process, and of few experts many processes would gather mostly padding.
     second = {w for module in experts for w in module.parameters() if dealt or w.shape[1] % layout.shard == 0}
@@ -266,19 +161,6 @@ def on_one_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     for tensor in tensors:
         groups.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
     return list(groups.values())
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scales all gradients so that their Euclidean norm is at most `limit`, and returns the norm that they had.
-
-    torch's own function takes no parameters that are cut up over different processes.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = [whole(torch.nn.utils.get_total_norm(group)) for group in on_one_mesh(gradients)]
-    # Of several kinds, those that hold copies may have summed in another order; they must scale alike to stay alike.
-    norm = norms[0] if len(norms) == 1 else mean(torch.nn.utils.get_total_norm(norms))
-    torch._foreach_mul_([own_part(gradient) for gradient in gradients], (limit / (norm + 1e-6)).clamp(max=1.0))
-    return norm
 
 
 class Owned(NamedTuple):

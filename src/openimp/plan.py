@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from openimp.alternation import Alternation
 from openimp.device import Precision
 from openimp.errors import UserError, nearest
+from openimp.exchange import deal, orthogonalising
 from openimp.gpus import GPU, GPUS, NODE, USABLE
 from openimp.ledger import Cost, costs
 from openimp.memory import StepMemory, keep_own_experts, step_memory
 from openimp.modalities import Modality
 from openimp.model.imp import IMP, pairs_of
 from openimp.objectives import BLOCK
-from openimp.parallel import Layout, deal
+from openimp.parallel import Layout
 from openimp.recipe import Classification, Recipe, Task
 from openimp.registry import modality_class
 
@@ -246,7 +247,7 @@ def _dealt(recipe: Recipe, model: IMP, layout: Layout, by_view: Iterable[Cost]) 
     named = dict(model.named_parameters())
     hidden = [matrix for matrix in model.hidden_matrices() if recipe.optimizer.muon_lr]
     steps = [{named[name] for name in cost.touched} for cost in by_view]
-    return deal(hidden, steps, layout.processes if layout.shard == 1 else 1)
+    return deal(hidden, steps, layout.processes if layout.shard == 1 else 1, orthogonalising)
 
 
 def _optimiser_bytes(recipe: Recipe, model: IMP, shares: Shares, dealt: Sequence[Sequence[Tensor]]) -> int:

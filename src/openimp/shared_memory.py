@@ -13,7 +13,6 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import reduce
 from typing import Any
 from weakref import WeakSet
 
@@ -23,16 +22,16 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 NAME = "shared_memory"
-PIECE = 2**20
+PIECE = 2**21
 """Bytes that a process shows to the others at once: few enough to be in the processor's cache when they are read."""
 SPINS = 100
 """How often a process looks whether another one has come before it sleeps: about as long as waking up takes."""
 MESSAGE = struct.Struct("q")
-REDUCE: dict[Any, Callable[..., Tensor]] = {
-    ReduceOp.SUM: torch.add,
-    ReduceOp.AVG: torch.add,
-    ReduceOp.MAX: torch.maximum,
-    ReduceOp.MIN: torch.minimum,
+REDUCE: dict[Any, Callable[[list[Tensor], list[Tensor]], None]] = {
+    ReduceOp.SUM: torch._foreach_add_,
+    ReduceOp.AVG: torch._foreach_add_,
+    ReduceOp.MAX: torch._foreach_maximum_,
+    ReduceOp.MIN: torch._foreach_minimum_,
 }
 
 _PROCESS_GROUP: Any = dist.ProcessGroup  # Its stubs have all the ways to call it, of which torch itself takes one.
@@ -80,19 +79,26 @@ class SharedMemory(_PROCESS_GROUP):
         self.pieces: list[Tensor] = []
         _groups.add(self)
         try:
-            # Seen by no other than whom it is sent to, not counted in /dev/shm, and gone with its last process.
-            file = os.memfd_create("openimp", os.MFD_CLOEXEC)
-            os.ftruncate(file, 2 * PIECE)
-            files = {self.number: file}
             self._connect(options.store, processes)
-            # Those of lower numbers come first, in all processes, so none waits for one that waits for it.
-            for other, connection in self.others.items():
-                socket.send_fds(connection, [b"m"], [file])
-                _, (files[other],), *_ = socket.recv_fds(connection, 1, 1)
-                connection.setblocking(False)
-        except (OSError, ValueError, struct.error) as error:  # Of nothing received, where another one died.
+        except (OSError, struct.error) as error:  # Of nothing received, where another one died.
             raise dist.DistError(f"processes of this machine do not find each other: {error}") from error
-        self.pieces = [_mapped(files[number]) for number in range(processes)]
+        self.pieces = [memory.view(2, PIECE) for memory in self._memory([2 * PIECE] * processes)]
+
+    def _memory(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Bytes that all see, so many from each process."""
+        # Seen by no other than whom it is sent to, not counted in /dev/shm, and gone with its last process.
+        files = {self.number: os.memfd_create("openimp", os.MFD_CLOEXEC)}
+        os.ftruncate(files[self.number], sizes[self.number])
+        # Those of lower numbers come first, in all processes, so none waits for one that waits for it.
+        for other, connection in self.others.items():
+            connection.settimeout(self.seconds)
+            try:
+                socket.send_fds(connection, [b"m"], [files[self.number]])
+                _, (files[other],), *_ = socket.recv_fds(connection, 1, 1)
+            except (OSError, ValueError) as error:  # Of nothing received.
+                raise dist.DistError(f"a process died, or has not come in time: {error}") from error
+            connection.setblocking(False)
+        return [_mapped(files[number], size) for number, size in enumerate(sizes)]
 
     def _connect(self, store: dist.Store, processes: int) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -111,8 +117,6 @@ class SharedMemory(_PROCESS_GROUP):
                 if user == os.getuid():
                     (other,) = MESSAGE.unpack(connection.recv(MESSAGE.size))
                     self.others[other] = connection
-        for connection in self.others.values():
-            connection.settimeout(self.seconds)
 
     @property
     def group_name(self) -> str:
@@ -151,28 +155,72 @@ class SharedMemory(_PROCESS_GROUP):
             raise dist.DistError(f"a process has not come within {self.seconds:.0f} s")
         return connection.recv(MESSAGE.size)
 
-    def _show(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Flat parts of one type, one after the other, of each process; until the next but one call."""
-        numbers, dtype = sum(len(part) for part in parts), parts[0].dtype
+    def _show(self, parts: list[Tensor], size: int | None = None) -> list[Tensor]:
+        """The bytes of some flat parts, one after the other, as each process has them; until the next but one call.
+
+        Args:
+            parts: of one type.
+            size: what all give as theirs, where each has something else to show.
+        """
         self.turn = 1 - self.turn
-        shown = [piece[self.turn].view(dtype)[:numbers] for piece in self.pieces]
-        torch.cat(list(parts), out=shown[self.number])
-        self._meet(numbers * dtype.itemsize)
+        shown = [piece[self.turn] for piece in self.pieces]
+        if parts:
+            numbers = sum(map(len, parts))
+            torch.cat(parts, out=shown[self.number].view(parts[0].dtype)[:numbers])
+        self._meet(sum(part.nbytes for part in parts) if size is None else size)
         return shown
 
-    def _columns(self, own_PN: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Some columns after the other, and what each process has there."""
+    def _columns(self, own_PN: Tensor) -> Iterator[tuple[slice, list[list[Tensor]]]]:
+        """Some columns after the other, and the rows that each process has there."""
         rows, numbers = own_PN.shape
         step = PIECE // (rows * own_PN.element_size())
         for start in range(0, numbers, step):
             columns = slice(start, start + step)
-            yield columns, [shown.view(rows, -1) for shown in self._show(own_PN[:, columns].unbind())]
+            own = list(own_PN[:, columns].unbind())
+            yield columns, [_like(own, shown) for shown in self._show(own)]
+
+    def _reduce(self, own: list[Tensor], shown: list[list[Tensor]], opts: Any) -> None:
+        """Makes what is shown one, in the place of what is this process' own: in the order of the processes, so that
+        all have the same, bit for bit. The first two may change places, so each of these begins with its own."""
+        kind, begun = opts.reduceOp.op, self.number
+        if self.number > 1:
+            torch._foreach_copy_(own, shown[0])
+            begun = 0
+        for parts in (*shown[:begun], *shown[begun + 1 :]):
+            REDUCE[kind](own, parts)
+        if kind == ReduceOp.AVG:
+            torch._foreach_div_(own, len(shown))
+
+    def lay_together(self, shares: Sequence[Sequence[Tensor]]) -> None:
+        """Puts tensors, which all processes have alike, where all see the same: a share into the memory of each."""
+        sizes = [sum(map(_room, share)) for share in shares]
+        for number, (memory, share) in enumerate(zip(self._memory(sizes), shares)):
+            for tensor, room in zip(share, memory.split([_room(tensor) for tensor in share])):
+                common = room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                if number == self.number:
+                    common.copy_(tensor)
+                tensor.data = common
+        self._meet(sum(sizes))
+
+    def average_in_shares(self, shares: Sequence[Sequence[Tensor]]) -> None:
+        """Makes the tensors of this process' share the mean over the processes, each of which has its own of all
+        shares. They are of one type."""
+        pieces = [list(_pieces(tensor.view(-1) for tensor in share)) for share in shares]
+        own, processes = pieces[self.number], self.size()
+        size = sum(tensor.nbytes for share in shares for tensor in share)
+        for distance in range(1, processes):  # Each sends to the one that comes so many after it.
+            sent = pieces[(self.number + distance) % processes]
+            for i in range(max(map(len, pieces))):
+                shown = self._show(sent[i] if i < len(sent) else [], size)
+                if i < len(own):
+                    torch._foreach_add_(own[i], _like(own[i], shown[self.number - distance]))
+        if own:
+            torch._foreach_div_(list(shares[self.number]), processes)
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> Any:
         flat = [tensor.contiguous().view(-1) for tensor in tensors]
         for parts in _pieces(flat):
-            reduced = _reduced(self._show(parts), opts)
-            torch._foreach_copy_(parts, list(reduced.split([len(part) for part in parts])))
+            self._reduce(parts, [_like(parts, shown) for shown in self._show(parts)], opts)
         for tensor, found in zip(tensors, flat):
             if not tensor.is_contiguous():
                 tensor.copy_(found.view_as(tensor))
@@ -181,8 +229,8 @@ class SharedMemory(_PROCESS_GROUP):
     def allgather(self, found: list[list[Tensor]], own: list[Tensor], opts: Any = None) -> Any:
         for tensors, tensor in zip(found, own, strict=True):
             for columns, shown in self._columns(tensor.reshape(1, -1)):
-                for other, part in zip(tensors, shown, strict=True):
-                    other.view(1, -1)[:, columns].copy_(part)
+                for other, (part,) in zip(tensors, shown, strict=True):
+                    other.view(-1)[columns] = part
         return _done(found)
 
     def all_gather_single(self, found: Tensor, own: Tensor, opts: Any = None) -> Any:
@@ -196,8 +244,9 @@ class SharedMemory(_PROCESS_GROUP):
 
     def reduce_scatter_single_coalesced(self, found: list[Tensor], own: list[Tensor], opts: Any) -> Any:
         for target, tensor in zip(found, own, strict=True):
+            target.view(-1).copy_(tensor.reshape(self.size(), -1)[self.number])
             for columns, shown in self._columns(tensor.reshape(self.size(), -1)):
-                target.view(-1)[columns] = _reduced([part[self.number] for part in shown], opts)
+                self._reduce([target.view(-1)[columns]], [[rows[self.number]] for rows in shown], opts)
         return _done(found)
 
     def all_to_all_single(
@@ -207,22 +256,25 @@ class SharedMemory(_PROCESS_GROUP):
             raise NotImplementedError(f"{NAME}: parts of different sizes")
         target = found.view(self.size(), -1)
         for columns, shown in self._columns(own.reshape(self.size(), -1)):
-            for row, part in zip(target, shown, strict=True):
-                row[columns].copy_(part[self.number])
+            for row, parts in zip(target, shown, strict=True):
+                row[columns] = parts[self.number]
         return _done(found)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Any:
         for tensor in tensors:
-            target = tensor.view(1, -1)
-            for columns, shown in self._columns(target):
-                target[:, columns].copy_(shown[opts.rootRank])
+            for columns, shown in self._columns(tensor.view(1, -1)):
+                tensor.view(-1)[columns] = shown[opts.rootRank][0]
         return _done(tensors)
 
     def scatter(self, found: list[Tensor], own: list[list[Tensor]], opts: Any) -> Any:
         parts = torch.stack(own[0]) if own else found[0].new_empty(self.size(), *found[0].shape)
         for columns, shown in self._columns(parts.flatten(1)):
-            found[0].view(-1)[columns].copy_(shown[opts.rootRank][self.number])
+            found[0].view(-1)[columns] = shown[opts.rootRank][self.number]
         return _done(found)
+
+    def gather(self, found: list[list[Tensor]], own: list[Tensor], opts: Any) -> Any:
+        # All receive, for all see it anyway; those that asked for nothing forget it.
+        return self.allgather(found or [[torch.empty_like(own[0]) for _ in self.pieces]], own)
 
     def barrier(self, opts: Any = None) -> Any:
         self._meet()
@@ -237,10 +289,17 @@ class SharedMemory(_PROCESS_GROUP):
     alltoall_base = all_to_all_single
 
 
-def _mapped(file: int) -> Tensor:
-    memory = mmap.mmap(file, 2 * PIECE)
+def _mapped(file: int, size: int) -> Tensor:
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    memory = mmap.mmap(file, size)
     os.close(file)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(2, PIECE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _room(tensor: Tensor) -> int:
+    """Its bytes, up to a whole line of the processor's cache."""
+    return -(-tensor.nbytes // 64) * 64
 
 
 def _pieces(flat: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -254,14 +313,14 @@ def _pieces(flat: Iterable[Tensor]) -> Iterator[list[Tensor]]:
             tensor, parts, room = tensor[numbers:], [], PIECE
         parts.append(tensor)
         room -= tensor.nbytes
-    yield parts
+    if parts:
+        yield parts
 
 
-def _reduced(parts: Sequence[Tensor], opts: Any) -> Tensor:
-    """In the order of the processes, so that all have the same, bit for bit."""
-    kind = opts.reduceOp.op
-    found = reduce(REDUCE[kind], parts)
-    return found / len(parts) if kind == ReduceOp.AVG else found
+def _like(parts: Sequence[Tensor], memory: Tensor) -> list[Tensor]:
+    """What lies in some memory where these flat parts would."""
+    sizes = [len(part) for part in parts]
+    return list(memory.view(parts[0].dtype)[: sum(sizes)].split(sizes))
 
 
 def _done(result: Any) -> Any:

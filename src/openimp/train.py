@@ -24,13 +24,14 @@ from openimp.data.loader import Loaded, StepBatches, make_loader
 from openimp.device import autocast, keep_freed_memory, precision_of
 from openimp.errors import UserError
 from openimp.evaluation import evaluate, open_sets, table
+from openimp.exchange import make_exchange
 from openimp.ledger import costs, mixture_table
 from openimp.metrics import BadExamples, Metrics, best_step
 from openimp.modalities import Modality, Tokens, modalities_of
 from openimp.model.embedder import Embedder, Encode, Encoded, in_pieces, piece_sizes
 from openimp.model.imp import IMP
 from openimp.objectives import Batch, Losses, equal_texts, task_losses
-from openimp.optim import make_optimizers, schedule, set_learning_rate
+from openimp.optim import make_optimizers, muon_matrices, schedule, set_learning_rate
 from openimp.pace import Pace, shown
 from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe, Task
@@ -183,13 +184,16 @@ class Training:
         open_sets(self.model, recipe, self.modalities)
         # Of the model as it was made, for one in shards has another class.
         self.texts = texts_of(self.model, recipe, self.modalities, self.data.classes)
-        self.copies = parallel.spread(
+        copies = parallel.spread(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "project", "classify"),
             recipe.parallel.shard, recipe.parallel.experts, self.device,
         )  # fmt: skip
         encode = compiled_encode(self.model, len(self._signatures())) if self.compile else self.model.encode
         self.encode = in_pieces(encode, recipe.batch.micro)
-        self.optimizers = make_optimizers(recipe.optimizer, self.model, [cost.touched for cost in self.costs.values()])
+        named = dict(self.model.named_parameters())
+        steps = [{named[name] for name in cost.touched} for cost in self.costs.values()]
+        self.exchange = make_exchange(self.model, copies, muon_matrices(recipe.optimizer, self.model), steps)
+        self.optimizers = make_optimizers(recipe.optimizer, self.model, self.exchange.own)
         self.averaged: dict[str, Tensor] | None = None
         if recipe.optimizer.ema:
             self.averaged = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
@@ -216,7 +220,7 @@ class Training:
         """One step: one task's losses, their gradients, and one update of the parameters that the task touches."""
         losses = self.forward(loaded)
         losses.total.backward()
-        parallel.average_gradients(self.copies)
+        self.exchange.gradients()
         self.apply_gradients(loaded, losses)
         return losses
 
@@ -233,7 +237,7 @@ class Training:
             UserError: the loss or its gradient is not finite.
         """
         visit, recipe = loaded.visit, self.recipe
-        norm = parallel.clip_gradients(self.model.parameters(), recipe.optimizer.clip or math.inf)
+        norm = self.exchange.clip(recipe.optimizer.clip or math.inf)
         # This waits for a GPU to end the backward pass: the price of never updating with what is not finite.
         self.grad_norm = float(norm)
         if not math.isfinite(self.grad_norm):
@@ -247,6 +251,7 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.step()
         self.model.limit_temperatures()
+        self.exchange.updates()
         # None, not zero: what the next task does not touch keeps its value and its moments.
         self.model.zero_grad(set_to_none=True)
         if self.averaged is not None:
@@ -317,11 +322,13 @@ class Training:
             "totals": {task: dict(units) for task, units in self.metrics.totals.items()},
         }
         texts = {**self.texts, "state.json": json.dumps(state, indent=1)}
-        tensors = {"model": self.model.state_dict(), "optimizer": moments_of(self.model, self.optimizers)}
+        moments = moments_of(self.model, self.optimizers)
+        tensors = {"model": self.model.state_dict(), "optimizer": moments}
         if self.averaged is not None:
             tensors["ema"] = self.averaged
-        dealt = moments_of(self.model, [o for o in self.optimizers if isinstance(o, torch.optim.Muon)])
-        self.saver.start(self.step, texts, tensors, only_here=dealt)
+        dealt = {name for name, parameter in self.model.named_parameters() if parameter in self.exchange.dealt}
+        only_here = {key for key in moments if key.partition("|")[0] in dealt}
+        self.saver.start(self.step, texts, tensors, only_here)
         self.saved = self.step
 
     def evaluate(self, progress: Any = None) -> None:

@@ -52,6 +52,8 @@ class Temperature(nn.Module):
     def limit(self) -> None:
         """Keeps the scale below 100, after each update, as CLIP does (arXiv 2103.00020, section 2.5).
 
-        In the forward pass a limit would leave no gradient to come back by.
+        In the forward pass a limit would leave no gradient to come back by. What has no gradient was not updated here;
+        another process may be updating it.
         """
-        self.log_scale.clamp_(max=math.log(100.0))
+        if self.log_scale.grad is not None:
+            self.log_scale.clamp_(max=math.log(100.0))
