@@ -5,7 +5,7 @@
 Several processes hold the model as the recipe says, in shards, or with the experts apart. A process makes its batches
 itself, so that it is one thread in all; in the last two settings each has a loader's worker besides. In one setting two
 trainings run side by side that know nothing of one another, each on half of the batch: what two processes would reach
-if exchanging gradients cost nothing. The settings take turns, as many rounds as asked for, each a short training; the
+if exchanging gradients cost nothing, and each updated all of the model. The settings take turns, as many rounds as asked for, each a short training; the
 first steps, which warm up, are left out. What is compared is the paired ratio of each round, for machines are shared.
 `--write` puts the table into docs/results/scaling.md.
 """
@@ -124,7 +124,7 @@ def main() -> None:
             f"# Several processes on one machine\n\n`{command}`: the recipe {args.recipe}, {args.steps} steps, one "
             "thread a process, which makes its batches itself but for the last two rows; "
             f"medians of {args.rounds} rounds in which the settings take turns. Two that exchange nothing are "
-            "trainings of half of the batch each, side by side: the most that two processes could reach.\n\n"
+            "trainings of half of the batch each, side by side, which share no work of the optimisers either.\n\n"
         )
         by = f"\n\n{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, openimp {openimp_version()}.\n"
         (ROOT / "docs" / "results" / "scaling.md").write_text(head + table + by, encoding="utf-8")
