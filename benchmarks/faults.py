@@ -144,25 +144,29 @@ def rank_that_dies(bench: Bench) -> list[Outcome]:
     victim.communicate()
     noticed = told(survivor, lines, "process 1 of 0 to 1 died")
     noticed = f"{noticed} (after {seconds:.1f} s)" if noticed and seconds < PATIENCE else ""
-    return [bench.gone_on("kill -9 of one of two processes", run, noticed, processes=2)]
+    return [bench.gone_on("kill -9 of one of two processes that have one copy of the model", run, noticed, how="two")]
 
 
 def rank_that_is_started_again(bench: Bench) -> list[Outcome]:
     run = bench.folder / "restart"
-    return [_started_again(bench, "the same, under torchrun --max-restarts 1", bench.torchrun(run), run, 0)]
+    return [_started_again(bench, "the same, under torchrun --max-restarts 1", bench.torchrun(run), run, "two")]
 
 
 def node_that_is_started_again(bench: Bench) -> list[Outcome]:
     run = bench.folder / "nodes"
-    return [_started_again(bench, "the same, with a torchrun for each", bench.two_nodes(run), run, 1)]
+    return [
+        _started_again(
+            bench, "the same, with shards of it and a torchrun for each", bench.two_nodes(run), run, "two nodes"
+        )
+    ]
 
 
-def _started_again(bench: Bench, fault: str, process: Process, run: Path, above: int) -> Outcome:
-    """Kills the last of the processes; `above` is how many levels of parents they have below `process`."""
+def _started_again(bench: Bench, fault: str, process: Process, run: Path, how: str) -> Outcome:
+    """Kills the last of the processes, which on two nodes have a torchrun each below `process`."""
 
     def kill(process: Process) -> None:
         pid = process.pid
-        for _ in range(above + 1):
+        for _ in range(2 if how == "two nodes" else 1):
             pid = children(pid)[-1]
         os.kill(pid, signal.SIGKILL)
 
@@ -171,7 +175,7 @@ def _started_again(bench: Bench, fault: str, process: Process, run: Path, above:
     steps = steps_of(finished(process, lines))
     again = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])
     noticed = f"{named[0].removeprefix('openimp: ')}; started again" if named else ""
-    return bench.compared(fault, run, noticed, steps[again - 1] - steps[again] + 1, processes=2)
+    return bench.compared(fault, run, noticed, steps[again - 1] - steps[again] + 1, how)
 
 
 def worker_that_dies(bench: Bench) -> list[Outcome]:

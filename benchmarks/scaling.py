@@ -5,8 +5,9 @@
 Several processes hold the model as the recipe says, in shards, or with the experts apart. A process makes its batches
 itself, so that it is one thread in all; in the last two settings each has a loader's worker besides. In one setting two
 trainings run side by side that know nothing of one another, each on half of the batch: what two processes would reach
-if exchanging gradients cost nothing, and each updated all of the model. The settings take turns, as many rounds as asked for, each a short training; the
-first steps, which warm up, are left out. What is compared is the paired ratio of each round, for machines are shared.
+if exchanging gradients cost nothing, and each updated all of the model. The settings take turns, as many rounds as
+asked for, each a short training; the first steps, which warm up, are left out. What is compared is the paired ratio of
+each round, for machines are shared.
 `--write` puts the table into docs/results/scaling.md.
 """
 

@@ -26,6 +26,8 @@ AT = 12
 """The step after which most faults happen: in the middle between two checkpoints."""
 CHANGES = [f"train.steps={STEPS}", f"train.save_every={EVERY}", "train.keep=3", "evaluation={}",
            f"tasks.named.views.1.batch={BATCH}", f"tasks.heard.batch={BATCH}"]  # fmt: skip
+ONE_COPY = ["parallel.shard=1"]
+"""Of the model, for processes that see the same memory."""
 Process = subprocess.Popen[str]
 
 
@@ -79,16 +81,18 @@ class Bench:
     def start(self, run: Path, *options: str, changes: Iterable[str] = ()) -> Process:
         return start([sys.executable, *self.command(run, *options, changes=changes)])
 
-    def start_two(self, run: Path, *options: str) -> list[Process]:
-        """Two processes that work together, without torchrun, which would keep their exit codes to itself."""
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, *self.command(run, *options)]
+    def start_two(self, run: Path, *options: str, nodes: bool = False) -> list[Process]:
+        """Two processes that work together, without torchrun, which would keep their exit codes to itself. They have
+        one copy of the model, or shards of it, as on two nodes."""
+        group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1" if nodes else "2"}
+        group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        command = [sys.executable, *self.command(run, *options, changes=[] if nodes else ONE_COPY)]
         return [start(command, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
     def torchrun(self, run: Path) -> Process:
-        """The same, started again once."""
+        """The same with one copy, started again once."""
         how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-        return start([sys.executable, "-m", "torch.distributed.run", *how, *self.command(run)])
+        return start([sys.executable, "-m", "torch.distributed.run", *how, *self.command(run, changes=ONE_COPY)])
 
     def two_nodes(self, run: Path) -> Process:
         """The same by two torchruns with a process each, as on two nodes: the children of what this gives."""
@@ -97,11 +101,15 @@ class Bench:
         node = shlex.join([sys.executable, "-m", "torch.distributed.run", *how, *self.command(run)])
         return start(["sh", "-c", f"{node} & first=$!; {node} & wait $! && wait $first"])
 
-    def whole(self, processes: int = 1) -> Path:
+    def started(self, how: str, run: Path, *options: str) -> list[Process]:
+        """In "one" process, in "two" with one copy of the model, or as on "two nodes"."""
+        return [self.start(run, *options)] if how == "one" else self.start_two(run, *options, nodes=how == "two nodes")
+
+    def whole(self, how: str = "one") -> Path:
         """A run in peace, made when it is asked for."""
-        run = self.folder / f"whole {processes}"
+        run = self.folder / f"whole {how}"
         if not run.exists():
-            for process in [self.start(run)] if processes == 1 else self.start_two(run):
+            for process in self.started(how, run):
                 finished(process, watch(process))
         return run
 
@@ -109,23 +117,22 @@ class Bench:
         """A copy of the run in peace, to be spoilt."""
         return Path(shutil.copytree(self.whole(), self.folder / name))
 
-    def gone_on(self, fault: str, run: Path, noticed: str, reached: int | None = None, processes: int = 1) -> Outcome:
+    def gone_on(self, fault: str, run: Path, noticed: str, reached: int | None = None, how: str = "one") -> Outcome:
         """What became of a run that goes on with --resume.
 
         Args:
             fault, noticed: see `Outcome`.
             run: where it ended.
             reached: how many steps it had made; left out, those of its metrics.
-            processes: how many go on.
+            how: it goes on; see `started`.
         """
         reached = read_lines(run / "metrics.jsonl")[-1]["step"] if reached is None else reached
-        resumed = [self.start(run, "--resume")] if processes == 1 else self.start_two(run, "--resume")
-        lines = [finished(process, watch(process)) for process in resumed]
-        return self.compared(fault, run, noticed, reached - steps_of(lines[0])[0] + 1, processes)
+        lines = [finished(process, watch(process)) for process in self.started(how, run, "--resume")]
+        return self.compared(fault, run, noticed, reached - steps_of(lines[0])[0] + 1, how)
 
-    def compared(self, fault: str, run: Path, noticed: str, steps: int, processes: int = 1) -> Outcome:
+    def compared(self, fault: str, run: Path, noticed: str, steps: int, how: str = "one") -> Outcome:
         """What became of a run that has come to its end."""
-        whole = self.whole(processes)
+        whole = self.whole(how)
         weights, others = (load_model(checkpoints(path)[-1])[0].state_dict() for path in (run, whole))
         same = all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
         ours, theirs = made(run), made(whole)
