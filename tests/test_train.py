@@ -287,6 +287,21 @@ def test_a_terminal_that_is_closed_asks_for_a_stop_unless_nohup_was_asked_for():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_training_goes_on_when_nobody_reads_what_it_prints(little_data, tmp_path):
+    """As in a pipe to `head`."""
+    command = ["-m", "openimp", "train", little_data / "recipe.yaml", "--run", tmp_path / "run"]
+    for change in ("train.steps=4", "train.log_every=1", "evaluation={}"):
+        command += ["--set", change]
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=300) == 0
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "manifest.json").exists()
+
+
 def test_a_damaged_state_is_named(whole_run, little_data, tmp_path):
     """In a checkpoint that has no manifest, as older versions wrote it."""
     run = Path(shutil.copytree(whole_run, tmp_path / "run"))

@@ -1,5 +1,7 @@
 """What a person sees: bars where there is a terminal, plain lines where there is none."""
 
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import TypeVar
@@ -9,11 +11,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 T = TypeVar("T")
-console = Console(highlight=False, markup=False)
-"""Standard output."""
 PLAIN_WIDTH = 110
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Goes on, silently: whoever read the output has left, as `head` does, but a training must not end for that."""
+        self.quiet = True
+        # Else the interpreter would complain at its end, of what could not be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = _Console(highlight=False, markup=False)
+"""Standard output."""
 if not console.is_terminal:
-    console = Console(highlight=False, markup=False, width=PLAIN_WIDTH)
+    console = _Console(highlight=False, markup=False, width=PLAIN_WIDTH)
 
 
 def track(items: Iterable[T], description: str) -> Iterator[T]:
