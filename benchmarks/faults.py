@@ -36,6 +36,7 @@ from trainings import (
     EVERY,
     STEPS,
     Bench,
+    How,
     Outcome,
     Process,
     children,
@@ -161,7 +162,7 @@ def node_that_is_started_again(bench: Bench) -> list[Outcome]:
     ]
 
 
-def _started_again(bench: Bench, fault: str, process: Process, run: Path, how: str) -> Outcome:
+def _started_again(bench: Bench, fault: str, process: Process, run: Path, how: How) -> Outcome:
     """Kills the last of the processes, which on two nodes have a torchrun each below `process`."""
 
     def kill(process: Process) -> None:

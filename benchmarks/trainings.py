@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,6 +29,8 @@ CHANGES = [f"train.steps={STEPS}", f"train.save_every={EVERY}", "train.keep=3", 
 ONE_COPY = ["parallel.shard=1"]
 """Of the model, for processes that see the same memory."""
 Process = subprocess.Popen[str]
+How = Literal["one", "two", "two nodes"]
+"""In one process, in two with one copy of the model, or in two as on two nodes, with shards of it."""
 
 
 @dataclass
@@ -95,17 +97,16 @@ class Bench:
         return start([sys.executable, "-m", "torch.distributed.run", *how, *self.command(run, changes=ONE_COPY)])
 
     def two_nodes(self, run: Path) -> Process:
-        """The same by two torchruns with a process each, as on two nodes: the children of what this gives."""
+        """With shards, by two torchruns with a process each, as on two nodes: the children of what this gives."""
         how = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1", "--rdzv-backend", "c10d",
                "--rdzv-id", "nodes", "--rdzv-endpoint", f"localhost:{free_port()}"]  # fmt: skip
         node = shlex.join([sys.executable, "-m", "torch.distributed.run", *how, *self.command(run)])
         return start(["sh", "-c", f"{node} & first=$!; {node} & wait $! && wait $first"])
 
-    def started(self, how: str, run: Path, *options: str) -> list[Process]:
-        """In "one" process, in "two" with one copy of the model, or as on "two nodes"."""
+    def started(self, how: How, run: Path, *options: str) -> list[Process]:
         return [self.start(run, *options)] if how == "one" else self.start_two(run, *options, nodes=how == "two nodes")
 
-    def whole(self, how: str = "one") -> Path:
+    def whole(self, how: How = "one") -> Path:
         """A run in peace, made when it is asked for."""
         run = self.folder / f"whole {how}"
         if not run.exists():
@@ -117,20 +118,20 @@ class Bench:
         """A copy of the run in peace, to be spoilt."""
         return Path(shutil.copytree(self.whole(), self.folder / name))
 
-    def gone_on(self, fault: str, run: Path, noticed: str, reached: int | None = None, how: str = "one") -> Outcome:
+    def gone_on(self, fault: str, run: Path, noticed: str, reached: int | None = None, how: How = "one") -> Outcome:
         """What became of a run that goes on with --resume.
 
         Args:
             fault, noticed: see `Outcome`.
             run: where it ended.
             reached: how many steps it had made; left out, those of its metrics.
-            how: it goes on; see `started`.
+            how: it goes on.
         """
         reached = read_lines(run / "metrics.jsonl")[-1]["step"] if reached is None else reached
         lines = [finished(process, watch(process)) for process in self.started(how, run, "--resume")]
         return self.compared(fault, run, noticed, reached - steps_of(lines[0])[0] + 1, how)
 
-    def compared(self, fault: str, run: Path, noticed: str, steps: int, how: str = "one") -> Outcome:
+    def compared(self, fault: str, run: Path, noticed: str, steps: int, how: How = "one") -> Outcome:
         """What became of a run that has come to its end."""
         whole = self.whole(how)
         weights, others = (load_model(checkpoints(path)[-1])[0].state_dict() for path in (run, whole))

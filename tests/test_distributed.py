@@ -43,6 +43,7 @@ CASES = {
     "disjoint, a stem's own block": ["model.space=disjoint", "model.own_layers=1"],
     "whole copies": ["parallel.shard=1"],
     "whole copies, in pieces": ["parallel.shard=1", "batch={micro: 2, recompute: true}"],
+    "whole copies, Muon": ["parallel.shard=1", "optimizer={muon_lr: 0.1, warmup: 1}"],
     "shards in two groups": ["parallel.shard=2"],
     "experts apart, whole copies": ["parallel={shard: 1, experts: 2}", "optimizer={muon_lr: 0.1, warmup: 1}"],
     "experts apart, shards": ["parallel={experts: 2}", "batch={micro: 2, recompute: true}"],
@@ -285,7 +286,8 @@ def test_an_evaluation_that_fails_in_the_first_process_ends_all_and_loses_no_ste
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    exchange.TOGETHER = 2**12  # So that a small model's gradients leave in several pieces too, and not at the end.
+    # So that a small model's gradients leave in several pieces too, and not at the end.
+    exchange.TOGETHER = shared_memory.PIECE = 2**12
     folder, out, backend = sys.argv[1:]
     if backend == "gloo":
         del os.environ["LOCAL_WORLD_SIZE"]  # As if torchrun had started others elsewhere.

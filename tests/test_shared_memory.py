@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from openimp import distributed, shared_memory
+from openimp import distributed, exchange, shared_memory
 
 TYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]
 OPERATIONS = [dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN]
@@ -72,6 +72,8 @@ def compare() -> None:
     group.allreduce_coalesced(several, options).wait()
     assert all(torch.equal(tensor, torch.full_like(tensor, (processes - 1) / 2)) for tensor in several)
     share_one_copy(group)
+    for one_copy in (False, True):
+        update_shares(group, one_copy)
     with pytest.raises(dist.DistError, match="do not exchange the same"):
         dist.all_reduce(torch.zeros(4 + rank), group=dist.new_group())
     slow = dist.new_group(timeout=timedelta(seconds=0.5))
@@ -96,10 +98,33 @@ def share_one_copy(group: Any) -> None:
     dist.barrier()
     assert all(map(torch.equal, (tensor - 1 for share in shares for tensor in share), before))
     dist.barrier()
-    gradients = [[torch.full((size,), float(rank)) for size in row] for row in sizes]
-    group.average_in_shares(gradients)
-    for number, share in enumerate(gradients):
-        assert all(bool((tensor == (processes - 1) / 2).all()) for tensor in share if number == rank)
+    for turn in range(3):
+        gradients = [[torch.arange(float(size)) * (rank + turn) for size in row] for row in sizes]
+        group.average_in_shares(gradients)
+        for tensor in gradients[rank]:
+            torch.testing.assert_close(tensor, torch.arange(float(len(tensor))) * ((processes - 1) / 2 + turn))
+
+
+def update_shares(group: Any, one_copy: bool) -> None:
+    """Of fewer parameters than there are shares of them: some processes have nothing to update."""
+    processes = dist.get_world_size()
+    model = nn.ParameterList([torch.ones(3, 2), torch.ones(1)])
+    matrices, steps, copies = [model[0]], [{*model.parameters()}], [(group, [*model.parameters()])]
+    make = exchange.make_exchange if one_copy else exchange.WholeCopies
+    made = make(model, copies, matrices, steps)
+    assert isinstance(made, exchange.OneCopy) == one_copy
+    assert distributed.total(sum(p is model[0] for p in made.own)) == 1
+    (sum(parameter.sum() for parameter in model) * (dist.get_rank() + 1)).backward()
+    made.gradients()
+    each = (processes + 1) / 2
+    assert float(made.clip(each)) == pytest.approx(each * 7**0.5)
+    for parameter in made.own:
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, torch.full_like(parameter, each * 7**-0.5))
+        parameter.data -= 1
+    made.updates()
+    assert not any(parameter.any() for parameter in model)
+    dist.barrier()
 
 
 def results(own: Tensor, operation: Any, source: int, group: Any) -> list[Tensor]:

@@ -24,13 +24,13 @@ class Exchange:
     Attributes:
         parameters: all that are trained.
         own: those that this process updates.
-        dealt: those that one process alone updates, of those that all have.
+        updated_once: those that all have and one process updates.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.own = self.parameters
-        self.dealt: set[Tensor] = set()
+        self.updated_once: Set[Tensor] = frozenset()
 
     def gradients(self) -> None:
         """Makes the gradients of `own`, after each backward pass, those of the mean over the processes."""
@@ -40,7 +40,8 @@ class Exchange:
         they had."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = self._norm(gradients)
-        torch._foreach_mul_([own_part(gradient) for gradient in gradients], (limit / (norm + 1e-6)).clamp(max=1.0))
+        if gradients:  # Of many processes some may have none.
+            torch._foreach_mul_([own_part(gradient) for gradient in gradients], (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
@@ -73,8 +74,8 @@ class WholeCopies(Exchange):
         super().__init__(model)
         self.copies = [Copies(group, parameters) for group, parameters in copies]
         self.shares = deal(matrices, steps, world(), orthogonalising)
-        self.dealt = {matrix for share in self.shares for matrix in share}
-        others = self.dealt.difference(self.shares[rank()])
+        self.updated_once = {matrix for share in self.shares for matrix in share}
+        others = self.updated_once - {*self.shares[rank()]}
         self.own = [parameter for parameter in self.parameters if parameter not in others]
 
     def gradients(self) -> None:
@@ -87,7 +88,7 @@ class WholeCopies(Exchange):
         largest = max(map(sum, sizes))
         if not largest:
             return
-        own = next(iter(self.dealt)).new_empty(largest)
+        own = next(iter(self.updated_once)).new_empty(largest)
         torch.cat([own[:0], *(matrix.flatten() for matrix in updated[rank()])], out=own[: sum(sizes[rank()])])
         found = [torch.empty_like(own) for _ in updated]
         dist.all_gather(found, own)
@@ -144,7 +145,8 @@ class Copies:
 
 class OneCopy(Exchange):
     """Of processes that see the same memory: the parameters lie there once, and each process updates its share of them,
-    with moments of that share alone (ZeRO's second stage, arXiv 1910.02054; but no weights are sent).
+    with moments of that share alone, as in ZeRO's first stage (arXiv 1910.02054). A gradient goes to the process that
+    updates what it is of, and no weights are sent.
 
     A process reads parameters until its gradients are complete, and all exchange those before any of them updates; it
     reads them again when all have updated.
@@ -159,12 +161,13 @@ class OneCopy(Exchange):
         by_muon = deal(hidden, steps, group.size(), orthogonalising)
         by_adam = deal(rest, steps, group.size(), Tensor.numel)
         self.group, self.shares = group, [a + b for a, b in zip(by_muon, by_adam)]
-        self.dealt, self.own = set(self.parameters), self.shares[group.rank()]
+        self.own, self.updated_once = self.shares[group.rank()], {*self.parameters}
+        self.others = self.updated_once - {*self.own}
         group.lay_together(self.shares)
 
     def gradients(self) -> None:
         self.group.average_in_shares([[p.grad for p in share if p.grad is not None] for share in self.shares])
-        for parameter in self.dealt.difference(self.own):
+        for parameter in self.others:
             parameter.grad = None
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:

@@ -109,16 +109,17 @@ def spread(
                 setattr(module, name, nn.Parameter(part))
     if layout.shard == 1:
         model.to(device)  # Of DTensors it makes new parameters.
-    dealt = [weight for module in experts for weight in module.parameters()] if owners > 1 else []
-    if layout.shard == 1:
+        everywhere = cast(Group, dist.group.WORLD)
+        if owners == 1:
+            return [(everywhere, list(model.parameters()))]
+        dealt = [weight for module in experts for weight in module.parameters()]
         apart = set(dealt)
         alike = [weight for weight in model.parameters() if weight not in apart]
-        copies = [(cast(Group, dist.group.WORLD), alike)]
-        return [*copies, (expert_mesh.get_group("replicate"), dealt)] if dealt else copies
+        return [(everywhere, alike), (expert_mesh.get_group("replicate"), dealt)]
     # Experts that are dealt out are cut along their second dimension. So are others: FSDP2 pads a first dimension to a
     # part a process, and of few experts many processes would gather mostly padding.
-    second = {w for module in experts for w in module.parameters() if dealt or w.shape[1] % layout.shard == 0}
-    if dealt:
+    second = {w for module in experts for w in module.parameters() if owners > 1 or w.shape[1] % layout.shard == 0}
+    if owners > 1:
         for module in experts:
             _fully_shard(module, expert_mesh, second)
     groups = world() // layout.shard

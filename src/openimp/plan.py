@@ -1,7 +1,8 @@
 """What a run would need, told without a GPU: parameters, memory, FLOPs, communication, days.
 
-FLOPs are the ledger's, and the memory of a step is counted. The rest is arithmetic on sizes, for what `parallel.py`
-does: weights, gradients and moments in fp32, held as the recipe's `parallel` says. docs/plan.md writes it out.
+FLOPs are the ledger's, and the memory of a step is counted. The rest is arithmetic on sizes, for what `parallel.py` and
+`exchange.py` do on GPUs: weights, gradients and moments in fp32, held as the recipe's `parallel` says. docs/plan.md
+writes it out.
 """
 
 from collections import Counter

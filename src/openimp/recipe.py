@@ -247,8 +247,8 @@ class Parallel(Strict):
 
     shard: Count | None = None
     """Processes that share one copy of weights, gradients and moments (FSDP2); each such group has its own (HSDP). 1: a
-    whole copy in every process, or of processes on one machine's CPUs in memory that all see, for small models. null:
-    all processes share one."""
+    whole copy in every process, for small models; processes on the CPUs of one Linux machine then have one together,
+    unless `experts` is above 1. null: all processes share one."""
     experts: Count = 1
     """Processes that share the experts of each sparse layer, each with some of them whole; tokens travel to them and
     back (expert parallelism). They are among those that share a copy, unless every process has a whole one."""

@@ -129,16 +129,16 @@ class SharedMemory(_PROCESS_GROUP):
             connection.close()
         self.pieces = []
 
-    def _meet(self, size: int = 0) -> None:
-        """Goes on when all have come here, each with as many bytes to show."""
+    def _meet(self, what: int = 0) -> None:
+        """Goes on when all have come here, for the same."""
         try:
             for connection in self.others.values():
-                connection.send(MESSAGE.pack(size))
+                connection.send(MESSAGE.pack(what))
             for connection in self.others.values():
                 message = self._received(connection)
                 if not message:
                     raise ConnectionError
-                if message != MESSAGE.pack(size):
+                if message != MESSAGE.pack(what):
                     raise dist.DistError("processes do not exchange the same")
         except ConnectionError:
             raise dist.DistError("a process died") from None
@@ -155,19 +155,19 @@ class SharedMemory(_PROCESS_GROUP):
             raise dist.DistError(f"a process has not come within {self.seconds:.0f} s")
         return connection.recv(MESSAGE.size)
 
-    def _show(self, parts: list[Tensor], size: int | None = None) -> list[Tensor]:
+    def _show(self, parts: list[Tensor], what: int | None = None) -> list[Tensor]:
         """The bytes of some flat parts, one after the other, as each process has them; until the next but one call.
 
         Args:
             parts: of one type.
-            size: what all give as theirs, where each has something else to show.
+            what: all mean to show; left out, as many bytes as these.
         """
         self.turn = 1 - self.turn
         shown = [piece[self.turn] for piece in self.pieces]
         if parts:
             numbers = sum(map(len, parts))
             torch.cat(parts, out=shown[self.number].view(parts[0].dtype)[:numbers])
-        self._meet(sum(part.nbytes for part in parts) if size is None else size)
+        self._meet(sum(part.nbytes for part in parts) if what is None else what)
         return shown
 
     def _columns(self, own_PN: Tensor) -> Iterator[tuple[slice, list[list[Tensor]]]]:
@@ -207,11 +207,11 @@ class SharedMemory(_PROCESS_GROUP):
         shares. They are of one type."""
         pieces = [list(_pieces(tensor.view(-1) for tensor in share)) for share in shares]
         own, processes = pieces[self.number], self.size()
-        size = sum(tensor.nbytes for share in shares for tensor in share)
+        sizes = hash(tuple(tuple(tensor.numel() for tensor in share) for share in shares))
         for distance in range(1, processes):  # Each sends to the one that comes so many after it.
             sent = pieces[(self.number + distance) % processes]
             for i in range(max(map(len, pieces))):
-                shown = self._show(sent[i] if i < len(sent) else [], size)
+                shown = self._show(sent[i] if i < len(sent) else [], sizes)
                 if i < len(own):
                     torch._foreach_add_(own[i], _like(own[i], shown[self.number - distance]))
         if own:
@@ -273,8 +273,10 @@ class SharedMemory(_PROCESS_GROUP):
         return _done(found)
 
     def gather(self, found: list[list[Tensor]], own: list[Tensor], opts: Any) -> Any:
-        # All receive, for all see it anyway; those that asked for nothing forget it.
-        return self.allgather(found or [[torch.empty_like(own[0]) for _ in self.pieces]], own)
+        for columns, shown in self._columns(own[0].reshape(1, -1)):
+            for tensor, (part,) in zip(found[0], shown, strict=True) if found else ():
+                tensor.view(-1)[columns] = part
+        return _done(found)
 
     def barrier(self, opts: Any = None) -> Any:
         self._meet()
@@ -290,11 +292,9 @@ class SharedMemory(_PROCESS_GROUP):
 
 
 def _mapped(file: int, size: int) -> Tensor:
-    if not size:
-        return torch.empty(0, dtype=torch.uint8)
-    memory = mmap.mmap(file, size)
+    memory = mmap.mmap(file, size) if size else b""
     os.close(file)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.frombuffer(memory, dtype=torch.uint8) if memory else torch.empty(0, dtype=torch.uint8)
 
 
 def _room(tensor: Tensor) -> int:

@@ -326,8 +326,8 @@ class Training:
         tensors = {"model": self.model.state_dict(), "optimizer": moments}
         if self.averaged is not None:
             tensors["ema"] = self.averaged
-        dealt = {name for name, parameter in self.model.named_parameters() if parameter in self.exchange.dealt}
-        only_here = {key for key in moments if key.partition("|")[0] in dealt}
+        once = {name for name, p in self.model.named_parameters() if p in self.exchange.updated_once}
+        only_here = {key for key in moments if key.partition("|")[0] in once}
         self.saver.start(self.step, texts, tensors, only_here)
         self.saved = self.step
 

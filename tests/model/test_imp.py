@@ -164,6 +164,12 @@ def test_the_scale_is_kept_below_100_and_can_come_back():
     assert temperature.log_scale.grad.item() == pytest.approx(100)
 
 
+def test_a_scale_that_another_process_updates_is_left_alone():
+    temperature = Temperature(0.001)
+    temperature.limit()
+    assert temperature.scale.item() == pytest.approx(1000)
+
+
 def test_classification_starts_undecided():
     model = small()
     assert model.classifiers["pictures-label"](torch.randn(2, 32)).tolist() == [[0.0] * 7] * 2
