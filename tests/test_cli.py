@@ -131,7 +131,7 @@ def test_what_cannot_be_written_or_would_be_ignored_is_refused_at_once(refused, 
     file = tmp_path / "file"
     file.write_text("")
     train = ("train", little_data / "recipe.yaml", "--run")
-    assert refused(*train, file) == f"{file}: is a file; name a directory with --run"
+    assert refused(*train, file) == f"{file}: is a file; name a directory with --run-dir"
     assert refused(*train, file / "run") == f"{file / 'run'}: Not a directory"
     out = tmp_path / "missing" / "results.jsonl"
     for place in (out, tmp_path):
@@ -197,7 +197,7 @@ def test_a_run_that_is_there_and_a_checkpoint_of_another_recipe_are_refused(refu
     before = file.read_bytes()
     for resume in ([], ["--resume", "auto"]):
         told = refused("train", file, "--run", little_data, *resume)
-        assert told == f"{file}: a run would write over it; name another directory with --run"
+        assert told == f"{file}: a run would write over it; name another directory with --run-dir"
         assert file.read_bytes() == before
     assert "made by another recipe" in refused(
         "train", file, "--run", little_run, "--resume", "auto", *sets("model.embed_dim=64")

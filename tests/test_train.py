@@ -369,7 +369,7 @@ def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
     for resume in (False, True):
         with pytest.raises(UserError, match="begun: holds a run that saved no checkpoint; start it anew"):
             train(recipe_of(little_data, *LONG), tmp_path / "begun", resume)
-        with pytest.raises(UserError, match=r"recipe.yaml: is a file; name a directory with --run"):
+        with pytest.raises(UserError, match=r"recipe.yaml: is a file; name a directory with --run-dir"):
             train(recipe_of(little_data, *LONG), tmp_path / "begun" / "recipe.yaml", resume)
     with pytest.raises(UserError, match="nowhere: no checkpoint to resume from"):
         train(recipe_of(little_data, *LONG), tmp_path / "nowhere", resume=True)

@@ -125,7 +125,7 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
         f"{recipe.name} {verdict}: {found.memory / 2**30:,.2f} of {room:.1f} GiB for tensors on each of {gpus} x {gpu}",
         f"{recipe.train.steps:,} steps, {short(found.flops)}FLOPs: {_duration(found.seconds)} at an MFU of {mfu:.0%}",
     ]
-    if found.seconds_connected > found.seconds:
+    if found.seconds_connected > 1.001 * found.seconds:  # Else the sums are equal but for rounding.
         lines.append(
             f"over this network at least {_duration(found.seconds_connected)}: its bytes take longer than its FLOPs"
         )

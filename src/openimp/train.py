@@ -140,13 +140,13 @@ class Training:
             raise UserError(f"{type(self).__name__}: a study trains in one process; start it without torchrun")
         self.compile = recipe.train.compile and distributed.world() == 1
         if run.exists() and not run.is_dir():
-            raise UserError(f"{run}: is a file; name a directory with --run")
+            raise UserError(f"{run}: is a file; name a directory with --run-dir")
         saved, job = bool(common_checkpoints(run)), run / "torchrun.job"
         recipe_file = run / "recipe.yaml"
         begun = saved or (run / "tensorboard").exists()
         # Else it is of a run that died before it began, or what somebody wrote by hand.
         if recipe_file.exists() and not begun and recipe_file.read_text("utf-8", "replace") != recipe.to_yaml():
-            raise UserError(f"{recipe_file}: a run would write over it; name another directory with --run")
+            raise UserError(f"{recipe_file}: a run would write over it; name another directory with --run-dir")
         # Not after a start that was refused, which torchrun repeats too.
         again = distributed.restarted() and job.exists() and job.read_text(encoding="utf-8") == distributed.job()
         if resume == "auto" or again:
@@ -155,11 +155,11 @@ class Training:
             if not saved:
                 raise UserError(
                     f"{run}: holds a run that saved no checkpoint; start it anew with --resume auto, or name another "
-                    "directory with --run"
+                    "directory with --run-dir"
                 )
             if not resume:
                 raise UserError(
-                    f"{run}: holds a run already; go on with --resume, or name another directory with --run"
+                    f"{run}: holds a run already; go on with --resume, or name another directory with --run-dir"
                 )
         latest = resumable(recipe, run, type(self).__name__) if resume else None
         self.modalities = self.read(recipe)
@@ -204,11 +204,15 @@ class Training:
         self.saved, self.saver = self.step, Saver(run, recipe.train.keep)
         self.cursors = self.data.load_cursors(state.get("cursors", {}), changed)
         distributed.wait()  # Until none looks for a run that is there already.
-        if distributed.rank() == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            recipe_file.write_text(recipe.to_yaml(), encoding="utf-8")
-            if distributed.job():
-                job.write_text(distributed.job(), encoding="utf-8")
+
+        def begin() -> None:
+            if distributed.rank() == 0:
+                run.mkdir(parents=True, exist_ok=True)
+                recipe_file.write_text(recipe.to_yaml(), encoding="utf-8")
+                if distributed.job():
+                    job.write_text(distributed.job(), encoding="utf-8")
+
+        distributed.agreed(begin)
         self.metrics = Metrics(run, self.step, state.get("totals"))
         self.pace = Pace(self.model, self.device)
         self.bad = BadExamples(run, self.step, recipe.train.max_bad, state.get("bad"))
@@ -393,12 +397,16 @@ class Training:
         console.print(mixture_table(self.recipe, self.costs))
         parameters = sum(p.numel() for p in self.model.parameters())
         how: str = precision_of(self.device, self.recipe.train.precision)
+        if distributed.world() > 1:
+            how += f", {distributed.world()} processes"
         size = f"{parameters / 1e6:.2f}M parameters"
         if self.compile:
             how += f", compiled for {len(self._signatures())} signatures"
         elif self.recipe.train.compile:
             how += ", not compiled, which is for one process"
         console.print(f"{self.recipe.name}: {size} on {self.device.type}, {how}, into {self.run}", soft_wrap=True)
+        if self.step:
+            console.print(f"going on from step {self.step}", soft_wrap=True)
         warmup, steps = self.recipe.optimizer.warmup, self.recipe.train.steps
         if warmup is not None and warmup >= steps:
             longer = f"warm-up of {warmup} steps is not shorter than the {steps} steps of training"
