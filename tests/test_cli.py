@@ -121,10 +121,10 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
     for content, told in (("{", "Expecting"), ("[" * 200_000, "recursion"), ("[]", "expected a JSON object")):
         (damaged / "config.json").write_text(content)
         assert re.search(f"config.json: damaged: .*{told}", refused("info", damaged))
-    (damaged / "config.json").write_text('{"format": 2, "classes": {}}')
+    (damaged / "config.json").write_text('{"format": 4, "model": "IMP", "classes": {}}')
     assert "config.json: recipe is missing, or no object" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 99}')
-    assert "config.json: format 99, this version of openimp reads format 3" in refused("info", damaged)
+    assert "config.json: format 99, this version of openimp reads format 4" in refused("info", damaged)
 
 
 def test_what_cannot_be_written_or_would_be_ignored_is_refused_at_once(refused, little_data, little_run, tmp_path):

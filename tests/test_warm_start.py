@@ -52,8 +52,8 @@ def test_the_encoder_starts_from_the_checkpoint_and_the_new_head_learns(little_r
     folder, loaded, new, left = line.split("; ")
     assert folder == f"starts from {checkpoints(little_run)[-1]}"
     assert set(loaded.removeprefix("loaded: ").split(", ")) == {
-        "encoder", "stems.vision", "stems.text", "projections.image-to-text", "projections.text-to-image",
-        "temperatures.image-text",
+        "encoder", "stems.vision", "stems.text", "projections.vision-to-text", "projections.text-to-vision",
+        "temperatures.text-vision",
     }  # fmt: skip
     assert new == "new: classifiers.painted:label"
     assert set(left.removeprefix("left behind: ").split(", ")) == {
