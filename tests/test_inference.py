@@ -130,9 +130,22 @@ def test_each_modality_is_encoded_towards_a_sensible_partner(model):
         "audio": "text",
         "text": "image",
     }
-    assert not torch.equal(model.encode_text("a"), model.encode_text("a", towards="video"))
+    assert not torch.equal(model.encode_text("a"), model.encode_text("a", towards="audio"))
+    assert torch.equal(model.encode_text("a"), model.encode_text("a", towards="video"))  # they share a head
     with pytest.raises(UserError, match="no task trains image and video together"):
         model.encode_image(np.zeros((9, 9, 3), np.uint8), towards="video")
+
+
+def test_video_is_encoded_by_the_heads_that_it_shares_where_no_task_compares_it(tiny_recipe, tiny_model):
+    """Of tasks on captioned images and labelled clips, zero-shot video follows."""
+    tasks = tiny_recipe().model_dump()["tasks"]
+    tasks["video"] |= {"inputs": {"video": "video"}, "objectives": [{"type": "classification", "label": "label"}]}
+    del tasks["video"]["views"][0]["text"]
+    tasks = {name: tasks[name] for name in ("image", "video")}
+    recipe = tiny_recipe(tasks=tasks, modalities={"vision": {"patch": [2, 8, 8]}})
+    model = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {})
+    assert model.partner("video") == "text"
+    assert model.encode_video(np.zeros((4, 16, 16, 3), np.uint8)).shape == model.encode_text("a").shape
 
 
 def test_text_prefers_pictures_even_if_another_task_comes_first(tiny_recipe, tiny_model):
