@@ -30,6 +30,7 @@ from openimp.modalities import Modality, modalities_of
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.recipe import Recipe
+from openimp.recipe_file import read_text
 from openimp.shards import file_name, parts, read, there, write
 
 FORMAT = 3
@@ -271,7 +272,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except FileNotFoundError:
         raise UserError(f"{file}: missing") from None
     except (ValueError, OSError) as error:

@@ -724,6 +724,7 @@ def test_nothing_there(tmp_path):
     fails("no such file or folder", path=f"{tmp_path}/none.parquet")
     os.mkfifo(tmp_path / "pipe.jsonl")
     fails("is no regular file", path=f"{tmp_path}/pipe.jsonl")
+    fails("is no regular file", path=f"{tmp_path}/*.jsonl")
     fails("no such file or folder", path=f"{tmp_path}/*.tar", stream=True)
     fails("no such file or folder", path=f"{tmp_path}/none")
     fails("no such file or folder", path=f"{tmp_path}/none.zip")
