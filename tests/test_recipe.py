@@ -8,7 +8,6 @@ from openimp.recipe import Recipe, View
 from openimp.recipe_file import find_file
 
 
-
 def bomb(start: str, each: str) -> str:
     """Lists or mappings of aliases of aliases: 30 lines stand for 4^29 values."""
     lines = [f"k{i}: &k{i} " + (each.format(f"*k{i - 1}") if i else start) for i in range(30)]
