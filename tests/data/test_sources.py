@@ -796,6 +796,22 @@ def test_corrupt_manifests(tmp_path, name, content, message):
     fails(message, path=f"{tmp_path}/{name}")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("bomb", ["runs", "dictionary"])
+def test_a_parquet_file_that_unpacks_to_far_more_than_it_has(tmp_path, cache, stream, bomb):
+    """Equal numbers, which are stored as a run, and one long text in all rows, which is stored once."""
+    rows = 10**7 if bomb == "runs" else 1000
+    values = pa.array(np.zeros(rows, np.int32)) if bomb == "runs" else pa.array(["x" * 10**6])
+    column = values if bomb == "runs" else pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), values)
+    pq.write_table(pa.table({"x": column}), tmp_path / "x.parquet", compression="zstd", store_schema=False)
+    assert (tmp_path / "x.parquet").stat().st_size < 100_000
+    before = pa.default_memory_pool().max_memory()
+    with pytest.raises(UserError, match=r"cannot be read: .* bytes unpack to more than 67,108,864"):
+        in_order(f"{tmp_path}/x.parquet", stream, rows)
+    assert pa.default_memory_pool().max_memory() - before < 300e6
+    assert sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) < 2**26
+
+
 def test_chunks_of_different_types(tmp_path, monkeypatch):
     monkeypatch.setattr("openimp.data.sources.CHUNK", 1)
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": ["b"]}')

@@ -14,9 +14,6 @@ from openimp.data.files import cache_folder, fingerprint
 from openimp.data.tables import ArrowTable
 from openimp.errors import UserError
 
-STREAM_ROWS = 64
-"""Rows of a Parquet file that a stream reads at once."""
-
 
 def load(name: str, path: str, streaming: bool, config: str | None = None, split: str | None = None) -> Any:
     """A data set of the hub, as `datasets` has it.
@@ -33,16 +30,12 @@ def load_parquet(name: str, path: str, files: list[str], streaming: bool) -> Any
     """Parquet files as a `datasets.Dataset`, unpacked once under the cache folder, or as an `IterableDataset`.
 
     Raises:
-        UserError: a file cannot be read, or their columns differ.
+        UserError: a file cannot be read or unpacks to too much, or their columns differ.
     """
     # Not load_dataset: it reports each call to a server, also for local files, and waits for it.
-    from datasets import Dataset, IterableDataset
+    from openimp.data.parquet import open_files
 
-    folder = str(cache_folder() / "parquet")
-    if not streaming:
-        return _loaded(name, path, lambda: Dataset.from_parquet(files, cache_dir=folder))
-    # Without batch_size `datasets` takes a row group's rows at once, be they none (an error) or all of a file.
-    return _loaded(name, path, lambda: IterableDataset.from_parquet(files, cache_dir=folder, batch_size=STREAM_ROWS))
+    return _loaded(name, path, partial(open_files, files, str(cache_folder() / "parquet"), streaming))
 
 
 def _loaded(name: str, path: str, make: Callable[[], Any], bars: bool = False) -> Any:
