@@ -143,6 +143,18 @@ def test_pipes_and_huge_files_in_a_model_folder_are_refused_and_not_read(refused
     assert f"{name}: is no regular file" in refused("embed", folder, image)
 
 
+def test_control_characters_of_names_are_not_printed(openimp, refused, own_data):
+    """They would move the cursor, change the title, or write to the clipboard."""
+    file = own_data / "recipe.yaml"
+    text = file.read_text(encoding="utf-8").replace("  named:", '  "na\\e]52;c;cG93bmVk\\amed\\u202e":')
+    file.write_text(text, encoding="utf-8")
+    code, out, _ = openimp("info", file)
+    assert code == 0
+    assert "na]52;c;cG93bmVkmed" in out
+    assert not {"\x1b", "\a", "\u202e"} & {*out}
+    assert "no[2Jthing: no such recipe file" in refused("train", "no\x1b[2Jthing")
+
+
 def test_what_cannot_be_written_or_would_be_ignored_is_refused_at_once(refused, little_data, little_run, tmp_path):
     file = tmp_path / "file"
     file.write_text("")

@@ -74,9 +74,14 @@ REFUSED = {
     "sources.pictures.hub=x/y": "sources.pictures: give exactly one of path and hub",
     "sources.pictures={path: x.tar, stream: true, cache: disk}": "sources.pictures: a streamed source cannot be "
     "cached; drop stream or cache",
-    "sources.pictures.split=test": "sources.pictures: config and split are for hub data sets; of a path, keep rows "
-    "with where",
-    "sources.pictures.config=x": "sources.pictures: config and split are for hub data sets",
+    "sources.pictures.split=test": "sources.pictures: config, split and revision are for hub data sets; of a path, "
+    "keep rows with where",
+    "sources.pictures.revision=main": "sources.pictures: config, split and revision are for hub data sets",
+    "name=../../x": "name: '../../x' is no name of a folder: it needs letters, and no slash or control character",
+    "name='..'": "name: '..' is no name of a folder",
+    "name=/tmp/x": "name: '/tmp/x' is no name of a folder",
+    'name="a\\ab"': "name: 'a\\x07b' is no name of a folder",
+    "sources.pictures.config=x": "sources.pictures: config, split and revision are for hub data sets",
     "sources.pictures.window=9": "sources.pictures: window is for streams; drop it, or set stream: true",
     "sources.pictures={hub: x/y, format: parquet}": "sources.pictures: format is for a path; drop it",
     "tasks.named.source=picture": "tasks.named.source: no source 'picture'; did you mean 'pictures'?",
