@@ -108,20 +108,20 @@ REFUSED = {
     "found 1",
     "evaluation.sets.tones.inputs.text={column: caption, draw: 2}": "evaluation.sets.tones.inputs.text: evaluation "
     "draws nothing; drop draw",
-    "evaluation.sets.tones.view.batch=4": "evaluation.sets.tones.view: share and batch are for training; "
+    "evaluation.sets.tones.view.batch=4": "evaluation.sets.tones.view: share, batch and sync are for training; "
     "evaluation.batch counts here",
-    "evaluation.sets.colours.view.share=0.5": "evaluation.sets.colours.view: share and batch are for training",
+    "evaluation.sets.colours.view.share=0.5": "evaluation.sets.colours.view: share, batch and sync are for training",
     "evaluation.sets.colours.inputs={video: file}": "evaluation.sets.colours: no task trains modality 'video'; "
     "known: audio, image, text",
     "evaluation.sets.colours.reader=txt": "evaluation.sets.colours: no task trains modality 'txt'; "
     "did you mean 'text'?",
     # A view that makes no whole patch is answered with the sizes that do.
     "tasks.named.views.0.image.size=20": "tasks.named.views[0].image: size: height of 20 pixels is no multiple of 8 up "
-    "to 512; 16 or 24 would do",
+    "to 256; 16 or 24 would do",
     "tasks.named.views.0.image.size=[16, 4]": "tasks.named.views[0].image: size: width of 4 pixels is no multiple of 8 "
-    "up to 512; 8 or 16 would do",
+    "up to 256; 8 or 16 would do",
     "tasks.named.views.1.image.size=1000": "tasks.named.views[1].image: size: height of 1000 pixels is no multiple of 8"
-    " up to 512; 512 would do",
+    " up to 256; 256 would do",
     "evaluation.sets.tones.view.audio.seconds=0.4": "evaluation.sets.tones.view.audio: seconds: 0.4 s are 25 frames, "
     "no multiple of 16 up to 1024; 0.256 or 0.512 s would do",
     "tasks.named.views.0.text.length=17": "tasks.named.views[0].text: length 17 is more than the 16 positions of the "
@@ -246,7 +246,7 @@ def test_the_resolved_recipe_is_the_recipe(file, tmp_path, name):
     assert written["optimizer"]["betas"] == [0.9, 0.999]
     for task in written["tasks"].values():
         for view in task["views"]:
-            assert view.keys() == {"share", "batch", *task["inputs"]}
+            assert view.keys() == {"share", "batch", "sync", *task["inputs"]}
             assert all(options for options in (view[name] for name in task["inputs"]))
 
 

@@ -33,9 +33,8 @@ from openimp.recipe import Recipe
 from openimp.recipe_file import read_text
 from openimp.shards import file_name, parts, read, there, write
 
-FORMAT = 3
-READABLE = (2, 3)
-"""In format 2 each kind of tensors was one file, as it still is when one process writes."""
+FORMAT = 4
+"""Version of this layout and of what weights mean. Formats up to 3 had other positions, heads and temperatures."""
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 BEST = "best"
@@ -94,10 +93,10 @@ def read_config(
         raise UserError(f"{folder}: no model here, expected a run or a folder with config.json")
     file = folder / "config.json"
     config = _read_object(file)
-    if config.get("format") not in READABLE:
+    if config.get("format") != FORMAT:
         raise UserError(f"{file}: format {config.get('format')!r}, this version of openimp reads format {FORMAT}")
-    found = config.get("model")  # Older ones do not say.
-    if model and found not in (None, model.__name__):
+    found = config.get("model")
+    if model and found != model.__name__:
         raise UserError(
             f"{folder}: holds {found}, expected {model.__name__}; a study's peers are loaded by openimp.study alone"
         )
@@ -173,8 +172,6 @@ def verify(folder: Path) -> None:
 
 def _verify_share(folder: Path) -> None:
     file = folder / MANIFEST
-    if not file.exists() and "sources" not in read_state(folder):
-        return  # Older versions of openimp wrote neither.
     # What begins with a dot comes from file managers and network file systems.
     found = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST}
     manifest = _read_object(file)

@@ -112,13 +112,16 @@ class Model(nn.Module):
     def partner(self, modality: str) -> str:
         """The modality towards which `modality` is encoded unless told otherwise.
 
-        Among those that it was trained with, in the recipe's order: the first that reads text; for one that reads text
-        itself that of pictures, as users of open_clip expect; else the first.
+        Among those that it was trained with, in the recipe's order, or else those whose heads it shares: the first that
+        reads text; for one that reads text itself that of pictures, as users of open_clip expect; else the first.
 
         Raises:
             UserError: it was trained with none.
         """
-        partners = list(self._partners(modality))
+        self._modality(modality)
+        partners = list(self._partners(modality)) or [
+            name for name in self.modalities if name != modality and self.imp.share_a_space(modality, name)
+        ]
         if not partners:
             raise UserError(f"{modality} was trained with no other modality, so it has no embedding")
         if self._modality(modality).reads_text:

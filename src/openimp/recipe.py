@@ -56,7 +56,9 @@ class MoE(Strict):
     slots: Count = 1
     """Slots an expert, in soft routing only; so its cost is by example, not by token."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-3
-    """Weight of the router z-loss, mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, section 3.2)."""
+    """Weight of the router z-loss, the mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, section 3.2),
+    summed over layers. The release: 1, as in the `imp_moe_*` recipes; short trainings lose by that
+    (docs/results/paper.md)."""
     balance_loss: Annotated[float, Field(ge=0)] = 1e-2
     """Weight of the load-balancing loss, in token choice only (Switch, arXiv 2101.03961, section 2.2)."""
 
@@ -80,7 +82,10 @@ class Model(Strict):
     """How many of the first blocks each stem has of its own, to compare one encoder with modality-specific ones: all
     blocks for an encoder a stem, fewer for encoders that shared layers fuse. 0: one encoder, as in the paper."""
     space: Literal["disjoint", "joint"] = "disjoint"
-    """One head for each (source, target) pair of modalities, as in the authors' release, or one head a modality."""
+    """One head for each (source, target) pair of modalities, as in the authors' release, or one head per modality."""
+    share_heads: bool = True
+    """Modalities that share a stem (image and video) share their heads and temperatures too, as in the release, so that
+    what image-text tasks teach serves video as well. false: heads and temperatures per modality."""
     embed_dim: Count = 1024
     """Features of the common space, and of its heads' hidden layer."""
     temperature: Positive = 0.2
@@ -227,9 +232,15 @@ class Optimizer(Strict):
     final_lr: Annotated[float, Field(ge=0)] = 0.0
     """Where the cosine ends, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """On matrices only, by either optimiser."""
+    """On the kernels of linear layers and experts only, by either optimizer; not on tables, norms, biases and
+    temperatures."""
+    eps: Positive = 1e-7
+    """AdamW's epsilon."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """Decay of AdamW's means of the gradient and of its square."""
+    zero_grads: bool = False
+    """Update parameters that a step's task does not use as if their gradient were zero, as in the authors' release:
+    their optimizer state decays, and AdamW's momentum still moves them. false: they keep value and state."""
     clip: Positive | None = 1.0
     """Largest norm of the gradient; null: no clipping."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -386,8 +397,8 @@ class Recipe(Strict):
             for name, spec in options.inputs.items():
                 if spec.draw > 1:
                     raise UserError(f"{key}.inputs.{name}: evaluation draws nothing; drop draw")
-            if (options.view.share, options.view.batch) != (1, None):
-                raise UserError(f"{key}.view: share and batch are for training; evaluation.batch counts here")
+            if (options.view.share, options.view.batch, options.view.sync) != (1, None, False):
+                raise UserError(f"{key}.view: share, batch and sync are for training; evaluation.batch counts here")
             self._bind_user(key, options, {f"{key}.view": options.view})
             if isinstance(options, Probe):
                 self._require_source(f"{key}.train", options.train)

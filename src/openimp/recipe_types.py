@@ -88,6 +88,8 @@ class View(Strict):
     """How often this view is drawn, against the task's other views."""
     batch: Count | None = None
     """Examples a step in this view; left out: the task's."""
+    sync: bool = False
+    """In training, clip and sound of an example start at the same moment; false: each modality draws its own part."""
 
     def __getitem__(self, modality: str) -> Any:
         """The checked options of one modality, an instance of its `View`."""
