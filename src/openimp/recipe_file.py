@@ -103,7 +103,7 @@ class RecipeLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         is_alias, before = self.check_event(yaml.AliasEvent), self._nodes
         mark = self.peek_event().start_mark
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         if is_alias and node not in self._sizes:
             raise yaml.composer.ComposerError(None, None, "an alias stands for what it is in", mark)
         self._nodes += self._sizes[node] if is_alias else 1
