@@ -30,6 +30,7 @@ from openimp.modalities import Modality, modalities_of
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.recipe import Recipe
+from openimp.recipe_file import read_text
 from openimp.shards import file_name, parts, read, there, write
 
 FORMAT = 4
@@ -256,6 +257,28 @@ def model_folder(path: Path) -> Path:
     return found[-1]
 
 
+def download(name: str) -> Path:
+    """The folder of a model of the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION, downloaded or from its cache.
+
+    Raises:
+        UserError: that is no such name, or the model cannot be had.
+    """
+    found = re.fullmatch(r"(?:hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if not found:
+        raise UserError(
+            f"{name}: no such folder, and no model on the Hugging Face hub (OWNER/NAME or OWNER/NAME@REVISION)"
+        )
+    from huggingface_hub import snapshot_download
+
+    allowed, ignored = ["*.json", "*.safetensors"], ["optimizer*"]
+    try:
+        folder = snapshot_download(found[1], revision=found[2], allow_patterns=allowed, ignore_patterns=ignored)
+    except Exception as error:  # the hub's client raises its own errors, httpx's and OSError
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{name}: no such folder, and not to be had from the hub: {reason[0]}") from None
+    return model_folder(Path(folder))
+
+
 def _read_object(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(_read_text(file))
@@ -268,7 +291,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except FileNotFoundError:
         raise UserError(f"{file}: missing") from None
     except (ValueError, OSError) as error:

@@ -18,6 +18,7 @@ from openimp.recipe_evaluation import Evaluation, Probe, Retrieval, ZeroShot
 from openimp.recipe_file import read_recipe
 from openimp.recipe_types import (
     Count,
+    FolderName,
     Input,
     Inputs,
     Positive,
@@ -115,10 +116,13 @@ class Source(Strict):
     """The configuration of a hub data set."""
     split: str = "train"
     """The split of a hub data set."""
+    revision: str | None = None
+    """The commit, tag or branch of a hub data set; left out: the newest, which its owner may change."""
     format: Literal["folder", "manifest", "parquet", "webdataset"] | None = None
     """Left out: told by the path."""
     root: RecipePath | None = None
-    """Where a manifest's file names start; left out: beside the manifest. Nothing outside it is ever read."""
+    """Where the paths in its rows start; left out: beside the manifest, or in the data set's own part of the cache of
+    the hub. Nothing outside it is ever read."""
     where: dict[str, str | int | bool | list[str] | list[int]] = {}
     """Keep the rows whose column has this value, or one of these values."""
     stream: bool = False
@@ -140,8 +144,8 @@ class Source(Strict):
         if self.stream and self.limit:
             raise ValueError("a streamed source has no limit; drop stream or limit")
         # Defaults are written out in a resolved recipe, so only other values can be told to be in vain.
-        if self.path and (self.config is not None or self.split != "train"):
-            raise ValueError("config and split are for hub data sets; of a path, keep rows with where")
+        if self.path and (self.config, self.split, self.revision) != (None, "train", None):
+            raise ValueError("config, split and revision are for hub data sets; of a path, keep rows with where")
         if self.hub and self.format:
             raise ValueError("format is for a path; drop it")
         if not self.stream and self.window != type(self).model_fields["window"].default:
@@ -271,8 +275,9 @@ class Train(Strict):
     steps: Count = 200_000
     """Gradient steps, over all tasks; the paper: S 200k, B and L 500k."""
     init: RecipePath | None = None
-    """A run, a checkpoint or a model's folder to start from, tokenizer included; heads of other tasks or classes, and
-    stems of other modalities, are new. null: everything is. Relative to the recipe."""
+    """A run, a checkpoint or a model's folder to start from, relative to the recipe, or a model of the Hugging Face hub
+    as hub:OWNER/NAME@REVISION; tokenizer included. Heads of other tasks or classes, and stems of other modalities, are
+    new. null: everything is."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where it is faster."""
     compile: bool = False
@@ -294,7 +299,7 @@ class Train(Strict):
 class Recipe(Strict):
     """Everything about an experiment."""
 
-    name: str
+    name: FolderName
     """Also the run directory's name: runs/NAME unless told otherwise."""
     seed: Whole = 0
     """Of the weights, the schedule, the order of the data and its augmentation."""
