@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openimp.data.files import cache_folder, fingerprint
+from openimp.data.files import fingerprint
 from openimp.data.tables import ArrowTable
 from openimp.errors import UserError
+from openimp.safe_files import cache_folder
 
 STREAM_ROWS = 64
 """Rows of a Parquet file that a stream reads at once."""
@@ -38,7 +39,7 @@ def load_parquet(name: str, path: str, files: list[str], streaming: bool) -> Any
     # Not load_dataset: it reports each call to a server, also for local files, and waits for it.
     from datasets import Dataset, IterableDataset
 
-    folder = str(cache_folder() / "parquet")
+    folder = str(cache_folder("parquet"))
     if not streaming:
         return _loaded(name, path, lambda: Dataset.from_parquet(files, cache_dir=folder))
     # Without batch_size `datasets` takes a row group's rows at once, be they none (an error) or all of a file.

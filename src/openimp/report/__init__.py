@@ -1,6 +1,5 @@
 """`openimp report`: a run as one HTML page that needs nothing else, to look at and to show to others."""
 
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from openimp.recipe import Probe, Recipe, Retrieval, ZeroShot
 from openimp.report import results, training
 from openimp.report.markup import Child, Markup, join, tag
 from openimp.report.page import facts, page
+from openimp.safe_files import refuse_links, write_text
 
 
 def write_report(run: Path, out: Path | None = None, progress: Progress | None = None) -> Path:
@@ -38,6 +38,7 @@ def write_report(run: Path, out: Path | None = None, progress: Progress | None =
         UserError: there is neither a checkpoint nor a line of metrics, one of them is damaged, or `out` is no place
             for a file.
     """
+    refuse_links(run)
     lines = read_lines(run / "metrics.jsonl")
     trained = (run / "config.json").exists() or bool(checkpoints(run))
     if not trained and not lines:
@@ -47,13 +48,7 @@ def write_report(run: Path, out: Path | None = None, progress: Progress | None =
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
     text = _page(run, lines, trained, progress)
-    draft = out.with_name(f".{out.name}.tmp")
-    try:
-        # Lone surrogates, which file names may hold, are no UTF-8.
-        draft.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(draft, out)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_text(out, text, errors="replace")  # Lone surrogates, which file names may hold, are no UTF-8.
     return out
 
 
