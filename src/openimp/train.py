@@ -40,6 +40,7 @@ from openimp.resume import changed_sources, common_checkpoints, resumable
 from openimp.safe_files import cache_folder, own_folder, refuse_links, write_text
 from openimp.saver import NotSaved, Saver
 from openimp.stopping import Stopped, stop_signals
+from openimp.trust import remember
 from openimp.warm_start import open_start
 
 EQUAL_TEXTS = 0.1
@@ -212,6 +213,7 @@ class Training:
             if distributed.rank() == 0:
                 run.mkdir(parents=True, exist_ok=True)
                 write_text(recipe_file, recipe.to_yaml())
+                remember(self.texts["config.json"])
                 if distributed.job():
                     write_text(job, distributed.job())
 
