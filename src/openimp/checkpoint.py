@@ -31,6 +31,7 @@ from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.recipe import Recipe
 from openimp.recipe_file import read_text
+from openimp.safe_files import refuse_links
 from openimp.shards import file_name, parts, read, there, write
 
 FORMAT = 4
@@ -248,7 +249,12 @@ def step_of(folder: Path) -> int:
 
 
 def model_folder(path: Path) -> Path:
-    """The folder with the weights that a path means: itself, or the newest checkpoint of a run."""
+    """The folder with the weights that a path means: itself, or the newest checkpoint of a run.
+
+    Raises:
+        UserError: there is none, or links lead out of it.
+    """
+    refuse_links(path)
     if (path / "config.json").exists():
         return path
     found = checkpoints(path)

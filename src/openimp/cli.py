@@ -26,6 +26,10 @@ RunOption = Annotated[
     Path | None, typer.Option("--run", "--run-dir", help="Where to write. [default: runs/NAME of the recipe]")
 ]
 
+AllowSourcesOption = Annotated[
+    bool, typer.Option("--allow-sources", help="Let the recipe of a model that you did not train here read any source.")
+]
+
 
 @app.command()
 def demo(set_: SetOption = None, run: RunOption = None) -> None:
@@ -66,11 +70,12 @@ def eval(
         str | None, typer.Option("--recipe", help="Take sources and sets from this recipe, not the run's.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Append the results here too, as JSON lines.")] = None,
+    allow_sources: AllowSourcesOption = False,
 ) -> None:
     """Measure a trained model: zero-shot classification, retrieval and probes, beside chance."""
     from openimp.commands import run_eval
 
-    run_eval(run, sets, recipe, out)
+    run_eval(run, sets, recipe, out, allow_sources)
 
 
 @app.command()
@@ -92,11 +97,12 @@ def embed(
 def report(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", help="The HTML file. [default: RUN/report.html]")] = None,
+    allow_sources: AllowSourcesOption = False,
 ) -> None:
     """Write one HTML page about a run: its curves, experts, results beside chance, and answers to look at."""
     from openimp.commands import run_report
 
-    run_report(run, out)
+    run_report(run, out, allow_sources)
 
 
 @app.command()

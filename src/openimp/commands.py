@@ -23,6 +23,7 @@ from openimp.progress import clock, console, track
 from openimp.recipe import Classification, Recipe
 from openimp.report import write_report
 from openimp.train import train
+from openimp.trust import check_sources
 
 
 def run_demo(overrides: list[str], run: Path | None) -> None:
@@ -57,8 +58,10 @@ def run_train(
     train(recipe, run or Path("runs") / recipe.name, how, allow_changed_data=allow_changed_data)
 
 
-def run_eval(path: Path, sets: list[str] | None, other: str | None, out: Path | None) -> None:
-    """Measures a model on the sets of its own recipe, or of another."""
+def run_eval(
+    path: Path, sets: list[str] | None, other: str | None, out: Path | None, allow_sources: bool = False
+) -> None:
+    """Measures a model on the sets of its own recipe, or of another; `allow_sources`: whoever trained it."""
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
     folder = model_folder(path)
@@ -70,6 +73,8 @@ def run_eval(path: Path, sets: list[str] | None, other: str | None, out: Path | 
         recipe = Recipe.build({**ours, "sources": sources, "evaluation": theirs["evaluation"]}, where=other)
     if not recipe.evaluation.sets:
         raise UserError(f"{other or path}: the recipe has no evaluation sets")
+    if not other and not allow_sources:
+        check_sources(path, folder, recipe, sets or recipe.evaluation.sets)
     results = evaluate(model.to(pick_device()), recipe, modalities, sets or None, saved_step(folder), track)
     console.print(table(results))
     for result in results if out else []:
@@ -77,9 +82,9 @@ def run_eval(path: Path, sets: list[str] | None, other: str | None, out: Path | 
         append(out, result)
 
 
-def run_report(run: Path, out: Path | None) -> None:
+def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None:
     """Writes a run's page."""
-    file = write_report(run, out, progress=track)
+    file = write_report(run, out, track, allow_sources)
     console.print(f"{file}: {file.stat().st_size / 1e6:.2f} MB", soft_wrap=True)
 
 

@@ -1,7 +1,6 @@
 """What a run writes down: metrics.jsonl, TensorBoard events, and the examples that could not be read."""
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Collection
 from pathlib import Path
@@ -16,6 +15,7 @@ from openimp.errors import UserError
 from openimp.ledger import Cost
 from openimp.objectives import Losses
 from openimp.recipe_file import read_text
+from openimp.safe_files import write_text
 
 ENOUGH = 100
 """Examples of a task after which the share of bad ones is judged."""
@@ -199,6 +199,4 @@ def forget_after(file: Path, step: int) -> None:
     """Forgets lines after `step`, which a run that goes on from there will write again."""
     kept = [line for line in read_lines(file) if (line["step"] or 0) <= step]
     if file.exists():
-        draft = file.with_name(f".{file.name}.tmp")
-        draft.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
-        os.replace(draft, file)
+        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -36,8 +37,10 @@ from openimp.pace import Pace, shown
 from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe, Task
 from openimp.resume import changed_sources, common_checkpoints, resumable
+from openimp.safe_files import cache_folder, own_folder, refuse_links, write_text
 from openimp.saver import NotSaved, Saver
 from openimp.stopping import Stopped, stop_signals
+from openimp.trust import remember
 from openimp.warm_start import open_start
 
 EQUAL_TEXTS = 0.1
@@ -141,6 +144,7 @@ class Training:
         self.compile = recipe.train.compile and distributed.world() == 1
         if run.exists() and not run.is_dir():
             raise UserError(f"{run}: is a file; name a directory with --run-dir")
+        distributed.alone(lambda: refuse_links(run))
         saved, job = bool(common_checkpoints(run)), run / "torchrun.job"
         recipe_file = run / "recipe.yaml"
         begun = saved or (run / "tensorboard").exists()
@@ -210,9 +214,10 @@ class Training:
         def begin() -> None:
             if distributed.rank() == 0:
                 run.mkdir(parents=True, exist_ok=True)
-                recipe_file.write_text(recipe.to_yaml(), encoding="utf-8")
+                write_text(recipe_file, recipe.to_yaml())
+                remember(self.texts["config.json"])
                 if distributed.job():
-                    job.write_text(distributed.job(), encoding="utf-8")
+                    write_text(job, distributed.job())
 
         distributed.agreed(begin)
         self.metrics = Metrics(run, self.step, state.get("totals"))
@@ -424,7 +429,13 @@ def compiled_encode(model: Embedder, signatures: int) -> Encode:
     silent fall back."""
     from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+    # torch runs the code that it finds in its folder, by default one in the temporary folder that another user could
+    # have made. It keeps precompiled headers in that one whatever the variable says.
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("inductor"))
+    own_folder(Path(default_cache_dir()), "TMPDIR")
     torch._dynamo.reset()  # Shapes are counted by function, so those of a model before would count too.
     torch._dynamo.config.recompile_limit = signatures
     torch._dynamo.config.fail_on_recompile_limit_hit = True

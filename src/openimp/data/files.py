@@ -15,13 +15,6 @@ from openimp.modalities import BadMedia
 DEMO = Path(__file__).parent / "demo"
 
 
-def cache_folder() -> Path:
-    """Where openimp may keep what it can make again: $OPENIMP_CACHE, else `openimp` in the user's cache folder."""
-    if folder := os.environ.get("OPENIMP_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openimp"
-
-
 def is_utf8(name: str) -> bool:
     """Whether a file's name is UTF-8, as Arrow's strings are; what is not, Python holds as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in name)

@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openimp.data.files import cache_folder, fingerprint
+from openimp.data.files import fingerprint
 from openimp.data.tables import ArrowTable
 from openimp.errors import UserError
 from openimp.recipe import Source
+from openimp.safe_files import cache_folder
 
 
 def load(name: str, source: Source) -> Any:
@@ -39,7 +40,7 @@ def load_parquet(name: str, path: str, files: list[str], streaming: bool) -> Any
     # Not load_dataset: it reports each call to a server, also for local files, and waits for it.
     from openimp.data.parquet import open_files
 
-    return _loaded(name, path, partial(open_files, files, str(cache_folder() / "parquet"), streaming))
+    return _loaded(name, path, partial(open_files, files, str(cache_folder("parquet")), streaming))
 
 
 def _loaded(name: str, path: str, make: Callable[[], Any], bars: bool = False) -> Any:

@@ -1,6 +1,6 @@
 """`openimp report`: a run as one HTML page that needs nothing else, to look at and to show to others."""
 
-import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,13 @@ from openimp.recipe import Probe, Recipe, Retrieval, ZeroShot
 from openimp.report import results, training
 from openimp.report.markup import Child, Markup, join, tag
 from openimp.report.page import facts, page
+from openimp.safe_files import refuse_links, write_text
+from openimp.trust import check_sources
 
 
-def write_report(run: Path, out: Path | None = None, progress: Progress | None = None) -> Path:
+def write_report(
+    run: Path, out: Path | None = None, progress: Progress | None = None, allow_sources: bool = False
+) -> Path:
     """Writes the page, whole or not at all, and gives its place.
 
     The curves come from the run's metrics.jsonl. The evaluation sets of its newest checkpoint are measured again, for
@@ -33,11 +37,13 @@ def write_report(run: Path, out: Path | None = None, progress: Progress | None =
         run: a run, or a folder with a model, which has no curves.
         out: the file; left out: report.html in `run`, or in the run of a checkpoint.
         progress: wraps an iterable to show its progress.
+        allow_sources: measure even what reads other sources than `trust.check_sources` allows.
 
     Raises:
         UserError: there is neither a checkpoint nor a line of metrics, one of them is damaged, or `out` is no place
             for a file.
     """
+    refuse_links(run)
     lines = read_lines(run / "metrics.jsonl")
     trained = (run / "config.json").exists() or bool(checkpoints(run))
     if not trained and not lines:
@@ -46,18 +52,12 @@ def write_report(run: Path, out: Path | None = None, progress: Progress | None =
     out = out or (run.resolve().parents[1] if (run / MANIFEST).exists() else run) / "report.html"
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
-    text = _page(run, lines, trained, progress)
-    draft = out.with_name(f".{out.name}.tmp")
-    try:
-        # Lone surrogates, which file names may hold, are no UTF-8.
-        draft.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(draft, out)
-    finally:
-        draft.unlink(missing_ok=True)
+    text = _page(run, lines, trained, progress, allow_sources)
+    write_text(out, text, errors="replace")  # Lone surrogates, which file names may hold, are no UTF-8.
     return out
 
 
-def _page(run: Path, lines: list[dict[str, Any]], trained: bool, progress: Progress | None) -> str:
+def _page(run: Path, lines: list[dict[str, Any]], trained: bool, progress: Progress | None, allow_sources: bool) -> str:
     recorded = read_lines(run / "results.jsonl")
     sections: dict[str, Markup | None] = {"Results": None}
     if lines:
@@ -70,9 +70,14 @@ def _page(run: Path, lines: list[dict[str, Any]], trained: bool, progress: Progr
     if trained:
         folder = model_folder(run)
         model, recipe, modalities, _ = load_model(folder)
+
+        def check(name: str) -> None:
+            if not allow_sources:
+                check_sources(run, folder, recipe, [name])
+
         step, newest = saved_step(folder), run / "metrics.jsonl" if lines else folder / "config.json"
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        sections |= _looks(model.to(pick_device()), recipe, modalities, step, recorded, progress)
+        sections |= _looks(model.to(pick_device()), recipe, modalities, step, recorded, check, progress)
     else:
         recipe, parameters, newest = Recipe.load(run / "recipe.yaml"), None, run / "metrics.jsonl"
         step = lines[-1]["step"]
@@ -89,15 +94,17 @@ def _looks(
     modalities: dict[str, Modality],
     step: int | None,
     recorded: list[dict[str, Any]],
+    check: Callable[[str], None],
     progress: Progress | None,
 ) -> dict[str, Markup | None]:
-    """The sections for which the model is measured again."""
+    """The sections for which the model is measured again, on the sets that pass `check`."""
     told: list[dict[str, Any]] = []
     missing: list[str] = []
     confusions: list[Child] = []
     retrievals: list[Child] = []
     for name, options in recipe.evaluation.sets.items():
         try:
+            check(name)
             sources = open_sets(model, recipe, modalities, [name])[name]
             measured = measure(model, recipe, modalities, name, sources, step, progress)
         except UserError as error:

@@ -1,0 +1,130 @@
+"""What `eval` and `report` read because a model's own recipe names it: anything for whoever trained it, else little."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from openimp.checkpoint import checkpoints, read_config
+from openimp.commands import run_eval
+from openimp.errors import UserError
+from openimp.inference import load
+from openimp.metrics import read_lines
+from openimp.recipe import Recipe
+from openimp.report import write_report
+from openimp.train import train
+from openimp.trust import check_sources
+
+SECRET = "a low tone, for my eyes only"
+
+
+def altered(model: Path, **sources) -> Path:
+    """Lets a model's recipe name other sources, as whoever publishes one can."""
+    file = model / "config.json"
+    config = json.loads(file.read_text())
+    for name, source in sources.items():
+        config["recipe"]["sources"][name] = source
+    file.write_text(json.dumps(config))
+    return model
+
+
+@pytest.fixture
+def foreign(tmp_path, little_run) -> Path:
+    """A model from somebody else."""
+    return Path(shutil.copytree(checkpoints(little_run)[-1], tmp_path / "foreign"))
+
+
+@pytest.fixture
+def private(tmp_path, own_data) -> Path:
+    """A file of the user's that another user's recipe may know of."""
+    (own_data / "private.jsonl").write_text(
+        "".join(json.dumps({"sound": f"{i}.wav", "caption": f"{SECRET} {i}"}) + "\n" for i in range(9))
+    )
+    return own_data / "private.jsonl"
+
+
+def test_a_foreign_recipe_reads_no_private_file(foreign, private, tmp_path):
+    altered(foreign, sounds={"path": str(private)})
+    page = write_report(foreign, tmp_path / "page.html").read_text()
+    assert SECRET not in page
+    assert "tones is not measured again" in page
+    assert "colours is not measured again" in page, "the data that it was trained with is no business of its either"
+    told = (
+        f"{foreign}: its recipe reads source sounds ({private}), which is outside of it, and was not trained by you on "
+        "this machine; add --allow-sources if you trust it"
+    )
+    with pytest.raises(UserError) as error:
+        run_eval(foreign, ["tones"], None, None)
+    assert str(error.value) == told
+    # That is what the protection is against, and what somebody may want.
+    assert SECRET in write_report(foreign, tmp_path / "page.html", allow_sources=True).read_text()
+    run_eval(foreign, ["tones"], None, tmp_path / "results.jsonl", allow_sources=True)
+    assert {line["n"] for line in read_lines(tmp_path / "results.jsonl")} == {9}
+
+
+def test_the_users_own_run_may_move_and_be_measured_with_no_flag(little_run, tmp_path):
+    run = Path(shutil.copytree(little_run, tmp_path / "moved"))
+    run_eval(run, None, None, None)
+    assert "not measured again" not in write_report(run).read_text()
+    load(run).save(tmp_path / "saved")
+    run_eval(tmp_path / "saved", None, None, None)
+
+
+def test_a_foreign_run_in_the_place_of_an_own_one_is_foreign(little_data, private, tmp_path):
+    recipe = Recipe.load(little_data / "recipe.yaml", ["train.steps=2", "evaluation.sets.colours.prompts=['{}']"])
+    train(recipe, tmp_path / "run")
+    run_eval(tmp_path / "run", None, None, None)
+    altered(checkpoints(tmp_path / "run")[-1], sounds={"path": str(private)})
+    with pytest.raises(UserError, match="was not trained by you on this machine"):
+        run_eval(tmp_path / "run", None, None, None)
+
+
+def test_a_run_of_another_user_or_machine_is_measured_with_the_flag_or_ones_own_recipe(
+    little_run, little_data, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"add --allow-sources if you trust it$"):
+        run_eval(little_run, None, None, None)
+    run_eval(little_run, None, None, None, allow_sources=True)
+    run_eval(little_run, None, str(little_data / "recipe.yaml"), None)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"hub": "me/private"},
+        {"path": "https://169.254.169.254/rows.parquet"},
+        {"path": "file:///{private}", "format": "parquet"},
+        {"path": "{private}"},
+        {"path": "../data/private.jsonl"},
+        {"path": "sub/../../data/private.jsonl"},
+        {"path": "link.jsonl"},
+        {"path": "sub/*.jsonl"},
+        {"path": "*/private.jsonl"},
+        {"path": "linked"},
+        {"path": "rows.jsonl", "root": "{folder}"},
+        {"path": "rows.jsonl", "root": "linked"},
+        {"path": "openimp:stills.parquet", "root": "{folder}"},
+        {"path": "passwd:../x.jsonl"},
+    ],
+)
+def test_no_way_out_of_the_folder_is_taken(foreign, private, source):
+    (foreign / "sub").mkdir()
+    (foreign / "rows.jsonl").write_text('{"sound": "0.wav", "caption": "a"}\n')
+    for link, target in {"link.jsonl": private, "sub/more.jsonl": private, "linked": private.parent}.items():
+        (foreign / link).symlink_to(target)
+    source = {key: value.format(private=private, folder=private.parent) for key, value in source.items()}
+    altered(foreign, sounds=source)
+    recipe = read_config(foreign)[0]
+    with pytest.raises(UserError, match=r"its recipe reads source sounds .* which is outside of it"):
+        check_sources(foreign, foreign, recipe, ["tones"])
+
+
+def test_data_in_the_folder_and_bundled_data_are_read(foreign, little_data, tmp_path):
+    shutil.copytree(little_data, foreign / "data")
+    altered(foreign, sounds={"path": "data/*.jsonl"}, pictures={"path": "data/pictures"})
+    run_eval(foreign, None, None, tmp_path / "results.jsonl")
+    assert len(read_lines(tmp_path / "results.jsonl")) == 3
+    altered(foreign, sounds={"path": "openimp:notes.parquet"})
+    check_sources(foreign, foreign, read_config(foreign)[0], ["tones"])
