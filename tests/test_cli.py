@@ -175,10 +175,13 @@ def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path
     numbers = "{type: zero_shot, source: numbers, inputs: {image: picture}, label: class, view: {image: {size: 16}}"
     changed = recipe.replace("sources:", "sources:\n  numbers: {path: numbers.jsonl}")
     for texts, message in (
-        ("}", "class 0 of column 'class' has no text; name it in texts as '0'"),
-        (", texts: {'0': red, '1': green}}", "class 2 of column 'class' has no text; name it in texts as '2'"),
+        ("}", "class 0 of column 'class' has no text; name it in classes as '0'"),
         (
-            ", texts: {'0': a, '1': b, '2': c}, prompts: [picture]}",
+            ", classes: {0: red, 1: green}}",
+            "column 'class' of source numbers: class 2 is none of those known; known: 0, 1",
+        ),
+        (
+            ", classes: {0: a, 1: b, 2: c}, prompts: [picture]}",
             "prompt 'picture' needs one {} where the class' text goes",
         ),
     ):

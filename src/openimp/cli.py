@@ -65,12 +65,13 @@ def eval(
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Take sources and sets from this recipe, not the run's.")
     ] = None,
+    set_: SetOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Append the results here too, as JSON lines.")] = None,
 ) -> None:
-    """Measure a trained model: zero-shot classification, retrieval and probes, beside chance."""
+    """Measure a trained model: zero-shot classification, class heads, retrieval and probes, beside chance."""
     from openimp.commands import run_eval
 
-    run_eval(run, sets, recipe, out)
+    run_eval(run, sets, recipe, out, set_)
 
 
 @app.command()
