@@ -111,20 +111,20 @@ def interval(hit: np.ndarray, weight: np.ndarray | None = None) -> list[float]:
 
 
 def average_precision(score_NK: np.ndarray, hot_NK: np.ndarray) -> dict[str, Any]:
-    """The mean over the classes of their average precision, its 95 % bootstrap interval over the examples, and chance.
+    """The mean over the classes of their average precision, its 95 % interval over the examples, and chance.
 
     A class' average precision is the mean, over its examples, of the share of them among all examples with at least
-    the same score: scikit-learn's `average_precision_score`. A class without an example does not count.
+    the same score: scikit-learn's `average_precision_score`. A class without an example does not count. The interval is
+    the Bayesian bootstrap's (Rubin, 1981): weights drawn for the examples leave no class without any, as draws would.
 
     Args:
         score_NK: how much each example is like each class; NaN stands last.
         hot_NK: bool, the classes of each.
     """
-    drawn = np.random.default_rng(0).multinomial(len(hot_NK), np.full(len(hot_NK), 1 / len(hot_NK)), RANKED_RESAMPLES)
-    weight_RN = np.concatenate([np.ones((1, len(hot_NK))), drawn])
+    weight_NR = np.random.default_rng(0).standard_exponential((len(hot_NK), 1 + RANKED_RESAMPLES))
+    weight_NR[:, 0] = 1
     columns = [(score, hot) for score, hot in zip(score_NK.T, hot_NK.T) if hot.any()]
-    means = [_average_precision(-score, hot, weight_RN) for score, hot in columns]
-    first, *rest = np.nanmean(means, axis=0)
+    first, *rest = np.mean([_average_precision(score, hot, weight_NR) for score, hot in columns], axis=0)
     return {
         "n": len(hot_NK),
         "candidates": hot_NK.shape[1],
@@ -135,16 +135,15 @@ def average_precision(score_NK: np.ndarray, hot_NK: np.ndarray) -> dict[str, Any
     }
 
 
-def _average_precision(cost_N: np.ndarray, hot_N: np.ndarray, weight_RN: np.ndarray) -> np.ndarray:
-    """(R,) of one class, with each of several weights of the examples; NaN where its examples weigh nothing."""
-    order = np.argsort(cost_N, kind="stable")
-    cost_N, hot_N, weight_RN = cost_N[order], hot_N[order], weight_RN[:, order]
-    last_P = np.searchsorted(cost_N, cost_N[hot_N], side="right") - 1  # Of those that tie, all are among the first.
-    own_RP = weight_RN[:, hot_N]
-    right_RP = np.cumsum(weight_RN * hot_N, axis=1)[:, last_P]
-    seen_RP = np.cumsum(weight_RN, axis=1)[:, last_P].clip(min=1)  # None of them: then their own weight is 0 too.
-    with np.errstate(invalid="ignore"):
-        return (own_RP * right_RP / seen_RP).sum(1) / own_RP.sum(1)
+def _average_precision(score_N: np.ndarray, hot_N: np.ndarray, weight_NR: np.ndarray) -> np.ndarray:
+    """(R,) of one class, with each of several weights of the examples. P of them have the class."""
+    order = np.argsort(-score_N, kind="stable")
+    cost_N, hot_N, weight_NR = -score_N[order], hot_N[order], weight_NR[order]
+    cost_P, own_PR = cost_N[hot_N], weight_NR[hot_N]
+    # Those that tie are all among the first.
+    right_PR = own_PR.cumsum(0)[np.searchsorted(cost_P, cost_P, side="right") - 1]
+    seen_PR = weight_NR.cumsum(0)[np.searchsorted(cost_N, cost_P, side="right") - 1]
+    return (own_PR * right_PR / seen_PR).sum(0) / own_PR.sum(0)
 
 
 def skipped_fields(skipped: list[str]) -> dict[str, Any]:
