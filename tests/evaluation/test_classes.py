@@ -14,12 +14,16 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
 
 from openimp.checkpoint import load_model
+from openimp.commands import run_eval
 from openimp.errors import UserError
 from openimp.evaluation import Classified, evaluate, open_sets, table
 from openimp.evaluation.figures import average_precision
 from openimp.inference import Model
+from openimp.metrics import read_lines
 from openimp.model.imp import IMP
 from openimp.progress import console
+from openimp.recipe import Recipe
+from openimp.train import train
 
 COLOURS = ["red", "green", "blue", "white"]
 
@@ -241,8 +245,6 @@ def test_a_row_in_no_split_is_named(setup):
 
 def test_a_run_measures_its_head_as_eval_does(little_data, little_run, tmp_path):
     """The head of a run, whose classes are in its checkpoint, by a recipe of sources and sets alone."""
-    from openimp.commands import run_eval
-
     file = tmp_path / "heads.yaml"
     file.write_text(
         f"sources: {{squares: {{path: {little_data / 'pictures'}}}}}\n"
@@ -255,3 +257,16 @@ def test_a_run_measures_its_head_as_eval_does(little_data, little_run, tmp_path)
     assert (found["n"], found["candidates"], found["view"]["image"]["size"]) == (24, 4, 16)
     assert classes == {"pictures:label": sorted(COLOURS)}
     assert found["top1"] > 0.9, "the run has learned its colours"
+
+
+def test_training_measures_its_head_and_keeps_the_best(little_data, tmp_path):
+    held = "type: classification, task: named, source: pictures, inputs: {image: file}, label: label"
+    sets = f"evaluation={{every: 2, best: known, sets: {{known: {{{held}, view: {{image: {{size: 16}}}}}}}}}}"
+    train(Recipe.load(little_data / "recipe.yaml", [sets, "train.steps=3"]), tmp_path / "run")
+    found = read_lines(tmp_path / "run" / "results.jsonl")
+    assert [(one["step"], one["task"], one["candidates"]) for one in found] == [
+        (2, "image -> label", 4),
+        (3, "image -> label", 4),
+    ]
+    best = max(found, key=lambda one: (one["top1"], -one["step"]))
+    assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == f"step-{best['step']:08}"

@@ -48,8 +48,8 @@ class Video(Vision):
         clips: Count = 4
         """Clips in evaluation, linearly spaced, whose embeddings are averaged."""
         crops: Count = 1
-        """Crops of each clip in evaluation, linearly spaced along the longer side, whose embeddings are averaged; 1: the
-        centre. Other protocols take 3."""
+        """Crops of each clip in evaluation, spaced along the longer side, whose embeddings are averaged. 1: the centre,
+        as in the paper; other protocols take 3."""
         flip: bool = False
         """Mirror half of the training clips; off, because captions tell left from right."""
         jitter: Share = 0.0
