@@ -63,7 +63,7 @@ def tiny_recipe() -> Callable[..., Recipe]:
     Keyword arguments replace its top-level keys, those of the model one by one.
     """
 
-    def make(model: dict[str, Any] | None = None, **changes: Any) -> Recipe:
+    def make(model: dict[str, Any] | None = None, folder: str | Path = ".", **changes: Any) -> Recipe:
         sizes = {"width": 32, "layers": 2, "heads": 2, "mlp": 64, "embed_dim": 32, "moe": {"experts": 4, "layers": 1}}
         task = {"source": "all", "objectives": [{"type": "contrastive"}]}
         views = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
@@ -77,7 +77,7 @@ def tiny_recipe() -> Callable[..., Recipe]:
                 for name, view in views.items()
             },
         }
-        return Recipe.build(data | changes)
+        return Recipe.build(data | changes, folder)
 
     return make
 

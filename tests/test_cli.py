@@ -195,6 +195,71 @@ def test_info_counts_the_experts_of_a_token(openimp, little_data):
     assert used == whole
 
 
+def test_eval_needs_no_more_of_another_recipe_than_sources_and_sets(openimp, little_data, little_run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("# as trained\na {} square\n\nthe {} one\n")
+    (tmp_path / "sets.yaml").write_text(
+        "sources: {squares: {path: elsewhere}}\n"
+        "evaluation: {sets: {named: {type: zero_shot, source: squares, inputs: {image: file}, label: label,"
+        " classes: [red, green, blue, white, black], prompts: prompts.txt}}}\n"
+    )
+    out, changes = tmp_path / "found.jsonl", sets(
+        f"sources.squares.path={little_data / 'pictures'}", "evaluation.sets.named.view.image.size=16"
+    )  # fmt: skip
+    code, printed, err = openimp("eval", little_run, "--recipe", tmp_path / "sets.yaml", *changes, "--out", out)
+    assert (code, err) == (0, "")
+    assert "named" in printed
+    (found,) = read_lines(out)
+    assert (found["n"], found["candidates"], found["chance"]) == (24, 5, 1 / 5)
+    assert found["prompts"] == ["a {} square", "the {} one"]
+    assert found["top1"] > 0.9, "the run has learned its colours"
+
+
+def test_eval_changes_the_sets_of_the_run_itself(openimp, refused, little_run, tmp_path):
+    out = tmp_path / "found.jsonl"
+    change = sets("evaluation.sets.colours.view.image.size=24")
+    assert openimp("eval", little_run, "colours", *change, "--out", out)[0] == 0
+    assert read_lines(out)[0]["view"]["image"]["size"] == 24
+    told = refused("eval", little_run, *sets("model.width=64"))
+    assert told == "--set model.width=64: the model is as it was trained; change sources or evaluation"
+    told = refused("eval", little_run, *sets("evaluation.sets.colours.view.image.size=20"))
+    assert "evaluation.sets.colours.view.image: size: height of 20 pixels" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("evalution: {}", "unknown key 'evalution'; did you mean 'evaluation'?"),
+        ("evaluation: {set: {}}", "evaluation: unknown key 'set'; did you mean 'sets'?"),
+        ("sources: [a]", "sources: Input should be a valid dictionary"),
+        ("name: nothing", "the recipe has no evaluation sets"),
+        ("{set: {prompts: no.txt}}", "prompts: expected a list, or a text file in the recipe's folder; there is no"),
+        ("{set: {prompts: ../secret.txt}}", "prompts: ../secret.txt is outside of the recipe's folder"),
+        ("{set: {prompts: link.txt}}", "prompts: link.txt is outside of the recipe's folder"),
+        ("{set: {prompts: pipe}}", "prompts: expected a list, or a text file in the recipe's folder; there is no file"),
+        ("{set: {prompts: binary.txt}}", "binary.txt cannot be read"),
+        ("{set: {prompts: empty.txt}}", "prompts: List should have at least 1 item"),
+        ("{set: {classes: /etc/hostname}}", "classes: /etc/hostname is outside of the recipe's folder"),
+        ("{set: {classes: [red, red]}}", "classes: class 'red' is named twice"),
+        ("{set: {classes: twice.txt}}", "classes: class 'a' is named twice"),
+        ("{set: {classes: [1, 2]}}", "classes: Input should be a valid string, found 1"),
+    ],
+)
+def test_sets_that_cannot_be_measured_are_refused(refused, little_data, little_run, tmp_path, text, named):
+    (tmp_path / "secret.txt").write_text("a {}\n")
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "binary.txt").write_bytes(b"\xff\xfe{}")
+    (folder / "empty.txt").write_text("# nothing\n\n")
+    (folder / "twice.txt").write_text("a\tx\nb\ty\na\tz\n")
+    os.mkfifo(folder / "pipe")
+    if text.startswith("{set: "):
+        common = "type: zero_shot, source: pictures, inputs: {image: file}, label: label, view: {image: {size: 16}}, "
+        text = f"evaluation: {{sets: {text.replace('{set: {', '{set: {' + common)}}}"
+    (folder / "sets.yaml").write_text(text + "\n")
+    assert named in refused("eval", little_run, "--recipe", folder / "sets.yaml")
+
+
 def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path):
     recipe = (own_data / "recipe.yaml").read_text()
     rows = [{"picture": str(path.relative_to(own_data)), "class": i % 3} for i, path in enumerate(
@@ -203,10 +268,13 @@ def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path
     numbers = "{type: zero_shot, source: numbers, inputs: {image: picture}, label: class, view: {image: {size: 16}}"
     changed = recipe.replace("sources:", "sources:\n  numbers: {path: numbers.jsonl}")
     for texts, message in (
-        ("}", "class 0 of column 'class' has no text; name it in texts as '0'"),
-        (", texts: {'0': red, '1': green}}", "class 2 of column 'class' has no text; name it in texts as '2'"),
+        ("}", "class 0 of column 'class' has no text; name it in classes as '0'"),
         (
-            ", texts: {'0': a, '1': b, '2': c}, prompts: [picture]}",
+            ", classes: {0: red, 1: green}}",
+            "column 'class' of source numbers: class 2 is none of those known; known: 0, 1",
+        ),
+        (
+            ", classes: {0: a, 1: b, 2: c}, prompts: [picture]}",
             "prompt 'picture' needs one {} where the class' text goes",
         ),
     ):

@@ -69,13 +69,14 @@ def eval(
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Take sources and sets from this recipe, not the run's.")
     ] = None,
+    set_: SetOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Append the results here too, as JSON lines.")] = None,
     allow_sources: AllowSourcesOption = False,
 ) -> None:
-    """Measure a trained model: zero-shot classification, retrieval and probes, beside chance."""
+    """Measure a trained model: zero-shot classification, class heads, retrieval and probes, beside chance."""
     from openimp.commands import run_eval
 
-    run_eval(run, sets, recipe, out, allow_sources)
+    run_eval(run, sets, recipe, out, set_, allow_sources)
 
 
 @app.command()

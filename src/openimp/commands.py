@@ -21,6 +21,7 @@ from openimp.objectives import head_key
 from openimp.plan import Plan, count, encoder_per_token, plan
 from openimp.progress import clock, console, track
 from openimp.recipe import Classification, Recipe
+from openimp.recipe_file import override, read_recipe
 from openimp.report import write_report
 from openimp.train import train
 from openimp.trust import check_sources
@@ -59,27 +60,47 @@ def run_train(
 
 
 def run_eval(
-    path: Path, sets: list[str] | None, other: str | None, out: Path | None, allow_sources: bool = False
+    path: Path,
+    sets: list[str] | None,
+    other: str | None,
+    out: Path | None,
+    overrides: list[str] | None = None,
+    allow_sources: bool = False,
 ) -> None:
     """Measures a model on the sets of its own recipe, or of another; `allow_sources`: whoever trained it."""
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
     folder = model_folder(path)
-    model, recipe, modalities, _ = load_model(folder)
-    if other:
-        ours, theirs = recipe.to_dict(), Recipe.load(other).to_dict()
-        # The run's own sources stay known, for its tasks name them; the views must suit the run's modalities.
-        sources = ours["sources"] | theirs["sources"]
-        recipe = Recipe.build({**ours, "sources": sources, "evaluation": theirs["evaluation"]}, where=other)
+    model, recipe, modalities, classes = load_model(folder)
+    if other or overrides:
+        recipe = _with_sets(recipe, other, overrides or [])
     if not recipe.evaluation.sets:
         raise UserError(f"{other or path}: the recipe has no evaluation sets")
     if not other and not allow_sources:
         check_sources(path, folder, recipe, sets or recipe.evaluation.sets)
-    results = evaluate(model.to(pick_device()), recipe, modalities, sets or None, saved_step(folder), track)
+    results = evaluate(model.to(pick_device()), recipe, modalities, sets or None, saved_step(folder), track, classes)
     console.print(table(results))
     for result in results if out else []:
         assert out is not None
         append(out, result)
+
+
+def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> Recipe:
+    """A model's recipe with changes of its sources and sets, or with those of another, which needs nothing else."""
+    for text in overrides:
+        if not text.startswith(("sources.", "evaluation.")):
+            raise UserError(f"--set {text}: the model is as it was trained; change sources or evaluation")
+    ours = recipe.to_dict()
+    if other is None:
+        for text in overrides:
+            override(ours, text)
+        return Recipe.build(ours)
+    theirs, file = read_recipe(other, overrides)
+    # A key that no recipe has is refused. The model's own sources stay known, for its tasks name them.
+    sources = theirs.get("sources") or {}
+    sources = ours["sources"] | sources if isinstance(sources, dict) else sources
+    measured = {"sources": sources, "evaluation": theirs.get("evaluation") or {}}
+    return Recipe.build({**theirs, **ours, **measured}, file.resolve().parent, other)
 
 
 def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None:

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+FEW = 50
+"""Known words that a message lists at most."""
+
 
 class UserError(Exception):
     """Bad input. The message is one sentence that names the file, key or column and what was expected."""
@@ -18,9 +21,9 @@ def printable(text: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest known word, else the list of known words."""
+    """`; did you mean 'x'?` for the closest known word, else the list of known words if they are few."""
     known = sorted(map(str, known))
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else ""
+    return f"; known: {', '.join(known)}" if 0 < len(known) <= FEW else ""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from openimp.distributed import mean, rank, total
 from openimp.errors import UserError
+from openimp.evaluation.figures import first_figure
 from openimp.ledger import Cost
 from openimp.objectives import Losses
 from openimp.recipe_file import read_text
@@ -122,7 +123,7 @@ class Metrics:
         forget_after(run / "results.jsonl", max(result["step"] for result in results) - 1)
         for result in results:
             append(run / "results.jsonl", result)
-            for key in ("r1", "r5", "mrr", "top1"):
+            for key in ("r1", "r5", "mrr", "top1", "map"):
                 if key in result:
                     self.board.add_scalar(f"{key}/{result['set']}/{result['task']}", result[key], result["step"] or 0)
         self.board.flush()
@@ -187,11 +188,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def best_step(file: Path, name: str, steps: Collection[int]) -> int:
-    """Which of these steps has the highest R@1 or top-1 of a set, as the mean over its tasks; the first of equals."""
+    """Which of these steps has the highest first figure of a set, as the mean over its tasks; the first of equals."""
     found: dict[int, list[float]] = defaultdict(list)
     for line in read_lines(file):
         if line["set"] == name and line["step"] in steps:
-            found[line["step"]].append(line["r1"] if line["type"] == "retrieval" else line["top1"])
+            found[line["step"]].append(first_figure(line))
     return max(found, key=lambda step: fmean(found[step]))
 
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from openimp.errors import UserError, nearest
-from openimp.recipe_evaluation import Evaluation, Probe, Retrieval, ZeroShot
+from openimp.recipe_evaluation import ClassHead, Evaluation, EvaluationSet, Probe, Retrieval, ZeroShot
 from openimp.recipe_file import read_recipe
 from openimp.recipe_types import (
     Count,
@@ -400,12 +400,28 @@ class Recipe(Strict):
             if (options.view.share, options.view.batch, options.view.sync) != (1, None, False):
                 raise UserError(f"{key}.view: share, batch and sync are for training; evaluation.batch counts here")
             self._bind_user(key, options, {f"{key}.view": options.view})
+            if isinstance(options, ClassHead):
+                self.class_head(options, key)
             if isinstance(options, Probe):
                 self._require_source(f"{key}.train", options.train)
                 if options.train == options.source:
                     raise UserError(f"{key}: train and source are both {options.train}; a probe needs new rows")
 
-    def _bind_user(self, key: str, user: "Task | Retrieval | ZeroShot | Probe", views: Mapping[str, View]) -> None:
+    def class_head(self, options: ClassHead, key: str) -> Classification:
+        """The objective that trains the head which an evaluation set asks.
+
+        Raises:
+            UserError: there is none; the message begins with `key`.
+        """
+        if options.task not in self.tasks:
+            raise UserError(f"{key}.task: no task {options.task!r}{nearest(options.task, self.tasks)}")
+        heads = {o.label: o for o in self.tasks[options.task].objectives if isinstance(o, Classification)}
+        if options.label not in heads:
+            hint = nearest(options.label, heads)
+            raise UserError(f"{key}.label: tasks.{options.task} trains no classification of {options.label!r}{hint}")
+        return heads[options.label]
+
+    def _bind_user(self, key: str, user: Task | EvaluationSet, views: Mapping[str, View]) -> None:
         self._require_source(f"{key}.source", user.source)
         for place, view in views.items():
             view.bind(user.inputs, place)

@@ -66,7 +66,7 @@ def read_mapping(file: Path, what: str) -> dict[str, Any]:
 
 
 def find_file(name: str, folder: str = "recipes", what: str = "recipe file") -> Path:
-    """The file that `name` means: a path, or the name of a recipe, or of what else a folder holds, of openimp's own.
+    """The file that `name` means: a path, or a name such as `demo` or `evaluation/coco` of openimp's own files.
 
     Raises:
         UserError: there is neither.
@@ -75,7 +75,8 @@ def find_file(name: str, folder: str = "recipes", what: str = "recipe file") -> 
         return Path(name)
     here = Path(__file__).resolve().parent
     # In a wheel the folder lies in the package, in a checkout at its top.
-    bundled = {p.stem: p for place in (here / folder, here.parents[1] / folder) for p in place.glob("*.yaml")}
+    places = (here / folder, here.parents[1] / folder)
+    bundled = {p.relative_to(place).with_suffix("").as_posix(): p for place in places for p in place.rglob("*.yaml")}
     if name in bundled:
         return bundled[name]
     if "/" in name:  # No name of one of ours, so those are no help.

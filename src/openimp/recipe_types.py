@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from openimp.errors import UserError, nearest
+from openimp.recipe_file import read_text
 from openimp.registry import modality_class
 
 
@@ -44,6 +45,28 @@ FolderName = Annotated[str, AfterValidator(_one_component)]
 """A name that becomes one part of a path."""
 RecipePath = Annotated[str, AfterValidator(_beside_recipe)]
 """A path that a recipe names; a modality's `Config` may use it too."""
+
+
+def text_lines(value: Any, info: ValidationInfo) -> Any:
+    """The lines of a text file, in place of its name; anything but a string stays as it is.
+
+    The file must lie inside the recipe's folder. Empty lines and those that begin with # are left out.
+    """
+    if not isinstance(value, str):
+        return value
+    folder = Path((info.context or {}).get("folder") or ".").resolve()
+    file = (folder / value).resolve()
+    if not file.is_relative_to(folder):
+        raise ValueError(f"{value} is outside of the recipe's folder, {folder}")
+    if not file.is_file():
+        raise ValueError(f"expected a list, or a text file in the recipe's folder; there is no file {file}")
+    try:
+        lines = read_text(file).split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]

@@ -63,7 +63,8 @@ def own_folder(folder: Path, variable: str = "OPENIMP_CACHE") -> Path:
         UserError: another user owns it.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if {folder.lstat().st_uid, folder.stat().st_uid} != {os.getuid()}:  # of a link, both it and where it leads
+    # Of a link, both it and where it leads count. Windows has no such owners.
+    if hasattr(os, "getuid") and {folder.lstat().st_uid, folder.stat().st_uid} != {os.getuid()}:
         raise UserError(f"{folder}: belongs to another user; set {variable} to a folder of your own")
     mode = folder.stat().st_mode
     if mode & 0o022:

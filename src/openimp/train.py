@@ -185,7 +185,7 @@ class Training:
         self.model = self.build(recipe, self.modalities, sizes).train()
         if start is not None:
             console.print(start.load(self.model, self.data.classes), soft_wrap=True)
-        open_sets(self.model, recipe, self.modalities)
+        open_sets(self.model, recipe, self.modalities, classes=self.data.classes)
         # Of the model as it was made, for one in shards has another class.
         self.texts = texts_of(self.model, recipe, self.modalities, self.data.classes)
         copies = parallel.spread(
@@ -360,8 +360,9 @@ class Training:
             assert model is not None
             try:
                 results = evaluate(
-                    model.to(self.device), self.recipe, self.modalities, step=self.step, progress=progress
-                )
+                    model.to(self.device), self.recipe, self.modalities, step=self.step, progress=progress,
+                    classes=self.data.classes,
+                )  # fmt: skip
             except Stopped:
                 return False
             self.metrics.results(self.run, results)

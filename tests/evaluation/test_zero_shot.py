@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from openimp.data.sources import open_source
 from openimp.errors import UserError
-from openimp.evaluation import evaluate, open_sets
-from openimp.evaluation.zero_shot import Classified, class_embeddings, classify
+from openimp.evaluation import Classified, evaluate, open_sets
+from openimp.evaluation.zero_shot import class_embeddings, classify
 from openimp.inference import Model
 from openimp.recipe import Source
 
@@ -31,7 +31,7 @@ def png(seed: int) -> bytes:
 def setup(tmp_path, tiny_recipe, tiny_model):
     """Writes labelled pictures and makes a recipe that classifies them, its model, its modalities and its source."""
 
-    def make(labels=LABELS, pictures=None, **options):
+    def make(labels=LABELS, pictures=None, folder=".", **options):
         pictures = pictures or [png(i) for i in range(len(labels))]
         pq.write_table(pa.table({"picture": pictures, "label": labels}), tmp_path / "labelled.parquet")
         task = {
@@ -46,6 +46,7 @@ def setup(tmp_path, tiny_recipe, tiny_model):
             sources={"all": {"path": "unused.parquet"}, "labelled": {"path": str(tmp_path / "labelled.parquet")}},
             train={"precision": "fp32"},
             evaluation={"sets": {"things": task}, "batch": 4},
+            folder=folder,
         )
         return *tiny_model(recipe), recipe, open_source("labelled", recipe.sources["labelled"])
 
@@ -100,23 +101,39 @@ def test_the_confusion_agrees_with_top1(setup):
     assert counted.skipped == []
 
 
-def test_texts_name_the_classes_and_decide_the_outcome(setup):
-    """Numbers as labels need texts; with the texts swapped the pictures are taken for the other class."""
-    labels, texts = [1, 2, 1, 2], {"1": "red", "2": "green"}
-    first = classify(*_of(setup(labels, texts=texts)))[0]
-    swapped = classify(*_of(setup(labels, texts={"1": "green", "2": "red"})))[0]
-    assert first.classes == [1, 2]
+def test_names_of_classes_decide_the_outcome(setup):
+    """Numbers as labels need names; with the names swapped the pictures are taken for the other class."""
+    labels = [1, 2, 1, 2]
+    first = classify(*_of(setup(labels, classes={1: "red", "2": "green"})))[0]
+    swapped = classify(*_of(setup(labels, classes={"1": "green", "2": "red"})))[0]
+    assert first.classes == ["red", "green"]
+    assert (first.truth == [0, 1, 0, 1]).all()
     assert (swapped.predicted == 1 - first.predicted).all()
 
 
-def test_a_text_takes_the_place_of_a_label(setup):
+def test_a_name_takes_the_place_of_a_label(setup):
     plain = classify(*_of(setup()))[0]
     a, b = sorted({*plain.predicted.tolist()})[:2]
     one, other = plain.classes[a], plain.classes[b]
-    named = classify(*_of(setup(texts={one: other, other: one})))[0]
-    assert named.classes == plain.classes
+    swapped = dict(zip(plain.classes, plain.classes)) | {one: other, other: one}
+    named = classify(*_of(setup(classes=swapped)))[0]
+    assert named.classes == list(swapped.values())
     swap = {a: b, b: a}
     assert named.predicted.tolist() == [swap.get(i, i) for i in plain.predicted.tolist()]
+
+
+def test_classes_that_no_row_has_are_chosen_from(setup, tmp_path):
+    """From a list and from files: a name a line, and a label and a name."""
+    more = sorted({*LABELS, "moon", "sun"})
+    (tmp_path / "names.txt").write_text("\n".join(["# comment", *more, ""]))
+    (tmp_path / "pairs.txt").write_text("".join(f"{name}\t{name}\n" for name in more))
+    listed, *others = (
+        evaluate(*_but_name(setup(classes=classes, folder=tmp_path)))
+        for classes in (more, "names.txt", "pairs.txt", dict(zip(more, more)))
+    )
+    assert (listed[0]["candidates"], listed[0]["chance"]) == (8, 1 / 8)
+    assert others == [listed] * 3
+    assert listed[0]["top1"] <= evaluate(*_but_name(setup()))[0]["top1"]
 
 
 def test_unreadable_rows_are_left_out_counted_and_named(setup):
@@ -134,10 +151,17 @@ def test_unreadable_rows_are_left_out_counted_and_named(setup):
     ("labels", "options", "message"),
     [
         ([1, 2], {}, r"evaluation\.sets\.things: source labelled: class 1 of column 'label' has no text"),
-        ([1, 2], {"texts": {"1": "red"}}, "class 2 of column 'label' has no text; name it in texts as '2'"),
+        (
+            [1, 2],
+            {"classes": {"1": "red"}},
+            "column 'label' of source labelled: class 2 is none of those known; known: 1",
+        ),
+        (["see"], {"classes": ["sea", "sky"]}, "class 'see' is none of those known; did you mean 'sea'"),
         (["sea", ""], {}, "class '' of column 'label' has no text"),
         (["sea", None], {}, "column 'label' of source labelled has 1 rows without a class; leave them out"),
-        ([["sea"], ["tree"]], {}, "column 'label' of source labelled holds lists"),
+        ([["sea"], ["tree", None]], {}, "column 'label' of source labelled has 1 rows without a class"),
+        ([["sea"], ["tree"]], {"splits": "label"}, "splits are for rows of one class each"),
+        (["sea", "tree"], {"splits": "part"}, "has no column 'part'"),
         (["sea", "tree"], {"prompts": ["a picture"]}, "prompt 'a picture' needs one plain {}"),
         (["sea", "tree"], {"prompts": ["a {thing}"]}, "prompt 'a {thing}' needs one plain {}"),
         (["sea", "tree"], {"prompts": ["a {.thing}"]}, "prompt 'a {.thing}' needs one plain {}"),
@@ -177,6 +201,11 @@ def test_modalities_have_no_name_here():
     for file in Path(openimp.evaluation.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             assert not (isinstance(node, ast.Constant) and node.value in names), f"{file.name}:{node.lineno}"
+
+
+def _but_name(made):
+    imp, modalities, recipe, _ = made
+    return imp, recipe, modalities
 
 
 def _of(made):

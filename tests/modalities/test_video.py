@@ -327,6 +327,27 @@ def test_a_long_film_is_scaled_and_a_random_part_of_it_is_its_frames():
     assert any(np.array_equal(whole[i : i + view.span], part) for i in range(250 - view.span + 1))
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_evaluation_takes_crops_along_the_longer_side_of_each_clip(turned):
+    """Frames whose columns (rows) are of one grey each, brighter to the right (downwards)."""
+    frames = np.broadcast_to((np.arange(96) * 2)[None, None, :, None], (20, 32, 96, 3)).astype(np.uint8)
+    frames = frames.transpose(0, 2, 1, 3) if turned else frames
+    view = {"size": 32, "frames": 4, "stride": 1, "clips": 2}
+    out = VIDEO.transform(frames, VIDEO.View(**view, crops=3), None)
+    assert out.shape == (6, 4, 32, 32, 3)
+    left, middle, right = (crop.mean() for crop in out[:3])
+    assert (left, middle, right) == pytest.approx((31, 95, 159), abs=1)
+    assert (out[:3] == out[3:]).all(), "the frames are all alike, so the clips are"
+    single = VIDEO.transform(frames, VIDEO.View(**view), None)
+    assert (single == out[[1, 4]]).all(), "the middle one of three is the only one of one"
+
+
+def test_crops_of_a_square_film_are_all_of_it():
+    out = VIDEO.transform(counting(8, 40, 40), VIDEO.View(size=32, frames=4, stride=1, clips=1, crops=3), None)
+    assert (out[0] == out[1]).all()
+    assert (out[0] == out[2]).all()
+
+
 @pytest.mark.parametrize(("count", "shown"), [(30, [0, 10, 19, 29]), (3, [0, 1, 2]), (1, [0])])
 def test_a_person_sees_a_strip_of_frames_in_order(count, shown):
     """Though the two clips of evaluation overlap."""

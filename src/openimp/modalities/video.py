@@ -47,6 +47,9 @@ class Video(Vision):
         it; if it has fewer, some are repeated."""
         clips: Count = 4
         """Clips in evaluation, linearly spaced, whose embeddings are averaged."""
+        crops: Count = 1
+        """Crops of each clip in evaluation, spaced along the longer side, whose embeddings are averaged. 1: the centre,
+        as in the paper; other protocols take 3."""
         flip: bool = False
         """Mirror half of the training clips; off, because captions tell left from right."""
         jitter: Share = 0.0
@@ -90,15 +93,16 @@ class Video(Vision):
             raise BadMedia(reason(error)) from None
 
     def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
-        """Frames (T, H, W, C) to one random clip (t, h, w, 3), or (clips, t, h, w, 3) in evaluation; uint8."""
+        """Frames (T, H, W, C) to one random clip (t, h, w, 3), or (clips * crops, t, h, w, 3) in evaluation; uint8."""
         total = len(item)
         step = min(view.stride, (total - 1) / max(1, view.frames - 1))
         offsets = np.round(np.arange(view.frames) * step).astype(int)
         if rng is not None:
             start = random_start(total, view.span, rng)
             return self._render(item[start + offsets], view, rng)
-        starts = clip_starts(total, view.span, view.clips)
-        return np.stack([self._render(item[start + offsets], view, None) for start in starts])
+        windows = crop_windows(item.shape[1:3], view.hw, view.crops)
+        clips = [item[start + offsets] for start in clip_starts(total, view.span, view.clips)]
+        return np.stack([self._render(clip[window], view, None) for clip in clips for window in windows])
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
         """Frames (B, t, h, w, 3) to patches, (B, L, t * h * w * 3 of a patch) uint8."""
@@ -116,6 +120,17 @@ class Video(Vision):
             raise TypeError(f"expected float (B, T, 3, H, W) in -1..1, found {batch.dtype} {list(batch.shape)}")
         self.check(self.View(size=(batch.shape[3], batch.shape[4]), frames=batch.shape[1]))
         return self._tokens(batch.permute(0, 1, 3, 4, 2), self.config.patch, 0.0, None)
+
+
+def crop_windows(size: tuple[int, int], target: tuple[int, int], crops: int) -> list[tuple[slice, slice, slice]]:
+    """Which pixels of frames (H, W) each of several crops is made of: windows of the target's aspect, as large as fit,
+    linearly spaced; a single crop is made of all."""
+    if crops == 1:
+        return [(slice(None),) * 3]
+    scale = min(size[0] / target[0], size[1] / target[1])
+    height, width = max(1, round(target[0] * scale)), max(1, round(target[1] * scale))
+    tops, lefts = clip_starts(size[0], height, crops), clip_starts(size[1], width, crops)
+    return [(slice(None), slice(y, y + height), slice(x, x + width)) for y, x in zip(tops, lefts)]
 
 
 def _plan(total: int, views: list[Any], rng: np.random.Generator | None) -> list[tuple[int, int]]:

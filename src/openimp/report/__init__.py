@@ -16,7 +16,7 @@ from openimp.evaluation.encoding import Progress, raw_value
 from openimp.metrics import read_lines
 from openimp.modalities import BadMedia, Modality
 from openimp.model.imp import IMP
-from openimp.recipe import Probe, Recipe, Retrieval, ZeroShot
+from openimp.recipe import EvaluationSet, Recipe
 from openimp.report import results, training
 from openimp.report.markup import Child, Markup, join, tag
 from openimp.report.page import facts, page
@@ -69,7 +69,7 @@ def _page(run: Path, lines: list[dict[str, Any]], trained: bool, progress: Progr
         }
     if trained:
         folder = model_folder(run)
-        model, recipe, modalities, _ = load_model(folder)
+        model, recipe, modalities, classes = load_model(folder)
 
         def check(name: str) -> None:
             if not allow_sources:
@@ -77,7 +77,7 @@ def _page(run: Path, lines: list[dict[str, Any]], trained: bool, progress: Progr
 
         step, newest = saved_step(folder), run / "metrics.jsonl" if lines else folder / "config.json"
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        sections |= _looks(model.to(pick_device()), recipe, modalities, step, recorded, check, progress)
+        sections |= _looks(model.to(pick_device()), recipe, modalities, classes, step, recorded, check, progress)
     else:
         recipe, parameters, newest = Recipe.load(run / "recipe.yaml"), None, run / "metrics.jsonl"
         step = lines[-1]["step"]
@@ -92,6 +92,7 @@ def _looks(
     model: IMP,
     recipe: Recipe,
     modalities: dict[str, Modality],
+    classes: dict[str, list[Any]],
     step: int | None,
     recorded: list[dict[str, Any]],
     check: Callable[[str], None],
@@ -105,8 +106,8 @@ def _looks(
     for name, options in recipe.evaluation.sets.items():
         try:
             check(name)
-            sources = open_sets(model, recipe, modalities, [name])[name]
-            measured = measure(model, recipe, modalities, name, sources, step, progress)
+            sources = open_sets(model, recipe, modalities, [name], classes)[name]
+            measured = measure(model, recipe, modalities, name, sources, step, progress, classes)
         except UserError as error:
             missing.append(f"{name} is not measured again; its figures are those that were recorded, if any: {error}")
             told += _latest([result for result in recorded if result["set"] == name])
@@ -138,7 +139,7 @@ def _latest(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [result for result in recorded if (result["step"] or 0) == last]
 
 
-def _show(modalities: dict[str, Modality], options: Retrieval | ZeroShot | Probe, source: Table) -> results.Show:
+def _show(modalities: dict[str, Modality], options: EvaluationSet, source: Table) -> results.Show:
     """What a person sees of a modality in a row of a set's source."""
 
     def show(name: str, row: int) -> str | bytes | np.ndarray:

@@ -1,0 +1,86 @@
+"""Trained class heads, asked about rows that they have not seen."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from openimp.data.sources import Table
+from openimp.errors import UserError
+from openimp.evaluation.classes import Classified, Labels, Tagged, judge, read_labels
+from openimp.evaluation.encoding import Progress, encode_rows, require_columns
+from openimp.evaluation.figures import Readable, readable_rows
+from openimp.modalities import Modality
+from openimp.model.embedder import Embedder
+from openimp.model.imp import IMP
+from openimp.objectives import head_key
+from openimp.recipe import ClassHead, Recipe
+
+
+def classify(
+    model: Embedder,
+    recipe: Recipe,
+    modalities: dict[str, Modality],
+    name: str,
+    table: Table,
+    classes: Mapping[str, list[Any]],
+    progress: Progress | None = None,
+) -> tuple[Classified | Tagged, Readable]:
+    """The answers of one set's head, and which rows counted. Of several clips the logits are averaged.
+
+    Raises:
+        UserError: see `check`, or no row can be read.
+    """
+    options = recipe.evaluation.sets[name]
+    assert isinstance(options, ClassHead)
+    where, key = f"evaluation.sets.{name}", head_key(recipe.tasks[options.task].source, options.label)
+    labels = check(recipe, modalities, options, where, table, classes)
+    ((seen, spec),) = options.inputs.items()
+    encoded = encode_rows(
+        model,
+        table,
+        modalities[seen],
+        spec,
+        options.view[seen],
+        towards=None,
+        batch=recipe.evaluation.batch,
+        precision=recipe.train.precision,
+        progress=progress,
+    )
+    counted = readable_rows(table, [encoded], where, labels.values)
+    assert isinstance(model, IMP)
+    head: Any = model.classifiers[key]
+    # The bias is the weight of a feature that is always 1.
+    weights_KD = torch.cat([head.weight, head.bias[:, None]], dim=1).detach()
+    features_ND = F.pad(encoded.embeddings[torch.from_numpy(encoded.item[counted.row])], (0, 1), value=1.0)
+    return judge(seen, options.label, features_ND, weights_KD, counted.row, labels, labels.classes), counted
+
+
+def check(
+    recipe: Recipe,
+    modalities: dict[str, Modality],
+    options: ClassHead,
+    where: str,
+    table: Table,
+    classes: Mapping[str, list[Any]],
+) -> Labels:
+    """Finds what would stop `classify`, without encoding anything.
+
+    Args:
+        classes: of each head of the model.
+
+    Raises:
+        UserError: the model has no such head, a column is missing, a row has a class that the head does not know, or
+            one class where the head gives any number of them, or the other way round.
+    """
+    ((seen, spec),) = options.inputs.items()
+    objective, key = recipe.class_head(options, where), head_key(recipe.tasks[options.task].source, options.label)
+    if key not in classes:
+        raise UserError(f"{where}: the model has no head of tasks.{options.task} for {options.label!r}")
+    require_columns(table, modalities[seen], spec, where)
+    labels = read_labels(table, options.label, where, classes[key])
+    if labels.lists != (objective.loss == "sigmoid"):
+        wanted = "one class" if labels.lists else "a list of classes"
+        raise UserError(f"{where}: the head's loss is {objective.loss}, so {options.label!r} needs {wanted} a row")
+    return labels

@@ -1,0 +1,197 @@
+"""Classification of a source's rows, whatever told the classes apart: their labels, the answers, and their figures.
+
+Shape suffixes: N examples, K classes, Z features.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openimp.data.sources import Table
+from openimp.data.tables import Refused, as_text
+from openimp.errors import UserError, nearest
+from openimp.evaluation.figures import accuracy, average_precision, classes_in, interval
+from openimp.evaluation.retrieval import SIMILARITIES, ranks
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of the rows of a source.
+
+    Attributes:
+        values: of each row its class, or a list of classes, or a `Refused`.
+        classes: the labels of all classes to choose from.
+        lists: whether a row has any number of classes.
+        splits: of each row the test splits that it is in; None: there are none.
+    """
+
+    values: list[Any]
+    classes: list[Any]
+    lists: bool
+    splits: list[list[Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Classified:
+    """One evaluation set, for its figures and for a closer look.
+
+    Attributes:
+        query, target: the modality, and the column with the class.
+        classes: their names.
+        row: (N,) int64, the rows of the source that could be read.
+        truth: (N,) int64, the class of each.
+        predicted: (N,) int64, the most similar class.
+        rank: (N,) int64, the rank of the true class from 1; ties count against the model.
+        splits: which of the N are in each test split; empty: there are none.
+    """
+
+    query: str
+    target: str
+    classes: list[Any]
+    row: np.ndarray
+    truth: np.ndarray
+    predicted: np.ndarray
+    rank: np.ndarray
+    splits: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        """What a result calls it."""
+        return f"{self.query} -> {self.target}"
+
+    def confusion(self) -> np.ndarray:
+        """(K, K) int64, how many examples of a class (row) were taken for each class (column)."""
+        k = len(self.classes)
+        return np.bincount(self.truth * k + self.predicted, minlength=k * k).reshape(k, k)
+
+    def figures(self) -> dict[str, Any]:
+        """Top-1, top-5, the mean over the classes of their top-1, chance, and the 95 % interval of top-1.
+
+        Of several test splits the means over them, and the figures of each.
+        """
+        figures = self._figures(np.arange(len(self.rank)))
+        if not self.splits:
+            return figures
+        parts = {name: self._figures(some) for name, some in self.splits.items()}
+        means = {key: float(np.mean([part[key] for part in parts.values()])) for key in ("top1", "per_class", "top5")}
+        weight = np.zeros(len(self.rank))
+        for some in self.splits.values():
+            weight[some] += 1 / len(some)
+        return {**figures, **means, "interval": interval(self.rank == 1, weight), "splits": parts}
+
+    def _figures(self, some: np.ndarray) -> dict[str, Any]:
+        top5 = float((self.rank[some] <= 5).mean())
+        return accuracy(self.rank[some] == 1, self.truth[some], len(self.classes)) | {"top5": top5}
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """One evaluation set whose rows have any number of classes.
+
+    Attributes:
+        query, target: the modality, and the column with the classes.
+        score_NK: how similar each example and class are.
+        hot_NK: bool, the classes of each.
+    """
+
+    query: str
+    target: str
+    score_NK: np.ndarray
+    hot_NK: np.ndarray
+
+    @property
+    def task(self) -> str:
+        """What a result calls it."""
+        return f"{self.query} -> {self.target} (mAP)"
+
+    def figures(self) -> dict[str, Any]:
+        """Mean average precision with its 95 % interval, and chance."""
+        return average_precision(self.score_NK, self.hot_NK)
+
+
+def read_labels(
+    table: Table, column: str, where: str, known: Sequence[Any] | None = None, splits: str | None = None
+) -> Labels:
+    """The classes of a source's rows.
+
+    Args:
+        table: the source.
+        column: the one with the class, or the list of classes, of a row.
+        where: the part of the recipe that asks, for messages.
+        known: the labels of all classes; None: those that the rows have.
+        splits: the column with the test splits, if there are any.
+
+    Raises:
+        UserError: a column is missing, a row has no class or one that is not known, or it is in no split.
+    """
+    table.require([column, *([splits] if splits else [])], where)
+    values, name = table.column(column), f"{where}: column {column!r} of source {table.name}"
+    lists = any(isinstance(value, list) for value in values)
+    if lists and not all(value is None or isinstance(value, list | Refused) for value in values):
+        raise UserError(f"{name} holds lists in some rows and single classes in others")
+    found = list(chain.from_iterable(value for value in values if isinstance(value, list))) if lists else values
+    classes = classes_in(found, name)
+    if None in classes:
+        raise UserError(f"{name} has {found.count(None)} rows without a class; leave them out with where")
+    if known is not None:
+        texts = _index(known)
+        for label in classes:
+            if (text := as_text(label)) not in texts:
+                raise UserError(f"{name}: class {label!r} is none of those known{nearest(text, texts)}")
+        classes = list(known)
+    return Labels(values, classes, lists, _splits(table, splits, where, lists) if splits else None)
+
+
+def judge(
+    query: str, target: str, z_NZ: Tensor, classes_KZ: Tensor, row: np.ndarray, labels: Labels, names: list[Any]
+) -> Classified | Tagged:
+    """The answers of a classifier that compares by dot product.
+
+    Args:
+        query, target: the modality, and the column with the class.
+        z_NZ: a vector for each example.
+        classes_KZ: one for each class.
+        row: (N,) int64, the rows of the source that the examples are.
+        labels: of all rows.
+        names: what the classes are called.
+    """
+    index, truths = _index(labels.classes), [labels.values[i] for i in row]
+    if labels.lists:
+        hot_NK = np.zeros((len(row), len(names)), bool)
+        for i, truth in enumerate(truths):
+            hot_NK[i, [index[as_text(label)] for label in truth or []]] = True
+        return Tagged(query, target, (z_NZ @ classes_KZ.T).cpu().numpy(), hot_NK)
+    truth_N = np.array([index[as_text(label)] for label in truths], np.int64)
+    rank_N = ranks(z_NZ, classes_KZ, np.stack([np.arange(len(row)), truth_N], axis=1))
+    splits: dict[str, list[int]] = {}
+    for i, of_row in enumerate([labels.splits[i] for i in row] if labels.splits else ()):
+        for split in of_row:
+            splits.setdefault(as_text(split), []).append(i)
+    parts = {name: np.array(splits[name]) for name in sorted(splits)}
+    return Classified(query, target, names, row, truth_N, _most_similar(z_NZ, classes_KZ), rank_N, parts)
+
+
+def _index(classes: Iterable[Any]) -> dict[str, int]:
+    """The number of each class by its label, as text: the cells of a CSV file have no type."""
+    return {as_text(label): i for i, label in enumerate(classes)}
+
+
+def _splits(table: Table, column: str, where: str, lists: bool) -> list[list[Any]]:
+    name = f"{where}: column {column!r} of source {table.name}"
+    if lists:
+        raise UserError(f"{name}: splits are for rows of one class each")
+    cells = [value if isinstance(value, list) else [value] for value in table.column(column)]
+    for row, cell in enumerate(cells):
+        if not cell or any(split is None or isinstance(split, Refused) for split in cell):
+            raise UserError(f"{name}: {table.where(row)} is in no split; leave it out with where")
+    return cells
+
+
+def _most_similar(z_NZ: Tensor, classes_KZ: Tensor) -> np.ndarray:
+    parts = z_NZ.split(max(1, SIMILARITIES // len(classes_KZ)))
+    return torch.cat([(part @ classes_KZ.T).argmax(1) for part in parts]).cpu().numpy()
