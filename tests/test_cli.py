@@ -1,6 +1,7 @@
 """The command line: help that is the docstring, one line for what the user can mend, commands that do their work."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -121,10 +122,37 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
     for content, told in (("{", "Expecting"), ("[" * 200_000, "recursion"), ("[]", "expected a JSON object")):
         (damaged / "config.json").write_text(content)
         assert re.search(f"config.json: damaged: .*{told}", refused("info", damaged))
-    (damaged / "config.json").write_text('{"format": 2, "classes": {}}')
+    (damaged / "config.json").write_text('{"format": 4, "model": "IMP", "classes": {}}')
     assert "config.json: recipe is missing, or no object" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 99}')
-    assert "config.json: format 99, this version of openimp reads format 3" in refused("info", damaged)
+    assert "config.json: format 99, this version of openimp reads format 4" in refused("info", damaged)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "other.json", "model.safetensors"])
+def test_pipes_and_huge_files_in_a_model_folder_are_refused_and_not_read(refused, tiny_model_folder, tmp_path, name):
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    image = tmp_path / "0.png"
+    image.touch()
+    (folder / name).unlink(missing_ok=True)
+    if name.endswith(".json"):
+        with (folder / name).open("wb") as file:
+            file.truncate(2**40)  # It takes no room on the disk.
+        assert f"{name}: is larger than 33,554,432 bytes" in refused("embed", folder, image)
+        (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert f"{name}: is no regular file" in refused("embed", folder, image)
+
+
+def test_control_characters_of_names_are_not_printed(openimp, refused, own_data):
+    """They would move the cursor, change the title, or write to the clipboard."""
+    file = own_data / "recipe.yaml"
+    text = file.read_text(encoding="utf-8").replace("  named:", '  "na\\e]52;c;cG93bmVk\\amed\\u202e":')
+    file.write_text(text, encoding="utf-8")
+    code, out, _ = openimp("info", file)
+    assert code == 0
+    assert "na]52;c;cG93bmVkmed" in out
+    assert not {"\x1b", "\a", "\u202e"} & {*out}
+    assert "no[2Jthing: no such recipe file" in refused("train", "no\x1b[2Jthing")
 
 
 def test_what_cannot_be_written_or_would_be_ignored_is_refused_at_once(refused, little_data, little_run, tmp_path):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from openimp.errors import UserError
+from openimp.errors import UserError, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -159,7 +159,7 @@ def main() -> None:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        print(f"openimp: {where}{error.strerror}", file=sys.stderr)
+        print(printable(f"openimp: {where}{error.strerror}"), file=sys.stderr)
         sys.exit(2)
 
 

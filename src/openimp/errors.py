@@ -7,6 +7,15 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad input. The message is one sentence that names the file, key or column and what was expected."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Without control characters but for line breaks and tabs: data and models of others may name things, and a
+    terminal obeys what an escape character begins."""
+    return text if text.isprintable() else "".join(c for c in text if c.isprintable() or c in "\n\t\xa0")
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest known word, else the list of known words."""

@@ -14,12 +14,15 @@ from openimp.distributed import mean, rank, total
 from openimp.errors import UserError
 from openimp.ledger import Cost
 from openimp.objectives import Losses
+from openimp.recipe_file import read_text
 from openimp.safe_files import write_text
 
 ENOUGH = 100
 """Examples of a task after which the share of bad ones is judged."""
 DIGESTS = 2**48
 """The sums of digests are taken modulo this, so that those of many processes can be added."""
+LARGEST_LOG = 2**28
+"""Bytes of a file of JSON lines at most, when it is read."""
 
 
 class Metrics:
@@ -170,12 +173,12 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """All whole JSON lines of a file; a last one that a crash cut short is left out.
 
     Raises:
-        UserError: a line is no JSON.
+        UserError: a line is no JSON, or the file is too large.
     """
     if not file.exists():
         return []
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(read_text(file, LARGEST_LOG).split("\n")[:-1], 1):
         try:
             found.append(json.loads(line))
         except ValueError:

@@ -18,6 +18,7 @@ from openimp.recipe_evaluation import Evaluation, Probe, Retrieval, ZeroShot
 from openimp.recipe_file import read_recipe
 from openimp.recipe_types import (
     Count,
+    FolderName,
     Input,
     Inputs,
     Positive,
@@ -55,7 +56,9 @@ class MoE(Strict):
     slots: Count = 1
     """Slots an expert, in soft routing only; so its cost is by example, not by token."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-3
-    """Weight of the router z-loss, mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, section 3.2)."""
+    """Weight of the router z-loss, the mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, section 3.2),
+    summed over layers. The release: 1, as in the `imp_moe_*` recipes; short trainings lose by that
+    (docs/results/paper.md)."""
     balance_loss: Annotated[float, Field(ge=0)] = 1e-2
     """Weight of the load-balancing loss, in token choice only (Switch, arXiv 2101.03961, section 2.2)."""
 
@@ -79,7 +82,10 @@ class Model(Strict):
     """How many of the first blocks each stem has of its own, to compare one encoder with modality-specific ones: all
     blocks for an encoder a stem, fewer for encoders that shared layers fuse. 0: one encoder, as in the paper."""
     space: Literal["disjoint", "joint"] = "disjoint"
-    """One head for each (source, target) pair of modalities, as in the authors' release, or one head a modality."""
+    """One head for each (source, target) pair of modalities, as in the authors' release, or one head per modality."""
+    share_heads: bool = True
+    """Modalities that share a stem (image and video) share their heads and temperatures too, as in the release, so that
+    what image-text tasks teach serves video as well. false: heads and temperatures per modality."""
     embed_dim: Count = 1024
     """Features of the common space, and of its heads' hidden layer."""
     temperature: Positive = 0.2
@@ -110,10 +116,13 @@ class Source(Strict):
     """The configuration of a hub data set."""
     split: str = "train"
     """The split of a hub data set."""
+    revision: str | None = None
+    """The commit, tag or branch of a hub data set; left out: the newest, which its owner may change."""
     format: Literal["folder", "manifest", "parquet", "webdataset"] | None = None
     """Left out: told by the path."""
     root: RecipePath | None = None
-    """Where a manifest's file names start; left out: beside the manifest. Nothing outside it is ever read."""
+    """Where the paths in its rows start; left out: beside the manifest, or in the data set's own part of the cache of
+    the hub. Nothing outside it is ever read."""
     where: dict[str, str | int | bool | list[str] | list[int]] = {}
     """Keep the rows whose column has this value, or one of these values."""
     stream: bool = False
@@ -135,8 +144,8 @@ class Source(Strict):
         if self.stream and self.limit:
             raise ValueError("a streamed source has no limit; drop stream or limit")
         # Defaults are written out in a resolved recipe, so only other values can be told to be in vain.
-        if self.path and (self.config is not None or self.split != "train"):
-            raise ValueError("config and split are for hub data sets; of a path, keep rows with where")
+        if self.path and (self.config, self.split, self.revision) != (None, "train", None):
+            raise ValueError("config, split and revision are for hub data sets; of a path, keep rows with where")
         if self.hub and self.format:
             raise ValueError("format is for a path; drop it")
         if not self.stream and self.window != type(self).model_fields["window"].default:
@@ -223,9 +232,15 @@ class Optimizer(Strict):
     final_lr: Annotated[float, Field(ge=0)] = 0.0
     """Where the cosine ends, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """On matrices only, by either optimiser."""
+    """On the kernels of linear layers and experts only, by either optimizer; not on tables, norms, biases and
+    temperatures."""
+    eps: Positive = 1e-7
+    """AdamW's epsilon."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """Decay of AdamW's means of the gradient and of its square."""
+    zero_grads: bool = False
+    """Update parameters that a step's task does not use as if their gradient were zero, as in the authors' release:
+    their optimizer state decays, and AdamW's momentum still moves them. false: they keep value and state."""
     clip: Positive | None = 1.0
     """Largest norm of the gradient; null: no clipping."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -260,8 +275,9 @@ class Train(Strict):
     steps: Count = 200_000
     """Gradient steps, over all tasks; the paper: S 200k, B and L 500k."""
     init: RecipePath | None = None
-    """A run, a checkpoint or a model's folder to start from, tokenizer included; heads of other tasks or classes, and
-    stems of other modalities, are new. null: everything is. Relative to the recipe."""
+    """A run, a checkpoint or a model's folder to start from, relative to the recipe, or a model of the Hugging Face hub
+    as hub:OWNER/NAME@REVISION; tokenizer included. Heads of other tasks or classes, and stems of other modalities, are
+    new. null: everything is."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where it is faster."""
     compile: bool = False
@@ -283,7 +299,7 @@ class Train(Strict):
 class Recipe(Strict):
     """Everything about an experiment."""
 
-    name: str
+    name: FolderName
     """Also the run directory's name: runs/NAME unless told otherwise."""
     seed: Whole = 0
     """Of the weights, the schedule, the order of the data and its augmentation."""
@@ -381,8 +397,8 @@ class Recipe(Strict):
             for name, spec in options.inputs.items():
                 if spec.draw > 1:
                     raise UserError(f"{key}.inputs.{name}: evaluation draws nothing; drop draw")
-            if (options.view.share, options.view.batch) != (1, None):
-                raise UserError(f"{key}.view: share and batch are for training; evaluation.batch counts here")
+            if (options.view.share, options.view.batch, options.view.sync) != (1, None, False):
+                raise UserError(f"{key}.view: share, batch and sync are for training; evaluation.batch counts here")
             self._bind_user(key, options, {f"{key}.view": options.view})
             if isinstance(options, Probe):
                 self._require_source(f"{key}.train", options.train)

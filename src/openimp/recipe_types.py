@@ -34,6 +34,14 @@ def _beside_recipe(path: str, info: ValidationInfo) -> str:
     return path if folder is None or re.match(r"\w\w+:", path) else str(Path(folder).resolve() / path)
 
 
+def _one_component(name: str) -> str:
+    if name in ("", ".", "..") or {"/", "\\"} & set(name) or not name.isprintable():
+        raise ValueError(f"{name!r} is no name of a folder: it needs letters, and no slash or control character")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_one_component)]
+"""A name that becomes one part of a path."""
 RecipePath = Annotated[str, AfterValidator(_beside_recipe)]
 """A path that a recipe names; a modality's `Config` may use it too."""
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -80,6 +88,8 @@ class View(Strict):
     """How often this view is drawn, against the task's other views."""
     batch: Count | None = None
     """Examples a step in this view; left out: the task's."""
+    sync: bool = False
+    """In training, clip and sound of an example start at the same moment; false: each modality draws its own part."""
 
     def __getitem__(self, modality: str) -> Any:
         """The checked options of one modality, an instance of its `View`."""

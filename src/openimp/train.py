@@ -195,7 +195,9 @@ class Training:
         encode = compiled_encode(self.model, len(self._signatures())) if self.compile else self.model.encode
         self.encode = in_pieces(encode, recipe.batch.micro)
         named = dict(self.model.named_parameters())
-        steps = [{named[name] for name in cost.touched} for cost in self.costs.values()]
+        # With zero gradients every step updates everything.
+        updated = [{*named}] if recipe.optimizer.zero_grads else [cost.touched for cost in self.costs.values()]
+        steps = [{named[name] for name in names} for names in updated]
         self.exchange = make_exchange(self.model, copies, muon_matrices(recipe.optimizer, self.model), steps)
         self.optimizers = make_optimizers(recipe.optimizer, self.model, self.exchange.own)
         self.averaged: dict[str, Tensor] | None = None
@@ -240,12 +242,16 @@ class Training:
             return self.losses(self.model, task, loaded.batch.to(self.device), self.encode)
 
     def apply_gradients(self, loaded: Loaded, losses: Losses) -> None:
-        """Clips the gradients, updates what has one, and forgets them.
+        """Clips the gradients, updates the parameters that have one (all with `zero_grads`), and forgets them.
 
         Raises:
             UserError: the loss or its gradient is not finite.
         """
         visit, recipe = loaded.visit, self.recipe
+        if recipe.optimizer.zero_grads:
+            for parameter in self.exchange.own:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         norm = self.exchange.clip(recipe.optimizer.clip or math.inf)
         # This waits for a GPU to end the backward pass: the price of never updating with what is not finite.
         self.grad_norm = float(norm)

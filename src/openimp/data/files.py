@@ -48,6 +48,9 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
     files = sorted(glob.glob(path, recursive=True))
     if not files:
         raise UserError(f"source {name}: {path}: no such file or folder")
+    for file in files:
+        if not os.path.isfile(file):
+            raise UserError(f"source {name}: {file}: is no regular file")
     return Path(re.split(r"[*?\[]", path)[0] + "_").parent, files
 
 

@@ -4,6 +4,7 @@ Shape suffixes: N examples, K classes, P prompts, Z features of the common space
 """
 
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -123,8 +124,7 @@ def check(
         raise UserError(f"{where}: {column} has {labels.count(None)} rows without a class; leave them out with where")
     texts = [_class_text(label, options, f"{where}: source {table.name}") for label in classes]
     for prompt in options.prompts:
-        for text in texts:  # Each, for a format may suit a short one only.
-            _fill(prompt, text, where)
+        _fill(prompt, "", where)
     return labels, classes, texts
 
 
@@ -150,12 +150,13 @@ def _class_text(label: Any, options: ZeroShot, where: str) -> str:
 
 def _fill(prompt: str, text: str, where: str) -> str:
     try:
-        filled = prompt.format(text)
-    except (LookupError, ValueError, TypeError, AttributeError):
-        filled = ""
-    if text not in filled:
-        raise UserError(f"{where}: prompt {prompt!r} needs one {{}} where the class' text goes")
-    return filled
+        fields = [field for _, *field in Formatter().parse(prompt) if field[0] is not None]
+    except ValueError:
+        fields = []
+    # Without a format: a width, as in {:>2000000000}, would fill the memory.
+    if fields != [["", "", None]]:
+        raise UserError(f"{where}: prompt {prompt!r} needs one plain {{}} where the class' text goes")
+    return prompt.format(text)
 
 
 def _most_similar(z_NZ: Tensor, classes_KZ: Tensor) -> np.ndarray:

@@ -5,13 +5,15 @@ import io
 import os
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import PIL.Image
 import torch
+from pydantic import model_validator
 
 from openimp.modalities import BadMedia
+from openimp.recipe import Strict
 
 # Everything that people keep clips and sounds in. Playlists (hls, concat, ...) are left out on purpose: they name other
 # files, which a hostile example could make us read.
@@ -64,6 +66,25 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__
 
 
+class ExampleRng(np.random.Generator):
+    """The randomness of one example.
+
+    Attributes:
+        moment: share of a recording's length at which all of the example's modalities start in training, where its
+            view asks for that (`sync`); None: each draws its own.
+    """
+
+    moment: float | None = None
+
+
+def random_start(total: int, span: int, rng: np.random.Generator) -> int:
+    """Where a training cut of `span` starts within `total`: anywhere, or at the moment that the example's modalities
+    share, as far as the recording lasts."""
+    room = max(0, total - span)
+    moment = getattr(rng, "moment", None)
+    return int(rng.integers(room + 1)) if moment is None else min(int(moment * total), room)
+
+
 def clip_starts(total: int, span: int, clips: int) -> list[int]:
     """Where `clips` parts of `span` start, linearly spaced over `total`; a single one is in the middle."""
     room = max(0, total - span)
@@ -77,7 +98,7 @@ def segments(total: int, span: int, clips: int, limit: int, rng: np.random.Gener
     evaluation sees: laid end to end, they are just what `clip_starts` cuts out again.
     """
     if rng is not None and total > 0:
-        return [(int(rng.integers(max(0, total - span) + 1)), span)]
+        return [(random_start(total, span, rng), span)]
     if total <= limit:
         return [(0, limit)]
     return [(start, span) for start in clip_starts(total, span, clips)]
@@ -107,11 +128,42 @@ def patchify(grid: torch.Tensor, patch: tuple[int, ...], keep: torch.Tensor | No
 
 
 def coordinates(
-    counts: tuple[int, ...], patch: tuple[int, ...], extent: tuple[int, ...], tables: tuple[int, ...]
+    counts: tuple[int, ...], tables: tuple[int, ...], spans: tuple[int | None, ...] | None = None
 ) -> torch.Tensor:
-    """Rows (L, A) of the position tables: floor(coordinate of a patch's first value / extent * table)."""
-    rows = [torch.arange(n) * side * table // length for n, side, length, table in zip(counts, patch, extent, tables)]
+    """The row (L, A) of each axis' position table that each patch uses.
+
+    Patch i of n along an axis uses row floor(i / n * rows): a relative coordinate, so the same place has the same row
+    at every resolution (arXiv 2305.06324). An axis with a span is absolute: its table spans that many patches, however
+    many this input has.
+    """
+    spans = spans or (None,) * len(tables)
+    rows = [torch.arange(n) * table // (span or n) for n, table, span in zip(counts, tables, spans)]
     return torch.cartesian_prod(*rows).view(-1, len(rows))
+
+
+class PatchGrid(Strict):
+    """Options of a stem that cuts its input into patches along named axes."""
+
+    axes: ClassVar[tuple[str, ...]]
+    patch: tuple[int, ...]
+    tables: tuple[int, ...]
+    absolute: dict[Any, int]
+
+    @model_validator(mode="after")
+    def _spans_are_whole(self) -> Self:
+        for name, side in zip(self.axes, self.patch):
+            if self.absolute.get(name, 0) % side:
+                raise ValueError(f"absolute: {name} {self.absolute[name]} is no multiple of the patch's {side}")
+        return self
+
+    def limit(self, axis: int) -> int:
+        """The longest input along an axis: every patch needs a row of its own, or must lie within an absolute span."""
+        return self.absolute.get(self.axes[axis], self.tables[axis] * self.patch[axis])
+
+    def coordinates(self, counts: tuple[int, ...]) -> torch.Tensor:
+        """The rows (L, A) of the position tables for so many patches along each axis; see `media.coordinates`."""
+        spans = tuple(self.absolute.get(name, 0) // side or None for name, side in zip(self.axes, self.patch))
+        return coordinates(counts, self.tables, spans)
 
 
 def kept(length: int, drop: float) -> int:

@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 
 from openimp.modalities import BadMedia, Tokens
-from openimp.modalities.media import CONTAINERS, SHOWN, clip_starts, readable, reason, segments, webp
+from openimp.modalities.media import CONTAINERS, SHOWN, clip_starts, random_start, readable, reason, segments, webp
 from openimp.modalities.vision import (
     CHANNELS,
     MAX_PIXELS,
@@ -66,7 +66,7 @@ class Video(Vision):
 
     def check(self, view: Any) -> None:
         super().check(view)
-        check_multiple("frames: clip", view.frames, self.config.patch[0], self.config.extent[0], "frames")
+        check_multiple("frames: clip", view.frames, self.config.patch[0], self.config.limit(0), "frames")
 
     def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
         """A clip to (T, H, W, 3), or (T, H, W, 4) where it is transparent; uint8.
@@ -95,7 +95,7 @@ class Video(Vision):
         step = min(view.stride, (total - 1) / max(1, view.frames - 1))
         offsets = np.round(np.arange(view.frames) * step).astype(int)
         if rng is not None:
-            start = int(rng.integers(max(0, total - view.span) + 1))
+            start = random_start(total, view.span, rng)
             return self._render(item[start + offsets], view, rng)
         starts = clip_starts(total, view.span, view.clips)
         return np.stack([self._render(item[start + offsets], view, None) for start in starts])
