@@ -58,9 +58,14 @@ def test_a_link_under_the_name_of_a_draft_or_a_result_is_not_followed(victim, tm
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     file = tmp_path / "file"
     file.write_text("old")
-    with pytest.raises(RuntimeError), replacing(file) as draft:
-        draft.write(b"half")
-        raise RuntimeError
+
+    def half() -> None:
+        with replacing(file) as draft:
+            draft.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert file.read_text() == "old"
 
