@@ -87,7 +87,7 @@ def test_figures_of_splits_are_their_means():
 def test_the_interval_of_splits_is_that_of_drawing_examples():
     """Overlapping splits of different sizes: an example counts in each split that it is in."""
     rng = np.random.default_rng(0)
-    hit = rng.random(300) < 0.4
+    hit = rng.random(300) < np.repeat([0.2, 0.9], [200, 100])
     splits = {"1": np.arange(200), "2": np.arange(150, 300)}
     rank = np.where(hit, 1, 2)
     found = Classified("a", "b", ["x", "y"], np.arange(300), np.zeros(300, int), np.zeros(300, int), rank, splits)

@@ -122,6 +122,14 @@ def test_a_name_takes_the_place_of_a_label(setup):
     assert named.predicted.tolist() == [swap.get(i, i) for i in plain.predicted.tolist()]
 
 
+def test_labels_that_are_names_are_read_as_their_words(setup):
+    """But not a name that is given in place of a label."""
+    plain = setup(["red_thing", "DeepSea"], words=True)
+    assert classify(*_of(plain))[0].classes == ["deep sea", "red thing"]
+    named = setup(["red_thing", "DeepSea"], words=True, classes={"red_thing": "RedThing", "DeepSea": "DeepSea"})
+    assert classify(*_of(named))[0].classes == ["RedThing", "deep sea"]
+
+
 def test_classes_that_no_row_has_are_chosen_from(setup, tmp_path):
     """From a list and from files: a name a line, and a label and a name."""
     more = sorted({*LABELS, "moon", "sun"})
