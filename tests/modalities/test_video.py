@@ -1,5 +1,6 @@
 import io
 import pickle
+from itertools import pairwise
 
 import av
 import numpy as np
@@ -288,6 +289,26 @@ def test_tokens_are_blocks_of_frames_in_order_with_their_coordinates():
     assert some.values.shape[1] == VIDEO.length(view) == 3
     index = some.coords[1] // torch.tensor([8, 16, 10]) @ torch.tensor([6, 3, 1])
     assert torch.equal(some.values[1], tokens.values[1, index])
+
+
+def test_at_a_frame_rate_a_clip_shows_what_is_shown_at_each_time(tmp_path):
+    """Frame i of 25 a second has value 5 i; at 10 a second it is what a viewer sees at 0, 0.1, 0.2 ... s."""
+    slow = Video(Video.Config(fps=10.0))
+    view = Video.View(size=32, frames=4, stride=1)
+    seen = [round(float(frame.mean()) / 5) for frame in slow.decode(film(counting(50)), [view])]
+    assert seen == [int(25 * i / 10 + 1e-9) for i in range(20)]
+    fast = Video(Video.Config(fps=50.0))
+    assert [round(float(f.mean()) / 5) for f in fast.decode(film(counting(6)), [view])] == [i // 2 for i in range(12)]
+    part = slow.decode(film(counting(50)), [view], rng(3))
+    assert len(part) == 4
+    assert {round(float(b.mean()) / 5) - round(float(a.mean()) / 5) for a, b in pairwise(part)} <= {2, 3}
+    frames = [PIL.Image.fromarray(frame) for frame in counting(4)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=[100, 300, 100, 100])
+    seen = [round(float(frame.mean()) / 5) for frame in slow.decode(tmp_path / "x.gif", [view])]
+    assert seen == [0, 1, 1, 1, 2, 3]
+    still = io.BytesIO()
+    frames[1].save(still, "PNG")
+    assert len(slow.decode(still.getvalue(), [view])) == 1
 
 
 def test_views_that_make_no_whole_patch_are_refused():
