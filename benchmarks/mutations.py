@@ -3,9 +3,10 @@
     python benchmarks/mutations.py [--files 10000] [--seed 0] [--write]
 
 A small valid file of each format is mutated by flipped bytes, a cut, a repeated or overwritten part, a changed length
-field, or the end of another file, and decoded as training and evaluation do. A PNG's checksums are mended, because nothing
-else of it would be looked at; those of FLAC and OGG are not. A file must be decoded or refused by `BadMedia`. Another exception, the death of the process that decodes, and more than `PATIENCE` seconds for one file are
-failures. The memory is the largest that the decoding process ever held, libraries included. `--write` writes
+field, or the end of another file, and decoded as training and evaluation do. The checksums of a PNG are mended, because
+nothing else of it would be looked at; those of FLAC and OGG are not. A file must be decoded, or refused by `BadMedia`.
+Another exception, the death of the process that decodes, and more than `PATIENCE` seconds for one file are failures.
+The memory is the largest that the decoding process ever held, libraries included. `--write` writes
 docs/results/mutations.md.
 """
 

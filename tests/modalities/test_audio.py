@@ -388,7 +388,8 @@ def test_prepared_samples_give_the_same_tokens_and_a_gradient():
 
 
 def test_the_sound_of_a_film_with_pictures():
-    """Stereo AAC at 48 kHz beside H.264, as films of the web have: its length and pitch are kept, to a frame of AAC."""
+    """Stereo AAC at 48 kHz beside H.264, as films of the web have: length and pitch are kept, to two frames
+    of AAC: the encoder's delay, and the padding of the last frame."""
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as container:
         video, audio = (
@@ -404,7 +405,7 @@ def test_the_sound_of_a_film_with_pictures():
             container.mux(video.encode(frame))
         container.mux([*audio.encode(sound), *audio.encode(), *video.encode()])
     samples = AUDIO.decode(out.getvalue(), [Audio.View()])
-    assert abs(len(samples) / RATE - 5.3) <= 1024 / 48_000
+    assert 0 <= len(samples) / RATE - 5.3 <= 2 * 1024 / 48_000
     assert share_at(samples.astype(float), 440) > 0.99
 
 

@@ -102,3 +102,12 @@ def test_a_rare_codec_is_not_decoded():
         VIDEO.decode(film(form="flv", codec="flashsv"), [CLIP])
     with pytest.raises(BadMedia, match="codec that is not read: tta"):
         AUDIO.decode(film(form="matroska", audio="tta"), [SOUND])
+
+
+def test_an_info_list_that_claims_a_gigabyte_is_refused_before_ffmpeg_sets_it_aside():
+    raw = bytearray(film(form="avi", audio="mp2"))
+    at = raw.index(b"INFO")
+    raw[at - 4 : at] = (2**30).to_bytes(4, "little")
+    raw[at + 8 : at + 12] = (2**30 - 64).to_bytes(4, "little")
+    with pytest.raises(BadMedia, match="INFO list of 1,073,741,824 bytes"):
+        VIDEO.decode(bytes(raw), [CLIP])

@@ -89,7 +89,7 @@ class Image(Vision):
 
 
 def _open(source: Source) -> PIL.Image.Image:
-    """A picture whose pixels are not decoded yet. Pillow decodes the picture in an icon at once, however large it is."""
+    """A picture whose pixels are not decoded yet; Pillow itself decodes the picture in an icon at once, of any size."""
     if source.peek(4)[:4] == ICON:
         return PIL.IcoImagePlugin.IcoFile(source).frame(0)
     return PIL.Image.open(source, formats=FORMATS)

@@ -3,6 +3,7 @@ person is shown, patches on a grid, DropToken."""
 
 import io
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ CHECKED = 2**16
 """Work after which the clock is looked at again, which itself takes microseconds."""
 LENGTHS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}
 """First bytes of the files that say how long they are, and in what order of bytes."""
+INFO, HEADER = re.compile(rb"LIST(.{4})INFO", re.DOTALL), 2**20
+"""A list of titles and names in an AVI or WAV file, and in how many of the first bytes it is looked for."""
 SLACK = 64
 """Bytes by which programs are known to count wrong."""
 SHOWN = 128
@@ -110,6 +113,7 @@ def opened(source: Source, kind: Literal["video", "audio"]) -> Iterator[tuple[An
     Raises:
         BadMedia: it has no such stream, or one in a codec that is not read.
     """
+    _check_info(source)
     limits = {"codec_whitelist": CODECS, "max_pixels": str(MAX_PIXELS)}
     # No protocol is allowed, because the file is open already and must not name others.
     options = limits | {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
@@ -122,6 +126,20 @@ def opened(source: Source, kind: Literal["video", "audio"]) -> Iterator[tuple[An
             raise BadMedia(f"its {kind} has a codec that is not read: {context and context.codec.name}")
         context.options, context.thread_count = limits, 1
         yield container, streams[0]
+
+
+def _check_info(source: Source) -> None:
+    """Refuses an AVI or WAV file whose header has an INFO list that claims more bytes than the file has.
+
+    FFmpeg sets that much memory aside and fills it with zeros before it reads the list.
+    """
+    if source.peek(4)[:4] == b"RIFF":
+        size = source.seek(0, os.SEEK_END)
+        source.seek(0)
+        claims = [int.from_bytes(claim, "little") for claim in INFO.findall(source.read(HEADER))]
+        source.seek(0)
+        if max(claims, default=0) > size:
+            raise BadMedia(f"truncated: an INFO list of {max(claims):,} bytes in a file of {size:,}")
 
 
 def _check_length(head: bytes, size: int) -> None:

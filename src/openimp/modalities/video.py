@@ -93,9 +93,9 @@ class Video(Vision):
     def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
         """A clip to (T, H, W, 3), or (T, H, W, 4) where it is transparent; uint8.
 
-        `raw` is bytes, a path, or a uint8 array (T, H, W) or (T, H, W, 1 to 4). Without `fps`, and of arrays, frames are
-        counted, not timed: with a variable frame rate a clip takes longer where frames are rare. Of more than 256 frames, only those that
-        evaluation sees are read.
+        `raw` is bytes, a path, or a uint8 array (T, H, W) or (T, H, W, 1 to 4). Without `fps`, and in an array, frames
+        are counted and not timed: with a variable frame rate a clip takes longer where frames are rare. Of more than
+        256 frames, only those that evaluation sees are read.
         """
         if isinstance(raw, np.ndarray):
             return np.stack([shrink(frame, views) for frame in colour_array(raw, 3)])
