@@ -172,7 +172,7 @@ def test_a_silent_film_is_bad_media():
         stream.height = stream.width = 32
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
         container.mux(stream.encode())
-    with pytest.raises(BadMedia, match="no sound"):
+    with pytest.raises(BadMedia, match="no audio stream"):
         AUDIO.decode(out.getvalue(), [SHORT])
 
 

@@ -3,19 +3,28 @@
 from typing import Any
 
 import numpy as np
+import PIL.AvifImagePlugin
+import PIL.IcoImagePlugin
 import PIL.Image
 import PIL.ImageOps
 import torch
 
 from openimp.modalities import BadMedia, Tokens
-from openimp.modalities.media import SHOWN, readable, reason, webp
-from openimp.modalities.vision import MAX_PIXELS, Vision, colour, colour_array, shrink, shrunk_size
+from openimp.modalities.media import MAX_PIXELS, SHOWN, Source, readable, reason, webp
+from openimp.modalities.vision import Vision, colour, colour_array, shrink, shrunk, shrunk_size
 
 # Formats that hold pixels, as far as this build of Pillow has them. It would hand others, such as EPS, to a program of
 # the system.
 PIL.Image.init()
-PIXELS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF")
+PIXELS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 FORMATS = tuple(name for name in PIXELS if name in PIL.Image.OPEN)
+ICON = b"\0\0\1\0"
+"""First bytes of an ICO file."""
+COSTLY = ("WEBP", "AVIF", "JPEG2000")
+"""Formats whose decoders take twice the memory a pixel that others take, or more."""
+MAX_SCANS = 100
+"""Scans of a progressive JPEG; encoders make about ten."""
+PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the loader's workers are the parallel part
 
 
 class Image(Vision):
@@ -37,13 +46,19 @@ class Image(Vision):
             return shrink(colour_array(raw, 2), views)
         try:
             if isinstance(raw, PIL.Image.Image):
-                return _picture(raw, views)
-            with PIL.Image.open(readable(raw), formats=FORMATS) as picture:
+                _check_size(raw)
+                return shrunk(colour(PIL.ImageOps.exif_transpose(raw)), views)
+            with readable(raw) as source:
+                picture = _open(source)
+                if "progressive" in picture.info:
+                    _check_progressive(picture, source)
                 # JPEG shrinks by 2, 4 or 8 while it decodes; a turned picture may be asked for either way round.
                 height, width = shrunk_size((picture.height, picture.width), views)
                 turned_width, turned_height = shrunk_size((picture.width, picture.height), views)
                 picture.draft(None, (max(width, turned_width), max(height, turned_height)))
-                return _picture(picture, views)
+                _check_size(picture)
+                PIL.ImageOps.exif_transpose(picture, in_place=True)
+                return shrunk(colour(picture), views)
         except BadMedia:
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on broken files
@@ -75,11 +90,24 @@ class Image(Vision):
         return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _picture(picture: PIL.Image.Image, views: list[Any]) -> np.ndarray:
-    """The right way up and shrunk to what the views need; the caller's picture stays as it is."""
-    if picture.width * picture.height > MAX_PIXELS:
-        raise BadMedia(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS}")
-    picture = PIL.ImageOps.exif_transpose(picture)
-    if not picture.width * picture.height:
-        raise BadMedia("no pixels")
-    return shrink(colour(picture), views)
+def _open(source: Source) -> PIL.Image.Image:
+    """A picture whose pixels are not decoded yet. Pillow itself decodes an icon at once, however large it is."""
+    if source.peek(4)[:4] == ICON:
+        return PIL.IcoImagePlugin.IcoFile(source).frame(0)
+    return PIL.Image.open(source, formats=FORMATS)
+
+
+def _check_progressive(picture: PIL.Image.Image, source: Source) -> None:
+    """Refuses a JPEG of too many pixels, although draft makes it smaller, because all of its coefficients are held, and
+    one of too many scans, each of which goes over all of them."""
+    _check_size(picture)
+    source.seek(0)
+    if (scans := source.read().count(b"\xff\xda")) > MAX_SCANS:
+        raise BadMedia(f"{scans} scans are more than {MAX_SCANS}")
+
+
+def _check_size(picture: PIL.Image.Image) -> None:
+    """Refuses what would take much memory, before it does."""
+    limit = MAX_PIXELS // 2 if picture.format in COSTLY else MAX_PIXELS
+    if not 0 < picture.width * picture.height <= limit:
+        raise BadMedia(f"{picture.width} x {picture.height} pixels are none or more than {limit}")

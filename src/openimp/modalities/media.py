@@ -1,23 +1,44 @@
-"""What pictures, clips and sounds have in common: readable bytes, which part is read, what a person is
-shown, patches on a grid, DropToken."""
+"""What pictures, clips and sounds have in common: opening files and limits on decoding them, which part is read, what a
+person is shown, patches on a grid, DropToken."""
 
 import io
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+import av
 import numpy as np
 import PIL.Image
 import torch
 
 from openimp.modalities import BadMedia
 
-# Everything that people keep clips and sounds in. Playlists (hls, concat, ...) are left out on purpose: they name other
-# files, which a hostile example could make us read.
+# What FFmpeg may parse and decode: everything that people keep clips and sounds in. Playlists (hls, concat, ...) are
+# left out on purpose: they name other files, which a hostile example could make us read.
 CONTAINERS = (
     "mov,mp4,matroska,webm,avi,mpeg,mpegvideo,mpegts,flv,ogg,asf,h264,hevc,mjpeg,jpeg_pipe,aac,aiff,caf,mp3,wav"
 )
+CODECS = (
+    "h264,hevc,vp8,vp9,libdav1d,av1,mpeg1video,mpeg2video,mpeg4,msmpeg4v1,msmpeg4v2,msmpeg4,wmv1,wmv2,wmv3,vc1,h261,h263,flv,"
+    "vp6f,theora,svq1,svq3,cinepak,mjpeg,prores,dnxhd,dvvideo,ffv1,ffvhuff,huffyuv,utvideo,qtrle,png,rawvideo,"
+    "aac,aac_latm,mp1float,mp2float,mp3float,ac3,eac3,vorbis,opus,flac,alac,wmav1,wmav2,wmapro,wmalossless,amrnb,amrwb,gsm,"
+    "gsm_ms,speex,nellymoser,qdm2,adpcm_ms,adpcm_ima_wav,adpcm_ima_qt,adpcm_swf,pcm_alaw,pcm_mulaw,pcm_dvd,pcm_bluray,pcm_u8,"
+    "pcm_s8,pcm_s16le,pcm_s16be,pcm_s24le,pcm_s24be,pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be,pcm_f64le,pcm_f64be"
+)
+MAX_PIXELS = 2**25
+"""Pixels of a picture above which it is refused before it takes memory."""
+MAX_MOVING = 2**24
+"""The same of a frame of a clip, of which decoders hold several. 4K and 5.3K fit, 8K does not."""
+MAX_WORK = 2**34
+"""Pixels and samples that are decoded of one file, and bytes that are read: 2048 frames of 4K."""
+MAX_CPU = 60
+"""Seconds of CPU time that decoding one file may take."""
+CHECKED = 2**16
+"""Work after which the clock is looked at again, which itself takes microseconds."""
 LENGTHS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}
 """First bytes of the files that say how long they are, and in what order of bytes."""
 SLACK = 64
@@ -26,8 +47,42 @@ SHOWN = 128
 """Pixels of the longer side of a frame that a person is shown, where its view is larger."""
 
 
-def readable(raw: Any) -> io.BytesIO | str:
-    """What a decoder can open: a file name, or bytes as a file.
+class Source(io.BufferedReader):
+    """The open file or the bytes of one example, and a limit on what decoding it costs.
+
+    Decoders never open a path themselves: FFmpeg would take the relative path `http:/host/x.mp4` for a URL.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        super().__init__(raw)
+        self._work, self._checked, self._until = 0, CHECKED, 0.0
+
+    def read(self, size: int | None = -1) -> bytes:
+        content = super().read(size)
+        self._work += len(content) + 2**8  # many small ones take time, too
+        if self._work >= self._checked:
+            self.spend(0)
+        return content
+
+    def spend(self, work: int) -> None:
+        """Counts pixels or samples that were decoded, or bytes that were read.
+
+        Raises:
+            BadMedia: the file has more than is decoded of one, or decoding it has taken too long.
+        """
+        self._work += work
+        if self._work < self._checked:
+            return
+        self._checked, now = self._work + CHECKED, time.thread_time()
+        self._until = self._until or now + MAX_CPU
+        if self._work > MAX_WORK:
+            raise BadMedia(f"more than {MAX_WORK:,} pixels or samples in all")
+        if now > self._until:
+            raise BadMedia(f"decoding takes more than {MAX_CPU} s of CPU time")
+
+
+def readable(raw: Any) -> Source:
+    """The file that a path names, or bytes, for a decoder to read; the caller closes it.
 
     Raises:
         BadMedia: no regular file (a pipe could block for ever), no bytes, neither, or fewer bytes than it says.
@@ -35,15 +90,39 @@ def readable(raw: Any) -> io.BytesIO | str:
     if isinstance(raw, bytes | bytearray | memoryview):
         if not len(raw):
             raise BadMedia("no bytes")
-        _check_length(bytes(raw[:8]), len(raw))
-        return io.BytesIO(raw)
-    if isinstance(raw, str | Path):
+        source, size = Source(io.BytesIO(raw)), len(raw)
+    elif isinstance(raw, str | Path):
         if not Path(raw).is_file():
             raise BadMedia("no such file")
-        with Path(raw).open("rb") as file:
-            _check_length(file.read(8), os.fstat(file.fileno()).st_size)
-        return str(raw)
-    raise BadMedia(f"expected bytes, a path or an array, found {type(raw).__name__}")
+        source = Source(open(raw, "rb", buffering=0))  # noqa: SIM115 (the caller closes it)
+        size = os.fstat(source.fileno()).st_size
+    else:
+        raise BadMedia(f"expected bytes, a path or an array, found {type(raw).__name__}")
+    _check_length(source.peek(8)[:8], size)
+    return source
+
+
+@contextmanager
+def opened(source: Source, kind: Literal["video", "audio"]) -> Iterator[tuple[Any, Any]]:
+    """A container that FFmpeg reads and its first stream of a kind, decoded in one thread: the loader's workers are the
+    parallel part.
+
+    Raises:
+        BadMedia: it has no such stream, or one in a codec that is not read.
+    """
+    # No protocol is allowed, because the file is open already and must not name others. The limit on the pixels is for
+    # what FFmpeg decodes to find out what is in the file; it is higher, so that it tells the size of what is refused.
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
+    options |= {"codec_whitelist": CODECS, "max_pixels": str(4 * MAX_MOVING)}
+    container: Any
+    with av.open(source, options=options, metadata_errors="ignore") as container:
+        if not (streams := getattr(container.streams, kind)):
+            raise BadMedia(f"no {kind} stream")
+        context = streams[0].codec_context
+        if context is None or context.codec.name not in CODECS.split(","):
+            raise BadMedia(f"its {kind} has a codec that is not read: {context and context.codec.name}")
+        context.options, context.thread_count = {"max_pixels": str(MAX_MOVING)}, 1
+        yield container, streams[0]
 
 
 def _check_length(head: bytes, size: int) -> None:
@@ -60,7 +139,7 @@ def _check_length(head: bytes, size: int) -> None:
 def reason(error: Exception) -> str:
     """A decoder's complaint in one short line, without the address of our buffer, which differs from run to run."""
     message = getattr(error, "strerror", None) or str(error)  # of FFmpeg's and the system's, without the number
-    text = " ".join(message.split(" <_io.")[0].split())
+    text = " ".join(message.split(" <Source")[0].split())
     return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__
 
 

@@ -1,6 +1,7 @@
 """Reading sounds: files through libsndfile, and through FFmpeg what that does not know, such as the sound of a film."""
 
-import io
+import re
+from collections.abc import Iterator
 from math import ceil
 from typing import Any
 
@@ -9,14 +10,18 @@ import numpy as np
 import soundfile
 
 from openimp.modalities import BadMedia
-from openimp.modalities.media import CONTAINERS, segments
+from openimp.modalities.media import Source, opened, segments
 
 MAX_SECONDS = 300
 """Length up to which a sound is read whole."""
 MAX_CHANNELS = 255
 """As FFmpeg counts them at most."""
-MAX_VALUES = 2**27
+MAX_SAMPLES = 2**25
+"""Samples that are held of a sound: 300 s at up to 111 kHz."""
+BLOCK = 2**22
 """Samples times channels that are read at once."""
+SOUNDFILE = re.compile(rb"RIFF|RIFX|RF64|riff|FORM|fLaC|OggS|caff|\.snd|ID3|\xff[\xe0-\xff]")
+"""How the files begin that libsndfile reads: WAV, W64, AIFF, FLAC, Ogg, CAF, AU and MP3, of the many that it knows."""
 
 
 def samples_of(raw: np.ndarray) -> np.ndarray:
@@ -49,64 +54,64 @@ def resample(sound: np.ndarray, source: int, target: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def read_sound(source: io.BytesIO | str, seconds: float, clips: int, rng: Any) -> tuple[np.ndarray, int]:
-    """The parts (N, channels) of a sound that are heard, float32, and their sample rate."""
-    try:
-        return _read_soundfile(source, seconds, clips, rng)
-    except soundfile.LibsndfileError:
-        if isinstance(source, io.BytesIO):
+def read_sound(source: Source, seconds: float, clips: int, rng: Any) -> tuple[np.ndarray, int]:
+    """The parts (N,) of a sound that are heard, float32, the mean of its channels, and their sample rate."""
+    if SOUNDFILE.match(source.peek(4)):
+        try:
+            return _read_soundfile(source, seconds, clips, rng)
+        except soundfile.LibsndfileError:
             source.seek(0)
-        return _read_container(source, seconds, clips, rng)
+    return _read_container(source, seconds, clips, rng)
 
 
-def _plan(total: int, rate: int, channels: int, seconds: float, clips: int, rng: Any) -> list[tuple[int, int]]:
+def _plan(total: int, rate: int, seconds: float, clips: int, rng: Any) -> list[tuple[int, int]]:
     """Which samples to read, as (start, count): see `segments`."""
     if not 1000 <= rate <= 768_000:
         raise BadMedia(f"a sample rate of {rate} Hz")
     span = ceil(seconds * rate) + 1
-    parts = segments(total, span, clips, MAX_SECONDS * rate, rng)
-    if sum(min(count, total or count) for _, count in parts) * channels > MAX_VALUES:
-        raise BadMedia(f"{channels} channels of {rate} Hz are too many to read")
+    parts = segments(total, span, clips, min(MAX_SECONDS * rate, MAX_SAMPLES), rng)
+    if sum(min(count, total or count) for _, count in parts) > MAX_SAMPLES:
+        raise BadMedia(f"more than {MAX_SAMPLES} samples at {rate} Hz are too many to read")
     return parts
 
 
-def _read_soundfile(source: io.BytesIO | str, seconds: float, clips: int, rng: Any) -> tuple[np.ndarray, int]:
+def _read_soundfile(source: Source, seconds: float, clips: int, rng: Any) -> tuple[np.ndarray, int]:
     parts = []
     with soundfile.SoundFile(source) as file:
-        for start, count in _plan(file.frames, file.samplerate, file.channels, seconds, clips, rng):
+        block = BLOCK // file.channels
+        for start, count in _plan(file.frames, file.samplerate, seconds, clips, rng):
             if start:
                 file.seek(start)
-            parts.append(file.read(min(count, file.frames - start), dtype="float32", always_2d=True))
-        return np.concatenate(parts), file.samplerate
+            for begin in range(start, min(start + count, file.frames), block):
+                length = min(block, start + count - begin, file.frames - begin)
+                parts.append(file.read(length, dtype="float32", always_2d=True).mean(axis=1))
+                source.spend(length * file.channels)
+        return np.concatenate(parts) if parts else np.empty(0, np.float32), file.samplerate
 
 
-def _read_container(source: io.BytesIO | str, seconds: float, clips: int, rng: Any) -> tuple[np.ndarray, int]:
-    container: Any
-    with av.open(source, options={"format_whitelist": CONTAINERS}, metadata_errors="ignore") as container:
-        if not container.streams.audio:
-            raise BadMedia("no sound in it")
-        stream = container.streams.audio[0]
+def _read_container(source: Source, seconds: float, clips: int, rng: Any) -> tuple[np.ndarray, int]:
+    with opened(source, "audio") as (container, stream):
         length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
-        plan = _plan(int(length * stream.rate), stream.rate, stream.channels, seconds, clips, rng)
-        parts = [piece for start, count in plan for piece in _part(container, stream, start, count)]
-        return np.concatenate(parts) if parts else np.empty((0, 1), np.float32), stream.rate
+        plan = _plan(int(length * stream.rate), stream.rate, seconds, clips, rng)
+        parts = [piece for start, count in plan for piece in _part(source, container, stream, start, count)]
+        return np.concatenate(parts) if parts else np.empty(0, np.float32), stream.rate
 
 
-def _part(container: Any, stream: Any, start: int, count: int) -> list[np.ndarray]:
-    """`count` samples from the `start`-th on, as far as there are, in pieces (n, channels)."""
+def _part(source: Source, container: Any, stream: Any, start: int, count: int) -> Iterator[np.ndarray]:
+    """`count` samples from the `start`-th on, as far as there are, in pieces (n,)."""
     first = None
     if start:
         first = (stream.start_time or 0) + int(start / stream.rate / stream.time_base)
         # Lossy codecs need what came before, Opus 80 ms of it.
         container.seek(max(0, first - int(0.1 / stream.time_base)), stream=stream)
     planar = av.AudioResampler("fltp")
-    pieces: list[np.ndarray] = []
     for frame in container.decode(stream):
+        source.spend(frame.samples * stream.channels)
         early = 0 if first is None or frame.pts is None else max(0, first - frame.pts)
         skip = round(early * stream.time_base * stream.rate)
         for part in planar.resample(frame):
-            pieces.append(part.to_ndarray().T[skip:][:count])
-            count -= len(pieces[-1])
+            piece = part.to_ndarray().T[skip:][:count]
+            yield piece.mean(axis=1)
+            count -= len(piece)
         if count <= 0:
-            break
-    return pieces
+            return

@@ -1,6 +1,6 @@
 """Clips: containers through PyAV, animated WebP, GIF and PNG through Pillow (which keeps what is transparent)."""
 
-import io
+from collections.abc import Iterator
 from typing import Any
 
 import av
@@ -9,10 +9,9 @@ import PIL.Image
 import torch
 
 from openimp.modalities import BadMedia, Tokens
-from openimp.modalities.media import CONTAINERS, SHOWN, clip_starts, readable, reason, segments, webp
+from openimp.modalities.media import MAX_MOVING, SHOWN, Source, clip_starts, opened, readable, reason, segments, webp
 from openimp.modalities.vision import (
     CHANNELS,
-    MAX_PIXELS,
     Vision,
     check_multiple,
     colour_array,
@@ -28,6 +27,8 @@ STRIP = 4
 """Frames of a clip that a person is shown."""
 MAX_FRAME = 2 * 2**20
 """Pixels of a frame once it is shrunk; only absurdly long or wide ones have more."""
+MAX_KEPT = 2**29
+"""Bytes of all frames of a clip once they are shrunk."""
 
 
 class Video(Vision):
@@ -78,12 +79,9 @@ class Video(Vision):
         if isinstance(raw, np.ndarray):
             return np.stack([shrink(frame, views) for frame in colour_array(raw, 3)])
         try:
-            source = readable(raw)
-            read = _read_animation if _is_animation(source) else _read_container
-            frames = read(source, views, rng)
-            if not frames:
-                raise BadMedia("no frames")
-            return without_alpha(np.stack(frames))
+            with readable(raw) as source:
+                read = _read_animation if _is_animation(source) else _read_container
+                return without_alpha(_stack(read(source, views, rng)))
         except BadMedia:
             raise
         except Exception as error:  # broken files raise nearly anything
@@ -118,15 +116,32 @@ class Video(Vision):
         return self._tokens(batch.permute(0, 1, 3, 4, 2), self.config.patch, 0.0, None)
 
 
-def _plan(total: int, views: list[Any], rng: np.random.Generator | None) -> list[tuple[int, int]]:
-    """Which frames to read: see `segments`."""
+def _stack(frames: Iterator[np.ndarray]) -> np.ndarray:
+    """As `np.stack`, but without holding all frames twice."""
+    pixels, shape = bytearray(), None
+    for frame in frames:
+        if frame.shape != (shape := shape or frame.shape):
+            raise BadMedia("frames of different sizes")
+        if len(pixels) + frame.nbytes > MAX_KEPT:
+            raise BadMedia(f"the frames that are read take more than {MAX_KEPT} bytes")
+        pixels.extend(np.ascontiguousarray(frame))
+    if shape is None:
+        raise BadMedia("no frames")
+    return np.frombuffer(pixels, np.uint8).reshape(-1, *shape)
+
+
+def _plan(
+    total: int, size: tuple[int, int], views: list[Any], rng: np.random.Generator | None
+) -> list[tuple[int, int]]:
+    """Which frames to read: see `segments`. Of frames of a large `size`, fewer are read whole."""
     longest = views[0] if rng is not None else max(views, key=lambda view: view.span)
-    return segments(total, longest.span, longest.clips, MAX_FRAMES, rng)
+    limit = min(MAX_FRAMES, MAX_KEPT // (size[0] * size[1] * 4))
+    return segments(total, longest.span, longest.clips, limit, rng)
 
 
 def _size(height: int, width: int, views: list[Any]) -> tuple[int, int]:
     """The size that frames are shrunk to; refuses what would not fit into memory."""
-    if not 0 < height * width <= MAX_PIXELS:
+    if not 0 < height * width <= MAX_MOVING:
         raise BadMedia(f"frames of {width} x {height} pixels")
     height, width = shrunk_size((height, width), views)
     if height * width > MAX_FRAME:
@@ -134,65 +149,60 @@ def _size(height: int, width: int, views: list[Any]) -> tuple[int, int]:
     return height, width
 
 
-def _is_animation(source: io.BytesIO | str) -> bool:
+def _is_animation(source: Source) -> bool:
     """Whether the first bytes are those of a WebP, GIF or PNG."""
-    if isinstance(source, str):
-        with open(source, "rb") as file:
-            head = file.read(12)
-    else:
-        head = source.getvalue()[:12]
+    head = source.peek(12)[:12]
     return head[:4] == b"GIF8" or head[:8] == b"\x89PNG\r\n\x1a\n" or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
-def _read_animation(source: io.BytesIO | str, views: list[Any], rng: np.random.Generator | None) -> list[np.ndarray]:
-    frames = []
+def _read_animation(source: Source, views: list[Any], rng: np.random.Generator | None) -> Iterator[np.ndarray]:
     with PIL.Image.open(source, formats=("WEBP", "GIF", "PNG")) as picture:
-        height, width = _size(picture.height, picture.width, views)
+        height, width = size = _size(picture.height, picture.width, views)
         total = getattr(picture, "n_frames", 1)
-        for start, count in _plan(total, views, rng):
+        for start, count in _plan(total, size, views, rng):
             for i in range(start, min(start + count, total)):
-                picture.seek(i)
+                # Each frame is drawn over the one before, so all are decoded; and a frame may make a GIF larger.
+                for step in range(0 if i < picture.tell() else picture.tell() + 1, i + 1):
+                    picture.seek(step)
+                    _size(picture.height, picture.width, views)
+                    source.spend(picture.height * picture.width)
+                    picture.load()
                 frame = picture.convert("RGBA")
-                frames.append(np.asarray(frame.resize((width, height), PIL.Image.Resampling.BILINEAR)))
-    return frames
+                yield np.asarray(frame.resize((width, height), PIL.Image.Resampling.BILINEAR))
 
 
-def _read_container(source: io.BytesIO | str, views: list[Any], rng: np.random.Generator | None) -> list[np.ndarray]:
-    container: Any
-    with av.open(source, options={"format_whitelist": CONTAINERS}, metadata_errors="ignore") as container:
-        if not container.streams.video:
-            raise BadMedia("no video stream")
-        stream = container.streams.video[0]
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-        stream.codec_context.thread_count = 1  # the loader's workers are the parallel part
+def _read_container(source: Source, views: list[Any], rng: np.random.Generator | None) -> Iterator[np.ndarray]:
+    with opened(source, "video") as (container, stream):
         rate = stream.average_rate or 0
         seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
         total = (stream.frames or int(seconds * rate)) if rate else 0
-        parts = _plan(total, views, rng)
-        return [
-            frame for start, count in parts for frame in _part(container, stream, start and start / rate, count, views)
-        ]
+        size = _size(stream.height or 1, stream.width or 1, views)  # 0 if the header does not tell
+        for start, count in _plan(total, size, views, rng):
+            for frame in _part(source, container, stream, start and start / rate, count):
+                yield _pixels(frame, views)
 
 
-def _part(container: Any, stream: Any, seconds: Any, count: int, views: list[Any]) -> list[np.ndarray]:
+def _part(source: Source, container: Any, stream: Any, seconds: Any, count: int) -> Iterator[Any]:
     """`count` frames from a time on, as far as there are; the one shown at that time if none begins after it."""
-    first = None
+    first = before = None
+    left = count
     if seconds:
         first = (stream.start_time or 0) + int(seconds / stream.time_base)
         container.seek(first, stream=stream)
-    frames: list[np.ndarray] = []
-    before = None
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise BadMedia("truncated")
         for frame in packet.decode():
+            source.spend(frame.height * frame.width)
             if first is not None and frame.pts is not None and frame.pts < first:
                 before = frame
                 continue
-            frames.append(_pixels(frame, views))
-            if len(frames) == count:
-                return frames
-    return frames or ([_pixels(before, views)] if before is not None else [])
+            yield frame
+            left -= 1
+            if not left:
+                return
+    if before is not None and left == count:
+        yield before
 
 
 def _pixels(frame: Any, views: list[Any]) -> np.ndarray:

@@ -17,8 +17,6 @@ from openimp.modalities.media import batch_coordinates, coordinates, drop_tokens
 from openimp.recipe import Count, Pair, Share, Strict, Triple
 
 CHANNELS = 3
-MAX_PIXELS = 64 * 2**20
-"""Pixels of a frame above which a file is refused before it takes memory."""
 MARGIN = 1.15
 """Decoded pictures are this much larger than a view asks for, so that crops keep some detail."""
 ASPECT = 4 / 3
@@ -180,24 +178,32 @@ def jitter_matrix(brightness: float, contrast: float, saturation: float) -> tupl
     return pure + red, green, blue, shift, red, pure + green, blue, shift, red, green, pure + blue, shift
 
 
-def colour(picture: PIL.Image.Image) -> np.ndarray:
-    """A Pillow picture of any mode to (H, W, 3), or (H, W, 4) if some of it is transparent; uint8."""
+def colour(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A Pillow picture of any mode as RGB, or as RGBA if some of it is transparent."""
     if picture.mode.startswith("I"):
         values = np.asarray(picture).clip(0, 65535)
         wide = picture.mode.startswith("I;16") or values.max(initial=0) > 255
         picture = PIL.Image.fromarray((values >> 8 if wide else values).astype(np.uint8))
-    if not picture.has_transparency_data:
-        return np.asarray(picture.convert("RGB"))
-    return without_alpha(np.asarray(picture.convert("RGBA")))
+    if picture.has_transparency_data:
+        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+        if np.asarray(picture.getchannel("A")).min() < 255:
+            return picture
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def shrink(pixels: np.ndarray, views: list[Any]) -> np.ndarray:
     """Pixels (H, W, 3 or 4) to the size that the views need."""
-    height, width = shrunk_size(pixels.shape[:2], views)
-    if (height, width) == pixels.shape[:2]:
+    if shrunk_size(pixels.shape[:2], views) == pixels.shape[:2]:
         return pixels
-    picture = PIL.Image.fromarray(pixels)
-    return np.asarray(picture.resize((width, height), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0))
+    return shrunk(PIL.Image.fromarray(pixels), views)
+
+
+def shrunk(picture: PIL.Image.Image, views: list[Any]) -> np.ndarray:
+    """A picture in RGB or RGBA as pixels (H, W, 3 or 4) of the size that the views need."""
+    height, width = shrunk_size((picture.height, picture.width), views)
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return np.asarray(picture)
 
 
 def without_alpha(pixels: np.ndarray) -> np.ndarray:
