@@ -9,9 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
+import PIL.Image
+import PIL.PngImagePlugin
 import pytest
+import soundfile
 
-from openimp.modalities import BadMedia, media
+from openimp.modalities import BadMedia, media, sound, video
 from openimp.modalities.audio import Audio
 from openimp.modalities.image import Image
 from openimp.modalities.video import Video
@@ -20,19 +23,19 @@ IMAGE, VIDEO, AUDIO = Image(Image.Config()), Video(Video.Config()), Audio(Audio.
 PICTURE, CLIP, SOUND = Image.View(size=64), Video.View(size=32, frames=4), Audio.View(seconds=1.024)
 
 
-def film(frames=8, form="mp4", codec="mpeg4", audio="aac", height=32, width=48):
-    """A film with a sound of half a second."""
+def film(frames=8, form="mp4", codec="mpeg4", audio="aac", height=32, width=48, samples=8000):
+    """A film of one key frame with a sound."""
     out = io.BytesIO()
     with av.open(out, "w", format=form) as container:
-        video, sound = container.add_stream(codec, rate=25), container.add_stream(audio, rate=16_000, layout="mono")
-        video.height, video.width = height, width
-        video.pix_fmt = video.codec.video_formats[0].name
+        pictures, noise = container.add_stream(codec, rate=25), container.add_stream(audio, rate=16_000, layout="mono")
+        pictures.height, pictures.width, pictures.codec_context.gop_size = height, width, 600
+        pictures.pix_fmt = pictures.codec.video_formats[0].name
         for i in range(frames):
-            pixels = np.full((height, width, 3), 20 * i % 256, np.uint8)
-            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        samples = av.AudioFrame.from_ndarray(np.full((1, 8000), 0.5, np.float32), format="fltp", layout="mono")
-        samples.sample_rate = 16_000
-        container.mux([*video.encode(), *sound.encode(samples), *sound.encode()])
+            pixels = np.full((height, width, 3), i % 256, np.uint8)
+            container.mux(pictures.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        wave = av.AudioFrame.from_ndarray(np.full((1, samples), 0.5, np.float32), format="fltp", layout="mono")
+        wave.sample_rate = 16_000
+        container.mux([*pictures.encode(), *noise.encode(wave), *noise.encode()])
     return out.getvalue()
 
 
@@ -102,6 +105,137 @@ def test_a_rare_codec_is_not_decoded():
         VIDEO.decode(film(form="flv", codec="flashsv"), [CLIP])
     with pytest.raises(BadMedia, match="codec that is not read: tta"):
         AUDIO.decode(film(form="matroska", audio="tta"), [SOUND])
+
+
+def test_pictures_that_unpack_to_gigabytes_are_refused_before_they_do():
+    flat = PIL.Image.new("P", (6000, 6000))
+    picture = encoded(flat, "GIF")
+    assert len(picture) < 50_000
+    for modality, view in ((IMAGE, PICTURE), (VIDEO, CLIP)):
+        with pytest.raises(BadMedia, match="6000 x 6000"):
+            modality.decode(picture, [view])
+    with pytest.raises(BadMedia, match="6000 x 6000"):
+        IMAGE.decode(encoded(flat.convert("L"), "JPEG", progressive=True), [PICTURE])
+    with pytest.raises(BadMedia, match="4200 x 4200"):
+        IMAGE.decode(encoded(PIL.Image.new("RGB", (4200, 4200)), "JPEG2000"), [PICTURE])
+
+
+def test_an_icon_that_holds_a_large_picture_is_refused_before_it_is_decoded(monkeypatch):
+    def icon(picture):
+        return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(picture), 22) + picture
+
+    assert IMAGE.decode(icon(png(16, 16)), [PICTURE]).shape == (16, 16, 4)
+    huge = icon(png(7000, 5000))
+    monkeypatch.setattr(PIL.PngImagePlugin.PngImageFile, "load_prepare", lambda _: pytest.fail("it is decoded"))
+    with pytest.raises(BadMedia, match="7000 x 5000"):
+        IMAGE.decode(huge, [PICTURE])
+
+
+def test_text_and_profiles_that_unpack_to_gigabytes_are_refused():
+    packed = zlib.compress(bytes(2**26))
+    for bomb in (chunk(b"zTXt", b"k\0\0" + packed), chunk(b"iCCP", b"k\0\0" + packed)):
+        with pytest.raises(BadMedia, match="Decompressed data too large"):
+            IMAGE.decode(png(16, 16, bomb), [PICTURE])
+
+
+def test_a_jpeg_of_many_scans_is_refused():
+    picture = encoded(PIL.Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)), "JPEG", progressive=True)
+    assert IMAGE.decode(picture, [PICTURE]).shape == (64, 64, 3)
+    scan = picture[picture.rindex(b"\xff\xda") : -2]
+    with pytest.raises(BadMedia, match="scans"):
+        IMAGE.decode(picture[:-2] + 100 * scan + picture[-2:], [PICTURE])
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_gif_may_not_grow_behind_its_header():
+    small = encoded(PIL.Image.new("P", (16, 16)), "GIF")
+    frame = small[small.index(b",") : -1]
+    grown = frame[:5] + struct.pack("<HH", 13_000, 13_000) + frame[9:]
+    assert VIDEO.decode(small[:-1] + frame + b";", [CLIP]).shape == (2, 16, 16, 3)
+    with pytest.raises(BadMedia, match="13000 x 13000"):
+        VIDEO.decode(small[:-1] + grown + b";", [CLIP])
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
+def test_an_animation_of_too_many_pixels_in_all_is_refused(form, monkeypatch):
+    monkeypatch.setattr(media, "MAX_WORK", 40 * 256 * 256)
+    frames = [PIL.Image.new("RGB", (256, 256), (i, 0, 0)) for i in range(60)]
+    short, long = (
+        encoded(some[0], form, save_all=True, append_images=some[1:], **({"lossless": True} if form == "WEBP" else {}))
+        for some in (frames[:30], frames)
+    )
+    assert VIDEO.decode(short, [CLIP]).shape == (30, 37, 37, 3)
+    with pytest.raises(BadMedia, match="in all"):
+        VIDEO.decode(long, [CLIP])
+
+
+def test_frames_before_those_that_are_read_count_too(monkeypatch):
+    """A long film of a single key frame is decoded from its start, whatever part of it is seen."""
+    monkeypatch.setattr(media, "MAX_WORK", 200 * 32 * 48)
+    late = film(400)
+    with pytest.raises(BadMedia, match="in all"):
+        VIDEO.decode(late, [CLIP])
+
+
+@pytest.mark.parametrize(
+    ("modality", "view", "raw"),
+    [
+        (IMAGE, PICTURE, encoded(PIL.Image.effect_noise((600, 600), 90), "PNG")),
+        (VIDEO, CLIP, film(90)),
+        (AUDIO, SOUND, film(samples=90_000)),
+    ],
+    ids=["image", "video", "audio"],
+)
+def test_what_takes_too_long_is_given_up(modality, view, raw, monkeypatch):
+    modality.decode(raw, [view])
+    monkeypatch.setattr(media, "MAX_CPU", -1)
+    with pytest.raises(BadMedia, match="CPU time"):
+        modality.decode(raw, [view])
+
+
+def test_frames_that_take_too_much_memory_together_are_refused(monkeypatch):
+    """Of long frames, each as small as it may be: fewer are read, and those that are may not take too much either."""
+    monkeypatch.setattr(video, "MAX_KEPT", 20 * 32 * 640 * 4)
+    raw = film(60, width=640)
+    view = Video.View(size=32, frames=4, clips=2)
+    assert len(VIDEO.decode(raw, [view])) == 2 * view.span  # what evaluation sees, not the whole clip
+    monkeypatch.setattr(video, "MAX_KEPT", 10 * 32 * 640 * 3)
+    with pytest.raises(BadMedia, match="bytes"):
+        VIDEO.decode(raw, [view])
+
+
+def test_a_film_larger_than_any_is_refused():
+    with pytest.raises(BadMedia, match="frames of 16000 x 1200 pixels"):
+        VIDEO.decode(film(1, codec="mjpeg", height=1200, width=16_000), [CLIP])
+
+
+def test_a_sound_of_many_channels_is_read_in_blocks(monkeypatch):
+    samples = np.random.default_rng(0).uniform(-1, 1, (5000, 7))
+    out = io.BytesIO()
+    soundfile.write(out, samples, 16_000, format="WAV", subtype="PCM_16")
+    whole = AUDIO.decode(out.getvalue(), [SOUND])
+    monkeypatch.setattr(sound, "BLOCK", 1000)
+    np.testing.assert_array_equal(AUDIO.decode(out.getvalue(), [SOUND]), whole)
+
+
+def test_a_sound_of_more_samples_than_fit_is_read_where_it_is_heard(monkeypatch):
+    """FLAC packs silence by a factor of a thousand, at rates that nobody hears."""
+    out = io.BytesIO()
+    soundfile.write(out, np.zeros(200_000, np.int16), 655_350, format="FLAC", subtype="PCM_16")
+    monkeypatch.setattr(sound, "MAX_SAMPLES", 150_000)
+    view = Audio.View(seconds=0.128, clips=1)
+    assert abs(len(AUDIO.decode(out.getvalue(), [view])) - AUDIO.samples(view)) <= 2
+    monkeypatch.setattr(sound, "MAX_SAMPLES", 50_000)
+    with pytest.raises(BadMedia, match="too many to read"):
+        AUDIO.decode(out.getvalue(), [view])
+
+
+def test_what_libsndfile_reads_besides_is_left_to_ffmpeg():
+    """libsndfile has readers for formats that hardly anybody has; a file that needs one is no sound."""
+    out = io.BytesIO()
+    soundfile.write(out, np.zeros(5000), 16_000, format="VOC", subtype="PCM_16")
+    with pytest.raises(BadMedia):
+        AUDIO.decode(out.getvalue(), [SOUND])
 
 
 def test_an_info_list_that_claims_a_gigabyte_is_refused_before_ffmpeg_sets_it_aside():

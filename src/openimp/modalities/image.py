@@ -22,6 +22,8 @@ ICON = b"\0\0\1\0"
 """First bytes of an ICO file."""
 COSTLY = ("WEBP", "AVIF", "JPEG2000")
 """Formats whose decoders take twice the memory a pixel that others take, or more."""
+MAX_SCANS = 100
+"""Scans of a progressive JPEG; encoders make about ten."""
 PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the loader's workers are the parallel part
 
 
@@ -49,7 +51,7 @@ class Image(Vision):
             with readable(raw) as source:
                 picture = _open(source)
                 if "progressive" in picture.info:
-                    _check_size(picture)  # draft makes it smaller, but its coefficients are held in whole
+                    _check_progressive(picture, source)
                 # JPEG shrinks by 2, 4 or 8 while it decodes; a turned picture may be asked for either way round.
                 height, width = shrunk_size((picture.height, picture.width), views)
                 turned_width, turned_height = shrunk_size((picture.width, picture.height), views)
@@ -89,10 +91,19 @@ class Image(Vision):
 
 
 def _open(source: Source) -> PIL.Image.Image:
-    """A picture whose pixels are not decoded yet; Pillow itself decodes the picture in an icon at once, of any size."""
+    """A picture whose pixels are not decoded yet. Pillow itself decodes an icon at once, however large it is."""
     if source.peek(4)[:4] == ICON:
         return PIL.IcoImagePlugin.IcoFile(source).frame(0)
     return PIL.Image.open(source, formats=FORMATS)
+
+
+def _check_progressive(picture: PIL.Image.Image, source: Source) -> None:
+    """Refuses a JPEG of too many pixels, although draft makes it smaller, because all of its coefficients are held, and
+    one of too many scans, each of which goes over all of them."""
+    _check_size(picture)
+    source.seek(0)
+    if (scans := source.read().count(b"\xff\xda")) > MAX_SCANS:
+        raise BadMedia(f"{scans} scans are more than {MAX_SCANS}")
 
 
 def _check_size(picture: PIL.Image.Image) -> None:

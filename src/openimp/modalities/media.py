@@ -33,9 +33,11 @@ CODECS = (
     "pcm_s8,pcm_s16le,pcm_s16be,pcm_s24le,pcm_s24be,pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be,pcm_f64le,pcm_f64be"
 )
 MAX_PIXELS = 2**25
-"""Pixels of a picture or frame, above which it is refused before it takes memory: one frame of 8K fits."""
+"""Pixels of a picture above which it is refused before it takes memory."""
+MAX_MOVING = 2**24
+"""The same of a frame of a clip, of which decoders hold several. 4K and 5.3K fit, 8K does not."""
 MAX_WORK = 2**34
-"""Pixels and samples that are decoded of one file, and bytes that are read: 512 frames of 8K."""
+"""Pixels and samples that are decoded of one file, and bytes that are read: 2048 frames of 4K."""
 MAX_CPU = 60
 """Seconds of CPU time that decoding one file may take."""
 CHECKED = 2**16
@@ -114,9 +116,10 @@ def opened(source: Source, kind: Literal["video", "audio"]) -> Iterator[tuple[An
         BadMedia: it has no such stream, or one in a codec that is not read.
     """
     _check_info(source)
-    limits = {"codec_whitelist": CODECS, "max_pixels": str(MAX_PIXELS)}
-    # No protocol is allowed, because the file is open already and must not name others.
-    options = limits | {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
+    # No protocol is allowed, because the file is open already and must not name others. The limit on the pixels is for
+    # what FFmpeg decodes to find out what is in the file; it is higher, so that it tells the size of what is refused.
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
+    options |= {"codec_whitelist": CODECS, "max_pixels": str(4 * MAX_MOVING)}
     container: Any
     with av.open(source, options=options, metadata_errors="ignore") as container:
         if not (streams := getattr(container.streams, kind)):
@@ -124,7 +127,7 @@ def opened(source: Source, kind: Literal["video", "audio"]) -> Iterator[tuple[An
         context = streams[0].codec_context
         if context is None or context.codec.name not in CODECS.split(","):
             raise BadMedia(f"its {kind} has a codec that is not read: {context and context.codec.name}")
-        context.options, context.thread_count = limits, 1
+        context.options, context.thread_count = {"max_pixels": str(MAX_MOVING)}, 1
         yield container, streams[0]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from openimp.modalities import BadMedia, Tokens
 from openimp.modalities.media import (
-    MAX_PIXELS,
+    MAX_MOVING,
     SHOWN,
     Source,
     clip_starts,
@@ -35,8 +35,6 @@ from openimp.recipe import Count, Share
 
 MAX_FRAMES = 256
 """Frames up to which a clip is read whole."""
-MAX_ANIMATED = MAX_PIXELS // 2
-"""Pixels of a frame of an animated picture, of which Pillow holds several frames."""
 DURATION = 100
 """Milliseconds that a frame of an animation is shown that does not say; browsers' choice."""
 ROUNDING = 1e-6
@@ -172,9 +170,9 @@ def _plan(
     return segments(total, longest.span, longest.clips, limit, rng)
 
 
-def _size(height: int, width: int, views: list[Any], limit: int = MAX_PIXELS) -> tuple[int, int]:
+def _size(height: int, width: int, views: list[Any]) -> tuple[int, int]:
     """The size that frames are shrunk to; refuses what would not fit into memory."""
-    if not 0 < height * width <= limit:
+    if not 0 < height * width <= MAX_MOVING:
         raise BadMedia(f"frames of {width} x {height} pixels")
     height, width = shrunk_size((height, width), views)
     if height * width > MAX_FRAME:
@@ -212,14 +210,14 @@ def _read_animation(
     source: Source, views: list[Any], rng: np.random.Generator | None, fps: float | None
 ) -> Iterator[np.ndarray]:
     with PIL.Image.open(source, formats=("WEBP", "GIF", "PNG")) as picture:
-        height, width = size = _size(picture.height, picture.width, views, MAX_ANIMATED)
+        height, width = size = _size(picture.height, picture.width, views)
         total = getattr(picture, "n_frames", 1)
 
         def frame(i: int) -> np.ndarray:
             # Each frame is drawn over the one before, so all are decoded; and a frame may make a GIF larger.
             for step in range(0 if i < picture.tell() else picture.tell() + 1, i + 1):
                 picture.seek(step)
-                _size(picture.height, picture.width, views, MAX_ANIMATED)
+                _size(picture.height, picture.width, views)
                 source.spend(picture.height * picture.width)
                 picture.load()
             return np.asarray(picture.convert("RGBA").resize((width, height), PIL.Image.Resampling.BILINEAR))
