@@ -220,7 +220,7 @@ def test_eval_changes_the_sets_of_the_run_itself(openimp, refused, little_run, t
     assert openimp("eval", little_run, "colours", *change, "--out", out)[0] == 0
     assert read_lines(out)[0]["view"]["image"]["size"] == 24
     told = refused("eval", little_run, *sets("model.width=64"))
-    assert told == "--set model.width=64: the model is as it was trained; change sources or evaluation"
+    assert told == "--set model.width=64: a trained model allows changes of sources and evaluation only"
     told = refused("eval", little_run, *sets("evaluation.sets.colours.view.image.size=20"))
     assert "evaluation.sets.colours.view.image: size: height of 20 pixels" in told
 
@@ -239,8 +239,8 @@ def test_eval_changes_the_sets_of_the_run_itself(openimp, refused, little_run, t
         ("{set: {prompts: binary.txt}}", "binary.txt cannot be read"),
         ("{set: {prompts: empty.txt}}", "prompts: List should have at least 1 item"),
         ("{set: {classes: /etc/hostname}}", "classes: /etc/hostname is outside of the recipe's folder"),
-        ("{set: {classes: [red, red]}}", "classes: class 'red' is named twice"),
-        ("{set: {classes: twice.txt}}", "classes: class 'a' is named twice"),
+        ("{set: {classes: [red, red]}}", "classes: class 'red' is listed twice"),
+        ("{set: {classes: twice.txt}}", "classes: class 'a' is listed twice"),
         ("{set: {classes: [1, 2]}}", "classes: Input should be a valid string, found 1"),
     ],
 )
@@ -271,7 +271,7 @@ def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path
         ("}", "class 0 of column 'class' has no text; name it in classes as '0'"),
         (
             ", classes: {0: red, 1: green}}",
-            "column 'class' of source numbers: class 2 is none of those known; known: 0, 1",
+            "column 'class' of source numbers: unknown class 2; known: 0, 1",
         ),
         (
             ", classes: {0: a, 1: b, 2: c}, prompts: [picture]}",

@@ -74,13 +74,13 @@ REFUSED = {
     "sources.pictures.hub=x/y": "sources.pictures: give exactly one of path and hub",
     "sources.pictures={path: x.tar, stream: true, cache: disk}": "sources.pictures: a streamed source cannot be "
     "cached; drop stream or cache",
-    "sources.pictures.split=test": "sources.pictures: config, split and revision are for hub data sets; of a path, "
-    "keep rows with where",
+    "sources.pictures.split=test": "sources.pictures: config, split and revision are for hub data sets; to select "
+    "rows of a path, use where",
     "sources.pictures.revision=main": "sources.pictures: config, split and revision are for hub data sets",
-    "name=../../x": "name: '../../x' is no name of a folder: it needs letters, and no slash or control character",
-    "name='..'": "name: '..' is no name of a folder",
-    "name=/tmp/x": "name: '/tmp/x' is no name of a folder",
-    'name="a\\ab"': "name: 'a\\x07b' is no name of a folder",
+    "name=../../x": "name: '../../x' cannot name a folder: use letters, and no slash or control character",
+    "name='..'": "name: '..' cannot name a folder",
+    "name=/tmp/x": "name: '/tmp/x' cannot name a folder",
+    'name="a\\ab"': "name: 'a\\x07b' cannot name a folder",
     "sources.pictures.config=x": "sources.pictures: config, split and revision are for hub data sets",
     "sources.pictures.window=9": "sources.pictures: window is for streams; drop it, or set stream: true",
     "sources.pictures={hub: x/y, format: parquet}": "sources.pictures: format is for a path; drop it",
@@ -109,7 +109,7 @@ REFUSED = {
     "evaluation.sets.tones.inputs.text={column: caption, draw: 2}": "evaluation.sets.tones.inputs.text: evaluation "
     "draws nothing; drop draw",
     "evaluation.sets.tones.view.batch=4": "evaluation.sets.tones.view: share, batch and sync are for training; "
-    "evaluation.batch counts here",
+    "use evaluation.batch",
     "evaluation.sets.colours.view.share=0.5": "evaluation.sets.colours.view: share, batch and sync are for training",
     "evaluation.sets.colours.inputs={video: file}": "evaluation.sets.colours: no task trains modality 'video'; "
     "known: audio, image, text",

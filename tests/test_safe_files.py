@@ -103,7 +103,9 @@ def test_a_link_that_leads_out_of_a_run_is_refused(victim, tmp_path, little_data
         "train": lambda: train(Recipe.load(little_data / "recipe.yaml"), run, resume=True),
     }
     for command in commands.values():
-        with pytest.raises(UserError, match=r": is a link out of .*/run, which openimp does not follow; remove it$"):
+        with pytest.raises(
+            UserError, match=r": is a link out of .*/run, which openimp does not follow; remove the link$"
+        ):
             command()
 
 

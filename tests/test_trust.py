@@ -51,8 +51,8 @@ def test_a_foreign_recipe_reads_no_private_file(foreign, private, tmp_path):
     assert "tones is not measured again" in page
     assert "colours is not measured again" in page, "the data that it was trained with is no business of its either"
     told = (
-        f"{foreign}: its recipe reads source sounds ({private}), which is outside of it, and was not trained by you on "
-        "this machine; add --allow-sources if you trust it"
+        f"{foreign}: you did not train this model on this machine, and its recipe reads source sounds ({private}), "
+        "which is outside of this folder; add --allow-sources if you trust the recipe"
     )
     with pytest.raises(UserError) as error:
         run_eval(foreign, ["tones"], None, None)
@@ -76,7 +76,7 @@ def test_a_foreign_run_in_the_place_of_an_own_one_is_foreign(little_data, privat
     train(recipe, tmp_path / "run")
     run_eval(tmp_path / "run", None, None, None)
     altered(checkpoints(tmp_path / "run")[-1], sounds={"path": str(private)})
-    with pytest.raises(UserError, match="was not trained by you on this machine"):
+    with pytest.raises(UserError, match="you did not train this model on this machine"):
         run_eval(tmp_path / "run", None, None, None)
 
 
@@ -84,7 +84,7 @@ def test_a_run_of_another_user_or_machine_is_measured_with_the_flag_or_ones_own_
     little_run, little_data, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"add --allow-sources if you trust it$"):
+    with pytest.raises(UserError, match=r"add --allow-sources if you trust the recipe$"):
         run_eval(little_run, None, None, None)
     run_eval(little_run, None, None, None, allow_sources=True)
     run_eval(little_run, None, str(little_data / "recipe.yaml"), None)
@@ -117,7 +117,7 @@ def test_no_way_out_of_the_folder_is_taken(foreign, private, source):
     source = {key: value.format(private=private, folder=private.parent) for key, value in source.items()}
     altered(foreign, sounds=source)
     recipe = read_config(foreign)[0]
-    with pytest.raises(UserError, match=r"its recipe reads source sounds .* which is outside of it"):
+    with pytest.raises(UserError, match=r"its recipe reads source sounds .* which is outside of this folder"):
         check_sources(foreign, foreign, recipe, ["tones"])
 
 

@@ -1,11 +1,11 @@
-"""Writes a manifest of the test part of a published data set, from its own lists, for the recipes beside this file.
+"""Converts the published lists of a data set to a manifest of its test rows, for the recipes beside this file.
 
     python manifests.py ucf101 ucfTrainTestlist > ucf101.jsonl
     python manifests.py hmdb51 testTrainMulti_7030_splits > hmdb51.jsonl
     python manifests.py msrvtt MSRVTT_JSFUSION_test.csv > msrvtt.jsonl
     python manifests.py coco dataset_coco.json > coco.jsonl
 
-It needs nothing but Python, and looks at no media.
+It needs only Python's standard library, and opens no media files.
 """
 
 import csv
@@ -19,13 +19,13 @@ Row = dict[str, Any]
 
 
 def ucf101(folder: Path) -> Iterator[Row]:
-    """Of testlist01.txt to testlist03.txt, which name a clip a line: `ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi`."""
+    """Reads testlist01.txt to testlist03.txt, with one clip per line: `ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi`."""
     lists = {split: (folder / f"testlist0{split}.txt").read_text(encoding="utf-8") for split in (1, 2, 3)}
     return in_splits((file, split) for split, text in lists.items() for file in text.split())
 
 
 def hmdb51(folder: Path) -> Iterator[Row]:
-    """Of brush_hair_test_split1.txt and its like, of each class and split: `NAME.avi 2`, where 2 stands for test."""
+    """Reads one file per class and split, such as brush_hair_test_split1.txt: lines `NAME.avi 2`, with 2 for test."""
     found = []
     for path in sorted(folder.glob("*_test_split[123].txt")):
         label, _, split = path.stem.rpartition("_test_split")
@@ -35,7 +35,7 @@ def hmdb51(folder: Path) -> Iterator[Row]:
 
 
 def in_splits(tests: Iterable[tuple[str, int]]) -> Iterator[Row]:
-    """A row for each file, with its folder as the class and all test splits that it is in."""
+    """One row per file: its class, which is the name of its folder, and the test splits that it is in."""
     splits: dict[str, list[int]] = {}
     for file, split in tests:
         splits.setdefault(file, []).append(split)
@@ -43,14 +43,14 @@ def in_splits(tests: Iterable[tuple[str, int]]) -> Iterator[Row]:
 
 
 def msrvtt(file: Path) -> Iterator[Row]:
-    """Of the list of 1k-A, a CSV file with a clip and its caption a line."""
+    """Reads the list of the test set 1k-A, a CSV file with one clip and its caption per line."""
     with file.open(encoding="utf-8", newline="") as lines:
         for row in csv.DictReader(lines):
             yield {"file": f"{row['video_id']}.mp4", "caption": row["sentence"]}
 
 
 def coco(file: Path) -> Iterator[Row]:
-    """Of Karpathy's list, a row for each caption of a test picture."""
+    """Reads Karpathy's list; one row per caption of a test picture."""
     for image in json.loads(file.read_text(encoding="utf-8"))["images"]:
         for sentence in image["sentences"] if image["split"] == "test" else ():
             yield {"file": f"{image['filepath']}/{image['filename']}", "caption": sentence["raw"].strip()}
@@ -63,8 +63,8 @@ if __name__ == "__main__":
     try:
         rows = list(makers[sys.argv[1]](Path(sys.argv[2])))
     except (OSError, KeyError, ValueError) as error:
-        sys.exit(f"{sys.argv[2]}: not the lists of {sys.argv[1]}: {error!r}")
+        sys.exit(f"{sys.argv[2]}: cannot be read as the lists of {sys.argv[1]}: {error!r}")
     if not rows:
-        sys.exit(f"{sys.argv[2]}: no test part of {sys.argv[1]} is listed there")
+        sys.exit(f"{sys.argv[2]}: lists no test rows of {sys.argv[1]}")
     for row in rows:
         print(json.dumps(row))

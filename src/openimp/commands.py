@@ -67,7 +67,10 @@ def run_eval(
     overrides: list[str] | None = None,
     allow_sources: bool = False,
 ) -> None:
-    """Measures a model on the sets of its own recipe, or of another; `allow_sources`: whoever trained it."""
+    """Measures a model on evaluation sets of its own recipe or of another.
+
+    With `allow_sources` its own recipe may read any source, even if the model was not trained here.
+    """
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
     folder = model_folder(path)
@@ -86,17 +89,17 @@ def run_eval(
 
 
 def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> Recipe:
-    """A model's recipe with changes of its sources and sets, or with those of another, which needs nothing else."""
+    """A model's recipe with overrides of its sources and sets, or with the sources and sets of another recipe."""
     for text in overrides:
         if not text.startswith(("sources.", "evaluation.")):
-            raise UserError(f"--set {text}: the model is as it was trained; change sources or evaluation")
+            raise UserError(f"--set {text}: a trained model allows changes of sources and evaluation only")
     ours = recipe.to_dict()
     if other is None:
         for text in overrides:
             override(ours, text)
         return Recipe.build(ours)
     theirs, file = read_recipe(other, overrides)
-    # A key that no recipe has is refused. The model's own sources stay known, for its tasks name them.
+    # The model's own sources are kept, because its tasks name them. Unknown keys of `theirs` are refused by `build`.
     sources = theirs.get("sources") or {}
     sources = ours["sources"] | sources if isinstance(sources, dict) else sources
     measured = {"sources": sources, "evaluation": theirs.get("evaluation") or {}}

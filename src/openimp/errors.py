@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 FEW = 50
-"""Known words that a message lists at most."""
+"""Most known words that an error message lists."""
 
 
 class UserError(Exception):
@@ -15,13 +15,15 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """Without control characters but for line breaks and tabs: data and models of others may name things, and a
-    terminal obeys what an escape character begins."""
+    """Removes control characters except line breaks and tabs.
+
+    Names can come from untrusted data or models, and an escape sequence in a name could control the terminal.
+    """
     return text if text.isprintable() else "".join(c for c in text if c.isprintable() or c in "\n\t\xa0")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest known word, else the list of known words if they are few."""
+    """`; did you mean 'x'?` for the closest known word, else a list of the known words if there are at most `FEW`."""
     known = sorted(map(str, known))
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:

@@ -56,8 +56,8 @@ class MoE(Strict):
     slots: Count = 1
     """Slots an expert, in soft routing only; so its cost is by example, not by token."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-3
-    """Weight of the router z-loss, the mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, section 3.2),
-    summed over layers. The release: 1, as in the `imp_moe_*` recipes; short trainings lose by that
+    """Weight of the router z-loss: the mean over tokens of logsumexp(logits)^2, summed over layers (ST-MoE, arXiv
+    2202.08906, section 3.2). The release and the `imp_moe_*` recipes use 1, which makes short trainings worse
     (docs/results/paper.md)."""
     balance_loss: Annotated[float, Field(ge=0)] = 1e-2
     """Weight of the load-balancing loss, in token choice only (Switch, arXiv 2101.03961, section 2.2)."""
@@ -84,8 +84,8 @@ class Model(Strict):
     space: Literal["disjoint", "joint"] = "disjoint"
     """One head for each (source, target) pair of modalities, as in the authors' release, or one head per modality."""
     share_heads: bool = True
-    """Modalities that share a stem (image and video) share their heads and temperatures too, as in the release, so that
-    what image-text tasks teach serves video as well. false: heads and temperatures per modality."""
+    """Modalities that share a stem (image and video) also share heads and temperatures, as in the release. So
+    image-text tasks train the heads that video uses. false: each modality has its own heads and temperatures."""
     embed_dim: Count = 1024
     """Features of the common space, and of its heads' hidden layer."""
     temperature: Positive = 0.2
@@ -117,12 +117,12 @@ class Source(Strict):
     split: str = "train"
     """The split of a hub data set."""
     revision: str | None = None
-    """The commit, tag or branch of a hub data set; left out: the newest, which its owner may change."""
+    """The commit, tag or branch of a hub data set. Left out: the newest version, which its owner may change."""
     format: Literal["folder", "manifest", "parquet", "webdataset"] | None = None
     """Left out: told by the path."""
     root: RecipePath | None = None
-    """Where the paths in its rows start; left out: beside the manifest, or in the data set's own part of the cache of
-    the hub. Nothing outside it is ever read."""
+    """The folder to which paths in the rows are relative. Left out: the manifest's folder; for a hub data set, its own
+    folder in the hub's cache. Files outside of this folder are never read."""
     where: dict[str, str | int | bool | list[str] | list[int]] = {}
     """Keep the rows whose column has this value, or one of these values."""
     stream: bool = False
@@ -145,7 +145,7 @@ class Source(Strict):
             raise ValueError("a streamed source has no limit; drop stream or limit")
         # Defaults are written out in a resolved recipe, so only other values can be told to be in vain.
         if self.path and (self.config, self.split, self.revision) != (None, "train", None):
-            raise ValueError("config, split and revision are for hub data sets; of a path, keep rows with where")
+            raise ValueError("config, split and revision are for hub data sets; to select rows of a path, use where")
         if self.hub and self.format:
             raise ValueError("format is for a path; drop it")
         if not self.stream and self.window != type(self).model_fields["window"].default:
@@ -232,15 +232,15 @@ class Optimizer(Strict):
     final_lr: Annotated[float, Field(ge=0)] = 0.0
     """Where the cosine ends, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """On the kernels of linear layers and experts only, by either optimizer; not on tables, norms, biases and
-    temperatures."""
+    """Weight decay of AdamW and Muon. It applies to the kernels of linear layers and experts; not to tables, norms,
+    biases and temperatures."""
     eps: Positive = 1e-7
     """AdamW's epsilon."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """Decay of AdamW's means of the gradient and of its square."""
     zero_grads: bool = False
-    """Update parameters that a step's task does not use as if their gradient were zero, as in the authors' release:
-    their optimizer state decays, and AdamW's momentum still moves them. false: they keep value and state."""
+    """Update parameters that a step's task does not use with a gradient of zero, as in the authors' release: their
+    optimizer state decays, and AdamW's momentum still moves them. false: their values and state stay unchanged."""
     clip: Positive | None = 1.0
     """Largest norm of the gradient; null: no clipping."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -275,9 +275,9 @@ class Train(Strict):
     steps: Count = 200_000
     """Gradient steps, over all tasks; the paper: S 200k, B and L 500k."""
     init: RecipePath | None = None
-    """A run, a checkpoint or a model's folder to start from, relative to the recipe, or a model of the Hugging Face hub
-    as hub:OWNER/NAME@REVISION; tokenizer included. Heads of other tasks or classes, and stems of other modalities, are
-    new. null: everything is."""
+    """Initial weights and tokenizer: a run, a checkpoint or a model's folder, relative to the recipe, or a model of the
+    Hugging Face Hub as hub:OWNER/NAME@REVISION. Heads and stems that it lacks are initialized randomly. null:
+    everything is initialized randomly."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where it is faster."""
     compile: bool = False
@@ -398,7 +398,7 @@ class Recipe(Strict):
                 if spec.draw > 1:
                     raise UserError(f"{key}.inputs.{name}: evaluation draws nothing; drop draw")
             if (options.view.share, options.view.batch, options.view.sync) != (1, None, False):
-                raise UserError(f"{key}.view: share, batch and sync are for training; evaluation.batch counts here")
+                raise UserError(f"{key}.view: share, batch and sync are for training; use evaluation.batch")
             self._bind_user(key, options, {f"{key}.view": options.view})
             if isinstance(options, ClassHead):
                 self.class_head(options, key)
@@ -408,17 +408,17 @@ class Recipe(Strict):
                     raise UserError(f"{key}: train and source are both {options.train}; a probe needs new rows")
 
     def class_head(self, options: ClassHead, key: str) -> Classification:
-        """The objective that trains the head which an evaluation set asks.
+        """The objective that trains the head of an evaluation set.
 
         Raises:
-            UserError: there is none; the message begins with `key`.
+            UserError: no task has such an objective; the message begins with `key`.
         """
         if options.task not in self.tasks:
             raise UserError(f"{key}.task: no task {options.task!r}{nearest(options.task, self.tasks)}")
         heads = {o.label: o for o in self.tasks[options.task].objectives if isinstance(o, Classification)}
         if options.label not in heads:
             hint = nearest(options.label, heads)
-            raise UserError(f"{key}.label: tasks.{options.task} trains no classification of {options.label!r}{hint}")
+            raise UserError(f"{key}.label: tasks.{options.task} has no classification of {options.label!r}{hint}")
         return heads[options.label]
 
     def _bind_user(self, key: str, user: Task | EvaluationSet, views: Mapping[str, View]) -> None:

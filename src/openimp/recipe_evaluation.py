@@ -1,4 +1,4 @@
-"""The part of the recipe that says what is measured: `evaluation` and its sets."""
+"""The schema of `evaluation` in the recipe and of its sets."""
 
 from collections import Counter
 from typing import Annotated, Any, Literal
@@ -9,7 +9,7 @@ from openimp.recipe_types import Count, Input, Inputs, Strict, View, text_lines
 
 
 def _class_names(value: Any, info: ValidationInfo) -> Any:
-    """Names of classes by label, from a mapping, a list of names, or a text file of names or of `label<TAB>name`."""
+    """Class names by label, from a mapping, a list of names, or a text file with lines `name` or `label<TAB>name`."""
     if isinstance(value, str):
         pairs = [line.partition("\t")[::2] for line in text_lines(value, info)]
     elif isinstance(value, dict | list):
@@ -19,7 +19,7 @@ def _class_names(value: Any, info: ValidationInfo) -> Any:
     names = {str(label): name or label for label, name in pairs}
     if len(names) < len(pairs):
         ((twice, _),) = Counter(str(label) for label, _ in pairs).most_common(1)
-        raise ValueError(f"class {twice!r} is named twice")
+        raise ValueError(f"class {twice!r} is listed twice")
     return names
 
 
@@ -40,7 +40,7 @@ class Retrieval(Strict):
 
 
 class ZeroShot(Strict):
-    """Top-1 and top-5 of classes that are named only by text, or mean average precision where rows hold lists."""
+    """Zero-shot classification: top-1 and top-5, or mean average precision if the label column holds lists."""
 
     type: Literal["zero_shot"]
     """What kind of evaluation this is."""
@@ -49,18 +49,18 @@ class ZeroShot(Strict):
     inputs: OneInput
     """The one modality to classify."""
     label: str
-    """The column with the class; where it holds lists, a row has any number of classes."""
+    """The column with the class. If it holds lists, a row may have any number of classes."""
     classes: Annotated[dict[str, str], Field(min_length=1), BeforeValidator(_class_names)] | None = None
-    """All classes, also those that no row has, and what they are called in the prompts: a mapping from label to name,
-    or a list of names that are the labels, or a text file in the recipe's folder with a name a line, or a label, a tab
-    and a name. null: the classes of the rows, called by their labels."""
+    """All classes that can be chosen, including those that no row has, and their names in the prompts. A mapping from
+    label to name; a list of labels that are also the names; or a text file in the recipe's folder, with one name, or
+    one label, tab and name, per line. null: the labels that occur in the rows, which are also the names."""
     words: bool = False
-    """Call a class whose name is its label by the words in it: both `brush_hair` and `BrushHair` are "brush hair"."""
+    """If a class's name is its label, split it into words: `brush_hair` and `BrushHair` become "brush hair"."""
     prompts: Annotated[list[str], Field(min_length=1), BeforeValidator(text_lines)] = ["{}"]
-    """Templates, or a text file in the recipe's folder with one a line; a class embedding is the mean over all."""
+    """Templates, or a text file in the recipe's folder with one per line. A class embedding is the mean over all."""
     splits: str | None = None
-    """A column with the test split of each row, or a list of them where splits overlap; figures are then means over the
-    splits. null: all rows are one."""
+    """A column with the test split of each row, or a list of splits if splits overlap. Figures are then means over the
+    splits. null: all rows form one split."""
     reader: str = "text"
     """The modality that reads the prompts, in its first training view."""
     view: View = Field(default_factory=View)
@@ -68,21 +68,21 @@ class ZeroShot(Strict):
 
 
 class ClassHead(Strict):
-    """Top-1 and top-5 of a head that a classification objective trained, or mean average precision if it is a sigmoid.
+    """Top-1 and top-5 of a trained classification head, or mean average precision if its loss is sigmoid.
 
-    Its classes are those of the training.
+    The head's classes are those it was trained on.
     """
 
     type: Literal["classification"]
     """What kind of evaluation this is."""
     task: str
-    """The name of one of `tasks`, whose classification of `label` trained the head."""
+    """The name of the task whose classification objective for `label` trained the head."""
     source: str
     """The name of one of `sources`, with other rows than the task's; it may not be a stream."""
     inputs: OneInput
     """The one modality to classify."""
     label: str
-    """The column with the class, or (sigmoid) with a list of classes, in both sources."""
+    """The column with the class in both sources, or with a list of classes if the loss is sigmoid."""
     view: View = Field(default_factory=View)
     """How the items are seen. Nothing is augmented and no token dropped, whatever the options of training say."""
 
@@ -120,7 +120,7 @@ class Evaluation(Strict):
     batch: Count = 128
     """Examples encoded at once."""
     best: str | None = None
-    """The name of one of `sets`. Of the steps at which it is measured, the best so far is saved and its checkpoint kept
-    besides the last ones: the highest R@1, as the mean of both ways, top-1 or mAP. `checkpoints/best` leads to it."""
+    """The name of one of `sets`. When its result is the best so far, a checkpoint is saved, and it is kept in addition
+    to the last ones; `checkpoints/best` links to it. The best is the highest R@1 (mean of both ways), top-1 or mAP."""
     sets: dict[str, Annotated[EvaluationSet, Field(discriminator="type")]] = {}
     """What is measured, by name."""

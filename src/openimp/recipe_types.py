@@ -1,4 +1,4 @@
-"""What all parts of the recipe are made of: strict models, kinds of numbers, inputs, views, and their check."""
+"""Building blocks of the recipe's schema: the strict base model, number types, inputs, views, and validation."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ from openimp.registry import modality_class
 
 
 class Strict(BaseModel):
-    """A part of the recipe: types are exact, and an unknown key is refused with the nearest known one named."""
+    """Base of each part of the recipe. Types must match exactly. The error for an unknown key names the nearest key."""
 
     model_config = ConfigDict(
         strict=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -30,27 +30,27 @@ class Strict(BaseModel):
 
 
 def _beside_recipe(path: str, info: ValidationInfo) -> str:
-    """A relative path starts at the recipe's folder; a URL, or `openimp:NAME`, stays as it is."""
+    """Makes a relative path relative to the recipe's folder; a URL or `openimp:NAME` is returned unchanged."""
     folder = (info.context or {}).get("folder")
     return path if folder is None or re.match(r"\w\w+:", path) else str(Path(folder).resolve() / path)
 
 
 def _one_component(name: str) -> str:
     if name in ("", ".", "..") or {"/", "\\"} & set(name) or not name.isprintable():
-        raise ValueError(f"{name!r} is no name of a folder: it needs letters, and no slash or control character")
+        raise ValueError(f"{name!r} cannot name a folder: use letters, and no slash or control character")
     return name
 
 
 FolderName = Annotated[str, AfterValidator(_one_component)]
-"""A name that becomes one part of a path."""
+"""A name that is used as one component of a path."""
 RecipePath = Annotated[str, AfterValidator(_beside_recipe)]
-"""A path that a recipe names; a modality's `Config` may use it too."""
+"""A path in a recipe; the `Config` of a modality may use this type too."""
 
 
 def text_lines(value: Any, info: ValidationInfo) -> Any:
-    """The lines of a text file, in place of its name; anything but a string stays as it is.
+    """If `value` is a string, reads the text file of that name and returns its lines; else returns `value`.
 
-    The file must lie inside the recipe's folder. Empty lines and those that begin with # are left out.
+    The file must lie inside the recipe's folder. Empty lines and lines that begin with # are skipped.
     """
     if not isinstance(value, str):
         return value
@@ -71,7 +71,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
-# YAML knows no tuples, so a list is taken for one; its items stay strict.
+# YAML has no tuples, so a list is accepted; its items are still checked strictly.
 Pair = Annotated[tuple[Count, Count], Field(strict=False)]
 Triple = Annotated[tuple[Count, Count, Count], Field(strict=False)]
 

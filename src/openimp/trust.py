@@ -1,8 +1,9 @@
-"""Whose recipe a model's folder holds, and which sources `eval` and `report` may read because it names them.
+"""Decides which sources `eval` and `report` may read because the recipe in a model's folder names them.
 
-A recipe names files, and rows of them end up in results and reports. The recipes of models that this user trained are
-known by a digest of their configuration in openimp's cache folder, which nobody else can write to; so these models may
-be moved, renamed and copied. Any other model could have been made to have private files read.
+A recipe names files, and rows of those files end up in results and reports. A model made by somebody else could use
+this to copy private files into a report, so its recipe may only name files in its own folder. A model that this user
+trained may read all its sources. Training stores a hash of the model's configuration in openimp's cache folder, which
+no other user can write to. The hash does not depend on the path, so a model may be moved, renamed and copied.
 """
 
 import hashlib
@@ -17,27 +18,27 @@ from openimp.recipe import Probe, Recipe, Source
 from openimp.safe_files import cache_folder
 
 KNOWN = "trained"
-"""The cache's folder with an empty file for each configuration that this user trained, named by its digest."""
+"""Folder in the cache. It holds one empty file per configuration that this user trained, named by its hash."""
 
 
 def remember(config: str) -> None:
-    """Notes that this user trains a model with this configuration, the text of its config.json."""
-    with suppress(OSError, UserError):  # Without it `eval` needs a flag, for which no training should fail.
+    """Records that this user trains a model whose config.json has the text `config`."""
+    with suppress(OSError, UserError):  # If it cannot be stored, `eval` only needs a flag.
         (cache_folder(KNOWN) / hashlib.sha256(config.encode()).hexdigest()).touch()
 
 
 def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str]) -> None:
-    """Checks that evaluation sets of a model's own recipe may be measured.
+    """Checks that `eval` and `report` may read the sources of a model's own evaluation sets.
 
     Args:
-        path: what the user named: a run, or a model's folder. A source in it may be read.
-        folder: with the model's config.json.
-        recipe: which that holds.
-        sets: names of its evaluation sets; unknown ones are left to others.
+        path: the run or model folder that the user named. Sources inside it may be read.
+        folder: the folder with the model's config.json.
+        recipe: the recipe in that config.json.
+        sets: names of evaluation sets of the recipe; unknown names are ignored.
 
     Raises:
-        UserError: one reads a source that is neither in `path` nor bundled, and the model is none that this user
-            trained on this machine.
+        UserError: a set reads a source that is neither inside `path` nor bundled, and this user did not train the
+            model on this machine.
     """
     if (cache_folder(KNOWN) / hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()).exists():
         return
@@ -46,19 +47,19 @@ def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str])
             if not _is_inside(path, name, recipe.sources[name]):
                 where = recipe.sources[name].path or recipe.sources[name].hub
                 raise UserError(
-                    f"{path}: its recipe reads source {name} ({where}), which is outside of it, and was not trained by "
-                    "you on this machine; add --allow-sources if you trust it"
+                    f"{path}: you did not train this model on this machine, and its recipe reads source {name} "
+                    f"({where}), which is outside of this folder; add --allow-sources if you trust the recipe"
                 )
 
 
 def _is_inside(folder: Path, name: str, source: Source) -> bool:
-    """Whether a source is bundled, or all its files are in a folder, links resolved."""
+    """Whether a source is bundled, or all its files are inside `folder` after links are resolved."""
     if source.path is None or is_url(source.path):
         return False
     bundled = source.path.startswith("openimp:")
     named = [place for place in (None if bundled else source.path, source.root) if place is not None]
     real = Path(os.path.realpath(folder))
     inside = all(Path(os.path.realpath(place)).is_relative_to(real) for place in named)
-    # Only then are they looked for: what is elsewhere is nothing that the answer should depend on.
+    # Files are listed only if the path is inside, so that nothing outside of the folder is looked at.
     files = locate(name, source.path)[1] if inside and not bundled else []
     return inside and all(Path(os.path.realpath(file)).is_relative_to(real) for file in files)

@@ -847,7 +847,7 @@ def test_a_parquet_file_that_unpacks_to_far_more_than_it_has(tmp_path, cache, st
     pq.write_table(pa.table({"x": column}), tmp_path / "x.parquet", compression="zstd", store_schema=False)
     assert (tmp_path / "x.parquet").stat().st_size < 100_000
     before = pa.default_memory_pool().max_memory()
-    with pytest.raises(UserError, match=r"cannot be read: .* bytes unpack to more than 67,108,864"):
+    with pytest.raises(UserError, match=r"cannot be read: .* bytes and unpacks to more than 67,108,864"):
         in_order(f"{tmp_path}/x.parquet", stream, rows)
     assert pa.default_memory_pool().max_memory() - before < 300e6
     assert sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) < 2**26

@@ -215,12 +215,12 @@ def test_splits_may_overlap(setup):
 @pytest.mark.parametrize(
     ("rows", "options", "loss", "message"),
     [
-        (["red", "pink"], HEAD, "softmax", "class 'pink' is none of those known; known: blue, green, red, white"),
+        (["red", "pink"], HEAD, "softmax", "unknown class 'pink'; known: blue, green, red, white"),
         (["red", None], HEAD, "softmax", "has 1 rows without a class"),
-        ([["red"], ["blue"]], HEAD, "softmax", "the head's loss is softmax, so 'colour' needs one class a row"),
-        (["red", "blue"], HEAD, "sigmoid", "the head's loss is sigmoid, so 'colour' needs a list of classes a row"),
+        ([["red"], ["blue"]], HEAD, "softmax", "the head's loss is softmax, so 'colour' needs one class per row"),
+        (["red", "blue"], HEAD, "sigmoid", "the head's loss is sigmoid, so 'colour' needs a list of classes per row"),
         (["red"], HEAD | {"task": "name"}, "softmax", "task: no task 'name'; did you mean 'named'"),
-        (["red"], HEAD | {"task": "heard"}, "softmax", "label: tasks.heard trains no classification of 'colour'"),
+        (["red"], HEAD | {"task": "heard"}, "softmax", "label: tasks.heard has no classification of 'colour'"),
         (["red"], HEAD | {"label": "color"}, "softmax", "no classification of 'color'; did you mean 'colour'"),
         (["red"], HEAD | {"source": "row"}, "softmax", "no source 'row'; did you mean 'rows'"),
     ],

@@ -273,7 +273,7 @@ def test_an_absolute_axis_has_the_same_row_however_many_patches_there_are():
     assert rows[:, 0].unique().tolist() == [0, 1]
     assert rows[:4, 2].tolist() == [0, 1, 2, 3]
     assert rows[:, 1].unique().tolist() == [0, 8, 16, 24]
-    with pytest.raises(ValueError, match="absolute: width 100 is no multiple of the patch's 16"):
+    with pytest.raises(ValueError, match="absolute: width 100 is not a multiple of the patch's 16"):
         Image.Config(absolute={"width": 100})
     with pytest.raises(ValueError, match="up to 128"):
         Image(Image.Config(absolute={"height": 128})).check(Image.View(size=256))

@@ -1,7 +1,8 @@
-"""Parquet files through Hugging Face `datasets`, within limits: a few hundred bytes of one can stand for terabytes.
+"""Reads Parquet files with Hugging Face `datasets`, and limits how much they may unpack to.
 
-A dictionary stores a long value once and repeats it in as many rows as the file likes, so what a file unpacks to is
-counted while it is unpacked. `datasets` itself would unpack all of a row group before the first row can be seen.
+Dictionary encoding stores a long value once and can repeat it in any number of rows, so a file of a few hundred bytes
+can unpack to terabytes. Therefore rows are unpacked in small batches and their bytes are counted. `datasets` itself
+would unpack a whole row group before returning its first row.
 """
 
 import os
@@ -14,18 +15,19 @@ from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 EXPANSION, SMALL = 100, 2**26
-"""A file may unpack to so many times its size, or to so many bytes if that is more."""
+"""A file may unpack to `EXPANSION` times its size, or to `SMALL` bytes if that is more."""
 BATCH_ROWS, BATCH_BYTES = 1000, 2**26
-"""Rows that are unpacked at once at most, and fewer if the values of a row group are long."""
+"""Most rows that are unpacked at once. If values are long, fewer rows, so that they fit into `BATCH_BYTES`."""
 MOST_BATCHES, PART_BYTES = 1000, 2**24
-"""What is handed on at once, so that rows that are unpacked one by one do not lie in a piece of memory each."""
+"""Batches are merged into tables of at most `MOST_BATCHES` batches or about `PART_BYTES` bytes, because many tables of
+a few rows would waste memory."""
 
 
 def open_files(files: list[str], cache: str, streaming: bool) -> Any:
-    """The rows of some files as a `datasets.Dataset`, which is unpacked once under `cache`, or as an `IterableDataset`.
+    """The rows as a `datasets.Dataset`, unpacked into `cache` once, or if `streaming` as an `IterableDataset`.
 
     Raises:
-        Exception: a file cannot be read, or unpacks to too much.
+        Exception: a file cannot be read, or unpacks to more than the limit.
     """
     builder = BoundedParquet(cache_dir=cache, data_files={"train": files})
     if streaming:
@@ -35,11 +37,11 @@ def open_files(files: list[str], cache: str, streaming: bool) -> Any:
 
 
 class BoundedParquet(Parquet):
-    """The Parquet reader of `datasets`, except that it stops at a file that unpacks to far more bytes than it has."""
+    """The Parquet reader of `datasets`, which raises an error if a file unpacks to more than the limit."""
 
     def _generate_tables(self, files: list[str], row_groups_list: list[Any]) -> Iterator[tuple[Key, pa.Table]]:
         for i, (file, groups) in enumerate(zip(files, row_groups_list)):
-            with open(file, "rb") as handle:  # `datasets` replaces `open` by its own, which knows URLs.
+            with open(file, "rb") as handle:  # `datasets` replaces `open` with a version that reads URLs.
                 for j, table in enumerate(_tables(file, handle, groups)):
                     yield Key(i, j), self._cast_table(table)
 
@@ -52,7 +54,7 @@ def _tables(file: str, handle: Any, groups: Any) -> Iterator[pa.Table]:
     for batch in parquet.iter_batches(_rows_at_once(parquet.metadata), groups and [*groups]):
         unpacked += batch.nbytes
         if unpacked > limit:
-            raise ValueError(f"{size:,} bytes unpack to more than {limit:,}, the most that is unpacked of such a file")
+            raise ValueError(f"the file has {size:,} bytes and unpacks to more than {limit:,}, the limit for its size")
         waiting.append(batch)
         if len(waiting) == MOST_BATCHES or unpacked - handed_on >= PART_BYTES:
             yield pa.Table.from_batches(waiting)
@@ -62,7 +64,7 @@ def _tables(file: str, handle: Any, groups: Any) -> Iterator[pa.Table]:
 
 
 def _rows_at_once(metadata: Any) -> int:
-    """As many rows as surely fit into `BATCH_BYTES`, were each value as long as all of its row group is unpacked."""
+    """Number of rows that fit into `BATCH_BYTES` even if each row is as long as the largest row group unpacked."""
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     sizes = (sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)) for group in groups)
     return min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, max(sizes, default=1))))

@@ -1,4 +1,4 @@
-"""Trained class heads, asked about rows that they have not seen."""
+"""Evaluates trained classification heads on new rows."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,10 +27,12 @@ def classify(
     classes: Mapping[str, list[Any]],
     progress: Progress | None = None,
 ) -> tuple[Classified | Tagged, Readable]:
-    """The answers of one set's head, and which rows counted. Of several clips the logits are averaged.
+    """Predictions of the class head of evaluation set `name`, and the rows that could be read.
+
+    If an item has several clips, their logits are averaged.
 
     Raises:
-        UserError: see `check`, or no row can be read.
+        UserError: `check` fails, or no row can be read.
     """
     options = recipe.evaluation.sets[name]
     assert isinstance(options, ClassHead)
@@ -65,22 +67,22 @@ def check(
     table: Table,
     classes: Mapping[str, list[Any]],
 ) -> Labels:
-    """Finds what would stop `classify`, without encoding anything.
+    """Finds the errors that would stop `classify`, without encoding anything, and returns the labels.
 
     Args:
-        classes: of each head of the model.
+        classes: the classes of each of the model's heads, by head name.
 
     Raises:
-        UserError: the model has no such head, a column is missing, a row has a class that the head does not know, or
-            one class where the head gives any number of them, or the other way round.
+        UserError: the model has no such head, a column is missing, or a row has a class that the head does not know.
+            Also if the rows hold single classes but the head's loss is sigmoid, or lists but it is softmax.
     """
     ((seen, spec),) = options.inputs.items()
     objective, key = recipe.class_head(options, where), head_key(recipe.tasks[options.task].source, options.label)
     if key not in classes:
-        raise UserError(f"{where}: the model has no head of tasks.{options.task} for {options.label!r}")
+        raise UserError(f"{where}: the model has no head that tasks.{options.task} trained on {options.label!r}")
     require_columns(table, modalities[seen], spec, where)
     labels = read_labels(table, options.label, where, classes[key])
     if labels.lists != (objective.loss == "sigmoid"):
         wanted = "one class" if labels.lists else "a list of classes"
-        raise UserError(f"{where}: the head's loss is {objective.loss}, so {options.label!r} needs {wanted} a row")
+        raise UserError(f"{where}: the head's loss is {objective.loss}, so {options.label!r} needs {wanted} per row")
     return labels

@@ -1,4 +1,4 @@
-"""Classification of a source's rows, whatever told the classes apart: their labels, the answers, and their figures.
+"""Labels, predictions and metrics of classification, shared by zero-shot classification and class heads.
 
 Shape suffixes: N examples, K classes, Z features.
 """
@@ -21,13 +21,13 @@ from openimp.evaluation.retrieval import SIMILARITIES, ranks
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes of the rows of a source.
+    """The class labels of a source's rows.
 
     Attributes:
-        values: of each row its class, or a list of classes, or a `Refused`.
-        classes: the labels of all classes to choose from.
-        lists: whether a row has any number of classes.
-        splits: of each row the test splits that it is in; None: there are none.
+        values: for each row its class, a list of classes, or a `Refused`.
+        classes: the labels of all classes that a model can choose.
+        lists: whether a row may have any number of classes.
+        splits: for each row the test splits that it is in; None if the source has no splits.
     """
 
     values: list[Any]
@@ -38,16 +38,17 @@ class Labels:
 
 @dataclass(frozen=True)
 class Classified:
-    """One evaluation set, for its figures and for a closer look.
+    """The predictions on one evaluation set whose rows have one class each.
 
     Attributes:
-        query, target: the modality, and the column with the class.
-        classes: their names.
-        row: (N,) int64, the rows of the source that could be read.
-        truth: (N,) int64, the class of each.
+        query: the modality.
+        target: the column with the class.
+        classes: the names of the classes.
+        row: (N,) int64, the source's row of each example; rows that could not be read are left out.
+        truth: (N,) int64, the class of each example.
         predicted: (N,) int64, the most similar class.
-        rank: (N,) int64, the rank of the true class from 1; ties count against the model.
-        splits: which of the N are in each test split; empty: there are none.
+        rank: (N,) int64, the rank of the true class, from 1; ties count against the model.
+        splits: for each test split the indices of its examples; empty if there are no splits.
     """
 
     query: str
@@ -61,18 +62,18 @@ class Classified:
 
     @property
     def task(self) -> str:
-        """What a result calls it."""
+        """The task's name in results."""
         return f"{self.query} -> {self.target}"
 
     def confusion(self) -> np.ndarray:
-        """(K, K) int64, how many examples of a class (row) were taken for each class (column)."""
+        """(K, K) int64, how many examples of each class (row) were predicted as each class (column)."""
         k = len(self.classes)
         return np.bincount(self.truth * k + self.predicted, minlength=k * k).reshape(k, k)
 
     def figures(self) -> dict[str, Any]:
-        """Top-1, top-5, the mean over the classes of their top-1, chance, and the 95 % interval of top-1.
+        """Top-1 with its 95 % interval, top-5, top-1 averaged over the classes, and chance.
 
-        Of several test splits the means over them, and the figures of each.
+        With test splits: the means over the splits, and the figures of each split.
         """
         figures = self._figures(np.arange(len(self.rank)))
         if not self.splits:
@@ -91,12 +92,13 @@ class Classified:
 
 @dataclass(frozen=True)
 class Tagged:
-    """One evaluation set whose rows have any number of classes.
+    """The predictions on one evaluation set whose rows may have any number of classes.
 
     Attributes:
-        query, target: the modality, and the column with the classes.
-        score_NK: how similar each example and class are.
-        hot_NK: bool, the classes of each.
+        query: the modality.
+        target: the column with the classes.
+        score_NK: the similarity of each example to each class.
+        hot_NK: bool, whether an example has a class.
     """
 
     query: str
@@ -106,7 +108,7 @@ class Tagged:
 
     @property
     def task(self) -> str:
-        """What a result calls it."""
+        """The task's name in results."""
         return f"{self.query} -> {self.target} (mAP)"
 
     def figures(self) -> dict[str, Any]:
@@ -117,17 +119,17 @@ class Tagged:
 def read_labels(
     table: Table, column: str, where: str, known: Sequence[Any] | None = None, splits: str | None = None
 ) -> Labels:
-    """The classes of a source's rows.
+    """Reads and checks the class labels of a source's rows.
 
     Args:
         table: the source.
-        column: the one with the class, or the list of classes, of a row.
-        where: the part of the recipe that asks, for messages.
-        known: the labels of all classes; None: those that the rows have.
-        splits: the column with the test splits, if there are any.
+        column: the column that holds each row's class or list of classes.
+        where: the key in the recipe, for error messages.
+        known: the labels of all classes; None: the labels that occur in the rows.
+        splits: the column with the test splits; None if there are no splits.
 
     Raises:
-        UserError: a column is missing, a row has no class or one that is not known, or it is in no split.
+        UserError: a column is missing, or a row has no class, an unknown class, or no split.
     """
     table.require([column, *([splits] if splits else [])], where)
     values, name = table.column(column), f"{where}: column {column!r} of source {table.name}"
@@ -142,7 +144,7 @@ def read_labels(
         texts = _index(known)
         for label in classes:
             if (text := as_text(label)) not in texts:
-                raise UserError(f"{name}: class {label!r} is none of those known{nearest(text, texts)}")
+                raise UserError(f"{name}: unknown class {label!r}{nearest(text, texts)}")
         classes = list(known)
     return Labels(values, classes, lists, _splits(table, splits, where, lists) if splits else None)
 
@@ -150,15 +152,16 @@ def read_labels(
 def judge(
     query: str, target: str, z_NZ: Tensor, classes_KZ: Tensor, row: np.ndarray, labels: Labels, names: list[Any]
 ) -> Classified | Tagged:
-    """The answers of a classifier that compares by dot product.
+    """Predicts the classes of examples by dot product, and pairs the predictions with the labels.
 
     Args:
-        query, target: the modality, and the column with the class.
-        z_NZ: a vector for each example.
-        classes_KZ: one for each class.
-        row: (N,) int64, the rows of the source that the examples are.
-        labels: of all rows.
-        names: what the classes are called.
+        query: the modality.
+        target: the column with the class.
+        z_NZ: a vector per example.
+        classes_KZ: a vector per class.
+        row: (N,) int64, the source's row of each example.
+        labels: the labels of all rows.
+        names: the names of the classes, in results.
     """
     index, truths = _index(labels.classes), [labels.values[i] for i in row]
     if labels.lists:
@@ -177,14 +180,14 @@ def judge(
 
 
 def _index(classes: Iterable[Any]) -> dict[str, int]:
-    """The number of each class by its label, as text: the cells of a CSV file have no type."""
+    """Index of each class by its label. Labels are compared as text, because the cells of a CSV file have no type."""
     return {as_text(label): i for i, label in enumerate(classes)}
 
 
 def _splits(table: Table, column: str, where: str, lists: bool) -> list[list[Any]]:
     name = f"{where}: column {column!r} of source {table.name}"
     if lists:
-        raise UserError(f"{name}: splits are for rows of one class each")
+        raise UserError(f"{name}: splits need rows with one class each, not lists of classes")
     cells = [value if isinstance(value, list) else [value] for value in table.column(column)]
     for row, cell in enumerate(cells):
         if not cell or any(split is None or isinstance(split, Refused) for split in cell):

@@ -26,9 +26,9 @@ from openimp.modalities.sound import mono, read_sound, resample, samples_of
 from openimp.recipe import Count, Pair, Positive, Share, Strict
 
 FLOOR = 1e-6
-"""Added to the magnitude before the logarithm, as a share of a full-scale sine's: -120 dB."""
+"""Added to the magnitude before the logarithm. A full-scale sine has magnitude 1, so this is -120 dB."""
 RANGE = 3.5 * np.log(10)
-"""Range of the logarithm of the magnitude that a picture of a spectrogram shows: 70 dB."""
+"""Range of log-magnitudes that a picture of a spectrogram shows: 70 dB."""
 BAND = 16
 """Mel bins that are computed in one product: neighbours, which hear but a part of the spectrum."""
 COLOURS = ((10, 8, 30), (80, 18, 110), (185, 45, 100), (245, 125, 50), (252, 240, 165))
@@ -63,15 +63,16 @@ class Audio(Modality):
         patch: Pair = (16, 16)
         """Frames and bins of a patch."""
         tables: Pair = (64, 64)
-        """Rows of the position table of each axis. A patch's row is its relative place along the axis, so a table must
+        """Rows of the position table of each axis. A patch's row is its relative place along the axis. A table must
         have at least as many rows as the longest input has patches."""
         absolute: dict[Literal["frames", "bins"], Count] = Field({})
-        """Axes whose positions are absolute, with the frames or bins that the table spans: with `{frames: 1024}` a
-        second has the same position in a short sound as in a long one. Left out: relative, as in the paper."""
+        """Axes with absolute positions, and the number of frames or bins that each table spans. With `{frames: 1024}`
+        the third second has the same position in a short sound as in a long one. The positions along other axes are
+        relative, as in the paper."""
         mean: float = -9.2
-        """Subtracted from the logarithm of the mel magnitude; its mean over the bundled notes."""
+        """Mean that is subtracted from the logarithm of the mel magnitude, measured on the bundled notes."""
         std: Positive = 3.5
-        """The difference is divided by this; its standard deviation over the same notes."""
+        """Standard deviation by which the difference is divided, measured on the same notes."""
 
         @model_validator(mode="after")
         def _fits(self) -> "Audio.Config":
@@ -92,7 +93,7 @@ class Audio(Modality):
         drop: Share = 0.0
         """Share of tokens dropped in training (DropToken)."""
         gain: Annotated[float, Field(ge=0)] = 0.0
-        """dB by which a sound is at most louder or softer in training."""
+        """Largest random change of loudness in training, in dB, up or down."""
         speed: Share = 0.0
         """A sound is at most this much faster or slower in training, and so higher or lower (speed perturbation, Ko et
         al., Interspeech 2015)."""
@@ -214,13 +215,13 @@ def log_mel(waves: torch.Tensor, config: Audio.Config) -> torch.Tensor:
         padded = torch.nn.functional.pad(some, (missing // 2, missing - missing // 2))
         spectrum = torch.fft.rfft(padded.unfold(1, config.window, config.hop) * window)
         squares = torch.view_as_real(spectrum).square()
-        magnitude = (squares[..., 0] + squares[..., 1]).sqrt()  # three times as fast as `abs` or `sum`
+        magnitude = (squares[..., 0] + squares[..., 1]).sqrt()  # Three times as fast as `abs` or `sum`.
         mels.append(torch.log(torch.cat([magnitude[..., heard] @ band for heard, band in bands], dim=-1) + FLOOR))
     return torch.cat(mels)
 
 
 def _band(filters: torch.Tensor, device: torch.device) -> tuple[slice, torch.Tensor]:
-    """The part of a spectrum that some neighboring filters hear, and the filters there."""
+    """The range of frequencies in which some neighboring filters are not zero, and the filters in that range."""
     heard = filters.any(1).nonzero()[:, 0]
     first, last = int(heard[0]), int(heard[-1]) + 1
     return slice(first, last), filters[first:last].to(device)

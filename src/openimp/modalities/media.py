@@ -164,19 +164,21 @@ def reason(error: Exception) -> str:
 
 
 class ExampleRng(np.random.Generator):
-    """The randomness of one example.
+    """Random generator of one example.
 
     Attributes:
-        moment: share of a recording's length at which all of the example's modalities start in training, where its
-            view asks for that (`sync`); None: each draws its own.
+        moment: where all modalities of the example start in training, as a share of the recording's length. Set if the
+            view has `sync: true`; None: each modality draws its own start.
     """
 
     moment: float | None = None
 
 
 def random_start(total: int, span: int, rng: np.random.Generator) -> int:
-    """Where a training cut of `span` starts within `total`: anywhere, or at the moment that the example's modalities
-    share, as far as the recording lasts."""
+    """A random start for a training cut of length `span` in a recording of length `total`.
+
+    If `rng` has a shared `moment`, the cut starts there, or as late as it still fits into the recording.
+    """
     room = max(0, total - span)
     moment = getattr(rng, "moment", None)
     return int(rng.integers(room + 1)) if moment is None else min(int(moment * total), room)
@@ -227,11 +229,11 @@ def patchify(grid: torch.Tensor, patch: tuple[int, ...], keep: torch.Tensor | No
 def coordinates(
     counts: tuple[int, ...], tables: tuple[int, ...], spans: tuple[int | None, ...] | None = None
 ) -> torch.Tensor:
-    """The row (L, A) of each axis' position table that each patch uses.
+    """For each of L patches the row that it uses in the position table of each of A axes, (L, A).
 
-    Patch i of n along an axis uses row floor(i / n * rows): a relative coordinate, so the same place has the same row
-    at every resolution (arXiv 2305.06324). An axis with a span is absolute: its table spans that many patches, however
-    many this input has.
+    Patch i of n along an axis uses row floor(i / n * rows). This coordinate is relative, so the same place has the same
+    row at every resolution (arXiv 2305.06324). If an axis has a span, its coordinate is absolute: patch i uses row
+    floor(i / span * rows), whatever n is.
     """
     spans = spans or (None,) * len(tables)
     rows = [torch.arange(n) * table // (span or n) for n, table, span in zip(counts, tables, spans)]
@@ -239,7 +241,7 @@ def coordinates(
 
 
 class PatchGrid(Strict):
-    """Options of a stem that cuts its input into patches along named axes."""
+    """Base of the options of a stem that splits its input into patches along named axes."""
 
     axes: ClassVar[tuple[str, ...]]
     patch: tuple[int, ...]
@@ -250,15 +252,15 @@ class PatchGrid(Strict):
     def _spans_are_whole(self) -> Self:
         for name, side in zip(self.axes, self.patch):
             if self.absolute.get(name, 0) % side:
-                raise ValueError(f"absolute: {name} {self.absolute[name]} is no multiple of the patch's {side}")
+                raise ValueError(f"absolute: {name} {self.absolute[name]} is not a multiple of the patch's {side}")
         return self
 
     def limit(self, axis: int) -> int:
-        """The longest input along an axis: every patch needs a row of its own, or must lie within an absolute span."""
+        """The longest input along an axis: as many patches as the table has rows, or the axis' absolute span."""
         return self.absolute.get(self.axes[axis], self.tables[axis] * self.patch[axis])
 
     def coordinates(self, counts: tuple[int, ...]) -> torch.Tensor:
-        """The rows (L, A) of the position tables for so many patches along each axis; see `media.coordinates`."""
+        """The rows (L, A) of the position tables for `counts` patches along the axes; see `media.coordinates`."""
         spans = tuple(self.absolute.get(name, 0) // side or None for name, side in zip(self.axes, self.patch))
         return coordinates(counts, self.tables, spans)
 

@@ -1,7 +1,7 @@
-"""Opening a tokenizer file of the `tokenizers` library that may come from a stranger.
+"""Opens tokenizer files of the `tokenizers` library that may come from untrusted people.
 
-Such a file is a program: replacements that follow each other double a text again and again, padding makes it as long as
-it likes, and a regular expression can backtrack for years. Only what is known to be harmless is opened.
+Such a file can use unlimited memory or time: a series of replacements can double a text again and again, padding can
+have any length, and a regular expression can backtrack for years. So only parts on an allow-list are accepted.
 """
 
 import base64
@@ -17,7 +17,8 @@ ONCE = {
     *("BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits"),
     *("CharDelimiterSplit", "UnicodeScripts"),
 }
-"""Normalizers and pre-tokenizers that may be used once each: some make a text longer, by a bounded factor."""
+"""Normalizers and pre-tokenizers that are accepted once each. Some lengthen a text by a bounded factor, so repeating
+them could lengthen it without bound."""
 REGEXES = {
     *(r"\w+", r"\s+", " {2,}"),
     r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
@@ -28,26 +29,27 @@ REGEXES = {
         for digits in ("", "{1,3}")
     ),
 }
-"""Regular expressions that do not backtrack: openimp's own, and those of T5, CLIP, GPT-4, Llama 3 and Qwen."""
+"""Accepted regular expressions: openimp's own and those of T5, CLIP, GPT-4, Llama 3 and Qwen. None backtracks."""
 MOST_PIECES = 64
-"""Normalizers or pre-tokenizers in a row."""
+"""Most normalizers, and most pre-tokenizers, that a file may have."""
 LONGEST_PIECE = 64
-"""Bytes that one character may become, and characters of a prefix, a suffix or an unknown token."""
+"""Most bytes that a normalizer may turn one character into; most characters of a prefix, suffix or unknown token."""
 LONGEST_WORD = 1000
-"""`max_input_chars_per_word` of WordPiece, whose time grows with the square of it; BERT's is 100."""
+"""Largest `max_input_chars_per_word`. WordPiece's time grows with its square. BERT uses 100."""
 MOST_ADDED, LONGEST_TOKEN = 2**14, 256
-"""Added tokens, and characters of one and of a token of Unigram, whose time grows with its longest token."""
+"""Most added tokens, and most characters of an added token or a Unigram token. Unigram's time grows with its longest
+token."""
 
 
 def open_tokenizer(text: str) -> Tokenizer:
-    """The tokenizer of a file's text, without what openimp does not use: padding, truncation and special tokens.
+    """The tokenizer in a file's text, without its padding, truncation and special tokens, which openimp does not use.
 
     Raises:
-        ValueError: it is no tokenizer, or has a part that could take too much time or memory.
+        ValueError: the text is not a tokenizer file, or has a part that could take too much time or memory.
     """
     data = json.loads(text)
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise ValueError("it has no model")
+        raise ValueError("the file has no model")
     _check_pieces("normalizer", [*_pieces(data.get("normalizer"), "normalizers")])
     _check_pieces("pre_tokenizer", [*_pieces(data.get("pre_tokenizer"), "pretokenizers")])
     model = data["model"]
@@ -59,20 +61,20 @@ def open_tokenizer(text: str) -> Tokenizer:
     added = data.get("added_tokens") or []
     if len(added) > MOST_ADDED or any(not 0 < len(token["content"]) <= LONGEST_TOKEN for token in added):
         raise ValueError(
-            f"added_tokens are more than {MOST_ADDED}, or one has no or more than {LONGEST_TOKEN} characters"
+            f"added_tokens has more than {MOST_ADDED} tokens, or one that is empty or longer than {LONGEST_TOKEN}"
         )
     if model.get("type") == "Unigram" and any(len(token) > LONGEST_TOKEN for token, _ in model["vocab"]):
         raise ValueError(f"model.vocab has a token of more than {LONGEST_TOKEN} characters")
     for unused in ("padding", "truncation", "post_processor"):
         data[unused] = None
-    if (data.get("decoder") or {}).get("type") != "ByteLevel":  # openimp never decodes; its own tokenizers can.
+    if (data.get("decoder") or {}).get("type") != "ByteLevel":  # The one that openimp's own tokenizers have.
         data["decoder"] = None
-    # What was checked, not the text, in which a key might stand twice.
+    # Not from `text`: in it a key might occur twice, and only one of its values was checked.
     return Tokenizer.from_str(json.dumps(data))
 
 
 def _pieces(part: Any, inner: str) -> Iterator[dict[str, Any]]:
-    """The normalizers or pre-tokenizers of sequences of sequences, in order."""
+    """All normalizers or pre-tokenizers in order, with nested sequences flattened."""
     if isinstance(part, dict) and part.get("type") == "Sequence":
         for piece in part[inner]:
             yield from _pieces(piece, inner)
@@ -88,23 +90,26 @@ def _check_pieces(where: str, pieces: list[dict[str, Any]]) -> None:
         if kind in ("Replace", "Split"):
             (form, pattern), *others = piece["pattern"].items()
             if others or not pattern or (form == "Regex" and pattern not in REGEXES):
-                raise ValueError(f"{where}: {kind} has a pattern that is not known to be harmless: {pattern!r:.100}")
+                raise ValueError(f"{where}: {kind} has a pattern that is not on the allow-list: {pattern!r:.100}")
             longest = len(pattern) if form == "String" else 1
             if kind == "Replace" and len(piece["content"]) > longest:
-                raise ValueError(f"{where}: Replace makes texts longer")
+                raise ValueError(f"{where}: Replace makes the text longer")
         elif kind not in ONCE or kinds.count(kind) > 1:
-            raise ValueError(f"{where}: {kind!r:.100} is not known to be harmless, or is there twice")
+            raise ValueError(f"{where}: {kind!r:.100} is not on the allow-list, or occurs twice")
         elif kind == "Prepend" and len(piece["prepend"]) > LONGEST_PIECE:
             raise ValueError(f"{where}: Prepend has more than {LONGEST_PIECE} characters")
         elif kind == "Precompiled" and _longest_replacement(piece["precompiled_charsmap"]) > LONGEST_PIECE:
-            raise ValueError(f"{where}: Precompiled makes more than {LONGEST_PIECE} bytes of a character")
+            raise ValueError(f"{where}: Precompiled turns a character into more than {LONGEST_PIECE} bytes")
 
 
 def _longest_replacement(charsmap: str) -> int:
-    """Bytes of the longest text in a SentencePiece map: the size of an index, the index, and texts that end with 0."""
+    """Length in bytes of the longest replacement in a SentencePiece map.
+
+    A map holds the size of its index (4 bytes), the index, and the replacements, each of which ends with a zero byte.
+    """
     data = base64.b64decode(charsmap, validate=True)
     size = int.from_bytes(data[:4], "little")
     texts = data[4 + size - size % 4 :]
-    if len(data) < 4 + size or not texts.decode().endswith("\0"):  # The library panics, which is no Exception.
-        raise ValueError("normalizer: Precompiled is cut short")
+    if len(data) < 4 + size or not texts.decode().endswith("\0"):  # The library would panic; that is no Exception.
+        raise ValueError("normalizer: Precompiled is truncated")
     return max(map(len, texts.split(b"\0")))

@@ -65,8 +65,8 @@ class Video(Vision):
         clips: Count = 4
         """Clips in evaluation, linearly spaced, whose embeddings are averaged."""
         crops: Count = 1
-        """Crops of each clip in evaluation, spaced along the longer side, whose embeddings are averaged. 1: the centre,
-        as in the paper; other protocols take 3."""
+        """Crops per clip in evaluation, evenly spaced along the longer side; their embeddings are averaged. 1: the
+        center crop, as in the paper. Other protocols use 3."""
         flip: bool = False
         """Mirror half of the training clips; off, because captions tell left from right."""
         jitter: Share = 0.0
@@ -137,8 +137,11 @@ class Video(Vision):
 
 
 def crop_windows(size: tuple[int, int], target: tuple[int, int], crops: int) -> list[tuple[slice, slice, slice]]:
-    """Which pixels of frames (H, W) each of several crops is made of: windows of the target's aspect, as large as fit,
-    linearly spaced; a single crop is made of all."""
+    """Index of the pixels of frames (T, H, W) that each crop is made from.
+
+    The windows have the target's aspect ratio, are as large as fits, and are linearly spaced. If `crops` is 1, the
+    window is the whole frame.
+    """
     if crops == 1:
         return [(slice(None),) * 3]
     scale = min(size[0] / target[0], size[1] / target[1])

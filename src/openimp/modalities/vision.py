@@ -20,9 +20,9 @@ CHANNELS = 3
 MARGIN = 1.15
 """Decoded pictures are this much larger than a view asks for, so that crops keep some detail."""
 ASPECT = 2
-"""Training crops are at most this much wider or taller than the view."""
+"""The aspect ratio of a training crop differs from the view's by at most this factor."""
 JITTERED = 0.8
-"""Share of the training pictures whose colors are changed."""
+"""Share of the training pictures to which color jitter is applied."""
 
 
 class Vision(Modality):
@@ -37,12 +37,12 @@ class Vision(Modality):
         patch: Triple = (4, 16, 16)
         """Frames, height and width (pixels) of a patch."""
         tables: Triple = (16, 32, 32)
-        """Rows of the position table of each axis. A patch's row is its relative place along the axis, so a table must
+        """Rows of the position table of each axis. A patch's row is its relative place along the axis. A table must
         have at least as many rows as the largest input has patches."""
         absolute: dict[Literal["frames", "height", "width"], Count] = Field({})
-        """Axes whose positions are absolute, with the frames or pixels that the table spans: with `{frames: 64}` the
-        eighth frame has the same position in a clip of 8 frames as in one of 16. Left out: relative, as in the paper.
-        """
+        """Axes with absolute positions, and the number of frames or pixels that each table spans. With `{frames: 64}`
+        the eighth frame has the same position in a clip of 8 frames as in a clip of 16. The positions along other axes
+        are relative, as in the paper."""
 
         fps: Positive | None = None
         """Frames per second that clips are resampled to when they are read, for clips of different rates: a view's
@@ -57,15 +57,15 @@ class Vision(Modality):
         """Share of tokens dropped in training (DropToken); the paper: 0.75 for 16 frames of 256 pixels."""
         crop: Annotated[float, Field(gt=0, le=1)] = 0.5
         """Smallest share of the picture's area that a training crop shows (Inception crop; the paper: 0.5). 1: the
-        center, whole."""
+        largest center crop."""
         flip: bool = True
         """Mirror half of the training pictures; turn it off where captions tell left from right."""
         jitter: Share = 0.2
-        """Brightness, contrast and saturation of four in five training pictures change by a factor of at most 1 ± this;
-        0: not at all."""
+        """Largest change of brightness, contrast and saturation, in four of five training pictures: each is multiplied
+        by a random factor between 1 - jitter and 1 + jitter. 0: no change."""
         crop_pct: Annotated[float, Field(gt=0, le=1)] = 8 / 9
-        """Share of the shorter side that evaluation shows, from the center (timm's word; the release resizes to 288
-        pixels and shows 256). 1: all of it, for pictures that fill their frame."""
+        """Share of the shorter side that evaluation's center crop keeps (timm has the same option; the release resizes
+        to 288 pixels and keeps 256). 1: all of it, for pictures whose content fills the frame."""
 
         @property
         def hw(self) -> tuple[int, int]:
@@ -102,7 +102,7 @@ class Vision(Modality):
         box, mirror, colours = centre_box(frames.shape[1:3], view.hw, view.crop_pct), False, None
         background: tuple[int, ...] = (255, 255, 255)
         if rng is not None:
-            draw = rng.random(12).tolist()  # always as many, so that an option does not change the crops of a seed
+            draw = rng.random(12).tolist()  # Always 12, so that options do not change a seed's crops.
             box = centre_box(frames.shape[1:3], view.hw)
             if view.crop < 1:
                 box = inception_box(frames.shape[1:3], view.hw, view.crop, draw[:4])
@@ -154,7 +154,7 @@ def shrunk_size(size: tuple[int, int], views: list[Any]) -> tuple[int, int]:
 
 
 def centre_box(size: tuple[int, int], target: tuple[int, int], share: float = 1.0) -> tuple[float, float, float, float]:
-    """The box (left, upper, right, lower) in the middle of a picture (H, W) with the target's aspect: the largest that
+    """The center box (left, upper, right, lower) of a picture (H, W): the largest with the target's aspect ratio that
     fits, scaled by `share`."""
     scale = min(size[0] / target[0], size[1] / target[1]) * share
     return _box(size, target[0] * scale, target[1] * scale, 0.5, 0.5)

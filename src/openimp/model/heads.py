@@ -7,6 +7,7 @@ from openimp.model.init import linear
 from openimp.model.kernels import gelu
 
 MIN_TEMPERATURE = 0.01
+"""Lower bound of a learned temperature; the scale 1 / temperature is then at most 100, as in CLIP."""
 
 
 class Projection(nn.Module):
@@ -25,27 +26,27 @@ class Projection(nn.Module):
 class Temperature(nn.Module):
     """The learned temperature of one pair of modalities, and a bias that only the sigmoid loss uses.
 
-    The temperature itself is the parameter, as in the authors' release, and not its logarithm, as in CLIP.
+    The parameter is the temperature itself, as in the authors' release; CLIP learns its logarithm.
     """
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
-        # One element each and not scalars, which FSDP2 cannot shard.
+        # Both have one element and are not scalars, because FSDP2 cannot shard scalars.
         self.temperature = nn.Parameter(torch.tensor([temperature]))
         # SigLIP's start (arXiv 2303.15343, section 3.2): most pairs are negatives, so begin near "no".
         self.bias = nn.Parameter(torch.tensor([-10.0]))
 
     @property
     def scale(self) -> Tensor:
-        """What similarities are multiplied by: 1 / temperature."""
+        """The factor of the similarities: 1 / temperature."""
         return 1 / self.temperature
 
     @torch.no_grad()
     def limit(self) -> None:
-        """Keeps the scale at most 100, after each update, as CLIP does (arXiv 2103.00020, section 2.5).
+        """Clamps the scale to at most 100; called after each update, as in CLIP (arXiv 2103.00020, section 2.5).
 
-        In the forward pass a limit would leave no gradient to come back by. A parameter without a gradient was not
-        updated on this rank; another one may be updating it.
+        A clamp in the forward pass would have no gradient beyond the limit, so the temperature could never return.
+        If the parameter has no gradient, this rank did not update it; another rank may have.
         """
         if self.temperature.grad is not None:
             self.temperature.clamp_(min=MIN_TEMPERATURE)

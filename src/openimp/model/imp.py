@@ -28,7 +28,7 @@ class IMP(Embedder):
         stems: what each stem embeds, by stem name.
         stem_of: the stem that each modality uses; modalities may share one.
         pairs: the pairs of modalities that are trained to agree; each has a temperature and, in a disjoint space, a
-            head for either direction, which modalities of one stem share unless `config.share_heads` is off.
+            head per direction. Modalities with the same stem share both unless `config.share_heads` is false.
         classes: the size of each classification head, by head name.
     """
 
@@ -135,7 +135,7 @@ class IMP(Embedder):
         return module
 
     def head_name(self, source: str, target: str) -> str:
-        """The projection that takes `source` to the space that it shares with `target`."""
+        """The name of the projection that maps `source` to the space that it shares with `target`."""
         source, target = self.head_of[source], self.head_of[target]
         return source if self.config.space == "joint" else f"{source}-to-{target}"
 

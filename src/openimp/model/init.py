@@ -3,11 +3,11 @@
 from torch import Tensor, nn
 
 TRUNCATED_STD = 0.87962566103423978
-"""Standard deviation of a standard normal distribution that is cut off at two of its standard deviations."""
+"""Standard deviation of a standard normal distribution truncated at -2 and 2."""
 
 
 def lecun_normal_(weight: Tensor, fan_in: int) -> None:
-    """Fills a weight from a normal distribution, cut off at two standard deviations, of variance 1 / fan_in."""
+    """Fills a weight from a normal distribution of variance 1 / fan_in, truncated at two standard deviations."""
     std = fan_in**-0.5 / TRUNCATED_STD
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
