@@ -275,7 +275,7 @@ def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path
         ),
         (
             ", classes: {0: a, 1: b, 2: c}, prompts: [picture]}",
-            "prompt 'picture' needs one {} where the class' text goes",
+            "prompt 'picture' needs one plain {} where the class' text goes",
         ),
     ):
         (own_data / "other.yaml").write_text(changed + f"    numbers: {numbers}{texts}\n")

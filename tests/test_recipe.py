@@ -138,6 +138,12 @@ def test_a_mistake_is_told_in_one_sentence_that_names_file_and_key(file, change)
     assert message.startswith(f"{file}: {REFUSED[change]}")
 
 
+def test_sync_of_a_cached_source_is_refused(file):
+    """Its cache keeps parts of long recordings, so a share of their length would be another moment."""
+    with pytest.raises(UserError, match=r"tasks.named.views: sync needs .* sources.pictures.cache keeps parts"):
+        Recipe.load(file, ["tasks.named.views.0.sync=true", "sources.pictures.cache=memory"])
+
+
 def test_no_task_at_all_is_refused(file):
     with pytest.raises(UserError, match="every task has weight 0; nothing would be trained"):
         Recipe.load(file, ["tasks.named.weight=0", "tasks.heard.weight=0"])

@@ -375,6 +375,11 @@ class Recipe(Strict):
         for task_name, task in self.tasks.items():
             key = f"{where}: tasks.{task_name}"
             self._bind_user(key, task, {f"{key}.views[{i}]": view for i, view in enumerate(task.views)})
+            if any(view.sync for view in task.views) and self.sources[task.source].cache != "none":
+                raise UserError(
+                    f"{key}.views: sync needs recordings as they are, and sources.{task.source}.cache keeps parts of "
+                    "long ones; drop one of the two"
+                )
             for objective in task.objectives:
                 _check_objective(key, objective, task.inputs)
                 if isinstance(objective, Classification):

@@ -249,9 +249,7 @@ class Training:
         """
         visit, recipe = loaded.visit, self.recipe
         if recipe.optimizer.zero_grads:
-            for parameter in self.exchange.own:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+            self.exchange.fill_with_zeros()
         norm = self.exchange.clip(recipe.optimizer.clip or math.inf)
         # This waits for a GPU to end the backward pass: the price of never updating with what is not finite.
         self.grad_norm = float(norm)
