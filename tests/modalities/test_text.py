@@ -290,6 +290,7 @@ def _split(regex: str) -> dict[str, Any]:
         (_file(_precompiled(b"a", u65=2**31 + 2)), "a replacement that begins outside of its texts"),
         (_file(_precompiled("ä".encode(), u65=2**31 + 1)), "a replacement that begins outside of its texts"),
         (_file(model={"type": "Unigram", "vocab": [["a" * 1000, 0.0]]}), "a token of more than 256"),
+        (json.dumps({"model": {"vocab": [["a" * 1000, 0.0]], "unk_id": 0}}), "a token of more than 256"),
         (_file({"type": "Unheard"}), "'Unheard' is not on the allow-list"),
         (_file(model={"type": "BPE", "merges": [], "end_of_word_suffix": "a" * 10**6}), "end_of_word_suffix has more"),
         (_file(model={"type": "WordPiece", "max_input_chars_per_word": 10**9}), "max_input_chars_per_word is more"),

@@ -64,7 +64,8 @@ def open_tokenizer(text: str) -> Tokenizer:
         raise ValueError(
             f"added_tokens has more than {MOST_ADDED} tokens, or one that is empty or longer than {LONGEST_TOKEN}"
         )
-    if model.get("type") == "Unigram" and any(len(token) > LONGEST_TOKEN for token, _ in model["vocab"]):
+    vocab = model.get("vocab")  # A list in Unigram models only. Not all files have the type.
+    if isinstance(vocab, list) and any(len(token) > LONGEST_TOKEN for token, _ in vocab):
         raise ValueError(f"model.vocab has a token of more than {LONGEST_TOKEN} characters")
     for unused in ("padding", "truncation", "post_processor"):
         data[unused] = None
