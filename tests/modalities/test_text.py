@@ -296,6 +296,8 @@ def _split(regex: str) -> dict[str, Any]:
         (_file(model={"type": "WordPiece", "max_input_chars_per_word": 10**9}), "max_input_chars_per_word is more"),
         (_file(added_tokens=[{"id": 2, "content": "a" * 10**6}]), "added_tokens has more"),
         (_file(added_tokens=[{"id": i, "content": f"a{i}"} for i in range(2**14 + 1)]), "added_tokens has more"),
+        (_file(model={"vocab": {"a": 2**31}, "unk_token": "a"}), "the vocabulary is empty, or has an id above 1048575"),
+        (_file(model={"type": "BPE", "vocab": {}, "merges": []}), "the vocabulary is empty"),
         ("[" * 200_000, "recursion"),
         ("[]", "the file has no model"),
         (_file(model={"type": "Pickle"}), "variant"),

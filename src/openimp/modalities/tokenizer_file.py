@@ -40,6 +40,8 @@ LONGEST_WORD = 1000
 MOST_ADDED, LONGEST_TOKEN = 2**14, 256
 """Most added tokens, and most characters of an added token or a Unigram token. Unigram's time grows with its longest
 token."""
+MOST_IDS = 2**20
+"""Most ids, for each of which the model's table has a row. The largest known vocabulary, of XLM-V, has 0.9 million."""
 
 
 def open_tokenizer(text: str) -> Tokenizer:
@@ -72,7 +74,10 @@ def open_tokenizer(text: str) -> Tokenizer:
     if (data.get("decoder") or {}).get("type") != "ByteLevel":  # The one that openimp's own tokenizers have.
         data["decoder"] = None
     # Not from `text`: in it a key might occur twice, and only one of its values was checked.
-    return Tokenizer.from_str(json.dumps(data))
+    tokenizer = Tokenizer.from_str(json.dumps(data))
+    if not 0 <= max(tokenizer.get_vocab().values(), default=-1) < MOST_IDS:
+        raise ValueError(f"the vocabulary is empty, or has an id above {MOST_IDS - 1}")
+    return tokenizer
 
 
 def _pieces(part: Any, inner: str) -> Iterator[dict[str, Any]]:
