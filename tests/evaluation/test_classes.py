@@ -103,9 +103,9 @@ def test_the_interval_of_splits_is_that_of_drawing_examples():
 def setup(tmp_path, tiny_recipe, tiny_model):
     """Pictures with rows of columns, and a model that has been trained (not at all) to classify others of them."""
 
-    def make(rows, options, loss="softmax", classes=COLOURS, view={"size": 16}):  # noqa: B006
+    def make(rows, options, loss="softmax", classes=COLOURS, view={"size": 16}, pictures=None):  # noqa: B006
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-        columns["picture"] = [png(i) for i in range(len(rows))]
+        columns["picture"] = pictures or [png(i) for i in range(len(rows))]
         pq.write_table(pa.table(columns), tmp_path / "r.parquet")
         named = {"type": "contrastive"}
         head = {"type": "classification", "label": "colour", "loss": loss, "classes": classes}
@@ -193,6 +193,14 @@ def test_rows_of_lists_are_ranked_by_the_names_of_classes(setup):
     expected = [average_precision_score([i >> j & 1 for i in range(8)], similar[:, j]) for j in range(3)]
     assert result["map"] == pytest.approx(np.mean(expected))
     assert (result["candidates"], result["prompts"]) == (4, ["a {} square"])
+
+
+def test_rows_without_any_class_have_no_figure(setup):
+    """The one row with a class cannot be read."""
+    rows = [{"colour": []}, {"colour": ["red"]}]
+    model, recipe, modalities, known = setup(rows, HEAD, "sigmoid", pictures=[png(0), b"broken"])
+    with pytest.raises(UserError, match="evaluation.sets.held out: none of the 1 rows .* has a class in column 'colour'"):
+        evaluate(model, recipe, modalities, classes=known)
 
 
 def test_splits_may_overlap(setup):

@@ -150,7 +150,14 @@ def read_labels(
 
 
 def judge(
-    query: str, target: str, z_NZ: Tensor, classes_KZ: Tensor, row: np.ndarray, labels: Labels, names: list[Any]
+    query: str,
+    target: str,
+    z_NZ: Tensor,
+    classes_KZ: Tensor,
+    row: np.ndarray,
+    labels: Labels,
+    names: list[Any],
+    where: str,
 ) -> Classified | Tagged:
     """Predicts the classes of examples by dot product, and pairs the predictions with the labels.
 
@@ -162,12 +169,18 @@ def judge(
         row: (N,) int64, the source's row of each example.
         labels: the labels of all rows.
         names: the names of the classes, in results.
+        where: the key in the recipe, for error messages.
+
+    Raises:
+        UserError: no example has a class.
     """
     index, truths = _index(labels.classes), [labels.values[i] for i in row]
     if labels.lists:
         hot_NK = np.zeros((len(row), len(names)), bool)
         for i, truth in enumerate(truths):
             hot_NK[i, [index[as_text(label)] for label in truth or []]] = True
+        if not hot_NK.any():
+            raise UserError(f"{where}: none of the {len(row)} rows that can be read has a class in column {target!r}")
         return Tagged(query, target, (z_NZ @ classes_KZ.T).cpu().numpy(), hot_NK)
     truth_N = np.array([index[as_text(label)] for label in truths], np.int64)
     rank_N = ranks(z_NZ, classes_KZ, np.stack([np.arange(len(row)), truth_N], axis=1))
