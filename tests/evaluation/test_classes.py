@@ -244,6 +244,14 @@ def test_a_head_that_cannot_be_asked_is_told(setup, rows, options, loss, message
     assert "\n" not in str(error.value)
 
 
+def test_a_split_of_unreadable_rows_is_named(setup):
+    rows = [{"colour": "red", "part": [1]}, {"colour": "blue", "part": [1, 2]}]
+    options = {"type": "zero_shot", "label": "colour", "splits": "part"}
+    model, recipe, modalities, _ = setup(rows, options, pictures=[png(0), b"broken"])
+    with pytest.raises(UserError, match="evaluation.sets.held out: no row of split '2' can be read"):
+        evaluate(model, recipe, modalities)
+
+
 def test_a_row_in_no_split_is_named(setup):
     rows = [{"colour": "red", "part": [1]}, {"colour": "blue", "part": []}]
     model, recipe, modalities, _ = setup(rows, {"type": "zero_shot", "label": "colour", "splits": "part"})

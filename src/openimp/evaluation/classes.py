@@ -172,7 +172,7 @@ def judge(
         where: the key in the recipe, for error messages.
 
     Raises:
-        UserError: no example has a class.
+        UserError: no example has a class, or a split has no example.
     """
     index, truths = _index(labels.classes), [labels.values[i] for i in row]
     if labels.lists:
@@ -184,10 +184,13 @@ def judge(
         return Tagged(query, target, (z_NZ @ classes_KZ.T).cpu().numpy(), hot_NK)
     truth_N = np.array([index[as_text(label)] for label in truths], np.int64)
     rank_N = ranks(z_NZ, classes_KZ, np.stack([np.arange(len(row)), truth_N], axis=1))
-    splits: dict[str, list[int]] = {}
+    splits: dict[str, list[int]] = {as_text(split): [] for of_row in labels.splits or () for split in of_row}
     for i, of_row in enumerate([labels.splits[i] for i in row] if labels.splits else ()):
         for split in of_row:
-            splits.setdefault(as_text(split), []).append(i)
+            splits[as_text(split)].append(i)
+    for name, some in splits.items():
+        if not some:
+            raise UserError(f"{where}: no row of split {name!r} can be read; leave the split out with where")
     parts = {name: np.array(splits[name]) for name in sorted(splits)}
     return Classified(query, target, names, row, truth_N, _most_similar(z_NZ, classes_KZ), rank_N, parts)
 
