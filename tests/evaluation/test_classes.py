@@ -244,6 +244,14 @@ def test_a_head_that_cannot_be_asked_is_told(setup, rows, options, loss, message
     assert "\n" not in str(error.value)
 
 
+def test_a_number_and_its_text_are_not_two_classes(setup):
+    """The last of them would have had the rows of both."""
+    model, recipe, modalities, known = setup([{"colour": "1"}], HEAD, classes=["1", "2"])
+    known["trained:colour"][1] = 1
+    with pytest.raises(UserError, match="column 'colour' of source rows: class '1' and another class are both '1' as"):
+        open_sets(model, recipe, modalities, classes=known)
+
+
 def test_a_split_of_unreadable_rows_is_named(setup):
     rows = [{"colour": "red", "part": [1]}, {"colour": "blue", "part": [1, 2]}]
     options = {"type": "zero_shot", "label": "colour", "splits": "part"}

@@ -129,7 +129,8 @@ def read_labels(
         splits: the column with the test splits; None if there are no splits.
 
     Raises:
-        UserError: a column is missing, or a row has no class, an unknown class, or no split.
+        UserError: a column is missing, or a row has no class, an unknown class, or no split, or two classes are equal
+            as text.
     """
     table.require([column, *([splits] if splits else [])], where)
     values, name = table.column(column), f"{where}: column {column!r} of source {table.name}"
@@ -146,6 +147,10 @@ def read_labels(
             if (text := as_text(label)) not in texts:
                 raise UserError(f"{name}: unknown class {label!r}{nearest(text, texts)}")
         classes = list(known)
+    index = _index(classes)
+    for i, label in enumerate(classes):
+        if index[as_text(label)] != i:
+            raise UserError(f"{name}: class {label!r} and another class are both {as_text(label)!r} as text; rename one")
     return Labels(values, classes, lists, _splits(table, splits, where, lists) if splits else None)
 
 
