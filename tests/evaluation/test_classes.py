@@ -103,9 +103,9 @@ def test_the_interval_of_splits_is_that_of_drawing_examples():
 def setup(tmp_path, tiny_recipe, tiny_model):
     """Pictures with rows of columns, and a model that has been trained (not at all) to classify others of them."""
 
-    def make(rows, options, loss="softmax", classes=COLOURS, view={"size": 16}):  # noqa: B006
+    def make(rows, options, loss="softmax", classes=COLOURS, view={"size": 16}, pictures=None):  # noqa: B006
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-        columns["picture"] = [png(i) for i in range(len(rows))]
+        columns["picture"] = pictures or [png(i) for i in range(len(rows))]
         pq.write_table(pa.table(columns), tmp_path / "r.parquet")
         named = {"type": "contrastive"}
         head = {"type": "classification", "label": "colour", "loss": loss, "classes": classes}
@@ -195,6 +195,14 @@ def test_rows_of_lists_are_ranked_by_the_names_of_classes(setup):
     assert (result["candidates"], result["prompts"]) == (4, ["a {} square"])
 
 
+def test_rows_without_any_class_have_no_figure(setup):
+    """The one row with a class cannot be read."""
+    rows = [{"colour": []}, {"colour": ["red"]}]
+    model, recipe, modalities, known = setup(rows, HEAD, "sigmoid", pictures=[png(0), b"broken"])
+    with pytest.raises(UserError, match="evaluation.sets.held out: none of the 1 rows .* has a class in column 'colour'"):
+        evaluate(model, recipe, modalities, classes=known)
+
+
 def test_splits_may_overlap(setup):
     rows = [{"colour": COLOURS[i % 4], "part": [[1], [1, 2], [2]][i % 3]} for i in range(9)]
     options = {"type": "zero_shot", "label": "colour", "splits": "part"}
@@ -234,6 +242,22 @@ def test_a_head_that_cannot_be_asked_is_told(setup, rows, options, loss, message
         make_and_open()
     assert "evaluation.sets.held out" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_number_and_its_text_are_not_two_classes(setup):
+    """The last of them would have had the rows of both."""
+    model, recipe, modalities, known = setup([{"colour": "1"}], HEAD, classes=["1", "2"])
+    known["trained:colour"][1] = 1
+    with pytest.raises(UserError, match="column 'colour' of source rows: class '1' and another class are both '1' as"):
+        open_sets(model, recipe, modalities, classes=known)
+
+
+def test_a_split_of_unreadable_rows_is_named(setup):
+    rows = [{"colour": "red", "part": [1]}, {"colour": "blue", "part": [1, 2]}]
+    options = {"type": "zero_shot", "label": "colour", "splits": "part"}
+    model, recipe, modalities, _ = setup(rows, options, pictures=[png(0), b"broken"])
+    with pytest.raises(UserError, match="evaluation.sets.held out: no row of split '2' can be read"):
+        evaluate(model, recipe, modalities)
 
 
 def test_a_row_in_no_split_is_named(setup):

@@ -243,12 +243,12 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-def _charsmap(replacement: bytes) -> str:
-    return base64.b64encode((4).to_bytes(4, "little") + bytes(4) + replacement + b"\0").decode()
-
-
-def _precompiled(replacement: bytes) -> dict[str, str]:
-    return {"type": "Precompiled", "precompiled_charsmap": _charsmap(replacement)}
+def _precompiled(replacement: bytes, size: int = 256, **changes: int) -> dict[str, str]:
+    """A map of "A" to a text, in an index of so many units, some of which are changed."""
+    units = {"u0": 1 << 10, "u64": ord("A") | 1 << 8 | 1 << 10, "u65": 2**31} | changes
+    index = b"".join(units.get(f"u{i}", 0).to_bytes(4, "little") for i in range(size))
+    charsmap = len(index).to_bytes(4, "little") + index + replacement + b"\0"
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
 
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -283,12 +283,21 @@ def _split(regex: str) -> dict[str, Any]:
         (_file(_precompiled(b"a" * 10**6)), "Precompiled turns a character into more than 64 bytes"),
         (_file({"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "Precompiled is truncated"),
         (_file(_precompiled(b"\xff")), "codec can't decode"),
+        (_file(_precompiled(b"a", size=0)), "an index that leads out of itself"),
+        (_file(_precompiled(b"a", size=66)), "an index that leads out of itself"),
+        (_file(_precompiled(b"a", u0=2**31 + (256 << 10))), "an index that leads out of itself"),
+        (_file(_precompiled(b"a", u64=ord("A") | 1 << 9 | 1 << 10)), "an index that leads out of itself"),
+        (_file(_precompiled(b"a", u65=2**31 + 2)), "a replacement that begins outside of its texts"),
+        (_file(_precompiled("ä".encode(), u65=2**31 + 1)), "a replacement that begins outside of its texts"),
         (_file(model={"type": "Unigram", "vocab": [["a" * 1000, 0.0]]}), "a token of more than 256"),
+        (json.dumps({"model": {"vocab": [["a" * 1000, 0.0]], "unk_id": 0}}), "a token of more than 256"),
         (_file({"type": "Unheard"}), "'Unheard' is not on the allow-list"),
         (_file(model={"type": "BPE", "merges": [], "end_of_word_suffix": "a" * 10**6}), "end_of_word_suffix has more"),
         (_file(model={"type": "WordPiece", "max_input_chars_per_word": 10**9}), "max_input_chars_per_word is more"),
         (_file(added_tokens=[{"id": 2, "content": "a" * 10**6}]), "added_tokens has more"),
         (_file(added_tokens=[{"id": i, "content": f"a{i}"} for i in range(2**14 + 1)]), "added_tokens has more"),
+        (_file(model={"vocab": {"a": 2**31}, "unk_token": "a"}), "the vocabulary is empty, or has an id above 1048575"),
+        (_file(model={"type": "BPE", "vocab": {}, "merges": []}), "the vocabulary is empty"),
         ("[" * 200_000, "recursion"),
         ("[]", "the file has no model"),
         (_file(model={"type": "Pickle"}), "variant"),
@@ -322,7 +331,7 @@ def test_padding_and_decoders_of_a_model_are_left_out():
         _file([{"type": "Prepend", "prepend": "▁"}, _replace({"String": " "}, "▁")]),
         _file({"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None,
                "lowercase": True}, {"type": "BertPreTokenizer"}),
-        _file([_replace({"Regex": " {2,}"}, " ")],
+        _file([_precompiled(b"a"), _replace({"Regex": " {2,}"}, " ")],
               [{"type": "WhitespaceSplit"}, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}]),
     ],
     ids=["CLIP", "Llama 3", "Llama 2", "BERT", "T5"],
@@ -331,3 +340,9 @@ def test_tokenizers_of_well_known_models_are_opened(file):
     text = Text(Text.Config())
     text.load_state({"tokenizer.json": file})
     assert text.tokenize("a b", length=4).shape == (1, 4)
+
+
+def test_a_sentencepiece_map_is_applied():
+    text = Text(Text.Config())
+    text.load_state({"tokenizer.json": _file(_precompiled(b"a"))})
+    assert text.tokenize(["A", "B"], length=3).tolist() == [[2, END, PAD], [3, END, PAD]]

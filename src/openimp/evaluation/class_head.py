@@ -56,7 +56,7 @@ def classify(
     # The bias is the weight of a feature that is always 1.
     weights_KD = torch.cat([head.weight, head.bias[:, None]], dim=1).detach()
     features_ND = F.pad(encoded.embeddings[torch.from_numpy(encoded.item[counted.row])], (0, 1), value=1.0)
-    return judge(seen, options.label, features_ND, weights_KD, counted.row, labels, labels.classes), counted
+    return judge(seen, options.label, features_ND, weights_KD, counted.row, labels, labels.classes, where), counted
 
 
 def check(

@@ -129,7 +129,8 @@ def read_labels(
         splits: the column with the test splits; None if there are no splits.
 
     Raises:
-        UserError: a column is missing, or a row has no class, an unknown class, or no split.
+        UserError: a column is missing, or a row has no class, an unknown class, or no split, or two classes are equal
+            as text.
     """
     table.require([column, *([splits] if splits else [])], where)
     values, name = table.column(column), f"{where}: column {column!r} of source {table.name}"
@@ -146,11 +147,22 @@ def read_labels(
             if (text := as_text(label)) not in texts:
                 raise UserError(f"{name}: unknown class {label!r}{nearest(text, texts)}")
         classes = list(known)
+    index = _index(classes)
+    for i, label in enumerate(classes):
+        if index[as_text(label)] != i:
+            raise UserError(f"{name}: class {label!r} and another class are both {as_text(label)!r} as text; rename one")
     return Labels(values, classes, lists, _splits(table, splits, where, lists) if splits else None)
 
 
 def judge(
-    query: str, target: str, z_NZ: Tensor, classes_KZ: Tensor, row: np.ndarray, labels: Labels, names: list[Any]
+    query: str,
+    target: str,
+    z_NZ: Tensor,
+    classes_KZ: Tensor,
+    row: np.ndarray,
+    labels: Labels,
+    names: list[Any],
+    where: str,
 ) -> Classified | Tagged:
     """Predicts the classes of examples by dot product, and pairs the predictions with the labels.
 
@@ -162,19 +174,28 @@ def judge(
         row: (N,) int64, the source's row of each example.
         labels: the labels of all rows.
         names: the names of the classes, in results.
+        where: the key in the recipe, for error messages.
+
+    Raises:
+        UserError: no example has a class, or a split has no example.
     """
     index, truths = _index(labels.classes), [labels.values[i] for i in row]
     if labels.lists:
         hot_NK = np.zeros((len(row), len(names)), bool)
         for i, truth in enumerate(truths):
             hot_NK[i, [index[as_text(label)] for label in truth or []]] = True
+        if not hot_NK.any():
+            raise UserError(f"{where}: none of the {len(row)} rows that can be read has a class in column {target!r}")
         return Tagged(query, target, (z_NZ @ classes_KZ.T).cpu().numpy(), hot_NK)
     truth_N = np.array([index[as_text(label)] for label in truths], np.int64)
     rank_N = ranks(z_NZ, classes_KZ, np.stack([np.arange(len(row)), truth_N], axis=1))
-    splits: dict[str, list[int]] = {}
+    splits: dict[str, list[int]] = {as_text(split): [] for of_row in labels.splits or () for split in of_row}
     for i, of_row in enumerate([labels.splits[i] for i in row] if labels.splits else ()):
         for split in of_row:
-            splits.setdefault(as_text(split), []).append(i)
+            splits[as_text(split)].append(i)
+    for name, some in splits.items():
+        if not some:
+            raise UserError(f"{where}: no row of split {name!r} can be read; leave the split out with where")
     parts = {name: np.array(splits[name]) for name in sorted(splits)}
     return Classified(query, target, names, row, truth_N, _most_similar(z_NZ, classes_KZ), rank_N, parts)
 

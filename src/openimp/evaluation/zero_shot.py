@@ -58,7 +58,7 @@ def classify(
     )
     counted = readable_rows(table, [encoded], where, labels.values)
     z_NZ = encoded.embeddings[torch.from_numpy(encoded.item[counted.row])]
-    return judge(seen, options.label, z_NZ, classes_KZ, counted.row, labels, texts), counted
+    return judge(seen, options.label, z_NZ, classes_KZ, counted.row, labels, texts, where), counted
 
 
 def check(

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 ONCE = {
@@ -39,6 +40,8 @@ LONGEST_WORD = 1000
 MOST_ADDED, LONGEST_TOKEN = 2**14, 256
 """Most added tokens, and most characters of an added token or a Unigram token. Unigram's time grows with its longest
 token."""
+MOST_IDS = 2**20
+"""Most ids, for each of which the model's table has a row. The largest known vocabulary, of XLM-V, has 0.9 million."""
 
 
 def open_tokenizer(text: str) -> Tokenizer:
@@ -63,14 +66,18 @@ def open_tokenizer(text: str) -> Tokenizer:
         raise ValueError(
             f"added_tokens has more than {MOST_ADDED} tokens, or one that is empty or longer than {LONGEST_TOKEN}"
         )
-    if model.get("type") == "Unigram" and any(len(token) > LONGEST_TOKEN for token, _ in model["vocab"]):
+    vocab = model.get("vocab")  # A list in Unigram models only. Not all files have the type.
+    if isinstance(vocab, list) and any(len(token) > LONGEST_TOKEN for token, _ in vocab):
         raise ValueError(f"model.vocab has a token of more than {LONGEST_TOKEN} characters")
     for unused in ("padding", "truncation", "post_processor"):
         data[unused] = None
     if (data.get("decoder") or {}).get("type") != "ByteLevel":  # The one that openimp's own tokenizers have.
         data["decoder"] = None
     # Not from `text`: in it a key might occur twice, and only one of its values was checked.
-    return Tokenizer.from_str(json.dumps(data))
+    tokenizer = Tokenizer.from_str(json.dumps(data))
+    if not 0 <= max(tokenizer.get_vocab().values(), default=-1) < MOST_IDS:
+        raise ValueError(f"the vocabulary is empty, or has an id above {MOST_IDS - 1}")
+    return tokenizer
 
 
 def _pieces(part: Any, inner: str) -> Iterator[dict[str, Any]]:
@@ -103,13 +110,25 @@ def _check_pieces(where: str, pieces: list[dict[str, Any]]) -> None:
 
 
 def _longest_replacement(charsmap: str) -> int:
-    """Length in bytes of the longest replacement in a SentencePiece map.
+    """Length in bytes of the longest replacement in a SentencePiece map, whose every reference is checked.
 
     A map holds the size of its index (4 bytes), the index, and the replacements, each of which ends with a zero byte.
+    The index is a double array (of Darts-clone): bits 10 to 30 of a unit are the offset of its children, in units of
+    256 if bit 9 is set. Bit 8 tells that the first child is a value, which is the position of a replacement.
     """
     data = base64.b64decode(charsmap, validate=True)
     size = int.from_bytes(data[:4], "little")
     texts = data[4 + size - size % 4 :]
     if len(data) < 4 + size or not texts.decode().endswith("\0"):  # The library would panic; that is no Exception.
         raise ValueError("normalizer: Precompiled is truncated")
+    units = np.frombuffer(data, "<u4", size // 4, 4).astype(np.int64)
+    child = np.arange(len(units)) ^ (units >> 10 << (units >> 6 & 8))
+    inner = units < 2**31  # Others are values. They are never searched, except the first unit.
+    inner[:1] = True
+    if not len(units) or (child[inner] | 255).max() >= len(units):
+        raise ValueError("normalizer: Precompiled has an index that leads out of itself")
+    value = units[child[inner & (units >> 8 & 1 == 1)]] & (2**31 - 1)
+    starts = np.append(np.frombuffer(texts, np.uint8) & 0xC0 != 0x80, False)  # Where a character begins.
+    if not starts[np.minimum(value, len(texts))].all():
+        raise ValueError("normalizer: Precompiled has a replacement that begins outside of its texts or in a character")
     return max(map(len, texts.split(b"\0")))
