@@ -4,10 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from openimp.checkpoint import checkpoints, read_config
 from openimp.commands import run_eval
+from openimp.data.sources import open_source
 from openimp.errors import UserError
 from openimp.inference import load
 from openimp.metrics import read_lines
@@ -119,6 +122,26 @@ def test_no_way_out_of_the_folder_is_taken(foreign, private, source):
     recipe = read_config(foreign)[0]
     with pytest.raises(UserError, match=r"its recipe reads source sounds .* which is outside of this folder"):
         check_sources(foreign, foreign, recipe, ["tones"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_file_that_is_named_like_a_pattern_brings_in_no_other(foreign, private, stream):
+    """`locate` finds the file of that very name; `datasets` must not expand it again, nor read `::` as a URL in a URL."""
+    pq.write_table(pa.table({"caption": [SECRET]}), private.with_suffix(".parquet"))
+    for name in ("d/*.parquet", f"d::{private.parent}/private.parquet"):
+        (foreign / name).parent.mkdir(parents=True)
+        pq.write_table(pa.table({"caption": ["a"]}), foreign / name)
+        if "*" in name:
+            (foreign / "d" / "evil.parquet").symlink_to(private.with_suffix(".parquet"))
+        altered(foreign, sounds={"path": name, "stream": stream})
+        source = read_config(foreign)[0].sources["sounds"]
+        if "::" in name:
+            with pytest.raises(UserError, match="as a chain of URLs; rename it"):
+                open_source("sounds", source)
+            continue
+        opened = open_source("sounds", source)
+        rows = [row["caption"] for row in opened.read(0, 0, 2)] if stream else opened.column("caption")
+        assert {*rows} == {"a"}
 
 
 def test_data_in_the_folder_and_bundled_data_are_read(foreign, little_data, tmp_path):

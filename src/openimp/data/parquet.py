@@ -5,6 +5,7 @@ can unpack to terabytes. Therefore rows are unpacked in small batches and their 
 would unpack a whole row group before returning its first row.
 """
 
+import glob
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
+
+from openimp.data.files import is_url
 
 EXPANSION, SMALL = 100, 2**26
 """A file may unpack to `EXPANSION` times its size, or to `SMALL` bytes if that is more."""
@@ -29,7 +32,12 @@ def open_files(files: list[str], cache: str, streaming: bool) -> Any:
     Raises:
         Exception: a file cannot be read, or unpacks to more than the limit.
     """
-    builder = BoundedParquet(cache_dir=cache, data_files={"train": files})
+    local = [file for file in files if not is_url(file)]
+    if nested := [file for file in local if "::" in file]:
+        raise ValueError(f"`datasets` would read {nested[0]} as a chain of URLs; rename it")
+    # `datasets` takes names for patterns: a file whose own name is `*.parquet` would bring in all others beside it.
+    names = [glob.escape(file) if file in local else file for file in files]
+    builder = BoundedParquet(cache_dir=cache, data_files={"train": names})
     if streaming:
         return builder.as_streaming_dataset(split="train")
     builder.download_and_prepare()
