@@ -122,6 +122,12 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
     for content, told in (("{", "Expecting"), ("[" * 200_000, "recursion"), ("[]", "expected a JSON object")):
         (damaged / "config.json").write_text(content)
         assert re.search(f"config.json: damaged: .*{told}", refused("info", damaged))
+    shutil.copy(little_run / "checkpoints" / "step-00000012" / "tokenizer.json", damaged)
+    shutil.copy(little_run / "checkpoints" / "step-00000012" / "ema.safetensors", damaged)
+    config = json.loads((little_run / "checkpoints" / "step-00000012" / "config.json").read_text())
+    config["recipe"]["model"]["layers"] = 10**9
+    (damaged / "config.json").write_text(json.dumps(config))
+    assert "does not fit the model: 1000000000 layers in" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 4, "model": "IMP", "classes": {}}')
     assert "config.json: recipe is missing, or no object" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 99}')

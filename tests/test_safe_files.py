@@ -70,6 +70,32 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert file.read_text() == "old"
 
 
+def test_drafts_that_killed_processes_left_are_removed(victim, tmp_path):
+    old, new, link, other = (tmp_path / f".{name}.tmp" for name in
+                             ("file.0123456789abcdef", "file.fedcba9876543210", "file." + 16 * "0", "more." + 16 * "0"))  # fmt: skip
+    for draft in (old, new, other):
+        draft.touch()
+    link.symlink_to(victim)
+    for draft in (old, link, other):
+        os.utime(draft, (0, 0), follow_symlinks=False)
+    write_text(tmp_path / "file", "text")
+    assert [draft for draft in (old, new, link, other) if draft.is_symlink() or draft.exists()] == [new, link, other]
+
+
+def test_a_draft_is_closed_before_it_is_renamed(tmp_path, monkeypatch):
+    """Windows renames no open file."""
+    still_open = []
+
+    def rename(draft: Path, file: Path) -> None:
+        still_open.extend(link for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link) == str(draft))
+        draft.rename(file)
+
+    monkeypatch.setattr(os, "replace", rename)
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+    assert still_open == []
+
+
 def test_files_have_the_mode_that_the_umask_gives(tmp_path, little_data):
     before = os.umask(0o027)
     try:
@@ -109,6 +135,20 @@ def test_a_link_that_leads_out_of_a_run_is_refused(victim, tmp_path, little_data
             command()
 
 
+@pytest.mark.parametrize("place", ["metrics.jsonl", "skipped.jsonl", "recipe.yaml", "torchrun.job"])
+def test_a_pipe_in_a_run_is_refused_and_not_waited_for(tmp_path, little_data, little_run, place):
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
+    (run / place).unlink(missing_ok=True)
+    os.mkfifo(run / place)
+    for command in (
+        lambda: write_report(run),
+        lambda: openimp.load(run),
+        lambda: train(Recipe.load(little_data / "recipe.yaml"), run, resume=True),
+    ):
+        with pytest.raises(UserError, match=f"{place}: is no regular file"):
+            command()
+
+
 def test_links_that_stay_inside_and_those_of_the_hubs_cache_are_followed(tmp_path, little_run, tiny_model_folder):
     run = Path(shutil.copytree(little_run, tmp_path / "run"))
     (run / "checkpoints" / "best").symlink_to(checkpoints(run)[-1].name)
@@ -127,8 +167,18 @@ def test_links_that_stay_inside_and_those_of_the_hubs_cache_are_followed(tmp_pat
 def test_cache_folders_are_the_users_alone(tmp_path, monkeypatch, foreign_folder):
     monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
     assert [mode(path) for path in (cache_folder("decoded"), tmp_path / "cache")] == [0o700, 0o700]
-    (tmp_path / "cache" / "decoded").chmod(0o777)
-    assert mode(cache_folder("decoded")) == 0o755
+    before = os.umask(0o002)
+    try:
+        own_folder(tmp_path / "a" / "b" / "c")
+    finally:
+        os.umask(before)
+    assert [mode(tmp_path / path) for path in ("a", "a/b", "a/b/c")] == [0o700] * 3
+    for folder in (tmp_path / "cache" / "decoded", tmp_path / "cache"):
+        for others in (0o777, 0o720):
+            folder.chmod(others)
+            with pytest.raises(UserError, match="other users can write to it, so what it holds cannot be trusted"):
+                cache_folder("decoded")
+        folder.chmod(0o700)
     (tmp_path / "link").symlink_to(foreign_folder)
     for folder in (foreign_folder, tmp_path / "link"):
         with pytest.raises(UserError, match="belongs to another user; set OPENIMP_CACHE to a folder of your own"):

@@ -1,20 +1,24 @@
 """What `eval` and `report` read because a model's own recipe names it: anything for whoever trained it, else little."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from openimp.checkpoint import checkpoints, read_config
 from openimp.commands import run_eval
+from openimp.data.sources import open_source
 from openimp.errors import UserError
 from openimp.inference import load
 from openimp.metrics import read_lines
 from openimp.recipe import Recipe
 from openimp.report import write_report
 from openimp.train import train
-from openimp.trust import check_sources
+from openimp.trust import KNOWN, check_sources
 
 SECRET = "a low tone, for my eyes only"
 
@@ -51,8 +55,8 @@ def test_a_foreign_recipe_reads_no_private_file(foreign, private, tmp_path):
     assert "tones is not measured again" in page
     assert "colours is not measured again" in page, "the data that it was trained with is no business of its either"
     told = (
-        f"{foreign}: you did not train this model on this machine, and its recipe reads source sounds ({private}), "
-        "which is outside of this folder; add --allow-sources if you trust the recipe"
+        f"{foreign}: you did not train this model on this machine, and evaluation set tones of its recipe reads source "
+        f"sounds ({private}), which is outside of this folder; add --allow-sources if you trust the recipe"
     )
     with pytest.raises(UserError) as error:
         run_eval(foreign, ["tones"], None, None)
@@ -78,6 +82,22 @@ def test_a_foreign_run_in_the_place_of_an_own_one_is_foreign(little_data, privat
     altered(checkpoints(tmp_path / "run")[-1], sounds={"path": str(private)})
     with pytest.raises(UserError, match="you did not train this model on this machine"):
         run_eval(tmp_path / "run", None, None, None)
+
+
+def test_without_a_cache_of_ones_own_no_model_is_known_and_the_report_is_still_written(little_run, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("OPENIMP_CACHE", str(cache))
+    cache.mkdir()
+    cache.chmod(0o777)  # Whatever is in it, anybody may have put there.
+    (cache / KNOWN).mkdir()
+    config = (checkpoints(little_run)[-1] / "config.json").read_bytes()
+    (cache / KNOWN / hashlib.sha256(config).hexdigest()).touch()
+    for _ in range(2):
+        assert "tones is not measured again" in write_report(little_run, tmp_path / "page.html").read_text()
+        with pytest.raises(UserError, match="you did not train this model on this machine"):
+            run_eval(little_run, ["tones"], None, None)
+        shutil.rmtree(cache, ignore_errors=True)
+        cache.touch()  # No folder can be made there.
 
 
 def test_a_run_of_another_user_or_machine_is_measured_with_the_flag_or_ones_own_recipe(
@@ -117,8 +137,28 @@ def test_no_way_out_of_the_folder_is_taken(foreign, private, source):
     source = {key: value.format(private=private, folder=private.parent) for key, value in source.items()}
     altered(foreign, sounds=source)
     recipe = read_config(foreign)[0]
-    with pytest.raises(UserError, match=r"its recipe reads source sounds .* which is outside of this folder"):
+    with pytest.raises(UserError, match=r"tones of its recipe reads source sounds .* which is outside of this folder"):
         check_sources(foreign, foreign, recipe, ["tones"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_file_that_is_named_like_a_pattern_brings_in_no_other(foreign, private, stream):
+    """`locate` finds the file of that very name; `datasets` must not expand it again, nor read `::` as a URL in a URL."""
+    pq.write_table(pa.table({"caption": [SECRET]}), private.with_suffix(".parquet"))
+    for name in ("d/*.parquet", f"d::{private.parent}/private.parquet"):
+        (foreign / name).parent.mkdir(parents=True)
+        pq.write_table(pa.table({"caption": ["a"]}), foreign / name)
+        if "*" in name:
+            (foreign / "d" / "evil.parquet").symlink_to(private.with_suffix(".parquet"))
+        altered(foreign, sounds={"path": name, "stream": stream})
+        source = read_config(foreign)[0].sources["sounds"]
+        if "::" in name:
+            with pytest.raises(UserError, match="as a chain of URLs; rename it"):
+                open_source("sounds", source)
+            continue
+        opened = open_source("sounds", source)
+        rows = [row["caption"] for row in opened.read(0, 0, 2)] if stream else opened.column("caption")
+        assert {*rows} == {"a"}
 
 
 def test_data_in_the_folder_and_bundled_data_are_read(foreign, little_data, tmp_path):

@@ -72,14 +72,24 @@ def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str
     modalities = modalities_of(recipe)
     for modality in modalities.values():
         modality.load_state(learned)
-    # Every block takes time and memory to make, even on the meta device, and its number is only a number in a file.
-    layers, tensors = recipe.model.layers, len(parts(folder, _used(folder)))
-    if layers > tensors:
-        raise UserError(f"{folder}: does not fit the model: {layers} layers in {tensors} tensors")
+    check_layers(folder, recipe)
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
     load_weights(model, folder, assign=True)
     return model.eval(), recipe, modalities, classes
+
+
+def check_layers(folder: Path, recipe: Recipe) -> None:
+    """Refuses a model whose configuration has more layers than its weights have tensors.
+
+    Every block takes time and memory to make, even on the meta device, and their number is only a number in a file.
+
+    Raises:
+        UserError: it has, or the weights are missing or damaged.
+    """
+    layers, tensors = recipe.model.layers, len(parts(folder, _used(folder)))
+    if layers > tensors:
+        raise UserError(f"{folder}: does not fit the model: {layers} layers in {tensors} tensors")
 
 
 def read_config(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
-from openimp.checkpoint import load_model, model_folder, read_config, saved_step
+from openimp.checkpoint import check_layers, load_model, model_folder, read_config, saved_step
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
 from openimp.device import pick_device
@@ -14,7 +14,7 @@ from openimp.errors import UserError
 from openimp.evaluation import evaluate, table
 from openimp.gpus import USABLE
 from openimp.ledger import costs, mixture_table, short
-from openimp.metrics import append, read_lines
+from openimp.metrics import append, read_lines, read_results
 from openimp.modalities import modalities_of
 from openimp.model.imp import IMP
 from openimp.objectives import head_key
@@ -120,6 +120,7 @@ def run_info(what: str, overrides: list[str]) -> None:
             raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
         folder = model_folder(path)
         recipe, classes, learned = read_config(folder)
+        check_layers(folder, recipe)
         modalities = modalities_of(recipe)
         for modality in modalities.values():
             modality.load_state(learned)
@@ -237,7 +238,7 @@ def _print_run(path: Path) -> None:
         for task, units in lines[-1]["totals"].items():
             shown.add_row(task, *(f"{units[u]:,}" for u in ("steps", "examples", "tokens")), f"{units['flops']:.4g}")
         console.print(shown)
-    results = read_lines(path / "results.jsonl")
+    results = read_results(path / "results.jsonl")
     if results:
         last = max(result["step"] or 0 for result in results)
         console.print(table([result for result in results if (result["step"] or 0) == last]))

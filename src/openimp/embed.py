@@ -18,6 +18,7 @@ from openimp.evaluation.encoding import embed as embed_items
 from openimp.inference import Model, load
 from openimp.modalities import BadMedia, Modality
 from openimp.progress import console, track
+from openimp.recipe_file import read_text
 from openimp.safe_files import replacing
 
 CHUNK = 512
@@ -182,6 +183,6 @@ def _find(
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path).strip()
+    except (OSError, UnicodeDecodeError, UserError) as error:
         raise BadMedia(f"no UTF-8 text: {error}") from None

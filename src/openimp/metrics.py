@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openimp.distributed import mean, rank, total
 from openimp.errors import UserError
-from openimp.evaluation.figures import first_figure
+from openimp.evaluation.figures import first_figure, table
 from openimp.ledger import Cost
 from openimp.objectives import Losses
 from openimp.recipe_file import read_text
@@ -24,6 +24,9 @@ DIGESTS = 2**48
 """The sums of digests are taken modulo this, so that those of many processes can be added."""
 LARGEST_LOG = 2**28
 """Bytes of a file of JSON lines at most, when it is read."""
+
+NEEDED = {"set": str, "task": str, "type": str, "n": int, "candidates": int, "skipped": int}
+"""Keys that every result has, beside its figures."""
 
 
 class Metrics:
@@ -174,7 +177,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """All whole JSON lines of a file; a last one that a crash cut short is left out.
 
     Raises:
-        UserError: a line is no JSON, or the file is too large.
+        UserError: a line is no JSON object with a step, or the file is too large.
     """
     if not file.exists():
         return []
@@ -184,7 +187,29 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except ValueError:
             raise UserError(f"{file}: line {number} is no JSON") from None
+        if not isinstance(found[-1], dict) or not isinstance(found[-1].get("step", ""), int | None):
+            raise UserError(f"{file}: line {number} is no object with a step")
     return found
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """The results in a file, with all that a table or a report of them needs.
+
+    Raises:
+        UserError: a line is no result, or as in `read_lines`.
+    """
+    results = read_lines(file)
+    for number, result in enumerate(results, 1):
+        try:
+            table([result])
+            shares = [first_figure(result), result["chance"], *result["interval"]]
+            whole = all(type(result[key]) is kind for key, kind in NEEDED.items()) and all(0 <= x <= 1 for x in shares)
+            whole = whole and (result["type"] != "retrieval" or {"r10", "mrr"} <= result.keys())
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
+            whole = False
+        if not whole:
+            raise UserError(f"{file}: line {number} is no result of an evaluation")
+    return results
 
 
 def best_step(file: Path, name: str, steps: Collection[int]) -> int:

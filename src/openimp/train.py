@@ -149,10 +149,10 @@ class Training:
         recipe_file = run / "recipe.yaml"
         begun = saved or (run / "tensorboard").exists()
         # Else it is of a run that died before it began, or what somebody wrote by hand.
-        if recipe_file.exists() and not begun and recipe_file.read_text("utf-8", "replace") != recipe.to_yaml():
+        if recipe_file.exists() and not begun and not _holds(recipe_file, recipe.to_yaml()):
             raise UserError(f"{recipe_file}: a run would write over it; name another directory with --run-dir")
         # Not after a start that was refused, which torchrun repeats too.
-        again = distributed.restarted() and job.exists() and job.read_text(encoding="utf-8") == distributed.job()
+        again = distributed.restarted() and job.exists() and _holds(job, distributed.job())
         if resume == "auto" or again:
             resume = saved  # A run that died before it saved any loses nothing when it starts anew.
         elif recipe_file.exists():
@@ -421,6 +421,13 @@ class Training:
         if warmup is not None and warmup >= steps:
             longer = f"warm-up of {warmup} steps is not shorter than the {steps} steps of training"
             console.print(f"{longer}; set optimizer.warmup", soft_wrap=True)
+
+
+def _holds(file: Path, text: str) -> bool:
+    """Whether a file has exactly this text; if it is longer, the rest is not read."""
+    content = text.encode()
+    with file.open("rb") as stream:
+        return stream.read(len(content) + 1) == content
 
 
 def compiled_encode(model: Embedder, signatures: int) -> Encode:

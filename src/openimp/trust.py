@@ -40,15 +40,16 @@ def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str])
         UserError: a set reads a source that is neither inside `path` nor bundled, and this user did not train the
             model on this machine.
     """
-    if (cache_folder(KNOWN) / hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()).exists():
-        return
-    for options in (recipe.evaluation.sets[name] for name in sets if name in recipe.evaluation.sets):
+    with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
+        if (cache_folder(KNOWN) / hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()).exists():
+            return
+    for measured, options in ((name, recipe.evaluation.sets[name]) for name in sets if name in recipe.evaluation.sets):
         for name in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
             if not _is_inside(path, name, recipe.sources[name]):
                 where = recipe.sources[name].path or recipe.sources[name].hub
                 raise UserError(
-                    f"{path}: you did not train this model on this machine, and its recipe reads source {name} "
-                    f"({where}), which is outside of this folder; add --allow-sources if you trust the recipe"
+                    f"{path}: you did not train this model on this machine, and evaluation set {measured} of its "
+                    f"recipe reads source {name} ({where}), which is outside of this folder; add --allow-sources if you trust the recipe"
                 )
 
 

@@ -5,6 +5,7 @@ can unpack to terabytes. Therefore rows are unpacked in small batches and their 
 would unpack a whole row group before returning its first row.
 """
 
+import glob
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +15,11 @@ import pyarrow.parquet as pq
 from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-EXPANSION, SMALL = 100, 2**26
-"""A file may unpack to `EXPANSION` times its size, or to `SMALL` bytes if that is more."""
+from openimp.data.files import is_url
+
+EXPANSION, SMALL = 100, 2**30
+"""A file may unpack to `EXPANSION` times its size, or to `SMALL` bytes if that is more: a column of one label takes next
+to no room in a file, however many rows there are."""
 BATCH_ROWS, BATCH_BYTES = 1000, 2**26
 """Most rows that are unpacked at once. If values are long, fewer rows, so that they fit into `BATCH_BYTES`."""
 MOST_BATCHES, PART_BYTES = 1000, 2**24
@@ -29,7 +33,12 @@ def open_files(files: list[str], cache: str, streaming: bool) -> Any:
     Raises:
         Exception: a file cannot be read, or unpacks to more than the limit.
     """
-    builder = BoundedParquet(cache_dir=cache, data_files={"train": files})
+    local = [file for file in files if not is_url(file)]
+    if nested := [file for file in local if "::" in file]:
+        raise ValueError(f"`datasets` would read {nested[0]} as a chain of URLs; rename it")
+    # `datasets` takes names for patterns: a file whose own name is `*.parquet` would bring in all others beside it.
+    names = [glob.escape(file) if file in local else file for file in files]
+    builder = BoundedParquet(cache_dir=cache, data_files={"train": names})
     if streaming:
         return builder.as_streaming_dataset(split="train")
     builder.download_and_prepare()
@@ -54,7 +63,10 @@ def _tables(file: str, handle: Any, groups: Any) -> Iterator[pa.Table]:
     for batch in parquet.iter_batches(_rows_at_once(parquet.metadata), groups and [*groups]):
         unpacked += batch.nbytes
         if unpacked > limit:
-            raise ValueError(f"the file has {size:,} bytes and unpacks to more than {limit:,}, the limit for its size")
+            raise ValueError(
+                f"{os.path.basename(file)} has {size:,} bytes and unpacks to more than {limit:,}, the limit for its size; if you trust the "
+                "file, split it into smaller ones"
+            )
         waiting.append(batch)
         if len(waiting) == MOST_BATCHES or unpacked - handed_on >= PART_BYTES:
             yield pa.Table.from_batches(waiting)

@@ -13,7 +13,7 @@ from openimp.device import pick_device
 from openimp.errors import UserError
 from openimp.evaluation import Classified, Retrieved, measure, open_sets
 from openimp.evaluation.encoding import Progress, raw_value
-from openimp.metrics import read_lines
+from openimp.metrics import read_lines, read_results
 from openimp.modalities import BadMedia, Modality
 from openimp.model.imp import IMP
 from openimp.recipe import EvaluationSet, Recipe
@@ -58,7 +58,7 @@ def write_report(
 
 
 def _page(run: Path, lines: list[dict[str, Any]], trained: bool, progress: Progress | None, allow_sources: bool) -> str:
-    recorded = read_lines(run / "results.jsonl")
+    recorded = read_results(run / "results.jsonl")
     sections: dict[str, Markup | None] = {"Results": None}
     if lines:
         sections |= {
