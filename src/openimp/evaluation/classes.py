@@ -150,7 +150,7 @@ def read_labels(
     index = _index(classes)
     for i, label in enumerate(classes):
         if index[as_text(label)] != i:
-            raise UserError(f"{name}: class {label!r} and another class are both {as_text(label)!r} as text; rename one")
+            raise UserError(f"{name}: class {label!r} and another one are both {as_text(label)!r} as text; rename one")
     return Labels(values, classes, lists, _splits(table, splits, where, lists) if splits else None)
 
 
