@@ -71,8 +71,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_drafts_that_killed_processes_left_are_removed(victim, tmp_path):
-    old, new, link, other = (tmp_path / f".{name}.tmp" for name in
-                             ("file.0123456789abcdef", "file.fedcba9876543210", "file." + 16 * "0", "more." + 16 * "0"))  # fmt: skip
+    names = ("file.0123456789abcdef", "file.fedcba9876543210", "file." + 16 * "0", "more." + 16 * "0")
+    old, new, link, other = (tmp_path / f".{name}.tmp" for name in names)
     for draft in (old, new, other):
         draft.touch()
     link.symlink_to(victim)

@@ -18,8 +18,8 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from openimp.data.files import is_url
 
 EXPANSION, SMALL = 100, 2**30
-"""A file may unpack to `EXPANSION` times its size, or to `SMALL` bytes if that is more: a column of one label takes next
-to no room in a file, however many rows there are."""
+"""A file may unpack to `EXPANSION` times its size, or to `SMALL` bytes if that is more: a column of one label takes
+next to no room in a file, however many rows there are."""
 BATCH_ROWS, BATCH_BYTES = 1000, 2**26
 """Most rows that are unpacked at once. If values are long, fewer rows, so that they fit into `BATCH_BYTES`."""
 MOST_BATCHES, PART_BYTES = 1000, 2**24
@@ -64,8 +64,8 @@ def _tables(file: str, handle: Any, groups: Any) -> Iterator[pa.Table]:
         unpacked += batch.nbytes
         if unpacked > limit:
             raise ValueError(
-                f"{os.path.basename(file)} has {size:,} bytes and unpacks to more than {limit:,}, the limit for its size; if you trust the "
-                "file, split it into smaller ones"
+                f"{os.path.basename(file)} has {size:,} bytes and unpacks to more than {limit:,}, the limit for its "
+                "size; if you trust the file, split it into smaller ones"
             )
         waiting.append(batch)
         if len(waiting) == MOST_BATCHES or unpacked - handed_on >= PART_BYTES:
