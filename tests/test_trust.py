@@ -84,7 +84,7 @@ def test_a_foreign_run_in_the_place_of_an_own_one_is_foreign(little_data, privat
         run_eval(tmp_path / "run", None, None, None)
 
 
-def test_without_a_cache_no_model_is_known_and_the_report_is_still_written(little_run, tmp_path, monkeypatch):
+def test_without_a_cache_of_ones_own_no_model_is_known(little_run, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setenv("OPENIMP_CACHE", str(cache))
     cache.mkdir()
@@ -143,7 +143,7 @@ def test_no_way_out_of_the_folder_is_taken(foreign, private, source):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_file_that_is_named_like_a_pattern_brings_in_no_other(foreign, private, stream):
-    """`locate` finds the file of that name; `datasets` must not expand it again, nor read `::` as a URL in a URL."""
+    """`locate` finds the file of that very name; `datasets` must not expand it again, nor read `::` as a URL."""
     pq.write_table(pa.table({"caption": [SECRET]}), private.with_suffix(".parquet"))
     for name in ("d/*.parquet", f"d::{private.parent}/private.parquet"):
         (foreign / name).parent.mkdir(parents=True)

@@ -49,8 +49,8 @@ def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str])
                 where = recipe.sources[name].path or recipe.sources[name].hub
                 raise UserError(
                     f"{path}: you did not train this model on this machine, and evaluation set {measured} of its "
-                    f"recipe reads source {name} ({where}), which is outside of this folder; add --allow-sources if "
-                    "you trust the recipe"
+                    f"recipe reads source {name} ({where}), which is outside of this folder; "
+                    "add --allow-sources if you trust the recipe"
                 )
 
 

@@ -64,8 +64,8 @@ def _tables(file: str, handle: Any, groups: Any) -> Iterator[pa.Table]:
         unpacked += batch.nbytes
         if unpacked > limit:
             raise ValueError(
-                f"{os.path.basename(file)} has {size:,} bytes and unpacks to more than {limit:,}, its limit; "
-                "if you trust the file, split it into smaller ones"
+                f"{os.path.basename(file)} has {size:,} bytes and unpacks to more than {limit:,}, the limit for its "
+                "size; if you trust the file, split it into smaller ones"
             )
         waiting.append(batch)
         if len(waiting) == MOST_BATCHES or unpacked - handed_on >= PART_BYTES:
