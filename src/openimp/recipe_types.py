@@ -67,6 +67,11 @@ def text_lines(value: Any, info: ValidationInfo) -> Any:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
+def as_text(value: Any) -> str:
+    """A value as it would be written in YAML, so that `where: {valid: true}` finds "true" in a CSV file."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]

@@ -130,6 +130,14 @@ def test_labels_that_are_names_are_read_as_their_words(setup):
     assert classify(*_of(named))[0].classes == ["RedThing", "deep sea"]
 
 
+def test_truth_values_and_numbers_are_classes(setup):
+    """A label is compared as it is written in YAML, in a mapping as in a list."""
+    assert classify(*_of(setup(["true", "false"], classes={True: "yes", False: "no"})))[0].classes == ["yes", "no"]
+    assert classify(*_of(setup([True, False], classes=[True, False])))[0].classes == ["true", "false"]
+    found = classify(*_of(setup([2, 1], classes=[1, 2])))[0]
+    assert (found.classes, found.truth.tolist()) == (["1", "2"], [1, 0])
+
+
 def test_classes_that_no_row_has_are_chosen_from(setup, tmp_path):
     """From a list and from files: a name a line, and a label and a name."""
     more = sorted({*LABELS, "moon", "sun"})

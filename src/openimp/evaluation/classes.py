@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from openimp.data.sources import Table
-from openimp.data.tables import Refused, as_text
+from openimp.data.tables import Refused
 from openimp.errors import UserError, nearest
 from openimp.evaluation.figures import accuracy, average_precision, classes_in, interval
 from openimp.evaluation.retrieval import SIMILARITIES, ranks
+from openimp.recipe_types import as_text
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def read_labels(
     index = _index(classes)
     for i, label in enumerate(classes):
         if index[as_text(label)] != i:
-            raise UserError(f"{name}: class {label!r} and another class are both {as_text(label)!r} as text; rename one")
+            raise UserError(f"{name}: class {label!r} and another one are both {as_text(label)!r} as text; rename one")
     return Labels(values, classes, lists, _splits(table, splits, where, lists) if splits else None)
 
 

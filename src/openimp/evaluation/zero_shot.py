@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.data.sources import Table
-from openimp.data.tables import as_text
 from openimp.errors import UserError
 from openimp.evaluation.classes import Classified, Labels, Tagged, judge, read_labels
 from openimp.evaluation.encoding import Progress, embed, encode_rows, first_view, require_columns, require_pair
@@ -20,6 +19,7 @@ from openimp.evaluation.figures import Readable, readable_rows
 from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
 from openimp.recipe import Recipe, ZeroShot
+from openimp.recipe_types import as_text
 
 
 def classify(
