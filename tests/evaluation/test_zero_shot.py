@@ -139,10 +139,10 @@ def test_truth_values_and_numbers_are_classes(setup):
 
 
 def test_classes_that_no_row_has_are_chosen_from(setup, tmp_path):
-    """From a list and from files: a name a line, and a label and a name."""
+    """From a list and from files: a name a line, and a label and a name, after a byte order mark."""
     more = sorted({*LABELS, "moon", "sun"})
     (tmp_path / "names.txt").write_text("\n".join(["# comment", *more, ""]))
-    (tmp_path / "pairs.txt").write_text("".join(f"{name}\t{name}\n" for name in more))
+    (tmp_path / "pairs.txt").write_text("".join(f"{name}\t{name}\n" for name in more), "utf-8-sig")
     listed, *others = (
         evaluate(*_but_name(setup(classes=classes, folder=tmp_path)))
         for classes in (more, "names.txt", "pairs.txt", dict(zip(more, more)))
