@@ -5,20 +5,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo
 
-from openimp.recipe_types import Count, Input, Inputs, Strict, View, text_lines
+from openimp.recipe_types import Count, Input, Inputs, Strict, View, as_text, text_lines
 
 
 def _class_names(value: Any, info: ValidationInfo) -> Any:
     """Class names by label, from a mapping, a list of names, or a text file with lines `name` or `label<TAB>name`."""
     if isinstance(value, str):
         pairs = [line.partition("\t")[::2] for line in text_lines(value, info)]
-    elif isinstance(value, dict | list):
-        pairs = list(value.items()) if isinstance(value, dict) else [(name, name) for name in value]
+    elif isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list):
+        pairs = [(name, as_text(name) if isinstance(name, int | float) else name) for name in value]
     else:
         return value
-    names = {str(label): name or label for label, name in pairs}
+    names = {as_text(label): name or label for label, name in pairs}
     if len(names) < len(pairs):
-        ((twice, _),) = Counter(str(label) for label, _ in pairs).most_common(1)
+        ((twice, _),) = Counter(as_text(label) for label, _ in pairs).most_common(1)
         raise ValueError(f"class {twice!r} is listed twice")
     return names
 

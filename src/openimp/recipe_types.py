@@ -61,10 +61,15 @@ def text_lines(value: Any, info: ValidationInfo) -> Any:
     if not file.is_file():
         raise ValueError(f"expected a list, or a text file in the recipe's folder; there is no file {file}")
     try:
-        lines = read_text(file).split("\n")
+        lines = read_text(file).removeprefix("\ufeff").split("\n")  # Without a byte order mark.
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def as_text(value: Any) -> str:
+    """A value as it would be written in YAML, so that `where: {valid: true}` finds "true" in a CSV file."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 Share = Annotated[float, Field(ge=0, le=1)]

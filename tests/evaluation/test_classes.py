@@ -199,7 +199,7 @@ def test_rows_without_any_class_have_no_figure(setup):
     """The one row with a class cannot be read."""
     rows = [{"colour": []}, {"colour": ["red"]}]
     model, recipe, modalities, known = setup(rows, HEAD, "sigmoid", pictures=[png(0), b"broken"])
-    with pytest.raises(UserError, match=r"sets\.held out: none of the 1 rows .* has a class in column 'colour'"):
+    with pytest.raises(UserError, match="held out: none of the 1 rows that can be read has a class in column 'colour'"):
         evaluate(model, recipe, modalities, classes=known)
 
 
@@ -248,7 +248,7 @@ def test_a_number_and_its_text_are_not_two_classes(setup):
     """The last of them would have had the rows of both."""
     model, recipe, modalities, known = setup([{"colour": "1"}], HEAD, classes=["1", "2"])
     known["trained:colour"][1] = 1
-    with pytest.raises(UserError, match="column 'colour' of source rows: class '1' and another class are both '1' as"):
+    with pytest.raises(UserError, match="column 'colour' of source rows: class '1' and another one are both '1' as"):
         open_sets(model, recipe, modalities, classes=known)
 
 
@@ -256,7 +256,7 @@ def test_a_split_of_unreadable_rows_is_named(setup):
     rows = [{"colour": "red", "part": [1]}, {"colour": "blue", "part": [1, 2]}]
     options = {"type": "zero_shot", "label": "colour", "splits": "part"}
     model, recipe, modalities, _ = setup(rows, options, pictures=[png(0), b"broken"])
-    with pytest.raises(UserError, match=r"sets\.held out: no row of split '2' can be read"):
+    with pytest.raises(UserError, match="held out: no row of split '2' can be read"):
         evaluate(model, recipe, modalities)
 
 

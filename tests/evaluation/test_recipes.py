@@ -215,6 +215,11 @@ def test_other_lists_are_refused(tmp_path, name):
         ("Labrador_retriever", "Labrador retriever"),
         ("shot  on_net", "shot on net"),
         ("step2_left", "step2 left"),
+        ("T-shirt", "t-shirt"),
+        ("3DModel", "3D model"),
+        ("Mp3Player", "mp3 player"),
+        ("PlayTV", "play TV"),
+        ("_", ""),
     ],
 )
 def test_labels_are_spoken_as_their_words(label, spoken):

@@ -130,11 +130,19 @@ def test_labels_that_are_names_are_read_as_their_words(setup):
     assert classify(*_of(named))[0].classes == ["RedThing", "deep sea"]
 
 
+def test_truth_values_and_numbers_are_classes(setup):
+    """A label is compared as it is written in YAML, in a mapping as in a list."""
+    assert classify(*_of(setup(["true", "false"], classes={True: "yes", False: "no"})))[0].classes == ["yes", "no"]
+    assert classify(*_of(setup([True, False], classes=[True, False])))[0].classes == ["true", "false"]
+    found = classify(*_of(setup([2, 1], classes=[1, 2])))[0]
+    assert (found.classes, found.truth.tolist()) == (["1", "2"], [1, 0])
+
+
 def test_classes_that_no_row_has_are_chosen_from(setup, tmp_path):
-    """From a list and from files: a name a line, and a label and a name."""
+    """From a list and from files: a name a line, and a label and a name, after a byte order mark."""
     more = sorted({*LABELS, "moon", "sun"})
     (tmp_path / "names.txt").write_text("\n".join(["# comment", *more, ""]))
-    (tmp_path / "pairs.txt").write_text("".join(f"{name}\t{name}\n" for name in more))
+    (tmp_path / "pairs.txt").write_text("".join(f"{name}\t{name}\n" for name in more), "utf-8-sig")
     listed, *others = (
         evaluate(*_but_name(setup(classes=classes, folder=tmp_path)))
         for classes in (more, "names.txt", "pairs.txt", dict(zip(more, more)))
@@ -166,6 +174,9 @@ def test_unreadable_rows_are_left_out_counted_and_named(setup):
         ),
         (["see"], {"classes": ["sea", "sky"]}, "unknown class 'see'; did you mean 'sea'"),
         (["sea", ""], {}, "class '' of column 'label' has no text"),
+        (["sea", "_"], {"words": True}, "class '_' of column 'label' has no text"),
+        (["DeepSea", "deep_sea"], {"words": True}, "classes 'DeepSea' and 'deep_sea' have the same text, 'deep sea'"),
+        (["a", "b"], {"classes": {"a": "sea", "b": "sea"}}, "classes 'a' and 'b' have the same text, 'sea'"),
         (["sea", None], {}, "column 'label' of source labelled has 1 rows without a class; leave them out"),
         ([["sea"], ["tree", None]], {}, "column 'label' of source labelled has 1 rows without a class"),
         ([["sea"], ["tree"]], {"splits": "label"}, "splits need rows with one class each"),

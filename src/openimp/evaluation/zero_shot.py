@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.data.sources import Table
-from openimp.data.tables import as_text
 from openimp.errors import UserError
 from openimp.evaluation.classes import Classified, Labels, Tagged, judge, read_labels
 from openimp.evaluation.encoding import Progress, embed, encode_rows, first_view, require_columns, require_pair
@@ -20,6 +19,7 @@ from openimp.evaluation.figures import Readable, readable_rows
 from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
 from openimp.recipe import Recipe, ZeroShot
+from openimp.recipe_types import as_text
 
 
 def classify(
@@ -78,6 +78,10 @@ def check(
     known = None if options.classes is None else list(options.classes)
     labels = read_labels(table, options.label, where, known, options.splits)
     texts = [_class_text(label, options, f"{where}: source {table.name}") for label in labels.classes]
+    first: dict[str, Any] = {}
+    for label, text in zip(labels.classes, texts):
+        if (other := first.setdefault(text, label)) != label:
+            raise UserError(f"{where}: classes {other!r} and {label!r} have the same text, {text!r}; rename one")
     for prompt in options.prompts:
         _fill(prompt, "", where)
     return labels, texts
@@ -96,10 +100,12 @@ def class_embeddings(
 
 def _class_text(label: Any, options: ZeroShot, where: str) -> str:
     text = (options.classes or {}).get(as_text(label), label)
+    if options.words and text == label and isinstance(text, str):
+        text = words(text)
     if not isinstance(text, str) or not text.strip():
         hint = f"name it in classes as {as_text(label)!r}"
         raise UserError(f"{where}: class {label!r} of column {options.label!r} has no text; {hint}")
-    return words(text) if options.words and text == label else text
+    return text
 
 
 def words(label: str) -> str:
@@ -108,7 +114,7 @@ def words(label: str) -> str:
     if " " in spaced:
         return spaced
     # Capitals alone, as in TVShow, are one word.
-    parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^A-Z]+", spaced)
+    parts = re.split(r"(?<=[a-z])(?=[A-Z])|(?<=[^\W_])(?=[A-Z][a-z])", spaced)
     return " ".join(part if len(part) > 1 and part.isupper() else part.lower() for part in parts)
 
 
