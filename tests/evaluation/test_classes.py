@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import PIL.Image
@@ -59,6 +60,18 @@ def test_the_interval_of_average_precision_is_that_of_drawing_examples():
     drawn = [rng.integers(0, 200, 200) for _ in range(400)]
     means = [np.mean([average_precision_score(hot[d, i], score[d, i]) for i in (0, 1)]) for d in drawn]
     assert average_precision(score, hot)["interval"] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.03)
+
+
+def test_the_memory_of_an_interval_does_not_grow_with_its_resamples():
+    rng = np.random.default_rng(0)
+    hot = rng.random((2**15, 1)) < 0.5
+    tracemalloc.start()
+    found = average_precision(hot + rng.normal(0, 1, hot.shape), hot)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**26, "all weights alone are 2**15 x 201 x 8 bytes, and they are held several times"
+    low, high = found["interval"]
+    assert low < found["map"] < high < low + 0.05
 
 
 def test_scores_that_are_no_numbers_are_last():

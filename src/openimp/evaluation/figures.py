@@ -19,6 +19,8 @@ RESAMPLES = 10_000
 """Bootstrap samples of an interval of accuracies."""
 RANKED_RESAMPLES = 200
 """The same of average precisions, for each of which all scores are summed up again."""
+WEIGHTS = 2**20
+"""Weights of examples that are drawn at once, which limits the memory of an interval of average precisions."""
 FIRST = ("r1", "top1", "map")
 """The figure that stands for a result: of retrieval, of one class a row, of any number of classes."""
 NAMED = 20
@@ -121,15 +123,19 @@ def average_precision(score_NK: np.ndarray, hot_NK: np.ndarray) -> dict[str, Any
         score_NK: how much each example is like each class; NaN stands last.
         hot_NK: bool, the classes of each.
     """
-    weight_NR = np.random.default_rng(0).standard_exponential((len(hot_NK), 1 + RANKED_RESAMPLES))
-    weight_NR[:, 0] = 1
     columns = [(score, hot) for score, hot in zip(score_NK.T, hot_NK.T) if hot.any()]
-    first, *rest = np.mean([_average_precision(score, hot, weight_NR) for score, hot in columns], axis=0)
+    rng, found = np.random.default_rng(0), np.ones(0)
+    while (left := 1 + RANKED_RESAMPLES - len(found)) > 0:
+        weight_NR = rng.standard_exponential((len(hot_NK), min(left, max(1, WEIGHTS // len(hot_NK)))))
+        if not len(found):
+            weight_NR[:, 0] = 1
+        means_R = np.mean([_average_precision(score, hot, weight_NR) for score, hot in columns], axis=0)
+        found = np.append(found, means_R)
     return {
         "n": len(hot_NK),
         "candidates": hot_NK.shape[1],
-        "map": float(first),
-        "interval": [float(x) for x in np.quantile(rest, [0.025, 0.975])],
+        "map": float(found[0]),
+        "interval": [float(x) for x in np.quantile(found[1:], [0.025, 0.975])],
         # Of examples in random order it is about the share that has the class.
         "chance": float(np.mean([hot.mean() for _, hot in columns])),
     }
