@@ -10,14 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 import av
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import PIL.PngImagePlugin
 import pytest
 import soundfile
+from fuzz import FORMATS
 
 from openimp.modalities import BadMedia, media, sound, video
 from openimp.modalities.audio import Audio
 from openimp.modalities.image import Image
 from openimp.modalities.video import Video
+from openimp.modalities.vision import shrunk_size
 
 IMAGE, VIDEO, AUDIO = Image(Image.Config()), Video(Video.Config()), Audio(Audio.Config())
 PICTURE, CLIP, SOUND = Image.View(size=64), Video.View(size=32, frames=4), Audio.View(seconds=1.024)
@@ -245,3 +248,51 @@ def test_an_info_list_that_claims_a_gigabyte_is_refused_before_ffmpeg_sets_it_as
     raw[at + 8 : at + 12] = (2**30 - 64).to_bytes(4, "little")
     with pytest.raises(BadMedia, match="INFO list of 1,073,741,824 bytes"):
         VIDEO.decode(bytes(raw), [CLIP])
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WebP", "GIF", "BMP", "TIFF"])
+def test_pictures_are_the_ones_that_pillow_reads(name):
+    for raw in FORMATS[name][1]():
+        picture = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(raw)))
+        if picture.mode == "I":
+            picture = PIL.Image.fromarray(np.asarray(picture).clip(0, 255).astype(np.uint8))
+        pixels = np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
+        pixels = pixels[..., :3] if pixels[..., 3:].min(initial=255) == 255 else pixels
+        np.testing.assert_array_equal(IMAGE.decode(raw, [Image.View(size=256)]), pixels)
+        height, width = shrunk_size(pixels.shape[:2], [Image.View(size=32)])
+        resized = PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
+        np.testing.assert_array_equal(IMAGE.decode(raw, [Image.View(size=32)]), resized)
+
+
+@pytest.mark.parametrize("name", ["MP4", "AVI", "MKV"])
+def test_films_are_the_ones_that_ffmpeg_reads(name, tmp_path):
+    for raw in FORMATS[name][1]():
+        path = tmp_path / f"film.{name.lower()}"
+        path.write_bytes(raw)
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        with av.open(str(path)) as container:
+            samples = [frame.to_ndarray() for frame in av_frames(container)]
+        for source in (raw, path):
+            np.testing.assert_array_equal(VIDEO.decode(source, [Video.View(size=256)]), np.stack(frames))
+            heard = Audio(Audio.Config(sample_rate=48_000)).decode(source, [Audio.View(seconds=1.024)])
+            expected = np.concatenate(samples, axis=1).mean(axis=0).clip(-1, 1)
+            np.testing.assert_array_equal(heard, np.round(expected * 32767).astype(np.int16))
+
+
+def av_frames(container):
+    """The frames of the first sound, as float of one row a channel."""
+    planar = av.AudioResampler("fltp")
+    return [part for frame in container.decode(audio=0) for part in planar.resample(frame)]
+
+
+@pytest.mark.parametrize("name", ["WAV", "FLAC", "OGG", "MP3", "AIFF"])
+def test_sounds_are_the_ones_that_libsndfile_reads(name, tmp_path):
+    for raw in FORMATS[name][1]():
+        path = tmp_path / f"sound.{name.lower()}"
+        path.write_bytes(raw)
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        expected = np.round(samples.mean(axis=1).clip(-1, 1) * 32767).astype(np.int16)
+        for source in (raw, path):
+            heard = Audio(Audio.Config(sample_rate=rate)).decode(source, [Audio.View(seconds=1.024)])
+            np.testing.assert_array_equal(heard, expected)

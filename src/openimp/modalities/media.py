@@ -28,7 +28,7 @@ CONTAINERS = (
 CODECS = (
     "h264,hevc,vp8,vp9,libdav1d,av1,mpeg1video,mpeg2video,mpeg4,msmpeg4v1,msmpeg4v2,msmpeg4,wmv1,wmv2,wmv3,vc1,h261,h263,flv,"
     "vp6f,theora,svq1,svq3,cinepak,mjpeg,prores,dnxhd,dvvideo,ffv1,ffvhuff,huffyuv,utvideo,qtrle,png,rawvideo,"
-    "aac,aac_latm,mp1float,mp2float,mp3float,ac3,eac3,vorbis,opus,flac,alac,wmav1,wmav2,wmapro,wmalossless,amrnb,amrwb,gsm,"
+    "aac,aac_latm,mp1,mp1float,mp2,mp2float,mp3,mp3float,ac3,eac3,dca,vorbis,opus,flac,alac,wmav1,wmav2,wmapro,wmalossless,amrnb,amrwb,gsm,"
     "gsm_ms,speex,nellymoser,qdm2,adpcm_ms,adpcm_ima_wav,adpcm_ima_qt,adpcm_swf,pcm_alaw,pcm_mulaw,pcm_dvd,pcm_bluray,pcm_u8,"
     "pcm_s8,pcm_s16le,pcm_s16be,pcm_s24le,pcm_s24be,pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be,pcm_f64le,pcm_f64be"
 )

@@ -1,0 +1,48 @@
+"""Media files that are changed at random, as benchmarks/fuzz.py changes them, and a check that it sees what fails."""
+
+import os
+import signal
+
+import pytest
+from fuzz import FORMATS, MEMORY, MEND, Worker, fuzz, mutated
+
+FILES = 25
+"""Of each format."""
+
+
+@pytest.fixture(scope="module")
+def worker():
+    worker = Worker()
+    yield worker
+    worker.stop()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_changed_files_are_decoded_or_refused(name, worker, tmp_path):
+    row = fuzz(name, FILES, 1, worker, tmp_path)
+    assert row.decoded + row.refused == FILES, list(tmp_path.iterdir())
+    assert row.memory < MEMORY
+    assert row.slowest < 10
+
+
+def test_files_follow_from_seed_format_and_number():
+    seeds = FORMATS["PNG"][1]()
+    first = [mutated("PNG", seeds, 0, number) for number in range(9)]
+    assert first == [mutated("PNG", seeds, 0, number) for number in range(9)]
+    assert len({*first, *(mutated("PNG", seeds, 1, number) for number in range(9))}) > 12
+
+
+@pytest.mark.parametrize("name", MEND)
+def test_a_file_with_its_own_checksums_stays_as_it_is(name):
+    for content in FORMATS[name][1]():
+        mended = bytearray(content)
+        MEND[name](mended)
+        assert mended == content
+
+
+def test_a_process_that_dies_is_seen(worker):
+    picture = FORMATS["BMP"][1]()[0]
+    assert worker.decode("image", picture, 0)[0] == "decoded"
+    os.kill(worker.process.pid, signal.SIGSEGV)
+    assert worker.decode("image", picture, 0)[0] == "died: exit code -11"
+    assert worker.decode("image", picture, 0)[0] == "decoded"
