@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from openimp.checkpoint import checkpoints, read_config
 from openimp.commands import run_eval
@@ -108,6 +109,14 @@ def test_a_run_of_another_user_or_machine_is_measured_with_the_flag_or_ones_own_
         run_eval(little_run, None, None, None)
     run_eval(little_run, None, None, None, allow_sources=True)
     run_eval(little_run, None, str(little_data / "recipe.yaml"), None)
+
+
+def test_another_recipe_allows_only_the_sources_that_it_defines(foreign, private, tmp_path):
+    altered(foreign, sounds={"path": str(private)})
+    recipe = yaml.safe_load((private.parent / "recipe.yaml").read_text())
+    (tmp_path / "sets.yaml").write_text(yaml.safe_dump({"evaluation": recipe["evaluation"]}))
+    with pytest.raises(UserError, match="reads source sounds"):
+        run_eval(foreign, ["tones"], str(tmp_path / "sets.yaml"), None)
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,9 @@ def run_eval(
         recipe = _with_sets(recipe, other, overrides or [])
     if not recipe.evaluation.sets:
         raise UserError(f"{other or path}: the recipe has no evaluation sets")
-    if not other and not allow_sources:
-        check_sources(path, folder, recipe, sets or recipe.evaluation.sets)
+    if not allow_sources:  # A source that the other recipe does not define is the model's own.
+        given = read_recipe(other, overrides or [])[0].get("sources") if other else None
+        check_sources(path, folder, recipe, sets or recipe.evaluation.sets, given or ())
     results = evaluate(model.to(pick_device()), recipe, modalities, sets or None, saved_step(folder), track, classes)
     console.print(table(results))
     for result in results if out else []:

@@ -8,7 +8,7 @@ no other user can write to. The hash does not depend on the path, so a model may
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,14 +27,15 @@ def remember(config: str) -> None:
         (cache_folder(KNOWN) / hashlib.sha256(config.encode()).hexdigest()).touch()
 
 
-def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str]) -> None:
+def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], given: Collection[str] = ()) -> None:
     """Checks that `eval` and `report` may read the sources of a model's own evaluation sets.
 
     Args:
         path: the run or model folder that the user named. Sources inside it may be read.
         folder: the folder with the model's config.json.
-        recipe: the recipe in that config.json.
+        recipe: the recipe in that config.json, or one of the user's that it completes.
         sets: names of evaluation sets of the recipe; unknown names are ignored.
+        given: names of sources that the user's own recipe defines. They may be read.
 
     Raises:
         UserError: a set reads a source that is neither inside `path` nor bundled, and this user did not train the
@@ -45,7 +46,7 @@ def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str])
             return
     for measured, options in ((name, recipe.evaluation.sets[name]) for name in sets if name in recipe.evaluation.sets):
         for name in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
-            if not _is_inside(path, name, recipe.sources[name]):
+            if name not in given and not _is_inside(path, name, recipe.sources[name]):
                 where = recipe.sources[name].path or recipe.sources[name].hub
                 raise UserError(
                     f"{path}: you did not train this model on this machine, and evaluation set {measured} of its "
