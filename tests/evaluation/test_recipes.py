@@ -15,7 +15,6 @@ import soundfile
 from openimp.commands import run_eval
 from openimp.errors import UserError
 from openimp.evaluation.zero_shot import words
-from openimp.metrics import read_lines
 from openimp.recipe_file import find_file
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "evaluation"
@@ -34,7 +33,7 @@ def evaluate(tiny_model_folder, tmp_path):
         views = [f"evaluation.sets.{which}.view.{side}={SMALL[side]}" for which, side in views.items()]
         out = tmp_path / "found.jsonl"
         run_eval(tiny_model_folder, sets, f"evaluation/{name}", out, [*views, *changes])
-        return read_lines(out)
+        return [json.loads(line) for line in out.read_text().splitlines()]
 
     return run
 
@@ -58,7 +57,7 @@ def manifest(name: str, lists: Path, out: Path) -> list[dict]:
     """Made by the script, as the recipe says."""
     command = [sys.executable, str(FOLDER / "manifests.py"), name, str(lists)]
     out.write_text(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return read_lines(out)
+    return [json.loads(line) for line in out.read_text().splitlines()]
 
 
 def test_imagenet(evaluate, tmp_path):
