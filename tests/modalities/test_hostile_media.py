@@ -212,6 +212,14 @@ def test_a_film_larger_than_any_is_refused():
         VIDEO.decode(film(1, codec="mjpeg", height=1200, width=16_000), [CLIP])
 
 
+def test_a_film_that_grows_is_refused_by_the_decoder():
+    """Its header is right about the first frame only; the decoder itself refuses the next before it takes memory."""
+    small, large = (encoded(PIL.Image.new("L", (size, size)), "JPEG") for size in (32, 5000))
+    assert len(VIDEO.decode(small + small, [CLIP])) == 2
+    with pytest.raises(BadMedia, match="Error"):
+        VIDEO.decode(small + large, [CLIP])
+
+
 def test_a_sound_of_many_channels_is_read_in_blocks(monkeypatch):
     samples = np.random.default_rng(0).uniform(-1, 1, (5000, 7))
     out = io.BytesIO()
