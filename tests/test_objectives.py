@@ -224,6 +224,26 @@ def test_a_tasks_objectives_are_summed_with_their_weights(moe):
     assert not any(part.requires_grad for part in parts.values())
 
 
+def test_the_losses_of_an_objectives_pairs_are_averaged():
+    """As in the release, so that a task of three modalities weighs as much as one of two."""
+    model = small()
+    names = ("image", "audio", "text")
+    recipe = Recipe.build(
+        {
+            "name": "x",
+            "sources": {"all": {"path": "x.parquet"}},
+            "tasks": {
+                "one": {"source": "all", "inputs": {n: n for n in names}, "objectives": [{"type": "contrastive"}]}
+            },
+        }
+    )
+    tokens = Tokens(torch.randn(4, 3, 6), torch.arange(3).expand(4, -1)[..., None])
+    batch = Batch(dict.fromkeys(names, tokens), {"": torch.arange(4)}, rows=[0, 1, 2, 3])
+    found = task_losses(model, recipe.tasks["one"], batch)
+    assert len(found.parts) == 3
+    torch.testing.assert_close(found.total.detach(), torch.stack([*found.parts.values()]).mean())
+
+
 def test_each_modality_is_encoded_once():
     """However many pairs it is in: the encoder is nearly all of the work."""
     model = small()

@@ -181,6 +181,18 @@ def test_a_scale_that_another_process_updates_is_left_alone():
     assert temperature.scale.item() == pytest.approx(1000)
 
 
+def test_tables_and_heads_start_as_in_the_release():
+    """Position tables at D^-0.5, class heads LeCun normal."""
+    torch.manual_seed(0)
+    config = Model(width=256, layers=1, heads=4, mlp=64, embed_dim=64)
+    model = IMP(config, {"vision": StemSpec(24, (64, 64))}, {"image": "vision"}, [], {"pictures-label": 100})
+    for table in model.stems["vision"].positions:
+        assert table.weight.std().item() == pytest.approx(1 / 16, rel=0.02)
+    head = model.classifiers["pictures-label"]
+    assert head.weight.std().item() == pytest.approx(1 / 16, rel=0.02)
+    assert not head.bias.any()
+
+
 def test_the_pairs_of_a_recipe_are_those_of_its_objectives(tiny_recipe):
     task = {"source": "all", "inputs": {"video": "v", "audio": "a", "text": "t"}}
     some = {"type": "contrastive", "pairs": [["video", "audio"]]}
