@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check install docs clean
+.PHONY: demo test check install constraints docs clean
 
 demo: $(VENV)/.installed
 	@if [ -e runs/demo/results.jsonl ]; then \
@@ -22,6 +22,10 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 install: $(VENV)/.installed
+
+# What the tests passed with, on Python 3.11 under Linux; .ci/run installs these versions.
+constraints: $(VENV)/.dev
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/write_recipe_reference.py

@@ -32,6 +32,24 @@ if os.environ.get("CI"):
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The tests leave nothing in the cache folder of whoever runs them."""
+    os.environ["OPENIMP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def foreign_folder(tmp_path: Path) -> Path:
+    """A folder that belongs to another user."""
+    if os.getuid():
+        return Path("/")
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    os.chown(folder, 12345, -1)
+    return folder
+
+
 TEXTS = ["a red square", "a green circle", "a blue line that is rather longer than the other ones", "noise", "a"]
 IMAGE, TEXT = {"size": 32, "drop": 0.5}, {"length": 8}
 VIDEO = {"size": 16, "frames": 4, "stride": 1, "clips": 2, "drop": 0.5}
@@ -45,7 +63,7 @@ def tiny_recipe() -> Callable[..., Recipe]:
     Keyword arguments replace its top-level keys, those of the model one by one.
     """
 
-    def make(model: dict[str, Any] | None = None, **changes: Any) -> Recipe:
+    def make(model: dict[str, Any] | None = None, folder: str | Path = ".", **changes: Any) -> Recipe:
         sizes = {"width": 32, "layers": 2, "heads": 2, "mlp": 64, "embed_dim": 32, "moe": {"experts": 4, "layers": 1}}
         task = {"source": "all", "objectives": [{"type": "contrastive"}]}
         views = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
@@ -59,7 +77,7 @@ def tiny_recipe() -> Callable[..., Recipe]:
                 for name, view in views.items()
             },
         }
-        return Recipe.build(data | changes)
+        return Recipe.build(data | changes, folder)
 
     return make
 

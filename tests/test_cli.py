@@ -1,6 +1,7 @@
 """The command line: help that is the docstring, one line for what the user can mend, commands that do their work."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -121,10 +122,43 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
     for content, told in (("{", "Expecting"), ("[" * 200_000, "recursion"), ("[]", "expected a JSON object")):
         (damaged / "config.json").write_text(content)
         assert re.search(f"config.json: damaged: .*{told}", refused("info", damaged))
-    (damaged / "config.json").write_text('{"format": 2, "classes": {}}')
+    shutil.copy(little_run / "checkpoints" / "step-00000012" / "tokenizer.json", damaged)
+    shutil.copy(little_run / "checkpoints" / "step-00000012" / "ema.safetensors", damaged)
+    config = json.loads((little_run / "checkpoints" / "step-00000012" / "config.json").read_text())
+    config["recipe"]["model"]["layers"] = 10**9
+    (damaged / "config.json").write_text(json.dumps(config))
+    assert "does not fit the model: 1000000000 layers in" in refused("info", damaged)
+    (damaged / "config.json").write_text('{"format": 4, "model": "IMP", "classes": {}}')
     assert "config.json: recipe is missing, or no object" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 99}')
-    assert "config.json: format 99, this version of openimp reads format 3" in refused("info", damaged)
+    assert "config.json: format 99, this version of openimp reads format 4" in refused("info", damaged)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "other.json", "model.safetensors"])
+def test_pipes_and_huge_files_in_a_model_folder_are_refused_and_not_read(refused, tiny_model_folder, tmp_path, name):
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    image = tmp_path / "0.png"
+    image.touch()
+    (folder / name).unlink(missing_ok=True)
+    if name.endswith(".json"):
+        with (folder / name).open("wb") as file:
+            file.truncate(2**40)  # It takes no room on the disk.
+        assert f"{name}: is larger than 33,554,432 bytes" in refused("embed", folder, image)
+        (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert f"{name}: is no regular file" in refused("embed", folder, image)
+
+
+def test_control_characters_of_names_are_not_printed(openimp, refused, own_data):
+    """They would move the cursor, change the title, or write to the clipboard."""
+    file = own_data / "recipe.yaml"
+    text = file.read_text(encoding="utf-8").replace("  named:", '  "na\\e]52;c;cG93bmVk\\amed\\u202e":')
+    file.write_text(text, encoding="utf-8")
+    code, out, _ = openimp("info", file)
+    assert code == 0
+    assert "na]52;c;cG93bmVkmed" in out
+    assert not {"\x1b", "\a", "\u202e"} & {*out}
+    assert "no[2Jthing: no such recipe file" in refused("train", "no\x1b[2Jthing")
 
 
 def test_what_cannot_be_written_or_would_be_ignored_is_refused_at_once(refused, little_data, little_run, tmp_path):
@@ -167,6 +201,71 @@ def test_info_counts_the_experts_of_a_token(openimp, little_data):
     assert used == whole
 
 
+def test_eval_needs_no_more_of_another_recipe_than_sources_and_sets(openimp, little_data, little_run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("# as trained\na {} square\n\nthe {} one\n")
+    (tmp_path / "sets.yaml").write_text(
+        "sources: {squares: {path: elsewhere}}\n"
+        "evaluation: {sets: {named: {type: zero_shot, source: squares, inputs: {image: file}, label: label,"
+        " classes: [red, green, blue, white, black], prompts: prompts.txt}}}\n"
+    )
+    out, changes = tmp_path / "found.jsonl", sets(
+        f"sources.squares.path={little_data / 'pictures'}", "evaluation.sets.named.view.image.size=16"
+    )  # fmt: skip
+    code, printed, err = openimp("eval", little_run, "--recipe", tmp_path / "sets.yaml", *changes, "--out", out)
+    assert (code, err) == (0, "")
+    assert "named" in printed
+    (found,) = read_lines(out)
+    assert (found["n"], found["candidates"], found["chance"]) == (24, 5, 1 / 5)
+    assert found["prompts"] == ["a {} square", "the {} one"]
+    assert found["top1"] > 0.9, "the run has learned its colours"
+
+
+def test_eval_changes_the_sets_of_the_run_itself(openimp, refused, little_run, tmp_path):
+    out = tmp_path / "found.jsonl"
+    change = sets("evaluation.sets.colours.view.image.size=24")
+    assert openimp("eval", little_run, "colours", *change, "--out", out)[0] == 0
+    assert read_lines(out)[0]["view"]["image"]["size"] == 24
+    told = refused("eval", little_run, *sets("model.width=64"))
+    assert told == "--set model.width=64: a trained model allows changes of sources and evaluation only"
+    told = refused("eval", little_run, *sets("evaluation.sets.colours.view.image.size=20"))
+    assert "evaluation.sets.colours.view.image: size: height of 20 pixels" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("evalution: {}", "unknown key 'evalution'; did you mean 'evaluation'?"),
+        ("evaluation: {set: {}}", "evaluation: unknown key 'set'; did you mean 'sets'?"),
+        ("sources: [a]", "sources: Input should be a valid dictionary"),
+        ("name: nothing", "the recipe has no evaluation sets"),
+        ("{set: {prompts: no.txt}}", "prompts: expected a list, or a text file in the recipe's folder; there is no"),
+        ("{set: {prompts: ../secret.txt}}", "prompts: ../secret.txt is outside of the recipe's folder"),
+        ("{set: {prompts: link.txt}}", "prompts: link.txt is outside of the recipe's folder"),
+        ("{set: {prompts: pipe}}", "prompts: expected a list, or a text file in the recipe's folder; there is no file"),
+        ("{set: {prompts: binary.txt}}", "binary.txt cannot be read"),
+        ("{set: {prompts: empty.txt}}", "prompts: List should have at least 1 item"),
+        ("{set: {classes: /etc/hostname}}", "classes: /etc/hostname is outside of the recipe's folder"),
+        ("{set: {classes: [red, red]}}", "classes: class 'red' is listed twice"),
+        ("{set: {classes: twice.txt}}", "classes: class 'a' is listed twice"),
+        ("{set: {classes: [1, 2]}}", "classes: Input should be a valid string, found 1"),
+    ],
+)
+def test_sets_that_cannot_be_measured_are_refused(refused, little_data, little_run, tmp_path, text, named):
+    (tmp_path / "secret.txt").write_text("a {}\n")
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "binary.txt").write_bytes(b"\xff\xfe{}")
+    (folder / "empty.txt").write_text("# nothing\n\n")
+    (folder / "twice.txt").write_text("a\tx\nb\ty\na\tz\n")
+    os.mkfifo(folder / "pipe")
+    if text.startswith("{set: "):
+        common = "type: zero_shot, source: pictures, inputs: {image: file}, label: label, view: {image: {size: 16}}, "
+        text = f"evaluation: {{sets: {text.replace('{set: {', '{set: {' + common)}}}"
+    (folder / "sets.yaml").write_text(text + "\n")
+    assert named in refused("eval", little_run, "--recipe", folder / "sets.yaml")
+
+
 def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path):
     recipe = (own_data / "recipe.yaml").read_text()
     rows = [{"picture": str(path.relative_to(own_data)), "class": i % 3} for i, path in enumerate(
@@ -175,11 +274,14 @@ def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path
     numbers = "{type: zero_shot, source: numbers, inputs: {image: picture}, label: class, view: {image: {size: 16}}"
     changed = recipe.replace("sources:", "sources:\n  numbers: {path: numbers.jsonl}")
     for texts, message in (
-        ("}", "class 0 of column 'class' has no text; name it in texts as '0'"),
-        (", texts: {'0': red, '1': green}}", "class 2 of column 'class' has no text; name it in texts as '2'"),
+        ("}", "class 0 of column 'class' has no text; name it in classes as '0'"),
         (
-            ", texts: {'0': a, '1': b, '2': c}, prompts: [picture]}",
-            "prompt 'picture' needs one {} where the class' text goes",
+            ", classes: {0: red, 1: green}}",
+            "column 'class' of source numbers: unknown class 2; known: 0, 1",
+        ),
+        (
+            ", classes: {0: a, 1: b, 2: c}, prompts: [picture]}",
+            "prompt 'picture' needs one plain {} where the class' text goes",
         ),
     ):
         (own_data / "other.yaml").write_text(changed + f"    numbers: {numbers}{texts}\n")

@@ -44,6 +44,10 @@ CASES = {
     "whole copies": ["parallel.shard=1"],
     "whole copies, in pieces": ["parallel.shard=1", "batch={micro: 2, recompute: true}"],
     "whole copies, Muon": ["parallel.shard=1", "optimizer={muon_lr: 0.1, warmup: 1}"],
+    "whole copies, Muon, zero gradients": [
+        "parallel.shard=1",
+        "optimizer={muon_lr: 0.1, warmup: 1, zero_grads: true}",
+    ],
     "shards in two groups": ["parallel.shard=2"],
     "experts apart, whole copies": ["parallel={shard: 1, experts: 2}", "optimizer={muon_lr: 0.1, warmup: 1}"],
     "experts apart, shards": ["parallel={experts: 2}", "batch={micro: 2, recompute: true}"],

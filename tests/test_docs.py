@@ -220,8 +220,9 @@ def test_the_layout_is_the_one_that_the_design_page_draws():
             assert other == own or level[other] < level[own], f"{file} imports {other}"
 
 
-def test_the_tests_that_the_design_page_names_exist():
-    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["design.md", "security.md"])
+def test_the_tests_that_a_page_names_exist(name):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
     assert named
     for file, name in named:

@@ -70,6 +70,14 @@ def test_long_lists_are_written_part_by_part_in_order(tiny_model_folder, media_f
         assert one == pytest.approx(other, abs=1e-2)
 
 
+def test_a_text_file_that_is_huge_is_skipped(tiny_model_folder, media_folder, tmp_path):
+    with (tmp_path / "huge.txt").open("wb") as file:
+        file.truncate(2**40)  # It takes no room on the disk.
+    done = embed(tiny_model_folder, [tmp_path / "huge.txt", media_folder / "0.txt"], tmp_path / "out.parquet")
+    assert done.rows == {"text": 1}
+    assert "is larger than 33,554,432 bytes" in done.skipped[0]
+
+
 def test_a_file_whose_name_is_no_utf8_is_skipped_and_named(tiny_model_folder, media_folder, tmp_path, capsys):
     for file in ("0.png", "0.txt"):
         shutil.copy(media_folder / file, tmp_path / file)

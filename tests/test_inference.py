@@ -16,6 +16,8 @@ import openimp
 from openimp.checkpoint import save_model
 from openimp.errors import UserError
 from openimp.inference import Model
+from openimp.modalities import modalities_of
+from openimp.warm_start import open_start
 
 ENDINGS = {"image": "png", "video": "mp4", "audio": "wav"}
 
@@ -130,9 +132,22 @@ def test_each_modality_is_encoded_towards_a_sensible_partner(model):
         "audio": "text",
         "text": "image",
     }
-    assert not torch.equal(model.encode_text("a"), model.encode_text("a", towards="video"))
+    assert not torch.equal(model.encode_text("a"), model.encode_text("a", towards="audio"))
+    assert torch.equal(model.encode_text("a"), model.encode_text("a", towards="video"))  # they share a head
     with pytest.raises(UserError, match="no task trains image and video together"):
         model.encode_image(np.zeros((9, 9, 3), np.uint8), towards="video")
+
+
+def test_video_is_encoded_by_the_heads_that_it_shares_where_no_task_compares_it(tiny_recipe, tiny_model):
+    """Of tasks on captioned images and labelled clips, zero-shot video follows."""
+    tasks = tiny_recipe().model_dump()["tasks"]
+    tasks["video"] |= {"inputs": {"video": "video"}, "objectives": [{"type": "classification", "label": "label"}]}
+    del tasks["video"]["views"][0]["text"]
+    tasks = {name: tasks[name] for name in ("image", "video")}
+    recipe = tiny_recipe(tasks=tasks, modalities={"vision": {"patch": [2, 8, 8]}})
+    model = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {})
+    assert model.partner("video") == "text"
+    assert model.encode_video(np.zeros((4, 16, 16, 3), np.uint8)).shape == model.encode_text("a").shape
 
 
 def test_text_prefers_pictures_even_if_another_task_comes_first(tiny_recipe, tiny_model):
@@ -226,6 +241,27 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message) as error:
             openimp.load(name)
         assert "\n" not in str(error.value)
+
+
+def test_a_model_of_the_hub_is_named_with_its_revision(tiny_model_folder, tiny_recipe, tmp_path, monkeypatch):
+    """From the hub's cache, where a snapshot holds links to files that are named by their hash."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--them--model", "0123456789" * 4
+    for folder in ("blobs", "refs", f"snapshots/{commit}"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "v1").write_text(commit)
+    for i, file in enumerate(sorted(tiny_model_folder.iterdir())):
+        shutil.copy(file, repository / "blobs" / f"{i}")
+        (repository / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{i}")
+    for name in ("them/model@v1", f"them/model@{commit}", "hub:them/model@v1"):
+        assert openimp.load(name, device="cpu").recipe.name == "tiny"
+    recipe = tiny_recipe(train={"init": "hub:them/model@v1"})
+    assert open_start(recipe, modalities_of(recipe)).folder == repository / "snapshots" / commit
+    with pytest.raises(UserError, match="them/model@v2: no such folder, and not to be had from the hub"):
+        openimp.load("them/model@v2")
+    with pytest.raises(UserError, match=r"train\.init: .*/them/model@v1: no model here"):
+        open_start(tiny_recipe(train={"init": "them/model@v1"}), {})
 
 
 def test_a_modality_from_outside_the_package_is_encoded(tmp_path, monkeypatch, tiny_recipe, tiny_model):

@@ -189,7 +189,7 @@ def test_every_drawn_row_is_classified_by_its_examples_label(label, loss):
 
 @pytest.mark.parametrize("moe", [None, {"experts": 2, "layers": 2}])
 def test_a_tasks_objectives_are_summed_with_their_weights(moe):
-    """And the routers' own losses, averaged over sparse layers and modalities, are added as they are."""
+    """And the routers' own losses, summed over sparse layers and averaged over modalities, are added as they are."""
     model = small(moe)
     recipe = Recipe.build(
         {
@@ -219,7 +219,7 @@ def test_a_tasks_objectives_are_summed_with_their_weights(moe):
     if moe:
         aux = [stats.aux for encoded in found.encoded.values() for stats in encoded.routing]
         assert len(aux) == 4
-        torch.testing.assert_close(parts["router"], torch.stack(aux).mean().detach())
+        torch.testing.assert_close(parts["router"], torch.stack(aux).sum().detach() / 2)
     assert found.total.requires_grad
     assert not any(part.requires_grad for part in parts.values())
 

@@ -7,6 +7,13 @@ from openimp.errors import UserError
 from openimp.recipe import Recipe, View
 from openimp.recipe_file import find_file
 
+
+def bomb(start: str, each: str) -> str:
+    """Lists or mappings of aliases of aliases: 30 lines stand for 4^29 values."""
+    lines = [f"k{i}: &k{i} " + (each.format(f"*k{i - 1}") if i else start) for i in range(30)]
+    return "\n".join(lines)
+
+
 BUNDLED = ["demo", "imp_s", "imp_b", "imp_m", "imp_l", "imp_moe_s", "imp_moe_b", "imp_moe_l"]
 
 
@@ -67,9 +74,14 @@ REFUSED = {
     "sources.pictures.hub=x/y": "sources.pictures: give exactly one of path and hub",
     "sources.pictures={path: x.tar, stream: true, cache: disk}": "sources.pictures: a streamed source cannot be "
     "cached; drop stream or cache",
-    "sources.pictures.split=test": "sources.pictures: config and split are for hub data sets; of a path, keep rows "
-    "with where",
-    "sources.pictures.config=x": "sources.pictures: config and split are for hub data sets",
+    "sources.pictures.split=test": "sources.pictures: config, split and revision are for hub data sets; to select "
+    "rows of a path, use where",
+    "sources.pictures.revision=main": "sources.pictures: config, split and revision are for hub data sets",
+    "name=../../x": "name: '../../x' cannot name a folder: use letters, and no slash or control character",
+    "name='..'": "name: '..' cannot name a folder",
+    "name=/tmp/x": "name: '/tmp/x' cannot name a folder",
+    'name="a\\ab"': "name: 'a\\x07b' cannot name a folder",
+    "sources.pictures.config=x": "sources.pictures: config, split and revision are for hub data sets",
     "sources.pictures.window=9": "sources.pictures: window is for streams; drop it, or set stream: true",
     "sources.pictures={hub: x/y, format: parquet}": "sources.pictures: format is for a path; drop it",
     "tasks.named.source=picture": "tasks.named.source: no source 'picture'; did you mean 'pictures'?",
@@ -96,20 +108,20 @@ REFUSED = {
     "found 1",
     "evaluation.sets.tones.inputs.text={column: caption, draw: 2}": "evaluation.sets.tones.inputs.text: evaluation "
     "draws nothing; drop draw",
-    "evaluation.sets.tones.view.batch=4": "evaluation.sets.tones.view: share and batch are for training; "
-    "evaluation.batch counts here",
-    "evaluation.sets.colours.view.share=0.5": "evaluation.sets.colours.view: share and batch are for training",
+    "evaluation.sets.tones.view.batch=4": "evaluation.sets.tones.view: share, batch and sync are for training; "
+    "use evaluation.batch",
+    "evaluation.sets.colours.view.share=0.5": "evaluation.sets.colours.view: share, batch and sync are for training",
     "evaluation.sets.colours.inputs={video: file}": "evaluation.sets.colours: no task trains modality 'video'; "
     "known: audio, image, text",
     "evaluation.sets.colours.reader=txt": "evaluation.sets.colours: no task trains modality 'txt'; "
     "did you mean 'text'?",
     # A view that makes no whole patch is answered with the sizes that do.
     "tasks.named.views.0.image.size=20": "tasks.named.views[0].image: size: height of 20 pixels is no multiple of 8 up "
-    "to 512; 16 or 24 would do",
+    "to 256; 16 or 24 would do",
     "tasks.named.views.0.image.size=[16, 4]": "tasks.named.views[0].image: size: width of 4 pixels is no multiple of 8 "
-    "up to 512; 8 or 16 would do",
+    "up to 256; 8 or 16 would do",
     "tasks.named.views.1.image.size=1000": "tasks.named.views[1].image: size: height of 1000 pixels is no multiple of 8"
-    " up to 512; 512 would do",
+    " up to 256; 256 would do",
     "evaluation.sets.tones.view.audio.seconds=0.4": "evaluation.sets.tones.view.audio: seconds: 0.4 s are 25 frames, "
     "no multiple of 16 up to 1024; 0.256 or 0.512 s would do",
     "tasks.named.views.0.text.length=17": "tasks.named.views[0].text: length 17 is more than the 16 positions of the "
@@ -124,6 +136,12 @@ def test_a_mistake_is_told_in_one_sentence_that_names_file_and_key(file, change)
     message = str(error.value)
     assert "\n" not in message
     assert message.startswith(f"{file}: {REFUSED[change]}")
+
+
+def test_sync_of_a_cached_source_is_refused(file):
+    """Its cache keeps parts of long recordings, so a share of their length would be another moment."""
+    with pytest.raises(UserError, match=r"tasks.named.views: sync needs .* sources.pictures.cache keeps parts"):
+        Recipe.load(file, ["tasks.named.views.0.sync=true", "sources.pictures.cache=memory"])
 
 
 def test_no_task_at_all_is_refused(file):
@@ -143,6 +161,12 @@ def test_no_task_at_all_is_refused(file):
         ("name: \ttab: x", "not valid YAML"),
         (b"name: \xff\xfe", "not valid YAML"),
         ("name: x", "sources: Field required"),
+        ("a: &a [*a]", "not valid YAML: an alias stands for what it is in"),
+        (bomb("[0]", "[{0}, {0}, {0}, {0}]"), "not valid YAML: more than 100,000 values"),
+        (bomb("{x: 0}", "{{<<: [{0}, {0}, {0}, {0}]}}"), "not valid YAML: more than 100,000 values"),
+        ("a: " + "[" * 100_000, "not valid YAML: maximum recursion depth"),
+        ("a: 2026-99-99", "not valid YAML: month must be"),
+        ("a: " + "x" * 2**20, "is larger than 1,048,576 bytes"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_told_in_one_sentence(tmp_path, text, message):
@@ -228,7 +252,7 @@ def test_the_resolved_recipe_is_the_recipe(file, tmp_path, name):
     assert written["optimizer"]["betas"] == [0.9, 0.999]
     for task in written["tasks"].values():
         for view in task["views"]:
-            assert view.keys() == {"share", "batch", *task["inputs"]}
+            assert view.keys() == {"share", "batch", "sync", *task["inputs"]}
             assert all(options for options in (view[name] for name in task["inputs"]))
 
 

@@ -45,15 +45,15 @@ def test_the_encoder_starts_from_the_checkpoint_and_the_new_head_learns(little_r
     heads = {f"classifiers.painted:label.{kind}" for kind in ("weight", "bias")}
     assert {name for name in ours if name not in before} == heads
     for name, tensor in ours.items():
-        assert torch.equal(tensor, before[name] if name in before else torch.zeros_like(tensor)), name
+        assert name in heads or torch.equal(tensor, before[name]), name
     assert training.averaged is not None
     assert all(torch.equal(tensor, ours[name]) for name, tensor in training.averaged.items())
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("starts from")]
     folder, loaded, new, left = line.split("; ")
     assert folder == f"starts from {checkpoints(little_run)[-1]}"
     assert set(loaded.removeprefix("loaded: ").split(", ")) == {
-        "encoder", "stems.vision", "stems.text", "projections.image-to-text", "projections.text-to-image",
-        "temperatures.image-text",
+        "encoder", "stems.vision", "stems.text", "projections.vision-to-text", "projections.text-to-vision",
+        "temperatures.text-vision",
     }  # fmt: skip
     assert new == "new: classifiers.painted:label"
     assert set(left.removeprefix("left behind: ").split(", ")) == {
@@ -63,7 +63,6 @@ def test_the_encoder_starts_from_the_checkpoint_and_the_new_head_learns(little_r
     losses = []
     for loaded_batch in make_loader(training.data, 0):
         losses.append(float(training.update(loaded_batch).parts["image:label"]))
-    assert losses[0] == pytest.approx(np.log(4), abs=1e-3)
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
     assert not torch.equal(training.model.state_dict()["encoder.norm.weight"], before["encoder.norm.weight"])
 
@@ -87,9 +86,9 @@ def test_a_head_of_the_same_classes_is_taken_and_of_other_classes_is_not(little_
     assert before.any()
     assert torch.equal(classifier("same"), before)
     turned = "tasks.named.objectives.1.classes=[white, red, green, blue]"
-    assert not classifier("turned", turned).any()
+    assert not torch.isclose(classifier("turned", turned), before).any()
     shutil.move(own_data / "pictures" / "white", own_data / "pictures" / "yellow")
-    assert not classifier("renamed", "evaluation={}").any()
+    assert not torch.isclose(classifier("renamed", "evaluation={}"), before).any()
 
 
 def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys):

@@ -30,11 +30,12 @@ from openimp.modalities import Modality, modalities_of
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.recipe import Recipe
+from openimp.recipe_file import read_text
+from openimp.safe_files import refuse_links
 from openimp.shards import file_name, parts, read, there, write
 
-FORMAT = 3
-READABLE = (2, 3)
-"""In format 2 each kind of tensors was one file, as it still is when one process writes."""
+FORMAT = 4
+"""Version of this layout and of what weights mean. Formats up to 3 had other positions, heads and temperatures."""
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 BEST = "best"
@@ -71,14 +72,24 @@ def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str
     modalities = modalities_of(recipe)
     for modality in modalities.values():
         modality.load_state(learned)
-    # Every block takes time and memory to make, even on the meta device, and its number is only a number in a file.
-    layers, tensors = recipe.model.layers, len(parts(folder, _used(folder)))
-    if layers > tensors:
-        raise UserError(f"{folder}: does not fit the model: {layers} layers in {tensors} tensors")
+    check_layers(folder, recipe)
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
     load_weights(model, folder, assign=True)
     return model.eval(), recipe, modalities, classes
+
+
+def check_layers(folder: Path, recipe: Recipe) -> None:
+    """Refuses a model whose configuration has more layers than its weights have tensors.
+
+    Every block takes time and memory to make, even on the meta device, and their number is only a number in a file.
+
+    Raises:
+        UserError: it has, or the weights are missing or damaged.
+    """
+    layers, tensors = recipe.model.layers, len(parts(folder, _used(folder)))
+    if layers > tensors:
+        raise UserError(f"{folder}: does not fit the model: {layers} layers in {tensors} tensors")
 
 
 def read_config(
@@ -93,10 +104,10 @@ def read_config(
         raise UserError(f"{folder}: no model here, expected a run or a folder with config.json")
     file = folder / "config.json"
     config = _read_object(file)
-    if config.get("format") not in READABLE:
+    if config.get("format") != FORMAT:
         raise UserError(f"{file}: format {config.get('format')!r}, this version of openimp reads format {FORMAT}")
-    found = config.get("model")  # Older ones do not say.
-    if model and found not in (None, model.__name__):
+    found = config.get("model")
+    if model and found != model.__name__:
         raise UserError(
             f"{folder}: holds {found}, expected {model.__name__}; a study's peers are loaded by openimp.study alone"
         )
@@ -172,8 +183,6 @@ def verify(folder: Path) -> None:
 
 def _verify_share(folder: Path) -> None:
     file = folder / MANIFEST
-    if not file.exists() and "sources" not in read_state(folder):
-        return  # Older versions of openimp wrote neither.
     # What begins with a dot comes from file managers and network file systems.
     found = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST}
     manifest = _read_object(file)
@@ -250,13 +259,40 @@ def step_of(folder: Path) -> int:
 
 
 def model_folder(path: Path) -> Path:
-    """The folder with the weights that a path means: itself, or the newest checkpoint of a run."""
+    """The folder with the weights that a path means: itself, or the newest checkpoint of a run.
+
+    Raises:
+        UserError: there is none, or links lead out of it.
+    """
+    refuse_links(path)
     if (path / "config.json").exists():
         return path
     found = checkpoints(path)
     if not found:
         raise UserError(f"{path}: no model here (a run with a checkpoint, or a folder with config.json)")
     return found[-1]
+
+
+def download(name: str) -> Path:
+    """The folder of a model of the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION, downloaded or from its cache.
+
+    Raises:
+        UserError: that is no such name, or the model cannot be had.
+    """
+    found = re.fullmatch(r"(?:hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if not found:
+        raise UserError(
+            f"{name}: no such folder, and no model on the Hugging Face hub (OWNER/NAME or OWNER/NAME@REVISION)"
+        )
+    from huggingface_hub import snapshot_download
+
+    allowed, ignored = ["*.json", "*.safetensors"], ["optimizer*"]
+    try:
+        folder = snapshot_download(found[1], revision=found[2], allow_patterns=allowed, ignore_patterns=ignored)
+    except Exception as error:  # the hub's client raises its own errors, httpx's and OSError
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{name}: no such folder, and not to be had from the hub: {reason[0]}") from None
+    return model_folder(Path(folder))
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -271,7 +307,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except FileNotFoundError:
         raise UserError(f"{file}: missing") from None
     except (ValueError, OSError) as error:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from openimp.errors import UserError
+from openimp.errors import UserError, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +24,10 @@ SetOption = Annotated[
 ]
 RunOption = Annotated[
     Path | None, typer.Option("--run", "--run-dir", help="Where to write. [default: runs/NAME of the recipe]")
+]
+
+AllowSourcesOption = Annotated[
+    bool, typer.Option("--allow-sources", help="Let the recipe of a model that you did not train here read any source.")
 ]
 
 
@@ -65,12 +69,14 @@ def eval(
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Take sources and sets from this recipe, not the run's.")
     ] = None,
+    set_: SetOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Append the results here too, as JSON lines.")] = None,
+    allow_sources: AllowSourcesOption = False,
 ) -> None:
-    """Measure a trained model: zero-shot classification, retrieval and probes, beside chance."""
+    """Measure a trained model: zero-shot classification, class heads, retrieval and probes, beside chance."""
     from openimp.commands import run_eval
 
-    run_eval(run, sets, recipe, out)
+    run_eval(run, sets, recipe, out, set_, allow_sources)
 
 
 @app.command()
@@ -92,11 +98,12 @@ def embed(
 def report(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", help="The HTML file. [default: RUN/report.html]")] = None,
+    allow_sources: AllowSourcesOption = False,
 ) -> None:
     """Write one HTML page about a run: its curves, experts, results beside chance, and answers to look at."""
     from openimp.commands import run_report
 
-    run_report(run, out)
+    run_report(run, out, allow_sources)
 
 
 @app.command()
@@ -153,7 +160,7 @@ def main() -> None:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        print(f"openimp: {where}{error.strerror}", file=sys.stderr)
+        print(printable(f"openimp: {where}{error.strerror}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
-from openimp.checkpoint import load_model, model_folder, read_config, saved_step
+from openimp.checkpoint import check_layers, load_model, model_folder, read_config, saved_step
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
 from openimp.device import pick_device
@@ -14,15 +14,17 @@ from openimp.errors import UserError
 from openimp.evaluation import evaluate, table
 from openimp.gpus import USABLE
 from openimp.ledger import costs, mixture_table, short
-from openimp.metrics import append, read_lines
+from openimp.metrics import append, read_lines, read_results
 from openimp.modalities import modalities_of
 from openimp.model.imp import IMP
 from openimp.objectives import head_key
 from openimp.plan import Plan, count, encoder_per_token, plan
 from openimp.progress import clock, console, track
 from openimp.recipe import Classification, Recipe
+from openimp.recipe_file import override, read_recipe
 from openimp.report import write_report
 from openimp.train import train
+from openimp.trust import check_sources
 
 
 def run_demo(overrides: list[str], run: Path | None) -> None:
@@ -57,29 +59,57 @@ def run_train(
     train(recipe, run or Path("runs") / recipe.name, how, allow_changed_data=allow_changed_data)
 
 
-def run_eval(path: Path, sets: list[str] | None, other: str | None, out: Path | None) -> None:
-    """Measures a model on the sets of its own recipe, or of another."""
+def run_eval(
+    path: Path,
+    sets: list[str] | None,
+    other: str | None,
+    out: Path | None,
+    overrides: list[str] | None = None,
+    allow_sources: bool = False,
+) -> None:
+    """Measures a model on evaluation sets of its own recipe or of another.
+
+    With `allow_sources` its own recipe may read any source, even if the model was not trained here.
+    """
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
     folder = model_folder(path)
-    model, recipe, modalities, _ = load_model(folder)
-    if other:
-        ours, theirs = recipe.to_dict(), Recipe.load(other).to_dict()
-        # The run's own sources stay known, for its tasks name them; the views must suit the run's modalities.
-        sources = ours["sources"] | theirs["sources"]
-        recipe = Recipe.build({**ours, "sources": sources, "evaluation": theirs["evaluation"]}, where=other)
+    model, recipe, modalities, classes = load_model(folder)
+    if other or overrides:
+        recipe = _with_sets(recipe, other, overrides or [])
     if not recipe.evaluation.sets:
         raise UserError(f"{other or path}: the recipe has no evaluation sets")
-    results = evaluate(model.to(pick_device()), recipe, modalities, sets or None, saved_step(folder), track)
+    if not allow_sources:  # A source that the other recipe does not define is the model's own.
+        given = read_recipe(other, overrides or [])[0].get("sources") if other else None
+        check_sources(path, folder, recipe, sets or recipe.evaluation.sets, given or ())
+    results = evaluate(model.to(pick_device()), recipe, modalities, sets or None, saved_step(folder), track, classes)
     console.print(table(results))
     for result in results if out else []:
         assert out is not None
         append(out, result)
 
 
-def run_report(run: Path, out: Path | None) -> None:
+def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> Recipe:
+    """A model's recipe with overrides of its sources and sets, or with the sources and sets of another recipe."""
+    for text in overrides:
+        if not text.startswith(("sources.", "evaluation.")):
+            raise UserError(f"--set {text}: a trained model allows changes of sources and evaluation only")
+    ours = recipe.to_dict()
+    if other is None:
+        for text in overrides:
+            override(ours, text)
+        return Recipe.build(ours)
+    theirs, file = read_recipe(other, overrides)
+    # The model's own sources are kept, because its tasks name them. Unknown keys of `theirs` are refused by `build`.
+    sources = theirs.get("sources") or {}
+    sources = ours["sources"] | sources if isinstance(sources, dict) else sources
+    measured = {"sources": sources, "evaluation": theirs.get("evaluation") or {}}
+    return Recipe.build({**theirs, **ours, **measured}, file.resolve().parent, other)
+
+
+def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None:
     """Writes a run's page."""
-    file = write_report(run, out, progress=track)
+    file = write_report(run, out, track, allow_sources)
     console.print(f"{file}: {file.stat().st_size / 1e6:.2f} MB", soft_wrap=True)
 
 
@@ -91,6 +121,7 @@ def run_info(what: str, overrides: list[str]) -> None:
             raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
         folder = model_folder(path)
         recipe, classes, learned = read_config(folder)
+        check_layers(folder, recipe)
         modalities = modalities_of(recipe)
         for modality in modalities.values():
             modality.load_state(learned)
@@ -208,7 +239,7 @@ def _print_run(path: Path) -> None:
         for task, units in lines[-1]["totals"].items():
             shown.add_row(task, *(f"{units[u]:,}" for u in ("steps", "examples", "tokens")), f"{units['flops']:.4g}")
         console.print(shown)
-    results = read_lines(path / "results.jsonl")
+    results = read_results(path / "results.jsonl")
     if results:
         last = max(result["step"] or 0 for result in results)
         console.print(table([result for result in results if (result["step"] or 0) == last]))

@@ -1,7 +1,6 @@
 """`openimp embed`: files to a Parquet table of vectors."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +18,8 @@ from openimp.evaluation.encoding import embed as embed_items
 from openimp.inference import Model, load
 from openimp.modalities import BadMedia, Modality
 from openimp.progress import console, track
+from openimp.recipe_file import read_text
+from openimp.safe_files import replacing
 
 CHUNK = 512
 """Files whose vectors are held before they are written."""
@@ -98,8 +99,7 @@ def embed(
     rows = dict.fromkeys(found, 0)
     skipped: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.tmp")
-    try:
+    with replacing(out) as draft:
         with pq.ParquetWriter(draft, schema) as writer:
             for name, paths in found.items():
                 shown = progress(paths, f"embed {name}")
@@ -110,9 +110,6 @@ def embed(
                     rows[name] += len(kept)
         if not sum(rows.values()):
             raise UserError(f"none of the {len(skipped)} files can be read; the first: {skipped[0]}")
-        os.replace(draft, out)
-    finally:
-        draft.unlink(missing_ok=True)
     done = Embedded(out, rows, skipped, unknown)
     console.print(str(done), soft_wrap=True)
     return done
@@ -186,6 +183,6 @@ def _find(
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path).strip()
+    except (OSError, UnicodeDecodeError, UserError) as error:
         raise BadMedia(f"no UTF-8 text: {error}") from None

@@ -3,15 +3,29 @@
 import difflib
 from collections.abc import Iterable
 
+FEW = 50
+"""Most known words that an error message lists."""
+
 
 class UserError(Exception):
     """Bad input. The message is one sentence that names the file, key or column and what was expected."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Removes control characters except line breaks and tabs.
+
+    Names can come from untrusted data or models, and an escape sequence in a name could control the terminal.
+    """
+    return text if text.isprintable() else "".join(c for c in text if c.isprintable() or c in "\n\t\xa0")
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest known word, else the list of known words."""
+    """`; did you mean 'x'?` for the closest known word, else a list of the known words if there are at most `FEW`."""
     known = sorted(map(str, known))
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else ""
+    return f"; known: {', '.join(known)}" if 0 < len(known) <= FEW else ""

@@ -35,6 +35,12 @@ class Exchange:
     def gradients(self) -> None:
         """Makes the gradients of `own`, after each backward pass, those of the mean over the processes."""
 
+    def fill_with_zeros(self) -> None:
+        """Gives parameters without a gradient one of zero. On all ranks, because `updates` sends what has one."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     def clip(self, limit: float) -> Tensor:
         """Scales the gradients so that the Euclidean norm of all of them is at most `limit`, and returns the norm that
         they had."""
@@ -167,6 +173,11 @@ class OneCopy(Exchange):
 
     def gradients(self) -> None:
         self.group.average_in_shares([[p.grad for p in share if p.grad is not None] for share in self.shares])
+        for parameter in self.others:
+            parameter.grad = None
+
+    def fill_with_zeros(self) -> None:
+        super().fill_with_zeros()
         for parameter in self.others:
             parameter.grad = None
 

@@ -3,7 +3,6 @@
 Shape suffixes: B inputs, Z features of the common space.
 """
 
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openimp.checkpoint import load_model, model_folder, save_model
+from openimp.checkpoint import download, load_model, model_folder, save_model
 from openimp.device import Precision, pick_device
 from openimp.errors import UserError, nearest
 from openimp.evaluation.encoding import embed, embed_tokens, first_view, require_pair
@@ -26,15 +25,15 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     """Opens a trained model.
 
     Args:
-        path: a run (its newest checkpoint is taken), a checkpoint, a folder that `Model.save` wrote, or a model's name
-            on the Hugging Face hub.
+        path: a run (its newest checkpoint is taken), a checkpoint, a folder that `Model.save` wrote, or a model of the
+            Hugging Face hub: OWNER/NAME, or OWNER/NAME@REVISION with a commit, tag or branch.
         device: where it computes; left out: the GPU where there is one.
         precision: "auto" is bf16 where it is faster; in "fp32" an embedding is the same, to 1e-5, in any batch.
 
     Raises:
         UserError: there is no model, or it is damaged.
     """
-    folder = model_folder(Path(path)) if Path(path).exists() else _from_hub(str(path))
+    folder = model_folder(Path(path)) if Path(path).exists() else download(str(path))
     imp, recipe, modalities, classes = load_model(folder)
     return Model(imp, recipe, modalities, classes, precision).to(device or pick_device()).eval()
 
@@ -113,13 +112,16 @@ class Model(nn.Module):
     def partner(self, modality: str) -> str:
         """The modality towards which `modality` is encoded unless told otherwise.
 
-        Among those that it was trained with, in the recipe's order: the first that reads text; for one that reads text
-        itself that of pictures, as users of open_clip expect; else the first.
+        Among those that it was trained with, in the recipe's order, or else those whose heads it shares: the first that
+        reads text; for one that reads text itself that of pictures, as users of open_clip expect; else the first.
 
         Raises:
             UserError: it was trained with none.
         """
-        partners = list(self._partners(modality))
+        self._modality(modality)
+        partners = list(self._partners(modality)) or [
+            name for name in self.modalities if name != modality and self.imp.share_a_space(modality, name)
+        ]
         if not partners:
             raise UserError(f"{modality} was trained with no other modality, so it has no embedding")
         if self._modality(modality).reads_text:
@@ -202,17 +204,3 @@ class Model(nn.Module):
                 is_path = isinstance(value, Path) or (isinstance(value, str) and not modality.reads_text)
                 name = str(value) if is_path else f"input {i}"
                 raise UserError(f"{name}: cannot be read as {modality.name}: {error}") from None
-
-
-def _from_hub(name: str) -> Path:
-    """Downloads a model from the Hugging Face hub, or finds it in its cache."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{name}: no such folder, and no model's name on the Hugging Face hub (OWNER/NAME)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["optimizer*"])
-    except Exception as error:  # the hub's client raises its own errors, httpx's and OSError
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{name}: no such folder, and not to be had from the hub: {reason[0]}") from None
-    return model_folder(Path(folder))

@@ -1,7 +1,6 @@
 """What a run writes down: metrics.jsonl, TensorBoard events, and the examples that could not be read."""
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Collection
 from pathlib import Path
@@ -13,13 +12,21 @@ from torch import Tensor
 
 from openimp.distributed import mean, rank, total
 from openimp.errors import UserError
+from openimp.evaluation.figures import first_figure, table
 from openimp.ledger import Cost
 from openimp.objectives import Losses
+from openimp.recipe_file import read_text
+from openimp.safe_files import write_text
 
 ENOUGH = 100
 """Examples of a task after which the share of bad ones is judged."""
 DIGESTS = 2**48
 """The sums of digests are taken modulo this, so that those of many processes can be added."""
+LARGEST_LOG = 2**28
+"""Bytes of a file of JSON lines at most, when it is read."""
+
+NEEDED = {"set": str, "task": str, "type": str, "n": int, "candidates": int, "skipped": int}
+"""Keys that every result has, beside its figures."""
 
 
 class Metrics:
@@ -119,7 +126,7 @@ class Metrics:
         forget_after(run / "results.jsonl", max(result["step"] for result in results) - 1)
         for result in results:
             append(run / "results.jsonl", result)
-            for key in ("r1", "r5", "mrr", "top1"):
+            for key in ("r1", "r5", "mrr", "top1", "map"):
                 if key in result:
                     self.board.add_scalar(f"{key}/{result['set']}/{result['task']}", result[key], result["step"] or 0)
         self.board.flush()
@@ -170,25 +177,47 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """All whole JSON lines of a file; a last one that a crash cut short is left out.
 
     Raises:
-        UserError: a line is no JSON.
+        UserError: a line is no JSON object with a step, or the file is too large.
     """
     if not file.exists():
         return []
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(read_text(file, LARGEST_LOG).split("\n")[:-1], 1):
         try:
             found.append(json.loads(line))
         except ValueError:
             raise UserError(f"{file}: line {number} is no JSON") from None
+        if not isinstance(found[-1], dict) or not isinstance(found[-1].get("step", ""), int | None):
+            raise UserError(f"{file}: line {number} is no object with a step")
     return found
 
 
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """The results in a file, with all that a table or a report of them needs.
+
+    Raises:
+        UserError: a line is no result, or as in `read_lines`.
+    """
+    results = read_lines(file)
+    for number, result in enumerate(results, 1):
+        try:
+            table([result])
+            shares = [first_figure(result), result["chance"], *result["interval"]]
+            whole = all(type(result[key]) is kind for key, kind in NEEDED.items()) and all(0 <= x <= 1 for x in shares)
+            whole = whole and (result["type"] != "retrieval" or {"r10", "mrr"} <= result.keys())
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
+            whole = False
+        if not whole:
+            raise UserError(f"{file}: line {number} is no result of an evaluation")
+    return results
+
+
 def best_step(file: Path, name: str, steps: Collection[int]) -> int:
-    """Which of these steps has the highest R@1 or top-1 of a set, as the mean over its tasks; the first of equals."""
+    """Which of these steps has the highest first figure of a set, as the mean over its tasks; the first of equals."""
     found: dict[int, list[float]] = defaultdict(list)
     for line in read_lines(file):
         if line["set"] == name and line["step"] in steps:
-            found[line["step"]].append(line["r1"] if line["type"] == "retrieval" else line["top1"])
+            found[line["step"]].append(first_figure(line))
     return max(found, key=lambda step: fmean(found[step]))
 
 
@@ -196,6 +225,4 @@ def forget_after(file: Path, step: int) -> None:
     """Forgets lines after `step`, which a run that goes on from there will write again."""
     kept = [line for line in read_lines(file) if (line["step"] or 0) <= step]
     if file.exists():
-        draft = file.with_name(f".{file.name}.tmp")
-        draft.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
-        os.replace(draft, file)
+        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))

@@ -78,8 +78,9 @@ class Losses:
 def task_losses(model: IMP, task: Task, batch: Batch, encode: Encode | None = None) -> Losses:
     """Encodes every modality of the batch once, and sums the task's objectives with their weights.
 
-    The routers' own losses are added as they are, weighted in `model.moe`. `encode` is `model.encode`, or the same
-    compiled.
+    An objective's loss is the mean over its pairs, or over the modalities that it classifies. The routers' losses are
+    summed over layers and averaged over modalities; `model.moe` has their weights. `encode` is `model.encode`, or the
+    same compiled.
     """
     encode = encode or model.encode
     encoded = {name: encode({name: tokens}) for name, tokens in batch.tokens.items()}
@@ -91,14 +92,12 @@ def task_losses(model: IMP, task: Task, batch: Batch, encode: Encode | None = No
             if isinstance(objective, Contrastive)
             else classification_losses(model, objective, task.source, encoded, batch)
         )
-        for name, loss in terms.items():
-            parts[name] = loss.detach()
-            total = total + objective.weight * loss
-    routing = [stats for item in encoded.values() for stats in item.routing]
-    if routing:
-        aux = torch.stack([stats.aux for stats in routing]).mean()
-        parts["router"] = aux.detach()
-        total = total + aux
+        parts |= {name: loss.detach() for name, loss in terms.items()}
+        total = total + objective.weight * torch.stack([*terms.values()]).mean()
+    aux = [torch.stack([stats.aux for stats in item.routing]).sum() for item in encoded.values() if item.routing]
+    if aux:
+        parts["router"] = torch.stack(aux).mean().detach()
+        total = total + torch.stack(aux).mean()
     return Losses(total, parts, encoded)
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openimp.model.embedder import Embedder
 from openimp.parallel import on_one_mesh
@@ -19,24 +19,26 @@ def muon_matrices(options: Optimizer, model: Embedder) -> dict[Tensor, None]:
 def make_optimizers(options: Optimizer, model: Embedder, own: Iterable[Tensor]) -> list[torch.optim.Optimizer]:
     """Fused AdamW, with Muon beside it for the hidden matrices where the recipe asks for it.
 
-    Weight decay is for matrices, not for norms, biases and temperatures. Each group keeps its peak learning rate as
-    `peak`.
+    Weight decay is for kernels: not for embedding and position tables, norms, biases and temperatures. Each group
+    keeps its peak learning rate as `peak`.
 
     Args:
         own: the parameters that this process updates.
     """
     hidden = muon_matrices(options, model)
     rest = [parameter for parameter in own if parameter not in hidden]
-    decay = {True: options.weight_decay, False: 0.0}
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    kernels = [parameter for parameter in rest if parameter.ndim >= 2 and parameter not in tables]
+    others = [parameter for parameter in rest if parameter.ndim < 2 or parameter in tables]
     groups = [
-        {"params": group, "weight_decay": decay[is_matrix]}
-        for is_matrix in decay
-        for group in on_one_mesh(p for p in rest if (p.ndim >= 2) == is_matrix)
+        {"params": group, "weight_decay": decay}
+        for parameters, decay in ((kernels, options.weight_decay), (others, 0.0))
+        for group in on_one_mesh(parameters)
     ]
     # Of many processes some may have nothing to update; a group may be empty, but not the list of groups.
     betas = (options.betas[0], options.betas[1])
     made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups or [{"params": []}], lr=options.lr, betas=betas, fused=True)
+        torch.optim.AdamW(groups or [{"params": []}], lr=options.lr, betas=betas, eps=options.eps, fused=True)
     ]
     if options.muon_lr:
         # Updates as large as AdamW's (arXiv 2502.16982, section 2.2), so that both share the scale of learning rates.

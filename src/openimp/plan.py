@@ -205,7 +205,7 @@ def plan(
         counted = step_memory(recipe, modalities, classes, name, view, precision, gpus=gpus, owners=layout.owners)
         task = recipe.tasks[name]
         compared = _compared(task, cost.examples)
-        memory = _memory(model, shares, counted, compared, precision, dealt)
+        memory = _memory(model, shares, counted, compared, precision, dealt, recipe.optimizer.zero_grads)
         received = _received(recipe, model, shares, task, cost.examples, counted, compared, dealt)
         steps[name, view] = Step(cost, held | {"inputs": counted.inputs} | memory, received)
     return Plan(GPUS[gpu], gpus, mfu, parameters, used, steps, Alternation(recipe).visits())
@@ -288,19 +288,20 @@ def _memory(
     compared: Compared,
     precision: Precision,
     dealt: Sequence[Sequence[Tensor]],
+    zero_grads: bool,
 ) -> dict[str, int]:
     """Bytes beyond weights and moments that one GPU holds in a step; docs/plan.md."""
     gpus = shares.layout.processes
-    touched = {weight: None for name, weight in model.named_parameters() if name in counted.touched}
+    touched = {w: None for name, w in model.named_parameters() if zero_grads or name in counted.touched}
     # The vectors of all GPUs and their gradients, and similarities with those of the others.
     gathered = 0 if gpus == 1 else 8 * model.config.embed_dim * compared.rows
     gathered += SIMILARITY * min(BLOCK, others(compared.similarities, gpus) // gpus)
     if shares.layout.shard == 1:
         # While gradients wait for the next step, Muon's matrices are exchanged: one's own share, and all.
-        update = Counter(gradients=shares.held(touched), gathered=(1 + len(dealt)) * _largest(shares, dealt, touched))
-        peak = max(
-            counted.peak + Counter(gathered=gathered), update if len(dealt) > 1 else Counter(), key=Counter.total
-        )
+        update = Counter(gradients=shares.held(touched))
+        if len(dealt) > 1:
+            update["gathered"] = (1 + len(dealt)) * _largest(shares, dealt, touched)
+        peak = max(counted.peak + Counter(gathered=gathered), update, key=Counter.total)
         return {part: peak[part] for part in PARTS}
     blocks = [count(block) for block in model.blocks()]
     # What stands outside of the blocks, one block and the next, and one block's gradients, before and summed.
@@ -337,7 +338,8 @@ def _received(
     # Vectors, their gradients, and the numbers of their items.
     vectors, numbers = 8 * model.config.embed_dim * compared.rows, 8 * compared.items
     among[gpus] += shares.summed(touched) + others(vectors + numbers, gpus)
-    among[gpus] += (len(dealt) - 1) * _largest(shares, dealt, touched)
+    updated = dict.fromkeys(model.parameters()) if recipe.optimizer.zero_grads else touched
+    among[gpus] += (len(dealt) - 1) * _largest(shares, dealt, updated)
     received = {"link": 0, "network": 0}
     for span, size in among.items():
         received["link" if gpus <= NODE or NODE % span == 0 else "network"] += size

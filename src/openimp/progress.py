@@ -6,15 +6,23 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import TypeVar
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
+
+from openimp.errors import printable
 
 T = TypeVar("T")
 PLAIN_WIDTH = 110
 
 
 class _Console(Console):
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Without control characters but rich's own, whatever the names of tasks, classes and files hold."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
     def on_broken_pipe(self) -> None:
         """Goes on, silently: whoever read the output has left, as `head` does, but a training must not end for that."""
         self.quiet = True

@@ -14,10 +14,11 @@ import yaml
 from pydantic import Field, model_validator
 
 from openimp.errors import UserError, nearest
-from openimp.recipe_evaluation import Evaluation, Probe, Retrieval, ZeroShot
+from openimp.recipe_evaluation import ClassHead, Evaluation, EvaluationSet, Probe, Retrieval, ZeroShot
 from openimp.recipe_file import read_recipe
 from openimp.recipe_types import (
     Count,
+    FolderName,
     Input,
     Inputs,
     Positive,
@@ -55,7 +56,9 @@ class MoE(Strict):
     slots: Count = 1
     """Slots an expert, in soft routing only; so its cost is by example, not by token."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-3
-    """Weight of the router z-loss, mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, section 3.2)."""
+    """Weight of the router z-loss: the mean over tokens of logsumexp(logits)^2, summed over layers (ST-MoE, arXiv
+    2202.08906, section 3.2). The release and the `imp_moe_*` recipes use 1, which makes short trainings worse
+    (docs/results/paper.md)."""
     balance_loss: Annotated[float, Field(ge=0)] = 1e-2
     """Weight of the load-balancing loss, in token choice only (Switch, arXiv 2101.03961, section 2.2)."""
 
@@ -79,7 +82,10 @@ class Model(Strict):
     """How many of the first blocks each stem has of its own, to compare one encoder with modality-specific ones: all
     blocks for an encoder a stem, fewer for encoders that shared layers fuse. 0: one encoder, as in the paper."""
     space: Literal["disjoint", "joint"] = "disjoint"
-    """One head for each (source, target) pair of modalities, as in the authors' release, or one head a modality."""
+    """One head for each (source, target) pair of modalities, as in the authors' release, or one head per modality."""
+    share_heads: bool = True
+    """Modalities that share a stem (image and video) also share heads and temperatures, as in the release. So
+    image-text tasks train the heads that video uses. false: each modality has its own heads and temperatures."""
     embed_dim: Count = 1024
     """Features of the common space, and of its heads' hidden layer."""
     temperature: Positive = 0.2
@@ -110,10 +116,13 @@ class Source(Strict):
     """The configuration of a hub data set."""
     split: str = "train"
     """The split of a hub data set."""
+    revision: str | None = None
+    """The commit, tag or branch of a hub data set. Left out: the newest version, which its owner may change."""
     format: Literal["folder", "manifest", "parquet", "webdataset"] | None = None
     """Left out: told by the path."""
     root: RecipePath | None = None
-    """Where a manifest's file names start; left out: beside the manifest. Nothing outside it is ever read."""
+    """The folder to which paths in the rows are relative. Left out: the manifest's folder; for a hub data set, its own
+    folder in the hub's cache. Files outside of this folder are never read."""
     where: dict[str, str | int | bool | list[str] | list[int]] = {}
     """Keep the rows whose column has this value, or one of these values."""
     stream: bool = False
@@ -135,8 +144,8 @@ class Source(Strict):
         if self.stream and self.limit:
             raise ValueError("a streamed source has no limit; drop stream or limit")
         # Defaults are written out in a resolved recipe, so only other values can be told to be in vain.
-        if self.path and (self.config is not None or self.split != "train"):
-            raise ValueError("config and split are for hub data sets; of a path, keep rows with where")
+        if self.path and (self.config, self.split, self.revision) != (None, "train", None):
+            raise ValueError("config, split and revision are for hub data sets; to select rows of a path, use where")
         if self.hub and self.format:
             raise ValueError("format is for a path; drop it")
         if not self.stream and self.window != type(self).model_fields["window"].default:
@@ -223,9 +232,15 @@ class Optimizer(Strict):
     final_lr: Annotated[float, Field(ge=0)] = 0.0
     """Where the cosine ends, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """On matrices only, by either optimiser."""
+    """Weight decay of AdamW and Muon. It applies to the kernels of linear layers and experts; not to tables, norms,
+    biases and temperatures."""
+    eps: Positive = 1e-7
+    """AdamW's epsilon."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """Decay of AdamW's means of the gradient and of its square."""
+    zero_grads: bool = False
+    """Update parameters that a step's task does not use with a gradient of zero, as in the authors' release: their
+    optimizer state decays, and AdamW's momentum still moves them. false: their values and state stay unchanged."""
     clip: Positive | None = 1.0
     """Largest norm of the gradient; null: no clipping."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -260,8 +275,9 @@ class Train(Strict):
     steps: Count = 200_000
     """Gradient steps, over all tasks; the paper: S 200k, B and L 500k."""
     init: RecipePath | None = None
-    """A run, a checkpoint or a model's folder to start from, tokenizer included; heads of other tasks or classes, and
-    stems of other modalities, are new. null: everything is. Relative to the recipe."""
+    """Initial weights and tokenizer: a run, a checkpoint or a model's folder, relative to the recipe, or a model of the
+    Hugging Face Hub as hub:OWNER/NAME@REVISION. Heads and stems that it lacks are initialized randomly. null:
+    everything is initialized randomly."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where it is faster."""
     compile: bool = False
@@ -283,7 +299,7 @@ class Train(Strict):
 class Recipe(Strict):
     """Everything about an experiment."""
 
-    name: str
+    name: FolderName
     """Also the run directory's name: runs/NAME unless told otherwise."""
     seed: Whole = 0
     """Of the weights, the schedule, the order of the data and its augmentation."""
@@ -359,6 +375,11 @@ class Recipe(Strict):
         for task_name, task in self.tasks.items():
             key = f"{where}: tasks.{task_name}"
             self._bind_user(key, task, {f"{key}.views[{i}]": view for i, view in enumerate(task.views)})
+            if any(view.sync for view in task.views) and self.sources[task.source].cache != "none":
+                raise UserError(
+                    f"{key}.views: sync needs recordings as they are, and sources.{task.source}.cache keeps parts of "
+                    "long ones; drop one of the two"
+                )
             for objective in task.objectives:
                 _check_objective(key, objective, task.inputs)
                 if isinstance(objective, Classification):
@@ -381,15 +402,31 @@ class Recipe(Strict):
             for name, spec in options.inputs.items():
                 if spec.draw > 1:
                     raise UserError(f"{key}.inputs.{name}: evaluation draws nothing; drop draw")
-            if (options.view.share, options.view.batch) != (1, None):
-                raise UserError(f"{key}.view: share and batch are for training; evaluation.batch counts here")
+            if (options.view.share, options.view.batch, options.view.sync) != (1, None, False):
+                raise UserError(f"{key}.view: share, batch and sync are for training; use evaluation.batch")
             self._bind_user(key, options, {f"{key}.view": options.view})
+            if isinstance(options, ClassHead):
+                self.class_head(options, key)
             if isinstance(options, Probe):
                 self._require_source(f"{key}.train", options.train)
                 if options.train == options.source:
                     raise UserError(f"{key}: train and source are both {options.train}; a probe needs new rows")
 
-    def _bind_user(self, key: str, user: "Task | Retrieval | ZeroShot | Probe", views: Mapping[str, View]) -> None:
+    def class_head(self, options: ClassHead, key: str) -> Classification:
+        """The objective that trains the head of an evaluation set.
+
+        Raises:
+            UserError: no task has such an objective; the message begins with `key`.
+        """
+        if options.task not in self.tasks:
+            raise UserError(f"{key}.task: no task {options.task!r}{nearest(options.task, self.tasks)}")
+        heads = {o.label: o for o in self.tasks[options.task].objectives if isinstance(o, Classification)}
+        if options.label not in heads:
+            hint = nearest(options.label, heads)
+            raise UserError(f"{key}.label: tasks.{options.task} has no classification of {options.label!r}{hint}")
+        return heads[options.label]
+
+    def _bind_user(self, key: str, user: Task | EvaluationSet, views: Mapping[str, View]) -> None:
         self._require_source(f"{key}.source", user.source)
         for place, view in views.items():
             view.bind(user.inputs, place)

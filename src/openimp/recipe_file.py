@@ -1,6 +1,7 @@
-"""Finding and reading a recipe's YAML file, and changing single keys of it."""
+"""Reading small files within limits, finding and reading a recipe's YAML file, and changing single keys of it."""
 
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,29 @@ from typing import Any
 import yaml
 
 from openimp.errors import UserError, nearest
+
+LARGEST_TEXT = 2**25
+"""Bytes of a file with configuration or a tokenizer at most."""
+LARGEST_YAML = 2**20
+"""Bytes of a recipe or a study at most."""
+MOST_NODES = 100_000
+"""Values, keys, lists and mappings of a YAML file at most, each alias counted as what it stands for."""
+
+
+def read_text(file: Path, limit: int = LARGEST_TEXT) -> str:
+    """The text of a small file that may come from a stranger, in UTF-8.
+
+    Raises:
+        UserError: it is a pipe or a device, which might never end, or has more bytes than `limit`.
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise UserError(f"{file}: is no regular file")
+    with file.open("rb") as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(f"{file}: is larger than {limit:,} bytes, the most that is read of such a file")
+    return data.decode()
 
 
 def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], Path]:
@@ -30,11 +54,11 @@ def read_mapping(file: Path, what: str) -> dict[str, Any]:
     """The plain data of a YAML file that holds a mapping.
 
     Raises:
-        UserError: no YAML, or no mapping.
+        UserError: no YAML, no mapping, or a file that is too large.
     """
     try:
-        data = yaml.load(file.read_text(encoding="utf-8"), RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.load(read_text(file, LARGEST_YAML), RecipeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no such date
         raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{file}: a {what} is a mapping of keys, found {type(data).__name__}")
@@ -42,7 +66,7 @@ def read_mapping(file: Path, what: str) -> dict[str, Any]:
 
 
 def find_file(name: str, folder: str = "recipes", what: str = "recipe file") -> Path:
-    """The file that `name` means: a path, or the name of a recipe, or of what else a folder holds, of openimp's own.
+    """The file that `name` means: a path, or a name such as `demo` or `evaluation/coco` of openimp's own files.
 
     Raises:
         UserError: there is neither.
@@ -51,7 +75,8 @@ def find_file(name: str, folder: str = "recipes", what: str = "recipe file") -> 
         return Path(name)
     here = Path(__file__).resolve().parent
     # In a wheel the folder lies in the package, in a checkout at its top.
-    bundled = {p.stem: p for place in (here / folder, here.parents[1] / folder) for p in place.glob("*.yaml")}
+    places = (here / folder, here.parents[1] / folder)
+    bundled = {p.relative_to(place).with_suffix("").as_posix(): p for place in places for p in place.rglob("*.yaml")}
     if name in bundled:
         return bundled[name]
     if "/" in name:  # No name of one of ours, so those are no help.
@@ -68,7 +93,25 @@ def flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as people expect, and a key that is given twice is an error."""
+    """YAML in which 1e-3 is a number, as people expect, a key that is given twice is an error, and aliases are bounded:
+    a few lines of aliases of aliases stand for billions of values."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._nodes = 0
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias, before = self.check_event(yaml.AliasEvent), self._nodes
+        mark = self.peek_event().start_mark
+        node: Any = super().compose_node(parent, index)
+        if is_alias and node not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias stands for what it is in", mark)
+        self._nodes += self._sizes[node] if is_alias else 1
+        if self._nodes > MOST_NODES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_NODES:,} values, with its aliases", mark)
+        self._sizes.setdefault(node, self._nodes - before)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -101,5 +144,5 @@ def override(data: dict[str, Any], text: str) -> None:
         node[int(last) if isinstance(node, list) else last] = yaml.load(value, RecipeLoader)
     except (ValueError, IndexError, TypeError, AttributeError):
         raise UserError(f"--set {text}: the recipe has no such key") from None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise UserError(f"--set {text}: {value!r} is not valid YAML") from None

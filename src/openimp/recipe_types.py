@@ -1,4 +1,4 @@
-"""What all parts of the recipe are made of: strict models, kinds of numbers, inputs, views, and their check."""
+"""Building blocks of the recipe's schema: the strict base model, number types, inputs, views, and validation."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,11 +8,12 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from openimp.errors import UserError, nearest
+from openimp.recipe_file import read_text
 from openimp.registry import modality_class
 
 
 class Strict(BaseModel):
-    """A part of the recipe: types are exact, and an unknown key is refused with the nearest known one named."""
+    """Base of each part of the recipe. Types must match exactly. The error for an unknown key names the nearest key."""
 
     model_config = ConfigDict(
         strict=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -29,18 +30,53 @@ class Strict(BaseModel):
 
 
 def _beside_recipe(path: str, info: ValidationInfo) -> str:
-    """A relative path starts at the recipe's folder; a URL, or `openimp:NAME`, stays as it is."""
+    """Makes a relative path relative to the recipe's folder; a URL or `openimp:NAME` is returned unchanged."""
     folder = (info.context or {}).get("folder")
     return path if folder is None or re.match(r"\w\w+:", path) else str(Path(folder).resolve() / path)
 
 
+def _one_component(name: str) -> str:
+    if name in ("", ".", "..") or {"/", "\\"} & set(name) or not name.isprintable():
+        raise ValueError(f"{name!r} cannot name a folder: use letters, and no slash or control character")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_one_component)]
+"""A name that is used as one component of a path."""
 RecipePath = Annotated[str, AfterValidator(_beside_recipe)]
-"""A path that a recipe names; a modality's `Config` may use it too."""
+"""A path in a recipe; the `Config` of a modality may use this type too."""
+
+
+def text_lines(value: Any, info: ValidationInfo) -> Any:
+    """If `value` is a string, reads the text file of that name and returns its lines; else returns `value`.
+
+    The file must lie inside the recipe's folder. Empty lines and lines that begin with # are skipped.
+    """
+    if not isinstance(value, str):
+        return value
+    folder = Path((info.context or {}).get("folder") or ".").resolve()
+    file = (folder / value).resolve()
+    if not file.is_relative_to(folder):
+        raise ValueError(f"{value} is outside of the recipe's folder, {folder}")
+    if not file.is_file():
+        raise ValueError(f"expected a list, or a text file in the recipe's folder; there is no file {file}")
+    try:
+        lines = read_text(file).removeprefix("\ufeff").split("\n")  # Without a byte order mark.
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def as_text(value: Any) -> str:
+    """A value as it would be written in YAML, so that `where: {valid: true}` finds "true" in a CSV file."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
-# YAML knows no tuples, so a list is taken for one; its items stay strict.
+# YAML has no tuples, so a list is accepted; its items are still checked strictly.
 Pair = Annotated[tuple[Count, Count], Field(strict=False)]
 Triple = Annotated[tuple[Count, Count, Count], Field(strict=False)]
 
@@ -80,6 +116,8 @@ class View(Strict):
     """How often this view is drawn, against the task's other views."""
     batch: Count | None = None
     """Examples a step in this view; left out: the task's."""
+    sync: bool = False
+    """In training, clip and sound of an example start at the same moment; false: each modality draws its own part."""
 
     def __getitem__(self, modality: str) -> Any:
         """The checked options of one modality, an instance of its `View`."""

@@ -22,7 +22,7 @@ def resumable(recipe: Recipe, run: Path, loop: str) -> Path:
         UserError: there is none.
     """
     folder = _newest_intact(run)
-    made_by = read_state(folder).get("loop", loop)  # Older ones do not say.
+    made_by = read_state(folder)["loop"]
     if made_by != loop:
         raise UserError(
             f"{folder}: made by another loop: {made_by} there, {loop} here; a study's run goes on with its study"
@@ -53,8 +53,8 @@ def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> 
     Raises:
         UserError: there are some, and they are not allowed.
     """
-    before = read_state(folder).get("sources", {})  # Older ones do not say.
-    changed = [name for name, now in sources.items() if before.get(name, now) != now]
+    before = read_state(folder)["sources"]
+    changed = [name for name, now in sources.items() if before.get(name) != now]
     if changed:
         told = f"{folder}: source {', '.join(changed)} has changed since it was saved"
         if not allowed:

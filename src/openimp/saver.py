@@ -13,6 +13,7 @@ from torch import Tensor
 from openimp import distributed, parallel
 from openimp.checkpoint import BEST, MANIFEST, checkpoints, facts_of, folder_of
 from openimp.errors import UserError
+from openimp.safe_files import sync
 
 if TYPE_CHECKING:
     from openimp.dcp import Snapshot
@@ -92,7 +93,7 @@ class Saver:
             files = [copy.save(draft, name, self.group) for name, copy in copies.items()]
             files += [draft / name for name in texts] if first else []
             for file in files:
-                _sync(file)
+                sync(file)
             return {file.name: facts_of(file) for file in files}
 
         try:
@@ -131,16 +132,16 @@ def _begin(draft: Path, texts: Mapping[str, str]) -> None:
 
 def _place(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-    _sync(draft / MANIFEST)
-    _sync(draft)
+    sync(draft / MANIFEST)
+    sync(draft)
     if folder.exists():  # Damaged, or the run would have gone on from it.
         _remove(folder)
     # What the run wrote down before this must not be younger than its checkpoint, if the power fails.
     for written in folder.parents[1].glob("*.jsonl"):
-        _sync(written)
+        sync(written)
     os.replace(draft, folder)
-    _sync(folder.parent)
-    _sync(folder.parents[1])
+    sync(folder.parent)
+    sync(folder.parents[1])
 
 
 def _remove_older(folder: Path, keep: int) -> None:
@@ -161,14 +162,6 @@ def _remove(folder: Path) -> None:
     aside = folder.with_name(f".{folder.name}.old")
     os.replace(folder, aside)
     shutil.rmtree(aside)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: OSError) -> str:

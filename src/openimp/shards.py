@@ -54,7 +54,10 @@ def write(file: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, Seque
     """Writes tensors; `offsets` says of each where in the whole one it begins, if any of them is a part."""
     places = {name: {OFFSETS: [*begin]} for name, begin in (offsets or {}).items()}
     partly = any(map(any, (offsets or {}).values()))
+    file.touch()
+    mode = file.stat().st_mode  # save_file replaces the file by one that only its owner can read.
     save_file(dict(tensors), file, metadata={"format": "pt"} | ({PLACES: json.dumps(places)} if partly else {}))
+    file.chmod(mode)
 
 
 def there(folder: Path, name: str) -> bool:
@@ -135,6 +138,8 @@ def _files(folder: Path, name: str) -> Iterator[Path]:
 def readable(file: Path) -> Iterator[None]:
     """Tells what is wrong with a file as a `UserError`."""
     try:
+        if file.exists() and not file.is_file():  # Opening a pipe would wait for whoever writes to it.
+            raise UserError(f"{file}: is no regular file")
         yield
     except FileNotFoundError:
         raise UserError(f"{file}: missing") from None

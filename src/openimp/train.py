@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -36,8 +37,10 @@ from openimp.pace import Pace, shown
 from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe, Task
 from openimp.resume import changed_sources, common_checkpoints, resumable
+from openimp.safe_files import cache_folder, own_folder, refuse_links, write_text
 from openimp.saver import NotSaved, Saver
 from openimp.stopping import Stopped, stop_signals
+from openimp.trust import remember
 from openimp.warm_start import open_start
 
 EQUAL_TEXTS = 0.1
@@ -141,14 +144,15 @@ class Training:
         self.compile = recipe.train.compile and distributed.world() == 1
         if run.exists() and not run.is_dir():
             raise UserError(f"{run}: is a file; name a directory with --run-dir")
+        distributed.alone(lambda: refuse_links(run))
         saved, job = bool(common_checkpoints(run)), run / "torchrun.job"
         recipe_file = run / "recipe.yaml"
         begun = saved or (run / "tensorboard").exists()
         # Else it is of a run that died before it began, or what somebody wrote by hand.
-        if recipe_file.exists() and not begun and recipe_file.read_text("utf-8", "replace") != recipe.to_yaml():
+        if recipe_file.exists() and not begun and not _holds(recipe_file, recipe.to_yaml()):
             raise UserError(f"{recipe_file}: a run would write over it; name another directory with --run-dir")
         # Not after a start that was refused, which torchrun repeats too.
-        again = distributed.restarted() and job.exists() and job.read_text(encoding="utf-8") == distributed.job()
+        again = distributed.restarted() and job.exists() and _holds(job, distributed.job())
         if resume == "auto" or again:
             resume = saved  # A run that died before it saved any loses nothing when it starts anew.
         elif recipe_file.exists():
@@ -181,7 +185,7 @@ class Training:
         self.model = self.build(recipe, self.modalities, sizes).train()
         if start is not None:
             console.print(start.load(self.model, self.data.classes), soft_wrap=True)
-        open_sets(self.model, recipe, self.modalities)
+        open_sets(self.model, recipe, self.modalities, classes=self.data.classes)
         # Of the model as it was made, for one in shards has another class.
         self.texts = texts_of(self.model, recipe, self.modalities, self.data.classes)
         copies = parallel.spread(
@@ -191,7 +195,9 @@ class Training:
         encode = compiled_encode(self.model, len(self._signatures())) if self.compile else self.model.encode
         self.encode = in_pieces(encode, recipe.batch.micro)
         named = dict(self.model.named_parameters())
-        steps = [{named[name] for name in cost.touched} for cost in self.costs.values()]
+        # With zero gradients every step updates everything.
+        updated = [{*named}] if recipe.optimizer.zero_grads else [cost.touched for cost in self.costs.values()]
+        steps = [{named[name] for name in names} for names in updated]
         self.exchange = make_exchange(self.model, copies, muon_matrices(recipe.optimizer, self.model), steps)
         self.optimizers = make_optimizers(recipe.optimizer, self.model, self.exchange.own)
         self.averaged: dict[str, Tensor] | None = None
@@ -208,9 +214,10 @@ class Training:
         def begin() -> None:
             if distributed.rank() == 0:
                 run.mkdir(parents=True, exist_ok=True)
-                recipe_file.write_text(recipe.to_yaml(), encoding="utf-8")
+                write_text(recipe_file, recipe.to_yaml())
+                remember(self.texts["config.json"])
                 if distributed.job():
-                    job.write_text(distributed.job(), encoding="utf-8")
+                    write_text(job, distributed.job())
 
         distributed.agreed(begin)
         self.metrics = Metrics(run, self.step, state.get("totals"))
@@ -235,12 +242,14 @@ class Training:
             return self.losses(self.model, task, loaded.batch.to(self.device), self.encode)
 
     def apply_gradients(self, loaded: Loaded, losses: Losses) -> None:
-        """Clips the gradients, updates what has one, and forgets them.
+        """Clips the gradients, updates the parameters that have one (all with `zero_grads`), and forgets them.
 
         Raises:
             UserError: the loss or its gradient is not finite.
         """
         visit, recipe = loaded.visit, self.recipe
+        if recipe.optimizer.zero_grads:
+            self.exchange.fill_with_zeros()
         norm = self.exchange.clip(recipe.optimizer.clip or math.inf)
         # This waits for a GPU to end the backward pass: the price of never updating with what is not finite.
         self.grad_norm = float(norm)
@@ -349,8 +358,9 @@ class Training:
             assert model is not None
             try:
                 results = evaluate(
-                    model.to(self.device), self.recipe, self.modalities, step=self.step, progress=progress
-                )
+                    model.to(self.device), self.recipe, self.modalities, step=self.step, progress=progress,
+                    classes=self.data.classes,
+                )  # fmt: skip
             except Stopped:
                 return False
             self.metrics.results(self.run, results)
@@ -413,12 +423,25 @@ class Training:
             console.print(f"{longer}; set optimizer.warmup", soft_wrap=True)
 
 
+def _holds(file: Path, text: str) -> bool:
+    """Whether a file has exactly this text; if it is longer, the rest is not read."""
+    content = text.encode()
+    with file.open("rb") as stream:
+        return stream.read(len(content) + 1) == content
+
+
 def compiled_encode(model: Embedder, signatures: int) -> Encode:
     """`model.encode`, compiled once for each shape of its input; one shape more than `signatures` is an error, not a
     silent fall back."""
     from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+    # torch runs the code that it finds in its folder, by default one in the temporary folder that another user could
+    # have made. It keeps precompiled headers in that one whatever the variable says.
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("inductor"))
+    own_folder(Path(default_cache_dir()), "TMPDIR")
     torch._dynamo.reset()  # Shapes are counted by function, so those of a model before would count too.
     torch._dynamo.config.recompile_limit = signatures
     torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint import model_folder, read_config, weights
+from openimp.checkpoint import download, model_folder, read_config, weights
 from openimp.errors import UserError
 from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
@@ -69,7 +69,9 @@ def open_start(recipe: Recipe, modalities: Mapping[str, Modality]) -> WarmStart 
     if recipe.train.init is None:
         return None
     try:
-        folder = model_folder(Path(recipe.train.init))
+        init = recipe.train.init
+        # Not any OWNER/NAME, as openimp.load: a mistyped path would start from a stranger's model.
+        folder = download(init) if init.startswith("hub:") else model_folder(Path(init))
         before, classes, learned = read_config(folder)
         stems = frozenset(recipe.modalities) & frozenset(before.modalities)
         ours, theirs = _identity(recipe, stems), _identity(before, stems)

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
+import soundfile
 import torch
 
 from openimp.data import loader
@@ -80,6 +82,37 @@ def test_an_example_is_what_it_would_be_alone(little_data):
                 mine = batch.tokens[name].values[i * spec.draw : (i + 1) * spec.draw]
                 torch.testing.assert_close(mine, alone.values, rtol=1e-5, atol=1e-5)
                 assert torch.equal(batch.tokens[name].coords[i * spec.draw : (i + 1) * spec.draw], alone.coords)
+
+
+def test_in_a_view_with_sync_clip_and_sound_start_at_the_same_moment(tmp_path):
+    """Frame i of 100 has the gray level 2 i, and sample j of 32,000 the value j, so a part tells where it starts."""
+    frames = [PIL.Image.new("RGB", (16, 16), (2 * i, 2 * i, 2 * i)) for i in range(100)]
+    frames[0].save(tmp_path / "v.webp", save_all=True, append_images=frames[1:], lossless=True)
+    soundfile.write(tmp_path / "a.wav", np.arange(32_000, dtype=np.int16), 16_000, "PCM_16")
+    (tmp_path / "rows.jsonl").write_text('{"v": "v.webp", "a": "a.wav"}\n' * 8)
+    view = {"video": {"size": 16, "frames": 4, "stride": 1, "crop": 1.0}, "audio": {"seconds": 0.256}}
+    for sync in (True, False):
+        task = {"source": "all", "inputs": {"video": "v", "audio": "a"}, "objectives": [{"type": "contrastive"}]}
+        recipe = Recipe.build(
+            {
+                "name": "sync",
+                "modalities": {"vision": {"patch": [4, 16, 16]}, "audio": {"window": 256, "hop": 256, "bins": 16}},
+                "sources": {"all": {"path": str(tmp_path / "rows.jsonl")}},
+                "tasks": {"one": {**task, "batch": 8, "views": [{**view, "sync": sync}]}},
+            }
+        )
+        data = StepBatches(recipe, modalities_of(recipe))
+        views, first_pixels, apart = recipe.tasks["one"].views[0], data[0].batch.tokens["video"].values[:, 0, 0], []
+        for position in range(8):
+            rng = example_rng(seed_key(recipe.seed, "one", "augment"), position, sync)
+            parts = {}
+            for name, file in (("video", tmp_path / "v.webp"), ("audio", tmp_path / "a.wav")):
+                modality = data.modalities[name]
+                parts[name] = modality.transform(modality.decode(file, [views[name]], rng), views[name], rng)
+            frame = int(parts["video"][0, 0, 0, 0]) // 2
+            assert first_pixels[position] == 2 * frame
+            apart.append(abs(frame / 100 - parts["audio"][0] * 32_767 / 32_000))
+        assert (max(apart) < 0.15) == sync  # the sound, which is longer, can start at most 0.13 before
 
 
 def test_a_run_goes_on_from_any_step(little_data):

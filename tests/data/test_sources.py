@@ -22,9 +22,9 @@ import pytest
 import soundfile
 from PIL import Image
 
-from openimp.data import files, hub, tars
+from openimp.data import files, hub, parquet, tars
 from openimp.data.sources import Stream, Table, open_source
-from openimp.data.tables import Refused
+from openimp.data.tables import Refused, Rows
 from openimp.errors import UserError
 from openimp.modalities import BadMedia
 from openimp.recipe import Source
@@ -135,7 +135,8 @@ def test_rows_in_any_order_of_the_given_columns(tmp_path):
 
 def test_parquet_media(tmp_path):
     write_parquet(tmp_path)
-    table = open_source("p", Source(path=f"{tmp_path}/part-1.parquet"))
+    (tmp_path / "part-1.parquet").rename(tmp_path / "part[1]?.parquet")  # a name, not a pattern
+    table = open_source("p", Source(path=f"{tmp_path}/part[1]?.parquet"))
     row = table.rows([7])[0]
     assert colour(table.media(row["picture"])) == 27
     assert table.media(row["sound"]) == wav(27)
@@ -617,8 +618,40 @@ def test_hub_media_are_not_decoded(tmp_path, hub_cache, stream):
     media, label = source.columns
     assert [row[label] for row in rows] == ["cat", "dog"]
     assert [colour(source.media(row[media])) for row in rows] == [0, 1]
+    assert colour(open_source("h", Source(**options)).media(rows[0][media])) == 0
     with pytest.raises(BadMedia, match="leaves the folder"):
-        open_source("h", Source(**options)).media(rows[0][media])
+        open_source("h", Source(**options, root=str(tmp_path / "train" / "dog"))).media(rows[0][media])
+
+
+def test_paths_of_a_hub_data_set_stay_in_its_own_folder(tmp_path, monkeypatch):
+    """The rest of the hub's cache holds the user's token, and data sets that may be private."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    blob = tmp_path / "hub" / "datasets--them--birds" / "blobs" / "0"
+    picture = blob.parents[1] / "snapshots" / "0" / "a.png"
+    secret = tmp_path / "hub" / "datasets--us--secret" / "b.png"
+    for file in (blob, picture, secret):
+        file.parent.mkdir(parents=True)
+    blob.write_bytes(png(3))
+    picture.symlink_to("../../blobs/0")
+    secret.write_bytes(png(4))
+    (tmp_path / "token").write_text("hf_secret")
+    rows = Rows("h", "them/birds", ["image"], hub.hub_root(Source(hub="them/birds")))
+    assert colour(rows.media(str(picture))) == 3
+    for path in (secret, "../datasets--us--secret/b.png", tmp_path / "token", "../../token"):
+        with pytest.raises(BadMedia, match="leaves the folder"):
+            rows.media({"bytes": None, "path": str(path)})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_revision_of_a_hub_data_set_is_what_is_loaded(tmp_path, hub_cache, monkeypatch, stream):
+    import datasets
+
+    load, asked = datasets.load_dataset, []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append(k["revision"]) or load(*a, **k))
+    write_parquet(tmp_path / "train", rows=4)
+    for revision in (None, "v1"):
+        open_source("h", Source(hub=str(tmp_path), revision=revision, stream=stream))
+    assert asked == [None, "v1"]
 
 
 # What is hostile
@@ -724,6 +757,7 @@ def test_nothing_there(tmp_path):
     fails("no such file or folder", path=f"{tmp_path}/none.parquet")
     os.mkfifo(tmp_path / "pipe.jsonl")
     fails("is no regular file", path=f"{tmp_path}/pipe.jsonl")
+    fails("is no regular file", path=f"{tmp_path}/*.jsonl")
     fails("no such file or folder", path=f"{tmp_path}/*.tar", stream=True)
     fails("no such file or folder", path=f"{tmp_path}/none")
     fails("no such file or folder", path=f"{tmp_path}/none.zip")
@@ -740,6 +774,15 @@ def test_folder_without_classes(tmp_path):
     fails("no sub-folders; a folder source has one a class", path=str(tmp_path))
     (tmp_path / "cat").mkdir()
     fails("has no rows", path=str(tmp_path))
+
+
+def test_class_folders_that_are_links_are_not_listed(tmp_path):
+    write_folder(tmp_path / "root")
+    (tmp_path / "private" / "letters").mkdir(parents=True)
+    (tmp_path / "private" / "letters" / "to-her.txt").write_text("x")
+    (tmp_path / "root" / "linked").symlink_to(tmp_path / "private")
+    table = open_source("f", Source(path=f"{tmp_path}/root"))
+    assert set(table.column("label")) == {"cat", "dog"}
 
 
 def test_a_folder_with_a_name_that_is_no_utf8(tmp_path):
@@ -793,6 +836,32 @@ def test_corrupt_files(tmp_path, stream):
 def test_corrupt_manifests(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     fails(message, path=f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("bomb", ["runs", "dictionary"])
+def test_a_parquet_file_that_unpacks_to_far_more_than_it_has(tmp_path, cache, stream, bomb, monkeypatch):
+    """Equal numbers, which are stored as a run, and one long text in all rows, which is stored once."""
+    rows = 10**6 if bomb == "runs" else 1000
+    values = pa.array(np.zeros(rows, np.int32)) if bomb == "runs" else pa.array(["x" * 10**6])
+    column = values if bomb == "runs" else pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), values)
+    pq.write_table(pa.table({"x": column}), tmp_path / "x.parquet", compression="zstd", store_schema=False)
+    assert (tmp_path / "x.parquet").stat().st_size < 100_000
+    before = pa.default_memory_pool().max_memory()
+    monkeypatch.setattr(parquet, "SMALL", 2**18)
+    with pytest.raises(UserError, match=r"bytes and unpacks to more than [0-9,]+, .* split it into smaller ones"):
+        in_order(f"{tmp_path}/x.parquet", stream, rows)
+    assert pa.default_memory_pool().max_memory() - before < 300e6
+    assert sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) < 2**26
+
+
+def test_millions_of_equal_labels_are_no_bomb(tmp_path):
+    rows = 2 * 10**7
+    labels = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int8)), pa.array(["cat"]))
+    pq.write_table(pa.table({"label": labels}), tmp_path / "x.parquet", store_schema=False)
+    assert (tmp_path / "x.parquet").stat().st_size < 200_000
+    with (tmp_path / "x.parquet").open("rb") as file:
+        assert sum(len(table) for table in parquet._tables("x.parquet", file, None)) == rows
 
 
 def test_chunks_of_different_types(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from openimp.data import store as store_module
+from openimp.data.files import digest
 from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore
 from openimp.modalities import BadMedia, Modality, StemSpec, Tokens
@@ -154,13 +155,6 @@ def test_disk_is_read_again(tmp_path, cache):
     assert modality.decoded == 0
 
 
-def test_folder_of_choice(tmp_path, cache):
-    write_manifest(tmp_path / "a")
-    check(build(open_manifest(tmp_path / "a"), folder=tmp_path / "kept"))
-    assert list((tmp_path / "kept").iterdir())
-    assert not list(cache.iterdir())
-
-
 def test_many_rows_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "CHUNK", 16)
     data = [npy(np.full(3, i, np.int16)) for i in range(100)]
@@ -266,6 +260,58 @@ def test_damage_is_mended(tmp_path, cache, name, damage, caplog):
         check(build(table, modality))
     assert modality.decoded > 0
     assert "damaged and made anew" in caplog.text
+
+
+def forge(folder: Path, **columns) -> None:
+    """Changes an index, and its digest with it, as whoever can write to the cache would."""
+    with np.load(folder / "index.npz") as file:
+        index = dict(file)
+    for column, value in columns.items():
+        if isinstance(value, tuple):  # of the first row
+            index[column] = index[column].astype("U9") if column == "dtype" else index[column]
+            index[column][0] = value[0]
+        else:
+            index[column] = value
+    np.savez(folder / "index.npz", allow_pickle=False, **index)
+    about = json.loads((folder / "store.json").read_text())
+    about["digests"]["index.npz"] = digest(folder / "index.npz")
+    (folder / "store.json").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"dtype": ("|O8",)}, "it holds object, no numbers"),  # would be read as pointers
+        ({"dtype": ("|V4",)}, "no numbers"),
+        ({"dtype": ("<M8[s]",)}, "no numbers"),
+        ({"dtype": ("nonsense",)}, "not understood"),
+        ({"offset": (-64,)}, "lies outside of its data"),
+        ({"offset": (2**62,)}, "lies outside of its data"),
+        ({"shape": ([1, 3, 10**6],)}, "lies outside of its data"),
+        ({"shape": ([2**32, 2**32, 5],)}, "lies outside of its data"),  # 0 bytes, modulo 2**64
+        ({"dtype": ("<f8",), "shape": ([1, 3, 100],)}, "lies outside of its data"),
+        ({"offset": np.zeros(2, np.int64)}, "columns of different lengths"),
+        ({"shape": np.zeros(len(ARRAYS) + 2, np.int64)}, "columns of different lengths"),
+        ({"offset": np.zeros(len(ARRAYS) + 2)}, "other types"),
+    ],
+)
+def test_a_forged_index_is_refused_and_the_store_made_anew(tmp_path, cache, columns, told, caplog):
+    write_manifest(tmp_path / "a")
+    store = build(open_manifest(tmp_path / "a"))
+    (folder,) = (path for path in cache.glob("decoded/*") if path.is_dir())
+    forge(folder, **columns)
+    with pytest.raises((ValueError, TypeError), match=told):  # as a worker opens it
+        pickle.loads(pickle.dumps(store))
+    with caplog.at_level(logging.WARNING):
+        check(build(open_manifest(tmp_path / "a")))
+    assert "damaged and made anew" in caplog.text
+
+
+def test_the_cache_is_the_users_alone(tmp_path, cache):
+    write_manifest(tmp_path / "a")
+    build(open_manifest(tmp_path / "a"))
+    for folder in (cache, cache / "decoded"):
+        assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_what_a_killed_process_left_is_no_store(tmp_path, cache):

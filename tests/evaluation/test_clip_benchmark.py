@@ -24,7 +24,7 @@ def run(tmp_path_factory) -> Path:
     data = {
         "name": "few",
         "model": {"width": 32, "layers": 1, "heads": 2, "mlp": 64, "embed_dim": 32},
-        "modalities": {"vision": {"patch": [2, 8, 8], "extent": [2, 32, 32]}},
+        "modalities": {"vision": {"patch": [2, 8, 8]}},
         "sources": {"emoji": {"path": "openimp:stills.parquet", "where": where, "cache": "memory"}},
         "tasks": {
             "named": {

@@ -83,7 +83,7 @@ def test_features_are_the_encoders_before_any_projection(setup):
     found = embed(model, image, view, items, None, 2, "fp32", normalize=False)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     before = evaluate(model, recipe, modalities)
-    torch.nn.init.zeros_(model.projections["image-to-text"].down.weight)
+    torch.nn.init.zeros_(model.projections["vision-to-text"].down.weight)
     after = evaluate(model, recipe, modalities)
     assert [line.pop("checkpoint") for line in before] != [line.pop("checkpoint") for line in after]
     assert before == after

@@ -90,8 +90,10 @@ def test_prompts_have_a_version(measure):
         options = {"inputs": {"image": "picture"}, "view": {"image": {"size": 16}}} | options
         return measure(**({"type": "zero_shot", "label": "word"} | options))[0]["prompts_version"]
 
-    versions = [of(), of(prompts=["a {}"]), of(prompts=["a {}", "{}"]), of(texts={"red": "scarlet"})]
-    assert len(set(versions)) == 4
+    names = {word: word for word in WORDS}
+    versions = [of(), of(prompts=["a {}"]), of(prompts=["a {}", "{}"]), of(words=True), of(classes=names)]
+    versions.append(of(classes=names | {"red": "scarlet"}))
+    assert len(set(versions)) == 6
     assert of(prompts=["a {}"]) == versions[1]
     assert all(len(name) == 8 for name in versions)
     pairs = [measure(**PAIR, inputs={"image": "picture", "text": text})[0] for text in ("word", "a {word}")]

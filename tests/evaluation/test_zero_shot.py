@@ -1,4 +1,5 @@
 import io
+import re
 import tarfile
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 
 from openimp.data.sources import open_source
 from openimp.errors import UserError
-from openimp.evaluation import evaluate, open_sets
-from openimp.evaluation.zero_shot import Classified, class_embeddings, classify
+from openimp.evaluation import Classified, evaluate, open_sets
+from openimp.evaluation.zero_shot import class_embeddings, classify
 from openimp.inference import Model
 from openimp.recipe import Source
 
@@ -30,7 +31,7 @@ def png(seed: int) -> bytes:
 def setup(tmp_path, tiny_recipe, tiny_model):
     """Writes labelled pictures and makes a recipe that classifies them, its model, its modalities and its source."""
 
-    def make(labels=LABELS, pictures=None, **options):
+    def make(labels=LABELS, pictures=None, folder=".", **options):
         pictures = pictures or [png(i) for i in range(len(labels))]
         pq.write_table(pa.table({"picture": pictures, "label": labels}), tmp_path / "labelled.parquet")
         task = {
@@ -45,6 +46,7 @@ def setup(tmp_path, tiny_recipe, tiny_model):
             sources={"all": {"path": "unused.parquet"}, "labelled": {"path": str(tmp_path / "labelled.parquet")}},
             train={"precision": "fp32"},
             evaluation={"sets": {"things": task}, "batch": 4},
+            folder=folder,
         )
         return *tiny_model(recipe), recipe, open_source("labelled", recipe.sources["labelled"])
 
@@ -99,23 +101,55 @@ def test_the_confusion_agrees_with_top1(setup):
     assert counted.skipped == []
 
 
-def test_texts_name_the_classes_and_decide_the_outcome(setup):
-    """Numbers as labels need texts; with the texts swapped the pictures are taken for the other class."""
-    labels, texts = [1, 2, 1, 2], {"1": "red", "2": "green"}
-    first = classify(*_of(setup(labels, texts=texts)))[0]
-    swapped = classify(*_of(setup(labels, texts={"1": "green", "2": "red"})))[0]
-    assert first.classes == [1, 2]
+def test_names_of_classes_decide_the_outcome(setup):
+    """Numbers as labels need names; with the names swapped the pictures are taken for the other class."""
+    labels = [1, 2, 1, 2]
+    first = classify(*_of(setup(labels, classes={1: "red", "2": "green"})))[0]
+    swapped = classify(*_of(setup(labels, classes={"1": "green", "2": "red"})))[0]
+    assert first.classes == ["red", "green"]
+    assert (first.truth == [0, 1, 0, 1]).all()
     assert (swapped.predicted == 1 - first.predicted).all()
 
 
-def test_a_text_takes_the_place_of_a_label(setup):
+def test_a_name_takes_the_place_of_a_label(setup):
     plain = classify(*_of(setup()))[0]
-    named = classify(*_of(setup(texts={"sea": "tree", "tree": "sea"})))[0]
-    assert named.classes == plain.classes
-    sea, tree = plain.classes.index("sea"), plain.classes.index("tree")
-    swap = {sea: tree, tree: sea}
-    assert {sea, tree} & set(plain.predicted.tolist())
+    a, b = sorted({*plain.predicted.tolist()})[:2]
+    one, other = plain.classes[a], plain.classes[b]
+    swapped = dict(zip(plain.classes, plain.classes)) | {one: other, other: one}
+    named = classify(*_of(setup(classes=swapped)))[0]
+    assert named.classes == list(swapped.values())
+    swap = {a: b, b: a}
     assert named.predicted.tolist() == [swap.get(i, i) for i in plain.predicted.tolist()]
+
+
+def test_labels_that_are_names_are_read_as_their_words(setup):
+    """But not a name that is given in place of a label."""
+    plain = setup(["red_thing", "DeepSea"], words=True)
+    assert classify(*_of(plain))[0].classes == ["deep sea", "red thing"]
+    named = setup(["red_thing", "DeepSea"], words=True, classes={"red_thing": "RedThing", "DeepSea": "DeepSea"})
+    assert classify(*_of(named))[0].classes == ["RedThing", "deep sea"]
+
+
+def test_truth_values_and_numbers_are_classes(setup):
+    """A label is compared as it is written in YAML, in a mapping as in a list."""
+    assert classify(*_of(setup(["true", "false"], classes={True: "yes", False: "no"})))[0].classes == ["yes", "no"]
+    assert classify(*_of(setup([True, False], classes=[True, False])))[0].classes == ["true", "false"]
+    found = classify(*_of(setup([2, 1], classes=[1, 2])))[0]
+    assert (found.classes, found.truth.tolist()) == (["1", "2"], [1, 0])
+
+
+def test_classes_that_no_row_has_are_chosen_from(setup, tmp_path):
+    """From a list and from files: a name a line, and a label and a name, after a byte order mark."""
+    more = sorted({*LABELS, "moon", "sun"})
+    (tmp_path / "names.txt").write_text("\n".join(["# comment", *more, ""]))
+    (tmp_path / "pairs.txt").write_text("".join(f"{name}\t{name}\n" for name in more), "utf-8-sig")
+    listed, *others = (
+        evaluate(*_but_name(setup(classes=classes, folder=tmp_path)))
+        for classes in (more, "names.txt", "pairs.txt", dict(zip(more, more)))
+    )
+    assert (listed[0]["candidates"], listed[0]["chance"]) == (8, 1 / 8)
+    assert others == [listed] * 3
+    assert listed[0]["top1"] <= evaluate(*_but_name(setup()))[0]["top1"]
 
 
 def test_unreadable_rows_are_left_out_counted_and_named(setup):
@@ -133,14 +167,24 @@ def test_unreadable_rows_are_left_out_counted_and_named(setup):
     ("labels", "options", "message"),
     [
         ([1, 2], {}, r"evaluation\.sets\.things: source labelled: class 1 of column 'label' has no text"),
-        ([1, 2], {"texts": {"1": "red"}}, "class 2 of column 'label' has no text; name it in texts as '2'"),
+        (
+            [1, 2],
+            {"classes": {"1": "red"}},
+            "column 'label' of source labelled: unknown class 2; known: 1",
+        ),
+        (["see"], {"classes": ["sea", "sky"]}, "unknown class 'see'; did you mean 'sea'"),
         (["sea", ""], {}, "class '' of column 'label' has no text"),
+        (["sea", "_"], {"words": True}, "class '_' of column 'label' has no text"),
+        (["DeepSea", "deep_sea"], {"words": True}, "classes 'DeepSea' and 'deep_sea' have the same text, 'deep sea'"),
+        (["a", "b"], {"classes": {"a": "sea", "b": "sea"}}, "classes 'a' and 'b' have the same text, 'sea'"),
         (["sea", None], {}, "column 'label' of source labelled has 1 rows without a class; leave them out"),
-        ([["sea"], ["tree"]], {}, "column 'label' of source labelled holds lists"),
-        (["sea", "tree"], {"prompts": ["a picture"]}, "prompt 'a picture' needs one {}"),
-        (["sea", "tree"], {"prompts": ["a {thing}"]}, "prompt 'a {thing}' needs one {}"),
-        (["sea", "tree"], {"prompts": ["a {.thing}"]}, "prompt 'a {.thing}' needs one {}"),
-        (["sea", "tree"], {"prompts": ["a {[thing]}"]}, "prompt 'a {\\[thing\\]}' needs one {}"),
+        ([["sea"], ["tree", None]], {}, "column 'label' of source labelled has 1 rows without a class"),
+        ([["sea"], ["tree"]], {"splits": "label"}, "splits need rows with one class each"),
+        (["sea", "tree"], {"splits": "part"}, "has no column 'part'"),
+        (["sea", "tree"], {"prompts": ["a picture"]}, "prompt 'a picture' needs one plain {}"),
+        (["sea", "tree"], {"prompts": ["a {thing}"]}, "prompt 'a {thing}' needs one plain {}"),
+        (["sea", "tree"], {"prompts": ["a {.thing}"]}, "prompt 'a {.thing}' needs one plain {}"),
+        (["sea", "tree"], {"prompts": ["a {[thing]}"]}, "prompt 'a {\\[thing\\]}' needs one plain {}"),
         (["sea", "tree"], {"label": "labels"}, "no column 'labels'; did you mean 'label'"),
         (["sea", "tree"], {"reader": "audio"}, "no task trains image and audio together"),
     ],
@@ -152,9 +196,10 @@ def test_bad_input_is_said_in_one_sentence(setup, labels, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_every_class_is_put_into_the_prompts_before_anything_is_encoded(setup):
-    imp, modalities, recipe, _ = setup(["sea", "tree"], prompts=["a {:.3}"])
-    with pytest.raises(UserError, match=r"prompt 'a \{:\.3\}' needs one \{\}"):
+@pytest.mark.parametrize("prompt", ["a {:>2000000000}", "a {:.3}", "{!r}", "{:{}}", "{} {}", "{0}", "{", "{}}"])
+def test_prompts_are_filled_without_any_format_and_checked_before_anything_is_encoded(setup, prompt):
+    imp, modalities, recipe, _ = setup(["sea", "tree"], prompts=[prompt])
+    with pytest.raises(UserError, match=re.escape(f"prompt {prompt!r} needs one plain {{}}")):
         open_sets(imp, recipe, modalities)
 
 
@@ -175,6 +220,11 @@ def test_modalities_have_no_name_here():
     for file in Path(openimp.evaluation.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             assert not (isinstance(node, ast.Constant) and node.value in names), f"{file.name}:{node.lineno}"
+
+
+def _but_name(made):
+    imp, modalities, recipe, _ = made
+    return imp, recipe, modalities
 
 
 def _of(made):

@@ -237,7 +237,7 @@ def test_a_sound_of_more_samples_than_fit_is_read_where_it_is_heard(monkeypatch)
     out = io.BytesIO()
     soundfile.write(out, np.zeros(200_000, np.int16), 655_350, format="FLAC", subtype="PCM_16")
     monkeypatch.setattr(sound, "MAX_SAMPLES", 150_000)
-    view = Audio.View(seconds=0.128)
+    view = Audio.View(seconds=0.128, clips=1)
     assert abs(len(AUDIO.decode(out.getvalue(), [view])) - AUDIO.samples(view)) <= 2
     monkeypatch.setattr(sound, "MAX_SAMPLES", 50_000)
     with pytest.raises(BadMedia, match="too many to read"):
@@ -250,6 +250,15 @@ def test_what_libsndfile_reads_besides_is_left_to_ffmpeg():
     soundfile.write(out, np.zeros(5000), 16_000, format="VOC", subtype="PCM_16")
     with pytest.raises(BadMedia):
         AUDIO.decode(out.getvalue(), [SOUND])
+
+
+def test_an_info_list_that_claims_a_gigabyte_is_refused_before_ffmpeg_sets_it_aside():
+    raw = bytearray(film(form="avi", audio="mp2"))
+    at = raw.index(b"INFO")
+    raw[at - 4 : at] = (2**30).to_bytes(4, "little")
+    raw[at + 8 : at + 12] = (2**30 - 64).to_bytes(4, "little")
+    with pytest.raises(BadMedia, match="INFO list of 1,073,741,824 bytes"):
+        VIDEO.decode(bytes(raw), [CLIP])
 
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "WebP", "GIF", "BMP", "TIFF"])

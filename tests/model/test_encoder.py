@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from openimp.model.encoder import Attention, Encoder
 from openimp.model.kernels import SHORT, attend, gelu, spelled_out
-from openimp.recipe import Model, Recipe
+from openimp.recipe import Model, MoE, Recipe
 
 # arXiv 2305.06324, table 7 and section 4: parameters of the encoder in all, in millions, to so many decimals.
 PUBLISHED = {
@@ -40,7 +40,31 @@ def test_heads_are_64_wide_and_blocks_have_no_bias(name):
     with torch.device("meta"):
         encoder = Encoder(config)
     assert config.width // config.heads == 64
-    assert not [key for key, _ in encoder.named_parameters() if key.endswith("bias")]
+    assert [key for key, _ in encoder.named_parameters() if key.endswith("bias")] == ["norm.bias"]
+
+
+def test_imp_b_has_the_releases_exact_number_of_parameters():
+    with torch.device("meta"):
+        encoder = Encoder(Recipe.load("imp_b").model)
+    assert sum(p.numel() for p in encoder.parameters()) == 84_954_624
+
+
+def test_weights_start_as_in_the_release():
+    """LeCun normal, cut off at two deviations; queries, keys and values count width x heads as their fan-in."""
+    torch.manual_seed(0)
+    model = Recipe.load("imp_b").model.model_copy(update={"layers": 2, "moe": MoE(experts=2, layers=1)})
+    dense, sparse = Encoder(model).blocks
+    expected = {
+        dense.attention.qkv.weight: 0.0104,
+        dense.attention.out.weight: 0.0361,
+        dense.mlp.up.weight: 0.0361,
+        dense.mlp.down.weight: 0.018,
+        sparse.mlp.experts.up_EDF: 0.0361,
+        sparse.mlp.experts.down_EFD: 0.018,
+    }
+    for weight, std in expected.items():
+        assert weight.std().item() == pytest.approx(std, rel=0.01)
+        assert weight.abs().max() < 2.3 * std
 
 
 def test_the_last_blocks_are_sparse():

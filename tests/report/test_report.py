@@ -16,6 +16,7 @@ import PIL.Image
 import pytest
 
 from openimp.checkpoint import load_model, model_folder, verify
+from openimp.commands import run_info
 from openimp.data.sources import open_source
 from openimp.errors import UserError
 from openimp.evaluation.zero_shot import classify
@@ -275,6 +276,24 @@ def test_a_set_whose_data_is_gone_keeps_its_recorded_figures(own_data, tmp_path)
     (result, *_) = read_lines(run / "results.jsonl")
     assert result["set"] == "colours"
     assert f"{100 * result['top1']:.1f}%" in page
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"set": None}, {"interval": [0.5]}, {"interval": [0, "x"]}, {"chance": float("inf")}, {"n": "9"}, {"mrr": None},
+     {"type": "retrieval", "r10": ...}, {"top1": ..., "r1": ...}, {"splits": [1]}, {"step": "last"}, {"step": ...}, 7],
+    ids=str,
+)  # fmt: skip
+def test_a_line_that_is_no_result_is_refused_in_one_sentence(little_run, tmp_path, change):
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
+    lines = read_lines(run / "results.jsonl")
+    if isinstance(change, dict):
+        changed = {key: value for key, value in (lines[-1] | change).items() if value is not ...}
+    lines.append(changed if isinstance(change, dict) else change)
+    (run / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for command in (lambda: write_report(run), lambda: run_info(str(run), [])):
+        with pytest.raises(UserError, match=rf"results\.jsonl: line {len(lines)} is no (result|object with a step)"):
+            command()
 
 
 def test_a_page_is_written_whole_or_not_at_all(little_run, tmp_path):

@@ -15,13 +15,6 @@ from openimp.modalities import BadMedia
 DEMO = Path(__file__).parent / "demo"
 
 
-def cache_folder() -> Path:
-    """Where openimp may keep what it can make again: $OPENIMP_CACHE, else `openimp` in the user's cache folder."""
-    if folder := os.environ.get("OPENIMP_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openimp"
-
-
 def is_utf8(name: str) -> bool:
     """Whether a file's name is UTF-8, as Arrow's strings are; what is not, Python holds as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
@@ -55,6 +48,9 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
     files = sorted(glob.glob(path, recursive=True))
     if not files:
         raise UserError(f"source {name}: {path}: no such file or folder")
+    for file in files:
+        if not os.path.isfile(file):
+            raise UserError(f"source {name}: {file}: is no regular file")
     return Path(re.split(r"[*?\[]", path)[0] + "_").parent, files
 
 

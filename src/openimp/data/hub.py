@@ -4,21 +4,21 @@ Its decoding stays switched off, and its code is imported when a source needs it
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openimp.data.files import cache_folder, fingerprint
+from openimp.data.files import fingerprint
 from openimp.data.tables import ArrowTable
 from openimp.errors import UserError
+from openimp.recipe import Source
+from openimp.safe_files import cache_folder
 
-STREAM_ROWS = 64
-"""Rows of a Parquet file that a stream reads at once."""
 
-
-def load(name: str, path: str, streaming: bool, config: str | None = None, split: str | None = None) -> Any:
+def load(name: str, source: Source) -> Any:
     """A data set of the hub, as `datasets` has it.
 
     Raises:
@@ -26,23 +26,21 @@ def load(name: str, path: str, streaming: bool, config: str | None = None, split
     """
     from datasets import load_dataset
 
-    return _loaded(name, path, lambda: load_dataset(path, config, split=split, streaming=streaming), bars=True)
+    options = {"split": source.split, "revision": source.revision, "streaming": source.stream}
+    assert source.hub is not None
+    return _loaded(name, source.hub, partial(load_dataset, source.hub, source.config, **options), bars=True)
 
 
 def load_parquet(name: str, path: str, files: list[str], streaming: bool) -> Any:
     """Parquet files as a `datasets.Dataset`, unpacked once under the cache folder, or as an `IterableDataset`.
 
     Raises:
-        UserError: a file cannot be read, or their columns differ.
+        UserError: a file cannot be read or unpacks to too much, or their columns differ.
     """
     # Not load_dataset: it reports each call to a server, also for local files, and waits for it.
-    from datasets import Dataset, IterableDataset
+    from openimp.data.parquet import open_files
 
-    folder = str(cache_folder() / "parquet")
-    if not streaming:
-        return _loaded(name, path, lambda: Dataset.from_parquet(files, cache_dir=folder))
-    # Without batch_size `datasets` takes a row group's rows at once, be they none (an error) or all of a file.
-    return _loaded(name, path, lambda: IterableDataset.from_parquet(files, cache_dir=folder, batch_size=STREAM_ROWS))
+    return _loaded(name, path, partial(open_files, files, str(cache_folder("parquet")), streaming))
 
 
 def _loaded(name: str, path: str, make: Callable[[], Any], bars: bool = False) -> Any:
@@ -83,24 +81,29 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def hub_table(name: str, hub: str, config: str | None, split: str, root: str | None) -> ArrowTable:
+def hub_table(name: str, source: Source) -> ArrowTable:
     """A data set of the hub as a table; `datasets` keeps it in its own cache.
 
     Raises:
         UserError: it cannot be had.
     """
-    data = load(name, hub, False, config, split)
+    data = load(name, source)
     files = [file["filename"] for file in data.cache_files]
     content = partial(fingerprint, Path(files[0]).parent if files else Path(), files)
-    rows = [(f"{hub}/{split}", len(data))]
-    return ArrowTable(name, hub, data.data, content, hub_root(root), rows, class_names(data.features))
+    rows = [(f"{source.hub}/{source.split}", len(data))]
+    return ArrowTable(name, str(source.hub), data.data, content, hub_root(source), rows, class_names(data.features))
 
 
-def hub_root(root: str | None) -> Path:
-    """Where paths in a hub data set may point: into the cache that `datasets` downloads to, unless told otherwise."""
-    from datasets import config
+def hub_root(source: Source) -> Path:
+    """Where paths in a hub data set may point: into its own part of the cache, or the local folder that it is, unless
+    told otherwise. The cache as a whole holds other data sets, private ones too, and the user's token."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
 
-    return Path(root or config.HF_CACHE_HOME)
+    hub = str(source.hub)
+    if source.root or os.path.isdir(hub):
+        return Path(source.root or hub)
+    return Path(HF_HUB_CACHE) / repo_folder_name(repo_id=hub, repo_type="dataset")
 
 
 def class_names(features: Any) -> dict[str, list[str]]:

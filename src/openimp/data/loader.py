@@ -170,7 +170,7 @@ class StepBatches(Dataset[Loaded]):
             else:
                 rows = rows_at(self.recipe.seed, visit.task, len(source), positions)
                 examples = source.rows(rows.tolist(), columns)
-            rngs = [example_rng(key, int(position)) for position in positions]
+            rngs: list[np.random.Generator] = [example_rng(key, int(p), task.views[visit.view].sync) for p in positions]
             refused = ((i, example[column]) for i, example in enumerate(examples) for column in told)
             bad = {i: cell.reason for i, cell in refused if isinstance(cell, Refused)}
             arrays = {name: self._read(visit, name, rows.tolist(), examples, rngs, bad) for name in task.inputs}

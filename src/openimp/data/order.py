@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from openimp.modalities.media import ExampleRng
+
 ROUNDS = 6
 
 
@@ -49,9 +51,12 @@ def seed_key(seed: int, *parts: str | int) -> int:
     return int.from_bytes(np.random.SeedSequence(words).generate_state(4, np.uint32).tobytes(), "little")
 
 
-def example_rng(key: int, position: int) -> np.random.Generator:
-    """The randomness of one example: of its place in the task's order, whoever reads it."""
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, position]))
+def example_rng(key: int, position: int, sync: bool = False) -> ExampleRng:
+    """The randomness of one example: of its place in the task's order, whoever reads it. With `sync`, all of its
+    modalities start at one moment."""
+    rng = ExampleRng(np.random.Philox(key=key, counter=[0, 0, 0, position]))
+    rng.moment = rng.random() if sync else None
+    return rng
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ def open_source(name: str, source: Source) -> Table | Stream:
 
 def _open_table(name: str, source: Source) -> Table:
     if source.hub:
-        return hub.hub_table(name, source.hub, source.config, source.split, source.root)
+        return hub.hub_table(name, source)
     path, kind = _path_and_format(name, source)
     if is_url(path) and kind != "parquet":
         hint = "; set stream: true" if kind == "webdataset" else ""
@@ -66,9 +66,10 @@ def _open_stream(name: str, source: Source) -> Stream:
     reader: Reader
     where = dict(source.where)
     if source.hub:
-        path, root = source.hub, hub.hub_root(source.root)
-        reader = hub.HubReader(name, path, hub.load(name, path, True, source.config, source.split))
-        content = partial(combine, [path, source.config, source.split, where])
+        path, root = source.hub, hub.hub_root(source)
+        reader = hub.HubReader(name, path, hub.load(name, source))
+        revision = [source.revision] if source.revision else []
+        content = partial(combine, [path, source.config, source.split, where, *revision])
     else:
         path, kind = _path_and_format(name, source)
         base, files = locate(name, path)
@@ -105,7 +106,7 @@ def open_folder(name: str, path: str, root: Path) -> ArrowTable:
     """A folder with one sub-folder a class: columns `file` (relative path), `label` (the sub-folder) and `name` (stem).
 
     Listed by hand, not by `datasets`, which would guess what the files are and copy their names into its cache. Hidden
-    files are left out; links to folders are not followed below the classes.
+    files are left out, and links to folders are not followed.
 
     Raises:
         UserError: it is no folder, has no sub-folders, or a name in it is not UTF-8.
@@ -114,9 +115,10 @@ def open_folder(name: str, path: str, root: Path) -> ArrowTable:
 
     if not root.is_dir() or not Path(path).is_dir():
         raise UserError(f"source {name}: {path} is no folder")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    folders = (entry for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
+    classes = sorted(folder.name for folder in folders if not folder.name.startswith("."))
     if not classes:
-        raise UserError(f"source {name}: {path} has no sub-folders; a folder source has one a class")
+        raise UserError(f"source {name}: {path} has no sub-folders but links; a folder source has one a class")
     rows = [(file, size, label) for label in classes for file, size in _files_below(root, label)]
     files = [file for file, _, _ in rows]
     for file in files:

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from filelock import FileLock
 
-from openimp.data.files import cache_folder, combine, digest
+from openimp.data.files import combine, digest
 from openimp.data.tables import Table
 from openimp.modalities import BadMedia, Modality
+from openimp.safe_files import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,6 @@ class DecodedStore:
         column: str,
         views: list[Any],
         where: Literal["memory", "disk"] = "memory",
-        folder: Path | None = None,
         progress: Progress | None = None,
     ) -> "DecodedStore":
         """Decodes a column for these views, or finds it on disk.
@@ -93,16 +93,14 @@ class DecodedStore:
             modality: decodes it.
             column: of bytes or paths.
             views: what the arrays must be large enough for.
-            where: memory, or disk.
-            folder: for a store on disk; left out, `decoded` in the cache folder.
+            where: memory, or disk: in `decoded` of the cache folder.
             progress: wraps an iterable, to show how far it is: `progress(iterable, description)`.
         """
         if where == "memory":
             buffer = bytearray()
             index, failures = _pack(_decoded(table, modality, column, views, progress), buffer.extend)
             return cls(np.frombuffer(buffer, np.uint8), index, failures)
-        folder = (folder or cache_folder() / "decoded") / _key(table, modality, column, views)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder = cache_folder("decoded") / _key(table, modality, column, views)
         with FileLock(f"{folder}.lock"):
             if folder.exists():
                 try:
@@ -165,7 +163,7 @@ def _write(folder: Path, decoded: Iterable[np.ndarray | BadMedia]) -> None:
     """Makes a store's folder; it appears whole or not at all. The caller holds its lock."""
     unfinished = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)  # a process that was killed left it
-    unfinished.mkdir()
+    unfinished.mkdir(mode=0o700)
     with open(unfinished / "data.bin", "wb") as file:
         index, failures = _pack(decoded, file.write)
         file.flush()
@@ -180,15 +178,35 @@ def _write(folder: Path, decoded: Iterable[np.ndarray | BadMedia]) -> None:
 def _read(folder: Path) -> DecodedStore:
     """Opens a store's folder; raises OSError, ValueError, KeyError or TypeError for a damaged one."""
     about = json.loads((folder / "store.json").read_text(encoding="utf-8"))
-    for name, expected in about["digests"].items():
-        if digest(folder / name) != expected:
+    for name in ("data.bin", "index.npz"):
+        if digest(folder / name) != about["digests"][name]:
             raise ValueError(f"{name} has changed")
     with np.load(folder / "index.npz", allow_pickle=False) as file:
         index = dict(file)
     data = folder / "data.bin"
     # An empty file cannot be mapped.
     buffer = np.memmap(data, np.uint8, "r") if data.stat().st_size else np.empty(0, np.uint8)
-    return DecodedStore(buffer, index, {int(row): message for row, message in about["failures"].items()}, folder)
+    _check(index, buffer.size)
+    failures = {int(row): str(message) for row, message in dict(about["failures"]).items()}
+    return DecodedStore(buffer, index, failures, folder)
+
+
+def _check(index: dict[str, np.ndarray], size: int) -> None:
+    """Raises ValueError or KeyError unless every array of an index holds numbers and lies within `size` bytes: what it
+    says becomes pointers into the buffer."""
+    offset, shape, names = index["offset"], index["shape"], index["dtype"]
+    if [array.dtype.kind for array in (offset, shape, names)] != ["i", "i", "U"]:
+        raise ValueError("its index has other types")
+    if not (offset.shape == names.shape == shape.shape[:1] and shape.ndim == 2):
+        raise ValueError("its index has columns of different lengths")
+    found, numbers = np.unique(names, return_inverse=True)
+    kinds = [np.dtype(name) for name in found.tolist()]
+    if wrong := [kind for kind in kinds if kind.kind not in "biufc"]:
+        raise ValueError(f"it holds {wrong[0]}, no numbers")
+    # In floats, which do not wrap around.
+    bytes_ = np.array([kind.itemsize for kind in kinds], float)[numbers] * np.where(shape < 0, 1, shape).prod(1, float)
+    if (offset < 0).any() or (offset + bytes_ > size).any():
+        raise ValueError("an array of it lies outside of its data")
 
 
 def _key(table: Table, modality: Modality, column: str, views: list[Any]) -> str:

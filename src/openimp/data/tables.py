@@ -14,6 +14,7 @@ import numpy as np
 from openimp.data.files import combine, digest, inside
 from openimp.errors import UserError, nearest
 from openimp.modalities import BadMedia
+from openimp.recipe_types import as_text
 
 LOOKED_AT = 10_000
 """Files of a source that are opened at every start to see whether one has changed."""
@@ -257,11 +258,6 @@ def _array(value: list[Any]) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise BadMedia("expected numbers in the list, found something else among them")
     return array
-
-
-def as_text(value: Any) -> str:
-    """A value as it would be written in YAML, so that `where: {valid: true}` finds "true" in a CSV file."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def matches(cell: Any, wanted: Any) -> bool:

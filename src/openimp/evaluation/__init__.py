@@ -1,21 +1,21 @@
-"""Evaluation: zero-shot classification, retrieval and probes, as a recipe's `evaluation.sets` ask for them."""
+"""Evaluation: zero-shot classification, class heads, retrieval and probes, as a recipe's `evaluation.sets` ask."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from openimp.data.sources import Table, open_source
 from openimp.device import precision_of
 from openimp.errors import UserError, nearest
-from openimp.evaluation import probe, provenance, retrieval, zero_shot
+from openimp.evaluation import class_head, probe, provenance, retrieval, zero_shot
+from openimp.evaluation.classes import Classified, Tagged
 from openimp.evaluation.encoding import Progress, first_view
 from openimp.evaluation.figures import skipped_fields, table
 from openimp.evaluation.probe import Probed
 from openimp.evaluation.retrieval import Retrieved
-from openimp.evaluation.zero_shot import Classified
 from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
-from openimp.recipe import Probe, Recipe, ZeroShot
+from openimp.recipe import ClassHead, Probe, Recipe, ZeroShot
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Measured:
 
     Attributes:
         results: what `evaluate` tells of it.
-        found: what that was computed from: both directions of a retrieval set, the one of a zero-shot set, or both
-            classifiers of a probe.
+        found: what that was computed from: both directions of a retrieval set, the one of a zero-shot set or of a class
+            head, or both classifiers of a probe.
     """
 
     results: list[dict[str, Any]]
-    found: list[Retrieved] | list[Classified] | list[Probed]
+    found: list[Retrieved] | list[Classified | Tagged] | list[Probed]
 
 
 def evaluate(
@@ -39,6 +39,7 @@ def evaluate(
     sets: Iterable[str] | None = None,
     step: int | None = None,
     progress: Progress | None = None,
+    classes: Mapping[str, list[Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Measures the model on evaluation sets of the recipe; the same model and data give the same figures.
 
@@ -51,24 +52,29 @@ def evaluate(
         sets: names of `recipe.evaluation.sets`; left out: all of them.
         step: the training step, to be recorded.
         progress: wraps an iterable to show its progress, `progress(iterable, description)`.
+        classes: of each of the model's class heads.
 
     Returns:
-        One dict of JSON values for each direction of a retrieval set, each classifier of a probe, and each zero-shot
-        set. Shares are between 0 and 1. Rows that cannot be read are left out, counted in `skipped` and named in
+        One dict of JSON values for each direction of a retrieval set, each classifier of a probe, and each other set.
+        Shares are between 0 and 1. Rows that cannot be read are left out, counted in `skipped` and named in
         `skipped_rows`.
 
     Raises:
-        UserError: an unknown set, a source or column that is not there, a class without text, a pair of
-            modalities that was never trained together, or what a probe cannot be fitted to.
+        UserError: an unknown set, a source or column that is not there, a class without text, one that a head does not
+            know, a pair of modalities that was never trained together, or what a probe cannot be fitted to.
     """
-    tables = open_sets(model, recipe, modalities, sets)
-    measured = [measure(model, recipe, modalities, name, tables[name], step, progress) for name in tables]
+    tables = open_sets(model, recipe, modalities, sets, classes)
+    measured = [measure(model, recipe, modalities, name, tables[name], step, progress, classes) for name in tables]
     by = provenance.checkpoint_fields(model, modalities)
     return [result | by for one in measured for result in one.results]
 
 
 def open_sets(
-    model: Embedder, recipe: Recipe, modalities: dict[str, Modality], sets: Iterable[str] | None = None
+    model: Embedder,
+    recipe: Recipe,
+    modalities: dict[str, Modality],
+    sets: Iterable[str] | None = None,
+    classes: Mapping[str, list[Any]] | None = None,
 ) -> dict[str, dict[str, Table]]:
     """Opens the sources of evaluation sets, and finds what would stop `evaluate`: before a training, not after it.
 
@@ -90,6 +96,8 @@ def open_sets(
             probe.check(modalities, options, where, source, train)
         elif isinstance(options, ZeroShot):
             zero_shot.check(model, modalities, options, where, source)
+        elif isinstance(options, ClassHead):
+            class_head.check(recipe, modalities, options, where, source, classes or {})
         else:
             retrieval.check(model, modalities, options, where, source)
     return tables
@@ -103,6 +111,7 @@ def measure(
     sources: dict[str, Table],
     step: int | None = None,
     progress: Progress | None = None,
+    classes: Mapping[str, list[Any]] | None = None,
 ) -> Measured:
     """Measures the model on one set, whose sources `open_sets` gave; `evaluate` adds what names the model."""
     options = recipe.evaluation.sets[name]
@@ -112,7 +121,7 @@ def measure(
     wording: list[Any] = [spec.columns for side, spec in options.inputs.items() if modalities[side].reads_text]
     shown = None if progress is None else _labelled(progress, name)
     more: dict[str, Any] = {}
-    found: list[Retrieved] | list[Classified] | list[Probed]
+    found: list[Retrieved] | list[Classified | Tagged] | list[Probed]
     training = model.training
     precision = precision_of(next(model.parameters()).device, recipe.train.precision)
     model.eval()
@@ -126,7 +135,11 @@ def measure(
             classified, counted = zero_shot.classify(model, recipe, modalities, name, source, shown)
             found = [classified]
             views[options.reader] = first_view(recipe, options.reader)
-            prompts, wording = options.prompts, [*wording, options.prompts, options.texts]
+            prompts, wording = options.prompts, [*wording, options.prompts, options.classes]
+            wording += ["words"] if options.words else []
+        elif isinstance(options, ClassHead):
+            classified, counted = class_head.classify(model, recipe, modalities, name, source, classes or {}, shown)
+            found = [classified]
         else:
             found, counted = retrieval.retrieve(model, recipe, modalities, name, source, shown)
     finally:
@@ -161,4 +174,4 @@ def _labelled(progress: Progress, name: str) -> Progress:
     return lambda items, description: progress(items, f"{name}: {description}")
 
 
-__all__ = ["Classified", "Measured", "Retrieved", "evaluate", "measure", "open_sets", "table"]
+__all__ = ["Classified", "Measured", "Retrieved", "Tagged", "evaluate", "measure", "open_sets", "table"]

@@ -16,7 +16,13 @@ from openimp.errors import UserError
 from openimp.evaluation.encoding import Encoded
 
 RESAMPLES = 10_000
-"""Bootstrap samples of an interval."""
+"""Bootstrap samples of an interval of accuracies."""
+RANKED_RESAMPLES = 200
+"""The same of average precisions, for each of which all scores are summed up again."""
+WEIGHTS = 2**20
+"""Weights of examples that are drawn at once, which limits the memory of an interval of average precisions."""
+FIRST = ("r1", "top1", "map")
+"""The figure that stands for a result: of retrieval, of one class a row, of any number of classes."""
 NAMED = 20
 """Unreadable rows that a result names; it counts them all."""
 
@@ -87,15 +93,63 @@ def accuracy(hit: np.ndarray, truth: np.ndarray, classes: int) -> dict[str, Any]
     }
 
 
-def interval(hit: np.ndarray) -> list[float]:
+def interval(hit: np.ndarray, weight: np.ndarray | None = None) -> list[float]:
     """The 95 % bootstrap interval [low, high] of the mean of hits (N,) bool, with a fixed seed.
 
     N hits or misses drawn with replacement are a binomial draw, so no index is drawn. It tells how much hangs on the
     choice of queries, nothing of the training's seed, and takes queries for independent; with all
     hits or none it has no width.
+
+    Args:
+        hit: whether a query was answered.
+        weight: (N,) how much each counts; those of equal weight are drawn from among themselves.
     """
-    means = np.random.default_rng(0).binomial(len(hit), hit.mean(), RESAMPLES) / len(hit)
-    return [float(x) for x in np.quantile(means, [0.025, 0.975])]
+    rng, weight = np.random.default_rng(0), np.ones(len(hit)) if weight is None else weight
+    found = np.zeros(RESAMPLES)
+    for value in np.unique(weight):
+        some = hit[weight == value]
+        found += value * rng.binomial(len(some), some.mean(), RESAMPLES)
+    return [float(x) for x in np.quantile(found / weight.sum(), [0.025, 0.975])]
+
+
+def average_precision(score_NK: np.ndarray, hot_NK: np.ndarray) -> dict[str, Any]:
+    """The mean over the classes of their average precision, its 95 % interval over the examples, and chance.
+
+    A class' average precision is the mean, over its examples, of the share of them among all examples with at least
+    the same score: scikit-learn's `average_precision_score`. A class without an example does not count. The interval is
+    the Bayesian bootstrap's (Rubin, 1981): weights drawn for the examples leave no class without any, as draws would.
+
+    Args:
+        score_NK: how much each example is like each class; NaN stands last.
+        hot_NK: bool, the classes of each.
+    """
+    columns = [(score, hot) for score, hot in zip(score_NK.T, hot_NK.T) if hot.any()]
+    rng, found = np.random.default_rng(0), np.ones(0)
+    while (left := 1 + RANKED_RESAMPLES - len(found)) > 0:
+        weight_NR = rng.standard_exponential((len(hot_NK), min(left, max(1, WEIGHTS // len(hot_NK)))))
+        if not len(found):
+            weight_NR[:, 0] = 1
+        means_R = np.mean([_average_precision(score, hot, weight_NR) for score, hot in columns], axis=0)
+        found = np.append(found, means_R)
+    return {
+        "n": len(hot_NK),
+        "candidates": hot_NK.shape[1],
+        "map": float(found[0]),
+        "interval": [float(x) for x in np.quantile(found[1:], [0.025, 0.975])],
+        # Of examples in random order it is about the share that has the class.
+        "chance": float(np.mean([hot.mean() for _, hot in columns])),
+    }
+
+
+def _average_precision(score_N: np.ndarray, hot_N: np.ndarray, weight_NR: np.ndarray) -> np.ndarray:
+    """(R,) of one class, with each of several weights of the examples. P of them have the class."""
+    order = np.argsort(-score_N, kind="stable")
+    cost_N, hot_N, weight_NR = -score_N[order], hot_N[order], weight_NR[order]
+    cost_P, own_PR = cost_N[hot_N], weight_NR[hot_N]
+    # Those that tie are all among the first.
+    right_PR = own_PR.cumsum(0)[np.searchsorted(cost_P, cost_P, side="right") - 1]
+    seen_PR = weight_NR.cumsum(0)[np.searchsorted(cost_N, cost_P, side="right") - 1]
+    return (own_PR * right_PR / seen_PR).sum(0) / own_PR.sum(0)
 
 
 def skipped_fields(skipped: list[str]) -> dict[str, Any]:
@@ -103,10 +157,16 @@ def skipped_fields(skipped: list[str]) -> dict[str, Any]:
     return {"skipped": len(skipped), "skipped_rows": skipped[:NAMED]}
 
 
+def first_figure(result: dict[str, Any]) -> float:
+    """The figure of a result that is compared: R@1, top-1, or the mean average precision."""
+    found: float = next(result[key] for key in FIRST if key in result)
+    return found
+
+
 def table(results: list[dict[str, Any]]) -> RichTable:
     """Results of `evaluate` as a table of at most 80 columns, figures in per cent but rank and MRR.
 
-    A line names the set, and one for each of its tasks follows.
+    A line names the set, and one for each of its tasks follows, and one for each split of it.
     """
     out = RichTable(
         title="Evaluation", title_justify="left", caption=_caption(results), caption_justify="left",
@@ -117,18 +177,21 @@ def table(results: list[dict[str, Any]]) -> RichTable:
         out.add_column(head, justify="right", no_wrap=True)
     previous = None
     for result in results:
-        if result["type"] == "retrieval":
-            first, rest = "r1", [_percent(result[f"r{k}"]) for k in (5, 10)]
-            rest += [f"{result['median_rank']:g}", f"{result['mrr']:.3f}"]
-        else:
-            first, rest = "top1", [_percent(result["top5"]) if "top5" in result else "", "", "", ""]
-        low, high = result["interval"]
-        cell = f"{_percent(result[first])} [{_percent(low)}, {_percent(high)}]"
         if result["set"] != previous:
             out.add_row(Text(result["set"], "bold"))
         previous = result["set"]
-        out.add_row(f"  {result['task']}", str(result["n"]), cell, *rest, _percent(result["chance"]))
+        out.add_row(f"  {result['task']}", *_cells(result))
+        for split, figures in result.get("splits", {}).items():
+            out.add_row(f"    split {split}", *_cells(figures))
     return out
+
+
+def _cells(result: dict[str, Any]) -> list[str]:
+    low, high = result["interval"]
+    first = f"{_percent(first_figure(result))} [{_percent(low)}, {_percent(high)}]"
+    shares = [_percent(result[key]) if key in result else "" for key in ("r5" if "r5" in result else "top5", "r10")]
+    rank = [f"{result['median_rank']:g}", f"{result['mrr']:.3f}"] if "mrr" in result else ["", ""]
+    return [str(result["n"]), first, *shares, *rank, _percent(result["chance"])]
 
 
 def _percent(share: float) -> str:

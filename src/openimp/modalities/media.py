@@ -3,19 +3,22 @@ person is shown, patches on a grid, DropToken."""
 
 import io
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import av
 import numpy as np
 import PIL.Image
 import torch
+from pydantic import model_validator
 
 from openimp.modalities import BadMedia
+from openimp.recipe import Strict
 
 # What FFmpeg may parse and decode: everything that people keep clips and sounds in. Playlists (hls, concat, ...) are
 # left out on purpose: they name other files, which a hostile example could make us read.
@@ -41,6 +44,8 @@ CHECKED = 2**20
 """Work after which the clock is looked at again, which itself takes microseconds."""
 LENGTHS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}
 """First bytes of the files that say how long they are, and in what order of bytes."""
+INFO, HEADER = re.compile(rb"LIST(.{4})INFO", re.DOTALL), 2**20
+"""A list of titles and names in an AVI or WAV file, and in how many of the first bytes it is looked for."""
 SLACK = 64
 """Bytes by which programs are known to count wrong."""
 SHOWN = 128
@@ -110,6 +115,7 @@ def opened(source: Source, kind: Literal["video", "audio"]) -> Iterator[tuple[An
     Raises:
         BadMedia: it has no such stream, or one in a codec that is not read.
     """
+    _check_info(source)
     # No protocol is allowed, because the file is open already and must not name others. The limit on the pixels is for
     # what FFmpeg decodes to find out what is in the file; it is higher, so that it tells the size of what is refused.
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
@@ -123,6 +129,20 @@ def opened(source: Source, kind: Literal["video", "audio"]) -> Iterator[tuple[An
             raise BadMedia(f"its {kind} has a codec that is not read: {context and context.codec.name}")
         context.options, context.thread_count = {"max_pixels": str(MAX_MOVING)}, 1
         yield container, streams[0]
+
+
+def _check_info(source: Source) -> None:
+    """Refuses an AVI or WAV file whose header has an INFO list that claims more bytes than the file has.
+
+    FFmpeg sets that much memory aside and fills it with zeros before it reads the list.
+    """
+    if source.peek(4)[:4] == b"RIFF":
+        size = source.seek(0, os.SEEK_END)
+        source.seek(0)
+        claims = [int.from_bytes(claim, "little") for claim in INFO.findall(source.read(HEADER))]
+        source.seek(0)
+        if max(claims, default=0) > size:
+            raise BadMedia(f"truncated: an INFO list of {max(claims):,} bytes in a file of {size:,}")
 
 
 def _check_length(head: bytes, size: int) -> None:
@@ -143,6 +163,27 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__
 
 
+class ExampleRng(np.random.Generator):
+    """Random generator of one example.
+
+    Attributes:
+        moment: where all modalities of the example start in training, as a share of the recording's length. Set if the
+            view has `sync: true`; None: each modality draws its own start.
+    """
+
+    moment: float | None = None
+
+
+def random_start(total: int, span: int, rng: np.random.Generator) -> int:
+    """A random start for a training cut of length `span` in a recording of length `total`.
+
+    If `rng` has a shared `moment`, the cut starts there, or as late as it still fits into the recording.
+    """
+    room = max(0, total - span)
+    moment = getattr(rng, "moment", None)
+    return int(rng.integers(room + 1)) if moment is None else min(int(moment * total), room)
+
+
 def clip_starts(total: int, span: int, clips: int) -> list[int]:
     """Where `clips` parts of `span` start, linearly spaced over `total`; a single one is in the middle."""
     room = max(0, total - span)
@@ -156,7 +197,7 @@ def segments(total: int, span: int, clips: int, limit: int, rng: np.random.Gener
     evaluation sees: laid end to end, they are just what `clip_starts` cuts out again.
     """
     if rng is not None and total > 0:
-        return [(int(rng.integers(max(0, total - span) + 1)), span)]
+        return [(random_start(total, span, rng), span)]
     if total <= limit:
         return [(0, limit)]
     return [(start, span) for start in clip_starts(total, span, clips)]
@@ -186,11 +227,42 @@ def patchify(grid: torch.Tensor, patch: tuple[int, ...], keep: torch.Tensor | No
 
 
 def coordinates(
-    counts: tuple[int, ...], patch: tuple[int, ...], extent: tuple[int, ...], tables: tuple[int, ...]
+    counts: tuple[int, ...], tables: tuple[int, ...], spans: tuple[int | None, ...] | None = None
 ) -> torch.Tensor:
-    """Rows (L, A) of the position tables: floor(coordinate of a patch's first value / extent * table)."""
-    rows = [torch.arange(n) * side * table // length for n, side, length, table in zip(counts, patch, extent, tables)]
+    """For each of L patches the row that it uses in the position table of each of A axes, (L, A).
+
+    Patch i of n along an axis uses row floor(i / n * rows). This coordinate is relative, so the same place has the same
+    row at every resolution (arXiv 2305.06324). If an axis has a span, its coordinate is absolute: patch i uses row
+    floor(i / span * rows), whatever n is.
+    """
+    spans = spans or (None,) * len(tables)
+    rows = [torch.arange(n) * table // (span or n) for n, table, span in zip(counts, tables, spans)]
     return torch.cartesian_prod(*rows).view(-1, len(rows))
+
+
+class PatchGrid(Strict):
+    """Base of the options of a stem that splits its input into patches along named axes."""
+
+    axes: ClassVar[tuple[str, ...]]
+    patch: tuple[int, ...]
+    tables: tuple[int, ...]
+    absolute: dict[Any, int]
+
+    @model_validator(mode="after")
+    def _spans_are_whole(self) -> Self:
+        for name, side in zip(self.axes, self.patch):
+            if self.absolute.get(name, 0) % side:
+                raise ValueError(f"absolute: {name} {self.absolute[name]} is not a multiple of the patch's {side}")
+        return self
+
+    def limit(self, axis: int) -> int:
+        """The longest input along an axis: as many patches as the table has rows, or the axis' absolute span."""
+        return self.absolute.get(self.axes[axis], self.tables[axis] * self.patch[axis])
+
+    def coordinates(self, counts: tuple[int, ...]) -> torch.Tensor:
+        """The rows (L, A) of the position tables for `counts` patches along the axes; see `media.coordinates`."""
+        spans = tuple(self.absolute.get(name, 0) // side or None for name, side in zip(self.axes, self.patch))
+        return coordinates(counts, self.tables, spans)
 
 
 def kept(length: int, drop: float) -> int:

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from openimp.errors import UserError
 from openimp.modalities import BadMedia, Modality, StemSpec, Tokens
+from openimp.modalities.tokenizer_file import open_tokenizer
 from openimp.recipe import Count, RecipePath, Strict
+from openimp.recipe_file import read_text
 
 PAD, END = 0, 1
 UNKNOWN = "[UNK]"
@@ -120,10 +123,9 @@ class Text(Modality):
 
     def load_state(self, state: dict[str, str]) -> None:
         try:
-            tokenizer = Tokenizer.from_str(state["tokenizer.json"])
+            self._use(open_tokenizer(state["tokenizer.json"]))
         except Exception as error:  # tokenizers raises plain Exception
-            raise UserError(f"tokenizer.json: not a tokenizer: {error}") from None
-        self._use(tokenizer)
+            raise UserError(f"tokenizer.json: not a tokenizer that openimp opens: {error}") from None
 
     def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
         """A string, or the first of a list, to ids (n,) int64 of its subwords, as many as the longest view takes."""
@@ -237,10 +239,7 @@ def _valid(text: str) -> str:
 
 def _load(path: str) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_file(path)
+        # A view says how long a text is; the file's own pads would be words to us.
+        return open_tokenizer(read_text(Path(path)))
     except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"modalities.text.tokenizer: {path} is not a tokenizer file: {error}") from None
-    # A view says how long a text is; the file's own pads would be words to us.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+        raise UserError(f"modalities.text.tokenizer: {path} is not a tokenizer that openimp opens: {error}") from None

@@ -5,22 +5,24 @@ frames is the patch embedding summed over them, and one frame's values are enoug
 """
 
 from math import ceil, sqrt
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import PIL.Image
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from openimp.modalities import BadMedia, Modality, StemSpec, Tokens
-from openimp.modalities.media import batch_coordinates, coordinates, drop_tokens, kept, patchify
-from openimp.recipe import Count, Pair, Share, Strict, Triple
+from openimp.modalities.media import PatchGrid, batch_coordinates, drop_tokens, kept, patchify
+from openimp.recipe import Count, Pair, Positive, Share, Strict, Triple
 
 CHANNELS = 3
 MARGIN = 1.15
 """Decoded pictures are this much larger than a view asks for, so that crops keep some detail."""
-ASPECT = 4 / 3
-"""Inception crops are at most this much wider or taller than the view (arXiv 1409.4842)."""
+ASPECT = 2
+"""The aspect ratio of a training crop differs from the view's by at most this factor."""
+JITTERED = 0.8
+"""Share of the training pictures to which color jitter is applied."""
 
 
 class Vision(Modality):
@@ -28,21 +30,23 @@ class Vision(Modality):
 
     stem = "vision"
 
-    class Config(Strict):
+    class Config(PatchGrid):
         """The patch embedding and its position tables, shared by image and video."""
 
+        axes = ("frames", "height", "width")
         patch: Triple = (4, 16, 16)
         """Frames, height and width (pixels) of a patch."""
-        extent: Triple = (64, 512, 512)
-        """Frames, height and width (pixels) that the position tables span; nothing larger can be seen."""
         tables: Triple = (16, 32, 32)
-        """Rows of the position table of each axis."""
+        """Rows of the position table of each axis. A patch's row is its relative place along the axis. A table must
+        have at least as many rows as the largest input has patches."""
+        absolute: dict[Literal["frames", "height", "width"], Count] = Field({})
+        """Axes with absolute positions, and the number of frames or pixels that each table spans. With `{frames: 64}`
+        the eighth frame has the same position in a clip of 8 frames as in a clip of 16. The positions along other axes
+        are relative, as in the paper."""
 
-        @model_validator(mode="after")
-        def _spans(self) -> "Vision.Config":
-            if any(side > length for side, length in zip(self.patch, self.extent)):
-                raise ValueError(f"patch {list(self.patch)} is larger than extent {list(self.extent)}")
-            return self
+        fps: Positive | None = None
+        """Frames per second that clips are resampled to when they are read, for clips of different rates: a view's
+        `stride` then counts these. null: it counts the file's own frames, as in the release."""
 
     class View(Strict):
         """How pictures are seen."""
@@ -53,11 +57,15 @@ class Vision(Modality):
         """Share of tokens dropped in training (DropToken); the paper: 0.75 for 16 frames of 256 pixels."""
         crop: Annotated[float, Field(gt=0, le=1)] = 0.5
         """Smallest share of the picture's area that a training crop shows (Inception crop; the paper: 0.5). 1: the
-        centre, as in evaluation."""
+        largest center crop."""
         flip: bool = True
         """Mirror half of the training pictures; turn it off where captions tell left from right."""
         jitter: Share = 0.2
-        """Brightness, contrast and saturation change in training by a factor of at most 1 ± this; 0: not at all."""
+        """Largest change of brightness, contrast and saturation, in four of five training pictures: each is multiplied
+        by a random factor between 1 - jitter and 1 + jitter. 0: no change."""
+        crop_pct: Annotated[float, Field(gt=0, le=1)] = 8 / 9
+        """Share of the shorter side that evaluation's center crop keeps (timm has the same option; the release resizes
+        to 288 pixels and keeps 256). 1: all of it, for pictures whose content fills the frame."""
 
         @property
         def hw(self) -> tuple[int, int]:
@@ -84,23 +92,24 @@ class Vision(Modality):
 
     def check(self, view: Any) -> None:
         for axis, name, size in ((1, "height", view.hw[0]), (2, "width", view.hw[1])):
-            check_multiple(f"size: {name}", size, self.config.patch[axis], self.config.extent[axis], "pixels")
+            check_multiple(f"size: {name}", size, self.config.patch[axis], self.config.limit(axis), "pixels")
 
     def _render(self, frames: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
         """Frames (T, H, W, 3 or 4) to (T, h, w, 3), all with the same crop, background, flip and colours.
 
         Transparent pictures are composed on a random plain colour in training and on white in evaluation.
         """
-        box, mirror, colours = centre_box(frames.shape[1:3], view.hw), False, None
+        box, mirror, colours = centre_box(frames.shape[1:3], view.hw, view.crop_pct), False, None
         background: tuple[int, ...] = (255, 255, 255)
         if rng is not None:
-            draw = rng.random(11).tolist()  # always as many, so that an option does not change the crops of a seed
+            draw = rng.random(12).tolist()  # Always 12, so that options do not change a seed's crops.
+            box = centre_box(frames.shape[1:3], view.hw)
             if view.crop < 1:
                 box = inception_box(frames.shape[1:3], view.hw, view.crop, draw[:4])
             mirror = view.flip and draw[4] < 0.5
-            if view.jitter:
+            if view.jitter and draw[11] < JITTERED:
                 colours = jitter_matrix(*(1 + view.jitter * (2 * x - 1) for x in draw[5:8]))
-            background = tuple(int(256 * x) for x in draw[8:])
+            background = tuple(int(256 * x) for x in draw[8:11])
         out = np.empty((len(frames), *view.hw, CHANNELS), np.uint8)
         for i, frame in enumerate(frames):
             picture = PIL.Image.fromarray(frame)
@@ -118,11 +127,10 @@ class Vision(Modality):
         self, frames: torch.Tensor, patch: tuple[int, ...], drop: float, rngs: list[np.random.Generator] | None
     ) -> Tokens:
         """Frames (B, [T,] H, W, 3) to patches of `patch`, the last axes of the stem's."""
-        config = self.config
         sizes = frames.shape[1:-1]
         counts = tuple(size // side for size, side in zip(sizes, patch))
         counts = (1,) * (3 - len(counts)) + counts
-        coords = coordinates(counts, config.patch, config.extent, config.tables).to(frames.device)
+        coords = self.config.coordinates(counts).to(frames.device)
         keep = drop_tokens(len(coords), drop, rngs)
         return Tokens(patchify(frames, patch, keep), batch_coordinates(coords, len(frames), keep))
 
@@ -140,20 +148,22 @@ def check_multiple(name: str, size: int, side: int, limit: int, unit: str) -> No
 def shrunk_size(size: tuple[int, int], views: list[Any]) -> tuple[int, int]:
     """Height and width that a picture is decoded to: it covers every view with a margin, and is never enlarged."""
     height, width = size
-    scale = min(1.0, MARGIN * max(max(view.hw[0] / height, view.hw[1] / width) for view in views))
+    scale = max(max(view.hw[0] / height, view.hw[1] / width) * max(MARGIN, 1 / view.crop_pct) for view in views)
+    scale = min(1.0, scale)
     return ceil(height * scale), ceil(width * scale)
 
 
-def centre_box(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest box (left, upper, right, lower) in the middle of a picture (H, W) with the target's aspect."""
-    scale = min(size[0] / target[0], size[1] / target[1])
+def centre_box(size: tuple[int, int], target: tuple[int, int], share: float = 1.0) -> tuple[float, float, float, float]:
+    """The center box (left, upper, right, lower) of a picture (H, W): the largest with the target's aspect ratio that
+    fits, scaled by `share`."""
+    scale = min(size[0] / target[0], size[1] / target[1]) * share
     return _box(size, target[0] * scale, target[1] * scale, 0.5, 0.5)
 
 
 def inception_box(
     size: tuple[int, int], target: tuple[int, int], smallest: float, draw: list[float]
 ) -> tuple[float, float, float, float]:
-    """A random box (left, upper, right, lower) of a share of the area and an aspect within 4/3 of the target's.
+    """A random box (left, upper, right, lower) of a share of the area and an aspect within `ASPECT` of the target's.
 
     A box too wide or too tall for the picture is cut, so that no draw has to be repeated: of a narrow picture it may
     show less than `smallest`.

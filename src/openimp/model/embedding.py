@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openimp.modalities import StemSpec, Tokens
+from openimp.model.init import lecun_normal_, linear
 
 
 class Stem(nn.Module):
@@ -29,13 +30,16 @@ class Stem(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(spec.values, width) if spec.table else nn.Linear(spec.values, width)
         self.scale = (width if spec.table else width / spec.values) ** 0.5
-        nn.init.trunc_normal_(self.embed.weight, std=width**-0.5)
+        lecun_normal_(self.embed.weight, width)
         if isinstance(self.embed, nn.Linear):
             nn.init.zeros_(self.embed.bias)
-        self.positions = nn.ModuleList(nn.Embedding(rows, width) for rows in spec.axes)
+        tables = [nn.Embedding(rows, width) for rows in spec.axes]
+        for table in tables:
+            nn.init.normal_(table.weight, std=width**-0.5)
+        self.positions = nn.ModuleList(tables)
         self.position_norm = nn.LayerNorm(width, eps=1e-6)
-        self.before = _linear(width)
-        self.after = _linear(width)
+        self.before = linear(width, width)
+        self.after = linear(width, width)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """(B, L, P) values, or (B, L) ids, to (B, L, D)."""
@@ -57,10 +61,3 @@ def _embed_patches(embed: nn.Linear, values_BLP: Tensor, scale: float) -> Tensor
     if repeats > 1:
         weight = weight.unflatten(1, (repeats, -1)).sum(1)
     return F.linear(values_BLP, weight * scale, embed.bias)
-
-
-def _linear(width: int) -> nn.Linear:
-    layer = nn.Linear(width, width)
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

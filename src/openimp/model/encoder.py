@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from openimp.model.init import lecun_normal_, linear
 from openimp.model.kernels import attend, gelu
 from openimp.model.moe import RouterStats, SoftMLP, SparseMLP, mean_count
 from openimp.recipe import Model
@@ -21,14 +22,12 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.qk_norm, self.attend = heads, qk_norm, attend
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = linear(width, width, bias=False)
         head = width // heads
         self.q_norm = _norm(head) if qk_norm else nn.Identity()
         self.k_norm = _norm(head) if qk_norm else nn.Identity()
-        # Xavier for each of q, k and v; on the fused matrix torch would count three times the fan.
-        for weight in self.qkv.weight.chunk(3):
-            nn.init.xavier_uniform_(weight)
-        nn.init.xavier_uniform_(self.out.weight)
+        # The release keeps these kernels as (width, heads, head), and JAX counts width x heads as their fan-in.
+        lecun_normal_(self.qkv.weight, width * heads)
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
         qkv = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -45,10 +44,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
-        for layer in (self.up, self.down):
-            nn.init.xavier_uniform_(layer.weight)
+        self.up = linear(width, hidden, bias=False)
+        self.down = linear(hidden, width, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         return self.down(gelu(self.up(x_BLD)))
@@ -103,7 +100,7 @@ class Encoder(nn.Module):
 
         self.own = nn.ModuleDict({name: blocks(0, config.own_layers) for name in own if config.own_layers})
         self.blocks = blocks(config.own_layers, config.layers)
-        self.norm = _norm(config.width)
+        self.norm = _norm(config.width, bias=True)
         self.recompute = False
 
     def begin(self, x_BLD: Tensor, mask_BL: Tensor | None, name: str) -> tuple[Tensor, list[RouterStats]]:
@@ -129,5 +126,5 @@ class Encoder(nn.Module):
         return x_BLD, stats
 
 
-def _norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=1e-6, bias=False)
+def _norm(width: int, bias: bool = False) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=1e-6, bias=bias)

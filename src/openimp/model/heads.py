@@ -1,12 +1,13 @@
 """From pooled features to the common space, and the learned temperatures."""
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from openimp.model.init import linear
 from openimp.model.kernels import gelu
+
+MIN_TEMPERATURE = 0.01
+"""Lower bound of a learned temperature; the scale 1 / temperature is then at most 100, as in CLIP."""
 
 
 class Projection(nn.Module):
@@ -14,46 +15,38 @@ class Projection(nn.Module):
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, embed_dim)
-        self.down = nn.Linear(embed_dim, embed_dim)
+        self.up = linear(width, embed_dim)
+        self.down = linear(embed_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        for layer in (self.up, self.down):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         return self.norm(self.down(gelu(self.up(x_BD))))
 
 
 class Temperature(nn.Module):
-    """A learned scale, and a bias that only the sigmoid loss uses, for the similarities of one pair of modalities.
+    """The learned temperature of one pair of modalities, and a bias that only the sigmoid loss uses.
 
-    The scale is kept as a logarithm, so that it stays positive.
+    The parameter is the temperature itself, as in the authors' release; CLIP learns its logarithm.
     """
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
-        # Of one element and not scalars, which cannot be cut into shards.
-        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
+        # Both have one element and are not scalars, because FSDP2 cannot shard scalars.
+        self.temperature = nn.Parameter(torch.tensor([temperature]))
         # SigLIP's start (arXiv 2303.15343, section 3.2): most pairs are negatives, so begin near "no".
         self.bias = nn.Parameter(torch.tensor([-10.0]))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for name in self.state_dict():  # They were scalars once.
-            if prefix + name in state_dict:
-                state_dict[prefix + name] = state_dict[prefix + name].reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     @property
     def scale(self) -> Tensor:
-        return self.log_scale.exp()
+        """The factor of the similarities: 1 / temperature."""
+        return 1 / self.temperature
 
     @torch.no_grad()
     def limit(self) -> None:
-        """Keeps the scale below 100, after each update, as CLIP does (arXiv 2103.00020, section 2.5).
+        """Clamps the scale to at most 100; called after each update, as in CLIP (arXiv 2103.00020, section 2.5).
 
-        In the forward pass a limit would leave no gradient to come back by. What has no gradient was not updated here;
-        another process may be updating it.
+        A clamp in the forward pass would have no gradient beyond the limit, so the temperature could never return.
+        If the parameter has no gradient, this rank did not update it; another rank may have.
         """
-        if self.log_scale.grad is not None:
-            self.log_scale.clamp_(max=math.log(100.0))
+        if self.temperature.grad is not None:
+            self.temperature.clamp_(min=MIN_TEMPERATURE)

@@ -15,6 +15,7 @@ from openimp.model.embedder import Embedder, Encoded
 from openimp.model.embedding import Stem
 from openimp.model.encoder import Encoder
 from openimp.model.heads import Projection, Temperature
+from openimp.model.init import linear
 from openimp.model.moe import Experts
 from openimp.recipe import Contrastive, Model, Recipe
 
@@ -27,7 +28,7 @@ class IMP(Embedder):
         stems: what each stem embeds, by stem name.
         stem_of: the stem that each modality uses; modalities may share one.
         pairs: the pairs of modalities that are trained to agree; each has a temperature and, in a disjoint space, a
-            head for either direction.
+            head per direction. Modalities with the same stem share both unless `config.share_heads` is false.
         classes: the size of each classification head, by head name.
     """
 
@@ -42,13 +43,16 @@ class IMP(Embedder):
         super().__init__()
         self.config = config
         self.stem_of = dict(stem_of)
+        self.head_of = self.stem_of if config.share_heads else {name: name for name in stem_of}
         self.pairs = [(min(pair), max(pair)) for pair in pairs]
         self.stems = nn.ModuleDict({name: Stem(spec, config.width) for name, spec in stems.items()})
         self.encoder = Encoder(config, self.stems)
         names = sorted({self.head_name(a, b) for pair in self.pairs for a, b in permutations(pair)})
         self.projections = nn.ModuleDict({name: Projection(config.width, config.embed_dim) for name in names})
-        self.temperatures = nn.ModuleDict({"-".join(pair): Temperature(config.temperature) for pair in self.pairs})
-        self.classifiers = nn.ModuleDict({name: _classifier(config.width, n) for name, n in (classes or {}).items()})
+        self.temperatures = nn.ModuleDict(
+            {name: Temperature(config.temperature) for name in dict.fromkeys(map(self._pair_name, self.pairs))}
+        )
+        self.classifiers = nn.ModuleDict({name: linear(config.width, n) for name, n in (classes or {}).items()})
 
     @classmethod
     def from_recipe(
@@ -125,14 +129,18 @@ class IMP(Embedder):
             self.temperature(*pair).limit()
 
     def temperature(self, a: str, b: str) -> Temperature:
-        """The learned scale of a pair, in either order."""
-        module = self.temperatures["-".join(sorted((a, b)))]
+        """The learned temperature of a pair, in either order."""
+        module = self.temperatures[self._pair_name((a, b))]
         assert isinstance(module, Temperature)
         return module
 
     def head_name(self, source: str, target: str) -> str:
-        """The projection that takes `source` to the space that it shares with `target`."""
+        """The name of the projection that maps `source` to the space that it shares with `target`."""
+        source, target = self.head_of[source], self.head_of[target]
         return source if self.config.space == "joint" else f"{source}-to-{target}"
+
+    def _pair_name(self, pair: tuple[str, str]) -> str:
+        return "-".join(sorted(self.head_of[name] for name in pair))
 
 
 def trained_pairs(recipe: Recipe) -> list[tuple[str, str]]:
@@ -160,11 +168,3 @@ def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
         return x_BLD.mean(1)
     # In bf16 a count above 256 would be rounded.
     return (x_BLD * mask_BL[..., None]).sum(1, dtype=torch.float32) / mask_BL.sum(1, keepdim=True).clamp(min=1)
-
-
-def _classifier(width: int, classes: int) -> nn.Linear:
-    layer = nn.Linear(width, classes)
-    # Zero: the first gradients then tell the encoder nothing random about the classes (big_vision's head_zeroinit).
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

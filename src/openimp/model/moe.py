@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from openimp.device import full_precision
 from openimp.distributed import mean
+from openimp.model.init import lecun_normal_
 from openimp.model.kernels import gelu
 from openimp.parallel import from_owners, owned, to_owners
 from openimp.recipe import ACROSS, MoE
@@ -175,10 +176,8 @@ class Experts(nn.Module):
         super().__init__()
         self.up_EDF = nn.Parameter(torch.empty(experts, width, hidden))
         self.down_EFD = nn.Parameter(torch.empty(experts, hidden, width))
-        for weight in (self.up_EDF, self.down_EFD):
-            # Xavier for each expert's own matrix; on the whole tensor torch would count the experts as fan.
-            bound = (6 / (weight.shape[1] + weight.shape[2])) ** 0.5
-            nn.init.uniform_(weight, -bound, bound)
+        lecun_normal_(self.up_EDF, width)
+        lecun_normal_(self.down_EFD, hidden)
 
     def forward(self, x_ESD: Tensor) -> Tensor:
         """(E, S, D) to (E, S, D): expert e works on its own S slots, in the process that has it."""

@@ -1,6 +1,6 @@
 """`openimp report`: a run as one HTML page that needs nothing else, to look at and to show to others."""
 
-import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,20 @@ from openimp.device import pick_device
 from openimp.errors import UserError
 from openimp.evaluation import Classified, Retrieved, measure, open_sets
 from openimp.evaluation.encoding import Progress, raw_value
-from openimp.metrics import read_lines
+from openimp.metrics import read_lines, read_results
 from openimp.modalities import BadMedia, Modality
 from openimp.model.imp import IMP
-from openimp.recipe import Probe, Recipe, Retrieval, ZeroShot
+from openimp.recipe import EvaluationSet, Recipe
 from openimp.report import results, training
 from openimp.report.markup import Child, Markup, join, tag
 from openimp.report.page import facts, page
+from openimp.safe_files import refuse_links, write_text
+from openimp.trust import check_sources
 
 
-def write_report(run: Path, out: Path | None = None, progress: Progress | None = None) -> Path:
+def write_report(
+    run: Path, out: Path | None = None, progress: Progress | None = None, allow_sources: bool = False
+) -> Path:
     """Writes the page, whole or not at all, and gives its place.
 
     The curves come from the run's metrics.jsonl. The evaluation sets of its newest checkpoint are measured again, for
@@ -33,11 +37,13 @@ def write_report(run: Path, out: Path | None = None, progress: Progress | None =
         run: a run, or a folder with a model, which has no curves.
         out: the file; left out: report.html in `run`, or in the run of a checkpoint.
         progress: wraps an iterable to show its progress.
+        allow_sources: measure even what reads other sources than `trust.check_sources` allows.
 
     Raises:
         UserError: there is neither a checkpoint nor a line of metrics, one of them is damaged, or `out` is no place
             for a file.
     """
+    refuse_links(run)
     lines = read_lines(run / "metrics.jsonl")
     trained = (run / "config.json").exists() or bool(checkpoints(run))
     if not trained and not lines:
@@ -46,19 +52,13 @@ def write_report(run: Path, out: Path | None = None, progress: Progress | None =
     out = out or (run.resolve().parents[1] if (run / MANIFEST).exists() else run) / "report.html"
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
-    text = _page(run, lines, trained, progress)
-    draft = out.with_name(f".{out.name}.tmp")
-    try:
-        # Lone surrogates, which file names may hold, are no UTF-8.
-        draft.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(draft, out)
-    finally:
-        draft.unlink(missing_ok=True)
+    text = _page(run, lines, trained, progress, allow_sources)
+    write_text(out, text, errors="replace")  # Lone surrogates, which file names may hold, are no UTF-8.
     return out
 
 
-def _page(run: Path, lines: list[dict[str, Any]], trained: bool, progress: Progress | None) -> str:
-    recorded = read_lines(run / "results.jsonl")
+def _page(run: Path, lines: list[dict[str, Any]], trained: bool, progress: Progress | None, allow_sources: bool) -> str:
+    recorded = read_results(run / "results.jsonl")
     sections: dict[str, Markup | None] = {"Results": None}
     if lines:
         sections |= {
@@ -69,10 +69,15 @@ def _page(run: Path, lines: list[dict[str, Any]], trained: bool, progress: Progr
         }
     if trained:
         folder = model_folder(run)
-        model, recipe, modalities, _ = load_model(folder)
+        model, recipe, modalities, classes = load_model(folder)
+
+        def check(name: str) -> None:
+            if not allow_sources:
+                check_sources(run, folder, recipe, [name])
+
         step, newest = saved_step(folder), run / "metrics.jsonl" if lines else folder / "config.json"
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        sections |= _looks(model.to(pick_device()), recipe, modalities, step, recorded, progress)
+        sections |= _looks(model.to(pick_device()), recipe, modalities, classes, step, recorded, check, progress)
     else:
         recipe, parameters, newest = Recipe.load(run / "recipe.yaml"), None, run / "metrics.jsonl"
         step = lines[-1]["step"]
@@ -87,19 +92,22 @@ def _looks(
     model: IMP,
     recipe: Recipe,
     modalities: dict[str, Modality],
+    classes: dict[str, list[Any]],
     step: int | None,
     recorded: list[dict[str, Any]],
+    check: Callable[[str], None],
     progress: Progress | None,
 ) -> dict[str, Markup | None]:
-    """The sections for which the model is measured again."""
+    """The sections for which the model is measured again, on the sets that pass `check`."""
     told: list[dict[str, Any]] = []
     missing: list[str] = []
     confusions: list[Child] = []
     retrievals: list[Child] = []
     for name, options in recipe.evaluation.sets.items():
         try:
-            sources = open_sets(model, recipe, modalities, [name])[name]
-            measured = measure(model, recipe, modalities, name, sources, step, progress)
+            check(name)
+            sources = open_sets(model, recipe, modalities, [name], classes)[name]
+            measured = measure(model, recipe, modalities, name, sources, step, progress, classes)
         except UserError as error:
             missing.append(f"{name} is not measured again; its figures are those that were recorded, if any: {error}")
             told += _latest([result for result in recorded if result["set"] == name])
@@ -131,7 +139,7 @@ def _latest(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [result for result in recorded if (result["step"] or 0) == last]
 
 
-def _show(modalities: dict[str, Modality], options: Retrieval | ZeroShot | Probe, source: Table) -> results.Show:
+def _show(modalities: dict[str, Modality], options: EvaluationSet, source: Table) -> results.Show:
     """What a person sees of a modality in a row of a set's source."""
 
     def show(name: str, row: int) -> str | bytes | np.ndarray:

@@ -10,6 +10,7 @@ import PIL.Image
 
 from openimp.data.sources import Table
 from openimp.evaluation import Classified, Retrieved
+from openimp.evaluation.figures import first_figure
 from openimp.report.charts import Curve, heat, line_chart, matrix, nice_ticks, percent, series, share_bar
 from openimp.report.markup import Child, Markup, join, table, tag
 
@@ -41,7 +42,7 @@ def figures(results: list[dict[str, Any]]) -> Markup:
     rows: list[list[Child]] = []
     for result in results:
         retrieval = result["type"] == "retrieval"
-        first, (low, high), chance = result[_first(result)], result["interval"], result["chance"]
+        first, (low, high), chance = first_figure(result), result["interval"], result["chance"]
         fifth = "r5" if retrieval else "top5"  # Nearest neighbours rank no classes, so a probe has none.
         task = arrow(result["task"]) + ("" if len(steps) == 1 else f", step {result['step']}")
         rows.append(
@@ -59,11 +60,12 @@ def figures(results: list[dict[str, Any]]) -> Markup:
             ]
         )
     scale = f"0 to {100 * top:.3g}%"
-    head = ["set", "R@1 or top-1", scale, "chance", "× chance", "at 5", "at 10", "median rank", "MRR", "items"]
+    head = ["set", "R@1, top-1 or mAP", scale, "chance", "× chance", "at 5", "at 10", "median rank", "MRR", "items"]
     caption = "" if steps == {None} or len(steps) > 1 else f"At step {steps.pop():,}. "
     caption += (
-        "R@1 of retrieval, or top-1 of zero-shot classes and probes, with the 95% bootstrap interval over the items, "
-        "which says nothing of other seeds; the red mark is chance. At the end, the items and the candidates for each."
+        "R@1 of retrieval, top-1 of classes, or mAP where a row has any number of them, with the 95% bootstrap "
+        "interval over the items, which says nothing of other seeds; the red mark is chance. At the end, the items and "
+        "the candidates for each."
     )
     skipped = {result["set"]: result["skipped"] for result in results if result["skipped"]}
     if skipped:
@@ -72,17 +74,17 @@ def figures(results: list[dict[str, Any]]) -> Markup:
 
 
 def history(results: list[dict[str, Any]]) -> Markup | None:
-    """How R@1 and top-1 came to be, a chart for each set, where a run was measured more than once."""
+    """How R@1, top-1 and mAP came to be, a chart for each set, where a run was measured more than once."""
     points: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for result in results:
         of_set = points.setdefault(result["set"], {})
-        of_set.setdefault(arrow(result["task"]), []).append((result["step"] or 0, result[_first(result)]))
+        of_set.setdefault(arrow(result["task"]), []).append((result["step"] or 0, first_figure(result)))
     charts = []
     for name, tasks in points.items():
         curves = [Curve(task, [x for x, _ in found], [y for _, y in found]) for task, found in tasks.items()]
         if len(curves[0].steps) > 1:
             charts.append(line_chart(name, curves, shares=True, smooth=False))
-    return join(tag("h3", "R@1 and top-1 over the training"), tag("div", charts, class_="charts")) if charts else None
+    return join(tag("h3", "Results over the training"), tag("div", charts, class_="charts")) if charts else None
 
 
 def confusion(found: Classified) -> Markup:
@@ -101,7 +103,7 @@ def confusion(found: Classified) -> Markup:
         parts.append(table(caption, head, rows, class_="heat confusion"))
     elif len(names) <= SQUARES:
         label = f"Confusion matrix of {len(names)} classes: {counts.trace():,} of {counts.sum():,} on the diagonal"
-        note = "Rows are the classes, columns what they were taken for, in alphabetical order; the diagonal is right."
+        note = "Rows are the classes, columns what they were taken for, in the same order; the diagonal is right."
         drawing, told = matrix(counts, names, label), tag("figcaption", label, ". ", note)
         parts.append(tag("figure", drawing, told, class_="squares"))
     wrong = counts - np.diag(counts.diagonal())
@@ -172,7 +174,3 @@ def _breakable(name: str) -> Markup:
     """A name that a narrow column breaks behind its underscores."""
     first, *rest = name.split("_")
     return join(first, [["_", tag("wbr"), piece] for piece in rest])
-
-
-def _first(result: dict[str, Any]) -> str:
-    return "r1" if result["type"] == "retrieval" else "top1"
