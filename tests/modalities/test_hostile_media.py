@@ -161,6 +161,7 @@ def test_a_gif_may_not_grow_behind_its_header():
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
 def test_an_animation_of_too_many_pixels_in_all_is_refused(form, monkeypatch):
+    monkeypatch.setattr(media, "CHECKED", 2**16)
     monkeypatch.setattr(media, "MAX_WORK", 40 * 256 * 256)
     frames = [PIL.Image.new("RGB", (256, 256), (i, 0, 0)) for i in range(60)]
     short, long = (
@@ -174,6 +175,7 @@ def test_an_animation_of_too_many_pixels_in_all_is_refused(form, monkeypatch):
 
 def test_frames_before_those_that_are_read_count_too(monkeypatch):
     """A long film of a single key frame is decoded from its start, whatever part of it is seen."""
+    monkeypatch.setattr(media, "CHECKED", 2**16)
     monkeypatch.setattr(media, "MAX_WORK", 200 * 32 * 48)
     late = film(400)
     with pytest.raises(BadMedia, match="in all"):
@@ -191,6 +193,7 @@ def test_frames_before_those_that_are_read_count_too(monkeypatch):
 )
 def test_what_takes_too_long_is_given_up(modality, view, raw, monkeypatch):
     modality.decode(raw, [view])
+    monkeypatch.setattr(media, "CHECKED", 2**16)
     monkeypatch.setattr(media, "MAX_CPU", -1)
     with pytest.raises(BadMedia, match="CPU time"):
         modality.decode(raw, [view])

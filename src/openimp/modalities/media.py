@@ -40,7 +40,7 @@ MAX_WORK = 2**34
 """Pixels and samples that are decoded of one file, and bytes that are read: 2048 frames of 4K."""
 MAX_CPU = 60
 """Seconds of CPU time that decoding one file may take."""
-CHECKED = 2**16
+CHECKED = 2**20
 """Work after which the clock is looked at again, which itself takes microseconds."""
 LENGTHS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}
 """First bytes of the files that say how long they are, and in what order of bytes."""

@@ -151,17 +151,21 @@ def crop_windows(size: tuple[int, int], target: tuple[int, int], crops: int) -> 
 
 
 def _stack(frames: Iterator[np.ndarray]) -> np.ndarray:
-    """As `np.stack`, but without holding all frames twice."""
-    pixels, shape = bytearray(), None
+    """As `np.stack`, but each frame is let go of once it is copied, so that they are not held twice."""
+    kept, size = [], 0
     for frame in frames:
-        if frame.shape != (shape := shape or frame.shape):
-            raise BadMedia("frames of different sizes")
-        if len(pixels) + frame.nbytes > MAX_KEPT:
+        kept.append(frame)
+        size += frame.nbytes
+        if size > MAX_KEPT:
             raise BadMedia(f"the frames that are read take more than {MAX_KEPT} bytes")
-        pixels.extend(np.ascontiguousarray(frame))
-    if shape is None:
+    if not kept:
         raise BadMedia("no frames")
-    return np.frombuffer(pixels, np.uint8).reshape(-1, *shape)
+    out = np.empty((len(kept), *kept[0].shape), np.uint8)
+    for i, frame in enumerate(kept):
+        if frame.shape != out.shape[1:]:
+            raise BadMedia("frames of different sizes")
+        out[i], kept[i] = frame, out[i]  # a view, which takes no memory
+    return out
 
 
 def _plan(
