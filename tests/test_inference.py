@@ -134,8 +134,9 @@ def test_each_modality_is_encoded_towards_a_sensible_partner(model):
     }
     assert not torch.equal(model.encode_text("a"), model.encode_text("a", towards="audio"))
     assert torch.equal(model.encode_text("a"), model.encode_text("a", towards="video"))  # they share a head
-    with pytest.raises(UserError, match="no task trains image and video together"):
-        model.encode_image(np.zeros((9, 9, 3), np.uint8), towards="video")
+    for other in ("video", "smell"):
+        with pytest.raises(UserError, match=f"no task trains image and {other} together"):
+            model.encode_image(np.zeros((9, 9, 3), np.uint8), towards=other)
 
 
 def test_video_is_encoded_by_the_heads_that_it_shares_where_no_task_compares_it(tiny_recipe, tiny_model):

@@ -140,8 +140,11 @@ def test_a_mistake_is_told_in_one_sentence_that_names_file_and_key(file, change)
 
 def test_sync_of_a_cached_source_is_refused(file):
     """Its cache keeps parts of long recordings, so a share of their length would be another moment."""
+    recordings = ["tasks.named.inputs.audio=label", "tasks.named.views.0.sync=true"]
     with pytest.raises(UserError, match=r"tasks.named.views: sync needs .* sources.pictures.cache keeps parts"):
-        Recipe.load(file, ["tasks.named.views.0.sync=true", "sources.pictures.cache=memory"])
+        Recipe.load(file, [*recordings, "sources.pictures.cache=memory"])
+    with pytest.raises(UserError, match="sync is for tasks that read two recordings"):
+        Recipe.load(file, recordings[1:])
 
 
 def test_no_task_at_all_is_refused(file):

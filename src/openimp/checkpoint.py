@@ -105,7 +105,10 @@ def read_config(
     file = folder / "config.json"
     config = _read_object(file)
     if config.get("format") != FORMAT:
-        raise UserError(f"{file}: format {config.get('format')!r}, this version of openimp reads format {FORMAT}")
+        raise UserError(
+            f"{file}: format {config.get('format')!r}, this version of openimp reads format {FORMAT}; "
+            "train the model again, or use the version that saved it"
+        )
     found = config.get("model")
     if model and found != model.__name__:
         raise UserError(

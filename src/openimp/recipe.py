@@ -375,7 +375,10 @@ class Recipe(Strict):
         for task_name, task in self.tasks.items():
             key = f"{where}: tasks.{task_name}"
             self._bind_user(key, task, {f"{key}.views[{i}]": view for i, view in enumerate(task.views)})
-            if any(view.sync for view in task.views) and self.sources[task.source].cache != "none":
+            synced = any(view.sync for view in task.views)
+            if synced and sum(not modality_class(name).reads_text for name in task.inputs) < 2:
+                raise UserError(f"{key}.views: sync is for tasks that read two recordings, such as video and audio")
+            if synced and self.sources[task.source].cache != "none":
                 raise UserError(
                     f"{key}.views: sync needs recordings as they are, and sources.{task.source}.cache keeps parts of "
                     "long ones; drop one of the two"

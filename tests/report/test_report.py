@@ -193,7 +193,7 @@ def test_names_from_data_and_recipe_are_text(browse, own_data, tmp_path):
         line["caption"] = line["caption"].replace("low", HOSTILE)
     (own_data / "sounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = Recipe.load(own_data / "recipe.yaml", ["train.steps=4", "train.log_every=2"]).to_dict()
-    data["name"] = "<i>name</i>"
+    data["name"] = "<i>name&lt;"
     data["tasks"] = {HOSTILE: data["tasks"]["heard"]}
     data["modalities"].pop("vision")
     tones = {**data["evaluation"]["sets"]["tones"]}
@@ -204,7 +204,7 @@ def test_names_from_data_and_recipe_are_text(browse, own_data, tmp_path):
     train(Recipe.build(data, own_data), run)
     seen = browse(write_report(run))
     assert (seen.console, seen.requests) == ([], [])
-    assert text(seen.root.find(".//title")) == "<i>name</i> · openimp report"
+    assert text(seen.root.find(".//title")) == "<i>name&lt; · openimp report"
     assert list(seen.root.iter("script")) == []
     assert all(picture.get("src").startswith("data:image/webp;base64,") for picture in seen.root.iter("img"))
     for title in ("results", "losses", "mixture", "retrieval", "confusions"):

@@ -118,7 +118,9 @@ def open_folder(name: str, path: str, root: Path) -> ArrowTable:
     folders = (entry for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
     classes = sorted(folder.name for folder in folders if not folder.name.startswith("."))
     if not classes:
-        raise UserError(f"source {name}: {path} has no sub-folders but links; a folder source has one a class")
+        raise UserError(
+            f"source {name}: {path} has no sub-folders; a folder source has one a class, and links are not followed"
+        )
     rows = [(file, size, label) for label in classes for file, size in _files_below(root, label)]
     files = [file for file, _, _ in rows]
     for file in files:

@@ -107,7 +107,8 @@ class IMP(Embedder):
         return logits_BK
 
     def share_a_space(self, a: str, b: str) -> bool:
-        return {self.head_name(a, b), self.head_name(b, a)} <= set(self.projections)
+        known = {a, b} <= self.head_of.keys()
+        return known and {self.head_name(a, b), self.head_name(b, a)} <= set(self.projections)
 
     def hidden_matrices(self) -> dict[Tensor, None]:
         """Linear weights, but not those that read inputs or write classes, nor routers; nor experts, of which each

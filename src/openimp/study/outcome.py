@@ -77,8 +77,11 @@ def lines_of(run: Path, name: str, *keys: str) -> list[dict[str, Any]]:
     Raises:
         UserError: one of them is without one of these keys.
     """
-    lines = read_lines(run / name)
-    if not all(isinstance(line, dict) and line.keys() >= set(keys) for line in lines):
+    try:
+        lines = read_lines(run / name)
+    except UserError:
+        raise damaged(run, name) from None
+    if not all(line.keys() >= set(keys) for line in lines):
         raise damaged(run, name)
     return lines
 
