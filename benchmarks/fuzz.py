@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120
 """Wall-clock time after which a file counts as one that hangs."""
 MEMORY = 700 * 10**6
-"""Bytes that the process may hold at most, about 260 MB of which are Python and its libraries."""
+"""Limit on the memory of the process, in bytes. Python and its libraries take about 260 MB of it."""
 EXTREMES = (0, 1, 2**7 - 1, 2**7, 2**8 - 1, 2**15 - 1, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
 VIEWS: dict[str, tuple[Modality, Any]] = {
     "image": (Image(Image.Config()), Image.View()),

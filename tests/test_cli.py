@@ -146,7 +146,7 @@ def test_pipes_and_huge_files_in_a_model_folder_are_refused_and_not_read(refused
         assert f"{name}: is larger than 33,554,432 bytes" in refused("embed", folder, image)
         (folder / name).unlink()
     os.mkfifo(folder / name)
-    assert f"{name}: is no regular file" in refused("embed", folder, image)
+    assert f"{name}: is not a regular file" in refused("embed", folder, image)
 
 
 def test_control_characters_of_names_are_not_printed(openimp, refused, own_data):

@@ -16,7 +16,7 @@ from openimp.errors import UserError
 from openimp.metrics import append, forget_after, read_lines
 from openimp.recipe import Recipe
 from openimp.report import write_report
-from openimp.safe_files import cache_folder, own_folder, replacing, write_text
+from openimp.safe_files import cache_folder, private_folder, replacing, write_text
 from openimp.train import train
 
 
@@ -145,7 +145,7 @@ def test_a_pipe_in_a_run_is_refused_and_not_waited_for(tmp_path, little_data, li
         lambda: openimp.load(run),
         lambda: train(Recipe.load(little_data / "recipe.yaml"), run, resume=True),
     ):
-        with pytest.raises(UserError, match=f"{place}: is no regular file"):
+        with pytest.raises(UserError, match=f"{place}: is not a regular file"):
             command()
 
 
@@ -169,7 +169,7 @@ def test_cache_folders_are_the_users_alone(tmp_path, monkeypatch, foreign_folder
     assert [mode(path) for path in (cache_folder("decoded"), tmp_path / "cache")] == [0o700, 0o700]
     before = os.umask(0o002)
     try:
-        own_folder(tmp_path / "a" / "b" / "c")
+        private_folder(tmp_path / "a" / "b" / "c")
     finally:
         os.umask(before)
     assert [mode(tmp_path / path) for path in ("a", "a/b", "a/b/c")] == [0o700] * 3
@@ -182,4 +182,4 @@ def test_cache_folders_are_the_users_alone(tmp_path, monkeypatch, foreign_folder
     (tmp_path / "link").symlink_to(foreign_folder)
     for folder in (foreign_folder, tmp_path / "link"):
         with pytest.raises(UserError, match="belongs to another user; set OPENIMP_CACHE to a folder of your own"):
-            own_folder(folder)
+            private_folder(folder)

@@ -80,12 +80,12 @@ def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str
 
 
 def check_layers(folder: Path, recipe: Recipe) -> None:
-    """Refuses a model whose configuration has more layers than its weights have tensors.
+    """Refuses a model if its configuration asks for more layers than its weights have tensors.
 
     Every block takes time and memory to make, even on the meta device, and their number is only a number in a file.
 
     Raises:
-        UserError: it has, or the weights are missing or damaged.
+        UserError: it asks for more, or the weights are missing or damaged.
     """
     layers, tensors = recipe.model.layers, len(parts(folder, _used(folder)))
     if layers > tensors:
@@ -280,7 +280,7 @@ def download(name: str) -> Path:
     """The folder of a model of the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION, downloaded or from its cache.
 
     Raises:
-        UserError: that is no such name, or the model cannot be had.
+        UserError: the name is not of this form, or the model cannot be downloaded.
     """
     found = re.fullmatch(r"(?:hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
     if not found:

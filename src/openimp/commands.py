@@ -1,5 +1,6 @@
 """What the commands do: the glue between the command line and the library, and what they print."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,13 +76,13 @@ def run_eval(
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
     folder = model_folder(path)
     model, recipe, modalities, classes = load_model(folder)
+    given: Collection[str] = ()  # sources that the user's own recipe defines
     if other or overrides:
-        recipe = _with_sets(recipe, other, overrides or [])
+        recipe, given = _with_sets(recipe, other, overrides or [])
     if not recipe.evaluation.sets:
         raise UserError(f"{other or path}: the recipe has no evaluation sets")
-    if not allow_sources:  # A source that the other recipe does not define is the model's own.
-        given = read_recipe(other, overrides or [])[0].get("sources") if other else None
-        check_sources(path, folder, recipe, sets or recipe.evaluation.sets, given or ())
+    if not allow_sources:
+        check_sources(path, folder, recipe, sets or recipe.evaluation.sets, given)
     results = evaluate(model.to(pick_device()), recipe, modalities, sets or None, saved_step(folder), track, classes)
     console.print(table(results))
     for result in results if out else []:
@@ -89,8 +90,9 @@ def run_eval(
         append(out, result)
 
 
-def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> Recipe:
-    """A model's recipe with overrides of its sources and sets, or with the sources and sets of another recipe."""
+def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple[Recipe, Collection[str]]:
+    """A model's recipe with overrides of its sources and sets, or with the sources and sets of another recipe; and the
+    names of the sources that the other recipe defines."""
     for text in overrides:
         if not text.startswith(("sources.", "evaluation.")):
             raise UserError(f"--set {text}: a trained model allows changes of sources and evaluation only")
@@ -98,13 +100,13 @@ def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> Recip
     if other is None:
         for text in overrides:
             override(ours, text)
-        return Recipe.build(ours)
+        return Recipe.build(ours), ()
     theirs, file = read_recipe(other, overrides)
     # The model's own sources are kept, because its tasks name them. Unknown keys of `theirs` are refused by `build`.
-    sources = theirs.get("sources") or {}
-    sources = ours["sources"] | sources if isinstance(sources, dict) else sources
+    given = theirs.get("sources") or {}
+    sources = ours["sources"] | given if isinstance(given, dict) else given
     measured = {"sources": sources, "evaluation": theirs.get("evaluation") or {}}
-    return Recipe.build({**theirs, **ours, **measured}, file.resolve().parent, other)
+    return Recipe.build({**theirs, **ours, **measured}, file.resolve().parent, other), given
 
 
 def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None:

@@ -177,7 +177,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """All whole JSON lines of a file; a last one that a crash cut short is left out.
 
     Raises:
-        UserError: a line is no JSON object with a step, or the file is too large.
+        UserError: a line is not a JSON object with a step, or the file is too large.
     """
     if not file.exists():
         return []
@@ -186,9 +186,9 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         try:
             found.append(json.loads(line))
         except ValueError:
-            raise UserError(f"{file}: line {number} is no JSON") from None
+            raise UserError(f"{file}: line {number} is not JSON") from None
         if not isinstance(found[-1], dict) or not isinstance(found[-1].get("step", ""), int | None):
-            raise UserError(f"{file}: line {number} is no object with a step")
+            raise UserError(f"{file}: line {number} is not an object with a step")
     return found
 
 
@@ -196,7 +196,7 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     """The results in a file, with all that a table or a report of them needs.
 
     Raises:
-        UserError: a line is no result, or as in `read_lines`.
+        UserError: a line is not a result, or as in `read_lines`.
     """
     results = read_lines(file)
     for number, result in enumerate(results, 1):
@@ -208,7 +208,7 @@ def read_results(file: Path) -> list[dict[str, Any]]:
         except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
             whole = False
         if not whole:
-            raise UserError(f"{file}: line {number} is no result of an evaluation")
+            raise UserError(f"{file}: line {number} is not a result of an evaluation")
     return results
 
 

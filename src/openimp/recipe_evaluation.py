@@ -38,7 +38,7 @@ class Retrieval(Strict):
     inputs: Inputs
     """Two modalities. Items with equal text, or equal raw value, are one."""
     view: View = Field(default_factory=View)
-    """How the items are seen. Nothing is augmented and no token dropped, whatever the options of training say."""
+    """The view of the items. Evaluation ignores the options that augment or drop tokens in training."""
 
 
 class ZeroShot(Strict):
@@ -66,7 +66,7 @@ class ZeroShot(Strict):
     reader: str = "text"
     """The modality that reads the prompts, in its first training view."""
     view: View = Field(default_factory=View)
-    """How the items are seen. Nothing is augmented and no token dropped, whatever the options of training say."""
+    """The view of the items. Evaluation ignores the options that augment or drop tokens in training."""
 
 
 class ClassHead(Strict):
@@ -86,7 +86,7 @@ class ClassHead(Strict):
     label: str
     """The column with the class in both sources, or with a list of classes if the loss is sigmoid."""
     view: View = Field(default_factory=View)
-    """How the items are seen. Nothing is augmented and no token dropped, whatever the options of training say."""
+    """The view of the items. Evaluation ignores the options that augment or drop tokens in training."""
 
 
 class Probe(Strict):
@@ -108,7 +108,7 @@ class Probe(Strict):
     k: Count = 20
     """Nearest neighbours that vote; DINO's choice."""
     view: View = Field(default_factory=View)
-    """How the items are seen. Nothing is augmented and no token dropped, whatever the options of training say."""
+    """The view of the items. Evaluation ignores the options that augment or drop tokens in training."""
 
 
 EvaluationSet = Retrieval | ZeroShot | ClassHead | Probe

@@ -26,7 +26,7 @@ def read_text(file: Path, limit: int = LARGEST_TEXT) -> str:
         OSError, UnicodeDecodeError: it cannot be read.
     """
     if not stat.S_ISREG(file.stat().st_mode):
-        raise UserError(f"{file}: is no regular file")
+        raise UserError(f"{file}: is not a regular file")
     with file.open("rb") as stream:
         data = stream.read(limit + 1)
     if len(data) > limit:

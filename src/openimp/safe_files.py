@@ -69,10 +69,10 @@ def cache_folder(name: str) -> Path:
         UserError: another user owns the folder or the cache, or can write to it.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openimp"
-    return own_folder(own_folder(Path(os.environ.get("OPENIMP_CACHE") or cache)) / name)
+    return private_folder(private_folder(Path(os.environ.get("OPENIMP_CACHE") or cache)) / name)
 
 
-def own_folder(folder: Path, variable: str = "OPENIMP_CACHE") -> Path:
+def private_folder(folder: Path, variable: str = "OPENIMP_CACHE") -> Path:
     """Makes a folder that only this user can write to, with the parents that are missing, and returns it.
 
     If the folder exists, this user must own it, and others must not have been able to put anything into it.
@@ -85,7 +85,7 @@ def own_folder(folder: Path, variable: str = "OPENIMP_CACHE") -> Path:
         UserError: another user owns the folder or can write to it.
     """
     if not folder.parent.exists():
-        own_folder(folder.parent, variable)
+        private_folder(folder.parent, variable)
     folder.mkdir(mode=0o700, exist_ok=True)
     # If it is a link, this user must own both the link and its target.
     if not (_is_own(folder.lstat()) and _is_own(folder.stat())):
@@ -118,4 +118,4 @@ def refuse_links(folder: Path) -> None:
         if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(place) for place in allowed):
             raise UserError(f"{path}: is a link out of {folder}, which openimp does not follow; remove the link")
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path}: is no regular file")
+            raise UserError(f"{path}: is not a regular file")

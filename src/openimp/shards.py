@@ -139,7 +139,7 @@ def readable(file: Path) -> Iterator[None]:
     """Tells what is wrong with a file as a `UserError`."""
     try:
         if file.exists() and not file.is_file():  # Opening a pipe would wait for whoever writes to it.
-            raise UserError(f"{file}: is no regular file")
+            raise UserError(f"{file}: is not a regular file")
         yield
     except FileNotFoundError:
         raise UserError(f"{file}: missing") from None

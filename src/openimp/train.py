@@ -37,10 +37,10 @@ from openimp.pace import Pace, shown
 from openimp.progress import StepBar, console, track
 from openimp.recipe import Recipe, Task
 from openimp.resume import changed_sources, common_checkpoints, resumable
-from openimp.safe_files import cache_folder, own_folder, refuse_links, write_text
+from openimp.safe_files import cache_folder, private_folder, refuse_links, write_text
 from openimp.saver import NotSaved, Saver
 from openimp.stopping import Stopped, stop_signals
-from openimp.trust import remember
+from openimp.trust import record_training
 from openimp.warm_start import open_start
 
 EQUAL_TEXTS = 0.1
@@ -215,7 +215,7 @@ class Training:
             if distributed.rank() == 0:
                 run.mkdir(parents=True, exist_ok=True)
                 write_text(recipe_file, recipe.to_yaml())
-                remember(self.texts["config.json"])
+                record_training(self.texts["config.json"])
                 if distributed.job():
                     write_text(job, distributed.job())
 
@@ -441,7 +441,7 @@ def compiled_encode(model: Embedder, signatures: int) -> Encode:
     # have made. It keeps precompiled headers in that one whatever the variable says.
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("inductor"))
-    own_folder(Path(default_cache_dir()), "TMPDIR")
+    private_folder(Path(default_cache_dir()), "TMPDIR")
     torch._dynamo.reset()  # Shapes are counted by function, so those of a model before would count too.
     torch._dynamo.config.recompile_limit = signatures
     torch._dynamo.config.fail_on_recompile_limit_hit = True

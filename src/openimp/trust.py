@@ -21,7 +21,7 @@ KNOWN = "trained"
 """Folder in the cache. It holds one empty file per configuration that this user trained, named by its hash."""
 
 
-def remember(config: str) -> None:
+def record_training(config: str) -> None:
     """Records that this user trains a model whose config.json has the text `config`."""
     with suppress(OSError, UserError):  # If it cannot be stored, `eval` only needs a flag.
         (cache_folder(KNOWN) / hashlib.sha256(config.encode()).hexdigest()).touch()

@@ -666,8 +666,8 @@ def test_the_revision_of_a_hub_data_set_is_what_is_loaded(tmp_path, hub_cache, m
         ("/etc/passwd", "leaves the folder"),
         ("link.png", "leaves the folder"),
         ("linked/secret.png", "leaves the folder"),
-        ("cat", "no regular file"),
-        ("pipe.png", "no regular file"),
+        ("cat", "not a regular file"),
+        ("pipe.png", "not a regular file"),
         ("none.png", "No such file"),
         ("nul\0.png", "null"),
         ("x" * 5000, "too long"),
@@ -738,7 +738,7 @@ def test_hostile_members(tmp_path, stream):
     rows, source = in_order(f"{tmp_path}/x.tar", stream, 8)
     assert colour(source.media(rows[0]["png"])) == 9
     for row in rows[1:]:
-        with pytest.raises(BadMedia, match=r"leaves the folder|no regular file"):
+        with pytest.raises(BadMedia, match=r"leaves the folder|not a regular file"):
             source.media(row["png"])
     assert len(rows) == 1 + len(hostile)
 
@@ -756,8 +756,8 @@ def fails(match: str, **source) -> None:
 def test_nothing_there(tmp_path):
     fails("no such file or folder", path=f"{tmp_path}/none.parquet")
     os.mkfifo(tmp_path / "pipe.jsonl")
-    fails("is no regular file", path=f"{tmp_path}/pipe.jsonl")
-    fails("is no regular file", path=f"{tmp_path}/*.jsonl")
+    fails("is not a regular file", path=f"{tmp_path}/pipe.jsonl")
+    fails("is not a regular file", path=f"{tmp_path}/*.jsonl")
     fails("no such file or folder", path=f"{tmp_path}/*.tar", stream=True)
     fails("no such file or folder", path=f"{tmp_path}/none")
     fails("no such file or folder", path=f"{tmp_path}/none.zip")
@@ -848,7 +848,7 @@ def test_a_parquet_file_that_unpacks_to_far_more_than_it_has(tmp_path, cache, st
     pq.write_table(pa.table({"x": column}), tmp_path / "x.parquet", compression="zstd", store_schema=False)
     assert (tmp_path / "x.parquet").stat().st_size < 100_000
     before = pa.default_memory_pool().max_memory()
-    monkeypatch.setattr(parquet, "SMALL", 2**18)
+    monkeypatch.setattr(parquet, "MIN_LIMIT", 2**18)
     with pytest.raises(UserError, match=r"bytes and unpacks to more than [0-9,]+, .* split it into smaller ones"):
         in_order(f"{tmp_path}/x.parquet", stream, rows)
     assert pa.default_memory_pool().max_memory() - before < 300e6

@@ -1,9 +1,11 @@
 import io
 import pickle
+from importlib.resources import files
 
 import av
 import numpy as np
 import PIL.Image
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
@@ -348,6 +350,15 @@ def test_tokens_are_patches_of_the_normalised_spectrogram():
     assert some.values.shape[1] == 4
     index = some.coords[1] // torch.tensor([32, 8]) @ torch.tensor([8, 1])
     assert torch.equal(some.values[1], tokens.values[1, index])
+
+
+def test_the_default_mean_and_deviation_are_those_of_the_bundled_notes():
+    rows = pq.read_table(files("openimp") / "data/demo/notes.parquet", columns=["audio", "split"]).to_pylist()
+    view = Audio.View(seconds=2.048, clips=1)
+    notes = [AUDIO.encode_input(row["audio"], view)[0] for row in rows if row["split"] == "train"][::6]
+    spectrum = log_mel(torch.from_numpy(np.stack(notes)), AUDIO.config)
+    assert spectrum.mean().item() == pytest.approx(AUDIO.config.mean, abs=0.3)
+    assert spectrum.std().item() == pytest.approx(AUDIO.config.std, abs=0.3)
 
 
 def test_the_defaults_are_the_papers_64_tokens():

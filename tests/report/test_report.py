@@ -292,7 +292,7 @@ def test_a_line_that_is_no_result_is_refused_in_one_sentence(little_run, tmp_pat
     lines.append(changed if isinstance(change, dict) else change)
     (run / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for command in (lambda: write_report(run), lambda: run_info(str(run), [])):
-        with pytest.raises(UserError, match=rf"results\.jsonl: line {len(lines)} is no (result|object with a step)"):
+        with pytest.raises(UserError, match=rf"results\.jsonl: line {len(lines)} is not an? (result|object)"):
             command()
 
 
@@ -312,6 +312,6 @@ def test_a_page_is_written_whole_or_not_at_all(little_run, tmp_path):
         write_report(run)
     with (run / "metrics.jsonl").open("a") as file:
         file.write("{no json\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: line \d+ is no JSON"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line \d+ is not JSON"):
         write_report(run)
     assert sorted(run.iterdir()) == before

@@ -43,14 +43,14 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
         path = str(DEMO / wanted)
     if os.path.exists(path):
         if not (os.path.isdir(path) or os.path.isfile(path)):
-            raise UserError(f"source {name}: {path}: is no regular file")
+            raise UserError(f"source {name}: {path}: is not a regular file")
         return Path(path) if os.path.isdir(path) else Path(path).parent, [path]
     files = sorted(glob.glob(path, recursive=True))
     if not files:
         raise UserError(f"source {name}: {path}: no such file or folder")
     for file in files:
         if not os.path.isfile(file):
-            raise UserError(f"source {name}: {file}: is no regular file")
+            raise UserError(f"source {name}: {file}: is not a regular file")
     return Path(re.split(r"[*?\[]", path)[0] + "_").parent, files
 
 
@@ -73,7 +73,8 @@ def inside(root: Path, path: str) -> Path:
     """`path`, relative to `root`, with links and `..` resolved.
 
     Raises:
-        BadMedia: it leaves the folder, there is no such file, or it is no regular file: a pipe would hang the reader.
+        BadMedia: it leaves the folder, there is no such file, or it is not a regular file, because a pipe
+            would hang the reader.
     """
     try:
         # realpath knows links; Path.resolve would do, at twice the time.
@@ -81,7 +82,7 @@ def inside(root: Path, path: str) -> Path:
         if not found.is_relative_to(os.path.realpath(root)):
             raise BadMedia(f"{path} leaves the folder {root}")
         if not stat.S_ISREG(found.stat().st_mode):
-            raise BadMedia(f"{path} is no regular file")
+            raise BadMedia(f"{path} is not a regular file")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise BadMedia(f"{path}: {getattr(error, 'strerror', None) or error} in {root}") from None
     return found

@@ -95,8 +95,11 @@ def hub_table(name: str, source: Source) -> ArrowTable:
 
 
 def hub_root(source: Source) -> Path:
-    """Where paths in a hub data set may point: into its own part of the cache, or the local folder that it is, unless
-    told otherwise. The cache as a whole holds other data sets, private ones too, and the user's token."""
+    """The folder that paths in a hub data set must stay in.
+
+    It is the source's `root` if that is set, the data set itself if it is a local folder, else its own folder in the
+    hub's cache. The whole cache also holds other data sets and the user's token.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 

@@ -52,8 +52,10 @@ def seed_key(seed: int, *parts: str | int) -> int:
 
 
 def example_rng(key: int, position: int, sync: bool = False) -> ExampleRng:
-    """The randomness of one example: of its place in the task's order, whoever reads it. With `sync`, all of its
-    modalities start at one moment."""
+    """Random generator of the example at a position of the task's order, the same on every rank and worker.
+
+    With `sync`, all modalities of the example start at one moment.
+    """
     rng = ExampleRng(np.random.Philox(key=key, counter=[0, 0, 0, position]))
     rng.moment = rng.random() if sync else None
     return rng

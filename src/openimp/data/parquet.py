@@ -17,9 +17,9 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from openimp.data.files import is_url
 
-EXPANSION, SMALL = 100, 2**30
-"""A file may unpack to `EXPANSION` times its size, or to `SMALL` bytes if that is more: a column of one label takes
-next to no room in a file, however many rows there are."""
+MAX_EXPANSION, MIN_LIMIT = 100, 2**30
+"""A file may unpack to `MAX_EXPANSION` times its size, or to `MIN_LIMIT` bytes if that is more: a column of one label
+takes next to no room in a file, however many rows there are."""
 BATCH_ROWS, BATCH_BYTES = 1000, 2**26
 """Most rows that are unpacked at once. If values are long, fewer rows, so that they fit into `BATCH_BYTES`."""
 MOST_BATCHES, PART_BYTES = 1000, 2**24
@@ -57,7 +57,7 @@ class BoundedParquet(Parquet):
 
 def _tables(file: str, handle: Any, groups: Any) -> Iterator[pa.Table]:
     size = handle.seek(0, os.SEEK_END)
-    limit, unpacked, handed_on = max(SMALL, EXPANSION * size), 0, 0
+    limit, unpacked, handed_on = max(MIN_LIMIT, MAX_EXPANSION * size), 0, 0
     parquet = pq.ParquetFile(handle)
     waiting: list[pa.RecordBatch] = []
     for batch in parquet.iter_batches(_rows_at_once(parquet.metadata), groups and [*groups]):

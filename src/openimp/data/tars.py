@@ -112,7 +112,7 @@ def refusal(member: tarfile.TarInfo, left: int) -> Refused | None:
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return Refused(f"{member.name} leaves the folder of its archive")
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
-        return Refused(f"{member.name} is no regular file")
+        return Refused(f"{member.name} is not a regular file")
     if not 0 <= member.size <= min(left, LARGEST):
         return Refused(f"{member.name} claims {member.size} bytes; {min(left, LARGEST)} may be read")
     return None

@@ -8,7 +8,7 @@ from openimp.data.sources import Table, open_source
 from openimp.device import precision_of
 from openimp.errors import UserError, nearest
 from openimp.evaluation import class_head, probe, provenance, retrieval, zero_shot
-from openimp.evaluation.classes import Classified, Tagged
+from openimp.evaluation.classes import Classified, MultiLabel
 from openimp.evaluation.encoding import Progress, first_view
 from openimp.evaluation.figures import skipped_fields, table
 from openimp.evaluation.probe import Probed
@@ -29,7 +29,7 @@ class Measured:
     """
 
     results: list[dict[str, Any]]
-    found: list[Retrieved] | list[Classified | Tagged] | list[Probed]
+    found: list[Retrieved] | list[Classified | MultiLabel] | list[Probed]
 
 
 def evaluate(
@@ -121,7 +121,7 @@ def measure(
     wording: list[Any] = [spec.columns for side, spec in options.inputs.items() if modalities[side].reads_text]
     shown = None if progress is None else _labelled(progress, name)
     more: dict[str, Any] = {}
-    found: list[Retrieved] | list[Classified | Tagged] | list[Probed]
+    found: list[Retrieved] | list[Classified | MultiLabel] | list[Probed]
     training = model.training
     precision = precision_of(next(model.parameters()).device, recipe.train.precision)
     model.eval()
@@ -174,4 +174,4 @@ def _labelled(progress: Progress, name: str) -> Progress:
     return lambda items, description: progress(items, f"{name}: {description}")
 
 
-__all__ = ["Classified", "Measured", "Retrieved", "Tagged", "evaluate", "measure", "open_sets", "table"]
+__all__ = ["Classified", "Measured", "MultiLabel", "Retrieved", "evaluate", "measure", "open_sets", "table"]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from openimp.data.sources import Table
 from openimp.errors import UserError
-from openimp.evaluation.classes import Classified, Labels, Tagged, judge, read_labels
-from openimp.evaluation.encoding import Progress, encode_rows, require_columns
+from openimp.evaluation.classes import Classified, Labels, MultiLabel, predict, read_labels
+from openimp.evaluation.encoding import Progress, encode_input, require_columns
 from openimp.evaluation.figures import Readable, readable_rows
 from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
@@ -26,7 +26,7 @@ def classify(
     table: Table,
     classes: Mapping[str, list[Any]],
     progress: Progress | None = None,
-) -> tuple[Classified | Tagged, Readable]:
+) -> tuple[Classified | MultiLabel, Readable]:
     """Predictions of the class head of evaluation set `name`, and the rows that could be read.
 
     If an item has several clips, their logits are averaged.
@@ -38,25 +38,15 @@ def classify(
     assert isinstance(options, ClassHead)
     where, key = f"evaluation.sets.{name}", head_key(recipe.tasks[options.task].source, options.label)
     labels = check(recipe, modalities, options, where, table, classes)
-    ((seen, spec),) = options.inputs.items()
-    encoded = encode_rows(
-        model,
-        table,
-        modalities[seen],
-        spec,
-        options.view[seen],
-        towards=None,
-        batch=recipe.evaluation.batch,
-        precision=recipe.train.precision,
-        progress=progress,
-    )
+    (seen,) = options.inputs
+    encoded = encode_input(model, recipe, modalities, options, seen, table, None, progress)
     counted = readable_rows(table, [encoded], where, labels.values)
     assert isinstance(model, IMP)
     head: Any = model.classifiers[key]
     # The bias is the weight of a feature that is always 1.
     weights_KD = torch.cat([head.weight, head.bias[:, None]], dim=1).detach()
     features_ND = F.pad(encoded.embeddings[torch.from_numpy(encoded.item[counted.row])], (0, 1), value=1.0)
-    return judge(seen, options.label, features_ND, weights_KD, counted.row, labels, labels.classes, where), counted
+    return predict(seen, options.label, features_ND, weights_KD, counted.row, labels, labels.classes, where), counted
 
 
 def check(

@@ -92,7 +92,7 @@ class Classified:
 
 
 @dataclass(frozen=True)
-class Tagged:
+class MultiLabel:
     """The predictions on one evaluation set whose rows may have any number of classes.
 
     Attributes:
@@ -155,7 +155,7 @@ def read_labels(
     return Labels(values, classes, lists, _splits(table, splits, where, lists) if splits else None)
 
 
-def judge(
+def predict(
     query: str,
     target: str,
     z_NZ: Tensor,
@@ -164,7 +164,7 @@ def judge(
     labels: Labels,
     names: list[Any],
     where: str,
-) -> Classified | Tagged:
+) -> Classified | MultiLabel:
     """Predicts the classes of examples by dot product, and pairs the predictions with the labels.
 
     Args:
@@ -187,7 +187,7 @@ def judge(
             hot_NK[i, [index[as_text(label)] for label in truth or []]] = True
         if not hot_NK.any():
             raise UserError(f"{where}: none of the {len(row)} rows that can be read has a class in column {target!r}")
-        return Tagged(query, target, (z_NZ @ classes_KZ.T).cpu().numpy(), hot_NK)
+        return MultiLabel(query, target, (z_NZ @ classes_KZ.T).cpu().numpy(), hot_NK)
     truth_N = np.array([index[as_text(label)] for label in truths], np.int64)
     rank_N = ranks(z_NZ, classes_KZ, np.stack([np.arange(len(row)), truth_N], axis=1))
     splits: dict[str, list[int]] = {as_text(split): [] for of_row in labels.splits or () for split in of_row}

@@ -71,7 +71,7 @@ def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[i
 
 
 def require_pictures_and_texts(recipe: Recipe, name: str) -> Retrieval:
-    """The evaluation set of this name, if it is one that CLIP_benchmark can judge.
+    """The evaluation set of this name, if it is one that CLIP_benchmark can predict.
 
     Raises:
         UserError: there is none, or it is no retrieval between what has `preprocess` and a text.

@@ -6,7 +6,7 @@ Shape suffixes: N items, M clips, D width, Z features of the common space.
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -24,7 +24,7 @@ from openimp.device import Precision, autocast
 from openimp.errors import UserError
 from openimp.modalities import BadMedia, Modality, Tokens
 from openimp.model.embedder import Embedder
-from openimp.recipe import Input, Recipe
+from openimp.recipe import EvaluationSet, Input, Recipe
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -53,6 +53,23 @@ class Encoded:
     item: np.ndarray
     bad: dict[int, str]
     keys: list[str]
+
+
+def encode_input(
+    model: Embedder,
+    recipe: Recipe,
+    modalities: Mapping[str, Modality],
+    options: EvaluationSet,
+    name: str,
+    table: Table,
+    towards: str | None,
+    progress: Progress | None,
+) -> Encoded:
+    """Encodes the input `name` of an evaluation set, in its view, for all rows of a source; see `encode_rows`."""
+    return encode_rows(
+        model, table, modalities[name], options.inputs[name], options.view[name], towards,
+        recipe.evaluation.batch, recipe.train.precision, progress,
+    )  # fmt: skip
 
 
 def encode_rows(

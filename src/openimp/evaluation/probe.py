@@ -16,7 +16,7 @@ import numpy as np
 
 from openimp.data.sources import Table
 from openimp.errors import UserError
-from openimp.evaluation.encoding import Progress, encode_rows, require_columns
+from openimp.evaluation.encoding import Progress, encode_input, require_columns
 from openimp.evaluation.figures import Readable, accuracy, classes_in, readable_rows
 from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
@@ -128,18 +128,8 @@ def _read(
     progress: Progress | None,
 ) -> tuple[np.ndarray, list[Any], Readable]:
     """The features (N, D) and labels of the rows of a source that can be read."""
-    ((seen, spec),) = options.inputs.items()
-    encoded = encode_rows(
-        model,
-        table,
-        modalities[seen],
-        spec,
-        options.view[seen],
-        towards=None,
-        batch=recipe.evaluation.batch,
-        precision=recipe.train.precision,
-        progress=progress,
-    )
+    (seen,) = options.inputs
+    encoded = encode_input(model, recipe, modalities, options, seen, table, None, progress)
     labels = table.column(options.label)
     counted = readable_rows(table, [encoded], f"{where}: source {table.name}", labels)
     features = encoded.embeddings.double().cpu().numpy()[encoded.item[counted.row]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openimp.data.sources import Table
-from openimp.evaluation.encoding import Encoded, Progress, encode_rows, require_columns, require_pair
+from openimp.evaluation.encoding import Encoded, Progress, encode_input, require_columns, require_pair
 from openimp.evaluation.figures import Readable, interval, readable_rows
 from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
@@ -112,17 +112,7 @@ def retrieve(
     a, b = options.inputs
     check(model, modalities, options, where, table)
     encoded: dict[str, Encoded] = {
-        side: encode_rows(
-            model,
-            table,
-            modalities[side],
-            options.inputs[side],
-            options.view[side],
-            towards=other,
-            batch=recipe.evaluation.batch,
-            precision=recipe.train.precision,
-            progress=progress,
-        )
+        side: encode_input(model, recipe, modalities, options, side, table, other, progress)
         for side, other in ((a, b), (b, a))
     }
     counted = readable_rows(table, list(encoded.values()), where)

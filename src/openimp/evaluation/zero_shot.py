@@ -13,8 +13,8 @@ from torch import Tensor
 
 from openimp.data.sources import Table
 from openimp.errors import UserError
-from openimp.evaluation.classes import Classified, Labels, Tagged, judge, read_labels
-from openimp.evaluation.encoding import Progress, embed, encode_rows, first_view, require_columns, require_pair
+from openimp.evaluation.classes import Classified, Labels, MultiLabel, predict, read_labels
+from openimp.evaluation.encoding import Progress, embed, encode_input, first_view, require_columns, require_pair
 from openimp.evaluation.figures import Readable, readable_rows
 from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
@@ -29,7 +29,7 @@ def classify(
     name: str,
     table: Table,
     progress: Progress | None = None,
-) -> tuple[Classified | Tagged, Readable]:
+) -> tuple[Classified | MultiLabel, Readable]:
     """Classifies one evaluation set by its class names, and tells which rows counted.
 
     The classes are those that the set lists, or the distinct labels of the source. Prompts are read in the reader's
@@ -42,23 +42,13 @@ def classify(
     options = recipe.evaluation.sets[name]
     assert isinstance(options, ZeroShot)
     where = f"evaluation.sets.{name}"
-    (seen, spec), reader = next(iter(options.inputs.items())), options.reader
+    (seen,), reader = options.inputs, options.reader
     labels, texts = check(model, modalities, options, where, table)
     classes_KZ = class_embeddings(model, recipe, modalities[reader], texts, options.prompts, seen, where)
-    encoded = encode_rows(
-        model,
-        table,
-        modalities[seen],
-        spec,
-        options.view[seen],
-        towards=reader,
-        batch=recipe.evaluation.batch,
-        precision=recipe.train.precision,
-        progress=progress,
-    )
+    encoded = encode_input(model, recipe, modalities, options, seen, table, reader, progress)
     counted = readable_rows(table, [encoded], where, labels.values)
     z_NZ = encoded.embeddings[torch.from_numpy(encoded.item[counted.row])]
-    return judge(seen, options.label, z_NZ, classes_KZ, counted.row, labels, texts, where), counted
+    return predict(seen, options.label, z_NZ, classes_KZ, counted.row, labels, texts, where), counted
 
 
 def check(

@@ -70,7 +70,8 @@ class Audio(Modality):
         the third second has the same position in a short sound as in a long one. The positions along other axes are
         relative, as in the paper."""
         mean: float = -9.2
-        """Mean that is subtracted from the logarithm of the mel magnitude, measured on the bundled notes."""
+        """Mean that is subtracted from the logarithm of the mel magnitude, measured on 2.048 s of each
+        bundled note."""
         std: Positive = 3.5
         """Standard deviation by which the difference is divided, measured on the same notes."""
 

@@ -35,7 +35,8 @@ CODECS = (
 MAX_PIXELS = 2**25
 """Pixels of a picture above which it is refused before it takes memory."""
 MAX_MOVING = 2**24
-"""The same of a frame of a clip, of which decoders hold several. 4K and 5.3K fit, 8K does not."""
+"""The same limit for a frame of a clip. It is lower because decoders hold several frames. 4K and 5.3K fit, 8K does
+not."""
 MAX_WORK = 2**34
 """Pixels and samples that are decoded of one file, and bytes that are read: 2048 frames of 4K."""
 MAX_CPU = 60
@@ -132,7 +133,7 @@ def opened(source: Source, kind: Literal["video", "audio"]) -> Iterator[tuple[An
 
 
 def _check_info(source: Source) -> None:
-    """Refuses an AVI or WAV file whose header has an INFO list that claims more bytes than the file has.
+    """Refuses an AVI or WAV file if an INFO list in its header claims to be longer than the file.
 
     FFmpeg sets that much memory aside and fills it with zeros before it reads the list.
     """
