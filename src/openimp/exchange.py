@@ -36,7 +36,10 @@ class Exchange:
         """Makes the gradients of `own`, after each backward pass, those of the mean over the processes."""
 
     def fill_with_zeros(self) -> None:
-        """Gives parameters without a gradient one of zero. On all ranks, because `updates` sends what has one."""
+        """Gives each parameter without a gradient a gradient of zero.
+
+        Every rank must do so, because `updates` exchanges the matrices that have a gradient.
+        """
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -42,11 +42,11 @@ MAX_WORK = 2**34
 MAX_CPU = 60
 """Seconds of CPU time that decoding one file may take."""
 CHECKED = 2**20
-"""Work after which the clock is looked at again, which itself takes microseconds."""
+"""Work between two looks at the clock, because each look takes microseconds."""
 LENGTHS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}
 """First bytes of the files that say how long they are, and in what order of bytes."""
 INFO, HEADER = re.compile(rb"LIST(.{4})INFO", re.DOTALL), 2**20
-"""A list of titles and names in an AVI or WAV file, and in how many of the first bytes it is looked for."""
+"""`INFO` matches a list of titles and names in an AVI or WAV file. It is searched for in the first `HEADER` bytes."""
 SLACK = 64
 """Bytes by which programs are known to count wrong."""
 SHOWN = 128
@@ -230,7 +230,7 @@ def patchify(grid: torch.Tensor, patch: tuple[int, ...], keep: torch.Tensor | No
 def coordinates(
     counts: tuple[int, ...], tables: tuple[int, ...], spans: tuple[int | None, ...] | None = None
 ) -> torch.Tensor:
-    """For each of L patches the row that it uses in the position table of each of A axes, (L, A).
+    """The rows of the position tables for a grid of L patches along A axes: (L, A), one row per patch and axis.
 
     Patch i of n along an axis uses row floor(i / n * rows). This coordinate is relative, so the same place has the same
     row at every resolution (arXiv 2305.06324). If an axis has a span, its coordinate is absolute: patch i uses row
