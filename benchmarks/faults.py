@@ -47,9 +47,9 @@ from trainings import (
     watch,
 )
 
-from openimp.checkpoint import checkpoints, load_model, read_state, step_of
-from openimp.metrics import read_lines
-from openimp.versions import openimp_version, processor
+from openimp.checkpoint.folder import checkpoints, load_model, read_state, step_of
+from openimp.common.versions import openimp_version, processor
+from openimp.training.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 60

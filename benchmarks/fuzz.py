@@ -33,12 +33,12 @@ import PIL.Image
 import soundfile
 from trainings import most_memory
 
-from openimp.modalities import BadMedia, Modality
+from openimp.common.modality import BadMedia, Modality
+from openimp.common.progress import track
+from openimp.common.versions import openimp_version, processor
 from openimp.modalities.audio import Audio
 from openimp.modalities.image import Image
 from openimp.modalities.video import Video
-from openimp.progress import track
-from openimp.versions import openimp_version, processor
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120

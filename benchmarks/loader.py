@@ -18,10 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from openimp.common.modality import modalities_of
 from openimp.data import loader
 from openimp.data.loader import StepBatches
-from openimp.modalities import modalities_of
-from openimp.recipe import Recipe
+from openimp.recipe.schema import Recipe
 
 PARTS = {"decode": "decode", "transform": "augment", "tokens": "tokens"}
 

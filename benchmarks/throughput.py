@@ -33,12 +33,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from openimp.device import autocast
-from openimp.modalities import modalities_of
+from openimp.common.device import autocast
+from openimp.common.modality import modalities_of
+from openimp.common.versions import openimp_version, processor
 from openimp.model.imp import IMP
 from openimp.objectives import Batch, head_key, task_losses
-from openimp.recipe import Recipe
-from openimp.versions import openimp_version, processor
+from openimp.recipe.schema import Recipe
 
 SIZE, PATCH, CLASSES = 128, 16, 1000
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "throughput.md"

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from openimp.checkpoint import checkpoints, load_model
-from openimp.metrics import read_lines
+from openimp.checkpoint.folder import checkpoints, load_model
+from openimp.training.metrics import read_lines
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import little

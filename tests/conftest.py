@@ -17,11 +17,11 @@ import soundfile
 import torch
 from hypothesis import settings
 
-from openimp.checkpoint import save_model
-from openimp.modalities import Modality, modalities_of
+from openimp.checkpoint.folder import save_model
+from openimp.common.modality import Modality, modalities_of
 from openimp.model.imp import IMP
-from openimp.recipe import Recipe
-from openimp.train import train
+from openimp.recipe.schema import Recipe
+from openimp.training.trainer import train
 
 # CI tries the same cases each time, so that it tells of a change and not of luck; elsewhere new ones are tried.
 settings.register_profile("ci", derandomize=True)
@@ -31,6 +31,8 @@ if os.environ.get("CI"):
 # The tests run in a process a core; more threads than cores would stand in each other's way.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# For tests that start their own file on several ranks.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(scope="session", autouse=True)

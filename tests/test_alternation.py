@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openimp.alternation import Alternation, _draw, expected_shares, view_shares
-from openimp.recipe import Recipe
+from openimp.recipe.schema import Recipe
 
 
 def mixture(kind: str, steps: int, tasks: dict, seed: int = 0) -> Recipe:

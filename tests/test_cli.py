@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from openimp import cli
-from openimp.checkpoint import checkpoints
-from openimp.metrics import read_lines
+from openimp.checkpoint.folder import checkpoints
+from openimp.training.metrics import read_lines
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ import pytest
 import torch
 import yaml
 
+from openimp.common.modality import modalities_of
 from openimp.data.loader import StepBatches
 from openimp.data.sources import open_source
-from openimp.metrics import read_lines
-from openimp.modalities import modalities_of
-from openimp.recipe import Recipe, Source, Task
-from openimp.recipe_file import RecipeLoader
-from openimp.registry import modality_class
+from openimp.recipe.file import RecipeLoader
+from openimp.recipe.registry import modality_class
+from openimp.recipe.schema import Recipe, Source, Task
 from openimp.study.schema import Study
+from openimp.training.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,7 +59,7 @@ def outside(tmp_path, monkeypatch):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1\n", encoding="utf-8")
     lines = "".join(f"{name} = {target}\n" for name, target in points.items())
-    (info / "entry_points.txt").write_text(f"[openimp.modalities]\n{lines}", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[openimp.common.modality]\n{lines}", encoding="utf-8")
     for name, code in blocks(page, "python"):
         if name:
             assert len(code.splitlines()) <= 80

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openimp.modalities import StemSpec, Tokens
+from openimp.common.modality import StemSpec, Tokens
 from openimp.model.imp import IMP, Encoded
 from openimp.objectives import (
     Batch,
@@ -21,7 +21,7 @@ from openimp.objectives import (
     softmax_classification,
     task_losses,
 )
-from openimp.recipe import Classification, Contrastive, Model, Recipe, Task
+from openimp.recipe.schema import Classification, Contrastive, Model, Recipe, Task
 
 
 def small(moe: dict | None = None) -> IMP:

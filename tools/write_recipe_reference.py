@@ -2,7 +2,7 @@
 
     python tools/write_recipe_reference.py
 
-What stands above the mark in the page is written by hand. tests/test_recipe_reference.py fails when the rest is older
+What stands above the mark in the page is written by hand. tests/recipe/test_reference.py fails when the rest is older
 than the schema.
 """
 
@@ -16,12 +16,12 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from openimp.registry import GROUP
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from openimp.modalities import Modality
-from openimp.recipe import Recipe, View
-from openimp.registry import GROUP
+from openimp.common.modality import Modality
+from openimp.recipe.schema import Recipe, View
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "recipe.md"
 MARK = "<!-- reference: "

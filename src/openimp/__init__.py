@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from openimp.inference import load
+    from openimp.inference.model import load
     from openimp.model.imp import IMP
-    from openimp.recipe import Recipe
+    from openimp.recipe.schema import Recipe
 
 __all__ = ["IMP", "Recipe", "__version__", "load"]
-_HOME = {"IMP": "openimp.model.imp", "Recipe": "openimp.recipe", "load": "openimp.inference"}
+_HOME = {"IMP": "openimp.model.imp", "Recipe": "openimp.recipe.schema", "load": "openimp.inference.model"}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from itertools import count
 
 import numpy as np
 
-from openimp.recipe import Recipe, View
+from openimp.recipe.schema import Recipe, View
 
 GOLDEN = (5**0.5 - 1) / 2
 """Steps of this size visit the unit circle with the least discrepancy there is (Weyl's sequence)."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from openimp.errors import UserError, printable
+from openimp.common.errors import UserError, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,7 +89,7 @@ def embed(
     batch_size: Annotated[int, typer.Option(min=1, help="Files encoded at once.")] = 64,
 ) -> None:
     """Write the embeddings of files, with their paths, to a Parquet file."""
-    from openimp.embed import embed as embed_files
+    from openimp.inference.embed import embed as embed_files
 
     embed_files(run, files, out, modality=modality, towards=towards, batch_size=batch_size)
 
@@ -140,7 +140,7 @@ def study(
     out: Annotated[Path, typer.Option("--out", help="Where the table and the plot go.")] = Path("docs/results"),
 ) -> None:
     """Compare variants of a recipe at equal FLOPs, over seeds; started again, it goes on where it stopped."""
-    from openimp.study import run_study
+    from openimp.study.run import run_study
 
     run_study(name, runs, out, smoke)
 

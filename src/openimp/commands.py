@@ -7,25 +7,25 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
-from openimp.checkpoint import check_layers, load_model, model_folder, read_config, saved_step
+from openimp.checkpoint.folder import check_layers, load_model, model_folder, read_config, saved_step
+from openimp.common.device import pick_device
+from openimp.common.errors import UserError
+from openimp.common.modality import modalities_of
+from openimp.common.progress import clock, console, track
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
-from openimp.device import pick_device
-from openimp.errors import UserError
-from openimp.evaluation import evaluate, table
-from openimp.gpus import USABLE
-from openimp.ledger import costs, mixture_table, short
-from openimp.metrics import append, read_lines, read_results
-from openimp.modalities import modalities_of
+from openimp.data.trust import check_sources
+from openimp.evaluation.evaluate import evaluate, table
 from openimp.model.imp import IMP
 from openimp.objectives import head_key
-from openimp.plan import Plan, count, encoder_per_token, plan
-from openimp.progress import clock, console, track
-from openimp.recipe import Classification, Recipe
-from openimp.recipe_file import override, read_recipe
-from openimp.report import write_report
-from openimp.train import train
-from openimp.trust import check_sources
+from openimp.planning.gpus import USABLE
+from openimp.planning.ledger import costs, mixture_table, short
+from openimp.planning.plan import Plan, count, encoder_per_token, plan
+from openimp.recipe.file import override, read_recipe
+from openimp.recipe.schema import Classification, Recipe
+from openimp.report.write import write_report
+from openimp.training.metrics import append, read_lines, read_results
+from openimp.training.trainer import train
 
 
 def run_demo(overrides: list[str], run: Path | None) -> None:

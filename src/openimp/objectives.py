@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from openimp.device import full_precision
-from openimp.distributed import everywhere
-from openimp.modalities import Tokens
+from openimp.common.device import full_precision
+from openimp.common.modality import Tokens
 from openimp.model.embedder import Encode, Encoded
 from openimp.model.imp import IMP, pairs_of
-from openimp.recipe import Classification, Contrastive, Task
+from openimp.parallel.distributed import everywhere
+from openimp.recipe.schema import Classification, Contrastive, Task
 
 BLOCK = 2**24
 """Similarities that a contrastive loss holds at once: 64 MiB of each of the tensors that its gradient needs."""

@@ -9,15 +9,15 @@ import pytest
 import soundfile
 import torch
 
+from openimp.common.errors import UserError
+from openimp.common.modality import modalities_of
 from openimp.data import loader
 from openimp.data.loader import Loaded, StepBatches, make_loader
 from openimp.data.order import example_rng, seed_key
 from openimp.data.sources import Stream
 from openimp.data.templates import fill
-from openimp.errors import UserError
-from openimp.ledger import costs
-from openimp.modalities import modalities_of
-from openimp.recipe import Recipe
+from openimp.planning.ledger import costs
+from openimp.recipe.schema import Recipe
 
 NO_EVALUATION = "evaluation={}"
 

@@ -22,12 +22,12 @@ import pytest
 import soundfile
 from PIL import Image
 
+from openimp.common.errors import UserError
+from openimp.common.modality import BadMedia
 from openimp.data import files, hub, parquet, tars
 from openimp.data.sources import Stream, Table, open_source
 from openimp.data.tables import Refused, Rows
-from openimp.errors import UserError
-from openimp.modalities import BadMedia
-from openimp.recipe import Source
+from openimp.recipe.schema import Source
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openimp.common.errors import UserError
+from openimp.common.modality import BadMedia
 from openimp.data.templates import all_texts, columns_of, fill
-from openimp.errors import UserError
-from openimp.modalities import BadMedia
 
 ROW = {"name": "red panda", "tags": ["animal", "red", "cute"], "year": 2020, "none": None, "blank": " ", "empty": []}
 

@@ -14,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
 
-from openimp.checkpoint import load_model
+from openimp.checkpoint.folder import load_model
 from openimp.commands import run_eval
-from openimp.errors import UserError
-from openimp.evaluation import Classified, evaluate, open_sets, table
+from openimp.common.errors import UserError
+from openimp.common.progress import console
+from openimp.evaluation.evaluate import Classified, evaluate, open_sets, table
 from openimp.evaluation.figures import average_precision
-from openimp.inference import Model
-from openimp.metrics import read_lines
+from openimp.inference.model import Model
 from openimp.model.imp import IMP
-from openimp.progress import console
-from openimp.recipe import Recipe
-from openimp.train import train
+from openimp.recipe.schema import Recipe
+from openimp.training.metrics import read_lines
+from openimp.training.trainer import train
 
 COLOURS = ["red", "green", "blue", "white"]
 

@@ -6,11 +6,11 @@ import PIL.Image
 import pytest
 
 import openimp
-from openimp.errors import UserError
-from openimp.evaluation import evaluate
+from openimp.common.errors import UserError
 from openimp.evaluation.clip_benchmark import clip_benchmark_recalls
-from openimp.recipe import Recipe
-from openimp.train import train
+from openimp.evaluation.evaluate import evaluate
+from openimp.recipe.schema import Recipe
+from openimp.training.trainer import train
 
 KS = (1, 5, 10)
 

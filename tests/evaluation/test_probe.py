@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from openimp.commands import run_eval
-from openimp.errors import UserError
-from openimp.evaluation import evaluate, open_sets
-from openimp.evaluation.encoding import embed
+from openimp.common.errors import UserError
+from openimp.encoding.items import embed
+from openimp.evaluation.evaluate import evaluate, open_sets
 from openimp.evaluation.probe import STRENGTHS, linear, neighbours
-from openimp.metrics import read_lines
-from openimp.recipe import Recipe
-from openimp.train import train
+from openimp.recipe.schema import Recipe
+from openimp.training.metrics import read_lines
+from openimp.training.trainer import train
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 220)}
 

@@ -15,9 +15,9 @@ import pytest
 import soundfile
 import torch
 
-from openimp.evaluation import evaluate
+from openimp.common.versions import openimp_version
+from openimp.evaluation.evaluate import evaluate
 from openimp.evaluation.provenance import checkpoint_fields
-from openimp.versions import openimp_version
 
 WORDS = ["red", "green", "blue", "white"]
 
@@ -138,7 +138,7 @@ def test_the_version_names_the_commit_of_a_checkout_and_of_no_other_project(tmp_
 
     def told(folder: Path) -> str:
         shutil.copytree(package, folder / "openimp", ignore=shutil.ignore_patterns("data", "__pycache__"))
-        code = "from openimp.versions import openimp_version as v, PACKAGE; print(PACKAGE.parent, v())"
+        code = "from openimp.common.versions import openimp_version as v, PACKAGE; print(PACKAGE.parent, v())"
         env = {**os.environ, "PYTHONPATH": str(folder)}
         out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         path, _, found = out.stdout.strip().partition(" ")

@@ -13,9 +13,9 @@ import pytest
 import soundfile
 
 from openimp.commands import run_eval
-from openimp.errors import UserError
+from openimp.common.errors import UserError
 from openimp.evaluation.zero_shot import words
-from openimp.recipe_file import find_file
+from openimp.recipe.file import find_file
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "evaluation"
 SMALL = {

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from openimp.errors import UserError
-from openimp.evaluation import evaluate
+from openimp.common.errors import UserError
+from openimp.evaluation.evaluate import evaluate
 from openimp.evaluation.retrieval import Retrieved, ranks
-from openimp.inference import Model
+from openimp.inference.model import Model
 
 NAMES = ["red", "green", "blue", "red", "red", "green", "grey", "white"]
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from openimp.common.errors import UserError
 from openimp.data.sources import open_source
-from openimp.errors import UserError
-from openimp.evaluation import Classified, evaluate, open_sets
+from openimp.evaluation.evaluate import Classified, evaluate, open_sets
 from openimp.evaluation.zero_shot import class_embeddings, classify
-from openimp.inference import Model
-from openimp.recipe import Source
+from openimp.inference.model import Model
+from openimp.recipe.schema import Source
 
 LABELS = ["red_thing", "sea", "red_thing", "tree", "sea", "red_thing", "sky", "night", "fire"]
 PROMPTS = ["{}", "a picture of {}, and what is around it", "the {}"]
@@ -214,10 +214,10 @@ def test_modalities_have_no_name_here():
     from importlib.metadata import entry_points
     from pathlib import Path
 
-    import openimp.evaluation
+    import openimp.evaluation.evaluate
 
     names = entry_points(group="openimp.modalities").names
-    for file in Path(openimp.evaluation.__file__).parent.glob("*.py"):
+    for file in Path(openimp.evaluation.evaluate.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             assert not (isinstance(node, ast.Constant) and node.value in names), f"{file.name}:{node.lineno}"
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from openimp.modalities import BadMedia
+from openimp.common.modality import BadMedia
 from openimp.modalities.audio import Audio, log_mel, mel_filters
 from openimp.modalities.sound import resample
 

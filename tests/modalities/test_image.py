@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openimp.modalities import BadMedia
+from openimp.common.modality import BadMedia
 from openimp.modalities.image import Image
 from openimp.modalities.media import coordinates, patchify
 from openimp.modalities.vision import centre_box, inception_box, jitter_matrix

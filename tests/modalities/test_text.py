@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from openimp.errors import UserError
-from openimp.modalities import BadMedia
+from openimp.common.errors import UserError
+from openimp.common.modality import BadMedia
 from openimp.modalities import text as text_module
 from openimp.modalities.text import END, PAD, Text
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openimp.modalities import BadMedia
+from openimp.common.modality import BadMedia
 from openimp.modalities.media import clip_starts, segments
 from openimp.modalities.video import Video
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from openimp.modalities import StemSpec, Tokens
+from openimp.common.modality import StemSpec, Tokens
 from openimp.model.embedding import Stem
 from openimp.model.heads import Temperature
 from openimp.model.imp import IMP, trained_pairs
-from openimp.recipe import Model
+from openimp.recipe.schema import Model
 
 
 def small(space: str = "disjoint", pairs=(("image", "text"), ("video", "text")), **options) -> IMP:

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from openimp.common.errors import UserError
 from openimp.data.loader import make_loader
-from openimp.errors import UserError
-from openimp.recipe import Recipe
-from openimp.train import Training
+from openimp.recipe.schema import Recipe
+from openimp.training.trainer import Training
 
 COMMON = ["train.precision=fp32", "train.workers=0", "tasks.named.views.0.image.drop=0.5", "evaluation={}"]
 CASES = {

@@ -15,16 +15,16 @@ from xml.etree.ElementTree import Element
 import PIL.Image
 import pytest
 
-from openimp.checkpoint import load_model, model_folder, verify
+from openimp.checkpoint.folder import load_model, model_folder, verify
 from openimp.commands import run_info
+from openimp.common.errors import UserError
 from openimp.data.sources import open_source
-from openimp.errors import UserError
 from openimp.evaluation.zero_shot import classify
-from openimp.metrics import append, read_lines
-from openimp.recipe import Recipe
-from openimp.report import write_report
+from openimp.recipe.schema import Recipe
 from openimp.report.markup import VOID
-from openimp.train import train
+from openimp.report.write import write_report
+from openimp.training.metrics import append, read_lines
+from openimp.training.trainer import train
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((path for path in map(shutil.which, BROWSERS) if path), None)

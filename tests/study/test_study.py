@@ -14,13 +14,13 @@ import yaml
 from PIL import Image
 
 from openimp.alternation import Alternation
-from openimp.errors import UserError
-from openimp.metrics import read_lines
-from openimp.recipe import Recipe
-from openimp.recipe_file import find_file
-from openimp.study import Outcome, _finished, run_study
+from openimp.common.errors import UserError
+from openimp.recipe.file import find_file
+from openimp.recipe.schema import Recipe
 from openimp.study.results import curves_of, write_results
+from openimp.study.run import Outcome, _finished, run_study
 from openimp.study.schema import Study, part_recipe, read_study
+from openimp.training.metrics import read_lines
 
 STUDIES = sorted(path.stem for path in Path(find_file("moe", "studies")).parent.glob("*.yaml"))
 LITTLE = {

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from openimp.errors import UserError
-from openimp.metrics import read_lines
-from openimp.recipe import Recipe
+from openimp.common.errors import UserError
+from openimp.recipe.schema import Recipe
 from openimp.study.training import ConflictTraining, SummedTraining, peak_memory
-from openimp.train import Training, train
+from openimp.training.metrics import read_lines
+from openimp.training.trainer import Training, train
 
 SUMMED = ["alternation.kind=intervals", "optimizer.clip=null", "optimizer.ema=null"]
 

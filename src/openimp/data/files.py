@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from openimp.errors import UserError, nearest
-from openimp.modalities import BadMedia
+from openimp.common.errors import UserError, nearest
+from openimp.common.modality import BadMedia
 
 DEMO = Path(__file__).parent / "demo"
 

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from openimp.common.errors import UserError
+from openimp.common.safe_files import cache_folder
 from openimp.data.files import fingerprint
 from openimp.data.tables import ArrowTable
-from openimp.errors import UserError
-from openimp.recipe import Source
-from openimp.safe_files import cache_folder
+from openimp.recipe.schema import Source
 
 
 def load(name: str, source: Source) -> Any:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from openimp.common.errors import UserError
 from openimp.data import hub
 from openimp.data.files import combine, fingerprint, is_url, is_utf8, locate
 from openimp.data.streams import Reader, Stream
 from openimp.data.tables import ArrowTable, Table
 from openimp.data.tars import TarReader, TarTable
-from openimp.errors import UserError
-from openimp.recipe import Source
+from openimp.recipe.schema import Source
 
 FORMATS = {".csv": "manifest", ".json": "manifest", ".jsonl": "manifest", ".parquet": "parquet", ".tar": "webdataset"}
 CHUNK = 10_000

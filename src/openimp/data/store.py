@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from filelock import FileLock
 
+from openimp.common.modality import BadMedia, Modality
+from openimp.common.safe_files import cache_folder
 from openimp.data.files import combine, digest
 from openimp.data.tables import Table
-from openimp.modalities import BadMedia, Modality
-from openimp.safe_files import cache_folder
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from openimp.common.errors import UserError
 from openimp.data.tables import Rows, matches
-from openimp.errors import UserError
 
 Named = tuple[str, dict[str, Any]]
 """A row with a name for it that a person can find."""

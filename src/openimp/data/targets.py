@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
+from openimp.common.errors import UserError, nearest
 from openimp.data.sources import Stream, Table
 from openimp.data.tables import Refused
-from openimp.errors import UserError, nearest
-from openimp.recipe import Classification, Task
+from openimp.recipe.schema import Classification, Task
 
 
 def classes_of(source: Table | Stream, objective: Classification, where: str) -> list[Any]:

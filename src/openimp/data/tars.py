@@ -16,9 +16,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from openimp.common.errors import UserError
 from openimp.data.files import fingerprint
 from openimp.data.tables import Lost, Refused, Table
-from openimp.errors import UserError
 
 NUMBERS = {"cls", "cls2", "id", "index", "inx"}
 """Extensions that hold one integer, by the convention of WebDataset."""

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from openimp.common.errors import UserError
+from openimp.common.modality import BadMedia
 from openimp.data.tables import Refused
-from openimp.errors import UserError
-from openimp.modalities import BadMedia
 
 
 class Part(NamedTuple):

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from openimp.common.errors import UserError
+from openimp.common.modality import Modality
 from openimp.data.sources import Table
-from openimp.errors import UserError
+from openimp.encoding.items import Progress, encode_input, require_columns
 from openimp.evaluation.classes import Classified, Labels, MultiLabel, predict, read_labels
-from openimp.evaluation.encoding import Progress, encode_input, require_columns
 from openimp.evaluation.figures import Readable, readable_rows
-from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.objectives import head_key
-from openimp.recipe import ClassHead, Recipe
+from openimp.recipe.schema import ClassHead, Recipe
 
 
 def classify(

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openimp.common.errors import UserError, nearest
 from openimp.data.sources import Table
 from openimp.data.tables import Refused
-from openimp.errors import UserError, nearest
 from openimp.evaluation.figures import accuracy, average_precision, classes_in, interval
 from openimp.evaluation.retrieval import SIMILARITIES, ranks
-from openimp.recipe_types import as_text
+from openimp.recipe.types import as_text
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openimp.common.errors import UserError, nearest
+from openimp.common.modality import BadMedia
 from openimp.data.sources import Table, open_source
-from openimp.errors import UserError, nearest
-from openimp.evaluation.encoding import raw_values
-from openimp.modalities import BadMedia
-from openimp.recipe import Recipe, Retrieval
-from openimp.registry import modality_class
+from openimp.encoding.items import raw_values
+from openimp.recipe.registry import modality_class
+from openimp.recipe.schema import Recipe, Retrieval
 
 
 def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:

@@ -9,11 +9,11 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from openimp.common.errors import UserError
 from openimp.data.files import combine
 from openimp.data.sources import Table
 from openimp.data.tables import Refused
-from openimp.errors import UserError
-from openimp.evaluation.encoding import Encoded
+from openimp.encoding.items import Encoded
 
 RESAMPLES = 10_000
 """Bootstrap samples of an interval of accuracies."""

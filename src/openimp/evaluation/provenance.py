@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from openimp.common.modality import Modality
+from openimp.common.versions import openimp_version
 from openimp.data.files import combine
 from openimp.data.sources import Table
 from openimp.evaluation.figures import Readable
-from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
-from openimp.recipe import Recipe
-from openimp.versions import openimp_version
+from openimp.recipe.schema import Recipe
 
 
 def checkpoint_fields(model: Embedder, modalities: dict[str, Modality]) -> dict[str, Any]:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openimp.common.modality import Modality
 from openimp.data.sources import Table
-from openimp.evaluation.encoding import Encoded, Progress, encode_input, require_columns, require_pair
+from openimp.encoding.items import Encoded, Progress, encode_input, require_columns, require_pair
 from openimp.evaluation.figures import Readable, interval, readable_rows
-from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
-from openimp.recipe import Recipe, Retrieval
+from openimp.recipe.schema import Recipe, Retrieval
 
 SIMILARITIES = 2**22
 """Similarities that are held at once (16 MiB)."""

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openimp.common.errors import UserError
+from openimp.common.modality import Modality
 from openimp.data.sources import Table
-from openimp.errors import UserError
+from openimp.encoding.items import Progress, embed, encode_input, first_view, require_columns, require_pair
 from openimp.evaluation.classes import Classified, Labels, MultiLabel, predict, read_labels
-from openimp.evaluation.encoding import Progress, embed, encode_input, first_view, require_columns, require_pair
 from openimp.evaluation.figures import Readable, readable_rows
-from openimp.modalities import Modality
 from openimp.model.embedder import Embedder
-from openimp.recipe import Recipe, ZeroShot
-from openimp.recipe_types import as_text
+from openimp.recipe.schema import Recipe, ZeroShot
+from openimp.recipe.types import as_text
 
 
 def classify(

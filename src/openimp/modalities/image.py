@@ -9,7 +9,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
-from openimp.modalities import BadMedia, Tokens
+from openimp.common.modality import BadMedia, Tokens
 from openimp.modalities.media import MAX_PIXELS, SHOWN, Source, readable, reason, webp
 from openimp.modalities.vision import Vision, colour, colour_array, shrink, shrunk, shrunk_size
 

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import soundfile
 
-from openimp.modalities import BadMedia
+from openimp.common.modality import BadMedia
 from openimp.modalities.media import Source, opened, segments
 
 MAX_SECONDS = 300

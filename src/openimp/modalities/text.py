@@ -13,11 +13,11 @@ import torch
 from pydantic import Field, model_validator
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from openimp.errors import UserError
-from openimp.modalities import BadMedia, Modality, StemSpec, Tokens
+from openimp.common.errors import UserError
+from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
 from openimp.modalities.tokenizer_file import open_tokenizer
-from openimp.recipe import Count, RecipePath, Strict
-from openimp.recipe_file import read_text
+from openimp.recipe.file import read_text
+from openimp.recipe.schema import Count, RecipePath, Strict
 
 PAD, END = 0, 1
 UNKNOWN = "[UNK]"

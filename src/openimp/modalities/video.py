@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from openimp.modalities import BadMedia, Tokens
+from openimp.common.modality import BadMedia, Tokens
 from openimp.modalities.media import (
     MAX_MOVING,
     SHOWN,
@@ -31,7 +31,7 @@ from openimp.modalities.vision import (
     shrunk_size,
     without_alpha,
 )
-from openimp.recipe import Count, Share
+from openimp.recipe.schema import Count, Share
 
 MAX_FRAMES = 256
 """Frames up to which a clip is read whole."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from openimp.distributed import mean
-from openimp.modalities import Tokens
+from openimp.common.modality import Tokens
 from openimp.model.moe import RouterStats
-from openimp.recipe import Model
+from openimp.parallel.distributed import mean
+from openimp.recipe.schema import Model
 
 
 class Encoded(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openimp.modalities import StemSpec, Tokens
+from openimp.common.modality import StemSpec, Tokens
 from openimp.model.init import lecun_normal_, linear
 
 

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openimp.modalities import Modality, StemSpec, Tokens
+from openimp.common.modality import Modality, StemSpec, Tokens
 from openimp.model.embedder import Embedder, Encoded
 from openimp.model.embedding import Stem
 from openimp.model.encoder import Encoder
 from openimp.model.heads import Projection, Temperature
 from openimp.model.init import linear
 from openimp.model.moe import Experts
-from openimp.recipe import Contrastive, Model, Recipe
+from openimp.recipe.schema import Contrastive, Model, Recipe
 
 
 class IMP(Embedder):

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openimp.device import full_precision
-from openimp.distributed import mean
+from openimp.common.device import full_precision
 from openimp.model.init import lecun_normal_
 from openimp.model.kernels import gelu
-from openimp.parallel import from_owners, owned, to_owners
-from openimp.recipe import ACROSS, MoE
+from openimp.parallel.distributed import mean
+from openimp.parallel.layout import from_owners, owned, to_owners
+from openimp.recipe.schema import ACROSS, MoE
 
 
 class Routing(NamedTuple):

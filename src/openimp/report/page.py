@@ -6,9 +6,9 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from openimp.ledger import short
-from openimp.progress import clock
-from openimp.recipe import Recipe
+from openimp.common.progress import clock
+from openimp.planning.ledger import short
+from openimp.recipe.schema import Recipe
 from openimp.report.markup import Child, Markup, tag
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -56,7 +56,7 @@ def page(name: str, head: Markup, sections: dict[str, Markup | None]) -> str:
         ]),
         tag("footer", _made()),
     ]  # fmt: skip
-    style = (files("openimp.report") / "page.css").read_text(encoding="utf-8")
+    style = (files("openimp.report.write") / "page.css").read_text(encoding="utf-8")
     meta = [
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 
 from openimp.data.sources import Table
-from openimp.evaluation import Classified, Retrieved
+from openimp.evaluation.evaluate import Classified, Retrieved
 from openimp.evaluation.figures import first_figure
 from openimp.report.charts import Curve, heat, line_chart, matrix, nice_ticks, percent, series, share_bar
 from openimp.report.markup import Child, Markup, join, table, tag

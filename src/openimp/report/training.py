@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from openimp.ledger import UNITS, short
+from openimp.planning.ledger import UNITS, short
 from openimp.report.charts import Curve, heat, line_chart, percent
 from openimp.report.markup import Child, Markup, join, table, tag
 

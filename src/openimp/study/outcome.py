@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openimp.errors import UserError
-from openimp.metrics import read_lines
+from openimp.common.errors import UserError
+from openimp.training.metrics import read_lines
 
 
 @dataclass

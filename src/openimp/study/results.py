@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from openimp.errors import UserError
+from openimp.common.errors import UserError
+from openimp.common.versions import processor
 from openimp.study.outcome import Outcome
 from openimp.study.schema import Study
-from openimp.versions import processor
 
 try:
     import matplotlib

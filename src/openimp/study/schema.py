@@ -7,13 +7,13 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
+from openimp.common.errors import UserError, nearest
+from openimp.common.modality import modalities_of
 from openimp.data.loader import StepBatches
-from openimp.errors import UserError, nearest
-from openimp.ledger import costs, mixture
-from openimp.modalities import modalities_of
-from openimp.recipe import Positive, Recipe, Strict, checked
-from openimp.recipe_file import RecipeLoader, find_file, flat, read_mapping
-from openimp.two_towers import flops_of_a_step as towers_flops
+from openimp.planning.ledger import costs, mixture
+from openimp.recipe.file import RecipeLoader, find_file, flat, read_mapping
+from openimp.recipe.schema import Positive, Recipe, Strict, checked
+from openimp.study.two_towers import flops_of_a_step as towers_flops
 
 SAVES = 5
 """Checkpoints of a training, for stops that nobody asked for."""

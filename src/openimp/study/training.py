@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openimp.common.errors import UserError
 from openimp.data.loader import Loaded
 from openimp.data.sources import Stream
-from openimp.errors import UserError
-from openimp.metrics import append, forget_after
 from openimp.model.imp import IMP
 from openimp.objectives import Losses
-from openimp.recipe import Recipe
-from openimp.train import Training
+from openimp.recipe.schema import Recipe
+from openimp.training.metrics import append, forget_after
+from openimp.training.trainer import Training
 
 MEASURED = 12
 """How many times in a training the tasks' gradients are compared."""

@@ -1,0 +1,121 @@
+"""Atomic file replacement, cache folders that only this user can write to, and refusal of links out of a folder."""
+
+import glob
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
+from typing import BinaryIO
+
+from openimp.common.errors import UserError
+
+STALE = 24 * 3600
+"""Seconds after which a temporary file is one that a killed process left."""
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `file`. When the block ends it replaces `file`; if the block fails it is removed.
+
+    The temporary file has a random name, and opening it fails if that name exists, also as a link. So files and links
+    that other users put into the folder cannot redirect the write. Its mode is that of any new file. Temporary files of
+    this user that are older than a day are removed: the processes that wrote them were killed.
+    """
+    for old in file.parent.glob(f".{glob.escape(file.name)}.{'[0-9a-f]' * 16}.tmp"):
+        with suppress(OSError):
+            about = old.lstat()
+            if stat.S_ISREG(about.st_mode) and _is_own(about) and time.time() - about.st_mtime > STALE:
+                old.unlink()
+    draft = file.with_name(f".{file.name}.{token_hex(8)}.tmp")
+    stream = draft.open("xb")  # O_CREAT | O_EXCL does not follow links.
+    try:
+        with stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, file)  # Windows does not rename open files.
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
+
+
+def write_text(file: Path, text: str, errors: str = "strict") -> None:
+    """Writes `text` as UTF-8 to a new file that replaces `file`; see `replacing`."""
+    with replacing(file) as draft:
+        draft.write(text.encode("utf-8", errors))
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or a folder to disk (fsync)."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders, and syncs only files that are open for writing.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cache_folder(name: str) -> Path:
+    """Makes and returns a folder in openimp's cache.
+
+    The cache is `$OPENIMP_CACHE` if that is set, else `openimp` in the user's cache folder.
+
+    Raises:
+        UserError: another user owns the folder or the cache, or can write to it.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openimp"
+    return private_folder(private_folder(Path(os.environ.get("OPENIMP_CACHE") or cache)) / name)
+
+
+def private_folder(folder: Path, variable: str = "OPENIMP_CACHE") -> Path:
+    """Makes a folder that only this user can write to, with the parents that are missing, and returns it.
+
+    If the folder exists, this user must own it, and others must not have been able to put anything into it.
+
+    Args:
+        folder: the path.
+        variable: the environment variable that sets the path, for the error message.
+
+    Raises:
+        UserError: another user owns the folder or can write to it.
+    """
+    if not folder.parent.exists():
+        private_folder(folder.parent, variable)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    # If it is a link, this user must own both the link and its target.
+    if not (_is_own(folder.lstat()) and _is_own(folder.stat())):
+        raise UserError(f"{folder}: belongs to another user; set {variable} to a folder of your own")
+    if os.name != "nt" and folder.stat().st_mode & 0o022:
+        raise UserError(
+            f"{folder}: other users can write to it, so what it holds cannot be trusted; remove it, or set {variable} "
+            "to a folder of your own"
+        )
+    return folder
+
+
+def _is_own(about: os.stat_result) -> bool:
+    return not hasattr(os, "getuid") or about.st_uid == os.getuid()  # Windows has no `getuid`.
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuses a run or a model's folder in which a file that openimp reads or writes is a link out of it, or a pipe.
+
+    Otherwise a run made by somebody else could make openimp read or overwrite the user's own files, or wait for ever.
+    The files in the cache of the Hugging Face Hub are links; these may lead to the `blobs` folder of that cache.
+
+    Raises:
+        UserError: a link leads out of the folder, or something in it is neither a regular file nor a folder.
+    """
+    real = Path(os.path.realpath(folder))
+    allowed = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
+    patterns = ("*", "tensorboard/*", "checkpoints/*", "checkpoints/step-*/*")
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(place) for place in allowed):
+            raise UserError(f"{path}: is a link out of {folder}, which openimp does not follow; remove the link")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: is not a regular file")

@@ -1,0 +1,31 @@
+"""What made a figure: the version and commit of openimp, and the processor."""
+
+import platform
+import re
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@cache
+def openimp_version() -> str:
+    """The version; where openimp runs from a checkout, with its commit, "-dirty" if it was changed since."""
+    describe = ["describe", "--always", "--dirty"]
+    # An installed package may lie in the checkout of some other project.
+    if not (PACKAGE.parents[1] / ".git").exists():
+        return version("openimp")
+    try:
+        found = subprocess.run(["git", "-C", str(PACKAGE), *describe], capture_output=True, text=True)
+    except OSError:  # no git
+        return version("openimp")
+    return f"{version('openimp')} ({found.stdout.strip()})" if found.returncode == 0 else version("openimp")
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", file.read_text(encoding="utf-8")) if file.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,68 @@
+"""Decides which sources `eval` and `report` may read because the recipe in a model's folder names them.
+
+A recipe names files, and rows of those files end up in results and reports. A model made by somebody else could use
+this to copy private files into a report, so its recipe may only name files in its own folder. A model that this user
+trained may read all its sources. Training stores a hash of the model's configuration in openimp's cache folder, which
+no other user can write to. The hash does not depend on the path, so a model may be moved, renamed and copied.
+"""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from openimp.common.errors import UserError
+from openimp.common.safe_files import cache_folder
+from openimp.data.files import is_url, locate
+from openimp.recipe.schema import Probe, Recipe, Source
+
+KNOWN = "trained"
+"""Folder in the cache. It holds one empty file per configuration that this user trained, named by its hash."""
+
+
+def record_training(config: str) -> None:
+    """Records that this user trains a model whose config.json has the text `config`."""
+    with suppress(OSError, UserError):  # If it cannot be stored, `eval` only needs a flag.
+        (cache_folder(KNOWN) / hashlib.sha256(config.encode()).hexdigest()).touch()
+
+
+def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], given: Collection[str] = ()) -> None:
+    """Checks that `eval` and `report` may read the sources of a model's own evaluation sets.
+
+    Args:
+        path: the run or model folder that the user named. Sources inside it may be read.
+        folder: the folder with the model's config.json.
+        recipe: the recipe in that config.json, or one of the user's that it completes.
+        sets: names of evaluation sets of the recipe; unknown names are ignored.
+        given: names of sources that the user's own recipe defines. They may be read.
+
+    Raises:
+        UserError: a set reads a source that is neither inside `path` nor bundled, and this user did not train the
+            model on this machine.
+    """
+    with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
+        if (cache_folder(KNOWN) / hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()).exists():
+            return
+    for measured, options in ((name, recipe.evaluation.sets[name]) for name in sets if name in recipe.evaluation.sets):
+        for name in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
+            if name not in given and not _is_inside(path, name, recipe.sources[name]):
+                where = recipe.sources[name].path or recipe.sources[name].hub
+                raise UserError(
+                    f"{path}: you did not train this model on this machine, and evaluation set {measured} of its "
+                    f"recipe reads source {name} ({where}), which is outside of this folder; "
+                    "add --allow-sources if you trust the recipe"
+                )
+
+
+def _is_inside(folder: Path, name: str, source: Source) -> bool:
+    """Whether a source is bundled, or all its files are inside `folder` after links are resolved."""
+    if source.path is None or is_url(source.path):
+        return False
+    bundled = source.path.startswith("openimp:")
+    named = [place for place in (None if bundled else source.path, source.root) if place is not None]
+    real = Path(os.path.realpath(folder))
+    inside = all(Path(os.path.realpath(place)).is_relative_to(real) for place in named)
+    # Files are listed only if the path is inside, so that nothing outside of the folder is looked at.
+    files = locate(name, source.path)[1] if inside and not bundled else []
+    return inside and all(Path(os.path.realpath(file)).is_relative_to(real) for file in files)

@@ -1,0 +1,85 @@
+"""openimp's models in mteb (Massive Text Embedding Benchmark, arXiv 2210.07316; its image tasks: 2504.10471)."""
+
+import hashlib
+from typing import Any, get_args
+
+import safetensors.torch
+import torch
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ScoringFunction
+from mteb.types import Modalities
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from openimp.common.errors import UserError
+from openimp.inference.model import Model
+
+
+class MTEBEncoder(AbsEncoder):
+    """A model as `mteb.evaluate` takes it, for tasks of any modality that both know.
+
+    Media are decoded by openimp, as in training. An input of several modalities has the sum of their unit vectors, as
+    CLIP models have it in mteb.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {
+                "name": f"openimp/{model.recipe.name}",
+                "revision": _revision(model),
+                "modalities": [name for name in model.modalities if name in get_args(Modalities)],
+                "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "embed_dim": model.recipe.model.embed_dim,
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "framework": ["PyTorch"],
+            }
+        )
+
+    def encode(
+        self, inputs: DataLoader[Any], *, task_metadata: Any, show_progress_bar: bool = True, **kwargs: Any
+    ) -> torch.Tensor:
+        """Batches {modality: values, ...} to (B, Z) fp32 on the CPU; Z features of the common space.
+
+        Raises:
+            UserError: a value cannot be read, a batch has no modality of the model's, or the task compares two that
+                were not trained together.
+        """
+        batches = tqdm(_undecoded(inputs), disable=not show_progress_bar, desc="Encoding")
+        return torch.cat([self._vectors(batch, task_metadata.modalities) for batch in batches]).cpu()
+
+    def _vectors(self, batch: dict[str, Any], compared: list[str]) -> torch.Tensor:
+        names = [name for name in self.model.modalities if name in batch]
+        if not names:
+            raise UserError(f"a batch of {', '.join(batch)}: the model knows {', '.join(self.model.modalities)}")
+        vectors = [
+            self.model.encode(name, [_raw(value) for value in batch[name]], True, self._towards(name, compared))
+            for name in names
+        ]
+        return torch.stack(vectors).sum(0)
+
+    def _towards(self, name: str, compared: list[str]) -> str:
+        """Which of the modalities that a task compares `name` is compared with; the model's choice if it is alone."""
+        partner, others = self.model.partner(name), [other for other in compared if other != name]
+        return partner if partner in others or not others else others[0]
+
+
+def _undecoded(inputs: DataLoader[Any]) -> DataLoader[Any]:
+    """The same batches with media as bytes or paths: `datasets` would need torchcodec and FFmpeg's libraries."""
+    dataset: Any = inputs.dataset
+    for column, feature in getattr(dataset, "features", {}).items():
+        if hasattr(feature, "decode"):
+            dataset = dataset.cast_column(column, type(feature)(decode=False))
+    return DataLoader(dataset, batch_size=inputs.batch_size, collate_fn=inputs.collate_fn)
+
+
+def _raw(value: Any) -> Any:
+    return value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+
+
+def _revision(model: Model) -> str:
+    """Of weights and views: mteb takes what it finds in its cache under the same name and revision."""
+    digest = hashlib.sha256(repr((model.views, model.precision)).encode())
+    digest.update(safetensors.torch.save({name: value.contiguous() for name, value in model.imp.state_dict().items()}))
+    return digest.hexdigest()[:16]

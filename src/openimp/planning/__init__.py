@@ -1,0 +1,4 @@
+"""What a step costs in FLOPs and memory, and what a run would need on so many GPUs.
+
+Costs are counted on tensors without values, so nothing here needs a GPU.
+"""

@@ -1,0 +1,156 @@
+"""The compute ledger: what one step of each (task, view) costs, counted, not estimated.
+
+FLOPs are those of the matrix products and attention of one forward and backward pass, counted by
+`torch.utils.flop_counter` on the meta device, where nothing is computed; a multiply-add is two.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from openimp.alternation import expected_shares, view_shares
+from openimp.common.modality import Modality, Tokens
+from openimp.model.embedder import in_pieces
+from openimp.model.imp import IMP
+from openimp.objectives import Batch, Losses, head_key, task_losses
+from openimp.recipe.schema import Classification, Recipe, Task
+
+UNITS = ("steps", "examples", "tokens", "flops")
+
+
+_counted: dict[str, dict[tuple[str, int], "Cost"]] = {}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One step.
+
+    Attributes:
+        examples: of the batch, over all processes.
+        tokens: that enter the encoder, over all modalities.
+        flops: forward and backward.
+        touched: names of the parameters that get a gradient.
+    """
+
+    examples: int
+    tokens: int
+    flops: int
+    touched: frozenset[str]
+
+
+def costs(
+    recipe: Recipe,
+    modalities: Mapping[str, Modality],
+    classes: Mapping[str, list[Any]],
+    build: Callable[..., Any] = IMP.from_recipe,
+    losses: Callable[..., Losses] = task_losses,
+) -> dict[tuple[str, int], Cost]:
+    """The cost of a step of each (task, view index); of another model than IMP if `build` and `losses` are its own."""
+    data = recipe.to_dict()
+    sizes = {name: len(values) for name, values in classes.items()}
+    # How evaluation sees a modality counts too: two towers are as long as the longest view of either.
+    parts = [data[part] for part in ("model", "modalities", "tasks", "batch", "evaluation")]
+    key = json.dumps([build.__qualname__, parts, sizes])
+    if key not in _counted:  # Counting takes seconds, and a study asks for the same again and again.
+        _counted[key] = _count(recipe, modalities, classes, build, losses)
+    return _counted[key]
+
+
+def _count(
+    recipe: Recipe,
+    modalities: Mapping[str, Modality],
+    classes: Mapping[str, list[Any]],
+    build: Callable[..., Any],
+    losses: Callable[..., Losses],
+) -> dict[tuple[str, int], Cost]:
+    with torch.device("meta"):
+        model = build(recipe, modalities, {name: len(values) for name, values in classes.items()})
+    model.train()
+    found = {}
+    for name, task in recipe.tasks.items():
+        if not task.weight:
+            continue
+        for i, view in enumerate(task.views):
+            batch = empty_batch(task, i, modalities, classes, torch.device("meta"))
+            with FlopCounterMode(display=False) as counter:
+                encode = in_pieces(model.encode, recipe.batch.micro)
+                losses(model, task, batch, encode).total.backward()
+            tokens = sum(t.coords.shape[0] * t.coords.shape[1] for t in batch.tokens.values())
+            touched = frozenset(name for name, weight in model.named_parameters() if weight.grad is not None)
+            model.zero_grad()
+            found[name, i] = Cost(view.batch or task.batch, tokens, counter.get_total_flops(), touched)
+    return found
+
+
+def mixture(recipe: Recipe, by_view: Mapping[tuple[str, int], Cost]) -> dict[str, dict[str, float]]:
+    """What each task contributes to the mean step: its share of the steps, and examples, tokens and FLOPs."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, share in expected_shares(recipe).items():
+        views = list(enumerate(view_shares(recipe.tasks[name].views)))
+        rows[name] = {"steps": share}
+        for unit in UNITS[1:]:
+            rows[name][unit] = share * sum(part * getattr(by_view[name, i], unit) for i, part in views)
+    return rows
+
+
+def mixture_table(recipe: Recipe, by_view: Mapping[tuple[str, int], Cost]) -> Table:
+    """Each task's expected share of steps, examples, tokens and FLOPs, and what the whole training is expected to
+    take."""
+    rows = mixture(recipe, by_view)
+    totals = {unit: sum(row[unit] for row in rows.values()) for unit in UNITS}
+    shown = Table(title="mixture: expected share by task", title_justify="left")
+    shown.add_column("task")
+    for unit in UNITS:
+        shown.add_column("FLOPs" if unit == "flops" else unit, justify="right")
+    for name, row in rows.items():
+        shown.add_row(name, *(f"{row[unit] / totals[unit]:.1%}" for unit in UNITS))
+    shown.add_section()
+    shown.add_row("in all", *(short(recipe.train.steps * totals[unit]) for unit in UNITS))
+    return shown
+
+
+def short(number: float) -> str:
+    """1234567 as 1.23 M, with the prefixes of the SI."""
+    for power, prefix in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if number >= 10**power:
+            return f"{number / 10**power:.3g} {prefix}"
+    return f"{number:,.0f}"
+
+
+def empty_batch(
+    task: Task,
+    view: int,
+    modalities: Mapping[str, Modality],
+    classes: Mapping[str, list[Any]],
+    device: torch.device,
+    gpus: int = 1,
+) -> Batch:
+    """A batch of the shapes that the loader makes, of zeros, for one of so many GPUs that share it."""
+    size = (task.views[view].batch or task.batch) // gpus
+    tokens = {}
+    with device:
+        for name, spec in task.inputs.items():
+            modality = modalities[name]
+            stem, length, rows = modality.stem_spec(), modality.length(task.views[view][name]), size * spec.draw
+            values = (
+                torch.zeros(rows, length, dtype=torch.int64)
+                if stem.table
+                else torch.zeros(rows, length, modality.values())
+            )
+            coords = torch.zeros(rows, length, len(stem.axes), dtype=torch.int64)
+            mask = torch.ones(rows, length, dtype=torch.bool) if modality.masked else None
+            tokens[name] = Tokens(values, coords, mask)
+        item = torch.zeros(size, dtype=torch.int64)
+        batch = Batch(tokens, {"": item}, rows=list(range(size)))
+        for objective in task.objectives:
+            if isinstance(objective, Classification):
+                many = len(classes[head_key(task.source, objective.label)])
+                batch.labels[objective.label] = item if objective.loss == "softmax" else torch.zeros(size, many)
+            elif objective.same:
+                batch.item[objective.same] = item
+    return batch

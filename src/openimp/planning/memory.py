@@ -1,0 +1,181 @@
+"""What one step holds in memory: counted on tensors that have shapes and no values."""
+
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from openimp.common.device import Precision, autocast
+from openimp.common.modality import Modality
+from openimp.model.embedder import in_pieces
+from openimp.model.encoder import Attention
+from openimp.model.imp import IMP
+from openimp.objectives import task_losses
+from openimp.planning.ledger import empty_batch
+from openimp.recipe.schema import Recipe
+
+CPU = torch.device("cpu")
+
+
+class StepMemory(TorchDispatchMode):
+    """Notes each storage that operations make, from its birth to its death, beyond what was there before.
+
+    What a kernel takes and frees within itself is not seen.
+
+    Attributes:
+        peak: bytes by kind at the moment when their sum was largest. The kinds: "gradients" of parameters, from when
+            they are complete; "cast weights", which autocast keeps until the backward pass has used them;
+            "activations", everything else.
+        activations: most bytes of activations at any moment.
+        inputs: bytes of the batch, which is there before the step; in fp32, though pictures may come in a byte a value.
+        touched: names of the parameters that got a gradient.
+        slots: bytes that experts got and gave, forward and backward, where they are with several processes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.peak: Counter[str] = Counter()
+        self.activations = self.inputs = self.slots = 0
+        self.touched: set[str] = set()
+        self._now: Counter[str] = Counter()
+        self._kind: dict[int, str] = {}
+        self._weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        for name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(partial(self._complete, name))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        cast = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage(), "cast weights" if cast else "activations")
+        return out
+
+    def _note(self, storage: torch.UntypedStorage, kind: str) -> None:
+        key = storage._cdata
+        if key in self._kind or key in self._weights:
+            return
+        self._kind[key] = kind
+        weakref.finalize(storage, self._forget, key, storage.nbytes())
+        self._add(kind, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._now[self._kind.pop(key)] -= size
+
+    def _complete(self, name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        storage = parameter.grad.untyped_storage()
+        self.touched.add(name)
+        self._now[self._kind[storage._cdata]] -= storage.nbytes()
+        self._kind[storage._cdata] = "gradients"
+        self._add("gradients", storage.nbytes())
+
+    def _add(self, kind: str, size: int) -> None:
+        self._now[kind] += size
+        self.activations = max(self.activations, self._now["activations"])
+        if self._now.total() > self.peak.total():
+            self.peak = self._now.copy()
+
+
+def step_memory(
+    recipe: Recipe,
+    modalities: Mapping[str, Modality],
+    classes: Mapping[str, list[Any]],
+    task: str,
+    view: int,
+    precision: Precision,
+    on_gpu: bool = True,
+    gpus: int = 1,
+    owners: int = 1,
+) -> StepMemory:
+    """Counts a forward and a backward pass of one process, which has its share of the batch and of the experts.
+
+    Args:
+        precision: as in the recipe; "auto" is what this machine's CPU would take.
+        on_gpu: with a GPU's kernels; otherwise as the CPU does it.
+        gpus: how many share the batch.
+        owners: how many share the experts.
+    """
+    # Without CUDA torch makes no gradients of CUDA's fake tensors. So these are the CPU's, and modules that a GPU
+    # treats otherwise are told to do as there.
+    with torch.device("meta"):  # Some initialisers read what they have drawn, and fake tensors hold nothing.
+        model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()}).train()
+    keep_own_experts(model, owners)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # The weights on the meta device are.
+        model.to_empty(device=CPU)
+        if on_gpu:
+            _as_on_a_gpu(model)
+        batch = empty_batch(recipe.tasks[task], view, modalities, classes, CPU, gpus)
+        with StepMemory(model) as memory:
+            if owners > 1:
+                _send_slots(model, owners, memory)
+            memory.inputs = sum(t.nbytes for t in tree_leaves(vars(batch)) if isinstance(t, Tensor))
+            with autocast(CPU, precision):
+                losses = task_losses(model, recipe.tasks[task], batch, in_pieces(model.encode, recipe.batch.micro))
+            losses.total.backward()
+    return memory
+
+
+def keep_own_experts(model: IMP, owners: int) -> None:
+    """Leaves a model the experts that one of so many processes has."""
+    for module in model.experts():
+        for name, weight in list(module.named_parameters()):
+            setattr(module, name, nn.Parameter(weight.detach()[: len(weight) // owners]))
+
+
+def _send_slots(model: IMP, owners: int, memory: StepMemory) -> None:
+    """Has the experts of one process work on as many slots as all `owners` send it, and makes and counts the tensors
+    that `parallel.to_owners` and `from_owners` would."""
+
+    def to(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        sent: Tensor = _Sent.apply(inputs[0], memory)
+        return (sent.unflatten(0, (owners, -1)).transpose(0, 1).flatten(1, 2),)
+
+    def back(_: nn.Module, __: tuple[Tensor], out_ESD: Tensor) -> Any:
+        return _Sent.apply(out_ESD.unflatten(1, (owners, -1)).transpose(0, 1).flatten(0, 1), memory)
+
+    for module in model.experts():
+        module.register_forward_pre_hook(to)
+        module.register_forward_hook(back)
+
+
+class _Sent(torch.autograd.Function):
+    """Stands for an all-to-all: another tensor of the same size, and its gradient likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, memory: StepMemory) -> Tensor:
+        ctx.memory = memory
+        memory.slots += x.nbytes
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.memory.slots += grad.nbytes
+        return grad.clone(), None
+
+
+def _as_on_a_gpu(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = _fused
+        elif isinstance(module, nn.LayerNorm):
+            # CUDA's autocast lists layer_norm among what is fp32; the CPU's does not.
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
+def _fused(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:
+    """The kernels that torch takes on CUDA: flash, or the memory-efficient one for masks and fp32."""
+    if mask_B11L is None and q_BHLK.dtype == torch.bfloat16:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLK, k_BHLK, v_BHLK)[0]
+    bias = None
+    if mask_B11L is not None:
+        shape = (*q_BHLK.shape[:3], k_BHLK.shape[2])
+        bias = torch.zeros_like(mask_B11L, dtype=q_BHLK.dtype).expand(shape)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q_BHLK, k_BHLK, v_BHLK, bias, True)[0]

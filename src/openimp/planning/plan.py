@@ -1,0 +1,346 @@
+"""What a run would need, told without a GPU: parameters, memory, FLOPs, communication, days.
+
+FLOPs are the ledger's, and the memory of a step is counted. The rest is arithmetic on sizes, for what `parallel.py` and
+`exchange.py` do on GPUs: weights, gradients and moments in fp32, held as the recipe's `parallel` says. docs/plan.md
+writes it out.
+"""
+
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from openimp.alternation import Alternation
+from openimp.common.device import Precision
+from openimp.common.errors import UserError, nearest
+from openimp.common.modality import Modality
+from openimp.model.imp import IMP, pairs_of
+from openimp.objectives import BLOCK
+from openimp.parallel.exchange import deal, orthogonalising
+from openimp.parallel.layout import Layout
+from openimp.planning.gpus import GPU, GPUS, NODE, USABLE
+from openimp.planning.ledger import Cost, costs
+from openimp.planning.memory import StepMemory, keep_own_experts, step_memory
+from openimp.recipe.registry import modality_class
+from openimp.recipe.schema import Classification, Recipe, Task
+
+PARTS = ("gradients", "gathered", "cast weights", "activations")
+"""What a step holds beyond weights, moments and its batch."""
+SIMILARITY = 21
+"""Bytes that a contrastive loss holds at its peak for a pair of items, seen from one side; a test counts them."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of one (task, view).
+
+    Attributes:
+        cost: examples, tokens and FLOPs, over all GPUs.
+        memory: bytes of one GPU when the step needs most, by what they hold.
+        received: bytes that come to one GPU, by connection, "link" or "network"; as many leave it.
+    """
+
+    cost: Cost
+    memory: dict[str, int]
+    received: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Attributes:
+        gpu: what it runs on.
+        gpus: how many.
+        mfu: share of the bf16 peak that the model's FLOPs are computed at.
+        parameters: by part of the model.
+        per_token: parameters between a token's embedding and the mean over the tokens that work on it, on average;
+            None with soft routing, where no token has a number of experts.
+        steps: by (task, view).
+        visits: how many of them the run makes.
+    """
+
+    gpu: GPU
+    gpus: int
+    mfu: float
+    parameters: dict[str, int]
+    per_token: int | None
+    steps: dict[tuple[str, int], Step]
+    visits: dict[tuple[str, int], int]
+
+    @property
+    def largest(self) -> tuple[str, int]:
+        """The (task, view) that decides the memory."""
+        return max(self.steps, key=lambda key: sum(self.steps[key].memory.values()))
+
+    @property
+    def memory(self) -> int:
+        """Bytes that one GPU holds at most."""
+        return sum(self.steps[self.largest].memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= USABLE * self.gpu.memory * 2**30
+
+    @property
+    def flops(self) -> int:
+        """Of the whole run, over all GPUs."""
+        return sum(self.steps[key].cost.flops * n for key, n in self.visits.items())
+
+    @property
+    def seconds(self) -> float:
+        """Of computing, at the MFU, in all."""
+        return self.computing(self.flops)
+
+    @property
+    def seconds_connected(self) -> float:
+        """The same, where a step also waits for those of its bytes that take longer to come than it computes."""
+        return sum(
+            n * max(self.computing(self.steps[key].cost.flops), self.communicating(self.steps[key].received))
+            for key, n in self.visits.items()
+        )
+
+    def computing(self, flops: int) -> float:
+        """Seconds that all GPUs take for FLOPs at the MFU."""
+        return flops / (self.gpus * self.gpu.tflops * 1e12 * self.mfu)
+
+    def communicating(self, received: Mapping[str, int]) -> float:
+        """Seconds that bytes take to come, over both connections at once, if nothing else happens meanwhile."""
+        return max(size / (1e9 * getattr(self.gpu, connection)) for connection, size in received.items())
+
+
+class Compared(NamedTuple):
+    """What a step's losses look at, over all GPUs.
+
+    Attributes:
+        heads: passes of features through a projection or a classification.
+        rows: whose vectors all GPUs get.
+        items: whose numbers all GPUs get.
+        similarities: of all rows.
+    """
+
+    heads: int
+    rows: int
+    items: int
+    similarities: int
+
+
+class Shares:
+    """What one of several GPUs has of a model, in bytes of fp32.
+
+    Args:
+        layout: how they hold it.
+        model: with the experts that one GPU has, or gathers.
+    """
+
+    def __init__(self, layout: Layout, model: IMP) -> None:
+        self.layout = layout
+        self._experts = {weight for module in model.experts() for weight in module.parameters()}
+
+    def held(self, weights: Iterable[Tensor]) -> int:
+        """Of weights themselves."""
+        return sum(4 * weight.numel() // self._parts(weight) for weight in weights)
+
+    def gathered(self, weights: Iterable[Tensor]) -> int:
+        """Received, to have them whole; and to have one's part of the sum of their gradients."""
+        return sum(others(4 * weight.numel(), self._parts(weight)) for weight in weights)
+
+    def summed(self, weights: Iterable[Tensor]) -> int:
+        """Received, to sum the gradients of the parts that it holds over all copies: an all-reduce in a ring."""
+        return sum(2 * others(self.held([weight]), self._copies(weight)) for weight in weights)
+
+    def _parts(self, weight: Tensor) -> int:
+        return self.layout.sizes[1] if weight in self._experts else self.layout.shard
+
+    def _copies(self, weight: Tensor) -> int:
+        return self.layout.sizes[0] if weight in self._experts else self.layout.processes // self.layout.shard
+
+
+def plan(
+    recipe: Recipe,
+    modalities: Mapping[str, Modality],
+    classes: Mapping[str, list[Any]],
+    gpus: int,
+    gpu: str,
+    mfu: float,
+) -> Plan:
+    """Counts what a recipe needs; reads no data and computes nothing.
+
+    Args:
+        modalities: of the recipe; a tokenizer that is yet to be trained counts as large as it may become.
+        classes: of each classification head.
+        gpus: among which each batch is divided.
+        gpu: one of `GPUS`.
+        mfu: above 0, at most 1.
+
+    Raises:
+        UserError: an unknown GPU, no GPU, an MFU that is none, or batches or a model that cannot be divided evenly.
+    """
+    if gpu not in GPUS:
+        raise UserError(f"--gpu: no GPU is called {gpu!r}{nearest(gpu, GPUS)}")
+    if gpus < 1:
+        raise UserError(f"--gpus: expected 1 or more, found {gpus}")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu: expected a share above 0 and at most 1, found {mfu:g}")
+    layout = Layout.of(gpus, recipe.parallel.shard, recipe.parallel.experts)
+    by_view = costs(recipe, modalities, classes)
+    uneven = [f"{cost.examples} of tasks.{t}.views[{i}]" for (t, i), cost in by_view.items() if cost.examples % gpus]
+    if uneven:
+        raise UserError(f"--gpus: {gpus} GPUs do not divide a batch evenly: {', '.join(uneven)}")
+    precision: Precision = "fp32" if recipe.train.precision == "fp32" else "bf16"
+    with torch.device("meta"):
+        model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
+    parameters, used = {name: count(part) for name, part in model.named_children()}, per_token(recipe, model)
+    layout.check(weight for module in model.experts() for weight in module.parameters())
+    keep_own_experts(model, layout.owners)
+    shares = Shares(layout, model)
+    dealt = _dealt(recipe, model, layout, by_view.values())
+    held = {"parameters": shares.held(model.parameters()), "optimiser": _optimiser_bytes(recipe, model, shares, dealt)}
+    steps = {}
+    for (name, view), cost in by_view.items():
+        counted = step_memory(recipe, modalities, classes, name, view, precision, gpus=gpus, owners=layout.owners)
+        task = recipe.tasks[name]
+        compared = _compared(task, cost.examples)
+        memory = _memory(model, shares, counted, compared, precision, dealt, recipe.optimizer.zero_grads)
+        received = _received(recipe, model, shares, task, cost.examples, counted, compared, dealt)
+        steps[name, view] = Step(cost, held | {"inputs": counted.inputs} | memory, received)
+    return Plan(GPUS[gpu], gpus, mfu, parameters, used, steps, Alternation(recipe).visits())
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def encoder_per_token(recipe: Recipe, model: IMP) -> int | None:
+    """Parameters of the encoder that a token uses on average: all but the experts that it has no part in.
+
+    Expert choice gives a token `capacity` experts on average, token choice `top_k`.
+    """
+    own = [count(blocks) for blocks in model.encoder.own.values()]
+    used = count(model.encoder) - sum(own[1:])  # A token has the first blocks of its own stem, all of them alike.
+    moe = recipe.model.moe
+    if moe is None:
+        return used
+    if moe.routing == "soft":
+        return None
+    experts = moe.top_k if moe.routing == "token_choice" else min(moe.capacity, moe.experts)
+    return round(used - moe.layers * 2 * recipe.model.width * recipe.model.mlp * (moe.experts - experts))
+
+
+def per_token(recipe: Recipe, model: IMP) -> int | None:
+    """`encoder_per_token` and the stem's two linear layers, one before the encoder and one after."""
+    encoder, width = encoder_per_token(recipe, model), recipe.model.width
+    return None if encoder is None else encoder + 2 * (width * width + width)
+
+
+def others(size: int, among: int) -> int:
+    """What comes from the others of so many, of something that all have evenly."""
+    return size * (among - 1) // among
+
+
+def _dealt(recipe: Recipe, model: IMP, layout: Layout, by_view: Iterable[Cost]) -> list[list[Tensor]]:
+    """The matrices that Muon updates on each GPU; where they are in shards, all on each."""
+    named = dict(model.named_parameters())
+    hidden = [matrix for matrix in model.hidden_matrices() if recipe.optimizer.muon_lr]
+    steps = [{named[name] for name in cost.touched} for cost in by_view]
+    return deal(hidden, steps, layout.processes if layout.shard == 1 else 1, orthogonalising)
+
+
+def _optimiser_bytes(recipe: Recipe, model: IMP, shares: Shares, dealt: Sequence[Sequence[Tensor]]) -> int:
+    """AdamW's two moments, Muon's one, and the averaged weights, in fp32."""
+    size = shares.held(model.parameters()) if recipe.optimizer.ema else 0
+    by_muon = {matrix for share in dealt for matrix in share}
+    size += 2 * shares.held(weight for weight in model.parameters() if weight not in by_muon)
+    return size + max(map(shares.held, dealt))
+
+
+def _compared(task: Task, examples: int) -> Compared:
+    """What a task's losses look at; a sigmoid asks about each pair of items once."""
+    heads = rows = items = similarities = 0
+    for objective in task.objectives:
+        if isinstance(objective, Classification):
+            heads += 1 if objective.of else sum(not modality_class(name).masked for name in task.inputs)
+            continue
+        items += examples
+        for a, b in pairs_of(objective, task.inputs):
+            rows_a, rows_b = examples * task.inputs[a].draw, examples * task.inputs[b].draw
+            sides = 2 if objective.loss == "softmax" else 1
+            heads += 2
+            rows += rows_b + (rows_a if sides == 2 else 0)
+            similarities += sides * rows_a * rows_b
+    return Compared(heads, rows, items, similarities)
+
+
+def _largest(shares: Shares, dealt: Sequence[Sequence[Tensor]], touched: Container[Tensor]) -> int:
+    """Bytes of Muon's matrices that the largest share has of those that a step touches; others are padded to it."""
+    return max(shares.held(matrix for matrix in share if matrix in touched) for share in dealt)
+
+
+def _memory(
+    model: IMP,
+    shares: Shares,
+    counted: StepMemory,
+    compared: Compared,
+    precision: Precision,
+    dealt: Sequence[Sequence[Tensor]],
+    zero_grads: bool,
+) -> dict[str, int]:
+    """Bytes beyond weights and moments that one GPU holds in a step; docs/plan.md."""
+    gpus = shares.layout.processes
+    touched = {w: None for name, w in model.named_parameters() if zero_grads or name in counted.touched}
+    # The vectors of all GPUs and their gradients, and similarities with those of the others.
+    gathered = 0 if gpus == 1 else 8 * model.config.embed_dim * compared.rows
+    gathered += SIMILARITY * min(BLOCK, others(compared.similarities, gpus) // gpus)
+    if shares.layout.shard == 1:
+        # While gradients wait for the next step, Muon's matrices are exchanged: one's own share, and all.
+        update = Counter(gradients=shares.held(touched))
+        if len(dealt) > 1:
+            update["gathered"] = (1 + len(dealt)) * _largest(shares, dealt, touched)
+        peak = max(counted.peak + Counter(gathered=gathered), update, key=Counter.total)
+        return {part: peak[part] for part in PARTS}
+    blocks = [count(block) for block in model.blocks()]
+    # What stands outside of the blocks, one block and the next, and one block's gradients, before and summed.
+    gathered += 4 * (count(model) - sum(blocks) + 2 * max(blocks)) + 8 * max(blocks)
+    # Autocast's copies of all weights stay until the backward pass has used them, whatever FSDP gives back.
+    cast = 0 if precision == "fp32" else 2 * sum(weight.numel() for weight in touched)
+    return dict(zip(PARTS, (shares.held(touched), gathered, cast, counted.activations)))
+
+
+def _received(
+    recipe: Recipe,
+    model: IMP,
+    shares: Shares,
+    task: Task,
+    examples: int,
+    counted: StepMemory,
+    compared: Compared,
+    dealt: Sequence[Sequence[Tensor]],
+) -> dict[str, int]:
+    """Bytes that one GPU receives in a step, by connection; docs/plan.md."""
+    gpus, shard, owners = shares.layout
+    touched = {weight: None for name, weight in model.named_parameters() if name in counted.touched}
+    in_blocks = {weight for block in model.blocks() for weight in block.parameters()}
+    outside = [weight for weight in model.parameters() if weight not in in_blocks]
+    among: Counter[int] = Counter()  # So many consecutive GPUs.
+    # After the gradient of each pass through a head FSDP2 gives back what is outside of the blocks.
+    among[shard] += shares.gathered(touched) + (1 + compared.heads) * shares.gathered(outside)
+    for name, spec in task.inputs.items():
+        rows = examples * spec.draw // gpus
+        own = model.encoder.own[model.stem_of[name]] if model.encoder.own else nn.ModuleList()
+        once = shares.gathered([*own.parameters(), *model.encoder.blocks.parameters()])
+        among[shard] += 2 * once * ceil(rows / (recipe.batch.micro or rows))
+    among[owners] += others(counted.slots, owners)
+    # Vectors, their gradients, and the numbers of their items.
+    vectors, numbers = 8 * model.config.embed_dim * compared.rows, 8 * compared.items
+    among[gpus] += shares.summed(touched) + others(vectors + numbers, gpus)
+    updated = dict.fromkeys(model.parameters()) if recipe.optimizer.zero_grads else touched
+    among[gpus] += (len(dealt) - 1) * _largest(shares, dealt, updated)
+    received = {"link": 0, "network": 0}
+    for span, size in among.items():
+        received["link" if gpus <= NODE or NODE % span == 0 else "network"] += size
+    return received

@@ -1,0 +1,148 @@
+"""Reading small files within limits, finding and reading a recipe's YAML file, and changing single keys of it."""
+
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from openimp.common.errors import UserError, nearest
+
+LARGEST_TEXT = 2**25
+"""Bytes of a file with configuration or a tokenizer at most."""
+LARGEST_YAML = 2**20
+"""Bytes of a recipe or a study at most."""
+MOST_NODES = 100_000
+"""Values, keys, lists and mappings of a YAML file at most, each alias counted as what it stands for."""
+
+
+def read_text(file: Path, limit: int = LARGEST_TEXT) -> str:
+    """The text of a small file that may come from a stranger, in UTF-8.
+
+    Raises:
+        UserError: it is a pipe or a device, which might never end, or has more bytes than `limit`.
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise UserError(f"{file}: is not a regular file")
+    with file.open("rb") as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(f"{file}: is larger than {limit:,} bytes, the most that is read of such a file")
+    return data.decode()
+
+
+def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], Path]:
+    """The plain data of a recipe, with `a.b.c=value` overrides applied, and its file.
+
+    Args:
+        name: a path, or the name of a recipe that comes with openimp.
+
+    Raises:
+        UserError: no such file, no YAML, or no mapping.
+    """
+    file = find_file(name)
+    data = read_mapping(file, "recipe")
+    for text in overrides:
+        override(data, text)
+    return data, file
+
+
+def read_mapping(file: Path, what: str) -> dict[str, Any]:
+    """The plain data of a YAML file that holds a mapping.
+
+    Raises:
+        UserError: no YAML, no mapping, or a file that is too large.
+    """
+    try:
+        data = yaml.load(read_text(file, LARGEST_YAML), RecipeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no such date
+        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: a {what} is a mapping of keys, found {type(data).__name__}")
+    return data
+
+
+def find_file(name: str, folder: str = "recipes", what: str = "recipe file") -> Path:
+    """The file that `name` means: a path, or a name such as `demo` or `evaluation/coco` of openimp's own files.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    here = Path(__file__).resolve().parents[1]
+    # In a wheel the folder lies in the package, in a checkout at its top.
+    places = (here / folder, here.parents[1] / folder)
+    bundled = {p.relative_to(place).with_suffix("").as_posix(): p for place in places for p in place.rglob("*.yaml")}
+    if name in bundled:
+        return bundled[name]
+    if "/" in name:  # No name of one of ours, so those are no help.
+        raise UserError(f"{name}: no such {what}")
+    raise UserError(f"{name}: no such {what}{nearest(name, bundled)}")
+
+
+def flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists to {"a.b.0": value}."""
+    if isinstance(data, dict | list):
+        pairs = data.items() if isinstance(data, dict) else enumerate(data)
+        return {k: v for key, value in pairs for k, v in flat(value, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: data}
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as people expect, a key that is given twice is an error, and aliases are bounded:
+    a few lines of aliases of aliases stand for billions of values."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._nodes = 0
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias, before = self.check_event(yaml.AliasEvent), self._nodes
+        mark = self.peek_event().start_mark
+        node: Any = super().compose_node(parent, index)
+        if is_alias and node not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias stands for what it is in", mark)
+        self._nodes += self._sizes[node] if is_alias else 1
+        if self._nodes > MOST_NODES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_NODES:,} values, with its aliases", mark)
+        self._sizes.setdefault(node, self._nodes - before)
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key!r} is given twice", key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def override(data: dict[str, Any], text: str) -> None:
+    """Sets one value of the raw recipe from `a.b.c=value`; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text}: expected KEY=VALUE, such as tasks.captions.weight=2")
+    *path, last = key.strip().split(".")
+    node: Any = data
+    try:
+        for part in path:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = yaml.load(value, RecipeLoader)
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise UserError(f"--set {text}: the recipe has no such key") from None
+    except (yaml.YAMLError, RecursionError):
+        raise UserError(f"--set {text}: {value!r} is not valid YAML") from None

@@ -1,0 +1,4 @@
+"""The training loop and its parts: optimizers, metrics, pace, and stopping.
+
+Read trainer.py first.
+"""

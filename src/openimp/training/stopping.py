@@ -1,0 +1,72 @@
+"""Stopping a training between two steps: by a signal, by bad data, or by a checkpoint that could not be written."""
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from openimp.common.errors import UserError
+from openimp.data.loader import WorkersFailed
+from openimp.parallel import distributed
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """A stop was asked for, and nothing is half done."""
+
+
+class Stop:
+    """Why training should stop: a signal, or a reason that comes up beside the steps."""
+
+    def __init__(self, reason: Callable[[], bool]) -> None:
+        self.requested, self.reason = False, reason
+
+    def watch(self, items: Iterable[T], _: str = "") -> Iterator[T]:
+        """Passes the items on until a stop is asked for, which raises `Stopped` between two of them.
+
+        What stops one process, a signal or bad data, stops all of them at the same step.
+        """
+        iterator = iter(items)
+        while True:
+            found: list[T] = []
+            why: list[str] = []
+            try:
+                found = [next(iterator)]
+            except StopIteration:
+                return
+            except WorkersFailed as error:
+                # The signal may have killed the loader's workers too.
+                why = ["" if self.requested else str(error)]
+            except UserError as error:
+                why = [str(error)]
+            if self.requested or self.reason():
+                why.append("")
+            if why := distributed.told_to_all(why):
+                raise UserError(max(why)) if max(why) else Stopped
+            yield found[0]
+
+
+@contextmanager
+def stop_signals(reason: Callable[[], bool]) -> Iterator[Stop]:
+    """Notes the first Ctrl-C, SIGTERM or SIGHUP, so that the loop can save; a second Ctrl-C interrupts at once."""
+    stop = Stop(reason)
+
+    def note(number: int, _: Any) -> None:
+        if stop.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.requested = True
+        if number == signal.SIGINT:
+            # Not print, which the signal may have interrupted.
+            os.write(2, b"\nstopping after this step; once more to leave at once\n")
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored.
+        numbers.append(signal.SIGHUP)  # The terminal was closed.
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,279 @@
+"""Going on: from the newest intact checkpoint, of the same data. What kills a run is in test_faults.py."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import openimp
+from openimp.checkpoint.folder import checkpoints
+from openimp.commands import run_eval
+from openimp.common.errors import UserError
+from openimp.data.loader import make_loader
+from openimp.recipe.schema import Recipe
+from openimp.training.metrics import read_lines
+from openimp.training.trainer import Training, train
+
+CHANGES = ["train.save_every=4", "train.keep=3", "evaluation={}"]
+
+
+def recipe_of(folder: Path, *changes: str) -> Recipe:
+    return Recipe.load(folder / "recipe.yaml", [*CHANGES, *changes])
+
+
+def start(folder: Path, run: Path, *options: str, limit: int | None = None) -> subprocess.Popen:
+    """`openimp train` in a process of its own, whose files cannot grow beyond a limit."""
+    sets = [argument for change in CHANGES for argument in ("--set", change)]
+    command = [
+        sys.executable,
+        "-m",
+        "openimp",
+        "train",
+        str(folder / "recipe.yaml"),
+        "--run",
+        str(run),
+        *sets,
+        *options,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if limit is not None:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    return process
+
+
+def names(run: Path) -> list[str]:
+    """All that is in the folder of the checkpoints, drafts included."""
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def last_manifest(run: Path) -> dict:
+    """The digests of all files of the newest checkpoint: equal for equal weights, moments, totals and so on."""
+    return json.loads((checkpoints(run)[-1] / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole_run(little_data, tmp_path_factory) -> Path:
+    """Steps 1 to 12, with checkpoints at 4, 8 and 12."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(recipe_of(little_data), run)
+    return run
+
+
+@pytest.fixture
+def run(whole_run, tmp_path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(whole_run, tmp_path / "run"))
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle, which changes neither size nor time."""
+    data, times = bytearray(file.read_bytes()), file.stat()
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("harm", "file", "told"),
+    [
+        (flip, "model.safetensors", r"damaged: its [\d,]+ bytes are not those that were saved"),
+        (flip, "tokenizer.json", r"damaged: its [\d,]+ bytes are not those that were saved"),
+        (cut, "optimizer.safetensors", r"damaged: its [\d,]+ bytes are not those that were saved"),
+        (cut, "manifest.json", "damaged: "),
+        (Path.unlink, "ema.safetensors", "missing"),
+        (Path.unlink, "state.json", "missing"),
+        (Path.unlink, "manifest.json", "missing"),
+    ],
+)
+def test_damage_is_named_and_the_checkpoint_before_it_is_used(run, whole_run, little_data, capsys, harm, file, told):
+    damaged = checkpoints(run)[-1] / file
+    harm(damaged)
+    train(recipe_of(little_data), run, resume=True)
+    out = capsys.readouterr().out
+    assert re.search(rf"^{damaged}: {told}.*; going on from step 8, 4 steps are lost$", out, re.MULTILINE)
+    assert out.count("are lost") == 1
+    assert last_manifest(run) == last_manifest(whole_run)
+    assert names(run) == names(whole_run)
+
+
+def test_without_an_intact_checkpoint_all_damage_is_named(run, little_data, capsys):
+    flip(checkpoints(run)[2] / "model.safetensors")
+    cut(checkpoints(run)[1] / "ema.safetensors")
+    Training(recipe_of(little_data), run, resume=True)
+    assert capsys.readouterr().out.count("; going on from step 4, 8 steps are lost\n") == 2
+    (checkpoints(run)[0] / "config.json").unlink()
+    with pytest.raises(UserError) as error:
+        train(recipe_of(little_data), run, resume=True)
+    message = str(error.value)
+    assert message.startswith(f"{run}: no checkpoint to resume from; {checkpoints(run)[2] / 'model.safetensors'}: dam")
+    assert f"; {checkpoints(run)[1] / 'ema.safetensors'}: damaged: " in message
+    assert message.endswith(f"; {checkpoints(run)[0] / 'config.json'}: missing")
+    assert "\n" not in message
+
+
+def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_new_one(run, little_data):
+    """It has the higher number, and would pass for the newest when older ones are removed."""
+    flip(checkpoints(run)[-1] / "model.safetensors")
+    training = Training(recipe_of(little_data, "train.keep=1"), run, resume=True)
+    training.update(next(iter(make_loader(training.data, training.step))))
+    training.save()
+    training.saver.wait()
+    assert names(run) == ["step-00000009"]
+
+
+def test_a_checkpoint_of_an_older_format_is_refused(run, little_data):
+    """Its weights mean something else: positions, heads and temperatures have changed."""
+    folder = checkpoints(run)[-1]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"format": 3}))
+    with pytest.raises(UserError, match="format 3, this version of openimp reads format 4"):
+        openimp.load(run)
+
+
+def test_resume_auto_starts_a_run_that_has_no_checkpoint_and_goes_on_with_one_that_has(
+    whole_run, little_data, tmp_path
+):
+    """The same command three times: one that dies at its first save, one that starts anew, and one that goes on."""
+    run, limit = tmp_path / "run", (checkpoints(whole_run)[0] / "model.safetensors").stat().st_size // 2
+    times = []
+    for size in (limit, None, None):
+        _, err = (process := start(little_data, run, "--resume", "auto", limit=size)).communicate(timeout=90)
+        assert process.returncode == (2 if size else 0), err
+        if not size:
+            assert last_manifest(run) == last_manifest(whole_run)
+            shutil.rmtree(checkpoints(run)[-1])
+        times.append([line["seconds"] for line in read_lines(run / "metrics.jsonl")])
+    died, anew, went_on = times
+    assert 4 <= len(died) <= 8  # It is written beside the steps; the next one would wait for it.
+    assert [len(anew), len(went_on)] == [12, 12]
+    assert died[0] != anew[0]
+    assert went_on[:8] == anew[:8]
+    assert went_on[8] != anew[8]
+
+
+def test_resume_auto_starts_no_run_anew_whose_checkpoints_are_damaged(run, little_data):
+    for folder in checkpoints(run):
+        flip(folder / "model.safetensors")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    _, err = (process := start(little_data, run, "--resume", "auto")).communicate(timeout=90)
+    assert process.returncode == 2
+    assert err.startswith(f"openimp: {run}: no checkpoint to resume from; ")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_source_that_has_changed_is_named(own_data, tmp_path):
+    """A row, a file of a folder, and a file that a manifest names; the sizes and times stay."""
+    run, recipe = tmp_path / "run", recipe_of(own_data)
+    train(recipe, run)
+    folder = checkpoints(run)[-1]
+    for changed, source in (("pictures/red/3.png", "pictures"), ("sounds.jsonl", "sounds"), ("7.wav", "sounds")):
+        before, times = (own_data / changed).read_bytes(), (own_data / changed).stat()
+        if changed == "sounds.jsonl":
+            (own_data / changed).write_bytes(before.replace(b"a high tone", b"a loud tone", 1))
+            os.utime(own_data / changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+        else:
+            after = bytearray(before)
+            after[-1] ^= 1
+            (own_data / changed).write_bytes(after)
+            os.utime(own_data / changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(
+            UserError, match=rf"^{folder}: source {source} has changed since it was saved; .*--allow-ch"
+        ):
+            train(recipe, run, resume=True)
+        (own_data / changed).write_bytes(before)
+        (own_data / changed).touch()
+    assert train(recipe, run, resume=True)
+
+
+def test_a_changed_source_may_be_allowed(own_data, tmp_path):
+    """From the next checkpoint on the run is one of the new data."""
+    run, recipe = tmp_path / "run", recipe_of(own_data)
+    train(recipe, run)
+    for folder in checkpoints(run)[1:]:
+        shutil.rmtree(folder)
+    lines = (own_data / "sounds.jsonl").read_text().splitlines()
+    (own_data / "sounds.jsonl").write_text("\n".join(lines[:-1]))
+    _, err = (process := start(own_data, run, "--resume")).communicate(timeout=90)
+    assert (process.returncode, err.count("\n")) == (2, 1)
+    assert f"{checkpoints(run)[0]}: source sounds has changed" in err
+    _, err = (process := start(own_data, run, "--resume", "--allow-changed-data")).communicate(timeout=90)
+    assert process.returncode == 0, err
+    assert checkpoints(run)[-1].name == "step-00000012"
+    assert train(recipe, run, resume=True)
+
+
+def test_a_changed_stream_begins_a_new_epoch(streamed, tmp_path):
+    """Where it stood in the old shards means nothing in the new ones, which are shorter."""
+    folder, changes = streamed
+    run, recipe = tmp_path / "run", recipe_of(folder, *changes, "train.save_every=10")
+    train(recipe, run)
+    shutil.rmtree(checkpoints(run)[-1])
+    with tarfile.open(folder / "0.tar") as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()[:12]]
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for member, content in members[6 * shard : 6 * shard + 6]:
+                (own := tarfile.TarInfo(member.name)).size = len(content)
+                (folder / "member").write_bytes(content)
+                with (folder / "member").open("rb") as file:
+                    tar.addfile(own, file)
+    with pytest.raises(UserError, match="source pictures has changed"):
+        train(recipe, run, resume=True)
+    before = json.loads((checkpoints(run)[-1] / "state.json").read_text())["cursors"]["named"]
+    training = Training(recipe, run, resume=True, allow_changed_data=True)
+    assert before["state"], "at the beginning of an epoch nothing could go wrong"
+    assert training.cursors["named"] == {**before, "epoch": before["epoch"] + 1, "window": 0, "state": None}
+    assert train(recipe, run, resume=True, allow_changed_data=True)
+    assert train(recipe, run, resume=True)
+
+
+def test_the_best_checkpoint_is_kept_and_found(little_data, tmp_path):
+    """Through removing of older ones and going on; a run's model stays its newest."""
+    run = tmp_path / "run"
+    recipe = Recipe.load(
+        little_data / "recipe.yaml",
+        ["train.save_every=5", "train.keep=1", "evaluation.every=2", "evaluation.best=colours"],
+    )
+    train(recipe, run)
+    lines = [line for line in read_lines(run / "results.jsonl") if line["set"] == "colours"]
+    highest = max(line["top1"] for line in lines)
+    best = next(line for line in lines if line["top1"] == highest)
+    assert best["step"] < 12, "the last one would be kept anyhow"
+    expected = ["best", f"step-{best['step']:08d}", "step-00000012"]
+    assert names(run) == expected
+    run_eval(run / "checkpoints" / "best", ["colours"], None, tmp_path / "best.jsonl")
+    assert read_lines(tmp_path / "best.jsonl") == [best]
+    run_eval(run, ["colours"], None, tmp_path / "newest.jsonl")
+    assert read_lines(tmp_path / "newest.jsonl") == lines[-1:]
+
+    recorded = read_lines(run / "results.jsonl")
+    flip(checkpoints(run)[-1] / "model.safetensors")
+    train(recipe, run, resume=True)
+    assert names(run) == expected
+    assert read_lines(run / "results.jsonl") == recorded
+    assert (run / "checkpoints" / "best").resolve().name == expected[1]
+
+
+def test_the_best_checkpoint_is_so_by_the_mean_of_both_ways(little_data, tmp_path):
+    run = tmp_path / "run"
+    changes = ["train.save_every=100", "train.keep=1", "evaluation.every=1", "evaluation.best=tones"]
+    train(Recipe.load(little_data / "recipe.yaml", changes), run)
+    found: dict[int, float] = {}
+    for line in read_lines(run / "results.jsonl"):
+        if line["set"] == "tones":
+            found[line["step"]] = found.get(line["step"], 0) + line["r1"] / 2
+    best = (run / "checkpoints" / "best").resolve().name
+    assert found[int(best.removeprefix("step-"))] == pytest.approx(max(found.values()))
+    with pytest.raises(UserError, match=r"evaluation\.best: no evaluation set 'tone'; did you mean 'tones'\?"):
+        Recipe.load(little_data / "recipe.yaml", ["evaluation.best=tone"])

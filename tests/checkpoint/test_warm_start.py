@@ -1,0 +1,164 @@
+"""Fine-tuning: training starts from another model's weights and words, with new heads where it has other classes."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+
+import openimp
+from openimp.checkpoint.folder import checkpoints
+from openimp.common.errors import UserError
+from openimp.data.loader import make_loader
+from openimp.recipe.schema import Recipe
+from openimp.training.metrics import read_lines
+from openimp.training.trainer import Training, train
+
+NEW_HEAD = """{source: painted, inputs: {image: file, text: 'painted {label}'}, batch: 8, objectives: [
+    {type: classification, label: label, of: image}, {type: contrastive, same: label}],
+    views: [{image: {size: 16}, text: {length: 8}}]}"""
+
+
+def recipe_of(folder: Path, init: Path, *changes: str) -> Recipe:
+    """The little recipe with another task in place of its own two."""
+    ours = [f"train.init={init}", "sources.painted={path: pictures}", f"tasks={{named: {NEW_HEAD}}}", "evaluation={}"]
+    return Recipe.load(folder / "recipe.yaml", [*ours, *changes])
+
+
+@pytest.fixture
+def pictures_only(own_data: Path) -> Path:
+    """The little data, and its recipe without sounds."""
+    file = own_data / "recipe.yaml"
+    file.write_text(file.read_text().replace("  audio: {window: 512, hop: 256, bins: 32}\n", ""))
+    return own_data
+
+
+def test_the_encoder_starts_from_the_checkpoint_and_the_new_head_learns(little_run, pictures_only, tmp_path, capsys):
+    training = Training(recipe_of(pictures_only, little_run, "train.steps=60"), tmp_path / "run", resume=False)
+    before = load_file(checkpoints(little_run)[-1] / "ema.safetensors")
+    ours = training.model.state_dict()
+    heads = {f"classifiers.painted:label.{kind}" for kind in ("weight", "bias")}
+    assert {name for name in ours if name not in before} == heads
+    for name, tensor in ours.items():
+        assert name in heads or torch.equal(tensor, before[name]), name
+    assert training.averaged is not None
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in training.averaged.items())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("starts from")]
+    folder, loaded, new, left = line.split("; ")
+    assert folder == f"starts from {checkpoints(little_run)[-1]}"
+    assert set(loaded.removeprefix("loaded: ").split(", ")) == {
+        "encoder", "stems.vision", "stems.text", "projections.vision-to-text", "projections.text-to-vision",
+        "temperatures.text-vision",
+    }  # fmt: skip
+    assert new == "new: classifiers.painted:label"
+    assert set(left.removeprefix("left behind: ").split(", ")) == {
+        "stems.audio", "projections.audio-to-text", "projections.text-to-audio", "temperatures.audio-text",
+        "classifiers.pictures:label",
+    }  # fmt: skip
+    losses = []
+    for loaded_batch in make_loader(training.data, 0):
+        losses.append(float(training.update(loaded_batch).parts["image:label"]))
+    assert np.mean(losses[-10:]) < 0.5 * losses[0]
+    assert not torch.equal(training.model.state_dict()["encoder.norm.weight"], before["encoder.norm.weight"])
+
+
+def test_the_tokenizer_is_the_checkpoints(little_run, pictures_only, tmp_path):
+    """Not one of the new texts, which say `painted`."""
+    train(recipe_of(pictures_only, little_run, "train.steps=2"), tmp_path / "run")
+    (ours,), theirs = checkpoints(tmp_path / "run"), checkpoints(little_run)[-1]
+    assert (ours / "tokenizer.json").read_text() == (theirs / "tokenizer.json").read_text()
+    ids, wanted = (openimp.load(folder).tokenizer("a red square") for folder in (ours, theirs))
+    assert torch.equal(ids, wanted)
+
+
+def test_a_head_of_the_same_classes_is_taken_and_of_other_classes_is_not(little_run, own_data, tmp_path):
+    def classifier(name: str, *changes: str) -> torch.Tensor:
+        recipe = Recipe.load(own_data / "recipe.yaml", [f"train.init={little_run}", *changes])
+        training = Training(recipe, tmp_path / name, resume=False)
+        return training.model.state_dict()["classifiers.pictures:label.weight"]
+
+    before = load_file(checkpoints(little_run)[-1] / "ema.safetensors")["classifiers.pictures:label.weight"]
+    assert before.any()
+    assert torch.equal(classifier("same"), before)
+    turned = "tasks.named.objectives.1.classes=[white, red, green, blue]"
+    assert not torch.isclose(classifier("turned", turned), before).any()
+    shutil.move(own_data / "pictures" / "white", own_data / "pictures" / "yellow")
+    assert not torch.isclose(classifier("renamed", "evaluation={}"), before).any()
+
+
+def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys):
+    """A model that only saw learns to hear and to read: its tokenizer is made of the new texts."""
+    text = (own_data / "recipe.yaml").read_text()
+    seeing = re.sub(r"  (audio|text): \{(window|vocab).*\n", "", text)
+    (own_data / "seeing.yaml").write_text(seeing)
+    only = "{source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label}], batch: 8}"
+    changes = [f"tasks={{seen: {only}}}", "tasks.seen.views=[{image: {size: 16}}]", "evaluation={}", "train.steps=2"]
+    train(Recipe.load(own_data / "seeing.yaml", changes), tmp_path / "seeing")
+    capsys.readouterr()
+    recipe = Recipe.load(own_data / "recipe.yaml", [f"train.init={tmp_path / 'seeing'}"])
+    training = Training(recipe, tmp_path / "hearing", resume=False)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("starts from"))
+    assert "; loaded: stems.vision, encoder, classifiers.pictures:label; new: stems.text, stems.audio, " in line
+    before = load_file(checkpoints(tmp_path / "seeing")[-1] / "ema.safetensors")
+    assert torch.equal(training.model.state_dict()["stems.vision.embed.weight"], before["stems.vision.embed.weight"])
+    for loaded in make_loader(training.data, 0, 6):
+        assert training.update(loaded).total.isfinite()
+
+
+def test_resuming_does_not_start_again(little_run, pictures_only, tmp_path):
+    """The model that it started from may be gone by then."""
+    init = Path(shutil.copytree(checkpoints(little_run)[-1], tmp_path / "init"))
+    recipe = recipe_of(pictures_only, init, "train.steps=9", "train.save_every=3", "train.keep=5")
+    train(recipe, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for folder in checkpoints(tmp_path / "cut")[1:]:
+        shutil.rmtree(folder)
+    shutil.rmtree(init)
+    train(recipe, tmp_path / "cut", resume=True)
+    ours, theirs = (load_file(checkpoints(tmp_path / name)[-1] / "model.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    tasks = [[line["tasks"] for line in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("cut", "whole")]
+    assert tasks[0] == tasks[1]
+    recipe.train.init = None
+    with pytest.raises(UserError, match=r"train\.init is '.*init' there, None here"):
+        train(recipe, tmp_path / "cut", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.width=64", "model.width is 32 there, 64 here"),
+        ("model.heads=4", "model.heads is 2 there, 4 here"),
+        ("model.moe=null", "model.moe.experts is 2 there, None here"),
+        ("modalities.vision.patch=[2, 4, 4]", "modalities.vision.patch.1 is 8 there, 4 here"),
+        ("modalities.text.vocab=400", "modalities.text.vocab is 300 there, 400 here"),
+        ("modalities.text.tokenizer=other.json", "modalities.text.tokenizer is None there, '"),
+        ("train.init=nothing", "nothing: no model here"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_sentence(little_run, pictures_only, tmp_path, change, message):
+    Tokenizer(models.BPE()).save(str(pictures_only / "other.json"))
+    with pytest.raises(UserError) as error:
+        Training(recipe_of(pictures_only, little_run, change), tmp_path / "run", resume=False)
+    assert str(error.value).startswith("train.init: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_whose_tensors_are_not_its_configurations_is_refused(little_run, pictures_only, tmp_path):
+    folder = Path(shutil.copytree(checkpoints(little_run)[-1], tmp_path / "init"))
+    tensors = load_file(folder / "ema.safetensors")
+    for change, told in ((None, "missing"), (torch.zeros(3), re.escape("[3]"))):
+        spoiled = {name: tensor for name, tensor in tensors.items() if name != "encoder.norm.weight"}
+        save_file(spoiled | ({} if change is None else {"encoder.norm.weight": change}), folder / "ema.safetensors")
+        with pytest.raises(UserError, match=rf"^train\.init: .*: encoder\.norm\.weight is {told} there, \[32\] here"):
+            Training(recipe_of(pictures_only, folder), tmp_path / "run", resume=False)
+    (folder / "config.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(UserError, match=r"^train\.init: .*format 1, this version"):
+        Training(recipe_of(pictures_only, folder), tmp_path / "run", resume=False)

@@ -1,0 +1,185 @@
+"""What a folder from somebody else, or another user of the machine, could have openimp read or overwrite."""
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+
+import openimp
+from openimp.checkpoint.folder import checkpoints
+from openimp.commands import run_eval
+from openimp.common import safe_files
+from openimp.common.errors import UserError
+from openimp.common.safe_files import cache_folder, private_folder, replacing, write_text
+from openimp.inference.embed import embed
+from openimp.recipe.schema import Recipe
+from openimp.report.write import write_report
+from openimp.training.metrics import append, forget_after, read_lines
+from openimp.training.trainer import train
+
+
+@pytest.fixture
+def victim(tmp_path) -> Path:
+    """A file of the user's that no command may read or write."""
+    file = tmp_path / "authorized_keys"
+    file.write_text("the user's own keys\n")
+    yield file
+    assert file.read_text() == "the user's own keys\n"
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_link_in_the_place_of_an_old_draft_is_not_followed(victim, tmp_path, tiny_model_folder, media_folder):
+    for name in (".metrics.jsonl.tmp", ".vectors.parquet.tmp", ".page.html.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    append(tmp_path / "metrics.jsonl", {"step": 1})
+    append(tmp_path / "metrics.jsonl", {"step": 2})
+    forget_after(tmp_path / "metrics.jsonl", 1)
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    embed(tiny_model_folder, [media_folder / "0.png"], tmp_path / "vectors.parquet")
+    write_report(tiny_model_folder, tmp_path / "page.html")
+
+
+def test_a_link_under_the_name_of_a_draft_or_a_result_is_not_followed(victim, tmp_path, monkeypatch):
+    monkeypatch.setattr(safe_files, "token_hex", lambda _: "guessed")
+    (tmp_path / ".page.html.guessed.tmp").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "page.html", "text")
+    (tmp_path / "page.html").symlink_to(victim)
+    (tmp_path / ".page.html.guessed.tmp").unlink()
+    write_text(tmp_path / "page.html", "text")
+    assert not (tmp_path / "page.html").is_symlink()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("old")
+
+    def half() -> None:
+        with replacing(file) as draft:
+            draft.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "old"
+
+
+def test_drafts_that_killed_processes_left_are_removed(victim, tmp_path):
+    names = ("file.0123456789abcdef", "file.fedcba9876543210", "file." + 16 * "0", "more." + 16 * "0")
+    old, new, link, other = (tmp_path / f".{name}.tmp" for name in names)
+    for draft in (old, new, other):
+        draft.touch()
+    link.symlink_to(victim)
+    for draft in (old, link, other):
+        os.utime(draft, (0, 0), follow_symlinks=False)
+    write_text(tmp_path / "file", "text")
+    assert [draft for draft in (old, new, link, other) if draft.is_symlink() or draft.exists()] == [new, link, other]
+
+
+def test_a_draft_is_closed_before_it_is_renamed(tmp_path, monkeypatch):
+    """Windows renames no open file."""
+    still_open = []
+
+    def rename(draft: Path, file: Path) -> None:
+        still_open.extend(link for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link) == str(draft))
+        draft.rename(file)
+
+    monkeypatch.setattr(os, "replace", rename)
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+    assert still_open == []
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, little_data):
+    before = os.umask(0o027)
+    try:
+        train(Recipe.load(little_data / "recipe.yaml", ["train.steps=2", "evaluation={}"]), tmp_path / "run")
+        write_report(tmp_path / "run")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"model.safetensors", "metrics.jsonl", "recipe.yaml", "report.html"} <= {path.name for path in files}
+    assert {path.name: mode(path) for path in files if mode(path) != 0o640} == {}
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["metrics.jsonl", "results.jsonl", "skipped.jsonl", "recipe.yaml", "torchrun.job", "tensorboard", "checkpoints",
+     "checkpoints/best", "checkpoints/step-00000012", "checkpoints/step-00000012/config.json",
+     "checkpoints/step-00000012/tokenizer.json", "checkpoints/step-00000012/ema.safetensors"],
+)  # fmt: skip
+def test_a_link_that_leads_out_of_a_run_is_refused(victim, tmp_path, little_data, little_run, place):
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
+    link, elsewhere = run / place, victim
+    if link.is_dir():
+        elsewhere = tmp_path / "elsewhere"
+        link.rename(elsewhere)
+    link.unlink(missing_ok=True)
+    link.symlink_to(elsewhere)
+    commands = {
+        "report": lambda: write_report(run),
+        "eval": lambda: run_eval(run, None, None, None),
+        "load": lambda: openimp.load(run),
+        "train": lambda: train(Recipe.load(little_data / "recipe.yaml"), run, resume=True),
+    }
+    for command in commands.values():
+        with pytest.raises(
+            UserError, match=r": is a link out of .*/run, which openimp does not follow; remove the link$"
+        ):
+            command()
+
+
+@pytest.mark.parametrize("place", ["metrics.jsonl", "skipped.jsonl", "recipe.yaml", "torchrun.job"])
+def test_a_pipe_in_a_run_is_refused_and_not_waited_for(tmp_path, little_data, little_run, place):
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
+    (run / place).unlink(missing_ok=True)
+    os.mkfifo(run / place)
+    for command in (
+        lambda: write_report(run),
+        lambda: openimp.load(run),
+        lambda: train(Recipe.load(little_data / "recipe.yaml"), run, resume=True),
+    ):
+        with pytest.raises(UserError, match=f"{place}: is not a regular file"):
+            command()
+
+
+def test_links_that_stay_inside_and_those_of_the_hubs_cache_are_followed(tmp_path, little_run, tiny_model_folder):
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
+    (run / "checkpoints" / "best").symlink_to(checkpoints(run)[-1].name)
+    openimp.load(run)
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1a2b", tmp_path / "models--a--b" / "blobs"
+    shutil.copytree(tiny_model_folder, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    openimp.load(snapshot)
+    (snapshot / "more.json").symlink_to("../../../more.json")
+    with pytest.raises(UserError, match="is a link out of"):
+        openimp.load(snapshot)
+
+
+def test_cache_folders_are_the_users_alone(tmp_path, monkeypatch, foreign_folder):
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
+    assert [mode(path) for path in (cache_folder("decoded"), tmp_path / "cache")] == [0o700, 0o700]
+    before = os.umask(0o002)
+    try:
+        private_folder(tmp_path / "a" / "b" / "c")
+    finally:
+        os.umask(before)
+    assert [mode(tmp_path / path) for path in ("a", "a/b", "a/b/c")] == [0o700] * 3
+    for folder in (tmp_path / "cache" / "decoded", tmp_path / "cache"):
+        for others in (0o777, 0o720):
+            folder.chmod(others)
+            with pytest.raises(UserError, match="other users can write to it, so what it holds cannot be trusted"):
+                cache_folder("decoded")
+        folder.chmod(0o700)
+    (tmp_path / "link").symlink_to(foreign_folder)
+    for folder in (foreign_folder, tmp_path / "link"):
+        with pytest.raises(UserError, match="belongs to another user; set OPENIMP_CACHE to a folder of your own"):
+            private_folder(folder)

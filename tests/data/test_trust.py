@@ -1,0 +1,179 @@
+"""What `eval` and `report` read because a model's own recipe names it: anything for whoever trained it, else little."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from openimp.checkpoint.folder import checkpoints, read_config
+from openimp.commands import run_eval
+from openimp.common.errors import UserError
+from openimp.data.sources import open_source
+from openimp.data.trust import KNOWN, check_sources
+from openimp.inference.model import load
+from openimp.recipe.schema import Recipe
+from openimp.report.write import write_report
+from openimp.training.metrics import read_lines
+from openimp.training.trainer import train
+
+SECRET = "a low tone, for my eyes only"
+
+
+def altered(model: Path, **sources) -> Path:
+    """Lets a model's recipe name other sources, as whoever publishes one can."""
+    file = model / "config.json"
+    config = json.loads(file.read_text())
+    for name, source in sources.items():
+        config["recipe"]["sources"][name] = source
+    file.write_text(json.dumps(config))
+    return model
+
+
+@pytest.fixture
+def foreign(tmp_path, little_run) -> Path:
+    """A model from somebody else."""
+    return Path(shutil.copytree(checkpoints(little_run)[-1], tmp_path / "foreign"))
+
+
+@pytest.fixture
+def private(tmp_path, own_data) -> Path:
+    """A file of the user's that another user's recipe may know of."""
+    (own_data / "private.jsonl").write_text(
+        "".join(json.dumps({"sound": f"{i}.wav", "caption": f"{SECRET} {i}"}) + "\n" for i in range(9))
+    )
+    return own_data / "private.jsonl"
+
+
+def test_a_foreign_recipe_reads_no_private_file(foreign, private, tmp_path):
+    altered(foreign, sounds={"path": str(private)})
+    page = write_report(foreign, tmp_path / "page.html").read_text()
+    assert SECRET not in page
+    assert "tones is not measured again" in page
+    assert "colours is not measured again" in page, "the data that it was trained with is no business of its either"
+    told = (
+        f"{foreign}: you did not train this model on this machine, and evaluation set tones of its recipe reads source "
+        f"sounds ({private}), which is outside of this folder; add --allow-sources if you trust the recipe"
+    )
+    with pytest.raises(UserError) as error:
+        run_eval(foreign, ["tones"], None, None)
+    assert str(error.value) == told
+    # That is what the protection is against, and what somebody may want.
+    assert SECRET in write_report(foreign, tmp_path / "page.html", allow_sources=True).read_text()
+    run_eval(foreign, ["tones"], None, tmp_path / "results.jsonl", allow_sources=True)
+    assert {line["n"] for line in read_lines(tmp_path / "results.jsonl")} == {9}
+
+
+def test_the_users_own_run_may_move_and_be_measured_with_no_flag(little_run, tmp_path):
+    run = Path(shutil.copytree(little_run, tmp_path / "moved"))
+    run_eval(run, None, None, None)
+    assert "not measured again" not in write_report(run).read_text()
+    load(run).save(tmp_path / "saved")
+    run_eval(tmp_path / "saved", None, None, None)
+
+
+def test_a_foreign_run_in_the_place_of_an_own_one_is_foreign(little_data, private, tmp_path):
+    recipe = Recipe.load(little_data / "recipe.yaml", ["train.steps=2", "evaluation.sets.colours.prompts=['{}']"])
+    train(recipe, tmp_path / "run")
+    run_eval(tmp_path / "run", None, None, None)
+    altered(checkpoints(tmp_path / "run")[-1], sounds={"path": str(private)})
+    with pytest.raises(UserError, match="you did not train this model on this machine"):
+        run_eval(tmp_path / "run", None, None, None)
+
+
+def test_without_a_cache_of_ones_own_no_model_is_known(little_run, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("OPENIMP_CACHE", str(cache))
+    cache.mkdir()
+    cache.chmod(0o777)  # Whatever is in it, anybody may have put there.
+    (cache / KNOWN).mkdir()
+    config = (checkpoints(little_run)[-1] / "config.json").read_bytes()
+    (cache / KNOWN / hashlib.sha256(config).hexdigest()).touch()
+    for _ in range(2):
+        assert "tones is not measured again" in write_report(little_run, tmp_path / "page.html").read_text()
+        with pytest.raises(UserError, match="you did not train this model on this machine"):
+            run_eval(little_run, ["tones"], None, None)
+        shutil.rmtree(cache, ignore_errors=True)
+        cache.touch()  # No folder can be made there.
+
+
+def test_a_run_of_another_user_or_machine_is_measured_with_the_flag_or_ones_own_recipe(
+    little_run, little_data, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"add --allow-sources if you trust the recipe$"):
+        run_eval(little_run, None, None, None)
+    run_eval(little_run, None, None, None, allow_sources=True)
+    run_eval(little_run, None, str(little_data / "recipe.yaml"), None)
+
+
+def test_another_recipe_allows_only_the_sources_that_it_defines(foreign, private, tmp_path):
+    altered(foreign, sounds={"path": str(private)})
+    recipe = yaml.safe_load((private.parent / "recipe.yaml").read_text())
+    (tmp_path / "sets.yaml").write_text(yaml.safe_dump({"evaluation": recipe["evaluation"]}))
+    with pytest.raises(UserError, match="reads source sounds"):
+        run_eval(foreign, ["tones"], str(tmp_path / "sets.yaml"), None)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"hub": "me/private"},
+        {"path": "https://169.254.169.254/rows.parquet"},
+        {"path": "file:///{private}", "format": "parquet"},
+        {"path": "{private}"},
+        {"path": "../data/private.jsonl"},
+        {"path": "sub/../../data/private.jsonl"},
+        {"path": "link.jsonl"},
+        {"path": "sub/*.jsonl"},
+        {"path": "*/private.jsonl"},
+        {"path": "linked"},
+        {"path": "rows.jsonl", "root": "{folder}"},
+        {"path": "rows.jsonl", "root": "linked"},
+        {"path": "openimp:stills.parquet", "root": "{folder}"},
+        {"path": "passwd:../x.jsonl"},
+    ],
+)
+def test_no_way_out_of_the_folder_is_taken(foreign, private, source):
+    (foreign / "sub").mkdir()
+    (foreign / "rows.jsonl").write_text('{"sound": "0.wav", "caption": "a"}\n')
+    for link, target in {"link.jsonl": private, "sub/more.jsonl": private, "linked": private.parent}.items():
+        (foreign / link).symlink_to(target)
+    source = {key: value.format(private=private, folder=private.parent) for key, value in source.items()}
+    altered(foreign, sounds=source)
+    recipe = read_config(foreign)[0]
+    with pytest.raises(UserError, match=r"tones of its recipe reads source sounds .* which is outside of this folder"):
+        check_sources(foreign, foreign, recipe, ["tones"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_file_that_is_named_like_a_pattern_brings_in_no_other(foreign, private, stream):
+    """`locate` finds the file of that very name; `datasets` must not expand it again, nor read `::` as a URL."""
+    pq.write_table(pa.table({"caption": [SECRET]}), private.with_suffix(".parquet"))
+    for name in ("d/*.parquet", f"d::{private.parent}/private.parquet"):
+        (foreign / name).parent.mkdir(parents=True)
+        pq.write_table(pa.table({"caption": ["a"]}), foreign / name)
+        if "*" in name:
+            (foreign / "d" / "evil.parquet").symlink_to(private.with_suffix(".parquet"))
+        altered(foreign, sounds={"path": name, "stream": stream})
+        source = read_config(foreign)[0].sources["sounds"]
+        if "::" in name:
+            with pytest.raises(UserError, match="as a chain of URLs; rename it"):
+                open_source("sounds", source)
+            continue
+        opened = open_source("sounds", source)
+        rows = [row["caption"] for row in opened.read(0, 0, 2)] if stream else opened.column("caption")
+        assert {*rows} == {"a"}
+
+
+def test_data_in_the_folder_and_bundled_data_are_read(foreign, little_data, tmp_path):
+    shutil.copytree(little_data, foreign / "data")
+    altered(foreign, sounds={"path": "data/*.jsonl"}, pictures={"path": "data/pictures"})
+    run_eval(foreign, None, None, tmp_path / "results.jsonl")
+    assert len(read_lines(tmp_path / "results.jsonl")) == 3
+    altered(foreign, sounds={"path": "openimp:notes.parquet"})
+    check_sources(foreign, foreign, read_config(foreign)[0], ["tones"])

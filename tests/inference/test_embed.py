@@ -1,0 +1,145 @@
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import openimp
+import openimp.inference.embed
+from openimp.common.errors import UserError
+from openimp.inference.embed import embed
+
+
+@pytest.fixture
+def folder(media_folder, tmp_path):
+    """The media, one level deeper, with files that cannot be read and one that is no medium."""
+    top = tmp_path / "in"
+    shutil.copytree(media_folder, top / "deep")
+    (top / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
+    (top / "broken.txt").write_bytes(b"\xff\xfe\xfa")
+    (top / "notes.docx").write_bytes(b"PK")
+    return top
+
+
+def test_a_folder_becomes_a_table_of_unit_vectors(tiny_model_folder, folder, tmp_path, capsys):
+    done = embed(tiny_model_folder, [folder], tmp_path / "new" / "out.parquet", batch_size=2)
+    table = pq.read_table(done.out)
+    assert table.column_names == ["path", "modality", "towards", "embedding"]
+    assert str(table.schema.field("embedding").type) == "fixed_size_list<element: float>[32]"
+    rows = table.to_pylist()
+    assert sorted(row["path"] for row in rows) == sorted(map(str, (folder / "deep").iterdir()))
+    assert {(row["modality"], row["towards"]) for row in rows} == {
+        ("image", "text"),
+        ("video", "text"),
+        ("audio", "text"),
+        ("text", "image"),
+    }
+    model = openimp.load(tiny_model_folder)
+    for row in rows:
+        path = Path(row["path"])
+        value = path.read_text(encoding="utf-8") if row["modality"] == "text" else path
+        alone = model.encode(row["modality"], value, normalize=True)[0].cpu()
+        # Up to the rounding of bf16, where it is faster.
+        assert torch.dot(alone, torch.tensor(row["embedding"])) > 0.999
+    assert np.linalg.norm([row["embedding"] for row in rows], axis=1) == pytest.approx(1, abs=1e-5)
+    assert done.rows == {"image": 3, "video": 3, "audio": 3, "text": 3}
+    assert [skipped.split(": ")[0] for skipped in done.skipped] == [
+        str(folder / f"broken.{end}") for end in ("png", "txt")
+    ]
+    assert done.unknown == 1
+    printed = capsys.readouterr().out
+    assert "12 vectors (3 image, 3 text, 3 video, 3 audio)" in printed
+    assert "2 files could not be read" in printed
+    assert str(folder / "broken.png") in printed
+
+
+def test_long_lists_are_written_part_by_part_in_order(tiny_model_folder, media_folder, tmp_path, monkeypatch):
+    """With parts of one and of all files the table is the same, and a bad file in the middle shifts nothing."""
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"nothing")
+    files = [media_folder / "2.png", bad, media_folder / "0.png", media_folder / "2.png", media_folder / "1.png"]
+    whole = pq.read_table(embed(tiny_model_folder, files, tmp_path / "whole.parquet").out)
+    monkeypatch.setattr(openimp.inference.embed, "CHUNK", 1)
+    parts = pq.read_table(embed(tiny_model_folder, files, tmp_path / "parts.parquet").out)
+    assert whole["path"].to_pylist() == [str(media_folder / f"{i}.png") for i in (2, 0, 1)]
+    assert parts["path"].to_pylist() == whole["path"].to_pylist()
+    for one, other in zip(parts["embedding"].to_pylist(), whole["embedding"].to_pylist()):
+        assert one == pytest.approx(other, abs=1e-2)
+
+
+def test_a_text_file_that_is_huge_is_skipped(tiny_model_folder, media_folder, tmp_path):
+    with (tmp_path / "huge.txt").open("wb") as file:
+        file.truncate(2**40)  # It takes no room on the disk.
+    done = embed(tiny_model_folder, [tmp_path / "huge.txt", media_folder / "0.txt"], tmp_path / "out.parquet")
+    assert done.rows == {"text": 1}
+    assert "is larger than 33,554,432 bytes" in done.skipped[0]
+
+
+def test_a_file_whose_name_is_no_utf8_is_skipped_and_named(tiny_model_folder, media_folder, tmp_path, capsys):
+    for file in ("0.png", "0.txt"):
+        shutil.copy(media_folder / file, tmp_path / file)
+        shutil.copy(media_folder / file, os.fsencode(tmp_path) + b"/\xff" + os.fsencode(file))
+    done = embed(tiny_model_folder, [tmp_path], tmp_path / "out.parquet")
+    assert done.rows == {"image": 1, "text": 1}
+    assert sorted(pq.read_table(done.out)["path"].to_pylist()) == [str(tmp_path / name) for name in ("0.png", "0.txt")]
+    told = [f"{tmp_path}/\\udcff0.{end}: its name is not UTF-8, as the table's paths are" for end in ("png", "txt")]
+    assert done.skipped == told
+    assert told[0] in capsys.readouterr().out
+
+
+def test_the_modality_can_be_said_where_the_name_does_not_tell(tiny_model_folder, media_folder, tmp_path):
+    nameless = tmp_path / "picture"
+    shutil.copy(media_folder / "0.png", nameless)
+    with pytest.raises(UserError, match=r"picture: is it image or text or video or audio\? .* --modality"):
+        embed(tiny_model_folder, [nameless], tmp_path / "out.parquet")
+    done = embed(tiny_model_folder, [nameless], tmp_path / "out.parquet", modality="image")
+    assert done.rows == {"image": 1}
+
+
+def test_towards_decides_on_the_space_of_texts(tiny_model_folder, media_folder, tmp_path):
+    done = embed(tiny_model_folder, [media_folder / "0.txt"], tmp_path / "out.parquet", towards="audio")
+    row = pq.read_table(done.out).to_pylist()[0]
+    text = (media_folder / "0.txt").read_text(encoding="utf-8")
+    expected = openimp.load(tiny_model_folder).encode_text(text, towards="audio", normalize=True)[0]
+    assert row["towards"] == "audio"
+    assert row["embedding"] == pytest.approx(expected.tolist(), abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        (["missing.png"], {}, r"missing\.png: no such file or folder"),
+        (["empty"], {}, "nothing to embed in .*empty; looked for "),
+        ([], {}, "nothing to embed in no files"),
+        (["bad.png"], {}, r"none of the 1 files can be read; the first: .*bad\.png"),
+        (["bad.png"], {"modality": "picture"}, "no modality 'picture'"),
+        (["bad.png"], {"towards": "video"}, "no task trains image and video together"),
+    ],
+)
+def test_bad_input_is_said_and_the_old_table_stays(tiny_model_folder, tmp_path, monkeypatch, files, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "out.parquet").write_bytes(b"old")
+    with pytest.raises(UserError, match=message):
+        embed(tiny_model_folder, files, "out.parquet", **options)
+    assert (tmp_path / "out.parquet").read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.png", "empty", "out.parquet"]
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tiny_model_folder, media_folder, tmp_path):
+    def interrupted(items, description):
+        yield from list(items)[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(tiny_model_folder, [media_folder], tmp_path / "out.parquet", progress=interrupted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_is_not_written_over_a_folder(tiny_model_folder, media_folder, tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        embed(tiny_model_folder, [media_folder], tmp_path)

@@ -1,0 +1,339 @@
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+
+import openimp
+from openimp.checkpoint.folder import save_model
+from openimp.checkpoint.warm_start import open_start
+from openimp.common.errors import UserError
+from openimp.common.modality import modalities_of
+from openimp.inference.model import Model
+
+ENDINGS = {"image": "png", "video": "mp4", "audio": "wav"}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder):
+    return openimp.load(tiny_model_folder, device="cpu", precision="fp32")
+
+
+def inputs_of(modality: str, folder: Path) -> list:
+    if modality == "text":
+        return ["a", "a red square, and a green circle, and a blue line, and noise", "noise", ""]
+    return [folder / f"{i}.{ENDINGS[modality]}" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "moe", [None, {"experts": 4, "layers": 1}, {"routing": "token_choice", "top_k": 2, "layers": 2}]
+)
+@pytest.mark.parametrize("modality", ["image", "video", "audio", "text"])
+def test_an_embedding_does_not_depend_on_its_batch_mates(modality, moe, tiny_recipe, tiny_model, media_folder):
+    recipe = tiny_recipe({"moe": moe})
+    model = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {}, "fp32")
+    inputs = inputs_of(modality, media_folder)
+    together = model.encode(modality, inputs, normalize=True)
+    alone = torch.cat([model.encode(modality, value, normalize=True) for value in inputs])
+    backwards = model.encode(modality, inputs[::-1], normalize=True, batch_size=2).flip(0)
+    assert (together - alone).abs().max() < 1e-5
+    assert (together - backwards).abs().max() < 1e-5
+    # Different inputs do get different embeddings, or the above would say nothing.
+    assert torch.pdist(together).min() > 1e-3
+
+
+def test_a_path_bytes_a_picture_an_array_and_a_tensor_are_the_same_input(model, media_folder):
+    path = media_folder / "1.png"
+    picture = PIL.Image.open(path)
+    expected = model.encode_image(path)
+    assert expected.shape == (1, 32)
+    assert expected.dtype == torch.float32
+    for same in (str(path), path.read_bytes(), picture, np.asarray(picture), [path]):
+        assert torch.equal(model.encode_image(same), expected)
+    batch = torch.stack([model.preprocess(picture)] * 2)
+    assert batch.shape == (2, 3, 32, 32)
+    torch.testing.assert_close(model.encode_image(batch), expected.expand(2, -1), rtol=0, atol=1e-5)
+
+
+def test_tokenizer_batches_are_the_texts(model):
+    texts = ["a red square", "noise"]
+    ids = model.tokenizer(texts)
+    assert ids.shape == (2, 8)
+    torch.testing.assert_close(model.encode_text(ids), model.encode_text(texts), rtol=0, atol=1e-5)
+    assert torch.equal(model.tokenizer("noise"), ids[1:])
+
+
+def test_pads_change_nothing(model):
+    ids = model.tokenizer("a")
+    assert (ids[0, 3:] == 0).all()
+    for length in (3, 5):
+        torch.testing.assert_close(model.encode_text(ids[:, :length]), model.encode_text(ids), rtol=0, atol=1e-5)
+
+
+def test_arrays_are_sounds_and_clips(model, media_folder):
+    sound, _ = soundfile.read(media_folder / "2.wav", dtype="int16")
+    assert torch.equal(model.encode_audio(sound), model.encode_audio(media_folder / "2.wav"))
+    clip = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), np.uint8)
+    assert model.encode_video([clip, media_folder / "0.mp4"]).shape == (2, 32)
+
+
+def test_the_clips_of_a_long_item_are_averaged(model, media_folder):
+    """Two clips of a sound: the mean of what each of them gives alone, as unit vectors."""
+    sound, _ = soundfile.read(media_folder / "2.wav", dtype="int16")
+    samples = round(0.512 * 16_000)
+    ends = F.normalize(model.encode_audio([sound[:samples], sound[-samples:]]), dim=-1)
+    whole = model.encode_audio(sound, normalize=True)
+    torch.testing.assert_close(whole, F.normalize(ends.mean(0, keepdim=True), dim=-1), rtol=0, atol=1e-5)
+
+
+def test_normalize_gives_the_direction_of_the_plain_vector(model):
+    plain = model.encode_text(["a", "noise"])
+    unit = model.encode_text(["a", "noise"], True)  # open_clip's second argument
+    torch.testing.assert_close(unit.norm(dim=-1), torch.ones(2))
+    torch.testing.assert_close(F.normalize(plain, dim=-1), unit)
+    assert (plain.norm(dim=-1) - 1).abs().min() > 0.1
+
+
+def test_logit_scale_is_the_logarithm_of_the_inverse_temperature(model):
+    assert model.logit_scale.exp().item() == pytest.approx(5.0)  # temperature 0.2
+
+
+def test_preprocess_and_tokenizer_follow_the_views(tiny_model_folder, media_folder):
+    model = openimp.load(tiny_model_folder, device="cpu", precision="fp32")
+    model.views["image"] = model.views["image"].model_copy(update={"size": (16, 24)})
+    model.views["text"] = model.views["text"].model_copy(update={"length": 5})
+    path = media_folder / "0.png"
+    assert model.preprocess(path).shape == (3, 16, 24)
+    assert model.tokenizer("noise").shape == (1, 5)
+    tensor = model.preprocess(path)[None]
+    torch.testing.assert_close(model.encode_image(tensor), model.encode_image(path), rtol=0, atol=1e-5)
+
+
+def test_vectors_can_be_trained_on_and_tensors_through(model, media_folder):
+    probe = torch.nn.Linear(32, 2)
+    probe(model.encode_image(media_folder / "0.png")).sum().backward()
+    picture = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    model.encode_image(picture).square().sum().backward()
+    assert picture.grad.abs().sum() > 0
+
+
+def test_each_modality_is_encoded_towards_a_sensible_partner(model):
+    assert {name: model.partner(name) for name in model.modalities} == {
+        "image": "text",
+        "video": "text",
+        "audio": "text",
+        "text": "image",
+    }
+    assert not torch.equal(model.encode_text("a"), model.encode_text("a", towards="audio"))
+    assert torch.equal(model.encode_text("a"), model.encode_text("a", towards="video"))  # they share a head
+    for other in ("video", "smell"):
+        with pytest.raises(UserError, match=f"no task trains image and {other} together"):
+            model.encode_image(np.zeros((9, 9, 3), np.uint8), towards=other)
+
+
+def test_video_is_encoded_by_the_heads_that_it_shares_where_no_task_compares_it(tiny_recipe, tiny_model):
+    """Of tasks on captioned images and labelled clips, zero-shot video follows."""
+    tasks = tiny_recipe().model_dump()["tasks"]
+    tasks["video"] |= {"inputs": {"video": "video"}, "objectives": [{"type": "classification", "label": "label"}]}
+    del tasks["video"]["views"][0]["text"]
+    tasks = {name: tasks[name] for name in ("image", "video")}
+    recipe = tiny_recipe(tasks=tasks, modalities={"vision": {"patch": [2, 8, 8]}})
+    model = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {})
+    assert model.partner("video") == "text"
+    assert model.encode_video(np.zeros((4, 16, 16, 3), np.uint8)).shape == model.encode_text("a").shape
+
+
+def test_text_prefers_pictures_even_if_another_task_comes_first(tiny_recipe, tiny_model):
+    recipe = tiny_recipe()
+    recipe.tasks = dict(reversed(recipe.tasks.items()))
+    model = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {})
+    assert next(iter(recipe.tasks)) == "audio"
+    assert model.partner("text") == "image"
+
+
+def test_unreadable_inputs_are_named(model, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n truncated")
+    with pytest.raises(UserError, match=r"broken\.png: cannot be read as image"):
+        model.encode_image([str(broken)])
+    with pytest.raises(UserError, match=r"missing\.wav: cannot be read as audio: no such file"):
+        model.encode_audio("missing.wav")
+    with pytest.raises(UserError, match="input 1: cannot be read as text"):
+        model.encode_text(["a", 7])
+
+
+def test_a_text_without_a_known_word_is_told(tiny_recipe, tiny_model):
+    recipe = tiny_recipe()
+    recipe.modalities["text"].min_df = 1
+    words = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {})
+    with pytest.warns(UserWarning, match=r"'xylophone' has no word that the model knows"):
+        unknown = words.encode_text(["a red", "xylophone"])[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(words.encode_text(["a red", ""])[1], unknown)
+
+
+def test_a_view_that_does_not_fit_is_told(tiny_model_folder, media_folder):
+    model = openimp.load(tiny_model_folder, device="cpu")
+    model.views["image"].size = 12
+    with pytest.raises(UserError, match=r"views\['image'\]: size: height of 12 pixels is no multiple of 8"):
+        model.encode_image(media_folder / "0.png")
+    model.views["text"].length = 100_000
+    with pytest.raises(UserError, match=r"views\['text'\]: length"):
+        model.encode_text("a")
+
+
+def test_a_text_of_pads_alone_is_no_nan(model):
+    assert model.encode_text(torch.zeros(1, 8, dtype=torch.int64)).isfinite().all()
+
+
+def test_a_model_file_cannot_ask_for_more_layers_than_it_has(tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["recipe"]["model"]["layers"] = 10**9
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not fit the model: 1000000000 layers in"):
+        openimp.load(folder)
+
+
+def test_an_unknown_modality_is_no_method(model):
+    assert not hasattr(model, "encode_smell")
+    assert {"encode_image", "encode_text", "encode_video", "encode_audio"} <= set(dir(model))
+
+
+def test_save_and_load_give_the_same_model(model, tmp_path, media_folder):
+    model.save(tmp_path / "exported")
+    again = openimp.load(tmp_path / "exported", device="cpu", precision="fp32")
+    assert not again.training
+    for modality in model.modalities:
+        inputs = inputs_of(modality, media_folder)
+        assert torch.equal(again.encode(modality, inputs), model.encode(modality, inputs))
+    with pytest.raises(UserError, match="expected a new folder"):
+        model.save(tmp_path / "exported")
+
+
+def test_a_run_means_its_newest_checkpoint(tiny_model_folder, tiny_recipe, tiny_model, tmp_path):
+    recipe = tiny_recipe()
+    newest, modalities = tiny_model(recipe)
+    with torch.no_grad():
+        newest.stems["text"].after.bias += 1
+    for step, network in ((1, None), (2, newest)):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        shutil.copytree(tiny_model_folder, folder)
+        (folder / "state.json").write_text("{}", encoding="utf-8")
+        if network is not None:
+            save_model(folder, network, recipe, modalities, {})
+    loaded = openimp.load(tmp_path / "run", device="cpu")
+    assert torch.equal(loaded.imp.stems["text"].after.bias, newest.stems["text"].after.bias)
+
+
+def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, message in ((tmp_path, "no model here"), ("no/such/folder", "no such folder"), ("a/b", "not to be had")):
+        with pytest.raises(UserError, match=message) as error:
+            openimp.load(name)
+        assert "\n" not in str(error.value)
+
+
+def test_a_model_of_the_hub_is_named_with_its_revision(tiny_model_folder, tiny_recipe, tmp_path, monkeypatch):
+    """From the hub's cache, where a snapshot holds links to files that are named by their hash."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--them--model", "0123456789" * 4
+    for folder in ("blobs", "refs", f"snapshots/{commit}"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "v1").write_text(commit)
+    for i, file in enumerate(sorted(tiny_model_folder.iterdir())):
+        shutil.copy(file, repository / "blobs" / f"{i}")
+        (repository / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{i}")
+    for name in ("them/model@v1", f"them/model@{commit}", "hub:them/model@v1"):
+        assert openimp.load(name, device="cpu").recipe.name == "tiny"
+    recipe = tiny_recipe(train={"init": "hub:them/model@v1"})
+    assert open_start(recipe, modalities_of(recipe)).folder == repository / "snapshots" / commit
+    with pytest.raises(UserError, match="them/model@v2: no such folder, and not to be had from the hub"):
+        openimp.load("them/model@v2")
+    with pytest.raises(UserError, match=r"train\.init: .*/them/model@v1: no model here"):
+        open_start(tiny_recipe(train={"init": "them/model@v1"}), {})
+
+
+def test_a_modality_from_outside_the_package_is_encoded(tmp_path, monkeypatch, tiny_recipe, tiny_model):
+    """Registered as any installed package would be: by an entry point in its metadata."""
+    info = tmp_path / "trace-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trace\nVersion: 1\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[openimp.common.modality]\ntrace = trace:Trace\n", encoding="utf-8")
+    (tmp_path / "trace.py").write_text(
+        """
+import numpy as np
+import torch
+from openimp.common.modality import Modality, StemSpec, Tokens
+
+
+class Trace(Modality):
+    name = stem = "trace"
+
+    def stem_spec(self):
+        return StemSpec(values=3, axes=(16,))
+
+    def check(self, view):
+        pass
+
+    def length(self, view):
+        return 16
+
+    def decode(self, raw, views, rng=None):
+        return np.asarray(raw, np.float32)
+
+    def transform(self, item, view, rng):
+        return item if rng is not None else item[None]
+
+    def tokens(self, items, view, rngs):
+        return Tokens(torch.from_numpy(items), torch.arange(16).expand(len(items), -1)[..., None])
+""",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    task = {
+        "source": "all",
+        "inputs": {"trace": "x", "text": "y"},
+        "objectives": [{"type": "contrastive"}],
+        "views": [{"text": {"length": 8}}],
+    }
+    recipe = tiny_recipe(tasks={"traces": task}, modalities={})
+    imp, modalities = tiny_model(recipe)
+    model = Model(imp, recipe, modalities, {})
+    traces = [np.random.default_rng(i).normal(size=(16, 3)) for i in range(3)]
+    assert model.encode_trace(traces).shape == (3, 32)
+    assert (model.partner("trace"), model.partner("text")) == ("text", "trace")
+    assert model.preprocess is None
+    with pytest.raises(UserError, match="takes no pictures"):
+        _ = model.logit_scale
+
+
+def test_import_is_quick_and_imports_no_torch():
+    code = (
+        "import sys, time; start = time.perf_counter(); import openimp; spent = time.perf_counter() - start\n"
+        "assert 'torch' not in sys.modules and 'pydantic' not in sys.modules\n"
+        "assert openimp.__version__\n"
+        "assert sorted(dir(openimp)) == ['IMP', 'Recipe', '__version__', 'load']\n"
+        "print(spent)"
+    )
+    run = [sys.executable, "-c", code]
+    spent = [float(subprocess.run(run, check=True, capture_output=True, text=True).stdout) for _ in range(3)]
+    assert min(spent) < 0.1
+
+
+def test_unknown_public_names_are_refused():
+    assert openimp.IMP.__module__ == "openimp.model.imp"
+    assert openimp.Recipe.__module__ == "openimp.recipe.schema"
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = openimp.lode

@@ -1,0 +1,100 @@
+"""The ledger against formulas by hand, and against what a training step really computes."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from openimp.common.modality import modalities_of
+from openimp.objectives import head_key
+from openimp.planning.ledger import costs, mixture
+from openimp.recipe.schema import Recipe
+from openimp.training.metrics import read_lines
+from openimp.training.trainer import Training
+
+D, LAYERS, F, Z, B = 32, 3, 64, 24, 10
+IMAGE_TOKENS, DROPPED, PATCH, TEXT_TOKENS, CLASSES = 16, 8, 2 * 8 * 8 * 3, 8, 5
+MOE = {"experts": 4, "layers": 2}
+
+
+def recipe_of(moe: dict | None, space: str = "joint") -> Recipe:
+    return Recipe.build(
+        {
+            "name": "counted",
+            "model": {"width": D, "layers": LAYERS, "heads": 2, "mlp": F, "embed_dim": Z, "moe": moe, "space": space},
+            "modalities": {"vision": {"patch": [2, 8, 8]}},
+            "sources": {"all": {"path": "all.parquet"}},
+            "tasks": {
+                "stills": {
+                    "source": "all",
+                    "inputs": {"image": "image", "text": "text"},
+                    "objectives": [{"type": "contrastive"}, {"type": "classification", "of": "image", "label": "kind"}],
+                    "batch": B,
+                    "views": [
+                        {"image": {"size": 32}, "text": {"length": TEXT_TOKENS}},
+                        {"image": {"size": 32, "drop": 0.5}, "text": {"length": TEXT_TOKENS}, "share": 3},
+                    ],
+                }
+            },
+        }
+    )
+
+
+def by_hand(image_tokens: int, moe: dict | None) -> int:
+    """Forward and backward FLOPs; a backward pass costs two products where a forward one costs one."""
+    total = 0
+    for tokens in (image_tokens, TEXT_TOKENS):
+        n = B * tokens
+        attention = 2 * n * D * 4 * D + 2 * 2 * n * tokens * D
+        mlp = 2 * 2 * n * D * F
+        sparse = mlp
+        if moe:
+            experts = moe["experts"]
+            slots = moe["slots"] if moe.get("routing") == "soft" else max(1, int(tokens / experts + 0.5))
+            sparse = 2 * 2 * B * experts * slots * D * F + 2 * n * D * experts
+            if moe.get("routing") == "soft":
+                sparse += (slots - 1) * 2 * n * D * experts + 2 * 2 * n * D * experts * slots
+        layers = LAYERS * attention + (LAYERS - (moe["layers"] if moe else 0)) * mlp
+        layers += (moe["layers"] if moe else 0) * sparse
+        stem = 2 * 2 * n * D * D
+        head = 2 * B * (D * Z + Z * Z)
+        total += 3 * (layers + stem + head)
+    # Pixels have no gradient. Their values lack the depth of a patch, over which its weights are summed.
+    total += 2 * 2 * B * image_tokens * PATCH // 2 * D
+    # Similarities are computed from either side, as where each side's rows are on many processes.
+    return total + 3 * (2 * 2 * B * B * Z + 2 * B * D * CLASSES)
+
+
+@pytest.mark.parametrize("moe", [None, MOE, {**MOE, "experts": 8}, {**MOE, "routing": "soft", "slots": 2}])
+def test_flops_are_those_of_the_closed_formula(moe):
+    recipe = recipe_of(moe)
+    found = costs(recipe, modalities_of(recipe), {head_key("all", "kind"): list(range(CLASSES))})
+    assert {view: cost.flops for (_, view), cost in found.items()} == {
+        0: by_hand(IMAGE_TOKENS, moe),
+        1: by_hand(DROPPED, moe),
+    }
+    assert {cost.tokens for cost in found.values()} == {B * (t + TEXT_TOKENS) for t in (IMAGE_TOKENS, DROPPED)}
+    shares = mixture(recipe, found)["stills"]
+    assert shares["flops"] == pytest.approx((by_hand(IMAGE_TOKENS, moe) + 3 * by_hand(DROPPED, moe)) / 4)
+    assert shares["examples"] == B
+
+
+def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
+    """Counted on the real steps in fp32, where nothing chooses another attention."""
+    recipe = Recipe.load(little_data / "recipe.yaml", ["train.precision=fp32", "train.steps=6"])
+    training = Training(recipe, tmp_path / "run", False)
+    computed = dict.fromkeys(recipe.tasks, 0)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for step in range(6):
+            loaded = training.data[step]
+            with FlopCounterMode(display=False) as counter:
+                losses = training.forward(loaded)
+                losses.total.backward()
+            training.apply_gradients(loaded, losses)
+            computed[loaded.visit.task] += counter.get_total_flops()
+            training.metrics.add(loaded.visit.task, losses, training.costs[loaded.visit.task, loaded.visit.view])
+    training.metrics.write(
+        6, 0.0, 0.0, {"seconds": 1.0, "step_p50": 0.1, "step_p95": 0.1, "data_wait": 0.0, "waits": {}}
+    )
+    training.metrics.close()
+    (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert {task: totals["flops"] for task, totals in line["totals"].items()} == computed

@@ -1,0 +1,391 @@
+"""The plan against published sizes, against what a run records, and against what a step really holds and sends.
+
+torchrun runs this very file to measure what comes to each of four processes.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from openimp.alternation import Alternation
+from openimp.commands import _duration, run_plan
+from openimp.common.errors import UserError
+from openimp.common.modality import modalities_of
+from openimp.data.loader import StepBatches
+from openimp.model.embedder import in_pieces
+from openimp.model.imp import IMP
+from openimp.objectives import sigmoid_nce, softmax_nce, task_losses
+from openimp.parallel import distributed
+from openimp.parallel.exchange import make_exchange
+from openimp.planning.gpus import GPUS, USABLE
+from openimp.planning.ledger import costs, empty_batch, short
+from openimp.planning.memory import StepMemory, step_memory
+from openimp.planning.plan import SIMILARITY, Plan, Step, count, per_token, plan
+from openimp.recipe.schema import Recipe
+from openimp.study.training import peak_memory
+from openimp.training.metrics import read_lines
+from openimp.training.optimizers import make_optimizers, muon_matrices
+from openimp.training.trainer import Training
+
+
+@pytest.mark.parametrize(
+    ("name", "in_all", "token", "counted"),
+    [("imp_b", 84.95, 86, 86.14), ("imp_moe_b", 509.7, 90, 86.21), ("imp_moe_l", 1057, 350, 304.2)],
+)
+def test_parameters_are_the_published_ones(name, in_all, token, counted):
+    """Encoders in all are the paper's, and so are IMP-B's a token. How it counts those of experts it does not say."""
+    recipe = Recipe.load(name)
+    with torch.device("meta"):
+        model = IMP.from_recipe(recipe, modalities_of(recipe))
+    used = per_token(recipe, model) / 1e6
+    assert float(f"{count(model.encoder) / 1e6:.4g}") == in_all
+    assert used == pytest.approx(counted, abs=0.05)
+    assert 0.85 < used / token < 1.01
+    # By hand: four matrices of attention and two of the MLP a block, and the two linear layers of the stem.
+    width, mlp, moe = recipe.model.width, recipe.model.mlp, recipe.model.moe
+    matrices = recipe.model.layers * (4 * width**2 + 2 * width * mlp) + 2 * width**2
+    routers = moe.layers * moe.experts * width if moe else 0
+    assert 1e6 * used == pytest.approx(matrices + routers, rel=1e-3)
+
+
+CLASSES = {"pictures:label": ["blue", "green", "red", "white"]}
+
+
+def plan_of(recipe: Recipe, gpus: int = 1, gpu: str = "h100", mfu: float = 0.4) -> Plan:
+    return plan(recipe, modalities_of(recipe), CLASSES, gpus, gpu, mfu)
+
+
+def test_flops_are_those_that_the_run_records(little_data, little_run):
+    recipe = Recipe.load(little_data / "recipe.yaml")
+    found = plan_of(recipe)
+    totals = read_lines(little_run / "metrics.jsonl")[-1]["totals"]
+    assert found.flops == sum(units["flops"] for units in totals.values())
+    assert found.seconds == found.flops / (989e12 * 0.4)
+    assert sum(found.visits.values()) == recipe.train.steps
+    steps = [(visit.task, visit.view) for visit in Alternation(recipe)]
+    assert found.visits == {key: steps.count(key) for key in steps}
+
+
+def test_the_peak_is_the_measured_one(tmp_path):
+    """A step of the demo on this CPU, in the precision that it trains in, and what a run holds between its steps."""
+    recipe = Recipe.load(
+        "demo", ["evaluation={}", "train.workers=0", "train.steps=60", *few("stills", "clips", "notes")]
+    )
+    classes = StepBatches(recipe, modalities_of(recipe)).classes
+    counted = [
+        step_memory(recipe, modalities_of(recipe), classes, task, view, "auto", on_gpu=False).peak.total()
+        for task, options in recipe.tasks.items()
+        for view in range(len(options.views))
+    ]
+    assert max(counted) == pytest.approx(peak_memory(recipe, tmp_path / "run", Training), rel=0.15)
+
+
+def few(*sources: str) -> list[str]:
+    """Rows enough for a batch: sizes of tensors do not depend on how many there are."""
+    return [f"sources.{source}.limit=300" for source in sources]
+
+
+def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
+    """Weights, both kinds of moments, averaged weights, once every task has had a step."""
+    changes = ["optimizer.muon_lr=1e-2", "alternation.kind=intervals", "modalities.text.vocab=258"]
+    training = Training(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / "run", False)
+    for step in range(2):
+        training.update(training.data[step])
+    training.metrics.close()
+    states = [state for optimizer in training.optimizers for state in optimizer.state.values()]
+    moments = [tensor for state in states for key, tensor in state.items() if key != "step"]
+    held = [*training.model.parameters(), *moments, *training.averaged.values()]
+    memory = plan_of(training.recipe).steps["heard", 0].memory
+    never = 2 * 4 * len(training.model.pairs)  # Moments of the sigmoid loss' bias, which this recipe does not use.
+    assert memory["parameters"] + memory["optimiser"] == sum(tensor.nbytes for tensor in held) + never
+
+
+def test_a_block_holds_on_a_gpu_what_its_backward_pass_needs(tiny_recipe):
+    """By hand, in bytes a token: both norms keep their input in fp32 and two statistics, linear layers and attention
+    what they read and made in bf16."""
+    width, hidden, tokens = 64, 256, 16 * 16
+    task = {"source": "all", "inputs": {"image": "image"}, "batch": 16, "views": [{"image": {"size": 32}}],
+            "objectives": [{"type": "classification", "label": "kind"}]}  # fmt: skip
+
+    def held(layers: int) -> int:
+        sizes = {"width": width, "mlp": hidden, "heads": 1, "layers": layers, "moe": None}
+        recipe = tiny_recipe(model=sizes, modalities={"vision": {"patch": [2, 8, 8]}}, tasks={"named": task})
+        return step_memory(recipe, modalities_of(recipe), {"all:kind": [0, 1]}, "named", 0, "bf16").activations
+
+    norms = 2 * (4 * width + 2 * 4)
+    attention = 2 * (width + 3 * width + width) + 4
+    assert held(5) - held(4) == pytest.approx(tokens * (norms + attention + 2 * (width + 2 * hidden)), rel=0.01)
+
+
+def test_several_gpus_divide_and_speak_as_the_page_says(little_data):
+    recipe = Recipe.load(little_data / "recipe.yaml", ["tasks.named.views.1.batch=8", "tasks.heard.batch=64"])
+    alone, shared = plan_of(recipe), plan_of(recipe, gpus=2)
+    with torch.device("meta"):
+        model = IMP.from_recipe(recipe, modalities_of(recipe), {"pictures:label": 4})
+    blocks, block = count(model.encoder.blocks), count(model.encoder.blocks[1])
+    parts = [model.encoder.norm, *(model.stems[m] for m in ("audio", "text"))]
+    touched = (
+        1 + sum(map(count, [*parts, *(model.projections[m] for m in ("audio-to-text", "text-to-audio"))])) + blocks
+    )
+    outside, vectors = count(model) - blocks, 4 * 2 * 64 * 32
+    before, after = alone.steps["heard", 0], shared.steps["heard", 0]
+    assert sum(before.received.values()) == 0
+    # Gathered once and for two projections, blocks for two passes there and back; touched gradients, numbers of items.
+    received = 4 * (3 * outside + 2 * 2 * blocks + touched) + 2 * vectors + 8 * 64
+    assert after.received == {"link": pytest.approx(received / 2, rel=1e-4), "network": 0}
+    similarities = 2 * SIMILARITY * 32 * 32
+    assert after.memory["gathered"] == 4 * (outside + 2 * block) + 8 * block + 2 * vectors + similarities
+    assert after.memory["cast weights"] == 2 * touched
+    assert after.memory["gradients"] == 4 * touched // 2
+    for kind in ("parameters", "optimiser", "inputs"):
+        assert after.memory[kind] == before.memory[kind] // 2
+    assert after.memory["activations"] == pytest.approx(before.memory["activations"] / 2, rel=0.1)
+    assert shared.seconds == alone.seconds / 2
+    slow = replace(shared, gpu=replace(shared.gpu, link=1e-9))
+    waits = {key: step.received["link"] for key, step in slow.steps.items()}
+    assert slow.seconds_connected == pytest.approx(sum(waits[key] * n for key, n in slow.visits.items()))
+    assert replace(shared, gpu=replace(shared.gpu, link=1e9)).seconds_connected == pytest.approx(shared.seconds)
+
+
+def test_whole_copies_send_their_gradients_once_whatever_the_pieces(little_data):
+    """Of many parameters and few examples, so that a second copy of gradients would be seen."""
+    changes = ["tasks.named.weight=0", "tasks.heard.batch=4", "model.width=256", "model.mlp=4096", "parallel.shard=1"]
+    recipe, pieces = (Recipe.load(little_data / "recipe.yaml", [*changes, f"batch.micro={n}"]) for n in ("null", 1))
+    alone, shared, again = (plan_of(r, n).steps["heard", 0] for r, n in ((recipe, 1), (recipe, 4), (pieces, 4)))
+    for kind in ("parameters", "optimiser"):
+        assert shared.memory[kind] == alone.memory[kind]
+    similarities = 2 * 4 * 4 * 3 // 4 // 4
+    assert shared.memory["gathered"] == 8 * 32 * 8 + SIMILARITY * similarities
+    with torch.device("meta"):
+        model = IMP.from_recipe(recipe, modalities_of(recipe), {"pictures:label": 4})
+    gradients = sum(4 * weight.numel() for name, weight in model.named_parameters() if name in shared.cost.touched)
+    assert gradients > 10 * shared.memory["gathered"]
+    received = 2 * gradients + 8 * 2 * 4 * 32 + 8 * 4  # Vectors of two sides, and numbers of their items.
+    assert again.received == shared.received == {"link": pytest.approx(3 / 4 * received, rel=1e-4), "network": 0}
+
+
+def test_experts_apart_stay_and_their_slots_travel(little_data):
+    """On a GPU to them in fp32, as the norm before them gives them, and back in bf16; their gradients likewise."""
+    changes = ["tasks.named.weight=0", "tasks.heard.batch=32", "model.moe={experts: 4, layers: 1}"]
+
+    def held_as(parallel: str) -> Step:
+        recipe = Recipe.load(little_data / "recipe.yaml", [*changes, f"parallel={parallel}"])
+        return plan_of(recipe, gpus=16).steps["heard", 0]
+
+    sharded, apart = held_as("{shard: 8}"), held_as("{shard: 8, experts: 4}")
+    experts = 4 * 2 * 32 * 64
+    elsewhere = experts * 3 // 4
+    for kind in ("parameters", "optimiser", "gradients"):
+        assert apart.memory[kind] == sharded.memory[kind]
+    for kind, size in (("gathered", 16), ("cast weights", 2)):
+        assert apart.memory[kind] == sharded.memory[kind] - size * elsewhere
+    # Two passes there and back and their gradients, of all experts from 8 GPUs, or of a quarter from 2.
+    slots = (4 + 2) * 32 * 2 * apart.cost.tokens // 16
+    saved = 5 * (4 * experts * 7 // 8 - 4 * (experts - elsewhere) // 2) - slots * 3 // 4
+    assert apart.received["link"] == sharded.received["link"] - saved
+    # An eighth of the gradients in either of two copies, and what the loss compares with all.
+    assert apart.received["network"] == pytest.approx(
+        sharded.memory["gradients"] + 15 / 16 * (8 * 32 * 2 + 8) * 32, rel=1e-3
+    )
+    assert apart.received["network"] == sharded.received["network"]
+
+    copies, own = held_as("{shard: 1}"), held_as("{shard: 1, experts: 4}")
+    assert own.memory["parameters"] == copies.memory["parameters"] - 4 * elsewhere
+    assert own.memory["gradients"] == copies.memory["gradients"] - 4 * elsewhere
+    # Four have the same experts; sixteen have all the rest.
+    summed = 2 * 4 * (experts * 15 // 16 - (experts - elsewhere) * 3 // 4)
+    assert own.received["network"] == pytest.approx(copies.received["network"] - summed, abs=2)
+    assert own.received["link"] == slots * 3 // 4
+
+
+def test_what_stays_in_a_node_comes_over_its_link(little_data):
+    found = plan_of(Recipe.load(little_data / "recipe.yaml", ["tasks.named.views.1.batch=8", "tasks.heard.batch=8"]), 2)
+    received = {"link": 450 * 10**9, "network": 100 * 10**9}
+    assert found.communicating(received) == 2
+    assert found.communicating(received | {"network": 0}) == 1
+
+
+SMALL = ["train.precision=fp32", "tasks.heard.weight=0", "tasks.named.views=[{image: {size: 16}}]"]
+LAYOUTS = {
+    "in shards": ["tasks.named.objectives=[{type: contrastive, loss: sigmoid}]", "model.own_layers=1"],
+    "in two groups": ["parallel.shard=2"],
+    "experts apart, in pieces": ["parallel.experts=2", "batch={micro: 1, recompute: true}"],
+    "in two groups, experts apart": ["parallel={shard: 2, experts: 2}"],
+    "whole copies": ["parallel.shard=1"],
+    "whole copies, in pieces": ["parallel.shard=1", "batch={micro: 1, recompute: true}"],
+    "whole copies, experts apart": ["parallel={shard: 1, experts: 2}"],
+    "whole copies, Muon": ["parallel.shard=1", "optimizer.muon_lr=1e-3"],
+}
+
+
+class Received(TorchDispatchMode):
+    """Counts collectives, and the bytes by which they come to this process, where a sum goes round in a ring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name, given = func._opname, [*tree_leaves(args), *tree_leaves(kwargs)]
+        if func.namespace in ("c10d", "_c10d_functional") and not name.startswith(("wait", "_wrap")):
+            sizes = [leaf.nbytes for leaf in given if isinstance(leaf, torch.Tensor)]
+            largest = sum(sizes) if name == "allreduce_coalesced_" else max(sizes)
+            (group,) = (found for leaf in given if (found := _group(leaf)))
+            share = 2 if name.startswith("allreduce_") else group.size() if name == "allgather_" else 1
+            self.calls[name] += 1
+            self.bytes[name] += share * largest * (group.size() - 1) // group.size()
+        return func(*args, **(kwargs or {}))
+
+
+def _group(leaf: Any) -> Any:
+    if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in leaf._type().name():
+        return dist.ProcessGroup.unbox(leaf)
+    return dist.distributed_c10d._resolve_process_group(leaf) if isinstance(leaf, str) and leaf.isdigit() else None
+
+
+def measure_received(recipe: Path, out: Path) -> None:
+    """Of a step in each layout, a file of this process."""
+    found = {}
+    for layout, changes in LAYOUTS.items():
+        options = Recipe.load(recipe, [*SMALL, *changes])
+        device, modalities = distributed.start(), modalities_of(options)
+        model = IMP.from_recipe(options, modalities, {"pictures:label": 4}).train()
+        copies = layout.spread(
+            model, model.blocks(), model.experts(), ("encode", "project", "classify"),
+            options.parallel.shard, options.parallel.experts, device,
+        )  # fmt: skip
+        batch = empty_batch(options.tasks["named"], 0, modalities, CLASSES, device, distributed.world())
+        encode = in_pieces(model.encode, options.batch.micro)
+        named = dict(model.named_parameters())
+        steps = [{named[name] for name in cost.touched} for cost in costs(options, modalities, CLASSES).values()]
+        exchange = make_exchange(model, copies, muon_matrices(options.optimizer, model), steps)
+        optimizers = make_optimizers(options.optimizer, model, exchange.own)
+        with Received() as received:
+            task_losses(model, options.tasks["named"], batch, encode).total.backward()
+            exchange.gradients()
+            for optimizer in optimizers:
+                optimizer.step()
+            exchange.updates()
+        found[layout] = {"bytes": received.bytes, "calls": received.calls}
+    (out / f"{distributed.rank()}.json").write_text(json.dumps(found))
+
+
+def test_four_processes_receive_what_the_plan_says(little_data, tmp_path):
+    recipe = little_data / "recipe.yaml"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", __file__, recipe, tmp_path]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=300)
+    measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    assert measured[1:] == measured[:1] * 3
+    for layout, changes in LAYOUTS.items():
+        step = plan_of(Recipe.load(recipe, [*SMALL, *changes]), gpus=4).steps["named", 0]
+        # Above it by what FSDP2 pads, and by the routers' counts.
+        assert sum(step.received.values()) == pytest.approx(sum(measured[0][layout]["bytes"].values()), rel=3e-3), (
+            layout
+        )
+    # Vectors and items; the gradient of the vectors; how many tokens the texts have, and gradients.
+    calls = measured[0]["whole copies"]["calls"]
+    assert sum(calls.values()) == 5, calls
+    assert sum(measured[0]["whole copies, Muon"]["calls"].values()) == 6
+
+
+@pytest.mark.parametrize("loss", [softmax_nce, sigmoid_nce])
+def test_the_bytes_of_a_similarity_are_counted(loss):
+    with FakeTensorMode():
+        sides = nn.ParameterList([torch.empty(100, 2), torch.empty(800, 2)])
+        with StepMemory(sides) as memory:
+            loss(sides[0] @ sides[1].T, torch.zeros(100, 800, dtype=torch.bool)).sum().backward()
+    assert memory.activations / (100 * 800) == pytest.approx(SIMILARITY, rel=0.02)
+
+
+def test_fits_or_not(little_data):
+    """A batch that is too large for one GPU and not for another."""
+    changes = ["tasks.heard.batch=40000", "model.width=1024"]
+    small = plan_of(Recipe.load(little_data / "recipe.yaml", changes), gpu="rtx4090")
+    assert small.largest == ("heard", 0)
+    assert GPUS["rtx4090"].memory * USABLE < small.memory / 2**30 < GPUS["h200"].memory * USABLE
+    assert (small.fits, replace(small, gpu=GPUS["h200"]).fits) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"gpu": "h1000"}, "--gpu: no GPU is called 'h1000'; did you mean 'h100'?"),
+        ({"gpus": 0}, "--gpus: expected 1 or more, found 0"),
+        ({"mfu": 1.5}, "--mfu: expected a share above 0 and at most 1, found 1.5"),
+        (
+            {"gpus": 4},
+            "--gpus: 4 GPUs do not divide a batch evenly: 6 of tasks.named.views[1], 6 of tasks.heard.views[0]",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(little_data, change, told):
+    with pytest.raises(UserError) as refused:
+        plan_of(Recipe.load(little_data / "recipe.yaml"), **change)
+    assert str(refused.value) == told
+
+
+@pytest.mark.parametrize(
+    ("parallel", "told"),
+    [
+        ("{shard: 4}", "parallel.shard: 6 processes cannot be divided into groups of 4"),
+        (
+            "{shard: 3, experts: 2}",
+            "parallel.experts: the 3 processes that share a copy cannot be divided into groups of 2",
+        ),
+        ("{shard: 1, experts: 4}", "parallel.experts: 6 processes cannot be divided into groups of 4"),
+    ],
+)
+def test_a_model_that_processes_cannot_hold_so_is_refused(little_data, parallel, told):
+    recipe = Recipe.load(little_data / "recipe.yaml", ["model.moe.experts=4", f"parallel={parallel}"])
+    with pytest.raises(UserError) as refused:
+        plan_of(recipe, gpus=6)
+    assert str(refused.value) == told
+    assert plan_of(recipe, gpus=1).fits
+
+
+def test_the_command_prints_the_plan(little_data, capsys):
+    run_plan(str(little_data / "recipe.yaml"), ["train.steps=7"], 2, "a100", 0.5)
+    printed = capsys.readouterr().out
+    found = plan_of(Recipe.load(little_data / "recipe.yaml", ["train.steps=7"]), 2, "a100", 0.5)
+    task, view = found.largest
+    step = found.steps[task, view]
+    row = [f"{task}, {view}", f"{step.cost.examples}", f"{step.cost.tokens}", short(step.cost.flops)]
+    row += [f"{1e3 * found.computing(step.cost.flops):.1f}", f"{sum(step.received.values()) / 1e9:.2f}"]
+    assert row in [[cell.strip() for cell in line.split("│")[1:7]] for line in printed.splitlines()]
+    assert f"largest step: {task}, view {view}" in printed
+    assert re.search(rf"in all\W+{sum(found.parameters.values()):,}\b", printed)
+    assert re.search(rf"a token uses\D+{found.per_token:,}\b", printed)
+    assert re.search(rf"activations\W+{found.steps[found.largest].memory['activations'] / 2**30:.3f}\b", printed)
+    assert f"little fits: {found.memory / 2**30:.2f} of 71.1 GiB for tensors on each of 2 x a100" in printed
+    assert f"7 steps, {short(found.flops)}FLOPs: 0:00 at an MFU of 50%" in printed
+
+
+def test_a_run_of_days_is_told_in_days():
+    assert [_duration(seconds) for seconds in (59.6, 86_399, 86_400, 1e6)] == [
+        "1:00",
+        "23:59:59",
+        "1.0 days",
+        "11.6 days",
+    ]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    del os.environ["LOCAL_WORLD_SIZE"]  # So that processes take gloo, whose collectives torch lets us see.
+    measure_received(Path(sys.argv[1]), Path(sys.argv[2]))
+    distributed.leave()

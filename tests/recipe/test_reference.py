@@ -1,0 +1,48 @@
+"""docs/recipe.md says what the schema says, and every key of a recipe has a meaning."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from openimp.recipe import schema
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "write_recipe_reference.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("write_recipe_reference", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_current(tool):
+    page = tool.PAGE.read_text(encoding="utf-8")
+    assert page == tool.current(page), "docs/recipe.md is older than the schema; run `make docs`"
+
+
+def test_every_key_has_a_meaning(tool):
+    silent = [
+        f"{part.__qualname__}.{name}"
+        for part in tool.sections()
+        for name, field in part.model_fields.items()
+        if not field.description
+    ]
+    assert not silent, "write a docstring below each of these"
+
+
+def test_every_part_of_the_schema_has_a_section(tool):
+    parts = {value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, BaseModel)}
+    modalities = tool.own_modalities().values()
+    parts |= {part for modality in modalities for part in (modality.Config, modality.View)}
+    assert parts - {BaseModel, schema.Strict} == set(tool.sections())
+
+
+def test_links_lead_to_their_sections(tool):
+    page = tool.PAGE.read_text(encoding="utf-8")
+    headings = {tool._anchor(line.removeprefix("## ")) for line in page.splitlines() if line.startswith("## ")}
+    links = {part.partition(")")[0] for part in page.split("](#")[1:]}
+    assert links == headings

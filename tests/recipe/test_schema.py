@@ -1,0 +1,290 @@
+"""The recipe: what it refuses, and how it says so; what it fills in, and that nothing is lost on the way to YAML."""
+
+import pytest
+import yaml
+
+from openimp.common.errors import UserError
+from openimp.recipe.file import find_file
+from openimp.recipe.schema import Recipe, View
+
+
+def bomb(start: str, each: str) -> str:
+    """Lists or mappings of aliases of aliases: 30 lines stand for 4^29 values."""
+    lines = [f"k{i}: &k{i} " + (each.format(f"*k{i - 1}") if i else start) for i in range(30)]
+    return "\n".join(lines)
+
+
+BUNDLED = ["demo", "imp_s", "imp_b", "imp_m", "imp_l", "imp_moe_s", "imp_moe_b", "imp_moe_l"]
+
+
+@pytest.fixture
+def file(little_data):
+    return little_data / "recipe.yaml"
+
+
+# What is changed, and the end of the one sentence that answers.
+REFUSED = {
+    # An unknown key is answered with the nearest one of its own mapping.
+    "optimiser.lr=1": "unknown key 'optimiser'; did you mean 'optimizer'?",
+    "train.stepz=1": "train: unknown key 'stepz'; did you mean 'steps'?",
+    "model.moe.expert=4": "model.moe: unknown key 'expert'; did you mean 'experts'?",
+    "tasks.named.bacth=4": "tasks.named: unknown key 'bacth'; did you mean 'batch'?",
+    "tasks.named.objectives.0.simile=x": "tasks.named.objectives.0: unknown key 'simile'; did you mean 'same'?",
+    "tasks.named.inputs.image={colum: x}": "tasks.named.inputs.image: unknown key 'colum'; did you mean 'column'?",
+    "tasks.named.views.0.image.sise=16": "tasks.named.views[0].image: unknown key 'sise'; did you mean 'size'?",
+    "tasks.named.views.1.imagge={}": "tasks.named.views[1]: unknown key 'imagge'; did you mean 'image'?",
+    "evaluation.sets.tones.views={}": "evaluation.sets.tones: unknown key 'views'; did you mean 'view'?",
+    "evaluation.sets.colours.view.audio={}": "evaluation.sets.colours.view: unknown key 'audio'; "
+    "known: batch, image, share",
+    "modalities.vision.pach=8": "modalities.vision: unknown key 'pach'; did you mean 'patch'?",
+    "modalities.visions={}": "modalities: unknown key 'visions'; did you mean 'vision'?",
+    "zzz=1": "unknown key 'zzz'; known: alternation, batch, evaluation, modalities, model, name, optimizer, parallel, "
+    "seed, sources, tasks, train",
+    # A wrong type or value is answered with what was expected and what was found.
+    "train.steps=many": "train.steps: Input should be a valid integer, found 'many'",
+    "train.steps='7'": "train.steps: Input should be a valid integer, found '7'",
+    "train.steps=1e3": "train.steps: Input should be a valid integer, found 1000.0",
+    "train.steps=0": "train.steps: Input should be greater than or equal to 1, found 0",
+    "train.compile=1": "train.compile: Input should be a valid boolean, found 1",
+    "train.precision=fp16": "train.precision: Input should be 'auto', 'bf16' or 'fp32', found 'fp16'",
+    "optimizer.lr=-1": "optimizer.lr: Input should be greater than 0, found -1",
+    "train=fast": "train: Input should be a valid dictionary or instance of Train, found 'fast'",
+    "name=": "name: Input should be a valid string, found None",
+    "tasks.named.views.0.image.size=big": "tasks.named.views[0].image: size: Input should be a valid integer, "
+    "found 'big'",
+    "sources.pictures.where={label: 1.5}": "sources.pictures.where.label: Input should be a valid string, found 1.5",
+    "tasks.named.objectives.0.type=contrast": "tasks.named.objectives.0: Input tag 'contrast' found using 'type' does "
+    "not match any of the expected tags: 'contrastive', 'classification'",
+    "modalities.vision.patch=[2, 8]": "modalities.vision: patch.2: Field required",
+    "tasks.named.views=[]": "tasks.named.views: List should have at least 1 item after validation, not 0",
+    "tasks.named.objectives.0.pairs=[]": "tasks.named.objectives.0.pairs: List should have at least 1 item after "
+    "validation, not 0",
+    "tasks.named.inputs.image=[]": "tasks.named.inputs.image: names no column",
+    "tasks.named.weight=.inf": "tasks.named.weight: Input should be a finite number, found inf",
+    # So is a missing one.
+    "tasks.named.objectives.1={type: classification}": "tasks.named.objectives.1.label: Field required",
+    "tasks.other={source: pictures, objectives: [{type: contrastive}]}": "tasks.other.inputs: Field required",
+    "sources={}": "sources: Dictionary should have at least 1 item after validation, not 0",
+    # Parts must fit each other.
+    "model.heads=3": "model: width 32 is no multiple of heads 3",
+    "model.moe.layers=3": "model: moe.layers 3 is more than layers 2",
+    "parallel.experts=3": "parallel.experts: 3 processes cannot share 2 experts evenly",
+    "model.moe.top_k=3": "model: moe.top_k 3 is more than moe.experts 2",
+    "sources.pictures={}": "sources.pictures: give exactly one of path and hub",
+    "sources.pictures.hub=x/y": "sources.pictures: give exactly one of path and hub",
+    "sources.pictures={path: x.tar, stream: true, cache: disk}": "sources.pictures: a streamed source cannot be "
+    "cached; drop stream or cache",
+    "sources.pictures.split=test": "sources.pictures: config, split and revision are for hub data sets; to select "
+    "rows of a path, use where",
+    "sources.pictures.revision=main": "sources.pictures: config, split and revision are for hub data sets",
+    "name=../../x": "name: '../../x' cannot name a folder: use letters, and no slash or control character",
+    "name='..'": "name: '..' cannot name a folder",
+    "name=/tmp/x": "name: '/tmp/x' cannot name a folder",
+    'name="a\\ab"': "name: 'a\\x07b' cannot name a folder",
+    "sources.pictures.config=x": "sources.pictures: config, split and revision are for hub data sets",
+    "sources.pictures.window=9": "sources.pictures: window is for streams; drop it, or set stream: true",
+    "sources.pictures={hub: x/y, format: parquet}": "sources.pictures: format is for a path; drop it",
+    "tasks.named.source=picture": "tasks.named.source: no source 'picture'; did you mean 'pictures'?",
+    "evaluation.sets.tones.source=x": "evaluation.sets.tones.source: no source 'x'; known: pictures, sounds",
+    "tasks.named.inputs={imag: file, text: label}": "tasks: no modality is called 'imag'; did you mean 'image'?",
+    "tasks.named.objectives.0.pairs=[[image, txt]]": "tasks.named: objective contrastive: 'txt' is no input; "
+    "did you mean 'text'?",
+    "tasks.named.objectives.0.pairs=[[image, image]]": "tasks.named: objective contrastive: pairs needs different "
+    "modalities, and each pair once",
+    "tasks.named.objectives.0.pairs=[[image, text], [text, image]]": "tasks.named: objective contrastive: pairs needs "
+    "different modalities, and each pair once",
+    "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label, "
+    "classes: [red]}]}": "tasks.other: tasks.named classifies 'label' of pictures too, by the same head, so loss and "
+    "classes must be the same",
+    "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label, "
+    "loss: sigmoid}]}": "tasks.other: tasks.named classifies 'label' of pictures too",
+    "tasks.named.objectives.1.of=audio": "tasks.named: objective classification: 'audio' is no input; "
+    "known: image, text",
+    "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: contrastive}]}": "tasks.other: a "
+    "contrastive objective needs two modalities in inputs",
+    "tasks.other={source: sounds, inputs: {text: x}, objectives: [{type: classification, label: x}]}": "tasks.other: a "
+    "classification of text only must name it as its `of`",
+    "evaluation.sets.tones.inputs={audio: sound}": "evaluation.sets.tones.inputs: retrieval is between two modalities, "
+    "found 1",
+    "evaluation.sets.tones.inputs.text={column: caption, draw: 2}": "evaluation.sets.tones.inputs.text: evaluation "
+    "draws nothing; drop draw",
+    "evaluation.sets.tones.view.batch=4": "evaluation.sets.tones.view: share, batch and sync are for training; "
+    "use evaluation.batch",
+    "evaluation.sets.colours.view.share=0.5": "evaluation.sets.colours.view: share, batch and sync are for training",
+    "evaluation.sets.colours.inputs={video: file}": "evaluation.sets.colours: no task trains modality 'video'; "
+    "known: audio, image, text",
+    "evaluation.sets.colours.reader=txt": "evaluation.sets.colours: no task trains modality 'txt'; "
+    "did you mean 'text'?",
+    # A view that makes no whole patch is answered with the sizes that do.
+    "tasks.named.views.0.image.size=20": "tasks.named.views[0].image: size: height of 20 pixels is no multiple of 8 up "
+    "to 256; 16 or 24 would do",
+    "tasks.named.views.0.image.size=[16, 4]": "tasks.named.views[0].image: size: width of 4 pixels is no multiple of 8 "
+    "up to 256; 8 or 16 would do",
+    "tasks.named.views.1.image.size=1000": "tasks.named.views[1].image: size: height of 1000 pixels is no multiple of 8"
+    " up to 256; 256 would do",
+    "evaluation.sets.tones.view.audio.seconds=0.4": "evaluation.sets.tones.view.audio: seconds: 0.4 s are 25 frames, "
+    "no multiple of 16 up to 1024; 0.256 or 0.512 s would do",
+    "tasks.named.views.0.text.length=17": "tasks.named.views[0].text: length 17 is more than the 16 positions of the "
+    "table",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_a_mistake_is_told_in_one_sentence_that_names_file_and_key(file, change):
+    with pytest.raises(UserError) as error:
+        Recipe.load(file, [change])
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(f"{file}: {REFUSED[change]}")
+
+
+def test_sync_of_a_cached_source_is_refused(file):
+    """Its cache keeps parts of long recordings, so a share of their length would be another moment."""
+    recordings = ["tasks.named.inputs.audio=label", "tasks.named.views.0.sync=true"]
+    with pytest.raises(UserError, match=r"tasks.named.views: sync needs .* sources.pictures.cache keeps parts"):
+        Recipe.load(file, [*recordings, "sources.pictures.cache=memory"])
+    with pytest.raises(UserError, match="sync is for tasks that read two recordings"):
+        Recipe.load(file, recordings[1:])
+
+
+def test_no_task_at_all_is_refused(file):
+    with pytest.raises(UserError, match="every task has weight 0; nothing would be trained"):
+        Recipe.load(file, ["tasks.named.weight=0", "tasks.heard.weight=0"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [x", "not valid YAML: .*line 1"),
+        ("name: x\ntrain: {steps: 1}\nname: y", "not valid YAML: key 'name' is given twice .*line 3"),
+        ("tasks: {a: {batch: 1, batch: 2}}", "not valid YAML: key 'batch' is given twice"),
+        ("text: {{caption}}", "not valid YAML: .*unhashable key"),
+        ("- a\n- b", "a recipe is a mapping of keys, found list"),
+        ("", "a recipe is a mapping of keys, found NoneType"),
+        ("name: \ttab: x", "not valid YAML"),
+        (b"name: \xff\xfe", "not valid YAML"),
+        ("name: x", "sources: Field required"),
+        ("a: &a [*a]", "not valid YAML: an alias stands for what it is in"),
+        (bomb("[0]", "[{0}, {0}, {0}, {0}]"), "not valid YAML: more than 100,000 values"),
+        (bomb("{x: 0}", "{{<<: [{0}, {0}, {0}, {0}]}}"), "not valid YAML: more than 100,000 values"),
+        ("a: " + "[" * 100_000, "not valid YAML: maximum recursion depth"),
+        ("a: 2026-99-99", "not valid YAML: month must be"),
+        ("a: " + "x" * 2**20, "is larger than 1,048,576 bytes"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_told_in_one_sentence(tmp_path, text, message):
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message) as error:
+        Recipe.load(file)
+    assert str(error.value).startswith(f"{file}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_is_found_by_path_or_by_name(file):
+    assert find_file(str(file)) == file
+    assert find_file("demo").name == "demo.yaml"
+    with pytest.raises(UserError, match=r"dem: no such recipe file; did you mean 'demo'\?"):
+        Recipe.load("dem")
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such recipe file"):
+        Recipe.load("nowhere.yaml")
+
+
+def test_overrides_reach_everything(file):
+    recipe = Recipe.load(
+        file,
+        [
+            "train.steps=7",
+            "optimizer.lr=1e-3",
+            "tasks.heard.weight=2",
+            "tasks.named.views.1.image.drop=0.25",
+            "tasks.named.objectives.1.weight=3",
+            "alternation.kind=cycle",
+            "model.moe=null",
+            "sources.pictures.where={label: [red, blue]}",
+            "name=a=b",
+        ],
+    )
+    assert recipe.train.steps == 7
+    assert recipe.optimizer.lr == 0.001
+    assert recipe.tasks["heard"].weight == 2
+    assert [view["image"].drop for view in recipe.tasks["named"].views] == [0.0, 0.25]
+    assert recipe.tasks["named"].objectives[1].weight == 3
+    assert recipe.alternation.kind == "cycle"
+    assert recipe.model.moe is None
+    assert recipe.sources["pictures"].where == {"label": ["red", "blue"]}
+    assert recipe.name == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train.steps", "--set train.steps: expected KEY=VALUE"),
+        ("tasks.named.views.2.batch=1", "--set tasks.named.views.2.batch=1: the recipe has no such key"),
+        ("tasks.named.views.x.batch=1", "the recipe has no such key"),
+        ("name.first=1", "the recipe has no such key"),
+        ("seed=[1", r"'\[1' is not valid YAML"),
+    ],
+)
+def test_an_override_that_changes_nothing_is_refused(file, text, message):
+    with pytest.raises(UserError, match=message):
+        Recipe.load(file, [text])
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.0e-3", "0.001", "+1e-3", ".001"])
+def test_a_number_is_a_number_however_it_is_written(file, number):
+    """YAML 1.1 takes 1e-3 for a word."""
+    assert Recipe.load(file, [f"optimizer.lr={number}"]).optimizer.lr == 0.001
+
+
+def test_words_that_look_a_little_like_numbers_stay_words(file):
+    for word in ("e-3", "1e", "v1e3", "1e3x"):
+        assert Recipe.load(file, [f"name={word}"]).name == word
+
+
+@pytest.mark.parametrize("name", [None, *BUNDLED])
+def test_the_resolved_recipe_is_the_recipe(file, tmp_path, name):
+    """Written out with every default and read again, from another folder."""
+    recipe = Recipe.load(name or file)
+    (tmp_path / "resolved.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    again = Recipe.load(tmp_path / "resolved.yaml")
+    assert again == recipe
+    assert again.to_yaml() == recipe.to_yaml()
+    assert Recipe.build(recipe.to_dict()) == recipe
+    written = yaml.safe_load(recipe.to_yaml())
+    assert written["optimizer"]["betas"] == [0.9, 0.999]
+    for task in written["tasks"].values():
+        for view in task["views"]:
+            assert view.keys() == {"share", "batch", "sync", *task["inputs"]}
+            assert all(options for options in (view[name] for name in task["inputs"]))
+
+
+def test_paths_start_at_the_recipe(file, little_data, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    changes = ["sources.sounds={path: openimp:notes.parquet}", "sources.pictures.root=pictures"]
+    sources = Recipe.load(file, changes).sources
+    assert sources["pictures"].path == str(little_data / "pictures")
+    assert sources["pictures"].root == str(little_data / "pictures")
+    assert sources["sounds"].path == "openimp:notes.parquet"
+    urls = ["sources.pictures.path=s3://bucket/a.parquet", f"sources.sounds.path={tmp_path}/x.csv"]
+    sources = Recipe.load(file, urls).sources
+    assert sources["pictures"].path == "s3://bucket/a.parquet"
+    assert sources["sounds"].path == f"{tmp_path}/x.csv"
+
+
+def test_views_may_be_left_out(file):
+    """One view is then enough, with each modality's defaults: the paper's."""
+    changes = ["modalities={}", "evaluation={}", "tasks={one: {source: sounds, inputs: {audio: sound, text: caption}, "
+               "objectives: [{type: contrastive}]}}"]  # fmt: skip
+    (view,) = Recipe.load(file, changes).tasks["one"].views
+    assert (view["audio"].seconds, view["text"].length) == (8.192, 16)
+    assert (view.share, view.batch) == (1.0, None)
+    assert View() == View()
+    assert Recipe.load(file, changes) == Recipe.load(file, changes)
+
+
+def test_inputs_have_a_short_form(file):
+    inputs = Recipe.load(file, ["tasks.heard.inputs.text=[caption, '{caption}!']"]).tasks["heard"].inputs
+    assert inputs["audio"].columns == ["sound"]
+    assert inputs["text"].columns == ["caption", "{caption}!"]
+    assert inputs["text"].draw == 1

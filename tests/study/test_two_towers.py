@@ -1,0 +1,285 @@
+"""open_clip's towers in openimp's loop: they learn from each kind of media, and are measured as IMP is."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from openimp.checkpoint.folder import checkpoints
+from openimp.checkpoint.warm_start import open_start
+from openimp.cli import app
+from openimp.common.errors import UserError
+from openimp.common.modality import modalities_of
+from openimp.data.loader import StepBatches
+from openimp.modalities.media import patchify
+from openimp.recipe.schema import Recipe
+from openimp.study.two_towers import (
+    MAX_LOGIT_SCALE,
+    TwoTowers,
+    TwoTowerTraining,
+    flops_of_a_step,
+    load_two_towers,
+)
+from openimp.training.metrics import read_lines
+from openimp.training.trainer import train
+
+SEEN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "image": ("stills", {"split": "test", "vendor": "twemoji"}, {"size": 32, "drop": 0.5}, "{name}, {keywords*}"),
+    "video": ("clips", {"split": "test"}, {"size": 32, "frames": 2, "stride": 4, "clips": 2}, "{name}, {keywords*}"),
+    "audio": ("notes", {"split": "test"}, {"seconds": 2.048, "drop": 0.5}, "captions"),
+}
+STEPS = 24
+
+
+def recipe_of(seen: str, **changes: Any) -> Recipe:
+    """A recipe of small towers that learn the test part of the bundled data by heart."""
+    source, where, view, text = SEEN[seen]
+    inputs = {seen: seen, "text": text}
+    exact = {name: options for name, options in view.items() if name != "drop"}
+    sets: dict[str, Any] = {
+        "both_ways": {
+            "type": "retrieval", "source": "data", "inputs": inputs, "view": {seen: exact, "text": {"length": 12}},
+        }
+    }  # fmt: skip
+    if seen == "audio":
+        sets["named"] = {
+            "type": "zero_shot", "source": "data", "inputs": {seen: seen}, "label": "instrument",
+            "prompts": ["{}", "{} sound"], "view": {seen: exact},
+        }  # fmt: skip
+    stems = {"vision": {"patch": [2, 8, 8]}, "audio": {"window": 1024, "hop": 256, "bins": 64}}
+    data = {
+        "name": "towers",
+        "model": {"width": 32, "layers": 2, "heads": 2, "mlp": 64, "embed_dim": 48, "qk_norm": True},
+        "modalities": {"audio" if seen == "audio" else "vision": stems["audio" if seen == "audio" else "vision"]},
+        "sources": {"data": {"path": f"openimp:{source}.parquet", "where": where, "cache": "memory"}},
+        "tasks": {
+            "pairs": {
+                "source": "data", "inputs": inputs, "batch": 32, "objectives": [{"type": "contrastive"}],
+                "views": [{seen: view, "text": {"length": 8}}],
+            }
+        },
+        "optimizer": {"lr": 3e-3, "muon_lr": 1e-2, "warmup": 4},
+        "train": {"steps": STEPS, "workers": 0, "log_every": 6, "save_every": 1000},
+        "evaluation": {"sets": sets},
+    }  # fmt: skip
+    return Recipe.build(data | changes)
+
+
+@pytest.fixture(scope="module", params=SEEN)
+def trained(request, tmp_path_factory) -> tuple[Recipe, Path]:
+    """A finished run with each kind of media."""
+    recipe, run = recipe_of(request.param), tmp_path_factory.mktemp("runs") / request.param
+    assert train(recipe, run, loop=TwoTowerTraining)
+    return recipe, run
+
+
+def test_the_towers_learn_and_are_measured_on_every_set(trained):
+    recipe, run = trained
+    losses = [line["tasks"]["pairs"]["loss"] for line in read_lines(run / "metrics.jsonl")]
+    assert len(losses) == STEPS // 6
+    assert losses[-1] < losses[0] - 0.15
+    results = read_lines(run / "results.jsonl")
+    assert {result["set"] for result in results} == set(recipe.evaluation.sets)
+    assert all(result["step"] == STEPS for result in results)
+    for result in results:
+        assert result.get("r10", result.get("top5")) > 2 * result["chance"], result["task"]
+
+
+def test_the_totals_are_steps_times_the_counted_cost(trained):
+    recipe, run = trained
+    totals = read_lines(run / "metrics.jsonl")[-1]["totals"]["pairs"]
+    assert totals["steps"] == STEPS
+    assert totals["examples"] == STEPS * 32
+    assert totals["flops"] == STEPS * flops_of_a_step(recipe)
+
+
+def test_the_counted_cost_is_that_of_a_real_step(tmp_path):
+    training = TwoTowerTraining(recipe_of("image"), tmp_path / "run", resume=False)
+    loaded = training.data[0]
+    # The counter does not know the CPU's fused attention; spelled out it is two products of matrices.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        training.losses(training.model, training.recipe.tasks["pairs"], loaded.batch).total.backward()
+    assert counter.get_total_flops() == training.costs["pairs", 0].flops
+
+
+def test_dropped_patches_cost_nothing(tmp_path):
+    whole = recipe_of("image").to_dict()
+    whole["tasks"]["pairs"]["views"][0]["image"]["drop"] = 0.0
+    assert flops_of_a_step(recipe_of("image")) < 0.9 * flops_of_a_step(Recipe.build(whole))
+
+
+def test_what_evaluation_reads_is_part_of_the_cost():
+    """The text tower is as long as the longest text of all views, and reads each text at that length."""
+    long = recipe_of("image").to_dict()
+    long["evaluation"]["sets"]["both_ways"]["view"]["text"]["length"] = 16
+    assert flops_of_a_step(Recipe.build(long)) > flops_of_a_step(recipe_of("image"))
+
+
+def test_the_towers_have_the_recipes_sizes_and_start(tmp_path):
+    recipe = recipe_of("image")
+    model = TwoTowerTraining(recipe, tmp_path / "run", resume=False).model
+    assert isinstance(model, TwoTowers)
+    visual = model.clip.visual
+    assert type(model.clip).__module__ == "open_clip.model"
+    assert (visual.image_size, visual.patch_size, visual.patch_dropout.prob) == ((32, 32), (8, 8), 0.5)
+    assert model.clip.context_length == 12  # the longest of all views
+    assert model.clip.text_pool_type == "eos"
+    for tower in (visual.transformer, model.clip.transformer):
+        assert (tower.width, len(tower.resblocks), tower.resblocks[0].attn.num_heads) == (32, 2, 2)
+        assert tower.resblocks[0].mlp.c_fc.out_features == 64
+    assert model.clip.logit_scale.exp().item() == pytest.approx(1 / recipe.model.temperature)
+    with torch.no_grad():
+        model.clip.logit_scale.fill_(9.0)
+    model.limit_temperatures()
+    assert model.clip.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
+
+
+def test_muon_updates_the_blocks_and_the_projections(tmp_path):
+    training = TwoTowerTraining(recipe_of("image"), tmp_path / "run", resume=False)
+    names = {parameter: name.removeprefix("clip.") for name, parameter in training.model.named_parameters()}
+    adamw, muon = ({names[p] for g in o.param_groups for p in g["params"]} for o in training.optimizers)
+    block = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    towers = ("visual.transformer", "transformer")
+    hidden = {f"{tower}.resblocks.{i}.{name}" for tower in towers for i in range(2) for name in block}
+    assert muon == hidden | {"visual.proj", "text_projection"}
+    assert adamw | muon == set(names.values())
+    assert not adamw & muon
+
+
+@pytest.mark.parametrize("seen", SEEN)
+def test_the_towers_see_the_examples_that_imp_sees_uncut(seen, tmp_path):
+    data = recipe_of(seen).to_dict()
+    data["tasks"]["pairs"]["views"][0][seen]["drop"] = 0.0  # which openimp does by itself, and the towers do by theirs
+    recipe = Recipe.build(data)
+    training = TwoTowerTraining(recipe, tmp_path / "run", resume=False)
+    modality = modalities_of(recipe)[seen]
+    batch = training.data[3].batch
+    theirs = StepBatches(recipe, {**training.modalities, seen: modality})[3].batch
+    assert theirs.rows == batch.rows
+    assert torch.equal(theirs.tokens["text"].values, batch.tokens["text"].values)
+    whole = batch.tokens[seen].values.view(-1, *training.model.shape)
+    patch = modality.config.patch if seen == "video" else modality.config.patch[-2:]
+    cut = patchify(whole if seen == "video" else whole[:, 0], patch)
+    torch.testing.assert_close(cut, theirs.tokens[seen].values, rtol=0, atol=0)
+
+
+def test_a_clip_is_the_mean_of_its_frames_and_a_sound_a_grey_picture(tmp_path):
+    for seen in ("video", "audio"):
+        training = TwoTowerTraining(recipe_of(seen), tmp_path / seen, resume=False)
+        model, tokens = training.model.eval(), training.data[0].batch.tokens[seen]
+        frames, height, width, channels = model.shape
+        values = tokens.values.view(-1, frames, height, width, channels)
+        values = values.float() / 127.5 - 1 if seen == "video" else values
+        with torch.no_grad():
+            found = model.encode({seen: tokens}).features
+            pictures = [values[:, t].permute(0, 3, 1, 2) for t in range(frames)]
+            pictures = [picture.repeat(1, 3 // channels, 1, 1) for picture in pictures]
+            vectors = [model.clip.encode_image(picture, normalize=True) for picture in pictures]
+        torch.testing.assert_close(found, sum(vectors) / frames, atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_is_read_to_its_end_however_long_it_is_padded(tmp_path):
+    model = TwoTowerTraining(recipe_of("image"), tmp_path / "run", resume=False).model.eval()
+    text = model.modalities["text"]
+    words = ["cat", "dog", "sun", "sea", "sky", "car", "hat", "map", "pen", "cup", "red", "one"]
+    full = [" ".join(words), " ".join([words[0], *words[:0:-1]])]
+    assert (text.tokenize(full, 12) != 0).all()
+    with torch.no_grad():
+        short, long = (
+            model.encode({"text": text.from_tensor(text.tokenize("grinning face", length))}).features
+            for length in (6, 12)
+        )
+        whole = model.encode({"text": text.from_tensor(text.tokenize(full, 12))}).features
+    torch.testing.assert_close(short, long)
+    assert (whole[0] - whole[1]).abs().max() > 0.01  # their first word is the same
+
+
+def test_a_run_goes_on_and_its_towers_are_loaded(tmp_path):
+    recipe = recipe_of("image")
+    training = TwoTowerTraining(recipe, tmp_path / "run", resume=False)
+    for step in range(3):
+        training.update(training.data[step])
+    training.save()
+    training.saver.wait()
+    resumed = TwoTowerTraining(recipe, tmp_path / "run", resume=True)
+    assert resumed.step == 3
+    loaded = load_two_towers(tmp_path / "run")
+    for name, tensor in training.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor)
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    tokens = training.data[0].batch.tokens
+    with torch.no_grad():
+        for name, some in tokens.items():
+            assert torch.equal(
+                loaded.encode({name: some}).features, training.model.eval().encode({name: some}).features
+            )
+
+
+def test_nothing_but_a_study_takes_the_towers_for_its_own_model(trained, tmp_path):
+    """Nor does a study take IMP for them."""
+    recipe, run = trained
+    for command in ("info", "eval", "report", "embed", "train"):
+        arguments = {"embed": [run, run], "train": [run / "recipe.yaml", "--run", run, "--resume="]}
+        done = CliRunner().invoke(app, [command, *map(str, arguments.get(command, [run]))])
+        assert isinstance(done.exception, UserError), command
+        told = "made by another loop: TwoTowerTraining there" if command == "train" else "holds TwoTowers, expected IMP"
+        assert told in str(done.exception)
+    with pytest.raises(UserError, match="holds TwoTowers, expected IMP"):
+        open_start(Recipe.build(recipe.to_dict() | {"train": {"init": str(run)}}), {})
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    file = checkpoints(copy)[-1] / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"model": "IMP"}))
+    with pytest.raises(UserError, match="holds IMP, expected TwoTowers"):
+        load_two_towers(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model": {"width": 32, "heads": 2, "layers": 2, "moe": {"layers": 1}}}, "set model.moe=null"),
+        ({"objectives": [{"type": "contrastive", "same": "name"}]}, "set tasks.pairs.objectives="),
+        ({"inputs": {"image": "image", "text": {"column": "keywords", "draw": 2}}}, "drop draw"),
+        ({"views": [{"image": {"size": 32}}, {"image": {"size": 64}}]}, "one shape only"),
+        ({"views": [{"image": {"size": 32}}, {"image": {"size": 32, "drop": 0.5}}]}, "one share of the patches"),
+        ({"inputs": {"image": "image", "video": "image"}, "views": [{}]}, "one modality and its text"),
+    ],
+)
+def test_what_the_towers_cannot_do_is_told_before_anything_is_written(change, told, tmp_path):
+    data = recipe_of("image").to_dict()
+    if "model" in change:
+        data |= change
+    else:
+        data["tasks"]["pairs"] |= change
+    data["evaluation"] = {}
+    data["modalities"] = {}
+    with pytest.raises(UserError, match=told):
+        train(Recipe.build(data), tmp_path / "run", loop=TwoTowerTraining)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_tasks_are_one_too_many(tmp_path):
+    data = recipe_of("image").to_dict()
+    data["tasks"]["more"] = data["tasks"]["pairs"]
+    with pytest.raises(UserError, match="one task, found pairs, more"):
+        train(Recipe.build(data), tmp_path / "run", loop=TwoTowerTraining)
+
+
+def test_a_missing_open_clip_is_told_in_a_sentence(tmp_path):
+    code = (
+        "import sys; sys.modules['open_clip'] = None\n"  # as if it were not installed
+        "from openimp.recipe.schema import Recipe; from openimp.study.two_towers import TwoTowerTraining\n"
+        "TwoTowerTraining(Recipe.load('demo'), __import__('pathlib').Path(sys.argv[1]), resume=False)\n"
+    )
+    run = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)
+    assert "UserError: open_clip is not installed: pip install 'openimp[peers]'" in done.stderr
+    assert not run.exists()

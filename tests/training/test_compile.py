@@ -1,0 +1,64 @@
+"""`train.compile`: it computes what the eager model does, and compiles no more than the recipe announces."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from openimp.common.errors import UserError
+from openimp.common.modality import Tokens
+from openimp.data.loader import make_loader
+from openimp.recipe.schema import Recipe
+from openimp.training.trainer import Training, compiled_encode
+
+QUICK = ["tasks.heard.weight=0", "evaluation={}", "model.layers=1", "model.moe=null", "train.precision=fp32",
+         "tasks.named.views=[{image: {size: 16}, text: {length: 8}}]", "train.steps=6"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def limits():
+    """Leaves torch's limits as they were."""
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles its CPU code with g++")
+def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, capsys, monkeypatch):
+    """And its code is in the user's own cache."""
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    losses = {}
+    for compiled, micro in (("false", "null"), ("true", "4")):  # In pieces too: of 8 examples, twice the same shape.
+        changes = [*QUICK, f"train.compile={compiled}", f"batch.micro={micro}"]
+        recipe = Recipe.load(little_data / "recipe.yaml", changes)
+        training = Training(recipe, tmp_path / compiled, resume=False)
+        losses[compiled] = [float(training.update(loaded).total.detach()) for loaded in make_loader(training.data, 0)]
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
+    assert "fp32, compiled for 2 signatures, into" in capsys.readouterr().out
+    assert list((tmp_path / "cache" / "inductor").rglob("*.so"))
+    assert (tmp_path / "cache" / "inductor").stat().st_mode & 0o777 == 0o700
+
+    unseen = Tokens(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, 1, dtype=torch.int64))
+    with pytest.raises(UserError) as error:
+        training.encode({"text": unseen})
+    assert str(error.value).startswith("train.compile: {'text': (3, 5)} (examples, tokens) is none of the 2 shapes")
+
+
+def test_a_folder_that_another_user_made_for_torchs_code_is_refused(tmp_path, monkeypatch, foreign_folder):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    planted = Path(default_cache_dir())
+    planted.symlink_to(foreign_folder)
+    with pytest.raises(UserError, match=f"{planted}: belongs to another user; set TMPDIR to a folder of your own"):
+        compiled_encode(torch.nn.Identity(), 1)
+
+
+def test_a_compiler_that_is_missing_is_told_in_one_sentence(tiny_recipe, tiny_model):
+    model, _ = tiny_model(tiny_recipe({"layers": 1, "moe": None}))
+    tokens = Tokens(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, 1, dtype=torch.int64))
+    missing = {"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}
+    with torch._inductor.config.patch(missing), pytest.raises(UserError, match="install a compiler, such as g"):
+        compiled_encode(model, 1)({"text": tokens})

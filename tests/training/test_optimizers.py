@@ -1,0 +1,73 @@
+"""Optimisers: which of the two updates what, how large Muon's updates are, and the schedule."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from openimp.data.loader import make_loader
+from openimp.recipe.schema import Recipe
+from openimp.training.optimizers import schedule, set_learning_rate
+from openimp.training.trainer import Training
+
+
+def training_of(folder: Path, run: Path, *changes: str) -> Training:
+    return Training(Recipe.load(folder / "recipe.yaml", changes), run, resume=False)
+
+
+def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_path):
+    training = training_of(little_data, tmp_path / "run", "optimizer.muon_lr=1e-2")
+    adamw, muon = training.optimizers
+    assert [type(adamw), type(muon)] == [torch.optim.AdamW, torch.optim.Muon]
+    names = {parameter: name for name, parameter in training.model.named_parameters()}
+    of_muon = [names[p] for group in muon.param_groups for p in group["params"]]
+    assert sorted(of_muon) == sorted(names[p] for p in training.model.hidden_matrices())
+    blocks = r"encoder.blocks.\d.(attention.(qkv|out)|mlp.(up|down))"
+    hidden = rf"({blocks}|stems.\w+.(before|after)|projections.[\w-]+.(up|down)).weight"
+    assert all(re.fullmatch(hidden, name) for name in of_muon)
+    assert len(of_muon) == 2 * 2 + 2 + 3 * 2 + 4 * 2  # attention, the dense MLP, three stems, four heads
+    shared = [p for optimizer in (adamw, muon) for group in optimizer.param_groups for p in group["params"]]
+    assert len(shared) == len(set(shared)) == len(names)
+
+
+def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(little_data, tmp_path):
+    options = ["optimizer.muon_lr=1e-2", "optimizer.weight_decay=0", "optimizer.warmup=0"]
+    training = training_of(little_data, tmp_path / "run", *options)
+    before = {name: tensor.detach().clone() for name, tensor in training.model.named_parameters()}
+    training.update(next(iter(make_loader(training.data, 0))))
+    for name, parameter in training.model.named_parameters():
+        change = (parameter - before[name]).detach()
+        if parameter in training.optimizers[1].state:
+            # Newton-Schulz brings the singular values to between about 0.7 and 1.2; few tokens make a low rank.
+            spread = torch.linalg.svdvals(change) / (1e-2 * 0.2 * max(change.shape) ** 0.5)
+            assert spread[:4].min() > 0.5, name
+            assert spread.max() < 1.4, name
+        elif parameter in training.optimizers[0].state:
+            assert change.abs().max() <= 3e-3 * 1.001, name
+
+
+def test_without_muon_there_is_one_optimiser(little_data, tmp_path):
+    training = training_of(little_data, tmp_path / "run")
+    (adamw,) = training.optimizers
+    assert sum(len(group["params"]) for group in adamw.param_groups) == len(list(training.model.parameters()))
+
+
+def test_one_step_in_twenty_warms_up_unless_told_otherwise(little_data):
+    recipe = Recipe.load(little_data / "recipe.yaml", ["optimizer.warmup=null", "train.steps=80"])
+    assert [schedule(recipe, step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert schedule(recipe, 5) < 1
+
+
+def test_the_learning_rate_rises_and_falls(little_data, tmp_path):
+    changes = ["optimizer={lr: 0.1, muon_lr: 0.3, warmup: 4, final_lr: 0.2}", "train.steps=12"]
+    training = training_of(little_data, tmp_path / "run", *changes)
+    rates = [schedule(training.recipe, step) for step in range(12)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert rates[8] == pytest.approx(0.2 + 0.8 * 0.5)
+    assert all(one > other for one, other in itertools.pairwise(rates[4:]))
+    assert schedule(training.recipe, 12) == pytest.approx(0.2)
+    set_learning_rate(training.optimizers, rates[8])
+    peaks = [group["lr"] / rates[8] for optimizer in training.optimizers for group in optimizer.param_groups]
+    assert peaks == pytest.approx([0.1, 0.1, 0.3])

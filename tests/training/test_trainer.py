@@ -1,0 +1,622 @@
+"""The loop: it learns, it goes on exactly where it was cut off, and it says what is wrong before it does harm."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from openimp.alternation import Alternation
+from openimp.checkpoint.folder import checkpoints
+from openimp.commands import run_eval
+from openimp.common.errors import UserError
+from openimp.data.loader import make_loader
+from openimp.recipe.schema import Recipe
+from openimp.study.training import SummedTraining
+from openimp.training.metrics import read_lines
+from openimp.training.stopping import Stop, Stopped, stop_signals
+from openimp.training.trainer import Training, train
+
+STEPS = 120
+LONG = [f"train.steps={STEPS}", "train.save_every=10", "train.keep=3", "evaluation.every=50", "optimizer.lr=1e-3",
+        "optimizer.muon_lr=4e-3"]  # fmt: skip
+CLOCK = ("examples_per_s", "tokens_per_s", "data_wait", "waits", "step_p50", "step_p95", "seconds")
+"""Figures of a metrics line that no two runs share."""
+
+
+def recipe_of(folder: Path, *changes: str) -> Recipe:
+    return Recipe.load(folder / "recipe.yaml", changes)
+
+
+def start(folder: Path, run: Path, *changes: str, resume: bool = False) -> subprocess.Popen:
+    """`openimp train` as a process group of its own, as a shell starts it; what it prints goes to run.log."""
+    sets = [argument for change in changes for argument in ("--set", change)]
+    command = [sys.executable, "-m", "openimp", "train", str(folder / "recipe.yaml"), "--run", str(run), *sets]
+    with open(f"{run}.log", "ab") as log:
+        return subprocess.Popen(
+            [*command, *(["--resume"] if resume else [])], stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"it ended too early, with {process.returncode}"
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.005)
+
+
+def last_step(run: Path) -> int:
+    found = checkpoints(run)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+def figures(run: Path) -> list[dict]:
+    return [
+        {key: value for key, value in line.items() if key not in CLOCK} for line in read_lines(run / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole_run(little_data, tmp_path_factory) -> Path:
+    """All steps in one go."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(recipe_of(little_data, *LONG), run)
+    return run
+
+
+def test_training_lowers_the_loss_of_every_task(whole_run):
+    losses = {"named": [], "heard": []}
+    for line in figures(whole_run):
+        ((task, told),) = line["tasks"].items()
+        losses[task].append(told["loss"])
+    for task, told in losses.items():
+        assert np.mean(told[-20:]) < 0.7 * np.mean(told[:20]), task
+
+
+def test_the_run_tells_what_it_did(whole_run, little_data):
+    lines = figures(whole_run)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert set(lines[0]) == {"step", "lr", "grad_norm", "samples", "tasks", "experts", "totals"}
+    assert sum(units["steps"] for units in lines[-1]["totals"].values()) == STEPS
+    for line in lines:
+        for layers in line["experts"].values():
+            (layer,) = layers
+            assert sum(layer["load"]) == pytest.approx(1)
+            assert sum(layer["gate"]) == pytest.approx(1)
+            assert 0 <= layer["dropped"] < 1
+    results = read_lines(whole_run / "results.jsonl")
+    assert [(result["step"], result["set"]) for result in results] == [
+        (step, name) for step in (50, 100, 120) for name in ("colours", "tones", "tones")
+    ]
+    assert results[-3]["top1"] > results[-3]["chance"] == 0.25
+    assert Recipe.load(whole_run / "recipe.yaml") == recipe_of(little_data, *LONG)
+    assert list((whole_run / "tensorboard").iterdir())
+    assert sorted(path.name for path in (whole_run / "checkpoints").iterdir()) == [
+        "step-00000100", "step-00000110", "step-00000120",
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_killed_and_stopped_and_resumed_is_the_whole_run(whole_run, little_data, tmp_path):
+    """SIGKILL, Ctrl-C and SIGTERM, to the workers too, in the middle of an epoch, each with another number of them."""
+    run = tmp_path / "run"
+    process = start(little_data, run, *LONG, "train.workers=1")
+    wait_until(lambda: last_step(run) >= 10, process)
+    process.kill()
+    process.wait()
+    killed = last_step(run)
+    assert 10 <= killed < STEPS
+
+    # What a crash may leave behind.
+    shutil.copytree(checkpoints(run)[-1], run / "checkpoints" / ".step-00000999.tmp")
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 999, "tasks": {}}\n{"st')
+    with (run / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 999')
+
+    saved = [killed]
+    for number, workers in ((signal.SIGINT, 2), (signal.SIGTERM, 3)):
+        process = start(little_data, run, *LONG, f"train.workers={workers}", resume=True)
+        # The killed run may have made steps that it did not save; the resumed one forgets them, and line 999 with them.
+        wait_until(lambda: saved[-1] + 1 < read_lines(run / "metrics.jsonl")[-1]["step"] < 999, process)
+        os.killpg(process.pid, number)
+        assert process.wait(30) == 0, Path(f"{run}.log").read_text()
+        saved.append(last_step(run))
+        assert saved[-2] < saved[-1] < STEPS
+        assert f"stopped at step {saved[-1]}, saved" in Path(f"{run}.log").read_text()
+        assert [line["step"] for line in figures(run)] == list(range(1, saved[-1] + 1))
+    schedule, rows = Alternation(recipe_of(little_data, *LONG)), {"named": 24, "heard": 15}
+    seen = [{visit.task: visit.start + visit.batch for visit in list(schedule)[:step]} for step in saved]
+    assert any(count % rows[task] for counts in seen for task, count in counts.items()), "all between two epochs"
+
+    train(recipe_of(little_data, *LONG, "train.workers=0"), run, resume=True)
+    assert figures(run) == figures(whole_run)
+    assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
+    final, reference = checkpoints(run)[-1], checkpoints(whole_run)[-1]
+    assert final.name == reference.name == f"step-{STEPS:08d}"
+    for file in ("model", "ema", "optimizer"):
+        ours, theirs = load_file(final / f"{file}.safetensors"), load_file(reference / f"{file}.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert not [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+    assert json.loads((final / "state.json").read_text()) == json.loads((reference / "state.json").read_text())
+
+
+def test_a_streamed_task_goes_on_from_its_cursor(streamed, tmp_path):
+    """Saved with the checkpoint, in the middle of a later epoch; what came before is not read again."""
+    folder, changes = streamed
+    runs = [tmp_path / name for name in ("whole", "cut")]
+    recipe = recipe_of(folder, *changes, "train.keep=4")
+    train(recipe, runs[0])
+    shutil.copytree(runs[0], runs[1])
+    for checkpoint in checkpoints(runs[1])[-2:]:
+        shutil.rmtree(checkpoint)
+    resumed = checkpoints(runs[1])[-1]
+    cursor = json.loads((resumed / "state.json").read_text())["cursors"]["named"]
+    assert cursor["epoch"] > 0
+    assert cursor["position"] > 24
+    train(recipe_of(folder, *changes, "train.keep=4", "train.workers=1"), runs[1], resume=True)
+    assert figures(runs[1]) == figures(runs[0])
+    ours, theirs = (load_file(checkpoints(run)[-1] / "model.safetensors") for run in runs)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_finished_run_may_be_resumed_and_stays_what_it_is(whole_run, little_data, tmp_path):
+    run = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
+    train(recipe_of(little_data, *LONG), run, resume=True)
+    assert figures(run) == figures(whole_run)
+    assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
+    assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")} == before
+
+
+def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(own_data, tmp_path):
+    """It is that of step 6, between two checkpoints."""
+    changes = ["tasks.heard.weight=0", "train.steps=9", "evaluation.every=6", "train.save_every=4"]
+    recipe, run = recipe_of(own_data, *changes), tmp_path / "run"
+    sounds = {file: file.read_bytes() for file in own_data.glob("*.wav")}
+    for file in sounds:
+        file.write_bytes(b"no sound")
+    with pytest.raises(UserError, match=r"evaluation\.sets\.tones: "):
+        train(recipe, run)
+    assert last_step(run) == 6
+    for file, content in sounds.items():
+        file.write_bytes(content)
+    train(recipe, run, resume=True)
+    assert [line["step"] for line in figures(run)] == list(range(1, 10))
+    assert [line["step"] for line in read_lines(run / "results.jsonl")] == [6] * 3 + [9] * 3
+
+
+def test_a_stop_ends_an_evaluation(little_data, tmp_path):
+    recipe, stop = recipe_of(little_data), Stop(lambda: False)
+    training = Training(recipe, tmp_path / "run", resume=False)
+    stop.requested = True
+    with pytest.raises(Stopped):
+        training.evaluate(stop.watch)
+    assert not read_lines(tmp_path / "run" / "results.jsonl")
+    assert training.model.training
+
+
+def test_a_warm_up_longer_than_the_training_is_told(little_data, tmp_path, capsys):
+    for warmup in (11, 12):
+        Training(recipe_of(little_data, f"optimizer.warmup={warmup}"), tmp_path / str(warmup), resume=False)
+        told = "warm-up of 12 steps is not shorter than the 12 steps of training; set optimizer.warmup"
+        assert (told in capsys.readouterr().out) == (warmup == 12)
+
+
+def test_equal_texts_of_different_items_are_told(little_data, tmp_path, capsys):
+    """Each of four colours has six pictures; unless they are one item, a batch of 8 pushes equal texts apart."""
+    changes = ["train.steps=3", "tasks.heard.weight=0", "evaluation.sets={}", "tasks.named.views.1.share=0.001"]
+    train(recipe_of(little_data, *changes), tmp_path / "one item")
+    assert "belong to other examples too" not in capsys.readouterr().out
+    recipe = recipe_of(little_data, *changes, "tasks.named.objectives.0.same=null")
+    data = Training(recipe, tmp_path / "looked at", resume=False).data
+    names = [Path(data.sources["named"].where(row)).parent.name for row in data[0].batch.rows]
+    alike = sum(names.count(name) > 1 for name in names) / len(names)
+    capsys.readouterr()
+    train(recipe, tmp_path / "apart")
+    assert (
+        capsys.readouterr().out.count(f"task named: {alike:.0%} of a batch's texts belong to other examples too") == 1
+    )
+
+
+def test_the_temperatures_are_kept_in_bounds(little_data, tmp_path):
+    training = Training(recipe_of(little_data, "tasks.heard.weight=0"), tmp_path / "run", resume=False)
+    (temperature,) = (t for pair, t in training.model.temperatures.items() if pair == "text-vision")
+    with torch.no_grad():
+        temperature.temperature.fill_(0.001)
+    training.update(next(iter(make_loader(training.data, 0))))
+    assert temperature.scale.item() == pytest.approx(100)
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(whole_run, little_data, tmp_path):
+    """Metrics, results and skipped examples of the steps that are made again are not there twice."""
+    run = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    for folder in checkpoints(run)[1:]:
+        shutil.rmtree(folder)
+    (run / "skipped.jsonl").write_text('{"step": 99, "where": "a"}\n{"step": 100, "where": "b"}\n')
+    Training(recipe_of(little_data, *LONG), run, resume=True)
+    assert figures(run) == figures(whole_run)[:100]
+    assert [line["step"] for line in read_lines(run / "results.jsonl")] == [50] * 3 + [100] * 3
+    assert [line["step"] for line in read_lines(run / "skipped.jsonl")] == [99]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("optimizer.lr=2e-3", "optimizer.lr is 0.001 there, 0.002 here"),
+        ("tasks.heard.weight=3", "tasks.heard.weight is 1.0 there, 3.0 here"),
+        ("sources.sounds.where={caption: a low tone}", "sources.sounds.where.caption is None there, 'a low tone' here"),
+        ("model.width=64", "model.width is 32 there, 64 here"),
+    ],
+)
+def test_a_checkpoint_of_another_recipe_is_refused(whole_run, little_data, change, key):
+    with pytest.raises(UserError, match=f"step-00000120: made by another recipe: {re.escape(key)}"):
+        train(recipe_of(little_data, *LONG, change), whole_run, resume=True)
+
+
+def test_a_run_goes_on_after_it_and_its_data_have_moved(whole_run, little_data, tmp_path):
+    data, run = (Path(shutil.copytree(old, tmp_path / old.name)) for old in (little_data, whole_run))
+    shutil.rmtree(checkpoints(run)[-1])
+    train(recipe_of(data, *LONG), run, resume=True)
+    assert figures(run) == figures(whole_run)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_a_terminal_that_is_closed_asks_for_a_stop_unless_nohup_was_asked_for():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, asked in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            with stop_signals(lambda: False) as stop:
+                signal.raise_signal(signal.SIGHUP)
+                assert stop.requested == asked
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_training_goes_on_when_nobody_reads_what_it_prints(little_data, tmp_path):
+    """As in a pipe to `head`."""
+    command = ["-m", "openimp", "train", little_data / "recipe.yaml", "--run", tmp_path / "run"]
+    for change in ("train.steps=4", "train.log_every=1", "evaluation={}"):
+        command += ["--set", change]
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=300) == 0
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "manifest.json").exists()
+
+
+def test_a_damaged_state_is_named(whole_run, little_data, tmp_path):
+    run = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    for folder in checkpoints(run)[:-1]:
+        shutil.rmtree(folder)
+    file = checkpoints(run)[-1] / "state.json"
+    text = file.read_text()
+    for content, told in ((text[:40], "damaged: "), ("{}", "damaged: step is missing, or no whole number")):
+        file.write_text(content)
+        with pytest.raises(UserError, match=r"state\.json: damaged: its .* bytes are not those that were saved"):
+            train(recipe_of(little_data, *LONG), run, resume=True)
+        with pytest.raises(UserError, match=rf"state\.json: {told}"):
+            run_eval(run, None, None, None)
+
+
+def test_a_run_of_another_loop_does_not_go_on(little_data, tmp_path):
+    recipe = recipe_of(little_data, "train.steps=4", "evaluation={}")
+    train(recipe, tmp_path / "run", loop=SummedTraining)
+    with pytest.raises(UserError, match="step-00000004: made by another loop: SummedTraining there, Training here; "):
+        train(recipe, tmp_path / "run", resume=True)
+    assert train(recipe, tmp_path / "run", resume=True, loop=SummedTraining)
+
+
+@pytest.mark.parametrize(
+    ("stop", "told"),
+    [
+        (1, "stopped at step 1, nothing is saved"),
+        (4, "stopped at step 4, saved in {run}; go on with --resume"),
+        (5, "stopped at step 5, saved up to step 4 in {run}; go on with --resume"),
+    ],
+)
+def test_a_stop_tells_what_is_saved(little_data, tmp_path, capsys, stop, told):
+    """Within a round of summed losses nothing can be."""
+
+    class Interrupted(SummedTraining):
+        def update(self, loaded):
+            losses = super().update(loaded)
+            if self.step == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            return losses
+
+    run = tmp_path / "run"
+    assert not train(recipe_of(little_data, "train.save_every=2"), run, loop=Interrupted)
+    assert told.format(run=run) in capsys.readouterr().out
+    assert last_step(run) == stop // 2 * 2
+
+
+def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")}
+    with pytest.raises(UserError, match=f"{whole_run}: holds a run already; go on with --resume, or name another"):
+        train(recipe_of(little_data, *LONG), whole_run)
+    assert {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")} == before
+    (tmp_path / "begun").mkdir()
+    shutil.copy(whole_run / "recipe.yaml", tmp_path / "begun")
+    for resume in (False, True):
+        with pytest.raises(UserError, match="begun: holds a run that saved no checkpoint; start it anew"):
+            train(recipe_of(little_data, *LONG), tmp_path / "begun", resume)
+        with pytest.raises(UserError, match=r"recipe.yaml: is a file; name a directory with --run-dir"):
+            train(recipe_of(little_data, *LONG), tmp_path / "begun" / "recipe.yaml", resume)
+    with pytest.raises(UserError, match="nowhere: no checkpoint to resume from"):
+        train(recipe_of(little_data, *LONG), tmp_path / "nowhere", resume=True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("what", ["weights", "learning rate"])
+def test_a_loss_that_is_not_finite_stops_before_the_update(little_data, tmp_path, what):
+    changes = ["tasks.heard.weight=0", "evaluation={}", *(["optimizer.lr=1e30"] if what == "learning rate" else [])]
+    training = Training(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    steps = iter(make_loader(training.data, 0))
+    loaded = next(steps)
+    if what == "weights":
+        with torch.no_grad():
+            training.model.encoder.norm.weight[0] = torch.inf
+    else:
+        training.update(loaded)
+        loaded = next(steps)
+    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    moments = {name: tensor.clone() for name, tensor in moments_of(training).items()}
+    with pytest.raises(UserError) as error:
+        training.update(loaded)
+    message = str(error.value)
+    assert f"step {loaded.visit.step}, task named: " in message
+    assert "not finite" in message
+    assert training.data.sources["named"].where(loaded.batch.rows[0]) in message
+    after = training.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert moments.keys() == moments_of(training).keys()
+    assert all(torch.equal(tensor, moments_of(training)[name]) for name, tensor in moments.items())
+
+
+def moments_of(training: Training) -> dict[str, torch.Tensor]:
+    names = {parameter: name for name, parameter in training.model.named_parameters()}
+    return {
+        f"{names[parameter]}|{key}": value
+        for optimizer in training.optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def test_what_a_task_does_not_touch_keeps_its_value_and_its_moments(little_data, tmp_path):
+    """No weight decay, no decay of moments, no count: the gradient is None, not zero."""
+    changes = ["alternation.kind=intervals", "optimizer.weight_decay=0.5"]
+    training = Training(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    own = {"named": ("stems.vision", "projections.vision", "temperatures.text-vision", "classifiers"), "heard": (
+        "stems.audio", "projections.audio", "temperatures.audio-text")}  # fmt: skip
+    own["named"] += ("projections.text-to-vision",)
+    own["heard"] += ("projections.text-to-audio",)
+    for loaded in make_loader(training.data, 0, 6):
+        before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+        moments = {name: tensor.clone() for name, tensor in moments_of(training).items()}
+        training.update(loaded)
+        task = loaded.visit.task
+        (other,) = own.keys() - {task}
+        for name, tensor in training.model.state_dict().items():
+            touched = not name.startswith(own[other])
+            if name.endswith(("bias", "positions.0.weight")) and torch.equal(tensor, before[name]):
+                continue  # the sigmoid loss' bias, or rows whose gradient is 0
+            assert torch.equal(tensor, before[name]) != touched, name
+        for name, tensor in moments_of(training).items():
+            if name.startswith(own[other]):
+                assert torch.equal(tensor, moments[name]), name
+            elif name in moments and name.endswith("|step"):
+                assert tensor == moments[name] + 1, name
+    counts = {name: int(tensor) for name, tensor in moments_of(training).items() if name.endswith("|step")}
+    assert counts["encoder.norm.weight|step"] == 6
+    assert counts["stems.vision.embed.weight|step"] == counts["stems.audio.embed.weight|step"] == 3
+
+
+def test_zero_gradients_let_the_state_of_untouched_parameters_decay(little_data, tmp_path):
+    """As in the authors' release: AdamW's momentum moves them on, its means decay, and it counts the step."""
+    changes = ["alternation.kind=intervals", "optimizer.zero_grads=true"]
+    training = Training(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    first, second = make_loader(training.data, 0, 2)
+    assert (first.visit.task, second.visit.task) == ("named", "heard")
+    training.update(first)
+    name = "stems.vision.before.weight"
+    before, mean = training.model.get_parameter(name).detach().clone(), moments_of(training)[f"{name}|exp_avg"].clone()
+    training.update(second)
+    assert not torch.equal(training.model.get_parameter(name), before)
+    torch.testing.assert_close(moments_of(training)[f"{name}|exp_avg"], 0.9 * mean)
+    assert moments_of(training)[f"{name}|step"] == 2
+
+
+def test_the_gradient_is_clipped_decayed_and_averaged_as_the_recipe_says(little_data, tmp_path):
+    changes = ["optimizer.clip=0.01", "optimizer.weight_decay=0.3", "optimizer.ema=0.5", "optimizer.eps=1e-5"]
+    training = Training(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    seen: list[float] = []
+
+    def note(optimizer, *_):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(float(torch.stack([grad.norm() for grad in grads]).norm()))
+
+    training.optimizers[0].register_step_pre_hook(note)
+    average = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    for step, loaded in enumerate(make_loader(training.data, 0)):
+        training.update(loaded)
+        assert training.grad_norm > 0.01
+        assert seen[-1] == pytest.approx(0.01, rel=1e-3)
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = {
+            name: decay * average[name] + (1 - decay) * tensor for name, tensor in training.model.state_dict().items()
+        }
+    assert training.averaged is not None
+    for name, tensor in training.averaged.items():
+        torch.testing.assert_close(tensor, average[name], rtol=1e-4, atol=1e-6)
+    groups = training.optimizers[0].param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in training.model.named_parameters():
+        table = re.search(r"(stems\.text\.embed|positions\.\d)\.weight$", name)
+        vector = re.search(r"(bias|norm\d?\.weight|temperature)$", name)
+        assert (id(parameter) in decayed) == (not table and not vector), name
+    assert training.optimizers[0].defaults["eps"] == 1e-5
+
+
+def test_the_evaluated_weights_are_the_averaged_ones(whole_run, little_data, tmp_path):
+    """And training goes on with its own."""
+    run = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    training = Training(recipe_of(little_data, *LONG), run, resume=True)
+    trained = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    averaged = load_file(checkpoints(run)[-1] / "ema.safetensors")
+    assert averaged.keys() == trained.keys()
+    assert all(torch.equal(training.averaged[name], tensor) for name, tensor in averaged.items())
+    training.evaluate()
+    assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
+    training.averaged = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
+    training.evaluate()
+    assert [result.get("r1", result.get("top1")) for result in read_lines(run / "results.jsonl")[-3:]] == [0, 0, 0]
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in training.model.state_dict().items())
+    assert training.model.training
+
+
+def test_the_peak_memory_of_a_mixture_is_that_of_its_largest_task(little_data, tmp_path, peak_bytes):
+    """Nor does a step hold on to anything of the one before: a task alone has a single step here."""
+    common = ["alternation.kind=intervals", "evaluation={}", "train.precision=fp32",
+              "tasks.named.batch=128", "tasks.named.views=[{image: {size: 32}, text: {length: 16}}]",
+              "tasks.heard.batch=96", "tasks.heard.views=[{audio: {seconds: 2.048}, text: {length: 16}}]"]  # fmt: skip
+
+    def peak(name: str, *changes: str) -> int:
+        return peak_bytes(lambda: train(recipe_of(little_data, *common, *changes), tmp_path / name))
+
+    mixed = peak("mixed", "train.steps=6")
+    alone = [peak(other, "train.steps=1", f"tasks.{other}.weight=0") for other in ("heard", "named")]
+    assert min(alone) > 0.6 * max(alone), "the tasks should be about as large, or this tells nothing"
+    assert mixed < 1.1 * max(alone)
+
+
+MOTION = '''
+    """Traces of an accelerometer: a modality that openimp has never heard of."""
+
+    import numpy as np
+    import torch
+
+    from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
+    from openimp.recipe.schema import Count, Strict
+
+
+    class Motion(Modality):
+        name = "motion"
+        stem = "motion"
+
+        class Config(Strict):
+            patch: Count = 8
+            """Samples a patch."""
+
+        class View(Strict):
+            length: Count = 32
+            """Samples a trace."""
+
+        def stem_spec(self):
+            return StemSpec(values=3 * self.config.patch, axes=(16,))
+
+        def check(self, view):
+            if view.length % self.config.patch:
+                raise ValueError(f"length {view.length} is no multiple of {self.config.patch}")
+
+        def length(self, view):
+            return view.length // self.config.patch
+
+        def decode(self, raw, views, rng=None):
+            trace = np.asarray(raw, np.float32)
+            if trace.ndim != 2 or trace.shape[1] != 3:
+                raise BadMedia(f"expected (samples, 3), found {trace.shape}")
+            return trace
+
+        def transform(self, item, view, rng):
+            start = 0 if rng is None else int(rng.integers(len(item) - view.length + 1))
+            cut = item[start : start + view.length]
+            return cut[None] if rng is None else cut
+
+        def tokens(self, items, view, rngs):
+            values = torch.from_numpy(items).reshape(len(items), self.length(view), -1)
+            coords = torch.arange(self.length(view)).expand(len(items), -1)[..., None].contiguous()
+            return Tokens(values, coords)
+'''
+MOTION_RECIPE = """
+    name: motion
+    model: {width: 32, layers: 2, heads: 2, mlp: 64, embed_dim: 32, moe: {experts: 2, layers: 1}}
+    modalities: {motion: {patch: 4}, text: {vocab: 300, positions: 16}}
+    sources:
+      train: {path: traces.parquet, where: {split: train}}
+      val: {path: traces.parquet, where: {split: val}}
+    tasks:
+      worn:
+        source: train
+        inputs: {motion: trace, text: "someone is {activity}"}
+        objectives:
+          - {type: contrastive, same: activity}
+          - {type: classification, label: activity, of: motion}
+        batch: 16
+        views: [{motion: {length: 24}, text: {length: 8}}]
+    optimizer: {lr: 3e-3, warmup: 5}
+    train: {steps: 60, workers: 1, max_bad: 0.05}
+    evaluation:
+      sets:
+        val: {type: retrieval, source: val, inputs: {motion: trace, text: "someone is {activity}"},
+              view: {motion: {length: 24}, text: {length: 8}}}
+"""
+
+
+def test_a_modality_from_outside_the_package_trains_and_is_measured(tmp_path):
+    """Installed as any package is, it registers by its entry point; nothing inside openimp knows of it."""
+    about = tmp_path / "site" / "openimp_motion-0.1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: openimp-motion\nVersion: 0.1\n")
+    (about / "entry_points.txt").write_text("[openimp.common.modality]\nmotion = openimp_motion:Motion\n")
+    (tmp_path / "site" / "openimp_motion.py").write_text(textwrap.dedent(MOTION))
+    rng, rows = np.random.default_rng(0), []
+    activities = {"resting": 0.0, "walking": 0.3, "running": 0.9, "shaking a fist": 2.2}
+    for i in range(120):
+        activity, speed = list(activities.items())[i % 4]
+        wave = np.sin(speed * np.arange(32)[:, None] + rng.uniform(0, 6, 3)) * (speed > 0)
+        trace = (wave + rng.normal(0, 0.1, (32, 3))).tolist()
+        rows.append({"trace": trace, "activity": activity, "split": "val" if i % 3 == 0 else "train"})
+    rows[1]["trace"] = [[0.0, 1.0]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "traces.parquet")
+    (tmp_path / "recipe.yaml").write_text(textwrap.dedent(MOTION_RECIPE))
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OPENIMP_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "openimp", "train", "recipe.yaml", "--run", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for result in read_lines(tmp_path / "run" / "results.jsonl"):
+        assert result["skipped"] == 0
+        assert result["r1"] > 0.7 > result["chance"], result["task"]
+    assert {result["task"] for result in read_lines(tmp_path / "run" / "results.jsonl")} == {
+        "motion -> text",
+        "text -> motion",
+    }
+    report = [sys.executable, "-m", "openimp", "report", "run"]
+    done = subprocess.run(report, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "run" / "report.html").read_text()
+    three_curves = r"<svg[^>]*><title>motion: traces\.parquet\[\d+\]</title>(?:<path[^>]*></path>){3}</svg>"
+    assert len(re.findall(three_curves, page)) == page.count('class="series"') > 6
+    skipped = read_lines(tmp_path / "run" / "skipped.jsonl")
+    assert {(line["where"], line["why"]) for line in skipped} == {
+        ("traces.parquet[1]", "expected (samples, 3), found (1, 2)")
+    }
