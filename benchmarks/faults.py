@@ -48,8 +48,8 @@ from trainings import (
 )
 
 from openimp.checkpoint.folder import checkpoints, load_model, read_state, step_of
+from openimp.common.json_lines import read_lines
 from openimp.common.versions import openimp_version, processor
-from openimp.training.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 60

@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from openimp.common.modality import modalities_of
 from openimp.data import loader
 from openimp.data.loader import StepBatches
 from openimp.recipe.schema import Recipe
@@ -41,7 +40,7 @@ def timed(function: Callable[..., Any], part: str, spent: Counter[str]) -> Calla
 
 def measure(recipe: Recipe, batches: int) -> dict[tuple[str, int], Counter[str]]:
     """Nanoseconds of the parts, and in all, of the first `batches` of each task and view after one to warm up."""
-    data = StepBatches(recipe, modalities_of(recipe))
+    data = StepBatches(recipe, recipe.make_modalities())
     data.fit()
     spent: Counter[str] = Counter()
     for modality in data.modalities.values():

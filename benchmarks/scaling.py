@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import torch
 
+from openimp.common.json_lines import read_lines
 from openimp.common.versions import openimp_version, processor
 from openimp.recipe.schema import Recipe
-from openimp.training.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG_EVERY = 10

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.common.device import autocast
-from openimp.common.modality import modalities_of
 from openimp.common.versions import openimp_version, processor
+from openimp.data.batch import Batch, head_key
 from openimp.model.imp import IMP
-from openimp.objectives import Batch, head_key, task_losses
+from openimp.objectives import task_losses
 from openimp.recipe.schema import Recipe
 
 SIZE, PATCH, CLASSES = 128, 16, 1000
@@ -132,7 +132,7 @@ def openimp_step(batch: int, name: str, drop: float = 0.0, compiled: bool = Fals
     }
     sources = {"pictures": {"path": "."}}
     recipe = Recipe.build({"name": name, "model": model, "sources": sources, "tasks": {"all": task}})
-    modalities = modalities_of(recipe)
+    modalities = recipe.make_modalities()
     torch.manual_seed(0)
     imp = IMP.from_recipe(recipe, modalities, {head_key("pictures", "label"): CLASSES}).train()
     pixels, label = pictures(batch)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from openimp.checkpoint.folder import checkpoints, load_model
-from openimp.training.metrics import read_lines
+from openimp.common.json_lines import read_lines
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import little

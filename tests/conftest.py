@@ -18,7 +18,7 @@ import torch
 from hypothesis import settings
 
 from openimp.checkpoint.folder import save_model
-from openimp.common.modality import Modality, modalities_of
+from openimp.common.modality import Modality
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
@@ -89,7 +89,7 @@ def tiny_model() -> Callable[[Recipe], tuple[IMP, dict[str, Modality]]]:
     """Makes the untrained model of a recipe, in evaluation mode, and its modalities, fitted to a few texts."""
 
     def make(recipe: Recipe) -> tuple[IMP, dict[str, Modality]]:
-        modalities = modalities_of(recipe)
+        modalities = recipe.make_modalities()
         for modality in modalities.values():
             modality.fit([TEXTS])
         torch.manual_seed(0)

@@ -14,7 +14,7 @@ import pytest
 
 from openimp import cli
 from openimp.checkpoint.folder import checkpoints
-from openimp.training.metrics import read_lines
+from openimp.common.json_lines import read_lines
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ import pytest
 import torch
 import yaml
 
-from openimp.common.modality import modalities_of
+from openimp.common.json_lines import read_lines
 from openimp.data.loader import StepBatches
 from openimp.data.sources import open_source
 from openimp.recipe.file import RecipeLoader
 from openimp.recipe.registry import modality_class
-from openimp.recipe.schema import Recipe, Source, Task
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Source, Task
 from openimp.study.schema import Study
-from openimp.training.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -104,7 +104,7 @@ def test_the_examples_of_the_data_page_are_read(tmp_path, monkeypatch):
         recipe = Recipe.build({**framed(text), "train": {"steps": 8, "workers": 0}, "alternation": {"kind": "cycle"}})
         given = yaml.load(text, RecipeLoader).keys()
         if "tasks" in given and not any(recipe.sources[task.source].hub for task in recipe.tasks.values()):
-            data = StepBatches(recipe, modalities_of(recipe))
+            data = StepBatches(recipe, recipe.make_modalities())
             data.fit()
             for step in range(len(data)):
                 loaded = data[step]
@@ -160,7 +160,7 @@ def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, 
     ((_, text),) = blocks(page, "yaml")
     recipe = Recipe.build(yaml.load(text, RecipeLoader), tmp_path)
     recipe.train.workers, recipe.train.steps = 0, 2
-    modalities = modalities_of(recipe)
+    modalities = recipe.make_modalities()
     data = StepBatches(recipe, modalities)
     data.fit()
     task = next(iter(recipe.tasks.values()))

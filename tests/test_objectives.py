@@ -9,19 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openimp.common.modality import StemSpec, Tokens
+from openimp.data.batch import Batch, head_key
 from openimp.model.imp import IMP, Encoded
 from openimp.objectives import (
-    Batch,
     classification_losses,
     contrastive_losses,
     equal_texts,
-    head_key,
     sigmoid_classification,
     sigmoid_nce,
     softmax_classification,
     task_losses,
 )
-from openimp.recipe.schema import Classification, Contrastive, Model, Recipe, Task
+from openimp.recipe.model import Model
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Classification, Contrastive, Task
 
 
 def small(moe: dict | None = None) -> IMP:

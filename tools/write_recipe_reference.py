@@ -16,12 +16,13 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
-from openimp.registry import GROUP
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from openimp.common.modality import Modality
-from openimp.recipe.schema import Recipe, View
+from openimp.recipe.inputs import View
+from openimp.recipe.registry import GROUP
+from openimp.recipe.schema import Recipe
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "recipe.md"
 MARK = "<!-- reference: "

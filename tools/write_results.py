@@ -20,11 +20,12 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 import openimp
-from openimp.data.sources import Table, open_source
+from openimp.common.json_lines import read_lines
+from openimp.data.sources import open_source
+from openimp.data.tables import Table
 from openimp.data.templates import fill
 from openimp.inference.model import Model
 from openimp.modalities.audio import log_mel
-from openimp.training.metrics import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- results: written by tools/write_results.py -->", "<!-- end of results -->"

@@ -6,7 +6,8 @@ from itertools import count
 
 import numpy as np
 
-from openimp.recipe.schema import Recipe, View
+from openimp.recipe.inputs import View
+from openimp.recipe.schema import Recipe
 
 GOLDEN = (5**0.5 - 1) / 2
 """Steps of this size visit the unit circle with the least discrepancy there is (Weyl's sequence)."""

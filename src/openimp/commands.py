@@ -10,21 +10,23 @@ from rich.table import Table
 from openimp.checkpoint.folder import check_layers, load_model, model_folder, read_config, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
-from openimp.common.modality import modalities_of
+from openimp.common.json_lines import append, read_lines
 from openimp.common.progress import clock, console, track
+from openimp.data.batch import head_key
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
 from openimp.data.trust import check_sources
-from openimp.evaluation.evaluate import evaluate, table
+from openimp.evaluation.evaluate import evaluate
+from openimp.evaluation.figures import table
+from openimp.evaluation.results import read_results
 from openimp.model.imp import IMP
-from openimp.objectives import head_key
 from openimp.planning.gpus import USABLE
 from openimp.planning.ledger import costs, mixture_table, short
 from openimp.planning.plan import Plan, count, encoder_per_token, plan
 from openimp.recipe.file import override, read_recipe
-from openimp.recipe.schema import Classification, Recipe
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Classification
 from openimp.report.write import write_report
-from openimp.training.metrics import append, read_lines, read_results
 from openimp.training.trainer import train
 
 
@@ -124,13 +126,13 @@ def run_info(what: str, overrides: list[str]) -> None:
         folder = model_folder(path)
         recipe, classes, learned = read_config(folder)
         check_layers(folder, recipe)
-        modalities = modalities_of(recipe)
+        modalities = recipe.make_modalities()
         for modality in modalities.values():
             modality.load_state(learned)
         console.print(f"{folder}: recipe {recipe.name}, saved with openimp's model format", soft_wrap=True)
     else:
         recipe = Recipe.load(what, overrides)
-        modalities = modalities_of(recipe)
+        modalities = recipe.make_modalities()
         classes = _classes(recipe)
     _print_model(recipe, modalities, classes)
     _print_costs(recipe, modalities, classes)
@@ -141,7 +143,7 @@ def run_info(what: str, overrides: list[str]) -> None:
 def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -> None:
     """Says what a run of a recipe would need."""
     recipe = Recipe.load(name, overrides)
-    found = plan(recipe, modalities_of(recipe), _classes(recipe), gpus, gpu, mfu)
+    found = plan(recipe, recipe.make_modalities(), _classes(recipe), gpus, gpu, mfu)
     _print_parameters(found.parameters, {"a token uses on average, after its embedding": found.per_token})
     _print_steps(found)
     task, view = found.largest

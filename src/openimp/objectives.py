@@ -4,7 +4,7 @@ Shape suffixes: B examples, N and M items of either side, Z features of the comm
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
@@ -14,50 +14,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from openimp.common.device import full_precision
-from openimp.common.modality import Tokens
+from openimp.data.batch import Batch, head_key
 from openimp.model.embedder import Encode, Encoded
 from openimp.model.imp import IMP, pairs_of
 from openimp.parallel.distributed import everywhere
-from openimp.recipe.schema import Classification, Contrastive, Task
+from openimp.recipe.tasks import Classification, Contrastive, Task
 
 BLOCK = 2**24
 """Similarities that a contrastive loss holds at once: 64 MiB of each of the tensors that its gradient needs."""
-
-
-@dataclass
-class Batch:
-    """One step's examples.
-
-    Attributes:
-        tokens: by modality; a modality drawn k times an example has k rows an example, one after the other.
-        item: (B,) int64, equal for examples that are one item; by column, "" being the row of the source itself.
-        labels: by column, (B,) int64, or (B, K) float for any number of classes an example.
-        rows: the source's rows, to name them in messages.
-    """
-
-    tokens: dict[str, Tokens]
-    item: dict[str, Tensor]
-    labels: dict[str, Tensor] = field(default_factory=dict)
-    rows: list[int] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(
-            {name: tokens.to(device) for name, tokens in self.tokens.items()},
-            {name: item.to(device, non_blocking=True) for name, item in self.item.items()},
-            {name: label.to(device, non_blocking=True) for name, label in self.labels.items()},
-            self.rows,
-        )
-
-    def pin_memory(self) -> "Batch":
-        return Batch(
-            {name: tokens.pin_memory() for name, tokens in self.tokens.items()},
-            {name: item.pin_memory() for name, item in self.item.items()},
-            {name: label.pin_memory() for name, label in self.labels.items()},
-            self.rows,
-        )
 
 
 @dataclass
@@ -202,8 +166,3 @@ def sigmoid_classification(logits_BK: Tensor, label_BK: Tensor, smoothing: float
     """Binary cross-entropy, summed over classes; smoothing draws the targets towards one half."""
     target_BK = label_BK * (1 - smoothing) + smoothing / 2
     return F.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none").sum(1).mean()
-
-
-def head_key(source: str, label: str) -> str:
-    """The name of the classification head of a source's column; module names may not hold a dot."""
-    return f"{source}:{label}".replace(".", "/")

@@ -16,9 +16,9 @@ import openimp
 from openimp.checkpoint.folder import checkpoints
 from openimp.commands import run_eval
 from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
 from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
-from openimp.training.metrics import read_lines
 from openimp.training.trainer import Training, train
 
 CHANGES = ["train.save_every=4", "train.keep=3", "evaluation={}"]

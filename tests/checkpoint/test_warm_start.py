@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models
 import openimp
 from openimp.checkpoint.folder import checkpoints
 from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
 from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
-from openimp.training.metrics import read_lines
 from openimp.training.trainer import Training, train
 
 NEW_HEAD = """{source: painted, inputs: {image: file, text: 'painted {label}'}, batch: 8, objectives: [

@@ -12,11 +12,11 @@ from openimp.checkpoint.folder import checkpoints
 from openimp.commands import run_eval
 from openimp.common import safe_files
 from openimp.common.errors import UserError
+from openimp.common.json_lines import append, forget_after, read_lines
 from openimp.common.safe_files import cache_folder, private_folder, replacing, write_text
 from openimp.inference.embed import embed
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
-from openimp.training.metrics import append, forget_after, read_lines
 from openimp.training.trainer import train
 
 

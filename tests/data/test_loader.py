@@ -10,11 +10,10 @@ import soundfile
 import torch
 
 from openimp.common.errors import UserError
-from openimp.common.modality import modalities_of
 from openimp.data import loader
 from openimp.data.loader import Loaded, StepBatches, make_loader
 from openimp.data.order import example_rng, seed_key
-from openimp.data.sources import Stream
+from openimp.data.streams import Stream
 from openimp.data.templates import fill
 from openimp.planning.ledger import costs
 from openimp.recipe.schema import Recipe
@@ -24,7 +23,7 @@ NO_EVALUATION = "evaluation={}"
 
 def opened(folder: Path, *changes: str) -> StepBatches:
     recipe = Recipe.load(folder / "recipe.yaml", changes)
-    data = StepBatches(recipe, modalities_of(recipe))
+    data = StepBatches(recipe, recipe.make_modalities())
     data.fit()
     return data
 
@@ -101,7 +100,7 @@ def test_in_a_view_with_sync_clip_and_sound_start_at_the_same_moment(tmp_path):
                 "tasks": {"one": {**task, "batch": 8, "views": [{**view, "sync": sync}]}},
             }
         )
-        data = StepBatches(recipe, modalities_of(recipe))
+        data = StepBatches(recipe, recipe.make_modalities())
         views, first_pixels, apart = recipe.tasks["one"].views[0], data[0].batch.tokens["video"].values[:, 0, 0], []
         for position in range(8):
             rng = example_rng(seed_key(recipe.seed, "one", "augment"), position, sync)
@@ -194,7 +193,7 @@ def test_a_part_that_cannot_be_read_at_all_is_replaced_by_the_next_process_part(
             NO_EVALUATION,
         ],
     )
-    parts = [StepBatches(recipe, modalities_of(recipe), part=part, parts=4) for part in range(4)]
+    parts = [StepBatches(recipe, recipe.make_modalities(), part=part, parts=4) for part in range(4)]
     for data in parts:
         data.fit()
     table = parts[0].sources["named"]

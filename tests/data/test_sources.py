@@ -25,9 +25,10 @@ from PIL import Image
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.data import files, hub, parquet, tars
-from openimp.data.sources import Stream, Table, open_source
-from openimp.data.tables import Refused, Rows
-from openimp.recipe.schema import Source
+from openimp.data.sources import open_source
+from openimp.data.streams import Stream
+from openimp.data.tables import Refused, Rows, Table
+from openimp.recipe.tasks import Source
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
+from openimp.common.schema import Strict
 from openimp.data import store as store_module
 from openimp.data.files import digest
 from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore
-from openimp.recipe.schema import Source, Strict
+from openimp.recipe.tasks import Source
 
 # NumPy parses a file's header with `ast`, which in Python 3.11 may fail in several threads at once
 # (python/cpython#106905).

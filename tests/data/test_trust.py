@@ -13,12 +13,12 @@ import yaml
 from openimp.checkpoint.folder import checkpoints, read_config
 from openimp.commands import run_eval
 from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
 from openimp.data.sources import open_source
 from openimp.data.trust import KNOWN, check_sources
 from openimp.inference.model import load
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
-from openimp.training.metrics import read_lines
 from openimp.training.trainer import train
 
 SECRET = "a low tone, for my eyes only"

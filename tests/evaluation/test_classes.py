@@ -17,13 +17,14 @@ from sklearn.metrics import average_precision_score, top_k_accuracy_score
 from openimp.checkpoint.folder import load_model
 from openimp.commands import run_eval
 from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
 from openimp.common.progress import console
-from openimp.evaluation.evaluate import Classified, evaluate, open_sets, table
-from openimp.evaluation.figures import average_precision
+from openimp.evaluation.classes import Classified
+from openimp.evaluation.evaluate import evaluate, open_sets
+from openimp.evaluation.figures import average_precision, table
 from openimp.inference.model import Model
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
-from openimp.training.metrics import read_lines
 from openimp.training.trainer import train
 
 COLOURS = ["red", "green", "blue", "white"]

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openimp.common.progress import console
-from openimp.evaluation.evaluate import table
-from openimp.evaluation.figures import interval
+from openimp.evaluation.figures import interval, table
 
 COMMON = {"set": "unseen vendor", "n": 1350, "interval": [0.052, 0.0711], "skipped": 0}
 FOUND = {

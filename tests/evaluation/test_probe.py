@@ -12,11 +12,11 @@ import torch
 
 from openimp.commands import run_eval
 from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
 from openimp.encoding.items import embed
 from openimp.evaluation.evaluate import evaluate, open_sets
 from openimp.evaluation.probe import STRENGTHS, linear, neighbours
 from openimp.recipe.schema import Recipe
-from openimp.training.metrics import read_lines
 from openimp.training.trainer import train
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 220)}

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 
 from openimp.common.errors import UserError
 from openimp.data.sources import open_source
-from openimp.evaluation.evaluate import Classified, evaluate, open_sets
+from openimp.evaluation.classes import Classified
+from openimp.evaluation.evaluate import evaluate, open_sets
 from openimp.evaluation.zero_shot import class_embeddings, classify
 from openimp.inference.model import Model
-from openimp.recipe.schema import Source
+from openimp.recipe.tasks import Source
 
 LABELS = ["red_thing", "sea", "red_thing", "tree", "sea", "red_thing", "sky", "night", "fire"]
 PROMPTS = ["{}", "a picture of {}, and what is around it", "the {}"]

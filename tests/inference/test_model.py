@@ -16,7 +16,6 @@ import openimp
 from openimp.checkpoint.folder import save_model
 from openimp.checkpoint.warm_start import open_start
 from openimp.common.errors import UserError
-from openimp.common.modality import modalities_of
 from openimp.inference.model import Model
 
 ENDINGS = {"image": "png", "video": "mp4", "audio": "wav"}
@@ -258,7 +257,7 @@ def test_a_model_of_the_hub_is_named_with_its_revision(tiny_model_folder, tiny_r
     for name in ("them/model@v1", f"them/model@{commit}", "hub:them/model@v1"):
         assert openimp.load(name, device="cpu").recipe.name == "tiny"
     recipe = tiny_recipe(train={"init": "hub:them/model@v1"})
-    assert open_start(recipe, modalities_of(recipe)).folder == repository / "snapshots" / commit
+    assert open_start(recipe, recipe.make_modalities()).folder == repository / "snapshots" / commit
     with pytest.raises(UserError, match="them/model@v2: no such folder, and not to be had from the hub"):
         openimp.load("them/model@v2")
     with pytest.raises(UserError, match=r"train\.init: .*/them/model@v1: no model here"):

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from openimp.model.encoder import Attention, Encoder
 from openimp.model.kernels import SHORT, attend, gelu, spelled_out
-from openimp.recipe.schema import Model, MoE, Recipe
+from openimp.recipe.model import Model, MoE
+from openimp.recipe.schema import Recipe
 
 # arXiv 2305.06324, table 7 and section 4: parameters of the encoder in all, in millions, to so many decimals.
 PUBLISHED = {

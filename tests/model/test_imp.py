@@ -8,7 +8,7 @@ from openimp.common.modality import StemSpec, Tokens
 from openimp.model.embedding import Stem
 from openimp.model.heads import Temperature
 from openimp.model.imp import IMP, trained_pairs
-from openimp.recipe.schema import Model
+from openimp.recipe.model import Model
 
 
 def small(space: str = "disjoint", pairs=(("image", "text"), ("video", "text")), **options) -> IMP:

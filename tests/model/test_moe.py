@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from openimp.model.moe import SoftMLP, SparseMLP, expert_choice, mean_count
-from openimp.recipe.schema import MoE
+from openimp.recipe.model import MoE
 
 ROUTINGS = ["expert_choice", "expert_choice_batch", "token_choice"]
 WIDTH, HIDDEN = 12, 20

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from openimp.checkpoint.folder import moments_of
 from openimp.checkpoint.shards import read
+from openimp.common.json_lines import read_lines
 from openimp.data.loader import make_loader
 from openimp.parallel import distributed, exchange, layout, shared_memory
 from openimp.parallel.exchange import OneCopy, WholeCopies
 from openimp.recipe.schema import Recipe
-from openimp.training.metrics import read_lines
 from openimp.training.trainer import Training
 
 CASES = {

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from openimp.common.modality import modalities_of
-from openimp.objectives import head_key
+from openimp.common.json_lines import read_lines
+from openimp.data.batch import head_key
 from openimp.planning.ledger import costs, mixture
 from openimp.recipe.schema import Recipe
-from openimp.training.metrics import read_lines
 from openimp.training.trainer import Training
 
 D, LAYERS, F, Z, B = 32, 3, 64, 24, 10
@@ -67,7 +66,7 @@ def by_hand(image_tokens: int, moe: dict | None) -> int:
 @pytest.mark.parametrize("moe", [None, MOE, {**MOE, "experts": 8}, {**MOE, "routing": "soft", "slots": 2}])
 def test_flops_are_those_of_the_closed_formula(moe):
     recipe = recipe_of(moe)
-    found = costs(recipe, modalities_of(recipe), {head_key("all", "kind"): list(range(CLASSES))})
+    found = costs(recipe, recipe.make_modalities(), {head_key("all", "kind"): list(range(CLASSES))})
     assert {view: cost.flops for (_, view), cost in found.items()} == {
         0: by_hand(IMAGE_TOKENS, moe),
         1: by_hand(DROPPED, moe),

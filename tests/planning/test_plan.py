@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from openimp.alternation import Alternation
 from openimp.commands import _duration, run_plan
 from openimp.common.errors import UserError
-from openimp.common.modality import modalities_of
+from openimp.common.json_lines import read_lines
 from openimp.data.loader import StepBatches
 from openimp.model.embedder import in_pieces
 from openimp.model.imp import IMP
@@ -37,7 +37,6 @@ from openimp.planning.memory import StepMemory, step_memory
 from openimp.planning.plan import SIMILARITY, Plan, Step, count, per_token, plan
 from openimp.recipe.schema import Recipe
 from openimp.study.training import peak_memory
-from openimp.training.metrics import read_lines
 from openimp.training.optimizers import make_optimizers, muon_matrices
 from openimp.training.trainer import Training
 
@@ -50,7 +49,7 @@ def test_parameters_are_the_published_ones(name, in_all, token, counted):
     """Encoders in all are the paper's, and so are IMP-B's a token. How it counts those of experts it does not say."""
     recipe = Recipe.load(name)
     with torch.device("meta"):
-        model = IMP.from_recipe(recipe, modalities_of(recipe))
+        model = IMP.from_recipe(recipe, recipe.make_modalities())
     used = per_token(recipe, model) / 1e6
     assert float(f"{count(model.encoder) / 1e6:.4g}") == in_all
     assert used == pytest.approx(counted, abs=0.05)
@@ -66,7 +65,7 @@ CLASSES = {"pictures:label": ["blue", "green", "red", "white"]}
 
 
 def plan_of(recipe: Recipe, gpus: int = 1, gpu: str = "h100", mfu: float = 0.4) -> Plan:
-    return plan(recipe, modalities_of(recipe), CLASSES, gpus, gpu, mfu)
+    return plan(recipe, recipe.make_modalities(), CLASSES, gpus, gpu, mfu)
 
 
 def test_flops_are_those_that_the_run_records(little_data, little_run):
@@ -85,9 +84,9 @@ def test_the_peak_is_the_measured_one(tmp_path):
     recipe = Recipe.load(
         "demo", ["evaluation={}", "train.workers=0", "train.steps=60", *few("stills", "clips", "notes")]
     )
-    classes = StepBatches(recipe, modalities_of(recipe)).classes
+    classes = StepBatches(recipe, recipe.make_modalities()).classes
     counted = [
-        step_memory(recipe, modalities_of(recipe), classes, task, view, "auto", on_gpu=False).peak.total()
+        step_memory(recipe, recipe.make_modalities(), classes, task, view, "auto", on_gpu=False).peak.total()
         for task, options in recipe.tasks.items()
         for view in range(len(options.views))
     ]
@@ -124,7 +123,7 @@ def test_a_block_holds_on_a_gpu_what_its_backward_pass_needs(tiny_recipe):
     def held(layers: int) -> int:
         sizes = {"width": width, "mlp": hidden, "heads": 1, "layers": layers, "moe": None}
         recipe = tiny_recipe(model=sizes, modalities={"vision": {"patch": [2, 8, 8]}}, tasks={"named": task})
-        return step_memory(recipe, modalities_of(recipe), {"all:kind": [0, 1]}, "named", 0, "bf16").activations
+        return step_memory(recipe, recipe.make_modalities(), {"all:kind": [0, 1]}, "named", 0, "bf16").activations
 
     norms = 2 * (4 * width + 2 * 4)
     attention = 2 * (width + 3 * width + width) + 4
@@ -135,7 +134,7 @@ def test_several_gpus_divide_and_speak_as_the_page_says(little_data):
     recipe = Recipe.load(little_data / "recipe.yaml", ["tasks.named.views.1.batch=8", "tasks.heard.batch=64"])
     alone, shared = plan_of(recipe), plan_of(recipe, gpus=2)
     with torch.device("meta"):
-        model = IMP.from_recipe(recipe, modalities_of(recipe), {"pictures:label": 4})
+        model = IMP.from_recipe(recipe, recipe.make_modalities(), {"pictures:label": 4})
     blocks, block = count(model.encoder.blocks), count(model.encoder.blocks[1])
     parts = [model.encoder.norm, *(model.stems[m] for m in ("audio", "text"))]
     touched = (
@@ -171,7 +170,7 @@ def test_whole_copies_send_their_gradients_once_whatever_the_pieces(little_data)
     similarities = 2 * 4 * 4 * 3 // 4 // 4
     assert shared.memory["gathered"] == 8 * 32 * 8 + SIMILARITY * similarities
     with torch.device("meta"):
-        model = IMP.from_recipe(recipe, modalities_of(recipe), {"pictures:label": 4})
+        model = IMP.from_recipe(recipe, recipe.make_modalities(), {"pictures:label": 4})
     gradients = sum(4 * weight.numel() for name, weight in model.named_parameters() if name in shared.cost.touched)
     assert gradients > 10 * shared.memory["gathered"]
     received = 2 * gradients + 8 * 2 * 4 * 32 + 8 * 4  # Vectors of two sides, and numbers of their items.
@@ -263,7 +262,7 @@ def measure_received(recipe: Path, out: Path) -> None:
     found = {}
     for layout, changes in LAYOUTS.items():
         options = Recipe.load(recipe, [*SMALL, *changes])
-        device, modalities = distributed.start(), modalities_of(options)
+        device, modalities = distributed.start(), options.make_modalities()
         model = IMP.from_recipe(options, modalities, {"pictures:label": 4}).train()
         copies = layout.spread(
             model, model.blocks(), model.experts(), ("encode", "project", "classify"),

@@ -5,7 +5,8 @@ import yaml
 
 from openimp.common.errors import UserError
 from openimp.recipe.file import find_file
-from openimp.recipe.schema import Recipe, View
+from openimp.recipe.inputs import View
+from openimp.recipe.schema import Recipe
 
 
 def bomb(start: str, each: str) -> str:

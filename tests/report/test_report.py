@@ -18,12 +18,12 @@ import pytest
 from openimp.checkpoint.folder import load_model, model_folder, verify
 from openimp.commands import run_info
 from openimp.common.errors import UserError
+from openimp.common.json_lines import append, read_lines
 from openimp.data.sources import open_source
 from openimp.evaluation.zero_shot import classify
 from openimp.recipe.schema import Recipe
 from openimp.report.markup import VOID
 from openimp.report.write import write_report
-from openimp.training.metrics import append, read_lines
 from openimp.training.trainer import train
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

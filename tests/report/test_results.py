@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from openimp.evaluation.evaluate import Classified
+from openimp.evaluation.classes import Classified
 from openimp.report.results import LABELLED, SQUARES, confusion, figures
 
 

@@ -15,12 +15,14 @@ from PIL import Image
 
 from openimp.alternation import Alternation
 from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
 from openimp.recipe.file import find_file
 from openimp.recipe.schema import Recipe
+from openimp.study.budget import part_recipe
+from openimp.study.outcome import Outcome
 from openimp.study.results import curves_of, write_results
-from openimp.study.run import Outcome, _finished, run_study
-from openimp.study.schema import Study, part_recipe, read_study
-from openimp.training.metrics import read_lines
+from openimp.study.run import _finished, run_study
+from openimp.study.schema import Study, read_study
 
 STUDIES = sorted(path.stem for path in Path(find_file("moe", "studies")).parent.glob("*.yaml"))
 LITTLE = {

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
 from openimp.study.training import ConflictTraining, SummedTraining, peak_memory
-from openimp.training.metrics import read_lines
 from openimp.training.trainer import Training, train
 
 SUMMED = ["alternation.kind=intervals", "optimizer.clip=null", "optimizer.ema=null"]

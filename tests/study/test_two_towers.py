@@ -17,18 +17,11 @@ from openimp.checkpoint.folder import checkpoints
 from openimp.checkpoint.warm_start import open_start
 from openimp.cli import app
 from openimp.common.errors import UserError
-from openimp.common.modality import modalities_of
+from openimp.common.json_lines import read_lines
 from openimp.data.loader import StepBatches
 from openimp.modalities.media import patchify
 from openimp.recipe.schema import Recipe
-from openimp.study.two_towers import (
-    MAX_LOGIT_SCALE,
-    TwoTowers,
-    TwoTowerTraining,
-    flops_of_a_step,
-    load_two_towers,
-)
-from openimp.training.metrics import read_lines
+from openimp.study.two_towers import MAX_LOGIT_SCALE, TwoTowers, TwoTowerTraining, flops_of_a_step, load_two_towers
 from openimp.training.trainer import train
 
 SEEN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
@@ -160,7 +153,7 @@ def test_the_towers_see_the_examples_that_imp_sees_uncut(seen, tmp_path):
     data["tasks"]["pairs"]["views"][0][seen]["drop"] = 0.0  # which openimp does by itself, and the towers do by theirs
     recipe = Recipe.build(data)
     training = TwoTowerTraining(recipe, tmp_path / "run", resume=False)
-    modality = modalities_of(recipe)[seen]
+    modality = recipe.make_modalities()[seen]
     batch = training.data[3].batch
     theirs = StepBatches(recipe, {**training.modalities, seen: modality})[3].batch
     assert theirs.rows == batch.rows

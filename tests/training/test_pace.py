@@ -17,10 +17,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from openimp.common.modality import modalities_of
+from openimp.common.json_lines import read_lines
 from openimp.modalities.image import Image
 from openimp.recipe.schema import Recipe
-from openimp.training.metrics import read_lines
 from openimp.training.pace import advice, shown, slowest
 from openimp.training.trainer import train
 
@@ -119,7 +118,7 @@ def test_waiting_for_data_is_told_once_with_what_could_be_done(own_data, tmp_pat
 def test_the_advice_fits_the_recipe(little_data, streamed):
     def told(folder: Path, task: str, *changes: str, rare: bool = False) -> str:
         recipe = Recipe.load(folder / "recipe.yaml", changes)
-        return " | ".join(advice(recipe, modalities_of(recipe), task, rare))
+        return " | ".join(advice(recipe, recipe.make_modalities(), task, rare))
 
     smaller, many = "make the views of tasks.named smaller", "train.workers=1000"
     assert told(little_data, "named", many) == f"set sources.pictures.cache=memory | {smaller}"

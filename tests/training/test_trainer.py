@@ -22,10 +22,10 @@ from openimp.alternation import Alternation
 from openimp.checkpoint.folder import checkpoints
 from openimp.commands import run_eval
 from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
 from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
 from openimp.study.training import SummedTraining
-from openimp.training.metrics import read_lines
 from openimp.training.stopping import Stop, Stopped, stop_signals
 from openimp.training.trainer import Training, train
 

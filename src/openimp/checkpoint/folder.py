@@ -26,12 +26,11 @@ from torch import Tensor
 
 from openimp.checkpoint.shards import file_name, parts, read, there, write
 from openimp.common.errors import UserError
-from openimp.common.modality import Modality, modalities_of
-from openimp.common.safe_files import refuse_links
+from openimp.common.modality import Modality
+from openimp.common.safe_files import read_text, refuse_links
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.parallel.distributed import agreed, rank, world
-from openimp.recipe.file import read_text
 from openimp.recipe.schema import Recipe
 
 FORMAT = 4
@@ -69,7 +68,7 @@ def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str
         UserError: the folder holds no model, or one that does not fit its configuration.
     """
     recipe, classes, learned = read_config(folder)
-    modalities = modalities_of(recipe)
+    modalities = recipe.make_modalities()
     for modality in modalities.values():
         modality.load_state(learned)
     check_layers(folder, recipe)

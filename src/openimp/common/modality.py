@@ -13,8 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from openimp.recipe.registry import modality_class
-from openimp.recipe.schema import Recipe, Strict
+from openimp.common.schema import Strict
 
 
 class BadMedia(Exception):
@@ -188,12 +187,3 @@ class Modality(ABC):
 
     def load_state(self, state: dict[str, str]) -> None:  # noqa: B027 (as above)
         """Takes back what `state` gave."""
-
-
-def modalities_of(recipe: Recipe) -> dict[str, Modality]:
-    """An instance of every modality that the recipe's tasks read, by name."""
-    names = recipe.modality_names
-    return {name: modality_class(name)(recipe.modalities[modality_class(name).stem]) for name in names}
-
-
-__all__ = ["BadMedia", "Modality", "StemSpec", "Tokens", "modalities_of"]

@@ -119,3 +119,23 @@ def refuse_links(folder: Path) -> None:
             raise UserError(f"{path}: is a link out of {folder}, which openimp does not follow; remove the link")
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path}: is not a regular file")
+
+
+LARGEST_TEXT = 2**25
+"""Bytes of a file with configuration or a tokenizer at most."""
+
+
+def read_text(file: Path, limit: int = LARGEST_TEXT) -> str:
+    """The text of a small file that may come from a stranger, in UTF-8.
+
+    Raises:
+        UserError: it is a pipe or a device, which might never end, or has more bytes than `limit`.
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise UserError(f"{file}: is not a regular file")
+    with file.open("rb") as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(f"{file}: is larger than {limit:,} bytes, the most that is read of such a file")
+    return data.decode()

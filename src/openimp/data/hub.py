@@ -15,7 +15,7 @@ from openimp.common.errors import UserError
 from openimp.common.safe_files import cache_folder
 from openimp.data.files import fingerprint
 from openimp.data.tables import ArrowTable
-from openimp.recipe.schema import Source
+from openimp.recipe.tasks import Source
 
 
 def load(name: str, source: Source) -> Any:

@@ -22,14 +22,17 @@ from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 from openimp.alternation import Alternation, Visit
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality, Tokens
+from openimp.data.batch import Batch, head_key
 from openimp.data.order import digest_of, example_rng, permute, rows_at, seed_key
-from openimp.data.sources import Stream, Table, open_source
+from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore
-from openimp.data.tables import Refused
+from openimp.data.streams import Stream
+from openimp.data.tables import Refused, Table
 from openimp.data.targets import classes_of, item_of, labels_of, told_by
 from openimp.data.templates import all_texts, columns_of, fill
-from openimp.objectives import Batch, head_key
-from openimp.recipe.schema import Classification, Input, Recipe, Task
+from openimp.recipe.inputs import Input
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Classification, Task
 
 CORPUS_ROWS = 100_000
 """Rows of a source that a tokenizer learns from: the first of a stream, and of a larger table a random part."""

@@ -16,7 +16,7 @@ from openimp.data.files import combine, fingerprint, is_url, is_utf8, locate
 from openimp.data.streams import Reader, Stream
 from openimp.data.tables import ArrowTable, Table
 from openimp.data.tars import TarReader, TarTable
-from openimp.recipe.schema import Source
+from openimp.recipe.tasks import Source
 
 FORMATS = {".csv": "manifest", ".json": "manifest", ".jsonl": "manifest", ".parquet": "parquet", ".tar": "webdataset"}
 CHUNK = 10_000

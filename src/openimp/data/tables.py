@@ -13,8 +13,8 @@ import numpy as np
 
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
+from openimp.common.schema import as_text
 from openimp.data.files import combine, digest, inside
-from openimp.recipe.types import as_text
 
 LOOKED_AT = 10_000
 """Files of a source that are opened at every start to see whether one has changed."""

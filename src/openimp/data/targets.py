@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from openimp.common.errors import UserError, nearest
-from openimp.data.sources import Stream, Table
-from openimp.data.tables import Refused
-from openimp.recipe.schema import Classification, Task
+from openimp.data.streams import Stream
+from openimp.data.tables import Refused, Table
+from openimp.recipe.tasks import Classification, Task
 
 
 def classes_of(source: Table | Stream, objective: Classification, where: str) -> list[Any]:

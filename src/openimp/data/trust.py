@@ -15,7 +15,9 @@ from pathlib import Path
 from openimp.common.errors import UserError
 from openimp.common.safe_files import cache_folder
 from openimp.data.files import is_url, locate
-from openimp.recipe.schema import Probe, Recipe, Source
+from openimp.recipe.evaluation import Probe
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Source
 
 KNOWN = "trained"
 """Folder in the cache. It holds one empty file per configuration that this user trained, named by its hash."""

@@ -21,10 +21,12 @@ from torch import Tensor
 from openimp.common.device import Precision, autocast
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality, Tokens
-from openimp.data.sources import Table
+from openimp.data.tables import Table
 from openimp.data.templates import columns_of, fill
 from openimp.model.embedder import Embedder
-from openimp.recipe.schema import EvaluationSet, Input, Recipe
+from openimp.recipe.evaluation import EvaluationSet
+from openimp.recipe.inputs import Input
+from openimp.recipe.schema import Recipe
 
 T = TypeVar("T")
 R = TypeVar("R")

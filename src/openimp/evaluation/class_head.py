@@ -8,14 +8,15 @@ import torch.nn.functional as F
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality
-from openimp.data.sources import Table
+from openimp.data.batch import head_key
+from openimp.data.tables import Table
 from openimp.encoding.items import Progress, encode_input, require_columns
 from openimp.evaluation.classes import Classified, Labels, MultiLabel, predict, read_labels
 from openimp.evaluation.figures import Readable, readable_rows
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
-from openimp.objectives import head_key
-from openimp.recipe.schema import ClassHead, Recipe
+from openimp.recipe.evaluation import ClassHead
+from openimp.recipe.schema import Recipe
 
 
 def classify(

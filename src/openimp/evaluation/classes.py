@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from openimp.common.errors import UserError, nearest
-from openimp.data.sources import Table
-from openimp.data.tables import Refused
+from openimp.common.schema import as_text
+from openimp.data.tables import Refused, Table
 from openimp.evaluation.figures import accuracy, average_precision, classes_in, interval
 from openimp.evaluation.retrieval import SIMILARITIES, ranks
-from openimp.recipe.types import as_text
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
-from openimp.data.sources import Table, open_source
+from openimp.data.sources import open_source
+from openimp.data.tables import Table
 from openimp.encoding.items import raw_values
+from openimp.recipe.evaluation import Retrieval
 from openimp.recipe.registry import modality_class
-from openimp.recipe.schema import Recipe, Retrieval
+from openimp.recipe.schema import Recipe
 
 
 def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:

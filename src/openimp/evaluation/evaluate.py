@@ -7,7 +7,8 @@ from typing import Any
 from openimp.common.device import precision_of
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Modality
-from openimp.data.sources import Table, open_source
+from openimp.data.sources import open_source
+from openimp.data.tables import Table
 from openimp.encoding.items import Progress, first_view
 from openimp.evaluation import class_head, probe, provenance, retrieval, zero_shot
 from openimp.evaluation.classes import Classified, MultiLabel
@@ -15,7 +16,8 @@ from openimp.evaluation.figures import skipped_fields, table
 from openimp.evaluation.probe import Probed
 from openimp.evaluation.retrieval import Retrieved
 from openimp.model.embedder import Embedder
-from openimp.recipe.schema import ClassHead, Probe, Recipe, ZeroShot
+from openimp.recipe.evaluation import ClassHead, Probe, ZeroShot
+from openimp.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

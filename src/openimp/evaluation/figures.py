@@ -11,8 +11,7 @@ from rich.text import Text
 
 from openimp.common.errors import UserError
 from openimp.data.files import combine
-from openimp.data.sources import Table
-from openimp.data.tables import Refused
+from openimp.data.tables import Refused, Table
 from openimp.encoding.items import Encoded
 
 RESAMPLES = 10_000

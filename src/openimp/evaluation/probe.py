@@ -16,11 +16,12 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality
-from openimp.data.sources import Table
+from openimp.data.tables import Table
 from openimp.encoding.items import Progress, encode_input, require_columns
 from openimp.evaluation.figures import Readable, accuracy, classes_in, readable_rows
 from openimp.model.embedder import Embedder
-from openimp.recipe.schema import Probe, Recipe
+from openimp.recipe.evaluation import Probe
+from openimp.recipe.schema import Recipe
 
 STRENGTHS = [10.0**power for power in range(-4, 4)]
 """Values of C, the inverse of the L2 penalty's weight, to choose from. CLIP sweeps it too: the best one depends on the

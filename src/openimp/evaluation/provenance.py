@@ -10,7 +10,7 @@ import torch
 from openimp.common.modality import Modality
 from openimp.common.versions import openimp_version
 from openimp.data.files import combine
-from openimp.data.sources import Table
+from openimp.data.tables import Table
 from openimp.evaluation.figures import Readable
 from openimp.model.embedder import Embedder
 from openimp.recipe.schema import Recipe

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from openimp.common.modality import Modality
-from openimp.data.sources import Table
+from openimp.data.tables import Table
 from openimp.encoding.items import Encoded, Progress, encode_input, require_columns, require_pair
 from openimp.evaluation.figures import Readable, interval, readable_rows
 from openimp.model.embedder import Embedder
-from openimp.recipe.schema import Recipe, Retrieval
+from openimp.recipe.evaluation import Retrieval
+from openimp.recipe.schema import Recipe
 
 SIMILARITIES = 2**22
 """Similarities that are held at once (16 MiB)."""

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality
-from openimp.data.sources import Table
+from openimp.common.schema import as_text
+from openimp.data.tables import Table
 from openimp.encoding.items import Progress, embed, encode_input, first_view, require_columns, require_pair
 from openimp.evaluation.classes import Classified, Labels, MultiLabel, predict, read_labels
 from openimp.evaluation.figures import Readable, readable_rows
 from openimp.model.embedder import Embedder
-from openimp.recipe.schema import Recipe, ZeroShot
-from openimp.recipe.types import as_text
+from openimp.recipe.evaluation import ZeroShot
+from openimp.recipe.schema import Recipe
 
 
 def classify(

@@ -14,12 +14,11 @@ import pyarrow.parquet as pq
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.progress import console, track
-from openimp.common.safe_files import replacing
+from openimp.common.safe_files import read_text, replacing
 from openimp.data.files import is_utf8
 from openimp.encoding.items import ahead, require_pair
 from openimp.encoding.items import embed as embed_items
 from openimp.inference.model import Model, load
-from openimp.recipe.file import read_text
 
 CHUNK = 512
 """Files whose vectors are held before they are written."""

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
+from openimp.common.schema import Count, Pair, Positive, Share, Strict
 from openimp.modalities.media import (
     SHOWN,
     PatchGrid,
@@ -23,7 +24,6 @@ from openimp.modalities.media import (
     webp,
 )
 from openimp.modalities.sound import mono, read_sound, resample, samples_of
-from openimp.recipe.schema import Count, Pair, Positive, Share, Strict
 
 FLOOR = 1e-6
 """Added to the magnitude before the logarithm. A full-scale sine has magnitude 1, so this is -120 dB."""

@@ -18,7 +18,7 @@ import torch
 from pydantic import model_validator
 
 from openimp.common.modality import BadMedia
-from openimp.recipe.schema import Strict
+from openimp.common.schema import Strict
 
 # What FFmpeg may parse and decode: everything that people keep clips and sounds in. Playlists (hls, concat, ...) are
 # left out on purpose: they name other files, which a hostile example could make us read.

@@ -15,9 +15,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
+from openimp.common.safe_files import read_text
+from openimp.common.schema import Count, RecipePath, Strict
 from openimp.modalities.tokenizer_file import open_tokenizer
-from openimp.recipe.file import read_text
-from openimp.recipe.schema import Count, RecipePath, Strict
 
 PAD, END = 0, 1
 UNKNOWN = "[UNK]"

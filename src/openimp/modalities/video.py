@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 
 from openimp.common.modality import BadMedia, Tokens
+from openimp.common.schema import Count, Share
 from openimp.modalities.media import (
     MAX_MOVING,
     SHOWN,
@@ -22,16 +23,7 @@ from openimp.modalities.media import (
     segments,
     webp,
 )
-from openimp.modalities.vision import (
-    CHANNELS,
-    Vision,
-    check_multiple,
-    colour_array,
-    shrink,
-    shrunk_size,
-    without_alpha,
-)
-from openimp.recipe.schema import Count, Share
+from openimp.modalities.vision import CHANNELS, Vision, check_multiple, colour_array, shrink, shrunk_size, without_alpha
 
 MAX_FRAMES = 256
 """Frames up to which a clip is read whole."""

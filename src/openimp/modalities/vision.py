@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 
 from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
+from openimp.common.schema import Count, Pair, Positive, Share, Strict, Triple
 from openimp.modalities.media import PatchGrid, batch_coordinates, drop_tokens, kept, patchify
-from openimp.recipe.schema import Count, Pair, Positive, Share, Strict, Triple
 
 CHANNELS = 3
 MARGIN = 1.15

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from openimp.common.modality import Tokens
 from openimp.model.moe import RouterStats
 from openimp.parallel.distributed import mean
-from openimp.recipe.schema import Model
+from openimp.recipe.model import Model
 
 
 class Encoded(NamedTuple):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from openimp.model.init import lecun_normal_, linear
 from openimp.model.kernels import attend, gelu
 from openimp.model.moe import RouterStats, SoftMLP, SparseMLP, mean_count
-from openimp.recipe.schema import Model
+from openimp.recipe.model import Model
 
 
 class Attention(nn.Module):

@@ -17,7 +17,9 @@ from openimp.model.encoder import Encoder
 from openimp.model.heads import Projection, Temperature
 from openimp.model.init import linear
 from openimp.model.moe import Experts
-from openimp.recipe.schema import Contrastive, Model, Recipe
+from openimp.recipe.model import Model
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Contrastive
 
 
 class IMP(Embedder):

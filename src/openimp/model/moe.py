@@ -19,7 +19,7 @@ from openimp.model.init import lecun_normal_
 from openimp.model.kernels import gelu
 from openimp.parallel.distributed import mean
 from openimp.parallel.layout import from_owners, owned, to_owners
-from openimp.recipe.schema import ACROSS, MoE
+from openimp.recipe.model import ACROSS, MoE
 
 
 class Routing(NamedTuple):

@@ -15,10 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.alternation import expected_shares, view_shares
 from openimp.common.modality import Modality, Tokens
+from openimp.data.batch import Batch, head_key
 from openimp.model.embedder import in_pieces
 from openimp.model.imp import IMP
-from openimp.objectives import Batch, Losses, head_key, task_losses
-from openimp.recipe.schema import Classification, Recipe, Task
+from openimp.objectives import Losses, task_losses
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Classification, Task
 
 UNITS = ("steps", "examples", "tokens", "flops")
 

@@ -26,7 +26,8 @@ from openimp.planning.gpus import GPU, GPUS, NODE, USABLE
 from openimp.planning.ledger import Cost, costs
 from openimp.planning.memory import StepMemory, keep_own_experts, step_memory
 from openimp.recipe.registry import modality_class
-from openimp.recipe.schema import Classification, Recipe, Task
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Classification, Task
 
 PARTS = ("gradients", "gathered", "cast weights", "activations")
 """What a step holds beyond weights, moments and its batch."""

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo
 
-from openimp.recipe.types import Count, Input, Inputs, Strict, View, as_text, text_lines
+from openimp.common.schema import Count, Strict, as_text, text_lines
+from openimp.recipe.inputs import Input, Inputs, View
 
 
 def _class_names(value: Any, info: ValidationInfo) -> Any:

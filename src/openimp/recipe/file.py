@@ -1,7 +1,6 @@
 """Reading small files within limits, finding and reading a recipe's YAML file, and changing single keys of it."""
 
 import re
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,29 +8,12 @@ from typing import Any
 import yaml
 
 from openimp.common.errors import UserError, nearest
+from openimp.common.safe_files import read_text
 
-LARGEST_TEXT = 2**25
-"""Bytes of a file with configuration or a tokenizer at most."""
 LARGEST_YAML = 2**20
 """Bytes of a recipe or a study at most."""
 MOST_NODES = 100_000
 """Values, keys, lists and mappings of a YAML file at most, each alias counted as what it stands for."""
-
-
-def read_text(file: Path, limit: int = LARGEST_TEXT) -> str:
-    """The text of a small file that may come from a stranger, in UTF-8.
-
-    Raises:
-        UserError: it is a pipe or a device, which might never end, or has more bytes than `limit`.
-        OSError, UnicodeDecodeError: it cannot be read.
-    """
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise UserError(f"{file}: is not a regular file")
-    with file.open("rb") as stream:
-        data = stream.read(limit + 1)
-    if len(data) > limit:
-        raise UserError(f"{file}: is larger than {limit:,} bytes, the most that is read of such a file")
-    return data.decode()
 
 
 def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], Path]:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from openimp.data.sources import Table
-from openimp.evaluation.evaluate import Classified, Retrieved
+from openimp.data.tables import Table
+from openimp.evaluation.classes import Classified
 from openimp.evaluation.figures import first_figure
+from openimp.evaluation.retrieval import Retrieved
 from openimp.report.charts import Curve, heat, line_chart, matrix, nice_ticks, percent, series, share_bar
 from openimp.report.markup import Child, Markup, join, table, tag
 

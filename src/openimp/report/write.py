@@ -10,18 +10,22 @@ import numpy as np
 from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, model_folder, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.safe_files import refuse_links, write_text
-from openimp.data.sources import Table
+from openimp.data.tables import Table
 from openimp.data.trust import check_sources
 from openimp.encoding.items import Progress, raw_value
-from openimp.evaluation.evaluate import Classified, Retrieved, measure, open_sets
+from openimp.evaluation.classes import Classified
+from openimp.evaluation.evaluate import measure, open_sets
+from openimp.evaluation.results import read_results
+from openimp.evaluation.retrieval import Retrieved
 from openimp.model.imp import IMP
-from openimp.recipe.schema import EvaluationSet, Recipe
+from openimp.recipe.evaluation import EvaluationSet
+from openimp.recipe.schema import Recipe
 from openimp.report import results, training
 from openimp.report.markup import Child, Markup, join, tag
 from openimp.report.page import facts, page
-from openimp.training.metrics import read_lines, read_results
 
 
 def write_report(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from openimp.common.errors import UserError
-from openimp.training.metrics import read_lines
+from openimp.common.json_lines import read_lines
 
 
 @dataclass

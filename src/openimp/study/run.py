@@ -18,10 +18,12 @@ from openimp.common.errors import UserError, nearest
 from openimp.common.progress import console
 from openimp.evaluation.clip_benchmark import clip_benchmark_recalls, require_pictures_and_texts
 from openimp.inference.model import load
+from openimp.recipe.evaluation import Retrieval
 from openimp.recipe.file import flat
-from openimp.recipe.schema import Recipe, Retrieval
+from openimp.recipe.schema import Recipe
+from openimp.study.budget import part_recipe
 from openimp.study.outcome import Outcome, lines_of
-from openimp.study.schema import Part, Study, part_recipe, read_study
+from openimp.study.schema import Part, Study, read_study
 from openimp.study.training import ConflictTraining, SummedTraining, peak_memory
 from openimp.study.two_towers import TwoTowerTraining, load_two_towers
 from openimp.training.trainer import Training, train

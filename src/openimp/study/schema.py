@@ -4,24 +4,13 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
-from openimp.common.errors import UserError, nearest
-from openimp.common.modality import modalities_of
-from openimp.data.loader import StepBatches
-from openimp.planning.ledger import costs, mixture
-from openimp.recipe.file import RecipeLoader, find_file, flat, read_mapping
-from openimp.recipe.schema import Positive, Recipe, Strict, checked
-from openimp.study.two_towers import flops_of_a_step as towers_flops
+from openimp.common.schema import Positive, Strict, checked
+from openimp.recipe.file import find_file, read_mapping
 
-SAVES = 5
-"""Checkpoints of a training, for stops that nobody asked for."""
-DERIVED = {"train.steps", "train.save_every", "optimizer.warmup", "seed"}
-SMOKE_FLOPS, SMOKE_ROWS, SMOKE_BATCH = 0.002, 48, 16
-"""With --smoke: the share of the FLOPs, rows of each source, and examples a step."""
-MOST_STEPS = 10**8
-"""Of a training, whose whole schedule is in memory."""
+SMOKE_FLOPS = 0.002
+"""Share of the FLOPs that --smoke spends."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -120,74 +109,3 @@ def read_study(name: str, smoke: bool) -> tuple[Study, str]:
     smaller = {"flops": study.flops * SMOKE_FLOPS, "seeds": study.seeds[:1], "findings": ""}
     smaller["title"] = f"{study.title} (--smoke: figures that mean nothing)"
     return study.model_copy(update=smaller), f"{file.stem}-smoke"
-
-
-def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Recipe:
-    """The recipe of one model, with as many steps as its share of the FLOPs pays for.
-
-    Raises:
-        UserError: a change that the recipe does not take, an unknown task, or more FLOPs than anyone can train for.
-    """
-    data = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"]).to_dict()
-    for key, _, value in (change.partition("=") for change in (*study.set, *part.set)):
-        for derived in flat({key.strip(): yaml.load(value, RecipeLoader)}).keys() & DERIVED:
-            raise UserError(f"{derived} follows from the study's FLOPs and seeds")
-    if part.summed:
-        data["alternation"]["kind"] = "intervals"
-        for task in data["tasks"].values():  # A round sums one batch of each.
-            task["interval"] = 1
-    if smoke:
-        _make_small(data)
-    share = 1.0
-    if part.tasks is not None:
-        # Shares are those of the study's recipe: what the part sets may change what a step of its task costs.
-        whole = Recipe.load(study.recipe, study.set)
-        spent = _flops_of_a_step(whole)
-        _keep_tasks(data, part.tasks, whole)
-        share = sum(spent.get(name, 0) for name in part.tasks) / sum(spent.values())  # A task of weight 0 has none.
-    recipe = Recipe.build(data)
-    a_step = towers_flops(recipe) if part.two_towers else sum(_flops_of_a_step(recipe).values())
-    paid = part.flops * share * study.flops / a_step
-    if paid > MOST_STEPS:
-        raise UserError(f"its FLOPs pay for {paid:.2g} steps, where a training takes at most {MOST_STEPS:,}")
-    steps = max(1, round(paid))
-    # A whole number of rounds, for within one of summed losses nothing can be saved.
-    rounds = len(data["tasks"])
-    data["train"].update(steps=steps, save_every=max(1, steps // (SAVES * rounds)) * rounds)
-    data["optimizer"]["warmup"] = None  # A share of the steps: a fixed number would be all of a short training.
-    return Recipe.build(data)
-
-
-def _make_small(data: dict[str, Any]) -> None:
-    for source in data["sources"].values():
-        source.update(limit=SMOKE_ROWS, cache="none")
-    for task in data["tasks"].values():
-        task["batch"] = SMOKE_BATCH
-    data["train"]["workers"] = 0
-
-
-def _keep_tasks(data: dict[str, Any], names: list[str], whole: Recipe) -> None:
-    """Leaves out the other tasks, and the modalities and evaluation sets that then have no use."""
-    for name in names:
-        if name not in data["tasks"]:
-            raise UserError(f"study: no task of the recipe is called {name!r}{nearest(name, data['tasks'])}")
-    data["tasks"] = {name: data["tasks"][name] for name in names}
-    seen = {name for task in data["tasks"].values() for name in task["inputs"]}
-    stems = {modality.stem for name, modality in modalities_of(whole).items() if name in seen}
-    data["modalities"] = {stem: options for stem, options in data["modalities"].items() if stem in stems}
-    data["evaluation"]["sets"] = {
-        name: options
-        for name, options in data["evaluation"]["sets"].items()
-        if {*options["inputs"], *([options["reader"]] if "reader" in options else [])} <= seen
-    }
-
-
-def _flops_of_a_step(recipe: Recipe) -> dict[str, float]:
-    """What each task contributes to the FLOPs of the mean step."""
-    data = recipe.to_dict()
-    for source in data["sources"].values():
-        source["cache"] = "none"
-    recipe = Recipe.build(data)
-    modalities = modalities_of(recipe)
-    batches = StepBatches(recipe, modalities)
-    return {name: row["flops"] for name, row in mixture(recipe, costs(recipe, modalities, batches.classes)).items()}

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.common.errors import UserError
+from openimp.common.json_lines import append, forget_after
 from openimp.data.loader import Loaded
-from openimp.data.sources import Stream
+from openimp.data.streams import Stream
 from openimp.model.imp import IMP
 from openimp.objectives import Losses
 from openimp.recipe.schema import Recipe
-from openimp.training.metrics import append, forget_after
 from openimp.training.trainer import Training
 
 MEASURED = 12

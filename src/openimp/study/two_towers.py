@@ -23,13 +23,15 @@ from torch import Tensor
 from openimp.checkpoint.folder import load_weights, model_folder, read_config
 from openimp.common.device import full_precision, pick_device
 from openimp.common.errors import UserError
-from openimp.common.modality import Modality, Tokens, modalities_of
+from openimp.common.modality import Modality, Tokens
+from openimp.data.batch import Batch
 from openimp.data.loader import Loaded
 from openimp.modalities.text import END, PAD
 from openimp.model.embedder import Embedder, Encode, Encoded
-from openimp.objectives import Batch, Losses
+from openimp.objectives import Losses
 from openimp.planning.ledger import costs, mixture
-from openimp.recipe.schema import Contrastive, Recipe, Task
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Contrastive, Task
 from openimp.training.trainer import Training
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -202,7 +204,7 @@ def whole_modalities(recipe: Recipe) -> dict[str, Modality]:
     except ImportError:
         raise UserError("open_clip is not installed: pip install 'openimp[peers]'") from None
     task, seen, _ = _pair(recipe)
-    modalities, views = modalities_of(recipe), _views(recipe, seen)
+    modalities, views = recipe.make_modalities(), _views(recipe, seen)
     try:
         shapes = sorted({modalities[seen].shape(view) for view in views})
         modalities[seen] = modalities[seen].whole(views[0])
@@ -227,7 +229,7 @@ def _pair(recipe: Recipe) -> tuple[Task, str, str]:
     if len(recipe.tasks) > 1:
         raise UserError(f"{recipe.name}: two towers take one task, found {', '.join(recipe.tasks)}")
     ((name, task),) = recipe.tasks.items()
-    modalities = modalities_of(recipe)
+    modalities = recipe.make_modalities()
     seen, read = ([side for side in task.inputs if modalities[side].reads_text is reads] for reads in (False, True))
     if len(seen) != 1 or len(read) != 1:
         raise UserError(f"tasks.{name}: two towers take one modality and its text, found {', '.join(task.inputs)}")

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from openimp.model.embedder import Embedder
 from openimp.parallel.layout import on_one_mesh
-from openimp.recipe.schema import Optimizer, Recipe
+from openimp.recipe.schema import Recipe
+from openimp.recipe.training import Optimizer
 
 
 def muon_matrices(options: Optimizer, model: Embedder) -> dict[Tensor, None]:

@@ -11,34 +11,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from openimp.checkpoint.folder import (
-    checkpoints,
-    load_training,
-    mark_best,
-    moments_of,
-    read_config,
-    step_of,
-    texts_of,
-)
+from openimp.checkpoint.folder import checkpoints, load_training, mark_best, moments_of, read_config, step_of, texts_of
 from openimp.checkpoint.resume import changed_sources, common_checkpoints, resumable
 from openimp.checkpoint.saver import NotSaved, Saver
 from openimp.checkpoint.warm_start import open_start
 from openimp.common.device import autocast, keep_freed_memory, precision_of
 from openimp.common.errors import UserError
-from openimp.common.modality import Modality, Tokens, modalities_of
+from openimp.common.modality import Modality, Tokens
 from openimp.common.progress import StepBar, console, track
 from openimp.common.safe_files import cache_folder, private_folder, refuse_links, write_text
+from openimp.data.batch import Batch
 from openimp.data.loader import Loaded, StepBatches, make_loader
 from openimp.data.trust import record_training
-from openimp.evaluation.evaluate import evaluate, open_sets, table
+from openimp.evaluation.evaluate import evaluate, open_sets
+from openimp.evaluation.figures import table
+from openimp.evaluation.results import best_step
 from openimp.model.embedder import Embedder, Encode, Encoded, in_pieces, piece_sizes
 from openimp.model.imp import IMP
-from openimp.objectives import Batch, Losses, equal_texts, task_losses
+from openimp.objectives import Losses, equal_texts, task_losses
 from openimp.parallel import distributed, layout
 from openimp.parallel.exchange import make_exchange
 from openimp.planning.ledger import costs, mixture_table
-from openimp.recipe.schema import Recipe, Task
-from openimp.training.metrics import BadExamples, Metrics, best_step
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Task
+from openimp.training.bad_examples import BadExamples
+from openimp.training.metrics import Metrics
 from openimp.training.optimizers import make_optimizers, muon_matrices, schedule, set_learning_rate
 from openimp.training.pace import Pace, shown
 from openimp.training.stopping import Stopped, stop_signals
@@ -120,7 +117,7 @@ class Training:
     @staticmethod
     def read(recipe: Recipe) -> dict[str, Modality]:
         """The modalities, as the model wants their tokens."""
-        return modalities_of(recipe)
+        return recipe.make_modalities()
 
     @staticmethod
     def build(recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, int]) -> Embedder:

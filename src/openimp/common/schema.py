@@ -1,15 +1,14 @@
-"""Building blocks of the recipe's schema: the strict base model, number types, inputs, views, and validation."""
+"""Building blocks of every schema: the strict base model, number types, paths, and validation with clear errors."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from openimp.common.errors import UserError, nearest
-from openimp.recipe.file import read_text
-from openimp.recipe.registry import modality_class
+from openimp.common.safe_files import read_text
 
 
 class Strict(BaseModel):
@@ -76,64 +75,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
+
+
 # YAML has no tuples, so a list is accepted; its items are still checked strictly.
 Pair = Annotated[tuple[Count, Count], Field(strict=False)]
 Triple = Annotated[tuple[Count, Count, Count], Field(strict=False)]
-
-
-class Input(Strict):
-    """Where a modality's raw value stands in a row. A plain string or list is short for `column`."""
-
-    column: str | list[str]
-    """A column, or a text template such as "{name}, {keywords*}": `{x}` takes one value of x (of a list: one at
-    random in training, the first in evaluation), `{x*}` joins all of a list by commas (in training some, in any
-    order). Of several columns or templates one is drawn in training, and the first is used in evaluation."""
-    draw: Count = 1
-    """How many are drawn in training; more than one makes several positives an item (MIL-NCE)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, data: Any) -> Any:
-        if data == []:
-            raise ValueError("names no column")
-        return {"column": data} if isinstance(data, str | list) else data
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns or templates, in order of preference."""
-        return [self.column] if isinstance(self.column, str) else self.column
-
-
-Inputs = Annotated[dict[str, Input], Field(min_length=1)]
-
-
-class View(Strict):
-    """How an example is seen at one step. Beside these keys: one key a modality, with that modality's own options."""
-
-    model_config = ConfigDict(extra="allow")
-
-    share: Positive = 1.0
-    """How often this view is drawn, against the task's other views."""
-    batch: Count | None = None
-    """Examples a step in this view; left out: the task's."""
-    sync: bool = False
-    """In training, clip and sound of an example start at the same moment; false: each modality draws its own part."""
-
-    def __getitem__(self, modality: str) -> Any:
-        """The checked options of one modality, an instance of its `View`."""
-        return (self.model_extra or {})[modality]
-
-    def bind(self, modalities: Iterable[str], where: str) -> "View":
-        """Checks the options of each modality against its `View` and fills in its defaults."""
-        extra, known = dict(self.model_extra or {}), {}
-        for name in modalities:
-            options = extra.pop(name, {})
-            known[name] = checked(modality_class(name).View, options, f"{where}.{name}")
-        if extra:
-            key = next(iter(extra))
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, [*modalities, *View.model_fields])}")
-        self.__pydantic_extra__ = known
-        return self
 
 
 def checked(schema: type[Any], data: Any, where: str, folder: str | Path | None = None) -> Any:
