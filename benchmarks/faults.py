@@ -181,7 +181,7 @@ def _started_again(bench: Bench, fault: str, process: Process, run: Path, how: H
 
 def worker_that_dies(bench: Bench) -> list[Outcome]:
     run = bench.folder / "worker"
-    process = bench.start(run, changes=["train.workers=2"])
+    process = bench.start(run, changes=["train.num_workers=2"])
     lines = watch(process, lambda process: os.kill(children(process.pid)[-1], signal.SIGKILL))
     return [
         bench.gone_on("kill -9 of a loader's worker", run, told(process, lines, "a worker that makes batches died"))
@@ -222,7 +222,7 @@ def hostile_media(bench: Bench) -> list[Outcome]:
     """One outcome for each file, one for the memory that all take, and one for more of them than the recipe allows."""
     peace, data = (hostile.more_data(bench.data, bench.folder / name) for name in ("more data", "hostile data"))
     names = {fault: write(data) for fault, write in hostile.FILES.items()}
-    changes, memory, lines = [*hostile.TASKS, "train.max_bad=0.5"], [], []
+    changes, memory, lines = [*hostile.TASKS, "train.max_bad_fraction=0.5"], [], []
     for folder in (peace, data):
         process = Bench(bench.folder, folder).start(folder / "run", changes=changes)
         lines = finished(process, watch(process, lambda process: memory.append(most_memory(process)), STEPS - 1))
@@ -239,10 +239,10 @@ def hostile_media(bench: Bench) -> list[Outcome]:
     fault = f"all of these at once: the most memory held, {memory[0] / 2**20:.0f} MiB without them"
     found.append(Outcome(fault, f"{grown / 2**20:+.0f} MiB" if grown < GROWTH else ""))
     run = data / "too many"
-    process = Bench(bench.folder, data).start(run, changes=[*hostile.TASKS, "train.max_bad=0.01"])
-    noticed = told(process, watch(process), "could not be read, more than train.max_bad 0.01")
+    process = Bench(bench.folder, data).start(run, changes=[*hostile.TASKS, "train.max_bad_fraction=0.01"])
+    noticed = told(process, watch(process), "could not be read, more than train.max_bad_fraction 0.01")
     steps = len(read_lines(run / "metrics.jsonl")) - step_of(checkpoints(run)[-1])
-    return [*found, Outcome("more of them than train.max_bad", noticed, steps)]
+    return [*found, Outcome("more of them than train.max_bad_fraction", noticed, steps)]
 
 
 FAULTS: dict[str, Callable[[Bench], list[Outcome]]] = {

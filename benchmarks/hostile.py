@@ -19,10 +19,10 @@ SIDES = {"large": 10_000, "huge": 40_000}
 TASKS = [
     "sources.clips={path: clips}",
     "sources.packed={path: packed.tar}",
-    'tasks.seen={source: clips, inputs: {video: file, text: "a {label}"}, batch: 8, weight: 2,'
+    'tasks.seen={source: clips, inputs: {video: file, text: "a {label}"}, batch_size: 8, weight: 2,'
     " objectives: [{type: contrastive, same: label}],"
     " views: [{video: {size: 16, frames: 4, stride: 1}, text: {length: 8}}]}",
-    "tasks.packed={source: packed, inputs: {image: png, text: txt}, batch: 8, weight: 2,"
+    "tasks.packed={source: packed, inputs: {image: png, text: txt}, batch_size: 8, weight: 2,"
     " objectives: [{type: contrastive, same: txt}], views: [{image: {size: 16}, text: {length: 8}}]}",
 ]
 

@@ -4,7 +4,8 @@
 
 Batches are made here, by one thread and one after the other, as a worker makes them; waiting for the disk does not
 count. `decode`, `augment` and `tokens` are what media take, `text` is all of that for texts and their templates, and
-`rest` reads rows, draws and stacks. A training waits for data where this, divided by `train.workers`, is more than a
+`rest` reads rows, draws and stacks. A training waits for data where this, divided by `train.num_workers`, is more than
+a
 step takes.
 """
 

@@ -47,16 +47,16 @@ class Setting(NamedTuple):
     gloo: bool = False
 
 
-WORKER = "train.workers=1"
+WORKER = "train.num_workers=1"
 SETTINGS = {
     "1": Setting(1),
     "2": Setting(2),
     "2, exchanging nothing": Setting(2, apart=True),
     "2, through gloo": Setting(2, gloo=True),
     "4": Setting(4),
-    "2, in shards": Setting(2, ("parallel={shard: 2}",)),
-    "2, experts apart": Setting(2, ("parallel={shard: 1, experts: 2}",)),
-    "4, in shards with experts apart": Setting(4, ("parallel={shard: 4, experts: 2}",)),
+    "2, in shards": Setting(2, ("parallel={shard_degree: 2}",)),
+    "2, experts apart": Setting(2, ("parallel={shard_degree: 1, expert_degree: 2}",)),
+    "4, in shards with experts apart": Setting(4, ("parallel={shard_degree: 4, expert_degree: 2}",)),
     "1 and a worker": Setting(1, (WORKER,)),
     "2 and a worker each": Setting(2, (WORKER,)),
 }
@@ -64,12 +64,17 @@ SETTINGS = {
 
 def examples_per_s(setting: Setting, steps: int, recipe: str) -> float:
     """Of a training of some steps, without its first `LOG_EVERY`; of several apart, their sum."""
-    changes = [f"train.steps={steps}", "optimizer.warmup=1", f"train.log_every={LOG_EVERY}", "evaluation.sets={}",
-               "train.save_every=1000000", "alternation.kind=cycle", "train.workers=0", *setting.changes]  # fmt: skip
+    changes = [f"train.steps={steps}", "optimizer.warmup_steps=1", f"train.log_every={LOG_EVERY}", "evaluation.sets={}",
+               "train.save_every=1000000", "alternation.kind=cycle", "train.num_workers=0",
+                *setting.changes]  # fmt: skip
     if setting.apart:
         for name, task in Recipe.load(recipe, []).tasks.items():
-            batches = {f"tasks.{name}.batch": task.batch}
-            batches |= {f"tasks.{name}.views.{i}.batch": view.batch for i, view in enumerate(task.views) if view.batch}
+            batches = {f"tasks.{name}.batch_size": task.batch_size}
+            batches |= {
+                f"tasks.{name}.views.{i}.batch_size": view.batch_size
+                for i, view in enumerate(task.views)
+                if view.batch_size
+            }
             changes += [f"{key}={batch // setting.processes}" for key, batch in batches.items()]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.processes)]
     if setting.gloo:  # What torchrun says of processes that are not all on one machine.

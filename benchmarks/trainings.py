@@ -24,9 +24,9 @@ import little
 STEPS, EVERY, BATCH = 40, 8, 8
 AT = 12
 """The step after which most faults happen: in the middle between two checkpoints."""
-CHANGES = [f"train.steps={STEPS}", f"train.save_every={EVERY}", "train.keep=3", "evaluation={}",
-           f"tasks.named.views.1.batch={BATCH}", f"tasks.heard.batch={BATCH}"]  # fmt: skip
-ONE_COPY = ["parallel.shard=1"]
+CHANGES = [f"train.steps={STEPS}", f"train.save_every={EVERY}", "train.keep_last=3", "evaluation={}",
+           f"tasks.named.views.1.batch_size={BATCH}", f"tasks.heard.batch_size={BATCH}"]  # fmt: skip
+ONE_COPY = ["parallel.shard_degree=1"]
 """Of the model, for processes that see the same memory."""
 Process = subprocess.Popen[str]
 How = Literal["one", "two", "two nodes"]

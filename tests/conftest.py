@@ -53,9 +53,9 @@ def foreign_folder(tmp_path: Path) -> Path:
 
 
 TEXTS = ["a red square", "a green circle", "a blue line that is rather longer than the other ones", "noise", "a"]
-IMAGE, TEXT = {"size": 32, "drop": 0.5}, {"length": 8}
-VIDEO = {"size": 16, "frames": 4, "stride": 1, "clips": 2, "drop": 0.5}
-AUDIO = {"seconds": 0.512, "clips": 2, "drop": 0.5}
+IMAGE, TEXT = {"size": 32, "drop_tokens": 0.5}, {"length": 8}
+VIDEO = {"size": 16, "frames": 4, "stride": 1, "clips": 2, "drop_tokens": 0.5}
+AUDIO = {"seconds": 0.512, "clips": 2, "drop_tokens": 0.5}
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +66,14 @@ def tiny_recipe() -> Callable[..., Recipe]:
     """
 
     def make(model: dict[str, Any] | None = None, folder: str | Path = ".", **changes: Any) -> Recipe:
-        sizes = {"width": 32, "layers": 2, "heads": 2, "mlp": 64, "embed_dim": 32, "moe": {"experts": 4, "layers": 1}}
+        sizes = {
+            "width": 32,
+            "layers": 2,
+            "heads": 2,
+            "mlp_dim": 64,
+            "embed_dim": 32,
+            "moe": {"experts": 4, "layers": 1},
+        }
         task = {"source": "all", "objectives": [{"type": "contrastive"}]}
         views = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
         data = {

@@ -12,11 +12,11 @@ TONES = {"low": 200, "middle": 800, "high": 3000}
 RECIPE = """
 name: little
 model:
-  {width: 32, layers: 2, heads: 2, mlp: 64, embed_dim: 32, moe: {experts: 2, layers: 1}}
+  {width: 32, layers: 2, heads: 2, mlp_dim: 64, embed_dim: 32, moe: {experts: 2, layers: 1}}
 modalities:
   vision: {patch: [2, 8, 8]}
   audio: {window: 512, hop: 256, bins: 32}
-  text: {vocab: 300, positions: 16}
+  text: {vocab_size: 300, positions: 16}
 sources:
   pictures: {path: pictures}
   sounds: {path: sounds.jsonl}
@@ -27,19 +27,19 @@ tasks:
     objectives:
       - {type: contrastive, same: label}
       - {type: classification, label: label, weight: 0.5}
-    batch: 8
+    batch_size: 8
     weight: 2
     views:
       - {image: {size: 16, crop: 1, jitter: 0}, text: {length: 8}}
-      - {image: {size: 32, drop: 0.5, jitter: 0.1}, text: {length: 12}, batch: 6, share: 0.5}
+      - {image: {size: 32, drop_tokens: 0.5, jitter: 0.1}, text: {length: 12}, batch_size: 6, weight: 0.5}
   heard:
     source: sounds
     inputs: {audio: sound, text: caption}
     objectives: [{type: contrastive, same: caption}]
-    batch: 6
+    batch_size: 6
     views: [{audio: {seconds: 0.512}, text: {length: 8}}]
-optimizer: {lr: 3e-3, warmup: 5, ema: 0.9}
-train: {steps: 12, workers: 0, log_every: 1, save_every: 5}
+optimizer: {lr: 3e-3, warmup_steps: 5, ema_decay: 0.9}
+train: {steps: 12, num_workers: 0, log_every: 1, save_every: 5}
 evaluation:
   sets:
     colours: {type: zero_shot, source: pictures, inputs: {image: file}, label: label, prompts: ["a {} square"],

@@ -2,7 +2,7 @@
 
 import sys
 
-COMMON = ["train.precision=fp32", "tasks.heard.batch=8", "tasks.named.views.1.batch=8", "train.steps=24"]
+COMMON = ["train.precision=fp32", "tasks.heard.batch_size=8", "tasks.named.views.1.batch_size=8", "train.steps=24"]
 """Overrides with which the small recipe of little.py trains alike on 1, 2 and 4 ranks."""
 
 

@@ -12,7 +12,12 @@ from openimp.recipe.schema import Recipe
 
 
 def mixture(kind: str, steps: int, tasks: dict, seed: int = 0) -> Recipe:
-    one = {"source": "all", "inputs": {"image": "i", "text": "t"}, "objectives": [{"type": "contrastive"}], "batch": 4}
+    one = {
+        "source": "all",
+        "inputs": {"image": "i", "text": "t"},
+        "objectives": [{"type": "contrastive"}],
+        "batch_size": 4,
+    }
     return Recipe.build(
         {
             "name": "x",
@@ -26,9 +31,9 @@ def mixture(kind: str, steps: int, tasks: dict, seed: int = 0) -> Recipe:
 
 
 THREE = {
-    "a": {"weight": 5.0, "views": [{"share": 2.0, "batch": 6}, {"share": 1.0, "image": {"size": 128}}]},
+    "a": {"weight": 5.0, "views": [{"weight": 2.0, "batch_size": 6}, {"weight": 1.0, "image": {"size": 128}}]},
     "b": {"weight": 3.0, "interval": 2},
-    "c": {"weight": 2.0, "interval": 5, "batch": 10},
+    "c": {"weight": 2.0, "interval": 5, "batch_size": 10},
 }
 
 

@@ -65,7 +65,7 @@ def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
     for file in own_data.glob("*.wav"):
         file.write_bytes(b"no sound")
     command = [sys.executable, "-m", "openimp", "train", str(own_data / "recipe.yaml"), "--run", str(own_data / "run")]
-    changes = sets("tasks.named.weight=0", "train.workers=1")
+    changes = sets("tasks.named.weight=0", "train.num_workers=1")
     done = subprocess.run([*command, *changes], capture_output=True, text=True)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -195,7 +195,7 @@ def test_the_views_of_another_recipe_must_suit_the_model(refused, openimp, littl
 
 def test_info_counts_the_experts_of_a_token(openimp, little_data):
     """Choosing 2 of 2 experts uses all of the encoder, whatever the room in them."""
-    moe = "model.moe={experts: 2, layers: 1, routing: token_choice, top_k: 2, capacity: 1.5}"
+    moe = "model.moe={experts: 2, layers: 1, routing: token_choice, top_k: 2, capacity_factor: 1.5}"
     _, printed, _ = openimp("info", little_data / "recipe.yaml", *sets(moe))
     used, whole = (re.search(rf"{part}\W+([\d,]+)", printed)[1] for part in ("on average", "encoder"))
     assert used == whole
@@ -321,7 +321,7 @@ def broken(folder: Path) -> set[str]:
 
 def test_broken_files_are_skipped_counted_and_named(openimp, own_data, tmp_path):
     bad, run = broken(own_data), tmp_path / "run"
-    changes = sets("train.steps=20", "train.max_bad=0.5", "tasks.heard.weight=0", "train.workers=1")
+    changes = sets("train.steps=20", "train.max_bad_fraction=0.5", "tasks.heard.weight=0", "train.num_workers=1")
     code, _, err = openimp("train", own_data / "recipe.yaml", "--run", run, *changes)
     assert (code, err) == (0, "")
     lines = read_lines(run / "skipped.jsonl")
@@ -336,17 +336,20 @@ def test_broken_files_are_skipped_counted_and_named(openimp, own_data, tmp_path)
 
 def test_too_many_broken_files_stop_the_run(openimp, refused, own_data, tmp_path):
     bad, run = broken(own_data), tmp_path / "run"
-    changes = sets("train.steps=60", "train.max_bad=0.05", "tasks.heard.weight=0")
+    changes = sets("train.steps=60", "train.max_bad_fraction=0.05", "tasks.heard.weight=0")
     told = refused("train", own_data / "recipe.yaml", "--run", run, *changes)
     assert "task named: " in told
-    assert "examples could not be read, more than train.max_bad 0.05; among them " in told
+    assert "examples could not be read, more than train.max_bad_fraction 0.05; among them " in told
     assert any(name in told for name in bad)
     assert told.endswith(f"all are named in {run / 'skipped.jsonl'}")
     assert {line["where"] for line in read_lines(run / "skipped.jsonl")} <= bad
     # The steps up to there are kept.
     assert checkpoints(run)[-1].name == f"step-{read_lines(run / 'skipped.jsonl')[-1]['step'] + 1:08d}"
     assert (
-        openimp("train", own_data / "recipe.yaml", "--run", run, "--resume", *changes, *sets("train.max_bad=1"))[0] == 0
+        openimp(
+            "train", own_data / "recipe.yaml", "--run", run, "--resume", *changes, *sets("train.max_bad_fraction=1")
+        )[0]
+        == 0
     )
 
 
@@ -418,9 +421,10 @@ def test_report_writes_a_page_or_says_why_not(openimp, refused, little_run, tmp_
 
 def test_demo_is_the_bundled_recipe(openimp, tmp_path):
     """A few steps of it: `make demo` trains it whole."""
-    changes = sets("train.steps=2", "evaluation={}", "model.width=48", "model.heads=3", "model.mlp=48",
+    changes = sets("train.steps=2", "evaluation={}", "model.width=48", "model.heads=3", "model.mlp_dim=48",
                    "sources.stills.cache=none", "sources.clips.cache=none", "sources.notes.cache=none",
-                   "tasks.stills.batch=4", "tasks.clips.batch=4", "tasks.notes.batch=4", "train.workers=0")  # fmt: skip
+                   "tasks.stills.batch_size=4", "tasks.clips.batch_size=4", "tasks.notes.batch_size=4",
+                    "train.num_workers=0")  # fmt: skip
     code, out, err = openimp("demo", "--run", tmp_path / "run", *changes)
     assert (code, err) == (0, "")
     assert f"The run is in {tmp_path / 'run'}" in out.replace("\n", "")

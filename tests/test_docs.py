@@ -59,7 +59,7 @@ def outside(tmp_path, monkeypatch):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1\n", encoding="utf-8")
     lines = "".join(f"{name} = {target}\n" for name, target in points.items())
-    (info / "entry_points.txt").write_text(f"[openimp.common.modality]\n{lines}", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[openimp.modalities]\n{lines}", encoding="utf-8")
     for name, code in blocks(page, "python"):
         if name:
             assert len(code.splitlines()) <= 80
@@ -101,7 +101,9 @@ def test_the_examples_of_the_data_page_are_read(tmp_path, monkeypatch):
         exec(code, known)
     read = set()
     for _, text in blocks(page, "yaml"):
-        recipe = Recipe.build({**framed(text), "train": {"steps": 8, "workers": 0}, "alternation": {"kind": "cycle"}})
+        recipe = Recipe.build(
+            {**framed(text), "train": {"steps": 8, "num_workers": 0}, "alternation": {"kind": "cycle"}}
+        )
         given = yaml.load(text, RecipeLoader).keys()
         if "tasks" in given and not any(recipe.sources[task.source].hub for task in recipe.tasks.values()):
             data = StepBatches(recipe, recipe.make_modalities())
@@ -159,7 +161,7 @@ def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, 
             exec(code, {})
     ((_, text),) = blocks(page, "yaml")
     recipe = Recipe.build(yaml.load(text, RecipeLoader), tmp_path)
-    recipe.train.workers, recipe.train.steps = 0, 2
+    recipe.train.num_workers, recipe.train.steps = 0, 2
     modalities = recipe.make_modalities()
     data = StepBatches(recipe, modalities)
     data.fit()
@@ -169,10 +171,10 @@ def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, 
     spec = modality.stem_spec()
 
     batch = data[0].batch.tokens[name]
-    assert batch.values.shape == (task.batch, modality.length(view), spec.values)
+    assert batch.values.shape == (task.batch_size, modality.length(view), spec.values)
     clips = modality.encode_input(np.random.default_rng(0).normal(size=(900, 3)), view)
     whole = modality.tokens(clips, view, None)
-    undropped = modality.length(view.model_copy(update={"drop": 0.0}))
+    undropped = modality.length(view.model_copy(update={"drop_tokens": 0.0}))
     assert whole.values.shape == (view.clips, undropped, spec.values)
     shown = modality.show(np.random.default_rng(0).normal(size=(900, 3)), view)
     assert (shown == clips[0]).all(), "left alone, a modality shows the numbers of its first clip"

@@ -27,7 +27,7 @@ from openimp.recipe.tasks import Classification, Contrastive, Task
 
 def small(moe: dict | None = None) -> IMP:
     torch.manual_seed(0)
-    config = Model(width=16, layers=2, heads=2, mlp=32, embed_dim=8, moe=moe)
+    config = Model(width=16, layers=2, heads=2, mlp_dim=32, embed_dim=8, moe=moe)
     names = ("image", "audio", "text")
     stems = {name: StemSpec(6, (4,)) for name in names}
     pairs = [("image", "text"), ("audio", "text"), ("audio", "image")]
@@ -47,7 +47,7 @@ def batch_of(items: list[int], draw: int = 1, same: list[int] | None = None) -> 
 
 def similarities(model: IMP, encoded: dict[str, Encoded]) -> torch.Tensor:
     image, text = (model.project(encoded[a].features, a, b) for a, b in (("image", "text"), ("text", "image")))
-    return (image @ text.T) / model.config.temperature
+    return (image @ text.T) / model.config.init_temperature
 
 
 def test_equal_texts_count_as_alike_unless_they_are_of_one_item():

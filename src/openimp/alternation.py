@@ -48,8 +48,8 @@ class Alternation(Sequence[Visit]):
         self._start = np.zeros(steps, np.int64)
         for i, task in enumerate(tasks):
             visits = np.flatnonzero(self._task == i)
-            view = _draw([view.share for view in task.views], len(visits), kind == "random", (recipe.seed, 1, i))
-            batch = np.array([view.batch or task.batch for view in task.views])[view]
+            view = _draw([view.weight for view in task.views], len(visits), kind == "random", (recipe.seed, 1, i))
+            batch = np.array([view.batch_size or task.batch_size for view in task.views])[view]
             self._view[visits], self._batch[visits] = view, batch
             self._start[visits] = np.cumsum(batch) - batch
 
@@ -83,8 +83,8 @@ def expected_shares(recipe: Recipe) -> dict[str, float]:
 
 def view_shares(views: Sequence[View]) -> list[float]:
     """Each view's share of its task's steps."""
-    total = sum(view.share for view in views)
-    return [view.share / total for view in views]
+    total = sum(view.weight for view in views)
+    return [view.weight / total for view in views]
 
 
 def _tasks(kind: str, weights: list[float], intervals: list[int], steps: int, seed: int) -> np.ndarray:

@@ -153,7 +153,7 @@ def classification_losses(
             logits_BK = model.classify(features_BD, head_key(source, objective.label))
         # A modality drawn k times an example has k rows an example.
         repeated = target.repeat_interleave(len(logits_BK) // len(target), dim=0)
-        losses[f"{name}:{objective.label}"] = loss_of(logits_BK, repeated, objective.smoothing)
+        losses[f"{name}:{objective.label}"] = loss_of(logits_BK, repeated, objective.label_smoothing)
     return losses
 
 

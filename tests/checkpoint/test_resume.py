@@ -21,7 +21,7 @@ from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import Training, train
 
-CHANGES = ["train.save_every=4", "train.keep=3", "evaluation={}"]
+CHANGES = ["train.save_every=4", "train.keep_last=3", "evaluation={}"]
 
 
 def recipe_of(folder: Path, *changes: str) -> Recipe:
@@ -125,7 +125,7 @@ def test_without_an_intact_checkpoint_all_damage_is_named(run, little_data, caps
 def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_new_one(run, little_data):
     """It has the higher number, and would pass for the newest when older ones are removed."""
     flip(checkpoints(run)[-1] / "model.safetensors")
-    training = Training(recipe_of(little_data, "train.keep=1"), run, resume=True)
+    training = Training(recipe_of(little_data, "train.keep_last=1"), run, resume=True)
     training.update(next(iter(make_loader(training.data, training.step))))
     training.save()
     training.saver.wait()
@@ -136,8 +136,8 @@ def test_a_checkpoint_of_an_older_format_is_refused(run, little_data):
     """Its weights mean something else: positions, heads and temperatures have changed."""
     folder = checkpoints(run)[-1]
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"format": 3}))
-    with pytest.raises(UserError, match="format 3, this version of openimp reads format 4"):
+    (folder / "config.json").write_text(json.dumps(config | {"format": 4}))
+    with pytest.raises(UserError, match="format 4, this version of openimp reads format 5"):
         openimp.load(run)
 
 
@@ -243,7 +243,7 @@ def test_the_best_checkpoint_is_kept_and_found(little_data, tmp_path):
     run = tmp_path / "run"
     recipe = Recipe.load(
         little_data / "recipe.yaml",
-        ["train.save_every=5", "train.keep=1", "evaluation.every=2", "evaluation.best=colours"],
+        ["train.save_every=5", "train.keep_last=1", "evaluation.every=2", "evaluation.best=colours"],
     )
     train(recipe, run)
     lines = [line for line in read_lines(run / "results.jsonl") if line["set"] == "colours"]
@@ -267,7 +267,7 @@ def test_the_best_checkpoint_is_kept_and_found(little_data, tmp_path):
 
 def test_the_best_checkpoint_is_so_by_the_mean_of_both_ways(little_data, tmp_path):
     run = tmp_path / "run"
-    changes = ["train.save_every=100", "train.keep=1", "evaluation.every=1", "evaluation.best=tones"]
+    changes = ["train.save_every=100", "train.keep_last=1", "evaluation.every=1", "evaluation.best=tones"]
     train(Recipe.load(little_data / "recipe.yaml", changes), run)
     found: dict[int, float] = {}
     for line in read_lines(run / "results.jsonl"):

@@ -28,7 +28,7 @@ from openimp.parallel import distributed, layout
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import Training, train
 
-CHANGES = [*COMMON, "evaluation={}", "train.keep=2"]
+CHANGES = [*COMMON, "evaluation={}", "train.keep_last=2"]
 
 
 def training_of(folder: Path, run: Path, *changes: str, resume: bool = False) -> Training:
@@ -221,7 +221,7 @@ def test_a_checkpoint_is_damaged_without_its_manifests_lines_and_with_files_beyo
 
 def test_an_older_checkpoint_that_cannot_be_removed_is_told(little_data, tmp_path, monkeypatch):
     """The new one is in place by then."""
-    training, replace = training_of(little_data, tmp_path / "run", "train.keep=1"), os.replace
+    training, replace = training_of(little_data, tmp_path / "run", "train.keep_last=1"), os.replace
 
     def refuse(source: Path, target: Path) -> None:
         if Path(target).suffix == ".old":

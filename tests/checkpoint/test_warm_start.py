@@ -19,7 +19,7 @@ from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import Training, train
 
-NEW_HEAD = """{source: painted, inputs: {image: file, text: 'painted {label}'}, batch: 8, objectives: [
+NEW_HEAD = """{source: painted, inputs: {image: file, text: 'painted {label}'}, batch_size: 8, objectives: [
     {type: classification, label: label, of: image}, {type: contrastive, same: label}],
     views: [{image: {size: 16}, text: {length: 8}}]}"""
 
@@ -96,7 +96,9 @@ def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys):
     text = (own_data / "recipe.yaml").read_text()
     seeing = re.sub(r"  (audio|text): \{(window|vocab).*\n", "", text)
     (own_data / "seeing.yaml").write_text(seeing)
-    only = "{source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label}], batch: 8}"
+    only = (
+        "{source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label}], batch_size: 8}"
+    )
     changes = [f"tasks={{seen: {only}}}", "tasks.seen.views=[{image: {size: 16}}]", "evaluation={}", "train.steps=2"]
     train(Recipe.load(own_data / "seeing.yaml", changes), tmp_path / "seeing")
     capsys.readouterr()
@@ -113,7 +115,7 @@ def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys):
 def test_resuming_does_not_start_again(little_run, pictures_only, tmp_path):
     """The model that it started from may be gone by then."""
     init = Path(shutil.copytree(checkpoints(little_run)[-1], tmp_path / "init"))
-    recipe = recipe_of(pictures_only, init, "train.steps=9", "train.save_every=3", "train.keep=5")
+    recipe = recipe_of(pictures_only, init, "train.steps=9", "train.save_every=3", "train.keep_last=5")
     train(recipe, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for folder in checkpoints(tmp_path / "cut")[1:]:
@@ -136,7 +138,7 @@ def test_resuming_does_not_start_again(little_run, pictures_only, tmp_path):
         ("model.heads=4", "model.heads is 2 there, 4 here"),
         ("model.moe=null", "model.moe.experts is 2 there, None here"),
         ("modalities.vision.patch=[2, 4, 4]", "modalities.vision.patch.1 is 8 there, 4 here"),
-        ("modalities.text.vocab=400", "modalities.text.vocab is 300 there, 400 here"),
+        ("modalities.text.vocab_size=400", "modalities.text.vocab_size is 300 there, 400 here"),
         ("modalities.text.tokenizer=other.json", "modalities.text.tokenizer is None there, '"),
         ("train.init=nothing", "nothing: no model here"),
     ],

@@ -52,11 +52,11 @@ def test_batches_are_bitwise_the_same_whatever_the_number_of_workers(little_data
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        alone = loaded(little_data, "train.workers=0", *longer)
+        alone = loaded(little_data, "train.num_workers=0", *longer)
         assert torch.get_num_threads() == 2
         assert len({item.visit.task for item in alone}) == 2
         for workers in (1, 2):
-            assert_same(loaded(little_data, f"train.workers={workers}", *longer), alone)
+            assert_same(loaded(little_data, f"train.num_workers={workers}", *longer), alone)
     finally:
         torch.set_num_threads(threads)
 
@@ -97,7 +97,7 @@ def test_in_a_view_with_sync_clip_and_sound_start_at_the_same_moment(tmp_path):
                 "name": "sync",
                 "modalities": {"vision": {"patch": [4, 16, 16]}, "audio": {"window": 256, "hop": 256, "bins": 16}},
                 "sources": {"all": {"path": str(tmp_path / "rows.jsonl")}},
-                "tasks": {"one": {**task, "batch": 8, "views": [{**view, "sync": sync}]}},
+                "tasks": {"one": {**task, "batch_size": 8, "views": [{**view, "sync": sync}]}},
             }
         )
         data = StepBatches(recipe, recipe.make_modalities())
@@ -117,7 +117,7 @@ def test_in_a_view_with_sync_clip_and_sound_start_at_the_same_moment(tmp_path):
 def test_a_run_goes_on_from_any_step(little_data):
     whole = loaded(little_data)
     for first, workers in ((1, 0), (5, 2), (11, 0)):
-        assert_same(loaded(little_data, f"train.workers={workers}", first=first), whole[first:])
+        assert_same(loaded(little_data, f"train.num_workers={workers}", first=first), whole[first:])
 
 
 def test_the_seed_changes_everything(little_data):
@@ -163,7 +163,7 @@ def test_a_bad_file_is_skipped_counted_named_and_stood_in_for(own_data, workers)
     }.items():
         (own_data / "pictures" / name).write_bytes(content)
     bad = {"red/1.png", "blue/2.png", "white/0.png"}
-    data = opened(own_data, f"train.workers={workers}")
+    data = opened(own_data, f"train.num_workers={workers}")
     table = data.sources["named"]
     named = []
     for item in make_loader(data, 0):
@@ -189,7 +189,7 @@ def test_a_part_that_cannot_be_read_at_all_is_replaced_by_the_next_process_part(
         [
             "tasks.heard.weight=0",
             "tasks.named.views=[{image: {size: 16}, text: {length: 8}}]",
-            "tasks.named.batch=4",
+            "tasks.named.batch_size=4",
             NO_EVALUATION,
         ],
     )
@@ -223,14 +223,14 @@ def test_what_the_user_can_mend_comes_out_of_a_worker_in_one_line(own_data, work
     (own_data / "sounds").mkdir()
     for file in own_data.glob("*.wav"):
         file.write_bytes(b"no sound")
-    changes = [f"train.workers={workers}", "tasks.named.weight=0"]
+    changes = [f"train.num_workers={workers}", "tasks.named.weight=0"]
     with pytest.raises(UserError, match=r"tasks\.heard: no example of step 0 could be read; first: ") as error:
         loaded(own_data, *changes)
     assert "\n" not in str(error.value)
 
     classes = "tasks.named.objectives.1.classes=[red, green, white]"
     with pytest.raises(UserError, match=r"pictures\.label: 'blue' is not among its classes") as error:
-        loaded(own_data, f"train.workers={workers}", "tasks.heard.weight=0", classes)
+        loaded(own_data, f"train.num_workers={workers}", "tasks.heard.weight=0", classes)
     assert "\n" not in str(error.value)
 
 
@@ -239,12 +239,12 @@ def test_a_cached_source_gives_the_same_pictures(little_data, tmp_path, monkeypa
     one_view = ["tasks.named.views=[{image: {size: 16}, text: {length: 8}}]", "tasks.heard.weight=0"]
     plain = loaded(little_data, *one_view)
     for cache in ("memory", "disk", "disk"):
-        assert_same(loaded(little_data, f"sources.pictures.cache={cache}", "train.workers=1", *one_view), plain)
+        assert_same(loaded(little_data, f"sources.pictures.cache={cache}", "train.num_workers=1", *one_view), plain)
     assert list(tmp_path.rglob("data.bin"))
 
 
 def test_a_source_smaller_than_a_batch_is_read_again(little_data):
-    (item, *_) = loaded(little_data, "tasks.named.weight=0", "tasks.heard.batch=40")
+    (item, *_) = loaded(little_data, "tasks.named.weight=0", "tasks.heard.batch_size=40")
     assert len(item.batch) == 40
     assert set(item.batch.rows) == set(range(15))
 
@@ -275,7 +275,7 @@ def test_a_stream_goes_on_from_its_cursor(streamed):
     cursors = {}
     for step, item in enumerate(whole):
         if step in (3, 9, 16):
-            data = opened(folder, f"train.workers={step % 3}", *changes)
+            data = opened(folder, f"train.num_workers={step % 3}", *changes)
             data.load_cursors(json.loads(json.dumps(cursors)))
             assert data.sources["named"].cursor() == cursors["named"]
             assert_same(list(make_loader(data, step)), whole[step:])
@@ -290,7 +290,7 @@ def test_workers_read_a_stream_as_one(streamed, monkeypatch):
     monkeypatch.setattr(loader, "CORPUS_ROWS", 5)
     folder, changes = streamed
     window = "sources.pictures.window=6"
-    assert_same(loaded(folder, *changes, window, "train.workers=2"), loaded(folder, *changes, window))
+    assert_same(loaded(folder, *changes, window, "train.num_workers=2"), loaded(folder, *changes, window))
 
 
 def test_a_short_stream_is_read_once_for_its_texts(streamed):
@@ -322,7 +322,7 @@ def test_a_stream_must_name_its_classes(streamed):
 
 def only_image(*objectives: str) -> list[str]:
     """Changes of the recipe: one task, of a manifest of the pictures, with these objectives."""
-    task = "{source: pictures, batch: 6, inputs: {image: file}, views: [{image: {size: 16}}], objectives: [%s]}"
+    task = "{source: pictures, batch_size: 6, inputs: {image: file}, views: [{image: {size: 16}}], objectives: [%s]}"
     return [NO_EVALUATION, "modalities={vision: {patch: [2, 8, 8]}}", f"tasks={{one: {task % ', '.join(objectives)}}}"]
 
 

@@ -130,7 +130,7 @@ def setup(tmp_path, tiny_recipe, tiny_model):
             tasks={"named": {**task, "views": [{"image": view, "text": {"length": 8}}]}, "heard": heard},
             train={"precision": "fp32"},
             evaluation={"sets": {"held out": {"source": "rows", "inputs": {"image": "picture"}, "view": {"image": view}}
-                                 | options}, "batch": 3},
+                                 | options}, "batch_size": 3},
         )  # fmt: skip
         known = {"trained:colour": classes}
         _, modalities = tiny_model(recipe)

@@ -23,17 +23,17 @@ def run(tmp_path_factory) -> Path:
     where = {"split": "test", "vendor": "twemoji"}
     data = {
         "name": "few",
-        "model": {"width": 32, "layers": 1, "heads": 2, "mlp": 64, "embed_dim": 32},
+        "model": {"width": 32, "layers": 1, "heads": 2, "mlp_dim": 64, "embed_dim": 32},
         "modalities": {"vision": {"patch": [2, 8, 8]}},
         "sources": {"emoji": {"path": "openimp:stills.parquet", "where": where, "cache": "memory"}},
         "tasks": {
             "named": {
-                "source": "emoji", "inputs": inputs, "batch": 32, "objectives": [{"type": "contrastive"}],
+                "source": "emoji", "inputs": inputs, "batch_size": 32, "objectives": [{"type": "contrastive"}],
                 "views": [view],
             }
         },
-        "optimizer": {"lr": 3e-3, "warmup": 2},
-        "train": {"steps": 40, "workers": 0, "precision": "fp32"},
+        "optimizer": {"lr": 3e-3, "warmup_steps": 2},
+        "train": {"steps": 40, "num_workers": 0, "precision": "fp32"},
         "evaluation": {
             "sets": {
                 "emoji": {"type": "retrieval", "source": "emoji", "inputs": inputs, "view": view},

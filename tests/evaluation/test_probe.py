@@ -42,7 +42,7 @@ def setup(tmp_path, tiny_recipe, tiny_model):
         recipe = tiny_recipe(
             sources={name: {"path": f"{tmp_path}/{name}.parquet"} for name in ("all", "train", "test")},
             train={"precision": "fp32"},
-            evaluation={"sets": {"colours": task}, "batch": 5},
+            evaluation={"sets": {"colours": task}, "batch_size": 5},
         )
         model, modalities = tiny_model(recipe)
         return model, recipe, modalities

@@ -37,7 +37,7 @@ def write_pictures(folder, pictures, names=NAMES):
     return {
         "sources": {"all": {"path": "unused.parquet"}, "pictures": {"path": str(folder / "pictures.parquet")}},
         "train": {"precision": "fp32"},
-        "evaluation": {"sets": {"names": options}, "batch": 3},
+        "evaluation": {"sets": {"names": options}, "batch_size": 3},
     }
 
 
@@ -214,7 +214,7 @@ def test_a_trained_pair_is_found_and_the_figures_are_reproducible(measure, tmp_p
     assert model.training
     assert [(result["r1"], result["mrr"], result["step"]) for result in first] == [(1, 1, 150)] * 2
     assert evaluate(model, recipe, modalities, step=150) == first
-    recipe.evaluation.batch = 1
+    recipe.evaluation.batch_size = 1
     assert evaluate(model, recipe, modalities, step=150) == first
 
 

@@ -46,7 +46,7 @@ def setup(tmp_path, tiny_recipe, tiny_model):
         recipe = tiny_recipe(
             sources={"all": {"path": "unused.parquet"}, "labelled": {"path": str(tmp_path / "labelled.parquet")}},
             train={"precision": "fp32"},
-            evaluation={"sets": {"things": task}, "batch": 4},
+            evaluation={"sets": {"things": task}, "batch_size": 4},
             folder=folder,
         )
         return *tiny_model(recipe), recipe, open_source("labelled", recipe.sources["labelled"])

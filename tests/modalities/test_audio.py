@@ -346,7 +346,7 @@ def test_tokens_are_patches_of_the_normalised_spectrogram():
     spectrum = (log_mel(torch.from_numpy(items), AUDIO.config) - AUDIO.config.mean) / AUDIO.config.std
     assert torch.equal(tokens.values[1, 8 + 3].view(16, 16), spectrum[1, 16:32, 48:64])
     assert tokens.coords[0, [0, 1, 8, 15]].tolist() == [[0, 0], [0, 8], [32, 0], [32, 56]]
-    some = AUDIO.tokens(items, Audio.View(seconds=2.048, drop=0.75), [rng(1), rng(2)])
+    some = AUDIO.tokens(items, Audio.View(seconds=2.048, drop_tokens=0.75), [rng(1), rng(2)])
     assert some.values.shape[1] == 4
     index = some.coords[1] // torch.tensor([32, 8]) @ torch.tensor([8, 1])
     assert torch.equal(some.values[1], tokens.values[1, index])

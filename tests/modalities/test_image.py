@@ -238,7 +238,7 @@ def test_a_still_repeated_over_a_patch_is_one_frame_of_it():
 @given(drop=st.floats(0, 1), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_dropped_tokens_leave_the_others_in_place(drop, seed):
-    view = Image.View(size=64, drop=drop)
+    view = Image.View(size=64, drop_tokens=drop)
     items = np.stack([pixels(64, 64, seed=i) for i in range(2)])
     every = IMAGE.tokens(items, view, None)
     some = IMAGE.tokens(items, view, [rng(seed), rng(seed + 1)])
@@ -251,7 +251,7 @@ def test_dropped_tokens_leave_the_others_in_place(drop, seed):
 
 def test_every_example_drops_its_own_tokens():
     items = np.zeros((2, 64, 64, 3), np.uint8)
-    view = Image.View(size=64, drop=0.5)
+    view = Image.View(size=64, drop_tokens=0.5)
     coords = IMAGE.tokens(items, view, [rng(1), rng(2)]).coords
     assert not torch.equal(coords[0], coords[1])
     assert torch.equal(coords[1:], IMAGE.tokens(items[1:], view, [rng(2)]).coords)

@@ -284,7 +284,7 @@ def test_tokens_are_blocks_of_frames_in_order_with_their_coordinates():
     assert tokens.values.shape == (2, 12, 4 * 16 * 16 * 3)
     np.testing.assert_array_equal(tokens.values[1, 6 + 4].reshape(4, 16, 16, 3), items[1, 4:, 16:, 16:32])
     assert tokens.coords[0, [0, 1, 3, 6]].tolist() == [[0, 0, 0], [0, 0, 10], [0, 16, 0], [8, 0, 0]]
-    view = Video.View(size=(32, 48), frames=8, drop=0.75)
+    view = Video.View(size=(32, 48), frames=8, drop_tokens=0.75)
     some = VIDEO.tokens(items, view, [rng(1), rng(2)])
     assert some.values.shape[1] == VIDEO.length(view) == 3
     index = some.coords[1] // torch.tensor([8, 16, 10]) @ torch.tensor([6, 3, 1])

@@ -23,7 +23,7 @@ ROUTINGS = ["expert_choice", "expert_choice_batch", "token_choice"]
 
 
 def tiny(moe: dict | None = None, **changes) -> Model:
-    sizes = {"width": 32, "layers": 3, "heads": 4, "mlp": 64, "moe": moe and {"experts": 4, "layers": 2, **moe}}
+    sizes = {"width": 32, "layers": 3, "heads": 4, "mlp_dim": 64, "moe": moe and {"experts": 4, "layers": 2, **moe}}
     return Model.model_validate(sizes | changes)
 
 
@@ -135,7 +135,7 @@ def test_pads_change_nothing(moe):
                 torch.testing.assert_close(found[i : i + 1, :n], alone, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("moe", [None, {"capacity": 1.0}])
+@pytest.mark.parametrize("moe", [None, {"capacity_factor": 1.0}])
 def test_tokens_have_no_order_of_their_own(moe):
     """Only positions, which the stems add, tell where a token stands."""
     torch.manual_seed(2)

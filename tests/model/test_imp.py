@@ -13,7 +13,7 @@ from openimp.recipe.model import Model
 
 def small(space: str = "disjoint", pairs=(("image", "text"), ("video", "text")), **options) -> IMP:
     torch.manual_seed(0)
-    config = Model(width=32, layers=2, heads=2, mlp=64, embed_dim=16, space=space, **options)
+    config = Model(width=32, layers=2, heads=2, mlp_dim=64, embed_dim=16, space=space, **options)
     stems = {"vision": StemSpec(24, (4, 4)), "text": StemSpec(50, (16,), table=True)}
     return IMP(
         config,
@@ -106,7 +106,8 @@ def test_several_modalities_make_one_pass(moe):
 @pytest.mark.parametrize("own", [1, 2])
 def test_stems_may_have_first_blocks_of_their_own(own):
     """What one stem's blocks do is nothing to another's pass; a shared block behind them still fuses all tokens."""
-    model, image, text = small(own_layers=own, moe={"experts": 4, "layers": 1}), patches(2), texts([3, 7], 16)
+    model = small(modality_specific_layers=own, moe={"experts": 4, "layers": 1})
+    image, text = patches(2), texts([3, 7], 16)
     assert sorted(model.encoder.own) == ["text", "vision"]
     assert [len(blocks) for blocks in model.encoder.own.values()] == [own, own]
     assert len(model.encoder.blocks) == 2 - own
@@ -155,7 +156,7 @@ def test_a_joint_space_has_a_head_for_each_modality():
 
 
 def test_each_pair_has_a_temperature_in_either_order():
-    model = small(temperature=0.2, share_heads=False)
+    model = small(init_temperature=0.2, share_heads=False)
     assert model.temperature("text", "image") is model.temperature("image", "text")
     assert model.temperature("text", "image") is not model.temperature("video", "text")
     assert model.temperature("video", "text").scale.item() == pytest.approx(5)
@@ -184,7 +185,7 @@ def test_a_scale_that_another_process_updates_is_left_alone():
 def test_tables_and_heads_start_as_in_the_release():
     """Position tables at D^-0.5, class heads LeCun normal."""
     torch.manual_seed(0)
-    config = Model(width=256, layers=1, heads=4, mlp=64, embed_dim=64)
+    config = Model(width=256, layers=1, heads=4, mlp_dim=64, embed_dim=64)
     model = IMP(config, {"vision": StemSpec(24, (64, 64))}, {"image": "vision"}, [], {"pictures-label": 100})
     for table in model.stems["vision"].positions:
         assert table.weight.std().item() == pytest.approx(1 / 16, rel=0.02)

@@ -69,10 +69,10 @@ def naive(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, list[tupl
             continue
         if config.routing == "token_choice":
             # The capacity counts pads too, so that shapes are static.
-            room = slots_of(len(group), config.top_k * config.capacity / config.experts)
+            room = slots_of(len(group), config.top_k * config.capacity_factor / config.experts)
             pairs += chosen_by_tokens(probs, tokens, config.top_k, room if layer.training else float("inf"))
         else:
-            pairs += chosen_by_experts(probs, tokens, config.capacity)
+            pairs += chosen_by_experts(probs, tokens, config.capacity_factor)
     out = [torch.zeros(WIDTH) for _ in flat]
     for token, expert in pairs:
         hidden = F.gelu(flat[token] @ layer.experts.up_EDF[expert], approximate="tanh")
@@ -95,7 +95,7 @@ def naive(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, list[tupl
 def test_the_layer_does_what_its_routing_says(routing, training, seed, lengths, pads, experts, top_k, capacity):
     """Output, gradients and statistics equal those of a loop over tokens; groups, pads and capacities included."""
     top_k = min(top_k, experts)
-    layer = layer_of(seed, routing=routing, experts=experts, top_k=top_k, capacity=capacity).train(training)
+    layer = layer_of(seed, routing=routing, experts=experts, top_k=top_k, capacity_factor=capacity).train(training)
     x, valid = batch_of(seed, lengths, max(1, *lengths) + pads)
     x.requires_grad_()
     out, stats = layer(x, valid, mean_count(x, valid))
@@ -136,7 +136,7 @@ def test_in_training_groups_are_what_the_recipe_says():
     """Within an example by default; across the batch for the two other routings."""
     x, valid = batch_of(0, [8, 8, 8], 8)
     for routing, within in (("expert_choice", True), ("expert_choice_batch", False), ("token_choice", False)):
-        layer = layer_of(routing=routing, experts=4, capacity=0.5).train()
+        layer = layer_of(routing=routing, experts=4, capacity_factor=0.5).train()
         together, alone = (
             layer(x, valid, mean_count(x, valid))[0][:1],
             layer(x[:1], valid[:1], mean_count(x[:1], valid[:1]))[0],

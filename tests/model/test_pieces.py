@@ -13,7 +13,7 @@ from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import Training
 
-COMMON = ["train.precision=fp32", "train.workers=0", "tasks.named.views.0.image.drop=0.5", "evaluation={}"]
+COMMON = ["train.precision=fp32", "train.num_workers=0", "tasks.named.views.0.image.drop_tokens=0.5", "evaluation={}"]
 CASES = {
     "sparse, softmax": ["tasks.named.objectives=[{type: contrastive, same: label}]"],
     "dense, sigmoid": ["tasks.named.objectives=[{type: contrastive, loss: sigmoid}]", "model.moe=null"],
@@ -46,7 +46,13 @@ def test_pieces_and_recomputing_change_no_gradient(little_data, tmp_path, case):
     changes = CASES[case]
     whole = gradients(training_of(little_data, tmp_path / "whole", *changes))
     assert len({name.split()[0] for name in whole}) == 2
-    for i, less in enumerate((["batch.micro=3"], ["batch.recompute=true"], ["batch={micro: 5, recompute: true}"])):
+    for i, less in enumerate(
+        (
+            ["memory.chunk_size=3"],
+            ["memory.activation_checkpointing=true"],
+            ["memory={chunk_size: 5, activation_checkpointing: true}"],
+        )
+    ):
         found = gradients(training_of(little_data, tmp_path / f"less{i}", *changes, *less))
         assert found.keys() == whole.keys()
         for name, expected in whole.items():
@@ -55,14 +61,14 @@ def test_pieces_and_recomputing_change_no_gradient(little_data, tmp_path, case):
 
 def test_less_memory_for_the_same_batch_and_all_flops_are_counted(little_data, tmp_path, peak_bytes):
     large = [
-        "model={width: 32, heads: 2, mlp: 128, layers: 4, embed_dim: 32, moe: {experts: 2, layers: 2}}",
-        "tasks.named.batch=128",
-        "tasks.named.views.1.batch=128",
+        "model={width: 32, heads: 2, mlp_dim: 128, layers: 4, embed_dim: 32, moe: {experts: 2, layers: 2}}",
+        "tasks.named.batch_size=128",
+        "tasks.named.views.1.batch_size=128",
         "tasks.heard.weight=0",
     ]
     peaks, flops = {}, {}
-    for name, less in (("all", "{}"), ("pieces", "{micro: 16}"), ("again", "{recompute: true}")):
-        training = training_of(little_data, tmp_path / name, *large, f"batch={less}")
+    for name, less in (("all", "{}"), ("pieces", "{chunk_size: 16}"), ("again", "{activation_checkpointing: true}")):
+        training = training_of(little_data, tmp_path / name, *large, f"memory={less}")
         loaded = next(iter(make_loader(training.data, 0)))
         peaks[name] = peak_bytes(lambda t=training, step=loaded: t.forward(step).total.backward())
         # Of the other kinds of attention the counter does not know the CPU's.
@@ -78,5 +84,5 @@ def test_less_memory_for_the_same_batch_and_all_flops_are_counted(little_data, t
 @pytest.mark.parametrize("routing", ["expert_choice_batch", "token_choice"])
 def test_a_routing_across_the_batch_takes_no_pieces(little_data, routing):
     moe = f"model.moe={{experts: 2, layers: 1, routing: {routing}}}"
-    with pytest.raises(UserError, match=rf"batch.micro: routing {routing} looks at the whole batch"):
-        Recipe.load(little_data / "recipe.yaml", [moe, "batch.micro=4"])
+    with pytest.raises(UserError, match=rf"memory.chunk_size: routing {routing} looks at the whole batch"):
+        Recipe.load(little_data / "recipe.yaml", [moe, "memory.chunk_size=4"])

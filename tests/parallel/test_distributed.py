@@ -38,20 +38,23 @@ CASES = {
         'tasks.named.inputs.text={column: "a {label} square", draw: 2}',
     ],
     "classification first": ["tasks.named.objectives=[{type: classification, label: label}, {type: contrastive}]"],
-    "in pieces": ["batch={micro: 2, recompute: true}", "model.moe.z_loss=1"],
-    "Muon": ["optimizer={muon_lr: 0.07, warmup: 1}"],
-    "disjoint, a stem's own block": ["model.space=disjoint", "model.own_layers=1"],
-    "whole copies": ["parallel.shard=1"],
-    "whole copies, in pieces": ["parallel.shard=1", "batch={micro: 2, recompute: true}"],
-    "whole copies, Muon": ["parallel.shard=1", "optimizer={muon_lr: 0.07, warmup: 1}"],
+    "in pieces": ["memory={chunk_size: 2, activation_checkpointing: true}", "model.moe.z_loss=1"],
+    "Muon": ["optimizer={muon_lr: 0.07, warmup_steps: 1}"],
+    "disjoint, a stem's own block": ["model.space=disjoint", "model.modality_specific_layers=1"],
+    "whole copies": ["parallel.shard_degree=1"],
+    "whole copies, in pieces": ["parallel.shard_degree=1", "memory={chunk_size: 2, activation_checkpointing: true}"],
+    "whole copies, Muon": ["parallel.shard_degree=1", "optimizer={muon_lr: 0.07, warmup_steps: 1}"],
     "whole copies, Muon, zero gradients": [
-        "parallel.shard=1",
-        "optimizer={muon_lr: 0.07, warmup: 1, zero_grads: true}",
+        "parallel.shard_degree=1",
+        "optimizer={muon_lr: 0.07, warmup_steps: 1, zero_missing_grads: true}",
     ],
-    "shards in two groups": ["parallel.shard=2"],
-    "experts apart, whole copies": ["parallel={shard: 1, experts: 2}", "optimizer={muon_lr: 0.07, warmup: 1}"],
-    "experts apart, shards": ["parallel={experts: 2}", "batch={micro: 2, recompute: true}"],
-    "soft experts apart": ["parallel={experts: 2}", "model.moe={experts: 2, layers: 1, routing: soft}"],
+    "shards in two groups": ["parallel.shard_degree=2"],
+    "experts apart, whole copies": [
+        "parallel={shard_degree: 1, expert_degree: 2}",
+        "optimizer={muon_lr: 0.07, warmup_steps: 1}",
+    ],
+    "experts apart, shards": ["parallel={expert_degree: 2}", "memory={chunk_size: 2, activation_checkpointing: true}"],
+    "soft experts apart": ["parallel={expert_degree: 2}", "model.moe={experts: 2, layers: 1, routing: soft}"],
 }
 
 
@@ -73,7 +76,7 @@ def gradients(training: Training) -> dict[str, Tensor]:
         training.update(training.data[0])
         hidden = [layout.whole(matrix.detach()) for matrix in training.model.hidden_matrices()]
         updates = distributed.total(sum(len(group["params"]) for group in training.optimizers[1].param_groups))
-        copies = training.recipe.parallel.shard == 1
+        copies = training.recipe.parallel.shard_degree == 1
         assert updates == len(hidden) * (1 if copies else distributed.world())
         sums = distributed.told_to_all([float(sum(matrix.double().sum() for matrix in hidden))])
         assert len({*sums}) == 1
@@ -162,7 +165,7 @@ def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, tmp
     one, two, four = (tmp_path / name for name in ("one", "two", "four"))
     subprocess.run([sys.executable, *command, "--run", one], check=True, capture_output=True, timeout=300)
 
-    copied = torchrun(2, *command, "--set", "parallel.shard=1", "--run-dir", two)
+    copied = torchrun(2, *command, "--set", "parallel.shard_degree=1", "--run-dir", two)
     started = subprocess.Popen(copied, stdout=subprocess.PIPE, text=True)
     *_, last = signalled(started, "step 6/24", signal.SIGTERM)
     assert started.wait(timeout=300) == 0
@@ -174,7 +177,7 @@ def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, tmp
     subprocess.run([sys.executable, *command, "--run", two, "--resume"], check=True, capture_output=True, timeout=300)
     # Four, of which one is killed; torchrun starts all again, and they go on from step 15.
     # They hold the model otherwise than the two did.
-    changed = ["--set", "parallel={shard: 2, experts: 2}"]
+    changed = ["--set", "parallel={shard_degree: 2, expert_degree: 2}"]
     resumed = torchrun(4, *command, *changed, "--run-dir", four, "--resume", "auto", restarts=1)
     restarted = subprocess.Popen(resumed, stdout=subprocess.PIPE, text=True)
     steps = [line.split()[1] for line in signalled(restarted, "step 17/24", signal.SIGKILL) if line.startswith("step ")]
@@ -201,7 +204,16 @@ def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, tmp
 
 def test_moments_that_one_of_two_processes_has_are_saved_and_go_on_in_one(little_data, tmp_path):
     run, changes = tmp_path / "run", [*COMMON, "evaluation={}", "train.steps=4", "optimizer.muon_lr=1e-2"]
-    command = ["-m", "openimp", "train", little_data / "recipe.yaml", "--run-dir", run, "--set", "parallel.shard=1"]
+    command = [
+        "-m",
+        "openimp",
+        "train",
+        little_data / "recipe.yaml",
+        "--run-dir",
+        run,
+        "--set",
+        "parallel.shard_degree=1",
+    ]
     for change in changes:
         command += ["--set", change]
     subprocess.run(torchrun(2, *command), check=True, capture_output=True, timeout=300)
@@ -222,19 +234,19 @@ def test_moments_that_one_of_two_processes_has_are_saved_and_go_on_in_one(little
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (["tasks.heard.batch=7"], "tasks.heard: a batch of 7 cannot be dealt out to 2 processes"),
+        (["tasks.heard.batch_size=7"], "tasks.heard: a batch of 7 cannot be dealt out to 2 processes"),
         (
-            ["model.moe.experts=4", "parallel.experts=4"],
-            "parallel.experts: the 2 processes that share a copy cannot be divided into groups of 4",
+            ["model.moe.experts=4", "parallel.expert_degree=4"],
+            "parallel.expert_degree: the 2 processes that share a copy cannot be divided into groups of 4",
         ),
         (
-            ["parallel={experts: 2}", "model.mlp=63"],
+            ["parallel={expert_degree: 2}", "model.mlp_dim=63"],
             "parallel: an expert's 63 x 32 weights cannot be cut into 2",
         ),
     ],
 )
 def test_what_cannot_be_divided_is_told(little_data, tmp_path, changes, told):
-    processes = 4 if "model.mlp=63" in changes else 2
+    processes = 4 if "model.mlp_dim=63" in changes else 2
     command = ["-m", "openimp", "train", little_data / "recipe.yaml"]
     for change in [*COMMON, *changes]:
         command += ["--set", change]

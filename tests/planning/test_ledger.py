@@ -19,7 +19,15 @@ def recipe_of(moe: dict | None, space: str = "joint") -> Recipe:
     return Recipe.build(
         {
             "name": "counted",
-            "model": {"width": D, "layers": LAYERS, "heads": 2, "mlp": F, "embed_dim": Z, "moe": moe, "space": space},
+            "model": {
+                "width": D,
+                "layers": LAYERS,
+                "heads": 2,
+                "mlp_dim": F,
+                "embed_dim": Z,
+                "moe": moe,
+                "space": space,
+            },
             "modalities": {"vision": {"patch": [2, 8, 8]}},
             "sources": {"all": {"path": "all.parquet"}},
             "tasks": {
@@ -27,10 +35,10 @@ def recipe_of(moe: dict | None, space: str = "joint") -> Recipe:
                     "source": "all",
                     "inputs": {"image": "image", "text": "text"},
                     "objectives": [{"type": "contrastive"}, {"type": "classification", "of": "image", "label": "kind"}],
-                    "batch": B,
+                    "batch_size": B,
                     "views": [
                         {"image": {"size": 32}, "text": {"length": TEXT_TOKENS}},
-                        {"image": {"size": 32, "drop": 0.5}, "text": {"length": TEXT_TOKENS}, "share": 3},
+                        {"image": {"size": 32, "drop_tokens": 0.5}, "text": {"length": TEXT_TOKENS}, "weight": 3},
                     ],
                 }
             },

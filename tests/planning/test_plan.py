@@ -29,7 +29,7 @@ from openimp.data.loader import StepBatches
 from openimp.model.embedder import in_pieces
 from openimp.model.imp import IMP
 from openimp.objectives import sigmoid_nce, softmax_nce, task_losses
-from openimp.parallel import distributed
+from openimp.parallel import distributed, layout
 from openimp.parallel.exchange import make_exchange
 from openimp.planning.gpus import GPUS, USABLE
 from openimp.planning.ledger import costs, empty_batch, short
@@ -55,7 +55,7 @@ def test_parameters_are_the_published_ones(name, in_all, token, counted):
     assert used == pytest.approx(counted, abs=0.05)
     assert 0.85 < used / token < 1.01
     # By hand: four matrices of attention and two of the MLP a block, and the two linear layers of the stem.
-    width, mlp, moe = recipe.model.width, recipe.model.mlp, recipe.model.moe
+    width, mlp, moe = recipe.model.width, recipe.model.mlp_dim, recipe.model.moe
     matrices = recipe.model.layers * (4 * width**2 + 2 * width * mlp) + 2 * width**2
     routers = moe.layers * moe.experts * width if moe else 0
     assert 1e6 * used == pytest.approx(matrices + routers, rel=1e-3)
@@ -82,7 +82,7 @@ def test_flops_are_those_that_the_run_records(little_data, little_run):
 def test_the_peak_is_the_measured_one(tmp_path):
     """A step of the demo on this CPU, in the precision that it trains in, and what a run holds between its steps."""
     recipe = Recipe.load(
-        "demo", ["evaluation={}", "train.workers=0", "train.steps=60", *few("stills", "clips", "notes")]
+        "demo", ["evaluation={}", "train.num_workers=0", "train.steps=60", *few("stills", "clips", "notes")]
     )
     classes = StepBatches(recipe, recipe.make_modalities()).classes
     counted = [
@@ -100,7 +100,7 @@ def few(*sources: str) -> list[str]:
 
 def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
     """Weights, both kinds of moments, averaged weights, once every task has had a step."""
-    changes = ["optimizer.muon_lr=1e-2", "alternation.kind=intervals", "modalities.text.vocab=258"]
+    changes = ["optimizer.muon_lr=1e-2", "alternation.kind=intervals", "modalities.text.vocab_size=258"]
     training = Training(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / "run", False)
     for step in range(2):
         training.update(training.data[step])
@@ -117,11 +117,11 @@ def test_a_block_holds_on_a_gpu_what_its_backward_pass_needs(tiny_recipe):
     """By hand, in bytes a token: both norms keep their input in fp32 and two statistics, linear layers and attention
     what they read and made in bf16."""
     width, hidden, tokens = 64, 256, 16 * 16
-    task = {"source": "all", "inputs": {"image": "image"}, "batch": 16, "views": [{"image": {"size": 32}}],
+    task = {"source": "all", "inputs": {"image": "image"}, "batch_size": 16, "views": [{"image": {"size": 32}}],
             "objectives": [{"type": "classification", "label": "kind"}]}  # fmt: skip
 
     def held(layers: int) -> int:
-        sizes = {"width": width, "mlp": hidden, "heads": 1, "layers": layers, "moe": None}
+        sizes = {"width": width, "mlp_dim": hidden, "heads": 1, "layers": layers, "moe": None}
         recipe = tiny_recipe(model=sizes, modalities={"vision": {"patch": [2, 8, 8]}}, tasks={"named": task})
         return step_memory(recipe, recipe.make_modalities(), {"all:kind": [0, 1]}, "named", 0, "bf16").activations
 
@@ -131,7 +131,7 @@ def test_a_block_holds_on_a_gpu_what_its_backward_pass_needs(tiny_recipe):
 
 
 def test_several_gpus_divide_and_speak_as_the_page_says(little_data):
-    recipe = Recipe.load(little_data / "recipe.yaml", ["tasks.named.views.1.batch=8", "tasks.heard.batch=64"])
+    recipe = Recipe.load(little_data / "recipe.yaml", ["tasks.named.views.1.batch_size=8", "tasks.heard.batch_size=64"])
     alone, shared = plan_of(recipe), plan_of(recipe, gpus=2)
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, recipe.make_modalities(), {"pictures:label": 4})
@@ -162,8 +162,16 @@ def test_several_gpus_divide_and_speak_as_the_page_says(little_data):
 
 def test_whole_copies_send_their_gradients_once_whatever_the_pieces(little_data):
     """Of many parameters and few examples, so that a second copy of gradients would be seen."""
-    changes = ["tasks.named.weight=0", "tasks.heard.batch=4", "model.width=256", "model.mlp=4096", "parallel.shard=1"]
-    recipe, pieces = (Recipe.load(little_data / "recipe.yaml", [*changes, f"batch.micro={n}"]) for n in ("null", 1))
+    changes = [
+        "tasks.named.weight=0",
+        "tasks.heard.batch_size=4",
+        "model.width=256",
+        "model.mlp_dim=4096",
+        "parallel.shard_degree=1",
+    ]
+    recipe, pieces = (
+        Recipe.load(little_data / "recipe.yaml", [*changes, f"memory.chunk_size={n}"]) for n in ("null", 1)
+    )
     alone, shared, again = (plan_of(r, n).steps["heard", 0] for r, n in ((recipe, 1), (recipe, 4), (pieces, 4)))
     for kind in ("parameters", "optimiser"):
         assert shared.memory[kind] == alone.memory[kind]
@@ -179,13 +187,13 @@ def test_whole_copies_send_their_gradients_once_whatever_the_pieces(little_data)
 
 def test_experts_apart_stay_and_their_slots_travel(little_data):
     """On a GPU to them in fp32, as the norm before them gives them, and back in bf16; their gradients likewise."""
-    changes = ["tasks.named.weight=0", "tasks.heard.batch=32", "model.moe={experts: 4, layers: 1}"]
+    changes = ["tasks.named.weight=0", "tasks.heard.batch_size=32", "model.moe={experts: 4, layers: 1}"]
 
     def held_as(parallel: str) -> Step:
         recipe = Recipe.load(little_data / "recipe.yaml", [*changes, f"parallel={parallel}"])
         return plan_of(recipe, gpus=16).steps["heard", 0]
 
-    sharded, apart = held_as("{shard: 8}"), held_as("{shard: 8, experts: 4}")
+    sharded, apart = held_as("{shard_degree: 8}"), held_as("{shard_degree: 8, expert_degree: 4}")
     experts = 4 * 2 * 32 * 64
     elsewhere = experts * 3 // 4
     for kind in ("parameters", "optimiser", "gradients"):
@@ -202,7 +210,7 @@ def test_experts_apart_stay_and_their_slots_travel(little_data):
     )
     assert apart.received["network"] == sharded.received["network"]
 
-    copies, own = held_as("{shard: 1}"), held_as("{shard: 1, experts: 4}")
+    copies, own = held_as("{shard_degree: 1}"), held_as("{shard_degree: 1, expert_degree: 4}")
     assert own.memory["parameters"] == copies.memory["parameters"] - 4 * elsewhere
     assert own.memory["gradients"] == copies.memory["gradients"] - 4 * elsewhere
     # Four have the same experts; sixteen have all the rest.
@@ -212,7 +220,9 @@ def test_experts_apart_stay_and_their_slots_travel(little_data):
 
 
 def test_what_stays_in_a_node_comes_over_its_link(little_data):
-    found = plan_of(Recipe.load(little_data / "recipe.yaml", ["tasks.named.views.1.batch=8", "tasks.heard.batch=8"]), 2)
+    found = plan_of(
+        Recipe.load(little_data / "recipe.yaml", ["tasks.named.views.1.batch_size=8", "tasks.heard.batch_size=8"]), 2
+    )
     received = {"link": 450 * 10**9, "network": 100 * 10**9}
     assert found.communicating(received) == 2
     assert found.communicating(received | {"network": 0}) == 1
@@ -220,14 +230,14 @@ def test_what_stays_in_a_node_comes_over_its_link(little_data):
 
 SMALL = ["train.precision=fp32", "tasks.heard.weight=0", "tasks.named.views=[{image: {size: 16}}]"]
 LAYOUTS = {
-    "in shards": ["tasks.named.objectives=[{type: contrastive, loss: sigmoid}]", "model.own_layers=1"],
-    "in two groups": ["parallel.shard=2"],
-    "experts apart, in pieces": ["parallel.experts=2", "batch={micro: 1, recompute: true}"],
-    "in two groups, experts apart": ["parallel={shard: 2, experts: 2}"],
-    "whole copies": ["parallel.shard=1"],
-    "whole copies, in pieces": ["parallel.shard=1", "batch={micro: 1, recompute: true}"],
-    "whole copies, experts apart": ["parallel={shard: 1, experts: 2}"],
-    "whole copies, Muon": ["parallel.shard=1", "optimizer.muon_lr=1e-3"],
+    "in shards": ["tasks.named.objectives=[{type: contrastive, loss: sigmoid}]", "model.modality_specific_layers=1"],
+    "in two groups": ["parallel.shard_degree=2"],
+    "experts apart, in pieces": ["parallel.expert_degree=2", "memory={chunk_size: 1, activation_checkpointing: true}"],
+    "in two groups, experts apart": ["parallel={shard_degree: 2, expert_degree: 2}"],
+    "whole copies": ["parallel.shard_degree=1"],
+    "whole copies, in pieces": ["parallel.shard_degree=1", "memory={chunk_size: 1, activation_checkpointing: true}"],
+    "whole copies, experts apart": ["parallel={shard_degree: 1, expert_degree: 2}"],
+    "whole copies, Muon": ["parallel.shard_degree=1", "optimizer.muon_lr=1e-3"],
 }
 
 
@@ -260,16 +270,16 @@ def _group(leaf: Any) -> Any:
 def measure_received(recipe: Path, out: Path) -> None:
     """Of a step in each layout, a file of this process."""
     found = {}
-    for layout, changes in LAYOUTS.items():
+    for name, changes in LAYOUTS.items():
         options = Recipe.load(recipe, [*SMALL, *changes])
         device, modalities = distributed.start(), options.make_modalities()
         model = IMP.from_recipe(options, modalities, {"pictures:label": 4}).train()
         copies = layout.spread(
             model, model.blocks(), model.experts(), ("encode", "project", "classify"),
-            options.parallel.shard, options.parallel.experts, device,
+            options.parallel.shard_degree, options.parallel.expert_degree, device,
         )  # fmt: skip
         batch = empty_batch(options.tasks["named"], 0, modalities, CLASSES, device, distributed.world())
-        encode = in_pieces(model.encode, options.batch.micro)
+        encode = in_pieces(model.encode, options.memory.chunk_size)
         named = dict(model.named_parameters())
         steps = [{named[name] for name in cost.touched} for cost in costs(options, modalities, CLASSES).values()]
         exchange = make_exchange(model, copies, muon_matrices(options.optimizer, model), steps)
@@ -280,7 +290,7 @@ def measure_received(recipe: Path, out: Path) -> None:
             for optimizer in optimizers:
                 optimizer.step()
             exchange.updates()
-        found[layout] = {"bytes": received.bytes, "calls": received.calls}
+        found[name] = {"bytes": received.bytes, "calls": received.calls}
     (out / f"{distributed.rank()}.json").write_text(json.dumps(found))
 
 
@@ -290,12 +300,10 @@ def test_four_processes_receive_what_the_plan_says(little_data, tmp_path):
     subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=300)
     measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     assert measured[1:] == measured[:1] * 3
-    for layout, changes in LAYOUTS.items():
+    for name, changes in LAYOUTS.items():
         step = plan_of(Recipe.load(recipe, [*SMALL, *changes]), gpus=4).steps["named", 0]
         # Above it by what FSDP2 pads, and by the routers' counts.
-        assert sum(step.received.values()) == pytest.approx(sum(measured[0][layout]["bytes"].values()), rel=3e-3), (
-            layout
-        )
+        assert sum(step.received.values()) == pytest.approx(sum(measured[0][name]["bytes"].values()), rel=3e-3), name
     # Vectors and items; the gradient of the vectors; how many tokens the texts have, and gradients.
     calls = measured[0]["whole copies"]["calls"]
     assert sum(calls.values()) == 5, calls
@@ -313,7 +321,7 @@ def test_the_bytes_of_a_similarity_are_counted(loss):
 
 def test_fits_or_not(little_data):
     """A batch that is too large for one GPU and not for another."""
-    changes = ["tasks.heard.batch=40000", "model.width=1024"]
+    changes = ["tasks.heard.batch_size=40000", "model.width=1024"]
     small = plan_of(Recipe.load(little_data / "recipe.yaml", changes), gpu="rtx4090")
     assert small.largest == ("heard", 0)
     assert GPUS["rtx4090"].memory * USABLE < small.memory / 2**30 < GPUS["h200"].memory * USABLE
@@ -341,12 +349,15 @@ def test_what_cannot_be_planned_is_refused(little_data, change, told):
 @pytest.mark.parametrize(
     ("parallel", "told"),
     [
-        ("{shard: 4}", "parallel.shard: 6 processes cannot be divided into groups of 4"),
+        ("{shard_degree: 4}", "parallel.shard_degree: 6 processes cannot be divided into groups of 4"),
         (
-            "{shard: 3, experts: 2}",
-            "parallel.experts: the 3 processes that share a copy cannot be divided into groups of 2",
+            "{shard_degree: 3, expert_degree: 2}",
+            "parallel.expert_degree: the 3 processes that share a copy cannot be divided into groups of 2",
         ),
-        ("{shard: 1, experts: 4}", "parallel.experts: 6 processes cannot be divided into groups of 4"),
+        (
+            "{shard_degree: 1, expert_degree: 4}",
+            "parallel.expert_degree: 6 processes cannot be divided into groups of 4",
+        ),
     ],
 )
 def test_a_model_that_processes_cannot_hold_so_is_refused(little_data, parallel, told):

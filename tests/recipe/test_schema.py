@@ -29,17 +29,21 @@ REFUSED = {
     "optimiser.lr=1": "unknown key 'optimiser'; did you mean 'optimizer'?",
     "train.stepz=1": "train: unknown key 'stepz'; did you mean 'steps'?",
     "model.moe.expert=4": "model.moe: unknown key 'expert'; did you mean 'experts'?",
-    "tasks.named.bacth=4": "tasks.named: unknown key 'bacth'; did you mean 'batch'?",
+    "tasks.named.bacth_size=4": "tasks.named: unknown key 'bacth_size'; did you mean 'batch_size'?",
     "tasks.named.objectives.0.simile=x": "tasks.named.objectives.0: unknown key 'simile'; did you mean 'same'?",
     "tasks.named.inputs.image={colum: x}": "tasks.named.inputs.image: unknown key 'colum'; did you mean 'column'?",
     "tasks.named.views.0.image.sise=16": "tasks.named.views[0].image: unknown key 'sise'; did you mean 'size'?",
     "tasks.named.views.1.imagge={}": "tasks.named.views[1]: unknown key 'imagge'; did you mean 'image'?",
     "evaluation.sets.tones.views={}": "evaluation.sets.tones: unknown key 'views'; did you mean 'view'?",
     "evaluation.sets.colours.view.audio={}": "evaluation.sets.colours.view: unknown key 'audio'; "
-    "known: batch, image, share",
+    "known: batch_size, image, sync, weight",
     "modalities.vision.pach=8": "modalities.vision: unknown key 'pach'; did you mean 'patch'?",
     "modalities.visions={}": "modalities: unknown key 'visions'; did you mean 'vision'?",
-    "zzz=1": "unknown key 'zzz'; known: alternation, batch, evaluation, modalities, model, name, optimizer, parallel, "
+    "optimizer.clip=1": "optimizer: key 'clip' is now called 'max_grad_norm'",
+    "tasks.named.views.0.share=2": "tasks.named.views[0]: key 'share' is now called 'weight'",
+    "tasks.named.views.0.image.drop=0.5": "tasks.named.views[0].image: key 'drop' is now called 'drop_tokens'",
+    "batch.micro=4": "key 'batch' is now called 'memory'",
+    "zzz=1": "unknown key 'zzz'; known: alternation, evaluation, memory, modalities, model, name, optimizer, parallel, "
     "seed, sources, tasks, train",
     # A wrong type or value is answered with what was expected and what was found.
     "train.steps=many": "train.steps: Input should be a valid integer, found 'many'",
@@ -69,7 +73,7 @@ REFUSED = {
     # Parts must fit each other.
     "model.heads=3": "model: width 32 is no multiple of heads 3",
     "model.moe.layers=3": "model: moe.layers 3 is more than layers 2",
-    "parallel.experts=3": "parallel.experts: 3 processes cannot share 2 experts evenly",
+    "parallel.expert_degree=3": "parallel.expert_degree: 3 processes cannot share 2 experts evenly",
     "model.moe.top_k=3": "model: moe.top_k 3 is more than moe.experts 2",
     "sources.pictures={}": "sources.pictures: give exactly one of path and hub",
     "sources.pictures.hub=x/y": "sources.pictures: give exactly one of path and hub",
@@ -109,9 +113,10 @@ REFUSED = {
     "found 1",
     "evaluation.sets.tones.inputs.text={column: caption, draw: 2}": "evaluation.sets.tones.inputs.text: evaluation "
     "draws nothing; drop draw",
-    "evaluation.sets.tones.view.batch=4": "evaluation.sets.tones.view: share, batch and sync are for training; "
-    "use evaluation.batch",
-    "evaluation.sets.colours.view.share=0.5": "evaluation.sets.colours.view: share, batch and sync are for training",
+    "evaluation.sets.tones.view.batch_size=4": "evaluation.sets.tones.view: weight, batch_size and sync are for "
+    "training; "
+    "use evaluation.batch_size",
+    "evaluation.sets.colours.view.weight=0.5": "evaluation.sets.colours.view: weight, batch_size and sync are for",
     "evaluation.sets.colours.inputs={video: file}": "evaluation.sets.colours: no task trains modality 'video'; "
     "known: audio, image, text",
     "evaluation.sets.colours.reader=txt": "evaluation.sets.colours: no task trains modality 'txt'; "
@@ -158,7 +163,7 @@ def test_no_task_at_all_is_refused(file):
     [
         ("name: [x", "not valid YAML: .*line 1"),
         ("name: x\ntrain: {steps: 1}\nname: y", "not valid YAML: key 'name' is given twice .*line 3"),
-        ("tasks: {a: {batch: 1, batch: 2}}", "not valid YAML: key 'batch' is given twice"),
+        ("tasks: {a: {batch_size: 1, batch_size: 2}}", "not valid YAML: key 'batch_size' is given twice"),
         ("text: {{caption}}", "not valid YAML: .*unhashable key"),
         ("- a\n- b", "a recipe is a mapping of keys, found list"),
         ("", "a recipe is a mapping of keys, found NoneType"),
@@ -198,7 +203,7 @@ def test_overrides_reach_everything(file):
             "train.steps=7",
             "optimizer.lr=1e-3",
             "tasks.heard.weight=2",
-            "tasks.named.views.1.image.drop=0.25",
+            "tasks.named.views.1.image.drop_tokens=0.25",
             "tasks.named.objectives.1.weight=3",
             "alternation.kind=cycle",
             "model.moe=null",
@@ -209,7 +214,7 @@ def test_overrides_reach_everything(file):
     assert recipe.train.steps == 7
     assert recipe.optimizer.lr == 0.001
     assert recipe.tasks["heard"].weight == 2
-    assert [view["image"].drop for view in recipe.tasks["named"].views] == [0.0, 0.25]
+    assert [view["image"].drop_tokens for view in recipe.tasks["named"].views] == [0.0, 0.25]
     assert recipe.tasks["named"].objectives[1].weight == 3
     assert recipe.alternation.kind == "cycle"
     assert recipe.model.moe is None
@@ -221,8 +226,8 @@ def test_overrides_reach_everything(file):
     ("text", "message"),
     [
         ("train.steps", "--set train.steps: expected KEY=VALUE"),
-        ("tasks.named.views.2.batch=1", "--set tasks.named.views.2.batch=1: the recipe has no such key"),
-        ("tasks.named.views.x.batch=1", "the recipe has no such key"),
+        ("tasks.named.views.2.batch_size=1", "--set tasks.named.views.2.batch_size=1: the recipe has no such key"),
+        ("tasks.named.views.x.batch_size=1", "the recipe has no such key"),
         ("name.first=1", "the recipe has no such key"),
         ("seed=[1", r"'\[1' is not valid YAML"),
     ],
@@ -256,7 +261,7 @@ def test_the_resolved_recipe_is_the_recipe(file, tmp_path, name):
     assert written["optimizer"]["betas"] == [0.9, 0.999]
     for task in written["tasks"].values():
         for view in task["views"]:
-            assert view.keys() == {"share", "batch", "sync", *task["inputs"]}
+            assert view.keys() == {"weight", "batch_size", "sync", *task["inputs"]}
             assert all(options for options in (view[name] for name in task["inputs"]))
 
 
@@ -279,7 +284,7 @@ def test_views_may_be_left_out(file):
                "objectives: [{type: contrastive}]}}"]  # fmt: skip
     (view,) = Recipe.load(file, changes).tasks["one"].views
     assert (view["audio"].seconds, view["text"].length) == (8.192, 16)
-    assert (view.share, view.batch) == (1.0, None)
+    assert (view.weight, view.batch_size) == (1.0, None)
     assert View() == View()
     assert Recipe.load(file, changes) == Recipe.load(file, changes)
 

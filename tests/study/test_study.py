@@ -275,8 +275,8 @@ def test_a_stopped_study_goes_on_where_it_stopped(done, little_data, tmp_path):
         ({"arms": {"a": {}, "b": [{"tasks": ["named"]}] * 2}}, "arm 'b': each of its models needs tasks of its own"),
         ({"arms": {"a": {}, "b": {"set": ["train.steps=3"]}}}, "arm 'b': train.steps follows from the study's FLOPs"),
         (
-            {"arms": {"a": {}, "b": {"set": ["optimizer={lr: 1e-3, warmup: 7}"]}}},
-            "arm 'b': optimizer.warmup follows from",
+            {"arms": {"a": {}, "b": {"set": ["optimizer={lr: 1e-3, warmup_steps: 7}"]}}},
+            "arm 'b': optimizer.warmup_steps follows from",
         ),
         ({"arms": {"a": {}, "b": {"set": ["model.width={"]}}}, "arm 'b': --set model.width={: '{' is not valid YAML"),
         ({"arms": {"a": {}, "b": {"set": ["model.width"]}}}, "arm 'b': --set model.width: expected KEY=VALUE"),

@@ -12,7 +12,7 @@ from openimp.recipe.schema import Recipe
 from openimp.study.training import ConflictTraining, SummedTraining, peak_memory
 from openimp.training.trainer import Training, train
 
-SUMMED = ["alternation.kind=intervals", "optimizer.clip=null", "optimizer.ema=null"]
+SUMMED = ["alternation.kind=intervals", "optimizer.max_grad_norm=null", "optimizer.ema_decay=null"]
 
 
 def recipe_of(folder, *changes: str) -> Recipe:
@@ -96,7 +96,12 @@ def test_cosines_are_those_of_the_tasks_gradients_and_change_nothing(little_data
 
 def test_peak_memory_of_alternation_is_that_of_its_largest_task_and_less_than_the_sum(little_data, tmp_path):
     """At sizes where activations count, as they do outside of tests."""
-    large = ["tasks.named.batch=128", "tasks.named.views.1.batch=128", "tasks.heard.batch=64", "optimizer.ema=null"]
+    large = [
+        "tasks.named.batch_size=128",
+        "tasks.named.views.1.batch_size=128",
+        "tasks.heard.batch_size=64",
+        "optimizer.ema_decay=null",
+    ]
     peaks = {}
     for name, kind, changes in (
         ("alternating", Training, []),

@@ -25,9 +25,14 @@ from openimp.study.two_towers import MAX_LOGIT_SCALE, TwoTowers, TwoTowerTrainin
 from openimp.training.trainer import train
 
 SEEN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
-    "image": ("stills", {"split": "test", "vendor": "twemoji"}, {"size": 32, "drop": 0.5}, "{name}, {keywords*}"),
+    "image": (
+        "stills",
+        {"split": "test", "vendor": "twemoji"},
+        {"size": 32, "drop_tokens": 0.5},
+        "{name}, {keywords*}",
+    ),
     "video": ("clips", {"split": "test"}, {"size": 32, "frames": 2, "stride": 4, "clips": 2}, "{name}, {keywords*}"),
-    "audio": ("notes", {"split": "test"}, {"seconds": 2.048, "drop": 0.5}, "captions"),
+    "audio": ("notes", {"split": "test"}, {"seconds": 2.048, "drop_tokens": 0.5}, "captions"),
 }
 STEPS = 24
 
@@ -36,7 +41,7 @@ def recipe_of(seen: str, **changes: Any) -> Recipe:
     """A recipe of small towers that learn the test part of the bundled data by heart."""
     source, where, view, text = SEEN[seen]
     inputs = {seen: seen, "text": text}
-    exact = {name: options for name, options in view.items() if name != "drop"}
+    exact = {name: options for name, options in view.items() if name != "drop_tokens"}
     sets: dict[str, Any] = {
         "both_ways": {
             "type": "retrieval", "source": "data", "inputs": inputs, "view": {seen: exact, "text": {"length": 12}},
@@ -50,17 +55,17 @@ def recipe_of(seen: str, **changes: Any) -> Recipe:
     stems = {"vision": {"patch": [2, 8, 8]}, "audio": {"window": 1024, "hop": 256, "bins": 64}}
     data = {
         "name": "towers",
-        "model": {"width": 32, "layers": 2, "heads": 2, "mlp": 64, "embed_dim": 48, "qk_norm": True},
+        "model": {"width": 32, "layers": 2, "heads": 2, "mlp_dim": 64, "embed_dim": 48, "qk_norm": True},
         "modalities": {"audio" if seen == "audio" else "vision": stems["audio" if seen == "audio" else "vision"]},
         "sources": {"data": {"path": f"openimp:{source}.parquet", "where": where, "cache": "memory"}},
         "tasks": {
             "pairs": {
-                "source": "data", "inputs": inputs, "batch": 32, "objectives": [{"type": "contrastive"}],
+                "source": "data", "inputs": inputs, "batch_size": 32, "objectives": [{"type": "contrastive"}],
                 "views": [{seen: view, "text": {"length": 8}}],
             }
         },
-        "optimizer": {"lr": 3e-3, "muon_lr": 1e-2, "warmup": 4},
-        "train": {"steps": STEPS, "workers": 0, "log_every": 6, "save_every": 1000},
+        "optimizer": {"lr": 3e-3, "muon_lr": 1e-2, "warmup_steps": 4},
+        "train": {"steps": STEPS, "num_workers": 0, "log_every": 6, "save_every": 1000},
         "evaluation": {"sets": sets},
     }  # fmt: skip
     return Recipe.build(data | changes)
@@ -105,7 +110,7 @@ def test_the_counted_cost_is_that_of_a_real_step(tmp_path):
 
 def test_dropped_patches_cost_nothing(tmp_path):
     whole = recipe_of("image").to_dict()
-    whole["tasks"]["pairs"]["views"][0]["image"]["drop"] = 0.0
+    whole["tasks"]["pairs"]["views"][0]["image"]["drop_tokens"] = 0.0
     assert flops_of_a_step(recipe_of("image")) < 0.9 * flops_of_a_step(Recipe.build(whole))
 
 
@@ -128,7 +133,7 @@ def test_the_towers_have_the_recipes_sizes_and_start(tmp_path):
     for tower in (visual.transformer, model.clip.transformer):
         assert (tower.width, len(tower.resblocks), tower.resblocks[0].attn.num_heads) == (32, 2, 2)
         assert tower.resblocks[0].mlp.c_fc.out_features == 64
-    assert model.clip.logit_scale.exp().item() == pytest.approx(1 / recipe.model.temperature)
+    assert model.clip.logit_scale.exp().item() == pytest.approx(1 / recipe.model.init_temperature)
     with torch.no_grad():
         model.clip.logit_scale.fill_(9.0)
     model.limit_temperatures()
@@ -150,7 +155,9 @@ def test_muon_updates_the_blocks_and_the_projections(tmp_path):
 @pytest.mark.parametrize("seen", SEEN)
 def test_the_towers_see_the_examples_that_imp_sees_uncut(seen, tmp_path):
     data = recipe_of(seen).to_dict()
-    data["tasks"]["pairs"]["views"][0][seen]["drop"] = 0.0  # which openimp does by itself, and the towers do by theirs
+    data["tasks"]["pairs"]["views"][0][seen]["drop_tokens"] = (
+        0.0  # which openimp does by itself, and the towers do by theirs
+    )
     recipe = Recipe.build(data)
     training = TwoTowerTraining(recipe, tmp_path / "run", resume=False)
     modality = recipe.make_modalities()[seen]
@@ -242,7 +249,7 @@ def test_nothing_but_a_study_takes_the_towers_for_its_own_model(trained, tmp_pat
         ({"objectives": [{"type": "contrastive", "same": "name"}]}, "set tasks.pairs.objectives="),
         ({"inputs": {"image": "image", "text": {"column": "keywords", "draw": 2}}}, "drop draw"),
         ({"views": [{"image": {"size": 32}}, {"image": {"size": 64}}]}, "one shape only"),
-        ({"views": [{"image": {"size": 32}}, {"image": {"size": 32, "drop": 0.5}}]}, "one share of the patches"),
+        ({"views": [{"image": {"size": 32}}, {"image": {"size": 32, "drop_tokens": 0.5}}]}, "one share of the patches"),
         ({"inputs": {"image": "image", "video": "image"}, "views": [{}]}, "one modality and its text"),
     ],
 )

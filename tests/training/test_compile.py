@@ -32,7 +32,7 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, c
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     losses = {}
     for compiled, micro in (("false", "null"), ("true", "4")):  # In pieces too: of 8 examples, twice the same shape.
-        changes = [*QUICK, f"train.compile={compiled}", f"batch.micro={micro}"]
+        changes = [*QUICK, f"train.compile={compiled}", f"memory.chunk_size={micro}"]
         recipe = Recipe.load(little_data / "recipe.yaml", changes)
         training = Training(recipe, tmp_path / compiled, resume=False)
         losses[compiled] = [float(training.update(loaded).total.detach()) for loaded in make_loader(training.data, 0)]

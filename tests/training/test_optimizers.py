@@ -33,7 +33,7 @@ def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_pa
 
 
 def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(little_data, tmp_path):
-    options = ["optimizer.muon_lr=1e-2", "optimizer.weight_decay=0", "optimizer.warmup=0"]
+    options = ["optimizer.muon_lr=1e-2", "optimizer.weight_decay=0", "optimizer.warmup_steps=0"]
     training = training_of(little_data, tmp_path / "run", *options)
     before = {name: tensor.detach().clone() for name, tensor in training.model.named_parameters()}
     training.update(next(iter(make_loader(training.data, 0))))
@@ -55,13 +55,13 @@ def test_without_muon_there_is_one_optimiser(little_data, tmp_path):
 
 
 def test_one_step_in_twenty_warms_up_unless_told_otherwise(little_data):
-    recipe = Recipe.load(little_data / "recipe.yaml", ["optimizer.warmup=null", "train.steps=80"])
+    recipe = Recipe.load(little_data / "recipe.yaml", ["optimizer.warmup_steps=null", "train.steps=80"])
     assert [schedule(recipe, step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert schedule(recipe, 5) < 1
 
 
 def test_the_learning_rate_rises_and_falls(little_data, tmp_path):
-    changes = ["optimizer={lr: 0.1, muon_lr: 0.3, warmup: 4, final_lr: 0.2}", "train.steps=12"]
+    changes = ["optimizer={lr: 0.1, muon_lr: 0.3, warmup_steps: 4, min_lr_ratio: 0.2}", "train.steps=12"]
     training = training_of(little_data, tmp_path / "run", *changes)
     rates = [schedule(training.recipe, step) for step in range(12)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])

@@ -23,8 +23,8 @@ from openimp.recipe.schema import Recipe
 from openimp.training.pace import advice, shown, slowest
 from openimp.training.trainer import train
 
-COMMON = ["train.precision=fp32", "tasks.heard.weight=0", "tasks.named.views.1.batch=8", "evaluation={}",
-          "train.steps=20", "train.log_every=10", "train.workers=1"]  # fmt: skip
+COMMON = ["train.precision=fp32", "tasks.heard.weight=0", "tasks.named.views.1.batch_size=8", "evaluation={}",
+          "train.steps=20", "train.log_every=10", "train.num_workers=1"]  # fmt: skip
 LINE = re.compile(
     r"step (\d+)/20  (?:named \d+\.\d{3}  )(?:heard \d+\.\d{3}  )? *[\d,.]+ examples, "
     r" *[\d,.]+ tokens/s  wait ([ \d]{2})%  "
@@ -108,7 +108,7 @@ def test_waiting_for_data_is_told_once_with_what_could_be_done(own_data, tmp_pat
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert warning.startswith(
         f"{lines[1]['data_wait']:.0%} of the time is spent waiting for data, most of it for task named; "
-        "raise train.workers (now 0, on "
+        "raise train.num_workers (now 0, on "
     )
     assert warning.endswith(" cores), set sources.pictures.cache=memory or make the views of tasks.named smaller")
     assert all(line["data_wait"] > 0.1 and "slowest" not in line for line in lines)
@@ -120,13 +120,13 @@ def test_the_advice_fits_the_recipe(little_data, streamed):
         recipe = Recipe.load(folder / "recipe.yaml", changes)
         return " | ".join(advice(recipe, recipe.make_modalities(), task, rare))
 
-    smaller, many = "make the views of tasks.named smaller", "train.workers=1000"
+    smaller, many = "make the views of tasks.named smaller", "train.num_workers=1000"
     assert told(little_data, "named", many) == f"set sources.pictures.cache=memory | {smaller}"
     assert told(little_data, "named", many, "sources.pictures.cache=memory") == smaller
     assert told(streamed[0], "named", many, *streamed[1]) == smaller
-    ahead = told(little_data, "heard", many, "train.prefetch=3", rare=True)
-    assert ahead.startswith("raise train.prefetch (now 3) | set sources.sounds.cache=memory | ")
-    assert told(little_data, "heard", rare=True).startswith("raise train.workers (now 0, on ")
+    ahead = told(little_data, "heard", many, "train.prefetch_factor=3", rare=True)
+    assert ahead.startswith("raise train.prefetch_factor (now 3) | set sources.sounds.cache=memory | ")
+    assert told(little_data, "heard", rare=True).startswith("raise train.num_workers (now 0, on ")
 
 
 def test_a_line_is_short_and_names_no_process_that_is_hardly_slower():

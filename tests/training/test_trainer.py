@@ -30,7 +30,7 @@ from openimp.training.stopping import Stop, Stopped, stop_signals
 from openimp.training.trainer import Training, train
 
 STEPS = 120
-LONG = [f"train.steps={STEPS}", "train.save_every=10", "train.keep=3", "evaluation.every=50", "optimizer.lr=1e-3",
+LONG = [f"train.steps={STEPS}", "train.save_every=10", "train.keep_last=3", "evaluation.every=50", "optimizer.lr=1e-3",
         "optimizer.muon_lr=4e-3"]  # fmt: skip
 CLOCK = ("examples_per_s", "tokens_per_s", "data_wait", "waits", "step_p50", "step_p95", "seconds")
 """Figures of a metrics line that no two runs share."""
@@ -112,7 +112,7 @@ def test_the_run_tells_what_it_did(whole_run, little_data):
 def test_a_run_that_is_killed_and_stopped_and_resumed_is_the_whole_run(whole_run, little_data, tmp_path):
     """SIGKILL, Ctrl-C and SIGTERM, to the workers too, in the middle of an epoch, each with another number of them."""
     run = tmp_path / "run"
-    process = start(little_data, run, *LONG, "train.workers=1")
+    process = start(little_data, run, *LONG, "train.num_workers=1")
     wait_until(lambda: last_step(run) >= 10, process)
     process.kill()
     process.wait()
@@ -128,7 +128,7 @@ def test_a_run_that_is_killed_and_stopped_and_resumed_is_the_whole_run(whole_run
 
     saved = [killed]
     for number, workers in ((signal.SIGINT, 2), (signal.SIGTERM, 3)):
-        process = start(little_data, run, *LONG, f"train.workers={workers}", resume=True)
+        process = start(little_data, run, *LONG, f"train.num_workers={workers}", resume=True)
         # The killed run may have made steps that it did not save; the resumed one forgets them, and line 999 with them.
         wait_until(lambda: saved[-1] + 1 < read_lines(run / "metrics.jsonl")[-1]["step"] < 999, process)
         os.killpg(process.pid, number)
@@ -141,7 +141,7 @@ def test_a_run_that_is_killed_and_stopped_and_resumed_is_the_whole_run(whole_run
     seen = [{visit.task: visit.start + visit.batch for visit in list(schedule)[:step]} for step in saved]
     assert any(count % rows[task] for counts in seen for task, count in counts.items()), "all between two epochs"
 
-    train(recipe_of(little_data, *LONG, "train.workers=0"), run, resume=True)
+    train(recipe_of(little_data, *LONG, "train.num_workers=0"), run, resume=True)
     assert figures(run) == figures(whole_run)
     assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
     final, reference = checkpoints(run)[-1], checkpoints(whole_run)[-1]
@@ -157,7 +157,7 @@ def test_a_streamed_task_goes_on_from_its_cursor(streamed, tmp_path):
     """Saved with the checkpoint, in the middle of a later epoch; what came before is not read again."""
     folder, changes = streamed
     runs = [tmp_path / name for name in ("whole", "cut")]
-    recipe = recipe_of(folder, *changes, "train.keep=4")
+    recipe = recipe_of(folder, *changes, "train.keep_last=4")
     train(recipe, runs[0])
     shutil.copytree(runs[0], runs[1])
     for checkpoint in checkpoints(runs[1])[-2:]:
@@ -166,7 +166,7 @@ def test_a_streamed_task_goes_on_from_its_cursor(streamed, tmp_path):
     cursor = json.loads((resumed / "state.json").read_text())["cursors"]["named"]
     assert cursor["epoch"] > 0
     assert cursor["position"] > 24
-    train(recipe_of(folder, *changes, "train.keep=4", "train.workers=1"), runs[1], resume=True)
+    train(recipe_of(folder, *changes, "train.keep_last=4", "train.num_workers=1"), runs[1], resume=True)
     assert figures(runs[1]) == figures(runs[0])
     ours, theirs = (load_file(checkpoints(run)[-1] / "model.safetensors") for run in runs)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -210,14 +210,14 @@ def test_a_stop_ends_an_evaluation(little_data, tmp_path):
 
 def test_a_warm_up_longer_than_the_training_is_told(little_data, tmp_path, capsys):
     for warmup in (11, 12):
-        Training(recipe_of(little_data, f"optimizer.warmup={warmup}"), tmp_path / str(warmup), resume=False)
-        told = "warm-up of 12 steps is not shorter than the 12 steps of training; set optimizer.warmup"
+        Training(recipe_of(little_data, f"optimizer.warmup_steps={warmup}"), tmp_path / str(warmup), resume=False)
+        told = "warm-up of 12 steps is not shorter than the 12 steps of training; set optimizer.warmup_steps"
         assert (told in capsys.readouterr().out) == (warmup == 12)
 
 
 def test_equal_texts_of_different_items_are_told(little_data, tmp_path, capsys):
     """Each of four colours has six pictures; unless they are one item, a batch of 8 pushes equal texts apart."""
-    changes = ["train.steps=3", "tasks.heard.weight=0", "evaluation.sets={}", "tasks.named.views.1.share=0.001"]
+    changes = ["train.steps=3", "tasks.heard.weight=0", "evaluation.sets={}", "tasks.named.views.1.weight=0.001"]
     train(recipe_of(little_data, *changes), tmp_path / "one item")
     assert "belong to other examples too" not in capsys.readouterr().out
     recipe = recipe_of(little_data, *changes, "tasks.named.objectives.0.same=null")
@@ -432,7 +432,7 @@ def test_what_a_task_does_not_touch_keeps_its_value_and_its_moments(little_data,
 
 def test_zero_gradients_let_the_state_of_untouched_parameters_decay(little_data, tmp_path):
     """As in the authors' release: AdamW's momentum moves them on, its means decay, and it counts the step."""
-    changes = ["alternation.kind=intervals", "optimizer.zero_grads=true"]
+    changes = ["alternation.kind=intervals", "optimizer.zero_missing_grads=true"]
     training = Training(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
     first, second = make_loader(training.data, 0, 2)
     assert (first.visit.task, second.visit.task) == ("named", "heard")
@@ -446,7 +446,12 @@ def test_zero_gradients_let_the_state_of_untouched_parameters_decay(little_data,
 
 
 def test_the_gradient_is_clipped_decayed_and_averaged_as_the_recipe_says(little_data, tmp_path):
-    changes = ["optimizer.clip=0.01", "optimizer.weight_decay=0.3", "optimizer.ema=0.5", "optimizer.eps=1e-5"]
+    changes = [
+        "optimizer.max_grad_norm=0.01",
+        "optimizer.weight_decay=0.3",
+        "optimizer.ema_decay=0.5",
+        "optimizer.eps=1e-5",
+    ]
     training = Training(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
     seen: list[float] = []
 
@@ -496,8 +501,9 @@ def test_the_evaluated_weights_are_the_averaged_ones(whole_run, little_data, tmp
 def test_the_peak_memory_of_a_mixture_is_that_of_its_largest_task(little_data, tmp_path, peak_bytes):
     """Nor does a step hold on to anything of the one before: a task alone has a single step here."""
     common = ["alternation.kind=intervals", "evaluation={}", "train.precision=fp32",
-              "tasks.named.batch=128", "tasks.named.views=[{image: {size: 32}, text: {length: 16}}]",
-              "tasks.heard.batch=96", "tasks.heard.views=[{audio: {seconds: 2.048}, text: {length: 16}}]"]  # fmt: skip
+              "tasks.named.batch_size=128", "tasks.named.views=[{image: {size: 32}, text: {length: 16}}]",
+              "tasks.heard.batch_size=96",
+               "tasks.heard.views=[{audio: {seconds: 2.048}, text: {length: 16}}]"]  # fmt: skip
 
     def peak(name: str, *changes: str) -> int:
         return peak_bytes(lambda: train(recipe_of(little_data, *common, *changes), tmp_path / name))
@@ -558,8 +564,8 @@ MOTION = '''
 '''
 MOTION_RECIPE = """
     name: motion
-    model: {width: 32, layers: 2, heads: 2, mlp: 64, embed_dim: 32, moe: {experts: 2, layers: 1}}
-    modalities: {motion: {patch: 4}, text: {vocab: 300, positions: 16}}
+    model: {width: 32, layers: 2, heads: 2, mlp_dim: 64, embed_dim: 32, moe: {experts: 2, layers: 1}}
+    modalities: {motion: {patch: 4}, text: {vocab_size: 300, positions: 16}}
     sources:
       train: {path: traces.parquet, where: {split: train}}
       val: {path: traces.parquet, where: {split: val}}
@@ -570,10 +576,10 @@ MOTION_RECIPE = """
         objectives:
           - {type: contrastive, same: activity}
           - {type: classification, label: activity, of: motion}
-        batch: 16
+        batch_size: 16
         views: [{motion: {length: 24}, text: {length: 8}}]
-    optimizer: {lr: 3e-3, warmup: 5}
-    train: {steps: 60, workers: 1, max_bad: 0.05}
+    optimizer: {lr: 3e-3, warmup_steps: 5}
+    train: {steps: 60, num_workers: 1, max_bad_fraction: 0.05}
     evaluation:
       sets:
         val: {type: retrieval, source: val, inputs: {motion: trace, text: "someone is {activity}"},
@@ -586,7 +592,7 @@ def test_a_modality_from_outside_the_package_trains_and_is_measured(tmp_path):
     about = tmp_path / "site" / "openimp_motion-0.1.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: openimp-motion\nVersion: 0.1\n")
-    (about / "entry_points.txt").write_text("[openimp.common.modality]\nmotion = openimp_motion:Motion\n")
+    (about / "entry_points.txt").write_text("[openimp.modalities]\nmotion = openimp_motion:Motion\n")
     (tmp_path / "site" / "openimp_motion.py").write_text(textwrap.dedent(MOTION))
     rng, rows = np.random.default_rng(0), []
     activities = {"resting": 0.0, "walking": 0.3, "running": 0.9, "shaking a fist": 2.2}

@@ -33,7 +33,7 @@ from openimp.model.imp import IMP
 from openimp.parallel.distributed import agreed, rank, world
 from openimp.recipe.schema import Recipe
 
-FORMAT = 4
+FORMAT = 5
 """Version of this layout and of what weights mean. Formats up to 3 had other positions, heads and temperatures."""
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"

@@ -10,8 +10,8 @@ from openimp.parallel.distributed import alone
 from openimp.recipe.file import flat
 from openimp.recipe.schema import Recipe
 
-FREE = {"train.workers", "train.prefetch", "train.log_every", "train.save_every", "train.keep", "train.max_bad",
-        "batch.micro", "batch.recompute"}  # fmt: skip
+FREE = {"train.num_workers", "train.prefetch_factor", "train.log_every", "train.save_every", "train.keep_last",
+        "train.max_bad_fraction", "memory.chunk_size", "memory.activation_checkpointing"}  # fmt: skip
 """Keys that change nothing of what a resumed run computes, like all of `evaluation` and `parallel`."""
 
 

@@ -12,7 +12,7 @@ from openimp.model.embedder import Embedder
 from openimp.recipe.file import flat
 from openimp.recipe.schema import Recipe
 
-SAME = ("width", "layers", "heads", "mlp", "qk_norm", "embed_dim", "moe.experts", "moe.layers")
+SAME = ("width", "layers", "heads", "mlp_dim", "qk_norm", "embed_dim", "moe.experts", "moe.layers")
 """Keys of `model` that decide on a tensor's shape, or on what it means. Others, such as a routing, may change."""
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
@@ -18,11 +18,16 @@ class Strict(BaseModel):
         strict=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Keys of earlier versions, with the names that replaced them."""
+
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and cls.model_config.get("extra") == "forbid":
             for key in data:
+                if key in cls.renamed:
+                    raise ValueError(f"key {key!r} is now called {cls.renamed[key]!r}")
                 if key not in cls.model_fields:
                     raise ValueError(f"unknown key {key!r}{nearest(str(key), cls.model_fields)}")
         return data

@@ -89,7 +89,7 @@ class StepBatches(Dataset[Loaded]):
         self.part, self.parts = part, parts
         tasks = {name: task for name, task in recipe.tasks.items() if task.weight}
         for name, task in tasks.items():
-            for size in (view.batch or task.batch for view in task.views):
+            for size in (view.batch_size or task.batch_size for view in task.views):
                 if size % parts:
                     raise UserError(f"tasks.{name}: a batch of {size} cannot be dealt out to {parts} processes")
         self.stores: dict[tuple[str, str, str], DecodedStore] = {}
@@ -305,13 +305,13 @@ def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> It
         WorkersFailed: a worker died.
     """
     train = dataset.recipe.train
-    workers = train.workers
+    workers = train.num_workers
     loader: DataLoader[Loaded | UserError] = DataLoader(
         _Told(dataset),
         batch_size=None,
         sampler=range(first, len(dataset) if last is None else last),
         num_workers=workers,
-        prefetch_factor=train.prefetch if workers else None,
+        prefetch_factor=train.prefetch_factor if workers else None,
         worker_init_fn=_quiet_worker,
         # Forked workers share the decoded caches; from Python 3.14 on, Linux would not fork by itself.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -345,8 +345,8 @@ def _workers_watched(loader: DataLoader[Loaded | UserError]) -> Iterator[Loaded 
                 raise
             reason = str(error).split(". ")[0] or "the connection to one ended"
             raise WorkersFailed(
-                f"train.workers: a worker that makes batches died: {reason}; if that was for want of memory, a smaller "
-                "train.workers or train.prefetch needs less"
+                f"train.num_workers: a worker that makes batches died: {reason}; if it ran out of memory, lower "
+                "train.num_workers or train.prefetch_factor"
             ) from None
         finally:
             signal.signal(signal.SIGCHLD, before)

@@ -70,7 +70,7 @@ def encode_input(
     """Encodes the input `name` of an evaluation set, in its view, for all rows of a source; see `encode_rows`."""
     return encode_rows(
         model, table, modalities[name], options.inputs[name], options.view[name], towards,
-        recipe.evaluation.batch, recipe.train.precision, progress,
+        recipe.evaluation.batch_size, recipe.train.precision, progress,
     )  # fmt: skip
 
 

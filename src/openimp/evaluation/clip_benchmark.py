@@ -63,8 +63,8 @@ def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[i
 
     def batches() -> Iterator[tuple[Tensor, list[list[str]]]]:
         keys = list(shown)
-        for start in range(0, len(keys), recipe.evaluation.batch):
-            some = keys[start : start + recipe.evaluation.batch]
+        for start in range(0, len(keys), recipe.evaluation.batch_size):
+            some = keys[start : start + recipe.evaluation.batch_size]
             yield torch.stack([model.preprocess(shown[key]) for key in some]), [captions[key] for key in some]
 
     device = next(model.parameters()).device.type

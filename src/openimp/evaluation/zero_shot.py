@@ -85,7 +85,7 @@ def class_embeddings(
     view = first_view(recipe, reader.name)
     filled = [_fill(prompt, text, where) for text in texts for prompt in prompts]
     items = (reader.encode_input(text, view) for text in filled)
-    z_NZ = embed(model, reader, view, items, seen, recipe.evaluation.batch, recipe.train.precision)
+    z_NZ = embed(model, reader, view, items, seen, recipe.evaluation.batch_size, recipe.train.precision)
     return F.normalize(z_NZ.unflatten(0, (len(texts), len(prompts))).mean(1), dim=-1)
 
 

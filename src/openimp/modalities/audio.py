@@ -88,10 +88,12 @@ class Audio(Modality):
     class View(Strict):
         """How a sound is heard."""
 
+        renamed = {"drop": "drop_tokens"}
+
         seconds: Positive = 8.192
         """Length; rounded to frames it is a multiple of the patch's. Longer sounds are cut, at random in training;
         shorter ones are followed by silence. The paper: 8.192."""
-        drop: Share = 0.0
+        drop_tokens: Share = 0.0
         """Share of tokens dropped in training (DropToken)."""
         gain: Annotated[float, Field(ge=0)] = 0.0
         """Largest random change of loudness in training, in dB, up or down."""
@@ -131,7 +133,9 @@ class Audio(Modality):
         return Audio(self.config.model_copy(update={"patch": self.shape(view)[1:3]}))
 
     def length(self, view: Any) -> int:
-        return kept(self.frames(view) // self.config.patch[0] * (self.config.bins // self.config.patch[1]), view.drop)
+        return kept(
+            self.frames(view) // self.config.patch[0] * (self.config.bins // self.config.patch[1]), view.drop_tokens
+        )
 
     def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
         """A sound to mono samples (N,) int16 at the stem's sample rate.
@@ -173,7 +177,7 @@ class Audio(Modality):
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
         """Samples (B, samples) to patches of the normalised spectrogram, (B, L, frames * bins of a patch) float32."""
-        return self._tokens(torch.from_numpy(items), view.drop, rngs)
+        return self._tokens(torch.from_numpy(items), view.drop_tokens, rngs)
 
     def show(self, value: Any, view: Any) -> bytes:
         """The spectrogram of the first clip that evaluation hears, as a small WebP file: time goes right and pitch up,

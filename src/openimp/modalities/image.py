@@ -71,7 +71,7 @@ class Image(Vision):
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
         """Pixels (B, h, w, 3) to patches of one frame, (B, L, h * w * 3 of a patch) uint8."""
-        return self._tokens(torch.from_numpy(items), self.config.patch[1:], view.drop, rngs)
+        return self._tokens(torch.from_numpy(items), self.config.patch[1:], view.drop_tokens, rngs)
 
     def show(self, value: Any, view: Any) -> bytes:
         """The pixels that evaluation sees, as a small WebP file."""

@@ -45,9 +45,11 @@ class Text(Modality):
     class Config(Strict):
         """The tokenizer and the position table."""
 
+        renamed = {"vocab": "vocab_size"}
+
         tokenizer: RecipePath | None = None
         """Path of a tokenizer file of the `tokenizers` library; left out: one is trained on the recipe's captions."""
-        vocab: Annotated[int, Field(ge=RESERVED + 256)] = 8192
+        vocab_size: Annotated[int, Field(ge=RESERVED + 256)] = 8192
         """Largest number of ids of a tokenizer that is trained: two of ours, 256 bytes, and merges, or words."""
         min_df: Count | None = None
         """Read whole words that the texts of at least so many training examples have, and leave out all others and what
@@ -84,7 +86,11 @@ class Text(Modality):
 
     def stem_spec(self) -> StemSpec:
         # Before it is trained a tokenizer counts as large as it may become; a file's ids may have gaps.
-        ids = self.config.vocab if self._tokenizer is None else RESERVED + 1 + max(self._tokenizer.get_vocab().values())
+        ids = (
+            self.config.vocab_size
+            if self._tokenizer is None
+            else RESERVED + 1 + max(self._tokenizer.get_vocab().values())
+        )
         return StemSpec(values=ids, axes=(self.config.positions,), table=True)
 
     def check(self, view: Any) -> None:
@@ -105,11 +111,11 @@ class Text(Modality):
             self._use(_load(self.config.tokenizer))
             return
         if self.config.min_df is not None:
-            self._use(_words(corpus, self.config.min_df, self.config.vocab - RESERVED))
+            self._use(_words(corpus, self.config.min_df, self.config.vocab_size - RESERVED))
             return
         tokenizer = _untrained()
         trainer = trainers.BpeTrainer(
-            vocab_size=self.config.vocab - RESERVED,
+            vocab_size=self.config.vocab_size - RESERVED,
             min_frequency=2,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,

@@ -112,7 +112,7 @@ class Video(Vision):
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
         """Frames (B, t, h, w, 3) to patches, (B, L, t * h * w * 3 of a patch) uint8."""
-        return self._tokens(torch.from_numpy(items), self.config.patch, view.drop, rngs)
+        return self._tokens(torch.from_numpy(items), self.config.patch, view.drop_tokens, rngs)
 
     def show(self, value: Any, view: Any) -> bytes:
         """Up to 4 frames, evenly spaced from the first to the last that are read, side by side in a small WebP file."""

@@ -51,9 +51,11 @@ class Vision(Modality):
     class View(Strict):
         """How pictures are seen."""
 
+        renamed = {"drop": "drop_tokens"}
+
         size: Count | Pair = 256
         """Pixels a side, or [height, width]; multiples of the patch. The paper: 256, and 128 for low resolution."""
-        drop: Share = 0.0
+        drop_tokens: Share = 0.0
         """Share of tokens dropped in training (DropToken); the paper: 0.75 for 16 frames of 256 pixels."""
         crop: Annotated[float, Field(gt=0, le=1)] = 0.5
         """Smallest share of the picture's area that a training crop shows (Inception crop; the paper: 0.5). 1: the
@@ -88,7 +90,7 @@ class Vision(Modality):
 
     def length(self, view: Any) -> int:
         frames, rows, columns = self.grid(view)
-        return kept(frames * rows * columns, view.drop)
+        return kept(frames * rows * columns, view.drop_tokens)
 
     def check(self, view: Any) -> None:
         for axis, name, size in ((1, "height", view.hw[0]), (2, "width", view.hw[1])):

@@ -32,23 +32,23 @@ class Encoded(NamedTuple):
 Encode = Callable[[Mapping[str, Tokens]], Encoded]
 
 
-def in_pieces(encode: Encode, micro: int | None) -> Encode:
-    """`encode`, with the activations of no more than `micro` examples in memory at a time.
+def in_pieces(encode: Encode, chunk_size: int | None) -> Encode:
+    """`encode`, with the activations of no more than `chunk_size` examples in memory at a time.
 
     Each piece keeps nothing but its result. When the gradient of the features is known, one piece after the other is
     encoded again, now for its gradient: GradCache (arXiv 2101.06983), for any loss on the features.
     """
-    if micro is None:
+    if chunk_size is None:
         return encode
 
     def encode_pieces(inputs: Mapping[str, Tokens]) -> Encoded:
         valid = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1)
-        if len(valid) <= micro:
+        if len(valid) <= chunk_size:
             return encode(inputs)
-        pieces = zip(*(tokens.split(micro) for tokens in inputs.values()))
+        pieces = zip(*(tokens.split(chunk_size) for tokens in inputs.values()))
         done = [checkpoint(encode, dict(zip(inputs, piece)), use_reentrant=False) for piece in pieces]
         # Of the tokens of all processes, as the routers' means are.
-        counts = mean(torch.stack([part.sum().float() for part in valid.split(micro)]))
+        counts = mean(torch.stack([part.sum().float() for part in valid.split(chunk_size)]))
         shares = (counts / counts.sum().clamp(min=1)).unbind()
         routing = [RouterStats.mean(stats, shares) for stats in zip(*(piece.routing for piece in done))]
         return Encoded(torch.cat([piece.features for piece in done]), routing)
@@ -56,9 +56,13 @@ def in_pieces(encode: Encode, micro: int | None) -> Encode:
     return encode_pieces
 
 
-def piece_sizes(examples: int, micro: int | None) -> set[int]:
+def piece_sizes(examples: int, chunk_size: int | None) -> set[int]:
     """The numbers of examples that `in_pieces` hands on."""
-    return {examples} if micro is None or examples <= micro else {micro, examples % micro or micro}
+    return (
+        {examples}
+        if chunk_size is None or examples <= chunk_size
+        else {chunk_size, examples % chunk_size or chunk_size}
+    )
 
 
 class Embedder(nn.Module, ABC):

@@ -63,9 +63,9 @@ class Block(nn.Module):
         self.mlp: nn.Module
         if sparse and config.moe:
             kind = SoftMLP if config.moe.routing == "soft" else SparseMLP
-            self.mlp = kind(config.width, config.mlp, config.moe)
+            self.mlp = kind(config.width, config.mlp_dim, config.moe)
         else:
-            self.mlp = MLP(config.width, config.mlp)
+            self.mlp = MLP(config.width, config.mlp_dim)
 
     def forward(
         self, x_BLD: Tensor, mask_BL: Tensor | None, count: Tensor | None = None
@@ -98,8 +98,10 @@ class Encoder(nn.Module):
         def blocks(first: int, last: int) -> nn.ModuleList:
             return nn.ModuleList(Block(config, sparse=i >= first_sparse) for i in range(first, last))
 
-        self.own = nn.ModuleDict({name: blocks(0, config.own_layers) for name in own if config.own_layers})
-        self.blocks = blocks(config.own_layers, config.layers)
+        self.own = nn.ModuleDict(
+            {name: blocks(0, config.modality_specific_layers) for name in own if config.modality_specific_layers}
+        )
+        self.blocks = blocks(config.modality_specific_layers, config.layers)
         self.norm = _norm(config.width, bias=True)
         self.recompute = False
 

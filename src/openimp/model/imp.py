@@ -52,7 +52,7 @@ class IMP(Embedder):
         names = sorted({self.head_name(a, b) for pair in self.pairs for a, b in permutations(pair)})
         self.projections = nn.ModuleDict({name: Projection(config.width, config.embed_dim) for name in names})
         self.temperatures = nn.ModuleDict(
-            {name: Temperature(config.temperature) for name in dict.fromkeys(map(self._pair_name, self.pairs))}
+            {name: Temperature(config.init_temperature) for name in dict.fromkeys(map(self._pair_name, self.pairs))}
         )
         self.classifiers = nn.ModuleDict({name: linear(config.width, n) for name, n in (classes or {}).items()})
 
@@ -68,7 +68,7 @@ class IMP(Embedder):
             pairs=trained_pairs(recipe),
             classes=classes,
         )
-        model.encoder.recompute = recipe.batch.recompute
+        model.encoder.recompute = recipe.memory.activation_checkpointing
         return model
 
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:

@@ -136,10 +136,12 @@ class Router(nn.Module):
             (probs_BLE.flatten(0, 1)[None], valid_BL.flatten()[None]) if across else (probs_BLE, valid_BL)
         )
         if config.routing == "token_choice":
-            slots = _slots(probs_GNE.shape[1], config.top_k * config.capacity / experts) if self.training else None
+            slots = (
+                _slots(probs_GNE.shape[1], config.top_k * config.capacity_factor / experts) if self.training else None
+            )
             routing = token_choice(probs_GNE, valid_GN, config.top_k, slots)
         else:
-            routing = expert_choice(probs_GNE, valid_GN, config.capacity)
+            routing = expert_choice(probs_GNE, valid_GN, config.capacity_factor)
         return routing, self._stats(logits_BLE, probs_BLE, valid_BL, count, routing, valid_GN)
 
     def _stats(

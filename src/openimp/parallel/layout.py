@@ -38,11 +38,11 @@ class Layout(NamedTuple):
             return cls(1, 1, 1)
         shard = min(shard or processes, processes)
         if processes % shard:
-            raise UserError(f"parallel.shard: {processes} processes cannot be divided into groups of {shard}")
+            raise UserError(f"parallel.shard_degree: {processes} processes cannot be divided into groups of {shard}")
         among = shard if shard > 1 else processes
         if among % owners:
             told = f"the {among} processes that share a copy" if shard > 1 else f"{among} processes"
-            raise UserError(f"parallel.experts: {told} cannot be divided into groups of {owners}")
+            raise UserError(f"parallel.expert_degree: {told} cannot be divided into groups of {owners}")
         return cls(processes, shard, owners)
 
     def check(self, weights: Iterable[Tensor]) -> None:
@@ -56,7 +56,7 @@ class Layout(NamedTuple):
                 shape = " x ".join(map(str, weight.shape[1:]))
                 raise UserError(
                     f"parallel: an expert's {shape} weights cannot be cut into {self.sizes[1]}, shard by experts; "
-                    f"make model.width and model.mlp multiples of {self.sizes[1]}, or change parallel.shard"
+                    f"make model.width and model.mlp_dim multiples of {self.sizes[1]}, or change parallel.shard_degree"
                 )
 
     @property

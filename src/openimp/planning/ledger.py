@@ -56,7 +56,7 @@ def costs(
     data = recipe.to_dict()
     sizes = {name: len(values) for name, values in classes.items()}
     # How evaluation sees a modality counts too: two towers are as long as the longest view of either.
-    parts = [data[part] for part in ("model", "modalities", "tasks", "batch", "evaluation")]
+    parts = [data[part] for part in ("model", "modalities", "tasks", "memory", "evaluation")]
     key = json.dumps([build.__qualname__, parts, sizes])
     if key not in _counted:  # Counting takes seconds, and a study asks for the same again and again.
         _counted[key] = _count(recipe, modalities, classes, build, losses)
@@ -80,12 +80,12 @@ def _count(
         for i, view in enumerate(task.views):
             batch = empty_batch(task, i, modalities, classes, torch.device("meta"))
             with FlopCounterMode(display=False) as counter:
-                encode = in_pieces(model.encode, recipe.batch.micro)
+                encode = in_pieces(model.encode, recipe.memory.chunk_size)
                 losses(model, task, batch, encode).total.backward()
             tokens = sum(t.coords.shape[0] * t.coords.shape[1] for t in batch.tokens.values())
             touched = frozenset(name for name, weight in model.named_parameters() if weight.grad is not None)
             model.zero_grad()
-            found[name, i] = Cost(view.batch or task.batch, tokens, counter.get_total_flops(), touched)
+            found[name, i] = Cost(view.batch_size or task.batch_size, tokens, counter.get_total_flops(), touched)
     return found
 
 
@@ -133,7 +133,7 @@ def empty_batch(
     gpus: int = 1,
 ) -> Batch:
     """A batch of the shapes that the loader makes, of zeros, for one of so many GPUs that share it."""
-    size = (task.views[view].batch or task.batch) // gpus
+    size = (task.views[view].batch_size or task.batch_size) // gpus
     tokens = {}
     with device:
         for name, spec in task.inputs.items():

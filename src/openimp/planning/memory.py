@@ -118,7 +118,9 @@ def step_memory(
                 _send_slots(model, owners, memory)
             memory.inputs = sum(t.nbytes for t in tree_leaves(vars(batch)) if isinstance(t, Tensor))
             with autocast(CPU, precision):
-                losses = task_losses(model, recipe.tasks[task], batch, in_pieces(model.encode, recipe.batch.micro))
+                losses = task_losses(
+                    model, recipe.tasks[task], batch, in_pieces(model.encode, recipe.memory.chunk_size)
+                )
             losses.total.backward()
     return memory
 

@@ -187,7 +187,7 @@ def plan(
         raise UserError(f"--gpus: expected 1 or more, found {gpus}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: expected a share above 0 and at most 1, found {mfu:g}")
-    layout = Layout.of(gpus, recipe.parallel.shard, recipe.parallel.experts)
+    layout = Layout.of(gpus, recipe.parallel.shard_degree, recipe.parallel.expert_degree)
     by_view = costs(recipe, modalities, classes)
     uneven = [f"{cost.examples} of tasks.{t}.views[{i}]" for (t, i), cost in by_view.items() if cost.examples % gpus]
     if uneven:
@@ -206,7 +206,7 @@ def plan(
         counted = step_memory(recipe, modalities, classes, name, view, precision, gpus=gpus, owners=layout.owners)
         task = recipe.tasks[name]
         compared = _compared(task, cost.examples)
-        memory = _memory(model, shares, counted, compared, precision, dealt, recipe.optimizer.zero_grads)
+        memory = _memory(model, shares, counted, compared, precision, dealt, recipe.optimizer.zero_missing_grads)
         received = _received(recipe, model, shares, task, cost.examples, counted, compared, dealt)
         steps[name, view] = Step(cost, held | {"inputs": counted.inputs} | memory, received)
     return Plan(GPUS[gpu], gpus, mfu, parameters, used, steps, Alternation(recipe).visits())
@@ -229,8 +229,8 @@ def encoder_per_token(recipe: Recipe, model: IMP) -> int | None:
         return used
     if moe.routing == "soft":
         return None
-    experts = moe.top_k if moe.routing == "token_choice" else min(moe.capacity, moe.experts)
-    return round(used - moe.layers * 2 * recipe.model.width * recipe.model.mlp * (moe.experts - experts))
+    experts = moe.top_k if moe.routing == "token_choice" else min(moe.capacity_factor, moe.experts)
+    return round(used - moe.layers * 2 * recipe.model.width * recipe.model.mlp_dim * (moe.experts - experts))
 
 
 def per_token(recipe: Recipe, model: IMP) -> int | None:
@@ -254,7 +254,7 @@ def _dealt(recipe: Recipe, model: IMP, layout: Layout, by_view: Iterable[Cost]) 
 
 def _optimiser_bytes(recipe: Recipe, model: IMP, shares: Shares, dealt: Sequence[Sequence[Tensor]]) -> int:
     """AdamW's two moments, Muon's one, and the averaged weights, in fp32."""
-    size = shares.held(model.parameters()) if recipe.optimizer.ema else 0
+    size = shares.held(model.parameters()) if recipe.optimizer.ema_decay else 0
     by_muon = {matrix for share in dealt for matrix in share}
     size += 2 * shares.held(weight for weight in model.parameters() if weight not in by_muon)
     return size + max(map(shares.held, dealt))
@@ -289,11 +289,11 @@ def _memory(
     compared: Compared,
     precision: Precision,
     dealt: Sequence[Sequence[Tensor]],
-    zero_grads: bool,
+    zero_missing_grads: bool,
 ) -> dict[str, int]:
     """Bytes beyond weights and moments that one GPU holds in a step; docs/plan.md."""
     gpus = shares.layout.processes
-    touched = {w: None for name, w in model.named_parameters() if zero_grads or name in counted.touched}
+    touched = {w: None for name, w in model.named_parameters() if zero_missing_grads or name in counted.touched}
     # The vectors of all GPUs and their gradients, and similarities with those of the others.
     gathered = 0 if gpus == 1 else 8 * model.config.embed_dim * compared.rows
     gathered += SIMILARITY * min(BLOCK, others(compared.similarities, gpus) // gpus)
@@ -334,12 +334,12 @@ def _received(
         rows = examples * spec.draw // gpus
         own = model.encoder.own[model.stem_of[name]] if model.encoder.own else nn.ModuleList()
         once = shares.gathered([*own.parameters(), *model.encoder.blocks.parameters()])
-        among[shard] += 2 * once * ceil(rows / (recipe.batch.micro or rows))
+        among[shard] += 2 * once * ceil(rows / (recipe.memory.chunk_size or rows))
     among[owners] += others(counted.slots, owners)
     # Vectors, their gradients, and the numbers of their items.
     vectors, numbers = 8 * model.config.embed_dim * compared.rows, 8 * compared.items
     among[gpus] += shares.summed(touched) + others(vectors + numbers, gpus)
-    updated = dict.fromkeys(model.parameters()) if recipe.optimizer.zero_grads else touched
+    updated = dict.fromkeys(model.parameters()) if recipe.optimizer.zero_missing_grads else touched
     among[gpus] += (len(dealt) - 1) * _largest(shares, dealt, updated)
     received = {"link": 0, "network": 0}
     for span, size in among.items():

@@ -118,9 +118,11 @@ EvaluationSet = Retrieval | ZeroShot | ClassHead | Probe
 class Evaluation(Strict):
     """What is measured during training, at its end, and by `openimp eval`."""
 
+    renamed = {"batch": "batch_size"}
+
     every: Count | None = None
     """Steps between two evaluations; null: at the end only."""
-    batch: Count = 128
+    batch_size: Count = 128
     """Examples encoded at once."""
     best: str | None = None
     """The name of one of `sets`. When its result is the best so far, a checkpoint is saved, and it is kept in addition

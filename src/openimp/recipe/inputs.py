@@ -39,11 +39,13 @@ Inputs = Annotated[dict[str, Input], Field(min_length=1)]
 class View(Strict):
     """How an example is seen at one step. Beside these keys: one key a modality, with that modality's own options."""
 
+    renamed = {"batch": "batch_size", "share": "weight"}
+
     model_config = ConfigDict(extra="allow")
 
-    share: Positive = 1.0
+    weight: Positive = 1.0
     """How often this view is drawn, against the task's other views."""
-    batch: Count | None = None
+    batch_size: Count | None = None
     """Examples a step in this view; left out: the task's."""
     sync: bool = False
     """In training, clip and sound of an example start at the same moment; false: each modality draws its own part."""
@@ -60,6 +62,8 @@ class View(Strict):
             known[name] = checked(modality_class(name).View, options, f"{where}.{name}")
         if extra:
             key = next(iter(extra))
+            if key in self.renamed:
+                raise UserError(f"{where}: key {key!r} is now called {self.renamed[key]!r}")
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, [*modalities, *View.model_fields])}")
         self.__pydantic_extra__ = known
         return self

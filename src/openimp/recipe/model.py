@@ -13,6 +13,8 @@ ACROSS = ("expert_choice_batch", "token_choice")
 class MoE(Strict):
     """Sparse Mixture-of-Experts in place of the MLP of the last blocks (arXiv 2305.06324)."""
 
+    renamed = {"capacity": "capacity_factor"}
+
     experts: Count = 16
     """Experts a block: 16 in B and L, 4 in S."""
     layers: Count = 6
@@ -21,7 +23,7 @@ class MoE(Strict):
     """Who chooses whom: experts choose among the tokens of one example, or of the whole batch (in training only), or
     each token chooses its `top_k` experts (in training up to the experts' capacity), or every slot of an expert takes
     a weighted mean of the example's tokens (Soft MoE, arXiv 2308.00951)."""
-    capacity: Positive = 1.0
+    capacity_factor: Positive = 1.0
     """Tokens an expert takes, as a multiple of tokens / experts (of `top_k` x tokens / experts in token choice); not in
     soft routing."""
     top_k: Count = 1
@@ -39,19 +41,21 @@ class MoE(Strict):
 class Model(Strict):
     """The shared encoder and the space it embeds into. The defaults are IMP-S, dense."""
 
+    renamed = {"mlp": "mlp_dim", "own_layers": "modality_specific_layers", "temperature": "init_temperature"}
+
     width: Count = 384
     """Features a token."""
     layers: Count = 12
     """Transformer blocks."""
     heads: Count = 6
     """Attention heads; the paper's are 64 wide."""
-    mlp: Count = 1536
+    mlp_dim: Count = 1536
     """Hidden features of the MLP, and of each expert."""
     qk_norm: bool = False
     """LayerNorm on queries and keys; on in the paper's MoE models."""
     moe: MoE | None = None
     """Left out: a dense encoder."""
-    own_layers: Annotated[int, Field(ge=0)] = 0
+    modality_specific_layers: Annotated[int, Field(ge=0)] = 0
     """How many of the first blocks each stem has of its own, to compare one encoder with modality-specific ones: all
     blocks for an encoder a stem, fewer for encoders that shared layers fuse. 0: one encoder, as in the paper."""
     space: Literal["disjoint", "joint"] = "disjoint"
@@ -61,7 +65,7 @@ class Model(Strict):
     image-text tasks train the heads that video uses. false: each modality has its own heads and temperatures."""
     embed_dim: Count = 1024
     """Features of the common space, and of its heads' hidden layer."""
-    temperature: Positive = 0.2
+    init_temperature: Positive = 0.2
     """Where the learned temperature of each pair of modalities starts; the paper: 0.2 dense, 1.0 MoE."""
 
     @model_validator(mode="after")
@@ -70,8 +74,10 @@ class Model(Strict):
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
         if self.moe and self.moe.layers > self.layers:
             raise ValueError(f"moe.layers {self.moe.layers} is more than layers {self.layers}")
-        if self.own_layers > self.layers:
-            raise ValueError(f"own_layers {self.own_layers} is more than layers {self.layers}")
+        if self.modality_specific_layers > self.layers:
+            raise ValueError(
+                f"modality_specific_layers {self.modality_specific_layers} is more than layers {self.layers}"
+            )
         if self.moe and self.moe.top_k > self.moe.experts:
             raise ValueError(f"moe.top_k {self.moe.top_k} is more than moe.experts {self.moe.experts}")
         return self

@@ -21,11 +21,13 @@ from openimp.recipe.inputs import View
 from openimp.recipe.model import ACROSS, Model
 from openimp.recipe.registry import modality_class
 from openimp.recipe.tasks import Classification, Source, Task, check_objective
-from openimp.recipe.training import Alternation, BatchMemory, Optimizer, Parallel, Train
+from openimp.recipe.training import Alternation, Memory, Optimizer, Parallel, Train
 
 
 class Recipe(Strict):
     """Everything about an experiment."""
+
+    renamed = {"batch": "memory"}
 
     name: FolderName
     """Also the run directory's name: runs/NAME unless told otherwise."""
@@ -43,7 +45,7 @@ class Recipe(Strict):
     """Which task a step takes."""
     optimizer: Optimizer = Optimizer()
     """How weights are updated."""
-    batch: BatchMemory = BatchMemory()
+    memory: Memory = Memory()
     """How large batches fit into memory."""
     parallel: Parallel = Parallel()
     """How several processes hold the model."""
@@ -78,14 +80,16 @@ class Recipe(Strict):
         """Checks what one part says of another: sources by name, and the options of each modality."""
         if not any(task.weight for task in self.tasks.values()):
             raise UserError(f"{where}: every task has weight 0; nothing would be trained")
-        if self.batch.micro and self.model.moe and self.model.moe.routing in ACROSS:
+        if self.memory.chunk_size and self.model.moe and self.model.moe.routing in ACROSS:
             raise UserError(
-                f"{where}: batch.micro: routing {self.model.moe.routing} looks at the whole batch at once; "
+                f"{where}: memory.chunk_size: routing {self.model.moe.routing} looks at the whole batch at once; "
                 "expert_choice and soft do not"
             )
-        experts, owners = self.model.moe.experts if self.model.moe else 0, self.parallel.experts
+        experts, owners = self.model.moe.experts if self.model.moe else 0, self.parallel.expert_degree
         if owners > 1 and (experts == 0 or experts % owners):
-            raise UserError(f"{where}: parallel.experts: {owners} processes cannot share {experts} experts evenly")
+            raise UserError(
+                f"{where}: parallel.expert_degree: {owners} processes cannot share {experts} experts evenly"
+            )
         stems = {}
         for name in self.modality_names:
             try:
@@ -133,8 +137,8 @@ class Recipe(Strict):
             for name, spec in options.inputs.items():
                 if spec.draw > 1:
                     raise UserError(f"{key}.inputs.{name}: evaluation draws nothing; drop draw")
-            if (options.view.share, options.view.batch, options.view.sync) != (1, None, False):
-                raise UserError(f"{key}.view: share, batch and sync are for training; use evaluation.batch")
+            if (options.view.weight, options.view.batch_size, options.view.sync) != (1, None, False):
+                raise UserError(f"{key}.view: weight, batch_size and sync are for training; use evaluation.batch_size")
             self._bind_user(key, options, {f"{key}.view": options.view})
             if isinstance(options, ClassHead):
                 self.class_head(options, key)

@@ -81,6 +81,8 @@ class Contrastive(Strict):
 class Classification(Strict):
     """One linear head for each (source, label column) on the pooled features."""
 
+    renamed = {"smoothing": "label_smoothing"}
+
     type: Literal["classification"]
     """What kind of objective this is."""
     label: str
@@ -91,7 +93,7 @@ class Classification(Strict):
     """One class an example, or any number of them."""
     classes: list[str] | list[int] | None = None
     """The classes, in the order of the head's outputs; left out: every value that the column has. Streams need it."""
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target that is spread over all classes."""
     weight: Positive = 1.0
     """How much its loss counts in the task's sum."""
@@ -103,6 +105,8 @@ Objective = Annotated[Contrastive | Classification, Field(discriminator="type")]
 class Task(Strict):
     """A source, the modalities read from it, their views, one or more objectives, a batch size and a weight."""
 
+    renamed = {"batch": "batch_size"}
+
     source: str
     """The name of one of `sources`."""
     inputs: Inputs
@@ -111,7 +115,7 @@ class Task(Strict):
     """Summed with their weights."""
     views: Annotated[list[View], Field(min_length=1, default_factory=lambda: [View()])]
     """How its examples are seen; one view is drawn at each of the task's steps."""
-    batch: Count = 256
+    batch_size: Count = 256
     """Examples a step, over all processes."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """How often the task is drawn, against the other tasks (alternation random and cycle)."""

@@ -18,14 +18,22 @@ class Alternation(Strict):
 class Optimizer(Strict):
     """Fused AdamW with one schedule for all tasks (arXiv 2305.06324); Muon beside it by option."""
 
+    renamed = {
+        "clip": "max_grad_norm",
+        "ema": "ema_decay",
+        "warmup": "warmup_steps",
+        "final_lr": "min_lr_ratio",
+        "zero_grads": "zero_missing_grads",
+    }
+
     lr: Positive = 8e-4
     """Peak learning rate; the paper: S 8e-4, B 1e-3, L 5e-4."""
     muon_lr: Positive | None = None
     """Peak learning rate of Muon (arXiv 2502.16982), which then updates the encoder's dense matrices and the linear
     layers about it, while AdamW keeps the rest; four times `lr` is a good start. null: AdamW updates everything."""
-    warmup: Whole | None = None
+    warmup_steps: Whole | None = None
     """Steps of linear warm-up; null: one step in twenty, as the paper's S and B."""
-    final_lr: Annotated[float, Field(ge=0)] = 0.0
+    min_lr_ratio: Annotated[float, Field(ge=0)] = 0.0
     """Where the cosine ends, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Weight decay of AdamW and Muon. It applies to the kernels of linear layers and experts; not to tables, norms,
@@ -34,39 +42,50 @@ class Optimizer(Strict):
     """AdamW's epsilon."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """Decay of AdamW's means of the gradient and of its square."""
-    zero_grads: bool = False
+    zero_missing_grads: bool = False
     """Update parameters that a step's task does not use with a gradient of zero, as in the authors' release: their
     optimizer state decays, and AdamW's momentum still moves them. false: their values and state stay unchanged."""
-    clip: Positive | None = 1.0
+    max_grad_norm: Positive | None = 1.0
     """Largest norm of the gradient; null: no clipping."""
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the averaged weights that are evaluated and saved beside the trained ones; null: none are kept."""
 
 
-class BatchMemory(Strict):
+class Memory(Strict):
     """How much of a batch is in memory at once: the same gradients for less memory, and one more forward pass."""
 
-    micro: Count | None = None
+    renamed = {"micro": "chunk_size", "recompute": "activation_checkpointing"}
+
+    chunk_size: Count | None = None
     """Examples of one modality that the encoder takes at a time; their activations are forgotten and computed again
     when the gradient of the whole batch's loss is known (GradCache, arXiv 2101.06983). null: all at once."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Forget the activations within each block of the encoder and compute them again (arXiv 1604.06174)."""
 
 
 class Parallel(Strict):
     """How torchrun's processes hold the model between them; losses and gradients are the same in any way."""
 
-    shard: Count | None = None
+    renamed = {"shard": "shard_degree", "experts": "expert_degree"}
+
+    shard_degree: Count | None = None
     """Processes that share one copy of weights, gradients and moments (FSDP2); each such group has its own (HSDP). 1: a
     whole copy in every process, for small models; processes on the CPUs of one Linux machine then have one together,
     unless `experts` is above 1. null: all processes share one."""
-    experts: Count = 1
+    expert_degree: Count = 1
     """Processes that share the experts of each sparse layer, each with some of them whole; tokens travel to them and
     back (expert parallelism). They are among those that share a copy, unless every process has a whole one."""
 
 
 class Train(Strict):
     """The loop."""
+
+    renamed = {
+        "workers": "num_workers",
+        "prefetch": "prefetch_factor",
+        "keep": "keep_last",
+        "max_bad": "max_bad_fraction",
+    }
 
     steps: Count = 200_000
     """Gradient steps, over all tasks; the paper: S 200k, B and L 500k."""
@@ -78,15 +97,15 @@ class Train(Strict):
     """auto: bf16 autocast where it is faster."""
     compile: bool = False
     """torch.compile, once for each signature (modality, view, batch); needs a C++ compiler."""
-    workers: Whole = 2
+    num_workers: Whole = 2
     """Processes that read and decode; 0: the training process does."""
-    prefetch: Count = 4
+    prefetch_factor: Count = 4
     """Batches that each worker prepares ahead."""
     log_every: Count = 50
     """Steps between two lines of metrics."""
     save_every: Count = 1000
     """Steps between two checkpoints; the last step is always saved."""
-    keep: Count = 2
+    keep_last: Count = 2
     """Checkpoints that are kept."""
-    max_bad: Share = 0.01
+    max_bad_fraction: Share = 0.01
     """The share of unreadable examples, of all that a task has read, above which the run stops (from 100 on)."""

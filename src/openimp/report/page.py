@@ -56,7 +56,7 @@ def page(name: str, head: Markup, sections: dict[str, Markup | None]) -> str:
         ]),
         tag("footer", _made()),
     ]  # fmt: skip
-    style = (files("openimp.report.write") / "page.css").read_text(encoding="utf-8")
+    style = (files("openimp.report") / "page.css").read_text(encoding="utf-8")
     meta = [
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),

@@ -14,7 +14,7 @@ from openimp.study.two_towers import flops_of_a_step as towers_flops
 
 SAVES = 5
 """Checkpoints of a training, for stops that nobody asked for."""
-DERIVED = {"train.steps", "train.save_every", "optimizer.warmup", "seed"}
+DERIVED = {"train.steps", "train.save_every", "optimizer.warmup_steps", "seed"}
 SMOKE_ROWS, SMOKE_BATCH = 48, 16
 """Rows per source and examples per step, with --smoke."""
 MOST_STEPS = 10**8
@@ -53,7 +53,7 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     # A whole number of rounds, for within one of summed losses nothing can be saved.
     rounds = len(data["tasks"])
     data["train"].update(steps=steps, save_every=max(1, steps // (SAVES * rounds)) * rounds)
-    data["optimizer"]["warmup"] = None  # A share of the steps: a fixed number would be all of a short training.
+    data["optimizer"]["warmup_steps"] = None  # A share of the steps: a fixed number would be all of a short training.
     return Recipe.build(data)
 
 
@@ -61,8 +61,8 @@ def _make_small(data: dict[str, Any]) -> None:
     for source in data["sources"].values():
         source.update(limit=SMOKE_ROWS, cache="none")
     for task in data["tasks"].values():
-        task["batch"] = SMOKE_BATCH
-    data["train"]["workers"] = 0
+        task["batch_size"] = SMOKE_BATCH
+    data["train"]["num_workers"] = 0
 
 
 def _keep_tasks(data: dict[str, Any], names: list[str], whole: Recipe) -> None:

@@ -19,7 +19,7 @@ class Part(Strict):
 
     set: list[str] = Field([])
     """Changes of the study's recipe, as --set takes them, but for what follows from the FLOPs and seeds: train.steps,
-    train.save_every, optimizer.warmup and seed."""
+    train.save_every, optimizer.warmup_steps and seed."""
     tasks: list[str] | None = None
     """Train these tasks only, with their share of the FLOPs, and measure what their modalities allow; null: all."""
     summed: bool = False

@@ -68,7 +68,7 @@ class TwoTowers(Embedder):
         common = {
             "width": model.width,
             "layers": model.layers,
-            "mlp_ratio": model.mlp / model.width,
+            "mlp_ratio": model.mlp_dim / model.width,
             "qk_norm": model.qk_norm,
         }
         vision = {
@@ -76,7 +76,7 @@ class TwoTowers(Embedder):
             "head_width": model.width // model.heads,
             "image_size": self.shape[1:3],
             "patch_size": recipe.modalities[pictures.stem].patch[-2:],
-            "patch_dropout": view.drop,
+            "patch_dropout": view.drop_tokens,
         }
         text = {
             **common,
@@ -87,7 +87,7 @@ class TwoTowers(Embedder):
             "eos_id": END,
             "pad_id": PAD,
         }
-        self.clip = CLIP(model.embed_dim, vision, text, init_logit_scale=-math.log(model.temperature))
+        self.clip = CLIP(model.embed_dim, vision, text, init_logit_scale=-math.log(model.init_temperature))
         self.preprocess = partial(pictures.preprocess, view=view) if hasattr(pictures, "preprocess") else None
         self.tokenizer = partial(texts.tokenize, length=self.clip.context_length)
 
@@ -215,8 +215,10 @@ def whole_modalities(recipe: Recipe) -> dict[str, Modality]:
             f"{recipe.name}: open_clip's towers see one shape only, but the views of {seen}, in training and in "
             f"evaluation, are {', '.join(' x '.join(map(str, shape)) for shape in shapes)}"
         )
-    if len({view[seen].drop for view in task.views}) > 1:
-        raise UserError(f"{recipe.name}: open_clip's towers drop one share of the patches, but the views' drop differs")
+    if len({view[seen].drop_tokens for view in task.views}) > 1:
+        raise UserError(
+            f"{recipe.name}: open_clip's towers drop one share of the patches, but the views' drop_tokens differ"
+        )
     return modalities
 
 

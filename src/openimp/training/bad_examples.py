@@ -33,6 +33,6 @@ class BadExamples:
         if bad and counts["read"] >= ENOUGH and counts["bad"] > self.limit * counts["read"]:
             named = "; ".join(f"{where}: {why}" for where, why in bad[:3])
             raise UserError(
-                f"task {task}: {counts['bad']} of {counts['read']} examples could not be read, more than train.max_bad "
-                f"{self.limit:g}; among them {named}; all are named in {self.file}"
+                f"task {task}: {counts['bad']} of {counts['read']} examples could not be read, more than "
+                f"train.max_bad_fraction {self.limit:g}; among them {named}; all are named in {self.file}"
             )

@@ -56,11 +56,11 @@ def make_optimizers(options: Optimizer, model: Embedder, own: Iterable[Tensor]) 
 def schedule(recipe: Recipe, step: int) -> float:
     """The learning rate of a step as a share of its peak: linear warm-up, then a cosine to the last step."""
     options, steps = recipe.optimizer, recipe.train.steps
-    warmup = steps // 20 if options.warmup is None else options.warmup
+    warmup = steps // 20 if options.warmup_steps is None else options.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return options.final_lr + (1 - options.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    return options.min_lr_ratio + (1 - options.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:

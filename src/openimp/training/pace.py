@@ -126,16 +126,16 @@ def advice(recipe: Recipe, modalities: Mapping[str, Modality], name: str, rare: 
         name: the task.
         rare: few steps wait, and those for long; batches that are made ahead bridge that.
     """
-    task, workers = recipe.tasks[name], recipe.train.workers
+    task, workers = recipe.tasks[name], recipe.train.num_workers
     source = recipe.sources[task.source]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     media = any(not modalities[modality].reads_text for modality in task.inputs)
     found = []
     if workers < cores:
-        found.append(f"raise train.workers (now {workers}, on {cores} cores)")
+        found.append(f"raise train.num_workers (now {workers}, on {cores} cores)")
     if workers and rare:
-        found.append(f"raise train.prefetch (now {recipe.train.prefetch})")
+        found.append(f"raise train.prefetch_factor (now {recipe.train.prefetch_factor})")
     if media and source.cache == "none" and not source.stream:
         found.append(f"set sources.{task.source}.cache=memory")
     if media or not found:

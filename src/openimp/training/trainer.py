@@ -187,24 +187,24 @@ class Training:
         self.texts = texts_of(self.model, recipe, self.modalities, self.data.classes)
         copies = layout.spread(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "project", "classify"),
-            recipe.parallel.shard, recipe.parallel.experts, self.device,
+            recipe.parallel.shard_degree, recipe.parallel.expert_degree, self.device,
         )  # fmt: skip
         encode = compiled_encode(self.model, len(self._signatures())) if self.compile else self.model.encode
-        self.encode = in_pieces(encode, recipe.batch.micro)
+        self.encode = in_pieces(encode, recipe.memory.chunk_size)
         named = dict(self.model.named_parameters())
         # With zero gradients every step updates everything.
-        updated = [{*named}] if recipe.optimizer.zero_grads else [cost.touched for cost in self.costs.values()]
+        updated = [{*named}] if recipe.optimizer.zero_missing_grads else [cost.touched for cost in self.costs.values()]
         steps = [{named[name] for name in names} for names in updated]
         self.exchange = make_exchange(self.model, copies, muon_matrices(recipe.optimizer, self.model), steps)
         self.optimizers = make_optimizers(recipe.optimizer, self.model, self.exchange.own)
         self.averaged: dict[str, Tensor] | None = None
-        if recipe.optimizer.ema:
+        if recipe.optimizer.ema_decay:
             self.averaged = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         state: dict[str, Any] = {}
         if latest is not None:
             state = load_training(latest, self.model, self.optimizers, self.averaged)
             self.step = state["step"]
-        self.saved, self.saver = self.step, Saver(run, recipe.train.keep)
+        self.saved, self.saver = self.step, Saver(run, recipe.train.keep_last)
         self.cursors = self.data.load_cursors(state.get("cursors", {}), changed)
         distributed.wait()  # Until none looks for a run that is there already.
 
@@ -219,7 +219,7 @@ class Training:
         distributed.agreed(begin)
         self.metrics = Metrics(run, self.step, state.get("totals"))
         self.pace = Pace(self.model, self.device)
-        self.bad = BadExamples(run, self.step, recipe.train.max_bad, state.get("bad"))
+        self.bad = BadExamples(run, self.step, recipe.train.max_bad_fraction, state.get("bad"))
         self.grad_norm = 0.0
         self.texts_looked_at: set[str] = set()
         self._print_plan()
@@ -245,9 +245,9 @@ class Training:
             UserError: the loss or its gradient is not finite.
         """
         visit, recipe = loaded.visit, self.recipe
-        if recipe.optimizer.zero_grads:
+        if recipe.optimizer.zero_missing_grads:
             self.exchange.fill_with_zeros()
-        norm = self.exchange.clip(recipe.optimizer.clip or math.inf)
+        norm = self.exchange.clip(recipe.optimizer.max_grad_norm or math.inf)
         # This waits for a GPU to end the backward pass: the price of never updating with what is not finite.
         self.grad_norm = float(norm)
         if not math.isfinite(self.grad_norm):
@@ -266,7 +266,7 @@ class Training:
         self.model.zero_grad(set_to_none=True)
         if self.averaged is not None:
             # A short history is averaged over a short time (as in timm's ModelEmaV3 with warm-up).
-            decay = min(recipe.optimizer.ema or 0, (1 + visit.step) / (10 + visit.step))
+            decay = min(recipe.optimizer.ema_decay or 0, (1 + visit.step) / (10 + visit.step))
             averaged, weights = (
                 [layout.own_part(tensor) for tensor in tensors.values()]
                 for tensors in (self.averaged, self.model.state_dict())
@@ -397,7 +397,7 @@ class Training:
             if task.weight
             for view in task.views
             for name, spec in task.inputs.items()
-            for rows in piece_sizes((view.batch or task.batch) * spec.draw, self.recipe.batch.micro)
+            for rows in piece_sizes((view.batch_size or task.batch_size) * spec.draw, self.recipe.memory.chunk_size)
         }
 
     def _print_plan(self) -> None:
@@ -414,10 +414,10 @@ class Training:
         console.print(f"{self.recipe.name}: {size} on {self.device.type}, {how}, into {self.run}", soft_wrap=True)
         if self.step:
             console.print(f"going on from step {self.step}", soft_wrap=True)
-        warmup, steps = self.recipe.optimizer.warmup, self.recipe.train.steps
+        warmup, steps = self.recipe.optimizer.warmup_steps, self.recipe.train.steps
         if warmup is not None and warmup >= steps:
             longer = f"warm-up of {warmup} steps is not shorter than the {steps} steps of training"
-            console.print(f"{longer}; set optimizer.warmup", soft_wrap=True)
+            console.print(f"{longer}; set optimizer.warmup_steps", soft_wrap=True)
 
 
 def _holds(file: Path, text: str) -> bool:
