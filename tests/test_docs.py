@@ -59,7 +59,7 @@ def outside(tmp_path, monkeypatch):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1\n", encoding="utf-8")
     lines = "".join(f"{name} = {target}\n" for name, target in points.items())
-    (info / "entry_points.txt").write_text(f"[openimp.common.modality]\n{lines}", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[openimp.modalities]\n{lines}", encoding="utf-8")
     for name, code in blocks(page, "python"):
         if name:
             assert len(code.splitlines()) <= 80

@@ -269,7 +269,7 @@ def test_a_modality_from_outside_the_package_is_encoded(tmp_path, monkeypatch, t
     info = tmp_path / "trace-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trace\nVersion: 1\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text("[openimp.common.modality]\ntrace = trace:Trace\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[openimp.modalities]\ntrace = trace:Trace\n", encoding="utf-8")
     (tmp_path / "trace.py").write_text(
         """
 import numpy as np

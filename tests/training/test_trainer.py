@@ -515,7 +515,7 @@ MOTION = '''
     import torch
 
     from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
-    from openimp.recipe.schema import Count, Strict
+    from openimp.common.schema import Count, Strict
 
 
     class Motion(Modality):
@@ -586,7 +586,7 @@ def test_a_modality_from_outside_the_package_trains_and_is_measured(tmp_path):
     about = tmp_path / "site" / "openimp_motion-0.1.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: openimp-motion\nVersion: 0.1\n")
-    (about / "entry_points.txt").write_text("[openimp.common.modality]\nmotion = openimp_motion:Motion\n")
+    (about / "entry_points.txt").write_text("[openimp.modalities]\nmotion = openimp_motion:Motion\n")
     (tmp_path / "site" / "openimp_motion.py").write_text(textwrap.dedent(MOTION))
     rng, rows = np.random.default_rng(0), []
     activities = {"resting": 0.0, "walking": 0.3, "running": 0.9, "shaking a fist": 2.2}
