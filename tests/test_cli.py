@@ -15,6 +15,7 @@ import pytest
 from openimp import cli
 from openimp.checkpoint.folder import checkpoints
 from openimp.common.json_lines import read_lines
+from openimp.common.versions import openimp_version
 
 
 @pytest.fixture
@@ -58,6 +59,10 @@ def test_help_is_the_docstring(openimp, command):
     assert code == 0
     assert " ".join(getattr(cli, command).__doc__.split()) in " ".join(out.replace("│", " ").split())
     assert command in openimp("--help")[1]
+
+
+def test_version_is_the_one_that_results_name(openimp):
+    assert openimp("--version") == (0, f"openimp {openimp_version()}\n", "")
 
 
 def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):

@@ -10,12 +10,7 @@ import typer
 
 from openimp.common.errors import UserError, printable
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="One sparse Transformer encoder for image, video, audio and text, trained by alternating gradient descent.",
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's YAML file, or a bundled one's name.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a folder with a model.")]
@@ -29,6 +24,23 @@ RunOption = Annotated[
 AllowSourcesOption = Annotated[
     bool, typer.Option("--allow-sources", help="Let the recipe of a model that you did not train here read any source.")
 ]
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        from openimp.common.versions import openimp_version
+
+        print(f"openimp {openimp_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def openimp(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and commit.")
+    ] = False,
+) -> None:
+    """One sparse Transformer encoder for image, video, audio and text, trained by alternating gradient descent."""
 
 
 @app.command()

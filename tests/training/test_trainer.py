@@ -521,7 +521,7 @@ MOTION = '''
     import torch
 
     from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
-    from openimp.recipe.schema import Count, Strict
+    from openimp.common.schema import Count, Strict
 
 
     class Motion(Modality):
