@@ -19,7 +19,7 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
-from openimp.training.trainer import Training, train
+from openimp.training.trainer import Trainer, train
 
 CHANGES = ["train.save_every=4", "train.keep_last=3", "evaluation={}"]
 
@@ -110,7 +110,7 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_used(run, whole_run, li
 def test_without_an_intact_checkpoint_all_damage_is_named(run, little_data, capsys):
     flip(checkpoints(run)[2] / "model.safetensors")
     cut(checkpoints(run)[1] / "ema.safetensors")
-    Training(recipe_of(little_data), run, resume=True)
+    Trainer(recipe_of(little_data), run, resume=True)
     assert capsys.readouterr().out.count("; going on from step 4, 8 steps are lost\n") == 2
     (checkpoints(run)[0] / "config.json").unlink()
     with pytest.raises(UserError) as error:
@@ -125,10 +125,10 @@ def test_without_an_intact_checkpoint_all_damage_is_named(run, little_data, caps
 def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_new_one(run, little_data):
     """It has the higher number, and would pass for the newest when older ones are removed."""
     flip(checkpoints(run)[-1] / "model.safetensors")
-    training = Training(recipe_of(little_data, "train.keep_last=1"), run, resume=True)
+    training = Trainer(recipe_of(little_data, "train.keep_last=1"), run, resume=True)
     training.update(next(iter(make_loader(training.data, training.step))))
     training.save()
-    training.saver.wait()
+    training.checkpointing.wait()
     assert names(run) == ["step-00000009"]
 
 
@@ -231,7 +231,7 @@ def test_a_changed_stream_begins_a_new_epoch(streamed, tmp_path):
     with pytest.raises(UserError, match="source pictures has changed"):
         train(recipe, run, resume=True)
     before = json.loads((checkpoints(run)[-1] / "state.json").read_text())["cursors"]["named"]
-    training = Training(recipe, run, resume=True, allow_changed_data=True)
+    training = Trainer(recipe, run, resume=True, allow_changed_data=True)
     assert before["state"], "at the beginning of an epoch nothing could go wrong"
     assert training.cursors["named"] == {**before, "epoch": before["epoch"] + 1, "window": 0, "state": None}
     assert train(recipe, run, resume=True, allow_changed_data=True)

@@ -26,22 +26,22 @@ from openimp.checkpoint.shards import read
 from openimp.common.errors import UserError
 from openimp.parallel import distributed, layout
 from openimp.recipe.schema import Recipe
-from openimp.training.trainer import Training, train
+from openimp.training.trainer import Trainer, train
 
 CHANGES = [*COMMON, "evaluation={}", "train.keep_last=2"]
 
 
-def training_of(folder: Path, run: Path, *changes: str, resume: bool = False) -> Training:
-    return Training(Recipe.load(folder / "recipe.yaml", [*CHANGES, *changes]), run, resume)
+def training_of(folder: Path, run: Path, *changes: str, resume: bool = False) -> Trainer:
+    return Trainer(Recipe.load(folder / "recipe.yaml", [*CHANGES, *changes]), run, resume)
 
 
-def tensors_of(training: Training) -> dict[str, Tensor]:
+def tensors_of(training: Trainer) -> dict[str, Tensor]:
     """All that a checkpoint has to hold, whole, by file and name."""
-    assert training.averaged is not None
+    assert training.updater.ema
     kinds = {
         "model": training.model.state_dict(),
-        "ema": training.averaged,
-        "optimizer": moments_of(training.model, training.optimizers),
+        "ema": training.updater.ema.weights,
+        "optimizer": moments_of(training.model, training.updater.optimizers),
     }
     return {
         f"{kind} {name}": layout.whole(tensor).detach().clone()
@@ -101,7 +101,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(little_data, tmp_path, d
 
     disk.set()
     training.save()
-    training.saver.wait()
+    training.checkpointing.wait()
     assert [path.name for path in checkpoints(run)] == ["step-00000003", "step-00000006"]
     for folder, expected in zip(checkpoints(run), (before, after)):
         verify(folder)
@@ -123,7 +123,7 @@ def test_a_failure_is_raised_by_the_next_save(little_data, tmp_path, disk):
     assert not (run / "checkpoints").exists()
     disk.full = False
     training.save()
-    training.saver.wait()
+    training.checkpointing.wait()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
 
 
@@ -131,13 +131,13 @@ def test_the_end_of_a_training_waits_for_its_checkpoint(little_data, tmp_path, d
     """Let go once the evaluation that follows the last step has come to its end."""
     run, recipe = tmp_path / "run", Recipe.load(little_data / "recipe.yaml", ["train.steps=2"])
 
-    class Watched(Training):
+    class Watched(Trainer):
         def evaluate(self, progress=None):
             super().evaluate(progress)
             assert not checkpoints(run)
             disk.set()
 
-    assert train(recipe, run, loop=Watched)
+    assert train(recipe, run, trainer=Watched)
     verify(checkpoints(run)[-1])
 
 
@@ -206,7 +206,7 @@ def test_a_checkpoint_is_damaged_without_its_manifests_lines_and_with_files_beyo
     training = training_of(little_data, tmp_path / "run")
     training.update(training.data[0])
     training.save()
-    training.saver.wait()
+    training.checkpointing.wait()
     (folder,) = checkpoints(tmp_path / "run")
     verify(folder)
     manifest = (folder / "manifest.json").read_text()
@@ -233,7 +233,7 @@ def test_an_older_checkpoint_that_cannot_be_removed_is_told(little_data, tmp_pat
         training.update(training.data[step])
         training.save()
     with pytest.raises(NotSaved, match=r"-00000001: could not be removed: Permission denied; step-00000002 is saved"):
-        training.saver.wait()
+        training.checkpointing.wait()
     for folder in checkpoints(tmp_path / "run"):
         verify(folder)
 
@@ -291,10 +291,10 @@ def save(folder: Path, run: Path) -> None:
         training.update(training.data[step])
     training.save()
     note(training, run / f"saved {training.step}.safetensors")
-    training.saver.wait()
+    training.checkpointing.wait()
 
 
-def note(training: Training, file: Path) -> None:
+def note(training: Trainer, file: Path) -> None:
     tensors = tensors_of(training)
     if distributed.rank() == 0:
         save_file(tensors, file)
@@ -307,7 +307,7 @@ def harmed(harm: str, folder: Path, run: Path) -> None:
         training.update(training.data[step])
         if step == 1:
             training.save()
-            training.saver.wait()
+            training.checkpointing.wait()
     if distributed.rank() == 1:
         if harm == "fill":
             resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
@@ -315,7 +315,7 @@ def harmed(harm: str, folder: Path, run: Path) -> None:
             os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
     training.save()
     try:
-        training.saver.wait()
+        training.checkpointing.wait()
     except NotSaved as error:
         print(error, flush=True)
         sys.exit(2)

@@ -17,7 +17,7 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
-from openimp.training.trainer import Training, train
+from openimp.training.trainer import Trainer, train
 
 NEW_HEAD = """{source: painted, inputs: {image: file, text: 'painted {label}'}, batch_size: 8, objectives: [
     {type: classification, label: label, of: image}, {type: contrastive, same: label}],
@@ -39,15 +39,15 @@ def pictures_only(own_data: Path) -> Path:
 
 
 def test_the_encoder_starts_from_the_checkpoint_and_the_new_head_learns(little_run, pictures_only, tmp_path, capsys):
-    training = Training(recipe_of(pictures_only, little_run, "train.steps=60"), tmp_path / "run", resume=False)
+    training = Trainer(recipe_of(pictures_only, little_run, "train.steps=60"), tmp_path / "run", resume=False)
     before = load_file(checkpoints(little_run)[-1] / "ema.safetensors")
     ours = training.model.state_dict()
     heads = {f"classifiers.painted:label.{kind}" for kind in ("weight", "bias")}
     assert {name for name in ours if name not in before} == heads
     for name, tensor in ours.items():
         assert name in heads or torch.equal(tensor, before[name]), name
-    assert training.averaged is not None
-    assert all(torch.equal(tensor, ours[name]) for name, tensor in training.averaged.items())
+    assert training.updater.ema
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in training.updater.ema.weights.items())
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("starts from")]
     folder, loaded, new, left = line.split("; ")
     assert folder == f"starts from {checkpoints(little_run)[-1]}"
@@ -79,7 +79,7 @@ def test_the_tokenizer_is_the_checkpoints(little_run, pictures_only, tmp_path):
 def test_a_head_of_the_same_classes_is_taken_and_of_other_classes_is_not(little_run, own_data, tmp_path):
     def classifier(name: str, *changes: str) -> torch.Tensor:
         recipe = Recipe.load(own_data / "recipe.yaml", [f"train.init={little_run}", *changes])
-        training = Training(recipe, tmp_path / name, resume=False)
+        training = Trainer(recipe, tmp_path / name, resume=False)
         return training.model.state_dict()["classifiers.pictures:label.weight"]
 
     before = load_file(checkpoints(little_run)[-1] / "ema.safetensors")["classifiers.pictures:label.weight"]
@@ -103,7 +103,7 @@ def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys):
     train(Recipe.load(own_data / "seeing.yaml", changes), tmp_path / "seeing")
     capsys.readouterr()
     recipe = Recipe.load(own_data / "recipe.yaml", [f"train.init={tmp_path / 'seeing'}"])
-    training = Training(recipe, tmp_path / "hearing", resume=False)
+    training = Trainer(recipe, tmp_path / "hearing", resume=False)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("starts from"))
     assert "; loaded: stems.vision, encoder, classifiers.pictures:label; new: stems.text, stems.audio, " in line
     before = load_file(checkpoints(tmp_path / "seeing")[-1] / "ema.safetensors")
@@ -146,7 +146,7 @@ def test_resuming_does_not_start_again(little_run, pictures_only, tmp_path):
 def test_what_does_not_fit_is_told_in_one_sentence(little_run, pictures_only, tmp_path, change, message):
     Tokenizer(models.BPE()).save(str(pictures_only / "other.json"))
     with pytest.raises(UserError) as error:
-        Training(recipe_of(pictures_only, little_run, change), tmp_path / "run", resume=False)
+        Trainer(recipe_of(pictures_only, little_run, change), tmp_path / "run", resume=False)
     assert str(error.value).startswith("train.init: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -160,7 +160,7 @@ def test_a_folder_whose_tensors_are_not_its_configurations_is_refused(little_run
         spoiled = {name: tensor for name, tensor in tensors.items() if name != "encoder.norm.weight"}
         save_file(spoiled | ({} if change is None else {"encoder.norm.weight": change}), folder / "ema.safetensors")
         with pytest.raises(UserError, match=rf"^train\.init: .*: encoder\.norm\.weight is {told} there, \[32\] here"):
-            Training(recipe_of(pictures_only, folder), tmp_path / "run", resume=False)
+            Trainer(recipe_of(pictures_only, folder), tmp_path / "run", resume=False)
     (folder / "config.json").write_text(json.dumps({"format": 1}))
     with pytest.raises(UserError, match=r"^train\.init: .*format 1, this version"):
-        Training(recipe_of(pictures_only, folder), tmp_path / "run", resume=False)
+        Trainer(recipe_of(pictures_only, folder), tmp_path / "run", resume=False)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from openimp.common.errors import UserError
 from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
-from openimp.training.trainer import Training
+from openimp.training.trainer import Trainer
 
 COMMON = ["train.precision=fp32", "train.num_workers=0", "tasks.named.views.0.image.drop_tokens=0.5", "evaluation={}"]
 CASES = {
@@ -21,11 +21,11 @@ CASES = {
 }
 
 
-def training_of(folder: Path, run: Path, *changes: str) -> Training:
-    return Training(Recipe.load(folder / "recipe.yaml", [*COMMON, *changes]), run, resume=False)
+def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
+    return Trainer(Recipe.load(folder / "recipe.yaml", [*COMMON, *changes]), run, resume=False)
 
 
-def gradients(training: Training) -> dict[str, Tensor]:
+def gradients(training: Trainer) -> dict[str, Tensor]:
     """Of two steps' losses, one of each task, by parameter and task."""
     found: dict[str, Tensor] = {}
     for loaded in make_loader(training.data, 0, 12):

@@ -25,7 +25,7 @@ from openimp.data.loader import make_loader
 from openimp.parallel import distributed, exchange, layout, shared_memory
 from openimp.parallel.exchange import OneCopy, WholeCopies
 from openimp.recipe.schema import Recipe
-from openimp.training.trainer import Training
+from openimp.training.trainer import Trainer
 
 CASES = {
     "sparse": [],
@@ -58,7 +58,7 @@ CASES = {
 }
 
 
-def gradients(training: Training) -> dict[str, Tensor]:
+def gradients(training: Trainer) -> dict[str, Tensor]:
     """Whole, of a step of each task, by task and parameter."""
     found: dict[str, Tensor] = {}
     for loaded in make_loader(training.data, 0):
@@ -66,16 +66,16 @@ def gradients(training: Training) -> dict[str, Tensor]:
         if f"{task} loss" not in found:
             losses = training.forward(loaded)
             losses.total.backward()
-            if isinstance(training.exchange, WholeCopies) and distributed.world() == 4:
-                assert len(training.exchange.copies[0].sent) > 1
-            training.exchange.gradients()
+            if isinstance(training.updater.exchange, WholeCopies) and distributed.world() == 4:
+                assert len(training.updater.exchange.copies[0].sent) > 1
+            training.updater.exchange.gradients()
             found[f"{task} loss"] = distributed.mean(losses.total.detach())
             found |= {f"{task} {name}": grad for name, grad in whole_gradients(training).items()}
             training.model.zero_grad()
     if training.recipe.optimizer.muon_lr:
         training.update(training.data[0])
         hidden = [layout.whole(matrix.detach()) for matrix in training.model.hidden_matrices()]
-        updates = distributed.total(sum(len(group["params"]) for group in training.optimizers[1].param_groups))
+        updates = distributed.total(sum(len(group["params"]) for group in training.updater.optimizers[1].param_groups))
         copies = training.recipe.parallel.shard_degree == 1
         assert updates == len(hidden) * (1 if copies else distributed.world())
         sums = distributed.told_to_all([float(sum(matrix.double().sum() for matrix in hidden))])
@@ -86,16 +86,16 @@ def gradients(training: Training) -> dict[str, Tensor]:
     return found
 
 
-def whole_gradients(training: Training) -> dict[str, Tensor]:
+def whole_gradients(training: Trainer) -> dict[str, Tensor]:
     """Of all processes; of one copy, each has those of its share."""
     found = {
         name: layout.whole(parameter.grad).clone()
         for name, parameter in training.model.named_parameters()
         if parameter.grad is not None
     }
-    if isinstance(training.exchange, OneCopy):
+    if isinstance(training.updater.exchange, OneCopy):
         assert found.keys() <= {
-            name for name, p in training.model.named_parameters() if p in set(training.exchange.own)
+            name for name, p in training.model.named_parameters() if p in set(training.updater.exchange.own)
         }
         shares: list[Any] = [None] * distributed.world()
         dist.all_gather_object(shares, found)
@@ -107,7 +107,7 @@ def whole_gradients(training: Training) -> dict[str, Tensor]:
 def write_gradients(folder: Path, out: Path) -> None:
     """Of all cases, a file each, by the first process."""
     for name, changes in CASES.items():
-        training = Training(
+        training = Trainer(
             Recipe.load(folder / "recipe.yaml", [*COMMON, "evaluation={}", *changes]), out / f"run {name}", False
         )
         found = gradients(training)
@@ -218,8 +218,8 @@ def test_moments_that_one_of_two_processes_has_are_saved_and_go_on_in_one(little
         command += ["--set", change]
     subprocess.run(torchrun(2, *command), check=True, capture_output=True, timeout=300)
     saved = [load_file(file) for file in sorted((run / "checkpoints" / "step-00000004").glob("optimizer-*"))]
-    training = Training(Recipe.load(little_data / "recipe.yaml", changes), run, resume=True)
-    moments = moments_of(training.model, training.optimizers)
+    training = Trainer(Recipe.load(little_data / "recipe.yaml", changes), run, resume=True)
+    moments = moments_of(training.model, training.updater.optimizers)
     assert len(saved) == 2
     assert {name.rpartition("|")[2] for name in moments} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
     for kind in ("momentum_buffer", "exp_avg"):

@@ -8,7 +8,7 @@ from openimp.common.json_lines import read_lines
 from openimp.data.batch import head_key
 from openimp.planning.ledger import costs, mixture
 from openimp.recipe.schema import Recipe
-from openimp.training.trainer import Training
+from openimp.training.trainer import Trainer
 
 D, LAYERS, F, Z, B = 32, 3, 64, 24, 10
 IMAGE_TOKENS, DROPPED, PATCH, TEXT_TOKENS, CLASSES = 16, 8, 2 * 8 * 8 * 3, 8, 5
@@ -88,7 +88,7 @@ def test_flops_are_those_of_the_closed_formula(moe):
 def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
     """Counted on the real steps in fp32, where nothing chooses another attention."""
     recipe = Recipe.load(little_data / "recipe.yaml", ["train.precision=fp32", "train.steps=6"])
-    training = Training(recipe, tmp_path / "run", False)
+    training = Trainer(recipe, tmp_path / "run", False)
     computed = dict.fromkeys(recipe.tasks, 0)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         for step in range(6):
@@ -98,10 +98,10 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
                 losses.total.backward()
             training.apply_gradients(loaded, losses)
             computed[loaded.visit.task] += counter.get_total_flops()
-            training.metrics.add(loaded.visit.task, losses, training.costs[loaded.visit.task, loaded.visit.view])
-    training.metrics.write(
+            training.log.metrics.add(loaded.visit.task, losses, training.costs[loaded.visit.task, loaded.visit.view])
+    training.log.metrics.write(
         6, 0.0, 0.0, {"seconds": 1.0, "step_p50": 0.1, "step_p95": 0.1, "data_wait": 0.0, "waits": {}}
     )
-    training.metrics.close()
+    training.log.metrics.close()
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert {task: totals["flops"] for task, totals in line["totals"].items()} == computed

@@ -38,7 +38,7 @@ from openimp.planning.plan import SIMILARITY, Plan, Step, count, per_token, plan
 from openimp.recipe.schema import Recipe
 from openimp.study.training import peak_memory
 from openimp.training.optimizers import make_optimizers, muon_matrices
-from openimp.training.trainer import Training
+from openimp.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_peak_is_the_measured_one(tmp_path):
         for task, options in recipe.tasks.items()
         for view in range(len(options.views))
     ]
-    assert max(counted) == pytest.approx(peak_memory(recipe, tmp_path / "run", Training), rel=0.15)
+    assert max(counted) == pytest.approx(peak_memory(recipe, tmp_path / "run", Trainer), rel=0.15)
 
 
 def few(*sources: str) -> list[str]:
@@ -101,13 +101,13 @@ def few(*sources: str) -> list[str]:
 def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
     """Weights, both kinds of moments, averaged weights, once every task has had a step."""
     changes = ["optimizer.muon_lr=1e-2", "alternation.kind=intervals", "modalities.text.vocab_size=258"]
-    training = Training(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / "run", False)
+    training = Trainer(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / "run", False)
     for step in range(2):
         training.update(training.data[step])
-    training.metrics.close()
-    states = [state for optimizer in training.optimizers for state in optimizer.state.values()]
+    training.log.metrics.close()
+    states = [state for optimizer in training.updater.optimizers for state in optimizer.state.values()]
     moments = [tensor for state in states for key, tensor in state.items() if key != "step"]
-    held = [*training.model.parameters(), *moments, *training.averaged.values()]
+    held = [*training.model.parameters(), *moments, *training.updater.ema.weights.values()]
     memory = plan_of(training.recipe).steps["heard", 0].memory
     never = 2 * 4 * len(training.model.pairs)  # Moments of the sigmoid loss' bias, which this recipe does not use.
     assert memory["parameters"] + memory["optimiser"] == sum(tensor.nbytes for tensor in held) + never

@@ -122,9 +122,9 @@ def test_figures_of_another_loop_do_not_pass_as_the_study_s(done):
     _, runs, _ = done
     run = runs / "little/together-0-seed0"
     recipe = Recipe.load(run / "recipe.yaml")
-    assert _finished(run, recipe, "Training")
-    with pytest.raises(UserError, match="seed0: trained by Training, now by SummedTraining; remove the folder"):
-        _finished(run, recipe, "SummedTraining")
+    assert _finished(run, recipe, "Trainer")
+    with pytest.raises(UserError, match="seed0: trained by Trainer, now by SummedTrainer; remove the folder"):
+        _finished(run, recipe, "SummedTrainer")
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
-from openimp.study.training import ConflictTraining, SummedTraining, peak_memory
-from openimp.training.trainer import Training, train
+from openimp.study.training import ConflictTrainer, SummedTrainer, peak_memory
+from openimp.training.trainer import Trainer, train
 
 SUMMED = ["alternation.kind=intervals", "optimizer.max_grad_norm=null", "optimizer.ema_decay=null"]
 
@@ -20,8 +20,8 @@ def recipe_of(folder, *changes: str) -> Recipe:
 
 
 def test_a_summed_round_updates_by_the_gradient_of_the_summed_losses(little_data, tmp_path):
-    summed = SummedTraining(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
-    alone = Training(recipe_of(little_data, *SUMMED), tmp_path / "b", False)
+    summed = SummedTrainer(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
+    alone = Trainer(recipe_of(little_data, *SUMMED), tmp_path / "b", False)
     batches = [alone.data[step] for step in (0, 1)]
     assert {loaded.visit.task for loaded in batches} == {"named", "heard"}
     sum(alone.forward(loaded).total for loaded in batches).backward()
@@ -46,30 +46,30 @@ def test_a_summed_round_updates_by_the_gradient_of_the_summed_losses(little_data
 
 
 def test_a_round_is_never_saved_by_half(little_data, tmp_path):
-    training = SummedTraining(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
+    training = SummedTrainer(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
     for step in range(3):
         training.update(training.data[step])
         training.save()
-    training.saver.wait()
+    training.checkpointing.wait()
     assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_a_round_that_ends_the_run_is_not_saved_by_half(little_data, tmp_path):
-    training = SummedTraining(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
+    training = SummedTrainer(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
     with torch.no_grad():
         training.model.encoder.norm.weight.fill_(math.nan)
     training.update(training.data[0])
     with pytest.raises(UserError, match="not finite"):
         training.update(training.data[1])
     training.save()
-    training.saver.wait()
+    training.checkpointing.wait()
     assert not (tmp_path / "a" / "checkpoints").exists()
 
 
 def test_cosines_are_those_of_the_tasks_gradients_and_change_nothing(little_data, tmp_path):
     recipe = recipe_of(little_data, "train.steps=12")
     train(recipe, tmp_path / "plain")
-    train(recipe, tmp_path / "measured", loop=ConflictTraining)
+    train(recipe, tmp_path / "measured", trainer=ConflictTrainer)
     drop = {"seconds", "examples_per_s", "tokens_per_s", "data_wait", "waits", "step_p50", "step_p95"}
     plain, measured = (
         [{k: v for k, v in line.items() if k not in drop} for line in read_lines(tmp_path / run / "metrics.jsonl")]
@@ -80,7 +80,7 @@ def test_cosines_are_those_of_the_tasks_gradients_and_change_nothing(little_data
     assert [line["step"] for line in lines] == list(range(12))
     assert set(lines[0]["cosine"]) == {"named|named", "named|heard", "heard|heard"}
 
-    training = ConflictTraining(recipe, tmp_path / "again", False)
+    training = ConflictTrainer(recipe, tmp_path / "again", False)
     steps = {name: [v.step for v in training.data.schedule if v.task == name][:2] for name in ("named", "heard")}
     vectors = {}
     for name, step in {"named": steps["named"][0], "heard": steps["heard"][1]}.items():
@@ -104,10 +104,10 @@ def test_peak_memory_of_alternation_is_that_of_its_largest_task_and_less_than_th
     ]
     peaks = {}
     for name, kind, changes in (
-        ("alternating", Training, []),
-        ("summed", SummedTraining, ["alternation.kind=intervals"]),
-        ("named", Training, ["tasks.heard.weight=0"]),
-        ("heard", Training, ["tasks.named.weight=0"]),
+        ("alternating", Trainer, []),
+        ("summed", SummedTrainer, ["alternation.kind=intervals"]),
+        ("named", Trainer, ["tasks.heard.weight=0"]),
+        ("heard", Trainer, ["tasks.named.weight=0"]),
     ):
         peaks[name] = peak_memory(recipe_of(little_data, *large, *changes), tmp_path / name, kind)
     assert peaks["alternating"] <= 1.05 * max(peaks["named"], peaks["heard"])

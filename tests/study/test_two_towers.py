@@ -21,7 +21,7 @@ from openimp.common.json_lines import read_lines
 from openimp.data.loader import StepBatches
 from openimp.modalities.media import patchify
 from openimp.recipe.schema import Recipe
-from openimp.study.two_towers import MAX_LOGIT_SCALE, TwoTowers, TwoTowerTraining, flops_of_a_step, load_two_towers
+from openimp.study.two_towers import MAX_LOGIT_SCALE, TwoTowers, TwoTowerTrainer, flops_of_a_step, load_two_towers
 from openimp.training.trainer import train
 
 SEEN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
@@ -75,7 +75,7 @@ def recipe_of(seen: str, **changes: Any) -> Recipe:
 def trained(request, tmp_path_factory) -> tuple[Recipe, Path]:
     """A finished run with each kind of media."""
     recipe, run = recipe_of(request.param), tmp_path_factory.mktemp("runs") / request.param
-    assert train(recipe, run, loop=TwoTowerTraining)
+    assert train(recipe, run, trainer=TwoTowerTrainer)
     return recipe, run
 
 
@@ -100,7 +100,7 @@ def test_the_totals_are_steps_times_the_counted_cost(trained):
 
 
 def test_the_counted_cost_is_that_of_a_real_step(tmp_path):
-    training = TwoTowerTraining(recipe_of("image"), tmp_path / "run", resume=False)
+    training = TwoTowerTrainer(recipe_of("image"), tmp_path / "run", resume=False)
     loaded = training.data[0]
     # The counter does not know the CPU's fused attention; spelled out it is two products of matrices.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -123,7 +123,7 @@ def test_what_evaluation_reads_is_part_of_the_cost():
 
 def test_the_towers_have_the_recipes_sizes_and_start(tmp_path):
     recipe = recipe_of("image")
-    model = TwoTowerTraining(recipe, tmp_path / "run", resume=False).model
+    model = TwoTowerTrainer(recipe, tmp_path / "run", resume=False).model
     assert isinstance(model, TwoTowers)
     visual = model.clip.visual
     assert type(model.clip).__module__ == "open_clip.model"
@@ -141,9 +141,9 @@ def test_the_towers_have_the_recipes_sizes_and_start(tmp_path):
 
 
 def test_muon_updates_the_blocks_and_the_projections(tmp_path):
-    training = TwoTowerTraining(recipe_of("image"), tmp_path / "run", resume=False)
+    training = TwoTowerTrainer(recipe_of("image"), tmp_path / "run", resume=False)
     names = {parameter: name.removeprefix("clip.") for name, parameter in training.model.named_parameters()}
-    adamw, muon = ({names[p] for g in o.param_groups for p in g["params"]} for o in training.optimizers)
+    adamw, muon = ({names[p] for g in o.param_groups for p in g["params"]} for o in training.updater.optimizers)
     block = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     towers = ("visual.transformer", "transformer")
     hidden = {f"{tower}.resblocks.{i}.{name}" for tower in towers for i in range(2) for name in block}
@@ -159,7 +159,7 @@ def test_the_towers_see_the_examples_that_imp_sees_uncut(seen, tmp_path):
         0.0  # which openimp does by itself, and the towers do by theirs
     )
     recipe = Recipe.build(data)
-    training = TwoTowerTraining(recipe, tmp_path / "run", resume=False)
+    training = TwoTowerTrainer(recipe, tmp_path / "run", resume=False)
     modality = recipe.make_modalities()[seen]
     batch = training.data[3].batch
     theirs = StepBatches(recipe, {**training.modalities, seen: modality})[3].batch
@@ -173,7 +173,7 @@ def test_the_towers_see_the_examples_that_imp_sees_uncut(seen, tmp_path):
 
 def test_a_clip_is_the_mean_of_its_frames_and_a_sound_a_grey_picture(tmp_path):
     for seen in ("video", "audio"):
-        training = TwoTowerTraining(recipe_of(seen), tmp_path / seen, resume=False)
+        training = TwoTowerTrainer(recipe_of(seen), tmp_path / seen, resume=False)
         model, tokens = training.model.eval(), training.data[0].batch.tokens[seen]
         frames, height, width, channels = model.shape
         values = tokens.values.view(-1, frames, height, width, channels)
@@ -187,7 +187,7 @@ def test_a_clip_is_the_mean_of_its_frames_and_a_sound_a_grey_picture(tmp_path):
 
 
 def test_a_text_is_read_to_its_end_however_long_it_is_padded(tmp_path):
-    model = TwoTowerTraining(recipe_of("image"), tmp_path / "run", resume=False).model.eval()
+    model = TwoTowerTrainer(recipe_of("image"), tmp_path / "run", resume=False).model.eval()
     text = model.modalities["text"]
     words = ["cat", "dog", "sun", "sea", "sky", "car", "hat", "map", "pen", "cup", "red", "one"]
     full = [" ".join(words), " ".join([words[0], *words[:0:-1]])]
@@ -204,12 +204,12 @@ def test_a_text_is_read_to_its_end_however_long_it_is_padded(tmp_path):
 
 def test_a_run_goes_on_and_its_towers_are_loaded(tmp_path):
     recipe = recipe_of("image")
-    training = TwoTowerTraining(recipe, tmp_path / "run", resume=False)
+    training = TwoTowerTrainer(recipe, tmp_path / "run", resume=False)
     for step in range(3):
         training.update(training.data[step])
     training.save()
-    training.saver.wait()
-    resumed = TwoTowerTraining(recipe, tmp_path / "run", resume=True)
+    training.checkpointing.wait()
+    resumed = TwoTowerTrainer(recipe, tmp_path / "run", resume=True)
     assert resumed.step == 3
     loaded = load_two_towers(tmp_path / "run")
     for name, tensor in training.model.state_dict().items():
@@ -230,7 +230,11 @@ def test_nothing_but_a_study_takes_the_towers_for_its_own_model(trained, tmp_pat
         arguments = {"embed": [run, run], "train": [run / "recipe.yaml", "--run", run, "--resume="]}
         done = CliRunner().invoke(app, [command, *map(str, arguments.get(command, [run]))])
         assert isinstance(done.exception, UserError), command
-        told = "made by another loop: TwoTowerTraining there" if command == "train" else "holds TwoTowers, expected IMP"
+        told = (
+            "saved by TwoTowerTrainer, but Trainer is to resume it"
+            if command == "train"
+            else "holds TwoTowers, expected IMP"
+        )
         assert told in str(done.exception)
     with pytest.raises(UserError, match="holds TwoTowers, expected IMP"):
         open_start(Recipe.build(recipe.to_dict() | {"train": {"init": str(run)}}), {})
@@ -262,7 +266,7 @@ def test_what_the_towers_cannot_do_is_told_before_anything_is_written(change, to
     data["evaluation"] = {}
     data["modalities"] = {}
     with pytest.raises(UserError, match=told):
-        train(Recipe.build(data), tmp_path / "run", loop=TwoTowerTraining)
+        train(Recipe.build(data), tmp_path / "run", trainer=TwoTowerTrainer)
     assert not (tmp_path / "run").exists()
 
 
@@ -270,14 +274,14 @@ def test_two_tasks_are_one_too_many(tmp_path):
     data = recipe_of("image").to_dict()
     data["tasks"]["more"] = data["tasks"]["pairs"]
     with pytest.raises(UserError, match="one task, found pairs, more"):
-        train(Recipe.build(data), tmp_path / "run", loop=TwoTowerTraining)
+        train(Recipe.build(data), tmp_path / "run", trainer=TwoTowerTrainer)
 
 
 def test_a_missing_open_clip_is_told_in_a_sentence(tmp_path):
     code = (
         "import sys; sys.modules['open_clip'] = None\n"  # as if it were not installed
-        "from openimp.recipe.schema import Recipe; from openimp.study.two_towers import TwoTowerTraining\n"
-        "TwoTowerTraining(Recipe.load('demo'), __import__('pathlib').Path(sys.argv[1]), resume=False)\n"
+        "from openimp.recipe.schema import Recipe; from openimp.study.two_towers import TwoTowerTrainer\n"
+        "TwoTowerTrainer(Recipe.load('demo'), __import__('pathlib').Path(sys.argv[1]), resume=False)\n"
     )
     run = tmp_path / "run"
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)

@@ -11,7 +11,7 @@ from openimp.common.errors import UserError
 from openimp.common.modality import Tokens
 from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
-from openimp.training.trainer import Training, compiled_encode
+from openimp.training.trainer import Trainer, compiled_encode
 
 QUICK = ["tasks.heard.weight=0", "evaluation={}", "model.layers=1", "model.moe=null", "train.precision=fp32",
          "tasks.named.views=[{image: {size: 16}, text: {length: 8}}]", "train.steps=6"]  # fmt: skip
@@ -34,7 +34,7 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, c
     for compiled, micro in (("false", "null"), ("true", "4")):  # In pieces too: of 8 examples, twice the same shape.
         changes = [*QUICK, f"train.compile={compiled}", f"memory.chunk_size={micro}"]
         recipe = Recipe.load(little_data / "recipe.yaml", changes)
-        training = Training(recipe, tmp_path / compiled, resume=False)
+        training = Trainer(recipe, tmp_path / compiled, resume=False)
         losses[compiled] = [float(training.update(loaded).total.detach()) for loaded in make_loader(training.data, 0)]
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
     assert "fp32, compiled for 2 signatures, into" in capsys.readouterr().out

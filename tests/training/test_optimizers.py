@@ -10,11 +10,11 @@ import torch
 from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
 from openimp.training.optimizers import schedule, set_learning_rate
-from openimp.training.trainer import Training
+from openimp.training.trainer import Trainer
 
 
-def training_of(folder: Path, run: Path, *changes: str) -> Training:
-    return Training(Recipe.load(folder / "recipe.yaml", changes), run, resume=False)
+def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
+    return Trainer(Recipe.load(folder / "recipe.yaml", changes), run, resume=False)
 
 
 def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_path):
@@ -39,12 +39,12 @@ def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(little_dat
     training.update(next(iter(make_loader(training.data, 0))))
     for name, parameter in training.model.named_parameters():
         change = (parameter - before[name]).detach()
-        if parameter in training.optimizers[1].state:
+        if parameter in training.updater.optimizers[1].state:
             # Newton-Schulz brings the singular values to between about 0.7 and 1.2; few tokens make a low rank.
             spread = torch.linalg.svdvals(change) / (1e-2 * 0.2 * max(change.shape) ** 0.5)
             assert spread[:4].min() > 0.5, name
             assert spread.max() < 1.4, name
-        elif parameter in training.optimizers[0].state:
+        elif parameter in training.updater.optimizers[0].state:
             assert change.abs().max() <= 3e-3 * 1.001, name
 
 
@@ -68,6 +68,6 @@ def test_the_learning_rate_rises_and_falls(little_data, tmp_path):
     assert rates[8] == pytest.approx(0.2 + 0.8 * 0.5)
     assert all(one > other for one, other in itertools.pairwise(rates[4:]))
     assert schedule(training.recipe, 12) == pytest.approx(0.2)
-    set_learning_rate(training.optimizers, rates[8])
-    peaks = [group["lr"] / rates[8] for optimizer in training.optimizers for group in optimizer.param_groups]
+    set_learning_rate(training.updater.optimizers, rates[8])
+    peaks = [group["lr"] / rates[8] for optimizer in training.updater.optimizers for group in optimizer.param_groups]
     assert peaks == pytest.approx([0.1, 0.1, 0.3])

@@ -25,9 +25,9 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
-from openimp.study.training import SummedTraining
+from openimp.study.training import SummedTrainer
 from openimp.training.stopping import Stop, Stopped, stop_signals
-from openimp.training.trainer import Training, train
+from openimp.training.trainer import Trainer, train
 
 STEPS = 120
 LONG = [f"train.steps={STEPS}", "train.save_every=10", "train.keep_last=3", "evaluation.every=50", "optimizer.lr=1e-3",
@@ -200,7 +200,7 @@ def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(own_data, tmp
 
 def test_a_stop_ends_an_evaluation(little_data, tmp_path):
     recipe, stop = recipe_of(little_data), Stop(lambda: False)
-    training = Training(recipe, tmp_path / "run", resume=False)
+    training = Trainer(recipe, tmp_path / "run", resume=False)
     stop.requested = True
     with pytest.raises(Stopped):
         training.evaluate(stop.watch)
@@ -210,7 +210,7 @@ def test_a_stop_ends_an_evaluation(little_data, tmp_path):
 
 def test_a_warm_up_longer_than_the_training_is_told(little_data, tmp_path, capsys):
     for warmup in (11, 12):
-        Training(recipe_of(little_data, f"optimizer.warmup_steps={warmup}"), tmp_path / str(warmup), resume=False)
+        Trainer(recipe_of(little_data, f"optimizer.warmup_steps={warmup}"), tmp_path / str(warmup), resume=False)
         told = "warm-up of 12 steps is not shorter than the 12 steps of training; set optimizer.warmup_steps"
         assert (told in capsys.readouterr().out) == (warmup == 12)
 
@@ -221,7 +221,7 @@ def test_equal_texts_of_different_items_are_told(little_data, tmp_path, capsys):
     train(recipe_of(little_data, *changes), tmp_path / "one item")
     assert "belong to other examples too" not in capsys.readouterr().out
     recipe = recipe_of(little_data, *changes, "tasks.named.objectives.0.same=null")
-    data = Training(recipe, tmp_path / "looked at", resume=False).data
+    data = Trainer(recipe, tmp_path / "looked at", resume=False).data
     names = [Path(data.sources["named"].where(row)).parent.name for row in data[0].batch.rows]
     alike = sum(names.count(name) > 1 for name in names) / len(names)
     capsys.readouterr()
@@ -232,7 +232,7 @@ def test_equal_texts_of_different_items_are_told(little_data, tmp_path, capsys):
 
 
 def test_the_temperatures_are_kept_in_bounds(little_data, tmp_path):
-    training = Training(recipe_of(little_data, "tasks.heard.weight=0"), tmp_path / "run", resume=False)
+    training = Trainer(recipe_of(little_data, "tasks.heard.weight=0"), tmp_path / "run", resume=False)
     (temperature,) = (t for pair, t in training.model.temperatures.items() if pair == "text-vision")
     with torch.no_grad():
         temperature.temperature.fill_(0.001)
@@ -246,7 +246,7 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(whole_run, little_
     for folder in checkpoints(run)[1:]:
         shutil.rmtree(folder)
     (run / "skipped.jsonl").write_text('{"step": 99, "where": "a"}\n{"step": 100, "where": "b"}\n')
-    Training(recipe_of(little_data, *LONG), run, resume=True)
+    Trainer(recipe_of(little_data, *LONG), run, resume=True)
     assert figures(run) == figures(whole_run)[:100]
     assert [line["step"] for line in read_lines(run / "results.jsonl")] == [50] * 3 + [100] * 3
     assert [line["step"] for line in read_lines(run / "skipped.jsonl")] == [99]
@@ -318,10 +318,10 @@ def test_a_damaged_state_is_named(whole_run, little_data, tmp_path):
 
 def test_a_run_of_another_loop_does_not_go_on(little_data, tmp_path):
     recipe = recipe_of(little_data, "train.steps=4", "evaluation={}")
-    train(recipe, tmp_path / "run", loop=SummedTraining)
-    with pytest.raises(UserError, match="step-00000004: made by another loop: SummedTraining there, Training here; "):
+    train(recipe, tmp_path / "run", trainer=SummedTrainer)
+    with pytest.raises(UserError, match="step-00000004: saved by SummedTrainer, but Trainer is to resume it; "):
         train(recipe, tmp_path / "run", resume=True)
-    assert train(recipe, tmp_path / "run", resume=True, loop=SummedTraining)
+    assert train(recipe, tmp_path / "run", resume=True, trainer=SummedTrainer)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_a_run_of_another_loop_does_not_go_on(little_data, tmp_path):
 def test_a_stop_tells_what_is_saved(little_data, tmp_path, capsys, stop, told):
     """Within a round of summed losses nothing can be."""
 
-    class Interrupted(SummedTraining):
+    class Interrupted(SummedTrainer):
         def update(self, loaded):
             losses = super().update(loaded)
             if self.step == stop:
@@ -343,7 +343,7 @@ def test_a_stop_tells_what_is_saved(little_data, tmp_path, capsys, stop, told):
             return losses
 
     run = tmp_path / "run"
-    assert not train(recipe_of(little_data, "train.save_every=2"), run, loop=Interrupted)
+    assert not train(recipe_of(little_data, "train.save_every=2"), run, trainer=Interrupted)
     assert told.format(run=run) in capsys.readouterr().out
     assert last_step(run) == stop // 2 * 2
 
@@ -368,7 +368,7 @@ def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
 @pytest.mark.parametrize("what", ["weights", "learning rate"])
 def test_a_loss_that_is_not_finite_stops_before_the_update(little_data, tmp_path, what):
     changes = ["tasks.heard.weight=0", "evaluation={}", *(["optimizer.lr=1e30"] if what == "learning rate" else [])]
-    training = Training(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    training = Trainer(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
     steps = iter(make_loader(training.data, 0))
     loaded = next(steps)
     if what == "weights":
@@ -391,7 +391,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(little_data, tmp_path
     assert all(torch.equal(tensor, moments_of(training)[name]) for name, tensor in moments.items())
 
 
-def moments_of(training: Training) -> dict[str, torch.Tensor]:
+def moments_of(training: Trainer) -> dict[str, torch.Tensor]:
     names = {parameter: name for name, parameter in training.model.named_parameters()}
     return {
         f"{names[parameter]}|{key}": value
@@ -404,7 +404,7 @@ def moments_of(training: Training) -> dict[str, torch.Tensor]:
 def test_what_a_task_does_not_touch_keeps_its_value_and_its_moments(little_data, tmp_path):
     """No weight decay, no decay of moments, no count: the gradient is None, not zero."""
     changes = ["alternation.kind=intervals", "optimizer.weight_decay=0.5"]
-    training = Training(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    training = Trainer(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
     own = {"named": ("stems.vision", "projections.vision", "temperatures.text-vision", "classifiers"), "heard": (
         "stems.audio", "projections.audio", "temperatures.audio-text")}  # fmt: skip
     own["named"] += ("projections.text-to-vision",)
@@ -433,7 +433,7 @@ def test_what_a_task_does_not_touch_keeps_its_value_and_its_moments(little_data,
 def test_zero_gradients_let_the_state_of_untouched_parameters_decay(little_data, tmp_path):
     """As in the authors' release: AdamW's momentum moves them on, its means decay, and it counts the step."""
     changes = ["alternation.kind=intervals", "optimizer.zero_missing_grads=true"]
-    training = Training(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    training = Trainer(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
     first, second = make_loader(training.data, 0, 2)
     assert (first.visit.task, second.visit.task) == ("named", "heard")
     training.update(first)
@@ -452,46 +452,46 @@ def test_the_gradient_is_clipped_decayed_and_averaged_as_the_recipe_says(little_
         "optimizer.ema_decay=0.5",
         "optimizer.eps=1e-5",
     ]
-    training = Training(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    training = Trainer(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
     seen: list[float] = []
 
     def note(optimizer, *_):
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         seen.append(float(torch.stack([grad.norm() for grad in grads]).norm()))
 
-    training.optimizers[0].register_step_pre_hook(note)
+    training.updater.optimizers[0].register_step_pre_hook(note)
     average = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     for step, loaded in enumerate(make_loader(training.data, 0)):
         training.update(loaded)
-        assert training.grad_norm > 0.01
+        assert training.updater.grad_norm > 0.01
         assert seen[-1] == pytest.approx(0.01, rel=1e-3)
         decay = min(0.5, (1 + step) / (10 + step))
         average = {
             name: decay * average[name] + (1 - decay) * tensor for name, tensor in training.model.state_dict().items()
         }
-    assert training.averaged is not None
-    for name, tensor in training.averaged.items():
+    assert training.updater.ema
+    for name, tensor in training.updater.ema.weights.items():
         torch.testing.assert_close(tensor, average[name], rtol=1e-4, atol=1e-6)
-    groups = training.optimizers[0].param_groups
+    groups = training.updater.optimizers[0].param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in training.model.named_parameters():
         table = re.search(r"(stems\.text\.embed|positions\.\d)\.weight$", name)
         vector = re.search(r"(bias|norm\d?\.weight|temperature)$", name)
         assert (id(parameter) in decayed) == (not table and not vector), name
-    assert training.optimizers[0].defaults["eps"] == 1e-5
+    assert training.updater.optimizers[0].defaults["eps"] == 1e-5
 
 
 def test_the_evaluated_weights_are_the_averaged_ones(whole_run, little_data, tmp_path):
     """And training goes on with its own."""
     run = Path(shutil.copytree(whole_run, tmp_path / "run"))
-    training = Training(recipe_of(little_data, *LONG), run, resume=True)
+    training = Trainer(recipe_of(little_data, *LONG), run, resume=True)
     trained = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     averaged = load_file(checkpoints(run)[-1] / "ema.safetensors")
     assert averaged.keys() == trained.keys()
-    assert all(torch.equal(training.averaged[name], tensor) for name, tensor in averaged.items())
+    assert all(torch.equal(training.updater.ema.weights[name], tensor) for name, tensor in averaged.items())
     training.evaluate()
     assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
-    training.averaged = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
+    training.updater.ema.weights = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
     training.evaluate()
     assert [result.get("r1", result.get("top1")) for result in read_lines(run / "results.jsonl")[-3:]] == [0, 0, 0]
     assert all(torch.equal(tensor, trained[name]) for name, tensor in training.model.state_dict().items())

@@ -15,17 +15,17 @@ FREE = {"train.num_workers", "train.prefetch_factor", "train.log_every", "train.
 """Keys that change nothing of what a resumed run computes, like all of `evaluation` and `parallel`."""
 
 
-def resumable(recipe: Recipe, run: Path, loop: str) -> Path:
-    """The newest intact checkpoint of a run, of this very recipe and loop.
+def resumable(recipe: Recipe, run: Path, trainer: str) -> Path:
+    """The newest intact checkpoint of a run, of this very recipe and trainer.
 
     Raises:
         UserError: there is none.
     """
     folder = _newest_intact(run)
-    made_by = read_state(folder)["loop"]
-    if made_by != loop:
+    made_by = read_state(folder)["trainer"]
+    if made_by != trainer:
         raise UserError(
-            f"{folder}: made by another loop: {made_by} there, {loop} here; a study's run goes on with its study"
+            f"{folder}: saved by {made_by}, but {trainer} is to resume it; a run of a study is resumed by its study"
         )
     before, _, _ = read_config(folder, None)
     ours, theirs = flat(recipe.to_dict()), flat(before.to_dict())

@@ -24,9 +24,9 @@ from openimp.recipe.schema import Recipe
 from openimp.study.budget import part_recipe
 from openimp.study.outcome import Outcome, lines_of
 from openimp.study.schema import Part, Study, read_study
-from openimp.study.training import ConflictTraining, SummedTraining, peak_memory
-from openimp.study.two_towers import TwoTowerTraining, load_two_towers
-from openimp.training.trainer import Training, train
+from openimp.study.training import ConflictTrainer, SummedTrainer, peak_memory
+from openimp.study.two_towers import TwoTowerTrainer, load_two_towers
+from openimp.training.trainer import Trainer, train
 
 
 def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
@@ -84,12 +84,12 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     return True
 
 
-def _kind(study: Study, part: Part) -> type[Training]:
+def _kind(study: Study, part: Part) -> type[Trainer]:
     if part.two_towers:
-        return TwoTowerTraining
+        return TwoTowerTrainer
     if part.summed:
-        return SummedTraining
-    return ConflictTraining if study.conflict else Training
+        return SummedTrainer
+    return ConflictTrainer if study.conflict else Trainer
 
 
 def _check_figures(study: Study, name: str, recipes: Mapping[tuple[int, str, int], Recipe]) -> None:
@@ -116,8 +116,8 @@ def _check_figures(study: Study, name: str, recipes: Mapping[tuple[int, str, int
         raise UserError("CLIP_benchmark is not installed: pip install 'openimp[peers]'")
 
 
-def _finished(run: Path, recipe: Recipe, loop: str) -> bool:
-    """Whether this very recipe was trained here to the end, which is its results, by this loop.
+def _finished(run: Path, recipe: Recipe, trainer: str) -> bool:
+    """Whether this very recipe was trained here to the end, which is its results, by this trainer.
 
     Raises:
         UserError: the run is of another: the study was changed, and its old figures may not pass as new ones; or its
@@ -130,7 +130,7 @@ def _finished(run: Path, recipe: Recipe, loop: str) -> bool:
         if before.get(key) != now.get(key):
             was, wanted = before.get(key), now.get(key)
             raise UserError(f"{run}: trained with {key} {was!r}, now {wanted!r}; remove the folder to train it again")
-    made_by = read_state(checkpoints(run)[-1])["loop"] if checkpoints(run) else loop
-    if made_by != loop:
-        raise UserError(f"{run}: trained by {made_by}, now by {loop}; remove the folder to train it again")
+    made_by = read_state(checkpoints(run)[-1])["trainer"] if checkpoints(run) else trainer
+    if made_by != trainer:
+        raise UserError(f"{run}: trained by {made_by}, now by {trainer}; remove the folder to train it again")
     return any(line["step"] == recipe.train.steps for line in lines_of(run, "results.jsonl", "step"))

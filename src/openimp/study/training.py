@@ -15,20 +15,20 @@ from openimp.data.streams import Stream
 from openimp.model.imp import IMP
 from openimp.objectives import Losses
 from openimp.recipe.schema import Recipe
-from openimp.training.trainer import Training
+from openimp.training.trainer import Trainer
 
 MEASURED = 12
 """How many times in a training the tasks' gradients are compared."""
 
 
-class SummedTraining(Training):
+class SummedTrainer(Trainer):
     """Every update follows from the sum of all tasks' losses, whose graphs are held until then.
 
     The tasks are visited in turn (`alternation.kind: intervals`, every interval 1); those of a round share one backward
     pass.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, resume: bool, allow_changed_data: bool = False) -> None:
+    def __init__(self, recipe: Recipe, run: Path, resume: bool = False, allow_changed_data: bool = False) -> None:
         super().__init__(recipe, run, resume, allow_changed_data)
         self.round = sum(task.weight > 0 for task in recipe.tasks.values())
         self.held: list[Tensor] = []
@@ -37,21 +37,19 @@ class SummedTraining(Training):
         losses = self.forward(loaded)
         self.held.append(losses.total)
         last = loaded.visit.step + 1
+        self.savable = (
+            False  # No checkpoint can hold graphs. A run that is stopped here resumes from before this round.
+        )
         if len(self.held) == self.round or last == self.recipe.train.steps:
             torch.stack(self.held).sum().backward()
             self.apply_gradients(loaded, losses)
-            self.held.clear()  # Not before: what ends the run in there finds a round that cannot be saved.
+            self.held.clear()
+            self.savable = True
         self.step = last
         return losses
 
-    def save(self) -> None:
-        """As `Training.save`, but not within a round, whose graphs no checkpoint can hold: a resumed training then goes
-        on from the checkpoint before."""
-        if not self.held:
-            super().save()
 
-
-class ConflictTraining(Training):
+class ConflictTrainer(Trainer):
     """Compares the tasks' gradients on the encoder from time to time, and writes their cosines to conflict.jsonl.
 
     Each task gives the gradients of its next two batches. A task's cosine with itself is that between the two, and so
@@ -59,7 +57,7 @@ class ConflictTraining(Training):
     ledger does not count what is computed here.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, resume: bool, allow_changed_data: bool = False) -> None:
+    def __init__(self, recipe: Recipe, run: Path, resume: bool = False, allow_changed_data: bool = False) -> None:
         super().__init__(recipe, run, resume, allow_changed_data)
         for source in self.data.sources.values():
             if isinstance(source, Stream):
@@ -100,7 +98,7 @@ class ConflictTraining(Training):
         return torch.cat([part.flatten() for part in parts])
 
 
-def peak_memory(recipe: Recipe, run: Path, kind: type[Training]) -> int:
+def peak_memory(recipe: Recipe, run: Path, kind: type[Trainer]) -> int:
     """Bytes that an update holds at most beyond what is there before it, over a visit of every task and view.
 
     Counted from the allocations that torch's profiler sees on the CPU, so the same on every machine of a kind.
@@ -117,7 +115,7 @@ def peak_memory(recipe: Recipe, run: Path, kind: type[Training]) -> int:
     for step, visit in enumerate(training.data.schedule):
         first.setdefault((visit.task, visit.view), step)
     steps = sorted(first.values())
-    if isinstance(training, SummedTraining):  # Whole rounds, until every view has had its turn.
+    if isinstance(training, SummedTrainer):  # Whole rounds, until every view has had its turn.
         steps = list(range(min(-(-(steps[-1] + 1) // training.round) * training.round, recipe.train.steps)))
     batches = [training.data[step] for step in steps]
     for loaded in batches:  # The optimisers' moments are made at the first time.
@@ -125,6 +123,6 @@ def peak_memory(recipe: Recipe, run: Path, kind: type[Training]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         for loaded in batches:
             training.update(loaded)
-    training.metrics.close()
+    training.log.metrics.close()
     events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))

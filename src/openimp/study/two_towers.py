@@ -1,6 +1,6 @@
 """Another library's model in openimp's loop, to compare with: the two towers of open_clip, as they are.
 
-    train(recipe, run, loop=TwoTowerTraining)
+    train(recipe, run, trainer=TwoTowerTrainer)
 
 A recipe with one task of two modalities, one of them text, says all there is to say. The towers have the recipe's
 sizes, read its examples in its order, augmented in its way and tokenised by its tokenizer, and are updated by its
@@ -25,14 +25,13 @@ from openimp.common.device import full_precision, pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality, Tokens
 from openimp.data.batch import Batch
-from openimp.data.loader import Loaded
 from openimp.modalities.text import END, PAD
 from openimp.model.embedder import Embedder, Encode, Encoded
 from openimp.objectives import Losses
 from openimp.planning.ledger import costs, mixture
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Contrastive, Task
-from openimp.training.trainer import Training
+from openimp.training.trainer import Trainer
 
 MAX_LOGIT_SCALE = math.log(100)
 """Where open_clip's training clamps the logarithm of the scale; its other end is 0."""
@@ -133,12 +132,14 @@ class TwoTowers(Embedder):
         self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 
-class TwoTowerTraining(Training):
+class TwoTowerTrainer(Trainer):
     """The loop with the two towers in it. Its metrics count what is seen of an example as one token.
 
     Raises:
-        UserError: as `Training`, and as `whole_modalities`.
+        UserError: as `Trainer`, and as `whole_modalities`.
     """
+
+    suggest_same = False  # open_clip's loss treats each example as an item of its own.
 
     @staticmethod
     def read(recipe: Recipe) -> dict[str, Modality]:
@@ -161,23 +162,20 @@ class TwoTowerTraining(Training):
             loss = ClipLoss()(z_BZ, other_BZ, model.clip.logit_scale.exp())
         return Losses(loss, {f"{a}-{b}": loss.detach()}, encoded)
 
-    def warn_of_equal_texts(self, loaded: Loaded) -> None:
-        """Nothing can be done about it: open_clip's loss takes each example for an item."""
-
 
 def flops_of_a_step(recipe: Recipe) -> float:
-    """FLOPs of the mean step of `TwoTowerTraining`, forward and backward, counted; see `ledger`.
+    """FLOPs of the mean step of `TwoTowerTrainer`, forward and backward, counted; see `ledger`.
 
     Raises:
         UserError: as `whole_modalities`.
     """
-    loop, modalities = TwoTowerTraining, whole_modalities(recipe)
-    ((_, row),) = mixture(recipe, costs(recipe, modalities, {}, loop.build, loop.losses)).items()
+    modalities = whole_modalities(recipe)
+    ((_, row),) = mixture(recipe, costs(recipe, modalities, {}, TwoTowerTrainer.build, TwoTowerTrainer.losses)).items()
     return row["flops"]
 
 
 def load_two_towers(run: Path) -> TwoTowers:
-    """The newest checkpoint of a run of `TwoTowerTraining`, in evaluation mode, on the GPU where there is one.
+    """The newest checkpoint of a run of `TwoTowerTrainer`, in evaluation mode, on the GPU where there is one.
 
     Raises:
         UserError: there is none, it is damaged, or the run is of another model.

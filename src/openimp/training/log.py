@@ -1,0 +1,132 @@
+"""What a training records and prints about its steps."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openimp.common.device import precision_of
+from openimp.common.modality import Modality
+from openimp.common.progress import StepBar, console
+from openimp.data.loader import Loaded
+from openimp.model.embedder import Embedder
+from openimp.objectives import Losses, equal_texts
+from openimp.parallel import distributed
+from openimp.planning.ledger import Cost, mixture_table
+from openimp.recipe.schema import Recipe
+from openimp.training.bad_examples import BadExamples
+from openimp.training.metrics import Metrics
+from openimp.training.optimizers import schedule
+from openimp.training.pace import Pace, shown
+
+DUPLICATE_TEXT_WARNING = 0.1
+"""Share of duplicate texts in a batch above which `same` is suggested."""
+
+
+class Log:
+    """Records every step, and writes and prints a line every `log_every` steps.
+
+    Attributes:
+        metrics: writes metrics.jsonl, results.jsonl and TensorBoard's files.
+        bad: counts unreadable examples.
+        pace: times the steps.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Path,
+        modalities: Mapping[str, Modality],
+        costs: Mapping[tuple[str, int], Cost],
+        pace: Pace,
+        state: Mapping[str, Any],
+    ) -> None:
+        """Opens the files.
+
+        Args:
+            recipe: what is trained.
+            run: directory of the run.
+            modalities: by name.
+            costs: of one step, by task and view.
+            pace: times the steps.
+            state: of the checkpoint that the training resumes from; empty for a new training.
+        """
+        step = state.get("step", 0)
+        self.recipe, self.modalities, self.costs, self.pace = recipe, modalities, costs, pace
+        self.metrics = Metrics(run, step, state.get("totals"))
+        self.bad = BadExamples(run, step, recipe.train.max_bad_fraction, state.get("bad"))
+        self.first_batches: set[str] = set()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for the counts to continue."""
+        return {"bad": self.bad.state, "totals": {task: dict(units) for task, units in self.metrics.totals.items()}}
+
+    def record(self, loaded: Loaded, losses: Losses, grad_norm: float, bar: StepBar) -> None:
+        """Records one step.
+
+        Raises:
+            UserError: too many examples of the task could not be read.
+        """
+        visit, train = loaded.visit, self.recipe.train
+        step = visit.step + 1
+        self.pace.step(visit.task)
+        self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], loaded.digest)
+        bar.step(step)
+        if step % train.log_every == 0 or step == train.steps:
+            rate = self.recipe.optimizer.lr * schedule(self.recipe, visit.step)
+            line = self.metrics.write(step, rate, grad_norm, self.pace.line())
+            means = {name: line["tasks"][name]["loss"] for name in self.recipe.tasks if name in line["tasks"]}
+            bar.report(step, means, *shown(line))
+            if warning := self.pace.warning(line, self.recipe, self.modalities):
+                console.print(warning, soft_wrap=True)
+        # Last, because this may end the run: its checkpoint then contains the whole step.
+        self.bad.add(visit.step, visit.task, visit.batch, distributed.told_to_all(loaded.bad))
+
+    def warn_of_duplicate_texts(self, loaded: Loaded) -> None:
+        """Suggests `same` if the first batch of a task has many texts that occur in several examples."""
+        name = loaded.visit.task
+        if name in self.first_batches:
+            return
+        self.first_batches.add(name)
+        if (share := equal_texts(self.recipe.tasks[name], loaded.batch)) > DUPLICATE_TEXT_WARNING:
+            console.print(
+                f"task {name}: {share:.0%} of a batch's texts belong to other examples too, and the loss pushes these "
+                "apart; with `same: COLUMN`, a contrastive objective treats rows with equal values as one item",
+                soft_wrap=True,
+            )
+
+
+def print_plan(
+    recipe: Recipe, run: Path, model: Embedder, device: torch.device, costs: Mapping[tuple[str, int], Cost],
+    step: int, compiled: int,
+) -> None:  # fmt: skip
+    """Prints the mixture of tasks, and what is trained where and how.
+
+    Args:
+        recipe: what is trained.
+        run: directory of the run.
+        model: with all its parameters.
+        device: where it computes.
+        costs: of one step, by task and view.
+        step: number of steps that are done.
+        compiled: number of compiled signatures; 0 without torch.compile.
+    """
+    console.print(mixture_table(recipe, costs))
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
+    how: str = precision_of(device, recipe.train.precision)
+    if distributed.world() > 1:
+        how += f", {distributed.world()} ranks"
+    if compiled:
+        how += f", compiled for {compiled} signatures"
+    elif recipe.train.compile:
+        how += ", not compiled, which is for one process"
+    console.print(f"{recipe.name}: {size} on {device.type}, {how}, into {run}", soft_wrap=True)
+    if step:
+        console.print(f"resuming from step {step}", soft_wrap=True)
+    warmup, steps = recipe.optimizer.warmup_steps, recipe.train.steps
+    if warmup is not None and warmup >= steps:
+        console.print(
+            f"warm-up of {warmup} steps is not shorter than the {steps} steps of training; set optimizer.warmup_steps",
+            soft_wrap=True,
+        )

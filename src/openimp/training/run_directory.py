@@ -1,0 +1,133 @@
+"""The directory of a run: its lock, the files that say what it trains, and the checkpoint from which it resumes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from openimp.checkpoint.folder import step_of
+from openimp.checkpoint.resume import common_checkpoints, resumable
+from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
+from openimp.common.safe_files import refuse_links, write_text
+from openimp.data.trust import record_training
+from openimp.parallel import distributed
+from openimp.recipe.schema import Recipe
+
+LOCK = ".lock"
+"""File in the directory that a training holds a lock on while it runs."""
+
+
+class Finished(Exception):
+    """The run that should be resumed has made all its steps and has been evaluated."""
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Creates the directory of a run and keeps other trainings out of it. If nothing was written, it is removed again.
+
+    Raises:
+        UserError: another training writes to the directory, or it is a file, or it contains links out of it.
+    """
+    lock = FileLock(run / LOCK, timeout=0)
+
+    def acquire() -> None:
+        if run.exists() and not run.is_dir():
+            raise UserError(f"{run}: is a file; name a directory with --run-dir")
+        refuse_links(run)
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"{run}: another training is writing to it; name another directory with --run-dir"
+            ) from None
+
+    distributed.alone(acquire)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            if [path.name for path in run.iterdir()] == [LOCK]:
+                (run / LOCK).unlink()
+                run.rmdir()
+            lock.release()
+
+
+class RunDirectory:
+    """The directory that a training of a recipe writes to."""
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path, self.recipe = path, recipe
+        self.recipe_file, self.job_file = path / "recipe.yaml", path / "torchrun.job"
+
+    def checkpoint(self, resume: bool | Literal["auto"], trainer: str) -> Path | None:
+        """The checkpoint to resume from, or None for a training that starts at step 0.
+
+        Ranks that torchrun has restarted resume without being asked to.
+
+        Args:
+            resume: True requires a checkpoint; "auto" uses one if there is one; False refuses a directory with a run.
+            trainer: name of the class that trains.
+
+        Raises:
+            UserError: the directory holds a run that was not to be resumed, or none that can be.
+            Finished: there is nothing left to do.
+        """
+        saved = bool(common_checkpoints(self.path))
+        begun = saved or (self.path / "tensorboard").exists()
+        # A run that died before it began leaves this very recipe; any other file was written by the user.
+        if self.recipe_file.exists() and not begun and not _holds(self.recipe_file, self.recipe.to_yaml()):
+            raise UserError(f"{self.recipe_file}: a run would overwrite it; name another directory with --run-dir")
+        # torchrun also repeats a start that was refused. Only one that wrote its job's name may resume.
+        restarted = distributed.restarted() and self.job_file.exists() and _holds(self.job_file, distributed.job())
+        if resume == "auto" or restarted:
+            resume = saved  # A run that died before its first checkpoint starts again and loses nothing.
+        elif self.recipe_file.exists() and not saved:
+            raise UserError(
+                f"{self.path}: holds a run that saved no checkpoint; start it again with --resume auto, or name another "
+                "directory with --run-dir"
+            )
+        elif self.recipe_file.exists() and not resume:
+            raise UserError(
+                f"{self.path}: already holds a run; resume it with --resume, or name another directory with --run-dir"
+            )
+        if not resume:
+            return None
+        folder = resumable(self.recipe, self.path, trainer)
+        if step_of(folder) == self.recipe.train.steps and distributed.alone(self._evaluated):
+            raise Finished
+        return folder
+
+    def begin(self, config: str) -> None:
+        """Writes what the run trains; from here on the directory holds a run.
+
+        Args:
+            config: text of the model's config.json.
+        """
+        distributed.wait()  # Every rank must have looked for an older run before this one's files appear.
+
+        def write() -> None:
+            if distributed.rank() == 0:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_text(self.recipe_file, self.recipe.to_yaml())
+                record_training(config)
+                if distributed.job():
+                    write_text(self.job_file, distributed.job())
+
+        distributed.agreed(write)
+
+    def _evaluated(self) -> bool:
+        """Whether results.jsonl has the final step's results of every evaluation set."""
+        results = read_lines(self.path / "results.jsonl")
+        done = {result.get("set") for result in results if result["step"] == self.recipe.train.steps}
+        return self.recipe.evaluation.sets.keys() <= done
+
+
+def _holds(file: Path, text: str) -> bool:
+    """Whether a file contains exactly this text. At most one byte more than the text is read."""
+    content = text.encode()
+    with file.open("rb") as stream:
+        return stream.read(len(content) + 1) == content

@@ -1,0 +1,69 @@
+"""One update of the weights: reduced and clipped gradients, the learning rate, the optimizers, the EMA."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from openimp.model.embedder import Embedder
+from openimp.parallel.exchange import make_exchange
+from openimp.planning.ledger import Cost
+from openimp.recipe.schema import Recipe
+from openimp.training.ema import EMA
+from openimp.training.optimizers import make_optimizers, muon_matrices, schedule, set_learning_rate
+
+
+class Updater:
+    """Updates a model from the gradients of its backward passes.
+
+    Attributes:
+        optimizers: AdamW, and Muon where the recipe asks for it, over the parameters that this rank updates.
+        ema: average of the weights, or None if the recipe keeps none.
+        grad_norm: Euclidean norm of the last step's gradient, before clipping.
+    """
+
+    def __init__(
+        self, recipe: Recipe, model: Embedder, replicas: Sequence[Any], costs: Mapping[tuple[str, int], Cost]
+    ) -> None:
+        """Creates the optimizers.
+
+        Args:
+            recipe: what is trained.
+            model: laid out over the ranks.
+            replicas: what `layout.spread` returned for it.
+            costs: by task and view, with the parameters that a step of it uses.
+        """
+        options, named = recipe.optimizer, dict(model.named_parameters())
+        # With zero gradients every step updates all parameters.
+        updated = [{*named}] if options.zero_missing_grads else [cost.touched for cost in costs.values()]
+        steps = [{named[name] for name in names} for names in updated]
+        self.recipe, self.model = recipe, model
+        self.exchange = make_exchange(model, replicas, muon_matrices(options, model), steps)
+        self.optimizers = make_optimizers(options, model, self.exchange.own)
+        self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
+        self.grad_norm = 0.0
+
+    def step(self, step: int) -> bool:
+        """Updates every parameter that has a gradient (with `zero_missing_grads`: all), and drops the gradients.
+
+        Returns:
+            Whether the gradient was finite. If it was not, nothing is updated.
+        """
+        options = self.recipe.optimizer
+        self.exchange.gradients()
+        if options.zero_missing_grads:
+            self.exchange.fill_with_zeros()
+        norm = self.exchange.clip(options.max_grad_norm or math.inf)
+        # This waits for a GPU to finish the backward pass. It is the price of never applying a non-finite update.
+        self.grad_norm = float(norm)
+        if not math.isfinite(self.grad_norm):
+            return False
+        set_learning_rate(self.optimizers, schedule(self.recipe, step))
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.limit_temperatures()
+        self.exchange.updates()
+        # None, not zero: a parameter that the next task does not use keeps its value and its optimizer state.
+        self.model.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(step)
+        return True

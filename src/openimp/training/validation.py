@@ -1,0 +1,103 @@
+"""Evaluation during a training and at its end, and the choice of the best checkpoint."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openimp.checkpoint.folder import checkpoints, mark_best, step_of
+from openimp.common.modality import Modality
+from openimp.common.progress import console
+from openimp.evaluation.evaluate import evaluate
+from openimp.evaluation.figures import table
+from openimp.evaluation.results import best_step
+from openimp.model.embedder import Embedder
+from openimp.parallel import distributed, layout
+from openimp.recipe.schema import Recipe
+from openimp.training.checkpointing import Checkpointing
+from openimp.training.metrics import Metrics
+from openimp.training.stopping import Stopped
+
+
+class Validation:
+    """Evaluates the model on the recipe's evaluation sets, on rank 0, while the other ranks wait."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Path,
+        modalities: dict[str, Modality],
+        classes: Mapping[str, list[Any]],
+        model: Embedder,
+        build: Callable[[], Embedder],
+        device: torch.device,
+    ) -> None:
+        """Prepares evaluation.
+
+        Args:
+            recipe: says what is evaluated.
+            run: directory of the run.
+            modalities: by name.
+            classes: the classes of each classification head.
+            model: the model that is trained.
+            build: creates a model of the same kind with new weights, to hold the EMA or gathered shards.
+            device: where the model computes.
+        """
+        self.recipe, self.run, self.modalities, self.classes = recipe, run, modalities, classes
+        self.model, self.build, self.device = model, build, device
+
+    def evaluate(self, step: int, ema: Mapping[str, Tensor] | None, metrics: Metrics, progress: Any = None) -> None:
+        """Measures the model after `step` steps, with the weights of `ema` if given, and writes and prints the results.
+
+        Raises:
+            Stopped: a stop was requested meanwhile.
+        """
+        model = self._full_model(ema)
+
+        def measure() -> bool:
+            assert model is not None
+            try:
+                results = evaluate(
+                    model.to(self.device), self.recipe, self.modalities, step=step, progress=progress,
+                    classes=self.classes,
+                )  # fmt: skip
+            except Stopped:
+                return False
+            metrics.results(self.run, results)
+            console.print(table(results))
+            return True
+
+        if not distributed.alone(measure):
+            raise Stopped
+
+    def keep_best(self, step: int, checkpointing: Checkpointing) -> None:
+        """Saves a checkpoint if the evaluation after `step` steps is the best so far, and links to the best one.
+
+        Raises:
+            NotSaved: the checkpoint could not be written.
+        """
+        name = self.recipe.evaluation.best
+        if name is None:
+            return
+        checkpointing.wait()
+        saved = {step, *map(step_of, checkpoints(self.run))}
+        best = distributed.alone(lambda: best_step(self.run / "results.jsonl", name, saved))
+        if best == step:
+            checkpointing.save()
+            checkpointing.wait()
+        if distributed.rank() == 0:
+            mark_best(self.run, best)
+
+    def _full_model(self, ema: Mapping[str, Tensor] | None) -> Embedder | None:
+        """The model with all its shards, or with the weights of `ema`, on rank 0; None on the other ranks."""
+        if ema is None and distributed.world() == 1:
+            return self.model
+        weights = layout.gathered(self.model.state_dict() if ema is None else ema)
+        if distributed.rank():
+            return None
+        with torch.random.fork_rng(devices=[]):
+            model = self.build()
+        model.load_state_dict(weights)
+        return model
