@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element
 import PIL.Image
 import pytest
 
-from openimp.checkpoint.folder import load_model, model_folder, verify
+from openimp.checkpoint.folder import checkpoints, load_model, model_folder, verify
 from openimp.commands import run_info
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, read_lines
@@ -287,11 +287,16 @@ def test_a_run_of_an_older_version_lacks_only_the_step_times(little_run, tmp_pat
     assert all("examples per second: " in page for page in pages)
 
 
-def test_the_page_of_a_checkpoint_goes_beside_the_checkpoints_not_into_one(little_run, tmp_path):
+def test_the_page_of_a_checkpoint_is_beside_it_and_replaces_no_other_page(little_run, tmp_path, monkeypatch):
     run = Path(shutil.copytree(little_run, tmp_path / "run"))
-    folder = model_folder(run)
-    assert write_report(folder) == run / "report.html"
+    of_run = write_report(run).read_text()
+    folder = checkpoints(run)[0]
+    assert write_report(folder) == folder.with_name(f"{folder.name}.html")
+    monkeypatch.chdir(folder)
+    assert write_report(Path()) == folder.with_name(f"{folder.name}.html")
+    assert (run / "report.html").read_text() == of_run
     verify(folder)
+    assert checkpoints(run)[0] == folder
 
 
 def test_a_model_without_metrics_has_its_results(little_run, tmp_path):

@@ -1,5 +1,6 @@
 """`openimp report`: writes the page about a run or a model."""
 
+import os
 import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -57,7 +58,7 @@ def write_report(
 
     Args:
         run: a run, a checkpoint, or a model's folder. Only a run has curves.
-        out: the file to write. None: `report.html` in `run`, or in the run of a checkpoint.
+        out: the file to write. None: `report.html` in `run`; if that is a checkpoint, CHECKPOINT.html beside it.
         progress: wraps an iterable to show its progress.
         allow_sources: whether to read sources that `check_sources` would refuse.
 
@@ -69,8 +70,10 @@ def write_report(
     has_model = (run / "config.json").exists() or bool(checkpoints(run))
     if not has_model and not metrics:
         raise UserError(f"{run}: nothing to report on: no checkpoint, and no line in metrics.jsonl")
-    # A checkpoint may hold only the files in its manifest.
-    out = out or (run.resolve().parents[1] if (run / MANIFEST).exists() else run) / "report.html"
+    if out is None:
+        folder = Path(os.path.abspath(run))  # "." has no name.
+        # A checkpoint may hold only the files in its manifest.
+        out = folder.with_name(f"{folder.name}.html") if (run / MANIFEST).exists() else run / "report.html"
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out}: --out must be a file in an existing folder")
     recorded = read_results(run / "results.jsonl")
