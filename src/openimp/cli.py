@@ -109,7 +109,9 @@ def embed(
 @app.command()
 def report(
     run: RunArgument,
-    out: Annotated[Path | None, typer.Option("--out", help="The HTML file. [default: RUN/report.html]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The HTML file. [default: RUN/report.html, or CHECKPOINT.html]")
+    ] = None,
     allow_sources: AllowSourcesOption = False,
 ) -> None:
     """Write one HTML page about a run: its curves, experts, results beside chance, and answers to look at."""

@@ -10,7 +10,7 @@ from rich.table import Table
 from openimp.checkpoint.folder import check_layers, load_model, model_folder, read_config, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
-from openimp.common.json_lines import append, read_lines
+from openimp.common.json_lines import append
 from openimp.common.progress import clock, console, track
 from openimp.data.batch import head_key
 from openimp.data.sources import open_source
@@ -27,6 +27,7 @@ from openimp.recipe.file import override, read_recipe
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification
 from openimp.report.write import write_report
+from openimp.training.metrics_file import read_metrics
 from openimp.training.trainer import train
 
 
@@ -235,13 +236,13 @@ def _print_costs(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]])
 
 
 def _print_run(path: Path) -> None:
-    lines = read_lines(path / "metrics.jsonl")
+    lines = read_metrics(path / "metrics.jsonl")
     if lines:
-        shown = Table(title=f"spent up to step {lines[-1]['step']}", title_justify="left")
+        shown = Table(title=f"spent up to step {lines[-1].step}", title_justify="left")
         for column in ("task", "steps", "examples", "tokens", "FLOPs"):
             shown.add_column(column, justify="left" if column == "task" else "right")
-        for task, units in lines[-1]["totals"].items():
-            shown.add_row(task, *(f"{units[u]:,}" for u in ("steps", "examples", "tokens")), f"{units['flops']:.4g}")
+        for task, used in lines[-1].totals.items():
+            shown.add_row(task, f"{used.steps:,}", f"{used.examples:,}", f"{used.tokens:,}", f"{used.flops:.4g}")
         console.print(shown)
     results = read_results(path / "results.jsonl")
     if results:

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from openimp.report.charts import POINTS, Curve, line_chart, matrix, nice_ticks, number, series, share_bar, smoothed
+from openimp.report.charts import MAX_POINTS, Curve, line_chart, nice_ticks, number, smoothed
+from openimp.report.page import TEMPLATES
+from openimp.report.results import display
+
+MACROS = TEMPLATES.get_template("charts.html").module
+
+
+def draw(title: str, *curves: Curve) -> str:
+    return MACROS.line_chart(line_chart(title, list(curves)))
 
 
 def elements(chart: str, name: str) -> list[ElementTree.Element]:
@@ -31,13 +39,13 @@ def test_ticks_are_few_evenly_spaced_and_span_the_values(a, b):
 
 
 def test_a_curve_has_its_values_where_they_belong():
-    chart = line_chart("loss", [Curve("loss", [10, 20, 30], [4.0, 3.0, 2.0])])
+    chart = draw("loss", Curve("loss", [10, 20, 30], [4.0, 3.0, 2.0]))
     (path,) = elements(chart, "path")
     right, down = points(path).T
     assert right[1] - right[0] == pytest.approx(right[2] - right[1])
     assert right[0] < right[2]
     assert down[1] - down[0] == pytest.approx(down[2] - down[1], abs=0.11)
-    assert down[0] < down[2], "more is further up"
+    assert down[0] < down[2], "larger values are higher"
     assert [tip.text for tip in elements(chart, "title")] == [
         "loss, step 10: 4", "loss, step 20: 3", "loss, step 30: 2"
     ]  # fmt: skip
@@ -45,23 +53,24 @@ def test_a_curve_has_its_values_where_they_belong():
     assert drawing.get("aria-label") == "loss: loss from 4 at step 10 to 2 at step 30"
 
 
-def test_many_points_are_thinned_and_what_is_not_finite_is_left_out():
+def test_many_points_are_averaged_and_values_that_are_not_finite_are_left_out():
     values = np.linspace(5, 1, 10_000)
     values[::7] = np.nan
-    chart = line_chart("loss", [Curve("loss", list(range(10_000)), values.tolist())])
+    chart = draw("loss", Curve("loss", list(range(10_000)), values.tolist()))
     raw, smooth = elements(chart, "path")
-    assert len(points(raw)) == len(points(smooth)) == POINTS
+    assert len(points(raw)) == len(points(smooth)) == MAX_POINTS
     assert "nan" not in chart
-    assert "No finite values" in line_chart("loss", [Curve("loss", [1], [float("inf")])])
+    for value in (np.inf, 1e308):
+        assert "No finite values" in draw("loss", Curve("loss", [1], [value]))
 
 
 def test_one_point_and_equal_values_are_drawn():
     for values in ([0.0], [2.0], [-3.0, -3.0], [0.0, 0.0]):
-        chart = line_chart("x", [Curve("x", list(range(len(values))), values)])
+        chart = draw("x", Curve("x", list(range(len(values))), values))
         assert np.isfinite(points(elements(chart, "path")[0])).all()
 
 
-def test_smoothing_keeps_a_line_and_lessens_noise():
+def test_smoothing_keeps_a_line_and_reduces_noise():
     line = np.linspace(3, 1, 200)
     noisy = line + np.random.default_rng(0).normal(0, 0.1, 200)
     assert np.allclose(smoothed(line)[20:-20], line[20:-20])
@@ -79,23 +88,36 @@ def test_numbers_are_short(value, text):
 
 
 def test_a_bar_is_as_long_as_its_share_of_the_scale():
-    chart = share_bar(0.2, 0.1, 0.25, 0.05, top=0.4)
-    assert [rect.get("width") for rect in elements(chart, "rect")] == ["100", "50.0"]
-    assert [(line.get("x1"), line.get("x2")) for line in elements(chart, "line")] == [
-        ("25.0", "62.5"),
-        ("12.5", "12.5"),
-    ]
-
-
-def test_a_matrix_draws_what_is_not_zero():
-    chart = matrix(np.array([[3, 1], [0, 2]]), ["<a>", "b"], "label")
-    assert [tip.text for tip in elements(chart, "title")] == [
-        "<a> taken for <a>: 3", "<a> taken for b: 1", "b taken for b: 2"
-    ]  # fmt: skip
+    chart = MACROS.share_bar(0.2, 0.1, 0.25, 0.05, scale=0.4)
+    assert elements(chart, "svg")[0].get("viewBox") == "0 0 0.4 16"
+    assert [rect.get("width") for rect in elements(chart, "rect")] == ["0.4", "0.2"]
+    assert [(line.get("x1"), line.get("x2")) for line in elements(chart, "line")] == [("0.1", "0.25"), ("0.05", "0.05")]
 
 
 def test_numbers_of_any_shape_are_shown():
-    assert len(elements(series(np.zeros(50), "x"), "path")) == 1
-    assert len(elements(series(np.random.default_rng(0).normal(size=(5000, 3)), "x"), "path")) == 3
-    assert "2 × 3 × 4 numbers" in series(np.zeros((2, 3, 4)), "x")
-    assert "3 numbers" in series(np.full(3, np.nan), "x")
+    def paths(numbers: np.ndarray) -> int:
+        return len(elements(MACROS.value(display(numbers, "x")), "path"))
+
+    assert paths(np.zeros(50)) == 1
+    assert paths(np.random.default_rng(0).normal(size=(5000, 3))) == 3
+    assert "2 × 3 × 4 numbers" in MACROS.value(display(np.zeros((2, 3, 4)), "x"))
+    assert "3 numbers" in MACROS.value(display(np.full(3, np.nan), "x"))
+
+
+def test_names_are_escaped_in_every_macro():
+    """Elsewhere a browser looks at the whole page; this runs without one."""
+    hostile = """</title><script>alert("1")</script>&'"""
+    table = TEMPLATES.from_string(
+        """{% import "charts.html" as charts %}
+        {% call charts.table(name, [name]) %}<tr><td title="{{ name }}">{{ name }}</td></tr>{% endcall %}"""
+    )
+    drawn = [
+        draw(hostile, Curve(hostile, [1, 2], [3, 4]), Curve("b", [1, 2], [4, 3])),
+        MACROS.heat(hostile, 0.5, hostile),
+        MACROS.value(display(hostile, hostile)),
+        MACROS.value(display(np.arange(9.0), hostile)),
+        table.render(name=hostile),
+    ]
+    for html in drawn:
+        assert "&lt;script&gt;" in html
+        assert [part for part in ("<script", '("1"', "&'") if part in html] == []

@@ -15,14 +15,15 @@ from xml.etree.ElementTree import Element
 import PIL.Image
 import pytest
 
-from openimp.checkpoint.folder import load_model, model_folder, verify
+from openimp.checkpoint.folder import checkpoints, load_model, model_folder, verify
 from openimp.commands import run_info
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, read_lines
 from openimp.data.sources import open_source
 from openimp.evaluation.zero_shot import classify
 from openimp.recipe.schema import Recipe
-from openimp.report.markup import VOID
+from openimp.report.charts import Curve, line_chart
+from openimp.report.page import TEMPLATES
 from openimp.report.write import write_report
 from openimp.training.trainer import train
 
@@ -33,6 +34,8 @@ OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
     "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--dump-dom",
 )  # fmt: skip
+VOID = {"img", "link", "meta", "wbr"}
+"""Elements without an end tag."""
 HOSTILE = """<script>document.title="owned"</script><img src="http://127.0.0.1:9/x.png" onerror="alert('1')">"""
 
 
@@ -59,7 +62,7 @@ class Parser(HTMLParser):
 
 @dataclass
 class Seen:
-    """What a browser made of a page: its elements, the lines of its console, and what the page requested."""
+    """A page as a browser sees it: its elements, the lines of its console, and the addresses that it requested."""
 
     root: Element
     console: list[str]
@@ -93,13 +96,43 @@ def cells(table: Element) -> list[list[str]]:
 
 
 @in_browser
-def test_the_browser_tells_of_requests_and_of_errors(browse, tmp_path):
-    """Or the other tests would find none."""
+def test_the_browser_reports_requests_and_errors(browse, tmp_path):
+    """Otherwise the other tests would find none."""
     page = tmp_path / "page.html"
     page.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("wrong")</script>')
     seen = browse(page)
     assert set(seen.requests) == {"http://127.0.0.1:9/x.png"}
     assert any("wrong" in line for line in seen.console)
+
+
+@in_browser
+def test_the_page_forbids_scripts_and_requests(browse, little_run, tmp_path):
+    page = write_report(model_folder(little_run), tmp_path / "page.html")
+    hostile = HOSTILE + '<link rel="stylesheet" href="http://127.0.0.1:9/x.css">'
+    page.write_text(page.read_text().replace("<main>", f"<main>{hostile}"))
+    seen = browse(page)
+    assert "owned" not in text(seen.root.find(".//title"))
+    assert seen.requests == []
+    assert sum("Content Security Policy" in line for line in seen.console) >= 3
+
+
+@in_browser
+def test_charts_have_the_colors_of_the_light_and_the_dark_mode(tmp_path):
+    """This fails for charts with colors of their own, such as matplotlib's."""
+    chart = TEMPLATES.get_template("charts.html").module.line_chart(line_chart("x", [Curve("x", [1, 2], [3, 3])]))
+    style = TEMPLATES.get_template("style.css").render()
+    page = tmp_path / "page.html"
+    page.write_text(f'<!doctype html><style>{style}</style><div class="charts">{chart}</div>')
+    light, dark = [tuple(bytes.fromhex(color)) for color in re.findall(r"--c0: #(\w{6});", style)]
+    for mode, expected, other in (("1", light, dark), ("0", dark, light)):
+        shot = tmp_path / f"{mode}.png"
+        command = [BROWSER, *OPTIONS, f"--blink-settings=preferredColorScheme={mode}", f"--screenshot={shot}"]
+        profile = f"--user-data-dir={tmp_path / 'profile'}"
+        subprocess.run([*command, profile, page.as_uri()], capture_output=True, check=True, timeout=120)
+        with PIL.Image.open(shot) as picture:
+            colors = {color[:3] for _, color in picture.getcolors(2**24)}
+        assert expected in colors
+        assert other not in colors
 
 
 @in_browser
@@ -110,18 +143,18 @@ def test_the_page_has_all_sections_and_asks_for_nothing(browse, little_run, tmp_
     seen = browse(page)
     assert (seen.console, seen.requests) == ([], [])
     titles = [text(heading) for heading in seen.root.iter("h2")]
-    assert titles == ["Results", "Losses", "Pace", "Mixture", "Experts", "Confusions", "Retrieval"]
+    assert titles == ["Results", "Losses", "Training", "Mixture", "Experts", "Confusions", "Retrieval"]
     assert [link.get("href") for link in seen.root.find(".//nav")] == [f"#{title.lower()}" for title in titles]
 
-    # A chart for each task and one of the routers: raw and smoothed lines of the loss and its two parts.
+    # One chart per task and one of the routers: raw and smoothed curves of the loss and its two parts.
     lines = read_lines(little_run / "metrics.jsonl")
     charts = {text(chart.find(".//span[@class='title']")): chart for chart in seen.section("losses").iter("figure")}
     assert set(charts) == {"named", "heard", "router losses"}
     assert len(list(charts["heard"].iter("path"))) == 1
-    told = [line["tasks"]["heard"]["loss"] for line in lines if "heard" in line["tasks"]]
-    assert len(list(charts["heard"].iter("circle"))) == len(told)
+    values = [line["tasks"]["heard"]["loss"] for line in lines if "heard" in line["tasks"]]
+    assert len(list(charts["heard"].iter("circle"))) == len(values)
     assert len(list(charts["named"].iter("path"))) == 3
-    assert len(list(seen.section("pace").iter("figure"))) == 5
+    assert len(list(seen.section("training").iter("figure"))) == 5
     for drawing in seen.root.iter("svg"):
         assert drawing.get("role") == "img"
         assert drawing.get("aria-label")
@@ -131,7 +164,7 @@ def test_the_page_has_all_sections_and_asks_for_nothing(browse, little_run, tmp_
     mixture = cells(seen.section("mixture").find(".//table"))
     assert {row[0]: int(row[1].split()[0]) for row in mixture[1:]} == {
         **{task: units["steps"] for task, units in totals.items()},
-        "in all": 12,
+        "total": 12,
     }
     (heat,) = seen.section("experts").iter("table")
     assert {row[0] for row in cells(heat)[1:]} == {"image", "text", "audio"}
@@ -160,7 +193,7 @@ def test_its_numbers_are_those_of_the_evaluation(browse, little_run, tmp_path):
 
 
 @in_browser
-def test_queries_stand_beside_their_answers_and_the_right_ones_are_marked(browse, little_run, tmp_path):
+def test_queries_are_shown_with_their_answers_and_correct_ones_are_marked(browse, little_run, tmp_path):
     """Three captions and fifteen sounds: a sound's answers are all three captions."""
     seen = browse(write_report(little_run, tmp_path / "page.html"))
     heard, named = seen.section("retrieval").findall(".//div[@class='cases']")
@@ -176,11 +209,11 @@ def test_queries_stand_beside_their_answers_and_the_right_ones_are_marked(browse
         answers = list(case.iter("li"))
         assert {text(answer.find("p")) for answer in answers} == captions
         rank = int(case.get("aria-label").split()[-1])
-        (right,) = [answer for answer in answers if answer.get("class") == "right"]
-        assert (text(right).split()[0], right.get("value")) == (str(rank), str(rank))
+        (correct,) = [answer for answer in answers if answer.get("class") == "correct"]
+        assert (text(correct).split()[0], correct.get("value")) == (str(rank), str(rank))
         # The sounds are numbered, and their captions alternate.
         row = int(re.search(r"\[(\d+)\]", picture.get("alt"))[1])
-        assert text(right.find("p")) == ["a low tone", "a middle tone", "a high tone"][row % 3]
+        assert text(correct.find("p")) == ["a low tone", "a middle tone", "a high tone"][row % 3]
     assert {text(case.find(".//div[@class='query']/p")) for case in named} == captions
     for case in named:
         assert len(list(case.iter("img"))) in (5, 6)
@@ -232,33 +265,38 @@ def test_a_run_without_evaluation_sets_has_its_curves(own_data, tmp_path):
     changes = ["evaluation={}", "train.steps=2", "model.moe=null"]
     train(Recipe.load(own_data / "recipe.yaml", changes), tmp_path / "run")
     page = write_report(tmp_path / "run").read_text()
-    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Losses", "Pace", "Mixture"]
+    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Losses", "Training", "Mixture"]
 
 
 def test_a_run_without_a_checkpoint_keeps_its_curves_and_its_figures(little_run, tmp_path):
     run = Path(shutil.copytree(little_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
     page = write_report(run).read_text()
-    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Results", "Losses", "Pace", "Mixture", "Experts"]
+    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Results", "Losses", "Training", "Mixture", "Experts"]
     assert "There is no checkpoint to measure." in page
     assert "tones" in page
 
 
-def test_a_run_of_an_older_version_lacks_step_times_only(little_run, tmp_path):
+def test_a_run_of_an_older_version_lacks_only_the_step_times(little_run, tmp_path):
     new = Path(shutil.copytree(little_run, tmp_path / "new", ignore=shutil.ignore_patterns("checkpoints")))
     old = Path(shutil.copytree(new, tmp_path / "old", ignore=shutil.ignore_patterns("metrics.jsonl")))
     for line in read_lines(new / "metrics.jsonl"):
         assert 0 < line.pop("step_p50") <= line.pop("step_p95")
         append(old / "metrics.jsonl", line)
-    told = [write_report(run).read_text() for run in (old, new)]
-    assert ["seconds a step" in page for page in told] == [False, True]
-    assert all("examples per second" in page for page in told)
+    pages = [write_report(run).read_text() for run in (old, new)]
+    assert ["seconds per step: median" in page for page in pages] == [False, True]
+    assert all("examples per second: " in page for page in pages)
 
 
-def test_the_page_of_a_checkpoint_goes_beside_the_checkpoints_not_into_one(little_run, tmp_path):
+def test_the_page_of_a_checkpoint_is_beside_it_and_replaces_no_other_page(little_run, tmp_path, monkeypatch):
     run = Path(shutil.copytree(little_run, tmp_path / "run"))
-    folder = model_folder(run)
-    assert write_report(folder) == run / "report.html"
+    of_run = write_report(run).read_text()
+    folder = checkpoints(run)[0]
+    assert write_report(folder) == folder.with_name(f"{folder.name}.html")
+    monkeypatch.chdir(folder)
+    assert write_report(Path()) == folder.with_name(f"{folder.name}.html")
+    assert (run / "report.html").read_text() == of_run
     verify(folder)
+    assert checkpoints(run)[0] == folder
 
 
 def test_a_model_without_metrics_has_its_results(little_run, tmp_path):
@@ -271,11 +309,46 @@ def test_a_set_whose_data_is_gone_keeps_its_recorded_figures(own_data, tmp_path)
     train(Recipe.load(own_data / "recipe.yaml", ["train.steps=2"]), run)
     shutil.rmtree(own_data / "pictures")
     page = write_report(run).read_text()
-    assert "colours is not measured again; its figures are those that were recorded, if any: source pictures: " in page
-    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Results", "Losses", "Pace", "Mixture", "Experts", "Retrieval"]
+    assert "colours is not measured again. Its recorded results, if any, are shown. source pictures: " in page
+    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Results", "Losses", "Training", "Mixture", "Experts", "Retrieval"]
     (result, *_) = read_lines(run / "results.jsonl")
     assert result["set"] == "colours"
     assert f"{100 * result['top1']:.1f}%" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [({"grad_norm": ...}, "grad_norm: Field required"), ({"tasks": ["named"]}, "tasks: "),
+     ({"seconds": "1"}, "seconds: "), ({"seconds": float("nan")}, "seconds: "),
+     ({"step": None}, "step"), ({"step": 10**400}, "step: "),
+     ({"totals": {"named": {"steps": 1}}}, r"totals\.named\.examples: Field required"),
+     ({"tasks": {"named": {"loss": 10**400}}}, r"tasks\.named\.loss: "),
+     ({"experts": {"text": []}}, r"experts\.text: "),
+     ({"experts": {"text": [{"load": [1.0], "gate": [1.0], "dropped": 0}]}}, "experts: the number of ")],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_a_line_that_is_not_of_metrics_is_refused_in_one_sentence(little_run, tmp_path, change, why):
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
+    lines = read_lines(run / "metrics.jsonl")
+    lines[1] = {key: value for key, value in (lines[1] | change).items() if value is not ...}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for command in (lambda: write_report(run), lambda: run_info(str(run), [])):
+        with pytest.raises(
+            UserError, match=rf"/metrics\.jsonl: line 2 is not a line of training metrics: {why}[^\n]*$"
+        ):
+            command()
+
+
+def test_a_diverged_run_has_a_report(little_run, tmp_path):
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
+    lines = read_lines(run / "metrics.jsonl")
+    for line in lines[6:]:
+        line["grad_norm"] = float("nan")
+        line["tasks"] = {task: {name: float("inf") for name in losses} for task, losses in line["tasks"].items()}
+        for layer in (layer for layers in line["experts"].values() for layer in layers):
+            layer["gate"] = [float("nan")] * len(layer["gate"])
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "no expert" in write_report(run).read_text()
 
 
 @pytest.mark.parametrize(
@@ -302,7 +375,7 @@ def test_a_page_is_written_whole_or_not_at_all(little_run, tmp_path):
         write_report(tmp_path / "empty")
     assert list((tmp_path / "empty").iterdir()) == []
     for out in (tmp_path, tmp_path / "missing" / "page.html"):
-        with pytest.raises(UserError, match="--out needs a file, in a directory that is there"):
+        with pytest.raises(UserError, match="--out must be a file in an existing folder"):
             write_report(little_run, out)
     run = Path(shutil.copytree(little_run, tmp_path / "run"))
     before = sorted(run.iterdir())

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from openimp.evaluation.classes import Classified
-from openimp.report.results import LABELLED, SQUARES, confusion, figures
+from openimp.report.page import TEMPLATES
+from openimp.report.results import MAX_MATRIX, MAX_TABLE, confusion, section
+
+
+def rendered(template: str, data: object) -> ElementTree.Element:
+    html = TEMPLATES.get_template(template).render(data=data)
+    return ElementTree.fromstring(f"<section>{html.replace('<wbr>', '')}</section>")
 
 
 def classified(counts: np.ndarray) -> Classified:
@@ -15,40 +21,43 @@ def classified(counts: np.ndarray) -> Classified:
 
 
 def rows(table: ElementTree.Element) -> list[list[str]]:
-    return [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
+    return [["".join(cell.itertext()).strip() for cell in row] for row in table.iter("tr")]
 
 
-def test_rows_are_classes_and_columns_what_they_were_taken_for():
+def test_rows_are_classes_and_columns_are_predictions():
     counts = np.array([[5, 2, 0], [0, 1, 3], [0, 0, 4]])
-    matrix, commonest = ElementTree.fromstring(confusion(classified(counts))).iter("table")
+    matrix, frequent = rendered("confusions.html", [confusion("set", classified(counts))]).iter("table")
     assert rows(matrix) == [
         ["", "<000>", "<001>", "<002>"],
         ["<000>", "5", "2", "0"],
         ["<001>", "0", "1", "3"],
         ["<002>", "0", "0", "4"],
     ]
-    assert rows(commonest)[1:] == [["<001>", "<002>", "3", "4"], ["<000>", "<001>", "2", "7"]]
+    assert rows(frequent)[1:] == [["<001>", "<002>", "3", "4"], ["<000>", "<001>", "2", "7"]]
 
 
-@pytest.mark.parametrize(("classes", "drawn"), [(LABELLED + 1, True), (SQUARES, True), (SQUARES + 1, False)])
-def test_many_classes_are_drawn_and_more_are_told_by_their_commonest_confusions(classes, drawn):
+@pytest.mark.parametrize(("classes", "drawn"), [(MAX_TABLE + 1, True), (MAX_MATRIX, True), (MAX_MATRIX + 1, False)])
+def test_many_classes_are_drawn_and_of_more_the_frequent_confusions_are_listed(classes, drawn):
     counts = 2 * np.eye(classes, dtype=int)
     counts[3, 1] = 7
-    root = ElementTree.fromstring(confusion(classified(counts)))
-    (commonest,) = root.iter("table")
-    assert rows(commonest)[1:] == [["<003>", "<001>", "7", "9"]]
+    root = rendered("confusions.html", [confusion("set", classified(counts))])
+    (frequent,) = root.iter("table")
+    assert rows(frequent)[1:] == [["<003>", "<001>", "7", "9"]]
     squares = [(rect.get("x"), rect.get("y")) for rect in root.iter("rect") if rect.get("class") == "miss"]
     assert squares == ([("1", "3")] if drawn else [])
+    tips = [tip.text for tip in root.iter("title")]
+    assert ("<003> predicted as <001>: 7" in tips) == drawn
 
 
 def test_a_model_without_a_mistake_has_no_confusions_to_list():
-    (matrix,) = ElementTree.fromstring(confusion(classified(np.eye(4, dtype=int)))).iter("table")
+    (matrix,) = rendered("confusions.html", [confusion("set", classified(np.eye(4, dtype=int)))]).iter("table")
     assert len(rows(matrix)) == 5
 
 
 def test_chance_stays_on_the_scale_of_a_model_that_does_worse():
     found = classified(np.array([[0, 9], [9, 0]]))
     result = {"set": "s", "type": "zero_shot", "task": "a -> b", "step": None, "skipped": 2, **found.figures()}
-    root = ElementTree.fromstring(figures([result]))
-    assert 0 < float(root.find(".//line[@class='chance']").get("x1")) <= 100
+    root = rendered("results.html", section([result], [], []))
+    _, _, scale, _ = root.find(".//svg").get("viewBox").split()
+    assert 0 < float(root.find(".//line[@class='chance']").get("x1")) <= float(scale)
     assert "Unreadable rows left out: s 2." in "".join(root.find(".//caption").itertext())

@@ -620,7 +620,7 @@ def test_a_modality_from_outside_the_package_trains_and_is_measured(tmp_path):
     done = subprocess.run(report, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "run" / "report.html").read_text()
-    three_curves = r"<svg[^>]*><title>motion: traces\.parquet\[\d+\]</title>(?:<path[^>]*></path>){3}</svg>"
+    three_curves = r"<svg[^>]*>\s*<title>motion: traces\.parquet\[\d+\]</title>\s*(?:<path[^>]*/>\s*){3}</svg>"
     assert len(re.findall(three_curves, page)) == page.count('class="series"') > 6
     skipped = read_lines(tmp_path / "run" / "skipped.jsonl")
     assert {(line["where"], line["why"]) for line in skipped} == {

@@ -1,4 +1,4 @@
 """A run or a model as one HTML page without scripts.
 
-Charts are SVG inside the page.
+The Python modules compute what the page shows. The Jinja2 templates in `templates/` turn it into HTML and SVG.
 """

@@ -1,4 +1,4 @@
-"""What a model can do: figures beside chance, who is taken for whom, and queries with their answers, to look at."""
+"""What a model can do: its metrics next to chance, its confusions, and example queries with their answers."""
 
 from base64 import b64encode
 from collections.abc import Callable
@@ -12,166 +12,121 @@ from openimp.data.tables import Table
 from openimp.evaluation.classes import Classified
 from openimp.evaluation.figures import first_figure
 from openimp.evaluation.retrieval import Retrieved
-from openimp.report.charts import Curve, heat, line_chart, matrix, nice_ticks, percent, series, share_bar
-from openimp.report.markup import Child, Markup, join, table, tag
+from openimp.report.charts import Curve, line_chart, nice_ticks, series
 
-LABELLED = 25
-"""Classes up to which a confusion matrix is a table of numbers."""
-SQUARES = 200
-"""Classes up to which a larger one is drawn."""
-LISTED = 12
-"""The most frequent confusions that are named."""
+MAX_TABLE = 25
+"""Maximum number of classes for which the confusion matrix is a table of numbers."""
+MAX_MATRIX = 200
+"""Maximum number of classes for which the confusion matrix is drawn as squares."""
+MAX_CONFUSIONS = 12
+"""Number of most frequent confusions that are listed."""
 CASES = 2
-"""Queries of each kind: the best, the median and the worst by rank."""
+"""Number of queries per kind: best, median and worst rank."""
 ANSWERS = 5
-"""Answers of a query."""
-LEGEND = tag(
-    "p",
-    "Some queries of each set and direction, chosen by the rank of their best right answer: the best, the median and "
-    "the worst. Beside each stand its first five answers with their similarity, and, if none of these is right, the "
-    "best right one at its rank.",
-    class_="note",
-)
+"""Number of answers per query."""
 Show = Callable[[str, int], "str | bytes | np.ndarray"]
-"""What a person sees of a modality in a row of the set's source."""
+"""Returns what a person sees of a modality's value in a row of the evaluation set's source."""
 
 
-def figures(results: list[dict[str, Any]]) -> Markup:
-    """The figures of the evaluation sets, beside chance."""
-    top = min(1.0, nice_ticks(0, max(max(result["interval"][1], result["chance"]) for result in results))[-1])
-    steps = {result["step"] for result in results}
-    rows: list[list[Child]] = []
-    for result in results:
-        retrieval = result["type"] == "retrieval"
-        first, (low, high), chance = first_figure(result), result["interval"], result["chance"]
-        fifth = "r5" if retrieval else "top5"  # Nearest neighbours rank no classes, so a probe has none.
-        task = arrow(result["task"]) + ("" if len(steps) == 1 else f", step {result['step']}")
-        rows.append(
-            [
-                [_breakable(result["set"]), tag("small", task)],
-                [tag("b", percent(first)), tag("small", f"{percent(low)} to {percent(high)}")],
-                share_bar(first, low, high, chance, top),
-                percent(chance),
-                f"{first / chance:.1f}×" if chance else "",
-                percent(result[fifth]) if fifth in result else "",
-                percent(result["r10"]) if retrieval else "",
-                f"{result['median_rank']:g}" if retrieval else "",
-                f"{result['mrr']:.3f}" if retrieval else "",
-                [f"{result['n']:,}", tag("small", f"of {result['candidates']:,}")],
-            ]
-        )
-    scale = f"0 to {100 * top:.3g}%"
-    head = ["set", "R@1, top-1 or mAP", scale, "chance", "× chance", "at 5", "at 10", "median rank", "MRR", "items"]
-    caption = "" if steps == {None} or len(steps) > 1 else f"At step {steps.pop():,}. "
-    caption += (
-        "R@1 of retrieval, top-1 of classes, or mAP where a row has any number of them, with the 95% bootstrap "
-        "interval over the items, which says nothing of other seeds; the red mark is chance. At the end, the items and "
-        "the candidates for each."
-    )
-    skipped = {result["set"]: result["skipped"] for result in results if result["skipped"]}
-    if skipped:
-        caption += " Unreadable rows left out: " + ", ".join(f"{name} {n:,}" for name, n in skipped.items()) + "."
-    return table(caption, head, rows, class_="figures")
+def section(results: list[dict[str, Any]], recorded: list[dict[str, Any]], notes: list[str]) -> dict[str, Any] | None:
+    """The data of the section with the results; None if there is nothing to say.
+
+    Args:
+        results: the results in the table.
+        recorded: all lines of results.jsonl, for the charts.
+        notes: sentences above the table.
+    """
+    if not results and not notes:
+        return None
+    largest = max((max(result["interval"][1], result["chance"]) for result in results), default=1.0)
+    return {
+        "notes": notes,
+        "results": results,
+        "steps": list({result["step"] for result in results}),
+        "scale": min(1.0, nice_ticks(0, largest)[-1]),
+        "skipped": {result["set"]: result["skipped"] for result in results if result["skipped"]},
+        "history": _history(recorded),
+    }
 
 
-def history(results: list[dict[str, Any]]) -> Markup | None:
-    """How R@1, top-1 and mAP came to be, a chart for each set, where a run was measured more than once."""
-    points: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for result in results:
-        of_set = points.setdefault(result["set"], {})
-        of_set.setdefault(arrow(result["task"]), []).append((result["step"] or 0, first_figure(result)))
-    charts = []
-    for name, tasks in points.items():
-        curves = [Curve(task, [x for x, _ in found], [y for _, y in found]) for task, found in tasks.items()]
-        if len(curves[0].steps) > 1:
-            charts.append(line_chart(name, curves, shares=True, smooth=False))
-    return join(tag("h3", "Results over the training"), tag("div", charts, class_="charts")) if charts else None
+def _history(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One chart per evaluation set that was measured at several steps, with one curve per task."""
+    sets: dict[str, dict[str, Curve]] = {}
+    for result in recorded:
+        task = result["task"].replace("->", "→")
+        curve = sets.setdefault(result["set"], {}).setdefault(task, Curve(task, [], []))
+        curve.steps.append(result["step"] or 0)
+        curve.values.append(first_figure(result))
+    return [
+        line_chart(name, list(curves.values()), shares=True, smooth=False)
+        for name, curves in sets.items()
+        if any(len(curve.steps) > 1 for curve in curves.values())
+    ]
 
 
-def confusion(found: Classified) -> Markup:
-    """Which classes are taken for which: all counts as a table, or for many classes a drawing, and the commonest."""
-    counts, names = found.confusion(), [str(name) for name in found.classes]
-    parts: list[Child] = []
-    if len(names) <= LABELLED:
-        shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-        rows = [
-            [name, *(heat(str(count), share, f"{name} taken for {other}: {count}") if count else "0"
-                     for other, count, share in zip(names, counts[i].tolist(), shares[i].tolist()))]
-            for i, name in enumerate(names)
-        ]  # fmt: skip
-        caption = "Confusion matrix: how many of a class (row) were taken for each class (column)"
-        head = ["", *(tag("span", name, title=name) for name in names)]
-        parts.append(table(caption, head, rows, class_="heat confusion"))
-    elif len(names) <= SQUARES:
-        label = f"Confusion matrix of {len(names)} classes: {counts.trace():,} of {counts.sum():,} on the diagonal"
-        note = "Rows are the classes, columns what they were taken for, in the same order; the diagonal is right."
-        drawing, told = matrix(counts, names, label), tag("figcaption", label, ". ", note)
-        parts.append(tag("figure", drawing, told, class_="squares"))
-    wrong = counts - np.diag(counts.diagonal())
-    order = [divmod(int(i), len(names)) for i in np.argsort(-wrong, axis=None, kind="stable")[:LISTED]]
-    rows = [[names[i], names[j], f"{wrong[i, j]:,}", f"{counts[i].sum():,}"] for i, j in order if wrong[i, j]]
-    if rows:
-        parts.append(table("The most frequent confusions", ["class", "taken for", "times", "of"], rows, words=2))
-    return tag("div", parts, class_="confusions")
+def confusion(name: str, found: Classified) -> dict[str, Any]:
+    """The confusion matrix and the most frequent confusions. With many classes, there is no matrix."""
+    counts_KK, classes = found.confusion(), [str(label) for label in found.classes]
+    total_K1 = counts_KK.sum(1, keepdims=True)
+    wrong_KK = counts_KK - np.diag(counts_KK.diagonal())
+    order = [divmod(int(i), len(classes)) for i in np.argsort(-wrong_KK, axis=None, kind="stable")[:MAX_CONFUSIONS]]
+    return {
+        "title": f"{name}: {found.query} → {found.target}",
+        "classes": classes,
+        "form": "table" if len(classes) <= MAX_TABLE else "squares" if len(classes) <= MAX_MATRIX else None,
+        "counts": counts_KK.tolist(),
+        "shares": (counts_KK / np.maximum(1, total_K1)).tolist(),
+        "cells": np.argwhere(counts_KK).tolist(),
+        "correct": int(counts_KK.trace()),
+        "total": int(counts_KK.sum()),
+        "frequent": [(classes[i], classes[j], wrong_KK[i, j], total_K1[i, 0]) for i, j in order if wrong_KK[i, j]],
+    }
 
 
-def retrieval(found: Retrieved, source: Table, show: Show) -> Markup:
-    """Some queries of one direction with their first answers: the best, the median and the worst by rank."""
+def retrieval(name: str, found: Retrieved, source: Table, show: Show) -> dict[str, Any]:
+    """Example queries of one direction: those with the best, the median and the worst rank."""
     order, middle = np.argsort(found.rank, kind="stable"), max(0, (len(found.rank) - CASES) // 2)
     kinds = {"best": order[:CASES], "median": order[middle : middle + CASES], "worst": order[-CASES:]}
     chosen: dict[int, str] = {}
     for kind, queries in kinds.items():
         for query in queries.tolist():
-            chosen.setdefault(query, kind)  # Of few queries, one may be of two kinds.
-    cases = [_case(found, source, show, query, kind) for query, kind in chosen.items()]
-    said = found.figures()
-    note = (
-        f"Rank of the best right answer among {said['candidates']:,}: median {said['median_rank']:g}. "
-        f"R@1 {percent(said['r1'])}, chance {percent(said['chance'])}."
-    )
-    return tag("div", tag("p", note, class_="note"), tag("div", cases, class_="cases"))
+            chosen.setdefault(query, kind)  # If there are few queries, one may be of two kinds.
 
-
-def _case(found: Retrieved, source: Table, show: Show, query: int, kind: str) -> Markup:
-    rank = int(found.rank[query])
-
-    def thing(modality: str, row: int) -> Markup:
+    def value(modality: str, row: int) -> dict[str, Any]:
         return display(show(modality, row), f"{modality}: {source.where(row)}")
 
-    items = []
-    for place, answer in enumerate(found.answers(query, ANSWERS), 1):
-        late = place > ANSWERS
-        position = rank if late else place
-        told = tag("span", f"{position:,}", " ✓ right" if answer.right else None, class_="place")
-        head = tag("div", told, tag("span", f"{answer.similarity:.2f}", title="similarity"), class_="about")
-        state = "late" if late else "right" if answer.right else None
-        shown = thing(found.target, int(found.target_row[answer.candidate]))
-        items.append(tag("li", head, shown, value=position, class_=state))
-    about = tag("div", tag("span", kind, class_="kind"), tag("span", f"rank {rank:,}"), class_="about")
-    asked = tag("div", about, thing(found.query, int(found.query_row[query])), class_="query")
-    answers = tag("ol", items, aria_label="answers")
-    return tag("article", asked, answers, class_="case", aria_label=f"{kind}, rank {rank:,}")
+    def case(query: int, kind: str) -> dict[str, Any]:
+        rank = int(found.rank[query])
+        answers = [
+            {
+                "rank": place if place <= ANSWERS else rank,  # The best correct answer follows the first ones.
+                "late": place > ANSWERS,
+                "correct": answer.right,
+                "similarity": answer.similarity,
+                "value": value(found.target, int(found.target_row[answer.candidate])),
+            }
+            for place, answer in enumerate(found.answers(query, ANSWERS), 1)
+        ]
+        asked = value(found.query, int(found.query_row[query]))
+        return {"kind": kind, "rank": rank, "query": asked, "answers": answers}
+
+    cases = [case(query, kind) for query, kind in chosen.items()]
+    return {"title": f"{name}: {found.query} → {found.target}", "metrics": found.figures(), "cases": cases}
 
 
-def display(shown: str | bytes | np.ndarray, label: str) -> Markup:
-    """A text, a picture or numbers, as a modality shows a value."""
-    if isinstance(shown, np.ndarray):
-        return series(shown, label)
+def display(shown: str | bytes | np.ndarray, label: str) -> dict[str, Any]:
+    """What the page shows of a value: a text, a picture or curves.
+
+    Args:
+        shown: a text, an encoded WebP picture, or numbers.
+        label: what the value is, for the tooltip.
+    """
     if isinstance(shown, str):
-        return tag("p", shown, class_="words", title=label)
+        return {"label": label, "text": shown}
+    if isinstance(shown, np.ndarray):
+        curves = series(shown)
+        size = " × ".join(map(str, shown.shape))
+        return {"label": label, "curves": curves} if curves else {"label": label, "text": f"{size} numbers"}
     with PIL.Image.open(BytesIO(shown)) as picture:
-        width, height = picture.size
-    data = f"data:image/webp;base64,{b64encode(shown).decode()}"
-    class_ = "wide" if width > 2 * height else None
-    return tag("img", src=data, alt=label, title=label, width=width, height=height, class_=class_)
-
-
-def arrow(task: str) -> str:
-    """`image -> text` with an arrow."""
-    return task.replace(" -> ", " → ")
-
-
-def _breakable(name: str) -> Markup:
-    """A name that a narrow column breaks behind its underscores."""
-    first, *rest = name.split("_")
-    return join(first, [["_", tag("wbr"), piece] for piece in rest])
+        data = b64encode(shown).decode()
+        return {"label": label, "size": picture.size, "picture": f"data:image/webp;base64,{data}"}

@@ -1,7 +1,10 @@
-"""`openimp report`: a run as one HTML page that needs nothing else, to look at and to show to others."""
+"""`openimp report`: writes the page about a run or a model."""
 
-from collections.abc import Callable
+import os
+import platform
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,9 @@ import numpy as np
 from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, model_folder, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
-from openimp.common.json_lines import read_lines
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.safe_files import refuse_links, write_text
+from openimp.common.versions import openimp_version
 from openimp.data.tables import Table
 from openimp.data.trust import check_sources
 from openimp.encoding.items import Progress, raw_value
@@ -20,122 +23,113 @@ from openimp.evaluation.classes import Classified
 from openimp.evaluation.evaluate import measure, open_sets
 from openimp.evaluation.results import read_results
 from openimp.evaluation.retrieval import Retrieved
-from openimp.model.imp import IMP
 from openimp.recipe.evaluation import EvaluationSet
 from openimp.recipe.schema import Recipe
 from openimp.report import results, training
-from openimp.report.markup import Child, Markup, join, tag
-from openimp.report.page import facts, page
+from openimp.report.page import render
+from openimp.training.metrics_file import read_metrics
+
+
+@dataclass
+class Evaluations:
+    """What the page shows of the evaluation sets; see `results` for the dicts.
+
+    Attributes:
+        results: the results in the table.
+        notes: sentences about sets that were not measured.
+        confusions: the confusions of each set with one class per item.
+        retrievals: the example queries of each direction of each retrieval set.
+    """
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    confusions: list[dict[str, Any]] = field(default_factory=list)
+    retrievals: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_report(
     run: Path, out: Path | None = None, progress: Progress | None = None, allow_sources: bool = False
 ) -> Path:
-    """Writes the page, whole or not at all, and gives its place.
+    """Writes the page, completely or not at all, and returns its path.
 
-    The curves come from the run's metrics.jsonl. The evaluation sets of its newest checkpoint are measured again, for
-    their figures do not tell what was taken for what; a set whose data is not there any more keeps its figures of
+    The curves come from metrics.jsonl. The evaluation sets are measured again with the newest checkpoint, because
+    results.jsonl does not say which answers were given. If a set cannot be measured, the page shows its results in
     results.jsonl.
 
     Args:
-        run: a run, or a folder with a model, which has no curves.
-        out: the file; left out: report.html in `run`, or in the run of a checkpoint.
+        run: a run, a checkpoint, or a model's folder. Only a run has curves.
+        out: the file to write. None: `report.html` in `run`; if that is a checkpoint, CHECKPOINT.html beside it.
         progress: wraps an iterable to show its progress.
-        allow_sources: measure even what reads other sources than `trust.check_sources` allows.
+        allow_sources: whether to read sources that `check_sources` would refuse.
 
     Raises:
-        UserError: there is neither a checkpoint nor a line of metrics, one of them is damaged, or `out` is no place
-            for a file.
+        UserError: `run` has neither a checkpoint nor metrics, one of its files is damaged, or `out` cannot be a file.
     """
     refuse_links(run)
-    lines = read_lines(run / "metrics.jsonl")
-    trained = (run / "config.json").exists() or bool(checkpoints(run))
-    if not trained and not lines:
+    metrics = read_metrics(run / "metrics.jsonl")
+    has_model = (run / "config.json").exists() or bool(checkpoints(run))
+    if not has_model and not metrics:
         raise UserError(f"{run}: nothing to report on: no checkpoint, and no line in metrics.jsonl")
-    # Not into a checkpoint, which must hold what was saved and nothing else.
-    out = out or (run.resolve().parents[1] if (run / MANIFEST).exists() else run) / "report.html"
+    if out is None:
+        folder = Path(os.path.abspath(run))  # "." has no name.
+        # A checkpoint may hold only the files in its manifest.
+        out = folder.with_name(f"{folder.name}.html") if (run / MANIFEST).exists() else run / "report.html"
     if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"{out}: --out needs a file, in a directory that is there")
-    text = _page(run, lines, trained, progress, allow_sources)
-    write_text(out, text, errors="replace")  # Lone surrogates, which file names may hold, are no UTF-8.
+        raise UserError(f"{out}: --out must be a file in an existing folder")
+    recorded = read_results(run / "results.jsonl")
+    if has_model:
+        about, evaluations = _measure(run, recorded, progress, allow_sources)
+    else:
+        about = {"recipe": Recipe.load(run / "recipe.yaml"), "parameters": None, "step": metrics[-1].step}
+        notes = ["There is no checkpoint to measure."] if recorded else []
+        evaluations = Evaluations(_latest(recorded), notes)
+    newest = run / "metrics.jsonl" if metrics else model_folder(run) / "config.json"
+    page = render(
+        {
+            "Results": results.section(evaluations.results, recorded, evaluations.notes),
+            **training.sections(metrics),
+            "Confusions": evaluations.confusions,
+            "Retrieval": evaluations.retrievals,
+        },
+        **about,
+        metrics=metrics,
+        written=datetime.fromtimestamp(newest.stat().st_mtime, UTC),
+        made=datetime.now(UTC),
+        versions={"openimp": openimp_version(), "torch": version("torch"), "Python": platform.python_version()},
+    )
+    write_text(out, page, errors="replace")  # File names may hold lone surrogates, which UTF-8 cannot encode.
     return out
 
 
-def _page(run: Path, lines: list[dict[str, Any]], trained: bool, progress: Progress | None, allow_sources: bool) -> str:
-    recorded = read_results(run / "results.jsonl")
-    sections: dict[str, Markup | None] = {"Results": None}
-    if lines:
-        sections |= {
-            "Losses": training.losses(lines),
-            "Pace": training.pace(lines),
-            "Mixture": training.mixture(lines),
-            "Experts": training.experts(lines),
-        }
-    if trained:
-        folder = model_folder(run)
-        model, recipe, modalities, classes = load_model(folder)
-
-        def check(name: str) -> None:
-            if not allow_sources:
-                check_sources(run, folder, recipe, [name])
-
-        step, newest = saved_step(folder), run / "metrics.jsonl" if lines else folder / "config.json"
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        sections |= _looks(model.to(pick_device()), recipe, modalities, classes, step, recorded, check, progress)
-    else:
-        recipe, parameters, newest = Recipe.load(run / "recipe.yaml"), None, run / "metrics.jsonl"
-        step = lines[-1]["step"]
-        sections["Results"] = _results(
-            _latest(recorded), recorded, ["There is no checkpoint to measure."] if recorded else []
-        )
-    until = datetime.fromtimestamp(newest.stat().st_mtime, UTC)
-    return page(recipe.name, facts(recipe, parameters, step, lines, until), sections)
-
-
-def _looks(
-    model: IMP,
-    recipe: Recipe,
-    modalities: dict[str, Modality],
-    classes: dict[str, list[Any]],
-    step: int | None,
-    recorded: list[dict[str, Any]],
-    check: Callable[[str], None],
-    progress: Progress | None,
-) -> dict[str, Markup | None]:
-    """The sections for which the model is measured again, on the sets that pass `check`."""
-    told: list[dict[str, Any]] = []
-    missing: list[str] = []
-    confusions: list[Child] = []
-    retrievals: list[Child] = []
+def _measure(
+    run: Path, recorded: list[dict[str, Any]], progress: Progress | None, allow_sources: bool
+) -> tuple[dict[str, Any], Evaluations]:
+    """Measures the model on its evaluation sets, and returns what page.html shows about the model, too."""
+    folder = model_folder(run)
+    model, recipe, modalities, classes = load_model(folder)
+    step = saved_step(folder)
+    model.to(pick_device())
+    found = Evaluations()
     for name, options in recipe.evaluation.sets.items():
         try:
-            check(name)
+            if not allow_sources:
+                check_sources(run, folder, recipe, [name])
             sources = open_sets(model, recipe, modalities, [name], classes)[name]
             measured = measure(model, recipe, modalities, name, sources, step, progress, classes)
         except UserError as error:
-            missing.append(f"{name} is not measured again; its figures are those that were recorded, if any: {error}")
-            told += _latest([result for result in recorded if result["set"] == name])
+            found.notes.append(f"{name} is not measured again. Its recorded results, if any, are shown. {error}")
+            found.results += _latest([result for result in recorded if result["set"] == name])
             continue
-        told += measured.results
-        show = _show(modalities, options, sources[options.source])
-        for found in measured.found:
-            heading = tag("h3", f"{name}: {found.query} → {found.target}")
-            if isinstance(found, Classified):
-                confusions += [heading, results.confusion(found)]
-            elif isinstance(found, Retrieved):
-                retrievals += [heading, results.retrieval(found, sources[options.source], show)]
-    return {
-        "Results": _results(told, recorded, missing),
-        "Confusions": join(confusions) if confusions else None,
-        "Retrieval": join(results.LEGEND, retrievals) if retrievals else None,
-    }
-
-
-def _results(told: list[dict[str, Any]], recorded: list[dict[str, Any]], notes: list[str]) -> Markup | None:
-    if not told and not notes:
-        return None
-    said = [tag("p", note, class_="note") for note in notes]
-    return join(said, results.figures(told) if told else None, results.history(recorded))
+        found.results += measured.results
+        source = sources[options.source]
+        for answers in measured.found:
+            if isinstance(answers, Classified):
+                found.confusions.append(results.confusion(name, answers))
+            elif isinstance(answers, Retrieved):
+                show = _show(modalities, options, source)
+                found.retrievals.append(results.retrieval(name, answers, source, show))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"recipe": recipe, "parameters": parameters, "step": step}, found
 
 
 def _latest(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -144,8 +138,6 @@ def _latest(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _show(modalities: dict[str, Modality], options: EvaluationSet, source: Table) -> results.Show:
-    """What a person sees of a modality in a row of a set's source."""
-
     def show(name: str, row: int) -> str | bytes | np.ndarray:
         modality = modalities[name]
         try:
@@ -154,6 +146,3 @@ def _show(modalities: dict[str, Modality], options: EvaluationSet, source: Table
             return f"cannot be shown: {error}"
 
     return show
-
-
-__all__ = ["write_report"]
