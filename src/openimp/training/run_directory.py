@@ -87,8 +87,8 @@ class RunDirectory:
             resume = saved  # A run that died before its first checkpoint starts again and loses nothing.
         elif self.recipe_file.exists() and not saved:
             raise UserError(
-                f"{self.path}: holds a run that saved no checkpoint; start it again with --resume auto, or name another "
-                "directory with --run-dir"
+                f"{self.path}: holds a run that saved no checkpoint; start it again with --resume auto, or name "
+                "another directory with --run-dir"
             )
         elif self.recipe_file.exists() and not resume:
             raise UserError(
