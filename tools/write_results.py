@@ -62,7 +62,7 @@ def write_table(run: Path, readme: Path) -> None:
     flops = sum(units["flops"] for units in spent[-1]["totals"].values())
     rows += [
         "",
-        f"{last:,} steps, {flops / 1e12:.1f} TFLOPs, {seconds:.0f} s of training, of it {wait:.1%} waiting for data; "
+        f"{last:,} steps, {flops / 1e12:.1f} TFLOPs, {seconds:.0f} s of training, {wait:.1%} of them waiting for data; "
         f"seed {openimp.Recipe.load(run / 'recipe.yaml').seed}, {torch.get_num_threads()} threads, "
         f"torch {version('torch')}, Python {platform.python_version()}, openimp {lines[-1]['openimp']}. "
         "In brackets the 95 % interval over the items.",
