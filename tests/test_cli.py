@@ -346,7 +346,7 @@ def test_too_many_broken_files_stop_the_run(openimp, refused, own_data, tmp_path
     assert "task named: " in told
     assert "examples could not be read, more than train.max_bad_fraction 0.05; among them " in told
     assert any(name in told for name in bad)
-    assert told.endswith(f"all are named in {run / 'skipped.jsonl'}")
+    assert told.endswith(f"{run / 'skipped.jsonl'} lists all")
     assert {line["where"] for line in read_lines(run / "skipped.jsonl")} <= bad
     # The steps up to there are kept.
     assert checkpoints(run)[-1].name == f"step-{read_lines(run / 'skipped.jsonl')[-1]['step'] + 1:08d}"

@@ -1,4 +1,4 @@
-"""The command line: a function a command, no logic. A docstring is its help."""
+"""The command line: one function per command, without logic. Its docstring is its help."""
 
 import errno
 import os
@@ -12,17 +12,19 @@ from openimp.common.errors import UserError, printable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe's YAML file, or a bundled one's name.")]
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's YAML file, or the name of a bundled recipe.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a folder with a model.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Change one key of the recipe: KEY=VALUE, such as train.steps=100.")
+    list[str] | None,
+    typer.Option("--set", help="Change one key of the recipe: KEY=VALUE, for example train.steps=100."),
 ]
 RunOption = Annotated[
-    Path | None, typer.Option("--run", "--run-dir", help="Where to write. [default: runs/NAME of the recipe]")
+    Path | None,
+    typer.Option("--run", "--run-dir", help="Directory to write to. [default: runs/NAME, with the name of the recipe]"),
 ]
 
 AllowSourcesOption = Annotated[
-    bool, typer.Option("--allow-sources", help="Let the recipe of a model that you did not train here read any source.")
+    bool, typer.Option("--allow-sources", help="Let the recipe of a model that was not trained here read any source.")
 ]
 
 
@@ -61,14 +63,14 @@ def train(
         typer.Option(
             "--resume",
             metavar="[auto]",
-            help="Go on from a run's newest intact checkpoint; on the CPU, bit for bit. auto: start it if it has none.",
+            help="Resume from the newest intact checkpoint, exactly. auto: start if there is none.",
         ),
     ] = None,
     allow_changed_data: Annotated[
-        bool, typer.Option("--allow-changed-data", help="Resume even if a source is not what it was.")
+        bool, typer.Option("--allow-changed-data", help="Resume although a source has changed.")
     ] = False,
 ) -> None:
-    """Train a recipe, evaluate it, and write the run: checkpoints, metrics, results."""
+    """Train and evaluate a recipe, and write checkpoints, metrics and results to the run's directory."""
     from openimp.commands import run_train
 
     run_train(recipe, set_ or [], run, resume, allow_changed_data)
@@ -79,13 +81,13 @@ def eval(
     run: RunArgument,
     sets: Annotated[list[str] | None, typer.Argument(help="Evaluation sets of the recipe. [default: all]")] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Take sources and sets from this recipe, not the run's.")
+        str | None, typer.Option("--recipe", help="Take sources and evaluation sets from this recipe instead.")
     ] = None,
     set_: SetOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Append the results here too, as JSON lines.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Append the results to this file, as JSON lines.")] = None,
     allow_sources: AllowSourcesOption = False,
 ) -> None:
-    """Measure a trained model: zero-shot classification, class heads, retrieval and probes, beside chance."""
+    """Evaluate a model: retrieval, zero-shot classification, trained heads and probes, each compared with chance."""
     from openimp.commands import run_eval
 
     run_eval(run, sets, recipe, out, set_, allow_sources)
@@ -94,13 +96,15 @@ def eval(
 @app.command()
 def embed(
     run: RunArgument,
-    files: Annotated[list[Path], typer.Argument(help="Files, or folders of them.")],
+    files: Annotated[list[Path], typer.Argument(help="Files, or folders with files.")],
     out: Annotated[Path, typer.Option("--out", help="The Parquet file to write.")] = Path("embeddings.parquet"),
-    modality: Annotated[str | None, typer.Option(help="What the files are. [default: told by their endings]")] = None,
-    towards: Annotated[str | None, typer.Option(help="The modality to compare with, in a disjoint space.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Files encoded at once.")] = 64,
+    modality: Annotated[str | None, typer.Option(help="Modality of the files. [default: by their extensions]")] = None,
+    towards: Annotated[
+        str | None, typer.Option(help="Modality to compare the embeddings with, if spaces are disjoint.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
 ) -> None:
-    """Write the embeddings of files, with their paths, to a Parquet file."""
+    """Embed files, and write paths and embeddings to a Parquet file."""
     from openimp.inference.embed import embed as embed_files
 
     embed_files(run, files, out, modality=modality, towards=towards, batch_size=batch_size)
@@ -114,7 +118,7 @@ def report(
     ] = None,
     allow_sources: AllowSourcesOption = False,
 ) -> None:
-    """Write one HTML page about a run: its curves, experts, results beside chance, and answers to look at."""
+    """Write one HTML page about a run: curves, use of experts, results, and queries with their answers."""
     from openimp.commands import run_report
 
     run_report(run, out, allow_sources)
@@ -122,9 +126,9 @@ def report(
 
 @app.command()
 def info(
-    what: Annotated[str, typer.Argument(help="A run, a model's folder, or a recipe.")], set_: SetOption = None
+    what: Annotated[str, typer.Argument(help="A run, a folder with a model, or a recipe.")], set_: SetOption = None
 ) -> None:
-    """Show a model's parameters and a recipe's mixture; of a run, also what it has spent and its results."""
+    """Show parameters and FLOPs of a model or a recipe, and for a run also what it has spent and its results."""
     from openimp.commands import run_info
 
     run_info(what, set_ or [])
@@ -134,11 +138,11 @@ def info(
 def plan(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    gpus: Annotated[int, typer.Option("--gpus", help="How many share each batch.")] = 256,
-    gpu: Annotated[str, typer.Option("--gpu", help="Of which kind, such as a100, h100, h200.")] = "h100",
-    mfu: Annotated[float, typer.Option("--mfu", help="Share of its bf16 peak that training reaches.")] = 0.4,
+    gpus: Annotated[int, typer.Option("--gpus", help="Number of GPUs.")] = 256,
+    gpu: Annotated[str, typer.Option("--gpu", help="Type of GPU, for example a100, h100 or h200.")] = "h100",
+    mfu: Annotated[float, typer.Option("--mfu", help="Share of the peak bf16 FLOP/s that training reaches.")] = 0.4,
 ) -> None:
-    """Say what a training would need, without any GPU: parameters, memory, FLOPs, communication, days."""
+    """Compute what a training needs, without a GPU: parameters, memory, FLOPs, communication, days."""
     from openimp.commands import run_plan
 
     run_plan(recipe, set_ or [], gpus, gpu, mfu)
@@ -146,23 +150,23 @@ def plan(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="A study's YAML file, or a bundled one's name.")],
+    name: Annotated[str, typer.Argument(help="A study's YAML file, or the name of a bundled study.")],
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="One seed and a few steps, to see that all of it works.")
+        bool, typer.Option("--smoke", help="One seed and a few steps, to check that everything works.")
     ] = False,
-    runs: Annotated[Path, typer.Option("--runs", help="Where the trainings are kept.")] = Path("runs/studies"),
-    out: Annotated[Path, typer.Option("--out", help="Where the table and the plot go.")] = Path("docs/results"),
+    runs: Annotated[Path, typer.Option("--runs", help="Folder for the trainings.")] = Path("runs/studies"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for the page with its plots.")] = Path("docs/results"),
 ) -> None:
-    """Compare variants of a recipe at equal FLOPs, over seeds; started again, it goes on where it stopped."""
+    """Compare variants of a recipe at equal FLOPs, over several seeds. A study that was stopped resumes."""
     from openimp.study.run import run_study
 
     run_study(name, runs, out, smoke)
 
 
 def main() -> None:
-    """Runs a command; what the user can mend, files that cannot be used too, is told in one line, with exit code 2."""
-    # Threads of torch's that wait for one another would keep the cores busy for milliseconds that the loader's workers
-    # could use; on two cores with one worker they cost the demo's steps time. Read when torch is loaded.
+    """Runs a command. Errors that the user can fix are printed in one line, with exit code 2."""
+    # torch's threads spin for milliseconds while they wait for each other, on cores that the loader's workers need. The
+    # variable is read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app(_with_values(sys.argv[1:]))
@@ -170,7 +174,7 @@ def main() -> None:
         print(f"openimp: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        # A write to a full disk does not say where.
+        # If the disk is full, the error has no file name.
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
@@ -179,8 +183,7 @@ def main() -> None:
 
 
 def _with_values(arguments: list[str]) -> list[str]:
-    """A bare --resume gets an empty value, for typer has no options whose value may be left out: what click has for
-    that, flag_value, it does not pass on."""
+    """Gives a bare --resume an empty value, because typer does not support options with an optional value."""
     following = [*arguments[1:], ""]
     return [f"{it}=" if it == "--resume" and after != "auto" else it for it, after in zip(arguments, following)]
 

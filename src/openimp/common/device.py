@@ -1,4 +1,4 @@
-"""Where tensors live, and in what precision the model computes; the same in training, evaluation and use."""
+"""Device and precision, chosen alike in training, evaluation and inference."""
 
 import ctypes
 import platform
@@ -15,33 +15,28 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 
 def pick_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The context of a forward pass.
-
-    Args:
-        device: where it runs.
-        precision: "bf16" or "fp32" as it says; "auto" is bf16 where that is faster.
-    """
+    """The autocast context for a forward pass; see `precision_of`."""
     enabled = precision_of(device, precision) == "bf16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def precision_of(device: torch.device, precision: Precision) -> Literal["bf16", "fp32"]:
-    """What `precision` comes to on a device."""
+    """The precision on a device: "auto" is bf16 if that is faster there."""
     if precision == "auto":
         return "bf16" if has_bf16(device) else "fp32"
     return precision
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what a step frees for the next one, where the allocator is glibc's.
+    """Makes glibc's allocator keep freed memory for the next step.
 
-    Otherwise large tensors go back to the system after each step and are zeroed page by page in the next: about a tenth
-    of a sparse model's step on a CPU.
+    Otherwise large tensors are returned to the system after each step, and the kernel zeroes their pages again: about a
+    tenth of a sparse model's step on a CPU.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -50,28 +45,27 @@ def keep_freed_memory() -> None:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """The context of what must not be rounded inside a forward pass: routers and the softmax of a loss."""
-    # The meta device, on which costs are counted, knows no autocast.
+    """Disables autocast for routers and for the softmax of a loss, which need fp32."""
+    # FLOPs are counted on the meta device, which has no autocast.
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 is computed by the processor itself, and faster than fp32."""
+    """Whether the processor computes bf16 natively and faster than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    # AVX-512's bf16 product is twice as fast as fp32 on AMD's cores, and half as fast on Intel's, which have AMX for
-    # it unless a virtual machine hides that. torch.ops.mkldnn._is_mkldnn_bf16_supported even says yes where it is
-    # emulated.
+    # On AMD, AVX-512 computes bf16 twice as fast as fp32. On Intel it is half as fast; Intel has AMX for bf16, which
+    # virtual machines may hide. torch.ops.mkldnn._is_mkldnn_bf16_supported returns True even for emulation.
     return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and _vendor() == "AuthenticAMD")
 
 
 @cache
 def _vendor() -> str:
-    """Who made the CPU: "AuthenticAMD", "GenuineIntel", or something else."""
+    """The CPU's vendor, such as "AuthenticAMD" or "GenuineIntel"."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # Not Linux; Windows tells it at the end of "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD".
+    except OSError:  # Not Linux. On Windows it is the end of "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD".
         return platform.processor().rpartition(" ")[2]
     return next((line.rpartition(" ")[2] for line in lines if line.startswith("vendor_id")), "")

@@ -1,14 +1,14 @@
-"""The one exception that means: the user can mend this. The command line prints it in one line and exits with 2."""
+"""The exception for errors that the user can fix. The command line prints it in one line and exits with code 2."""
 
 import difflib
 from collections.abc import Iterable
 
 FEW = 50
-"""Most known words that an error message lists."""
+"""Maximum number of known words that an error message lists."""
 
 
 class UserError(Exception):
-    """Bad input. The message is one sentence that names the file, key or column and what was expected."""
+    """Bad input. The message is one sentence: which file, key or column is wrong, and what was expected."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))

@@ -7,21 +7,21 @@ from typing import Any
 from openimp.common.errors import UserError
 from openimp.common.safe_files import read_text, write_text
 
-LARGEST_LOG = 2**28
-"""Bytes of a file of JSON lines at most, when it is read."""
+MAX_BYTES = 2**28
+"""Largest file in bytes that is read."""
 
 
 def append(file: Path, line: dict[str, Any]) -> None:
-    """Adds one JSON line."""
+    """Appends one line."""
     try:
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-    except OSError as error:  # A full disk does not say where it is.
+    except OSError as error:  # If the disk is full, the error does not name the file.
         raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """All whole JSON lines of a file; a last one that a crash cut short is left out.
+    """Reads all complete lines. A last line that a crash cut short is skipped; a missing file has no lines.
 
     Raises:
         UserError: a line is not a JSON object with a step, or the file is too large.
@@ -29,7 +29,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     found = []
-    for number, line in enumerate(read_text(file, LARGEST_LOG).split("\n")[:-1], 1):
+    for number, line in enumerate(read_text(file, MAX_BYTES).split("\n")[:-1], 1):
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -40,7 +40,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def forget_after(file: Path, step: int) -> None:
-    """Forgets lines after `step`, which a run that goes on from there will write again."""
+    """Removes the lines after `step`. A run that resumes there will write them again."""
     kept = [line for line in read_lines(file) if (line["step"] or 0) <= step]
     if file.exists():
         write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))

@@ -1,7 +1,7 @@
-"""What a modality is: the only code that knows what a picture, a clip, a sound or a sentence is.
+"""`Modality`, the base class of image, video, audio, text and of modalities in other packages.
 
 A modality turns raw bytes into tokens: values, coordinates and, for text, a mask. It registers through the entry point
-group `openimp.modalities`; see docs/modalities.md for one from outside the package.
+group `openimp.modalities`. docs/modalities.md shows a modality in a package of its own.
 """
 
 from abc import ABC, abstractmethod
@@ -17,16 +17,16 @@ from openimp.common.schema import Strict
 
 
 class BadMedia(Exception):
-    """An example that cannot be read. It is skipped, counted and named; it does not stop a run by itself."""
+    """An example that cannot be read. It is skipped, counted and listed, and does not stop a run by itself."""
 
 
 class Tokens(NamedTuple):
-    """A batch of one modality. B examples, L tokens each, P values a token, A axes.
+    """A batch of one modality: B examples with L tokens each, P values per token, A axes.
 
     Attributes:
         values: (B, L, P) float, or uint8 where 0..255 stands for -1..1, or (B, L) integer ids of a table.
         coords: (B, L, A) int64, the row of each axis' position table.
-        mask: (B, L) bool, True for tokens that count; None where all do.
+        mask: (B, L) bool, False for padding; None if there is none.
     """
 
     values: torch.Tensor
@@ -42,23 +42,23 @@ class Tokens(NamedTuple):
         return Tokens(self.values.pin_memory(), self.coords.pin_memory(), mask)
 
     def split(self, examples: int) -> "list[Tokens]":
-        """Pieces of at most so many examples."""
+        """Chunks of at most `examples` examples."""
         parts = [() if part is None else part.split(examples) for part in self]
         return [Tokens(*piece) for piece in zip_longest(*parts)]
 
     def valid(self) -> torch.Tensor:
-        """(B, L) bool, the mask, or all True."""
+        """The mask (B, L), all True if there is none."""
         return self.mask if self.mask is not None else self.coords.new_ones(self.coords.shape[:2], dtype=torch.bool)
 
 
 @dataclass(frozen=True)
 class StemSpec:
-    """What the model must know of a modality's tokens to embed them.
+    """Shapes that the model needs to embed a modality's tokens.
 
     Attributes:
-        values: P, values of a token, or the size of the vocabulary where `table` is set.
-        axes: rows of each axis' position table.
-        table: tokens are ids, embedded by a table.
+        values: P, the values per token; if `table`, the size of the vocabulary.
+        axes: number of rows in the position table of each axis.
+        table: tokens are ids, which an embedding table embeds.
     """
 
     values: int
@@ -67,16 +67,16 @@ class StemSpec:
 
 
 class Modality(ABC):
-    """Base of all modalities; one instance serves a whole run, in the workers too, so it must pickle.
+    """Base class of modalities. One instance serves a whole run, also in worker processes, so it must be picklable.
 
     Class attributes:
-        name: what recipes call it.
-        stem: the embedding that it uses; modalities with the same stem share it and its `Config`.
-        masked: its tokens carry a mask.
-        reads_text: its raw value is a string, made from a column or a template; otherwise it is media: bytes, a file,
-            or an array.
-        extensions: of its files, lower case and with the dot, for commands that are given files only.
-        decoders: the installed packages that read its raw values; results of an evaluation name their versions.
+        name: its name in recipes.
+        stem: name of its stem; modalities with the same stem share its weights and its `Config`.
+        masked: whether its tokens have a mask.
+        reads_text: whether its raw values are strings, from a column or a template; otherwise they are media: bytes,
+            a path, or an array.
+        extensions: file extensions in lower case with the dot, for commands that take files.
+        decoders: installed packages that decode its raw values; evaluation results list their versions.
     """
 
     name: ClassVar[str]
@@ -87,103 +87,102 @@ class Modality(ABC):
     decoders: ClassVar[tuple[str, ...]] = ()
 
     class Config(Strict):
-        """Options of the stem, fixed for a run."""
+        """Options of the stem, which are constant in a run."""
 
     class View(Strict):
-        """Options that may change from step to step."""
+        """Options that may differ between steps."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     @abstractmethod
     def stem_spec(self) -> StemSpec:
-        """What the model needs to embed this modality's tokens."""
+        """Shapes that the model needs to embed the tokens."""
 
     def values(self) -> int:
-        """Values of one of this modality's tokens: the stem's, or a divisor of them where tokens count as repeated."""
+        """Values per token: those of the stem, or a divisor of them if the stem repeats a token's values."""
         return self.stem_spec().values
 
     @abstractmethod
     def check(self, view: Any) -> None:
-        """Raises ValueError, in one sentence that says what would do, if the view makes no whole token."""
+        """Raises ValueError, with one sentence that suggests valid options, if the view does not give whole tokens."""
 
     @abstractmethod
     def length(self, view: Any) -> int:
-        """Tokens an example in training, after token dropping."""
+        """Tokens per example in training, after token dropping."""
 
     @abstractmethod
     def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
-        """Raw value (bytes, a path, or an array) to one array, no larger than the largest of `views` needs.
+        """Decodes a raw value (bytes, a path, or an array) to an array, no larger than the largest of `views` needs.
 
-        Without `rng` it is the whole item, as far as memory allows. With `rng` it may be only the part that a random
-        view of `views[0]` sees, so that a long file is not decoded whole for one training clip.
+        Without `rng`, the result is the whole item, within memory limits. With `rng`, it may be just the part that a
+        random crop for `views[0]` sees, so that one training clip does not decode a whole long file.
 
         Raises:
-            BadMedia: it cannot be read; the message says why.
+            BadMedia: the value cannot be read; the message says why.
         """
 
     @abstractmethod
     def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
-        """Decoded array to the shape that the view asks for: augmented at random with `rng`, deterministic without.
+        """Transforms a decoded array to the shape of the view: with `rng` augmented at random, else deterministically.
 
-        In evaluation the result has one more leading axis: the clips whose embeddings are averaged (often one).
+        Without `rng`, the result has an additional first axis: the clips whose embeddings are averaged (often one).
         """
 
     @abstractmethod
     def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
-        """A stack of transformed arrays (B, ...) to tokens; with `rngs`, one an example, tokens are dropped."""
+        """Makes tokens of a stack of transformed arrays (B, ...). With `rngs`, one per example, tokens are dropped."""
 
     def encode_input(self, value: Any, view: Any) -> np.ndarray:
-        """One input of `model.encode_<name>` (a path, bytes, an array) to its clips, ready for `tokens`."""
+        """Makes clips, as `tokens` takes them, of one input of `model.encode_<name>` (a path, bytes, or an array)."""
         return self.transform(self.decode(value, [view]), view, None)
 
     def knows(self, value: Any, view: Any) -> bool:
-        """Whether anything of an input is told apart from nothing; what reads texts may know none of their words."""
+        """Whether an input differs from an empty one. A text with only unknown words does not."""
         return True
 
     def show(self, value: Any, view: Any) -> str | bytes | np.ndarray:
-        """A raw value as a person sees it beside others: a text, the bytes of a small WebP picture, or numbers that are
-        drawn as curves, (N,) or (N, curves).
+        """Shows a raw value in a report: as a text, the bytes of a small WebP picture, or curves (N,) or (N, curves).
 
-        Left alone, a modality that reads text shows it, and another the numbers of its first clip.
+        By default, a modality that reads text shows the text, and another modality the values of its first clip.
 
         Raises:
-            BadMedia: it cannot be read.
+            BadMedia: the value cannot be read.
         """
         return str(value) if self.reads_text else self.encode_input(value, view)[0]
 
     def from_tensor(self, batch: torch.Tensor) -> Tokens:
-        """A batch that its user has prepared, on any device, to all of its tokens; differentiable where it is float.
+        """Makes tokens of a prepared batch, on any device; differentiable if the batch is float.
 
         Raises:
-            TypeError: this modality, or this kind of tensor, has no such form.
+            TypeError: the modality does not support this kind of tensor.
         """
         raise TypeError(f"{self.name} takes raw values, not a tensor")
 
     def shape(self, view: Any) -> tuple[int, int, int, int]:
-        """Frames, height, width and channels of an example, for encoders that are made for pictures.
+        """Frames, height, width and channels of an example, for encoders that take pictures.
 
         Raises:
-            TypeError: this modality has no such form.
+            TypeError: the modality cannot be seen as pictures.
         """
         raise TypeError(f"{self.name} has no form of pictures")
 
     def whole(self, view: Any) -> "Modality":
-        """This modality with one token for all that the view shows, its values in the order of `shape`; none is
-        dropped. For encoders that cut patches themselves.
+        """A version of this modality with a single token that has all values in the order of `shape`, for encoders that
+        make patches themselves.
 
         Raises:
             TypeError: as `shape`.
         """
         raise TypeError(f"{self.name} has no form of pictures")
 
-    def fit(self, corpus: Iterable[list[str]]) -> None:  # noqa: B027 (most have nothing to learn)
-        """Learns from the texts of each training example before training, such as a tokenizer; asked of modalities that
-        read text."""
+    def fit(self, corpus: Iterable[list[str]]) -> None:  # noqa: B027 (most learn nothing)
+        """Learns from the texts of each training example, for example a tokenizer. Called before training, for
+        modalities that read text."""
 
     def state(self) -> dict[str, str]:
-        """What `fit` learned, as {file name: text}, to be saved beside the weights."""
+        """What `fit` learned, as {file name: text}; it is saved with the weights."""
         return {}
 
     def load_state(self, state: dict[str, str]) -> None:  # noqa: B027 (as above)
-        """Takes back what `state` gave."""
+        """Restores what `state` returned."""

@@ -1,4 +1,4 @@
-"""What a person sees: bars where there is a terminal, plain lines where there is none."""
+"""Console output: progress bars in a terminal, plain lines otherwise."""
 
 import os
 import sys
@@ -19,14 +19,14 @@ PLAIN_WIDTH = 110
 
 class _Console(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Without control characters but rich's own, whatever the names of tasks, classes and files hold."""
+        """Removes control characters that do not come from rich, for example from names of classes or files."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(text), style, control)
 
     def on_broken_pipe(self) -> None:
-        """Goes on, silently: whoever read the output has left, as `head` does, but a training must not end for that."""
+        """Continues without output if the reader of a pipe exits, as `head` does: a training must not end for that."""
         self.quiet = True
-        # Else the interpreter would complain at its end, of what could not be written.
+        # Otherwise the interpreter reports at exit what it could not write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -37,7 +37,7 @@ if not console.is_terminal:
 
 
 def track(items: Iterable[T], description: str) -> Iterator[T]:
-    """Passes the items on, under a bar with the time left; without a terminal, one line at the end."""
+    """Yields the items while a bar shows the time left. Without a terminal, prints one line at the end."""
     total = len(items) if isinstance(items, Sized) else None
     if not console.is_terminal:
         start, count = time.perf_counter(), 0
@@ -53,11 +53,11 @@ def track(items: Iterable[T], description: str) -> Iterator[T]:
 
 
 class StepBar:
-    """The progress of training: steps and the time left, and the losses and the pace of the last line of metrics."""
+    """Progress of a training: steps, time left, and the losses and throughput of the last metrics line."""
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.first, self.start = total, done, time.perf_counter()
-        self.bar = _Noted(
+        self.bar = _BarWithNote(
             TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
             TimeRemainingColumn(), console=console, disable=not console.is_terminal,
         )  # fmt: skip
@@ -74,7 +74,7 @@ class StepBar:
         self.bar.update(self.task, completed=done)
 
     def report(self, done: int, losses: Mapping[str, float], pace: str, remark: str) -> None:
-        """A line of figures: below the bar, or on a line of its own."""
+        """Shows a line of metrics below the bar, or prints it if there is no terminal."""
         note = "  ".join([*(f"{name} {loss:.3f}" for name, loss in losses.items()), pace])
         remark = f"  {remark}" if remark else ""
         if console.is_terminal:
@@ -86,8 +86,8 @@ class StepBar:
         console.print(f"{place}  {note}  {clock(spent)} of {clock(whole)}{remark}", soft_wrap=True)
 
 
-class _Noted(Progress):
-    """A bar with a note below it, for which there is no room beside it."""
+class _BarWithNote(Progress):
+    """A bar with a line of text below it."""
 
     note = ""
 

@@ -1,4 +1,4 @@
-"""What made a figure: the version and commit of openimp, and the processor."""
+"""What a measurement depends on: the version and commit of openimp, and the processor."""
 
 import platform
 import re
@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 @cache
 def openimp_version() -> str:
-    """The version; where openimp runs from a checkout, with its commit, "-dirty" if it was changed since."""
+    """The version. In a checkout also the commit, with "-dirty" if files have changed since."""
     describe = ["describe", "--always", "--dirty"]
-    # An installed package may lie in the checkout of some other project.
+    # An installed package may be inside the checkout of another project.
     if not (PACKAGE.parents[1] / ".git").exists():
         return version("openimp")
     try:
@@ -25,7 +25,7 @@ def openimp_version() -> str:
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, or its architecture if the name is unknown."""
     file = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", file.read_text(encoding="utf-8")) if file.exists() else []
     return names[0] if names else platform.processor() or platform.machine()

@@ -11,7 +11,7 @@ ENOUGH = 100
 
 
 class BadExamples:
-    """Counts and names the examples that could not be read, and stops the run when they are too many."""
+    """Counts the examples that cannot be read, lists them in skipped.jsonl, and stops the run if there are too many."""
 
     def __init__(self, run: Path, step: int, limit: float, state: dict[str, dict[str, int]] | None = None) -> None:
         self.file, self.limit = run / "skipped.jsonl", limit
@@ -20,10 +20,10 @@ class BadExamples:
         self.state = state or {}
 
     def add(self, step: int, task: str, read: int, bad: list[tuple[str, str]]) -> None:
-        """One step's reading, by all processes.
+        """Counts the examples that all ranks have read in one step.
 
         Raises:
-            UserError: more than the recipe's share could not be read.
+            UserError: their share of the task's examples is above `train.max_bad_fraction`.
         """
         counts = self.state.setdefault(task, {"read": 0, "bad": 0})
         counts["read"] += read
@@ -34,5 +34,5 @@ class BadExamples:
             named = "; ".join(f"{where}: {why}" for where, why in bad[:3])
             raise UserError(
                 f"task {task}: {counts['bad']} of {counts['read']} examples could not be read, more than "
-                f"train.max_bad_fraction {self.limit:g}; among them {named}; all are named in {self.file}"
+                f"train.max_bad_fraction {self.limit:g}; for example {named}; {self.file} lists all"
             )

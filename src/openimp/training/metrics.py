@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard events, and the examples that could not be read."""
+"""Aggregates metrics over steps and ranks, and writes metrics.jsonl, results.jsonl and TensorBoard files."""
 
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -13,16 +13,13 @@ from openimp.parallel.distributed import mean, rank, total
 from openimp.planning.ledger import Cost
 
 DIGESTS = 2**48
-"""The sums of digests are taken modulo this, so that those of many processes can be added."""
+"""Sums of example digests are taken modulo this, so that the sums of all ranks can be added in int64."""
 
 
 class Metrics:
-    """Sums up the steps between two lines of metrics, and writes the lines.
+    """Aggregates the metrics of the steps since the last line, and writes the next line.
 
-    The first process writes; losses and experts' shares are means over all processes. A line holds, for the steps since
-    the last: by task the steps, the mean loss and its parts; examples and tokens a second, a name for those examples,
-    and what `Pace` tells; by modality and sparse layer the experts' load, gate weight and the share of tokens that no
-    expert took; and, since step 0, FLOPs, tokens and examples by task.
+    Rank 0 writes. Losses and router statistics are means over all ranks. docs/metrics.md explains every field.
     """
 
     def __init__(self, run: Path, step: int, totals: dict[str, dict[str, int]] | None = None) -> None:
@@ -45,25 +42,25 @@ class Metrics:
         self.passes: Counter[str] = Counter()
 
     def add(self, task: str, losses: Losses, cost: Cost, digest: int = 0) -> None:
-        """One step."""
+        """Adds one step; `digest` is the sum of its examples' digests on this rank."""
         self.digest += digest
         self.examples += cost.examples
         self.tokens += cost.tokens
         self.steps[task] += 1
         totals = self.totals.setdefault(task, Counter())
         totals.update(steps=1, examples=cost.examples, tokens=cost.tokens, flops=cost.flops)
-        # Sums stay on the device: reading a number from a GPU would wait for the step to end.
+        # Sums stay on the device, because reading a value from a GPU would wait for the step to finish.
         for name, value in {"loss": losses.total.detach(), **losses.parts}.items():
             self.sums[task][name] = self.sums[task].get(name, 0) + value
         for modality, encoded in losses.encoded.items():
             if encoded.routing:
-                told = [torch.cat([s.load_E, s.gate_E, s.dropped[None]]).detach() for s in encoded.routing]
+                stats = [torch.cat([s.load_E, s.gate_E, s.dropped[None]]).detach() for s in encoded.routing]
                 before = self.routing.get(modality)
-                self.routing[modality] = told if before is None else [a + b for a, b in zip(before, told)]
+                self.routing[modality] = stats if before is None else [a + b for a, b in zip(before, stats)]
                 self.passes[modality] += 1
 
     def write(self, step: int, lr: float, grad_norm: float, pace: dict[str, Any]) -> dict[str, Any]:
-        """Writes the line of the steps up to `step`, starts the next one, and returns it."""
+        """Writes and returns the line for the steps up to `step`; `pace` is `Pace.line()`."""
         tasks = {
             task: {"steps": self.steps[task], **{name: float(mean(x)) / self.steps[task] for name, x in sums.items()}}
             for task, sums in self.sums.items()
@@ -91,8 +88,8 @@ class Metrics:
             self.board.add_scalar(f"slowest/{key}", line["slowest"][key], step)
         for task, share in line["waits"].items():
             self.board.add_scalar(f"data_wait/{task}", share, step)
-        for task, figures in tasks.items():
-            for name, value in figures.items():
+        for task, means in tasks.items():
+            for name, value in means.items():
                 self.board.add_scalar(f"{name}/{task}", value, step)
         for modality, layers in experts.items():
             for i, layer in enumerate(layers):
@@ -107,8 +104,7 @@ class Metrics:
         return {"load": shares[:half], "gate": shares[half:], "dropped": dropped}
 
     def results(self, run: Path, results: list[dict[str, Any]]) -> None:
-        """Adds evaluation results to results.jsonl and to TensorBoard, in place of older ones of this step; in the
-        first process only."""
+        """Writes evaluation results, on rank 0, and removes older ones of the same step."""
         assert self.board is not None
         forget_after(run / "results.jsonl", max(result["step"] for result in results) - 1)
         for result in results:

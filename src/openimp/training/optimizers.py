@@ -1,4 +1,4 @@
-"""Optimisers and their one schedule."""
+"""AdamW and Muon, and the learning rate schedule that they share."""
 
 import math
 from collections.abc import Iterable
@@ -13,18 +13,20 @@ from openimp.recipe.training import Optimizer
 
 
 def muon_matrices(options: Optimizer, model: Embedder) -> dict[Tensor, None]:
-    """What Muon updates, in order: the hidden matrices, where the recipe asks for it."""
+    """The matrices that Muon updates, in order; none if the recipe has no `muon_lr`."""
     return model.hidden_matrices() if options.muon_lr else {}
 
 
 def make_optimizers(options: Optimizer, model: Embedder, own: Iterable[Tensor]) -> list[torch.optim.Optimizer]:
-    """Fused AdamW, with Muon beside it for the hidden matrices where the recipe asks for it.
+    """Fused AdamW, and Muon for the hidden matrices if the recipe has a `muon_lr`.
 
-    Weight decay is for kernels: not for embedding and position tables, norms, biases and temperatures. Each group
-    keeps its peak learning rate as `peak`.
+    Weight decay applies to kernels only, not to embedding and position tables, norms, biases and temperatures. Each
+    parameter group keeps its peak learning rate as `peak`.
 
     Args:
-        own: the parameters that this process updates.
+        options: of the recipe.
+        model: the model that is trained.
+        own: the parameters that this rank updates.
     """
     hidden = muon_matrices(options, model)
     rest = [parameter for parameter in own if parameter not in hidden]
@@ -36,13 +38,13 @@ def make_optimizers(options: Optimizer, model: Embedder, own: Iterable[Tensor]) 
         for parameters, decay in ((kernels, options.weight_decay), (others, 0.0))
         for group in on_one_mesh(parameters)
     ]
-    # Of many processes some may have nothing to update; a group may be empty, but not the list of groups.
+    # A rank may have nothing to update. A group may be empty, but the list of groups may not.
     betas = (options.betas[0], options.betas[1])
     made: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups or [{"params": []}], lr=options.lr, betas=betas, eps=options.eps, fused=True)
     ]
     if options.muon_lr:
-        # Updates as large as AdamW's (arXiv 2502.16982, section 2.2), so that both share the scale of learning rates.
+        # Updates have the same RMS as AdamW's (arXiv 2502.16982, section 2.2).
         muon = torch.optim.Muon(
             [{"params": [parameter for parameter in own if parameter in hidden]}],
             lr=options.muon_lr, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw",
@@ -54,7 +56,7 @@ def make_optimizers(options: Optimizer, model: Embedder, own: Iterable[Tensor]) 
 
 
 def schedule(recipe: Recipe, step: int) -> float:
-    """The learning rate of a step as a share of its peak: linear warm-up, then a cosine to the last step."""
+    """Factor of the peak learning rate at a step: linear warm-up, then a cosine until the last step."""
     options, steps = recipe.optimizer, recipe.train.steps
     warmup = steps // 20 if options.warmup_steps is None else options.warmup_steps
     if step < warmup:
@@ -64,6 +66,6 @@ def schedule(recipe: Recipe, step: int) -> float:
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
-    """Sets every group to a share of its peak."""
+    """Sets the learning rate of every parameter group to `share` times its peak."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["peak"] * share

@@ -1,4 +1,4 @@
-"""Stopping a training between two steps: by a signal, by bad data, or by a checkpoint that could not be written."""
+"""Stopping a training between two steps: after a signal, bad data, or a checkpoint that could not be written."""
 
 import os
 import signal
@@ -14,19 +14,24 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """A stop was asked for, and nothing is half done."""
+    """A stop was requested. It is raised between two steps, so that a checkpoint can be saved."""
 
 
 class Stop:
-    """Why training should stop: a signal, or a reason that comes up beside the steps."""
+    """Knows whether the training should stop.
+
+    Attributes:
+        requested: a signal was received.
+        reason: returns whether something else, such as a failed save, requires a stop.
+    """
 
     def __init__(self, reason: Callable[[], bool]) -> None:
         self.requested, self.reason = False, reason
 
     def watch(self, items: Iterable[T], _: str = "") -> Iterator[T]:
-        """Passes the items on until a stop is asked for, which raises `Stopped` between two of them.
+        """Yields the items, and raises `Stopped` before the next one once a stop is requested.
 
-        What stops one process, a signal or bad data, stops all of them at the same step.
+        Whatever stops one rank, a signal or bad data, stops all ranks at the same step.
         """
         iterator = iter(items)
         while True:
@@ -50,7 +55,7 @@ class Stop:
 
 @contextmanager
 def stop_signals(reason: Callable[[], bool]) -> Iterator[Stop]:
-    """Notes the first Ctrl-C, SIGTERM or SIGHUP, so that the loop can save; a second Ctrl-C interrupts at once."""
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a stop after the step. A second Ctrl-C interrupts at once."""
     stop = Stop(reason)
 
     def note(number: int, _: Any) -> None:
@@ -58,11 +63,11 @@ def stop_signals(reason: Callable[[], bool]) -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.requested = True
         if number == signal.SIGINT:
-            # Not print, which the signal may have interrupted.
-            os.write(2, b"\nstopping after this step; once more to leave at once\n")
+            # Not print: the signal may have interrupted one.
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to exit at once\n")
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it.
         numbers.append(signal.SIGHUP)  # The terminal was closed.
     before = {number: signal.signal(number, note) for number in numbers}
     try:
