@@ -296,7 +296,7 @@ def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path
 
 def test_a_run_that_is_there_and_a_checkpoint_of_another_recipe_are_refused(refused, little_data, little_run):
     file = little_data / "recipe.yaml"
-    assert f"{little_run}: holds a run already; go on with --resume" in refused("train", file, "--run", little_run)
+    assert f"{little_run}: already holds a run; resume it with --resume" in refused("train", file, "--run", little_run)
     told = refused("train", file, "--run", little_run, "--resume", *sets("model.embed_dim=64"))
     assert "step-00000012: made by another recipe: model.embed_dim is 32 there, 64 here" in told
     assert "no checkpoint to resume from" in refused("train", file, "--run", little_run / "x", "--resume")

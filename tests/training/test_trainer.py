@@ -328,8 +328,8 @@ def test_a_run_of_another_loop_does_not_go_on(little_data, tmp_path):
     ("stop", "told"),
     [
         (1, "stopped at step 1, nothing is saved"),
-        (4, "stopped at step 4, saved in {run}; go on with --resume"),
-        (5, "stopped at step 5, saved up to step 4 in {run}; go on with --resume"),
+        (4, "stopped at step 4, saved in {run}; resume with --resume"),
+        (5, "stopped at step 5, saved up to step 4 in {run}; resume with --resume"),
     ],
 )
 def test_a_stop_tells_what_is_saved(little_data, tmp_path, capsys, stop, told):
@@ -350,7 +350,7 @@ def test_a_stop_tells_what_is_saved(little_data, tmp_path, capsys, stop, told):
 
 def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")}
-    with pytest.raises(UserError, match=f"{whole_run}: holds a run already; go on with --resume, or name another"):
+    with pytest.raises(UserError, match=f"{whole_run}: already holds a run; resume it with --resume, or name another"):
         train(recipe_of(little_data, *LONG), whole_run)
     assert {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")} == before
     (tmp_path / "begun").mkdir()
@@ -395,7 +395,7 @@ def moments_of(training: Trainer) -> dict[str, torch.Tensor]:
     names = {parameter: name for name, parameter in training.model.named_parameters()}
     return {
         f"{names[parameter]}|{key}": value
-        for optimizer in training.optimizers
+        for optimizer in training.updater.optimizers
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
