@@ -19,7 +19,7 @@ def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
 
 def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_path):
     training = training_of(little_data, tmp_path / "run", "optimizer.muon_lr=1e-2")
-    adamw, muon = training.optimizers
+    adamw, muon = training.updater.optimizers
     assert [type(adamw), type(muon)] == [torch.optim.AdamW, torch.optim.Muon]
     names = {parameter: name for name, parameter in training.model.named_parameters()}
     of_muon = [names[p] for group in muon.param_groups for p in group["params"]]
@@ -50,7 +50,7 @@ def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(little_dat
 
 def test_without_muon_there_is_one_optimiser(little_data, tmp_path):
     training = training_of(little_data, tmp_path / "run")
-    (adamw,) = training.optimizers
+    (adamw,) = training.updater.optimizers
     assert sum(len(group["params"]) for group in adamw.param_groups) == len(list(training.model.parameters()))
 
 

@@ -356,7 +356,7 @@ def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
     (tmp_path / "begun").mkdir()
     shutil.copy(whole_run / "recipe.yaml", tmp_path / "begun")
     for resume in (False, True):
-        with pytest.raises(UserError, match="begun: holds a run that saved no checkpoint; start it anew"):
+        with pytest.raises(UserError, match="begun: holds a run that saved no checkpoint; start it again"):
             train(recipe_of(little_data, *LONG), tmp_path / "begun", resume)
         with pytest.raises(UserError, match=r"recipe.yaml: is a file; name a directory with --run-dir"):
             train(recipe_of(little_data, *LONG), tmp_path / "begun" / "recipe.yaml", resume)

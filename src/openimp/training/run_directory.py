@@ -20,10 +20,6 @@ LOCK = ".lock"
 """File in the directory that a training holds a lock on while it runs."""
 
 
-class Finished(Exception):
-    """The run that should be resumed has made all its steps and has been evaluated."""
-
-
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Creates the directory of a run and keeps other trainings out of it. If nothing was written, it is removed again.
@@ -74,7 +70,6 @@ class RunDirectory:
 
         Raises:
             UserError: the directory holds a run that was not to be resumed, or none that can be.
-            Finished: there is nothing left to do.
         """
         saved = bool(common_checkpoints(self.path))
         begun = saved or (self.path / "tensorboard").exists()
@@ -94,12 +89,18 @@ class RunDirectory:
             raise UserError(
                 f"{self.path}: already holds a run; resume it with --resume, or name another directory with --run-dir"
             )
-        if not resume:
-            return None
-        folder = resumable(self.recipe, self.path, trainer)
-        if step_of(folder) == self.recipe.train.steps and distributed.alone(self._evaluated):
-            raise Finished
-        return folder
+        return resumable(self.recipe, self.path, trainer) if resume else None
+
+    def finished(self, trainer: str) -> bool:
+        """Whether the run has made all steps and has been evaluated, so that resuming would do nothing.
+
+        Raises:
+            UserError: the run is of another recipe or trainer.
+        """
+        found = common_checkpoints(self.path)
+        if not found or step_of(found[-1]) < self.recipe.train.steps or not distributed.alone(self._evaluated):
+            return False
+        return resumable(self.recipe, self.path, trainer) == found[-1]
 
     def begin(self, config: str) -> None:
         """Writes what the run trains; from here on the directory holds a run.

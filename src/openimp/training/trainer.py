@@ -30,7 +30,7 @@ from openimp.training.checkpointing import Checkpointing
 from openimp.training.compilation import CompiledEncode, signatures
 from openimp.training.log import Log, print_plan
 from openimp.training.pace import Pace
-from openimp.training.run_directory import Finished, RunDirectory, locked
+from openimp.training.run_directory import RunDirectory, locked
 from openimp.training.stopping import Stop, Stopped, stop_signals
 from openimp.training.updater import Updater
 from openimp.training.validation import Validation
@@ -61,12 +61,13 @@ def train(
         NotSaved: a checkpoint cannot be written. Steps since the one before it are lost.
     """
     distributed.start()
+    trainer = trainer or Trainer
     with locked(run):
-        try:
-            complete = (trainer or Trainer)(recipe, run, resume, allow_changed_data).train()
-        except Finished:
+        if resume and RunDirectory(run, recipe).finished(trainer.__name__):
             complete = True
             console.print(f"{run}: all {recipe.train.steps:,} steps are done and evaluated already", soft_wrap=True)
+        else:
+            complete = trainer(recipe, run, resume, allow_changed_data).train()
     distributed.leave()
     return complete
 
