@@ -133,7 +133,7 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
     config["recipe"]["model"]["layers"] = 10**9
     (damaged / "config.json").write_text(json.dumps(config))
     assert "does not fit the model: 1000000000 layers in" in refused("info", damaged)
-    (damaged / "config.json").write_text('{"format": 4, "model": "IMP", "classes": {}}')
+    (damaged / "config.json").write_text('{"format": 5, "model": "IMP", "classes": {}}')
     assert "config.json: recipe is missing, or no object" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 99}')
     assert "config.json: format 99, this version of openimp reads format 4" in refused("info", damaged)
@@ -303,7 +303,7 @@ def test_a_run_that_is_there_and_a_checkpoint_of_another_recipe_are_refused(refu
     before = file.read_bytes()
     for resume in ([], ["--resume", "auto"]):
         told = refused("train", file, "--run", little_data, *resume)
-        assert told == f"{file}: a run would write over it; name another directory with --run-dir"
+        assert told == f"{file}: a run would overwrite it; name another directory with --run-dir"
         assert file.read_bytes() == before
     assert "made by another recipe" in refused(
         "train", file, "--run", little_run, "--resume", "auto", *sets("model.embed_dim=64")
@@ -344,7 +344,7 @@ def test_too_many_broken_files_stop_the_run(openimp, refused, own_data, tmp_path
     changes = sets("train.steps=60", "train.max_bad_fraction=0.05", "tasks.heard.weight=0")
     told = refused("train", own_data / "recipe.yaml", "--run", run, *changes)
     assert "task named: " in told
-    assert "examples could not be read, more than train.max_bad_fraction 0.05; among them " in told
+    assert "examples could not be read, more than train.max_bad_fraction 0.05; for example " in told
     assert any(name in told for name in bad)
     assert told.endswith(f"{run / 'skipped.jsonl'} lists all")
     assert {line["where"] for line in read_lines(run / "skipped.jsonl")} <= bad

@@ -1,0 +1,51 @@
+"""The run directory: one training at a time, and nothing is done for a run that is finished."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from openimp.common.errors import UserError
+from openimp.recipe.schema import Recipe
+from openimp.training.run_directory import LOCK, locked
+from openimp.training.trainer import train
+
+
+def test_a_second_training_in_the_same_directory_is_refused(little_data, tmp_path):
+    """The first one is another process, which holds the lock until it is told to leave."""
+    run, recipe = tmp_path / "run", Recipe.load(little_data / "recipe.yaml")
+    hold = (
+        "import sys; from pathlib import Path; from openimp.training.run_directory import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, run]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "locked\n"
+        for resume in (False, True, "auto"):
+            with pytest.raises(UserError, match=f"{run}: another training is writing to it"):
+                train(recipe, run, resume)
+        first.communicate("")
+    assert not run.exists()  # The first one wrote nothing.
+    with locked(run):
+        (run / "metrics.jsonl").touch()
+    assert sorted(path.name for path in run.iterdir()) == [LOCK, "metrics.jsonl"]
+
+
+def test_a_refused_training_leaves_no_directory(little_data, tmp_path):
+    recipe = Recipe.load(little_data / "recipe.yaml", ["sources.sounds.path=missing.jsonl"])
+    with pytest.raises(UserError, match=r"missing\.jsonl"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_resumed_without_its_data(little_data, little_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(little_run, run, symlinks=True)
+    data = tmp_path / "data"
+    recipe = Recipe.load(little_data / "recipe.yaml", [f"sources.pictures.path={data}", f"sources.sounds.path={data}"])
+    assert train(recipe, run, resume=True)
+    assert f"{run}: all 12 steps are done and evaluated already" in capsys.readouterr().out
+    (run / "results.jsonl").unlink()
+    with pytest.raises(UserError, match=str(data)):  # It was not evaluated, and for that it needs the data.
+        train(recipe, run, resume=True)
