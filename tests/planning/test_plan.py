@@ -26,7 +26,7 @@ from openimp.commands import _duration, run_plan
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import StepBatches
-from openimp.model.embedder import in_pieces
+from openimp.model.embedder import in_chunks
 from openimp.model.imp import IMP
 from openimp.objectives import sigmoid_nce, softmax_nce, task_losses
 from openimp.parallel import distributed, layout
@@ -279,7 +279,7 @@ def measure_received(recipe: Path, out: Path) -> None:
             options.parallel.shard_degree, options.parallel.expert_degree, device,
         )  # fmt: skip
         batch = empty_batch(options.tasks["named"], 0, modalities, CLASSES, device, distributed.world())
-        encode = in_pieces(model.encode, options.memory.chunk_size)
+        encode = in_chunks(model.encode, options.memory.chunk_size)
         named = dict(model.named_parameters())
         steps = [{named[name] for name in cost.touched} for cost in costs(options, modalities, CLASSES).values()]
         exchange = make_exchange(model, copies, muon_matrices(options.optimizer, model), steps)

@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
 Encode = Callable[[Mapping[str, Tokens]], Encoded]
 
 
-def in_pieces(encode: Encode, chunk_size: int | None) -> Encode:
+def in_chunks(encode: Encode, chunk_size: int | None) -> Encode:
     """`encode`, with the activations of no more than `chunk_size` examples in memory at a time.
 
     Each piece keeps nothing but its result. When the gradient of the features is known, one piece after the other is
@@ -56,8 +56,8 @@ def in_pieces(encode: Encode, chunk_size: int | None) -> Encode:
     return encode_pieces
 
 
-def piece_sizes(examples: int, chunk_size: int | None) -> set[int]:
-    """The numbers of examples that `in_pieces` hands on."""
+def chunk_sizes(examples: int, chunk_size: int | None) -> set[int]:
+    """The numbers of examples that `in_chunks` hands on."""
     return (
         {examples}
         if chunk_size is None or examples <= chunk_size

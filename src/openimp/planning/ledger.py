@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from openimp.alternation import expected_shares, view_shares
 from openimp.common.modality import Modality, Tokens
 from openimp.data.batch import Batch, head_key
-from openimp.model.embedder import in_pieces
+from openimp.model.embedder import in_chunks
 from openimp.model.imp import IMP
 from openimp.objectives import Losses, task_losses
 from openimp.recipe.schema import Recipe
@@ -80,7 +80,7 @@ def _count(
         for i, view in enumerate(task.views):
             batch = empty_batch(task, i, modalities, classes, torch.device("meta"))
             with FlopCounterMode(display=False) as counter:
-                encode = in_pieces(model.encode, recipe.memory.chunk_size)
+                encode = in_chunks(model.encode, recipe.memory.chunk_size)
                 losses(model, task, batch, encode).total.backward()
             tokens = sum(t.coords.shape[0] * t.coords.shape[1] for t in batch.tokens.values())
             touched = frozenset(name for name, weight in model.named_parameters() if weight.grad is not None)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from openimp.common.device import Precision, autocast
 from openimp.common.modality import Modality
-from openimp.model.embedder import in_pieces
+from openimp.model.embedder import in_chunks
 from openimp.model.encoder import Attention
 from openimp.model.imp import IMP
 from openimp.objectives import task_losses
@@ -119,7 +119,7 @@ def step_memory(
             memory.inputs = sum(t.nbytes for t in tree_leaves(vars(batch)) if isinstance(t, Tensor))
             with autocast(CPU, precision):
                 losses = task_losses(
-                    model, recipe.tasks[task], batch, in_pieces(model.encode, recipe.memory.chunk_size)
+                    model, recipe.tasks[task], batch, in_chunks(model.encode, recipe.memory.chunk_size)
                 )
             losses.total.backward()
     return memory

@@ -9,7 +9,7 @@ import torch
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality, Tokens
 from openimp.common.safe_files import cache_folder, private_folder
-from openimp.model.embedder import Embedder, Encoded, piece_sizes
+from openimp.model.embedder import Embedder, Encoded, chunk_sizes
 from openimp.recipe.schema import Recipe
 
 
@@ -21,7 +21,7 @@ def signatures(recipe: Recipe, modalities: Mapping[str, Modality]) -> set[tuple[
         if task.weight
         for view in task.views
         for name, spec in task.inputs.items()
-        for rows in piece_sizes((view.batch_size or task.batch_size) * spec.draw, recipe.memory.chunk_size)
+        for rows in chunk_sizes((view.batch_size or task.batch_size) * spec.draw, recipe.memory.chunk_size)
     }
 
 

@@ -19,7 +19,7 @@ from openimp.common.progress import StepBar, console, track
 from openimp.data.batch import Batch
 from openimp.data.loader import Loaded, StepBatches, make_loader
 from openimp.evaluation.evaluate import open_sets
-from openimp.model.embedder import Embedder, Encode, in_pieces
+from openimp.model.embedder import Embedder, Encode, in_chunks
 from openimp.model.imp import IMP
 from openimp.objectives import Losses, task_losses
 from openimp.parallel import distributed, layout
@@ -122,7 +122,7 @@ class Trainer:
         replicas, texts = self._make_model(start)
         compiled = len(signatures(recipe, self.modalities)) if recipe.train.compile and distributed.world() == 1 else 0
         encode = CompiledEncode(self.model, compiled) if compiled else self.model.encode
-        self.encode = in_pieces(encode, recipe.memory.chunk_size)
+        self.encode = in_chunks(encode, recipe.memory.chunk_size)
         self.updater = Updater(recipe, self.model, replicas, self.costs)
         self.checkpointing = Checkpointing(run, recipe.train.keep_last, self.model, self.updater, texts, self.state)
         state = self.checkpointing.load(checkpoint) if checkpoint else {}
