@@ -136,7 +136,7 @@ def test_the_towers_have_the_recipes_sizes_and_start(tmp_path):
     assert model.clip.logit_scale.exp().item() == pytest.approx(1 / recipe.model.init_temperature)
     with torch.no_grad():
         model.clip.logit_scale.fill_(9.0)
-    model.limit_temperatures()
+    model.clamp_logit_scales()
     assert model.clip.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
 
 

@@ -106,5 +106,5 @@ class Embedder(nn.Module, ABC):
         return []
 
     @abstractmethod
-    def limit_temperatures(self) -> None:
+    def clamp_logit_scales(self) -> None:
         """Keeps the learned scales of similarities within their limits, after each update."""

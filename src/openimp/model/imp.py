@@ -127,7 +127,7 @@ class IMP(Embedder):
     def experts(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, Experts)]
 
-    def limit_temperatures(self) -> None:
+    def clamp_logit_scales(self) -> None:
         for pair in self.pairs:
             self.temperature(*pair).limit()
 

@@ -128,7 +128,7 @@ class TwoTowers(Embedder):
         }
 
     @torch.no_grad()
-    def limit_temperatures(self) -> None:
+    def clamp_logit_scales(self) -> None:
         self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 

@@ -60,7 +60,7 @@ class Updater:
         set_learning_rate(self.optimizers, schedule(self.recipe, step))
         for optimizer in self.optimizers:
             optimizer.step()
-        self.model.limit_temperatures()
+        self.model.clamp_logit_scales()
         self.exchange.updates()
         # None, not zero: a parameter that the next task does not use keeps its value and its optimizer state.
         self.model.zero_grad(set_to_none=True)
