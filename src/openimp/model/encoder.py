@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openimp.model.init import lecun_normal_, linear
 from openimp.model.kernels import attend, gelu
-from openimp.model.moe import RouterStats, SoftMLP, SparseMLP, mean_count
+from openimp.model.moe import RouterStats, SoftMLP, SparseMLP, mean_valid_tokens
 from openimp.recipe.model import Model
 
 
@@ -70,7 +70,7 @@ class Block(nn.Module):
     def forward(
         self, x_BLD: Tensor, mask_BL: Tensor | None, count: Tensor | None = None
     ) -> tuple[Tensor, RouterStats | None]:
-        """Tokens to tokens, and what a sparse block tells, which needs to know the `mean_count` of its tokens."""
+        """Tokens to tokens, and what a sparse block tells, which needs to know the `mean_valid_tokens` of its tokens."""
         x_BLD = x_BLD + self.attention(self.norm1(x_BLD), mask_BL)
         if not self.sparse:
             return x_BLD + self.mlp(self.norm2(x_BLD)), None
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
     def _run(self, blocks: nn.Module, x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, list[RouterStats]]:
         stats = []
         # Once for all blocks, for each exchange makes the processes wait.
-        count = mean_count(x_BLD, mask_BL) if any(block.sparse for block in blocks.children()) else None
+        count = mean_valid_tokens(x_BLD, mask_BL) if any(block.sparse for block in blocks.children()) else None
         for block in blocks.children():
             if self.recompute and torch.is_grad_enabled():
                 x_BLD, told = checkpoint(block, x_BLD, mask_BL, count, use_reentrant=False)

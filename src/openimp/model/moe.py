@@ -99,7 +99,7 @@ def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | N
     return Routing(token_GS.unflatten(1, (experts, slots)), gate_GS.unflatten(1, (experts, slots)))
 
 
-def mean_count(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+def mean_valid_tokens(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
     """The number of valid tokens of a mean process, fp32. A router's sum over its own tokens is divided by it,
     so that the mean over the processes is that over all tokens. Without a mask all of them have as many."""
     if mask_BL is None:
@@ -197,7 +197,7 @@ class SparseMLP(nn.Module):
         self.experts = Experts(config.experts, width, hidden)
 
     def forward(self, x_BLD: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Tensor, RouterStats]:
-        """Tokens to tokens, and what the router tells; `count` is their `mean_count`."""
+        """Tokens to tokens, and what the router tells; `count` is their `mean_valid_tokens`."""
         routing, stats = self.router(x_BLD, valid_BL, count)
         groups, experts, slots = routing.token_GEC.shape
         x_ND = x_BLD.flatten(0, 1)
