@@ -57,7 +57,7 @@ def example_rng(key: int, position: int, sync: bool = False) -> ExampleRng:
     With `sync`, all modalities of the example start at one moment.
     """
     rng = ExampleRng(np.random.Philox(key=key, counter=[0, 0, 0, position]))
-    rng.moment = rng.random() if sync else None
+    rng.sync_start = rng.random() if sync else None
     return rng
 
 

@@ -168,11 +168,11 @@ class ExampleRng(np.random.Generator):
     """Random generator of one example.
 
     Attributes:
-        moment: where all modalities of the example start in training, as a share of the recording's length. Set if the
+        sync_start: where all modalities of the example start in training, as a share of the recording's length. Set if the
             view has `sync: true`; None: each modality draws its own start.
     """
 
-    moment: float | None = None
+    sync_start: float | None = None
 
 
 def random_start(total: int, span: int, rng: np.random.Generator) -> int:
@@ -181,7 +181,7 @@ def random_start(total: int, span: int, rng: np.random.Generator) -> int:
     If `rng` has a shared `moment`, the cut starts there, or as late as it still fits into the recording.
     """
     room = max(0, total - span)
-    moment = getattr(rng, "moment", None)
+    moment = getattr(rng, "sync_start", None)
     return int(rng.integers(room + 1)) if moment is None else min(int(moment * total), room)
 
 
