@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openimp.model.kernels import spelled_out
+from openimp.model.kernels import unfused_attention
 
 SHAPES = [(128, 6, 16), (64, 6, 36), (64, 6, 64), (16, 6, 128), (8, 6, 256), (4, 6, 512), (2, 6, 1024)]
 """Examples, heads, tokens."""
@@ -75,7 +75,7 @@ def main() -> None:
     for shape in shapes:
         for dtype in types:
             for mask, told in ((None, ""), (half_mask(shape), ", masked")):
-                compare(f"{shape}{told}", (spelled_out, fused), qkv_of(shape, dtype), pairs, mask)
+                compare(f"{shape}{told}", (unfused_attention, fused), qkv_of(shape, dtype), pairs, mask)
     print("\n" + HEAD.format("GELU: tokens, hidden features", "exact", "by tanh"))
     for size in hidden:
         for dtype in types:

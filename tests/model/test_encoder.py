@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from openimp.model.encoder import Attention, Encoder
-from openimp.model.kernels import SHORT, attend, gelu, spelled_out
+from openimp.model.kernels import SHORT, attend, gelu, unfused_attention
 from openimp.recipe.model import Model, MoE
 from openimp.recipe.schema import Recipe
 
@@ -81,7 +81,7 @@ def test_spelled_out_attention_is_torchs(length, masked):
     mask = (torch.rand(3, 1, 1, length) < 0.6) if masked else None
     if mask is not None:
         mask[..., 0] = True
-    ours = spelled_out(q, k, v, mask)
+    ours = unfused_attention(q, k, v, mask)
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     grads = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (ours, theirs)]

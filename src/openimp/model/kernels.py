@@ -21,10 +21,10 @@ def attend(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | N
     short = q_BHLK.device.type == "cpu" and q_BHLK.dtype == torch.bfloat16 and q_BHLK.shape[2] <= SHORT
     if not short:
         return F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, attn_mask=mask_B11L)
-    return spelled_out(q_BHLK, k_BHLK, v_BHLK, mask_B11L)
+    return unfused_attention(q_BHLK, k_BHLK, v_BHLK, mask_B11L)
 
 
-def spelled_out(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:
+def unfused_attention(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:
     """Softmax attention as two matrix products; the mask is True where a key counts."""
     scores = (q_BHLK * q_BHLK.shape[-1] ** -0.5) @ k_BHLK.transpose(-1, -2)
     if mask_B11L is not None:
