@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from openimp.model.encoder import Attention, Encoder
-from openimp.model.kernels import SHORT, attend, gelu, unfused_attention
+from openimp.model.kernels import UNFUSED_LENGTH, attend, gelu, unfused_attention
 from openimp.recipe.model import Model, MoE
 from openimp.recipe.schema import Recipe
 
@@ -73,7 +73,7 @@ def test_the_last_blocks_are_sparse():
     assert not any(block.sparse for block in Encoder(tiny()).blocks)
 
 
-@pytest.mark.parametrize("length", [1, 7, SHORT, SHORT + 1])
+@pytest.mark.parametrize("length", [1, 7, UNFUSED_LENGTH, UNFUSED_LENGTH + 1])
 @pytest.mark.parametrize("masked", [False, True])
 def test_spelled_out_attention_is_torchs(length, masked):
     torch.manual_seed(length)

@@ -165,11 +165,11 @@ def test_each_pair_has_a_temperature_in_either_order():
 def test_the_scale_is_kept_below_100_and_can_come_back():
     temperature = Temperature(0.07)
     temperature.scale.backward()
-    temperature.limit()
+    temperature.clamp()
     assert temperature.scale.item() == pytest.approx(1 / 0.07)
     with torch.no_grad():
         temperature.temperature.fill_(0.001)
-    temperature.limit()
+    temperature.clamp()
     assert temperature.scale.item() == pytest.approx(100)
     temperature.temperature.grad = None
     temperature.scale.backward()
@@ -178,7 +178,7 @@ def test_the_scale_is_kept_below_100_and_can_come_back():
 
 def test_a_scale_that_another_process_updates_is_left_alone():
     temperature = Temperature(0.001)
-    temperature.limit()
+    temperature.clamp()
     assert temperature.scale.item() == pytest.approx(1000)
 
 

@@ -1,4 +1,4 @@
-"""The network: stems, the shared encoder, Mixture-of-Experts, and heads.
+"""The network: stems, the shared encoder, Mixture-of-Experts and heads.
 
-It sees tokens only; what a picture or a sound is, is known to modalities/.
+It works on tokens only. `modalities/` turns pictures, clips, sounds and texts into tokens.
 """

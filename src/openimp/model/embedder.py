@@ -1,6 +1,6 @@
-"""What training and evaluation ask of a model, whoever wrote it.
+"""The interface that training and evaluation need from any model, including models of other libraries.
 
-Shape suffixes: B examples, D features, Z features of the common space.
+Shape suffixes: B examples, D features, Z dimensions of the common space.
 """
 
 from abc import ABC, abstractmethod
@@ -18,11 +18,11 @@ from openimp.recipe.model import Model
 
 
 class Encoded(NamedTuple):
-    """One forward pass.
+    """The result of one forward pass.
 
     Attributes:
-        features: (B, D) of each example.
-        routing: what each sparse layer tells, first layer first; empty in a dense model.
+        features: (B, D).
+        routing: statistics of each sparse layer, in order; empty for a dense model.
     """
 
     features: Tensor
@@ -33,44 +33,42 @@ Encode = Callable[[Mapping[str, Tokens]], Encoded]
 
 
 def in_chunks(encode: Encode, chunk_size: int | None) -> Encode:
-    """`encode`, with the activations of no more than `chunk_size` examples in memory at a time.
+    """Wraps `encode` so that the activations of at most `chunk_size` examples are in memory at a time.
 
-    Each piece keeps nothing but its result. When the gradient of the features is known, one piece after the other is
-    encoded again, now for its gradient: GradCache (arXiv 2101.06983), for any loss on the features.
+    GradCache (arXiv 2101.06983): the forward pass keeps only the features of each chunk. The backward pass encodes the
+    chunks again, one at a time. The loss may be any function of the features of the whole batch.
     """
     if chunk_size is None:
         return encode
 
-    def encode_pieces(inputs: Mapping[str, Tokens]) -> Encoded:
+    def encode_chunks(inputs: Mapping[str, Tokens]) -> Encoded:
         valid = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1)
         if len(valid) <= chunk_size:
             return encode(inputs)
-        pieces = zip(*(tokens.split(chunk_size) for tokens in inputs.values()))
-        done = [checkpoint(encode, dict(zip(inputs, piece)), use_reentrant=False) for piece in pieces]
-        # Of the tokens of all processes, as the routers' means are.
-        counts = mean(torch.stack([part.sum().float() for part in valid.split(chunk_size)]))
+        chunks = zip(*(tokens.split(chunk_size) for tokens in inputs.values()))
+        encoded = [checkpoint(encode, dict(zip(inputs, chunk)), use_reentrant=False) for chunk in chunks]
+        # Averaged over all ranks, because the routers' statistics are.
+        counts = mean(torch.stack([chunk.sum().float() for chunk in valid.split(chunk_size)]))
         shares = (counts / counts.sum().clamp(min=1)).unbind()
-        routing = [RouterStats.mean(stats, shares) for stats in zip(*(piece.routing for piece in done))]
-        return Encoded(torch.cat([piece.features for piece in done]), routing)
+        routing = [RouterStats.mean(stats, shares) for stats in zip(*(chunk.routing for chunk in encoded))]
+        return Encoded(torch.cat([chunk.features for chunk in encoded]), routing)
 
-    return encode_pieces
+    return encode_chunks
 
 
 def chunk_sizes(examples: int, chunk_size: int | None) -> set[int]:
-    """The numbers of examples that `in_chunks` hands on."""
-    return (
-        {examples}
-        if chunk_size is None or examples <= chunk_size
-        else {chunk_size, examples % chunk_size or chunk_size}
-    )
+    """The batch sizes that `in_chunks` passes to `encode` for a batch of `examples`."""
+    if chunk_size is None or examples <= chunk_size:
+        return {examples}
+    return {chunk_size, examples % chunk_size or chunk_size}
 
 
 class Embedder(nn.Module, ABC):
     """A model that embeds several modalities so that pairs of them can be compared.
 
     Attributes:
-        config: its sizes.
-        pairs: the pairs of modalities that are trained to agree, each sorted.
+        config: the sizes of the model.
+        pairs: the pairs of modalities that are trained to agree; each pair is sorted.
     """
 
     config: Model
@@ -78,33 +76,34 @@ class Embedder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
-        """One pass over the tokens of one modality."""
+        """Encodes the tokens of one modality in one forward pass."""
 
     @abstractmethod
     def project(self, features_BD: Tensor, source: str, target: str, normalize: bool = True) -> Tensor:
-        """Features of `source` to vectors (B, Z) of the space that it shares with `target`, of length 1 unless told
-        otherwise, in fp32.
+        """Maps features of `source` to fp32 vectors (B, Z) of the space that it shares with `target`.
+
+        The vectors are unit vectors unless `normalize` is false.
 
         Raises:
-            KeyError: they share none.
+            KeyError: the two modalities share no space.
         """
 
     @abstractmethod
     def share_a_space(self, a: str, b: str) -> bool:
-        """Whether vectors of two modalities can be compared."""
+        """Whether vectors of the two modalities can be compared."""
 
     @abstractmethod
     def hidden_matrices(self) -> dict[Tensor, None]:
-        """The weights that take hidden features to hidden features, in order: those that Muon may update."""
+        """The weights that map hidden features to hidden features, in order. Muon may update these."""
 
     def blocks(self) -> list[nn.Module]:
-        """The parts that hold most parameters, to be gathered one after the other where a model is in shards."""
+        """The modules that hold most of the parameters. FSDP2 shards and gathers each of them separately."""
         return []
 
     def experts(self) -> list[nn.Module]:
-        """The parts whose parameters have experts as their first dimension, which processes may share."""
+        """The modules whose parameters have the expert as first dimension. Expert parallelism splits them there."""
         return []
 
     @abstractmethod
     def clamp_logit_scales(self) -> None:
-        """Keeps the learned scales of similarities within their limits, after each update."""
+        """Clamps the learned logit scales; called after each update."""

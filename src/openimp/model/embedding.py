@@ -1,6 +1,6 @@
-"""Tokens to vectors: the few parameters that belong to one modality.
+"""Stems: the layers of one modality (or of several that share them) around the encoder.
 
-Shape suffixes: B examples, L tokens, P values a token, A axes, D width.
+Shape suffixes: B examples, L tokens, P values per token, D width.
 """
 
 import torch
@@ -12,18 +12,18 @@ from openimp.model.init import lecun_normal_, linear
 
 
 class Stem(nn.Module):
-    """Embeds one modality's tokens and reads them out again (arXiv 2305.06324).
+    """Embeds tokens before the encoder, and transforms the encoder's output (arXiv 2305.06324).
 
-    It holds one linear patch embedding (a table for ids), one position table an axis, summed and normalised, and one
-    linear before and one after the shared encoder. Positions are looked up by coordinate, so any resolution and any
-    subset of an example's tokens uses the same tables.
+    A stem has one linear patch embedding (a table for ids), one position table per axis, and one linear layer before
+    and one after the encoder. The position embeddings are summed and normalized. They are looked up by coordinate, so
+    all resolutions, and all subsets of an example's tokens, use the same tables.
 
-    Tokens that hold r times fewer values than the embedding was made for count as repeated r times: a still in a stem
-    for clips. That equals summing the kernel over its r parts, so nothing is copied.
+    If tokens hold r times fewer values than the patch embedding expects, they are treated as if repeated r times; for
+    example, a still in a stem for clips. Summing the kernel over its r parts gives the same result without a copy.
 
-    Embedding weights start at std D^-0.5, and their output is scaled to unit variance (for tables as in arXiv
-    1706.03762, section 3.4). An adaptive optimiser moves every weight by about the learning rate; unscaled, a patch of
-    thousands of values would then move far too fast, and a table's rows hardly at all.
+    Embedding weights start with standard deviation D^-0.5, and the output is scaled to unit variance (for tables as in
+    arXiv 1706.03762, section 3.4). The reason is that an adaptive optimizer moves every weight by about the learning
+    rate. Without the scale, a patch with thousands of values would move far too fast and rows of a table hardly at all.
     """
 
     def __init__(self, spec: StemSpec, width: int) -> None:
@@ -33,22 +33,21 @@ class Stem(nn.Module):
         lecun_normal_(self.embed.weight, width)
         if isinstance(self.embed, nn.Linear):
             nn.init.zeros_(self.embed.bias)
-        tables = [nn.Embedding(rows, width) for rows in spec.axes]
-        for table in tables:
+        self.positions = nn.ModuleList(nn.Embedding(rows, width) for rows in spec.axes)
+        for table in self.positions:
             nn.init.normal_(table.weight, std=width**-0.5)
-        self.positions = nn.ModuleList(tables)
         self.position_norm = nn.LayerNorm(width, eps=1e-6)
         self.before = linear(width, width)
         self.after = linear(width, width)
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """(B, L, P) values, or (B, L) ids, to (B, L, D)."""
+        """Embeds values (B, L, P) or ids (B, L) to (B, L, D)."""
         if isinstance(self.embed, nn.Embedding):
             x_BLD = self.embed(tokens.values) * self.scale
         else:
             x_BLD = _embed_patches(self.embed, tokens.values, self.scale)
-        where = sum(table(index) for table, index in zip(self.positions, tokens.coords.unbind(-1)))
-        return self.before(x_BLD + self.position_norm(where))
+        positions = sum(table(index) for table, index in zip(self.positions, tokens.coords.unbind(-1)))
+        return self.before(x_BLD + self.position_norm(positions))
 
 
 def _embed_patches(embed: nn.Linear, values_BLP: Tensor, scale: float) -> Tensor:

@@ -1,6 +1,6 @@
-"""The Transformer encoder: pre-norm blocks without biases, dense or sparse in the last ones.
+"""The Transformer encoder: pre-norm blocks without biases, of which the last ones may be sparse.
 
-Shape suffixes: B examples, L tokens, D width, H heads, K features a head.
+Shape suffixes: B examples, L tokens, D width, H heads, K features per head.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from openimp.recipe.model import Model
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without biases; optional LayerNorm on queries and keys (arXiv 2302.05442)."""
+    """Multi-head self-attention without biases. LayerNorm on queries and keys is optional (arXiv 2302.05442)."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -26,12 +26,12 @@ class Attention(nn.Module):
         head = width // heads
         self.q_norm = _norm(head) if qk_norm else nn.Identity()
         self.k_norm = _norm(head) if qk_norm else nn.Identity()
-        # The release keeps these kernels as (width, heads, head), and JAX counts width x heads as their fan-in.
+        # The release stores these kernels as (width, heads, head), so JAX takes width x heads as their fan-in.
         lecun_normal_(self.qkv.weight, width * heads)
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
         qkv = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        # The norms would copy what is not contiguous, in the forward pass and again in the backward one.
+        # Otherwise the norms would copy, in the forward pass and again in the backward pass.
         q_BHLK, k_BHLK, v_BHLK = qkv.contiguous() if self.qk_norm else qkv
         q_BHLK, k_BHLK = self.q_norm(q_BHLK).type_as(v_BHLK), self.k_norm(k_BHLK).type_as(v_BHLK)
         mask = None if mask_BL is None else mask_BL[:, None, None, :]
@@ -52,7 +52,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then a pre-norm MLP, or experts in its place."""
+    """Pre-norm attention, then a pre-norm MLP or Mixture-of-Experts."""
 
     def __init__(self, config: Model, sparse: bool) -> None:
         super().__init__()
@@ -70,62 +70,66 @@ class Block(nn.Module):
     def forward(
         self, x_BLD: Tensor, mask_BL: Tensor | None, count: Tensor | None = None
     ) -> tuple[Tensor, RouterStats | None]:
-        """Tokens to tokens, and what a sparse block tells, which needs to know the `mean_valid_tokens` of its tokens."""
+        """Maps (B, L, D) to (B, L, D), and returns router statistics if the block is sparse.
+
+        A sparse block needs `count`, the `mean_valid_tokens` of its input.
+        """
         x_BLD = x_BLD + self.attention(self.norm1(x_BLD), mask_BL)
         if not self.sparse:
             return x_BLD + self.mlp(self.norm2(x_BLD)), None
-        assert count is not None
         valid_BL = torch.ones(x_BLD.shape[:2], dtype=torch.bool, device=x_BLD.device) if mask_BL is None else mask_BL
         y_BLD, stats = self.mlp(self.norm2(x_BLD), valid_BL, count)
         return x_BLD + y_BLD, stats
 
 
 class Encoder(nn.Module):
-    """Blocks and a final LayerNorm; sizes as in arXiv 2305.06324. It knows no modality.
+    """Blocks and a final LayerNorm, with the sizes of arXiv 2305.06324. It does not depend on modalities.
 
     Args:
         config: the sizes.
-        own: names of what has the first `config.own_layers` blocks of its own, for comparison with one shared encoder.
+        stems: names of the stems. Each gets its own copy of the first `config.modality_specific_layers` blocks, for
+            comparison with a fully shared encoder.
 
     Attributes:
-        recompute: forget what happens within a block in training, and compute it again for the gradient.
+        own: the modality-specific blocks by stem; empty if there are none.
+        activation_checkpointing: compute the activations of each block again in the backward pass.
     """
 
-    def __init__(self, config: Model, own: Iterable[str] = ()) -> None:
+    def __init__(self, config: Model, stems: Iterable[str] = ()) -> None:
         super().__init__()
         first_sparse = config.layers - (config.moe.layers if config.moe else 0)
+        own_layers = config.modality_specific_layers
 
         def blocks(first: int, last: int) -> nn.ModuleList:
             return nn.ModuleList(Block(config, sparse=i >= first_sparse) for i in range(first, last))
 
-        self.own = nn.ModuleDict(
-            {name: blocks(0, config.modality_specific_layers) for name in own if config.modality_specific_layers}
-        )
-        self.blocks = blocks(config.modality_specific_layers, config.layers)
+        self.own = nn.ModuleDict({name: blocks(0, own_layers) for name in stems if own_layers})
+        self.blocks = blocks(own_layers, config.layers)
         self.norm = _norm(config.width, bias=True)
-        self.recompute = False
+        self.activation_checkpointing = False
 
-    def begin(self, x_BLD: Tensor, mask_BL: Tensor | None, name: str) -> tuple[Tensor, list[RouterStats]]:
-        """The blocks that `name` has of its own, as `forward`; nothing where there are none."""
-        return self._run(self.own[name], x_BLD, mask_BL) if self.own else (x_BLD, [])
+    def forward_own(self, x_BLD: Tensor, mask_BL: Tensor | None, stem: str) -> tuple[Tensor, list[RouterStats]]:
+        """Applies the stem's modality-specific blocks, as `forward` does the shared ones."""
+        return self._run(self.own[stem], x_BLD, mask_BL) if self.own else (x_BLD, [])
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> tuple[Tensor, list[RouterStats]]:
-        """Tokens to tokens, (B, L, D) both, through the shared blocks, and what each sparse layer tells, in order."""
+        """Maps (B, L, D) to (B, L, D), and returns the router statistics of each sparse block, in order."""
         x_BLD, stats = self._run(self.blocks, x_BLD, mask_BL)
         return self.norm(x_BLD), stats
 
     def _run(self, blocks: nn.Module, x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, list[RouterStats]]:
-        stats = []
-        # Once for all blocks, for each exchange makes the processes wait.
-        count = mean_valid_tokens(x_BLD, mask_BL) if any(block.sparse for block in blocks.children()) else None
+        all_stats = []
+        # Computed once for all blocks, because it takes an all-reduce.
+        sparse = any(block.sparse for block in blocks.children())
+        count = mean_valid_tokens(x_BLD, mask_BL) if sparse else None
         for block in blocks.children():
-            if self.recompute and torch.is_grad_enabled():
-                x_BLD, told = checkpoint(block, x_BLD, mask_BL, count, use_reentrant=False)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BLD, stats = checkpoint(block, x_BLD, mask_BL, count, use_reentrant=False)
             else:
-                x_BLD, told = block(x_BLD, mask_BL, count)
-            if told is not None:
-                stats.append(told)
-        return x_BLD, stats
+                x_BLD, stats = block(x_BLD, mask_BL, count)
+            if stats is not None:
+                all_stats.append(stats)
+        return x_BLD, all_stats
 
 
 def _norm(width: int, bias: bool = False) -> nn.LayerNorm:

@@ -1,4 +1,4 @@
-"""From pooled features to the common space, and the learned temperatures."""
+"""Projection heads and learned temperatures."""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +7,11 @@ from openimp.model.init import linear
 from openimp.model.kernels import gelu
 
 MIN_TEMPERATURE = 0.01
-"""Lower bound of a learned temperature; the scale 1 / temperature is then at most 100, as in CLIP."""
+"""Lower bound of a learned temperature. The logit scale, 1 / temperature, is then at most 100, as in CLIP."""
 
 
 class Projection(nn.Module):
-    """Two-layer GELU MLP with a final LayerNorm into the common space (arXiv 2305.06324)."""
+    """Two-layer GELU MLP with a final LayerNorm, from pooled features to the common space (arXiv 2305.06324)."""
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
@@ -31,19 +31,19 @@ class Temperature(nn.Module):
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
-        # Both have one element and are not scalars, because FSDP2 cannot shard scalars.
+        # Both have one element instead of being scalars, because FSDP2 cannot shard scalars.
         self.temperature = nn.Parameter(torch.tensor([temperature]))
-        # SigLIP's start (arXiv 2303.15343, section 3.2): most pairs are negatives, so begin near "no".
+        # SigLIP's initial value (arXiv 2303.15343, section 3.2): most pairs are negatives.
         self.bias = nn.Parameter(torch.tensor([-10.0]))
 
     @property
     def scale(self) -> Tensor:
-        """The factor of the similarities: 1 / temperature."""
+        """The logit scale, 1 / temperature."""
         return 1 / self.temperature
 
     @torch.no_grad()
-    def limit(self) -> None:
-        """Clamps the scale to at most 100; called after each update, as in CLIP (arXiv 2103.00020, section 2.5).
+    def clamp(self) -> None:
+        """Clamps the logit scale to at most 100; called after each update, as in CLIP (arXiv 2103.00020, section 2.5).
 
         A clamp in the forward pass would have no gradient beyond the limit, so the temperature could never return.
         If the parameter has no gradient, this rank did not update it; another rank may have.

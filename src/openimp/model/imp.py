@@ -1,10 +1,10 @@
-"""IMP: one encoder for every modality, with a stem and projection heads for each.
+"""IMP: one encoder for all modalities, with a stem and projection heads per modality.
 
-Shape suffixes: B examples, L tokens, D width, Z features of the common space.
+Shape suffixes: B examples, L tokens, D width, K classes, Z dimensions of the common space.
 """
 
 from collections.abc import Iterable, Mapping
-from itertools import permutations
+from itertools import combinations, permutations
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,12 @@ class IMP(Embedder):
     """The model of arXiv 2305.06324.
 
     Args:
-        config: the encoder and the common space.
-        stems: what each stem embeds, by stem name.
-        stem_of: the stem that each modality uses; modalities may share one.
-        pairs: the pairs of modalities that are trained to agree; each has a temperature and, in a disjoint space, a
-            head per direction. Modalities with the same stem share both unless `config.share_heads` is false.
-        classes: the size of each classification head, by head name.
+        config: the sizes of the encoder and the common space.
+        stems: the specification of each stem, by stem name.
+        stem_of: the stem of each modality; modalities may share one.
+        pairs: the pairs of modalities that are trained to agree. Each pair has a temperature and, in a disjoint space,
+            one head per direction. Modalities with the same stem share both unless `config.share_heads` is false.
+        classes: the number of classes of each classification head, by head name.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class IMP(Embedder):
     def from_recipe(
         cls, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, int] | None = None
     ) -> "IMP":
-        """The model that a recipe's tasks need; `modalities` are fitted, `classes` counted in the data."""
+        """Builds the model that the tasks of a recipe need. `modalities` must be fitted."""
         model = cls(
             recipe.model,
             stems={m.stem: m.stem_spec() for m in modalities.values()},
@@ -68,33 +68,33 @@ class IMP(Embedder):
             pairs=trained_pairs(recipe),
             classes=classes,
         )
-        model.encoder.recompute = recipe.memory.activation_checkpointing
+        model.encoder.activation_checkpointing = recipe.memory.activation_checkpointing
         return model
 
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
-        """One pass over the tokens of one modality, or of several, concatenated.
+        """Encodes the tokens of one modality, or the concatenated tokens of several, in one forward pass.
 
         Args:
-            inputs: tokens by modality, of the same B examples each.
+            inputs: tokens by modality, all of the same B examples.
 
         Returns:
-            The mean over the valid tokens of the encoder's output.
+            The mean of the encoder's output over the valid tokens.
         """
-        begun = [
-            self.encoder.begin(self.stem(name)(tokens), tokens.mask, self.stem_of[name])
+        outputs = [
+            self.encoder.forward_own(self.stem(name)(tokens), tokens.mask, self.stem_of[name])
             for name, tokens in inputs.items()
         ]
-        parts = [x_BLD for x_BLD, _ in begun]
+        embedded = [x_BLD for x_BLD, _ in outputs]
+        own_routing = [stats for _, routing in outputs for stats in routing]
         masked = any(tokens.mask is not None for tokens in inputs.values())
         mask_BL = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1) if masked else None
-        x_BLD, routing = self.encoder(torch.cat(parts, dim=1), mask_BL)
-        pieces = x_BLD.split([part.shape[1] for part in parts], dim=1)
-        read = [self.stem(name).after(x) for name, x in zip(inputs, pieces)]
-        own = [told for _, stats in begun for told in stats]
-        return Encoded(_mean(torch.cat(read, dim=1), mask_BL), own + routing)
+        x_BLD, routing = self.encoder(torch.cat(embedded, dim=1), mask_BL)
+        parts = x_BLD.split([part.shape[1] for part in embedded], dim=1)
+        y_BLD = torch.cat([self.stem(name).after(part) for name, part in zip(inputs, parts)], dim=1)
+        return Encoded(_mean(y_BLD, mask_BL), own_routing + routing)
 
     def stem(self, modality: str) -> Stem:
-        """The embedding of a modality, which it may share with others."""
+        """The stem of a modality; modalities may share one."""
         stem = self.stems[self.stem_of[modality]]
         assert isinstance(stem, Stem)
         return stem
@@ -104,7 +104,7 @@ class IMP(Embedder):
         return F.normalize(z_BZ, dim=-1) if normalize else z_BZ
 
     def classify(self, features_BD: Tensor, head: str) -> Tensor:
-        """Features to logits (B, K) of a classification head, in fp32 where autocast is off."""
+        """Maps features to the logits (B, K) of a classification head; fp32 unless autocast is on."""
         logits_BK: Tensor = self.classifiers[head](features_BD.float())
         return logits_BK
 
@@ -113,8 +113,10 @@ class IMP(Embedder):
         return known and {self.head_name(a, b), self.head_name(b, a)} <= set(self.projections)
 
     def hidden_matrices(self) -> dict[Tensor, None]:
-        """Linear weights, but not those that read inputs or write classes, nor routers; nor experts, of which each
-        would have to be orthogonalised by itself at every step."""
+        """The weights of all linear layers except patch embeddings and classifiers.
+
+        Experts are left out because each would have to be orthogonalized separately at every step.
+        """
         return {
             module.weight: None
             for name, module in self.named_modules()
@@ -129,16 +131,16 @@ class IMP(Embedder):
 
     def clamp_logit_scales(self) -> None:
         for pair in self.pairs:
-            self.temperature(*pair).limit()
+            self.temperature(*pair).clamp()
 
     def temperature(self, a: str, b: str) -> Temperature:
-        """The learned temperature of a pair, in either order."""
+        """The learned temperature of a pair of modalities, in either order."""
         module = self.temperatures[self._pair_name((a, b))]
         assert isinstance(module, Temperature)
         return module
 
     def head_name(self, source: str, target: str) -> str:
-        """The name of the projection that maps `source` to the space that it shares with `target`."""
+        """The name of the projection head that maps `source` to the space that it shares with `target`."""
         source, target = self.head_of[source], self.head_of[target]
         return source if self.config.space == "joint" else f"{source}-to-{target}"
 
@@ -147,27 +149,24 @@ class IMP(Embedder):
 
 
 def trained_pairs(recipe: Recipe) -> list[tuple[str, str]]:
-    """Every pair of modalities that a contrastive objective of the recipe brings together, sorted."""
+    """All pairs of modalities in the contrastive objectives of a recipe, sorted."""
     found = {
-        tuple(sorted(pair))
+        (min(pair), max(pair))
         for task in recipe.tasks.values()
         for objective in task.objectives
         if isinstance(objective, Contrastive)
         for pair in pairs_of(objective, task.inputs)
     }
-    return sorted((a, b) for a, b in found)
+    return sorted(found)
 
 
 def pairs_of(objective: Contrastive, modalities: Iterable[str]) -> list[tuple[str, str]]:
-    """The pairs of a contrastive objective: those that it names, or all of the task's."""
-    if objective.pairs is not None:
-        return [(a, b) for a, b in objective.pairs]
-    names = list(modalities)
-    return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    """The pairs that a contrastive objective names. By default: all pairs of the task's modalities."""
+    return [(a, b) for a, b in (combinations(modalities, 2) if objective.pairs is None else objective.pairs)]
 
 
 def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
     if mask_BL is None:
         return x_BLD.mean(1)
-    # In bf16 a count above 256 would be rounded.
+    # The sum is fp32 because bf16 rounds counts above 256.
     return (x_BLD * mask_BL[..., None]).sum(1, dtype=torch.float32) / mask_BL.sum(1, keepdim=True).clamp(min=1)

@@ -7,7 +7,7 @@ TRUNCATED_STD = 0.87962566103423978
 
 
 def lecun_normal_(weight: Tensor, fan_in: int) -> None:
-    """Fills a weight from a normal distribution of variance 1 / fan_in, truncated at two standard deviations."""
+    """Fills a weight from a normal distribution with variance 1 / fan_in, truncated at two standard deviations."""
     std = fan_in**-0.5 / TRUNCATED_STD
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
