@@ -1,4 +1,7 @@
-"""Alternation: the function step -> (task, view), pure in (recipe, seed), so every process knows it without asking."""
+"""Alternation: which task and view each step trains.
+
+It is a pure function of recipe and seed, so all ranks know it without communication.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,19 +13,20 @@ from openimp.recipe.inputs import View
 from openimp.recipe.schema import Recipe
 
 GOLDEN = (5**0.5 - 1) / 2
-"""Steps of this size visit the unit circle with the least discrepancy there is (Weyl's sequence)."""
+"""Multiples of it, modulo 1, fill the unit interval with the lowest discrepancy (Weyl's sequence)."""
 
 
 @dataclass(frozen=True)
 class Visit:
-    """What one step does.
+    """The task, view and examples of one step.
 
     Attributes:
-        step: which step, from 0.
-        task: the task's name.
-        view: the index of the view among the task's.
-        batch: examples, over all processes.
-        start: examples that the task has had before; the batch takes `start` to `start + batch` of its order.
+        step: from 0.
+        task: name of the task.
+        view: index of the view in the task's list.
+        batch: batch size over all ranks.
+        start: number of examples that earlier steps of the task used. The batch is `start` to `start + batch` in the
+            task's order.
     """
 
     step: int
@@ -33,9 +37,9 @@ class Visit:
 
 
 class Alternation(Sequence[Visit]):
-    """The whole schedule of a recipe, a few bytes a step.
+    """The schedule of a recipe, in a few bytes per step.
 
-    A longer run's schedule begins with a shorter one's, unless the tasks come one after the other.
+    The schedule of a longer run begins with that of a shorter one, except with `kind: sequence`.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -59,16 +63,11 @@ class Alternation(Sequence[Visit]):
     def __getitem__(self, step: int) -> Visit:  # type: ignore[override]
         if not 0 <= step < len(self):
             raise IndexError(step)
-        return Visit(
-            step,
-            self._names[self._task[step]],
-            int(self._view[step]),
-            int(self._batch[step]),
-            int(self._start[step]),
-        )
+        view, batch, start = (int(column[step]) for column in (self._view, self._batch, self._start))
+        return Visit(step, self._names[self._task[step]], view, batch, start)
 
     def visits(self) -> dict[tuple[str, int], int]:
-        """How many steps take each (task, view)."""
+        """The number of steps per (task, view)."""
         found, steps = np.unique(np.stack((self._task, self._view)), axis=1, return_counts=True)
         return {(self._names[task], int(view)): int(n) for task, view, n in zip(*found, steps)}
 
@@ -88,7 +87,7 @@ def view_shares(views: Sequence[View]) -> list[float]:
 
 
 def _tasks(kind: str, weights: list[float], intervals: list[int], steps: int, seed: int) -> np.ndarray:
-    """(steps,) index of each step's task."""
+    """The task index of each step, (steps,)."""
     if kind == "sequence":
         return _pick(weights, (np.arange(steps) + 0.5) / steps)
     if kind != "intervals":
@@ -102,13 +101,13 @@ def _tasks(kind: str, weights: list[float], intervals: list[int], steps: int, se
 
 
 def _draw(weights: list[float], n: int, random: bool, key: tuple[int, ...]) -> np.ndarray:
-    """(n,) indices with frequencies as the weights; a prefix of a longer draw is the shorter one."""
+    """Indices (n,) with frequencies proportional to the weights. A shorter draw is a prefix of a longer one."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     return _pick(weights, rng.random(n) if random else (rng.random() + GOLDEN * np.arange(n)) % 1.0)
 
 
 def _pick(weights: list[float], points: np.ndarray) -> np.ndarray:
-    """Indices of points between 0 and 1, each index for a part as large as its weight."""
+    """Divides 0..1 into intervals as long as the weights, and returns the index of the interval of each point."""
     edges = np.cumsum(weights) / np.sum(weights)
-    # The last edge may be a rounding error below 1.
+    # The last edge may be slightly below 1, because of rounding.
     return np.minimum(np.searchsorted(edges, points, side="right"), len(weights) - 1).astype(np.int16)

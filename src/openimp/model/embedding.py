@@ -33,9 +33,10 @@ class Stem(nn.Module):
         lecun_normal_(self.embed.weight, width)
         if isinstance(self.embed, nn.Linear):
             nn.init.zeros_(self.embed.bias)
-        self.positions = nn.ModuleList(nn.Embedding(rows, width) for rows in spec.axes)
-        for table in self.positions:
+        tables = [nn.Embedding(rows, width) for rows in spec.axes]
+        for table in tables:
             nn.init.normal_(table.weight, std=width**-0.5)
+        self.positions = nn.ModuleList(tables)
         self.position_norm = nn.LayerNorm(width, eps=1e-6)
         self.before = linear(width, width)
         self.after = linear(width, width)

@@ -5,6 +5,7 @@ Shape suffixes: B examples, L tokens, D width, K classes, Z dimensions of the co
 
 from collections.abc import Iterable, Mapping
 from itertools import combinations, permutations
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -95,9 +96,7 @@ class IMP(Embedder):
 
     def stem(self, modality: str) -> Stem:
         """The stem of a modality; modalities may share one."""
-        stem = self.stems[self.stem_of[modality]]
-        assert isinstance(stem, Stem)
-        return stem
+        return cast(Stem, self.stems[self.stem_of[modality]])
 
     def project(self, features_BD: Tensor, source: str, target: str, normalize: bool = True) -> Tensor:
         z_BZ: Tensor = self.projections[self.head_name(source, target)](features_BD).float()
@@ -135,9 +134,7 @@ class IMP(Embedder):
 
     def temperature(self, a: str, b: str) -> Temperature:
         """The learned temperature of a pair of modalities, in either order."""
-        module = self.temperatures[self._pair_name((a, b))]
-        assert isinstance(module, Temperature)
-        return module
+        return cast(Temperature, self.temperatures[self._pair_name((a, b))])
 
     def head_name(self, source: str, target: str) -> str:
         """The name of the projection head that maps `source` to the space that it shares with `target`."""
