@@ -85,7 +85,7 @@ def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
     [
         ("train.stepz=1", ["recipe.yaml: train: unknown key 'stepz'; did you mean 'steps'?"]),
         ("train.steps=many", ["recipe.yaml: train.steps: Input should be a valid integer, found 'many'"]),
-        ("tasks.named.views.0.image.size=20", ["recipe.yaml: tasks.named.views[0].image: size", "16 or 24 would do"]),
+        ("tasks.named.views.0.image.size=20", ["recipe.yaml: tasks.named.views[0].image: size", "use 16 or 24"]),
         ("tasks.heard.inputs.text=captoin", ["tasks.heard: source sounds (", "no column 'captoin'", "'caption'?"]),
         ("tasks.heard.inputs.audio=sond", ["tasks.heard: source sounds (", "no column 'sond'", "'sound'?"]),
         ("tasks.named.objectives.1.label=lable", ["tasks.named: source pictures (", "'lable'; did you mean 'label'?"]),
@@ -186,7 +186,7 @@ def test_the_views_of_another_recipe_must_suit_the_model(refused, openimp, littl
     text = (little_data / "recipe.yaml").read_text().replace("patch: [2, 8, 8]", "patch: [2, 4, 4]")
     text = text.replace("pictures", "squares").replace("{path: squares}", f"{{path: {little_data / 'pictures'}}}")
     for size, message in (
-        (20, "20.yaml: evaluation.sets.colours.view.image: size: height of 20 pixels is no multiple of 8"),
+        (20, "20.yaml: evaluation.sets.colours.view.image: size: height of 20 pixels is not a multiple of 8"),
         (24, ""),
     ):
         other = tmp_path / f"{size}.yaml"

@@ -183,7 +183,7 @@ def test_a_text_without_a_known_word_is_told(tiny_recipe, tiny_model):
 def test_a_view_that_does_not_fit_is_told(tiny_model_folder, media_folder):
     model = openimp.load(tiny_model_folder, device="cpu")
     model.views["image"].size = 12
-    with pytest.raises(UserError, match=r"views\['image'\]: size: height of 12 pixels is no multiple of 8"):
+    with pytest.raises(UserError, match=r"views\['image'\]: size: height of 12 pixels is not a multiple of 8"):
         model.encode_image(media_folder / "0.png")
     model.views["text"].length = 100_000
     with pytest.raises(UserError, match=r"views\['text'\]: length"):

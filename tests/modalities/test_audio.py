@@ -367,7 +367,7 @@ def test_the_defaults_are_the_papers_64_tokens():
     assert (AUDIO.stem_spec().values, AUDIO.stem_spec().axes) == (256, (64, 64))
 
 
-@pytest.mark.parametrize(("seconds", "fits"), [(2.0, "1.024 or 2.048"), (0.01, "1.024"), (100.0, "65.536 s would do")])
+@pytest.mark.parametrize(("seconds", "fits"), [(2.0, "1.024 or 2.048"), (0.01, "1.024"), (100.0, "use 65.536 s")])
 def test_seconds_that_make_no_whole_patch_are_refused(seconds, fits):
     with pytest.raises(ValueError, match=fits):
         AUDIO.check(Audio.View(seconds=seconds))

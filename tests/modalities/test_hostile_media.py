@@ -20,7 +20,7 @@ from openimp.modalities import BadMedia, media, sound, video
 from openimp.modalities.audio import Audio
 from openimp.modalities.image import Image
 from openimp.modalities.video import Video
-from openimp.modalities.vision import shrunk_size
+from openimp.modalities.vision import decoded_size
 
 IMAGE, VIDEO, AUDIO = Image(Image.Config()), Video(Video.Config()), Audio(Audio.Config())
 PICTURE, CLIP, SOUND = Image.View(size=64), Video.View(size=32, frames=4), Audio.View(seconds=1.024)
@@ -161,7 +161,7 @@ def test_a_gif_may_not_grow_behind_its_header():
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
 def test_an_animation_of_too_many_pixels_in_all_is_refused(form, monkeypatch):
-    monkeypatch.setattr(media, "CHECKED", 2**16)
+    monkeypatch.setattr(media, "CHECK_EVERY", 2**16)
     monkeypatch.setattr(media, "MAX_WORK", 40 * 256 * 256)
     frames = [PIL.Image.new("RGB", (256, 256), (i, 0, 0)) for i in range(60)]
     short, long = (
@@ -175,7 +175,7 @@ def test_an_animation_of_too_many_pixels_in_all_is_refused(form, monkeypatch):
 
 def test_frames_before_those_that_are_read_count_too(monkeypatch):
     """A long film of a single key frame is decoded from its start, whatever part of it is seen."""
-    monkeypatch.setattr(media, "CHECKED", 2**16)
+    monkeypatch.setattr(media, "CHECK_EVERY", 2**16)
     monkeypatch.setattr(media, "MAX_WORK", 200 * 32 * 48)
     late = film(400)
     with pytest.raises(BadMedia, match="in all"):
@@ -193,7 +193,7 @@ def test_frames_before_those_that_are_read_count_too(monkeypatch):
 )
 def test_what_takes_too_long_is_given_up(modality, view, raw, monkeypatch):
     modality.decode(raw, [view])
-    monkeypatch.setattr(media, "CHECKED", 2**16)
+    monkeypatch.setattr(media, "CHECK_EVERY", 2**16)
     monkeypatch.setattr(media, "MAX_CPU", -1)
     with pytest.raises(BadMedia, match="CPU time"):
         modality.decode(raw, [view])
@@ -201,11 +201,11 @@ def test_what_takes_too_long_is_given_up(modality, view, raw, monkeypatch):
 
 def test_frames_that_take_too_much_memory_together_are_refused(monkeypatch):
     """Of long frames, each as small as it may be: fewer are read, and those that are may not take too much either."""
-    monkeypatch.setattr(video, "MAX_KEPT", 20 * 32 * 640 * 4)
+    monkeypatch.setattr(video, "MAX_CLIP_BYTES", 20 * 32 * 640 * 4)
     raw = film(60, width=640)
     view = Video.View(size=32, frames=4, clips=2)
     assert len(VIDEO.decode(raw, [view])) == 2 * view.span  # what evaluation sees, not the whole clip
-    monkeypatch.setattr(video, "MAX_KEPT", 10 * 32 * 640 * 3)
+    monkeypatch.setattr(video, "MAX_CLIP_BYTES", 10 * 32 * 640 * 3)
     with pytest.raises(BadMedia, match="bytes"):
         VIDEO.decode(raw, [view])
 
@@ -270,7 +270,7 @@ def test_pictures_are_the_ones_that_pillow_reads(name):
         pixels = np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
         pixels = pixels[..., :3] if pixels[..., 3:].min(initial=255) == 255 else pixels
         np.testing.assert_array_equal(IMAGE.decode(raw, [Image.View(size=256)]), pixels)
-        height, width = shrunk_size(pixels.shape[:2], [Image.View(size=32)])
+        height, width = decoded_size(pixels.shape[:2], [Image.View(size=32)])
         resized = PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
         np.testing.assert_array_equal(IMAGE.decode(raw, [Image.View(size=32)]), resized)
 

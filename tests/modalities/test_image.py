@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from openimp.common.modality import BadMedia
 from openimp.modalities.image import Image
 from openimp.modalities.media import coordinates, patchify
-from openimp.modalities.vision import centre_box, inception_box, jitter_matrix
+from openimp.modalities.vision import center_box, inception_box, jitter_matrix
 
 IMAGE = Image(Image.Config())
 
@@ -212,7 +212,7 @@ boxes = st.tuples(st.integers(1, 500), st.integers(1, 500))
 
 @given(boxes, boxes, st.floats(0.01, 1), st.lists(st.floats(0, 1, exclude_max=True), min_size=4, max_size=4))
 def test_boxes_lie_in_the_picture(size, target, smallest, draw):
-    for box in (inception_box(size, target, smallest, draw), centre_box(size, target)):
+    for box in (inception_box(size, target, smallest, draw), center_box(size, target)):
         left, upper, right, lower = box
         assert 0 <= left < right <= size[1]
         assert 0 <= upper < lower <= size[0]
@@ -269,7 +269,7 @@ def test_coordinates_are_the_same_place_at_any_resolution():
 
 def test_an_absolute_axis_has_the_same_row_however_many_patches_there_are():
     grid = Image.Config(absolute={"frames": 64, "width": 512})
-    rows = grid.coordinates((2, 4, 4))
+    rows = coordinates((2, 4, 4), grid.tables, grid.spans)
     assert rows[:, 0].unique().tolist() == [0, 1]
     assert rows[:4, 2].tolist() == [0, 1, 2, 3]
     assert rows[:, 1].unique().tolist() == [0, 8, 16, 24]

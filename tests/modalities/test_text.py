@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
-from openimp.modalities import text as text_module
 from openimp.modalities.text import END, PAD, Text
 
 CORPUS = ["A red bicycle leans on a wall", "a red car", "Two dogs play with a red ball", "dogs and cats"] * 5
@@ -21,13 +20,13 @@ CORPUS = ["A red bicycle leans on a wall", "a red car", "Two dogs play with a re
 
 @pytest.fixture(scope="module")
 def text():
-    out = Text(Text.Config(vocab=400))
+    out = Text(Text.Config(vocab_size=400))
     out.fit([text] for text in CORPUS)
     return out
 
 
 def test_training_is_deterministic_and_learns_words(text):
-    other = Text(Text.Config(vocab=400))
+    other = Text(Text.Config(vocab_size=400))
     other.fit(iter([CORPUS]))
     assert other.state() == text.state()
     assert text.stem_spec().values <= 400
@@ -61,7 +60,7 @@ def test_long_texts_keep_their_beginning_and_end_with_the_end(text):
 @example("half of a pair \ud83d", 8)
 @settings(max_examples=100, deadline=None)
 def test_any_string_is_valid_ids_with_an_end(string, length):
-    text = Text(Text.Config(vocab=300))
+    text = Text(Text.Config(vocab_size=300))
     text.load_state(STATE)
     view = Text.View(length=length)
     items = text.encode_input(string, view)
@@ -79,16 +78,14 @@ SOME = ["a", "red", "Dogs,", "ΑΣ", "don't", "x" * 70, "", "\u0301", "\t", "\u2
 
 @given(st.lists(st.sampled_from(SOME) | st.text(), max_size=12).map(" ".join), st.integers(2, 40), st.booleans())
 @settings(max_examples=300, deadline=None)
-def test_words_that_are_looked_up_have_the_ids_of_the_whole_text(string, count, words):
+def test_a_text_has_the_first_known_ids_of_its_tokenizer(string, count, words):
     state = WORDS if words else STATE
     whole = Tokenizer.from_str(state["tokenizer.json"]).encode(string[: 64 * count], add_special_tokens=False).ids
     if words:
         whole = [i for i in whole if i]  # 0 is what is not known.
-    text = Text(Text.Config(vocab=300))
+    text = Text(Text.Config(vocab_size=300, min_df=2 if words else None))
     text.load_state(state)
-    assert text._word_by_word
-    for _ in range(2):  # once told by the tokenizer, once looked up
-        assert (text.decode(string, [Text.View(length=count)]) - 2).tolist() == whole[:count]
+    assert (text.decode(string, [Text.View(length=count)]) - 2).tolist() == whole[:count]
 
 
 def test_words_of_few_examples_are_left_out():
@@ -105,7 +102,7 @@ def test_words_of_few_examples_are_left_out():
     again = Text(Text.Config(min_df=2))
     again.fit(iter(corpus))
     assert again.state() == text.state()
-    small = Text(Text.Config(min_df=1, vocab=2 + 256))
+    small = Text(Text.Config(min_df=1, vocab_size=2 + 256))
     small.fit([[f"w{i} w{i + 1}"] for i in range(1000)])
     assert small.stem_spec().values == 2 + 256
     with pytest.raises(UserError, match=r"min_df.* 6 of"):
@@ -114,18 +111,8 @@ def test_words_of_few_examples_are_left_out():
         Text.Config(min_df=2, tokenizer="words.json")
 
 
-def test_known_words_do_not_fill_the_memory(text, monkeypatch):
-    monkeypatch.setattr(text_module, "REMEMBERED", 10)
-    some = Text(Text.Config(vocab=400))
-    some.load_state(text.state())
-    for i in range(50):
-        some.tokenize([f"red {i} dogs", "a " + "x" * 1000])
-        assert 0 < len(some._known) <= 10
-        assert "x" * 1000 not in some._known
-
-
 def _state(**config):
-    text = Text(Text.Config(vocab=300, **config))
+    text = Text(Text.Config(vocab_size=300, **config))
     text.fit([CORPUS] * 2)
     return text.state()
 
@@ -165,7 +152,7 @@ def test_what_is_no_text_is_bad_media(text, raw):
 
 
 def test_state_and_pickle_carry_the_tokenizer(text):
-    other = Text(Text.Config(vocab=400))
+    other = Text(Text.Config(vocab_size=400))
     assert other.stem_spec().values == 400  # as large as it may become
     with pytest.raises(RuntimeError, match="fit"):
         other.tokenize("red dogs")

@@ -1,6 +1,6 @@
-"""Raw values to tokens: image, video, audio and text, the only code that knows what these are.
+"""Image, video, audio and text: conversion of raw values to tokens. No other code depends on what a modality is.
 
-One from outside the package imports its bases from here (docs/modalities.md).
+A modality from outside the package imports its base classes from here (docs/modalities.md).
 """
 
 from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens

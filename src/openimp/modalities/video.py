@@ -1,66 +1,65 @@
-"""Clips: containers through PyAV, animated WebP, GIF and PNG through Pillow (which keeps what is transparent)."""
+"""Clips: containers through PyAV; animated WebP, GIF and PNG through Pillow, which keeps transparency."""
 
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import av
 import numpy as np
 import PIL.Image
-import torch
 
-from openimp.common.modality import BadMedia, Tokens
+from openimp.common.modality import BadMedia
 from openimp.common.schema import Count, Share
 from openimp.modalities.media import (
-    MAX_MOVING,
-    SHOWN,
+    MAX_FRAME_PIXELS,
+    PREVIEW,
     Source,
     clip_starts,
-    opened,
+    decoder_errors,
+    encode_webp,
+    open_container,
+    open_source,
     random_start,
-    readable,
-    reason,
     segments,
-    webp,
 )
-from openimp.modalities.vision import CHANNELS, Vision, check_multiple, colour_array, shrink, shrunk_size, without_alpha
+from openimp.modalities.vision import CHANNELS, Vision, check_pixels, decoded_size, drop_opaque_alpha, shrink
 
 MAX_FRAMES = 256
-"""Frames up to which a clip is read whole."""
+"""Most frames of a clip that is read as a whole."""
 DURATION = 100
-"""Milliseconds that a frame of an animation is shown that does not say; browsers' choice."""
+"""Milliseconds for which a frame of an animation without a duration is shown, as in browsers."""
 ROUNDING = 1e-6
-"""Seconds by which times of frames are rounded."""
+"""Tolerance in seconds when times of frames are compared."""
 STRIP = 4
-"""Frames of a clip that a person is shown."""
-MAX_FRAME = 2 * 2**20
-"""Pixels of a frame once it is shrunk; only absurdly long or wide ones have more."""
-MAX_KEPT = 2**29
-"""Bytes of all frames of a clip once they are shrunk."""
+"""Frames in the preview of a clip."""
+MAX_SHRUNK_PIXELS = 2 * 2**20
+"""Most pixels of a frame after it is shrunk; only absurdly long or wide frames have more."""
+MAX_CLIP_BYTES = 2**29
+"""Most bytes of all frames of a clip after they are shrunk."""
 
 
 class Video(Vision):
     """A clip of frames."""
 
     name = "video"
+    tensor_axes = ("B", "T", "3", "H", "W")
     extensions = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".gif")
     decoders = ("av", "pillow")
 
     class View(Vision.View):
-        """How a clip is seen."""
+        """Frames, size, tokens and augmentation of a clip."""
 
         frames: Count = 16
-        """Frames a clip; a multiple of the patch's. The paper: 16, and 4 for classification."""
+        """Frames per clip; a multiple of the patch's. The paper: 16, and 4 for classification."""
         stride: Count = 2
-        """Take every so many frames. A clip too short for that is seen whole, at the stride that spreads `frames` over
-        it; if it has fewer, some are repeated."""
+        """Distance between frames. If a clip is too short, a smaller stride spreads `frames` over all of it; if it has
+        fewer, some are repeated."""
         clips: Count = 4
         """Clips in evaluation, linearly spaced, whose embeddings are averaged."""
         crops: Count = 1
         """Crops per clip in evaluation, evenly spaced along the longer side; their embeddings are averaged. 1: the
         center crop, as in the paper. Other protocols use 3."""
         flip: bool = False
-        """Mirror half of the training clips; off, because captions tell left from right."""
+        """Mirror half of the training clips. It is off because captions mention left and right."""
         jitter: Share = 0.0
         """Brightness, contrast and saturation change in training by a factor of at most 1 ± this; off, as in the paper
         for captioned clips."""
@@ -70,36 +69,28 @@ class Video(Vision):
             """Frames of the source that a clip stretches over."""
             return (self.frames - 1) * self.stride + 1
 
-    def grid(self, view: Any) -> tuple[int, int, int]:
-        return (view.frames // self.config.patch[0], *super().grid(view)[1:])
-
     def shape(self, view: Any) -> tuple[int, int, int, int]:
         return (view.frames, *view.hw, CHANNELS)
 
     def check(self, view: Any) -> None:
         super().check(view)
-        check_multiple("frames: clip", view.frames, self.config.patch[0], self.config.limit(0), "frames")
+        self._check_multiple(0, view.frames, "frames: clip", "frames")
 
+    @decoder_errors()
     def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
-        """A clip to (T, H, W, 3), or (T, H, W, 4) where it is transparent; uint8.
+        """Decodes a clip to (T, H, W, 3) uint8, or to (T, H, W, 4) if any of it is transparent.
 
-        `raw` is bytes, a path, or a uint8 array (T, H, W) or (T, H, W, 1 to 4). Without `fps`, and in an array, frames
-        are counted and not timed: with a variable frame rate a clip takes longer where frames are rare. Of more than
-        256 frames, only those that evaluation sees are read.
+        `raw` is bytes, a path, or a uint8 array (T, H, W) or (T, H, W, 1 to 4). If a clip has more than 256 frames,
+        only those that evaluation uses are read. Without `fps`, and in arrays, the times of frames do not matter.
         """
         if isinstance(raw, np.ndarray):
-            return np.stack([shrink(frame, views) for frame in colour_array(raw, 3)])
-        try:
-            with readable(raw) as source:
-                read = _read_animation if _is_animation(source) else _read_container
-                return without_alpha(_stack(read(source, views, rng, self.config.fps)))
-        except BadMedia:
-            raise
-        except Exception as error:  # broken files raise nearly anything
-            raise BadMedia(reason(error)) from None
+            return np.stack([shrink(PIL.Image.fromarray(frame), views) for frame in check_pixels(raw, 3)])
+        with open_source(raw) as source:
+            read = _read_animation if _is_animation(source) else _read_container
+            return drop_opaque_alpha(_stack(read(source, views, rng, self.config.fps)))
 
     def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
-        """Frames (T, H, W, C) to one random clip (t, h, w, 3), or (clips * crops, t, h, w, 3) in evaluation; uint8."""
+        """Makes one random clip (t, h, w, 3) of frames (T, H, W, C), or (clips * crops, t, h, w, 3) in evaluation."""
         total = len(item)
         step = min(view.stride, (total - 1) / max(1, view.frames - 1))
         offsets = np.round(np.arange(view.frames) * step).astype(int)
@@ -110,26 +101,15 @@ class Video(Vision):
         clips = [item[start + offsets] for start in clip_starts(total, view.span, view.clips)]
         return np.stack([self._render(clip[window], view, None) for clip in clips for window in windows])
 
-    def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
-        """Frames (B, t, h, w, 3) to patches, (B, L, t * h * w * 3 of a patch) uint8."""
-        return self._tokens(torch.from_numpy(items), self.config.patch, view.drop_tokens, rngs)
-
     def show(self, value: Any, view: Any) -> bytes:
-        """Up to 4 frames, evenly spaced from the first to the last that are read, side by side in a small WebP file."""
+        """Up to 4 frames, evenly spaced over the frames that are read, side by side in a small WebP file."""
         item = self.decode(value, [view])
         chosen = item[np.linspace(0, len(item) - 1, min(STRIP, len(item))).round().astype(int)]
-        return webp(np.concatenate(list(self._render(chosen, view, None)), axis=1), STRIP * SHOWN)
-
-    def from_tensor(self, batch: torch.Tensor) -> Tokens:
-        """Clips (B, T, 3, H, W) in -1..1 to tokens."""
-        if batch.ndim != 5 or batch.shape[2] != 3 or not batch.is_floating_point():
-            raise TypeError(f"expected float (B, T, 3, H, W) in -1..1, found {batch.dtype} {list(batch.shape)}")
-        self.check(self.View(size=(batch.shape[3], batch.shape[4]), frames=batch.shape[1]))
-        return self._tokens(batch.permute(0, 1, 3, 4, 2), self.config.patch, 0.0, None)
+        return encode_webp(np.concatenate(list(self._render(chosen, view, None)), axis=1), STRIP * PREVIEW)
 
 
 def crop_windows(size: tuple[int, int], target: tuple[int, int], crops: int) -> list[tuple[slice, slice, slice]]:
-    """Index of the pixels of frames (T, H, W) that each crop is made from.
+    """The indices into frames (T, H, W) of the pixels that each crop is made from.
 
     The windows have the target's aspect ratio, are as large as fits, and are linearly spaced. If `crops` is 1, the
     window is the whole frame.
@@ -143,40 +123,40 @@ def crop_windows(size: tuple[int, int], target: tuple[int, int], crops: int) -> 
 
 
 def _stack(frames: Iterator[np.ndarray]) -> np.ndarray:
-    """As `np.stack`, but each frame is let go of once it is copied, so that they are not held twice."""
+    """Like `np.stack`, but frees each frame after it is copied, so that memory does not hold all frames twice."""
     kept, size = [], 0
     for frame in frames:
         kept.append(frame)
         size += frame.nbytes
-        if size > MAX_KEPT:
-            raise BadMedia(f"the frames that are read take more than {MAX_KEPT} bytes")
+        if size > MAX_CLIP_BYTES:
+            raise BadMedia(f"the frames that are read take more than {MAX_CLIP_BYTES} bytes")
     if not kept:
         raise BadMedia("no frames")
     out = np.empty((len(kept), *kept[0].shape), np.uint8)
     for i, frame in enumerate(kept):
         if frame.shape != out.shape[1:]:
             raise BadMedia("frames of different sizes")
-        out[i], kept[i] = frame, out[i]  # a view, which takes no memory
+        out[i], kept[i] = frame, out[i]  # `out[i]` is a view, which takes no memory.
     return out
 
 
 def _plan(
     total: int, size: tuple[int, int], views: list[Any], rng: np.random.Generator | None
 ) -> list[tuple[int, int]]:
-    """Which frames to read: see `segments`. Of frames of a large `size`, fewer are read whole."""
+    """The frames to read; see `segments`. Fewer frames are read as a whole if they are large."""
     longest = views[0] if rng is not None else max(views, key=lambda view: view.span)
-    limit = min(MAX_FRAMES, MAX_KEPT // (size[0] * size[1] * 4))
+    limit = min(MAX_FRAMES, MAX_CLIP_BYTES // (size[0] * size[1] * 4))
     return segments(total, longest.span, longest.clips, limit, rng)
 
 
-def _size(height: int, width: int, views: list[Any]) -> tuple[int, int]:
-    """The size that frames are shrunk to; refuses what would not fit into memory."""
-    if not 0 < height * width <= MAX_MOVING:
-        raise BadMedia(f"frames of {width} x {height} pixels")
-    height, width = shrunk_size((height, width), views)
-    if height * width > MAX_FRAME:
-        raise BadMedia(f"frames of {width} x {height} pixels")
-    return height, width
+def _shrunk_size(height: int, width: int, views: list[Any]) -> tuple[int, int]:
+    """The size that frames are shrunk to. Refuses frames that are too large before or after."""
+    shrunk = height, width
+    for limit in (MAX_FRAME_PIXELS, MAX_SHRUNK_PIXELS):
+        if not 0 < shrunk[0] * shrunk[1] <= limit:
+            raise BadMedia(f"frames of {shrunk[1]} x {shrunk[0]} pixels")
+        shrunk = decoded_size((height, width), views)
+    return shrunk
 
 
 def _is_animation(source: Source) -> bool:
@@ -186,10 +166,10 @@ def _is_animation(source: Source) -> bool:
 
 
 def at_rate(timed: Iterable[tuple[float, Any]], start: float, fps: float, count: int) -> Iterator[Any]:
-    """What is shown at `count` times, 1 / fps seconds apart from `start` on, as far as it lasts.
+    """The frames that are shown at up to `count` times, from `start` on at intervals of 1 / fps seconds.
 
     Args:
-        timed: (seconds, frame) in order; each is shown until the next, and the last for as long as the one before it.
+        timed: (seconds, frame) in order. Each is shown until the next, and the last as long as the one before it.
     """
     made, shown, since, length = 0, None, 0.0, 0.0
     for time, frame in timed:
@@ -209,14 +189,14 @@ def _read_animation(
     source: Source, views: list[Any], rng: np.random.Generator | None, fps: float | None
 ) -> Iterator[np.ndarray]:
     with PIL.Image.open(source, formats=("WEBP", "GIF", "PNG")) as picture:
-        height, width = size = _size(picture.height, picture.width, views)
+        height, width = size = _shrunk_size(picture.height, picture.width, views)
         total = getattr(picture, "n_frames", 1)
 
         def frame(i: int) -> np.ndarray:
-            # Each frame is drawn over the one before, so all are decoded; and a frame may make a GIF larger.
+            # All frames are decoded, because each is drawn over the one before. A frame may enlarge a GIF.
             for step in range(0 if i < picture.tell() else picture.tell() + 1, i + 1):
                 picture.seek(step)
-                _size(picture.height, picture.width, views)
+                _shrunk_size(picture.height, picture.width, views)
                 source.spend(picture.height * picture.width)
                 picture.load()
             return np.asarray(picture.convert("RGBA").resize((width, height), PIL.Image.Resampling.BILINEAR))
@@ -227,7 +207,7 @@ def _read_animation(
                 yield seconds, frame(i)
                 seconds += (picture.info.get("duration") or DURATION) / 1000
 
-        # How long it takes is known only when all frames are decoded, so at a rate it is read from its start.
+        # At a rate, it is read from its start, because its length is known only when all frames are decoded.
         for start, count in _plan(0 if fps else total, size, views, rng):
             yield from at_rate(timed(), 0.0, fps, count) if fps else map(frame, range(start, min(start + count, total)))
 
@@ -235,15 +215,14 @@ def _read_animation(
 def _read_container(
     source: Source, views: list[Any], rng: np.random.Generator | None, fps: float | None
 ) -> Iterator[np.ndarray]:
-    with opened(source, "video") as (container, stream):
+    with open_container(source, "video") as (container, stream, seconds):
         native = stream.average_rate or 0
         rate = fps or native
-        seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
         total = ((0 if fps else stream.frames) or int(seconds * rate)) if rate else 0
-        size = _size(stream.height or 1, stream.width or 1, views)  # 0 if the header does not tell
+        size = _shrunk_size(stream.height or 1, stream.width or 1, views)  # 0 if the header does not contain the size.
         for start, count in _plan(total, size, views, rng):
             begin = start and start / rate
-            if fps:  # One frame earlier, for it may still be shown when the part begins.
+            if fps:  # From one frame earlier, because that frame may still be shown at `begin`.
                 frames = _part(source, container, stream, max(0, begin - (1 / native if native else 0)), sys.maxsize)
                 zero, base = stream.start_time or 0, stream.time_base
                 timed = ((float((frame.pts - zero) * base), frame) for frame in frames if frame.pts is not None)
@@ -255,7 +234,7 @@ def _read_container(
 
 
 def _part(source: Source, container: Any, stream: Any, seconds: Any, count: int) -> Iterator[Any]:
-    """`count` frames from a time on, as far as there are; the one shown at that time if none begins after it."""
+    """Up to `count` frames from a time on, or the last frame before it if no frame begins later."""
     first = before = None
     left = count
     if seconds:
@@ -278,9 +257,9 @@ def _part(source: Source, container: Any, stream: Any, seconds: Any, count: int)
 
 
 def _pixels(frame: Any, views: list[Any]) -> np.ndarray:
-    """One frame (H, W, 3 or 4), shrunk and the right way up."""
+    """One frame (H, W, 3 or 4), shrunk and turned upright."""
     turns = round(frame.rotation / 90) % 4
-    height, width = _size(*((frame.width, frame.height) if turns % 2 else (frame.height, frame.width)), views)
+    height, width = _shrunk_size(*((frame.width, frame.height) if turns % 2 else (frame.height, frame.width)), views)
     if turns % 2:
         height, width = width, height
     transparent = any(component.is_alpha for component in frame.format.components)
