@@ -3,8 +3,9 @@
     python benchmarks/kernels.py
 
 Attention as two matrix products and a softmax, against the fused kernel, backs `UNFUSED_LENGTH` in
-openimp/model/kernels.py; GELU's exact form against its approximation by tanh backs `gelu` there. The two take turns in one process, and the
-median over all pairs counts. Heads are 64 wide; masked rows have half of each second example's tokens masked.
+openimp/model/kernels.py; GELU's exact form against its approximation by tanh backs `gelu` there. The two take turns in
+one process, and the median over all pairs counts. Heads are 64 wide; masked rows have half of each second example's
+tokens masked.
 """
 
 import argparse

@@ -122,12 +122,12 @@ REFUSED = {
     "evaluation.sets.colours.reader=txt": "evaluation.sets.colours: no task trains modality 'txt'; "
     "did you mean 'text'?",
     # A view that makes no whole patch is answered with the sizes that do.
-    "tasks.named.views.0.image.size=20": "tasks.named.views[0].image: size: height of 20 pixels is not a multiple of 8 up "
-    "to 256; use 16 or 24",
-    "tasks.named.views.0.image.size=[16, 4]": "tasks.named.views[0].image: size: width of 4 pixels is not a multiple of 8 "
-    "up to 256; use 8 or 16",
-    "tasks.named.views.1.image.size=1000": "tasks.named.views[1].image: size: height of 1000 pixels is not a multiple of 8"
-    " up to 256; use 256",
+    "tasks.named.views.0.image.size=20": "tasks.named.views[0].image: size: height of 20 pixels is not a multiple of 8 "
+    "up to 256; use 16 or 24",
+    "tasks.named.views.0.image.size=[16, 4]": "tasks.named.views[0].image: size: width of 4 pixels is not a multiple "
+    "of 8 up to 256; use 8 or 16",
+    "tasks.named.views.1.image.size=1000": "tasks.named.views[1].image: size: height of 1000 pixels is not a multiple"
+    " of 8 up to 256; use 256",
     "evaluation.sets.tones.view.audio.seconds=0.4": "evaluation.sets.tones.view.audio: seconds: 0.4 s are 25 frames, "
     "not a multiple of 16 up to 1024; use 0.256 or 0.512 s",
     "tasks.named.views.0.text.length=17": "tasks.named.views[0].text: length 17 is more than the 16 positions of the "

@@ -10,17 +10,7 @@ from pydantic import Field, model_validator
 
 from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
 from openimp.common.schema import Count, Pair, Positive, Share, Strict
-from openimp.modalities.media import (
-    PREVIEW,
-    PatchGrid,
-    clip_starts,
-    decoder_errors,
-    encode_webp,
-    open_source,
-    patch_tokens,
-    random_start,
-    tokens_kept,
-)
+from openimp.modalities import media
 from openimp.modalities.sound import array_samples, mono, read_sound, resample
 
 FLOOR = 1e-6
@@ -41,7 +31,7 @@ class Audio(Modality):
     extensions = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".caf", ".wma")
     decoders = ("soundfile", "av")
 
-    class Config(PatchGrid):
+    class Config(media.PatchGrid):
         """The spectrogram, its patches and their position tables."""
 
         axes = ("frames", "bins")
@@ -130,9 +120,9 @@ class Audio(Modality):
 
     def length(self, view: Any) -> int:
         total = prod(size // side for size, side in zip(self.shape(view)[1:], self.config.patch))
-        return tokens_kept(total, view.drop_tokens)
+        return media.tokens_kept(total, view.drop_tokens)
 
-    @decoder_errors()
+    @media.decoder_errors()
     def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
         """Decodes a sound to mono samples (N,) int16 at the stem's sample rate.
 
@@ -146,7 +136,7 @@ class Audio(Modality):
             view = views[0] if rng is not None else max(views, key=lambda view: view.seconds)
             # A clip that is played faster needs more samples.
             longest = self.samples(view) * (1 + view.speed if rng is not None else 1)
-            with open_source(raw) as source:
+            with media.open_source(raw) as source:
                 sound, found = read_sound(source, longest / rate, view.clips, rng)
         sound = resample(mono(sound), found, rate)
         if not sound.size:
@@ -157,10 +147,10 @@ class Audio(Modality):
         """Cuts one random clip (samples,) of samples (N,), or (clips, samples) in evaluation; fp32 in -1..1."""
         count = self.samples(view)
         if rng is None:
-            return np.stack([_cut(item, start, count) for start in clip_starts(len(item), count, view.clips)])
+            return np.stack([_cut(item, start, count) for start in media.clip_starts(len(item), count, view.clips)])
         speed = 1 + rng.uniform(-view.speed, view.speed) if view.speed else 1.0
         heard = ceil(count * speed)
-        start = random_start(len(item), heard, rng)
+        start = media.random_start(len(item), heard, rng)
         gain = 10 ** (rng.uniform(-view.gain, view.gain) / 20)
         sound = _cut(item, start, heard)
         if view.speed:
@@ -179,7 +169,7 @@ class Audio(Modality):
         spectrum = log_mel(torch.from_numpy(self.encode_input(value, view)[:1]), self.config)[0].T.numpy()[::-1]
         loudness = (1 + (spectrum - spectrum.max()) / RANGE).clip(0, 1)
         channels = [np.interp(loudness, np.linspace(0, 1, len(COLORS)), channel) for channel in zip(*COLORS)]
-        return encode_webp(np.stack(channels, axis=-1).round().astype(np.uint8), 2 * PREVIEW)
+        return media.encode_webp(np.stack(channels, axis=-1).round().astype(np.uint8), 2 * media.PREVIEW)
 
     def from_tensor(self, batch: torch.Tensor) -> Tokens:
         """Converts mono samples (B, N) in -1..1 at the stem's sample rate. N must be a whole number of patches."""
@@ -191,7 +181,7 @@ class Audio(Modality):
     def _tokens(self, waves: torch.Tensor, drop: float, rngs: list[np.random.Generator] | None) -> Tokens:
         config = self.config
         grid = log_mel(waves, config)[..., None]
-        tokens = patch_tokens(grid, config.patch, config.tables, drop, rngs, config.spans)
+        tokens = media.patch_tokens(grid, config.patch, config.tables, drop, rngs, config.spans)
         return tokens._replace(values=(tokens.values - config.mean) / config.std)
 
 

@@ -9,18 +9,7 @@ import PIL.Image
 
 from openimp.common.modality import BadMedia
 from openimp.common.schema import Count, Share
-from openimp.modalities.media import (
-    MAX_FRAME_PIXELS,
-    PREVIEW,
-    Source,
-    clip_starts,
-    decoder_errors,
-    encode_webp,
-    open_container,
-    open_source,
-    random_start,
-    segments,
-)
+from openimp.modalities import media
 from openimp.modalities.vision import CHANNELS, Vision, check_pixels, decoded_size, drop_opaque_alpha, shrink
 
 MAX_FRAMES = 256
@@ -76,7 +65,7 @@ class Video(Vision):
         super().check(view)
         self._check_multiple(0, view.frames, "frames: clip", "frames")
 
-    @decoder_errors()
+    @media.decoder_errors()
     def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
         """Decodes a clip to (T, H, W, 3) uint8, or to (T, H, W, 4) if any of it is transparent.
 
@@ -85,7 +74,7 @@ class Video(Vision):
         """
         if isinstance(raw, np.ndarray):
             return np.stack([shrink(PIL.Image.fromarray(frame), views) for frame in check_pixels(raw, 3)])
-        with open_source(raw) as source:
+        with media.open_source(raw) as source:
             read = _read_animation if _is_animation(source) else _read_container
             return drop_opaque_alpha(_stack(read(source, views, rng, self.config.fps)))
 
@@ -95,17 +84,17 @@ class Video(Vision):
         step = min(view.stride, (total - 1) / max(1, view.frames - 1))
         offsets = np.round(np.arange(view.frames) * step).astype(int)
         if rng is not None:
-            start = random_start(total, view.span, rng)
+            start = media.random_start(total, view.span, rng)
             return self._render(item[start + offsets], view, rng)
         windows = crop_windows(item.shape[1:3], view.hw, view.crops)
-        clips = [item[start + offsets] for start in clip_starts(total, view.span, view.clips)]
+        clips = [item[start + offsets] for start in media.clip_starts(total, view.span, view.clips)]
         return np.stack([self._render(clip[window], view, None) for clip in clips for window in windows])
 
     def show(self, value: Any, view: Any) -> bytes:
         """Up to 4 frames, evenly spaced over the frames that are read, side by side in a small WebP file."""
         item = self.decode(value, [view])
         chosen = item[np.linspace(0, len(item) - 1, min(STRIP, len(item))).round().astype(int)]
-        return encode_webp(np.concatenate(list(self._render(chosen, view, None)), axis=1), STRIP * PREVIEW)
+        return media.encode_webp(np.concatenate(list(self._render(chosen, view, None)), axis=1), STRIP * media.PREVIEW)
 
 
 def crop_windows(size: tuple[int, int], target: tuple[int, int], crops: int) -> list[tuple[slice, slice, slice]]:
@@ -118,7 +107,7 @@ def crop_windows(size: tuple[int, int], target: tuple[int, int], crops: int) -> 
         return [(slice(None),) * 3]
     scale = min(size[0] / target[0], size[1] / target[1])
     height, width = max(1, round(target[0] * scale)), max(1, round(target[1] * scale))
-    tops, lefts = clip_starts(size[0], height, crops), clip_starts(size[1], width, crops)
+    tops, lefts = media.clip_starts(size[0], height, crops), media.clip_starts(size[1], width, crops)
     return [(slice(None), slice(y, y + height), slice(x, x + width)) for y, x in zip(tops, lefts)]
 
 
@@ -146,20 +135,20 @@ def _plan(
     """The frames to read; see `segments`. Fewer frames are read as a whole if they are large."""
     longest = views[0] if rng is not None else max(views, key=lambda view: view.span)
     limit = min(MAX_FRAMES, MAX_CLIP_BYTES // (size[0] * size[1] * 4))
-    return segments(total, longest.span, longest.clips, limit, rng)
+    return media.segments(total, longest.span, longest.clips, limit, rng)
 
 
 def _shrunk_size(height: int, width: int, views: list[Any]) -> tuple[int, int]:
     """The size that frames are shrunk to. Refuses frames that are too large before or after."""
     shrunk = height, width
-    for limit in (MAX_FRAME_PIXELS, MAX_SHRUNK_PIXELS):
+    for limit in (media.MAX_FRAME_PIXELS, MAX_SHRUNK_PIXELS):
         if not 0 < shrunk[0] * shrunk[1] <= limit:
             raise BadMedia(f"frames of {shrunk[1]} x {shrunk[0]} pixels")
         shrunk = decoded_size((height, width), views)
     return shrunk
 
 
-def _is_animation(source: Source) -> bool:
+def _is_animation(source: media.Source) -> bool:
     """Whether the first bytes are those of a WebP, GIF or PNG."""
     head = source.peek(12)[:12]
     return head[:4] == b"GIF8" or head[:8] == b"\x89PNG\r\n\x1a\n" or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
@@ -186,7 +175,7 @@ def at_rate(timed: Iterable[tuple[float, Any]], start: float, fps: float, count:
 
 
 def _read_animation(
-    source: Source, views: list[Any], rng: np.random.Generator | None, fps: float | None
+    source: media.Source, views: list[Any], rng: np.random.Generator | None, fps: float | None
 ) -> Iterator[np.ndarray]:
     with PIL.Image.open(source, formats=("WEBP", "GIF", "PNG")) as picture:
         height, width = size = _shrunk_size(picture.height, picture.width, views)
@@ -213,9 +202,9 @@ def _read_animation(
 
 
 def _read_container(
-    source: Source, views: list[Any], rng: np.random.Generator | None, fps: float | None
+    source: media.Source, views: list[Any], rng: np.random.Generator | None, fps: float | None
 ) -> Iterator[np.ndarray]:
-    with open_container(source, "video") as (container, stream, seconds):
+    with media.open_container(source, "video") as (container, stream, seconds):
         native = stream.average_rate or 0
         rate = fps or native
         total = ((0 if fps else stream.frames) or int(seconds * rate)) if rate else 0
@@ -233,7 +222,7 @@ def _read_container(
                 yield _pixels(frame, views)
 
 
-def _part(source: Source, container: Any, stream: Any, seconds: Any, count: int) -> Iterator[Any]:
+def _part(source: media.Source, container: Any, stream: Any, seconds: Any, count: int) -> Iterator[Any]:
     """Up to `count` frames from a time on, or the last frame before it if no frame begins later."""
     first = before = None
     left = count
