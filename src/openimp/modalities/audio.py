@@ -131,14 +131,14 @@ class Audio(Modality):
         """
         rate = self.config.sample_rate
         if isinstance(raw, np.ndarray):
-            sound, found = array_samples(raw), rate
+            sound, source_rate = array_samples(raw), rate
         else:
             view = views[0] if rng is not None else max(views, key=lambda view: view.seconds)
             # A clip that is played faster needs more samples.
             longest = self.samples(view) * (1 + view.speed if rng is not None else 1)
             with media.open_source(raw) as source:
-                sound, found = read_sound(source, longest / rate, view.clips, rng)
-        sound = resample(mono(sound), found, rate)
+                sound, source_rate = read_sound(source, longest / rate, view.clips, rng)
+        sound = resample(mono(sound), source_rate, rate)
         if not sound.size:
             raise BadMedia("no samples")
         return np.round(sound.clip(-1, 1) * 32767).astype(np.int16)
@@ -149,10 +149,10 @@ class Audio(Modality):
         if rng is None:
             return np.stack([_cut(item, start, count) for start in media.clip_starts(len(item), count, view.clips)])
         speed = 1 + rng.uniform(-view.speed, view.speed) if view.speed else 1.0
-        heard = ceil(count * speed)
-        start = media.random_start(len(item), heard, rng)
+        needed = ceil(count * speed)
+        start = media.random_start(len(item), needed, rng)
         gain = 10 ** (rng.uniform(-view.gain, view.gain) / 20)
-        sound = _cut(item, start, heard)
+        sound = _cut(item, start, needed)
         if view.speed:
             sound = _at_speed(sound, speed, count)
         return (sound * np.float32(gain)).clip(-1, 1)

@@ -50,8 +50,8 @@ class Text(Modality):
         """Most ids of a trained tokenizer: two reserved ones, and 256 bytes with their merges, or words."""
         min_df: Count | None = None
         """Train a word tokenizer: keep the words that occur in the texts of at least this many training examples
-        (scikit-learn's min_df), and remove other words and punctuation. By default subwords are used. For small data
-        sets, whose rare words help with nothing new; not for languages without spaces between words."""
+        (scikit-learn's min_df), and remove other words and punctuation. By default subwords are used. Words suit small
+        data sets, whose rare words do not generalize. They do not suit languages without spaces between words."""
         positions: Count = 256
         """Rows of the position table, which limits the length of texts."""
 
