@@ -254,7 +254,7 @@ class PatchGrid(Strict):
         if 0 < size <= limit and size % side == 0:
             return []
         below = min(max(side, size - size % side), limit)
-        return [limit] if size > limit else sorted({below, min(below + side, limit)})
+        return sorted({below, min(below + side, limit)})
 
 
 def patch_tokens(
