@@ -11,7 +11,7 @@ import torch
 
 from openimp.common.errors import UserError
 from openimp.data import loader
-from openimp.data.loader import Loaded, StepBatches, make_loader
+from openimp.data.loader import LoadedBatch, StepBatches, make_loader
 from openimp.data.order import example_rng, seed_key
 from openimp.data.streams import Stream
 from openimp.data.templates import fill
@@ -28,11 +28,11 @@ def opened(folder: Path, *changes: str) -> StepBatches:
     return data
 
 
-def loaded(folder: Path, *changes: str, first: int = 0) -> list[Loaded]:
+def loaded(folder: Path, *changes: str, first: int = 0) -> list[LoadedBatch]:
     return list(make_loader(opened(folder, *changes), first))
 
 
-def assert_same(one: list[Loaded], other: list[Loaded]) -> None:
+def assert_same(one: list[LoadedBatch], other: list[LoadedBatch]) -> None:
     assert [a.visit for a in one] == [b.visit for b in other]
     for a, b in zip(one, other):
         assert (a.bad, a.batch.rows, a.cursor, a.digest) == (b.bad, b.batch.rows, b.cursor, b.digest)

@@ -43,7 +43,7 @@ class WorkersFailed(UserError):
 
 
 @dataclass
-class Loaded:
+class LoadedBatch:
     """What a worker gives for one step.
 
     Attributes:
@@ -60,13 +60,13 @@ class Loaded:
     cursor: dict[str, Any] | None = None
     digest: int = 0
 
-    def pin_memory(self) -> Loaded:
+    def pin_memory(self) -> LoadedBatch:
         """Asked for by the DataLoader, where there is CUDA: only from pinned memory is a copy to the GPU not waited
         for."""
         return replace(self, batch=self.batch.pin_memory())
 
 
-class StepBatches(Dataset[Loaded]):
+class StepBatches(Dataset[LoadedBatch]):
     """The batch of each step of a recipe: `dataset[step]`."""
 
     def __init__(
@@ -153,7 +153,7 @@ class StepBatches(Dataset[Loaded]):
     def __len__(self) -> int:
         return len(self.schedule)
 
-    def __getitem__(self, step: int) -> Loaded:
+    def __getitem__(self, step: int) -> LoadedBatch:
         visit = self.schedule[step]
         task = self.recipe.tasks[visit.task]
         size = visit.batch // self.parts
@@ -196,7 +196,7 @@ class StepBatches(Dataset[Loaded]):
                 items_of = [item_of(examples[i][objective.same], int(rows[i])) for i in stand_in]
                 batch.item[objective.same] = torch.tensor(items_of)
         digest = digest_of(f"{visit.task} {source.where(row)}" for row in batch.rows)
-        return Loaded(visit, batch, named, source.cursor() if isinstance(source, Stream) else None, digest)
+        return LoadedBatch(visit, batch, named, source.cursor() if isinstance(source, Stream) else None, digest)
 
     def _columns(self, task: Task) -> set[str]:
         """The columns of the source that a task reads, less those whose decoded values are in a store."""
@@ -297,7 +297,7 @@ class StepBatches(Dataset[Loaded]):
             yield from all_texts(spec.columns, rows)
 
 
-def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> Iterator[Loaded]:
+def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> Iterator[LoadedBatch]:
     """Batches of the steps from `first` to `last` (to the end), in order, made by the recipe's workers.
 
     Raises:
@@ -306,7 +306,7 @@ def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> It
     """
     train = dataset.recipe.train
     workers = train.num_workers
-    loader: DataLoader[Loaded | UserError] = DataLoader(
+    loader: DataLoader[LoadedBatch | UserError] = DataLoader(
         _Told(dataset),
         batch_size=None,
         sampler=range(first, len(dataset) if last is None else last),
@@ -324,14 +324,14 @@ def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> It
         yield loaded
 
 
-def _workers_watched(loader: DataLoader[Loaded | UserError]) -> Iterator[Loaded | UserError]:
+def _workers_watched(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[LoadedBatch | UserError]:
     """The loader's batches; a worker's death is told while one is waited for.
 
     torch tells of it by a signal handler that raises wherever the training process happens to be: in the middle of an
     update, too, after which nothing could be saved. So that handler is taken out again, and the same is asked here.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    batches: Iterator[Loaded | UserError] | None = None
+    batches: Iterator[LoadedBatch | UserError] | None = None
     for _ in range(len(loader)):  # Once all are there, a death is of no matter.
         try:
             batches = batches or iter(loader)
@@ -354,7 +354,7 @@ def _workers_watched(loader: DataLoader[Loaded | UserError]) -> Iterator[Loaded 
 
 
 @dataclass(frozen=True)
-class _Told(Dataset["Loaded | UserError"]):
+class _Told(Dataset["LoadedBatch | UserError"]):
     """Gives a user's error instead of raising it: the DataLoader would put a worker's traceback into its message.
 
     Batches are made with one thread, as workers have it: the last bits of a spectrogram depend on the number.
@@ -365,7 +365,7 @@ class _Told(Dataset["Loaded | UserError"]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, step: int) -> Loaded | UserError:
+    def __getitem__(self, step: int) -> LoadedBatch | UserError:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
