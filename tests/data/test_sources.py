@@ -27,7 +27,7 @@ from openimp.common.modality import BadMedia
 from openimp.data import files, hub, parquet, tars
 from openimp.data.sources import open_source
 from openimp.data.streams import Stream
-from openimp.data.tables import Refused, Rows, Table
+from openimp.data.tables import Unreadable, Rows, Table
 from openimp.recipe.tasks import Source
 
 
@@ -483,7 +483,7 @@ def test_resuming_does_not_read_what_came_before(tmp_path):
     (tmp_path / "shard-000.tar").write_bytes(b"broken")
     assert names(copy, "webdataset", 30, 10) == whole[30:40]
     # The next epoch goes on with the other shard.
-    (lost,) = [row for row in copy.read(3, 40, 21) if isinstance(row["txt"], Refused)]
+    (lost,) = [row for row in copy.read(3, 40, 21) if isinstance(row["txt"], Unreadable)]
     assert "not a readable tar" in lost["txt"].reason
 
 
@@ -906,7 +906,7 @@ def test_duplicate_members(tmp_path):
         add(tar, "1.JPG", b"1")
         add(tar, "2.jpg", b"2")
     one, two = open_source("x", Source(path=f"{tmp_path}/x.tar")).rows([0, 1])
-    assert one["jpg"] == Refused("example 1 has two members .jpg")
+    assert one["jpg"] == Unreadable("example 1 has two members .jpg")
     assert two["jpg"] == b"2"
 
 
@@ -1008,7 +1008,7 @@ def test_json_that_is_broken_everywhere(tmp_path, stream):
             add(tar, f"{i}.json", b"{broken")
     rows, source = in_order(f"{tmp_path}/x.tar", stream, 3)
     assert source.columns == ["__key__", "json"]
-    assert isinstance(rows[0]["json"], Refused)
+    assert isinstance(rows[0]["json"], Unreadable)
 
 
 @pytest.mark.parametrize(("members", "refused"), [(tars.MOST, False), (tars.MOST + 1, True)])
@@ -1029,7 +1029,7 @@ def test_a_member_above_the_limit(tmp_path, stream, monkeypatch):
         for key, size in ("1", 5001), ("2", 5000):
             add(tar, f"{key}.npy", bytes(size))
     (large, fits), _ = in_order(f"{tmp_path}/x.tar", stream, 2)
-    assert large["npy"] == Refused("1.npy claims 5001 bytes; 5000 may be read")
+    assert large["npy"] == Unreadable("1.npy claims 5001 bytes; 5000 may be read")
     assert len(fits["npy"]) == 5000
 
 

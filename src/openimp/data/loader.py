@@ -27,7 +27,7 @@ from openimp.data.order import digest_of, example_rng, permute, rows_at, seed_ke
 from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore
 from openimp.data.streams import Stream
-from openimp.data.tables import Refused, Table
+from openimp.data.tables import Unreadable, Table
 from openimp.data.targets import classes_of, item_of, labels_of, told_by
 from openimp.data.templates import all_texts, columns_of, fill
 from openimp.recipe.inputs import Input
@@ -175,7 +175,7 @@ class StepBatches(Dataset[LoadedBatch]):
                 examples = source.rows(rows.tolist(), columns)
             rngs: list[np.random.Generator] = [example_rng(key, int(p), task.views[visit.view].sync) for p in positions]
             refused = ((i, example[column]) for i, example in enumerate(examples) for column in told)
-            bad = {i: cell.reason for i, cell in refused if isinstance(cell, Refused)}
+            bad = {i: cell.reason for i, cell in refused if isinstance(cell, Unreadable)}
             arrays = {name: self._read(visit, name, rows.tolist(), examples, rngs, bad) for name in task.inputs}
             # Those of another part are named by its own process.
             named = named or [(source.where(int(rows[i])), why) for i, why in sorted(bad.items())]

@@ -21,13 +21,13 @@ LOOKED_AT = 10_000
 
 
 @dataclass(frozen=True)
-class Refused:
+class Unreadable:
     """Stands in a row for a value that must not be read; `media` raises its reason."""
 
     reason: str
 
 
-class Lost(Refused):
+class UnreadableRest(Unreadable):
     """Stands in every column of the one row that is left of an unreadable rest of a file; no filter drops it."""
 
 
@@ -70,7 +70,7 @@ class Rows:
         Raises:
             BadMedia: nothing is there, or the path leaves `root`.
         """
-        if isinstance(value, Refused):
+        if isinstance(value, Unreadable):
             raise BadMedia(value.reason)
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
@@ -261,8 +261,8 @@ def _array(value: list[Any]) -> np.ndarray:
 
 
 def matches(cell: Any, wanted: Any) -> bool:
-    """Whether a cell, or one of its items, is the wanted value or one of the wanted values, or the cell is `Lost`."""
-    if isinstance(cell, Lost):
+    """Whether a cell, or one of its items, is the wanted value or one of the wanted values, or the cell is `UnreadableRest`."""
+    if isinstance(cell, UnreadableRest):
         return True
     cells = cell if isinstance(cell, list) else [cell]
     texts = [as_text(item) for item in (wanted if isinstance(wanted, list) else [wanted])]

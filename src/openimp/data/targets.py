@@ -7,7 +7,7 @@ import torch
 
 from openimp.common.errors import UserError, nearest
 from openimp.data.streams import Stream
-from openimp.data.tables import Refused, Table
+from openimp.data.tables import Unreadable, Table
 from openimp.recipe.tasks import Classification, Task
 
 
@@ -18,7 +18,7 @@ def classes_of(source: Table | Stream, objective: Classification, where: str) ->
     if isinstance(source, Stream):
         raise UserError(f"{where}: a streamed source is not read ahead, so name the classes of {objective.label!r}")
     column = f"{where}: column {objective.label!r} of {source.name}"
-    rows = [value for value in source.column(objective.label) if not isinstance(value, Refused)]
+    rows = [value for value in source.column(objective.label) if not isinstance(value, Unreadable)]
     values = [item for value in rows for item in _classes(value, objective, column)]
     missing = sum(value is None for value in values)
     if missing:

@@ -18,7 +18,7 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.data.files import fingerprint
-from openimp.data.tables import Lost, Refused, Table
+from openimp.data.tables import UnreadableRest, Unreadable, Table
 
 NUMBERS = {"cls", "cls2", "id", "index", "inx"}
 """Extensions that hold one integer, by the convention of WebDataset."""
@@ -37,7 +37,7 @@ class Example:
 
     Attributes:
         key: that name.
-        members: what `load` gave for each, or a `Refused`, by extension in lower case.
+        members: what `load` gave for each, or a `Unreadable`, by extension in lower case.
         end: the offset of the next example in the file; None for the last.
         lost: why this example and all that follow it in the file cannot be read; it is the last then, without members.
     """
@@ -45,7 +45,7 @@ class Example:
     key: str
     members: dict[str, Any] = field(default_factory=dict)
     end: int | None = None
-    lost: Lost | None = None
+    lost: UnreadableRest | None = None
 
 
 def examples(file: IO[bytes], load: Callable[[tarfile.TarInfo], Any]) -> Iterator[Example]:
@@ -73,7 +73,7 @@ def examples(file: IO[bytes], load: Callable[[tarfile.TarInfo], Any]) -> Iterato
                     yield current
                 current = Example(key)
             if extension in current.members:
-                current.members[extension] = Refused(f"example {key} has two members .{extension}")
+                current.members[extension] = Unreadable(f"example {key} has two members .{extension}")
             else:
                 current.members[extension] = refusal(member, size - member.offset_data) or load(member)
         # tarfile takes half a header, or none where the two empty blocks of the end should be, for the end.
@@ -82,7 +82,7 @@ def examples(file: IO[bytes], load: Callable[[tarfile.TarInfo], Any]) -> Iterato
             raise tarfile.ReadError("unexpected end of data")
     # tarfile does not check a header's numbers, and calls itself for each of a chain of headers.
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        current = Example("the rest", lost=Lost(f"not a readable tar from here on: {error}"))
+        current = Example("the rest", lost=UnreadableRest(f"not a readable tar from here on: {error}"))
     if current is not None:
         yield current
 
@@ -104,17 +104,17 @@ def split_name(name: str) -> tuple[str, str]:
     return (match[1], match[2].lower()) if match else ("", "")
 
 
-def refusal(member: tarfile.TarInfo, left: int) -> Refused | None:
+def refusal(member: tarfile.TarInfo, left: int) -> Unreadable | None:
     """Why a member must not be read: its name leaves the archive, it is a link, a device or sparse, or is too large.
 
     `left` is how many bytes the file has for it.
     """
     if member.name.startswith("/") or ".." in member.name.split("/"):
-        return Refused(f"{member.name} leaves the folder of its archive")
+        return Unreadable(f"{member.name} leaves the folder of its archive")
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
-        return Refused(f"{member.name} is not a regular file")
+        return Unreadable(f"{member.name} is not a regular file")
     if not 0 <= member.size <= min(left, LARGEST):
-        return Refused(f"{member.name} claims {member.size} bytes; {min(left, LARGEST)} may be read")
+        return Unreadable(f"{member.name} claims {member.size} bytes; {min(left, LARGEST)} may be read")
     return None
 
 
@@ -129,7 +129,7 @@ def parse(extension: str, data: bytes) -> Any:
         if kind == "json":
             return json.loads(data)
     except (ValueError, RecursionError) as error:
-        return Refused(f"its .{extension} cannot be read: {error}")
+        return Unreadable(f"its .{extension} cannot be read: {error}")
     return data
 
 
@@ -141,8 +141,8 @@ def flatten(extension: str, value: Any) -> dict[str, Any]:
 
 
 def pick(value: Any, key: str) -> Any:
-    """One key of a JSON object; None if it is not there, and a `Refused` as it is."""
-    return value.get(key) if isinstance(value, dict) else value if isinstance(value, Refused) else None
+    """One key of a JSON object; None if it is not there, and a `Unreadable` as it is."""
+    return value.get(key) if isinstance(value, dict) else value if isinstance(value, Unreadable) else None
 
 
 class TarTable(Table):
@@ -157,15 +157,15 @@ class TarTable(Table):
         self._files = files
         self._root = root
         self._keys: list[str] = []
-        self._refused: dict[tuple[str, int], Refused] = {}
-        self._lost: dict[int, Lost] = {}
+        self._refused: dict[tuple[str, int], Unreadable] = {}
+        self._lost: dict[int, UnreadableRest] = {}
         shards: list[int] = []
         places: dict[str, dict[int, tuple[int, int]]] = {}
         for shard, file in enumerate(files):
             with open(file, "rb") as handle:
                 for example in examples(handle, lambda member: (member.offset_data, member.size)):
                     for extension, place in example.members.items():
-                        if isinstance(place, Refused):
+                        if isinstance(place, Unreadable):
                             self._refused[extension, len(shards)] = place
                             place = (0, 0)
                         places.setdefault(extension, {})[len(shards)] = place
@@ -186,7 +186,7 @@ class TarTable(Table):
         self._fields = {"__key__": ("__key__", "")}
         for extension, found in places.items():
             values = (self._member(extension, [row])[0] for row in found)
-            value = next((value for value in values if not isinstance(value, Refused)), None)
+            value = next((value for value in values if not isinstance(value, Unreadable)), None)
             for column in flatten(extension, value):
                 self._fields[column] = (extension, column[len(extension) + 1 :])
         # Members have no paths outside their tar.
@@ -255,7 +255,7 @@ class TarReader:
         columns: list[str] = []
         for _, row in islice(self.rows(None), LOOKED):
             columns = columns or list(row)
-            if not any(isinstance(value, Refused) for value in row.values()):
+            if not any(isinstance(value, Unreadable) for value in row.values()):
                 return list(row)
         return columns
 
@@ -299,5 +299,5 @@ def to_row(example: Example) -> dict[str, Any]:
     """An example's columns, with the bytes of its members parsed."""
     row = {"__key__": example.key}
     for extension, data in example.members.items():
-        row |= flatten(extension, data if isinstance(data, Refused) else parse(extension, data))
+        row |= flatten(extension, data if isinstance(data, Unreadable) else parse(extension, data))
     return row

@@ -13,7 +13,7 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
-from openimp.data.tables import Refused
+from openimp.data.tables import Unreadable
 
 
 class Part(NamedTuple):
@@ -126,7 +126,7 @@ def _values(row: dict[str, Any], column: str) -> list[str]:
 
 
 def _text(value: Any, column: str) -> str:
-    if isinstance(value, Refused):
+    if isinstance(value, Unreadable):
         raise BadMedia(value.reason)
     if isinstance(value, bytes):
         try:
