@@ -27,7 +27,7 @@ from openimp.common.modality import BadMedia
 from openimp.data import files, hub, parquet, tars
 from openimp.data.sources import open_source
 from openimp.data.streams import Stream
-from openimp.data.tables import Unreadable, Rows, Table
+from openimp.data.tables import Rows, Table, Unreadable
 from openimp.recipe.tasks import Source
 
 

@@ -106,7 +106,7 @@ def digest(file: str | Path, blocks: int = 64, block: int = 64 * 1024) -> str:
     return total.hexdigest()
 
 
-def combine(parts: Iterable[Any]) -> str:
+def stable_hash(parts: Iterable[Any]) -> str:
     """One hexadecimal name of 32 digits for a sequence of values, by their `repr`."""
     total = hashlib.sha256()
     for part in parts:
@@ -116,4 +116,4 @@ def combine(parts: Iterable[Any]) -> str:
 
 def fingerprint(base: Path, files: Iterable[str | Path]) -> str:
     """Names a set of files by content: relative names and digests, so it stays the same when the folder is moved."""
-    return combine((os.path.relpath(file, base), digest(file)) for file in files)
+    return stable_hash((os.path.relpath(file, base), digest(file)) for file in files)

@@ -27,7 +27,7 @@ from openimp.data.order import digest_of, example_rng, permute, rows_at, seed_ke
 from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore
 from openimp.data.streams import Stream
-from openimp.data.tables import Unreadable, Table
+from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import classes_of, item_of, labels_of, told_by
 from openimp.data.templates import all_texts, columns_of, fill
 from openimp.recipe.inputs import Input

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from openimp.common.errors import UserError
 from openimp.data import hub
-from openimp.data.files import combine, fingerprint, is_url, is_utf8, locate
+from openimp.data.files import fingerprint, is_url, is_utf8, locate, stable_hash
 from openimp.data.streams import Reader, Stream
 from openimp.data.tables import ArrowTable, Table
 from openimp.data.tars import TarReader, TarTable
@@ -69,7 +69,7 @@ def _open_stream(name: str, source: Source) -> Stream:
         path, root = source.hub, hub.hub_root(source)
         reader = hub.HubReader(name, path, hub.load(name, source))
         revision = [source.revision] if source.revision else []
-        content = partial(combine, [path, source.config, source.split, where, *revision])
+        content = partial(stable_hash, [path, source.config, source.split, where, *revision])
     else:
         path, kind = _path_and_format(name, source)
         base, files = locate(name, path)
@@ -80,12 +80,12 @@ def _open_stream(name: str, source: Source) -> Stream:
             reader = hub.HubReader(name, path, hub.load_parquet(name, path, files, streaming=True))
         else:
             raise UserError(f"source {name}: {path}: a {kind} source cannot be streamed; leave stream out")
-        content = partial(combine, [path, where]) if is_url(path) else partial(_streamed, base, files, where)
+        content = partial(stable_hash, [path, where]) if is_url(path) else partial(_streamed, base, files, where)
     return Stream(name, path, reader, root, source.window, where, content)
 
 
 def _streamed(base: Path, files: list[str], where: dict[str, Any]) -> str:
-    return combine([fingerprint(base, files), where])
+    return stable_hash([fingerprint(base, files), where])
 
 
 def _path_and_format(name: str, source: Source) -> tuple[str, str]:
@@ -130,7 +130,7 @@ def open_folder(name: str, path: str, root: Path) -> ArrowTable:
         {"file": files, "label": [label for _, _, label in rows], "name": [Path(file).stem for file in files]},
         schema=pa.schema([("file", pa.string()), ("label", pa.string()), ("name", pa.string())]),
     )
-    content = partial(str, combine((file, size) for file, size, _ in rows))
+    content = partial(str, stable_hash((file, size) for file, size, _ in rows))
     return ArrowTable(name, path, data, content, root, label="file")
 
 

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.safe_files import cache_folder
-from openimp.data.files import combine, digest
+from openimp.data.files import digest, stable_hash
 from openimp.data.tables import Table
 
 log = logging.getLogger(__name__)
@@ -214,4 +214,4 @@ def _key(table: Table, modality: Modality, column: str, views: list[Any]) -> str
     options = [modality.config.model_dump_json(), sorted({view.model_dump_json() for view in views})]
     files = [(path, table.file_state(path)) for path in table.paths(column)]
     code = [LAYOUT, version("openimp"), kind.__module__, kind.__qualname__]
-    return combine([code, table.fingerprint, column, options, files])
+    return stable_hash([code, table.fingerprint, column, options, files])

@@ -14,7 +14,7 @@ import numpy as np
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
 from openimp.common.schema import as_text
-from openimp.data.files import combine, digest, inside
+from openimp.data.files import digest, inside, stable_hash
 
 LOOKED_AT = 10_000
 """Files of a source that are opened at every start to see whether one has changed."""
@@ -135,14 +135,14 @@ class Table(Rows, ABC):
         Data files count by name, size and up to 64 blocks of content (all of a file up to 4 MiB), the files of a folder
         by name and size, and the files that a manifest names not at all: to read those at every start takes too long.
         """
-        kept = "" if self._kept is None else "-" + combine([self._kept.tobytes()])
+        kept = "" if self._kept is None else "-" + stable_hash([self._kept.tobytes()])
         return self._content() + kept
 
     def fingerprint_with_files(self, columns: Iterable[str]) -> str:
         """Names what `fingerprint` does, and the files in these columns: all, or 10,000 that are evenly spread."""
         paths = list(dict.fromkeys(path for column in columns for path in self.paths(column)))
         looked_at = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
-        return combine([self.fingerprint, *((path, self.file_state(path)) for path in looked_at)])
+        return stable_hash([self.fingerprint, *((path, self.file_state(path)) for path in looked_at)])
 
     def file_state(self, path: str) -> str:
         """Names a file that a column names by its size, beginning and end only, for there may be many."""

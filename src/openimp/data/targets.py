@@ -7,7 +7,7 @@ import torch
 
 from openimp.common.errors import UserError, nearest
 from openimp.data.streams import Stream
-from openimp.data.tables import Unreadable, Table
+from openimp.data.tables import Table, Unreadable
 from openimp.recipe.tasks import Classification, Task
 
 

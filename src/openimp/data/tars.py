@@ -18,7 +18,7 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.data.files import fingerprint
-from openimp.data.tables import UnreadableRest, Unreadable, Table
+from openimp.data.tables import Table, Unreadable, UnreadableRest
 
 NUMBERS = {"cls", "cls2", "id", "index", "inx"}
 """Extensions that hold one integer, by the convention of WebDataset."""

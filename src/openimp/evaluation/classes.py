@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openimp.common.errors import UserError, nearest
 from openimp.common.schema import as_text
-from openimp.data.tables import Unreadable, Table
+from openimp.data.tables import Table, Unreadable
 from openimp.evaluation.figures import accuracy, average_precision, classes_in, interval
 from openimp.evaluation.retrieval import SIMILARITIES, ranks
 

@@ -10,8 +10,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from openimp.common.errors import UserError
-from openimp.data.files import combine
-from openimp.data.tables import Unreadable, Table
+from openimp.data.files import stable_hash
+from openimp.data.tables import Table, Unreadable
 from openimp.encoding.items import Encoded
 
 RESAMPLES = 10_000
@@ -55,7 +55,7 @@ def readable_rows(table: Table, sides: list[Encoded], where: str, labels: Sequen
     rows = np.setdiff1d(np.arange(len(table)), list(bad))
     if not len(rows):
         raise UserError(f"{where}: none of the {len(table)} rows can be read; the first: {skipped[0]}")
-    content = combine((*(side.keys[row] for side in sides), labels and labels[row]) for row in rows)
+    content = stable_hash((*(side.keys[row] for side in sides), labels and labels[row]) for row in rows)
     return Readable(rows, skipped, content)
 
 
