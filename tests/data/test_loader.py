@@ -169,11 +169,11 @@ def test_a_bad_file_is_skipped_counted_named_and_stood_in_for(own_data, workers)
     for item in make_loader(data, 0):
         if item.visit.task == "named":
             assert len(item.batch.rows) == len(item.batch.tokens["image"].values) == item.visit.batch
-            assert not bad & {table.where(row) for row in item.batch.rows}
+            assert not bad & {table.row_name(row) for row in item.batch.rows}
             # A stand-in is the same item as the neighbour whose place it shares, not a false negative.
             assert item.batch.item[""].tolist() == item.batch.rows
             classes = [data.classes["pictures:label"][label] for label in item.batch.labels["label"]]
-            assert classes == [table.where(row).split("/")[0] for row in item.batch.rows]
+            assert classes == [table.row_name(row).split("/")[0] for row in item.batch.rows]
             assert len(set(item.batch.rows)) == item.visit.batch - len(item.bad)
             named += item.bad
     assert {where for where, _ in named} == bad
@@ -199,13 +199,13 @@ def test_a_part_that_cannot_be_read_at_all_is_replaced_by_the_next_process_part(
     table = parts[0].sources["named"]
     first = [data[0].batch.rows[0] for data in parts]
     for row in first[1:3]:
-        (own_data / "pictures" / table.where(row)).write_bytes(b"no picture")
+        (own_data / "pictures" / table.row_name(row)).write_bytes(b"no picture")
     found = [data[0] for data in parts]
     assert [item.batch.rows for item in found] == [[first[0]], [first[3]], [first[3]], [first[3]]]
     assert [[where for where, _ in item.bad] for item in found] == [
         [],
-        [table.where(first[1])],
-        [table.where(first[2])],
+        [table.row_name(first[1])],
+        [table.row_name(first[2])],
         [],
     ]
 

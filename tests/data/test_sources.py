@@ -117,7 +117,7 @@ def test_folder(tmp_path):
         {"file": "cat/deep/b.png", "label": "cat", "name": "b"},
         {"file": "dog/c.png", "label": "dog", "name": "c"},
     ]
-    assert table.where(2) == "dog/c.png"
+    assert table.row_name(2) == "dog/c.png"
     assert colour(table.media(table.column("file")[2])) == 2
 
 
@@ -130,8 +130,8 @@ def test_rows_in_any_order_of_the_given_columns(tmp_path):
     assert table.rows([3], []) == [{}]
     assert table.rows([]) == []
     assert table.column("tags") == [row["tags"] for row in data]
-    assert table.where(3) == "part-0.parquet[3]"
-    assert table.where(20) == "part-1.parquet[0]"
+    assert table.row_name(3) == "part-0.parquet[3]"
+    assert table.row_name(20) == "part-1.parquet[0]"
 
 
 def test_parquet_media(tmp_path):
@@ -164,7 +164,7 @@ def test_csv_cells_are_text(tmp_path):
         {"file": "b.png", "name": "NA", "note": None},
         {"file": "c.png", "name": None, "note": None},
     ]
-    assert table.where(1) == "m.csv[1]"
+    assert table.row_name(1) == "m.csv[1]"
 
 
 @pytest.mark.parametrize("form", ["lines.jsonl", "lines.json", "list.json"])
@@ -187,7 +187,7 @@ def test_several_manifests_and_chunks_are_one_table(tmp_path, monkeypatch):
     table = open_source("m", Source(path=f"{tmp_path}/*.jsonl"))
     assert table.column("n") == [0, 1, 2, 3, 4] * 2
     assert table.column("x") == [None, None, None, "late", "late"] * 2
-    assert table.where(6) == "1.jsonl[1]"
+    assert table.row_name(6) == "1.jsonl[1]"
 
 
 def test_manifest_media_start_at_root(tmp_path):
@@ -213,7 +213,7 @@ def test_webdataset(tmp_path, kind):
     assert [row["cls"] for row in rows] == [1, 0, 0]
     assert [row["json.tags"] for row in rows] == [["x", "t33"], ["x", "t2"], ["x", "t20"]]
     assert table.column("json.caption") == [f"c{i}" for i in range(40)]
-    assert table.where(21) == "shard-001.tar[a.b/0021]"
+    assert table.row_name(21) == "shard-001.tar[a.b/0021]"
 
 
 def test_tar_examples_may_lack_members(tmp_path):
@@ -261,7 +261,7 @@ def test_where(tmp_path, where, kept):
     source = Source(path=f"{tmp_path}/*.parquet", where=where)
     table = open_source("p", source)
     assert table.rows(range(len(table))) == [data[i] for i in kept]
-    assert table.where(0) == f"part-{kept[0] // 4}.parquet[{kept[0] % 4}]"
+    assert table.row_name(0) == f"part-{kept[0] // 4}.parquet[{kept[0] % 4}]"
     stream = open_source("p", source.model_copy(update={"stream": True}))
     assert sorted(row["name"] for row in stream.read(0, 0, len(kept))) == [data[i]["name"] for i in kept]
 
@@ -360,7 +360,7 @@ def test_digest_of_a_large_file_sees_both_ends(tmp_path):
 
 def answer(table: Table, queue) -> None:
     rows = table.rows([1, 2])
-    queue.put([table.where(1), rows, table.fingerprint])
+    queue.put([table.row_name(1), rows, table.fingerprint])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -371,7 +371,7 @@ def test_forked_workers(tmp_path, kind):
     workers = [context.Process(target=answer, args=(table, queue)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    expected = [table.where(1), table.rows([1, 2]), table.fingerprint]
+    expected = [table.row_name(1), table.rows([1, 2]), table.fingerprint]
     assert [queue.get(timeout=20) for _ in workers] == [expected] * 2
     for worker in workers:
         worker.join()
@@ -493,7 +493,7 @@ def test_stream_rows_are_those_of_the_table(tmp_path, kind):
     table = open_source("t", Source(path=f"{tmp_path}/*", format=kind))
     assert stream.columns == table.columns
     assert stream.read(0, 0, 40) == table.rows(range(40))
-    last = stream.where(39)
+    last = stream.row_name(39)
     assert last == ("shard-001.tar[a.b/0039]" if kind == "webdataset" else f"{tmp_path}/*[39]")
     assert isinstance(stream.media(stream.read(0, 0, 1)[0]["picture" if kind == "parquet" else "png"]), bytes)
 
@@ -563,7 +563,7 @@ def test_table_from_a_url(tmp_path, url):
     data = write_parquet(tmp_path)
     table = open_source("s", Source(path=f"{url}/part-1.parquet"))
     assert table.rows([3]) == [data[23]]
-    assert table.where(3) == f"{url}/part-1.parquet[3]"
+    assert table.row_name(3) == f"{url}/part-1.parquet[3]"
     with pytest.raises(UserError, match="must be on disk to be read as a table; set stream: true"):
         open_source("s", Source(path=f"{url}/shard.tar"))
 
@@ -600,7 +600,7 @@ def test_hub(tmp_path, hub_cache, stream):
     source = open_source("h", Source(hub=str(tmp_path), stream=stream, **({"window": 1} if stream else {})))
     rows = source.read(0, 0, 40) if isinstance(source, Stream) else source.rows(range(40))
     assert rows == data
-    assert source.where(3) == (f"{tmp_path}[3]" if stream else f"{tmp_path}/train[3]")
+    assert source.row_name(3) == (f"{tmp_path}[3]" if stream else f"{tmp_path}/train[3]")
     assert len(source.fingerprint) == 32
     test = open_source("h", Source(hub=str(tmp_path), split="test", stream=stream))
     assert test.fingerprint != source.fingerprint
@@ -930,7 +930,7 @@ def test_a_tar_that_is_cut_off(tmp_path, stream, where, place, kept):
     assert [row["txt"] for row in rows[1:]] == sorted(f"n{i}" for i in (*range(kept), *range(10, 20)))
     with pytest.raises(BadMedia, match="not a readable tar from here on"):
         source.media(rows[0]["png"])
-    places = [source.where(i) for i in range(count)]
+    places = [source.row_name(i) for i in range(count)]
     assert places.count("shard-000.tar[the rest]") == 1
     if stream:
         assert source.cursor()["epoch"] == 0

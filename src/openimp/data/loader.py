@@ -178,7 +178,7 @@ class StepBatches(Dataset[LoadedBatch]):
             bad = {i: cell.reason for i, cell in refused if isinstance(cell, Unreadable)}
             arrays = {name: self._read(visit, name, rows.tolist(), examples, rngs, bad) for name in task.inputs}
             # Those of another part are named by its own process.
-            named = named or [(source.where(int(rows[i])), why) for i, why in sorted(bad.items())]
+            named = named or [(source.row_name(int(rows[i])), why) for i, why in sorted(bad.items())]
             if len(bad) < size:
                 break
         stand_in = _stand_ins(size, bad, f"tasks.{visit.task}: no example of step {step} could be read", named)
@@ -195,7 +195,7 @@ class StepBatches(Dataset[LoadedBatch]):
             elif objective.same:
                 items_of = [item_of(examples[i][objective.same], int(rows[i])) for i in stand_in]
                 batch.item[objective.same] = torch.tensor(items_of)
-        digest = digest_of(f"{visit.task} {source.where(row)}" for row in batch.rows)
+        digest = digest_of(f"{visit.task} {source.row_name(row)}" for row in batch.rows)
         return LoadedBatch(visit, batch, named, source.cursor() if isinstance(source, Stream) else None, digest)
 
     def _columns(self, task: Task) -> set[str]:

@@ -126,7 +126,7 @@ class Stream(Rows):
                 rows.append({column: row.get(column) for column in columns})
         return rows
 
-    def where(self, position: int) -> str:
+    def row_name(self, position: int) -> str:
         """A name that a person can find for a row of the last `read`."""
         return self._names.get(position, f"{self.path}[{position}]")
 

@@ -99,7 +99,7 @@ class Table(Rows, ABC):
         """One column at these rows, counted before `keep`."""
 
     @abstractmethod
-    def _where(self, row: int) -> str:
+    def _row_name(self, row: int) -> str:
         """A name for a row, counted before `keep`."""
 
     @abstractmethod
@@ -124,9 +124,9 @@ class Table(Rows, ABC):
         """A whole column; for texts and labels, as it is held in memory."""
         return self._column(name, self._stored(range(len(self))))
 
-    def where(self, i: int) -> str:
+    def row_name(self, i: int) -> str:
         """A name for row `i` that a person can find: its file, or `stills.parquet[123]`."""
-        return self._where(self._stored([i])[0])
+        return self._row_name(self._stored([i])[0])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -226,7 +226,7 @@ class ArrowTable(Table):
         # datasets.ClassLabel; -1 means that the class is not known.
         return [None if value is None or value < 0 else names[value] for value in values] if names else values
 
-    def _where(self, row: int) -> str:
+    def _row_name(self, row: int) -> str:
         if self._label:
             return self._data.column(self._label)[int(row)].as_py()
         file = bisect.bisect_right(self._ends, row)

@@ -218,7 +218,7 @@ class TarTable(Table):
                         values[i] = refused
         return values
 
-    def _where(self, row: int) -> str:
+    def _row_name(self, row: int) -> str:
         return f"{Path(self._files[self._shards[row]]).name}[{self._keys[row]}]"
 
     def _content(self) -> str:

@@ -212,7 +212,7 @@ def _splits(table: Table, column: str, where: str, lists: bool) -> list[list[Any
     cells = [value if isinstance(value, list) else [value] for value in table.column(column)]
     for row, cell in enumerate(cells):
         if not cell or any(split is None or isinstance(split, Unreadable) for split in cell):
-            raise UserError(f"{name}: {table.where(row)} is in no split; leave it out with where")
+            raise UserError(f"{name}: {table.row_name(row)} is in no split; leave it out with where")
     return cells
 
 

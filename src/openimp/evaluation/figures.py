@@ -51,7 +51,7 @@ def readable_rows(table: Table, sides: list[Encoded], where: str, labels: Sequen
     for side in sides:
         bad = side.bad | bad
     bad |= {row: label.reason for row, label in enumerate(labels or ()) if isinstance(label, Unreadable)}
-    skipped = [f"{table.where(row)}: {bad[row]}" for row in sorted(bad)]
+    skipped = [f"{table.row_name(row)}: {bad[row]}" for row in sorted(bad)]
     rows = np.setdiff1d(np.arange(len(table)), list(bad))
     if not len(rows):
         raise UserError(f"{where}: none of the {len(table)} rows can be read; the first: {skipped[0]}")

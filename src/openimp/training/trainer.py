@@ -292,6 +292,6 @@ class Trainer:
     def _suspects(self, loaded: LoadedBatch, losses: Losses) -> list[str]:
         """The first examples on every rank whose loss is not finite; if all losses are finite, those of this rank."""
         source = self.data.sources[loaded.visit.task]
-        names = [source.where(row) for row in loaded.batch.rows[:8]]
+        names = [source.row_name(row) for row in loaded.batch.rows[:8]]
         finite = math.isfinite(float(losses.total.detach()))
         return distributed.told_to_all([] if finite else names) or names
