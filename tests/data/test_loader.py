@@ -36,7 +36,7 @@ def assert_same(one: list[LoadedBatch], other: list[LoadedBatch]) -> None:
     assert [a.visit for a in one] == [b.visit for b in other]
     for a, b in zip(one, other):
         assert (a.bad, a.batch.rows, a.cursor, a.digest) == (b.bad, b.batch.rows, b.cursor, b.digest)
-        for mine, theirs in ((a.batch.item, b.batch.item), (a.batch.labels, b.batch.labels)):
+        for mine, theirs in ((a.batch.item_ids, b.batch.item_ids), (a.batch.labels, b.batch.labels)):
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(mine[key], theirs[key]) for key in mine)
         assert a.batch.tokens.keys() == b.batch.tokens.keys()
@@ -171,7 +171,7 @@ def test_a_bad_file_is_skipped_counted_named_and_stood_in_for(own_data, workers)
             assert len(item.batch.rows) == len(item.batch.tokens["image"].values) == item.visit.batch
             assert not bad & {table.row_name(row) for row in item.batch.rows}
             # A stand-in is the same item as the neighbour whose place it shares, not a false negative.
-            assert item.batch.item[""].tolist() == item.batch.rows
+            assert item.batch.item_ids[""].tolist() == item.batch.rows
             classes = [data.classes["pictures:label"][label] for label in item.batch.labels["label"]]
             assert classes == [table.row_name(row).split("/")[0] for row in item.batch.rows]
             assert len(set(item.batch.rows)) == item.visit.batch - len(item.bad)
@@ -338,7 +338,7 @@ def test_rows_without_a_value_are_items_of_their_own(own_data):
     (batch, *_) = loaded(own_data, *source, "tasks.named.objectives=[{type: contrastive, same: label}]",
                          "tasks.named.inputs.text=file", "tasks.heard.weight=0", NO_EVALUATION)  # fmt: skip
     found: dict[int, set[int]] = {}
-    for row, item in zip(batch.batch.rows, batch.batch.item["label"].tolist()):
+    for row, item in zip(batch.batch.rows, batch.batch.item_ids["label"].tolist()):
         found.setdefault(item, set()).add(row)
     assert sorted(map(sorted, found.values())) == [[0, 3], [1], [2], [4], [5]]
 

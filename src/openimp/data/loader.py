@@ -194,7 +194,7 @@ class StepBatches(Dataset[LoadedBatch]):
                 batch.labels[objective.label] = labels_of(values, index, objective, f"{task.source}.{objective.label}")
             elif objective.same:
                 items_of = [item_of(examples[i][objective.same], int(rows[i])) for i in stand_in]
-                batch.item[objective.same] = torch.tensor(items_of)
+                batch.item_ids[objective.same] = torch.tensor(items_of)
         digest = digest_of(f"{visit.task} {source.row_name(row)}" for row in batch.rows)
         return LoadedBatch(visit, batch, named, source.cursor() if isinstance(source, Stream) else None, digest)
 

@@ -19,7 +19,7 @@ from openimp.model.init import lecun_normal_
 from openimp.model.kernels import gelu
 from openimp.parallel.distributed import mean
 from openimp.parallel.layout import from_owners, owned, to_owners
-from openimp.recipe.model import ACROSS, MoE
+from openimp.recipe.model import BATCH_ROUTINGS, MoE
 
 
 class Routing(NamedTuple):
@@ -131,7 +131,7 @@ class Router(nn.Module):
         with full_precision(x_BLD.device):
             logits_BLE = F.linear(x_BLD.float(), self.weight_ED.float())
         probs_BLE = logits_BLE.softmax(-1)
-        across = self.training and config.routing in ACROSS
+        across = self.training and config.routing in BATCH_ROUTINGS
         probs_GNE, valid_GN = (
             (probs_BLE.flatten(0, 1)[None], valid_BL.flatten()[None]) if across else (probs_BLE, valid_BL)
         )

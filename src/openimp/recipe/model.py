@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from openimp.common.schema import Count, Positive, Strict
 
-ACROSS = ("expert_choice_batch", "token_choice")
+BATCH_ROUTINGS = ("expert_choice_batch", "token_choice")
 """Routings that look at the tokens of a whole batch in training."""
 
 

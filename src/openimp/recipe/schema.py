@@ -18,7 +18,7 @@ from openimp.common.schema import FolderName, Strict, Whole, checked
 from openimp.recipe.evaluation import ClassHead, Evaluation, EvaluationSet, Probe, Retrieval, ZeroShot
 from openimp.recipe.file import read_recipe
 from openimp.recipe.inputs import View
-from openimp.recipe.model import ACROSS, Model
+from openimp.recipe.model import BATCH_ROUTINGS, Model
 from openimp.recipe.registry import modality_class
 from openimp.recipe.tasks import Classification, Source, Task, check_objective
 from openimp.recipe.training import Alternation, Memory, Optimizer, Parallel, Train
@@ -80,7 +80,7 @@ class Recipe(Strict):
         """Checks what one part says of another: sources by name, and the options of each modality."""
         if not any(task.weight for task in self.tasks.values()):
             raise UserError(f"{where}: every task has weight 0; nothing would be trained")
-        if self.memory.chunk_size and self.model.moe and self.model.moe.routing in ACROSS:
+        if self.memory.chunk_size and self.model.moe and self.model.moe.routing in BATCH_ROUTINGS:
             raise UserError(
                 f"{where}: memory.chunk_size: routing {self.model.moe.routing} looks at the whole batch at once; "
                 "expert_choice and soft do not"
