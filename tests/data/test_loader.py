@@ -10,9 +10,10 @@ import soundfile
 import torch
 
 from openimp.common.errors import UserError
-from openimp.data import loader
-from openimp.data.loader import LoadedBatch, StepBatches, make_loader
+from openimp.data import step_batches
+from openimp.data.loader import make_loader
 from openimp.data.order import example_rng, seed_key
+from openimp.data.step_batches import LoadedBatch, StepBatches
 from openimp.data.streams import Stream
 from openimp.data.templates import fill
 from openimp.planning.ledger import costs
@@ -193,7 +194,7 @@ def test_a_part_that_cannot_be_read_at_all_is_replaced_by_the_next_process_part(
             NO_EVALUATION,
         ],
     )
-    parts = [StepBatches(recipe, recipe.make_modalities(), part=part, parts=4) for part in range(4)]
+    parts = [StepBatches(recipe, recipe.make_modalities(), rank=part, world_size=4) for part in range(4)]
     for data in parts:
         data.fit()
     table = parts[0].sources["named"]
@@ -287,7 +288,7 @@ def test_a_stream_goes_on_from_its_cursor(streamed):
 
 def test_workers_read_a_stream_as_one(streamed, monkeypatch):
     """Also where the tokenizer has left off halfway through a shard."""
-    monkeypatch.setattr(loader, "CORPUS_ROWS", 5)
+    monkeypatch.setattr(step_batches, "CORPUS_ROWS", 5)
     folder, changes = streamed
     window = "sources.pictures.window=6"
     assert_same(loaded(folder, *changes, window, "train.num_workers=2"), loaded(folder, *changes, window))
@@ -370,7 +371,7 @@ def test_labels_that_do_not_fit_the_loss(own_data, loss, labels, message, named)
 
 
 def test_a_large_table_gives_the_tokenizer_some_rows_of_all_its_parts(little_data, monkeypatch):
-    monkeypatch.setattr(loader, "CORPUS_ROWS", 12)
+    monkeypatch.setattr(step_batches, "CORPUS_ROWS", 12)
     data = opened(little_data, "tasks.heard.weight=0")
     texts = list(data._corpus("text"))
     assert len(texts) == 12

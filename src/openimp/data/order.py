@@ -68,6 +68,6 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def digest_of(names: Iterable[str]) -> int:
+def batch_digest(names: Iterable[str]) -> int:
     """The sum of the names' hashes, of 48 bits each: that of a batch is the sum of those of its parts."""
     return sum(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) for name in names)

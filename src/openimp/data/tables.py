@@ -261,7 +261,7 @@ def _array(value: list[Any]) -> np.ndarray:
 
 
 def matches(cell: Any, wanted: Any) -> bool:
-    """Whether a cell, or one of its items, is the wanted value or one of the wanted values, or the cell is `UnreadableRest`."""
+    """Whether a filter keeps a cell: the cell or one of its items has a wanted value, or it is an `UnreadableRest`."""
     if isinstance(cell, UnreadableRest):
         return True
     cells = cell if isinstance(cell, list) else [cell]

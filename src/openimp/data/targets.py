@@ -41,7 +41,7 @@ def _classes(value: Any, objective: Classification, where: str) -> list[Any]:
     return found
 
 
-def told_by(task: Task) -> set[str]:
+def target_columns(task: Task) -> set[str]:
     """The columns that a task's objectives read."""
     columns = (o.label if isinstance(o, Classification) else o.same for o in task.objectives)
     return {column for column in columns if column}
@@ -67,7 +67,7 @@ def labels_of(values: list[Any], index: dict[Any, int], objective: Classificatio
         ) from None
 
 
-def item_of(value: Any, row: int) -> int:
+def item_id(value: Any, row: int) -> int:
     """What equal values share; a row without a value is an item of its own."""
     if value in (None, "", []):
         value = ("row", row)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, forget_after
-from openimp.data.loader import LoadedBatch
+from openimp.data.step_batches import LoadedBatch
 from openimp.data.streams import Stream
 from openimp.model.imp import IMP
 from openimp.objectives import Losses

@@ -9,7 +9,7 @@ import torch
 from openimp.common.device import precision_of
 from openimp.common.modality import Modality
 from openimp.common.progress import StepBar, console
-from openimp.data.loader import LoadedBatch
+from openimp.data.step_batches import LoadedBatch
 from openimp.model.embedder import Embedder
 from openimp.objectives import Losses, equal_texts
 from openimp.parallel import distributed

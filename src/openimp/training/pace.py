@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from openimp.common.modality import Modality
-from openimp.data.loader import LoadedBatch
+from openimp.data.step_batches import LoadedBatch
 from openimp.model.encoder import Attention
 from openimp.parallel.distributed import everywhere, told_to_all, world
 from openimp.planning.ledger import short

@@ -17,7 +17,8 @@ from openimp.common.errors import UserError
 from openimp.common.modality import Modality
 from openimp.common.progress import StepBar, console, track
 from openimp.data.batch import Batch
-from openimp.data.loader import LoadedBatch, StepBatches, make_loader
+from openimp.data.loader import make_loader
+from openimp.data.step_batches import LoadedBatch, StepBatches
 from openimp.evaluation.evaluate import open_sets
 from openimp.model.embedder import Embedder, Encode, in_pieces
 from openimp.model.imp import IMP
