@@ -636,7 +636,7 @@ def test_paths_of_a_hub_data_set_stay_in_its_own_folder(tmp_path, monkeypatch):
     picture.symlink_to("../../blobs/0")
     secret.write_bytes(png(4))
     (tmp_path / "token").write_text("hf_secret")
-    rows = Rows("h", "them/birds", ["image"], hub.hub_root(Source(hub="them/birds")))
+    rows = Rows("h", "them/birds", ["image"], hub.hub_root(Source(hub="them/birds")), str)
     assert colour(rows.media(str(picture))) == 3
     for path in (secret, "../datasets--us--secret/b.png", tmp_path / "token", "../../token"):
         with pytest.raises(BadMedia, match="leaves the folder"):
@@ -767,12 +767,12 @@ def test_nothing_there(tmp_path):
 def test_format_that_is_not_known(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"")
     fails(r"unknown extension '\.zip'; known: \.csv", path=f"{tmp_path}/x.zip")
-    fails("is no folder", path=f"{tmp_path}/x.zip", format="folder")
+    fails("is not a folder", path=f"{tmp_path}/x.zip", format="folder")
 
 
 def test_folder_without_classes(tmp_path):
     (tmp_path / "a.png").write_bytes(png(0))
-    fails("no sub-folders; a folder source has one a class", path=str(tmp_path))
+    fails("no subfolders; a folder source has one per class", path=str(tmp_path))
     (tmp_path / "cat").mkdir()
     fails("has no rows", path=str(tmp_path))
 
@@ -1011,7 +1011,7 @@ def test_json_that_is_broken_everywhere(tmp_path, stream):
     assert isinstance(rows[0]["json"], Unreadable)
 
 
-@pytest.mark.parametrize(("members", "refused"), [(tars.MOST, False), (tars.MOST + 1, True)])
+@pytest.mark.parametrize(("members", "refused"), [(tars.MAX_EXTENSIONS, False), (tars.MAX_EXTENSIONS + 1, True)])
 def test_an_extension_for_each_member(tmp_path, members, refused):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for i in range(members):
@@ -1024,7 +1024,7 @@ def test_an_extension_for_each_member(tmp_path, members, refused):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_member_above_the_limit(tmp_path, stream, monkeypatch):
-    monkeypatch.setattr(tars, "LARGEST", 5000)
+    monkeypatch.setattr(tars, "MAX_BYTES", 5000)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for key, size in ("1", 5001), ("2", 5000):
             add(tar, f"{key}.npy", bytes(size))

@@ -1,4 +1,4 @@
-"""Targets: what the objectives of a task want to know of a row, read from columns: its classes, and what item it is."""
+"""Targets: what objectives read from a row besides its inputs, namely its classes and its item."""
 
 import hashlib
 from typing import Any
@@ -68,7 +68,7 @@ def labels_of(values: list[Any], index: dict[Any, int], objective: Classificatio
 
 
 def item_id(value: Any, row: int) -> int:
-    """What equal values share; a row without a value is an item of its own."""
+    """A 64-bit id that rows with equal values share. A row without a value gets its own id."""
     if value in (None, "", []):
         value = ("row", row)
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)
