@@ -1,4 +1,4 @@
-"""Decoded arrays of one column, so that small data is decoded once: in memory, or in a file under the cache folder."""
+"""Keeps the decoded arrays of a column, in memory or on disk, so that small data is decoded only once."""
 
 import json
 import logging
@@ -22,11 +22,11 @@ from openimp.data.tables import Table
 log = logging.getLogger(__name__)
 
 LAYOUT = 1
-"""Version of the files; another one means that they are made anew."""
+"""Version of the file format. Files of another version are not read but written again."""
 ALIGN = 64
-"""Bytes; every array begins at a multiple, so that a view of any type is aligned."""
+"""Each array begins at a multiple of this many bytes, so that it is aligned for any type."""
 CHUNK = 256
-"""Rows that are read and decoded together."""
+"""Number of rows that are read and decoded together."""
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -34,8 +34,8 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 class DecodedStore:
     """The decoded arrays of a table's column: `store[row]`, read-only.
 
-    All arrays lie in one buffer of bytes. In memory it is made in the parent process, and forked workers share it; on
-    disk it is mapped, so processes share it too, and only the way to it is pickled.
+    All arrays are in one buffer, which processes share: forked workers inherit a buffer in memory, and a file is
+    memory-mapped. A store on disk pickles only its path.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class DecodedStore:
         Args:
             buffer: (bytes,) uint8.
             index: `offset` (rows,) int64 in bytes, `shape` (rows, axes) int64 padded with -1, `dtype` (rows,) str.
-            failures: why a row could not be decoded, by row.
-            folder: where it lies on disk.
+            failures: error message of each row that could not be decoded.
+            folder: its folder if it is on disk.
         """
         self._buffer = buffer
         self._buffer.flags.writeable = False
@@ -61,7 +61,7 @@ class DecodedStore:
         """The decoded array of a row.
 
         Raises:
-            BadMedia: it could not be decoded; the message is the one from then.
+            BadMedia: the row could not be decoded.
         """
         if row in self._failures:
             raise BadMedia(self._failures[row])
@@ -83,18 +83,16 @@ class DecodedStore:
         where: Literal["memory", "disk"] = "memory",
         progress: Progress | None = None,
     ) -> "DecodedStore":
-        """Decodes a column for these views, or finds it on disk.
+        """Decodes a column, or opens the store on disk of an earlier run.
 
-        A store on disk is found again by the content of the table and of the files that the column names, the modality
-        with its options, the views, and the version of openimp. Of several processes that want it at once one makes it.
+        A store on disk is found by a hash of the data, the modality's options, the views and the version of openimp. Of
+        several processes that need the same store, one writes it and the others wait.
 
         Args:
-            table: where the column is.
-            modality: decodes it.
-            column: of bytes or paths.
-            views: what the arrays must be large enough for.
-            where: memory, or disk: in `decoded` of the cache folder.
-            progress: wraps an iterable, to show how far it is: `progress(iterable, description)`.
+            table, modality, column: the column, and the modality that decodes it.
+            views: the views that read the column. Arrays are no larger than the largest view needs.
+            where: "memory", or "disk" for the cache folder.
+            progress: wraps an iterable to show progress, `progress(iterable, description)`.
         """
         if where == "memory":
             buffer = bytearray()
@@ -106,7 +104,7 @@ class DecodedStore:
                 try:
                     return _read(folder)
                 except (OSError, ValueError, KeyError, TypeError) as error:
-                    log.warning("%s is damaged and made anew: %s", folder, error)
+                    log.warning("%s is damaged and will be written again: %s", folder, error)
                     shutil.rmtree(folder)
             _write(folder, _decoded(table, modality, column, views, progress))
             return _read(folder)
@@ -115,7 +113,7 @@ class DecodedStore:
 def _decoded(
     table: Table, modality: Modality, column: str, views: list[Any], progress: Progress | None
 ) -> Iterator[np.ndarray | BadMedia]:
-    """Each row's array, or why there is none, in order; decoded by threads, for decoders let go of Python's lock."""
+    """Each row's array or error, in order. Threads decode them, because decoders release Python's global lock."""
 
     def decode(row: dict[str, Any]) -> np.ndarray | BadMedia:
         try:
@@ -134,7 +132,7 @@ def _decoded(
 def _pack(
     decoded: Iterable[np.ndarray | BadMedia], write: Callable[[bytes], Any]
 ) -> tuple[dict[str, np.ndarray], dict[int, str]]:
-    """Writes arrays one after the other; gives back the index and the failures of `DecodedStore`."""
+    """Writes arrays one after the other and returns the index and the failures of their `DecodedStore`."""
     offset = 0
     offsets, shapes, dtypes = [], [], []
     failures = {}
@@ -160,9 +158,9 @@ def _pack(
 
 
 def _write(folder: Path, decoded: Iterable[np.ndarray | BadMedia]) -> None:
-    """Makes a store's folder; it appears whole or not at all. The caller holds its lock."""
+    """Writes a store's folder atomically. The caller holds its lock."""
     unfinished = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)  # a process that was killed left it
+    shutil.rmtree(unfinished, ignore_errors=True)  # From a process that was killed.
     unfinished.mkdir(mode=0o700)
     with open(unfinished / "data.bin", "wb") as file:
         index, failures = _pack(decoded, file.write)
@@ -176,7 +174,7 @@ def _write(folder: Path, decoded: Iterable[np.ndarray | BadMedia]) -> None:
 
 
 def _read(folder: Path) -> DecodedStore:
-    """Opens a store's folder; raises OSError, ValueError, KeyError or TypeError for a damaged one."""
+    """Opens a store's folder. Raises OSError, ValueError, KeyError or TypeError if it is damaged."""
     about = json.loads((folder / "store.json").read_text(encoding="utf-8"))
     for name in ("data.bin", "index.npz"):
         if digest(folder / name) != about["digests"][name]:
@@ -184,7 +182,7 @@ def _read(folder: Path) -> DecodedStore:
     with np.load(folder / "index.npz", allow_pickle=False) as file:
         index = dict(file)
     data = folder / "data.bin"
-    # An empty file cannot be mapped.
+    # An empty file cannot be memory-mapped.
     buffer = np.memmap(data, np.uint8, "r") if data.stat().st_size else np.empty(0, np.uint8)
     _check(index, buffer.size)
     failures = {int(row): str(message) for row, message in dict(about["failures"]).items()}
@@ -192,21 +190,21 @@ def _read(folder: Path) -> DecodedStore:
 
 
 def _check(index: dict[str, np.ndarray], size: int) -> None:
-    """Raises ValueError or KeyError unless every array of an index holds numbers and lies within `size` bytes: what it
-    says becomes pointers into the buffer."""
+    """Raises ValueError or KeyError unless every array holds numbers and lies within a buffer of `size` bytes, because
+    the index is used as pointers into the buffer."""
     offset, shape, names = index["offset"], index["shape"], index["dtype"]
     if [array.dtype.kind for array in (offset, shape, names)] != ["i", "i", "U"]:
-        raise ValueError("its index has other types")
+        raise ValueError("the index has wrong types")
     if not (offset.shape == names.shape == shape.shape[:1] and shape.ndim == 2):
-        raise ValueError("its index has columns of different lengths")
+        raise ValueError("the index has columns of different lengths")
     found, numbers = np.unique(names, return_inverse=True)
     kinds = [np.dtype(name) for name in found.tolist()]
     if wrong := [kind for kind in kinds if kind.kind not in "biufc"]:
-        raise ValueError(f"it holds {wrong[0]}, no numbers")
-    # In floats, which do not wrap around.
+        raise ValueError(f"the arrays are of type {wrong[0]}, which is not a number")
+    # Computed as floats, which do not overflow to small numbers.
     bytes_ = np.array([kind.itemsize for kind in kinds], float)[numbers] * np.where(shape < 0, 1, shape).prod(1, float)
     if (offset < 0).any() or (offset + bytes_ > size).any():
-        raise ValueError("an array of it lies outside of its data")
+        raise ValueError("an array lies outside of the data")
 
 
 def _key(table: Table, modality: Modality, column: str, views: list[Any]) -> str:
