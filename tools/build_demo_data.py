@@ -3,7 +3,7 @@
     python tools/build_demo_data.py CACHE    # download, verify, build src/openimp/data/demo/
     python tools/build_demo_data.py --card --contact-sheet    # refresh docs/data-card.md's numbers and its picture
 
-For maintainers, on Debian 13. In addition to openimp's dependencies (Pillow, numpy, pyarrow, soundfile), the build needs
+For maintainers, on Debian 13. Besides openimp's dependencies (Pillow, numpy, pyarrow, soundfile), the build needs
 `npm`, `apt-get`, `dpkg-deb`, `fluidsynth` and `oggenc` (vorbis-tools). A second run writes the same bytes, but another
 release of an encoder may not. The committed files come from Pillow 13.0.0, pyarrow 26.0.1, FluidSynth 2.4.4 and oggenc
 1.4.3. The archives (900 MB) stay in CACHE and are checked against the checksums below. They are read in memory: only
