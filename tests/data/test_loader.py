@@ -241,7 +241,7 @@ def test_a_cached_source_gives_the_same_pictures(little_data, tmp_path, monkeypa
     plain = loaded(little_data, *one_view)
     for cache in ("memory", "disk", "disk"):
         assert_same(loaded(little_data, f"sources.pictures.cache={cache}", "train.num_workers=1", *one_view), plain)
-    assert list(tmp_path.rglob("data.bin"))
+    assert list(tmp_path.rglob("*.arrow"))
 
 
 def test_a_source_smaller_than_a_batch_is_read_again(little_data):
