@@ -1041,8 +1041,9 @@ def test_datasets_is_left_as_it_was(tmp_path):
     logger.setLevel(logging.INFO)
     try:
         datasets.enable_progress_bars()
-        hub._loaded("x", "x", lambda: levels.append((logger.level, datasets.are_progress_bars_disabled())))
-        hub._loaded("x", "x", lambda: levels.append((logger.level, datasets.are_progress_bars_disabled())), bars=True)
+        for bars in (False, True):
+            with hub.quiet("x", "x", bars):
+                levels.append((logger.level, datasets.are_progress_bars_disabled()))
         open_stream("parquet", tmp_path)
         assert levels == [(logging.CRITICAL, True), (logging.CRITICAL, False)]
         assert (logger.level, datasets.are_progress_bars_disabled()) == (logging.INFO, False)

@@ -5,7 +5,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,8 @@ def load(name: str, source: Source) -> Any:
     from datasets import load_dataset
 
     options = {"split": source.split, "revision": source.revision, "streaming": source.stream}
-    assert source.hub is not None
-    return _loaded(name, source.hub, partial(load_dataset, source.hub, source.config, **options), bars=True)
+    with quiet(name, str(source.hub), bars=True):
+        return load_dataset(str(source.hub), source.config, **options)
 
 
 def load_parquet(name: str, path: str, files: list[str], streaming: bool) -> Any:
@@ -40,24 +40,16 @@ def load_parquet(name: str, path: str, files: list[str], streaming: bool) -> Any
     # load_dataset would report each call to a server and wait for it, even for local files.
     from openimp.data.parquet import open_files
 
-    return _loaded(name, path, partial(open_files, files, str(cache_folder("parquet")), streaming))
-
-
-def _loaded(name: str, path: str, make: Callable[[], Any], bars: bool = False) -> Any:
-    """Calls `make` without log output, and converts its errors to a UserError of one line.
-
-    With `bars`, `datasets` shows its progress bars, because a download takes long.
-    """
-    try:
-        with _quiet(bars):
-            return make()
-    except Exception as error:  # datasets and its hub client raise about twenty unrelated types.
-        raise UserError(f"source {name}: {path} cannot be read: {first_line(error)}") from None
+    with quiet(name, path):
+        return open_files(files, str(cache_folder("parquet")), streaming)
 
 
 @contextmanager
-def _quiet(bars: bool) -> Iterator[None]:
-    """Switches off log output and, without `bars`, progress bars of `datasets`, and restores them at the end."""
+def quiet(name: str, path: str, bars: bool = False) -> Iterator[None]:
+    """Runs code of `datasets` without its log output, and converts its errors to a UserError of one line.
+
+    With `bars`, `datasets` shows its progress bars, because a download takes long.
+    """
     import datasets
 
     loggers = [logging.getLogger(library) for library in ("datasets", "huggingface_hub")]
@@ -68,11 +60,17 @@ def _quiet(bars: bool) -> Iterator[None]:
         datasets.disable_progress_bars()
     try:
         yield
+    except Exception as error:  # datasets and its hub client raise about twenty unrelated types.
+        raise unreadable(name, path, error) from None
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
         if hide:
             datasets.enable_progress_bars()
+
+
+def unreadable(name: str, path: str, error: Exception) -> UserError:
+    return UserError(f"source {name}: {path} cannot be read: {first_line(error)}")
 
 
 def first_line(error: BaseException) -> str:
@@ -123,21 +121,11 @@ class HubReader:
     """
 
     def __init__(self, name: str, path: str, dataset: Any) -> None:
-        """
-        Args:
-            name, path: see `Rows`.
-            dataset: a `datasets.IterableDataset` that has not been iterated yet.
-
-        Raises:
-            UserError: the first rows cannot be read.
-        """
+        """Takes a data set that has not been iterated yet. Raises UserError if its first rows cannot be read."""
         self._name = name
         self._path = path
-        try:
-            with _quiet(bars=False):
-                self._dataset = dataset._resolve_features().decode(False)
-        except Exception as error:
-            raise self._unreadable(error) from None
+        with quiet(name, path):
+            self._dataset = dataset._resolve_features().decode(False)
         self._names = class_names(self._dataset.features)
         self._beginning = self._dataset.state_dict()
         self._row = 0
@@ -154,7 +142,7 @@ class HubReader:
             except StopIteration:
                 return
             except Exception as error:
-                raise self._unreadable(error) from None
+                raise unreadable(self._name, self._path, error) from None
             row = {column: values[0] for column, values in batch.items()}
             for column, names in self._names.items():
                 row[column] = class_name(row[column], names)
@@ -163,6 +151,3 @@ class HubReader:
 
     def state(self) -> dict[str, Any]:
         return {"row": self._row, "reader": self._dataset.state_dict()}
-
-    def _unreadable(self, error: Exception) -> UserError:
-        return UserError(f"source {self._name}: {self._path} cannot be read: {first_line(error)}")
