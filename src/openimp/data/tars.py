@@ -29,7 +29,7 @@ MAX_EXTENSIONS = 256
 """Most extensions in a table. An extension is everything after a name's first dot, and each is a column as long as the
 table. Without a limit, each member of a tar with a1.v1.jpg, a2.v2.jpg, ... would have its own column."""
 COLUMN_EXAMPLES = 100
-"""A stream looks for an example that tells its columns among its first examples, at most this many."""
+"""Number of examples at the beginning of a stream among which its columns are looked up."""
 
 
 @dataclass

@@ -3,7 +3,7 @@
 Options of a single modality, such as the size of pictures, are declared in the modality's `Config` and `View`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,8 +129,8 @@ class Recipe(Strict):
 
     def _bind_evaluation(self, where: str) -> None:
         best, sets = self.evaluation.best, self.evaluation.sets
-        if best is not None and best not in sets:
-            raise UserError(f"{where}: evaluation.best: no evaluation set {best!r}{nearest(best, sets)}")
+        if best is not None:
+            _require(f"{where}: evaluation.best", "evaluation set", best, sets)
         for set_name, options in sets.items():
             key = f"{where}: evaluation.sets.{set_name}"
             for name in [*options.inputs, *([options.reader] if isinstance(options, ZeroShot) else [])]:
@@ -147,7 +147,7 @@ class Recipe(Strict):
             if isinstance(options, ClassHead):
                 self.class_head(options, key)
             if isinstance(options, Probe):
-                self._require_source(f"{key}.train", options.train)
+                _require(f"{key}.train", "source", options.train, self.sources)
                 if options.train == options.source:
                     raise UserError(f"{key}: train and source are both {options.train}; a probe needs new rows")
 
@@ -157,8 +157,7 @@ class Recipe(Strict):
         Raises:
             UserError: no task has such an objective. The message begins with `key`.
         """
-        if options.task not in self.tasks:
-            raise UserError(f"{key}.task: no task {options.task!r}{nearest(options.task, self.tasks)}")
+        _require(f"{key}.task", "task", options.task, self.tasks)
         heads = {o.label: o for o in self.tasks[options.task].objectives if isinstance(o, Classification)}
         if options.label not in heads:
             hint = nearest(options.label, heads)
@@ -171,7 +170,8 @@ class Recipe(Strict):
         return {name: modality(self.modalities[modality.stem]) for name, modality in classes.items()}
 
     def _bind_user(self, key: str, user: Task | EvaluationSet, views: Mapping[str, View]) -> None:
-        self._require_source(f"{key}.source", user.source)
+        """Checks a source and its views, {key for messages: view}, with the options of their modalities."""
+        _require(f"{key}.source", "source", user.source, self.sources)
         for place, view in views.items():
             view.bind(user.inputs, place)
             for name in user.inputs:
@@ -181,10 +181,6 @@ class Recipe(Strict):
                 except ValueError as error:
                     raise UserError(f"{place}.{name}: {error}") from None
 
-    def _require_source(self, key: str, name: str) -> None:
-        if name not in self.sources:
-            raise UserError(f"{key}: no source {name!r}{nearest(name, self.sources)}")
-
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, including all defaults."""
         return self.model_dump(mode="json")
@@ -192,3 +188,9 @@ class Recipe(Strict):
     def to_yaml(self) -> str:
         """The recipe as YAML, including all defaults."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+
+
+def _require(key: str, kind: str, name: str, known: Collection[str]) -> None:
+    """Raises UserError, which begins with `key`, if a name is not among the known ones."""
+    if name not in known:
+        raise UserError(f"{key}: no {kind} {name!r}{nearest(name, known)}")
