@@ -85,11 +85,14 @@ def hub_table(name: str, source: Source) -> ArrowTable:
     Raises:
         UserError: it cannot be loaded.
     """
-    data = load(name, source)
+    return as_table(name, str(source.hub), load(name, source), f"{source.hub}/{source.split}", hub_root(source))
+
+
+def as_table(name: str, path: str, data: Any, label: str, root: Path) -> ArrowTable:
+    """Converts a `datasets.Dataset`, of which `label` and a number name the rows, to a table."""
     files = [file["filename"] for file in data.cache_files]
     content = partial(fingerprint, Path(files[0]).parent if files else Path(), files)
-    rows = [(f"{source.hub}/{source.split}", len(data))]
-    return ArrowTable(name, str(source.hub), data.data, content, hub_root(source), rows, class_names(data.features))
+    return ArrowTable(name, path, data.data, content, root, [(label, len(data))], class_names(data.features))
 
 
 def hub_root(source: Source) -> Path:

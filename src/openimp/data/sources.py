@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -227,18 +227,16 @@ def open_parquet(name: str, path: str, files: list[str], base: Path, root: Path)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if is_url(path):
+        return hub.as_table(name, path, hub.load_parquet(name, path, files, streaming=False), path, root)
     counts: list[tuple[str, int]] = []
-    for file in files if not is_url(path) else []:
+    for file in files:
         try:
             counts.append((Path(file).name, pq.read_metadata(file).num_rows))
         except pa.ArrowException as error:
             raise UserError(f"source {name}: {file} is not a readable Parquet file: {hub.first_line(error)}") from None
-    if counts and not sum(rows for _, rows in counts):
+    if not sum(rows for _, rows in counts):
         raise UserError(f"source {name} ({path}) has no rows")
     data = hub.load_parquet(name, path, files, streaming=False)
-    content: Callable[[], str] = partial(fingerprint, base, files)
-    if is_url(path):
-        counts = [(path, len(data))]
-        unpacked = [file["filename"] for file in data.cache_files]
-        content = partial(fingerprint, Path(unpacked[0]).parent, unpacked)
+    content = partial(fingerprint, base, files)
     return ArrowTable(name, path, data.data, content, root, counts, hub.class_names(data.features))
