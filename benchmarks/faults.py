@@ -183,9 +183,7 @@ def worker_that_dies(bench: Bench) -> list[Outcome]:
     run = bench.folder / "worker"
     process = bench.start(run, changes=["train.num_workers=2"])
     lines = watch(process, lambda process: os.kill(children(process.pid)[-1], signal.SIGKILL))
-    return [
-        bench.gone_on("kill -9 of a loader's worker", run, told(process, lines, "a worker that makes batches died"))
-    ]
+    return [bench.gone_on("kill -9 of a loader's worker", run, told(process, lines, "a data worker died"))]
 
 
 def loss_that_is_not_finite(bench: Bench) -> list[Outcome]:

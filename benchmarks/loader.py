@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from openimp.data import loader
-from openimp.data.loader import StepBatches
+from openimp.data import step_batches
+from openimp.data.step_batches import StepBatches
 from openimp.recipe.schema import Recipe
 
 PARTS = {"decode": "decode", "transform": "augment", "tokens": "tokens"}
@@ -48,7 +48,7 @@ def measure(recipe: Recipe, batches: int) -> dict[tuple[str, int], Counter[str]]
         for method, part in PARTS.items():
             part = "text" if modality.reads_text else part
             setattr(modality, method, timed(getattr(modality, method), part, spent))
-    loader.fill = timed(loader.fill, "text", spent)
+    step_batches.fill = timed(step_batches.fill, "text", spent)
     steps: dict[tuple[str, int], list[int]] = {}
     for step in range(len(data)):
         steps.setdefault((data.schedule[step].task, data.schedule[step].view), []).append(step)

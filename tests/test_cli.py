@@ -93,7 +93,7 @@ def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
         ("sources.sounds.path=missing.jsonl", ["source sounds: ", "missing.jsonl: no such file or folder"]),
         ("sources.pictures.path=missing", ["source pictures: ", "missing: no such file or folder"]),
         ("sources.sounds.path=empty.jsonl", ["source sounds (", "empty.jsonl) has no rows"]),
-        ("sources.pictures.path=empty", ["source pictures: ", "empty has no sub-folders"]),
+        ("sources.pictures.path=empty", ["source pictures: ", "empty has no subfolders"]),
         ("sources.sounds.path=broken.jsonl", ["source sounds: ", "broken.jsonl: "]),
         ("sources.pictures.where={label: pink}", ["source pictures (", "no row has label = 'pink'"]),
     ],

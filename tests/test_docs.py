@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from openimp.common.json_lines import read_lines
-from openimp.data.loader import StepBatches
 from openimp.data.sources import open_source
+from openimp.data.step_batches import StepBatches
 from openimp.recipe.file import RecipeLoader
 from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe

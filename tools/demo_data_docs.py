@@ -1,6 +1,6 @@
-"""What lies around the demo data: licence texts and NOTICE, the data card's numbers, the contact sheet.
+"""Documentation of the demo data: license texts and NOTICE, the data card's numbers, and the contact sheet.
 
-Called by build_demo_data.py; the card and the sheet are made from the built Parquet files alone.
+build_demo_data.py calls it. The card and the sheet are made from the built Parquet files only.
 """
 
 import io
@@ -16,7 +16,7 @@ import soundfile
 from PIL import Image, ImageSequence
 
 NOTICE = """\
-openimp's demo data is made from the works below, whose makers do not endorse it. Licence texts: LICENSES/.
+openimp's demo data is made from the works below, whose makers do not endorse it. License texts: LICENSES/.
 
 stills.parquet
 - Noto Emoji: Copyright Google LLC and contributors, https://github.com/googlefonts/noto-emoji, Apache License 2.0
@@ -29,7 +29,7 @@ stills.parquet
   by LobeHub, https://github.com/lobehub/fluent-emoji (fluent-emoji.txt). Changed: resized from 256 to 64 pixels,
   recompressed.
 clips.parquet
-- Animated Fluent Emoji: makers and licence as above. Changed: cut to 8 frames, resized from 256 to 64 pixels,
+- Animated Fluent Emoji: makers and license as above. Changed: cut to 8 frames, resized from 256 to 64 pixels,
   recompressed.
 names, keywords, captions and groups in both
 - emojibase, Copyright (c) 2017-2019 Miles Johnson, https://github.com/milesj/emojibase, MIT License (emojibase.txt).
@@ -39,14 +39,14 @@ notes.parquet
   version by Michael Cowgill, and others named in musescore-general.txt; MIT License, parts CC0 or public domain.
   Changed: single notes rendered with FluidSynth, cut to 2 seconds, levelled, resampled to 16 kHz, compressed.
 
-Packages (name, version, licence of the part used, sha256 of the archive):
+Packages (name, version, license of the part used, sha256 of the archive):
 """
 
 
-def write_licences(demo: Path, sources: dict[str, list[str]], read: Callable[[str, str], str]) -> None:
-    """Write LICENSES/ and NOTICE; `read` returns the text of a package's first file that has a pattern in its path.
+def write_licenses(demo: Path, sources: dict[str, list[str]], read: Callable[[str, str], str]) -> None:
+    """Writes LICENSES/ and NOTICE. `read` returns the first file of a package whose path matches a pattern.
 
-    The Fluent packages name the MIT License without its text: theirs is the common text with their holders.
+    The Fluent packages name the MIT License without its text, so the common text with their copyright holders is used.
     """
     common = Path("/usr/share/common-licenses")
     mit = read("emojibase-data", "LICENSE$")
@@ -66,14 +66,14 @@ def write_licences(demo: Path, sources: dict[str, list[str]], read: Callable[[st
 
 
 def markdown(head: list[str], rows: list[list[Any]]) -> str:
-    """Return a Markdown table."""
+    """Returns a Markdown table."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     cells = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def counts(demo: Path) -> Iterator[str]:
-    """Yield the tables and sentences of the card's numbers."""
+    """Yields the tables and sentences of the card's numbers."""
     tables = {name: pq.read_table(demo / f"{name}.parquet").to_pylist() for name in ("stills", "clips", "notes")}
     splits = ["train", "val", "test"]
 
@@ -94,7 +94,7 @@ def counts(demo: Path) -> Iterator[str]:
     files = [(demo / f"{name}.parquet", rows) for name, rows in tables.items()]
     sizes = [[f"`{file.name}`", len(rows), f"{file.stat().st_size / 1e6:.1f} MB"] for file, rows in files]
     total = sum(f.stat().st_size for f in demo.rglob("*") if f.is_file()) / 1e6
-    yield markdown(["file", "rows", "size"], [*sizes, ["with licences", "", f"{total:.1f} MB"]])
+    yield markdown(["file", "rows", "size"], [*sizes, ["with licenses", "", f"{total:.1f} MB"]])
     yield grouped("emoji group", "group", emoji)
     yield grouped("instrument family", "family", notes)
 
@@ -120,7 +120,7 @@ def counts(demo: Path) -> Iterator[str]:
 
 
 def write_card(demo: Path, card: Path) -> None:
-    """Replace the numbers between the card's two `counts` markers."""
+    """Replaces the numbers between the card's two `counts` markers."""
     numbers = "\n".join(counts(demo))
     before, start, rest = card.read_text().partition("<!-- counts -->\n")
     _, end, after = rest.partition("<!-- /counts -->")
@@ -130,7 +130,7 @@ def write_card(demo: Path, card: Path) -> None:
 
 
 def log_mel(audio: bytes, bands: int = 64) -> np.ndarray:
-    """Return the log-mel spectrogram [bands, time] of a note, 25 ms windows every 10 ms, as the sheet shows it."""
+    """Returns the log-mel spectrogram (bands, time) of a note, with windows of 25 ms every 10 ms."""
     wave, rate = soundfile.read(io.BytesIO(audio), dtype="float32")
     wave = np.pad(wave, (0, max(0, 2 * rate - len(wave))))[: 2 * rate]
     windows = np.lib.stride_tricks.sliding_window_view(wave, 400)[::160] * np.hanning(400)
@@ -143,7 +143,7 @@ def log_mel(audio: bytes, bands: int = 64) -> np.ndarray:
 
 
 def write_contact_sheet(demo: Path, path: Path) -> None:
-    """Draw some concepts (one row each: the three stills, the clip's frames) and some notes."""
+    """Draws some concepts (in each row, three stills and the frames of a clip) and some notes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -163,7 +163,7 @@ def write_contact_sheet(demo: Path, path: Path) -> None:
     figure = plt.figure(figsize=(13, 10.5), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=[6, 2.6])
     above, below = halves
-    # An empty narrow column sets stills and frames apart.
+    # An empty narrow column separates stills and frames.
     axes = above.subplots(len(concepts), 12, width_ratios=[1, 1, 1, 0.3] + [1] * 8)
     for axis in axes.flat:
         axis.axis("off")

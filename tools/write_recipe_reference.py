@@ -2,8 +2,8 @@
 
     python tools/write_recipe_reference.py
 
-What stands above the mark in the page is written by hand. tests/recipe/test_reference.py fails when the rest is older
-than the schema.
+The part of the page above the mark is written by hand. tests/recipe/test_reference.py fails if the reference is out of
+date.
 """
 
 import inspect
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def current(page: str) -> str:
-    """The page with its reference made anew."""
+    """The page with an updated reference."""
     written, _, rest = page.partition(MARK)
     titles = sections()
     contents = "".join(f"- [{title}](#{_anchor(title)})\n" for title in titles.values())
@@ -42,16 +42,16 @@ def current(page: str) -> str:
     return f"{written}{MARK}{rest.splitlines()[0]}\n\n{reference}"
 
 
-def own_modalities() -> dict[str, type[Modality]]:
-    """Those that openimp itself registers, whatever else is installed."""
+def builtin_modalities() -> dict[str, type[Modality]]:
+    """The modalities that openimp itself registers, by name."""
     points = [point for point in entry_points(group=GROUP) if point.dist and point.dist.name == "openimp"]
     return {point.name: point.load() for point in points}
 
 
 def sections() -> dict[type[BaseModel], str]:
-    """The title of each part of the recipe, in the order of use."""
+    """The title of each part of the recipe, in the order of the page."""
     titles: dict[type[BaseModel], str] = {}
-    modalities = own_modalities()
+    modalities = builtin_modalities()
 
     def visit(schema: type[BaseModel], path: str) -> None:
         kind = schema.model_fields.get("type")
@@ -72,7 +72,7 @@ def sections() -> dict[type[BaseModel], str]:
 
 
 def _schemas(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    """The schemas in a type, each with what stands for its place in a path."""
+    """The schemas in a type, each with the suffix of its path."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, suffix
     suffix += {dict: ".NAME", list: "[]"}.get(get_origin(annotation), "")  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ def _section(schema: type[BaseModel], titles: dict[type[BaseModel], str]) -> str
 
 
 def _words(kind: Any, limits: Any, titles: dict[type[BaseModel], str]) -> str:
-    """A type in plain words."""
+    """Describes a type in words."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         more = [m for extra in arguments[1:] for m in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
@@ -128,7 +128,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _anchor(title: str) -> str:
-    """As GitHub makes them."""
+    """The anchor that GitHub gives a title."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 

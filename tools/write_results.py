@@ -1,9 +1,9 @@
-"""Writes what a demo run reached into README.md: the table between its markers, and the picture of the results.
+"""Writes the results of a demo run into README.md (the table between its markers) and draws their picture.
 
     .venv/bin/python tools/write_results.py runs/demo
 
-The picture needs matplotlib (`pip install openimp[plots]`). It shows test items that the model had never seen, evenly
-spaced through the data, not the ones that came out best.
+The picture needs matplotlib (`pip install openimp[plots]`). It shows unseen test items that are evenly spaced in the
+data and not selected by result.
 """
 
 import argparse
@@ -37,11 +37,11 @@ TITLES = {
     "notes": "unseen note of an instrument",
 }
 SHOWN = 6
-"""Items of each kind in the picture."""
+"""Number of items of each kind in the picture."""
 
 
 def write_table(run: Path, readme: Path) -> None:
-    """Puts the last results of a run between the markers."""
+    """Writes the last results of a run between the markers."""
     lines = read_lines(run / "results.jsonl")
     last = max(line["step"] for line in lines)
     results = {(line["set"], line["task"].split(" -> ")[-1]): line for line in lines if line["step"] == last}
@@ -74,7 +74,7 @@ def write_table(run: Path, readme: Path) -> None:
 
 
 def write_picture(run: Path, file: Path) -> None:
-    """Test items, above them what they are, and below the three texts of the set that the model finds closest."""
+    """Draws test items with their names above, and below the three texts of the set that the model ranks first."""
     model = openimp.load(run)
     kinds = ["unseen_concept_and_artist", "clips", "notes"]
     figure, axes = plt.subplots(len(kinds), SHOWN, figsize=(11, 7.2), facecolor="white")

@@ -73,7 +73,7 @@ def contrastive_losses(
     Each process compares its own examples with those of all processes, in blocks of rows, so that none holds all
     similarities. N and M are its own items of either side; the mean over the processes is the loss of the whole batch.
     """
-    own_B = batch.item[objective.same or ""]
+    own_B = batch.item_ids[objective.same or ""]
     (item_B,) = everywhere(own_B)
     losses = {}
     for a, b in pairs_of(objective, encoded):
@@ -128,7 +128,7 @@ def equal_texts(task: Task, batch: Batch) -> float:
     shares = [0.0]
     for objective in task.objectives:
         if isinstance(objective, Contrastive):
-            (item_B,) = everywhere(batch.item[objective.same or ""])
+            (item_B,) = everywhere(batch.item_ids[objective.same or ""])
             for name in dict.fromkeys(chain.from_iterable(pairs_of(objective, batch.tokens))):
                 tokens = batch.tokens[name]
                 if tokens.mask is not None:

@@ -10,9 +10,10 @@ import soundfile
 import torch
 
 from openimp.common.errors import UserError
-from openimp.data import loader
-from openimp.data.loader import Loaded, StepBatches, make_loader
+from openimp.data import step_batches
+from openimp.data.loader import make_loader
 from openimp.data.order import example_rng, seed_key
+from openimp.data.step_batches import LoadedBatch, StepBatches
 from openimp.data.streams import Stream
 from openimp.data.templates import fill
 from openimp.planning.ledger import costs
@@ -28,15 +29,15 @@ def opened(folder: Path, *changes: str) -> StepBatches:
     return data
 
 
-def loaded(folder: Path, *changes: str, first: int = 0) -> list[Loaded]:
+def loaded(folder: Path, *changes: str, first: int = 0) -> list[LoadedBatch]:
     return list(make_loader(opened(folder, *changes), first))
 
 
-def assert_same(one: list[Loaded], other: list[Loaded]) -> None:
+def assert_same(one: list[LoadedBatch], other: list[LoadedBatch]) -> None:
     assert [a.visit for a in one] == [b.visit for b in other]
     for a, b in zip(one, other):
         assert (a.bad, a.batch.rows, a.cursor, a.digest) == (b.bad, b.batch.rows, b.cursor, b.digest)
-        for mine, theirs in ((a.batch.item, b.batch.item), (a.batch.labels, b.batch.labels)):
+        for mine, theirs in ((a.batch.item_ids, b.batch.item_ids), (a.batch.labels, b.batch.labels)):
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(mine[key], theirs[key]) for key in mine)
         assert a.batch.tokens.keys() == b.batch.tokens.keys()
@@ -169,11 +170,11 @@ def test_a_bad_file_is_skipped_counted_named_and_stood_in_for(own_data, workers)
     for item in make_loader(data, 0):
         if item.visit.task == "named":
             assert len(item.batch.rows) == len(item.batch.tokens["image"].values) == item.visit.batch
-            assert not bad & {table.where(row) for row in item.batch.rows}
+            assert not bad & {table.row_name(row) for row in item.batch.rows}
             # A stand-in is the same item as the neighbour whose place it shares, not a false negative.
-            assert item.batch.item[""].tolist() == item.batch.rows
+            assert item.batch.item_ids[""].tolist() == item.batch.rows
             classes = [data.classes["pictures:label"][label] for label in item.batch.labels["label"]]
-            assert classes == [table.where(row).split("/")[0] for row in item.batch.rows]
+            assert classes == [table.row_name(row).split("/")[0] for row in item.batch.rows]
             assert len(set(item.batch.rows)) == item.visit.batch - len(item.bad)
             named += item.bad
     assert {where for where, _ in named} == bad
@@ -193,19 +194,19 @@ def test_a_part_that_cannot_be_read_at_all_is_replaced_by_the_next_process_part(
             NO_EVALUATION,
         ],
     )
-    parts = [StepBatches(recipe, recipe.make_modalities(), part=part, parts=4) for part in range(4)]
+    parts = [StepBatches(recipe, recipe.make_modalities(), rank=part, world_size=4) for part in range(4)]
     for data in parts:
         data.fit()
     table = parts[0].sources["named"]
     first = [data[0].batch.rows[0] for data in parts]
     for row in first[1:3]:
-        (own_data / "pictures" / table.where(row)).write_bytes(b"no picture")
+        (own_data / "pictures" / table.row_name(row)).write_bytes(b"no picture")
     found = [data[0] for data in parts]
     assert [item.batch.rows for item in found] == [[first[0]], [first[3]], [first[3]], [first[3]]]
     assert [[where for where, _ in item.bad] for item in found] == [
         [],
-        [table.where(first[1])],
-        [table.where(first[2])],
+        [table.row_name(first[1])],
+        [table.row_name(first[2])],
         [],
     ]
 
@@ -240,7 +241,7 @@ def test_a_cached_source_gives_the_same_pictures(little_data, tmp_path, monkeypa
     plain = loaded(little_data, *one_view)
     for cache in ("memory", "disk", "disk"):
         assert_same(loaded(little_data, f"sources.pictures.cache={cache}", "train.num_workers=1", *one_view), plain)
-    assert list(tmp_path.rglob("data.bin"))
+    assert list(tmp_path.rglob("*.arrow"))
 
 
 def test_a_source_smaller_than_a_batch_is_read_again(little_data):
@@ -287,7 +288,7 @@ def test_a_stream_goes_on_from_its_cursor(streamed):
 
 def test_workers_read_a_stream_as_one(streamed, monkeypatch):
     """Also where the tokenizer has left off halfway through a shard."""
-    monkeypatch.setattr(loader, "CORPUS_ROWS", 5)
+    monkeypatch.setattr(step_batches, "CORPUS_ROWS", 5)
     folder, changes = streamed
     window = "sources.pictures.window=6"
     assert_same(loaded(folder, *changes, window, "train.num_workers=2"), loaded(folder, *changes, window))
@@ -338,7 +339,7 @@ def test_rows_without_a_value_are_items_of_their_own(own_data):
     (batch, *_) = loaded(own_data, *source, "tasks.named.objectives=[{type: contrastive, same: label}]",
                          "tasks.named.inputs.text=file", "tasks.heard.weight=0", NO_EVALUATION)  # fmt: skip
     found: dict[int, set[int]] = {}
-    for row, item in zip(batch.batch.rows, batch.batch.item["label"].tolist()):
+    for row, item in zip(batch.batch.rows, batch.batch.item_ids["label"].tolist()):
         found.setdefault(item, set()).add(row)
     assert sorted(map(sorted, found.values())) == [[0, 3], [1], [2], [4], [5]]
 
@@ -370,7 +371,7 @@ def test_labels_that_do_not_fit_the_loss(own_data, loss, labels, message, named)
 
 
 def test_a_large_table_gives_the_tokenizer_some_rows_of_all_its_parts(little_data, monkeypatch):
-    monkeypatch.setattr(loader, "CORPUS_ROWS", 12)
+    monkeypatch.setattr(step_batches, "CORPUS_ROWS", 12)
     data = opened(little_data, "tasks.heard.weight=0")
     texts = list(data._corpus("text"))
     assert len(texts) == 12

@@ -27,7 +27,7 @@ from openimp.common.modality import BadMedia
 from openimp.data import files, hub, parquet, tars
 from openimp.data.sources import open_source
 from openimp.data.streams import Stream
-from openimp.data.tables import Refused, Rows, Table
+from openimp.data.tables import Rows, Table, Unreadable
 from openimp.recipe.tasks import Source
 
 
@@ -117,7 +117,7 @@ def test_folder(tmp_path):
         {"file": "cat/deep/b.png", "label": "cat", "name": "b"},
         {"file": "dog/c.png", "label": "dog", "name": "c"},
     ]
-    assert table.where(2) == "dog/c.png"
+    assert table.row_name(2) == "dog/c.png"
     assert colour(table.media(table.column("file")[2])) == 2
 
 
@@ -130,8 +130,8 @@ def test_rows_in_any_order_of_the_given_columns(tmp_path):
     assert table.rows([3], []) == [{}]
     assert table.rows([]) == []
     assert table.column("tags") == [row["tags"] for row in data]
-    assert table.where(3) == "part-0.parquet[3]"
-    assert table.where(20) == "part-1.parquet[0]"
+    assert table.row_name(3) == "part-0.parquet[3]"
+    assert table.row_name(20) == "part-1.parquet[0]"
 
 
 def test_parquet_media(tmp_path):
@@ -164,7 +164,7 @@ def test_csv_cells_are_text(tmp_path):
         {"file": "b.png", "name": "NA", "note": None},
         {"file": "c.png", "name": None, "note": None},
     ]
-    assert table.where(1) == "m.csv[1]"
+    assert table.row_name(1) == "m.csv[1]"
 
 
 @pytest.mark.parametrize("form", ["lines.jsonl", "lines.json", "list.json"])
@@ -187,7 +187,7 @@ def test_several_manifests_and_chunks_are_one_table(tmp_path, monkeypatch):
     table = open_source("m", Source(path=f"{tmp_path}/*.jsonl"))
     assert table.column("n") == [0, 1, 2, 3, 4] * 2
     assert table.column("x") == [None, None, None, "late", "late"] * 2
-    assert table.where(6) == "1.jsonl[1]"
+    assert table.row_name(6) == "1.jsonl[1]"
 
 
 def test_manifest_media_start_at_root(tmp_path):
@@ -213,7 +213,7 @@ def test_webdataset(tmp_path, kind):
     assert [row["cls"] for row in rows] == [1, 0, 0]
     assert [row["json.tags"] for row in rows] == [["x", "t33"], ["x", "t2"], ["x", "t20"]]
     assert table.column("json.caption") == [f"c{i}" for i in range(40)]
-    assert table.where(21) == "shard-001.tar[a.b/0021]"
+    assert table.row_name(21) == "shard-001.tar[a.b/0021]"
 
 
 def test_tar_examples_may_lack_members(tmp_path):
@@ -261,7 +261,7 @@ def test_where(tmp_path, where, kept):
     source = Source(path=f"{tmp_path}/*.parquet", where=where)
     table = open_source("p", source)
     assert table.rows(range(len(table))) == [data[i] for i in kept]
-    assert table.where(0) == f"part-{kept[0] // 4}.parquet[{kept[0] % 4}]"
+    assert table.row_name(0) == f"part-{kept[0] // 4}.parquet[{kept[0] % 4}]"
     stream = open_source("p", source.model_copy(update={"stream": True}))
     assert sorted(row["name"] for row in stream.read(0, 0, len(kept))) == [data[i]["name"] for i in kept]
 
@@ -360,7 +360,7 @@ def test_digest_of_a_large_file_sees_both_ends(tmp_path):
 
 def answer(table: Table, queue) -> None:
     rows = table.rows([1, 2])
-    queue.put([table.where(1), rows, table.fingerprint])
+    queue.put([table.row_name(1), rows, table.fingerprint])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -371,7 +371,7 @@ def test_forked_workers(tmp_path, kind):
     workers = [context.Process(target=answer, args=(table, queue)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    expected = [table.where(1), table.rows([1, 2]), table.fingerprint]
+    expected = [table.row_name(1), table.rows([1, 2]), table.fingerprint]
     assert [queue.get(timeout=20) for _ in workers] == [expected] * 2
     for worker in workers:
         worker.join()
@@ -483,7 +483,7 @@ def test_resuming_does_not_read_what_came_before(tmp_path):
     (tmp_path / "shard-000.tar").write_bytes(b"broken")
     assert names(copy, "webdataset", 30, 10) == whole[30:40]
     # The next epoch goes on with the other shard.
-    (lost,) = [row for row in copy.read(3, 40, 21) if isinstance(row["txt"], Refused)]
+    (lost,) = [row for row in copy.read(3, 40, 21) if isinstance(row["txt"], Unreadable)]
     assert "not a readable tar" in lost["txt"].reason
 
 
@@ -493,7 +493,7 @@ def test_stream_rows_are_those_of_the_table(tmp_path, kind):
     table = open_source("t", Source(path=f"{tmp_path}/*", format=kind))
     assert stream.columns == table.columns
     assert stream.read(0, 0, 40) == table.rows(range(40))
-    last = stream.where(39)
+    last = stream.row_name(39)
     assert last == ("shard-001.tar[a.b/0039]" if kind == "webdataset" else f"{tmp_path}/*[39]")
     assert isinstance(stream.media(stream.read(0, 0, 1)[0]["picture" if kind == "parquet" else "png"]), bytes)
 
@@ -563,7 +563,7 @@ def test_table_from_a_url(tmp_path, url):
     data = write_parquet(tmp_path)
     table = open_source("s", Source(path=f"{url}/part-1.parquet"))
     assert table.rows([3]) == [data[23]]
-    assert table.where(3) == f"{url}/part-1.parquet[3]"
+    assert table.row_name(3) == f"{url}/part-1.parquet[3]"
     with pytest.raises(UserError, match="must be on disk to be read as a table; set stream: true"):
         open_source("s", Source(path=f"{url}/shard.tar"))
 
@@ -600,7 +600,7 @@ def test_hub(tmp_path, hub_cache, stream):
     source = open_source("h", Source(hub=str(tmp_path), stream=stream, **({"window": 1} if stream else {})))
     rows = source.read(0, 0, 40) if isinstance(source, Stream) else source.rows(range(40))
     assert rows == data
-    assert source.where(3) == (f"{tmp_path}[3]" if stream else f"{tmp_path}/train[3]")
+    assert source.row_name(3) == (f"{tmp_path}[3]" if stream else f"{tmp_path}/train[3]")
     assert len(source.fingerprint) == 32
     test = open_source("h", Source(hub=str(tmp_path), split="test", stream=stream))
     assert test.fingerprint != source.fingerprint
@@ -636,7 +636,7 @@ def test_paths_of_a_hub_data_set_stay_in_its_own_folder(tmp_path, monkeypatch):
     picture.symlink_to("../../blobs/0")
     secret.write_bytes(png(4))
     (tmp_path / "token").write_text("hf_secret")
-    rows = Rows("h", "them/birds", ["image"], hub.hub_root(Source(hub="them/birds")))
+    rows = Rows("h", "them/birds", ["image"], hub.hub_root(Source(hub="them/birds")), str)
     assert colour(rows.media(str(picture))) == 3
     for path in (secret, "../datasets--us--secret/b.png", tmp_path / "token", "../../token"):
         with pytest.raises(BadMedia, match="leaves the folder"):
@@ -767,12 +767,12 @@ def test_nothing_there(tmp_path):
 def test_format_that_is_not_known(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"")
     fails(r"unknown extension '\.zip'; known: \.csv", path=f"{tmp_path}/x.zip")
-    fails("is no folder", path=f"{tmp_path}/x.zip", format="folder")
+    fails("is not a folder", path=f"{tmp_path}/x.zip", format="folder")
 
 
 def test_folder_without_classes(tmp_path):
     (tmp_path / "a.png").write_bytes(png(0))
-    fails("no sub-folders; a folder source has one a class", path=str(tmp_path))
+    fails("no subfolders; a folder source has one per class", path=str(tmp_path))
     (tmp_path / "cat").mkdir()
     fails("has no rows", path=str(tmp_path))
 
@@ -906,7 +906,7 @@ def test_duplicate_members(tmp_path):
         add(tar, "1.JPG", b"1")
         add(tar, "2.jpg", b"2")
     one, two = open_source("x", Source(path=f"{tmp_path}/x.tar")).rows([0, 1])
-    assert one["jpg"] == Refused("example 1 has two members .jpg")
+    assert one["jpg"] == Unreadable("example 1 has two members .jpg")
     assert two["jpg"] == b"2"
 
 
@@ -930,7 +930,7 @@ def test_a_tar_that_is_cut_off(tmp_path, stream, where, place, kept):
     assert [row["txt"] for row in rows[1:]] == sorted(f"n{i}" for i in (*range(kept), *range(10, 20)))
     with pytest.raises(BadMedia, match="not a readable tar from here on"):
         source.media(rows[0]["png"])
-    places = [source.where(i) for i in range(count)]
+    places = [source.row_name(i) for i in range(count)]
     assert places.count("shard-000.tar[the rest]") == 1
     if stream:
         assert source.cursor()["epoch"] == 0
@@ -1008,10 +1008,10 @@ def test_json_that_is_broken_everywhere(tmp_path, stream):
             add(tar, f"{i}.json", b"{broken")
     rows, source = in_order(f"{tmp_path}/x.tar", stream, 3)
     assert source.columns == ["__key__", "json"]
-    assert isinstance(rows[0]["json"], Refused)
+    assert isinstance(rows[0]["json"], Unreadable)
 
 
-@pytest.mark.parametrize(("members", "refused"), [(tars.MOST, False), (tars.MOST + 1, True)])
+@pytest.mark.parametrize(("members", "refused"), [(tars.MAX_EXTENSIONS, False), (tars.MAX_EXTENSIONS + 1, True)])
 def test_an_extension_for_each_member(tmp_path, members, refused):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for i in range(members):
@@ -1024,12 +1024,12 @@ def test_an_extension_for_each_member(tmp_path, members, refused):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_member_above_the_limit(tmp_path, stream, monkeypatch):
-    monkeypatch.setattr(tars, "LARGEST", 5000)
+    monkeypatch.setattr(tars, "MAX_BYTES", 5000)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for key, size in ("1", 5001), ("2", 5000):
             add(tar, f"{key}.npy", bytes(size))
     (large, fits), _ = in_order(f"{tmp_path}/x.tar", stream, 2)
-    assert large["npy"] == Refused("1.npy claims 5001 bytes; 5000 may be read")
+    assert large["npy"] == Unreadable("1.npy claims 5001 bytes; 5000 may be read")
     assert len(fits["npy"]) == 5000
 
 
@@ -1041,8 +1041,9 @@ def test_datasets_is_left_as_it_was(tmp_path):
     logger.setLevel(logging.INFO)
     try:
         datasets.enable_progress_bars()
-        hub._loaded("x", "x", lambda: levels.append((logger.level, datasets.are_progress_bars_disabled())))
-        hub._loaded("x", "x", lambda: levels.append((logger.level, datasets.are_progress_bars_disabled())), bars=True)
+        for bars in (False, True):
+            with hub.quiet("x", "x", bars):
+                levels.append((logger.level, datasets.are_progress_bars_disabled()))
         open_stream("parquet", tmp_path)
         assert levels == [(logging.CRITICAL, True), (logging.CRITICAL, False)]
         assert (logger.level, datasets.are_progress_bars_disabled()) == (logging.INFO, False)

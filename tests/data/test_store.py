@@ -1,7 +1,6 @@
 """The store of decoded arrays: the same in memory and on disk, and never stale."""
 
 import io
-import json
 import logging
 import multiprocessing
 import pickle
@@ -246,66 +245,88 @@ def overwrite(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        *((name, damage) for name in ("data.bin", "index.npz") for damage in (truncate, flip, Path.unlink, overwrite)),
-        *(("store.json", damage) for damage in (truncate, Path.unlink, overwrite)),
+        *(("arrow", damage) for damage in (truncate, flip, overwrite)),
+        *(("sha256", damage) for damage in (truncate, Path.unlink, overwrite)),
     ],
 )
 def test_damage_is_mended(tmp_path, cache, name, damage, caplog):
     write_manifest(tmp_path / "a")
     table = open_manifest(tmp_path / "a")
     build(table)
-    (file,) = cache.glob(f"decoded/*/{name}")
+    (file,) = cache.glob(f"decoded/*.{name}")
     damage(file)
     modality = numbers()
     with caplog.at_level(logging.WARNING):
         check(build(table, modality))
     assert modality.decoded > 0
-    assert "damaged and made anew" in caplog.text
+    assert "damaged and will be written again" in caplog.text
 
 
-def forge(folder: Path, **columns) -> None:
-    """Changes an index, and its digest with it, as whoever can write to the cache would."""
-    with np.load(folder / "index.npz") as file:
-        index = dict(file)
-    for column, value in columns.items():
-        if isinstance(value, tuple):  # of the first row
-            index[column] = index[column].astype("U9") if column == "dtype" else index[column]
-            index[column][0] = value[0]
-        else:
-            index[column] = value
-    np.savez(folder / "index.npz", allow_pickle=False, **index)
-    about = json.loads((folder / "store.json").read_text())
-    about["digests"]["index.npz"] = digest(folder / "index.npz")
-    (folder / "store.json").write_text(json.dumps(about))
+def forge(file: Path, table: pa.Table) -> None:
+    """Replaces a store, and its digest with it, as whoever can write to the cache would."""
+    with pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    file.with_suffix(".sha256").write_text(digest(file))
+
+
+def set_first(table: pa.Table, column: str, value) -> pa.Table:
+    values = [value, *table[column].to_pylist()[1:]]
+    return table.set_column(
+        table.column_names.index(column),
+        table.schema.field(column),
+        pa.array([*values], table.schema.field(column).type),
+    )
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("change", "told"),
     [
-        ({"dtype": ("|O8",)}, "it holds object, no numbers"),  # would be read as pointers
-        ({"dtype": ("|V4",)}, "no numbers"),
-        ({"dtype": ("<M8[s]",)}, "no numbers"),
-        ({"dtype": ("nonsense",)}, "not understood"),
-        ({"offset": (-64,)}, "lies outside of its data"),
-        ({"offset": (2**62,)}, "lies outside of its data"),
-        ({"shape": ([1, 3, 10**6],)}, "lies outside of its data"),
-        ({"shape": ([2**32, 2**32, 5],)}, "lies outside of its data"),  # 0 bytes, modulo 2**64
-        ({"dtype": ("<f8",), "shape": ([1, 3, 100],)}, "lies outside of its data"),
-        ({"offset": np.zeros(2, np.int64)}, "columns of different lengths"),
-        ({"shape": np.zeros(len(ARRAYS) + 2, np.int64)}, "columns of different lengths"),
-        ({"offset": np.zeros(len(ARRAYS) + 2)}, "other types"),
+        (lambda table: set_first(table, "dtype", "|O8"), "type object, which is not a number"),
+        (lambda table: set_first(table, "dtype", "|V4"), "not a number"),
+        (lambda table: set_first(table, "dtype", "<M8[s]"), "not a number"),
+        (lambda table: set_first(table, "dtype", "nonsense"), "not understood"),
+        (lambda table: table.drop_columns("shape"), "columns are not those of a store"),
+        (lambda table: table.rename_columns(["shape", "data", "dtype", "error"]), "columns are not those of a store"),
     ],
 )
-def test_a_forged_index_is_refused_and_the_store_made_anew(tmp_path, cache, columns, told, caplog):
+def test_a_forged_store_is_refused_and_written_again(tmp_path, cache, change, told, caplog):
     write_manifest(tmp_path / "a")
     store = build(open_manifest(tmp_path / "a"))
-    (folder,) = (path for path in cache.glob("decoded/*") if path.is_dir())
-    forge(folder, **columns)
+    (file,) = cache.glob("decoded/*.arrow")
+    forge(file, change(pa.ipc.open_file(file.read_bytes()).read_all()))
     with pytest.raises((ValueError, TypeError), match=told):  # as a worker opens it
         pickle.loads(pickle.dumps(store))
     with caplog.at_level(logging.WARNING):
         check(build(open_manifest(tmp_path / "a")))
-    assert "damaged and made anew" in caplog.text
+    assert "damaged and will be written again" in caplog.text
+
+
+def test_offsets_that_leave_the_file_are_refused(tmp_path, cache):
+    write_manifest(tmp_path / "a")
+    store = build(open_manifest(tmp_path / "a"))
+    (file,) = cache.glob("decoded/*.arrow")
+    offsets = np.frombuffer(store._rows["data"].chunk(0).buffers()[1], np.int64)[: len(store) + 1].tobytes()
+    data = file.read_bytes()
+    assert data.count(offsets) == 1
+    for forged in (2**40, -64):
+        file.write_bytes(data.replace(offsets, offsets[:-8] + np.int64(forged).tobytes()))
+        file.with_suffix(".sha256").write_text(digest(file))
+        with pytest.raises(ValueError, match="offset"):
+            pickle.loads(pickle.dumps(store))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("|u1", [1, 3, 10**6]), ("|u1", [2**32, 2**32, 5]), ("|u1", [-2]), ("<f8", [1, 3, 100])]
+)
+def test_a_shape_that_asks_for_more_bytes_than_there_are_is_refused(tmp_path, cache, dtype, shape):
+    write_manifest(tmp_path / "a")
+    build(open_manifest(tmp_path / "a"))
+    (file,) = cache.glob("decoded/*.arrow")
+    table = pa.ipc.open_file(file.read_bytes()).read_all()
+    forge(file, set_first(set_first(table, "dtype", dtype), "shape", shape))
+    store = build(open_manifest(tmp_path / "a"))
+    with pytest.raises((ValueError, TypeError), match=r"too small|too big|maximum|negative"):
+        store[0]
 
 
 def test_the_cache_is_the_users_alone(tmp_path, cache):
@@ -319,11 +340,11 @@ def test_what_a_killed_process_left_is_no_store(tmp_path, cache):
     write_manifest(tmp_path / "a")
     table = open_manifest(tmp_path / "a")
     build(table)
-    (folder,) = (path for path in cache.glob("decoded/*") if path.is_dir())
-    folder.rename(f"{folder}.tmp")
-    (Path(f"{folder}.tmp") / "data.bin").write_bytes(b"half")
+    (file,) = cache.glob("decoded/*.arrow")
+    file.rename(file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").write_bytes(b"half")
     check(build(table))
-    assert not Path(f"{folder}.tmp").exists()
+    assert not file.with_suffix(".tmp").exists()
 
 
 def test_a_failure_leaves_nothing(tmp_path, cache):
@@ -336,7 +357,7 @@ def test_a_failure_leaves_nothing(tmp_path, cache):
 
     with pytest.raises(RuntimeError, match="a bug"):
         build(table, Broken(Numbers.Config()))
-    assert not list(cache.glob("decoded/*/store.json"))
+    assert not list(cache.glob("decoded/*.arrow"))
     check(build(table))
 
 
@@ -386,16 +407,3 @@ def test_a_forked_worker_shares_it(tmp_path):
         worker.start()
         worker.join(20)
         assert worker.exitcode == 0
-
-
-def test_no_pickle_on_disk(tmp_path, cache):
-    write_manifest(tmp_path / "a")
-    build(open_manifest(tmp_path / "a"))
-    (index,) = cache.glob("decoded/*/index.npz")
-    with np.load(index, allow_pickle=False) as file:
-        assert sorted(file) == ["dtype", "offset", "shape"]
-    (about,) = cache.glob("decoded/*/store.json")
-    assert sorted(json.loads(about.read_text())["failures"].values()) == [
-        f"../outside.npy leaves the folder {tmp_path}/a",
-        "this is no array",
-    ]

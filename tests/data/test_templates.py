@@ -83,7 +83,7 @@ def test_empty_items_of_a_list_are_no_values():
 
 def test_bytes_are_text_if_they_can_be():
     assert fill(["x"], {"x": "é".encode()}) == "é"
-    with pytest.raises(BadMedia, match="column x holds bytes that are no UTF-8"):
+    with pytest.raises(BadMedia, match="column x holds bytes that are not UTF-8"):
         fill(["x"], {"x": b"\xff"})
 
 

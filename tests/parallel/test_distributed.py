@@ -234,7 +234,7 @@ def test_moments_that_one_of_two_processes_has_are_saved_and_go_on_in_one(little
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (["tasks.heard.batch_size=7"], "tasks.heard: a batch of 7 cannot be dealt out to 2 processes"),
+        (["tasks.heard.batch_size=7"], "tasks.heard: batch_size 7 is not a multiple of 2 ranks"),
         (
             ["model.moe.experts=4", "parallel.expert_degree=4"],
             "parallel.expert_degree: the 2 processes that share a copy cannot be divided into groups of 4",

@@ -25,7 +25,7 @@ from openimp.alternation import Alternation
 from openimp.commands import _duration, run_plan
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
-from openimp.data.loader import StepBatches
+from openimp.data.step_batches import StepBatches
 from openimp.model.embedder import in_chunks
 from openimp.model.imp import IMP
 from openimp.objectives import sigmoid_nce, softmax_nce, task_losses

@@ -71,14 +71,14 @@ REFUSED = {
     "tasks.other={source: pictures, objectives: [{type: contrastive}]}": "tasks.other.inputs: Field required",
     "sources={}": "sources: Dictionary should have at least 1 item after validation, not 0",
     # Parts must fit each other.
-    "model.heads=3": "model: width 32 is no multiple of heads 3",
+    "model.heads=3": "model: width 32 is not a multiple of heads 3",
     "model.moe.layers=3": "model: moe.layers 3 is more than layers 2",
-    "parallel.expert_degree=3": "parallel.expert_degree: 3 processes cannot share 2 experts evenly",
+    "parallel.expert_degree=3": "parallel.expert_degree: 2 experts cannot be divided equally among 3 ranks",
     "model.moe.top_k=3": "model: moe.top_k 3 is more than moe.experts 2",
     "sources.pictures={}": "sources.pictures: give exactly one of path and hub",
     "sources.pictures.hub=x/y": "sources.pictures: give exactly one of path and hub",
     "sources.pictures={path: x.tar, stream: true, cache: disk}": "sources.pictures: a streamed source cannot be "
-    "cached; drop stream or cache",
+    "cached; remove stream or cache",
     "sources.pictures.split=test": "sources.pictures: config, split and revision are for hub data sets; to select "
     "rows of a path, use where",
     "sources.pictures.revision=main": "sources.pictures: config, split and revision are for hub data sets",
@@ -87,8 +87,8 @@ REFUSED = {
     "name=/tmp/x": "name: '/tmp/x' cannot name a folder",
     'name="a\\ab"': "name: 'a\\x07b' cannot name a folder",
     "sources.pictures.config=x": "sources.pictures: config, split and revision are for hub data sets",
-    "sources.pictures.window=9": "sources.pictures: window is for streams; drop it, or set stream: true",
-    "sources.pictures={hub: x/y, format: parquet}": "sources.pictures: format is for a path; drop it",
+    "sources.pictures.window=9": "sources.pictures: window is for streams; remove it, or set stream: true",
+    "sources.pictures={hub: x/y, format: parquet}": "sources.pictures: format is for a path; remove it",
     "tasks.named.source=picture": "tasks.named.source: no source 'picture'; did you mean 'pictures'?",
     "evaluation.sets.tones.source=x": "evaluation.sets.tones.source: no source 'x'; known: pictures, sounds",
     "tasks.named.inputs={imag: file, text: label}": "tasks: no modality is called 'imag'; did you mean 'image'?",

@@ -18,7 +18,7 @@ from openimp.checkpoint.warm_start import open_start
 from openimp.cli import app
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
-from openimp.data.loader import StepBatches
+from openimp.data.step_batches import StepBatches
 from openimp.modalities.media import patchify
 from openimp.recipe.schema import Recipe
 from openimp.study.two_towers import MAX_LOGIT_SCALE, TwoTowers, TwoTowerTrainer, flops_of_a_step, load_two_towers

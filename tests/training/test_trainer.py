@@ -222,7 +222,7 @@ def test_equal_texts_of_different_items_are_told(little_data, tmp_path, capsys):
     assert "belong to other examples too" not in capsys.readouterr().out
     recipe = recipe_of(little_data, *changes, "tasks.named.objectives.0.same=null")
     data = Trainer(recipe, tmp_path / "looked at", resume=False).data
-    names = [Path(data.sources["named"].where(row)).parent.name for row in data[0].batch.rows]
+    names = [Path(data.sources["named"].row_name(row)).parent.name for row in data[0].batch.rows]
     alike = sum(names.count(name) > 1 for name in names) / len(names)
     capsys.readouterr()
     train(recipe, tmp_path / "apart")
@@ -384,7 +384,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(little_data, tmp_path
     message = str(error.value)
     assert f"step {loaded.visit.step}, task named: " in message
     assert "not finite" in message
-    assert training.data.sources["named"].where(loaded.batch.rows[0]) in message
+    assert training.data.sources["named"].row_name(loaded.batch.rows[0]) in message
     after = training.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert moments.keys() == moments_of(training).keys()

@@ -1,4 +1,4 @@
-"""Sources of rows, their order, and batches made in worker processes; demo/ holds the bundled data.
+"""Sources of rows, their order, and batches. demo/ contains the bundled data.
 
-Which example a step sees is a pure function of recipe, seed and step.
+Which examples a step sees is a pure function of the recipe, the seed and the step.
 """

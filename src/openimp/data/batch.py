@@ -1,4 +1,4 @@
-"""The examples of one step, as the loader makes them and the objectives take them."""
+"""The examples of one step."""
 
 from dataclasses import dataclass, field
 
@@ -10,17 +10,17 @@ from openimp.common.modality import Tokens
 
 @dataclass
 class Batch:
-    """One step's examples.
+    """The examples of one step. B examples, K classes.
 
     Attributes:
-        tokens: by modality; a modality drawn k times an example has k rows an example, one after the other.
-        item: (B,) int64, equal for examples that are one item; by column, "" being the row of the source itself.
-        labels: by column, (B,) int64, or (B, K) float for any number of classes an example.
-        rows: the source's rows, to name them in messages.
+        tokens: by modality. A modality with `draw: k` has k consecutive rows per example.
+        item_ids: (B,) int64 by column, equal for examples of the same item. "" holds the row numbers.
+        labels: by column, (B,) int64, or (B, K) float if an example has any number of classes.
+        rows: row numbers in the source, for messages.
     """
 
     tokens: dict[str, Tokens]
-    item: dict[str, Tensor]
+    item_ids: dict[str, Tensor]
     labels: dict[str, Tensor] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
 
@@ -30,7 +30,7 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(
             {name: tokens.to(device) for name, tokens in self.tokens.items()},
-            {name: item.to(device, non_blocking=True) for name, item in self.item.items()},
+            {name: ids.to(device, non_blocking=True) for name, ids in self.item_ids.items()},
             {name: label.to(device, non_blocking=True) for name, label in self.labels.items()},
             self.rows,
         )
@@ -38,12 +38,12 @@ class Batch:
     def pin_memory(self) -> "Batch":
         return Batch(
             {name: tokens.pin_memory() for name, tokens in self.tokens.items()},
-            {name: item.pin_memory() for name, item in self.item.items()},
+            {name: ids.pin_memory() for name, ids in self.item_ids.items()},
             {name: label.pin_memory() for name, label in self.labels.items()},
             self.rows,
         )
 
 
 def head_key(source: str, label: str) -> str:
-    """The name of the classification head of a source's column; module names may not hold a dot."""
+    """The name of the classification head of a source's column. Module names must not contain a dot."""
     return f"{source}:{label}".replace(".", "/")

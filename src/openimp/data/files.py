@@ -1,4 +1,4 @@
-"""Files: finding them, telling whether they changed, and keeping every path inside its folder."""
+"""Finds files, hashes them, and keeps paths inside their folder."""
 
 import glob
 import hashlib
@@ -16,22 +16,22 @@ DEMO = Path(__file__).parent / "demo"
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a file's name is UTF-8, as Arrow's strings are; what is not, Python holds as lone surrogates."""
+    """Whether a file's name is valid UTF-8, as Arrow requires. Python represents other bytes as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def is_url(path: str) -> bool:
-    """Whether `path` is for fsspec to open, such as `s3://bucket/*.parquet`."""
+    """Whether `path` is a URL that fsspec opens, such as `s3://bucket/*.parquet`."""
     return "://" in path
 
 
 def locate(name: str, path: str) -> tuple[Path, list[str]]:
-    """The folder that a source's `path` starts at and the files that it names, sorted, for `*` may name many.
+    """The base folder of a source's `path`, and the files that it matches, sorted.
 
-    The folder is the part before the first `*`, or a single file's own; of a URL it means nothing.
+    The base folder is the part before the first `*`, or the folder of a single file. For a URL it has no meaning.
 
     Raises:
-        UserError: there is none.
+        UserError: no file matches.
     """
     if is_url(path):
         return Path(), _matching_urls(name, path)
@@ -62,7 +62,7 @@ def _matching_urls(name: str, url: str) -> list[str]:
     try:
         system, path = fsspec.core.url_to_fs(url)
         found = sorted(system.glob(path))
-    except Exception as error:  # Each file system has errors of its own.
+    except Exception as error:  # Each file system raises its own errors.
         raise UserError(f"source {name}: {url}: {str(error).strip() or type(error).__name__}") from None
     if not found:
         raise UserError(f"source {name}: {url}: nothing there matches")
@@ -70,14 +70,14 @@ def _matching_urls(name: str, url: str) -> list[str]:
 
 
 def inside(root: Path, path: str) -> Path:
-    """`path`, relative to `root`, with links and `..` resolved.
+    """Resolves links and `..` in `path`, which is relative to `root`.
 
     Raises:
-        BadMedia: it leaves the folder, there is no such file, or it is not a regular file, because a pipe
-            would hang the reader.
+        BadMedia: the path leaves the folder, the file does not exist, or it is not a regular file. Reading a pipe would
+            never end.
     """
     try:
-        # realpath knows links; Path.resolve would do, at twice the time.
+        # Path.resolve would take twice as long.
         found = Path(os.path.realpath(root / path))
         if not found.is_relative_to(os.path.realpath(root)):
             raise BadMedia(f"{path} leaves the folder {root}")
@@ -91,8 +91,8 @@ def inside(root: Path, path: str) -> Path:
 def digest(file: str | Path, blocks: int = 64, block: int = 64 * 1024) -> str:
     """SHA-256 over a file's size and `blocks` blocks of bytes spread evenly over it, the first and last among them.
 
-    So all of a file up to 4 MiB counts, and a terabyte takes no longer. In a larger file a change that keeps the size
-    and falls between the blocks goes unseen.
+    It includes all of a file of up to 4 MiB, and takes no longer for a larger file. There, a change between the blocks
+    that keeps the size is not noticed.
     """
     size = os.path.getsize(file)
     total = hashlib.sha256(str(size).encode())
@@ -106,8 +106,8 @@ def digest(file: str | Path, blocks: int = 64, block: int = 64 * 1024) -> str:
     return total.hexdigest()
 
 
-def combine(parts: Iterable[Any]) -> str:
-    """One hexadecimal name of 32 digits for a sequence of values, by their `repr`."""
+def stable_hash(parts: Iterable[Any]) -> str:
+    """Hash of the `repr` of each value, 32 hexadecimal digits."""
     total = hashlib.sha256()
     for part in parts:
         total.update(repr(part).encode() + b"\n")
@@ -115,5 +115,5 @@ def combine(parts: Iterable[Any]) -> str:
 
 
 def fingerprint(base: Path, files: Iterable[str | Path]) -> str:
-    """Names a set of files by content: relative names and digests, so it stays the same when the folder is moved."""
-    return combine((os.path.relpath(file, base), digest(file)) for file in files)
+    """Hash of the files' relative names and contents. It does not change if the folder is moved."""
+    return stable_hash((os.path.relpath(file, base), digest(file)) for file in files)

@@ -1,9 +1,8 @@
-"""Order: which rows a task's n-th example is, a pure function of (seed, task, n) that costs no memory.
+"""Order: which row a task's n-th example is, as a pure function of (seed, task, n) that needs no memory.
 
-Each epoch is one permutation of the rows, computed and not stored: a Feistel network is a bijection of the numbers
-below a power of four, and walking its cycle until the result is in range makes it one of the rows (Black and
-Rogaway, 2002,
-"Ciphers with arbitrary finite domains").
+Each epoch is one permutation of the rows, which is computed and not stored. A Feistel network permutes the numbers
+below a power of four. It is applied repeatedly until the result is in range, which makes it a permutation of the rows
+(cycle walking; Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
 """
 
 import hashlib
@@ -18,8 +17,7 @@ ROUNDS = 6
 
 
 def rows_at(seed: int, task: str, rows: int, positions: np.ndarray) -> np.ndarray:
-    """The rows (int64) at these positions (int64, from 0) of a task's endless order: epoch after epoch, each row
-    once."""
+    """The rows (int64) at positions (int64, from 0) in a task's endless order. Each epoch has every row once."""
     epochs, places = np.divmod(np.asarray(positions, np.int64), rows)
     result = np.empty_like(places)
     for epoch in np.unique(epochs):
@@ -29,7 +27,7 @@ def rows_at(seed: int, task: str, rows: int, positions: np.ndarray) -> np.ndarra
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """A permutation of 0..n-1, chosen by `key`, applied to each index."""
+    """Applies the permutation of 0..n-1 that `key` selects to each index."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     shift = np.uint64(half)
@@ -46,15 +44,15 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 def seed_key(seed: int, *parts: str | int) -> int:
-    """One number for a seed and what it is for: the same in every process and Python version, unlike `hash`."""
+    """Derives one number from a seed and its purpose. Unlike `hash`, it is the same in all processes and versions."""
     words = [seed, *(zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts)]
     return int.from_bytes(np.random.SeedSequence(words).generate_state(4, np.uint32).tobytes(), "little")
 
 
 def example_rng(key: int, position: int, sync: bool = False) -> ExampleRng:
-    """Random generator of the example at a position of the task's order, the same on every rank and worker.
+    """The random generator of the example at a position in the task's order, the same on all ranks and workers.
 
-    With `sync`, all modalities of the example start at one moment.
+    With `sync`, all modalities of the example start at the same moment.
     """
     rng = ExampleRng(np.random.Philox(key=key, counter=[0, 0, 0, position]))
     rng.sync_start = rng.random() if sync else None
@@ -62,12 +60,12 @@ def example_rng(key: int, position: int, sync: bool = False) -> ExampleRng:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: every output bit depends on every input bit."""
+    """The finalizer of splitmix64: each output bit depends on every input bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def digest_of(names: Iterable[str]) -> int:
-    """The sum of the names' hashes, of 48 bits each: that of a batch is the sum of those of its parts."""
+def batch_digest(names: Iterable[str]) -> int:
+    """Sum of the 48-bit hashes of the examples' names. The digests of all ranks add up to that of the whole batch."""
     return sum(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) for name in names)

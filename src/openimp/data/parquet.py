@@ -1,8 +1,8 @@
-"""Reads Parquet files with Hugging Face `datasets`, and limits how much they may unpack to.
+"""Reads Parquet files with Hugging Face `datasets`, and limits their unpacked size.
 
-Dictionary encoding stores a long value once and can repeat it in any number of rows, so a file of a few hundred bytes
-can unpack to terabytes. Therefore rows are unpacked in small batches and their bytes are counted. `datasets` itself
-would unpack a whole row group before returning its first row.
+Dictionary encoding stores a long value once for any number of rows, so a file of a few hundred bytes can unpack to
+terabytes. Therefore rows are unpacked in small batches and their bytes are counted. `datasets` itself would unpack a
+whole row group before returning its first row.
 """
 
 import glob
@@ -18,17 +18,17 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from openimp.data.files import is_url
 
 MAX_EXPANSION, MIN_LIMIT = 100, 2**30
-"""A file may unpack to `MAX_EXPANSION` times its size, or to `MIN_LIMIT` bytes if that is more: a column of one label
-takes next to no room in a file, however many rows there are."""
+"""A file may unpack to `MAX_EXPANSION` times its size, or to `MIN_LIMIT` bytes if that is more. The minimum is for
+columns of equal labels, which take almost no space in a file."""
 BATCH_ROWS, BATCH_BYTES = 1000, 2**26
 """Most rows that are unpacked at once. If values are long, fewer rows, so that they fit into `BATCH_BYTES`."""
-MOST_BATCHES, PART_BYTES = 1000, 2**24
-"""Batches are merged into tables of at most `MOST_BATCHES` batches or about `PART_BYTES` bytes, because many tables of
-a few rows would waste memory."""
+MAX_MERGED, MERGED_BYTES = 1000, 2**24
+"""Batches are merged into tables of `MAX_MERGED` batches or about `MERGED_BYTES` bytes, because many small tables would
+waste memory."""
 
 
 def open_files(files: list[str], cache: str, streaming: bool) -> Any:
-    """The rows as a `datasets.Dataset`, unpacked into `cache` once, or if `streaming` as an `IterableDataset`.
+    """Opens files as a `datasets.Dataset`, unpacked into `cache` once, or with `streaming` as an `IterableDataset`.
 
     Raises:
         Exception: a file cannot be read, or unpacks to more than the limit.
@@ -36,7 +36,7 @@ def open_files(files: list[str], cache: str, streaming: bool) -> Any:
     local = [file for file in files if not is_url(file)]
     if nested := [file for file in local if "::" in file]:
         raise ValueError(f"`datasets` would read {nested[0]} as a chain of URLs; rename it")
-    # `datasets` takes names for patterns: a file whose own name is `*.parquet` would bring in all others beside it.
+    # `datasets` expands patterns: a file that is named `*.parquet` would include all other files in its folder.
     names = [glob.escape(file) if file in local else file for file in files]
     builder = BoundedParquet(cache_dir=cache, data_files={"train": names})
     if streaming:
@@ -68,7 +68,7 @@ def _tables(file: str, handle: Any, groups: Any) -> Iterator[pa.Table]:
                 "size; if you trust the file, split it into smaller ones"
             )
         waiting.append(batch)
-        if len(waiting) == MOST_BATCHES or unpacked - handed_on >= PART_BYTES:
+        if len(waiting) == MAX_MERGED or unpacked - handed_on >= MERGED_BYTES:
             yield pa.Table.from_batches(waiting)
             waiting, handed_on = [], unpacked
     if waiting:

@@ -1,9 +1,9 @@
-"""Sources: a folder, a manifest, Parquet, WebDataset tars or a hub data set, opened as a table or a stream of rows."""
+"""Opens sources (folders, manifests, Parquet files, WebDataset tars and hub data sets) as tables or streams of rows."""
 
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from openimp.common.errors import UserError
 from openimp.data import hub
-from openimp.data.files import combine, fingerprint, is_url, is_utf8, locate
+from openimp.data.files import fingerprint, is_url, is_utf8, locate, stable_hash
 from openimp.data.streams import Reader, Stream
 from openimp.data.tables import ArrowTable, Table
 from openimp.data.tars import TarReader, TarTable
@@ -20,18 +20,18 @@ from openimp.recipe.tasks import Source
 
 FORMATS = {".csv": "manifest", ".json": "manifest", ".jsonl": "manifest", ".parquet": "parquet", ".tar": "webdataset"}
 CHUNK = 10_000
-"""Rows of a manifest that become Arrow arrays at once."""
+"""Rows of a manifest that are converted to Arrow at once."""
 
 
 def open_source(name: str, source: Source) -> Table | Stream:
-    """Opens a source of the recipe: as a table, or with `stream` as a stream.
+    """Opens a source of the recipe, as a stream if it says so, else as a table.
 
     Args:
-        name: what the recipe calls it.
-        source: where it is, and which of its rows are wanted.
+        name: the source's name in the recipe.
+        source: its location and the rows to select.
 
     Raises:
-        UserError: it is not there, cannot be read, has no rows, or `where` leaves none.
+        UserError: the source does not exist, cannot be read or has no rows, or `where` selects none.
     """
     try:
         if source.stream:
@@ -41,7 +41,7 @@ def open_source(name: str, source: Source) -> Table | Stream:
         raise UserError(f"source {name}: {source.path or source.hub}: {error.strerror or error}") from None
     if not len(table):
         raise UserError(f"source {name} ({table.path}) has no rows")
-    return table.keep(source.where).thin(source.limit)
+    return table.filter(source.where).subsample(source.limit)
 
 
 def _open_table(name: str, source: Source) -> Table:
@@ -69,7 +69,7 @@ def _open_stream(name: str, source: Source) -> Stream:
         path, root = source.hub, hub.hub_root(source)
         reader = hub.HubReader(name, path, hub.load(name, source))
         revision = [source.revision] if source.revision else []
-        content = partial(combine, [path, source.config, source.split, where, *revision])
+        content = partial(stable_hash, [path, source.config, source.split, where, *revision])
     else:
         path, kind = _path_and_format(name, source)
         base, files = locate(name, path)
@@ -79,47 +79,47 @@ def _open_stream(name: str, source: Source) -> Stream:
         elif kind == "parquet":
             reader = hub.HubReader(name, path, hub.load_parquet(name, path, files, streaming=True))
         else:
-            raise UserError(f"source {name}: {path}: a {kind} source cannot be streamed; leave stream out")
-        content = partial(combine, [path, where]) if is_url(path) else partial(_streamed, base, files, where)
+            raise UserError(f"source {name}: {path}: a {kind} source cannot be streamed; remove stream")
+        content = partial(stable_hash, [path, where]) if is_url(path) else partial(_streamed, base, files, where)
     return Stream(name, path, reader, root, source.window, where, content)
 
 
 def _streamed(base: Path, files: list[str], where: dict[str, Any]) -> str:
-    return combine([fingerprint(base, files), where])
+    return stable_hash([fingerprint(base, files), where])
 
 
 def _path_and_format(name: str, source: Source) -> tuple[str, str]:
-    """The source's path and what is there, told by its ending unless the recipe says it."""
+    """The source's path and its format: that of the recipe or, by default, of the path's extension."""
     path = source.path
     assert path is not None
     ending = Path(urlsplit(path).path if is_url(path) else path).suffix.lower()
     kind = source.format or ("folder" if os.path.isdir(path) else FORMATS.get(ending))
     if kind is None:
         if not ending or not is_url(path):
-            locate(name, path)  # nothing there is the likelier mistake
+            locate(name, path)  # A path that does not exist is the likelier mistake.
         known = ", ".join(FORMATS)
         raise UserError(f"source {name}: {path}: unknown extension {ending!r}; known: {known}; for others set format")
     return path, kind
 
 
 def open_folder(name: str, path: str, root: Path) -> ArrowTable:
-    """A folder with one sub-folder a class: columns `file` (relative path), `label` (the sub-folder) and `name` (stem).
+    """Opens a folder with one subfolder per class. Columns: `file` (relative path), `label` (subfolder), `name` (stem).
 
-    Listed by hand, not by `datasets`, which would guess what the files are and copy their names into its cache. Hidden
-    files are left out, and links to folders are not followed.
+    Hidden files are skipped, and links to folders are not followed. `datasets` is not used, because it would guess the
+    files' types and copy their names into its cache.
 
     Raises:
-        UserError: it is no folder, has no sub-folders, or a name in it is not UTF-8.
+        UserError: it is not a folder, has no subfolders, or contains a name that is not UTF-8.
     """
     import pyarrow as pa
 
     if not root.is_dir() or not Path(path).is_dir():
-        raise UserError(f"source {name}: {path} is no folder")
+        raise UserError(f"source {name}: {path} is not a folder")
     folders = (entry for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
     classes = sorted(folder.name for folder in folders if not folder.name.startswith("."))
     if not classes:
         raise UserError(
-            f"source {name}: {path} has no sub-folders; a folder source has one a class, and links are not followed"
+            f"source {name}: {path} has no subfolders; a folder source has one per class, and links are not followed"
         )
     rows = [(file, size, label) for label in classes for file, size in _files_below(root, label)]
     files = [file for file, _, _ in rows]
@@ -130,12 +130,12 @@ def open_folder(name: str, path: str, root: Path) -> ArrowTable:
         {"file": files, "label": [label for _, _, label in rows], "name": [Path(file).stem for file in files]},
         schema=pa.schema([("file", pa.string()), ("label", pa.string()), ("name", pa.string())]),
     )
-    content = partial(str, combine((file, size) for file, size, _ in rows))
+    content = partial(str, stable_hash((file, size) for file, size, _ in rows))
     return ArrowTable(name, path, data, content, root, label="file")
 
 
 def _files_below(root: Path, folder: str) -> Iterator[tuple[str, int]]:
-    """(path relative to `root`, bytes) of every file below a folder, in order."""
+    """Path relative to `root` and size in bytes of each file below a folder, sorted by name."""
     entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
     for entry in entries:
         if entry.name.startswith("."):
@@ -219,29 +219,24 @@ def _to_arrow(rows: list[dict[str, Any]]) -> Any:
 
 
 def open_parquet(name: str, path: str, files: list[str], base: Path, root: Path) -> ArrowTable:
-    """Parquet files, which `datasets` unpacks once into a memory-mapped Arrow file in openimp's cache folder.
+    """Opens Parquet files, which `datasets` unpacks once into a memory-mapped Arrow file in openimp's cache folder.
 
     Raises:
-        UserError: a file is corrupt, or their columns differ.
+        UserError: a file is corrupt, or the columns of the files differ.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if is_url(path):
+        return hub.as_table(name, path, hub.load_parquet(name, path, files, streaming=False), path, root)
     counts: list[tuple[str, int]] = []
-    for file in files if not is_url(path) else []:
+    for file in files:
         try:
             counts.append((Path(file).name, pq.read_metadata(file).num_rows))
         except pa.ArrowException as error:
-            raise UserError(f"source {name}: {file} is no readable Parquet file: {hub.first_line(error)}") from None
-    if counts and not sum(rows for _, rows in counts):
+            raise UserError(f"source {name}: {file} is not a readable Parquet file: {hub.first_line(error)}") from None
+    if not sum(rows for _, rows in counts):
         raise UserError(f"source {name} ({path}) has no rows")
     data = hub.load_parquet(name, path, files, streaming=False)
-    content: Callable[[], str] = partial(fingerprint, base, files)
-    if is_url(path):
-        counts = [(path, len(data))]
-        unpacked = [file["filename"] for file in data.cache_files]
-        content = partial(fingerprint, Path(unpacked[0]).parent, unpacked)
+    content = partial(fingerprint, base, files)
     return ArrowTable(name, path, data.data, content, root, counts, hub.class_names(data.features))
-
-
-__all__ = ["Stream", "Table", "open_source"]

@@ -1,10 +1,9 @@
-"""Streams: rows in order, shuffled within windows, for data that does not fit the disk.
+"""Streams: rows that are read in order and shuffled within windows, for data that does not fit on disk.
 
-A stream's order is a pure function of the seed, whatever the number of workers: an epoch is cut into windows of
-`window` consecutive examples (the last of an epoch may be shorter: none crosses into the next), and window w of epoch
-e is permuted by the generator seeded with (seed, e, w). The positions of the stream run on through the epochs, and each
-epoch gives every example exactly once. Every reader reads everything and keeps what it is asked for, so that no shard
-has to be dealt out.
+The order of a stream depends only on the seed. An epoch is divided into windows of `window` consecutive rows; its last
+window may be shorter, because no window extends into the next epoch. Window w of epoch e is permuted by a generator
+with the seed (seed, e, w). Positions count through all epochs, and each epoch contains every row exactly once. Every
+reader reads all rows and keeps those that it is asked for, so shards need not be assigned to workers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,19 +18,19 @@ from openimp.common.errors import UserError
 from openimp.data.tables import Rows, matches
 
 Named = tuple[str, dict[str, Any]]
-"""A row with a name for it that a person can find."""
+"""A row and its name, by which a person can find it."""
 
 
 class Reader(Protocol):
-    """The rows of one epoch, in order, which can be gone on with from where they stood."""
+    """Reads the rows of one epoch in order, and can resume."""
 
     columns: list[str]
 
     def rows(self, state: dict[str, Any] | None) -> Iterator[Named]:
-        """The rows from the beginning, or from where `state` was taken."""
+        """The rows from the beginning or from a state."""
 
     def state(self) -> dict[str, Any]:
-        """Where the rows stand, after the last one that was taken; plain data for JSON."""
+        """The state after the last row that was taken, as plain data for JSON."""
 
 
 @dataclass
@@ -39,9 +38,9 @@ class Window:
     """Consecutive rows of an epoch.
 
     Attributes:
-        epoch, number: which window it is.
-        position: of its first row in the stream.
-        state: the reader's before its first row; None at the beginning of an epoch.
+        epoch, number: the epoch, and the window's number in it.
+        position: position of its first row in the stream.
+        state: the reader's state before the first row; None at the beginning of an epoch.
         rows: in the order of the data.
     """
 
@@ -56,9 +55,9 @@ class Window:
 
 
 class Stream(Rows):
-    """An endless sequence of rows, read forward, one window in memory at a time.
+    """An endless sequence of rows, read forward with one window in memory at a time.
 
-    It pickles into workers without what it has read; the copy goes on from the last cursor that was loaded.
+    A pickled copy, as a worker gets it, resumes from the last cursor that was loaded.
     """
 
     def __init__(
@@ -73,21 +72,19 @@ class Stream(Rows):
     ) -> None:
         """
         Args:
-            name, path, root: see `Rows`.
-            reader: gives the rows of an epoch.
-            window: rows that are shuffled together.
-            where: see `Table.keep`.
-            content: gives the fingerprint; called when it is asked for.
+            name, path, root, content: see `Rows`.
+            reader: reads the rows of an epoch.
+            window: number of rows that are shuffled together.
+            where: filter of the rows, see `Table.filter`.
 
         Raises:
-            UserError: no row, no such column in `where`, or no row that it keeps.
+            UserError: there are no rows, `where` keeps none, or it names a missing column.
         """
-        super().__init__(name, path, reader.columns, root)
+        super().__init__(name, path, reader.columns, root, content)
         self.require(where, f"sources.{name}.where")
         self._reader = reader
         self._size = window
         self._filter = where
-        self._content = content
         self._loaded: dict[str, Any] = {"epoch": 0, "window": 0, "position": 0, "state": None}
         self._rest: Iterator[Named] = iter(())
         self._window: Window | None = None
@@ -100,14 +97,14 @@ class Stream(Rows):
 
     @property
     def fingerprint(self) -> str:
-        """Names the content and the filter, as `Table.fingerprint` does; what is not on disk counts by name only."""
+        """Hash of the content and of the filter. Data that is not on disk counts with its name only."""
         return self._content()
 
     def read(self, seed: int, start: int, count: int, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The rows at positions start .. start + count - 1, with all columns or the given ones.
+        """The rows at positions start .. start + count - 1, with the given columns or all.
 
-        Reading on is cheap, skipping ahead reads what lies between, and going back before the current window starts
-        anew from the last loaded cursor, or from the beginning.
+        Skipping ahead reads the rows in between. Going back before the current window restarts from the last loaded
+        cursor or from the beginning.
 
         Raises:
             UserError: a shard cannot be read.
@@ -126,37 +123,35 @@ class Stream(Rows):
                 rows.append({column: row.get(column) for column in columns})
         return rows
 
-    def where(self, position: int) -> str:
-        """A name that a person can find for a row of the last `read`."""
+    def row_name(self, position: int) -> str:
+        """A name by which a person can find a row of the last `read`."""
         return self._names.get(position, f"{self.path}[{position}]")
 
     def cursor(self) -> dict[str, Any]:
-        """Where the stream stands: the beginning of the current window, as plain data for JSON."""
+        """The beginning of the current window, as plain data for JSON."""
         return self._window.cursor() if self._window else self._loaded
 
     def load_cursor(self, cursor: dict[str, Any]) -> None:
-        """Goes on from what `cursor` gave, without reading what came before."""
+        """Resumes from a result of `cursor` without reading earlier rows."""
         self._loaded = cursor
         self._window = None
 
     def _window_at(self, position: int) -> Window:
-        """The window that holds a position."""
+        """The window that contains a position."""
         window = self._window
         if window is None or position < window.position:
             if position < self._loaded["position"]:
                 self.load_cursor({"epoch": 0, "window": 0, "position": 0, "state": None})
-            window = self._restart(self._loaded)
+            cursor = self._loaded
+            self._rest = self._kept(self._reader.rows(cursor["state"]))
+            window = self._take(cursor["epoch"], cursor["window"], cursor["position"], cursor["state"])
         while position >= window.position + len(window.rows):
             window = self._after(window)
         self._window = window
         return window
 
-    def _restart(self, cursor: dict[str, Any]) -> Window:
-        self._rest = self._kept(self._reader.rows(cursor["state"]))
-        return self._take(cursor["epoch"], cursor["window"], cursor["position"], cursor["state"])
-
     def _after(self, window: Window) -> Window:
-        """The next window: of the same epoch, unless that has ended."""
+        """The next window, which is the first of the next epoch if this epoch has ended."""
         position = window.position + len(window.rows)
         if len(window.rows) == self._size:
             following = self._take(window.epoch, window.number + 1, position, self._reader.state())
@@ -164,7 +159,7 @@ class Stream(Rows):
                 return following
         self._rest = self._kept(self._reader.rows(None))
         following = self._take(window.epoch + 1, 0, position, None)
-        if not following.rows:  # the data went away while it was being read
+        if not following.rows:  # The data was removed while it was read.
             raise self._empty()
         return following
 
@@ -172,6 +167,7 @@ class Stream(Rows):
         return Window(epoch, number, position, state, list(islice(self._rest, self._size)))
 
     def _kept(self, rows: Iterator[Named]) -> Iterator[Named]:
+        """The rows that the filter keeps."""
         for named_row in rows:
             if all(matches(named_row[1].get(column), wanted) for column, wanted in self._filter.items()):
                 yield named_row

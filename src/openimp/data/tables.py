@@ -1,4 +1,4 @@
-"""Tables: rows by number. A row is a dict of columns, with media as raw bytes or as a path, never decoded."""
+"""Tables: rows by number. A row is a dict of columns. Media are raw bytes or a path, never decoded."""
 
 import bisect
 from abc import ABC, abstractmethod
@@ -14,46 +14,43 @@ import numpy as np
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
 from openimp.common.schema import as_text
-from openimp.data.files import combine, digest, inside
+from openimp.data.files import digest, inside, stable_hash
 
-LOOKED_AT = 10_000
-"""Files of a source that are opened at every start to see whether one has changed."""
+MAX_CHECKED_FILES = 10_000
+"""Media files of a source that are opened at every start to see whether one has changed."""
 
 
 @dataclass(frozen=True)
-class Refused:
-    """Stands in a row for a value that must not be read; `media` raises its reason."""
+class Unreadable:
+    """A value that cannot or must not be read; `Rows.media` raises BadMedia with its reason."""
 
     reason: str
 
 
-class Lost(Refused):
-    """Stands in every column of the one row that is left of an unreadable rest of a file; no filter drops it."""
+class UnreadableRest(Unreadable):
+    """Fills the row that stands for the unreadable rest of a file. No filter drops that row."""
 
 
 class Rows:
-    """What tables and streams share.
+    """Base of tables and streams.
 
     Attributes:
-        name: what the recipe calls the source.
-        path: what it was opened from, for messages.
-        columns: the columns of its rows.
-        root: the folder that paths in its columns start at and never leave.
+        name: the source's name in the recipe.
+        path: where it was opened from, for messages.
+        columns: names of the columns.
+        root: the folder to which paths in the columns are relative, and which they cannot leave.
     """
 
-    def __init__(self, name: str, path: str, columns: list[str], root: Path | None) -> None:
+    def __init__(self, name: str, path: str, columns: list[str], root: Path | None, content: Callable[[], str]) -> None:
+        """`content` returns a hash of the content. It is called when `fingerprint` is first read."""
         self.name = name
         self.path = path
         self.columns = columns
         self.root = root
+        self._content = content
 
     def require(self, columns: Iterable[str], user: str = "") -> None:
-        """Raises UserError, which names the nearest column, unless all of these are there.
-
-        Args:
-            columns: what will be read.
-            user: the part of the recipe that wants them, for the message.
-        """
+        """Raises UserError if a column is missing. `user` is the part of the recipe that reads it, for the message."""
         for column in columns:
             if column not in self.columns:
                 where = f"{user}: " if user else ""
@@ -62,15 +59,15 @@ class Rows:
                 )
 
     def media(self, value: Any) -> bytes | Path | np.ndarray:
-        """A row's value as what `Modality.decode` takes: the bytes, a file inside `root`, or an array.
+        """Converts a row's value to an input of `Modality.decode`: bytes, a file inside `root`, or an array.
 
-        Takes bytes, a path relative to `root`, the `{"bytes": ..., "path": ...}` of Hugging Face data sets, or a
-        list of numbers, or of equally long lists of them.
+        The value may be bytes, a path relative to `root`, the `{"bytes": ..., "path": ...}` of Hugging Face data sets,
+        or (nested) lists of numbers.
 
         Raises:
-            BadMedia: nothing is there, or the path leaves `root`.
+            BadMedia: the value is empty or of another type, or the path leaves `root`.
         """
-        if isinstance(value, Refused):
+        if isinstance(value, Unreadable):
             raise BadMedia(value.reason)
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
@@ -86,79 +83,78 @@ class Rows:
 
 
 class Table(Rows, ABC):
-    """Rows by number, in an order that never changes. It pickles into workers and may be forked."""
+    """Rows by number, in a fixed order. A table can be pickled and forked into workers.
+
+    `filter` and `subsample` select rows. Methods with a leading underscore count all stored rows, the others only the
+    selected ones.
+    """
 
     _kept: np.ndarray | None = None
 
     @abstractmethod
     def _size(self) -> int:
-        """Rows before `keep`."""
+        """Number of rows."""
 
     @abstractmethod
     def _column(self, column: str, rows: Sequence[int]) -> list[Any]:
-        """One column at these rows, counted before `keep`."""
+        """The values of a column in these rows."""
 
     @abstractmethod
-    def _where(self, row: int) -> str:
-        """A name for a row, counted before `keep`."""
+    def _row_name(self, row: int) -> str:
+        """See `row_name`."""
 
-    @abstractmethod
-    def _content(self) -> str:
-        """Names the content, whatever is kept of it."""
-
-    @abstractmethod
     def paths(self, column: str) -> list[str]:
-        """The paths in a column, of the rows whose bytes are not in the table itself."""
+        """The paths in a column of the selected rows whose bytes are not in the table itself."""
+        return []
 
     def __len__(self) -> int:
         return self._size() if self._kept is None else len(self._kept)
 
     def rows(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The rows with these numbers, in this order, with all columns or the given ones only."""
+        """The rows with these numbers, in this order, with the given columns or all."""
         columns = self.columns if columns is None else columns
         stored = self._stored(indices)
         values = [self._column(column, stored) for column in columns]
         return [dict(zip(columns, row)) for row in zip(*values)] if columns else [{} for _ in stored]
 
     def column(self, name: str) -> list[Any]:
-        """A whole column; for texts and labels, as it is held in memory."""
+        """All values of a column, in memory: use it for texts and labels."""
         return self._column(name, self._stored(range(len(self))))
 
-    def where(self, i: int) -> str:
-        """A name for row `i` that a person can find: its file, or `stills.parquet[123]`."""
-        return self._where(self._stored([i])[0])
+    def row_name(self, i: int) -> str:
+        """A name by which a person can find row `i`: its file, or `stills.parquet[123]`."""
+        return self._row_name(self._stored([i])[0])
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the content and what is kept of it; the same after the data has moved, another when it has changed.
+        """Hash of the content and of the selected rows. It changes with the data, but not if the data is moved.
 
-        Data files count by name, size and up to 64 blocks of content (all of a file up to 4 MiB), the files of a folder
-        by name and size, and the files that a manifest names not at all: to read those at every start takes too long.
+        A data file counts with its name, size and up to 64 blocks of content (all of a file up to 4 MiB). A file in a
+        folder source counts with its name and size. Files that a manifest names do not count, because reading them at
+        every start would take too long.
         """
-        kept = "" if self._kept is None else "-" + combine([self._kept.tobytes()])
+        kept = "" if self._kept is None else "-" + stable_hash([self._kept.tobytes()])
         return self._content() + kept
 
     def fingerprint_with_files(self, columns: Iterable[str]) -> str:
-        """Names what `fingerprint` does, and the files in these columns: all, or 10,000 that are evenly spread."""
+        """Hash of `fingerprint` and of the media files in these columns: all files, or 10,000 evenly spaced ones."""
         paths = list(dict.fromkeys(path for column in columns for path in self.paths(column)))
-        looked_at = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
-        return combine([self.fingerprint, *((path, self.file_state(path)) for path in looked_at)])
+        checked = paths[:: max(1, -(-len(paths) // MAX_CHECKED_FILES))]
+        return stable_hash([self.fingerprint, *((path, self.file_state(path)) for path in checked)])
 
     def file_state(self, path: str) -> str:
-        """Names a file that a column names by its size, beginning and end only, for there may be many."""
+        """Hash of a media file's size, first and last 4 KiB; "bad" if it cannot be read."""
         assert self.root is not None
         try:
             return digest(inside(self.root, path), blocks=2, block=4096)
         except (BadMedia, OSError):
             return "bad"
 
-    def keep(self, where: dict[str, Any]) -> "Table":
-        """Keeps the rows whose column has the value that `where` gives, or one of its values; gives the table back.
-
-        A list matches if one of its items does. Values are compared as text, for the cells of a CSV file have no type.
+    def filter(self, where: dict[str, Any]) -> "Table":
+        """Selects the rows that match a source's `where`, see `matches`, and returns the table.
 
         Raises:
-            UserError: no such column, or no row is left.
+            UserError: a column is missing, or no row matches.
         """
         self.require(where, f"sources.{self.name}.where")
         for column, wanted in where.items():
@@ -172,15 +168,15 @@ class Table(Rows, ABC):
             self._kept = np.asarray(self._stored(kept), dtype=np.int64)
         return self
 
-    def thin(self, limit: int | None) -> "Table":
-        """Keeps at most `limit` rows, evenly spaced; gives the table back."""
+    def subsample(self, limit: int | None) -> "Table":
+        """Selects at most `limit` evenly spaced rows of those selected, and returns the table."""
         if limit is not None and limit < len(self):
             spaced = np.arange(limit) * len(self) // limit
             self._kept = np.asarray(self._stored(spaced.tolist()), dtype=np.int64)
         return self
 
     def _stored(self, indices: Sequence[int]) -> Sequence[int]:
-        """Numbers of rows before `keep`."""
+        """The stored numbers of selected rows."""
         return indices if self._kept is None else self._kept[np.asarray(indices, dtype=np.int64)].tolist()
 
 
@@ -200,16 +196,14 @@ class ArrowTable(Table):
     ) -> None:
         """
         Args:
-            name, path, root: see `Rows`.
-            data: a pyarrow.Table, or the `datasets.table.Table` around one, which pickles by path.
-            content: gives the fingerprint; called when it is asked for.
-            files: what the rows were read from, in order: (name, rows).
-            names: the classes' names of columns that hold class numbers (`datasets.ClassLabel`).
-            label: the column that names a row; left out, its file and number do.
+            name, path, content, root: see `Rows`.
+            data: a pyarrow.Table, or a `datasets.table.Table`, which pickles its path instead of its rows.
+            files: (name, number of rows) of each file that the rows were read from, in order.
+            names: class names of columns that hold class numbers (`datasets.ClassLabel`).
+            label: the column with the row names. Default: rows are named by their file and number.
         """
-        super().__init__(name, path, list(data.column_names), root)
+        super().__init__(name, path, list(data.column_names), root, content)
         self._data = data
-        self._fingerprint = content
         self._files = [file for file, _ in files]
         self._ends = list(accumulate(rows for _, rows in files))
         self._names = names or {}
@@ -219,21 +213,17 @@ class ArrowTable(Table):
         return self._data.num_rows
 
     def _column(self, column: str, rows: Sequence[int]) -> list[Any]:
-        # One scalar at a time: `take` would first copy a column of many chunks into one, the whole data set.
+        # One scalar at a time, because `take` would first copy all chunks of the column into one.
         chunked = self._data.column(column)
         values = [chunked[int(row)].as_py() for row in rows]
         names = self._names.get(column)
-        # datasets.ClassLabel; -1 means that the class is not known.
-        return [None if value is None or value < 0 else names[value] for value in values] if names else values
+        return [class_name(value, names) for value in values] if names else values
 
-    def _where(self, row: int) -> str:
+    def _row_name(self, row: int) -> str:
         if self._label:
             return self._data.column(self._label)[int(row)].as_py()
         file = bisect.bisect_right(self._ends, row)
         return f"{self._files[file]}[{row - (self._ends[file - 1] if file else 0)}]"
-
-    def _content(self) -> str:
-        return self._fingerprint()
 
     def paths(self, column: str) -> list[str]:
         import pyarrow as pa
@@ -250,6 +240,11 @@ class ArrowTable(Table):
         return [path for path in (values[row].as_py() for row in rows) if path]
 
 
+def class_name(number: int | None, names: list[str]) -> str | None:
+    """The name of a class of a `datasets.ClassLabel`, in which -1 means that the class is unknown."""
+    return None if number is None or number < 0 else names[number]
+
+
 def _array(value: list[Any]) -> np.ndarray:
     try:
         array = np.array(value)
@@ -261,8 +256,11 @@ def _array(value: list[Any]) -> np.ndarray:
 
 
 def matches(cell: Any, wanted: Any) -> bool:
-    """Whether a cell, or one of its items, is the wanted value or one of the wanted values, or the cell is `Lost`."""
-    if isinstance(cell, Lost):
+    """Whether a cell is a wanted value or, if it is a list, contains one. An `UnreadableRest` always matches.
+
+    Values are compared as text, because the cells of a CSV file have no type.
+    """
+    if isinstance(cell, UnreadableRest):
         return True
     cells = cell if isinstance(cell, list) else [cell]
     texts = [as_text(item) for item in (wanted if isinstance(wanted, list) else [wanted])]

@@ -1,4 +1,4 @@
-"""Targets: what the objectives of a task want to know of a row, read from columns: its classes, and what item it is."""
+"""Targets: what objectives read from a row besides its inputs, namely its classes and its item."""
 
 import hashlib
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 from openimp.common.errors import UserError, nearest
 from openimp.data.streams import Stream
-from openimp.data.tables import Refused, Table
+from openimp.data.tables import Table, Unreadable
 from openimp.recipe.tasks import Classification, Task
 
 
@@ -18,7 +18,7 @@ def classes_of(source: Table | Stream, objective: Classification, where: str) ->
     if isinstance(source, Stream):
         raise UserError(f"{where}: a streamed source is not read ahead, so name the classes of {objective.label!r}")
     column = f"{where}: column {objective.label!r} of {source.name}"
-    rows = [value for value in source.column(objective.label) if not isinstance(value, Refused)]
+    rows = [value for value in source.column(objective.label) if not isinstance(value, Unreadable)]
     values = [item for value in rows for item in _classes(value, objective, column)]
     missing = sum(value is None for value in values)
     if missing:
@@ -41,7 +41,7 @@ def _classes(value: Any, objective: Classification, where: str) -> list[Any]:
     return found
 
 
-def told_by(task: Task) -> set[str]:
+def target_columns(task: Task) -> set[str]:
     """The columns that a task's objectives read."""
     columns = (o.label if isinstance(o, Classification) else o.same for o in task.objectives)
     return {column for column in columns if column}
@@ -67,8 +67,8 @@ def labels_of(values: list[Any], index: dict[Any, int], objective: Classificatio
         ) from None
 
 
-def item_of(value: Any, row: int) -> int:
-    """What equal values share; a row without a value is an item of its own."""
+def item_id(value: Any, row: int) -> int:
+    """A 64-bit id that rows with equal values share. A row without a value gets its own id."""
     if value in (None, "", []):
         value = ("row", row)
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)

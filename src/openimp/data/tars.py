@@ -1,7 +1,7 @@
-"""WebDataset tars: members grouped by name into examples, a column an extension.
+"""WebDataset tars: consecutive members with the same key form an example, and each extension is a column.
 
-Read by `tarfile` and not by `datasets`, which would copy every tar into an Arrow file: a tar is an index already, so a
-table needs the members' offsets only, and a stream goes on from a byte offset without reading what came before.
+They are read with `tarfile`. `datasets` would copy every tar into an Arrow file, but a tar needs no copy: a table only
+keeps the members' offsets, and a stream resumes from a byte offset without reading what came before.
 """
 
 import json
@@ -10,6 +10,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, Any
@@ -18,17 +19,17 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.data.files import fingerprint
-from openimp.data.tables import Lost, Refused, Table
+from openimp.data.tables import Table, Unreadable, UnreadableRest
 
-NUMBERS = {"cls", "cls2", "id", "index", "inx"}
+INTEGERS = {"cls", "cls2", "id", "index", "inx"}
 """Extensions that hold one integer, by the convention of WebDataset."""
-LARGEST = 2**31
-"""Bytes of a member at most; what a header claims is allocated before it is read."""
-MOST = 256
-"""Extensions of a table at most. Each is a column as long as the table, and an extension is all that follows a name's
-first dot, so in a tar of a1.v1.jpg, a2.v2.jpg, ... each member would have its own."""
-LOOKED = 100
-"""Examples of a stream that are looked at for its columns, if there are members among them that cannot be read."""
+MAX_BYTES = 2**31
+"""Largest size of a member. The size that a header claims is allocated before the member is read."""
+MAX_EXTENSIONS = 256
+"""Most extensions in a table. An extension is everything after a name's first dot, and each is a column as long as the
+table. Without a limit, each member of a tar with a1.v1.jpg, a2.v2.jpg, ... would have its own column."""
+COLUMN_EXAMPLES = 100
+"""Number of examples at the beginning of a stream among which its columns are looked up."""
 
 
 @dataclass
@@ -36,23 +37,23 @@ class Example:
     """Members whose names are equal up to the first dot.
 
     Attributes:
-        key: that name.
-        members: what `load` gave for each, or a `Refused`, by extension in lower case.
-        end: the offset of the next example in the file; None for the last.
-        lost: why this example and all that follow it in the file cannot be read; it is the last then, without members.
+        key: the part up to that dot.
+        members: the result of `load` for each member, or an `Unreadable`, by lower-case extension.
+        end: offset of the next example in the file; None for the last.
+        lost: the error, if this example stands for the unreadable rest of the file. It then has no members.
     """
 
     key: str
     members: dict[str, Any] = field(default_factory=dict)
     end: int | None = None
-    lost: Lost | None = None
+    lost: UnreadableRest | None = None
 
 
-def examples(file: IO[bytes], load: Callable[[tarfile.TarInfo], Any]) -> Iterator[Example]:
-    """The examples of an open, seekable tar from where it stands, which must be where a member begins.
+def examples(file: IO[bytes], load: Callable[[IO[bytes], tarfile.TarInfo], Any]) -> Iterator[Example]:
+    """The examples of a seekable tar from its current position, which must be the beginning of a member.
 
-    If it is cut off, or is no tar, its last example is one for all that cannot be read, from the beginning of the
-    example that the cut may have gone through.
+    If the tar is truncated or damaged, its last example stands for the unreadable rest. This rest begins with the
+    example that the damage may have reached.
     """
     start = file.tell()
     size = file.seek(0, os.SEEK_END)
@@ -61,8 +62,8 @@ def examples(file: IO[bytes], load: Callable[[tarfile.TarInfo], Any]) -> Iterato
     try:
         tar: Any = tarfile.open(fileobj=_Bounded(file, size), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
         while (member := tar.next()) is not None:
-            tar.members = []  # tarfile would keep every header
-            if tar.offset <= member.offset:  # A negative size would lead back to it, again and again.
+            tar.members = []  # Otherwise tarfile would keep all headers in memory.
+            if tar.offset <= member.offset:  # A negative size would lead to the same member forever.
                 raise tarfile.ReadError(f"{member.name} ends before it begins")
             key, extension = split_name(member.name)
             if member.isdir() or not extension:
@@ -73,110 +74,110 @@ def examples(file: IO[bytes], load: Callable[[tarfile.TarInfo], Any]) -> Iterato
                     yield current
                 current = Example(key)
             if extension in current.members:
-                current.members[extension] = Refused(f"example {key} has two members .{extension}")
+                current.members[extension] = Unreadable(f"example {key} has two members .{extension}")
             else:
-                current.members[extension] = refusal(member, size - member.offset_data) or load(member)
-        # tarfile takes half a header, or none where the two empty blocks of the end should be, for the end.
+                current.members[extension] = refusal(member, size - member.offset_data) or load(file, member)
+        # tarfile takes half a header, or a file without the two empty blocks at its end, for complete.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("unexpected end of data")
-    # tarfile does not check a header's numbers, and calls itself for each of a chain of headers.
+    # tarfile does not check the numbers in headers, and calls itself for each in a chain of headers.
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        current = Example("the rest", lost=Lost(f"not a readable tar from here on: {error}"))
+        current = Example("the rest", lost=UnreadableRest(f"not a readable tar from here on: {error}"))
     if current is not None:
         yield current
 
 
 class _Bounded:
-    """A file whose reads ask for no more than it has: tarfile reads long names at the size that a header claims."""
+    """Limits reads to the size of the file, because tarfile reads as many bytes of a long name as a header claims."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file, self._size = file, size
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        return self._file.read(max(0, min(size, self._size - self.tell(), LARGEST)))
+        return self._file.read(max(0, min(size, self._size - self.tell(), MAX_BYTES)))
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's name parted at the first dot of its last component, (key, extension); ("", "") if it has none."""
+    """Splits a member's name at the first dot of its last component: (key, extension), or ("", "") without a dot."""
     match = re.match(r"^((?:.*/|)[^./]+)[.]([^/]+)$", name.removeprefix("./"))
     return (match[1], match[2].lower()) if match else ("", "")
 
 
-def refusal(member: tarfile.TarInfo, left: int) -> Refused | None:
-    """Why a member must not be read: its name leaves the archive, it is a link, a device or sparse, or is too large.
-
-    `left` is how many bytes the file has for it.
-    """
+def refusal(member: tarfile.TarInfo, left: int) -> Unreadable | None:
+    """The reason why a member must not be read, if there is one. `left` is the number of bytes until the file's end."""
     if member.name.startswith("/") or ".." in member.name.split("/"):
-        return Refused(f"{member.name} leaves the folder of its archive")
+        return Unreadable(f"{member.name} leaves the folder of its archive")
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
-        return Refused(f"{member.name} is not a regular file")
-    if not 0 <= member.size <= min(left, LARGEST):
-        return Refused(f"{member.name} claims {member.size} bytes; {min(left, LARGEST)} may be read")
+        return Unreadable(f"{member.name} is not a regular file")
+    if not 0 <= member.size <= min(left, MAX_BYTES):
+        return Unreadable(f"{member.name} claims {member.size} bytes; {min(left, MAX_BYTES)} may be read")
     return None
 
 
+def read_member(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)
+    return file.read(member.size)
+
+
 def parse(extension: str, data: bytes) -> Any:
-    """A member's bytes as its column's value: `txt` a string, `cls` and the like an integer, `json` its data."""
+    """Parses a member's bytes: `txt` to text, `json` to its data, and the extensions in `INTEGERS` to integers."""
     kind = extension.rsplit(".", 1)[-1]
     try:
         if kind == "txt":
             return data.decode()
-        if kind in NUMBERS:
+        if kind in INTEGERS:
             return int(data)
         if kind == "json":
             return json.loads(data)
     except (ValueError, RecursionError) as error:
-        return Refused(f"its .{extension} cannot be read: {error}")
+        return Unreadable(f"its .{extension} cannot be read: {error}")
     return data
 
 
 def flatten(extension: str, value: Any) -> dict[str, Any]:
-    """The columns of a member's value: the keys of a JSON object as `json.KEY`, else the extension itself."""
+    """The columns of a member: `json.KEY` for each key of a JSON object, else the extension itself."""
     if isinstance(value, dict):
         return {f"{extension}.{key}": item for key, item in value.items()}
     return {extension: value}
 
 
-def pick(value: Any, key: str) -> Any:
-    """One key of a JSON object; None if it is not there, and a `Refused` as it is."""
-    return value.get(key) if isinstance(value, dict) else value if isinstance(value, Refused) else None
-
-
 class TarTable(Table):
-    """Examples of local tars by number. What it holds is an index, 16 bytes for each example and extension; the tars
-    are read when asked."""
+    """Examples of local tars by number.
+
+    In memory is only an index, 16 bytes per example and extension. The tars are read on demand.
+    """
 
     def __init__(self, name: str, path: str, files: list[str], root: Path) -> None:
         """
         Raises:
-            UserError: no example of any tar can be read, or their members have too many extensions.
+            UserError: no example can be read, or the members have too many extensions.
         """
         self._files = files
-        self._root = root
         self._keys: list[str] = []
-        self._refused: dict[tuple[str, int], Refused] = {}
-        self._lost: dict[int, Lost] = {}
+        self._refused: dict[tuple[str, int], Unreadable] = {}
+        self._lost: dict[int, UnreadableRest] = {}
         shards: list[int] = []
         places: dict[str, dict[int, tuple[int, int]]] = {}
         for shard, file in enumerate(files):
             with open(file, "rb") as handle:
-                for example in examples(handle, lambda member: (member.offset_data, member.size)):
+                for row, example in enumerate(
+                    examples(handle, lambda _, member: (member.offset_data, member.size)), len(shards)
+                ):
                     for extension, place in example.members.items():
-                        if isinstance(place, Refused):
-                            self._refused[extension, len(shards)] = place
+                        if isinstance(place, Unreadable):
+                            self._refused[extension, row] = place
                             place = (0, 0)
-                        places.setdefault(extension, {})[len(shards)] = place
-                    if len(places) > MOST:
+                        places.setdefault(extension, {})[row] = place
+                    if len(places) > MAX_EXTENSIONS:
                         some = ", ".join(f".{extension}" for extension in list(places)[-2:])
                         raise UserError(
-                            f"source {name}: {file}: more than {MOST} extensions, such as {some}; an extension is all "
-                            "that follows a name's first dot, and names a column"
+                            f"source {name}: {file}: more than {MAX_EXTENSIONS} extensions, such as {some}; an "
+                            "extension is everything after a name's first dot, and names a column"
                         )
                     if example.lost:
-                        self._lost[len(shards)] = example.lost
+                        self._lost[row] = example.lost
                     self._keys.append(example.key)
                     shards.append(shard)
         if self._lost and not places:
@@ -186,11 +187,11 @@ class TarTable(Table):
         self._fields = {"__key__": ("__key__", "")}
         for extension, found in places.items():
             values = (self._member(extension, [row])[0] for row in found)
-            value = next((value for value in values if not isinstance(value, Refused)), None)
+            value = next((value for value in values if not isinstance(value, Unreadable)), None)
             for column in flatten(extension, value):
                 self._fields[column] = (extension, column[len(extension) + 1 :])
-        # Members have no paths outside their tar.
-        super().__init__(name, path, list(self._fields), None)
+        # Members have no paths outside of their tar.
+        super().__init__(name, path, list(self._fields), None, partial(fingerprint, root, files))
 
     def _size(self) -> int:
         return len(self._shards)
@@ -198,11 +199,13 @@ class TarTable(Table):
     def _column(self, column: str, rows: Sequence[int]) -> list[Any]:
         extension, key = self._fields[column]
         values = [self._keys[row] for row in rows] if extension == "__key__" else self._member(extension, rows)
-        values = [pick(value, key) for value in values] if key else values
+        if key:  # of a JSON object
+            objects = (value if isinstance(value, dict | Unreadable) else {} for value in values)
+            values = [value.get(key) if isinstance(value, dict) else value for value in objects]
         return [self._lost.get(row, value) for row, value in zip(rows, values)] if self._lost else values
 
     def _member(self, extension: str, rows: Sequence[int]) -> list[Any]:
-        """One extension's values, each tar opened once and read in the order of its bytes."""
+        """The values of one extension. Each tar is opened once and read in the order of its bytes."""
         places = self._places[extension]
         values: list[Any] = [None] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: (self._shards[rows[i]], places[rows[i], 0]))
@@ -218,25 +221,19 @@ class TarTable(Table):
                         values[i] = refused
         return values
 
-    def _where(self, row: int) -> str:
+    def _row_name(self, row: int) -> str:
         return f"{Path(self._files[self._shards[row]]).name}[{self._keys[row]}]"
-
-    def _content(self) -> str:
-        return fingerprint(self._root, self._files)
-
-    def paths(self, column: str) -> list[str]:
-        return []
 
 
 def _dense(found: dict[int, tuple[int, int]], rows: int) -> np.ndarray:
-    """(rows, 2) int64, each example's offset and size; offset -1 where it has no such member."""
+    """(rows, 2) int64, the offset and size of each example's member; offset -1 if it has none."""
     places = np.full((rows, 2), -1, dtype=np.int64)
     places[list(found)] = list(found.values())
     return places
 
 
 class TarReader:
-    """The examples of tars in order, one tar after the other, local or opened by fsspec."""
+    """A `streams.Reader` of tars that are local or opened by fsspec. Its state is the byte of the next example."""
 
     def __init__(self, name: str, files: list[str]) -> None:
         """
@@ -245,59 +242,43 @@ class TarReader:
         """
         self._name = name
         self._files = files
-        self.columns: list[str] = []
         self._state = {"shard": 0, "offset": 0}
-        self.columns = self._columns()
-
-    def _columns(self) -> list[str]:
-        """Those of the first example whose members can all be read, if there is one near, for a JSON member that cannot
-        be parsed does not tell its keys."""
+        self.columns: list[str] = []
         columns: list[str] = []
-        for _, row in islice(self.rows(None), LOOKED):
-            columns = columns or list(row)
-            if not any(isinstance(value, Refused) for value in row.values()):
-                return list(row)
-        return columns
+        # A JSON member that cannot be parsed does not tell its keys, so a completely readable example is preferred.
+        for _, row in islice(self.rows(None), COLUMN_EXAMPLES):
+            readable = not any(isinstance(value, Unreadable) for value in row.values())
+            columns = list(row) if readable or not columns else columns
+            if readable:
+                break
+        self.columns = columns
 
     def rows(self, state: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """See `streams.Reader`; the state is the byte at which the next example begins."""
+        import fsspec
+
         first, offset = (state["shard"], state["offset"]) if state else (0, 0)
-        for shard in range(first, len(self._files)):
-            file = self._files[shard]
+        for shard, file in list(enumerate(self._files))[first:]:
             try:
-                for example in read_examples(file, offset):
-                    ended = example.end is None
-                    self._state = {"shard": shard + ended, "offset": example.end or 0}
-                    row = dict.fromkeys(self.columns, example.lost) if example.lost else to_row(example)
-                    if example.lost and not row:
-                        raise UserError(f"source {self._name}: {file}: {example.lost.reason}")
-                    yield f"{file.rsplit('/', 1)[-1]}[{example.key}]", row
-            except (OSError, ImportError) as error:  # fsspec imports what a URL needs
+                with fsspec.open(file, "rb") as handle:
+                    handle.seek(offset)
+                    for example in examples(handle, read_member):
+                        ended = example.end is None
+                        self._state = {"shard": shard + ended, "offset": example.end or 0}
+                        row = dict.fromkeys(self.columns, example.lost) if example.lost else to_row(example)
+                        if example.lost and not row:
+                            raise UserError(f"source {self._name}: {file}: {example.lost.reason}")
+                        yield f"{file.rsplit('/', 1)[-1]}[{example.key}]", row
+            except (OSError, ImportError) as error:  # fsspec imports the package that a URL needs.
                 raise UserError(f"source {self._name}: {file}: not a readable tar: {error}") from None
             offset = 0
 
     def state(self) -> dict[str, Any]:
-        """See `streams.Reader`."""
         return dict(self._state)
 
 
-def read_examples(path: str, offset: int) -> Iterator[Example]:
-    """The examples of a tar with their members' bytes, from a byte at which a member begins."""
-    import fsspec
-
-    with fsspec.open(path, "rb") as file:
-
-        def load(member: tarfile.TarInfo) -> bytes:
-            file.seek(member.offset_data)
-            return file.read(member.size)
-
-        file.seek(offset)
-        yield from examples(file, load)
-
-
 def to_row(example: Example) -> dict[str, Any]:
-    """An example's columns, with the bytes of its members parsed."""
+    """The columns of an example, with its members parsed."""
     row = {"__key__": example.key}
     for extension, data in example.members.items():
-        row |= flatten(extension, data if isinstance(data, Refused) else parse(extension, data))
+        row |= flatten(extension, data if isinstance(data, Unreadable) else parse(extension, data))
     return row

@@ -1,7 +1,7 @@
 """Templates: how a text is written from the columns of a row.
 
-A string without braces is a column. In a template `{x}` stands for one value of column x, `{x*}` for several of a list,
-joined by commas, and `{{` and `}}` for braces.
+A string without braces is a column. In a template, `{x}` is replaced with one value of column x, `{x*}` with several
+values joined by commas, and `{{` and `}}` with braces.
 """
 
 import re
@@ -13,75 +13,71 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
-from openimp.data.tables import Refused
+from openimp.data.tables import Unreadable
 
 
 class Part(NamedTuple):
-    """A piece of a template: literal text, or the values of a column.
+    """A piece of a template.
 
     Attributes:
-        text: the literal, or the column's name.
-        values: "" for a literal, "one" or "all" for a column.
+        text: literal text, or the name of a column.
+        values: "" for literal text; "one" or "all" for one value or all values of a column.
     """
 
     text: str
     values: str
 
 
-def columns_of(columns: list[str]) -> list[str]:
-    """The columns that a list of columns and templates reads, each once, in the order of first use.
+def columns_of(templates: list[str]) -> list[str]:
+    """The columns that templates read, without duplicates, in the order of first use.
 
     Raises:
         UserError: a template is malformed.
     """
-    return list(dict.fromkeys(part.text for template in columns for part in _parse(template) if part.values))
+    return list(dict.fromkeys(part.text for template in templates for part in _parse(template) if part.values))
 
 
-def fill(columns: list[str], row: dict[str, Any], rng: np.random.Generator | None = None) -> str:
+def fill(templates: list[str], row: dict[str, Any], rng: np.random.Generator | None = None) -> str:
     """Writes the text of a row.
 
-    Args:
-        columns: columns and templates, see `recipe.Input.column`.
-        row: values by column; a list is several values, and anything but text is written as Python writes it.
-        rng: draws one of `columns`, one value for each `{x}`, and for each `{x*}` all values half of the time, else a
-            random part of them, in random order. Without it the first of `columns`, the first value, and all in order.
+    If a template reads a column that is empty in this row, the next template is tried.
 
-    A template with a column that is empty in this row gives way to the next.
+    Args:
+        templates: see `recipe.Input.column`.
+        row: values by column. A list holds several values. A value that is not text is converted with `str`.
+        rng: draws the order of the templates, one value for each `{x}`, and for each `{x*}` all values or, half of the
+            time, a random subset, in random order. Without it, templates and values are used in their order.
 
     Raises:
-        BadMedia: every template has a column that is empty in this row.
+        BadMedia: every template reads a column that is empty in this row.
         UserError: a template is malformed.
     """
-    order = range(len(columns)) if rng is None else rng.permutation(len(columns))
-    empty: list[str] = []
-    for i in order:
-        parts = _parse(columns[i])
-        values = {part.text: _values(row, part.text) for part in parts if part.values}
-        missing = [column for column, found in values.items() if not found]
-        if not missing:
+    empty: dict[str, None] = {}
+    for i in range(len(templates)) if rng is None else rng.permutation(len(templates)):
+        parts = _parse(templates[i])
+        values = _values(parts, row)
+        if all(values.values()):
             return _write(parts, values, partial(_draw_one, rng), partial(_draw_some, rng))
-        empty += [column for column in missing if column not in empty]
+        empty |= dict.fromkeys(column for column, texts in values.items() if not texts)
     raise BadMedia(f"no text in column {', '.join(empty)}")
 
 
-def all_texts(columns: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
-    """What a tokenizer learns from, row by row: every template in each value of its columns; empty ones are left out.
+def all_texts(templates: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
+    """The texts of each row that a tokenizer is trained on: every template with every value of its columns.
 
     Raises:
         UserError: a template is malformed.
     """
     for row in rows:
         texts = []
-        for template in columns:
-            parts = _parse(template)
+        for parts in map(_parse, templates):
             try:
-                values = {part.text: _values(row, part.text) for part in parts if part.values}
+                values = _values(parts, row)
             except BadMedia:
                 continue
             if all(values.values()):
                 turns = max((len(values[part.text]) for part in parts if part.values == "one"), default=1)
-                for turn in range(turns):
-                    texts.append(_write(parts, values, partial(_in_turn, turn), list))
+                texts += [_write(parts, values, partial(_in_turn, turn), list) for turn in range(turns)]
         if texts:
             yield texts
 
@@ -92,7 +88,7 @@ def _write(
     one: Callable[[list[str]], str],
     some: Callable[[list[str]], list[str]],
 ) -> str:
-    """Puts the parts together; `one` and `some` choose among the values of a column."""
+    """Joins the parts; `one` and `some` choose among the values of a column."""
     written = []
     for text, kind in parts:
         if kind == "one":
@@ -118,27 +114,30 @@ def _draw_some(rng: np.random.Generator | None, values: list[str]) -> list[str]:
     return [values[i] for i in rng.permutation(len(values))[:count]]
 
 
-def _values(row: dict[str, Any], column: str) -> list[str]:
-    """The non-empty values of a column as text."""
-    cell = row.get(column)
-    texts = (_text(value, column) for value in (cell if isinstance(cell, list | tuple) else [cell]))
-    return [text for text in texts if text]
+def _values(parts: Iterable[Part], row: dict[str, Any]) -> dict[str, list[str]]:
+    """The non-empty values, as text, of each column that a template reads."""
+    found = {}
+    for column in (part.text for part in parts if part.values):
+        cell = row.get(column)
+        texts = (_text(value, column) for value in (cell if isinstance(cell, list | tuple) else [cell]))
+        found[column] = [text for text in texts if text]
+    return found
 
 
 def _text(value: Any, column: str) -> str:
-    if isinstance(value, Refused):
+    if isinstance(value, Unreadable):
         raise BadMedia(value.reason)
     if isinstance(value, bytes):
         try:
             value = value.decode()
         except UnicodeDecodeError:
-            raise BadMedia(f"column {column} holds bytes that are no UTF-8 text") from None
+            raise BadMedia(f"column {column} holds bytes that are not UTF-8 text") from None
     return "" if value is None else str(value).strip()
 
 
 @cache
 def _parse(template: str) -> tuple[Part, ...]:
-    """The parts of a template; a string without braces is one column."""
+    """The parts of a template."""
     if not re.search(r"[{}]", template):
         return (Part(template, "one"),)
     parts = []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openimp.common.errors import UserError, nearest
 from openimp.common.schema import as_text
-from openimp.data.tables import Refused, Table
+from openimp.data.tables import Table, Unreadable
 from openimp.evaluation.figures import accuracy, average_precision, classes_in, interval
 from openimp.evaluation.retrieval import SIMILARITIES, ranks
 
@@ -24,7 +24,7 @@ class Labels:
     """The class labels of a source's rows.
 
     Attributes:
-        values: for each row its class, a list of classes, or a `Refused`.
+        values: for each row its class, a list of classes, or a `Unreadable`.
         classes: the labels of all classes that a model can choose.
         lists: whether a row may have any number of classes.
         splits: for each row the test splits that it is in; None if the source has no splits.
@@ -135,7 +135,7 @@ def read_labels(
     table.require([column, *([splits] if splits else [])], where)
     values, name = table.column(column), f"{where}: column {column!r} of source {table.name}"
     lists = any(isinstance(value, list) for value in values)
-    if lists and not all(value is None or isinstance(value, list | Refused) for value in values):
+    if lists and not all(value is None or isinstance(value, list | Unreadable) for value in values):
         raise UserError(f"{name} holds lists in some rows and single classes in others")
     found = list(chain.from_iterable(value for value in values if isinstance(value, list))) if lists else values
     classes = classes_in(found, name)
@@ -211,8 +211,8 @@ def _splits(table: Table, column: str, where: str, lists: bool) -> list[list[Any
         raise UserError(f"{name}: splits need rows with one class each, not lists of classes")
     cells = [value if isinstance(value, list) else [value] for value in table.column(column)]
     for row, cell in enumerate(cells):
-        if not cell or any(split is None or isinstance(split, Refused) for split in cell):
-            raise UserError(f"{name}: {table.where(row)} is in no split; leave it out with where")
+        if not cell or any(split is None or isinstance(split, Unreadable) for split in cell):
+            raise UserError(f"{name}: {table.row_name(row)} is in no split; leave it out with where")
     return cells
 
 

@@ -10,8 +10,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from openimp.common.errors import UserError
-from openimp.data.files import combine
-from openimp.data.tables import Refused, Table
+from openimp.data.files import stable_hash
+from openimp.data.tables import Table, Unreadable
 from openimp.encoding.items import Encoded
 
 RESAMPLES = 10_000
@@ -50,12 +50,12 @@ def readable_rows(table: Table, sides: list[Encoded], where: str, labels: Sequen
     bad: dict[int, str] = {}
     for side in sides:
         bad = side.bad | bad
-    bad |= {row: label.reason for row, label in enumerate(labels or ()) if isinstance(label, Refused)}
-    skipped = [f"{table.where(row)}: {bad[row]}" for row in sorted(bad)]
+    bad |= {row: label.reason for row, label in enumerate(labels or ()) if isinstance(label, Unreadable)}
+    skipped = [f"{table.row_name(row)}: {bad[row]}" for row in sorted(bad)]
     rows = np.setdiff1d(np.arange(len(table)), list(bad))
     if not len(rows):
         raise UserError(f"{where}: none of the {len(table)} rows can be read; the first: {skipped[0]}")
-    content = combine((*(side.keys[row] for side in sides), labels and labels[row]) for row in rows)
+    content = stable_hash((*(side.keys[row] for side in sides), labels and labels[row]) for row in rows)
     return Readable(rows, skipped, content)
 
 
@@ -66,7 +66,7 @@ def classes_in(labels: Sequence[Any], column: str) -> list[Any]:
         UserError: a row has a list, or no row can be read; the message begins with `column`.
     """
     try:
-        classes = {label for label in labels if not isinstance(label, Refused)}
+        classes = {label for label in labels if not isinstance(label, Unreadable)}
     except TypeError:
         raise UserError(f"{column} holds lists; it needs one class a row") from None
     if not classes:

@@ -9,7 +9,7 @@ import torch
 
 from openimp.common.modality import Modality
 from openimp.common.versions import openimp_version
-from openimp.data.files import combine
+from openimp.data.files import stable_hash
 from openimp.data.tables import Table
 from openimp.evaluation.figures import Readable
 from openimp.model.embedder import Embedder
@@ -61,7 +61,7 @@ def how_fields(
     """
     return {
         "prompts": prompts,
-        "prompts_version": combine(wording)[:8] if wording else None,
+        "prompts_version": stable_hash(wording)[:8] if wording else None,
         "view": {name: view.model_dump(mode="json") for name, view in views.items()},
         "precision": precision,
         "torch": torch.__version__,

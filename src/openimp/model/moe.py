@@ -19,7 +19,7 @@ from openimp.model.init import lecun_normal_
 from openimp.model.kernels import gelu
 from openimp.parallel.distributed import mean
 from openimp.parallel.layout import from_owners, owned, to_owners
-from openimp.recipe.model import ACROSS, MoE
+from openimp.recipe.model import BATCH_ROUTINGS, MoE
 
 
 class Routing(NamedTuple):
@@ -133,7 +133,7 @@ class Router(nn.Module):
             logits_BLE = F.linear(x_BLD.float(), self.weight_ED.float())
         probs_BLE = logits_BLE.softmax(-1)
         probs_GNE, valid_GN = probs_BLE, valid_BL
-        if self.training and config.routing in ACROSS:
+        if self.training and config.routing in BATCH_ROUTINGS:
             probs_GNE, valid_GN = probs_BLE.flatten(0, 1)[None], valid_BL.flatten()[None]
         aux = config.z_loss * (logits_BLE.logsumexp(-1).square() * valid_BL).sum() / count
         if config.routing == "token_choice":

@@ -154,5 +154,5 @@ def empty_batch(
                 many = len(classes[head_key(task.source, objective.label)])
                 batch.labels[objective.label] = item if objective.loss == "softmax" else torch.zeros(size, many)
             elif objective.same:
-                batch.item[objective.same] = item
+                batch.item_ids[objective.same] = item
     return batch

@@ -1,4 +1,4 @@
-"""The schema of a recipe, how its YAML is read, and the registry that finds modalities by name.
+"""The schema of recipes with all defaults, the reading of their YAML, and the registry of modalities.
 
-Every default lives here; options of one modality are declared beside that modality.
+The options of a modality are declared in the modality.
 """

@@ -10,7 +10,7 @@ from openimp.recipe.inputs import Input, Inputs, View
 
 
 def _class_names(value: Any, info: ValidationInfo) -> Any:
-    """Class names by label, from a mapping, a list of names, or a text file with lines `name` or `label<TAB>name`."""
+    """Converts a mapping, a list of names, or a text file with lines `name` or `label<TAB>name` to {label: name}."""
     if isinstance(value, str):
         pairs = [line.partition("\t")[::2] for line in text_lines(value, info)]
     elif isinstance(value, dict):
@@ -26,106 +26,109 @@ def _class_names(value: Any, info: ValidationInfo) -> Any:
     return names
 
 
-OneInput = Annotated[dict[str, Input], Field(min_length=1, max_length=1)]
+OneInput = Annotated[dict[str, Input], Field(min_length=1, max_length=1, description="The modality to classify.")]
+EvaluationView = Annotated[
+    View,
+    Field(
+        default_factory=View,
+        description="The view of the items. Evaluation ignores the options that augment or drop tokens in training.",
+    ),
+]
 
 
 class Retrieval(Strict):
-    """R@1/5/10, median rank and mean reciprocal rank, both ways, between two modalities of a source."""
+    """R@1/5/10, median rank and mean reciprocal rank between two modalities of a source, in both directions."""
 
     type: Literal["retrieval"]
-    """What kind of evaluation this is."""
+    """The kind of evaluation."""
     source: str
-    """The name of one of `sources`; it may not be a stream."""
+    """The name of a source that is not a stream."""
     inputs: Inputs
-    """Two modalities. Items with equal text, or equal raw value, are one."""
-    view: View = Field(default_factory=View)
-    """The view of the items. Evaluation ignores the options that augment or drop tokens in training."""
+    """Two modalities. Items with equal texts or raw values count as the same item."""
+    view: EvaluationView
 
 
 class ZeroShot(Strict):
-    """Zero-shot classification: top-1 and top-5, or mean average precision if the label column holds lists."""
+    """Zero-shot classification: top-1 and top-5 accuracy, or mean average precision if the labels are lists."""
 
     type: Literal["zero_shot"]
-    """What kind of evaluation this is."""
+    """The kind of evaluation."""
     source: str
-    """The name of one of `sources`; it may not be a stream."""
+    """The name of a source that is not a stream."""
     inputs: OneInput
-    """The one modality to classify."""
     label: str
     """The column with the class. If it holds lists, a row may have any number of classes."""
     classes: Annotated[dict[str, str], Field(min_length=1), BeforeValidator(_class_names)] | None = None
-    """All classes that can be chosen, including those that no row has, and their names in the prompts. A mapping from
-    label to name; a list of labels that are also the names; or a text file in the recipe's folder, with one name, or
-    one label, tab and name, per line. null: the labels that occur in the rows, which are also the names."""
+    """All classes, including those that no row has, and their names in the prompts: a mapping from label to name, a
+    list of labels that are also the names, or a text file in the recipe's folder, with a name or a label, a tab and a
+    name per line. null: the labels that occur in the rows, which are also the names."""
     words: bool = False
     """If a class's name is its label, split it into words: `brush_hair` and `BrushHair` become "brush hair"."""
     prompts: Annotated[list[str], Field(min_length=1), BeforeValidator(text_lines)] = ["{}"]
-    """Templates, or a text file in the recipe's folder with one per line. A class embedding is the mean over all."""
+    """Templates, or a text file in the recipe's folder with one per line. The embedding of a class is the mean over
+    all templates."""
     splits: str | None = None
-    """A column with the test split of each row, or a list of splits if splits overlap. Figures are then means over the
+    """A column with the test split of each row, or with a list if splits overlap. Metrics are then means over the
     splits. null: all rows form one split."""
     reader: str = "text"
-    """The modality that reads the prompts, in its first training view."""
-    view: View = Field(default_factory=View)
-    """The view of the items. Evaluation ignores the options that augment or drop tokens in training."""
+    """The modality that reads the prompts. Its first training view is used."""
+    view: EvaluationView
 
 
 class ClassHead(Strict):
-    """Top-1 and top-5 of a trained classification head, or mean average precision if its loss is sigmoid.
+    """Top-1 and top-5 accuracy of a trained classification head, or mean average precision if its loss is sigmoid.
 
-    The head's classes are those it was trained on.
+    The classes are those that the head was trained on.
     """
 
     type: Literal["classification"]
-    """What kind of evaluation this is."""
+    """The kind of evaluation."""
     task: str
     """The name of the task whose classification objective for `label` trained the head."""
     source: str
-    """The name of one of `sources`, with other rows than the task's; it may not be a stream."""
+    """The name of a source that is not a stream, with other rows than the task's source."""
     inputs: OneInput
-    """The one modality to classify."""
     label: str
     """The column with the class in both sources, or with a list of classes if the loss is sigmoid."""
-    view: View = Field(default_factory=View)
-    """The view of the items. Evaluation ignores the options that augment or drop tokens in training."""
+    view: EvaluationView
 
 
 class Probe(Strict):
-    """Top-1 of a linear classifier and of nearest neighbours on features of the frozen encoder, before any projection.
+    """Top-1 accuracy of a linear classifier and of nearest neighbors on the frozen encoder's features, before any
+    projection.
 
     It needs scikit-learn: `pip install 'openimp[probe]'`.
     """
 
     type: Literal["probe"]
-    """What kind of evaluation this is."""
+    """The kind of evaluation."""
     train: str
-    """The name of one of `sources`, whose rows the classifiers learn from; it may not be a stream."""
+    """The name of a source that is not a stream, on whose rows the classifiers are trained."""
     source: str
-    """The name of another one, whose rows are classified."""
+    """The name of another source that is not a stream, whose rows are classified."""
     inputs: OneInput
-    """The one modality to classify."""
     label: str
-    """The column with the class, in both sources."""
+    """The column with the class in both sources."""
     k: Count = 20
-    """Nearest neighbours that vote; DINO's choice."""
-    view: View = Field(default_factory=View)
-    """The view of the items. Evaluation ignores the options that augment or drop tokens in training."""
+    """Number of nearest neighbors that vote; 20 as in DINO."""
+    view: EvaluationView
 
 
 EvaluationSet = Retrieval | ZeroShot | ClassHead | Probe
 
 
 class Evaluation(Strict):
-    """What is measured during training, at its end, and by `openimp eval`."""
+    """Evaluation during training, at its end, and by `openimp eval`."""
 
     renamed = {"batch": "batch_size"}
 
     every: Count | None = None
-    """Steps between two evaluations; null: at the end only."""
+    """Steps between evaluations; null: only at the end."""
     batch_size: Count = 128
-    """Examples encoded at once."""
+    """Number of examples that are encoded at once."""
     best: str | None = None
-    """The name of one of `sets`. When its result is the best so far, a checkpoint is saved, and it is kept in addition
-    to the last ones; `checkpoints/best` links to it. The best is the highest R@1 (mean of both ways), top-1 or mAP."""
+    """The name of a set. When its result is the best so far, a checkpoint is saved and kept in addition to the last
+    ones; `checkpoints/best` links to it. The best result has the highest R@1 (mean of both directions), top-1 or
+    mAP."""
     sets: dict[str, Annotated[EvaluationSet, Field(discriminator="type")]] = {}
-    """What is measured, by name."""
+    """Evaluation sets by name."""

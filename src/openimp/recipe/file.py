@@ -1,4 +1,4 @@
-"""Reading small files within limits, finding and reading a recipe's YAML file, and changing single keys of it."""
+"""Finds and reads the YAML files of recipes and studies within limits, and changes single keys."""
 
 import re
 from collections.abc import Iterable
@@ -10,10 +10,10 @@ import yaml
 from openimp.common.errors import UserError, nearest
 from openimp.common.safe_files import read_text
 
-LARGEST_YAML = 2**20
-"""Bytes of a recipe or a study at most."""
-MOST_NODES = 100_000
-"""Values, keys, lists and mappings of a YAML file at most, each alias counted as what it stands for."""
+MAX_BYTES = 2**20
+"""Largest size of a recipe or a study."""
+MAX_NODES = 100_000
+"""Most keys, values, lists and mappings in a YAML file after its aliases are expanded."""
 
 
 def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], Path]:
@@ -33,14 +33,18 @@ def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[dict[str, Any
 
 
 def read_mapping(file: Path, what: str) -> dict[str, Any]:
-    """The plain data of a YAML file that holds a mapping.
+    """Reads a YAML file that contains a mapping as plain data. `what` names the file's kind in messages.
 
     Raises:
-        UserError: no YAML, no mapping, or a file that is too large.
+        UserError: the file is not YAML, not a mapping, or too large.
     """
     try:
-        data = yaml.load(read_text(file, LARGEST_YAML), RecipeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no such date
+        data = yaml.load(read_text(file, MAX_BYTES), RecipeLoader)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: not UTF-8, or an invalid date.
         raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{file}: a {what} is a mapping of keys, found {type(data).__name__}")
@@ -48,26 +52,25 @@ def read_mapping(file: Path, what: str) -> dict[str, Any]:
 
 
 def find_file(name: str, folder: str = "recipes", what: str = "recipe file") -> Path:
-    """The file that `name` means: a path, or a name such as `demo` or `evaluation/coco` of openimp's own files.
+    """Finds a file by its path, or a bundled file by a name such as `demo` or `evaluation/coco`.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is no such file.
     """
     if Path(name).is_file():
         return Path(name)
     here = Path(__file__).resolve().parents[1]
-    # In a wheel the folder lies in the package, in a checkout at its top.
+    # In a wheel the folder is in the package, in a checkout at the top.
     places = (here / folder, here.parents[1] / folder)
     bundled = {p.relative_to(place).with_suffix("").as_posix(): p for place in places for p in place.rglob("*.yaml")}
     if name in bundled:
         return bundled[name]
-    if "/" in name:  # No name of one of ours, so those are no help.
-        raise UserError(f"{name}: no such {what}")
-    raise UserError(f"{name}: no such {what}{nearest(name, bundled)}")
+    hint = "" if "/" in name else nearest(name, bundled)  # A path is not a misspelled name of a bundled file.
+    raise UserError(f"{name}: no such {what}{hint}")
 
 
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists to {"a.b.0": value}."""
+    """Flattens nested mappings and lists to {"a.b.0": value}."""
     if isinstance(data, dict | list):
         pairs = data.items() if isinstance(data, dict) else enumerate(data)
         return {k: v for key, value in pairs for k, v in flat(value, f"{prefix}{key}.").items()}
@@ -75,8 +78,10 @@ def flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as people expect, a key that is given twice is an error, and aliases are bounded:
-    a few lines of aliases of aliases stand for billions of values."""
+    """A YAML loader that reads 1e-3 as a number, rejects duplicate keys, and limits the expanded size of aliases.
+
+    Without that limit, a few lines of nested aliases expand to billions of values.
+    """
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
@@ -90,8 +95,8 @@ class RecipeLoader(yaml.SafeLoader):
         if is_alias and node not in self._sizes:
             raise yaml.composer.ComposerError(None, None, "an alias stands for what it is in", mark)
         self._nodes += self._sizes[node] if is_alias else 1
-        if self._nodes > MOST_NODES:
-            raise yaml.composer.ComposerError(None, None, f"more than {MOST_NODES:,} values, with its aliases", mark)
+        if self._nodes > MAX_NODES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MAX_NODES:,} values, with its aliases", mark)
         self._sizes.setdefault(node, self._nodes - before)
         return node
 

@@ -1,4 +1,4 @@
-"""Building blocks of the recipe's schema: the strict base model, number types, inputs, views, and validation."""
+"""The schema of inputs and views, which tasks and evaluation sets share."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -11,14 +11,15 @@ from openimp.recipe.registry import modality_class
 
 
 class Input(Strict):
-    """Where a modality's raw value stands in a row. A plain string or list is short for `column`."""
+    """The column of a row that holds a modality's raw value. A plain string or list is short for `column`."""
 
     column: str | list[str]
-    """A column, or a text template such as "{name}, {keywords*}": `{x}` takes one value of x (of a list: one at
-    random in training, the first in evaluation), `{x*}` joins all of a list by commas (in training some, in any
-    order). Of several columns or templates one is drawn in training, and the first is used in evaluation."""
+    """A column, or a text template such as "{name}, {keywords*}". `{x}` is replaced with one value of column x (if it
+    is a list, a random one in training and the first in evaluation), `{x*}` with all values joined by commas (in
+    training often a random subset, in random order). If there are several columns or templates, training draws one, and
+    evaluation uses the first."""
     draw: Count = 1
-    """How many are drawn in training; more than one makes several positives an item (MIL-NCE)."""
+    """Number of values drawn per example in training. More than one gives several positives per item (MIL-NCE)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -29,7 +30,7 @@ class Input(Strict):
 
     @property
     def columns(self) -> list[str]:
-        """The columns or templates, in order of preference."""
+        """The columns or templates in order of preference."""
         return [self.column] if isinstance(self.column, str) else self.column
 
 
@@ -37,25 +38,25 @@ Inputs = Annotated[dict[str, Input], Field(min_length=1)]
 
 
 class View(Strict):
-    """How an example is seen at one step. Beside these keys: one key a modality, with that modality's own options."""
+    """How an example is presented to the model. Besides these keys, it has one key per modality with its options."""
 
     renamed = {"batch": "batch_size", "share": "weight"}
 
     model_config = ConfigDict(extra="allow")
 
     weight: Positive = 1.0
-    """How often this view is drawn, against the task's other views."""
+    """How often this view is drawn, relative to the task's other views."""
     batch_size: Count | None = None
-    """Examples a step in this view; left out: the task's."""
+    """Examples per step in this view. Default: the task's `batch_size`."""
     sync: bool = False
-    """In training, clip and sound of an example start at the same moment; false: each modality draws its own part."""
+    """In training, clip and sound of an example start at the same moment. false: each modality draws its own start."""
 
     def __getitem__(self, modality: str) -> Any:
-        """The checked options of one modality, an instance of its `View`."""
+        """The options of a modality, an instance of its `View`."""
         return (self.model_extra or {})[modality]
 
     def bind(self, modalities: Iterable[str], where: str) -> "View":
-        """Checks the options of each modality against its `View` and fills in its defaults."""
+        """Validates the options of each modality with its `View`, and adds defaults. `where` is for messages."""
         extra, known = dict(self.model_extra or {}), {}
         for name in modalities:
             options = extra.pop(name, {})

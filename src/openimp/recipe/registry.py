@@ -1,7 +1,6 @@
-"""Modalities are found by entry point, so one from another package is no different from a built-in one.
+"""Finds modalities by entry point, so that other packages can add modalities.
 
-This module stands at the bottom of the import order: recipes check their views against modalities through it without
-importing any of them.
+Recipes validate their views with it without importing a modality module directly.
 """
 
 from functools import cache
@@ -18,10 +17,10 @@ GROUP = "openimp.modalities"
 
 @cache
 def modality_class(name: str) -> "type[Modality]":
-    """The class registered under `name` in the entry point group `openimp.modalities`.
+    """The class that is registered as `name` in the entry point group `openimp.modalities`.
 
     Raises:
-        UserError: no installed package registers that name.
+        UserError: no installed package registers this name.
     """
     points = {point.name: point for point in entry_points(group=GROUP)}
     if name not in points:

@@ -1,11 +1,9 @@
-"""The recipe: one YAML file that says everything about an experiment. Every default lives here, with unit and source.
+"""The recipe: one YAML file that describes an experiment completely.
 
-What is measured stands in `recipe_evaluation`, and what all parts are made of in `recipe_types`. What belongs to one
-modality only (a picture's size, a sound's seconds) is declared beside that modality as its `Config` and `View`; a
-recipe checks those parts against the modality that it finds by name.
+Options of a single modality, such as the size of pictures, are declared in the modality's `Config` and `View`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,45 +16,45 @@ from openimp.common.schema import FolderName, Strict, Whole, checked
 from openimp.recipe.evaluation import ClassHead, Evaluation, EvaluationSet, Probe, Retrieval, ZeroShot
 from openimp.recipe.file import read_recipe
 from openimp.recipe.inputs import View
-from openimp.recipe.model import ACROSS, Model
+from openimp.recipe.model import BATCH_ROUTINGS, Model
 from openimp.recipe.registry import modality_class
 from openimp.recipe.tasks import Classification, Source, Task, check_objective
 from openimp.recipe.training import Alternation, Memory, Optimizer, Parallel, Train
 
 
 class Recipe(Strict):
-    """Everything about an experiment."""
+    """The complete description of an experiment."""
 
     renamed = {"batch": "memory"}
 
     name: FolderName
-    """Also the run directory's name: runs/NAME unless told otherwise."""
+    """The name of the experiment. By default, the run directory is runs/NAME."""
     seed: Whole = 0
-    """Of the weights, the schedule, the order of the data and its augmentation."""
+    """Seed of the initial weights, the order of tasks and examples, and the augmentation."""
     model: Model = Model()
-    """The shared encoder and the common space."""
+    """The shared encoder and its embedding space."""
     modalities: dict[str, Any] = {}
-    """Options of each modality's stem (vision serves image and video)."""
+    """Options of each stem. The stem `vision` is for images and videos."""
     sources: Annotated[dict[str, Source], Field(min_length=1)]
-    """Where examples come from, by name."""
+    """Data sources by name."""
     tasks: Annotated[dict[str, Task], Field(min_length=1)]
-    """What is trained, by name."""
+    """Training tasks by name."""
     alternation: Alternation = Alternation()
-    """Which task a step takes."""
+    """The order in which tasks are visited."""
     optimizer: Optimizer = Optimizer()
-    """How weights are updated."""
+    """Optimizer and learning rate schedule."""
     memory: Memory = Memory()
-    """How large batches fit into memory."""
+    """Options for batches that do not fit into memory."""
     parallel: Parallel = Parallel()
-    """How several processes hold the model."""
+    """How the model is distributed over several ranks."""
     train: Train = Train()
-    """How long, how, and what is kept."""
+    """The training loop: steps, precision, workers, logs and checkpoints."""
     evaluation: Evaluation = Evaluation()
-    """What is measured, and when."""
+    """Evaluation sets, and when they are evaluated."""
 
     @property
     def modality_names(self) -> list[str]:
-        """Every modality that a task reads, in the order of first use."""
+        """The modalities that tasks read, in the order of first use."""
         return list(dict.fromkeys(name for task in self.tasks.values() for name in task.inputs))
 
     @classmethod
@@ -71,16 +69,16 @@ class Recipe(Strict):
 
     @classmethod
     def build(cls, data: Mapping[str, Any], folder: str | Path = ".", where: str = "recipe") -> "Recipe":
-        """A checked recipe from plain data; relative paths of its sources start at `folder`."""
+        """Validates plain data. Its paths are relative to `folder`, and `where` names it in messages."""
         recipe = checked(cls, data, where, folder)
         recipe._bind(where, folder)
         return recipe
 
     def _bind(self, where: str, folder: str | Path) -> None:
-        """Checks what one part says of another: sources by name, and the options of each modality."""
+        """Checks that the parts of the recipe fit together, and validates the options of modalities."""
         if not any(task.weight for task in self.tasks.values()):
             raise UserError(f"{where}: every task has weight 0; nothing would be trained")
-        if self.memory.chunk_size and self.model.moe and self.model.moe.routing in ACROSS:
+        if self.memory.chunk_size and self.model.moe and self.model.moe.routing in BATCH_ROUTINGS:
             raise UserError(
                 f"{where}: memory.chunk_size: routing {self.model.moe.routing} looks at the whole batch at once; "
                 "expert_choice and soft do not"
@@ -88,7 +86,7 @@ class Recipe(Strict):
         experts, owners = self.model.moe.experts if self.model.moe else 0, self.parallel.expert_degree
         if owners > 1 and (experts == 0 or experts % owners):
             raise UserError(
-                f"{where}: parallel.expert_degree: {owners} processes cannot share {experts} experts evenly"
+                f"{where}: parallel.expert_degree: {experts} experts cannot be divided equally among {owners} ranks"
             )
         stems = {}
         for name in self.modality_names:
@@ -103,6 +101,10 @@ class Recipe(Strict):
             self.modalities[stem] = checked(
                 modality.Config, self.modalities.get(stem, {}), f"{where}: modalities.{stem}", folder
             )
+        self._bind_tasks(where)
+        self._bind_evaluation(where)
+
+    def _bind_tasks(self, where: str) -> None:
         heads: dict[tuple[str, str], tuple[str, Classification]] = {}
         for task_name, task in self.tasks.items():
             key = f"{where}: tasks.{task_name}"
@@ -124,9 +126,11 @@ class Recipe(Strict):
                             f"{key}: tasks.{head[0]} classifies {objective.label!r} of {task.source} too, by the same "
                             "head, so loss and classes must be the same"
                         )
+
+    def _bind_evaluation(self, where: str) -> None:
         best, sets = self.evaluation.best, self.evaluation.sets
-        if best is not None and best not in sets:
-            raise UserError(f"{where}: evaluation.best: no evaluation set {best!r}{nearest(best, sets)}")
+        if best is not None:
+            _require(f"{where}: evaluation.best", "evaluation set", best, sets)
         for set_name, options in sets.items():
             key = f"{where}: evaluation.sets.{set_name}"
             for name in [*options.inputs, *([options.reader] if isinstance(options, ZeroShot) else [])]:
@@ -143,7 +147,7 @@ class Recipe(Strict):
             if isinstance(options, ClassHead):
                 self.class_head(options, key)
             if isinstance(options, Probe):
-                self._require_source(f"{key}.train", options.train)
+                _require(f"{key}.train", "source", options.train, self.sources)
                 if options.train == options.source:
                     raise UserError(f"{key}: train and source are both {options.train}; a probe needs new rows")
 
@@ -151,10 +155,9 @@ class Recipe(Strict):
         """The objective that trains the head of an evaluation set.
 
         Raises:
-            UserError: no task has such an objective; the message begins with `key`.
+            UserError: no task has such an objective. The message begins with `key`.
         """
-        if options.task not in self.tasks:
-            raise UserError(f"{key}.task: no task {options.task!r}{nearest(options.task, self.tasks)}")
+        _require(f"{key}.task", "task", options.task, self.tasks)
         heads = {o.label: o for o in self.tasks[options.task].objectives if isinstance(o, Classification)}
         if options.label not in heads:
             hint = nearest(options.label, heads)
@@ -162,12 +165,13 @@ class Recipe(Strict):
         return heads[options.label]
 
     def make_modalities(self) -> dict[str, Modality]:
-        """A new instance of every modality that the tasks read, by name."""
+        """New instances of the modalities that tasks read, by name."""
         classes = {name: modality_class(name) for name in self.modality_names}
         return {name: modality(self.modalities[modality.stem]) for name, modality in classes.items()}
 
     def _bind_user(self, key: str, user: Task | EvaluationSet, views: Mapping[str, View]) -> None:
-        self._require_source(f"{key}.source", user.source)
+        """Checks a source and its views, {key for messages: view}, with the options of their modalities."""
+        _require(f"{key}.source", "source", user.source, self.sources)
         for place, view in views.items():
             view.bind(user.inputs, place)
             for name in user.inputs:
@@ -177,14 +181,16 @@ class Recipe(Strict):
                 except ValueError as error:
                     raise UserError(f"{place}.{name}: {error}") from None
 
-    def _require_source(self, key: str, name: str) -> None:
-        if name not in self.sources:
-            raise UserError(f"{key}: no source {name!r}{nearest(name, self.sources)}")
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with every default written out."""
+        """The recipe as plain data, including all defaults."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default written out."""
+        """The recipe as YAML, including all defaults."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+
+
+def _require(key: str, kind: str, name: str, known: Collection[str]) -> None:
+    """Raises UserError, which begins with `key`, if a name is not among the known ones."""
+    if name not in known:
+        raise UserError(f"{key}: no {kind} {name!r}{nearest(name, known)}")

@@ -13,118 +13,118 @@ from openimp.recipe.registry import modality_class
 
 
 class Source(Strict):
-    """Where examples come from. Exactly one of `path` and `hub`; several tasks may share a source."""
+    """Data from exactly one `path` or `hub`. Several tasks may share a source."""
 
     path: RecipePath | None = None
-    """A folder (one sub-folder a class), a .csv/.jsonl manifest, .parquet or .tar files (`*` allowed), a URL that
-    fsspec opens, or `openimp:NAME` for bundled data. Relative to the recipe."""
+    """A folder (one subfolder per class), a manifest (.csv, .json or .jsonl), .parquet or .tar files (`*` matches
+    several files), a URL that fsspec opens, or `openimp:NAME` for bundled data. Relative to the recipe's folder."""
     hub: str | None = None
-    """A data set's name on the Hugging Face hub."""
+    """The name of a data set on the Hugging Face Hub."""
     config: str | None = None
     """The configuration of a hub data set."""
     split: str = "train"
     """The split of a hub data set."""
     revision: str | None = None
-    """The commit, tag or branch of a hub data set. Left out: the newest version, which its owner may change."""
+    """The commit, tag or branch of a hub data set. Default: the newest version, which its owner may change."""
     format: Literal["folder", "manifest", "parquet", "webdataset"] | None = None
-    """Left out: told by the path."""
+    """The data's format. Default: that of the path's extension."""
     root: RecipePath | None = None
-    """The folder to which paths in the rows are relative. Left out: the manifest's folder; for a hub data set, its own
-    folder in the hub's cache. Files outside of this folder are never read."""
+    """The folder to which paths in the rows are relative. Files outside of it are never read. Default: the folder of
+    the manifest or, for a hub data set, its own folder in the hub's cache."""
     where: dict[str, str | int | bool | list[str] | list[int]] = {}
-    """Keep the rows whose column has this value, or one of these values."""
+    """Selects the rows in which each of these columns has the given value, or one of the given values."""
     stream: bool = False
-    """Read in order, shard after shard, without an index: for what does not fit the disk."""
+    """Reads the rows in order, shard by shard, without an index, for data that does not fit on disk."""
     window: Count = 1024
-    """Streams only: examples that are shuffled together."""
+    """Number of consecutive rows that are shuffled together, only for streams."""
     limit: Count | None = None
-    """Tables only: keep at most so many of those rows, evenly spaced; for a quick try."""
+    """Selects at most this many evenly spaced rows, for a quick trial. Streams have no limit."""
     cache: Literal["none", "memory", "disk"] = "none"
-    """Where decoded pictures, clips and sounds are kept, for data small enough to be decoded once. Of clips above 256
-    frames and sounds above 300 s only the parts that evaluation sees are kept, end to end; do not cache those."""
+    """Where decoded pictures, clips and sounds are stored, so that small data is decoded only once. Do not cache clips
+    of more than 256 frames or sounds of more than 300 s: only the parts that evaluation reads would be stored."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":
         if (self.path is None) == (self.hub is None):
             raise ValueError("give exactly one of path and hub")
         if self.stream and self.cache != "none":
-            raise ValueError("a streamed source cannot be cached; drop stream or cache")
+            raise ValueError("a streamed source cannot be cached; remove stream or cache")
         if self.stream and self.limit:
-            raise ValueError("a streamed source has no limit; drop stream or limit")
-        # Defaults are written out in a resolved recipe, so only other values can be told to be in vain.
+            raise ValueError("a streamed source has no limit; remove stream or limit")
+        # A resolved recipe contains all defaults, so only other values are errors.
         if self.path and (self.config, self.split, self.revision) != (None, "train", None):
             raise ValueError("config, split and revision are for hub data sets; to select rows of a path, use where")
         if self.hub and self.format:
-            raise ValueError("format is for a path; drop it")
+            raise ValueError("format is for a path; remove it")
         if not self.stream and self.window != type(self).model_fields["window"].default:
-            raise ValueError("window is for streams; drop it, or set stream: true")
+            raise ValueError("window is for streams; remove it, or set stream: true")
         return self
 
 
 class Contrastive(Strict):
-    """Symmetric contrastive loss over pairs of the task's modalities."""
+    """Symmetric contrastive loss between pairs of the task's modalities."""
 
     type: Literal["contrastive"]
-    """What kind of objective this is."""
+    """The kind of objective."""
     pairs: Annotated[list[Annotated[list[str], Field(min_length=2, max_length=2)]], Field(min_length=1)] | None = None
-    """Left out: every pair of the task's modalities."""
+    """Pairs of modalities. Default: all pairs of the task's modalities."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """Softmax NCE with the positives of an item log-summed (MIL-NCE, arXiv 1912.06430), or SigLIP's sigmoid loss
-    (arXiv 2303.15343)."""
+    """softmax: InfoNCE, in which the probabilities of an item's positives are summed (MIL-NCE, arXiv 1912.06430).
+    sigmoid: SigLIP's loss (arXiv 2303.15343)."""
     same: str | None = None
-    """Rows with equal values in this column count as one item: positives of each other, never negatives. A row
-    without a value is an item of its own."""
+    """Rows with equal values in this column are the same item, so they are positives of each other. A row without a
+    value is an item by itself. Default: each row is an item."""
     weight: Positive = 1.0
-    """How much its loss counts in the task's sum."""
+    """Weight of its loss in the task's sum."""
 
 
 class Classification(Strict):
-    """One linear head for each (source, label column) on the pooled features."""
+    """A linear classification head on the pooled features, one per source and label column."""
 
     renamed = {"smoothing": "label_smoothing"}
 
     type: Literal["classification"]
-    """What kind of objective this is."""
+    """The kind of objective."""
     label: str
-    """The column with the class, or (sigmoid) with a list of classes; where it is empty there, the row has none."""
+    """The column with the class or, if the loss is sigmoid, with a list of classes. An empty cell is an empty list."""
     of: str | None = None
-    """The modality to classify. Left out: each of the task's modalities that is not text-like (has no mask)."""
+    """The modality to classify. Default: each of the task's modalities except those with a mask, such as text."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """One class an example, or any number of them."""
+    """softmax: one class per example. sigmoid: any number of classes per example."""
     classes: list[str] | list[int] | None = None
-    """The classes, in the order of the head's outputs; left out: every value that the column has. Streams need it."""
+    """The classes, in the order of the head's outputs. Default: all values of the column. Required for streams."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target that is spread over all classes."""
+    """Share of the target that is distributed over all classes."""
     weight: Positive = 1.0
-    """How much its loss counts in the task's sum."""
+    """Weight of its loss in the task's sum."""
 
 
 Objective = Annotated[Contrastive | Classification, Field(discriminator="type")]
 
 
 class Task(Strict):
-    """A source, the modalities read from it, their views, one or more objectives, a batch size and a weight."""
+    """A source, the modalities that are read from it, their views, the objectives, a batch size and a weight."""
 
     renamed = {"batch": "batch_size"}
 
     source: str
-    """The name of one of `sources`."""
+    """The name of a source."""
     inputs: Inputs
-    """Which column, or text template, feeds which modality."""
+    """The column or text template that each modality reads."""
     objectives: Annotated[list[Objective], Field(min_length=1)]
-    """Summed with their weights."""
+    """Losses, which are summed with their weights."""
     views: Annotated[list[View], Field(min_length=1, default_factory=lambda: [View()])]
-    """How its examples are seen; one view is drawn at each of the task's steps."""
+    """How the examples are presented. Each of the task's steps draws one view."""
     batch_size: Count = 256
-    """Examples a step, over all processes."""
+    """Examples per step, over all ranks."""
     weight: Annotated[float, Field(ge=0)] = 1.0
-    """How often the task is drawn, against the other tasks (alternation random and cycle)."""
+    """How often the task is drawn, relative to the other tasks (alternation random, cycle and sequence). 0: never."""
     interval: Count = 1
-    """Visited every so many rounds (alternation intervals)."""
+    """The task is visited once per this many rounds (alternation intervals)."""
 
 
 def check_objective(key: str, objective: Contrastive | Classification, inputs: Mapping[str, Input]) -> None:
-    """An objective may name only modalities of its task."""
+    """Raises UserError if an objective does not fit the modalities of its task. `key` is for messages."""
     named = chain(*(objective.pairs or [])) if isinstance(objective, Contrastive) else [objective.of]
     for modality in named:
         if modality is not None and modality not in inputs:

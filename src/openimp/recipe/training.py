@@ -1,4 +1,4 @@
-"""The schema of what a training does with its tasks: alternation, optimizer, memory, ranks, and the loop."""
+"""The schema of training: alternation, optimizer, memory, parallelism and the loop."""
 
 from typing import Annotated, Literal
 
@@ -8,15 +8,16 @@ from openimp.common.schema import Count, Positive, RecipePath, Share, Strict, Wh
 
 
 class Alternation(Strict):
-    """The function step -> (task, view)."""
+    """The order in which tasks are visited."""
 
     kind: Literal["random", "intervals", "cycle", "sequence"] = "random"
-    """Drawn by weight (the paper's figure 1), each task every `interval` rounds (the authors' release), a
-    low-discrepancy sequence by weight, or one task after the other, each for its share of the steps."""
+    """random: drawn by weight (figure 1 of the paper). intervals: each task once per `interval` rounds (the authors'
+    release). cycle: a low-discrepancy sequence by weight. sequence: one task after the other, each for its share of the
+    steps."""
 
 
 class Optimizer(Strict):
-    """Fused AdamW with one schedule for all tasks (arXiv 2305.06324); Muon beside it by option."""
+    """Fused AdamW with one schedule for all tasks (arXiv 2305.06324), optionally combined with Muon."""
 
     renamed = {
         "clip": "max_grad_norm",
@@ -27,58 +28,61 @@ class Optimizer(Strict):
     }
 
     lr: Positive = 8e-4
-    """Peak learning rate; the paper: S 8e-4, B 1e-3, L 5e-4."""
+    """Peak learning rate. The paper: S 8e-4, B 1e-3, L 5e-4."""
     muon_lr: Positive | None = None
-    """Peak learning rate of Muon (arXiv 2502.16982), which then updates the encoder's dense matrices and the linear
-    layers about it, while AdamW keeps the rest; four times `lr` is a good start. null: AdamW updates everything."""
+    """Peak learning rate of Muon (arXiv 2502.16982); try four times `lr` first. Muon then updates the linear layers of
+    the encoder and of the projection heads. AdamW updates all other parameters, including experts, routers and
+    classification heads. null: AdamW updates everything."""
     warmup_steps: Whole | None = None
-    """Steps of linear warm-up; null: one step in twenty, as the paper's S and B."""
+    """Steps of linear warm-up. null: 5% of the steps, as for the paper's S and B."""
     min_lr_ratio: Annotated[float, Field(ge=0)] = 0.0
-    """Where the cosine ends, as a share of the peak."""
+    """Learning rate at the end of the cosine schedule, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Weight decay of AdamW and Muon. It applies to the kernels of linear layers and experts; not to tables, norms,
-    biases and temperatures."""
+    """Weight decay of AdamW and Muon. It applies to the weights of linear layers and experts, but not to embedding
+    tables, norms, biases and temperatures."""
     eps: Positive = 1e-7
     """AdamW's epsilon."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """Decay of AdamW's means of the gradient and of its square."""
+    """AdamW's decay rates of the means of the gradient and of its square."""
     zero_missing_grads: bool = False
-    """Update parameters that a step's task does not use with a gradient of zero, as in the authors' release: their
-    optimizer state decays, and AdamW's momentum still moves them. false: their values and state stay unchanged."""
+    """Updates parameters that a step's task does not use with a gradient of zero, as in the authors' release: their
+    optimizer state decays, and AdamW's momentum still moves them. false: they and their state stay unchanged."""
     max_grad_norm: Positive | None = 1.0
-    """Largest norm of the gradient; null: no clipping."""
+    """Gradients are scaled down to this norm if theirs is larger; null: no clipping."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of the averaged weights that are evaluated and saved beside the trained ones; null: none are kept."""
+    """Decay of an exponential moving average (EMA) of the weights, which is evaluated, and saved in addition to the
+    weights. null: no average."""
 
 
 class Memory(Strict):
-    """How much of a batch is in memory at once: the same gradients for less memory, and one more forward pass."""
+    """Options that save memory at the cost of one more forward pass. The gradients stay the same."""
 
     renamed = {"micro": "chunk_size", "recompute": "activation_checkpointing"}
 
     chunk_size: Count | None = None
-    """Examples of one modality that the encoder takes at a time; their activations are forgotten and computed again
-    when the gradient of the whole batch's loss is known (GradCache, arXiv 2101.06983). null: all at once."""
+    """Number of examples of one modality that the encoder processes at a time. Their activations are discarded, and
+    computed again after the loss of the whole batch (GradCache, arXiv 2101.06983). null: the whole batch at once."""
     activation_checkpointing: bool = False
-    """Forget the activations within each block of the encoder and compute them again (arXiv 1604.06174)."""
+    """Discards the activations within each block of the encoder and computes them again in the backward pass (arXiv
+    1604.06174)."""
 
 
 class Parallel(Strict):
-    """How torchrun's processes hold the model between them; losses and gradients are the same in any way."""
+    """How the model is distributed over the ranks of torchrun. It does not change losses and gradients."""
 
     renamed = {"shard": "shard_degree", "experts": "expert_degree"}
 
     shard_degree: Count | None = None
-    """Processes that share one copy of weights, gradients and moments (FSDP2); each such group has its own (HSDP). 1: a
-    whole copy in every process, for small models; processes on the CPUs of one Linux machine then have one together,
-    unless `experts` is above 1. null: all processes share one."""
+    """Number of ranks over which weights, gradients and optimizer state are sharded (FSDP2). Each such group of ranks
+    has a replica (HSDP). null: all ranks. 1: each rank has a full replica, for small models; on the CPUs of one Linux
+    machine, the ranks then share one replica unless `expert_degree` is above 1."""
     expert_degree: Count = 1
-    """Processes that share the experts of each sparse layer, each with some of them whole; tokens travel to them and
-    back (expert parallelism). They are among those that share a copy, unless every process has a whole one."""
+    """Number of ranks over which the experts of each sparse layer are distributed, and between which tokens are
+    exchanged (expert parallelism). It must divide `shard_degree` or, if that is 1, the number of ranks."""
 
 
 class Train(Strict):
-    """The loop."""
+    """The training loop."""
 
     renamed = {
         "workers": "num_workers",
@@ -88,24 +92,25 @@ class Train(Strict):
     }
 
     steps: Count = 200_000
-    """Gradient steps, over all tasks; the paper: S 200k, B and L 500k."""
+    """Optimizer steps, over all tasks. The paper: S 200k, B and L 500k."""
     init: RecipePath | None = None
-    """Initial weights and tokenizer: a run, a checkpoint or a model's folder, relative to the recipe, or a model of the
-    Hugging Face Hub as hub:OWNER/NAME@REVISION. Heads and stems that it lacks are initialized randomly. null:
-    everything is initialized randomly."""
+    """Source of initial weights and tokenizer: the folder of a run, a checkpoint or a model, relative to the recipe, or
+    hub:OWNER/NAME@REVISION for a model of the Hugging Face Hub. Heads and stems that it lacks are initialized randomly.
+    null: everything is initialized randomly."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 autocast where it is faster."""
+    """auto: bf16 autocast if it is faster on the device, else fp32."""
     compile: bool = False
-    """torch.compile, once for each signature (modality, view, batch); needs a C++ compiler."""
+    """Uses torch.compile, which needs a C++ compiler. Each combination of modality, view and batch size is compiled."""
     num_workers: Whole = 2
-    """Processes that read and decode; 0: the training process does."""
+    """Worker processes per rank that read and decode data; 0: the training process does it."""
     prefetch_factor: Count = 4
-    """Batches that each worker prepares ahead."""
+    """Number of batches that each worker prepares in advance."""
     log_every: Count = 50
-    """Steps between two lines of metrics."""
+    """Steps between log records."""
     save_every: Count = 1000
-    """Steps between two checkpoints; the last step is always saved."""
+    """Steps between checkpoints. The last step is always saved."""
     keep_last: Count = 2
-    """Checkpoints that are kept."""
+    """Number of checkpoints that are kept."""
     max_bad_fraction: Share = 0.01
-    """The share of unreadable examples, of all that a task has read, above which the run stops (from 100 on)."""
+    """The run stops if more than this share of a task's examples is unreadable. It is checked from 100
+    examples on."""

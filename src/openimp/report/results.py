@@ -93,7 +93,7 @@ def retrieval(name: str, found: Retrieved, source: Table, show: Show) -> dict[st
             chosen.setdefault(query, kind)  # If there are few queries, one may be of two kinds.
 
     def value(modality: str, row: int) -> dict[str, Any]:
-        return display(show(modality, row), f"{modality}: {source.where(row)}")
+        return display(show(modality, row), f"{modality}: {source.row_name(row)}")
 
     def case(query: int, kind: str) -> dict[str, Any]:
         rank = int(found.rank[query])

@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 
 from openimp.common.errors import UserError, nearest
-from openimp.data.loader import StepBatches
+from openimp.data.step_batches import StepBatches
 from openimp.planning.ledger import costs, mixture
 from openimp.recipe.file import RecipeLoader, flat
 from openimp.recipe.schema import Recipe

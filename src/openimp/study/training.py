@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, forget_after
-from openimp.data.loader import Loaded
+from openimp.data.step_batches import LoadedBatch
 from openimp.data.streams import Stream
 from openimp.model.imp import IMP
 from openimp.objectives import Losses
@@ -33,7 +33,7 @@ class SummedTrainer(Trainer):
         self.round = sum(task.weight > 0 for task in recipe.tasks.values())
         self.held: list[Tensor] = []
 
-    def update(self, loaded: Loaded) -> Losses:
+    def update(self, loaded: LoadedBatch) -> Losses:
         losses = self.forward(loaded)
         self.held.append(losses.total)
         last = loaded.visit.step + 1
@@ -66,7 +66,7 @@ class ConflictTrainer(Trainer):
         forget_after(self.file, self.step - 1)
         self.every = max(1, recipe.train.steps // MEASURED)
 
-    def update(self, loaded: Loaded) -> Losses:
+    def update(self, loaded: LoadedBatch) -> Losses:
         step = loaded.visit.step
         if step % self.every == 0:
             append(self.file, {"step": step, "cosine": self.cosines(step)})
@@ -89,7 +89,7 @@ class ConflictTrainer(Trainer):
             for a, b in combinations_with_replacement(gradients, 2)
         }
 
-    def _gradient(self, loaded: Loaded) -> Tensor:
+    def _gradient(self, loaded: LoadedBatch) -> Tensor:
         """The gradient of one batch's loss on all weights of the encoder, in one fp32 vector."""
         assert isinstance(self.model, IMP)
         self.forward(loaded).total.backward()

@@ -9,7 +9,7 @@ import torch
 from openimp.common.device import precision_of
 from openimp.common.modality import Modality
 from openimp.common.progress import StepBar, console
-from openimp.data.loader import Loaded
+from openimp.data.step_batches import LoadedBatch
 from openimp.model.embedder import Embedder
 from openimp.objectives import Losses, equal_texts
 from openimp.parallel import distributed
@@ -62,7 +62,7 @@ class Log:
         """What a checkpoint must hold for the counts to continue."""
         return {"bad": self.bad.state, "totals": {task: dict(units) for task, units in self.metrics.totals.items()}}
 
-    def record(self, loaded: Loaded, losses: Losses, grad_norm: float, bar: StepBar) -> None:
+    def record(self, loaded: LoadedBatch, losses: Losses, grad_norm: float, bar: StepBar) -> None:
         """Records one step.
 
         Raises:
@@ -83,7 +83,7 @@ class Log:
         # Last, because this may end the run: its checkpoint then contains the whole step.
         self.bad.add(visit.step, visit.task, visit.batch, distributed.told_to_all(loaded.bad))
 
-    def warn_of_duplicate_texts(self, loaded: Loaded) -> None:
+    def warn_of_duplicate_texts(self, loaded: LoadedBatch) -> None:
         """Suggests `same` if the first batch of a task has many texts that occur in several examples."""
         name = loaded.visit.task
         if name in self.first_batches:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from openimp.common.modality import Modality
-from openimp.data.loader import Loaded
+from openimp.data.step_batches import LoadedBatch
 from openimp.model.encoder import Attention
 from openimp.parallel.distributed import everywhere, told_to_all, world
 from openimp.planning.ledger import short
@@ -48,7 +48,7 @@ class Pace:
         self.steps: list[float] = []
         self.waits: list[float] = []
 
-    def batches(self, batches: Iterable[Loaded]) -> Iterator[Loaded]:
+    def batches(self, batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
         """Passes the batches on, and notes when each is asked for and when it is there."""
         self.asked = time.perf_counter()
         for loaded in batches:

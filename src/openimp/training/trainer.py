@@ -17,7 +17,8 @@ from openimp.common.errors import UserError
 from openimp.common.modality import Modality
 from openimp.common.progress import StepBar, console, track
 from openimp.data.batch import Batch
-from openimp.data.loader import Loaded, StepBatches, make_loader
+from openimp.data.loader import make_loader
+from openimp.data.step_batches import LoadedBatch, StepBatches
 from openimp.evaluation.evaluate import open_sets
 from openimp.model.embedder import Embedder, Encode, in_chunks
 from openimp.model.imp import IMP
@@ -178,7 +179,7 @@ class Trainer:
         self.evaluate(stop.watch)
         self.checkpointing.wait()
 
-    def update(self, loaded: Loaded) -> Losses:
+    def update(self, loaded: LoadedBatch) -> Losses:
         """One step: the losses of one task, their gradients, and one update of the weights that the task uses.
 
         Raises:
@@ -189,13 +190,13 @@ class Trainer:
         self.apply_gradients(loaded, losses)
         return losses
 
-    def forward(self, loaded: Loaded) -> Losses:
+    def forward(self, loaded: LoadedBatch) -> Losses:
         """The losses of the step's task."""
         task = self.recipe.tasks[loaded.visit.task]
         with autocast(self.device, self.recipe.train.precision):
             return self.losses(self.model, task, loaded.batch.to(self.device), self.encode)
 
-    def apply_gradients(self, loaded: Loaded, losses: Losses) -> None:
+    def apply_gradients(self, loaded: LoadedBatch, losses: Losses) -> None:
         """Updates the weights, and counts the step.
 
         Raises:
@@ -211,7 +212,7 @@ class Trainer:
             )
         self.step = visit.step + 1
 
-    def record(self, loaded: Loaded, losses: Losses, bar: StepBar) -> None:
+    def record(self, loaded: LoadedBatch, losses: Losses, bar: StepBar) -> None:
         """Records a step, and where its streamed source stands."""
         if loaded.cursor is not None:
             self.cursors[loaded.visit.task] = loaded.cursor
@@ -289,9 +290,9 @@ class Trainer:
         sizes = {name: len(values) for name, values in self.data.classes.items()}
         return self.build(self.recipe, self.modalities, sizes)
 
-    def _suspects(self, loaded: Loaded, losses: Losses) -> list[str]:
+    def _suspects(self, loaded: LoadedBatch, losses: Losses) -> list[str]:
         """The first examples on every rank whose loss is not finite; if all losses are finite, those of this rank."""
         source = self.data.sources[loaded.visit.task]
-        names = [source.where(row) for row in loaded.batch.rows[:8]]
+        names = [source.row_name(row) for row in loaded.batch.rows[:8]]
         finite = math.isfinite(float(losses.total.detach()))
         return distributed.told_to_all([] if finite else names) or names
