@@ -21,7 +21,7 @@ from openimp.common.json_lines import read_lines
 from openimp.data.loader import StepBatches
 from openimp.modalities.media import patchify
 from openimp.recipe.schema import Recipe
-from openimp.study.two_towers import MAX_LOGIT_SCALE, TwoTowers, TwoTowerTrainer, flops_of_a_step, load_two_towers
+from openimp.study.two_towers import MAX_LOGIT_SCALE, TwoTowers, TwoTowerTrainer, flops_per_step, load_two_towers
 from openimp.training.trainer import train
 
 SEEN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
@@ -96,7 +96,7 @@ def test_the_totals_are_steps_times_the_counted_cost(trained):
     totals = read_lines(run / "metrics.jsonl")[-1]["totals"]["pairs"]
     assert totals["steps"] == STEPS
     assert totals["examples"] == STEPS * 32
-    assert totals["flops"] == STEPS * flops_of_a_step(recipe)
+    assert totals["flops"] == STEPS * flops_per_step(recipe)
 
 
 def test_the_counted_cost_is_that_of_a_real_step(tmp_path):
@@ -111,14 +111,14 @@ def test_the_counted_cost_is_that_of_a_real_step(tmp_path):
 def test_dropped_patches_cost_nothing(tmp_path):
     whole = recipe_of("image").to_dict()
     whole["tasks"]["pairs"]["views"][0]["image"]["drop_tokens"] = 0.0
-    assert flops_of_a_step(recipe_of("image")) < 0.9 * flops_of_a_step(Recipe.build(whole))
+    assert flops_per_step(recipe_of("image")) < 0.9 * flops_per_step(Recipe.build(whole))
 
 
 def test_what_evaluation_reads_is_part_of_the_cost():
     """The text tower is as long as the longest text of all views, and reads each text at that length."""
     long = recipe_of("image").to_dict()
     long["evaluation"]["sets"]["both_ways"]["view"]["text"]["length"] = 16
-    assert flops_of_a_step(Recipe.build(long)) > flops_of_a_step(recipe_of("image"))
+    assert flops_per_step(Recipe.build(long)) > flops_per_step(recipe_of("image"))
 
 
 def test_the_towers_have_the_recipes_sizes_and_start(tmp_path):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
-from openimp.study.training import ConflictTrainer, SummedTrainer, peak_memory
+from openimp.study.trainers import ConflictTrainer, SummedTrainer, peak_memory
 from openimp.training.trainer import Trainer, train
 
 SUMMED = ["alternation.kind=intervals", "optimizer.max_grad_norm=null", "optimizer.ema_decay=null"]
