@@ -122,7 +122,7 @@ def test_results_of_another_evaluation_are_refused(done, little_data, tmp_path):
     """`train` alone would take them for the results of the changed evaluation set."""
     _, runs, _ = done
     file = write_study(little_data, set=["evaluation.sets.tones.view.text.length=7"])
-    with pytest.raises(UserError, match="seed0: trained with evaluation.sets.tones.view.text.length .*, now 7; remove"):
+    with pytest.raises(UserError, match=r"trained with evaluation\.sets\.tones\.view\.text\.length .*, now 7; remove"):
         run_study(str(file), runs, tmp_path)
     write_study(little_data)
 
@@ -260,8 +260,14 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
         ({"arms": {"only": {}}}, "arms: .*at least 2"),
         ({"arms": {"a": {}, "b": {"set": ["model.widht=3"]}}}, "arm 'b': .*unknown key 'widht'; did you mean 'width'"),
         ({"arms": {"a": {}, "b": {"tasks": ["herd"]}}}, "arm 'b': .*'herd'; did you mean 'heard'"),
-        ({"arms": {"a": {"summed": True}, "b": {}}, "conflict": True}, "but arm 'a' is summed, has two towers or trains only some tasks"),
-        ({"arms": {"a": {"tasks": ["named"]}, "b": {}}, "conflict": True}, "but arm 'a' is summed, has two towers or trains only some tasks"),
+        (
+            {"arms": {"a": {"summed": True}, "b": {}}, "conflict": True},
+            "but arm 'a' is summed, has two towers or trains only some tasks",
+        ),
+        (
+            {"arms": {"a": {"tasks": ["named"]}, "b": {}}, "conflict": True},
+            "but arm 'a' is summed, has two towers or trains only some tasks",
+        ),
         ({"recipe": "none.yaml"}, "none.yaml: no such recipe"),
         ({"arms": {"a": {}, "b": []}}, "arms.b: .*at least 1"),
         ({"arms": {"a": {}, "../b": {}}}, "arms.*: '../b' cannot name a folder"),
@@ -282,7 +288,10 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
         ({"flops": 1e300, "arms": {"a": {}, "b": {"flops": 1e300}}}, "arm 'a': its FLOPs allow"),
         ({"arms": {"a": {}, "b": {"flops": 1e300}}}, "arm 'b': its FLOPs allow"),
         ({"arms": {"a": {}, "b": [{}, {}]}}, "arm 'b': each of its models needs `tasks` that no other"),
-        ({"arms": {"a": {}, "b": [{"tasks": ["named"]}] * 2}}, "arm 'b': each of its models needs `tasks` that no other"),
+        (
+            {"arms": {"a": {}, "b": [{"tasks": ["named"]}] * 2}},
+            "arm 'b': each of its models needs `tasks` that no other",
+        ),
         ({"arms": {"a": {}, "b": {"set": ["train.steps=3"]}}}, "arm 'b': train.steps follows from the study's FLOPs"),
         (
             {"arms": {"a": {}, "b": {"set": ["optimizer={lr: 1e-3, warmup_steps: 7}"]}}},
