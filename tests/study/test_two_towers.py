@@ -155,9 +155,8 @@ def test_muon_updates_the_blocks_and_the_projections(tmp_path):
 @pytest.mark.parametrize("seen", SEEN)
 def test_the_towers_get_the_examples_of_imp_unpatched(seen, tmp_path):
     data = recipe_of(seen).to_dict()
-    data["tasks"]["pairs"]["views"][0][seen]["drop_tokens"] = (
-        0.0  # The towers drop patches in the model, not in the loader.
-    )
+    # The towers drop patches in the model, not in the loader.
+    data["tasks"]["pairs"]["views"][0][seen]["drop_tokens"] = 0.0
     recipe = Recipe.build(data)
     training = TwoTowerTrainer(recipe, tmp_path / "run", resume=False)
     modality = recipe.make_modalities()[seen]

@@ -82,12 +82,12 @@ def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]]) -> F
             label = min(arms, key=len)
             axis.errorbar(flops, middle, yerr=deviation, fmt="o-", linewidth=1, capsize=3, label=label)
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.set_xlabel("training TFLOPs (logarithmic)")
     axis.set_ylabel("mean reciprocal rank over all sets, %")
-    figure.legend(loc="outside right upper", frameon=False)
+    axis.legend(frameon=False)
     return figure
 
 

@@ -51,7 +51,8 @@ class TwoTowers(Embedder):
         clip: open_clip's model.
         media, text: the names of the two modalities.
         modalities: the result of `unpatched_modalities`.
-        preprocess, tokenizer: called like open_clip's. `preprocess` is None if the media are not images.
+        preprocess, tokenizer, encode_image, encode_text: called like open_clip's. `preprocess` returns values in -1..1.
+            It is None if the media are not images.
     """
 
     def __init__(self, recipe: Recipe, modalities: Mapping[str, Modality]) -> None:
@@ -61,7 +62,7 @@ class TwoTowers(Embedder):
             recipe: the recipe.
             modalities: the result of `unpatched_modalities`, fitted.
         """
-        from open_clip import CLIP
+        from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg
 
         super().__init__()
         task, self.media, self.text = _pair(recipe)
@@ -71,29 +72,30 @@ class TwoTowers(Embedder):
         media, texts = cast(Any, modalities[self.media]), cast(Any, modalities[self.text])
         view = task.views[0][self.media]
         self.shape = media.shape(view)
-        common = {
+        common: dict[str, Any] = {
             "width": model.width,
             "layers": model.layers,
             "mlp_ratio": model.mlp_dim / model.width,
             "qk_norm": model.qk_norm,
         }
-        vision = {
+        vision = CLIPVisionCfg(
             **common,
-            "head_width": model.width // model.heads,
-            "image_size": self.shape[1:3],
-            "patch_size": recipe.modalities[media.stem].patch[-2:],
-            "patch_dropout": view.drop_tokens,
-        }
-        text = {
+            head_width=model.width // model.heads,
+            image_size=self.shape[1:3],
+            patch_size=recipe.modalities[media.stem].patch[-2:],
+            patch_dropout=view.drop_tokens,
+        )
+        text = CLIPTextCfg(
             **common,
-            "heads": model.heads,
-            "vocab_size": texts.stem_spec().values,
-            "context_length": max(used.length for used in _views(recipe, self.text)),
-            "pool_type": "eos",
-            "eos_id": END,
-            "pad_id": PAD,
-        }
+            heads=model.heads,
+            vocab_size=texts.stem_spec().values,
+            context_length=max(used.length for used in _views(recipe, self.text)),
+            pool_type="eos",
+            eos_id=END,
+            pad_id=PAD,
+        )
         self.clip = CLIP(model.embed_dim, vision, text, init_logit_scale=-math.log(model.init_temperature))
+        self.encode_image, self.encode_text = self.clip.encode_image, self.clip.encode_text
         self.preprocess = partial(media.preprocess, view=view) if hasattr(media, "preprocess") else None
         self.tokenizer = partial(texts.tokenize, length=self.clip.context_length)
 
@@ -109,16 +111,6 @@ class TwoTowers(Embedder):
         images_BTCHW = values_B1P.view(-1, *self.shape).movedim(-1, 2).expand(-1, -1, 3, -1, -1)
         z_BTZ = self.encode_image(images_BTCHW.flatten(0, 1)).unflatten(0, (-1, self.shape[0]))
         return Encoded(F.normalize(z_BTZ, dim=-1).mean(1), [])
-
-    def encode_image(self, images_B3HW: Tensor) -> Tensor:
-        """Encodes images with values in -1..1, as `preprocess` returns them, to (B, Z)."""
-        z_BZ: Tensor = self.clip.encode_image(images_B3HW)
-        return z_BZ
-
-    def encode_text(self, ids_BL: Tensor) -> Tensor:
-        """Encodes token ids, as `tokenizer` returns them, to (B, Z)."""
-        z_BZ: Tensor = self.clip.encode_text(ids_BL)
-        return z_BZ
 
     def project(self, features_BD: Tensor, source: str, target: str, normalize: bool = True) -> Tensor:
         return F.normalize(features_BD.float(), dim=-1) if normalize else features_BD.float()
