@@ -70,7 +70,7 @@ def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]]) -> F
         outcomes: the outcomes of all arms.
         curves: lists of arms. A line connects the arms of a list, and the legend names the shortest of them.
     """
-    figure = Figure(figsize=(7.2, 4.4))
+    figure = Figure(figsize=(9, 4.4))
     axis = figure.subplots()
     (_, means), *_ = scores_by_set(outcomes)
     for curve in curves:
@@ -87,7 +87,7 @@ def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]]) -> F
     axis.minorticks_off()
     axis.set_xlabel("training TFLOPs (logarithmic)")
     axis.set_ylabel("mean reciprocal rank over all sets, %")
-    axis.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
