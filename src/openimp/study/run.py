@@ -96,15 +96,10 @@ def _trainer(study: Study, part: Part) -> type[Trainer]:
 
 
 def _check_evaluation(study: Study, name: str, recipes: dict[str, list[Recipe]]) -> None:
-    """Checks before the first training that the arms can be compared afterwards.
-
-    Args:
-        study: the study.
-        name: its name, for errors.
-        recipes: by arm, the recipes of its models.
+    """Checks that the arms, with the recipes of their models, can be compared after the training.
 
     Raises:
-        UserError: the arms have no retrieval set in common, or CLIP_benchmark cannot evaluate a set that it should.
+        UserError: they cannot, or CLIP_benchmark cannot evaluate a set that it should.
     """
     sets: dict[str, set[str]] = {}
     for arm, models in recipes.items():
@@ -129,13 +124,9 @@ def _check_evaluation(study: Study, name: str, recipes: dict[str, list[Recipe]])
 
 
 def _check_same_recipe(run: Path, recipe: Recipe) -> None:
-    """Checks that a run directory, if it exists, holds a run of this recipe.
+    """Raises UserError if the study has changed since the run: the run has another recipe.
 
-    `train` checks this only for keys that change the training. A study also compares results, which must all come from
-    the same evaluation.
-
-    Raises:
-        UserError: the run has another recipe, because the study has changed since.
+    `train` compares only keys that change the training. A study also needs results of the same evaluation.
     """
     if not (run / "recipe.yaml").exists():
         return
