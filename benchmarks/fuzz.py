@@ -1,13 +1,13 @@
-"""What openimp does with media files that were changed at random.
+"""Fuzzes the decoding of media files.
 
     python benchmarks/fuzz.py [--files 10000] [--seed 0] [--only FORMAT ...] [--write]
 
-Makes small files of 14 formats in the ways that people's programs write them, changes bytes at random, cuts and
-splices them, and sets what may be a length, a size or a count to extremes. Each is decoded as training (a random part)
-or evaluation does, by each modality that reads its format, in a process for each format. A file fails if that process
-dies, takes longer than its limit, holds more than 700 MB, or raises anything but BadMedia. Files follow from the
-seed, the format and their number; those that fail are kept. The exit code is 1 if any does.
-`--write` puts the table into docs/results/hostile.md.
+It makes small files of 14 formats in the variants that common programs write. It changes random bytes, truncates and
+splices the files, and sets possible lengths, sizes and counts to extreme values. Each modality that reads a format
+decodes the file as in training (a random part) or as in evaluation, in one process per format. A file fails if the
+process dies, exceeds the time limit, uses more than 700 MB of memory, or raises anything but BadMedia. Seed, format and
+number determine a file. Failing files are kept, and the exit code is 1 if there are any. `--write` writes the table to
+docs/results/hostile.md.
 """
 
 import argparse
@@ -42,9 +42,9 @@ from openimp.modalities.video import Video
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120
-"""Wall-clock time after which a file counts as one that hangs."""
+"""Limit on the wall-clock time of one file, in seconds."""
 MEMORY = 700 * 10**6
-"""Limit on the memory of the process, in bytes. Python and its libraries take about 260 MB of it."""
+"""Limit on the peak memory of the process, in bytes. Python and its libraries use about 260 MB of it."""
 EXTREMES = (0, 1, 2**7 - 1, 2**7, 2**8 - 1, 2**15 - 1, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
 VIEWS: dict[str, tuple[Modality, Any]] = {
     "image": (Image(Image.Config()), Image.View()),
@@ -54,7 +54,7 @@ VIEWS: dict[str, tuple[Modality, Any]] = {
 
 
 def picture(form: str, mode: str = "RGB", size: int = 48, **options: Any) -> bytes:
-    """Noise over a gradient, which compresses like a photograph."""
+    """An image of noise over a gradient, which compresses like a photograph."""
     noise = np.random.default_rng(0).integers(0, 64, (size, size + 16, 4)) + np.arange(size)[:, None, None] * 3
     out = io.BytesIO()
     PIL.Image.fromarray(noise.astype(np.uint8)).convert("RGB").convert(mode).save(out, form, **options)
@@ -69,7 +69,7 @@ def animation(form: str, **options: Any) -> bytes:
 
 
 def film(form: str, codec: str, sound: str, **options: str) -> bytes:
-    """16 frames and 0.6 s of a tone."""
+    """A video of 16 frames and 0.6 s of a tone."""
     out = io.BytesIO()
     with av.open(out, "w", format=form, options=options) as container:
         pictures, noise = (
@@ -152,18 +152,18 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[], list[bytes]]]] = {
     "MP3": (("audio",), lambda: [sound("MP3", "MPEG_LAYER_III", n) for n in (1, 2)]),
     "AIFF": (("audio",), lambda: [sound("AIFF", name) for name in ("PCM_16", "FLOAT", "ULAW")]),
 }
-"""By format: the modalities that read it, and files of it."""
+"""By format, the modalities that read it, and a function that makes intact files."""
 
 
 def flip(content: bytearray, other: bytes, rng: np.random.Generator) -> None:
-    """Changes a few bytes anywhere, or only near the beginning, where headers are."""
+    """Changes a few bytes anywhere, or only near the start, where headers are."""
     end = len(content) if rng.random() < 0.5 else min(len(content), 256)
     for at in rng.integers(0, end, rng.integers(1, 9)):
         content[at] ^= 1 << rng.integers(8) if rng.random() < 0.5 else rng.integers(1, 256)
 
 
 def set_number(content: bytearray, other: bytes, rng: np.random.Generator) -> None:
-    """Writes an extreme or any other number over what may be a length, a size or a count, mostly near the beginning."""
+    """Overwrites possible lengths, sizes and counts with extreme or random numbers, mostly near the start."""
     end = len(content) if rng.random() < 0.3 else min(len(content), 512)
     for at in rng.integers(0, end - 4, rng.integers(1, 4)):
         value, size = (
@@ -178,20 +178,20 @@ def truncate(content: bytearray, other: bytes, rng: np.random.Generator) -> None
 
 
 def splice(content: bytearray, other: bytes, rng: np.random.Generator) -> None:
-    """Puts a piece of another file of the format over one of this file, or between two."""
+    """Inserts a piece of another file of the format, or overwrites a piece with it."""
     start, at = rng.integers(len(other)), rng.integers(len(content))
     piece = other[start : start + rng.integers(1, len(other))]
     content[at : at + (len(piece) if rng.random() < 0.5 else 0)] = piece
 
 
 def repeat(content: bytearray, other: bytes, rng: np.random.Generator) -> None:
-    """Repeats a piece up to a hundred times, or leaves it out."""
+    """Repeats a piece up to a hundred times, or removes it."""
     start, end = sorted(rng.integers(0, len(content) + 1, 2))
     content[start:end] = content[start:end] * int(rng.choice([0, 2, 3, 100]))
 
 
 def mend_png(content: bytearray) -> None:
-    """Sets the checksums of the chunks to what they should be."""
+    """Corrects the checksums of the chunks."""
     at = 8
     while at + 12 <= len(content):
         end = at + 8 + int.from_bytes(content[at : at + 4], "big")
@@ -200,21 +200,21 @@ def mend_png(content: bytearray) -> None:
 
 
 def mend_ogg(content: bytearray) -> None:
-    """Sets the checksums of the pages to what they should be: those of zlib with all bits the other way round."""
+    """Corrects the checksums of the pages. They are zlib's CRC with all bits reversed."""
     at = content.find(b"OggS")
     while at >= 0 and at + 27 <= len(content):
         sizes = content[at + 27 : at + 27 + content[at + 26]]
         page = content[at : at + 27 + len(sizes) + sum(sizes)]
         page[22:26] = bytes(4)
         reverse = bytes(int(f"{byte:08b}"[::-1], 2) for byte in page)
-        # Without the ones that zlib starts with and adds in the end.
+        # Undoes the inversions at the start and end of zlib's CRC.
         value = zlib.crc32(reverse, 0xFFFFFFFF) ^ 0xFFFFFFFF
         content[at + 22 : at + 26] = int(f"{value:032b}"[::-1], 2).to_bytes(4, "little")
         at = content.find(b"OggS", at + 4)
 
 
 def mend_flac(content: bytearray) -> None:
-    """Sets the checksums of a single frame, which the files here have, and of its header."""
+    """Corrects the checksums of the header and of the only frame. The files here have one frame."""
     at = content.find(b"\xff\xf8", 42)
     if 0 <= at < len(content) - 16:
         block, rate = content[at + 2] >> 4, content[at + 2] & 15
@@ -234,11 +234,11 @@ def crc(content: bytes, bits: int, polynomial: int) -> int:
 
 
 MEND: dict[str, Callable[[bytearray], None]] = {"PNG": mend_png, "OGG": mend_ogg, "FLAC": mend_flac}
-"""Without checksums that fit, hardly any changed file of these formats would be looked at further."""
+"""Functions that correct checksums. Without them, the libraries refuse nearly all changed files at once."""
 
 
 def mutated(name: str, seeds: list[bytes], seed: int, number: int) -> bytes:
-    """The `number`-th file of a format: one of the seeds, changed once or twice."""
+    """The `number`-th file of a format: an intact file, changed once or twice."""
     rng = np.random.default_rng([seed, list(FORMATS).index(name), number])
     content, other = bytearray(seeds[rng.integers(len(seeds))]), seeds[rng.integers(len(seeds))]
     for change in rng.choice(
@@ -252,9 +252,9 @@ def mutated(name: str, seeds: list[bytes], seed: int, number: int) -> bytes:
 
 
 def serve(pipe: Any) -> None:
-    """Decodes what comes through a pipe, and answers with the outcome and seconds of CPU time."""
+    """Decodes each file that it receives from the pipe, and sends back the outcome and the seconds of CPU time."""
     warnings.simplefilter("ignore")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes there what it finds
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff prints warnings to stderr.
     while True:
         kind, content, number = pipe.recv()
         modality, view = VIEWS[kind]
@@ -269,7 +269,7 @@ def serve(pipe: Any) -> None:
 
 
 class Worker:
-    """A process that decodes, started again if it dies or hangs."""
+    """A process that decodes files. It is restarted if it dies or hangs."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -279,7 +279,7 @@ class Worker:
         theirs.close()
 
     def decode(self, kind: str, content: bytes, number: int) -> tuple[str, float, int]:
-        """The outcome, seconds of CPU time, and the most bytes that the process has held."""
+        """Returns the outcome, the seconds of CPU time, and the peak memory of the process in bytes."""
         try:
             self.pipe.send((kind, content, number))
             if self.pipe.poll(SECONDS):
@@ -303,7 +303,7 @@ class Worker:
 
 @dataclass
 class Row:
-    """What became of the files of a format."""
+    """The results of one format."""
 
     name: str
     files: int = 0
@@ -318,23 +318,23 @@ class Row:
 
 
 def fuzz(name: str, files: int, seed: int, worker: Worker, failures: Path) -> Row:
-    """Decodes so many files of a format, and keeps those that fail in a folder.
+    """Decodes `files` changed files of a format, and writes those that fail into the folder `failures`.
 
-    A file counts as decoded if any of its modalities decodes it and none fails, and as refused if all refuse it.
+    A file counts as decoded if at least one modality decodes it and none fails, and as refused if all refuse it.
     """
     row, (kinds, make) = Row(name, files), FORMATS[name]
     seeds = make()
     for content in seeds:
         if all(worker.decode(kind, content, 0)[0] != "decoded" for kind in kinds):
-            raise AssertionError(f"{name}: a file that was not changed cannot be decoded")
+            raise AssertionError(f"{name}: an intact file cannot be decoded")
     for number in track(range(files), name):
         content, outcomes = mutated(name, seeds, seed, number), set()
         for kind in kinds:
             outcome, seconds, memory = worker.decode(kind, content, number)
             row.slowest, row.memory = max(row.slowest, seconds), max(row.memory, memory)
             if memory > MEMORY:
-                outcome = f"held {memory:,} bytes"
-                worker.restart()  # for the memory is the most that it has ever held
+                outcome = f"used {memory:,} bytes"
+                worker.restart()  # The peak memory of a process never decreases.
             outcomes.add(outcome)
             if outcome not in ("decoded", "refused"):
                 failures.mkdir(exist_ok=True)
@@ -346,15 +346,15 @@ def fuzz(name: str, files: int, seed: int, worker: Worker, failures: Path) -> Ro
 
 
 def page(rows: list[Row], seed: int) -> str:
-    """docs/results/hostile.md."""
+    """The text of docs/results/hostile.md."""
     total = Row("all", *(sum(getattr(row, key) for row in rows) for key in ("files", "decoded", "refused")))
     total.slowest, total.memory = max(row.slowest for row in rows), max(row.memory for row in rows)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("pillow", "av", "soundfile", "numpy", "torch"))
     ffmpeg = ".".join(map(str, av.library_versions["libavcodec"]))
     lines = [
-        "# Media files that were changed at random",
+        "# Fuzzing of media files",
         "",
-        "Written by `benchmarks/fuzz.py`, whose head says what is measured and how.",
+        "Written by `benchmarks/fuzz.py`; its docstring describes the measurement.",
         "",
         f"- Command: `{shlex.join(['python', 'benchmarks/fuzz.py', *sys.argv[1:]])}`",
         f"- openimp: {openimp_version()}, seed {seed}",
@@ -362,34 +362,34 @@ def page(rows: list[Row], seed: int) -> str:
         f"libsndfile {soundfile.__libsndfile_version__}",
         f"- Hardware: {processor()}, {os.cpu_count()} cores",
         "",
-        "| format | files | decoded | refused | failed | slowest, CPU time | most memory held |",
+        "| format | files | decoded | refused | failed | maximum CPU time | peak memory |",
         "|---|---:|---:|---:|---:|---:|---:|",
         *map(str, [*rows, total]),
         "",
-        "Failed is what crashed the process, hung, held more than 700 MB, or raised anything but BadMedia. The memory",
-        "is all that the process holds, Python, torch and the decoders included.",
+        "A file failed if the process crashed, exceeded the time limit, used more than 700 MB, or raised anything but",
+        "BadMedia. The peak memory is that of the whole process, including Python, torch and the decoders.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def share(files: int, names: list[str]) -> Iterator[tuple[str, int]]:
-    """How many files of each format, as equal as may be."""
+    """Divides the number of files among the formats as equally as possible."""
     for i, name in enumerate(names):
         yield name, files * (i + 1) // len(names) - files * i // len(names)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=10_000, help="of all formats together")
+    parser.add_argument("--files", type=int, default=10_000, help="number of files, over all formats")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=FORMATS, default=list(FORMATS), metavar="FORMAT")
-    parser.add_argument("--write", action="store_true", help="into docs/results/hostile.md")
+    parser.add_argument("--write", action="store_true", help="write docs/results/hostile.md")
     args = parser.parse_args()
     if args.write and "-dirty" in openimp_version():
-        parser.error("--write: the checkout was changed since its commit, which the page names; commit first")
+        parser.error("--write: the page names a commit, but the checkout has uncommitted changes; commit them first")
     failures, rows = Path(tempfile.gettempdir()) / f"openimp-fuzz-{os.getpid()}", []
     for name, files in share(args.files, args.only):
-        worker = Worker()  # of its own, so that the memory is that of the format
+        worker = Worker()  # One per format, so that its peak memory is that of the format.
         rows.append(fuzz(name, files, args.seed, worker, failures))
         worker.stop()
     text = page(rows, args.seed)

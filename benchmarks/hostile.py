@@ -1,4 +1,4 @@
-"""Files of strangers, for benchmarks/faults.py: broken, or not what they claim to be."""
+"""Broken and malicious media files for benchmarks/faults.py."""
 
 import io
 import json
@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 
 SIDES = {"large": 10_000, "huge": 40_000}
-"""Pixels a side that headers claim: 0.3 and 4.8 GB, once decoded. openimp refuses the one, Pillow itself the other."""
+"""Claimed side lengths in pixels: 0.3 and 4.8 GB when decoded. openimp refuses the first, Pillow the second."""
 TASKS = [
     "sources.clips={path: clips}",
     "sources.packed={path: packed.tar}",
@@ -28,7 +28,7 @@ TASKS = [
 
 
 def more_data(little: Path, folder: Path) -> Path:
-    """A copy of the tests' data, with 24 clips and a tar of its pictures besides."""
+    """Copies the tests' data, and adds 24 clips and a tar of the images."""
     shutil.copytree(little, folder)
     rng = np.random.default_rng(0)
     for i in range(24):
@@ -42,7 +42,7 @@ def more_data(little: Path, folder: Path) -> Path:
 
 
 def _clip(frames: np.ndarray) -> bytes:
-    """Frames (T, H, W, 3) as an AVI file."""
+    """An AVI file of frames (T, H, W, 3)."""
     file = io.BytesIO()
     with av.open(file, "w", format="avi") as container:
         stream = container.add_stream("mpeg4", rate=10)
@@ -63,7 +63,7 @@ def _add(tar: tarfile.TarFile, key: str, picture: bytes, text: str) -> None:
 
 
 def _picture(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], str]:
-    """Writes a spoilt copy of a picture, and says how its name ends."""
+    """Returns a function that writes a damaged copy of an image and returns its name."""
 
     def write(data: Path) -> str:
         file = data / "pictures" / "red" / name
@@ -78,7 +78,7 @@ def _corrupt(picture: bytes) -> bytes:
 
 
 def _claiming(side: int, picture: bytes) -> bytes:
-    """The header of so many pixels a side, its checksum right, and the same pixels after it."""
+    """Replaces the header of a PNG by one that claims `side` x `side` pixels, with a correct checksum."""
     header = b"IHDR" + struct.pack(">II", side, side) + picture[24:29]
     return picture[:12] + header + struct.pack(">I", zlib.crc32(header)) + picture[33:]
 
@@ -120,4 +120,4 @@ FILES: dict[str, Callable[[Path], str]] = {
     "a sound of NaN": _not_numbers,
     "a member of a tar named ../outside": _outside,
 }
-"""What writes each into the data, and gives the end of the name by which it is skipped."""
+"""By description, a function that adds the file to the data and returns the end of its name in skipped.jsonl."""

@@ -1,12 +1,11 @@
-"""What a batch costs the loader: CPU milliseconds by task and view of a recipe, and what they go to.
+"""Measures the CPU time per batch in the data loader, by task and view of a recipe, and its parts.
 
     python benchmarks/loader.py recipes/demo.yaml [--set sources.stills.cache=none] [--batches 20]
 
-Batches are made here, by one thread and one after the other, as a worker makes them; waiting for the disk does not
-count. `decode`, `augment` and `tokens` are what media take, `text` is all of that for texts and their templates, and
-`rest` reads rows, draws and stacks. A training waits for data where this, divided by `train.num_workers`, is more than
-a
-step takes.
+One thread of this process makes the batches one after the other, as a worker does. Waiting for the disk does not
+count. `decode`, `augment` and `tokens` are the shares of media. `text` is the share of texts and their templates.
+`rest` is the share of reading rows, random draws and stacking. A training waits for data if the time per batch divided
+by `train.num_workers` exceeds the time per step.
 """
 
 import argparse
@@ -27,7 +26,7 @@ PARTS = {"decode": "decode", "transform": "augment", "tokens": "tokens"}
 
 
 def timed(function: Callable[..., Any], part: str, spent: Counter[str]) -> Callable[..., Any]:
-    """The function, which adds its nanoseconds to a part of what is `spent`."""
+    """Wraps a function so that each call adds its nanoseconds to `spent[part]`."""
 
     def call(*args: Any, **options: Any) -> Any:
         start = time.thread_time_ns()
@@ -40,7 +39,7 @@ def timed(function: Callable[..., Any], part: str, spent: Counter[str]) -> Calla
 
 
 def measure(recipe: Recipe, batches: int) -> dict[tuple[str, int], Counter[str]]:
-    """Nanoseconds of the parts, and in all, of the first `batches` of each task and view after one to warm up."""
+    """The mean nanoseconds per batch of each (task, view), in total ("all") and by part, after one warm-up batch."""
     data = StepBatches(recipe, recipe.make_modalities())
     data.fit()
     spent: Counter[str] = Counter()
@@ -66,11 +65,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a file, or the name of a bundled recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
-    parser.add_argument("--batches", type=int, default=20, help="of each task and view")
+    parser.add_argument("--batches", type=int, default=20, help="batches per task and view")
     args = parser.parse_args()
     torch.set_num_threads(1)
     parts = [*PARTS.values(), "text"]
-    table = Table("task", "view", "ms a batch", *parts, "rest")
+    table = Table("task", "view", "ms per batch", *parts, "rest")
     for (task, view), spent in measure(Recipe.load(args.recipe, args.set), args.batches).items():
         shares = [spent[part] / max(1, spent["all"]) for part in parts]
         shown = [f"{share:.0%}" for share in [*shares, 1 - sum(shares)]]

@@ -1,13 +1,14 @@
-"""How fast a training step is: openimp against timm's ViT, sparse against dense, few tokens against all.
+"""Compares the speed of training steps: openimp with timm's ViT, sparse with dense, dropped tokens with all tokens.
 
     pip install -e '.[bench]'
-    python benchmarks/throughput.py            # about ten minutes on one core; exit code 1 if a bar is missed
-    python benchmarks/throughput.py --smoke    # does it run at all; no bars
+    python benchmarks/throughput.py            # about ten minutes on one core; exit code 1 if a speedup is too small
+    python benchmarks/throughput.py --smoke    # checks that the benchmark runs; required speedups are ignored
 
-A step is forward, backward and fused AdamW under bf16 autocast on the CPU: 64 pictures of 128 x 128 pixels, 64 tokens
-each, already in memory, with one linear head over 1000 classes. The two sides of a ratio take their steps in turn in
-one process, and the order alternates, so that whatever else the machine does hits both; the median over all pairs
-counts. Both timm models are held to the bar: on CPUs its fused attention, the default, is the slower one for 64 tokens.
+A step is forward, backward and fused AdamW under bf16 autocast on the CPU. It takes 64 images of 128 x 128 pixels, 64
+tokens each, which are already in memory, and has one linear head over 1000 classes. The two models of a comparison take
+their steps alternately in one process, so that other load on the machine affects both. The order within a pair of steps
+alternates too. The result is the median over all pairs. timm's ViT is measured with fused and with plain attention,
+because fused attention, the default, is the slower one on CPUs for 64 tokens.
 """
 
 import argparse
@@ -46,7 +47,7 @@ CPU = torch.device("cpu")
 
 
 class Step:
-    """A model, its optimiser and one batch; called, it takes one training step."""
+    """A training step of a model on one batch, with its optimizer."""
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor], tokens: int) -> None:
         self.loss, self.tokens = loss, tokens
@@ -68,7 +69,7 @@ class Step:
         return time.perf_counter() - start
 
     def flops(self) -> int:
-        """Of the matrix products, forward and backward."""
+        """FLOPs of the matrix products, forward and backward."""
         with FlopCounterMode(display=False) as counter:
             self.backward()
         return int(counter.get_total_flops())
@@ -76,22 +77,22 @@ class Step:
 
 @dataclass
 class Comparison:
-    """Two steps, and how many times as fast the first one should be as the second.
+    """The speedup of one step over another.
 
     Attributes:
-        bar: the least median ratio; None: only for information.
-        ratios: seconds of the baseline / seconds of the variant, a pair each.
+        required: the smallest acceptable median speedup, or None for no requirement.
+        ratios: seconds of the baseline / seconds of the variant, one per pair of steps.
     """
 
     name: str
     variant: Step
     against: str
     baseline: Step
-    bar: float | None = None
+    required: float | None = None
     ratios: list[float] = field(default_factory=list)
 
     def measure(self, swap: bool) -> None:
-        """Adds one pair."""
+        """Measures one pair of steps."""
         first, second = (self.variant, self.baseline) if swap else (self.baseline, self.variant)
         ratio = first.seconds() / second.seconds()
         self.ratios.append(1 / ratio if swap else ratio)
@@ -102,40 +103,42 @@ class Comparison:
 
     @property
     def reached(self) -> bool:
-        return self.bar is None or self.median >= self.bar
+        return self.required is None or self.median >= self.required
 
     def row(self) -> list[str]:
         low, _, high = statistics.quantiles(self.ratios, n=4)
-        bar = "" if self.bar is None else f"{self.bar:g}: {'reached' if self.reached else 'MISSED'}"
+        required = "" if self.required is None else f"{self.required:g}: {'reached' if self.reached else 'MISSED'}"
         size = [f"{self.variant.flops() / 1e9:.1f}", f"{self.variant.tokens}"]
-        return [self.name, self.against, *size, f"{self.median:.2f}", f"{low:.2f}-{high:.2f}", bar]
+        return [self.name, self.against, *size, f"{self.median:.2f}", f"{low:.2f}-{high:.2f}", required]
 
 
-COLUMNS = ["variant", "against", "GFLOPs a step", "tokens a step", "times as fast", "middle half of the pairs", "bar"]
+COLUMNS = [
+    "variant", "baseline", "GFLOPs per step", "tokens per step", "speedup", "interquartile range", "required speedup"
+]  # fmt: skip
 
 
-def pictures(batch: int) -> tuple[np.ndarray, Tensor]:
-    """Random pixels (B, H, W, 3) and classes (B,), the same for all models."""
+def images(batch: int) -> tuple[np.ndarray, Tensor]:
+    """Random pixels (B, H, W, 3) and classes (B,), equal for all models."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (batch, SIZE, SIZE, 3), np.uint8)
     return pixels, torch.from_numpy(rng.integers(0, CLASSES, batch))
 
 
 def openimp_step(batch: int, name: str, drop: float = 0.0, compiled: bool = False, **changes: Any) -> Step:
-    """The model of a bundled recipe, with some of its values changed, on what openimp's loader would hand it."""
+    """The model of a bundled recipe with some values changed, on a batch as openimp's loader returns it."""
     model = {**Recipe.load(name).model.model_dump(), **changes}
     task = {
         "source": "pictures",
         "inputs": {"image": "file"},
         "objectives": [{"type": "classification", "label": "label"}],
-        "views": [{"image": {"size": SIZE, "drop": drop}}],
+        "views": [{"image": {"size": SIZE, "drop_tokens": drop}}],
     }
     sources = {"pictures": {"path": "."}}
     recipe = Recipe.build({"name": name, "model": model, "sources": sources, "tasks": {"all": task}})
     modalities = recipe.make_modalities()
     torch.manual_seed(0)
     imp = IMP.from_recipe(recipe, modalities, {head_key("pictures", "label"): CLASSES}).train()
-    pixels, label = pictures(batch)
+    pixels, label = images(batch)
     rngs = [np.random.default_rng(i) for i in range(batch)]
     tokens = modalities["image"].tokens(pixels, recipe.tasks["all"].views[0]["image"], rngs)
     data = Batch({"image": tokens}, {"": torch.arange(batch)}, {"label": label}, list(range(batch)))
@@ -145,21 +148,21 @@ def openimp_step(batch: int, name: str, drop: float = 0.0, compiled: bool = Fals
 
 
 def timm_step(batch: int, fused: bool, **changes: Any) -> Step:
-    """timm's ViT of the size of IMP-S, on normalised pictures; all else (GELU, biases) as timm has it."""
+    """timm's ViT with the size of IMP-S on normalized images. GELU, biases and all else are timm's defaults."""
     size = Recipe.load("imp_s").model.model_copy(update=changes)
     timm.layers.set_fused_attn(fused)
     torch.manual_seed(0)
     vit = VisionTransformer(
         img_size=SIZE, patch_size=PATCH, num_classes=CLASSES, class_token=False, global_pool="avg",
-        embed_dim=size.width, depth=size.layers, num_heads=size.heads, mlp_ratio=size.mlp / size.width,
+        embed_dim=size.width, depth=size.layers, num_heads=size.heads, mlp_ratio=size.mlp_dim / size.width,
     ).train()  # fmt: skip
-    pixels, label = pictures(batch)
+    pixels, label = images(batch)
     x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
     return Step(vit, lambda: F.cross_entropy(vit(x).float(), label), batch * (SIZE // PATCH) ** 2)
 
 
 def comparisons(smoke: bool, compiled: bool) -> list[Comparison]:
-    """What the table shows, in its order."""
+    """The rows of the table."""
     batch, fewer = (2, {"layers": 2}) if smoke else (64, {})
     experts = {**Recipe.load("imp_moe_s").model.model_dump()["moe"], **({"layers": 1} if smoke else {})}
 
@@ -175,7 +178,7 @@ def comparisons(smoke: bool, compiled: bool) -> list[Comparison]:
         Comparison("IMP-S", base, "timm ViT, fused attention", timm_step(batch, fused=True, **fewer), 0.9),
         Comparison("IMP-S", base, "timm ViT, plain attention", timm_step(batch, fused=False, **fewer), 0.9),
         Comparison("IMP-MoE-S, expert choice", sparse("expert_choice"), "IMP-S", base, 0.8),
-        Comparison("the same without QK-norm", sparse("expert_choice", qk_norm=False), "IMP-S", base),
+        Comparison("IMP-MoE-S, expert choice without QK-norm", sparse("expert_choice", qk_norm=False), "IMP-S", base),
         Comparison("IMP-MoE-S, expert choice across the batch", sparse("expert_choice_batch"), "IMP-S", base),
         Comparison("IMP-MoE-S, token choice", sparse("token_choice"), "IMP-S", base),
         Comparison("IMP-S, 75% of tokens dropped", dense(0.75), "IMP-S", base, 3.0),
@@ -193,13 +196,13 @@ def report(found: list[Comparison]) -> str:
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(item.row() for item in found)]
     return f"""# Throughput of a training step
 
-Written by `benchmarks/throughput.py`, whose head says what is measured and how.
+Written by `benchmarks/throughput.py`; its docstring describes the measurement.
 
 - Command: `{shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]])}`
 - openimp: {openimp_version()}
 - Versions: Python {platform.python_version()}, torch {torch.__version__}, timm {version("timm")}
 - Hardware: {processor()}, {os.cpu_count()} cores; threads used: {torch.get_num_threads()}
-- Pairs a row: {len(found[0].ratios)}; bf16 autocast; seed 0
+- Pairs per row: {len(found[0].ratios)}; bf16 autocast; seed 0
 
 {chr(10).join("| " + " | ".join(cells) + " |" for cells in rows)}
 """
@@ -207,18 +210,20 @@ Written by `benchmarks/throughput.py`, whose head says what is measured and how.
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=15, help="pairs of steps for each row")
-    parser.add_argument("--threads", type=int, default=1, help="threads that torch computes with")
-    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which takes minutes")
-    parser.add_argument("--smoke", action="store_true", help="a few tiny steps; no bars")
+    parser.add_argument("--pairs", type=int, default=15, help="pairs of steps per row")
+    parser.add_argument("--threads", type=int, default=1, help="threads that torch uses")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile; compiling takes minutes")
+    parser.add_argument("--smoke", action="store_true", help="a few tiny steps, to check that the benchmark runs")
     parser.add_argument("--write", action="store_true", help="also write docs/results/throughput.md")
     args = parser.parse_args()
-    # Asked for here, and kept from now on: the checkout may move on meanwhile.
+    # Checked first, because the checkout may change during the measurement. `openimp_version` caches its result.
     if args.write and "-dirty" in openimp_version():
-        parser.error("--write: the checkout was changed since its commit, which the page names; commit first")
+        parser.error("--write: the page names a commit, but the checkout has uncommitted changes; commit them first")
     torch.set_num_threads(args.threads)
     pairs = 2 if args.smoke else max(2, args.pairs)
-    found = [replace(item, bar=None if args.smoke else item.bar) for item in comparisons(args.smoke, args.compile)]
+    found = [
+        replace(item, required=None if args.smoke else item.required) for item in comparisons(args.smoke, args.compile)
+    ]
     for step in {id(step): step for item in found for step in (item.variant, item.baseline)}.values():
         step()
         step()

@@ -1,4 +1,4 @@
-"""Media files that are changed at random, as benchmarks/fuzz.py changes them, and a check that it sees what fails."""
+"""Fuzzed media files are decoded or refused, and benchmarks/fuzz.py notices failures."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import pytest
 from fuzz import FORMATS, MEMORY, MEND, Worker, fuzz, mutated
 
 FILES = 25
-"""Of each format."""
+"""Files per format."""
 
 
 @pytest.fixture(scope="module")

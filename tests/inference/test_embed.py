@@ -15,7 +15,7 @@ from openimp.inference.embed import embed
 
 @pytest.fixture
 def folder(media_folder, tmp_path):
-    """The media, one level deeper, with files that cannot be read and one that is no medium."""
+    """The media in a subfolder, two unreadable files, and a file of an unknown type."""
     top = tmp_path / "in"
     shutil.copytree(media_folder, top / "deep")
     (top / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
@@ -42,7 +42,7 @@ def test_a_folder_becomes_a_table_of_unit_vectors(tiny_model_folder, folder, tmp
         path = Path(row["path"])
         value = path.read_text(encoding="utf-8") if row["modality"] == "text" else path
         alone = model.encode(row["modality"], value, normalize=True)[0].cpu()
-        # Up to the rounding of bf16, where it is faster.
+        # Up to the rounding of bf16, which is used if it is faster.
         assert torch.dot(alone, torch.tensor(row["embedding"])) > 0.999
     assert np.linalg.norm([row["embedding"] for row in rows], axis=1) == pytest.approx(1, abs=1e-5)
     assert done.rows == {"image": 3, "video": 3, "audio": 3, "text": 3}
@@ -51,13 +51,13 @@ def test_a_folder_becomes_a_table_of_unit_vectors(tiny_model_folder, folder, tmp
     ]
     assert done.unknown == 1
     printed = capsys.readouterr().out
-    assert "12 vectors (3 image, 3 text, 3 video, 3 audio)" in printed
+    assert "12 embeddings (3 image, 3 text, 3 video, 3 audio)" in printed
     assert "2 files could not be read" in printed
     assert str(folder / "broken.png") in printed
 
 
-def test_long_lists_are_written_part_by_part_in_order(tiny_model_folder, media_folder, tmp_path, monkeypatch):
-    """With parts of one and of all files the table is the same, and a bad file in the middle shifts nothing."""
+def test_long_lists_are_written_in_chunks_and_in_order(tiny_model_folder, media_folder, tmp_path, monkeypatch):
+    """Chunks of one file and of all files give the same table, and a bad file in the middle shifts no row."""
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"nothing")
     files = [media_folder / "2.png", bad, media_folder / "0.png", media_folder / "2.png", media_folder / "1.png"]
@@ -72,34 +72,37 @@ def test_long_lists_are_written_part_by_part_in_order(tiny_model_folder, media_f
 
 def test_a_text_file_that_is_huge_is_skipped(tiny_model_folder, media_folder, tmp_path):
     with (tmp_path / "huge.txt").open("wb") as file:
-        file.truncate(2**40)  # It takes no room on the disk.
+        file.truncate(2**40)  # A sparse file, which takes no space on the disk.
     done = embed(tiny_model_folder, [tmp_path / "huge.txt", media_folder / "0.txt"], tmp_path / "out.parquet")
     assert done.rows == {"text": 1}
     assert "is larger than 33,554,432 bytes" in done.skipped[0]
 
 
-def test_a_file_whose_name_is_no_utf8_is_skipped_and_named(tiny_model_folder, media_folder, tmp_path, capsys):
+def test_a_file_whose_name_is_not_utf8_is_skipped_and_named(tiny_model_folder, media_folder, tmp_path, capsys):
     for file in ("0.png", "0.txt"):
         shutil.copy(media_folder / file, tmp_path / file)
         shutil.copy(media_folder / file, os.fsencode(tmp_path) + b"/\xff" + os.fsencode(file))
     done = embed(tiny_model_folder, [tmp_path], tmp_path / "out.parquet")
     assert done.rows == {"image": 1, "text": 1}
     assert sorted(pq.read_table(done.out)["path"].to_pylist()) == [str(tmp_path / name) for name in ("0.png", "0.txt")]
-    told = [f"{tmp_path}/\\udcff0.{end}: its name is not UTF-8, as the table's paths are" for end in ("png", "txt")]
+    told = [f"{tmp_path}/\\udcff0.{end}: its name is not UTF-8, so the table cannot hold it" for end in ("png", "txt")]
     assert done.skipped == told
     assert told[0] in capsys.readouterr().out
 
 
-def test_the_modality_can_be_said_where_the_name_does_not_tell(tiny_model_folder, media_folder, tmp_path):
+def test_the_modality_can_be_given_if_the_extension_is_unknown(tiny_model_folder, media_folder, tmp_path):
     nameless = tmp_path / "picture"
     shutil.copy(media_folder / "0.png", nameless)
-    with pytest.raises(UserError, match=r"picture: is it image or text or video or audio\? .* --modality"):
+    with pytest.raises(
+        UserError,
+        match=r"picture: its extension does not say whether it is image or text or video or audio; use --modality",
+    ):
         embed(tiny_model_folder, [nameless], tmp_path / "out.parquet")
     done = embed(tiny_model_folder, [nameless], tmp_path / "out.parquet", modality="image")
     assert done.rows == {"image": 1}
 
 
-def test_towards_decides_on_the_space_of_texts(tiny_model_folder, media_folder, tmp_path):
+def test_towards_selects_the_space_of_texts(tiny_model_folder, media_folder, tmp_path):
     done = embed(tiny_model_folder, [media_folder / "0.txt"], tmp_path / "out.parquet", towards="audio")
     row = pq.read_table(done.out).to_pylist()[0]
     text = (media_folder / "0.txt").read_text(encoding="utf-8")
@@ -112,14 +115,16 @@ def test_towards_decides_on_the_space_of_texts(tiny_model_folder, media_folder, 
     ("files", "options", "message"),
     [
         (["missing.png"], {}, r"missing\.png: no such file or folder"),
-        (["empty"], {}, "nothing to embed in .*empty; looked for "),
-        ([], {}, "nothing to embed in no files"),
+        (["empty"], {}, "no files to embed in .*empty; looked for "),
+        ([], {}, "no files to embed in an empty list"),
         (["bad.png"], {}, r"none of the 1 files can be read; the first: .*bad\.png"),
         (["bad.png"], {"modality": "picture"}, "no modality 'picture'"),
         (["bad.png"], {"towards": "video"}, "no task trains image and video together"),
     ],
 )
-def test_bad_input_is_said_and_the_old_table_stays(tiny_model_folder, tmp_path, monkeypatch, files, options, message):
+def test_bad_input_is_reported_and_the_old_table_stays(
+    tiny_model_folder, tmp_path, monkeypatch, files, options, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.png").write_bytes(b"no picture")
@@ -140,6 +145,6 @@ def test_an_interrupted_run_leaves_nothing_behind(tiny_model_folder, media_folde
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_table_is_not_written_over_a_folder(tiny_model_folder, media_folder, tmp_path):
+def test_the_table_cannot_replace_a_folder(tiny_model_folder, media_folder, tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         embed(tiny_model_folder, [media_folder], tmp_path)

@@ -244,7 +244,7 @@ def test_mteb_compares_what_the_task_compares(model, media_folder):
     both = encode(model, ["text", "image"], text=texts[:1], image=[picture])
     parts = model.encode_text(texts[0], normalize=True) + model.encode_image(picture, normalize=True)
     torch.testing.assert_close(both, parts, rtol=0, atol=1e-5)
-    with pytest.raises(UserError, match="a batch of smell: the model knows image, text, audio"):
+    with pytest.raises(UserError, match="the batch has smell, but the model has image, text, audio"):
         encode(model, ["text"], smell=["rose"])
 
 

@@ -36,7 +36,7 @@ from openimp.planning.ledger import costs, empty_batch, short
 from openimp.planning.memory import StepMemory, step_memory
 from openimp.planning.plan import SIMILARITY, Plan, Step, count, per_token, plan
 from openimp.recipe.schema import Recipe
-from openimp.study.training import peak_memory
+from openimp.study.trainers import peak_memory
 from openimp.training.optimizers import make_optimizers, muon_matrices
 from openimp.training.trainer import Trainer
 

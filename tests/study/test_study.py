@@ -1,4 +1,4 @@
-"""Studies: equal FLOPs for every arm, results that tell what was found, and a stop that loses nothing."""
+"""Studies: every arm gets equal FLOPs, the page shows the runs' results, and a stopped study resumes without loss."""
 
 import math
 import re
@@ -21,8 +21,8 @@ from openimp.recipe.schema import Recipe
 from openimp.study.budget import part_recipe
 from openimp.study.outcome import Outcome
 from openimp.study.results import curves_of, write_results
-from openimp.study.run import _finished, run_study
-from openimp.study.schema import Study, read_study
+from openimp.study.run import run_study
+from openimp.study.schema import Study, file_name, read_study
 
 STUDIES = sorted(path.stem for path in Path(find_file("moe", "studies")).parent.glob("*.yaml"))
 LITTLE = {
@@ -47,7 +47,7 @@ def write_study(folder: Path, **changes: object) -> Path:
 
 @pytest.fixture(scope="module")
 def done(little_data, tmp_path_factory):
-    """A study of the little recipe, run to its end: (study, runs, results)."""
+    """A finished study of the little recipe: (study, runs, results)."""
     runs, out = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("out")
     file = write_study(little_data)
     assert run_study(str(file), runs, out)
@@ -61,15 +61,15 @@ def outcome(folder: Path, arm: str, seed: int) -> Outcome:
     return found
 
 
-def test_every_arm_gets_the_flops_that_the_study_says(done):
+def test_every_arm_spends_the_flops_of_the_study(done):
     _, runs, _ = done
     for arm, share in {"together": 1, "half": 0.5, "alone": 1}.items():
         spent = [outcome(runs, arm, seed).flops for seed in (0, 1)]
-        # What a draw by weight and whole steps leave of it.
+        # Tasks are drawn at random, and steps are whole, so the FLOPs are only about equal.
         assert spent == pytest.approx([share * LITTLE["flops"]] * 2, rel=0.15), arm
 
 
-def test_the_page_holds_what_the_runs_found(done):
+def test_the_page_shows_the_results_of_the_runs(done):
     file, runs, out = done
     page = (out / "little.md").read_text()
     assert f"`openimp study {file}`" in page
@@ -85,13 +85,13 @@ def test_the_page_holds_what_the_runs_found(done):
         assert min(Image.open(out / picture).size) > 200
 
 
-def test_arms_that_differ_in_their_flops_alone_are_one_curve(done):
+def test_arms_that_differ_only_in_their_flops_are_one_curve(done):
     study, _ = read_study(str(done[0]), smoke=False)
     assert sorted(curves_of(study)) == [["alone"], ["half", "together"]]
 
 
 def test_a_summed_round_takes_every_task_once(little_data):
-    """Whatever the recipe or the part says of the alternation."""
+    """Even if the recipe or the part sets another alternation."""
     changes = ["tasks.named.interval=2", "tasks.heard.interval=3", "alternation.kind=random"]
     summed = {"summed": True, "set": changes}
     study, _ = read_study(str(write_study(little_data, arms={"a": {}, "b": summed})), smoke=False)
@@ -101,7 +101,7 @@ def test_a_summed_round_takes_every_task_once(little_data):
     assert tasks == (["named", "heard"] * len(tasks))[: len(tasks)]
 
 
-def test_what_is_trained_is_not_trained_again(done, capsys):
+def test_finished_runs_are_not_trained_again(done, capsys):
     file, runs, out = done
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.jsonl")}
     (out / "little.md").unlink()
@@ -110,7 +110,7 @@ def test_what_is_trained_is_not_trained_again(done, capsys):
     assert (out / "little.md").exists()
 
 
-def test_figures_of_another_recipe_do_not_pass_as_the_study_s(done, little_data, tmp_path):
+def test_results_of_another_recipe_are_refused(done, little_data, tmp_path):
     _, runs, _ = done
     changed = write_study(little_data, arms=LITTLE["arms"] | {"half": {"flops": 0.5, "set": ["optimizer.lr=0.5"]}})
     with pytest.raises(UserError, match=r"half-0-seed0: trained with optimizer.lr .*, now 0.5; remove the folder"):
@@ -118,46 +118,56 @@ def test_figures_of_another_recipe_do_not_pass_as_the_study_s(done, little_data,
     write_study(little_data)
 
 
-def test_figures_of_another_loop_do_not_pass_as_the_study_s(done):
+def test_results_of_another_evaluation_are_refused(done, little_data, tmp_path):
+    """`train` alone would take them for the results of the changed evaluation set."""
     _, runs, _ = done
-    run = runs / "little/together-0-seed0"
-    recipe = Recipe.load(run / "recipe.yaml")
-    assert _finished(run, recipe, "Trainer")
-    with pytest.raises(UserError, match="seed0: trained by Trainer, now by SummedTrainer; remove the folder"):
-        _finished(run, recipe, "SummedTrainer")
+    file = write_study(little_data, set=["evaluation.sets.tones.view.text.length=7"])
+    with pytest.raises(UserError, match=r"trained with evaluation\.sets\.tones\.view\.text\.length .*, now 7; remove"):
+        run_study(str(file), runs, tmp_path)
+    write_study(little_data)
+
+
+def test_results_of_another_trainer_are_refused(done, little_data, tmp_path):
+    _, runs, _ = done
+    file = write_study(little_data, conflict=True, arms={"together": {}, "half": {"flops": 0.5}})
+    with pytest.raises(UserError, match="saved by Trainer, but ConflictTrainer is to resume it"):
+        run_study(str(file), runs, tmp_path)
+    write_study(little_data)
 
 
 @pytest.mark.parametrize(
-    ("name", "lines"),
+    ("name", "lines", "message"),
     [
-        ("metrics.jsonl", ""),
-        ("metrics.jsonl", '{"step": 1, "totals": {}, "seconds": 1.0, "experts": {}}\n'),
-        ("metrics.jsonl", '{"step": 99}\n'),
-        ("results.jsonl", '{"set": "tones"}\n'),
-        ("results.jsonl", "3\n"),
-        ("results.jsonl", '{"step": STEPS, "set": "tones", "mrr": 0.5}\n'),
+        ("metrics.jsonl", "", "steps are missing; remove .*together-0-seed0 to train it again"),
+        ("metrics.jsonl", '{"step": 1, "totals": {}}\n', "line 1 is not a line of training metrics: lr"),
+        ("results.jsonl", '{"set": "tones"}\n', "line 1 is not an object with a step"),
+        ("results.jsonl", "3\n", "line 1 is not an object with a step"),
+        ("results.jsonl", '{"step": STEPS, "set": "SET"}\n', "line 1 is not a result of an evaluation"),
+        ("conflict.jsonl", '{"step": 1}\n', "conflict.jsonl: cosine: Field required"),
     ],
 )
-def test_a_finished_run_that_lost_figures_is_named(done, tmp_path, name, lines):
+def test_damaged_results_are_refused(done, tmp_path, name, lines, message):
     file, runs, _ = done
     shutil.copytree(runs, tmp_path / "runs")
     run = tmp_path / "runs/little/together-0-seed0"
-    steps = Recipe.load(run / "recipe.yaml").train.steps
-    (run / name).write_text(lines.replace("STEPS", str(steps)))
-    message = f"together-0-seed0: {name} is missing or damaged; remove the folder to train it again"
+    recipe = Recipe.load(run / "recipe.yaml")
+    sets = recipe.evaluation.sets if "SET" in lines else [""]
+    (run / name).write_text(
+        "".join(lines.replace("STEPS", str(recipe.train.steps)).replace("SET", title) for title in sets)
+    )
     with pytest.raises(UserError, match=message):
         run_study(str(file), tmp_path / "runs", tmp_path / "out")
 
 
 @pytest.mark.parametrize("out", ["file", "file/folder"])
-def test_no_place_for_the_results_is_told_before_anything_is_trained(done, tmp_path, out):
+def test_an_impossible_results_folder_is_reported_before_training(done, tmp_path, out):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=f"{out}: --out needs a folder, and none can be made there: "):
+    with pytest.raises(UserError, match=f"{out}: --out must be a folder, but it cannot be created: "):
         run_study(str(done[0]), tmp_path / "runs", tmp_path / out)
     assert not (tmp_path / "runs").exists()
 
 
-def test_models_of_one_arm_may_not_measure_the_same_set(little_data, tmp_path):
+def test_two_models_of_an_arm_cannot_share_an_evaluation_set(little_data, tmp_path):
     for name in ("pictures", "sounds.jsonl"):
         (tmp_path / name).symlink_to(little_data / name)
     for file in little_data.glob("*.wav"):
@@ -166,18 +176,18 @@ def test_models_of_one_arm_may_not_measure_the_same_set(little_data, tmp_path):
     data["tasks"]["heard_too"] = data["tasks"]["heard"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
     study = write_study(tmp_path, arms={"a": {}, "b": [{"tasks": ["heard"]}, {"tasks": ["heard_too"]}]})
-    with pytest.raises(UserError, match="arm 'b': two of its models measure tones; one figure would be lost"):
+    with pytest.raises(UserError, match="arm 'b': only one of its models may be evaluated on tones"):
         run_study(str(study), tmp_path / "runs", tmp_path / "out")
 
 
-def test_a_study_is_no_work_for_several_processes(done, tmp_path, monkeypatch):
+def test_a_study_refuses_several_processes(done, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="a study trains in one process; start it without torchrun"):
         run_study(str(done[0]), tmp_path / "runs", tmp_path)
 
 
-def test_cosines_that_were_not_measured_leave_an_empty_cell(tmp_path):
-    """A task that comes rarely may not come twice in a short training, or not at all."""
+def test_cosines_that_were_not_measured_have_an_empty_cell(tmp_path):
+    """In a short training, a rare task may occur only once or never."""
     outcome = {"flops": 1, "steps": 1, "parameters": 1, "seconds": 1.0, "scores": {"s": 0.5}}
     found = {
         "a": [Outcome(**outcome, cosines={"x|x": [0.5], "x|y": [-0.25]}), Outcome(**outcome, cosines={"x|x": [0.25]})],
@@ -196,7 +206,7 @@ def test_cosines_that_were_not_measured_leave_an_empty_cell(tmp_path):
 PLAIN = Outcome(flops=1, steps=1, parameters=1, seconds=1.0, scores={"s": 0.5})
 
 
-def test_results_that_cannot_be_written_leave_the_old_ones(tmp_path):
+def test_a_failed_page_leaves_the_old_files(tmp_path):
     for name in ("t.md", "t.png"):
         (tmp_path / name).write_text("old")
     study = Study(title="t", question="q", recipe="r", flops=1, arms={"a": {}, "b": {"flops": 2}})
@@ -209,13 +219,13 @@ def test_results_that_cannot_be_written_leave_the_old_ones(tmp_path):
     assert (tmp_path / "t.md").read_text() != "old"
 
 
-def test_a_bar_in_a_name_is_none_of_the_table(tmp_path):
+def test_a_vertical_bar_in_a_name_is_escaped(tmp_path):
     study = Study(title="t", question="q", recipe="r", flops=1, arms={"a|b": {}, "c": {}})
     write_results(study, {"a|b": [PLAIN], "c": [PLAIN]}, tmp_path, "t", "c")
     assert "\n| a\\|b | **50.0** |" in (tmp_path / "t.md").read_text()
 
 
-def test_a_training_that_was_killed_before_its_first_checkpoint_begins_anew(done, tmp_path):
+def test_a_training_killed_before_its_first_checkpoint_starts_again(done, tmp_path):
     file, runs, _ = done
     shutil.copytree(runs, tmp_path / "runs")
     (killed,) = tmp_path.glob("runs/little/half-0-seed1")
@@ -225,8 +235,8 @@ def test_a_training_that_was_killed_before_its_first_checkpoint_begins_anew(done
     assert outcome(tmp_path / "runs", "half", 1).scores == outcome(runs, "half", 1).scores
 
 
-def test_a_stopped_study_goes_on_where_it_stopped(done, little_data, tmp_path):
-    """Stopped by a signal in its first training, it ends with the figures of the one that was never stopped."""
+def test_a_stopped_study_resumes(done, little_data, tmp_path):
+    """A signal stops its first training. After resuming, the scores equal those of the study that was not stopped."""
     file, runs, _ = done
     command = [sys.executable, "-u", "-m", "openimp", "study", file, "--runs", tmp_path / "runs", "--out", tmp_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -236,7 +246,7 @@ def test_a_stopped_study_goes_on_where_it_stopped(done, little_data, tmp_path):
                 break
         rest = process.stdout.read()
     assert process.returncode == 0
-    assert "go on with" in rest
+    assert "resume with" in rest
     assert not list(tmp_path.glob("*.md"))
     assert run_study(str(file), tmp_path / "runs", tmp_path)
     for arm in LITTLE["arms"]:
@@ -250,15 +260,21 @@ def test_a_stopped_study_goes_on_where_it_stopped(done, little_data, tmp_path):
         ({"arms": {"only": {}}}, "arms: .*at least 2"),
         ({"arms": {"a": {}, "b": {"set": ["model.widht=3"]}}}, "arm 'b': .*unknown key 'widht'; did you mean 'width'"),
         ({"arms": {"a": {}, "b": {"tasks": ["herd"]}}}, "arm 'b': .*'herd'; did you mean 'heard'"),
-        ({"arms": {"a": {"summed": True}, "b": {}}, "conflict": True}, "which arm 'a' has not"),
-        ({"arms": {"a": {"tasks": ["named"]}, "b": {}}, "conflict": True}, "which arm 'a' has not"),
+        (
+            {"arms": {"a": {"summed": True}, "b": {}}, "conflict": True},
+            "but arm 'a' is summed, has two towers or trains only some tasks",
+        ),
+        (
+            {"arms": {"a": {"tasks": ["named"]}, "b": {}}, "conflict": True},
+            "but arm 'a' is summed, has two towers or trains only some tasks",
+        ),
         ({"recipe": "none.yaml"}, "none.yaml: no such recipe"),
         ({"arms": {"a": {}, "b": []}}, "arms.b: .*at least 1"),
-        ({"arms": {"a": {}, "../b": {}}}, "arm '../b': no slash may be in its name"),
-        ({"arms": {"a": {}, "b\0": {}}}, r"arm 'b\\x00': no control character may be in its name"),
+        ({"arms": {"a": {}, "../b": {}}}, "arms.*: '../b' cannot name a folder"),
+        ({"arms": {"a": {}, "b\0": {}}}, r"arms.*: 'b\\x00' cannot name a folder"),
         ({"arms": {"x y": {}, "x_y": {}}}, "arms 'x y' and 'x_y' would share files: only spaces, _ - or commas differ"),
         ({"arms": {"x y": {}, "x, y": {}}}, "arms 'x y' and 'x, y' would share files"),
-        ({"arms": {"a": {}, "b": {"tasks": ["named", "named"]}}}, "arm 'b': tasks: 'named' is given twice"),
+        ({"arms": {"a": {}, "b": {"tasks": ["named", "named"]}}}, "arms.b.tasks: 'named' is given twice"),
         ({"seeds": [0, 1, 0]}, "seeds: 0 is given twice"),
         ({"seeds": [10**30]}, f"seeds.0: Input should be less than {2**63}"),
         ({"seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
@@ -267,12 +283,15 @@ def test_a_stopped_study_goes_on_where_it_stopped(done, little_data, tmp_path):
         ({"arms": {"a": {}, "b": {"flops": math.inf}}}, "arms.b.flops: Input should be a finite number"),
         (
             {"flops": 1e300},
-            "arm 'together': its FLOPs pay for .*e.2.. steps, where a training takes at most 100,000,000",
+            "arm 'together': its FLOPs allow .*e.2.. steps, but a training has at most 100,000,000",
         ),
-        ({"flops": 1e300, "arms": {"a": {}, "b": {"flops": 1e300}}}, "arm 'a': its FLOPs pay for"),
-        ({"arms": {"a": {}, "b": {"flops": 1e300}}}, "arm 'b': its FLOPs pay for"),
-        ({"arms": {"a": {}, "b": [{}, {}]}}, "arm 'b': each of its models needs tasks of its own"),
-        ({"arms": {"a": {}, "b": [{"tasks": ["named"]}] * 2}}, "arm 'b': each of its models needs tasks of its own"),
+        ({"flops": 1e300, "arms": {"a": {}, "b": {"flops": 1e300}}}, "arm 'a': its FLOPs allow"),
+        ({"arms": {"a": {}, "b": {"flops": 1e300}}}, "arm 'b': its FLOPs allow"),
+        ({"arms": {"a": {}, "b": [{}, {}]}}, "arm 'b': each of its models needs `tasks` that no other"),
+        (
+            {"arms": {"a": {}, "b": [{"tasks": ["named"]}] * 2}},
+            "arm 'b': each of its models needs `tasks` that no other",
+        ),
         ({"arms": {"a": {}, "b": {"set": ["train.steps=3"]}}}, "arm 'b': train.steps follows from the study's FLOPs"),
         (
             {"arms": {"a": {}, "b": {"set": ["optimizer={lr: 1e-3, warmup_steps: 7}"]}}},
@@ -288,7 +307,7 @@ def test_a_stopped_study_goes_on_where_it_stopped(done, little_data, tmp_path):
         ({"arms": {"a": {"tasks": ["named"]}, "b": {"tasks": ["heard"], "set": ["evaluation.sets={}"]}}}, "no eval"),
     ],
 )
-def test_a_mistake_in_a_study_is_told_before_anything_is_trained(little_data, tmp_path, change, message):
+def test_a_mistake_in_a_study_is_reported_before_training(little_data, tmp_path, change, message):
     for name in ("recipe.yaml", "pictures", "sounds.jsonl"):
         (tmp_path / name).symlink_to(little_data / name)
     with pytest.raises(UserError, match=message):
@@ -297,14 +316,14 @@ def test_a_mistake_in_a_study_is_told_before_anything_is_trained(little_data, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_study_is_told_with_the_nearest_known():
+def test_the_error_for_an_unknown_study_names_the_nearest():
     with pytest.raises(UserError, match="moo: no such study; did you mean 'moe'"):
         read_study("moo", smoke=False)
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_bundled_studies_run_to_their_end(name, tmp_path):
-    """Their smallest setting, on a part of the bundled data."""
+def test_bundled_studies_run(name, tmp_path):
+    """In their --smoke setting, on a part of the bundled data."""
     assert run_study(name, tmp_path / "runs", tmp_path / "out", smoke=True)
     study, title = read_study(name, smoke=True)
     assert len(read_study(name, smoke=False)[0].seeds) >= 3
@@ -314,7 +333,7 @@ def test_bundled_studies_run_to_their_end(name, tmp_path):
     for arm, parts in study.arms.items():
         assert f"\n| {arm} |" in page
         for i, _ in enumerate(parts):
-            (run,) = (tmp_path / "runs" / title).glob(f"{arm}-{i}-seed0".replace(" ", "_"))
+            (run,) = (tmp_path / "runs" / title).glob(f"{file_name(arm)}-{i}-seed0")
             assert read_lines(run / "results.jsonl")
     for picture in re.findall(r"\]\((.*?\.png)\)", page):
         assert (tmp_path / "out" / picture).exists()

@@ -1,4 +1,4 @@
-"""open_clip's towers in openimp's loop: they learn from each kind of media, and are measured as IMP is."""
+"""open_clip's towers in openimp's training loop: they learn from each kind of media, and are evaluated like IMP."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
 from openimp.modalities.media import patchify
 from openimp.recipe.schema import Recipe
-from openimp.study.two_towers import MAX_LOGIT_SCALE, TwoTowers, TwoTowerTrainer, flops_of_a_step, load_two_towers
+from openimp.study.two_towers import MAX_LOGIT_SCALE, TwoTowers, TwoTowerTrainer, flops_per_step, load_two_towers
 from openimp.training.trainer import train
 
 SEEN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
@@ -38,7 +38,7 @@ STEPS = 24
 
 
 def recipe_of(seen: str, **changes: Any) -> Recipe:
-    """A recipe of small towers that learn the test part of the bundled data by heart."""
+    """A recipe of small towers that overfit to the test part of the bundled data."""
     source, where, view, text = SEEN[seen]
     inputs = {seen: seen, "text": text}
     exact = {name: options for name, options in view.items() if name != "drop_tokens"}
@@ -73,13 +73,13 @@ def recipe_of(seen: str, **changes: Any) -> Recipe:
 
 @pytest.fixture(scope="module", params=SEEN)
 def trained(request, tmp_path_factory) -> tuple[Recipe, Path]:
-    """A finished run with each kind of media."""
+    """A finished run on one kind of media."""
     recipe, run = recipe_of(request.param), tmp_path_factory.mktemp("runs") / request.param
     assert train(recipe, run, trainer=TwoTowerTrainer)
     return recipe, run
 
 
-def test_the_towers_learn_and_are_measured_on_every_set(trained):
+def test_the_towers_learn_and_are_evaluated_on_every_set(trained):
     recipe, run = trained
     losses = [line["tasks"]["pairs"]["loss"] for line in read_lines(run / "metrics.jsonl")]
     assert len(losses) == STEPS // 6
@@ -96,39 +96,39 @@ def test_the_totals_are_steps_times_the_counted_cost(trained):
     totals = read_lines(run / "metrics.jsonl")[-1]["totals"]["pairs"]
     assert totals["steps"] == STEPS
     assert totals["examples"] == STEPS * 32
-    assert totals["flops"] == STEPS * flops_of_a_step(recipe)
+    assert totals["flops"] == STEPS * flops_per_step(recipe)
 
 
-def test_the_counted_cost_is_that_of_a_real_step(tmp_path):
+def test_the_counted_cost_equals_a_real_step(tmp_path):
     training = TwoTowerTrainer(recipe_of("image"), tmp_path / "run", resume=False)
     loaded = training.data[0]
-    # The counter does not know the CPU's fused attention; spelled out it is two products of matrices.
+    # The counter does not count the CPU's fused attention, but the two matrix products of the math backend.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         training.losses(training.model, training.recipe.tasks["pairs"], loaded.batch).total.backward()
     assert counter.get_total_flops() == training.costs["pairs", 0].flops
 
 
-def test_dropped_patches_cost_nothing(tmp_path):
+def test_dropped_patches_reduce_the_cost(tmp_path):
     whole = recipe_of("image").to_dict()
     whole["tasks"]["pairs"]["views"][0]["image"]["drop_tokens"] = 0.0
-    assert flops_of_a_step(recipe_of("image")) < 0.9 * flops_of_a_step(Recipe.build(whole))
+    assert flops_per_step(recipe_of("image")) < 0.9 * flops_per_step(Recipe.build(whole))
 
 
-def test_what_evaluation_reads_is_part_of_the_cost():
-    """The text tower is as long as the longest text of all views, and reads each text at that length."""
+def test_the_text_length_in_evaluation_affects_the_cost():
+    """The context length of the text tower is the longest of all views, and each text is padded to it."""
     long = recipe_of("image").to_dict()
     long["evaluation"]["sets"]["both_ways"]["view"]["text"]["length"] = 16
-    assert flops_of_a_step(Recipe.build(long)) > flops_of_a_step(recipe_of("image"))
+    assert flops_per_step(Recipe.build(long)) > flops_per_step(recipe_of("image"))
 
 
-def test_the_towers_have_the_recipes_sizes_and_start(tmp_path):
+def test_the_towers_have_the_recipes_sizes_and_temperature(tmp_path):
     recipe = recipe_of("image")
     model = TwoTowerTrainer(recipe, tmp_path / "run", resume=False).model
     assert isinstance(model, TwoTowers)
     visual = model.clip.visual
     assert type(model.clip).__module__ == "open_clip.model"
     assert (visual.image_size, visual.patch_size, visual.patch_dropout.prob) == ((32, 32), (8, 8), 0.5)
-    assert model.clip.context_length == 12  # the longest of all views
+    assert model.clip.context_length == 12  # The longest of all views.
     assert model.clip.text_pool_type == "eos"
     for tower in (visual.transformer, model.clip.transformer):
         assert (tower.width, len(tower.resblocks), tower.resblocks[0].attn.num_heads) == (32, 2, 2)
@@ -153,11 +153,10 @@ def test_muon_updates_the_blocks_and_the_projections(tmp_path):
 
 
 @pytest.mark.parametrize("seen", SEEN)
-def test_the_towers_see_the_examples_that_imp_sees_uncut(seen, tmp_path):
+def test_the_towers_get_the_examples_of_imp_unpatched(seen, tmp_path):
     data = recipe_of(seen).to_dict()
-    data["tasks"]["pairs"]["views"][0][seen]["drop_tokens"] = (
-        0.0  # which openimp does by itself, and the towers do by theirs
-    )
+    # The towers drop patches in the model, not in the loader.
+    data["tasks"]["pairs"]["views"][0][seen]["drop_tokens"] = 0.0
     recipe = Recipe.build(data)
     training = TwoTowerTrainer(recipe, tmp_path / "run", resume=False)
     modality = recipe.make_modalities()[seen]
@@ -171,7 +170,7 @@ def test_the_towers_see_the_examples_that_imp_sees_uncut(seen, tmp_path):
     torch.testing.assert_close(cut, theirs.tokens[seen].values, rtol=0, atol=0)
 
 
-def test_a_clip_is_the_mean_of_its_frames_and_a_sound_a_grey_picture(tmp_path):
+def test_a_clip_is_the_mean_of_its_frames_and_a_sound_is_a_gray_image(tmp_path):
     for seen in ("video", "audio"):
         training = TwoTowerTrainer(recipe_of(seen), tmp_path / seen, resume=False)
         model, tokens = training.model.eval(), training.data[0].batch.tokens[seen]
@@ -186,7 +185,7 @@ def test_a_clip_is_the_mean_of_its_frames_and_a_sound_a_grey_picture(tmp_path):
         torch.testing.assert_close(found, sum(vectors) / frames, atol=1e-5, rtol=1e-5)
 
 
-def test_a_text_is_read_to_its_end_however_long_it_is_padded(tmp_path):
+def test_padding_does_not_change_a_text(tmp_path):
     model = TwoTowerTrainer(recipe_of("image"), tmp_path / "run", resume=False).model.eval()
     text = model.modalities["text"]
     words = ["cat", "dog", "sun", "sea", "sky", "car", "hat", "map", "pen", "cup", "red", "one"]
@@ -199,10 +198,10 @@ def test_a_text_is_read_to_its_end_however_long_it_is_padded(tmp_path):
         )
         whole = model.encode({"text": text.from_tensor(text.tokenize(full, 12))}).features
     torch.testing.assert_close(short, long)
-    assert (whole[0] - whole[1]).abs().max() > 0.01  # their first word is the same
+    assert (whole[0] - whole[1]).abs().max() > 0.01  # Their first word is the same.
 
 
-def test_a_run_goes_on_and_its_towers_are_loaded(tmp_path):
+def test_a_run_resumes_and_its_towers_load(tmp_path):
     recipe = recipe_of("image")
     training = TwoTowerTrainer(recipe, tmp_path / "run", resume=False)
     for step in range(3):
@@ -223,19 +222,19 @@ def test_a_run_goes_on_and_its_towers_are_loaded(tmp_path):
             )
 
 
-def test_nothing_but_a_study_takes_the_towers_for_its_own_model(trained, tmp_path):
-    """Nor does a study take IMP for them."""
+def test_only_a_study_loads_the_towers(trained, tmp_path):
+    """And a study does not load IMP as towers."""
     recipe, run = trained
     for command in ("info", "eval", "report", "embed", "train"):
         arguments = {"embed": [run, run], "train": [run / "recipe.yaml", "--run", run, "--resume="]}
         done = CliRunner().invoke(app, [command, *map(str, arguments.get(command, [run]))])
         assert isinstance(done.exception, UserError), command
-        told = (
+        message = (
             "saved by TwoTowerTrainer, but Trainer is to resume it"
             if command == "train"
             else "holds TwoTowers, expected IMP"
         )
-        assert told in str(done.exception)
+        assert message in str(done.exception)
     with pytest.raises(UserError, match="holds TwoTowers, expected IMP"):
         open_start(Recipe.build(recipe.to_dict() | {"train": {"init": str(run)}}), {})
     copy = Path(shutil.copytree(run, tmp_path / "run"))
@@ -247,17 +246,17 @@ def test_nothing_but_a_study_takes_the_towers_for_its_own_model(trained, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"model": {"width": 32, "heads": 2, "layers": 2, "moe": {"layers": 1}}}, "set model.moe=null"),
         ({"objectives": [{"type": "contrastive", "same": "name"}]}, "set tasks.pairs.objectives="),
-        ({"inputs": {"image": "image", "text": {"column": "keywords", "draw": 2}}}, "drop draw"),
-        ({"views": [{"image": {"size": 32}}, {"image": {"size": 64}}]}, "one shape only"),
-        ({"views": [{"image": {"size": 32}}, {"image": {"size": 32, "drop_tokens": 0.5}}]}, "one share of the patches"),
+        ({"inputs": {"image": "image", "text": {"column": "keywords", "draw": 2}}}, "remove draw"),
+        ({"views": [{"image": {"size": 32}}, {"image": {"size": 64}}]}, "take only one shape"),
+        ({"views": [{"image": {"size": 32}}, {"image": {"size": 32, "drop_tokens": 0.5}}]}, "have one patch dropout"),
         ({"inputs": {"image": "image", "video": "image"}, "views": [{}]}, "one modality and its text"),
     ],
 )
-def test_what_the_towers_cannot_do_is_told_before_anything_is_written(change, told, tmp_path):
+def test_unsupported_recipes_are_refused_before_anything_is_written(change, message, tmp_path):
     data = recipe_of("image").to_dict()
     if "model" in change:
         data |= change
@@ -265,21 +264,21 @@ def test_what_the_towers_cannot_do_is_told_before_anything_is_written(change, to
         data["tasks"]["pairs"] |= change
     data["evaluation"] = {}
     data["modalities"] = {}
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         train(Recipe.build(data), tmp_path / "run", trainer=TwoTowerTrainer)
     assert not (tmp_path / "run").exists()
 
 
-def test_two_tasks_are_one_too_many(tmp_path):
+def test_two_tasks_are_refused(tmp_path):
     data = recipe_of("image").to_dict()
     data["tasks"]["more"] = data["tasks"]["pairs"]
     with pytest.raises(UserError, match="one task, found pairs, more"):
         train(Recipe.build(data), tmp_path / "run", trainer=TwoTowerTrainer)
 
 
-def test_a_missing_open_clip_is_told_in_a_sentence(tmp_path):
+def test_a_missing_open_clip_is_reported(tmp_path):
     code = (
-        "import sys; sys.modules['open_clip'] = None\n"  # as if it were not installed
+        "import sys; sys.modules['open_clip'] = None\n"  # As if it were not installed.
         "from openimp.recipe.schema import Recipe; from openimp.study.two_towers import TwoTowerTrainer\n"
         "TwoTowerTrainer(Recipe.load('demo'), __import__('pathlib').Path(sys.argv[1]), resume=False)\n"
     )

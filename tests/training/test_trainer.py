@@ -25,7 +25,7 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
-from openimp.study.training import SummedTrainer
+from openimp.study.trainers import SummedTrainer
 from openimp.training.stopping import Stop, Stopped, stop_signals
 from openimp.training.trainer import Trainer, train
 

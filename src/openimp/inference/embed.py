@@ -1,4 +1,4 @@
-"""`openimp embed`: files to a Parquet table of vectors."""
+"""`openimp embed`: writes the embeddings of files to a Parquet table."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -21,18 +21,18 @@ from openimp.encoding.items import embed as embed_items
 from openimp.inference.model import Model, load
 
 CHUNK = 512
-"""Files whose vectors are held before they are written."""
+"""Number of files whose embeddings are written together."""
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What `embed` did.
+    """The result of `embed`.
 
     Attributes:
         out: the table.
-        rows: by modality, how many files it holds.
+        rows: the number of embedded files by modality.
         skipped: "path: reason" of each file that could not be read.
-        unknown: files in folders that are none of the model's, by their extension.
+        unknown: the number of files in folders whose extension belongs to none of the model's modalities.
     """
 
     out: Path
@@ -42,11 +42,11 @@ class Embedded:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in self.rows.items())
-        lines = [f"{self.out}: {sum(self.rows.values())} vectors ({counts})"]
+        lines = [f"{self.out}: {sum(self.rows.values())} embeddings ({counts})"]
         if self.skipped:
             lines += [f"{len(self.skipped)} files could not be read:", *(f"  {file}" for file in self.skipped)]
         if self.unknown:
-            lines += [f"{self.unknown} files in folders are none of the model's, by their extension"]
+            lines += [f"{self.unknown} files in folders have extensions of none of the model's modalities"]
         return "\n".join(lines)
 
 
@@ -59,31 +59,32 @@ def embed(
     batch_size: int = 64,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = track,
 ) -> Embedded:
-    """Embeds files, writes their unit vectors to a Parquet table, whole or not at all, and prints what was done.
+    """Embeds files, writes their unit vectors to a Parquet table, and prints a summary.
 
-    The columns: `path` as it was given, or as found in a folder; `modality`; `towards`, the other modality of the space
-    (of a model with disjoint spaces, only vectors of the same pair can be compared); `embedding`, a list of Z fp32.
-    Rows come modality after modality. A text file is one text, in UTF-8.
+    The table's columns are `path`, `modality`, `towards` and `embedding`, a list of Z fp32 values. `path` is as given,
+    or as found in a folder. `towards` is the modality that the embedding can be compared with. In a model with disjoint
+    spaces, only embeddings of the same pair of modalities are comparable. Rows are grouped by modality. Each text file
+    is one text in UTF-8. If embedding fails, no table is written.
 
     Args:
-        run: a run, a model folder or a hub name, as `openimp.load` takes it.
-        files: files, and folders that are searched.
-        out: the table; one that is there already is replaced.
-        modality: what all files are; left out: told by each file's extension.
+        run: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
+        files: files, and folders to search.
+        out: the table. An existing file is replaced.
+        modality: the modality of all files. By default, the extension of each file decides.
         towards: see `Model.encode`.
-        batch_size: clips or items that are encoded at once.
+        batch_size: number of clips or items per forward pass.
         progress: wraps an iterable to show its progress.
 
     Raises:
-        UserError: there is nothing to embed, or none of it can be read; a file whose modality is not known; a modality
-            that the model does not have.
+        UserError: there are no files to embed, none can be read, the modality of a file is unknown, or the model does
+            not have the modality.
     """
     out, model = Path(out), load(run)
     if out.is_dir():
-        raise UserError(f"{out}: is a folder; expected the name of a Parquet file")
+        raise UserError(f"{out}: is a folder; name a Parquet file")
     found, unknown = _find(files, model.modalities, modality)
-    partner = {name: towards or model.partner(name) for name in found}
-    for name, other in partner.items():
+    targets = {name: towards or model.partner(name) for name in found}
+    for name, other in targets.items():
         require_pair(model.imp, name, other, f"embed {name}")
     size = model.recipe.model.embed_dim
     schema = pa.schema(
@@ -102,9 +103,9 @@ def embed(
         with pq.ParquetWriter(draft, schema) as writer:
             for name, paths in found.items():
                 shown = progress(paths, f"embed {name}")
-                for kept, vectors in _encode(model, name, shown, partner[name], batch_size, skipped):
+                for kept, vectors in _encode(model, name, shown, targets[name], batch_size, skipped):
                     column = pa.FixedSizeListArray.from_arrays(vectors.ravel(), size)
-                    same = [[text] * len(kept) for text in (name, partner[name])]
+                    same = [[text] * len(kept) for text in (name, targets[name])]
                     writer.write_table(pa.table([pa.array(kept), *map(pa.array, same), column], schema=schema))
                     rows[name] += len(kept)
         if not sum(rows.values()):
@@ -117,14 +118,14 @@ def embed(
 def _encode(
     model: Model, name: str, paths: Iterable[Path], towards: str, batch_size: int, skipped: list[str]
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """The readable files of one modality and their vectors (N, Z), part by part; adds the others to `skipped`."""
+    """Yields readable files of one modality and their embeddings (N, Z) in chunks; adds other files to `skipped`."""
     item, view = model.modalities[name], model.views[name]
     kept: list[str] = []
 
     def read(path: Path) -> tuple[Path, np.ndarray | BadMedia]:
         try:
             if not is_utf8(str(path)):
-                raise BadMedia("its name is not UTF-8, as the table's paths are")
+                raise BadMedia("its name is not UTF-8, so the table cannot hold it")
             return path, item.encode_input(_text(path) if item.reads_text else path, view)
         except BadMedia as error:
             return path, error
@@ -149,34 +150,36 @@ def _encode(
 def _find(
     files: Iterable[str | Path], modalities: dict[str, Modality], only: str | None
 ) -> tuple[dict[str, list[Path]], int]:
-    """The files by modality, and how many in folders are of none.
+    """Returns the files by modality, and the number of files in folders that belong to none.
 
-    Where two modalities have an extension in common, the model's first one has it.
+    If two modalities share an extension, it belongs to the model's first one.
     """
     if only is not None and only not in modalities:
         raise UserError(f"the model has no modality {only!r}{nearest(only, modalities)}")
     wanted = [only] if only else list(modalities)
-    kind = {ending: name for name in reversed(wanted) for ending in modalities[name].extensions}
+    modality_of = {extension: name for name in reversed(wanted) for extension in modalities[name].extensions}
     found: dict[str, list[Path]] = {}
-    unknown, names = 0, [Path(file) for file in files]
-    for path in names:
+    unknown, given = 0, [Path(file) for file in files]
+    for path in given:
         if path.is_dir():
             for inner in sorted(p for p in path.rglob("*") if p.is_file()):
-                name = kind.get(inner.suffix.lower())
+                name = modality_of.get(inner.suffix.lower())
                 unknown += name is None
                 if name:
                     found.setdefault(name, []).append(inner)
         elif not path.exists():
             raise UserError(f"{path}: no such file or folder")
         else:
-            name = only or kind.get(path.suffix.lower())
+            name = only or modality_of.get(path.suffix.lower())
             if name is None:
                 raise UserError(
-                    f"{path}: is it {' or '.join(modalities)}? Its extension does not tell; name it with --modality"
+                    f"{path}: its extension does not say whether it is {' or '.join(modalities)}; use --modality"
                 )
             found.setdefault(name, []).append(path)
     if not found:
-        raise UserError(f"nothing to embed in {', '.join(map(str, names)) or 'no files'}; looked for {', '.join(kind)}")
+        raise UserError(
+            f"no files to embed in {', '.join(map(str, given)) or 'an empty list'}; looked for {', '.join(modality_of)}"
+        )
     return {name: list(dict.fromkeys(paths)) for name, paths in found.items()}, unknown
 
 

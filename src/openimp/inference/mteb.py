@@ -1,4 +1,4 @@
-"""openimp's models in mteb (Massive Text Embedding Benchmark, arXiv 2210.07316; its image tasks: 2504.10471)."""
+"""openimp's models in mteb (Massive Text Embedding Benchmark, arXiv 2210.07316; image tasks: arXiv 2504.10471)."""
 
 import hashlib
 from typing import Any, get_args
@@ -17,10 +17,10 @@ from openimp.inference.model import Model
 
 
 class MTEBEncoder(AbsEncoder):
-    """A model as `mteb.evaluate` takes it, for tasks of any modality that both know.
+    """Wraps a model for `mteb.evaluate`, for tasks on any modality that mteb and the model both have.
 
-    Media are decoded by openimp, as in training. An input of several modalities has the sum of their unit vectors, as
-    CLIP models have it in mteb.
+    openimp decodes the media, as in training. The embedding of an input with several modalities is the sum of their
+    unit vectors, as for CLIP models in mteb.
     """
 
     def __init__(self, model: Model) -> None:
@@ -40,11 +40,11 @@ class MTEBEncoder(AbsEncoder):
     def encode(
         self, inputs: DataLoader[Any], *, task_metadata: Any, show_progress_bar: bool = True, **kwargs: Any
     ) -> torch.Tensor:
-        """Batches {modality: values, ...} to (B, Z) fp32 on the CPU; Z features of the common space.
+        """Encodes batches {modality: values, ...} to (N, Z) in fp32 on the CPU; N inputs, Z features per embedding.
 
         Raises:
-            UserError: a value cannot be read, a batch has no modality of the model's, or the task compares two that
-                were not trained together.
+            UserError: a value cannot be read, a batch has none of the model's modalities, or no task trained the
+                compared modalities together.
         """
         batches = tqdm(_undecoded(inputs), disable=not show_progress_bar, desc="Encoding")
         return torch.cat([self._vectors(batch, task_metadata.modalities) for batch in batches]).cpu()
@@ -52,7 +52,7 @@ class MTEBEncoder(AbsEncoder):
     def _vectors(self, batch: dict[str, Any], compared: list[str]) -> torch.Tensor:
         names = [name for name in self.model.modalities if name in batch]
         if not names:
-            raise UserError(f"a batch of {', '.join(batch)}: the model knows {', '.join(self.model.modalities)}")
+            raise UserError(f"the batch has {', '.join(batch)}, but the model has {', '.join(self.model.modalities)}")
         vectors = [
             self.model.encode(name, [_raw(value) for value in batch[name]], True, self._towards(name, compared))
             for name in names
@@ -60,13 +60,14 @@ class MTEBEncoder(AbsEncoder):
         return torch.stack(vectors).sum(0)
 
     def _towards(self, name: str, compared: list[str]) -> str:
-        """Which of the modalities that a task compares `name` is compared with; the model's choice if it is alone."""
+        """The modality of the task that `name` is compared with, or the model's default if there is no other."""
         partner, others = self.model.partner(name), [other for other in compared if other != name]
         return partner if partner in others or not others else others[0]
 
 
 def _undecoded(inputs: DataLoader[Any]) -> DataLoader[Any]:
-    """The same batches with media as bytes or paths: `datasets` would need torchcodec and FFmpeg's libraries."""
+    """Returns a loader of the same batches with media as bytes or paths, because decoding them in `datasets` needs
+    torchcodec and FFmpeg's shared libraries."""
     dataset: Any = inputs.dataset
     for column, feature in getattr(dataset, "features", {}).items():
         if hasattr(feature, "decode"):
@@ -79,7 +80,7 @@ def _raw(value: Any) -> Any:
 
 
 def _revision(model: Model) -> str:
-    """Of weights and views: mteb takes what it finds in its cache under the same name and revision."""
+    """A hash of weights and views, because mteb reuses cached results of the same name and revision."""
     digest = hashlib.sha256(repr((model.views, model.precision)).encode())
     digest.update(safetensors.torch.save({name: value.contiguous() for name, value in model.imp.state_dict().items()}))
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Variants of a recipe, trained at equal FLOPs and compared with error bars.
+"""Comparison of variants of a recipe at equal FLOPs, with error bars.
 
-Trainers for study purposes only, such as summed losses, live here too.
+Trainers that only studies use, such as `SummedTrainer`, are here too.
 """

@@ -1,4 +1,4 @@
-"""The recipe of each model of a study, with as many steps as its FLOPs pay for."""
+"""The recipe of each model of a study, with as many steps as its FLOPs allow."""
 
 from typing import Any
 
@@ -10,50 +10,50 @@ from openimp.planning.ledger import costs, mixture
 from openimp.recipe.file import RecipeLoader, flat
 from openimp.recipe.schema import Recipe
 from openimp.study.schema import Part, Study
-from openimp.study.two_towers import flops_of_a_step as towers_flops
+from openimp.study.two_towers import flops_per_step as two_tower_flops_per_step
 
 SAVES = 5
-"""Checkpoints of a training, for stops that nobody asked for."""
+"""Checkpoints per training, so that a crash costs little."""
 DERIVED = {"train.steps", "train.save_every", "optimizer.warmup_steps", "seed"}
+"""Keys that follow from the study's FLOPs and seeds."""
 SMOKE_ROWS, SMOKE_BATCH = 48, 16
-"""Rows per source and examples per step, with --smoke."""
-MOST_STEPS = 10**8
-"""Of a training, whose whole schedule is in memory."""
+"""Rows per source and examples per batch with --smoke."""
+MAX_STEPS = 10**8
+"""Limit on the steps of a training, because its whole schedule is held in memory."""
 
 
 def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Recipe:
-    """The recipe of one model, with as many steps as its share of the FLOPs pays for.
+    """Returns the recipe of one model of a study.
 
     Raises:
-        UserError: a change that the recipe does not take, an unknown task, or more FLOPs than anyone can train for.
+        UserError: the recipe does not accept a change, a task is unknown, or the FLOPs allow more than `MAX_STEPS`.
     """
     data = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"]).to_dict()
     for key, _, value in (change.partition("=") for change in (*study.set, *part.set)):
         for derived in flat({key.strip(): yaml.load(value, RecipeLoader)}).keys() & DERIVED:
-            raise UserError(f"{derived} follows from the study's FLOPs and seeds")
+            raise UserError(f"{derived} follows from the study's FLOPs and seeds, so it cannot be set")
     if part.summed:
         data["alternation"]["kind"] = "intervals"
-        for task in data["tasks"].values():  # A round sums one batch of each.
+        for task in data["tasks"].values():
             task["interval"] = 1
     if smoke:
         _make_small(data)
     share = 1.0
     if part.tasks is not None:
-        # Shares are those of the study's recipe: what the part sets may change what a step of its task costs.
-        whole = Recipe.load(study.recipe, study.set)
-        spent = _flops_of_a_step(whole)
-        _keep_tasks(data, part.tasks, whole)
-        share = sum(spent.get(name, 0) for name in part.tasks) / sum(spent.values())  # A task of weight 0 has none.
+        # The share is computed without the part's own changes, which may change the cost of a step of its tasks.
+        common = Recipe.load(study.recipe, study.set)
+        flops = _flops_per_step(common)
+        _keep_tasks(data, part.tasks, common)
+        share = sum(flops.get(name, 0) for name in part.tasks) / sum(flops.values())  # A task of weight 0 has none.
     recipe = Recipe.build(data)
-    a_step = towers_flops(recipe) if part.two_towers else sum(_flops_of_a_step(recipe).values())
-    paid = part.flops * share * study.flops / a_step
-    if paid > MOST_STEPS:
-        raise UserError(f"its FLOPs pay for {paid:.2g} steps, where a training takes at most {MOST_STEPS:,}")
-    steps = max(1, round(paid))
-    # A whole number of rounds, for within one of summed losses nothing can be saved.
-    rounds = len(data["tasks"])
-    data["train"].update(steps=steps, save_every=max(1, steps // (SAVES * rounds)) * rounds)
-    data["optimizer"]["warmup_steps"] = None  # A share of the steps: a fixed number would be all of a short training.
+    per_step = two_tower_flops_per_step(recipe) if part.two_towers else sum(_flops_per_step(recipe).values())
+    allowed = part.flops * share * study.flops / per_step
+    if allowed > MAX_STEPS:
+        raise UserError(f"its FLOPs allow {allowed:.2g} steps, but a training has at most {MAX_STEPS:,}")
+    steps = max(1, round(allowed))
+    round_length = len(data["tasks"])  # SummedTrainer can save only after whole rounds.
+    data["train"].update(steps=steps, save_every=max(1, steps // (SAVES * round_length)) * round_length)
+    data["optimizer"]["warmup_steps"] = None  # A share of the steps, because a fixed number may exceed them.
     return Recipe.build(data)
 
 
@@ -65,24 +65,24 @@ def _make_small(data: dict[str, Any]) -> None:
     data["train"]["num_workers"] = 0
 
 
-def _keep_tasks(data: dict[str, Any], names: list[str], whole: Recipe) -> None:
-    """Leaves out the other tasks, and the modalities and evaluation sets that then have no use."""
+def _keep_tasks(data: dict[str, Any], names: list[str], common: Recipe) -> None:
+    """Removes the other tasks from a recipe, and the modalities and evaluation sets that these tasks do not use."""
     for name in names:
         if name not in data["tasks"]:
             raise UserError(f"study: no task of the recipe is called {name!r}{nearest(name, data['tasks'])}")
     data["tasks"] = {name: data["tasks"][name] for name in names}
-    seen = {name for task in data["tasks"].values() for name in task["inputs"]}
-    stems = {modality.stem for name, modality in whole.make_modalities().items() if name in seen}
+    used = {name for task in data["tasks"].values() for name in task["inputs"]}
+    stems = {modality.stem for name, modality in common.make_modalities().items() if name in used}
     data["modalities"] = {stem: options for stem, options in data["modalities"].items() if stem in stems}
     data["evaluation"]["sets"] = {
         name: options
         for name, options in data["evaluation"]["sets"].items()
-        if {*options["inputs"], *([options["reader"]] if "reader" in options else [])} <= seen
+        if {*options["inputs"], *([options["reader"]] if "reader" in options else [])} <= used
     }
 
 
-def _flops_of_a_step(recipe: Recipe) -> dict[str, float]:
-    """What each task contributes to the FLOPs of the mean step."""
+def _flops_per_step(recipe: Recipe) -> dict[str, float]:
+    """The mean FLOPs per step of a training, forward and backward, split by task."""
     data = recipe.to_dict()
     for source in data["sources"].values():
         source["cache"] = "none"

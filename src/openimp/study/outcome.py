@@ -1,27 +1,33 @@
-"""What one arm of a study reached and spent with one seed."""
+"""The results of one arm of a study with one seed, and their scores over all arms and seeds."""
 
 import statistics
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
+from openimp.common.schema import checked
+from openimp.evaluation.results import read_results
+from openimp.training.metrics_file import LayerUsage, read_metrics
 
 
 @dataclass
 class Outcome:
-    """All models of an arm together.
+    """The results of one arm with one seed, over all models of the arm.
 
     Attributes:
-        scores: mean reciprocal rank by evaluation set, both directions averaged.
-        flops, steps, seconds, parameters: of all models.
-        memory: bytes that an update holds at most beyond weights and data, of the largest model.
-        judged: CLIP_benchmark's recalls, by (evaluation set, figure).
-        cosines: by pair of tasks, the cosine of their gradients at each step where it was measured.
-        versions: of openimp that trained the models and measured them.
-        experts: the last line's expert usage, by modality and sparse layer (see docs/metrics.md).
+        scores: mean reciprocal rank by evaluation set, averaged over both directions.
+        flops, steps, seconds, parameters: sums over the models.
+        memory: peak memory of an update in bytes, beyond what `peak_memory` leaves out. The models train one at a time,
+            so this is the maximum over them.
+        recalls: CLIP_benchmark's recalls by (evaluation set, metric).
+        cosines: by pair of tasks, the cosine of their gradients at each measured step.
+        versions: the versions of openimp that measured the scores.
+        experts: the latest expert usage by modality and sparse layer, see docs/metrics.md.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
@@ -31,60 +37,68 @@ class Outcome:
     seconds: float = 0.0
     memory: int = 0
     versions: set[str] = field(default_factory=set)
-    judged: dict[tuple[str, str], float] = field(default_factory=dict)
+    recalls: dict[tuple[str, str], float] = field(default_factory=dict)
     cosines: dict[str, list[float]] = field(default_factory=dict)
-    experts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-
-    @property
-    def mean(self) -> float:
-        """Over the evaluation sets."""
-        return statistics.mean(self.scores.values())
+    experts: dict[str, list[LayerUsage]] = field(default_factory=dict)
 
     def add(self, run: Path, parameters: int) -> None:
-        """Adds a model that was trained, of so many parameters.
+        """Adds the results of a finished training.
+
+        Args:
+            run: its run directory.
+            parameters: the number of the model's parameters.
 
         Raises:
-            UserError: what the training wrote is not there any more.
+            UserError: the run's metrics or results are missing or damaged.
         """
-        lines = lines_of(run, "metrics.jsonl", "step", "totals", "seconds", "experts")
-        results = lines_of(run, "results.jsonl", "step", "openimp")
-        if not lines or any((line["step"] or 0) > lines[-1]["step"] for line in results):
-            raise damaged(run, "metrics.jsonl")
-        self.flops += sum(units["flops"] for units in lines[-1]["totals"].values())
-        self.steps += lines[-1]["step"]
-        self.seconds += sum(line["seconds"] for line in lines)
+        metrics = read_metrics(run / "metrics.jsonl")
+        results = read_results(run / "results.jsonl")
+        if not metrics or any((result["step"] or 0) > metrics[-1].step for result in results):
+            raise UserError(f"{run / 'metrics.jsonl'}: steps are missing; remove {run} to train it again")
+        self.flops += sum(total.flops for total in metrics[-1].totals.values())
+        self.steps += metrics[-1].step
+        self.seconds += sum(line.seconds for line in metrics)
         self.parameters += parameters
-        for line in lines:  # A modality may be missing in the last one.
-            self.experts.update(line["experts"])
+        for line in metrics:  # The last line lacks the modalities that did not occur since the line before.
+            self.experts.update(line.experts)
         by_set = defaultdict(list)
-        for line in results:
-            self.versions.add(line["openimp"])
-            if line["step"] == lines[-1]["step"] and "mrr" in line:
-                by_set[line["set"]].append(line["mrr"])
-        self.scores.update((name, statistics.mean(both_ways)) for name, both_ways in by_set.items())
-        for line in lines_of(run, "conflict.jsonl", "cosine"):
-            for pair, cosine in line["cosine"].items():
+        for result in results:
+            self.versions.add(result.get("openimp", "of an unknown version"))
+            if result["step"] == metrics[-1].step and result["type"] == "retrieval":
+                by_set[result["set"]].append(result["mrr"])
+        self.scores.update((name, statistics.mean(directions)) for name, directions in by_set.items())
+        conflict = run / "conflict.jsonl"
+        for measured in read_lines(conflict):
+            for pair, cosine in checked(_ConflictLine, measured, str(conflict)).cosine.items():
                 self.cosines.setdefault(pair, []).append(cosine)
 
-    def count_memory(self, peak: int) -> None:
-        """Models are trained one at a time, so the largest counts."""
-        self.memory = max(self.memory, peak)
+
+class _ConflictLine(BaseModel):
+    """A line of conflict.jsonl, which `ConflictTrainer` writes."""
+
+    model_config = ConfigDict(strict=True)
+
+    cosine: dict[str, float]
 
 
-def lines_of(run: Path, name: str, *keys: str) -> list[dict[str, Any]]:
-    """All lines of one of the run's files.
+Outcomes = Mapping[str, Sequence[Outcome]]
+"""By arm, one outcome per seed."""
 
-    Raises:
-        UserError: one of them is without one of these keys.
+
+def scores_by_set(outcomes: Outcomes) -> list[tuple[str, dict[str, list[float]]]]:
+    """The scores of each arm and seed: first the mean over the evaluation sets, then each set.
+
+    Returns:
+        Pairs of a title and, by arm, the scores of its seeds. An arm whose tasks lack a set's modality has an empty
+        list there, and for the mean.
     """
-    try:
-        lines = read_lines(run / name)
-    except UserError:
-        raise damaged(run, name) from None
-    if not all(line.keys() >= set(keys) for line in lines):
-        raise damaged(run, name)
-    return lines
-
-
-def damaged(run: Path, name: str) -> UserError:
-    return UserError(f"{run}: {name} is missing or damaged; remove the folder to train it again")
+    sets = list(dict.fromkeys(name for seeds in outcomes.values() for name in seeds[0].scores))
+    means = {
+        arm: [statistics.mean(seed.scores.values()) for seed in seeds if seed.scores.keys() == set(sets)]
+        for arm, seeds in outcomes.items()
+    }
+    columns = [("mean", means)]
+    for name in sets:
+        by_arm = {arm: [seed.scores[name] for seed in seeds if name in seed.scores] for arm, seeds in outcomes.items()}
+        columns.append((name.replace("_", " "), by_arm))
+    return columns

@@ -1,18 +1,15 @@
-"""Studies: the same recipe in several variants and seeds, at equal FLOPs, with a table and a plot at the end.
+"""Runs a study: trains variants of a recipe with several seeds at equal FLOPs, and writes tables and plots.
 
-A study is a YAML file of `studies/`. Each arm is the study's recipe with some keys changed, or several such parts that
-share the arm's FLOPs, each a model of its own. What is trained already is not trained again.
+A study is a YAML file, such as those in `studies/`. Each arm is the study's recipe with some keys changed, or a list of
+such models that share the arm's FLOPs.
 """
 
 import os
 import shlex
-import shutil
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from openimp.checkpoint.folder import checkpoints, read_state
 from openimp.checkpoint.resume import FREE
 from openimp.common.errors import UserError, nearest
 from openimp.common.progress import console
@@ -22,69 +19,75 @@ from openimp.recipe.evaluation import Retrieval
 from openimp.recipe.file import flat
 from openimp.recipe.schema import Recipe
 from openimp.study.budget import part_recipe
-from openimp.study.outcome import Outcome, lines_of
-from openimp.study.schema import Part, Study, read_study
-from openimp.study.training import ConflictTrainer, SummedTrainer, peak_memory
+from openimp.study.outcome import Outcome
+from openimp.study.schema import Part, Study, file_name, read_study
+from openimp.study.trainers import ConflictTrainer, SummedTrainer, peak_memory
 from openimp.study.two_towers import TwoTowerTrainer, load_two_towers
 from openimp.training.trainer import Trainer, train
 
 
 def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
-    """Trains what is not trained yet, and writes NAME.md and its pictures into `out`; False if it was stopped before.
+    """Trains the models of a study that are not trained yet, then writes NAME.md and its plots.
 
     Args:
-        name: a study's file, or the name of one that comes with openimp.
-        runs: where the trainings are kept, in a folder for each study.
-        out: where the results are written.
-        smoke: a small part of the FLOPs and of the data and one seed, to see that all of it works.
+        name: a study file, or the name of a bundled study.
+        runs: the folder of the run directories, in a subfolder per study.
+        out: the folder of the results.
+        smoke: train one seed with a small part of the FLOPs and data, to check that the study works.
+
+    Returns:
+        False if a signal stopped a training. The same command then resumes the study.
 
     Raises:
-        UserError: no such study, an invalid one, no folder for the results, or what stops a training.
+        UserError: the study does not exist or is invalid, `out` cannot be created, a run in `runs` is from another
+            study or damaged, or a training fails.
     """
     if "RANK" in os.environ:
         raise UserError(f"{name}: a study trains in one process; start it without torchrun")
-    # Here, so that a missing matplotlib is told before hours of training.
+    # Imported here because it needs matplotlib, and before the training so that a missing matplotlib is reported first.
     from openimp.study.results import write_results
 
     study, title = read_study(name, smoke)
     plan = [(seed, arm, i) for seed in study.seeds for arm, parts in study.arms.items() for i in range(len(parts))]
-    recipes = {}
-    for seed, arm, i in plan:  # All of them first, so that a mistake in the last arm is told at once.
+    recipes: dict[tuple[int, str, int], Recipe] = {}
+    for seed, arm, i in plan:  # Before the first training, so that a mistake in any arm is reported at once.
         try:
             recipes[seed, arm, i] = part_recipe(study, study.arms[arm][i], seed, smoke)
         except UserError as error:
             raise UserError(f"{name}: arm {arm!r}: {error}") from None
-    _check_figures(study, name, recipes)
+    first_seed = {
+        arm: [recipes[study.seeds[0], arm, i] for i in range(len(parts))] for arm, parts in study.arms.items()
+    }
+    _check_evaluation(study, name, first_seed)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out}: --out needs a folder, and none can be made there: {error.strerror}") from None
-    found: dict[str, dict[int, Outcome]] = {arm: {seed: Outcome() for seed in study.seeds} for arm in study.arms}
-    for done, (seed, arm, i) in enumerate(plan):
-        recipe, kind = recipes[seed, arm, i], _kind(study, study.arms[arm][i])
-        run = runs / title / f"{arm}-{i}-seed{seed}".replace(" ", "_")
-        console.print(f"\n{title}, training {done + 1} of {len(plan)}: {arm}, seed {seed}", style="bold")
-        if not _finished(run, recipe, kind.__name__):
-            if (run / "recipe.yaml").exists() and not checkpoints(run):  # Stopped before it saved anything.
-                shutil.rmtree(run)
-            if not train(recipe, run, bool(checkpoints(run)), kind):
-                return False
-        model = load_two_towers(run) if study.arms[arm][i].two_towers else load(run)
-        found[arm][seed].add(run, sum(parameter.numel() for parameter in model.parameters()))
+        raise UserError(f"{out}: --out must be a folder, but it cannot be created: {error.strerror}") from None
+    outcomes = {arm: {seed: Outcome() for seed in study.seeds} for arm in study.arms}
+    for number, (seed, arm, i) in enumerate(plan, 1):
+        part, recipe, outcome = study.arms[arm][i], recipes[seed, arm, i], outcomes[arm][seed]
+        trainer = _trainer(study, part)
+        run = runs / title / f"{file_name(arm)}-{i}-seed{seed}"
+        console.print(f"\n{title}, training {number} of {len(plan)}: {arm}, seed {seed}", style="bold")
+        _check_same_recipe(run, recipe)
+        if not train(recipe, run, "auto", trainer):
+            return False
+        model = load_two_towers(run) if part.two_towers else load(run)
+        outcome.add(run, sum(parameter.numel() for parameter in model.parameters()))
         for measured in study.clip_benchmark:
             if measured in recipe.evaluation.sets:
                 recalls = clip_benchmark_recalls(model, recipe, measured)
-                found[arm][seed].judged.update({(measured, figure): value for figure, value in recalls.items()})
+                outcome.recalls.update({(measured, metric): recall for metric, recall in recalls.items()})
         if seed == study.seeds[0]:
             with TemporaryDirectory() as folder, console.capture():
-                found[arm][seed].count_memory(peak_memory(recipe, Path(folder), kind))
+                outcome.memory = max(outcome.memory, peak_memory(recipe, Path(folder), trainer))
     command = f"openimp study {shlex.quote(name)}{' --smoke' if smoke else ''}"
-    write_results(study, {arm: list(by_seed.values()) for arm, by_seed in found.items()}, out, title, command)
-    console.print(f"\nwritten: {out / title}.md", soft_wrap=True)
+    write_results(study, {arm: list(by_seed.values()) for arm, by_seed in outcomes.items()}, out, title, command)
+    console.print(f"\nThe results are in {out / title}.md", soft_wrap=True)
     return True
 
 
-def _kind(study: Study, part: Part) -> type[Trainer]:
+def _trainer(study: Study, part: Part) -> type[Trainer]:
     if part.two_towers:
         return TwoTowerTrainer
     if part.summed:
@@ -92,23 +95,27 @@ def _kind(study: Study, part: Part) -> type[Trainer]:
     return ConflictTrainer if study.conflict else Trainer
 
 
-def _check_figures(study: Study, name: str, recipes: Mapping[tuple[int, str, int], Recipe]) -> None:
-    """Tells before anything is trained what would be missed once all is."""
-    sets: dict[str, set[str]] = {arm: set() for arm in study.arms}
-    for (seed, arm, _), recipe in recipes.items():
-        if seed != study.seeds[0]:
-            continue
-        own = {title for title, options in recipe.evaluation.sets.items() if isinstance(options, Retrieval)}
-        if twice := own & sets[arm]:
-            raise UserError(f"{name}: arm {arm!r}: two of its models measure {min(twice)}; one figure would be lost")
-        sets[arm] |= own
-        for title in own & set(study.clip_benchmark):
-            require_pictures_and_texts(recipe, title)
+def _check_evaluation(study: Study, name: str, recipes: dict[str, list[Recipe]]) -> None:
+    """Checks that the arms, with the recipes of their models, can be compared after the training.
+
+    Raises:
+        UserError: they cannot, or CLIP_benchmark cannot evaluate a set that it should.
+    """
+    sets: dict[str, set[str]] = {}
+    for arm, models in recipes.items():
+        sets[arm] = set()
+        for recipe in models:
+            retrieval = {title for title, options in recipe.evaluation.sets.items() if isinstance(options, Retrieval)}
+            if shared := retrieval & sets[arm]:
+                raise UserError(f"{name}: arm {arm!r}: only one of its models may be evaluated on {min(shared)}")
+            sets[arm] |= retrieval
+            for title in retrieval & set(study.clip_benchmark):
+                require_pictures_and_texts(recipe, title)
     complete = max(sets.values(), key=len)
     if not complete:
-        raise UserError(f"{name}: recipe {study.recipe} has no evaluation set of type retrieval, by which arms compare")
+        raise UserError(f"{name}: recipe {study.recipe} has no evaluation set of type retrieval, which studies compare")
     if not all(known <= complete for known in sets.values()):
-        raise UserError(f"{name}: no arm has all evaluation sets, so no mean can be compared")
+        raise UserError(f"{name}: at least one arm must have all evaluation sets, so that there is a mean over them")
     for title in study.clip_benchmark:
         if title not in complete:
             raise UserError(f"{name}: clip_benchmark: no retrieval set is called {title!r}{nearest(title, complete)}")
@@ -116,21 +123,15 @@ def _check_figures(study: Study, name: str, recipes: Mapping[tuple[int, str, int
         raise UserError("CLIP_benchmark is not installed: pip install 'openimp[peers]'")
 
 
-def _finished(run: Path, recipe: Recipe, trainer: str) -> bool:
-    """Whether this very recipe was trained here to the end, which is its results, by this trainer.
+def _check_same_recipe(run: Path, recipe: Recipe) -> None:
+    """Raises UserError if the study has changed since the run: the run has another recipe.
 
-    Raises:
-        UserError: the run is of another: the study was changed, and its old figures may not pass as new ones; or its
-            results are damaged.
+    `train` compares only keys that change the training. A study also needs results of the same evaluation.
     """
-    if not (run / "results.jsonl").exists():
-        return False
-    before, now = (flat(r.to_dict()) for r in (Recipe.load(str(run / "recipe.yaml")), recipe))
+    if not (run / "recipe.yaml").exists():
+        return
+    before, now = (flat(r.to_dict()) for r in (Recipe.load(run / "recipe.yaml"), recipe))
     for key in sorted((before.keys() | now.keys()) - FREE):
         if before.get(key) != now.get(key):
             was, wanted = before.get(key), now.get(key)
             raise UserError(f"{run}: trained with {key} {was!r}, now {wanted!r}; remove the folder to train it again")
-    made_by = read_state(checkpoints(run)[-1])["trainer"] if checkpoints(run) else trainer
-    if made_by != trainer:
-        raise UserError(f"{run}: trained by {made_by}, now by {trainer}; remove the folder to train it again")
-    return any(line["step"] == recipe.train.steps for line in lines_of(run, "results.jsonl", "step"))

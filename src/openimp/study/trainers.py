@@ -1,4 +1,4 @@
-"""How studies train and what they measure of it: summed losses, the tasks' conflict, peak memory."""
+"""Trainers that only studies use, and the measurement of peak memory."""
 
 import os
 from itertools import accumulate, combinations_with_replacement, islice
@@ -17,54 +17,52 @@ from openimp.objectives import Losses
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import Trainer
 
-MEASURED = 12
-"""How many times in a training the tasks' gradients are compared."""
+MEASUREMENTS = 12
+"""How many times per training `ConflictTrainer` measures."""
 
 
 class SummedTrainer(Trainer):
-    """Every update follows from the sum of all tasks' losses, whose graphs are held until then.
+    """Sums the losses of all tasks in each update.
 
-    The tasks are visited in turn (`alternation.kind: intervals`, every interval 1); those of a round share one backward
-    pass.
+    A round is one step of each task, as `alternation.kind: intervals` with every interval 1 schedules them. The graphs
+    of a round are kept until its last step, which runs one backward pass and updates the weights.
     """
 
     def __init__(self, recipe: Recipe, run: Path, resume: bool = False, allow_changed_data: bool = False) -> None:
         super().__init__(recipe, run, resume, allow_changed_data)
         self.round = sum(task.weight > 0 for task in recipe.tasks.values())
-        self.held: list[Tensor] = []
+        self.pending: list[Tensor] = []
 
     def update(self, loaded: LoadedBatch) -> Losses:
         losses = self.forward(loaded)
-        self.held.append(losses.total)
-        last = loaded.visit.step + 1
-        self.savable = (
-            False  # No checkpoint can hold graphs. A run that is stopped here resumes from before this round.
-        )
-        if len(self.held) == self.round or last == self.recipe.train.steps:
-            torch.stack(self.held).sum().backward()
+        self.pending.append(losses.total)
+        self.savable = False  # A checkpoint cannot hold graphs, so a run that stops here resumes before this round.
+        next_step = loaded.visit.step + 1
+        if len(self.pending) == self.round or next_step == self.recipe.train.steps:
+            torch.stack(self.pending).sum().backward()
             self.apply_gradients(loaded, losses)
-            self.held.clear()
+            self.pending.clear()
             self.savable = True
-        self.step = last
+        self.step = next_step
         return losses
 
 
 class ConflictTrainer(Trainer):
-    """Compares the tasks' gradients on the encoder from time to time, and writes their cosines to conflict.jsonl.
+    """Measures the cosine between the tasks' gradients on the encoder, and writes it to conflict.jsonl.
 
-    Each task gives the gradients of its next two batches. A task's cosine with itself is that between the two, and so
-    tells how large a cosine can be at all, for batches differ within a task too. Nothing of the training changes; the
-    ledger does not count what is computed here.
+    For each task it computes the gradients of the task's next two batches. A task's cosine with itself compares these
+    two. It shows how large a cosine can be at all, because batches of one task differ too. The measurements do not
+    change the training, and the FLOPs in metrics.jsonl do not include them.
     """
 
     def __init__(self, recipe: Recipe, run: Path, resume: bool = False, allow_changed_data: bool = False) -> None:
         super().__init__(recipe, run, resume, allow_changed_data)
         for source in self.data.sources.values():
             if isinstance(source, Stream):
-                raise UserError(f"source {source.name} is streamed, so batches of later steps cannot be looked at now")
+                raise UserError(f"source {source.name} is streamed, so the batches of later steps cannot be read now")
         self.file = run / "conflict.jsonl"
         forget_after(self.file, self.step - 1)
-        self.every = max(1, recipe.train.steps // MEASURED)
+        self.every = max(1, recipe.train.steps // MEASUREMENTS)
 
     def update(self, loaded: LoadedBatch) -> Losses:
         step = loaded.visit.step
@@ -73,24 +71,24 @@ class ConflictTrainer(Trainer):
         return super().update(loaded)
 
     def cosines(self, step: int) -> dict[str, float]:
-        """The cosine between the gradients of each pair of tasks, by "a|b", at the weights of now.
+        """The cosine between the gradients of each pair of tasks a and b, under "a|b", at the current weights.
 
         Args:
-            step: where the batches are looked for; a task that comes fewer than two times from there on is left out.
+            step: the first step whose batch may be used. A task with fewer than two steps from there on is left out.
         """
         gradients = {}
         for name in self.recipe.tasks:
-            ahead = (s for s in range(step, len(self.data)) if self.data.schedule[s].task == name)
-            found = [self._gradient(self.data[s]) for s in islice(ahead, 2)]
-            if len(found) == 2:
-                gradients[name] = found
+            steps = (s for s in range(step, len(self.data)) if self.data.schedule[s].task == name)
+            computed = [self._gradient(self.data[s]) for s in islice(steps, 2)]
+            if len(computed) == 2:
+                gradients[name] = computed
         return {
             f"{a}|{b}": float(F.cosine_similarity(gradients[a][0], gradients[b][1], dim=0))
             for a, b in combinations_with_replacement(gradients, 2)
         }
 
     def _gradient(self, loaded: LoadedBatch) -> Tensor:
-        """The gradient of one batch's loss on all weights of the encoder, in one fp32 vector."""
+        """The gradient of a batch's loss with respect to all weights of the encoder, as one fp32 vector."""
         assert isinstance(self.model, IMP)
         self.forward(loaded).total.backward()
         parts = [(p.new_zeros(p.shape) if p.grad is None else p.grad) for p in self.model.encoder.parameters()]
@@ -98,27 +96,28 @@ class ConflictTrainer(Trainer):
         return torch.cat([part.flatten() for part in parts])
 
 
-def peak_memory(recipe: Recipe, run: Path, kind: type[Trainer]) -> int:
-    """Bytes that an update holds at most beyond what is there before it, over a visit of every task and view.
+def peak_memory(recipe: Recipe, run: Path, trainer: type[Trainer]) -> int:
+    """The most memory that an update allocates on top of what existed before it, in bytes.
 
-    Counted from the allocations that torch's profiler sees on the CPU, so the same on every machine of a kind.
+    The maximum is over one update of each task and view. It is computed from the CPU allocations that torch's profiler
+    records, so it does not depend on what else runs on the machine.
 
     Args:
-        recipe: what to train; nothing is saved.
+        recipe: the recipe. Nothing is saved.
         run: an empty folder.
-        kind: how to train it.
+        trainer: the trainer's class.
     """
-    # Below this level kineto tells of its start and end in the middle of the user's screen.
+    # At lower levels kineto prints its start and end.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    training = kind(recipe, run, False)
+    training = trainer(recipe, run, False)
     first: dict[tuple[str, int], int] = {}
     for step, visit in enumerate(training.data.schedule):
         first.setdefault((visit.task, visit.view), step)
     steps = sorted(first.values())
-    if isinstance(training, SummedTrainer):  # Whole rounds, until every view has had its turn.
+    if isinstance(training, SummedTrainer):  # Whole rounds, until every view has occurred.
         steps = list(range(min(-(-(steps[-1] + 1) // training.round) * training.round, recipe.train.steps)))
     batches = [training.data[step] for step in steps]
-    for loaded in batches:  # The optimisers' moments are made at the first time.
+    for loaded in batches:  # The first updates create the optimizer state, which must not count.
         training.update(loaded)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         for loaded in batches:

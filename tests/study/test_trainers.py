@@ -1,4 +1,4 @@
-"""How studies train, and what they measure."""
+"""Trainers for studies, and peak memory."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
-from openimp.study.training import ConflictTrainer, SummedTrainer, peak_memory
+from openimp.study.trainers import ConflictTrainer, SummedTrainer, peak_memory
 from openimp.training.trainer import Trainer, train
 
 SUMMED = ["alternation.kind=intervals", "optimizer.max_grad_norm=null", "optimizer.ema_decay=null"]
@@ -19,7 +19,7 @@ def recipe_of(folder, *changes: str) -> Recipe:
     return Recipe.load(folder / "recipe.yaml", list(changes))
 
 
-def test_a_summed_round_updates_by_the_gradient_of_the_summed_losses(little_data, tmp_path):
+def test_a_summed_round_applies_the_gradient_of_the_summed_losses(little_data, tmp_path):
     summed = SummedTrainer(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
     alone = Trainer(recipe_of(little_data, *SUMMED), tmp_path / "b", False)
     batches = [alone.data[step] for step in (0, 1)]
@@ -45,7 +45,7 @@ def test_a_summed_round_updates_by_the_gradient_of_the_summed_losses(little_data
     assert not torch.equal(summed.model.encoder.norm.weight, before["encoder.norm.weight"])
 
 
-def test_a_round_is_never_saved_by_half(little_data, tmp_path):
+def test_half_a_round_is_never_saved(little_data, tmp_path):
     training = SummedTrainer(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
     for step in range(3):
         training.update(training.data[step])
@@ -54,7 +54,7 @@ def test_a_round_is_never_saved_by_half(little_data, tmp_path):
     assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_a_round_that_ends_the_run_is_not_saved_by_half(little_data, tmp_path):
+def test_a_round_that_fails_is_not_saved(little_data, tmp_path):
     training = SummedTrainer(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
     with torch.no_grad():
         training.model.encoder.norm.weight.fill_(math.nan)
@@ -66,7 +66,7 @@ def test_a_round_that_ends_the_run_is_not_saved_by_half(little_data, tmp_path):
     assert not (tmp_path / "a" / "checkpoints").exists()
 
 
-def test_cosines_are_those_of_the_tasks_gradients_and_change_nothing(little_data, tmp_path):
+def test_cosines_compare_the_tasks_gradients_and_do_not_change_the_training(little_data, tmp_path):
     recipe = recipe_of(little_data, "train.steps=12")
     train(recipe, tmp_path / "plain")
     train(recipe, tmp_path / "measured", trainer=ConflictTrainer)
@@ -94,8 +94,8 @@ def test_cosines_are_those_of_the_tasks_gradients_and_change_nothing(little_data
     assert lines[0]["cosine"]["named|heard"] == pytest.approx(cosine, abs=1e-3)
 
 
-def test_peak_memory_of_alternation_is_that_of_its_largest_task_and_less_than_the_sum(little_data, tmp_path):
-    """At sizes where activations count, as they do outside of tests."""
+def test_peak_memory_of_alternation_is_that_of_its_largest_task(little_data, tmp_path):
+    """Batches are large, so that activations dominate as in real trainings."""
     large = [
         "tasks.named.batch_size=128",
         "tasks.named.views.1.batch_size=128",
