@@ -2,10 +2,10 @@
 
     python benchmarks/kernels.py
 
-For `UNFUSED_LENGTH`, it compares attention as two matrix products and a softmax with torch's fused kernel. For `gelu`, it
-compares the exact form with the tanh approximation. The two kernels of a comparison run alternately in one process, and
-the result is the median over all pairs. Heads have width 64. In masked rows, half of the tokens of every second example
-are masked.
+For `UNFUSED_LENGTH`, it compares attention as two matrix products and a softmax with torch's fused kernel. For `gelu`,
+it compares the exact form with the tanh approximation. The two kernels of a comparison run alternately in one process,
+and the result is the median over all pairs. Heads have width 64. In masked rows, half of the tokens of every second
+example are masked.
 """
 
 import argparse
