@@ -81,5 +81,5 @@ def test_installed_code_finds_the_bundled_recipes_and_studies(outside):
 
 
 def test_the_demo_trains_on_the_bundled_data(outside):
-    changes = ["train.steps=2", "optimizer.warmup=1", "evaluation={}"]
+    changes = ["train.steps=2", "optimizer.warmup_steps=1", "evaluation={}"]
     assert "step 2/2" in outside("openimp", "train", "demo", *(f"--set={change}" for change in changes))
