@@ -120,26 +120,29 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
     assert "no evaluation set is called 'tone'; did you mean 'tones'?" in refused("eval", little_run, "tone")
     other = little_data / "recipe.yaml"
     damaged = Path(shutil.copytree(little_run / "checkpoints" / "step-00000012", tmp_path / "damaged"))
-    (damaged / "ema.safetensors").write_bytes((damaged / "ema.safetensors").read_bytes()[:1000])
-    assert "ema.safetensors: damaged: " in refused("eval", damaged, "--recipe", other)
+    weights = damaged / "ema" / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "ema: damaged: " in refused("eval", damaged, "--recipe", other)
     (damaged / "tokenizer.json").write_bytes(b"\xff\xfe{")
     assert "tokenizer.json: damaged: 'utf-8' codec" in refused("info", damaged)
     for content, told in (("{", "Expecting"), ("[" * 200_000, "recursion"), ("[]", "expected a JSON object")):
         (damaged / "config.json").write_text(content)
         assert re.search(f"config.json: damaged: .*{told}", refused("info", damaged))
     shutil.copy(little_run / "checkpoints" / "step-00000012" / "tokenizer.json", damaged)
-    shutil.copy(little_run / "checkpoints" / "step-00000012" / "ema.safetensors", damaged)
+    shutil.copy(little_run / "checkpoints" / "step-00000012" / "ema" / weights.name, weights)
     config = json.loads((little_run / "checkpoints" / "step-00000012" / "config.json").read_text())
     config["recipe"]["model"]["layers"] = 10**9
     (damaged / "config.json").write_text(json.dumps(config))
     assert "does not fit the model: 1000000000 layers in" in refused("info", damaged)
-    (damaged / "config.json").write_text('{"format": 5, "model": "IMP", "classes": {}}')
+    (damaged / "config.json").write_text('{"format": 6, "model": "IMP", "classes": {}}')
     assert "config.json: recipe is missing, or no object" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 99}')
-    assert "config.json: format 99, this version of openimp reads format 4" in refused("info", damaged)
+    assert "in format 99, and this version of openimp reads format 6 only; use the version that" in refused(
+        "info", damaged
+    )
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "other.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "other.json", "model/0.safetensors"])
 def test_pipes_and_huge_files_in_a_model_folder_are_refused_and_not_read(refused, tiny_model_folder, tmp_path, name):
     folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
     image = tmp_path / "0.png"
@@ -371,7 +374,7 @@ def test_train_prints_the_mixture_and_the_results(openimp, little_data, tmp_path
     assert "chance" in out
 
 
-def test_info_of_a_recipe_and_of_a_run(openimp, little_data, little_run):
+def test_info_of_a_recipe_and_of_a_run(openimp, little_data, little_run, tmp_path):
     code, of_recipe, err = openimp("info", little_data / "recipe.yaml", *sets("model.embed_dim=64"))
     assert (code, err) == (0, "")
     for part in ("parameters", "encoder", "classifiers", "mixture", "named", "heard"):
@@ -382,6 +385,12 @@ def test_info_of_a_recipe_and_of_a_run(openimp, little_data, little_run):
         assert part in of_run
     spent = read_lines(little_run / "metrics.jsonl")[-1]["totals"]
     assert f"{spent['named']['tokens']:,}" in of_run
+    began = Path(shutil.copytree(little_run, tmp_path / "began", ignore=shutil.ignore_patterns("checkpoints")))
+    code, without, err = openimp("info", began)
+    assert (code, err) == (0, "")
+    assert f"{began}: a run of recipe little, which has saved no checkpoint yet" in without
+    for part in ("parameters", "mixture", "spent up to step 12", "colours"):
+        assert part in without
     # Recipes of the published sizes are described without their data.
     code, of_published, err = openimp("info", "imp_s")
     assert (code, err) == (0, "")

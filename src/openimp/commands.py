@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
-from openimp.checkpoint.folder import check_layers, load_model, model_folder, read_config, saved_step
+from openimp.checkpoint.folder import check_layers, checkpoints, load_model, model_folder, read_config, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append
 from openimp.common.progress import clock, console, track
+from openimp.common.safe_files import refuse_links
 from openimp.data.batch import head_key
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
@@ -119,22 +120,27 @@ def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None
 
 
 def run_info(what: str, overrides: list[str]) -> None:
-    """Describes a recipe, or a model and the run that made it."""
+    """Describes a recipe, a model, or a run. A run without a checkpoint is described by its recipe."""
     path = Path(what)
-    if path.is_dir():
-        if overrides:
-            raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
+    if path.is_dir() and overrides:
+        raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
+    if path.is_dir() and (checkpoints(path) or not (path / "recipe.yaml").exists()):
         folder = model_folder(path)
         recipe, classes, learned = read_config(folder)
         check_layers(folder, recipe)
         modalities = recipe.make_modalities()
         for modality in modalities.values():
             modality.load_state(learned)
-        console.print(f"{folder}: recipe {recipe.name}, saved with openimp's model format", soft_wrap=True)
+        console.print(f"{folder}: a model of recipe {recipe.name}", soft_wrap=True)
     else:
+        if path.is_dir():
+            refuse_links(path)
+            what = str(path / "recipe.yaml")
         recipe = Recipe.load(what, overrides)
         modalities = recipe.make_modalities()
         classes = _classes(recipe)
+        if path.is_dir():
+            console.print(f"{path}: a run of recipe {recipe.name}, which has saved no checkpoint yet", soft_wrap=True)
     _print_model(recipe, modalities, classes)
     _print_costs(recipe, modalities, classes)
     if path.is_dir():

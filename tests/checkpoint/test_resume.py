@@ -1,4 +1,4 @@
-"""Going on: from the newest intact checkpoint, of the same data. What kills a run is in test_faults.py."""
+"""Resuming from the newest intact checkpoint, with the same data. test_faults.py kills runs."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import openimp
-from openimp.checkpoint.folder import checkpoints
+from openimp.checkpoint.folder import checkpoints, file_facts
 from openimp.commands import run_eval
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
@@ -54,7 +54,7 @@ def names(run: Path) -> list[str]:
 
 
 def last_manifest(run: Path) -> dict:
-    """The digests of all files of the newest checkpoint: equal for equal weights, moments, totals and so on."""
+    """The hashes of all files of the newest checkpoint: equal for equal weights, optimizer state, totals and so on."""
     return json.loads((checkpoints(run)[-1] / "manifest.json").read_text())
 
 
@@ -80,6 +80,10 @@ def flip(file: Path) -> None:
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def weights_of(folder: Path) -> Path:
+    return folder / "model" / "model.safetensors"
+
+
 def cut(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
@@ -87,11 +91,11 @@ def cut(file: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "file", "told"),
     [
-        (flip, "model.safetensors", r"damaged: its [\d,]+ bytes are not those that were saved"),
+        (flip, "model/model.safetensors", r"damaged: its [\d,]+ bytes are not those that were saved"),
         (flip, "tokenizer.json", r"damaged: its [\d,]+ bytes are not those that were saved"),
-        (cut, "optimizer.safetensors", r"damaged: its [\d,]+ bytes are not those that were saved"),
+        (cut, "optimizer/optimizer.safetensors", r"damaged: its [\d,]+ bytes are not those that were saved"),
         (cut, "manifest.json", "damaged: "),
-        (Path.unlink, "ema.safetensors", "missing"),
+        (Path.unlink, "ema/ema.safetensors", "missing"),
         (Path.unlink, "state.json", "missing"),
         (Path.unlink, "manifest.json", "missing"),
     ],
@@ -101,30 +105,30 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_used(run, whole_run, li
     harm(damaged)
     train(recipe_of(little_data), run, resume=True)
     out = capsys.readouterr().out
-    assert re.search(rf"^{damaged}: {told}.*; going on from step 8, 4 steps are lost$", out, re.MULTILINE)
+    assert re.search(rf"^{damaged}: {told}.*; resuming from step 8, 4 steps are lost$", out, re.MULTILINE)
     assert out.count("are lost") == 1
     assert last_manifest(run) == last_manifest(whole_run)
     assert names(run) == names(whole_run)
 
 
 def test_without_an_intact_checkpoint_all_damage_is_named(run, little_data, capsys):
-    flip(checkpoints(run)[2] / "model.safetensors")
-    cut(checkpoints(run)[1] / "ema.safetensors")
+    flip(weights_of(checkpoints(run)[2]))
+    cut(weights_of(checkpoints(run)[1]))
     Trainer(recipe_of(little_data), run, resume=True)
-    assert capsys.readouterr().out.count("; going on from step 4, 8 steps are lost\n") == 2
+    assert capsys.readouterr().out.count("; resuming from step 4, 8 steps are lost\n") == 2
     (checkpoints(run)[0] / "config.json").unlink()
     with pytest.raises(UserError) as error:
         train(recipe_of(little_data), run, resume=True)
     message = str(error.value)
-    assert message.startswith(f"{run}: no checkpoint to resume from; {checkpoints(run)[2] / 'model.safetensors'}: dam")
-    assert f"; {checkpoints(run)[1] / 'ema.safetensors'}: damaged: " in message
+    assert message.startswith(f"{run}: no checkpoint to resume from; {weights_of(checkpoints(run)[2])}: damaged")
+    assert f"; {weights_of(checkpoints(run)[1])}: damaged: " in message
     assert message.endswith(f"; {checkpoints(run)[0] / 'config.json'}: missing")
     assert "\n" not in message
 
 
 def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_new_one(run, little_data):
     """It has the higher number, and would pass for the newest when older ones are removed."""
-    flip(checkpoints(run)[-1] / "model.safetensors")
+    flip(weights_of(checkpoints(run)[-1]))
     training = Trainer(recipe_of(little_data, "train.keep_last=1"), run, resume=True)
     training.update(next(iter(make_loader(training.data, training.step))))
     training.save()
@@ -136,16 +140,22 @@ def test_a_checkpoint_of_an_older_format_is_refused(run, little_data):
     """Its weights mean something else: positions, heads and temperatures have changed."""
     folder = checkpoints(run)[-1]
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"format": 4}))
-    with pytest.raises(UserError, match="format 4, this version of openimp reads format 5"):
-        openimp.load(run)
+    for found in (4, 5, None):
+        (folder / "config.json").write_text(json.dumps(config | {"format": found}))
+        told = f"in format {found}, and this version of openimp reads format 6 only; use the version that saved it"
+        with pytest.raises(UserError, match=told):
+            openimp.load(run)
+    (folder / "state.json").write_text('{"step": 12}')
+    manifest = {path.relative_to(folder).as_posix(): file_facts(path) for path in folder.rglob("*.*")}
+    manifest.pop("manifest.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=told):
+        train(recipe_of(little_data), run, resume=True)
 
 
-def test_resume_auto_starts_a_run_that_has_no_checkpoint_and_goes_on_with_one_that_has(
-    whole_run, little_data, tmp_path
-):
-    """The same command three times: one that dies at its first save, one that starts anew, and one that goes on."""
-    run, limit = tmp_path / "run", (checkpoints(whole_run)[0] / "model.safetensors").stat().st_size // 2
+def test_resume_auto_starts_a_run_without_a_checkpoint_and_resumes_one_that_has_one(whole_run, little_data, tmp_path):
+    """The same command three times: one that dies at its first save, one that starts again, and one that resumes."""
+    run, limit = tmp_path / "run", weights_of(checkpoints(whole_run)[0]).stat().st_size // 2
     times = []
     for size in (limit, None, None):
         _, err = (process := start(little_data, run, "--resume", "auto", limit=size)).communicate(timeout=90)
@@ -154,17 +164,17 @@ def test_resume_auto_starts_a_run_that_has_no_checkpoint_and_goes_on_with_one_th
             assert last_manifest(run) == last_manifest(whole_run)
             shutil.rmtree(checkpoints(run)[-1])
         times.append([line["seconds"] for line in read_lines(run / "metrics.jsonl")])
-    died, anew, went_on = times
+    died, anew, resumed = times
     assert 4 <= len(died) <= 8  # It is written beside the steps; the next one would wait for it.
-    assert [len(anew), len(went_on)] == [12, 12]
+    assert [len(anew), len(resumed)] == [12, 12]
     assert died[0] != anew[0]
-    assert went_on[:8] == anew[:8]
-    assert went_on[8] != anew[8]
+    assert resumed[:8] == anew[:8]
+    assert resumed[8] != anew[8]
 
 
 def test_resume_auto_starts_no_run_anew_whose_checkpoints_are_damaged(run, little_data):
     for folder in checkpoints(run):
-        flip(folder / "model.safetensors")
+        flip(weights_of(folder))
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     _, err = (process := start(little_data, run, "--resume", "auto")).communicate(timeout=90)
     assert process.returncode == 2
@@ -176,6 +186,7 @@ def test_a_source_that_has_changed_is_named(own_data, tmp_path):
     """A row, a file of a folder, and a file that a manifest names; the sizes and times stay."""
     run, recipe = tmp_path / "run", recipe_of(own_data)
     train(recipe, run)
+    shutil.rmtree(checkpoints(run)[-1])
     folder = checkpoints(run)[-1]
     for changed, source in (("pictures/red/3.png", "pictures"), ("sounds.jsonl", "sounds"), ("7.wav", "sounds")):
         before, times = (own_data / changed).read_bytes(), (own_data / changed).stat()
@@ -239,7 +250,7 @@ def test_a_changed_stream_begins_a_new_epoch(streamed, tmp_path):
 
 
 def test_the_best_checkpoint_is_kept_and_found(little_data, tmp_path):
-    """Through removing of older ones and going on; a run's model stays its newest."""
+    """It survives the removal of older ones and resuming. The run's model stays the newest."""
     run = tmp_path / "run"
     recipe = Recipe.load(
         little_data / "recipe.yaml",
@@ -258,7 +269,7 @@ def test_the_best_checkpoint_is_kept_and_found(little_data, tmp_path):
     assert read_lines(tmp_path / "newest.jsonl") == lines[-1:]
 
     recorded = read_lines(run / "results.jsonl")
-    flip(checkpoints(run)[-1] / "model.safetensors")
+    flip(weights_of(checkpoints(run)[-1]))
     train(recipe, run, resume=True)
     assert names(run) == expected
     assert read_lines(run / "results.jsonl") == recorded

@@ -1,6 +1,6 @@
-"""Saving in the background, by one process and by several: what is written, when, and what becomes of failures.
+"""Saving in the background, on one and on several ranks: what is written, when, and what a failure costs.
 
-torchrun runs this very file for what several processes do.
+torchrun runs this very file for the work of several ranks.
 """
 
 import errno
@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import openimp
-from openimp.checkpoint.dcp import Snapshot, load
-from openimp.checkpoint.folder import checkpoints, moments_of, verify
-from openimp.checkpoint.saver import NotSaved
-from openimp.checkpoint.shards import read
+from openimp.checkpoint import dcp
+from openimp.checkpoint.folder import checkpoints, optimizer_state, verify
+from openimp.checkpoint.saver import CheckpointError
 from openimp.common.errors import UserError
 from openimp.parallel import distributed, layout
 from openimp.recipe.schema import Recipe
@@ -36,12 +35,12 @@ def training_of(folder: Path, run: Path, *changes: str, resume: bool = False) ->
 
 
 def tensors_of(training: Trainer) -> dict[str, Tensor]:
-    """All that a checkpoint has to hold, whole, by file and name."""
+    """All tensors that a checkpoint has to hold, unsharded, by folder and name."""
     assert training.updater.ema
     kinds = {
         "model": training.model.state_dict(),
         "ema": training.updater.ema.weights,
-        "optimizer": moments_of(training.model, training.updater.optimizers),
+        "optimizer": optimizer_state(training.model, training.updater.optimizers),
     }
     return {
         f"{kind} {name}": layout.whole(tensor).detach().clone()
@@ -54,7 +53,7 @@ def files_of(folder: Path) -> dict[str, Tensor]:
     return {
         f"{kind} {name}": tensor
         for kind in ("model", "ema", "optimizer")
-        for name, tensor in read(folder, kind).items()
+        for name, tensor in dcp.read(folder / kind).items()
     }
 
 
@@ -63,14 +62,14 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 class Disk(threading.Event):
-    """One where nothing of a checkpoint can be written until it is set, and then may be full."""
+    """A disk on which no checkpoint can be begun until the event is set, and which then may be full."""
 
     full = False
 
 
 @pytest.fixture
 def disk(monkeypatch) -> Disk:
-    """In the place of the system's."""
+    """Replaces the system's disk."""
     disk, mkdir = Disk(), os.mkdir
 
     def slow(path: Path, mode: int = 0o777) -> None:
@@ -84,8 +83,8 @@ def disk(monkeypatch) -> Disk:
     return disk
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(little_data, tmp_path, disk):
-    """Which holds what the tensors were when it was begun."""
+def test_training_continues_while_a_checkpoint_is_written(little_data, tmp_path, disk):
+    """The checkpoint holds the tensors as they were when it was begun."""
     run = tmp_path / "run"
     training = training_of(little_data, run)
     for step in range(3):
@@ -106,11 +105,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(little_data, tmp_path, d
     for folder, expected in zip(checkpoints(run), (before, after)):
         verify(folder)
         assert same(files_of(folder), expected)
-        assert load_file(folder / "model.safetensors").keys() == training.model.state_dict().keys()
+        weights = load_file(folder / "model" / "model.safetensors")
+        assert weights.keys() == training.model.state_dict().keys()
 
 
 def test_a_failure_is_raised_by_the_next_save(little_data, tmp_path, disk):
-    """Which waits for the one before, so no second one is begun."""
+    """It waits for the one before, so no second one is begun."""
     run = tmp_path / "run"
     training = training_of(little_data, run)
     training.update(training.data[0])
@@ -118,7 +118,10 @@ def test_a_failure_is_raised_by_the_next_save(little_data, tmp_path, disk):
     training.update(training.data[1])
     disk.full = True
     disk.set()
-    with pytest.raises(NotSaved, match=r"step-00000001: could not be saved: No space left on device; older"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"step-00000001: could not be saved: .*No space left on device.*; older checkpoints are un",
+    ):
         training.save()
     assert not (run / "checkpoints").exists()
     disk.full = False
@@ -128,7 +131,7 @@ def test_a_failure_is_raised_by_the_next_save(little_data, tmp_path, disk):
 
 
 def test_the_end_of_a_training_waits_for_its_checkpoint(little_data, tmp_path, disk):
-    """Let go once the evaluation that follows the last step has come to its end."""
+    """The disk lets it be written only when the evaluation after the last step has ended."""
     run, recipe = tmp_path / "run", Recipe.load(little_data / "recipe.yaml", ["train.steps=2"])
 
     class Watched(Trainer):
@@ -141,45 +144,45 @@ def test_the_end_of_a_training_waits_for_its_checkpoint(little_data, tmp_path, d
     verify(checkpoints(run)[-1])
 
 
-def test_what_several_processes_save_one_and_four_load(little_data, tmp_path):
-    """Bit for bit, and again what the four save."""
+def test_what_several_ranks_save_one_and_four_load(little_data, tmp_path):
+    """Bit for bit. What the four save is loaded again by one."""
     run = tmp_path / "run"
-    for processes, step in ((2, 3), (4, 4)):
-        subprocess.run(torchrun(processes, __file__, "save", little_data, run), check=True, timeout=300)
+    for ranks, step in ((2, 3), (4, 4)):
+        subprocess.run(torchrun(ranks, __file__, "save", little_data, run), check=True, timeout=300)
         folder, expected = checkpoints(run)[-1], load_file(run / f"saved {step}.safetensors")
         assert folder.name == f"step-{step:08d}"
-        assert len(list(folder.glob(f"model-*-of-{processes:05d}.safetensors"))) == processes
+        assert len(list((folder / "model").iterdir())) == ranks
         assert same(files_of(folder), expected)
         assert same(tensors_of(training_of(little_data, run, resume=True)), expected)
         assert openimp.load(run).encode_text(["a red square"]).isfinite().all()
     assert same(load_file(run / "loaded 3.safetensors"), load_file(run / "saved 3.safetensors"))
 
-    lost = next(folder.glob("ema-00002-*"))
-    content = lost.read_bytes()
-    lost.unlink()
-    with pytest.raises(UserError, match=rf"{lost}: missing"):
-        openimp.load(run)
-    lost.write_bytes(next(folder.glob("ema-00003-*")).read_bytes())
-    with pytest.raises(UserError, match=r"damaged: .* is not whole"):
-        openimp.load(run)
-    lost.write_bytes(content)
+    for kind in ("ema", "optimizer"):
+        for lost in sorted((folder / kind).iterdir()):
+            moved = lost.rename(tmp_path / "lost")
+            with pytest.raises(UserError, match=f"{lost}: missing"):
+                verify(folder)
+            if kind == "ema":
+                with pytest.raises(UserError, match=f"{folder}/ema: d"):  # "damaged", or "does not fit the model"
+                    openimp.load(run)
+            moved.rename(lost)
     openimp.load(run)
 
 
 def test_tensors_of_any_mesh_are_saved_once_and_loaded_into_any_other(tmp_path):
-    """Replicas, shards in two dimensions, whole tensors that each process has, scalars, fewer rows than processes."""
+    """Replicas, shards in two dimensions, tensors that all ranks or only some have, scalars, fewer rows than ranks."""
     subprocess.run(torchrun(4, __file__, "meshes", tmp_path), check=True, timeout=300)
     expected = whole_tensors()
-    assert same(read(tmp_path, "some"), expected)
-    held = [load_file(file) for file in sorted(tmp_path.glob("some-*"))]
+    assert same(dcp.read(tmp_path / "some"), expected)
+    held = [load_file(file) for file in sorted((tmp_path / "some").iterdir())]
     assert len(held) == 4
     for name, tensor in expected.items():
         assert sum(some[name].numel() for some in held if name in some) == tensor.numel(), name
 
 
 @pytest.mark.parametrize("harm", ["kill", "fill"])
-def test_what_befalls_one_process_in_a_save_costs_that_checkpoint_alone(little_data, tmp_path, harm):
-    """Killed, or with a full disk, in the middle of its parts of the second checkpoint."""
+def test_a_rank_that_fails_during_a_save_loses_only_that_checkpoint(little_data, tmp_path, harm):
+    """It is killed, or its disk is full, while it writes its shards of the second checkpoint."""
     run = tmp_path / "run"
     done = subprocess.run(torchrun(2, __file__, harm, little_data, run), capture_output=True, text=True, timeout=300)
     assert done.returncode
@@ -188,7 +191,7 @@ def test_what_befalls_one_process_in_a_save_costs_that_checkpoint_alone(little_d
     verify(kept)
     folder = run / "checkpoints" / "step-00000004"
     if harm == "fill":
-        # Counted, for the lines of two processes may run into one another.
+        # Counted, because the lines of two ranks may run into one another.
         for told in (f"{folder}: could not be saved: ", "File too large", "; older checkpoints are untouched"):
             assert done.stdout.count(told) == 2, done.stdout + done.stderr
         assert not folder.with_name(".step-00000004.tmp").exists()
@@ -198,11 +201,11 @@ def test_what_befalls_one_process_in_a_save_costs_that_checkpoint_alone(little_d
     assert resumed.step == 2
     resumed.update(resumed.data[2])
     resumed.save()
-    resumed.saver.wait()
+    resumed.checkpointing.wait()
     assert [path.name for path in (run / "checkpoints").iterdir() if path != kept] == ["step-00000003"]
 
 
-def test_a_checkpoint_is_damaged_without_its_manifests_lines_and_with_files_beyond(little_data, tmp_path):
+def test_a_file_that_the_manifest_does_not_list_is_damage(little_data, tmp_path):
     training = training_of(little_data, tmp_path / "run")
     training.update(training.data[0])
     training.save()
@@ -214,13 +217,15 @@ def test_a_checkpoint_is_damaged_without_its_manifests_lines_and_with_files_beyo
     with pytest.raises(UserError, match=r"config\.json: damaged: is not in manifest\.json"):
         verify(folder)
     (folder / "manifest.json").write_text(manifest)
-    (folder / "model-00001-of-00002.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors: damaged: is not in manifest\.json"):
+    (folder / "model" / "more.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model/more\.safetensors: damaged: is not in manifest\.json"):
         verify(folder)
+    (folder / "model" / "more.safetensors").rename(folder / "model" / "._more.safetensors")
+    verify(folder)
 
 
-def test_an_older_checkpoint_that_cannot_be_removed_is_told(little_data, tmp_path, monkeypatch):
-    """The new one is in place by then."""
+def test_an_older_checkpoint_that_cannot_be_removed_is_an_error(little_data, tmp_path, monkeypatch):
+    """The new one is saved by then."""
     training, replace = training_of(little_data, tmp_path / "run", "train.keep_last=1"), os.replace
 
     def refuse(source: Path, target: Path) -> None:
@@ -232,7 +237,9 @@ def test_an_older_checkpoint_that_cannot_be_removed_is_told(little_data, tmp_pat
     for step in range(2):
         training.update(training.data[step])
         training.save()
-    with pytest.raises(NotSaved, match=r"-00000001: could not be removed: Permission denied; step-00000002 is saved"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002: is saved, but an older one could not be removed: .*Perm"
+    ):
         training.checkpointing.wait()
     for folder in checkpoints(tmp_path / "run"):
         verify(folder)
@@ -249,11 +256,12 @@ def whole_tensors() -> dict[str, Tensor]:
         "plain": torch.arange(5.0),
         "scalar": torch.tensor(7.0),
         "bf16": torch.arange(6.0).bfloat16(),
+        **{f"only on rank {rank}": torch.full((3,), float(rank)) for rank in range(4)},
     }
 
 
 def meshes(folder: Path) -> None:
-    """Saves tensors in shards on meshes of one and two dimensions, and loads them into shards on others."""
+    """Saves tensors sharded over meshes of one and two dimensions, and loads them into shards on other meshes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -277,31 +285,33 @@ def meshes(folder: Path) -> None:
         }
         for where, fill in ((first, torch.clone), (second, torch.zeros_like))
     )
-    Snapshot(saved).save(folder, "some", distributed.own_group())
+    own = {name: x for name, x in saved.items() if name[-1] == str(distributed.rank()) or "only" not in name}
+    (file,) = dcp.save(folder / "some", dcp.stage(own), distributed.own_group())
+    assert file.name.startswith(f"shard-0000{distributed.rank() + 1}-")
     distributed.wait()
-    load(folder, "some", target)
+    dcp.load(folder / "some", target)
     assert same({name: layout.whole(tensor) for name, tensor in target.items()}, whole)
 
 
 def save(folder: Path, run: Path) -> None:
-    """Goes on with a run, if there is one, by a step; else by three, of both tasks. Notes all tensors, whole."""
+    """Resumes a run, if there is one, for one step; otherwise trains three, of both tasks. Records all tensors."""
     training = training_of(folder, run, resume=run.exists())
-    note(training, run / f"loaded {training.step}.safetensors")
+    record(training, run / f"loaded {training.step}.safetensors")
     for step in range(training.step, training.step + 1 if training.step else 3):
         training.update(training.data[step])
     training.save()
-    note(training, run / f"saved {training.step}.safetensors")
+    record(training, run / f"saved {training.step}.safetensors")
     training.checkpointing.wait()
 
 
-def note(training: Trainer, file: Path) -> None:
+def record(training: Trainer, file: Path) -> None:
     tensors = tensors_of(training)
     if distributed.rank() == 0:
         save_file(tensors, file)
 
 
 def harmed(harm: str, folder: Path, run: Path) -> None:
-    """Saves twice; in the second time something befalls the second process."""
+    """Saves twice. The second time, rank 1 fails."""
     training = training_of(folder, run)
     for step in range(4):
         training.update(training.data[step])
@@ -316,7 +326,7 @@ def harmed(harm: str, folder: Path, run: Path) -> None:
     training.save()
     try:
         training.checkpointing.wait()
-    except NotSaved as error:
+    except CheckpointError as error:
         print(error, flush=True)
         sys.exit(2)
 

@@ -112,7 +112,8 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, little_data):
     "place",
     ["metrics.jsonl", "results.jsonl", "skipped.jsonl", "recipe.yaml", "torchrun.job", "tensorboard", "checkpoints",
      "checkpoints/best", "checkpoints/step-00000012", "checkpoints/step-00000012/config.json",
-     "checkpoints/step-00000012/tokenizer.json", "checkpoints/step-00000012/ema.safetensors"],
+     "checkpoints/step-00000012/tokenizer.json", "checkpoints/step-00000012/ema",
+     "checkpoints/step-00000012/ema/ema.safetensors"],
 )  # fmt: skip
 def test_a_link_that_leads_out_of_a_run_is_refused(victim, tmp_path, little_data, little_run, place):
     run = Path(shutil.copytree(little_run, tmp_path / "run"))
@@ -154,10 +155,11 @@ def test_links_that_stay_inside_and_those_of_the_hubs_cache_are_followed(tmp_pat
     (run / "checkpoints" / "best").symlink_to(checkpoints(run)[-1].name)
     openimp.load(run)
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1a2b", tmp_path / "models--a--b" / "blobs"
-    shutil.copytree(tiny_model_folder, blobs)
-    snapshot.mkdir(parents=True)
-    for file in blobs.iterdir():
-        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    (snapshot / "model").mkdir(parents=True)
+    blobs.mkdir()
+    for file in (path for path in tiny_model_folder.rglob("*") if path.is_file()):
+        shutil.copy(file, blobs)
+        (snapshot / file.relative_to(tiny_model_folder)).symlink_to(blobs / file.name)
     openimp.load(snapshot)
     (snapshot / "more.json").symlink_to("../../../more.json")
     with pytest.raises(UserError, match="is a link out of"):

@@ -235,9 +235,17 @@ def test_a_run_means_its_newest_checkpoint(tiny_model_folder, tiny_recipe, tiny_
 
 
 def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    """A name that looks like a path is not looked up on the Hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, message in ((tmp_path, "no model here"), ("no/such/folder", "no such folder"), ("a/b", "not to be had")):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    paths = ("no/such/folder", "runs/typo", "./typo", "typo", "models/typo", str(tmp_path / "typo"))
+    for name, message in (
+        (tmp_path, "no model here"),
+        *((path, f"^{path}: no such folder; ") for path in paths),
+        ("a/b", "^a/b: there is no local folder of this name, and the Hugging Face Hub did not provide the model: "),
+        ("hub:models/typo", "^hub:models/typo: the Hugging Face Hub did not provide the model: "),
+    ):
         with pytest.raises(UserError, match=message) as error:
             openimp.load(name)
         assert "\n" not in str(error.value)
@@ -248,17 +256,20 @@ def test_a_model_of_the_hub_is_named_with_its_revision(tiny_model_folder, tiny_r
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository, commit = tmp_path / "models--them--model", "0123456789" * 4
-    for folder in ("blobs", "refs", f"snapshots/{commit}"):
+    for folder in ("blobs", "refs", f"snapshots/{commit}/model"):
         (repository / folder).mkdir(parents=True)
     (repository / "refs" / "v1").write_text(commit)
-    for i, file in enumerate(sorted(tiny_model_folder.iterdir())):
+    for i, file in enumerate(path for path in tiny_model_folder.rglob("*") if path.is_file()):
         shutil.copy(file, repository / "blobs" / f"{i}")
-        (repository / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{i}")
+        snapshot = repository / "snapshots" / commit / file.relative_to(tiny_model_folder)
+        snapshot.symlink_to(repository / "blobs" / f"{i}")
     for name in ("them/model@v1", f"them/model@{commit}", "hub:them/model@v1"):
         assert openimp.load(name, device="cpu").recipe.name == "tiny"
     recipe = tiny_recipe(train={"init": "hub:them/model@v1"})
     assert open_start(recipe, recipe.make_modalities()).folder == repository / "snapshots" / commit
-    with pytest.raises(UserError, match="them/model@v2: no such folder, and not to be had from the hub"):
+    with pytest.raises(
+        UserError, match="them/model@v2: there is no local folder of this name, and the Hugging Face Hub did not"
+    ):
         openimp.load("them/model@v2")
     with pytest.raises(UserError, match=r"train\.init: .*/them/model@v1: no model here"):
         open_start(tiny_recipe(train={"init": "them/model@v1"}), {})

@@ -18,8 +18,8 @@ from ranks import COMMON, torchrun
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openimp.checkpoint.folder import moments_of
-from openimp.checkpoint.shards import read
+from openimp.checkpoint import dcp
+from openimp.checkpoint.folder import optimizer_state
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import make_loader
 from openimp.parallel import distributed, exchange, layout, shared_memory
@@ -188,7 +188,7 @@ def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, tmp
     lines = read_lines(one / "metrics.jsonl")
     for run in (two, four):
         for file in ("model", "ema"):
-            expected, found = (read(r / "checkpoints" / "step-00000024", file) for r in (one, run))
+            expected, found = (dcp.read(r / "checkpoints" / "step-00000024" / file) for r in (one, run))
             assert found.keys() == expected.keys()
             for name, value in expected.items():
                 assert (found[name] - value).norm() <= 2e-3 * value.norm() + 1e-4, f"{file}, {name}"
@@ -217,9 +217,9 @@ def test_moments_that_one_of_two_processes_has_are_saved_and_go_on_in_one(little
     for change in changes:
         command += ["--set", change]
     subprocess.run(torchrun(2, *command), check=True, capture_output=True, timeout=300)
-    saved = [load_file(file) for file in sorted((run / "checkpoints" / "step-00000004").glob("optimizer-*"))]
+    saved = [load_file(file) for file in sorted((run / "checkpoints" / "step-00000004" / "optimizer").iterdir())]
     training = Trainer(Recipe.load(little_data / "recipe.yaml", changes), run, resume=True)
-    moments = moments_of(training.model, training.updater.optimizers)
+    moments = optimizer_state(training.model, training.updater.optimizers)
     assert len(saved) == 2
     assert {name.rpartition("|")[2] for name in moments} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
     for kind in ("momentum_buffer", "exp_avg"):

@@ -379,7 +379,7 @@ def test_a_page_is_written_whole_or_not_at_all(little_run, tmp_path):
             write_report(little_run, out)
     run = Path(shutil.copytree(little_run, tmp_path / "run"))
     before = sorted(run.iterdir())
-    weights = model_folder(run) / "ema.safetensors"
+    weights = model_folder(run) / "ema" / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged"):
         write_report(run)

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from openimp.alternation import Alternation
+from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
 from openimp.commands import run_eval
 from openimp.common.errors import UserError
@@ -147,7 +147,7 @@ def test_a_run_that_is_killed_and_stopped_and_resumed_is_the_whole_run(whole_run
     final, reference = checkpoints(run)[-1], checkpoints(whole_run)[-1]
     assert final.name == reference.name == f"step-{STEPS:08d}"
     for file in ("model", "ema", "optimizer"):
-        ours, theirs = load_file(final / f"{file}.safetensors"), load_file(reference / f"{file}.safetensors")
+        ours, theirs = dcp.read(final / file), dcp.read(reference / file)
         assert ours.keys() == theirs.keys()
         assert not [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
     assert json.loads((final / "state.json").read_text()) == json.loads((reference / "state.json").read_text())
@@ -168,7 +168,7 @@ def test_a_streamed_task_goes_on_from_its_cursor(streamed, tmp_path):
     assert cursor["position"] > 24
     train(recipe_of(folder, *changes, "train.keep_last=4", "train.num_workers=1"), runs[1], resume=True)
     assert figures(runs[1]) == figures(runs[0])
-    ours, theirs = (load_file(checkpoints(run)[-1] / "model.safetensors") for run in runs)
+    ours, theirs = (dcp.read(checkpoints(run)[-1] / "model") for run in runs)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
@@ -486,7 +486,7 @@ def test_the_evaluated_weights_are_the_averaged_ones(whole_run, little_data, tmp
     run = Path(shutil.copytree(whole_run, tmp_path / "run"))
     training = Trainer(recipe_of(little_data, *LONG), run, resume=True)
     trained = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
-    averaged = load_file(checkpoints(run)[-1] / "ema.safetensors")
+    averaged = dcp.read(checkpoints(run)[-1] / "ema")
     assert averaged.keys() == trained.keys()
     assert all(torch.equal(training.updater.ema.weights[name], tensor) for name, tensor in averaged.items())
     training.evaluate()

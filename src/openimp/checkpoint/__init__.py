@@ -1,4 +1,4 @@
-"""Folders of weights: writing them in the background, checking them, resuming, and starting from another model.
+"""Checkpoints: writing them in the background, verifying them, resuming, and starting from another model.
 
-Weights are safetensors and everything else is JSON; nothing is unpickled.
+Weights are safetensors and everything else is JSON. Nothing is unpickled.
 """

@@ -1,184 +1,161 @@
-"""What torch.distributed.checkpoint (DCP) needs to write and read `shards`: each process its own parts, of any mesh.
+"""Folders of tensors in safetensors files.
 
-torch's own pairs will not do. The default one pickles its metadata. HuggingFaceStorageReader reads all files of a
-folder as one, so averaged weights would take the place of the weights of the same names, and where a file of parts is
-lost, it leaves what was in memory and says nothing. DCP's plans are pickled too, but go from process to process only.
+A single process writes one file of whole tensors. Of several ranks, each writes one file with its shards through
+torch.distributed.checkpoint (DCP); the header says where in its tensor each shard begins. Any number of ranks reads
+either kind through DCP.
 
-It is slow to import, and only saving and going on need it.
+DCP takes half a second to import, so the functions that need it import it.
 """
 
 import math
 import warnings
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as torch_dcp
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
-from torch.futures import Future
 
-from openimp.checkpoint.shards import Part, file_name, parts, readable, shape, write
 from openimp.common.errors import UserError
-from openimp.parallel.distributed import Group
+from openimp.parallel.distributed import Group, rank
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # In one process that is what is meant.
-
-
-class Snapshot(torch_dcp.DefaultSavePlanner):
-    """This process' parts of some tensors, copied to the CPU's memory: what becomes of the tensors is of no matter."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(flatten_state_dict=False)
-        super().set_up_planner(dict(tensors))
-        self.plan = super().create_local_plan()
-        self.copies = {
-            item.index: self.lookup_object(item.index).detach().to("cpu", copy=True).contiguous()
-            for item in self.plan.items
-        }
-        self.state_dict = {}
-
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """Has been done, while the tensors were what they were."""
-
-    def create_local_plan(self) -> SavePlan:
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self.copies[write_item.index]
-
-    def save(self, folder: Path, name: str, group: Group | None) -> Path:
-        """Writes one file in each process, of what no other process writes too, and gives this one's.
-
-        Raises:
-            OSError: in all processes, if one of them cannot write.
-        """
-        writer = _Writer(folder, name)
-        try:
-            torch_dcp.save({}, storage_writer=writer, planner=self, process_group=group, no_dist=group is None)
-        except CheckpointException as error:
-            raise _cause(error) from None
-        return writer.file
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # In a single process that is intended.
 
 
-def load(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Fills tensors in place, whole ones and DTensors, each process reading what it holds of them.
+def stage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies tensors, or the local shards of DTensors, to CPU memory."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor], group: Group | None = None) -> list[Path]:
+    """Writes tensors into a new folder and returns the files that this rank wrote.
+
+    A tensor or shard that several ranks have is written by one of them.
+
+    Args:
+        folder: the folder, which all ranks see.
+        tensors: CPU tensors, by name. A rank may have tensors that others lack.
+        group: the ranks that write. None: this process alone.
 
     Raises:
-        UserError: a file is missing or damaged, or holds other tensors than these.
+        OSError: on all ranks, if one of them cannot write.
     """
-    boxes = parts(folder, name)
-    for key in sorted(boxes.keys() | tensors.keys()):
-        found = list(shape(boxes[key])) if key in boxes else "missing"
-        wanted = list(tensors[key].shape) if key in tensors else "none of its tensors"
-        if found != wanted:
-            where = boxes[key][0].file if key in boxes else folder / file_name(name)
-            raise UserError(f"{where}: does not fit the model: {key} is {found} there, {wanted} here")
+    if group is None:
+        return [_save_file(folder, tensors)]
+    import torch.distributed.checkpoint as dcp
+
+    # Do not let it consolidate the shards: it writes zeros for scalars (torch 2.13).
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _causes():
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+    return sorted(folder.glob(f"shard-{rank() + 1:05d}-*"))
+
+
+def _save_file(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """Writes whole tensors. DCP would need two more copies of them in memory, and would order headers at random."""
+    folder.mkdir()
+    file = folder / f"{folder.name}.safetensors"
+    file.touch()
+    mode = file.stat().st_mode
     try:
-        planner = torch_dcp.DefaultLoadPlanner(flatten_state_dict=False)
-        torch_dcp.load(dict(tensors), storage_reader=_Reader(boxes), planner=planner, no_dist=True)
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    file.chmod(mode)  # `save_file` replaces the file by one that only its owner can read.
+    return file
+
+
+def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fills tensors in place. Of a DTensor, each rank reads its local shard only.
+
+    Raises:
+        UserError: a file is missing or damaged, or the folder holds other tensors than these.
+    """
+    there = metadata(folder)
+    for name in sorted(there.keys() | tensors.keys()):
+        found = list(there[name].size) if name in there else "missing"
+        wanted = list(tensors[name].shape) if name in tensors else "unknown"
+        if found != wanted:
+            raise UserError(f"{folder}: does not fit the model: {name} is {found} there, {wanted} here")
+    _fill(folder, tensors)
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder by name, unsharded, in CPU memory.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    there = metadata(folder)
+    files = list(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return load_file(files[0])  # It maps the file into memory and copies nothing.
+    tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in there.items()}
+    _fill(folder, tensors)
+    return tensors
+
+
+def metadata(folder: Path) -> dict[str, Any]:
+    """The `TensorStorageMetadata` of each tensor of a folder: its size, data type and shards.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    found: dict[str, Any]
+    with _damage(folder):
+        found = dict(dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+        # Where a shard is missing, DCP would leave uninitialized memory, and a false offset would make the tensor huge.
+        for name, about in found.items():
+            if not _complete(about.size, about.chunks):
+                raise ValueError(f"the shards of {name} do not make up a whole tensor")
+    return found
+
+
+def _complete(size: Sequence[int], shards: Iterable[Any]) -> bool:
+    """Whether the shards, except empty ones, are the cells of a grid that covers the tensor, as on a device mesh."""
+    boxes = [
+        tuple((start, start + length) for start, length, _ in zip(shard.offsets, shard.sizes, size, strict=True))
+        for shard in shards
+        if math.prod(shard.sizes)
+    ]
+    if not boxes:
+        return math.prod(size) == 0
+    axes = [sorted(set(sides)) for sides in zip(*boxes)]
+    adjacent = all(
+        [0, *(stop for _, stop in axis)] == [*(start for start, _ in axis), end] for axis, end in zip(axes, size)
+    )
+    return adjacent and len(set(boxes)) == len(boxes) == math.prod(map(len, axes))
+
+
+def _fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    with _damage(folder), _causes():
+        dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+@contextmanager
+def _causes() -> Iterator[None]:
+    """Raises what the first failing rank raised, in place of DCP's error, which lists the failures of all ranks."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
     except CheckpointException as error:
-        raise _cause(error) from None
+        cause, _ = error.failures[min(error.failures)]
+        raise cause from None
 
 
-def _cause(error: CheckpointException) -> BaseException:
-    """What the first process that failed has raised."""
-    return error.failures[min(error.failures)][0]
-
-
-class _Writer(StorageWriter):
-    """A file a process, even if it holds nothing, so that a lost one is missed."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [replace(plan, storage_data=file_name(self.name, i, len(plans))) for i, plan in enumerate(plans)]
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        self.file = self.folder / plan.storage_data
-        tensors: dict[str, Any] = {item.index.fqn: planner.resolve_data(item) for item in plan.items}
-        try:
-            write(self.file, tensors, {item.index.fqn: item.index.offset or () for item in plan.items})
-        except SafetensorError as error:
-            raise OSError(str(error)) from None  # The other is no exception that can be sent to other processes.
-        return _done([])
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """There is nothing to add, for each file tells what it holds."""
-
-    def reset(self, checkpoint_id: Any = None) -> None: ...
-
-    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None: ...
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
-
-
-class _Reader(StorageReader):
-    """Reads of each file what a process holds of its tensors."""
-
-    def __init__(self, boxes: Mapping[str, list[Part]]) -> None:
-        # Where there are more processes than rows, some have written parts of nothing.
-        self.boxes = {key: [part for part in some if math.prod(part.sizes)] for key, some in boxes.items()}
-        self.files = {(key, part.offsets): part.file for key, some in self.boxes.items() for part in some}
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        tensors: dict[str, Any] = {
-            key: TensorStorageMetadata(
-                TensorProperties(),
-                torch.Size(shape(self.boxes[key])),
-                [ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes)) for part in some],
-            )
-            for key, some in self.boxes.items()
-        }
-        return Metadata(tensors)
-
-    def set_up_storage_reader(self, *_: Any, **__: Any) -> None: ...
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        wanted: dict[Path, list[ReadItem]] = defaultdict(list)
-        for item in plan.items:
-            wanted[self.files[item.storage_index.fqn, tuple(item.storage_index.offset or ())]].append(item)
-        for file, items in wanted.items():
-            with readable(file), safe_open(file, "pt") as opened:
-                for item in items:
-                    box = Part(file, tuple(item.storage_offsets), tuple(item.lengths))
-                    target = planner.resolve_tensor(item).detach()
-                    target.copy_(opened.get_slice(item.storage_index.fqn)[box.slices])
-                    planner.commit_tensor(item, target)
-        return _done(None)
-
-    def reset(self, checkpoint_id: Any = None) -> None: ...
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
-
-
-def _done(result: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(result)
-    return future
+@contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{folder}: missing") from None
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+        raise UserError(f"{folder}: damaged: {error}") from None

@@ -1,16 +1,15 @@
-"""Checkpoints: a folder each, written whole or not at all, that `openimp.load` opens as it is.
+"""Checkpoint folders: their layout, loading a model or a training from one, and verifying one.
 
     step-00001000/
-      model.safetensors       weights (the averaged ones too, in ema.safetensors, where the recipe keeps them); several
-                              processes write their parts into model-00001-of-00002.safetensors and so on
-      config.json             the resolved recipe, the classes of each head, the class of the model, the version of this
-                              layout
-      tokenizer.json ...      what the modalities learned
-      optimizer.safetensors   the optimisers' moments and counts, by parameter name, in parts likewise
-      state.json              where the training stands, which loop made it, and from which data
-      manifest.json           size and SHA-256 of every other file, so that damage is noticed before a run goes on
+      model/          the weights, in safetensors files
+      ema/            their moving average, if the recipe keeps one; models are loaded from it
+      optimizer/      the optimizer state, as PARAMETER|FIELD
+      config.json     the recipe, the classes of each head, the class of the model, the version of this layout
+      tokenizer.json  what the text modality learned; other modalities write files of their own
+      state.json      the step, the training loop's class, fingerprints of the data, where each stream stands
+      manifest.json   size and SHA-256 of every other file; a run is resumed only if all of them match
 
-Nothing here is ever unpickled. `saver` writes them.
+`openimp.load` opens such a folder; `saver` writes it, as a whole or not at all. Nothing is ever unpickled.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openimp.checkpoint.shards import file_name, parts, read, there, write
+from openimp.checkpoint import dcp
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality
 from openimp.common.safe_files import read_text, refuse_links
@@ -33,8 +32,8 @@ from openimp.model.imp import IMP
 from openimp.parallel.distributed import agreed, rank, world
 from openimp.recipe.schema import Recipe
 
-FORMAT = 5
-"""Version of this layout and of what weights mean. Formats up to 3 had other positions, heads and temperatures."""
+FORMAT = 6
+"""Version of this layout and of the weights' meaning. Other versions are refused."""
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 BEST = "best"
@@ -44,28 +43,28 @@ def save_model(
     folder: Path, model: Embedder, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
 ) -> None:
     """Writes what `load_model` reads: weights, configuration, and what the modalities learned."""
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write(folder / file_name("model"), tensors)
-    for name, text in texts_of(model, recipe, modalities, classes).items():
+    dcp.save(folder / "model", dcp.stage(model.state_dict()))
+    for name, text in config_files(model, recipe, modalities, classes).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def texts_of(
+def config_files(
     model: Embedder, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
 ) -> dict[str, str]:
-    """The configuration and what the modalities learned, by file name."""
+    """The configuration and what the modalities learned, as text by file name."""
     config = {"format": FORMAT, "model": type(model).__name__, "recipe": recipe.to_dict(), "classes": dict(classes)}
     learned = {name: text for modality in modalities.values() for name, text in modality.state().items()}
     return {"config.json": json.dumps(config, indent=1, ensure_ascii=False), **learned}
 
 
 def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str, list[Any]]]:
-    """The model of a folder that `save_model` wrote, in evaluation mode, with averaged weights where there are any.
+    """Loads the model of a checkpoint, or of a folder that `save_model` wrote, in evaluation mode.
 
-    A file that was cut short is refused; a flipped bit in the weights is not seen, see `verify`.
+    The weights are the moving average if the folder has one. A truncated file is refused, but a flipped bit in the
+    weights goes unnoticed; see `verify`.
 
     Raises:
-        UserError: the folder holds no model, or one that does not fit its configuration.
+        UserError: the folder holds no model, or the weights do not fit its configuration.
     """
     recipe, classes, learned = read_config(folder)
     modalities = recipe.make_modalities()
@@ -79,14 +78,14 @@ def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str
 
 
 def check_layers(folder: Path, recipe: Recipe) -> None:
-    """Refuses a model if its configuration asks for more layers than its weights have tensors.
+    """Refuses a configuration that asks for more layers than the weights have tensors.
 
-    Every block takes time and memory to make, even on the meta device, and their number is only a number in a file.
+    Making a layer takes time and memory even on the meta device, and the number may come from a stranger.
 
     Raises:
-        UserError: it asks for more, or the weights are missing or damaged.
+        UserError: there are more layers than tensors, or the weights are missing or damaged.
     """
-    layers, tensors = recipe.model.layers, len(parts(folder, _used(folder)))
+    layers, tensors = recipe.model.layers, len(dcp.metadata(_weights_folder(folder)))
     if layers > tensors:
         raise UserError(f"{folder}: does not fit the model: {layers} layers in {tensors} tensors")
 
@@ -94,40 +93,44 @@ def check_layers(folder: Path, recipe: Recipe) -> None:
 def read_config(
     folder: Path, model: type[Embedder] | None = IMP
 ) -> tuple[Recipe, dict[str, list[Any]], dict[str, str]]:
-    """The recipe, the classes by head, and the modalities' learned state of a model folder.
+    """Reads the recipe, the classes of each head, and what the modalities learned, by file name.
+
+    Args:
+        folder: of a model.
+        model: the class that the model must have; None: any.
 
     Raises:
-        UserError: there is none, it is damaged, or its model is none of the class `model`.
+        UserError: there is no model, its configuration is damaged, or it has another class or format.
     """
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: no model here, expected a run or a folder with config.json")
     file = folder / "config.json"
+    if not file.exists():
+        raise UserError(f"{folder}: no model here, expected a run or a folder with config.json")
     config = _read_object(file)
     if config.get("format") != FORMAT:
         raise UserError(
-            f"{file}: format {config.get('format')!r}, this version of openimp reads format {FORMAT}; "
-            "train the model again, or use the version that saved it"
+            f"{file}: the model is in format {config.get('format')}, and this version of openimp reads format {FORMAT} "
+            "only; use the version that saved it, or train the model again"
         )
     found = config.get("model")
     if model and found != model.__name__:
         raise UserError(
-            f"{folder}: holds {found}, expected {model.__name__}; a study's peers are loaded by openimp.study.run alone"
+            f"{folder}: holds {found}, expected {model.__name__}; only the study that trained it can load it"
         )
     for key in ("recipe", "classes"):
         if not isinstance(config.get(key), dict):
             raise UserError(f"{file}: {key} is missing, or no object")
-    names = ("config.json", "state.json", MANIFEST)
-    learned = {path.name: _read_text(path) for path in folder.glob("*.json") if path.name not in names}
+    others = ("config.json", "state.json", MANIFEST)
+    learned = {path.name: _read_text(path) for path in folder.glob("*.json") if path.name not in others}
     return Recipe.build(config["recipe"], folder, str(file)), config["classes"], learned
 
 
 def saved_step(folder: Path) -> int | None:
-    """The step at which a training saved this folder; None where a model was saved by itself."""
+    """The step at which a training saved this folder, or None if `save_model` wrote it."""
     return read_state(folder)["step"] if (folder / "state.json").exists() else None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Where the training stood that saved this folder.
+    """Reads the state of the training that saved this folder.
 
     Raises:
         UserError: it is missing or damaged.
@@ -139,30 +142,30 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    """The weights to use of a folder, whole: the averaged ones where there are any.
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Reads the weights to use, unsharded: the moving average if there is one.
 
     Raises:
         UserError: they are missing or damaged.
     """
-    return read(folder, _used(folder))
+    return dcp.read(_weights_folder(folder))
 
 
 def load_weights(model: Embedder, folder: Path, assign: bool = False) -> None:
-    """Loads the weights to use of a folder, which must be exactly the model's tensors."""
+    """Loads the weights to use, which must be exactly the model's tensors."""
     try:
-        model.load_state_dict(weights(folder), assign=assign)
+        model.load_state_dict(read_weights(folder), assign=assign)
     except RuntimeError as error:
-        file = folder / file_name(_used(folder))
-        raise UserError(f"{file}: does not fit the model: {' '.join(str(error).split())[:300]}") from None
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"{_weights_folder(folder)}: does not fit the model: {text}") from None
 
 
-def _used(folder: Path) -> str:
-    return "ema" if there(folder, "ema") else "model"
+def _weights_folder(folder: Path) -> Path:
+    return folder / "ema" if (folder / "ema").exists() else folder / "model"
 
 
 def mark_best(run: Path, step: int) -> None:
-    """Lets `checkpoints/best` lead to the checkpoint of a step, if there is one."""
+    """Links `checkpoints/best` to the checkpoint of a step, if that exists."""
     folder = folder_of(run, step)
     if folder.exists():
         draft = folder.with_name(f".{BEST}.tmp")
@@ -172,28 +175,27 @@ def mark_best(run: Path, step: int) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Reads all of a checkpoint and compares it with its manifest; of several processes each reads a share.
+    """Reads all files of a checkpoint and compares them with its manifest. Each rank reads some of them.
 
-    Only a run that goes on asks for this. Whoever uses a model would wait for gigabytes to be hashed; there it is
-    enough that safetensors refuses a file of another length than its header says.
+    Only resuming does this. Loading a model would have to wait for gigabytes to be hashed.
 
     Raises:
-        UserError: in all processes: a file is missing, is not what was saved, or was not saved at all. It names one.
+        UserError: on all ranks: a file is missing, differs from what was saved, or is not in the manifest.
     """
     agreed(lambda: _verify_share(folder))
 
 
 def _verify_share(folder: Path) -> None:
-    file = folder / MANIFEST
-    # What begins with a dot comes from file managers and network file systems.
-    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST}
-    manifest = _read_object(file)
-    for name in sorted(manifest.keys() | found)[rank() :: world()]:
+    manifest = _read_object(folder / MANIFEST)
+    found = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
+    # File managers and network file systems leave files whose names begin with a dot.
+    names = {path.as_posix() for path in found if not path.name.startswith(".")} - {MANIFEST}
+    for name in sorted(manifest.keys() | names)[rank() :: world()]:
         path = folder / name
         if name not in manifest:
             raise UserError(f"{path}: damaged: is not in {MANIFEST}")
         try:
-            facts = facts_of(path)
+            facts = file_facts(path)
         except FileNotFoundError:
             raise UserError(f"{path}: missing") from None
         except OSError as error:
@@ -202,45 +204,49 @@ def _verify_share(folder: Path) -> None:
             raise UserError(f"{path}: damaged: its {facts['size']:,} bytes are not those that were saved")
 
 
-def moments_of(model: Embedder, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The optimisers' moments and counts, as they are sharded, by "parameter|moment"."""
+def file_facts(file: Path) -> dict[str, Any]:
+    """The entry of a file in the manifest."""
+    with file.open("rb") as stream:
+        return {"size": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def optimizer_state(model: Embedder, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The state of this rank's optimizers, sharded as it is, by "PARAMETER|FIELD"."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}|{key}": value
+        f"{names[parameter]}|{field}": value
         for optimizer in optimizers
         for parameter, values in optimizer.state.items()
-        for key, value in values.items()
+        for field, value in values.items()
     }
 
 
 def load_training(
     folder: Path, model: Embedder, optimizers: Sequence[torch.optim.Optimizer], averaged: dict[str, Tensor] | None
 ) -> dict[str, Any]:
-    """Puts weights, averages and moments back, each process what it holds of them, and returns the training's state.
+    """Loads weights, moving average and optimizer state into this rank's shards, and returns the training's state.
 
     Raises:
         UserError: a file is missing or damaged, or does not fit the model.
     """
-    from openimp.checkpoint.dcp import load
-
-    load(folder, "model", model.state_dict())
+    dcp.load(folder / "model", model.state_dict())
     if averaged is not None:
-        load(folder, "ema", averaged)
+        dcp.load(folder / "ema", averaged)
     parameters = dict(model.named_parameters())
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    moments: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     for optimizer in optimizers:
         optimizer.state.clear()
-    for key in parts(folder, "optimizer"):
+    for key in dcp.metadata(folder / "optimizer"):
         name, _, field = key.partition("|")
         if name not in parameters:
-            raise UserError(f"{folder / file_name('optimizer')}: does not fit the model: it has no parameter {name}")
+            raise UserError(f"{folder / 'optimizer'}: does not fit the model: it has no parameter {name}")
         parameter = parameters[name]
-        # A count lives beside the moments, for the optimisers are fused.
-        moments[key] = torch.zeros((), device=parameter.device) if field == "step" else torch.empty_like(parameter)
-        if parameter in owner:  # Else another process updates it.
-            owner[parameter].state.setdefault(parameter, {})[field] = moments[key]
-    load(folder, "optimizer", moments)
+        # The optimizers are fused, so the step count is on the parameter's device too.
+        loaded[key] = torch.zeros((), device=parameter.device) if field == "step" else torch.empty_like(parameter)
+        if parameter in owner:  # Otherwise another rank updates it.
+            owner[parameter].state.setdefault(parameter, {})[field] = loaded[key]
+    dcp.load(folder / "optimizer", loaded)
     return read_state(folder)
 
 
@@ -251,17 +257,17 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where a run's checkpoint of a step is."""
+    """The folder of a run's checkpoint at a step."""
     return run / CHECKPOINTS / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:
-    """The step in the name of a checkpoint's folder, which may be damaged inside."""
+    """The step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
 def model_folder(path: Path) -> Path:
-    """The folder with the weights that a path means: itself, or the newest checkpoint of a run.
+    """The folder with the weights: `path` itself, or the newest checkpoint if `path` is a run.
 
     Raises:
         UserError: there is none, or links lead out of it.
@@ -275,25 +281,29 @@ def model_folder(path: Path) -> Path:
     return found[-1]
 
 
-def download(name: str) -> Path:
-    """The folder of a model of the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION, downloaded or from its cache.
+def find_model(name: str) -> Path:
+    """The folder of a model: a local run or model folder, or one of the Hugging Face Hub, downloaded or cached.
+
+    Args:
+        name: a path, or OWNER/NAME or OWNER/NAME@REVISION for the Hub. After "hub:" it is never a path.
 
     Raises:
-        UserError: the name is not of this form, or the model cannot be downloaded.
+        UserError: there is no such folder, or the model cannot be downloaded.
     """
-    found = re.fullmatch(r"(?:hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
-    if not found:
-        raise UserError(
-            f"{name}: no such folder, and no model on the Hugging Face hub (OWNER/NAME or OWNER/NAME@REVISION)"
-        )
+    path, on_hub = Path(name), re.fullmatch(r"(hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if path.exists():
+        return model_folder(path)
+    if not on_hub or (not on_hub[1] and (path.parts[0] == "runs" or path.parent.is_dir())):
+        raise UserError(f"{name}: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME")
     from huggingface_hub import snapshot_download
 
     allowed, ignored = ["*.json", "*.safetensors"], ["optimizer*"]
     try:
-        folder = snapshot_download(found[1], revision=found[2], allow_patterns=allowed, ignore_patterns=ignored)
-    except Exception as error:  # the hub's client raises its own errors, httpx's and OSError
+        folder = snapshot_download(on_hub[2], revision=on_hub[3], allow_patterns=allowed, ignore_patterns=ignored)
+    except Exception as error:  # huggingface_hub raises errors of its own, of httpx and OSError.
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{name}: no such folder, and not to be had from the hub: {reason[0]}") from None
+        local = "" if on_hub[1] else "there is no local folder of this name, and "
+        raise UserError(f"{name}: {local}the Hugging Face Hub did not provide the model: {reason[0]}") from None
     return model_folder(Path(folder))
 
 
@@ -314,9 +324,3 @@ def _read_text(file: Path) -> str:
         raise UserError(f"{file}: missing") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{file}: damaged: {error}") from None
-
-
-def facts_of(file: Path) -> dict[str, Any]:
-    """What a manifest says of a file."""
-    with file.open("rb") as stream:
-        return {"size": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

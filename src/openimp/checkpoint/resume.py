@@ -1,4 +1,4 @@
-"""Going on with a run: from which checkpoint, and whether recipe, loop and data are those that it was made with."""
+"""Resuming a run: which checkpoint it resumes from, and whether recipe, trainer and data are still the same."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,60 +12,76 @@ from openimp.recipe.schema import Recipe
 
 FREE = {"train.num_workers", "train.prefetch_factor", "train.log_every", "train.save_every", "train.keep_last",
         "train.max_bad_fraction", "memory.chunk_size", "memory.activation_checkpointing"}  # fmt: skip
-"""Keys that change nothing of what a resumed run computes, like all of `evaluation` and `parallel`."""
+"""Keys that may change when a run is resumed, in addition to all of `evaluation` and `parallel`."""
 
 
 def resumable(recipe: Recipe, run: Path, trainer: str) -> Path:
-    """The newest intact checkpoint of a run, of this very recipe and trainer.
+    """The newest intact checkpoint of a run.
+
+    Args:
+        recipe: what the run would train now.
+        run: its folder.
+        trainer: the name of the trainer's class.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no intact checkpoint, or another recipe or trainer made it.
     """
     folder = _newest_intact(run)
+    require_same_run(folder, recipe, trainer)
+    return folder
+
+
+def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
+    """Refuses a checkpoint that another recipe or trainer made.
+
+    Raises:
+        UserError: names the difference.
+    """
+    before, _, _ = read_config(folder, None)  # First, because it refuses other formats.
     made_by = read_state(folder)["trainer"]
     if made_by != trainer:
         raise UserError(
             f"{folder}: saved by {made_by}, but {trainer} is to resume it; a run of a study is resumed by its study"
         )
-    before, _, _ = read_config(folder, None)
     ours, theirs = flat(recipe.to_dict()), flat(before.to_dict())
     for key in sorted(ours.keys() | theirs.keys()):
         free = key in FREE or key.startswith(("evaluation.", "parallel."))
-        # Data may move: what is in it is compared, not where it is.
+        # Data may have moved: `changed_sources` compares its content, not its path.
         free = free or (key.startswith("sources.") and key.endswith((".path", ".root")))
         if not free and ours.get(key) != theirs.get(key):
             was, now = theirs.get(key), ours.get(key)
             raise UserError(
-                f"{folder}: made by another recipe: {key} is {was!r} there, {now!r} here; what --set changed then has "
-                "to be given again"
+                f"{folder}: made by another recipe: {key} is {was!r} there, {now!r} here; repeat the --set options of "
+                "the first start"
             )
-    return folder
 
 
 def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> list[str]:
-    """The sources whose data is not what it was when a checkpoint was made.
+    """The names of the sources whose data has changed since a checkpoint was made.
 
     Args:
         folder: the checkpoint.
-        sources: what each source holds now, by `StepBatches.fingerprints`.
-        allowed: tell of them only.
+        sources: the fingerprint of each source now, by `StepBatches.fingerprints`.
+        allowed: print a warning instead of raising an error.
 
     Raises:
-        UserError: there are some, and they are not allowed.
+        UserError: data has changed, and that is not allowed.
     """
     before = read_state(folder)["sources"]
     changed = [name for name, now in sources.items() if before.get(name) != now]
     if changed:
-        told = f"{folder}: source {', '.join(changed)} has changed since it was saved"
+        message = f"{folder}: source {', '.join(changed)} has changed since it was saved"
         if not allowed:
-            raise UserError(f"{told}; bring back the data, or go on with --allow-changed-data")
-        console.print(f"{told}; going on with the data as it is now", soft_wrap=True)
+            raise UserError(f"{message}; restore the data, or resume with --allow-changed-data")
+        console.print(f"{message}; resuming with the data as it is now", soft_wrap=True)
     return changed
 
 
 def common_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run that the first process sees, oldest first: on a network's disk the others may see less
-    for a while, and all must go on from the same one."""
+    """The checkpoints that rank 0 sees, oldest first.
+
+    On a network file system other ranks may see fewer for a while, but all must resume from the same one.
+    """
     names = alone(lambda: [folder.name for folder in checkpoints(run)])
     return [run / CHECKPOINTS / name for name in names]
 
@@ -79,8 +95,8 @@ def _newest_intact(run: Path) -> Path:
         except UserError as error:
             damage.append(str(error))
             continue
-        for told in damage:
-            lost = f"going on from step {step_of(folder)}, {step_of(found[-1]) - step_of(folder)} steps are lost"
-            console.print(f"{told}; {lost}", soft_wrap=True)
+        lost = step_of(found[-1]) - step_of(folder)
+        for message in damage:
+            console.print(f"{message}; resuming from step {step_of(folder)}, {lost} steps are lost", soft_wrap=True)
         return folder
-    raise UserError(f"{run}: no checkpoint to resume from{''.join(f'; {told}' for told in damage)}")
+    raise UserError(f"{run}: no checkpoint to resume from{''.join(f'; {message}' for message in damage)}")

@@ -1,42 +1,38 @@
-"""Saving in the background: the steps go on while a checkpoint is written."""
+"""Saving in the background: training continues while a checkpoint is written."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from openimp.checkpoint.folder import BEST, MANIFEST, checkpoints, facts_of, folder_of
+from openimp.checkpoint import dcp
+from openimp.checkpoint.folder import BEST, MANIFEST, checkpoints, file_facts, folder_of
 from openimp.common.errors import UserError
 from openimp.common.safe_files import sync
 from openimp.parallel import distributed, layout
 
-if TYPE_CHECKING:
-    from openimp.checkpoint.dcp import Snapshot
 
-T = TypeVar("T")
-
-
-class NotSaved(UserError):
-    """A checkpoint could not be written, for the disk is full or broken, or none of the older ones removed for it."""
+class CheckpointError(UserError):
+    """A checkpoint could not be written, or an older one could not be removed."""
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time, together with the savers of all other processes.
+    """Writes the checkpoints of a run, one at a time, together with the savers of all other ranks.
 
-    Each process writes its own parts into a draft beside the others' place. When all have, the first one writes the
-    manifest, moves the draft into place, and removes all but the last `keep` checkpoints up to it and the one that is
-    marked as the best. A thread does it, whose messages to the other processes are in a group of its own.
+    Each rank writes its shards into a draft folder. When all have, rank 0 writes the manifest, renames the draft, and
+    removes all earlier checkpoints but the last `keep` and the best. A thread does this, and its collectives have a
+    process group of their own, so they cannot mix with those of the training steps.
     """
 
     def __init__(self, run: Path, keep: int) -> None:
         self.run, self.keep = run, keep
-        self.group = distributed.own_group(distributed.WAIT)  # Disks may be slow; a death is known at once.
-        # At the end of the program Python waits for its thread, so an error elsewhere costs no checkpoint.
+        self.group = distributed.own_group(distributed.WAIT)  # Disks may be slow. A dead rank is noticed at once.
+        # At exit Python waits for the thread, so an error elsewhere costs no checkpoint.
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving: Future[None] | None = None
 
@@ -47,122 +43,104 @@ class Saver:
         tensors: Mapping[str, Mapping[str, Tensor]],
         only_here: Collection[str] = (),
     ) -> None:
-        """Copies the tensors to the CPU's memory, once the checkpoint before is in place, and leaves the rest to the
-        thread.
+        """Waits for the checkpoint before, copies the tensors to CPU memory, and lets the thread write them.
 
         Args:
-            step: after which this is.
-            texts: what the first process writes, by file name.
-            tensors: whole or sharded ones, by the name of their file.
-            only_here: names of whole ones that no other process has; others all have alike.
+            step: the number of steps that were made.
+            texts: files that rank 0 writes, by name.
+            tensors: by folder and name.
+            only_here: names of unsharded tensors that no other rank has. Others are the same on all ranks.
 
         Raises:
-            NotSaved: the one before could not be written.
+            CheckpointError: the checkpoint before could not be written.
         """
-        from openimp.checkpoint.dcp import Snapshot
-
         self.wait()
-        first = distributed.rank() == 0
-        # What all processes have alike, the first one writes; the others need not copy it.
-        own = (
-            {key: x for key, x in some.items() if first or key in only_here or layout.is_part(x)}
-            for some in tensors.values()
-        )
-        copies = {name: Snapshot(some) for name, some in zip(tensors, own)}
+        copies = {
+            # Rank 0 writes what all ranks have, so the others need no copy of it.
+            folder: dcp.stage(
+                {
+                    name: tensor
+                    for name, tensor in some.items()
+                    if distributed.rank() == 0 or name in only_here or layout.is_part(tensor)
+                }
+            )
+            for folder, some in tensors.items()
+        }
         self._saving = self._thread.submit(self._save, folder_of(self.run, step), texts, copies)
 
     def failed(self) -> bool:
-        """Whether the checkpoint that was begun last could not be written, as far as this is known already."""
+        """Whether the last checkpoint is known to have failed."""
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def wait(self) -> None:
-        """Goes on when no checkpoint is being written.
+        """Returns when no checkpoint is being written.
 
         Raises:
-            NotSaved: in all processes, if one of them could not write its parts. Nothing of the checkpoint is left.
+            CheckpointError: on all ranks, if one of them could not write. Nothing of that checkpoint is left.
         """
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
-    def _save(self, folder: Path, texts: Mapping[str, str], copies: "Mapping[str, Snapshot]") -> None:
-        draft = folder.with_name(f".{folder.name}.tmp")
-        first = distributed.rank() == 0
+    def _save(self, folder: Path, texts: Mapping[str, str], copies: Mapping[str, Mapping[str, Tensor]]) -> None:
+        draft, first = folder.with_name(f".{folder.name}.tmp"), distributed.rank() == 0
 
         def write() -> dict[str, Any]:
-            files = [copy.save(draft, name, self.group) for name, copy in copies.items()]
+            files = [file for name, tensors in copies.items() for file in dcp.save(draft / name, tensors, self.group)]
             files += [draft / name for name in texts] if first else []
             for file in files:
                 sync(file)
-            return {file.name: facts_of(file) for file in files}
+            return {file.relative_to(draft).as_posix(): file_facts(file) for file in files}
 
         try:
-            self._together(folder, lambda: _begin(draft, texts) if first else None)
-            facts = self._together(folder, write)
+            distributed.agreed(lambda: _begin(draft, texts) if first else None, self.group)
+            facts = distributed.agreed(write, self.group)
             manifest = {name: fact for some in facts for name, fact in some.items()}
-            self._together(folder, lambda: _place(draft, folder, manifest) if first else None)
-        except NotSaved:
-            if first:  # By now nobody writes there.
+            distributed.agreed(lambda: _publish(draft, folder, manifest) if first else None, self.group)
+        except (UserError, OSError) as error:
+            if first:  # No rank writes to the draft anymore.
                 shutil.rmtree(draft, ignore_errors=True)
-            raise
-        self._together(folder, lambda: _remove_older(folder, self.keep) if first else None)
-
-    def _together(self, folder: Path, work: Callable[[], T]) -> list[T]:
-        def told() -> T:
-            try:
-                return work()
-            except OSError as error:
-                raise NotSaved(
-                    f"{folder}: could not be saved: {_reason(error)}; older checkpoints are untouched"
-                ) from None
-
+            raise CheckpointError(f"{folder}: could not be saved: {error}; older checkpoints are untouched") from None
         try:
-            return distributed.agreed(told, self.group)
-        except UserError as error:
-            raise NotSaved(str(error)) from error
+            distributed.agreed(lambda: _remove_older(folder, self.keep) if first else None, self.group)
+        except (UserError, OSError) as error:
+            raise CheckpointError(f"{folder}: is saved, but an older one could not be removed: {error}") from None
 
 
 def _begin(draft: Path, texts: Mapping[str, str]) -> None:
-    for left in draft.parent.glob(".step-*"):  # by a crash
+    for left in draft.parent.glob(".step-*"):  # Of a process that was killed.
         shutil.rmtree(left)
     draft.mkdir(parents=True)
     for name, text in texts.items():
         (draft / name).write_text(text, encoding="utf-8")
 
 
-def _place(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
+def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-    sync(draft / MANIFEST)
-    sync(draft)
-    if folder.exists():  # Damaged, or the run would have gone on from it.
-        _remove(folder)
-    # What the run wrote down before this must not be younger than its checkpoint, if the power fails.
-    for written in folder.parents[1].glob("*.jsonl"):
+    for written in (draft / MANIFEST, *filter(Path.is_dir, draft.iterdir()), draft):
         sync(written)
+    if folder.exists():  # It is damaged, otherwise the run would have resumed from it.
+        _remove(folder)
+    # After a power failure, the run's logs must not be older than its checkpoint.
+    for log in folder.parents[1].glob("*.jsonl"):
+        sync(log)
     os.replace(draft, folder)
     sync(folder.parent)
     sync(folder.parents[1])
 
 
 def _remove_older(folder: Path, keep: int) -> None:
-    # One of a later step is damaged, or the run would have gone on from it. Left there, it would pass for the newest.
+    # One of a later step is damaged, otherwise the run would have resumed from it. It must not stay the newest.
     found, best = checkpoints(folder.parents[1]), (folder.parent / BEST).resolve().name
     earlier = [path for path in found if path <= folder]
     kept = {*earlier[-keep:], *(path for path in earlier if path.name == best)}
     for other in found:
         if other not in kept:
-            try:
-                _remove(other)
-            except OSError as error:
-                raise NotSaved(f"{other}: could not be removed: {_reason(error)}; {folder.name} is saved") from None
+            _remove(other)
 
 
 def _remove(folder: Path) -> None:
-    """Moved aside first: a crash may not leave half of it in its place."""
+    """Removes a checkpoint. It is renamed first, so that a crash leaves no half of it."""
     aside = folder.with_name(f".{folder.name}.old")
     os.replace(folder, aside)
     shutil.rmtree(aside)
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or " ".join(str(error).split())

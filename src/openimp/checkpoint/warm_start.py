@@ -1,11 +1,11 @@
-"""Starting from another model's weights, for fine-tuning: `train.init`."""
+"""Starting a training from another model's weights, for fine-tuning (`train.init`)."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.folder import download, model_folder, read_config, weights
+from openimp.checkpoint.folder import find_model, model_folder, read_config, read_weights
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality
 from openimp.model.embedder import Embedder
@@ -13,17 +13,18 @@ from openimp.recipe.file import flat
 from openimp.recipe.schema import Recipe
 
 SAME = ("width", "layers", "heads", "mlp_dim", "qk_norm", "embed_dim", "moe.experts", "moe.layers")
-"""Keys of `model` that decide on a tensor's shape, or on what it means. Others, such as a routing, may change."""
+"""Keys of `model` that must not change, because they determine the shape or the meaning of a tensor."""
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A model to start from, that suits a recipe.
+    """A model to start from, which fits a recipe.
 
     Attributes:
-        folder: where it is.
+        folder: the folder of the model.
         classes: the classes of each of its classification heads.
-        stems: those that it shares with the recipe, whose modalities know what they had learned.
+        stems: the stems that it shares with the recipe. Their modalities have loaded what they learned, such as a
+            tokenizer.
     """
 
     folder: Path
@@ -31,37 +32,38 @@ class WarmStart:
     stems: frozenset[str]
 
     def load(self, model: Embedder, classes: Mapping[str, list[Any]]) -> str:
-        """Puts the weights in place, the averaged ones where there are any, and tells in one line what came of it.
+        """Loads the weights into a model and returns a line that lists what was loaded. The moving average is used if
+        there is one.
 
-        The encoder is taken, and each stem, projection and temperature that has the same name; a classification head
-        only if it has the same classes in the same order. What else the model has stays as it is.
+        The encoder is loaded, and so is each stem, projection and temperature of the same name. A classification head
+        is loaded only if it has the same classes in the same order. Everything else keeps its initial values.
 
         Raises:
-            UserError: the file is damaged, or a tensor is missing or has another shape.
+            UserError: the weights are damaged, or a tensor is missing or has another shape.
         """
-        tensors, ours = weights(self.folder), model.state_dict()
+        tensors, ours = read_weights(self.folder), model.state_dict()
         there, here = (dict.fromkeys(map(_part, names)) for names in (tensors, ours))
         other = {f"classifiers.{head}" for head, values in self.classes.items() if classes.get(head) != values}
-        taken = {"encoder", *there} - other
+        loaded = {"encoder", *there} - other
         chosen = {}
         for name, tensor in ours.items():
-            if _part(name) in taken:
+            if _part(name) in loaded:
                 found = list(tensors[name].shape) if name in tensors else "missing"
                 if found != list(tensor.shape):
                     raise UserError(f"train.init: {self.folder}: {name} is {found} there, {list(tensor.shape)} here")
                 chosen[name] = tensors[name]
         model.load_state_dict(chosen, strict=False)
-        told = {
-            "loaded": [part for part in here if part in taken],
-            "new": [part for part in here if part not in taken],
+        lists = {
+            "loaded": [part for part in here if part in loaded],
+            "new": [part for part in here if part not in loaded],
             "left behind": [part for part in there if part not in here or part in other],
         }
-        text = "; ".join(f"{how}: {', '.join(parts) or 'nothing'}" for how, parts in told.items())
+        text = "; ".join(f"{title}: {', '.join(parts) or 'nothing'}" for title, parts in lists.items())
         return f"starts from {self.folder}; {text}"
 
 
 def open_start(recipe: Recipe, modalities: Mapping[str, Modality]) -> WarmStart | None:
-    """Opens the recipe's `train.init`, and gives the modalities that it shares with it what theirs have learned.
+    """Opens the model of the recipe's `train.init`, and loads what the modalities of shared stems learned.
 
     Raises:
         UserError: there is no model, or its encoder or a shared modality has other options.
@@ -70,8 +72,8 @@ def open_start(recipe: Recipe, modalities: Mapping[str, Modality]) -> WarmStart 
         return None
     try:
         init = recipe.train.init
-        # Not any OWNER/NAME, as openimp.load: a mistyped path would start from a stranger's model.
-        folder = download(init) if init.startswith("hub:") else model_folder(Path(init))
+        # Unlike `openimp.load`, this requires "hub:", so that a mistyped path never starts from a stranger's model.
+        folder = find_model(init) if init.startswith("hub:") else model_folder(Path(init))
         before, classes, learned = read_config(folder)
         stems = frozenset(recipe.modalities) & frozenset(before.modalities)
         ours, theirs = _identity(recipe, stems), _identity(before, stems)
@@ -87,7 +89,7 @@ def open_start(recipe: Recipe, modalities: Mapping[str, Modality]) -> WarmStart 
 
 
 def _identity(recipe: Recipe, stems: Iterable[str]) -> dict[str, Any]:
-    """All that two models must have in common for the weights of one to mean the same in the other."""
+    """The options that two models must share so that a weight means the same in both."""
     model = flat(recipe.model.model_dump(mode="json"))
     configs = {stem: recipe.modalities[stem].model_dump(mode="json") for stem in stems}
     return {f"model.{key}": model.get(key) for key in SAME} | flat({"modalities": configs})

@@ -113,7 +113,8 @@ def refuse_links(folder: Path) -> None:
     """
     real = Path(os.path.realpath(folder))
     allowed = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
-    patterns = ("*", "tensorboard/*", "checkpoints/*", "checkpoints/step-*/*")
+    patterns = ("*", "model/*", "ema/*", "tensorboard/*", "checkpoints/*", "checkpoints/step-*/*",
+                "checkpoints/step-*/*/*")  # fmt: skip
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(place) for place in allowed):
             raise UserError(f"{path}: is a link out of {folder}, which openimp does not follow; remove the link")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openimp.checkpoint.folder import download, load_model, model_folder, save_model
+from openimp.checkpoint.folder import find_model, load_model, save_model
 from openimp.common.device import Precision, pick_device
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia, Modality
@@ -34,7 +34,7 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     Raises:
         UserError: there is no model, or it is damaged.
     """
-    folder = model_folder(Path(path)) if Path(path).exists() else download(str(path))
+    folder = find_model(str(path))
     imp, recipe, modalities, classes = load_model(folder)
     return Model(imp, recipe, modalities, classes, precision).to(device or pick_device()).eval()
 

@@ -1,4 +1,4 @@
-"""What one step holds in memory: counted on tensors that have shapes and no values."""
+"""The memory of one step, counted on fake tensors, which have shapes and no values."""
 
 import weakref
 from collections import Counter
@@ -25,18 +25,20 @@ CPU = torch.device("cpu")
 
 
 class StepMemory(TorchDispatchMode):
-    """Notes each storage that operations make, from its birth to its death, beyond what was there before.
+    """Records each storage that an operation allocates, until it is freed. Storages from before are not counted, and
+    neither is memory that a kernel allocates and frees itself.
 
-    What a kernel takes and frees within itself is not seen.
+    docs/design.md says why this is not torch's `MemTracker`.
 
     Attributes:
-        peak: bytes by kind at the moment when their sum was largest. The kinds: "gradients" of parameters, from when
-            they are complete; "cast weights", which autocast keeps until the backward pass has used them;
-            "activations", everything else.
-        activations: most bytes of activations at any moment.
-        inputs: bytes of the batch, which is there before the step; in fp32, though pictures may come in a byte a value.
-        touched: names of the parameters that got a gradient.
-        slots: bytes that experts got and gave, forward and backward, where they are with several processes.
+        peak: bytes by kind when their sum was largest. The kinds are "gradients" of parameters, once they are complete,
+            "cast weights", which autocast keeps until the backward pass has used them, and "activations", everything
+            else.
+        activations: the largest number of bytes of activations, at any moment.
+        inputs: bytes of the batch, which exists before the step. They are counted as fp32, although images may arrive
+            with one byte per value.
+        touched: names of the parameters that received a gradient.
+        slots: bytes that expert parallelism sends to experts and back, in the forward and backward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -95,20 +97,25 @@ def step_memory(
     gpus: int = 1,
     owners: int = 1,
 ) -> StepMemory:
-    """Counts a forward and a backward pass of one process, which has its share of the batch and of the experts.
+    """Counts a forward and a backward pass on one rank, with its part of the batch and its experts.
 
     Args:
-        precision: as in the recipe; "auto" is what this machine's CPU would take.
-        on_gpu: with a GPU's kernels; otherwise as the CPU does it.
-        gpus: how many share the batch.
-        owners: how many share the experts.
+        recipe: what to train.
+        modalities: those of the recipe, by name.
+        classes: the classes of each head.
+        task: the name of the task.
+        view: the index of its view.
+        precision: as in the recipe; "auto" is what this machine's CPU would use.
+        on_gpu: count with a GPU's kernels instead of the CPU's.
+        gpus: number of ranks that share the batch.
+        owners: number of ranks that share the experts.
     """
-    # Without CUDA torch makes no gradients of CUDA's fake tensors. So these are the CPU's, and modules that a GPU
-    # treats otherwise are told to do as there.
-    with torch.device("meta"):  # Some initialisers read what they have drawn, and fake tensors hold nothing.
+    # Without CUDA, torch cannot differentiate CUDA's fake tensors. So the tensors are on the CPU, and the modules that
+    # run differently on a GPU are changed to do as a GPU does.
+    with torch.device("meta"):  # Some initializers read the values that they have drawn, and fake tensors have none.
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()}).train()
     keep_own_experts(model, owners)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # The weights on the meta device are.
+    with FakeTensorMode(allow_non_fake_inputs=True):  # The weights on the meta device are no fake tensors.
         model.to_empty(device=CPU)
         if on_gpu:
             _as_on_a_gpu(model)
@@ -126,15 +133,15 @@ def step_memory(
 
 
 def keep_own_experts(model: IMP, owners: int) -> None:
-    """Leaves a model the experts that one of so many processes has."""
+    """Reduces a model to the experts of one rank, if `owners` ranks share them."""
     for module in model.experts():
         for name, weight in list(module.named_parameters()):
             setattr(module, name, nn.Parameter(weight.detach()[: len(weight) // owners]))
 
 
 def _send_slots(model: IMP, owners: int, memory: StepMemory) -> None:
-    """Has the experts of one process work on as many slots as all `owners` send it, and makes and counts the tensors
-    that `parallel.to_owners` and `from_owners` would."""
+    """Lets the experts of one rank work on the slots that all `owners` ranks send, and allocates and counts the tensors
+    that `layout.to_owners` and `layout.from_owners` would."""
 
     def to(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         sent: Tensor = _Sent.apply(inputs[0], memory)
@@ -149,7 +156,7 @@ def _send_slots(model: IMP, owners: int, memory: StepMemory) -> None:
 
 
 class _Sent(torch.autograd.Function):
-    """Stands for an all-to-all: another tensor of the same size, and its gradient likewise."""
+    """Replaces an all-to-all by a copy of the same size, for the gradient as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, memory: StepMemory) -> Tensor:
@@ -173,7 +180,7 @@ def _as_on_a_gpu(model: nn.Module) -> None:
 
 
 def _fused(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:
-    """The kernels that torch takes on CUDA: flash, or the memory-efficient one for masks and fp32."""
+    """The kernels that torch uses on CUDA: flash, or the memory-efficient one for masks and fp32."""
     if mask_B11L is None and q_BHLK.dtype == torch.bfloat16:
         return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLK, k_BHLK, v_BHLK)[0]
     bias = None

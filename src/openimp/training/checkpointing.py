@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.folder import load_training, moments_of
+from openimp.checkpoint.folder import load_training, optimizer_state
 from openimp.checkpoint.saver import Saver
 from openimp.model.embedder import Embedder
 from openimp.training.updater import Updater
@@ -35,7 +35,7 @@ class Checkpointing:
             keep_last: number of checkpoints that are kept.
             model: the model that is trained.
             updater: its optimizers and its EMA.
-            texts: configuration and vocabulary by file name; see `texts_of`.
+            texts: configuration and vocabulary by file name; see `config_files`.
             state: returns everything else that the next step depends on, as JSON values; its "step" is the number of
                 steps that are done.
         """
@@ -53,12 +53,12 @@ class Checkpointing:
         """Starts writing a checkpoint, unless the newest one is of this step.
 
         Raises:
-            NotSaved: the checkpoint before this one could not be written.
+            CheckpointError: the checkpoint before this one could not be written.
         """
         state = self.state()
         if state["step"] == self.saved:
             return
-        moments = moments_of(self.model, self.updater.optimizers)
+        moments = optimizer_state(self.model, self.updater.optimizers)
         tensors = {"model": self.model.state_dict(), "optimizer": moments}
         if self.updater.ema:
             tensors["ema"] = self.updater.ema.weights
@@ -72,6 +72,6 @@ class Checkpointing:
         """Waits until the checkpoint that is being written is complete.
 
         Raises:
-            NotSaved: it could not be written.
+            CheckpointError: it could not be written.
         """
         self.saver.wait()

@@ -7,8 +7,8 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from openimp.checkpoint.folder import step_of
-from openimp.checkpoint.resume import common_checkpoints, resumable
+from openimp.checkpoint.folder import step_of, verify
+from openimp.checkpoint.resume import common_checkpoints, require_same_run, resumable
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.common.safe_files import refuse_links, write_text
@@ -100,7 +100,12 @@ class RunDirectory:
         found = common_checkpoints(self.path)
         if not found or step_of(found[-1]) < self.recipe.train.steps or not distributed.alone(self._evaluated):
             return False
-        return resumable(self.recipe, self.path, trainer) == found[-1]
+        try:
+            verify(found[-1])
+        except UserError:
+            return False  # Whoever resumes from the checkpoint before reports the damage.
+        require_same_run(found[-1], self.recipe, trainer)
+        return True
 
     def begin(self, config: str) -> None:
         """Writes what the run trains; from here on the directory holds a run.

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from openimp.checkpoint.folder import read_config, texts_of
+from openimp.checkpoint.folder import config_files, read_config
 from openimp.checkpoint.resume import changed_sources
-from openimp.checkpoint.saver import NotSaved
+from openimp.checkpoint.saver import CheckpointError
 from openimp.checkpoint.warm_start import WarmStart, open_start
 from openimp.common.device import autocast, keep_freed_memory
 from openimp.common.errors import UserError
@@ -59,7 +59,7 @@ def train(
         UserError: the data is bad, the directory holds a run already or another training writes to it, there is no
             intact checkpoint of this recipe, trainer and data, `train.init` does not fit, or a loss is not finite. The
             steps up to then are saved. Or another rank died; steps since the last checkpoint are lost.
-        NotSaved: a checkpoint cannot be written. Steps since the one before it are lost.
+        CheckpointError: a checkpoint cannot be written. Steps since the one before it are lost.
     """
     distributed.start()
     trainer = trainer or Trainer
@@ -140,7 +140,7 @@ class Trainer:
         """Makes the steps that are left, evaluates and saves; returns whether it came to the end.
 
         Raises:
-            UserError, NotSaved: as `train`.
+            UserError, CheckpointError: as `train`.
         """
         with (
             stop_signals(self.checkpointing.saver.failed) as stop,
@@ -156,7 +156,7 @@ class Trainer:
                 what = f"{kept} in {self.run}; resume with --resume" if saved else "nothing is saved"
                 console.print(f"stopped at step {self.step}, {what}", soft_wrap=True)
                 return False
-            except NotSaved:
+            except CheckpointError:
                 raise
             except UserError:
                 self.save(wait=True)
@@ -224,7 +224,7 @@ class Trainer:
         """Starts saving a checkpoint of this step, if there is none; with `wait`, returns when it is written.
 
         Raises:
-            NotSaved: a checkpoint could not be written.
+            CheckpointError: a checkpoint could not be written.
         """
         if self.savable:
             self.checkpointing.save()
@@ -240,7 +240,7 @@ class Trainer:
         """Evaluates the model, or its EMA if there is one, and keeps the checkpoint if it is the best.
 
         Raises:
-            NotSaved: the best checkpoint could not be written.
+            CheckpointError: the best checkpoint could not be written.
         """
         if self.recipe.evaluation.sets:
             ema = self.updater.ema.weights if self.updater.ema else None
@@ -277,7 +277,7 @@ class Trainer:
         if start is not None:
             console.print(start.load(self.model, self.data.classes), soft_wrap=True)
         open_sets(self.model, self.recipe, self.modalities, classes=self.data.classes)
-        texts = texts_of(
+        texts = config_files(
             self.model, self.recipe, self.modalities, self.data.classes
         )  # FSDP2 changes the model's class.
         replicas = layout.spread(

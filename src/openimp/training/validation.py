@@ -76,7 +76,7 @@ class Validation:
         """Saves a checkpoint if the evaluation after `step` steps is the best so far, and links to the best one.
 
         Raises:
-            NotSaved: the checkpoint could not be written.
+            CheckpointError: the checkpoint could not be written.
         """
         name = self.recipe.evaluation.best
         if name is None:

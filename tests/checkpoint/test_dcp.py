@@ -1,0 +1,133 @@
+"""Folders of tensors in safetensors files: shards that several ranks wrote, and files that were damaged or made up."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import load as dcp_load
+from torch.distributed.checkpoint import save as dcp_save
+
+from openimp.checkpoint.dcp import load, read, save, stage
+from openimp.common.errors import UserError
+
+WHOLE = {"rows": torch.arange(12.0).view(4, 3), "one": torch.ones(1), "scalar": torch.tensor(2.0)}
+
+
+def write_shards(folder: Path, *shards: dict[str, tuple[Tensor, str]]) -> list[Path]:
+    """One file per rank, as DCP writes it: tensors by name, each with its offset as JSON."""
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors" for rank in range(len(shards))]
+    for file, shard in zip(files, shards):
+        offsets = ", ".join(f'"{name}": {{"saved_offsets": {offset}}}' for name, (_, offset) in shard.items())
+        tensors = {name: tensor.clone() for name, (tensor, _) in shard.items()}
+        save_file(tensors, file, metadata={"DCP_SHARDING_INFO": f"{{{offsets}}}"})
+    return files
+
+
+@pytest.fixture
+def files(tmp_path) -> list[Path]:
+    """The shards of two ranks."""
+    rows, one, scalar = WHOLE.values()
+    first = {"rows": (rows[:2], "[0, 0]"), "one": (one, "[0]"), "scalar": (scalar, "[]")}
+    second = {"rows": (rows[2:], "[2, 0]"), "one": (torch.ones(0), "[1]")}
+    return write_shards(tmp_path, first, second)
+
+
+def test_a_single_process_writes_a_plain_safetensors_file(tmp_path):
+    """Anybody can open it: whole tensors under their own names, also of noncontiguous tensors and of views."""
+    rows, _, scalar = WHOLE.values()
+    tensors = {"turned": rows.T, "view": rows[1:3], "scalar": scalar, "ints": torch.arange(3)}
+    (file,) = save(tmp_path / "some", stage(tensors))
+    assert [*(tmp_path / "some").iterdir()] == [file]
+    for found in (load_file(file), read(tmp_path / "some")):
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_equal_tensors_make_equal_files(tmp_path):
+    files = [save(tmp_path / f"{i}", stage(WHOLE))[0] for i in range(8)]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_shards_make_up_tensors(files, tmp_path):
+    found = read(tmp_path)
+    assert found.keys() == WHOLE.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in WHOLE.items())
+    filled = {name: torch.zeros_like(tensor) for name, tensor in WHOLE.items()}
+    load(tmp_path, filled)
+    assert all(torch.equal(filled[name], tensor) for name, tensor in WHOLE.items())
+
+
+def test_a_shard_that_is_lost_or_there_twice_is_damage(files, tmp_path):
+    first, second = files
+    content = second.read_bytes()
+    second.unlink()
+    with pytest.raises(UserError, match=f"{tmp_path}: does not fit the model: rows is .2, 3. there, .4, 3. here"):
+        load(tmp_path, {name: torch.zeros_like(tensor) for name, tensor in WHOLE.items()})
+    second.write_bytes(content)
+    first.rename(tmp_path / "first")
+    with pytest.raises(UserError, match=rf"{tmp_path}: damaged: the shards of \w+ do not make up a whole tensor"):
+        read(tmp_path)
+    (tmp_path / "first").rename(first)
+    first.with_name("again.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=rf"{tmp_path}: damaged: the shards of \w+ do not make up a whole tensor"):
+        read(tmp_path)
+
+
+def test_dcp_itself_misses_a_lost_shard(files, tmp_path):
+    """Once this fails, `dcp.metadata` need not check what the shards cover."""
+    files[0].unlink()
+    rows = torch.full((4, 3), 7.0)
+    dcp_load({"rows": rows}, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    assert rows[:2].eq(7).all()
+
+
+def test_dcp_itself_loses_scalars_when_it_consolidates_shards(tmp_path):
+    """Once this fails, several ranks can leave plain files as well."""
+    writer = HuggingFaceStorageWriter(str(tmp_path), save_distributed=True, enable_consolidation=True)
+    dcp_save(dict(WHOLE), storage_writer=writer, no_dist=True)
+    found = load_file(tmp_path / "model-00001-of-00001.safetensors")
+    assert torch.equal(found["rows"], WHOLE["rows"])
+    assert found["scalar"] == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((torch.zeros(2), "[0]"), (torch.zeros(4), "[1]")),
+        ((torch.zeros(3), "[0]"), (torch.zeros(2), "[4]")),
+        ((torch.zeros(2), "[0]"), (torch.zeros(2, 2), "[2, 0]")),
+        ((torch.zeros(2), "[0]"), (torch.zeros(2, 1), "[2, 0]")),
+        ((torch.zeros(2), "[0]"), (torch.zeros(0), "[1000000000000000]")),
+        ((torch.zeros(0), "[0]"), (torch.zeros(0), "[1000000000000000]")),
+        ((torch.zeros(2), "[0]"), (torch.zeros(2), "[0]")),
+    ],
+    ids=["overlap", "hole", "dimensions", "one more dimension", "empty and far away", "nothing but size", "twice"],
+)
+def test_shards_that_do_not_make_up_a_tensor_are_damage(tmp_path, first, second):
+    write_shards(tmp_path, {"x": first}, {"x": second})
+    with pytest.raises(UserError, match=f"{tmp_path}: damaged: "):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{",
+        '["rows"]',
+        '{"rows": {}}',
+        "[" * 100_000,
+        *(
+            f'{{"rows": {{"saved_offsets": {x}}}}}'
+            for x in ("[0]", "[-1, 0]", '["", 0]', "[9, 0]", f"[{10**30}, 0]", "[0.0, 0]", "null", "[0, 0, 0]")
+        ),
+    ],
+    ids=str.__len__,
+)
+def test_a_header_that_makes_no_sense_is_damage(tmp_path, header):
+    save_file({"rows": torch.zeros(4, 3)}, tmp_path / "model.safetensors", metadata={"DCP_SHARDING_INFO": header})
+    with pytest.raises(UserError, match=f"{tmp_path}: damaged: "):
+        read(tmp_path)
