@@ -33,7 +33,7 @@ from openimp.training.trainer import train
 
 def run_demo(overrides: list[str], run: Path | None) -> None:
     """Trains the bundled recipe and says what to do next."""
-    recipe = Recipe.load("demo", overrides)
+    recipe = Recipe.load("demo", overrides, Path.cwd())
     run = run or Path("runs") / recipe.name
     if not train(recipe, run):
         return
@@ -58,7 +58,7 @@ def run_train(
     """
     if resume not in (None, "", "auto"):
         raise UserError(f"--resume: expected auto or nothing, found {resume}")
-    recipe = Recipe.load(name, overrides)
+    recipe = Recipe.load(name, overrides, Path.cwd())
     how: bool | Literal["auto"] = "auto" if resume == "auto" else resume is not None
     train(recipe, run or Path("runs") / recipe.name, how, allow_changed_data=allow_changed_data)
 
@@ -104,7 +104,7 @@ def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple
         for text in overrides:
             override(ours, text)
         return Recipe.build(ours), ()
-    theirs, file = read_recipe(other, overrides)
+    theirs, file = read_recipe(other, overrides, Path.cwd())
     # The model's own sources are kept, because its tasks name them. Unknown keys of `theirs` are refused by `build`.
     given = theirs.get("sources") or {}
     sources = ours["sources"] | given if isinstance(given, dict) else given
@@ -132,7 +132,7 @@ def run_info(what: str, overrides: list[str]) -> None:
             modality.load_state(learned)
         console.print(f"{folder}: recipe {recipe.name}, saved with openimp's model format", soft_wrap=True)
     else:
-        recipe = Recipe.load(what, overrides)
+        recipe = Recipe.load(what, overrides, Path.cwd())
         modalities = recipe.make_modalities()
         classes = _classes(recipe)
     _print_model(recipe, modalities, classes)
@@ -143,7 +143,7 @@ def run_info(what: str, overrides: list[str]) -> None:
 
 def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -> None:
     """Says what a run of a recipe would need."""
-    recipe = Recipe.load(name, overrides)
+    recipe = Recipe.load(name, overrides, Path.cwd())
     found = plan(recipe, recipe.make_modalities(), _classes(recipe), gpus, gpu, mfu)
     _print_parameters(found.parameters, {"a token uses on average, after its embedding": found.per_token})
     _print_steps(found)

@@ -180,8 +180,8 @@ def test_what_no_probe_can_be_fitted_to_is_said_before_anything_is_encoded(setup
     [
         ({"train": "test"}, "evaluation.sets.colours: train and source are both test; a probe needs new rows"),
         ({"train": "trian"}, "evaluation.sets.colours.train: no source 'trian'; did you mean 'train'?"),
-        ({"inputs": {"image": "picture", "text": "label"}}, "at most 1 item"),
-        ({"k": 0}, "k: Input should be greater than or equal to 1"),
+        ({"inputs": {"image": "picture", "text": "label"}}, "takes at most 1 item, found 2"),
+        ({"k": 0}, "k: must be at least 1, found 0"),
     ],
 )
 def test_a_recipe_whose_probe_makes_no_sense_is_refused(setup, options, message):

@@ -51,6 +51,8 @@ class Retrieval(Strict):
 class ZeroShot(Strict):
     """Zero-shot classification: top-1 and top-5 accuracy, or mean average precision if the labels are lists."""
 
+    renamed = {"texts": "classes"}
+
     type: Literal["zero_shot"]
     """The kind of evaluation."""
     source: str
