@@ -104,23 +104,28 @@ REFUSED = {
     "tasks.named.source=picture": "tasks.named.source: no source 'picture'; did you mean 'pictures'?",
     "evaluation.sets.tones.source=x": "evaluation.sets.tones.source: no source 'x'; known: pictures, sounds",
     "tasks.named.inputs={imag: file, text: label}": "tasks: no modality is called 'imag'; did you mean 'image'?",
-    "tasks.named.objectives.0.pairs=[[image, txt]]": "tasks.named: objective contrastive: 'txt' is no input; "
-    "did you mean 'text'?",
-    "tasks.named.objectives.0.pairs=[[image, image]]": "tasks.named: objective contrastive: pairs needs different "
-    "modalities, and each pair once",
-    "tasks.named.objectives.0.pairs=[[image, text], [text, image]]": "tasks.named: objective contrastive: pairs needs "
-    "different modalities, and each pair once",
+    "tasks.named.objectives.0.pairs=[[image, txt]]": "tasks.named.objectives.0: 'txt' is not an input of the "
+    "task; did you mean 'text'?",
+    "tasks.named.objectives.0.pairs=[[image, image]]": "tasks.named.objectives.0.pairs: a pair needs two "
+    "different modalities",
+    # Two objectives would share a temperature or a head, and one of the two metrics would be lost.
+    "tasks.named.objectives.0.pairs=[[image, text], [text, image]]": "tasks.named.objectives.0: objectives.0 already "
+    "compares image and text, with the same temperature; drop one of the two",
+    "tasks.named.objectives=[{type: contrastive}, {type: contrastive, loss: sigmoid}]": "tasks.named.objectives.1: "
+    "objectives.0 already compares image and text, with the same temperature; drop one of the two",
+    "tasks.named.objectives=[{type: classification, label: label, of: image}, {type: classification, label: label}]":
+    "tasks.named.objectives.1: objectives.0 already classifies image by label, with the same head",
     "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label, "
     "classes: [red]}]}": "tasks.other: tasks.named classifies 'label' of pictures too, by the same head, so loss and "
     "classes must be the same",
     "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label, "
     "loss: sigmoid}]}": "tasks.other: tasks.named classifies 'label' of pictures too",
-    "tasks.named.objectives.1.of=audio": "tasks.named: objective classification: 'audio' is no input; "
-    "known: image, text",
-    "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: contrastive}]}": "tasks.other: a "
-    "contrastive objective needs two modalities in inputs",
-    "tasks.other={source: sounds, inputs: {text: x}, objectives: [{type: classification, label: x}]}": "tasks.other: a "
-    "classification of text only must name it as its `of`",
+    "tasks.named.objectives.1.of=audio": "tasks.named.objectives.1: 'audio' is not an input of the task; known: image, "
+    "text",
+    "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: contrastive}]}": "tasks.other."
+    "objectives.0: a contrastive objective needs two inputs",
+    "tasks.other={source: sounds, inputs: {text: x}, objectives: [{type: classification, label: x}]}": "tasks.other."
+    "objectives.0: no input is without a mask, so name the modality to classify in `of`",
     "evaluation.sets.tones.inputs={audio: sound}": "evaluation.sets.tones.inputs: retrieval is between two modalities, "
     "found 1",
     "evaluation.sets.tones.inputs.text={column: caption, draw: 2}": "evaluation.sets.tones.inputs.text: evaluation "

@@ -17,9 +17,9 @@ from openimp.common.device import Precision, pick_device
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia, Modality
 from openimp.encoding.items import embed, embed_tokens, first_view, require_pair
-from openimp.model.imp import IMP, pairs_of
+from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Contrastive
+from openimp.recipe.tasks import Contrastive, pairs_of
 
 
 def load(path: str | Path, device: str | torch.device | None = None, precision: Precision = "auto") -> "Model":

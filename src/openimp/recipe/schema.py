@@ -18,7 +18,7 @@ from openimp.recipe.file import read_recipe
 from openimp.recipe.inputs import View
 from openimp.recipe.model import BATCH_ROUTINGS, Model
 from openimp.recipe.registry import modality_class
-from openimp.recipe.tasks import Classification, Source, Task, check_objective
+from openimp.recipe.tasks import Classification, Source, Task, check_objectives
 from openimp.recipe.training import Alternation, Memory, Optimizer, Parallel, Train
 
 
@@ -122,8 +122,8 @@ class Recipe(Strict):
                     f"{key}.views: sync needs recordings as they are, and sources.{task.source}.cache keeps parts of "
                     "long ones; drop one of the two"
                 )
+            check_objectives(key, task)
             for objective in task.objectives:
-                check_objective(key, objective, task.inputs)
                 if isinstance(objective, Classification):
                     head = heads.setdefault((task.source, objective.label), (task_name, objective))
                     if (objective.loss, objective.classes) != (head[1].loss, head[1].classes):
