@@ -173,14 +173,16 @@ def _duration(seconds: float) -> str:
 
 
 def _classes(recipe: Recipe) -> dict[str, list[Any]]:
-    """The classes of each head, as far as the data is there; a head without data counts as one class."""
+    """The classes of each head. A head whose classes are neither listed nor in readable data counts as one class."""
     found: dict[str, list[Any]] = {}
     for name, task in recipe.tasks.items():
         for objective in task.objectives:
             if isinstance(objective, Classification):
                 key = head_key(task.source, objective.label)
                 try:
-                    found[key] = classes_of(open_source(task.source, recipe.sources[task.source]), objective, name)
+                    found[key] = list(objective.classes or ()) or classes_of(
+                        open_source(task.source, recipe.sources[task.source]), objective, f"tasks.{name}"
+                    )
                 except UserError as error:
                     found[key] = [None]
                     console.print(f"head {key} counts as one class: {error}", soft_wrap=True)
