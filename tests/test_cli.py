@@ -209,6 +209,21 @@ def test_info_counts_the_experts_of_a_token(openimp, little_data):
     assert used == whole
 
 
+def test_info_tells_that_a_vocabulary_is_a_limit(openimp, little_data, little_run):
+    """Of a recipe whose tokenizer is yet to be trained; not of a run, nor where a file has the tokenizer."""
+    recipe, told = little_data / "recipe.yaml", "text counts with 4,000 tokens, the limit of its vocabulary"
+    limited = openimp("info", recipe, *sets("modalities.text.vocab_size=4000"))[1]
+    assert told in limited
+    assert "in all, at most" in limited
+    assert told in openimp("plan", recipe, "--gpus", "1", *sets("modalities.text.vocab_size=4000"))[1]
+    tokenizer = little_run / "checkpoints" / "step-00000012" / "tokenizer.json"
+    of_run, of_file = openimp("info", little_run)[1], openimp("info", recipe, *sets(
+        f"modalities.text={{tokenizer: {tokenizer}, positions: 16, vocab_size: 4000}}"))[1]  # fmt: skip
+    assert "limit" not in of_run + of_file
+    counts = [re.search(r"in all[^\d]+([\d,]+)", printed)[1] for printed in (of_run, of_file)]
+    assert counts[0] == counts[1]
+
+
 def test_eval_needs_no_more_of_another_recipe_than_sources_and_sets(
     openimp, little_data, little_run, tmp_path, monkeypatch
 ):

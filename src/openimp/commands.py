@@ -1,6 +1,6 @@
 """What the commands do: the glue between the command line and the library, and what they print."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from openimp.checkpoint.folder import check_layers, load_model, model_folder, re
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append
+from openimp.common.modality import Modality
 from openimp.common.progress import clock, console, track
 from openimp.data.batch import head_key
 from openimp.data.sources import open_source
@@ -144,8 +145,11 @@ def run_info(what: str, overrides: list[str]) -> None:
 def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -> None:
     """Says what a run of a recipe would need."""
     recipe = Recipe.load(name, overrides, Path.cwd())
-    found = plan(recipe, recipe.make_modalities(), _classes(recipe), gpus, gpu, mfu)
-    _print_parameters(found.parameters, {"a token uses on average, after its embedding": found.per_token})
+    modalities = recipe.make_modalities()
+    found = plan(recipe, modalities, _classes(recipe), gpus, gpu, mfu)
+    _print_parameters(
+        found.parameters, {"used by a token on average, after its embedding": found.per_token}, modalities
+    )
     _print_steps(found)
     task, view = found.largest
     shown = Table(title="memory of a GPU", title_justify="left")
@@ -189,26 +193,34 @@ def _classes(recipe: Recipe) -> dict[str, list[Any]]:
     return found
 
 
-def _print_model(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]]) -> None:
+def _print_model(recipe: Recipe, modalities: dict[str, Modality], classes: dict[str, list[Any]]) -> None:
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
     used = encoder_per_token(recipe, model) if recipe.model.moe else None
     parts = {name: count(part) for name, part in model.named_children()}
-    _print_parameters(parts, {"encoder, used by a token on average": used})
+    _print_parameters(parts, {"encoder, used by a token on average": used}, modalities)
 
 
-def _print_parameters(parts: dict[str, int], used: dict[str, int | None]) -> None:
+def _print_parameters(parts: dict[str, int], used: dict[str, int | None], modalities: Mapping[str, Modality]) -> None:
+    specs = {name: modality.stem_spec() for name, modality in modalities.items()}
+    limits = {name: spec.values for name, spec in specs.items() if spec.is_limit}
     shown = Table(title="parameters", title_justify="left")
     shown.add_column("part")
     shown.add_column("parameters", justify="right")
     for name, size in parts.items():
         shown.add_row(name, f"{size:,}")
     shown.add_section()
-    shown.add_row("in all", f"{sum(parts.values()):,}")
+    shown.add_row("in all, at most" if limits else "in all", f"{sum(parts.values()):,}")
     for what, some in used.items():
         if some is not None:
             shown.add_row(what, f"{some:,}")
     console.print(shown)
+    for name, limit in limits.items():
+        console.print(
+            f"{name} counts with {limit:,} tokens, the limit of its vocabulary, which is learned from the data and may "
+            "be smaller",
+            soft_wrap=True,
+        )
 
 
 def _print_steps(found: Plan) -> None:
