@@ -9,7 +9,7 @@ from rich.table import Table
 
 from openimp.checkpoint.folder import check_layers, load_model, model_folder, read_config, saved_step
 from openimp.common.device import pick_device
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.common.json_lines import append
 from openimp.common.modality import Modality
 from openimp.common.progress import clock, console, track
@@ -163,7 +163,8 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
     verdict, room = "fits" if found.fits else "does not fit", USABLE * found.gpu.memory
     lines = [
         f"{recipe.name} {verdict}: {found.memory / 2**30:,.2f} of {room:.1f} GiB for tensors on each of {gpus} x {gpu}",
-        f"{recipe.train.steps:,} steps, {short(found.flops)}FLOPs: {_duration(found.seconds)} at an MFU of {mfu:.0%}",
+        f"{counted(recipe.train.steps, 'step')}, {short(found.flops)}FLOPs: {_duration(found.seconds)} at an MFU of "
+        f"{mfu:.0%}",
     ]
     if found.seconds_connected > 1.001 * found.seconds:  # Else the sums are equal but for rounding.
         lines.append(

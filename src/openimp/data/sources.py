@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.data import hub
 from openimp.data.files import fingerprint, is_url, is_utf8, locate, stable_hash
 from openimp.data.streams import Reader, Stream
@@ -196,7 +196,7 @@ def read_csv(file: str) -> Iterator[dict[str, Any]]:
             for cells in lines:
                 line, end = end + 1, lines.line_num
                 if len(cells) > len(header):
-                    raise ValueError(f"line {line} has {len(cells)} cells, the header {len(header)}")
+                    raise ValueError(f"line {line} has {counted(len(cells), 'cell')}, the header {len(header)}")
                 if cells:
                     yield dict.fromkeys(header) | {column: cell or None for column, cell in zip(header, cells)}
         except csv.Error as error:
