@@ -247,6 +247,25 @@ def test_eval_needs_no_more_of_another_recipe_than_sources_and_sets(
     assert found["top1"] > 0.9, "the run has learned its colours"
 
 
+def test_eval_measures_the_other_sets_if_one_cannot_be_measured(openimp, little_run, tmp_path):
+    """The first of three: two sentences at the end, one per set, and nothing that was measured is lost."""
+    out, changes = tmp_path / "found.jsonl", sets(
+        "evaluation.sets.colours.label=lable", "evaluation.sets.colours.view.image.size=24",
+        "sources.gone={path: nowhere.jsonl}",
+        "evaluation.sets.gone={type: zero_shot, source: gone, inputs: {image: file}, label: label, "
+        "view: {image: {size: 16}}}",
+    )  # fmt: skip
+    code, printed, err = openimp("eval", little_run, *changes, "--out", out, "--allow-sources")
+    assert code == 2
+    assert [line["set"] for line in read_lines(out)] == ["tones", "tones"]
+    assert "tones" in printed
+    first, second = err.splitlines()
+    assert first.startswith("openimp: evaluation.sets.colours: source pictures (")
+    assert first.endswith("has no column 'lable'; did you mean 'label'?")
+    assert second.startswith("evaluation.sets.gone: source gone: ")
+    assert second.endswith("nowhere.jsonl: no such file or folder")
+
+
 def test_eval_changes_the_sets_of_the_run_itself(openimp, refused, little_run, tmp_path):
     out = tmp_path / "found.jsonl"
     change = sets("evaluation.sets.colours.view.image.size=24")

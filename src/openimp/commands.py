@@ -17,9 +17,8 @@ from openimp.data.batch import head_key
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
 from openimp.data.trust import check_sources
-from openimp.evaluation.evaluate import evaluate
-from openimp.evaluation.figures import table
-from openimp.evaluation.results import read_results
+from openimp.evaluation.evaluate import NotMeasured, evaluate
+from openimp.evaluation.results import read_results, table
 from openimp.model.imp import IMP
 from openimp.planning.gpus import USABLE
 from openimp.planning.ledger import costs, mixture_table, short
@@ -72,9 +71,18 @@ def run_eval(
     overrides: list[str] | None = None,
     allow_sources: bool = False,
 ) -> None:
-    """Measures a model on evaluation sets of its own recipe or of another.
+    """Measures a model on evaluation sets of its own recipe or of another, and prints the results.
 
-    With `allow_sources` its own recipe may read any source, even if the model was not trained here.
+    Args:
+        path: a run, a checkpoint or a model's folder.
+        sets: names of evaluation sets; None: all of them.
+        other: a recipe to take sources and sets from.
+        out: a file to append the results to.
+        overrides: changes of sources and sets.
+        allow_sources: whether the model's own recipe may read any source, even if the model was not trained here.
+
+    Raises:
+        NotMeasured: a set could not be measured. The results of the others are printed and written.
     """
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
@@ -87,11 +95,18 @@ def run_eval(
         raise UserError(f"{other or path}: the recipe has no evaluation sets")
     if not allow_sources:
         check_sources(path, folder, recipe, sets or recipe.evaluation.sets, given)
-    results = evaluate(model.to(pick_device()), recipe, modalities, sets or None, saved_step(folder), track, classes)
-    console.print(table(results))
+    model, failed = model.to(pick_device()), None
+    try:
+        results = evaluate(model, recipe, modalities, sets or None, saved_step(folder), track, classes)
+    except NotMeasured as error:
+        results, failed = error.results, error
+    if results:
+        console.print(table(results))
     for result in results if out else []:
         assert out is not None
         append(out, result)
+    if failed:
+        raise failed
 
 
 def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple[Recipe, Collection[str]]:

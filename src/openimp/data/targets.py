@@ -31,7 +31,7 @@ def classes_of(source: Table | Stream, objective: Classification, where: str) ->
     index = {label: i for i, label in enumerate(objective.classes)}
     for label, row in found.items():
         try:
-            _index_of(label, index)
+            index_of(label, index)
         except ValueError as error:
             raise UserError(f"{_name(source, objective.label, where)}: {source.row_name(row)}: {error}") from None
     return list(objective.classes)
@@ -98,7 +98,7 @@ def labels_of(values: list[Any], index: Mapping[Any, int], objective: Classifica
     """
     lists = objective.loss == "sigmoid"
     try:
-        indices = [[_index_of(label, index) for label in _row_classes(value, lists)] for value in values]
+        indices = [[index_of(label, index) for label in _row_classes(value, lists)] for value in values]
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     if not lists:
@@ -130,7 +130,7 @@ def _row_classes(value: Any, lists: bool) -> list[Any]:
     return labels
 
 
-def _index_of(label: Any, index: Mapping[Any, int]) -> int:
+def index_of(label: Any, index: Mapping[Any, int]) -> int:
     """The index of a class. Raises ValueError if it is not in the index."""
     if label in index:
         return index[label]

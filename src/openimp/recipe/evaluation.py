@@ -44,7 +44,7 @@ class Retrieval(Strict):
     source: str
     """The name of a source that is not a stream."""
     inputs: Inputs
-    """Two modalities. Items with equal texts or raw values count as the same item."""
+    """Two modalities. Equal values are the same item; texts are equal if they differ only in case and spaces."""
     view: EvaluationView
 
 
