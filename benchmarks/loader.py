@@ -12,6 +12,7 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(1)
     parts = [*PARTS.values(), "text"]
     table = Table("task", "view", "ms per batch", *parts, "rest")
-    for (task, view), spent in measure(Recipe.load(args.recipe, args.set), args.batches).items():
+    for (task, view), spent in measure(Recipe.load(args.recipe, args.set, Path.cwd()), args.batches).items():
         shares = [spent[part] / max(1, spent["all"]) for part in parts]
         shown = [f"{share:.0%}" for share in [*shares, 1 - sum(shares)]]
         table.add_row(task, str(view), f"{spent['all'] / 1e6:.1f}", *shown)

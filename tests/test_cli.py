@@ -84,7 +84,7 @@ def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
     ("change", "named"),
     [
         ("train.stepz=1", ["recipe.yaml: train: unknown key 'stepz'; did you mean 'steps'?"]),
-        ("train.steps=many", ["recipe.yaml: train.steps: Input should be a valid integer, found 'many'"]),
+        ("train.steps=many", ["recipe.yaml: train.steps: expected a whole number, found 'many'"]),
         ("tasks.named.views.0.image.size=20", ["recipe.yaml: tasks.named.views[0].image: size", "use 16 or 24"]),
         ("tasks.heard.inputs.text=captoin", ["tasks.heard: source sounds (", "no column 'captoin'", "'caption'?"]),
         ("tasks.heard.inputs.audio=sond", ["tasks.heard: source sounds (", "no column 'sond'", "'sound'?"]),
@@ -98,7 +98,10 @@ def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
         ("sources.pictures.where={label: pink}", ["source pictures (", "no row has label = 'pink'"]),
     ],
 )
-def test_a_recipe_that_cannot_be_trained_is_refused_before_training(refused, own_data, tmp_path, change, named):
+def test_a_recipe_that_cannot_be_trained_is_refused_before_training(
+    refused, own_data, tmp_path, monkeypatch, change, named
+):
+    monkeypatch.chdir(own_data)
     (own_data / "empty.jsonl").write_text("")
     (own_data / "broken.jsonl").write_text('{"sound": "0.wav", "cap')
     (own_data / "empty").mkdir()
@@ -209,7 +212,26 @@ def test_info_counts_the_experts_of_a_token(openimp, little_data):
     assert used == whole
 
 
-def test_eval_needs_no_more_of_another_recipe_than_sources_and_sets(openimp, little_data, little_run, tmp_path):
+def test_info_tells_that_a_vocabulary_is_a_limit(openimp, little_data, little_run):
+    """Of a recipe whose tokenizer is yet to be trained; not of a run, nor where a file has the tokenizer."""
+    recipe, told = little_data / "recipe.yaml", "text counts with 4,000 tokens, the limit of its vocabulary"
+    limited = openimp("info", recipe, *sets("modalities.text.vocab_size=4000"))[1]
+    assert told in limited
+    assert "in all, at most" in limited
+    assert told in openimp("plan", recipe, "--gpus", "1", *sets("modalities.text.vocab_size=4000"))[1]
+    tokenizer = little_run / "checkpoints" / "step-00000012" / "tokenizer.json"
+    of_run, of_file = openimp("info", little_run)[1], openimp("info", recipe, *sets(
+        f"modalities.text={{tokenizer: {tokenizer}, positions: 16, vocab_size: 4000}}"))[1]  # fmt: skip
+    assert "limit" not in of_run + of_file
+    counts = [re.search(r"in all[^\d]+([\d,]+)", printed)[1] for printed in (of_run, of_file)]
+    assert counts[0] == counts[1]
+
+
+def test_eval_needs_no_more_of_another_recipe_than_sources_and_sets(
+    openimp, little_data, little_run, tmp_path, monkeypatch
+):
+    """Relative paths in --set start at the current directory, those in the recipe at its folder."""
+    monkeypatch.chdir(little_data)
     (tmp_path / "prompts.txt").write_text("# as trained\na {} square\n\nthe {} one\n")
     (tmp_path / "sets.yaml").write_text(
         "sources: {squares: {path: elsewhere}}\n"
@@ -217,7 +239,7 @@ def test_eval_needs_no_more_of_another_recipe_than_sources_and_sets(openimp, lit
         " classes: [red, green, blue, white, black], prompts: prompts.txt}}}\n"
     )
     out, changes = tmp_path / "found.jsonl", sets(
-        f"sources.squares.path={little_data / 'pictures'}", "evaluation.sets.named.view.image.size=16"
+        "sources.squares.path=pictures", "evaluation.sets.named.view.image.size=16"
     )  # fmt: skip
     code, printed, err = openimp("eval", little_run, "--recipe", tmp_path / "sets.yaml", *changes, "--out", out)
     assert (code, err) == (0, "")
@@ -226,6 +248,25 @@ def test_eval_needs_no_more_of_another_recipe_than_sources_and_sets(openimp, lit
     assert (found["n"], found["candidates"], found["chance"]) == (24, 5, 1 / 5)
     assert found["prompts"] == ["a {} square", "the {} one"]
     assert found["top1"] > 0.9, "the run has learned its colours"
+
+
+def test_eval_measures_the_other_sets_if_one_cannot_be_measured(openimp, little_run, tmp_path):
+    """The first of three: two sentences at the end, one per set, and nothing that was measured is lost."""
+    out, changes = tmp_path / "found.jsonl", sets(
+        "evaluation.sets.colours.label=lable", "evaluation.sets.colours.view.image.size=24",
+        "sources.gone={path: nowhere.jsonl}",
+        "evaluation.sets.gone={type: zero_shot, source: gone, inputs: {image: file}, label: label, "
+        "view: {image: {size: 16}}}",
+    )  # fmt: skip
+    code, printed, err = openimp("eval", little_run, *changes, "--out", out, "--allow-sources")
+    assert code == 2
+    assert [line["set"] for line in read_lines(out)] == ["tones", "tones"]
+    assert "tones" in printed
+    first, second = err.splitlines()
+    assert first.startswith("openimp: evaluation.sets.colours: source pictures (")
+    assert first.endswith("has no column 'lable'; did you mean 'label'?")
+    assert second.startswith("evaluation.sets.gone: source gone: ")
+    assert second.endswith("nowhere.jsonl: no such file or folder")
 
 
 def test_eval_changes_the_sets_of_the_run_itself(openimp, refused, little_run, tmp_path):
@@ -244,15 +285,15 @@ def test_eval_changes_the_sets_of_the_run_itself(openimp, refused, little_run, t
     [
         ("evalution: {}", "unknown key 'evalution'; did you mean 'evaluation'?"),
         ("evaluation: {set: {}}", "evaluation: unknown key 'set'; did you mean 'sets'?"),
-        ("sources: [a]", "sources: Input should be a valid dictionary"),
+        ("sources: [a]", "sources: expected a mapping, found ['a']"),
         ("name: nothing", "the recipe has no evaluation sets"),
-        ("{set: {prompts: no.txt}}", "prompts: expected a list, or a text file in the recipe's folder; there is no"),
-        ("{set: {prompts: ../secret.txt}}", "prompts: ../secret.txt is outside of the recipe's folder"),
-        ("{set: {prompts: link.txt}}", "prompts: link.txt is outside of the recipe's folder"),
-        ("{set: {prompts: pipe}}", "prompts: expected a list, or a text file in the recipe's folder; there is no file"),
+        ("{set: {prompts: no.txt}}", "prompts: expected a list, or a text file in {folder}; there is no file no.txt"),
+        ("{set: {prompts: ../secret.txt}}", "prompts: ../secret.txt is outside of the folder {folder}"),
+        ("{set: {prompts: link.txt}}", "prompts: link.txt is outside of the folder {folder}"),
+        ("{set: {prompts: pipe}}", "prompts: expected a list, or a text file in {folder}; there is no file pipe"),
         ("{set: {prompts: binary.txt}}", "binary.txt cannot be read"),
-        ("{set: {prompts: empty.txt}}", "prompts: List should have at least 1 item"),
-        ("{set: {classes: /etc/hostname}}", "classes: /etc/hostname is outside of the recipe's folder"),
+        ("{set: {prompts: empty.txt}}", "prompts: needs at least 1 item, found 0"),
+        ("{set: {classes: /etc/hostname}}", "classes: /etc/hostname is outside of the folder {folder}"),
         ("{set: {classes: [red, red]}}", "classes: class 'red' is listed twice"),
         ("{set: {classes: twice.txt}}", "classes: class 'a' is listed twice"),
     ],
@@ -270,7 +311,7 @@ def test_sets_that_cannot_be_measured_are_refused(refused, little_data, little_r
         common = "type: zero_shot, source: pictures, inputs: {image: file}, label: label, view: {image: {size: 16}}, "
         text = f"evaluation: {{sets: {text.replace('{set: {', '{set: {' + common)}}}"
     (folder / "sets.yaml").write_text(text + "\n")
-    assert named in refused("eval", little_run, "--recipe", folder / "sets.yaml")
+    assert named.replace("{folder}", str(folder)) in refused("eval", little_run, "--recipe", folder / "sets.yaml")
 
 
 def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path):

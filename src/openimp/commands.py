@@ -1,6 +1,6 @@
 """What the commands do: the glue between the command line and the library, and what they print."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,17 +9,17 @@ from rich.table import Table
 
 from openimp.checkpoint.folder import check_layers, checkpoints, load_model, model_folder, read_config, saved_step
 from openimp.common.device import pick_device
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.common.json_lines import append
+from openimp.common.modality import Modality
 from openimp.common.progress import clock, console, track
 from openimp.common.safe_files import refuse_links
 from openimp.data.batch import head_key
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
 from openimp.data.trust import check_sources
-from openimp.evaluation.evaluate import evaluate
-from openimp.evaluation.figures import table
-from openimp.evaluation.results import read_results
+from openimp.evaluation.evaluate import NotMeasured, evaluate
+from openimp.evaluation.results import read_results, table
 from openimp.model.imp import IMP
 from openimp.planning.gpus import USABLE
 from openimp.planning.ledger import costs, mixture_table, short
@@ -34,7 +34,7 @@ from openimp.training.trainer import train
 
 def run_demo(overrides: list[str], run: Path | None) -> None:
     """Trains the bundled recipe and says what to do next."""
-    recipe = Recipe.load("demo", overrides)
+    recipe = Recipe.load("demo", overrides, Path.cwd())
     run = run or Path("runs") / recipe.name
     if not train(recipe, run):
         return
@@ -59,7 +59,7 @@ def run_train(
     """
     if resume not in (None, "", "auto"):
         raise UserError(f"--resume: expected auto or nothing, found {resume}")
-    recipe = Recipe.load(name, overrides)
+    recipe = Recipe.load(name, overrides, Path.cwd())
     how: bool | Literal["auto"] = "auto" if resume == "auto" else resume is not None
     train(recipe, run or Path("runs") / recipe.name, how, allow_changed_data=allow_changed_data)
 
@@ -72,9 +72,18 @@ def run_eval(
     overrides: list[str] | None = None,
     allow_sources: bool = False,
 ) -> None:
-    """Measures a model on evaluation sets of its own recipe or of another.
+    """Measures a model on evaluation sets of its own recipe or of another, and prints the results.
 
-    With `allow_sources` its own recipe may read any source, even if the model was not trained here.
+    Args:
+        path: a run, a checkpoint or a model's folder.
+        sets: names of evaluation sets; None: all of them.
+        other: a recipe to take sources and sets from.
+        out: a file to append the results to.
+        overrides: changes of sources and sets.
+        allow_sources: whether the model's own recipe may read any source, even if the model was not trained here.
+
+    Raises:
+        NotMeasured: a set could not be measured. The results of the others are printed and written.
     """
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
@@ -87,11 +96,18 @@ def run_eval(
         raise UserError(f"{other or path}: the recipe has no evaluation sets")
     if not allow_sources:
         check_sources(path, folder, recipe, sets or recipe.evaluation.sets, given)
-    results = evaluate(model.to(pick_device()), recipe, modalities, sets or None, saved_step(folder), track, classes)
-    console.print(table(results))
+    model, failed = model.to(pick_device()), None
+    try:
+        results = evaluate(model, recipe, modalities, sets or None, saved_step(folder), track, classes)
+    except NotMeasured as error:
+        results, failed = error.results, error
+    if results:
+        console.print(table(results))
     for result in results if out else []:
         assert out is not None
         append(out, result)
+    if failed:
+        raise failed
 
 
 def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple[Recipe, Collection[str]]:
@@ -105,7 +121,7 @@ def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple
         for text in overrides:
             override(ours, text)
         return Recipe.build(ours), ()
-    theirs, file = read_recipe(other, overrides)
+    theirs, file = read_recipe(other, overrides, Path.cwd())
     # The model's own sources are kept, because its tasks name them. Unknown keys of `theirs` are refused by `build`.
     given = theirs.get("sources") or {}
     sources = ours["sources"] | given if isinstance(given, dict) else given
@@ -136,7 +152,7 @@ def run_info(what: str, overrides: list[str]) -> None:
         if path.is_dir():
             refuse_links(path)
             what = str(path / "recipe.yaml")
-        recipe = Recipe.load(what, overrides)
+        recipe = Recipe.load(what, overrides, Path.cwd())
         modalities = recipe.make_modalities()
         classes = _classes(recipe)
         if path.is_dir():
@@ -149,9 +165,12 @@ def run_info(what: str, overrides: list[str]) -> None:
 
 def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -> None:
     """Says what a run of a recipe would need."""
-    recipe = Recipe.load(name, overrides)
-    found = plan(recipe, recipe.make_modalities(), _classes(recipe), gpus, gpu, mfu)
-    _print_parameters(found.parameters, {"a token uses on average, after its embedding": found.per_token})
+    recipe = Recipe.load(name, overrides, Path.cwd())
+    modalities = recipe.make_modalities()
+    found = plan(recipe, modalities, _classes(recipe), gpus, gpu, mfu)
+    _print_parameters(
+        found.parameters, {"used by a token on average, after its embedding": found.per_token}, modalities
+    )
     _print_steps(found)
     task, view = found.largest
     shown = Table(title="memory of a GPU", title_justify="left")
@@ -165,7 +184,8 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
     verdict, room = "fits" if found.fits else "does not fit", USABLE * found.gpu.memory
     lines = [
         f"{recipe.name} {verdict}: {found.memory / 2**30:,.2f} of {room:.1f} GiB for tensors on each of {gpus} x {gpu}",
-        f"{recipe.train.steps:,} steps, {short(found.flops)}FLOPs: {_duration(found.seconds)} at an MFU of {mfu:.0%}",
+        f"{counted(recipe.train.steps, 'step')}, {short(found.flops)}FLOPs: {_duration(found.seconds)} at an MFU of "
+        f"{mfu:.0%}",
     ]
     if found.seconds_connected > 1.001 * found.seconds:  # Else the sums are equal but for rounding.
         lines.append(
@@ -179,40 +199,50 @@ def _duration(seconds: float) -> str:
 
 
 def _classes(recipe: Recipe) -> dict[str, list[Any]]:
-    """The classes of each head, as far as the data is there; a head without data counts as one class."""
+    """The classes of each head. A head whose classes are neither listed nor in readable data counts as one class."""
     found: dict[str, list[Any]] = {}
     for name, task in recipe.tasks.items():
         for objective in task.objectives:
             if isinstance(objective, Classification):
                 key = head_key(task.source, objective.label)
                 try:
-                    found[key] = classes_of(open_source(task.source, recipe.sources[task.source]), objective, name)
+                    found[key] = list(objective.classes or ()) or classes_of(
+                        open_source(task.source, recipe.sources[task.source]), objective, f"tasks.{name}"
+                    )
                 except UserError as error:
                     found[key] = [None]
                     console.print(f"head {key} counts as one class: {error}", soft_wrap=True)
     return found
 
 
-def _print_model(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]]) -> None:
+def _print_model(recipe: Recipe, modalities: dict[str, Modality], classes: dict[str, list[Any]]) -> None:
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
     used = encoder_per_token(recipe, model) if recipe.model.moe else None
     parts = {name: count(part) for name, part in model.named_children()}
-    _print_parameters(parts, {"encoder, used by a token on average": used})
+    _print_parameters(parts, {"encoder, used by a token on average": used}, modalities)
 
 
-def _print_parameters(parts: dict[str, int], used: dict[str, int | None]) -> None:
+def _print_parameters(parts: dict[str, int], used: dict[str, int | None], modalities: Mapping[str, Modality]) -> None:
+    specs = {name: modality.stem_spec() for name, modality in modalities.items()}
+    limits = {name: spec.values for name, spec in specs.items() if spec.is_limit}
     shown = Table(title="parameters", title_justify="left")
     shown.add_column("part")
     shown.add_column("parameters", justify="right")
     for name, size in parts.items():
         shown.add_row(name, f"{size:,}")
     shown.add_section()
-    shown.add_row("in all", f"{sum(parts.values()):,}")
+    shown.add_row("in all, at most" if limits else "in all", f"{sum(parts.values()):,}")
     for what, some in used.items():
         if some is not None:
             shown.add_row(what, f"{some:,}")
     console.print(shown)
+    for name, limit in limits.items():
+        console.print(
+            f"{name} counts with {limit:,} tokens, the limit of its vocabulary, which is learned from the data and may "
+            "be smaller",
+            soft_wrap=True,
+        )
 
 
 def _print_steps(found: Plan) -> None:

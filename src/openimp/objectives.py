@@ -1,6 +1,7 @@
-"""Losses: what a task wants of the features of its modalities.
+"""The losses of a task.
 
-Shape suffixes: B examples, N and M items of either side, Z features of the common space, K classes.
+Shape suffixes: B examples of this rank, N and M embeddings of the two modalities of a pair, R rows of N, Z features of
+the common space, K classes.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,22 +17,22 @@ from torch.utils.checkpoint import checkpoint
 from openimp.common.device import full_precision
 from openimp.data.batch import Batch, head_key
 from openimp.model.embedder import Encode, Encoded
-from openimp.model.imp import IMP, pairs_of
+from openimp.model.imp import IMP
 from openimp.parallel.distributed import everywhere
-from openimp.recipe.tasks import Classification, Contrastive, Task
+from openimp.recipe.tasks import Classification, Contrastive, Task, classified_by, pairs_of
 
 BLOCK = 2**24
-"""Similarities that a contrastive loss holds at once: 64 MiB of each of the tensors that its gradient needs."""
+"""Largest number of similarities that a contrastive loss holds at once: 64 MiB per tensor that its gradient needs."""
 
 
 @dataclass
 class Losses:
-    """What one step gives.
+    """The losses of one step.
 
     Attributes:
-        total: scalar, to be minimised.
-        parts: each objective's unweighted loss, detached, by name.
-        encoded: the forward passes, by modality.
+        total: the scalar to minimize.
+        parts: the unweighted loss of each objective, detached, by name.
+        encoded: the forward pass of each modality.
     """
 
     total: Tensor
@@ -40,11 +41,16 @@ class Losses:
 
 
 def task_losses(model: IMP, task: Task, batch: Batch, encode: Encode | None = None) -> Losses:
-    """Encodes every modality of the batch once, and sums the task's objectives with their weights.
+    """Encodes each modality of the batch once and returns the weighted sum of the task's objectives.
 
-    An objective's loss is the mean over its pairs, or over the modalities that it classifies. The routers' losses are
-    summed over layers and averaged over modalities; `model.moe` has their weights. `encode` is `model.encode`, or the
-    same compiled.
+    The loss of an objective is the mean over its pairs, or over the modalities that it classifies. The router losses,
+    which `model.moe` has weighted, are summed over layers and averaged over modalities.
+
+    Args:
+        model: in training mode.
+        task: its objectives say which losses are computed.
+        batch: this rank's examples.
+        encode: a replacement for `model.encode`, such as the compiled function.
     """
     encode = encode or model.encode
     encoded = {name: encode({name: tokens}) for name, tokens in batch.tokens.items()}
@@ -68,16 +74,16 @@ def task_losses(model: IMP, task: Task, batch: Batch, encode: Encode | None = No
 def contrastive_losses(
     model: IMP, objective: Contrastive, encoded: Mapping[str, Encoded], batch: Batch
 ) -> dict[str, Tensor]:
-    """The loss of each pair, by "a-b"; embeddings, similarities and softmax are fp32.
+    """The loss of each pair of modalities, by the name "a-b". Embeddings, similarities and softmax are fp32.
 
-    Each process compares its own examples with those of all processes, in blocks of rows, so that none holds all
-    similarities. N and M are its own items of either side; the mean over the processes is the loss of the whole batch.
+    Each rank compares its own N and M embeddings with those of all ranks, in blocks of rows, so no rank holds all
+    similarities. The mean over the ranks is the loss of the global batch.
     """
     own_B = batch.item_ids[objective.same or ""]
     (item_B,) = everywhere(own_B)
     losses = {}
     for a, b in pairs_of(objective, encoded):
-        # Joint heads are applied once for each pair; the encoder, which is nearly all of the work, only once.
+        # A joint head is applied again for each pair. That is cheap compared with the encoder, which runs once.
         z_NZ, z_MZ = model.project(encoded[a].features, a, b), model.project(encoded[b].features, b, a)
         draws_a, draws_b = (len(z) // len(own_B) for z in (z_NZ, z_MZ))
         own_a, own_b = own_B.repeat_interleave(draws_a), own_B.repeat_interleave(draws_b)
@@ -97,8 +103,8 @@ def contrastive_losses(
 
 
 def _by_blocks(loss_of: Callable[..., Tensor], z_NZ: Tensor, own_N: Tensor, all_MZ: Tensor, item_M: Tensor) -> Tensor:
-    """The mean loss of the rows. Above `BLOCK` similarities they are computed block by block, and again, one block at a
-    time, for the gradient."""
+    """The mean over N of `loss_of`. Above `BLOCK` similarities, the loss is computed in blocks of rows, and each block
+    is recomputed in the backward pass."""
 
     def rows_loss(z_RZ: Tensor, own_R: Tensor, all_MZ: Tensor) -> Tensor:
         return loss_of(z_RZ @ all_MZ.T, own_R[:, None] == item_M)
@@ -111,20 +117,29 @@ def _by_blocks(loss_of: Callable[..., Tensor], z_NZ: Tensor, own_N: Tensor, all_
 
 
 def softmax_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
-    """-log of the positives' share (N,), positives log-summed (MIL-NCE, arXiv 1912.06430); one positive: InfoNCE."""
+    """(N,) the loss of each row: -log of the share of its positives in the softmax (MIL-NCE, arXiv 1912.06430).
+
+    If each row has one positive, this is InfoNCE.
+
+    Args:
+        logits_NM: similarities divided by the temperature.
+        same_NM: bool, which of them are positives.
+    """
     positive_N = logits_NM.masked_fill(~same_NM, -torch.inf).logsumexp(1)
     return logits_NM.logsumexp(1) - positive_N
 
 
 def sigmoid_nce(logits_NM: Tensor, same_NM: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-    """Every pair is one yes-or-no question; summed over the pairs of a row (N,) (arXiv 2303.15343)."""
+    """(N,) the loss of each row: binary cross-entropy, summed over its pairs (SigLIP, arXiv 2303.15343)."""
     sign_NM = same_NM.to(logits_NM.dtype) * 2 - 1
     return -F.logsigmoid(sign_NM * (logits_NM + bias)).sum(1)
 
 
 def equal_texts(task: Task, batch: Batch) -> float:
-    """The share of the texts of all processes' batch that another item has too, where a contrastive objective pushes
-    the two apart; the largest of all objectives and modalities that read texts (have a mask)."""
+    """The share of texts in the global batch that another item has too, although a contrastive loss pushes them apart.
+
+    Over all contrastive objectives of the task and their modalities with a mask, this is the largest share.
+    """
     shares = [0.0]
     for objective in task.objectives:
         if isinstance(objective, Contrastive):
@@ -142,27 +157,26 @@ def equal_texts(task: Task, batch: Batch) -> float:
 def classification_losses(
     model: IMP, objective: Classification, source: str, encoded: Mapping[str, Encoded], batch: Batch
 ) -> dict[str, Tensor]:
-    """The loss of each classified modality, by "modality:column"."""
+    """The loss of each classified modality, by the name "modality:column"."""
     target = batch.labels[objective.label]
     loss_of: Callable[..., Tensor] = softmax_classification if objective.loss == "softmax" else sigmoid_classification
-    names = [objective.of] if objective.of else [name for name, tokens in batch.tokens.items() if tokens.mask is None]
     losses = {}
-    for name in names:
+    for name in classified_by(objective, batch.tokens):
         features_BD = encoded[name].features
         with full_precision(features_BD.device):
             logits_BK = model.classify(features_BD, head_key(source, objective.label))
-        # A modality drawn k times an example has k rows an example.
+        # A modality that is drawn k times per example has k rows per example.
         repeated = target.repeat_interleave(len(logits_BK) // len(target), dim=0)
         losses[f"{name}:{objective.label}"] = loss_of(logits_BK, repeated, objective.label_smoothing)
     return losses
 
 
 def softmax_classification(logits_BK: Tensor, label_B: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy with label smoothing."""
+    """Cross-entropy with label smoothing, averaged over the examples."""
     return F.cross_entropy(logits_BK, label_B, label_smoothing=smoothing)
 
 
 def sigmoid_classification(logits_BK: Tensor, label_BK: Tensor, smoothing: float) -> Tensor:
-    """Binary cross-entropy, summed over classes; smoothing draws the targets towards one half."""
+    """Binary cross-entropy, summed over classes and averaged over examples. Smoothing moves targets towards 1/2."""
     target_BK = label_BK * (1 - smoothing) + smoothing / 2
     return F.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none").sum(1).mean()

@@ -1,6 +1,7 @@
 """The loader: the same batches whoever makes them, from wherever they go on, and whatever is broken on the disk."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -229,9 +230,14 @@ def test_what_the_user_can_mend_comes_out_of_a_worker_in_one_line(own_data, work
         loaded(own_data, *changes)
     assert "\n" not in str(error.value)
 
-    classes = "tasks.named.objectives.1.classes=[red, green, white]"
-    with pytest.raises(UserError, match=r"pictures\.label: 'blue' is not among its classes") as error:
-        loaded(own_data, f"train.num_workers={workers}", "tasks.heard.weight=0", classes)
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_class_of_a_stream_that_the_recipe_does_not_list_stops_the_training(streamed, workers):
+    folder, changes = streamed
+    objective = "{type: classification, label: txt, classes: [a red square, a green square, a white square]}"
+    changes = [*changes, f"train.num_workers={workers}", f"tasks.named.objectives=[{objective}]"]
+    with pytest.raises(UserError, match=r"pictures\.txt: 'a blue square' is not among the classes") as error:
+        loaded(folder, *changes)
     assert "\n" not in str(error.value)
 
 
@@ -265,7 +271,7 @@ def test_rows_without_a_class_are_refused(own_data):
     rows = [{"sound": f"{i}.wav", "caption": "x", "kind": None if i < 2 else "k"} for i in range(15)]
     (own_data / "sounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     objective = "tasks.heard.objectives=[{type: classification, label: kind}]"
-    with pytest.raises(UserError, match=r"tasks\.heard: column 'kind' of sounds has 2 rows without a class"):
+    with pytest.raises(UserError, match=r"tasks\.heard: column 'kind' of source sounds has 2 rows without a class"):
         opened(own_data, objective, NO_EVALUATION)
 
 
@@ -336,12 +342,19 @@ def write_labels(folder: Path, labels: list[object]) -> list[str]:
 
 def test_rows_without_a_value_are_items_of_their_own(own_data):
     source = write_labels(own_data, ["a", None, None, "a", "", ""])
-    (batch, *_) = loaded(own_data, *source, "tasks.named.objectives=[{type: contrastive, same: label}]",
+    assert items(own_data, source) == [[0, 3], [1], [2], [4], [5]]
+    source = write_labels(own_data, [1.5, float("nan"), float("nan"), 1.5, 0.0, None])
+    assert items(own_data, source) == [[0, 3], [1], [2], [4], [5]]
+
+
+def items(folder: Path, source: list[str]) -> list[list[int]]:
+    """The rows of each item."""
+    (batch, *_) = loaded(folder, *source, "tasks.named.objectives=[{type: contrastive, same: label}]",
                          "tasks.named.inputs.text=file", "tasks.heard.weight=0", NO_EVALUATION)  # fmt: skip
     found: dict[int, set[int]] = {}
     for row, item in zip(batch.batch.rows, batch.batch.item_ids["label"].tolist()):
         found.setdefault(item, set()).add(row)
-    assert sorted(map(sorted, found.values())) == [[0, 3], [1], [2], [4], [5]]
+    return sorted(map(sorted, found.values()))
 
 
 def test_several_classes_a_row(own_data):
@@ -355,19 +368,37 @@ def test_several_classes_a_row(own_data):
 @pytest.mark.parametrize(
     ("loss", "labels", "message"),
     [
-        ("sigmoid", ["ab"] * 6, "label.*: loss sigmoid needs a list of classes a row, found 'ab'"),
-        ("softmax", [["a"]] * 6, "label.*: loss softmax needs one class a row, found .'a'."),
-        ("sigmoid", [[["a"]]] * 6, "label.*: loss sigmoid needs a list of classes a row, found "),
-        ("softmax", [{"a": 1}] * 6, "label.*: loss softmax needs one class a row, found "),
-        ("sigmoid", [["a", None]] * 6, "'label'.* 6 rows without a class"),
-        ("softmax", ["a", None] * 3, "'label'.* 3 rows without a class"),
+        ("sigmoid", ["a", "b"], "m.jsonl[0]: expected a list of classes, found 'a'"),
+        ("softmax", [None, ["a"]], "m.jsonl[1]: expected one class, found ['a']"),
+        ("sigmoid", [[], [["a"]]], "m.jsonl[1]: expected a list of classes, found [['a']]"),
+        ("softmax", [None, {"a": 1}], "m.jsonl[1]: expected one class, found {'a': 1}"),
+        ("sigmoid", [[], ["a", None]], "has 1 row without a class (the first, m.jsonl[1] has ['a', None]); leave"),
+        ("softmax", ["a", None, None], "has 2 rows without a class (the first, m.jsonl[1] has None); leave"),
+        ("softmax", [1.0, float("nan")], "has 1 row without a class (the first, m.jsonl[1] has nan); leave"),
     ],
 )
-def test_labels_that_do_not_fit_the_loss(own_data, loss, labels, message, named):
-    classes = ", classes: [a, b]" if named else ""
+def test_labels_that_do_not_fit_the_loss_are_told_before_training(own_data, loss, labels, message, named):
+    classes = f", classes: {[1] if 1.0 in labels else ['a', 'b']}" if named else ""
     task = only_image(f"{{type: classification, label: label, loss: {loss}{classes}}}")
-    with pytest.raises(UserError, match="label.*None is not among" if named and "rows" in message else message):
-        loaded(own_data, *write_labels(own_data, labels), *task)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        opened(own_data, *write_labels(own_data, labels), *task)
+    assert str(error.value).startswith("tasks.one: column 'label' of source pictures")
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "message"),
+    [
+        ("[red, blue]", ["red", "bleu"], "m.jsonl[1]: 'bleu' is not among the classes; did you mean 'blue'?"),
+        ("[1, 2]", ["1", "2"], "m.jsonl[0]: '1' is not among the classes, but 1 is"),
+        ("[red]", [["red"], ["blue", "red"]], "m.jsonl[1]: 'blue' is not among the classes; known: red"),
+    ],
+)
+def test_a_class_that_the_recipe_does_not_list_is_told_before_training(own_data, classes, labels, message):
+    loss = "sigmoid" if isinstance(labels[0], list) else "softmax"
+    task = only_image(f"{{type: classification, label: label, loss: {loss}, classes: {classes}}}")
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        opened(own_data, *write_labels(own_data, labels), *task)
+    assert str(error.value).startswith("tasks.one: column 'label' of source pictures: ")
 
 
 def test_a_large_table_gives_the_tokenizer_some_rows_of_all_its_parts(little_data, monkeypatch):

@@ -14,8 +14,8 @@ from openimp.commands import run_eval
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.encoding.items import embed
-from openimp.evaluation.evaluate import evaluate, open_sets
-from openimp.evaluation.probe import STRENGTHS, linear, neighbours
+from openimp.evaluation.evaluate import check_sets, evaluate
+from openimp.evaluation.probe import STRENGTHS, linear, nearest_neighbors
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
 
@@ -98,9 +98,9 @@ def test_neighbours_vote_by_their_similarity():
     for row in similar:
         near = np.argsort(-row)[:7]
         wanted.append(np.bincount(classes[near], np.exp(row[near] / 0.07), 3).argmax())
-    assert neighbours(known, classes, asked, 7).tolist() == wanted
+    assert nearest_neighbors(known, classes, asked, 7).tolist() == wanted
     known = np.array([[1, 0], [0.5, 0.6], [0.5, 0.7], [-1, 0]])
-    assert neighbours(known, np.array([0, 1, 1, 1]), np.array([[9, 0.1]]), 4).tolist() == [0]
+    assert nearest_neighbors(known, np.array([0, 1, 1, 1]), np.array([[9, 0.1]]), 4).tolist() == [0]
 
 
 def test_a_linear_probe_does_not_mind_the_scale_of_a_feature():
@@ -143,7 +143,7 @@ def test_unreadable_rows_of_either_part_are_left_out_counted_and_named(setup):
         assert line["skipped_rows"][0].startswith("test.parquet[2]: ")
         assert line["train"]["skipped_rows"][0].startswith("train.parquet[4]: ")
     spoiled["test"] = [b"broken"] * 18
-    with pytest.raises(UserError, match="source test: none of the 18 rows can be read"):
+    with pytest.raises(UserError, match="no row of source test can be read"):
         evaluate(*setup(names, names, spoiled))
     # With them a class had two examples.
     spoiled = {"train": [square("red", 0), square("red", 1), square("blue", 2), b"broken"]}
@@ -157,11 +157,21 @@ def test_unreadable_rows_of_either_part_are_left_out_counted_and_named(setup):
     [
         (["a", "a", "b", "b"], ["a", "c"], {}, "source train has no example of class 'c' of source test; leave it out"),
         (["a", "a", "b"], ["a"], {"k": 1}, "source train has a single example of class 'b'; a probe needs two of each"),
-        (["a", "a"], ["a"], {}, "source train has one class only, 'a'; a probe needs two"),
+        (["a", "a"], ["a"], {}, "source train has 1 class; a probe needs two"),
         (["a", "a", "b", "b"], ["a"], {"k": 5}, "k is 5, but source train has 4 examples"),
-        (["a", "a", None, "b"], ["a"], {}, "column 'label' of source train has 1 rows without a class"),
-        (["a", "a", "b", "b"], ["a", None], {}, "column 'label' of source test has 1 rows without a class"),
-        ([["a"], ["b"]], ["a"], {}, "column 'label' of source train holds lists; it needs one class a row"),
+        (
+            ["a", "a", None, "b"],
+            ["a"],
+            {},
+            "column 'label' of source train has 1 row without a class",
+        ),
+        (["a", "a", "b", "b"], ["a", None], {}, "column 'label' of source test has 1 row without a class"),
+        (
+            [["a"], ["b"]],
+            ["a"],
+            {},
+            "source train: train.parquet[0]: expected one class, found ['a']",
+        ),
         (["a", "a", "b", "b"], ["a"], {"label": "lable"}, "has no column 'lable'; did you mean 'label'?"),
         (["a", "a", "b", "b"], ["a"], {"inputs": {"image": "pictur"}}, "no column 'pictur'; did you mean 'picture'?"),
     ],
@@ -169,7 +179,7 @@ def test_unreadable_rows_of_either_part_are_left_out_counted_and_named(setup):
 def test_what_no_probe_can_be_fitted_to_is_said_before_anything_is_encoded(setup, known, asked, options, message):
     model, recipe, modalities = setup(known, asked, **options)
     with pytest.raises(UserError) as error:
-        open_sets(model, recipe, modalities)
+        check_sets(model, recipe, modalities, {})
     assert message in str(error.value)
     assert str(error.value).startswith("evaluation.sets.colours: ")
     assert "\n" not in str(error.value)
@@ -180,8 +190,8 @@ def test_what_no_probe_can_be_fitted_to_is_said_before_anything_is_encoded(setup
     [
         ({"train": "test"}, "evaluation.sets.colours: train and source are both test; a probe needs new rows"),
         ({"train": "trian"}, "evaluation.sets.colours.train: no source 'trian'; did you mean 'train'?"),
-        ({"inputs": {"image": "picture", "text": "label"}}, "at most 1 item"),
-        ({"k": 0}, "k: Input should be greater than or equal to 1"),
+        ({"inputs": {"image": "picture", "text": "label"}}, "takes at most 1 item, found 2"),
+        ({"k": 0}, "k: must be at least 1, found 0"),
     ],
 )
 def test_a_recipe_whose_probe_makes_no_sense_is_refused(setup, options, message):
@@ -194,7 +204,7 @@ def test_an_empty_part_is_refused(setup, tmp_path):
     model, recipe, modalities = setup()
     recipe.sources["test"].where = {"label": "pink"}
     with pytest.raises(UserError, match=r"source test .* no row has label = 'pink'"):
-        open_sets(model, recipe, modalities)
+        check_sets(model, recipe, modalities, {})
 
 
 def test_features_that_are_not_finite_are_refused(setup):
@@ -209,7 +219,7 @@ def test_scikit_learn_is_asked_for_where_it_is_missing(setup, monkeypatch):
     with pytest.raises(
         UserError, match=r"^evaluation\.sets\.colours: a probe needs scikit-learn: pip install 'openimp"
     ):
-        open_sets(*setup())
+        check_sets(*setup(), {})
 
 
 def test_a_run_is_probed_and_probed_again(little_data, tmp_path):

@@ -69,7 +69,7 @@ def test_imagenet(evaluate, tmp_path):
     assert len(found["prompts"]) == 16
     assert found["prompts"][0] == "a photo of a {}."
     picture(tmp_path / "val" / "n99999999" / "x.JPEG", 0)
-    with pytest.raises(UserError, match="unknown class 'n99999999'"):
+    with pytest.raises(UserError, match="'n99999999' is not among the classes"):
         evaluate("imagenet", {"imagenet": "image"}, f"sources.imagenet.path={tmp_path / 'val'}")
 
 

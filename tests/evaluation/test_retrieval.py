@@ -140,7 +140,7 @@ def test_figures_of_ranks_known_by_hand():
     pairs = np.array([(0, 0), (1, 1), (2, 2), (3, 3), (3, 4)])
     vectors = torch.zeros(4, 2), torch.zeros(20, 2)
     found = Retrieved("a", "b", np.array([1, 3, 8, 20]), pairs, np.arange(4), np.arange(20), *vectors)
-    figures = found.figures()
+    figures = found.metrics()
     assert (figures["n"], figures["candidates"]) == (4, 20)
     assert (figures["r1"], figures["r5"], figures["r10"]) == (0.25, 0.5, 0.75)
     assert figures["median_rank"] == 5.5
@@ -183,6 +183,18 @@ def test_equal_files_under_two_names_are_one_item(measure, tmp_path):
     keys = write_pictures(tmp_path, ["a.png", "b.png", "copy.png"], ["red", "green", "red"])
     to_text, to_image = measure(keys)
     assert (to_text["n"], to_image["n"]) == (2, 2)
+
+
+def test_texts_that_differ_only_in_case_and_spaces_are_one_item(measure, tmp_path):
+    """But not texts of which the model reads the same because it reads too little."""
+    alike = [("a red square", "A Red  square"), ("noise", " NOISE ")]
+    pictures = [png(i) for i in range(4)]
+    to_text, to_image = measure(write_pictures(tmp_path, pictures, [text for pair in alike for text in pair]))
+    assert (to_text["n"], to_text["candidates"], to_image["n"]) == (4, 2, 2)
+    assert to_text["chance"] == to_image["chance"] == 1 / 2
+    long = "a red square and nothing but a red square, "
+    keys = write_pictures(tmp_path, pictures, [long + "once", long + "twice", "a", "b"])
+    assert [result["candidates"] for result in measure(keys)] == [4, 4]
 
 
 def test_a_trained_pair_is_found_and_the_figures_are_reproducible(measure, tmp_path, tiny_recipe, tiny_model):
@@ -250,7 +262,7 @@ def test_unreadable_rows_are_left_out_counted_and_named(measure, tmp_path):
 def test_a_set_without_readable_rows_is_an_error(measure, tmp_path):
     keys = write_pictures(tmp_path, [b"no", b"picture"], ["red", "green"])
     with pytest.raises(
-        UserError, match=r"evaluation\.sets\.names: none of the 2 rows can be read; the first: pictures"
+        UserError, match=r"evaluation\.sets\.names: no row of source pictures can be read; the first: pictures"
     ):
         measure(keys)
 

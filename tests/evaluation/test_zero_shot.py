@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from openimp.common.errors import UserError
 from openimp.data.sources import open_source
-from openimp.evaluation.classes import Classified
-from openimp.evaluation.evaluate import evaluate, open_sets
-from openimp.evaluation.zero_shot import class_embeddings, classify
+from openimp.evaluation.classification import Classified, classify
+from openimp.evaluation.evaluate import check_sets, evaluate
+from openimp.evaluation.evaluator import Evaluator
+from openimp.evaluation.zero_shot import class_embeddings
 from openimp.inference.model import Model
 from openimp.recipe.tasks import Source
 
@@ -65,7 +66,7 @@ def test_classes_are_prompts_averaged_as_unit_vectors(setup):
     for name in classes:
         prompts = torch.cat([model.encode_text(prompt.format(name), normalize=True) for prompt in PROMPTS])
         weights.append(F.normalize(prompts.mean(0), dim=0))
-    found = class_embeddings(imp, recipe, modalities["text"], classes, PROMPTS, "image", "")
+    found = class_embeddings(Evaluator(imp, recipe, modalities), recipe.evaluation.sets["things"], classes)
     torch.testing.assert_close(found, torch.stack(weights), rtol=0, atol=1e-5)
     images = torch.cat([model.encode_image(png(i), normalize=True) for i in range(len(LABELS))])
     similar = (images @ torch.stack(weights, dim=1)).numpy()
@@ -86,7 +87,7 @@ def test_figures_and_confusion_of_answers_known_by_hand():
     """Three of class a, one of b: both figures of accuracy, and where the wrong ones went."""
     truth, predicted, rank = np.array([0, 0, 0, 1]), np.array([0, 0, 2, 1]), np.array([1, 1, 6, 1])
     found = Classified("a", "b", list("abcdefgh"), np.arange(4), truth, predicted, rank)
-    figures = found.figures()
+    figures = found.metrics()
     assert (figures["top1"], figures["top5"]) == (0.75, 0.75)
     assert figures["per_class"] == pytest.approx((2 / 3 + 1) / 2)
     assert found.confusion()[:2, :3].tolist() == [[2, 0, 1], [0, 1, 0]]
@@ -95,9 +96,9 @@ def test_figures_and_confusion_of_answers_known_by_hand():
 
 def test_the_confusion_agrees_with_top1(setup):
     imp, modalities, recipe, source = setup()
-    found, counted = classify(imp, recipe, modalities, "things", source)
+    found, counted = classify(*_of((imp, modalities, recipe, source)))
     assert found.classes == sorted(set(LABELS))
-    assert np.trace(found.confusion()) / 9 == found.figures()["top1"]
+    assert np.trace(found.confusion()) / 9 == found.metrics()["top1"]
     assert found.confusion().sum(1).tolist() == [LABELS.count(name) for name in found.classes]
     assert counted.skipped == []
 
@@ -171,15 +172,15 @@ def test_unreadable_rows_are_left_out_counted_and_named(setup):
         (
             [1, 2],
             {"classes": {"1": "red"}},
-            "column 'label' of source labelled: unknown class 2; known: 1",
+            "source labelled: labelled.parquet.1.: '2' is not among the classes; known: 1",
         ),
-        (["see"], {"classes": ["sea", "sky"]}, "unknown class 'see'; did you mean 'sea'"),
+        (["see"], {"classes": ["sea", "sky"]}, "'see' is not among the classes; did you mean 'sea'"),
         (["sea", ""], {}, "class '' of column 'label' has no text"),
         (["sea", "_"], {"words": True}, "class '_' of column 'label' has no text"),
         (["DeepSea", "deep_sea"], {"words": True}, "classes 'DeepSea' and 'deep_sea' have the same text, 'deep sea'"),
         (["a", "b"], {"classes": {"a": "sea", "b": "sea"}}, "classes 'a' and 'b' have the same text, 'sea'"),
-        (["sea", None], {}, "column 'label' of source labelled has 1 rows without a class; leave them out"),
-        ([["sea"], ["tree", None]], {}, "column 'label' of source labelled has 1 rows without a class"),
+        (["sea", None], {}, "column 'label' of source labelled has 1 row without a class"),
+        ([["sea"], ["tree", None]], {}, "column 'label' of source labelled has 1 row without a class"),
         ([["sea"], ["tree"]], {"splits": "label"}, "splits need rows with one class each"),
         (["sea", "tree"], {"splits": "part"}, "has no column 'part'"),
         (["sea", "tree"], {"prompts": ["a picture"]}, "prompt 'a picture' needs one plain {}"),
@@ -201,7 +202,7 @@ def test_bad_input_is_said_in_one_sentence(setup, labels, options, message):
 def test_prompts_are_filled_without_any_format_and_checked_before_anything_is_encoded(setup, prompt):
     imp, modalities, recipe, _ = setup(["sea", "tree"], prompts=[prompt])
     with pytest.raises(UserError, match=re.escape(f"prompt {prompt!r} needs one plain {{}}")):
-        open_sets(imp, recipe, modalities)
+        check_sets(imp, recipe, modalities, {})
 
 
 def test_class_names_may_hold_braces(setup):
@@ -230,7 +231,7 @@ def _but_name(made):
 
 def _of(made):
     imp, modalities, recipe, source = made
-    return imp, recipe, modalities, "things", source
+    return Evaluator(imp, recipe, modalities), recipe.evaluation.sets["things"], "evaluation.sets.things", source
 
 
 def test_rows_of_a_tar_whose_label_cannot_be_read_are_left_out(tmp_path, setup):
@@ -246,6 +247,6 @@ def test_rows_of_a_tar_whose_label_cannot_be_read_are_left_out(tmp_path, setup):
     file.write_bytes(data[: data.index(b"4.png") + 600])
     imp, modalities, recipe, _ = setup(inputs={"image": "png"}, label="txt")
     source = open_source("labelled", Source(path=str(file)))
-    found, counted = classify(imp, recipe, modalities, "things", source)
+    found, counted = classify(*_of((imp, modalities, recipe, source)))
     assert (found.classes, found.row.tolist(), found.truth.tolist()) == (["sea", "tree"], [0, 1, 3], [0, 1, 0])
     assert [line.split(":")[0] for line in counted.skipped] == ["things.tar[2]", "things.tar[the rest]"]

@@ -50,6 +50,7 @@ def test_a_folder_becomes_a_table_of_unit_vectors(tiny_model_folder, folder, tmp
         str(folder / f"broken.{end}") for end in ("png", "txt")
     ]
     assert done.unknown == 1
+    assert "skipped 1 file in folders: no modality reads such an extension" in str(done)
     printed = capsys.readouterr().out
     assert "12 embeddings (3 image, 3 text, 3 video, 3 audio)" in printed
     assert "2 files could not be read" in printed
@@ -117,7 +118,7 @@ def test_towards_selects_the_space_of_texts(tiny_model_folder, media_folder, tmp
         (["missing.png"], {}, r"missing\.png: no such file or folder"),
         (["empty"], {}, "no files to embed in .*empty; looked for "),
         ([], {}, "no files to embed in an empty list"),
-        (["bad.png"], {}, r"none of the 1 files can be read; the first: .*bad\.png"),
+        (["bad.png"], {}, r"no file can be read; the first: .*bad\.png"),
         (["bad.png"], {"modality": "picture"}, "no modality 'picture'"),
         (["bad.png"], {"towards": "video"}, "no task trains image and video together"),
     ],

@@ -215,7 +215,7 @@ def test_save_and_load_give_the_same_model(model, tmp_path, media_folder):
     for modality in model.modalities:
         inputs = inputs_of(modality, media_folder)
         assert torch.equal(again.encode(modality, inputs), model.encode(modality, inputs))
-    with pytest.raises(UserError, match="expected a new folder"):
+    with pytest.raises(UserError, match="expected a new or empty folder"):
         model.save(tmp_path / "exported")
 
 
@@ -249,6 +249,16 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message) as error:
             openimp.load(name)
         assert "\n" not in str(error.value)
+
+
+def test_a_precision_that_no_model_computes_in_is_refused(tiny_model_folder):
+    """Instead of fp32 without a word."""
+    with pytest.raises(UserError, match="precision: expected 'auto', 'bf16', 'fp32', found 'fp16'"):
+        openimp.load(tiny_model_folder, device="cpu", precision="fp16")
+    model = openimp.load(tiny_model_folder, device="cpu")
+    model.precision = "half"
+    with pytest.raises(UserError, match="found 'half'"):
+        model.encode_text("a")
 
 
 def test_a_model_of_the_hub_is_named_with_its_revision(tiny_model_folder, tiny_recipe, tmp_path, monkeypatch):
@@ -325,7 +335,7 @@ class Trace(Modality):
     assert model.encode_trace(traces).shape == (3, 32)
     assert (model.partner("trace"), model.partner("text")) == ("text", "trace")
     assert model.preprocess is None
-    with pytest.raises(UserError, match="takes no pictures"):
+    with pytest.raises(UserError, match="does not read pictures"):
         _ = model.logit_scale
 
 

@@ -43,33 +43,45 @@ REFUSED = {
     "tasks.named.views.0.share=2": "tasks.named.views[0]: key 'share' is now called 'weight'",
     "tasks.named.views.0.image.drop=0.5": "tasks.named.views[0].image: key 'drop' is now called 'drop_tokens'",
     "batch.micro=4": "key 'batch' is now called 'memory'",
+    "model.moe={experts:8, layers:2}": "model.moe: unknown key 'experts:8': YAML needs a space after the colon, as in "
+    "experts: 8",
+    "tasks.named.views.0={weight:2}": "tasks.named.views[0]: unknown key 'weight:2': YAML needs a space",
+    "modalities.vision.extent=[64, 512, 512]": "modalities.vision: key 'extent' was removed: positions are relative; "
+    "for other positions see 'absolute'",
+    "evaluation.sets.colours.texts={red: scarlet}": "evaluation.sets.colours: key 'texts' is now called 'classes'",
     "zzz=1": "unknown key 'zzz'; known: alternation, evaluation, memory, modalities, model, name, optimizer, parallel, "
     "seed, sources, tasks, train",
     # A wrong type or value is answered with what was expected and what was found.
-    "train.steps=many": "train.steps: Input should be a valid integer, found 'many'",
-    "train.steps='7'": "train.steps: Input should be a valid integer, found '7'",
-    "train.steps=1e3": "train.steps: Input should be a valid integer, found 1000.0",
-    "train.steps=0": "train.steps: Input should be greater than or equal to 1, found 0",
-    "train.compile=1": "train.compile: Input should be a valid boolean, found 1",
-    "train.precision=fp16": "train.precision: Input should be 'auto', 'bf16' or 'fp32', found 'fp16'",
-    "optimizer.lr=-1": "optimizer.lr: Input should be greater than 0, found -1",
-    "train=fast": "train: Input should be a valid dictionary or instance of Train, found 'fast'",
-    "name=": "name: Input should be a valid string, found None",
-    "tasks.named.views.0.image.size=big": "tasks.named.views[0].image: size: Input should be a valid integer, "
-    "found 'big'",
-    "sources.pictures.where={label: 1.5}": "sources.pictures.where.label: Input should be a valid string, found 1.5",
-    "tasks.named.objectives.0.type=contrast": "tasks.named.objectives.0: Input tag 'contrast' found using 'type' does "
-    "not match any of the expected tags: 'contrastive', 'classification'",
-    "modalities.vision.patch=[2, 8]": "modalities.vision: patch.2: Field required",
-    "tasks.named.views=[]": "tasks.named.views: List should have at least 1 item after validation, not 0",
-    "tasks.named.objectives.0.pairs=[]": "tasks.named.objectives.0.pairs: List should have at least 1 item after "
-    "validation, not 0",
+    "train.steps=many": "train.steps: expected a whole number, found 'many'",
+    "train.steps='7'": "train.steps: expected a whole number, found '7'",
+    "train.steps=1e3": "train.steps: expected a whole number, found 1000.0",
+    "train.steps=0": "train.steps: must be at least 1, found 0",
+    "train.compile=1": "train.compile: expected true or false, found 1",
+    "train.precision=fp16": "train.precision: expected 'auto', 'bf16' or 'fp32', found 'fp16'",
+    "optimizer.lr=-1": "optimizer.lr: must be above 0, found -1",
+    "train=fast": "train: expected a mapping, found 'fast'",
+    "name=": "name: expected text, found null",
+    "tasks.named.views.0.image.size=big": "tasks.named.views[0].image: size: expected a whole number or "
+    "a list, found 'big'",
+    "tasks.named.views.0.image.size=[16, 16, 16]": "tasks.named.views[0].image: size: takes at most 2 items, found 3",
+    "sources.pictures.where={label: [red, 1.5]}": "sources.pictures.where.label.1: expected text or a whole number, "
+    "found 1.5",
+    "sources.pictures.where={label: 1.5}": "sources.pictures.where.label: expected text, a whole number, true or false "
+    "or a list, found 1.5",
+    "tasks.named.objectives.0.type=contrast": "tasks.named.objectives.0.type: expected 'contrastive' or "
+    "'classification', found 'contrast'",
+    "tasks.named.objectives.0={same: label}": "tasks.named.objectives.0.type: required value is missing",
+    "modalities.vision.patch=[2, 8]": "modalities.vision: patch.2: required value is missing",
+    "modalities.vision.patch=[2, 8, 8, 8]": "modalities.vision: patch: takes at most 3 items, found 4",
+    "tasks.named.views=[]": "tasks.named.views: needs at least 1 item, found 0",
+    "tasks.named.objectives.0.pairs=[]": "tasks.named.objectives.0.pairs: needs at least 1 item, found 0",
     "tasks.named.inputs.image=[]": "tasks.named.inputs.image: names no column",
-    "tasks.named.weight=.inf": "tasks.named.weight: Input should be a finite number, found inf",
+    "tasks.named.weight=.inf": "tasks.named.weight: expected a finite number, found inf",
     # So is a missing one.
-    "tasks.named.objectives.1={type: classification}": "tasks.named.objectives.1.label: Field required",
-    "tasks.other={source: pictures, objectives: [{type: contrastive}]}": "tasks.other.inputs: Field required",
-    "sources={}": "sources: Dictionary should have at least 1 item after validation, not 0",
+    "tasks.named.objectives.1={type: classification}": "tasks.named.objectives.1.label: required value is missing",
+    "tasks.other={source: pictures, objectives: [{type: contrastive}]}": "tasks.other.inputs: required value is "
+    "missing",
+    "sources={}": "sources: needs at least 1 item, found 0",
     # Parts must fit each other.
     "model.heads=3": "model: width 32 is not a multiple of heads 3",
     "model.moe.layers=3": "model: moe.layers 3 is more than layers 2",
@@ -92,23 +104,28 @@ REFUSED = {
     "tasks.named.source=picture": "tasks.named.source: no source 'picture'; did you mean 'pictures'?",
     "evaluation.sets.tones.source=x": "evaluation.sets.tones.source: no source 'x'; known: pictures, sounds",
     "tasks.named.inputs={imag: file, text: label}": "tasks: no modality is called 'imag'; did you mean 'image'?",
-    "tasks.named.objectives.0.pairs=[[image, txt]]": "tasks.named: objective contrastive: 'txt' is no input; "
-    "did you mean 'text'?",
-    "tasks.named.objectives.0.pairs=[[image, image]]": "tasks.named: objective contrastive: pairs needs different "
-    "modalities, and each pair once",
-    "tasks.named.objectives.0.pairs=[[image, text], [text, image]]": "tasks.named: objective contrastive: pairs needs "
-    "different modalities, and each pair once",
+    "tasks.named.objectives.0.pairs=[[image, txt]]": "tasks.named.objectives.0: 'txt' is not an input of the "
+    "task; did you mean 'text'?",
+    "tasks.named.objectives.0.pairs=[[image, image]]": "tasks.named.objectives.0.pairs: a pair needs two "
+    "different modalities",
+    # Two objectives would share a temperature or a head, and one of the two metrics would be lost.
+    "tasks.named.objectives.0.pairs=[[image, text], [text, image]]": "tasks.named.objectives.0: objectives.0 already "
+    "compares image and text, with the same temperature; drop one of the two",
+    "tasks.named.objectives=[{type: contrastive}, {type: contrastive, loss: sigmoid}]": "tasks.named.objectives.1: "
+    "objectives.0 already compares image and text, with the same temperature; drop one of the two",
+    "tasks.named.objectives=[{type: classification, label: label, of: image}, {type: classification, label: label}]":
+    "tasks.named.objectives.1: objectives.0 already classifies image by label, with the same head",
     "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label, "
     "classes: [red]}]}": "tasks.other: tasks.named classifies 'label' of pictures too, by the same head, so loss and "
     "classes must be the same",
     "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: classification, label: label, "
     "loss: sigmoid}]}": "tasks.other: tasks.named classifies 'label' of pictures too",
-    "tasks.named.objectives.1.of=audio": "tasks.named: objective classification: 'audio' is no input; "
-    "known: image, text",
-    "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: contrastive}]}": "tasks.other: a "
-    "contrastive objective needs two modalities in inputs",
-    "tasks.other={source: sounds, inputs: {text: x}, objectives: [{type: classification, label: x}]}": "tasks.other: a "
-    "classification of text only must name it as its `of`",
+    "tasks.named.objectives.1.of=audio": "tasks.named.objectives.1: 'audio' is not an input of the task; known: image, "
+    "text",
+    "tasks.other={source: pictures, inputs: {image: file}, objectives: [{type: contrastive}]}": "tasks.other."
+    "objectives.0: a contrastive objective needs two inputs",
+    "tasks.other={source: sounds, inputs: {text: x}, objectives: [{type: classification, label: x}]}": "tasks.other."
+    "objectives.0: no input is without a mask, so name the modality to classify in `of`",
     "evaluation.sets.tones.inputs={audio: sound}": "evaluation.sets.tones.inputs: retrieval is between two modalities, "
     "found 1",
     "evaluation.sets.tones.inputs.text={column: caption, draw: 2}": "evaluation.sets.tones.inputs.text: evaluation "
@@ -169,7 +186,7 @@ def test_no_task_at_all_is_refused(file):
         ("", "a recipe is a mapping of keys, found NoneType"),
         ("name: \ttab: x", "not valid YAML"),
         (b"name: \xff\xfe", "not valid YAML"),
-        ("name: x", "sources: Field required"),
+        ("name: x", "sources: required value is missing"),
         ("a: &a [*a]", "not valid YAML: an alias stands for what it is in"),
         (bomb("[0]", "[{0}, {0}, {0}, {0}]"), "not valid YAML: more than 100,000 values"),
         (bomb("{x: 0}", "{{<<: [{0}, {0}, {0}, {0}]}}"), "not valid YAML: more than 100,000 values"),
@@ -276,6 +293,20 @@ def test_paths_start_at_the_recipe(file, little_data, monkeypatch, tmp_path):
     sources = Recipe.load(file, urls).sources
     assert sources["pictures"].path == "s3://bucket/a.parquet"
     assert sources["sounds"].path == f"{tmp_path}/x.csv"
+
+
+def test_paths_of_overrides_may_start_at_another_folder(file, little_data, tmp_path):
+    """Also a text file that holds a list, which may lie in no other folder."""
+    (tmp_path / "prompts.txt").write_text("the {} one\n")
+    changes = ["sources.sounds={path: x.csv, root: /data}", "train.init=runs/a", "train.precision=fp32",
+               "evaluation.sets.colours.prompts=prompts.txt"]  # fmt: skip
+    recipe = Recipe.load(file, changes, tmp_path)
+    assert (recipe.sources["sounds"].path, recipe.sources["sounds"].root) == (f"{tmp_path}/x.csv", "/data")
+    assert recipe.train.init == f"{tmp_path}/runs/a"
+    assert recipe.sources["pictures"].path == str(little_data / "pictures")
+    assert recipe.evaluation.sets["colours"].prompts == ["the {} one"]
+    with pytest.raises(UserError, match=r"prompts: \.\./x\.txt is outside of the folder"):
+        Recipe.load(file, ["evaluation.sets.colours.prompts=../x.txt"], tmp_path)
 
 
 def test_views_may_be_left_out(file):

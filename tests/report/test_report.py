@@ -20,7 +20,8 @@ from openimp.commands import run_info
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, read_lines
 from openimp.data.sources import open_source
-from openimp.evaluation.zero_shot import classify
+from openimp.evaluation.classification import classify
+from openimp.evaluation.evaluator import Evaluator
 from openimp.recipe.schema import Recipe
 from openimp.report.charts import Curve, line_chart
 from openimp.report.page import TEMPLATES
@@ -177,7 +178,9 @@ def test_its_numbers_are_those_of_the_evaluation(browse, little_run, tmp_path):
     seen = browse(write_report(little_run, tmp_path / "page.html"))
     model, recipe, modalities, _ = load_model(model_folder(little_run))
     source = open_source("pictures", recipe.sources["pictures"])
-    found, _ = classify(model, recipe, modalities, "colours", source)
+    found, _ = classify(
+        Evaluator(model, recipe, modalities), recipe.evaluation.sets["colours"], "evaluation.sets.colours", source
+    )
     matrix, *_ = seen.section("confusions").iter("table")
     header, *rows = cells(matrix)
     assert header[1:] == found.classes == [row[0] for row in rows]
@@ -318,10 +321,10 @@ def test_a_set_whose_data_is_gone_keeps_its_recorded_figures(own_data, tmp_path)
 
 @pytest.mark.parametrize(
     ("change", "why"),
-    [({"grad_norm": ...}, "grad_norm: Field required"), ({"tasks": ["named"]}, "tasks: "),
+    [({"grad_norm": ...}, "grad_norm: required value is missing"), ({"tasks": ["named"]}, "tasks: "),
      ({"seconds": "1"}, "seconds: "), ({"seconds": float("nan")}, "seconds: "),
      ({"step": None}, "step"), ({"step": 10**400}, "step: "),
-     ({"totals": {"named": {"steps": 1}}}, r"totals\.named\.examples: Field required"),
+     ({"totals": {"named": {"steps": 1}}}, r"totals\.named\.examples: required value is missing"),
      ({"tasks": {"named": {"loss": 10**400}}}, r"tasks\.named\.loss: "),
      ({"experts": {"text": []}}, r"experts\.text: "),
      ({"experts": {"text": [{"load": [1.0], "gate": [1.0], "dropped": 0}]}}, "experts: the number of ")],

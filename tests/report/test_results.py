@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from openimp.evaluation.classes import Classified
+from openimp.evaluation.classification import Classified
 from openimp.report.page import TEMPLATES
 from openimp.report.results import MAX_MATRIX, MAX_TABLE, confusion, section
 
@@ -56,7 +56,7 @@ def test_a_model_without_a_mistake_has_no_confusions_to_list():
 
 def test_chance_stays_on_the_scale_of_a_model_that_does_worse():
     found = classified(np.array([[0, 9], [9, 0]]))
-    result = {"set": "s", "type": "zero_shot", "task": "a -> b", "step": None, "skipped": 2, **found.figures()}
+    result = {"set": "s", "type": "zero_shot", "task": "a -> b", "step": None, "skipped": 2, **found.metrics()}
     root = rendered("results.html", section([result], [], []))
     _, _, scale, _ = root.find(".//svg").get("viewBox").split()
     assert 0 < float(root.find(".//line[@class='chance']").get("x1")) <= float(scale)

@@ -5,9 +5,11 @@ import platform
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+
+from openimp.common.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
@@ -26,7 +28,13 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 
 def precision_of(device: torch.device, precision: Precision) -> Literal["bf16", "fp32"]:
-    """The precision on a device: "auto" is bf16 if that is faster there."""
+    """The precision on a device: "auto" is bf16 if that is faster there.
+
+    Raises:
+        UserError: there is no such precision.
+    """
+    if precision not in get_args(Precision):
+        raise UserError(f"precision: expected {', '.join(map(repr, get_args(Precision)))}, found {precision!r}")
     if precision == "auto":
         return "bf16" if has_bf16(device) else "fp32"
     return precision

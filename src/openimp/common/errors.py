@@ -1,4 +1,4 @@
-"""The exception for errors that the user can fix. The command line prints it in one line and exits with code 2."""
+"""Errors that the user can fix, which the command line prints with exit code 2, and the wording of messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -29,3 +29,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(known)}" if 0 < len(known) <= FEW else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`, `1,000 classes`: a number with its noun."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"

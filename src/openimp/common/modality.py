@@ -59,11 +59,13 @@ class StemSpec:
         values: P, the values per token; if `table`, the size of the vocabulary.
         axes: number of rows in the position table of each axis.
         table: tokens are ids, which an embedding table embeds.
+        is_limit: `values` is the largest size of a vocabulary that `fit` has not learned yet.
     """
 
     values: int
     axes: tuple[int, ...]
     table: bool = False
+    is_limit: bool = False
 
 
 class Modality(ABC):

@@ -1,13 +1,22 @@
 """Building blocks of every schema: the strict base model, number types, paths, and validation with clear errors."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
-from openimp.common.errors import UserError, nearest
+from openimp.common.errors import UserError, counted, nearest
 from openimp.common.safe_files import read_text
 
 
@@ -19,24 +28,46 @@ class Strict(BaseModel):
     )
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Keys of earlier versions, with the names that replaced them."""
+    """Keys of earlier versions, with the names that replaced them, or if none did, what to do instead."""
 
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and cls.model_config.get("extra") == "forbid":
             for key in data:
-                if key in cls.renamed:
-                    raise ValueError(f"key {key!r} is now called {cls.renamed[key]!r}")
                 if key not in cls.model_fields:
-                    raise ValueError(f"unknown key {key!r}{nearest(str(key), cls.model_fields)}")
+                    raise ValueError(unknown_key(str(key), cls.model_fields, cls.renamed))
         return data
 
 
-def _beside_recipe(path: str, info: ValidationInfo) -> str:
-    """Makes a relative path relative to the recipe's folder; a URL or `openimp:NAME` is returned unchanged."""
-    folder = (info.context or {}).get("folder")
-    return path if folder is None or re.match(r"\w\w+:", path) else str(Path(folder).resolve() / path)
+def unknown_key(key: str, known: Iterable[str], renamed: Mapping[str, str] = {}) -> str:
+    """The error message for a key that a mapping does not have."""
+    known = list(known)
+    if key in renamed:
+        new = renamed[key]
+        return f"key {key!r} is now called {new!r}" if new in known else f"key {key!r} was removed: {new}"
+    name, colon, value = key.partition(":")
+    if colon and name in known:
+        return f"unknown key {key!r}: YAML needs a space after the colon, as in {name}: {value or 'VALUE'}"
+    return f"unknown key {key!r}{nearest(key, known)}"
+
+
+class TextFrom(str):
+    """A string that replaces one of the recipe's. If it is a path, it is relative to `folder`, not to the recipe."""
+
+    folder: Path
+
+
+def _absolute(path: Any, info: ValidationInfo) -> Any:
+    """Makes a relative path absolute; a URL or `openimp:NAME` is returned unchanged."""
+    folder = _folder(path, info)
+    if not isinstance(path, str) or folder is None or re.match(r"\w\w+:", path):
+        return path
+    return str(Path(folder).resolve() / path)
+
+
+def _folder(text: Any, info: ValidationInfo) -> str | Path | None:
+    return text.folder if isinstance(text, TextFrom) else (info.context or {}).get("folder")
 
 
 def _one_component(name: str) -> str:
@@ -47,23 +78,25 @@ def _one_component(name: str) -> str:
 
 FolderName = Annotated[str, AfterValidator(_one_component)]
 """A name that is used as one component of a path."""
-RecipePath = Annotated[str, AfterValidator(_beside_recipe)]
-"""A path in a recipe; the `Config` of a modality may use this type too."""
+RecipePath = Annotated[str, BeforeValidator(_absolute)]
+"""A path, relative to the recipe's folder or, in a `TextFrom`, to another one. The `Config` of a modality may use this
+type too."""
 
 
 def text_lines(value: Any, info: ValidationInfo) -> Any:
     """If `value` is a string, reads the text file of that name and returns its lines; else returns `value`.
 
-    The file must lie inside the recipe's folder. Empty lines and lines that begin with # are skipped.
+    The file must lie inside the recipe's folder, or that of a `TextFrom`. Empty lines and lines that begin with # are
+    skipped.
     """
     if not isinstance(value, str):
         return value
-    folder = Path((info.context or {}).get("folder") or ".").resolve()
+    folder = Path(_folder(value, info) or ".").resolve()
     file = (folder / value).resolve()
     if not file.is_relative_to(folder):
-        raise ValueError(f"{value} is outside of the recipe's folder, {folder}")
+        raise ValueError(f"{value} is outside of the folder {folder}")
     if not file.is_file():
-        raise ValueError(f"expected a list, or a text file in the recipe's folder; there is no file {file}")
+        raise ValueError(f"expected a list, or a text file in {folder}; there is no file {file.name}")
     try:
         lines = read_text(file).removeprefix("\ufeff").split("\n")  # Without a byte order mark.
     except (OSError, UnicodeDecodeError) as error:
@@ -88,25 +121,102 @@ Triple = Annotated[tuple[Count, Count, Count], Field(strict=False)]
 
 
 def checked(schema: type[Any], data: Any, where: str, folder: str | Path | None = None) -> Any:
-    """Validates plain data (or checks what is checked already anew), and tells the first mistake in one sentence."""
+    """Validates plain data, or a model again.
+
+    Args:
+        schema: a pydantic model.
+        data: what to validate.
+        where: what the error message begins with, such as the file.
+        folder: the folder that relative paths start at.
+
+    Raises:
+        UserError: the first mistake, in one sentence.
+    """
     if isinstance(data, BaseModel):
         data = data.model_dump()
     try:
         return schema.model_validate(data, context={"folder": folder})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(_path(data, first["loc"], missing=first["type"] == "missing"))
-        message = first["msg"].removeprefix("Value error, ")
-        found = "" if first["type"] in ("value_error", "missing") else f", found {first['input']!r:.60}"
-        raise UserError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None
+        raise UserError(f"{where}: {_first_mistake(data, error)}") from None
 
 
-def _path(data: Any, location: tuple[int | str, ...], missing: bool) -> Iterator[str]:
-    """The keys of pydantic's location that the data has: it also puts the members of unions among them."""
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "{expected_tags}",
+}
+"""What a value should have been, by pydantic's type of error."""
+LIMITS = {
+    "greater_than": "must be above",
+    "greater_than_equal": "must be at least",
+    "less_than": "must be below",
+    "less_than_equal": "must be at most",
+}
+
+
+def _first_mistake(data: Any, error: ValidationError) -> str:
+    """`key: message` for the first mistake.
+
+    If a value may have one of several types, pydantic reports an error per type. The errors with the longest path are
+    those of the type that the value has.
+    """
+    errors = [(_path(data, each), each) for each in error.errors()]
+    first = errors[0][0]
+    path = max((path for path, _ in errors if path[: len(first)] == first), key=len)
+    found = [each for other, each in errors if other == path]
+    message = _message(next((each for each in found if each["type"] not in EXPECTED), found[0]))
+    if len(found) > 1 and all(each["type"] in EXPECTED for each in found):
+        *others, last = dict.fromkeys(EXPECTED[each["type"]] for each in found)
+        message = f"expected {' or '.join(filter(None, [', '.join(others), last]))}, found {_shown(found[0]['input'])}"
+    return ": ".join(filter(None, [".".join(path), message]))
+
+
+def _message(error: Any) -> str:
+    """What is wrong with a value; for types of error that are not known here, pydantic's message."""
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    if kind in ("missing", "union_tag_not_found"):
+        return "required value is missing"
+    if kind == "too_short":
+        return f"needs at least {counted(context['min_length'], 'item')}, found {len(value)}"
+    if kind == "too_long":
+        return f"takes at most {counted(context['max_length'], 'item')}, found {len(value)}"
+    if kind == "union_tag_invalid":
+        value = value[context["discriminator"].strip("'")]
+        context = {"expected_tags": " or ".join(context["expected_tags"].rsplit(", ", 1))}
+    if kind in EXPECTED:
+        return f"expected {EXPECTED[kind].format_map(context)}, found {_shown(value)}"
+    if kind in LIMITS:
+        (limit,) = context.values()
+        return f"{LIMITS[kind]} {int(limit) if limit == int(limit) else limit}, found {_shown(value)}"
+    return f"{error['msg']}, found {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """A value as in YAML, at most 60 characters of it."""
+    return f"{'null' if value is None else as_text(value) if isinstance(value, bool) else repr(value):.60}"
+
+
+def _path(data: Any, error: Any) -> list[str]:
+    """The keys of an error's location. Pydantic's location also names members of unions, which the data does not have,
+    and lacks the key that decides between the members."""
+    path, location = [], error["loc"]
     for i, part in enumerate(location):
         try:
             data = data[part]
         except (KeyError, IndexError, TypeError):
-            if not (missing and i == len(location) - 1):
+            if error["type"] != "missing" or i < len(location) - 1:
                 continue
-        yield str(part)
+        path.append(str(part))
+    return path + ([error["ctx"]["discriminator"].strip("'")] if error["type"].startswith("union_tag") else [])

@@ -3,14 +3,14 @@
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.data import hub
 from openimp.data.files import fingerprint, is_url, is_utf8, locate, stable_hash
 from openimp.data.streams import Reader, Stream
@@ -166,7 +166,9 @@ def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path
         try:
             while chunk := list(islice(rows, CHUNK)):
                 parts.append(_to_arrow(chunk))
-        except (ValueError, RecursionError, csv.Error) as error:
+        except UnicodeDecodeError:
+            raise UserError(f"source {name}: {file}: is not UTF-8 text") from None
+        except (ValueError, RecursionError) as error:
             raise UserError(f"source {name}: {file}: {error}") from None
         counts.append((Path(file).name, sum(part.num_rows for part in parts) - before))
     if not parts:
@@ -179,30 +181,51 @@ def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path
 
 
 def read_csv(file: str) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV file with a header; raises ValueError or csv.Error for a file that is none."""
+    """The rows of a CSV file with a header.
+
+    Raises:
+        ValueError: the file is not one; the message names the line. A row that spans several lines has the first one's.
+    """
     with open(file, encoding="utf-8-sig", newline="") as handle:  # -sig: Excel puts a byte order mark first
         lines = csv.reader(handle)
-        header = next(lines, [])
-        if len(set(header)) < len(header):
-            raise ValueError(f"the header names a column twice: {', '.join(header)}")
-        for cells in lines:
-            if len(cells) > len(header):
-                raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the header {len(header)}")
-            if cells:
-                yield dict.fromkeys(header) | {column: cell or None for column, cell in zip(header, cells)}
+        try:
+            header = next(lines, [])
+            if len(set(header)) < len(header):
+                raise ValueError(f"the header names a column twice: {', '.join(header)}")
+            end = lines.line_num
+            for cells in lines:
+                line, end = end + 1, lines.line_num
+                if len(cells) > len(header):
+                    raise ValueError(f"line {line} has {counted(len(cells), 'cell')}, the header {len(header)}")
+                if cells:
+                    yield dict.fromkeys(header) | {column: cell or None for column, cell in zip(header, cells)}
+        except csv.Error as error:
+            raise ValueError(f"line {lines.line_num}: {error}") from None
 
 
 def read_json(file: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON list, or of a file with one object a line; raises ValueError for a file that is neither,
-    RecursionError for one that is nested too deeply."""
+    """The objects of a JSON list, or of a file with one object per line.
+
+    Raises:
+        ValueError: the file is neither; the message names the line or the item.
+        RecursionError: a list is nested too deeply.
+    """
     with open(file, encoding="utf-8-sig") as handle:
-        start = handle.read(1)
+        is_list = handle.read(1) == "["
         handle.seek(0)
-        rows: Iterable[Any] = json.load(handle) if start == "[" else map(json.loads, filter(str.strip, handle))
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict):
-                raise ValueError(f"row {number} is no object")
-            yield row
+        numbered = enumerate(json.load(handle) if is_list else handle, 1)
+        for number, row in numbered:
+            if not is_list and not row.strip():
+                continue
+            try:
+                found = row if is_list else json.loads(row.rstrip())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+            except RecursionError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if not isinstance(found, dict):
+                raise ValueError(f"{'item' if is_list else 'line'} {number} is not a JSON object")
+            yield found
 
 
 def _to_arrow(rows: list[dict[str, Any]]) -> Any:

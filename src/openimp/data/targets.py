@@ -1,44 +1,81 @@
-"""Targets: what objectives read from a row besides its inputs, namely its classes and its item."""
+"""Targets: the classes of a row, and which rows are the same item, as a task's objectives read them from columns."""
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from openimp.common.errors import UserError, nearest
+from openimp.common.errors import UserError, counted, nearest
+from openimp.common.schema import as_text
 from openimp.data.streams import Stream
 from openimp.data.tables import Table, Unreadable
 from openimp.recipe.tasks import Classification, Task
 
 
 def classes_of(source: Table | Stream, objective: Classification, where: str) -> list[Any]:
-    """The classes of a classification, in the order of its head's outputs."""
-    if objective.classes is not None:
-        return list(objective.classes)
-    if isinstance(source, Stream):
-        raise UserError(f"{where}: a streamed source is not read ahead, so name the classes of {objective.label!r}")
-    column = f"{where}: column {objective.label!r} of {source.name}"
-    rows = [value for value in source.column(objective.label) if not isinstance(value, Unreadable)]
-    values = [item for value in rows for item in _classes(value, objective, column)]
-    missing = sum(value is None for value in values)
-    if missing:
-        raise UserError(f"{column} has {missing} rows without a class")
-    return sorted(set(values), key=lambda value: (str(type(value)), value))
-
-
-def _classes(value: Any, objective: Classification, where: str) -> list[Any]:
-    """The classes of a row: one for softmax; for sigmoid a list, and none where the column is empty.
+    """The classes of an objective, in the order of its head's outputs.
 
     Raises:
-        UserError: a list for softmax, or no list for sigmoid.
+        UserError: a row of a table has a class that the objective does not list, or as in `find_classes`. Or the
+            objective lists no classes and the source is a stream.
     """
-    if objective.loss == "sigmoid" and value is None:
-        return []
-    found = value if isinstance(value, list) else [value]
-    if isinstance(value, list) != (objective.loss == "sigmoid") or any(isinstance(item, list | dict) for item in found):
-        wanted = "a list of classes" if objective.loss == "sigmoid" else "one class"
-        raise UserError(f"{where}: loss {objective.loss} needs {wanted} a row, found {value!r:.60}")
+    if isinstance(source, Stream):
+        if objective.classes is None:
+            raise UserError(f"{where}: a streamed source is not read ahead, so name the classes of {objective.label!r}")
+        return list(objective.classes)
+    values = source.column(objective.label)
+    found = find_classes(source, objective.label, values, objective.loss == "sigmoid", where)
+    if objective.classes is None:
+        return sort_classes(found)
+    index = {label: i for i, label in enumerate(objective.classes)}
+    for label, row in found.items():
+        try:
+            index_of(label, index)
+        except ValueError as error:
+            raise UserError(f"{_name(source, objective.label, where)}: {source.row_name(row)}: {error}") from None
+    return list(objective.classes)
+
+
+def find_classes(table: Table, column: str, values: list[Any], lists: bool, where: str) -> dict[Any, int]:
+    """The classes in a column, each with the first row that has it. Unreadable rows are skipped.
+
+    Args:
+        table: the source.
+        column: the name of the column.
+        values: the column's values.
+        lists: whether each row has a list of classes, or nothing; else each row has one class.
+        where: what error messages begin with.
+
+    Raises:
+        UserError: a row has no class (NaN counts as none), or a list in place of one class, or the reverse.
+    """
+    found: dict[Any, int] = {}
+    missing = []
+    for row, value in enumerate(values):
+        if isinstance(value, Unreadable):
+            continue
+        try:
+            labels = _row_classes(value, lists)
+        except ValueError as error:
+            raise UserError(f"{_name(table, column, where)}: {table.row_name(row)}: {error}") from None
+        for label in labels:
+            if label is None or label != label:
+                missing.append(row)
+            else:
+                found.setdefault(label, row)
+    if missing:
+        first = f"{table.row_name(missing[0])} has {values[missing[0]]!r:.60}"
+        raise UserError(
+            f"{_name(table, column, where)} has {counted(len(missing), 'row')} without a class (the first, {first}); "
+            "leave them out with where"
+        )
     return found
+
+
+def sort_classes(classes: Iterable[Any]) -> list[Any]:
+    """Sorts classes as a head's outputs are sorted if the recipe does not list them: by type, then by value."""
+    return sorted(classes, key=lambda label: (str(type(label)), label))
 
 
 def target_columns(task: Task) -> set[str]:
@@ -47,28 +84,56 @@ def target_columns(task: Task) -> set[str]:
     return {column for column in columns if column}
 
 
-def labels_of(values: list[Any], index: dict[Any, int], objective: Classification, where: str) -> torch.Tensor:
-    """The classes of a batch by their `index`: (B,) int64 for softmax, marks (B, classes) float for sigmoid.
+def labels_of(values: list[Any], index: Mapping[Any, int], objective: Classification, where: str) -> torch.Tensor:
+    """The targets of a batch: (B,) int64 class indices for loss softmax, or (B, K) float zeros and ones for sigmoid.
+
+    Args:
+        values: the label of each example.
+        index: the index of each class.
+        objective: the classification.
+        where: what error messages begin with.
 
     Raises:
-        UserError: a class that is none of the index, or not as many a row as the loss needs.
+        UserError: a class is not in the index, or a row has a list in place of one class, or the reverse.
     """
+    lists = objective.loss == "sigmoid"
     try:
-        places = [[index[item] for item in _classes(value, objective, where)] for value in values]
-        if objective.loss == "softmax":
-            return torch.tensor(places)[:, 0]
-        hot = torch.zeros(len(values), len(index))
-        for i, row in enumerate(places):
-            hot[i, row] = 1
-        return hot
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{where}: {error.args[0]!r} is not among its classes{nearest(str(error.args[0]), index)}"
-        ) from None
+        indices = [[index_of(label, index) for label in _row_classes(value, lists)] for value in values]
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not lists:
+        return torch.tensor(indices)[:, 0]
+    target_BK = torch.zeros(len(values), len(index))
+    for target_K, row in zip(target_BK, indices):
+        target_K[row] = 1
+    return target_BK
 
 
 def item_id(value: Any, row: int) -> int:
-    """A 64-bit id that rows with equal values share. A row without a value gets its own id."""
-    if value in (None, "", []):
+    """A hash that rows with equal values share. A row without a value is an item of its own."""
+    if value in (None, "", []) or value != value:  # NaN is not equal to itself.
         value = ("row", row)
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _name(source: Table, column: str, where: str) -> str:
+    return f"{where}: column {column!r} of source {source.name}"
+
+
+def _row_classes(value: Any, lists: bool) -> list[Any]:
+    """The classes of one row. Raises ValueError if the value is not of the form that is expected."""
+    if lists and value is None:
+        return []
+    labels = value if isinstance(value, list) else [value]
+    if isinstance(value, list) != lists or any(isinstance(label, list | dict) for label in labels):
+        raise ValueError(f"expected {'a list of classes' if lists else 'one class'}, found {value!r:.60}")
+    return labels
+
+
+def index_of(label: Any, index: Mapping[Any, int]) -> int:
+    """The index of a class. Raises ValueError if it is not in the index."""
+    if label in index:
+        return index[label]
+    same_text = [known for known in index if as_text(known) == as_text(label)]
+    hint = f", but {same_text[0]!r} is" if same_text else nearest(str(label), map(str, index))
+    raise ValueError(f"{label!r} is not among the classes{hint}")

@@ -1,4 +1,1 @@
-"""From items to features in batches, as both evaluation and inference need it.
-
-Training does not come through here: its batches are made in data/.
-"""
+"""Encodes items in batches, for evaluation and for inference. Training makes its batches in data/."""

@@ -1,7 +1,7 @@
-"""Evaluation: zero-shot classification, class heads, retrieval and probes, as a recipe's `evaluation.sets` ask."""
+"""Evaluates a model on the evaluation sets of a recipe."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from openimp.common.device import precision_of
@@ -9,171 +9,145 @@ from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Modality
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
-from openimp.encoding.items import Progress, first_view
-from openimp.evaluation import class_head, probe, provenance, retrieval, zero_shot
-from openimp.evaluation.classes import Classified, MultiLabel
-from openimp.evaluation.figures import skipped_fields, table
-from openimp.evaluation.probe import Probed
-from openimp.evaluation.retrieval import Retrieved
+from openimp.encoding.items import Progress
+from openimp.evaluation import classification, probe, retrieval
+from openimp.evaluation.evaluator import Evaluator, Predicted
+from openimp.evaluation.provenance import checkpoint_fields, data_fields, how_fields
 from openimp.model.embedder import Embedder
-from openimp.recipe.evaluation import ClassHead, Probe, ZeroShot
+from openimp.recipe.evaluation import Probe, Retrieval
 from openimp.recipe.schema import Recipe
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One evaluation set of a model.
+class NotMeasured(UserError):
+    """Some evaluation sets could not be measured. There is one sentence per set.
 
     Attributes:
-        results: what `evaluate` tells of it.
-        found: what that was computed from: both directions of a retrieval set, the one of a zero-shot set or of a class
-            head, or both classifiers of a probe.
+        results: the results of the other sets.
     """
 
-    results: list[dict[str, Any]]
-    found: list[Retrieved] | list[Classified | MultiLabel] | list[Probed]
+    def __init__(self, reasons: list[str], results: list[dict[str, Any]]) -> None:
+        super().__init__("\n".join(reasons))
+        self.results = results
 
 
 def evaluate(
     model: Embedder,
     recipe: Recipe,
-    modalities: dict[str, Modality],
+    modalities: Mapping[str, Modality],
     sets: Iterable[str] | None = None,
     step: int | None = None,
     progress: Progress | None = None,
     classes: Mapping[str, list[Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measures the model on evaluation sets of the recipe; the same model and data give the same figures.
-
-    It computes where the model is, in the precision of training, and leaves the model in the mode it was in.
+    """Measures a model on evaluation sets of a recipe. The same model and data give the same results.
 
     Args:
-        model: any state; averaged weights are the caller's to put in.
-        recipe: what to measure, and in which views.
-        modalities: an instance for each modality of the recipe, fitted.
-        sets: names of `recipe.evaluation.sets`; left out: all of them.
-        step: the training step, to be recorded.
-        progress: wraps an iterable to show its progress, `progress(iterable, description)`.
-        classes: of each of the model's class heads.
+        model, recipe, modalities, classes, progress: see `Evaluator`.
+        sets: names of evaluation sets. None: all of them.
+        step: the training step, for the results.
 
     Returns:
-        One dict of JSON values for each direction of a retrieval set, each classifier of a probe, and each other set.
-        Shares are between 0 and 1. Rows that cannot be read are left out, counted in `skipped` and named in
-        `skipped_rows`.
+        A dict of JSON values for each direction of a retrieval set, each classifier of a probe, and each other set.
+        Shares are between 0 and 1. Unreadable rows are left out, and readable in `skipped`.
 
     Raises:
-        UserError: an unknown set, a source or column that is not there, a class without text, one that a head does not
-            know, a pair of modalities that was never trained together, or what a probe cannot be fitted to.
+        UserError: there is no evaluation set of such a name.
+        NotMeasured: a set cannot be measured. The others are measured before.
     """
-    tables = open_sets(model, recipe, modalities, sets, classes)
-    measured = [measure(model, recipe, modalities, name, tables[name], step, progress, classes) for name in tables]
-    by = provenance.checkpoint_fields(model, modalities)
-    return [result | by for one in measured for result in one.results]
-
-
-def open_sets(
-    model: Embedder,
-    recipe: Recipe,
-    modalities: dict[str, Modality],
-    sets: Iterable[str] | None = None,
-    classes: Mapping[str, list[Any]] | None = None,
-) -> dict[str, dict[str, Table]]:
-    """Opens the sources of evaluation sets, and finds what would stop `evaluate`: before a training, not after it.
-
-    Returns:
-        By set, its sources by name.
-
-    Raises:
-        UserError: as `evaluate`.
-    """
-    tables = {}
-    for name in recipe.evaluation.sets if sets is None else sets:
+    evaluator = Evaluator(model, recipe, modalities, classes or {}, progress)
+    names = list(recipe.evaluation.sets if sets is None else sets)
+    for name in names:
         if name not in recipe.evaluation.sets:
             raise UserError(f"no evaluation set is called {name!r}{nearest(name, recipe.evaluation.sets)}")
-        options, where = recipe.evaluation.sets[name], f"evaluation.sets.{name}"
-        source = _open(recipe, name, options.source)
-        tables[name] = {options.source: source}
-        if isinstance(options, Probe):
-            tables[name][options.train] = train = _open(recipe, name, options.train)
-            probe.check(modalities, options, where, source, train)
-        elif isinstance(options, ZeroShot):
-            zero_shot.check(model, modalities, options, where, source)
-        elif isinstance(options, ClassHead):
-            class_head.check(recipe, modalities, options, where, source, classes or {})
-        else:
-            retrieval.check(model, modalities, options, where, source)
+    reasons, results = [], []
+    for name in names:
+        try:
+            results += measure(evaluator, name, open_set(evaluator, name), step)[0]
+        except UserError as error:
+            where = f"evaluation.sets.{name}"
+            reasons.append(str(error) if where in str(error) else f"{where}: {error}")
+    by = checkpoint_fields(model, modalities)
+    results = [result | by for result in results]
+    if reasons:
+        raise NotMeasured(reasons, results)
+    return results
+
+
+def check_sets(
+    model: Embedder, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
+) -> None:
+    """Finds the errors that would stop an evaluation set, before a training instead of after it.
+
+    Raises:
+        UserError: a set cannot be measured.
+    """
+    for name in recipe.evaluation.sets:
+        open_set(Evaluator(model, recipe, modalities, classes), name)
+
+
+def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
+    """Opens and checks the sources of an evaluation set.
+
+    Returns:
+        The sources by name.
+
+    Raises:
+        UserError: a source is missing or streamed, or as in `check` of the set's type.
+    """
+    options, where = evaluator.recipe.evaluation.sets[name], f"evaluation.sets.{name}"
+    tables = {}
+    for used in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
+        table = open_source(used, evaluator.recipe.sources[used])
+        if not isinstance(table, Table):
+            raise UserError(f"{where}: source {used} is streamed, but evaluation reads all of it; drop stream")
+        tables[used] = table
+    if isinstance(options, Probe):
+        probe.check(evaluator, options, where, tables)
+    elif isinstance(options, Retrieval):
+        retrieval.check(evaluator, options, where, tables[options.source])
+    else:
+        classification.check(evaluator, options, where, tables[options.source])
     return tables
 
 
 def measure(
-    model: Embedder,
-    recipe: Recipe,
-    modalities: dict[str, Modality],
-    name: str,
-    sources: dict[str, Table],
-    step: int | None = None,
-    progress: Progress | None = None,
-    classes: Mapping[str, list[Any]] | None = None,
-) -> Measured:
-    """Measures the model on one set, whose sources `open_sets` gave; `evaluate` adds what names the model."""
-    options = recipe.evaluation.sets[name]
-    source = sources[options.source]
-    views = {side: options.view[side] for side in options.inputs}
-    prompts: list[str] | None = None
-    wording: list[Any] = [spec.columns for side, spec in options.inputs.items() if modalities[side].reads_text]
-    shown = None if progress is None else _labelled(progress, name)
-    more: dict[str, Any] = {}
-    found: list[Retrieved] | list[Classified | MultiLabel] | list[Probed]
+    evaluator: Evaluator, name: str, tables: dict[str, Table], step: int | None = None
+) -> tuple[list[dict[str, Any]], Sequence[Predicted]]:
+    """Measures the model on an evaluation set, on the model's device and in the precision of training.
+
+    Args:
+        evaluator: the model, whose mode is restored.
+        name: the evaluation set.
+        tables: its sources, which `open_set` returned.
+        step: the training step, for the results.
+
+    Returns:
+        The results, and what they were computed from: both directions of retrieval, both classifiers of a probe, or the
+        predictions of another set.
+
+    Raises:
+        UserError: too few rows can be read.
+    """
+    recipe, modalities, model = evaluator.recipe, evaluator.modalities, evaluator.model
+    options, where = recipe.evaluation.sets[name], f"evaluation.sets.{name}"
+    table, train = tables[options.source], {}
+    found: Sequence[Predicted]
+    if (progress := evaluator.progress) is not None:
+        evaluator = replace(evaluator, progress=lambda items, description: progress(items, f"{name}: {description}"))
     training = model.training
-    precision = precision_of(next(model.parameters()).device, recipe.train.precision)
     model.eval()
     try:
         if isinstance(options, Probe):
-            train = sources[options.train]
-            found, counted, learned = probe.probe(model, recipe, modalities, name, source, train, shown)
-            read = {"n": len(learned.row), **skipped_fields(learned.skipped)}
-            more = {"train": read | provenance.data_fields(recipe, train, learned)}
-        elif isinstance(options, ZeroShot):
-            classified, counted = zero_shot.classify(model, recipe, modalities, name, source, shown)
-            found = [classified]
-            views[options.reader] = first_view(recipe, options.reader)
-            prompts, wording = options.prompts, [*wording, options.prompts, options.classes]
-            wording += ["words"] if options.words else []
-        elif isinstance(options, ClassHead):
-            classified, counted = class_head.classify(model, recipe, modalities, name, source, classes or {}, shown)
-            found = [classified]
+            found, readable, learned = probe.probe(evaluator, options, where, tables)
+            train = {"train": {"n": len(learned.row), **data_fields(recipe, tables[options.train], learned)}}
+        elif isinstance(options, Retrieval):
+            found, readable = retrieval.retrieve(evaluator, options, where, table)
         else:
-            found, counted = retrieval.retrieve(model, recipe, modalities, name, source, shown)
+            classified, readable = classification.classify(evaluator, options, where, table)
+            found = [classified]
     finally:
         model.train(training)
-    results = [
-        {
-            "set": name,
-            "type": options.type,
-            "step": step,
-            "task": item.task,
-            **item.figures(),
-            **skipped_fields(counted.skipped),
-            **provenance.data_fields(recipe, source, counted),
-            **more,
-            **provenance.how_fields(views, modalities, prompts, wording, precision),
-        }
-        for item in found
-    ]
-    return Measured(results, found)
-
-
-def _open(recipe: Recipe, name: str, wanted: str) -> Table:
-    source = open_source(wanted, recipe.sources[wanted])
-    if not isinstance(source, Table):
-        raise UserError(
-            f"evaluation.sets.{name}: source {wanted} is streamed, but evaluation reads all of it; drop stream"
-        )
-    return source
-
-
-def _labelled(progress: Progress, name: str) -> Progress:
-    return lambda items, description: progress(items, f"{name}: {description}")
-
-
-__all__ = ["Classified", "Measured", "MultiLabel", "Retrieved", "evaluate", "measure", "open_sets", "table"]
+    precision = precision_of(next(model.parameters()).device, recipe.train.precision)
+    about = {**data_fields(recipe, table, readable), **train, **how_fields(recipe, modalities, options, precision)}
+    kind = {"set": name, "type": options.type, "step": step}
+    return [{**kind, "task": item.task, **item.metrics(), **about} for item in found], found

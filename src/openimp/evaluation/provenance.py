@@ -1,8 +1,8 @@
-"""What a result says of how it came about: two results of the same thing are equal, and of two others one sees why."""
+"""Where a result comes from: two equal evaluations write equal results, and two different ones show the difference."""
 
 import hashlib
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
+from importlib.metadata import distributions
 from typing import Any
 
 import torch
@@ -11,14 +11,18 @@ from openimp.common.modality import Modality
 from openimp.common.versions import openimp_version
 from openimp.data.files import stable_hash
 from openimp.data.tables import Table
-from openimp.evaluation.figures import Readable
+from openimp.encoding.items import first_view
+from openimp.evaluation.evaluator import Readable
 from openimp.model.embedder import Embedder
+from openimp.recipe.evaluation import EvaluationSet, ZeroShot
 from openimp.recipe.schema import Recipe
 
+NAMED = 20
+"""Maximum number of unreadable rows that a result names. It counts all of them."""
 
-def checkpoint_fields(model: Embedder, modalities: dict[str, Modality]) -> dict[str, Any]:
-    """What was measured, by what: a name of 16 digits for the model's tensors and for what its modalities learned, and
-    the version of openimp."""
+
+def checkpoint_fields(model: Embedder, modalities: Mapping[str, Modality]) -> dict[str, Any]:
+    """A hash of the model's weights and of what its modalities learned, and the version of openimp."""
     total = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -28,52 +32,43 @@ def checkpoint_fields(model: Embedder, modalities: dict[str, Modality]) -> dict[
     return {"checkpoint": total.hexdigest()[:16], "openimp": openimp_version()}
 
 
-def data_fields(recipe: Recipe, table: Table, counted: Readable) -> dict[str, Any]:
-    """Which rows were measured: the source, what the recipe takes of it, its fingerprint, and the name of their values.
+def data_fields(recipe: Recipe, table: Table, readable: Readable) -> dict[str, Any]:
+    """Which rows were evaluated, and which could not be read.
 
-    The fingerprint is quick and leaves out what a manifest's files hold; `measured` is made of all that was read.
+    The source's fingerprint does not cover the files that a manifest names; `measured` covers everything that was read.
     """
     source = recipe.sources[table.name]
     return {
+        "skipped": len(readable.skipped),
+        "skipped_rows": readable.skipped[:NAMED],
         "source": table.name,
         "split": source.split if source.hub else None,
         "where": source.where,
         "fingerprint": table.fingerprint,
-        "measured": counted.content,
+        "measured": readable.content,
     }
 
 
 def how_fields(
-    views: dict[str, Any],
-    modalities: dict[str, Modality],
-    prompts: list[str] | None,
-    wording: list[Any],
-    precision: str,
+    recipe: Recipe, modalities: Mapping[str, Modality], options: EvaluationSet, precision: str
 ) -> dict[str, Any]:
-    """How it was seen: views, the libraries that decoded it, prompts, and the precision of the forward pass.
+    """Views, prompts, precision, and the libraries that decoded the media.
 
-    Args:
-        views: by modality, all that took part.
-        modalities: by name.
-        prompts: of zero-shot classification.
-        wording: whatever decides on the texts: prompts, names of classes, templates; empty if there are none.
-        precision: that was computed in, "bf16" or "fp32".
+    `prompts_version` is a hash of everything that decides on the texts: templates, prompts and class names.
     """
+    views = {name: options.view[name] for name in options.inputs}
+    wording: list[Any] = [spec.columns for name, spec in options.inputs.items() if modalities[name].reads_text]
+    prompts = None
+    if isinstance(options, ZeroShot):
+        views[options.reader], prompts = first_view(recipe, options.reader), options.prompts
+        wording += [prompts, options.classes, *(["words"] if options.words else [])]
+    used = [library for name in views for library in modalities[name].decoders]
     return {
         "prompts": prompts,
         "prompts_version": stable_hash(wording)[:8] if wording else None,
         "view": {name: view.model_dump(mode="json") for name, view in views.items()},
         "precision": precision,
         "torch": torch.__version__,
-        "decoders": _versions(library for name in views for library in modalities[name].decoders),
+        # A library that is not installed is null: a modality from another package may name any.
+        "decoders": {library: next((found.version for found in distributions(name=library)), None) for library in used},
     }
-
-
-def _versions(libraries: Iterable[str]) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for library in libraries:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:  # a modality from outside may name anything
-            found[library] = None
-    return found

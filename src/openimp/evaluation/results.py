@@ -1,4 +1,4 @@
-"""Reading results.jsonl: the figures of a run's evaluations."""
+"""Results as lines of results.jsonl and as a table in the terminal."""
 
 from collections import defaultdict
 from collections.abc import Collection
@@ -6,16 +6,27 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
-from openimp.evaluation.figures import first_figure, table
 
+MAIN = ("r1", "top1", "map")
+"""The main metric of retrieval, of one class per row, and of any number of classes per row."""
 NEEDED = {"set": str, "task": str, "type": str, "n": int, "candidates": int, "skipped": int}
-"""Keys that every result has, beside its figures."""
+"""Keys that every result has, besides its metrics."""
+
+
+def main_metric(result: dict[str, Any]) -> float:
+    """R@1, top-1 or mAP: the metric by which results are compared."""
+    found: float = next(result[key] for key in MAIN if key in result)
+    return found
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
-    """The results in a file, with all that a table or a report of them needs.
+    """Reads the results in a file.
 
     Raises:
         UserError: a line is not a result, or as in `read_lines`.
@@ -24,20 +35,58 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     for number, result in enumerate(results, 1):
         try:
             table([result])
-            shares = [first_figure(result), result["chance"], *result["interval"]]
-            whole = all(type(result[key]) is kind for key, kind in NEEDED.items()) and all(0 <= x <= 1 for x in shares)
-            whole = whole and (result["type"] != "retrieval" or {"r10", "mrr"} <= result.keys())
+            shares = [main_metric(result), result["chance"], *result["interval"]]
+            valid = all(type(result[key]) is kind for key, kind in NEEDED.items()) and all(0 <= x <= 1 for x in shares)
+            valid = valid and (result["type"] != "retrieval" or {"r10", "mrr"} <= result.keys())
         except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
-            whole = False
-        if not whole:
+            valid = False
+        if not valid:
             raise UserError(f"{file}: line {number} is not a result of an evaluation")
     return results
 
 
 def best_step(file: Path, name: str, steps: Collection[int]) -> int:
-    """Which of these steps has the highest first figure of a set, as the mean over its tasks; the first of equals."""
+    """The first of these steps with the highest main metric of an evaluation set, averaged over the set's tasks."""
     found: dict[int, list[float]] = defaultdict(list)
     for line in read_lines(file):
         if line["set"] == name and line["step"] in steps:
-            found[line["step"]].append(first_figure(line))
+            found[line["step"]].append(main_metric(line))
     return max(found, key=lambda step: fmean(found[step]))
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    """A table of at most 80 columns: a line per evaluation set, then a line per task and per test split.
+
+    Metrics are in per cent, except for rank and MRR.
+    """
+    caption = "per cent, with a 95 % interval; 5, 10: top-5 or R@5, R@10; rank: the median"
+    if skipped := {result["set"]: result["skipped"] for result in results if result["skipped"]}:
+        caption += "\nunreadable rows left out: " + ", ".join(f"{name} {count}" for name, count in skipped.items())
+    out = Table(
+        title="Evaluation", title_justify="left", caption=caption, caption_justify="left",
+        box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False,
+    )  # fmt: skip
+    out.add_column("set and task", overflow="fold")
+    for head in ("n", "top-1 / R@1", "5", "10", "rank", "MRR", "chance"):
+        out.add_column(head, justify="right", no_wrap=True)
+    previous = None
+    for result in results:
+        if result["set"] != previous:
+            out.add_row(Text(result["set"], "bold"))
+        previous = result["set"]
+        out.add_row(f"  {result['task']}", *_cells(result))
+        for split, metrics in result.get("splits", {}).items():
+            out.add_row(f"    split {split}", *_cells(metrics))
+    return out
+
+
+def _cells(result: dict[str, Any]) -> list[str]:
+    low, high = result["interval"]
+    main = f"{_percent(main_metric(result))} [{_percent(low)}, {_percent(high)}]"
+    shares = [_percent(result[key]) if key in result else "" for key in ("r5" if "r5" in result else "top5", "r10")]
+    rank = [f"{result['median_rank']:g}", f"{result['mrr']:.3f}"] if "mrr" in result else ["", ""]
+    return [str(result["n"]), main, *shares, *rank, _percent(result["chance"])]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}" if 0 < share < 0.01 else f"{100 * share:.1f}"

@@ -1,120 +1,66 @@
-"""Zero-shot classification: classes that are named only by text (CLIP, arXiv 2103.00020, section 3.1).
+"""Class embeddings for zero-shot classification: classes are known only by name (CLIP, arXiv 2103.00020, section 3.1).
 
-Shape suffixes: N examples, K classes, Z features of the common space.
+Shape suffixes: K classes, P prompts, Z features of the common space.
 """
 
 import re
 from string import Formatter
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.common.errors import UserError
-from openimp.common.modality import Modality
 from openimp.common.schema import as_text
-from openimp.data.tables import Table
-from openimp.encoding.items import Progress, embed, encode_input, first_view, require_columns, require_pair
-from openimp.evaluation.classes import Classified, Labels, MultiLabel, predict, read_labels
-from openimp.evaluation.figures import Readable, readable_rows
-from openimp.model.embedder import Embedder
+from openimp.encoding.items import embed, first_view
+from openimp.evaluation.evaluator import Evaluator
 from openimp.recipe.evaluation import ZeroShot
-from openimp.recipe.schema import Recipe
 
 
-def classify(
-    model: Embedder,
-    recipe: Recipe,
-    modalities: dict[str, Modality],
-    name: str,
-    table: Table,
-    progress: Progress | None = None,
-) -> tuple[Classified | MultiLabel, Readable]:
-    """Classifies one evaluation set by its class names, and tells which rows counted.
-
-    The classes are those that the set lists, or the distinct labels of the source. Prompts are read in the reader's
-    first training view.
+def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
+    """The names of classes by which prompts are filled.
 
     Raises:
-        UserError: a column is missing, a class has no text, a prompt has no place for it, no row can be read, or the
-            two modalities share no space.
+        UserError: a class has no name, two classes have the same one, or a prompt has no place for it. The message
+            begins with `where`.
     """
-    options = recipe.evaluation.sets[name]
-    assert isinstance(options, ZeroShot)
-    where = f"evaluation.sets.{name}"
-    (seen,), reader = options.inputs, options.reader
-    labels, texts = check(model, modalities, options, where, table)
-    classes_KZ = class_embeddings(model, recipe, modalities[reader], texts, options.prompts, seen, where)
-    encoded = encode_input(model, recipe, modalities, options, seen, table, reader, progress)
-    counted = readable_rows(table, [encoded], where, labels.values)
-    z_NZ = encoded.embeddings[torch.from_numpy(encoded.item[counted.row])]
-    return predict(seen, options.label, z_NZ, classes_KZ, counted.row, labels, texts, where), counted
-
-
-def check(
-    model: Embedder, modalities: dict[str, Modality], options: ZeroShot, where: str, table: Table
-) -> tuple[Labels, list[str]]:
-    """Finds what would stop `classify`, without encoding anything.
-
-    Returns:
-        The labels, and what each class is called.
-
-    Raises:
-        UserError: as `classify`.
-    """
-    (seen, spec) = next(iter(options.inputs.items()))
-    require_pair(model, seen, options.reader, where)
-    require_columns(table, modalities[seen], spec, where)
-    known = None if options.classes is None else list(options.classes)
-    labels = read_labels(table, options.label, where, known, options.splits)
-    texts = [_class_text(label, options, f"{where}: source {table.name}") for label in labels.classes]
     first: dict[str, Any] = {}
-    for label, text in zip(labels.classes, texts):
-        if (other := first.setdefault(text, label)) != label:
-            raise UserError(f"{where}: classes {other!r} and {label!r} have the same text, {text!r}; rename one")
+    for label in labels:
+        name = (options.classes or {}).get(as_text(label), label)
+        if options.words and name == label and isinstance(name, str):
+            name = words(name)
+        if not isinstance(name, str) or not name.strip():
+            hint = f"name it in classes as {as_text(label)!r}"
+            raise UserError(f"{where}: class {label!r} of column {options.label!r} has no text; {hint}")
+        if name in first:
+            raise UserError(f"{where}: classes {first[name]!r} and {label!r} have the same text, {name!r}; rename one")
+        first[name] = label
     for prompt in options.prompts:
-        _fill(prompt, "", where)
-    return labels, texts
+        try:
+            fields = [field for _, *field in Formatter().parse(prompt) if field[0] is not None]
+        except ValueError:
+            fields = []
+        # Only a field without a format: a width, as in {:>2000000000}, would fill the memory.
+        if fields != [["", "", None]]:
+            raise UserError(f"{where}: prompt {prompt!r} needs one plain {{}} where the class' text goes")
+    return list(first)
 
 
-def class_embeddings(
-    model: Embedder, recipe: Recipe, reader: Modality, texts: list[str], prompts: list[str], seen: str, where: str
-) -> Tensor:
-    """(K, Z) unit vectors: each class' text in every prompt, averaged over the prompts as unit vectors."""
-    view = first_view(recipe, reader.name)
-    filled = [_fill(prompt, text, where) for text in texts for prompt in prompts]
-    items = (reader.encode_input(text, view) for text in filled)
-    z_NZ = embed(model, reader, view, items, seen, recipe.evaluation.batch_size, recipe.train.precision)
-    return F.normalize(z_NZ.unflatten(0, (len(texts), len(prompts))).mean(1), dim=-1)
-
-
-def _class_text(label: Any, options: ZeroShot, where: str) -> str:
-    text = (options.classes or {}).get(as_text(label), label)
-    if options.words and text == label and isinstance(text, str):
-        text = words(text)
-    if not isinstance(text, str) or not text.strip():
-        hint = f"name it in classes as {as_text(label)!r}"
-        raise UserError(f"{where}: class {label!r} of column {options.label!r} has no text; {hint}")
-    return text
+def class_embeddings(evaluator: Evaluator, options: ZeroShot, names: list[str]) -> Tensor:
+    """(K, Z) unit vectors: for each class, the mean of the unit vectors of its name in each prompt."""
+    (seen,), reader, prompts, recipe = options.inputs, options.reader, options.prompts, evaluator.recipe
+    modality, view = evaluator.modalities[reader], first_view(recipe, reader)
+    texts = (modality.encode_input(prompt.format(name), view) for name in names for prompt in prompts)
+    z_NZ = embed(evaluator.model, modality, view, texts, seen, recipe.evaluation.batch_size, recipe.train.precision)
+    return F.normalize(z_NZ.unflatten(0, (len(names), len(prompts))).mean(1), dim=-1)
 
 
 def words(label: str) -> str:
-    """A label as it is spoken: `brush_hair` and `BrushHair` are "brush hair"; what has spaces keeps its capitals."""
+    """Splits a label into words: `brush_hair` and `BrushHair` become "brush hair". A label with spaces keeps its
+    capitals."""
     spaced = " ".join(label.replace("_", " ").split())
     if " " in spaced:
         return spaced
-    # Capitals alone, as in TVShow, are one word.
+    # Several capitals in a row, as in TVShow, are one word.
     parts = re.split(r"(?<=[a-z])(?=[A-Z])|(?<=[^\W_])(?=[A-Z][a-z])", spaced)
     return " ".join(part if len(part) > 1 and part.isupper() else part.lower() for part in parts)
-
-
-def _fill(prompt: str, text: str, where: str) -> str:
-    try:
-        fields = [field for _, *field in Formatter().parse(prompt) if field[0] is not None]
-    except ValueError:
-        fields = []
-    # Without a format: a width, as in {:>2000000000}, would fill the memory.
-    if fields != [["", "", None]]:
-        raise UserError(f"{where}: prompt {prompt!r} needs one plain {{}} where the class' text goes")
-    return prompt.format(text)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from openimp.common.errors import UserError, nearest
+from openimp.common.errors import UserError, counted, nearest
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.progress import console, track
 from openimp.common.safe_files import read_text, replacing
@@ -42,11 +42,12 @@ class Embedded:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in self.rows.items())
-        lines = [f"{self.out}: {sum(self.rows.values())} embeddings ({counts})"]
+        lines = [f"{self.out}: {counted(sum(self.rows.values()), 'embedding')} ({counts})"]
         if self.skipped:
-            lines += [f"{len(self.skipped)} files could not be read:", *(f"  {file}" for file in self.skipped)]
+            lines.append(f"{counted(len(self.skipped), 'file')} could not be read:")
+            lines += [f"  {file}" for file in self.skipped]
         if self.unknown:
-            lines += [f"{self.unknown} files in folders have extensions of none of the model's modalities"]
+            lines.append(f"skipped {counted(self.unknown, 'file')} in folders: no modality reads such an extension")
         return "\n".join(lines)
 
 
@@ -109,7 +110,7 @@ def embed(
                     writer.write_table(pa.table([pa.array(kept), *map(pa.array, same), column], schema=schema))
                     rows[name] += len(kept)
         if not sum(rows.values()):
-            raise UserError(f"none of the {len(skipped)} files can be read; the first: {skipped[0]}")
+            raise UserError(f"no file can be read; the first: {skipped[0]}")
     done = Embedded(out, rows, skipped, unknown)
     console.print(str(done), soft_wrap=True)
     return done

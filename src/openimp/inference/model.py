@@ -1,4 +1,4 @@
-"""A trained model in use: `openimp.load` and what it gives.
+"""Inference with a trained model: `openimp.load` and the `Model` that it returns.
 
 Shape suffixes: B inputs, Z features of the common space.
 """
@@ -13,45 +13,49 @@ import torch
 from torch import Tensor, nn
 
 from openimp.checkpoint.folder import find_model, load_model, save_model
-from openimp.common.device import Precision, pick_device
+from openimp.common.device import Precision, pick_device, precision_of
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia, Modality
 from openimp.encoding.items import embed, embed_tokens, first_view, require_pair
-from openimp.model.imp import IMP, pairs_of
+from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Contrastive
+from openimp.recipe.tasks import Contrastive, pairs_of
 
 
 def load(path: str | Path, device: str | torch.device | None = None, precision: Precision = "auto") -> "Model":
     """Opens a trained model.
 
     Args:
-        path: a run (its newest checkpoint is taken), a checkpoint, a folder that `Model.save` wrote, or a model of the
-            Hugging Face hub: OWNER/NAME, or OWNER/NAME@REVISION with a commit, tag or branch.
-        device: where it computes; left out: the GPU where there is one.
-        precision: "auto" is bf16 where it is faster; in "fp32" an embedding is the same, to 1e-5, in any batch.
+        path: a run, whose newest checkpoint is opened; a checkpoint; a folder that `Model.save` wrote; or a model on
+            the Hugging Face Hub: OWNER/NAME, or OWNER/NAME@REVISION with a commit, tag or branch.
+        device: where the model computes. None: on the GPU if there is one, else on the CPU.
+        precision: "auto", "bf16" or "fp32". "auto" is bf16 if that is faster on the device. In fp32, an embedding is
+            the same in any batch, up to 1e-5.
 
     Raises:
-        UserError: there is no model, or it is damaged.
+        UserError: there is no model, it is damaged, or there is no such precision.
     """
+    device = torch.device(device or pick_device())
+    precision_of(device, precision)  # An unknown precision is an error before the model is read.
     folder = find_model(str(path))
     imp, recipe, modalities, classes = load_model(folder)
-    return Model(imp, recipe, modalities, classes, precision).to(device or pick_device()).eval()
+    return Model(imp, recipe, modalities, classes, precision).to(device).eval()
 
 
 class Model(nn.Module):
-    """A model with a method `encode_<name>` for each of its modalities; see `encode` for what they take and give.
+    """A trained model with a method `encode_<modality>` per modality, which is `encode` for that modality.
 
-    Each modality is seen in the first view of the first task that has it, as in evaluation: no augmentation, no dropped
-    tokens, and the clips of a long item averaged. `views` may be changed; `preprocess` and `tokenizer` follow.
+    An input is seen in the first view of the first task that reads its modality, as in evaluation: without
+    augmentation, with all tokens, and with the embeddings of a long item's clips averaged. You may change `views`;
+    `preprocess` and `tokenizer` follow.
 
     Attributes:
         imp: the network.
-        recipe: what it was trained with.
+        recipe: the recipe that the model was trained with.
         modalities: by name.
         classes: the classes of each classification head.
-        views: by modality, how it is seen.
-        precision: of the forward pass.
+        views: the view of each modality.
+        precision: the precision of the forward pass; see `load`.
     """
 
     def __init__(
@@ -75,25 +79,26 @@ class Model(nn.Module):
     def encode(
         self, modality: str, inputs: Any, normalize: bool = False, towards: str | None = None, batch_size: int = 64
     ) -> Tensor:
-        """Inputs of one modality to vectors of the space that it shares with another.
+        """Encodes inputs of one modality into the space that it shares with another modality.
 
         Args:
-            modality: what the inputs are.
-            inputs: one, or a list of: file path, bytes, numpy array or Pillow picture, as the modality's `decode` takes
-                them; a text is a string. Or a batch as a tensor, as the modality's `from_tensor` takes it: float
-                (B, 3, H, W) of `preprocess` for pictures, ids (B, L) of `tokenizer` for texts. It is differentiable.
-            normalize: give unit vectors.
-            towards: the other modality of the pair. Left out: see `partner`. In a model with a joint space it changes
-                nothing; in one with disjoint spaces, only vectors of the same pair can be compared.
-            batch_size: clips or items that are encoded at once.
+            modality: the modality of the inputs.
+            inputs: an input or a list of inputs, as the modality's `decode` takes them: file paths, bytes, numpy
+                arrays, Pillow pictures, or strings for texts. Or a batch as a tensor, as the modality's `from_tensor`
+                takes it: float (B, 3, H, W) from `preprocess` for pictures, ids (B, L) from `tokenizer` for texts. The
+                result is then differentiable.
+            normalize: whether to return unit vectors.
+            towards: the modality to compare the vectors with. None: `partner` chooses it. In a disjoint space, only
+                vectors of the same pair of modalities can be compared; in a joint space, `towards` changes nothing.
+            batch_size: maximum number of clips (or rows of a tensor) per forward pass.
 
         Returns:
             (B, Z) fp32, on the model's device.
 
         Raises:
-            UserError: an input cannot be read, the modality's view does not fit the model, or the two modalities were
-                not trained together.
-            TypeError, ValueError: a tensor is none that the modality's `from_tensor` takes.
+            UserError: an input cannot be read, the view does not fit the model, or no task trains the two modalities
+                together.
+            TypeError, ValueError: `from_tensor` does not take the tensor.
         """
         item = self._modality(modality)
         towards = self.partner(modality) if towards is None else towards
@@ -111,20 +116,21 @@ class Model(nn.Module):
         return embed(self.imp, item, self.views[modality], items, towards, batch_size, self.precision, normalize)
 
     def partner(self, modality: str) -> str:
-        """The modality towards which `modality` is encoded unless told otherwise.
+        """The modality that `encode` compares `modality` with by default.
 
-        Among those that it was trained with, in the recipe's order, or else those whose heads it shares: the first that
-        reads text; for one that reads text itself that of pictures, as users of open_clip expect; else the first.
+        The candidates are the modalities that it was trained with, in the recipe's order; if there are none, those
+        whose heads it shares. The choice is the first one that reads text. For a modality that itself reads text, it is
+        the one of pictures, as users of open_clip expect. If there is no such candidate, it is the first one.
 
         Raises:
-            UserError: it was trained with none.
+            UserError: there are no candidates.
         """
         self._modality(modality)
         partners = list(self._partners(modality)) or [
             name for name in self.modalities if name != modality and self.imp.share_a_space(modality, name)
         ]
         if not partners:
-            raise UserError(f"{modality} was trained with no other modality, so it has no embedding")
+            raise UserError(f"no task trains {modality} together with another modality, so it has no embedding")
         if self._modality(modality).reads_text:
             wanted = [name for name in partners if name == self._pictures]
         else:
@@ -135,11 +141,11 @@ class Model(nn.Module):
         """Writes the model to a new folder that `load` opens.
 
         Raises:
-            UserError: the folder holds something already.
+            UserError: the folder is not empty.
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: expected a new folder, but something is there")
+            raise UserError(f"{folder}: expected a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder, self.imp, self.recipe, self.modalities, self.classes)
 
@@ -150,7 +156,8 @@ class Model(nn.Module):
 
     @property
     def preprocess(self) -> Callable[[Any], Tensor] | None:
-        """As open_clip's, a Pillow picture to a tensor (3, H, W) for `encode`; None if the model takes no pictures."""
+        """Converts a Pillow picture to a tensor (3, H, W) for `encode`, as in open_clip. None if the model does not
+        read pictures."""
         if self._pictures is None:
             return None
         pictures: Any = self.modalities[self._pictures]
@@ -158,7 +165,7 @@ class Model(nn.Module):
 
     @property
     def tokenizer(self) -> Callable[[str | list[str]], Tensor] | None:
-        """As open_clip's, texts to ids (B, L) for `encode`; None if the model reads no texts."""
+        """Converts texts to ids (B, L) for `encode`, as in open_clip. None if the model does not read texts."""
         if self._reader is None:
             return None
         reader: Any = self.modalities[self._reader]
@@ -166,9 +173,13 @@ class Model(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """As in open_clip, the logarithm of the scale of the similarities of pictures and texts."""
+        """The logarithm of the learned scale of the similarities of pictures and texts, as in open_clip.
+
+        Raises:
+            UserError: the model does not read pictures.
+        """
         if self._pictures is None:
-            raise UserError("this model takes no pictures; see imp.temperature for the scale of another pair")
+            raise UserError("the model does not read pictures; for another pair see imp.temperature")
         return self.imp.temperature(self._pictures, self.partner(self._pictures)).scale.log()
 
     def __getattr__(self, name: str) -> Any:
@@ -198,8 +209,7 @@ class Model(nn.Module):
             try:
                 item = modality.encode_input(value, view)
                 if not modality.knows(value, view):
-                    told = f"{value!r} has no word that the model knows, and is read as an empty text"
-                    warnings.warn(told, stacklevel=2)
+                    warnings.warn(f"{value!r} has no word that the model knows: read as an empty text", stacklevel=2)
                 yield item
             except BadMedia as error:
                 is_path = isinstance(value, Path) or (isinstance(value, str) and not modality.reads_text)

@@ -227,6 +227,8 @@ def encode_webp(pixels: np.ndarray, side: int) -> bytes:
 class PatchGrid(Strict):
     """Base for the options of a stem that splits its input into patches along named axes."""
 
+    renamed = {"extent": "positions are relative; for other positions see 'absolute'"}
+
     axes: ClassVar[tuple[str, ...]]
     patch: tuple[int, ...]
     tables: tuple[int, ...]

@@ -79,10 +79,13 @@ class Text(Modality):
         return self._tokenizer
 
     def stem_spec(self) -> StemSpec:
-        ids = self.config.vocab_size  # The most that a tokenizer may have after training.
-        if self._tokenizer is not None:  # Ids of a file may have gaps.
-            ids = RESERVED + 1 + max(self._tokenizer.get_vocab().values())
-        return StemSpec(values=ids, axes=(self.config.positions,), table=True)
+        if self._tokenizer is None and self.config.tokenizer is not None:
+            self.fit(())
+        axes = (self.config.positions,)
+        if self._tokenizer is None:
+            return StemSpec(values=self.config.vocab_size, axes=axes, table=True, is_limit=True)
+        ids = RESERVED + 1 + max(self._tokenizer.get_vocab().values())  # The ids in a file may have gaps.
+        return StemSpec(values=ids, axes=axes, table=True)
 
     def check(self, view: Any) -> None:
         if view.length > self.config.positions:

@@ -4,7 +4,7 @@ Shape suffixes: B examples, L tokens, D width, K classes, Z dimensions of the co
 """
 
 from collections.abc import Iterable, Mapping
-from itertools import combinations, permutations
+from itertools import permutations
 from typing import cast
 
 import torch
@@ -20,7 +20,7 @@ from openimp.model.init import linear
 from openimp.model.moe import Experts
 from openimp.recipe.model import Model
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Contrastive
+from openimp.recipe.tasks import Contrastive, pairs_of
 
 
 class IMP(Embedder):
@@ -155,11 +155,6 @@ def trained_pairs(recipe: Recipe) -> list[tuple[str, str]]:
         for pair in pairs_of(objective, task.inputs)
     }
     return sorted(found)
-
-
-def pairs_of(objective: Contrastive, modalities: Iterable[str]) -> list[tuple[str, str]]:
-    """The pairs that a contrastive objective names. By default: all pairs of the task's modalities."""
-    return [(a, b) for a, b in (combinations(modalities, 2) if objective.pairs is None else objective.pairs)]
 
 
 def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:

@@ -18,16 +18,15 @@ from openimp.alternation import Alternation
 from openimp.common.device import Precision
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Modality
-from openimp.model.imp import IMP, pairs_of
+from openimp.model.imp import IMP
 from openimp.objectives import BLOCK
 from openimp.parallel.exchange import deal, orthogonalising
 from openimp.parallel.layout import Layout
 from openimp.planning.gpus import GPU, GPUS, NODE, USABLE
 from openimp.planning.ledger import Cost, costs
 from openimp.planning.memory import StepMemory, keep_own_experts, step_memory
-from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification, Task
+from openimp.recipe.tasks import Classification, Task, classified_by, pairs_of
 
 PARTS = ("gradients", "gathered", "cast weights", "activations")
 """What a step holds beyond weights, moments and its batch."""
@@ -265,7 +264,7 @@ def _compared(task: Task, examples: int) -> Compared:
     heads = rows = items = similarities = 0
     for objective in task.objectives:
         if isinstance(objective, Classification):
-            heads += 1 if objective.of else sum(not modality_class(name).masked for name in task.inputs)
+            heads += len(classified_by(objective, task.inputs))
             continue
         items += examples
         for a, b in pairs_of(objective, task.inputs):

@@ -44,12 +44,14 @@ class Retrieval(Strict):
     source: str
     """The name of a source that is not a stream."""
     inputs: Inputs
-    """Two modalities. Items with equal texts or raw values count as the same item."""
+    """Two modalities. Equal values are the same item; texts are equal if they differ only in case and spaces."""
     view: EvaluationView
 
 
 class ZeroShot(Strict):
     """Zero-shot classification: top-1 and top-5 accuracy, or mean average precision if the labels are lists."""
+
+    renamed = {"texts": "classes"}
 
     type: Literal["zero_shot"]
     """The kind of evaluation."""

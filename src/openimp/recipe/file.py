@@ -9,6 +9,7 @@ import yaml
 
 from openimp.common.errors import UserError, nearest
 from openimp.common.safe_files import read_text
+from openimp.common.schema import TextFrom
 
 MAX_BYTES = 2**20
 """Largest size of a recipe or a study."""
@@ -16,11 +17,13 @@ MAX_NODES = 100_000
 """Most keys, values, lists and mappings in a YAML file after its aliases are expanded."""
 
 
-def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], Path]:
-    """The plain data of a recipe, with `a.b.c=value` overrides applied, and its file.
+def read_recipe(name: str, overrides: Iterable[str] = (), folder: Path | None = None) -> tuple[dict[str, Any], Path]:
+    """Reads a recipe's file as plain data, applies the overrides, and returns the data and the file.
 
     Args:
         name: a path, or the name of a recipe that comes with openimp.
+        overrides: changes such as `train.steps=100`.
+        folder: where relative paths in the overrides start; None: at the recipe's folder.
 
     Raises:
         UserError: no such file, no YAML, or no mapping.
@@ -28,7 +31,7 @@ def read_recipe(name: str, overrides: Iterable[str] = ()) -> tuple[dict[str, Any
     file = find_file(name)
     data = read_mapping(file, "recipe")
     for text in overrides:
-        override(data, text)
+        override(data, text, folder)
     return data, file
 
 
@@ -118,8 +121,12 @@ RecipeLoader.add_implicit_resolver(
 )
 
 
-def override(data: dict[str, Any], text: str) -> None:
-    """Sets one value of the raw recipe from `a.b.c=value`; the value is YAML."""
+def override(data: dict[str, Any], text: str, folder: Path | None = None) -> None:
+    """Sets one value of the raw recipe from `a.b.c=value`; see `read_recipe`. The value is YAML.
+
+    Raises:
+        UserError: the text is not of this form, or the recipe has no such key.
+    """
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set {text}: expected KEY=VALUE, such as tasks.captions.weight=2")
@@ -128,8 +135,21 @@ def override(data: dict[str, Any], text: str) -> None:
     try:
         for part in path:
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[int(last) if isinstance(node, list) else last] = yaml.load(value, RecipeLoader)
+        node[int(last) if isinstance(node, list) else last] = _from(folder, yaml.load(value, RecipeLoader))
     except (ValueError, IndexError, TypeError, AttributeError):
         raise UserError(f"--set {text}: the recipe has no such key") from None
     except (yaml.YAMLError, RecursionError):
         raise UserError(f"--set {text}: {value!r} is not valid YAML") from None
+
+
+def _from(folder: Path | None, value: Any) -> Any:
+    """`value`, whose strings are relative to `folder` where they are paths."""
+    if isinstance(value, dict):
+        return {key: _from(folder, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from(folder, item) for item in value]
+    if folder is None or not isinstance(value, str):
+        return value
+    text = TextFrom(value)
+    text.folder = folder
+    return text

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
-from openimp.common.errors import UserError, nearest
-from openimp.common.schema import Count, Positive, Strict, checked
+from openimp.common.errors import UserError
+from openimp.common.schema import Count, Positive, Strict, checked, unknown_key
 from openimp.recipe.registry import modality_class
 
 
@@ -62,9 +62,7 @@ class View(Strict):
             options = extra.pop(name, {})
             known[name] = checked(modality_class(name).View, options, f"{where}.{name}")
         if extra:
-            key = next(iter(extra))
-            if key in self.renamed:
-                raise UserError(f"{where}: key {key!r} is now called {self.renamed[key]!r}")
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, [*modalities, *View.model_fields])}")
+            keys = [*modalities, *View.model_fields]
+            raise UserError(f"{where}: {unknown_key(next(iter(extra)), keys, self.renamed)}")
         self.__pydantic_extra__ = known
         return self

@@ -12,13 +12,13 @@ from pydantic import Field
 
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Modality
-from openimp.common.schema import FolderName, Strict, Whole, checked
+from openimp.common.schema import FolderName, Strict, Whole, checked, unknown_key
 from openimp.recipe.evaluation import ClassHead, Evaluation, EvaluationSet, Probe, Retrieval, ZeroShot
 from openimp.recipe.file import read_recipe
 from openimp.recipe.inputs import View
 from openimp.recipe.model import BATCH_ROUTINGS, Model
 from openimp.recipe.registry import modality_class
-from openimp.recipe.tasks import Classification, Source, Task, check_objective
+from openimp.recipe.tasks import Classification, Source, Task, check_objectives
 from openimp.recipe.training import Alternation, Memory, Optimizer, Parallel, Train
 
 
@@ -58,13 +58,18 @@ class Recipe(Strict):
         return list(dict.fromkeys(name for task in self.tasks.values() for name in task.inputs))
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
-        """Reads a recipe from a YAML file, or a bundled one by name, and applies `a.b.c=value` overrides.
+    def load(cls, path: str | Path, overrides: Iterable[str] = (), folder: Path | None = None) -> "Recipe":
+        """Reads and checks a recipe.
+
+        Args:
+            path: a YAML file, or the name of a recipe that comes with openimp.
+            overrides: changes such as `train.steps=100`.
+            folder: where relative paths in the overrides start; None: at the recipe's folder, as in the recipe itself.
 
         Raises:
-            UserError: no such file, no YAML, or anything that the schema refuses.
+            UserError: the file does not exist or is not YAML, or a value is wrong.
         """
-        data, file = read_recipe(str(path), overrides)
+        data, file = read_recipe(str(path), overrides, folder)
         return cls.build(data, file.resolve().parent, str(file))
 
     @classmethod
@@ -96,7 +101,7 @@ class Recipe(Strict):
                 raise UserError(f"{where}: tasks: {error}") from None
         for stem in self.modalities:
             if stem not in stems:
-                raise UserError(f"{where}: modalities: unknown key {stem!r}{nearest(stem, stems)}")
+                raise UserError(f"{where}: modalities: {unknown_key(stem, stems)}")
         for stem, modality in stems.items():
             self.modalities[stem] = checked(
                 modality.Config, self.modalities.get(stem, {}), f"{where}: modalities.{stem}", folder
@@ -117,8 +122,8 @@ class Recipe(Strict):
                     f"{key}.views: sync needs recordings as they are, and sources.{task.source}.cache keeps parts of "
                     "long ones; drop one of the two"
                 )
+            check_objectives(key, task)
             for objective in task.objectives:
-                check_objective(key, objective, task.inputs)
                 if isinstance(objective, Classification):
                     head = heads.setdefault((task.source, objective.label), (task_name, objective))
                     if (objective.loss, objective.classes) != (head[1].loss, head[1].classes):

@@ -1,14 +1,14 @@
 """The schema of `sources` and `tasks` in the recipe."""
 
-from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Iterable
+from itertools import combinations
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from openimp.common.errors import UserError, nearest
 from openimp.common.schema import Count, Positive, RecipePath, Strict
-from openimp.recipe.inputs import Input, Inputs, View
+from openimp.recipe.inputs import Inputs, View
 from openimp.recipe.registry import modality_class
 
 
@@ -62,7 +62,10 @@ class Source(Strict):
 
 
 class Contrastive(Strict):
-    """Symmetric contrastive loss between pairs of the task's modalities."""
+    """Symmetric contrastive loss between pairs of the task's modalities.
+
+    A pair has the same heads and the same temperature in all tasks. Within a task, one objective may compare it.
+    """
 
     type: Literal["contrastive"]
     """The kind of objective."""
@@ -123,17 +126,43 @@ class Task(Strict):
     """The task is visited once per this many rounds (alternation intervals)."""
 
 
-def check_objective(key: str, objective: Contrastive | Classification, inputs: Mapping[str, Input]) -> None:
-    """Raises UserError if an objective does not fit the modalities of its task. `key` is for messages."""
-    named = chain(*(objective.pairs or [])) if isinstance(objective, Contrastive) else [objective.of]
-    for modality in named:
-        if modality is not None and modality not in inputs:
-            raise UserError(f"{key}: objective {objective.type}: {modality!r} is no input{nearest(modality, inputs)}")
-    if isinstance(objective, Contrastive):
-        pairs = [frozenset(pair) for pair in objective.pairs or []]
-        if any(len(pair) < 2 for pair in pairs) or len(set(pairs)) < len(pairs):
-            raise UserError(f"{key}: objective contrastive: pairs needs different modalities, and each pair once")
-    if isinstance(objective, Contrastive) and len(inputs) < 2:
-        raise UserError(f"{key}: a contrastive objective needs two modalities in inputs")
-    if isinstance(objective, Classification) and not objective.of and all(modality_class(n).masked for n in inputs):
-        raise UserError(f"{key}: a classification of {', '.join(inputs)} only must name it as its `of`")
+def pairs_of(objective: Contrastive, inputs: Iterable[str]) -> list[tuple[str, str]]:
+    """The pairs of modalities that an objective compares: those that it names, or all pairs of the inputs."""
+    return list(combinations(inputs, 2)) if objective.pairs is None else [(a, b) for a, b in objective.pairs]
+
+
+def classified_by(objective: Classification, inputs: Iterable[str]) -> list[str]:
+    """The modalities that an objective classifies: the one that it names, or all inputs without a mask."""
+    return [objective.of] if objective.of else [name for name in inputs if not modality_class(name).masked]
+
+
+def check_objectives(key: str, task: Task) -> None:
+    """Checks the objectives of a task.
+
+    Raises:
+        UserError: an objective needs an input that the task does not have, or two objectives do the same. Those would
+            share a temperature or a head, and the name of their metric. The message begins with `key`.
+    """
+    done: dict[str, int] = {}
+    for i, objective in enumerate(task.objectives):
+        where = f"{key}.objectives.{i}"
+        if isinstance(objective, Contrastive):
+            pairs = pairs_of(objective, task.inputs)
+            used = [modality for pair in pairs for modality in pair]
+            work = [f"compares {' and '.join(sorted(pair))}, with the same temperature" for pair in pairs]
+            if not pairs:
+                raise UserError(f"{where}: a contrastive objective needs two inputs")
+            if any(a == b for a, b in pairs):
+                raise UserError(f"{where}.pairs: a pair needs two different modalities")
+        else:
+            used = classified_by(objective, task.inputs)
+            work = [f"classifies {name} by {objective.label}, with the same head" for name in used]
+            if not used:
+                raise UserError(f"{where}: no input is without a mask, so name the modality to classify in `of`")
+        for modality in used:
+            if modality not in task.inputs:
+                raise UserError(f"{where}: {modality!r} is not an input of the task{nearest(modality, task.inputs)}")
+        for what in work:
+            if what in done:
+                raise UserError(f"{where}: objectives.{done[what]} already {what}; drop one of the two")
+            done[what] = i

@@ -5,7 +5,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from openimp.common.progress import clock
-from openimp.evaluation.figures import first_figure
+from openimp.evaluation.results import main_metric
 from openimp.planning.ledger import short
 from openimp.report.charts import percent
 
@@ -17,7 +17,7 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.filters.update(clock=clock, commas="{:,}".format, first_figure=first_figure, percent=percent, short=short)
+TEMPLATES.filters.update(clock=clock, commas="{:,}".format, main_metric=main_metric, percent=percent, short=short)
 
 
 def render(sections: dict[str, Any], **about: Any) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 import PIL.Image
 
 from openimp.data.tables import Table
-from openimp.evaluation.classes import Classified
-from openimp.evaluation.figures import first_figure
+from openimp.evaluation.classification import Classified
+from openimp.evaluation.results import main_metric
 from openimp.evaluation.retrieval import Retrieved
 from openimp.report.charts import Curve, line_chart, nice_ticks, series
 
@@ -56,7 +56,7 @@ def _history(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
         task = result["task"].replace("->", "→")
         curve = sets.setdefault(result["set"], {}).setdefault(task, Curve(task, [], []))
         curve.steps.append(result["step"] or 0)
-        curve.values.append(first_figure(result))
+        curve.values.append(main_metric(result))
     return [
         line_chart(name, list(curves.values()), shares=True, smooth=False)
         for name, curves in sets.items()
@@ -111,7 +111,7 @@ def retrieval(name: str, found: Retrieved, source: Table, show: Show) -> dict[st
         return {"kind": kind, "rank": rank, "query": asked, "answers": answers}
 
     cases = [case(query, kind) for query, kind in chosen.items()]
-    return {"title": f"{name}: {found.query} → {found.target}", "metrics": found.figures(), "cases": cases}
+    return {"title": f"{name}: {found.query} → {found.target}", "metrics": found.metrics(), "cases": cases}
 
 
 def display(shown: str | bytes | np.ndarray, label: str) -> dict[str, Any]:

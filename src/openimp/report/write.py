@@ -19,8 +19,9 @@ from openimp.common.versions import openimp_version
 from openimp.data.tables import Table
 from openimp.data.trust import check_sources
 from openimp.encoding.items import Progress, raw_value
-from openimp.evaluation.classes import Classified
-from openimp.evaluation.evaluate import measure, open_sets
+from openimp.evaluation.classification import Classified
+from openimp.evaluation.evaluate import measure, open_set
+from openimp.evaluation.evaluator import Evaluator
 from openimp.evaluation.results import read_results
 from openimp.evaluation.retrieval import Retrieved
 from openimp.recipe.evaluation import EvaluationSet
@@ -108,21 +109,21 @@ def _measure(
     folder = model_folder(run)
     model, recipe, modalities, classes = load_model(folder)
     step = saved_step(folder)
-    model.to(pick_device())
+    evaluator = Evaluator(model.to(pick_device()), recipe, modalities, classes, progress)
     found = Evaluations()
     for name, options in recipe.evaluation.sets.items():
         try:
             if not allow_sources:
                 check_sources(run, folder, recipe, [name])
-            sources = open_sets(model, recipe, modalities, [name], classes)[name]
-            measured = measure(model, recipe, modalities, name, sources, step, progress, classes)
+            sources = open_set(evaluator, name)
+            measured, answered = measure(evaluator, name, sources, step)
         except UserError as error:
             found.notes.append(f"{name} is not measured again. Its recorded results, if any, are shown. {error}")
             found.results += _latest([result for result in recorded if result["set"] == name])
             continue
-        found.results += measured.results
+        found.results += measured
         source = sources[options.source]
-        for answers in measured.found:
+        for answers in answered:
             if isinstance(answers, Classified):
                 found.confusions.append(results.confusion(name, answers))
             elif isinstance(answers, Retrieved):

@@ -13,12 +13,12 @@ from tempfile import TemporaryDirectory
 from openimp.checkpoint.resume import FREE
 from openimp.common.errors import UserError, nearest
 from openimp.common.progress import console
-from openimp.evaluation.clip_benchmark import clip_benchmark_recalls, require_pictures_and_texts
 from openimp.inference.model import load
 from openimp.recipe.evaluation import Retrieval
 from openimp.recipe.file import flat
 from openimp.recipe.schema import Recipe
 from openimp.study.budget import part_recipe
+from openimp.study.clip_benchmark import clip_benchmark_recalls, require_pictures_and_texts
 from openimp.study.outcome import Outcome
 from openimp.study.schema import Part, Study, file_name, read_study
 from openimp.study.trainers import ConflictTrainer, SummedTrainer, peak_memory

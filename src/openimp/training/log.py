@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from openimp.common.device import precision_of
+from openimp.common.errors import counted
 from openimp.common.modality import Modality
 from openimp.common.progress import StepBar, console
 from openimp.data.step_batches import LoadedBatch
@@ -127,6 +128,7 @@ def print_plan(
     warmup, steps = recipe.optimizer.warmup_steps, recipe.train.steps
     if warmup is not None and warmup >= steps:
         console.print(
-            f"warm-up of {warmup} steps is not shorter than the {steps} steps of training; set optimizer.warmup_steps",
+            f"a warm-up of {counted(warmup, 'step')} is not shorter than a training of {counted(steps, 'step')}; set "
+            "optimizer.warmup_steps",
             soft_wrap=True,
         )

@@ -19,7 +19,7 @@ from openimp.common.progress import StepBar, console, track
 from openimp.data.batch import Batch
 from openimp.data.loader import make_loader
 from openimp.data.step_batches import LoadedBatch, StepBatches
-from openimp.evaluation.evaluate import open_sets
+from openimp.evaluation.evaluate import check_sets
 from openimp.model.embedder import Embedder, Encode, in_chunks
 from openimp.model.imp import IMP
 from openimp.objectives import Losses, task_losses
@@ -276,7 +276,7 @@ class Trainer:
         self.model = self._new_model().train()
         if start is not None:
             console.print(start.load(self.model, self.data.classes), soft_wrap=True)
-        open_sets(self.model, self.recipe, self.modalities, classes=self.data.classes)
+        check_sets(self.model, self.recipe, self.modalities, self.data.classes)
         texts = config_files(
             self.model, self.recipe, self.modalities, self.data.classes
         )  # FSDP2 changes the model's class.

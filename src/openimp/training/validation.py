@@ -10,9 +10,8 @@ from torch import Tensor
 from openimp.checkpoint.folder import checkpoints, mark_best, step_of
 from openimp.common.modality import Modality
 from openimp.common.progress import console
-from openimp.evaluation.evaluate import evaluate
-from openimp.evaluation.figures import table
-from openimp.evaluation.results import best_step
+from openimp.evaluation.evaluate import NotMeasured, evaluate
+from openimp.evaluation.results import best_step, table
 from openimp.model.embedder import Embedder
 from openimp.parallel import distributed, layout
 from openimp.recipe.schema import Recipe
@@ -53,20 +52,26 @@ class Validation:
 
         Raises:
             Stopped: a stop was requested meanwhile.
+            NotMeasured: a set could not be measured. The results of the others are written.
         """
         model = self._full_model(ema)
 
         def measure() -> bool:
             assert model is not None
+            failed = None
             try:
                 results = evaluate(
                     model.to(self.device), self.recipe, self.modalities, step=step, progress=progress,
                     classes=self.classes,
                 )  # fmt: skip
+            except NotMeasured as error:
+                results, failed = error.results, error
             except Stopped:
                 return False
             metrics.results(self.run, results)
             console.print(table(results))
+            if failed:
+                raise failed
             return True
 
         if not distributed.alone(measure):

@@ -7,9 +7,9 @@ import pytest
 
 import openimp
 from openimp.common.errors import UserError
-from openimp.evaluation.clip_benchmark import clip_benchmark_recalls
 from openimp.evaluation.evaluate import evaluate
 from openimp.recipe.schema import Recipe
+from openimp.study.clip_benchmark import clip_benchmark_recalls
 from openimp.training.trainer import train
 
 KS = (1, 5, 10)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openimp.common.progress import console
-from openimp.evaluation.figures import interval, table
+from openimp.evaluation.metrics import interval
+from openimp.evaluation.results import table
 
 COMMON = {"set": "unseen vendor", "n": 1350, "interval": [0.052, 0.0711], "skipped": 0}
 FOUND = {

@@ -1,6 +1,6 @@
-"""The figures of another evaluator, to check ours by: CLIP_benchmark's retrieval, as it is.
+"""Retrieval measured by CLIP_benchmark's own code, to compare openimp's evaluation with.
 
-Needs `pip install openimp[peers]`.
+It needs `pip install openimp[peers]`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,21 +20,21 @@ from openimp.recipe.schema import Recipe
 
 
 def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Recall by CLIP_benchmark's `zeroshot_retrieval.evaluate`, in fp32 as far as the model does not cast by itself.
+    """Recalls from CLIP_benchmark's `zeroshot_retrieval.evaluate`, without AMP.
 
-    Equal pictures are one with several texts, as in openimp. Equal texts are not one, for CLIP_benchmark cannot say it:
-    where two pictures share a text, only one of them is right for each of its copies, and recalls are below openimp's.
-    Ties count for the model.
+    Equal pictures are one item with several texts, as in openimp. Equal texts stay different items, because
+    CLIP_benchmark cannot express that they are one: if two pictures share a text, only one of them is correct for each
+    copy of it, so recalls are lower than openimp's. Ties count for the model.
 
     Args:
-        model: what `openimp.load` or `load_two_towers` gives: it has `modalities`, `preprocess`, `tokenizer`,
+        model: a model of `openimp.load` or `load_two_towers`, with `modalities`, `preprocess`, `tokenizer`,
             `encode_image` and `encode_text`.
-        recipe: where the set is.
-        name: one of `recipe.evaluation.sets`, a retrieval between what `preprocess` takes and a text.
-        ks: no more than the set's pictures and texts.
+        recipe: the recipe with the evaluation set.
+        name: the name of a retrieval set of pictures and texts.
+        ks: each K must be at most the number of pictures and the number of texts.
 
     Returns:
-        `image_retrieval_recall@K` (of texts) and `text_retrieval_recall@K` (of pictures), between 0 and 1.
+        `image_retrieval_recall@K`, whose queries are texts, and `text_retrieval_recall@K`, whose queries are pictures.
 
     Raises:
         UserError: CLIP_benchmark is not installed, there is no such set, or it is too small.
@@ -73,10 +73,10 @@ def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[i
 
 
 def require_pictures_and_texts(recipe: Recipe, name: str) -> Retrieval:
-    """The evaluation set of this name, if it is one that CLIP_benchmark can predict.
+    """Returns the evaluation set of this name.
 
     Raises:
-        UserError: there is none, or it is no retrieval between what has `preprocess` and a text.
+        UserError: there is none, or it is not a retrieval set of pictures and texts.
     """
     options = recipe.evaluation.sets.get(name)
     if options is None:

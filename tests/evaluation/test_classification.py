@@ -19,9 +19,10 @@ from openimp.commands import run_eval
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.common.progress import console
-from openimp.evaluation.classes import Classified
-from openimp.evaluation.evaluate import evaluate, open_sets
-from openimp.evaluation.figures import average_precision, table
+from openimp.evaluation.classification import Classified
+from openimp.evaluation.evaluate import check_sets, evaluate
+from openimp.evaluation.metrics import average_precision
+from openimp.evaluation.results import table
 from openimp.inference.model import Model
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
@@ -85,7 +86,7 @@ def test_figures_of_splits_are_their_means():
     """By hand: of splits a (0, 1, 2) and b (2, 3), two thirds and none at the first place."""
     rank, truth = np.array([1, 1, 2, 9]), np.array([0, 1, 1, 1])
     splits = {"a": np.array([0, 1, 2]), "b": np.array([2, 3])}
-    found = Classified("image", "label", list("xyzuvw"), np.arange(4), truth, truth, rank, splits).figures()
+    found = Classified("image", "label", list("xyzuvw"), np.arange(4), truth, truth, rank, splits).metrics()
     assert (found["n"], found["candidates"]) == (4, 6)
     assert found["top1"] == pytest.approx((2 / 3 + 0) / 2)
     assert found["top5"] == pytest.approx((1 + 1 / 2) / 2)
@@ -110,7 +111,7 @@ def test_the_interval_of_splits_is_that_of_drawing_examples():
         # Each of the three parts of the rows is drawn from itself.
         drawn = np.concatenate([rng.integers(*part, part[1] - part[0]) for part in ((0, 150), (150, 200), (200, 300))])
         means.append((hit[drawn[:200]].mean() + hit[drawn[150:]].mean()) / 2)
-    assert found.figures()["interval"] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+    assert found.metrics()["interval"] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
 
 
 @pytest.fixture
@@ -213,7 +214,7 @@ def test_rows_without_any_class_have_no_figure(setup):
     """The one row with a class cannot be read."""
     rows = [{"colour": []}, {"colour": ["red"]}]
     model, recipe, modalities, known = setup(rows, HEAD, "sigmoid", pictures=[png(0), b"broken"])
-    with pytest.raises(UserError, match="held out: none of the 1 rows that can be read has a class in column 'colour'"):
+    with pytest.raises(UserError, match="held out: no row that can be read has a class in column 'colour'"):
         evaluate(model, recipe, modalities, classes=known)
 
 
@@ -237,10 +238,15 @@ def test_splits_may_overlap(setup):
 @pytest.mark.parametrize(
     ("rows", "options", "loss", "message"),
     [
-        (["red", "pink"], HEAD, "softmax", "unknown class 'pink'; known: blue, green, red, white"),
-        (["red", None], HEAD, "softmax", "has 1 rows without a class"),
-        ([["red"], ["blue"]], HEAD, "softmax", "the head's loss is softmax, so 'colour' needs one class per row"),
-        (["red", "blue"], HEAD, "sigmoid", "the head's loss is sigmoid, so 'colour' needs a list of classes per row"),
+        (
+            ["red", "pink"],
+            HEAD,
+            "softmax",
+            "'pink' is not among the classes; known: blue, green, red, white",
+        ),
+        (["red", None], HEAD, "softmax", "has 1 row without a class"),
+        ([["red"], ["blue"]], HEAD, "softmax", "r.parquet.0.: expected one class, found .'red'."),
+        (["red", "blue"], HEAD, "sigmoid", "r.parquet.0.: expected a list of classes, found 'red'"),
         (["red"], HEAD | {"task": "name"}, "softmax", "task: no task 'name'; did you mean 'named'"),
         (["red"], HEAD | {"task": "heard"}, "softmax", "label: tasks.heard has no classification of 'colour'"),
         (["red"], HEAD | {"label": "color"}, "softmax", "no classification of 'color'; did you mean 'colour'"),
@@ -250,7 +256,7 @@ def test_splits_may_overlap(setup):
 def test_a_head_that_cannot_be_asked_is_told(setup, rows, options, loss, message):
     def make_and_open():
         model, recipe, modalities, known = setup([{"colour": value} for value in rows], options, loss)
-        open_sets(model, recipe, modalities, classes=known)
+        check_sets(model, recipe, modalities, known)
 
     with pytest.raises(UserError, match=message) as error:
         make_and_open()
@@ -263,7 +269,7 @@ def test_a_number_and_its_text_are_not_two_classes(setup):
     model, recipe, modalities, known = setup([{"colour": "1"}], HEAD, classes=["1", "2"])
     known["trained:colour"][1] = 1
     with pytest.raises(UserError, match="column 'colour' of source rows: class '1' and another one are both '1' as"):
-        open_sets(model, recipe, modalities, classes=known)
+        check_sets(model, recipe, modalities, known)
 
 
 def test_a_split_of_unreadable_rows_is_named(setup):
@@ -278,7 +284,7 @@ def test_a_row_in_no_split_is_named(setup):
     rows = [{"colour": "red", "part": [1]}, {"colour": "blue", "part": []}]
     model, recipe, modalities, _ = setup(rows, {"type": "zero_shot", "label": "colour", "splits": "part"})
     with pytest.raises(UserError, match=r"column 'part' of source rows: r.parquet\[1\] is in no split"):
-        open_sets(model, recipe, modalities)
+        check_sets(model, recipe, modalities, {})
 
 
 def test_a_run_measures_its_head_as_eval_does(little_data, little_run, tmp_path):
@@ -308,3 +314,14 @@ def test_training_measures_its_head_and_keeps_the_best(little_data, tmp_path):
     ]
     best = max(found, key=lambda one: (one["top1"], -one["step"]))
     assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == f"step-{best['step']:08}"
+
+
+def test_a_training_keeps_the_results_of_the_sets_that_can_be_measured(own_data, tmp_path):
+    (own_data / "broken").mkdir()
+    (own_data / "broken" / "x.png").write_bytes(b"no picture")
+    (own_data / "broken.jsonl").write_text('{"file": "broken/x.png", "label": "red"}')
+    broken = "{type: zero_shot, source: broken, inputs: {image: file}, label: label, view: {image: {size: 16}}}"
+    changes = ["train.steps=2", "sources.broken={path: broken.jsonl}", f"evaluation.sets.broken={broken}"]
+    with pytest.raises(UserError, match="broken: no row of source broken can be read"):
+        train(Recipe.load(own_data / "recipe.yaml", changes), tmp_path / "run")
+    assert [line["set"] for line in read_lines(tmp_path / "run" / "results.jsonl")] == ["colours", "tones", "tones"]

@@ -1,0 +1,222 @@
+"""Classification by class names (zero-shot) or by a trained class head.
+
+Both compare a vector per example with a vector per class by dot product.
+
+Shape suffixes: N examples, K classes, D width, Z features of the common space.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from openimp.common.errors import UserError
+from openimp.common.schema import as_text
+from openimp.data.batch import head_key
+from openimp.data.tables import Table, Unreadable
+from openimp.data.targets import find_classes, index_of, sort_classes
+from openimp.encoding.items import require_columns, require_pair
+from openimp.evaluation import zero_shot
+from openimp.evaluation.evaluator import Evaluator, Predicted, Readable, readable_rows
+from openimp.evaluation.metrics import accuracy, average_precision, interval
+from openimp.evaluation.retrieval import SIMILARITIES, ranks
+from openimp.recipe.evaluation import ClassHead, ZeroShot
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a source's rows.
+
+    Attributes:
+        values: for each row its class, a list of classes, or a `Unreadable`.
+        classes: all classes that the model can choose.
+        lists: whether a row may have any number of classes.
+        splits: the rows of each test split; empty if there are no splits.
+    """
+
+    values: list[Any]
+    classes: list[Any]
+    lists: bool
+    splits: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Classified(Predicted):
+    """The predictions on an evaluation set with one class per row.
+
+    Attributes:
+        classes: the names of the classes.
+        row: (N,) int64, the source's row of each example.
+        truth: (N,) int64, the class of each example.
+        predicted: (N,) int64, the most similar class.
+        rank: (N,) int64, the rank of the true class, from 1. Ties count against the model.
+        splits: for each test split the indices of its examples; empty if there are no splits.
+    """
+
+    classes: list[Any]
+    row: np.ndarray
+    truth: np.ndarray
+    predicted: np.ndarray
+    rank: np.ndarray
+    splits: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def confusion(self) -> np.ndarray:
+        """(K, K) int64, the number of examples of each class (row) that were predicted as each class (column)."""
+        k = len(self.classes)
+        return np.bincount(self.truth * k + self.predicted, minlength=k * k).reshape(k, k)
+
+    def metrics(self) -> dict[str, Any]:
+        """Top-1 with its 95 % interval, top-5, top-1 averaged over the classes, and chance.
+
+        With test splits: the means over the splits, and the metrics of each split.
+        """
+        metrics = self._metrics(np.arange(len(self.rank)))
+        if not self.splits:
+            return metrics
+        parts = {name: self._metrics(some) for name, some in self.splits.items()}
+        means = {key: float(np.mean([part[key] for part in parts.values()])) for key in ("top1", "per_class", "top5")}
+        weight = np.zeros(len(self.rank))
+        for some in self.splits.values():
+            weight[some] += 1 / len(some)
+        return {**metrics, **means, "interval": interval(self.rank == 1, weight), "splits": parts}
+
+    def _metrics(self, some: np.ndarray) -> dict[str, Any]:
+        top5 = float((self.rank[some] <= 5).mean())
+        return accuracy(self.rank[some] == 1, self.truth[some], len(self.classes)) | {"top5": top5}
+
+
+@dataclass(frozen=True)
+class MultiLabel(Predicted):
+    """The predictions on an evaluation set with any number of classes per row.
+
+    Attributes:
+        score_NK: the similarity of each example to each class.
+        hot_NK: bool, whether an example has a class.
+    """
+
+    score_NK: np.ndarray
+    hot_NK: np.ndarray
+
+    @property
+    def task(self) -> str:
+        return f"{super().task} (mAP)"
+
+    def metrics(self) -> dict[str, Any]:
+        """Mean average precision with its 95 % interval, and chance."""
+        return average_precision(self.score_NK, self.hot_NK)
+
+
+def check(evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table: Table) -> tuple[Labels, list[Any]]:
+    """Finds the errors that would stop `classify`, without encoding anything.
+
+    Returns:
+        The labels, and the names of the classes.
+
+    Raises:
+        UserError: a column is missing, a row has no class or one that the model cannot choose, a class has no name, or
+            the model has no such head.
+    """
+    ((seen, spec),) = options.inputs.items()
+    require_columns(table, evaluator.modalities[seen], spec, where)
+    if isinstance(options, ZeroShot):
+        require_pair(evaluator.model, seen, options.reader, where)
+        labels = read_labels(options, where, table, options.classes)
+        return labels, zero_shot.class_names(labels.classes, options, f"{where}: source {table.name}")
+    loss, head = evaluator.recipe.class_head(options, where).loss, _head(evaluator, options)
+    if head not in evaluator.classes:
+        raise UserError(f"{where}: the model has no head that tasks.{options.task} trained on {options.label!r}")
+    labels = read_labels(options, where, table, evaluator.classes[head], loss == "sigmoid")
+    return labels, labels.classes
+
+
+def classify(
+    evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table: Table
+) -> tuple[Classified | MultiLabel, Readable]:
+    """Predicts the class of each row, and returns the rows that could be read.
+
+    Raises:
+        UserError: as `check` does; or no row, or no row of a test split, can be read.
+    """
+    (seen,) = options.inputs
+    labels, names = check(evaluator, options, where, table)
+    if isinstance(options, ZeroShot):
+        towards, classes_KZ = options.reader, zero_shot.class_embeddings(evaluator, options, names)
+    else:
+        head: Any = evaluator.model.get_submodule(f"classifiers.{_head(evaluator, options)}")
+        # The bias is the weight of a feature that is always 1.
+        towards, classes_KZ = None, torch.cat([head.weight, head.bias[:, None]], dim=1).detach()
+    encoded = evaluator.encode(options, seen, table, towards)
+    readable = readable_rows(table, [encoded], where, labels.values)
+    z_NZ = encoded.embeddings[torch.from_numpy(encoded.item[readable.row])]
+    z_NZ = z_NZ if towards else F.pad(z_NZ, (0, 1), value=1.0)
+    index = {as_text(label): i for i, label in enumerate(labels.classes)}
+    truths = [labels.values[i] for i in readable.row]
+    if labels.lists:
+        hot_NK = np.zeros((len(truths), len(names)), bool)
+        for hot_K, truth in zip(hot_NK, truths):
+            hot_K[[index[as_text(label)] for label in truth or []]] = True
+        if not hot_NK.any():
+            raise UserError(f"{where}: no row that can be read has a class in column {options.label!r}")
+        return MultiLabel(seen, options.label, (z_NZ @ classes_KZ.T).cpu().numpy(), hot_NK), readable
+    truth_N = np.array([index[as_text(label)] for label in truths], np.int64)
+    rank_N = ranks(z_NZ, classes_KZ, np.stack([np.arange(len(truths)), truth_N], axis=1))
+    parts = z_NZ.split(max(1, SIMILARITIES // len(classes_KZ)))
+    predicted_N = torch.cat([(part @ classes_KZ.T).argmax(1) for part in parts]).cpu().numpy()
+    splits = {name: np.flatnonzero(np.isin(readable.row, labels.splits[name])) for name in sorted(labels.splits)}
+    for name, some in splits.items():
+        if not len(some):
+            raise UserError(f"{where}: no row of split {name!r} can be read; leave the split out with where")
+    return Classified(seen, options.label, names, readable.row, truth_N, predicted_N, rank_N, splits), readable
+
+
+def read_labels(
+    options: ZeroShot | ClassHead, where: str, table: Table, known: Iterable[Any] | None, lists: bool | None = None
+) -> Labels:
+    """Reads and checks the labels of a source's rows. Labels are compared as text, because CSV cells have no type.
+
+    Args:
+        options: the evaluation set, which names the columns with the labels and the test splits.
+        where: the set's key in the recipe, for error messages.
+        table: the source.
+        known: all classes. None: the classes that occur in the rows.
+        lists: whether the rows hold lists of classes. None: they do if any row does.
+
+    Raises:
+        UserError: a column is missing; a row has no class, an unknown class, or no split; two classes are equal as
+            text.
+    """
+    column, splits = options.label, options.splits if isinstance(options, ZeroShot) else None
+    table.require([column, *([splits] if splits else [])], where)
+    values, name = table.column(column), f"{where}: column {column!r} of source {table.name}"
+    lists = any(isinstance(value, list) for value in values) if lists is None else lists
+    found = find_classes(table, column, values, lists, where)
+    classes = sort_classes(found) if known is None else list(known)
+    if not classes:
+        raise UserError(f"{name}: no row that can be read has a class")
+    index = {as_text(label): i for i, label in enumerate(classes)}
+    for i, label in enumerate(classes):
+        if index[as_text(label)] != i:
+            raise UserError(f"{name}: class {label!r} and another one are both {as_text(label)!r} as text; rename one")
+    for label, row in found.items():
+        try:
+            index_of(as_text(label), index)
+        except ValueError as error:
+            raise UserError(f"{name}: {table.row_name(row)}: {error}") from None
+    if splits and lists:
+        raise UserError(f"{where}: splits need rows with one class each, not lists of classes")
+    parts: dict[str, list[int]] = {}
+    for row, value in enumerate(table.column(splits) if splits else []):
+        names = value if isinstance(value, list) else [value]
+        if not names or any(split is None or isinstance(split, Unreadable) for split in names):
+            name = f"{where}: column {splits!r} of source {table.name}"
+            raise UserError(f"{name}: {table.row_name(row)} is in no split; leave it out with where")
+        for split in names:
+            parts.setdefault(as_text(split), []).append(row)
+    return Labels(values, classes, lists, parts)
+
+
+def _head(evaluator: Evaluator, options: ClassHead) -> str:
+    return head_key(evaluator.recipe.tasks[options.task].source, options.label)

@@ -1,0 +1,93 @@
+"""Accuracy, average precision, and their confidence intervals.
+
+Shape suffixes: N examples, K classes, R resamples, P examples that have a class.
+"""
+
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 10_000
+"""Number of bootstrap samples for an interval of accuracies."""
+RANKED_RESAMPLES = 200
+"""Number of bootstrap samples for an interval of average precisions, which are slower to compute."""
+WEIGHTS = 2**20
+"""Number of example weights that are drawn at once. It limits the memory for an interval of average precisions."""
+
+
+def accuracy(hit_N: np.ndarray, truth_N: np.ndarray, classes: int) -> dict[str, Any]:
+    """Top-1 with its 95 % interval, top-1 averaged over the classes, and chance.
+
+    Args:
+        hit_N: bool, whether the class of an example was predicted.
+        truth_N: int64, the class of each example.
+        classes: number of classes to choose from.
+    """
+    return {
+        "n": len(hit_N),
+        "candidates": classes,
+        "top1": float(hit_N.mean()),
+        "interval": interval(hit_N),
+        "per_class": float(np.mean([hit_N[truth_N == i].mean() for i in np.unique(truth_N)])),
+        "chance": 1 / classes,
+    }
+
+
+def interval(hit_N: np.ndarray, weight_N: np.ndarray | None = None) -> list[float]:
+    """The 95 % bootstrap interval [low, high] of the weighted mean of hits, with a fixed seed.
+
+    It covers the choice of examples, which it takes to be independent, and not the seed of the training. If all
+    examples are hits, or none is, its width is 0. Drawing N hits with replacement is a binomial draw, so that is what
+    is drawn.
+
+    Args:
+        hit_N: bool, whether an example is a hit.
+        weight_N: weights. Examples of equal weight are resampled among themselves.
+    """
+    rng, weight_N = np.random.default_rng(0), np.ones(len(hit_N)) if weight_N is None else weight_N
+    total_R = np.zeros(RESAMPLES)
+    for weight in np.unique(weight_N):
+        some = hit_N[weight_N == weight]
+        total_R += weight * rng.binomial(len(some), some.mean(), RESAMPLES)
+    return [float(x) for x in np.quantile(total_R / weight_N.sum(), [0.025, 0.975])]
+
+
+def average_precision(score_NK: np.ndarray, hot_NK: np.ndarray) -> dict[str, Any]:
+    """Mean average precision (mAP), its 95 % interval over the examples, and chance.
+
+    The average precision of a class is scikit-learn's `average_precision_score`: the mean, over the examples of the
+    class, of the share of such examples among all examples with at least the same score. mAP is the mean over the
+    classes that have an example. The interval is the Bayesian bootstrap's (Rubin, 1981): it draws weights for the
+    examples, which leaves no class without an example, as resampling could.
+
+    Args:
+        score_NK: the score of each class. NaN ranks last.
+        hot_NK: bool, whether an example has a class.
+    """
+    columns = [(score, hot) for score, hot in zip(score_NK.T, hot_NK.T) if hot.any()]
+    rng, found = np.random.default_rng(0), np.ones(0)
+    while (left := 1 + RANKED_RESAMPLES - len(found)) > 0:
+        weight_NR = rng.standard_exponential((len(hot_NK), min(left, max(1, WEIGHTS // len(hot_NK)))))
+        if not len(found):
+            weight_NR[:, 0] = 1
+        means_R = np.mean([_average_precision(score, hot, weight_NR) for score, hot in columns], axis=0)
+        found = np.append(found, means_R)
+    return {
+        "n": len(hot_NK),
+        "candidates": hot_NK.shape[1],
+        "map": float(found[0]),
+        "interval": [float(x) for x in np.quantile(found[1:], [0.025, 0.975])],
+        # In random order, the average precision is about the share of examples that have the class.
+        "chance": float(np.mean([hot.mean() for _, hot in columns])),
+    }
+
+
+def _average_precision(score_N: np.ndarray, hot_N: np.ndarray, weight_NR: np.ndarray) -> np.ndarray:
+    """(R,) the average precision of one class, once per column of weights."""
+    order = np.argsort(-score_N, kind="stable")
+    cost_N, hot_N, weight_NR = -score_N[order], hot_N[order], weight_NR[order]
+    cost_P, own_PR = cost_N[hot_N], weight_NR[hot_N]
+    # Examples that tie are ranked together, at the last of their places.
+    right_PR = own_PR.cumsum(0)[np.searchsorted(cost_P, cost_P, side="right") - 1]
+    seen_PR = weight_NR.cumsum(0)[np.searchsorted(cost_N, cost_P, side="right") - 1]
+    return (own_PR * right_PR / seen_PR).sum(0) / own_PR.sum(0)
