@@ -229,6 +229,7 @@ def test_a_run_means_its_newest_checkpoint(tiny_model_folder, tiny_recipe, tiny_
         shutil.copytree(tiny_model_folder, folder)
         (folder / "state.json").write_text("{}", encoding="utf-8")
         if network is not None:
+            shutil.rmtree(folder / "model")
             save_model(folder, network, recipe, modalities, {})
     loaded = openimp.load(tmp_path / "run", device="cpu")
     assert torch.equal(loaded.imp.stems["text"].after.bias, newest.stems["text"].after.bias)
