@@ -325,7 +325,7 @@ def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path
         ("}", "class 0 of column 'class' has no text; name it in classes as '0'"),
         (
             ", classes: {0: red, 1: green}}",
-            "column 'class' of source numbers: unknown class 2; known: 0, 1",
+            "column 'class' of source numbers: numbers.jsonl[2]: '2' is not among the classes; known: 0, 1",
         ),
         (
             ", classes: {0: a, 1: b, 2: c}, prompts: [picture]}",
@@ -461,7 +461,7 @@ def test_embed_writes_vectors_and_paths(openimp, refused, little_run, little_dat
     assert table.num_rows == 25
     assert table.schema.field("embedding").type == pa.list_(pa.float32(), 32)
     assert str(little_data / "0.wav") in table["path"].to_pylist()
-    assert "25 vectors (24 image, 1 audio)" in printed
+    assert "25 embeddings (24 image, 1 audio)" in printed
     assert "missing.png: no such file or folder" in refused("embed", little_run, tmp_path / "missing.png")
 
 
