@@ -76,9 +76,9 @@ class Log:
         bar.step(step)
         if step % train.log_every == 0 or step == train.steps:
             rate = self.recipe.optimizer.lr * schedule(self.recipe, visit.step)
-            line = self.metrics.write(step, rate, grad_norm, self.pace.line())
+            line = self.metrics.write(step, rate, grad_norm, self.pace.record())
             means = {name: line["tasks"][name]["loss"] for name in self.recipe.tasks if name in line["tasks"]}
-            bar.report(step, means, *shown(line))
+            bar.report(step, means, shown(line))
             if warning := self.pace.warning(line, self.recipe, self.modalities):
                 console.print(warning, soft_wrap=True)
         # Last, because this may end the run: its checkpoint then contains the whole step.

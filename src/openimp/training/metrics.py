@@ -84,8 +84,6 @@ class Metrics:
         append(self.file, line)
         for key in ("lr", "grad_norm", "examples_per_s", "tokens_per_s", "data_wait", "step_p50", "step_p95"):
             self.board.add_scalar(key, line[key], step)
-        for key in ("rank", "slower") if "slowest" in line else ():
-            self.board.add_scalar(f"slowest/{key}", line["slowest"][key], step)
         for task, share in line["waits"].items():
             self.board.add_scalar(f"data_wait/{task}", share, step)
         for task, means in tasks.items():

@@ -130,7 +130,7 @@ class Trainer:
         self.step = state.get("step", 0)
         self.cursors = self.data.load_cursors(state.get("cursors", {}), changed)
         directory.begin(texts["config.json"])
-        self.log = Log(recipe, run, self.modalities, self.costs, Pace(self.model, self.device), state)
+        self.log = Log(recipe, run, self.modalities, self.costs, Pace(), state)
         self.validation = Validation(
             recipe, run, self.modalities, self.data.classes, self.model, self._new_model, self.device
         )
