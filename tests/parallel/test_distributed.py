@@ -9,11 +9,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import COMMON, torchrun
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,8 +20,8 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import optimizer_state
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import make_loader
-from openimp.parallel import distributed, exchange, layout, shared_memory
-from openimp.parallel.exchange import OneCopy, WholeCopies
+from openimp.parallel import distributed, exchange, layout
+from openimp.parallel.exchange import WholeCopies
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import Trainer
 
@@ -93,14 +91,6 @@ def whole_gradients(training: Trainer) -> dict[str, Tensor]:
         for name, parameter in training.model.named_parameters()
         if parameter.grad is not None
     }
-    if isinstance(training.updater.exchange, OneCopy):
-        assert found.keys() <= {
-            name for name, p in training.model.named_parameters() if p in set(training.updater.exchange.own)
-        }
-        shares: list[Any] = [None] * distributed.world()
-        dist.all_gather_object(shares, found)
-        assert sum(map(len, shares)) == len({name for share in shares for name in share})
-        found = {name: grad for share in shares for name, grad in share.items()}
     return found
 
 
@@ -136,9 +126,8 @@ def alone(little_data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("backend", ["gloo", shared_memory.NAME])
-def test_processes_have_the_gradients_of_one(little_data, alone, tmp_path, processes, backend):
-    command = torchrun(processes, __file__, little_data, tmp_path, backend)
+def test_processes_have_the_gradients_of_one(little_data, alone, tmp_path, processes):
+    command = torchrun(processes, __file__, little_data, tmp_path)
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     for name in CASES:
         expected, found = (load_file(folder / f"{name}.safetensors") for folder in (alone, tmp_path))
@@ -297,11 +286,6 @@ def test_an_evaluation_that_fails_in_the_first_process_ends_all_and_loses_no_ste
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    # So that a small model's gradients leave in several pieces too, and not at the end.
-    exchange.TOGETHER = shared_memory.PIECE = 2**12
-    folder, out, backend = sys.argv[1:]
-    if backend == "gloo":
-        del os.environ["LOCAL_WORLD_SIZE"]  # As if torchrun had started others elsewhere.
-    write_gradients(Path(folder), Path(out))
-    assert dist.get_backend() == backend
+    exchange.TOGETHER = 2**12  # So that a small model's gradients leave in several pieces too, and not at the end.
+    write_gradients(Path(sys.argv[1]), Path(sys.argv[2]))
     distributed.leave()

@@ -1,9 +1,8 @@
 """Many processes, as torchrun starts them: one group, and what all of them must know.
 
-In a single process each function here gives back what it got. Nothing else but `parallel`, `exchange`, `shared_memory`
-and `dcp` imports torch.distributed. Every process takes the same steps, each with its part of a step's batch, so all of
-them call these functions in the same order. What does not keep to that order, such as a save in the background, has a
-group of its own.
+In a single process each function here gives back what it got. Nothing else but `parallel`, `exchange` and `dcp` imports
+torch.distributed. Every process takes the same steps, each with its part of a step's batch, so all of them call these
+functions in the same order. What does not keep to that order, such as a save in the background, has a group of its own.
 """
 
 import json
@@ -24,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from openimp.common.errors import UserError
-from openimp.parallel import shared_memory
 
 T = TypeVar("T")
 Group = dist.ProcessGroup
@@ -61,7 +59,7 @@ def start() -> torch.device:
             raise UserError(f"RANK is set, as for one of several processes, but {error}; use torchrun") from None
         # Otherwise processes would find the addresses of an earlier start, or an earlier training, in torchrun's store.
         _store = dist.PrefixStore(_name_of_start(store, number, processes), store)
-        backend = "cpu:gloo,cuda:nccl" if cuda else shared_memory.backend()
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
             backend, store=_store, rank=number, world_size=processes, timeout=PATIENCE,
             device_id=device if cuda else None,
@@ -232,8 +230,7 @@ def own_group(timeout: timedelta = PATIENCE) -> Group | None:
     """All processes again, for what happens beside the steps; None in a single process."""
     if world() == 1:
         return None
-    shared = isinstance(dist.group.WORLD, shared_memory.SharedMemory)
-    return dist.new_group(backend=shared_memory.NAME if shared else "gloo", timeout=timeout)
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def told_to_all(items: list[Any], group: Group | None = None) -> list[Any]:

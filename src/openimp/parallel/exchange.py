@@ -1,6 +1,6 @@
 """What processes exchange in a step that train one model together: gradients, and then what each has updated.
 
-There are three ways, by how they hold the model; `make_exchange` picks one.
+There are two ways, by how they hold the model; `make_exchange` picks one.
 """
 
 from collections.abc import Callable, Iterable, Sequence, Set
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from openimp.parallel.distributed import Group, mean, rank, world
 from openimp.parallel.layout import on_one_mesh, own_part, whole
-from openimp.parallel.shared_memory import SharedMemory
 
 TOGETHER = 2**22
 """Bytes of gradients from which on copies send them: a few pieces of the demo's 14 MB."""
@@ -152,47 +151,6 @@ class Copies:
                 torch._foreach_div_(gradients, self.group.size())
 
 
-class OneCopy(Exchange):
-    """Of processes that see the same memory: the parameters lie there once, and each process updates its share of them,
-    with moments of that share alone, as in ZeRO's first stage (arXiv 1910.02054). A gradient goes to the process that
-    updates what it is of, and no weights are sent.
-
-    A process reads parameters until its gradients are complete, and all exchange those before any of them updates; it
-    reads them again when all have updated.
-    """
-
-    def __init__(
-        self, model: nn.Module, group: SharedMemory, matrices: Iterable[Tensor], steps: Sequence[Set[Tensor]]
-    ) -> None:
-        super().__init__(model)
-        hidden = dict.fromkeys(matrices)
-        rest = [parameter for parameter in self.parameters if parameter not in hidden]
-        by_muon = deal(hidden, steps, group.size(), orthogonalising)
-        by_adam = deal(rest, steps, group.size(), Tensor.numel)
-        self.group, self.shares = group, [a + b for a, b in zip(by_muon, by_adam)]
-        self.own, self.updated_once = self.shares[group.rank()], {*self.parameters}
-        self.others = self.updated_once - {*self.own}
-        group.lay_together(self.shares)
-
-    def gradients(self) -> None:
-        self.group.average_in_shares([[p.grad for p in share if p.grad is not None] for share in self.shares])
-        for parameter in self.others:
-            parameter.grad = None
-
-    def fill_with_zeros(self) -> None:
-        super().fill_with_zeros()
-        for parameter in self.others:
-            parameter.grad = None
-
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        square = torch.nn.utils.get_total_norm(gradients).square()
-        dist.all_reduce(square, group=self.group)
-        return square.sqrt()
-
-    def updates(self) -> None:
-        dist.barrier(self.group)
-
-
 def make_exchange(
     model: nn.Module,
     copies: Sequence[tuple[Group, Sequence[nn.Parameter]]],
@@ -203,9 +161,6 @@ def make_exchange(
     others see `WholeCopies`."""
     if not copies:
         return Exchange(model)
-    (group, _), *apart = copies
-    if isinstance(group, SharedMemory) and not apart:
-        return OneCopy(model, group, matrices, steps)
     return WholeCopies(model, copies, matrices, steps)
 
 
