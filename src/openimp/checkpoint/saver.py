@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import BEST, MANIFEST, checkpoints, file_facts, folder_of
 from openimp.common.errors import UserError
 from openimp.common.safe_files import sync
-from openimp.parallel import distributed, layout
+from openimp.parallel import distributed
 
 
 class CheckpointError(UserError):
@@ -41,31 +41,19 @@ class Saver:
         step: int,
         texts: Mapping[str, str],
         tensors: Mapping[str, Mapping[str, Tensor]],
-        only_here: Collection[str] = (),
     ) -> None:
         """Waits for the checkpoint before, copies the tensors to CPU memory, and lets the thread write them.
 
         Args:
             step: the number of steps that were made.
             texts: files that rank 0 writes, by name.
-            tensors: by folder and name.
-            only_here: names of unsharded tensors that no other rank has. Others are the same on all ranks.
+            tensors: by folder and name. A tensor that several ranks have is written by one of them.
 
         Raises:
             CheckpointError: the checkpoint before could not be written.
         """
         self.wait()
-        copies = {
-            # Rank 0 writes what all ranks have, so the others need no copy of it.
-            folder: dcp.stage(
-                {
-                    name: tensor
-                    for name, tensor in some.items()
-                    if distributed.rank() == 0 or name in only_here or layout.is_part(tensor)
-                }
-            )
-            for folder, some in tensors.items()
-        }
+        copies = {folder: dcp.stage(some) for folder, some in tensors.items()}
         self._saving = self._thread.submit(self._save, folder_of(self.run, step), texts, copies)
 
     def failed(self) -> bool:

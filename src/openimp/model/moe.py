@@ -18,7 +18,7 @@ from openimp.common.device import full_precision
 from openimp.model.init import lecun_normal_
 from openimp.model.kernels import gelu
 from openimp.parallel.distributed import mean
-from openimp.parallel.layout import from_owners, owned, to_owners
+from openimp.parallel.layout import from_owners, local_experts, to_owners
 from openimp.recipe.model import BATCH_ROUTINGS, MoE
 
 
@@ -177,7 +177,7 @@ class Experts(nn.Module):
 
     def forward(self, x_ESD: Tensor) -> Tensor:
         """Applies expert e to its S slots, on the rank that owns it: (E, S, D) to (E, S, D)."""
-        (up_EDF, down_EFD), group = owned((self.up_EDF, self.down_EFD))
+        (up_EDF, down_EFD), group = local_experts((self.up_EDF, self.down_EFD))
         hidden_ESF = gelu(torch.bmm(to_owners(x_ESD, group), up_EDF))
         return from_owners(torch.bmm(hidden_ESF, down_EFD), group)
 

@@ -23,7 +23,8 @@ from openimp.evaluation.evaluate import check_sets
 from openimp.model.embedder import Embedder, Encode, in_chunks
 from openimp.model.imp import IMP
 from openimp.objectives import Losses, task_losses
-from openimp.parallel import distributed, layout
+from openimp.parallel import distributed
+from openimp.parallel.layout import Layout, apply_parallelism
 from openimp.planning.ledger import costs
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
@@ -114,17 +115,19 @@ class Trainer:
         keep_freed_memory()
         if distributed.world() > 1 and type(self) is not Trainer:
             raise UserError(f"{type(self).__name__}: a study trains in one process; start it without torchrun")
+        parallel, expert_dims = recipe.parallel, (recipe.model.width, recipe.model.mlp_dim)
+        self.layout = Layout.of(distributed.world(), parallel.shard_degree, parallel.expert_degree, expert_dims)
         directory = RunDirectory(run, recipe)
         checkpoint = directory.checkpoint(resume, type(self).__name__)
         self.modalities = self.read(recipe)
         start = open_start(recipe, self.modalities) if checkpoint is None else None
         changed = self._open_data(checkpoint, start, allow_changed_data)
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses)
-        replicas, texts = self._make_model(start)
+        texts = self._make_model(start)
         compiled = len(signatures(recipe, self.modalities)) if recipe.train.compile and distributed.world() == 1 else 0
         encode = CompiledEncode(self.model, compiled) if compiled else self.model.encode
         self.encode = in_chunks(encode, recipe.memory.chunk_size)
-        self.updater = Updater(recipe, self.model, replicas, self.costs)
+        self.updater = Updater(recipe, self.model, self.costs)
         self.checkpointing = Checkpointing(run, recipe.train.keep_last, self.model, self.updater, texts, self.state)
         state = self.checkpointing.load(checkpoint) if checkpoint else {}
         self.step = state.get("step", 0)
@@ -265,13 +268,8 @@ class Trainer:
             raise UserError(f"{checkpoint}: was trained on other classes than the data has now")
         return changed
 
-    def _make_model(self, start: WarmStart | None) -> tuple[list[Any], dict[str, str]]:
-        """Creates the model and lays it out over the ranks.
-
-        Returns:
-            The replicas, as `layout.spread` returns them, and the text files of a checkpoint.
-        """
-        parallel = self.recipe.parallel
+    def _make_model(self, start: WarmStart | None) -> dict[str, str]:
+        """Creates the model, distributes it over the ranks, and returns the text files of a checkpoint."""
         torch.manual_seed(self.recipe.seed)
         self.model = self._new_model().train()
         if start is not None:
@@ -280,11 +278,11 @@ class Trainer:
         texts = config_files(
             self.model, self.recipe, self.modalities, self.data.classes
         )  # FSDP2 changes the model's class.
-        replicas = layout.spread(
+        apply_parallelism(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "project", "classify"),
-            parallel.shard_degree, parallel.expert_degree, self.device,
+            self.layout, self.device,
         )  # fmt: skip
-        return replicas, texts
+        return texts
 
     def _new_model(self) -> Embedder:
         sizes = {name: len(values) for name, values in self.data.classes.items()}

@@ -99,7 +99,7 @@ class Validation:
         """The model with all its shards, or with the weights of `ema`, on rank 0; None on the other ranks."""
         if ema is None and distributed.world() == 1:
             return self.model
-        weights = layout.gathered(self.model.state_dict() if ema is None else ema)
+        weights = layout.gather_on_rank_zero(self.model.state_dict() if ema is None else ema)
         if distributed.rank():
             return None
         with torch.random.fork_rng(devices=[]):
