@@ -64,7 +64,7 @@ def gradients(training: Trainer) -> dict[str, Tensor]:
         if f"{task} loss" not in found:
             losses = training.forward(loaded)
             losses.total.backward()
-            found[f"{task} loss"] = distributed.mean(losses.total.detach())
+            found[f"{task} loss"] = distributed.all_reduce_mean(losses.total.detach())
             found |= {f"{task} {name}": grad for name, grad in whole_gradients(training).items()}
             training.model.zero_grad()
     if training.recipe.optimizer.muon_lr:
@@ -72,7 +72,7 @@ def gradients(training: Trainer) -> dict[str, Tensor]:
         hidden = [full_tensor(matrix.detach()) for matrix in training.model.hidden_matrices()]
         updates = distributed.total(sum(len(group["params"]) for group in training.updater.optimizers[1].param_groups))
         copies = training.recipe.parallel.shard_degree == 1
-        assert updates == len(hidden) * (1 if copies else distributed.world())
+        assert updates == len(hidden) * (1 if copies else distributed.world_size())
         sums = distributed.told_to_all([float(sum(matrix.double().sum() for matrix in hidden))])
         assert len({*sums}) == 1
         found |= {f"named {i} updated": full_tensor(w.detach()) for i, w in enumerate(training.model.hidden_matrices())}
@@ -283,4 +283,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     owners.BUCKET_BYTES = 2**12  # A small model's matrices then need several buckets too.
     write_gradients(Path(sys.argv[1]), Path(sys.argv[2]))
-    distributed.leave()
+    distributed.shut_down()

@@ -278,9 +278,9 @@ def measure_received(recipe: Path, out: Path) -> None:
         device, modalities = distributed.start(), options.make_modalities()
         model = IMP.from_recipe(options, modalities, {"pictures:label": 4}).train()
         sizes = options.parallel.shard_degree, options.parallel.expert_degree
-        layout = Layout.of(distributed.world(), *sizes, (options.model.width, options.model.mlp_dim))
+        layout = Layout.of(distributed.world_size(), *sizes, (options.model.width, options.model.mlp_dim))
         apply_parallelism(model, model.blocks(), model.experts(), ("encode", "project", "classify"), layout, device)
-        batch = empty_batch(options.tasks["named"], 0, modalities, CLASSES, device, distributed.world())
+        batch = empty_batch(options.tasks["named"], 0, modalities, CLASSES, device, distributed.world_size())
         encode = in_chunks(model.encode, options.memory.chunk_size)
         named = dict(model.named_parameters())
         steps = [{named[name] for name in cost.touched} for cost in costs(options, modalities, CLASSES).values()]
@@ -394,4 +394,4 @@ def test_a_run_of_days_is_told_in_days():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     measure_received(Path(sys.argv[1]), Path(sys.argv[2]))
-    distributed.leave()
+    distributed.shut_down()

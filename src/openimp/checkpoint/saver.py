@@ -31,7 +31,9 @@ class Saver:
 
     def __init__(self, run: Path, keep: int) -> None:
         self.run, self.keep = run, keep
-        self.group = distributed.own_group(distributed.WAIT)  # Disks may be slow. A dead rank is noticed at once.
+        self.group = distributed.new_group(
+            distributed.LONG_TIMEOUT
+        )  # For slow disks. A dead rank is noticed at once.
         # At exit Python waits for the thread, so an error elsewhere costs no checkpoint.
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving: Future[None] | None = None
@@ -81,16 +83,16 @@ class Saver:
             return {file.relative_to(draft).as_posix(): file_facts(file) for file in files}
 
         try:
-            distributed.agreed(lambda: _begin(draft, texts) if first else None, self.group)
-            facts = distributed.agreed(write, self.group)
+            distributed.run_on_all_ranks(lambda: _begin(draft, texts) if first else None, self.group)
+            facts = distributed.run_on_all_ranks(write, self.group)
             manifest = {name: fact for some in facts for name, fact in some.items()}
-            distributed.agreed(lambda: _publish(draft, folder, manifest) if first else None, self.group)
+            distributed.run_on_all_ranks(lambda: _publish(draft, folder, manifest) if first else None, self.group)
         except (UserError, OSError) as error:
             if first:  # No rank writes to the draft anymore.
                 shutil.rmtree(draft, ignore_errors=True)
             raise CheckpointError(f"{folder}: could not be saved: {error}; older checkpoints are untouched") from None
         try:
-            distributed.agreed(lambda: _remove_older(folder, self.keep) if first else None, self.group)
+            distributed.run_on_all_ranks(lambda: _remove_older(folder, self.keep) if first else None, self.group)
         except (UserError, OSError) as error:
             raise CheckpointError(f"{folder}: is saved, but an older one could not be removed: {error}") from None
 

@@ -26,9 +26,9 @@ from openimp.common.errors import UserError
 
 T = TypeVar("T")
 Group = dist.ProcessGroup
-PATIENCE = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another one that still lives; of one that died the connection breaks at once."""
-WAIT = timedelta(days=1)
+LONG_TIMEOUT = timedelta(days=1)
 """How long it waits where the first process works alone."""
 LOOKS = 50
 """How often, ten times a second, it looks which process died."""
@@ -61,7 +61,7 @@ def start() -> torch.device:
         _store = dist.PrefixStore(_name_of_start(store, number, processes), store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
-            backend, store=_store, rank=number, world_size=processes, timeout=PATIENCE,
+            backend, store=_store, rank=number, world_size=processes, timeout=TIMEOUT,
             device_id=device if cuda else None,
         )  # fmt: skip
         _members = told_to_all([(socket.gethostname(), os.getpid())])
@@ -73,10 +73,10 @@ def _name_of_start(store: dist.Store, number: int, processes: int) -> str:
     by itself. What a store holds of an earlier start can be told by the greetings, which are new each time.
 
     Raises:
-        UserError: some have not come within `PATIENCE`.
+        UserError: some have not come within `TIMEOUT`.
     """
     own, others = uuid4().hex, range(1, processes)
-    end = time.monotonic() + PATIENCE.total_seconds()
+    end = time.monotonic() + TIMEOUT.total_seconds()
     if number:
         store.set(f"greeting {number}", own)
     while time.monotonic() < end:
@@ -92,10 +92,10 @@ def _name_of_start(store: dist.Store, number: int, processes: int) -> str:
                 store.set(f"{start['name']} {number}", "")
                 return cast(str, start["name"])
         time.sleep(0.05)
-    raise UserError(f"process {number}: the other processes have not come within {PATIENCE}")
+    raise UserError(f"process {number}: the other processes have not come within {TIMEOUT}")
 
 
-def leave() -> None:
+def shut_down() -> None:
     """Parts from the others, when all is done."""
     global _patient, _members
     if dist.is_initialized():
@@ -105,11 +105,11 @@ def leave() -> None:
 
 
 @contextmanager
-def deaths_told() -> Iterator[None]:
+def report_dead_ranks() -> Iterator[None]:
     """Names the process that died, where what needs all of them fails.
 
     Raises:
-        UserError: one died, or has not answered for `PATIENCE`.
+        UserError: one died, or has not answered for `TIMEOUT`.
     """
     try:
         yield
@@ -158,7 +158,7 @@ def _runs(pid: int) -> bool:
     return state not in "ZX"  # It ended, and its parent has not asked how.
 
 
-def job() -> str:
+def job_id() -> str:
     """What torchrun calls all its starts of these processes; nothing without it."""
     return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
@@ -173,19 +173,19 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes work together."""
     return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
-def everywhere(*tensors: Tensor) -> tuple[Tensor, ...]:
+def all_gather(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The rows of all processes, first process first, of tensors that are alike but for their number of rows; the
     gradients go back to whose rows they are. All of them in one exchange, for each makes the processes wait."""
-    if world() == 1 or tensors[0].is_meta:
+    if world_size() == 1 or tensors[0].is_meta:
         return tensors
     rows = [len(tensor) for tensor in tensors]
     found: Tensor = _Everywhere.apply(torch.cat(tensors))
-    return tuple(part.flatten(0, 1) for part in found.unflatten(0, (world(), -1)).split(rows, dim=1))
+    return tuple(part.flatten(0, 1) for part in found.unflatten(0, (world_size(), -1)).split(rows, dim=1))
 
 
 class _Everywhere(torch.autograd.Function):
@@ -195,7 +195,7 @@ class _Everywhere(torch.autograd.Function):
 
     @staticmethod
     def backward(_: Any, grad: Tensor) -> Tensor:
-        own = torch.empty_like(grad.chunk(world())[0])
+        own = torch.empty_like(grad.chunk(world_size())[0])
         # Its name from torch 2.13 on.
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         reduce_scatter(own, grad.contiguous())
@@ -208,34 +208,34 @@ def _rows_of_all(x: Tensor, group: Group | None) -> Tensor:
     return torch.cat(found)
 
 
-def mean(x: Tensor) -> Tensor:
+def all_reduce_mean(x: Tensor) -> Tensor:
     """The mean over the processes, without a gradient."""
-    if world() == 1 or x.is_meta:
+    if world_size() == 1 or x.is_meta:
         return x
     total = x.detach().clone()
     dist.all_reduce(total)
-    return total / world()
+    return total / world_size()
 
 
 def total(number: int) -> int:
     """The sum over the processes."""
-    if world() == 1:
+    if world_size() == 1:
         return number
     count = torch.tensor(int(number))  # Of a bool the sum would be one byte.
     dist.all_reduce(count)
     return int(count)
 
 
-def own_group(timeout: timedelta = PATIENCE) -> Group | None:
+def new_group(timeout: timedelta = TIMEOUT) -> Group | None:
     """All processes again, for what happens beside the steps; None in a single process."""
-    if world() == 1:
+    if world_size() == 1:
         return None
     return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def told_to_all(items: list[Any], group: Group | None = None) -> list[Any]:
     """The items of all processes, first process first; what JSON can say."""
-    if group is None and world() == 1:
+    if group is None and world_size() == 1:
         return items
     text = json.dumps(items).encode()
     sizes = _rows_of_all(torch.tensor([len(text)]), group).tolist()
@@ -246,13 +246,13 @@ def told_to_all(items: list[Any], group: Group | None = None) -> list[Any]:
     return [item for part in parts for item in json.loads(part.numpy().tobytes())]
 
 
-def agreed(work: Callable[[], T], group: Group | None = None) -> list[T]:
+def run_on_all_ranks(work: Callable[[], T], group: Group | None = None) -> list[T]:
     """What `work` gives in each process, told to all; what JSON can say.
 
     Raises:
         UserError: in all processes, what the first of those that failed has raised.
     """
-    if group is None and world() == 1:
+    if group is None and world_size() == 1:
         return [work()]
     found: list[T] = []
     wrong: list[Exception] = []
@@ -269,7 +269,7 @@ def agreed(work: Callable[[], T], group: Group | None = None) -> list[T]:
     return told_to_all(found, group)
 
 
-def alone(work: Callable[[], T]) -> T:
+def run_on_rank_zero(work: Callable[[], T]) -> T:
     """What `work` gives in the first process, which does it as if there were no other, told to all, who wait up to a
     day; what JSON can say.
 
@@ -277,9 +277,9 @@ def alone(work: Callable[[], T]) -> T:
         UserError: in all processes, whatever the first one raised.
     """
     global _patient
-    if world() == 1:
+    if world_size() == 1:
         return work()
-    _patient = _patient or own_group(WAIT)
+    _patient = _patient or new_group(LONG_TIMEOUT)
 
     def first() -> T | None:
         global _alone
@@ -291,10 +291,10 @@ def alone(work: Callable[[], T]) -> T:
         finally:
             _alone = False
 
-    return cast(T, agreed(first, _patient)[0])
+    return cast(T, run_on_all_ranks(first, _patient)[0])
 
 
-def wait() -> None:
+def barrier() -> None:
     """Goes on when all processes have come here."""
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()

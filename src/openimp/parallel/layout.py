@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from openimp.common.errors import UserError
-from openimp.parallel.distributed import mean, rank, world
+from openimp.parallel.distributed import all_reduce_mean, rank, world_size
 
 
 class Layout(NamedTuple):
@@ -142,7 +142,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 def gather_on_rank_zero(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Full tensors in the CPU memory of rank 0, gathered one after the other; other ranks get none of them."""
-    if world() == 1:
+    if world_size() == 1:
         return dict(tensors)
     gathered = {}
     for name, tensor in tensors.items():
@@ -168,7 +168,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [full_tensor(torch.nn.utils.get_total_norm(group)) for group in by_mesh(gradients)]
     # Ranks may have summed several norms in another order. To stay equal, replicas must be scaled equally.
-    norm = norms[0] if len(norms) == 1 else mean(torch.nn.utils.get_total_norm(norms))
+    norm = norms[0] if len(norms) == 1 else all_reduce_mean(torch.nn.utils.get_total_norm(norms))
     torch._foreach_mul_([local_shard(gradient) for gradient in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence, Set
 import torch.distributed as dist
 from torch import Tensor
 
-from openimp.parallel.distributed import rank, world
+from openimp.parallel.distributed import rank, world_size
 from openimp.parallel.layout import local_shard
 
 BUCKET_BYTES = 2**24
@@ -31,8 +31,8 @@ class MatrixOwners:
             matrices: those that Muon updates.
             steps: the parameters that each kind of step updates.
         """
-        replicated = [m for m in matrices if world() > 1 and local_shard(m).shape == m.shape]
-        self.owned = assign_owners(replicated, steps, world(), muon_work)
+        replicated = [m for m in matrices if world_size() > 1 and local_shard(m).shape == m.shape]
+        self.owned = assign_owners(replicated, steps, world_size(), muon_work)
 
     def updated_here(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """The parameters that this rank updates: all but the matrices of other ranks."""

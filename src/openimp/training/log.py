@@ -116,8 +116,8 @@ def print_plan(
     console.print(mixture_table(recipe, costs))
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
     how: str = precision_of(device, recipe.train.precision)
-    if distributed.world() > 1:
-        how += f", {distributed.world()} ranks"
+    if distributed.world_size() > 1:
+        how += f", {distributed.world_size()} ranks"
     if compiled:
         how += f", compiled for {compiled} signatures"
     elif recipe.train.compile:

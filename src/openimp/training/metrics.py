@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openimp.common.json_lines import append, forget_after
 from openimp.objectives import Losses
-from openimp.parallel.distributed import mean, rank, total
+from openimp.parallel.distributed import all_reduce_mean, rank, total
 from openimp.planning.ledger import Cost
 
 DIGESTS = 2**48
@@ -60,9 +60,12 @@ class Metrics:
                 self.passes[modality] += 1
 
     def write(self, step: int, lr: float, grad_norm: float, pace: dict[str, Any]) -> dict[str, Any]:
-        """Writes and returns the line for the steps up to `step`; `pace` is `Pace.line()`."""
+        """Writes and returns the line for the steps up to `step`; `pace` is `Pace.record()`."""
         tasks = {
-            task: {"steps": self.steps[task], **{name: float(mean(x)) / self.steps[task] for name, x in sums.items()}}
+            task: {
+                "steps": self.steps[task],
+                **{name: float(all_reduce_mean(x)) / self.steps[task] for name, x in sums.items()},
+            }
             for task, sums in self.sums.items()
         }
         experts = {name: [self._layer(name, layer) for layer in layers] for name, layers in self.routing.items()}
@@ -97,7 +100,7 @@ class Metrics:
         return line
 
     def _layer(self, modality: str, layer: Tensor) -> dict[str, Any]:
-        *shares, dropped = (mean(layer) / self.passes[modality]).tolist()
+        *shares, dropped = (all_reduce_mean(layer) / self.passes[modality]).tolist()
         half = len(shares) // 2
         return {"load": shares[:half], "gate": shares[half:], "dropped": dropped}
 

@@ -12,7 +12,7 @@ import torch
 
 from openimp.common.modality import Modality
 from openimp.data.step_batches import LoadedBatch
-from openimp.parallel.distributed import everywhere
+from openimp.parallel.distributed import all_gather
 from openimp.planning.ledger import short
 from openimp.recipe.schema import Recipe
 
@@ -50,7 +50,7 @@ class Pace:
         A step starts when the last rank has its batch, so the longest wait of all ranks counts.
         """
         seconds = time.perf_counter() - self.since
-        (times_R2S,) = everywhere(torch.tensor([self.steps + self.waits], dtype=torch.float64))
+        (times_R2S,) = all_gather(torch.tensor([self.steps + self.waits], dtype=torch.float64))
         steps_RS, waits_RS = times_R2S.chunk(2, dim=1)
         waits_S = waits_RS.amax(0)
         waits = dict.fromkeys(self.tasks, 0.0)

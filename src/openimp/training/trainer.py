@@ -38,7 +38,7 @@ from openimp.training.updater import Updater
 from openimp.training.validation import Validation
 
 
-@distributed.deaths_told()
+@distributed.report_dead_ranks()
 def train(
     recipe: Recipe,
     run: Path,
@@ -70,7 +70,7 @@ def train(
             console.print(f"{run}: all {recipe.train.steps:,} steps are done and evaluated already", soft_wrap=True)
         else:
             complete = trainer(recipe, run, resume, allow_changed_data).train()
-    distributed.leave()
+    distributed.shut_down()
     return complete
 
 
@@ -113,10 +113,10 @@ class Trainer:
         self.recipe, self.run, self.savable, self.device = recipe, run, True, distributed.start()
         console.quiet = distributed.rank() > 0
         keep_freed_memory()
-        if distributed.world() > 1 and type(self) is not Trainer:
+        if distributed.world_size() > 1 and type(self) is not Trainer:
             raise UserError(f"{type(self).__name__}: a study trains in one process; start it without torchrun")
         parallel, expert_dims = recipe.parallel, (recipe.model.width, recipe.model.mlp_dim)
-        self.layout = Layout.of(distributed.world(), parallel.shard_degree, parallel.expert_degree, expert_dims)
+        self.layout = Layout.of(distributed.world_size(), parallel.shard_degree, parallel.expert_degree, expert_dims)
         directory = RunDirectory(run, recipe)
         checkpoint = directory.checkpoint(resume, type(self).__name__)
         self.modalities = self.read(recipe)
@@ -124,7 +124,9 @@ class Trainer:
         changed = self._open_data(checkpoint, start, allow_changed_data)
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses)
         texts = self._make_model(start)
-        compiled = len(signatures(recipe, self.modalities)) if recipe.train.compile and distributed.world() == 1 else 0
+        compiled = (
+            len(signatures(recipe, self.modalities)) if recipe.train.compile and distributed.world_size() == 1 else 0
+        )
         encode = CompiledEncode(self.model, compiled) if compiled else self.model.encode
         self.encode = in_chunks(encode, recipe.memory.chunk_size)
         self.updater = Updater(recipe, self.model, self.costs)
@@ -207,7 +209,7 @@ class Trainer:
         """
         visit = loaded.visit
         if not self.updater.step(visit.step):
-            loss = float(distributed.mean(losses.total.detach()))
+            loss = float(distributed.all_reduce_mean(losses.total.detach()))
             rows = ", ".join(self._suspects(loaded, losses))
             raise UserError(
                 f"step {visit.step}, task {visit.task}: the loss ({loss:g}) or its gradient is not finite; nothing was "
@@ -255,7 +257,7 @@ class Trainer:
 
     def _open_data(self, checkpoint: Path | None, start: WarmStart | None, allow_changed_data: bool) -> list[str]:
         """Opens the sources, lets the modalities learn their vocabulary, and returns sources that have changed."""
-        self.data = StepBatches(self.recipe, self.modalities, track, distributed.rank(), distributed.world())
+        self.data = StepBatches(self.recipe, self.modalities, track, distributed.rank(), distributed.world_size())
         self.sources = self.data.fingerprints()
         if checkpoint is None:
             self.data.fit(start.stems if start else ())
