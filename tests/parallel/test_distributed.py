@@ -70,10 +70,11 @@ def gradients(training: Trainer) -> dict[str, Tensor]:
     if training.recipe.optimizer.muon_lr:
         training.update(training.data[0])
         hidden = [full_tensor(matrix.detach()) for matrix in training.model.hidden_matrices()]
-        updates = distributed.total(sum(len(group["params"]) for group in training.updater.optimizers[1].param_groups))
+        muon = training.updater.optimizers[1]
+        updates = sum(distributed.all_gather_object(sum(len(group["params"]) for group in muon.param_groups)))
         copies = training.recipe.parallel.shard_degree == 1
         assert updates == len(hidden) * (1 if copies else distributed.world_size())
-        sums = distributed.told_to_all([float(sum(matrix.double().sum() for matrix in hidden))])
+        sums = distributed.all_gather_object(float(sum(matrix.double().sum() for matrix in hidden)))
         assert len({*sums}) == 1
         found |= {f"named {i} updated": full_tensor(w.detach()) for i, w in enumerate(training.model.hidden_matrices())}
     return found

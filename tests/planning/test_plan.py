@@ -245,7 +245,7 @@ LAYOUTS = {
 
 
 class Received(TorchDispatchMode):
-    """Counts collectives, and the bytes by which they come to this process, where a sum goes round in a ring."""
+    """Counts collectives, and the bytes that this rank receives by them if they are rings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,10 +255,10 @@ class Received(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name, given = func._opname, [*tree_leaves(args), *tree_leaves(kwargs)]
         if func.namespace in ("c10d", "_c10d_functional") and not name.startswith(("wait", "_wrap")):
-            sizes = [leaf.nbytes for leaf in given if isinstance(leaf, torch.Tensor)]
-            largest = sum(sizes) if name == "allreduce_coalesced_" else max(sizes)
+            largest = max(leaf.nbytes for leaf in given if isinstance(leaf, torch.Tensor))
             (group,) = (found for leaf in given if (found := _group(leaf)))
-            share = 2 if name.startswith("allreduce_") else group.size() if name == "allgather_" else 1
+            # Functional all-gathers get their input only. A ring all-reduce is a reduce-scatter and an all-gather.
+            share = group.size() if name.startswith("all_gather") else 2 if name == "allreduce_" else 1
             self.calls[name] += 1
             self.bytes[name] += share * largest * (group.size() - 1) // group.size()
         return func(*args, **(kwargs or {}))

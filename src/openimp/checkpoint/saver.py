@@ -31,9 +31,8 @@ class Saver:
 
     def __init__(self, run: Path, keep: int) -> None:
         self.run, self.keep = run, keep
-        self.group = distributed.new_group(
-            distributed.LONG_TIMEOUT
-        )  # For slow disks. A dead rank is noticed at once.
+        # The timeout is for slow disks. A dead rank is noticed at once.
+        self.group = distributed.new_group(distributed.LONG_TIMEOUT)
         # At exit Python waits for the thread, so an error elsewhere costs no checkpoint.
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving: Future[None] | None = None

@@ -4,11 +4,12 @@ Muon orthogonalizes every matrix that it updates, which is too much work to repe
 """
 
 from collections.abc import Callable, Iterable, Sequence, Set
+from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor
 
-from openimp.parallel.distributed import rank, world_size
+from openimp.parallel.distributed import Group, rank, world_size
 from openimp.parallel.layout import local_shard
 
 BUCKET_BYTES = 2**24
@@ -43,8 +44,7 @@ class MatrixOwners:
         """Sends every matrix that has a gradient from its owner, which has updated it, to all other ranks."""
         for owner, owned in enumerate(self.owned):
             if updated := [local_shard(matrix.detach()) for matrix in owned if matrix.grad is not None]:
-                assert dist.group.WORLD is not None
-                dist._broadcast_coalesced(dist.group.WORLD, updated, BUCKET_BYTES, owner)
+                dist._broadcast_coalesced(cast(Group, dist.group.WORLD), updated, BUCKET_BYTES, owner)
 
 
 def assign_owners(

@@ -1,6 +1,7 @@
 """What a training records and prints about its steps."""
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ class Log:
             if warning := self.pace.warning(line, self.recipe, self.modalities):
                 console.print(warning, soft_wrap=True)
         # Last, because this may end the run: its checkpoint then contains the whole step.
-        self.bad.add(visit.step, visit.task, visit.batch, distributed.told_to_all(loaded.bad))
+        bad = [*chain.from_iterable(distributed.all_gather_object(loaded.bad))]
+        self.bad.add(visit.step, visit.task, visit.batch, bad)
 
     def warn_of_duplicate_texts(self, loaded: LoadedBatch) -> None:
         """Suggests `same` if the first batch of a task has many texts that occur in several examples."""

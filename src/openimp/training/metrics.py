@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openimp.common.json_lines import append, forget_after
 from openimp.objectives import Losses
-from openimp.parallel.distributed import all_reduce_mean, rank, total
+from openimp.parallel.distributed import all_gather_object, all_reduce_mean, rank
 from openimp.planning.ledger import Cost
 
 DIGESTS = 2**48
@@ -76,7 +76,7 @@ class Metrics:
             "examples_per_s": self.examples / pace["seconds"],
             "tokens_per_s": self.tokens / pace["seconds"],
             **pace,
-            "samples": f"{total(self.digest % DIGESTS) % DIGESTS:012x}",
+            "samples": f"{sum(all_gather_object(self.digest)) % DIGESTS:012x}",
             "tasks": tasks,
             "experts": experts,
             "totals": {task: dict(units) for task, units in self.totals.items()},

@@ -100,6 +100,8 @@ class RunDirectory:
         found = common_checkpoints(self.path)
         if not found or step_of(found[-1]) < self.recipe.train.steps:
             return False
+        if not distributed.run_on_rank_zero(self._evaluated):
+            return False
         try:
             verify(found[-1])
         except UserError:

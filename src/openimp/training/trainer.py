@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -295,4 +296,4 @@ class Trainer:
         source = self.data.sources[loaded.visit.task]
         names = [source.row_name(row) for row in loaded.batch.rows[:8]]
         finite = math.isfinite(float(losses.total.detach()))
-        return distributed.told_to_all([] if finite else names) or names
+        return [*chain.from_iterable(distributed.all_gather_object([] if finite else names))] or names
