@@ -18,6 +18,7 @@ One that spoils a checkpoint in the making also costs the steps that were made m
 import argparse
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -130,40 +131,40 @@ def flipped_bit(bench: Bench) -> list[Outcome]:
 
 
 def rank_that_dies(bench: Bench) -> list[Outcome]:
-    """The other one must end by itself: nobody sends it a signal."""
+    """The other rank says how to resume, and torchrun names the rank that died as the root cause."""
     run = bench.folder / "rank"
-    survivor, victim = bench.start_two(run)
+    process = bench.torchrun(run)
     since = time.monotonic()
 
-    def kill(_: Process) -> None:
+    def kill(process: Process) -> None:
         nonlocal since
-        victim.kill()
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
         since = time.monotonic()
 
-    lines = watch(survivor, kill, saved=run)
+    lines = watch(process, kill, saved=run)
     seconds = time.monotonic() - since
-    victim.communicate()
-    noticed = told(survivor, lines, "process 1 of 0 to 1 died")
-    noticed = f"{noticed} (after {seconds:.1f} s)" if noticed and seconds < PATIENCE else ""
-    return [bench.gone_on("kill -9 of one of two processes that have one copy of the model", run, noticed, how="two")]
+    noticed = next((line for line in lines if "a rank died or does not answer" in line), "")
+    report = "\n".join(lines).partition("Root Cause")
+    ends = [re.findall(r"rank +: (\d).*\n +exitcode +: (-?\d+)", part) for part in (report[0], report[2])]
+    good = noticed and ends == [[("0", "2")], [("1", "-9")]] and seconds < PATIENCE
+    noticed = f"exit code 2: {noticed.removeprefix('openimp: ')} (after {seconds:.1f} s)" if good else ""
+    return [bench.gone_on("kill -9 of one of two ranks with a replica each", run, noticed, how="two")]
 
 
 def rank_that_is_started_again(bench: Bench) -> list[Outcome]:
     run = bench.folder / "restart"
-    return [_started_again(bench, "the same, under torchrun --max-restarts 1", bench.torchrun(run), run, "two")]
+    return [_started_again(bench, "the same, under torchrun --max-restarts 1", bench.torchrun(run, 1), run, "two")]
 
 
 def node_that_is_started_again(bench: Bench) -> list[Outcome]:
     run = bench.folder / "nodes"
     return [
-        _started_again(
-            bench, "the same, with shards of it and a torchrun for each", bench.two_nodes(run), run, "two nodes"
-        )
+        _started_again(bench, "the same, with sharding and a torchrun per rank", bench.two_nodes(run), run, "two nodes")
     ]
 
 
 def _started_again(bench: Bench, fault: str, process: Process, run: Path, how: How) -> Outcome:
-    """Kills the last of the processes, which on two nodes have a torchrun each below `process`."""
+    """Kills the last rank. On two nodes, `process` has a torchrun per rank below it."""
 
     def kill(process: Process) -> None:
         pid = process.pid
@@ -172,10 +173,10 @@ def _started_again(bench: Bench, fault: str, process: Process, run: Path, how: H
         os.kill(pid, signal.SIGKILL)
 
     lines = watch(process, kill, saved=run)
-    named = [line for line in lines if " of 0 to 1 died" in line]
+    named = [line for line in lines if "failed (exitcode: -9) local_rank" in line]
     steps = steps_of(finished(process, lines))
     again = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])
-    noticed = f"{named[0].removeprefix('openimp: ')}; started again" if named else ""
+    noticed = f"torchrun: {named[0].partition('] ')[2].partition(' of binary')[0]}; started again" if named else ""
     return bench.compared(fault, run, noticed, steps[again - 1] - steps[again] + 1, how)
 
 

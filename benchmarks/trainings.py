@@ -26,11 +26,12 @@ AT = 12
 """The step after which most faults happen: in the middle between two checkpoints."""
 CHANGES = [f"train.steps={STEPS}", f"train.save_every={EVERY}", "train.keep_last=3", "evaluation={}",
            f"tasks.named.views.1.batch_size={BATCH}", f"tasks.heard.batch_size={BATCH}"]  # fmt: skip
-ONE_COPY = ["parallel.shard_degree=1"]
-"""Of the model, for processes that see the same memory."""
+REPLICAS = ["parallel.shard_degree=1"]
+NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""For restarts; see `parallel.distributed.start`."""
 Process = subprocess.Popen[str]
 How = Literal["one", "two", "two nodes"]
-"""In one process, in two with one copy of the model, or in two as on two nodes, with shards of it."""
+"""On one rank, on two with a replica each, or on two as on two nodes, which share one replica."""
 
 
 @dataclass
@@ -84,24 +85,23 @@ class Bench:
         return start([sys.executable, *self.command(run, *options, changes=changes)])
 
     def start_two(self, run: Path, *options: str, nodes: bool = False) -> list[Process]:
-        """Two processes that work together, without torchrun, which would keep their exit codes to itself. They have
-        one copy of the model, or shards of it, as on two nodes."""
-        group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1" if nodes else "2"}
-        group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, *self.command(run, *options, changes=[] if nodes else ONE_COPY)]
+        """Two ranks, started without torchrun. They have a replica each, or share one as on two nodes."""
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        command = [sys.executable, *self.command(run, *options, changes=[] if nodes else REPLICAS)]
         return [start(command, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
-    def torchrun(self, run: Path) -> Process:
-        """The same with one copy, started again once."""
-        how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-        return start([sys.executable, "-m", "torch.distributed.run", *how, *self.command(run, changes=ONE_COPY)])
+    def torchrun(self, run: Path, restarts: int = 0) -> Process:
+        """Two ranks with a replica each."""
+        how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+        command = [sys.executable, "-m", "torch.distributed.run", *how, *self.command(run, changes=REPLICAS)]
+        return start(command, **NEW_STORE)
 
     def two_nodes(self, run: Path) -> Process:
-        """With shards, by two torchruns with a process each, as on two nodes: the children of what this gives."""
+        """Two torchruns with a rank each, as on two nodes. They are the children of the returned process."""
         how = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1", "--rdzv-backend", "c10d",
                "--rdzv-id", "nodes", "--rdzv-endpoint", f"localhost:{free_port()}"]  # fmt: skip
         node = shlex.join([sys.executable, "-m", "torch.distributed.run", *how, *self.command(run)])
-        return start(["sh", "-c", f"{node} & first=$!; {node} & wait $! && wait $first"])
+        return start(["sh", "-c", f"{node} & first=$!; {node} & wait $! && wait $first"], **NEW_STORE)
 
     def started(self, how: How, run: Path, *options: str) -> list[Process]:
         return [self.start(run, *options)] if how == "one" else self.start_two(run, *options, nodes=how == "two nodes")

@@ -18,7 +18,7 @@ from openimp.common.device import full_precision
 from openimp.data.batch import Batch, head_key
 from openimp.model.embedder import Encode, Encoded
 from openimp.model.imp import IMP
-from openimp.parallel.distributed import everywhere
+from openimp.parallel.distributed import all_gather
 from openimp.recipe.tasks import Classification, Contrastive, Task, classified_by, pairs_of
 
 BLOCK = 2**24
@@ -80,7 +80,7 @@ def contrastive_losses(
     similarities. The mean over the ranks is the loss of the global batch.
     """
     own_B = batch.item_ids[objective.same or ""]
-    (item_B,) = everywhere(own_B)
+    (item_B,) = all_gather(own_B)
     losses = {}
     for a, b in pairs_of(objective, encoded):
         # A joint head is applied again for each pair. That is cheap compared with the encoder, which runs once.
@@ -91,11 +91,11 @@ def contrastive_losses(
         temperature = model.temperature(a, b)
         with full_precision(z_NZ.device):
             if objective.loss == "softmax":
-                all_b, all_a = everywhere(z_MZ, z_NZ)
+                all_b, all_a = all_gather(z_MZ, z_NZ)
                 loss = _by_blocks(softmax_nce, temperature.scale * z_NZ, own_a, all_b, item_b)
                 loss = (loss + _by_blocks(softmax_nce, temperature.scale * z_MZ, own_b, all_a, item_a)) / 2
             else:
-                (all_b,) = everywhere(z_MZ)
+                (all_b,) = all_gather(z_MZ)
                 biased = partial(sigmoid_nce, bias=temperature.bias)
                 loss = _by_blocks(biased, temperature.scale * z_NZ, own_a, all_b, item_b)
             losses[f"{a}-{b}"] = loss
@@ -143,11 +143,11 @@ def equal_texts(task: Task, batch: Batch) -> float:
     shares = [0.0]
     for objective in task.objectives:
         if isinstance(objective, Contrastive):
-            (item_B,) = everywhere(batch.item_ids[objective.same or ""])
+            (item_B,) = all_gather(batch.item_ids[objective.same or ""])
             for name in dict.fromkeys(chain.from_iterable(pairs_of(objective, batch.tokens))):
                 tokens = batch.tokens[name]
                 if tokens.mask is not None:
-                    text_N = everywhere(tokens.values)[0].unique(dim=0, return_inverse=True)[1]
+                    text_N = all_gather(tokens.values)[0].unique(dim=0, return_inverse=True)[1]
                     item_N = item_B.repeat_interleave(len(text_N) // len(item_B))
                     items_of_text = torch.stack([text_N, item_N]).unique(dim=1)[0].bincount()
                     shares.append(float((items_of_text[text_N] > 1).float().mean()))

@@ -23,7 +23,8 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints, optimizer_state, verify
 from openimp.checkpoint.saver import CheckpointError
 from openimp.common.errors import UserError
-from openimp.parallel import distributed, layout
+from openimp.parallel import distributed
+from openimp.parallel.layout import full_tensor
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import Trainer, train
 
@@ -43,7 +44,7 @@ def tensors_of(training: Trainer) -> dict[str, Tensor]:
         "optimizer": optimizer_state(training.model, training.updater.optimizers),
     }
     return {
-        f"{kind} {name}": layout.whole(tensor).detach().clone()
+        f"{kind} {name}": full_tensor(tensor).detach().clone()
         for kind, tensors in kinds.items()
         for name, tensor in tensors.items()
     }
@@ -286,11 +287,11 @@ def meshes(folder: Path) -> None:
         for where, fill in ((first, torch.clone), (second, torch.zeros_like))
     )
     own = {name: x for name, x in saved.items() if name[-1] == str(distributed.rank()) or "only" not in name}
-    (file,) = dcp.save(folder / "some", dcp.stage(own), distributed.own_group())
+    (file,) = dcp.save(folder / "some", dcp.stage(own), distributed.new_group())
     assert file.name.startswith(f"shard-0000{distributed.rank() + 1}-")
-    distributed.wait()
+    distributed.barrier()
     dcp.load(folder / "some", target)
-    assert same({name: layout.whole(tensor) for name, tensor in target.items()}, whole)
+    assert same({name: full_tensor(tensor) for name, tensor in target.items()}, whole)
 
 
 def save(folder: Path, run: Path) -> None:
@@ -338,4 +339,4 @@ if __name__ == "__main__":
         harmed(what, *map(Path, paths))
     else:
         {"save": save, "meshes": meshes}[what](*map(Path, paths))
-    distributed.leave()
+    distributed.shut_down()

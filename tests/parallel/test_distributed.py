@@ -9,11 +9,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import COMMON, torchrun
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,8 +20,8 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import optimizer_state
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import make_loader
-from openimp.parallel import distributed, exchange, layout, shared_memory
-from openimp.parallel.exchange import OneCopy, WholeCopies
+from openimp.parallel import distributed, owners
+from openimp.parallel.layout import full_tensor
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import Trainer
 
@@ -41,15 +39,15 @@ CASES = {
     "in pieces": ["memory={chunk_size: 2, activation_checkpointing: true}", "model.moe.z_loss=1"],
     "Muon": ["optimizer={muon_lr: 0.07, warmup_steps: 1}"],
     "disjoint, a stem's own block": ["model.space=disjoint", "model.modality_specific_layers=1"],
-    "whole copies": ["parallel.shard_degree=1"],
-    "whole copies, in pieces": ["parallel.shard_degree=1", "memory={chunk_size: 2, activation_checkpointing: true}"],
-    "whole copies, Muon": ["parallel.shard_degree=1", "optimizer={muon_lr: 0.07, warmup_steps: 1}"],
-    "whole copies, Muon, zero gradients": [
+    "replicas": ["parallel.shard_degree=1"],
+    "replicas, in pieces": ["parallel.shard_degree=1", "memory={chunk_size: 2, activation_checkpointing: true}"],
+    "replicas, Muon": ["parallel.shard_degree=1", "optimizer={muon_lr: 0.07, warmup_steps: 1}"],
+    "replicas, Muon, zero gradients": [
         "parallel.shard_degree=1",
         "optimizer={muon_lr: 0.07, warmup_steps: 1, zero_missing_grads: true}",
     ],
     "shards in two groups": ["parallel.shard_degree=2"],
-    "experts apart, whole copies": [
+    "experts apart, replicas": [
         "parallel={shard_degree: 1, expert_degree: 2}",
         "optimizer={muon_lr: 0.07, warmup_steps: 1}",
     ],
@@ -66,41 +64,29 @@ def gradients(training: Trainer) -> dict[str, Tensor]:
         if f"{task} loss" not in found:
             losses = training.forward(loaded)
             losses.total.backward()
-            if isinstance(training.updater.exchange, WholeCopies) and distributed.world() == 4:
-                assert len(training.updater.exchange.copies[0].sent) > 1
-            training.updater.exchange.gradients()
-            found[f"{task} loss"] = distributed.mean(losses.total.detach())
+            found[f"{task} loss"] = distributed.all_reduce_mean(losses.total.detach())
             found |= {f"{task} {name}": grad for name, grad in whole_gradients(training).items()}
             training.model.zero_grad()
     if training.recipe.optimizer.muon_lr:
         training.update(training.data[0])
-        hidden = [layout.whole(matrix.detach()) for matrix in training.model.hidden_matrices()]
-        updates = distributed.total(sum(len(group["params"]) for group in training.updater.optimizers[1].param_groups))
+        hidden = [full_tensor(matrix.detach()) for matrix in training.model.hidden_matrices()]
+        muon = training.updater.optimizers[1]
+        updates = sum(distributed.all_gather_object(sum(len(group["params"]) for group in muon.param_groups)))
         copies = training.recipe.parallel.shard_degree == 1
-        assert updates == len(hidden) * (1 if copies else distributed.world())
-        sums = distributed.told_to_all([float(sum(matrix.double().sum() for matrix in hidden))])
+        assert updates == len(hidden) * (1 if copies else distributed.world_size())
+        sums = distributed.all_gather_object(float(sum(matrix.double().sum() for matrix in hidden)))
         assert len({*sums}) == 1
-        found |= {
-            f"named {i} updated": layout.whole(w.detach()) for i, w in enumerate(training.model.hidden_matrices())
-        }
+        found |= {f"named {i} updated": full_tensor(w.detach()) for i, w in enumerate(training.model.hidden_matrices())}
     return found
 
 
 def whole_gradients(training: Trainer) -> dict[str, Tensor]:
     """Of all processes; of one copy, each has those of its share."""
     found = {
-        name: layout.whole(parameter.grad).clone()
+        name: full_tensor(parameter.grad).clone()
         for name, parameter in training.model.named_parameters()
         if parameter.grad is not None
     }
-    if isinstance(training.updater.exchange, OneCopy):
-        assert found.keys() <= {
-            name for name, p in training.model.named_parameters() if p in set(training.updater.exchange.own)
-        }
-        shares: list[Any] = [None] * distributed.world()
-        dist.all_gather_object(shares, found)
-        assert sum(map(len, shares)) == len({name for share in shares for name in share})
-        found = {name: grad for share in shares for name, grad in share.items()}
     return found
 
 
@@ -136,9 +122,8 @@ def alone(little_data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("backend", ["gloo", shared_memory.NAME])
-def test_processes_have_the_gradients_of_one(little_data, alone, tmp_path, processes, backend):
-    command = torchrun(processes, __file__, little_data, tmp_path, backend)
+def test_processes_have_the_gradients_of_one(little_data, alone, tmp_path, processes):
+    command = torchrun(processes, __file__, little_data, tmp_path)
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     for name in CASES:
         expected, found = (load_file(folder / f"{name}.safetensors") for folder in (alone, tmp_path))
@@ -237,11 +222,11 @@ def test_moments_that_one_of_two_processes_has_are_saved_and_go_on_in_one(little
         (["tasks.heard.batch_size=7"], "tasks.heard: batch_size 7 is not a multiple of 2 ranks"),
         (
             ["model.moe.experts=4", "parallel.expert_degree=4"],
-            "parallel.expert_degree: the 2 processes that share a copy cannot be divided into groups of 4",
+            "parallel.expert_degree: the 2 ranks that share a replica cannot be divided into groups of 4",
         ),
         (
             ["parallel={expert_degree: 2}", "model.mlp_dim=63"],
-            "parallel: an expert's 63 x 32 weights cannot be cut into 2",
+            "parallel: an expert's weights cannot be sharded over 2 ranks",
         ),
     ],
 )
@@ -297,11 +282,6 @@ def test_an_evaluation_that_fails_in_the_first_process_ends_all_and_loses_no_ste
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    # So that a small model's gradients leave in several pieces too, and not at the end.
-    exchange.TOGETHER = shared_memory.PIECE = 2**12
-    folder, out, backend = sys.argv[1:]
-    if backend == "gloo":
-        del os.environ["LOCAL_WORLD_SIZE"]  # As if torchrun had started others elsewhere.
-    write_gradients(Path(folder), Path(out))
-    assert dist.get_backend() == backend
-    distributed.leave()
+    owners.BUCKET_BYTES = 2**12  # A small model's matrices then need several buckets too.
+    write_gradients(Path(sys.argv[1]), Path(sys.argv[2]))
+    distributed.shut_down()

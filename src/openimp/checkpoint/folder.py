@@ -29,7 +29,7 @@ from openimp.common.modality import Modality
 from openimp.common.safe_files import read_text, refuse_links
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
-from openimp.parallel.distributed import agreed, rank, world
+from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
 from openimp.recipe.schema import Recipe
 
 FORMAT = 6
@@ -182,7 +182,7 @@ def verify(folder: Path) -> None:
     Raises:
         UserError: on all ranks: a file is missing, differs from what was saved, or is not in the manifest.
     """
-    agreed(lambda: _verify_share(folder))
+    run_on_all_ranks(lambda: _verify_share(folder))
 
 
 def _verify_share(folder: Path) -> None:
@@ -190,7 +190,7 @@ def _verify_share(folder: Path) -> None:
     found = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
     # File managers and network file systems leave files whose names begin with a dot.
     names = {path.as_posix() for path in found if not path.name.startswith(".")} - {MANIFEST}
-    for name in sorted(manifest.keys() | names)[rank() :: world()]:
+    for name in sorted(manifest.keys() | names)[rank() :: world_size()]:
         path = folder / name
         if name not in manifest:
             raise UserError(f"{path}: damaged: is not in {MANIFEST}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from openimp.checkpoint.folder import CHECKPOINTS, checkpoints, read_config, read_state, step_of, verify
 from openimp.common.errors import UserError
 from openimp.common.progress import console
-from openimp.parallel.distributed import alone
+from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.file import flat
 from openimp.recipe.schema import Recipe
 
@@ -82,7 +82,7 @@ def common_checkpoints(run: Path) -> list[Path]:
 
     On a network file system other ranks may see fewer for a while, but all must resume from the same one.
     """
-    names = alone(lambda: [folder.name for folder in checkpoints(run)])
+    names = run_on_rank_zero(lambda: [folder.name for folder in checkpoints(run)])
     return [run / CHECKPOINTS / name for name in names]
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import BEST, MANIFEST, checkpoints, file_facts, folder_of
 from openimp.common.errors import UserError
 from openimp.common.safe_files import sync
-from openimp.parallel import distributed, layout
+from openimp.parallel import distributed
 
 
 class CheckpointError(UserError):
@@ -31,7 +31,8 @@ class Saver:
 
     def __init__(self, run: Path, keep: int) -> None:
         self.run, self.keep = run, keep
-        self.group = distributed.own_group(distributed.WAIT)  # Disks may be slow. A dead rank is noticed at once.
+        # The timeout is for slow disks. A dead rank is noticed at once.
+        self.group = distributed.new_group(distributed.LONG_TIMEOUT)
         # At exit Python waits for the thread, so an error elsewhere costs no checkpoint.
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving: Future[None] | None = None
@@ -41,31 +42,19 @@ class Saver:
         step: int,
         texts: Mapping[str, str],
         tensors: Mapping[str, Mapping[str, Tensor]],
-        only_here: Collection[str] = (),
     ) -> None:
         """Waits for the checkpoint before, copies the tensors to CPU memory, and lets the thread write them.
 
         Args:
             step: the number of steps that were made.
             texts: files that rank 0 writes, by name.
-            tensors: by folder and name.
-            only_here: names of unsharded tensors that no other rank has. Others are the same on all ranks.
+            tensors: by folder and name. A tensor that several ranks have is written by one of them.
 
         Raises:
             CheckpointError: the checkpoint before could not be written.
         """
         self.wait()
-        copies = {
-            # Rank 0 writes what all ranks have, so the others need no copy of it.
-            folder: dcp.stage(
-                {
-                    name: tensor
-                    for name, tensor in some.items()
-                    if distributed.rank() == 0 or name in only_here or layout.is_part(tensor)
-                }
-            )
-            for folder, some in tensors.items()
-        }
+        copies = {folder: dcp.stage(some) for folder, some in tensors.items()}
         self._saving = self._thread.submit(self._save, folder_of(self.run, step), texts, copies)
 
     def failed(self) -> bool:
@@ -93,16 +82,16 @@ class Saver:
             return {file.relative_to(draft).as_posix(): file_facts(file) for file in files}
 
         try:
-            distributed.agreed(lambda: _begin(draft, texts) if first else None, self.group)
-            facts = distributed.agreed(write, self.group)
+            distributed.run_on_all_ranks(lambda: _begin(draft, texts) if first else None, self.group)
+            facts = distributed.run_on_all_ranks(write, self.group)
             manifest = {name: fact for some in facts for name, fact in some.items()}
-            distributed.agreed(lambda: _publish(draft, folder, manifest) if first else None, self.group)
+            distributed.run_on_all_ranks(lambda: _publish(draft, folder, manifest) if first else None, self.group)
         except (UserError, OSError) as error:
             if first:  # No rank writes to the draft anymore.
                 shutil.rmtree(draft, ignore_errors=True)
             raise CheckpointError(f"{folder}: could not be saved: {error}; older checkpoints are untouched") from None
         try:
-            distributed.agreed(lambda: _remove_older(folder, self.keep) if first else None, self.group)
+            distributed.run_on_all_ranks(lambda: _remove_older(folder, self.keep) if first else None, self.group)
         except (UserError, OSError) as error:
             raise CheckpointError(f"{folder}: is saved, but an older one could not be removed: {error}") from None
 

@@ -73,17 +73,16 @@ class StepBar:
     def step(self, done: int) -> None:
         self.bar.update(self.task, completed=done)
 
-    def report(self, done: int, losses: Mapping[str, float], pace: str, remark: str) -> None:
+    def report(self, done: int, losses: Mapping[str, float], pace: str) -> None:
         """Shows a line of metrics below the bar, or prints it if there is no terminal."""
         note = "  ".join([*(f"{name} {loss:.3f}" for name, loss in losses.items()), pace])
-        remark = f"  {remark}" if remark else ""
         if console.is_terminal:
-            self.bar.note = note + remark
+            self.bar.note = note
             return
         spent = time.perf_counter() - self.start
         whole = spent / max(1, done - self.first) * (self.total - self.first)
         place = f"step {done}/{self.total}".ljust(len(f"step {self.total}/{self.total}"))
-        console.print(f"{place}  {note}  {clock(spent)} of {clock(whole)}{remark}", soft_wrap=True)
+        console.print(f"{place}  {note}  {clock(spent)} of {clock(whole)}", soft_wrap=True)
 
 
 class _BarWithNote(Progress):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openimp.common.modality import Tokens
 from openimp.model.moe import RouterStats
-from openimp.parallel.distributed import mean
+from openimp.parallel.distributed import all_reduce_mean
 from openimp.recipe.model import Model
 
 
@@ -48,7 +48,7 @@ def in_chunks(encode: Encode, chunk_size: int | None) -> Encode:
         chunks = zip(*(tokens.split(chunk_size) for tokens in inputs.values()))
         encoded = [checkpoint(encode, dict(zip(inputs, chunk)), use_reentrant=False) for chunk in chunks]
         # Averaged over all ranks, because the routers' statistics are.
-        counts = mean(torch.stack([chunk.sum().float() for chunk in valid.split(chunk_size)]))
+        counts = all_reduce_mean(torch.stack([chunk.sum().float() for chunk in valid.split(chunk_size)]))
         shares = (counts / counts.sum().clamp(min=1)).unbind()
         routing = [RouterStats.mean(stats, shares) for stats in zip(*(chunk.routing for chunk in encoded))]
         return Encoded(torch.cat([chunk.features for chunk in encoded]), routing)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from openimp.common.device import full_precision
 from openimp.model.init import lecun_normal_
 from openimp.model.kernels import gelu
-from openimp.parallel.distributed import mean
-from openimp.parallel.layout import from_owners, owned, to_owners
+from openimp.parallel.distributed import all_reduce_mean
+from openimp.parallel.layout import from_owners, local_experts, to_owners
 from openimp.recipe.model import BATCH_ROUTINGS, MoE
 
 
@@ -105,7 +105,7 @@ def mean_valid_tokens(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
     """
     if mask_BL is None:
         return torch.full((), float(x_BLD.shape[0] * x_BLD.shape[1]), device=x_BLD.device)
-    return mean(mask_BL.sum().float()).clamp(min=1)
+    return all_reduce_mean(mask_BL.sum().float()).clamp(min=1)
 
 
 def _slots(tokens: int, share: float) -> int:
@@ -150,7 +150,7 @@ def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, count: Tensor) -> Tensor:
     """Sum over experts of the share of first choices times the mean probability (arXiv 2101.03961, section 2.2)."""
     first_E = (F.one_hot(probs_BLE.argmax(-1), probs_BLE.shape[-1]) * valid_BL[..., None]).sum((0, 1))
     prob_E = (probs_BLE * valid_BL[..., None]).sum((0, 1)) / count
-    return (mean(first_E.float()) / count * prob_E).sum()
+    return (all_reduce_mean(first_E.float()) / count * prob_E).sum()
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ class Experts(nn.Module):
 
     def forward(self, x_ESD: Tensor) -> Tensor:
         """Applies expert e to its S slots, on the rank that owns it: (E, S, D) to (E, S, D)."""
-        (up_EDF, down_EFD), group = owned((self.up_EDF, self.down_EFD))
+        (up_EDF, down_EFD), group = local_experts((self.up_EDF, self.down_EFD))
         hidden_ESF = gelu(torch.bmm(to_owners(x_ESD, group), up_EDF))
         return from_owners(torch.bmm(hidden_ESF, down_EFD), group)
 

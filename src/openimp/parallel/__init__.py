@@ -1,4 +1,4 @@
-"""Everything that imports torch.distributed: ranks, how they hold a model between them, and what they exchange.
+"""Everything that imports torch.distributed: the process group, the layout of a model over it, and shared updates.
 
 In a single process each function here is the identity, so no other folder has a second code path.
 """

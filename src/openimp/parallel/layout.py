@@ -1,6 +1,7 @@
-"""How processes hold a model between them: in shards, as copies, with the experts apart.
+"""Layout of a model over the ranks: replicas, shards, and expert parallelism.
 
-A tensor of which this process has a part is a DTensor.
+torch does the work: FSDP2 shards, gathers, and reduces gradients over a device mesh, and a tensor that is sharded or
+replicated over a mesh is a DTensor.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,227 +12,217 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from openimp.common.errors import UserError
-from openimp.parallel.distributed import Group, rank, world
+from openimp.parallel.distributed import all_reduce_mean, rank, world_size
 
 
 class Layout(NamedTuple):
-    """How processes hold a model between them.
+    """Numbers of ranks that share a model.
 
     Attributes:
-        processes: how many there are.
-        shard: consecutive ones that share a copy; 1: each has a whole one, but for the experts.
-        owners: consecutive ones that share the experts.
+        ranks: number of ranks.
+        shard_degree: consecutive ranks that share one replica; 1: every rank has a full one, except for the experts.
+        expert_degree: consecutive ranks that share the experts of a layer.
     """
 
-    processes: int
-    shard: int
-    owners: int
+    ranks: int
+    shard_degree: int
+    expert_degree: int
 
     @classmethod
-    def of(cls, processes: int, shard: int | None, owners: int) -> "Layout":
-        """As the recipe's `parallel` says; fewer than `shard` share one copy, and a single process has all.
+    def of(cls, ranks: int, shard_degree: int | None, expert_degree: int, expert_dims: Iterable[int]) -> "Layout":
+        """The layout that a recipe's `parallel` describes. If there are fewer ranks than `shard_degree`, they share one
+        replica.
+
+        Args:
+            ranks: number of ranks.
+            shard_degree: of the recipe; None: all ranks.
+            expert_degree: of the recipe.
+            expert_dims: input and hidden width of an expert.
 
         Raises:
-            UserError: the processes cannot be divided so.
+            UserError: the ranks, or the weights of an expert, cannot be divided evenly.
         """
-        if processes == 1:
+        if ranks == 1:
             return cls(1, 1, 1)
-        shard = min(shard or processes, processes)
-        if processes % shard:
-            raise UserError(f"parallel.shard_degree: {processes} processes cannot be divided into groups of {shard}")
-        among = shard if shard > 1 else processes
-        if among % owners:
-            told = f"the {among} processes that share a copy" if shard > 1 else f"{among} processes"
-            raise UserError(f"parallel.expert_degree: {told} cannot be divided into groups of {owners}")
-        return cls(processes, shard, owners)
-
-    def check(self, weights: Iterable[Tensor]) -> None:
-        """Whether experts that are dealt out can be cut evenly between those that share them.
-
-        Raises:
-            UserError: they cannot.
-        """
-        for weight in weights if self.owners > 1 else ():
-            if weight.shape[1] % self.sizes[1]:
-                shape = " x ".join(map(str, weight.shape[1:]))
-                raise UserError(
-                    f"parallel: an expert's {shape} weights cannot be cut into {self.sizes[1]}, shard by experts; "
-                    f"make model.width and model.mlp_dim multiples of {self.sizes[1]}, or change parallel.shard_degree"
-                )
+        shards = min(shard_degree or ranks, ranks)
+        if ranks % shards:
+            raise UserError(f"parallel.shard_degree: {ranks} ranks cannot be divided into groups of {shards}")
+        sharing = shards if shards > 1 else ranks
+        if sharing % expert_degree:
+            who = f"the {sharing} ranks that share a replica" if shards > 1 else f"{sharing} ranks"
+            raise UserError(f"parallel.expert_degree: {who} cannot be divided into groups of {expert_degree}")
+        layout = cls(ranks, shards, expert_degree)
+        _, parts, _ = layout.expert_mesh
+        if expert_degree > 1 and any(dim % parts for dim in expert_dims):
+            raise UserError(
+                f"parallel: an expert's weights cannot be sharded over {parts} ranks, shard_degree / expert_degree; "
+                f"make model.width and model.mlp_dim multiples of {parts}, or change parallel.shard_degree"
+            )
+        return layout
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Copies of an expert, the parts that each is cut into, and the owners that share all of them."""
-        parts = max(1, self.shard // self.owners)
-        return self.processes // (parts * self.owners), parts, self.owners
+    def expert_mesh(self) -> tuple[int, int, int]:
+        """Replicas of an expert, shards of each replica, and ranks that share the experts of a layer."""
+        shards = max(1, self.shard_degree // self.expert_degree)
+        return self.ranks // (shards * self.expert_degree), shards, self.expert_degree
 
 
-def spread(
+def apply_parallelism(
     model: nn.Module,
     blocks: Iterable[nn.Module],
     experts: Iterable[nn.Module],
     methods: Iterable[str],
-    shard: int | None,
-    owners: int,
+    layout: Layout,
     device: torch.device,
-) -> list[tuple[Group, list[nn.Parameter]]]:
-    """Lays a model out over the processes as the recipe's `parallel` says, on their devices, and returns which of them
-    have copies of which parameters, that FSDP2 does not keep alike.
+) -> None:
+    """Distributes a model over the ranks: FSDP2 with `layout.shard_degree` shards per replica, and expert parallelism.
 
-    Parameters stay fp32 and are cast by autocast as in one process; gradients are averaged in fp32.
+    A replica of one shard goes through FSDP2 as well. In every layout, FSDP2 averages the gradients over the ranks in
+    fp32, and a parameter that a step does not use keeps its gradient of None. Parameters stay fp32 and are cast by
+    autocast, as on one rank.
 
     Args:
-        model: the same in all processes.
-        blocks: its parts whose parameters FSDP2 gathers when they compute, and gives back.
-        experts: its parts whose parameters have the experts as their first dimension.
-        methods: of the model, that compute with its other parameters.
-        shard: processes that share one copy; None: all.
-        owners: processes that share the experts.
-        device: where this process computes; of a model in shards it never has to hold the whole.
-
-    Raises:
-        UserError: the processes, or the experts, cannot be divided so.
+        model: with the same weights on all ranks.
+        blocks: parts of the model whose parameters are gathered when they compute, and freed again.
+        experts: parts of the model whose parameters have the experts as their first dimension.
+        methods: names of methods of the model that compute with its other parameters.
+        layout: degrees of parallelism.
+        device: device of this rank. It never holds the full model, unless a replica is one shard.
     """
-    if world() == 1:
+    if layout.ranks == 1:
         model.to(device)
-        return []
+        return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    layout, experts = Layout.of(world(), shard, owners), list(experts)
-    layout.check(weight for module in experts for weight in module.parameters())
-    if owners > 1:
-        expert_mesh = init_device_mesh(device.type, layout.sizes, mesh_dim_names=("replicate", "shard", "experts"))
+    experts = list(experts)
+    replicas = layout.ranks // layout.shard_degree
+    mesh = init_device_mesh(device.type, (replicas, layout.shard_degree), mesh_dim_names=("replicate", "shard"))
+    groups = [(module, mesh) for module in (*blocks, model)]
+    if layout.expert_degree > 1:
+        expert_mesh = init_device_mesh(
+            device.type, layout.expert_mesh, mesh_dim_names=("replicate", "shard", "experts")
+        )
+        groups = [*((module, expert_mesh) for module in experts), *groups]
         for module in experts:
             for name, weight in list(module.named_parameters()):
-                part = distribute_tensor(weight.detach(), expert_mesh["experts"], [Shard(0)])
-                setattr(module, name, nn.Parameter(part))
-    if layout.shard == 1:
-        model.to(device)  # Of DTensors it makes new parameters.
-        everywhere = cast(Group, dist.group.WORLD)
-        if owners == 1:
-            return [(everywhere, list(model.parameters()))]
-        dealt = [weight for module in experts for weight in module.parameters()]
-        apart = set(dealt)
-        alike = [weight for weight in model.parameters() if weight not in apart]
-        return [(everywhere, alike), (expert_mesh.get_group("replicate"), dealt)]
-    # Experts that are dealt out are cut along their second dimension. So are others: FSDP2 pads a first dimension to a
-    # part a process, and of few experts many processes would gather mostly padding.
-    second = {w for module in experts for w in module.parameters() if owners > 1 or w.shape[1] % layout.shard == 0}
-    if owners > 1:
-        for module in experts:
-            _fully_shard(module, expert_mesh, second)
-    groups = world() // layout.shard
-    sizes = {"replicate": groups, "shard": layout.shard} if groups > 1 else {"shard": layout.shard}
-    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    for module in (*blocks, model):
-        _fully_shard(module, mesh, second)
+                local = distribute_tensor(weight.detach(), expert_mesh["experts"], [Shard(0)])
+                setattr(module, name, nn.Parameter(local))
+    # The first dimension of an expert weight is the experts. With expert parallelism it is sharded already, and without
+    # it there are few experts, so that FSDP2 would pad it for many ranks.
+    second = {
+        weight
+        for module in experts
+        for weight in module.parameters()
+        if layout.expert_degree > 1 or weight.shape[1] % layout.shard_degree == 0
+    }
+    for module, mesh in groups:
+        wrapped = fully_shard(
+            module,
+            mesh=mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"],
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+            shard_placement_fn=lambda weight: Shard(int(weight in second)),
+        )
+        # gloo's own average is wrong in some versions of torch: https://github.com/pytorch/pytorch/issues/162338
+        wrapped.set_force_sum_reduction_for_comms(device.type == "cpu")
     for method in methods:
         register_fsdp_forward_method(model, method)
-    return []
 
 
-def _fully_shard(module: nn.Module, mesh: Any, second: set[nn.Parameter]) -> None:
-    """Cuts a module's parameters along their first dimension, and some along their second one."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import Shard
-
-    several = "replicate" in mesh.mesh_dim_names and mesh["replicate"].size() > 1
-    fully_shard(
-        module,
-        mesh=mesh["replicate", "shard"] if several else mesh["shard"],
-        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
-        shard_placement_fn=lambda weight: Shard(int(weight in second)),
-    )
+def local_shard(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds; gradients flow through it."""
+    return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def is_part(tensor: Tensor) -> bool:
-    """Whether this process has but a part of a tensor, or others may have."""
-    return hasattr(tensor, "to_local")
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor with the shards of all ranks. Every rank must call this."""
+    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor; with its gradient."""
-    return cast(Any, tensor).to_local() if is_part(tensor) else tensor
+def gather_on_rank_zero(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Full tensors in the CPU memory of rank 0, gathered one after the other; other ranks get none of them."""
+    if world_size() == 1:
+        return dict(tensors)
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = full_tensor(tensor.detach())
+        if rank() == 0:
+            gathered[name] = full.cpu()
+    return gathered
 
 
-def on_one_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors in the groups that one operation takes at once: those that are cut up over the same processes."""
+def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors grouped by device mesh, because one operation on several DTensors needs all of them on the same mesh."""
     groups: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
     return list(groups.values())
 
 
-class Owned(NamedTuple):
-    """The experts of this process.
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scales all gradients so that their Euclidean norm is at most `max_norm`, and returns the norm before that.
+
+    `torch.nn.utils.clip_grad_norm_` does not take parameters on several device meshes.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = [full_tensor(torch.nn.utils.get_total_norm(group)) for group in by_mesh(gradients)]
+    # Ranks may have summed several norms in another order. To stay equal, replicas must be scaled equally.
+    norm = norms[0] if len(norms) == 1 else all_reduce_mean(torch.nn.utils.get_total_norm(norms))
+    torch._foreach_mul_([local_shard(gradient) for gradient in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+class LocalExperts(NamedTuple):
+    """The experts of this rank.
 
     Attributes:
-        weights: theirs.
-        group: the processes that share all experts; None where this one has all of them.
+        weights: their weights, experts first.
+        group: the ranks that share all experts of the layer; None if this rank has all of them.
     """
 
     weights: list[Tensor]
     group: Any
 
 
-def owned(weights: Iterable[Tensor]) -> Owned:
-    """The part that this process has of weights whose first dimension is the experts.
+def local_experts(weights: Iterable[Tensor]) -> LocalExperts:
+    """This rank's part of weights whose first dimension is the experts.
 
-    Each process' gradient is that of the mean over its own examples. An expert gets those of all that share the
-    experts in a sum, and then takes the mean over as many fewer processes as have a copy of it, so it is divided here.
+    Every rank's loss is a mean over its own examples. The gradient of an expert is the sum over the ranks that send it
+    tokens, and FSDP2 then averages over its replicas only. So it is divided here by the number of those ranks.
     """
     weights = list(weights)
     mesh = getattr(weights[0], "device_mesh", None)
     if mesh is None:
-        return Owned(weights, None)
-    parts = [own_part(weight) for weight in weights]
-    for part in parts:
-        if part.requires_grad:
-            part.register_hook(lambda grad: grad / mesh.size())
-    return Owned(parts, mesh.get_group())
+        return LocalExperts(weights, None)
+    local = [local_shard(weight) for weight in weights]
+    for weight in local:
+        if weight.requires_grad:
+            weight.register_hook(lambda grad: grad / mesh.size())
+    return LocalExperts(local, mesh.get_group())
 
 
 def to_owners(x_ESD: Tensor, group: Any) -> Tensor:
-    """The slots of all experts here, (E, S, D), to those of this process' experts everywhere, (E / P, P S, D)."""
+    """Sends the slots of this rank's tokens for all experts, (E, S, D), to the ranks that own the experts.
+
+    Returns:
+        The slots of all P ranks of the group for this rank's experts, (E / P, P S, D).
+    """
     if group is None:
         return x_ESD
-    there = _exchanged(x_ESD, group).unflatten(0, (dist.get_world_size(group), -1))
-    return there.transpose(0, 1).flatten(1, 2)
+    received = _all_to_all(x_ESD, group).unflatten(0, (dist.get_world_size(group), -1))
+    return received.transpose(0, 1).flatten(1, 2)
 
 
 def from_owners(x_ESD: Tensor, group: Any) -> Tensor:
-    """What `to_owners` sent, the other way."""
+    """The inverse of `to_owners`: returns the results of the experts to the ranks of the tokens."""
     if group is None:
         return x_ESD
-    there = x_ESD.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1)
-    return _exchanged(there.flatten(0, 1), group)
+    return _all_to_all(x_ESD.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1).flatten(0, 1), group)
 
 
-def _exchanged(x: Tensor, group: Any) -> Tensor:
-    """The first dimension in as many equal parts as there are processes, and part i to process i."""
+def _all_to_all(x: Tensor, group: Any) -> Tensor:
+    """Splits the first dimension evenly and sends part i to rank i of the group."""
     from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 
     return wait_tensor(all_to_all_single_autograd(x.contiguous(), None, None, group))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with the shards of all processes."""
-    if world() == 1:
-        return tensor
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors in the memory of the first process, one after the other; nothing in the others."""
-    if world() == 1:
-        return dict(tensors)
-    found = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor.detach())
-        if rank() == 0:
-            found[name] = full.cpu()
-    return found

@@ -1,12 +1,12 @@
 """What a run would need, told without a GPU: parameters, memory, FLOPs, communication, days.
 
-FLOPs are the ledger's, and the memory of a step is counted. The rest is arithmetic on sizes, for what `parallel.py` and
-`exchange.py` do on GPUs: weights, gradients and moments in fp32, held as the recipe's `parallel` says. docs/plan.md
-writes it out.
+FLOPs are the ledger's, and the memory of a step is counted. The rest is arithmetic on sizes for what `parallel/` does
+on GPUs: weights, gradients and optimizer state in fp32, laid out as the recipe's `parallel` says. docs/plan.md has the
+formulas.
 """
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Modality
 from openimp.model.imp import IMP
 from openimp.objectives import BLOCK
-from openimp.parallel.exchange import deal, orthogonalising
 from openimp.parallel.layout import Layout
+from openimp.parallel.owners import assign_owners, muon_work
 from openimp.planning.gpus import GPU, GPUS, NODE, USABLE
 from openimp.planning.ledger import Cost, costs
 from openimp.planning.memory import StepMemory, keep_own_experts, step_memory
@@ -154,10 +154,10 @@ class Shares:
         return sum(2 * others(self.held([weight]), self._copies(weight)) for weight in weights)
 
     def _parts(self, weight: Tensor) -> int:
-        return self.layout.sizes[1] if weight in self._experts else self.layout.shard
+        return self.layout.expert_mesh[1] if weight in self._experts else self.layout.shard_degree
 
     def _copies(self, weight: Tensor) -> int:
-        return self.layout.sizes[0] if weight in self._experts else self.layout.processes // self.layout.shard
+        return self.layout.expert_mesh[0] if weight in self._experts else self.layout.ranks // self.layout.shard_degree
 
 
 def plan(
@@ -186,7 +186,8 @@ def plan(
         raise UserError(f"--gpus: expected 1 or more, found {gpus}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: expected a share above 0 and at most 1, found {mfu:g}")
-    layout = Layout.of(gpus, recipe.parallel.shard_degree, recipe.parallel.expert_degree)
+    expert_dims = (recipe.model.width, recipe.model.mlp_dim)
+    layout = Layout.of(gpus, recipe.parallel.shard_degree, recipe.parallel.expert_degree, expert_dims)
     by_view = costs(recipe, modalities, classes)
     uneven = [f"{cost.examples} of tasks.{t}.views[{i}]" for (t, i), cost in by_view.items() if cost.examples % gpus]
     if uneven:
@@ -195,18 +196,19 @@ def plan(
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
     parameters, used = {name: count(part) for name, part in model.named_children()}, per_token(recipe, model)
-    layout.check(weight for module in model.experts() for weight in module.parameters())
-    keep_own_experts(model, layout.owners)
+    keep_own_experts(model, layout.expert_degree)
     shares = Shares(layout, model)
-    dealt = _dealt(recipe, model, layout, by_view.values())
-    held = {"parameters": shares.held(model.parameters()), "optimiser": _optimiser_bytes(recipe, model, shares, dealt)}
+    owned = _owned(recipe, model, layout, by_view.values())
+    held = {"parameters": shares.held(model.parameters()), "optimiser": _optimiser_bytes(recipe, model, shares, owned)}
     steps = {}
     for (name, view), cost in by_view.items():
-        counted = step_memory(recipe, modalities, classes, name, view, precision, gpus=gpus, owners=layout.owners)
+        counted = step_memory(
+            recipe, modalities, classes, name, view, precision, gpus=gpus, owners=layout.expert_degree
+        )
         task = recipe.tasks[name]
         compared = _compared(task, cost.examples)
-        memory = _memory(model, shares, counted, compared, precision, dealt, recipe.optimizer.zero_missing_grads)
-        received = _received(recipe, model, shares, task, cost.examples, counted, compared, dealt)
+        memory = _memory(model, shares, counted, compared, precision, recipe.optimizer.zero_missing_grads)
+        received = _received(recipe, model, shares, task, cost.examples, counted, compared, owned)
         steps[name, view] = Step(cost, held | {"inputs": counted.inputs} | memory, received)
     return Plan(GPUS[gpu], gpus, mfu, parameters, used, steps, Alternation(recipe).visits())
 
@@ -243,20 +245,20 @@ def others(size: int, among: int) -> int:
     return size * (among - 1) // among
 
 
-def _dealt(recipe: Recipe, model: IMP, layout: Layout, by_view: Iterable[Cost]) -> list[list[Tensor]]:
-    """The matrices that Muon updates on each GPU; where they are in shards, all on each."""
+def _owned(recipe: Recipe, model: IMP, layout: Layout, by_view: Iterable[Cost]) -> Sequence[Sequence[Tensor]]:
+    """The matrices that Muon updates on each GPU. If they are sharded, all GPUs update all of them."""
     named = dict(model.named_parameters())
     hidden = [matrix for matrix in model.hidden_matrices() if recipe.optimizer.muon_lr]
     steps = [{named[name] for name in cost.touched} for cost in by_view]
-    return deal(hidden, steps, layout.processes if layout.shard == 1 else 1, orthogonalising)
+    return assign_owners(hidden, steps, layout.ranks if layout.shard_degree == 1 else 1, muon_work)
 
 
-def _optimiser_bytes(recipe: Recipe, model: IMP, shares: Shares, dealt: Sequence[Sequence[Tensor]]) -> int:
-    """AdamW's two moments, Muon's one, and the averaged weights, in fp32."""
+def _optimiser_bytes(recipe: Recipe, model: IMP, shares: Shares, owned: Sequence[Sequence[Tensor]]) -> int:
+    """Two tensors per parameter for AdamW, one for Muon, and one for the EMA, in fp32, on the GPU with most of them."""
     size = shares.held(model.parameters()) if recipe.optimizer.ema_decay else 0
-    by_muon = {matrix for share in dealt for matrix in share}
+    by_muon = {matrix for matrices in owned for matrix in matrices}
     size += 2 * shares.held(weight for weight in model.parameters() if weight not in by_muon)
-    return size + max(map(shares.held, dealt))
+    return size + max(map(shares.held, owned))
 
 
 def _compared(task: Task, examples: int) -> Compared:
@@ -276,32 +278,22 @@ def _compared(task: Task, examples: int) -> Compared:
     return Compared(heads, rows, items, similarities)
 
 
-def _largest(shares: Shares, dealt: Sequence[Sequence[Tensor]], touched: Container[Tensor]) -> int:
-    """Bytes of Muon's matrices that the largest share has of those that a step touches; others are padded to it."""
-    return max(shares.held(matrix for matrix in share if matrix in touched) for share in dealt)
-
-
 def _memory(
     model: IMP,
     shares: Shares,
     counted: StepMemory,
     compared: Compared,
     precision: Precision,
-    dealt: Sequence[Sequence[Tensor]],
     zero_missing_grads: bool,
 ) -> dict[str, int]:
     """Bytes beyond weights and moments that one GPU holds in a step; docs/plan.md."""
-    gpus = shares.layout.processes
+    gpus = shares.layout.ranks
     touched = {w: None for name, w in model.named_parameters() if zero_missing_grads or name in counted.touched}
     # The vectors of all GPUs and their gradients, and similarities with those of the others.
     gathered = 0 if gpus == 1 else 8 * model.config.embed_dim * compared.rows
     gathered += SIMILARITY * min(BLOCK, others(compared.similarities, gpus) // gpus)
-    if shares.layout.shard == 1:
-        # While gradients wait for the next step, Muon's matrices are exchanged: one's own share, and all.
-        update = Counter(gradients=shares.held(touched))
-        if len(dealt) > 1:
-            update["gathered"] = (1 + len(dealt)) * _largest(shares, dealt, touched)
-        peak = max(counted.peak + Counter(gathered=gathered), update, key=Counter.total)
+    if gpus == 1:
+        peak = max(counted.peak, Counter(gradients=shares.held(touched)), key=Counter.total)
         return {part: peak[part] for part in PARTS}
     blocks = [count(block) for block in model.blocks()]
     # What stands outside of the blocks, one block and the next, and one block's gradients, before and summed.
@@ -319,7 +311,7 @@ def _received(
     examples: int,
     counted: StepMemory,
     compared: Compared,
-    dealt: Sequence[Sequence[Tensor]],
+    owned: Sequence[Sequence[Tensor]],
 ) -> dict[str, int]:
     """Bytes that one GPU receives in a step, by connection; docs/plan.md."""
     gpus, shard, owners = shares.layout
@@ -339,7 +331,8 @@ def _received(
     vectors, numbers = 8 * model.config.embed_dim * compared.rows, 8 * compared.items
     among[gpus] += shares.summed(touched) + others(vectors + numbers, gpus)
     updated = dict.fromkeys(model.parameters()) if recipe.optimizer.zero_missing_grads else touched
-    among[gpus] += (len(dealt) - 1) * _largest(shares, dealt, updated)
+    if len(owned) > 1:  # The mean over the GPUs, each of which receives what the others own.
+        among[gpus] += others(shares.held(m for matrices in owned for m in matrices if m in updated), gpus)
     received = {"link": 0, "network": 0}
     for span, size in among.items():
         received["link" if gpus <= NODE or NODE % span == 0 else "network"] += size

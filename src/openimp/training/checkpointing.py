@@ -62,10 +62,8 @@ class Checkpointing:
         tensors = {"model": self.model.state_dict(), "optimizer": moments}
         if self.updater.ema:
             tensors["ema"] = self.updater.ema.weights
-        once = {name for name, p in self.model.named_parameters() if p in self.updater.exchange.updated_once}
-        only_here = {key for key in moments if key.partition("|")[0] in once}
         texts = {**self.texts, "state.json": json.dumps(state, indent=1)}
-        self.saver.start(state["step"], texts, tensors, only_here)
+        self.saver.start(state["step"], texts, tensors)
         self.saved = state["step"]
 
     def wait(self) -> None:

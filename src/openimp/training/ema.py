@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from openimp.parallel.layout import own_part
+from openimp.parallel.layout import local_shard
 
 
 class EMA:
@@ -24,6 +24,6 @@ class EMA:
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, weights = (
-            [own_part(x) for x in tensors.values()] for tensors in (self.weights, self.model.state_dict())
+            [local_shard(x) for x in tensors.values()] for tensors in (self.weights, self.model.state_dict())
         )
         torch._foreach_lerp_(averages, weights, 1 - decay)

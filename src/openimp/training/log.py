@@ -1,6 +1,7 @@
 """What a training records and prints about its steps."""
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,14 @@ class Log:
         bar.step(step)
         if step % train.log_every == 0 or step == train.steps:
             rate = self.recipe.optimizer.lr * schedule(self.recipe, visit.step)
-            line = self.metrics.write(step, rate, grad_norm, self.pace.line())
+            line = self.metrics.write(step, rate, grad_norm, self.pace.record())
             means = {name: line["tasks"][name]["loss"] for name in self.recipe.tasks if name in line["tasks"]}
-            bar.report(step, means, *shown(line))
+            bar.report(step, means, shown(line))
             if warning := self.pace.warning(line, self.recipe, self.modalities):
                 console.print(warning, soft_wrap=True)
         # Last, because this may end the run: its checkpoint then contains the whole step.
-        self.bad.add(visit.step, visit.task, visit.batch, distributed.told_to_all(loaded.bad))
+        bad = [*chain.from_iterable(distributed.all_gather_object(loaded.bad))]
+        self.bad.add(visit.step, visit.task, visit.batch, bad)
 
     def warn_of_duplicate_texts(self, loaded: LoadedBatch) -> None:
         """Suggests `same` if the first batch of a task has many texts that occur in several examples."""
@@ -116,8 +118,8 @@ def print_plan(
     console.print(mixture_table(recipe, costs))
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
     how: str = precision_of(device, recipe.train.precision)
-    if distributed.world() > 1:
-        how += f", {distributed.world()} ranks"
+    if distributed.world_size() > 1:
+        how += f", {distributed.world_size()} ranks"
     if compiled:
         how += f", compiled for {compiled} signatures"
     elif recipe.train.compile:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openimp.common.json_lines import append, forget_after
 from openimp.objectives import Losses
-from openimp.parallel.distributed import mean, rank, total
+from openimp.parallel.distributed import all_gather_object, all_reduce_mean, rank
 from openimp.planning.ledger import Cost
 
 DIGESTS = 2**48
@@ -60,9 +60,12 @@ class Metrics:
                 self.passes[modality] += 1
 
     def write(self, step: int, lr: float, grad_norm: float, pace: dict[str, Any]) -> dict[str, Any]:
-        """Writes and returns the line for the steps up to `step`; `pace` is `Pace.line()`."""
+        """Writes and returns the line for the steps up to `step`; `pace` is `Pace.record()`."""
         tasks = {
-            task: {"steps": self.steps[task], **{name: float(mean(x)) / self.steps[task] for name, x in sums.items()}}
+            task: {
+                "steps": self.steps[task],
+                **{name: float(all_reduce_mean(x)) / self.steps[task] for name, x in sums.items()},
+            }
             for task, sums in self.sums.items()
         }
         experts = {name: [self._layer(name, layer) for layer in layers] for name, layers in self.routing.items()}
@@ -73,7 +76,7 @@ class Metrics:
             "examples_per_s": self.examples / pace["seconds"],
             "tokens_per_s": self.tokens / pace["seconds"],
             **pace,
-            "samples": f"{total(self.digest % DIGESTS) % DIGESTS:012x}",
+            "samples": f"{sum(all_gather_object(self.digest)) % DIGESTS:012x}",
             "tasks": tasks,
             "experts": experts,
             "totals": {task: dict(units) for task, units in self.totals.items()},
@@ -84,8 +87,6 @@ class Metrics:
         append(self.file, line)
         for key in ("lr", "grad_norm", "examples_per_s", "tokens_per_s", "data_wait", "step_p50", "step_p95"):
             self.board.add_scalar(key, line[key], step)
-        for key in ("rank", "slower") if "slowest" in line else ():
-            self.board.add_scalar(f"slowest/{key}", line["slowest"][key], step)
         for task, share in line["waits"].items():
             self.board.add_scalar(f"data_wait/{task}", share, step)
         for task, means in tasks.items():
@@ -99,7 +100,7 @@ class Metrics:
         return line
 
     def _layer(self, modality: str, layer: Tensor) -> dict[str, Any]:
-        *shares, dropped = (mean(layer) / self.passes[modality]).tolist()
+        *shares, dropped = (all_reduce_mean(layer) / self.passes[modality]).tolist()
         half = len(shares) // 2
         return {"load": shares[:half], "gate": shares[half:], "dropped": dropped}
 

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from openimp.model.embedder import Embedder
-from openimp.parallel.layout import on_one_mesh
+from openimp.parallel.layout import by_mesh, local_shard
 from openimp.recipe.schema import Recipe
 from openimp.recipe.training import Optimizer
 
@@ -17,7 +18,7 @@ def muon_matrices(options: Optimizer, model: Embedder) -> dict[Tensor, None]:
     return model.hidden_matrices() if options.muon_lr else {}
 
 
-def make_optimizers(options: Optimizer, model: Embedder, own: Iterable[Tensor]) -> list[torch.optim.Optimizer]:
+def make_optimizers(options: Optimizer, model: Embedder, parameters: Iterable[Tensor]) -> list[torch.optim.Optimizer]:
     """Fused AdamW, and Muon for the hidden matrices if the recipe has a `muon_lr`.
 
     Weight decay applies to kernels only, not to embedding and position tables, norms, biases and temperatures. Each
@@ -26,33 +27,52 @@ def make_optimizers(options: Optimizer, model: Embedder, own: Iterable[Tensor]) 
     Args:
         options: of the recipe.
         model: the model that is trained.
-        own: the parameters that this rank updates.
+        parameters: those that this rank updates.
     """
     hidden = muon_matrices(options, model)
-    rest = [parameter for parameter in own if parameter not in hidden]
+    rest = [parameter for parameter in parameters if parameter not in hidden]
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     kernels = [parameter for parameter in rest if parameter.ndim >= 2 and parameter not in tables]
     others = [parameter for parameter in rest if parameter.ndim < 2 or parameter in tables]
     groups = [
         {"params": group, "weight_decay": decay}
-        for parameters, decay in ((kernels, options.weight_decay), (others, 0.0))
-        for group in on_one_mesh(parameters)
+        for some, decay in ((kernels, options.weight_decay), (others, 0.0))
+        for group in by_mesh(some)
     ]
-    # A rank may have nothing to update. A group may be empty, but the list of groups may not.
     betas = (options.betas[0], options.betas[1])
     made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups or [{"params": []}], lr=options.lr, betas=betas, eps=options.eps, fused=True)
+        torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
     ]
     if options.muon_lr:
         # Updates have the same RMS as AdamW's (arXiv 2502.16982, section 2.2).
-        muon = torch.optim.Muon(
-            [{"params": [parameter for parameter in own if parameter in hidden]}],
+        muon = _Muon(
+            [{"params": [parameter for parameter in parameters if parameter in hidden]}],
             lr=options.muon_lr, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw",
         )  # fmt: skip
         made.append(muon)
     for group in (group for optimizer in made for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     return made
+
+
+class _Muon(torch.optim.Muon):
+    """torch's Muon, which computes on local tensors if this rank holds the full matrix.
+
+    The many small operations on a DTensor take twice as long.
+    """
+
+    def _init_group(self, group: Any, *tensors: list[Tensor]) -> bool:
+        has_complex = super()._init_group(group, *tensors)
+        for some in tensors:
+            some[:] = [local if (local := local_shard(x)).shape == x.shape else x for x in some]
+        return has_complex
+
+
+def fill_missing_grads(parameters: Iterable[Tensor]) -> None:
+    """Gives every parameter without a gradient a gradient of zero."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def schedule(recipe: Recipe, step: int) -> float:

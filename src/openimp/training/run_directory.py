@@ -41,7 +41,7 @@ def locked(run: Path) -> Iterator[None]:
                 f"{run}: another training is writing to it; name another directory with --run-dir"
             ) from None
 
-    distributed.alone(acquire)
+    distributed.run_on_rank_zero(acquire)
     try:
         yield
     finally:
@@ -77,7 +77,7 @@ class RunDirectory:
         if self.recipe_file.exists() and not begun and not _holds(self.recipe_file, self.recipe.to_yaml()):
             raise UserError(f"{self.recipe_file}: a run would overwrite it; name another directory with --run-dir")
         # torchrun also repeats a start that was refused. Only one that wrote its job's name may resume.
-        restarted = distributed.restarted() and self.job_file.exists() and _holds(self.job_file, distributed.job())
+        restarted = distributed.restarted() and self.job_file.exists() and _holds(self.job_file, distributed.job_id())
         if resume == "auto" or restarted:
             resume = saved  # A run that died before its first checkpoint starts again and loses nothing.
         elif self.recipe_file.exists() and not saved:
@@ -98,7 +98,9 @@ class RunDirectory:
             UserError: the run is of another recipe or trainer.
         """
         found = common_checkpoints(self.path)
-        if not found or step_of(found[-1]) < self.recipe.train.steps or not distributed.alone(self._evaluated):
+        if not found or step_of(found[-1]) < self.recipe.train.steps:
+            return False
+        if not distributed.run_on_rank_zero(self._evaluated):
             return False
         try:
             verify(found[-1])
@@ -113,17 +115,17 @@ class RunDirectory:
         Args:
             config: text of the model's config.json.
         """
-        distributed.wait()  # Every rank must have looked for an older run before this one's files appear.
+        distributed.barrier()  # Every rank must have looked for an older run before this one's files appear.
 
         def write() -> None:
             if distributed.rank() == 0:
                 self.path.mkdir(parents=True, exist_ok=True)
                 write_text(self.recipe_file, self.recipe.to_yaml())
                 record_training(config)
-                if distributed.job():
-                    write_text(self.job_file, distributed.job())
+                if distributed.job_id():
+                    write_text(self.job_file, distributed.job_id())
 
-        distributed.agreed(write)
+        distributed.run_on_all_ranks(write)
 
     def _evaluated(self) -> bool:
         """Whether results.jsonl has the final step's results of every evaluation set."""

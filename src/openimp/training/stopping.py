@@ -35,22 +35,21 @@ class Stop:
         """
         iterator = iter(items)
         while True:
-            found: list[T] = []
-            why: list[str] = []
+            reason: str | None = None
             try:
-                found = [next(iterator)]
+                item = next(iterator)
             except StopIteration:
                 return
             except WorkersFailed as error:
                 # The signal may have killed the loader's workers too.
-                why = ["" if self.requested else str(error)]
+                reason = "" if self.requested else str(error)
             except UserError as error:
-                why = [str(error)]
-            if self.requested or self.reason():
-                why.append("")
-            if why := distributed.told_to_all(why):
-                raise UserError(max(why)) if max(why) else Stopped
-            yield found[0]
+                reason = str(error)
+            if reason is None and (self.requested or self.reason()):
+                reason = ""
+            if reasons := [each for each in distributed.all_gather_object(reason) if each is not None]:
+                raise UserError(max(reasons)) if max(reasons) else Stopped
+            yield item
 
 
 @contextmanager

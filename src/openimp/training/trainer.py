@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ from openimp.evaluation.evaluate import check_sets
 from openimp.model.embedder import Embedder, Encode, in_chunks
 from openimp.model.imp import IMP
 from openimp.objectives import Losses, task_losses
-from openimp.parallel import distributed, layout
+from openimp.parallel import distributed
+from openimp.parallel.layout import Layout, apply_parallelism
 from openimp.planning.ledger import costs
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
@@ -37,7 +39,7 @@ from openimp.training.updater import Updater
 from openimp.training.validation import Validation
 
 
-@distributed.deaths_told()
+@distributed.report_dead_ranks()
 def train(
     recipe: Recipe,
     run: Path,
@@ -69,7 +71,7 @@ def train(
             console.print(f"{run}: all {recipe.train.steps:,} steps are done and evaluated already", soft_wrap=True)
         else:
             complete = trainer(recipe, run, resume, allow_changed_data).train()
-    distributed.leave()
+    distributed.shut_down()
     return complete
 
 
@@ -112,25 +114,29 @@ class Trainer:
         self.recipe, self.run, self.savable, self.device = recipe, run, True, distributed.start()
         console.quiet = distributed.rank() > 0
         keep_freed_memory()
-        if distributed.world() > 1 and type(self) is not Trainer:
+        if distributed.world_size() > 1 and type(self) is not Trainer:
             raise UserError(f"{type(self).__name__}: a study trains in one process; start it without torchrun")
+        parallel, expert_dims = recipe.parallel, (recipe.model.width, recipe.model.mlp_dim)
+        self.layout = Layout.of(distributed.world_size(), parallel.shard_degree, parallel.expert_degree, expert_dims)
         directory = RunDirectory(run, recipe)
         checkpoint = directory.checkpoint(resume, type(self).__name__)
         self.modalities = self.read(recipe)
         start = open_start(recipe, self.modalities) if checkpoint is None else None
         changed = self._open_data(checkpoint, start, allow_changed_data)
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses)
-        replicas, texts = self._make_model(start)
-        compiled = len(signatures(recipe, self.modalities)) if recipe.train.compile and distributed.world() == 1 else 0
+        texts = self._make_model(start)
+        compiled = (
+            len(signatures(recipe, self.modalities)) if recipe.train.compile and distributed.world_size() == 1 else 0
+        )
         encode = CompiledEncode(self.model, compiled) if compiled else self.model.encode
         self.encode = in_chunks(encode, recipe.memory.chunk_size)
-        self.updater = Updater(recipe, self.model, replicas, self.costs)
+        self.updater = Updater(recipe, self.model, self.costs)
         self.checkpointing = Checkpointing(run, recipe.train.keep_last, self.model, self.updater, texts, self.state)
         state = self.checkpointing.load(checkpoint) if checkpoint else {}
         self.step = state.get("step", 0)
         self.cursors = self.data.load_cursors(state.get("cursors", {}), changed)
         directory.begin(texts["config.json"])
-        self.log = Log(recipe, run, self.modalities, self.costs, Pace(self.model, self.device), state)
+        self.log = Log(recipe, run, self.modalities, self.costs, Pace(), state)
         self.validation = Validation(
             recipe, run, self.modalities, self.data.classes, self.model, self._new_model, self.device
         )
@@ -204,7 +210,7 @@ class Trainer:
         """
         visit = loaded.visit
         if not self.updater.step(visit.step):
-            loss = float(distributed.mean(losses.total.detach()))
+            loss = float(distributed.all_reduce_mean(losses.total.detach()))
             rows = ", ".join(self._suspects(loaded, losses))
             raise UserError(
                 f"step {visit.step}, task {visit.task}: the loss ({loss:g}) or its gradient is not finite; nothing was "
@@ -252,7 +258,7 @@ class Trainer:
 
     def _open_data(self, checkpoint: Path | None, start: WarmStart | None, allow_changed_data: bool) -> list[str]:
         """Opens the sources, lets the modalities learn their vocabulary, and returns sources that have changed."""
-        self.data = StepBatches(self.recipe, self.modalities, track, distributed.rank(), distributed.world())
+        self.data = StepBatches(self.recipe, self.modalities, track, distributed.rank(), distributed.world_size())
         self.sources = self.data.fingerprints()
         if checkpoint is None:
             self.data.fit(start.stems if start else ())
@@ -265,13 +271,8 @@ class Trainer:
             raise UserError(f"{checkpoint}: was trained on other classes than the data has now")
         return changed
 
-    def _make_model(self, start: WarmStart | None) -> tuple[list[Any], dict[str, str]]:
-        """Creates the model and lays it out over the ranks.
-
-        Returns:
-            The replicas, as `layout.spread` returns them, and the text files of a checkpoint.
-        """
-        parallel = self.recipe.parallel
+    def _make_model(self, start: WarmStart | None) -> dict[str, str]:
+        """Creates the model, distributes it over the ranks, and returns the text files of a checkpoint."""
         torch.manual_seed(self.recipe.seed)
         self.model = self._new_model().train()
         if start is not None:
@@ -280,11 +281,11 @@ class Trainer:
         texts = config_files(
             self.model, self.recipe, self.modalities, self.data.classes
         )  # FSDP2 changes the model's class.
-        replicas = layout.spread(
+        apply_parallelism(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "project", "classify"),
-            parallel.shard_degree, parallel.expert_degree, self.device,
+            self.layout, self.device,
         )  # fmt: skip
-        return replicas, texts
+        return texts
 
     def _new_model(self) -> Embedder:
         sizes = {name: len(values) for name, values in self.data.classes.items()}
@@ -295,4 +296,4 @@ class Trainer:
         source = self.data.sources[loaded.visit.task]
         names = [source.row_name(row) for row in loaded.batch.rows[:8]]
         finite = math.isfinite(float(losses.total.detach()))
-        return distributed.told_to_all([] if finite else names) or names
+        return [*chain.from_iterable(distributed.all_gather_object([] if finite else names))] or names

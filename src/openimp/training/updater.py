@@ -1,15 +1,15 @@
 """One update of the weights: reduced and clipped gradients, the learning rate, the optimizers, the EMA."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from openimp.model.embedder import Embedder
-from openimp.parallel.exchange import make_exchange
+from openimp.parallel.layout import clip_grad_norm
+from openimp.parallel.owners import MatrixOwners
 from openimp.planning.ledger import Cost
 from openimp.recipe.schema import Recipe
 from openimp.training.ema import EMA
-from openimp.training.optimizers import make_optimizers, muon_matrices, schedule, set_learning_rate
+from openimp.training.optimizers import fill_missing_grads, make_optimizers, muon_matrices, schedule, set_learning_rate
 
 
 class Updater:
@@ -21,15 +21,12 @@ class Updater:
         grad_norm: Euclidean norm of the last step's gradient, before clipping.
     """
 
-    def __init__(
-        self, recipe: Recipe, model: Embedder, replicas: Sequence[Any], costs: Mapping[tuple[str, int], Cost]
-    ) -> None:
+    def __init__(self, recipe: Recipe, model: Embedder, costs: Mapping[tuple[str, int], Cost]) -> None:
         """Creates the optimizers.
 
         Args:
             recipe: what is trained.
-            model: laid out over the ranks.
-            replicas: what `layout.spread` returned for it.
+            model: distributed over the ranks.
             costs: by task and view, with the parameters that a step of it uses.
         """
         options, named = recipe.optimizer, dict(model.named_parameters())
@@ -37,8 +34,8 @@ class Updater:
         updated = [{*named}] if options.zero_missing_grads else [cost.touched for cost in costs.values()]
         steps = [{named[name] for name in names} for names in updated]
         self.recipe, self.model = recipe, model
-        self.exchange = make_exchange(model, replicas, muon_matrices(options, model), steps)
-        self.optimizers = make_optimizers(options, model, self.exchange.own)
+        self.owners = MatrixOwners(muon_matrices(options, model), steps)
+        self.optimizers = make_optimizers(options, model, self.owners.updated_here(model.parameters()))
         self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
         self.grad_norm = 0.0
 
@@ -49,10 +46,9 @@ class Updater:
             Whether the gradient was finite. If it was not, nothing is updated.
         """
         options = self.recipe.optimizer
-        self.exchange.gradients()
         if options.zero_missing_grads:
-            self.exchange.fill_with_zeros()
-        norm = self.exchange.clip(options.max_grad_norm or math.inf)
+            fill_missing_grads(self.model.parameters())
+        norm = clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf)
         # This waits for a GPU to finish the backward pass. It is the price of never applying a non-finite update.
         self.grad_norm = float(norm)
         if not math.isfinite(self.grad_norm):
@@ -61,7 +57,7 @@ class Updater:
         for optimizer in self.optimizers:
             optimizer.step()
         self.model.clamp_logit_scales()
-        self.exchange.updates()
+        self.owners.broadcast_updates()
         # None, not zero: a parameter that the next task does not use keeps its value and its optimizer state.
         self.model.zero_grad(set_to_none=True)
         if self.ema:

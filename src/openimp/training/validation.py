@@ -74,7 +74,7 @@ class Validation:
                 raise failed
             return True
 
-        if not distributed.alone(measure):
+        if not distributed.run_on_rank_zero(measure):
             raise Stopped
 
     def keep_best(self, step: int, checkpointing: Checkpointing) -> None:
@@ -88,7 +88,7 @@ class Validation:
             return
         checkpointing.wait()
         saved = {step, *map(step_of, checkpoints(self.run))}
-        best = distributed.alone(lambda: best_step(self.run / "results.jsonl", name, saved))
+        best = distributed.run_on_rank_zero(lambda: best_step(self.run / "results.jsonl", name, saved))
         if best == step:
             checkpointing.save()
             checkpointing.wait()
@@ -97,9 +97,9 @@ class Validation:
 
     def _full_model(self, ema: Mapping[str, Tensor] | None) -> Embedder | None:
         """The model with all its shards, or with the weights of `ema`, on rank 0; None on the other ranks."""
-        if ema is None and distributed.world() == 1:
+        if ema is None and distributed.world_size() == 1:
             return self.model
-        weights = layout.gathered(self.model.state_dict() if ema is None else ema)
+        weights = layout.gather_on_rank_zero(self.model.state_dict() if ema is None else ema)
         if distributed.rank():
             return None
         with torch.random.fork_rng(devices=[]):
