@@ -212,7 +212,7 @@ def changed_source(bench: Bench) -> list[Outcome]:
     process = bench.start(allowed, "--resume", "--allow-changed-data")
     lines = watch(process)
     flip(file)
-    if not told(process, lines, "going on with the data as it is now", code=0):
+    if not told(process, lines, "resuming with the data as it is now", code=0):
         noticed = ""
     return [bench.gone_on("a source that has changed since the checkpoint", run, noticed, reached)]
 

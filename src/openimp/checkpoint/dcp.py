@@ -1,7 +1,7 @@
 """Folders of tensors in safetensors files.
 
-A single process writes one file of whole tensors. Of several ranks, each writes one file with its shards through
-torch.distributed.checkpoint (DCP); the header says where in its tensor each shard begins. Any number of ranks reads
+A single process writes one file of whole tensors. If several ranks save, each writes one file with its shards through
+torch.distributed.checkpoint (DCP), and the header says where in its tensor each shard begins. Any number of ranks reads
 either kind through DCP.
 
 DCP takes half a second to import, so the functions that need it import it.
@@ -47,7 +47,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], group: Group | None = None
         return [_save_file(folder, tensors)]
     import torch.distributed.checkpoint as dcp
 
-    # Do not let it consolidate the shards: it writes zeros for scalars (torch 2.13).
+    # Not with `enable_consolidation`, which writes zeros for scalars (torch 2.13).
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _causes():
         dcp.save(dict(tensors), storage_writer=writer, process_group=group)

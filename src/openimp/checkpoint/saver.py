@@ -37,12 +37,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving: Future[None] | None = None
 
-    def start(
-        self,
-        step: int,
-        texts: Mapping[str, str],
-        tensors: Mapping[str, Mapping[str, Tensor]],
-    ) -> None:
+    def start(self, step: int, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Waits for the checkpoint before, copies the tensors to CPU memory, and lets the thread write them.
 
         Args:
@@ -97,7 +92,7 @@ class Saver:
 
 
 def _begin(draft: Path, texts: Mapping[str, str]) -> None:
-    for left in draft.parent.glob(".step-*"):  # Of a process that was killed.
+    for left in draft.parent.glob(".step-*"):  # A process that was killed left it.
         shutil.rmtree(left)
     draft.mkdir(parents=True)
     for name, text in texts.items():
@@ -108,7 +103,7 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
     for written in (draft / MANIFEST, *filter(Path.is_dir, draft.iterdir()), draft):
         sync(written)
-    if folder.exists():  # It is damaged, otherwise the run would have resumed from it.
+    if folder.exists():  # It is damaged; otherwise the run would have resumed from it.
         _remove(folder)
     # After a power failure, the run's logs must not be older than its checkpoint.
     for log in folder.parents[1].glob("*.jsonl"):
@@ -119,7 +114,7 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _remove_older(folder: Path, keep: int) -> None:
-    # One of a later step is damaged, otherwise the run would have resumed from it. It must not stay the newest.
+    # One of a later step is damaged; otherwise the run would have resumed from it. It must not stay the newest.
     found, best = checkpoints(folder.parents[1]), (folder.parent / BEST).resolve().name
     earlier = [path for path in found if path <= folder]
     kept = {*earlier[-keep:], *(path for path in earlier if path.name == best)}
