@@ -18,7 +18,7 @@ import openimp
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["__main__", "openimp.cli", "openimp.commands", "openimp.checkpoint.dcp", "pandas", "tensorboard.summary",
+    ["__main__", "openimp.cli", "openimp.commands", "openimp.checkpoint.dcp", "pandas", "pytest", "tensorboard.summary",
      "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.launcher.api", "torch.utils.tensorboard",
      *(f"openimp.modalities.{name}" for name in ("image", "video", "audio", "text"))]
 )  # fmt: skip
@@ -28,7 +28,7 @@ class Process:
     """A process that runs `python *command`, with what tests use of `subprocess.Popen`.
 
     Args:
-        command: what follows `python`: `-m`, a module and its arguments, or a file and its arguments.
+        command: what follows `python`: `-m` and a module, `-c` and code, or a file; and their arguments.
         merge: reads errors from `stdout`, as 2>&1 does, and not from `stderr`.
         folder: the working directory.
         environment: variables to set besides those of this process.
@@ -98,6 +98,7 @@ def _run(command: list[str], output: Connection, errors: Connection, folder: Pat
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     for end, number in ((output, 1), (errors, 2)):
         os.dup2(end.fileno(), number)
     output.close()
@@ -107,6 +108,9 @@ def _run(command: list[str], output: Connection, errors: Connection, folder: Pat
     if command[0] == "-m":
         sys.argv = command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    elif command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        exec(command[1], {"__name__": "__main__"})
     else:
         sys.argv = command
         runpy.run_path(command[0], run_name="__main__")

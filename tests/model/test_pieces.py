@@ -38,8 +38,8 @@ def gradients(folder: Path, *changes: str) -> dict[str, Tensor]:
         losses = task_losses(model, task, data[step].batch, in_chunks(model.encode, recipe.memory.chunk_size))
         losses.total.backward()
         found[f"{name} loss"] = losses.total.detach()
-        gradients = {weight: parameter.grad for weight, parameter in model.named_parameters()}
-        found |= {f"{name} {weight}": grad.clone() for weight, grad in gradients.items() if grad is not None}
+        grads = {weight: parameter.grad for weight, parameter in model.named_parameters()}
+        found |= {f"{name} {weight}": grad.clone() for weight, grad in grads.items() if grad is not None}
         model.zero_grad()
     return found
 
