@@ -1,11 +1,11 @@
 """What benchmarks/faults.py starts, watches and compares: trainings of the tests' small recipe, in processes."""
 
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed.run
 
 from openimp.checkpoint.folder import checkpoints, load_model
 from openimp.common.json_lines import read_lines
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import little
+from processes import Process, torchrun
 
+os.environ["OMP_NUM_THREADS"] = "1"  # In the processes too.
 STEPS, EVERY, BATCH = 40, 8, 8
 AT = 12
 """The step after which most faults happen: in the middle between two checkpoints."""
@@ -29,7 +32,6 @@ CHANGES = [f"train.steps={STEPS}", f"train.save_every={EVERY}", "train.keep_last
 REPLICAS = ["parallel.shard_degree=1"]
 NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """For restarts; see `parallel.distributed.start`."""
-Process = subprocess.Popen[str]
 How = Literal["one", "two", "two nodes"]
 """On one rank, on two with a replica each, or on two as on two nodes, which share one replica."""
 
@@ -79,29 +81,29 @@ class Bench:
 
     def command(self, run: Path, *options: str, changes: Iterable[str] = ()) -> list[str]:
         sets = [part for change in (*CHANGES, *changes) for part in ("--set", change)]
-        return ["-m", "openimp", "train", str(self.data / "recipe.yaml"), "--run-dir", str(run), *sets, *options]
+        return ["train", str(self.data / "recipe.yaml"), "--run-dir", str(run), *sets, *options]
 
-    def start(self, run: Path, *options: str, changes: Iterable[str] = ()) -> Process:
-        return start([sys.executable, *self.command(run, *options, changes=changes)])
+    def start(self, run: Path, *options: str, changes: Iterable[str] = (), **environment: str) -> Process:
+        return Process("-m", "openimp", *self.command(run, *options, changes=changes), merge=True, **environment)
 
     def start_two(self, run: Path, *options: str, nodes: bool = False) -> list[Process]:
         """Two ranks, started without torchrun. They have a replica each, or share one as on two nodes."""
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, *self.command(run, *options, changes=[] if nodes else REPLICAS)]
-        return [start(command, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+        changes = [] if nodes else REPLICAS
+        return [
+            self.start(run, *options, changes=changes, **group, RANK=str(rank), LOCAL_RANK=str(rank))
+            for rank in range(2)
+        ]
 
     def torchrun(self, run: Path, restarts: int = 0) -> Process:
         """Two ranks with a replica each."""
-        how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
-        command = [sys.executable, "-m", "torch.distributed.run", *how, *self.command(run, changes=REPLICAS)]
-        return start(command, **NEW_STORE)
+        command = torchrun(2, *self.command(run, changes=REPLICAS), restarts=restarts)
+        return Process(*command, merge=True, **NEW_STORE)
 
     def two_nodes(self, run: Path) -> Process:
         """Two torchruns with a rank each, as on two nodes. They are the children of the returned process."""
-        how = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1", "--rdzv-backend", "c10d",
-               "--rdzv-id", "nodes", "--rdzv-endpoint", f"localhost:{free_port()}"]  # fmt: skip
-        node = shlex.join([sys.executable, "-m", "torch.distributed.run", *how, *self.command(run)])
-        return start(["sh", "-c", f"{node} & first=$!; {node} & wait $! && wait $first"], **NEW_STORE)
+        node = torchrun(1, *self.command(run), restarts=1, nodes=f"localhost:{free_port()}")
+        return Process(__file__, *node[2:], merge=True, **NEW_STORE)
 
     def started(self, how: How, run: Path, *options: str) -> list[Process]:
         return [self.start(run, *options)] if how == "one" else self.start_two(run, *options, nodes=how == "two nodes")
@@ -139,14 +141,6 @@ class Bench:
         ours, theirs = made(run), made(whole)
         differ = (ours - theirs) + (theirs - ours)
         return Outcome(fault, noticed, steps, BATCH * differ.total(), same)
-
-
-def start(command: list[str], **environment: str) -> Process:
-    """A process whose output and errors are read as one."""
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
 
 
 def free_port() -> int:
@@ -206,3 +200,12 @@ def most_memory(process: Process) -> int:
     """Bytes that a process has held at most so far."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+if __name__ == "__main__":
+    nodes = [multiprocessing.Process(target=torch.distributed.run.main, args=(sys.argv[1:],)) for _ in range(2)]
+    for node in nodes:
+        node.start()
+    for node in nodes:
+        node.join()
+    sys.exit(any(node.exitcode for node in nodes))

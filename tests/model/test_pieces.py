@@ -9,11 +9,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.common.errors import UserError
-from openimp.data.loader import make_loader
+from openimp.data.step_batches import StepBatches
+from openimp.model.embedder import in_chunks
+from openimp.model.imp import IMP
+from openimp.objectives import task_losses
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import Trainer
 
-COMMON = ["train.precision=fp32", "train.num_workers=0", "tasks.named.views.0.image.drop_tokens=0.5", "evaluation={}"]
+COMMON = ["train.precision=fp32", "tasks.named.views=[{image: {size: 32, drop_tokens: 0.5}, text: {length: 8}}]"]
 CASES = {
     "sparse, softmax": ["tasks.named.objectives=[{type: contrastive, same: label}]"],
     "dense, sigmoid": ["tasks.named.objectives=[{type: contrastive, loss: sigmoid}]", "model.moe=null"],
@@ -21,39 +24,36 @@ CASES = {
 }
 
 
-def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
-    return Trainer(Recipe.load(folder / "recipe.yaml", [*COMMON, *changes]), run, resume=False)
-
-
-def gradients(training: Trainer) -> dict[str, Tensor]:
-    """Of two steps' losses, one of each task, by parameter and task."""
+def gradients(folder: Path, *changes: str) -> dict[str, Tensor]:
+    """The loss and the gradients of one step of each task, by task and parameter."""
+    recipe = Recipe.load(folder / "recipe.yaml", [*COMMON, *changes])
+    modalities = recipe.make_modalities()
+    data = StepBatches(recipe, modalities)
+    data.fit()
+    torch.manual_seed(0)
+    model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in data.classes.items()})
     found: dict[str, Tensor] = {}
-    for loaded in make_loader(training.data, 0, 12):
-        if any(name.startswith(loaded.visit.task) for name in found):
-            continue
-        losses = training.forward(loaded)
+    for name, task in recipe.tasks.items():
+        step = next(visit.step for visit in data.schedule if visit.task == name)
+        losses = task_losses(model, task, data[step].batch, in_chunks(model.encode, recipe.memory.chunk_size))
         losses.total.backward()
-        found[f"{loaded.visit.task} loss"] = losses.total.detach()
-        for name, parameter in training.model.named_parameters():
-            if parameter.grad is not None:
-                found[f"{loaded.visit.task} {name}"] = parameter.grad.clone()
-        training.model.zero_grad()
+        found[f"{name} loss"] = losses.total.detach()
+        grads = {weight: parameter.grad for weight, parameter in model.named_parameters()}
+        found |= {f"{name} {weight}": grad.clone() for weight, grad in grads.items() if grad is not None}
+        model.zero_grad()
     return found
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pieces_and_recomputing_change_no_gradient(little_data, tmp_path, case):
-    changes = CASES[case]
-    whole = gradients(training_of(little_data, tmp_path / "whole", *changes))
+def test_pieces_and_recomputing_change_no_gradient(little_data, case):
+    whole = gradients(little_data, *CASES[case])
     assert len({name.split()[0] for name in whole}) == 2
-    for i, less in enumerate(
-        (
-            ["memory.chunk_size=3"],
-            ["memory.activation_checkpointing=true"],
-            ["memory={chunk_size: 5, activation_checkpointing: true}"],
-        )
+    for less in (
+        "{chunk_size: 3}",
+        "{activation_checkpointing: true}",
+        "{chunk_size: 5, activation_checkpointing: true}",
     ):
-        found = gradients(training_of(little_data, tmp_path / f"less{i}", *changes, *less))
+        found = gradients(little_data, *CASES[case], f"memory={less}")
         assert found.keys() == whole.keys()
         for name, expected in whole.items():
             torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -62,14 +62,15 @@ def test_pieces_and_recomputing_change_no_gradient(little_data, tmp_path, case):
 def test_less_memory_for_the_same_batch_and_all_flops_are_counted(little_data, tmp_path, peak_bytes):
     large = [
         "model={width: 32, heads: 2, mlp_dim: 128, layers: 4, embed_dim: 32, moe: {experts: 2, layers: 2}}",
-        "tasks.named.batch_size=128",
-        "tasks.named.views.1.batch_size=128",
+        "tasks.named.batch_size=64",
         "tasks.heard.weight=0",
+        "evaluation={}",
     ]
     peaks, flops = {}, {}
     for name, less in (("all", "{}"), ("pieces", "{chunk_size: 16}"), ("again", "{activation_checkpointing: true}")):
-        training = training_of(little_data, tmp_path / name, *large, f"memory={less}")
-        loaded = next(iter(make_loader(training.data, 0)))
+        recipe = Recipe.load(little_data / "recipe.yaml", [*COMMON, *large, f"memory={less}"])
+        training = Trainer(recipe, tmp_path / name, resume=False)
+        loaded = training.data[0]
         peaks[name] = peak_bytes(lambda t=training, step=loaded: t.forward(step).total.backward())
         # Of the other kinds of attention the counter does not know the CPU's.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

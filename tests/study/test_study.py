@@ -3,15 +3,13 @@
 import math
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
+from processes import Process
 
 from openimp.alternation import Alternation
 from openimp.common.errors import UserError
@@ -238,14 +236,13 @@ def test_a_training_killed_before_its_first_checkpoint_starts_again(done, tmp_pa
 def test_a_stopped_study_resumes(done, little_data, tmp_path):
     """A signal stops its first training. After resuming, the scores equal those of the study that was not stopped."""
     file, runs, _ = done
-    command = [sys.executable, "-u", "-m", "openimp", "study", file, "--runs", tmp_path / "runs", "--out", tmp_path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("step 3/"):
-                process.send_signal(signal.SIGTERM)
-                break
-        rest = process.stdout.read()
-    assert process.returncode == 0
+    process = Process("-m", "openimp", "study", file, "--runs", tmp_path / "runs", "--out", tmp_path)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.terminate()
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0
     assert "resume with" in rest
     assert not list(tmp_path.glob("*.md"))
     assert run_study(str(file), tmp_path / "runs", tmp_path)

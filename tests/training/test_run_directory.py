@@ -1,10 +1,10 @@
 """The run directory: one training at a time, and nothing is done for a run that is finished."""
 
 import shutil
-import subprocess
-import sys
+import signal
 
 import pytest
+from processes import Process
 
 from openimp.common.errors import UserError
 from openimp.recipe.schema import Recipe
@@ -13,19 +13,19 @@ from openimp.training.trainer import train
 
 
 def test_a_second_training_in_the_same_directory_is_refused(little_data, tmp_path):
-    """The first one is another process, which holds the lock until it is told to leave."""
+    """The first one is another process, which holds the lock until it is interrupted."""
     run, recipe = tmp_path / "run", Recipe.load(little_data / "recipe.yaml")
     hold = (
-        "import sys; from pathlib import Path; from openimp.training.run_directory import locked\n"
-        "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+        "import sys, time; from pathlib import Path; from openimp.training.run_directory import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked'); time.sleep(600)"
     )
-    command = [sys.executable, "-c", hold, run]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "locked\n"
-        for resume in (False, True, "auto"):
-            with pytest.raises(UserError, match=f"{run}: another training is writing to it"):
-                train(recipe, run, resume)
-        first.communicate("")
+    first = Process("-c", hold, run)
+    assert first.stdout.readline() == "locked\n"
+    for resume in (False, True, "auto"):
+        with pytest.raises(UserError, match=f"{run}: another training is writing to it"):
+            train(recipe, run, resume)
+    first.send_signal(signal.SIGINT)
+    first.wait()
     assert not run.exists()  # The first one wrote nothing.
     with locked(run):
         (run / "metrics.jsonl").touch()

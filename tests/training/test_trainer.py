@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from processes import Process, run
 
 from openimp.alternation import Alternation
 from openimp.checkpoint import dcp
@@ -40,17 +39,13 @@ def recipe_of(folder: Path, *changes: str) -> Recipe:
     return Recipe.load(folder / "recipe.yaml", changes)
 
 
-def start(folder: Path, run: Path, *changes: str, resume: bool = False) -> subprocess.Popen:
-    """`openimp train` as a process group of its own, as a shell starts it; what it prints goes to run.log."""
+def start(folder: Path, run: Path, *changes: str, resume: bool = False) -> Process:
     sets = [argument for change in changes for argument in ("--set", change)]
-    command = [sys.executable, "-m", "openimp", "train", str(folder / "recipe.yaml"), "--run", str(run), *sets]
-    with open(f"{run}.log", "ab") as log:
-        return subprocess.Popen(
-            [*command, *(["--resume"] if resume else [])], stdout=log, stderr=log, start_new_session=True
-        )
+    command = ["train", folder / "recipe.yaml", "--run-dir", run, *sets, *(["--resume"] if resume else [])]
+    return Process("-m", "openimp", *command, merge=True)
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 90) -> None:
+def wait_until(condition, process: Process, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"it ended too early, with {process.returncode}"
@@ -132,10 +127,11 @@ def test_a_run_that_is_killed_and_stopped_and_resumed_is_the_whole_run(whole_run
         # The killed run may have made steps that it did not save; the resumed one forgets them, and line 999 with them.
         wait_until(lambda: saved[-1] + 1 < read_lines(run / "metrics.jsonl")[-1]["step"] < 999, process)
         os.killpg(process.pid, number)
-        assert process.wait(30) == 0, Path(f"{run}.log").read_text()
+        printed = process.stdout.read()
+        assert process.wait(30) == 0, printed
         saved.append(last_step(run))
         assert saved[-2] < saved[-1] < STEPS
-        assert f"stopped at step {saved[-1]}, saved" in Path(f"{run}.log").read_text()
+        assert f"stopped at step {saved[-1]}, saved" in printed
         assert [line["step"] for line in figures(run)] == list(range(1, saved[-1] + 1))
     schedule, rows = Alternation(recipe_of(little_data, *LONG)), {"named": 24, "heard": 15}
     seen = [{visit.task: visit.start + visit.batch for visit in list(schedule)[:step]} for step in saved]
@@ -289,12 +285,8 @@ def test_a_terminal_that_is_closed_asks_for_a_stop_unless_nohup_was_asked_for():
 
 def test_a_training_goes_on_when_nobody_reads_what_it_prints(little_data, tmp_path):
     """As in a pipe to `head`."""
-    command = ["-m", "openimp", "train", little_data / "recipe.yaml", "--run", tmp_path / "run"]
-    for change in ("train.steps=4", "train.log_every=1", "evaluation={}"):
-        command += ["--set", change]
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
+    sets = [f"--set={change}" for change in ("train.steps=4", "train.log_every=1", "evaluation={}")]
+    process = Process("-m", "openimp", "train", little_data / "recipe.yaml", "--run-dir", tmp_path / "run", *sets)
     assert process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
@@ -604,11 +596,8 @@ def test_a_modality_from_outside_the_package_trains_and_is_measured(tmp_path):
     rows[1]["trace"] = [[0.0, 1.0]]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "traces.parquet")
     (tmp_path / "recipe.yaml").write_text(textwrap.dedent(MOTION_RECIPE))
-    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OPENIMP_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "openimp", "train", "recipe.yaml", "--run", "run"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "OPENIMP_CACHE": str(tmp_path / "cache")}
+    run("-m", "openimp", "train", "recipe.yaml", "--run-dir", "run", folder=tmp_path, check=True, **environment)
     for result in read_lines(tmp_path / "run" / "results.jsonl"):
         assert result["skipped"] == 0
         assert result["r1"] > 0.7 > result["chance"], result["task"]
@@ -616,9 +605,7 @@ def test_a_modality_from_outside_the_package_trains_and_is_measured(tmp_path):
         "motion -> text",
         "text -> motion",
     }
-    report = [sys.executable, "-m", "openimp", "report", "run"]
-    done = subprocess.run(report, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run("-m", "openimp", "report", "run", folder=tmp_path, check=True, **environment)
     page = (tmp_path / "run" / "report.html").read_text()
     three_curves = r"<svg[^>]*>\s*<title>motion: traces\.parquet\[\d+\]</title>\s*(?:<path[^>]*/>\s*){3}</svg>"
     assert len(re.findall(three_curves, page)) == page.count('class="series"') > 6
