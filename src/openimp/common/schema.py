@@ -176,7 +176,7 @@ def _first_mistake(data: Any, error: ValidationError) -> str:
     found = [each for other, each in errors if other == path]
     message = _message(next((each for each in found if each["type"] not in EXPECTED), found[0]))
     if len(found) > 1 and all(each["type"] in EXPECTED for each in found):
-        *others, last = dict.fromkeys(EXPECTED[each["type"]] for each in found)
+        *others, last = dict.fromkeys(EXPECTED[each["type"]].format_map(each.get("ctx", {})) for each in found)
         message = f"expected {' or '.join(filter(None, [', '.join(others), last]))}, found {_shown(found[0]['input'])}"
     return ": ".join(filter(None, [".".join(path), message]))
 

@@ -75,11 +75,7 @@ class Retrieved(Predicted):
 
 
 def check(evaluator: Evaluator, options: Retrieval, where: str, table: Table) -> None:
-    """Finds the errors that would stop `retrieve`, without encoding anything.
-
-    Raises:
-        UserError: a column is missing, or the two modalities share no space.
-    """
+    """Raises UserError if a column is missing or the two modalities share no space. Nothing is encoded."""
     a, b = options.inputs
     require_pair(evaluator.model, a, b, where)
     for side, spec in options.inputs.items():
