@@ -1,14 +1,18 @@
-"""Several processes, as torchrun starts them, against one: gradients, a whole training, and one that goes on elsewhere.
+"""Training on several ranks of gloo against training on one.
 
-torchrun runs this very file to compute the gradients of all cases.
+A start of torchrun takes long, so there is one per number of ranks: it runs this file, which computes all cases and
+writes what the tests compare.
 """
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,115 +22,114 @@ from torch import Tensor
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import optimizer_state
+from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import make_loader
+from openimp.modalities.text import Text
 from openimp.parallel import distributed, owners
 from openimp.parallel.layout import full_tensor
 from openimp.recipe.schema import Recipe
-from openimp.training.trainer import Trainer
+from openimp.training.pace import Pace
+from openimp.training.trainer import Trainer, train
 
+MUON = "optimizer={muon_lr: 0.07, warmup_steps: 1}"
+CHUNKS = ["memory={chunk_size: 2, activation_checkpointing: true}", "model.moe.z_loss=1"]
+SOFT = [
+    "model.moe={experts: 2, layers: 1, routing: soft}",
+    "model.space=disjoint",
+    "model.modality_specific_layers=1",
+    'tasks.named.inputs.text={column: "a {label} square", draw: 2}',
+]
 CASES = {
-    "sparse": [],
-    "dense, sigmoid": [
+    "shards": ["tasks.named.objectives=[{type: classification, label: label}, {type: contrastive}]"],
+    "shards, dense, sigmoid": [
         "model.moe=null",
         "tasks.named.objectives=[{type: contrastive, loss: sigmoid}, {type: classification, label: label}]",
     ],
-    "soft, several texts": [
-        "model.moe={experts: 2, layers: 1, routing: soft}",
-        'tasks.named.inputs.text={column: "a {label} square", draw: 2}',
-    ],
-    "classification first": ["tasks.named.objectives=[{type: classification, label: label}, {type: contrastive}]"],
-    "in pieces": ["memory={chunk_size: 2, activation_checkpointing: true}", "model.moe.z_loss=1"],
-    "Muon": ["optimizer={muon_lr: 0.07, warmup_steps: 1}"],
-    "disjoint, a stem's own block": ["model.space=disjoint", "model.modality_specific_layers=1"],
-    "replicas": ["parallel.shard_degree=1"],
-    "replicas, in pieces": ["parallel.shard_degree=1", "memory={chunk_size: 2, activation_checkpointing: true}"],
-    "replicas, Muon": ["parallel.shard_degree=1", "optimizer={muon_lr: 0.07, warmup_steps: 1}"],
+    "shards, soft experts, several texts": SOFT,
+    "shards, chunks": CHUNKS,
+    "shards, Muon": [MUON],
+    "replicas, chunks": ["parallel.shard_degree=1", *CHUNKS],
+    "replicas, Muon": ["parallel.shard_degree=1", MUON],
     "replicas, Muon, zero gradients": [
         "parallel.shard_degree=1",
         "optimizer={muon_lr: 0.07, warmup_steps: 1, zero_missing_grads: true}",
     ],
-    "shards in two groups": ["parallel.shard_degree=2"],
-    "experts apart, replicas": [
-        "parallel={shard_degree: 1, expert_degree: 2}",
-        "optimizer={muon_lr: 0.07, warmup_steps: 1}",
-    ],
-    "experts apart, shards": ["parallel={expert_degree: 2}", "memory={chunk_size: 2, activation_checkpointing: true}"],
-    "soft experts apart": ["parallel={expert_degree: 2}", "model.moe={experts: 2, layers: 1, routing: soft}"],
+    "replicas of shards": ["parallel.shard_degree=2"],
+    "expert parallelism, replicas": ["parallel={shard_degree: 1, expert_degree: 2}", MUON],
+    "expert parallelism, shards": ["parallel.expert_degree=2"],
+    "expert parallelism, shards, soft experts": ["parallel.expert_degree=2", *SOFT],
+    "expert parallelism, shards, chunks": ["parallel.expert_degree=2", *CHUNKS],
 }
-
-
-def gradients(training: Trainer) -> dict[str, Tensor]:
-    """Whole, of a step of each task, by task and parameter."""
-    found: dict[str, Tensor] = {}
-    for loaded in make_loader(training.data, 0):
-        task = loaded.visit.task
-        if f"{task} loss" not in found:
-            losses = training.forward(loaded)
-            losses.total.backward()
-            found[f"{task} loss"] = distributed.all_reduce_mean(losses.total.detach())
-            found |= {f"{task} {name}": grad for name, grad in whole_gradients(training).items()}
-            training.model.zero_grad()
-    if training.recipe.optimizer.muon_lr:
-        training.update(training.data[0])
-        hidden = [full_tensor(matrix.detach()) for matrix in training.model.hidden_matrices()]
-        muon = training.updater.optimizers[1]
-        updates = sum(distributed.all_gather_object(sum(len(group["params"]) for group in muon.param_groups)))
-        copies = training.recipe.parallel.shard_degree == 1
-        assert updates == len(hidden) * (1 if copies else distributed.world_size())
-        sums = distributed.all_gather_object(float(sum(matrix.double().sum() for matrix in hidden)))
-        assert len({*sums}) == 1
-        found |= {f"named {i} updated": full_tensor(w.detach()) for i, w in enumerate(training.model.hidden_matrices())}
-    return found
-
-
-def whole_gradients(training: Trainer) -> dict[str, Tensor]:
-    """Of all processes; of one copy, each has those of its share."""
-    found = {
-        name: full_tensor(parameter.grad).clone()
-        for name, parameter in training.model.named_parameters()
-        if parameter.grad is not None
-    }
-    return found
-
-
-def write_gradients(folder: Path, out: Path) -> None:
-    """Of all cases, a file each, by the first process."""
-    for name, changes in CASES.items():
-        training = Trainer(
-            Recipe.load(folder / "recipe.yaml", [*COMMON, "evaluation={}", *changes]), out / f"run {name}", False
-        )
-        found = gradients(training)
-        if distributed.rank() == 0:
-            save_file(found, out / f"{name}.safetensors")
-
-
-def signalled(torchrun: subprocess.Popen[str], at: str, number: signal.Signals) -> list[str]:
-    """All lines that torchrun's processes print, of which the last one gets a signal when a line begins with `at`."""
-    assert torchrun.stdout is not None
-    lines: list[str] = []
-    for line in torchrun.stdout:
-        if line.startswith(at) and not any(before.startswith(at) for before in lines):
-            children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-            os.kill(int(children[-1]), number)
-        lines.append(line)
-    return lines
+FOUR = ("shards", "replicas, Muon", "replicas of shards", "expert parallelism, replicas", "expert parallelism, shards")
+"""The cases in which four ranks do something that two do not."""
+REFUSED = {
+    2: {
+        "tasks.heard.batch_size=7": "tasks.heard: batch_size 7 is not a multiple of 2 ranks",
+        "parallel.expert_degree=4": "parallel.expert_degree: the 2 ranks that share a replica cannot be divided into",
+        "train.compile=true": "train.compile works on one rank only; start without torchrun, or set train",
+    },
+    4: {
+        "parallel.shard_degree=3": "parallel.shard_degree: 4 ranks cannot be divided into groups of 3",
+        "model.mlp_dim=63": "parallel: an expert's weights cannot be sharded over 2 ranks, shard_degree / expert_deg",
+    },
+}
+"""By number of ranks: a change, and the error. The recipe's pictures do not exist, so no data may be read before."""
 
 
 @pytest.fixture(scope="module")
-def alone(little_data, tmp_path_factory) -> Path:
-    """The gradients of one process."""
-    out = tmp_path_factory.mktemp("alone")
-    write_gradients(little_data, out)
+def one_rank(little_data, tmp_path_factory) -> Path:
+    """What `compute` writes on one rank."""
+    out = tmp_path_factory.mktemp("one")
+    compute_gradients(little_data, out)
     return out
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_have_the_gradients_of_one(little_data, alone, tmp_path, processes):
-    command = torchrun(processes, __file__, little_data, tmp_path)
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    for name in CASES:
-        expected, found = (load_file(folder / f"{name}.safetensors") for folder in (alone, tmp_path))
+@pytest.fixture(scope="module")
+def two_ranks(little_data, tmp_path_factory) -> Path:
+    """What `compute` writes on two ranks."""
+    out = tmp_path_factory.mktemp("two")
+    subprocess.run(torchrun(2, __file__, little_data, out), check=True, timeout=300)
+    return out
+
+
+@pytest.fixture(scope="module")
+def stopped_run(little_data, tmp_path_factory) -> Path:
+    """A run of two replicas, stopped by a signal to one of them."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    command = ["-m", "openimp", "train", little_data / "recipe.yaml", "--run-dir", run]
+    for change in [*COMMON, "parallel.shard_degree=1"]:
+        command += ["--set", change]
+    started = subprocess.Popen(torchrun(2, *command), stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    for line in started.stdout:
+        if line.startswith("step 6/24"):
+            children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGTERM)
+    assert started.wait(timeout=300) == 0
+    assert line.startswith("stopped at step"), line
+    return run
+
+
+@pytest.fixture(scope="module")
+def four_ranks(little_data, stopped_run, tmp_path_factory) -> Path:
+    """What `compute` writes on four ranks, which also resume the stopped run."""
+    out = tmp_path_factory.mktemp("four")
+    shutil.copytree(stopped_run, out / "resumed")
+    subprocess.run(torchrun(4, __file__, little_data, out), check=True, timeout=300)
+    return out
+
+
+def facts(out: Path) -> dict[str, Any]:
+    return json.loads((out / "facts.json").read_text())
+
+
+@pytest.mark.parametrize(("ranks", "cases"), [("two_ranks", [*CASES]), ("four_ranks", FOUR)])
+def test_processes_have_the_gradients_of_one(one_rank, request, ranks, cases):
+    """Also: what Muon updates, and which parameters of which task have optimizer state afterwards."""
+    out = request.getfixturevalue(ranks)
+    for name in cases:
+        expected, found = (load_file(folder / f"{name}.safetensors") for folder in (one_rank, out))
         assert found.keys() == expected.keys()
         assert len({key.split()[0] for key in found}) == 2
         for key, value in expected.items():
@@ -140,35 +143,57 @@ def test_processes_have_the_gradients_of_one(little_data, alone, tmp_path, proce
                 atol=1e-6,
                 msg=lambda m, k=f"{name}, {key}": f"{k}: {m}",
             )
+        assert facts(out)["states"].get(name) == facts(one_rank)["states"].get(name)
 
 
-def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, tmp_path):
-    """The two have one copy of the model; a signal to one of them stops both after the same step."""
-    command = ["-m", "openimp", "train", little_data / "recipe.yaml"]
-    for change in COMMON:
-        command += ["--set", change]
-    one, two, four = (tmp_path / name for name in ("one", "two", "four"))
-    subprocess.run([sys.executable, *command, "--run", one], check=True, capture_output=True, timeout=300)
+@pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
+def test_what_these_ranks_cannot_train_is_refused_before_any_data_is_read(request, ranks):
+    for change, (found, expected) in facts(request.getfixturevalue(ranks))["refused"].items():
+        assert all(message.startswith(expected) for message in found), change
 
-    copied = torchrun(2, *command, "--set", "parallel.shard_degree=1", "--run-dir", two)
-    started = subprocess.Popen(copied, stdout=subprocess.PIPE, text=True)
-    *_, last = signalled(started, "step 6/24", signal.SIGTERM)
-    assert started.wait(timeout=300) == 0
-    assert last.startswith("stopped at step"), last
+
+def test_the_tokenizer_is_fitted_on_rank_zero_and_loaded_on_the_other(two_ranks):
+    (fits, state), (others, same) = facts(two_ranks)["tokenizer"]
+    assert (fits, others) == (1, 0)
+    assert state == same
+
+
+def test_the_wait_for_data_is_that_of_the_slower_rank(two_ranks):
+    first, second = facts(two_ranks)["pace"]
+    for record in (first, second):
+        assert record["data_wait"] * record["seconds"] == pytest.approx(4 * 0.1, rel=0.2)
+    assert [first[key] for key in ("step_p50", "step_p95")] == [second[key] for key in ("step_p50", "step_p95")]
+
+
+def test_an_evaluation_that_fails_on_rank_zero_ends_all_ranks_and_loses_no_step(two_ranks):
+    assert all(message.startswith("evaluation.sets.colours") for message in facts(two_ranks)["evaluation"])
+    assert (two_ranks / "evaluated" / "checkpoints" / "step-00000002" / "manifest.json").exists()
+
+
+def test_moments_that_one_of_two_processes_has_are_saved_and_go_on_in_one(little_data, two_ranks):
+    run = two_ranks / "run replicas, Muon"
+    saved = [load_file(file) for file in sorted((run / "checkpoints" / "step-00000002" / "optimizer").iterdir())]
+    trainer = Trainer(recipe(little_data, *CASES["replicas, Muon"]), run, resume=True)
+    state = optimizer_state(trainer.model, trainer.updater.optimizers)
+    assert len(saved) == 2
+    assert {name.rpartition("|")[2] for name in state} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+    for kind in ("momentum_buffer", "exp_avg"):
+        assert all(any(name.endswith(f"|{kind}") for name in part) for part in saved)
+    assert sum(map(len, saved)) == len(state)
+    for name, value in state.items():
+        (part,) = (part for part in saved if name in part)
+        assert torch.equal(value, part[name])
+        assert value.any(), name
+
+
+def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, stopped_run, four_ranks, tmp_path):
+    """The four share the model in another way than the two did."""
+    one, two, four = tmp_path / "one", tmp_path / "two", four_ranks / "resumed"
+    shutil.copytree(stopped_run, two)
     (saved,) = [path.name for path in (two / "checkpoints").iterdir() if path.name > "step-00000005"]
     assert saved < "step-00000024"
-
-    subprocess.run(["cp", "-r", two, four], check=True)
-    subprocess.run([sys.executable, *command, "--run", two, "--resume"], check=True, capture_output=True, timeout=300)
-    # Four, of which one is killed; torchrun starts all again, and they go on from step 15.
-    # They hold the model otherwise than the two did.
-    changed = ["--set", "parallel={shard_degree: 2, expert_degree: 2}"]
-    resumed = torchrun(4, *command, *changed, "--run-dir", four, "--resume", "auto", restarts=1)
-    restarted = subprocess.Popen(resumed, stdout=subprocess.PIPE, text=True)
-    steps = [line.split()[1] for line in signalled(restarted, "step 17/24", signal.SIGKILL) if line.startswith("step ")]
-    assert restarted.wait(timeout=300) == 0
-    assert steps[-1] == "24/24"
-    assert steps.count("17/24") == 2
+    assert train(Recipe.load(little_data / "recipe.yaml", COMMON), one)
+    assert train(Recipe.load(little_data / "recipe.yaml", COMMON), two, resume=True)
 
     lines = read_lines(one / "metrics.jsonl")
     for run in (two, four):
@@ -187,101 +212,154 @@ def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, tmp
         assert same["top1"] == first["top1"]
 
 
-def test_moments_that_one_of_two_processes_has_are_saved_and_go_on_in_one(little_data, tmp_path):
-    run, changes = tmp_path / "run", [*COMMON, "evaluation={}", "train.steps=4", "optimizer.muon_lr=1e-2"]
-    command = [
-        "-m",
-        "openimp",
-        "train",
-        little_data / "recipe.yaml",
-        "--run-dir",
-        run,
-        "--set",
-        "parallel.shard_degree=1",
-    ]
-    for change in changes:
-        command += ["--set", change]
-    subprocess.run(torchrun(2, *command), check=True, capture_output=True, timeout=300)
-    saved = [load_file(file) for file in sorted((run / "checkpoints" / "step-00000004" / "optimizer").iterdir())]
-    training = Trainer(Recipe.load(little_data / "recipe.yaml", changes), run, resume=True)
-    moments = optimizer_state(training.model, training.updater.optimizers)
-    assert len(saved) == 2
-    assert {name.rpartition("|")[2] for name in moments} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
-    for kind in ("momentum_buffer", "exp_avg"):
-        assert all(any(name.endswith(f"|{kind}") for name in part) for part in saved)
-    assert sum(map(len, saved)) == len(moments)
-    for name, moment in moments.items():
-        (part,) = (part for part in saved if name in part)
-        assert torch.equal(moment, part[name])
-        assert moment.any(), name
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        (["tasks.heard.batch_size=7"], "tasks.heard: batch_size 7 is not a multiple of 2 ranks"),
-        (
-            ["model.moe.experts=4", "parallel.expert_degree=4"],
-            "parallel.expert_degree: the 2 ranks that share a replica cannot be divided into groups of 4",
-        ),
-        (
-            ["parallel={expert_degree: 2}", "model.mlp_dim=63"],
-            "parallel: an expert's weights cannot be sharded over 2 ranks",
-        ),
-    ],
-)
-def test_what_cannot_be_divided_is_told(little_data, tmp_path, changes, told):
-    processes = 4 if "model.mlp_dim=63" in changes else 2
-    command = ["-m", "openimp", "train", little_data / "recipe.yaml"]
-    for change in [*COMMON, *changes]:
-        command += ["--set", change]
-    done = subprocess.run(torchrun(processes, *command, "--run-dir", tmp_path / "run"), capture_output=True, text=True)
-    assert done.returncode
-    assert told in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_that_is_there_already_is_refused_however_often_torchrun_starts(little_data, tmp_path):
-    command, run = (
-        ["-m", "openimp", "train", little_data / "recipe.yaml", "--run-dir", tmp_path / "run"],
-        tmp_path / "run",
-    )
-    for change in [*COMMON, "evaluation={}", "train.steps=4"]:
-        command += ["--set", change]
-    subprocess.run(torchrun(2, *command), check=True, capture_output=True, timeout=300)
-    shutil.rmtree(run / "checkpoints")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    done = subprocess.run(torchrun(2, *command, restarts=1), capture_output=True, text=True, timeout=300)
-    assert done.returncode
-    assert done.stderr.count(f"openimp: {run}: holds a run that saved no checkpoint") >= 2
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-
-
-def test_an_evaluation_that_fails_in_the_first_process_ends_all_and_loses_no_step(own_data, tmp_path):
-    """Its data is spoilt after the start, which looks at the source but reads no file of it."""
-    shutil.copytree(own_data / "pictures", own_data / "others")
-    command = ["-m", "openimp", "train", own_data / "recipe.yaml"]
-    for change in [*COMMON, "sources.others={path: others}", "evaluation.sets.colours.source=others"]:
-        command += ["--set", change]
+def test_a_run_that_is_there_already_is_refused_however_often_torchrun_starts(little_data, two_ranks, tmp_path):
     run = tmp_path / "run"
-    started = subprocess.Popen(
-        torchrun(2, *command, "--run-dir", run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert started.stdout is not None
-    assert started.stderr is not None
-    for line in started.stdout:
-        if line.startswith("step 2/24"):
-            for file in (own_data / "others").rglob("*.png"):
-                file.write_bytes(b"no picture")
-    told = started.stderr.read()
-    assert started.wait(timeout=300)
-    assert told.count("openimp: evaluation.sets.colours") == 2
-    assert "Timed out" not in told
-    assert (run / "checkpoints" / "step-00000024" / "manifest.json").exists()
+    shutil.copytree(two_ranks / "evaluated", run, ignore=shutil.ignore_patterns("checkpoints"))
+    before = files_of(run)
+    command = ["-m", "openimp", "train", run / "recipe.yaml", "--run-dir", run]
+    done = subprocess.run(torchrun(1, *command, restarts=1), capture_output=True, text=True, timeout=300)
+    assert done.returncode
+    assert done.stderr.count(f"openimp: {run}: holds a run that saved no checkpoint") == 2
+    assert files_of(run) == before
+
+
+def test_an_environment_in_which_ranks_would_not_find_each_other_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"RANK is set, as if by torchrun, but .* WORLD_SIZE expected, but not set"):
+        distributed.start()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(UserError, match="--max-restarts needs the environment variable TORCH_DISABLE_SHARE_RDZV_TCP"):
+        distributed.start()
+
+
+def files_of(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def recipe(folder: Path, *changes: str) -> Recipe:
+    """Its first two steps are of both tasks."""
+    return Recipe.load(folder / "recipe.yaml", [*COMMON, "evaluation={}", "alternation.kind=intervals", *changes])
+
+
+def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
+    """Writes a file per case with what `gradients_of` returns, and notes the optimizer state."""
+    states = {}
+    for name in CASES if distributed.world_size() < 4 else FOUR:
+        trainer = Trainer(recipe(folder, *CASES[name]), out / f"run {name}", False)
+        tensors = gradients_of(trainer)
+        keys = distributed.all_gather_object([*optimizer_state(trainer.model, trainer.updater.optimizers)])
+        states[name] = sorted({key for some in keys for key in some})
+        if name == "replicas, Muon":
+            trainer.save(wait=True)
+        if distributed.rank() == 0:
+            save_file(tensors, out / f"{name}.safetensors")
+    if distributed.rank() == 0:
+        (out / "facts.json").write_text(json.dumps({"states": states}))
+    return {"states": states}
+
+
+def gradients_of(trainer: Trainer) -> dict[str, Tensor]:
+    """Losses and unsharded gradients of a step of each task; with Muon also its matrices after one update per task."""
+    found: dict[str, Tensor] = {}
+    batches = [*make_loader(trainer.data, 0, 2)]
+    for loaded in batches:
+        task = loaded.visit.task
+        losses = trainer.forward(loaded)
+        losses.total.backward()
+        found[f"{task} loss"] = distributed.all_reduce_mean(losses.total.detach())
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.grad is not None:
+                found[f"{task} {name}"] = full_tensor(parameter.grad).clone()
+        trainer.model.zero_grad()
+    if trainer.recipe.optimizer.muon_lr:
+        for loaded in batches:
+            trainer.update(loaded)
+        hidden = [full_tensor(matrix.detach()).clone() for matrix in trainer.model.hidden_matrices()]
+        muon = trainer.updater.optimizers[1]
+        updates = sum(distributed.all_gather_object(sum(len(group["params"]) for group in muon.param_groups)))
+        replicas = trainer.layout.shard_degree == 1
+        assert updates == len(hidden) * (1 if replicas else distributed.world_size())
+        sums = distributed.all_gather_object(float(sum(matrix.double().sum() for matrix in hidden)))
+        assert len({*sums}) == 1
+        found |= {f"named {i} updated": matrix for i, matrix in enumerate(hidden)}
+    return found
+
+
+def refusals(folder: Path, out: Path) -> dict[str, Any]:
+    """The errors of all ranks, and what they should be, by change of the recipe."""
+    found = {}
+    for change, expected in REFUSED[distributed.world_size()].items():
+        changes = [change, "sources.pictures.path=nowhere", "model.moe.experts=4"]
+        changes += ["parallel.expert_degree=2"] if "mlp_dim" in change else []
+        try:
+            Trainer(recipe(folder, *changes), out / "refused", False)
+        except UserError as error:
+            found[change] = distributed.all_gather_object(str(error)), expected
+    assert found.keys() == REFUSED[distributed.world_size()].keys()
+    assert not (out / "refused").exists()
+    return found
+
+
+def fitted_tokenizers(folder: Path, out: Path) -> list[Any]:
+    """How often each rank fits its tokenizer, and the tokenizer."""
+    calls, fit = [], Text.fit
+    Text.fit = lambda self, corpus: (calls.append(self), fit(self, corpus))[1]  # type: ignore[method-assign]
+    trainer = Trainer(recipe(folder), out / "fitted", False)
+    return distributed.all_gather_object((len(calls), trainer.modalities["text"].state()))
+
+
+def paces() -> list[Any]:
+    """The records of all ranks, of which the last waits 0.1 s for each of its batches."""
+    pace = Pace()
+
+    def batches() -> Any:
+        for i in range(4):
+            distributed.barrier()
+            time.sleep(0.1 * distributed.rank())
+            yield i
+
+    for _ in pace.batches(batches()):
+        pace.step("named")
+    return distributed.all_gather_object(pace.record())
+
+
+def failed_evaluation(folder: Path, out: Path) -> list[str]:
+    """The errors of all ranks if the pictures to be evaluated are replaced after the start."""
+    if distributed.rank() == 0:
+        shutil.copytree(folder / "pictures", out / "others")
+    distributed.barrier()
+    changes = [
+        *COMMON,
+        "train.steps=2",
+        f"sources.others.path={out / 'others'}",
+        "evaluation.sets.colours.source=others",
+    ]
+    trainer = Trainer(Recipe.load(folder / "recipe.yaml", changes), out / "evaluated", False)
+    if distributed.rank() == 0:
+        for file in (out / "others").rglob("*.png"):
+            file.write_bytes(b"no picture")
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    return distributed.all_gather_object(str(error.value))
+
+
+def main(folder: Path, out: Path) -> None:
+    distributed.start()
+    found = compute_gradients(folder, out) | {"refused": refusals(folder, out)}
+    if distributed.world_size() == 2:
+        found["tokenizer"] = fitted_tokenizers(folder, out)
+        found["pace"] = paces()
+        found["evaluation"] = failed_evaluation(folder, out)
+    if distributed.rank() == 0:
+        (out / "facts.json").write_text(json.dumps(found))
+    if distributed.world_size() == 4:
+        changes = [*COMMON, "parallel={shard_degree: 2, expert_degree: 2}"]
+        assert train(Recipe.load(folder / "recipe.yaml", changes), out / "resumed", resume=True)
+    distributed.shut_down()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     owners.BUCKET_BYTES = 2**12  # A small model's matrices then need several buckets too.
-    write_gradients(Path(sys.argv[1]), Path(sys.argv[2]))
-    distributed.shut_down()
+    main(*map(Path, sys.argv[1:]))

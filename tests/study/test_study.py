@@ -180,7 +180,7 @@ def test_two_models_of_an_arm_cannot_share_an_evaluation_set(little_data, tmp_pa
 
 def test_a_study_refuses_several_processes(done, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="a study trains in one process; start it without torchrun"):
+    with pytest.raises(UserError, match="a study trains on one rank; start it without torchrun"):
         run_study(str(done[0]), tmp_path / "runs", tmp_path)
 
 

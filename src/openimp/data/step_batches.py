@@ -25,6 +25,7 @@ from openimp.data.streams import Stream
 from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import classes_of, item_id, labels_of, target_columns
 from openimp.data.templates import all_texts, columns_of, fill
+from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Task
 
@@ -92,12 +93,12 @@ class StepBatches(Dataset[LoadedBatch]):
         self.sources: dict[str, Table | Stream] = {}
         self.classes: dict[str, list[Any]] = {}
         tables: dict[str, Table] = {}
-        for name, task in recipe.tasks.items():
-            if not task.weight:
-                continue
+        tasks = {name: task for name, task in recipe.tasks.items() if task.weight}
+        for name, task in tasks.items():
             for size in (view.batch_size or task.batch_size for view in task.views):
                 if size % world_size:
                     raise UserError(f"tasks.{name}: batch_size {size} is not a multiple of {world_size} ranks")
+        for name, task in tasks.items():
             source = tables.get(task.source) or open_source(task.source, recipe.sources[task.source])
             source.require(sorted(self._columns(task)), f"tasks.{name}")
             if isinstance(source, Table):  # Each task reads a stream at its own pace, so streams are not shared.
@@ -117,11 +118,18 @@ class StepBatches(Dataset[LoadedBatch]):
                     self.stores[key] = DecodedStore.build(table, modalities[name], column, views, cache, progress)
 
     def fit(self, fitted: Collection[str] = ()) -> None:
-        """Lets the modalities learn from the training texts what they must, such as a tokenizer; but not those of the
-        stems that are `fitted` already."""
-        for name, modality in self.modalities.items():
-            if modality.reads_text and modality.stem not in fitted:
+        """Fits the modalities that learn from training texts, such as a tokenizer, on rank 0, and loads the result on
+        all ranks. The modalities of the stems in `fitted` are fitted already."""
+        learning = {n: m for n, m in self.modalities.items() if m.reads_text and m.stem not in fitted}
+
+        def fit() -> dict[str, dict[str, str]]:
+            for name, modality in learning.items():
                 modality.fit(self._corpus(name))
+            return {name: modality.state() for name, modality in learning.items()}
+
+        states = run_on_rank_zero(fit)
+        for name, modality in learning.items() if self.rank else ():
+            modality.load_state(states[name])
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each source by name, which includes the media files that the tasks read from it."""

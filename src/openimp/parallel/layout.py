@@ -104,6 +104,7 @@ def apply_parallelism(
         expert_mesh = init_device_mesh(
             device.type, layout.expert_mesh, mesh_dim_names=("replicate", "shard", "experts")
         )
+        expert_mesh["shard", "experts"]._flatten()  # DTensor then takes one all-reduce for a norm over both dimensions.
         groups = [*((module, expert_mesh) for module in experts), *groups]
         for module in experts:
             for name, weight in list(module.named_parameters()):

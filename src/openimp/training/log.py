@@ -122,8 +122,6 @@ def print_plan(
         how += f", {distributed.world_size()} ranks"
     if compiled:
         how += f", compiled for {compiled} signatures"
-    elif recipe.train.compile:
-        how += ", not compiled, which is for one process"
     console.print(f"{recipe.name}: {size} on {device.type}, {how}, into {run}", soft_wrap=True)
     if step:
         console.print(f"resuming from step {step}", soft_wrap=True)

@@ -114,10 +114,7 @@ class Trainer:
         self.recipe, self.run, self.savable, self.device = recipe, run, True, distributed.start()
         console.quiet = distributed.rank() > 0
         keep_freed_memory()
-        if distributed.world_size() > 1 and type(self) is not Trainer:
-            raise UserError(f"{type(self).__name__}: a study trains in one process; start it without torchrun")
-        parallel, expert_dims = recipe.parallel, (recipe.model.width, recipe.model.mlp_dim)
-        self.layout = Layout.of(distributed.world_size(), parallel.shard_degree, parallel.expert_degree, expert_dims)
+        self.layout = self._layout()
         directory = RunDirectory(run, recipe)
         checkpoint = directory.checkpoint(resume, type(self).__name__)
         self.modalities = self.read(recipe)
@@ -125,9 +122,7 @@ class Trainer:
         changed = self._open_data(checkpoint, start, allow_changed_data)
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses)
         texts = self._make_model(start)
-        compiled = (
-            len(signatures(recipe, self.modalities)) if recipe.train.compile and distributed.world_size() == 1 else 0
-        )
+        compiled = len(signatures(recipe, self.modalities)) if recipe.train.compile else 0
         encode = CompiledEncode(self.model, compiled) if compiled else self.model.encode
         self.encode = in_chunks(encode, recipe.memory.chunk_size)
         self.updater = Updater(recipe, self.model, self.costs)
@@ -255,6 +250,19 @@ class Trainer:
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0 and self.step < self.recipe.train.steps
+
+    def _layout(self) -> Layout:
+        """How the model is distributed over the ranks.
+
+        Raises:
+            UserError: these ranks cannot train the recipe.
+        """
+        ranks, parallel, model = distributed.world_size(), self.recipe.parallel, self.recipe.model
+        if ranks > 1 and type(self) is not Trainer:
+            raise UserError(f"{type(self).__name__}: a study trains on one rank; start it without torchrun")
+        if ranks > 1 and self.recipe.train.compile:
+            raise UserError("train.compile works on one rank only; start without torchrun, or set train.compile=false")
+        return Layout.of(ranks, parallel.shard_degree, parallel.expert_degree, (model.width, model.mlp_dim))
 
     def _open_data(self, checkpoint: Path | None, start: WarmStart | None, allow_changed_data: bool) -> list[str]:
         """Opens the sources, lets the modalities learn their vocabulary, and returns sources that have changed."""
