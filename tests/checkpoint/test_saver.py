@@ -287,7 +287,7 @@ def meshes(folder: Path) -> None:
         for where, fill in ((first, torch.clone), (second, torch.zeros_like))
     )
     own = {name: x for name, x in saved.items() if name[-1] == str(distributed.rank()) or "only" not in name}
-    (file,) = dcp.save(folder / "some", dcp.stage(own), distributed.new_group())
+    (file,) = dcp.save(folder / "some", dcp.stage(own), distributed.new_group(distributed.TIMEOUT))
     assert file.name.startswith(f"shard-0000{distributed.rank() + 1}-")
     distributed.barrier()
     dcp.load(folder / "some", target)
