@@ -133,7 +133,7 @@ def flipped_bit(bench: Bench) -> list[Outcome]:
 def rank_that_dies(bench: Bench) -> list[Outcome]:
     """The other rank says how to resume, and torchrun names the rank that died as the root cause."""
     run = bench.folder / "rank"
-    process = bench.torchrun(run)
+    process = bench.torchrun(run, forked=False)
     since = time.monotonic()
 
     def kill(process: Process) -> None:

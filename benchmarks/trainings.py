@@ -95,9 +95,9 @@ class Bench:
             for rank in range(2)
         ]
 
-    def torchrun(self, run: Path, restarts: int = 0) -> Process:
+    def torchrun(self, run: Path, restarts: int = 0, forked: bool = True) -> Process:
         """Two ranks with a replica each."""
-        command = torchrun(2, *self.command(run, changes=REPLICAS), restarts=restarts)
+        command = torchrun(2, *self.command(run, changes=REPLICAS), restarts=restarts, forked=forked)
         return Process(*command, merge=True, **NEW_STORE)
 
     def two_nodes(self, run: Path) -> Process:
