@@ -24,7 +24,7 @@ import little
 from processes import Process, torchrun
 
 os.environ["OMP_NUM_THREADS"] = "1"  # In the processes too.
-STEPS, EVERY, BATCH = 40, 8, 8
+STEPS, EVERY, BATCH = 24, 8, 8
 AT = 12
 """The step after which most faults happen: in the middle between two checkpoints."""
 CHANGES = [f"train.steps={STEPS}", f"train.save_every={EVERY}", "train.keep_last=3", "evaluation={}",
