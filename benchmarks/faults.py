@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py [--only FAULT ...] [--write]
 
-Trains the tests' small recipe of pictures and sounds on the CPU, with a checkpoint every 8 of 40 steps, once in peace
+Trains the tests' small recipe of pictures and sounds on the CPU, with a checkpoint every 8 of 24 steps, once in peace
 and once with each fault in it, and goes on with --resume. Each run is compared with the one in peace:
 
 - steps lost: those that were made before the fault and had to be made again;
@@ -133,7 +133,7 @@ def flipped_bit(bench: Bench) -> list[Outcome]:
 def rank_that_dies(bench: Bench) -> list[Outcome]:
     """The other rank says how to resume, and torchrun names the rank that died as the root cause."""
     run = bench.folder / "rank"
-    process = bench.torchrun(run)
+    process = bench.torchrun(run, forked=False)
     since = time.monotonic()
 
     def kill(process: Process) -> None:
@@ -221,8 +221,9 @@ def hostile_media(bench: Bench) -> list[Outcome]:
     """One outcome for each file, one for the memory that all take, and one for more of them than the recipe allows."""
     peace, data = (hostile.more_data(bench.data, bench.folder / name) for name in ("more data", "hostile data"))
     names = {fault: write(data) for fault, write in hostile.FILES.items()}
-    changes, memory, lines = [*hostile.TASKS, "train.max_bad_fraction=0.5"], [], []
+    memory, lines = [], []
     for folder in (peace, data):
+        changes = [*hostile.tasks(folder), "train.max_bad_fraction=0.5"]
         process = Bench(bench.folder, folder).start(folder / "run", changes=changes)
         lines = finished(process, watch(process, lambda process: memory.append(most_memory(process)), STEPS - 1))
     skipped = read_lines(data / "run" / "skipped.jsonl")
@@ -238,7 +239,7 @@ def hostile_media(bench: Bench) -> list[Outcome]:
     fault = f"all of these at once: the most memory held, {memory[0] / 2**20:.0f} MiB without them"
     found.append(Outcome(fault, f"{grown / 2**20:+.0f} MiB" if grown < GROWTH else ""))
     run = data / "too many"
-    process = Bench(bench.folder, data).start(run, changes=[*hostile.TASKS, "train.max_bad_fraction=0.01"])
+    process = Bench(bench.folder, data).start(run, changes=[*hostile.tasks(data), "train.max_bad_fraction=0.01"])
     noticed = told(process, watch(process), "could not be read, more than train.max_bad_fraction 0.01")
     steps = len(read_lines(run / "metrics.jsonl")) - step_of(checkpoints(run)[-1])
     return [*found, Outcome("more of them than train.max_bad_fraction", noticed, steps)]

@@ -16,15 +16,19 @@ import soundfile
 
 SIDES = {"large": 10_000, "huge": 40_000}
 """Claimed side lengths in pixels: 0.3 and 4.8 GB when decoded. openimp refuses the first, Pillow the second."""
-TASKS = [
-    "sources.clips={path: clips}",
-    "sources.packed={path: packed.tar}",
-    'tasks.seen={source: clips, inputs: {video: file, text: "a {label}"}, batch_size: 8, weight: 2,'
-    " objectives: [{type: contrastive, same: label}],"
-    " views: [{video: {size: 16, frames: 4, stride: 1}, text: {length: 8}}]}",
-    "tasks.packed={source: packed, inputs: {image: png, text: txt}, batch_size: 8, weight: 2,"
-    " objectives: [{type: contrastive, same: txt}], views: [{image: {size: 16}, text: {length: 8}}]}",
-]
+
+
+def tasks(data: Path) -> list[str]:
+    """The changes that train on the clips and the tar in `data`, too."""
+    return [
+        f"sources.clips={{path: {data / 'clips'}}}",
+        f"sources.packed={{path: {data / 'packed.tar'}}}",
+        'tasks.seen={source: clips, inputs: {video: file, text: "a {label}"}, batch_size: 8, weight: 2,'
+        " objectives: [{type: contrastive, same: label}],"
+        " views: [{video: {size: 16, frames: 4, stride: 1}, text: {length: 8}}]}",
+        "tasks.packed={source: packed, inputs: {image: png, text: txt}, batch_size: 8, weight: 2,"
+        " objectives: [{type: contrastive, same: txt}], views: [{image: {size: 16}, text: {length: 8}}]}",
+    ]
 
 
 def more_data(little: Path, folder: Path) -> Path:

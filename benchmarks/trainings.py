@@ -24,7 +24,7 @@ import little
 from processes import Process, torchrun
 
 os.environ["OMP_NUM_THREADS"] = "1"  # In the processes too.
-STEPS, EVERY, BATCH = 40, 8, 8
+STEPS, EVERY, BATCH = 24, 8, 8
 AT = 12
 """The step after which most faults happen: in the middle between two checkpoints."""
 CHANGES = [f"train.steps={STEPS}", f"train.save_every={EVERY}", "train.keep_last=3", "evaluation={}",
@@ -95,9 +95,9 @@ class Bench:
             for rank in range(2)
         ]
 
-    def torchrun(self, run: Path, restarts: int = 0) -> Process:
+    def torchrun(self, run: Path, restarts: int = 0, forked: bool = True) -> Process:
         """Two ranks with a replica each."""
-        command = torchrun(2, *self.command(run, changes=REPLICAS), restarts=restarts)
+        command = torchrun(2, *self.command(run, changes=REPLICAS), restarts=restarts, forked=forked)
         return Process(*command, merge=True, **NEW_STORE)
 
     def two_nodes(self, run: Path) -> Process:

@@ -77,18 +77,20 @@ def run(*command: object, check: bool = False, **options: object) -> CompletedPr
     return CompletedProcess(process.args, process.wait(), output, errors)
 
 
-def torchrun(ranks: int, *command: object, restarts: int = 0, nodes: str = "") -> list[object]:
-    """The command that runs `openimp *command`, or a file with its arguments, on several ranks, which torchrun forks.
+def torchrun(ranks: int, *command: object, restarts: int = 0, nodes: str = "", forked: bool = True) -> list[object]:
+    """The command that runs `openimp *command`, or a file with its arguments, on several ranks.
 
     Args:
         ranks: per node.
         restarts: how often torchrun may start all ranks again.
         nodes: if there are two of them, the address at which their two torchruns meet, as host:port.
+        forked: whether torchrun forks the ranks, too. It then reports less of what ends them.
     """
-    meeting = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", nodes] if nodes else ["--standalone"]
-    how = ["--nproc-per-node", ranks, "--max-restarts", restarts, "--start-method", "fork", "--run-path"]
     script = () if str(command[0]).endswith(".py") else (Path(openimp.__file__).with_name("__main__.py"),)
-    return ["-m", "torch.distributed.run", *meeting, *how, *script, *command]
+    meeting = ["--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", nodes] if nodes else ["--standalone"]
+    how = ["--nproc-per-node", ranks, "--max-restarts", restarts]
+    fork = ["--start-method", "fork", "--run-path"] if forked else []
+    return ["-m", "torch.distributed.run", *meeting, *how, *fork, *script, *command]
 
 
 def _run(command: list[str], output: Connection, errors: Connection, folder: Path, environment: dict[str, str]) -> None:
