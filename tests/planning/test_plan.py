@@ -369,8 +369,8 @@ def test_the_command_prints_the_plan(little_data, capsys):
     row += [f"{1e3 * found.computing(step.cost.flops):.1f}", f"{sum(step.received.values()) / 1e9:.2f}"]
     assert row in [[cell.strip() for cell in line.split("│")[1:7]] for line in printed.splitlines()]
     assert f"largest step: {task}, view {view}" in printed
-    assert re.search(rf"in all\W+{sum(found.parameters.values()):,}\b", printed)
-    assert re.search(rf"a token uses\D+{found.per_token:,}\b", printed)
+    assert re.search(rf"in all, at most\W+{sum(found.parameters.values()):,}\b", printed)
+    assert re.search(rf"used by a token on average, after its embedding\W+{found.per_token:,}\b", printed)
     assert re.search(rf"activations\W+{found.steps[found.largest].memory['activations'] / 2**30:.3f}\b", printed)
     assert f"little fits: {found.memory / 2**30:.2f} of 71.1 GiB for tensors on each of 2 x a100" in printed
     assert f"7 steps, {short(found.flops)}FLOPs: 0:00 at an MFU of 50%" in printed
