@@ -1,13 +1,12 @@
-"""The demo recipe in 1, 2 and 4 processes of one thread each: examples a second, against one process.
+"""Throughput of the demo recipe on 1, 2 and 4 ranks of one thread each, compared with one rank.
 
     python benchmarks/scaling.py [--rounds 3] [--write]
 
-Several processes hold the model as the recipe says, in shards, or with the experts apart. A process makes its batches
-itself, so that it is one thread in all; in the last two settings each has a loader's worker besides. In one setting two
-trainings run side by side that know nothing of one another, each on half of the batch: what two processes would reach
-if exchanging gradients cost nothing, and each updated all of the model. The settings take turns, as many rounds as
-asked for, each a short training; the first steps, which warm up, are left out. What is compared is the paired ratio of
-each round, for machines are shared.
+The ranks have replicas, as the recipe says, or share the model in other layouts. A rank makes its batches itself, so
+that it is a single thread; in the last two settings each rank has a loader's worker as well. In one setting, two
+independent trainings run side by side, each on half of the batch. This is what two ranks would reach if communication
+cost nothing and every rank updated the whole model. In each round every setting trains for some steps. The first steps
+are a warm-up and do not count. Because machines are shared, ratios are taken within a round.
 `--write` puts the table into docs/results/scaling.md.
 """
 
@@ -35,39 +34,36 @@ class Setting(NamedTuple):
     """How the recipe is trained.
 
     Attributes:
-        processes: how many.
-        changes: of the recipe, which itself says how they hold the model.
-        apart: they are trainings of their own, each of its part of the batch.
-        gloo: they exchange as processes of several machines do.
+        ranks: number of ranks.
+        changes: overrides of the recipe, such as another layout.
+        independent: each rank is a training of its own, on its part of the batch.
     """
 
-    processes: int
+    ranks: int
     changes: tuple[str, ...] = ()
-    apart: bool = False
-    gloo: bool = False
+    independent: bool = False
 
 
 WORKER = "train.num_workers=1"
 SETTINGS = {
     "1": Setting(1),
     "2": Setting(2),
-    "2, exchanging nothing": Setting(2, apart=True),
-    "2, through gloo": Setting(2, gloo=True),
+    "2, independent": Setting(2, independent=True),
     "4": Setting(4),
-    "2, in shards": Setting(2, ("parallel={shard_degree: 2}",)),
-    "2, experts apart": Setting(2, ("parallel={shard_degree: 1, expert_degree: 2}",)),
-    "4, in shards with experts apart": Setting(4, ("parallel={shard_degree: 4, expert_degree: 2}",)),
+    "2, sharded": Setting(2, ("parallel={shard_degree: 2}",)),
+    "2, expert parallelism": Setting(2, ("parallel={shard_degree: 1, expert_degree: 2}",)),
+    "4, sharded, expert parallelism": Setting(4, ("parallel={shard_degree: 4, expert_degree: 2}",)),
     "1 and a worker": Setting(1, (WORKER,)),
     "2 and a worker each": Setting(2, (WORKER,)),
 }
 
 
 def examples_per_s(setting: Setting, steps: int, recipe: str) -> float:
-    """Of a training of some steps, without its first `LOG_EVERY`; of several apart, their sum."""
+    """Throughput of a training, without its first `LOG_EVERY` steps; of independent trainings, the sum."""
     changes = [f"train.steps={steps}", "optimizer.warmup_steps=1", f"train.log_every={LOG_EVERY}", "evaluation.sets={}",
                "train.save_every=1000000", "alternation.kind=cycle", "train.num_workers=0",
                 *setting.changes]  # fmt: skip
-    if setting.apart:
+    if setting.independent:
         for name, task in Recipe.load(recipe, []).tasks.items():
             batches = {f"tasks.{name}.batch_size": task.batch_size}
             batches |= {
@@ -75,15 +71,13 @@ def examples_per_s(setting: Setting, steps: int, recipe: str) -> float:
                 for i, view in enumerate(task.views)
                 if view.batch_size
             }
-            changes += [f"{key}={batch // setting.processes}" for key, batch in batches.items()]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.processes)]
-    if setting.gloo:  # What torchrun says of processes that are not all on one machine.
-        torchrun += ["--no-python", "env", "LOCAL_WORLD_SIZE=1", sys.executable]
-    together = setting.processes > 1 and not setting.apart
+            changes += [f"{key}={batch // setting.ranks}" for key, batch in batches.items()]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.ranks)]
+    together = setting.ranks > 1 and not setting.independent
     command = [sys.executable, *(torchrun if together else []), "-m", "openimp", "train", recipe]
     command += [part for change in changes for part in ("--set", change)]
     with tempfile.TemporaryDirectory() as folder:
-        runs = [Path(folder) / f"run{i}" for i in range(1 if together else setting.processes)]
+        runs = [Path(folder) / f"run{i}" for i in range(1 if together else setting.ranks)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         trainings = [
             subprocess.Popen([*command, "--run-dir", str(run)], env=environment, stdout=subprocess.DEVNULL)
@@ -95,7 +89,7 @@ def examples_per_s(setting: Setting, steps: int, recipe: str) -> float:
 
 
 def rate(run: Path) -> float:
-    """Examples a second of a run, without its first line of metrics."""
+    """Examples per second of a run, without its first line of metrics."""
     lines = read_lines(run / "metrics.jsonl")[1:]
     return sum(line["examples_per_s"] * line["seconds"] for line in lines) / sum(line["seconds"] for line in lines)
 
@@ -118,7 +112,7 @@ def main() -> None:
     rounds = [
         [examples_per_s(SETTINGS[name], args.steps, args.recipe) for name in args.only] for _ in range(args.rounds)
     ]
-    lines = [f"| processes | examples/s | against {args.only[0]} |", "|---|---:|---:|"]
+    lines = [f"| ranks | examples/s | against {args.only[0]} |", "|---|---:|---:|"]
     for name, rates in zip(args.only, zip(*rounds)):
         ratio = statistics.median(rate / others[0] for rate, others in zip(rates, rounds))
         lines.append(f"| {name} | {statistics.median(rates):.0f} | {ratio:.2f} |")
@@ -127,10 +121,9 @@ def main() -> None:
     if args.write:
         command = shlex.join(["python", "benchmarks/scaling.py", *sys.argv[1:]])
         head = (
-            f"# Several processes on one machine\n\n`{command}`: the recipe {args.recipe}, {args.steps} steps, one "
-            "thread a process, which makes its batches itself but for the last two rows; "
-            f"medians of {args.rounds} rounds in which the settings take turns. Two that exchange nothing are "
-            "trainings of half of the batch each, side by side, which share no work of the optimisers either.\n\n"
+            f"# Several ranks on one machine\n\n`{command}`: the recipe {args.recipe}, {args.steps} steps, one thread "
+            "per rank. A rank makes its batches itself, except in the last two rows. The figures are medians of "
+            f"{args.rounds} rounds. Two independent ranks are two trainings on half of the batch each.\n\n"
         )
         by = f"\n\n{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, openimp {openimp_version()}.\n"
         (ROOT / "docs" / "results" / "scaling.md").write_text(head + table + by, encoding="utf-8")

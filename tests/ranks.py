@@ -1,14 +1,9 @@
 """Starting several ranks in tests."""
 
-import os
 import sys
 
 COMMON = ["train.precision=fp32", "tasks.heard.batch_size=8", "tasks.named.views.1.batch_size=8", "train.steps=24"]
 """Overrides with which the small recipe of little.py trains alike on 1, 2 and 4 ranks."""
-
-
-# Restarts need it; see `parallel.distributed.start`.
-os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
 def torchrun(ranks: int, *command: object, restarts: int = 0) -> list[str]:

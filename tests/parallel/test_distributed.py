@@ -1,7 +1,7 @@
 """Training on several ranks of gloo against training on one.
 
-A start of torchrun takes long, so there is one per number of ranks: it runs this file, which computes all cases and
-writes what the tests compare.
+torchrun starts once per number of ranks. It runs this file, which computes all cases and writes what the tests
+compare.
 """
 
 import json
@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import COMMON, torchrun
+import torch.distributed as dist
+from processes import run, torchrun
+from ranks import COMMON
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -89,18 +91,19 @@ def one_rank(little_data, tmp_path_factory) -> Path:
 def two_ranks(little_data, tmp_path_factory) -> Path:
     """What `compute` writes on two ranks."""
     out = tmp_path_factory.mktemp("two")
-    subprocess.run(torchrun(2, __file__, little_data, out), check=True, timeout=300)
+    run(*torchrun(2, __file__, little_data, out), check=True)
     return out
 
 
 @pytest.fixture(scope="module")
 def stopped_run(little_data, tmp_path_factory) -> Path:
-    """A run of two replicas, stopped by a signal to one of them."""
-    run = tmp_path_factory.mktemp("stopped") / "run"
-    command = ["-m", "openimp", "train", little_data / "recipe.yaml", "--run-dir", run]
+    """A run of two replicas, started as users do and stopped by a signal to one of them."""
+    stopped = tmp_path_factory.mktemp("stopped") / "run"
+    command = ["-m", "openimp", "train", little_data / "recipe.yaml", "--run-dir", stopped]
     for change in [*COMMON, "parallel.shard_degree=1"]:
         command += ["--set", change]
-    started = subprocess.Popen(torchrun(2, *command), stdout=subprocess.PIPE, text=True)
+    python = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    started = subprocess.Popen([*python, *map(str, command)], stdout=subprocess.PIPE, text=True)
     assert started.stdout is not None
     for line in started.stdout:
         if line.startswith("step 6/24"):
@@ -108,7 +111,7 @@ def stopped_run(little_data, tmp_path_factory) -> Path:
             os.kill(int(children[-1]), signal.SIGTERM)
     assert started.wait(timeout=300) == 0
     assert line.startswith("stopped at step"), line
-    return run
+    return stopped
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +119,7 @@ def four_ranks(little_data, stopped_run, tmp_path_factory) -> Path:
     """What `compute` writes on four ranks, which also resume the stopped run."""
     out = tmp_path_factory.mktemp("four")
     shutil.copytree(stopped_run, out / "resumed")
-    subprocess.run(torchrun(4, __file__, little_data, out), check=True, timeout=300)
+    run(*torchrun(4, __file__, little_data, out), check=True)
     return out
 
 
@@ -171,9 +174,9 @@ def test_an_evaluation_that_fails_on_rank_zero_ends_all_ranks_and_loses_no_step(
 
 
 def test_moments_that_one_of_two_processes_has_are_saved_and_go_on_in_one(little_data, two_ranks):
-    run = two_ranks / "run replicas, Muon"
-    saved = [load_file(file) for file in sorted((run / "checkpoints" / "step-00000002" / "optimizer").iterdir())]
-    trainer = Trainer(recipe(little_data, *CASES["replicas, Muon"]), run, resume=True)
+    folder = two_ranks / "run replicas, Muon"
+    saved = [load_file(file) for file in sorted((folder / "checkpoints" / "step-00000002" / "optimizer").iterdir())]
+    trainer = Trainer(recipe(little_data, *CASES["replicas, Muon"]), folder, resume=True)
     state = optimizer_state(trainer.model, trainer.updater.optimizers)
     assert len(saved) == 2
     assert {name.rpartition("|")[2] for name in state} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
@@ -196,31 +199,31 @@ def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, sto
     assert train(Recipe.load(little_data / "recipe.yaml", COMMON), two, resume=True)
 
     lines = read_lines(one / "metrics.jsonl")
-    for run in (two, four):
+    for folder in (two, four):
         for file in ("model", "ema"):
-            expected, found = (dcp.read(r / "checkpoints" / "step-00000024" / file) for r in (one, run))
+            expected, found = (dcp.read(r / "checkpoints" / "step-00000024" / file) for r in (one, folder))
             assert found.keys() == expected.keys()
             for name, value in expected.items():
                 assert (found[name] - value).norm() <= 2e-3 * value.norm() + 1e-4, f"{file}, {name}"
-        for line, other in zip(lines, read_lines(run / "metrics.jsonl"), strict=True):
+        for line, other in zip(lines, read_lines(folder / "metrics.jsonl"), strict=True):
             assert [*line["tasks"]] == [*other["tasks"]]
             for task, figures in line["tasks"].items():
                 assert other["tasks"][task] == pytest.approx(figures, rel=1e-3)
             assert line["totals"] == other["totals"]
             assert line["samples"] == other["samples"]
-        (first, *_), (same, *_) = (read_lines(folder / "results.jsonl") for folder in (one, run))
+        (first, *_), (same, *_) = (read_lines(r / "results.jsonl") for r in (one, folder))
         assert same["top1"] == first["top1"]
 
 
 def test_a_run_that_is_there_already_is_refused_however_often_torchrun_starts(little_data, two_ranks, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(two_ranks / "evaluated", run, ignore=shutil.ignore_patterns("checkpoints"))
-    before = files_of(run)
-    command = ["-m", "openimp", "train", run / "recipe.yaml", "--run-dir", run]
-    done = subprocess.run(torchrun(1, *command, restarts=1), capture_output=True, text=True, timeout=300)
+    folder = tmp_path / "run"
+    shutil.copytree(two_ranks / "evaluated", folder, ignore=shutil.ignore_patterns("checkpoints"))
+    before = files_of(folder)
+    command = torchrun(1, "train", folder / "recipe.yaml", "--run-dir", folder, restarts=1)
+    done = run(*command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     assert done.returncode
-    assert done.stderr.count(f"openimp: {run}: holds a run that saved no checkpoint") == 2
-    assert files_of(run) == before
+    assert done.stderr.count(f"openimp: {folder}: holds a run that saved no checkpoint") == 2
+    assert files_of(folder) == before
 
 
 def test_an_environment_in_which_ranks_would_not_find_each_other_is_refused(monkeypatch):
@@ -233,8 +236,16 @@ def test_an_environment_in_which_ranks_would_not_find_each_other_is_refused(monk
         distributed.start()
 
 
-def files_of(run: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("switch", [False, True])
+def test_torchrun_itself_keeps_its_store_through_a_restart(tmp_path, switch):
+    """With its switch it does not. Otherwise ranks find the addresses of dead ranks there, so a start requires it."""
+    command = torchrun(1, __file__, "store", tmp_path / "kept", restarts=1)
+    run(*command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(int(switch)), check=True)
+    assert (tmp_path / "kept").read_text() == str(not switch)
 
 
 def recipe(folder: Path, *changes: str) -> Recipe:
@@ -344,6 +355,15 @@ def failed_evaluation(folder: Path, out: Path) -> list[str]:
     return distributed.all_gather_object(str(error.value))
 
 
+def look_into_the_store(file: Path) -> None:
+    """Leaves a key in the store and fails. After the restart, writes whether the key is still there."""
+    store, *_ = next(dist.rendezvous("env://"))
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        store.set("before the restart", "")
+        sys.exit(1)
+    file.write_text(str(store.check(["before the restart"])))
+
+
 def main(folder: Path, out: Path) -> None:
     distributed.start()
     found = compute_gradients(folder, out) | {"refused": refusals(folder, out)}
@@ -362,4 +382,7 @@ def main(folder: Path, out: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     owners.BUCKET_BYTES = 2**12  # A small model's matrices then need several buckets too.
-    main(*map(Path, sys.argv[1:]))
+    if sys.argv[1] == "store":
+        look_into_the_store(Path(sys.argv[2]))
+    else:
+        main(*map(Path, sys.argv[1:]))

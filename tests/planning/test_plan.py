@@ -105,7 +105,7 @@ def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
     held = [*training.model.parameters(), *moments, *training.updater.ema.weights.values()]
     memory = plan_of(training.recipe).steps["heard", 0].memory
     never = 2 * 4 * len(training.model.pairs)  # Moments of the sigmoid loss' bias, which this recipe does not use.
-    assert memory["parameters"] + memory["optimiser"] == sum(tensor.nbytes for tensor in held) + never
+    assert memory["parameters"] + memory["optimizer state"] == sum(tensor.nbytes for tensor in held) + never
 
 
 def test_a_block_holds_on_a_gpu_what_its_backward_pass_needs(tiny_recipe):
@@ -145,7 +145,7 @@ def test_several_gpus_divide_and_speak_as_the_page_says(little_data):
     assert after.memory["gathered"] == 4 * (outside + 2 * block) + 8 * block + 2 * vectors + similarities
     assert after.memory["cast weights"] == 2 * touched
     assert after.memory["gradients"] == 4 * touched // 2
-    for kind in ("parameters", "optimiser", "inputs"):
+    for kind in ("parameters", "optimizer state", "inputs"):
         assert after.memory[kind] == before.memory[kind] // 2
     assert after.memory["activations"] == pytest.approx(before.memory["activations"] / 2, rel=0.1)
     assert shared.seconds == alone.seconds / 2
@@ -168,7 +168,7 @@ def test_replicas_reduce_their_gradients_once_whatever_the_chunks(little_data):
         Recipe.load(little_data / "recipe.yaml", [*changes, f"memory.chunk_size={n}"]) for n in ("null", 1)
     )
     alone, shared, again = (plan_of(r, n).steps["heard", 0] for r, n in ((recipe, 1), (recipe, 4), (pieces, 4)))
-    for kind in ("parameters", "optimiser"):
+    for kind in ("parameters", "optimizer state"):
         assert shared.memory[kind] == alone.memory[kind]
     similarities = 2 * 4 * 4 * 3 // 4 // 4
     with torch.device("meta"):
@@ -194,7 +194,7 @@ def test_experts_apart_stay_and_their_slots_travel(little_data):
     sharded, apart = held_as("{shard_degree: 8}"), held_as("{shard_degree: 8, expert_degree: 4}")
     experts = 4 * 2 * 32 * 64
     elsewhere = experts * 3 // 4
-    for kind in ("parameters", "optimiser", "gradients"):
+    for kind in ("parameters", "optimizer state", "gradients"):
         assert apart.memory[kind] == sharded.memory[kind]
     for kind, size in (("gathered", 16), ("cast weights", 2)):
         assert apart.memory[kind] == sharded.memory[kind] - size * elsewhere

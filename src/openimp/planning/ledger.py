@@ -33,7 +33,7 @@ class Cost:
     """One step.
 
     Attributes:
-        examples: of the batch, over all processes.
+        examples: of the batch, over all ranks.
         tokens: that enter the encoder, over all modalities.
         flops: forward and backward.
         touched: names of the parameters that get a gradient.

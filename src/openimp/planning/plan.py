@@ -1,4 +1,4 @@
-"""What a run would need, told without a GPU: parameters, memory, FLOPs, communication, days.
+"""What a run needs, computed without a GPU: parameters, memory, FLOPs, communication, days.
 
 FLOPs are the ledger's, and the memory of a step is counted. The rest is arithmetic on sizes for what `parallel/` does
 on GPUs: weights, gradients and optimizer state in fp32, laid out as the recipe's `parallel` says. docs/plan.md has the
@@ -29,18 +29,18 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Task, classified_by, pairs_of
 
 PARTS = ("gradients", "gathered", "cast weights", "activations")
-"""What a step holds beyond weights, moments and its batch."""
+"""What a step holds besides weights, optimizer state and its batch."""
 SIMILARITY = 21
-"""Bytes that a contrastive loss holds at its peak for a pair of items, seen from one side; a test counts them."""
+"""Bytes that a contrastive loss holds at its peak per pair of items and direction; a test counts them."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of one (task, view).
+    """One step of a (task, view).
 
     Attributes:
         cost: examples, tokens and FLOPs, over all GPUs.
-        memory: bytes of one GPU when the step needs most, by what they hold.
+        memory: bytes on one GPU at the peak of the step, by what they hold.
         received: bytes that come to one GPU, by connection, "link" or "network"; as many leave it.
     """
 
@@ -54,8 +54,8 @@ class Plan:
     """What a run needs.
 
     Attributes:
-        gpu: what it runs on.
-        gpus: how many.
+        gpu: type of GPU.
+        gpus: number of GPUs.
         mfu: share of the bf16 peak that the model's FLOPs are computed at.
         parameters: by part of the model.
         per_token: parameters between a token's embedding and the mean over the tokens that work on it, on average;
@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes that one GPU holds at most."""
+        """Most bytes that one GPU holds."""
         return sum(self.steps[self.largest].memory.values())
 
     @property
@@ -88,33 +88,33 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Of the whole run, over all GPUs."""
+        """FLOPs of the whole run, over all GPUs."""
         return sum(self.steps[key].cost.flops * n for key, n in self.visits.items())
 
     @property
     def seconds(self) -> float:
-        """Of computing, at the MFU, in all."""
+        """Seconds that the whole run computes, at the MFU."""
         return self.computing(self.flops)
 
     @property
     def seconds_connected(self) -> float:
-        """The same, where a step also waits for those of its bytes that take longer to come than it computes."""
+        """The same, but a step lasts as long as its communication if that takes longer than its computation."""
         return sum(
             n * max(self.computing(self.steps[key].cost.flops), self.communicating(self.steps[key].received))
             for key, n in self.visits.items()
         )
 
     def computing(self, flops: int) -> float:
-        """Seconds that all GPUs take for FLOPs at the MFU."""
+        """Seconds in which all GPUs compute this many FLOPs at the MFU."""
         return flops / (self.gpus * self.gpu.tflops * 1e12 * self.mfu)
 
     def communicating(self, received: Mapping[str, int]) -> float:
-        """Seconds that bytes take to come, over both connections at once, if nothing else happens meanwhile."""
+        """Seconds in which bytes arrive, over both connections at once, if nothing else uses them."""
         return max(size / (1e9 * getattr(self.gpu, connection)) for connection, size in received.items())
 
 
 class Compared(NamedTuple):
-    """What a step's losses look at, over all GPUs.
+    """What the losses of a step compare, over all GPUs.
 
     Attributes:
         heads: passes of features through a projection or a classification.
@@ -130,11 +130,11 @@ class Compared(NamedTuple):
 
 
 class Shares:
-    """What one of several GPUs has of a model, in bytes of fp32.
+    """Bytes of a model on one GPU, in fp32.
 
     Args:
-        layout: how they hold it.
-        model: with the experts that one GPU has, or gathers.
+        layout: how the GPUs share the model.
+        model: with the experts that one GPU has or gathers.
     """
 
     def __init__(self, layout: Layout, model: IMP) -> None:
@@ -142,21 +142,21 @@ class Shares:
         self._experts = {weight for module in model.experts() for weight in module.parameters()}
 
     def held(self, weights: Iterable[Tensor]) -> int:
-        """Of weights themselves."""
-        return sum(4 * weight.numel() // self._parts(weight) for weight in weights)
+        """Bytes of its shards of weights."""
+        return sum(4 * weight.numel() // self._shards(weight) for weight in weights)
 
     def gathered(self, weights: Iterable[Tensor]) -> int:
-        """Received, to have them whole; and to have one's part of the sum of their gradients."""
-        return sum(others(4 * weight.numel(), self._parts(weight)) for weight in weights)
+        """Bytes received to all-gather weights, or to reduce-scatter their gradients."""
+        return sum(others(4 * weight.numel(), self._shards(weight)) for weight in weights)
 
-    def summed(self, weights: Iterable[Tensor]) -> int:
-        """Received, to sum the gradients of the parts that it holds over all copies: an all-reduce in a ring."""
-        return sum(2 * others(self.held([weight]), self._copies(weight)) for weight in weights)
+    def reduced(self, weights: Iterable[Tensor]) -> int:
+        """Bytes received to all-reduce the gradients of its shards between the replicas, in a ring."""
+        return sum(2 * others(self.held([weight]), self._replicas(weight)) for weight in weights)
 
-    def _parts(self, weight: Tensor) -> int:
+    def _shards(self, weight: Tensor) -> int:
         return self.layout.expert_mesh[1] if weight in self._experts else self.layout.shard_degree
 
-    def _copies(self, weight: Tensor) -> int:
+    def _replicas(self, weight: Tensor) -> int:
         return self.layout.expert_mesh[0] if weight in self._experts else self.layout.ranks // self.layout.shard_degree
 
 
@@ -168,10 +168,10 @@ def plan(
     gpu: str,
     mfu: float,
 ) -> Plan:
-    """Counts what a recipe needs; reads no data and computes nothing.
+    """Computes what a recipe needs, without reading data.
 
     Args:
-        modalities: of the recipe; a tokenizer that is yet to be trained counts as large as it may become.
+        modalities: of the recipe; a tokenizer that is not trained yet counts at its largest size.
         classes: of each classification head.
         gpus: among which each batch is divided.
         gpu: one of `GPUS`.
@@ -199,7 +199,10 @@ def plan(
     keep_own_experts(model, layout.expert_degree)
     shares = Shares(layout, model)
     owned = _owned(recipe, model, layout, by_view.values())
-    held = {"parameters": shares.held(model.parameters()), "optimiser": _optimiser_bytes(recipe, model, shares, owned)}
+    held = {
+        "parameters": shares.held(model.parameters()),
+        "optimizer state": _optimizer_bytes(recipe, model, shares, owned),
+    }
     steps = {}
     for (name, view), cost in by_view.items():
         counted = step_memory(
@@ -219,9 +222,9 @@ def count(module: nn.Module) -> int:
 
 
 def encoder_per_token(recipe: Recipe, model: IMP) -> int | None:
-    """Parameters of the encoder that a token uses on average: all but the experts that it has no part in.
+    """Parameters of the encoder that a token uses on average: all but the experts that do not process it.
 
-    Expert choice gives a token `capacity` experts on average, token choice `top_k`.
+    With expert choice a token has `capacity_factor` experts on average, with token choice `top_k`.
     """
     own = [count(blocks) for blocks in model.encoder.own.values()]
     used = count(model.encoder) - sum(own[1:])  # A token has the first blocks of its own stem, all of them alike.
@@ -241,7 +244,7 @@ def per_token(recipe: Recipe, model: IMP) -> int | None:
 
 
 def others(size: int, among: int) -> int:
-    """What comes from the others of so many, of something that all have evenly."""
+    """Bytes of `size` that come from others if `among` GPUs hold equal parts of it."""
     return size * (among - 1) // among
 
 
@@ -253,7 +256,7 @@ def _owned(recipe: Recipe, model: IMP, layout: Layout, by_view: Iterable[Cost]) 
     return assign_owners(hidden, steps, layout.ranks if layout.shard_degree == 1 else 1, muon_work)
 
 
-def _optimiser_bytes(recipe: Recipe, model: IMP, shares: Shares, owned: Sequence[Sequence[Tensor]]) -> int:
+def _optimizer_bytes(recipe: Recipe, model: IMP, shares: Shares, owned: Sequence[Sequence[Tensor]]) -> int:
     """Two tensors per parameter for AdamW, one for Muon, and one for the EMA, in fp32, on the GPU with most of them."""
     size = shares.held(model.parameters()) if recipe.optimizer.ema_decay else 0
     by_muon = {matrix for matrices in owned for matrix in matrices}
@@ -262,7 +265,7 @@ def _optimiser_bytes(recipe: Recipe, model: IMP, shares: Shares, owned: Sequence
 
 
 def _compared(task: Task, examples: int) -> Compared:
-    """What a task's losses look at; a sigmoid asks about each pair of items once."""
+    """What the losses of a task compare. The sigmoid loss uses each pair of items once."""
     heads = rows = items = similarities = 0
     for objective in task.objectives:
         if isinstance(objective, Classification):
@@ -286,19 +289,19 @@ def _memory(
     precision: Precision,
     zero_missing_grads: bool,
 ) -> dict[str, int]:
-    """Bytes beyond weights and moments that one GPU holds in a step; docs/plan.md."""
+    """Bytes that one GPU holds in a step besides weights and optimizer state; see docs/plan.md."""
     gpus = shares.layout.ranks
     touched = {w: None for name, w in model.named_parameters() if zero_missing_grads or name in counted.touched}
-    # The vectors of all GPUs and their gradients, and similarities with those of the others.
+    # The vectors of all GPUs and their gradients, and similarities with vectors of other GPUs.
     gathered = 0 if gpus == 1 else 8 * model.config.embed_dim * compared.rows
     gathered += SIMILARITY * min(BLOCK, others(compared.similarities, gpus) // gpus)
     if gpus == 1:
         peak = max(counted.peak, Counter(gradients=shares.held(touched)), key=Counter.total)
         return {part: peak[part] for part in PARTS}
     blocks = [count(block) for block in model.blocks()]
-    # What stands outside of the blocks, one block and the next, and one block's gradients, before and summed.
+    # Weights outside of the blocks, of one block and the next, and gradients of one block before and after reduction.
     gathered += 4 * (count(model) - sum(blocks) + 2 * max(blocks)) + 8 * max(blocks)
-    # Autocast's copies of all weights stay until the backward pass has used them, whatever FSDP gives back.
+    # Autocast keeps its copies of all weights until the backward pass has used them, although FSDP2 frees the weights.
     cast = 0 if precision == "fp32" else 2 * sum(weight.numel() for weight in touched)
     return dict(zip(PARTS, (shares.held(touched), gathered, cast, counted.activations)))
 
@@ -313,13 +316,13 @@ def _received(
     compared: Compared,
     owned: Sequence[Sequence[Tensor]],
 ) -> dict[str, int]:
-    """Bytes that one GPU receives in a step, by connection; docs/plan.md."""
+    """Bytes that one GPU receives in a step, by connection; see docs/plan.md."""
     gpus, shard, owners = shares.layout
     touched = {weight: None for name, weight in model.named_parameters() if name in counted.touched}
     in_blocks = {weight for block in model.blocks() for weight in block.parameters()}
     outside = [weight for weight in model.parameters() if weight not in in_blocks]
-    among: Counter[int] = Counter()  # So many consecutive GPUs.
-    # After the gradient of each pass through a head FSDP2 gives back what is outside of the blocks.
+    among: Counter[int] = Counter()  # By size of the group of consecutive GPUs.
+    # After the backward pass through a head, FSDP2 frees the weights outside of the blocks.
     among[shard] += shares.gathered(touched) + (1 + compared.heads) * shares.gathered(outside)
     for name, spec in task.inputs.items():
         rows = examples * spec.draw // gpus
@@ -329,7 +332,7 @@ def _received(
     among[owners] += others(counted.slots, owners)
     # Vectors, their gradients, and the numbers of their items.
     vectors, numbers = 8 * model.config.embed_dim * compared.rows, 8 * compared.items
-    among[gpus] += shares.summed(touched) + others(vectors + numbers, gpus)
+    among[gpus] += shares.reduced(touched) + others(vectors + numbers, gpus)
     updated = dict.fromkeys(model.parameters()) if recipe.optimizer.zero_missing_grads else touched
     if len(owned) > 1:  # The mean over the GPUs, each of which receives what the others own.
         among[gpus] += others(shares.held(m for matrices in owned for m in matrices if m in updated), gpus)

@@ -74,8 +74,7 @@ class Parallel(Strict):
 
     shard_degree: Count | None = None
     """Number of ranks over which weights, gradients and optimizer state are sharded (FSDP2). Each such group of ranks
-    has a replica (HSDP). null: all ranks. 1: each rank has a full replica, for small models; on the CPUs of one Linux
-    machine, the ranks then share one replica unless `expert_degree` is above 1."""
+    has a replica (HSDP). null: all ranks. 1: each rank has a full replica, for small models."""
     expert_degree: Count = 1
     """Number of ranks over which the experts of each sparse layer are distributed, and between which tokens are
     exchanged (expert parallelism). It must divide `shard_degree` or, if that is 1, the number of ranks."""
