@@ -141,7 +141,7 @@ def test_results_of_another_trainer_are_refused(done, little_data, tmp_path):
         ("results.jsonl", '{"set": "tones"}\n', "line 1 is not an object with a step"),
         ("results.jsonl", "3\n", "line 1 is not an object with a step"),
         ("results.jsonl", '{"step": STEPS, "set": "SET"}\n', "line 1 is not a result of an evaluation"),
-        ("conflict.jsonl", '{"step": 1}\n', "conflict.jsonl: cosine: Field required"),
+        ("conflict.jsonl", '{"step": 1}\n', "conflict.jsonl: cosine: required value is missing"),
     ],
 )
 def test_damaged_results_are_refused(done, tmp_path, name, lines, message):

@@ -11,7 +11,8 @@ from openimp.common.errors import UserError
 from openimp.common.modality import Tokens
 from openimp.data.loader import make_loader
 from openimp.recipe.schema import Recipe
-from openimp.training.trainer import Trainer, compiled_encode
+from openimp.training.compilation import CompiledEncode
+from openimp.training.trainer import Trainer
 
 QUICK = ["tasks.heard.weight=0", "evaluation={}", "model.layers=1", "model.moe=null", "train.precision=fp32",
          "tasks.named.views=[{image: {size: 16}, text: {length: 8}}]", "train.steps=6"]  # fmt: skip
@@ -53,7 +54,7 @@ def test_a_folder_that_another_user_made_for_torchs_code_is_refused(tmp_path, mo
     planted = Path(default_cache_dir())
     planted.symlink_to(foreign_folder)
     with pytest.raises(UserError, match=f"{planted}: belongs to another user; set TMPDIR to a folder of your own"):
-        compiled_encode(torch.nn.Identity(), 1)
+        CompiledEncode(torch.nn.Identity(), 1)
 
 
 def test_a_compiler_that_is_missing_is_told_in_one_sentence(tiny_recipe, tiny_model):
@@ -61,4 +62,4 @@ def test_a_compiler_that_is_missing_is_told_in_one_sentence(tiny_recipe, tiny_mo
     tokens = Tokens(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, 1, dtype=torch.int64))
     missing = {"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}
     with torch._inductor.config.patch(missing), pytest.raises(UserError, match="install a compiler, such as g"):
-        compiled_encode(model, 1)({"text": tokens})
+        CompiledEncode(model, 1)({"text": tokens})

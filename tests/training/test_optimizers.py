@@ -20,7 +20,8 @@ def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
 def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_path):
     training = training_of(little_data, tmp_path / "run", "optimizer.muon_lr=1e-2")
     adamw, muon = training.updater.optimizers
-    assert [type(adamw), type(muon)] == [torch.optim.AdamW, torch.optim.Muon]
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert isinstance(muon, torch.optim.Muon)
     names = {parameter: name for name, parameter in training.model.named_parameters()}
     of_muon = [names[p] for group in muon.param_groups for p in group["params"]]
     assert sorted(of_muon) == sorted(names[p] for p in training.model.hidden_matrices())

@@ -43,7 +43,7 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
             study or damaged, or a training fails.
     """
     if "RANK" in os.environ:
-        raise UserError(f"{name}: a study trains in one process; start it without torchrun")
+        raise UserError(f"{name}: a study trains on one rank; start it without torchrun")
     # Imported here because it needs matplotlib, and before the training so that a missing matplotlib is reported first.
     from openimp.study.results import write_results
 
