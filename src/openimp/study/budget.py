@@ -11,6 +11,7 @@ from openimp.recipe.file import RecipeLoader, flat
 from openimp.recipe.schema import Recipe
 from openimp.study.schema import Part, Study
 from openimp.study.two_towers import flops_per_step as two_tower_flops_per_step
+from openimp.training.trainer import Trainer
 
 SAVES = 5
 """Checkpoints per training, so that a crash costs little."""
@@ -89,4 +90,6 @@ def _flops_per_step(recipe: Recipe) -> dict[str, float]:
     recipe = Recipe.build(data)
     modalities = recipe.make_modalities()
     batches = StepBatches(recipe, modalities)
-    return {name: row["flops"] for name, row in mixture(recipe, costs(recipe, modalities, batches.classes)).items()}
+    # Counted as the training counts them, so that they are counted once.
+    by_view = costs(recipe, modalities, batches.classes, Trainer.build, Trainer.losses)
+    return {name: row["flops"] for name, row in mixture(recipe, by_view).items()}
