@@ -48,7 +48,7 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
         share = sum(flops.get(name, 0) for name in part.tasks) / sum(flops.values())  # A task of weight 0 has none.
     recipe = Recipe.build(data)
     per_step = two_tower_flops_per_step(recipe) if part.two_towers else sum(_flops_per_step(recipe).values())
-    allowed = part.flops * share * study.flops / per_step
+    allowed = part.flops_factor * share * study.flops / per_step
     if allowed > MAX_STEPS:
         raise UserError(f"its FLOPs allow {allowed:.2g} steps, but a training has at most {MAX_STEPS:,}")
     steps = max(1, round(allowed))
