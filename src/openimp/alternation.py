@@ -9,7 +9,6 @@ from itertools import count
 
 import numpy as np
 
-from openimp.recipe.inputs import View
 from openimp.recipe.schema import Recipe
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -18,22 +17,13 @@ GOLDEN = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True)
 class Visit:
-    """The task, view and examples of one step.
+    """The task, view and examples of one step. The batch is `start` to `start + batch` in the task's order."""
 
-    Attributes:
-        step: from 0.
-        task: name of the task.
-        view: index of the view in the task's list.
-        batch: batch size over all ranks.
-        start: number of examples that earlier steps of the task used. The batch is `start` to `start + batch` in the
-            task's order.
-    """
-
-    step: int
+    step: int  # from 0
     task: str
-    view: int
-    batch: int
-    start: int
+    view: int  # index in the task's list
+    batch: int  # size over all ranks
+    start: int  # number of examples that earlier steps of the task used
 
 
 class Alternation(Sequence[Visit]):
@@ -80,24 +70,14 @@ def expected_shares(recipe: Recipe) -> dict[str, float]:
     return {name: value / sum(rate.values()) for name, value in rate.items()}
 
 
-def view_shares(views: Sequence[View]) -> list[float]:
-    """Each view's share of its task's steps."""
-    total = sum(view.weight for view in views)
-    return [view.weight / total for view in views]
-
-
 def _tasks(kind: str, weights: list[float], intervals: list[int], steps: int, seed: int) -> np.ndarray:
     """The task index of each step, (steps,)."""
     if kind == "sequence":
         return _pick(weights, (np.arange(steps) + 0.5) / steps)
     if kind != "intervals":
         return _draw(weights, steps, kind == "random", (seed, 0))
-    visited: list[int] = []
-    for turn in count():
-        if len(visited) >= steps:
-            break
-        visited += [i for i, interval in enumerate(intervals) if turn % interval == 0]
-    return np.array(visited[:steps], np.int16)
+    visited = (i for turn in count() for i, interval in enumerate(intervals) if turn % interval == 0)
+    return np.fromiter(visited, np.int16, steps)
 
 
 def _draw(weights: list[float], n: int, random: bool, key: tuple[int, ...]) -> np.ndarray:

@@ -15,14 +15,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's YAML file, or the name of a bundled recipe.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a folder with a model.")]
 SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change one key of the recipe: KEY=VALUE, for example train.steps=100."),
+    list[str] | None, typer.Option("--set", help="Change a key of the recipe: KEY=VALUE, such as train.steps=100.")
 ]
 RunOption = Annotated[
-    Path | None,
-    typer.Option("--run", "--run-dir", help="Directory to write to. [default: runs/NAME, with the name of the recipe]"),
+    Path | None, typer.Option("--run", "--run-dir", help="Directory to write to. [default: runs/NAME-OF-THE-RECIPE]")
 ]
-
 AllowSourcesOption = Annotated[
     bool, typer.Option("--allow-sources", help="Let the recipe of a model that was not trained here read any source.")
 ]
@@ -60,11 +57,7 @@ def train(
     run: RunOption = None,
     resume: Annotated[
         str | None,
-        typer.Option(
-            "--resume",
-            metavar="[auto]",
-            help="Resume from the newest intact checkpoint, exactly. auto: start if there is none.",
-        ),
+        typer.Option(metavar="[auto]", help="Resume from the newest intact checkpoint. auto: start if there is none."),
     ] = None,
     allow_changed_data: Annotated[
         bool, typer.Option("--allow-changed-data", help="Resume although a source has changed.")
@@ -80,9 +73,7 @@ def train(
 def eval(
     run: RunArgument,
     sets: Annotated[list[str] | None, typer.Argument(help="Evaluation sets of the recipe. [default: all]")] = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Take sources and evaluation sets from this recipe instead.")
-    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Take sources and evaluation sets from this recipe.")] = None,
     set_: SetOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Append the results to this file, as JSON lines.")] = None,
     allow_sources: AllowSourcesOption = False,
@@ -113,9 +104,7 @@ def embed(
 @app.command()
 def report(
     run: RunArgument,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The HTML file. [default: RUN/report.html, or CHECKPOINT.html]")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file. [default: RUN/report.html or CHECKPOINT.html]")] = None,
     allow_sources: AllowSourcesOption = False,
 ) -> None:
     """Write one HTML page about a run: curves, use of experts, results, and queries with their answers."""
@@ -186,7 +175,3 @@ def _with_values(arguments: list[str]) -> list[str]:
     """Gives a bare --resume an empty value, because typer does not support options with an optional value."""
     following = [*arguments[1:], ""]
     return [f"{it}=" if it == "--resume" and after != "auto" else it for it, after in zip(arguments, following)]
-
-
-if __name__ == "__main__":
-    main()

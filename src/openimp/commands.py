@@ -5,21 +5,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.table import Table
 
-from openimp.checkpoint.folder import check_layers, checkpoints, load_model, model_folder, read_config, saved_step
+from openimp.checkpoint.folder import checkpoints, describe_model, load_model, model_folder, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError, counted
 from openimp.common.json_lines import append
 from openimp.common.modality import Modality
-from openimp.common.progress import clock, console, track
+from openimp.common.progress import clock, console, number_table, track
 from openimp.common.safe_files import refuse_links
 from openimp.data.batch import head_key
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
 from openimp.data.trust import check_sources
 from openimp.evaluation.evaluate import NotMeasured, evaluate
-from openimp.evaluation.results import read_results, table
+from openimp.evaluation.results import latest, read_results, table
 from openimp.model.imp import IMP
 from openimp.planning.gpus import USABLE
 from openimp.planning.ledger import costs, mixture_table, short
@@ -48,15 +47,7 @@ def run_demo(overrides: list[str], run: Path | None) -> None:
 def run_train(
     name: str, overrides: list[str], run: Path | None, resume: str | None = None, allow_changed_data: bool = False
 ) -> None:
-    """Trains a recipe into `run`, or into runs/NAME.
-
-    Args:
-        name: the recipe.
-        overrides: its changes.
-        run: the directory to write.
-        resume: None, or what stands after --resume: nothing, or auto.
-        allow_changed_data: as of `train`.
-    """
+    """Trains a recipe into `run`, or into runs/NAME. `resume` is what stands after --resume: "" or auto."""
     if resume not in (None, "", "auto"):
         raise UserError(f"--resume: expected auto or nothing, found {resume}")
     recipe = Recipe.load(name, overrides, Path.cwd())
@@ -72,18 +63,9 @@ def run_eval(
     overrides: list[str] | None = None,
     allow_sources: bool = False,
 ) -> None:
-    """Measures a model on evaluation sets of its own recipe or of another, and prints the results.
+    """Measures a model on evaluation sets of its own recipe or of the recipe `other`, and prints the results.
 
-    Args:
-        path: a run, a checkpoint or a model's folder.
-        sets: names of evaluation sets; None: all of them.
-        other: a recipe to take sources and sets from.
-        out: a file to append the results to.
-        overrides: changes of sources and sets.
-        allow_sources: whether the model's own recipe may read any source, even if the model was not trained here.
-
-    Raises:
-        NotMeasured: a set could not be measured. The results of the others are printed and written.
+    If sets cannot be measured, the results of the others are printed and written before NotMeasured is raised.
     """
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
@@ -142,11 +124,7 @@ def run_info(what: str, overrides: list[str]) -> None:
         raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
     if path.is_dir() and (checkpoints(path) or not (path / "recipe.yaml").exists()):
         folder = model_folder(path)
-        recipe, classes, learned = read_config(folder)
-        check_layers(folder, recipe)
-        modalities = recipe.make_modalities()
-        for modality in modalities.values():
-            modality.load_state(learned)
+        recipe, modalities, classes = describe_model(folder)
         console.print(f"{folder}: a model of recipe {recipe.name}", soft_wrap=True)
     else:
         if path.is_dir():
@@ -173,14 +151,9 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
     )
     _print_steps(found)
     task, view = found.largest
-    shown = Table(title="memory of a GPU", title_justify="left")
-    shown.add_column(f"largest step: {task}, view {view}")
-    shown.add_column("GiB", justify="right")
-    for what, size in found.steps[found.largest].memory.items():
-        shown.add_row(what, f"{size / 2**30:,.3f}")
-    shown.add_section()
-    shown.add_row("in all", f"{found.memory / 2**30:,.3f}")
-    console.print(shown)
+    rows = [(what, f"{size / 2**30:,.3f}") for what, size in found.steps[found.largest].memory.items()]
+    whole = ("in all", f"{found.memory / 2**30:,.3f}")
+    console.print(number_table("memory of a GPU", (f"largest step: {task}, view {view}", "GiB"), rows, [whole]))
     verdict, room = "fits" if found.fits else "does not fit", USABLE * found.gpu.memory
     lines = [
         f"{recipe.name} {verdict}: {found.memory / 2**30:,.2f} of {room:.1f} GiB for tensors on each of {gpus} x {gpu}",
@@ -226,61 +199,46 @@ def _print_model(recipe: Recipe, modalities: dict[str, Modality], classes: dict[
 def _print_parameters(parts: dict[str, int], used: dict[str, int | None], modalities: Mapping[str, Modality]) -> None:
     specs = {name: modality.stem_spec() for name, modality in modalities.items()}
     limits = {name: spec.values for name, spec in specs.items() if spec.is_limit}
-    shown = Table(title="parameters", title_justify="left")
-    shown.add_column("part")
-    shown.add_column("parameters", justify="right")
-    for name, size in parts.items():
-        shown.add_row(name, f"{size:,}")
-    shown.add_section()
-    shown.add_row("in all, at most" if limits else "in all", f"{sum(parts.values()):,}")
-    for what, some in used.items():
-        if some is not None:
-            shown.add_row(what, f"{some:,}")
-    console.print(shown)
+    rows = [(name, f"{size:,}") for name, size in parts.items()]
+    whole = [("in all, at most" if limits else "in all", f"{sum(parts.values()):,}")]
+    whole += [(what, f"{some:,}") for what, some in used.items() if some is not None]
+    console.print(number_table("parameters", ("part", "parameters"), rows, whole))
     for name, limit in limits.items():
-        console.print(
-            f"{name} counts with {limit:,} tokens, the limit of its vocabulary, which is learned from the data and may "
-            "be smaller",
-            soft_wrap=True,
-        )
+        about = "the limit of its vocabulary, which is learned from the data and may be smaller"
+        console.print(f"{name} counts with {limit:,} tokens, {about}", soft_wrap=True)
 
 
 def _print_steps(found: Plan) -> None:
-    shown = Table(title=f"one step, divided by {found.gpus}", title_justify="left")
-    for title in ("task, view", "examples", "tokens", "FLOPs", "computes\nms", "receives\nGB", "waits\nms",
-                  "activa-\ntions\nGiB", "memory\nGiB"):  # fmt: skip
-        shown.add_column(title, justify="left" if title == "task, view" else "right")
+    head = ("task, view", "examples", "tokens", "FLOPs", "computes\nms", "receives\nGB", "waits\nms",
+            "activa-\ntions\nGiB", "memory\nGiB")  # fmt: skip
+    rows = []
     for (task, view), step in found.steps.items():
         memory = (step.memory["activations"], sum(step.memory.values()))
-        shown.add_row(
+        rows.append((
             f"{task}, {view}", f"{step.cost.examples:,}", f"{step.cost.tokens:,}", short(step.cost.flops),
             f"{1e3 * found.computing(step.cost.flops):,.1f}", f"{sum(step.received.values()) / 1e9:,.2f}",
             f"{1e3 * found.communicating(step.received):,.1f}", *(f"{size / 2**30:,.2f}" for size in memory),
-        )  # fmt: skip
-    console.print(shown)
+        ))  # fmt: skip
+    console.print(number_table(f"one step, divided by {found.gpus}", head, rows))
 
 
 def _print_costs(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]]) -> None:
     by_view = costs(recipe, modalities, classes)
-    shown = Table(title="one step", title_justify="left")
-    for column in ("task", "view", "examples", "tokens", "GFLOPs"):
-        shown.add_column(column, justify="left" if column == "task" else "right")
-    for (task, view), cost in by_view.items():
-        shown.add_row(task, str(view), str(cost.examples), str(cost.tokens), f"{cost.flops / 1e9:,.1f}")
-    console.print(shown)
+    rows = [
+        (task, str(view), str(cost.examples), str(cost.tokens), f"{cost.flops / 1e9:,.1f}")
+        for (task, view), cost in by_view.items()
+    ]
+    console.print(number_table("one step", ("task", "view", "examples", "tokens", "GFLOPs"), rows))
     console.print(mixture_table(recipe, by_view))
 
 
 def _print_run(path: Path) -> None:
-    lines = read_metrics(path / "metrics.jsonl")
-    if lines:
-        shown = Table(title=f"spent up to step {lines[-1].step}", title_justify="left")
-        for column in ("task", "steps", "examples", "tokens", "FLOPs"):
-            shown.add_column(column, justify="left" if column == "task" else "right")
-        for task, used in lines[-1].totals.items():
-            shown.add_row(task, f"{used.steps:,}", f"{used.examples:,}", f"{used.tokens:,}", f"{used.flops:.4g}")
-        console.print(shown)
-    results = read_results(path / "results.jsonl")
-    if results:
-        last = max(result["step"] or 0 for result in results)
-        console.print(table([result for result in results if (result["step"] or 0) == last]))
+    if lines := read_metrics(path / "metrics.jsonl"):
+        rows = [
+            (task, f"{used.steps:,}", f"{used.examples:,}", f"{used.tokens:,}", f"{used.flops:.4g}")
+            for task, used in lines[-1].totals.items()
+        ]
+        head = ("task", "steps", "examples", "tokens", "FLOPs")
+        console.print(number_table(f"spent up to step {lines[-1].step}", head, rows))
+    if results := read_results(path / "results.jsonl"):
+        console.print(table(latest(results)))

@@ -27,30 +27,19 @@ BLOCK = 2**24
 
 @dataclass
 class Losses:
-    """The losses of one step.
+    """The losses of one step."""
 
-    Attributes:
-        total: the scalar to minimize.
-        parts: the unweighted loss of each objective, detached, by name.
-        encoded: the forward pass of each modality.
-    """
-
-    total: Tensor
-    parts: dict[str, Tensor]
-    encoded: dict[str, Encoded]
+    total: Tensor  # the scalar to minimize
+    parts: dict[str, Tensor]  # the unweighted loss of each objective, detached, by name
+    encoded: dict[str, Encoded]  # the forward pass of each modality
 
 
 def task_losses(model: IMP, task: Task, batch: Batch, encode: Encode | None = None) -> Losses:
     """Encodes each modality of the batch once and returns the weighted sum of the task's objectives.
 
     The loss of an objective is the mean over its pairs, or over the modalities that it classifies. The router losses,
-    which `model.moe` has weighted, are summed over layers and averaged over modalities.
-
-    Args:
-        model: in training mode.
-        task: its objectives say which losses are computed.
-        batch: this rank's examples.
-        encode: a replacement for `model.encode`, such as the compiled function.
+    which `model.moe` has weighted, are summed over layers and averaged over modalities. `encode` replaces
+    `model.encode`, for example by the compiled function.
     """
     encode = encode or model.encode
     encoded = {name: encode({name: tokens}) for name, tokens in batch.tokens.items()}
@@ -117,14 +106,8 @@ def _by_blocks(loss_of: Callable[..., Tensor], z_NZ: Tensor, own_N: Tensor, all_
 
 
 def softmax_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
-    """(N,) the loss of each row: -log of the share of its positives in the softmax (MIL-NCE, arXiv 1912.06430).
-
-    If each row has one positive, this is InfoNCE.
-
-    Args:
-        logits_NM: similarities divided by the temperature.
-        same_NM: bool, which of them are positives.
-    """
+    """(N,) the loss of each row: -log of the share of its positives, where `same_NM`, in the softmax (MIL-NCE, arXiv
+    1912.06430). If each row has one positive, this is InfoNCE."""
     positive_N = logits_NM.masked_fill(~same_NM, -torch.inf).logsumexp(1)
     return logits_NM.logsumexp(1) - positive_N
 

@@ -1,4 +1,4 @@
-"""Folders of tensors in safetensors files.
+"""Folders of tensors in safetensors files. A file that is missing or damaged is a UserError.
 
 A single process writes one file of whole tensors. If several ranks save, each writes one file with its shards through
 torch.distributed.checkpoint (DCP), and the header says where in its tensor each shard begins. Any number of ranks reads
@@ -33,15 +33,9 @@ def stage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save(folder: Path, tensors: Mapping[str, Tensor], group: Group | None = None) -> list[Path]:
     """Writes tensors into a new folder and returns the files that this rank wrote.
 
-    A tensor or shard that several ranks have is written by one of them.
-
-    Args:
-        folder: the folder, which all ranks see.
-        tensors: CPU tensors, by name. A rank may have tensors that others lack.
-        group: the ranks that write. None: this process alone.
-
-    Raises:
-        OSError: on all ranks, if one of them cannot write.
+    The ranks of `group` write together; None: this process alone. They all see the folder. A rank may have tensors that
+    others lack; a tensor or shard that several ranks have is written by one of them. If one of them cannot write, all
+    raise OSError.
     """
     if group is None:
         return [_save_file(folder, tensors)]
@@ -69,11 +63,7 @@ def _save_file(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
 
 
 def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills tensors in place. Of a DTensor, each rank reads its local shard only.
-
-    Raises:
-        UserError: a file is missing or damaged, or the folder holds other tensors than these.
-    """
+    """Fills tensors in place. Of a DTensor, each rank reads its local shard only. Other tensors are a UserError."""
     there = metadata(folder)
     for name in sorted(there.keys() | tensors.keys()):
         found = list(there[name].size) if name in there else "missing"
@@ -84,11 +74,7 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by name, unsharded, in CPU memory.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """All tensors of a folder by name, unsharded, in CPU memory."""
     there = metadata(folder)
     files = list(folder.glob("*.safetensors"))
     if len(files) == 1:
@@ -99,11 +85,7 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 
 def metadata(folder: Path) -> dict[str, Any]:
-    """The `TensorStorageMetadata` of each tensor of a folder: its size, data type and shards.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """The `TensorStorageMetadata` of each tensor of a folder: its size, data type and shards."""
     import torch.distributed.checkpoint as dcp
 
     found: dict[str, Any]

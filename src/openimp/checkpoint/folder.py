@@ -62,32 +62,28 @@ def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str
 
     The weights are the moving average if the folder has one. A truncated file is refused, but a flipped bit in the
     weights goes unnoticed; see `verify`.
-
-    Raises:
-        UserError: the folder holds no model, or the weights do not fit its configuration.
     """
-    recipe, classes, learned = read_config(folder)
-    modalities = recipe.make_modalities()
-    for modality in modalities.values():
-        modality.load_state(learned)
-    check_layers(folder, recipe)
+    recipe, modalities, classes = describe_model(folder)
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
     load_weights(model, folder, assign=True)
     return model.eval(), recipe, modalities, classes
 
 
-def check_layers(folder: Path, recipe: Recipe) -> None:
-    """Refuses a configuration that asks for more layers than the weights have tensors.
+def describe_model(folder: Path) -> tuple[Recipe, dict[str, Modality], dict[str, list[Any]]]:
+    """The recipe of an IMP, its modalities with what they learned, and the classes of each head.
 
-    Making a layer takes time and memory even on the meta device, and the number may come from a stranger.
-
-    Raises:
-        UserError: there are more layers than tensors, or the weights are missing or damaged.
+    A recipe with more layers than the weights have tensors is refused: making a layer takes time and memory even on the
+    meta device, and the number may come from a stranger.
     """
+    recipe, classes, learned = read_config(folder)
     layers, tensors = recipe.model.layers, len(dcp.metadata(_weights_folder(folder)))
     if layers > tensors:
         raise UserError(f"{folder}: does not fit the model: {layers} layers in {tensors} tensors")
+    modalities = recipe.make_modalities()
+    for modality in modalities.values():
+        modality.load_state(learned)
+    return recipe, modalities, classes
 
 
 def read_config(
@@ -95,12 +91,7 @@ def read_config(
 ) -> tuple[Recipe, dict[str, list[Any]], dict[str, str]]:
     """Reads the recipe, the classes of each head, and what the modalities learned, by file name.
 
-    Args:
-        folder: of a model.
-        model: the class that the model must have; None: any.
-
-    Raises:
-        UserError: there is no model, its configuration is damaged, or it has another class or format.
+    If the model is not of the class `model` (None: any), or has another format, that is a UserError.
     """
     file = folder / "config.json"
     if not file.exists():
@@ -130,11 +121,7 @@ def saved_step(folder: Path) -> int | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Reads the state of the training that saved this folder.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """Reads the state of the training that saved this folder."""
     file = folder / "state.json"
     state = _read_object(file)
     if not isinstance(state.get("step"), int):
@@ -143,11 +130,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Reads the weights to use, unsharded: the moving average if there is one.
-
-    Raises:
-        UserError: they are missing or damaged.
-    """
+    """Reads the weights to use, unsharded: the moving average if there is one."""
     return dcp.read(_weights_folder(folder))
 
 
@@ -177,10 +160,8 @@ def mark_best(run: Path, step: int) -> None:
 def verify(folder: Path) -> None:
     """Reads all files of a checkpoint and compares them with its manifest. Each rank reads some of them.
 
-    Only resuming does this. Loading a model would have to wait for gigabytes to be hashed.
-
-    Raises:
-        UserError: on all ranks: a file is missing, differs from what was saved, or is not in the manifest.
+    A difference is a UserError on all ranks. Only resuming does this. Loading a model would have to wait for gigabytes
+    to be hashed.
     """
     run_on_all_ranks(lambda: _verify_share(folder))
 
@@ -224,11 +205,7 @@ def optimizer_state(model: Embedder, optimizers: Sequence[torch.optim.Optimizer]
 def load_training(
     folder: Path, model: Embedder, optimizers: Sequence[torch.optim.Optimizer], averaged: dict[str, Tensor] | None
 ) -> dict[str, Any]:
-    """Loads weights, moving average and optimizer state into this rank's shards, and returns the training's state.
-
-    Raises:
-        UserError: a file is missing or damaged, or does not fit the model.
-    """
+    """Loads weights, moving average and optimizer state into this rank's shards, and returns the training's state."""
     dcp.load(folder / "model", model.state_dict())
     if averaged is not None:
         dcp.load(folder / "ema", averaged)
@@ -267,11 +244,7 @@ def step_of(folder: Path) -> int:
 
 
 def model_folder(path: Path) -> Path:
-    """The folder with the weights: `path` itself, or the newest checkpoint if `path` is a run.
-
-    Raises:
-        UserError: there is none, or links lead out of it.
-    """
+    """The folder with the weights: `path` itself, or the newest checkpoint if `path` is a run."""
     refuse_links(path)
     if (path / "config.json").exists():
         return path
@@ -284,11 +257,7 @@ def model_folder(path: Path) -> Path:
 def find_model(name: str) -> Path:
     """The folder of a model: a local run or model folder, or one of the Hugging Face Hub, downloaded or cached.
 
-    Args:
-        name: a path, or OWNER/NAME or OWNER/NAME@REVISION for the Hub. After "hub:" it is never a path.
-
-    Raises:
-        UserError: there is no such folder, or the model cannot be downloaded.
+    `name` is a path, or OWNER/NAME or OWNER/NAME@REVISION for the Hub. After "hub:" it is never a path.
     """
     path, on_hub = Path(name), re.fullmatch(r"(hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
     if path.exists():

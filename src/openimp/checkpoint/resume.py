@@ -15,28 +15,8 @@ FREE = {"train.num_workers", "train.prefetch_factor", "train.log_every", "train.
 """Keys that may change when a run is resumed, in addition to all of `evaluation` and `parallel`."""
 
 
-def resumable(recipe: Recipe, run: Path, trainer: str) -> Path:
-    """The newest intact checkpoint of a run.
-
-    Args:
-        recipe: what the run would train now.
-        run: its folder.
-        trainer: the name of the trainer's class.
-
-    Raises:
-        UserError: there is no intact checkpoint, or another recipe or trainer made it.
-    """
-    folder = _newest_intact(run)
-    require_same_run(folder, recipe, trainer)
-    return folder
-
-
 def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
-    """Refuses a checkpoint that another recipe or trainer made.
-
-    Raises:
-        UserError: names the difference.
-    """
+    """Raises UserError, which names the difference, if another recipe or trainer made a checkpoint."""
     before, _, _ = read_config(folder, None)  # First, because it refuses other formats.
     made_by = read_state(folder)["trainer"]
     if made_by != trainer:
@@ -57,15 +37,10 @@ def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
 
 
 def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> list[str]:
-    """The names of the sources whose data has changed since a checkpoint was made.
+    """The names of the sources whose data has changed since a checkpoint was made, if that is allowed.
 
-    Args:
-        folder: the checkpoint.
-        sources: the fingerprint of each source now, by `StepBatches.fingerprints`.
-        allowed: print a warning instead of raising an error.
-
-    Raises:
-        UserError: data has changed, and that is not allowed.
+    `sources` has the fingerprint of each source now, by `StepBatches.fingerprints`. If changes are not allowed, they
+    are a UserError.
     """
     before = read_state(folder)["sources"]
     changed = [name for name, now in sources.items() if before.get(name) != now]
@@ -86,7 +61,8 @@ def common_checkpoints(run: Path) -> list[Path]:
     return [run / CHECKPOINTS / name for name in names]
 
 
-def _newest_intact(run: Path) -> Path:
+def newest_intact(run: Path) -> Path:
+    """The newest intact checkpoint of a run; without one, a UserError."""
     found = common_checkpoints(run)
     damage: list[str] = []
     for folder in reversed(found):

@@ -40,13 +40,7 @@ class Saver:
     def start(self, step: int, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Waits for the checkpoint before, copies the tensors to CPU memory, and lets the thread write them.
 
-        Args:
-            step: the number of steps that were made.
-            texts: files that rank 0 writes, by name.
-            tensors: by folder and name. A tensor that several ranks have is written by one of them.
-
-        Raises:
-            CheckpointError: the checkpoint before could not be written.
+        Rank 0 writes the `texts`, by file name. The tensors are by folder and name.
         """
         self.wait()
         copies = {folder: dcp.stage(some) for folder, some in tensors.items()}
@@ -57,11 +51,7 @@ class Saver:
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def wait(self) -> None:
-        """Returns when no checkpoint is being written.
-
-        Raises:
-            CheckpointError: on all ranks, if one of them could not write. Nothing of that checkpoint is left.
-        """
+        """Returns when no checkpoint is being written. If one rank could not write, all raise CheckpointError."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()

@@ -18,14 +18,8 @@ SAME = ("width", "layers", "heads", "mlp_dim", "qk_norm", "embed_dim", "moe.expe
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A model to start from, which fits a recipe.
-
-    Attributes:
-        folder: the folder of the model.
-        classes: the classes of each of its classification heads.
-        stems: the stems that it shares with the recipe. Their modalities have loaded what they learned, such as a
-            tokenizer.
-    """
+    """A model to start from, which fits a recipe. The modalities of the `stems` that they share have loaded what they
+    learned, such as a tokenizer. `classes` are those of the model's classification heads."""
 
     folder: Path
     classes: dict[str, list[Any]]
@@ -37,9 +31,6 @@ class WarmStart:
 
         The encoder is loaded, and so is each stem, projection and temperature of the same name. A classification head
         is loaded only if it has the same classes in the same order. Everything else keeps its initial values.
-
-        Raises:
-            UserError: the weights are damaged, or a tensor is missing or has another shape.
         """
         tensors, ours = read_weights(self.folder), model.state_dict()
         there, here = (dict.fromkeys(map(_part, names)) for names in (tensors, ours))
@@ -65,8 +56,7 @@ class WarmStart:
 def open_start(recipe: Recipe, modalities: Mapping[str, Modality]) -> WarmStart | None:
     """Opens the model of the recipe's `train.init`, and loads what the modalities of shared stems learned.
 
-    Raises:
-        UserError: there is no model, or its encoder or a shared modality has other options.
+    An encoder or a shared modality with other options is a UserError.
     """
     if recipe.train.init is None:
         return None

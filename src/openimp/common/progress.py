@@ -9,6 +9,7 @@ from typing import TypeVar
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from openimp.common.errors import printable
@@ -94,6 +95,21 @@ class _BarWithNote(Progress):
         yield from super().get_renderables()
         if self.note:
             yield Text(self.note)
+
+
+def number_table(
+    title: str, head: Iterable[str], rows: Iterable[Iterable[str]], below: Iterable[Iterable[str]] = ()
+) -> Table:
+    """A table whose columns are aligned to the right, except for the first. `below` are rows under a line."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(head):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    table.add_section()
+    for row in below:
+        table.add_row(*row)
+    return table
 
 
 def clock(seconds: float) -> str:

@@ -49,18 +49,11 @@ def embed(
     precision: Precision,
     normalize: bool = True,
 ) -> Tensor:
-    """Encodes items, (N, Z) or (N, D) fp32 on the model's device. The clips of an item are averaged.
+    """Encodes items from `Modality.encode_input`, (N, Z) or (N, D) fp32 on the model's device.
 
-    Args:
-        model: in evaluation mode.
-        modality: the modality of the items.
-        view: the view in which the items were read.
-        items: arrays (clips, ...) from `Modality.encode_input`.
-        towards: the modality with which `modality` shares the space to project into. None: returns the encoder's
-            features, before any projection.
-        batch: maximum number of clips per forward pass. The clips of one item are never separated.
-        precision: see `autocast`.
-        normalize: whether vectors have length 1, both those of clips and those of items.
+    The vectors of the clips of an item are averaged. If `normalize`, both those of clips and those of items have length
+    1. They are in the space that `modality` shares with `towards`; None: the encoder's features, before any projection.
+    A forward pass has at most `batch` clips, but the clips of one item are never separated.
     """
     device = next(model.parameters()).device
     found = []
@@ -107,11 +100,7 @@ def require_pair(model: Embedder, a: str, b: str, where: str) -> None:
 
 
 def raw_value(table: Table, modality: Modality, spec: Input, row: int) -> Raw:
-    """The value of one input in a row, before it is decoded.
-
-    Raises:
-        BadMedia: the row has no value that can be read.
-    """
+    """The value of one input in a row, before it is decoded; BadMedia if it cannot be read."""
     (values,) = table.rows([row], _columns(modality, spec))
     return _value(table, modality, spec, values)
 

@@ -28,40 +28,24 @@ from openimp.recipe.evaluation import ClassHead, ZeroShot
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of a source's rows.
+    """The labels of a source's rows."""
 
-    Attributes:
-        values: for each row its class, a list of classes, or a `Unreadable`.
-        classes: all classes that the model can choose.
-        lists: whether a row may have any number of classes.
-        splits: the rows of each test split; empty if there are no splits.
-    """
-
-    values: list[Any]
-    classes: list[Any]
-    lists: bool
-    splits: dict[str, list[int]]
+    values: list[Any]  # for each row its class, a list of classes, or an `Unreadable`
+    classes: list[Any]  # all classes that the model can choose
+    lists: bool  # whether a row may have any number of classes
+    splits: dict[str, list[int]]  # the rows of each test split; empty if there are no splits
 
 
 @dataclass(frozen=True)
 class Classified(Predicted):
-    """The predictions on an evaluation set with one class per row.
+    """The predictions on an evaluation set with one class per row. The arrays are (N,) int64."""
 
-    Attributes:
-        classes: the names of the classes.
-        row: (N,) int64, the source's row of each example.
-        truth: (N,) int64, the class of each example.
-        predicted: (N,) int64, the most similar class.
-        rank: (N,) int64, the rank of the true class, from 1. Ties count against the model.
-        splits: for each test split the indices of its examples; empty if there are no splits.
-    """
-
-    classes: list[Any]
-    row: np.ndarray
-    truth: np.ndarray
-    predicted: np.ndarray
-    rank: np.ndarray
-    splits: dict[str, np.ndarray] = field(default_factory=dict)
+    classes: list[Any]  # their names
+    row: np.ndarray  # the source's row of each example
+    truth: np.ndarray  # the class of each example
+    predicted: np.ndarray  # the most similar class
+    rank: np.ndarray  # the rank of the true class, from 1; ties count against the model
+    splits: dict[str, np.ndarray] = field(default_factory=dict)  # the indices of the examples of each test split
 
     def confusion(self) -> np.ndarray:
         """(K, K) int64, the number of examples of each class (row) that were predicted as each class (column)."""
@@ -90,15 +74,10 @@ class Classified(Predicted):
 
 @dataclass(frozen=True)
 class MultiLabel(Predicted):
-    """The predictions on an evaluation set with any number of classes per row.
+    """The predictions on an evaluation set with any number of classes per row."""
 
-    Attributes:
-        score_NK: the similarity of each example to each class.
-        hot_NK: bool, whether an example has a class.
-    """
-
-    score_NK: np.ndarray
-    hot_NK: np.ndarray
+    score_NK: np.ndarray  # the similarity of each example to each class
+    hot_NK: np.ndarray  # bool, whether an example has a class
 
     @property
     def task(self) -> str:
@@ -110,14 +89,10 @@ class MultiLabel(Predicted):
 
 
 def check(evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table: Table) -> tuple[Labels, list[Any]]:
-    """Finds the errors that would stop `classify`, without encoding anything.
+    """Finds the errors that would stop `classify`, without encoding anything: a missing column, a row without a class
+    or with one that the model cannot choose, a class without a name, or a head that the model does not have.
 
-    Returns:
-        The labels, and the names of the classes.
-
-    Raises:
-        UserError: a column is missing, a row has no class or one that the model cannot choose, a class has no name, or
-            the model has no such head.
+    Returns the labels, and the names of the classes.
     """
     ((seen, spec),) = options.inputs.items()
     require_columns(table, evaluator.modalities[seen], spec, where)
@@ -135,11 +110,8 @@ def check(evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table
 def classify(
     evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table: Table
 ) -> tuple[Classified | MultiLabel, Readable]:
-    """Predicts the class of each row, and returns the rows that could be read.
-
-    Raises:
-        UserError: as `check` does; or no row, or no row of a test split, can be read.
-    """
+    """Predicts the class of each row, and returns the rows that could be read. If there are none, also in one of the
+    test splits, that is a UserError."""
     (seen,) = options.inputs
     labels, names = check(evaluator, options, where, table)
     if isinstance(options, ZeroShot):
@@ -177,16 +149,9 @@ def read_labels(
 ) -> Labels:
     """Reads and checks the labels of a source's rows. Labels are compared as text, because CSV cells have no type.
 
-    Args:
-        options: the evaluation set, which names the columns with the labels and the test splits.
-        where: the set's key in the recipe, for error messages.
-        table: the source.
-        known: all classes. None: the classes that occur in the rows.
-        lists: whether the rows hold lists of classes. None: they do if any row does.
-
-    Raises:
-        UserError: a column is missing; a row has no class, an unknown class, or no split; two classes are equal as
-            text.
+    `known` are all classes; None: those that occur in the rows. `lists`: whether the rows hold lists of classes; None:
+    they do if any row does. A row without a class or split, an unknown class, and classes that are equal as text are
+    UserErrors.
     """
     column, splits = options.label, options.splits if isinstance(options, ZeroShot) else None
     table.require([column, *([splits] if splits else [])], where)

@@ -19,11 +19,7 @@ from openimp.recipe.schema import Recipe
 
 
 class NotMeasured(UserError):
-    """Some evaluation sets could not be measured. There is one sentence per set.
-
-    Attributes:
-        results: the results of the other sets.
-    """
+    """Some evaluation sets could not be measured. There is one sentence per set; `results` are those of the others."""
 
     def __init__(self, reasons: list[str], results: list[dict[str, Any]]) -> None:
         super().__init__("\n".join(reasons))
@@ -76,24 +72,13 @@ def evaluate(
 def check_sets(
     model: Embedder, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
 ) -> None:
-    """Finds the errors that would stop an evaluation set, before a training instead of after it.
-
-    Raises:
-        UserError: a set cannot be measured.
-    """
+    """Finds the errors that would stop an evaluation set, before a training instead of after it."""
     for name in recipe.evaluation.sets:
         open_set(Evaluator(model, recipe, modalities, classes), name)
 
 
 def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
-    """Opens and checks the sources of an evaluation set.
-
-    Returns:
-        The sources by name.
-
-    Raises:
-        UserError: a source is missing or streamed, or as in `check` of the set's type.
-    """
+    """Opens and checks the sources of an evaluation set, and returns them by name."""
     options, where = evaluator.recipe.evaluation.sets[name], f"evaluation.sets.{name}"
     tables = {}
     for used in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
@@ -113,20 +98,10 @@ def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
 def measure(
     evaluator: Evaluator, name: str, tables: dict[str, Table], step: int | None = None
 ) -> tuple[list[dict[str, Any]], Sequence[Predicted]]:
-    """Measures the model on an evaluation set, on the model's device and in the precision of training.
+    """Measures the model on an evaluation set, whose `tables` are from `open_set`, in the precision of training.
 
-    Args:
-        evaluator: the model, whose mode is restored.
-        name: the evaluation set.
-        tables: its sources, which `open_set` returned.
-        step: the training step, for the results.
-
-    Returns:
-        The results, and what they were computed from: both directions of retrieval, both classifiers of a probe, or the
-        predictions of another set.
-
-    Raises:
-        UserError: too few rows can be read.
+    Returns the results, and what they were computed from: both directions of retrieval, both classifiers of a probe, or
+    the predictions of another set. If too few rows can be read, that is a UserError.
     """
     recipe, modalities, model = evaluator.recipe, evaluator.modalities, evaluator.model
     options, where = recipe.evaluation.sets[name], f"evaluation.sets.{name}"

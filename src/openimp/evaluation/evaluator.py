@@ -41,66 +41,39 @@ class Predicted(ABC):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One input of all rows of a source. Equal values are encoded once.
+    """One input of all rows of a source. Equal values are encoded once."""
 
-    Attributes:
-        embeddings: (N, Z) unit vectors, or (N, D) features, fp32, of the distinct values.
-        item: (R,) int64, the index of each row's embedding; -1 if the row cannot be read.
-        bad: the reason why a row cannot be read, by row.
-        keys: a string per row, which identifies the row's value.
-    """
-
-    embeddings: Tensor
-    item: np.ndarray
-    bad: dict[int, str]
-    keys: list[str]
+    embeddings: Tensor  # (N, Z) unit vectors, or (N, D) features, fp32, of the distinct values
+    item: np.ndarray  # (R,) int64, the index of each row's embedding; -1 if the row cannot be read
+    bad: dict[int, str]  # the reason why a row cannot be read, by row
+    keys: list[str]  # a string per row, which identifies the row's value
 
 
 @dataclass(frozen=True)
 class Readable:
-    """The rows of a source that are evaluated, because everything in them could be read.
+    """The rows of a source that are evaluated, because everything in them could be read."""
 
-    Attributes:
-        row: int64, the numbers of the rows.
-        skipped: "row: reason" for each other row.
-        content: a hash of everything that was read: media, texts, labels, and their order.
-    """
-
-    row: np.ndarray
-    skipped: list[str]
-    content: str
+    row: np.ndarray  # int64, the numbers of the rows
+    skipped: list[str]  # "row: reason" for each other row
+    content: str  # a hash of everything that was read: media, texts, labels, and their order
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A model and everything that evaluation needs to know about it.
+    """A model and everything that evaluation needs to know about it."""
 
-    Attributes:
-        model: in evaluation mode while `encode` runs.
-        recipe: lists the evaluation sets, and their views.
-        modalities: an instance per modality of the recipe, fitted.
-        classes: the classes of each classification head of the model, by head.
-        progress: wraps an iterable to show its progress.
-    """
-
-    model: Embedder
+    model: Embedder  # in evaluation mode while `encode` runs
     recipe: Recipe
-    modalities: Mapping[str, Modality]
-    classes: Mapping[str, list[Any]] = field(default_factory=dict)
+    modalities: Mapping[str, Modality]  # an instance per modality of the recipe, fitted
+    classes: Mapping[str, list[Any]] = field(default_factory=dict)  # of each classification head of the model
     progress: Progress | None = None
 
     def encode(self, options: EvaluationSet, name: str, table: Table, towards: str | None) -> Encoded:
-        """Encodes one input of an evaluation set for all rows of a source, in order.
+        """Encodes one input of an evaluation set, of the modality `name`, for all rows of a source, in order.
 
         Media are the same item if their bytes are equal, and texts if they differ only in case and spaces. Equal tokens
         do not make texts the same item: a model that does not know a word, or reads only the beginning, would be right
         with any of them.
-
-        Args:
-            options: the evaluation set, which has the input and its view.
-            name: the modality of the input.
-            table: the source.
-            towards: the modality of the other side; see `embed`.
         """
         modality, view = self.modalities[name], options.view[name]
         keys: list[str] = []
@@ -140,11 +113,7 @@ class Evaluator:
 
 
 def readable_rows(table: Table, inputs: list[Encoded], where: str, labels: Sequence[Any] | None = None) -> Readable:
-    """The rows in which all inputs, and the label if there are labels, can be read.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The rows in which all inputs, and the label if there are labels, can be read. If there are none: UserError."""
     bad: dict[int, str] = {}
     for encoded in inputs:
         bad = encoded.bad | bad

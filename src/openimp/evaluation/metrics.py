@@ -18,10 +18,7 @@ WEIGHTS = 2**20
 def accuracy(hit_N: np.ndarray, truth_N: np.ndarray, classes: int) -> dict[str, Any]:
     """Top-1 with its 95 % interval, top-1 averaged over the classes, and chance.
 
-    Args:
-        hit_N: bool, whether the class of an example was predicted.
-        truth_N: int64, the class of each example.
-        classes: number of classes to choose from.
+    `hit_N`: whether the class of an example, `truth_N`, was predicted. `classes`: how many there are to choose from.
     """
     return {
         "n": len(hit_N),
@@ -38,11 +35,7 @@ def interval(hit_N: np.ndarray, weight_N: np.ndarray | None = None) -> list[floa
 
     It covers the choice of examples, which it takes to be independent, and not the seed of the training. If all
     examples are hits, or none is, its width is 0. Drawing N hits with replacement is a binomial draw, so that is what
-    is drawn.
-
-    Args:
-        hit_N: bool, whether an example is a hit.
-        weight_N: weights. Examples of equal weight are resampled among themselves.
+    is drawn. Examples of equal weight are resampled among themselves.
     """
     rng, weight_N = np.random.default_rng(0), np.ones(len(hit_N)) if weight_N is None else weight_N
     total_R = np.zeros(RESAMPLES)
@@ -58,11 +51,7 @@ def average_precision(score_NK: np.ndarray, hot_NK: np.ndarray) -> dict[str, Any
     The average precision of a class is scikit-learn's `average_precision_score`: the mean, over the examples of the
     class, of the share of such examples among all examples with at least the same score. mAP is the mean over the
     classes that have an example. The interval is the Bayesian bootstrap's (Rubin, 1981): it draws weights for the
-    examples, which leaves no class without an example, as resampling could.
-
-    Args:
-        score_NK: the score of each class. NaN ranks last.
-        hot_NK: bool, whether an example has a class.
+    examples, which leaves no class without an example, as resampling could. A score of NaN ranks last.
     """
     columns = [(score, hot) for score, hot in zip(score_NK.T, hot_NK.T) if hot.any()]
     rng, found = np.random.default_rng(0), np.ones(0)

@@ -35,20 +35,13 @@ TEMPERATURE = 0.07
 
 @dataclass(frozen=True)
 class Probed(Predicted):
-    """The predictions of one classifier.
+    """The predictions of one classifier."""
 
-    Attributes:
-        kind: "linear" or "kNN".
-        classes: the labels, sorted.
-        truth, predicted: (N,) int64, the class of each test example, and the prediction.
-        chosen: the classifier's setting, {"C": ...} or {"k": ...}.
-    """
-
-    kind: str
-    classes: list[Any]
-    truth: np.ndarray
+    kind: str  # "linear" or "kNN"
+    classes: list[Any]  # the labels, sorted
+    truth: np.ndarray  # (N,) int64, the class of each test example
     predicted: np.ndarray
-    chosen: dict[str, Any]
+    chosen: dict[str, Any]  # the classifier's setting, {"C": ...} or {"k": ...}
 
     @property
     def task(self) -> str:
@@ -60,12 +53,9 @@ class Probed(Predicted):
 
 
 def check(evaluator: Evaluator, options: Probe, where: str, tables: dict[str, Table]) -> None:
-    """Finds the errors that would stop `probe`, without encoding anything.
-
-    Raises:
-        UserError: scikit-learn or a column is missing, a row has no class or a list of classes, or the training rows do
-            not have every class of the test rows, two classes, two examples per class, and `k` examples.
-    """
+    """Finds the errors that would stop `probe`, without encoding anything: scikit-learn or a column is missing, a row
+    has no class or a list of classes, or the training rows do not have every class of the test rows, two classes, two
+    examples per class, and `k` examples."""
     try:
         import sklearn  # noqa: F401
     except ImportError:
@@ -86,13 +76,9 @@ def probe(
 ) -> tuple[list[Probed], Readable, Readable]:
     """Fits both classifiers to the training rows and predicts the classes of the test rows.
 
-    C is chosen by cross-validation within the training rows, so the test rows decide on nothing.
-
-    Returns:
-        The predictions of each classifier, and the test rows and the training rows that could be read.
-
-    Raises:
-        UserError: the readable rows alone would not pass `check`, or a feature is not finite.
+    C is chosen by cross-validation within the training rows, so the test rows decide on nothing. Returns the
+    predictions of each classifier, and the test rows and the training rows that could be read, which `check` must
+    accept, too.
     """
     test_ND, test_labels, tested = _read(evaluator, options, where, tables[options.source])
     train_ND, train_labels, learned = _read(evaluator, options, where, tables[options.train])
@@ -164,9 +150,8 @@ def _classes(test: list[Any], train: list[Any], options: Probe, where: str) -> l
         raise UserError(f"{where}: source {options.train} has {counted(len(classes), 'class')}; a probe needs two")
     for label in classes:
         if examples[label] < 2:
-            raise UserError(
-                f"{where}: source {options.train} has a single example of class {label!r}; a probe needs two of each"
-            )
+            message = f"source {options.train} has a single example of class {label!r}; a probe needs two of each"
+            raise UserError(f"{where}: {message}")
     if len(train) < options.k:
         raise UserError(f"{where}: k is {options.k}, but source {options.train} has {counted(len(train), 'example')}")
     return classes

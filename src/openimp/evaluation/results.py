@@ -26,11 +26,7 @@ def main_metric(result: dict[str, Any]) -> float:
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
-    """Reads the results in a file.
-
-    Raises:
-        UserError: a line is not a result, or as in `read_lines`.
-    """
+    """Reads the results in a file. A line that is not a result is a UserError."""
     results = read_lines(file)
     for number, result in enumerate(results, 1):
         try:
@@ -43,6 +39,12 @@ def read_results(file: Path) -> list[dict[str, Any]]:
         if not valid:
             raise UserError(f"{file}: line {number} is not a result of an evaluation")
     return results
+
+
+def latest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of the last step."""
+    last = max((result["step"] or 0 for result in results), default=0)
+    return [result for result in results if (result["step"] or 0) == last]
 
 
 def best_step(file: Path, name: str, steps: Collection[int]) -> int:

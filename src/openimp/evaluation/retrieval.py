@@ -30,20 +30,13 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Retrieved(Predicted):
-    """One direction of a retrieval set.
+    """One direction of a retrieval set."""
 
-    Attributes:
-        rank: (N,) int64, the rank from 1 of each query's best correct candidate.
-        correct: (E, 2) int64, all correct pairs (query, candidate).
-        query_row, target_row: for each query, and for each candidate, a row of the source that has it.
-        query_NZ, target_MZ: the unit vectors.
-    """
-
-    rank: np.ndarray
-    correct: np.ndarray
-    query_row: np.ndarray
-    target_row: np.ndarray
-    query_NZ: Tensor
+    rank: np.ndarray  # (N,) int64, the rank from 1 of each query's best correct candidate
+    correct: np.ndarray  # (E, 2) int64, all correct pairs (query, candidate)
+    query_row: np.ndarray  # for each query, a row of the source that has it
+    target_row: np.ndarray  # for each candidate, a row of the source that has it
+    query_NZ: Tensor  # unit vectors
     target_MZ: Tensor
 
     def answers(self, query: int, k: int) -> list[Answer]:
@@ -87,9 +80,6 @@ def retrieve(evaluator: Evaluator, options: Retrieval, where: str, table: Table)
 
     Equal values of a modality are one item. A pair is correct if any row has it. For example, 250 notes of 104
     instruments make 104 candidates by name, and for a name, all notes of the instrument are correct.
-
-    Raises:
-        UserError: no row can be read.
     """
     a, b = options.inputs
     encoded = {side: evaluator.encode(options, side, table, other) for side, other in ((a, b), (b, a))}
@@ -109,18 +99,12 @@ def retrieve(evaluator: Evaluator, options: Retrieval, where: str, table: Table)
 
 @torch.inference_mode()
 def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, correct: np.ndarray, limit: int = SIMILARITIES) -> np.ndarray:
-    """The rank from 1 of each query's best correct candidate by dot product.
+    """(N,) int64, the rank from 1 of each query's best correct candidate by dot product.
 
     Ties count against the model: a wrong candidate that is as similar as the best correct one ranks before it. A model
-    that returns the same vector for everything, or NaN, therefore finds nothing.
-
-    Args:
-        queries_NZ, candidates_MZ: vectors on one device.
-        correct: (E, 2) int64, the correct pairs (query, candidate), distinct, at least one per query.
-        limit: maximum number of similarities in memory at once; at least those of one query.
-
-    Returns:
-        (N,) int64.
+    that returns the same vector for everything, or NaN, therefore finds nothing. `correct` (E, 2) int64 has the correct
+    pairs (query, candidate), distinct, at least one per query. `limit` similarities are in memory at once, but at least
+    those of one query.
     """
     step = max(1, limit // len(candidates_MZ))
     correct = correct[np.argsort(correct[:, 0], kind="stable")]

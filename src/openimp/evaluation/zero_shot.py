@@ -18,12 +18,8 @@ from openimp.recipe.evaluation import ZeroShot
 
 
 def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
-    """The names of classes by which prompts are filled.
-
-    Raises:
-        UserError: a class has no name, two classes have the same one, or a prompt has no place for it. The message
-            begins with `where`.
-    """
+    """The names of classes by which prompts are filled. A class without a name, two with the same one, and a prompt
+    without a place for it are UserErrors, which begin with `where`."""
     first: dict[str, Any] = {}
     for label in labels:
         name = (options.classes or {}).get(as_text(label), label)

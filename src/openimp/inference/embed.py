@@ -26,19 +26,12 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Embedded:
-    """The result of `embed`.
+    """The result of `embed`."""
 
-    Attributes:
-        out: the table.
-        rows: the number of embedded files by modality.
-        skipped: "path: reason" of each file that could not be read.
-        unknown: the number of files in folders whose extension belongs to none of the model's modalities.
-    """
-
-    out: Path
-    rows: dict[str, int]
-    skipped: list[str]
-    unknown: int
+    out: Path  # the table
+    rows: dict[str, int]  # the number of embedded files by modality
+    skipped: list[str]  # "path: reason" of each file that could not be read
+    unknown: int  # the number of files in folders whose extension belongs to none of the model's modalities
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in self.rows.items())
@@ -65,7 +58,7 @@ def embed(
     The table's columns are `path`, `modality`, `towards` and `embedding`, a list of Z fp32 values. `path` is as given,
     or as found in a folder. `towards` is the modality that the embedding can be compared with. In a model with disjoint
     spaces, only embeddings of the same pair of modalities are comparable. Rows are grouped by modality. Each text file
-    is one text in UTF-8. If embedding fails, no table is written.
+    is one text in UTF-8. If embedding fails, also because no file can be read, no table is written.
 
     Args:
         run: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
@@ -75,10 +68,6 @@ def embed(
         towards: see `Model.encode`.
         batch_size: number of clips or items per forward pass.
         progress: wraps an iterable to show its progress.
-
-    Raises:
-        UserError: there are no files to embed, none can be read, the modality of a file is unknown, or the model does
-            not have the modality.
     """
     out, model = Path(out), load(run)
     if out.is_dir():
@@ -88,15 +77,9 @@ def embed(
     for name, other in targets.items():
         require_pair(model.imp, name, other, f"embed {name}")
     size = model.recipe.model.embed_dim
-    schema = pa.schema(
-        {
-            "path": pa.string(),
-            "modality": pa.string(),
-            "towards": pa.string(),
-            "embedding": pa.list_(pa.float32(), size),
-        },
-        metadata={"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})},
-    )
+    columns = dict.fromkeys(("path", "modality", "towards"), pa.string()) | {"embedding": pa.list_(pa.float32(), size)}
+    about = json.dumps({"model": str(run), "recipe": model.recipe.name})
+    schema = pa.schema(columns, metadata={"openimp": about})
     rows = dict.fromkeys(found, 0)
     skipped: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -173,14 +156,12 @@ def _find(
         else:
             name = only or modality_of.get(path.suffix.lower())
             if name is None:
-                raise UserError(
-                    f"{path}: its extension does not say whether it is {' or '.join(modalities)}; use --modality"
-                )
+                kinds = " or ".join(modalities)
+                raise UserError(f"{path}: its extension does not say whether it is {kinds}; use --modality")
             found.setdefault(name, []).append(path)
     if not found:
-        raise UserError(
-            f"no files to embed in {', '.join(map(str, given)) or 'an empty list'}; looked for {', '.join(modality_of)}"
-        )
+        where = ", ".join(map(str, given)) or "an empty list"
+        raise UserError(f"no files to embed in {where}; looked for {', '.join(modality_of)}")
     return {name: list(dict.fromkeys(paths)) for name, paths in found.items()}, unknown
 
 

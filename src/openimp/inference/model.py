@@ -37,9 +37,7 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     """
     device = torch.device(device or pick_device())
     precision_of(device, precision)  # An unknown precision is an error before the model is read.
-    folder = find_model(str(path))
-    imp, recipe, modalities, classes = load_model(folder)
-    return Model(imp, recipe, modalities, classes, precision).to(device).eval()
+    return Model(*load_model(find_model(str(path))), precision).to(device).eval()
 
 
 class Model(nn.Module):
@@ -47,15 +45,8 @@ class Model(nn.Module):
 
     An input is seen in the first view of the first task that reads its modality, as in evaluation: without
     augmentation, with all tokens, and with the embeddings of a long item's clips averaged. You may change `views`;
-    `preprocess` and `tokenizer` follow.
-
-    Attributes:
-        imp: the network.
-        recipe: the recipe that the model was trained with.
-        modalities: by name.
-        classes: the classes of each classification head.
-        views: the view of each modality.
-        precision: the precision of the forward pass; see `load`.
+    `preprocess` and `tokenizer` follow. The other attributes are the network `imp`, the `recipe` of its training, the
+    `modalities` by name, the `classes` of each classification head, and the `precision`; see `load`.
     """
 
     def __init__(
@@ -67,10 +58,7 @@ class Model(nn.Module):
         precision: Precision = "auto",
     ) -> None:
         super().__init__()
-        self.imp = imp
-        self.recipe = recipe
-        self.modalities = modalities
-        self.classes = classes
+        self.imp, self.recipe, self.modalities, self.classes = imp, recipe, modalities, classes
         self.precision = precision
         self.views = {name: first_view(recipe, name) for name in modalities}
         self._pictures = next((name for name, m in modalities.items() if hasattr(m, "preprocess")), None)
@@ -94,11 +82,6 @@ class Model(nn.Module):
 
         Returns:
             (B, Z) fp32, on the model's device.
-
-        Raises:
-            UserError: an input cannot be read, the view does not fit the model, or no task trains the two modalities
-                together.
-            TypeError, ValueError: `from_tensor` does not take the tensor.
         """
         item = self._modality(modality)
         towards = self.partner(modality) if towards is None else towards
@@ -121,28 +104,21 @@ class Model(nn.Module):
         The candidates are the modalities that it was trained with, in the recipe's order; if there are none, those
         whose heads it shares. The choice is the first one that reads text. For a modality that itself reads text, it is
         the one of pictures, as users of open_clip expect. If there is no such candidate, it is the first one.
-
-        Raises:
-            UserError: there are no candidates.
         """
-        self._modality(modality)
+        reads_text = self._modality(modality).reads_text
         partners = list(self._partners(modality)) or [
             name for name in self.modalities if name != modality and self.imp.share_a_space(modality, name)
         ]
         if not partners:
             raise UserError(f"no task trains {modality} together with another modality, so it has no embedding")
-        if self._modality(modality).reads_text:
+        if reads_text:
             wanted = [name for name in partners if name == self._pictures]
         else:
             wanted = [name for name in partners if self.modalities[name].reads_text]
         return (wanted or partners)[0]
 
     def save(self, folder: str | Path) -> None:
-        """Writes the model to a new folder that `load` opens.
-
-        Raises:
-            UserError: the folder is not empty.
-        """
+        """Writes the model to a new or empty folder, which `load` opens."""
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: expected a new or empty folder")
@@ -173,11 +149,7 @@ class Model(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The logarithm of the learned scale of the similarities of pictures and texts, as in open_clip.
-
-        Raises:
-            UserError: the model does not read pictures.
-        """
+        """The logarithm of the learned scale of the similarities of pictures and texts, as in open_clip."""
         if self._pictures is None:
             raise UserError("the model does not read pictures; for another pair see imp.temperature")
         return self.imp.temperature(self._pictures, self.partner(self._pictures)).scale.log()

@@ -40,12 +40,7 @@ class MTEBEncoder(AbsEncoder):
     def encode(
         self, inputs: DataLoader[Any], *, task_metadata: Any, show_progress_bar: bool = True, **kwargs: Any
     ) -> torch.Tensor:
-        """Encodes batches {modality: values, ...} to (N, Z) in fp32 on the CPU; N inputs, Z features per embedding.
-
-        Raises:
-            UserError: a value cannot be read, a batch has none of the model's modalities, or no task trained the
-                compared modalities together.
-        """
+        """Encodes batches {modality: values, ...} to (N, Z) in fp32 on the CPU; N inputs, Z features per embedding."""
         batches = tqdm(_undecoded(inputs), disable=not show_progress_bar, desc="Encoding")
         return torch.cat([self._vectors(batch, task_metadata.modalities) for batch in batches]).cpu()
 
@@ -53,10 +48,8 @@ class MTEBEncoder(AbsEncoder):
         names = [name for name in self.model.modalities if name in batch]
         if not names:
             raise UserError(f"the batch has {', '.join(batch)}, but the model has {', '.join(self.model.modalities)}")
-        vectors = [
-            self.model.encode(name, [_raw(value) for value in batch[name]], True, self._towards(name, compared))
-            for name in names
-        ]
+        values = {name: [_raw(value) for value in batch[name]] for name in names}
+        vectors = [self.model.encode(name, values[name], True, self._towards(name, compared)) for name in names]
         return torch.stack(vectors).sum(0)
 
     def _towards(self, name: str, compared: list[str]) -> str:

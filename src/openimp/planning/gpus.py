@@ -10,19 +10,12 @@ USABLE = 0.9
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU in the kind of machine that it is mostly sold in.
+    """A GPU in the kind of machine that it is mostly sold in."""
 
-    Attributes:
-        memory: GiB that programs see.
-        tflops: dense bf16 products, TFLOP/s, as its maker publishes.
-        link: GB/s to the other GPUs of its node, each way.
-        network: GB/s to other nodes, each way.
-    """
-
-    memory: float
-    tflops: float
-    link: float
-    network: float
+    memory: float  # GiB that programs see
+    tflops: float  # dense bf16 products, TFLOP/s, as its maker publishes
+    link: float  # GB/s to the other GPUs of its node, each way
+    network: float  # GB/s to other nodes, each way
 
 
 GPUS = {

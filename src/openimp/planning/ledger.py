@@ -13,8 +13,9 @@ import torch
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from openimp.alternation import expected_shares, view_shares
+from openimp.alternation import expected_shares
 from openimp.common.modality import Modality, Tokens
+from openimp.common.progress import number_table
 from openimp.data.batch import Batch, head_key
 from openimp.model.embedder import in_chunks
 from openimp.model.imp import IMP
@@ -23,26 +24,17 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Task
 
 UNITS = ("steps", "examples", "tokens", "flops")
-
-
 _counted: dict[str, dict[tuple[str, int], "Cost"]] = {}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One step.
+    """One step."""
 
-    Attributes:
-        examples: of the batch, over all ranks.
-        tokens: that enter the encoder, over all modalities.
-        flops: forward and backward.
-        touched: names of the parameters that get a gradient.
-    """
-
-    examples: int
-    tokens: int
-    flops: int
-    touched: frozenset[str]
+    examples: int  # of the batch, over all ranks
+    tokens: int  # that enter the encoder, over all modalities
+    flops: int  # forward and backward
+    touched: frozenset[str]  # names of the parameters that get a gradient
 
 
 def costs(
@@ -93,27 +85,20 @@ def mixture(recipe: Recipe, by_view: Mapping[tuple[str, int], Cost]) -> dict[str
     """What each task contributes to the mean step: its share of the steps, and examples, tokens and FLOPs."""
     rows: dict[str, dict[str, float]] = {}
     for name, share in expected_shares(recipe).items():
-        views = list(enumerate(view_shares(recipe.tasks[name].views)))
+        weights = [view.weight / sum(v.weight for v in recipe.tasks[name].views) for view in recipe.tasks[name].views]
         rows[name] = {"steps": share}
         for unit in UNITS[1:]:
-            rows[name][unit] = share * sum(part * getattr(by_view[name, i], unit) for i, part in views)
+            rows[name][unit] = share * sum(part * getattr(by_view[name, i], unit) for i, part in enumerate(weights))
     return rows
 
 
 def mixture_table(recipe: Recipe, by_view: Mapping[tuple[str, int], Cost]) -> Table:
-    """Each task's expected share of steps, examples, tokens and FLOPs, and what the whole training is expected to
-    take."""
-    rows = mixture(recipe, by_view)
-    totals = {unit: sum(row[unit] for row in rows.values()) for unit in UNITS}
-    shown = Table(title="mixture: expected share by task", title_justify="left")
-    shown.add_column("task")
-    for unit in UNITS:
-        shown.add_column("FLOPs" if unit == "flops" else unit, justify="right")
-    for name, row in rows.items():
-        shown.add_row(name, *(f"{row[unit] / totals[unit]:.1%}" for unit in UNITS))
-    shown.add_section()
-    shown.add_row("in all", *(short(recipe.train.steps * totals[unit]) for unit in UNITS))
-    return shown
+    """Each task's expected share of steps, examples, tokens and FLOPs, and what the whole training is to take."""
+    by_task = mixture(recipe, by_view)
+    totals = {unit: sum(row[unit] for row in by_task.values()) for unit in UNITS}
+    rows = [(name, *(f"{row[unit] / totals[unit]:.1%}" for unit in UNITS)) for name, row in by_task.items()]
+    whole = ("in all", *(short(recipe.train.steps * totals[unit]) for unit in UNITS))
+    return number_table("mixture: expected share by task", ("task", *UNITS[:-1], "FLOPs"), rows, [whole])
 
 
 def short(number: float) -> str:
@@ -139,11 +124,8 @@ def empty_batch(
         for name, spec in task.inputs.items():
             modality = modalities[name]
             stem, length, rows = modality.stem_spec(), modality.length(task.views[view][name]), size * spec.draw
-            values = (
-                torch.zeros(rows, length, dtype=torch.int64)
-                if stem.table
-                else torch.zeros(rows, length, modality.values())
-            )
+            ids = torch.zeros(rows, length, dtype=torch.int64)
+            values = ids if stem.table else torch.zeros(rows, length, modality.values())
             coords = torch.zeros(rows, length, len(stem.axes), dtype=torch.int64)
             mask = torch.ones(rows, length, dtype=torch.bool) if modality.masked else None
             tokens[name] = Tokens(values, coords, mask)

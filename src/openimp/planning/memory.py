@@ -97,18 +97,9 @@ def step_memory(
     gpus: int = 1,
     owners: int = 1,
 ) -> StepMemory:
-    """Counts a forward and a backward pass on one rank, with its part of the batch and its experts.
+    """Counts a forward and a backward pass on one rank, if `gpus` ranks share the batch and `owners` ranks the experts.
 
-    Args:
-        recipe: what to train.
-        modalities: those of the recipe, by name.
-        classes: the classes of each head.
-        task: the name of the task.
-        view: the index of its view.
-        precision: as in the recipe; "auto" is what this machine's CPU would use.
-        on_gpu: count with a GPU's kernels instead of the CPU's.
-        gpus: number of ranks that share the batch.
-        owners: number of ranks that share the experts.
+    The precision "auto" is what this machine's CPU would use. With `on_gpu`, it counts a GPU's kernels, not the CPU's.
     """
     # Without CUDA, torch cannot differentiate CUDA's fake tensors. So the tensors are on the CPU, and the modules that
     # run differently on a GPU are changed to do as a GPU does.
@@ -125,9 +116,8 @@ def step_memory(
                 _send_slots(model, owners, memory)
             memory.inputs = sum(t.nbytes for t in tree_leaves(vars(batch)) if isinstance(t, Tensor))
             with autocast(CPU, precision):
-                losses = task_losses(
-                    model, recipe.tasks[task], batch, in_chunks(model.encode, recipe.memory.chunk_size)
-                )
+                encode = in_chunks(model.encode, recipe.memory.chunk_size)
+                losses = task_losses(model, recipe.tasks[task], batch, encode)
             losses.total.backward()
     return memory
 
@@ -183,8 +173,6 @@ def _fused(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | N
     """The kernels that torch uses on CUDA: flash, or the memory-efficient one for masks and fp32."""
     if mask_B11L is None and q_BHLK.dtype == torch.bfloat16:
         return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLK, k_BHLK, v_BHLK)[0]
-    bias = None
-    if mask_B11L is not None:
-        shape = (*q_BHLK.shape[:3], k_BHLK.shape[2])
-        bias = torch.zeros_like(mask_B11L, dtype=q_BHLK.dtype).expand(shape)
+    shape = (*q_BHLK.shape[:3], k_BHLK.shape[2])
+    bias = None if mask_B11L is None else torch.zeros_like(mask_B11L, dtype=q_BHLK.dtype).expand(shape)
     return torch.ops.aten._scaled_dot_product_efficient_attention(q_BHLK, k_BHLK, v_BHLK, bias, True)[0]

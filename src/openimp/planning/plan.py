@@ -36,41 +36,25 @@ SIMILARITY = 21
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a (task, view).
+    """One step of a (task, view)."""
 
-    Attributes:
-        cost: examples, tokens and FLOPs, over all GPUs.
-        memory: bytes on one GPU at the peak of the step, by what they hold.
-        received: bytes that come to one GPU, by connection, "link" or "network"; as many leave it.
-    """
-
-    cost: Cost
-    memory: dict[str, int]
-    received: Mapping[str, int]
+    cost: Cost  # examples, tokens and FLOPs, over all GPUs
+    memory: dict[str, int]  # bytes on one GPU at the peak of the step, by what they hold
+    received: Mapping[str, int]  # bytes that come to one GPU, by connection, "link" or "network"; as many leave it
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs.
-
-    Attributes:
-        gpu: type of GPU.
-        gpus: number of GPUs.
-        mfu: share of the bf16 peak that the model's FLOPs are computed at.
-        parameters: by part of the model.
-        per_token: parameters between a token's embedding and the mean over the tokens that work on it, on average;
-            None with soft routing, where no token has a number of experts.
-        steps: by (task, view).
-        visits: how many of them the run makes.
-    """
+    """What a run needs. `per_token` counts the parameters between a token's embedding and the mean over the tokens that
+    work on it, on average; None with soft routing, where no token has a number of experts."""
 
     gpu: GPU
     gpus: int
-    mfu: float
-    parameters: dict[str, int]
+    mfu: float  # share of the bf16 peak that the model's FLOPs are computed at
+    parameters: dict[str, int]  # by part of the model
     per_token: int | None
-    steps: dict[tuple[str, int], Step]
-    visits: dict[tuple[str, int], int]
+    steps: dict[tuple[str, int], Step]  # by (task, view)
+    visits: dict[tuple[str, int], int]  # how many of them the run makes
 
     @property
     def largest(self) -> tuple[str, int]:
@@ -114,28 +98,16 @@ class Plan:
 
 
 class Compared(NamedTuple):
-    """What the losses of a step compare, over all GPUs.
+    """What the losses of a step compare, over all GPUs."""
 
-    Attributes:
-        heads: passes of features through a projection or a classification.
-        rows: whose vectors all GPUs get.
-        items: whose numbers all GPUs get.
-        similarities: of all rows.
-    """
-
-    heads: int
-    rows: int
-    items: int
-    similarities: int
+    heads: int  # passes of features through a projection or a classification
+    rows: int  # whose vectors all GPUs get
+    items: int  # whose numbers all GPUs get
+    similarities: int  # of all rows
 
 
 class Shares:
-    """Bytes of a model on one GPU, in fp32.
-
-    Args:
-        layout: how the GPUs share the model.
-        model: with the experts that one GPU has or gathers.
-    """
+    """Bytes of a model, with the experts that one GPU has or gathers, on one GPU, in fp32."""
 
     def __init__(self, layout: Layout, model: IMP) -> None:
         self.layout = layout
@@ -161,24 +133,12 @@ class Shares:
 
 
 def plan(
-    recipe: Recipe,
-    modalities: Mapping[str, Modality],
-    classes: Mapping[str, list[Any]],
-    gpus: int,
-    gpu: str,
-    mfu: float,
+    recipe: Recipe, modalities: dict[str, Modality], classes: Mapping[str, list[Any]], gpus: int, gpu: str, mfu: float
 ) -> Plan:
-    """Computes what a recipe needs, without reading data.
+    """Computes what a recipe needs on `gpus` GPUs of the type `gpu` (one of `GPUS`), without reading data.
 
-    Args:
-        modalities: of the recipe; a tokenizer that is not trained yet counts at its largest size.
-        classes: of each classification head.
-        gpus: among which each batch is divided.
-        gpu: one of `GPUS`.
-        mfu: above 0, at most 1.
-
-    Raises:
-        UserError: an unknown GPU, no GPU, an MFU that is none, or batches or a model that cannot be divided evenly.
+    A tokenizer that is not trained yet counts at its largest size. If the GPUs cannot divide batches or model evenly,
+    that is a UserError.
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu: no GPU is called {gpu!r}{nearest(gpu, GPUS)}")
@@ -199,16 +159,12 @@ def plan(
     keep_own_experts(model, layout.expert_degree)
     shares = Shares(layout, model)
     owned = _owned(recipe, model, layout, by_view.values())
-    held = {
-        "parameters": shares.held(model.parameters()),
-        "optimizer state": _optimizer_bytes(recipe, model, shares, owned),
-    }
+    optimizer = _optimizer_bytes(recipe, model, shares, owned)
+    held = {"parameters": shares.held(model.parameters()), "optimizer state": optimizer}
     steps = {}
     for (name, view), cost in by_view.items():
-        counted = step_memory(
-            recipe, modalities, classes, name, view, precision, gpus=gpus, owners=layout.expert_degree
-        )
-        task = recipe.tasks[name]
+        task, owners = recipe.tasks[name], layout.expert_degree
+        counted = step_memory(recipe, modalities, classes, name, view, precision, gpus=gpus, owners=owners)
         compared = _compared(task, cost.examples)
         memory = _memory(model, shares, counted, compared, precision, recipe.optimizer.zero_missing_grads)
         received = _received(recipe, model, shares, task, cost.examples, counted, compared, owned)
@@ -282,16 +238,11 @@ def _compared(task: Task, examples: int) -> Compared:
 
 
 def _memory(
-    model: IMP,
-    shares: Shares,
-    counted: StepMemory,
-    compared: Compared,
-    precision: Precision,
-    zero_missing_grads: bool,
+    model: IMP, shares: Shares, counted: StepMemory, compared: Compared, precision: Precision, all_grads: bool
 ) -> dict[str, int]:
     """Bytes that one GPU holds in a step besides weights and optimizer state; see docs/plan.md."""
     gpus = shares.layout.ranks
-    touched = {w: None for name, w in model.named_parameters() if zero_missing_grads or name in counted.touched}
+    touched = {w: None for name, w in model.named_parameters() if all_grads or name in counted.touched}
     # The vectors of all GPUs and their gradients, and similarities with vectors of other GPUs.
     gathered = 0 if gpus == 1 else 8 * model.config.embed_dim * compared.rows
     gathered += SIMILARITY * min(BLOCK, others(compared.similarities, gpus) // gpus)

@@ -45,13 +45,9 @@ def percent(share: float) -> str:
 
 
 def line_chart(title: str, curves: list[Curve], shares: bool = False, smooth: bool = True) -> dict[str, Any]:
-    """Curves over training steps, with axes that span their values.
+    """Curves over training steps, with axes that span their finite values; other values are left out.
 
-    Args:
-        title: the chart's title.
-        curves: the curves. Values that are not finite are left out.
-        shares: whether the values are shares, which are shown as percentages.
-        smooth: whether curves with 12 or more points get a smoothed version on top.
+    `shares` are shown as percentages. With `smooth`, curves with 12 or more points get a smoothed version on top.
     """
     form = percent if shares else number
     points = [(f"c{i % COLORS}", curve.name, *_finite(curve)) for i, curve in enumerate(curves)]
@@ -69,9 +65,7 @@ def line_chart(title: str, curves: list[Curve], shares: bool = False, smooth: bo
     drawn = []
     for color, name, x, y in points:
         smoothed_y = smoothed(y) if smooth else y
-        dots = [
-            (*np.round(place(step, value), 1), f"{name}, step {step:,.0f}: {form(value)}") for step, value in zip(x, y)
-        ]
+        dots = [(*np.round(place(a, b), 1), f"{name}, step {a:,.0f}: {form(b)}") for a, b in zip(x, y)]
         drawn.append(
             {
                 "color": color,
@@ -95,13 +89,9 @@ def line_chart(title: str, curves: list[Curve], shares: bool = False, smooth: bo
 
 
 def series(numbers: np.ndarray) -> list[str]:
-    """Small curves without axes in a box of 120 x 60 units.
+    """The paths of small curves without axes in a box of 120 x 60 units, of numbers (N,) or (N, curves).
 
-    Args:
-        numbers: (N,) or (N, curves).
-
-    Returns:
-        The path of each of the first eight curves; none if the numbers have another shape, or are not finite.
+    There are at most eight; none if the numbers have another shape, or are not finite.
     """
     curves = numbers[:, None] if numbers.ndim == 1 else numbers
     if curves.ndim != 2 or not np.isfinite(curves).all() or len(curves) < 2:

@@ -31,10 +31,7 @@ Show = Callable[[str, int], "str | bytes | np.ndarray"]
 def section(results: list[dict[str, Any]], recorded: list[dict[str, Any]], notes: list[str]) -> dict[str, Any] | None:
     """The data of the section with the results; None if there is nothing to say.
 
-    Args:
-        results: the results in the table.
-        recorded: all lines of results.jsonl, for the charts.
-        notes: sentences above the table.
+    The `results` are in the table, the `notes` above it, and all `recorded` lines of results.jsonl in the charts.
     """
     if not results and not notes:
         return None
@@ -115,12 +112,7 @@ def retrieval(name: str, found: Retrieved, source: Table, show: Show) -> dict[st
 
 
 def display(shown: str | bytes | np.ndarray, label: str) -> dict[str, Any]:
-    """What the page shows of a value: a text, a picture or curves.
-
-    Args:
-        shown: a text, an encoded WebP picture, or numbers.
-        label: what the value is, for the tooltip.
-    """
+    """What the page shows of a text, an encoded WebP picture, or numbers, with a label for the tooltip."""
     if isinstance(shown, str):
         return {"label": label, "text": shown}
     if isinstance(shown, np.ndarray):

@@ -22,8 +22,9 @@ from openimp.encoding.items import Progress, raw_value
 from openimp.evaluation.classification import Classified
 from openimp.evaluation.evaluate import measure, open_set
 from openimp.evaluation.evaluator import Evaluator
-from openimp.evaluation.results import read_results
+from openimp.evaluation.results import latest, read_results
 from openimp.evaluation.retrieval import Retrieved
+from openimp.planning.plan import count
 from openimp.recipe.evaluation import EvaluationSet
 from openimp.recipe.schema import Recipe
 from openimp.report import results, training
@@ -33,38 +34,23 @@ from openimp.training.metrics_file import read_metrics
 
 @dataclass
 class Evaluations:
-    """What the page shows of the evaluation sets; see `results` for the dicts.
+    """What the page shows of the evaluation sets; see `results` for the dicts."""
 
-    Attributes:
-        results: the results in the table.
-        notes: sentences about sets that were not measured.
-        confusions: the confusions of each set with one class per item.
-        retrievals: the example queries of each direction of each retrieval set.
-    """
-
-    results: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    confusions: list[dict[str, Any]] = field(default_factory=list)
-    retrievals: list[dict[str, Any]] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)  # in the table
+    notes: list[str] = field(default_factory=list)  # about sets that were not measured
+    confusions: list[dict[str, Any]] = field(default_factory=list)  # of each set with one class per item
+    retrievals: list[dict[str, Any]] = field(default_factory=list)  # queries of each direction of each retrieval set
 
 
 def write_report(
     run: Path, out: Path | None = None, progress: Progress | None = None, allow_sources: bool = False
 ) -> Path:
-    """Writes the page, completely or not at all, and returns its path.
+    """Writes the page about a run, a checkpoint or a model's folder, completely or not at all, and returns its path.
 
-    The curves come from metrics.jsonl. The evaluation sets are measured again with the newest checkpoint, because
-    results.jsonl does not say which answers were given. If a set cannot be measured, the page shows its results in
-    results.jsonl.
-
-    Args:
-        run: a run, a checkpoint, or a model's folder. Only a run has curves.
-        out: the file to write. None: `report.html` in `run`; if that is a checkpoint, CHECKPOINT.html beside it.
-        progress: wraps an iterable to show its progress.
-        allow_sources: whether to read sources that `check_sources` would refuse.
-
-    Raises:
-        UserError: `run` has neither a checkpoint nor metrics, one of its files is damaged, or `out` cannot be a file.
+    The curves come from a run's metrics.jsonl. The evaluation sets are measured again with the newest checkpoint,
+    because results.jsonl does not say which answers were given. If a set cannot be measured, the page shows its results
+    in results.jsonl. `allow_sources` reads sources that `check_sources` would refuse. `out` is by default `report.html`
+    in `run`; if that is a checkpoint, CHECKPOINT.html beside it.
     """
     refuse_links(run)
     metrics = read_metrics(run / "metrics.jsonl")
@@ -83,7 +69,7 @@ def write_report(
     else:
         about = {"recipe": Recipe.load(run / "recipe.yaml"), "parameters": None, "step": metrics[-1].step}
         notes = ["There is no checkpoint to measure."] if recorded else []
-        evaluations = Evaluations(_latest(recorded), notes)
+        evaluations = Evaluations(latest(recorded), notes)
     newest = run / "metrics.jsonl" if metrics else model_folder(run) / "config.json"
     page = render(
         {
@@ -108,7 +94,7 @@ def _measure(
     """Measures the model on its evaluation sets, and returns what page.html shows about the model, too."""
     folder = model_folder(run)
     model, recipe, modalities, classes = load_model(folder)
-    step = saved_step(folder)
+    step, parameters = saved_step(folder), count(model)
     evaluator = Evaluator(model.to(pick_device()), recipe, modalities, classes, progress)
     found = Evaluations()
     for name, options in recipe.evaluation.sets.items():
@@ -119,7 +105,7 @@ def _measure(
             measured, answered = measure(evaluator, name, sources, step)
         except UserError as error:
             found.notes.append(f"{name} is not measured again. Its recorded results, if any, are shown. {error}")
-            found.results += _latest([result for result in recorded if result["set"] == name])
+            found.results += latest([result for result in recorded if result["set"] == name])
             continue
         found.results += measured
         source = sources[options.source]
@@ -127,15 +113,8 @@ def _measure(
             if isinstance(answers, Classified):
                 found.confusions.append(results.confusion(name, answers))
             elif isinstance(answers, Retrieved):
-                show = _show(modalities, options, source)
-                found.retrievals.append(results.retrieval(name, answers, source, show))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+                found.retrievals.append(results.retrieval(name, answers, source, _show(modalities, options, source)))
     return {"recipe": recipe, "parameters": parameters, "step": step}, found
-
-
-def _latest(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    last = max((result["step"] or 0 for result in recorded), default=0)
-    return [result for result in recorded if (result["step"] or 0) == last]
 
 
 def _show(modalities: dict[str, Modality], options: EvaluationSet, source: Table) -> results.Show:

@@ -24,11 +24,7 @@ MAX_STEPS = 10**8
 
 
 def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Recipe:
-    """Returns the recipe of one model of a study.
-
-    Raises:
-        UserError: the recipe does not accept a change, a task is unknown, or the FLOPs allow more than `MAX_STEPS`.
-    """
+    """The recipe of one model of a study. If its FLOPs allow more than `MAX_STEPS`, that is a UserError."""
     data = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"]).to_dict()
     for key, _, value in (change.partition("=") for change in (*study.set, *part.set)):
         for derived in flat({key.strip(): yaml.load(value, RecipeLoader)}).keys() & DERIVED:

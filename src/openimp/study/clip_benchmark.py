@@ -26,18 +26,9 @@ def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[i
     CLIP_benchmark cannot express that they are one: if two pictures share a text, only one of them is correct for each
     copy of it, so recalls are lower than openimp's. Ties count for the model.
 
-    Args:
-        model: a model of `openimp.load` or `load_two_towers`, with `modalities`, `preprocess`, `tokenizer`,
-            `encode_image` and `encode_text`.
-        recipe: the recipe with the evaluation set.
-        name: the name of a retrieval set of pictures and texts.
-        ks: each K must be at most the number of pictures and the number of texts.
-
-    Returns:
-        `image_retrieval_recall@K`, whose queries are texts, and `text_retrieval_recall@K`, whose queries are pictures.
-
-    Raises:
-        UserError: CLIP_benchmark is not installed, there is no such set, or it is too small.
+    The model is one of `openimp.load` or `load_two_towers`, and `name` a retrieval set of pictures and texts in the
+    recipe. Each K must be at most the number of pictures and the number of texts. Returns `image_retrieval_recall@K`,
+    whose queries are texts, and `text_retrieval_recall@K`, whose queries are pictures.
     """
     try:
         from clip_benchmark.metrics import zeroshot_retrieval
@@ -49,14 +40,12 @@ def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[i
     assert isinstance(table, Table)
     captions: dict[str, list[str]] = {}
     shown: dict[str, Any] = {}
-    values = (
-        raw_values(table, model.modalities[sides[reads]], options.inputs[sides[reads]]) for reads in (False, True)
-    )
+    names = (sides[False], sides[True])
+    values = (raw_values(table, model.modalities[side], options.inputs[side]) for side in names)
     for (key, picture), (_, text) in zip(*values):
         if not isinstance(picture, BadMedia) and not isinstance(text, BadMedia):
             shown[key] = picture
             captions.setdefault(key, []).append(str(text))
-
     fewer = min(len(shown), sum(map(len, captions.values())))
     if fewer < max(ks):
         raise UserError(f"evaluation.sets.{name}: CLIP_benchmark cannot look for {max(ks)} of {fewer}; give smaller ks")
@@ -73,11 +62,7 @@ def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[i
 
 
 def require_pictures_and_texts(recipe: Recipe, name: str) -> Retrieval:
-    """Returns the evaluation set of this name.
-
-    Raises:
-        UserError: there is none, or it is not a retrieval set of pictures and texts.
-    """
+    """The evaluation set of this name, which must be a retrieval set of pictures and texts."""
     options = recipe.evaluation.sets.get(name)
     if options is None:
         raise UserError(f"no evaluation set is called {name!r}{nearest(name, recipe.evaluation.sets)}")

@@ -17,40 +17,21 @@ from openimp.training.metrics_file import LayerUsage, read_metrics
 
 @dataclass
 class Outcome:
-    """The results of one arm with one seed, over all models of the arm.
+    """The results of one arm with one seed. FLOPs, steps, parameters and seconds are sums over the arm's models."""
 
-    Attributes:
-        scores: mean reciprocal rank by evaluation set, averaged over both directions.
-        flops, steps, seconds, parameters: sums over the models.
-        memory: peak memory of an update in bytes, beyond what `peak_memory` leaves out. The models train one at a time,
-            so this is the maximum over them.
-        recalls: CLIP_benchmark's recalls by (evaluation set, metric).
-        cosines: by pair of tasks, the cosine of their gradients at each measured step.
-        versions: the versions of openimp that measured the scores.
-        experts: the latest expert usage by modality and sparse layer, see docs/metrics.md.
-    """
-
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)  # mean reciprocal rank by set, averaged over both directions
     flops: int = 0
     steps: int = 0
     parameters: int = 0
     seconds: float = 0.0
-    memory: int = 0
-    versions: set[str] = field(default_factory=set)
-    recalls: dict[tuple[str, str], float] = field(default_factory=dict)
-    cosines: dict[str, list[float]] = field(default_factory=dict)
-    experts: dict[str, list[LayerUsage]] = field(default_factory=dict)
+    memory: int = 0  # largest result of `peak_memory`: the models train one at a time
+    versions: set[str] = field(default_factory=set)  # of openimp, which measured the scores
+    recalls: dict[tuple[str, str], float] = field(default_factory=dict)  # CLIP_benchmark's, by (set, metric)
+    cosines: dict[str, list[float]] = field(default_factory=dict)  # of gradients at each measured step, by task pair
+    experts: dict[str, list[LayerUsage]] = field(default_factory=dict)  # latest usage by modality and sparse layer
 
     def add(self, run: Path, parameters: int) -> None:
-        """Adds the results of a finished training.
-
-        Args:
-            run: its run directory.
-            parameters: the number of the model's parameters.
-
-        Raises:
-            UserError: the run's metrics or results are missing or damaged.
-        """
+        """Adds the results of a finished training, whose model has so many parameters."""
         metrics = read_metrics(run / "metrics.jsonl")
         results = read_results(run / "results.jsonl")
         if not metrics or any((result["step"] or 0) > metrics[-1].step for result in results):
@@ -88,9 +69,8 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 def scores_by_set(outcomes: Outcomes) -> list[tuple[str, dict[str, list[float]]]]:
     """The scores of each arm and seed: first the mean over the evaluation sets, then each set.
 
-    Returns:
-        Pairs of a title and, by arm, the scores of its seeds. An arm whose tasks lack a set's modality has an empty
-        list there, and for the mean.
+    They are pairs of a title and, by arm, the scores of its seeds. An arm whose tasks lack a set's modality has an
+    empty list there, and for the mean.
     """
     sets = list(dict.fromkeys(name for seeds in outcomes.values() for name in seeds[0].scores))
     means = {

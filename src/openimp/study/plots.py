@@ -22,19 +22,9 @@ INK, MUTED, ACCENT = "#222222", "#8a8a8a", "#1f6f8b"
 
 def plot_style() -> AbstractContextManager[None]:
     """The context to draw and save plots in."""
-    return matplotlib.rc_context(
-        {
-            "font.size": 8,
-            "axes.labelsize": 8,
-            "axes.titlesize": 9,
-            "xtick.labelsize": 8,
-            "ytick.labelsize": 8,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "figure.constrained_layout.use": True,
-            "savefig.dpi": 130,
-        }
-    )
+    sizes = {"font.size": 8, "axes.labelsize": 8, "axes.titlesize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8}
+    frame = {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
+    return matplotlib.rc_context({**sizes, **frame, "savefig.dpi": 130})
 
 
 def draw_scores(outcomes: Outcomes) -> Figure:
@@ -42,8 +32,7 @@ def draw_scores(outcomes: Outcomes) -> Figure:
     panels = scores_by_set(outcomes)
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    size = (2.2 + 2.6 * columns, rows * (0.75 + 0.3 * len(outcomes)) + 0.3)
-    figure = Figure(figsize=size)
+    figure = Figure(figsize=(2.2 + 2.6 * columns, rows * (0.75 + 0.3 * len(outcomes)) + 0.3))
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
@@ -66,9 +55,7 @@ def draw_scores(outcomes: Outcomes) -> Figure:
 def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]]) -> Figure:
     """The mean score of each arm against its training FLOPs on a logarithmic axis, with the standard deviation.
 
-    Args:
-        outcomes: the outcomes of all arms.
-        curves: lists of arms. A line connects the arms of a list, and the legend names the shortest of them.
+    A line connects the arms of each of the `curves`, and the legend names the shortest of them.
     """
     figure = Figure(figsize=(9, 4.4))
     axis = figure.subplots()
@@ -95,10 +82,7 @@ def draw_cosines(cosines_by_arm: Mapping[str, Mapping[str, Sequence[float]]]) ->
     """A heat map per arm of the mean cosine between the gradients of each pair of tasks."""
     figure = Figure(figsize=(1 + 2.9 * len(cosines_by_arm), 3))
     axes = figure.subplots(1, len(cosines_by_arm), squeeze=False)
-    means = {
-        arm: {pair: statistics.mean(values) for pair, values in cosines.items()}
-        for arm, cosines in cosines_by_arm.items()
-    }
+    means = {arm: {pair: statistics.mean(v) for pair, v in pairs.items()} for arm, pairs in cosines_by_arm.items()}
     largest = max(abs(mean) for by_pair in means.values() for mean in by_pair.values())
     for axis, (arm, by_pair) in zip(axes[0], means.items()):
         tasks = list(dict.fromkeys(name for pair in by_pair for name in pair.split("|")))

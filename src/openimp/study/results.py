@@ -19,15 +19,7 @@ from openimp.study.schema import Study, file_name
 
 
 def write_results(study: Study, outcomes: Outcomes, out: Path, name: str, command: str) -> None:
-    """Writes NAME.md and its plots. If that fails, older files stay unchanged.
-
-    Args:
-        study: the study.
-        outcomes: its results.
-        out: the folder to write into. It is created if necessary.
-        name: the stem of the file names.
-        command: the command that repeats the study.
-    """
+    """Writes NAME.md and its plots into the folder `out`. If that fails, older files stay unchanged."""
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{name}-", dir=out) as draft, plot_style():
         page = _page(study, outcomes, Path(draft), name, command)

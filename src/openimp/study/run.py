@@ -27,20 +27,11 @@ from openimp.training.trainer import Trainer, train
 
 
 def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
-    """Trains the models of a study that are not trained yet, then writes NAME.md and its plots.
+    """Trains the models of a study that are not trained yet, then writes NAME.md and its plots into the folder `out`.
 
-    Args:
-        name: a study file, or the name of a bundled study.
-        runs: the folder of the run directories, in a subfolder per study.
-        out: the folder of the results.
-        smoke: train one seed with a small part of the FLOPs and data, to check that the study works.
-
-    Returns:
-        False if a signal stopped a training. The same command then resumes the study.
-
-    Raises:
-        UserError: the study does not exist or is invalid, `out` cannot be created, a run in `runs` is from another
-            study or damaged, or a training fails.
+    `name` is a study file, or that of a bundled study. Its run directories are in a subfolder of `runs`. `smoke` trains
+    one seed with a small part of the FLOPs and data, to check that the study works. Returns False if a signal stopped a
+    training. The same command then resumes the study.
     """
     if "RANK" in os.environ:
         raise UserError(f"{name}: a study trains on one rank; start it without torchrun")
@@ -96,11 +87,7 @@ def _trainer(study: Study, part: Part) -> type[Trainer]:
 
 
 def _check_evaluation(study: Study, name: str, recipes: dict[str, list[Recipe]]) -> None:
-    """Checks that the arms, with the recipes of their models, can be compared after the training.
-
-    Raises:
-        UserError: they cannot, or CLIP_benchmark cannot evaluate a set that it should.
-    """
+    """Checks that the arms, with the recipes of their models, can be compared after the training."""
     sets: dict[str, set[str]] = {}
     for arm, models in recipes.items():
         sets[arm] = set()

@@ -98,18 +98,8 @@ def file_name(arm: str) -> str:
 
 
 def read_study(name: str, smoke: bool) -> tuple[Study, str]:
-    """Reads a study file.
-
-    Args:
-        name: the file, or the name of a bundled study.
-        smoke: reduce it to one seed and a small part of the FLOPs.
-
-    Returns:
-        The study, and the name of its results.
-
-    Raises:
-        UserError: there is no such study, or it is invalid.
-    """
+    """Reads a study file, or a bundled study, and returns it with the name of its results. `smoke` reduces it to one
+    seed and a small part of the FLOPs."""
     file = find_file(name, "studies", "study")
     study: Study = checked(Study, read_mapping(file, "study"), str(file), file.parent)
     beside = file.parent / study.recipe

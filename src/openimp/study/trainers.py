@@ -73,8 +73,7 @@ class ConflictTrainer(Trainer):
     def cosines(self, step: int) -> dict[str, float]:
         """The cosine between the gradients of each pair of tasks a and b, under "a|b", at the current weights.
 
-        Args:
-            step: the first step whose batch may be used. A task with fewer than two steps from there on is left out.
+        A task with fewer than two steps from `step` on is left out.
         """
         gradients = {}
         for name in self.recipe.tasks:
@@ -100,12 +99,7 @@ def peak_memory(recipe: Recipe, run: Path, trainer: type[Trainer]) -> int:
     """The most memory that an update allocates on top of what existed before it, in bytes.
 
     The maximum is over one update of each task and view. It is computed from the CPU allocations that torch's profiler
-    records, so it does not depend on what else runs on the machine.
-
-    Args:
-        recipe: the recipe. Nothing is saved.
-        run: an empty folder.
-        trainer: the trainer's class.
+    records, so it does not depend on what else runs on the machine. `run` is an empty folder; nothing is saved.
     """
     # At lower levels kineto prints its start and end.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")

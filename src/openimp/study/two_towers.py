@@ -47,21 +47,12 @@ class TwoTowers(Embedder):
     The text tower uses the recipe's tokenizer instead of open_clip's. A small corpus has only few of the latter's
     49,408 tokens, and tokens that occur only in held-out texts would keep their random embeddings.
 
-    Attributes:
-        clip: open_clip's model.
-        media, text: the names of the two modalities.
-        modalities: the result of `unpatched_modalities`.
-        preprocess, tokenizer, encode_image, encode_text: called like open_clip's. `preprocess` returns values in -1..1.
-            It is None if the media are not images.
+    `preprocess`, `tokenizer`, `encode_image` and `encode_text` are called like open_clip's. `preprocess` returns values
+    in -1..1. It is None if the media are not images.
     """
 
     def __init__(self, recipe: Recipe, modalities: Mapping[str, Modality]) -> None:
-        """Initializes the towers for the recipe's only task.
-
-        Args:
-            recipe: the recipe.
-            modalities: the result of `unpatched_modalities`, fitted.
-        """
+        """Initializes the towers for the recipe's only task. The modalities are `unpatched_modalities`, fitted."""
         from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg
 
         super().__init__()
@@ -72,12 +63,8 @@ class TwoTowers(Embedder):
         media, texts = cast(Any, modalities[self.media]), cast(Any, modalities[self.text])
         view = task.views[0][self.media]
         self.shape = media.shape(view)
-        common: dict[str, Any] = {
-            "width": model.width,
-            "layers": model.layers,
-            "mlp_ratio": model.mlp_dim / model.width,
-            "qk_norm": model.qk_norm,
-        }
+        common: Any = {"width": model.width, "layers": model.layers, "qk_norm": model.qk_norm}
+        common["mlp_ratio"] = model.mlp_dim / model.width
         vision = CLIPVisionCfg(
             **common,
             head_width=model.width // model.heads,
@@ -132,11 +119,7 @@ class TwoTowers(Embedder):
 
 
 class TwoTowerTrainer(Trainer):
-    """Trains the two towers. Its metrics count the media of an example as one token.
-
-    Raises:
-        UserError: as `Trainer` and `unpatched_modalities`.
-    """
+    """Trains the two towers. Its metrics count the media of an example as one token."""
 
     suggest_same = False  # open_clip's loss cannot treat several examples as one item.
 
@@ -163,22 +146,14 @@ class TwoTowerTrainer(Trainer):
 
 
 def flops_per_step(recipe: Recipe) -> float:
-    """The mean FLOPs of a step of `TwoTowerTrainer`, forward and backward, as openimp/planning/ledger.py counts them.
-
-    Raises:
-        UserError: as `unpatched_modalities`.
-    """
+    """The mean FLOPs of a step of `TwoTowerTrainer`, forward and backward, as planning/ledger.py counts them."""
     modalities = unpatched_modalities(recipe)
     ((_, row),) = mixture(recipe, costs(recipe, modalities, {}, TwoTowerTrainer.build, TwoTowerTrainer.losses)).items()
     return row["flops"]
 
 
 def load_two_towers(run: Path) -> TwoTowers:
-    """Loads the newest checkpoint of a run of `TwoTowerTrainer` in evaluation mode, onto the GPU if there is one.
-
-    Raises:
-        UserError: there is no checkpoint, it is damaged, or it holds another model.
-    """
+    """Loads the newest checkpoint of a run of `TwoTowerTrainer` in evaluation mode, onto the GPU if there is one."""
     folder = model_folder(run)
     recipe, _, learned = read_config(folder, TwoTowers)
     modalities = unpatched_modalities(recipe)
@@ -191,11 +166,7 @@ def load_two_towers(run: Path) -> TwoTowers:
 
 def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
     """The modalities of the recipe's only task, with the media of an example as one token: the towers cut patches
-    themselves.
-
-    Raises:
-        UserError: open_clip is not installed, or its towers or loss do not support what the recipe sets.
-    """
+    themselves. What open_clip's towers or loss do not support is a UserError."""
     try:
         import open_clip  # noqa: F401
     except ImportError:
@@ -218,11 +189,7 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
 
 
 def _pair(recipe: Recipe) -> tuple[Task, str, str]:
-    """The recipe's only task, the name of its media modality, and the name of its text modality.
-
-    Raises:
-        UserError: open_clip's towers or loss do not support the task or the model's options.
-    """
+    """The recipe's only task, the name of its media modality, and the name of its text modality."""
     if len(recipe.tasks) > 1:
         raise UserError(f"{recipe.name}: two towers take one task, found {', '.join(recipe.tasks)}")
     ((name, task),) = recipe.tasks.items()

@@ -20,11 +20,7 @@ class BadExamples:
         self.state = state or {}
 
     def add(self, step: int, task: str, read: int, bad: list[tuple[str, str]]) -> None:
-        """Counts the examples that all ranks have read in one step.
-
-        Raises:
-            UserError: their share of the task's examples is above `train.max_bad_fraction`.
-        """
+        """Counts the examples of all ranks in one step. Raises UserError above `train.max_bad_fraction`."""
         counts = self.state.setdefault(task, {"read": 0, "bad": 0})
         counts["read"] += read
         counts["bad"] += len(bad)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +12,20 @@ from openimp.model.embedder import Embedder
 from openimp.training.updater import Updater
 
 
+@dataclass
 class Checkpointing:
-    """Saves the checkpoints of a training in the background.
+    """Saves the checkpoints of a training in the background. `saved` is the step of the newest one.
 
-    Attributes:
-        saver: writes the files, in a thread.
-        saved: step of the newest checkpoint.
+    `texts` are the files of `config_files`. `state` returns everything else that the next step depends on, as JSON
+    values; its "step" is the number of steps that are done.
     """
 
-    def __init__(
-        self,
-        run: Path,
-        keep_last: int,
-        model: Embedder,
-        updater: Updater,
-        texts: Mapping[str, str],
-        state: Callable[[], dict[str, Any]],
-    ) -> None:
-        """Prepares saving.
-
-        Args:
-            run: directory of the run.
-            keep_last: number of checkpoints that are kept.
-            model: the model that is trained.
-            updater: its optimizers and its EMA.
-            texts: configuration and vocabulary by file name; see `config_files`.
-            state: returns everything else that the next step depends on, as JSON values; its "step" is the number of
-                steps that are done.
-        """
-        self.model, self.updater, self.texts, self.state = model, updater, texts, state
-        self.saver, self.saved = Saver(run, keep_last), 0
+    saver: Saver
+    model: Embedder
+    updater: Updater
+    texts: Mapping[str, str]
+    state: Callable[[], dict[str, Any]]
+    saved: int = 0
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Loads weights, optimizer state and EMA from a checkpoint, and returns the state that was saved with them."""
@@ -50,11 +35,7 @@ class Checkpointing:
         return state
 
     def save(self) -> None:
-        """Starts writing a checkpoint, unless the newest one is of this step.
-
-        Raises:
-            CheckpointError: the checkpoint before this one could not be written.
-        """
+        """Starts writing a checkpoint, unless the newest one is of this step. Raises the error of the one before."""
         state = self.state()
         if state["step"] == self.saved:
             return
@@ -67,9 +48,5 @@ class Checkpointing:
         self.saved = state["step"]
 
     def wait(self) -> None:
-        """Waits until the checkpoint that is being written is complete.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
+        """Waits until the checkpoint that is being written is complete, or raises CheckpointError."""
         self.saver.wait()

@@ -29,10 +29,7 @@ DUPLICATE_TEXT_WARNING = 0.1
 class Log:
     """Records every step, and writes and prints a line every `log_every` steps.
 
-    Attributes:
-        metrics: writes metrics.jsonl, results.jsonl and TensorBoard's files.
-        bad: counts unreadable examples.
-        pace: times the steps.
+    `state` is that of the checkpoint from which the training resumes; it is empty for a new training.
     """
 
     def __init__(
@@ -44,16 +41,6 @@ class Log:
         pace: Pace,
         state: Mapping[str, Any],
     ) -> None:
-        """Opens the files.
-
-        Args:
-            recipe: what is trained.
-            run: directory of the run.
-            modalities: by name.
-            costs: of one step, by task and view.
-            pace: times the steps.
-            state: of the checkpoint that the training resumes from; empty for a new training.
-        """
         step = state.get("step", 0)
         self.recipe, self.modalities, self.costs, self.pace = recipe, modalities, costs, pace
         self.metrics = Metrics(run, step, state.get("totals"))
@@ -65,11 +52,7 @@ class Log:
         return {"bad": self.bad.state, "totals": {task: dict(units) for task, units in self.metrics.totals.items()}}
 
     def record(self, loaded: LoadedBatch, losses: Losses, grad_norm: float, bar: StepBar) -> None:
-        """Records one step.
-
-        Raises:
-            UserError: too many examples of the task could not be read.
-        """
+        """Records one step. Raises UserError if too many examples of the task could not be read."""
         visit, train = loaded.visit, self.recipe.train
         step = visit.step + 1
         self.pace.step(visit.task)
@@ -104,17 +87,7 @@ def print_plan(
     recipe: Recipe, run: Path, model: Embedder, device: torch.device, costs: Mapping[tuple[str, int], Cost],
     step: int, compiled: int,
 ) -> None:  # fmt: skip
-    """Prints the mixture of tasks, and what is trained where and how.
-
-    Args:
-        recipe: what is trained.
-        run: directory of the run.
-        model: with all its parameters.
-        device: where it computes.
-        costs: of one step, by task and view.
-        step: number of steps that are done.
-        compiled: number of compiled signatures; 0 without torch.compile.
-    """
+    """Prints the mixture of tasks, and what is trained where and how. `compiled` is the number of signatures."""
     console.print(mixture_table(recipe, costs))
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
     how: str = precision_of(device, recipe.train.precision)

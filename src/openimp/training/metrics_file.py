@@ -38,17 +38,14 @@ class Totals(_Part):
 
 
 class MetricsLine(_Part):
-    """The part of a line that `openimp report` and `openimp info` show; docs/metrics.md explains the keys.
-
-    Older versions did not write the step times.
-    """
+    """The part of a line that `openimp report` and `openimp info` show; docs/metrics.md explains the keys."""
 
     step: Amount
     lr: float
     grad_norm: float
     examples_per_s: float
     seconds: FiniteFloat
-    step_p50: float = nan
+    step_p50: float = nan  # Older versions did not write the step times.
     step_p95: float = nan
     data_wait: float
     tasks: dict[str, dict[str, float]]
@@ -57,11 +54,7 @@ class MetricsLine(_Part):
 
 
 def read_metrics(file: Path) -> list[MetricsLine]:
-    """Reads metrics.jsonl; an empty list if there is no such file.
-
-    Raises:
-        UserError: a line lacks something that every line has. The message names the file and the line.
-    """
+    """Reads metrics.jsonl; an empty list if there is no such file. A line that lacks a key is a UserError."""
     found, sizes = [], set()
     for number, line in enumerate(read_lines(file), 1):
         where = f"{file}: line {number} is not a line of training metrics"

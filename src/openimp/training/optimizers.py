@@ -22,12 +22,7 @@ def make_optimizers(options: Optimizer, model: Embedder, parameters: Iterable[Te
     """Fused AdamW, and Muon for the hidden matrices if the recipe has a `muon_lr`.
 
     Weight decay applies to kernels only, not to embedding and position tables, norms, biases and temperatures. Each
-    parameter group keeps its peak learning rate as `peak`.
-
-    Args:
-        options: of the recipe.
-        model: the model that is trained.
-        parameters: those that this rank updates.
+    parameter group keeps its peak learning rate as `peak`. `parameters` are those that this rank updates.
     """
     hidden = muon_matrices(options, model)
     rest = [parameter for parameter in parameters if parameter not in hidden]
@@ -66,13 +61,6 @@ class _Muon(torch.optim.Muon):
         for some in tensors:
             some[:] = [local if (local := local_shard(x)).shape == x.shape else x for x in some]
         return has_complex
-
-
-def fill_missing_grads(parameters: Iterable[Tensor]) -> None:
-    """Gives every parameter without a gradient a gradient of zero."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
 
 
 def schedule(recipe: Recipe, step: int) -> float:

@@ -8,7 +8,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from openimp.checkpoint.folder import step_of, verify
-from openimp.checkpoint.resume import common_checkpoints, require_same_run, resumable
+from openimp.checkpoint.resume import common_checkpoints, newest_intact, require_same_run
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.common.safe_files import refuse_links, write_text
@@ -37,9 +37,7 @@ def locked(run: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout:
-            raise UserError(
-                f"{run}: another training is writing to it; name another directory with --run-dir"
-            ) from None
+            raise UserError(f"{run}: another training is writing to it; use another directory with --run-dir") from None
 
     distributed.run_on_rank_zero(acquire)
     try:
@@ -62,14 +60,8 @@ class RunDirectory:
     def checkpoint(self, resume: bool | Literal["auto"], trainer: str) -> Path | None:
         """The checkpoint to resume from, or None for a training that starts at step 0.
 
-        Ranks that torchrun has restarted resume without being asked to.
-
-        Args:
-            resume: True requires a checkpoint; "auto" uses one if there is one; False refuses a directory with a run.
-            trainer: name of the class that trains.
-
-        Raises:
-            UserError: the directory holds a run that was not to be resumed, or none that can be.
+        With `resume`, True requires a checkpoint, "auto" uses one if there is one, and False refuses a directory with a
+        run. Ranks that torchrun has restarted resume without being asked to. `trainer` names the class that trains.
         """
         saved = bool(common_checkpoints(self.path))
         begun = saved or (self.path / "tensorboard").exists()
@@ -89,14 +81,14 @@ class RunDirectory:
             raise UserError(
                 f"{self.path}: already holds a run; resume it with --resume, or name another directory with --run-dir"
             )
-        return resumable(self.recipe, self.path, trainer) if resume else None
+        if not resume:
+            return None
+        found = newest_intact(self.path)
+        require_same_run(found, self.recipe, trainer)
+        return found
 
     def finished(self, trainer: str) -> bool:
-        """Whether the run has made all steps and has been evaluated, so that resuming would do nothing.
-
-        Raises:
-            UserError: the run is of another recipe or trainer.
-        """
+        """Whether the run has made all steps and has been evaluated, so that resuming would do nothing."""
         found = common_checkpoints(self.path)
         if not found or step_of(found[-1]) < self.recipe.train.steps:
             return False
@@ -110,11 +102,7 @@ class RunDirectory:
         return True
 
     def begin(self, config: str) -> None:
-        """Writes what the run trains; from here on the directory holds a run.
-
-        Args:
-            config: text of the model's config.json.
-        """
+        """Writes what the run trains; from here on the directory holds a run. `config` is the model's config.json."""
         distributed.barrier()  # Every rank must have looked for an older run before this one's files appear.
 
         def write() -> None:

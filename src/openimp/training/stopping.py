@@ -18,12 +18,7 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Knows whether the training should stop.
-
-    Attributes:
-        requested: a signal was received.
-        reason: returns whether something else, such as a failed save, requires a stop.
-    """
+    """Knows whether the training should stop: a signal was received, or `reason` returns True, as for a failed save."""
 
     def __init__(self, reason: Callable[[], bool]) -> None:
         self.requested, self.reason = False, reason

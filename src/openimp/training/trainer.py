@@ -11,7 +11,7 @@ import torch
 
 from openimp.checkpoint.folder import config_files, read_config
 from openimp.checkpoint.resume import changed_sources
-from openimp.checkpoint.saver import CheckpointError
+from openimp.checkpoint.saver import CheckpointError, Saver
 from openimp.checkpoint.warm_start import WarmStart, open_start
 from openimp.common.device import autocast, keep_freed_memory
 from openimp.common.errors import UserError
@@ -105,11 +105,7 @@ class Trainer:
         return task_losses(model, task, batch, encode)
 
     def __init__(
-        self,
-        recipe: Recipe,
-        run: Path,
-        resume: bool | Literal["auto"] = False,
-        allow_changed_data: bool = False,
+        self, recipe: Recipe, run: Path, resume: bool | Literal["auto"] = False, allow_changed_data: bool = False
     ) -> None:
         self.recipe, self.run, self.savable, self.device = recipe, run, True, distributed.start()
         console.quiet = distributed.rank() > 0
@@ -126,7 +122,8 @@ class Trainer:
         encode = CompiledEncode(self.model, compiled) if compiled else self.model.encode
         self.encode = in_chunks(encode, recipe.memory.chunk_size)
         self.updater = Updater(recipe, self.model, self.costs)
-        self.checkpointing = Checkpointing(run, recipe.train.keep_last, self.model, self.updater, texts, self.state)
+        saver = Saver(run, recipe.train.keep_last)
+        self.checkpointing = Checkpointing(saver, self.model, self.updater, texts, self.state)
         state = self.checkpointing.load(checkpoint) if checkpoint else {}
         self.step = state.get("step", 0)
         self.cursors = self.data.load_cursors(state.get("cursors", {}), changed)
@@ -138,16 +135,9 @@ class Trainer:
         print_plan(recipe, run, self.model, self.device, self.costs, self.step, compiled)
 
     def train(self) -> bool:
-        """Makes the steps that are left, evaluates and saves; returns whether it came to the end.
-
-        Raises:
-            UserError, CheckpointError: as `train`.
-        """
-        with (
-            stop_signals(self.checkpointing.saver.failed) as stop,
-            StepBar(self.recipe.train.steps, self.step) as bar,
-            closing(self.log.metrics),
-        ):
+        """Makes the steps that are left, evaluates and saves; returns whether it came to the end."""
+        failed, bar = self.checkpointing.saver.failed, StepBar(self.recipe.train.steps, self.step)
+        with stop_signals(failed) as stop, bar, closing(self.log.metrics):
             try:
                 self._loop(stop, bar)
             except Stopped:
@@ -181,11 +171,7 @@ class Trainer:
         self.checkpointing.wait()
 
     def update(self, loaded: LoadedBatch) -> Losses:
-        """One step: the losses of one task, their gradients, and one update of the weights that the task uses.
-
-        Raises:
-            UserError: the loss or its gradient is not finite. Nothing is updated.
-        """
+        """One step: the losses of one task, their gradients, and one update of the weights that the task uses."""
         losses = self.forward(loaded)
         losses.total.backward()
         self.apply_gradients(loaded, losses)
@@ -198,11 +184,7 @@ class Trainer:
             return self.losses(self.model, task, loaded.batch.to(self.device), self.encode)
 
     def apply_gradients(self, loaded: LoadedBatch, losses: Losses) -> None:
-        """Updates the weights, and counts the step.
-
-        Raises:
-            UserError: the loss or its gradient is not finite. Nothing is updated.
-        """
+        """Updates the weights and counts the step; or raises UserError if the loss or its gradient is not finite."""
         visit = loaded.visit
         if not self.updater.step(visit.step):
             loss = float(distributed.all_reduce_mean(losses.total.detach()))
@@ -222,11 +204,7 @@ class Trainer:
         self.log.record(loaded, losses, self.updater.grad_norm, bar)
 
     def save(self, wait: bool = False) -> None:
-        """Starts saving a checkpoint of this step, if there is none; with `wait`, returns when it is written.
-
-        Raises:
-            CheckpointError: a checkpoint could not be written.
-        """
+        """Starts saving a checkpoint of this step, if there is none; with `wait`, returns when it is written."""
         if self.savable:
             self.checkpointing.save()
         if wait:
@@ -238,11 +216,7 @@ class Trainer:
         return where | self.log.state()
 
     def evaluate(self, progress: Any = None) -> None:
-        """Evaluates the model, or its EMA if there is one, and keeps the checkpoint if it is the best.
-
-        Raises:
-            CheckpointError: the best checkpoint could not be written.
-        """
+        """Evaluates the model, or its EMA if there is one, and keeps the checkpoint if it is the best."""
         if self.recipe.evaluation.sets:
             ema = self.updater.ema.weights if self.updater.ema else None
             self.validation.evaluate(self.step, ema, self.log.metrics, progress)
@@ -252,11 +226,7 @@ class Trainer:
         return every is not None and self.step % every == 0 and self.step < self.recipe.train.steps
 
     def _layout(self) -> Layout:
-        """How the model is distributed over the ranks.
-
-        Raises:
-            UserError: these ranks cannot train the recipe.
-        """
+        """How the model is distributed over the ranks, if they can train the recipe."""
         ranks, parallel, model = distributed.world_size(), self.recipe.parallel, self.recipe.model
         if ranks > 1 and type(self) is not Trainer:
             raise UserError(f"{type(self).__name__}: a study trains on one rank; start it without torchrun")
@@ -286,9 +256,8 @@ class Trainer:
         if start is not None:
             console.print(start.load(self.model, self.data.classes), soft_wrap=True)
         check_sets(self.model, self.recipe, self.modalities, self.data.classes)
-        texts = config_files(
-            self.model, self.recipe, self.modalities, self.data.classes
-        )  # FSDP2 changes the model's class.
+        # Before FSDP2 changes the model's class.
+        texts = config_files(self.model, self.recipe, self.modalities, self.data.classes)
         apply_parallelism(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "project", "classify"),
             self.layout, self.device,

@@ -3,32 +3,24 @@
 import math
 from collections.abc import Mapping
 
+import torch
+
 from openimp.model.embedder import Embedder
 from openimp.parallel.layout import clip_grad_norm
 from openimp.parallel.owners import MatrixOwners
 from openimp.planning.ledger import Cost
 from openimp.recipe.schema import Recipe
 from openimp.training.ema import EMA
-from openimp.training.optimizers import fill_missing_grads, make_optimizers, muon_matrices, schedule, set_learning_rate
+from openimp.training.optimizers import make_optimizers, muon_matrices, schedule, set_learning_rate
 
 
 class Updater:
-    """Updates a model from the gradients of its backward passes.
+    """Updates a model, which is distributed over the ranks, from the gradients of its backward passes.
 
-    Attributes:
-        optimizers: AdamW, and Muon where the recipe asks for it, over the parameters that this rank updates.
-        ema: average of the weights, or None if the recipe keeps none.
-        grad_norm: Euclidean norm of the last step's gradient, before clipping.
+    `grad_norm` is the Euclidean norm of the last step's gradient, before clipping.
     """
 
     def __init__(self, recipe: Recipe, model: Embedder, costs: Mapping[tuple[str, int], Cost]) -> None:
-        """Creates the optimizers.
-
-        Args:
-            recipe: what is trained.
-            model: distributed over the ranks.
-            costs: by task and view, with the parameters that a step of it uses.
-        """
         options, named = recipe.optimizer, dict(model.named_parameters())
         # With zero gradients every step updates all parameters.
         updated = [{*named}] if options.zero_missing_grads else [cost.touched for cost in costs.values()]
@@ -42,15 +34,14 @@ class Updater:
     def step(self, step: int) -> bool:
         """Updates every parameter that has a gradient (with `zero_missing_grads`: all), and drops the gradients.
 
-        Returns:
-            Whether the gradient was finite. If it was not, nothing is updated.
+        Returns whether the gradient was finite. If it was not, nothing is updated.
         """
         options = self.recipe.optimizer
-        if options.zero_missing_grads:
-            fill_missing_grads(self.model.parameters())
-        norm = clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf)
-        # This waits for a GPU to finish the backward pass. It is the price of never applying a non-finite update.
-        self.grad_norm = float(norm)
+        for parameter in self.model.parameters() if options.zero_missing_grads else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        # `float` waits for a GPU to finish the backward pass. It is the price of never applying a non-finite update.
+        self.grad_norm = float(clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf))
         if not math.isfinite(self.grad_norm):
             return False
         set_learning_rate(self.optimizers, schedule(self.recipe, step))

@@ -1,6 +1,7 @@
 """Evaluation during a training and at its end, and the choice of the best checkpoint."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +21,20 @@ from openimp.training.metrics import Metrics
 from openimp.training.stopping import Stopped
 
 
+@dataclass(frozen=True)
 class Validation:
-    """Evaluates the model on the recipe's evaluation sets, on rank 0, while the other ranks wait."""
+    """Evaluates the model on the recipe's evaluation sets, on rank 0, while the other ranks wait.
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        run: Path,
-        modalities: dict[str, Modality],
-        classes: Mapping[str, list[Any]],
-        model: Embedder,
-        build: Callable[[], Embedder],
-        device: torch.device,
-    ) -> None:
-        """Prepares evaluation.
+    `build` creates a model of the same kind with new weights, to hold the EMA or gathered shards.
+    """
 
-        Args:
-            recipe: says what is evaluated.
-            run: directory of the run.
-            modalities: by name.
-            classes: the classes of each classification head.
-            model: the model that is trained.
-            build: creates a model of the same kind with new weights, to hold the EMA or gathered shards.
-            device: where the model computes.
-        """
-        self.recipe, self.run, self.modalities, self.classes = recipe, run, modalities, classes
-        self.model, self.build, self.device = model, build, device
+    recipe: Recipe
+    run: Path
+    modalities: dict[str, Modality]
+    classes: Mapping[str, list[Any]]
+    model: Embedder
+    build: Callable[[], Embedder]
+    device: torch.device
 
     def evaluate(self, step: int, ema: Mapping[str, Tensor] | None, metrics: Metrics, progress: Any = None) -> None:
         """Measures the model after `step` steps, with the weights of `ema` if given, and writes and prints the results.
@@ -78,11 +67,7 @@ class Validation:
             raise Stopped
 
     def keep_best(self, step: int, checkpointing: Checkpointing) -> None:
-        """Saves a checkpoint if the evaluation after `step` steps is the best so far, and links to the best one.
-
-        Raises:
-            CheckpointError: the checkpoint could not be written.
-        """
+        """Saves a checkpoint if the evaluation after `step` steps is the best so far, and links to the best one."""
         name = self.recipe.evaluation.best
         if name is None:
             return
