@@ -1,6 +1,6 @@
 """What the commands do: the glue between the command line and the library, and what they print."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from openimp.checkpoint.folder import checkpoints, describe_model, load_model, m
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError, counted
 from openimp.common.json_lines import append
-from openimp.common.modality import Modality
+from openimp.common.modality import Modalities, Modality
 from openimp.common.progress import clock, console, number_table, track
 from openimp.common.safe_files import refuse_links
 from openimp.data.batch import head_key
@@ -196,7 +196,7 @@ def _print_model(recipe: Recipe, modalities: dict[str, Modality], classes: dict[
     _print_parameters(parts, {"encoder, used by a token on average": used}, modalities)
 
 
-def _print_parameters(parts: dict[str, int], used: dict[str, int | None], modalities: Mapping[str, Modality]) -> None:
+def _print_parameters(parts: dict[str, int], used: dict[str, int | None], modalities: Modalities) -> None:
     specs = {name: modality.stem_spec() for name, modality in modalities.items()}
     limits = {name: spec.values for name, spec in specs.items() if spec.is_limit}
     rows = [(name, f"{size:,}") for name, size in parts.items()]

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from openimp.checkpoint import dcp
 from openimp.common.errors import UserError
-from openimp.common.modality import Modality
+from openimp.common.modality import Classes, Modalities, Modality
 from openimp.common.safe_files import read_text, refuse_links
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
@@ -39,18 +39,14 @@ MANIFEST = "manifest.json"
 BEST = "best"
 
 
-def save_model(
-    folder: Path, model: Embedder, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
-) -> None:
+def save_model(folder: Path, model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
     """Writes what `load_model` reads: weights, configuration, and what the modalities learned."""
     dcp.save(folder / "model", dcp.stage(model.state_dict()))
     for name, text in config_files(model, recipe, modalities, classes).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def config_files(
-    model: Embedder, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
-) -> dict[str, str]:
+def config_files(model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> dict[str, str]:
     """The configuration and what the modalities learned, as text by file name."""
     config = {"format": FORMAT, "model": type(model).__name__, "recipe": recipe.to_dict(), "classes": dict(classes)}
     learned = {name: text for modality in modalities.values() for name, text in modality.state().items()}

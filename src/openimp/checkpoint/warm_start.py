@@ -1,13 +1,13 @@
 """Starting a training from another model's weights, for fine-tuning (`train.init`)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from openimp.checkpoint.folder import find_model, model_folder, read_config, read_weights
 from openimp.common.errors import UserError
-from openimp.common.modality import Modality
+from openimp.common.modality import Classes, Modalities
 from openimp.model.embedder import Embedder
 from openimp.recipe.file import flat
 from openimp.recipe.schema import Recipe
@@ -25,7 +25,7 @@ class WarmStart:
     classes: dict[str, list[Any]]
     stems: frozenset[str]
 
-    def load(self, model: Embedder, classes: Mapping[str, list[Any]]) -> str:
+    def load(self, model: Embedder, classes: Classes) -> str:
         """Loads the weights into a model and returns a line that lists what was loaded. The moving average is used if
         there is one.
 
@@ -53,7 +53,7 @@ class WarmStart:
         return f"starts from {self.folder}; {text}"
 
 
-def open_start(recipe: Recipe, modalities: Mapping[str, Modality]) -> WarmStart | None:
+def open_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
     """Opens the model of the recipe's `train.init`, and loads what the modalities of shared stems learned.
 
     An encoder or a shared modality with other options is a UserError.

@@ -5,7 +5,7 @@ group `openimp.modalities`. docs/modalities.md shows a modality in a package of 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple
@@ -188,3 +188,9 @@ class Modality(ABC):
 
     def load_state(self, state: dict[str, str]) -> None:  # noqa: B027 (as above)
         """Restores what `state` returned."""
+
+
+Modalities = Mapping[str, Modality]
+"""By name."""
+Classes = Mapping[str, list[Any]]
+"""The classes of each classification head."""

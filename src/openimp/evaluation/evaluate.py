@@ -1,12 +1,12 @@
 """Evaluates a model on the evaluation sets of a recipe."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from openimp.common.device import precision_of
 from openimp.common.errors import UserError, nearest
-from openimp.common.modality import Modality
+from openimp.common.modality import Classes, Modalities
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
 from openimp.encoding.items import Progress
@@ -29,11 +29,11 @@ class NotMeasured(UserError):
 def evaluate(
     model: Embedder,
     recipe: Recipe,
-    modalities: Mapping[str, Modality],
+    modalities: Modalities,
     sets: Iterable[str] | None = None,
     step: int | None = None,
     progress: Progress | None = None,
-    classes: Mapping[str, list[Any]] | None = None,
+    classes: Classes | None = None,
 ) -> list[dict[str, Any]]:
     """Measures a model on evaluation sets of a recipe. The same model and data give the same results.
 
@@ -69,9 +69,7 @@ def evaluate(
     return results
 
 
-def check_sets(
-    model: Embedder, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, list[Any]]
-) -> None:
+def check_sets(model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
     """Finds the errors that would stop an evaluation set, before a training instead of after it."""
     for name in recipe.evaluation.sets:
         open_set(Evaluator(model, recipe, modalities, classes), name)

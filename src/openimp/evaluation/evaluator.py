@@ -4,7 +4,7 @@ Shape suffixes: N items, R rows, D width, Z features of the common space.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from openimp.common.errors import UserError
-from openimp.common.modality import BadMedia, Modality
+from openimp.common.modality import BadMedia, Classes, Modalities
 from openimp.data.files import stable_hash
 from openimp.data.tables import Table, Unreadable
 from openimp.encoding.items import Progress, ahead, embed, raw_values
@@ -64,8 +64,8 @@ class Evaluator:
 
     model: Embedder  # in evaluation mode while `encode` runs
     recipe: Recipe
-    modalities: Mapping[str, Modality]  # an instance per modality of the recipe, fitted
-    classes: Mapping[str, list[Any]] = field(default_factory=dict)  # of each classification head of the model
+    modalities: Modalities  # an instance per modality of the recipe, fitted
+    classes: Classes = field(default_factory=dict)  # of each classification head of the model
     progress: Progress | None = None
 
     def encode(self, options: EvaluationSet, name: str, table: Table, towards: str | None) -> Encoded:

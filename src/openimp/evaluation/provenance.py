@@ -1,13 +1,12 @@
 """Where a result comes from: two equal evaluations write equal results, and two different ones show the difference."""
 
 import hashlib
-from collections.abc import Mapping
 from importlib.metadata import distributions
 from typing import Any
 
 import torch
 
-from openimp.common.modality import Modality
+from openimp.common.modality import Modalities
 from openimp.common.versions import openimp_version
 from openimp.data.files import stable_hash
 from openimp.data.tables import Table
@@ -21,7 +20,7 @@ NAMED = 20
 """Maximum number of unreadable rows that a result names. It counts all of them."""
 
 
-def checkpoint_fields(model: Embedder, modalities: Mapping[str, Modality]) -> dict[str, Any]:
+def checkpoint_fields(model: Embedder, modalities: Modalities) -> dict[str, Any]:
     """A hash of the model's weights and of what its modalities learned, and the version of openimp."""
     total = hashlib.sha256()
     for name, tensor in model.state_dict().items():
@@ -49,9 +48,7 @@ def data_fields(recipe: Recipe, table: Table, readable: Readable) -> dict[str, A
     }
 
 
-def how_fields(
-    recipe: Recipe, modalities: Mapping[str, Modality], options: EvaluationSet, precision: str
-) -> dict[str, Any]:
+def how_fields(recipe: Recipe, modalities: Modalities, options: EvaluationSet, precision: str) -> dict[str, Any]:
     """Views, prompts, precision, and the libraries that decoded the media.
 
     `prompts_version` is a hash of everything that decides on the texts: templates, prompts and class names.

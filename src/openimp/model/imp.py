@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openimp.common.modality import Modality, StemSpec, Tokens
+from openimp.common.modality import Modalities, StemSpec, Tokens
 from openimp.model.embedder import Embedder, Encoded
 from openimp.model.embedding import Stem
 from openimp.model.encoder import Encoder
@@ -58,9 +58,7 @@ class IMP(Embedder):
         self.classifiers = nn.ModuleDict({name: linear(config.width, n) for name, n in (classes or {}).items()})
 
     @classmethod
-    def from_recipe(
-        cls, recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, int] | None = None
-    ) -> "IMP":
+    def from_recipe(cls, recipe: Recipe, modalities: Modalities, classes: Mapping[str, int] | None = None) -> "IMP":
         """Builds the model that the tasks of a recipe need. `modalities` must be fitted."""
         model = cls(
             recipe.model,

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.alternation import expected_shares
-from openimp.common.modality import Modality, Tokens
+from openimp.common.modality import Classes, Modalities, Tokens
 from openimp.common.progress import number_table
 from openimp.data.batch import Batch, head_key
 from openimp.model.embedder import in_chunks
@@ -37,10 +37,14 @@ class Cost:
     touched: frozenset[str]  # names of the parameters that get a gradient
 
 
+Costs = Mapping[tuple[str, int], Cost]
+"""By task and index of the view."""
+
+
 def costs(
     recipe: Recipe,
-    modalities: Mapping[str, Modality],
-    classes: Mapping[str, list[Any]],
+    modalities: Modalities,
+    classes: Classes,
     build: Callable[..., Any] = IMP.from_recipe,
     losses: Callable[..., Losses] = task_losses,
 ) -> dict[tuple[str, int], Cost]:
@@ -56,11 +60,7 @@ def costs(
 
 
 def _count(
-    recipe: Recipe,
-    modalities: Mapping[str, Modality],
-    classes: Mapping[str, list[Any]],
-    build: Callable[..., Any],
-    losses: Callable[..., Losses],
+    recipe: Recipe, modalities: Modalities, classes: Classes, build: Callable[..., Any], losses: Callable[..., Losses]
 ) -> dict[tuple[str, int], Cost]:
     with torch.device("meta"):
         model = build(recipe, modalities, {name: len(values) for name, values in classes.items()})
@@ -81,7 +81,7 @@ def _count(
     return found
 
 
-def mixture(recipe: Recipe, by_view: Mapping[tuple[str, int], Cost]) -> dict[str, dict[str, float]]:
+def mixture(recipe: Recipe, by_view: Costs) -> dict[str, dict[str, float]]:
     """What each task contributes to the mean step: its share of the steps, and examples, tokens and FLOPs."""
     rows: dict[str, dict[str, float]] = {}
     for name, share in expected_shares(recipe).items():
@@ -92,7 +92,7 @@ def mixture(recipe: Recipe, by_view: Mapping[tuple[str, int], Cost]) -> dict[str
     return rows
 
 
-def mixture_table(recipe: Recipe, by_view: Mapping[tuple[str, int], Cost]) -> Table:
+def mixture_table(recipe: Recipe, by_view: Costs) -> Table:
     """Each task's expected share of steps, examples, tokens and FLOPs, and what the whole training is to take."""
     by_task = mixture(recipe, by_view)
     totals = {unit: sum(row[unit] for row in by_task.values()) for unit in UNITS}
@@ -110,12 +110,7 @@ def short(number: float) -> str:
 
 
 def empty_batch(
-    task: Task,
-    view: int,
-    modalities: Mapping[str, Modality],
-    classes: Mapping[str, list[Any]],
-    device: torch.device,
-    gpus: int = 1,
+    task: Task, view: int, modalities: Modalities, classes: Classes, device: torch.device, gpus: int = 1
 ) -> Batch:
     """A batch of the shapes that the loader makes, of zeros, for one of so many GPUs that share it."""
     size = (task.views[view].batch_size or task.batch_size) // gpus

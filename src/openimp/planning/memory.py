@@ -2,7 +2,6 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from openimp.common.device import Precision, autocast
-from openimp.common.modality import Modality
+from openimp.common.modality import Classes, Modalities
 from openimp.model.embedder import in_chunks
 from openimp.model.encoder import Attention
 from openimp.model.imp import IMP
@@ -88,8 +87,8 @@ class StepMemory(TorchDispatchMode):
 
 def step_memory(
     recipe: Recipe,
-    modalities: Mapping[str, Modality],
-    classes: Mapping[str, list[Any]],
+    modalities: Modalities,
+    classes: Classes,
     task: str,
     view: int,
     precision: Precision,

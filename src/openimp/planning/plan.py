@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from openimp.alternation import Alternation
 from openimp.common.device import Precision
 from openimp.common.errors import UserError, nearest
-from openimp.common.modality import Modality
+from openimp.common.modality import Classes, Modalities
 from openimp.model.imp import IMP
 from openimp.objectives import BLOCK
 from openimp.parallel.layout import Layout
@@ -132,9 +132,7 @@ class Shares:
         return self.layout.expert_mesh[0] if weight in self._experts else self.layout.ranks // self.layout.shard_degree
 
 
-def plan(
-    recipe: Recipe, modalities: dict[str, Modality], classes: Mapping[str, list[Any]], gpus: int, gpu: str, mfu: float
-) -> Plan:
+def plan(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, gpu: str, mfu: float) -> Plan:
     """Computes what a recipe needs on `gpus` GPUs of the type `gpu` (one of `GPUS`), without reading data.
 
     A tokenizer that is not trained yet counts at its largest size. If the GPUs cannot divide batches or model evenly,

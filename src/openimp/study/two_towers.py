@@ -23,7 +23,7 @@ from torch import Tensor
 from openimp.checkpoint.folder import load_weights, model_folder, read_config
 from openimp.common.device import full_precision, pick_device
 from openimp.common.errors import UserError
-from openimp.common.modality import Modality, Tokens
+from openimp.common.modality import Modalities, Modality, Tokens
 from openimp.data.batch import Batch
 from openimp.modalities.text import END, PAD
 from openimp.model.embedder import Embedder, Encode, Encoded
@@ -51,7 +51,7 @@ class TwoTowers(Embedder):
     in -1..1. It is None if the media are not images.
     """
 
-    def __init__(self, recipe: Recipe, modalities: Mapping[str, Modality]) -> None:
+    def __init__(self, recipe: Recipe, modalities: Modalities) -> None:
         """Initializes the towers for the recipe's only task. The modalities are `unpatched_modalities`, fitted."""
         from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg
 
@@ -128,7 +128,7 @@ class TwoTowerTrainer(Trainer):
         return unpatched_modalities(recipe)
 
     @staticmethod
-    def build(recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, int]) -> TwoTowers:
+    def build(recipe: Recipe, modalities: Modalities, classes: Mapping[str, int]) -> TwoTowers:
         return TwoTowers(recipe, modalities)
 
     @staticmethod

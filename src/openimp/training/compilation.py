@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from openimp.common.errors import UserError
-from openimp.common.modality import Modality, Tokens
+from openimp.common.modality import Modalities, Tokens
 from openimp.common.safe_files import cache_folder, private_folder
 from openimp.model.embedder import Embedder, Encoded, chunk_sizes
 from openimp.recipe.schema import Recipe
 
 
-def signatures(recipe: Recipe, modalities: Mapping[str, Modality]) -> set[tuple[str, int, int]]:
+def signatures(recipe: Recipe, modalities: Modalities) -> set[tuple[str, int, int]]:
     """The signatures of all forward passes in a training: (modality, examples, tokens)."""
     return {
         (name, rows, modalities[name].length(view[name]))

@@ -9,13 +9,13 @@ import torch
 
 from openimp.common.device import precision_of
 from openimp.common.errors import counted
-from openimp.common.modality import Modality
+from openimp.common.modality import Modalities
 from openimp.common.progress import StepBar, console
 from openimp.data.step_batches import LoadedBatch
 from openimp.model.embedder import Embedder
 from openimp.objectives import Losses, equal_texts
 from openimp.parallel import distributed
-from openimp.planning.ledger import Cost, mixture_table
+from openimp.planning.ledger import Costs, mixture_table
 from openimp.recipe.schema import Recipe
 from openimp.training.bad_examples import BadExamples
 from openimp.training.metrics import Metrics
@@ -33,13 +33,7 @@ class Log:
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        run: Path,
-        modalities: Mapping[str, Modality],
-        costs: Mapping[tuple[str, int], Cost],
-        pace: Pace,
-        state: Mapping[str, Any],
+        self, recipe: Recipe, run: Path, modalities: Modalities, costs: Costs, pace: Pace, state: Mapping[str, Any]
     ) -> None:
         step = state.get("step", 0)
         self.recipe, self.modalities, self.costs, self.pace = recipe, modalities, costs, pace
@@ -84,8 +78,7 @@ class Log:
 
 
 def print_plan(
-    recipe: Recipe, run: Path, model: Embedder, device: torch.device, costs: Mapping[tuple[str, int], Cost],
-    step: int, compiled: int,
+    recipe: Recipe, run: Path, model: Embedder, device: torch.device, costs: Costs, step: int, compiled: int
 ) -> None:  # fmt: skip
     """Prints the mixture of tasks, and what is trained where and how. `compiled` is the number of signatures."""
     console.print(mixture_table(recipe, costs))

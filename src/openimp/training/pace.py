@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from openimp.common.modality import Modality
+from openimp.common.modality import Modalities
 from openimp.data.step_batches import LoadedBatch
 from openimp.parallel.distributed import all_gather
 from openimp.planning.ledger import short
@@ -62,7 +62,7 @@ class Pace:
         self._reset()
         return {"seconds": seconds, "step_p50": p50, "step_p95": p95, "data_wait": sum(waits.values()), "waits": waits}
 
-    def warning(self, record: Mapping[str, Any], recipe: Recipe, modalities: Mapping[str, Modality]) -> str | None:
+    def warning(self, record: Mapping[str, Any], recipe: Recipe, modalities: Modalities) -> str | None:
         """Advice if the wait for data is long. It is given once, and not after the first record, when workers start."""
         if self.warned or self.records == 1 or record["data_wait"] <= WAIT_WARNING:
             return None
@@ -75,7 +75,7 @@ class Pace:
         )
 
 
-def advice(recipe: Recipe, modalities: Mapping[str, Modality], name: str, rare: bool) -> list[str]:
+def advice(recipe: Recipe, modalities: Modalities, name: str, rare: bool) -> list[str]:
     """Ways to speed up the data of the task `name`, the easiest first.
 
     If waits are `rare`, few steps wait, and each waits long. More prefetched batches bridge such waits.

@@ -15,7 +15,7 @@ from openimp.checkpoint.saver import CheckpointError, Saver
 from openimp.checkpoint.warm_start import WarmStart, open_start
 from openimp.common.device import autocast, keep_freed_memory
 from openimp.common.errors import UserError
-from openimp.common.modality import Modality
+from openimp.common.modality import Modalities, Modality
 from openimp.common.progress import StepBar, console, track
 from openimp.data.batch import Batch
 from openimp.data.loader import make_loader
@@ -95,7 +95,7 @@ class Trainer:
         return recipe.make_modalities()
 
     @staticmethod
-    def build(recipe: Recipe, modalities: Mapping[str, Modality], classes: Mapping[str, int]) -> Embedder:
+    def build(recipe: Recipe, modalities: Modalities, classes: Mapping[str, int]) -> Embedder:
         """The model, with random weights."""
         return IMP.from_recipe(recipe, modalities, classes)
 

@@ -1,14 +1,13 @@
 """One update of the weights: reduced and clipped gradients, the learning rate, the optimizers, the EMA."""
 
 import math
-from collections.abc import Mapping
 
 import torch
 
 from openimp.model.embedder import Embedder
 from openimp.parallel.layout import clip_grad_norm
 from openimp.parallel.owners import MatrixOwners
-from openimp.planning.ledger import Cost
+from openimp.planning.ledger import Costs
 from openimp.recipe.schema import Recipe
 from openimp.training.ema import EMA
 from openimp.training.optimizers import make_optimizers, muon_matrices, schedule, set_learning_rate
@@ -20,7 +19,7 @@ class Updater:
     `grad_norm` is the Euclidean norm of the last step's gradient, before clipping.
     """
 
-    def __init__(self, recipe: Recipe, model: Embedder, costs: Mapping[tuple[str, int], Cost]) -> None:
+    def __init__(self, recipe: Recipe, model: Embedder, costs: Costs) -> None:
         options, named = recipe.optimizer, dict(model.named_parameters())
         # With zero gradients every step updates all parameters.
         updated = [{*named}] if options.zero_missing_grads else [cost.touched for cost in costs.values()]

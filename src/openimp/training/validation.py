@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openimp.checkpoint.folder import checkpoints, mark_best, step_of
-from openimp.common.modality import Modality
+from openimp.common.modality import Classes, Modality
 from openimp.common.progress import console
 from openimp.evaluation.evaluate import NotMeasured, evaluate
 from openimp.evaluation.results import best_step, table
@@ -31,7 +31,7 @@ class Validation:
     recipe: Recipe
     run: Path
     modalities: dict[str, Modality]
-    classes: Mapping[str, list[Any]]
+    classes: Classes
     model: Embedder
     build: Callable[[], Embedder]
     device: torch.device
