@@ -7,7 +7,7 @@ from openimp.checkpoint.folder import CHECKPOINTS, checkpoints, read_config, rea
 from openimp.common.errors import UserError
 from openimp.common.progress import console
 from openimp.parallel.distributed import run_on_rank_zero
-from openimp.recipe.file import flat
+from openimp.recipe.file import differences
 from openimp.recipe.schema import Recipe
 
 FREE = {"train.num_workers", "train.prefetch_factor", "train.log_every", "train.save_every", "train.keep_last",
@@ -23,13 +23,10 @@ def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
         raise UserError(
             f"{folder}: saved by {made_by}, but {trainer} is to resume it; a run of a study is resumed by its study"
         )
-    ours, theirs = flat(recipe.to_dict()), flat(before.to_dict())
-    for key in sorted(ours.keys() | theirs.keys()):
-        free = key in FREE or key.startswith(("evaluation.", "parallel."))
+    for key, was, now in differences(before.to_dict(), recipe.to_dict()):
         # Data may have moved: `changed_sources` compares its content, not its path.
-        free = free or (key.startswith("sources.") and key.endswith((".path", ".root")))
-        if not free and ours.get(key) != theirs.get(key):
-            was, now = theirs.get(key), ours.get(key)
+        moved = key.startswith("sources.") and key.endswith((".path", ".root"))
+        if not (moved or key in FREE or key.startswith(("evaluation.", "parallel."))):
             raise UserError(
                 f"{folder}: made by another recipe: {key} is {was!r} there, {now!r} here; repeat the --set options of "
                 "the first start"

@@ -9,7 +9,7 @@ from openimp.checkpoint.folder import find_model, model_folder, read_config, rea
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
 from openimp.model.embedder import Embedder
-from openimp.recipe.file import flat
+from openimp.recipe.file import differences, flat
 from openimp.recipe.schema import Recipe
 
 SAME = ("width", "layers", "heads", "mlp_dim", "qk_norm", "embed_dim", "moe.experts", "moe.layers")
@@ -66,10 +66,8 @@ def open_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
         folder = find_model(init) if init.startswith("hub:") else model_folder(Path(init))
         before, classes, learned = read_config(folder)
         stems = frozenset(recipe.modalities) & frozenset(before.modalities)
-        ours, theirs = _identity(recipe, stems), _identity(before, stems)
-        for key in sorted(ours.keys() | theirs.keys()):
-            if ours.get(key) != theirs.get(key):
-                raise UserError(f"{folder}: {key} is {theirs.get(key)!r} there, {ours.get(key)!r} here")
+        for key, there, here in differences(_identity(before, stems), _identity(recipe, stems)):
+            raise UserError(f"{folder}: {key} is {there!r} there, {here!r} here")
         for modality in modalities.values():
             if modality.stem in stems:
                 modality.load_state(learned)

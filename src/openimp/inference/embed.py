@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openimp.common.errors import UserError, counted, nearest
-from openimp.common.modality import BadMedia, Modality
+from openimp.common.modality import BadMedia, Modalities
 from openimp.common.progress import console, track
 from openimp.common.safe_files import read_text, replacing
 from openimp.data.files import is_utf8
@@ -131,9 +131,7 @@ def _encode(
         kept.clear()
 
 
-def _find(
-    files: Iterable[str | Path], modalities: dict[str, Modality], only: str | None
-) -> tuple[dict[str, list[Path]], int]:
+def _find(files: Iterable[str | Path], modalities: Modalities, only: str | None) -> tuple[dict[str, list[Path]], int]:
     """Returns the files by modality, and the number of files in folders that belong to none.
 
     If two modalities share an extension, it belongs to the model's first one.

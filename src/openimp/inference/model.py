@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from openimp.checkpoint.folder import find_model, load_model, save_model
 from openimp.common.device import Precision, pick_device, precision_of
 from openimp.common.errors import UserError, nearest
-from openimp.common.modality import BadMedia, Modality
+from openimp.common.modality import BadMedia, Classes, Modalities, Modality
 from openimp.encoding.items import embed, embed_tokens, first_view, require_pair
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Contrastive, pairs_of
 
 
 def load(path: str | Path, device: str | torch.device | None = None, precision: Precision = "auto") -> "Model":
@@ -50,12 +49,7 @@ class Model(nn.Module):
     """
 
     def __init__(
-        self,
-        imp: IMP,
-        recipe: Recipe,
-        modalities: dict[str, Modality],
-        classes: dict[str, list[Any]],
-        precision: Precision = "auto",
+        self, imp: IMP, recipe: Recipe, modalities: Modalities, classes: Classes, precision: Precision = "auto"
     ) -> None:
         super().__init__()
         self.imp, self.recipe, self.modalities, self.classes = imp, recipe, modalities, classes
@@ -105,10 +99,9 @@ class Model(nn.Module):
         whose heads it shares. The choice is the first one that reads text. For a modality that itself reads text, it is
         the one of pictures, as users of open_clip expect. If there is no such candidate, it is the first one.
         """
-        reads_text = self._modality(modality).reads_text
-        partners = list(self._partners(modality)) or [
-            name for name in self.modalities if name != modality and self.imp.share_a_space(modality, name)
-        ]
+        reads_text, others = self._modality(modality).reads_text, [name for name in self.modalities if name != modality]
+        trained = [name for name in others if (min(name, modality), max(name, modality)) in self.imp.pairs]
+        partners = trained or [name for name in others if self.imp.share_a_space(modality, name)]
         if not partners:
             raise UserError(f"no task trains {modality} together with another modality, so it has no embedding")
         if reads_text:
@@ -166,14 +159,6 @@ class Model(nn.Module):
         if name not in self.modalities:
             raise UserError(f"the model has no modality {name!r}{nearest(name, self.modalities)}")
         return self.modalities[name]
-
-    def _partners(self, modality: str) -> Iterator[str]:
-        for task in self.recipe.tasks.values():
-            for objective in task.objectives:
-                if isinstance(objective, Contrastive):
-                    for pair in pairs_of(objective, task.inputs):
-                        if modality in pair:
-                            yield pair[1] if pair[0] == modality else pair[0]
 
     def _read(self, modality: Modality, inputs: list[Any]) -> Iterator[Any]:
         view = self.views[modality.name]

@@ -80,6 +80,12 @@ def flat(data: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: data}
 
 
+def differences(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
+    """The keys of `flat` whose values differ, in order, with both values."""
+    was, found = flat(before), flat(now)
+    return [(key, was.get(key), found.get(key)) for key in sorted(was | found) if was.get(key) != found.get(key)]
+
+
 class RecipeLoader(yaml.SafeLoader):
     """A YAML loader that reads 1e-3 as a number, rejects duplicate keys, and limits the expanded size of aliases.
 

@@ -4,16 +4,15 @@ import os
 import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, model_folder, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
-from openimp.common.modality import BadMedia, Modality
+from openimp.common.modality import BadMedia, Modalities
 from openimp.common.safe_files import refuse_links, write_text
 from openimp.common.versions import openimp_version
 from openimp.data.tables import Table
@@ -113,16 +112,14 @@ def _measure(
             if isinstance(answers, Classified):
                 found.confusions.append(results.confusion(name, answers))
             elif isinstance(answers, Retrieved):
-                found.retrievals.append(results.retrieval(name, answers, source, _show(modalities, options, source)))
+                show = partial(_show, modalities, options, source)
+                found.retrievals.append(results.retrieval(name, answers, source, show))
     return {"recipe": recipe, "parameters": parameters, "step": step}, found
 
 
-def _show(modalities: dict[str, Modality], options: EvaluationSet, source: Table) -> results.Show:
-    def show(name: str, row: int) -> str | bytes | np.ndarray:
-        modality = modalities[name]
-        try:
-            return modality.show(raw_value(source, modality, options.inputs[name], row), options.view[name])
-        except BadMedia as error:
-            return f"cannot be shown: {error}"
-
-    return show
+def _show(modalities: Modalities, options: EvaluationSet, source: Table, name: str, row: int) -> Any:
+    try:
+        raw = raw_value(source, modalities[name], options.inputs[name], row)
+        return modalities[name].show(raw, options.view[name])
+    except BadMedia as error:
+        return f"cannot be shown: {error}"

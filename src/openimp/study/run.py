@@ -15,7 +15,7 @@ from openimp.common.errors import UserError, nearest
 from openimp.common.progress import console
 from openimp.inference.model import load
 from openimp.recipe.evaluation import Retrieval
-from openimp.recipe.file import flat
+from openimp.recipe.file import differences
 from openimp.recipe.schema import Recipe
 from openimp.study.budget import part_recipe
 from openimp.study.clip_benchmark import clip_benchmark_recalls, require_pictures_and_texts
@@ -117,8 +117,6 @@ def _check_same_recipe(run: Path, recipe: Recipe) -> None:
     """
     if not (run / "recipe.yaml").exists():
         return
-    before, now = (flat(r.to_dict()) for r in (Recipe.load(run / "recipe.yaml"), recipe))
-    for key in sorted((before.keys() | now.keys()) - FREE):
-        if before.get(key) != now.get(key):
-            was, wanted = before.get(key), now.get(key)
-            raise UserError(f"{run}: trained with {key} {was!r}, now {wanted!r}; remove the folder to train it again")
+    for key, was, now in differences(Recipe.load(run / "recipe.yaml").to_dict(), recipe.to_dict()):
+        if key not in FREE:
+            raise UserError(f"{run}: trained with {key} {was!r}, now {now!r}; remove the folder to train it again")

@@ -7,11 +7,7 @@ from openimp.parallel.layout import local_shard
 
 
 class EMA:
-    """Moving average of all tensors in a model's state dict.
-
-    Attributes:
-        weights: the averages by name, each sharded like the model's own tensor.
-    """
+    """Moving average of all tensors in a model's state dict: `weights`, each sharded like the model's own tensor."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay

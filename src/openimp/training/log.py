@@ -79,7 +79,7 @@ class Log:
 
 def print_plan(
     recipe: Recipe, run: Path, model: Embedder, device: torch.device, costs: Costs, step: int, compiled: int
-) -> None:  # fmt: skip
+) -> None:
     """Prints the mixture of tasks, and what is trained where and how. `compiled` is the number of signatures."""
     console.print(mixture_table(recipe, costs))
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
@@ -93,8 +93,5 @@ def print_plan(
         console.print(f"resuming from step {step}", soft_wrap=True)
     warmup, steps = recipe.optimizer.warmup_steps, recipe.train.steps
     if warmup is not None and warmup >= steps:
-        console.print(
-            f"a warm-up of {counted(warmup, 'step')} is not shorter than a training of {counted(steps, 'step')}; set "
-            "optimizer.warmup_steps",
-            soft_wrap=True,
-        )
+        message = f"a warm-up of {counted(warmup, 'step')} is not shorter than a training of {counted(steps, 'step')}"
+        console.print(f"{message}; set optimizer.warmup_steps", soft_wrap=True)

@@ -22,11 +22,7 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Creates the directory of a run and keeps other trainings out of it. If nothing was written, it is removed again.
-
-    Raises:
-        UserError: another training writes to the directory, or it is a file, or it contains links out of it.
-    """
+    """Creates a run's directory and keeps other trainings out of it. If nothing was written, it is removed again."""
     lock = FileLock(run / LOCK, timeout=0)
 
     def acquire() -> None:
@@ -66,11 +62,11 @@ class RunDirectory:
         saved = bool(common_checkpoints(self.path))
         begun = saved or (self.path / "tensorboard").exists()
         # A run that died before it began leaves this very recipe; any other file was written by the user.
-        if self.recipe_file.exists() and not begun and not _holds(self.recipe_file, self.recipe.to_yaml()):
+        if self.recipe_file.exists() and not begun and self.recipe_file.read_bytes() != self.recipe.to_yaml().encode():
             raise UserError(f"{self.recipe_file}: a run would overwrite it; name another directory with --run-dir")
         # torchrun also repeats a start that was refused. Only one that wrote its job's name may resume.
-        restarted = distributed.restarted() and self.job_file.exists() and _holds(self.job_file, distributed.job_id())
-        if resume == "auto" or restarted:
+        begun_by_job = self.job_file.exists() and self.job_file.read_text() == distributed.job_id()
+        if (distributed.restarted() and begun_by_job) or resume == "auto":
             resume = saved  # A run that died before its first checkpoint starts again and loses nothing.
         elif self.recipe_file.exists() and not saved:
             raise UserError(
@@ -120,10 +116,3 @@ class RunDirectory:
         results = read_lines(self.path / "results.jsonl")
         done = {result.get("set") for result in results if result["step"] == self.recipe.train.steps}
         return self.recipe.evaluation.sets.keys() <= done
-
-
-def _holds(file: Path, text: str) -> bool:
-    """Whether a file contains exactly this text. At most one byte more than the text is read."""
-    content = text.encode()
-    with file.open("rb") as stream:
-        return stream.read(len(content) + 1) == content

@@ -39,9 +39,7 @@ class Validation:
     def evaluate(self, step: int, ema: Mapping[str, Tensor] | None, metrics: Metrics, progress: Any = None) -> None:
         """Measures the model after `step` steps, with the weights of `ema` if given, and writes and prints the results.
 
-        Raises:
-            Stopped: a stop was requested meanwhile.
-            NotMeasured: a set could not be measured. The results of the others are written.
+        If a set could not be measured, it raises NotMeasured after that; if a stop was requested meanwhile, Stopped.
         """
         model = self._full_model(ema)
 
