@@ -55,8 +55,8 @@ def test_each_task_takes_its_examples_one_after_the_other(kind):
     for step, visit in enumerate(Alternation(mixture(kind, 300, THREE))):
         assert visit.step == step
         assert visit.start == following[visit.task]
-        assert visit.batch == {"a": [6, 4][visit.view], "b": 4, "c": 10}[visit.task]
-        following[visit.task] += visit.batch
+        assert visit.batch_size == {"a": [6, 4][visit.view], "b": 4, "c": 10}[visit.task]
+        following[visit.task] += visit.batch_size
     assert all(following.values())
 
 

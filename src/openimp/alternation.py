@@ -24,15 +24,15 @@ class Visit:
         step: from 0.
         task: name of the task.
         view: index of the view in the task's list.
-        batch: batch size over all ranks.
-        start: number of examples that earlier steps of the task used. The batch is `start` to `start + batch` in the
-            task's order.
+        batch_size: number of examples over all ranks.
+        start: number of examples that earlier steps of the task used. The batch is `start` to `start + batch_size` in
+            the task's order.
     """
 
     step: int
     task: str
     view: int
-    batch: int
+    batch_size: int
     start: int
 
 
@@ -48,14 +48,14 @@ class Alternation(Sequence[Visit]):
         steps, kind = recipe.train.steps, recipe.alternation.kind
         self._task = _tasks(kind, [t.weight for t in tasks], [t.interval for t in tasks], steps, recipe.seed)
         self._view = np.zeros(steps, np.int16)
-        self._batch = np.zeros(steps, np.int64)
+        self._batch_size = np.zeros(steps, np.int64)
         self._start = np.zeros(steps, np.int64)
         for i, task in enumerate(tasks):
             visits = np.flatnonzero(self._task == i)
             view = _draw([view.weight for view in task.views], len(visits), kind == "random", (recipe.seed, 1, i))
-            batch = np.array([view.batch_size or task.batch_size for view in task.views])[view]
-            self._view[visits], self._batch[visits] = view, batch
-            self._start[visits] = np.cumsum(batch) - batch
+            batch_size = np.array([view.batch_size or task.batch_size for view in task.views])[view]
+            self._view[visits], self._batch_size[visits] = view, batch_size
+            self._start[visits] = np.cumsum(batch_size) - batch_size
 
     def __len__(self) -> int:
         return len(self._task)
@@ -63,8 +63,8 @@ class Alternation(Sequence[Visit]):
     def __getitem__(self, step: int) -> Visit:  # type: ignore[override]
         if not 0 <= step < len(self):
             raise IndexError(step)
-        view, batch, start = (int(column[step]) for column in (self._view, self._batch, self._start))
-        return Visit(step, self._names[self._task[step]], view, batch, start)
+        view, batch_size, start = (int(column[step]) for column in (self._view, self._batch_size, self._start))
+        return Visit(step, self._names[self._task[step]], view, batch_size, start)
 
     def visits(self) -> dict[tuple[str, int], int]:
         """The number of steps per (task, view)."""

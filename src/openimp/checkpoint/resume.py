@@ -1,10 +1,10 @@
-"""Resuming a run: which checkpoint it resumes from, and whether recipe, trainer and data are still the same."""
+"""Resuming a run: the choice of the checkpoint, and checks that recipe, trainer and data are still the same."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from openimp.checkpoint.folder import CHECKPOINTS, checkpoints, read_config, read_state, step_of, verify
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.common.progress import console
 from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.file import flat
@@ -18,13 +18,8 @@ FREE = {"train.num_workers", "train.prefetch_factor", "train.log_every", "train.
 def resumable(recipe: Recipe, run: Path, trainer: str) -> Path:
     """The newest intact checkpoint of a run.
 
-    Args:
-        recipe: what the run would train now.
-        run: its folder.
-        trainer: the name of the trainer's class.
-
     Raises:
-        UserError: there is no intact checkpoint, or another recipe or trainer made it.
+        UserError: there is no intact checkpoint, or another recipe or trainer saved it.
     """
     folder = _newest_intact(run)
     require_same_run(folder, recipe, trainer)
@@ -32,40 +27,35 @@ def resumable(recipe: Recipe, run: Path, trainer: str) -> Path:
 
 
 def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
-    """Refuses a checkpoint that another recipe or trainer made.
-
-    Raises:
-        UserError: names the difference.
-    """
-    before, _, _ = read_config(folder, None)  # First, because it refuses other formats.
-    made_by = read_state(folder)["trainer"]
-    if made_by != trainer:
+    """Raises UserError if another recipe or trainer saved the checkpoint, and names the difference."""
+    saved, _, _ = read_config(folder, None)  # First, because it refuses other formats.
+    saved_by = read_state(folder)["trainer"]
+    if saved_by != trainer:
         raise UserError(
-            f"{folder}: saved by {made_by}, but {trainer} is to resume it; a run of a study is resumed by its study"
+            f"{folder}: saved by {saved_by}, but {trainer} is to resume it; a run of a study is resumed by its study"
         )
-    ours, theirs = flat(recipe.to_dict()), flat(before.to_dict())
+    ours, theirs = flat(recipe.to_dict()), flat(saved.to_dict())
     for key in sorted(ours.keys() | theirs.keys()):
         free = key in FREE or key.startswith(("evaluation.", "parallel."))
-        # Data may have moved: `changed_sources` compares its content, not its path.
+        # Data may have moved. `changed_sources` compares its content instead of its path.
         free = free or (key.startswith("sources.") and key.endswith((".path", ".root")))
         if not free and ours.get(key) != theirs.get(key):
-            was, now = theirs.get(key), ours.get(key)
             raise UserError(
-                f"{folder}: made by another recipe: {key} is {was!r} there, {now!r} here; repeat the --set options of "
-                "the first start"
+                f"{folder}: made by another recipe: {key} is {theirs.get(key)!r} there, {ours.get(key)!r} here; repeat "
+                "the --set options of the first start"
             )
 
 
 def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> list[str]:
-    """The names of the sources whose data has changed since a checkpoint was made.
+    """The names of the sources whose data has changed since a checkpoint was saved.
 
     Args:
         folder: the checkpoint.
-        sources: the fingerprint of each source now, by `StepBatches.fingerprints`.
+        sources: the present `StepBatches.fingerprints`.
         allowed: print a warning instead of raising an error.
 
     Raises:
-        UserError: data has changed, and that is not allowed.
+        UserError: data has changed, and `allowed` is False.
     """
     before = read_state(folder)["sources"]
     changed = [name for name, now in sources.items() if before.get(name) != now]
@@ -80,7 +70,7 @@ def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> 
 def common_checkpoints(run: Path) -> list[Path]:
     """The checkpoints that rank 0 sees, oldest first.
 
-    On a network file system other ranks may see fewer for a while, but all must resume from the same one.
+    On a network file system, other ranks may see fewer for a while, but all ranks must resume from the same one.
     """
     names = run_on_rank_zero(lambda: [folder.name for folder in checkpoints(run)])
     return [run / CHECKPOINTS / name for name in names]
@@ -95,8 +85,9 @@ def _newest_intact(run: Path) -> Path:
         except UserError as error:
             damage.append(str(error))
             continue
-        lost = step_of(found[-1]) - step_of(folder)
+        step = step_of(folder)
+        lost = counted(step_of(found[-1]) - step, "step")
         for message in damage:
-            console.print(f"{message}; resuming from step {step_of(folder)}, {lost} steps are lost", soft_wrap=True)
+            console.print(f"{message}; resuming from step {step}, which loses {lost}", soft_wrap=True)
         return folder
     raise UserError(f"{run}: no checkpoint to resume from{''.join(f'; {message}' for message in damage)}")

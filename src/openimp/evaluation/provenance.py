@@ -12,7 +12,7 @@ from openimp.common.versions import openimp_version
 from openimp.data.files import stable_hash
 from openimp.data.tables import Table
 from openimp.encoding.items import first_view
-from openimp.evaluation.evaluator import Readable
+from openimp.evaluation.evaluator import ReadableRows
 from openimp.model.embedder import Embedder
 from openimp.recipe.evaluation import EvaluationSet, ZeroShot
 from openimp.recipe.schema import Recipe
@@ -32,7 +32,7 @@ def checkpoint_fields(model: Embedder, modalities: Mapping[str, Modality]) -> di
     return {"checkpoint": total.hexdigest()[:16], "openimp": openimp_version()}
 
 
-def data_fields(recipe: Recipe, table: Table, readable: Readable) -> dict[str, Any]:
+def data_fields(recipe: Recipe, table: Table, readable: ReadableRows) -> dict[str, Any]:
     """Which rows were evaluated, and which could not be read.
 
     The source's fingerprint does not cover the files that a manifest names; `measured` covers everything that was read.

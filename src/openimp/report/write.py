@@ -23,7 +23,7 @@ from openimp.evaluation.classification import Classified
 from openimp.evaluation.evaluate import measure, open_set
 from openimp.evaluation.evaluator import Evaluator
 from openimp.evaluation.results import read_results
-from openimp.evaluation.retrieval import Retrieved
+from openimp.evaluation.retrieval import RetrievalResult
 from openimp.recipe.evaluation import EvaluationSet
 from openimp.recipe.schema import Recipe
 from openimp.report import results, training
@@ -126,7 +126,7 @@ def _measure(
         for answers in answered:
             if isinstance(answers, Classified):
                 found.confusions.append(results.confusion(name, answers))
-            elif isinstance(answers, Retrieved):
+            elif isinstance(answers, RetrievalResult):
                 show = _show(modalities, options, source)
                 found.retrievals.append(results.retrieval(name, answers, source, show))
     parameters = sum(parameter.numel() for parameter in model.parameters())
