@@ -96,7 +96,7 @@ def killed_while_saving(bench: Bench) -> list[Outcome]:
                     return
                 process.send_signal(signal.SIGCONT)
 
-    watch(process, kill)
+    watch(process, kill, saved=run)
     noticed = f"exit code {process.returncode}; {drafts(run)[0].name} is no checkpoint" if drafts(run) else ""
     outcome = bench.gone_on("kill -9 in the middle of a save", run, noticed)
     return [replace(outcome, noticed="" if drafts(run) else noticed, limit=WHILE_SAVING)]

@@ -38,7 +38,7 @@ THREE = {
 
 
 @pytest.mark.parametrize("kind", ["random", "intervals", "cycle"])
-def test_the_schedule_is_a_pure_function_of_recipe_seed_and_step(kind):
+def test_the_order_of_tasks_is_a_pure_function_of_recipe_seed_and_step(kind):
     """Two processes that never speak agree; a longer run begins like a shorter one; the seed makes the difference."""
     long, again, short = (Alternation(mixture(kind, steps, THREE, seed=3)) for steps in (500, 500, 123))
     assert list(long) == list(again)

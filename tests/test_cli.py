@@ -438,7 +438,7 @@ def test_info_of_a_recipe_and_of_a_run(openimp, little_data, little_run, tmp_pat
     assert "GFLOPs" in of_published
 
 
-def test_eval_measures_again_what_training_measured(openimp, little_run, little_data, tmp_path):
+def test_eval_reproduces_the_results_of_training(openimp, little_run, little_data, tmp_path):
     out = tmp_path / "results.jsonl"
     code, printed, err = openimp("eval", little_run, "--out", out)
     assert (code, err) == (0, "")

@@ -207,8 +207,8 @@ def imported(code: str) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("openimp.")}
 
 
-def test_the_layout_is_the_one_that_the_design_page_draws():
-    """Imports point up the list: what stands on a line may import only what stands on a line above it."""
+def test_imports_follow_the_layers_on_the_design_page():
+    """A folder imports only folders on lines above its own."""
     ((_, text),) = [found for found in blocks(ROOT / "docs" / "design.md", "text") if found[0] == "layers"]
     level = {name: i for i, line in enumerate(text.splitlines()) for name in line.partition("  ")[0].split(", ")}
     package = ROOT / "src" / "openimp"

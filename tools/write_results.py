@@ -30,11 +30,11 @@ from openimp.modalities.audio import log_mel
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- results: written by tools/write_results.py -->", "<!-- end of results -->"
 TITLES = {
-    "unseen_concept": "picture of an unseen concept",
-    "unseen_concept_and_artist": "... drawn by an unseen artist",
-    "unseen_artist": "seen concept, unseen artist",
+    "unseen_concept": "still of an unseen concept by a seen artist",
+    "unseen_concept_and_artist": "still of an unseen concept by an unseen artist",
+    "unseen_artist": "still of a seen concept by an unseen artist",
     "clips": "clip of an unseen concept",
-    "notes": "unseen note of an instrument",
+    "notes": "unseen note of a seen instrument",
 }
 SHOWN = 6
 """Number of items of each kind in the picture."""
@@ -46,7 +46,7 @@ def write_table(run: Path, readme: Path) -> None:
     last = max(line["step"] for line in lines)
     results = {(line["set"], line["task"].split(" -> ")[-1]): line for line in lines if line["step"] == last}
     rows = [
-        "| held out, to its text | items | texts | R@1 | R@5 | median rank | chance R@1 |",
+        "| query | number | candidate texts | R@1 | R@5 | median rank | chance R@1 |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, title in TITLES.items():
@@ -62,10 +62,9 @@ def write_table(run: Path, readme: Path) -> None:
     flops = sum(units["flops"] for units in spent[-1]["totals"].values())
     rows += [
         "",
-        f"{last:,} steps, {flops / 1e12:.1f} TFLOPs, {seconds:.0f} s of training, {wait:.1%} of them waiting for data; "
-        f"seed {openimp.Recipe.load(run / 'recipe.yaml').seed}, {torch.get_num_threads()} threads, "
-        f"torch {version('torch')}, Python {platform.python_version()}, openimp {lines[-1]['openimp']}. "
-        "In brackets the 95 % interval over the items.",
+        f"{last:,} steps, {flops / 1e12:.1f} TFLOPs; training took {seconds:.0f} s, of which {wait:.1%} was spent "
+        f"waiting for data; seed {openimp.Recipe.load(run / 'recipe.yaml').seed}, {torch.get_num_threads()} threads, "
+        f"torch {version('torch')}, Python {platform.python_version()}, openimp {lines[-1]['openimp']}.",
     ]
     text = readme.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)

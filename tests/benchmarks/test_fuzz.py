@@ -18,7 +18,7 @@ def worker():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_changed_files_are_decoded_or_refused(name, worker, tmp_path):
+def test_mutated_files_are_decoded_or_refused(name, worker, tmp_path):
     row = fuzz(name, FILES, 1, worker, tmp_path)
     assert row.decoded + row.refused == FILES, list(tmp_path.iterdir())
     assert row.memory < MEMORY

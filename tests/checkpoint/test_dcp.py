@@ -47,7 +47,7 @@ def test_a_single_process_writes_a_plain_safetensors_file(tmp_path):
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_equal_tensors_make_equal_files(tmp_path):
+def test_equal_tensors_are_saved_as_equal_files(tmp_path):
     files = [save(tmp_path / f"{i}", stage(WHOLE))[0] for i in range(8)]
     assert len({file.read_bytes() for file in files}) == 1
 
@@ -77,7 +77,7 @@ def test_a_shard_that_is_lost_or_there_twice_is_damage(files, tmp_path):
         read(tmp_path)
 
 
-def test_dcp_itself_misses_a_lost_shard(files, tmp_path):
+def test_dcp_does_not_notice_a_lost_shard(files, tmp_path):
     """Once this fails, `dcp.metadata` need not check what the shards cover."""
     files[0].unlink()
     rows = torch.full((4, 3), 7.0)
@@ -85,7 +85,7 @@ def test_dcp_itself_misses_a_lost_shard(files, tmp_path):
     assert rows[:2].eq(7).all()
 
 
-def test_dcp_itself_loses_scalars_when_it_consolidates_shards(tmp_path):
+def test_dcp_loses_scalars_when_it_consolidates_shards(tmp_path):
     """Once this fails, several ranks can leave plain files as well."""
     writer = HuggingFaceStorageWriter(str(tmp_path), save_distributed=True, enable_consolidation=True)
     dcp_save(dict(WHOLE), storage_writer=writer, no_dist=True)
@@ -107,7 +107,7 @@ def test_dcp_itself_loses_scalars_when_it_consolidates_shards(tmp_path):
     ],
     ids=["overlap", "hole", "dimensions", "one more dimension", "empty and far away", "nothing but size", "twice"],
 )
-def test_shards_that_do_not_make_up_a_tensor_are_damage(tmp_path, first, second):
+def test_shards_that_do_not_exactly_cover_a_tensor_are_damage(tmp_path, first, second):
     write_shards(tmp_path, {"x": first}, {"x": second})
     with pytest.raises(UserError, match=f"{tmp_path}: damaged: "):
         read(tmp_path)

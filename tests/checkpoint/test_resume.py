@@ -101,7 +101,7 @@ def cut(file: Path) -> None:
         (Path.unlink, "manifest.json", "missing"),
     ],
 )
-def test_damage_is_named_and_the_checkpoint_before_it_is_used(run, whole_run, little_data, capsys, harm, file, told):
+def test_damage_is_named_and_the_previous_checkpoint_is_used(run, whole_run, little_data, capsys, harm, file, told):
     damaged = checkpoints(run)[-1] / file
     harm(damaged)
     train(recipe_of(little_data), run, resume=True)

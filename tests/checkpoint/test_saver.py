@@ -145,7 +145,7 @@ def test_the_end_of_a_training_waits_for_its_checkpoint(little_data, tmp_path, d
     verify(checkpoints(run)[-1])
 
 
-def test_what_several_ranks_save_one_and_four_load(little_data, tmp_path):
+def test_a_checkpoint_of_several_ranks_loads_on_one_and_four(little_data, tmp_path):
     """Bit for bit. What the four save is loaded again by one."""
     run = tmp_path / "run"
     for ranks, step in ((2, 3), (4, 4)):

@@ -48,7 +48,7 @@ def assert_same(one: list[LoadedBatch], other: list[LoadedBatch]) -> None:
                 assert mine is None or torch.equal(mine, theirs), name
 
 
-def test_batches_are_bitwise_the_same_whatever_the_number_of_workers(little_data):
+def test_batches_are_bitwise_equal_with_any_number_of_workers(little_data):
     """Also where the training process, which has more threads than a worker, makes them itself."""
     longer = ["modalities.audio={}", "tasks.heard.views.0.audio.seconds=1.024", NO_EVALUATION]
     threads = torch.get_num_threads()
@@ -157,7 +157,7 @@ def test_batches_have_the_shapes_that_the_ledger_counts(little_data):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_file_is_skipped_counted_named_and_stood_in_for(own_data, workers):
+def test_a_bad_file_is_skipped_counted_named_and_replaced(own_data, workers):
     for name, content in {
         "red/1.png": b"",
         "blue/2.png": b"\x89PNG\r\n\x1a\n broken",

@@ -452,7 +452,7 @@ def test_stream_does_not_depend_on_how_it_is_read(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])
 @pytest.mark.parametrize("where", [None, {"odd": 1}])
 @pytest.mark.parametrize("window", [7, 8])
-def test_stream_resumes_exactly_again_and_again(tmp_path, kind, where, window):
+def test_a_stream_resumes_exactly_any_number_of_times(tmp_path, kind, where, window):
     if where:
         where = {{"parquet": "half", "webdataset": "cls"}[kind]: 1}
     stream = open_stream(kind, tmp_path, window=window, where=where)

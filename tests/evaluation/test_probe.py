@@ -58,7 +58,7 @@ def test_colours_are_found_and_labels_at_random_are_not(setup):
         assert (line["type"], line["step"], line["n"], line["candidates"], line["chance"]) == ("probe", 3, 12, 3, 1 / 3)
         assert line["top1"] == line["per_class"] == 1
         assert (line["train"]["source"], line["train"]["n"], line["source"]) == ("train", 18, "test")
-        assert line["train"]["measured"] != line["measured"]
+        assert line["train"]["data_hash"] != line["data_hash"]
     assert lines[0]["C"] in STRENGTHS
     assert lines[1]["k"] == 4
     assert evaluate(*setup(), step=3) == lines

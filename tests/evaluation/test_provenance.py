@@ -74,15 +74,15 @@ def test_the_measured_values_have_a_name(measure, folder):
     (folder / "1.png").write_bytes(png(9))
     (after,) = measure()
     (chosen_after,) = measure(where={"part": "test"})
-    assert len({result["measured"] for result in (before, chosen, after, chosen_after)}) == 4
+    assert len({result["data_hash"] for result in (before, chosen, after, chosen_after)}) == 4
     assert before["fingerprint"] == after["fingerprint"] != chosen["fingerprint"] == chosen_after["fingerprint"]
     (folder / "1.png").write_bytes(png(1))
     (folder / "1.png").rename(folder / "moved.png")
     manifest = folder / "things.jsonl"
     manifest.write_text(manifest.read_text().replace("1.png", "moved.png"))
-    assert measure()[0]["measured"] == before["measured"]
+    assert measure()[0]["data_hash"] == before["data_hash"]
     manifest.write_text(manifest.read_text().replace('"blue"', '"grey"'))
-    assert measure()[0]["measured"] != before["measured"]
+    assert measure()[0]["data_hash"] != before["data_hash"]
 
 
 def test_prompts_have_a_version(measure):

@@ -98,7 +98,7 @@ def test_clip_benchmark_classifies_as_openimp_does(model):
     assert 0 < ours["top1"] < ours["top5"] < 1
 
 
-def test_clip_benchmark_retrieves_as_openimp_does(model):
+def test_clip_benchmark_and_openimp_measure_the_same_retrieval(model):
     stills = rows("stills.parquet", STILLS)
     # Texts that the little model reads as the same would tie, and openimp alone counts ties against the model.
     stills = list({tuple(model.tokenizer(row["name"])[0].tolist()): row for row in stills}.values())

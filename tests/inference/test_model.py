@@ -36,7 +36,7 @@ def inputs_of(modality: str, folder: Path) -> list:
     "moe", [None, {"experts": 4, "layers": 1}, {"routing": "token_choice", "top_k": 2, "layers": 2}]
 )
 @pytest.mark.parametrize("modality", ["image", "video", "audio", "text"])
-def test_an_embedding_does_not_depend_on_its_batch_mates(modality, moe, tiny_recipe, tiny_model, media_folder):
+def test_an_embedding_does_not_depend_on_the_rest_of_its_batch(modality, moe, tiny_recipe, tiny_model, media_folder):
     recipe = tiny_recipe({"moe": moe})
     model = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {}, "fp32")
     inputs = inputs_of(modality, media_folder)
@@ -70,7 +70,7 @@ def test_tokenizer_batches_are_the_texts(model):
     assert torch.equal(model.tokenizer("noise"), ids[1:])
 
 
-def test_pads_change_nothing(model):
+def test_padding_changes_no_embedding(model):
     ids = model.tokenizer("a")
     assert (ids[0, 3:] == 0).all()
     for length in (3, 5):

@@ -257,7 +257,7 @@ def test_every_example_drops_its_own_tokens():
     assert torch.equal(coords[1:], IMAGE.tokens(items[1:], view, [rng(2)]).coords)
 
 
-def test_coordinates_are_the_same_place_at_any_resolution():
+def test_a_place_has_the_same_position_at_any_resolution():
     """The release's rows: a 16 x 16 grid uses every second row of a table of 32, and an 8 x 8 grid every fourth."""
     for patches, step in ((32, 1), (16, 2), (8, 4)):
         rows = coordinates((1, patches, patches), (16, 32, 32))

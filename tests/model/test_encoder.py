@@ -75,7 +75,7 @@ def test_the_last_blocks_are_sparse():
 
 @pytest.mark.parametrize("length", [1, 7, UNFUSED_LENGTH, UNFUSED_LENGTH + 1])
 @pytest.mark.parametrize("masked", [False, True])
-def test_spelled_out_attention_is_torchs(length, masked):
+def test_unfused_attention_equals_torchs_attention(length, masked):
     torch.manual_seed(length)
     q, k, v = (torch.randn(3, 2, length, 8, requires_grad=True) for _ in range(3))
     mask = (torch.rand(3, 1, 1, length) < 0.6) if masked else None
@@ -119,7 +119,7 @@ def test_attention_is_the_formula_head_by_head(qk_norm):
 
 
 @pytest.mark.parametrize("moe", [None, *({"routing": routing, "top_k": 2} for routing in ROUTINGS)])
-def test_pads_change_nothing(moe):
+def test_padding_changes_no_output(moe):
     """Neither what stands in them, nor how many there are, nor the other examples of the batch."""
     torch.manual_seed(1)
     encoder, lengths = Encoder(tiny(moe)).eval(), [1, 3, 9, 16]

@@ -38,7 +38,7 @@ def patches(batch: int, values: int = 24) -> Tokens:
 
 
 @pytest.mark.parametrize("moe", [None, {"experts": 4, "layers": 1}])
-def test_a_still_is_a_clip_whose_frames_are_all_alike(tiny_recipe, tiny_model, moe):
+def test_a_still_has_the_features_of_a_clip_of_equal_frames(tiny_recipe, tiny_model, moe):
     """One frame's values in a stem for clips give, to rounding, what the repeated still gives, and for less work."""
     recipe = tiny_recipe({"moe": moe})
     model, modalities = tiny_model(recipe)

@@ -151,7 +151,7 @@ def test_in_training_groups_are_what_the_recipe_says():
     experts=st.integers(1, 16),
     capacity=st.sampled_from([0.25, 0.5, 1.0, 1.1, 1.25, 1.3, 2.0]),
 )
-def test_capacity_counts_an_examples_own_tokens_and_is_at_least_one(valid, pads, experts, capacity):
+def test_capacity_depends_on_valid_tokens_and_is_at_least_one(valid, pads, experts, capacity):
     """Padding takes no slot, and its amount changes nothing: each expert takes C = tokens x capacity / experts."""
     probs = torch.rand(1, valid + pads, experts, generator=torch.Generator().manual_seed(valid)) + 0.01
     is_valid = (torch.arange(valid + pads) < valid)[None]

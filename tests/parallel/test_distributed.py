@@ -128,7 +128,7 @@ def facts(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("ranks", "cases"), [("two_ranks", [*CASES]), ("four_ranks", FOUR)])
-def test_processes_have_the_gradients_of_one(one_rank, request, ranks, cases):
+def test_several_ranks_compute_the_gradients_of_one(one_rank, request, ranks, cases):
     """Also: what Muon updates, and which parameters of which task have optimizer state afterwards."""
     out = request.getfixturevalue(ranks)
     for name in cases:
@@ -173,7 +173,7 @@ def test_an_evaluation_that_fails_on_rank_zero_ends_all_ranks_and_loses_no_step(
     assert (two_ranks / "evaluated" / "checkpoints" / "step-00000002" / "manifest.json").exists()
 
 
-def test_moments_that_one_of_two_processes_has_are_saved_and_go_on_in_one(little_data, two_ranks):
+def test_optimizer_state_of_one_of_two_ranks_is_saved_and_restored_on_one(little_data, two_ranks):
     folder = two_ranks / "run replicas, Muon"
     saved = [load_file(file) for file in sorted((folder / "checkpoints" / "step-00000002" / "optimizer").iterdir())]
     trainer = Trainer(recipe(little_data, *CASES["replicas, Muon"]), folder, resume=True)
@@ -189,7 +189,7 @@ def test_moments_that_one_of_two_processes_has_are_saved_and_go_on_in_one(little
         assert value.any(), name
 
 
-def test_a_training_of_two_processes_goes_on_in_one_and_in_four(little_data, stopped_run, four_ranks, tmp_path):
+def test_a_run_on_two_ranks_resumes_on_one_and_on_four(little_data, stopped_run, four_ranks, tmp_path):
     """The four share the model in another way than the two did."""
     one, two, four = tmp_path / "one", tmp_path / "two", four_ranks / "resumed"
     shutil.copytree(stopped_run, two)
@@ -241,8 +241,8 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("switch", [False, True])
-def test_torchrun_itself_keeps_its_store_through_a_restart(tmp_path, switch):
-    """With its switch it does not. Otherwise ranks find the addresses of dead ranks there, so a start requires it."""
+def test_torchrun_keeps_its_store_through_a_restart(tmp_path, switch):
+    """With the environment variable it does not. Otherwise ranks find the addresses of dead ranks there."""
     command = torchrun(1, __file__, "store", tmp_path / "kept", restarts=1)
     run(*command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(int(switch)), check=True)
     assert (tmp_path / "kept").read_text() == str(not switch)

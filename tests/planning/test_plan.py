@@ -79,7 +79,7 @@ def test_flops_are_those_that_the_run_records(little_data, little_run):
     assert found.visits == {key: steps.count(key) for key in steps}
 
 
-def test_the_peak_is_the_measured_one(tmp_path):
+def test_the_planned_peak_is_near_the_measured_one(tmp_path):
     """For the demo's largest task on this CPU, in the precision that it trains in."""
     changes = ["evaluation={}", "train.num_workers=0", "train.steps=12", "tasks.clips.weight=0", "tasks.notes.weight=0"]
     # The sizes of tensors do not depend on the number of rows. These are enough for a batch.
@@ -108,7 +108,7 @@ def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
     assert memory["parameters"] + memory["optimizer state"] == sum(tensor.nbytes for tensor in held) + never
 
 
-def test_a_block_holds_on_a_gpu_what_its_backward_pass_needs(tiny_recipe):
+def test_activations_of_a_block_on_a_gpu_match_a_hand_count(tiny_recipe):
     """By hand, in bytes a token: both norms keep their input in fp32 and two statistics, linear layers and attention
     what they read and made in bf16."""
     width, hidden, tokens = 64, 256, 16 * 16
@@ -288,7 +288,7 @@ def measure_received(recipe: Path, out: Path) -> None:
     (out / f"{distributed.rank()}.json").write_text(json.dumps(found))
 
 
-def test_four_processes_receive_what_the_plan_says(little_data, tmp_path):
+def test_four_ranks_receive_the_planned_number_of_bytes(little_data, tmp_path):
     recipe = little_data / "recipe.yaml"
     run(*torchrun(4, __file__, recipe, tmp_path), check=True)
     measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]

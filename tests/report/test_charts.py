@@ -38,7 +38,7 @@ def test_ticks_are_few_evenly_spaced_and_span_the_values(a, b):
     assert np.allclose(np.diff(ticks), ticks[1] - ticks[0], atol=slack)
 
 
-def test_a_curve_has_its_values_where_they_belong():
+def test_a_curve_has_correct_points_and_tooltips():
     chart = draw("loss", Curve("loss", [10, 20, 30], [4.0, 3.0, 2.0]))
     (path,) = elements(chart, "path")
     right, down = points(path).T

@@ -118,7 +118,7 @@ def test_the_page_forbids_scripts_and_requests(browse, little_run, tmp_path):
 
 
 @in_browser
-def test_charts_have_the_colors_of_the_light_and_the_dark_mode(tmp_path):
+def test_charts_follow_light_and_dark_mode(tmp_path):
     """This fails for charts with colors of their own, such as matplotlib's."""
     chart = TEMPLATES.get_template("charts.html").module.line_chart(line_chart("x", [Curve("x", [1, 2], [3, 3])]))
     style = TEMPLATES.get_template("style.css").render()

@@ -31,7 +31,7 @@ LITTLE = {
     "seeds": [0, 1],
     "arms": {
         "together": {},
-        "half": {"flops": 0.5},
+        "half": {"flops_factor": 0.5},
         "alone": [{"tasks": ["named"]}, {"tasks": ["heard"]}],
     },
 }
@@ -110,7 +110,9 @@ def test_finished_runs_are_not_trained_again(done, capsys):
 
 def test_results_of_another_recipe_are_refused(done, little_data, tmp_path):
     _, runs, _ = done
-    changed = write_study(little_data, arms=LITTLE["arms"] | {"half": {"flops": 0.5, "set": ["optimizer.lr=0.5"]}})
+    changed = write_study(
+        little_data, arms=LITTLE["arms"] | {"half": {"flops_factor": 0.5, "set": ["optimizer.lr=0.5"]}}
+    )
     with pytest.raises(UserError, match=r"half-0-seed0: trained with optimizer.lr .*, now 0.5; remove the folder"):
         run_study(str(changed), runs, tmp_path)
     write_study(little_data)
@@ -127,7 +129,7 @@ def test_results_of_another_evaluation_are_refused(done, little_data, tmp_path):
 
 def test_results_of_another_trainer_are_refused(done, little_data, tmp_path):
     _, runs, _ = done
-    file = write_study(little_data, conflict=True, arms={"together": {}, "half": {"flops": 0.5}})
+    file = write_study(little_data, conflict=True, arms={"together": {}, "half": {"flops_factor": 0.5}})
     with pytest.raises(UserError, match="saved by Trainer, but ConflictTrainer is to resume it"):
         run_study(str(file), runs, tmp_path)
     write_study(little_data)
@@ -207,7 +209,7 @@ PLAIN = Outcome(flops=1, steps=1, parameters=1, seconds=1.0, scores={"s": 0.5})
 def test_a_failed_page_leaves_the_old_files(tmp_path):
     for name in ("t.md", "t.png"):
         (tmp_path / name).write_text("old")
-    study = Study(title="t", question="q", recipe="r", flops=1, arms={"a": {}, "b": {"flops": 2}})
+    study = Study(title="t", question="q", recipe="r", flops=1, arms={"a": {}, "b": {"flops_factor": 2}})
     broken = replace(PLAIN, seconds=None)
     with pytest.raises(TypeError):
         write_results(study, {"a": [PLAIN], "b": [broken]}, tmp_path, "t", "c")
@@ -277,13 +279,14 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
         ({"seeds": [-1]}, "seeds.0: must be at least 0, found -1"),
         ({"clip_benchmark": ["tones", "tones"]}, "clip_benchmark: 'tones' is given twice"),
         ({"flops": math.inf}, "flops: expected a finite number, found inf"),
-        ({"arms": {"a": {}, "b": {"flops": math.inf}}}, "arms.b.flops: expected a finite number, found inf"),
+        ({"arms": {"a": {}, "b": {"flops_factor": math.inf}}}, "arms.b.flops_factor: expected a finite .*, found inf"),
+        ({"arms": {"a": {}, "b": {"flops": 2}}}, "arms.b: key 'flops' is now called 'flops_factor'"),
         (
             {"flops": 1e300},
             "arm 'together': its FLOPs allow .*e.2.. steps, but a training has at most 100,000,000",
         ),
-        ({"flops": 1e300, "arms": {"a": {}, "b": {"flops": 1e300}}}, "arm 'a': its FLOPs allow"),
-        ({"arms": {"a": {}, "b": {"flops": 1e300}}}, "arm 'b': its FLOPs allow"),
+        ({"flops": 1e300, "arms": {"a": {}, "b": {"flops_factor": 1e300}}}, "arm 'a': its FLOPs allow"),
+        ({"arms": {"a": {}, "b": {"flops_factor": 1e300}}}, "arm 'b': its FLOPs allow"),
         ({"arms": {"a": {}, "b": [{}, {}]}}, "arm 'b': each of its models needs `tasks` that no other"),
         (
             {"arms": {"a": {}, "b": [{"tasks": ["named"]}] * 2}},

@@ -104,7 +104,7 @@ def test_the_run_tells_what_it_did(whole_run, little_data):
     ]  # fmt: skip
 
 
-def test_a_run_that_is_killed_and_stopped_and_resumed_is_the_whole_run(whole_run, little_data, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, little_data, tmp_path):
     """SIGKILL, Ctrl-C and SIGTERM, to the workers too, in the middle of an epoch, each with another number of them."""
     run = tmp_path / "run"
     process = start(little_data, run, *LONG, "train.num_workers=1")
@@ -358,7 +358,7 @@ def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["weights", "learning rate"])
-def test_a_loss_that_is_not_finite_stops_before_the_update(little_data, tmp_path, what):
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, tmp_path, what):
     changes = ["tasks.heard.weight=0", "evaluation={}", *(["optimizer.lr=1e30"] if what == "learning rate" else [])]
     training = Trainer(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
     steps = iter(load_batches(training.data, 0))
@@ -393,7 +393,7 @@ def moments_of(training: Trainer) -> dict[str, torch.Tensor]:
     }
 
 
-def test_what_a_task_does_not_touch_keeps_its_value_and_its_moments(little_data, tmp_path):
+def test_unused_parameters_keep_their_value_and_optimizer_state(little_data, tmp_path):
     """No weight decay, no decay of moments, no count: the gradient is None, not zero."""
     changes = ["alternation.kind=intervals", "optimizer.weight_decay=0.5"]
     training = Trainer(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
@@ -579,7 +579,7 @@ MOTION_RECIPE = """
 """
 
 
-def test_a_modality_from_outside_the_package_trains_and_is_measured(tmp_path):
+def test_a_modality_of_another_package_trains(tmp_path):
     """Installed as any package is, it registers by its entry point; nothing inside openimp knows of it."""
     about = tmp_path / "site" / "openimp_motion-0.1.dist-info"
     about.mkdir(parents=True)

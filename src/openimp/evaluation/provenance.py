@@ -35,7 +35,7 @@ def checkpoint_fields(model: Embedder, modalities: Mapping[str, Modality]) -> di
 def data_fields(recipe: Recipe, table: Table, readable: ReadableRows) -> dict[str, Any]:
     """Which rows were evaluated, and which could not be read.
 
-    The source's fingerprint does not cover the files that a manifest names; `measured` covers everything that was read.
+    The source's fingerprint does not cover the files that a manifest names; `data_hash` covers all that was read.
     """
     source = recipe.sources[table.name]
     return {
@@ -45,7 +45,7 @@ def data_fields(recipe: Recipe, table: Table, readable: ReadableRows) -> dict[st
         "split": source.split if source.hub else None,
         "where": source.where,
         "fingerprint": table.fingerprint,
-        "measured": readable.content,
+        "data_hash": readable.content,
     }
 
 

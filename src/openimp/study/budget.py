@@ -11,6 +11,7 @@ from openimp.recipe.file import RecipeLoader, flat
 from openimp.recipe.schema import Recipe
 from openimp.study.schema import Part, Study
 from openimp.study.two_towers import flops_per_step as two_tower_flops_per_step
+from openimp.training.trainer import Trainer
 
 SAVES = 5
 """Checkpoints per training, so that a crash costs little."""
@@ -47,7 +48,7 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
         share = sum(flops.get(name, 0) for name in part.tasks) / sum(flops.values())  # A task of weight 0 has none.
     recipe = Recipe.build(data)
     per_step = two_tower_flops_per_step(recipe) if part.two_towers else sum(_flops_per_step(recipe).values())
-    allowed = part.flops * share * study.flops / per_step
+    allowed = part.flops_factor * share * study.flops / per_step
     if allowed > MAX_STEPS:
         raise UserError(f"its FLOPs allow {allowed:.2g} steps, but a training has at most {MAX_STEPS:,}")
     steps = max(1, round(allowed))
@@ -89,4 +90,6 @@ def _flops_per_step(recipe: Recipe) -> dict[str, float]:
     recipe = Recipe.build(data)
     modalities = recipe.make_modalities()
     batches = StepBatches(recipe, modalities)
-    return {name: row["flops"] for name, row in mixture(recipe, costs(recipe, modalities, batches.classes)).items()}
+    # Counted as the training counts them, so that they are counted once.
+    by_view = costs(recipe, modalities, batches.classes, Trainer.build, Trainer.losses)
+    return {name: row["flops"] for name, row in mixture(recipe, by_view).items()}

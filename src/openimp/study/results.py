@@ -45,7 +45,7 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
 
     sections = [f"# {study.title}", study.question.strip()]
     sections += [plot("Mean reciprocal rank of each arm, by evaluation set", draw_scores(outcomes))]
-    if len({sum(part.flops for part in parts) / len(parts) for parts in study.arms.values()}) > 1:
+    if len({sum(part.flops_factor for part in parts) / len(parts) for parts in study.arms.values()}) > 1:
         curves = draw_against_flops(outcomes, curves_of(study))
         sections += [plot("Mean over all sets against training FLOPs", curves, "-flops")]
     seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} ({', '.join(map(str, study.seeds))})"
@@ -84,8 +84,8 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
 def curves_of(study: Study) -> list[list[str]]:
     """Groups of arms that differ only in their FLOPs, each in ascending order of FLOPs."""
     curves: dict[str, list[str]] = {}
-    for arm, parts in sorted(study.arms.items(), key=lambda item: sum(part.flops for part in item[1])):
-        curves.setdefault(repr([part.model_copy(update={"flops": 1.0}) for part in parts]), []).append(arm)
+    for arm, parts in sorted(study.arms.items(), key=lambda item: sum(part.flops_factor for part in item[1])):
+        curves.setdefault(repr([part.model_copy(update={"flops_factor": 1.0}) for part in parts]), []).append(arm)
     return list(curves.values())
 
 

@@ -1,7 +1,8 @@
 """The schema of a study file: a recipe, the variants that are compared, and the compute of each."""
 
 import re
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -26,6 +27,8 @@ Distinct = AfterValidator(_distinct)
 class Part(Strict):
     """One model of an arm."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"flops": "flops_factor"}
+
     set: list[str] = Field([])
     """Changes to the study's recipe, as --set takes them. The FLOPs and seeds determine train.steps, train.save_every,
     optimizer.warmup_steps and seed, so these cannot be set."""
@@ -35,8 +38,8 @@ class Part(Strict):
     """Sum the losses of all tasks in each update, instead of alternating. Each task's `interval` is then 1."""
     two_towers: bool = False
     """Train open_clip's two towers on the only task, instead of openimp's model. `set` adapts the task to them."""
-    flops: Positive = 1.0
-    """A multiple of the study's FLOPs."""
+    flops_factor: Positive = 1.0
+    """The model trains for this many times the study's FLOPs."""
 
 
 Arm = Annotated[

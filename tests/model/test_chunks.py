@@ -45,7 +45,7 @@ def gradients(folder: Path, *changes: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pieces_and_recomputing_change_no_gradient(little_data, case):
+def test_chunks_and_activation_checkpointing_change_no_gradient(little_data, case):
     whole = gradients(little_data, *CASES[case])
     assert len({name.split()[0] for name in whole}) == 2
     for less in (
