@@ -173,7 +173,7 @@ def _started_again(bench: Bench, fault: str, process: Process, run: Path, how: H
         os.kill(pid, signal.SIGKILL)
 
     lines = watch(process, kill, saved=run)
-    # torchrun names the rank that it looks at first: the killed one, or the other, which may have ended by then as well.
+    # torchrun names the rank that it looks at first: the killed one, or the other, which may have ended by then.
     named = [line for line in lines if "failed (exitcode: " in line and "local_rank" in line]
     steps = steps_of(finished(process, lines))
     again = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])
@@ -192,7 +192,7 @@ def loss_that_is_not_finite(bench: Bench) -> list[Outcome]:
     """A learning rate of 1e30 makes it so at the second step. The step before is as in peace, and is kept."""
     run = bench.folder / "loss"
     process = bench.start(run, changes=["optimizer.lr=1e30"])
-    noticed = told(process, watch(process), "is not finite; nothing was updated; among its 8 examples are ")
+    noticed = told(process, watch(process), "is not finite; nothing was updated; the batch of 8 examples includes ")
     seen, peace = (read_lines(path / "metrics.jsonl") for path in (run, bench.whole()))
     differ = [line for line, other in zip(seen, peace) if line["samples"] != other["samples"]]
     saved = checkpoints(run)[-1]

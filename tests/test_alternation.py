@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openimp.alternation import Alternation, _draw, expected_shares, view_shares
+from openimp.alternation import Alternation, _draw, expected_shares
 from openimp.recipe.schema import Recipe
 
 
@@ -55,8 +55,8 @@ def test_each_task_takes_its_examples_one_after_the_other(kind):
     for step, visit in enumerate(Alternation(mixture(kind, 300, THREE))):
         assert visit.step == step
         assert visit.start == following[visit.task]
-        assert visit.batch == {"a": [6, 4][visit.view], "b": 4, "c": 10}[visit.task]
-        following[visit.task] += visit.batch
+        assert visit.batch_size == {"a": [6, 4][visit.view], "b": 4, "c": 10}[visit.task]
+        following[visit.task] += visit.batch_size
     assert all(following.values())
 
 
@@ -116,10 +116,6 @@ def test_tasks_of_weight_0_are_never_visited():
         recipe = mixture(kind, 100, {**THREE, "b": {"weight": 0.0}})
         assert {visit.task for visit in Alternation(recipe)} == {"a", "c"}
         assert "b" not in expected_shares(recipe)
-
-
-def test_shares_of_views_add_up_to_one():
-    assert view_shares(mixture("random", 1, THREE).tasks["a"].views) == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_steps_outside_the_run_are_refused():

@@ -136,9 +136,9 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
     config = json.loads((little_run / "checkpoints" / "step-00000012" / "config.json").read_text())
     config["recipe"]["model"]["layers"] = 10**9
     (damaged / "config.json").write_text(json.dumps(config))
-    assert "does not fit the model: 1000000000 layers in" in refused("info", damaged)
+    assert "config.json asks for 1000000000 layers, but the weights are only" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 6, "model": "IMP", "classes": {}}')
-    assert "config.json: recipe is missing, or no object" in refused("info", damaged)
+    assert "config.json: recipe is missing or is not a JSON object" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 99}')
     assert "in format 99, and this version of openimp reads format 6 only; use the version that" in refused(
         "info", damaged

@@ -22,7 +22,7 @@ class Visit:
     step: int  # from 0
     task: str
     view: int  # index in the task's list
-    batch: int  # size over all ranks
+    batch_size: int  # over all ranks
     start: int  # number of examples that earlier steps of the task used
 
 
@@ -38,14 +38,14 @@ class Alternation(Sequence[Visit]):
         steps, kind = recipe.train.steps, recipe.alternation.kind
         self._task = _tasks(kind, [t.weight for t in tasks], [t.interval for t in tasks], steps, recipe.seed)
         self._view = np.zeros(steps, np.int16)
-        self._batch = np.zeros(steps, np.int64)
+        self._batch_size = np.zeros(steps, np.int64)
         self._start = np.zeros(steps, np.int64)
         for i, task in enumerate(tasks):
             visits = np.flatnonzero(self._task == i)
             view = _draw([view.weight for view in task.views], len(visits), kind == "random", (recipe.seed, 1, i))
-            batch = np.array([view.batch_size or task.batch_size for view in task.views])[view]
-            self._view[visits], self._batch[visits] = view, batch
-            self._start[visits] = np.cumsum(batch) - batch
+            batch_size = np.array([view.batch_size or task.batch_size for view in task.views])[view]
+            self._view[visits], self._batch_size[visits] = view, batch_size
+            self._start[visits] = np.cumsum(batch_size) - batch_size
 
     def __len__(self) -> int:
         return len(self._task)
@@ -53,8 +53,8 @@ class Alternation(Sequence[Visit]):
     def __getitem__(self, step: int) -> Visit:  # type: ignore[override]
         if not 0 <= step < len(self):
             raise IndexError(step)
-        view, batch, start = (int(column[step]) for column in (self._view, self._batch, self._start))
-        return Visit(step, self._names[self._task[step]], view, batch, start)
+        view, batch_size, start = (int(column[step]) for column in (self._view, self._batch_size, self._start))
+        return Visit(step, self._names[self._task[step]], view, batch_size, start)
 
     def visits(self) -> dict[tuple[str, int], int]:
         """The number of steps per (task, view)."""

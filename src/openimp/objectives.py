@@ -1,7 +1,7 @@
 """The losses of a task.
 
 Shape suffixes: B examples of this rank, N and M embeddings of the two modalities of a pair, R rows of N, Z features of
-the common space, K classes.
+the shared embedding space, K classes.
 """
 
 from collections.abc import Callable, Mapping

@@ -15,7 +15,7 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
-from openimp.data.loader import make_loader
+from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import Trainer, train
 
@@ -61,7 +61,7 @@ def test_the_encoder_starts_from_the_checkpoint_and_the_new_head_learns(little_r
         "classifiers.pictures:label",
     }  # fmt: skip
     losses = []
-    for loaded_batch in make_loader(training.data, 0):
+    for loaded_batch in load_batches(training.data, 0):
         losses.append(float(training.update(loaded_batch).parts["image:label"]))
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
     assert not torch.equal(training.model.state_dict()["encoder.norm.weight"], before["encoder.norm.weight"])
@@ -108,7 +108,7 @@ def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys):
     assert "; loaded: stems.vision, encoder, classifiers.pictures:label; new: stems.text, stems.audio, " in line
     before = dcp.read(checkpoints(tmp_path / "seeing")[-1] / "ema")
     assert torch.equal(training.model.state_dict()["stems.vision.embed.weight"], before["stems.vision.embed.weight"])
-    for loaded in make_loader(training.data, 0, 6):
+    for loaded in load_batches(training.data, 0, 6):
         assert training.update(loaded).total.isfinite()
 
 

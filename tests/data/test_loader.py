@@ -12,7 +12,7 @@ import torch
 
 from openimp.common.errors import UserError
 from openimp.data import step_batches
-from openimp.data.loader import make_loader
+from openimp.data.loader import load_batches
 from openimp.data.order import example_rng, seed_key
 from openimp.data.step_batches import LoadedBatch, StepBatches
 from openimp.data.streams import Stream
@@ -31,7 +31,7 @@ def opened(folder: Path, *changes: str) -> StepBatches:
 
 
 def loaded(folder: Path, *changes: str, first: int = 0) -> list[LoadedBatch]:
-    return list(make_loader(opened(folder, *changes), first))
+    return list(load_batches(opened(folder, *changes), first))
 
 
 def assert_same(one: list[LoadedBatch], other: list[LoadedBatch]) -> None:
@@ -140,10 +140,10 @@ def test_batches_have_the_shapes_that_the_ledger_counts(little_data):
     data = opened(little_data, "tasks.named.inputs.text={column: label, draw: 3}", "train.steps=30")
     counted = costs(data.recipe, data.modalities, data.classes)
     seen = set()
-    for item in make_loader(data, 0):
+    for item in load_batches(data, 0):
         cost = counted[item.visit.task, item.visit.view]
         tokens = item.batch.tokens
-        assert cost.examples == len(item.batch) == item.visit.batch
+        assert cost.examples == len(item.batch) == item.visit.batch_size
         assert cost.tokens == sum(t.coords.shape[0] * t.coords.shape[1] for t in tokens.values())
         for name, batch in tokens.items():
             modality, view = data.modalities[name], data.recipe.tasks[item.visit.task].views[item.visit.view][name]
@@ -168,20 +168,20 @@ def test_a_bad_file_is_skipped_counted_named_and_replaced(own_data, workers):
     data = opened(own_data, f"train.num_workers={workers}")
     table = data.sources["named"]
     named = []
-    for item in make_loader(data, 0):
+    for item in load_batches(data, 0):
         if item.visit.task == "named":
-            assert len(item.batch.rows) == len(item.batch.tokens["image"].values) == item.visit.batch
+            assert len(item.batch.rows) == len(item.batch.tokens["image"].values) == item.visit.batch_size
             assert not bad & {table.row_name(row) for row in item.batch.rows}
             # A stand-in is the same item as the neighbour whose place it shares, not a false negative.
             assert item.batch.item_ids[""].tolist() == item.batch.rows
             classes = [data.classes["pictures:label"][label] for label in item.batch.labels["label"]]
             assert classes == [table.row_name(row).split("/")[0] for row in item.batch.rows]
-            assert len(set(item.batch.rows)) == item.visit.batch - len(item.bad)
+            assert len(set(item.batch.rows)) == item.visit.batch_size - len(item.bad)
             named += item.bad
     assert {where for where, _ in named} == bad
     assert all(why for _, why in named)
-    first = next(item for item in make_loader(data, 0) if item.bad)
-    again = next(item for item in make_loader(data, 0) if item.bad)
+    first = next(item for item in load_batches(data, 0) if item.bad)
+    again = next(item for item in load_batches(data, 0) if item.bad)
     assert_same([first], [again])
 
 
@@ -262,7 +262,7 @@ def test_several_classes_a_row_become_marks(own_data):
     objective = "tasks.heard.objectives=[{type: classification, label: tags, loss: sigmoid}]"
     data = opened(own_data, "tasks.named.weight=0", objective, NO_EVALUATION)
     assert data.classes == {"sounds:tags": ["a", "b", "c"]}
-    for item in make_loader(data, 0):
+    for item in load_batches(data, 0):
         expected = [[[1, 0, 0], [0, 1, 1], [0, 0, 0]][row % 3] for row in item.batch.rows]
         assert item.batch.labels["tags"].tolist() == expected
 
@@ -285,7 +285,7 @@ def test_a_stream_goes_on_from_its_cursor(streamed):
             data = opened(folder, f"train.num_workers={step % 3}", *changes)
             data.load_cursors(json.loads(json.dumps(cursors)))
             assert data.sources["named"].cursor() == cursors["named"]
-            assert_same(list(make_loader(data, step)), whole[step:])
+            assert_same(list(load_batches(data, step)), whole[step:])
         if item.cursor is not None:
             cursors[item.visit.task] = item.cursor
     assert cursors["named"]["epoch"] > 1

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from openimp.common.errors import UserError
 from openimp.evaluation.evaluate import evaluate
-from openimp.evaluation.retrieval import Retrieved, ranks
+from openimp.evaluation.retrieval import RetrievalResult, ranks
 from openimp.inference.model import Model
 
 NAMES = ["red", "green", "blue", "red", "red", "green", "grey", "white"]
@@ -89,7 +89,7 @@ def test_answers_are_the_first_of_a_full_sort_and_the_best_correct_one_at_its_ra
         np.array([(i, j) for i, found in enumerate(right) for j in found]),
     )
     rows = np.arange(len(queries)), np.arange(len(candidates))
-    found = Retrieved("a", "b", ranks(*vectors, pairs), pairs, *rows, *vectors)
+    found = RetrievalResult("a", "b", ranks(*vectors, pairs), pairs, *rows, *vectors)
     similar = queries @ candidates.T
     for query, correct in enumerate(right):
         order = sorted(range(len(candidates)), key=lambda i: (-similar[query, i], i in correct))
@@ -98,19 +98,19 @@ def test_answers_are_the_first_of_a_full_sort_and_the_best_correct_one_at_its_ra
         answers = found.answers(query, k)
         assert [answer.candidate for answer in answers] == first
         assert [answer.similarity for answer in answers] == [similar[query, i] for i in first]
-        assert [answer.right for answer in answers] == [i in correct for i in first]
+        assert [answer.correct for answer in answers] == [i in correct for i in first]
         whole = found.answers(query, len(candidates))
-        assert 1 + [answer.right for answer in whole].index(True) == found.rank[query]
+        assert 1 + [answer.correct for answer in whole].index(True) == found.rank[query]
 
 
 def test_an_answer_that_is_nan_stands_where_its_rank_says():
     candidates, pairs = torch.eye(4), np.stack([np.arange(4)] * 2, axis=1)
     candidates[2] = torch.nan
-    found = Retrieved(
+    found = RetrievalResult(
         "a", "b", ranks(torch.eye(4), candidates, pairs), pairs, *[np.arange(4)] * 2, torch.eye(4), candidates
     )
     for query, rank in enumerate(found.rank):
-        assert [answer.right for answer in found.answers(query, 4)].index(True) == rank - 1
+        assert [answer.correct for answer in found.answers(query, 4)].index(True) == rank - 1
 
 
 def test_a_model_that_says_the_same_of_everything_finds_nothing():
@@ -139,7 +139,7 @@ def test_memory_does_not_grow_with_queries_times_candidates(peak_bytes):
 def test_figures_of_ranks_known_by_hand():
     pairs = np.array([(0, 0), (1, 1), (2, 2), (3, 3), (3, 4)])
     vectors = torch.zeros(4, 2), torch.zeros(20, 2)
-    found = Retrieved("a", "b", np.array([1, 3, 8, 20]), pairs, np.arange(4), np.arange(20), *vectors)
+    found = RetrievalResult("a", "b", np.array([1, 3, 8, 20]), pairs, np.arange(4), np.arange(20), *vectors)
     figures = found.metrics()
     assert (figures["n"], figures["candidates"]) == (4, 20)
     assert (figures["r1"], figures["r5"], figures["r10"]) == (0.25, 0.5, 0.75)

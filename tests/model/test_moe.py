@@ -32,10 +32,10 @@ def slots_of(tokens: int, share: float) -> int:
     return max(1, int(tokens * share + 0.5))
 
 
-def chosen_by_experts(probs: Tensor, tokens: list[int], capacity: float) -> list[tuple[int, int]]:
+def chosen_by_experts(probs: Tensor, tokens: list[int], capacity_factor: float) -> list[tuple[int, int]]:
     """(token, expert) pairs: every expert takes its most probable tokens."""
     experts = probs.shape[1]
-    count = slots_of(len(tokens), capacity / experts)
+    count = slots_of(len(tokens), capacity_factor / experts)
     return [
         (token, expert)
         for expert in range(experts)
@@ -68,7 +68,7 @@ def naive(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, list[tupl
         if not tokens:
             continue
         if config.routing == "token_choice":
-            # The capacity counts pads too, so that shapes are static.
+            # The capacity counts padding too, so that shapes are static.
             room = slots_of(len(group), config.top_k * config.capacity_factor / config.experts)
             pairs += chosen_by_tokens(probs, tokens, config.top_k, room if layer.training else float("inf"))
         else:
@@ -93,7 +93,7 @@ def naive(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, list[tupl
 )
 @example("expert_choice_batch", True, 0, [6, 9], 0, 3, 1, 0.3)  # 15 tokens x 0.3 / 3: half a slot
 def test_the_layer_does_what_its_routing_says(routing, training, seed, lengths, pads, experts, top_k, capacity):
-    """Output, gradients and statistics equal those of a loop over tokens; groups, pads and capacities included."""
+    """Output, gradients and statistics equal those of a loop over tokens; groups, padding and capacities included."""
     top_k = min(top_k, experts)
     layer = layer_of(seed, routing=routing, experts=experts, top_k=top_k, capacity_factor=capacity).train(training)
     x, valid = batch_of(seed, lengths, max(1, *lengths) + pads)
@@ -152,7 +152,7 @@ def test_in_training_groups_are_what_the_recipe_says():
     capacity=st.sampled_from([0.25, 0.5, 1.0, 1.1, 1.25, 1.3, 2.0]),
 )
 def test_capacity_depends_on_valid_tokens_and_is_at_least_one(valid, pads, experts, capacity):
-    """Pads take no slot, and their number changes nothing: each expert takes C = tokens x capacity / experts."""
+    """Padding takes no slot, and its amount changes nothing: each expert takes C = tokens x capacity / experts."""
     probs = torch.rand(1, valid + pads, experts, generator=torch.Generator().manual_seed(valid)) + 0.01
     is_valid = (torch.arange(valid + pads) < valid)[None]
     padded = expert_choice(probs, is_valid, capacity)
@@ -211,7 +211,7 @@ def test_the_losses_reach_the_router_and_the_experts_learn():
         assert parameter.grad.flatten(1).abs().sum(1).gt(0).all(), "an expert has no gradient"
 
 
-def test_a_batch_of_pads_gives_nothing_and_no_nan():
+def test_a_batch_of_padding_gives_nothing_and_no_nan():
     for routing in ROUTINGS:
         for training in (True, False):
             layer = layer_of(routing=routing, experts=4).train(training)

@@ -26,12 +26,12 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import optimizer_state
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
-from openimp.data.loader import make_loader
+from openimp.data.loader import load_batches
 from openimp.modalities.text import Text
 from openimp.parallel import distributed, owners
 from openimp.parallel.layout import full_tensor
 from openimp.recipe.schema import Recipe
-from openimp.training.pace import Pace
+from openimp.training.step_timer import StepTimer
 from openimp.training.trainer import Trainer, train
 
 MUON = "optimizer={muon_lr: 0.07, warmup_steps: 1}"
@@ -73,7 +73,7 @@ REFUSED = {
     },
     4: {
         "parallel.shard_degree=3": "parallel.shard_degree: 4 ranks cannot be divided into groups of 3",
-        "model.mlp_dim=63": "parallel: an expert's weights cannot be sharded over 2 ranks, shard_degree / expert_deg",
+        "model.mlp_dim=63": "parallel: an expert's weights cannot be sharded over 2 ranks (shard_degree / expert_deg",
     },
 }
 """By number of ranks: a change, and the error. The recipe's pictures do not exist, so no data may be read before."""
@@ -162,7 +162,7 @@ def test_the_tokenizer_is_fitted_on_rank_zero_and_loaded_on_the_other(two_ranks)
 
 
 def test_the_wait_for_data_is_that_of_the_slower_rank(two_ranks):
-    first, second = facts(two_ranks)["pace"]
+    first, second = facts(two_ranks)["step times"]
     for record in (first, second):
         assert record["data_wait"] * record["seconds"] == pytest.approx(4 * 0.1, rel=0.2)
     assert [first[key] for key in ("step_p50", "step_p95")] == [second[key] for key in ("step_p50", "step_p95")]
@@ -273,7 +273,7 @@ def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
 def gradients_of(trainer: Trainer) -> dict[str, Tensor]:
     """Losses and unsharded gradients of a step of each task; with Muon also its matrices after one update per task."""
     found: dict[str, Tensor] = {}
-    batches = [*make_loader(trainer.data, 0, 2)]
+    batches = [*load_batches(trainer.data, 0, 2)]
     for loaded in batches:
         task = loaded.visit.task
         losses = trainer.forward(loaded)
@@ -320,9 +320,9 @@ def fitted_tokenizers(folder: Path, out: Path) -> list[Any]:
     return distributed.all_gather_object((len(calls), trainer.modalities["text"].state()))
 
 
-def paces() -> list[Any]:
+def step_times() -> list[Any]:
     """The records of all ranks, of which the last waits 0.1 s for each of its batches."""
-    pace = Pace()
+    timer = StepTimer()
 
     def batches() -> Any:
         for i in range(4):
@@ -330,9 +330,9 @@ def paces() -> list[Any]:
             time.sleep(0.1 * distributed.rank())
             yield i
 
-    for _ in pace.batches(batches()):
-        pace.step("named")
-    return distributed.all_gather_object(pace.record())
+    for _ in timer.timed(batches()):
+        timer.end_step("named")
+    return distributed.all_gather_object(timer.record())
 
 
 def failed_evaluation(folder: Path, out: Path) -> list[str]:
@@ -369,7 +369,7 @@ def main(folder: Path, out: Path) -> None:
     found = compute_gradients(folder, out) | {"refused": refusals(folder, out)}
     if distributed.world_size() == 2:
         found["tokenizer"] = fitted_tokenizers(folder, out)
-        found["pace"] = paces()
+        found["step times"] = step_times()
         found["evaluation"] = failed_evaluation(folder, out)
     if distributed.rank() == 0:
         (out / "facts.json").write_text(json.dumps(found))

@@ -276,9 +276,9 @@ def measure_received(recipe: Path, out: Path) -> None:
         batch = empty_batch(options.tasks["named"], 0, modalities, CLASSES, device, distributed.world_size())
         encode = in_chunks(model.encode, options.memory.chunk_size)
         named = dict(model.named_parameters())
-        steps = [{named[name] for name in cost.touched} for cost in costs(options, modalities, CLASSES).values()]
-        owners = MatrixOwners(muon_matrices(options.optimizer, model), steps)
-        optimizers = make_optimizers(options.optimizer, model, owners.updated_here(model.parameters()))
+        updated_sets = [{named[name] for name in cost.touched} for cost in costs(options, modalities, CLASSES).values()]
+        owners = MatrixOwners(muon_matrices(options.optimizer, model), updated_sets)
+        optimizers = make_optimizers(options.optimizer, model, owners.updated_by_this_rank(model.parameters()))
         with Received() as received:
             task_losses(model, options.tasks["named"], batch, encode).total.backward()
             for optimizer in optimizers:

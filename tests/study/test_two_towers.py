@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from openimp.checkpoint.folder import checkpoints
-from openimp.checkpoint.warm_start import open_start
+from openimp.checkpoint.warm_start import open_warm_start
 from openimp.cli import app
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
@@ -235,7 +235,7 @@ def test_only_a_study_loads_the_towers(trained, tmp_path):
         )
         assert message in str(done.exception)
     with pytest.raises(UserError, match="holds TwoTowers, expected IMP"):
-        open_start(Recipe.build(recipe.to_dict() | {"train": {"init": str(run)}}), {})
+        open_warm_start(Recipe.build(recipe.to_dict() | {"train": {"init": str(run)}}), {})
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     file = checkpoints(copy)[-1] / "config.json"
     config = json.loads(file.read_text())

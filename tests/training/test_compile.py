@@ -9,7 +9,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Tokens
-from openimp.data.loader import make_loader
+from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
 from openimp.training.compilation import CompiledEncode
 from openimp.training.trainer import Trainer
@@ -36,7 +36,7 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, c
         changes = [*QUICK, f"train.compile={compiled}", f"memory.chunk_size={micro}"]
         recipe = Recipe.load(little_data / "recipe.yaml", changes)
         training = Trainer(recipe, tmp_path / compiled, resume=False)
-        losses[compiled] = [float(training.update(loaded).total.detach()) for loaded in make_loader(training.data, 0)]
+        losses[compiled] = [float(training.update(loaded).total.detach()) for loaded in load_batches(training.data, 0)]
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
     assert "fp32, compiled for 2 signatures, into" in capsys.readouterr().out
     assert list((tmp_path / "cache" / "inductor").rglob("*.so"))

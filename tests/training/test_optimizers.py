@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from openimp.data.loader import make_loader
+from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
 from openimp.training.optimizers import schedule, set_learning_rate
 from openimp.training.trainer import Trainer
@@ -37,7 +37,7 @@ def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(little_dat
     options = ["optimizer.muon_lr=1e-2", "optimizer.weight_decay=0", "optimizer.warmup_steps=0"]
     training = training_of(little_data, tmp_path / "run", *options)
     before = {name: tensor.detach().clone() for name, tensor in training.model.named_parameters()}
-    training.update(next(iter(make_loader(training.data, 0))))
+    training.update(next(iter(load_batches(training.data, 0))))
     for name, parameter in training.model.named_parameters():
         change = (parameter - before[name]).detach()
         if parameter in training.updater.optimizers[1].state:

@@ -22,7 +22,7 @@ from openimp.checkpoint.folder import checkpoints
 from openimp.commands import run_eval
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
-from openimp.data.loader import make_loader
+from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
 from openimp.study.trainers import SummedTrainer
 from openimp.training.stopping import Stop, Stopped, stop_signals
@@ -134,7 +134,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, little_data, tmp_p
         assert f"stopped at step {saved[-1]}, saved" in printed
         assert [line["step"] for line in figures(run)] == list(range(1, saved[-1] + 1))
     schedule, rows = Alternation(recipe_of(little_data, *LONG)), {"named": 24, "heard": 15}
-    seen = [{visit.task: visit.start + visit.batch for visit in list(schedule)[:step]} for step in saved]
+    seen = [{visit.task: visit.start + visit.batch_size for visit in list(schedule)[:step]} for step in saved]
     assert any(count % rows[task] for counts in seen for task, count in counts.items()), "all between two epochs"
 
     train(recipe_of(little_data, *LONG, "train.num_workers=0"), run, resume=True)
@@ -232,7 +232,7 @@ def test_the_temperatures_are_kept_in_bounds(little_data, tmp_path):
     (temperature,) = (t for pair, t in training.model.temperatures.items() if pair == "text-vision")
     with torch.no_grad():
         temperature.temperature.fill_(0.001)
-    training.update(next(iter(make_loader(training.data, 0))))
+    training.update(next(iter(load_batches(training.data, 0))))
     assert temperature.scale.item() == pytest.approx(100)
 
 
@@ -300,9 +300,9 @@ def test_a_damaged_state_is_named(whole_run, little_data, tmp_path):
         shutil.rmtree(folder)
     file = checkpoints(run)[-1] / "state.json"
     text = file.read_text()
-    for content, told in ((text[:40], "damaged: "), ("{}", "damaged: step is missing, or no whole number")):
+    for content, told in ((text[:40], "damaged: "), ("{}", "damaged: step is missing or is not an integer")):
         file.write_text(content)
-        with pytest.raises(UserError, match=r"state\.json: damaged: its .* bytes are not those that were saved"):
+        with pytest.raises(UserError, match=r"state\.json: damaged: its size \(.* bytes\) or SHA-256 differs"):
             train(recipe_of(little_data, *LONG), run, resume=True)
         with pytest.raises(UserError, match=rf"state\.json: {told}"):
             run_eval(run, None, None, None)
@@ -361,7 +361,7 @@ def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, tmp_path, what):
     changes = ["tasks.heard.weight=0", "evaluation={}", *(["optimizer.lr=1e30"] if what == "learning rate" else [])]
     training = Trainer(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
-    steps = iter(make_loader(training.data, 0))
+    steps = iter(load_batches(training.data, 0))
     loaded = next(steps)
     if what == "weights":
         with torch.no_grad():
@@ -401,7 +401,7 @@ def test_unused_parameters_keep_their_value_and_optimizer_state(little_data, tmp
         "stems.audio", "projections.audio", "temperatures.audio-text")}  # fmt: skip
     own["named"] += ("projections.text-to-vision",)
     own["heard"] += ("projections.text-to-audio",)
-    for loaded in make_loader(training.data, 0, 6):
+    for loaded in load_batches(training.data, 0, 6):
         before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
         moments = {name: tensor.clone() for name, tensor in moments_of(training).items()}
         training.update(loaded)
@@ -426,7 +426,7 @@ def test_zero_gradients_let_the_state_of_untouched_parameters_decay(little_data,
     """As in the authors' release: AdamW's momentum moves them on, its means decay, and it counts the step."""
     changes = ["alternation.kind=intervals", "optimizer.zero_missing_grads=true"]
     training = Trainer(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
-    first, second = make_loader(training.data, 0, 2)
+    first, second = load_batches(training.data, 0, 2)
     assert (first.visit.task, second.visit.task) == ("named", "heard")
     training.update(first)
     name = "stems.vision.before.weight"
@@ -453,7 +453,7 @@ def test_the_gradient_is_clipped_decayed_and_averaged_as_the_recipe_says(little_
 
     training.updater.optimizers[0].register_step_pre_hook(note)
     average = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
-    for step, loaded in enumerate(make_loader(training.data, 0)):
+    for step, loaded in enumerate(load_batches(training.data, 0)):
         training.update(loaded)
         assert training.updater.grad_norm > 0.01
         assert seen[-1] == pytest.approx(0.01, rel=1e-3)

@@ -1,15 +1,15 @@
-"""Checkpoint folders: their layout, loading a model or a training from one, and verifying one.
+"""Checkpoint folders: their layout, and how to load a model or a training run from them and verify them.
 
     step-00001000/
       model/          the weights, in safetensors files
-      ema/            their moving average, if the recipe keeps one; models are loaded from it
-      optimizer/      the optimizer state, as PARAMETER|FIELD
+      ema/            their moving average (EMA), if the recipe keeps one; `load_model` prefers it to model/
+      optimizer/      the optimizer state; the tensors are called PARAMETER|FIELD
       config.json     the recipe, the classes of each head, the class of the model, the version of this layout
       tokenizer.json  what the text modality learned; other modalities write files of their own
-      state.json      the step, the training loop's class, fingerprints of the data, where each stream stands
-      manifest.json   size and SHA-256 of every other file; a run is resumed only if all of them match
+      state.json      the step, the class of the trainer, the fingerprints of the data, the position in each stream
+      manifest.json   size and SHA-256 of every other file; a run resumes only if all of them match
 
-`openimp.load` opens such a folder; `saver` writes it, as a whole or not at all. Nothing is ever unpickled.
+`saver` writes such a folder completely or not at all. Nothing is ever unpickled.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from openimp.checkpoint import dcp
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.common.modality import Classes, Modalities, Modality
 from openimp.common.safe_files import read_text, refuse_links
 from openimp.model.embedder import Embedder
@@ -33,7 +33,7 @@ from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
 from openimp.recipe.schema import Recipe
 
 FORMAT = 6
-"""Version of this layout and of the weights' meaning. Other versions are refused."""
+"""Version of this layout and of the meaning of the weights. Other versions are refused."""
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 BEST = "best"
@@ -56,8 +56,8 @@ def config_files(model: Embedder, recipe: Recipe, modalities: Modalities, classe
 def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str, list[Any]]]:
     """Loads the model of a checkpoint, or of a folder that `save_model` wrote, in evaluation mode.
 
-    The weights are the moving average if the folder has one. A truncated file is refused, but a flipped bit in the
-    weights goes unnoticed; see `verify`.
+    The weights are the EMA if the folder has one. A truncated file is refused. A flipped bit in the weights is found
+    only by `verify`.
     """
     recipe, modalities, classes = describe_model(folder)
     with torch.device("meta"):
@@ -69,13 +69,13 @@ def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str
 def describe_model(folder: Path) -> tuple[Recipe, dict[str, Modality], dict[str, list[Any]]]:
     """The recipe of an IMP, its modalities with what they learned, and the classes of each head.
 
-    A recipe with more layers than the weights have tensors is refused: making a layer takes time and memory even on the
-    meta device, and the number may come from a stranger.
+    A recipe with more layers than the weights have tensors is refused. Creating a layer takes time and memory even on
+    the meta device, and the configuration may be untrusted.
     """
     recipe, classes, learned = read_config(folder)
     layers, tensors = recipe.model.layers, len(dcp.metadata(_weights_folder(folder)))
     if layers > tensors:
-        raise UserError(f"{folder}: does not fit the model: {layers} layers in {tensors} tensors")
+        raise UserError(f"{folder}: config.json asks for {layers} layers, but the weights are only {tensors} tensors")
     modalities = recipe.make_modalities()
     for modality in modalities.values():
         modality.load_state(learned)
@@ -87,11 +87,11 @@ def read_config(
 ) -> tuple[Recipe, dict[str, list[Any]], dict[str, str]]:
     """Reads the recipe, the classes of each head, and what the modalities learned, by file name.
 
-    If the model is not of the class `model` (None: any), or has another format, that is a UserError.
+    The model must be of the class `model` (None: any).
     """
     file = folder / "config.json"
     if not file.exists():
-        raise UserError(f"{folder}: no model here, expected a run or a folder with config.json")
+        raise UserError(f"{folder}: no model here; expected a run with a checkpoint, or a folder with config.json")
     config = _read_object(file)
     if config.get("format") != FORMAT:
         raise UserError(
@@ -105,33 +105,33 @@ def read_config(
         )
     for key in ("recipe", "classes"):
         if not isinstance(config.get(key), dict):
-            raise UserError(f"{file}: {key} is missing, or no object")
+            raise UserError(f"{file}: {key} is missing or is not a JSON object")
     others = ("config.json", "state.json", MANIFEST)
     learned = {path.name: _read_text(path) for path in folder.glob("*.json") if path.name not in others}
     return Recipe.build(config["recipe"], folder, str(file)), config["classes"], learned
 
 
 def saved_step(folder: Path) -> int | None:
-    """The step at which a training saved this folder, or None if `save_model` wrote it."""
+    """The step at which a training run saved this folder, or None if `save_model` wrote it."""
     return read_state(folder)["step"] if (folder / "state.json").exists() else None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Reads the state of the training that saved this folder."""
+    """Reads state.json."""
     file = folder / "state.json"
     state = _read_object(file)
     if not isinstance(state.get("step"), int):
-        raise UserError(f"{file}: damaged: step is missing, or no whole number")
+        raise UserError(f"{file}: damaged: step is missing or is not an integer")
     return state
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Reads the weights to use, unsharded: the moving average if there is one."""
+    """Reads the EMA if there is one, else the weights, unsharded."""
     return dcp.read(_weights_folder(folder))
 
 
 def load_weights(model: Embedder, folder: Path, assign: bool = False) -> None:
-    """Loads the weights to use, which must be exactly the model's tensors."""
+    """Loads the tensors of `read_weights`, which must be exactly those of the model."""
     try:
         model.load_state_dict(read_weights(folder), assign=assign)
     except RuntimeError as error:
@@ -144,8 +144,8 @@ def _weights_folder(folder: Path) -> Path:
 
 
 def mark_best(run: Path, step: int) -> None:
-    """Links `checkpoints/best` to the checkpoint of a step, if that exists."""
-    folder = folder_of(run, step)
+    """Links `checkpoints/best` to the checkpoint of a step if that exists."""
+    folder = checkpoint_folder(run, step)
     if folder.exists():
         draft = folder.with_name(f".{BEST}.tmp")
         draft.unlink(missing_ok=True)
@@ -154,10 +154,10 @@ def mark_best(run: Path, step: int) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Reads all files of a checkpoint and compares them with its manifest. Each rank reads some of them.
+    """Compares all files of a checkpoint with its manifest. Each rank reads some of them.
 
-    A difference is a UserError on all ranks. Only resuming does this. Loading a model would have to wait for gigabytes
-    to be hashed.
+    A difference is a UserError on all ranks. Only resuming does this, because hashing gigabytes would slow down every
+    `load_model`.
     """
     run_on_all_ranks(lambda: _verify_share(folder))
 
@@ -165,30 +165,31 @@ def verify(folder: Path) -> None:
 def _verify_share(folder: Path) -> None:
     manifest = _read_object(folder / MANIFEST)
     found = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
-    # File managers and network file systems leave files whose names begin with a dot.
+    # File managers and network file systems add files whose names begin with a dot, which do not count.
     names = {path.as_posix() for path in found if not path.name.startswith(".")} - {MANIFEST}
     for name in sorted(manifest.keys() | names)[rank() :: world_size()]:
         path = folder / name
         if name not in manifest:
             raise UserError(f"{path}: damaged: is not in {MANIFEST}")
         try:
-            facts = file_facts(path)
+            entry = manifest_entry(path)
         except FileNotFoundError:
             raise UserError(f"{path}: missing") from None
         except OSError as error:
             raise UserError(f"{path}: damaged: {error.strerror}") from None
-        if facts != manifest[name]:
-            raise UserError(f"{path}: damaged: its {facts['size']:,} bytes are not those that were saved")
+        if entry != manifest[name]:
+            size = counted(entry["size"], "byte")
+            raise UserError(f"{path}: damaged: its size ({size}) or SHA-256 differs from the manifest")
 
 
-def file_facts(file: Path) -> dict[str, Any]:
-    """The entry of a file in the manifest."""
+def manifest_entry(file: Path) -> dict[str, Any]:
+    """The size and SHA-256 of a file, as in the manifest."""
     with file.open("rb") as stream:
         return {"size": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def optimizer_state(model: Embedder, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The state of this rank's optimizers, sharded as it is, by "PARAMETER|FIELD"."""
+    """The state of this rank's optimizers, as the shards that it holds, by "PARAMETER|FIELD"."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}|{field}": value
@@ -198,27 +199,27 @@ def optimizer_state(model: Embedder, optimizers: Sequence[torch.optim.Optimizer]
     }
 
 
-def load_training(
-    folder: Path, model: Embedder, optimizers: Sequence[torch.optim.Optimizer], averaged: dict[str, Tensor] | None
+def load_training_state(
+    folder: Path, model: Embedder, optimizers: Sequence[torch.optim.Optimizer], ema: dict[str, Tensor] | None
 ) -> dict[str, Any]:
-    """Loads weights, moving average and optimizer state into this rank's shards, and returns the training's state."""
+    """Loads weights, EMA and optimizer state into this rank's shards, and returns the content of state.json."""
     dcp.load(folder / "model", model.state_dict())
-    if averaged is not None:
-        dcp.load(folder / "ema", averaged)
+    if ema is not None:
+        dcp.load(folder / "ema", ema)
     parameters = dict(model.named_parameters())
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    optimizer_of = {p: each for each in optimizers for group in each.param_groups for p in group["params"]}
     loaded: dict[str, Tensor] = {}
     for optimizer in optimizers:
         optimizer.state.clear()
     for key in dcp.metadata(folder / "optimizer"):
         name, _, field = key.partition("|")
         if name not in parameters:
-            raise UserError(f"{folder / 'optimizer'}: does not fit the model: it has no parameter {name}")
+            raise UserError(f"{folder / 'optimizer'}: does not fit the model, which has no parameter {name}")
         parameter = parameters[name]
-        # The optimizers are fused, so the step count is on the parameter's device too.
+        # Fused optimizers have the step count on the device of the parameter.
         loaded[key] = torch.zeros((), device=parameter.device) if field == "step" else torch.empty_like(parameter)
-        if parameter in owner:  # Otherwise another rank updates it.
-            owner[parameter].state.setdefault(parameter, {})[field] = loaded[key]
+        if parameter in optimizer_of:  # Otherwise another rank updates it.
+            optimizer_of[parameter].state.setdefault(parameter, {})[field] = loaded[key]
     dcp.load(folder / "optimizer", loaded)
     return read_state(folder)
 
@@ -229,31 +230,31 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))
 
 
-def folder_of(run: Path, step: int) -> Path:
-    """The folder of a run's checkpoint at a step."""
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """The folder of a run's checkpoint of a step, which may not exist."""
     return run / CHECKPOINTS / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
+    """The step in the name of a checkpoint folder."""
     return int(folder.name.removeprefix("step-"))
 
 
 def model_folder(path: Path) -> Path:
-    """The folder with the weights: `path` itself, or the newest checkpoint if `path` is a run."""
+    """The folder of a model: `path` itself if it has config.json, else the newest checkpoint of the run `path`."""
     refuse_links(path)
     if (path / "config.json").exists():
         return path
     found = checkpoints(path)
     if not found:
-        raise UserError(f"{path}: no model here (a run with a checkpoint, or a folder with config.json)")
+        raise UserError(f"{path}: no model here; expected a run with a checkpoint, or a folder with config.json")
     return found[-1]
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: a local run or model folder, or one of the Hugging Face Hub, downloaded or cached.
+    """The folder of a model: a local one, or one that is downloaded from the Hugging Face Hub unless it is cached.
 
-    `name` is a path, or OWNER/NAME or OWNER/NAME@REVISION for the Hub. After "hub:" it is never a path.
+    `name` is a path, or OWNER/NAME or OWNER/NAME@REVISION on the Hub. With the prefix "hub:" it is never a path.
     """
     path, on_hub = Path(name), re.fullmatch(r"(hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
     if path.exists():
@@ -265,7 +266,7 @@ def find_model(name: str) -> Path:
     allowed, ignored = ["*.json", "*.safetensors"], ["optimizer*"]
     try:
         folder = snapshot_download(on_hub[2], revision=on_hub[3], allow_patterns=allowed, ignore_patterns=ignored)
-    except Exception as error:  # huggingface_hub raises errors of its own, of httpx and OSError.
+    except Exception as error:  # Its own errors, httpx's, or OSError.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         local = "" if on_hub[1] else "there is no local folder of this name, and "
         raise UserError(f"{name}: {local}the Hugging Face Hub did not provide the model: {reason[0]}") from None

@@ -1,10 +1,10 @@
-"""Resuming a run: which checkpoint it resumes from, and whether recipe, trainer and data are still the same."""
+"""Resuming a run: the choice of the checkpoint, and checks that recipe, trainer and data are still the same."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from openimp.checkpoint.folder import CHECKPOINTS, checkpoints, read_config, read_state, step_of, verify
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.common.progress import console
 from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.file import differences
@@ -16,28 +16,27 @@ FREE = {"train.num_workers", "train.prefetch_factor", "train.log_every", "train.
 
 
 def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
-    """Raises UserError, which names the difference, if another recipe or trainer made a checkpoint."""
-    before, _, _ = read_config(folder, None)  # First, because it refuses other formats.
-    made_by = read_state(folder)["trainer"]
-    if made_by != trainer:
+    """Raises UserError if another recipe or trainer saved the checkpoint, and names the difference."""
+    saved, _, _ = read_config(folder, None)  # First, because it refuses other formats.
+    saved_by = read_state(folder)["trainer"]
+    if saved_by != trainer:
         raise UserError(
-            f"{folder}: saved by {made_by}, but {trainer} is to resume it; a run of a study is resumed by its study"
+            f"{folder}: saved by {saved_by}, but {trainer} is to resume it; a run of a study is resumed by its study"
         )
-    for key, was, now in differences(before.to_dict(), recipe.to_dict()):
-        # Data may have moved: `changed_sources` compares its content, not its path.
+    for key, theirs, ours in differences(saved.to_dict(), recipe.to_dict()):
+        # Data may have moved. `changed_sources` compares its content instead of its path.
         moved = key.startswith("sources.") and key.endswith((".path", ".root"))
         if not (moved or key in FREE or key.startswith(("evaluation.", "parallel."))):
             raise UserError(
-                f"{folder}: made by another recipe: {key} is {was!r} there, {now!r} here; repeat the --set options of "
-                "the first start"
+                f"{folder}: made by another recipe: {key} is {theirs.get(key)!r} there, {ours.get(key)!r} here; repeat "
+                "the --set options of the first start"
             )
 
 
 def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> list[str]:
-    """The names of the sources whose data has changed since a checkpoint was made, if that is allowed.
+    """The names of the sources whose data has changed since a checkpoint was saved.
 
-    `sources` has the fingerprint of each source now, by `StepBatches.fingerprints`. If changes are not allowed, they
-    are a UserError.
+    `sources` are the present `StepBatches.fingerprints`. Unless changes are `allowed`, they are a UserError.
     """
     before = read_state(folder)["sources"]
     changed = [name for name, now in sources.items() if before.get(name) != now]
@@ -52,7 +51,7 @@ def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> 
 def common_checkpoints(run: Path) -> list[Path]:
     """The checkpoints that rank 0 sees, oldest first.
 
-    On a network file system other ranks may see fewer for a while, but all must resume from the same one.
+    On a network file system, other ranks may see fewer for a while, but all ranks must resume from the same one.
     """
     names = run_on_rank_zero(lambda: [folder.name for folder in checkpoints(run)])
     return [run / CHECKPOINTS / name for name in names]
@@ -68,8 +67,9 @@ def newest_intact(run: Path) -> Path:
         except UserError as error:
             damage.append(str(error))
             continue
-        lost = step_of(found[-1]) - step_of(folder)
+        step = step_of(folder)
+        lost = counted(step_of(found[-1]) - step, "step")
         for message in damage:
-            console.print(f"{message}; resuming from step {step_of(folder)}, {lost} steps are lost", soft_wrap=True)
+            console.print(f"{message}; resuming from step {step}, which loses {lost}", soft_wrap=True)
         return folder
     raise UserError(f"{run}: no checkpoint to resume from{''.join(f'; {message}' for message in damage)}")

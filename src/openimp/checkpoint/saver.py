@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import BEST, MANIFEST, checkpoints, file_facts, folder_of
+from openimp.checkpoint.folder import BEST, MANIFEST, checkpoint_folder, checkpoints, manifest_entry
 from openimp.common.errors import UserError
 from openimp.common.safe_files import sync
 from openimp.parallel import distributed
@@ -44,7 +44,7 @@ class Saver:
         """
         self.wait()
         copies = {folder: dcp.stage(some) for folder, some in tensors.items()}
-        self._saving = self._thread.submit(self._save, folder_of(self.run, step), texts, copies)
+        self._saving = self._thread.submit(self._save, checkpoint_folder(self.run, step), texts, copies)
 
     def failed(self) -> bool:
         """Whether the last checkpoint is known to have failed."""
@@ -64,7 +64,7 @@ class Saver:
             files += [draft / name for name in texts] if first else []
             for file in files:
                 sync(file)
-            return {file.relative_to(draft).as_posix(): file_facts(file) for file in files}
+            return {file.relative_to(draft).as_posix(): manifest_entry(file) for file in files}
 
         try:
             distributed.run_on_all_ranks(lambda: _begin(draft, texts) if first else None, self.group)

@@ -54,7 +54,7 @@ def track(items: Iterable[T], description: str) -> Iterator[T]:
 
 
 class StepBar:
-    """Progress of a training: steps, time left, and the losses and throughput of the last metrics line."""
+    """Progress of a training run: steps, time left, and the losses and throughput of the last metrics line."""
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.first, self.start = total, done, time.perf_counter()
@@ -74,9 +74,9 @@ class StepBar:
     def step(self, done: int) -> None:
         self.bar.update(self.task, completed=done)
 
-    def report(self, done: int, losses: Mapping[str, float], pace: str) -> None:
+    def report(self, done: int, losses: Mapping[str, float], speed: str) -> None:
         """Shows a line of metrics below the bar, or prints it if there is no terminal."""
-        note = "  ".join([*(f"{name} {loss:.3f}" for name, loss in losses.items()), pace])
+        note = "  ".join([*(f"{name} {loss:.3f}" for name, loss in losses.items()), speed])
         if console.is_terminal:
             self.bar.note = note
             return

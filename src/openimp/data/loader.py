@@ -1,6 +1,6 @@
-"""The loader: makes batches in worker processes. The number of workers does not change them.
+"""Loads batches in worker processes. The number of workers does not change the batches.
 
-torch's DataLoader hands out the steps to the workers and returns the batches in order.
+torch's DataLoader distributes the steps over the workers and returns the batches in the order of the steps.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from openimp.data.step_batches import LoadedBatch, StepBatches
 
 
 class WorkersFailed(UserError):
-    """A worker process was killed, or the connection to it ended."""
+    """A worker process died, or the connection to it broke."""
 
 
-def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> Iterator[LoadedBatch]:
-    """The batches of the steps `first` to `last` - 1 (by default, to the end), made by the recipe's workers.
+def load_batches(dataset: StepBatches, start: int, stop: int | None = None) -> Iterator[LoadedBatch]:
+    """Yields the batches of the steps `start` up to and without `stop`; None: all remaining steps.
 
     Raises:
         UserError: no example of a batch can be read, or a label is not among the classes.
@@ -33,13 +33,13 @@ def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> It
     train = dataset.recipe.train
     workers = train.num_workers
     loader: DataLoader[LoadedBatch | UserError] = DataLoader(
-        _ReturnErrors(dataset),
+        _WorkerDataset(dataset),
         batch_size=None,
-        sampler=range(first, len(dataset) if last is None else last),
+        sampler=range(start, len(dataset) if stop is None else stop),
         num_workers=workers,
         prefetch_factor=train.prefetch_factor if workers else None,
         worker_init_fn=_init_worker,
-        # Forked workers share the decoded caches. From Python 3.14 on, fork is no longer the default on Linux.
+        # Forked workers share the memory of the decoded media. Python 3.14 no longer forks by default.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=torch.cuda.is_available(),
     )
@@ -51,25 +51,25 @@ def make_loader(dataset: StepBatches, first: int, last: int | None = None) -> It
 
 
 def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[LoadedBatch | UserError]:
-    """The loader's batches. A worker's death raises an error only while a batch is awaited.
+    """Yields the loader's batches, and reports a dead worker only while it waits for a batch.
 
-    torch installs a signal handler that raises wherever the training process happens to be. In the middle of an
-    update, nothing could be saved after that. So torch's handler is removed between batches.
+    torch's SIGCHLD handler raises wherever the training process is. In the middle of an update, that would make the
+    model unfit to be saved. So the handler is installed only during the wait.
     """
     before = signal.getsignal(signal.SIGCHLD)
     batches: Iterator[LoadedBatch | UserError] | None = None
-    for _ in range(len(loader)):  # After the last batch a worker's death does not matter.
+    for _ in range(len(loader)):  # Counted, because after the last batch a dead worker does not matter.
         try:
             batches = batches or iter(loader)
-            # Without the handler, a batch that a dying worker has only half written would be awaited forever.
+            # Without the handler, the wait for a batch that a dying worker has half written would never end.
             signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
             _error_if_any_worker_fails()
             loaded = next(batches)
-        # torch raises RuntimeError. The other errors come from unpickling a batch of the dead worker.
+        # torch raises RuntimeError. Unpickling a batch of the dead worker raises the other errors.
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
                 raise
-            reason = str(error).split(". ")[0] or "the connection to it ended"
+            reason = str(error).split(". ")[0] or "the connection to it broke"
             raise WorkersFailed(
                 f"train.num_workers: a data worker died: {reason}; if it ran out of memory, lower train.num_workers or "
                 "train.prefetch_factor"
@@ -80,11 +80,11 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
 
 
 @dataclass(frozen=True)
-class _ReturnErrors(Dataset["LoadedBatch | UserError"]):
-    """Returns a UserError instead of raising it, because the DataLoader would add a worker's traceback to its message.
+class _WorkerDataset(Dataset["LoadedBatch | UserError"]):
+    """What the DataLoader reads. It returns a UserError, because a raised one would get a worker's traceback.
 
-    Batches are made with one thread even outside of a worker, because the last bits of a spectrogram depend on the
-    number of threads.
+    It makes batches with one thread even in the training process: the number of threads changes the last bits of a
+    spectrogram.
     """
 
     batches: StepBatches
@@ -104,7 +104,7 @@ class _ReturnErrors(Dataset["LoadedBatch | UserError"]):
 
 
 def _init_worker(_: int) -> None:
-    # Ctrl-C, and often SIGTERM, reach the whole process group. Only the training process decides what they mean.
+    # Ctrl-C and often SIGTERM reach the whole process group, but only the training process must act on them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setsid"):
         os.setsid()

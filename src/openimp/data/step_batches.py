@@ -1,7 +1,7 @@
-"""The data set of a recipe: step -> batch.
+"""`StepBatches`: the data set that holds one batch for each step of a recipe.
 
-The alternation and the order of examples are pure functions of the recipe, so a worker needs only a step's number to
-make its batch, and no worker or rank has to communicate with another.
+The alternation and the order of examples are pure functions of the recipe. So a worker needs only the number of a step
+to make its batch, and communicates with no other worker or rank.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Task
 
 CORPUS_ROWS = 100_000
-"""Rows of a source that a tokenizer is trained on: the first rows of a stream, a random sample of a larger table."""
+"""Maximum number of rows per source to train a tokenizer: the first of a stream, or a random sample of a table."""
 
 
 @dataclass
 class LoadedBatch:
-    """A batch, and what the training loop must know about it.
+    """This rank's part of a step's batch, and what the training loop must know about it.
 
     Attributes:
         visit: the step, with its task and view.
         batch: this rank's examples.
-        bad: (row name, reason) of each example that could not be read. A neighbor in the batch replaces it.
-        cursor: state from which a stream resumes; None for tables.
-        digest: hash of the examples, independent of their order; see `batch_digest`.
+        bad: (row name, reason) of each example that could not be read. Another example replaces it in the batch.
+        cursor: the position from which the task's stream resumes; None for tables.
+        digest: a hash of the examples, whatever their order; see `batch_digest`.
     """
 
     visit: Visit
@@ -52,17 +52,17 @@ class LoadedBatch:
     digest: int = 0
 
     def pin_memory(self) -> LoadedBatch:
-        """Called by the DataLoader if there is CUDA: only copies from pinned memory are asynchronous."""
+        """The DataLoader calls this if there is CUDA: only copies from pinned memory are asynchronous."""
         return replace(self, batch=self.batch.pin_memory())
 
 
 class StepBatches(Dataset[LoadedBatch]):
-    """The batch of each step of a recipe: `dataset[step]`.
+    """`dataset[step]` makes this rank's part of the batch of a step.
 
     Attributes:
-        sources: the opened source of each task that is trained.
-        classes: the classes of each classification head, by `head_key`, in the order of the head's outputs.
-        stores: decoded media of cached sources, by (source, modality, column).
+        sources: the opened source of each task with a weight above 0, by task.
+        classes: the classes of each classification head in the order of its outputs, by `head_key`.
+        stores: the decoded media of each cached column, by (source, modality, column).
     """
 
     def __init__(
@@ -73,17 +73,15 @@ class StepBatches(Dataset[LoadedBatch]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Opens the sources, looks up the classes and fills the caches.
+        """Opens the sources, looks up the classes and decodes the media of cached sources.
 
         Args:
-            recipe: its tasks, sources and views are read.
-            modalities: an instance of each modality; see also `fit`.
-            progress: wraps an iterable to show progress, `progress(iterable, description)`.
-            rank: which part of each batch to make.
-            world_size: number of equal parts that each batch is divided into.
+            modalities: by name; those that learn from texts need `fit` or `load_state` before the first batch.
+            progress: `progress(iterable, description)` wraps an iterable to show progress.
+            rank, world_size: each batch is divided into `world_size` equal parts, of which this is number `rank`.
 
         Raises:
-            UserError: a source or a column is missing, or a batch cannot be divided equally.
+            UserError: a source or a column is missing, a label fits no class, or a batch cannot be divided equally.
         """
         self.recipe = recipe
         self.modalities = modalities
@@ -101,7 +99,7 @@ class StepBatches(Dataset[LoadedBatch]):
         for name, task in tasks.items():
             source = tables.get(task.source) or open_source(task.source, recipe.sources[task.source])
             source.require(sorted(self._columns(task)), f"tasks.{name}")
-            if isinstance(source, Table):  # Each task reads a stream at its own pace, so streams are not shared.
+            if isinstance(source, Table):  # Tasks do not share a stream, because each has its own position in it.
                 tables[task.source] = source
             self.sources[name] = source
         for name, source in self.sources.items():
@@ -117,10 +115,9 @@ class StepBatches(Dataset[LoadedBatch]):
                     key = table.name, name, column
                     self.stores[key] = DecodedStore.build(table, modalities[name], column, views, cache, progress)
 
-    def fit(self, fitted: Collection[str] = ()) -> None:
-        """Fits the modalities that learn from training texts, such as a tokenizer, on rank 0, and loads the result on
-        all ranks. The modalities of the stems in `fitted` are fitted already."""
-        learning = {n: m for n, m in self.modalities.items() if m.reads_text and m.stem not in fitted}
+    def fit(self, fitted_stems: Collection[str] = ()) -> None:
+        """Lets modalities learn from the training texts, on rank 0, except those of stems in `fitted_stems`."""
+        learning = {n: m for n, m in self.modalities.items() if m.reads_text and m.stem not in fitted_stems}
 
         def fit() -> dict[str, dict[str, str]]:
             for name, modality in learning.items():
@@ -132,7 +129,7 @@ class StepBatches(Dataset[LoadedBatch]):
             modality.load_state(states[name])
 
     def fingerprints(self) -> dict[str, str]:
-        """The fingerprint of each source by name, which includes the media files that the tasks read from it."""
+        """The fingerprint of each source, by name. That of a table covers the media files that tasks read from it."""
         found = {}
         for source in self.sources.values():
             if isinstance(source, Stream):
@@ -143,10 +140,10 @@ class StepBatches(Dataset[LoadedBatch]):
         return found
 
     def load_cursors(self, cursors: dict[str, Any], changed: Collection[str] = ()) -> dict[str, Any]:
-        """Makes streamed tasks resume from their cursors, {task: cursor}, and returns the cursors.
+        """Moves the streams to the cursors of a checkpoint, {task: cursor}, and returns the cursors that are used.
 
-        The streams of `changed` sources start their next epoch, because a position in a shard has no meaning in
-        another shard.
+        If a source is in `changed`, its stream starts the next epoch, because the old position means nothing in new
+        data.
         """
         loaded = {}
         for name, cursor in cursors.items():
@@ -164,13 +161,13 @@ class StepBatches(Dataset[LoadedBatch]):
     def __getitem__(self, step: int) -> LoadedBatch:
         visit = self.schedule[step]
         task, source = self.recipe.tasks[visit.task], self.sources[visit.task]
-        view, size = task.views[visit.view], visit.batch // self.world_size
+        view, size = task.views[visit.view], visit.batch_size // self.world_size
         key = seed_key(self.recipe.seed, visit.task, "augment")
         streamed = []
         if isinstance(source, Stream):
-            streamed = source.read(seed_key(self.recipe.seed, visit.task), visit.start, visit.batch)
-        named: list[tuple[str, str]] = []
-        # If no example of this rank's part can be read, the part of the next rank replaces it.
+            streamed = source.read(seed_key(self.recipe.seed, visit.task), visit.start, visit.batch_size)
+        unreadable: list[tuple[str, str]] = []
+        # If no example of this rank's part can be read, the next rank's part is used, and so on.
         for shift in range(self.world_size):
             first = (self.rank + shift) % self.world_size * size
             rows = positions = np.arange(visit.start + first, visit.start + first + size)
@@ -182,12 +179,12 @@ class StepBatches(Dataset[LoadedBatch]):
             rngs: list[np.random.Generator] = [example_rng(key, int(position), view.sync) for position in positions]
             bad = _unreadable_targets(task, examples)
             arrays = {name: self._read(visit, name, rows.tolist(), examples, rngs, bad) for name in task.inputs}
-            if shift == 0:  # The other ranks report the bad examples of their own parts.
-                named = [(source.row_name(int(rows[i])), reason) for i, reason in sorted(bad.items())]
+            if shift == 0:  # Each rank reports the bad examples of its own part only.
+                unreadable = [(source.row_name(int(rows[i])), reason) for i, reason in sorted(bad.items())]
             if len(bad) < size:
                 break
         else:
-            place, reason = named[0]
+            place, reason = unreadable[0]
             raise UserError(f"tasks.{visit.task}: no example of step {step} could be read; first: {place}: {reason}")
         chosen = _replace_bad(size, bad)
         tokens = {}
@@ -205,10 +202,11 @@ class StepBatches(Dataset[LoadedBatch]):
                 ids = [item_id(examples[i][objective.same], int(rows[i])) for i in chosen]
                 batch.item_ids[objective.same] = torch.tensor(ids)
         digest = batch_digest(f"{visit.task} {source.row_name(row)}" for row in batch.rows)
-        return LoadedBatch(visit, batch, named, source.cursor() if isinstance(source, Stream) else None, digest)
+        cursor = source.cursor() if isinstance(source, Stream) else None
+        return LoadedBatch(visit, batch, unreadable, cursor, digest)
 
     def _columns(self, task: Task) -> set[str]:
-        """The columns that a task reads, except those whose decoded values are stored."""
+        """The columns that a task reads from its source. Cached columns are read from `stores` instead."""
         columns = target_columns(task)
         for name, spec in task.inputs.items():
             if self.modalities[name].reads_text:
@@ -218,7 +216,7 @@ class StepBatches(Dataset[LoadedBatch]):
         return columns
 
     def _media_views(self, source: str) -> dict[tuple[str, str], list[Any]]:
-        """The media columns that tasks read from a source, as (modality, column), each with the views that read it."""
+        """The views that read each media column of a source, by (modality, column)."""
         found: dict[tuple[str, str], list[Any]] = {}
         for task in (self.recipe.tasks[name] for name in self.sources):
             for name, spec in task.inputs.items() if task.source == source else ():
@@ -235,12 +233,12 @@ class StepBatches(Dataset[LoadedBatch]):
         rngs: list[np.random.Generator],
         bad: dict[int, str],
     ) -> list[list[np.ndarray]]:
-        """Decodes and augments one modality of each example, `draw` arrays per example.
+        """Decodes and augments modality `name` of each example, and returns `draw` arrays per example.
 
-        Skips the examples in `bad`, and adds those that cannot be read.
+        Examples in `bad` are skipped. Examples that cannot be read are added to `bad`.
 
-        All examples pass one modality before the next modality begins, because this keeps its code and tables in the
-        processor's cache. Each example has its own random generator, so this does not change what is drawn.
+        One modality is decoded for all examples before the next one, which keeps its code and tables in the CPU cache.
+        Each example has its own random generator, so the draws do not depend on the other examples.
         """
         task, source, modality = self.recipe.tasks[visit.task], self.sources[visit.task], self.modalities[name]
         spec, view = task.inputs[name], task.views[visit.view][name]
@@ -264,7 +262,7 @@ class StepBatches(Dataset[LoadedBatch]):
         return arrays
 
     def _corpus(self, name: str) -> Iterator[list[str]]:
-        """The training texts of a modality, one list per row."""
+        """The texts that a modality learns from, one list per row."""
         for task_name, source in self.sources.items():
             if spec := self.recipe.tasks[task_name].inputs.get(name):
                 columns = columns_of(spec.columns)
@@ -276,27 +274,26 @@ class StepBatches(Dataset[LoadedBatch]):
 
 
 def _unreadable_targets(task: Task, examples: Iterable[dict[str, Any]]) -> dict[int, str]:
-    """The examples whose label or item cannot be read: {index in the batch: reason}."""
+    """The examples with an unreadable value in a column of the objectives: {index in the batch: reason}."""
     columns = target_columns(task)
     cells = ((i, example[column]) for i, example in enumerate(examples) for column in columns)
     return {i: cell.reason for i, cell in cells if isinstance(cell, Unreadable)}
 
 
 def _replace_bad(size: int, bad: Collection[int]) -> list[int]:
-    """For each place in the batch the index of a readable example: its own or, if that is bad, the next readable
-    one."""
+    """The index of the example at each place of the batch: its own or, if that is bad, the next readable one."""
     good = [i for i in range(size) if i not in bad]
     return [good[int(np.searchsorted(good, i)) % len(good)] if i in bad else i for i in range(size)]
 
 
 def _first_rows(source: Stream, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The first `CORPUS_ROWS` rows of a stream, or about one epoch of a shorter one."""
+    """The first `CORPUS_ROWS` rows of a stream. A shorter stream is read for about one epoch."""
     start = source.cursor()
     for position in range(0, CORPUS_ROWS, 256):
         yield from source.read(key, position, min(256, CORPUS_ROWS - position), columns)
         if source.cursor()["epoch"]:
             break
-    # Closes the files that are open now, because forked workers would share them.
+    # Later reads open the files anew. Forked workers would share the position in the files that are open now.
     source.load_cursor(start)
 
 

@@ -1,6 +1,6 @@
 """Reads items of one modality and encodes them in batches.
 
-Shape suffixes: N items, M clips, D width, Z features of the common space.
+Shape suffixes: N items, M clips, D width, Z features of the shared embedding space.
 """
 
 import hashlib

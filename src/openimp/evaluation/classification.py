@@ -2,7 +2,7 @@
 
 Both compare a vector per example with a vector per class by dot product.
 
-Shape suffixes: N examples, K classes, D width, Z features of the common space.
+Shape suffixes: N examples, K classes, D width, Z features of the shared embedding space.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import find_classes, index_of, sort_classes
 from openimp.encoding.items import require_columns, require_pair
 from openimp.evaluation import zero_shot
-from openimp.evaluation.evaluator import Evaluator, Predicted, Readable, readable_rows
+from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows, readable_rows
 from openimp.evaluation.metrics import accuracy, average_precision, interval
 from openimp.evaluation.retrieval import SIMILARITIES, ranks
 from openimp.recipe.evaluation import ClassHead, ZeroShot
@@ -109,9 +109,9 @@ def check(evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table
 
 def classify(
     evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table: Table
-) -> tuple[Classified | MultiLabel, Readable]:
-    """Predicts the class of each row, and returns the rows that could be read. If there are none, also in one of the
-    test splits, that is a UserError."""
+) -> tuple[Classified | MultiLabel, ReadableRows]:
+    """Predicts the class of each row, and returns the rows that could be read. Without any, also in one of the test
+    splits, there is a UserError."""
     (seen,) = options.inputs
     labels, names = check(evaluator, options, where, table)
     if isinstance(options, ZeroShot):

@@ -1,6 +1,6 @@
 """The model that is evaluated, and how it encodes the rows of a source.
 
-Shape suffixes: N items, R rows, D width, Z features of the common space.
+Shape suffixes: N items, R rows, D width, Z features of the shared embedding space.
 """
 
 from abc import ABC, abstractmethod
@@ -50,7 +50,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Readable:
+class ReadableRows:
     """The rows of a source that are evaluated, because everything in them could be read."""
 
     row: np.ndarray  # int64, the numbers of the rows
@@ -112,8 +112,8 @@ class Evaluator:
         return Encoded(embeddings, rows, {row: bad[item] for row, item in enumerate(items) if item in bad}, keys)
 
 
-def readable_rows(table: Table, inputs: list[Encoded], where: str, labels: Sequence[Any] | None = None) -> Readable:
-    """The rows in which all inputs, and the label if there are labels, can be read. If there are none: UserError."""
+def readable_rows(table: Table, inputs: list[Encoded], where: str, labels: Sequence[Any] | None = None) -> ReadableRows:
+    """The rows in which all inputs, and the label if there are labels, can be read. UserError if there are none."""
     bad: dict[int, str] = {}
     for encoded in inputs:
         bad = encoded.bad | bad
@@ -123,4 +123,4 @@ def readable_rows(table: Table, inputs: list[Encoded], where: str, labels: Seque
     if not len(rows):
         raise UserError(f"{where}: no row of source {table.name} can be read; the first: {skipped[0]}")
     content = stable_hash((*(encoded.keys[row] for encoded in inputs), labels and labels[row]) for row in rows)
-    return Readable(rows, skipped, content)
+    return ReadableRows(rows, skipped, content)

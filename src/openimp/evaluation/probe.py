@@ -18,7 +18,7 @@ from openimp.common.errors import UserError, counted
 from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import find_classes, sort_classes
 from openimp.encoding.items import require_columns
-from openimp.evaluation.evaluator import Evaluator, Predicted, Readable, readable_rows
+from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows, readable_rows
 from openimp.evaluation.metrics import accuracy
 from openimp.recipe.evaluation import Probe
 
@@ -73,7 +73,7 @@ def check(evaluator: Evaluator, options: Probe, where: str, tables: dict[str, Ta
 
 def probe(
     evaluator: Evaluator, options: Probe, where: str, tables: dict[str, Table]
-) -> tuple[list[Probed], Readable, Readable]:
+) -> tuple[list[Probed], ReadableRows, ReadableRows]:
     """Fits both classifiers to the training rows and predicts the classes of the test rows.
 
     C is chosen by cross-validation within the training rows, so the test rows decide on nothing. Returns the
@@ -95,7 +95,7 @@ def probe(
     return answers, tested, learned
 
 
-def _read(evaluator: Evaluator, options: Probe, where: str, table: Table) -> tuple[np.ndarray, list[Any], Readable]:
+def _read(evaluator: Evaluator, options: Probe, where: str, table: Table) -> tuple[np.ndarray, list[Any], ReadableRows]:
     """The features (N, D) and labels of the rows of a source that can be read."""
     (seen,) = options.inputs
     encoded = evaluator.encode(options, seen, table, None)

@@ -11,7 +11,7 @@ from openimp.common.versions import openimp_version
 from openimp.data.files import stable_hash
 from openimp.data.tables import Table
 from openimp.encoding.items import first_view
-from openimp.evaluation.evaluator import Readable
+from openimp.evaluation.evaluator import ReadableRows
 from openimp.model.embedder import Embedder
 from openimp.recipe.evaluation import EvaluationSet, ZeroShot
 from openimp.recipe.schema import Recipe
@@ -31,7 +31,7 @@ def checkpoint_fields(model: Embedder, modalities: Modalities) -> dict[str, Any]
     return {"checkpoint": total.hexdigest()[:16], "openimp": openimp_version()}
 
 
-def data_fields(recipe: Recipe, table: Table, readable: Readable) -> dict[str, Any]:
+def data_fields(recipe: Recipe, table: Table, readable: ReadableRows) -> dict[str, Any]:
     """Which rows were evaluated, and which could not be read.
 
     The source's fingerprint does not cover the files that a manifest names; `data_hash` covers all that was read.

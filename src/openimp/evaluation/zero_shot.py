@@ -1,6 +1,6 @@
 """Class embeddings for zero-shot classification: classes are known only by name (CLIP, arXiv 2103.00020, section 3.1).
 
-Shape suffixes: K classes, P prompts, Z features of the common space.
+Shape suffixes: K classes, P prompts, Z features of the shared embedding space.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Inference with a trained model: `openimp.load` and the `Model` that it returns.
 
-Shape suffixes: B inputs, Z features of the common space.
+Shape suffixes: B inputs, Z features of the shared embedding space.
 """
 
 import warnings

@@ -1,6 +1,6 @@
 """The interface that training and evaluation need from any model, including models of other libraries.
 
-Shape suffixes: B examples, D features, Z dimensions of the common space.
+Shape suffixes: B examples, D features, Z dimensions of the shared embedding space.
 """
 
 from abc import ABC, abstractmethod

@@ -11,7 +11,7 @@ MIN_TEMPERATURE = 0.01
 
 
 class Projection(nn.Module):
-    """Two-layer GELU MLP with a final LayerNorm, from pooled features to the common space (arXiv 2305.06324)."""
+    """Two-layer GELU MLP with a final LayerNorm, from pooled features to embeddings (arXiv 2305.06324)."""
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()

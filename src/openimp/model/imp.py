@@ -1,6 +1,6 @@
 """IMP: one encoder for all modalities, with a stem and projection heads per modality.
 
-Shape suffixes: B examples, L tokens, D width, K classes, Z dimensions of the common space.
+Shape suffixes: B examples, L tokens, D width, K classes, Z dimensions of the shared embedding space.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ class IMP(Embedder):
     """The model of arXiv 2305.06324.
 
     Args:
-        config: the sizes of the encoder and the common space.
+        config: the sizes of the encoder and the shared embedding space.
         stems: the specification of each stem, by stem name.
         stem_of: the stem of each modality; modalities may share one.
         pairs: the pairs of modalities that are trained to agree. Each pair has a temperature and, in a disjoint space,

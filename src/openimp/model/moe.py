@@ -1,10 +1,12 @@
-"""Sparse Mixture-of-Experts: routers, dispatch and experts.
+"""Sparse Mixture-of-Experts layers, which replace a block's MLP.
 
-A router assigns tokens to the slots of experts and weights the results (`Routing`). Dispatch gathers the tokens of all
-slots, applies the experts, and adds the weighted results at the tokens' positions.
+In `SparseMLP`, a router assigns tokens to the slots of experts (`Routing`). The layer gathers the tokens of all slots,
+applies the experts, multiplies each result by its gate, and adds it to the output of its token. `SoftMLP` fills each
+slot with a mean of tokens instead.
 
-Shape suffixes: B examples, L tokens per example, G groups, N tokens per group, E experts, C slots per expert, D width,
-F hidden.
+Shape suffixes: B examples, L tokens per example, T tokens of the batch, G groups, N tokens per group, K choices per
+token, M = K N choices per group, E experts, C slots per expert and group, S slots (in ES: of one expert, otherwise of
+all experts), D width, F hidden width, 1 a dimension of size 1.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from openimp.common.device import full_precision
 from openimp.model.init import lecun_normal_
 from openimp.model.kernels import gelu
 from openimp.parallel.distributed import all_reduce_mean
-from openimp.parallel.layout import from_owners, local_experts, to_owners
+from openimp.parallel.layout import combine_from_experts, dispatch_to_experts, local_experts
 from openimp.recipe.model import BATCH_ROUTINGS, MoE
 
 
@@ -27,7 +29,7 @@ class Routing(NamedTuple):
 
     Attributes:
         token_GEC: int64, the index within the group of the token in each slot.
-        gate_GEC: fp32, the weight of each slot's result; 0 for an empty slot.
+        gate_GEC: fp32, the factor of each slot's result; 0 for an empty slot.
     """
 
     token_GEC: Tensor
@@ -39,9 +41,9 @@ class RouterStats(NamedTuple):
 
     Attributes:
         aux: scalar, the weighted sum of the router's auxiliary losses.
-        load_E: each expert's share of all filled slots.
-        gate_E: each expert's share of all gate weights. With expert choice all slots are filled, so only this shows
-            which experts the router prefers.
+        load_E: each expert's share of all filled slots; in Soft MoE, the same as `gate_E`.
+        gate_E: each expert's share of the sum of all gates. With expert choice all experts fill equally many slots, so
+            only this shows which experts the router prefers.
         dropped: scalar, the share of tokens that no expert took.
     """
 
@@ -56,31 +58,31 @@ class RouterStats(NamedTuple):
         return RouterStats(*(sum(s * x for s, x in zip(shares, values)) for values in zip(*chunks)))
 
 
-def expert_choice(probs_GNE: Tensor, valid_GN: Tensor, capacity: float) -> Routing:
-    """Each expert takes its top C tokens of a group, so a token may reach 0 to E experts (arXiv 2202.09368).
+def expert_choice(probs_GNE: Tensor, valid_GN: Tensor, capacity_factor: float) -> Routing:
+    """Each expert takes its top tokens of a group, so a token may reach 0 to E experts (arXiv 2202.09368).
 
-    C = capacity x valid tokens of the group / experts, at least 1. Pads therefore never change what an example's tokens
-    receive, although all shapes are static.
+    The number of these tokens is capacity_factor x valid tokens / experts, at least 1, so padding never changes what
+    valid tokens receive. C counts padding too, to keep shapes static; the slots that are not needed stay empty.
     """
     _, n, experts = probs_GNE.shape
-    slots = min(n, _slots(n, capacity / experts))
+    slots = min(n, _slots(n, capacity_factor / experts))
     score_GEN = probs_GNE.masked_fill(~valid_GN[..., None], -1.0).transpose(1, 2)
     gate_GEC, token_GEC = score_GEN.topk(slots, dim=-1)
-    # fp64, as in `_slots`. fp32 could round a half the other way, and the two would disagree.
-    own_G = (valid_GN.sum(-1).double() * (capacity / experts) + 0.5).floor().clamp(min=1)
-    used_GEC = (torch.arange(slots, device=gate_GEC.device) < own_G[:, None, None]) & (gate_GEC > 0)
-    return Routing(token_GEC, gate_GEC * used_GEC)
+    # fp64, like Python's floats in `_slots`: fp32 could round a half the other way.
+    taken_G = (valid_GN.sum(-1).double() * (capacity_factor / experts) + 0.5).floor().clamp(min=1)
+    filled_GEC = (torch.arange(slots, device=gate_GEC.device) < taken_G[:, None, None]) & (gate_GEC > 0)
+    return Routing(token_GEC, gate_GEC * filled_GEC)
 
 
 def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | None) -> Routing:
     """Each token chooses its `top_k` experts (GShard, arXiv 2006.16668; V-MoE, arXiv 2106.05974).
 
-    An expert takes up to `slots` tokens, all first choices before all second choices, each in token order. The others
-    are dropped. If `slots` is None, there are as many slots as the busiest expert needs.
+    An expert takes up to `slots` tokens of a group: first those of which it is the first choice, in their order, then
+    those of which it is the second, and so on. It drops the rest. `slots` None: the busiest expert drops nothing.
     """
     groups, n, experts = probs_GNE.shape
     gate_GNK, choice_GNK = probs_GNE.topk(top_k, dim=-1)
-    # M = K * N: all first choices, then all second choices.
+    # All first choices, then all second choices, and so on.
     choice_GM = choice_GNK.transpose(1, 2).flatten(1)
     gate_GM = gate_GNK.transpose(1, 2).flatten(1)
     valid_GM = valid_GN.repeat(1, top_k)
@@ -89,7 +91,7 @@ def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | N
         slots = max(1, int(chosen_GME.sum(1).max()))
     place_GM = (chosen_GME.cumsum(1) - 1).gather(-1, choice_GM[..., None]).squeeze(-1)
     kept_GM = valid_GM & (place_GM < slots)
-    # S = E * C + 1: slots are ordered by expert. Dropped tokens go to the extra slot at the end, which is cut off.
+    # Slots are ordered by expert. Dropped tokens go to an extra slot at the end, which is cut off: S = E C + 1.
     slot_GM = torch.where(kept_GM, choice_GM * slots + place_GM, experts * slots)
     token_GM = torch.arange(n, device=probs_GNE.device).repeat(top_k).expand(groups, -1)
     token_GS = token_GM.new_zeros(groups, experts * slots + 1).scatter(1, slot_GM, token_GM)
@@ -98,10 +100,10 @@ def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | N
 
 
 def mean_valid_tokens(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
-    """The number of valid tokens in the batch, averaged over ranks; a scalar in fp32.
+    """The number of valid tokens in a rank's batch, averaged over ranks; a scalar in fp32.
 
-    Routers divide sums over their own tokens by it, so that the mean over ranks is the mean over all tokens. Without a
-    mask all ranks have the same number.
+    A router divides sums over its rank's tokens by it. The mean of these quotients over ranks is then the mean over all
+    tokens. Without a mask, all ranks have the same number.
     """
     if mask_BL is None:
         return torch.full((), float(x_BLD.shape[0] * x_BLD.shape[1]), device=x_BLD.device)
@@ -124,11 +126,11 @@ class Router(nn.Module):
     def forward(self, x_BLD: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Routing, RouterStats]:
         """Routes the tokens within each group. `count` is their `mean_valid_tokens`.
 
-        A group is one example. In training, two of the routings use the whole batch instead. Outside training token
-        choice drops nothing, so an embedding never depends on the other examples of its batch.
+        A group is one example; in training with one of `BATCH_ROUTINGS`, it is this rank's batch. Outside of training,
+        token choice drops nothing. So an embedding never depends on the other examples of its batch.
         """
         config = self.config
-        # bf16 logits cause ties and coarse gates. ST-MoE (arXiv 2202.08906) found fp32 important for stability.
+        # bf16 logits cause ties and coarse gates. Training is more stable with fp32 (ST-MoE, arXiv 2202.08906).
         with full_precision(x_BLD.device):
             logits_BLE = F.linear(x_BLD.float(), self.weight_ED.float())
         probs_BLE = logits_BLE.softmax(-1)
@@ -147,7 +149,7 @@ class Router(nn.Module):
 
 
 def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, count: Tensor) -> Tensor:
-    """Sum over experts of the share of first choices times the mean probability (arXiv 2101.03961, section 2.2)."""
+    """The sum over experts of their share of first choices times their mean probability (arXiv 2101.03961, 2.2)."""
     first_E = (F.one_hot(probs_BLE.argmax(-1), probs_BLE.shape[-1]) * valid_BL[..., None]).sum((0, 1))
     prob_E = (probs_BLE * valid_BL[..., None]).sum((0, 1)) / count
     return (all_reduce_mean(first_E.float()) / count * prob_E).sum()
@@ -161,12 +163,12 @@ def _load(routing: Routing, valid_GN: Tensor, count: Tensor) -> tuple[Tensor, Te
     taken_GN = torch.zeros_like(valid_GN, dtype=torch.float32)
     taken_GN = taken_GN.scatter_add(1, routing.token_GEC.flatten(1), filled_GEC.flatten(1))
     dropped = ((taken_GN == 0) & valid_GN).sum() / count
-    # The minimum matters if the batch has only pads, because no slot is filled then.
+    # A batch of padding fills no slot. `clamp` prevents 0 / 0 there.
     return load_E / load_E.sum().clamp(min=1), gate_E / gate_E.sum().clamp(min=1e-9), dropped
 
 
 class Experts(nn.Module):
-    """E two-layer GELU MLPs without biases, computed as two batched matrix products."""
+    """E two-layer GELU MLPs without biases, as two batched matrix products."""
 
     def __init__(self, experts: int, width: int, hidden: int) -> None:
         super().__init__()
@@ -176,14 +178,14 @@ class Experts(nn.Module):
         lecun_normal_(self.down_EFD, hidden)
 
     def forward(self, x_ESD: Tensor) -> Tensor:
-        """Applies expert e to its S slots, on the rank that owns it: (E, S, D) to (E, S, D)."""
+        """Maps (E, S, D) to (E, S, D): each expert processes its S slots, on the rank that holds it."""
         (up_EDF, down_EFD), group = local_experts((self.up_EDF, self.down_EFD))
-        hidden_ESF = gelu(torch.bmm(to_owners(x_ESD, group), up_EDF))
-        return from_owners(torch.bmm(hidden_ESF, down_EFD), group)
+        hidden_ESF = gelu(torch.bmm(dispatch_to_experts(x_ESD, group), up_EDF))
+        return combine_from_experts(torch.bmm(hidden_ESF, down_EFD), group)
 
 
 class SparseMLP(nn.Module):
-    """Router, dispatch and experts, in place of a block's MLP."""
+    """A router and experts that process the tokens it selects."""
 
     def __init__(self, width: int, hidden: int, config: MoE) -> None:
         super().__init__()
@@ -194,29 +196,29 @@ class SparseMLP(nn.Module):
         """Maps (B, L, D) to (B, L, D). `count` is the tokens' `mean_valid_tokens`."""
         routing, stats = self.router(x_BLD, valid_BL, count)
         groups, experts, slots = routing.token_GEC.shape
-        x_ND = x_BLD.flatten(0, 1)
-        per_group = x_ND.shape[0] // groups
-        first_G = torch.arange(groups, device=x_ND.device) * per_group
+        x_TD = x_BLD.flatten(0, 1)
+        per_group = x_TD.shape[0] // groups
+        first_G = torch.arange(groups, device=x_TD.device) * per_group
         row_ES = (routing.token_GEC + first_G[:, None, None]).transpose(0, 1).reshape(-1)
         gate_ES = routing.gate_GEC.transpose(0, 1).reshape(-1, 1)
-        slots_ESD = x_ND.index_select(0, row_ES).unflatten(0, (experts, groups * slots))
+        slots_ESD = x_TD.index_select(0, row_ES).unflatten(0, (experts, groups * slots))
         out = self.experts(slots_ESD).flatten(0, 1)
-        result = torch.zeros_like(x_ND, dtype=out.dtype).index_add(0, row_ES, out * gate_ES.to(out.dtype))
+        result = torch.zeros_like(x_TD, dtype=out.dtype).index_add(0, row_ES, out * gate_ES.to(out.dtype))
         return result.view_as(x_BLD), stats
 
 
 class SoftMLP(nn.Module):
-    """Soft MoE (arXiv 2308.00951, algorithm 1), in place of a block's MLP.
+    """Soft MoE (arXiv 2308.00951, algorithm 1).
 
-    Each slot of an expert processes a weighted mean of the example's tokens, and each token receives a weighted mean of
-    the results of all slots. The number of slots does not depend on the length of the example, so pads change nothing.
+    Each slot of an expert processes a weighted mean of the example's tokens. Each token receives a weighted mean of the
+    results of all slots. The number of slots does not depend on the length of the example, so padding changes nothing.
     """
 
     def __init__(self, width: int, hidden: int, config: MoE) -> None:
         super().__init__()
         self.slots = config.slots
         self.slot_SD = nn.Parameter(torch.empty(config.experts * config.slots, width))
-        # Logits start with unit variance, as they would without the normalization below.
+        # Logits are `scale` times cosines, which have variance 1 / width at first. So logits start with unit variance.
         self.scale = nn.Parameter(torch.full((1,), width**0.5))
         self.experts = Experts(config.experts, width, hidden)
         nn.init.normal_(self.slot_SD)
@@ -224,7 +226,7 @@ class SoftMLP(nn.Module):
     def forward(self, x_BLD: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Tensor, RouterStats]:
         """Maps (B, L, D) to (B, L, D). `count` is the tokens' `mean_valid_tokens`."""
         with full_precision(x_BLD.device):
-            # Unit vectors (section 2.3): otherwise the softmax approaches an argmax at large widths.
+            # Normalized (section 2.3): otherwise the softmax approaches one-hot vectors at large widths.
             slot_SD = self.scale * F.normalize(self.slot_SD.float(), dim=-1)
             logits_BLS = F.linear(F.normalize(x_BLD.float(), dim=-1), slot_SD)
         valid_BL1 = valid_BL[..., None]

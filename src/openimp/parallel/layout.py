@@ -1,7 +1,7 @@
 """Layout of a model over the ranks: replicas, shards, and expert parallelism.
 
-torch does the work: FSDP2 shards, gathers, and reduces gradients over a device mesh, and a tensor that is sharded or
-replicated over a mesh is a DTensor.
+FSDP2 shards and gathers the parameters and reduces the gradients. A tensor that is sharded or replicated over a device
+mesh is a DTensor.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,12 +16,12 @@ from openimp.parallel.distributed import all_reduce_mean, rank, world_size
 
 
 class Layout(NamedTuple):
-    """Numbers of ranks that share a model.
+    """How the ranks share a model.
 
     Attributes:
         ranks: number of ranks.
-        shard_degree: consecutive ranks that share one replica; 1: every rank has a full one, except for the experts.
-        expert_degree: consecutive ranks that share the experts of a layer.
+        shard_degree: number of consecutive ranks that a replica is sharded over. If it is 1, ranks share only experts.
+        expert_degree: number of consecutive ranks that the experts of a layer are distributed over.
     """
 
     ranks: int
@@ -30,17 +30,12 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, ranks: int, shard_degree: int | None, expert_degree: int, expert_dims: Iterable[int]) -> "Layout":
-        """The layout that a recipe's `parallel` describes. If there are fewer ranks than `shard_degree`, they share one
-        replica.
+        """The layout that a recipe's `parallel` describes, for experts whose weights have the sizes `expert_dims`.
 
-        Args:
-            ranks: number of ranks.
-            shard_degree: of the recipe; None: all ranks.
-            expert_degree: of the recipe.
-            expert_dims: input and hidden width of an expert.
+        If `shard_degree` is None or more than there are ranks, all ranks share one replica.
 
         Raises:
-            UserError: the ranks, or the weights of an expert, cannot be divided evenly.
+            UserError: the ranks or the weights of an expert cannot be divided evenly.
         """
         if ranks == 1:
             return cls(1, 1, 1)
@@ -52,17 +47,17 @@ class Layout(NamedTuple):
             who = f"the {sharing} ranks that share a replica" if shards > 1 else f"{sharing} ranks"
             raise UserError(f"parallel.expert_degree: {who} cannot be divided into groups of {expert_degree}")
         layout = cls(ranks, shards, expert_degree)
-        _, parts, _ = layout.expert_mesh
+        _, parts, _ = layout.expert_mesh_shape
         if expert_degree > 1 and any(dim % parts for dim in expert_dims):
             raise UserError(
-                f"parallel: an expert's weights cannot be sharded over {parts} ranks, shard_degree / expert_degree; "
+                f"parallel: an expert's weights cannot be sharded over {parts} ranks (shard_degree / expert_degree); "
                 f"make model.width and model.mlp_dim multiples of {parts}, or change parallel.shard_degree"
             )
         return layout
 
     @property
-    def expert_mesh(self) -> tuple[int, int, int]:
-        """Replicas of an expert, shards of each replica, and ranks that share the experts of a layer."""
+    def expert_mesh_shape(self) -> tuple[int, int, int]:
+        """(replicas of an expert, shards of each replica, ranks that the experts of a layer are distributed over)."""
         shards = max(1, self.shard_degree // self.expert_degree)
         return self.ranks // (shards * self.expert_degree), shards, self.expert_degree
 
@@ -75,19 +70,19 @@ def apply_parallelism(
     layout: Layout,
     device: torch.device,
 ) -> None:
-    """Distributes a model over the ranks: FSDP2 with `layout.shard_degree` shards per replica, and expert parallelism.
+    """Distributes a model over the ranks, with FSDP2 and expert parallelism.
 
-    A replica of one shard goes through FSDP2 as well. In every layout, FSDP2 averages the gradients over the ranks in
-    fp32, and a parameter that a step does not use keeps its gradient of None. Parameters stay fp32 and are cast by
-    autocast, as on one rank.
+    With several ranks FSDP2 is used even if replicas are not sharded. It averages the gradients over the ranks in fp32.
+    The gradient of a parameter that a step does not use stays None. Parameters stay fp32, and autocast casts them, as
+    on one rank.
 
     Args:
-        model: with the same weights on all ranks.
-        blocks: parts of the model whose parameters are gathered when they compute, and freed again.
-        experts: parts of the model whose parameters have the experts as their first dimension.
-        methods: names of methods of the model that compute with its other parameters.
-        layout: degrees of parallelism.
-        device: device of this rank. It never holds the full model, unless a replica is one shard.
+        model: has the same weights on all ranks.
+        blocks: modules whose parameters are gathered only while they compute.
+        experts: modules whose parameters have the experts as their first dimension.
+        methods: names of the model's methods that compute with its other parameters.
+        layout: see `Layout`.
+        device: of this rank. If replicas are sharded, it never holds the full model.
     """
     if layout.ranks == 1:
         model.to(device)
@@ -102,30 +97,30 @@ def apply_parallelism(
     groups = [(module, mesh) for module in (*blocks, model)]
     if layout.expert_degree > 1:
         expert_mesh = init_device_mesh(
-            device.type, layout.expert_mesh, mesh_dim_names=("replicate", "shard", "experts")
+            device.type, layout.expert_mesh_shape, mesh_dim_names=("replicate", "shard", "experts")
         )
-        expert_mesh["shard", "experts"]._flatten()  # DTensor then takes one all-reduce for a norm over both dimensions.
+        expert_mesh["shard", "experts"]._flatten()  # DTensor then reduces a norm over both dimensions at once.
         groups = [*((module, expert_mesh) for module in experts), *groups]
         for module in experts:
             for name, weight in list(module.named_parameters()):
                 local = distribute_tensor(weight.detach(), expert_mesh["experts"], [Shard(0)])
                 setattr(module, name, nn.Parameter(local))
-    # The first dimension of an expert weight is the experts. With expert parallelism it is sharded already, and without
-    # it there are few experts, so that FSDP2 would pad it for many ranks.
-    second = {
+    # FSDP2 shards dimension 0 by default. In an expert weight, this dimension is the experts: expert parallelism has
+    # sharded it already, or else FSDP2 might have to pad it. So dimension 1 is sharded instead, if it divides evenly.
+    sharded_by_dim_1 = {
         weight
         for module in experts
         for weight in module.parameters()
         if layout.expert_degree > 1 or weight.shape[1] % layout.shard_degree == 0
     }
-    for module, mesh in groups:
+    for module, module_mesh in groups:
         wrapped = fully_shard(
             module,
-            mesh=mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"],
+            mesh=module_mesh["replicate", "shard"] if module_mesh["replicate"].size() > 1 else module_mesh["shard"],
             mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
-            shard_placement_fn=lambda weight: Shard(int(weight in second)),
+            shard_placement_fn=lambda weight: Shard(int(weight in sharded_by_dim_1)),
         )
-        # gloo's own average is wrong in some versions of torch: https://github.com/pytorch/pytorch/issues/162338
+        # gloo's average is wrong in some versions of torch: https://github.com/pytorch/pytorch/issues/162338
         wrapped.set_force_sum_reduction_for_comms(device.type == "cpu")
     for method in methods:
         register_fsdp_forward_method(model, method)
@@ -137,12 +132,12 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with the shards of all ranks. Every rank must call this."""
+    """The whole tensor, gathered from the shards of all ranks. Every rank must call this."""
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gather_on_rank_zero(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Full tensors in the CPU memory of rank 0, gathered one after the other; other ranks get none of them."""
+    """Gathers whole tensors in the CPU memory of rank 0, one at a time. Other ranks get an empty dict."""
     if world_size() == 1:
         return dict(tensors)
     gathered = {}
@@ -153,8 +148,8 @@ def gather_on_rank_zero(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return gathered
 
 
-def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors grouped by device mesh, because one operation on several DTensors needs all of them on the same mesh."""
+def group_by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Groups tensors by device mesh. An operation on a list of DTensors needs all of them on one mesh."""
     groups: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
@@ -162,24 +157,24 @@ def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales all gradients so that their Euclidean norm is at most `max_norm`, and returns the norm before that.
+    """Scales all gradients so that their Euclidean norm is at most `max_norm`, and returns the norm before scaling.
 
-    `torch.nn.utils.clip_grad_norm_` does not take parameters on several device meshes.
+    Unlike `torch.nn.utils.clip_grad_norm_`, this takes parameters on several device meshes.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = [full_tensor(torch.nn.utils.get_total_norm(group)) for group in by_mesh(gradients)]
-    # Ranks may have summed several norms in another order. To stay equal, replicas must be scaled equally.
+    norms = [full_tensor(torch.nn.utils.get_total_norm(group)) for group in group_by_mesh(gradients)]
+    # With several meshes, norms may differ between ranks by rounding. The mean keeps replicas equal.
     norm = norms[0] if len(norms) == 1 else all_reduce_mean(torch.nn.utils.get_total_norm(norms))
     torch._foreach_mul_([local_shard(gradient) for gradient in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 class LocalExperts(NamedTuple):
-    """The experts of this rank.
+    """The experts of a layer that this rank holds.
 
     Attributes:
-        weights: their weights, experts first.
-        group: the ranks that share all experts of the layer; None if this rank has all of them.
+        weights: tensors whose first dimension is these experts.
+        group: the ranks that the experts of the layer are distributed over; None if this rank has all of them.
     """
 
     weights: list[Tensor]
@@ -187,10 +182,11 @@ class LocalExperts(NamedTuple):
 
 
 def local_experts(weights: Iterable[Tensor]) -> LocalExperts:
-    """This rank's part of weights whose first dimension is the experts.
+    """This rank's part of weights whose first dimension is the experts. Their gradients are divided by P.
 
-    Every rank's loss is a mean over its own examples. The gradient of an expert is the sum over the ranks that send it
-    tokens, and FSDP2 then averages over its replicas only. So it is divided here by the number of those ranks.
+    P is the number of ranks in `group`. All of them send tokens to an expert, so its gradient is the sum over their P
+    losses. FSDP2 then takes the mean over the groups only. With the division, it becomes the mean over all ranks, as
+    for every other parameter.
     """
     weights = list(weights)
     mesh = getattr(weights[0], "device_mesh", None)
@@ -203,27 +199,23 @@ def local_experts(weights: Iterable[Tensor]) -> LocalExperts:
     return LocalExperts(local, mesh.get_group())
 
 
-def to_owners(x_ESD: Tensor, group: Any) -> Tensor:
-    """Sends the slots of this rank's tokens for all experts, (E, S, D), to the ranks that own the experts.
-
-    Returns:
-        The slots of all P ranks of the group for this rank's experts, (E / P, P S, D).
-    """
+def dispatch_to_experts(x_ESD: Tensor, group: Any) -> Tensor:
+    """Sends each expert's slots to the rank that holds it: (E, S, D) to (E / P, P S, D), from all P ranks."""
     if group is None:
         return x_ESD
     received = _all_to_all(x_ESD, group).unflatten(0, (dist.get_world_size(group), -1))
     return received.transpose(0, 1).flatten(1, 2)
 
 
-def from_owners(x_ESD: Tensor, group: Any) -> Tensor:
-    """The inverse of `to_owners`: returns the results of the experts to the ranks of the tokens."""
+def combine_from_experts(x_ESD: Tensor, group: Any) -> Tensor:
+    """The inverse of `dispatch_to_experts`: returns the experts' results to the ranks that sent the tokens."""
     if group is None:
         return x_ESD
     return _all_to_all(x_ESD.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1).flatten(0, 1), group)
 
 
 def _all_to_all(x: Tensor, group: Any) -> Tensor:
-    """Splits the first dimension evenly and sends part i to rank i of the group."""
+    """Splits the first dimension evenly, and sends part i to rank i of the group."""
     from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 
     return wait_tensor(all_to_all_single_autograd(x.contiguous(), None, None, group))

@@ -130,7 +130,7 @@ def keep_own_experts(model: IMP, owners: int) -> None:
 
 def _send_slots(model: IMP, owners: int, memory: StepMemory) -> None:
     """Lets the experts of one rank work on the slots that all `owners` ranks send, and allocates and counts the tensors
-    that `layout.to_owners` and `layout.from_owners` would."""
+    that `layout.dispatch_to_experts` and `layout.combine_from_experts` would."""
 
     def to(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         sent: Tensor = _Sent.apply(inputs[0], memory)

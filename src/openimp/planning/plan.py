@@ -126,10 +126,11 @@ class Shares:
         return sum(2 * others(self.held([weight]), self._replicas(weight)) for weight in weights)
 
     def _shards(self, weight: Tensor) -> int:
-        return self.layout.expert_mesh[1] if weight in self._experts else self.layout.shard_degree
+        return self.layout.expert_mesh_shape[1] if weight in self._experts else self.layout.shard_degree
 
     def _replicas(self, weight: Tensor) -> int:
-        return self.layout.expert_mesh[0] if weight in self._experts else self.layout.ranks // self.layout.shard_degree
+        layout = self.layout
+        return layout.expert_mesh_shape[0] if weight in self._experts else layout.ranks // layout.shard_degree
 
 
 def plan(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, gpu: str, mfu: float) -> Plan:
@@ -206,8 +207,8 @@ def _owned(recipe: Recipe, model: IMP, layout: Layout, by_view: Iterable[Cost]) 
     """The matrices that Muon updates on each GPU. If they are sharded, all GPUs update all of them."""
     named = dict(model.named_parameters())
     hidden = [matrix for matrix in model.hidden_matrices() if recipe.optimizer.muon_lr]
-    steps = [{named[name] for name in cost.touched} for cost in by_view]
-    return assign_owners(hidden, steps, layout.ranks if layout.shard_degree == 1 else 1, muon_work)
+    updated_sets = [{named[name] for name in cost.touched} for cost in by_view]
+    return assign_owners(hidden, updated_sets, layout.ranks if layout.shard_degree == 1 else 1, muon_work)
 
 
 def _optimizer_bytes(recipe: Recipe, model: IMP, shares: Shares, owned: Sequence[Sequence[Tensor]]) -> int:

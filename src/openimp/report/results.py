@@ -11,7 +11,7 @@ import PIL.Image
 from openimp.data.tables import Table
 from openimp.evaluation.classification import Classified
 from openimp.evaluation.results import main_metric
-from openimp.evaluation.retrieval import Retrieved
+from openimp.evaluation.retrieval import RetrievalResult
 from openimp.report.charts import Curve, line_chart, nice_ticks, series
 
 MAX_TABLE = 25
@@ -80,7 +80,7 @@ def confusion(name: str, found: Classified) -> dict[str, Any]:
     }
 
 
-def retrieval(name: str, found: Retrieved, source: Table, show: Show) -> dict[str, Any]:
+def retrieval(name: str, found: RetrievalResult, source: Table, show: Show) -> dict[str, Any]:
     """Example queries of one direction: those with the best, the median and the worst rank."""
     order, middle = np.argsort(found.rank, kind="stable"), max(0, (len(found.rank) - CASES) // 2)
     kinds = {"best": order[:CASES], "median": order[middle : middle + CASES], "worst": order[-CASES:]}
@@ -98,7 +98,7 @@ def retrieval(name: str, found: Retrieved, source: Table, show: Show) -> dict[st
             {
                 "rank": place if place <= ANSWERS else rank,  # The best correct answer follows the first ones.
                 "late": place > ANSWERS,
-                "correct": answer.right,
+                "correct": answer.correct,
                 "similarity": answer.similarity,
                 "value": value(found.target, int(found.target_row[answer.candidate])),
             }

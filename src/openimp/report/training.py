@@ -1,4 +1,4 @@
-"""What metrics.jsonl says about a training: losses, throughput, the mixture of tasks, and the use of experts."""
+"""What metrics.jsonl says about a training run: losses, throughput, the mixture of tasks, and the use of experts."""
 
 from math import ceil
 from typing import Any

@@ -22,7 +22,7 @@ from openimp.evaluation.classification import Classified
 from openimp.evaluation.evaluate import measure, open_set
 from openimp.evaluation.evaluator import Evaluator
 from openimp.evaluation.results import latest, read_results
-from openimp.evaluation.retrieval import Retrieved
+from openimp.evaluation.retrieval import RetrievalResult
 from openimp.planning.plan import count
 from openimp.recipe.evaluation import EvaluationSet
 from openimp.recipe.schema import Recipe
@@ -111,7 +111,7 @@ def _measure(
         for answers in answered:
             if isinstance(answers, Classified):
                 found.confusions.append(results.confusion(name, answers))
-            elif isinstance(answers, Retrieved):
+            elif isinstance(answers, RetrievalResult):
                 show = partial(_show, modalities, options, source)
                 found.retrievals.append(results.retrieval(name, answers, source, show))
     return {"recipe": recipe, "parameters": parameters, "step": step}, found

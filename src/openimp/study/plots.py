@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +23,8 @@ INK, MUTED, ACCENT = "#222222", "#8a8a8a", "#1f6f8b"
 
 def plot_style() -> AbstractContextManager[None]:
     """The context to draw and save plots in."""
-    sizes = {"font.size": 8, "axes.labelsize": 8, "axes.titlesize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8}
-    frame = {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
+    sizes: Any = {"font.size": 8, "axes.labelsize": 8, "axes.titlesize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8}
+    frame: Any = {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
     return matplotlib.rc_context({**sizes, **frame, "savefig.dpi": 130})
 
 

@@ -7,7 +7,7 @@ in its order, with its augmentation and tokenizer, and its optimizers update the
 patch dropout are open_clip's. It needs `pip install openimp[peers]`.
 
 Shape suffixes: B examples, T frames, C channels, H height, W width, L tokens, P values per token, Z features of the
-common space.
+shared embedding space.
 """
 
 import math
@@ -124,7 +124,7 @@ class TwoTowerTrainer(Trainer):
     suggest_same = False  # open_clip's loss cannot treat several examples as one item.
 
     @staticmethod
-    def read(recipe: Recipe) -> dict[str, Modality]:
+    def make_modalities(recipe: Recipe) -> dict[str, Modality]:
         return unpatched_modalities(recipe)
 
     @staticmethod

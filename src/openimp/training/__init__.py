@@ -1,4 +1,4 @@
-"""The training loop and its parts: optimizers, metrics, pace, and stopping.
+"""The training loop and its parts: optimizers, metrics, step times, and stopping.
 
 Read trainer.py first.
 """

@@ -1,4 +1,4 @@
-"""Saving the state of a training, and loading it again."""
+"""Saving the state of a training run, and loading it again."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.folder import load_training, optimizer_state
+from openimp.checkpoint.folder import load_training_state, optimizer_state
 from openimp.checkpoint.saver import Saver
 from openimp.model.embedder import Embedder
 from openimp.training.updater import Updater
@@ -14,7 +14,7 @@ from openimp.training.updater import Updater
 
 @dataclass
 class Checkpointing:
-    """Saves the checkpoints of a training in the background. `saved` is the step of the newest one.
+    """Saves the checkpoints of a training run in the background. `saved` is the step of the newest one.
 
     `texts` are the files of `config_files`. `state` returns everything else that the next step depends on, as JSON
     values; its "step" is the number of steps that are done.
@@ -30,7 +30,7 @@ class Checkpointing:
     def load(self, folder: Path) -> dict[str, Any]:
         """Loads weights, optimizer state and EMA from a checkpoint, and returns the state that was saved with them."""
         ema = self.updater.ema.weights if self.updater.ema else None
-        state = load_training(folder, self.model, self.updater.optimizers, ema)
+        state = load_training_state(folder, self.model, self.updater.optimizers, ema)
         self.saved = state["step"]
         return state
 

@@ -14,7 +14,7 @@ from openimp.recipe.schema import Recipe
 
 
 def signatures(recipe: Recipe, modalities: Modalities) -> set[tuple[str, int, int]]:
-    """The signatures of all forward passes in a training: (modality, examples, tokens)."""
+    """The signatures of all forward passes in a training run: (modality, examples, tokens)."""
     return {
         (name, rows, modalities[name].length(view[name]))
         for task in recipe.tasks.values()

@@ -1,4 +1,4 @@
-"""What a training records and prints about its steps."""
+"""What a training run records and prints about its steps."""
 
 from collections.abc import Mapping
 from itertools import chain
@@ -20,7 +20,7 @@ from openimp.recipe.schema import Recipe
 from openimp.training.bad_examples import BadExamples
 from openimp.training.metrics import Metrics
 from openimp.training.optimizers import schedule
-from openimp.training.pace import Pace, shown
+from openimp.training.step_timer import StepTimer, speed_text
 
 DUPLICATE_TEXT_WARNING = 0.1
 """Share of duplicate texts in a batch above which `same` is suggested."""
@@ -29,14 +29,14 @@ DUPLICATE_TEXT_WARNING = 0.1
 class Log:
     """Records every step, and writes and prints a line every `log_every` steps.
 
-    `state` is that of the checkpoint from which the training resumes; it is empty for a new training.
+    `state` is that of the checkpoint from which the run resumes; it is empty for a new run.
     """
 
     def __init__(
-        self, recipe: Recipe, run: Path, modalities: Modalities, costs: Costs, pace: Pace, state: Mapping[str, Any]
+        self, recipe: Recipe, run: Path, modalities: Modalities, costs: Costs, state: Mapping[str, Any]
     ) -> None:
         step = state.get("step", 0)
-        self.recipe, self.modalities, self.costs, self.pace = recipe, modalities, costs, pace
+        self.recipe, self.modalities, self.costs, self.timer = recipe, modalities, costs, StepTimer()
         self.metrics = Metrics(run, step, state.get("totals"))
         self.bad = BadExamples(run, step, recipe.train.max_bad_fraction, state.get("bad"))
         self.first_batches: set[str] = set()
@@ -49,19 +49,19 @@ class Log:
         """Records one step. Raises UserError if too many examples of the task could not be read."""
         visit, train = loaded.visit, self.recipe.train
         step = visit.step + 1
-        self.pace.step(visit.task)
+        self.timer.end_step(visit.task)
         self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], loaded.digest)
         bar.step(step)
         if step % train.log_every == 0 or step == train.steps:
             rate = self.recipe.optimizer.lr * schedule(self.recipe, visit.step)
-            line = self.metrics.write(step, rate, grad_norm, self.pace.record())
+            line = self.metrics.write(step, rate, grad_norm, self.timer.record())
             means = {name: line["tasks"][name]["loss"] for name in self.recipe.tasks if name in line["tasks"]}
-            bar.report(step, means, shown(line))
-            if warning := self.pace.warning(line, self.recipe, self.modalities):
+            bar.report(step, means, speed_text(line))
+            if warning := self.timer.warning(line, self.recipe, self.modalities):
                 console.print(warning, soft_wrap=True)
         # Last, because this may end the run: its checkpoint then contains the whole step.
         bad = [*chain.from_iterable(distributed.all_gather_object(loaded.bad))]
-        self.bad.add(visit.step, visit.task, visit.batch, bad)
+        self.bad.add(visit.step, visit.task, visit.batch_size, bad)
 
     def warn_of_duplicate_texts(self, loaded: LoadedBatch) -> None:
         """Suggests `same` if the first batch of a task has many texts that occur in several examples."""
@@ -78,16 +78,16 @@ class Log:
 
 
 def print_plan(
-    recipe: Recipe, run: Path, model: Embedder, device: torch.device, costs: Costs, step: int, compiled: int
+    recipe: Recipe, run: Path, model: Embedder, device: torch.device, costs: Costs, step: int, signature_count: int
 ) -> None:
-    """Prints the mixture of tasks, and what is trained where and how. `compiled` is the number of signatures."""
+    """Prints the mixture of tasks, and what is trained where and how. Without torch.compile, there are 0 signatures."""
     console.print(mixture_table(recipe, costs))
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
     how: str = precision_of(device, recipe.train.precision)
     if distributed.world_size() > 1:
         how += f", {distributed.world_size()} ranks"
-    if compiled:
-        how += f", compiled for {compiled} signatures"
+    if signature_count:
+        how += f", compiled for {counted(signature_count, 'signature')}"
     console.print(f"{recipe.name}: {size} on {device.type}, {how}, into {run}", soft_wrap=True)
     if step:
         console.print(f"resuming from step {step}", soft_wrap=True)

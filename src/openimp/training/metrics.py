@@ -59,8 +59,8 @@ class Metrics:
                 self.routing[modality] = stats if before is None else [a + b for a, b in zip(before, stats)]
                 self.passes[modality] += 1
 
-    def write(self, step: int, lr: float, grad_norm: float, pace: dict[str, Any]) -> dict[str, Any]:
-        """Writes and returns the line for the steps up to `step`; `pace` is `Pace.record()`."""
+    def write(self, step: int, lr: float, grad_norm: float, speed: dict[str, Any]) -> dict[str, Any]:
+        """Writes and returns the line for the steps up to `step`; `speed` is `StepTimer.record()`."""
         tasks = {
             task: {
                 "steps": self.steps[task],
@@ -73,9 +73,9 @@ class Metrics:
             "step": step,
             "lr": lr,
             "grad_norm": grad_norm,
-            "examples_per_s": self.examples / pace["seconds"],
-            "tokens_per_s": self.tokens / pace["seconds"],
-            **pace,
+            "examples_per_s": self.examples / speed["seconds"],
+            "tokens_per_s": self.tokens / speed["seconds"],
+            **speed,
             "samples": f"{sum(all_gather_object(self.digest)) % DIGESTS:012x}",
             "tasks": tasks,
             "experts": experts,

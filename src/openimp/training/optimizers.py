@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from openimp.model.embedder import Embedder
-from openimp.parallel.layout import by_mesh, local_shard
+from openimp.parallel.layout import group_by_mesh, local_shard
 from openimp.recipe.schema import Recipe
 from openimp.recipe.training import Optimizer
 
@@ -32,7 +32,7 @@ def make_optimizers(options: Optimizer, model: Embedder, parameters: Iterable[Te
     groups = [
         {"params": group, "weight_decay": decay}
         for some, decay in ((kernels, options.weight_decay), (others, 0.0))
-        for group in by_mesh(some)
+        for group in group_by_mesh(some)
     ]
     betas = (options.betas[0], options.betas[1])
     made: list[torch.optim.Optimizer] = [

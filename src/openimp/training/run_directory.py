@@ -17,7 +17,7 @@ from openimp.parallel import distributed
 from openimp.recipe.schema import Recipe
 
 LOCK = ".lock"
-"""File in the directory that a training holds a lock on while it runs."""
+"""File in the directory that a training run holds a lock on while it runs."""
 
 
 @contextmanager
@@ -47,14 +47,14 @@ def locked(run: Path) -> Iterator[None]:
 
 
 class RunDirectory:
-    """The directory that a training of a recipe writes to."""
+    """The directory that a training run of a recipe writes to."""
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path, self.recipe = path, recipe
         self.recipe_file, self.job_file = path / "recipe.yaml", path / "torchrun.job"
 
     def checkpoint(self, resume: bool | Literal["auto"], trainer: str) -> Path | None:
-        """The checkpoint to resume from, or None for a training that starts at step 0.
+        """The checkpoint to resume from, or None for a training run that starts at step 0.
 
         With `resume`, True requires a checkpoint, "auto" uses one if there is one, and False refuses a directory with a
         run. Ranks that torchrun has restarted resume without being asked to. `trainer` names the class that trains.

@@ -1,4 +1,4 @@
-"""Stopping a training between two steps: after a signal, bad data, or a checkpoint that could not be written."""
+"""Stopping a training run between two steps: after a signal, bad data, or a checkpoint that could not be written."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Training: alternating gradient descent. Each step is one task and one view of it."""
+"""The training loop: alternating gradient descent. Each step trains one task with one of its views."""
 
 import math
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ import torch
 from openimp.checkpoint.folder import config_files, read_config
 from openimp.checkpoint.resume import changed_sources
 from openimp.checkpoint.saver import CheckpointError, Saver
-from openimp.checkpoint.warm_start import WarmStart, open_start
+from openimp.checkpoint.warm_start import WarmStart, open_warm_start
 from openimp.common.device import autocast, keep_freed_memory
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.common.modality import Modalities, Modality
 from openimp.common.progress import StepBar, console, track
 from openimp.data.batch import Batch
-from openimp.data.loader import make_loader
+from openimp.data.loader import load_batches
 from openimp.data.step_batches import LoadedBatch, StepBatches
 from openimp.evaluation.evaluate import check_sets
 from openimp.model.embedder import Embedder, Encode, in_chunks
@@ -32,7 +32,6 @@ from openimp.recipe.tasks import Task
 from openimp.training.checkpointing import Checkpointing
 from openimp.training.compilation import CompiledEncode, signatures
 from openimp.training.log import Log, print_plan
-from openimp.training.pace import Pace
 from openimp.training.run_directory import RunDirectory, locked
 from openimp.training.stopping import Stop, Stopped, stop_signals
 from openimp.training.updater import Updater
@@ -47,21 +46,19 @@ def train(
     trainer: "type[Trainer] | None" = None,
     allow_changed_data: bool = False,
 ) -> bool:
-    """Trains a recipe, evaluates the result, and returns whether the training is complete; False: it was stopped.
+    """Trains and evaluates a recipe. Returns True if the run is complete, and False if a signal stopped it.
 
     Args:
-        recipe: what to train.
         run: directory to write to; with `resume`, that of an interrupted run of the same recipe.
-        resume: True resumes from the newest intact checkpoint; "auto" does so if there is one, and else starts. Ranks
-            that torchrun has restarted resume without being asked to.
+        resume: True requires a checkpoint and resumes from the newest intact one; "auto" starts from step 0 if there is
+            no checkpoint. Ranks that torchrun has restarted always use "auto".
         trainer: `Trainer`, or a subclass of a study.
         allow_changed_data: resume even if a source has changed since the checkpoint was saved.
 
     Raises:
-        UserError: the data is bad, the directory holds a run already or another training writes to it, there is no
-            intact checkpoint of this recipe, trainer and data, `train.init` does not fit, or a loss is not finite. The
-            steps up to then are saved. Or another rank died; steps since the last checkpoint are lost.
-        CheckpointError: a checkpoint cannot be written. Steps since the one before it are lost.
+        UserError: the run cannot start, resume or continue. If data is bad or a loss is not finite, all complete steps
+            are saved. If a rank died, the steps since the last checkpoint are lost.
+        CheckpointError: a checkpoint cannot be written. Steps since the previous one are lost.
     """
     distributed.start()
     trainer = trainer or Trainer
@@ -76,22 +73,22 @@ def train(
 
 
 class Trainer:
-    """Everything that one training holds.
+    """One training run on this rank.
 
-    Its three static methods define what is trained. A subclass that returns another model there keeps data, steps,
-    resuming, metrics and evaluation as they are; one that overrides `update` makes steps in another way.
+    A subclass trains another model if it overrides the three static methods, and changes how a step is made if it
+    overrides `update`. Data, resuming, metrics and evaluation stay the same.
 
     Attributes:
-        step: number of steps that are done.
-        savable: False while an update is incomplete, so that a checkpoint would not be of a whole number of updates.
+        step: number of complete steps.
+        savable: False in the middle of an update that takes several steps. Nothing is saved then.
         suggest_same: whether to suggest the option `same` if a task has many duplicate texts.
     """
 
     suggest_same = True
 
     @staticmethod
-    def read(recipe: Recipe) -> dict[str, Modality]:
-        """The modalities, producing tokens as the model takes them."""
+    def make_modalities(recipe: Recipe) -> dict[str, Modality]:
+        """The modalities by name, not fitted. Their tokens are the model's inputs."""
         return recipe.make_modalities()
 
     @staticmethod
@@ -101,7 +98,7 @@ class Trainer:
 
     @staticmethod
     def losses(model: Any, task: Task, batch: Batch, encode: Encode | None = None) -> Losses:
-        """The losses of a task; `encode` is the model's, or the same compiled or in chunks."""
+        """The losses of a task. `encode` replaces `model.encode` if it is compiled or works in chunks."""
         return task_losses(model, task, batch, encode)
 
     def __init__(
@@ -113,13 +110,13 @@ class Trainer:
         self.layout = self._layout()
         directory = RunDirectory(run, recipe)
         checkpoint = directory.checkpoint(resume, type(self).__name__)
-        self.modalities = self.read(recipe)
-        start = open_start(recipe, self.modalities) if checkpoint is None else None
-        changed = self._open_data(checkpoint, start, allow_changed_data)
+        self.modalities = self.make_modalities(recipe)
+        warm_start = open_warm_start(recipe, self.modalities) if checkpoint is None else None
+        changed = self._open_data(checkpoint, warm_start, allow_changed_data)
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses)
-        texts = self._make_model(start)
-        compiled = len(signatures(recipe, self.modalities)) if recipe.train.compile else 0
-        encode = CompiledEncode(self.model, compiled) if compiled else self.model.encode
+        texts = self._make_model(warm_start)
+        signature_count = len(signatures(recipe, self.modalities)) if recipe.train.compile else 0
+        encode = CompiledEncode(self.model, signature_count) if signature_count else self.model.encode
         self.encode = in_chunks(encode, recipe.memory.chunk_size)
         self.updater = Updater(recipe, self.model, self.costs)
         saver = Saver(run, recipe.train.keep_last)
@@ -128,14 +125,14 @@ class Trainer:
         self.step = state.get("step", 0)
         self.cursors = self.data.load_cursors(state.get("cursors", {}), changed)
         directory.begin(texts["config.json"])
-        self.log = Log(recipe, run, self.modalities, self.costs, Pace(), state)
+        self.log = Log(recipe, run, self.modalities, self.costs, state)
         self.validation = Validation(
             recipe, run, self.modalities, self.data.classes, self.model, self._new_model, self.device
         )
-        print_plan(recipe, run, self.model, self.device, self.costs, self.step, compiled)
+        print_plan(recipe, run, self.model, self.device, self.costs, self.step, signature_count)
 
     def train(self) -> bool:
-        """Makes the steps that are left, evaluates and saves; returns whether it came to the end."""
+        """Trains the remaining steps, evaluates and saves. Returns False if a signal stopped it."""
         failed, bar = self.checkpointing.saver.failed, StepBar(self.recipe.train.steps, self.step)
         with stop_signals(failed) as stop, bar, closing(self.log.metrics):
             try:
@@ -143,9 +140,9 @@ class Trainer:
             except Stopped:
                 self.save(wait=True)
                 saved = self.checkpointing.saved
-                kept = "saved" if saved == self.step else f"saved up to step {saved}"
-                what = f"{kept} in {self.run}; resume with --resume" if saved else "nothing is saved"
-                console.print(f"stopped at step {self.step}, {what}", soft_wrap=True)
+                up_to = "" if saved == self.step else f" up to step {saved}"
+                outcome = f"saved{up_to} in {self.run}; resume with --resume" if saved else "nothing is saved"
+                console.print(f"stopped at step {self.step}, {outcome}", soft_wrap=True)
                 return False
             except CheckpointError:
                 raise
@@ -157,9 +154,9 @@ class Trainer:
     def _loop(self, stop: Stop, bar: StepBar) -> None:
         recipe = self.recipe
         if self.step and self._due(recipe.evaluation.every):
-            self.evaluate(stop.watch)  # The run may have ended after this step was saved and before it was evaluated.
-        # The alternation chose task and view of each batch: `loaded.visit`.
-        for loaded in stop.watch(self.log.pace.batches(make_loader(self.data, self.step))):
+            self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
+        # The alternation has chosen the task and the view of each batch: `loaded.visit`.
+        for loaded in stop.watch(self.log.timer.timed(load_batches(self.data, self.step))):
             losses = self.update(loaded)
             self.record(loaded, losses, bar)
             if self._due(recipe.train.save_every):
@@ -171,7 +168,7 @@ class Trainer:
         self.checkpointing.wait()
 
     def update(self, loaded: LoadedBatch) -> Losses:
-        """One step: the losses of one task, their gradients, and one update of the weights that the task uses."""
+        """Makes one step: computes a task's losses and gradients, and updates the weights that the task uses."""
         losses = self.forward(loaded)
         losses.total.backward()
         self.apply_gradients(loaded, losses)
@@ -184,19 +181,19 @@ class Trainer:
             return self.losses(self.model, task, loaded.batch.to(self.device), self.encode)
 
     def apply_gradients(self, loaded: LoadedBatch, losses: Losses) -> None:
-        """Updates the weights and counts the step; or raises UserError if the loss or its gradient is not finite."""
+        """Updates the weights from their gradients, unless these are not finite, and counts the step."""
         visit = loaded.visit
         if not self.updater.step(visit.step):
             loss = float(distributed.all_reduce_mean(losses.total.detach()))
-            rows = ", ".join(self._suspects(loaded, losses))
+            examples = ", ".join(self._suspects(loaded, losses))
             raise UserError(
                 f"step {visit.step}, task {visit.task}: the loss ({loss:g}) or its gradient is not finite; nothing was "
-                f"updated; among its {visit.batch} examples are {rows}"
+                f"updated; the batch of {counted(visit.batch_size, 'example')} includes {examples}"
             )
         self.step = visit.step + 1
 
     def record(self, loaded: LoadedBatch, losses: Losses, bar: StepBar) -> None:
-        """Records a step, and where its streamed source stands."""
+        """Logs a step, and keeps the position in its streamed source for the next checkpoint."""
         if loaded.cursor is not None:
             self.cursors[loaded.visit.task] = loaded.cursor
         if self.suggest_same:
@@ -204,19 +201,22 @@ class Trainer:
         self.log.record(loaded, losses, self.updater.grad_norm, bar)
 
     def save(self, wait: bool = False) -> None:
-        """Starts saving a checkpoint of this step, if there is none; with `wait`, returns when it is written."""
+        """Starts saving this step, unless it is saved or cannot be; with `wait`, returns when the files are written."""
         if self.savable:
             self.checkpointing.save()
         if wait:
             self.checkpointing.wait()
 
     def state(self) -> dict[str, Any]:
-        """What the next step depends on besides weights and optimizer state, as JSON values."""
-        where = {"step": self.step, "trainer": type(self).__name__, "sources": self.sources, "cursors": self.cursors}
-        return where | self.log.state()
+        """What a checkpoint stores for resuming besides tensors, as JSON values."""
+        state = {"step": self.step, "trainer": type(self).__name__, "sources": self.sources, "cursors": self.cursors}
+        return state | self.log.state()
 
     def evaluate(self, progress: Any = None) -> None:
-        """Evaluates the model, or its EMA if there is one, and keeps the checkpoint if it is the best."""
+        """Evaluates the EMA if there is one, else the model, and keeps the checkpoint if it is the best.
+
+        `progress(items, description)` wraps the loops of the evaluation. `Stop.watch` lets a signal stop them.
+        """
         if self.recipe.evaluation.sets:
             ema = self.updater.ema.weights if self.updater.ema else None
             self.validation.evaluate(self.step, ema, self.log.metrics, progress)
@@ -226,7 +226,7 @@ class Trainer:
         return every is not None and self.step % every == 0 and self.step < self.recipe.train.steps
 
     def _layout(self) -> Layout:
-        """How the model is distributed over the ranks, if they can train the recipe."""
+        """How the model is distributed over the ranks. UserError if they cannot train the recipe."""
         ranks, parallel, model = distributed.world_size(), self.recipe.parallel, self.recipe.model
         if ranks > 1 and type(self) is not Trainer:
             raise UserError(f"{type(self).__name__}: a study trains on one rank; start it without torchrun")
@@ -234,29 +234,29 @@ class Trainer:
             raise UserError("train.compile works on one rank only; start without torchrun, or set train.compile=false")
         return Layout.of(ranks, parallel.shard_degree, parallel.expert_degree, (model.width, model.mlp_dim))
 
-    def _open_data(self, checkpoint: Path | None, start: WarmStart | None, allow_changed_data: bool) -> list[str]:
-        """Opens the sources, lets the modalities learn their vocabulary, and returns sources that have changed."""
+    def _open_data(self, checkpoint: Path | None, warm_start: WarmStart | None, allow_changed_data: bool) -> list[str]:
+        """Opens the sources, fits or restores the modalities, and returns the sources that have changed."""
         self.data = StepBatches(self.recipe, self.modalities, track, distributed.rank(), distributed.world_size())
         self.sources = self.data.fingerprints()
         if checkpoint is None:
-            self.data.fit(start.stems if start else ())
+            self.data.fit(warm_start.stems if warm_start else ())
             return []
         changed = changed_sources(checkpoint, self.sources, allow_changed_data)
         _, classes, learned = read_config(checkpoint, None)
         for modality in self.modalities.values():
             modality.load_state(learned)
         if classes != self.data.classes:
-            raise UserError(f"{checkpoint}: was trained on other classes than the data has now")
+            raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
         return changed
 
-    def _make_model(self, start: WarmStart | None) -> dict[str, str]:
-        """Creates the model, distributes it over the ranks, and returns the text files of a checkpoint."""
+    def _make_model(self, warm_start: WarmStart | None) -> dict[str, str]:
+        """Creates the model, distributes it over the ranks, and returns the text files of its checkpoints."""
         torch.manual_seed(self.recipe.seed)
         self.model = self._new_model().train()
-        if start is not None:
-            console.print(start.load(self.model, self.data.classes), soft_wrap=True)
+        if warm_start is not None:
+            console.print(warm_start.load(self.model, self.data.classes), soft_wrap=True)
         check_sets(self.model, self.recipe, self.modalities, self.data.classes)
-        # Before FSDP2 changes the model's class.
+        # Before FSDP2 replaces the model's class, whose name is in config.json.
         texts = config_files(self.model, self.recipe, self.modalities, self.data.classes)
         apply_parallelism(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "project", "classify"),
@@ -269,7 +269,7 @@ class Trainer:
         return self.build(self.recipe, self.modalities, sizes)
 
     def _suspects(self, loaded: LoadedBatch, losses: Losses) -> list[str]:
-        """The first examples on every rank whose loss is not finite; if all losses are finite, those of this rank."""
+        """The first 8 examples of each rank whose loss is not finite; if all losses are finite, of this rank."""
         source = self.data.sources[loaded.visit.task]
         names = [source.row_name(row) for row in loaded.batch.rows[:8]]
         finite = math.isfinite(float(losses.total.detach()))

@@ -22,11 +22,11 @@ class Updater:
     def __init__(self, recipe: Recipe, model: Embedder, costs: Costs) -> None:
         options, named = recipe.optimizer, dict(model.named_parameters())
         # With zero gradients every step updates all parameters.
-        updated = [{*named}] if options.zero_missing_grads else [cost.touched for cost in costs.values()]
-        steps = [{named[name] for name in names} for names in updated]
+        names = [{*named}] if options.zero_missing_grads else [cost.touched for cost in costs.values()]
+        updated_sets = [{named[name] for name in updated} for updated in names]
         self.recipe, self.model = recipe, model
-        self.owners = MatrixOwners(muon_matrices(options, model), steps)
-        self.optimizers = make_optimizers(options, model, self.owners.updated_here(model.parameters()))
+        self.owners = MatrixOwners(muon_matrices(options, model), updated_sets)
+        self.optimizers = make_optimizers(options, model, self.owners.updated_by_this_rank(model.parameters()))
         self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
         self.grad_norm = 0.0
 

@@ -1,4 +1,4 @@
-"""Evaluation during a training and at its end, and the choice of the best checkpoint."""
+"""Evaluation during a training run and at its end, and the choice of the best checkpoint."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The reported speed of a training: step times, the wait for data, and advice against it."""
+"""The reported speed of a training run: step times, the wait for data, and advice against it."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 from openimp.common.json_lines import read_lines
 from openimp.recipe.schema import Recipe
-from openimp.training.pace import advice, shown
+from openimp.training.step_timer import advice, speed_text
 
 
 def test_waiting_for_data_is_told_once_with_what_could_be_done(own_data, tmp_path):
@@ -26,9 +26,10 @@ def test_waiting_for_data_is_told_once_with_what_could_be_done(own_data, tmp_pat
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert warning.startswith(
         f"{lines[1]['data_wait']:.0%} of the time is spent waiting for data, most of it for task named; "
-        "raise train.num_workers (now 0; cores per rank: "
+        "raise train.num_workers (now 0; "
     )
-    assert warning.endswith("), set sources.pictures.cache=memory or make the views of tasks.named smaller")
+    smaller = "use smaller views in tasks.named (lower resolution, fewer frames or seconds)"
+    assert warning.endswith(f" per rank), set sources.pictures.cache=memory or {smaller}")
     assert all(line["data_wait"] > 0.1 for line in lines)
     assert all(line["step_p50"] <= line["step_p95"] < line["seconds"] for line in lines)
     assert lines[1]["data_wait"] == pytest.approx(sum(lines[1]["waits"].values()))
@@ -39,13 +40,14 @@ def test_the_advice_fits_the_recipe(little_data, streamed):
         recipe = Recipe.load(folder / "recipe.yaml", changes)
         return " | ".join(advice(recipe, recipe.make_modalities(), task, rare))
 
-    smaller, many = "make the views of tasks.named smaller", "train.num_workers=1000"
+    smaller = "use smaller views in tasks.named (lower resolution, fewer frames or seconds)"
+    many = "train.num_workers=1000"
     assert told(little_data, "named", many) == f"set sources.pictures.cache=memory | {smaller}"
     assert told(little_data, "named", many, "sources.pictures.cache=memory") == smaller
     assert told(streamed[0], "named", many, *streamed[1]) == smaller
     ahead = told(little_data, "heard", many, "train.prefetch_factor=3", rare=True)
     assert ahead.startswith("raise train.prefetch_factor (now 3) | set sources.sounds.cache=memory | ")
-    assert told(little_data, "heard", rare=True).startswith("raise train.num_workers (now 0; cores per rank: ")
+    assert told(little_data, "heard", rare=True).startswith("raise train.num_workers (now 0; ")
 
 
 def test_a_line_is_short():
@@ -56,4 +58,4 @@ def test_a_line_is_short():
         "step_p50": 0.0421,
         "step_p95": 1.3,
     }
-    assert shown(record) == "  1,234 examples,  1.23 M tokens/s  wait  1%  step 42.1 ms (p95 1.30 s)"
+    assert speed_text(record) == "  1,234 examples,  1.23 M tokens/s  wait  1%  step 42.1 ms (p95 1.30 s)"

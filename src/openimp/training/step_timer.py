@@ -1,4 +1,4 @@
-"""Speed of a training: the time per step, and how much of it is spent waiting for data.
+"""Speed of a training run: the time per step, and the share of the time that is spent waiting for data.
 
 Shape suffixes: R ranks, S steps since the last log record.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from openimp.common.errors import counted
 from openimp.common.modality import Modalities
 from openimp.data.step_batches import LoadedBatch
 from openimp.parallel.distributed import all_gather
@@ -17,10 +18,10 @@ from openimp.planning.ledger import short
 from openimp.recipe.schema import Recipe
 
 WAIT_WARNING = 0.1
-"""Share of the time spent waiting for data above which advice is printed."""
+"""Share of the time spent waiting for data above which `StepTimer.warning` gives advice."""
 
 
-class Pace:
+class StepTimer:
     """Times the steps between two log records. A step lasts from the request for its batch to the end of its update."""
 
     def __init__(self) -> None:
@@ -31,23 +32,22 @@ class Pace:
         self.since = time.perf_counter()
         self.tasks, self.steps, self.waits = list[str](), list[float](), list[float]()
 
-    def batches(self, batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
-        """Yields the batches, and times how long each is waited for."""
-        self.asked = time.perf_counter()
+    def timed(self, batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
+        """Yields the batches, and measures the wait for each. A request for a batch starts a step."""
+        self.requested = time.perf_counter()
         for loaded in batches:
-            self.waits.append(time.perf_counter() - self.asked)
+            self.waits.append(time.perf_counter() - self.requested)
             yield loaded
-            self.asked = time.perf_counter()
+            self.requested = time.perf_counter()
 
-    def step(self, task: str) -> None:
-        """Ends a step."""
+    def end_step(self, task: str) -> None:
         self.tasks.append(task)
-        self.steps.append(time.perf_counter() - self.asked)
+        self.steps.append(time.perf_counter() - self.requested)
 
     def record(self) -> dict[str, Any]:
-        """Times over all ranks since the last record. Every rank must call it.
+        """The times since the last record, over all ranks. Every rank must call this.
 
-        A step starts when the last rank has its batch, so the longest wait of all ranks counts.
+        The slowest rank delays all others, so the wait of a step is the longest wait of any rank.
         """
         seconds = time.perf_counter() - self.since
         (times_R2S,) = all_gather(torch.tensor([self.steps + self.waits], dtype=torch.float64))
@@ -63,7 +63,7 @@ class Pace:
         return {"seconds": seconds, "step_p50": p50, "step_p95": p95, "data_wait": sum(waits.values()), "waits": waits}
 
     def warning(self, record: Mapping[str, Any], recipe: Recipe, modalities: Modalities) -> str | None:
-        """Advice if the wait for data is long. It is given once, and not after the first record, when workers start."""
+        """Advice, once, if much time is spent waiting for data. The first record, when workers start, is skipped."""
         if self.warned or self.records == 1 or record["data_wait"] <= WAIT_WARNING:
             return None
         self.warned = True
@@ -76,9 +76,9 @@ class Pace:
 
 
 def advice(recipe: Recipe, modalities: Modalities, name: str, rare: bool) -> list[str]:
-    """Ways to speed up the data of the task `name`, the easiest first.
+    """Ways to load the data of the task `name` faster, the easiest first.
 
-    If waits are `rare`, few steps wait, and each waits long. More prefetched batches bridge such waits.
+    `rare`: only few steps wait, but long. More prefetched batches bridge such waits.
     """
     task, workers = recipe.tasks[name], recipe.train.num_workers
     source = recipe.sources[task.source]
@@ -87,18 +87,18 @@ def advice(recipe: Recipe, modalities: Modalities, name: str, rare: bool) -> lis
     media = any(not modalities[modality].reads_text for modality in task.inputs)
     found = []
     if workers < cores:
-        found.append(f"raise train.num_workers (now {workers}; cores per rank: {cores})")
+        found.append(f"raise train.num_workers (now {workers}; {counted(cores, 'core')} per rank)")
     if workers and rare:
         found.append(f"raise train.prefetch_factor (now {recipe.train.prefetch_factor})")
     if media and source.cache == "none" and not source.stream:
         found.append(f"set sources.{task.source}.cache=memory")
     if media or not found:
-        found.append(f"make the views of tasks.{name} smaller")
+        found.append(f"use smaller views in tasks.{name} (lower resolution, fewer frames or seconds)")
     return found
 
 
-def shown(record: Mapping[str, Any]) -> str:
-    """The speed in a record, for the line on the screen."""
+def speed_text(record: Mapping[str, Any]) -> str:
+    """The speed in a record, for the progress line."""
     speed = f"{record['examples_per_s']:7,.0f} examples, {short(record['tokens_per_s']):>7} tokens/s"
     step = f"step {_brief(record['step_p50'])} (p95 {_brief(record['step_p95'])})"
     return f"{speed}  wait {record['data_wait']:3.0%}  {step}"
