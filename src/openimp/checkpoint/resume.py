@@ -28,7 +28,7 @@ def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
         moved = key.startswith("sources.") and key.endswith((".path", ".root"))
         if not (moved or key in FREE or key.startswith(("evaluation.", "parallel."))):
             raise UserError(
-                f"{folder}: made by another recipe: {key} is {theirs.get(key)!r} there, {ours.get(key)!r} here; repeat "
+                f"{folder}: made by another recipe: {key} is {theirs!r} there, {ours!r} here; repeat "
                 "the --set options of the first start"
             )
 
