@@ -143,7 +143,7 @@ def test_batches_have_the_shapes_that_the_ledger_counts(little_data):
     for item in load_batches(data, 0):
         cost = counted[item.visit.task, item.visit.view]
         tokens = item.batch.tokens
-        assert cost.examples == len(item.batch) == item.visit.batch_size
+        assert cost.examples == len(item.batch.rows) == item.visit.batch_size
         assert cost.tokens == sum(t.coords.shape[0] * t.coords.shape[1] for t in tokens.values())
         for name, batch in tokens.items():
             modality, view = data.modalities[name], data.recipe.tasks[item.visit.task].views[item.visit.view][name]
@@ -252,7 +252,7 @@ def test_a_cached_source_gives_the_same_pictures(little_data, tmp_path, monkeypa
 
 def test_a_source_smaller_than_a_batch_is_read_again(little_data):
     (item, *_) = loaded(little_data, "tasks.named.weight=0", "tasks.heard.batch_size=40")
-    assert len(item.batch) == 40
+    assert len(item.batch.rows) == 40
     assert set(item.batch.rows) == set(range(15))
 
 

@@ -28,11 +28,7 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 
 def precision_of(device: torch.device, precision: Precision) -> Literal["bf16", "fp32"]:
-    """The precision on a device: "auto" is bf16 if that is faster there.
-
-    Raises:
-        UserError: there is no such precision.
-    """
+    """The precision on a device: "auto" is bf16 if that is faster there."""
     if precision not in get_args(Precision):
         raise UserError(f"precision: expected {', '.join(map(repr, get_args(Precision)))}, found {precision!r}")
     if precision == "auto":

@@ -21,11 +21,7 @@ def append(file: Path, line: dict[str, Any]) -> None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Reads all complete lines. A last line that a crash cut short is skipped; a missing file has no lines.
-
-    Raises:
-        UserError: a line is not a JSON object with a step, or the file is too large.
-    """
+    """Reads all complete lines. A last line that a crash cut short is skipped; a missing file has no lines."""
     if not file.exists():
         return []
     found = []

@@ -21,17 +21,11 @@ class BadMedia(Exception):
 
 
 class Tokens(NamedTuple):
-    """A batch of one modality: B examples with L tokens each, P values per token, A axes.
+    """A batch of one modality: B examples with L tokens each, P values per token, A axes."""
 
-    Attributes:
-        values: (B, L, P) float, or uint8 where 0..255 stands for -1..1, or (B, L) integer ids of a table.
-        coords: (B, L, A) int64, the row of each axis' position table.
-        mask: (B, L) bool, False for padding; None if there is none.
-    """
-
-    values: torch.Tensor
-    coords: torch.Tensor
-    mask: torch.Tensor | None = None
+    values: torch.Tensor  # (B, L, P) float, or uint8 where 0..255 stands for -1..1, or (B, L) integer ids of a table
+    coords: torch.Tensor  # (B, L, A) int64, the row of each axis' position table
+    mask: torch.Tensor | None = None  # (B, L) bool, False for padding; None if there is none
 
     def to(self, device: torch.device | str) -> "Tokens":
         mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
@@ -53,19 +47,12 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class StemSpec:
-    """Shapes that the model needs to embed a modality's tokens.
+    """Shapes that the model needs to embed a modality's tokens."""
 
-    Attributes:
-        values: P, the values per token; if `table`, the size of the vocabulary.
-        axes: number of rows in the position table of each axis.
-        table: tokens are ids, which an embedding table embeds.
-        is_limit: `values` is the largest size of a vocabulary that `fit` has not learned yet.
-    """
-
-    values: int
-    axes: tuple[int, ...]
-    table: bool = False
-    is_limit: bool = False
+    values: int  # P, the values per token; if `table`, the size of the vocabulary
+    axes: tuple[int, ...]  # number of rows in the position table of each axis
+    table: bool = False  # tokens are ids, which an embedding table embeds
+    is_limit: bool = False  # `values` is the largest size of a vocabulary that `fit` has not learned yet
 
 
 class Modality(ABC):
@@ -166,15 +153,6 @@ class Modality(ABC):
 
         Raises:
             TypeError: the modality cannot be seen as pictures.
-        """
-        raise TypeError(f"{self.name} has no form of pictures")
-
-    def whole(self, view: Any) -> "Modality":
-        """A version of this modality with a single token that has all values in the order of `shape`, for encoders that
-        make patches themselves.
-
-        Raises:
-            TypeError: as `shape`.
         """
         raise TypeError(f"{self.name} has no form of pictures")
 

@@ -53,48 +53,35 @@ def track(items: Iterable[T], description: str) -> Iterator[T]:
         yield from bar.track(items, total=total, description=description)
 
 
-class StepBar:
-    """Progress of a training run: steps, time left, and the losses and throughput of the last metrics line."""
+class StepBar(Progress):
+    """Progress of a training run: steps, time left, and below them the losses and throughput of the last record."""
 
     def __init__(self, total: int, done: int) -> None:
-        self.total, self.first, self.start = total, done, time.perf_counter()
-        self.bar = _BarWithNote(
+        self.total, self.first, self.began, self.note = total, done, time.perf_counter(), ""
+        super().__init__(
             TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
             TimeRemainingColumn(), console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self.task = self.bar.add_task("train", total=total, completed=done)
-
-    def __enter__(self) -> "StepBar":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def step(self, done: int) -> None:
-        self.bar.update(self.task, completed=done)
-
-    def report(self, done: int, losses: Mapping[str, float], speed: str) -> None:
-        """Shows a line of metrics below the bar, or prints it if there is no terminal."""
-        note = "  ".join([*(f"{name} {loss:.3f}" for name, loss in losses.items()), speed])
-        if console.is_terminal:
-            self.bar.note = note
-            return
-        spent = time.perf_counter() - self.start
-        whole = spent / max(1, done - self.first) * (self.total - self.first)
-        place = f"step {done}/{self.total}".ljust(len(f"step {self.total}/{self.total}"))
-        console.print(f"{place}  {note}  {clock(spent)} of {clock(whole)}", soft_wrap=True)
-
-
-class _BarWithNote(Progress):
-    """A bar with a line of text below it."""
-
-    note = ""
+        self.task = self.add_task("train", total=total, completed=done)
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield from super().get_renderables()
         if self.note:
             yield Text(self.note)
+
+    def step(self, done: int) -> None:
+        self.update(self.task, completed=done)
+
+    def report(self, done: int, losses: Mapping[str, float], speed: str) -> None:
+        """Shows a line of metrics below the bar, or prints it if there is no terminal."""
+        note = "  ".join([*(f"{name} {loss:.3f}" for name, loss in losses.items()), speed])
+        if console.is_terminal:
+            self.note = note
+            return
+        spent = time.perf_counter() - self.began
+        whole = spent / max(1, done - self.first) * (self.total - self.first)
+        place = f"step {done}/{self.total}".ljust(len(f"step {self.total}/{self.total}"))
+        console.print(f"{place}  {note}  {clock(spent)} of {clock(whole)}", soft_wrap=True)
 
 
 def number_table(

@@ -61,12 +61,9 @@ def sync(path: Path) -> None:
 
 
 def cache_folder(name: str) -> Path:
-    """Makes and returns a folder in openimp's cache.
+    """Makes and returns a `private_folder` in openimp's cache.
 
     The cache is `$OPENIMP_CACHE` if that is set, else `openimp` in the user's cache folder.
-
-    Raises:
-        UserError: another user owns the folder or the cache, or can write to it.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openimp"
     return private_folder(private_folder(Path(os.environ.get("OPENIMP_CACHE") or cache)) / name)
@@ -75,14 +72,8 @@ def cache_folder(name: str) -> Path:
 def private_folder(folder: Path, variable: str = "OPENIMP_CACHE") -> Path:
     """Makes a folder that only this user can write to, with the parents that are missing, and returns it.
 
-    If the folder exists, this user must own it, and others must not have been able to put anything into it.
-
-    Args:
-        folder: the path.
-        variable: the environment variable that sets the path, for the error message.
-
-    Raises:
-        UserError: another user owns the folder or can write to it.
+    If the folder exists, this user must own it, and others must not have been able to put anything into it. `variable`
+    is the environment variable that sets the path, for the error message.
     """
     if not folder.parent.exists():
         private_folder(folder.parent, variable)
@@ -107,9 +98,6 @@ def refuse_links(folder: Path) -> None:
 
     Otherwise a run made by somebody else could make openimp read or overwrite the user's own files, or wait for ever.
     The files in the cache of the Hugging Face Hub are links; these may lead to the `blobs` folder of that cache.
-
-    Raises:
-        UserError: a link leads out of the folder, or something in it is neither a regular file nor a folder.
     """
     real = Path(os.path.realpath(folder))
     allowed = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
@@ -129,9 +117,8 @@ LARGEST_TEXT = 2**25
 def read_text(file: Path, limit: int = LARGEST_TEXT) -> str:
     """The text of a small file that may come from a stranger, in UTF-8.
 
-    Raises:
-        UserError: it is a pipe or a device, which might never end, or has more bytes than `limit`.
-        OSError, UnicodeDecodeError: it cannot be read.
+    A file that cannot be read is an OSError or a UnicodeDecodeError. A pipe or a device, which might never end, and a
+    file of more than `limit` bytes are UserErrors.
     """
     if not stat.S_ISREG(file.stat().st_mode):
         raise UserError(f"{file}: is not a regular file")

@@ -121,16 +121,9 @@ Triple = Annotated[tuple[Count, Count, Count], Field(strict=False)]
 
 
 def checked(schema: type[Any], data: Any, where: str, folder: str | Path | None = None) -> Any:
-    """Validates plain data, or a model again.
+    """Validates plain data, or a model again, with a pydantic model. The first mistake is a UserError.
 
-    Args:
-        schema: a pydantic model.
-        data: what to validate.
-        where: what the error message begins with, such as the file.
-        folder: the folder that relative paths start at.
-
-    Raises:
-        UserError: the first mistake, in one sentence.
+    Its message begins with `where`, such as the file. Relative paths in the data start at `folder`.
     """
     if isinstance(data, BaseModel):
         data = data.model_dump()
@@ -141,27 +134,17 @@ def checked(schema: type[Any], data: Any, where: str, folder: str | Path | None 
 
 
 EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
-    "literal_error": "{expected}",
-    "union_tag_invalid": "{expected_tags}",
-}
+    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+    "finite_number": "a finite number", "bool_type": "true or false", "string_type": "text",
+    "list_type": "a list", "tuple_type": "a list",
+    "dict_type": "a mapping", "model_type": "a mapping", "model_attributes_type": "a mapping",
+    "literal_error": "{expected}", "union_tag_invalid": "{expected_tags}",
+}  # fmt: skip
 """What a value should have been, by pydantic's type of error."""
 LIMITS = {
-    "greater_than": "must be above",
-    "greater_than_equal": "must be at least",
-    "less_than": "must be below",
-    "less_than_equal": "must be at most",
-}
+    "greater_than": "must be above", "greater_than_equal": "must be at least",
+    "less_than": "must be below", "less_than_equal": "must be at most",
+}  # fmt: skip
 
 
 def _first_mistake(data: Any, error: ValidationError) -> str:

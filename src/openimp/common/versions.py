@@ -3,6 +3,7 @@
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -13,15 +14,14 @@ PACKAGE = Path(__file__).resolve().parents[1]
 @cache
 def openimp_version() -> str:
     """The version. In a checkout also the commit, with "-dirty" if files have changed since."""
-    describe = ["describe", "--always", "--dirty"]
+    describe = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty"]
     # An installed package may be inside the checkout of another project.
-    if not (PACKAGE.parents[1] / ".git").exists():
-        return version("openimp")
-    try:
-        found = subprocess.run(["git", "-C", str(PACKAGE), *describe], capture_output=True, text=True)
-    except OSError:  # no git
-        return version("openimp")
-    return f"{version('openimp')} ({found.stdout.strip()})" if found.returncode == 0 else version("openimp")
+    if (PACKAGE.parents[1] / ".git").exists():
+        with suppress(OSError):  # no git
+            found = subprocess.run(describe, capture_output=True, text=True)
+            if found.returncode == 0:
+                return f"{version('openimp')} ({found.stdout.strip()})"
+    return version("openimp")
 
 
 def processor() -> str:

@@ -10,22 +10,12 @@ from openimp.common.modality import Tokens
 
 @dataclass
 class Batch:
-    """The examples of one step. B examples, K classes.
+    """The examples of one step. B examples, K classes."""
 
-    Attributes:
-        tokens: by modality. A modality with `draw: k` has k consecutive rows per example.
-        item_ids: (B,) int64 by column, equal for examples of the same item. "" holds the row numbers.
-        labels: by column, (B,) int64, or (B, K) float if an example has any number of classes.
-        rows: row numbers in the source, for messages.
-    """
-
-    tokens: dict[str, Tokens]
-    item_ids: dict[str, Tensor]
-    labels: dict[str, Tensor] = field(default_factory=dict)
-    rows: list[int] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    tokens: dict[str, Tokens]  # by modality; one with `draw: k` has k consecutive rows per example
+    item_ids: dict[str, Tensor]  # (B,) int64 by column, equal for examples of the same item; "" holds the row numbers
+    labels: dict[str, Tensor] = field(default_factory=dict)  # by column, (B,) int64, or (B, K) float for loss sigmoid
+    rows: list[int] = field(default_factory=list)  # row numbers in the source, for messages
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(

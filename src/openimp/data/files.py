@@ -29,9 +29,6 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
     """The base folder of a source's `path`, and the files that it matches, sorted.
 
     The base folder is the part before the first `*`, or the folder of a single file. For a URL it has no meaning.
-
-    Raises:
-        UserError: no file matches.
     """
     if is_url(path):
         return Path(), _matching_urls(name, path)
@@ -70,11 +67,9 @@ def _matching_urls(name: str, url: str) -> list[str]:
 
 
 def inside(root: Path, path: str) -> Path:
-    """Resolves links and `..` in `path`, which is relative to `root`.
+    """Resolves links and `..` in `path`, which is relative to `root` and must not leave it.
 
-    Raises:
-        BadMedia: the path leaves the folder, the file does not exist, or it is not a regular file. Reading a pipe would
-            never end.
+    Only a regular file is accepted, because reading a pipe would never end.
     """
     try:
         # Path.resolve would take twice as long.

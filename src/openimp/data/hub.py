@@ -21,8 +21,7 @@ from openimp.recipe.tasks import Source
 def load(name: str, source: Source) -> Any:
     """Loads a data set of the hub as a `datasets.Dataset`, or as an `IterableDataset` if it is streamed.
 
-    Raises:
-        UserError: it cannot be loaded.
+    `datasets` keeps it in its own cache.
     """
     from datasets import load_dataset
 
@@ -32,11 +31,7 @@ def load(name: str, source: Source) -> Any:
 
 
 def load_parquet(name: str, path: str, files: list[str], streaming: bool) -> Any:
-    """Loads Parquet files as a `datasets.Dataset`, unpacked once into the cache folder, or as an `IterableDataset`.
-
-    Raises:
-        UserError: a file cannot be read or unpacks to too much, or the columns of the files differ.
-    """
+    """Loads Parquet files as a `datasets.Dataset`, unpacked once into the cache folder, or as an `IterableDataset`."""
     # load_dataset would report each call to a server and wait for it, even for local files.
     from openimp.data.parquet import open_files
 
@@ -79,15 +74,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def hub_table(name: str, source: Source) -> ArrowTable:
-    """Opens a data set of the hub as a table. `datasets` keeps it in its own cache.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    return as_table(name, str(source.hub), load(name, source), f"{source.hub}/{source.split}", hub_root(source))
-
-
 def as_table(name: str, path: str, data: Any, label: str, root: Path) -> ArrowTable:
     """Converts a `datasets.Dataset`, of which `label` and a number name the rows, to a table."""
     files = [file["filename"] for file in data.cache_files]
@@ -118,13 +104,12 @@ def class_names(features: Any) -> dict[str, list[str]]:
 
 
 class HubReader:
-    """A `streams.Reader` of a `datasets.IterableDataset`.
+    """A `streams.Reader` of a `datasets.IterableDataset` that has not been iterated yet.
 
     Its state is that of `datasets` and the number of the next row.
     """
 
     def __init__(self, name: str, path: str, dataset: Any) -> None:
-        """Takes a data set that has not been iterated yet. Raises UserError if its first rows cannot be read."""
         self._name = name
         self._path = path
         with quiet(name, path):
@@ -137,20 +122,19 @@ class HubReader:
     def rows(self, state: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
         self._row = state["row"] if state else 0
         self._dataset.load_state_dict(state["reader"] if state else self._beginning)
-        # Iterating the data set itself would divide its shards among the workers of a torch DataLoader.
-        batches = iter(self._dataset.iter(batch_size=1))
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise unreadable(self._name, self._path, error) from None
+        for batch in self._batches():
             row = {column: values[0] for column, values in batch.items()}
             for column, names in self._names.items():
                 row[column] = class_name(row[column], names)
             self._row += 1
             yield f"{self._path}[{self._row - 1}]", row
+
+    def _batches(self) -> Iterator[dict[str, list[Any]]]:
+        try:
+            # Iterating the data set itself would divide its shards among the workers of a torch DataLoader.
+            yield from self._dataset.iter(batch_size=1)
+        except Exception as error:
+            raise unreadable(self._name, self._path, error) from None
 
     def state(self) -> dict[str, Any]:
         return {"row": self._row, "reader": self._dataset.state_dict()}

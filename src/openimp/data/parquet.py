@@ -28,11 +28,7 @@ waste memory."""
 
 
 def open_files(files: list[str], cache: str, streaming: bool) -> Any:
-    """Opens files as a `datasets.Dataset`, unpacked into `cache` once, or with `streaming` as an `IterableDataset`.
-
-    Raises:
-        Exception: a file cannot be read, or unpacks to more than the limit.
-    """
+    """Opens files as a `datasets.Dataset`, unpacked into `cache` once, or with `streaming` as an `IterableDataset`."""
     local = [file for file in files if not is_url(file)]
     if nested := [file for file in local if "::" in file]:
         raise ValueError(f"`datasets` would read {nested[0]} as a chain of URLs; rename it")

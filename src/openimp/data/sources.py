@@ -24,15 +24,7 @@ CHUNK = 10_000
 
 
 def open_source(name: str, source: Source) -> Table | Stream:
-    """Opens a source of the recipe, as a stream if it says so, else as a table.
-
-    Args:
-        name: the source's name in the recipe.
-        source: its location and the rows to select.
-
-    Raises:
-        UserError: the source does not exist, cannot be read or has no rows, or `where` selects none.
-    """
+    """Opens a source of the recipe, as a stream if it says so, else as a table of the rows that it selects."""
     try:
         if source.stream:
             return _open_stream(name, source)
@@ -46,7 +38,8 @@ def open_source(name: str, source: Source) -> Table | Stream:
 
 def _open_table(name: str, source: Source) -> Table:
     if source.hub:
-        return hub.hub_table(name, source)
+        data, root = hub.load(name, source), hub.hub_root(source)
+        return hub.as_table(name, source.hub, data, f"{source.hub}/{source.split}", root)
     path, kind = _path_and_format(name, source)
     if is_url(path) and kind != "parquet":
         hint = "; set stream: true" if kind == "webdataset" else ""
@@ -107,9 +100,6 @@ def open_folder(name: str, path: str, root: Path) -> ArrowTable:
 
     Hidden files are skipped, and links to folders are not followed. `datasets` is not used, because it would guess the
     files' types and copy their names into its cache.
-
-    Raises:
-        UserError: it is not a folder, has no subfolders, or contains a name that is not UTF-8.
     """
     import pyarrow as pa
 
@@ -136,8 +126,7 @@ def open_folder(name: str, path: str, root: Path) -> ArrowTable:
 
 def _files_below(root: Path, folder: str) -> Iterator[tuple[str, int]]:
     """Path relative to `root` and size in bytes of each file below a folder, sorted by name."""
-    entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
-    for entry in entries:
+    for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
         path = f"{folder}/{entry.name}"
@@ -152,9 +141,6 @@ def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path
 
     The cells of a CSV file are text, and an empty one is missing. Read by hand, for `datasets` guesses the type of a
     column from some of its rows: "007" becomes 7, a caption "None" is lost, and what looks like a date becomes one.
-
-    Raises:
-        UserError: a file cannot be parsed, or a column mixes types.
     """
     import pyarrow as pa
 
@@ -181,10 +167,9 @@ def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path
 
 
 def read_csv(file: str) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV file with a header.
+    """The rows of a CSV file with a header; any other file is a ValueError.
 
-    Raises:
-        ValueError: the file is not one; the message names the line. A row that spans several lines has the first one's.
+    Its message names the line. A row that spans several lines has the first one's number.
     """
     with open(file, encoding="utf-8-sig", newline="") as handle:  # -sig: Excel puts a byte order mark first
         lines = csv.reader(handle)
@@ -204,17 +189,14 @@ def read_csv(file: str) -> Iterator[dict[str, Any]]:
 
 
 def read_json(file: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON list, or of a file with one object per line.
+    """The objects of a JSON list, or of a file with one object per line; any other file is a ValueError.
 
-    Raises:
-        ValueError: the file is neither; the message names the line or the item.
-        RecursionError: a list is nested too deeply.
+    Its message names the line or the item. A list that is nested too deeply is a RecursionError.
     """
     with open(file, encoding="utf-8-sig") as handle:
         is_list = handle.read(1) == "["
         handle.seek(0)
-        numbered = enumerate(json.load(handle) if is_list else handle, 1)
-        for number, row in numbered:
+        for number, row in enumerate(json.load(handle) if is_list else handle, 1):
             if not is_list and not row.strip():
                 continue
             try:
@@ -231,9 +213,8 @@ def read_json(file: str) -> Iterator[dict[str, Any]]:
 def _to_arrow(rows: list[dict[str, Any]]) -> Any:
     import pyarrow as pa
 
-    columns = list(dict.fromkeys(column for row in rows for column in row))
     arrays = {}
-    for column in columns:
+    for column in dict.fromkeys(column for row in rows for column in row):
         try:
             arrays[column] = pa.array([row.get(column) for row in rows])
         except (pa.ArrowException, OverflowError) as error:
@@ -242,11 +223,7 @@ def _to_arrow(rows: list[dict[str, Any]]) -> Any:
 
 
 def open_parquet(name: str, path: str, files: list[str], base: Path, root: Path) -> ArrowTable:
-    """Opens Parquet files, which `datasets` unpacks once into a memory-mapped Arrow file in openimp's cache folder.
-
-    Raises:
-        UserError: a file is corrupt, or the columns of the files differ.
-    """
+    """Opens Parquet files, which `datasets` unpacks once into a memory-mapped Arrow file in openimp's cache folder."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -32,6 +32,7 @@ CHUNK = 256
 """Number of rows that are read and decoded together."""
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+"""Wraps an iterable to show progress: `progress(iterable, description)`."""
 
 
 class DecodedStore:
@@ -46,15 +47,8 @@ class DecodedStore:
         self._rows = rows
         self._file = file
 
-    def __len__(self) -> int:
-        return self._rows.num_rows
-
     def __getitem__(self, row: int) -> np.ndarray:
-        """The decoded array of a row.
-
-        Raises:
-            BadMedia: the row could not be decoded.
-        """
+        """The decoded array of a row, or BadMedia as when it was decoded."""
         data, shape, dtype, error = (column[row] for column in self._rows.columns)
         if error.is_valid:
             raise BadMedia(error.as_py())
@@ -80,11 +74,7 @@ class DecodedStore:
         A store on disk is found by a hash of the data, the modality's options, the views and the version of openimp. Of
         several processes that need the same store, one writes it and the others wait.
 
-        Args:
-            table, modality, column: the column, and the modality that decodes it.
-            views: the views that read the column. Arrays are no larger than the largest view needs.
-            where: "memory", or "disk" for the cache folder.
-            progress: wraps an iterable to show progress, `progress(iterable, description)`.
+        `views` are all views that read the column: arrays are no larger than the largest of them needs.
         """
         decoded = _decoded(table, modality, column, views, progress)
         if where == "memory":

@@ -7,10 +7,9 @@ reader reads all rows and keeps those that it is asked for, so shards need not b
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,6 +18,10 @@ from openimp.data.tables import Rows, matches
 
 Named = tuple[str, dict[str, Any]]
 """A row and its name, by which a person can find it."""
+Cursor = dict[str, Any]
+"""Where a window begins: the `epoch`, the window's number in it (`window`), the `position` of its first row in the
+stream, and the reader's `state` before that row, which is None at the beginning of an epoch."""
+START: Cursor = {"epoch": 0, "window": 0, "position": 0, "state": None}
 
 
 class Reader(Protocol):
@@ -33,31 +36,18 @@ class Reader(Protocol):
         """The state after the last row that was taken, as plain data for JSON."""
 
 
-@dataclass
-class Window:
-    """Consecutive rows of an epoch.
+class Window(NamedTuple):
+    """Consecutive rows of an epoch, in the order of the data."""
 
-    Attributes:
-        epoch, number: the epoch, and the window's number in it.
-        position: position of its first row in the stream.
-        state: the reader's state before the first row; None at the beginning of an epoch.
-        rows: in the order of the data.
-    """
-
-    epoch: int
-    number: int
-    position: int
-    state: dict[str, Any] | None
+    cursor: Cursor
     rows: list[Named]
-
-    def cursor(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "window": self.number, "position": self.position, "state": self.state}
 
 
 class Stream(Rows):
     """An endless sequence of rows, read forward with one window in memory at a time.
 
-    A pickled copy, as a worker gets it, resumes from the last cursor that was loaded.
+    A pickled copy, as a worker gets it, resumes from the last cursor that was loaded. `window` is the number of rows
+    that are shuffled together, and `where` filters the rows as `Table.filter` does.
     """
 
     def __init__(
@@ -70,22 +60,12 @@ class Stream(Rows):
         where: dict[str, Any],
         content: Callable[[], str],
     ) -> None:
-        """
-        Args:
-            name, path, root, content: see `Rows`.
-            reader: reads the rows of an epoch.
-            window: number of rows that are shuffled together.
-            where: filter of the rows, see `Table.filter`.
-
-        Raises:
-            UserError: there are no rows, `where` keeps none, or it names a missing column.
-        """
         super().__init__(name, path, reader.columns, root, content)
         self.require(where, f"sources.{name}.where")
         self._reader = reader
         self._size = window
         self._filter = where
-        self._loaded: dict[str, Any] = {"epoch": 0, "window": 0, "position": 0, "state": None}
+        self._loaded = START
         self._rest: Iterator[Named] = iter(())
         self._window: Window | None = None
         self._names: dict[int, str] = {}
@@ -105,20 +85,17 @@ class Stream(Rows):
 
         Skipping ahead reads the rows in between. Going back before the current window restarts from the last loaded
         cursor or from the beginning.
-
-        Raises:
-            UserError: a shard cannot be read.
         """
         columns = self.columns if columns is None else columns
         rows: list[dict[str, Any]] = []
         self._names = {}
         while len(rows) < count:
             position = start + len(rows)
-            window = self._window_at(position)
-            key = np.random.SeedSequence([seed, window.epoch, window.number])
-            order = np.random.default_rng(key).permutation(len(window.rows))
-            for i in order[position - window.position :][: count - len(rows)]:
-                name, row = window.rows[i]
+            cursor, named = self._window_at(position)
+            key = np.random.SeedSequence([seed, cursor["epoch"], cursor["window"]])
+            order = np.random.default_rng(key).permutation(len(named))
+            for i in order[position - cursor["position"] :][: count - len(rows)]:
+                name, row = named[i]
                 self._names[start + len(rows)] = name
                 rows.append({column: row.get(column) for column in columns})
         return rows
@@ -127,11 +104,11 @@ class Stream(Rows):
         """A name by which a person can find a row of the last `read`."""
         return self._names.get(position, f"{self.path}[{position}]")
 
-    def cursor(self) -> dict[str, Any]:
+    def cursor(self) -> Cursor:
         """The beginning of the current window, as plain data for JSON."""
-        return self._window.cursor() if self._window else self._loaded
+        return self._window.cursor if self._window else self._loaded
 
-    def load_cursor(self, cursor: dict[str, Any]) -> None:
+    def load_cursor(self, cursor: Cursor) -> None:
         """Resumes from a result of `cursor` without reading earlier rows."""
         self._loaded = cursor
         self._window = None
@@ -139,32 +116,33 @@ class Stream(Rows):
     def _window_at(self, position: int) -> Window:
         """The window that contains a position."""
         window = self._window
-        if window is None or position < window.position:
+        if window is None or position < window.cursor["position"]:
             if position < self._loaded["position"]:
-                self.load_cursor({"epoch": 0, "window": 0, "position": 0, "state": None})
-            cursor = self._loaded
-            self._rest = self._kept(self._reader.rows(cursor["state"]))
-            window = self._take(cursor["epoch"], cursor["window"], cursor["position"], cursor["state"])
-        while position >= window.position + len(window.rows):
+                self.load_cursor(START)
+            self._rest = self._kept(self._reader.rows(self._loaded["state"]))
+            window = self._take(self._loaded)
+        while position >= window.cursor["position"] + len(window.rows):
             window = self._after(window)
         self._window = window
         return window
 
     def _after(self, window: Window) -> Window:
         """The next window, which is the first of the next epoch if this epoch has ended."""
-        position = window.position + len(window.rows)
+        epoch, number = window.cursor["epoch"], window.cursor["window"]
+        position = window.cursor["position"] + len(window.rows)
         if len(window.rows) == self._size:
-            following = self._take(window.epoch, window.number + 1, position, self._reader.state())
+            state = self._reader.state()
+            following = self._take({"epoch": epoch, "window": number + 1, "position": position, "state": state})
             if following.rows:
                 return following
         self._rest = self._kept(self._reader.rows(None))
-        following = self._take(window.epoch + 1, 0, position, None)
+        following = self._take({**START, "epoch": epoch + 1, "position": position})
         if not following.rows:  # The data was removed while it was read.
             raise self._empty()
         return following
 
-    def _take(self, epoch: int, number: int, position: int, state: dict[str, Any] | None) -> Window:
-        return Window(epoch, number, position, state, list(islice(self._rest, self._size)))
+    def _take(self, cursor: Cursor) -> Window:
+        return Window(cursor, list(islice(self._rest, self._size)))
 
     def _kept(self, rows: Iterator[Named]) -> Iterator[Named]:
         """The rows that the filter keeps."""

@@ -32,22 +32,14 @@ class UnreadableRest(Unreadable):
 
 
 class Rows:
-    """Base of tables and streams.
-
-    Attributes:
-        name: the source's name in the recipe.
-        path: where it was opened from, for messages.
-        columns: names of the columns.
-        root: the folder to which paths in the columns are relative, and which they cannot leave.
-    """
+    """Base of tables and streams."""
 
     def __init__(self, name: str, path: str, columns: list[str], root: Path | None, content: Callable[[], str]) -> None:
-        """`content` returns a hash of the content. It is called when `fingerprint` is first read."""
-        self.name = name
-        self.path = path
+        self.name = name  # in the recipe
+        self.path = path  # where it was opened from, for messages
         self.columns = columns
-        self.root = root
-        self._content = content
+        self.root = root  # the folder to which paths in the columns are relative, and which they cannot leave
+        self._content = content  # returns a hash of the content; called when `fingerprint` is first read
 
     def require(self, columns: Iterable[str], user: str = "") -> None:
         """Raises UserError if a column is missing. `user` is the part of the recipe that reads it, for the message."""
@@ -62,10 +54,7 @@ class Rows:
         """Converts a row's value to an input of `Modality.decode`: bytes, a file inside `root`, or an array.
 
         The value may be bytes, a path relative to `root`, the `{"bytes": ..., "path": ...}` of Hugging Face data sets,
-        or (nested) lists of numbers.
-
-        Raises:
-            BadMedia: the value is empty or of another type, or the path leaves `root`.
+        or (nested) lists of numbers; anything else is BadMedia.
         """
         if isinstance(value, Unreadable):
             raise BadMedia(value.reason)
@@ -151,11 +140,7 @@ class Table(Rows, ABC):
             return "bad"
 
     def filter(self, where: dict[str, Any]) -> "Table":
-        """Selects the rows that match a source's `where`, see `matches`, and returns the table.
-
-        Raises:
-            UserError: a column is missing, or no row matches.
-        """
+        """Selects the rows that match a source's `where`, see `matches`, and returns the table."""
         self.require(where, f"sources.{self.name}.where")
         for column, wanted in where.items():
             cells = self.column(column)
@@ -187,21 +172,13 @@ class ArrowTable(Table):
         self,
         name: str,
         path: str,
-        data: Any,
+        data: Any,  # a pyarrow.Table, or a `datasets.table.Table`, which pickles its path instead of its rows
         content: Callable[[], str],
         root: Path | None,
-        files: Sequence[tuple[str, int]] = (),
-        names: dict[str, list[str]] | None = None,
-        label: str | None = None,
+        files: Sequence[tuple[str, int]] = (),  # (name, number of rows) of each file that the rows are from, in order
+        names: dict[str, list[str]] | None = None,  # class names of columns with class numbers (`datasets.ClassLabel`)
+        label: str | None = None,  # the column with the row names; None: rows are named by their file and number
     ) -> None:
-        """
-        Args:
-            name, path, content, root: see `Rows`.
-            data: a pyarrow.Table, or a `datasets.table.Table`, which pickles its path instead of its rows.
-            files: (name, number of rows) of each file that the rows were read from, in order.
-            names: class names of columns that hold class numbers (`datasets.ClassLabel`).
-            label: the column with the row names. Default: rows are named by their file and number.
-        """
         super().__init__(name, path, list(data.column_names), root, content)
         self._data = data
         self._files = [file for file, _ in files]

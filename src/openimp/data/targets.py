@@ -14,12 +14,7 @@ from openimp.recipe.tasks import Classification, Task
 
 
 def classes_of(source: Table | Stream, objective: Classification, where: str) -> list[Any]:
-    """The classes of an objective, in the order of its head's outputs.
-
-    Raises:
-        UserError: a row of a table has a class that the objective does not list, or as in `find_classes`. Or the
-            objective lists no classes and the source is a stream.
-    """
+    """The classes of an objective, in the order of its head's outputs. The rows of a table must have no others."""
     if isinstance(source, Stream):
         if objective.classes is None:
             raise UserError(f"{where}: a streamed source is not read ahead, so name the classes of {objective.label!r}")
@@ -30,25 +25,15 @@ def classes_of(source: Table | Stream, objective: Classification, where: str) ->
         return sort_classes(found)
     index = {label: i for i, label in enumerate(objective.classes)}
     for label, row in found.items():
-        try:
-            index_of(label, index)
-        except ValueError as error:
-            raise UserError(f"{_name(source, objective.label, where)}: {source.row_name(row)}: {error}") from None
+        index_of(label, index, f"{_name(source, objective.label, where)}: {source.row_name(row)}")
     return list(objective.classes)
 
 
 def find_classes(table: Table, column: str, values: list[Any], lists: bool, where: str) -> dict[Any, int]:
-    """The classes in a column, each with the first row that has it. Unreadable rows are skipped.
+    """The classes in a column with these values, each with the first row that has it. Unreadable rows are skipped.
 
-    Args:
-        table: the source.
-        column: the name of the column.
-        values: the column's values.
-        lists: whether each row has a list of classes, or nothing; else each row has one class.
-        where: what error messages begin with.
-
-    Raises:
-        UserError: a row has no class (NaN counts as none), or a list in place of one class, or the reverse.
+    With `lists`, each row has a list of classes, or nothing; else each row must have one class. NaN counts as none.
+    Messages begin with `where`.
     """
     found: dict[Any, int] = {}
     missing = []
@@ -87,18 +72,11 @@ def target_columns(task: Task) -> set[str]:
 def labels_of(values: list[Any], index: Mapping[Any, int], objective: Classification, where: str) -> torch.Tensor:
     """The targets of a batch: (B,) int64 class indices for loss softmax, or (B, K) float zeros and ones for sigmoid.
 
-    Args:
-        values: the label of each example.
-        index: the index of each class.
-        objective: the classification.
-        where: what error messages begin with.
-
-    Raises:
-        UserError: a class is not in the index, or a row has a list in place of one class, or the reverse.
+    `values` has the label of each example, and `index` the index of each class. Messages begin with `where`.
     """
     lists = objective.loss == "sigmoid"
     try:
-        indices = [[index_of(label, index) for label in _row_classes(value, lists)] for value in values]
+        indices = [[index_of(label, index, where) for label in _row_classes(value, lists)] for value in values]
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     if not lists:
@@ -130,10 +108,10 @@ def _row_classes(value: Any, lists: bool) -> list[Any]:
     return labels
 
 
-def index_of(label: Any, index: Mapping[Any, int]) -> int:
-    """The index of a class. Raises ValueError if it is not in the index."""
+def index_of(label: Any, index: Mapping[Any, int], where: str) -> int:
+    """The index of a class. If it has none, the message begins with `where`."""
     if label in index:
         return index[label]
     same_text = [known for known in index if as_text(known) == as_text(label)]
     hint = f", but {same_text[0]!r} is" if same_text else nearest(str(label), map(str, index))
-    raise ValueError(f"{label!r} is not among the classes{hint}")
+    raise UserError(f"{where}: {label!r} is not among the classes{hint}")

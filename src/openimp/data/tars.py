@@ -34,19 +34,12 @@ COLUMN_EXAMPLES = 100
 
 @dataclass
 class Example:
-    """Members whose names are equal up to the first dot.
+    """Members whose names are equal up to the first dot."""
 
-    Attributes:
-        key: the part up to that dot.
-        members: the result of `load` for each member, or an `Unreadable`, by lower-case extension.
-        end: offset of the next example in the file; None for the last.
-        lost: the error, if this example stands for the unreadable rest of the file. It then has no members.
-    """
-
-    key: str
-    members: dict[str, Any] = field(default_factory=dict)
-    end: int | None = None
-    lost: UnreadableRest | None = None
+    key: str  # the part up to that dot
+    members: dict[str, Any] = field(default_factory=dict)  # by lower-case extension: from `load`, or an `Unreadable`
+    end: int | None = None  # offset of the next example in the file; None for the last
+    lost: UnreadableRest | None = None  # the error, if this example stands for the unreadable rest of the file
 
 
 def examples(file: IO[bytes], load: Callable[[IO[bytes], tarfile.TarInfo], Any]) -> Iterator[Example]:
@@ -150,10 +143,6 @@ class TarTable(Table):
     """
 
     def __init__(self, name: str, path: str, files: list[str], root: Path) -> None:
-        """
-        Raises:
-            UserError: no example can be read, or the members have too many extensions.
-        """
         self._files = files
         self._keys: list[str] = []
         self._refused: dict[tuple[str, int], Unreadable] = {}
@@ -162,9 +151,8 @@ class TarTable(Table):
         places: dict[str, dict[int, tuple[int, int]]] = {}
         for shard, file in enumerate(files):
             with open(file, "rb") as handle:
-                for row, example in enumerate(
-                    examples(handle, lambda _, member: (member.offset_data, member.size)), len(shards)
-                ):
+                found = examples(handle, lambda _, member: (member.offset_data, member.size))
+                for row, example in enumerate(found, len(shards)):
                     for extension, place in example.members.items():
                         if isinstance(place, Unreadable):
                             self._refused[extension, row] = place
@@ -183,10 +171,10 @@ class TarTable(Table):
         if self._lost and not places:
             raise UserError(f"source {name}: {files[shards[0]]}: {self._lost[0].reason}")
         self._shards = np.array(shards, dtype=np.int32)
-        self._places = {extension: _dense(found, len(shards)) for extension, found in places.items()}
+        self._places = {extension: _dense(by_row, len(shards)) for extension, by_row in places.items()}
         self._fields = {"__key__": ("__key__", "")}
-        for extension, found in places.items():
-            values = (self._member(extension, [row])[0] for row in found)
+        for extension, by_row in places.items():
+            values = (self._member(extension, [row])[0] for row in by_row)
             value = next((value for value in values if not isinstance(value, Unreadable)), None)
             for column in flatten(extension, value):
                 self._fields[column] = (extension, column[len(extension) + 1 :])
@@ -236,10 +224,6 @@ class TarReader:
     """A `streams.Reader` of tars that are local or opened by fsspec. Its state is the byte of the next example."""
 
     def __init__(self, name: str, files: list[str]) -> None:
-        """
-        Raises:
-            UserError: no example can be read.
-        """
         self._name = name
         self._files = files
         self._state = {"shard": 0, "offset": 0}

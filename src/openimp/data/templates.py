@@ -17,40 +17,25 @@ from openimp.data.tables import Unreadable
 
 
 class Part(NamedTuple):
-    """A piece of a template.
+    """A piece of a template."""
 
-    Attributes:
-        text: literal text, or the name of a column.
-        values: "" for literal text; "one" or "all" for one value or all values of a column.
-    """
-
-    text: str
-    values: str
+    text: str  # literal text, or the name of a column
+    values: str  # "" for literal text; "one" or "all" for one value or all values of a column
 
 
 def columns_of(templates: list[str]) -> list[str]:
-    """The columns that templates read, without duplicates, in the order of first use.
-
-    Raises:
-        UserError: a template is malformed.
-    """
+    """The columns that templates read, without duplicates, in the order of first use."""
     return list(dict.fromkeys(part.text for template in templates for part in _parse(template) if part.values))
 
 
 def fill(templates: list[str], row: dict[str, Any], rng: np.random.Generator | None = None) -> str:
-    """Writes the text of a row.
+    """Writes the text of a row, in which a list holds several values of a column.
 
-    If a template reads a column that is empty in this row, the next template is tried.
+    If a template reads a column that is empty in this row, the next template is tried. If there is none left, that is
+    BadMedia.
 
-    Args:
-        templates: see `recipe.Input.column`.
-        row: values by column. A list holds several values. A value that is not text is converted with `str`.
-        rng: draws the order of the templates, one value for each `{x}`, and for each `{x*}` all values or, half of the
-            time, a random subset, in random order. Without it, templates and values are used in their order.
-
-    Raises:
-        BadMedia: every template reads a column that is empty in this row.
-        UserError: a template is malformed.
+    `rng` draws the order of the templates, one value for each `{x}`, and for each `{x*}` all values or, half of the
+    time, a random subset, in random order. Without it, templates and values are used in their order.
     """
     empty: dict[str, None] = {}
     for i in range(len(templates)) if rng is None else rng.permutation(len(templates)):
@@ -63,11 +48,7 @@ def fill(templates: list[str], row: dict[str, Any], rng: np.random.Generator | N
 
 
 def all_texts(templates: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
-    """The texts of each row that a tokenizer is trained on: every template with every value of its columns.
-
-    Raises:
-        UserError: a template is malformed.
-    """
+    """The texts of each row that a tokenizer is trained on: every template with every value of its columns."""
     for row in rows:
         texts = []
         for parts in map(_parse, templates):

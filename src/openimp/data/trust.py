@@ -30,18 +30,12 @@ def record_training(config: str) -> None:
 
 
 def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], given: Collection[str] = ()) -> None:
-    """Checks that `eval` and `report` may read the sources of a model's own evaluation sets.
+    """Checks that `eval` and `report` may read the sources of a model's own evaluation sets; unknown sets are ignored.
 
-    Args:
-        path: the run or model folder that the user named. Sources inside it may be read.
-        folder: the folder with the model's config.json.
-        recipe: the recipe in that config.json, or one of the user's that it completes.
-        sets: names of evaluation sets of the recipe; unknown names are ignored.
-        given: names of sources that the user's own recipe defines. They may be read.
-
-    Raises:
-        UserError: a set reads a source that is neither inside `path` nor bundled, and this user did not train the
-            model on this machine.
+    They may if this user trained the model on this machine. Otherwise each source must be bundled, inside `path`, or
+    one of `given`. `path` is the run or model folder that the user named. `given` are the names of the sources that the
+    user's own recipe defines. `folder` has the model's config.json. `recipe` is the one in that file, or one of the
+    user's that it completes.
     """
     with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
         if (cache_folder(KNOWN) / hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()).exists():

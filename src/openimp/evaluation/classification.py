@@ -166,10 +166,7 @@ def read_labels(
         if index[as_text(label)] != i:
             raise UserError(f"{name}: class {label!r} and another one are both {as_text(label)!r} as text; rename one")
     for label, row in found.items():
-        try:
-            index_of(as_text(label), index)
-        except ValueError as error:
-            raise UserError(f"{name}: {table.row_name(row)}: {error}") from None
+        index_of(as_text(label), index, f"{name}: {table.row_name(row)}")
     if splits and lists:
         raise UserError(f"{where}: splits need rows with one class each, not lists of classes")
     parts: dict[str, list[int]] = {}

@@ -115,9 +115,6 @@ class Audio(Modality):
     def shape(self, view: Any) -> tuple[int, int, int, int]:
         return (1, self.frames(view), self.config.bins, 1)
 
-    def whole(self, view: Any) -> "Audio":
-        return Audio(self.config.model_copy(update={"patch": self.shape(view)[1:3]}))
-
     def length(self, view: Any) -> int:
         total = prod(size // side for size, side in zip(self.shape(view)[1:], self.config.patch))
         return media.tokens_kept(total, view.drop_tokens)

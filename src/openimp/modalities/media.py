@@ -69,11 +69,7 @@ class Source(io.BufferedReader):
         return content
 
     def spend(self, work: int) -> None:
-        """Counts pixels or samples that were decoded, or bytes that were read.
-
-        Raises:
-            BadMedia: the file exceeds the limit of work or of CPU time.
-        """
+        """Counts pixels or samples that were decoded, or bytes that were read. Beyond the limits it raises BadMedia."""
         self._work += work
         if self._work < self._next_check:
             return
@@ -88,9 +84,7 @@ class Source(io.BufferedReader):
 def open_source(raw: Any) -> Source:
     """Opens a path or bytes for a decoder. The caller closes it.
 
-    Raises:
-        BadMedia: `raw` is not a regular file (a pipe could block forever), has no bytes, is neither a path nor bytes,
-            or has fewer bytes than its header says.
+    It refuses a path that is not a regular file, because a pipe could block forever.
     """
     if isinstance(raw, bytes | bytearray | memoryview):
         if not len(raw):
@@ -129,9 +123,6 @@ def open_container(source: Source, kind: Literal["video", "audio"]) -> Iterator[
     """Opens a container with FFmpeg; yields it, its first stream of `kind`, and the length in seconds (0: unknown).
 
     It decodes in one thread, because the workers of the loader are parallel already.
-
-    Raises:
-        BadMedia: there is no such stream, or its codec is not on the list.
     """
     _check_info(source)
     # No protocol is allowed, because the file is open already and must not name others. The first limit on pixels is
@@ -179,9 +170,8 @@ def _check_length(head: bytes, size: int) -> None:
 class ExampleRng(np.random.Generator):
     """Random generator of one example.
 
-    Attributes:
-        sync_start: where all modalities of the example start in training, as a fraction of the recording's length. It
-            is set if the view has `sync: true`. None: each modality draws its own start.
+    If the view has `sync: true`, all modalities of the example start at `sync_start` in training, a fraction of the
+    recording's length. None: each modality draws its own start.
     """
 
     sync_start: float | None = None

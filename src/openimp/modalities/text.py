@@ -98,9 +98,6 @@ class Text(Modality):
         """Reads the tokenizer file, or trains a byte-level BPE or a word tokenizer on the texts of each example.
 
         Equal texts give equal tokenizers.
-
-        Raises:
-            UserError: the file is not a tokenizer, or no word occurs in `min_df` examples.
         """
         if path := self.config.tokenizer:
             try:

@@ -47,8 +47,7 @@ MAX_IDS = 2**20
 def open_tokenizer(text: str) -> Tokenizer:
     """Opens the tokenizer in a file's text, without padding, truncation and special tokens, which openimp does not use.
 
-    Raises:
-        ValueError: the text is not a tokenizer file, or a part could take too much time or memory.
+    A part that could take too much time or memory is a ValueError.
     """
     data = json.loads(text)
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):

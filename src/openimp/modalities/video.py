@@ -157,8 +157,7 @@ def _is_animation(source: media.Source) -> bool:
 def at_rate(timed: Iterable[tuple[float, Any]], start: float, fps: float, count: int) -> Iterator[Any]:
     """The frames that are shown at up to `count` times, from `start` on at intervals of 1 / fps seconds.
 
-    Args:
-        timed: (seconds, frame) in order. Each is shown until the next, and the last as long as the one before it.
+    `timed` has (seconds, frame) in order. Each is shown until the next, and the last as long as the one before it.
     """
     made, shown, since, length = 0, None, 0.0, 0.0
     for time, frame in timed:

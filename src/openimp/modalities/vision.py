@@ -26,14 +26,10 @@ JITTERED = 0.8
 
 
 class Vision(Modality):
-    """Base of image and video.
-
-    Class attributes:
-        tensor_axes: the shape of a batch that `from_tensor` takes.
-    """
+    """Base of image and video."""
 
     stem = "vision"
-    tensor_axes: ClassVar[tuple[str, ...]]
+    tensor_axes: ClassVar[tuple[str, ...]]  # the shape of a batch that `from_tensor` takes
 
     class Config(PatchGrid):
         """The patch embedding and the position tables, which image and video share."""
@@ -92,9 +88,6 @@ class Vision(Modality):
 
     def shape(self, view: Any) -> tuple[int, int, int, int]:
         return (1, *view.hw, CHANNELS)
-
-    def whole(self, view: Any) -> "Vision":
-        return type(self)(self.config.model_copy(update={"patch": self.shape(view)[:3]}))
 
     def length(self, view: Any) -> int:
         return tokens_kept(prod(size // side for size, side in zip(self.shape(view), self.patch)), view.drop_tokens)
@@ -160,8 +153,8 @@ class Vision(Modality):
 def decoded_size(size: tuple[int, int], views: list[Any]) -> tuple[int, int]:
     """Height and width that a picture is decoded to: enough for all views with a margin, and never enlarged."""
     height, width = size
-    scale = max(max(view.hw[0] / height, view.hw[1] / width) * max(MARGIN, 1 / view.crop_pct) for view in views)
-    scale = min(1.0, scale)
+    scales = (max(view.hw[0] / height, view.hw[1] / width) * max(MARGIN, 1 / view.crop_pct) for view in views)
+    scale = min(1.0, max(scales))
     return ceil(height * scale), ceil(width * scale)
 
 
@@ -228,11 +221,7 @@ def drop_opaque_alpha(pixels: np.ndarray) -> np.ndarray:
 
 
 def check_pixels(pixels: np.ndarray, axes: int) -> np.ndarray:
-    """Converts an array with `axes` leading axes and 0 to 4 channels to 3 or 4 channels.
-
-    Raises:
-        BadMedia: the array is not uint8, has another shape, or is empty.
-    """
+    """Converts a uint8 array with `axes` leading axes and 0 to 4 channels to 3 or 4 channels, and refuses others."""
     if pixels.dtype != np.uint8:
         raise BadMedia(f"expected uint8 pixels, found {pixels.dtype}")
     pixels = pixels[..., None] if pixels.ndim == axes else pixels

@@ -18,15 +18,10 @@ from openimp.recipe.model import Model
 
 
 class Encoded(NamedTuple):
-    """The result of one forward pass.
+    """The result of one forward pass."""
 
-    Attributes:
-        features: (B, D).
-        routing: statistics of each sparse layer, in order; empty for a dense model.
-    """
-
-    features: Tensor
-    routing: list[RouterStats]
+    features: Tensor  # (B, D)
+    routing: list[RouterStats]  # statistics of each sparse layer, in order; empty for a dense model
 
 
 Encode = Callable[[Mapping[str, Tokens]], Encoded]
@@ -64,15 +59,10 @@ def chunk_sizes(examples: int, chunk_size: int | None) -> set[int]:
 
 
 class Embedder(nn.Module, ABC):
-    """A model that embeds several modalities so that pairs of them can be compared.
-
-    Attributes:
-        config: the sizes of the model.
-        pairs: the pairs of modalities that are trained to agree; each pair is sorted.
-    """
+    """A model that embeds several modalities so that pairs of them can be compared."""
 
     config: Model
-    pairs: list[tuple[str, str]]
+    pairs: list[tuple[str, str]]  # the pairs of modalities that are trained to agree; each pair is sorted
 
     @abstractmethod
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
@@ -83,9 +73,6 @@ class Embedder(nn.Module, ABC):
         """Maps features of `source` to fp32 vectors (B, Z) of the space that it shares with `target`.
 
         The vectors are unit vectors unless `normalize` is false.
-
-        Raises:
-            KeyError: the two modalities share no space.
         """
 
     @abstractmethod

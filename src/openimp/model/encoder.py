@@ -85,14 +85,8 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Blocks and a final LayerNorm, with the sizes of arXiv 2305.06324. It does not depend on modalities.
 
-    Args:
-        config: the sizes.
-        stems: names of the stems. Each gets its own copy of the first `config.modality_specific_layers` blocks, for
-            comparison with a fully shared encoder.
-
-    Attributes:
-        own: the modality-specific blocks by stem; empty if there are none.
-        activation_checkpointing: compute the activations of each block again in the backward pass.
+    For comparison with a fully shared encoder, each of the stems, given by name, may have its own copy of the first
+    `config.modality_specific_layers` blocks.
     """
 
     def __init__(self, config: Model, stems: Iterable[str] = ()) -> None:
@@ -103,10 +97,10 @@ class Encoder(nn.Module):
         def blocks(first: int, last: int) -> nn.ModuleList:
             return nn.ModuleList(Block(config, sparse=i >= first_sparse) for i in range(first, last))
 
-        self.own = nn.ModuleDict({name: blocks(0, own_layers) for name in stems if own_layers})
+        self.own = nn.ModuleDict({name: blocks(0, own_layers) for name in stems if own_layers})  # by stem
         self.blocks = blocks(own_layers, config.layers)
         self.norm = _norm(config.width, bias=True)
-        self.activation_checkpointing = False
+        self.activation_checkpointing = False  # compute each block's activations again in the backward pass
 
     def forward_own(self, x_BLD: Tensor, mask_BL: Tensor | None, stem: str) -> tuple[Tensor, list[RouterStats]]:
         """Applies the stem's modality-specific blocks, as `forward` does the shared ones."""

@@ -26,22 +26,17 @@ from openimp.recipe.tasks import Contrastive, pairs_of
 class IMP(Embedder):
     """The model of arXiv 2305.06324.
 
-    Args:
-        config: the sizes of the encoder and the shared embedding space.
-        stems: the specification of each stem, by stem name.
-        stem_of: the stem of each modality; modalities may share one.
-        pairs: the pairs of modalities that are trained to agree. Each pair has a temperature and, in a disjoint space,
-            one head per direction. Modalities with the same stem share both unless `config.share_heads` is false.
-        classes: the number of classes of each classification head, by head name.
+    Each pair of modalities that is trained to agree has a temperature and, in a disjoint space, one head per direction.
+    Modalities with the same stem share both unless `config.share_heads` is false.
     """
 
     def __init__(
         self,
         config: Model,
-        stems: Mapping[str, StemSpec],
-        stem_of: Mapping[str, str],
+        stems: Mapping[str, StemSpec],  # by name
+        stem_of: Mapping[str, str],  # by modality
         pairs: Iterable[tuple[str, str]],
-        classes: Mapping[str, int] | None = None,
+        classes: Mapping[str, int] | None = None,  # number of classes of each classification head, by its name
     ) -> None:
         super().__init__()
         self.config = config
@@ -73,11 +68,7 @@ class IMP(Embedder):
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
         """Encodes the tokens of one modality, or the concatenated tokens of several, in one forward pass.
 
-        Args:
-            inputs: tokens by modality, all of the same B examples.
-
-        Returns:
-            The mean of the encoder's output over the valid tokens.
+        All are tokens of the same B examples. The features are the mean of the encoder's output over the valid tokens.
         """
         outputs = [
             self.encoder.forward_own(self.stem(name)(tokens), tokens.mask, self.stem_of[name])

@@ -30,12 +30,7 @@ _rank_zero_group: Group | None = None
 
 
 def start() -> torch.device:
-    """Joins the ranks that torchrun started, if it did, and returns the device of this rank.
-
-    Raises:
-        UserError: this rank has no GPU, torchrun may restart ranks but not with a new store, or the environment
-            variables of the rank are incomplete.
-    """
+    """Joins the ranks that torchrun started, if it did, and returns the device of this rank."""
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return torch.device("cuda" if cuda else "cpu")
@@ -76,12 +71,9 @@ def shut_down() -> None:
 
 @contextmanager
 def report_dead_ranks() -> Iterator[None]:
-    """Turns a failed collective into one sentence that tells how to resume.
+    """Turns a failed collective into a UserError that tells how to resume: a rank died, or did not answer in time.
 
     It does not name the rank that died: torchrun does, with its exit code or signal, as the root cause.
-
-    Raises:
-        UserError: a rank died, or did not answer within `TIMEOUT`.
     """
     try:
         yield
@@ -161,8 +153,7 @@ def all_gather_object(value: T, group: Group | None = None) -> list[T]:
 def run_on_all_ranks(work: Callable[[], T], group: Group | None = None) -> list[T]:
     """Runs `work` on every rank, and returns all results on every rank.
 
-    Raises:
-        UserError: on all ranks, if `work` failed on one: the error of the first rank that failed.
+    If it fails on some ranks, all ranks raise a UserError with the message of the first of them.
     """
     if group is None and world_size() == 1:
         return [work()]
@@ -186,8 +177,7 @@ def run_on_all_ranks(work: Callable[[], T], group: Group | None = None) -> list[
 def run_on_rank_zero(work: Callable[[], T]) -> T:
     """Runs `work` on rank 0 as if there were no other ranks, and returns its result on every rank.
 
-    Raises:
-        UserError: on all ranks, if `work` failed.
+    If it fails, all ranks raise a UserError.
     """
     if world_size() == 1:
         return work()

@@ -20,13 +20,8 @@ MAX_NODES = 100_000
 def read_recipe(name: str, overrides: Iterable[str] = (), folder: Path | None = None) -> tuple[dict[str, Any], Path]:
     """Reads a recipe's file as plain data, applies the overrides, and returns the data and the file.
 
-    Args:
-        name: a path, or the name of a recipe that comes with openimp.
-        overrides: changes such as `train.steps=100`.
-        folder: where relative paths in the overrides start; None: at the recipe's folder.
-
-    Raises:
-        UserError: no such file, no YAML, or no mapping.
+    `name` is a path, or the name of a recipe that comes with openimp. Relative paths in the overrides start at
+    `folder`; None: at the recipe's folder.
     """
     file = find_file(name)
     data = read_mapping(file, "recipe")
@@ -36,18 +31,10 @@ def read_recipe(name: str, overrides: Iterable[str] = (), folder: Path | None = 
 
 
 def read_mapping(file: Path, what: str) -> dict[str, Any]:
-    """Reads a YAML file that contains a mapping as plain data. `what` names the file's kind in messages.
-
-    Raises:
-        UserError: the file is not YAML, not a mapping, or too large.
-    """
+    """Reads a YAML file that contains a mapping as plain data. `what` names the file's kind in messages."""
     try:
         data = yaml.load(read_text(file, MAX_BYTES), RecipeLoader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: not UTF-8, or an invalid date.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an invalid date.
         raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{file}: a {what} is a mapping of keys, found {type(data).__name__}")
@@ -55,11 +42,7 @@ def read_mapping(file: Path, what: str) -> dict[str, Any]:
 
 
 def find_file(name: str, folder: str = "recipes", what: str = "recipe file") -> Path:
-    """Finds a file by its path, or a bundled file by a name such as `demo` or `evaluation/coco`.
-
-    Raises:
-        UserError: there is no such file.
-    """
+    """Finds a file by its path, or a bundled file by a name such as `demo` or `evaluation/coco`."""
     if Path(name).is_file():
         return Path(name)
     here = Path(__file__).resolve().parents[1]
@@ -92,21 +75,18 @@ class RecipeLoader(yaml.SafeLoader):
     Without that limit, a few lines of nested aliases expand to billions of values.
     """
 
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self._nodes = 0
-        self._sizes: dict[yaml.Node, int] = {}
+    _nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         is_alias, before = self.check_event(yaml.AliasEvent), self._nodes
         mark = self.peek_event().start_mark
         node: Any = super().compose_node(parent, index)
-        if is_alias and node not in self._sizes:
+        if is_alias and not hasattr(node, "size"):
             raise yaml.composer.ComposerError(None, None, "an alias stands for what it is in", mark)
-        self._nodes += self._sizes[node] if is_alias else 1
+        self._nodes += node.size if is_alias else 1
         if self._nodes > MAX_NODES:
             raise yaml.composer.ComposerError(None, None, f"more than {MAX_NODES:,} values, with its aliases", mark)
-        self._sizes.setdefault(node, self._nodes - before)
+        node.size = self._nodes - before
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -128,11 +108,7 @@ RecipeLoader.add_implicit_resolver(
 
 
 def override(data: dict[str, Any], text: str, folder: Path | None = None) -> None:
-    """Sets one value of the raw recipe from `a.b.c=value`; see `read_recipe`. The value is YAML.
-
-    Raises:
-        UserError: the text is not of this form, or the recipe has no such key.
-    """
+    """Sets one value of the raw recipe from `a.b.c=value`; see `read_recipe`. The value is YAML."""
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set {text}: expected KEY=VALUE, such as tasks.captions.weight=2")

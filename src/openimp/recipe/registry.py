@@ -5,23 +5,16 @@ Recipes validate their views with it without importing a modality module directl
 
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
 
 from openimp.common.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from openimp.common.modality import Modality
+from openimp.common.modality import Modality
 
 GROUP = "openimp.modalities"
 
 
 @cache
-def modality_class(name: str) -> "type[Modality]":
-    """The class that is registered as `name` in the entry point group `openimp.modalities`.
-
-    Raises:
-        UserError: no installed package registers this name.
-    """
+def modality_class(name: str) -> type[Modality]:
+    """The class that an installed package registers as `name` in the entry point group `openimp.modalities`."""
     points = {point.name: point for point in entry_points(group=GROUP)}
     if name not in points:
         raise UserError(f"no modality is called {name!r}{nearest(name, points)}")

@@ -59,15 +59,10 @@ class Recipe(Strict):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = (), folder: Path | None = None) -> "Recipe":
-        """Reads and checks a recipe.
+        """Reads and checks a recipe: a YAML file, or the name of a recipe that comes with openimp.
 
-        Args:
-            path: a YAML file, or the name of a recipe that comes with openimp.
-            overrides: changes such as `train.steps=100`.
-            folder: where relative paths in the overrides start; None: at the recipe's folder, as in the recipe itself.
-
-        Raises:
-            UserError: the file does not exist or is not YAML, or a value is wrong.
+        Overrides are changes such as `train.steps=100`. Relative paths in them start at `folder`; None: at the recipe's
+        folder, as in the recipe itself.
         """
         data, file = read_recipe(str(path), overrides, folder)
         return cls.build(data, file.resolve().parent, str(file))
@@ -157,11 +152,7 @@ class Recipe(Strict):
                     raise UserError(f"{key}: train and source are both {options.train}; a probe needs new rows")
 
     def class_head(self, options: ClassHead, key: str) -> Classification:
-        """The objective that trains the head of an evaluation set.
-
-        Raises:
-            UserError: no task has such an objective. The message begins with `key`.
-        """
+        """The objective that trains the head of an evaluation set. If there is none, the message begins with `key`."""
         _require(f"{key}.task", "task", options.task, self.tasks)
         heads = {o.label: o for o in self.tasks[options.task].objectives if isinstance(o, Classification)}
         if options.label not in heads:

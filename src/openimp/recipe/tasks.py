@@ -137,11 +137,9 @@ def classified_by(objective: Classification, inputs: Iterable[str]) -> list[str]
 
 
 def check_objectives(key: str, task: Task) -> None:
-    """Checks the objectives of a task.
+    """Checks that the task has the inputs of its objectives, and that no two objectives do the same.
 
-    Raises:
-        UserError: an objective needs an input that the task does not have, or two objectives do the same. Those would
-            share a temperature or a head, and the name of their metric. The message begins with `key`.
+    Those would share a temperature or a head, and the name of their metric. Messages begin with `key`.
     """
     done: dict[str, int] = {}
     for i, objective in enumerate(task.objectives):

@@ -175,7 +175,6 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
     modalities, views = recipe.make_modalities(), _views(recipe, media)
     try:
         shapes = sorted({modalities[media].shape(view) for view in views})
-        modalities[media] = modalities[media].whole(views[0])
     except TypeError as error:
         raise UserError(f"{recipe.name}: open_clip's towers take images, but {error}") from None
     if len(shapes) > 1:
@@ -185,6 +184,10 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
         )
     if len({view[media].drop_tokens for view in task.views}) > 1:
         raise UserError(f"{recipe.name}: open_clip's towers have one patch dropout, but the views' drop_tokens differ")
+    # The patch becomes the whole example. That of a sound has two axes, frames and bins.
+    config = modalities[media].config
+    patch = shapes[0][3 - len(config.patch) : 3]
+    modalities[media] = type(modalities[media])(config.model_copy(update={"patch": patch}))
     return modalities
 
 
