@@ -24,7 +24,7 @@ class WorkersFailed(UserError):
 
 
 def load_batches(dataset: StepBatches, start: int, stop: int | None = None) -> Iterator[LoadedBatch]:
-    """Yields the batches of the steps `start` up to and without `stop`; None: all remaining steps.
+    """Yields the batches of the steps from `start` to `stop` - 1; if `stop` is None, to the last step.
 
     Raises:
         UserError: no example of a batch can be read, or a label is not among the classes.
@@ -58,7 +58,8 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
     """
     before = signal.getsignal(signal.SIGCHLD)
     batches: Iterator[LoadedBatch | UserError] | None = None
-    for _ in range(len(loader)):  # Counted, because after the last batch a dead worker does not matter.
+    # One `next` per batch. Another one, to see the end, could report a dead worker, which no longer matters then.
+    for _ in range(len(loader)):
         try:
             batches = batches or iter(loader)
             # Without the handler, the wait for a batch that a dying worker has half written would never end.

@@ -30,7 +30,7 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Task
 
 CORPUS_ROWS = 100_000
-"""Maximum number of rows per source to train a tokenizer: the first of a stream, or a random sample of a table."""
+"""Maximum number of rows per task to train a tokenizer: the first of a stream, or a random sample of a table."""
 
 
 @dataclass
@@ -116,7 +116,10 @@ class StepBatches(Dataset[LoadedBatch]):
                     self.stores[key] = DecodedStore.build(table, modalities[name], column, views, cache, progress)
 
     def fit(self, fitted_stems: Collection[str] = ()) -> None:
-        """Lets modalities learn from the training texts, on rank 0, except those of stems in `fitted_stems`."""
+        """Fits the modalities that read text to the training texts, on rank 0, and gives all ranks what they learned.
+
+        Modalities whose stem is in `fitted_stems` are left as they are.
+        """
         learning = {n: m for n, m in self.modalities.items() if m.reads_text and m.stem not in fitted_stems}
 
         def fit() -> dict[str, dict[str, str]]:
@@ -237,7 +240,7 @@ class StepBatches(Dataset[LoadedBatch]):
 
         Examples in `bad` are skipped. Examples that cannot be read are added to `bad`.
 
-        One modality is decoded for all examples before the next one, which keeps its code and tables in the CPU cache.
+        One modality is decoded for all examples before the next, so that its code and constants stay in the CPU cache.
         Each example has its own random generator, so the draws do not depend on the other examples.
         """
         task, source, modality = self.recipe.tasks[visit.task], self.sources[visit.task], self.modalities[name]

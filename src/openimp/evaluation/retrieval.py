@@ -35,8 +35,8 @@ class RetrievalResult(Predicted):
 
     rank: np.ndarray  # (N,) int64, the rank from 1 of each query's best correct candidate
     correct_pairs: np.ndarray  # (E, 2) int64, all correct pairs (query, candidate)
-    query_row: np.ndarray  # (N,) int64, the first row of the source that has each query
-    target_row: np.ndarray  # (M,) int64, the first row of the source that has each candidate
+    query_row: np.ndarray  # (N,) int64, for each query, the first row of the source that has it
+    target_row: np.ndarray  # (M,) int64, for each candidate, the first row of the source that has it
     query_NZ: Tensor  # unit vectors
     target_MZ: Tensor
 
@@ -122,7 +122,7 @@ def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, pairs: np.ndarray, limit: i
         query_E = query_E - start
         correct_E = similar_nM[query_E, candidate_E]
         best_n = similar_nM.new_full((len(similar_nM),), -torch.inf).scatter_reduce(0, query_E, correct_E, "amax")
-        # `not <` instead of `>=`, so that NaN ranks first.
+        # `not <` instead of `>=`, so that every comparison with NaN counts against the model.
         before_n = (~(similar_nM < best_n[:, None])).sum(1)
         correct_before_n = torch.zeros_like(before_n).index_add(0, query_E, (~(correct_E < best_n[query_E])).long())
         found.append(1 + before_n - correct_before_n)

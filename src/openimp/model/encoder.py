@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openimp.model.init import lecun_normal_, linear
 from openimp.model.kernels import attend, gelu
-from openimp.model.moe import RouterStats, SoftMLP, SparseMLP, mean_valid_tokens
+from openimp.model.moe import RouterStats, SoftMLP, SparseMLP, valid_tokens_per_rank
 from openimp.recipe.model import Model
 
 
@@ -72,7 +72,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, RouterStats | None]:
         """Maps (B, L, D) to (B, L, D), and returns router statistics if the block is sparse.
 
-        A sparse block needs `count`, the `mean_valid_tokens` of its input.
+        A sparse block needs `count`, the `valid_tokens_per_rank` of its input.
         """
         x_BLD = x_BLD + self.attention(self.norm1(x_BLD), mask_BL)
         if not self.sparse:
@@ -115,7 +115,7 @@ class Encoder(nn.Module):
         all_stats = []
         # Computed once for all blocks, because it takes an all-reduce.
         sparse = any(block.sparse for block in blocks.children())
-        count = mean_valid_tokens(x_BLD, mask_BL) if sparse else None
+        count = valid_tokens_per_rank(x_BLD, mask_BL) if sparse else None
         for block in blocks.children():
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BLD, stats = checkpoint(block, x_BLD, mask_BL, count, use_reentrant=False)

@@ -99,11 +99,11 @@ def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | N
     return Routing(*(x_GS[:, :-1].unflatten(1, (experts, slots)) for x_GS in (token_GS, gate_GS)))
 
 
-def mean_valid_tokens(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+def valid_tokens_per_rank(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
     """The number of valid tokens in a rank's batch, averaged over ranks; a scalar in fp32.
 
-    A router divides sums over its rank's tokens by it. The mean of these quotients over ranks is then the mean over all
-    tokens. Without a mask, all ranks have the same number.
+    A router divides each sum over the tokens of its rank by this number. The mean of these quotients over ranks is then
+    the mean over all tokens. Without a mask, all ranks have the same number.
     """
     if mask_BL is None:
         return torch.full((), float(x_BLD.shape[0] * x_BLD.shape[1]), device=x_BLD.device)
@@ -124,7 +124,7 @@ class Router(nn.Module):
         nn.init.normal_(self.weight_ED, std=0.02)
 
     def forward(self, x_BLD: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Routing, RouterStats]:
-        """Routes the tokens within each group. `count` is their `mean_valid_tokens`.
+        """Routes the tokens within each group. `count` is their `valid_tokens_per_rank`.
 
         A group is one example; in training with one of `BATCH_ROUTINGS`, it is this rank's batch. Outside of training,
         token choice drops nothing. So an embedding never depends on the other examples of its batch.
@@ -193,17 +193,17 @@ class SparseMLP(nn.Module):
         self.experts = Experts(config.experts, width, hidden)
 
     def forward(self, x_BLD: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Tensor, RouterStats]:
-        """Maps (B, L, D) to (B, L, D). `count` is the tokens' `mean_valid_tokens`."""
+        """Maps (B, L, D) to (B, L, D). `count` is the tokens' `valid_tokens_per_rank`."""
         routing, stats = self.router(x_BLD, valid_BL, count)
         groups, experts, slots = routing.token_GEC.shape
         x_TD = x_BLD.flatten(0, 1)
         per_group = x_TD.shape[0] // groups
         first_G = torch.arange(groups, device=x_TD.device) * per_group
-        row_ES = (routing.token_GEC + first_G[:, None, None]).transpose(0, 1).reshape(-1)
-        gate_ES = routing.gate_GEC.transpose(0, 1).reshape(-1, 1)
-        slots_ESD = x_TD.index_select(0, row_ES).unflatten(0, (experts, groups * slots))
+        row = (routing.token_GEC + first_G[:, None, None]).transpose(0, 1).reshape(-1)  # (E S,)
+        gate = routing.gate_GEC.transpose(0, 1).reshape(-1, 1)  # (E S, 1)
+        slots_ESD = x_TD.index_select(0, row).unflatten(0, (experts, groups * slots))
         out = self.experts(slots_ESD).flatten(0, 1)
-        result = torch.zeros_like(x_TD, dtype=out.dtype).index_add(0, row_ES, out * gate_ES.to(out.dtype))
+        result = torch.zeros_like(x_TD, dtype=out.dtype).index_add(0, row, out * gate.to(out.dtype))
         return result.view_as(x_BLD), stats
 
 
@@ -224,7 +224,7 @@ class SoftMLP(nn.Module):
         nn.init.normal_(self.slot_SD)
 
     def forward(self, x_BLD: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Tensor, RouterStats]:
-        """Maps (B, L, D) to (B, L, D). `count` is the tokens' `mean_valid_tokens`."""
+        """Maps (B, L, D) to (B, L, D). `count` is the tokens' `valid_tokens_per_rank`."""
         with full_precision(x_BLD.device):
             # Normalized (section 2.3): otherwise the softmax approaches one-hot vectors at large widths.
             slot_SD = self.scale * F.normalize(self.slot_SD.float(), dim=-1)

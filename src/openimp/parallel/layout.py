@@ -137,7 +137,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_on_rank_zero(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gathers whole tensors in the CPU memory of rank 0, one at a time. Other ranks get an empty dict."""
+    """Gathers whole tensors in the CPU memory of rank 0, one at a time. Other ranks get an empty dict.
+
+    A single rank gets its tensors as they are.
+    """
     if world_size() == 1:
         return dict(tensors)
     gathered = {}

@@ -1,4 +1,4 @@
-"""Division of Muon's work: one rank, its owner, updates a replicated matrix and sends the result to all other ranks.
+"""Division of Muon's work: each replicated matrix has an owner, the rank that updates it and sends it to all others.
 
 Muon orthogonalizes every matrix that it updates, which is too much work to repeat on every rank.
 """

@@ -45,22 +45,23 @@ class StepTimer:
         self.steps.append(time.perf_counter() - self.requested)
 
     def record(self) -> dict[str, Any]:
-        """The times since the last record, over all ranks. Every rank must call this.
+        """The times since the last record in seconds, over all ranks. Every rank must call this.
 
+        `waits` (by task) and `data_wait`, their sum, are shares of `seconds`.
         The slowest rank delays all others, so the wait of a step is the longest wait of any rank.
         """
         seconds = time.perf_counter() - self.since
         (times_R2S,) = all_gather(torch.tensor([self.steps + self.waits], dtype=torch.float64))
         steps_RS, waits_RS = times_R2S.chunk(2, dim=1)
         waits_S = waits_RS.amax(0)
-        waits = dict.fromkeys(self.tasks, 0.0)
+        share = dict.fromkeys(self.tasks, 0.0)
         for task, wait in zip(self.tasks, waits_S.tolist()):
-            waits[task] += wait / seconds
+            share[task] += wait / seconds
         p50, p95 = steps_RS.quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
         self.rare = bool(waits_S.median() < waits_S.mean() / 10)
         self.records += 1
         self._reset()
-        return {"seconds": seconds, "step_p50": p50, "step_p95": p95, "data_wait": sum(waits.values()), "waits": waits}
+        return {"seconds": seconds, "step_p50": p50, "step_p95": p95, "data_wait": sum(share.values()), "waits": share}
 
     def warning(self, record: Mapping[str, Any], recipe: Recipe, modalities: Modalities) -> str | None:
         """Advice, once, if much time is spent waiting for data. The first record, when workers start, is skipped."""

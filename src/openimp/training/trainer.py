@@ -52,7 +52,7 @@ def train(
         run: directory to write to; with `resume`, that of an interrupted run of the same recipe.
         resume: True requires a checkpoint and resumes from the newest intact one; "auto" starts from step 0 if there is
             no checkpoint. Ranks that torchrun has restarted always use "auto".
-        trainer: `Trainer`, or a subclass of a study.
+        trainer: a subclass of `Trainer`, as studies define them; None: `Trainer` itself.
         allow_changed_data: resume even if a source has changed since the checkpoint was saved.
 
     Raises:
@@ -181,7 +181,7 @@ class Trainer:
             return self.losses(self.model, task, loaded.batch.to(self.device), self.encode)
 
     def apply_gradients(self, loaded: LoadedBatch, losses: Losses) -> None:
-        """Updates the weights from their gradients, unless these are not finite, and counts the step."""
+        """Updates the weights from their gradients, and counts the step. UserError if a gradient is not finite."""
         visit = loaded.visit
         if not self.updater.step(visit.step):
             loss = float(distributed.all_reduce_mean(losses.total.detach()))
@@ -213,7 +213,7 @@ class Trainer:
         return state | self.log.state()
 
     def evaluate(self, progress: Any = None) -> None:
-        """Evaluates the EMA if there is one, else the model, and keeps the checkpoint if it is the best.
+        """Evaluates the EMA if there is one, else the model, and saves this step if its `evaluation.best` is the best.
 
         `progress(items, description)` wraps the loops of the evaluation. `Stop.watch` lets a signal stop them.
         """
@@ -269,7 +269,7 @@ class Trainer:
         return self.build(self.recipe, self.modalities, sizes)
 
     def _suspects(self, loaded: LoadedBatch, losses: Losses) -> list[str]:
-        """The first 8 examples of each rank whose loss is not finite; if all losses are finite, of this rank."""
+        """The names of 8 examples of every rank with a non-finite loss; if there is no such rank, of this rank."""
         source = self.data.sources[loaded.visit.task]
         names = [source.row_name(row) for row in loaded.batch.rows[:8]]
         finite = math.isfinite(float(losses.total.detach()))
