@@ -17,7 +17,7 @@ GOLDEN = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True)
 class Visit:
-    """The task, view and examples of one step. The batch is `start` to `start + batch` in the task's order."""
+    """The task, view and examples of one step. The batch is `start` to `start + batch_size` in the task's order."""
 
     step: int  # from 0
     task: str

@@ -215,11 +215,11 @@ def test_a_file_that_the_manifest_does_not_list_is_damage(little_data, tmp_path)
     verify(folder)
     manifest = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match=r"config\.json: damaged: is not in manifest\.json"):
+    with pytest.raises(UserError, match=r"config\.json: unknown: it is not in manifest\.json"):
         verify(folder)
     (folder / "manifest.json").write_text(manifest)
     (folder / "model" / "more.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"model/more\.safetensors: damaged: is not in manifest\.json"):
+    with pytest.raises(UserError, match=r"model/more\.safetensors: unknown: it is not in manifest\.json"):
         verify(folder)
     (folder / "model" / "more.safetensors").rename(folder / "model" / "._more.safetensors")
     verify(folder)

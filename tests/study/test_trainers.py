@@ -46,10 +46,11 @@ def test_a_summed_round_applies_the_gradient_of_the_summed_losses(little_data, t
 
 
 def test_half_a_round_is_never_saved(little_data, tmp_path):
-    training = SummedTrainer(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
+    training = SummedTrainer(recipe_of(little_data, *SUMMED, "evaluation.best=tones"), tmp_path / "a", False)
     for step in range(3):
         training.update(training.data[step])
         training.save()
+    training.evaluate()
     training.checkpointing.wait()
     assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000002"]
 

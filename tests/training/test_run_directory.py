@@ -46,6 +46,9 @@ def test_a_finished_run_is_resumed_without_its_data(little_data, little_run, tmp
     recipe = Recipe.load(little_data / "recipe.yaml", [f"sources.pictures.path={data}", f"sources.sounds.path={data}"])
     assert train(recipe, run, resume=True)
     assert f"{run}: all 12 steps are done and evaluated already" in capsys.readouterr().out
+    changed = Recipe.build(recipe.to_dict() | {"evaluation": {"sets": {}, "every": 3}})
+    with pytest.raises(UserError, match=str(data)):
+        train(changed, run, resume=True)
     (run / "results.jsonl").unlink()
     with pytest.raises(UserError, match=str(data)):  # It was not evaluated, and for that it needs the data.
         train(recipe, run, resume=True)

@@ -36,18 +36,18 @@ def test_waiting_for_data_is_told_once_with_what_could_be_done(own_data, tmp_pat
 
 
 def test_the_advice_fits_the_recipe(little_data, streamed):
-    def told(folder: Path, task: str, *changes: str, rare: bool = False) -> str:
+    def told(folder: Path, task: str, *changes: str, rare_waits: bool = False) -> str:
         recipe = Recipe.load(folder / "recipe.yaml", changes)
-        return " | ".join(advice(recipe, recipe.make_modalities(), task, rare))
+        return " | ".join(advice(recipe, recipe.make_modalities(), task, rare_waits))
 
     smaller = "use smaller views in tasks.named (lower resolution, fewer frames or seconds)"
     many = "train.num_workers=1000"
     assert told(little_data, "named", many) == f"set sources.pictures.cache=memory | {smaller}"
     assert told(little_data, "named", many, "sources.pictures.cache=memory") == smaller
     assert told(streamed[0], "named", many, *streamed[1]) == smaller
-    ahead = told(little_data, "heard", many, "train.prefetch_factor=3", rare=True)
+    ahead = told(little_data, "heard", many, "train.prefetch_factor=3", rare_waits=True)
     assert ahead.startswith("raise train.prefetch_factor (now 3) | set sources.sounds.cache=memory | ")
-    assert told(little_data, "heard", rare=True).startswith("raise train.num_workers (now 0; ")
+    assert told(little_data, "heard", rare_waits=True).startswith("raise train.num_workers (now 0; ")
 
 
 def test_a_line_is_short():

@@ -177,10 +177,14 @@ def test_a_finished_run_may_be_resumed_and_stays_what_it_is(whole_run, little_da
     assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")} == before
 
 
-def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(own_data, tmp_path):
-    """It is that of step 6, between two checkpoints."""
+@pytest.mark.parametrize("others", [True, False])
+def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(own_data, tmp_path, others):
+    """It is that of step 6, between two checkpoints. Other sets of the recipe, if it has any, are measured."""
     changes = ["tasks.heard.weight=0", "train.steps=9", "evaluation.every=6", "train.save_every=4"]
     recipe, run = recipe_of(own_data, *changes), tmp_path / "run"
+    if not others:
+        recipe = recipe.model_copy(deep=True)
+        del recipe.evaluation.sets["colours"]
     sounds = {file: file.read_bytes() for file in own_data.glob("*.wav")}
     for file in sounds:
         file.write_bytes(b"no sound")
@@ -191,7 +195,8 @@ def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(own_data, tmp
         file.write_bytes(content)
     train(recipe, run, resume=True)
     assert [line["step"] for line in figures(run)] == list(range(1, 10))
-    assert [line["step"] for line in read_lines(run / "results.jsonl")] == [6] * 3 + [9] * 3
+    lines = 3 if others else 2
+    assert [line["step"] for line in read_lines(run / "results.jsonl")] == [6] * lines + [9] * lines
 
 
 def test_a_stop_ends_an_evaluation(little_data, tmp_path):

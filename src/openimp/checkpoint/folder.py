@@ -170,7 +170,7 @@ def _verify_share(folder: Path) -> None:
     for name in sorted(manifest.keys() | names)[rank() :: world_size()]:
         path = folder / name
         if name not in manifest:
-            raise UserError(f"{path}: damaged: is not in {MANIFEST}")
+            raise UserError(f"{path}: unknown: it is not in {MANIFEST}")
         try:
             entry = manifest_entry(path)
         except FileNotFoundError:

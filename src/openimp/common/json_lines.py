@@ -1,6 +1,7 @@
 """Files of JSON lines, such as metrics.jsonl."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def forget_after(file: Path, step: int) -> None:
     """Removes the lines after `step`. A run that resumes there will write them again."""
-    kept = [line for line in read_lines(file) if (line["step"] or 0) <= step]
     if file.exists():
-        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        replace_after(file, step, [])
+
+
+def replace_after(file: Path, step: int, lines: Iterable[dict[str, Any]]) -> None:
+    """Replaces the lines after `step`, all at once."""
+    kept = [line for line in read_lines(file) if (line["step"] or 0) <= step]
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (*kept, *lines)))

@@ -46,7 +46,7 @@ class Temperature(nn.Module):
         """Clamps the logit scale to at most 100; called after each update, as in CLIP (arXiv 2103.00020, section 2.5).
 
         A clamp in the forward pass would have no gradient beyond the limit, so the temperature could never return.
-        If the parameter has no gradient, this rank did not update it; another rank may have.
+        A temperature without a gradient was not updated.
         """
         if self.temperature.grad is not None:
             self.temperature.clamp_(min=MIN_TEMPERATURE)

@@ -77,24 +77,35 @@ def report_dead_ranks() -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        _leave()
+        raise
     except RuntimeError as error:
         # gloo's errors have no class of their own.
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it, and would end this rank before it reports.
+        _leave()
         raise UserError(
             "a rank died or does not answer, and the other ranks cannot continue without it; torchrun's report names "
             "it; the run is saved up to its last checkpoint; resume with --resume auto"
         ) from None
-    finally:
-        # gloo's threads would abort a process that exits while they run, and replace its exit code.
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+def _leave() -> None:
+    """Leaves the process group, because gloo's threads would abort a process that exits, and replace its exit code.
+
+    Not after other errors: a checkpoint may still be in the making, and needs the group.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def job_id() -> str:
-    """torchrun's name for all starts of these ranks; empty without torchrun."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+    """torchrun's name for all starts of this rank; empty without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    # Without --rdzv-id all jobs have this name. The parent of the ranks on a node is their torchrun.
+    return f"torchrun {os.getppid()}" if name == "none" else name
 
 
 def restarted() -> bool:

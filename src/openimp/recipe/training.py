@@ -99,7 +99,8 @@ class Train(Strict):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast if it is faster on the device, else fp32."""
     compile: bool = False
-    """Uses torch.compile, which needs a C++ compiler. Each combination of modality, view and batch size is compiled."""
+    """Uses torch.compile, which needs a C++ compiler. Each combination of modality, view and batch size is compiled. It
+    does not work on several ranks yet."""
     num_workers: Whole = 2
     """Worker processes per rank that read and decode data; 0: the training process does it."""
     prefetch_factor: Count = 4

@@ -48,7 +48,7 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     if allowed > MAX_STEPS:
         raise UserError(f"its FLOPs allow {allowed:.2g} steps, but a training has at most {MAX_STEPS:,}")
     steps = max(1, round(allowed))
-    round_length = len(data["tasks"])  # SummedTrainer can save only after whole rounds.
+    round_length = sum(task.weight > 0 for task in recipe.tasks.values())  # SummedTrainer saves only whole rounds.
     data["train"].update(steps=steps, save_every=max(1, steps // (SAVES * round_length)) * round_length)
     data["optimizer"]["warmup_steps"] = None  # A share of the steps, because a fixed number may exceed them.
     return Recipe.build(data)

@@ -186,6 +186,8 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
         raise UserError(f"{recipe.name}: open_clip's towers have one patch dropout, but the views' drop_tokens differ")
     # The patch becomes the whole example. That of a sound has two axes, frames and bins.
     config = modalities[media].config
+    if not isinstance(getattr(config, "patch", None), tuple):
+        raise UserError(f"{recipe.name}: open_clip's towers take images, but {media} has no patch with several axes")
     patch = shapes[0][3 - len(config.patch) : 3]
     modalities[media] = type(modalities[media])(config.model_copy(update={"patch": patch}))
     return modalities

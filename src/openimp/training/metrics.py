@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openimp.common.json_lines import append, forget_after
+from openimp.common.json_lines import append, forget_after, replace_after
 from openimp.objectives import Losses
 from openimp.parallel.distributed import all_gather_object, all_reduce_mean, rank
 from openimp.planning.ledger import Cost
@@ -107,9 +107,8 @@ class Metrics:
     def results(self, run: Path, results: list[dict[str, Any]]) -> None:
         """Writes evaluation results, on rank 0, and removes older ones of the same step."""
         assert self.board is not None
-        forget_after(run / "results.jsonl", max(result["step"] for result in results) - 1)
+        replace_after(run / "results.jsonl", max(result["step"] for result in results) - 1, results)
         for result in results:
-            append(run / "results.jsonl", result)
             for key in ("r1", "r5", "mrr", "top1", "map"):
                 if key in result:
                     self.board.add_scalar(f"{key}/{result['set']}/{result['task']}", result[key], result["step"] or 0)

@@ -1,13 +1,13 @@
 """The directory of a run: its lock, the files that say what it trains, and the checkpoint from which it resumes."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from openimp.checkpoint.folder import step_of, verify
+from openimp.checkpoint.folder import BEST, CHECKPOINTS, step_of, verify
 from openimp.checkpoint.resume import common_checkpoints, newest_intact, require_same_run
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
@@ -40,9 +40,10 @@ def locked(run: Path) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
-            if [path.name for path in run.iterdir()] == [LOCK]:
-                (run / LOCK).unlink()
-                run.rmdir()
+            with suppress(OSError):  # Somebody may have removed the directory.
+                if [path.name for path in run.iterdir()] == [LOCK]:
+                    (run / LOCK).unlink()
+                    run.rmdir()
             lock.release()
 
 
@@ -65,7 +66,9 @@ class RunDirectory:
         if self.recipe_file.exists() and not begun and self.recipe_file.read_bytes() != self.recipe.to_yaml().encode():
             raise UserError(f"{self.recipe_file}: a run would overwrite it; name another directory with --run-dir")
         # torchrun also repeats a start that was refused. Only one that wrote its job's name may resume.
-        begun_by_job = self.job_file.exists() and self.job_file.read_text() == distributed.job_id()
+        begun_by_job = distributed.run_on_rank_zero(
+            lambda: self.job_file.exists() and self.job_file.read_text() == distributed.job_id()
+        )
         if (distributed.restarted() and begun_by_job) or resume == "auto":
             resume = saved  # A run that died before its first checkpoint starts again and loses nothing.
         elif self.recipe_file.exists() and not saved:
@@ -112,7 +115,10 @@ class RunDirectory:
         distributed.run_on_all_ranks(write)
 
     def _evaluated(self) -> bool:
-        """Whether results.jsonl has the final step's results of every evaluation set."""
+        """Whether the final step was evaluated as the recipe says, and the best checkpoint is marked."""
+        evaluation = self.recipe.evaluation
+        if Recipe.load(self.recipe_file).evaluation != evaluation:
+            return False
         results = read_lines(self.path / "results.jsonl")
         done = {result.get("set") for result in results if result["step"] == self.recipe.train.steps}
-        return self.recipe.evaluation.sets.keys() <= done
+        return evaluation.sets.keys() <= done and (evaluation.best is None or (self.path / CHECKPOINTS / BEST).exists())

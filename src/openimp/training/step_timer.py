@@ -25,7 +25,7 @@ class StepTimer:
     """Times the steps between two log records. A step lasts from the request for its batch to the end of its update."""
 
     def __init__(self) -> None:
-        self.records, self.warned, self.rare = 0, False, False
+        self.records, self.warned, self.rare_waits = 0, False, False
         self._reset()
 
     def _reset(self) -> None:
@@ -58,7 +58,7 @@ class StepTimer:
         for task, wait in zip(self.tasks, waits_S.tolist()):
             share[task] += wait / seconds
         p50, p95 = steps_RS.quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
-        self.rare = bool(waits_S.median() < waits_S.mean() / 10)
+        self.rare_waits = bool(waits_S.median() < waits_S.mean() / 10)
         self.records += 1
         self._reset()
         return {"seconds": seconds, "step_p50": p50, "step_p95": p95, "data_wait": sum(share.values()), "waits": share}
@@ -69,17 +69,17 @@ class StepTimer:
             return None
         self.warned = True
         name = max(record["waits"], key=record["waits"].get)
-        *others, last = advice(recipe, modalities, name, self.rare)
+        *others, last = advice(recipe, modalities, name, self.rare_waits)
         return (
             f"{record['data_wait']:.0%} of the time is spent waiting for data, most of it for task {name}; "
             f"{', '.join(others)}{' or ' if others else ''}{last}"
         )
 
 
-def advice(recipe: Recipe, modalities: Modalities, name: str, rare: bool) -> list[str]:
+def advice(recipe: Recipe, modalities: Modalities, name: str, rare_waits: bool) -> list[str]:
     """Ways to load the data of the task `name` faster, the easiest first.
 
-    `rare`: only few steps wait, but long. More prefetched batches bridge such waits.
+    `rare_waits`: only a few steps wait, but long. More prefetched batches bridge such waits.
     """
     task, workers = recipe.tasks[name], recipe.train.num_workers
     source = recipe.sources[task.source]
@@ -89,7 +89,7 @@ def advice(recipe: Recipe, modalities: Modalities, name: str, rare: bool) -> lis
     found = []
     if workers < cores:
         found.append(f"raise train.num_workers (now {workers}; {counted(cores, 'core')} per rank)")
-    if workers and rare:
+    if workers and rare_waits:
         found.append(f"raise train.prefetch_factor (now {recipe.train.prefetch_factor})")
     if media and source.cache == "none" and not source.stream:
         found.append(f"set sources.{task.source}.cache=memory")

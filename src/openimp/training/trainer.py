@@ -61,6 +61,7 @@ def train(
         CheckpointError: a checkpoint cannot be written. Steps since the previous one are lost.
     """
     distributed.start()
+    console.quiet = distributed.rank() > 0
     trainer = trainer or Trainer
     with locked(run):
         if resume and RunDirectory(run, recipe).finished(trainer.__name__):
@@ -114,17 +115,17 @@ class Trainer:
         warm_start = open_warm_start(recipe, self.modalities) if checkpoint is None else None
         changed = self._open_data(checkpoint, warm_start, allow_changed_data)
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses)
-        texts = self._make_model(warm_start)
+        text_files = self._make_model(warm_start)
         signature_count = len(signatures(recipe, self.modalities)) if recipe.train.compile else 0
         encode = CompiledEncode(self.model, signature_count) if signature_count else self.model.encode
         self.encode = in_chunks(encode, recipe.memory.chunk_size)
         self.updater = Updater(recipe, self.model, self.costs)
         saver = Saver(run, recipe.train.keep_last)
-        self.checkpointing = Checkpointing(saver, self.model, self.updater, texts, self.state)
+        self.checkpointing = Checkpointing(saver, self.model, self.updater, text_files, self.state)
         state = self.checkpointing.load(checkpoint) if checkpoint else {}
         self.step = state.get("step", 0)
         self.cursors = self.data.load_cursors(state.get("cursors", {}), changed)
-        directory.begin(texts["config.json"])
+        directory.begin(text_files["config.json"])
         self.log = Log(recipe, run, self.modalities, self.costs, state)
         self.validation = Validation(
             recipe, run, self.modalities, self.data.classes, self.model, self._new_model, self.device
@@ -213,14 +214,16 @@ class Trainer:
         return state | self.log.state()
 
     def evaluate(self, progress: Any = None) -> None:
-        """Evaluates the EMA if there is one, else the model, and saves this step if its `evaluation.best` is the best.
+        """Evaluates the EMA if there is one, else the model.
 
+        If the result on the set that `evaluation.best` names is the best so far, this step is saved.
         `progress(items, description)` wraps the loops of the evaluation. `Stop.watch` lets a signal stop them.
         """
         if self.recipe.evaluation.sets:
             ema = self.updater.ema.weights if self.updater.ema else None
             self.validation.evaluate(self.step, ema, self.log.metrics, progress)
-            self.validation.keep_best(self.step, self.checkpointing)
+            if self.savable:
+                self.validation.keep_best(self.step, self.checkpointing)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0 and self.step < self.recipe.train.steps
@@ -257,12 +260,12 @@ class Trainer:
             console.print(warm_start.load(self.model, self.data.classes), soft_wrap=True)
         check_sets(self.model, self.recipe, self.modalities, self.data.classes)
         # Before FSDP2 replaces the model's class, whose name is in config.json.
-        texts = config_files(self.model, self.recipe, self.modalities, self.data.classes)
+        text_files = config_files(self.model, self.recipe, self.modalities, self.data.classes)
         apply_parallelism(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "project", "classify"),
             self.layout, self.device,
         )  # fmt: skip
-        return texts
+        return text_files
 
     def _new_model(self) -> Embedder:
         sizes = {name: len(values) for name, values in self.data.classes.items()}

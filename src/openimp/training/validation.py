@@ -55,8 +55,9 @@ class Validation:
                 results, failed = error.results, error
             except Stopped:
                 return False
-            metrics.results(self.run, results)
-            console.print(table(results))
+            if results:
+                metrics.results(self.run, results)
+                console.print(table(results))
             if failed:
                 raise failed
             return True
