@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
-from demo_data_docs import write_card, write_contact_sheet, write_licenses
+from demo_data_docs import check_size, write_card, write_contact_sheet, write_licenses, write_sums
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -368,11 +368,8 @@ def build(cache: Path) -> None:
     soundfont.write_bytes(next(members(fetch("musescore-general-soundfont-small", cache), r"\.sf3$"))[1])
     write_parquet("notes", note_rows(soundfont))
     write_licenses(DEMO, SOURCES, lambda name, pattern: next(members(fetch(name, cache), pattern))[1].decode())
-    sums = [(hashlib.sha256(file.read_bytes()).hexdigest(), file.name) for file in sorted(DEMO.glob("*.parquet"))]
-    (DEMO / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
-    size = sum(f.stat().st_size for f in DEMO.rglob("*") if f.is_file())
-    if size > 24.5e6:
-        raise SystemExit(f"{DEMO} holds {size / 1e6:.1f} MB, more than 24.5 MB")
+    write_sums(DEMO)
+    check_size(DEMO)
 
 
 def main() -> None:

