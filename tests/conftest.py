@@ -28,7 +28,7 @@ settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
-# The tests run in a process a core; more threads than cores would stand in each other's way.
+# The tests run in one process per core. More threads than cores would slow each other down.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 # For tests that start their own file on several ranks.

@@ -29,7 +29,7 @@ from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
 from openimp.modalities.text import Text
 from openimp.parallel import distributed, owners
-from openimp.parallel.layout import full_tensor
+from openimp.parallel.layout import full_tensor, local_shard
 from openimp.recipe.schema import Recipe
 from openimp.training.step_timer import StepTimer
 from openimp.training.trainer import Trainer, train
@@ -286,11 +286,13 @@ def gradients_of(trainer: Trainer) -> dict[str, Tensor]:
     if trainer.recipe.optimizer.muon_lr:
         for loaded in batches:
             trainer.update(loaded)
-        hidden = [full_tensor(matrix.detach()).clone() for matrix in trainer.model.hidden_matrices()]
+        matrices = trainer.model.hidden_matrices()
+        hidden = [full_tensor(matrix.detach()).clone() for matrix in matrices]
         muon = trainer.updater.optimizers[1]
         updates = sum(distributed.all_gather_object(sum(len(group["params"]) for group in muon.param_groups)))
-        replicas = trainer.layout.shard_degree == 1
-        assert updates == len(hidden) * (1 if replicas else distributed.world_size())
+        # One rank updates a matrix of which all have a replica.
+        replicated = [matrix for matrix in matrices if local_shard(matrix).shape == matrix.shape]
+        assert updates == len(replicated) + distributed.world_size() * (len(hidden) - len(replicated))
         sums = distributed.all_gather_object(float(sum(matrix.double().sum() for matrix in hidden)))
         assert len({*sums}) == 1
         found |= {f"named {i} updated": matrix for i, matrix in enumerate(hidden)}

@@ -87,7 +87,9 @@ def test_flops_are_those_of_the_closed_formula(moe):
 
 def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
     """Counted on the real steps in fp32, where nothing chooses another attention."""
-    recipe = Recipe.load(little_data / "recipe.yaml", ["train.precision=fp32", "train.steps=6"])
+    recipe = Recipe.load(
+        little_data / "recipe.yaml", ["train.precision=fp32", "train.steps=6", "optimizer.muon_lr=1e-2"]
+    )
     training = Trainer(recipe, tmp_path / "run", False)
     computed = dict.fromkeys(recipe.tasks, 0)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -96,7 +98,7 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
             with FlopCounterMode(display=False) as counter:
                 losses = training.forward(loaded)
                 losses.total.backward()
-            training.apply_gradients(loaded, losses)
+                training.apply_gradients(loaded, losses)
             computed[loaded.visit.task] += counter.get_total_flops()
             training.log.metrics.add(loaded.visit.task, losses, training.costs[loaded.visit.task, loaded.visit.view])
     training.log.metrics.write(

@@ -234,6 +234,8 @@ LAYOUTS = {
     "replicas, in pieces": ["parallel.shard_degree=1", "memory={chunk_size: 1, activation_checkpointing: true}"],
     "replicas, experts apart": ["parallel={shard_degree: 1, expert_degree: 2}"],
     "replicas, Muon": ["parallel.shard_degree=1", "optimizer.muon_lr=1e-3"],
+    "replicas, experts apart, Muon": ["parallel={shard_degree: 1, expert_degree: 2}", "optimizer.muon_lr=1e-3"],
+    "in two groups, Muon": ["parallel.shard_degree=2", "optimizer.muon_lr=1e-3"],
 }
 
 

@@ -20,7 +20,8 @@ from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
 from openimp.modalities.media import patchify
 from openimp.recipe.schema import Recipe
-from openimp.study.two_towers import MAX_LOGIT_SCALE, TwoTowers, TwoTowerTrainer, flops_per_step, load_two_towers
+from openimp.study.budget import flops_per_step
+from openimp.study.two_towers import MAX_LOGIT_SCALE, TwoTowers, TwoTowerTrainer, load_two_towers
 from openimp.training.trainer import train
 
 SEEN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
@@ -90,12 +91,16 @@ def test_the_towers_learn_and_are_evaluated_on_every_set(trained):
         assert result.get("r10", result.get("top5")) > 2 * result["chance"], result["task"]
 
 
+def flops_of(recipe: Recipe) -> float:
+    return flops_per_step(recipe, TwoTowerTrainer)["pairs"]
+
+
 def test_the_totals_are_steps_times_the_counted_cost(trained):
     recipe, run = trained
     totals = read_lines(run / "metrics.jsonl")[-1]["totals"]["pairs"]
     assert totals["steps"] == STEPS
     assert totals["examples"] == STEPS * 32
-    assert totals["flops"] == STEPS * flops_per_step(recipe)
+    assert totals["flops"] == STEPS * flops_of(recipe)
 
 
 def test_the_counted_cost_equals_a_real_step(tmp_path):
@@ -103,21 +108,21 @@ def test_the_counted_cost_equals_a_real_step(tmp_path):
     loaded = training.data[0]
     # The counter does not count the CPU's fused attention, but the two matrix products of the math backend.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        training.losses(training.model, training.recipe.tasks["pairs"], loaded.batch).total.backward()
+        training.update(loaded)
     assert counter.get_total_flops() == training.costs["pairs", 0].flops
 
 
 def test_dropped_patches_reduce_the_cost(tmp_path):
     whole = recipe_of("image").to_dict()
     whole["tasks"]["pairs"]["views"][0]["image"]["drop_tokens"] = 0.0
-    assert flops_per_step(recipe_of("image")) < 0.9 * flops_per_step(Recipe.build(whole))
+    assert flops_of(recipe_of("image")) < 0.9 * flops_of(Recipe.build(whole))
 
 
 def test_the_text_length_in_evaluation_affects_the_cost():
     """The context length of the text tower is the longest of all views, and each text is padded to it."""
     long = recipe_of("image").to_dict()
     long["evaluation"]["sets"]["both_ways"]["view"]["text"]["length"] = 16
-    assert flops_per_step(Recipe.build(long)) > flops_per_step(recipe_of("image"))
+    assert flops_of(Recipe.build(long)) > flops_of(recipe_of("image"))
 
 
 def test_the_towers_have_the_recipes_sizes_and_temperature(tmp_path):

@@ -54,8 +54,9 @@ def test_a_line_is_short():
     record = {
         "examples_per_s": 1234.5,
         "tokens_per_s": 1_234_567,
+        "mfu": 0.14,
         "data_wait": 0.014,
         "step_p50": 0.0421,
         "step_p95": 1.3,
     }
-    assert speed_text(record) == "  1,234 examples,  1.23 M tokens/s  wait  1%  step 42.1 ms (p95 1.30 s)"
+    assert speed_text(record) == "  1,234 examples,  1.23 M tokens/s  MFU 14%  wait  1%  step 42.1 ms (p95 1.30 s)"

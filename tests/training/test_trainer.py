@@ -31,7 +31,7 @@ from openimp.training.trainer import Trainer, train
 STEPS = 120
 LONG = [f"train.steps={STEPS}", "train.save_every=10", "train.keep_last=3", "evaluation.every=50", "optimizer.lr=1e-3",
         "optimizer.muon_lr=4e-3"]  # fmt: skip
-CLOCK = ("examples_per_s", "tokens_per_s", "data_wait", "waits", "step_p50", "step_p95", "seconds")
+CLOCK = ("examples_per_s", "tokens_per_s", "mfu", "data_wait", "waits", "step_p50", "step_p95", "seconds")
 """Figures of a metrics line that no two runs share."""
 
 

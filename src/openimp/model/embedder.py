@@ -80,8 +80,11 @@ class Embedder(nn.Module, ABC):
         """Whether vectors of the two modalities can be compared."""
 
     @abstractmethod
-    def hidden_matrices(self) -> dict[Tensor, None]:
-        """The weights that map hidden features to hidden features, in order. Muon may update these."""
+    def hidden_matrices(self) -> dict[Tensor, int]:
+        """The weights that map hidden features to hidden features, in order. Muon may update these.
+
+        The values are the numbers of matrices that the weights stack in their first dimension.
+        """
 
     def blocks(self) -> list[nn.Module]:
         """The modules that hold most of the parameters. FSDP2 shards and gathers each of them separately."""

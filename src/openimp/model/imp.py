@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from openimp.common.modality import Modalities, StemSpec, Tokens
 from openimp.model.embedder import Embedder, Encoded
 from openimp.model.embedding import Stem
-from openimp.model.encoder import Encoder
+from openimp.model.encoder import Attention, Encoder
 from openimp.model.heads import Projection, Temperature
 from openimp.model.init import linear
 from openimp.model.moe import Experts
@@ -100,16 +100,17 @@ class IMP(Embedder):
         known = {a, b} <= self.head_of.keys()
         return known and {self.head_name(a, b), self.head_name(b, a)} <= set(self.projections)
 
-    def hidden_matrices(self) -> dict[Tensor, None]:
-        """The weights of all linear layers except patch embeddings and classifiers.
-
-        Experts are left out because each would have to be orthogonalized separately at every step.
-        """
-        return {
-            module.weight: None
-            for name, module in self.named_modules()
-            if isinstance(module, nn.Linear) and not name.startswith("classifiers.") and not name.endswith(".embed")
-        }
+    def hidden_matrices(self) -> dict[Tensor, int]:
+        """The weights of the experts, and of all linear layers except patch embeddings and classifiers."""
+        found: dict[Tensor, int] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Experts):
+                found.update((weight, weight.shape[0]) for weight in module.parameters())
+            elif isinstance(module, Attention):
+                found[module.qkv.weight] = 3
+            elif isinstance(module, nn.Linear) and not name.startswith("classifiers.") and not name.endswith(".embed"):
+                found.setdefault(module.weight, 1)
+        return found
 
     def blocks(self) -> list[nn.Module]:
         return [*self.encoder.blocks, *(block for own in self.encoder.own.values() for block in own.children())]

@@ -136,6 +136,34 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def gather_matrices(shard: Tensor, weight: Any) -> Tensor:
+    """The whole matrices of a tensor that is sharded like `weight`. A stack may stay sharded, but not its matrices."""
+    if shard.shape == weight.shape:
+        return shard
+    return _as_dtensor(shard, weight, weight.placements).redistribute(placements=_matrices(weight)).to_local()
+
+
+def shard_matrices(matrices: Tensor, weight: Any) -> Tensor:
+    """The inverse of `gather_matrices`: this rank's shard."""
+    if matrices.shape == local_shard(weight).shape:
+        return matrices
+    return _as_dtensor(matrices, weight, _matrices(weight)).redistribute(placements=weight.placements).to_local()
+
+
+def _as_dtensor(local: Tensor, weight: Any, placements: Any) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    mesh, shape, stride = weight.device_mesh, weight.shape, weight.stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _matrices(weight: Any) -> list[Any]:
+    """Placements in which each rank holds whole matrices."""
+    from torch.distributed.tensor import Replicate
+
+    return [p if weight.ndim == 3 and p.is_shard(0) else Replicate() for p in weight.placements]
+
+
 def gather_on_rank_zero(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gathers whole tensors in the CPU memory of rank 0, one at a time. Other ranks get an empty dict.
 

@@ -63,4 +63,4 @@ def assign_owners(
 
 def muon_work(matrix: Tensor) -> int:
     """FLOPs of orthogonalizing a matrix, up to a constant factor."""
-    return matrix.numel() * min(matrix.shape)
+    return matrix.numel() * min(matrix.shape[-2:])

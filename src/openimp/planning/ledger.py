@@ -1,12 +1,13 @@
 """The compute ledger: what one step of each (task, view) costs, counted, not estimated.
 
-FLOPs are those of the matrix products and attention of one forward and backward pass, counted by
-`torch.utils.flop_counter` on the meta device, where nothing is computed; a multiply-add is two.
+FLOPs are those of the matrix products and attention in the forward pass, the backward pass and the optimizer. They are
+counted by `torch.utils.flop_counter` on the meta device, where nothing is computed; a multiply-add is two.
 """
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from openimp.alternation import expected_shares
 from openimp.common.modality import Classes, Modalities, Tokens
 from openimp.common.progress import number_table
 from openimp.data.batch import Batch, head_key
-from openimp.model.embedder import in_chunks
+from openimp.model.embedder import Embedder, in_chunks
 from openimp.model.imp import IMP
 from openimp.objectives import Losses, task_losses
+from openimp.parallel.muon import muon_flops
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Task
 
@@ -33,8 +35,14 @@ class Cost:
 
     examples: int  # of the batch, over all ranks
     tokens: int  # that enter the encoder, over all modalities
-    flops: int  # forward and backward
+    flops: int  # forward, backward, and optimizer
+    optimizer_flops: int  # of Muon
     touched: frozenset[str]  # names of the parameters that get a gradient
+
+    @property
+    def model_flops(self) -> int:
+        """FLOPs of the forward and the backward pass."""
+        return self.flops - self.optimizer_flops
 
 
 Costs = Mapping[tuple[str, int], Cost]
@@ -47,20 +55,29 @@ def costs(
     classes: Classes,
     build: Callable[..., Any] = IMP.from_recipe,
     losses: Callable[..., Losses] = task_losses,
+    summed: bool = False,
 ) -> dict[tuple[str, int], Cost]:
-    """The cost of a step of each (task, view index); of another model than IMP if `build` and `losses` are its own."""
+    """The cost of a step of each (task, view index); of another model than IMP if `build` and `losses` are its own.
+
+    If the losses of all tasks are `summed`, they share an update, and each step has its part of that.
+    """
     data = recipe.to_dict()
     sizes = {name: len(values) for name, values in classes.items()}
     # How evaluation sees a modality counts too: two towers are as long as the longest view of either.
-    parts = [data[part] for part in ("model", "modalities", "tasks", "memory", "evaluation")]
-    key = json.dumps([build.__qualname__, parts, sizes])
+    parts = [data[part] for part in ("model", "modalities", "tasks", "memory", "evaluation", "optimizer")]
+    key = json.dumps([build.__qualname__, summed, parts, sizes])
     if key not in _counted:  # Counting takes seconds, and a study asks for the same again and again.
-        _counted[key] = _count(recipe, modalities, classes, build, losses)
+        _counted[key] = _count(recipe, modalities, classes, build, losses, summed)
     return _counted[key]
 
 
 def _count(
-    recipe: Recipe, modalities: Modalities, classes: Classes, build: Callable[..., Any], losses: Callable[..., Losses]
+    recipe: Recipe,
+    modalities: Modalities,
+    classes: Classes,
+    build: Callable[..., Any],
+    losses: Callable[..., Losses],
+    summed: bool,
 ) -> dict[tuple[str, int], Cost]:
     with torch.device("meta"):
         model = build(recipe, modalities, {name: len(values) for name, values in classes.items()})
@@ -77,7 +94,28 @@ def _count(
             tokens = sum(t.coords.shape[0] * t.coords.shape[1] for t in batch.tokens.values())
             touched = frozenset(name for name, weight in model.named_parameters() if weight.grad is not None)
             model.zero_grad()
-            found[name, i] = Cost(view.batch_size or task.batch_size, tokens, counter.get_total_flops(), touched)
+            found[name, i] = Cost(view.batch_size or task.batch_size, tokens, counter.get_total_flops(), 0, touched)
+    return _with_optimizer(recipe, model, found, summed)
+
+
+def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: bool) -> dict[tuple[str, int], Cost]:
+    """Adds the FLOPs of each step's update to its cost."""
+    hidden = model.hidden_matrices() if recipe.optimizer.muon_lr else {}
+    stacks = {name: (weight, hidden[weight]) for name, weight in model.named_parameters() if weight in hidden}
+
+    @cache
+    def update(touched: frozenset[str]) -> int:
+        return muon_flops(dict(stacks[name] for name in stacks if name in touched))
+
+    tasks = {task for task, _ in by_view}
+    touched_by_all = frozenset[str]().union(*(cost.touched for cost in by_view.values()))
+    found = {}
+    for key, cost in by_view.items():
+        if summed:
+            flops = update(touched_by_all) // len(tasks)
+        else:
+            flops = update(frozenset(stacks) if recipe.optimizer.zero_missing_grads else cost.touched)
+        found[key] = replace(cost, flops=cost.flops + flops, optimizer_flops=flops)
     return found
 
 

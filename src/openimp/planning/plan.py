@@ -203,20 +203,25 @@ def others(size: int, among: int) -> int:
     return size * (among - 1) // among
 
 
+def _muon_matrices(recipe: Recipe, model: IMP) -> list[Tensor]:
+    return [*model.hidden_matrices()] if recipe.optimizer.muon_lr else []
+
+
 def _owned(recipe: Recipe, model: IMP, layout: Layout, by_view: Iterable[Cost]) -> Sequence[Sequence[Tensor]]:
-    """The matrices that Muon updates on each GPU. If they are sharded, all GPUs update all of them."""
-    named = dict(model.named_parameters())
-    hidden = [matrix for matrix in model.hidden_matrices() if recipe.optimizer.muon_lr]
+    """The matrices that Muon updates on one GPU only, by GPU. All GPUs update those of which they hold shards."""
+    named, experts = dict(model.named_parameters()), {w for module in model.experts() for w in module.parameters()}
+    sharded = {*named.values()} if layout.shard_degree > 1 else experts if layout.expert_degree > 1 else set()
     updated_sets = [{named[name] for name in cost.touched} for cost in by_view]
-    return assign_owners(hidden, updated_sets, layout.ranks if layout.shard_degree == 1 else 1, muon_work)
+    replicated = [matrix for matrix in _muon_matrices(recipe, model) if matrix not in sharded]
+    return assign_owners(replicated, updated_sets, layout.ranks, muon_work)
 
 
 def _optimizer_bytes(recipe: Recipe, model: IMP, shares: Shares, owned: Sequence[Sequence[Tensor]]) -> int:
     """Two tensors per parameter for AdamW, one for Muon, and one for the EMA, in fp32, on the GPU with most of them."""
     size = shares.held(model.parameters()) if recipe.optimizer.ema_decay else 0
-    by_muon = {matrix for matrices in owned for matrix in matrices}
+    by_muon, by_one = {*_muon_matrices(recipe, model)}, {matrix for matrices in owned for matrix in matrices}
     size += 2 * shares.held(weight for weight in model.parameters() if weight not in by_muon)
-    return size + max(map(shares.held, owned))
+    return size + shares.held(by_muon - by_one) + max(map(shares.held, owned))
 
 
 def _compared(task: Task, examples: int) -> Compared:
@@ -284,8 +289,10 @@ def _received(
     vectors, numbers = 8 * model.config.embed_dim * compared.rows, 8 * compared.items
     among[gpus] += shares.reduced(touched) + others(vectors + numbers, gpus)
     updated = dict.fromkeys(model.parameters()) if recipe.optimizer.zero_missing_grads else touched
-    if len(owned) > 1:  # The mean over the GPUs, each of which receives what the others own.
-        among[gpus] += others(shares.held(m for matrices in owned for m in matrices if m in updated), gpus)
+    # The mean over the GPUs, each of which receives what the others own.
+    among[gpus] += others(shares.held(m for matrices in owned for m in matrices if m in updated), gpus)
+    # In bf16.
+    among[shard] += shares.gathered(m for m in _muon_matrices(recipe, model) if m in updated) // 2
     received = {"link": 0, "network": 0}
     for span, size in among.items():
         received["link" if gpus <= NODE or NODE % span == 0 else "network"] += size

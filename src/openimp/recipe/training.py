@@ -31,8 +31,9 @@ class Optimizer(Strict):
     """Peak learning rate. The paper: S 8e-4, B 1e-3, L 5e-4."""
     muon_lr: Positive | None = None
     """Peak learning rate of Muon (arXiv 2502.16982); try four times `lr` first. Muon then updates the linear layers of
-    the encoder and of the projection heads. AdamW updates all other parameters, including experts, routers and
-    classification heads. null: AdamW updates everything."""
+    stems, encoder and projection heads, and the experts. It orthogonalizes queries, keys, values and each expert
+    separately. AdamW updates all other parameters: patch embeddings, token and position tables, routers, classification
+    heads, norms and temperatures. null: AdamW updates everything."""
     warmup_steps: Whole | None = None
     """Steps of linear warm-up. null: 5% of the steps, as for the paper's S and B."""
     min_lr_ratio: Annotated[float, Field(ge=0)] = 0.0

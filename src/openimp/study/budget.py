@@ -10,7 +10,8 @@ from openimp.planning.ledger import costs, mixture
 from openimp.recipe.file import RecipeLoader, flat
 from openimp.recipe.schema import Recipe
 from openimp.study.schema import Part, Study
-from openimp.study.two_towers import flops_per_step as two_tower_flops_per_step
+from openimp.study.trainers import ConflictTrainer, SummedTrainer
+from openimp.study.two_towers import TwoTowerTrainer
 from openimp.training.trainer import Trainer
 
 SAVES = 5
@@ -21,6 +22,15 @@ SMOKE_ROWS, SMOKE_BATCH = 48, 16
 """Rows per source and examples per batch with --smoke."""
 MAX_STEPS = 10**8
 """Limit on the steps of a training, because its whole schedule is held in memory."""
+
+
+def trainer_of(study: Study, part: Part) -> type[Trainer]:
+    """The trainer of one model of a study."""
+    if part.two_towers:
+        return TwoTowerTrainer
+    if part.summed:
+        return SummedTrainer
+    return ConflictTrainer if study.conflict else Trainer
 
 
 def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Recipe:
@@ -39,11 +49,11 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     if part.tasks is not None:
         # The share is computed without the part's own changes, which may change the cost of a step of its tasks.
         common = Recipe.load(study.recipe, study.set)
-        flops = _flops_per_step(common)
+        flops = flops_per_step(common)
         _keep_tasks(data, part.tasks, common)
         share = sum(flops.get(name, 0) for name in part.tasks) / sum(flops.values())  # A task of weight 0 has none.
     recipe = Recipe.build(data)
-    per_step = two_tower_flops_per_step(recipe) if part.two_towers else sum(_flops_per_step(recipe).values())
+    per_step = sum(flops_per_step(recipe, trainer_of(study, part)).values())
     allowed = part.flops_factor * share * study.flops / per_step
     if allowed > MAX_STEPS:
         raise UserError(f"its FLOPs allow {allowed:.2g} steps, but a training has at most {MAX_STEPS:,}")
@@ -78,14 +88,13 @@ def _keep_tasks(data: dict[str, Any], names: list[str], common: Recipe) -> None:
     }
 
 
-def _flops_per_step(recipe: Recipe) -> dict[str, float]:
-    """The mean FLOPs per step of a training, forward and backward, split by task."""
+def flops_per_step(recipe: Recipe, trainer: type[Trainer] = Trainer) -> dict[str, float]:
+    """The mean FLOPs per step of a training run, split by task; see planning/ledger.py."""
     data = recipe.to_dict()
     for source in data["sources"].values():
         source["cache"] = "none"
     recipe = Recipe.build(data)
-    modalities = recipe.make_modalities()
+    modalities = trainer.make_modalities(recipe)
     batches = StepBatches(recipe, modalities)
-    # Counted as the training counts them, so that they are counted once.
-    by_view = costs(recipe, modalities, batches.classes, Trainer.build, Trainer.losses)
+    by_view = costs(recipe, modalities, batches.classes, trainer.build, trainer.losses, trainer.summed)
     return {name: row["flops"] for name, row in mixture(recipe, by_view).items()}

@@ -17,13 +17,13 @@ from openimp.inference.model import load
 from openimp.recipe.evaluation import Retrieval
 from openimp.recipe.file import differences
 from openimp.recipe.schema import Recipe
-from openimp.study.budget import part_recipe
+from openimp.study.budget import part_recipe, trainer_of
 from openimp.study.clip_benchmark import clip_benchmark_recalls, require_pictures_and_texts
 from openimp.study.outcome import Outcome
-from openimp.study.schema import Part, Study, file_name, read_study
-from openimp.study.trainers import ConflictTrainer, SummedTrainer, peak_memory
-from openimp.study.two_towers import TwoTowerTrainer, load_two_towers
-from openimp.training.trainer import Trainer, train
+from openimp.study.schema import Study, file_name, read_study
+from openimp.study.trainers import peak_memory
+from openimp.study.two_towers import load_two_towers
+from openimp.training.trainer import train
 
 
 def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
@@ -57,7 +57,7 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     outcomes = {arm: {seed: Outcome() for seed in study.seeds} for arm in study.arms}
     for number, (seed, arm, i) in enumerate(plan, 1):
         part, recipe, outcome = study.arms[arm][i], recipes[seed, arm, i], outcomes[arm][seed]
-        trainer = _trainer(study, part)
+        trainer = trainer_of(study, part)
         run = runs / title / f"{file_name(arm)}-{i}-seed{seed}"
         console.print(f"\n{title}, training {number} of {len(plan)}: {arm}, seed {seed}", style="bold")
         _check_same_recipe(run, recipe)
@@ -76,14 +76,6 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     write_results(study, {arm: list(by_seed.values()) for arm, by_seed in outcomes.items()}, out, title, command)
     console.print(f"\nThe results are in {out / title}.md", soft_wrap=True)
     return True
-
-
-def _trainer(study: Study, part: Part) -> type[Trainer]:
-    if part.two_towers:
-        return TwoTowerTrainer
-    if part.summed:
-        return SummedTrainer
-    return ConflictTrainer if study.conflict else Trainer
 
 
 def _check_evaluation(study: Study, name: str, recipes: dict[str, list[Recipe]]) -> None:

@@ -28,6 +28,8 @@ class SummedTrainer(Trainer):
     of a round are kept until its last step, which runs one backward pass and updates the weights.
     """
 
+    summed = True
+
     def __init__(self, recipe: Recipe, run: Path, resume: bool = False, allow_changed_data: bool = False) -> None:
         super().__init__(recipe, run, resume, allow_changed_data)
         self.round = sum(task.weight > 0 for task in recipe.tasks.values())

@@ -28,7 +28,6 @@ from openimp.data.batch import Batch
 from openimp.modalities.text import END, PAD
 from openimp.model.embedder import Embedder, Encode, Encoded
 from openimp.objectives import Losses
-from openimp.planning.ledger import costs, mixture
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Contrastive, Task
 from openimp.training.trainer import Trainer
@@ -105,10 +104,10 @@ class TwoTowers(Embedder):
     def share_a_space(self, a: str, b: str) -> bool:
         return {a, b} == {self.media, self.text}
 
-    def hidden_matrices(self) -> dict[Tensor, None]:
+    def hidden_matrices(self) -> dict[Tensor, int]:
         """The weight matrices of the blocks, and the projections."""
         return {
-            parameter: None
+            parameter: 3 if name.endswith("in_proj_weight") else 1
             for name, parameter in self.clip.named_parameters()
             if parameter.ndim == 2 and ("resblocks" in name or name in ("visual.proj", "text_projection"))
         }
@@ -143,13 +142,6 @@ class TwoTowerTrainer(Trainer):
         with full_precision(z_BZ.device):
             loss = ClipLoss()(z_BZ, other_BZ, model.clip.logit_scale.exp())
         return Losses(loss, {f"{a}-{b}": loss.detach()}, encoded)
-
-
-def flops_per_step(recipe: Recipe) -> float:
-    """The mean FLOPs of a step of `TwoTowerTrainer`, forward and backward, as planning/ledger.py counts them."""
-    modalities = unpatched_modalities(recipe)
-    ((_, row),) = mixture(recipe, costs(recipe, modalities, {}, TwoTowerTrainer.build, TwoTowerTrainer.losses)).items()
-    return row["flops"]
 
 
 def load_two_towers(run: Path) -> TwoTowers:

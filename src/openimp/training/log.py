@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from openimp.common.device import precision_of
+from openimp.common.device import precision_of, product_speed
 from openimp.common.errors import counted
 from openimp.common.modality import Modalities
 from openimp.common.progress import StepBar, console
@@ -33,11 +33,18 @@ class Log:
     """
 
     def __init__(
-        self, recipe: Recipe, run: Path, modalities: Modalities, costs: Costs, state: Mapping[str, Any]
+        self,
+        recipe: Recipe,
+        run: Path,
+        modalities: Modalities,
+        costs: Costs,
+        device: torch.device,
+        state: Mapping[str, Any],
     ) -> None:
         step = state.get("step", 0)
+        peak = product_speed(device, precision_of(device, recipe.train.precision))
         self.recipe, self.modalities, self.costs, self.timer = recipe, modalities, costs, StepTimer()
-        self.metrics = Metrics(run, step, state.get("totals"))
+        self.metrics = Metrics(run, step, peak, state.get("totals"))
         self.bad = BadExamples(run, step, recipe.train.max_bad_fraction, state.get("bad"))
         self.first_batches: set[str] = set()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openimp.common.json_lines import append, forget_after, replace_after
 from openimp.objectives import Losses
-from openimp.parallel.distributed import all_gather_object, all_reduce_mean, rank
+from openimp.parallel.distributed import all_gather_object, all_reduce_mean, rank, world_size
 from openimp.planning.ledger import Cost
 
 DIGESTS = 2**48
@@ -19,13 +19,14 @@ DIGESTS = 2**48
 class Metrics:
     """Aggregates the metrics of the steps since the last line, and writes the next line.
 
-    Rank 0 writes. Losses and router statistics are means over all ranks. docs/metrics.md explains every field.
+    Rank 0 writes. Losses and router statistics are means over all ranks. `peak` is the speed of a device in FLOP/s.
+    docs/metrics.md explains every field.
     """
 
-    def __init__(self, run: Path, step: int, totals: dict[str, dict[str, int]] | None = None) -> None:
+    def __init__(self, run: Path, step: int, peak: float, totals: dict[str, dict[str, int]] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file = run / "metrics.jsonl"
+        self.file, self.peak = run / "metrics.jsonl", peak
         self.board: SummaryWriter | None = None
         if rank() == 0:
             forget_after(self.file, step)
@@ -35,7 +36,7 @@ class Metrics:
         self._reset()
 
     def _reset(self) -> None:
-        self.examples = self.tokens = self.digest = 0
+        self.examples = self.tokens = self.digest = self.model_flops = 0
         self.steps: Counter[str] = Counter()
         self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.routing: dict[str, list[Tensor]] = {}
@@ -46,6 +47,7 @@ class Metrics:
         self.digest += digest
         self.examples += cost.examples
         self.tokens += cost.tokens
+        self.model_flops += cost.model_flops
         self.steps[task] += 1
         totals = self.totals.setdefault(task, Counter())
         totals.update(steps=1, examples=cost.examples, tokens=cost.tokens, flops=cost.flops)
@@ -75,6 +77,7 @@ class Metrics:
             "grad_norm": grad_norm,
             "examples_per_s": self.examples / speed["seconds"],
             "tokens_per_s": self.tokens / speed["seconds"],
+            "mfu": self.model_flops / speed["seconds"] / (self.peak * world_size()),
             **speed,
             "samples": f"{sum(all_gather_object(self.digest)) % DIGESTS:012x}",
             "tasks": tasks,
@@ -85,7 +88,7 @@ class Metrics:
         if self.board is None:
             return line
         append(self.file, line)
-        for key in ("lr", "grad_norm", "examples_per_s", "tokens_per_s", "data_wait", "step_p50", "step_p95"):
+        for key in ("lr", "grad_norm", "examples_per_s", "tokens_per_s", "mfu", "data_wait", "step_p50", "step_p95"):
             self.board.add_scalar(key, line[key], step)
         for task, share in line["waits"].items():
             self.board.add_scalar(f"data_wait/{task}", share, step)

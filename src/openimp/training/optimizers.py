@@ -2,19 +2,19 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from openimp.model.embedder import Embedder
-from openimp.parallel.layout import group_by_mesh, local_shard
+from openimp.parallel.layout import group_by_mesh
+from openimp.parallel.muon import Muon
 from openimp.recipe.schema import Recipe
 from openimp.recipe.training import Optimizer
 
 
-def muon_matrices(options: Optimizer, model: Embedder) -> dict[Tensor, None]:
-    """The matrices that Muon updates, in order; none if the recipe has no `muon_lr`."""
+def muon_matrices(options: Optimizer, model: Embedder) -> dict[Tensor, int]:
+    """The parameters that Muon updates, in order, with the number of matrices that each stacks."""
     return model.hidden_matrices() if options.muon_lr else {}
 
 
@@ -39,28 +39,11 @@ def make_optimizers(options: Optimizer, model: Embedder, parameters: Iterable[Te
         torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
     ]
     if options.muon_lr:
-        # Updates have the same RMS as AdamW's (arXiv 2502.16982, section 2.2).
-        muon = _Muon(
-            [{"params": [parameter for parameter in parameters if parameter in hidden]}],
-            lr=options.muon_lr, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw",
-        )  # fmt: skip
-        made.append(muon)
+        stacks = {parameter: hidden[parameter] for parameter in parameters if parameter in hidden}
+        made.append(Muon(stacks, options.muon_lr, options.weight_decay))
     for group in (group for optimizer in made for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     return made
-
-
-class _Muon(torch.optim.Muon):
-    """torch's Muon, which computes on local tensors if this rank holds the full matrix.
-
-    The many small operations on a DTensor take twice as long.
-    """
-
-    def _init_group(self, group: Any, *tensors: list[Tensor]) -> bool:
-        has_complex = super()._init_group(group, *tensors)
-        for some in tensors:
-            some[:] = [local if (local := local_shard(x)).shape == x.shape else x for x in some]
-        return has_complex
 
 
 def schedule(recipe: Recipe, step: int) -> float:

@@ -102,7 +102,7 @@ def speed_text(record: Mapping[str, Any]) -> str:
     """The speed in a record, for the progress line."""
     speed = f"{record['examples_per_s']:7,.0f} examples, {short(record['tokens_per_s']):>7} tokens/s"
     step = f"step {_brief(record['step_p50'])} (p95 {_brief(record['step_p95'])})"
-    return f"{speed}  wait {record['data_wait']:3.0%}  {step}"
+    return f"{speed}  MFU {record['mfu']:3.0%}  wait {record['data_wait']:3.0%}  {step}"
 
 
 def _brief(seconds: float) -> str:

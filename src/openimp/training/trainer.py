@@ -82,10 +82,12 @@ class Trainer:
     Attributes:
         step: number of complete steps.
         savable: False in the middle of an update that takes several steps. Nothing is saved then.
+        summed: whether an update sums the losses of all tasks.
         suggest_same: whether to suggest the option `same` if a task has many duplicate texts.
     """
 
     suggest_same = True
+    summed = False
 
     @staticmethod
     def make_modalities(recipe: Recipe) -> dict[str, Modality]:
@@ -114,7 +116,7 @@ class Trainer:
         self.modalities = self.make_modalities(recipe)
         warm_start = open_warm_start(recipe, self.modalities) if checkpoint is None else None
         changed = self._open_data(checkpoint, warm_start, allow_changed_data)
-        self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses)
+        self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses, self.summed)
         text_files = self._make_model(warm_start)
         signature_count = len(signatures(recipe, self.modalities)) if recipe.train.compile else 0
         encode = CompiledEncode(self.model, signature_count) if signature_count else self.model.encode
@@ -126,7 +128,7 @@ class Trainer:
         self.step = state.get("step", 0)
         self.cursors = self.data.load_cursors(state.get("cursors", {}), changed)
         directory.begin(text_files["config.json"])
-        self.log = Log(recipe, run, self.modalities, self.costs, state)
+        self.log = Log(recipe, run, self.modalities, self.costs, self.device, state)
         self.validation = Validation(
             recipe, run, self.modalities, self.data.classes, self.model, self._new_model, self.device
         )
