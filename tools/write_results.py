@@ -82,7 +82,7 @@ def write_picture(run: Path, file: Path) -> None:
         table = open_source(name, model.recipe.sources[options.source])
         assert isinstance(table, Table)
         _show_set(row, model, table, options)
-    titles = ["pictures of unseen\nconcepts by an\nunseen artist", "clips of unseen\nconcepts", "unseen notes"]
+    titles = ["stills of unseen\nconcepts by an\nunseen artist", "clips of unseen\nconcepts", "unseen notes"]
     for row, title in zip(axes, titles):
         row[0].set_ylabel(title, fontsize=10, labelpad=14)
     figure.tight_layout(h_pad=1.5)
