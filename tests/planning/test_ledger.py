@@ -107,3 +107,7 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
     training.log.metrics.close()
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert {task: totals["flops"] for task, totals in line["totals"].items()} == computed
+    visits = [training.data.schedule[step] for step in range(6)]
+    forward_and_backward = sum(training.costs[visit.task, visit.view].model_flops for visit in visits)
+    assert forward_and_backward < sum(computed.values())
+    assert line["mfu"] == pytest.approx(forward_and_backward / training.log.metrics.peak)
