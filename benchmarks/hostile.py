@@ -112,7 +112,7 @@ def _outside(data: Path) -> str:
 
 
 FILES: dict[str, Callable[[Path], str]] = {
-    "a picture whose bytes are not its own": _picture("corrupt.png", _corrupt),
+    "a picture with corrupt bytes": _picture("corrupt.png", _corrupt),
     "a picture cut in the middle": _picture("cut.png", lambda picture: picture[: len(picture) // 2]),
     "a picture of no bytes": _picture("empty.png", lambda _: b""),
     **{

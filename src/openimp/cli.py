@@ -44,7 +44,7 @@ def openimp(
 
 @app.command()
 def demo(set_: SetOption = None, run: RunOption = None) -> None:
-    """Train and evaluate recipes/demo.yaml on the bundled data: five to six minutes on two cores."""
+    """Train and evaluate recipes/demo.yaml on the bundled data: six to seven minutes on two cores."""
     from openimp.commands import run_demo
 
     run_demo(set_ or [], run)
@@ -131,7 +131,7 @@ def plan(
     gpu: Annotated[str, typer.Option("--gpu", help="Type of GPU, for example a100, h100 or h200.")] = "h100",
     mfu: Annotated[float, typer.Option("--mfu", help="Share of the peak bf16 FLOP/s that training reaches.")] = 0.4,
 ) -> None:
-    """Compute what a training needs, without a GPU: parameters, memory, FLOPs, communication, days."""
+    """Compute what a run needs, without a GPU: parameters, memory, FLOPs, communication, days."""
     from openimp.commands import run_plan
 
     run_plan(recipe, set_ or [], gpus, gpu, mfu)
@@ -143,7 +143,7 @@ def study(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="One seed and a few steps, to check that everything works.")
     ] = False,
-    runs: Annotated[Path, typer.Option("--runs", help="Folder for the trainings.")] = Path("runs/studies"),
+    runs: Annotated[Path, typer.Option("--runs", help="Folder for the runs.")] = Path("runs/studies"),
     out: Annotated[Path, typer.Option("--out", help="Folder for the page with its plots.")] = Path("docs/results"),
 ) -> None:
     """Compare variants of a recipe at equal FLOPs, over several seeds. A study that was stopped resumes."""

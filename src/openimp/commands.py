@@ -47,7 +47,7 @@ def run_demo(overrides: list[str], run: Path | None) -> None:
 def run_train(
     name: str, overrides: list[str], run: Path | None, resume: str | None = None, allow_changed_data: bool = False
 ) -> None:
-    """Trains a recipe into `run`, or into runs/NAME. `resume` is what stands after --resume: "" or auto."""
+    """Trains a recipe into `run`, or into runs/NAME. `resume` is the value of --resume: "" or auto."""
     if resume not in (None, "", "auto"):
         raise UserError(f"--resume: expected auto or nothing, found {resume}")
     recipe = Recipe.load(name, overrides, Path.cwd())

@@ -51,6 +51,11 @@ def test_a_parameter_without_a_gradient_keeps_its_value_and_its_state():
     assert b not in optimizer.state
 
 
+def test_a_rank_may_own_no_matrix():
+    Muon({}, lr=0.1).step()
+    assert muon_flops({}) == 0
+
+
 def test_singular_values_of_any_scale_come_close_to_one():
     generator = torch.Generator().manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(2, 64, 96, generator=generator), full_matrices=False)

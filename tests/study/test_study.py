@@ -283,7 +283,7 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
         ({"arms": {"a": {}, "b": {"flops": 2}}}, "arms.b: key 'flops' is now called 'flops_factor'"),
         (
             {"flops": 1e300},
-            "arm 'together': its FLOPs allow .*e.2.. steps, but a training has at most 100,000,000",
+            "arm 'together': its FLOPs allow .*e.2.. steps, but a run has at most 100,000,000",
         ),
         ({"flops": 1e300, "arms": {"a": {}, "b": {"flops_factor": 1e300}}}, "arm 'a': its FLOPs allow"),
         ({"arms": {"a": {}, "b": {"flops_factor": 1e300}}}, "arm 'b': its FLOPs allow"),

@@ -212,7 +212,7 @@ def test_a_stop_ends_an_evaluation(little_data, tmp_path):
 def test_a_warm_up_longer_than_the_training_is_told(little_data, tmp_path, capsys):
     for warmup in (11, 12):
         Trainer(recipe_of(little_data, f"optimizer.warmup_steps={warmup}"), tmp_path / str(warmup), resume=False)
-        told = "warm-up of 12 steps is not shorter than a training of 12 steps; set optimizer.warmup_steps"
+        told = "warm-up of 12 steps is not shorter than a run of 12 steps; set optimizer.warmup_steps"
         assert (told in capsys.readouterr().out) == (warmup == 12)
 
 

@@ -38,7 +38,7 @@ class Saver:
         self._saving: Future[None] | None = None
 
     def start(self, step: int, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Waits for the checkpoint before, copies the tensors to CPU memory, and lets the thread write them.
+        """Waits for the previous checkpoint, copies the tensors to CPU memory, and lets the thread write them.
 
         Rank 0 writes the `texts`, by file name. The tensors are by folder and name.
         """

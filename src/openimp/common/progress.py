@@ -25,7 +25,7 @@ class _Console(Console):
             yield Segment(text if control else printable(text), style, control)
 
     def on_broken_pipe(self) -> None:
-        """Continues without output if the reader of a pipe exits, as `head` does: a training must not end for that."""
+        """Continues without output if the reader of a pipe exits, as `head` does: a run must not end for that."""
         self.quiet = True
         # Otherwise the interpreter reports at exit what it could not write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

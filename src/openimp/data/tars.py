@@ -34,18 +34,18 @@ COLUMN_EXAMPLES = 100
 
 @dataclass
 class Example:
-    """Members whose names are equal up to the first dot."""
+    """Members with the same name up to the first dot."""
 
     key: str  # the part up to that dot
     members: dict[str, Any] = field(default_factory=dict)  # by lower-case extension: from `load`, or an `Unreadable`
     end: int | None = None  # offset of the next example in the file; None for the last
-    lost: UnreadableRest | None = None  # the error, if this example stands for the unreadable rest of the file
+    lost: UnreadableRest | None = None  # the error, if this example represents the unreadable rest of the file
 
 
 def examples(file: IO[bytes], load: Callable[[IO[bytes], tarfile.TarInfo], Any]) -> Iterator[Example]:
     """The examples of a seekable tar from its current position, which must be the beginning of a member.
 
-    If the tar is truncated or damaged, its last example stands for the unreadable rest. This rest begins with the
+    If the tar is truncated or damaged, its last example represents the unreadable rest. This rest begins with the
     example that the damage may have reached.
     """
     start = file.tell()

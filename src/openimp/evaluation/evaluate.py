@@ -70,7 +70,7 @@ def evaluate(
 
 
 def check_sets(model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
-    """Finds the errors that would stop an evaluation set, before a training instead of after it."""
+    """Finds the errors that would stop an evaluation set, before training instead of after it."""
     for name in recipe.evaluation.sets:
         open_set(Evaluator(model, recipe, modalities, classes), name)
 

@@ -137,14 +137,17 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_matrices(shard: Tensor, weight: Any) -> Tensor:
-    """The whole matrices of a tensor that is sharded like `weight`. A stack may stay sharded, but not its matrices."""
+    """Gathers the shards of a tensor that is sharded like `weight`, so that this rank holds whole matrices.
+
+    Experts stay distributed over the ranks: this rank gets the matrices of its own experts.
+    """
     if shard.shape == weight.shape:
         return shard
     return _as_dtensor(shard, weight, weight.placements).redistribute(placements=_matrices(weight)).to_local()
 
 
 def shard_matrices(matrices: Tensor, weight: Any) -> Tensor:
-    """The inverse of `gather_matrices`: this rank's shard."""
+    """The inverse of `gather_matrices`: cuts this rank's shard out of whole matrices."""
     if matrices.shape == local_shard(weight).shape:
         return matrices
     return _as_dtensor(matrices, weight, _matrices(weight)).redistribute(placements=weight.placements).to_local()

@@ -15,10 +15,10 @@ from openimp.parallel.layout import gather_matrices, local_shard, shard_matrices
 NEWTON_SCHULZ = (8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
 """Coefficients (a, b, c) of each iteration x <- a x + b (x x') x + c (x x')^2 x.
 
-Each minimizes the largest distance from 1 of the singular values that the one before leaves of 0.01 to 1, as in Polar
-Express (arXiv 2505.16932). In 400 steps of the demo, three of them reached the loss of the usual five equal ones."""
+They are chosen for singular values from 0.01 to 1. Each iteration moves the values as close to 1 as such a polynomial
+can (Polar Express, arXiv 2505.16932). After the third, all are between 0.73 and 1.27."""
 BATCH_NUMBERS = 2**24
-"""Numbers in a batch of matrices, at most, unless a single parameter has more."""
+"""Most numbers in a batch of matrices, unless a single parameter has more."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -32,7 +32,8 @@ class Muon(torch.optim.Optimizer):
         self, stacks: Mapping[Tensor, int], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
     ) -> None:
         self.stacks = dict(stacks)
-        super().__init__([*stacks], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        # As a group, because that may be empty: with many ranks, some own no matrix.
+        super().__init__([{"params": [*stacks]}], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -54,7 +55,7 @@ class Muon(torch.optim.Optimizer):
                 self._apply({weight: updates[weight] for weight in batch}, group["lr"])
 
     def _batches(self, weights: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-        """Parameters whose matrices have the same shape, as they are or transposed."""
+        """Groups the parameters by the shape of their matrices. A matrix and a transposed one have the same shape."""
         batches: dict[tuple[int, int], list[list[Tensor]]] = {}
         for weight in weights:
             columns = weight.shape[-1]
@@ -94,6 +95,5 @@ def muon_flops(stacks: Mapping[Tensor, int]) -> int:
     for weight in weights:
         weight.grad = torch.empty_like(weight)
     with FlopCounterMode(display=False) as counter:
-        if weights:
-            Muon(weights, lr=0.0).step()
+        Muon(weights, lr=0.0).step()
     return int(counter.get_total_flops())

@@ -59,7 +59,7 @@ def costs(
 ) -> dict[tuple[str, int], Cost]:
     """The cost of a step of each (task, view index); of another model than IMP if `build` and `losses` are its own.
 
-    If the losses of all tasks are `summed`, they share an update, and each step has its part of that.
+    With `summed`, one update follows the losses of all tasks, and its FLOPs are divided equally among their steps.
     """
     data = recipe.to_dict()
     sizes = {name: len(values) for name, values in classes.items()}
@@ -131,7 +131,7 @@ def mixture(recipe: Recipe, by_view: Costs) -> dict[str, dict[str, float]]:
 
 
 def mixture_table(recipe: Recipe, by_view: Costs) -> Table:
-    """Each task's expected share of steps, examples, tokens and FLOPs, and what the whole training is to take."""
+    """Each task's expected share of steps, examples, tokens and FLOPs, and the totals of the whole run."""
     by_task = mixture(recipe, by_view)
     totals = {unit: sum(row[unit] for row in by_task.values()) for unit in UNITS}
     rows = [(name, *(f"{row[unit] / totals[unit]:.1%}" for unit in UNITS)) for name, row in by_task.items()]

@@ -101,8 +101,8 @@ class Compared(NamedTuple):
     """What the losses of a step compare, over all GPUs."""
 
     heads: int  # passes of features through a projection or a classification
-    rows: int  # whose vectors all GPUs get
-    items: int  # whose numbers all GPUs get
+    rows: int  # all GPUs get the vectors of these rows
+    items: int  # all GPUs get the numbers of these items
     similarities: int  # of all rows
 
 
@@ -208,7 +208,7 @@ def _muon_matrices(recipe: Recipe, model: IMP) -> list[Tensor]:
 
 
 def _owned(recipe: Recipe, model: IMP, layout: Layout, by_view: Iterable[Cost]) -> Sequence[Sequence[Tensor]]:
-    """The matrices that Muon updates on one GPU only, by GPU. All GPUs update those of which they hold shards."""
+    """For each GPU, the matrices that Muon updates there alone. All GPUs that hold shards of a matrix update it."""
     named, experts = dict(model.named_parameters()), {w for module in model.experts() for w in module.parameters()}
     sharded = {*named.values()} if layout.shard_degree > 1 else experts if layout.expert_degree > 1 else set()
     updated_sets = [{named[name] for name in cost.touched} for cost in by_view]

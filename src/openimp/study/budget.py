@@ -21,7 +21,7 @@ DERIVED = {"train.steps", "train.save_every", "optimizer.warmup_steps", "seed"}
 SMOKE_ROWS, SMOKE_BATCH = 48, 16
 """Rows per source and examples per batch with --smoke."""
 MAX_STEPS = 10**8
-"""Limit on the steps of a training, because its whole schedule is held in memory."""
+"""Limit on the steps of a run, because its whole schedule is held in memory."""
 
 
 def trainer_of(study: Study, part: Part) -> type[Trainer]:
@@ -56,7 +56,7 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     per_step = sum(flops_per_step(recipe, trainer_of(study, part)).values())
     allowed = part.flops_factor * share * study.flops / per_step
     if allowed > MAX_STEPS:
-        raise UserError(f"its FLOPs allow {allowed:.2g} steps, but a training has at most {MAX_STEPS:,}")
+        raise UserError(f"its FLOPs allow {allowed:.2g} steps, but a run has at most {MAX_STEPS:,}")
     steps = max(1, round(allowed))
     round_length = sum(task.weight > 0 for task in recipe.tasks.values())  # SummedTrainer saves only whole rounds.
     data["train"].update(steps=steps, save_every=max(1, steps // (SAVES * round_length)) * round_length)

@@ -31,7 +31,7 @@ class Outcome:
     experts: dict[str, list[LayerUsage]] = field(default_factory=dict)  # latest usage by modality and sparse layer
 
     def add(self, run: Path, parameters: int) -> None:
-        """Adds the results of a finished training, whose model has so many parameters."""
+        """Adds the results of a finished run; `parameters` is the number that its model has."""
         metrics = read_metrics(run / "metrics.jsonl")
         results = read_results(run / "results.jsonl")
         if not metrics or any((result["step"] or 0) > metrics[-1].step for result in results):

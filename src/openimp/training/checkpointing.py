@@ -35,7 +35,7 @@ class Checkpointing:
         return state
 
     def save(self) -> None:
-        """Starts writing a checkpoint, unless the newest one is of this step. Raises the error of the one before."""
+        """Starts writing a checkpoint, unless this step has one. Raises CheckpointError if the previous one failed."""
         state = self.state()
         if state["step"] == self.saved:
             return

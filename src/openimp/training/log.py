@@ -100,5 +100,5 @@ def print_plan(
         console.print(f"resuming from step {step}", soft_wrap=True)
     warmup, steps = recipe.optimizer.warmup_steps, recipe.train.steps
     if warmup is not None and warmup >= steps:
-        message = f"a warm-up of {counted(warmup, 'step')} is not shorter than a training of {counted(steps, 'step')}"
+        message = f"a warm-up of {counted(warmup, 'step')} is not shorter than a run of {counted(steps, 'step')}"
         console.print(f"{message}; set optimizer.warmup_steps", soft_wrap=True)

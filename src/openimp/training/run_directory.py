@@ -22,7 +22,7 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Creates a run's directory and keeps other trainings out of it. If nothing was written, it is removed again."""
+    """Creates a run's directory and keeps other training processes out. If nothing was written, it is removed again."""
     lock = FileLock(run / LOCK, timeout=0)
 
     def acquire() -> None:
