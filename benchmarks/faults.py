@@ -147,6 +147,8 @@ def rank_that_dies(bench: Bench) -> list[Outcome]:
     report = "\n".join(lines).partition("Root Cause")
     ends = [re.findall(r"rank +: (\d).*\n +exitcode +: (-?\d+)", part) for part in (report[0], report[2])]
     good = noticed and ends == [[("0", "2")], [("1", "-9")]] and seconds < PATIENCE
+    if not good:
+        print(f"after {seconds:.1f} s, with {ends}:", *lines[-80:], sep="\n", file=sys.stderr)
     noticed = f"exit code 2: {noticed.removeprefix('openimp: ')} (after {seconds:.1f} s)" if good else ""
     return [bench.gone_on("kill -9 of one of two ranks with a replica each", run, noticed, how="two")]
 
