@@ -55,37 +55,40 @@ class Muon(torch.optim.Optimizer):
                 self._apply({weight: updates[weight] for weight in batch}, group["lr"])
 
     def _batches(self, weights: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-        """Groups the parameters by the shape of their matrices. A matrix and a transposed one have the same shape."""
+        """Groups the parameters by the shape of their matrices."""
         batches: dict[tuple[int, int], list[list[Tensor]]] = {}
         for weight in weights:
-            columns = weight.shape[-1]
-            rows = weight.numel() // (columns * self.stacks[weight])
-            same = batches.setdefault((min(rows, columns), max(rows, columns)), [[]])
+            same = batches.setdefault(self._shape(weight), [[]])
             if same[-1] and sum(other.numel() for other in same[-1]) + weight.numel() > BATCH_NUMBERS:
                 same.append([])
             same[-1].append(weight)
         return [batch for same in batches.values() for batch in same]
 
+    def _shape(self, weight: Tensor) -> tuple[int, int]:
+        """Rows and columns of each matrix of a parameter."""
+        columns = weight.shape[-1]
+        return weight.numel() // (columns * self.stacks[weight]), columns
+
     def _apply(self, updates: Mapping[Tensor, Tensor], lr: float) -> None:
         whole = [gather_matrices(update.bfloat16(), weight) for weight, update in updates.items()]
-        stacked = [x if x.ndim == 3 else x.unflatten(0, (self.stacks[w], -1)) for w, x in zip(updates, whole)]
-        wide = [x if x.shape[1] <= x.shape[2] else x.mT for x in stacked]
-        scale = 0.2 * wide[0].shape[2] ** 0.5
-        orthogonal = orthogonalize(torch.cat(wide)).split([len(x) for x in wide])
-        for weight, x, y, part in zip(updates, whole, stacked, orthogonal):
-            part = part if y.shape[1] <= y.shape[2] else part.mT
-            local_shard(weight).add_(shard_matrices(part.reshape(x.shape), weight), alpha=-lr * scale)
+        shape = self._shape(next(iter(updates)))
+        stacked = [x.view(-1, *shape) for x in whole]
+        orthogonal = orthogonalize(torch.cat(stacked)).split([len(x) for x in stacked])
+        for weight, x, part in zip(updates, whole, orthogonal):
+            local_shard(weight).add_(shard_matrices(part.view_as(x), weight), alpha=-lr * 0.2 * max(shape) ** 0.5)
 
 
 def orthogonalize(x_NRC: Tensor) -> Tensor:
-    """Brings the singular values of bf16 matrices with R <= C to between about 0.73 and 1.27.
+    """Brings the singular values of bf16 matrices to between about 0.73 and 1.27.
 
     Those below 0.01 of the Frobenius norm become 80 times as large.
     """
     x_NRC = x_NRC / x_NRC.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    wide = x_NRC.shape[1] <= x_NRC.shape[2]
     for a, b, c in NEWTON_SCHULZ:
-        gram_NRR = x_NRC @ x_NRC.mT
-        x_NRC = torch.baddbmm(x_NRC, torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c), x_NRC, beta=a)
+        gram = x_NRC @ x_NRC.mT if wide else x_NRC.mT @ x_NRC
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x_NRC = torch.baddbmm(x_NRC, *((factor, x_NRC) if wide else (x_NRC, factor)), beta=a)
     return x_NRC
 
 
