@@ -62,7 +62,7 @@ def by_hand(image_tokens: int, moe: dict | None) -> int:
                 sparse += (slots - 1) * 2 * n * D * experts + 2 * 2 * n * D * experts * slots
         layers = LAYERS * attention + (LAYERS - (moe["layers"] if moe else 0)) * mlp
         layers += (moe["layers"] if moe else 0) * sparse
-        stem = 2 * 2 * n * D * D
+        stem = 2 * n * D * D + 2 * B * D * D  # The layer after the encoder follows the mean.
         head = 2 * B * (D * Z + Z * Z)
         total += 3 * (layers + stem + head)
     # Pixels have no gradient. Their values lack the depth of a patch, over which its weights are summed.

@@ -53,7 +53,7 @@ class Stem(nn.Module):
 
 def _embed_patches(embed: nn.Linear, values_BLP: Tensor, scale: float) -> Tensor:
     if values_BLP.dtype == torch.uint8:
-        values_BLP = values_BLP.float() / 127.5 - 1
+        values_BLP, scale = values_BLP - 127.5, scale / 127.5
     repeats, rest = divmod(embed.in_features, values_BLP.shape[-1])
     if rest:
         raise ValueError(f"tokens of {values_BLP.shape[-1]} values do not divide the stem's {embed.in_features}")

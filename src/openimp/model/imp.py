@@ -79,9 +79,12 @@ class IMP(Embedder):
         masked = any(tokens.mask is not None for tokens in inputs.values())
         mask_BL = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1) if masked else None
         x_BLD, routing = self.encoder(torch.cat(embedded, dim=1), mask_BL)
-        parts = x_BLD.split([part.shape[1] for part in embedded], dim=1)
-        y_BLD = torch.cat([self.stem(name).after(part) for name, part in zip(inputs, parts)], dim=1)
-        return Encoded(_mean(y_BLD, mask_BL), own_routing + routing)
+        lengths = [part.shape[1] for part in embedded]
+        masks = [None] * len(lengths) if mask_BL is None else mask_BL.split(lengths, dim=1)
+        # The last layer is linear, so it may follow the mean instead of transforming every token.
+        means, counts = zip(*map(_mean, x_BLD.split(lengths, dim=1), masks))
+        sums = [self.stem(name).after(mean_BD) * count_B1 for name, mean_BD, count_B1 in zip(inputs, means, counts)]
+        return Encoded(sum(sums) / sum(counts).clamp(min=1), own_routing + routing)
 
     def stem(self, modality: str) -> Stem:
         """The stem of a modality; modalities may share one."""
@@ -147,8 +150,10 @@ def trained_pairs(recipe: Recipe) -> list[tuple[str, str]]:
     return sorted(found)
 
 
-def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean over valid tokens (B, D), and their number (B, 1)."""
     if mask_BL is None:
-        return x_BLD.mean(1)
-    # The sum is fp32 because bf16 rounds counts above 256.
-    return (x_BLD * mask_BL[..., None]).sum(1, dtype=torch.float32) / mask_BL.sum(1, keepdim=True).clamp(min=1)
+        return x_BLD.mean(1), torch.full((len(x_BLD), 1), float(x_BLD.shape[1]), device=x_BLD.device)
+    # Both are fp32 because bf16 rounds numbers above 256.
+    count_B1 = mask_BL.sum(1, keepdim=True, dtype=torch.float32)
+    return (x_BLD * mask_BL[..., None]).sum(1, dtype=torch.float32) / count_B1.clamp(min=1), count_B1
