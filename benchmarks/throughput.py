@@ -1,4 +1,5 @@
-"""Compares the speed of training steps: openimp with timm's ViT, sparse with dense, dropped tokens with all tokens.
+"""Compares the speed of training steps: openimp with timm's ViT, sparse with dense, dropped tokens with all tokens, the
+demo's model on two threads with one.
 
     pip install -e '.[bench]'
     python benchmarks/throughput.py            # about ten minutes on one core; exit code 1 if a speedup is too small
@@ -8,7 +9,8 @@ A step is forward, backward and fused AdamW under bf16 autocast on the CPU. It t
 tokens each, which are already in memory, and has one linear head over 1000 classes. The two models of a comparison take
 their steps alternately in one process, so that other load on the machine affects both. The order within a pair of steps
 alternates too. The result is the median over all pairs. timm's ViT is measured with fused and with plain attention,
-because fused attention, the default, is the slower one on CPUs for 64 tokens.
+because fused attention, the default, is the slower one on CPUs for 64 tokens. The demo's step is a whole update, with
+Muon, of its most frequent task and view.
 """
 
 import argparse
@@ -18,10 +20,13 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,23 +39,45 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from openimp.common.device import autocast
+from openimp.common.device import autocast, product_speed
+from openimp.common.progress import console
 from openimp.common.versions import openimp_version, processor
 from openimp.data.batch import Batch, head_key
 from openimp.model.imp import IMP
 from openimp.objectives import task_losses
 from openimp.recipe.schema import Recipe
+from openimp.training.trainer import Trainer
 
 SIZE, PATCH, CLASSES = 128, 16, 1000
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "throughput.md"
 CPU = torch.device("cpu")
 
 
+@contextmanager
+def use_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def peak(threads: int) -> float:
+    """FLOP/s of a large matrix product in bf16."""
+    product_speed.cache_clear()
+    with use_threads(threads):
+        return product_speed(CPU, "bf16")
+
+
 class Step:
-    """A training step of a model on one batch, with its optimizer."""
+    """A training step of a model on one batch, with its optimizer.
+
+    Attributes:
+        measured: the seconds of each step.
+    """
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor], tokens: int) -> None:
-        self.loss, self.tokens = loss, tokens
+        self.loss, self.tokens, self.threads, self.measured = loss, tokens, torch.get_num_threads(), list[float]()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)
 
     def __call__(self) -> None:
@@ -66,13 +93,47 @@ class Step:
     def seconds(self) -> float:
         start = time.perf_counter()
         self()
-        return time.perf_counter() - start
+        self.measured.append(time.perf_counter() - start)
+        return self.measured[-1]
+
+    def mfu(self) -> float:
+        """The FLOPs per second, as a share of those of a large matrix product."""
+        return self.flops() / statistics.median(self.measured) / peak(self.threads)
 
     def flops(self) -> int:
         """FLOPs of the matrix products, forward and backward."""
         with FlopCounterMode(display=False) as counter:
             self.backward()
         return int(counter.get_total_flops())
+
+
+class DemoStep(Step):
+    """An update of the demo's model, on a number of threads."""
+
+    def __init__(self, trainer: Trainer, threads: int) -> None:
+        self.trainer, self.threads, self.measured = trainer, threads, list[float]()
+        self.loaded = next(
+            loaded for loaded in map(trainer.data.__getitem__, range(len(trainer.data)))
+            if (loaded.visit.task, loaded.visit.view) == ("stills", 1)
+        )  # fmt: skip
+        self.cost = trainer.costs["stills", 1]
+        self.tokens = self.cost.tokens
+
+    def __call__(self) -> None:
+        with use_threads(self.threads):
+            self.trainer.update(self.loaded)
+
+    def flops(self) -> int:
+        return self.cost.model_flops
+
+
+def demo_steps(smoke: bool, folder: Path) -> tuple[DemoStep, DemoStep]:
+    """The demo's step on one thread and on two."""
+    small = ["sources.stills.limit=64", "tasks.stills.batch_size=8", "sources.stills.cache=none"]
+    changes = ["tasks.clips.weight=0", "tasks.notes.weight=0", "train.num_workers=0", *(small if smoke else [])]
+    with console.capture():
+        trainer = Trainer(Recipe.load("demo", changes), folder)
+    return DemoStep(trainer, 1), DemoStep(trainer, 2)
 
 
 @dataclass
@@ -108,12 +169,13 @@ class Comparison:
     def row(self) -> list[str]:
         low, _, high = statistics.quantiles(self.ratios, n=4)
         required = "" if self.required is None else f"{self.required:g}: {'reached' if self.reached else 'MISSED'}"
-        size = [f"{self.variant.flops() / 1e9:.1f}", f"{self.variant.tokens}"]
+        size = [f"{self.variant.flops() / 1e9:.1f}", f"{self.variant.tokens}", f"{self.variant.mfu():.0%}"]
         return [self.name, self.against, *size, f"{self.median:.2f}", f"{low:.2f}-{high:.2f}", required]
 
 
 COLUMNS = [
-    "variant", "baseline", "GFLOPs per step", "tokens per step", "speedup", "interquartile range", "required speedup"
+    "variant", "baseline", "GFLOPs per step", "tokens per step", "MFU", "speedup", "interquartile range",
+    "required speedup",
 ]  # fmt: skip
 
 
@@ -161,8 +223,8 @@ def timm_step(batch: int, fused: bool, **changes: Any) -> Step:
     return Step(vit, lambda: F.cross_entropy(vit(x).float(), label), batch * (SIZE // PATCH) ** 2)
 
 
-def comparisons(smoke: bool, compiled: bool) -> list[Comparison]:
-    """The rows of the table."""
+def comparisons(smoke: bool, compiled: bool, folder: Path) -> list[Comparison]:
+    """The rows of the table. `folder` is an empty one."""
     batch, fewer = (2, {"layers": 2}) if smoke else (64, {})
     experts = {**Recipe.load("imp_moe_s").model.model_dump()["moe"], **({"layers": 1} if smoke else {})}
 
@@ -174,6 +236,7 @@ def comparisons(smoke: bool, compiled: bool) -> list[Comparison]:
         return openimp_step(batch, "imp_moe_s", compiled=compiled, moe=moe, **fewer, **changes)
 
     base = dense()
+    one_thread, two_threads = demo_steps(smoke, folder)
     found = [
         Comparison("IMP-S", base, "timm ViT, fused attention", timm_step(batch, fused=True, **fewer), 0.9),
         Comparison("IMP-S", base, "timm ViT, plain attention", timm_step(batch, fused=False, **fewer), 0.9),
@@ -182,6 +245,8 @@ def comparisons(smoke: bool, compiled: bool) -> list[Comparison]:
         Comparison("IMP-MoE-S, expert choice across the batch", sparse("expert_choice_batch"), "IMP-S", base),
         Comparison("IMP-MoE-S, token choice", sparse("token_choice"), "IMP-S", base),
         Comparison("IMP-S, 75% of tokens dropped", dense(0.75), "IMP-S", base, 3.0),
+        Comparison("demo, two threads", two_threads, "demo, one thread", one_thread),
+        Comparison("demo, one thread", one_thread, "demo, two threads", two_threads),
     ]
     if compiled:
         both = dense(compiled=True), sparse("expert_choice", compiled=True)
@@ -203,6 +268,8 @@ Written by `benchmarks/throughput.py`; its docstring describes the measurement.
 - Versions: Python {platform.python_version()}, torch {torch.__version__}, timm {version("timm")}
 - Hardware: {processor()}, {os.cpu_count()} cores; threads used: {torch.get_num_threads()}
 - Pairs per row: {len(found[0].ratios)}; bf16 autocast; seed 0
+- FLOPs are those of forward and backward passes. MFU (model FLOPs utilization) is FLOPs per second as a share of those
+  of a large matrix product
 
 {chr(10).join("| " + " | ".join(cells) + " |" for cells in rows)}
 """
@@ -221,9 +288,10 @@ def main() -> int:
         parser.error("--write: the page names a commit, but the checkout has uncommitted changes; commit them first")
     torch.set_num_threads(args.threads)
     pairs = 2 if args.smoke else max(2, args.pairs)
-    found = [
-        replace(item, required=None if args.smoke else item.required) for item in comparisons(args.smoke, args.compile)
-    ]
+    with TemporaryDirectory() as folder:
+        found = comparisons(args.smoke, args.compile, Path(folder))
+    if args.smoke:
+        found = [replace(item, required=None) for item in found]
     for step in {id(step): step for item in found for step in (item.variant, item.baseline)}.values():
         step()
         step()

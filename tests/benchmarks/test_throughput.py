@@ -6,14 +6,14 @@ pytest.importorskip("timm")
 from throughput import COLUMNS, comparisons, report
 
 
-def test_every_comparison_is_measured():
-    rows = comparisons(smoke=True, compiled=False)
+def test_every_comparison_is_measured(tmp_path):
+    rows = comparisons(smoke=True, compiled=False, folder=tmp_path)
     for row in rows:
         for swap in (False, True):
             row.measure(swap)
     assert all(row.median > 0 for row in rows)
     dropped = next(row for row in rows if "dropped" in row.name)
     assert dropped.variant.tokens * 4 == dropped.baseline.tokens
-    table = [line.split(" | ") for line in report(rows).splitlines() if line.startswith("| IMP")]
+    table = [line.split(" | ") for line in report(rows).splitlines() if line.startswith(("| IMP", "| demo"))]
     assert len(table) == len(rows)
     assert {len(cells) for cells in table} == {len(COLUMNS)}
