@@ -44,8 +44,9 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
     sections += [
         _score_table(outcomes),
         f"Mean reciprocal rank in percent, averaged over both directions: mean and standard deviation over {seeds}. "
-        "TFLOPs count forward and backward passes. Peak memory is the most that one update allocates beyond weights, "
-        "optimizer state and batch. The milliseconds were measured on a shared machine and are only a rough guide.",
+        "TFLOPs count forward and backward passes and the optimizer. Peak memory is the most that one update allocates "
+        "beyond weights, optimizer state and batch. The milliseconds were measured on a shared machine and are only a "
+        "rough guide.",
     ]
     if study.clip_benchmark:
         sections += [
