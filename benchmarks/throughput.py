@@ -204,7 +204,7 @@ def openimp_step(batch: int, name: str, drop: float = 0.0, compiled: bool = Fals
     rngs = [np.random.default_rng(i) for i in range(batch)]
     tokens = modalities["image"].tokens(pixels, recipe.tasks["all"].views[0]["image"], rngs)
     data = Batch({"image": tokens}, {"": torch.arange(batch)}, {"label": label}, list(range(batch)))
-    encode = torch.compile(imp.encode, dynamic=False) if compiled else None
+    encode = torch.compile(imp.encode_all, dynamic=False) if compiled else None
     count = tokens.coords.shape[0] * tokens.coords.shape[1]
     return Step(imp, lambda: task_losses(imp, recipe.tasks["all"], data, encode).total, count)
 

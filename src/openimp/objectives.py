@@ -31,18 +31,17 @@ class Losses:
 
     total: Tensor  # the scalar to minimize
     parts: dict[str, Tensor]  # the unweighted loss of each objective, detached, by name
-    encoded: dict[str, Encoded]  # the forward pass of each modality
+    encoded: dict[str, Encoded]  # by modality
 
 
 def task_losses(model: IMP, task: Task, batch: Batch, encode: Encode | None = None) -> Losses:
-    """Encodes each modality of the batch once and returns the weighted sum of the task's objectives.
+    """Encodes all modalities of the batch in one pass and returns the weighted sum of the task's objectives.
 
     The loss of an objective is the mean over its pairs, or over the modalities that it classifies. The router losses,
     which `model.moe` has weighted, are summed over layers and averaged over modalities. `encode` replaces
-    `model.encode`, for example by the compiled function.
+    `model.encode_all`, for example by the compiled function.
     """
-    encode = encode or model.encode
-    encoded = {name: encode({name: tokens}) for name, tokens in batch.tokens.items()}
+    encoded = (encode or model.encode_all)(batch.tokens)
     parts: dict[str, Tensor] = {}
     total = torch.zeros((), device=next(iter(encoded.values())).features.device)
     for objective in task.objectives:

@@ -9,8 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.common.errors import UserError
+from openimp.common.modality import Tokens
 from openimp.data.step_batches import StepBatches
-from openimp.model.embedder import in_chunks
+from openimp.model.embedder import Encoded, in_chunks, pass_sizes
 from openimp.model.imp import IMP
 from openimp.objectives import task_losses
 from openimp.recipe.schema import Recipe
@@ -21,6 +22,7 @@ CASES = {
     "sparse, softmax": ["tasks.named.objectives=[{type: contrastive, same: label}]"],
     "dense, sigmoid": ["tasks.named.objectives=[{type: contrastive, loss: sigmoid}]", "model.moe=null"],
     "soft, with classes": ["model.moe={experts: 2, layers: 1, routing: soft}"],
+    "several texts": ['tasks.named.inputs.text={column: "a {label} square", draw: 2}'],
 }
 
 
@@ -35,7 +37,7 @@ def gradients(folder: Path, *changes: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, task in recipe.tasks.items():
         step = next(visit.step for visit in data.schedule if visit.task == name)
-        losses = task_losses(model, task, data[step].batch, in_chunks(model.encode, recipe.memory.chunk_size))
+        losses = task_losses(model, task, data[step].batch, in_chunks(model.encode_all, recipe.memory.chunk_size))
         losses.total.backward()
         found[f"{name} loss"] = losses.total.detach()
         grads = {weight: parameter.grad for weight, parameter in model.named_parameters()}
@@ -57,6 +59,22 @@ def test_chunks_and_activation_checkpointing_change_no_gradient(little_data, cas
         assert found.keys() == whole.keys()
         for name, expected in whole.items():
             torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 5, 8, 16])
+def test_the_planned_passes_are_those_that_are_made(chunk_size):
+    made = []
+
+    def encode(inputs: dict[str, Tokens]) -> dict[str, Encoded]:
+        made.append({name: len(tokens.values) for name, tokens in inputs.items()})
+        return {name: Encoded(tokens.values, []) for name, tokens in inputs.items()}
+
+    rows = {"image": 5, "text": 10}
+    inputs = {name: Tokens(torch.randn(n, 3), torch.zeros(n, 3, 1, dtype=torch.int64)) for name, n in rows.items()}
+    encoded = in_chunks(encode, chunk_size)(inputs)
+    assert made == pass_sizes(rows, chunk_size)
+    for name, tokens in inputs.items():
+        assert torch.equal(encoded[name].features, tokens.values)
 
 
 def test_less_memory_for_the_same_batch_and_all_flops_are_counted(little_data, tmp_path, peak_bytes):

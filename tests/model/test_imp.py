@@ -76,21 +76,47 @@ def test_positions_are_looked_up_by_coordinate():
 
 def test_features_are_the_mean_of_the_valid_tokens():
     model, tokens = small(), texts([3, 16], 16)
-    x, _ = model.encoder(model.stems["text"](tokens), tokens.mask)
+    (x,), _ = model.encoder([model.stems["text"](tokens)], [tokens.mask])
     x = model.stems["text"].after(x)
     expected = torch.stack([x[0, :3].mean(0), x[1].mean(0)])
     torch.testing.assert_close(model.encode({"text": tokens}).features, expected)
 
 
+@pytest.mark.parametrize("own", [0, 1])
+@pytest.mark.parametrize("routing", [None, "expert_choice", "expert_choice_batch", "token_choice", "soft"])
+def test_one_pass_of_all_modalities_equals_a_pass_of_each(routing, own):
+    """Features, router statistics and gradients; batch sizes differ, and one modality has a mask."""
+    moe = routing and {"experts": 4, "layers": 1, "routing": routing}
+    model = small(moe=moe, modality_specific_layers=own, qk_norm=True).train()
+    if routing and routing != "soft":  # Routers start nearly indifferent; this one has preferences.
+        torch.nn.init.normal_(model.encoder.blocks[-1].mlp.router.weight_ED, std=0.7)
+    inputs = {"image": patches(3), "text": texts([3, 16, 1, 7, 0, 9], 16), "video": patches(2)}
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(len(tokens.values), 32, generator=generator) for name, tokens in inputs.items()}
+    results = []
+    for encoded in (model.encode_all(inputs), {name: model.encode({name: inputs[name]}) for name in inputs}):
+        loss = sum((weights[name] * encoded[name].features).sum() for name in inputs)
+        loss = loss + sum(stats.aux for name in inputs for stats in encoded[name].routing)
+        results.append((encoded, torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)))
+    (together, gradients), (separate, expected) = results
+    for name in inputs:
+        torch.testing.assert_close(together[name].features, separate[name].features, rtol=0, atol=1e-5)
+        assert len(together[name].routing) == len(separate[name].routing) == bool(routing)
+        for found, wanted in zip(together[name].routing, separate[name].routing):
+            torch.testing.assert_close([*found], [*wanted], rtol=0, atol=1e-5)
+    for found, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("moe", [None, {"experts": 4, "layers": 1}])
-def test_several_modalities_make_one_pass(moe):
+def test_fused_modalities_make_one_sequence(moe):
     """Their tokens are concatenated, attend to each other, and are pooled together; pads still count for nothing."""
     model = small(moe=moe)
     image, text = patches(2), texts([3, 7], 16)
     together = model.encode({"image": image, "text": text}).features
     parts = [model.stems["vision"](image), model.stems["text"](text)]
     mask = torch.cat([torch.ones(2, 12, dtype=torch.bool), text.mask], dim=1)
-    x, _ = model.encoder(torch.cat(parts, dim=1), mask)
+    (x,), _ = model.encoder([torch.cat(parts, dim=1)], [mask])
     read = torch.cat([model.stems["vision"].after(x[:, :12]), model.stems["text"].after(x[:, 12:])], dim=1)
     expected = torch.stack([read[i][mask[i]].mean(0) for i in range(2)])
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-5)

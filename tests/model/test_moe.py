@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openimp.model.moe import SoftMLP, SparseMLP, expert_choice, valid_tokens_per_rank
+from openimp.model.moe import Router, RouterStats, Routing, SoftMLP, SparseMLP, expert_choice, valid_tokens_per_rank
 from openimp.recipe.model import MoE
 
 ROUTINGS = ["expert_choice", "expert_choice_batch", "token_choice"]
@@ -25,6 +25,17 @@ def layer_of(seed: int = 0, **options) -> SparseMLP:
 def batch_of(seed: int, lengths: list[int], total: int) -> tuple[Tensor, Tensor]:
     x = torch.randn(len(lengths), total, WIDTH, generator=torch.Generator().manual_seed(seed))
     return x, torch.arange(total) < torch.tensor(lengths)[:, None]
+
+
+def apply(layer: SparseMLP | SoftMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, RouterStats]:
+    """The layer's output for one input, and its statistics."""
+    out, (stats,) = layer(x.flatten(0, 1), [valid], [valid_tokens_per_rank(x, valid)])
+    return out.view_as(x), stats
+
+
+def route(router: Router, x: Tensor, valid: Tensor) -> Routing:
+    ((routing, _),) = router(x.flatten(0, 1), [valid], [valid_tokens_per_rank(x, valid)])
+    return routing
 
 
 def slots_of(tokens: int, share: float) -> int:
@@ -98,7 +109,7 @@ def test_the_layer_does_what_its_routing_says(routing, training, seed, lengths, 
     layer = layer_of(seed, routing=routing, experts=experts, top_k=top_k, capacity_factor=capacity).train(training)
     x, valid = batch_of(seed, lengths, max(1, *lengths) + pads)
     x.requires_grad_()
-    out, stats = layer(x, valid, valid_tokens_per_rank(x, valid))
+    out, stats = apply(layer, x, valid)
     expected, pairs = naive(layer, x, valid)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
@@ -126,9 +137,9 @@ def test_an_example_gives_the_same_alone_as_in_any_batch(routing):
     lengths = [16, 1, 7, 12]
     x, valid = batch_of(0, lengths, 16)
     with torch.no_grad():
-        together, _ = layer(x, valid, valid_tokens_per_rank(x, valid))
+        together, _ = apply(layer, x, valid)
         for i, n in enumerate(lengths):
-            alone, _ = layer(x[i : i + 1, :n], valid[i : i + 1, :n], valid_tokens_per_rank(x[i : i + 1, :n], None))
+            alone, _ = apply(layer, x[i : i + 1, :n], valid[i : i + 1, :n])
             torch.testing.assert_close(together[i : i + 1, :n], alone, rtol=0, atol=1e-5)
 
 
@@ -138,8 +149,8 @@ def test_in_training_groups_are_what_the_recipe_says():
     for routing, within in (("expert_choice", True), ("expert_choice_batch", False), ("token_choice", False)):
         layer = layer_of(routing=routing, experts=4, capacity_factor=0.5).train()
         together, alone = (
-            layer(x, valid, valid_tokens_per_rank(x, valid))[0][:1],
-            layer(x[:1], valid[:1], valid_tokens_per_rank(x[:1], valid[:1]))[0],
+            apply(layer, x, valid)[0][:1],
+            apply(layer, x[:1], valid[:1])[0],
         )
         assert torch.allclose(together, alone, atol=1e-5) == within
 
@@ -170,7 +181,7 @@ def test_shapes_follow_from_shapes_alone():
         shapes = set()
         for seed, lengths in enumerate(([9, 9], [1, 9], [2, 1])):
             x, valid = batch_of(seed, lengths, 9)
-            for part in router(x, valid, valid_tokens_per_rank(x, valid))[0]:
+            for part in route(router, x, valid):
                 shapes.add(part.shape)
         assert len(shapes) == 1, routing
 
@@ -179,7 +190,7 @@ def test_the_z_loss_is_the_mean_squared_logsumexp_of_the_valid_tokens():
     layer = layer_of(experts=3, z_loss=0.5)
     x, valid = batch_of(0, [4, 2], 4)
     logits = x[valid] @ layer.router.weight_ED.T
-    assert layer(x, valid, valid_tokens_per_rank(x, valid))[1].aux.item() == pytest.approx(
+    assert apply(layer, x, valid)[1].aux.item() == pytest.approx(
         0.5 * logits.exp().sum(-1).log().square().mean().item(), rel=1e-5
     )
 
@@ -191,18 +202,18 @@ def test_the_balance_loss_is_experts_times_load_times_probability():
     probs = (x[valid] @ layer.router.weight_ED.T).softmax(-1)
     share = F.one_hot(probs.argmax(-1), 3).float().mean(0)
     expected = 2.0 * 3 * (share * probs.mean(0)).sum()
-    assert layer(x, valid, valid_tokens_per_rank(x, valid))[1].aux.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert apply(layer, x, valid)[1].aux.item() == pytest.approx(expected.item(), rel=1e-5)
     other = layer_of(experts=3, z_loss=0.0, balance_loss=2.0)
-    assert other(x, valid, valid_tokens_per_rank(x, valid))[1].aux == 0
+    assert apply(other, x, valid)[1].aux == 0
     with torch.no_grad():
         layer.router.weight_ED.copy_(torch.tensor([50.0, 0.0, 0.0])[:, None].expand(3, WIDTH))
-    assert layer(x.abs(), valid, valid_tokens_per_rank(x, valid))[1].aux.item() == pytest.approx(2.0 * 3, rel=1e-4)
+    assert apply(layer, x.abs(), valid)[1].aux.item() == pytest.approx(2.0 * 3, rel=1e-4)
 
 
 def test_the_losses_reach_the_router_and_the_experts_learn():
     layer = layer_of(experts=3)
     x, valid = batch_of(0, [5, 5], 5)
-    out, stats = layer(x, valid, valid_tokens_per_rank(x, valid))
+    out, stats = apply(layer, x, valid)
     (router,) = torch.autograd.grad(stats.aux, layer.router.weight_ED, retain_graph=True)
     assert router.abs().sum() > 0
     out.square().sum().backward()
@@ -216,7 +227,7 @@ def test_a_batch_of_padding_gives_nothing_and_no_nan():
         for training in (True, False):
             layer = layer_of(routing=routing, experts=4).train(training)
             x, valid = batch_of(0, [0, 0], 5)
-            out, stats = layer(x, valid, valid_tokens_per_rank(x, valid))
+            out, stats = apply(layer, x, valid)
             assert not out.any()
             assert all(torch.isfinite(part).all() for part in stats)
 
@@ -225,10 +236,10 @@ def test_the_router_computes_in_fp32_under_autocast():
     """bf16 logits make ties: under autocast the choice is the one that fp32 makes of the same tokens."""
     layer = layer_of(experts=4).eval()
     x, valid = batch_of(0, [64], 64)
-    exact = layer.router(x, valid, valid_tokens_per_rank(x, valid))[0]
+    exact = route(layer.router, x, valid)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = layer.router(x, valid, valid_tokens_per_rank(x, valid))[0]
-        out, _ = layer(x, valid, valid_tokens_per_rank(x, valid))
+        cast = route(layer.router, x, valid)
+        out, _ = apply(layer, x, valid)
     assert cast.gate_GEC.dtype == torch.float32
     assert torch.equal(cast.gate_GEC, exact.gate_GEC)
     assert torch.equal(cast.token_GEC, exact.token_GEC)
@@ -240,7 +251,7 @@ def test_soft_slots_are_means_of_the_tokens_and_tokens_means_of_the_slots():
     torch.manual_seed(0)
     layer = SoftMLP(WIDTH, HIDDEN, MoE(experts=3, routing="soft", slots=2))
     x, valid = batch_of(1, [5, 9, 1], 9)
-    result, stats = layer(x, valid, valid_tokens_per_rank(x, valid))
+    result, stats = apply(layer, x, valid)
     for row, mask, got in zip(x, valid, result):
         tokens = row[mask]
         logits = layer.scale * F.normalize(tokens, dim=-1) @ F.normalize(layer.slot_SD, dim=-1).T
@@ -254,5 +265,5 @@ def test_soft_slots_are_means_of_the_tokens_and_tokens_means_of_the_slots():
     assert stats.load_E.sum().item() == pytest.approx(1)
     # A caption padded further, or beside other captions, comes out the same.
     longer, wider = F.pad(x, (0, 0, 0, 4)), F.pad(valid, (0, 4))
-    again, _ = layer(longer[:2], wider[:2], valid_tokens_per_rank(longer[:2], wider[:2]))
+    again, _ = apply(layer, longer[:2], wider[:2])
     torch.testing.assert_close(again[:, :9], result[:2])

@@ -138,8 +138,8 @@ def test_several_gpus_divide_and_speak_as_the_page_says(little_data):
     outside, vectors = count(model) - blocks, 4 * 2 * 64 * 32
     before, after = alone.steps["heard", 0], shared.steps["heard", 0]
     assert sum(before.received.values()) == 0
-    # Gathered once and for two projections, blocks for two passes there and back; touched gradients, numbers of items.
-    received = 4 * (3 * outside + 2 * 2 * blocks + touched) + 2 * vectors + 8 * 64
+    # Gathered once and for two projections, blocks for one pass there and back; touched gradients, numbers of items.
+    received = 4 * (3 * outside + 2 * blocks + touched) + 2 * vectors + 8 * 64
     assert after.received == {"link": pytest.approx(received / 2, rel=1e-4), "network": 0}
     similarities = 2 * SIMILARITY * 32 * 32
     assert after.memory["gathered"] == 4 * (outside + 2 * block) + 8 * block + 2 * vectors + similarities
@@ -198,9 +198,9 @@ def test_experts_apart_stay_and_their_slots_travel(little_data):
         assert apart.memory[kind] == sharded.memory[kind]
     for kind, size in (("gathered", 16), ("cast weights", 2)):
         assert apart.memory[kind] == sharded.memory[kind] - size * elsewhere
-    # Two passes there and back and their gradients, of all experts from 8 GPUs, or of a quarter from 2.
+    # One pass there and back and its gradients, of all experts from 8 GPUs, or of a quarter from 2.
     slots = (4 + 2) * 32 * 2 * apart.cost.tokens // 16
-    saved = 5 * (4 * experts * 7 // 8 - 4 * (experts - elsewhere) // 2) - slots * 3 // 4
+    saved = 3 * (4 * experts * 7 // 8 - 4 * (experts - elsewhere) // 2) - slots * 3 // 4
     assert apart.received["link"] == sharded.received["link"] - saved
     # An eighth of the gradients in either of two copies, and what the loss compares with all.
     assert apart.received["network"] == pytest.approx(
@@ -274,9 +274,9 @@ def measure_received(recipe: Path, out: Path) -> None:
         model = IMP.from_recipe(options, modalities, {"pictures:label": 4}).train()
         sizes = options.parallel.shard_degree, options.parallel.expert_degree
         layout = Layout.of(distributed.world_size(), *sizes, (options.model.width, options.model.mlp_dim))
-        apply_parallelism(model, model.blocks(), model.experts(), ("encode", "project", "classify"), layout, device)
+        apply_parallelism(model, model.blocks(), model.experts(), ("encode_all", "project", "classify"), layout, device)
         batch = empty_batch(options.tasks["named"], 0, modalities, CLASSES, device, distributed.world_size())
-        encode = in_chunks(model.encode, options.memory.chunk_size)
+        encode = in_chunks(model.encode_all, options.memory.chunk_size)
         named = dict(model.named_parameters())
         updated_sets = [{named[name] for name in cost.touched} for cost in costs(options, modalities, CLASSES).values()]
         owners = MatrixOwners(muon_matrices(options.optimizer, model), updated_sets)

@@ -5,6 +5,7 @@ Shape suffixes: B examples, D features, Z dimensions of the shared embedding spa
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -18,17 +19,18 @@ from openimp.recipe.model import Model
 
 
 class Encoded(NamedTuple):
-    """The result of one forward pass."""
+    """The features of a batch."""
 
     features: Tensor  # (B, D)
     routing: list[RouterStats]  # statistics of each sparse layer, in order; empty for a dense model
 
 
-Encode = Callable[[Mapping[str, Tokens]], Encoded]
+Encode = Callable[[Mapping[str, Tokens]], dict[str, Encoded]]
+"""`Embedder.encode_all`, or a function that replaces it."""
 
 
 def in_chunks(encode: Encode, chunk_size: int | None) -> Encode:
-    """Wraps `encode` so that the activations of at most `chunk_size` examples are in memory at a time.
+    """Wraps `encode` so that the activations of at most `chunk_size` examples of each modality are in memory at a time.
 
     GradCache (arXiv 2101.06983): the forward pass keeps only the features of each chunk. The backward pass encodes the
     chunks again, one at a time. The loss may be any function of the features of the whole batch.
@@ -36,26 +38,34 @@ def in_chunks(encode: Encode, chunk_size: int | None) -> Encode:
     if chunk_size is None:
         return encode
 
-    def encode_chunks(inputs: Mapping[str, Tokens]) -> Encoded:
-        valid = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1)
-        if len(valid) <= chunk_size:
+    def encode_chunks(inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
+        pieces = {name: tokens.split(chunk_size) for name, tokens in inputs.items()}
+        rows = zip_longest(*pieces.values())
+        chunks = [{name: piece for name, piece in zip(inputs, row) if piece is not None} for row in rows]
+        if len(chunks) == 1:
             return encode(inputs)
-        chunks = zip(*(tokens.split(chunk_size) for tokens in inputs.values()))
-        encoded = [checkpoint(encode, dict(zip(inputs, chunk)), use_reentrant=False) for chunk in chunks]
-        # Averaged over all ranks, because the routers' statistics are.
-        counts = all_reduce_mean(torch.stack([chunk.sum().float() for chunk in valid.split(chunk_size)]))
-        shares = (counts / counts.sum().clamp(min=1)).unbind()
-        routing = [RouterStats.mean(stats, shares) for stats in zip(*(chunk.routing for chunk in encoded))]
-        return Encoded(torch.cat([chunk.features for chunk in encoded]), routing)
+        encoded = [checkpoint(encode, chunk, use_reentrant=False) for chunk in chunks]
+        return {name: _join(pieces[name], [chunk[name] for chunk in encoded if name in chunk]) for name in inputs}
 
     return encode_chunks
 
 
-def chunk_sizes(examples: int, chunk_size: int | None) -> set[int]:
-    """The batch sizes that `in_chunks` passes to `encode` for a batch of `examples`."""
-    if chunk_size is None or examples <= chunk_size:
-        return {examples}
-    return {chunk_size, examples % chunk_size or chunk_size}
+def _join(pieces: list[Tokens], encoded: list[Encoded]) -> Encoded:
+    """The result for one modality from those for pieces of its batch."""
+    # Averaged over all ranks, because the routers' statistics are.
+    counts = all_reduce_mean(torch.stack([tokens.valid().sum().float() for tokens in pieces]))
+    shares = (counts / counts.sum().clamp(min=1)).unbind()
+    routing = [RouterStats.mean(stats, shares) for stats in zip(*(piece.routing for piece in encoded))]
+    return Encoded(torch.cat([piece.features for piece in encoded]), routing)
+
+
+def pass_sizes(examples: Mapping[str, int], chunk_size: int | None) -> list[dict[str, int]]:
+    """The number of examples of each modality in each pass of `in_chunks`, given those in the batch."""
+    largest = max(examples.values())
+    size = chunk_size or largest
+    return [
+        {name: min(size, n - start) for name, n in examples.items() if n > start} for start in range(0, largest, size)
+    ]
 
 
 class Embedder(nn.Module, ABC):
@@ -66,7 +76,11 @@ class Embedder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
-        """Encodes the tokens of one modality in one forward pass."""
+        """Encodes the tokens of one modality."""
+
+    def encode_all(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
+        """Encodes each modality by itself. Their batch sizes may differ."""
+        return {name: self.encode({name: tokens}) for name, tokens in inputs.items()}
 
     @abstractmethod
     def project(self, features_BD: Tensor, source: str, target: str, normalize: bool = True) -> Tensor:

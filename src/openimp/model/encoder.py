@@ -1,9 +1,12 @@
 """The Transformer encoder: pre-norm blocks without biases, of which the last ones may be sparse.
 
-Shape suffixes: B examples, L tokens, D width, H heads, K features per head.
+A pass processes several inputs, for example one per modality. Each has its own B and L, and attention and routers treat
+it by itself. All other layers work on the tokens of all inputs at once.
+
+Shape suffixes: B examples, L tokens, T tokens of all inputs, D width, H heads, K features per head.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from openimp.model.init import lecun_normal_, linear
 from openimp.model.kernels import attend, gelu
-from openimp.model.moe import RouterStats, SoftMLP, SparseMLP, valid_tokens_per_rank
+from openimp.model.moe import RouterStats, SoftMLP, SparseMLP, split_tokens, valid_tokens_per_rank
 from openimp.recipe.model import Model
+
+Shapes = Sequence[torch.Size]
+"""The shape (B, L) of each input of a pass."""
+Masks = Sequence[Tensor | None]
+"""The mask (B, L) of each input, False for padding; None if it has none."""
 
 
 class Attention(nn.Module):
@@ -29,14 +37,20 @@ class Attention(nn.Module):
         # The release stores these kernels as (width, heads, head), so JAX takes width x heads as their fan-in.
         lecun_normal_(self.qkv.weight, width * heads)
 
-    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
-        qkv = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(self, x_TD: Tensor, shapes: Shapes, masks: Masks) -> Tensor:
+        qkv = split_tokens(self.qkv(x_TD), shapes)
+        # Concatenated before the layer, the results of a fused kernel would be kept twice for the backward pass.
+        return torch.cat([self.out(self._mix(*part)) for part in zip(qkv, masks)])
+
+    def _mix(self, qkv_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        """The heads' results (B L, D) for the queries, keys and values of one input."""
+        qkv = qkv_BLD.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         # Otherwise the norms would copy, in the forward pass and again in the backward pass.
         q_BHLK, k_BHLK, v_BHLK = qkv.contiguous() if self.qk_norm else qkv
         q_BHLK, k_BHLK = self.q_norm(q_BHLK).type_as(v_BHLK), self.k_norm(k_BHLK).type_as(v_BHLK)
         mask = None if mask_BL is None else mask_BL[:, None, None, :]
         x_BHLK = self.attend(q_BHLK, k_BHLK, v_BHLK, mask)
-        return self.out(x_BHLK.transpose(1, 2).flatten(2))
+        return x_BHLK.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class MLP(nn.Module):
@@ -47,8 +61,8 @@ class MLP(nn.Module):
         self.up = linear(width, hidden, bias=False)
         self.down = linear(hidden, width, bias=False)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(gelu(self.up(x_BLD)))
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(gelu(self.up(x_TD)))
 
 
 class Block(nn.Module):
@@ -68,18 +82,21 @@ class Block(nn.Module):
             self.mlp = MLP(config.width, config.mlp_dim)
 
     def forward(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, count: Tensor | None = None
-    ) -> tuple[Tensor, RouterStats | None]:
-        """Maps (B, L, D) to (B, L, D), and returns router statistics if the block is sparse.
+        self, x_TD: Tensor, shapes: Shapes, masks: Masks, counts: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """Maps (T, D) to (T, D), and returns router statistics per input if the block is sparse.
 
-        A sparse block needs `count`, the `valid_tokens_per_rank` of its input.
+        A sparse block needs `counts`, the `valid_tokens_per_rank` of its inputs.
         """
-        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), mask_BL)
+        x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
         if not self.sparse:
-            return x_BLD + self.mlp(self.norm2(x_BLD)), None
-        valid_BL = torch.ones(x_BLD.shape[:2], dtype=torch.bool, device=x_BLD.device) if mask_BL is None else mask_BL
-        y_BLD, stats = self.mlp(self.norm2(x_BLD), valid_BL, count)
-        return x_BLD + y_BLD, stats
+            return x_TD + self.mlp(self.norm2(x_TD)), []
+        valid = [
+            torch.ones(shape, dtype=torch.bool, device=x_TD.device) if mask_BL is None else mask_BL
+            for shape, mask_BL in zip(shapes, masks)
+        ]
+        y_TD, stats = self.mlp(self.norm2(x_TD), valid, counts)
+        return x_TD + y_TD, stats
 
 
 class Encoder(nn.Module):
@@ -103,27 +120,33 @@ class Encoder(nn.Module):
         self.activation_checkpointing = False  # compute each block's activations again in the backward pass
 
     def forward_own(self, x_BLD: Tensor, mask_BL: Tensor | None, stem: str) -> tuple[Tensor, list[RouterStats]]:
-        """Applies the stem's modality-specific blocks, as `forward` does the shared ones."""
-        return self._run(self.own[stem], x_BLD, mask_BL) if self.own else (x_BLD, [])
+        """Applies the stem's modality-specific blocks to one input, as `forward` does the shared ones."""
+        if not self.own:
+            return x_BLD, []
+        x_TD, (routing,) = self._run(self.own[stem], [x_BLD], [mask_BL])
+        return x_TD.view_as(x_BLD), routing
 
-    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> tuple[Tensor, list[RouterStats]]:
-        """Maps (B, L, D) to (B, L, D), and returns the router statistics of each sparse block, in order."""
-        x_BLD, stats = self._run(self.blocks, x_BLD, mask_BL)
-        return self.norm(x_BLD), stats
+    def forward(self, inputs: Sequence[Tensor], masks: Masks) -> tuple[list[Tensor], list[list[RouterStats]]]:
+        """Maps each input (B, L, D) to (B, L, D) in one pass, and returns, per input, the router statistics of each
+        sparse block, in order."""
+        x_TD, routing = self._run(self.blocks, inputs, masks)
+        return split_tokens(self.norm(x_TD), [x_BLD.shape[:2] for x_BLD in inputs]), routing
 
-    def _run(self, blocks: nn.Module, x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, list[RouterStats]]:
-        all_stats = []
+    def _run(self, blocks: nn.Module, inputs: Sequence[Tensor], masks: Masks) -> tuple[Tensor, list[list[RouterStats]]]:
+        shapes = [x_BLD.shape[:2] for x_BLD in inputs]
+        x_TD = torch.cat([x_BLD.flatten(0, 1) for x_BLD in inputs])
+        routing: list[list[RouterStats]] = [[] for _ in inputs]
         # Computed once for all blocks, because it takes an all-reduce.
         sparse = any(block.sparse for block in blocks.children())
-        count = valid_tokens_per_rank(x_BLD, mask_BL) if sparse else None
+        counts = [valid_tokens_per_rank(*pair) for pair in zip(inputs, masks)] if sparse else []
         for block in blocks.children():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BLD, stats = checkpoint(block, x_BLD, mask_BL, count, use_reentrant=False)
+                x_TD, stats = checkpoint(block, x_TD, shapes, masks, counts, use_reentrant=False)
             else:
-                x_BLD, stats = block(x_BLD, mask_BL, count)
-            if stats is not None:
-                all_stats.append(stats)
-        return x_BLD, all_stats
+                x_TD, stats = block(x_TD, shapes, masks, counts)
+            for layers, layer in zip(routing, stats):
+                layers.append(layer)
+        return x_TD, routing
 
 
 def _norm(width: int, bias: bool = False) -> nn.LayerNorm:

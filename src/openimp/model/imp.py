@@ -3,8 +3,8 @@
 Shape suffixes: B examples, L tokens, D width, K classes, Z dimensions of the shared embedding space.
 """
 
-from collections.abc import Iterable, Mapping
-from itertools import permutations
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, permutations
 from typing import cast
 
 import torch
@@ -17,7 +17,7 @@ from openimp.model.embedding import Stem
 from openimp.model.encoder import Attention, Encoder
 from openimp.model.heads import Projection, Temperature
 from openimp.model.init import linear
-from openimp.model.moe import Experts
+from openimp.model.moe import Experts, RouterStats
 from openimp.recipe.model import Model
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Contrastive, pairs_of
@@ -66,25 +66,42 @@ class IMP(Embedder):
         return model
 
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
-        """Encodes the tokens of one modality, or the concatenated tokens of several, in one forward pass.
+        """Encodes the tokens of one modality, or the concatenated tokens of several of the same B examples.
 
-        All are tokens of the same B examples. The features are the mean of the encoder's output over the valid tokens.
+        The features are the mean of the encoder's output over the valid tokens.
         """
+        (encoded,) = self._encode([inputs])
+        return encoded
+
+    def encode_all(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
+        """The tokens of each modality go through its stem and through the shared blocks in one pass."""
+        return dict(zip(inputs, self._encode([{name: tokens} for name, tokens in inputs.items()])))
+
+    def _encode(self, sequences: Sequence[Mapping[str, Tokens]]) -> list[Encoded]:
+        embedded, masks, own_routing = zip(*map(self._embed, sequences))
+        outputs, routing = self.encoder(embedded, masks)
+        features = map(self._pool, sequences, outputs, masks)
+        return [Encoded(x_BD, own + shared) for x_BD, own, shared in zip(features, own_routing, routing)]
+
+    def _embed(self, inputs: Mapping[str, Tokens]) -> tuple[Tensor, Tensor | None, list[RouterStats]]:
+        """The input of the shared blocks (B, L, D), its mask, and the statistics of modality-specific blocks."""
         outputs = [
             self.encoder.forward_own(self.stem(name)(tokens), tokens.mask, self.stem_of[name])
             for name, tokens in inputs.items()
         ]
-        embedded = [x_BLD for x_BLD, _ in outputs]
-        own_routing = [stats for _, routing in outputs for stats in routing]
         masked = any(tokens.mask is not None for tokens in inputs.values())
         mask_BL = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1) if masked else None
-        x_BLD, routing = self.encoder(torch.cat(embedded, dim=1), mask_BL)
-        lengths = [part.shape[1] for part in embedded]
+        embedded, routing = zip(*outputs)
+        return torch.cat(embedded, dim=1), mask_BL, [*chain.from_iterable(routing)]
+
+    def _pool(self, inputs: Mapping[str, Tokens], x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        """The features (B, D) of the encoder's output for `inputs`."""
+        lengths = [tokens.coords.shape[1] for tokens in inputs.values()]
         masks = [None] * len(lengths) if mask_BL is None else mask_BL.split(lengths, dim=1)
         # The last layer is linear, so it may follow the mean instead of transforming every token.
         means, counts = zip(*map(_mean, x_BLD.split(lengths, dim=1), masks))
         sums = [self.stem(name).after(mean_BD) * count_B1 for name, mean_BD, count_B1 in zip(inputs, means, counts)]
-        return Encoded(sum(sums) / sum(counts).clamp(min=1), own_routing + routing)
+        return sum(sums) / sum(counts).clamp(min=1)
 
     def stem(self, modality: str) -> Stem:
         """The stem of a modality; modalities may share one."""

@@ -2,9 +2,10 @@
 
 In `SparseMLP`, a router assigns tokens to the slots of experts (`Routing`). The layer gathers the tokens of all slots,
 applies the experts, multiplies each result by its gate, and adds it to the output of its token. `SoftMLP` fills each
-slot with a mean of tokens instead.
+slot with a mean of tokens instead. Each input of a pass is routed by itself, and the experts process the slots of all
+inputs at once.
 
-Shape suffixes: B examples, L tokens per example, T tokens of the batch, G groups, N tokens per group, K choices per
+Shape suffixes: B examples, L tokens per example, T tokens of all inputs, G groups, N tokens per group, K choices per
 token, M = K N choices per group, E experts, C slots per expert and group, S slots (in ES: of one expert, otherwise of
 all experts), D width, F hidden width, 1 a dimension of size 1.
 """
@@ -37,7 +38,7 @@ class Routing(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """Routing statistics of one sparse layer in one forward pass.
+    """Routing statistics of one sparse layer and one input of a pass.
 
     Attributes:
         aux: scalar, the weighted sum of the router's auxiliary losses.
@@ -110,6 +111,11 @@ def valid_tokens_per_rank(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
     return all_reduce_mean(mask_BL.sum().float()).clamp(min=1)
 
 
+def split_tokens(x_TD: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Splits the tokens of all inputs into (B, L, D) per input, of the shapes (B, L)."""
+    return [x.unflatten(0, shape) for x, shape in zip(x_TD.split([b * n for b, n in shapes]), shapes)]
+
+
 def _slots(tokens: int, share: float) -> int:
     return max(1, int(tokens * share + 0.5))
 
@@ -123,21 +129,27 @@ class Router(nn.Module):
         self.weight_ED = nn.Parameter(torch.empty(config.experts, width))
         nn.init.normal_(self.weight_ED, std=0.02)
 
-    def forward(self, x_BLD: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Routing, RouterStats]:
-        """Routes the tokens within each group. `count` is their `valid_tokens_per_rank`.
+    def forward(
+        self, x_TD: Tensor, valid: Sequence[Tensor], counts: Sequence[Tensor]
+    ) -> list[tuple[Routing, RouterStats]]:
+        """Routes the tokens of each input within its groups. See `SparseMLP` for the arguments.
 
-        A group is one example; in training with one of `BATCH_ROUTINGS`, it is this rank's batch. Outside of training,
-        token choice drops nothing. So an embedding never depends on the other examples of its batch.
+        A group is one example; in training with one of `BATCH_ROUTINGS`, it is this rank's batch of one input. Outside
+        of training, token choice drops nothing. So an embedding never depends on the other examples of its batch.
         """
-        config = self.config
         # bf16 logits cause ties and coarse gates. Training is more stable with fp32 (ST-MoE, arXiv 2202.08906).
-        with full_precision(x_BLD.device):
-            logits_BLE = F.linear(x_BLD.float(), self.weight_ED.float())
-        probs_BLE = logits_BLE.softmax(-1)
+        with full_precision(x_TD.device):
+            logits_TE = F.linear(x_TD.float(), self.weight_ED.float())
+        scores = logits_TE.softmax(-1), logits_TE.logsumexp(-1).square()
+        probs, z = (split_tokens(score, [valid_BL.shape for valid_BL in valid]) for score in scores)
+        return [self._route(*part) for part in zip(probs, z, valid, counts)]
+
+    def _route(self, probs_BLE: Tensor, z_BL: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Routing, RouterStats]:
+        config = self.config
         probs_GNE, valid_GN = probs_BLE, valid_BL
         if self.training and config.routing in BATCH_ROUTINGS:
             probs_GNE, valid_GN = probs_BLE.flatten(0, 1)[None], valid_BL.flatten()[None]
-        aux = config.z_loss * (logits_BLE.logsumexp(-1).square() * valid_BL).sum() / count
+        aux = config.z_loss * (z_BL * valid_BL).sum() / count
         if config.routing == "token_choice":
             share = config.top_k * config.capacity_factor / config.experts
             slots = _slots(probs_GNE.shape[1], share) if self.training else None
@@ -185,26 +197,35 @@ class Experts(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """A router and experts that process the tokens it selects."""
+    """A router, and experts that process the tokens it selects."""
 
     def __init__(self, width: int, hidden: int, config: MoE) -> None:
         super().__init__()
         self.router = Router(width, config)
         self.experts = Experts(config.experts, width, hidden)
 
-    def forward(self, x_BLD: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Tensor, RouterStats]:
-        """Maps (B, L, D) to (B, L, D). `count` is the tokens' `valid_tokens_per_rank`."""
-        routing, stats = self.router(x_BLD, valid_BL, count)
-        groups, experts, slots = routing.token_GEC.shape
-        x_TD = x_BLD.flatten(0, 1)
-        per_group = x_TD.shape[0] // groups
-        first_G = torch.arange(groups, device=x_TD.device) * per_group
-        row = (routing.token_GEC + first_G[:, None, None]).transpose(0, 1).reshape(-1)  # (E S,)
-        gate = routing.gate_GEC.transpose(0, 1).reshape(-1, 1)  # (E S, 1)
-        slots_ESD = x_TD.index_select(0, row).unflatten(0, (experts, groups * slots))
-        out = self.experts(slots_ESD).flatten(0, 1)
-        result = torch.zeros_like(x_TD, dtype=out.dtype).index_add(0, row, out * gate.to(out.dtype))
-        return result.view_as(x_BLD), stats
+    def forward(
+        self, x_TD: Tensor, valid: Sequence[Tensor], counts: Sequence[Tensor]
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """Maps (T, D) to (T, D), and returns statistics per input.
+
+        Args:
+            valid: per input, (B, L), False for padding.
+            counts: per input, its `valid_tokens_per_rank`.
+        """
+        rows, gates, all_stats, start = [], [], [], 0
+        for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, counts)):
+            end = start + valid_BL.numel()
+            group = valid_BL.numel() // len(routing.token_GEC)  # tokens of a group
+            first_G = torch.arange(start, end, group, device=x_TD.device)
+            rows.append((routing.token_GEC + first_G[:, None, None]).transpose(0, 1).flatten(1))
+            gates.append(routing.gate_GEC.transpose(0, 1).flatten(1))
+            all_stats.append(stats)
+            start = end
+        row_ES, gate_ES = torch.cat(rows, dim=1), torch.cat(gates, dim=1)
+        row, gate = row_ES.flatten(), gate_ES.flatten()[:, None]
+        out = self.experts(x_TD.index_select(0, row).unflatten(0, row_ES.shape)).flatten(0, 1)
+        return torch.zeros_like(x_TD, dtype=out.dtype).index_add(0, row, out * gate.to(out.dtype)), all_stats
 
 
 class SoftMLP(nn.Module):
@@ -223,21 +244,36 @@ class SoftMLP(nn.Module):
         self.experts = Experts(config.experts, width, hidden)
         nn.init.normal_(self.slot_SD)
 
-    def forward(self, x_BLD: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Tensor, RouterStats]:
-        """Maps (B, L, D) to (B, L, D). `count` is the tokens' `valid_tokens_per_rank`."""
-        with full_precision(x_BLD.device):
+    def forward(
+        self, x_TD: Tensor, valid: Sequence[Tensor], counts: Sequence[Tensor]
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """Maps (T, D) to (T, D), and returns statistics per input. The arguments are those of `SparseMLP`."""
+        with full_precision(x_TD.device):
             # Normalized (section 2.3): otherwise the softmax approaches one-hot vectors at large widths.
             slot_SD = self.scale * F.normalize(self.slot_SD.float(), dim=-1)
-            logits_BLS = F.linear(F.normalize(x_BLD.float(), dim=-1), slot_SD)
-        valid_BL1 = valid_BL[..., None]
-        dispatch_BLS = logits_BLS.masked_fill(~valid_BL1, torch.finfo(logits_BLS.dtype).min).softmax(1)
-        combine_BLS = logits_BLS.softmax(-1) * valid_BL1
+            logits_TS = F.linear(F.normalize(x_TD.float(), dim=-1), slot_SD)
+        shapes = [valid_BL.shape for valid_BL in valid]
+        logits = split_tokens(logits_TS, shapes)
+        slots_ESD = torch.cat([*map(self._fill, split_tokens(x_TD, shapes), logits, valid)], dim=1)
+        out = self.experts(slots_ESD).split([batch * self.slots for batch, _ in shapes], dim=1)
+        results, all_stats = zip(*map(self._combine, out, logits, valid, counts))
+        return torch.cat(results), [*all_stats]
+
+    def _fill(self, x_BLD: Tensor, logits_BLS: Tensor, valid_BL: Tensor) -> Tensor:
+        """The slots (E, S, D) of one input."""
+        lowest = torch.finfo(logits_BLS.dtype).min
+        dispatch_BLS = logits_BLS.masked_fill(~valid_BL[..., None], lowest).softmax(1)
         slots_BSD = dispatch_BLS.to(x_BLD.dtype).transpose(1, 2) @ x_BLD
-        slots_ESD = slots_BSD.unflatten(1, (-1, self.slots)).transpose(0, 1).flatten(1, 2)
-        out_ESD = self.experts(slots_ESD)
-        out_BSD = out_ESD.unflatten(1, (len(x_BLD), self.slots)).transpose(0, 1).flatten(1, 2)
+        return slots_BSD.unflatten(1, (-1, self.slots)).transpose(0, 1).flatten(1, 2)
+
+    def _combine(
+        self, out_ESD: Tensor, logits_BLS: Tensor, valid_BL: Tensor, count: Tensor
+    ) -> tuple[Tensor, RouterStats]:
+        """The results of one input's tokens, and its statistics."""
+        combine_BLS = logits_BLS.softmax(-1) * valid_BL[..., None]
+        out_BSD = out_ESD.unflatten(1, (len(valid_BL), self.slots)).transpose(0, 1).flatten(1, 2)
         result_BLD = combine_BLS.to(out_BSD.dtype) @ out_BSD
         with torch.no_grad():
             share_E = combine_BLS.sum((0, 1)).unflatten(0, (-1, self.slots)).sum(-1) / count
         zero = logits_BLS.new_zeros(())
-        return result_BLD, RouterStats(zero, share_E, share_E, zero)
+        return result_BLD.flatten(0, 1), RouterStats(zero, share_E, share_E, zero)

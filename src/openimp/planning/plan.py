@@ -8,7 +8,6 @@ formulas.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from openimp.alternation import Alternation
 from openimp.common.device import Precision
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Classes, Modalities
+from openimp.model.embedder import pass_sizes
 from openimp.model.imp import IMP
 from openimp.objectives import BLOCK
 from openimp.parallel.layout import Layout
@@ -279,11 +279,11 @@ def _received(
     among: Counter[int] = Counter()  # By size of the group of consecutive GPUs.
     # After the backward pass through a head, FSDP2 frees the weights outside of the blocks.
     among[shard] += shares.gathered(touched) + (1 + compared.heads) * shares.gathered(outside)
-    for name, spec in task.inputs.items():
-        rows = examples * spec.draw // gpus
-        own = model.encoder.own[model.stem_of[name]] if model.encoder.own else nn.ModuleList()
-        once = shares.gathered([*own.parameters(), *model.encoder.blocks.parameters()])
-        among[shard] += 2 * once * ceil(rows / (recipe.memory.chunk_size or rows))
+    rows = {name: examples * spec.draw // gpus for name, spec in task.inputs.items()}
+    for sizes in pass_sizes(rows, recipe.memory.chunk_size):
+        own = [model.encoder.own[model.stem_of[name]] for name in sizes] if model.encoder.own else []
+        used = (weight for blocks in (model.encoder.blocks, *own) for weight in blocks.parameters())
+        among[shard] += 2 * shares.gathered(used)
     among[owners] += others(counted.slots, owners)
     # Vectors, their gradients, and the numbers of their items.
     vectors, numbers = 8 * model.config.embed_dim * compared.rows, 8 * compared.items

@@ -61,7 +61,7 @@ class Memory(Strict):
     renamed = {"micro": "chunk_size", "recompute": "activation_checkpointing"}
 
     chunk_size: Count | None = None
-    """Number of examples of one modality that the encoder processes at a time. Their activations are discarded, and
+    """Number of examples of each modality that the encoder processes at a time. Their activations are discarded, and
     computed again after the loss of the whole batch (GradCache, arXiv 2101.06983). null: the whole batch at once."""
     activation_checkpointing: bool = False
     """Discards the activations within each block of the encoder and computes them again in the backward pass (arXiv

@@ -135,8 +135,7 @@ class TwoTowerTrainer(Trainer):
         """`open_clip.ClipLoss`, with similarities and softmax in fp32."""
         from open_clip import ClipLoss
 
-        encode = encode or model.encode
-        encoded = {name: encode({name: tokens}) for name, tokens in batch.tokens.items()}
+        encoded = (encode or model.encode_all)(batch.tokens)
         a, b = task.inputs
         z_BZ, other_BZ = model.project(encoded[a].features, a, b), model.project(encoded[b].features, b, a)
         with full_precision(z_BZ.device):

@@ -1,4 +1,4 @@
-"""torch.compile for the encoder, once per signature: modality, number of examples, number of tokens."""
+"""torch.compile for the encoder, once per signature: modalities, their numbers of examples and of tokens."""
 
 import os
 from collections.abc import Mapping
@@ -6,27 +6,27 @@ from pathlib import Path
 
 import torch
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.common.modality import Modalities, Tokens
 from openimp.common.safe_files import cache_folder, private_folder
-from openimp.model.embedder import Embedder, Encoded, chunk_sizes
+from openimp.model.embedder import Embedder, Encoded, pass_sizes
 from openimp.recipe.schema import Recipe
 
 
-def signatures(recipe: Recipe, modalities: Modalities) -> set[tuple[str, int, int]]:
-    """The signatures of all forward passes in a training run: (modality, examples, tokens)."""
-    return {
-        (name, rows, modalities[name].length(view[name]))
-        for task in recipe.tasks.values()
-        if task.weight
-        for view in task.views
-        for name, spec in task.inputs.items()
-        for rows in chunk_sizes((view.batch_size or task.batch_size) * spec.draw, recipe.memory.chunk_size)
-    }
+def signatures(recipe: Recipe, modalities: Modalities) -> set[tuple[tuple[str, int, int], ...]]:
+    """The signatures of all passes in a training run: (modality, examples, tokens) of each of their modalities."""
+    found = set()
+    for task in recipe.tasks.values():
+        for view in task.views if task.weight else ():
+            batch_size = view.batch_size or task.batch_size
+            rows = {name: batch_size * spec.draw for name, spec in task.inputs.items()}
+            for sizes in pass_sizes(rows, recipe.memory.chunk_size):
+                found.add(tuple((name, n, modalities[name].length(view[name])) for name, n in sizes.items()))
+    return found
 
 
 class CompiledEncode:
-    """`model.encode`, compiled once per signature.
+    """`model.encode_all`, compiled once per signature.
 
     More than `limit` signatures are an error: torch would only log a line and run the pass uncompiled.
     """
@@ -42,9 +42,9 @@ class CompiledEncode:
         torch._dynamo.reset()  # Signatures are counted per function, so those of an earlier model would count as well.
         torch._dynamo.config.recompile_limit = limit
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        self.limit, self.compiled = limit, torch.compile(model.encode, dynamic=False)
+        self.limit, self.compiled = limit, torch.compile(model.encode_all, dynamic=False)
 
-    def __call__(self, inputs: Mapping[str, Tokens]) -> Encoded:
+    def __call__(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
         from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
         from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
@@ -53,7 +53,8 @@ class CompiledEncode:
         except FailOnRecompileLimitHit:
             shapes = {name: tuple(tokens.coords.shape[:2]) for name, tokens in inputs.items()}
             raise UserError(
-                f"train.compile: {shapes} (examples, tokens) is none of the {self.limit} shapes of the recipe's views"
+                f"train.compile: {shapes} (examples, tokens) is not in the recipe's views, which have "
+                f"{counted(self.limit, 'signature')}"
             ) from None
         except BackendCompilerFailed as error:
             if not isinstance(error.inner_exception, InvalidCxxCompiler | CppCompileError):

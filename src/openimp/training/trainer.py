@@ -101,7 +101,7 @@ class Trainer:
 
     @staticmethod
     def losses(model: Any, task: Task, batch: Batch, encode: Encode | None = None) -> Losses:
-        """The losses of a task. `encode` replaces `model.encode` if it is compiled or works in chunks."""
+        """The losses of a task. `encode` replaces `model.encode_all` if it is compiled or works in chunks."""
         return task_losses(model, task, batch, encode)
 
     def __init__(
@@ -119,7 +119,7 @@ class Trainer:
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses, self.summed)
         text_files = self._make_model(warm_start)
         signature_count = len(signatures(recipe, self.modalities)) if recipe.train.compile else 0
-        encode = CompiledEncode(self.model, signature_count) if signature_count else self.model.encode
+        encode = CompiledEncode(self.model, signature_count) if signature_count else self.model.encode_all
         self.encode = in_chunks(encode, recipe.memory.chunk_size)
         self.updater = Updater(recipe, self.model, self.costs)
         saver = Saver(run, recipe.train.keep_last)
@@ -264,7 +264,7 @@ class Trainer:
         # Before FSDP2 replaces the model's class, whose name is in config.json.
         text_files = config_files(self.model, self.recipe, self.modalities, self.data.classes)
         apply_parallelism(
-            self.model, self.model.blocks(), self.model.experts(), ("encode", "project", "classify"),
+            self.model, self.model.blocks(), self.model.experts(), ("encode_all", "project", "classify"),
             self.layout, self.device,
         )  # fmt: skip
         return text_files
