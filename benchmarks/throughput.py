@@ -20,6 +20,7 @@ import shlex
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,10 +40,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from openimp.common.device import autocast, product_speed
+from openimp.common.device import autocast, keep_freed_memory, product_speed
 from openimp.common.progress import console
 from openimp.common.versions import openimp_version, processor
 from openimp.data.batch import Batch, head_key
+from openimp.data.step_batches import LoadedBatch
 from openimp.model.imp import IMP
 from openimp.objectives import task_losses
 from openimp.recipe.schema import Recipe
@@ -57,30 +59,55 @@ CPU = torch.device("cpu")
 def use_threads(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @cache
 def peak(threads: int) -> float:
     """FLOP/s of a large matrix product in bf16."""
-    product_speed.cache_clear()
     with use_threads(threads):
-        return product_speed(CPU, "bf16")
+        return product_speed.__wrapped__(CPU, "bf16")
 
 
-class Step:
-    """A training step of a model on one batch, with its optimizer.
+class Step(ABC):
+    """A training step on one batch of some number of tokens, with some number of threads."""
 
-    Attributes:
-        measured: the seconds of each step.
-    """
+    def __init__(self, tokens: int, threads: int) -> None:
+        self.tokens, self.threads, self.measured = tokens, threads, list[float]()
+
+    @abstractmethod
+    def run(self) -> None:
+        """Makes a step."""
+
+    @abstractmethod
+    def flops(self) -> int:
+        """FLOPs of the matrix products, forward and backward."""
+
+    def seconds(self) -> float:
+        """Makes a step and returns its time."""
+        with use_threads(self.threads):
+            start = time.perf_counter()
+            self.run()
+            self.measured.append(time.perf_counter() - start)
+        return self.measured[-1]
+
+    def mfu(self) -> float:
+        """FLOPs per second, as a share of those of a large matrix product."""
+        return self.flops() / statistics.median(self.measured) / peak(self.threads)
+
+
+class ModelStep(Step):
+    """A step of a model with AdamW."""
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor], tokens: int) -> None:
-        self.loss, self.tokens, self.threads, self.measured = loss, tokens, torch.get_num_threads(), list[float]()
+        super().__init__(tokens, torch.get_num_threads())
+        self.loss = loss
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)
 
-    def __call__(self) -> None:
+    def run(self) -> None:
         self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -90,50 +117,36 @@ class Step:
             loss = self.loss()
         loss.backward()
 
-    def seconds(self) -> float:
-        start = time.perf_counter()
-        self()
-        self.measured.append(time.perf_counter() - start)
-        return self.measured[-1]
-
-    def mfu(self) -> float:
-        """The FLOPs per second, as a share of those of a large matrix product."""
-        return self.flops() / statistics.median(self.measured) / peak(self.threads)
-
     def flops(self) -> int:
-        """FLOPs of the matrix products, forward and backward."""
         with FlopCounterMode(display=False) as counter:
             self.backward()
         return int(counter.get_total_flops())
 
 
 class DemoStep(Step):
-    """An update of the demo's model, on a number of threads."""
+    """An update of the demo's model."""
 
-    def __init__(self, trainer: Trainer, threads: int) -> None:
-        self.trainer, self.threads, self.measured = trainer, threads, list[float]()
-        self.loaded = next(
-            loaded for loaded in map(trainer.data.__getitem__, range(len(trainer.data)))
-            if (loaded.visit.task, loaded.visit.view) == ("stills", 1)
-        )  # fmt: skip
-        self.cost = trainer.costs["stills", 1]
-        self.tokens = self.cost.tokens
+    def __init__(self, trainer: Trainer, loaded: LoadedBatch, threads: int) -> None:
+        self.trainer, self.loaded = trainer, loaded
+        self.cost = trainer.costs[loaded.visit.task, loaded.visit.view]
+        super().__init__(self.cost.tokens, threads)
 
-    def __call__(self) -> None:
-        with use_threads(self.threads):
-            self.trainer.update(self.loaded)
+    def run(self) -> None:
+        self.trainer.update(self.loaded)
 
     def flops(self) -> int:
         return self.cost.model_flops
 
 
 def demo_steps(smoke: bool, folder: Path) -> tuple[DemoStep, DemoStep]:
-    """The demo's step on one thread and on two."""
+    """The demo's most frequent step on one thread and on two."""
     small = ["sources.stills.limit=64", "tasks.stills.batch_size=8", "sources.stills.cache=none"]
-    changes = ["tasks.clips.weight=0", "tasks.notes.weight=0", "train.num_workers=0", *(small if smoke else [])]
+    changes = ["tasks.clips.weight=0", "tasks.notes.weight=0", "train.num_workers=0", "train.precision=bf16"]
     with console.capture():
-        trainer = Trainer(Recipe.load("demo", changes), folder)
-    return DemoStep(trainer, 1), DemoStep(trainer, 2)
+        trainer = Trainer(Recipe.load("demo", [*changes, *(small if smoke else [])]), folder)
+    step = next(i for i, visit in enumerate(trainer.data.schedule) if visit.view == 1)
+    loaded = trainer.data[step]
+    return DemoStep(trainer, loaded, 1), DemoStep(trainer, loaded, 2)
 
 
 @dataclass
@@ -169,13 +182,14 @@ class Comparison:
     def row(self) -> list[str]:
         low, _, high = statistics.quantiles(self.ratios, n=4)
         required = "" if self.required is None else f"{self.required:g}: {'reached' if self.reached else 'MISSED'}"
-        size = [f"{self.variant.flops() / 1e9:.1f}", f"{self.variant.tokens}", f"{self.variant.mfu():.0%}"]
-        return [self.name, self.against, *size, f"{self.median:.2f}", f"{low:.2f}-{high:.2f}", required]
+        size = [f"{self.variant.flops() / 1e9:.1f}", f"{self.variant.tokens}"]
+        mfu = [f"{self.variant.mfu():.0%}", f"{self.baseline.mfu():.0%}"]
+        return [self.name, self.against, *size, *mfu, f"{self.median:.2f}", f"{low:.2f}-{high:.2f}", required]
 
 
 COLUMNS = [
-    "variant", "baseline", "GFLOPs per step", "tokens per step", "MFU", "speedup", "interquartile range",
-    "required speedup",
+    "variant", "baseline", "GFLOPs per step", "tokens per step", "MFU", "MFU of the baseline", "speedup",
+    "interquartile range", "required speedup",
 ]  # fmt: skip
 
 
@@ -206,7 +220,7 @@ def openimp_step(batch: int, name: str, drop: float = 0.0, compiled: bool = Fals
     data = Batch({"image": tokens}, {"": torch.arange(batch)}, {"label": label}, list(range(batch)))
     encode = torch.compile(imp.encode_all, dynamic=False) if compiled else None
     count = tokens.coords.shape[0] * tokens.coords.shape[1]
-    return Step(imp, lambda: task_losses(imp, recipe.tasks["all"], data, encode).total, count)
+    return ModelStep(imp, lambda: task_losses(imp, recipe.tasks["all"], data, encode).total, count)
 
 
 def timm_step(batch: int, fused: bool, **changes: Any) -> Step:
@@ -220,7 +234,7 @@ def timm_step(batch: int, fused: bool, **changes: Any) -> Step:
     ).train()  # fmt: skip
     pixels, label = images(batch)
     x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
-    return Step(vit, lambda: F.cross_entropy(vit(x).float(), label), batch * (SIZE // PATCH) ** 2)
+    return ModelStep(vit, lambda: F.cross_entropy(vit(x).float(), label), batch * (SIZE // PATCH) ** 2)
 
 
 def comparisons(smoke: bool, compiled: bool, folder: Path) -> list[Comparison]:
@@ -246,7 +260,6 @@ def comparisons(smoke: bool, compiled: bool, folder: Path) -> list[Comparison]:
         Comparison("IMP-MoE-S, token choice", sparse("token_choice"), "IMP-S", base),
         Comparison("IMP-S, 75% of tokens dropped", dense(0.75), "IMP-S", base, 3.0),
         Comparison("demo, two threads", two_threads, "demo, one thread", one_thread),
-        Comparison("demo, one thread", one_thread, "demo, two threads", two_threads),
     ]
     if compiled:
         both = dense(compiled=True), sparse("expert_choice", compiled=True)
@@ -287,14 +300,16 @@ def main() -> int:
     if args.write and "-dirty" in openimp_version():
         parser.error("--write: the page names a commit, but the checkout has uncommitted changes; commit them first")
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # As in training.
     pairs = 2 if args.smoke else max(2, args.pairs)
     with TemporaryDirectory() as folder:
         found = comparisons(args.smoke, args.compile, Path(folder))
     if args.smoke:
         found = [replace(item, required=None) for item in found]
     for step in {id(step): step for item in found for step in (item.variant, item.baseline)}.values():
-        step()
-        step()
+        with use_threads(step.threads):
+            step.run()
+            step.run()
     for i in track(range(pairs), "pairs", console=Console(stderr=True)):
         for item in found:
             item.measure(swap=i % 2 == 1)

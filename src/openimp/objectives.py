@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openimp.common.device import full_precision
 from openimp.data.batch import Batch, head_key
-from openimp.model.embedder import Encode, Encoded
+from openimp.model.embedder import EncodeAll, Encoded
 from openimp.model.imp import IMP
 from openimp.parallel.distributed import all_gather
 from openimp.recipe.tasks import Classification, Contrastive, Task, classified_by, pairs_of
@@ -34,14 +34,14 @@ class Losses:
     encoded: dict[str, Encoded]  # by modality
 
 
-def task_losses(model: IMP, task: Task, batch: Batch, encode: Encode | None = None) -> Losses:
+def task_losses(model: IMP, task: Task, batch: Batch, encode_all: EncodeAll | None = None) -> Losses:
     """Encodes all modalities of the batch in one pass and returns the weighted sum of the task's objectives.
 
     The loss of an objective is the mean over its pairs, or over the modalities that it classifies. The router losses,
-    which `model.moe` has weighted, are summed over layers and averaged over modalities. `encode` replaces
+    which `model.moe` has weighted, are summed over layers and averaged over modalities. `encode_all` replaces
     `model.encode_all`, for example by the compiled function.
     """
-    encoded = (encode or model.encode_all)(batch.tokens)
+    encoded = (encode_all or model.encode_all)(batch.tokens)
     parts: dict[str, Tensor] = {}
     total = torch.zeros((), device=next(iter(encoded.values())).features.device)
     for objective in task.objectives:

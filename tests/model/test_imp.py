@@ -86,7 +86,7 @@ def test_features_are_the_mean_of_the_valid_tokens():
 @pytest.mark.parametrize("routing", [None, "expert_choice", "expert_choice_batch", "token_choice", "soft"])
 def test_one_pass_of_all_modalities_equals_a_pass_of_each(routing, own):
     """Features, router statistics and gradients; batch sizes differ, and one modality has a mask."""
-    moe = routing and {"experts": 4, "layers": 1, "routing": routing}
+    moe = routing and {"experts": 4, "layers": 1 + own, "routing": routing}
     model = small(moe=moe, modality_specific_layers=own, qk_norm=True).train()
     if routing and routing != "soft":  # Routers start nearly indifferent; this one has preferences.
         torch.nn.init.normal_(model.encoder.blocks[-1].mlp.router.weight_ED, std=0.7)
@@ -101,11 +101,22 @@ def test_one_pass_of_all_modalities_equals_a_pass_of_each(routing, own):
     (together, gradients), (separate, expected) = results
     for name in inputs:
         torch.testing.assert_close(together[name].features, separate[name].features, rtol=0, atol=1e-5)
-        assert len(together[name].routing) == len(separate[name].routing) == bool(routing)
+        assert len(together[name].routing) == len(separate[name].routing) == (1 + own if routing else 0)
         for found, wanted in zip(together[name].routing, separate[name].routing):
             torch.testing.assert_close([*found], [*wanted], rtol=0, atol=1e-5)
+    assert not together["text"].features[4].any()  # It has no valid token.
     for found, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("moe", [None, {"experts": 4, "layers": 1}])
+def test_a_model_in_bf16_or_fp64_encodes_in_its_own_type(moe):
+    for dtype in (torch.bfloat16, torch.float64):
+        model, image = small(moe=moe).to(dtype), patches(2)
+        inputs = {"image": image._replace(values=image.values.to(dtype)), "text": texts([3, 7], 16)}
+        for name, encoded in model.encode_all(inputs).items():
+            assert encoded.features.dtype == dtype
+            assert model.project(encoded.features, name, "text" if name == "image" else "image").isfinite().all()
 
 
 @pytest.mark.parametrize("moe", [None, {"experts": 4, "layers": 1}])

@@ -11,7 +11,7 @@ from openimp.common.errors import UserError
 from openimp.common.modality import Tokens
 from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
-from openimp.training.compilation import CompiledEncode
+from openimp.training.compilation import CompiledEncodeAll
 from openimp.training.trainer import Trainer
 
 QUICK = ["tasks.heard.weight=0", "evaluation={}", "model.layers=1", "model.moe=null", "train.precision=fp32",
@@ -44,9 +44,9 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, c
 
     unseen = Tokens(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, 1, dtype=torch.int64))
     with pytest.raises(UserError) as error:
-        training.encode({"text": unseen})
+        training.encode_all({"text": unseen})
     assert str(error.value) == (
-        "train.compile: {'text': (3, 5)} (examples, tokens) is not in the recipe's views, which have 1 signature"
+        "train.compile: {'text': (3, 5)} (examples, tokens) occurs in no step of the recipe, so it is not compiled"
     )
 
 
@@ -56,7 +56,7 @@ def test_a_folder_that_another_user_made_for_torchs_code_is_refused(tmp_path, mo
     planted = Path(default_cache_dir())
     planted.symlink_to(foreign_folder)
     with pytest.raises(UserError, match=f"{planted}: belongs to another user; set TMPDIR to a folder of your own"):
-        CompiledEncode(torch.nn.Identity(), 1)
+        CompiledEncodeAll(torch.nn.Identity(), 1)
 
 
 def test_a_compiler_that_is_missing_is_told_in_one_sentence(tiny_recipe, tiny_model):
@@ -64,4 +64,4 @@ def test_a_compiler_that_is_missing_is_told_in_one_sentence(tiny_recipe, tiny_mo
     tokens = Tokens(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, 1, dtype=torch.int64))
     missing = {"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}
     with torch._inductor.config.patch(missing), pytest.raises(UserError, match="install a compiler, such as g"):
-        CompiledEncode(model, 1)({"text": tokens})
+        CompiledEncodeAll(model, 1)({"text": tokens})

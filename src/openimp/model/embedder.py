@@ -19,44 +19,44 @@ from openimp.recipe.model import Model
 
 
 class Encoded(NamedTuple):
-    """The features of a batch."""
+    """The result of encoding one modality of a batch."""
 
     features: Tensor  # (B, D)
     routing: list[RouterStats]  # statistics of each sparse layer, in order; empty for a dense model
 
 
-Encode = Callable[[Mapping[str, Tokens]], dict[str, Encoded]]
+EncodeAll = Callable[[Mapping[str, Tokens]], dict[str, Encoded]]
 """`Embedder.encode_all`, or a function that replaces it."""
 
 
-def in_chunks(encode: Encode, chunk_size: int | None) -> Encode:
-    """Wraps `encode` so that the activations of at most `chunk_size` examples of each modality are in memory at a time.
+def in_chunks(encode_all: EncodeAll, chunk_size: int | None) -> EncodeAll:
+    """Wraps `encode_all` so that the activations of at most `chunk_size` examples per modality are in memory at a time.
 
     GradCache (arXiv 2101.06983): the forward pass keeps only the features of each chunk. The backward pass encodes the
     chunks again, one at a time. The loss may be any function of the features of the whole batch.
     """
     if chunk_size is None:
-        return encode
+        return encode_all
 
     def encode_chunks(inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
-        pieces = {name: tokens.split(chunk_size) for name, tokens in inputs.items()}
-        rows = zip_longest(*pieces.values())
-        chunks = [{name: piece for name, piece in zip(inputs, row) if piece is not None} for row in rows]
+        parts = {name: tokens.split(chunk_size) for name, tokens in inputs.items()}
+        rows = zip_longest(*parts.values())
+        chunks = [{name: part for name, part in zip(inputs, row) if part is not None} for row in rows]
         if len(chunks) == 1:
-            return encode(inputs)
-        encoded = [checkpoint(encode, chunk, use_reentrant=False) for chunk in chunks]
-        return {name: _join(pieces[name], [chunk[name] for chunk in encoded if name in chunk]) for name in inputs}
+            return encode_all(inputs)
+        encoded = [checkpoint(encode_all, chunk, use_reentrant=False) for chunk in chunks]
+        return {name: _join(parts[name], [chunk[name] for chunk in encoded if name in chunk]) for name in inputs}
 
     return encode_chunks
 
 
-def _join(pieces: list[Tokens], encoded: list[Encoded]) -> Encoded:
-    """The result for one modality from those for pieces of its batch."""
+def _join(parts: list[Tokens], encoded: list[Encoded]) -> Encoded:
+    """The result for one modality from those for the parts of its batch."""
     # Averaged over all ranks, because the routers' statistics are.
-    counts = all_reduce_mean(torch.stack([tokens.valid().sum().float() for tokens in pieces]))
+    counts = all_reduce_mean(torch.stack([tokens.valid().sum().float() for tokens in parts]))
     shares = (counts / counts.sum().clamp(min=1)).unbind()
-    routing = [RouterStats.mean(stats, shares) for stats in zip(*(piece.routing for piece in encoded))]
-    return Encoded(torch.cat([piece.features for piece in encoded]), routing)
+    routing = [RouterStats.mean(stats, shares) for stats in zip(*(part.routing for part in encoded))]
+    return Encoded(torch.cat([part.features for part in encoded]), routing)
 
 
 def pass_sizes(examples: Mapping[str, int], chunk_size: int | None) -> list[dict[str, int]]:

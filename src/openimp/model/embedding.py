@@ -53,6 +53,7 @@ class Stem(nn.Module):
 
 def _embed_patches(embed: nn.Linear, values_BLP: Tensor, scale: float) -> Tensor:
     if values_BLP.dtype == torch.uint8:
+        # (x / 127.5 - 1) w = (x - 127.5) (w / 127.5), with one pass over the pixels instead of three.
         values_BLP, scale = values_BLP - 127.5, scale / 127.5
     repeats, rest = divmod(embed.in_features, values_BLP.shape[-1])
     if rest:

@@ -1,7 +1,7 @@
 """The Transformer encoder: pre-norm blocks without biases, of which the last ones may be sparse.
 
-A pass processes several inputs, for example one per modality. Each has its own B and L, and attention and routers treat
-it by itself. All other layers work on the tokens of all inputs at once.
+A pass processes several inputs, for example one per modality. Each has its own B and L. Attention, the choice of tokens
+by routers, and the slots of soft layers treat it by itself. Other layers work on the tokens of all inputs at once.
 
 Shape suffixes: B examples, L tokens, T tokens of all inputs, D width, H heads, K features per head.
 """
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, shapes: Shapes, masks: Masks) -> Tensor:
         qkv = split_tokens(self.qkv(x_TD), shapes)
-        # Concatenated before the layer, the results of a fused kernel would be kept twice for the backward pass.
+        # If the layer followed the concatenation, the results of a fused kernel would be kept twice for its gradient.
         return torch.cat([self.out(self._mix(*part)) for part in zip(qkv, masks)])
 
     def _mix(self, qkv_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
@@ -144,8 +144,8 @@ class Encoder(nn.Module):
                 x_TD, stats = checkpoint(block, x_TD, shapes, masks, counts, use_reentrant=False)
             else:
                 x_TD, stats = block(x_TD, shapes, masks, counts)
-            for layers, layer in zip(routing, stats):
-                layers.append(layer)
+            for collected, found in zip(routing, stats):
+                collected.append(found)
         return x_TD, routing
 
 

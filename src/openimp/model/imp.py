@@ -74,7 +74,7 @@ class IMP(Embedder):
         return encoded
 
     def encode_all(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
-        """The tokens of each modality go through its stem and through the shared blocks in one pass."""
+        """Encodes each modality by itself, but all in one pass through the shared blocks. Batch sizes may differ."""
         return dict(zip(inputs, self._encode([{name: tokens} for name, tokens in inputs.items()])))
 
     def _encode(self, sequences: Sequence[Mapping[str, Tokens]]) -> list[Encoded]:
@@ -100,8 +100,9 @@ class IMP(Embedder):
         masks = [None] * len(lengths) if mask_BL is None else mask_BL.split(lengths, dim=1)
         # The last layer is linear, so it may follow the mean instead of transforming every token.
         means, counts = zip(*map(_mean, x_BLD.split(lengths, dim=1), masks))
-        sums = [self.stem(name).after(mean_BD) * count_B1 for name, mean_BD, count_B1 in zip(inputs, means, counts)]
-        return sum(sums) / sum(counts).clamp(min=1)
+        total_B1 = sum(counts).clamp(min=1)
+        features = [self.stem(name).after(mean_BD) for name, mean_BD in zip(inputs, means)]
+        return sum(x_BD * (count_B1 / total_B1).type_as(x_BD) for x_BD, count_B1 in zip(features, counts))
 
     def stem(self, modality: str) -> Stem:
         """The stem of a modality; modalities may share one."""
@@ -171,6 +172,7 @@ def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
     """The mean over valid tokens (B, D), and their number (B, 1)."""
     if mask_BL is None:
         return x_BLD.mean(1), torch.full((len(x_BLD), 1), float(x_BLD.shape[1]), device=x_BLD.device)
-    # Both are fp32 because bf16 rounds numbers above 256.
     count_B1 = mask_BL.sum(1, keepdim=True, dtype=torch.float32)
-    return (x_BLD * mask_BL[..., None]).sum(1, dtype=torch.float32) / count_B1.clamp(min=1), count_B1
+    # Summed in fp32, because the rounding errors of a long sum in bf16 add up.
+    sum_BD = (x_BLD * mask_BL[..., None]).sum(1, dtype=torch.float32)
+    return (sum_BD / count_B1.clamp(min=1)).type_as(x_BLD), count_B1

@@ -89,8 +89,8 @@ def _count(
         for i, view in enumerate(task.views):
             batch = empty_batch(task, i, modalities, classes, torch.device("meta"))
             with FlopCounterMode(display=False) as counter:
-                encode = in_chunks(model.encode_all, recipe.memory.chunk_size)
-                losses(model, task, batch, encode).total.backward()
+                encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
+                losses(model, task, batch, encode_all).total.backward()
             tokens = sum(t.coords.shape[0] * t.coords.shape[1] for t in batch.tokens.values())
             touched = frozenset(name for name, weight in model.named_parameters() if weight.grad is not None)
             model.zero_grad()

@@ -115,8 +115,8 @@ def step_memory(
                 _send_slots(model, owners, memory)
             memory.inputs = sum(t.nbytes for t in tree_leaves(vars(batch)) if isinstance(t, Tensor))
             with autocast(CPU, precision):
-                encode = in_chunks(model.encode_all, recipe.memory.chunk_size)
-                losses = task_losses(model, recipe.tasks[task], batch, encode)
+                encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
+                losses = task_losses(model, recipe.tasks[task], batch, encode_all)
             losses.total.backward()
     return memory
 

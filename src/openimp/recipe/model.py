@@ -21,9 +21,9 @@ class MoE(Strict):
     """Number of sparse blocks, which are the last ones."""
     routing: Literal["expert_choice", "expert_choice_batch", "token_choice", "soft"] = "expert_choice"
     """How tokens are assigned to experts. expert_choice: experts choose among the tokens of one example.
-    expert_choice_batch: in training, they choose among those of the whole batch. token_choice: each token chooses its
-    `top_k` experts, in training up to their capacity. soft: each slot of an expert takes a weighted mean of the
-    example's tokens (Soft MoE, arXiv 2308.00951)."""
+    expert_choice_batch: in training, they choose among those of the modality's whole batch. token_choice: each token
+    chooses its `top_k` experts, in training up to their capacity. soft: each slot of an expert takes a weighted mean of
+    the example's tokens (Soft MoE, arXiv 2308.00951)."""
     capacity_factor: Positive = 1.0
     """Capacity of an expert, as a multiple of tokens / experts (in token choice, of `top_k` x tokens / experts). Soft
     routing ignores it."""

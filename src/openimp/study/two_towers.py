@@ -26,7 +26,7 @@ from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Modality, Tokens
 from openimp.data.batch import Batch
 from openimp.modalities.text import END, PAD
-from openimp.model.embedder import Embedder, Encode, Encoded
+from openimp.model.embedder import Embedder, EncodeAll, Encoded
 from openimp.objectives import Losses
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Contrastive, Task
@@ -131,11 +131,11 @@ class TwoTowerTrainer(Trainer):
         return TwoTowers(recipe, modalities)
 
     @staticmethod
-    def losses(model: Any, task: Task, batch: Batch, encode: Encode | None = None) -> Losses:
+    def losses(model: Any, task: Task, batch: Batch, encode_all: EncodeAll | None = None) -> Losses:
         """`open_clip.ClipLoss`, with similarities and softmax in fp32."""
         from open_clip import ClipLoss
 
-        encoded = (encode or model.encode_all)(batch.tokens)
+        encoded = (encode_all or model.encode_all)(batch.tokens)
         a, b = task.inputs
         z_BZ, other_BZ = model.project(encoded[a].features, a, b), model.project(encoded[b].features, b, a)
         with full_precision(z_BZ.device):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from openimp.common.errors import UserError, counted
+from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Tokens
 from openimp.common.safe_files import cache_folder, private_folder
 from openimp.model.embedder import Embedder, Encoded, pass_sizes
@@ -25,7 +25,7 @@ def signatures(recipe: Recipe, modalities: Modalities) -> set[tuple[tuple[str, i
     return found
 
 
-class CompiledEncode:
+class CompiledEncodeAll:
     """`model.encode_all`, compiled once per signature.
 
     More than `limit` signatures are an error: torch would only log a line and run the pass uncompiled.
@@ -42,7 +42,7 @@ class CompiledEncode:
         torch._dynamo.reset()  # Signatures are counted per function, so those of an earlier model would count as well.
         torch._dynamo.config.recompile_limit = limit
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        self.limit, self.compiled = limit, torch.compile(model.encode_all, dynamic=False)
+        self.compiled = torch.compile(model.encode_all, dynamic=False)
 
     def __call__(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
         from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
@@ -53,8 +53,7 @@ class CompiledEncode:
         except FailOnRecompileLimitHit:
             shapes = {name: tuple(tokens.coords.shape[:2]) for name, tokens in inputs.items()}
             raise UserError(
-                f"train.compile: {shapes} (examples, tokens) is not in the recipe's views, which have "
-                f"{counted(self.limit, 'signature')}"
+                f"train.compile: {shapes} (examples, tokens) occurs in no step of the recipe, so it is not compiled"
             ) from None
         except BackendCompilerFailed as error:
             if not isinstance(error.inner_exception, InvalidCxxCompiler | CppCompileError):

@@ -21,7 +21,7 @@ from openimp.data.batch import Batch
 from openimp.data.loader import load_batches
 from openimp.data.step_batches import LoadedBatch, StepBatches
 from openimp.evaluation.evaluate import check_sets
-from openimp.model.embedder import Embedder, Encode, in_chunks
+from openimp.model.embedder import Embedder, EncodeAll, in_chunks
 from openimp.model.imp import IMP
 from openimp.objectives import Losses, task_losses
 from openimp.parallel import distributed
@@ -30,7 +30,7 @@ from openimp.planning.ledger import costs
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 from openimp.training.checkpointing import Checkpointing
-from openimp.training.compilation import CompiledEncode, signatures
+from openimp.training.compilation import CompiledEncodeAll, signatures
 from openimp.training.log import Log, print_plan
 from openimp.training.run_directory import RunDirectory, locked
 from openimp.training.stopping import Stop, Stopped, stop_signals
@@ -100,9 +100,9 @@ class Trainer:
         return IMP.from_recipe(recipe, modalities, classes)
 
     @staticmethod
-    def losses(model: Any, task: Task, batch: Batch, encode: Encode | None = None) -> Losses:
-        """The losses of a task. `encode` replaces `model.encode_all` if it is compiled or works in chunks."""
-        return task_losses(model, task, batch, encode)
+    def losses(model: Any, task: Task, batch: Batch, encode_all: EncodeAll | None = None) -> Losses:
+        """The losses of a task. `encode_all` replaces `model.encode_all` if it is compiled or works in chunks."""
+        return task_losses(model, task, batch, encode_all)
 
     def __init__(
         self, recipe: Recipe, run: Path, resume: bool | Literal["auto"] = False, allow_changed_data: bool = False
@@ -119,8 +119,8 @@ class Trainer:
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses, self.summed)
         text_files = self._make_model(warm_start)
         signature_count = len(signatures(recipe, self.modalities)) if recipe.train.compile else 0
-        encode = CompiledEncode(self.model, signature_count) if signature_count else self.model.encode_all
-        self.encode = in_chunks(encode, recipe.memory.chunk_size)
+        encode_all = CompiledEncodeAll(self.model, signature_count) if signature_count else self.model.encode_all
+        self.encode_all = in_chunks(encode_all, recipe.memory.chunk_size)
         self.updater = Updater(recipe, self.model, self.costs)
         saver = Saver(run, recipe.train.keep_last)
         self.checkpointing = Checkpointing(saver, self.model, self.updater, text_files, self.state)
@@ -181,7 +181,7 @@ class Trainer:
         """The losses of the step's task."""
         task = self.recipe.tasks[loaded.visit.task]
         with autocast(self.device, self.recipe.train.precision):
-            return self.losses(self.model, task, loaded.batch.to(self.device), self.encode)
+            return self.losses(self.model, task, loaded.batch.to(self.device), self.encode_all)
 
     def apply_gradients(self, loaded: LoadedBatch, losses: Losses) -> None:
         """Updates the weights from their gradients, and counts the step. UserError if a gradient is not finite."""
@@ -264,7 +264,7 @@ class Trainer:
         # Before FSDP2 replaces the model's class, whose name is in config.json.
         text_files = config_files(self.model, self.recipe, self.modalities, self.data.classes)
         apply_parallelism(
-            self.model, self.model.blocks(), self.model.experts(), ("encode_all", "project", "classify"),
+            self.model, self.model.blocks(), self.model.experts(), ("encode", "encode_all", "project", "classify"),
             self.layout, self.device,
         )  # fmt: skip
         return text_files
