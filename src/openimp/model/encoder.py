@@ -1,7 +1,7 @@
 """The Transformer encoder: pre-norm blocks without biases, of which the last ones may be sparse.
 
-A pass processes several inputs, for example one per modality. Each has its own B and L. Attention, the choice of tokens
-by routers, and the slots of soft layers treat it by itself. Other layers work on the tokens of all inputs at once.
+A pass processes several inputs, for example one per modality, each with its own B and L. Attention, routers and the
+slots of soft layers treat the inputs separately. All other layers process the tokens of all inputs at once.
 
 Shape suffixes: B examples, L tokens, T tokens of all inputs, D width, H heads, K features per head.
 """
@@ -40,9 +40,9 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, shapes: Shapes, masks: Masks) -> Tensor:
         qkv = split_tokens(self.qkv(x_TD), shapes)
         # If the layer followed the concatenation, the results of a fused kernel would be kept twice for its gradient.
-        return torch.cat([self.out(self._mix(*part)) for part in zip(qkv, masks)])
+        return torch.cat([self.out(self._head_results(*part)) for part in zip(qkv, masks)])
 
-    def _mix(self, qkv_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+    def _head_results(self, qkv_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
         """The heads' results (B L, D) for the queries, keys and values of one input."""
         qkv = qkv_BLD.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         # Otherwise the norms would copy, in the forward pass and again in the backward pass.

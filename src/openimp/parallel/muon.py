@@ -86,9 +86,11 @@ def orthogonalize(x_NRC: Tensor) -> Tensor:
     x_NRC = x_NRC / x_NRC.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     wide = x_NRC.shape[1] <= x_NRC.shape[2]
     for a, b, c in NEWTON_SCHULZ:
+        # The smaller of the two Gram matrices. Both give the same result.
         gram = x_NRC @ x_NRC.mT if wide else x_NRC.mT @ x_NRC
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x_NRC = torch.baddbmm(x_NRC, *((factor, x_NRC) if wide else (x_NRC, factor)), beta=a)
+        left, right = (factor, x_NRC) if wide else (x_NRC, factor)
+        x_NRC = torch.baddbmm(x_NRC, left, right, beta=a)
     return x_NRC
 
 
