@@ -1,7 +1,13 @@
 """The loader: the same batches whoever makes them, from wherever they go on, and whatever is broken on the disk."""
 
 import json
+import multiprocessing
+import os
 import re
+import socket
+import sys
+from multiprocessing.connection import Connection
+from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +18,7 @@ import torch
 
 from openimp.common.errors import UserError
 from openimp.data import step_batches
-from openimp.data.loader import load_batches
+from openimp.data.loader import _init_worker, load_batches
 from openimp.data.order import example_rng, seed_key
 from openimp.data.step_batches import LoadedBatch, StepBatches
 from openimp.data.streams import Stream
@@ -419,3 +425,31 @@ def test_a_cut_tar_is_counted_and_passed_over(streamed):
     bad = [where for item in steps for where, _ in item.bad]
     assert set(bad) == {"0.tar[the rest]"}
     assert len(bad) > 1  # once an epoch
+
+
+def hand_over_a_file(to: Connection) -> None:
+    """A worker that hands over a file as it does a batch."""
+    _init_worker(0)
+    read, write = os.pipe()
+    os.write(write, b"batch")
+    to.send(DupFd(read))
+    to.recv()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there workers are forked")
+def test_a_worker_prints_no_traceback_if_a_handover_is_cut_off(capfd):
+    ours, theirs = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("fork").Process(target=hand_over_a_file, args=(theirs,))
+    worker.start()
+    shared = ours.recv()
+    address, _ = shared._id
+    with socket.socket(socket.AF_UNIX) as cut_off:
+        cut_off.connect(address)
+    # Handovers are served one after the other, so the first one has failed when this one succeeds.
+    file = shared.detach()
+    assert os.read(file, 5) == b"batch"
+    os.close(file)
+    ours.send(None)
+    worker.join()
+    assert worker.exitcode == 0
+    assert "Traceback" not in capfd.readouterr().err
