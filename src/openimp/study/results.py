@@ -45,8 +45,8 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
         _score_table(outcomes),
         f"Mean reciprocal rank in percent, averaged over both directions: mean and standard deviation over {seeds}. "
         "TFLOPs count forward and backward passes and the optimizer. Peak memory is the most that one update allocates "
-        "beyond weights, optimizer state and batch. The milliseconds were measured on a shared machine and are only a "
-        "rough guide.",
+        "beyond weights, optimizer state and batch. The minutes of training were measured on a shared machine and are only "
+        "a rough guide.",
     ]
     if study.clip_benchmark:
         sections += [
@@ -95,10 +95,10 @@ def _score_table(outcomes: Outcomes) -> str:
             f"{statistics.mean(seed.flops for seed in seeds) / 1e12:.2f}",
             f"{seeds[0].parameters / 1e6:.2f}M",
             f"{seeds[0].memory / 2**20:,.0f} MiB",
-            f"{statistics.median(seed.seconds / seed.steps for seed in seeds) * 1e3:.0f}",
+            f"{statistics.mean(seed.seconds for seed in seeds) / 60:.1f}",
         ]
         rows.append([arm, *cells])
-    costs = ["steps", "TFLOPs", "parameters", "peak memory", "ms per step"]
+    costs = ["steps", "TFLOPs", "parameters", "peak memory", "minutes"]
     return _markdown(["arm", *(title for title, _ in columns), *costs], rows)
 
 
