@@ -77,11 +77,19 @@ def eval(
     set_: SetOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Append the results to this file, as JSON lines.")] = None,
     allow_sources: AllowSourcesOption = False,
+    mteb: Annotated[
+        list[str] | None,
+        typer.Option("--mteb", help="A task or benchmark of mteb, instead of the recipe's sets. Can be repeated."),
+    ] = None,
+    clip_benchmark: Annotated[
+        list[str] | None,
+        typer.Option("--clip-benchmark", help="The same for CLIP_benchmark: a folder, or OWNER/NAME on the Hub."),
+    ] = None,
 ) -> None:
     """Evaluate a model: retrieval, zero-shot classification, trained heads and probes, each compared with chance."""
     from openimp.commands import run_eval
 
-    run_eval(run, sets, recipe, out, set_, allow_sources)
+    run_eval(run, sets, recipe, out, set_, allow_sources, mteb, clip_benchmark)
 
 
 @app.command()

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from openimp.checkpoint.folder import checkpoints, describe_model, load_model, model_folder, saved_step
+from openimp.checkpoint.folder import checkpoints, describe_model, find_model, load_model, model_folder, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError, counted
 from openimp.common.json_lines import append
@@ -19,6 +19,8 @@ from openimp.data.targets import classes_of
 from openimp.data.trust import check_sources
 from openimp.evaluation.evaluate import NotMeasured, evaluate
 from openimp.evaluation.results import latest, read_results, table
+from openimp.inference.benchmarks import find_benchmarks, measure
+from openimp.inference.model import load
 from openimp.model.imp import IMP
 from openimp.planning.gpus import USABLE
 from openimp.planning.ledger import costs, mixture_table, short
@@ -62,13 +64,20 @@ def run_eval(
     out: Path | None,
     overrides: list[str] | None = None,
     allow_sources: bool = False,
+    mteb: list[str] | None = None,
+    clip_benchmark: list[str] | None = None,
 ) -> None:
-    """Measures a model on evaluation sets of its own recipe or of the recipe `other`, and prints the results.
+    """Measures a model on evaluation sets of its own recipe or of the recipe `other`, or on published benchmarks, and
+    prints the results.
 
     If sets cannot be measured, the results of the others are printed and written before NotMeasured is raised.
     """
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
+    if mteb or clip_benchmark:
+        if sets or other or overrides or allow_sources:
+            raise UserError("--mteb and --clip-benchmark take no evaluation sets, --recipe, --set or --allow-sources")
+        return _run_benchmarks(path, mteb or [], clip_benchmark or [], out)
     folder = model_folder(path)
     model, recipe, modalities, classes = load_model(folder)
     given: Collection[str] = ()  # sources that the user's own recipe defines
@@ -90,6 +99,28 @@ def run_eval(
         append(out, result)
     if failed:
         raise failed
+
+
+def _run_benchmarks(path: Path, mteb: list[str], clip_benchmark: list[str], out: Path | None) -> None:
+    """Measures a model on published benchmarks, and prints the results. Each is written to `out` at once.
+
+    If benchmarks cannot be measured, the results of the others are printed before NotMeasured is raised.
+    """
+    folder = find_model(str(path))
+    model = load(folder)
+    model.precision = model.recipe.train.precision
+    benchmarks, left_out = find_benchmarks(model, mteb, clip_benchmark)
+    for sentence in left_out:
+        console.print(sentence, soft_wrap=True)
+    results = []
+    try:
+        for result in measure(model, saved_step(folder), benchmarks):
+            results.append(result)
+            if out:
+                append(out, result)
+    finally:
+        if results:
+            console.print(table(results))
 
 
 def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple[Recipe, Collection[str]]:

@@ -319,6 +319,20 @@ def test_a_set_whose_data_is_gone_keeps_its_recorded_figures(own_data, tmp_path)
     assert f"{100 * result['top1']:.1f}%" in page
 
 
+def test_results_of_published_benchmarks_are_shown_as_recorded(little_run, tmp_path, capsys):
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
+    about = {"step": 12, "skipped": 0, "library": "mteb 2.26", "note": "one prompt"}
+    known = {"task": "audio -> text", "n": 2000, "candidates": 50, "interval": [0.11, 0.14], "chance": 0.02}
+    unknown = {"task": "audio (v_measure)", "n": None, "candidates": None, "interval": None, "chance": None}
+    append(run / "results.jsonl", {"set": "ESC50_Zeroshot", "type": "zero_shot", **known, "top1": 0.123, **about})
+    append(run / "results.jsonl", {"set": "Sounds", "type": "AudioClustering", **unknown, "score": -0.0321, **about})
+    page = write_report(run).read_text()
+    assert all(text in page for text in ("12.3%", "ESC50_Zeroshot: one prompt", "-3.2%", "Sounds: one prompt"))
+    assert "None" not in page
+    run_info(str(run), [])
+    assert "-3.2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [({"grad_norm": ...}, "grad_norm: required value is missing"), ({"tasks": ["named"]}, "tasks: "),

@@ -13,7 +13,7 @@ from processes import Process
 
 from openimp.alternation import Alternation
 from openimp.common.errors import UserError
-from openimp.common.json_lines import read_lines
+from openimp.common.json_lines import append, read_lines
 from openimp.recipe.file import find_file
 from openimp.recipe.schema import Recipe
 from openimp.study.budget import part_recipe
@@ -157,6 +157,17 @@ def test_damaged_results_are_refused(done, tmp_path, name, lines, message):
     )
     with pytest.raises(UserError, match=message):
         run_study(str(file), tmp_path / "runs", tmp_path / "out")
+
+
+def test_results_of_published_benchmarks_are_no_scores_of_a_study(little_run, tmp_path):
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
+    before, after = Outcome(), Outcome()
+    before.add(run, 0)
+    about = {"set": "flickr", "type": "retrieval", "step": 12, "task": "image -> text", "library": "clip-benchmark 1"}
+    figures = {"n": 9, "candidates": 9, "r1": 0.5, "interval": [0.2, 0.8], "chance": 0.1, "skipped": 0}
+    append(run / "results.jsonl", about | figures)
+    after.add(run, 0)
+    assert after.scores == before.scores
 
 
 @pytest.mark.parametrize("out", ["file", "file/folder"])

@@ -4,7 +4,7 @@ import glob
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
@@ -93,16 +93,27 @@ def _is_own(about: os.stat_result) -> bool:
     return not hasattr(os, "getuid") or about.st_uid == os.getuid()  # Windows has no `getuid`.
 
 
-def refuse_links(folder: Path) -> None:
-    """Refuses a run or a model's folder in which a file that openimp reads or writes is a link out of it, or a pipe.
+RUN_FILES = (
+    "*",
+    "model/*",
+    "ema/*",
+    "tensorboard/*",
+    "checkpoints/*",
+    "checkpoints/step-*/*",
+    "checkpoints/step-*/*/*",
+)
+"""Patterns of the files in a run or a model's folder that openimp reads or writes."""
 
-    Otherwise a run made by somebody else could make openimp read or overwrite the user's own files, or wait for ever.
+
+def refuse_links(folder: Path, patterns: Iterable[str] = RUN_FILES) -> None:
+    """Refuses a folder in which a file that openimp reads or writes is a link out of it, or a pipe.
+
+    `patterns` finds these files. Otherwise a run or a model made by somebody else could make openimp read or overwrite
+    the user's own files, or wait for ever.
     The files in the cache of the Hugging Face Hub are links; these may lead to the `blobs` folder of that cache.
     """
     real = Path(os.path.realpath(folder))
     allowed = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
-    patterns = ("*", "model/*", "ema/*", "tensorboard/*", "checkpoints/*", "checkpoints/step-*/*",
-                "checkpoints/step-*/*/*")  # fmt: skip
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(place) for place in allowed):
             raise UserError(f"{path}: is a link out of {folder}, which openimp does not follow; remove the link")

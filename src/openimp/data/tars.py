@@ -28,6 +28,9 @@ MAX_BYTES = 2**31
 MAX_EXTENSIONS = 256
 """Most extensions in a table. An extension is everything after a name's first dot, and each is a column as long as the
 table. Without a limit, each member of a tar with a1.v1.jpg, a2.v2.jpg, ... would have its own column."""
+DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
+"""What tarfile raises for a damaged tar: it does not check the numbers in headers, and calls itself for each in a chain
+of headers."""
 COLUMN_EXAMPLES = 100
 """Number of examples at the beginning of a stream among which its columns are looked up."""
 
@@ -48,18 +51,11 @@ def examples(file: IO[bytes], load: Callable[[IO[bytes], tarfile.TarInfo], Any])
     If the tar is truncated or damaged, its last example represents the unreadable rest. This rest begins with the
     example that the damage may have reached.
     """
-    start = file.tell()
-    size = file.seek(0, os.SEEK_END)
-    file.seek(start)
     current: Example | None = None
     try:
-        tar: Any = tarfile.open(fileobj=_Bounded(file, size), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
-        while (member := tar.next()) is not None:
-            tar.members = []  # Otherwise tarfile would keep all headers in memory.
-            if tar.offset <= member.offset:  # A negative size would lead to the same member forever.
-                raise tarfile.ReadError(f"{member.name} ends before it begins")
+        for member, refused in members(file):
             key, extension = split_name(member.name)
-            if member.isdir() or not extension:
+            if not extension:
                 continue
             if current is None or current.key != key:
                 if current is not None:
@@ -69,16 +65,32 @@ def examples(file: IO[bytes], load: Callable[[IO[bytes], tarfile.TarInfo], Any])
             if extension in current.members:
                 current.members[extension] = Unreadable(f"example {key} has two members .{extension}")
             else:
-                current.members[extension] = refusal(member, size - member.offset_data) or load(file, member)
-        # tarfile takes half a header, or a file without the two empty blocks at its end, for complete.
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("unexpected end of data")
-    # tarfile does not check the numbers in headers, and calls itself for each in a chain of headers.
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+                current.members[extension] = refused or load(file, member)
+    except DAMAGE as error:
         current = Example("the rest", lost=UnreadableRest(f"not a readable tar from here on: {error}"))
     if current is not None:
         yield current
+
+
+def members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, Unreadable | None]]:
+    """The members of a seekable tar from its current position, without folders, each with its `refusal`.
+
+    If the tar is truncated or damaged, one of `DAMAGE` is raised after the last member that can be read.
+    """
+    start = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(start)
+    tar: Any = tarfile.open(fileobj=_Bounded(file, size), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
+    while (member := tar.next()) is not None:
+        tar.members = []  # Otherwise tarfile would keep all headers in memory.
+        if tar.offset <= member.offset:  # A negative size would lead to the same member forever.
+            raise tarfile.ReadError(f"{member.name} ends before it begins")
+        if not member.isdir():
+            yield member, refusal(member, size - member.offset_data)
+    # tarfile takes half a header, or a file without the two empty blocks at its end, for complete.
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("unexpected end of data")
 
 
 class _Bounded:

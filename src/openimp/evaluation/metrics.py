@@ -45,6 +45,11 @@ def interval(hit_N: np.ndarray, weight_N: np.ndarray | None = None) -> list[floa
     return [float(x) for x in np.quantile(total_R / weight_N.sum(), [0.025, 0.975])]
 
 
+def share_interval(share: float, n: int) -> list[float]:
+    """The `interval` of hits of which only their share and their number are known."""
+    return interval(np.arange(n) < round(share * n))
+
+
 def average_precision(score_NK: np.ndarray, hot_NK: np.ndarray) -> dict[str, Any]:
     """Mean average precision (mAP), its 95 % interval over the examples, and chance.
 

@@ -1,6 +1,7 @@
 """Where a result comes from: two equal evaluations write equal results, and two different ones show the difference."""
 
 import hashlib
+from collections.abc import Iterable
 from importlib.metadata import distributions
 from typing import Any
 
@@ -59,13 +60,18 @@ def how_fields(recipe: Recipe, modalities: Modalities, options: EvaluationSet, p
     if isinstance(options, ZeroShot):
         views[options.reader], prompts = first_view(recipe, options.reader), options.prompts
         wording += [prompts, options.classes, *(["words"] if options.words else [])]
-    used = [library for name in views for library in modalities[name].decoders]
     return {
         "prompts": prompts,
         "prompts_version": stable_hash(wording)[:8] if wording else None,
         "view": {name: view.model_dump(mode="json") for name, view in views.items()},
         "precision": precision,
-        "torch": torch.__version__,
-        # A library that is not installed is null: a modality from another package may name any.
-        "decoders": {library: next((found.version for found in distributions(name=library)), None) for library in used},
+        **software_fields(modalities, views),
     }
+
+
+def software_fields(modalities: Modalities, used: Iterable[str]) -> dict[str, Any]:
+    """The versions of torch, and of the libraries that decode the `used` modalities."""
+    decoders = [library for name in used for library in modalities[name].decoders]
+    # A library that is not installed is null: a modality from another package may name any.
+    versions = {library: next((found.version for found in distributions(name=library)), None) for library in decoders}
+    return {"torch": torch.__version__, "decoders": versions}

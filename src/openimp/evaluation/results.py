@@ -13,14 +13,16 @@ from rich.text import Text
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 
-MAIN = ("r1", "top1", "map")
-"""The main metric of retrieval, of one class per row, and of any number of classes per row."""
-NEEDED = {"set": str, "task": str, "type": str, "n": int, "candidates": int, "skipped": int}
-"""Keys that every result has, besides its metrics."""
+MAIN = ("r1", "top1", "map", "score")
+"""The main metric of retrieval, of one class per row, of any number of classes per row, and of other tasks of mteb."""
+NEEDED = {"set": str, "task": str, "type": str, "skipped": int}
+"""Keys that every result has, besides its metrics and `COUNTS`."""
+COUNTS = ("n", "candidates")
+"""Keys that every result has. The value is null if it was measured by another library, which does not tell."""
 
 
 def main_metric(result: dict[str, Any]) -> float:
-    """R@1, top-1 or mAP: the metric by which results are compared."""
+    """R@1, top-1, mAP or another library's score: the metric by which results are compared."""
     found: float = next(result[key] for key in MAIN if key in result)
     return found
 
@@ -31,9 +33,12 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     for number, result in enumerate(results, 1):
         try:
             table([result])
-            shares = [main_metric(result), result["chance"], *result["interval"]]
-            valid = all(type(result[key]) is kind for key, kind in NEEDED.items()) and all(0 <= x <= 1 for x in shares)
-            valid = valid and (result["type"] != "retrieval" or {"r10", "mrr"} <= result.keys())
+            others = "library" in result  # Another library may not tell all, and has scores below 0.
+            shares = [main_metric(result), result["chance"], *(result["interval"] or [None])]
+            valid = all(type(result[key]) is kind for key, kind in NEEDED.items())
+            valid = valid and all(type(result[key]) is int or (others and result[key] is None) for key in COUNTS)
+            valid = valid and all(-others <= x <= 1 if x is not None else others for x in shares)
+            valid = valid and (result["type"] != "retrieval" or {"r10", "mrr"} <= result.keys() or others)
         except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
             valid = False
         if not valid:
@@ -62,6 +67,9 @@ def table(results: list[dict[str, Any]]) -> Table:
     Metrics are in per cent, except for rank and MRR.
     """
     caption = "per cent, with a 95 % interval; 5, 10: top-5 or R@5, R@10; rank: the median"
+    for result in results:
+        if "note" in result:
+            caption += f"\n{result['set']}: {result['note']}"
     if skipped := {result["set"]: result["skipped"] for result in results if result["skipped"]}:
         caption += "\nunreadable rows left out: " + ", ".join(f"{name} {count}" for name, count in skipped.items())
     out = Table(
@@ -83,11 +91,15 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 
 def _cells(result: dict[str, Any]) -> list[str]:
-    low, high = result["interval"]
-    main = f"{_percent(main_metric(result))} [{_percent(low)}, {_percent(high)}]"
+    main = _percent(main_metric(result))
+    if result["interval"] is not None:
+        low, high = result["interval"]
+        main += f" [{_percent(low)}, {_percent(high)}]"
     shares = [_percent(result[key]) if key in result else "" for key in ("r5" if "r5" in result else "top5", "r10")]
-    rank = [f"{result['median_rank']:g}", f"{result['mrr']:.3f}"] if "mrr" in result else ["", ""]
-    return [str(result["n"]), main, *shares, *rank, _percent(result["chance"])]
+    rank = f"{result['median_rank']:g}" if "median_rank" in result else ""
+    mrr = f"{result['mrr']:.3f}" if "mrr" in result else ""
+    chance = "" if result["chance"] is None else _percent(result["chance"])
+    return ["" if result["n"] is None else str(result["n"]), main, *shares, rank, mrr, chance]
 
 
 def _percent(share: float) -> str:

@@ -35,7 +35,9 @@ def section(results: list[dict[str, Any]], recorded: list[dict[str, Any]], notes
     """
     if not results and not notes:
         return None
-    largest = max((max(result["interval"][1], result["chance"]) for result in results), default=1.0)
+    shown = [(main_metric(result), *(result["interval"] or ()), result["chance"] or 0) for result in results]
+    largest = max((max(values) for values in shown), default=1.0)
+    notes = notes + [f"{result['set']}: {result['note']}" for result in results if "note" in result]
     return {
         "notes": notes,
         "results": results,

@@ -20,20 +20,17 @@ from openimp.recipe.schema import Recipe
 
 
 def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Recalls from CLIP_benchmark's `zeroshot_retrieval.evaluate`, without AMP.
+    """Recalls from `retrieval_recalls` on a retrieval set of a recipe.
 
     Equal pictures are one item with several texts, as in openimp. Equal texts stay different items, because
     CLIP_benchmark cannot express that they are one: if two pictures share a text, only one of them is correct for each
     copy of it, so recalls are lower than openimp's. Ties count for the model.
 
     The model is one of `openimp.load` or `load_two_towers`, and `name` a retrieval set of pictures and texts in the
-    recipe. Each K must be at most the number of pictures and the number of texts. Returns `image_retrieval_recall@K`,
-    whose queries are texts, and `text_retrieval_recall@K`, whose queries are pictures.
+    recipe.
     """
-    try:
-        from clip_benchmark.metrics import zeroshot_retrieval
-    except ImportError:
-        raise UserError("CLIP_benchmark is not installed: pip install 'openimp[peers]'") from None
+    from openimp.inference.clip_benchmark import retrieval_recalls  # It imports CLIP_benchmark, which is optional.
+
     options = require_pictures_and_texts(recipe, name)
     table = open_source(options.source, recipe.sources[options.source])
     sides = {model.modalities[side].reads_text: side for side in options.inputs}
@@ -56,9 +53,7 @@ def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[i
             some = keys[start : start + recipe.evaluation.batch_size]
             yield torch.stack([model.preprocess(shown[key]) for key in some]), [captions[key] for key in some]
 
-    device = next(model.parameters()).device.type
-    found = zeroshot_retrieval.evaluate(model, batches(), model.tokenizer, device, amp=False, recall_k_list=list(ks))
-    return {key: float(value) for key, value in found.items()}
+    return retrieval_recalls(model, batches(), ks)
 
 
 def require_pictures_and_texts(recipe: Recipe, name: str) -> Retrieval:

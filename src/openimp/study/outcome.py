@@ -44,6 +44,8 @@ class Outcome:
             self.experts.update(line.experts)
         by_set = defaultdict(list)
         for result in results:
+            if "library" in result:  # of a published benchmark, which a user measured
+                continue
             self.versions.add(result.get("openimp", "of an unknown version"))
             if result["step"] == metrics[-1].step and result["type"] == "retrieval":
                 by_set[result["set"]].append(result["mrr"])

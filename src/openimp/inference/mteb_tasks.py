@@ -1,0 +1,155 @@
+"""mteb's published tasks, measured by mteb itself.
+
+mteb reports accuracies and scores, not the answers behind them. So intervals and chance are given where they follow
+from a score and the numbers of queries and candidates: in zero-shot classification and in retrieval.
+"""
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import mteb
+from datasets import Dataset
+from mteb.abstasks import AbsTaskRetrieval, AbsTaskZeroShotClassification
+from mteb.abstasks.abstask import AbsTask
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
+from mteb.get_tasks import TASK_LIST
+from mteb.types import PromptType
+from sklearn.exceptions import UndefinedMetricWarning
+
+from openimp.common.errors import UserError, nearest
+from openimp.data.hub import first_line
+from openimp.evaluation.metrics import share_interval
+from openimp.inference.mteb import MTEBEncoder
+
+NOTES = {
+    "CIFAR100ZeroShot": "one prompt per class",
+    "ESC50_Zeroshot": "one prompt per class, and underscores in the names of classes",
+    "HMDB51ZeroShot": "one of three test splits, and one prompt per class",
+    "Imagenet1kZeroShot": "one prompt per class, with a line break after the name of the class",
+    "Kinetics400ZeroShot": "at most 10 clips per class, and one prompt per class",
+    "Kinetics600VZeroShot": "about 16 clips per class, and one prompt per class",
+    "Kinetics700VZeroShot": "about 16 clips per class, and one prompt per class",
+    "UCF101VideoZeroShotClassification": "51 of 101 classes, one of three test splits, and one prompt per class",
+    "UCF101ZeroShot": "single frames instead of clips, and one prompt per class",
+}
+"""How mteb's version of a benchmark in the IMP paper differs from the paper's, according to the tasks in mteb 2.26."""
+
+
+def find_tasks(names: Sequence[str], modalities: Collection[str]) -> tuple[list[AbsTask], list[str]]:
+    """The tasks with these names and those of the benchmarks with these names, each once.
+
+    Tasks of a benchmark that need a modality that the model lacks are left out; the second value names them in one
+    sentence per benchmark. A task of that kind that is named itself is a UserError, and so is an unknown name.
+    """
+    benchmarks = {alias: item for item in mteb.get_benchmarks() for alias in (item.name, *(item.aliases or ()))}
+    known = {task.metadata.name for task in TASK_LIST}
+    found: dict[str, AbsTask] = {}
+    left_out = []
+    for name in names:
+        if name in benchmarks:
+            parts = _parts(benchmarks[name].tasks)
+            lacking = [task.metadata.name for task in parts if _lacks(task, modalities)]
+            if len(lacking) == len(parts):
+                raise UserError(f"{name}: each of its tasks needs a modality that the model lacks")
+            if lacking:
+                left_out.append(f"Left out of {name}, because the model lacks a modality: {', '.join(lacking)}")
+            found |= {task.metadata.name: task for task in parts if not _lacks(task, modalities)}
+        elif name in known:
+            for task in _parts([mteb.get_task(name)]):
+                if lacks := _lacks(task, modalities):
+                    raise UserError(f"{task.metadata.name} needs {lacks}, but the model has {', '.join(modalities)}")
+                found[task.metadata.name] = task
+        else:
+            raise UserError(f"mteb has no task or benchmark called {name!r}{nearest(name, known | benchmarks.keys())}")
+    return list(found.values()), left_out
+
+
+def _parts(tasks: Sequence[AbsTask]) -> list[AbsTask]:
+    """The tasks, with the parts of an aggregate task in its place: the aggregate has only their mean."""
+    return [part for task in tasks for part in (task.tasks if isinstance(task, AbsTaskAggregate) else [task])]
+
+
+def _lacks(task: AbsTask, modalities: Collection[str]) -> str:
+    return ", ".join(sorted(set(task.metadata.modalities) - set(modalities)))
+
+
+def measure(encoder: MTEBEncoder, task: AbsTask) -> list[dict[str, Any]]:
+    """Loads a task's data, evaluates the model, and returns a result per test split and subset (mostly a language).
+
+    What mteb, `datasets` or the hub raise becomes a UserError, so that one task does not end a benchmark of a hundred.
+    """
+    about = task.metadata
+    try:
+        task.load_data()
+    except Exception as error:  # `datasets` and its hub client raise about twenty unrelated types.
+        raise UserError(f"{about.name}: {about.dataset['path']} cannot be loaded: {first_line(error)}") from error
+    batch_size = encoder.model.recipe.evaluation.batch_size
+    evaluate: Any = mteb.evaluate  # Its types demand names of arguments that our encoder has no use for.
+    try:
+        with warnings.catch_warnings():
+            # mteb also computes precision and F1, which are undefined for a class that is never predicted.
+            warnings.simplefilter("ignore", UndefinedMetricWarning)
+            found = evaluate(encoder, task, cache=None, co2_tracker=False, encode_kwargs={"batch_size": batch_size})
+        scores = [(split, part) for split, parts in found.task_results[0].scores.items() for part in parts]
+        if not all(abs(part["main_score"]) <= 1 for _, part in scores):  # also if one is NaN
+            raise ValueError(f"{about.main_score} is not between -1 and 1")
+        return [_result(task, split, part, len(scores) > 1) for split, part in scores]
+    except Exception as error:
+        raise UserError(f"{about.name}: mteb cannot measure it: {first_line(error)}") from error
+    finally:
+        task.unload_data()
+
+
+def _result(task: AbsTask, split: str, scores: Mapping[str, Any], several: bool) -> dict[str, Any]:
+    about, subset = task.metadata, scores["hf_subset"]
+    data: Any = task.dataset
+    data = data[split] if subset == "default" and subset not in data else data[subset][split]
+    if isinstance(task, AbsTaskZeroShotClassification):
+        kind, name, figures = "zero_shot", f"{_names(about.modalities, 'text')} -> text", _zero_shot(task, data, scores)
+    elif isinstance(task, AbsTaskRetrieval) and "hit_rate_at_1" in scores:
+        query, target = (_names(about.get_modalities(side)) for side in (PromptType.query, PromptType.document))
+        kind, name, figures = "retrieval", f"{query} -> {target}", _retrieval(data, scores)
+    else:
+        kind, name = about.type, f"{_names(about.modalities)} ({about.main_score})"
+        n = len(data) if isinstance(data, Dataset) else None
+        figures = {"n": n, "candidates": None, "interval": None, "chance": None}
+    result = {
+        "set": about.name,
+        "type": kind,
+        "task": f"{name} [{split}, {subset}]" if several else name,
+        **figures,
+        "score": float(scores["main_score"]),
+        "metric": about.main_score,
+        "skipped": 0,
+        "library": f"mteb {version('mteb')}",
+        "dataset": f"{about.dataset['path']}@{about.dataset['revision']}",
+        "split": split,
+    }
+    return result | ({"note": f"not comparable to the paper: {NOTES[about.name]}"} if about.name in NOTES else {})
+
+
+def _names(modalities: Sequence[str], without: str | None = None) -> str:
+    return " + ".join(name for name in modalities if name != without)
+
+
+def _zero_shot(task: AbsTaskZeroShotClassification, data: Any, scores: Mapping[str, Any]) -> dict[str, Any]:
+    classes, top1 = len(task.get_candidate_labels()), float(scores["accuracy"])
+    interval = share_interval(top1, len(data))
+    return {"n": len(data), "candidates": classes, "top1": top1, "interval": interval, "chance": 1 / classes}
+
+
+def _retrieval(data: Any, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """R@k is mteb's `hit_rate_at_k`. The reciprocal rank of a query whose answer is not among the first 1,000 is 0."""
+    n, relevant = len(data["queries"]), data["relevant_docs"].values()
+    candidates = None if data["top_ranked"] else len(data["corpus"])  # Reranking has few candidates for each query.
+    correct = sum(score > 0 for documents in relevant for score in documents.values())
+    return {
+        "n": n,
+        "candidates": candidates,
+        **{f"r{k}": float(scores[f"hit_rate_at_{k}"]) for k in (1, 5, 10)},
+        "mrr": float(scores["mrr_at_1000"]),
+        "interval": share_interval(float(scores["hit_rate_at_1"]), n),
+        "chance": correct / n / candidates if candidates else None,
+    }
