@@ -51,8 +51,26 @@ def demo(set_: SetOption = None, run: RunOption = None) -> None:
 
 
 @app.command()
+def init(
+    paths: Annotated[
+        list[str],
+        typer.Argument(help="Folders, data files, patterns such as 'x-*.tar', or hub:OWNER/NAME for a data set."),
+    ],
+) -> None:
+    """Write a recipe for your data to standard output: openimp init photos > mine.yaml. It trains without changes."""
+    from openimp.commands import run_init
+
+    run_init(paths)
+
+
+@app.command()
 def train(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe's YAML file, the name of a bundled recipe, or data, for which `init` writes one."
+        ),
+    ],
     set_: SetOption = None,
     run: RunOption = None,
     resume: Annotated[

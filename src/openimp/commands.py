@@ -1,14 +1,16 @@
 """What the commands do: the glue between the command line and the library, and what they print."""
 
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 
 from openimp.checkpoint.folder import checkpoints, describe_model, find_model, load_model, model_folder, saved_step
 from openimp.common.device import pick_device
-from openimp.common.errors import UserError, counted
+from openimp.common.errors import UserError, counted, printable
 from openimp.common.json_lines import append
 from openimp.common.modality import Modalities, Modality
 from openimp.common.progress import clock, console, number_table, track
@@ -17,15 +19,17 @@ from openimp.data.batch import head_key
 from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
 from openimp.data.trust import check_sources
+from openimp.drafting.draft import draft_recipe, is_data, recipe_name
 from openimp.evaluation.evaluate import NotMeasured, evaluate
 from openimp.evaluation.results import latest, read_results, table
 from openimp.inference.benchmarks import find_benchmarks, measure
 from openimp.inference.model import load
 from openimp.model.imp import IMP
+from openimp.parallel import distributed
 from openimp.planning.gpus import USABLE
 from openimp.planning.ledger import costs, mixture_table, short
 from openimp.planning.plan import Plan, count, encoder_per_token, plan
-from openimp.recipe.file import override, read_recipe
+from openimp.recipe.file import RecipeLoader, override, read_recipe
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification
 from openimp.report.write import write_report
@@ -46,15 +50,44 @@ def run_demo(overrides: list[str], run: Path | None) -> None:
     )
 
 
+def run_init(paths: list[str]) -> None:
+    """Prints a recipe for data to standard output, and to standard error what was found."""
+    drafted = draft_recipe(paths)
+    for note in drafted.notes:
+        print(printable(note), file=sys.stderr)
+    sys.stdout.buffer.write(drafted.text.encode())
+    sys.stdout.flush()
+
+
 def run_train(
     name: str, overrides: list[str], run: Path | None, resume: str | None = None, allow_changed_data: bool = False
 ) -> None:
-    """Trains a recipe into `run`, or into runs/NAME. `resume` is the value of --resume: "" or auto."""
+    """Trains a recipe, or data, into `run` or into runs/NAME. `resume` is the value of --resume: "" or auto."""
     if resume not in (None, "", "auto"):
         raise UserError(f"--resume: expected auto or nothing, found {resume}")
-    recipe = Recipe.load(name, overrides, Path.cwd())
+    recipe = _recipe_for(name, overrides, run, resume) if is_data(name) else Recipe.load(name, overrides, Path.cwd())
     how: bool | Literal["auto"] = "auto" if resume == "auto" else resume is not None
     train(recipe, run or Path("runs") / recipe.name, how, allow_changed_data=allow_changed_data)
+
+
+def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str | None) -> Recipe:
+    """The recipe that `init` writes for data, or that of the run to resume, because a draft depends on the machine."""
+    run = run or Path("runs") / recipe_name(data)
+    if resume is not None and (run / "recipe.yaml").exists():
+        refuse_links(run)
+        return Recipe.load(run / "recipe.yaml", overrides, Path.cwd())
+    distributed.start()
+    drafted = distributed.run_on_rank_zero(lambda: draft_recipe([data]))
+    if distributed.rank() == 0:
+        notes = [
+            *drafted.notes,
+            f"the recipe is in {run / 'recipe.yaml'}; to change it: openimp init {data} > mine.yaml",
+        ]
+        print(*map(printable, notes), sep="\n", file=sys.stderr)
+    recipe = yaml.load(drafted.text, RecipeLoader)
+    for text in overrides:
+        override(recipe, text, Path.cwd())
+    return Recipe.build(recipe, Path.cwd(), f"recipe for {data}")
 
 
 def run_eval(

@@ -111,14 +111,44 @@ def test_folder(tmp_path):
     table = open_source("pets", Source(path=str(tmp_path)))
     assert isinstance(table, Table)
     assert table.name == "pets"
-    assert table.columns == ["file", "label", "name"]
+    assert table.columns == ["file", "label", "name", "extension"]
     assert table.rows(range(len(table))) == [
-        {"file": "cat/a.png", "label": "cat", "name": "a"},
-        {"file": "cat/deep/b.png", "label": "cat", "name": "b"},
-        {"file": "dog/c.png", "label": "dog", "name": "c"},
+        {"file": "cat/a.png", "label": "cat", "name": "a", "extension": "png"},
+        {"file": "cat/deep/b.png", "label": "cat", "name": "b", "extension": "png"},
+        {"file": "dog/c.png", "label": "dog", "name": "c", "extension": "png"},
     ]
     assert table.row_name(2) == "dog/c.png"
     assert colour(table.media(table.column("file")[2])) == 2
+
+
+def test_texts_beside_files_are_their_captions_and_no_rows(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "cat/a.txt").write_text("\ufeffa cat\n", encoding="utf-8")
+    (tmp_path / "cat/deep/b.TXT").write_bytes(b"\xff")
+    (tmp_path / "cat/alone.txt").write_text("beside no file", encoding="utf-8")
+    before = open_source("pets", Source(path=str(tmp_path)))
+    assert before.column("file") == ["cat/a.png", "cat/alone.txt", "cat/deep/b.png", "dog/c.png"]
+    text, alone, broken, missing = before.column("text")
+    assert (text, alone, missing) == ("a cat", None, None)
+    assert isinstance(broken, Unreadable)
+    (tmp_path / "cat/a.txt").write_text("another cat", encoding="utf-8")
+    assert open_source("pets", Source(path=str(tmp_path))).fingerprint != before.fingerprint
+
+
+def test_a_caption_that_leaves_the_folder_is_not_read(tmp_path):
+    write_folder(tmp_path / "root")
+    (tmp_path / "secret.txt").write_text("secret", encoding="utf-8")
+    (tmp_path / "root/cat/a.txt").symlink_to(tmp_path / "secret.txt")
+    (value, *_) = open_source("pets", Source(path=f"{tmp_path}/root")).column("text")
+    assert isinstance(value, Unreadable)
+    assert "leaves the folder" in value.reason
+
+
+def test_a_folder_without_subfolders_has_no_classes(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / "a.txt").write_text("a picture", encoding="utf-8")
+    table = open_source("flat", Source(path=str(tmp_path)))
+    assert table.rows([0]) == [{"file": "a.png", "name": "a", "extension": "png", "text": "a picture"}]
 
 
 def test_rows_in_any_order_of_the_given_columns(tmp_path):
@@ -274,6 +304,50 @@ def test_limit_keeps_evenly_spaced_rows_of_those_that_where_keeps(tmp_path, limi
     assert table.rows(range(len(table))) == [data[i] for i in kept]
     whole = open_source("p", source.model_copy(update={"limit": None}))
     assert (table.fingerprint == whole.fingerprint) == (len(kept) == 4)
+
+
+@pytest.mark.parametrize("by", [None, "text"])
+def test_parts_divide_the_rows(tmp_path, by):
+    def values(**part):
+        return open_source("m", Source(path=f"{tmp_path}/m.csv", part={"of": 4, "by": by, **part})).column("text")
+
+    lines = [f"Text {i % 50}" if i % 2 else f"text  {i % 50}" for i in range(200)]
+    (tmp_path / "m.csv").write_text("\n".join(["text", *lines]) + "\n", encoding="utf-8")
+    parts = [values(keep=[i]) for i in range(4)]
+    assert sorted(line for part in parts for line in part) == sorted(lines)
+    assert all(20 < len(part) < 80 for part in parts)
+    assert sorted(values(drop=[0, 2])) == sorted(parts[1] + parts[3])
+    seen = [{" ".join(line.lower().split()) for line in part} for part in parts]
+    assert (sum(map(len, seen)) == 50) is (by == "text")
+    (tmp_path / "m.csv").write_text("\n".join(["text", *lines, "one more"]) + "\n", encoding="utf-8")
+    assert all(set(part) <= set(values(keep=[i])) for i, part in enumerate(parts))
+
+
+def test_rows_without_a_value_are_divided_by_their_number(tmp_path):
+    (tmp_path / "m.csv").write_text("name,text\n" + "".join(f"{i},\n" for i in range(100)), encoding="utf-8")
+    part = {"of": 2, "keep": [0], "by": "text"}
+    assert 20 < len(open_source("m", Source(path=f"{tmp_path}/m.csv", part=part))) < 80
+
+
+def test_where_comes_before_part_and_limit_after_it(tmp_path):
+    (tmp_path / "m.csv").write_text("n,even\n" + "".join(f"{i},{i % 2 == 0}\n" for i in range(100)), encoding="utf-8")
+    options = {"where": {"even": "True"}, "part": {"of": 2, "keep": [0]}}
+    some = open_source("m", Source(path=f"{tmp_path}/m.csv", **options))
+    assert set(some.column("even")) == {"True"}
+    assert len(open_source("m", Source(path=f"{tmp_path}/m.csv", **options, limit=5))) == 5
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"of": 4}, "exactly one of keep and drop"),
+        ({"of": 4, "keep": [0], "drop": [1]}, "exactly one of keep and drop"),
+        ({"of": 4, "keep": [4]}, "there is no part 4"),
+    ],
+)
+def test_parts_that_cannot_be(part, message):
+    with pytest.raises(ValueError, match=message):
+        Source(path="m.csv", part=part)
 
 
 def test_where_knows_booleans(tmp_path):
@@ -767,8 +841,7 @@ def test_format_that_is_not_known(tmp_path):
 
 
 def test_folder_without_classes(tmp_path):
-    (tmp_path / "a.png").write_bytes(png(0))
-    fails("no subfolders; a folder source has one per class", path=str(tmp_path))
+    fails("has no subfolders and no files", path=str(tmp_path))
     (tmp_path / "cat").mkdir()
     fails("has no rows", path=str(tmp_path))
 
@@ -791,6 +864,8 @@ def test_a_folder_with_a_name_that_is_no_utf8(tmp_path):
 def test_what_cannot_be_streamed(tmp_path):
     write_folder(tmp_path)
     fails("a folder source cannot be streamed", path=str(tmp_path), stream=True)
+    with pytest.raises(ValueError, match="a streamed source has no parts"):
+        Source(path=f"{tmp_path}/*.tar", stream=True, part={"of": 2, "keep": [0]})
     with pytest.raises(ValueError, match="a streamed source has no limit"):
         Source(path=f"{tmp_path}/*.tar", stream=True, limit=3)
 

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from openimp.common.errors import UserError, counted
 from openimp.data import hub
-from openimp.data.files import fingerprint, is_url, is_utf8, locate, stable_hash
+from openimp.data.files import fingerprint, is_url, locate, stable_hash
+from openimp.data.folders import open_folder
 from openimp.data.streams import Reader, Stream
 from openimp.data.tables import ArrowTable, Table
 from openimp.data.tars import TarReader, TarTable
@@ -33,7 +34,7 @@ def open_source(name: str, source: Source) -> Table | Stream:
         raise UserError(f"source {name}: {source.path or source.hub}: {error.strerror or error}") from None
     if not len(table):
         raise UserError(f"source {name} ({table.path}) has no rows")
-    return table.filter(source.where).subsample(source.limit)
+    return table.filter(source.where).select(source.part).subsample(source.limit)
 
 
 def _open_table(name: str, source: Source) -> Table:
@@ -93,47 +94,6 @@ def _path_and_format(name: str, source: Source) -> tuple[str, str]:
         known = ", ".join(FORMATS)
         raise UserError(f"source {name}: {path}: unknown extension {ending!r}; known: {known}; for others set format")
     return path, kind
-
-
-def open_folder(name: str, path: str, root: Path) -> ArrowTable:
-    """Opens a folder with one subfolder per class. Columns: `file` (relative path), `label` (subfolder), `name` (stem).
-
-    Hidden files are skipped, and links to folders are not followed. `datasets` is not used, because it would guess the
-    files' types and copy their names into its cache.
-    """
-    import pyarrow as pa
-
-    if not root.is_dir() or not Path(path).is_dir():
-        raise UserError(f"source {name}: {path} is not a folder")
-    folders = (entry for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
-    classes = sorted(folder.name for folder in folders if not folder.name.startswith("."))
-    if not classes:
-        raise UserError(
-            f"source {name}: {path} has no subfolders; a folder source has one per class, and links are not followed"
-        )
-    rows = [(file, size, label) for label in classes for file, size in _files_below(root, label)]
-    files = [file for file, _, _ in rows]
-    for file in files:
-        if not is_utf8(file):
-            raise UserError(f"source {name}: {path}: the name of {file!r} is not UTF-8; rename it")
-    data = pa.table(
-        {"file": files, "label": [label for _, _, label in rows], "name": [Path(file).stem for file in files]},
-        schema=pa.schema([("file", pa.string()), ("label", pa.string()), ("name", pa.string())]),
-    )
-    content = partial(str, stable_hash((file, size) for file, size, _ in rows))
-    return ArrowTable(name, path, data, content, root, label="file")
-
-
-def _files_below(root: Path, folder: str) -> Iterator[tuple[str, int]]:
-    """Path relative to `root` and size in bytes of each file below a folder, sorted by name."""
-    for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        path = f"{folder}/{entry.name}"
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files_below(root, path)
-        elif not entry.is_dir():
-            yield path, entry.stat(follow_symlinks=False).st_size
 
 
 def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path) -> ArrowTable:

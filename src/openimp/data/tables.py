@@ -1,6 +1,7 @@
 """Tables: rows by number. A row is a dict of columns. Media are raw bytes or a path, never decoded."""
 
 import bisect
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from openimp.common.errors import UserError, nearest
+from openimp.common.errors import UserError, counted, nearest
 from openimp.common.modality import BadMedia
 from openimp.common.schema import as_text
 from openimp.data.files import digest, inside, stable_hash
+from openimp.recipe.tasks import Part
 
 MAX_CHECKED_FILES = 10_000
 """Media files of a source that are opened at every start to see whether one has changed."""
+CHUNK = 10_000
+"""Rows whose values are in memory at once, to divide a table into parts."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ class Rows:
 class Table(Rows, ABC):
     """Rows by number, in a fixed order. A table can be pickled and forked into workers.
 
-    `filter` and `subsample` select rows. Methods with a leading underscore count all stored rows, the others only the
-    selected ones.
+    `filter`, `select` and `subsample` select rows. Methods with a leading underscore count all stored rows, the others
+    only the selected ones.
     """
 
     _kept: np.ndarray | None = None
@@ -152,6 +156,29 @@ class Table(Rows, ABC):
                 )
             self._kept = np.asarray(self._stored(kept), dtype=np.int64)
         return self
+
+    def select(self, part: Part | None) -> "Table":
+        """Selects the rows of the parts that a source's `part` selects, of those selected, and returns the table."""
+        if part is None:
+            return self
+        self.require([part.by] if part.by else [], f"sources.{self.name}.part")
+        stored = self._stored(range(len(self)))
+        kept = [row for row, number in zip(stored, self.parts(part.of, part.by)) if part.selects(number)]
+        if not kept:
+            raise UserError(
+                f"source {self.name} ({self.path}): part: none of {counted(len(self), 'row')} is in these parts"
+            )
+        self._kept = np.asarray(kept, dtype=np.int64)
+        return self
+
+    def parts(self, of: int, by: str | None) -> list[int]:
+        """The part of each selected row, see `part_of`."""
+        found = []
+        for start in range(0, len(self), CHUNK):  # All texts of a large table would not fit into memory.
+            stored = self._stored(range(start, min(start + CHUNK, len(self))))
+            values = self._column(by, stored) if by else [None] * len(stored)
+            found += [part_of(value, row, of) for value, row in zip(values, stored)]
+        return found
 
     def subsample(self, limit: int | None) -> "Table":
         """Selects at most `limit` evenly spaced rows of those selected, and returns the table."""
@@ -230,6 +257,13 @@ def _array(value: list[Any]) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise BadMedia("expected numbers in the list, found something else among them")
     return array
+
+
+def part_of(value: Any, row: int, parts: int) -> int:
+    """The part that a row with this value is in, from 0; without a value, it follows from the number of the row."""
+    empty = value in (None, "", []) or value != value or isinstance(value, Unreadable)
+    text = " ".join(as_text(f"row {row}" if empty else value).lower().split())
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little") % parts
 
 
 def matches(cell: Any, wanted: Any) -> bool:

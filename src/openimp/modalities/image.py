@@ -51,7 +51,7 @@ class Image(Vision):
             _check_size(raw)
             return shrink(to_rgb(PIL.ImageOps.exif_transpose(raw)), views)
         with open_source(raw) as source:
-            picture = _open(source)
+            picture = open_picture(source)
             if "progressive" in picture.info:
                 _check_progressive(picture, source)
             # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. EXIF may turn the picture, so both orientations count.
@@ -89,7 +89,7 @@ class Image(Vision):
         return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _open(source: Source) -> PIL.Image.Image:
+def open_picture(source: Source) -> PIL.Image.Image:
     """Opens a picture without decoding it. `PIL.Image.open` would decode an icon at once, however large it is."""
     if source.peek(4)[:4] == ICON:
         return PIL.IcoImagePlugin.IcoFile(source).frame(0)

@@ -45,14 +45,19 @@ def find_file(name: str, folder: str = "recipes", what: str = "recipe file") -> 
     """Finds a file by its path, or a bundled file by a name such as `demo` or `evaluation/coco`."""
     if Path(name).is_file():
         return Path(name)
+    known = bundled(folder)
+    if name in known:
+        return known[name]
+    hint = "" if "/" in name else nearest(name, known)  # A path is not a misspelled name of a bundled file.
+    raise UserError(f"{name}: no such {what}{hint}")
+
+
+def bundled(folder: str = "recipes") -> dict[str, Path]:
+    """The files that come with openimp, by name."""
     here = Path(__file__).resolve().parents[1]
     # In a wheel the folder is in the package, in a checkout at the top.
     places = (here / folder, here.parents[1] / folder)
-    bundled = {p.relative_to(place).with_suffix("").as_posix(): p for place in places for p in place.rglob("*.yaml")}
-    if name in bundled:
-        return bundled[name]
-    hint = "" if "/" in name else nearest(name, bundled)  # A path is not a misspelled name of a bundled file.
-    raise UserError(f"{name}: no such {what}{hint}")
+    return {p.relative_to(place).with_suffix("").as_posix(): p for place in places for p in place.rglob("*.yaml")}
 
 
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,17 +7,47 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from openimp.common.errors import UserError, nearest
-from openimp.common.schema import Count, Positive, RecipePath, Strict
+from openimp.common.schema import Count, Positive, RecipePath, Strict, Whole
 from openimp.recipe.inputs import Inputs, View
 from openimp.recipe.registry import modality_class
+
+
+class Part(Strict):
+    """A fixed share of the rows, for example to hold some out for evaluation.
+
+    A hash assigns each row to one of `of` parts of about equal size. Rows that are added later change no assignment.
+    """
+
+    of: Annotated[int, Field(ge=2)]
+    """Number of parts."""
+    keep: Annotated[list[Whole], Field(min_length=1)] | None = None
+    """The parts that are selected, counted from 0."""
+    drop: Annotated[list[Whole], Field(min_length=1)] | None = None
+    """The parts that are left out; all others are selected. Give either `keep` or `drop`."""
+    by: str | None = None
+    """Rows with equal values in this column are in the same part, so that no caption, picture or speaker is in two.
+    Case and spaces do not count. null, or a row without a value: the number of the row is hashed."""
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> "Part":
+        if (self.keep is None) == (self.drop is None):
+            raise ValueError("give exactly one of keep and drop")
+        if (highest := max(self.keep or self.drop or ())) >= self.of:
+            raise ValueError(f"there is no part {highest}, because {self.of} parts are counted from 0")
+        return self
+
+    def selects(self, part: int) -> bool:
+        """Whether the rows of a part are selected."""
+        return part in self.keep if self.keep is not None else part not in (self.drop or ())
 
 
 class Source(Strict):
     """Data from exactly one `path` or `hub`. Several tasks may share a source."""
 
     path: RecipePath | None = None
-    """A folder (one subfolder per class), a manifest (.csv, .json or .jsonl), .parquet or .tar files (`*` matches
-    several files), a URL that fsspec opens, or `openimp:NAME` for bundled data. Relative to the recipe's folder."""
+    """A folder (of files, or one subfolder per class), a manifest (.csv, .json or .jsonl), .parquet or .tar files (`*`
+    matches several files), a URL that fsspec opens, or `openimp:NAME` for bundled data. Relative to the recipe's
+    folder."""
     hub: str | None = None
     """The name of a data set on the Hugging Face Hub."""
     config: str | None = None
@@ -33,6 +63,8 @@ class Source(Strict):
     the manifest or, for a hub data set, its own folder in the hub's cache."""
     where: dict[str, str | int | bool | list[str] | list[int]] = {}
     """Selects the rows in which each of these columns has the given value, or one of the given values."""
+    part: Part | None = None
+    """Selects a fixed share of the rows that `where` leaves. Streams have no parts."""
     stream: bool = False
     """Reads the rows in order, shard by shard, without an index, for data that does not fit on disk."""
     window: Count = 1024
@@ -49,6 +81,8 @@ class Source(Strict):
             raise ValueError("give exactly one of path and hub")
         if self.stream and self.cache != "none":
             raise ValueError("a streamed source cannot be cached; remove stream or cache")
+        if self.stream and self.part:
+            raise ValueError("a streamed source has no parts; remove stream or part")
         if self.stream and self.limit:
             raise ValueError("a streamed source has no limit; remove stream or limit")
         # A resolved recipe contains all defaults, so only other values are errors.

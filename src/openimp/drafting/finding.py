@@ -1,0 +1,175 @@
+"""Finds sources below paths: data files, shards that belong together, and folders of media."""
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from openimp.common.errors import UserError, printable
+from openimp.data.sources import FORMATS
+from openimp.recipe.registry import modality_class
+
+ROLES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
+}
+"""Names of splits, with what each is for."""
+ROLE = re.compile(rf"(?<![a-z0-9])({'|'.join(ROLES)})(?![a-z0-9])", re.IGNORECASE)
+MAX_DEPTH = 4
+"""Levels of folders that are searched for data files."""
+SOME = 1000
+"""Files of a folder by whose extensions its modalities are told."""
+KIND_OF = {extension: kind for kind in ("audio", "video", "image") for extension in modality_class(kind).extensions}
+"""The kind of media that a file's extension stands for."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A source that may be trained on."""
+
+    source: dict[str, Any]  # as in the recipe; its paths are relative to the current folder
+    held_out: dict[str, Any] | None = None  # the source of its test split, if that has a path of its own
+    loose: bool = False  # a folder beside data files, which may list its files
+    below: str = ""  # the folder that the user named, in which it was found; "" if the source itself was named
+
+    @property
+    def place(self) -> str:
+        """The path or the name on the hub, for messages."""
+        return self.source.get("path") or f"hub:{self.source['hub']}"
+
+
+def find(paths: list[str]) -> list[Candidate]:
+    """The sources below files, folders, patterns, `openimp:NAME` and `hub:OWNER/NAME`."""
+    return _with_test_splits([candidate for path in paths for candidate in _below(path)])
+
+
+def _below(path: str) -> list[Candidate]:
+    if path.startswith("hub:"):
+        return [Candidate({"hub": path.removeprefix("hub:")})]
+    if os.path.isdir(path):
+        found = _in_folder(Path(path), MAX_DEPTH)
+        if not found:
+            raise UserError(
+                f"{path}: no media in this folder; looked for pictures, clips and sounds "
+                f"({', '.join(sorted(KIND_OF))}) and for data files ({', '.join(FORMATS)})"
+            )
+        return [replace(candidate, below=path) for candidate in found]
+    return [Candidate({"path": path})]  # Whoever opens it checks it.
+
+
+def _in_folder(folder: Path, depth: int) -> list[Candidate]:
+    data_files = [file for file in _visible(folder) if file.is_file() and file.suffix.lower() in FORMATS]
+    subfolders = [entry for entry in _visible(folder) if entry.is_dir() and not entry.is_symlink()]
+    nested = [inner for inner in subfolders if depth and _has_data_files(inner, depth)]
+    if not data_files and not nested:
+        return _media_folders(folder)
+    found = [Candidate({"path": path}) for path in _shards(data_files)]
+    found += [candidate for inner in nested for candidate in _in_folder(inner, depth - 1)]
+    plain = [inner for inner in subfolders if inner not in nested]
+    # Beside a table, subfolders without subfolders are the classes of one source, as they are without a table.
+    are_classes = not nested and len(plain) > 1 and not any(sub.is_dir() for inner in plain for sub in _visible(inner))
+    media = [candidate for inner in ([folder] if are_classes else plain) for candidate in _media_folders(inner)]
+    return found + [replace(candidate, loose=True) for candidate in media]
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _has_data_files(folder: Path, depth: int) -> bool:
+    for entry in _visible(folder):
+        if entry.is_file() and entry.suffix.lower() in FORMATS:
+            return True
+        if depth and entry.is_dir() and not entry.is_symlink() and _has_data_files(entry, depth - 1):
+            return True
+    return False
+
+
+def _shards(files: list[Path]) -> list[str]:
+    """The files, where those whose names differ only in numbers are one pattern."""
+    found = []
+    for pattern, group in groupby(sorted(files, key=_pattern), key=_pattern):
+        members = [str(file) for file in group]
+        together = len(members) > 1 and sorted(glob.glob(pattern)) == sorted(members)
+        found += [pattern] if together else members
+    return found
+
+
+def _pattern(file: Path) -> str:
+    return str(file.with_name(re.sub(r"\d+", "*", file.name)))
+
+
+def _media_folders(folder: Path) -> list[Candidate]:
+    """A folder of media as one source, or as several if its subfolders are splits or hold different kinds of media."""
+    own = _kinds(file for file in _visible(folder) if file.is_file())
+    inner = {sub: _kinds(_walk(sub)) for sub in _visible(folder) if sub.is_dir() and not sub.is_symlink()}
+    inner = {sub: kinds for sub, kinds in inner.items() if kinds}
+    if not inner:
+        return [Candidate({"path": str(folder)})] if own else []
+    splits = all(sub.name.lower() in ROLES for sub in inner)
+    apart = (
+        len(inner) > 1 and all(len(kinds) == 1 for kinds in inner.values()) and len(set().union(*inner.values())) > 1
+    )
+    # A folder in the only subfolder is a class, unless it has no subfolders: then that subfolder is one.
+    wraps = len(inner) == 1 and not own and any(sub.is_dir() for sub in _visible(next(iter(inner))))
+    if splits or apart or wraps:
+        return [candidate for sub in inner for candidate in _media_folders(sub)]
+    return [Candidate({"path": str(folder)})]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, file) for file in files)
+
+
+def _kinds(files: Iterable[Path]) -> set[str]:
+    extensions = {file.suffix.lower() for file in islice(files, SOME)}
+    return {KIND_OF[extension] for extension in extensions if extension in KIND_OF}
+
+
+def _with_test_splits(found: list[Candidate]) -> list[Candidate]:
+    """Joins sources whose paths differ only in the name of a split, such as `train.csv` and `test.csv`.
+
+    Of a validation and a test split, the validation split is measured, so that the test split stays unseen.
+    """
+    groups: dict[tuple[str, ...], list[tuple[str, Candidate]]] = {}
+    for number, candidate in enumerate(found):
+        key, role = _without_role(Path(candidate.source.get("path", ""))) or ((str(number),), "")
+        groups.setdefault(key, []).append((role, candidate))
+    kept = []
+    for group in groups.values():
+        by_role = dict(group)
+        held_out = by_role.get("val") or by_role.get("test")
+        if "train" in by_role and held_out and len(by_role) == len(group):
+            kept.append(replace(by_role["train"], held_out=held_out.source))
+        else:
+            kept += [candidate for _, candidate in group]
+    return kept
+
+
+def _without_role(path: Path) -> tuple[tuple[str, ...], str] | None:
+    """A path without the split that its last part or its folder names, and that split; None if neither names one."""
+    for i in (1, 2):
+        name = path.parts[-i] if len(path.parts) >= i else ""
+        roles = ROLE.findall(name)
+        if len(roles) == 1:
+            rest = (*path.parts[:-i], _any(name), *map(_any, path.parts[len(path.parts) - i + 1 :]))
+            return rest, ROLES[roles[0].lower()]
+    return None
+
+
+def _any(name: str) -> str:
+    """A name without its split and the numbers of its shards."""
+    return re.sub(r"\d+", "*", ROLE.sub("*", name))
+
+
+def shown(name: object, limit: int = 80) -> str:
+    """A name from the data in a message or comment: one line of printable characters, at most `limit` of them."""
+    text = printable(" ".join(str(name).split()))
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,206 @@
+"""Recipes that are drafted from data: they train as they are, and say what they chose."""
+
+import csv
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import yaml
+from PIL import Image
+
+from openimp import cli
+from openimp.common.json_lines import read_lines
+from openimp.drafting.assembling import Draft
+from openimp.drafting.draft import _tasks
+from openimp.drafting.machine import Machine
+from openimp.drafting.writing import write
+from openimp.recipe.file import RecipeLoader
+from openimp.recipe.schema import Recipe
+
+COLORS = {"red": (220, 30, 30), "blue": (40, 50, 220), "green": (30, 200, 40)}
+SHADES = ("bright", "dark", "pale", "dull")
+
+
+CPU = Machine("a CPU", is_gpu=False, memory=8e9, host_memory=16e9, speed=1e11, workers=1)
+GPU = Machine("a GPU", is_gpu=True, memory=7e10, host_memory=1e11, speed=1e14, workers=8)
+
+
+def png(color: str, i: int) -> bytes:
+    noise = np.random.default_rng(i).integers(-20, 20, (40, 48, 3))
+    out = io.BytesIO()
+    Image.fromarray((np.array(COLORS[color]) + noise).clip(0, 255).astype(np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def examples(count: int = 30) -> list[tuple[str, str, bytes]]:
+    """(color, caption, picture) of each."""
+    colors = [list(COLORS)[i % 3] for i in range(count)]
+    return [(color, f"a {SHADES[i % 4]} {color} square number {i}", png(color, i)) for i, color in enumerate(colors)]
+
+
+def write_classes(folder: Path) -> None:
+    for i, (color, _, data) in enumerate(examples()):
+        (folder / color).mkdir(parents=True, exist_ok=True)
+        (folder / color / f"{i}.png").write_bytes(data)
+
+
+def write_captions(folder: Path) -> None:
+    folder.mkdir()
+    for i, (_, caption, data) in enumerate(examples()):
+        (folder / f"{i}.png").write_bytes(data)
+        (folder / f"{i}.txt").write_text(caption, encoding="utf-8")
+
+
+def write_files(folder: Path) -> list[str]:
+    folder.mkdir(parents=True)
+    for i, (_, _, data) in enumerate(examples()):
+        (folder / f"{i}.png").write_bytes(data)
+    return [f"{i}.png" for i in range(len(examples()))]
+
+
+def write_csv(file: Path) -> None:
+    with file.open("w", newline="", encoding="utf-8") as handle:
+        rows = csv.writer(handle)
+        rows.writerow(["id", "picture", "what it shows", "colour"])
+        names = write_files(file.parent / "pictures")
+        rows.writerows([i, name, text, color] for i, (name, (color, text, _)) in enumerate(zip(names, examples())))
+
+
+def write_jsonl(file: Path) -> None:
+    names = write_files(file.parent / "files")
+    rows = [{"file": f"files/{name}", "captions": [text, color]} for name, (color, text, _) in zip(names, examples())]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_parquet(file: Path) -> None:
+    rows = [{"image": {"bytes": data, "path": None}, "label": color} for color, _, data in examples()]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+
+
+def write_numbers(file: Path) -> None:
+    rows = [{"image": data, "label": i % 3} for i, (_, _, data) in enumerate(examples())]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+
+
+def write_pairs(file: Path) -> None:
+    """Pictures with sounds, without a text or a class."""
+    rows = []
+    for i, (_, _, data) in enumerate(examples()):
+        sound = io.BytesIO()
+        soundfile.write(sound, np.sin(np.arange(16_000) * (0.05 + 0.05 * (i % 3))), 16_000, format="WAV")
+        rows.append({"seen": data, "heard": sound.getvalue(), "row": i})
+    pq.write_table(pa.Table.from_pylist(rows), file)
+
+
+def write_tars(folder: Path) -> None:
+    for shard in range(2):
+        with tarfile.open(folder / f"shard-{shard}.tar", "w") as tar:
+            for i, (color, text, data) in enumerate(examples()[shard::2]):
+                about = json.dumps({"color": color, "width": 48}).encode()
+                for ending, content in (("png", data), ("txt", text.encode()), ("json", about)):
+                    member = tarfile.TarInfo(f"{shard}-{i}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def write_hub(folder: Path) -> None:
+    folder.mkdir()
+    write_parquet(folder / "train.parquet")
+
+
+@pytest.fixture
+def openimp(tmp_path, monkeypatch, capfd):
+    """Runs the command line in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    # `datasets` would report a local data set to a server, and keep it in the cache of whoever runs the tests.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub-cache")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["openimp", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run
+
+
+QUICK = [part for change in ("train.steps=20", "train.num_workers=0") for part in ("--set", change)]
+FORMATS = {
+    "classes": (lambda: write_classes(Path("classes")), "classes"),
+    "captions": (lambda: write_captions(Path("captions")), "captions"),
+    "csv": (lambda: write_csv(Path("pictures.csv")), "pictures.csv"),
+    "jsonl": (lambda: write_jsonl(Path("pictures.jsonl")), "pictures.jsonl"),
+    "parquet": (lambda: write_parquet(Path("pictures.parquet")), "pictures.parquet"),
+    "numbers": (lambda: write_numbers(Path("numbers.parquet")), "numbers.parquet"),
+    "pairs": (lambda: write_pairs(Path("pairs.parquet")), "pairs.parquet"),
+    "tars": (lambda: write_tars(Path(".")), "shard-*.tar"),
+    "hub": (lambda: write_hub(Path("hub")), "hub:hub"),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_drafted_recipe_trains_unchanged_and_is_evaluated(openimp, kind):
+    write, path = FORMATS[kind]
+    write()
+    code, text, err = openimp("init", path)
+    assert code == 0, err
+    Path("mine.yaml").write_text(text, encoding="utf-8")
+    assert openimp("train", "mine.yaml", *QUICK)[0] == 0
+    run = Path("runs") / Recipe.load("mine.yaml").name
+    lines = read_lines(run / "metrics.jsonl")
+    assert lines[-1]["step"] == 20
+    assert not (run / "skipped.jsonl").exists()
+    results = read_lines(run / "results.jsonl")
+    assert {result["set"] for result in results} == Recipe.load("mine.yaml").evaluation.sets.keys() != set()
+    assert not any(result["skipped"] for result in results)
+
+
+def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
+    write_classes(Path("classes"))
+    steps = ["--set", "train.num_workers=0", "--set", "train.steps=3"]
+    code, _, err = openimp("train", "classes", *steps)
+    assert code == 0, err
+    assert "to change it: openimp init classes > mine.yaml" in err
+    assert Recipe.load("runs/classes/recipe.yaml").sources.keys() == {"classes", "classes_test"}
+    code, out, _ = openimp("train", "classes", "--resume")
+    assert (code, "all 3 steps are done" in out) == (0, True)
+    code, _, err = openimp("train", "runs/classes")
+    assert code == 2
+    assert "is a run; to train its recipe again, name runs/classes/recipe.yaml" in err
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
+def test_a_recipe_for_any_machine_is_valid_and_its_yaml_says_the_same(tmp_path, monkeypatch, media_folder, machine):
+    monkeypatch.chdir(tmp_path)
+    for file in media_folder.glob("*.*"):
+        Path(file.name).write_bytes(file.read_bytes())
+    rows = [{"a": f"{i % 3}.png", "b": f"{i % 3}.wav", "c": f"{i % 3}.mp4", "title": f"a {i}"} for i in range(300)]
+    Path("all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tasks, _ = _tasks(["all.jsonl"])
+    draft = Draft("all", tasks, machine)
+    assert Recipe.build(draft.recipe, tmp_path).tasks.keys() == {"all_image", "all_audio", "all_video"}
+    text = write(draft.recipe, draft.comments, "A comment.")
+    assert yaml.load(text, RecipeLoader) == draft.recipe
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_names_from_the_data_cannot_change_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "label\nname: stolen\n\u2028seed: 7 #"
+    rows = [{"image": {"bytes": data}, name: color, "on": caption} for color, caption, data in examples()]
+    pq.write_table(pa.Table.from_pylist(rows), "rows.parquet")
+    tasks, _ = _tasks(["rows.parquet"])
+    draft = Draft("rows", tasks, CPU)
+    assert yaml.load(write(draft.recipe, draft.comments, "x"), RecipeLoader) == draft.recipe
+    assert draft.recipe["name"] == "rows"
+    assert name in {objective.get("label") for objective in draft.recipe["tasks"]["rows"]["objectives"]}
