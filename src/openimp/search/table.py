@@ -1,0 +1,275 @@
+"""The files of an index, and its table of items.
+
+    index.json     the model, a fingerprint of its weights and views, and how the table is searched
+    skipped.json   files that could not be read, so that they are tried again only after they change
+    items.lance/   a LanceDB table with one row per item
+    .lock          held by the process that writes the index
+
+A write to the table is atomic and contains whole files only. So after a kill, the table says itself what is left to do.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from openimp.common.errors import UserError
+from openimp.common.safe_files import read_text, refuse_links, write_text
+from openimp.common.schema import Count, Share, Strict, checked
+
+FORMAT = 1
+"""Version of this layout. Other versions are refused."""
+ABOUT, SKIPPED, ITEMS, LOCK = "index.json", "skipped.json", "items", ".lock"
+MAX_JSON = 2**28
+"""Most bytes of `skipped.json` that are read."""
+SHOWN = ["id", "path", "modality", "start", "end", "text"]
+"""Columns of the results of a search."""
+BATCH = 8192
+"""Rows that are read at once."""
+SOME = 500
+"""Most paths that one SQL filter lists."""
+
+
+class Ivf(Strict):
+    """An inverted file: the vectors are grouped by their nearest centroids, and a query compares some groups only."""
+
+    rows: Count
+    """Number of rows when the centroids were computed."""
+    probes: Count
+    """Number of groups that a query compares."""
+    recall: Share
+    """Measured recall@10: the share of the 10 nearest items that are found with this many groups."""
+
+
+class About(Strict):
+    """The content of index.json."""
+
+    format: Count
+    """`FORMAT`."""
+    model: str
+    """The model that built the index, as `openimp.load` takes it."""
+    fingerprint: str
+    """Hash of the model's weights and views."""
+    towards: dict[str, str]
+    """By modality, the modality whose shared space the items' vectors are in."""
+    ivf: Ivf | None = None
+    """None: a query is compared with all items."""
+
+
+class Stored(NamedTuple):
+    """What the table knows about a file or a row of a source."""
+
+    sha256: str
+    state: str
+    modality: str
+
+
+def schema(size: int) -> pa.Schema:
+    """The table's columns, for vectors with `size` features."""
+    text, seconds, number = pa.string(), pa.float64(), pa.int64()
+    columns = {
+        "id": text,
+        "path": text,  # absolute; SOURCE/ROW/COLUMN for media in a row of a source
+        "part": number,  # of the file: the number of the segment, or of the line of text
+        "sha256": text,  # of the media
+        "state": text,  # of a file: its size and time of the last change; of a row: the source's fingerprint
+        "modality": text,
+        "towards": text,
+        "start": seconds,
+        "end": seconds,
+        "text": text,
+        "source": text,  # of the run's recipe; null for a file
+        "row": number,
+        "column": text,
+        "vector": pa.list_(pa.float16(), size),  # a unit vector
+    }
+    return pa.schema(list(columns.items()))
+
+
+class Items:
+    """The table of an index that is open for reading and, under `locked`, for writing."""
+
+    def __init__(self, folder: Path, size: int | None = None) -> None:
+        """Opens the table. With `size`, the number of features, creates it if it does not exist."""
+        database = _lancedb().connect(folder)
+        exists = (folder / f"{ITEMS}.lance").exists()
+        if not exists and size is None:
+            raise UserError(f"{folder}: holds no items yet; run openimp index again")
+        try:
+            self.table = database.open_table(ITEMS) if exists else database.create_table(ITEMS, schema=schema(size or 0))
+        except (ValueError, RuntimeError, OSError) as error:
+            # A kill while the table was created leaves a folder without a version in it.
+            if size is None or list((folder / f"{ITEMS}.lance").glob("_versions/*")):
+                raise UserError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None
+            self.table = database.create_table(ITEMS, schema=schema(size), mode="overwrite")
+
+    def stored(self) -> dict[str, Stored]:
+        """All files and rows of sources, by path."""
+        found: dict[str, Stored] = {}
+        for batch in self.table.search().select(["path", *Stored._fields]).to_batches():
+            path, *columns = (batch[name].to_pylist() for name in ("path", *Stored._fields))
+            found.update(zip(path, map(Stored, *columns)))
+        return found
+
+    def nearest(
+        self, vector: np.ndarray, k: int, where: str | None = None, probes: int | None = None
+    ) -> list[dict[str, Any]]:
+        """The `k` rows with the highest cosine, without their vectors; `_distance` is 1 - cosine.
+
+        Args:
+            vector: (Z,), of any length.
+            k: number of rows at most.
+            where: only rows that match this SQL filter.
+            probes: number of IVF groups to compare. If a filter leaves less than `k` rows in these, it is more.
+                None: all rows are compared.
+        """
+        query = self.table.search(vector).distance_type("cosine").limit(k).select([*SHOWN, "_distance"])
+        query = query.where(where) if where else query
+        query = query.bypass_vector_index() if probes is None else query.minimum_nprobes(probes).maximum_nprobes(0)
+        return query.to_arrow().select([*SHOWN, "_distance"]).to_pylist()  # It returns the vectors, too.
+
+    def vectors(self) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Ids and vectors (n, Z) fp32 of all rows, in batches."""
+        for batch in self.table.search().select(["id", "vector"]).to_batches(batch_size=BATCH):
+            vectors = batch["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+            yield batch["id"].to_pylist(), vectors.reshape(len(batch), -1)
+
+    def places(self) -> tuple[set[str], set[str]]:
+        """The names of all sources, and the folders of all files."""
+        sources, folders = set(), set()
+        for batch in self.table.search().select(["path", "source"]).to_batches(batch_size=BATCH):
+            for path, source in zip(batch["path"].to_pylist(), batch["source"].to_pylist()):
+                sources.add(source)
+                folders.add(os.path.dirname(path) if source is None else None)
+        return sources - {None}, folders - {None}
+
+    def rows(self, where: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
+        """The rows that match an SQL filter; vectors are lists of floats."""
+        query = self.table.search().where(where)
+        return (query.select(columns) if columns else query).to_list()
+
+    def replace(self, paths: Iterable[str], rows: list[dict[str, Any]]) -> None:
+        """Replaces all rows of some paths. If it is interrupted, these paths have no rows."""
+        self.remove(paths)
+        if rows:
+            self.table.add(pa.table({field.name: _column(rows, field) for field in self.table.schema}))
+
+    def remove(self, paths: Iterable[str]) -> None:
+        """Removes all rows of some paths."""
+        for some in _chunks(paths):
+            self.table.delete(any_of("path", some))
+
+    def group(self, groups: int) -> None:
+        """Makes an inverted file with this number of groups."""
+        from lancedb.index import IvfFlat
+
+        self.table.create_index("vector", config=IvfFlat(distance_type="cosine", num_partitions=groups), replace=True)
+
+    def compact(self) -> None:
+        """Merges the small files that many writes leave, and adds new rows to the IVF index if there is one."""
+        # Processes that have the index open still read earlier versions of the table.
+        self.table.optimize(cleanup_older_than=timedelta(days=1))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Creates the folder of an index and keeps other writers out."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / LOCK).exists())):
+        raise UserError(f"{folder}: is not an index; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder}: is being written by another process") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def clear(folder: Path) -> None:
+    """Removes all items."""
+    _lancedb().connect(folder).drop_table(ITEMS, ignore_missing=True)
+    (folder / SKIPPED).unlink(missing_ok=True)
+
+
+def read_about(folder: Path) -> About | None:
+    """The content of index.json; None if the folder has none."""
+    file = folder / ABOUT
+    if not file.exists():
+        return None
+    found = _read_json(file)
+    if isinstance(found, dict) and found.get("format") != FORMAT:
+        raise UserError(f"{file}: format {found.get('format')}, and this version of openimp reads format {FORMAT} only")
+    return checked(About, found, str(file))
+
+
+def write_about(folder: Path, about: About) -> None:
+    """Writes index.json."""
+    write_text(folder / ABOUT, about.model_dump_json(indent=1))
+
+
+def read_skipped(folder: Path) -> dict[str, tuple[str, str]]:
+    """The state and the reason of each file that could not be read, by path."""
+    file = folder / SKIPPED
+    found = _read_json(file) if file.exists() else {}
+    if not isinstance(found, dict) or not all(isinstance(value, list) and len(value) == 2 for value in found.values()):
+        raise UserError(f"{file}: damaged: expected an object with pairs")
+    return {path: (str(state), str(reason)) for path, (state, reason) in found.items()}
+
+
+def write_skipped(folder: Path, skipped: dict[str, tuple[str, str]]) -> None:
+    """Writes skipped.json."""
+    write_text(folder / SKIPPED, json.dumps(skipped, indent=1))
+
+
+def any_of(column: str, values: Iterable[str]) -> str:
+    """An SQL filter: the column has one of these values."""
+    return f"{column} IN ({', '.join(map(quoted, values))})"
+
+
+def below(folder: str) -> str:
+    """An SQL filter: the path is this one or lies below it."""
+    return f"(path = {quoted(folder)} OR starts_with(path, {quoted(folder.rstrip(os.sep) + os.sep)}))"
+
+
+def quoted(text: str) -> str:
+    """An SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _column(rows: list[dict[str, Any]], field: pa.Field) -> pa.Array:
+    values = [row.get(field.name) for row in rows]
+    if field.name != "vector":
+        return pa.array(values, field.type)
+    flat = np.asarray(values, np.float16).ravel()
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float16()), field.type.list_size)
+
+
+def _chunks(paths: Iterable[str]) -> Iterator[list[str]]:
+    paths = list(paths)
+    return (paths[start : start + SOME] for start in range(0, len(paths), SOME))
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(read_text(file, MAX_JSON))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: damaged: {error}") from None
+
+
+def _lancedb() -> Any:
+    try:
+        import lancedb
+    except ImportError:
+        raise UserError("search needs LanceDB: pip install 'openimp[search]'") from None
+    return lancedb
