@@ -121,28 +121,27 @@ def index(
     build_index(model, paths or None, out, batch_size, allow_sources=allow_sources)
 
 
-def _with_file_options(command: Callable[..., None]) -> Callable[..., None]:
+def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replaces `**queries` of a command with an option --NAME for each modality that is installed."""
     signature = inspect.signature(command)
-    kinds = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[
-            list[str] | None, typer.Option(f"--{name}", help=f"Add {name} to the query: a file, or if it is text, a text.")
-        ])  # fmt: skip
-        for name in sorted(point.name for point in entry_points(group="openimp.modalities"))
-    ]
     parameters = [each for each in signature.parameters.values() if each.kind != inspect.Parameter.VAR_KEYWORD]
+    for name in sorted(point.name for point in entry_points(group="openimp.modalities")):
+        option = typer.Option(f"--{name}", help=f"Add {name} to the query: a file or, if texts are {name}, a text.")
+        kind = Annotated[list[str] | None, option]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
         command(**options)
 
-    run.__signature__ = signature.replace(parameters=[*parameters, *kinds])  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in (*parameters, *kinds)}
+    # typer reads both.
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
 
 
 @app.command()
-@_with_file_options
+@_with_query_options
 def search(
     index: Annotated[Path, typer.Argument(help="An index that openimp index wrote.")],
     texts: Annotated[list[str] | None, typer.Argument(help="What to search for. Several texts are added up.")] = None,

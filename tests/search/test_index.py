@@ -199,7 +199,7 @@ def test_an_index_of_other_weights_is_refused(tiny_model_folder, folder, tmp_pat
     next(iter(imp.projections.values())).up.weight.data.mul_(2)
     save_model(model, imp, recipe, modalities, {})
     for use in (lambda: open_index(index), lambda: build_index(model, [folder], index)):
-        with pytest.raises(UserError, match="was built with other weights or views than .*model has"):
+        with pytest.raises(UserError, match=r"was built with other weights or views than .*model has"):
             use()
 
 
@@ -215,7 +215,7 @@ def test_links_out_of_the_folder_are_not_followed(tiny_model_folder, folder, tmp
 @pytest.mark.parametrize(
     ("paths", "out", "message"),
     [
-        (["empty"], "x.index", r"no files to embed in .*empty; looked for \.jpg"),
+        (["empty"], "x.index", r"no files to embed in .*empty; looked for "),
         (["missing"], "x.index", "missing: no such file or folder"),
         (["bad.png"], "x.index", r"no file can be read; the first: .*bad\.png"),
         (["bad.xyz"], "x.index", r"bad\.xyz: its extension does not say whether it is image or text"),
@@ -243,7 +243,7 @@ def test_a_run_indexes_the_media_of_its_recipe(little_run, tmp_path, embedded):
     assert (done.new, embedded) == (39, {"image": 24, "audio": 15})
     index = open_index(done.folder)
     assert index.counts == {"image": 24, "audio": 15}
-    assert index.hit(index.search("red", k=1)[0].id).text in ("a red square", "red")
+    assert index.hit(index.search("a red square", k=1)[0].id).text == "a red square"
     assert build_index(run).unchanged == 39
 
 
@@ -252,7 +252,8 @@ def test_rows_of_a_source_are_read_again_by_their_number(tiny_recipe, tiny_model
     data = {"image": pictures, "text": ["one", "two", "three", "one again"]}
     pq.write_table(pa.table(data), tmp_path / "all.parquet")
     task = {"source": "all", "inputs": {"image": "image", "text": "text"}, "objectives": [{"type": "contrastive"}]}
-    recipe = tiny_recipe(folder=tmp_path, tasks={"named": {**task, "views": [{"image": {"size": 32}}]}})
+    tasks = {"named": {**task, "views": [{"image": {"size": 32}}]}}
+    recipe = tiny_recipe(folder=tmp_path, tasks=tasks, modalities={"vision": {"patch": [2, 8, 8]}})
     model, modalities = tiny_model(recipe)
     (tmp_path / "model").mkdir()
     save_model(tmp_path / "model", model, recipe, modalities, {})
@@ -270,16 +271,15 @@ def test_rows_of_a_source_are_read_again_by_their_number(tiny_recipe, tiny_model
     # All rows move up, and the first one is new.
     fresh = io.BytesIO()
     PIL.Image.new("RGB", (30, 30), (9, 99, 199)).save(fresh, "PNG")
-    pq.write_table(pa.table({"image": [fresh.getvalue(), *pictures[:3]], "text": list("abcd")}), tmp_path / "all.parquet")
+    shifted = [fresh.getvalue(), *pictures[:3]]
+    pq.write_table(pa.table({"image": shifted, "text": list("abcd")}), tmp_path / "all.parquet")
     with pytest.raises(UserError, match="source all has changed since it was indexed"):
         open_index(tmp_path / "x.index").read(hits[0].id)
     embedded.clear()
     done = build_index(tmp_path / "model", None, tmp_path / "x.index", allow_sources=True)
     assert (done.changed, done.new, embedded) == (3, 1, {"image": 1})
     index = open_index(tmp_path / "x.index")
-    assert [index.read(hit.id) for hit in sorted(index.search("one"), key=lambda hit: hit.path)] == [
-        fresh.getvalue(), *pictures[:3]
-    ]  # fmt: skip
+    assert [index.read(hit.id) for hit in sorted(index.search("one"), key=lambda hit: hit.path)] == shifted
 
 
 def test_a_large_index_is_searched_approximately_with_a_measured_recall(tmp_path, monkeypatch):
@@ -289,8 +289,8 @@ def test_a_large_index_is_searched_approximately_with_a_measured_recall(tmp_path
     vectors = centers[rng.integers(0, 40, 3000)] + 0.5 * rng.normal(size=(3000, 16))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     items = Items(tmp_path, 16)
-    some = {field.name: None for field in schema(16)}
-    items.replace([], [{**some, "id": str(i), "path": str(i), "modality": "image", "vector": v} for i, v in enumerate(vectors)])
+    some = {field.name: None for field in schema(16)} | {"modality": "image"}
+    items.replace([], [{**some, "id": str(i), "path": str(i), "vector": vector} for i, vector in enumerate(vectors)])
     about = About(format=1, model="m", fingerprint="f", towards={"image": "text"})
     write_about(tmp_path, about)
     found = ivf.update(tmp_path, items, about).ivf

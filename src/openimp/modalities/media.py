@@ -48,7 +48,7 @@ INFO, HEADER = re.compile(rb"LIST(.{4})INFO", re.DOTALL), 2**20
 SLACK = 64
 """Bytes by which common programs get the length in the header wrong."""
 SEGMENT_SECONDS = 5.0
-"""Shortest segment of a long recording, except for rounding. Shorter ones would fill a list of results with one clip."""
+"""Least length of a segment, except for rounding. With shorter ones, one recording would fill a list of results."""
 SEGMENT_BYTES = 1024
 """Least bytes of a file per segment. The most frugal codecs need more for `SEGMENT_SECONDS`."""
 MAX_SEGMENTS = 10_000

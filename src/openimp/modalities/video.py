@@ -79,7 +79,7 @@ class Video(Vision):
             return drop_opaque_alpha(_stack(read(source, views, rng, self.config.fps)))
 
     def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
-        """The segments of a clip in a container. Animations are never cut, because they are decoded from their start."""
+        """The segments of a clip. Animations are not cut, because they can only be decoded from their start."""
         if isinstance(value, np.ndarray):
             return []
         with media.decoder_errors(), media.open_source(value) as source:

@@ -15,7 +15,7 @@ from openimp.inference.model import Model, load
 from openimp.search import ivf
 from openimp.search.media import Media, media_of_files, media_of_recipe
 from openimp.search.spaces import fingerprint, has_partner
-from openimp.search.table import FORMAT, About, Items, clear, locked, read_about, write_about
+from openimp.search.table import FORMAT, About, Items, clear, import_lancedb, locked, read_about, write_about
 from openimp.search.update import Update
 
 KINDS = ("new", "changed", "moved", "unchanged", "removed")
@@ -74,6 +74,7 @@ def build_index(
     Raises:
         UserError: there are no media, the index was built with other weights, or another process is writing it.
     """
+    import_lancedb()  # If it is missing, that is said before the model is loaded and a folder is made.
     opened, given = load(model), None if paths is None else [Path(path) for path in paths]
     folder = Path(out) if out else _default_folder(Path(model))
     towards = {name: opened.partner(name) for name in opened.modalities if has_partner(opened, name)}
@@ -135,7 +136,9 @@ def _same_weights(folder: Path, about: About, replace: bool) -> About:
     old = read_about(folder)
     if old is not None and old.fingerprint != about.fingerprint:
         if not replace:
-            raise UserError(f"{folder}: was built with other weights or views than {about.model} has; name a new folder")
+            raise UserError(
+                f"{folder}: was built with other weights or views than {about.model} has; name a new folder"
+            )
         clear(folder)
         old = None
     about = about if old is None else old.model_copy(update={"model": about.model})

@@ -126,7 +126,9 @@ class Index:
         if not found:
             kinds = ", ".join(dict.fromkeys(part.modality for part in parts if isinstance(part, Query)))
             items = ", ".join(modalities or self.counts)
-            raise UserError(f"{kinds or 'this item'} and the items ({items}) share no space, so they cannot be compared")
+            raise UserError(
+                f"{kinds or 'this item'} and the items ({items}) share no space, so they cannot be compared"
+            )
         hits = sorted((_hit(row, 1 - row["_distance"]) for rows in found for row in rows), key=lambda hit: -hit.score)
         return [hit for hit in hits[:k] if min_score is None or hit.score >= min_score]
 
@@ -234,7 +236,9 @@ def open_index(path: str | Path, device: str | torch.device | None = None) -> In
     refuse_links(folder)
     model = load(about.model, device)
     if fingerprint(model) != about.fingerprint:
-        raise UserError(f"{folder}: was built with other weights or views than {about.model} has now; build a new index")
+        raise UserError(
+            f"{folder}: was built with other weights or views than {about.model} has now; build a new index"
+        )
     return Index(folder, model, about)
 
 

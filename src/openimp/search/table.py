@@ -98,17 +98,18 @@ class Items:
 
     def __init__(self, folder: Path, size: int | None = None) -> None:
         """Opens the table. With `size`, the number of features, creates it if it does not exist."""
-        database = _lancedb().connect(folder)
-        exists = (folder / f"{ITEMS}.lance").exists()
-        if not exists and size is None:
-            raise UserError(f"{folder}: holds no items yet; run openimp index again")
+        database = import_lancedb().connect(folder)
+        # If the process was killed while it created the table, the folder exists, but no version of the table.
+        exists = any((folder / f"{ITEMS}.lance" / "_versions").glob("*.manifest"))
         try:
-            self.table = database.open_table(ITEMS) if exists else database.create_table(ITEMS, schema=schema(size or 0))
+            if exists:
+                self.table = database.open_table(ITEMS)
+            elif size is not None:
+                self.table = database.create_table(ITEMS, schema=schema(size))
+            else:
+                raise UserError(f"{folder}: holds no items yet; run openimp index again")
         except (ValueError, RuntimeError, OSError) as error:
-            # A kill while the table was created leaves a folder without a version in it.
-            if size is None or list((folder / f"{ITEMS}.lance").glob("_versions/*")):
-                raise UserError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None
-            self.table = database.create_table(ITEMS, schema=schema(size), mode="overwrite")
+            raise UserError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None
 
     def stored(self) -> dict[str, Stored]:
         """All files and rows of sources, by path."""
@@ -133,7 +134,7 @@ class Items:
         query = self.table.search(vector).distance_type("cosine").limit(k).select([*SHOWN, "_distance"])
         query = query.where(where) if where else query
         query = query.bypass_vector_index() if probes is None else query.minimum_nprobes(probes).maximum_nprobes(0)
-        return query.to_arrow().select([*SHOWN, "_distance"]).to_pylist()  # It returns the vectors, too.
+        return query.to_list()
 
     def vectors(self) -> Iterator[tuple[list[str], np.ndarray]]:
         """Ids and vectors (n, Z) fp32 of all rows, in batches."""
@@ -198,7 +199,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def clear(folder: Path) -> None:
     """Removes all items."""
-    _lancedb().connect(folder).drop_table(ITEMS, ignore_missing=True)
+    import_lancedb().connect(folder).drop_table(ITEMS, ignore_missing=True)
     (folder / SKIPPED).unlink(missing_ok=True)
 
 
@@ -267,7 +268,8 @@ def _read_json(file: Path) -> Any:
         raise UserError(f"{file}: damaged: {error}") from None
 
 
-def _lancedb() -> Any:
+def import_lancedb() -> Any:
+    """The module; UserError if it is not installed."""
     try:
         import lancedb
     except ImportError:

@@ -192,13 +192,13 @@ class Update:
             for row in self.items.rows(any_of("path", {path for _, path in copies})):
                 sources.setdefault(row["path"], []).append(row)
             rows += [self._row(file, row) for file, path in copies for row in sources[path]]
+        done += [file for file, _ in copies]
         for file in done:
             if file.error:
                 self.skipped[file.media.path] = (file.media.state, file.error)
             else:
                 self.skipped.pop(file.media.path, None)
-        files = [*(file for file in done if file.rows), *(file for file, _ in copies)]
-        replaced = self.stored.keys() & {file.media.path for file in (*done, *(file for file, _ in copies))}
+        replaced = self.stored.keys() & {file.media.path for file in done}
         if rows or replaced:
             self.items.replace(replaced, rows)
         for path in replaced:
@@ -206,7 +206,7 @@ class Update:
             if self.path_of.get(content) == path:
                 del self.path_of[content]
         self._save_skipped()
-        self._count(files, {file.media.path: path for file, path in copies})
+        self._count(done, {file.media.path: path for file, path in copies})
         started[:] = [file for file in started if file.left]
         copies.clear()
 
@@ -214,6 +214,8 @@ class Update:
         for file in files:
             path = file.media.path
             source = copied_from.get(path)
+            if not file.rows and source is None:
+                continue  # It could not be read.
             if path in self.stored:
                 self.counts["unchanged" if source == path else "changed"] += 1
             elif source in self.gone:
