@@ -29,7 +29,8 @@ from openimp.recipe.file import override, read_recipe
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification
 from openimp.report.write import write_report
-from openimp.search.index import Like, Query, open_index
+from openimp.search.index import open_index
+from openimp.search.query import Like, Query
 from openimp.training.metrics_file import read_metrics
 from openimp.training.trainer import train
 

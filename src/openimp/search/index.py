@@ -3,7 +3,6 @@
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,38 +17,9 @@ from openimp.common.safe_files import refuse_links
 from openimp.data.tables import Table
 from openimp.inference.model import Model, load
 from openimp.search.media import file_state, row_media, source_table
+from openimp.search.query import Hit, Like, Query
 from openimp.search.spaces import Space, fingerprint, shared_space, towards_space
 from openimp.search.table import SHOWN, About, Items, any_of, below, quoted, read_about
-
-
-@dataclass(frozen=True)
-class Query:
-    """A part of a query: a text, or an image, sound or clip as a file or as bytes."""
-
-    modality: str
-    value: str | bytes | Path
-    weight: float = 1.0  # negative: subtracted
-
-
-@dataclass(frozen=True)
-class Like:
-    """A part of a query: an indexed item, whose stored vector is used."""
-
-    id: str
-    weight: float = 1.0  # negative: "less like this"
-
-
-@dataclass(frozen=True)
-class Hit:
-    """An indexed item: a picture, a sound, a clip, a segment of a long sound or clip, or a line of a text file."""
-
-    id: str  # 32 hexadecimal digits; stays the same if the file is indexed again, but not if it is moved
-    path: str  # absolute; SOURCE/ROW/COLUMN if the media is in a row of a source
-    modality: str
-    start: float | None  # of a segment, in seconds; None for an item that was not cut
-    end: float | None
-    text: str | None  # the line of a text file, or the text of the row that the media is from
-    score: float  # cosine with the query
 
 
 class Index:
@@ -76,8 +46,7 @@ class Index:
 
     @cached_property
     def folders(self) -> list[str]:
-        """What `under` may be to tell items apart: the sources, and the topmost folders that are not a folder of all
-        files."""
+        """Values for `under` that tell items apart: the sources, and the topmost folders in which the files differ."""
         sources, folders = self._items.places()
         top = os.path.commonpath(folders) if folders else ""
         names = {folder[len(top) :].strip(os.sep).split(os.sep)[0] for folder in folders} - {""}
@@ -115,20 +84,16 @@ class Index:
             where.append(self._below(under))
         found = []
         for space, names in self._spaces(modalities or self.counts).items():
-            vectors = [self._vector(part, space) for part in parts]
-            if any(vector is None for vector in vectors):
-                continue
-            vector = np.sum([part.weight * vector for part, vector in zip(parts, vectors)], axis=0)
-            if np.linalg.norm(vector) < 1e-3:
-                raise UserError("the queries cancel each other out")
-            only = " AND ".join([*where, any_of("modality", names)])
-            found.append(self._items.nearest(vector, k, only, self._about.ivf and self._about.ivf.probes))
+            vector = self._sum(parts, space)
+            if vector is not None:
+                # Without a filter, LanceDB does not have to scan a column.
+                only = [any_of("modality", names)] if set(names) != self.counts.keys() else []
+                probes = self._about.ivf and self._about.ivf.probes
+                found.append(self._items.nearest(vector, k, " AND ".join([*where, *only]) or None, probes))
         if not found:
             kinds = ", ".join(dict.fromkeys(part.modality for part in parts if isinstance(part, Query)))
             items = ", ".join(modalities or self.counts)
-            raise UserError(
-                f"{kinds or 'this item'} and the items ({items}) share no space, so they cannot be compared"
-            )
+            raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
         hits = sorted((_hit(row, 1 - row["_distance"]) for rows in found for row in rows), key=lambda hit: -hit.score)
         return [hit for hit in hits[:k] if min_score is None or hit.score >= min_score]
 
@@ -199,6 +164,18 @@ class Index:
         for name in names:
             found.setdefault(shared_space(self.model.imp, name, self._about.towards[name]), []).append(name)
         return found
+
+    def _sum(self, parts: Sequence[Query | Like], space: Space) -> np.ndarray | None:
+        """The weighted sum (Z,) of the parts of a query in a space, or None if a part has no vector there."""
+        total = np.zeros(self.model.recipe.model.embed_dim, np.float32)
+        for part in parts:
+            vector = self._vector(part, space)
+            if vector is None:
+                return None
+            total += part.weight * vector
+        if np.linalg.norm(total) < 1e-3:
+            raise UserError("the queries cancel each other out")
+        return total
 
     def _vector(self, part: Query | Like, space: Space) -> np.ndarray | None:
         """The unit vector (Z,) of a part of a query in a space, or None if it has none there."""
