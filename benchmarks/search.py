@@ -42,7 +42,8 @@ from openimp.inference.embed import embed
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
 from openimp.search import build_index, ivf
-from openimp.search.table import FORMAT, About, Items, schema, write_about
+from openimp.search.folder import FORMAT, About, write_about
+from openimp.search.table import Items, schema
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "search.md"
 SIZE, LATENT = 256, 24

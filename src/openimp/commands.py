@@ -137,7 +137,7 @@ def run_search(
     hits = index.search(parts, k, modalities, under, min_score)
     if as_json:
         for hit in hits:
-            print(json.dumps(asdict(hit), ensure_ascii=False))
+            print(json.dumps(asdict(hit)))  # Escapes control characters in names.
         return
     width = max((len(hit.modality) for hit in hits), default=0)
     for hit in hits:

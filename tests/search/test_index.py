@@ -20,7 +20,8 @@ import openimp.inference.files
 from openimp.checkpoint.folder import save_model
 from openimp.common.errors import UserError
 from openimp.search import build_index, ivf, open_index
-from openimp.search.table import About, Items, read_about, schema, write_about
+from openimp.search.folder import About, read_about, write_about
+from openimp.search.table import Items, schema
 
 pytest.importorskip("lancedb")
 

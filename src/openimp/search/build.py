@@ -13,9 +13,10 @@ from openimp.data.trust import check_uses
 from openimp.inference.files import find_files
 from openimp.inference.model import Model, load
 from openimp.search import ivf
+from openimp.search.folder import FORMAT, SKIPPED, About, locked, read_about, write_about
 from openimp.search.media import Media, media_of_files, media_of_recipe
 from openimp.search.spaces import fingerprint, has_partner
-from openimp.search.table import FORMAT, About, Items, clear, import_lancedb, locked, read_about, write_about
+from openimp.search.table import Items, drop, import_lancedb
 from openimp.search.update import Update
 
 KINDS = ("new", "changed", "moved", "unchanged", "removed")
@@ -139,7 +140,8 @@ def _same_weights(folder: Path, about: About, replace: bool) -> About:
             raise UserError(
                 f"{folder}: was built with other weights or views than {about.model} has; name a new folder"
             )
-        clear(folder)
+        drop(folder)
+        (folder / SKIPPED).unlink(missing_ok=True)
         old = None
     about = about if old is None else old.model_copy(update={"model": about.model})
     if about != old:

@@ -16,10 +16,11 @@ from openimp.common.modality import BadMedia
 from openimp.common.safe_files import refuse_links
 from openimp.data.tables import Table
 from openimp.inference.model import Model, load
+from openimp.search.folder import About, read_about
 from openimp.search.media import file_state, row_media, source_table
 from openimp.search.query import Hit, Like, Query
 from openimp.search.spaces import Space, fingerprint, shared_space, towards_space
-from openimp.search.table import SHOWN, About, Items, any_of, below, quoted, read_about
+from openimp.search.table import SHOWN, Items, any_of, below, quoted
 
 
 class Index:

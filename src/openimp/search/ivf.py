@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from openimp.common.progress import console
-from openimp.search.table import About, Items, Ivf, write_about
+from openimp.search.folder import About, Ivf, write_about
+from openimp.search.table import Items
 
 MIN_ROWS = 50_000
 """Fewest rows with an inverted file. Fewer are scanned in some 10 ms."""
