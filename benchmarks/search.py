@@ -28,7 +28,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from subprocess import DEVNULL, Popen
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -44,6 +43,9 @@ from openimp.recipe.schema import Recipe
 from openimp.search import build_index, ivf
 from openimp.search.folder import FORMAT, About, write_about
 from openimp.search.table import Items, schema
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from processes import Process
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "search.md"
 SIZE, LATENT = 256, 24
@@ -165,19 +167,22 @@ def measure_queries(number: int, queries: int, folder: Path) -> list[Row]:
 
 def measure_kills(model: Path, pictures: Path, kills: int, folder: Path) -> Row:
     """The index after many kills compared with that of an undisturbed process."""
-    command = [sys.executable, "-m", "openimp", "index", str(model), str(pictures), "--out"]
+
+    def start(name: str) -> Process:
+        return Process("-m", "openimp", "index", model, pictures, "--out", folder / f"{name}.index")
+
     begin = time.perf_counter()
-    Popen([*command, str(folder / "whole.index")], stdout=DEVNULL).wait()
+    start("whole").wait()
     whole, rng, killed = time.perf_counter() - begin, random.Random(0), 0
     for _ in range(kills):
-        process = Popen([*command, str(folder / "killed.index")], stdout=DEVNULL)
+        process = start("killed")
         time.sleep(rng.uniform(0, whole))
         killed += process.poll() is None
         process.kill()
         process.wait()
         if rng.random() < 0.2:  # Otherwise the last kills would find nothing left to do.
             shutil.rmtree(folder / "killed.index", ignore_errors=True)
-    Popen([*command, str(folder / "killed.index")], stdout=DEVNULL).wait()
+    start("killed").wait()
     tables = [Items(folder / f"{name}.index").table.to_arrow().sort_by("id") for name in ("whole", "killed")]
     vectors = [np.array(table["vector"].to_pylist(), np.float32) for table in tables]
     same = tables[0].drop(["vector"]) == tables[1].drop(["vector"]) and np.allclose(*vectors, atol=5e-3)

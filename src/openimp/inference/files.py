@@ -70,9 +70,10 @@ def encode_chunks(
 
     def readable() -> Iterator[np.ndarray]:
         for item, found in ahead(attempt, items):
-            failed = isinstance(found, BadMedia)
-            chunk.append((item, found if failed else None))
-            if not failed:
+            if isinstance(found, BadMedia):
+                chunk.append((item, found))
+            else:
+                chunk.append((item, None))
                 yield found
 
     clips = readable()

@@ -102,7 +102,7 @@ def build_index(
         count = items.table.count_rows()
     skipped = {path: reason for path, (_, reason) in update.skipped.items()}
     new, changed, moved, unchanged, removed = (update.counts[kind] for kind in KINDS)
-    recall = about.ivf and about.ivf.recall
+    recall = None if about.ivf is None else about.ivf.recall
     done = Indexed(folder, new, changed, moved, unchanged, removed, skipped, unknown, count, recall)
     console.print(str(done), soft_wrap=True)
     return done

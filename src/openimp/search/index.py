@@ -73,10 +73,10 @@ class Index:
         Raises:
             UserError: a query cannot be read, or no item can be compared with it.
         """
-        parts = [queries] if isinstance(queries, str | Query | Like) else list(queries)
+        given = [queries] if isinstance(queries, str | Query | Like) else queries
+        parts = [self.text_query(part) if isinstance(part, str) else part for part in given]
         if not parts:
             raise UserError("there is no query: give a text or a file")
-        parts = [self.text_query(part) if isinstance(part, str) else part for part in parts]
         for name in modalities or ():
             if name not in self.counts:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
@@ -89,7 +89,7 @@ class Index:
             if vector is not None:
                 # Without a filter, LanceDB does not have to scan a column.
                 only = [any_of("modality", names)] if set(names) != self.counts.keys() else []
-                probes = self._about.ivf and self._about.ivf.probes
+                probes = None if self._about.ivf is None else self._about.ivf.probes
                 found.append(self._items.nearest(vector, k, " AND ".join([*where, *only]) or None, probes))
         if not found:
             kinds = ", ".join(dict.fromkeys(part.modality for part in parts if isinstance(part, Query)))

@@ -104,12 +104,15 @@ class Items:
 
     def places(self) -> tuple[set[str], set[str]]:
         """The names of all sources, and the folders of all files."""
-        sources, folders = set(), set()
+        sources: set[str] = set()
+        folders: set[str] = set()
         for batch in self.table.search().select(["path", "source"]).to_batches(batch_size=BATCH):
             for path, source in zip(batch["path"].to_pylist(), batch["source"].to_pylist()):
-                sources.add(source)
-                folders.add(os.path.dirname(path) if source is None else None)
-        return sources - {None}, folders - {None}
+                if source is None:
+                    folders.add(os.path.dirname(path))
+                else:
+                    sources.add(source)
+        return sources, folders
 
     def rows(self, where: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
         """The rows that match an SQL filter; vectors are lists of floats."""
