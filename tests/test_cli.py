@@ -53,7 +53,9 @@ def sets(*changes: str) -> list[str]:
     return [argument for change in changes for argument in ("--set", change)]
 
 
-@pytest.mark.parametrize("command", ["demo", "init", "train", "eval", "embed", "report", "info", "plan", "study"])
+@pytest.mark.parametrize(
+    "command", ["demo", "init", "train", "eval", "embed", "index", "search", "report", "info", "plan", "study"]
+)
 def test_help_is_the_docstring(openimp, command):
     code, out, _ = openimp(command, "--help")
     assert code == 0

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shlex
+import shutil
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from openimp import cli
 from openimp.common.json_lines import read_lines
 from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
@@ -151,6 +154,29 @@ def test_the_python_on_the_page_runs(page, little_data, little_run, tmp_path, mo
     if page == "docs/python.md":
         assert torch.equal(known["same"].encode_text("a cat"), known["model"].encode_text("a cat"))
         assert len(read_lines(Path("runs/mine/metrics.jsonl"))) == 20
+
+
+def test_the_search_page_runs(little_data, little_run, tmp_path, monkeypatch):
+    """The commands and the code, with the little run for the demo's, its pictures for the photos, and a sound."""
+    pytest.importorskip("lancedb")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs", "music"):
+        Path(folder).mkdir()
+    Path("runs/demo").symlink_to(little_run)
+    shutil.copytree(little_data / "pictures", "photos/2025")
+    for name, file in {"cat.png": "pictures/red/0.png", "riff.wav": "0.wav", "music/0.wav": "1.wav"}.items():
+        shutil.copy(little_data / file, name)
+    page = ROOT / "docs" / "search.md"
+    ((_, commands),) = blocks(page, "sh")
+    for line in commands.splitlines():
+        monkeypatch.setattr("sys.argv", shlex.split(line))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code, line
+    known = {}
+    for _, code in blocks(page, "python"):
+        exec(code, known)
+    assert {Path(hit.path).parent.parent.name for hit in known["hits"]} == {"2025"}
 
 
 def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, monkeypatch):

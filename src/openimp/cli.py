@@ -1,10 +1,14 @@
 """The command line: one function per command, without logic. Its docstring is its help."""
 
 import errno
+import functools
+import inspect
 import os
 import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -125,6 +129,60 @@ def embed(
     from openimp.inference.embed import embed as embed_files
 
     embed_files(run, files, out, modality=modality, towards=towards, batch_size=batch_size)
+
+
+@app.command()
+def index(
+    model: Annotated[str, typer.Argument(help="A run, a folder with a model, or a model on the Hugging Face Hub.")],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Files and folders. [default: the media of the run's recipe]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The index, a folder. [default: RUN/search.index]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
+    allow_sources: AllowSourcesOption = False,
+) -> None:
+    """Embed files into an index for search, or bring an index up to date."""
+    from openimp.search import build_index
+
+    build_index(model, paths or None, out, batch_size, allow_sources=allow_sources)
+
+
+def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replaces `**queries` of a command with an option --NAME for each modality that is installed."""
+    signature = inspect.signature(command)
+    parameters = [each for each in signature.parameters.values() if each.kind != inspect.Parameter.VAR_KEYWORD]
+    for name in sorted(point.name for point in entry_points(group="openimp.modalities")):
+        option = typer.Option(f"--{name}", help=f"Add {name} to the query: a file or, if texts are {name}, a text.")
+        kind = Annotated[list[str] | None, option]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        command(**options)
+
+    # typer reads both.
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+@app.command()
+@_with_query_options
+def search(
+    index: Annotated[Path, typer.Argument(help="An index that openimp index wrote.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="What to search for. Several texts are added up.")] = None,
+    minus: Annotated[list[str] | None, typer.Option("--minus", help="Subtract a text from the query.")] = None,
+    modality: Annotated[list[str] | None, typer.Option("--modality", help="Only results of this modality.")] = None,
+    under: Annotated[Path | None, typer.Option("--under", help="Only results in this folder.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
+    min_score: Annotated[float | None, typer.Option("--min-score", help="Least cosine of a result.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")] = False,
+    **queries: list[str] | None,
+) -> None:
+    """Search an index with texts, files, or both: print the items that are closest to the sum of the queries."""
+    from openimp.commands import run_search
+
+    run_search(index, texts or [], minus or [], queries, modality, under, k, min_score, json)
 
 
 @app.command()

@@ -1,7 +1,9 @@
 """What the commands do: the glue between the command line and the library, and what they print."""
 
+import json
 import sys
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +35,13 @@ from openimp.recipe.file import RecipeLoader, override, read_recipe
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification
 from openimp.report.write import write_report
+from openimp.search.index import open_index
+from openimp.search.query import Like, Query
 from openimp.training.metrics_file import read_metrics
 from openimp.training.trainer import train
+
+MAX_SHOWN = 100
+"""Most characters of an item's text in a list of results."""
 
 
 def run_demo(overrides: list[str], run: Path | None) -> None:
@@ -173,6 +180,36 @@ def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple
     sources = ours["sources"] | given if isinstance(given, dict) else given
     measured = {"sources": sources, "evaluation": theirs.get("evaluation") or {}}
     return Recipe.build({**theirs, **ours, **measured}, file.resolve().parent, other), given
+
+
+def run_search(
+    path: Path,
+    texts: list[str],
+    minus: list[str],
+    queries: dict[str, list[str] | None],  # files, or texts, by modality
+    modalities: list[str] | None,
+    under: Path | None,
+    k: int,
+    min_score: float | None,
+    as_json: bool,
+) -> None:
+    """Searches an index and prints the results."""
+    index = open_index(path)
+    parts: list[str | Query | Like] = list(texts)
+    parts += [Query(name, value) for name, values in queries.items() for value in values or ()]
+    parts += [index.text_query(text, -1.0) for text in minus]
+    hits = index.search(parts, k, modalities, under, min_score)
+    if as_json:
+        for hit in hits:
+            print(json.dumps(asdict(hit)))  # Escapes control characters in names.
+        return
+    width = max((len(hit.modality) for hit in hits), default=0)
+    for hit in hits:
+        time = "" if hit.start is None or hit.end is None else f"  {clock(hit.start)} to {clock(hit.end)}"
+        text = f"  {hit.text[:MAX_SHOWN]}" if hit.text else ""
+        console.print(f"{hit.score:6.3f}  {hit.modality:{width}}  {hit.path}{time}{text}", soft_wrap=True)
+    if not hits:
+        console.print("no item is that close to the query")
 
 
 def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None:

@@ -422,3 +422,26 @@ def test_the_sound_of_a_film_with_pictures():
 
 def test_it_pickles():
     assert pickle.loads(pickle.dumps(AUDIO)).stem_spec() == AUDIO.stem_spec()
+
+
+@pytest.mark.parametrize("form", ["wav", "mp4"])
+def test_a_long_sound_is_cut_into_segments_that_cover_it(form):
+    """Each of 4 segments of 6 s has its own loudness. Rounding and codecs blur only their borders."""
+    levels = (0.1, 0.2, 0.3, 0.4)
+    sound = np.concatenate([sine(440, 6.0, level=level) for level in levels])
+    raw = film_with_sound(sound, RATE) if form == "mp4" else file(sound)
+    found = AUDIO.segments(raw, SHORT)
+    assert [start for start, _ in found] == pytest.approx([0, 4.8, 9.6, 14.4, 19.2], abs=0.1)
+    assert [end for _, end in found] == pytest.approx([4.8, 9.6, 14.4, 19.2, 24], abs=0.1)
+    for i, level in enumerate(levels):
+        clips = AUDIO.encode_segment(raw, SHORT, 6.0 * i, 6.0 * i + 6.0)
+        assert clips.shape == (6, 16384), "as many clips as cover the segment"
+        assert np.abs(clips[1:-1]).max(axis=1) == pytest.approx(level, abs=0.03)
+
+
+def test_a_short_sound_an_array_and_a_lying_header_are_not_cut():
+    assert AUDIO.segments(file(sine(440, 7.0)), SHORT) == []
+    assert AUDIO.segments(sine(440, 60.0), SHORT) == []
+    lying = bytearray(file(np.zeros(1600)))
+    lying[24:28] = (1).to_bytes(4, "little")  # One sample per second makes 1,600 s of 3,244 bytes.
+    assert len(AUDIO.segments(bytes(lying), SHORT)) <= 3

@@ -381,3 +381,24 @@ def test_a_person_sees_a_strip_of_frames_in_order(count, shown):
 
 def test_it_pickles():
     assert pickle.loads(pickle.dumps(VIDEO)).stem_spec() == VIDEO.stem_spec()
+
+
+def test_a_long_clip_is_cut_into_segments_that_cover_it():
+    raw = film(counting(250, step=1))
+    view = Video.View(size=32, frames=4, stride=1, clips=3, crop_pct=1)
+    assert VIDEO.segments(raw, view) == [(0.0, 5.0), (5.0, 10.0)]
+    first, second = (VIDEO.encode_segment(raw, view, *segment) for segment in VIDEO.segments(raw, view))
+    assert first.shape == second.shape == (3, 4, 32, 32, 3)
+    for clips, start in ((first, 0), (second, 125)):
+        frames = [start, start + 60, start + 121]
+        assert [clip[0].mean() for clip in clips] == pytest.approx(frames, abs=3)
+    at_rate = Video(Video.Config(fps=5.0))
+    later = at_rate.encode_segment(raw, view, 5.0, 10.0)
+    assert [clip[0].mean() for clip in later] == pytest.approx([125, 175, 230], abs=8)
+
+
+def test_a_short_clip_an_animation_and_an_array_are_not_cut():
+    view = Video.View(size=32, frames=4, stride=1)
+    assert VIDEO.segments(film(counting(150, step=1)), view) == []
+    assert VIDEO.segments(animation(counting(20), "GIF"), view) == []
+    assert VIDEO.segments(counting(20), view) == []

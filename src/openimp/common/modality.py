@@ -126,6 +126,20 @@ class Modality(ABC):
         """Makes clips, as `tokens` takes them, of one input of `model.encode_<name>` (a path, bytes, or an array)."""
         return self.transform(self.decode(value, [view]), view, None)
 
+    def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
+        """The equal segments that search cuts a long recording into, as (start, end) in seconds.
+
+        Empty if `encode_input` encodes the recording as a whole, which is the default.
+
+        Raises:
+            BadMedia: the value cannot be read; the message says why.
+        """
+        return []
+
+    def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
+        """Like `encode_input`, but for one of the `segments`."""
+        raise TypeError(f"{self.name} has no segments")
+
     def knows(self, value: Any, view: Any) -> bool:
         """Whether an input differs from an empty one. A text with only unknown words does not."""
         return True

@@ -32,23 +32,34 @@ def record_training(config: str) -> None:
 def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], given: Collection[str] = ()) -> None:
     """Checks that `eval` and `report` may read the sources of a model's own evaluation sets; unknown sets are ignored.
 
-    They may if this user trained the model on this machine. Otherwise each source must be bundled, inside `path`, or
-    one of `given`. `path` is the run or model folder that the user named. `given` are the names of the sources that the
-    user's own recipe defines. `folder` has the model's config.json. `recipe` is the one in that file, or one of the
-    user's that it completes.
+    `given` are the names of the sources that the user's own recipe defines, which may be anywhere. For the other
+    arguments see `check_uses`.
+    """
+    used = []
+    for measured, options in ((name, recipe.evaluation.sets[name]) for name in sets if name in recipe.evaluation.sets):
+        names = [options.source, *([options.train] if isinstance(options, Probe) else [])]
+        used += [(f"evaluation set {measured}", name) for name in names if name not in given]
+    check_uses(path, folder, recipe, used)
+
+
+def check_uses(path: Path, folder: Path, recipe: Recipe, used: Iterable[tuple[str, str]]) -> None:
+    """Checks that the sources of a model's recipe may be read.
+
+    They may if this user trained the model on this machine. Otherwise each source must be bundled or inside `path`,
+    the run or model folder that the user named. `folder` has the model's config.json. `recipe` is the one in that file,
+    or one of the user's that it completes. `used` has pairs of the part of the recipe that reads a source, for the
+    message, and the source's name.
     """
     with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
         if (cache_folder(KNOWN) / hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()).exists():
             return
-    for measured, options in ((name, recipe.evaluation.sets[name]) for name in sets if name in recipe.evaluation.sets):
-        for name in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
-            if name not in given and not _is_inside(path, name, recipe.sources[name]):
-                where = recipe.sources[name].path or recipe.sources[name].hub
-                raise UserError(
-                    f"{path}: you did not train this model on this machine, and evaluation set {measured} of its "
-                    f"recipe reads source {name} ({where}), which is outside of this folder; "
-                    "add --allow-sources if you trust the recipe"
-                )
+    for user, name in used:
+        if not _is_inside(path, name, recipe.sources[name]):
+            where = recipe.sources[name].path or recipe.sources[name].hub
+            raise UserError(
+                f"{path}: you did not train this model on this machine, and {user} of its recipe reads source {name} "
+                f"({where}), which is outside of this folder; add --allow-sources if you trust the recipe"
+            )
 
 
 def _is_inside(folder: Path, name: str, source: Source) -> bool:

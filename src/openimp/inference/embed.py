@@ -1,9 +1,9 @@
 """`openimp embed`: writes the embeddings of files to a Parquet table."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from openimp.common.errors import UserError, counted, nearest
-from openimp.common.modality import BadMedia, Modalities
+from openimp.common.errors import UserError, counted
+from openimp.common.modality import BadMedia
 from openimp.common.progress import console, track
-from openimp.common.safe_files import read_text, replacing
+from openimp.common.safe_files import replacing
 from openimp.data.files import is_utf8
-from openimp.encoding.items import ahead, require_pair
-from openimp.encoding.items import embed as embed_items
+from openimp.encoding.items import require_pair
+from openimp.inference.files import encode_chunks, file_text, find_files, shown_name
 from openimp.inference.model import Model, load
-
-CHUNK = 512
-"""Number of files whose embeddings are written together."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def embed(
     out, model = Path(out), load(run)
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a Parquet file")
-    found, unknown = _find(files, model.modalities, modality)
+    found, unknown = find_files(files, model.modalities, modality, "; use --modality")
     targets = {name: towards or model.partner(name) for name in found}
     for name, other in targets.items():
         require_pair(model.imp, name, other, f"embed {name}")
@@ -86,12 +83,16 @@ def embed(
     with replacing(out) as draft:
         with pq.ParquetWriter(draft, schema) as writer:
             for name, paths in found.items():
+                read = partial(_read, model, name)
                 shown = progress(paths, f"embed {name}")
-                for kept, vectors in _encode(model, name, shown, targets[name], batch_size, skipped):
-                    column = pa.FixedSizeListArray.from_arrays(vectors.ravel(), size)
-                    same = [[text] * len(kept) for text in (name, targets[name])]
-                    writer.write_table(pa.table([pa.array(kept), *map(pa.array, same), column], schema=schema))
-                    rows[name] += len(kept)
+                for chunk in encode_chunks(model, name, shown, read, targets[name], batch_size):
+                    kept = {str(path): vector for path, vector in chunk if not isinstance(vector, BadMedia)}
+                    skipped += [f"{shown_name(path)}: {why}" for path, why in chunk if isinstance(why, BadMedia)]
+                    if kept:
+                        column = pa.FixedSizeListArray.from_arrays(np.concatenate([*kept.values()]), size)
+                        same = [[text] * len(kept) for text in (name, targets[name])]
+                        writer.write_table(pa.table([pa.array(kept), *map(pa.array, same), column], schema=schema))
+                        rows[name] += len(kept)
         if not sum(rows.values()):
             raise UserError(f"no file can be read; the first: {skipped[0]}")
     done = Embedded(out, rows, skipped, unknown)
@@ -99,72 +100,8 @@ def embed(
     return done
 
 
-def _encode(
-    model: Model, name: str, paths: Iterable[Path], towards: str, batch_size: int, skipped: list[str]
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yields readable files of one modality and their embeddings (N, Z) in chunks; adds other files to `skipped`."""
-    item, view = model.modalities[name], model.views[name]
-    kept: list[str] = []
-
-    def read(path: Path) -> tuple[Path, np.ndarray | BadMedia]:
-        try:
-            if not is_utf8(str(path)):
-                raise BadMedia("its name is not UTF-8, so the table cannot hold it")
-            return path, item.encode_input(_text(path) if item.reads_text else path, view)
-        except BadMedia as error:
-            return path, error
-
-    def readable() -> Iterator[np.ndarray]:
-        for path, found in ahead(read, paths):
-            if isinstance(found, BadMedia):
-                skipped.append(f"{str(path).encode(errors='backslashreplace').decode()}: {found}")
-            else:
-                kept.append(str(path))
-                yield found
-
-    items = readable()
-    while True:
-        vectors = embed_items(model.imp, item, view, islice(items, CHUNK), towards, batch_size, model.precision)
-        if not len(vectors):
-            return
-        yield kept.copy(), vectors.cpu().numpy()
-        kept.clear()
-
-
-def _find(files: Iterable[str | Path], modalities: Modalities, only: str | None) -> tuple[dict[str, list[Path]], int]:
-    """Returns the files by modality, and the number of files in folders that belong to none.
-
-    If two modalities share an extension, it belongs to the model's first one.
-    """
-    if only is not None and only not in modalities:
-        raise UserError(f"the model has no modality {only!r}{nearest(only, modalities)}")
-    wanted = [only] if only else list(modalities)
-    modality_of = {extension: name for name in reversed(wanted) for extension in modalities[name].extensions}
-    found: dict[str, list[Path]] = {}
-    unknown, given = 0, [Path(file) for file in files]
-    for path in given:
-        if path.is_dir():
-            for inner in sorted(p for p in path.rglob("*") if p.is_file()):
-                name = modality_of.get(inner.suffix.lower())
-                unknown += name is None
-                if name:
-                    found.setdefault(name, []).append(inner)
-        elif not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        else:
-            name = only or modality_of.get(path.suffix.lower())
-            if name is None:
-                kinds = " or ".join(modalities)
-                raise UserError(f"{path}: its extension does not say whether it is {kinds}; use --modality")
-            found.setdefault(name, []).append(path)
-    if not found:
-        where = ", ".join(map(str, given)) or "an empty list"
-        raise UserError(f"no files to embed in {where}; looked for {', '.join(modality_of)}")
-    return {name: list(dict.fromkeys(paths)) for name, paths in found.items()}, unknown
-
-
-def _text(path: Path) -> str:
-    try:
-        return read_text(path).strip()
-    except (OSError, UnicodeDecodeError, UserError) as error:
-        raise BadMedia(f"no UTF-8 text: {error}") from None
+def _read(model: Model, name: str, path: Path) -> np.ndarray:
+    if not is_utf8(str(path)):
+        raise BadMedia("its name is not UTF-8, so the table cannot hold it")
+    item = model.modalities[name]
+    return item.encode_input(file_text(path).strip() if item.reads_text else path, model.views[name])

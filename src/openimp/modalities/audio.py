@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
 from openimp.common.schema import Count, Pair, Positive, Share, Strict
 from openimp.modalities import media
-from openimp.modalities.sound import array_samples, mono, read_sound, resample
+from openimp.modalities.sound import Plan, array_samples, between, clips_of, length, mono, read_sound, resample
 
 FLOOR = 1e-6
 """Added to the magnitude before the logarithm. A full-scale sine has magnitude 1, so this is -120 dB."""
@@ -126,15 +126,32 @@ class Audio(Modality):
         `raw` is bytes, a path, or an array at that rate: (N,) or (N, channels), int16 or float in -1..1. If a sound is
         longer than 300 s, only the clips of evaluation are read.
         """
+        view = views[0] if rng is not None else max(views, key=lambda view: view.seconds)
+        # A clip that is played faster needs more samples.
+        longest = self.samples(view) * (1 + view.speed if rng is not None else 1)
+        return self._read(raw, clips_of(longest / self.config.sample_rate, view.clips, rng))
+
+    def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
+        if isinstance(value, np.ndarray):
+            return []
+        with media.decoder_errors(), media.open_source(value) as source:
+            return media.cut(source, length(source), view.seconds)
+
+    def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
+        """The segment's clips (clips, samples): as many as cover all of it, whatever the view's `clips`."""
+        with media.decoder_errors():
+            sound = self._read(value, between(start, end))
+        clips = ceil(len(sound) / self.samples(view))
+        return self.transform(sound, view.model_copy(update={"clips": clips}), None)
+
+    def _read(self, raw: Any, plan: Plan) -> np.ndarray:
+        """Mono samples (N,) int16 of the parts of a sound that are used."""
         rate = self.config.sample_rate
         if isinstance(raw, np.ndarray):
             sound, source_rate = array_samples(raw), rate
         else:
-            view = views[0] if rng is not None else max(views, key=lambda view: view.seconds)
-            # A clip that is played faster needs more samples.
-            longest = self.samples(view) * (1 + view.speed if rng is not None else 1)
             with media.open_source(raw) as source:
-                sound, source_rate = read_sound(source, longest / rate, view.clips, rng)
+                sound, source_rate = read_sound(source, plan)
         sound = resample(mono(sound), source_rate, rate)
         if not sound.size:
             raise BadMedia("no samples")

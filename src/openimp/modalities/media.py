@@ -47,6 +47,12 @@ INFO, HEADER = re.compile(rb"LIST(.{4})INFO", re.DOTALL), 2**20
 """`INFO` matches a list of titles and names in an AVI or WAV file. It is searched for in the first `HEADER` bytes."""
 SLACK = 64
 """Bytes by which common programs get the length in the header wrong."""
+SEGMENT_SECONDS = 5.0
+"""Least length of a segment, except for rounding. With shorter ones, one recording would fill a list of results."""
+SEGMENT_BYTES = 1024
+"""Least bytes of a file per segment. The most frugal codecs need more for `SEGMENT_SECONDS`."""
+MAX_SEGMENTS = 10_000
+"""Most segments of a recording; with more than 14 hours, they are longer."""
 PREVIEW = 128
 """Most pixels of the longer side of a previewed frame."""
 
@@ -204,6 +210,17 @@ def segments(total: int, span: int, clips: int, limit: int, rng: np.random.Gener
     if total <= limit:
         return [(0, limit)]
     return [(start, span) for start in clip_starts(total, span, clips)]
+
+
+def cut(source: Source, seconds: float, span: float) -> list[tuple[float, float]]:
+    """Equal segments of a recording, as (start, end) in seconds. Empty if it is too short to be cut.
+
+    A segment is about as long as the `span` that a clip of the view sees, but at least `SEGMENT_SECONDS`. The size of
+    the file bounds the number of segments, because its header may claim any length.
+    """
+    most = min(MAX_SEGMENTS, source.seek(0, os.SEEK_END) // SEGMENT_BYTES)
+    count = min(most, round(seconds / max(span, SEGMENT_SECONDS)))
+    return [(i * seconds / count, (i + 1) * seconds / count) for i in range(count)] if count > 1 else []
 
 
 def encode_webp(pixels: np.ndarray, side: int) -> bytes:

@@ -1,7 +1,7 @@
 """Reads sounds with libsndfile, or with FFmpeg if libsndfile does not know the format, such as the sound of a film."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import ceil
 from typing import Any
 
@@ -52,32 +52,60 @@ def resample(sound: np.ndarray, source: int, target: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def read_sound(source: Source, seconds: float, clips: int, rng: Any) -> tuple[np.ndarray, int]:
+Plan = Callable[[int, int], list[tuple[int, int]]]
+"""The samples to read, as (start, count), of a sound with a number of samples (0: unknown) at a sample rate."""
+
+
+def clips_of(seconds: float, clips: int, rng: Any) -> Plan:
+    """Plans to read what clips of a sound need; see `media.segments`."""
+
+    def plan(total: int, rate: int) -> list[tuple[int, int]]:
+        return segments(total, ceil(seconds * rate) + 1, clips, min(MAX_SECONDS * rate, MAX_SAMPLES), rng)
+
+    return plan
+
+
+def between(start: float, end: float) -> Plan:
+    """Plans to read a sound between two times in seconds."""
+    return lambda _, rate: [(int(start * rate), ceil((end - start) * rate))]
+
+
+def read_sound(source: Source, plan: Plan) -> tuple[np.ndarray, int]:
     """Reads the parts of a sound that are used: the mean of its channels (N,) fp32, and the sample rate."""
     if SOUNDFILE.match(source.peek(4)):
         try:
-            return _read_soundfile(source, seconds, clips, rng)
+            return _read_soundfile(source, plan)
         except soundfile.LibsndfileError:
             source.seek(0)
-    return _read_container(source, seconds, clips, rng)
+    return _read_container(source, plan)
 
 
-def _plan(total: int, rate: int, seconds: float, clips: int, rng: Any) -> list[tuple[int, int]]:
-    """The samples to read, as (start, count); see `segments`."""
+def length(source: Source) -> float:
+    """The length of a sound in seconds, according to its header; 0 if it is unknown."""
+    if SOUNDFILE.match(source.peek(4)):
+        try:
+            with soundfile.SoundFile(source) as file:
+                return file.frames / file.samplerate
+        except soundfile.LibsndfileError:
+            source.seek(0)
+    with open_container(source, "audio") as (_, _, seconds):
+        return float(seconds)
+
+
+def _checked(plan: Plan, total: int, rate: int) -> list[tuple[int, int]]:
     if not 1000 <= rate <= 768_000:
         raise BadMedia(f"a sample rate of {rate} Hz")
-    span = ceil(seconds * rate) + 1
-    parts = segments(total, span, clips, min(MAX_SECONDS * rate, MAX_SAMPLES), rng)
+    parts = plan(total, rate)
     if sum(min(count, total or count) for _, count in parts) > MAX_SAMPLES:
         raise BadMedia(f"more than {MAX_SAMPLES} samples at {rate} Hz are too many to read")
     return parts
 
 
-def _read_soundfile(source: Source, seconds: float, clips: int, rng: Any) -> tuple[np.ndarray, int]:
+def _read_soundfile(source: Source, plan: Plan) -> tuple[np.ndarray, int]:
     parts = []
     with soundfile.SoundFile(source) as file:
         block = BLOCK // file.channels
-        for start, count in _plan(file.frames, file.samplerate, seconds, clips, rng):
+        for start, count in _checked(plan, file.frames, file.samplerate):
             if start:
                 file.seek(start)
             for begin in range(start, min(start + count, file.frames), block):
@@ -87,10 +115,10 @@ def _read_soundfile(source: Source, seconds: float, clips: int, rng: Any) -> tup
         return np.concatenate(parts) if parts else np.empty(0, np.float32), file.samplerate
 
 
-def _read_container(source: Source, seconds: float, clips: int, rng: Any) -> tuple[np.ndarray, int]:
-    with open_container(source, "audio") as (container, stream, length):
-        plan = _plan(int(length * stream.rate), stream.rate, seconds, clips, rng)
-        parts = [block for start, count in plan for block in _part(source, container, stream, start, count)]
+def _read_container(source: Source, plan: Plan) -> tuple[np.ndarray, int]:
+    with open_container(source, "audio") as (container, stream, seconds):
+        wanted = _checked(plan, int(seconds * stream.rate), stream.rate)
+        parts = [block for start, count in wanted for block in _part(source, container, stream, start, count)]
         return np.concatenate(parts) if parts else np.empty(0, np.float32), stream.rate
 
 

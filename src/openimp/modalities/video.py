@@ -78,6 +78,23 @@ class Video(Vision):
             read = _read_animation if _is_animation(source) else _read_container
             return drop_opaque_alpha(_stack(read(source, views, rng, self.config.fps)))
 
+    def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
+        """The segments of a clip. Animations are not cut, because they can only be decoded from their start."""
+        if isinstance(value, np.ndarray):
+            return []
+        with media.decoder_errors(), media.open_source(value) as source:
+            if _is_animation(source):
+                return []
+            with media.open_container(source, "video") as (_, stream, seconds):
+                rate = self.config.fps or stream.average_rate
+            return media.cut(source, float(seconds), float(view.span / rate)) if rate else []
+
+    def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
+        """The view's clips (clips * crops, t, h, w, 3), spaced over the segment."""
+        with media.decoder_errors(), media.open_source(value) as source:
+            frames = _stack(_read_container(source, [view], None, self.config.fps, (start, end)))
+        return self.transform(drop_opaque_alpha(frames), view, None)
+
     def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
         """Makes one random clip (t, h, w, 3) of frames (T, H, W, C), or (clips * crops, t, h, w, 3) in evaluation."""
         total = len(item)
@@ -201,15 +218,23 @@ def _read_animation(
 
 
 def _read_container(
-    source: media.Source, views: list[Any], rng: np.random.Generator | None, fps: float | None
+    source: media.Source,
+    views: list[Any],
+    rng: np.random.Generator | None,
+    fps: float | None,
+    segment: tuple[float, float] | None = None,  # start and end in seconds; None: the whole clip
 ) -> Iterator[np.ndarray]:
     with media.open_container(source, "video") as (container, stream, seconds):
         native = stream.average_rate or 0
         rate = fps or native
         total = ((0 if fps else stream.frames) or int(seconds * rate)) if rate else 0
         size = _shrunk_size(stream.height or 1, stream.width or 1, views)  # 0 if the header does not contain the size.
+        if segment:
+            total = max(1, round((segment[1] - segment[0]) * float(rate)))
         for start, count in _plan(total, size, views, rng):
             begin = start and start / rate
+            if segment:
+                begin, count = segment[0] + float(begin), min(count, total)
             if fps:  # From one frame earlier, because that frame may still be shown at `begin`.
                 frames = _part(source, container, stream, max(0, begin - (1 / native if native else 0)), sys.maxsize)
                 zero, base = stream.start_time or 0, stream.time_base

@@ -1,0 +1,244 @@
+"""Measures search: how fast files are indexed, how fast an index is searched, and what a kill costs.
+
+    pip install -e '.[search]'
+    python benchmarks/search.py            # about half an hour on two cores; exit code 1 if a bar is missed
+    python benchmarks/search.py --smoke    # checks that the benchmark runs; the bars are ignored
+
+- Indexing: `openimp index` and `openimp embed` take turns on equal numbers of pictures of 256 x 256 pixels, with the
+  model of recipes/demo.yaml and random weights. The result is the ratio of their rates, as a median over pairs.
+- Indexing again: all pictures into one index, and then once more although nothing has changed. Loading the model counts
+  in both; starting Python does not.
+- A query over many vectors of 256 features takes turns with numpy's fp32 product of the same vectors and the query. The
+  vectors are a random smooth function of 24 normal variables plus noise, because vectors without structure cannot be
+  grouped, and those of a trained model can. The queries are new vectors of the same kind. The results are the ratio of
+  the times, as a median over pairs, and recall@10 compared with that product.
+- Kills: a process that indexes is killed at a random moment, again and again. Then one more indexes the rest. The index
+  must equal that of an undisturbed process.
+"""
+
+import argparse
+import os
+import random
+import shlex
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import PIL.Image
+import torch
+
+from openimp.checkpoint.folder import save_model
+from openimp.common.progress import console
+from openimp.common.versions import openimp_version, processor
+from openimp.inference.embed import embed
+from openimp.model.imp import IMP
+from openimp.recipe.schema import Recipe
+from openimp.search import build_index, ivf
+from openimp.search.folder import FORMAT, About, write_about
+from openimp.search.table import Items, schema
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from processes import Process
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "search.md"
+SIZE, LATENT = 256, 24
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of the report."""
+
+    what: str
+    figure: str
+    bar: str
+    reached: bool
+
+
+def write_model(folder: Path) -> Path:
+    """The model of the demo's recipe with random weights."""
+    recipe = Recipe.load("demo", [], Path.cwd())
+    modalities = recipe.make_modalities()
+    for modality in modalities.values():
+        modality.fit([["a word"]] * 4)
+    torch.manual_seed(0)
+    folder.mkdir()
+    save_model(folder, IMP.from_recipe(recipe, modalities).eval(), recipe, modalities, {})
+    return folder
+
+
+def write_pictures(folder: Path, number: int) -> list[Path]:
+    """Pictures of random gradients, so that no two are equal."""
+    folder.mkdir()
+    files, rng = [], np.random.default_rng(0)
+    for i in range(number):
+        small = PIL.Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+        files.append(folder / f"{i}.jpg")
+        small.resize((SIZE, SIZE), PIL.Image.Resampling.BICUBIC).save(files[-1], quality=90)
+    return files
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """How long a function takes; what it prints is dropped."""
+    start, console.quiet = time.perf_counter(), True
+    try:
+        function()
+    finally:
+        console.quiet = False
+    return time.perf_counter() - start
+
+
+def quartiles(ratios: list[float]) -> str:
+    """The median and, in brackets, the interquartile range."""
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def measure_rates(model: Path, files: list[Path], pairs: int, folder: Path) -> Row:
+    """Indexing compared with embedding."""
+    size, ratios, rates = len(files) // pairs, [], []
+    for i in range(pairs):
+        some = files[i * size : (i + 1) * size]
+        runs = {
+            "index": lambda some=some, i=i: build_index(model, some, folder / f"{i}.index"),
+            "embed": lambda some=some, i=i: embed(model, some, folder / f"{i}.parquet"),
+        }
+        times = {name: seconds(runs[name]) for name in (sorted(runs) if i % 2 else sorted(runs, reverse=True))}
+        ratios.append(times["embed"] / times["index"])
+        rates.append(size / times["index"])
+    what = f"indexing / embedding, {pairs} pairs of {size:,} pictures ({statistics.median(rates):.0f} pictures/s)"
+    return Row(what, quartiles(ratios), "at least 0.9", statistics.median(ratios) >= 0.9)
+
+
+def measure_again(model: Path, pictures: Path, number: int, folder: Path) -> Row:
+    """Indexing again although nothing has changed."""
+    first, again = (seconds(lambda: build_index(model, [pictures], folder / "all.index")) for _ in range(2))
+    what = f"indexing {number:,} unchanged files again / for the first time ({again:.1f} s / {first:.1f} s)"
+    return Row(what, f"{again / first:.1%}", "less than 5 %", again / first < 0.05)
+
+
+def measure_queries(number: int, queries: int, folder: Path) -> list[Row]:
+    """Queries compared with numpy's product."""
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=shape).astype(np.float32) for shape in ((LATENT, SIZE), (SIZE, SIZE))]
+
+    def draw(count: int) -> np.ndarray:
+        latent = rng.normal(size=(count, LATENT)).astype(np.float32)
+        made = np.tanh(latent @ weights[0] / 4) @ weights[1] / 8 + 0.1 * rng.normal(size=(count, SIZE))
+        return (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float32)
+
+    folder.mkdir()
+    items, about = Items(folder, SIZE), About(format=FORMAT, model="", fingerprint="", towards={"image": "text"})
+    write_about(folder, about)
+    empty = {field.name: None for field in schema(SIZE)}
+    matrix = np.concatenate([draw(min(10_000, number - start)) for start in range(0, number, 10_000)])
+    for start in range(0, number, 10_000):
+        rows = enumerate(matrix[start : start + 10_000], start)
+        items.replace([], [{**empty, "id": str(i), "path": str(i), "modality": "image", "vector": v} for i, v in rows])
+    matrix = matrix.astype(np.float16).astype(np.float32)  # As they are stored.
+    made = seconds(lambda: items.compact()) + seconds(lambda: ivf.update(folder, items, about))
+    probes = found.probes if (found := ivf.update(folder, items, about).ivf) else None
+    ratios, ours, theirs, recalls = [], [], [], []
+    for query in draw(queries + 5):
+        start = time.perf_counter()
+        hits = items.nearest(query, 10, probes=probes)
+        middle = time.perf_counter()
+        scores = matrix @ query
+        end = time.perf_counter()
+        ours.append(1e3 * (middle - start))
+        theirs.append(1e3 * (end - middle))
+        ratios.append(ours[-1] / theirs[-1])
+        nearest = {str(i) for i in np.argpartition(-scores, 10)[:10]}
+        recalls.append(len(nearest & {hit["id"] for hit in hits}) / 10)
+    ratios, recall = ratios[5:], statistics.mean(recalls)  # The first queries fill the caches.
+    what = (f"a query over {number:,} vectors / numpy's fp32 product ({statistics.median(ours):.1f} ms / "
+            f"{statistics.median(theirs):.1f} ms; {probes or 'all'} groups, made in {made:.0f} s)")  # fmt: skip
+    return [
+        Row(what, quartiles(ratios), "at most 1", statistics.median(ratios) <= 1),
+        Row("recall@10 of these queries", f"{recall:.3f}", "at least 0.98", recall >= 0.98),
+    ]
+
+
+def measure_kills(model: Path, pictures: Path, kills: int, folder: Path) -> Row:
+    """The index after many kills compared with that of an undisturbed process."""
+
+    def start(name: str) -> Process:
+        return Process("-m", "openimp", "index", model, pictures, "--out", folder / f"{name}.index")
+
+    begin = time.perf_counter()
+    start("whole").wait()
+    whole, rng, killed = time.perf_counter() - begin, random.Random(0), 0
+    for _ in range(kills):
+        process = start("killed")
+        time.sleep(rng.uniform(0, whole))
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+        if rng.random() < 0.2:  # Otherwise the last kills would find nothing left to do.
+            shutil.rmtree(folder / "killed.index", ignore_errors=True)
+    start("killed").wait()
+    tables = [Items(folder / f"{name}.index").table.to_arrow().sort_by("id") for name in ("whole", "killed")]
+    vectors = [np.array(table["vector"].to_pylist(), np.float32) for table in tables]
+    same = tables[0].drop(["vector"]) == tables[1].drop(["vector"]) and np.allclose(*vectors, atol=5e-3)
+    what = f"kill -9 at {kills} random moments of indexing ({killed} before its end), then to the end"
+    return Row(what, "the same index" if same else "ANOTHER INDEX", "the same index", same)
+
+
+def report(rows: list[Row], command: str) -> str:
+    """The page of results."""
+    lines = [
+        "# Search: speed of indexing and queries, and kills",
+        "",
+        "Written by `benchmarks/search.py`; its docstring describes the measurements.",
+        "",
+        f"- Command: `{command}`",
+        f"- openimp: {openimp_version()}",
+        f"- Versions: Python {sys.version.split()[0]}, torch {torch.__version__}, lancedb {version('lancedb')}",
+        f"- Hardware: {processor()}, {os.cpu_count()} cores; threads used by torch: {torch.get_num_threads()}",
+        "",
+        "| what | measured; median (interquartile range) | bar |",
+        "| --- | --- | --- |",
+        *(f"| {row.what} | {row.figure} | {row.bar}: {'reached' if row.reached else 'NOT reached'} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=10_000, help="pictures")
+    parser.add_argument("--vectors", type=int, default=1_000_000, help="vectors that are searched")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few files and vectors, to check that the benchmark runs"
+    )
+    parser.add_argument("--write", action="store_true", help="also write docs/results/search.md")
+    args = parser.parse_args()
+    # Checked first, because the checkout may change during the measurement. `openimp_version` caches its result.
+    if args.write and "-dirty" in openimp_version():
+        parser.error("--write: the page names a commit, but the checkout has uncommitted changes; commit them first")
+    files, vectors, kills = (40, 2000, 1) if args.smoke else (args.files, args.vectors, args.kills)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        model, pictures = write_model(folder / "model"), folder / "pictures"
+        paths = write_pictures(pictures, files)
+        rows = [
+            measure_rates(model, paths, 2 if args.smoke else 10, folder),
+            measure_again(model, pictures, files, folder),
+            *measure_queries(vectors, 5 if args.smoke else 200, folder / "vectors.index"),
+            measure_kills(model, pictures, kills, folder),
+        ]
+    text = report(rows, shlex.join(["python", "benchmarks/search.py", *sys.argv[1:]]))
+    print(text)
+    if args.write:
+        RESULTS.write_text(text, encoding="utf-8")
+    return 0 if args.smoke or all(row.reached for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""`openimp index`: brings an index up to date with folders, or with the media of a run's recipe."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openimp.checkpoint.folder import CHECKPOINTS, model_folder
+from openimp.common.errors import UserError, counted
+from openimp.common.modality import Modalities
+from openimp.common.progress import console, track
+from openimp.data.trust import check_uses
+from openimp.inference.files import find_files
+from openimp.inference.model import Model, load
+from openimp.search import ivf
+from openimp.search.folder import FORMAT, SKIPPED, About, locked, read_about, write_about
+from openimp.search.media import Media, media_of_files, media_of_recipe
+from openimp.search.spaces import fingerprint, has_partner
+from openimp.search.table import Items, drop, import_lancedb
+from openimp.search.update import Update
+
+KINDS = ("new", "changed", "moved", "unchanged", "removed")
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """The result of `build_index`. All numbers are numbers of files, or of rows of a source."""
+
+    folder: Path  # the index
+    new: int
+    changed: int
+    moved: int  # found by their hash, and not embedded again
+    unchanged: int
+    removed: int
+    skipped: dict[str, str]  # the reason why a file, or a part of it, could not be read, by path
+    unknown: int  # files in folders whose extension belongs to none of the model's modalities
+    items: int  # all items that the index now holds: pictures, segments, lines, ...
+    recall: float | None  # recall@10 of the approximate search; None if the search is exact
+
+    def __str__(self) -> str:
+        files = ", ".join(f"{getattr(self, kind):,} {kind}" for kind in KINDS if getattr(self, kind))
+        how = "exact search" if self.recall is None else f"approximate search with a recall@10 of {self.recall:.1%}"
+        lines = [f"{self.folder}: {counted(self.items, 'item')}, {how}; files: {files or 'none'}"]
+        if self.skipped:
+            lines.append(f"{counted(len(self.skipped), 'file')} could not be read, or not completely:")
+            lines += [f"  {path}: {reason}" for path, reason in self.skipped.items()]
+        if self.unknown:
+            lines.append(f"skipped {counted(self.unknown, 'file')} in folders: no modality reads such an extension")
+        return "\n".join(lines)
+
+
+def build_index(
+    model: str | Path,
+    paths: Iterable[str | Path] | None = None,
+    out: str | Path | None = None,
+    batch_size: int = 64,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = track,
+    allow_sources: bool = False,
+) -> Indexed:
+    """Embeds media into an index, or updates an index, and prints a summary.
+
+    Only new and changed files are embedded. Files that were moved are recognized by their hash. Items are removed if
+    their file is no longer in `paths`; items of other folders stay. If the function is interrupted, the next call does
+    what is left.
+
+    Args:
+        model: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
+        paths: files and folders. None: the media of all sources of the model's recipe; an index that was built with
+            other weights is then replaced.
+        out: the index, a folder. Default: `search.index` in the run `model`.
+        batch_size: number of clips or items per forward pass.
+        progress: wraps an iterable to show its progress.
+        allow_sources: whether the recipe of a model that was not trained here may read any source.
+
+    Raises:
+        UserError: there are no media, the index was built with other weights, or another process is writing it.
+    """
+    import_lancedb()  # If it is missing, that is said before the model is loaded and a folder is made.
+    opened, given = load(model), None if paths is None else [Path(path) for path in paths]
+    folder = Path(out) if out else _default_folder(Path(model))
+    towards = {name: opened.partner(name) for name in opened.modalities if has_partner(opened, name)}
+    modalities = {name: opened.modalities[name] for name in towards}
+    found, unknown = _find(model, opened, modalities, given, allow_sources)
+    local = Path(model).exists()
+    about = About(
+        format=FORMAT,
+        model=str(Path(model).absolute()) if local else str(model),
+        fingerprint=fingerprint(opened),
+        towards=towards,
+    )
+    with locked(folder):
+        about = _same_weights(folder, about, replace=given is None)
+        items = Items(folder, opened.recipe.model.embed_dim)
+        update = Update(opened, folder, items, about.towards, found, given)
+        differs = update.run(batch_size, progress)
+        if not items.table.count_rows():
+            reason = next(iter(update.skipped.items()), ("nothing", "there are no media"))
+            raise UserError(f"no file can be read; the first: {reason[0]}: {reason[1][1]}")
+        if differs:
+            items.compact()
+        about = ivf.update(folder, items, about)
+        count = items.table.count_rows()
+    skipped = {path: reason for path, (_, reason) in update.skipped.items()}
+    new, changed, moved, unchanged, removed = (update.counts[kind] for kind in KINDS)
+    recall = None if about.ivf is None else about.ivf.recall
+    done = Indexed(folder, new, changed, moved, unchanged, removed, skipped, unknown, count, recall)
+    console.print(str(done), soft_wrap=True)
+    return done
+
+
+def _default_folder(model: Path) -> Path:
+    if not (model / CHECKPOINTS).is_dir():
+        raise UserError(f"{model}: is not a run; name the index with --out")
+    return model / "search.index"
+
+
+def _find(
+    name: str | Path, model: Model, modalities: Modalities, given: list[Path] | None, allow_sources: bool
+) -> tuple[dict[str, Media], int]:
+    """The media to index, by path, and the number of files in folders that belong to no modality."""
+    if given is not None:
+        found, unknown = find_files(given, modalities)
+        return {media.path: media for media in media_of_files(found, given)}, unknown
+    recipe = model.recipe
+    if not allow_sources:
+        read = [(f"task {task}", options.source) for task, options in recipe.tasks.items()]
+        read += [(f"evaluation set {each}", options.source) for each, options in recipe.evaluation.sets.items()]
+        check_uses(Path(name), model_folder(Path(name)), recipe, read)
+    media = {media.path: media for media in media_of_recipe(recipe, modalities)}
+    if not media:
+        raise UserError(f"{name}: the recipe's sources have no media that can be indexed; name files or folders")
+    return media, 0
+
+
+def _same_weights(folder: Path, about: About, replace: bool) -> About:
+    """Writes index.json. Refuses, or with `replace` empties, an index that was built with other weights."""
+    old = read_about(folder)
+    if old is not None and old.fingerprint != about.fingerprint:
+        if not replace:
+            raise UserError(
+                f"{folder}: was built with other weights or views than {about.model} has; name a new folder"
+            )
+        drop(folder)
+        (folder / SKIPPED).unlink(missing_ok=True)
+        old = None
+    about = about if old is None else old.model_copy(update={"model": about.model})
+    if about != old:
+        write_about(folder, about)
+    return about

@@ -1,0 +1,106 @@
+"""The folder of an index, its lock and its JSON files.
+
+index.json     the model, a fingerprint of its weights and views, and how the table is searched
+skipped.json   files that could not be read, so that they are tried again only after they change
+items.lance/   a LanceDB table with one row per item
+.lock          held by the process that writes the index
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from openimp.common.errors import UserError
+from openimp.common.safe_files import read_text, refuse_links, write_text
+from openimp.common.schema import Count, Share, Strict, checked
+
+FORMAT = 1
+"""Version of this layout. Other versions are refused."""
+ABOUT, SKIPPED, LOCK = "index.json", "skipped.json", ".lock"
+MAX_JSON = 2**28
+"""Most bytes of `skipped.json` that are read."""
+
+
+class Ivf(Strict):
+    """An inverted file: the vectors are grouped by their nearest centroids, and a query compares some groups only."""
+
+    rows: Count
+    """Number of rows when the centroids were computed."""
+    probes: Count
+    """Number of groups that a query compares."""
+    recall: Share
+    """Measured recall@10: the share of the 10 nearest items that are found with this many groups."""
+
+
+class About(Strict):
+    """The content of index.json."""
+
+    format: Count
+    """`FORMAT`."""
+    model: str
+    """The model that built the index, as `openimp.load` takes it."""
+    fingerprint: str
+    """Hash of the model's weights and views."""
+    towards: dict[str, str]
+    """By modality, the modality whose shared space the items' vectors are in."""
+    ivf: Ivf | None = None
+    """None: a query is compared with all items."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Creates the folder of an index and keeps other writers out."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / LOCK).exists())):
+        raise UserError(f"{folder}: is not an index; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder}: is being written by another process") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_about(folder: Path) -> About | None:
+    """The content of index.json; None if the folder has none."""
+    file = folder / ABOUT
+    if not file.exists():
+        return None
+    found = _read_json(file)
+    if isinstance(found, dict) and found.get("format") != FORMAT:
+        raise UserError(f"{file}: format {found.get('format')}, and this version of openimp reads format {FORMAT} only")
+    return checked(About, found, str(file))
+
+
+def write_about(folder: Path, about: About) -> None:
+    """Writes index.json."""
+    write_text(folder / ABOUT, about.model_dump_json(indent=1))
+
+
+def read_skipped(folder: Path) -> dict[str, tuple[str, str]]:
+    """The state and the reason of each file that could not be read, by path."""
+    file = folder / SKIPPED
+    found = _read_json(file) if file.exists() else {}
+    if not isinstance(found, dict) or not all(isinstance(value, list) and len(value) == 2 for value in found.values()):
+        raise UserError(f"{file}: damaged: expected an object with pairs")
+    return {path: (str(state), str(reason)) for path, (state, reason) in found.items()}
+
+
+def write_skipped(folder: Path, skipped: dict[str, tuple[str, str]]) -> None:
+    """Writes skipped.json."""
+    write_text(folder / SKIPPED, json.dumps(skipped, indent=1))
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(read_text(file, MAX_JSON))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: damaged: {error}") from None

@@ -1,0 +1,224 @@
+"""`Index`: answers queries over indexed media."""
+
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from openimp.common.errors import UserError, nearest
+from openimp.common.modality import BadMedia
+from openimp.common.safe_files import refuse_links
+from openimp.data.tables import Table
+from openimp.inference.model import Model, load
+from openimp.search.folder import About, read_about
+from openimp.search.media import file_state, row_media, source_table
+from openimp.search.query import Hit, Like, Query
+from openimp.search.spaces import Space, fingerprint, shared_space, towards_space
+from openimp.search.table import SHOWN, Items, any_of, below, quoted
+
+
+class Index:
+    """An open index. Its methods may be called from any thread; calls that encode a query take turns.
+
+    It shows the state of the index at the time when it was opened.
+
+    Attributes:
+        model: the model that embedded the items. It encodes queries.
+        folder: where the index is.
+    """
+
+    def __init__(self, folder: Path, model: Model, about: About) -> None:
+        self.folder, self.model = folder, model
+        self._about, self._items = about, Items(folder)
+        self._sources: dict[str, Table] = {}
+        self._lock = threading.RLock()
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """The number of items by modality, without modalities that have none."""
+        counts = {name: self._items.table.count_rows(f"modality = {quoted(name)}") for name in self._about.towards}
+        return {name: count for name, count in counts.items() if count}
+
+    @cached_property
+    def folders(self) -> list[str]:
+        """Values for `under` that tell items apart: the sources, and the topmost folders in which the files differ."""
+        sources, folders = self._items.places()
+        top = os.path.commonpath(folders) if folders else ""
+        names = {folder[len(top) :].strip(os.sep).split(os.sep)[0] for folder in folders} - {""}
+        return [*sorted(sources), *sorted(os.path.join(top, name) for name in names)]
+
+    def search(
+        self,
+        queries: str | Query | Like | Sequence[str | Query | Like],
+        k: int = 20,
+        modalities: Sequence[str] | None = None,
+        under: str | Path | None = None,
+        min_score: float | None = None,
+    ) -> list[Hit]:
+        """Returns the `k` items that are closest to the weighted sum of the queries, the best first.
+
+        Args:
+            queries: one or several. A string is a text. Items that are part of the query are no results.
+            k: number of results at most.
+            modalities: only items of these. None: all that can be compared with the queries.
+            under: only files in this folder, or rows of the source of this name.
+            min_score: only items with at least this cosine.
+
+        Raises:
+            UserError: a query cannot be read, or no item can be compared with it.
+        """
+        given = [queries] if isinstance(queries, str | Query | Like) else queries
+        parts = [self.text_query(part) if isinstance(part, str) else part for part in given]
+        if not parts:
+            raise UserError("there is no query: give a text or a file")
+        for name in modalities or ():
+            if name not in self.counts:
+                raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
+        where = [f"NOT {any_of('id', ids)}"] if (ids := [part.id for part in parts if isinstance(part, Like)]) else []
+        if under is not None:
+            where.append(self._below(under))
+        found = []
+        for space, names in self._spaces(modalities or self.counts).items():
+            vector = self._sum(parts, space)
+            if vector is not None:
+                # Without a filter, LanceDB does not have to scan a column.
+                only = [any_of("modality", names)] if set(names) != self.counts.keys() else []
+                probes = None if self._about.ivf is None else self._about.ivf.probes
+                found.append(self._items.nearest(vector, k, " AND ".join([*where, *only]) or None, probes))
+        if not found:
+            kinds = ", ".join(dict.fromkeys(part.modality for part in parts if isinstance(part, Query)))
+            items = ", ".join(modalities or self.counts)
+            raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
+        hits = sorted((_hit(row, 1 - row["_distance"]) for rows in found for row in rows), key=lambda hit: -hit.score)
+        return [hit for hit in hits[:k] if min_score is None or hit.score >= min_score]
+
+    def text_query(self, text: str, weight: float = 1.0) -> Query:
+        """A part of a query that is a text. UserError if the model reads no texts."""
+        for name, modality in self.model.modalities.items():
+            if modality.reads_text:
+                return Query(name, text, weight)
+        raise UserError("the model reads no texts; search with a file")
+
+    def hit(self, id: str) -> Hit:
+        """An item by its id, with score 1. UserError if it is not indexed."""
+        return _hit(self._row(id, SHOWN), 1.0)
+
+    def read(self, id: str) -> bytes | Path:
+        """The media of an indexed item: the bytes of a row, or a file that is unchanged since it was indexed.
+
+        UserError if it is not indexed, is gone, or has changed. The file is whole, also if the item is a segment.
+        """
+        row = self._row(id, ["path", "state", "source", "row", "column"])
+        if row["source"] is None:
+            # Nobody who makes up an index knows the nanosecond in which another user's file was changed.
+            if file_state(row["path"]) != row["state"]:
+                raise UserError(f"{row['path']}: is gone or has changed since it was indexed; index it again")
+            return Path(row["path"])
+        with self._lock:
+            name = row["source"]
+            if name not in self._sources:
+                self._sources[name] = source_table(self.model.recipe, name)
+            if self._sources[name].fingerprint != row["state"]:
+                raise UserError(f"source {name} has changed since it was indexed; index it again")
+            try:
+                media = row_media(self._sources[name], row["row"], row["column"])
+            except BadMedia as error:
+                raise UserError(f"{row['path']}: {error}") from None
+        if isinstance(media, np.ndarray):
+            raise UserError(f"{row['path']}: is a list of numbers, which has no media type")
+        return media
+
+    def modality_of(self, name: str) -> str:
+        """The modality of a file by its extension. UserError if the model reads no such files."""
+        ending = Path(name).suffix.lower()
+        for modality, item in self.model.modalities.items():
+            if ending in item.extensions:
+                return modality
+        kinds = ", ".join(self.model.modalities)
+        raise UserError(f"{name}: unknown type of file; the model reads {kinds}")
+
+    def vectors(self) -> pa.Table:
+        """`id`, `modality` and fp16 `vector` of all items, for a map of them."""
+        return self._items.table.search().select(["id", "modality", "vector"]).to_arrow()
+
+    def _row(self, id: str, columns: list[str]) -> dict[str, Any]:
+        rows = self._items.rows(f"id = {quoted(id)}", columns)
+        if not rows:
+            raise UserError(f"{self.folder}: has no item {id!r}")
+        return rows[0]
+
+    def _below(self, under: str | Path) -> str:
+        """An SQL filter for `under`."""
+        if str(under) in self.model.recipe.sources:
+            return f"(source = {quoted(str(under))} OR {below(os.path.abspath(under))})"
+        return below(os.path.abspath(under))
+
+    def _spaces(self, names: Iterable[str]) -> dict[Space, list[str]]:
+        """The spaces that the vectors of some modalities are in, with the modalities in each."""
+        found: dict[Space, list[str]] = {}
+        for name in names:
+            found.setdefault(shared_space(self.model.imp, name, self._about.towards[name]), []).append(name)
+        return found
+
+    def _sum(self, parts: Sequence[Query | Like], space: Space) -> np.ndarray | None:
+        """The weighted sum (Z,) of the parts of a query in a space, or None if a part has no vector there."""
+        total = np.zeros(self.model.recipe.model.embed_dim, np.float32)
+        for part in parts:
+            vector = self._vector(part, space)
+            if vector is None:
+                return None
+            total += part.weight * vector
+        if np.linalg.norm(total) < 1e-3:
+            raise UserError("the queries cancel each other out")
+        return total
+
+    def _vector(self, part: Query | Like, space: Space) -> np.ndarray | None:
+        """The unit vector (Z,) of a part of a query in a space, or None if it has none there."""
+        if isinstance(part, Like):
+            row = self._row(part.id, ["modality", "towards", "vector"])
+            own = shared_space(self.model.imp, row["modality"], row["towards"])
+            return np.asarray(row["vector"], np.float32) if own == space else None
+        model = self.model
+        if part.modality not in model.modalities:
+            raise UserError(f"the model has no modality {part.modality!r}{nearest(part.modality, model.modalities)}")
+        towards = towards_space(model.imp, part.modality, space, model.modalities)
+        if towards is None:
+            return None
+        modality, view = model.modalities[part.modality], model.views[part.modality]
+        if modality.reads_text and not (str(part.value).strip() and modality.knows(part.value, view)):
+            raise UserError(f"{part.value!r} has no word that the model knows")
+        with self._lock:
+            return model.encode(part.modality, part.value, normalize=True, towards=towards)[0].cpu().numpy()
+
+
+def open_index(path: str | Path, device: str | torch.device | None = None) -> Index:
+    """Opens an index and loads the model that built it.
+
+    Args:
+        path: the folder of the index.
+        device: where queries are encoded; see `openimp.load`.
+
+    Raises:
+        UserError: there is no index, or its model is gone or has other weights now.
+    """
+    folder = Path(path)
+    about = read_about(folder) if folder.is_dir() else None
+    if about is None:
+        raise UserError(f"{folder}: is not an index; openimp index makes one")
+    refuse_links(folder)
+    model = load(about.model, device)
+    if fingerprint(model) != about.fingerprint:
+        raise UserError(
+            f"{folder}: was built with other weights or views than {about.model} has now; build a new index"
+        )
+    return Index(folder, model, about)
+
+
+def _hit(row: dict[str, Any], score: float) -> Hit:
+    return Hit(**{name: row[name] for name in SHOWN}, score=score)

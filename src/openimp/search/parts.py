@@ -1,0 +1,119 @@
+"""Opens media that are indexed: hashes them, cuts them into parts, and reads the parts."""
+
+import hashlib
+from collections.abc import Container
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openimp.common.modality import BadMedia
+from openimp.inference.files import file_text
+from openimp.inference.model import Model
+from openimp.search.media import Media
+
+MAX_LINES = 100_000
+"""Most lines of a text file, because a file is written to the table at once."""
+MAX_TEXT = 10_000
+"""Most characters of a line that are stored; no text encoder reads as many."""
+
+
+@dataclass
+class File:
+    """Media that are being indexed."""
+
+    media: Media
+    sha256: str = ""
+    parts: list["Part"] = field(default_factory=list)
+    left: int = 0  # number of parts that are not encoded yet
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None  # why it, or its first unreadable part, cannot be read
+
+    def add(self, part: "Part", vector: np.ndarray | BadMedia) -> None:
+        """Takes the vector of a part, or the reason why there is none."""
+        self.left -= 1
+        if isinstance(vector, BadMedia):
+            self.error = self.error or f"{part.name}{vector}"
+        else:
+            self.rows.append({"part": part.number, "start": part.start, "end": part.end, "text": part.text,
+                              "vector": vector})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A whole file, a segment of a recording, or a line of a text file."""
+
+    file: File
+    number: int
+    start: float | None = None
+    end: float | None = None
+    text: str | None = None
+
+    @property
+    def name(self) -> str:
+        """How a message calls it."""
+        if self.end is not None:
+            return f"from {self.start:.1f} to {self.end:.1f} s: "
+        return "" if self.text is None else f"line {self.number + 1}: "
+
+
+def open_file(model: Model, known: Container[tuple[str, str]], media: Media) -> File:
+    """Hashes media, and lists their parts unless their hash and modality are known."""
+    file = File(media)
+    try:
+        file.sha256 = _sha256(media.raw())
+    except BadMedia as error:
+        file.error = str(error)
+    except OSError as error:
+        file.error = error.strerror or str(error)
+    if not file.error and (file.sha256, media.modality) not in known:
+        list_parts(model, file)
+    return file
+
+
+def list_parts(model: Model, file: File) -> None:
+    """Lists the parts of a file, or records why it cannot be read."""
+    modality, view = model.modalities[file.media.modality], model.views[file.media.modality]
+    try:
+        raw = file.media.raw()
+        if modality.reads_text:
+            assert isinstance(raw, Path)
+            file.parts = [Part(file, i, text=line[:MAX_TEXT]) for i, line in enumerate(_lines(raw)) if line]
+        elif times := modality.segments(raw, view):
+            file.parts = [Part(file, i, start, end) for i, (start, end) in enumerate(times)]
+        else:
+            file.parts = [Part(file, 0)]
+        file.left = len(file.parts)
+    except BadMedia as error:
+        file.error = str(error)
+
+
+def read_part(model: Model, part: Part) -> np.ndarray:
+    """The clips of a part, as `Modality.encode_input` makes them."""
+    media = part.file.media
+    modality, view = model.modalities[media.modality], model.views[media.modality]
+    if modality.reads_text:
+        if not modality.knows(part.text, view):
+            raise BadMedia("has no word that the model knows")
+        return modality.encode_input(part.text, view)
+    raw = media.raw()
+    if part.start is None or part.end is None:
+        return modality.encode_input(raw, view)
+    return modality.encode_segment(raw, view, part.start, part.end)
+
+
+def _lines(file: Path) -> list[str]:
+    lines = [line.strip() for line in file_text(file).splitlines()]
+    if len(lines) > MAX_LINES:
+        raise BadMedia(f"{len(lines):,} lines are more than {MAX_LINES:,}; split the file")
+    if not any(lines):
+        raise BadMedia("contains no text")
+    return lines
+
+
+def _sha256(raw: bytes | Path | np.ndarray) -> str:
+    if isinstance(raw, Path):
+        with raw.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashlib.sha256(raw if isinstance(raw, bytes) else raw.tobytes()).hexdigest()

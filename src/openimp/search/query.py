@@ -1,0 +1,34 @@
+"""What goes into a search and what comes out of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Query:
+    """A part of a query: a text, or an image, sound or clip as a file or as bytes."""
+
+    modality: str
+    value: str | bytes | Path
+    weight: float = 1.0  # negative: subtracted
+
+
+@dataclass(frozen=True)
+class Like:
+    """A part of a query: an indexed item, whose stored vector is used."""
+
+    id: str
+    weight: float = 1.0  # negative: "less like this"
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An indexed item: a picture, a sound, a clip, a segment of a long sound or clip, or a line of a text file."""
+
+    id: str  # 32 hexadecimal digits; stays the same if the file is indexed again, but not if it is moved
+    path: str  # absolute; SOURCE/ROW/COLUMN if the media is in a row of a source
+    modality: str
+    start: float | None  # of a segment, in seconds; None for an item that was not cut
+    end: float | None
+    text: str | None  # the line of a text file, or the text of the row that the media is from
+    score: float  # cosine with the query

@@ -1,0 +1,36 @@
+"""Which vectors can be compared. In a joint space, all can; in disjoint spaces, each pair of heads has its own."""
+
+from collections.abc import Iterable
+
+from openimp.data.files import stable_hash
+from openimp.evaluation.provenance import checkpoint_fields
+from openimp.inference.model import Model
+from openimp.model.imp import IMP
+
+Space = frozenset[str]
+"""The names of the two heads of a disjoint space; empty for the joint space."""
+
+
+def shared_space(model: IMP, a: str, b: str) -> Space:
+    """The space of the vectors of modality `a` towards modality `b`."""
+    joint = model.config.space == "joint"
+    return frozenset() if joint else frozenset([model.head_name(a, b), model.head_name(b, a)])
+
+
+def towards_space(model: IMP, name: str, space: Space, modalities: Iterable[str]) -> str | None:
+    """The modality towards which `name` must be encoded for its vectors to be in a space; None if there is none."""
+    for other in modalities:
+        if model.share_a_space(name, other) and shared_space(model, name, other) == space:
+            return other
+    return None
+
+
+def fingerprint(model: Model) -> str:
+    """Hash of a model's weights and views. Vectors with different fingerprints must not be compared."""
+    views = [(name, view.model_dump_json()) for name, view in model.views.items()]
+    return stable_hash([checkpoint_fields(model.imp, model.modalities)["checkpoint"], views])
+
+
+def has_partner(model: Model, name: str) -> bool:
+    """Whether a task trains the modality together with another one, so that it has an embedding."""
+    return any(model.imp.share_a_space(name, other) for other in model.modalities if other != name)

@@ -1,0 +1,184 @@
+"""The table of items of an index, in LanceDB.
+
+A write to the table is atomic and contains whole files only. So after a kill, the table says itself what is left to do.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from openimp.common.errors import UserError
+
+ITEMS = "items"
+SHOWN = ["id", "path", "modality", "start", "end", "text"]
+"""Columns of the results of a search."""
+BATCH = 8192
+"""Rows that are read at once."""
+SOME = 500
+"""Most paths that one SQL filter lists."""
+
+
+class Stored(NamedTuple):
+    """What the table knows about a file or a row of a source."""
+
+    sha256: str
+    state: str
+    modality: str
+
+
+def schema(size: int) -> pa.Schema:
+    """The table's columns, for vectors with `size` features."""
+    text, seconds, number = pa.string(), pa.float64(), pa.int64()
+    columns = {
+        "id": text,
+        "path": text,  # absolute; SOURCE/ROW/COLUMN for media in a row of a source
+        "part": number,  # of the file: the number of the segment, or of the line of text
+        "sha256": text,  # of the media
+        "state": text,  # of a file: its size and time of the last change; of a row: the source's fingerprint
+        "modality": text,
+        "towards": text,
+        "start": seconds,
+        "end": seconds,
+        "text": text,
+        "source": text,  # of the run's recipe; null for a file
+        "row": number,
+        "column": text,
+        "vector": pa.list_(pa.float16(), size),  # a unit vector
+    }
+    return pa.schema(list(columns.items()))
+
+
+class Items:
+    """The table of an index that is open for reading and, under `locked`, for writing."""
+
+    def __init__(self, folder: Path, size: int | None = None) -> None:
+        """Opens the table. With `size`, the number of features, creates it if it does not exist."""
+        database = import_lancedb().connect(folder)
+        # If the process was killed while it created the table, the folder exists, but no version of the table.
+        exists = any((folder / f"{ITEMS}.lance" / "_versions").glob("*.manifest"))
+        try:
+            if exists:
+                self.table = database.open_table(ITEMS)
+            elif size is not None:
+                self.table = database.create_table(ITEMS, schema=schema(size))
+            else:
+                raise UserError(f"{folder}: holds no items yet; run openimp index again")
+        except (ValueError, RuntimeError, OSError) as error:
+            raise UserError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None
+
+    def stored(self) -> dict[str, Stored]:
+        """All files and rows of sources, by path."""
+        found: dict[str, Stored] = {}
+        for batch in self.table.search().select(["path", *Stored._fields]).to_batches():
+            path, *columns = (batch[name].to_pylist() for name in ("path", *Stored._fields))
+            found.update(zip(path, map(Stored, *columns)))
+        return found
+
+    def nearest(
+        self, vector: np.ndarray, k: int, where: str | None = None, probes: int | None = None
+    ) -> list[dict[str, Any]]:
+        """The `k` rows with the highest cosine, without their vectors; `_distance` is 1 - cosine.
+
+        Args:
+            vector: (Z,), of any length.
+            k: number of rows at most.
+            where: only rows that match this SQL filter.
+            probes: number of IVF groups to compare. If a filter leaves less than `k` rows in these, it is more.
+                None: all rows are compared.
+        """
+        query = self.table.search(vector).distance_type("cosine").limit(k).select([*SHOWN, "_distance"])
+        query = query.where(where) if where else query
+        query = query.bypass_vector_index() if probes is None else query.minimum_nprobes(probes).maximum_nprobes(0)
+        return query.to_list()
+
+    def vectors(self) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Ids and vectors (n, Z) fp32 of all rows, in batches."""
+        for batch in self.table.search().select(["id", "vector"]).to_batches(batch_size=BATCH):
+            vectors = batch["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+            yield batch["id"].to_pylist(), vectors.reshape(len(batch), -1)
+
+    def places(self) -> tuple[set[str], set[str]]:
+        """The names of all sources, and the folders of all files."""
+        sources: set[str] = set()
+        folders: set[str] = set()
+        for batch in self.table.search().select(["path", "source"]).to_batches(batch_size=BATCH):
+            for path, source in zip(batch["path"].to_pylist(), batch["source"].to_pylist()):
+                if source is None:
+                    folders.add(os.path.dirname(path))
+                else:
+                    sources.add(source)
+        return sources, folders
+
+    def rows(self, where: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
+        """The rows that match an SQL filter; vectors are lists of floats."""
+        query = self.table.search().where(where)
+        return (query.select(columns) if columns else query).to_list()
+
+    def replace(self, paths: Iterable[str], rows: list[dict[str, Any]]) -> None:
+        """Replaces all rows of some paths. If it is interrupted, these paths have no rows."""
+        self.remove(paths)
+        if rows:
+            self.table.add(pa.table({field.name: _column(rows, field) for field in self.table.schema}))
+
+    def remove(self, paths: Iterable[str]) -> None:
+        """Removes all rows of some paths."""
+        for some in _chunks(paths):
+            self.table.delete(any_of("path", some))
+
+    def group(self, groups: int) -> None:
+        """Makes an inverted file with this number of groups."""
+        from lancedb.index import IvfFlat
+
+        self.table.create_index("vector", config=IvfFlat(distance_type="cosine", num_partitions=groups), replace=True)
+
+    def compact(self) -> None:
+        """Merges the small files that many writes leave, and adds new rows to the IVF index if there is one."""
+        # Processes that have the index open still read earlier versions of the table.
+        self.table.optimize(cleanup_older_than=timedelta(days=1))
+
+
+def drop(folder: Path) -> None:
+    """Removes the table."""
+    import_lancedb().connect(folder).drop_table(ITEMS, ignore_missing=True)
+
+
+def any_of(column: str, values: Iterable[str]) -> str:
+    """An SQL filter: the column has one of these values."""
+    return f"{column} IN ({', '.join(map(quoted, values))})"
+
+
+def below(folder: str) -> str:
+    """An SQL filter: the path is this one or lies below it."""
+    return f"(path = {quoted(folder)} OR starts_with(path, {quoted(folder.rstrip(os.sep) + os.sep)}))"
+
+
+def quoted(text: str) -> str:
+    """An SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _column(rows: list[dict[str, Any]], field: pa.Field) -> pa.Array:
+    values = [row.get(field.name) for row in rows]
+    if field.name != "vector":
+        return pa.array(values, field.type)
+    flat = np.asarray(values, np.float16).ravel()
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float16()), field.type.list_size)
+
+
+def _chunks(paths: Iterable[str]) -> Iterator[list[str]]:
+    paths = list(paths)
+    return (paths[start : start + SOME] for start in range(0, len(paths), SOME))
+
+
+def import_lancedb() -> Any:
+    """The module; UserError if it is not installed."""
+    try:
+        import lancedb
+    except ImportError:
+        raise UserError("search needs LanceDB: pip install 'openimp[search]'") from None
+    return lancedb

@@ -1,0 +1,14 @@
+"""benchmarks/search.py runs; its figures depend on the machine."""
+
+import pytest
+
+pytest.importorskip("lancedb")
+import search
+
+
+def test_the_benchmark_runs_and_the_index_survives_a_kill(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["search.py", "--smoke"])
+    assert search.main() == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 5
+    assert "the same index: reached" in rows[-1]

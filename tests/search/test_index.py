@@ -1,0 +1,305 @@
+"""Indexing: what is found, embedded, recognized again, skipped and removed, also after a kill."""
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from filelock import FileLock
+from processes import Process
+
+import openimp
+import openimp.inference.files
+from openimp.checkpoint.folder import save_model
+from openimp.common.errors import UserError
+from openimp.search import build_index, ivf, open_index
+from openimp.search.folder import About, read_about, write_about
+from openimp.search.table import Items, schema
+
+pytest.importorskip("lancedb")
+
+WRITE = """
+import sys
+import openimp.inference.files
+from openimp.search import build_index
+
+def told(items, name):
+    for item in items:
+        print(name, flush=True)
+        yield item
+
+openimp.inference.files.CHUNK = 2
+build_index(*sys.argv[1:2], sys.argv[2:3], sys.argv[3], batch_size=2, progress=told)
+"""
+
+
+@pytest.fixture
+def folder(media_folder: Path, tmp_path: Path) -> Path:
+    """Three files of each modality, a sound and a clip of 12 s, and a text of three lines."""
+    top = Path(shutil.copytree(media_folder, tmp_path / "media"))
+    soundfile.write(top / "long.wav", np.sin(np.arange(12 * 8000) / 9), 8000)
+    with av.open(str(top / "long.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for level in range(120):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 2 * level, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (top / "lines.txt").write_text("a red square\n\na green circle\n  noise  \n", encoding="utf-8")
+    return top
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """Counts the items that are embedded, by modality."""
+    counts: dict[str, int] = {}
+    real = openimp.inference.files.encode_chunks
+
+    def counting(model, name, *rest):
+        for chunk in real(model, name, *rest):
+            counts[name] = counts.get(name, 0) + len(chunk)
+            yield chunk
+
+    monkeypatch.setattr("openimp.search.update.encode_chunks", counting)
+    return counts
+
+
+def rows(index: Path) -> dict[str, dict]:
+    return {row["id"]: row for row in Items(index).table.to_arrow().to_pylist()}
+
+
+def assert_equal(one: dict[str, dict], other: dict[str, dict]) -> None:
+    """The same rows, and vectors that are equal up to the rounding of another batch."""
+    assert one.keys() == other.keys()
+    for id, row in one.items():
+        assert row["vector"] == pytest.approx(other[id]["vector"], abs=5e-3)
+        assert {**row, "vector": None} == {**other[id], "vector": None}
+
+
+def test_a_folder_becomes_rows_for_files_segments_and_lines(tiny_model_folder, folder, tmp_path, capsys):
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
+    (folder / "notes.docx").write_bytes(b"PK")
+    done = build_index(tiny_model_folder, [folder], tmp_path / "x.index")
+    assert (done.new, done.changed, done.moved, done.unchanged, done.removed) == (15, 0, 0, 0, 0)
+    assert list(done.skipped) == [str(folder / "broken.png")]
+    assert done.unknown == 1
+    printed = capsys.readouterr().out
+    assert "19 items, exact search; files: 15 new" in printed
+    assert "1 file could not be read" in printed
+    assert str(folder / "broken.png") in printed
+    found = rows(tmp_path / "x.index").values()
+    by_file: dict[str, list] = {}
+    for row in found:
+        by_file.setdefault(Path(row["path"]).name, []).append(row)
+    assert sorted((row["start"], row["end"]) for row in by_file["long.wav"]) == [(0, 6), (6, 12)]
+    assert sorted((row["start"], row["end"]) for row in by_file["long.mp4"]) == [(0, 6), (6, 12)]
+    assert [row["text"] for row in by_file["lines.txt"]] == ["a red square", "a green circle", "noise"]
+    assert by_file["0.png"][0]["start"] is None
+    model = openimp.load(tiny_model_folder)
+    for name in ("0.png", "1.mp4", "2.wav"):
+        (row,) = by_file[name]
+        alone = model.encode(row["modality"], folder / name, normalize=True)[0].cpu().numpy()
+        assert row["vector"] == pytest.approx(alone, abs=5e-3)
+
+
+def test_only_new_and_changed_files_are_embedded(tiny_model_folder, folder, tmp_path, embedded):
+    index = tmp_path / "x.index"
+    (folder / "broken.png").write_bytes(b"no picture")
+    build_index(tiny_model_folder, [folder], index)
+    embedded.clear()
+    again = build_index(tiny_model_folder, [folder], index)
+    assert (again.new, again.unchanged, embedded) == (0, 15, {})
+    assert list(again.skipped) == [str(folder / "broken.png")], "a bad file is named each time, but not tried again"
+
+    shutil.copy(folder / "1.png", folder / "copy.png")
+    shutil.copy(folder / "1.png", folder / "0.png")
+    (folder / "lines.txt").write_text("noise\na", encoding="utf-8")
+    (folder / "deep").mkdir()
+    (folder / "2.wav").rename(folder / "deep" / "moved.wav")
+    (folder / "1.txt").unlink()
+    os.utime(folder / "2.png")
+    shutil.copy(folder / "2.png", folder / "broken.png")
+    done = build_index(tiny_model_folder, [folder], index)
+    # "broken.png" and "copy.png" are new, "2.png" was only touched.
+    assert (done.new, done.changed, done.moved, done.unchanged, done.removed) == (2, 2, 1, 11, 1)
+    assert embedded == {"text": 2}, "known content is not embedded again"
+    assert not done.skipped
+    build_index(tiny_model_folder, [folder], tmp_path / "fresh.index")
+    assert_equal(rows(index), rows(tmp_path / "fresh.index"))
+
+
+def test_a_file_that_becomes_unreadable_leaves_the_index(tiny_model_folder, folder, tmp_path):
+    index = tmp_path / "x.index"
+    build_index(tiny_model_folder, [folder], index)
+    (folder / "0.png").write_bytes(b"no picture any more")
+    done = build_index(tiny_model_folder, [folder], index)
+    assert list(done.skipped) == [str(folder / "0.png")]
+    assert str(folder / "0.png") not in {row["path"] for row in rows(index).values()}
+
+
+def test_other_folders_stay_and_content_that_moves_between_them_is_recognized(
+    tiny_model_folder, folder, tmp_path, embedded
+):
+    index, second = tmp_path / "x.index", tmp_path / "second"
+    second.mkdir()
+    shutil.move(folder / "0.png", second / "0.png")
+    build_index(tiny_model_folder, [folder], index)
+    build_index(tiny_model_folder, [second], index)
+    assert len({row["path"] for row in rows(index).values()}) == 15
+    embedded.clear()
+    shutil.move(folder / "1.png", second / "0.png")
+    done = build_index(tiny_model_folder, [folder, second], index)
+    assert (done.changed, done.removed, embedded) == (1, 1, {})
+
+
+def test_killed_at_any_moment_it_ends_as_if_undisturbed(tiny_model_folder, folder, tmp_path):
+    index = tmp_path / "killed.index"
+    (folder / "broken.png").write_bytes(b"no picture")
+    for lines in (3, 6, 9):
+        process = Process("-c", WRITE, tiny_model_folder, folder, index)
+        for _ in range(lines):
+            process.stdout.readline()
+        process.kill()
+        assert process.wait() == -9
+    build_index(tiny_model_folder, [folder], index)
+    build_index(tiny_model_folder, [folder], tmp_path / "whole.index")
+    assert_equal(rows(index), rows(tmp_path / "whole.index"))
+    assert (index / "skipped.json").read_text() == (tmp_path / "whole.index" / "skipped.json").read_text()
+
+
+def test_a_kill_while_the_table_is_created_is_no_damage(tiny_model_folder, folder, tmp_path):
+    index = tmp_path / "x.index"
+    build_index(tiny_model_folder, [folder / "0.png"], index)
+    shutil.rmtree(index / "items.lance")
+    (index / "items.lance").mkdir()
+    assert build_index(tiny_model_folder, [folder / "0.png"], index).new == 1
+
+
+def test_another_process_that_writes_is_named(tiny_model_folder, folder, tmp_path):
+    index = tmp_path / "x.index"
+    build_index(tiny_model_folder, [folder], index)
+    with FileLock(index / ".lock"), pytest.raises(UserError, match=r"x\.index: is being written by another process"):
+        build_index(tiny_model_folder, [folder], index)
+
+
+def test_an_index_of_other_weights_is_refused(tiny_model_folder, folder, tmp_path, tiny_recipe, tiny_model):
+    model = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    index = tmp_path / "x.index"
+    build_index(model, [folder], index)
+    shutil.rmtree(model)
+    model.mkdir()
+    recipe = tiny_recipe()
+    imp, modalities = tiny_model(recipe)
+    next(iter(imp.projections.values())).up.weight.data.mul_(2)
+    save_model(model, imp, recipe, modalities, {})
+    for use in (lambda: open_index(index), lambda: build_index(model, [folder], index)):
+        with pytest.raises(UserError, match=r"was built with other weights or views than .*model has"):
+            use()
+
+
+def test_links_out_of_the_folder_are_not_followed(tiny_model_folder, folder, tmp_path):
+    (tmp_path / "private.txt").write_text("noise", encoding="utf-8")
+    (folder / "link.txt").symlink_to(tmp_path / "private.txt")
+    (folder / "inside.txt").symlink_to(folder / "0.txt")
+    done = build_index(tiny_model_folder, [folder], tmp_path / "x.index")
+    assert list(done.skipped) == [str(folder / "link.txt")]
+    assert str(folder / "inside.txt") in {row["path"] for row in rows(tmp_path / "x.index").values()}
+
+
+@pytest.mark.parametrize(
+    ("paths", "out", "message"),
+    [
+        (["empty"], "x.index", r"no files to embed in .*empty; looked for "),
+        (["missing"], "x.index", "missing: no such file or folder"),
+        (["bad.png"], "x.index", r"no file can be read; the first: .*bad\.png"),
+        (["bad.xyz"], "x.index", r"bad\.xyz: its extension does not say whether it is image or text"),
+        (["bad.png"], "full", "full: is not an index; name a new folder"),
+        (["bad.png"], None, "is not a run; name the index with --out"),
+    ],
+)
+def test_bad_input_is_one_sentence(tiny_model_folder, tmp_path, monkeypatch, paths, out, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in ("bad.png", "bad.xyz"):
+        (tmp_path / name).write_bytes(b"no picture")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        build_index(tiny_model_folder, paths, out)
+    assert (tmp_path / "full" / "mine.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_run_indexes_the_media_of_its_recipe(little_run, tmp_path, embedded):
+    """Files of sources are indexed as files, and equal rows only once."""
+    run = Path(shutil.copytree(little_run, tmp_path / "run"))
+    done = build_index(run)
+    assert done.folder == run / "search.index"
+    assert (done.new, embedded) == (39, {"image": 24, "audio": 15})
+    index = open_index(done.folder)
+    assert index.counts == {"image": 24, "audio": 15}
+    assert index.hit(index.search("a red square", k=1)[0].id).text == "a red square"
+    assert build_index(run).unchanged == 39
+
+
+def test_rows_of_a_source_are_read_again_by_their_number(tiny_recipe, tiny_model, media_folder, tmp_path, embedded):
+    pictures = [(media_folder / f"{i % 3}.png").read_bytes() for i in range(4)]
+    data = {"image": pictures, "text": ["one", "two", "three", "one again"]}
+    pq.write_table(pa.table(data), tmp_path / "all.parquet")
+    task = {"source": "all", "inputs": {"image": "image", "text": "text"}, "objectives": [{"type": "contrastive"}]}
+    tasks = {"named": {**task, "views": [{"image": {"size": 32}}]}}
+    recipe = tiny_recipe(folder=tmp_path, tasks=tasks, modalities={"vision": {"patch": [2, 8, 8]}})
+    model, modalities = tiny_model(recipe)
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", model, recipe, modalities, {})
+    with pytest.raises(UserError, match="task named of its recipe reads source all"):
+        build_index(tmp_path / "model", None, tmp_path / "x.index")
+    done = build_index(tmp_path / "model", None, tmp_path / "x.index", allow_sources=True)
+    assert (done.new, done.items, embedded) == (3, 3, {"image": 3}), "equal rows are one item"
+    index = open_index(tmp_path / "x.index")
+    hits = index.search("one", k=5)
+    assert {hit.path: hit.text for hit in hits} == {f"all/{i}/image": data["text"][i] for i in range(3)}
+    for hit in hits:
+        assert index.read(hit.id) == pictures[int(hit.path.split("/")[1])]
+    assert {hit.path for hit in index.search("one", under="all")} == {hit.path for hit in hits}
+
+    # All rows move up, and the first one is new.
+    fresh = io.BytesIO()
+    PIL.Image.new("RGB", (30, 30), (9, 99, 199)).save(fresh, "PNG")
+    shifted = [fresh.getvalue(), *pictures[:3]]
+    pq.write_table(pa.table({"image": shifted, "text": list("abcd")}), tmp_path / "all.parquet")
+    with pytest.raises(UserError, match="source all has changed since it was indexed"):
+        open_index(tmp_path / "x.index").read(hits[0].id)
+    embedded.clear()
+    done = build_index(tmp_path / "model", None, tmp_path / "x.index", allow_sources=True)
+    assert (done.changed, done.new, embedded) == (3, 1, {"image": 1})
+    index = open_index(tmp_path / "x.index")
+    assert [index.read(hit.id) for hit in sorted(index.search("one"), key=lambda hit: hit.path)] == shifted
+
+
+def test_a_large_index_is_searched_approximately_with_a_measured_recall(tmp_path, monkeypatch):
+    monkeypatch.setattr(ivf, "MIN_ROWS", 2000)
+    rng = np.random.default_rng(0)
+    centers = rng.normal(size=(40, 16))
+    vectors = centers[rng.integers(0, 40, 3000)] + 0.5 * rng.normal(size=(3000, 16))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    items = Items(tmp_path, 16)
+    some = {field.name: None for field in schema(16)} | {"modality": "image"}
+    items.replace([], [{**some, "id": str(i), "path": str(i), "vector": vector} for i, vector in enumerate(vectors)])
+    about = About(format=1, model="m", fingerprint="f", towards={"image": "text"})
+    write_about(tmp_path, about)
+    found = ivf.update(tmp_path, items, about).ivf
+    assert read_about(tmp_path).ivf == found
+    assert found.recall >= 0.99
+    exact = np.argsort(-(vectors @ vectors[7]))[:10]
+    near = {row["id"] for row in items.nearest(vectors[7], 10, probes=found.probes)}
+    assert len(near & {str(i) for i in exact}) >= 9
+    few = items.nearest(vectors[7], 10, "id IN ('5', '1234', '2999')", probes=1)
+    assert {row["id"] for row in few} == {"5", "1234", "2999"}, "a filter may need more groups than that"
+    assert ivf.update(tmp_path, items, read_about(tmp_path)).ivf == found, "made anew only after the table has doubled"

@@ -1,0 +1,210 @@
+"""Queries: the results are those of comparing all vectors, and whatever cannot be compared is refused."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openimp import cli
+from openimp.checkpoint.folder import save_model
+from openimp.common.errors import UserError
+from openimp.search import Index, Like, Query, build_index, open_index
+
+pytest.importorskip("lancedb")
+
+
+@pytest.fixture(scope="module")
+def media(media_folder: Path, tmp_path_factory) -> Path:
+    """The media in two folders: texts and sounds, and pictures and clips, one of which has a difficult name."""
+    top = tmp_path_factory.mktemp("top")
+    for file in media_folder.iterdir():
+        folder = top / ("seen" if file.suffix in (".png", ".mp4") else "heard_100%")
+        folder.mkdir(exist_ok=True)
+        shutil.copy(file, folder / (file.name if file.name != "0.png" else "it's 0.png"))
+    return top
+
+
+@pytest.fixture(scope="module")
+def joint_model(tiny_recipe, tiny_model, tmp_path_factory) -> Path:
+    """A model in which everything can be compared."""
+    folder, recipe = tmp_path_factory.mktemp("joint"), tiny_recipe(model={"space": "joint"})
+    model, modalities = tiny_model(recipe)
+    save_model(folder, model, recipe, modalities, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(joint_model: Path, media: Path) -> Index:
+    return open_index(build_index(joint_model, [media], media.parent / "tiny.index").folder)
+
+
+def scores(index: Index, vector: np.ndarray) -> dict[str, float]:
+    """The cosines of a vector with all items, by id."""
+    table = index.vectors()
+    stored = np.array(table["vector"].to_pylist(), np.float32)
+    cosines = stored @ (vector / np.linalg.norm(vector)) / np.linalg.norm(stored, axis=1)
+    return dict(zip(table["id"].to_pylist(), cosines.tolist()))
+
+
+def encoded(index: Index, modality: str, value: object) -> np.ndarray:
+    return index.model.encode(modality, value, normalize=True)[0].cpu().numpy()
+
+
+def assert_best(hits, expected: dict[str, float]) -> None:
+    """The hits are the best of the expected scores, in order, up to rounding."""
+    assert [hit.score for hit in hits] == pytest.approx(sorted(expected.values(), reverse=True)[: len(hits)], abs=1e-3)
+    for hit in hits:
+        assert hit.score == pytest.approx(expected[hit.id], abs=1e-3)
+
+
+def test_results_are_those_of_comparing_all_items(index, media):
+    assert index.counts == {"image": 3, "video": 3, "audio": 3, "text": 3}
+    assert_best(index.search("a red square", k=5), scores(index, encoded(index, "text", "a red square")))
+    assert len(index.search("a red square", k=100)) == 12
+    file = media / "seen" / "1.png"
+    for value in (file, str(file), file.read_bytes()):
+        hits = index.search(Query("image", value), k=1)
+        assert (hits[0].path, hits[0].modality) == (str(file), "image")
+        assert hits[0].score == pytest.approx(1, abs=1e-3)
+
+
+def test_queries_add_up_and_can_be_subtracted(index, media):
+    sound = media / "heard_100%" / "1.wav"
+    parts = ["a red square", Query("audio", sound, 2.0), Query("text", "noise", -0.5)]
+    text, noise = (encoded(index, "text", text) for text in ("a red square", "noise"))
+    assert_best(index.search(parts), scores(index, text + 2 * encoded(index, "audio", sound) - 0.5 * noise))
+    with pytest.raises(UserError, match="the queries cancel each other out"):
+        index.search(["noise", Query("text", "noise", -1.0)])
+    with pytest.raises(UserError, match="there is no query"):
+        index.search([])
+
+
+def test_more_and_less_like_an_item_uses_its_stored_vector(index):
+    table = index.vectors()
+    ids, vectors = table["id"].to_pylist(), np.array(table["vector"].to_pylist(), np.float32)
+    hits = index.search([Like(ids[3]), Like(ids[7], -0.5), "noise"], k=20)
+    expected = scores(index, vectors[3] - 0.5 * vectors[7] + encoded(index, "text", "noise"))
+    assert {hit.id for hit in hits} == set(ids) - {ids[3], ids[7]}, "items of the query are no results"
+    assert_best(hits, {id: score for id, score in expected.items() if id not in (ids[3], ids[7])})
+
+
+def test_filters_leave_the_best_of_what_they_keep(index, media, monkeypatch):
+    everything = scores(index, encoded(index, "text", "noise"))
+    hits = index.search("noise", modalities=["image", "audio"])
+    assert [hit.modality for hit in hits].count("image") == 3
+    assert_best(hits, {hit.id: everything[hit.id] for hit in hits})
+    assert index.folders == [str(media / "heard_100%"), str(media / "seen")]
+    monkeypatch.chdir(media)
+    for folder in ("seen", media / "seen", f"{media}/seen/"):
+        hits = index.search("noise", under=folder)
+        assert {Path(hit.path).parent.name for hit in hits} == {"seen"}
+        assert len(hits) == 6
+    (hit,) = index.search("noise", under=media / "seen" / "it's 0.png")
+    assert hit.path.endswith("it's 0.png")
+    assert index.search("noise", under="heard_") == [], "a folder is no prefix of names"
+    best = index.search("noise", k=3)
+    assert index.search("noise", min_score=best[1].score) == best[:2]
+    with pytest.raises(UserError, match="has no items of modality 'vdieo'; did you mean 'video'"):
+        index.search("noise", modalities=["vdieo"])
+
+
+def test_only_indexed_media_that_are_unchanged_are_read(tiny_model_folder, media, tmp_path):
+    folder = Path(shutil.copytree(media, tmp_path / "media"))
+    index = open_index(build_index(tiny_model_folder, [folder], tmp_path / "x.index").folder)
+    hit = index.search(Query("image", folder / "seen" / "1.png"), k=1)[0]
+    assert index.read(hit.id) == folder / "seen" / "1.png"
+    assert index.hit(hit.id).path == hit.path
+    os.utime(hit.path)
+    with pytest.raises(UserError, match=r"1\.png: is gone or has changed since it was indexed"):
+        index.read(hit.id)
+    for wrong in ("0", "' OR 1=1 --", "../" + hit.id):
+        with pytest.raises(UserError, match="has no item"):
+            index.read(wrong)
+
+
+def test_disjoint_spaces_are_searched_one_by_one(tiny_model_folder, media, tmp_path):
+    index = open_index(build_index(tiny_model_folder, [media], tmp_path / "x.index").folder)
+    assert index.model.recipe.model.space == "disjoint"
+    picture = Query("image", media / "seen" / "1.png")
+    hits = index.search("noise", k=100)
+    assert {hit.modality for hit in hits} == {"image", "video", "audio", "text"}
+    vectors = {row["id"]: np.array(row["vector"]) for row in index.vectors().to_pylist()}
+    for hit in hits:
+        if hit.modality != "text":
+            query = index.model.encode_text("noise", normalize=True, towards=hit.modality)[0].numpy()
+            assert hit.score == pytest.approx(float(query @ vectors[hit.id]), abs=2e-3)
+    assert {hit.modality for hit in index.search(picture, k=100)} == {"image", "video", "text"}, "these share a stem"
+    with pytest.raises(UserError, match=r"image and the items \(audio\) share no space, so they cannot be compared"):
+        index.search(picture, modalities=["audio"])
+
+
+def test_a_query_without_a_known_word_is_refused(tiny_recipe, tiny_model, media, tmp_path):
+    recipe = tiny_recipe(modalities={"vision": {"patch": [2, 8, 8]}, "audio": {"window": 512, "hop": 256, "bins": 32},
+                                     "text": {"min_df": 1}})  # fmt: skip
+    model, modalities = tiny_model(recipe)
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", model, recipe, modalities, {})
+    (tmp_path / "lines.txt").write_text("green noise\nxyzzy", encoding="utf-8")
+    done = build_index(tmp_path / "model", [tmp_path / "lines.txt"], tmp_path / "x.index")
+    assert list(done.skipped.values()) == ["line 2: has no word that the model knows"]
+    index = open_index(done.folder)
+    assert [hit.text for hit in index.search("noise")] == ["green noise"]
+    for text in ("xyzzy", " "):
+        with pytest.raises(UserError, match="has no word that the model knows"):
+            index.search(text)
+
+
+def test_the_type_of_a_query_file_is_known_or_refused(index, media):
+    assert [index.modality_of(f"x{end}") for end in (".PNG", ".wav", ".mp4")] == ["image", "audio", "video"]
+    with pytest.raises(UserError, match=r"x\.docx: unknown type of file; the model reads "):
+        index.modality_of("x.docx")
+    with pytest.raises(UserError, match=r"1\.wav: cannot be read as image: "):
+        index.search(Query("image", media / "heard_100%" / "1.wav"))
+    with pytest.raises(UserError, match="the model has no modality 'smell'"):
+        index.search(Query("smell", "x"))
+
+
+def test_a_folder_that_is_no_index_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match="is not an index; openimp index makes one"):
+            open_index(folder)
+
+
+@pytest.fixture
+def openimp(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["openimp", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_line_indexes_and_searches(openimp, joint_model, media, tmp_path, monkeypatch):
+    index, picture = tmp_path / "x.index", media / "seen" / "1.png"
+    code, out, _ = openimp("index", joint_model, media, "--out", index)
+    assert (code, "12 items, exact search" in out) == (0, True)
+    code, out, _ = openimp("search", index, "--image", picture, "-k", 2)
+    assert code == 0
+    first, _ = out.splitlines()
+    assert first.split() == ["1.000", "image", str(picture)]
+    folder = media / "heard_100%"
+    query = ("a red square", "--minus", "noise", "--audio", folder / "0.wav")
+    code, out, _ = openimp("search", index, *query, "--modality", "text", "--under", folder, "--json")
+    hits = [json.loads(line) for line in out.splitlines()]
+    assert {hit["text"][:12] for hit in hits} == {"a red square", "a green circ", "a blue line "}
+    assert hits[0].keys() == {"id", "path", "modality", "start", "end", "text", "score"}
+    assert openimp("search", index, "noise", "--min-score", 0.9999)[1] == "no item is that close to the query\n"
+    assert openimp("search", index)[::2] == (2, "openimp: there is no query: give a text or a file\n")
+    help_ = openimp("search", "--help")[1]
+    assert all(option in help_ for option in ("--image", "--audio", "--video", "--minus"))
+    monkeypatch.setitem(sys.modules, "lancedb", None)
+    for command in (("search", index, "noise"), ("index", joint_model, media, "--out", index)):
+        assert openimp(*command)[::2] == (2, "openimp: search needs LanceDB: pip install 'openimp[search]'\n")
