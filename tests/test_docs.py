@@ -14,6 +14,7 @@ import yaml
 from openimp.common.json_lines import read_lines
 from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
+from openimp.inference.onnx import export
 from openimp.recipe.file import RecipeLoader
 from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe
@@ -151,6 +152,20 @@ def test_the_python_on_the_page_runs(page, little_data, little_run, tmp_path, mo
     if page == "docs/python.md":
         assert torch.equal(known["same"].encode_text("a cat"), known["model"].encode_text("a cat"))
         assert len(read_lines(Path("runs/mine/metrics.jsonl"))) == 20
+
+
+def test_the_publishing_page_runs(little_data, little_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/demo").symlink_to(little_run)
+    for name, file in {"cat.png": "pictures/red/0.png", "flute.wav": "0.wav"}.items():
+        Path(name).symlink_to(little_data / file)
+    export("runs/demo", Path("onnx"))
+    known = {}
+    for _, code in blocks(ROOT / "docs" / "publish.md", "python"):
+        exec(code, known)
+    assert known["vectors"].shape == (3, 32)
+    assert known["batch"].shape == (1, 3, 16, 16)
 
 
 def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, monkeypatch):

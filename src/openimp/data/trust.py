@@ -29,6 +29,13 @@ def record_training(config: str) -> None:
         (cache_folder(KNOWN) / hashlib.sha256(config.encode()).hexdigest()).touch()
 
 
+def trained_here(folder: Path) -> bool:
+    """Whether this user trained the model in `folder` on this machine."""
+    with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
+        return (cache_folder(KNOWN) / hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()).exists()
+    return False
+
+
 def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], given: Collection[str] = ()) -> None:
     """Checks that `eval` and `report` may read the sources of a model's own evaluation sets; unknown sets are ignored.
 
@@ -37,9 +44,8 @@ def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str],
     user's own recipe defines. `folder` has the model's config.json. `recipe` is the one in that file, or one of the
     user's that it completes.
     """
-    with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
-        if (cache_folder(KNOWN) / hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()).exists():
-            return
+    if trained_here(folder):
+        return
     for measured, options in ((name, recipe.evaluation.sets[name]) for name in sets if name in recipe.evaluation.sets):
         for name in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
             if name not in given and not _is_inside(path, name, recipe.sources[name]):

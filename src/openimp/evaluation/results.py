@@ -84,11 +84,12 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 def _cells(result: dict[str, Any]) -> list[str]:
     low, high = result["interval"]
-    main = f"{_percent(main_metric(result))} [{_percent(low)}, {_percent(high)}]"
-    shares = [_percent(result[key]) if key in result else "" for key in ("r5" if "r5" in result else "top5", "r10")]
+    main = f"{percent(main_metric(result))} [{percent(low)}, {percent(high)}]"
+    shares = [percent(result[key]) if key in result else "" for key in ("r5" if "r5" in result else "top5", "r10")]
     rank = [f"{result['median_rank']:g}", f"{result['mrr']:.3f}"] if "mrr" in result else ["", ""]
-    return [str(result["n"]), main, *shares, *rank, _percent(result["chance"])]
+    return [str(result["n"]), main, *shares, *rank, percent(result["chance"])]
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share in per cent, with a decimal more if it is below 1 %."""
     return f"{100 * share:.2f}" if 0 < share < 0.01 else f"{100 * share:.1f}"
