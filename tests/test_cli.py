@@ -54,7 +54,8 @@ def sets(*changes: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "init", "train", "eval", "embed", "index", "search", "report", "info", "plan", "study"]
+    "command",
+    ["demo", "init", "train", "eval", "embed", "index", "search", "push", "export", "report", "info", "plan", "study"],
 )
 def test_help_is_the_docstring(openimp, command):
     code, out, _ = openimp(command, "--help")
@@ -486,3 +487,15 @@ def test_demo_is_the_bundled_recipe(openimp, tmp_path):
     assert (code, err) == (0, "")
     assert f"The run is in {tmp_path / 'run'}" in out.replace("\n", "")
     assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "tokenizer.json").exists()
+
+
+def test_push_writes_a_folder_that_info_describes_and_embed_uses(openimp, refused, little_run, tmp_path):
+    out = tmp_path / "published"
+    licenses = ["--license", "mit", *sets("sources.sounds.license=CC-BY-4.0")]
+    code, printed, _ = openimp("push", little_run, "me/little", "--to", out, *licenses)
+    assert code == 0
+    assert printed == f"{out}: weights, recipe and model card; read README.md before you publish it\n"
+    assert "a model of recipe little" in openimp("info", out)[1]
+    assert "license: mit" in (out / "README.md").read_text(encoding="utf-8")
+    assert refused("push", little_run, "little", "--to", out).startswith("little: expected OWNER/NAME")
+    assert refused("export", little_run, "--onnx", out) == f"{out}: expected a new or empty folder"

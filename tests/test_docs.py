@@ -17,6 +17,7 @@ from openimp import cli
 from openimp.common.json_lines import read_lines
 from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
+from openimp.inference.onnx import export
 from openimp.recipe.file import RecipeLoader
 from openimp.recipe.registry import modality_class
 from openimp.recipe.schema import Recipe
@@ -177,6 +178,20 @@ def test_the_search_page_runs(little_data, little_run, tmp_path, monkeypatch):
     for _, code in blocks(page, "python"):
         exec(code, known)
     assert {Path(hit.path).parent.parent.name for hit in known["hits"]} == {"2025"}
+
+
+def test_the_publishing_page_runs(little_data, little_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/demo").symlink_to(little_run)
+    for name, file in {"cat.png": "pictures/red/0.png", "flute.wav": "0.wav"}.items():
+        Path(name).symlink_to(little_data / file)
+    export("runs/demo", Path("onnx"))
+    known = {}
+    for _, code in blocks(ROOT / "docs" / "publish.md", "python"):
+        exec(code, known)
+    assert known["vectors"].shape == (3, 32)
+    assert known["batch"].shape == (1, 3, 16, 16)
 
 
 def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, monkeypatch):

@@ -5,11 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from openimp.inference.model import load
+    from openimp.inference.sentence_transformers import sentence_transformer
     from openimp.model.imp import IMP
     from openimp.recipe.schema import Recipe
 
-__all__ = ["IMP", "Recipe", "__version__", "load"]
-_HOME = {"IMP": "openimp.model.imp", "Recipe": "openimp.recipe.schema", "load": "openimp.inference.model"}
+__all__ = ["IMP", "Recipe", "__version__", "load", "sentence_transformer"]
+_HOME = {
+    "IMP": "openimp.model.imp",
+    "Recipe": "openimp.recipe.schema",
+    "load": "openimp.inference.model",
+    "sentence_transformer": "openimp.inference.sentence_transformers",
+}
 
 
 def __getattr__(name: str) -> Any:

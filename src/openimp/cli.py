@@ -186,6 +186,36 @@ def search(
 
 
 @app.command()
+def push(
+    run: RunArgument,
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hugging Face Hub.")],
+    to: Annotated[Path | None, typer.Option("--to", help="Only write to this folder, and upload nothing.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    license: Annotated[
+        str | None, typer.Option("--license", help="The model's license, as the Hub names it: apache-2.0, cc-by-4.0.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="State a license of training data: sources.NAME.license=LICENSE.")
+    ] = None,
+) -> None:
+    """Upload a model with a model card to the Hugging Face Hub, where openimp.load finds it."""
+    from openimp.inference.publish import push as push_model
+
+    push_model(run, name, to, private, license, set_ or [])
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    onnx: Annotated[Path, typer.Option("--onnx", metavar="FOLDER", help="The folder to write to.")],
+) -> None:
+    """Write one ONNX graph per modality, and graphs.json that says what they take and return."""
+    from openimp.inference.onnx import export as export_graphs
+
+    export_graphs(run, onnx)
+
+
+@app.command()
 def report(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option(help="HTML file. [default: RUN/report.html or CHECKPOINT.html]")] = None,

@@ -223,7 +223,7 @@ def run_info(what: str, overrides: list[str]) -> None:
     path = Path(what)
     if path.is_dir() and overrides:
         raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
-    if path.is_dir() and (checkpoints(path) or not (path / "recipe.yaml").exists()):
+    if path.is_dir() and (checkpoints(path) or (path / "config.json").exists() or not (path / "recipe.yaml").exists()):
         folder = model_folder(path)
         recipe, modalities, classes = describe_model(folder)
         console.print(f"{folder}: a model of recipe {recipe.name}", soft_wrap=True)

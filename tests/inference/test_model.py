@@ -84,6 +84,16 @@ def test_arrays_are_sounds_and_clips(model, media_folder):
     assert model.encode_video([clip, media_folder / "0.mp4"]).shape == (2, 32)
 
 
+def test_samples_with_their_rate_are_the_sound_of_a_file(model, tmp_path):
+    sound = np.random.default_rng(0).normal(0, 0.1, 9000)
+    soundfile.write(tmp_path / "low.wav", sound, 8000)
+    samples, rate = soundfile.read(tmp_path / "low.wav", dtype="float32")
+    found = model.encode_audio({"array": samples, "sampling_rate": rate})
+    torch.testing.assert_close(found, model.encode_audio(tmp_path / "low.wav"), rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match="9000 samples at a sampling rate of 0"):
+        model.encode_audio({"array": samples, "sampling_rate": 0})
+
+
 def test_the_clips_of_a_long_item_are_averaged(model, media_folder):
     """Two clips of a sound: the mean of what each of them gives alone, as unit vectors."""
     sound, _ = soundfile.read(media_folder / "2.wav", dtype="int16")
@@ -345,7 +355,7 @@ def test_import_is_quick_and_imports_no_torch():
         "import sys, time; start = time.perf_counter(); import openimp; spent = time.perf_counter() - start\n"
         "assert 'torch' not in sys.modules and 'pydantic' not in sys.modules\n"
         "assert openimp.__version__\n"
-        "assert sorted(dir(openimp)) == ['IMP', 'Recipe', '__version__', 'load']\n"
+        "assert sorted(dir(openimp)) == ['IMP', 'Recipe', '__version__', 'load', 'sentence_transformer']\n"
         "print(spent)"
     )
     run = [sys.executable, "-c", code]

@@ -25,7 +25,7 @@ def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
         )
     for key, theirs, ours in differences(saved.to_dict(), recipe.to_dict()):
         # Data may have moved. `changed_sources` compares its content instead of its path.
-        moved = key.startswith("sources.") and key.endswith((".path", ".root"))
+        moved = key.startswith("sources.") and key.endswith((".path", ".root", ".license"))
         if not (moved or key in FREE or key.startswith(("evaluation.", "parallel."))):
             raise UserError(
                 f"{folder}: made by another recipe: {key} is {theirs!r} there, {ours!r} here; repeat "

@@ -55,6 +55,14 @@ class StemSpec:
     is_limit: bool = False  # `values` is the largest size of a vocabulary that `fit` has not learned yet
 
 
+class TensorInput(NamedTuple):
+    """What `Modality.from_tensor` takes in a view."""
+
+    shape: tuple[int, ...]  # of one example
+    dtype: torch.dtype
+    preparation: str  # how a program without openimp makes the tensor, in a few sentences
+
+
 class Modality(ABC):
     """Base class of modalities. One instance serves a whole run, also in worker processes, so it must be picklable.
 
@@ -159,6 +167,14 @@ class Modality(ABC):
 
         Raises:
             TypeError: the modality does not support this kind of tensor.
+        """
+        raise TypeError(f"{self.name} takes raw values, not a tensor")
+
+    def tensor_input(self, view: Any) -> TensorInput:
+        """Describes what `from_tensor` takes in a view, for `openimp export`.
+
+        Raises:
+            TypeError: the modality does not support tensors.
         """
         raise TypeError(f"{self.name} takes raw values, not a tensor")
 

@@ -13,6 +13,13 @@ from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
 
 DEMO = Path(__file__).parent / "demo"
+BUNDLED_LICENSES = {
+    "clips.parquet": "MIT",
+    "icons.parquet": "Apache-2.0, BSD-3-Clause, CC-BY-3.0, CC-BY-4.0, CC0-1.0, ISC, MIT, OFL-1.1, Unlicense",
+    "notes.parquet": "MIT, parts CC0-1.0 or public domain",
+    "stills.parquet": "Apache-2.0, CC-BY-4.0, MIT",
+}
+"""Licenses of the bundled data, by file. The NOTICE files name the makers."""
 
 
 def is_utf8(name: str) -> bool:

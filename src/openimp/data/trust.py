@@ -29,6 +29,13 @@ def record_training(config: str) -> None:
         (cache_folder(KNOWN) / hashlib.sha256(config.encode()).hexdigest()).touch()
 
 
+def trained_here(folder: Path) -> bool:
+    """Whether this user trained the model in `folder` on this machine."""
+    with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
+        return (cache_folder(KNOWN) / hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()).exists()
+    return False
+
+
 def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], given: Collection[str] = ()) -> None:
     """Checks that `eval` and `report` may read the sources of a model's own evaluation sets; unknown sets are ignored.
 
@@ -50,9 +57,8 @@ def check_uses(path: Path, folder: Path, recipe: Recipe, used: Iterable[tuple[st
     or one of the user's that it completes. `used` has pairs of the part of the recipe that reads a source, for the
     message, and the source's name.
     """
-    with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
-        if (cache_folder(KNOWN) / hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()).exists():
-            return
+    if trained_here(folder):
+        return
     for user, name in used:
         if not _is_inside(path, name, recipe.sources[name]):
             where = recipe.sources[name].path or recipe.sources[name].hub

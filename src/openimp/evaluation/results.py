@@ -91,16 +91,17 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 
 def _cells(result: dict[str, Any]) -> list[str]:
-    main = _percent(main_metric(result))
+    main = percent(main_metric(result))
     if result["interval"] is not None:
         low, high = result["interval"]
-        main += f" [{_percent(low)}, {_percent(high)}]"
-    shares = [_percent(result[key]) if key in result else "" for key in ("r5" if "r5" in result else "top5", "r10")]
+        main += f" [{percent(low)}, {percent(high)}]"
+    shares = [percent(result[key]) if key in result else "" for key in ("r5" if "r5" in result else "top5", "r10")]
     rank = f"{result['median_rank']:g}" if "median_rank" in result else ""
     mrr = f"{result['mrr']:.3f}" if "mrr" in result else ""
-    chance = "" if result["chance"] is None else _percent(result["chance"])
+    chance = "" if result["chance"] is None else percent(result["chance"])
     return ["" if result["n"] is None else str(result["n"]), main, *shares, rank, mrr, chance]
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share in per cent, with a decimal more if it is below 1 %."""
     return f"{100 * share:.2f}" if 0 < share < 0.01 else f"{100 * share:.1f}"

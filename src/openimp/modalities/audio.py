@@ -8,10 +8,20 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
+from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
 from openimp.common.schema import Count, Pair, Positive, Share, Strict
 from openimp.modalities import media
-from openimp.modalities.sound import Plan, array_samples, between, clips_of, length, mono, read_sound, resample
+from openimp.modalities.sound import (
+    Plan,
+    array_samples,
+    between,
+    clips_of,
+    length,
+    mono,
+    read_sound,
+    resample,
+    sampled_array,
+)
 
 FLOOR = 1e-6
 """Added to the magnitude before the logarithm. A full-scale sine has magnitude 1, so this is -120 dB."""
@@ -123,8 +133,9 @@ class Audio(Modality):
     def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
         """Decodes a sound to mono samples (N,) int16 at the stem's sample rate.
 
-        `raw` is bytes, a path, or an array at that rate: (N,) or (N, channels), int16 or float in -1..1. If a sound is
-        longer than 300 s, only the clips of evaluation are read.
+        `raw` is bytes, a path, an array at that rate, or {"array": array, "sampling_rate": rate}, as `datasets` decodes
+        sounds. Arrays are (N,) or (N, channels), int16 or float in -1..1. If a file is longer than 300 s, only the
+        clips of evaluation are read.
         """
         view = views[0] if rng is not None else max(views, key=lambda view: view.seconds)
         # A clip that is played faster needs more samples.
@@ -149,6 +160,8 @@ class Audio(Modality):
         rate = self.config.sample_rate
         if isinstance(raw, np.ndarray):
             sound, source_rate = array_samples(raw), rate
+        elif isinstance(raw, dict):
+            sound, source_rate = sampled_array(raw, rate)
         else:
             with media.open_source(raw) as source:
                 sound, source_rate = read_sound(source, plan)
@@ -192,6 +205,15 @@ class Audio(Modality):
         self.check(self.View(seconds=batch.shape[1] / self.config.sample_rate))
         return self._tokens(batch, 0.0, None)
 
+    def tensor_input(self, view: Any) -> TensorInput:
+        samples = self.samples(view)
+        return TensorInput(
+            (samples,),
+            torch.float32,
+            f"{samples} mono samples in -1..1 at {self.config.sample_rate} Hz. Append zeros to a shorter sound. Of a "
+            f"longer one, take {view.clips} such parts, evenly spaced, and average their unit vectors.",
+        )
+
     def _tokens(self, waves: torch.Tensor, drop: float, rngs: list[np.random.Generator] | None) -> Tokens:
         config = self.config
         grid = log_mel(waves, config)[..., None]
@@ -207,11 +229,13 @@ def log_mel(waves: torch.Tensor, config: Audio.Config) -> torch.Tensor:
     missing = config.window - config.hop
     window = torch.hann_window(config.window, device=waves.device)
     window *= 2 / window.sum()
-    filters = torch.from_numpy(mel_filters(config.sample_rate, config.window, config.bins, config.low, config.high))
-    bands = [_band(band, waves.device) for band in filters.split(BAND, dim=1)]
+    filters = mel_filters(config.sample_rate, config.window, config.bins, config.low, config.high)
+    bands = [_band(filters[:, i : i + BAND], waves.device) for i in range(0, config.bins, BAND)]
     mels = []
-    for pair in waves.float().split(2):  # Two at a time fit into the processor's cache.
-        padded = torch.nn.functional.pad(pair, (missing // 2, missing - missing // 2))
+    # Two at a time fit into the processor's cache. A graph for export has no loop over a batch of any size.
+    pairs = [waves] if torch.compiler.is_exporting() else waves.split(2)
+    for pair in pairs:
+        padded = torch.nn.functional.pad(pair.float(), (missing // 2, missing - missing // 2))
         spectrum = torch.fft.rfft(padded.unfold(1, config.window, config.hop) * window)
         squares = torch.view_as_real(spectrum).square()
         magnitude = (squares[..., 0] + squares[..., 1]).sqrt()  # Three times as fast as `abs` or `sum`.
@@ -220,11 +244,11 @@ def log_mel(waves: torch.Tensor, config: Audio.Config) -> torch.Tensor:
     return torch.cat(mels)
 
 
-def _band(filters: torch.Tensor, device: torch.device) -> tuple[slice, torch.Tensor]:
+def _band(filters: np.ndarray, device: torch.device) -> tuple[slice, torch.Tensor]:
     """The range of frequencies in which neighboring filters are not all zero, and the filters in that range."""
-    nonzero = filters.any(1).nonzero()[:, 0]
+    nonzero = np.flatnonzero(filters.any(1))
     first, last = int(nonzero[0]), int(nonzero[-1]) + 1
-    return slice(first, last), filters[first:last].to(device)
+    return slice(first, last), torch.from_numpy(filters[first:last]).to(device)
 
 
 @lru_cache(maxsize=8)

@@ -69,7 +69,7 @@ class Image(Vision):
         Reasons are another format than in `FORMATS`, and too many pixels or scans.
         """
         with open_source(raw) as source:
-            picture = _open(source)
+            picture = open_picture(source)
             if "progressive" in picture.info:
                 _check_progressive(picture, source)
             _check_size(picture)

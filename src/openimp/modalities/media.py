@@ -283,7 +283,7 @@ def patch_tokens(
     coords = coordinates(counts, tables, spans).to(grid.device)
     total, kept = len(coords), tokens_kept(len(coords), drop)
     if rngs is None or kept == total:
-        return Tokens(patchify(grid, patch), coords.expand(len(grid), -1, -1).contiguous())
+        return Tokens(patchify(grid, patch), coords.expand(grid.shape[0], -1, -1).contiguous())
     noise = np.stack([rng.random(total, dtype=np.float32) for rng in rngs])
     keep = torch.from_numpy(np.sort(np.argpartition(noise, kept - 1, axis=1)[:, :kept], axis=1))
     return Tokens(patchify(grid, patch, keep), coords[keep])

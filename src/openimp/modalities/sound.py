@@ -33,6 +33,14 @@ def array_samples(raw: np.ndarray) -> np.ndarray:
     return raw.astype(np.float32) / 32767 if raw.dtype == np.int16 else raw
 
 
+def sampled_array(raw: dict[str, Any], target: int) -> tuple[np.ndarray, int]:
+    """The samples and the rate of {"array": ..., "sampling_rate": ...}, if they can be resampled to `target`."""
+    sound, rate = array_samples(np.asarray(raw.get("array"))), raw.get("sampling_rate")
+    if not isinstance(rate, int) or rate < 1 or len(sound) * target / rate > MAX_SAMPLES:
+        raise BadMedia(f"{len(sound)} samples at a sampling rate of {rate!r}")
+    return sound, rate
+
+
 def mono(sound: np.ndarray) -> np.ndarray:
     """The mean over channels of samples (N,) or (N, channels). Refuses samples that are not finite."""
     sound = sound.mean(axis=1) if sound.ndim == 2 else sound

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from openimp.common.errors import UserError
-from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
+from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
 from openimp.common.safe_files import read_text
 from openimp.common.schema import Count, RecipePath, Strict
 from openimp.modalities.tokenizer_file import open_tokenizer
@@ -147,8 +147,18 @@ class Text(Modality):
         if batch.ndim != 2 or batch.is_floating_point():
             raise TypeError(f"expected integer ids (B, L), found {batch.dtype} {list(batch.shape)}")
         self.check(self.View(length=batch.shape[1]))
-        coords = torch.arange(batch.shape[1], device=batch.device).expand(len(batch), -1)
+        coords = torch.arange(batch.shape[1], device=batch.device).expand(batch.shape[0], -1)
         return Tokens(batch.long(), coords[..., None].contiguous(), batch != PAD)
+
+    def tensor_input(self, view: Any) -> TensorInput:
+        unknown = "" if self.config.min_df is None else f"Remove the ids of {UNKNOWN}. "
+        return TensorInput(
+            (view.length,),
+            torch.int64,
+            "Token ids. Encode the text with tokenizer.json and the library tokenizers, without special tokens. "
+            f"{unknown}Add {RESERVED} to each id, keep the first {view.length - 1}, append {END}, and fill up with "
+            f"{PAD}.",
+        )
 
     def tokenize(self, texts: str | list[str], length: int | None = None) -> torch.Tensor:
         """Tokenizes texts to ids (B, length) padded with 0, like open_clip's tokenizers. The default is a view's."""

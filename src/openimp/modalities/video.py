@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from openimp.common.modality import BadMedia
+from openimp.common.modality import BadMedia, TensorInput
 from openimp.common.schema import Count, Share
 from openimp.modalities import media
 from openimp.modalities.vision import CHANNELS, Vision, check_pixels, decoded_size, drop_opaque_alpha, shrink
@@ -60,6 +60,16 @@ class Video(Vision):
 
     def shape(self, view: Any) -> tuple[int, int, int, int]:
         return (view.frames, *view.hw, CHANNELS)
+
+    def tensor_input(self, view: Any) -> TensorInput:
+        pixels = super().tensor_input(view)
+        rate = f", after resampling the clip to {self.config.fps:g} frames per second" if self.config.fps else ""
+        return pixels._replace(
+            shape=(view.frames, *pixels.shape),
+            preparation=f"{view.frames} frames at a distance of {view.stride}{rate}; if the clip is shorter, spread "
+            f"them over all of it. Of a longer clip, take {view.clips} such parts, evenly spaced, and average their "
+            f"unit vectors. Each frame: {pixels.preparation}",
+        )
 
     def check(self, view: Any) -> None:
         super().check(view)

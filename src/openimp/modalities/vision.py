@@ -12,7 +12,7 @@ import PIL.Image
 import torch
 from pydantic import Field
 
-from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
+from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
 from openimp.common.schema import Count, Pair, Positive, Share, Strict, Triple
 from openimp.modalities.media import PatchGrid, patch_tokens, tokens_kept
 
@@ -110,6 +110,16 @@ class Vision(Modality):
             sizes["frames"] = batch.shape[1]
         self.check(self.View(**sizes))
         return self._tokens(batch.movedim(-3, -1), 0.0, None)
+
+    def tensor_input(self, view: Any) -> TensorInput:
+        height, width = view.hw
+        return TensorInput(
+            (CHANNELS, height, width),
+            torch.float32,
+            "RGB pixels divided by 127.5, minus 1. Put transparent pixels on white. Cut out the center: the largest "
+            f"box of {height} x {width} in proportion, its sides times {view.crop_pct:.6g}. Resize it to {height} "
+            f"pixels in height and {width} in width, with Pillow's bilinear filter.",
+        )
 
     def _tokens(self, frames: torch.Tensor, drop: float, rngs: list[np.random.Generator] | None) -> Tokens:
         frames = frames if frames.ndim == 5 else frames[:, None]

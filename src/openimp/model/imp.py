@@ -171,7 +171,7 @@ def trained_pairs(recipe: Recipe) -> list[tuple[str, str]]:
 def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
     """The mean over valid tokens (B, D), and their number (B, 1)."""
     if mask_BL is None:
-        return x_BLD.mean(1), torch.full((len(x_BLD), 1), float(x_BLD.shape[1]), device=x_BLD.device)
+        return x_BLD.mean(1), x_BLD.new_full((x_BLD.shape[0], 1), x_BLD.shape[1], dtype=torch.float32)
     count_B1 = mask_BL.sum(1, keepdim=True, dtype=torch.float32)
     # Summed in fp32, because the rounding errors of a long sum in bf16 add up.
     sum_BD = (x_BLD * mask_BL[..., None]).sum(1, dtype=torch.float32)

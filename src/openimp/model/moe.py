@@ -89,7 +89,8 @@ def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | N
     valid_GM = valid_GN.repeat(1, top_k)
     chosen_GME = F.one_hot(choice_GM, experts) * valid_GM[..., None]
     if slots is None:
-        slots = max(1, int(chosen_GME.sum(1).max()))
+        # A graph for export has static shapes, so there each expert has a slot for every token.
+        slots = n if torch.compiler.is_exporting() else max(1, int(chosen_GME.sum(1).max()))
     place_GM = (chosen_GME.cumsum(1) - 1).gather(-1, choice_GM[..., None]).squeeze(-1)
     kept_GM = valid_GM & (place_GM < slots)
     # Slots are ordered by expert. Dropped tokens go to an extra slot at the end, which is cut off: S = E C + 1.
@@ -107,7 +108,7 @@ def valid_tokens_per_rank(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
     the mean over all tokens. Without a mask, all ranks have the same number.
     """
     if mask_BL is None:
-        return torch.full((), float(x_BLD.shape[0] * x_BLD.shape[1]), device=x_BLD.device)
+        return x_BLD.new_full((), x_BLD.shape[0] * x_BLD.shape[1], dtype=torch.float32)
     return all_reduce_mean(mask_BL.sum().float()).clamp(min=1)
 
 
@@ -216,7 +217,7 @@ class SparseMLP(nn.Module):
         rows, gates, all_stats, start = [], [], [], 0
         for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, counts)):
             end = start + valid_BL.numel()
-            group = valid_BL.numel() // len(routing.token_GEC)  # tokens of a group
+            group = valid_BL.numel() // routing.token_GEC.shape[0]  # tokens of a group
             first_G = torch.arange(start, end, group, device=x_TD.device)
             rows.append((routing.token_GEC + first_G[:, None, None]).transpose(0, 1).flatten(1))
             gates.append(routing.gate_GEC.transpose(0, 1).flatten(1))
@@ -271,7 +272,7 @@ class SoftMLP(nn.Module):
     ) -> tuple[Tensor, RouterStats]:
         """The results of one input's tokens, and its statistics."""
         combine_BLS = logits_BLS.softmax(-1) * valid_BL[..., None]
-        out_BSD = out_ESD.unflatten(1, (len(valid_BL), self.slots)).transpose(0, 1).flatten(1, 2)
+        out_BSD = out_ESD.unflatten(1, (valid_BL.shape[0], self.slots)).transpose(0, 1).flatten(1, 2)
         result_BLD = combine_BLS.to(out_BSD.dtype) @ out_BSD
         with torch.no_grad():
             share_E = combine_BLS.sum((0, 1)).unflatten(0, (-1, self.slots)).sum(-1) / count

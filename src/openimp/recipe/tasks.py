@@ -61,6 +61,8 @@ class Source(Strict):
     root: RecipePath | None = None
     """The folder to which paths in the rows are relative. Files outside of it are never read. Default: the folder of
     the manifest or, for a hub data set, its own folder in the hub's cache."""
+    license: str | None = None
+    """The license of the data, such as CC-BY-4.0, for the model card that `openimp push` writes."""
     where: dict[str, str | int | bool | list[str] | list[int]] = {}
     """Selects the rows in which each of these columns has the given value, or one of the given values."""
     part: Part | None = None

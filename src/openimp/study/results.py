@@ -45,8 +45,8 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
         _score_table(outcomes),
         f"Mean reciprocal rank in percent, averaged over both directions: mean and standard deviation over {seeds}. "
         "TFLOPs count forward and backward passes and the optimizer. Peak memory is the most that one update allocates "
-        "beyond weights, optimizer state and batch. The minutes of training were measured on a shared machine and are only "
-        "a rough guide.",
+        "beyond weights, optimizer state and batch. The minutes of training were measured on a shared machine and are "
+        "only a rough guide.",
     ]
     if study.clip_benchmark:
         sections += [

@@ -1,0 +1,147 @@
+"""The model card that `openimp push` writes: what the model is, its training data, its results and its limits."""
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from openimp.checkpoint.folder import CHECKPOINTS, read_state, saved_step
+from openimp.common.errors import UserError
+from openimp.common.modality import Modality
+from openimp.common.versions import openimp_version
+from openimp.data.files import BUNDLED_LICENSES, is_url
+from openimp.data.sources import open_source
+from openimp.data.trust import trained_here
+from openimp.evaluation.provenance import checkpoint_fields
+from openimp.evaluation.results import main_metric, percent, read_results
+from openimp.inference.model import Model
+from openimp.inference.public_recipe import public_path
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Source
+
+METRICS = {"r1": "R@1", "top1": "top-1", "map": "mAP"}
+BUNDLED = "openimp:"
+"""Begins the path of a source that comes with openimp."""
+
+
+def as_text(value: Any) -> str:
+    """A value as plain text in a cell of a Markdown table. Names come from data, so they must not add markup."""
+    text = " ".join(str(value).split())
+    for character in "\\`*|[]<>":
+        text = text.replace(character, f"&#{ord(character)};")
+    return text
+
+
+TEMPLATES = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+TEMPLATES.loader = PackageLoader("openimp.inference")
+TEMPLATES.filters.update(text=as_text, percent=percent, commas="{:,}".format)
+
+
+def model_card(model: Model, folder: Path, name: str, license: str | None) -> str:
+    """The card in Markdown, with the Hub's metadata at its head.
+
+    `folder` is the checkpoint or the model's folder. `name` is OWNER/NAME. `license` is that of the model, if known.
+    """
+    recipe, names = model.recipe, list(model.modalities)
+    pairs = [pair for pair in combinations(names, 2) if model.imp.share_a_space(*pair)]
+    tags = ["openimp", "multimodal", *names, *(["mixture-of-experts"] if recipe.model.moe else []), "arxiv:2305.06324"]
+    metadata = ModelCardData(
+        library_name="openimp",
+        pipeline_tag="feature-extraction",
+        license=license,
+        datasets=[source.hub for source in training_sources(recipe).values() if source.hub] or None,
+        tags=tags,
+    )
+    return TEMPLATES.get_template("model-card.md").render(
+        metadata=metadata.to_yaml(),
+        name=name,
+        modalities=names,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        embed_dim=recipe.model.embed_dim,
+        joint=recipe.model.space == "joint",
+        pairs=pairs,
+        examples={name: _example(model.modalities[name]) for name in names if any(name in pair for pair in pairs)},
+        sources=_sources(recipe, folder),
+        init=public_path(recipe.train.init) if recipe.train.init else None,
+        results=_results(model, folder),
+        license=license,
+        step=saved_step(folder),
+        openimp=openimp_version(),
+        torch=torch.__version__,
+    )
+
+
+def training_sources(recipe: Recipe) -> dict[str, Source]:
+    """The sources that tasks read, by name."""
+    names = dict.fromkeys(task.source for task in recipe.tasks.values() if task.weight)
+    return {name: recipe.sources[name] for name in names}
+
+
+def is_bundled(source: Source) -> bool:
+    """Whether the data comes with openimp."""
+    return source.path is not None and source.path.startswith(BUNDLED)
+
+
+def _example(modality: Modality) -> str:
+    """An input for the code on the card."""
+    return "a red bicycle" if modality.reads_text else "FILE" + "".join(modality.extensions[:1])
+
+
+def _sources(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    """What the card says about each training source."""
+    seen, trusted = _examples_seen(recipe, folder), trained_here(folder)
+    return [
+        {
+            "name": name,
+            "data": source.hub or public_path(str(source.path)),
+            "bundled": is_bundled(source),
+            "rows": _rows(name, source) if trusted or is_bundled(source) else None,
+            "examples": seen.get(name),
+            "license": source.license or BUNDLED_LICENSES.get(str(source.path).removeprefix(BUNDLED)),
+        }
+        for name, source in training_sources(recipe).items()
+    ]
+
+
+def _rows(name: str, source: Source) -> int | None:
+    """The number of rows, if they can be counted without a download."""
+    if source.hub or source.stream or is_url(str(source.path)):
+        return None
+    try:
+        return len(open_source(name, source))  # type: ignore[arg-type]  # It is no stream.
+    except UserError:  # The data is no longer there.
+        return None
+
+
+def _examples_seen(recipe: Recipe, folder: Path) -> dict[str, int]:
+    """The number of examples that training has drawn from each source, with repetitions."""
+    seen: dict[str, int] = {}
+    if saved_step(folder) is None:
+        return seen
+    try:
+        for task, totals in read_state(folder)["totals"].items():
+            source = recipe.tasks[task].source
+            seen[source] = seen.get(source, 0) + int(totals["examples"])
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{folder / 'state.json'}: damaged: its totals are not those of the recipe's tasks") from None
+    return seen
+
+
+def _results(model: Model, folder: Path) -> list[dict[str, Any]]:
+    """The results in the run's results.jsonl that were measured on exactly these weights."""
+    run = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
+    found = read_results(run / "results.jsonl")
+    checkpoint = checkpoint_fields(model.imp, model.modalities)["checkpoint"] if found else None
+    latest = {(line["set"], line["task"]): line for line in found if line.get("checkpoint") == checkpoint}
+    return [
+        {
+            **line,
+            "main": main_metric(line),
+            "metric": next(METRICS[key] for key in METRICS if key in line),
+            "trained": line.get("source") in training_sources(model.recipe),
+        }
+        for line in latest.values()
+    ]

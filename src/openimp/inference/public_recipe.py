@@ -1,0 +1,33 @@
+"""What of a recipe `openimp push` publishes: everything but folders, passwords and the queries of URLs.
+
+Folders may tell names of users, customers or machines, and the query of a URL may hold a key.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from openimp.data.files import is_url
+
+
+def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe as plain data, with the `public_path` of each path in it."""
+    recipe = copy.deepcopy(recipe)
+    for part in (*recipe["sources"].values(), recipe["train"]):
+        _shorten(part, {"path", "root", "init"})
+    for options in recipe["modalities"].values():
+        _shorten(options, options.keys())  # A modality of another package may have paths of any name.
+    return recipe
+
+
+def public_path(path: str) -> str:
+    """The last part of an absolute path; a URL without user, password and query; anything else as it is."""
+    if is_url(path):
+        parts = urlsplit(path)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def _shorten(part: dict[str, Any], keys: Any) -> None:
+    part.update({key: public_path(part[key]) for key in keys & part.keys() if isinstance(part[key], str)})

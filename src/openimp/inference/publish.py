@@ -1,0 +1,116 @@
+"""`openimp push`: writes a model's folder with a model card, and uploads it to the Hugging Face Hub."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import yaml
+
+from openimp.checkpoint.folder import load_model, model_folder
+from openimp.common.errors import UserError
+from openimp.common.progress import console
+from openimp.common.versions import openimp_version
+from openimp.data.files import DEMO
+from openimp.inference.model import Model
+from openimp.inference.model_card import is_bundled, model_card, training_sources
+from openimp.inference.public_recipe import public_recipe
+from openimp.recipe.file import override
+from openimp.recipe.schema import Recipe
+
+
+def push(
+    run: Path,
+    name: str,
+    to: Path | None = None,
+    private: bool = False,
+    license: str | None = None,
+    overrides: Iterable[str] = (),
+) -> None:
+    """Uploads a model to the repository `name` (OWNER/NAME) of the Hub, or only writes it to the folder `to`.
+
+    `license` is the Hub's identifier of the model's license. `overrides` state licenses of sources, as in
+    `sources.photos.license=CC-BY-4.0`. If the repository exists, the upload is a new commit.
+    """
+    _check_name(name)
+    if to is None:
+        _require_login()
+    source = model_folder(run)
+    model = Model(*load_model(source))
+    model.recipe = _with_licenses(model.recipe, overrides)
+    if to is not None:
+        write(model, source, name, license, to)
+        console.print(f"{to}: weights, recipe and model card; read README.md before you publish it", soft_wrap=True)
+        return
+    with TemporaryDirectory() as folder:
+        write(model, source, name, license, Path(folder))
+        url = _upload(Path(folder), name, private, f"{model.recipe.name}, written by openimp {openimp_version()}")
+    console.print(url, soft_wrap=True)
+
+
+def write(model: Model, source: Path, name: str, license: str | None, folder: Path) -> None:
+    """Writes what `load` needs, recipe.yaml, README.md, and the notices of bundled training data, to an empty folder.
+
+    `source` is the checkpoint or the folder from which the model was loaded.
+    """
+    card = model_card(model, source, name, license)
+    model.save(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["recipe"] = public_recipe(config["recipe"])
+    (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+    text = yaml.safe_dump(config["recipe"], sort_keys=False, width=120, allow_unicode=True)
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if any(map(is_bundled, training_sources(model.recipe).values())):
+        for notice in DEMO.glob("NOTICE*"):
+            shutil.copy(notice, folder)
+
+
+def _with_licenses(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    data = recipe.to_dict()
+    for text in overrides:
+        if not re.match(r"\s*sources\.[^.=]+\.license\s*=", text):
+            raise UserError(f"--set {text}: only the license of a source can be changed: sources.NAME.license=LICENSE")
+        override(data, text)
+    return Recipe.build(data)
+
+
+def _check_name(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        valid = "/" in name
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise UserError(f"{name}: expected OWNER/NAME, of letters, digits, '-', '_' and '.'")
+
+
+def _require_login() -> None:
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise UserError("you are not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def _upload(folder: Path, name: str, private: bool, message: str) -> str:
+    """Uploads the folder to the repository, which is created if it does not exist, and returns its URL."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        url = hub.create_repo(name, private=private or None, exist_ok=True)
+        # `create_repo` leaves a repository that exists as it is.
+        if private and not hub.model_info(name).private:
+            raise UserError(f"{name} exists and is public; make it private in its settings, or choose another name")
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+    except UserError:
+        raise
+    except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{name}: the Hugging Face Hub did not accept the model: {reason}") from None
+    return str(url)

@@ -1,0 +1,120 @@
+"""openimp's models as SentenceTransformer, the class of the library sentence-transformers.
+
+Shape suffixes: B inputs, Z features of the shared embedding space.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from openimp.common.device import Precision
+from openimp.common.errors import UserError
+from openimp.inference.model import Model, load
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def sentence_transformer(
+    path: str | Path, device: str | torch.device | None = None, precision: Precision = "auto"
+) -> "SentenceTransformer":
+    """Opens a trained model as a SentenceTransformer, for libraries that take one.
+
+    Its `encode` takes texts and media, also mixed in one list, and returns the vectors of `Model.encode`. The library's
+    rules decide what an input is. A string is a file if a file of that name exists and has a usual extension of a
+    picture, clip or sound, else it is a text. Arrays of 1 or 2 axes are sounds, of 3 axes pictures, of 4 axes clips.
+    Besides, it takes `pathlib.Path`, and {MODALITY: value} where the rules would be wrong. `encode(..., towards=NAME)`
+    is that of `Model.encode`. Training is not supported.
+
+    Args:
+        path: a run, a checkpoint, a model's folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
+        device: see `openimp.load`.
+        precision: see `openimp.load`.
+
+    Raises:
+        UserError: sentence-transformers is not installed, or the model cannot be opened.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise UserError("sentence-transformers is missing: pip install 'openimp[sentence-transformers]'") from None
+    model = load(path, device, precision)
+    return SentenceTransformer(modules=[AnyModality(model)], device=str(model.device), similarity_fn_name="cosine")
+
+
+class AnyModality(nn.Module):
+    """The only module of the SentenceTransformer: it encodes a batch whose inputs may be of different modalities."""
+
+    forward_kwargs: ClassVar[set[str]] = {"towards"}  # what the library hands from `encode` to `forward`
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def modalities(self) -> list[str]:
+        """The modalities of the model, and "message", because otherwise the library refuses mixed batches."""
+        return [*self.model.modalities, "message"]
+
+    def get_embedding_dimension(self) -> int:
+        return self.model.recipe.model.embed_dim
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Finds the modality of each input, and puts the prompt before texts."""
+        typed = [self._typed(value) for value in inputs]
+        texts = {name for name, modality in self.model.modalities.items() if modality.reads_text}
+        values = [prompt + value if prompt and name in texts else value for name, value in typed]
+        return {"names": [name for name, _ in typed], "values": values}
+
+    def forward(self, features: dict[str, Any], towards: str | None = None) -> dict[str, Any]:
+        """Adds `sentence_embedding` (B, Z)."""
+        names, values = features["names"], features["values"]
+        z_BZ = torch.empty(len(names), self.get_embedding_dimension(), device=self.model.device)
+        for name in dict.fromkeys(names):
+            rows = [row for row, other in enumerate(names) if other == name]
+            z_BZ[rows] = self.model.encode(name, [values[row] for row in rows], towards=towards)
+        return {**features, "sentence_embedding": z_BZ}
+
+    def save(self, folder: str) -> None:
+        """Writes the model to an empty folder, for `SentenceTransformer.save_pretrained`."""
+        self.model.save(folder)
+
+    @classmethod
+    def load(cls, path: str, subfolder: str = "", **options: Any) -> "AnyModality":
+        """Loads what `save` wrote, for `SentenceTransformer(path, trust_remote_code=True)`."""
+        from sentence_transformers.util import load_dir_path
+
+        where: dict[str, Any] = {
+            key: options.get(key) for key in ("token", "cache_folder", "revision", "local_files_only")
+        }
+        return cls(load(load_dir_path(path, subfolder, **where) or path))
+
+    def _typed(self, value: Any) -> tuple[str, Any]:
+        """The name of an input's modality, and the input as `Model.encode` takes it."""
+        from sentence_transformers.base.modality import infer_modality
+
+        supported: list[Any] = list(self.model.modalities)
+        if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in self.model.modalities:
+            ((name, value),) = value.items()
+        elif isinstance(value, Path):
+            name = self._modality_of(value)
+        else:
+            try:
+                name = infer_modality(value, supported_modalities=supported)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+        if name not in self.model.modalities:
+            found = " and ".join(name) if isinstance(name, tuple) else name
+            raise UserError(f"an input is {found}, but the model encodes one of {', '.join(self.model.modalities)}")
+        if isinstance(value, dict) and "video_metadata" in value:
+            value = value["array"]
+        return name, value.cpu().numpy() if isinstance(value, Tensor) else value
+
+    def _modality_of(self, path: Path) -> str:
+        for name, modality in self.model.modalities.items():
+            if path.suffix.lower() in modality.extensions and not modality.reads_text:
+                return name
+        raise UserError(f"{path}: its extension is not that of a file that the model reads; use {{MODALITY: path}}")

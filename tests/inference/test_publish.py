@@ -1,0 +1,188 @@
+import html
+import json
+import shutil
+
+import hub
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+import openimp
+from openimp.checkpoint.folder import read_config
+from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
+from openimp.data.files import BUNDLED_LICENSES, DEMO
+from openimp.inference.model import Model
+from openimp.inference.public_recipe import public_path, public_recipe
+from openimp.inference.publish import push
+from openimp.recipe.schema import Recipe
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A hub that huggingface_hub uses instead of the real one, with an empty cache and a login of its own."""
+    with hub.serve() as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        pattern = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", pattern)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", hub.TOKEN)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def written(little_run, tmp_path_factory):
+    """The little run as `openimp push --to` writes it."""
+    folder = tmp_path_factory.mktemp("published") / "model"
+    push(little_run, "me/little", folder, license="mit", overrides=["sources.sounds.license=CC-BY-4.0"])
+    return folder
+
+
+def cells(card: ModelCard, title: str) -> list[list[str]]:
+    """The rows of the table in a section of the card."""
+    section = card.text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    return [html.unescape(line).strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")][2:]
+
+
+def test_a_pushed_model_is_loaded_from_the_hub_by_its_name(little_run, server, media_folder):
+    push(little_run, "me/little", private=True, license="mit")
+    assert server.private == {"me/little": True}
+    assert {"README.md", "config.json", "tokenizer.json", "recipe.yaml"} <= server.files["me/little"].keys()
+    (message,) = server.messages
+    assert message.startswith("little, ")
+    ours, theirs = openimp.load(little_run, "cpu"), openimp.load("me/little", "cpu")
+    picture = media_folder / "0.png"
+    assert torch.equal(theirs.encode_image(picture), ours.encode_image(picture))
+    assert torch.equal(theirs.encode_text("a red square"), ours.encode_text("a red square"))
+    assert theirs.classes == ours.classes
+
+    push(little_run, "me/little")
+    assert len(server.messages) == 2, "a second push is a second commit"
+
+
+def test_a_private_push_never_reaches_a_public_repository(little_run, server):
+    push(little_run, "me/open")
+    before = dict(server.files["me/open"])
+    with pytest.raises(UserError, match=r"^me/open exists and is public; "):
+        push(little_run, "me/open", private=True, license="mit")
+    assert server.files["me/open"] == before
+
+
+def test_the_card_says_what_the_model_was_trained_on_and_what_it_can_do(written, little_run):
+    card = ModelCard.load(written / "README.md")
+    assert card.data.library_name == "openimp"
+    assert card.data.pipeline_tag == "feature-extraction"
+    assert card.data.license == "mit"
+    assert {"openimp", "image", "audio", "text", "mixture-of-experts"} <= set(card.data.tags)
+    totals = read_lines(little_run / "metrics.jsonl")[-1]["totals"]
+    assert cells(card, "Training data") == [
+        ["pictures", "pictures", "24", str(totals["named"]["examples"]), "not stated"],
+        ["sounds", "sounds.jsonl", "15", str(totals["heard"]["examples"]), "CC-BY-4.0"],
+    ]
+    results = read_lines(little_run / "results.jsonl")
+    shown = cells(card, "Results")
+    assert [row[:3] for row in shown] == [
+        ["colours (training data)", results[0]["task"], "top-1"],
+        ["tones (training data)", "audio -> text", "R@1"],
+        ["tones (training data)", "text -> audio", "R@1"],
+    ]
+    tones, (low, high) = results[-1], results[-1]["interval"]
+    figures = [f"{100 * tones['r1']:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %", "33.3 %", "3", "15"]
+    assert shown[-1][3:] == figures
+    (code,) = [part.partition("```")[0] for part in card.text.split("```python\n")[1:]]
+    assert 'openimp.load("me/little")' in code
+    compile(code, "README.md", "exec")
+
+
+def test_results_of_other_weights_are_not_on_the_card(little_run, tmp_path):
+    model = openimp.load(little_run, "cpu")
+    with torch.no_grad():
+        model.imp.stems["text"].after.bias += 1
+    model.save(tmp_path / "changed")
+    shutil.copy(little_run / "results.jsonl", tmp_path / "changed")
+    push(tmp_path / "changed", "me/changed", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "There are no recorded results of these weights." in text
+    assert "not recorded" in text, "a folder without a run does not tell the examples that were seen"
+
+
+def test_nothing_tells_where_the_data_was(written, little_data):
+    for file in written.rglob("*"):
+        assert not file.is_file() or str(little_data).encode() not in file.read_bytes(), file
+    recipe = yaml.safe_load((written / "recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["sources"]["sounds"]["path"] == "sounds.jsonl"
+    assert json.loads((written / "config.json").read_text(encoding="utf-8"))["recipe"] == recipe
+    Recipe.load(written / "recipe.yaml")
+    assert read_config(written)[0].name == "little"
+
+
+def test_paths_lose_their_folders_and_urls_their_secrets():
+    for path, public in {
+        "/home/ada/secret/photos.jsonl": "photos.jsonl",
+        "/data/acme/shards/*.tar": "*.tar",
+        "photos": "photos",
+        "openimp:stills.parquet": "openimp:stills.parquet",
+        "hub:me/little@v1": "hub:me/little@v1",
+        "https://ada:pass@host:8080/a/b.parquet?key=1#x": "https://host:8080/a/b.parquet",
+        "s3://bucket/*.parquet": "s3://bucket/*.parquet",
+    }.items():
+        assert public_path(path) == public
+    recipe = {
+        "sources": {"a": {"path": "/x/a.csv", "root": "/x/files", "where": {"label": "/m/04rlf"}}},
+        "train": {"init": "/runs/before", "steps": 3},
+        "modalities": {"text": {"tokenizer": "/home/ada/tokenizer.json", "positions": 8}},
+    }
+    assert public_recipe(recipe) == {
+        "sources": {"a": {"path": "a.csv", "root": "files", "where": {"label": "/m/04rlf"}}},
+        "train": {"init": "before", "steps": 3},
+        "modalities": {"text": {"tokenizer": "tokenizer.json", "positions": 8}},
+    }
+
+
+def test_names_of_the_data_add_no_markup_to_the_card(tmp_path, tiny_recipe, tiny_model):
+    evil = "a | <script>alert(1)</script>\n# b"
+    tasks = {name: {**task, "source": evil} for name, task in tiny_recipe().to_dict()["tasks"].items()}
+    recipe = tiny_recipe(sources={evil: {"path": "openimp:clips.parquet", "limit": 3}}, tasks=tasks)
+    network, modalities = tiny_model(recipe)
+    Model(network, recipe, modalities, {}).save(tmp_path / "model")
+    push(tmp_path / "model", "me/evil", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "\n# b" not in text
+    (line,) = [line for line in text.splitlines() if "openimp:clips.parquet" in line and line.startswith("|")]
+    assert line.endswith("| openimp:clips.parquet | 3 | not recorded | MIT |")
+    assert line.count("|") == 6
+    assert (tmp_path / "out" / "NOTICE").read_bytes() == (DEMO / "NOTICE").read_bytes()
+    assert "Each of these pairs has a space of its own" in text, "the spaces are disjoint"
+
+
+def test_the_licenses_of_all_bundled_data_are_known():
+    assert BUNDLED_LICENSES.keys() == {file.name for file in DEMO.glob("*.parquet")}
+
+
+def test_what_cannot_be_pushed_is_said_in_one_sentence(little_run, tiny_model_folder, tmp_path, monkeypatch):
+    for name in ("little", "a/b/c", "me/", "me/a b", "me/a..b"):
+        with pytest.raises(UserError, match=f"^{name}: expected OWNER/NAME, "):
+            push(little_run, name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(UserError, match=r"^you are not logged in to the Hugging Face Hub: run `hf auth login`"):
+        push(little_run, "me/little")
+    with pytest.raises(UserError, match="no model here; expected a run"):
+        push(tmp_path / "missing", "me/little", tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="full: expected a new or empty folder"):
+        push(little_run, "me/little", tmp_path / "full")
+    with pytest.raises(UserError, match=r"--set train\.steps=1: only the license of a source can be changed"):
+        push(little_run, "me/little", tmp_path / "out", overrides=["train.steps=1"])
+
+
+def test_what_the_hub_refuses_is_said_in_one_sentence(tiny_model_folder, server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(UserError, match=r"^me/little: the Hugging Face Hub did not accept the model: ") as error:
+        push(tiny_model_folder, "me/little")
+    assert "\n" not in str(error.value)
+    assert "hf_wrong" not in str(error.value)
