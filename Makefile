@@ -1,10 +1,10 @@
-# Everything a newcomer types. Each makes the environment first, and only once: `make demo` with what training needs, the
-# others with the tools and the libraries that tests compare with, which are twice as much.
+# Everything a newcomer types. Each makes the environment first, and only once: `make demo` with what training needs, `make
+# serve` also with the search libraries, the others with the tools and the libraries that tests compare with, which are twice as much.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check install constraints docs clean
+.PHONY: demo serve test check install constraints docs clean
 
 demo: $(VENV)/.installed
 	@if [ -e runs/demo/results.jsonl ]; then \
@@ -12,6 +12,10 @@ demo: $(VENV)/.installed
 	elif ls -d runs/demo/checkpoints/step-* >/dev/null 2>&1; then \
 	  $(BIN)/openimp train demo --resume && $(BIN)/openimp info runs/demo; \
 	else rm -rf runs/demo; $(BIN)/openimp demo; fi
+
+serve: $(VENV)/.search
+	@[ -e runs/demo/results.jsonl ] || $(MAKE) --no-print-directory demo
+	$(BIN)/openimp serve runs/demo
 
 test: $(VENV)/.dev
 	$(BIN)/pytest
@@ -33,6 +37,10 @@ docs: $(VENV)/.dev
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.search: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[search]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed

@@ -186,6 +186,19 @@ def search(
 
 
 @app.command()
+def serve(
+    what: Annotated[Path, typer.Argument(help="An index, or a run, whose media are indexed first.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8000,
+    allow_sources: AllowSourcesOption = False,
+) -> None:
+    """Serve a page that searches an index with texts, files and recordings, and shows a map of it."""
+    from openimp.commands import run_serve
+
+    run_serve(what, host, port, allow_sources)
+
+
+@app.command()
 def push(
     run: RunArgument,
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hugging Face Hub.")],

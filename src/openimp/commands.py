@@ -35,6 +35,8 @@ from openimp.recipe.file import RecipeLoader, override, read_recipe
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification
 from openimp.report.write import write_report
+from openimp.search.build import build_index
+from openimp.search.folder import ABOUT
 from openimp.search.index import open_index
 from openimp.search.query import Like, Query
 from openimp.training.metrics_file import read_metrics
@@ -52,7 +54,8 @@ def run_demo(overrides: list[str], run: Path | None) -> None:
         return
     console.print(
         f"\nThe run is in {run}: results.jsonl, metrics.jsonl, tensorboard/, checkpoints/.\n"
-        f"Next:  openimp report {run}   |   openimp info {run}   |   openimp embed {run} PICTURES...\n"
+        f"Next:  openimp serve {run}    # a page to search the data; first pip install 'openimp[search]'\n"
+        f"       openimp report {run}   |   openimp info {run}   |   openimp embed {run} PICTURES...\n"
         f"       tensorboard --logdir {run}"
     )
 
@@ -210,6 +213,17 @@ def run_search(
         console.print(f"{hit.score:6.3f}  {hit.modality:{width}}  {hit.path}{time}{text}", soft_wrap=True)
     if not hits:
         console.print("no item is that close to the query")
+
+
+def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
+    """Serves the search page of an index, or of the media of a run's recipe."""
+    try:
+        from openimp.search.server import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs {error.name}: pip install 'openimp[search]'") from None
+    if not (what / ABOUT).exists():
+        what = build_index(what, allow_sources=allow_sources).folder
+    serve(open_index(what), host, port)
 
 
 def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None:

@@ -2,9 +2,12 @@
 
 import os
 import signal
+from contextlib import suppress
 
 import pytest
-from fuzz import FORMATS, MEMORY, MEND, Worker, fuzz, mutated
+from fuzz import FORMATS, MEMORY, MEND, VIEWS, Worker, fuzz, mutated
+
+from openimp.common.modality import BadMedia
 
 FILES = 25
 """Files per format."""
@@ -46,3 +49,11 @@ def test_a_process_that_dies_is_seen(worker):
     os.kill(worker.process.pid, signal.SIGSEGV)
     assert worker.decode("image", picture, 0)[0] == "died: exit code -11"
     assert worker.decode("image", picture, 0)[0] == "decoded"
+
+
+def test_a_seek_before_the_start_of_a_sound_prints_no_traceback(capfd):
+    """soundfile prints what the file's `seek` raises."""
+    modality, view = VIEWS["audio"]
+    with suppress(BadMedia):
+        modality.decode(mutated("AIFF", FORMATS["AIFF"][1](), 1, 377), [view])
+    assert "Traceback" not in capfd.readouterr().err

@@ -162,6 +162,17 @@ class Modality(ABC):
         """
         return str(value) if self.reads_text else self.encode_input(value, view)[0]
 
+    def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes | None:
+        """A small WebP picture of a raw value, or of one of its `segments`, for lists of results; None if it has none.
+
+        Its sides have at most `side` pixels. By default it is what `show` returns, if that is a picture.
+
+        Raises:
+            BadMedia: the value cannot be read.
+        """
+        shown = self.show(value, view)
+        return shown if isinstance(shown, bytes) else None
+
     def from_tensor(self, batch: torch.Tensor) -> Tokens:
         """Makes tokens of a prepared batch, on any device; differentiable if the batch is float.
 

@@ -189,14 +189,13 @@ class Audio(Modality):
         return self._tokens(torch.from_numpy(items), view.drop_tokens, rngs)
 
     def show(self, value: Any, view: Any) -> bytes:
-        """The spectrogram of the first clip of evaluation, as a small WebP file. It shows the loudest 70 dB.
+        """The spectrogram of the first clip of evaluation, as a small WebP file; see `_spectrogram`."""
+        return self._spectrogram(self.encode_input(value, view)[0], 2 * media.PREVIEW)
 
-        Time runs to the right and pitch upward; louder is brighter.
-        """
-        spectrum = log_mel(torch.from_numpy(self.encode_input(value, view)[:1]), self.config)[0].T.numpy()[::-1]
-        loudness = (1 + (spectrum - spectrum.max()) / RANGE).clip(0, 1)
-        channels = [np.interp(loudness, np.linspace(0, 1, len(COLORS)), channel) for channel in zip(*COLORS)]
-        return media.encode_webp(np.stack(channels, axis=-1).round().astype(np.uint8), 2 * media.PREVIEW)
+    def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
+        """The spectrogram of the first clip."""
+        clips = self.encode_segment(value, view, *segment) if segment else self.encode_input(value, view)
+        return self._spectrogram(clips[0], side)
 
     def from_tensor(self, batch: torch.Tensor) -> Tokens:
         """Converts mono samples (B, N) in -1..1 at the stem's sample rate. N must be a whole number of patches."""
@@ -213,6 +212,16 @@ class Audio(Modality):
             f"{samples} mono samples in -1..1 at {self.config.sample_rate} Hz. Append zeros to a shorter sound. Of a "
             f"longer one, take {view.clips} such parts, evenly spaced, and average their unit vectors.",
         )
+
+    def _spectrogram(self, samples: np.ndarray, side: int) -> bytes:
+        """The spectrogram of samples (N,), as a WebP file of at most `side` pixels. It shows the loudest 70 dB.
+
+        Time runs to the right and pitch upward; louder is brighter.
+        """
+        spectrum = log_mel(torch.from_numpy(samples[None]), self.config)[0].T.numpy()[::-1]
+        loudness = (1 + (spectrum - spectrum.max()) / RANGE).clip(0, 1)
+        channels = [np.interp(loudness, np.linspace(0, 1, len(COLORS)), channel) for channel in zip(*COLORS)]
+        return media.encode_webp(np.stack(channels, axis=-1).round().astype(np.uint8), side)
 
     def _tokens(self, waves: torch.Tensor, drop: float, rngs: list[np.random.Generator] | None) -> Tokens:
         config = self.config

@@ -83,6 +83,11 @@ class Image(Vision):
         """The pixels that evaluation uses, as a small WebP file."""
         return encode_webp(self.encode_input(value, view)[0], PREVIEW)
 
+    @decoder_errors()
+    def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
+        """The whole picture."""
+        return encode_webp(self.decode(value, [self.View(size=side)]), side)
+
     def preprocess(self, picture: Any, view: Any) -> torch.Tensor:
         """Converts a Pillow picture, or whatever `decode` takes, to a float tensor (3, h, w) for `from_tensor`."""
         pixels = torch.from_numpy(self.encode_input(picture, view)[0])

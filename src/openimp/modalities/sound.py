@@ -1,7 +1,9 @@
 """Reads sounds with libsndfile, or with FFmpeg if libsndfile does not know the format, such as the sound of a film."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from math import ceil
 from typing import Any
 
@@ -60,6 +62,21 @@ def resample(sound: np.ndarray, source: int, target: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
+class _Quiet:
+    """A source for soundfile, which prints an exception of `seek` with its traceback and goes on.
+
+    A broken file may ask for a place before its start. The source then stays where it is, as a failed `lseek` does.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source, self.tell, self.readinto = source, source.tell, source.readinto
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with suppress(OSError, ValueError):
+            self._source.seek(offset, whence)
+        return self.tell()
+
+
 Plan = Callable[[int, int], list[tuple[int, int]]]
 """The samples to read, as (start, count), of a sound with a number of samples (0: unknown) at a sample rate."""
 
@@ -92,7 +109,7 @@ def length(source: Source) -> float:
     """The length of a sound in seconds, according to its header; 0 if it is unknown."""
     if SOUNDFILE.match(source.peek(4)):
         try:
-            with soundfile.SoundFile(source) as file:
+            with soundfile.SoundFile(_Quiet(source)) as file:
                 return file.frames / file.samplerate
         except soundfile.LibsndfileError:
             source.seek(0)
@@ -111,7 +128,7 @@ def _checked(plan: Plan, total: int, rate: int) -> list[tuple[int, int]]:
 
 def _read_soundfile(source: Source, plan: Plan) -> tuple[np.ndarray, int]:
     parts = []
-    with soundfile.SoundFile(source) as file:
+    with soundfile.SoundFile(_Quiet(source)) as file:
         block = BLOCK // file.channels
         for start, count in _checked(plan, file.frames, file.samplerate):
             if start:

@@ -123,6 +123,20 @@ class Video(Vision):
         chosen = item[np.linspace(0, len(item) - 1, min(STRIP, len(item))).round().astype(int)]
         return media.encode_webp(np.concatenate(list(self._render(chosen, view, None)), axis=1), STRIP * media.PREVIEW)
 
+    @media.decoder_errors()
+    def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
+        """A frame from the middle."""
+        still = self.View(size=side, frames=1, stride=1, clips=1)
+        if segment is None:
+            middle = media.ExampleRng(np.random.PCG64(0))
+            middle.sync_start = 0.5
+            frames = self.decode(value, [still], middle)
+        else:
+            with media.open_source(value) as source:
+                time = sum(segment) / 2
+                frames = _stack(_read_container(source, [still], None, self.config.fps, (time, time)))
+        return media.encode_webp(frames[0], side)
+
 
 def crop_windows(size: tuple[int, int], target: tuple[int, int], crops: int) -> list[tuple[slice, slice, slice]]:
     """The indices into frames (T, H, W) of the pixels that each crop is made from.

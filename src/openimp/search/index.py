@@ -15,12 +15,13 @@ from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
 from openimp.common.safe_files import refuse_links
 from openimp.data.tables import Table
+from openimp.encoding.items import embed
 from openimp.inference.model import Model, load
 from openimp.search.folder import About, read_about
 from openimp.search.media import file_state, row_media, source_table
-from openimp.search.query import Hit, Like, Query
+from openimp.search.query import Encoded, Hit, Like, Part, Query
 from openimp.search.spaces import Space, fingerprint, shared_space, towards_space
-from openimp.search.table import SHOWN, Items, any_of, below, quoted
+from openimp.search.table import SHOWN, Items, any_of, below, has_word, quoted
 
 
 class Index:
@@ -55,11 +56,12 @@ class Index:
 
     def search(
         self,
-        queries: str | Query | Like | Sequence[str | Query | Like],
+        queries: str | Part | Sequence[str | Part],
         k: int = 20,
         modalities: Sequence[str] | None = None,
         under: str | Path | None = None,
         min_score: float | None = None,
+        words: Sequence[str] = (),
     ) -> list[Hit]:
         """Returns the `k` items that are closest to the weighted sum of the queries, the best first.
 
@@ -69,11 +71,12 @@ class Index:
             modalities: only items of these. None: all that can be compared with the queries.
             under: only files in this folder, or rows of the source of this name.
             min_score: only items with at least this cosine.
+            words: only items with all of these words in their text or in the name of their file.
 
         Raises:
             UserError: a query cannot be read, or no item can be compared with it.
         """
-        given = [queries] if isinstance(queries, str | Query | Like) else queries
+        given = [queries] if isinstance(queries, str | Part) else queries
         parts = [self.text_query(part) if isinstance(part, str) else part for part in given]
         if not parts:
             raise UserError("there is no query: give a text or a file")
@@ -83,6 +86,7 @@ class Index:
         where = [f"NOT {any_of('id', ids)}"] if (ids := [part.id for part in parts if isinstance(part, Like)]) else []
         if under is not None:
             where.append(self._below(under))
+        where += [has_word(word) for word in words]
         found = []
         for space, names in self._spaces(modalities or self.counts).items():
             vector = self._sum(parts, space)
@@ -92,7 +96,7 @@ class Index:
                 probes = None if self._about.ivf is None else self._about.ivf.probes
                 found.append(self._items.nearest(vector, k, " AND ".join([*where, *only]) or None, probes))
         if not found:
-            kinds = ", ".join(dict.fromkeys(part.modality for part in parts if isinstance(part, Query)))
+            kinds = ", ".join(dict.fromkeys(part.modality for part in parts if not isinstance(part, Like)))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
         hits = sorted((_hit(row, 1 - row["_distance"]) for rows in found for row in rows), key=lambda hit: -hit.score)
@@ -144,8 +148,32 @@ class Index:
         raise UserError(f"{name}: unknown type of file; the model reads {kinds}")
 
     def vectors(self) -> pa.Table:
-        """`id`, `modality` and fp16 `vector` of all items, for a map of them."""
+        """`id`, `modality` and fp16 `vector` of all items."""
         return self._items.table.search().select(["id", "modality", "vector"]).to_arrow()
+
+    def sample(self, count: int, columns: Sequence[str]) -> pa.Table:
+        """Some of these columns of at most `count` items, which are evenly spaced over the index."""
+        total = self._items.table.count_rows()
+        rows = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+        return self._items.table.take_offsets(rows).select(list(columns)).to_arrow()
+
+    def encode(self, query: Query) -> Encoded:
+        """Encodes a part of a query for all spaces that its modality is in. UserError if it cannot be read.
+
+        Decoding takes no turns, so a file that takes long to decode keeps no other query waiting.
+        """
+        model, name = self.model, query.modality
+        modality, view = model.modalities[name], model.views[name]
+        try:
+            item = modality.encode_input(query.value, view)
+        except BadMedia as error:
+            raise UserError(f"cannot be read as {name}: {error}") from None
+        towards = [other for other in model.modalities if model.imp.share_a_space(name, other)]
+        if model.imp.config.space == "joint":
+            towards = towards[:1]
+        with self._lock:
+            vectors = {other: embed(model.imp, modality, view, [item], other, 64, model.precision) for other in towards}
+        return Encoded(name, {other: vector[0].cpu().numpy() for other, vector in vectors.items()}, query.weight)
 
     def _row(self, id: str, columns: list[str]) -> dict[str, Any]:
         rows = self._items.rows(f"id = {quoted(id)}", columns)
@@ -166,7 +194,7 @@ class Index:
             found.setdefault(shared_space(self.model.imp, name, self._about.towards[name]), []).append(name)
         return found
 
-    def _sum(self, parts: Sequence[Query | Like], space: Space) -> np.ndarray | None:
+    def _sum(self, parts: Sequence[Part], space: Space) -> np.ndarray | None:
         """The weighted sum (Z,) of the parts of a query in a space, or None if a part has no vector there."""
         total = np.zeros(self.model.recipe.model.embed_dim, np.float32)
         for part in parts:
@@ -178,7 +206,7 @@ class Index:
             raise UserError("the queries cancel each other out")
         return total
 
-    def _vector(self, part: Query | Like, space: Space) -> np.ndarray | None:
+    def _vector(self, part: Part, space: Space) -> np.ndarray | None:
         """The unit vector (Z,) of a part of a query in a space, or None if it has none there."""
         if isinstance(part, Like):
             row = self._row(part.id, ["modality", "towards", "vector"])
@@ -190,6 +218,8 @@ class Index:
         towards = towards_space(model.imp, part.modality, space, model.modalities)
         if towards is None:
             return None
+        if isinstance(part, Encoded):
+            return part.vectors.get(towards)
         modality, view = model.modalities[part.modality], model.views[part.modality]
         if modality.reads_text and not (str(part.value).strip() and modality.knows(part.value, view)):
             raise UserError(f"{part.value!r} has no word that the model knows")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Query:
@@ -19,6 +21,18 @@ class Like:
 
     id: str
     weight: float = 1.0  # negative: "less like this"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A part of a query that `Index.encode` has encoded, for several searches."""
+
+    modality: str
+    vectors: dict[str, np.ndarray]  # unit vectors (Z,), by the modality that they are encoded towards
+    weight: float = 1.0  # negative: subtracted
+
+
+Part = Query | Like | Encoded
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""Refuses requests that do not come from the page itself, and adds the headers that limit what a browser may do.
+
+Any website can make a browser send requests to this machine. A site whose name is rebound to 127.0.0.1 could also read
+the answers, but its requests have its own name in their Host header.
+"""
+
+import ipaddress
+import socket
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; media-src 'self'; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+"""Content security policy of the page: nothing inline, and nothing from other hosts."""
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=(self)",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Guard:
+    """ASGI middleware. `host` is the address that the server listens on."""
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self.app = app
+        self.names = {*LOOPBACK, host.lower()}
+        self.is_public = not is_loopback(host)
+        if self.is_public:
+            self.names.add(socket.gethostname().lower())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    answer[name] = value
+                answer.setdefault("Content-Security-Policy", POLICY)
+            await send(message)
+
+        app = self.app
+        if not self._is_known(headers.get("host", "")):
+            app = PlainTextResponse("This server does not go by the name in the Host header.", 421)
+        elif scope["method"] not in ("GET", "HEAD") and not _is_same_origin(headers):
+            app = PlainTextResponse("This request does not come from the page of this server.", 403)
+        await app(scope, receive, guarded)
+
+    def _is_known(self, host: str) -> bool:
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+            if name in self.names:
+                return True
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return self.is_public  # An address cannot be rebound. This machine may have several.
+
+
+def _is_same_origin(headers: Headers) -> bool:
+    """Browsers send the origin of the page with every POST."""
+    try:
+        return urlsplit(headers.get("origin", "")).netloc == headers["host"]
+    except ValueError:
+        return False

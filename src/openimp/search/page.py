@@ -1,0 +1,219 @@
+"""What the search page answers to each request. Items are served by their ids, and only those that are indexed."""
+
+import os
+import tempfile
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+from anyio import CapacityLimiter, Semaphore, to_thread
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+
+from openimp.common.errors import UserError
+from openimp.common.modality import BadMedia
+from openimp.common.progress import clock
+from openimp.search.answers import Answer, answer
+from openimp.search.display import UNKNOWN, head_of, item, kind_of, media_type
+from openimp.search.index import Index
+from openimp.search.projection import MAX_POINTS, method, project
+from openimp.search.query import Query
+from openimp.search.state import State
+from openimp.search.uploads import MAX_UPLOAD, Upload, Uploads
+
+TEMPLATES = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+TEMPLATES.loader = PackageLoader("openimp.search")
+TEMPLATES.filters["clock"] = clock
+THUMBNAIL = 256
+"""Pixels of the longer side of a thumbnail at most."""
+RECEIVED_AT_ONCE = 4
+"""Uploads that are in memory at once. Others wait."""
+UPLOAD_SECONDS = 90
+"""Seconds for an upload to arrive and to be decoded at most."""
+
+
+class Page:
+    """What all requests share.
+
+    The event loop must stay responsive, so whatever may take long runs in threads. Their number is limited for each
+    kind of work, so that no user's work keeps that of another kind waiting.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self.index, self.uploads = index, Uploads()
+        self.searching, self.encoding, self.drawing = CapacityLimiter(1), CapacityLimiter(2), CapacityLimiter(2)
+        self.receiving = Semaphore(RECEIVED_AT_ONCE)
+        self.folder = tempfile.TemporaryDirectory(prefix="openimp-serve-")
+        self.thumbnail = lru_cache(maxsize=4096)(self._thumbnail)
+        self.points = lru_cache(maxsize=1)(self._points)
+        modalities = index.model.modalities.values()
+        self.shared: dict[str, Any] = {
+            "folder": index.folder,
+            "counts": index.counts,
+            "folders": index.folders,
+            "colors": {name: f"c{i % 6}" for i, name in enumerate(index.model.modalities)},
+            "reader": any(modality.reads_text for modality in modalities),
+            "readable": [modality.name for modality in modalities if not modality.reads_text],
+            "accepted": [end for modality in modalities if not modality.reads_text for end in modality.extensions],
+            "recordable": next((modality.name for modality in modalities if kind_of(modality) == "audio"), ""),
+            "limit": MAX_UPLOAD,
+        }
+
+    async def search(self, request: Request) -> Response:
+        """The form with the results of the query in the URL."""
+        state = State()
+        try:
+            state = State.parse(request.query_params)
+            found = await to_thread.run_sync(answer, self.index, self.uploads, state, limiter=self.searching)
+        except UserError as error:
+            found = Answer(f"This cannot be searched: {error}", code=400)
+        return self._render("search.html", state=state, page="search", **vars(found))
+
+    async def map(self, request: Request) -> Response:
+        """The page with the map; `points` are its content."""
+        state = State.parse(request.query_params)
+        total = sum(self.index.counts.values())
+        shown = min(total, MAX_POINTS)
+        return self._render("map.html", state=state, page="map", method=method(), total=total, shown=shown)
+
+    async def map_points(self, request: Request) -> Response:
+        """The points of the map, and the numbers of those that the query in the URL finds."""
+        state = State.parse(request.query_params)
+        points = await to_thread.run_sync(self.points, limiter=self.drawing)
+        hits: list[str] = []
+        if not state.is_empty:
+            found = await to_thread.run_sync(answer, self.index, self.uploads, state, limiter=self.searching)
+            hits = [shown.hit.id for shown in found.items]
+        return JSONResponse({**points, "hits": hits})
+
+    async def item(self, request: Request) -> Response:
+        """One item, as part of a page."""
+        state = State.parse(request.query_params)
+        found = item(self.index, self.index.hit(request.path_params["id"]))
+        return self._render("item.html", state=state, item=found)
+
+    async def media(self, request: Request) -> Response:
+        """The media of an item, or a part of them, as the Range header says."""
+        return await to_thread.run_sync(self._media, request.path_params["id"])
+
+    async def item_thumbnail(self, request: Request) -> Response:
+        """A small picture of an item."""
+        return _picture(await to_thread.run_sync(self.thumbnail, request.path_params["id"], limiter=self.drawing))
+
+    async def upload_thumbnail(self, request: Request) -> Response:
+        """A small picture of an upload."""
+        upload = self.uploads.get(request.path_params["id"])
+        return _picture(upload.thumbnail if upload else None)
+
+    async def upload(self, request: Request) -> Response:
+        """Encodes a file, the body of the request, and returns its id."""
+        name = Path(request.query_params.get("name", "")).name[:200] or "file"
+        try:
+            modality = request.query_params.get("modality") or self.index.modality_of(name)
+            if modality not in self.shared["readable"]:
+                raise UserError(f"the model reads no {modality} files")
+            with anyio.fail_after(UPLOAD_SECONDS):
+                async with self.receiving:
+                    content = await _body(request)
+                    read = partial(self._read, name, modality, content)
+                    # A thread cannot be stopped. It keeps its place until it is done, or at the decoder's own limits.
+                    upload = await to_thread.run_sync(read, limiter=self.encoding, abandon_on_cancel=True)
+        except TimeoutError:
+            return JSONResponse({"error": f"{name} takes too long to read, or the server is busy."}, 408)
+        except ClientDisconnect:
+            return Response(status_code=400)  # Nobody receives it.
+        except UserError as error:
+            return JSONResponse({"error": f"{error}."}, 400)
+        return JSONResponse({"id": self.uploads.add(upload)})
+
+    def _read(self, name: str, modality: str, content: bytes) -> Upload:
+        try:
+            encoded = self.index.encode(Query(modality, content))
+        except UserError as error:
+            raise UserError(f"{name} {error}") from None
+        return Upload(name, encoded, self._draw(modality, content))
+
+    def _media(self, id: str) -> Response:
+        hit, media = self.index.hit(id), self.index.read(id)
+        kind = kind_of(self.index.model.modalities[hit.modality])
+        if kind == "text":
+            return PlainTextResponse(hit.text or "")
+        found = media_type(head_of(media), kind)
+        # The media are data of others: whatever a browser makes of them, it may run and load nothing.
+        headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "private, no-cache"}
+        background = None
+        if isinstance(media, bytes):
+            # Only files are served in ranges, which browsers need to play sounds and clips.
+            number, file = tempfile.mkstemp(dir=self.folder.name)
+            with os.fdopen(number, "wb") as stream:
+                stream.write(media)
+            os.utime(file, (0, 0))  # The same ETag for each range.
+            media, background = Path(file), BackgroundTask(os.unlink, file)
+        name = Path(hit.path).name if found == UNKNOWN else None  # With a name, the browser saves the file.
+        return FileResponse(media, headers=headers, media_type=found, filename=name, background=background)
+
+    def _thumbnail(self, id: str) -> bytes | None:
+        hit = self.index.hit(id)
+        segment = None if hit.start is None or hit.end is None else (hit.start, hit.end)
+        return self._draw(hit.modality, self.index.read(id), segment)
+
+    def _draw(self, name: str, media: bytes | Path, segment: tuple[float, float] | None = None) -> bytes | None:
+        modality = self.index.model.modalities[name]
+        try:
+            return (
+                None
+                if modality.reads_text
+                else modality.thumbnail(media, self.index.model.views[name], THUMBNAIL, segment)
+            )
+        except BadMedia:
+            return None
+
+    def _points(self) -> dict[str, Any]:
+        """The map as JSON: ids, modalities as numbers, and coordinates."""
+        items, names = self.index.sample(MAX_POINTS, ["id", "modality", "vector"]), list(self.index.counts)
+        vectors = items["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(items), -1)
+        groups = np.array([names.index(name) for name in items["modality"].to_pylist()])
+        x, y = project(vectors, groups).T.tolist()
+        return {"ids": items["id"].to_pylist(), "modalities": groups.tolist(), "x": x, "y": y, "names": names}
+
+    def _render(self, template: str, code: int = 200, **values: Any) -> HTMLResponse:
+        page = TEMPLATES.get_template(template).render(self.shared | values)
+        return HTMLResponse(page.encode(errors="replace"), code, {"Cache-Control": "no-store"})
+
+    async def refuse(self, request: Request, error: Exception) -> Response:
+        """Says in a sentence why there is no answer."""
+        code = (
+            error.status_code
+            if isinstance(error, HTTPException)
+            else 400
+            if request.url.path.startswith("/map")
+            else 404
+        )
+        text = "There is no such page" if isinstance(error, HTTPException) else str(error)
+        if "text/html" in request.headers.get("accept", ""):
+            return self._render("error.html", code=code, state=State(), page="", status=text)
+        return PlainTextResponse(text.encode(errors="replace"), code)
+
+
+async def _body(request: Request) -> bytes:
+    """The body of a request, up to `MAX_UPLOAD` bytes."""
+    content = bytearray()
+    too_large = UserError(f"the file is too large: at most {MAX_UPLOAD // 2**20} MiB")
+    if int(request.headers.get("content-length", 0)) > MAX_UPLOAD:
+        raise too_large
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > MAX_UPLOAD:
+            raise too_large
+    return bytes(content)
+
+
+def _picture(picture: bytes | None) -> Response:
+    if picture is None:
+        return Response(status_code=404)
+    return Response(picture, media_type="image/webp", headers={"Cache-Control": "private, max-age=300"})

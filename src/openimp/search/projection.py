@@ -1,0 +1,44 @@
+"""The map: two coordinates per item."""
+
+from importlib.util import find_spec
+
+import numpy as np
+
+MAX_POINTS = 50_000
+"""Items on the map at most; of more, an evenly spaced part is shown."""
+GRID = 65_535
+"""Coordinates are whole numbers from 0 to this, which is precise enough and short."""
+
+
+def method() -> str:
+    """How the coordinates are computed: with UMAP if `umap-learn` is installed, else with PCA."""
+    return "UMAP" if find_spec("umap") else "PCA"
+
+
+def project(vectors: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Projects vectors (N, Z) to whole numbers (N, 2) from 0 to `GRID`.
+
+    The mean of each group (N,), such as all pictures, is subtracted first. Otherwise most of the variance is the gap
+    between modalities (arXiv 2203.02053), and the map shows nothing else.
+    """
+    centered = vectors.astype(np.float32)
+    for group in np.unique(groups):
+        centered[groups == group] -= centered[groups == group].mean(0)
+    points = _umap(centered) if method() == "UMAP" and len(centered) > 15 else _pca(centered)
+    low, high = points.min(0), points.max(0)
+    # The same scale on both axes keeps distances comparable; the shorter axis is in the middle.
+    size = max(float((high - low).max()), 1e-12)
+    return np.round((points - (low + high) / 2) / size * GRID + GRID / 2).astype(int)
+
+
+def _pca(centered: np.ndarray) -> np.ndarray:
+    """The two directions of largest variance."""
+    _, axes = np.linalg.eigh(centered.T @ centered)  # in order of variance
+    return centered @ axes[:, ::-1][:, :2]
+
+
+def _umap(centered: np.ndarray) -> np.ndarray:
+    """UMAP (arXiv 1802.03426) of the cosines; the same items give the same map."""
+    from umap import UMAP
+
+    return UMAP(n_components=2, metric="cosine", random_state=0, n_jobs=1).fit_transform(centered)

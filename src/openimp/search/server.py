@@ -1,0 +1,64 @@
+"""`openimp serve`: a page to search an index, for one or several users."""
+
+import os
+import socket
+from contextlib import suppress
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from openimp.common.errors import UserError, counted
+from openimp.common.progress import console
+from openimp.search.guard import Guard, is_loopback
+from openimp.search.index import Index
+from openimp.search.page import Page
+
+
+def create_app(index: Index, host: str = "127.0.0.1") -> Guard:
+    """The page as an ASGI application. `host` is the address that it is served at."""
+    page = Page(index)
+    routes = [
+        Route("/", page.search),
+        Route("/map", page.map),
+        Route("/map.json", page.map_points),
+        Route("/items/{id}", page.item),
+        Route("/media/{id}", page.media),
+        Route("/thumbnails/{id}", page.item_thumbnail),
+        Route("/uploads/{id}", page.upload_thumbnail),
+        Route("/uploads", page.upload, methods=["POST"]),
+        Mount("/static", StaticFiles(packages=[("openimp.search", "static")])),
+    ]
+    handlers: Any = {UserError: page.refuse, HTTPException: page.refuse}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return Guard(app, host)
+
+
+def serve(index: Index, host: str, port: int) -> None:
+    """Serves the page until Ctrl-C."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        # The error's own text names the address once more.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise UserError(f"{host}, port {port}: {reason}; choose another with --port or --host") from None
+    shown = f"[{host}]" if ":" in host else host
+    console.print(f"http://{shown}:{listener.getsockname()[1]} searches {counted(sum(index.counts.values()), 'item')}.")
+    if not is_loopback(host):
+        console.print("Everybody who reaches this machine over the network can see all indexed items.")
+    console.print("Stop it with Ctrl-C.")
+    options = uvicorn.Config(
+        create_app(index, host),
+        log_level="error",
+        server_header=False,
+        limit_concurrency=256,
+        ws="none",
+        lifespan="off",
+    )
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(options).run([listener])

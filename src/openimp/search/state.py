@@ -1,0 +1,83 @@
+"""The state of the search page. All of it is in the URL, so reloading, going back and sharing a link work."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+from urllib.parse import urlencode
+
+from starlette.datastructures import QueryParams
+
+from openimp.common.errors import UserError
+from openimp.search.query import Like
+
+MAX_TEXT = 1000
+"""Characters of a query at most."""
+MAX_PARTS = 16
+"""Uploads or items of one query at most."""
+PAGE = 48
+"""Results that are shown at once."""
+MAX_RESULTS = 480
+LESS = -0.5
+"""Weight of an item that results should be less like. A full -1 would mostly find what is unlike anything."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What is searched, and how results are filtered. The fields have the names of the URL's parameters."""
+
+    q: str = ""  # a text
+    file: tuple[str, ...] = ()  # ids of uploads
+    more: tuple[str, ...] = ()  # ids of items
+    less: tuple[str, ...] = ()
+    modality: tuple[str, ...] = ()  # none: all
+    under: str = ""  # a folder or a source
+    min: float = 0.0  # score; 0: any
+    k: int = PAGE  # results
+
+    @classmethod
+    def parse(cls, parameters: QueryParams) -> "State":
+        """Reads the parameters of a URL; UserError if a value is impossible. Unknown parameters are ignored."""
+        lists = {field.name: tuple(dict.fromkeys(parameters.getlist(field.name))) for field in fields(cls)}
+        given: dict[str, Any] = {name: lists[name] for name in ("file", "more", "less", "modality")}
+        if any(len(values) > MAX_PARTS for values in given.values()):
+            raise UserError(f"a query has at most {MAX_PARTS} files or items")
+        for name in ("q", "under"):
+            given[name] = parameters.get(name, "").strip()
+            if len(given[name]) > MAX_TEXT:
+                raise UserError(f"a query has at most {MAX_TEXT:,} characters")
+        try:
+            score, count = float(parameters.get("min") or 0), int(parameters.get("k") or PAGE)
+        except ValueError:
+            raise UserError("min and k must be numbers") from None
+        if not (-1 <= score <= 1 and 1 <= count <= MAX_RESULTS):
+            raise UserError(f"min must be between -1 and 1, and k between 1 and {MAX_RESULTS}")
+        return cls(**given, min=score, k=count)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to search for."""
+        return not (self.q or self.file or self.more or self.less)
+
+    def likes(self) -> list[Like]:
+        """The parts of the query that are indexed items."""
+        return [*(Like(id) for id in self.more), *(Like(id, LESS) for id in self.less)]
+
+    def link(self, path: str = "/", /, **changes: Any) -> str:
+        """The URL of this state with some fields changed."""
+        changed, default = replace(self, **changes), State()
+        given = {
+            field.name: getattr(changed, field.name)
+            for field in fields(self)
+            if getattr(changed, field.name) != getattr(default, field.name)
+        }
+        return f"{path}?{urlencode(given, doseq=True)}" if given else path
+
+    def with_item(self, kind: str, id: str) -> str:
+        """The URL that also asks for items more or less like one; `kind` is "more" or "less"."""
+        other = {"more": "less", "less": "more"}[kind]
+        ids = (*(it for it in getattr(self, kind) if it != id), id)[-MAX_PARTS:]
+        rest = tuple(it for it in getattr(self, other) if it != id)
+        return self.link(**{kind: ids, other: rest, "k": PAGE})
+
+    def without(self, kind: str, id: str) -> str:
+        """The URL without an upload or item of the query."""
+        return self.link(**{kind: tuple(it for it in getattr(self, kind) if it != id)})

@@ -1,0 +1,165 @@
+"use strict";
+// Searches without loading the page again, uploads files, records sounds, and plays animations. The server renders all
+// HTML, and the URL is the whole state. Without this script, texts, filters and links work by loading the page again.
+
+const $ = (selector, within = document) => within.querySelector(selector);
+const RECORDED_SECONDS = 30;
+let newest = 0; // number of the newest request; answers to older ones are dropped
+let recorder = null;
+
+function explain(problem = "") {
+  $("#problem").textContent = problem;
+  $("#problem").hidden = !problem;
+}
+
+// Fetches from the server. An error's message is a sentence for the user.
+async function ask(url, options) {
+  try {
+    return await fetch(url, options);
+  } catch {
+    throw new Error("The server does not answer. Check that openimp serve is still running, then try again.");
+  }
+}
+
+// Shows the page of a URL in place of this one. `whole` replaces the form, too.
+async function go(url, { push = true, whole = false } = {}) {
+  const own = ++newest;
+  document.body.classList.add("busy");
+  explain();
+  try {
+    const answer = await ask(url);
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    if (own !== newest) return;
+    if (!$("#query", page)) throw new Error(page.body.textContent.trim() || `The server failed: ${answer.status}.`);
+    for (const id of whole ? ["query", "results"] : ["parts", "results"]) $(`#${id}`).replaceWith($(`#${id}`, page));
+    $("#status").textContent = $("#status", page).textContent;
+    document.title = page.title;
+    if (push) history.pushState(null, "", url);
+    if (whole) reveal();
+  } catch (error) {
+    if (own === newest) explain(error.message);
+  } finally {
+    if (own === newest) document.body.classList.remove("busy");
+  }
+}
+
+// The URL of the form, without values that change nothing.
+function address(changes = {}) {
+  const fields = new URLSearchParams(new FormData($("#query")));
+  if (!Number(fields.get("min"))) fields.delete("min");
+  for (const name of ["q", "under"]) if (!fields.get(name)) fields.delete(name);
+  for (const [name, value] of Object.entries(changes)) value ? fields.set(name, value) : fields.delete(name);
+  return fields.size ? `/?${fields}` : "/";
+}
+
+// Starts a new search with a file. Filters are kept.
+async function upload(file, name, modality = "") {
+  if (!$("#query")) return;
+  if (file.size > Number($("#query").dataset.limit)) {
+    explain(`${name} is too large: at most ${Math.floor($("#query").dataset.limit / 2 ** 20)} MiB.`);
+    return;
+  }
+  explain();
+  const status = $("#status").textContent;
+  $("#status").textContent = `Reading ${name} …`;
+  try {
+    const answer = await ask(`/uploads?${new URLSearchParams({ name, modality })}`, { method: "POST", body: file });
+    const found = await answer.json().catch(() => ({ error: `The server failed: ${answer.status}.` }));
+    if (found.error) throw new Error(found.error);
+    if ($("#q")) $("#q").value = "";
+    await go(address({ q: "", more: "", less: "", file: found.id }));
+  } catch (error) {
+    $("#status").textContent = status;
+    explain(error.message);
+  }
+}
+
+async function record(button) {
+  if (recorder) return recorder.stop();
+  let stream;
+  try {
+    stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+  } catch (error) {
+    return explain(`The microphone cannot be used: ${error.message}.`);
+  }
+  const parts = [];
+  recorder = new MediaRecorder(stream);
+  recorder.ondataavailable = (event) => parts.push(event.data);
+  recorder.onstop = () => {
+    const sound = new Blob(parts, { type: recorder.mimeType });
+    recorder = null;
+    stream.getTracks().forEach((track) => track.stop());
+    button.classList.remove("recording");
+    button.textContent = "Record";
+    upload(sound, "recording", button.dataset.modality);
+  };
+  recorder.start();
+  button.classList.add("recording");
+  button.textContent = "Stop and search";
+  setTimeout((own) => own === recorder && own.stop(), RECORDED_SECONDS * 1000, recorder);
+}
+
+function play(button, on) {
+  const image = $("img", button);
+  image.dataset.still ??= image.src;
+  image.src = on ? button.dataset.play : image.dataset.still;
+  button.setAttribute("aria-pressed", on);
+}
+
+// Shows what works only with a script.
+function reveal() {
+  document.querySelectorAll(".inputs").forEach((element) => (element.hidden = false));
+  // Browsers allow the microphone only on https and on loopback.
+  if ($("#record")) $("#record").hidden = !(window.MediaRecorder && navigator.mediaDevices);
+}
+
+document.addEventListener("submit", (event) => {
+  event.preventDefault();
+  go(address());
+});
+document.addEventListener("click", async (event) => {
+  const link = event.target.closest("a[data-go]"), button = event.target.closest("button");
+  if (link && $("#query") && !(event.ctrlKey || event.metaKey || event.shiftKey)) {
+    event.preventDefault();
+    await go(link.href);
+    $("#status").focus(); // The link is gone; the keyboard continues at the results.
+    scrollTo(0, 0);
+  } else if (button?.id === "choose") $("#file").click();
+  else if (button?.id === "record") record(button);
+  else if (button?.dataset.play) play(button, button.getAttribute("aria-pressed") !== "true");
+});
+document.addEventListener("change", ({ target }) => {
+  if (target.id === "file" && target.files.length) upload(target.files[0], target.files[0].name);
+  else if (target.closest("#query .filters")) $("#query").requestSubmit();
+});
+document.addEventListener("input", ({ target }) => {
+  if (target.name === "min") target.nextElementSibling.textContent = Number(target.value) ? Number(target.value).toFixed(2) : "any";
+});
+document.addEventListener("paste", (event) => {
+  const file = event.clipboardData.files[0];
+  if (file) event.preventDefault(), upload(file, file.name);
+});
+for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
+  document.addEventListener(name, (event) => {
+    if (![...event.dataTransfer.types].includes("Files")) return;
+    event.preventDefault();
+    document.body.classList.toggle("dropping", name === "dragenter" || name === "dragover");
+    const file = name === "drop" && event.dataTransfer.files[0];
+    if (file) upload(file, file.name);
+  });
+}
+if (!matchMedia("(prefers-reduced-motion: reduce)").matches) {
+  for (const [name, on] of [["pointerover", true], ["pointerout", false], ["focusin", true], ["focusout", false]]) {
+    document.addEventListener(name, (event) => {
+      const button = event.target.closest?.("[data-play]");
+      // A tap is a click, which plays or stops by itself.
+      const counts = name.startsWith("pointer") ? event.pointerType === "mouse" : !on || button?.matches(":focus-visible");
+      if (button && counts && !button.contains(name.startsWith("pointer") ? event.relatedTarget : null)) play(button, on);
+    });
+  }
+}
+document.addEventListener("error", ({ target }) => {
+  if (target.matches?.("video, audio")) target.closest(".card").classList.add("fails");
+}, true);
+addEventListener("popstate", () => $("#query") && go(location.href, { push: false, whole: true }));
+reveal();

@@ -1,0 +1,9 @@
+"""benchmarks/hostile_requests.py runs, and a few of its attacks fail."""
+
+import hostile_requests
+
+
+def test_hostile_uploads_and_requests_do_no_harm(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["hostile_requests.py", "--uploads", "14", "--requests", "60", "--seed", "3"])
+    assert hostile_requests.main() == 0
+    assert "| failures | 0 |" in capsys.readouterr().out

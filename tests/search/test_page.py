@@ -1,0 +1,250 @@
+"""The search page in a browser: with the keyboard only, with files, on a narrow screen, and when the server is gone."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import playwright.sync_api as api
+import pytest
+from served import serving
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next((path for path in map(shutil.which, BROWSERS) if path), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"needs a browser on the PATH: {' or '.join(BROWSERS)}")
+SECONDS = 120_000
+"""Limit on a wait in the browser, in milliseconds. The machine may be busy."""
+DEMO = Path(os.environ.get("OPENIMP_DEMO_RUN", Path(__file__).resolve().parents[2] / "runs" / "demo"))
+
+
+@pytest.fixture(scope="module")
+def server(little_run: Path, tmp_path_factory: pytest.TempPathFactory):
+    """`openimp serve RUN`, which indexes the pictures and sounds of the run's recipe first."""
+    run = Path(shutil.copytree(little_run, tmp_path_factory.mktemp("served") / "run"))
+    with serving(run) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    # A sandbox needs rights that containers do not give. The fake microphone beeps.
+    options = [
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--use-fake-device-for-media-stream",
+        "--use-fake-ui-for-media-stream",
+    ]
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page whose console must stay free of errors, such as violations of the content security policy."""
+    context = browser.new_context(permissions=["microphone"])
+    context.set_default_timeout(SECONDS)
+    page, errors = context.new_page(), []
+    page.on("filechooser", lambda chooser: None)  # Otherwise the browser learns too late that a test chooses the files.
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    context.close()
+    assert not [error for error in errors if "Failed to load resource" not in error]
+
+
+def results(page) -> list[str]:
+    return page.locator("#results .card h3").all_inner_texts()
+
+
+def kinds(page) -> list[str]:
+    return [text.partition(",")[0] for text in page.locator("#results .card .facts span:first-child").all_inner_texts()]
+
+
+def has_status(page, pattern: str) -> None:
+    """Waits until the status above the results matches."""
+    api.expect(page.locator("#status")).to_have_text(re.compile(pattern), timeout=SECONDS)
+
+
+def press_until(page, key: str, selector: str, times: int = 60) -> None:
+    """Presses a key until an element has the focus."""
+    for _ in range(times):
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+        page.keyboard.press(key)
+    raise AssertionError(f"{selector} is not reached with {key}")
+
+
+def search_with_keyboard(page, url: str, text: str) -> None:
+    page.goto(url)
+    press_until(page, "Tab", "#q", 5)
+    page.keyboard.type(text)
+    page.keyboard.press("Enter")
+    api.expect(page).to_have_title(re.compile(f"^{text}"), timeout=SECONDS)
+
+
+def choose_with_keyboard(page, file: Path) -> None:
+    press_until(page, "Tab", "#choose")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files(file)
+    page.wait_for_url("**file=*")
+
+
+def test_the_keyboard_alone_searches_for_texts_and_files(server, page, little_data: Path):
+    search_with_keyboard(page, server.url, "red")
+    assert results(page)[0] == "a red square"
+    assert page.locator("#status").inner_text().startswith("39 results")
+    choose_with_keyboard(page, little_data / "4.wav")
+    assert results(page)[0] == "a middle tone"
+    assert page.locator("#parts").inner_text().split() == ["like", "4.wav", "✕"]
+    press_until(page, "Tab", "#results a[data-go]")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid", "the focus is visible"
+    page.keyboard.press("Enter")
+    page.wait_for_url("**more=*")
+    press_until(page, "Tab", "#results .card a[data-go]")
+
+
+def test_a_file_is_uploaded_filtered_and_followed_to_more_like_it(server, page, little_data: Path):
+    page.goto(server.url)
+    page.set_input_files("#file", little_data / "4.wav")
+    page.wait_for_url("**file=*")
+    assert results(page)[0] == "a middle tone"
+    page.get_by_role("checkbox", name="image").check()
+    has_status(page, r"audio and the items \(image\) share no space")
+    page.get_by_role("checkbox", name="image").uncheck()
+    page.get_by_role("checkbox", name="audio").check()
+    page.wait_for_url("**modality=audio*")
+    has_status(page, "^15 results")
+    assert set(kinds(page)) == {"audio"}
+    first = page.locator("#results .card").first
+    name, id = (
+        first.locator("h3").inner_text(),
+        re.search(r"more=(\w+)", first.locator("a", has_text="More").get_attribute("href"))[1],
+    )
+    first.locator("a", has_text="More like this").click()
+    page.wait_for_url(f"**more={id}*")
+    has_status(page, "^14 results")
+    assert page.locator("#parts li.more").inner_text().replace("\n", " ").startswith(f"more like {name}")
+    page.locator("#results .card").last.locator("a", has_text="Less like this").click()
+    page.wait_for_url("**less=*")
+    whole, url = results(page), page.url
+    page.reload()
+    assert (results(page), page.url) == (whole, url), "the URL is the whole state"
+    page.go_back()
+    page.wait_for_selector("#parts li.less", state="detached")
+    page.locator("#parts li.more a").click()
+    page.wait_for_selector("#parts li.more", state="detached")
+    assert page.get_by_role("checkbox", name="audio").is_checked()
+    page.locator("[name=min]").fill("0.99")
+    page.wait_for_url("**min=0.99*")
+    has_status(page, "at least 0.99")
+
+
+def test_dropped_and_pasted_files_are_searched_for(server, page, little_data: Path):
+    page.goto(server.url)
+    content = list((little_data / "pictures" / "blue" / "2.png").read_bytes())
+    script = """([type, content]) => {
+        const data = new DataTransfer();
+        data.items.add(new File([new Uint8Array(content)], "mine.png"));
+        const given = { dataTransfer: data, clipboardData: data, bubbles: true, cancelable: true };
+        document.body.dispatchEvent(type === "drop" ? new DragEvent(type, given) : new ClipboardEvent(type, given));
+    }"""
+    for kind in ("drop", "paste"):
+        page.goto(server.url)
+        page.evaluate(script, [kind, content])
+        page.wait_for_url("**file=*")
+        assert results(page)[0] == "a blue square"
+        assert "mine.png" in page.locator("#parts").inner_text()
+
+
+def test_the_microphone_is_searched_with(server, page):
+    page.goto(server.url)
+    page.locator("#record").click()
+    page.locator("#record.recording").wait_for()
+    page.evaluate("""async () => {
+        for (let bytes = 0; bytes < 3000; ) {
+            recorder.requestData();
+            bytes += await new Promise((done) =>
+                recorder.addEventListener("dataavailable", (event) => done(event.data.size), { once: true }));
+        }
+    }""")
+    page.locator("#record").click()
+    page.wait_for_url("**file=*")
+    assert "like recording" in page.locator("#parts").inner_text().replace("\n", " ")
+    assert len(results(page)) == 15, "the model does not compare sounds with pictures"
+
+
+def test_the_map_is_used_with_the_keyboard_and_the_mouse(server, page):
+    page.goto(f"{server.url}/map?q=red")
+    page.wait_for_selector("#map[data-ready='39']", state="attached")
+    press_until(page, "Tab", "#map")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#results .card")
+    first = page.locator("#results a[data-go]").first.get_attribute("href")
+    for key in ("+", "-", "0", "ArrowLeft", "ArrowDown", "ArrowUp", "ArrowRight"):
+        page.keyboard.press(key)
+    api.expect(page.locator("#results a[data-go]").first).not_to_have_attribute("href", first, timeout=SECONDS)
+    page.keyboard.press("Enter")
+    press_until(page, "Tab", "#results a[data-go]", 4)
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile(r"/\?more=\w{32}$"))
+    assert results(page)
+    page.goto(f"{server.url}/map")
+    page.wait_for_selector("#map[data-ready='39']", state="attached")
+    x, y = page.evaluate("[screenX(7), screenY(7)]")
+    page.locator("#map").click(position={"x": x, "y": y})
+    page.wait_for_selector("#results .card")
+    page.get_by_role("checkbox", name="audio").uncheck()
+    page.get_by_role("checkbox", name="image").uncheck()
+    assert page.evaluate("cheapest(0, 0, Math.hypot)") == -1, "hidden points are not chosen"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_fits_on_a_phone_in_light_and_dark(server, browser, scheme):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme, has_touch=True)
+    context.set_default_timeout(SECONDS)
+    page = context.new_page()
+    backgrounds = set()
+    for path in ("/", "/?q=red", "/?q=red&min=1", "/map", "/nothing", "/?k=x"):
+        page.goto(server.url + path)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
+        backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert backgrounds == {"rgb(247, 246, 243)" if scheme == "light" else "rgb(19, 20, 22)"}
+    context.close()
+
+
+def test_errors_are_explained(server, page, tmp_path: Path, browser, little_run: Path):
+    page.goto(server.url)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    page.set_input_files("#file", tmp_path / "bad.png")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert page.locator("#problem").inner_text().startswith("bad.png cannot be read as image: ")
+    page.context.set_offline(True)
+    page.locator("#q").fill("red")
+    page.keyboard.press("Enter")
+    api.expect(page.locator("#problem")).to_contain_text("The server does not answer", timeout=SECONDS)
+    page.context.set_offline(False)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#problem", state="hidden")
+    page.goto(f"{server.url}/?file=gone")
+    assert "A file of this query is no longer kept. Choose it again." in page.locator("#results").inner_text()
+
+
+@pytest.mark.skipif(
+    not (DEMO / "results.jsonl").exists(), reason="needs the demo's run: make demo, or OPENIMP_DEMO_RUN"
+)
+def test_the_demos_page_finds_guitars_and_the_instrument_of_a_note(page, tmp_path: Path):
+    from openimp.data.sources import open_source
+    from openimp.recipe.schema import Recipe
+
+    notes = open_source("test_notes", Recipe.load(DEMO / "recipe.yaml").sources["test_notes"])
+    row = notes.rows([100])[0]
+    (tmp_path / "note.ogg").write_bytes(row["audio"])
+    with serving(DEMO) as server:
+        search_with_keyboard(page, server.url, "guitar")
+        assert all("guitar" in name for name in results(page)[:5])
+        assert {"image", "audio"} <= set(kinds(page)[:5])
+        choose_with_keyboard(page, tmp_path / "note.ogg")
+        assert row["instrument"] in results(page)[0]

@@ -1,0 +1,341 @@
+"""The server of the search page: what it serves to whom, and that hostile requests harm neither it nor its users."""
+
+import json
+import re
+import shutil
+import signal
+import socket
+import sys
+from itertools import cycle
+from pathlib import Path
+from urllib.parse import quote, urlencode, urlsplit
+
+import numpy as np
+import PIL.Image
+import pytest
+import soundfile
+from fuzz import FORMATS, mutated
+from processes import run
+from served import Server, serving
+from starlette.datastructures import QueryParams
+
+from openimp.commands import run_serve
+from openimp.common.errors import UserError
+from openimp.search import Like, Query, build_index, open_index
+from openimp.search.answers import search
+from openimp.search.guard import POLICY
+from openimp.search.projection import GRID, project
+from openimp.search.query import Encoded
+from openimp.search.state import MAX_PARTS, PAGE, State
+from openimp.search.uploads import Upload, Uploads
+
+MARKUP = """<script>document.title="owned"</script><svg onload="document.title='owned'">"""
+
+
+@pytest.fixture(scope="module")
+def folder(media_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three files of each modality, a sound of 12 s, a text with markup, and files that are not indexed."""
+    top = tmp_path_factory.mktemp("served")
+    shutil.copytree(media_folder, top / "media")
+    soundfile.write(top / "media" / "long.wav", np.sin(np.arange(12 * 8000) / 9), 8000)
+    (top / "media" / "markup.txt").write_text(MARKUP, encoding="utf-8")
+    (top / "media" / "named").mkdir()
+    PIL.Image.new("RGB", (40, 40), (9, 99, 199)).save(top / "media" / "named" / "a_blue-square.png")
+    (top / "media" / "drawing.svg").write_text(f"<svg>{MARKUP}</svg>", encoding="utf-8")
+    (top / "secret.txt").write_text("secret", encoding="utf-8")
+    return top
+
+
+@pytest.fixture(scope="module")
+def index(folder: Path, tiny_model_folder: Path) -> Path:
+    build_index(tiny_model_folder, [folder / "media"], folder / "media.index")
+    return folder / "media.index"
+
+
+@pytest.fixture(scope="module")
+def server(index: Path):
+    with serving(index) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def ids(index: Path) -> dict[str, str]:
+    """The ids of the indexed items, by their path; of segments the last."""
+    opened = open_index(index)
+    hits = map(opened.hit, opened.sample(1000, ["id"])["id"].to_pylist())
+    return {Path(hit.path).name: hit.id for hit in hits}
+
+
+def test_the_page_allows_nothing_from_elsewhere_and_nothing_inline(server: Server):
+    answer = server.ask("/?q=noise")
+    assert answer.status == 200
+    assert answer.headers["content-security-policy"] == POLICY
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    assert not re.search(r"<script(?! src=\"/static/)|<style| style=| on\w+=\"", answer.text)
+    assert not re.search(r"(?:src|href|action)=\"(?!/|#)", answer.text)
+
+
+def test_names_texts_and_queries_are_text_and_not_markup(server: Server):
+    page = server.ask(f"/?{urlencode({'q': MARKUP + ' noise', 'modality': 'text'})}").text
+    assert page.count("&lt;script&gt;") >= 2, "in the field and among the results"
+    assert "<script>" not in page
+    assert "<svg onload" not in page
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "10.0.0.1:8000", "[::1", "", "localhost@evil"]
+)
+def test_other_names_of_the_server_are_refused(server: Server, host):
+    assert server.ask("/", Host=host).status == 421
+
+
+def test_loopback_names_are_known(server: Server):
+    port = urlsplit(server.url).port
+    for host in ("localhost", f"LOCALHOST:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
+        assert server.ask("/", Host=host).status == 200
+
+
+@pytest.mark.parametrize("origin", [None, "null", "http://evil.example", "http://127.0.0.1:1", "http://[", "file://"])
+def test_uploads_from_other_sites_are_refused(server: Server, media_folder: Path, origin):
+    headers = {} if origin is None else {"Origin": origin}
+    answer = server.ask("/uploads?name=0.png", "POST", (media_folder / "0.png").read_bytes(), **headers)
+    assert answer.status == 403
+
+
+def test_media_are_served_whole_and_in_ranges(server: Server, folder: Path, ids):
+    for name, kind in {"0.png": "image/png", "0.mp4": "video/mp4", "0.wav": "audio/wav"}.items():
+        content, url = (folder / "media" / name).read_bytes(), f"/media/{ids[name]}"
+        whole = server.ask(url)
+        assert (whole.status, whole.headers["content-type"], whole.body) == (200, kind, content)
+        part = server.ask(url, Range="bytes=5-9")
+        assert (part.status, part.body) == (206, content[5:10])
+        assert part.headers["content-range"] == f"bytes 5-9/{len(content)}"
+        assert server.ask(url, Range="bytes=-7").body == content[-7:]
+        assert server.ask(url, Range=f"bytes={len(content)}-").status == 416
+        for headers in (whole.headers, part.headers):
+            assert headers["x-content-type-options"] == "nosniff"
+            assert "sandbox" in headers["content-security-policy"]
+    text = server.ask(f"/media/{ids['markup.txt']}")
+    assert (text.text, text.headers["content-type"]) == (MARKUP, "text/plain; charset=utf-8")
+
+
+def test_only_indexed_items_are_served(server: Server, folder: Path, ids):
+    known = ids["0.png"]
+    secret = folder / "secret.txt"
+    names = ["", known[:-1], known + "0", known.upper(), f"{known}/..", "0.png", "' OR 1=1 --", "\0", "%", "é" * 500,
+             str(secret), f"../../{secret}", "..", "/etc/passwd", "....//....//etc/passwd"]  # fmt: skip
+    for name in names:
+        for place in ("media", "thumbnails", "items", "uploads", "static"):
+            for path in (f"/{place}/{quote(name, safe='')}", f"/{place}/{quote(name)}"):
+                answer = server.ask(path)
+                assert answer.status in (400, 404, 405), path
+                assert b"secret" not in answer.body.replace(str(secret).encode(), b"")
+    assert server.ask(f"/media/{known}").status == 200
+
+
+def test_an_item_that_has_changed_is_not_served(index: Path, folder: Path, tiny_model_folder: Path, tmp_path: Path):
+    file = tmp_path / "media" / "0.png"
+    file.parent.mkdir()
+    shutil.copy(folder / "media" / "0.png", file)
+    build_index(tiny_model_folder, [file], tmp_path / "x.index")
+    (id,) = open_index(tmp_path / "x.index").sample(1, ["id"])["id"].to_pylist()
+    file.unlink()
+    file.symlink_to(folder / "secret.txt")
+    with serving(tmp_path / "x.index") as server:
+        answer = server.ask(f"/media/{id}")
+        assert answer.status == 404
+        assert "has changed since it was indexed" in answer.text
+        assert "has changed since it was indexed" in server.ask("/").text, "the page says so in place of a picture"
+
+
+def test_an_uploaded_file_finds_itself_by_type_content_or_choice(server: Server, media_folder: Path, ids):
+    for name in ("0.png", "1.mp4", "2.wav"):
+        answer = server.upload(name, (media_folder / name).read_bytes())
+        assert answer.status == 200, answer.text
+        id = json.loads(answer.body)["id"]
+        assert server.items(f"file={id}")[0] == ids[name]
+        assert server.ask(f"/uploads/{id}").headers["content-type"] == "image/webp"
+    recording = (media_folder / "2.wav").read_bytes()
+    id = json.loads(server.upload("recording", recording, "audio").body)["id"]
+    assert server.items(f"file={id}")[0] == ids["2.wav"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "modality", "message"),
+    [
+        ("a.xyz", b"?", "", "a.xyz: unknown type of file; the model reads "),
+        ("a.png", b"?", "", "a.png cannot be read as image"),
+        ("a.png", b"", "", "a.png cannot be read as image: no bytes"),
+        ("a.wav", b"RIFF\xff\xff\0\0WAVE", "", "a.wav cannot be read as audio: truncated"),
+        ("a.txt", b"noise", "", "the model reads no text files"),
+        ("a.png", b"?", "smell", "the model reads no smell files"),
+    ],
+)
+def test_a_bad_upload_is_refused_in_one_sentence(server: Server, name, content, modality, message):
+    answer = server.upload(name, content, modality)
+    assert answer.status == 400
+    error = json.loads(answer.body)["error"]
+    assert message in error
+    assert error.endswith(".")
+    assert "\n" not in error
+
+
+def test_hostile_uploads_are_encoded_or_refused(server: Server):
+    endings = {"JPEG": "jpg", "TIFF": "tif", "MKV": "webm", "AIFF": "aif"}
+    for number, name in zip(range(3 * len(FORMATS)), cycle(FORMATS)):
+        content = mutated(name, FORMATS[name][1](), 3, number)
+        answer = server.upload(f"x.{endings.get(name, name.lower())}", content)
+        assert answer.status in (200, 400), (name, number, answer.text)
+        assert ("id" in json.loads(answer.body)) == (answer.status == 200)
+
+
+def test_uploads_that_never_end_keep_nobody_waiting(server: Server, media_folder: Path, ids):
+    address = urlsplit(server.url)
+    head = f"POST /uploads?name=0.png HTTP/1.1\r\nHost: {address.netloc}\r\nOrigin: {server.url}\r\n"
+    stalled = [socket.create_connection((address.hostname, address.port)) for _ in range(12)]
+    for connection in stalled:
+        connection.sendall(f"{head}Content-Length: 1000000\r\n\r\n".encode() + bytes(1000))
+    assert server.items("q=noise")
+    assert server.ask(f"/thumbnails/{ids['0.png']}").headers["content-type"] == "image/webp"
+    for connection in stalled:
+        connection.close()
+    assert server.upload("0.png", (media_folder / "0.png").read_bytes()).status == 200
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(server: Server):
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        head = f"POST /uploads?name=0.png HTTP/1.1\r\nHost: {address.netloc}\r\nOrigin: {server.url}\r\n"
+        connection.sendall(f"{head}Content-Length: {10**15}\r\n\r\n".encode())
+        assert b"too large: at most 64 MiB" in connection.recv(10_000)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("min=high", "min and k must be numbers"),
+        ("min=nan&q=noise", "min must be between -1 and 1"),
+        ("k=100000&q=noise", "k between 1 and"),
+        ("q=" + "x" * 2000, "at most 1,000 characters"),
+        ("&".join(f"more={i}" for i in range(20)), f"at most {MAX_PARTS} files or items"),
+        ("q=noise&modality=smell", "no items of modality"),
+        ("less=0", "An item of this query is no longer indexed"),
+        ("file=0", "A file of this query is no longer kept"),
+        ("q=noise&under=/nowhere", "Nothing is indexed that matches these filters"),
+        ("q=noise&min=1", "No result has a score of at least 1.00; the best has"),
+    ],
+)
+def test_a_query_without_results_says_why(server: Server, query, message):
+    answer = server.ask(f"/?{query}")
+    assert answer.status in (200, 400)
+    assert message in answer.text
+
+
+def test_filters_keep_what_they_say(server: Server, folder: Path, ids):
+    everything = set(server.items("q=noise&k=100"))
+    assert everything == set(server.items("q=noise&k=100&min=-1"))
+    assert ids["long.wav"] in everything
+    assert set(server.items("q=noise&modality=video")) == {ids[f"{i}.mp4"] for i in range(3)}
+    assert server.items(f"q=noise&under={folder / 'media' / 'named'}") == [ids["a_blue-square.png"]]
+    assert server.items(f"more={ids['0.png']}&modality=image")[0] != ids["0.png"], "an item is no result of itself"
+    assert ids["0.png"] not in server.items(f"less={ids['0.png']}&k=100")
+
+
+def test_results_of_a_text_begin_with_items_of_that_name_and_alternate_between_modalities(index: Path):
+    opened = open_index(index)
+    hits, named = search(opened, [opened.text_query("Square, blue!")], State(q="Square, blue!", k=100))
+    assert named == 1
+    assert Path(hits[0].path).name == "a_blue-square.png"
+    assert len({hit.id for hit in hits}) == len(hits) == sum(opened.counts.values())
+    assert {hit.modality for hit in hits[1:5]} == set(opened.counts)
+    for name in opened.counts:
+        scores = [hit.score for hit in hits[1:] if hit.modality == name]
+        assert scores == sorted(scores, reverse=True)
+    red, _ = search(opened, [opened.text_query("a red")], State(q="a red", k=100))
+    assert red[0].text == "a red square"
+    assert not opened.search("noise", words=["medi"]), "neither a part of a word nor a folder's name counts"
+    assert not opened.search("noise", words=["media"])
+
+
+def test_an_encoded_query_finds_what_the_query_finds(index: Path, media_folder: Path):
+    opened = open_index(index)
+    query = Query("image", media_folder / "1.png")
+    encoded = opened.encode(query)
+    assert [hit.id for hit in opened.search(encoded)] == [hit.id for hit in opened.search(query)]
+    with pytest.raises(UserError, match="cannot be read as image"):
+        opened.encode(Query("image", b"?"))
+
+
+def test_the_map_has_each_item_once_and_marks_results(server: Server, ids, index: Path):
+    points = json.loads(server.ask("/map.json?q=noise&modality=image").body)
+    total = sum(open_index(index).counts.values())
+    assert len(set(points["ids"])) == len(points["x"]) == len(points["y"]) == len(points["modalities"]) == total
+    assert points["names"][points["modalities"][points["ids"].index(ids["0.mp4"])]] == "video"
+    assert set(points["hits"]) == {ids[f"{i}.png"] for i in range(3)} | {ids["a_blue-square.png"]}
+    assert "More like this" in server.ask(f"/items/{points['ids'][0]}").text
+
+
+def test_similar_items_are_near_on_the_map_whatever_their_modality():
+    rng = np.random.default_rng(0)
+    topics = rng.normal(size=(3, 32))
+    topic, group = np.arange(300) % 3, np.arange(300) // 150
+    gap = 9 * rng.normal(size=(2, 32))
+    points = project((topics[topic] + gap[group] + 0.1 * rng.normal(size=(300, 32))).astype(np.float16), group)
+    assert points.min() >= 0
+    assert points.max() <= GRID
+    centers = np.stack([points[topic == i].mean(0) for i in range(3)])
+    nearest = np.linalg.norm(points[:, None] - centers, axis=-1).argmin(1)
+    assert (nearest == topic).all()
+    assert project(np.zeros((1, 4), np.float16), np.zeros(1)).tolist() == [[(GRID + 1) // 2] * 2], (
+        "a single item is in the middle"
+    )
+
+
+def test_uploads_are_kept_for_a_limited_number_and_time():
+    upload = Upload("a.png", Encoded("image", {}), None)
+    uploads = Uploads(kept=2)
+    first, second, third = (uploads.add(upload) for _ in range(3))
+    assert uploads.get(first) is None
+    assert uploads.get(second) is uploads.get(third) is upload
+    expired = Uploads(seconds=0)
+    assert expired.get(expired.add(upload)) is None
+
+
+def test_the_url_holds_the_whole_state():
+    state = State("a cat & dog", ("f",), ("a", "b"), ("c",), ("image",), "/my photos", 0.25, 96)
+    path, _, query = state.link().partition("?")
+    assert path == "/"
+    assert State.parse(QueryParams(query)) == state
+    assert State().link("/map") == "/map"
+    assert State.parse(QueryParams(state.with_item("less", "a").partition("?")[2])) == State(
+        "a cat & dog", ("f",), ("b",), ("c", "a"), ("image",), "/my photos", 0.25, PAGE
+    )
+    assert State(more=("a", "b")).without("more", "a") == "/?more=b"
+    assert State(more=("a",), less=("b",)).likes() == [Like("a"), Like("b", -0.5)]
+
+
+def test_a_missing_library_is_one_sentence(index: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "openimp.search.server", raising=False)
+    with pytest.raises(UserError, match=r"^serve needs uvicorn: pip install 'openimp\[search\]'$"):
+        run_serve(index, "127.0.0.1", 0)
+
+
+def test_a_port_that_is_taken_is_one_sentence(server: Server, index: Path):
+    done = run("-m", "openimp", "serve", index, "--port", urlsplit(server.url).port)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"openimp: 127\.0\.0\.1, port \d+: Address already in use; choose another with .*\n", done.stderr
+    )
+
+
+def test_a_server_for_other_machines_warns_and_ends_with_ctrl_c(index: Path):
+    with serving(index, "--host", "0.0.0.0") as server:
+        assert "Everybody who reaches this machine" in server.process.stdout.readline()
+        local = Server(server.url.replace("0.0.0.0", "127.0.0.1"), server.process)
+        assert local.ask("/", Host="192.168.0.7:8000").status == 200, "an address of this machine cannot be rebound"
+        assert local.ask("/", Host="evil.example").status == 421
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(60) == 0
