@@ -55,7 +55,22 @@ def sets(*changes: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "init", "train", "eval", "embed", "index", "search", "serve", "push", "export", "report", "info", "plan", "study"],
+    [
+        "demo",
+        "init",
+        "train",
+        "eval",
+        "embed",
+        "index",
+        "search",
+        "serve",
+        "push",
+        "export",
+        "report",
+        "info",
+        "plan",
+        "study",
+    ],
 )
 def test_help_is_the_docstring(openimp, command):
     code, out, _ = openimp(command, "--help")
