@@ -50,16 +50,16 @@ def similarities(model: IMP, encoded: dict[str, Encoded]) -> torch.Tensor:
     return (image @ text.T) / model.config.init_temperature
 
 
-def test_equal_texts_count_as_alike_unless_they_are_of_one_item():
+def test_equal_texts_are_counted_unless_the_recipe_says_which_rows_are_one_item():
     ids = torch.tensor([[5, 1], [5, 1], [6, 1], [7, 1], [6, 1], [8, 1]])
     text = Tokens(ids, torch.zeros(6, 2, 1, dtype=torch.int64), torch.ones(6, 2, dtype=torch.bool))
     image = Tokens(torch.zeros(3, 4, 2), torch.zeros(3, 4, 1, dtype=torch.int64), None)
-    batch = Batch({"image": image, "text": text}, {"": torch.tensor([0, 1, 2]), "name": torch.tensor([0, 1, 1])})
+    batch = Batch({"image": image, "text": text}, {"": torch.tensor([0, 1, 2])})
     told = {}
     for same in ("", "name"):
         objective = {"type": "contrastive", "same": same or None}
         told[same] = equal_texts(Task(source="s", inputs={"image": "i", "text": "t"}, objectives=[objective]), batch)
-    # Two texts an item: items 0, 1 and 2 have [5, 5], [6, 7] and [6, 8].
+    # Two texts per row: rows 0, 1 and 2 have [5, 5], [6, 7] and [6, 8].
     assert told == {"": pytest.approx(2 / 6), "name": 0}
     classify = Task(source="s", inputs={"image": "i"}, objectives=[{"type": "classification", "label": "l"}])
     assert equal_texts(classify, batch) == 0

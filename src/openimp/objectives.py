@@ -118,21 +118,22 @@ def sigmoid_nce(logits_NM: Tensor, same_NM: Tensor, bias: Tensor | float = 0.0) 
 
 
 def equal_texts(task: Task, batch: Batch) -> float:
-    """The share of texts in the global batch that another item has too, although a contrastive loss pushes them apart.
+    """The share of texts in the global batch that other examples have too, although a contrastive loss separates them.
 
-    Over all contrastive objectives of the task and their modalities with a mask, this is the largest share.
+    Over the task's contrastive objectives without `same` and their modalities with a mask, this is the largest share.
+    With `same`, the recipe says which texts should be apart.
     """
     shares = [0.0]
     for objective in task.objectives:
-        if isinstance(objective, Contrastive):
-            (item_B,) = all_gather(batch.item_ids[objective.same or ""])
+        if isinstance(objective, Contrastive) and objective.same is None:
+            (row_B,) = all_gather(batch.item_ids[""])
             for name in dict.fromkeys(chain.from_iterable(pairs_of(objective, batch.tokens))):
                 tokens = batch.tokens[name]
                 if tokens.mask is not None:
                     text_N = all_gather(tokens.values)[0].unique(dim=0, return_inverse=True)[1]
-                    item_N = item_B.repeat_interleave(len(text_N) // len(item_B))
-                    items_of_text = torch.stack([text_N, item_N]).unique(dim=1)[0].bincount()
-                    shares.append(float((items_of_text[text_N] > 1).float().mean()))
+                    row_N = row_B.repeat_interleave(len(text_N) // len(row_B))
+                    rows_of_text = torch.stack([text_N, row_N]).unique(dim=1)[0].bincount()
+                    shares.append(float((rows_of_text[text_N] > 1).float().mean()))
     return max(shares)
 
 
