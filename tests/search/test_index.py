@@ -162,12 +162,15 @@ def test_other_folders_stay_and_content_that_moves_between_them_is_recognized(
 def test_killed_at_any_moment_it_ends_as_if_undisturbed(tiny_model_folder, folder, tmp_path):
     index = tmp_path / "killed.index"
     (folder / "broken.png").write_bytes(b"no picture")
+    ends = []
     for lines in (3, 6, 9):
         process = Process("-c", WRITE, tiny_model_folder, folder, index)
         for _ in range(lines):
             process.stdout.readline()
         process.kill()
-        assert process.wait() == -9
+        ends.append(process.wait())
+    assert ends[0] == -9
+    assert {*ends} <= {-9, 0}, "on a busy machine, a later one may have ended before it was killed"
     build_index(tiny_model_folder, [folder], index)
     build_index(tiny_model_folder, [folder], tmp_path / "whole.index")
     assert_equal(rows(index), rows(tmp_path / "whole.index"))

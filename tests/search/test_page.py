@@ -183,8 +183,12 @@ def test_the_map_is_used_with_the_keyboard_and_the_mouse(server, page):
     page.keyboard.press("ArrowRight")
     page.wait_for_selector("#results .card")
     first = page.locator("#results a[data-go]").first.get_attribute("href")
-    for key in ("+", "-", "0", "ArrowLeft", "ArrowDown", "ArrowUp", "ArrowRight"):
+    for key in ("+", "-", "0"):
         page.keyboard.press(key)
+    for key in ("ArrowLeft", "ArrowDown", "ArrowUp", "ArrowRight"):  # At the edge, some of them lead nowhere.
+        page.keyboard.press(key)
+        if page.evaluate("points.ids[chosen]") not in first:
+            break
     api.expect(page.locator("#results a[data-go]").first).not_to_have_attribute("href", first, timeout=SECONDS)
     page.keyboard.press("Enter")
     press_until(page, "Tab", "#results a[data-go]", 4)
