@@ -81,7 +81,7 @@ def test_equal_captions_are_never_in_both_parts():
     assert len(seen) + len(unseen) == 50
 
 
-@pytest.mark.parametrize("speakers", [["s%d" % i for i in range(30)], list(range(30)), list("abcdef")])
+@pytest.mark.parametrize("speakers", [[f"s{i}" for i in range(30)], list(range(30)), list("abcdef")])
 def test_rows_of_one_speaker_are_never_in_both_parts(speakers):
     rows = [{"sound": "0.wav", "speaker": speakers[i % len(speakers)], "text": f"row {i}"} for i in range(300)]
     (task,), _ = tasks(rows)
