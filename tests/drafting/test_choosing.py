@@ -15,12 +15,13 @@ from openimp.drafting.choosing import choose
 from openimp.drafting.draft import _tasks
 from openimp.drafting.finding import Candidate
 from openimp.drafting.inspecting import inspect
+from openimp.drafting.splitting import _fair_part
 from openimp.recipe.tasks import Source
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch, media_folder):
-    """The current folder, with links to small files: 0.png, 1.wav, 2.mp4 and so on."""
+    """The current folder, with small files: 0.png, 1.wav, 2.mp4 and so on."""
     monkeypatch.chdir(tmp_path)
     for file in media_folder.iterdir():
         if file.suffix != ".txt":
@@ -31,6 +32,14 @@ def folder(tmp_path, monkeypatch, media_folder):
 def tasks(rows, name="data.jsonl", below=""):
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return choose(inspect(Candidate({"path": name}, below=below)))
+
+
+def copies(count, kind="png"):
+    """The names of this many files."""
+    names = [f"copy{i}.{kind}" for i in range(count)]
+    for name in names:
+        Path(name).write_bytes(Path(f"0.{kind}").read_bytes())
+    return names
 
 
 def column(source, name):
@@ -64,7 +73,7 @@ def test_rows_without_a_text_are_allowed_for():
 
 
 def test_equal_captions_are_never_in_both_parts():
-    (task,), _ = tasks([{"file": f"{i % 3}.png", "caption": f"Caption  {i % 50}"} for i in range(200)])
+    (task,), _ = tasks([{"file": file, "caption": f"Caption  {i % 50}"} for i, file in enumerate(copies(200))])
     seen, unseen = (set(column(source, "caption")) for source in (task.split.train, task.split.test))
     assert seen
     assert unseen
@@ -72,14 +81,58 @@ def test_equal_captions_are_never_in_both_parts():
     assert len(seen) + len(unseen) == 50
 
 
-def test_rows_of_one_speaker_are_never_in_both_parts():
-    rows = [{"sound": "0.wav", "speaker": f"s{i % 30}", "text": f"words of row {i}"} for i in range(300)]
+@pytest.mark.parametrize("speakers", [[f"s{i}" for i in range(30)], list(range(30)), list("abcdef")])
+def test_rows_of_one_speaker_are_never_in_both_parts(speakers):
+    rows = [{"sound": "0.wav", "speaker": speakers[i % len(speakers)], "text": f"row {i}"} for i in range(300)]
     (task,), _ = tasks(rows)
-    assert not set(column(task.split.train, "speaker")) & set(column(task.split.test, "speaker"))
+    seen, unseen = (set(column(source, "speaker")) for source in (task.split.train, task.split.test))
+    assert seen
+    assert unseen
+    assert not seen & unseen
+
+
+def test_a_few_files_of_many_rows_are_not_in_both_parts():
+    (task,), _ = tasks([{"file": f"{i % 3}.png", "caption": f"text {i}"} for i in range(60)])
+    assert task.split.test is None
+    assert task.split.why.startswith("too few different values of file to hold any out")
+
+
+def test_a_text_that_one_task_holds_out_is_not_trained_on_by_another():
+    rows = [{"a": a, "b": b, "caption": f"text {i}"}
+            for i, (a, b) in enumerate(zip(copies(60), copies(30, "wav") * 2))]  # fmt: skip
+    found, _ = tasks(rows)
+    image, audio = (task.split for task in found)
+    assert column(image.test, "caption") == column(audio.test, "caption")
+    assert not set(column(image.train, "caption")) & set(column(audio.test, "caption"))
+
+
+def test_a_part_is_found_if_few_groups_leave_most_parts_empty():
+    numbers = [150] * 30 + [170] * 30 + [190] * 40
+    assert _fair_part(numbers, 200, [None] * 100) == (150, True)
+
+
+def test_each_split_has_its_own_files():
+    for split in ("train", "test"):
+        Path("set", split, "images").mkdir(parents=True)
+        Path("set", split, "images/0.png").write_bytes(Path("0.png").read_bytes())
+        Path("set", split, "list.csv").write_text("file,caption\n0.png,a cat\n", encoding="utf-8")
+    ((task,), _) = _tasks(["set"])
+    assert (task.split.train["root"], task.split.test["root"]) == ("set/train/images", "set/test/images")
+
+
+def test_captions_beside_a_stray_table_are_found():
+    Path("set").mkdir()
+    for i in range(3):
+        Path(f"set/{i}.png").write_bytes(Path(f"{i}.png").read_bytes())
+        Path(f"set/{i}.txt").write_text(f"picture {i}", encoding="utf-8")
+    Path("set/sums.csv").write_text("".join(["file,md5\n", *(f"{i}.png,00{i}\n" for i in range(3))]), encoding="utf-8")
+    ((task,), _) = _tasks(["set"])
+    assert task.data.candidate.place == "set"
+    assert task.templates == ["text"]
 
 
 def test_classes_of_the_test_are_known_from_training():
-    (task,), _ = tasks([{"file": "0.png", "label": f"class {i % 30}"} for i in range(90)])
+    (task,), _ = tasks([{"file": file, "label": f"class {i % 30}"} for i, file in enumerate(copies(90))])
     assert task.split.knows_test_classes
     assert set(column(task.split.test, "label")) <= set(column(task.split.train, "label"))
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 import openimp
 from openimp.checkpoint.folder import read_config
 from openimp.common.errors import UserError
-from openimp.common.json_lines import read_lines
+from openimp.common.json_lines import append, read_lines
 from openimp.data.files import BUNDLED_LICENSES, DEMO
 from openimp.inference.model import Model
 from openimp.inference.public_recipe import public_path, public_recipe
@@ -108,6 +108,22 @@ def test_results_of_other_weights_are_not_on_the_card(little_run, tmp_path):
     assert "not recorded" in text, "a folder without a run does not tell the examples that were seen"
 
 
+def test_results_of_other_libraries_are_on_the_card_and_what_they_do_not_tell_is_empty(little_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(little_run, run)
+    line = read_lines(run / "results.jsonl")[0]
+    told = {key: line[key] for key in ("checkpoint", "step")}
+    unknown = dict.fromkeys(("n", "candidates", "interval", "chance"))
+    append(run / "results.jsonl", {
+        "set": "STS", "task": "text (spearman)", "type": "STS", "metric": "spearman", "score": -0.25, "skipped": 0,
+        "library": "mteb 2", "note": "not comparable", **unknown, **told,
+    })  # fmt: skip
+    push(run, "me/little", tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert cells(card, "Results")[-1] == ["STS", "text (spearman)", "spearman", "-25.0 %"]
+    assert "\nSTS: not comparable.\n" in card.text
+
+
 def test_nothing_tells_where_the_data_was(written, little_data):
     for file in written.rglob("*"):
         assert not file.is_file() or str(little_data).encode() not in file.read_bytes(), file
@@ -127,15 +143,25 @@ def test_paths_lose_their_folders_and_urls_their_secrets():
         "hub:me/little@v1": "hub:me/little@v1",
         "https://ada:pass@host:8080/a/b.parquet?key=1#x": "https://host:8080/a/b.parquet",
         "s3://bucket/*.parquet": "s3://bucket/*.parquet",
+        "file:///home/ada/secret/photos.tar": "photos.tar",
+        "simplecache::https://ada:pass@host/a.tar?key=1": "simplecache::https://host/a.tar",
     }.items():
         assert public_path(path) == public
     recipe = {
-        "sources": {"a": {"path": "/x/a.csv", "root": "/x/files", "where": {"label": "/m/04rlf"}}},
+        "sources": {
+            "a": {"path": "/x/a.csv", "root": "/x/files", "where": {"label": "/m/04rlf"}},
+            "b": {"hub": "/home/ada/set"},
+            "c": {"hub": "me/set"},
+        },
         "train": {"init": "/runs/before", "steps": 3},
         "modalities": {"text": {"tokenizer": "/home/ada/tokenizer.json", "positions": 8}},
     }
     assert public_recipe(recipe) == {
-        "sources": {"a": {"path": "a.csv", "root": "files", "where": {"label": "/m/04rlf"}}},
+        "sources": {
+            "a": {"path": "a.csv", "root": "files", "where": {"label": "/m/04rlf"}},
+            "b": {"hub": "set"},
+            "c": {"hub": "me/set"},
+        },
         "train": {"init": "before", "steps": 3},
         "modalities": {"text": {"tokenizer": "tokenizer.json", "positions": 8}},
     }

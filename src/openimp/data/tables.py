@@ -259,10 +259,16 @@ def _array(value: list[Any]) -> np.ndarray:
     return array
 
 
+def part_key(value: Any) -> str | None:
+    """What is hashed of a value: rows with equal keys are in the same part. None: it is no value."""
+    if value in (None, "", []) or value != value or isinstance(value, Unreadable):
+        return None
+    return " ".join(as_text(value).lower().split()) or None
+
+
 def part_of(value: Any, row: int, parts: int) -> int:
     """The part that a row with this value is in, from 0; without a value, it follows from the number of the row."""
-    empty = value in (None, "", []) or value != value or isinstance(value, Unreadable)
-    text = " ".join(as_text(f"row {row}" if empty else value).lower().split())
+    text = part_key(value) or f"row {row}"
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little") % parts
 
 

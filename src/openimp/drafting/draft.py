@@ -94,7 +94,8 @@ def _tasks(paths: list[str]) -> tuple[list[TaskDraft], list[str]]:
         except (UserError, OSError) as error:
             unused.append(unreadable(error))
             continue
-        found.append(data)
+        if own:
+            found.append(data)
         tasks += own
         unused += [f"{place}: {reason}" for reason in reasons]
         used += [f"{place}: {_summary(task)}" for task in own]

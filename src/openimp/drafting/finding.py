@@ -73,7 +73,8 @@ def _in_folder(folder: Path, depth: int) -> list[Candidate]:
     plain = [inner for inner in subfolders if inner not in nested]
     # Beside a table, subfolders without subfolders are the classes of one source, as they are without a table.
     are_classes = not nested and len(plain) > 1 and not any(sub.is_dir() for inner in plain for sub in _visible(inner))
-    media = [candidate for inner in ([folder] if are_classes else plain) for candidate in _media_folders(inner)]
+    folders = [folder] if are_classes or not subfolders else plain  # Without subfolders, its files may be media.
+    media = [candidate for inner in folders for candidate in _media_folders(inner)]
     return found + [replace(candidate, loose=True) for candidate in media]
 
 

@@ -94,6 +94,18 @@ def inspect(candidate: Candidate) -> Inspected:
     return Inspected(candidate, source, table, media, columns, _folders(table, named))
 
 
+def with_root(source: dict[str, Any], columns: Sequence[str], below: str) -> dict[str, Any]:
+    """A source, with the root of the paths in these columns if that is not its own folder; see `_root`."""
+    try:
+        table = open_candidate(source)
+        table.require(columns)
+    except UserError:  # Whoever uses it is told.
+        return source
+    values = sample(table, columns, FIRST).values()
+    root = _root(table, below, [value for some in values for value in some if isinstance(value, str)])
+    return {**source, "root": root} if root else source
+
+
 def sample(table: Table, columns: Sequence[str], count: int) -> dict[str, list[Any]]:
     """The values of columns in evenly spaced rows."""
     spaced = np.arange(min(count, len(table))) * len(table) // min(count, len(table))

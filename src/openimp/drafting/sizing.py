@@ -146,4 +146,4 @@ def epochs(rows: int) -> float:
 def rounded(steps: float) -> int:
     """Two leading digits of a number of steps, for a recipe that is easy to read."""
     digits = len(str(int(steps))) - 2
-    return max(MIN_STEPS, round(steps, -digits) if digits > 0 else round(steps)).__int__()
+    return max(MIN_STEPS, int(round(steps, -max(0, digits))))

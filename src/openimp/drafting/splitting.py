@@ -8,15 +8,17 @@ from typing import Any
 from openimp.common.errors import UserError
 from openimp.common.schema import as_text
 from openimp.data.folders import FolderTable
-from openimp.data.tables import CHUNK, Table, Unreadable
+from openimp.data.tables import CHUNK, Table, Unreadable, part_key
 from openimp.drafting.columns import Column, split_values
 from openimp.drafting.finding import shown
-from openimp.drafting.inspecting import Inspected, open_candidate
+from openimp.drafting.inspecting import Inspected, open_candidate, with_root
 
 GROUPS = re.compile(r"(?<![a-z0-9])(group|speaker|patient|subject|session|artist|user|recording|scene)(?![a-z0-9])")
 """Names of columns whose equal values should not be both trained on and tested on."""
 FEW = 20
 """With fewer different rows, none are held out: a test of one or two rows says nothing."""
+FEW_GROUPS = 5
+"""With fewer groups, such as speakers, rows of one group may be both trained on and tested on."""
 TEST_ROWS = 5000
 """Rows that are held out of a large source."""
 LISTED = 50
@@ -60,8 +62,8 @@ def split(data: Inspected, used: Used, where: dict[str, Any]) -> Split:
     only = {"where": where} if where else {}
     source = {**data.source, **only}
     if held_out := data.candidate.held_out:
-        place = shown(held_out.get("path") or held_out.get("hub"))
-        if found := _of_two(source, {**data.source, **held_out, **only}, used, f"{place} holds the latter"):
+        test = with_root({**held_out, **only}, used.media, data.candidate.below)
+        if found := _of_two(source, test, used, f"{shown(held_out['path'])} holds the latter"):
             return found
     if columns := data.using("split"):
         name = columns[0].name
@@ -94,8 +96,9 @@ def _by_hash(data: Inspected, source: dict[str, Any], used: Used) -> Split:
     same = _item(table, used)
     by, groups = _groups(data, table, used)
     classes = _classes(table, used.label)
-    if groups < FEW:
-        why = "too few to hold any out, so evaluation only shows whether training works"
+    if groups == 0:
+        few = f"too few different values of {shown(by)}" if by else "too few"
+        why = f"{few} to hold any out, so evaluation only shows whether training works"
         return Split(source, None, len(table), 0, why, same, classes, True)
     of = 10 if len(table) <= 20_000 else max(20, -(-len(table) // TEST_ROWS))
     numbers = table.parts(of, by)
@@ -122,7 +125,7 @@ def _fair_part(numbers: list[int], of: int, labels: list[Any]) -> tuple[int, boo
         held_out = Counter(as_text(label) for label, number in zip(labels, numbers) if number == part)
         return all(in_all[label] > count for label, count in held_out.items())
 
-    near = sorted((part for part in range(min(of, 10)) if sizes[part]), key=lambda part: abs(sizes[part] - average))
+    near = sorted(sizes, key=lambda part: (abs(sizes[part] - average), part))[:10]
     fair = [part for part in near if average / 2 <= sizes[part] <= 2 * average]
     part = next((part for part in fair if knows(part)), near[0])
     return part, knows(part)
@@ -138,28 +141,40 @@ def _item(table: Table, used: Used) -> str | None:
 
 
 def _distinct(table: Table, name: str) -> int | None:
-    """The number of different values of a column, where each row without one counts. None: it holds other than text."""
+    """The number of different values of a column, where each row without one counts. None: it holds bytes."""
     first = table.rows(range(min(100, len(table))), [name])
     if any(isinstance(row[name], bytes | dict) for row in first):
         return None
-    found, present = set[int](), 0
+    found, missing = set[int](), 0
     for start in range(0, len(table), CHUNK):
         rows = table.rows(range(start, min(start + CHUNK, len(table))), [name])
-        values = [row[name] for row in rows if isinstance(row[name], str | list) and row[name]]
-        found |= {hash(" ".join(str(value).lower().split())) for value in values}
-        present += len(values)
-    return len(found) + len(table) - present
+        keys = [part_key(row[name]) for row in rows]
+        found |= {hash(key) for key in keys if key is not None}
+        missing += keys.count(None)
+    return len(found) + missing
 
 
 def _groups(data: Inspected, table: Table, used: Used) -> tuple[str | None, int]:
-    """The column whose equal values stay together, and the number of its different values. None: the row number."""
+    """The column whose equal values stay together, and the number of its different values. None: the row number.
+
+    The number is 0 if there are too few to hold any out.
+    """
+    if len(table) < FEW:
+        return None, 0
     groups = [column.name for column in data.columns if GROUPS.search(column.name.lower())]
-    for name in [*groups, *used.items]:
+    # Other tasks may read the same rows with other media. If their media repeat too, the rows are divided as there, so
+    # that a text which is held out here is not trained on there.
+    items = dict.fromkeys([*used.media, *(media.column for media in data.media), *used.items])
+    for name in [*groups, *items]:
         count = _distinct(table, name)
-        if count is not None and FEW <= count < len(table):
+        if count is None or count == len(table):
+            continue
+        if count >= (FEW_GROUPS if name in groups else FEW):
             return name, count
+        if name in used.media:
+            return name, 0
     unique = ["file"] if isinstance(table, FolderTable) else [name for name in ("__key__",) if name in table.columns]
-    unique += [name for name in used.media if _distinct(table, name) == len(table)]
+    unique += [media.column for media in data.media if _distinct(table, media.column) == len(table)]
     return (unique[0] if unique else None), len(table)
 
 

@@ -23,6 +23,7 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 
 METRICS = {"r1": "R@1", "top1": "top-1", "map": "mAP"}
+"""Names of the main metrics. That of another library's score is in the result."""
 BUNDLED = "openimp:"
 """Begins the path of a source that comes with openimp."""
 
@@ -48,11 +49,12 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
     recipe, names = model.recipe, list(model.modalities)
     pairs = [pair for pair in combinations(names, 2) if model.imp.share_a_space(*pair)]
     tags = ["openimp", "multimodal", *names, *(["mixture-of-experts"] if recipe.model.moe else []), "arxiv:2305.06324"]
+    on_hub = (source.hub for source in training_sources(recipe).values())  # or a local folder, which `hub` may name
     metadata = ModelCardData(
         library_name="openimp",
         pipeline_tag="feature-extraction",
         license=license,
-        datasets=[source.hub for source in training_sources(recipe).values() if source.hub] or None,
+        datasets=[name for name in on_hub if name and not Path(name).is_dir()] or None,
         tags=tags,
     )
     return TEMPLATES.get_template("model-card.md").render(
@@ -96,7 +98,7 @@ def _sources(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "data": source.hub or public_path(str(source.path)),
+            "data": public_path(source.hub or str(source.path)),
             "bundled": is_bundled(source),
             "rows": _rows(name, source) if trusted or is_bundled(source) else None,
             "examples": seen.get(name),
@@ -140,7 +142,7 @@ def _results(model: Model, folder: Path) -> list[dict[str, Any]]:
         {
             **line,
             "main": main_metric(line),
-            "metric": next(METRICS[key] for key in METRICS if key in line),
+            "metric": next((METRICS[key] for key in METRICS if key in line), line.get("metric", "score")),
             "trained": line.get("source") in training_sources(model.recipe),
         }
         for line in latest.values()

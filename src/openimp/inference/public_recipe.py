@@ -15,16 +15,24 @@ def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """A copy of a recipe as plain data, with the `public_path` of each path in it."""
     recipe = copy.deepcopy(recipe)
     for part in (*recipe["sources"].values(), recipe["train"]):
-        _shorten(part, {"path", "root", "init"})
+        _shorten(part, {"path", "hub", "root", "init"})  # A data set of the hub may be a local folder.
     for options in recipe["modalities"].values():
         _shorten(options, options.keys())  # A modality of another package may have paths of any name.
     return recipe
 
 
 def public_path(path: str) -> str:
-    """The last part of an absolute path; a URL without user, password and query; anything else as it is."""
+    """The last part of an absolute path; a URL without user, password and query; anything else as it is.
+
+    In chained URLs, such as `simplecache::s3://...`, this is done for each.
+    """
     if is_url(path):
+        first, chained, rest = path.partition("::")
+        if chained:
+            return f"{public_path(first)}::{public_path(rest)}"
         parts = urlsplit(path)
+        if parts.scheme in ("file", "local"):
+            return Path(parts.path).name
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
     return Path(path).name if Path(path).is_absolute() else path
 

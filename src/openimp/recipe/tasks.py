@@ -15,7 +15,7 @@ from openimp.recipe.registry import modality_class
 class Part(Strict):
     """A fixed share of the rows, for example to hold some out for evaluation.
 
-    A hash assigns each row to one of `of` parts of about equal size. Rows that are added later change no assignment.
+    A hash assigns each row to one of `of` parts of about equal size. Rows that are appended later change no assignment.
     """
 
     of: Annotated[int, Field(ge=2)]
