@@ -80,7 +80,7 @@ def test_rows_of_one_speaker_are_never_in_both_parts():
 
 def test_classes_of_the_test_are_known_from_training():
     (task,), _ = tasks([{"file": "0.png", "label": f"class {i % 30}"} for i in range(90)])
-    assert task.split.knows_test_classes
+    assert task.split.trains_test_classes
     assert set(column(task.split.test, "label")) <= set(column(task.split.train, "label"))
 
 

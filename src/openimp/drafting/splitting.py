@@ -14,18 +14,18 @@ from openimp.drafting.finding import shown
 from openimp.drafting.inspecting import Inspected, open_candidate
 
 GROUPS = re.compile(r"(?<![a-z0-9])(group|speaker|patient|subject|session|artist|user|recording|scene)(?![a-z0-9])")
-"""Names of columns whose equal values should not be both trained on and tested on."""
-FEW = 20
-"""With fewer different rows, none are held out: a test of one or two rows says nothing."""
+"""Names of columns that group rows. Rows of one group must not be both trained on and tested on."""
+MIN_ITEMS = 20
+"""With fewer different items, none are held out, because a test on one or two rows says nothing."""
 TEST_ROWS = 5000
-"""Rows that are held out of a large source."""
-LISTED = 50
-"""Classes that a recipe lists at most, to leave out the rows without one."""
+"""Rows to hold out of a large source."""
+MAX_LISTED_CLASSES = 50
+"""Most classes that `where` lists, to select the rows that have one."""
 
 
 @dataclass
 class Split:
-    """The sources of training and evaluation."""
+    """How a source is divided into training and evaluation."""
 
     train: dict[str, Any]  # as in the recipe
     test: dict[str, Any] | None  # None: evaluation uses the rows of training
@@ -34,11 +34,11 @@ class Split:
     why: str  # how the rows were divided, in one sentence
     same: str | None  # column whose equal values mean the same item
     classes: list[Any]  # of the label, in the rows of training
-    knows_test_classes: bool  # all classes of the test rows are trained on
+    trains_test_classes: bool  # all classes of the test rows are trained on
 
 
 @dataclass(frozen=True)
-class Used:
+class UsedColumns:
     """The columns that a task reads."""
 
     media: list[str]
@@ -55,13 +55,13 @@ class Used:
         return [*self.media, *(column.name for column in self.texts if not column.short)]
 
 
-def split(data: Inspected, used: Used, where: dict[str, Any]) -> Split:
+def split(data: Inspected, used: UsedColumns, where: dict[str, Any]) -> Split:
     """Divides the rows that match `where`: as the data itself does, or else by a hash."""
     only = {"where": where} if where else {}
     source = {**data.source, **only}
     if held_out := data.candidate.held_out:
         place = shown(held_out.get("path") or held_out.get("hub"))
-        if found := _of_two(source, {**data.source, **held_out, **only}, used, f"{place} holds the latter"):
+        if found := _given_split(source, {**data.source, **held_out, **only}, used, f"{place} holds the latter"):
             return found
     if columns := data.using("split"):
         name = columns[0].name
@@ -71,30 +71,30 @@ def split(data: Inspected, used: Used, where: dict[str, Any]) -> Split:
         why = f"column {shown(name)} says so"
         if rest:
             why += f"; its {shown(' and '.join(rest))} rows are left for a last test"
-        if found := _of_two(train, test, used, why):
+        if found := _given_split(train, test, used, why):
             return found
     return _by_hash(data, source, used)
 
 
-def _of_two(train: dict[str, Any], test: dict[str, Any], used: Used, why: str) -> Split | None:
-    """A split that the data itself has, if the rows of the test can be read."""
+def _given_split(train: dict[str, Any], test: dict[str, Any], used: UsedColumns, why: str) -> Split | None:
+    """The split that the data itself has; None if its test rows cannot be read."""
     try:
         table, held_out = open_candidate(train), open_candidate(test)
         held_out.require(used.all)
     except UserError:
         return None
-    same = _item(table, used)
+    same = _repeated(table, used)
     classes = _classes(table, used.label)
     known = set(_classes(held_out, used.label)) <= set(classes)
     return Split(train, test, len(table), len(held_out), why, same, classes, known)
 
 
-def _by_hash(data: Inspected, source: dict[str, Any], used: Used) -> Split:
+def _by_hash(data: Inspected, source: dict[str, Any], used: UsedColumns) -> Split:
     table = open_candidate(source)
-    same = _item(table, used)
+    same = _repeated(table, used)
     by, groups = _groups(data, table, used)
     classes = _classes(table, used.label)
-    if groups < FEW:
+    if groups < MIN_ITEMS:
         why = "too few to hold any out, so evaluation only shows whether training works"
         return Split(source, None, len(table), 0, why, same, classes, True)
     of = 10 if len(table) <= 20_000 else max(20, -(-len(table) // TEST_ROWS))
@@ -128,8 +128,8 @@ def _fair_part(numbers: list[int], of: int, labels: list[Any]) -> tuple[int, boo
     return part, knows(part)
 
 
-def _item(table: Table, used: Used) -> str | None:
-    """The column in which several rows have the same file or the same texts."""
+def _repeated(table: Table, used: UsedColumns) -> str | None:
+    """A column in which several rows have the same file or the same text; None if there is none."""
     for name in used.items:
         count = _distinct(table, name)
         if count is not None and count < len(table):
@@ -138,7 +138,7 @@ def _item(table: Table, used: Used) -> str | None:
 
 
 def _distinct(table: Table, name: str) -> int | None:
-    """The number of different values of a column, where each row without one counts. None: it holds other than text."""
+    """The number of different values of a column. Each missing value counts as one. None: it holds other than text."""
     first = table.rows(range(min(100, len(table))), [name])
     if any(isinstance(row[name], bytes | dict) for row in first):
         return None
@@ -151,12 +151,12 @@ def _distinct(table: Table, name: str) -> int | None:
     return len(found) + len(table) - present
 
 
-def _groups(data: Inspected, table: Table, used: Used) -> tuple[str | None, int]:
+def _groups(data: Inspected, table: Table, used: UsedColumns) -> tuple[str | None, int]:
     """The column whose equal values stay together, and the number of its different values. None: the row number."""
     groups = [column.name for column in data.columns if GROUPS.search(column.name.lower())]
     for name in [*groups, *used.items]:
         count = _distinct(table, name)
-        if count is not None and FEW <= count < len(table):
+        if count is not None and MIN_ITEMS <= count < len(table):
             return name, count
     unique = ["file"] if isinstance(table, FolderTable) else [name for name in ("__key__",) if name in table.columns]
     unique += [name for name in used.media if _distinct(table, name) == len(table)]
@@ -169,7 +169,7 @@ def _classes(table: Table, label: Column | None) -> list[Any]:
 
 
 def without_missing(data: Inspected, label: Column) -> tuple[dict[str, Any], str]:
-    """What `where` needs so that every row has a class. The second value says why the column cannot be a label."""
+    """The `where` that selects the rows with a class, and the reason if the column cannot be a label (otherwise "")."""
     values = [value for value in data.table.column(label.name) if not isinstance(value, Unreadable)]
     if any(isinstance(value, list | dict | float | bool) for value in values):
         return {}, "its classes are neither all texts nor all whole numbers"
@@ -181,6 +181,6 @@ def without_missing(data: Inspected, label: Column) -> tuple[dict[str, Any], str
     classes = set(present)
     if all(value in classes for value in values):
         return {}, ""
-    if len(present) > LISTED:
+    if len(present) > MAX_LISTED_CLASSES:
         return {}, f"some rows have no class, and {len(present):,} classes are too many to list in where"
     return {label.name: present}, ""
