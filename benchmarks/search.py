@@ -41,7 +41,7 @@ from openimp.inference.embed import embed
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
 from openimp.search import build_index, ivf
-from openimp.search.folder import FORMAT, About, write_about
+from openimp.search.folder import FORMAT, Metadata, write_metadata
 from openimp.search.table import Items, schema
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -134,8 +134,8 @@ def measure_queries(number: int, queries: int, folder: Path) -> list[Row]:
         return (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float32)
 
     folder.mkdir()
-    items, about = Items(folder, SIZE), About(format=FORMAT, model="", fingerprint="", towards={"image": "text"})
-    write_about(folder, about)
+    items, about = Items(folder, SIZE), Metadata(format=FORMAT, model="", fingerprint="", towards={"image": "text"})
+    write_metadata(folder, about)
     empty = {field.name: None for field in schema(SIZE)}
     matrix = np.concatenate([draw(min(10_000, number - start)) for start in range(0, number, 10_000)])
     for start in range(0, number, 10_000):
@@ -158,7 +158,7 @@ def measure_queries(number: int, queries: int, folder: Path) -> list[Row]:
         recalls.append(len(nearest & {hit["id"] for hit in hits}) / 10)
     ratios, recall = ratios[5:], statistics.mean(recalls)  # The first queries fill the caches.
     what = (f"a query over {number:,} vectors / numpy's fp32 product ({statistics.median(ours):.1f} ms / "
-            f"{statistics.median(theirs):.1f} ms; {probes or 'all'} groups, made in {made:.0f} s)")  # fmt: skip
+            f"{statistics.median(theirs):.1f} ms; {probes or 'all'} partitions, built in {made:.0f} s)")  # fmt: skip
     return [
         Row(what, quartiles(ratios), "at most 1", statistics.median(ratios) <= 1),
         Row("recall@10 of these queries", f"{recall:.3f}", "at least 0.98", recall >= 0.98),

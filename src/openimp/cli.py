@@ -22,7 +22,8 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change a key of the recipe: KEY=VALUE, such as train.steps=100.")
 ]
 RunOption = Annotated[
-    Path | None, typer.Option("--run", "--run-dir", help="Directory to write to. [default: runs/NAME-OF-THE-RECIPE]")
+    Path | None,
+    typer.Option("--run", "--run-dir", help="Directory to write to.", show_default="runs/NAME-OF-THE-RECIPE"),
 ]
 AllowSourcesOption = Annotated[
     bool, typer.Option("--allow-sources", help="Let the recipe of a model that was not trained here read any source.")
@@ -61,7 +62,7 @@ def init(
         typer.Argument(help="Folders, data files, patterns such as 'x-*.tar', or hub:OWNER/NAME for a data set."),
     ],
 ) -> None:
-    """Write a recipe for your data to standard output: openimp init photos > mine.yaml. It trains without changes."""
+    """Write a recipe that trains on your data to standard output: openimp init photos > mine.yaml."""
     from openimp.commands import run_init
 
     run_init(paths)
@@ -72,7 +73,7 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="A recipe's YAML file, the name of a bundled recipe, or data, for which `init` writes one."
+            help="A recipe's YAML file, the name of a bundled recipe, or data, which `init` writes a recipe for."
         ),
     ],
     set_: SetOption = None,
@@ -94,18 +95,23 @@ def train(
 @app.command()
 def eval(
     run: RunArgument,
-    sets: Annotated[list[str] | None, typer.Argument(help="Evaluation sets of the recipe. [default: all]")] = None,
+    sets: Annotated[list[str] | None, typer.Argument(help="Evaluation sets of the recipe.", show_default="all")] = None,
     recipe: Annotated[str | None, typer.Option(help="Take sources and evaluation sets from this recipe.")] = None,
     set_: SetOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Append the results to this file, as JSON lines.")] = None,
     allow_sources: AllowSourcesOption = False,
     mteb: Annotated[
         list[str] | None,
-        typer.Option("--mteb", help="A task or benchmark of mteb, instead of the recipe's sets. Can be repeated."),
+        typer.Option(
+            "--mteb", help="Evaluate on a task or benchmark of mteb instead of the recipe's sets. Can be repeated."
+        ),
     ] = None,
     clip_benchmark: Annotated[
         list[str] | None,
-        typer.Option("--clip-benchmark", help="The same for CLIP_benchmark: a folder, or OWNER/NAME on the Hub."),
+        typer.Option(
+            "--clip-benchmark",
+            help="Evaluate with CLIP_benchmark on a folder, or on OWNER/NAME from the Hub. Can be repeated.",
+        ),
     ] = None,
 ) -> None:
     """Evaluate a model: retrieval, zero-shot classification, trained heads and probes, each compared with chance."""
@@ -119,7 +125,9 @@ def embed(
     run: RunArgument,
     files: Annotated[list[Path], typer.Argument(help="Files, or folders with files.")],
     out: Annotated[Path, typer.Option("--out", help="The Parquet file to write.")] = Path("embeddings.parquet"),
-    modality: Annotated[str | None, typer.Option(help="Modality of the files. [default: by their extensions]")] = None,
+    modality: Annotated[
+        str | None, typer.Option(help="Modality of the files.", show_default="by their extensions")
+    ] = None,
     towards: Annotated[
         str | None, typer.Option(help="Modality to compare the embeddings with, if spaces are disjoint.")
     ] = None,
@@ -135,9 +143,12 @@ def embed(
 def index(
     model: Annotated[str, typer.Argument(help="A run, a folder with a model, or a model on the Hugging Face Hub.")],
     paths: Annotated[
-        list[Path] | None, typer.Argument(help="Files and folders. [default: the media of the run's recipe]")
+        list[Path] | None,
+        typer.Argument(help="Files and folders.", show_default="the media in the sources of the run's recipe"),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The index, a folder. [default: RUN/search.index]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the index.", show_default="RUN/search.index")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
     allow_sources: AllowSourcesOption = False,
 ) -> None:
@@ -152,7 +163,9 @@ def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(command)
     parameters = [each for each in signature.parameters.values() if each.kind != inspect.Parameter.VAR_KEYWORD]
     for name in sorted(point.name for point in entry_points(group="openimp.modalities")):
-        option = typer.Option(f"--{name}", help=f"Add {name} to the query: a file or, if texts are {name}, a text.")
+        option = typer.Option(
+            f"--{name}", help=f"Query of modality {name}: a file, or for text modalities the text itself."
+        )
         kind = Annotated[list[str] | None, option]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
 
@@ -170,16 +183,22 @@ def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:
 @_with_query_options
 def search(
     index: Annotated[Path, typer.Argument(help="An index that openimp index wrote.")],
-    texts: Annotated[list[str] | None, typer.Argument(help="What to search for. Several texts are added up.")] = None,
-    minus: Annotated[list[str] | None, typer.Option("--minus", help="Subtract a text from the query.")] = None,
-    modality: Annotated[list[str] | None, typer.Option("--modality", help="Only results of this modality.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to search for. Their vectors are added up.")] = None,
+    minus: Annotated[
+        list[str] | None, typer.Option("--minus", help="Subtract the vector of a text from the query. Can be repeated.")
+    ] = None,
+    modality: Annotated[
+        list[str] | None, typer.Option("--modality", help="Only results of this modality. Can be repeated.")
+    ] = None,
     under: Annotated[Path | None, typer.Option("--under", help="Only results in this folder.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
-    min_score: Annotated[float | None, typer.Option("--min-score", help="Least cosine of a result.")] = None,
+    min_score: Annotated[
+        float | None, typer.Option("--min-score", help="Minimum cosine of a result and the query.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")] = False,
     **queries: list[str] | None,
 ) -> None:
-    """Search an index with texts, files, or both: print the items that are closest to the sum of the queries."""
+    """Search an index with texts, files, or both, and print the items that are closest to the sum of their vectors."""
     from openimp.commands import run_search
 
     run_search(index, texts or [], minus or [], queries, modality, under, k, min_score, json)
@@ -187,12 +206,12 @@ def search(
 
 @app.command()
 def serve(
-    what: Annotated[Path, typer.Argument(help="An index, or a run, whose media are indexed first.")],
+    what: Annotated[Path, typer.Argument(help="An index, or a run. The media of a run's recipe are indexed first.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")] = 8000,
     allow_sources: AllowSourcesOption = False,
 ) -> None:
-    """Serve a page that searches an index with texts, files and recordings, and shows a map of it."""
+    """Serve a web page to search an index with texts, files and recordings, and to see a map of its items."""
     from openimp.commands import run_serve
 
     run_serve(what, host, port, allow_sources)
@@ -202,16 +221,19 @@ def serve(
 def push(
     run: RunArgument,
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hugging Face Hub.")],
-    to: Annotated[Path | None, typer.Option("--to", help="Only write to this folder, and upload nothing.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Write everything to this new folder instead of uploading it.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     license: Annotated[
-        str | None, typer.Option("--license", help="The model's license, as the Hub names it: apache-2.0, cc-by-4.0.")
+        str | None, typer.Option("--license", help="The model's license, by the Hub's identifier, such as apache-2.0.")
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="State a license of training data: sources.NAME.license=LICENSE.")
+        list[str] | None,
+        typer.Option("--set", help="State the license of a source: sources.NAME.license=LICENSE. Can be repeated."),
     ] = None,
 ) -> None:
-    """Upload a model with a model card to the Hugging Face Hub, where openimp.load finds it."""
+    """Upload a model with a model card to the Hugging Face Hub, so that openimp.load can open it by name."""
     from openimp.inference.publish import push as push_model
 
     push_model(run, name, to, private, license, set_ or [])
@@ -222,7 +244,7 @@ def export(
     run: RunArgument,
     onnx: Annotated[Path, typer.Option("--onnx", metavar="FOLDER", help="The folder to write to.")],
 ) -> None:
-    """Write one ONNX graph per modality, and graphs.json that says what they take and return."""
+    """Write one ONNX graph per modality, and graphs.json, which describes their inputs and outputs."""
     from openimp.inference.onnx import export as export_graphs
 
     export_graphs(run, onnx)
@@ -231,7 +253,9 @@ def export(
 @app.command()
 def report(
     run: RunArgument,
-    out: Annotated[Path | None, typer.Option(help="HTML file. [default: RUN/report.html or CHECKPOINT.html]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file.", show_default="RUN/report.html or CHECKPOINT.html")
+    ] = None,
     allow_sources: AllowSourcesOption = False,
 ) -> None:
     """Write one HTML page about a run: curves, use of experts, results, and queries with their answers."""

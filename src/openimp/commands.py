@@ -36,7 +36,7 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification
 from openimp.report.write import write_report
 from openimp.search.build import build_index
-from openimp.search.folder import ABOUT
+from openimp.search.folder import METADATA
 from openimp.search.index import open_index
 from openimp.search.query import Like, Query
 from openimp.training.metrics_file import read_metrics
@@ -221,7 +221,7 @@ def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> 
         from openimp.search.server import serve
     except ModuleNotFoundError as error:
         raise UserError(f"serve needs {error.name}: pip install 'openimp[search]'") from None
-    if not (what / ABOUT).exists():
+    if not (what / METADATA).exists():
         what = build_index(what, allow_sources=allow_sources).folder
     serve(open_index(what), host, port)
 

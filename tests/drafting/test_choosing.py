@@ -133,7 +133,7 @@ def test_captions_beside_a_stray_table_are_found():
 
 def test_classes_of_the_test_are_known_from_training():
     (task,), _ = tasks([{"file": file, "label": f"class {i % 30}"} for i, file in enumerate(copies(90))])
-    assert task.split.knows_test_classes
+    assert task.split.trains_test_classes
     assert set(column(task.split.test, "label")) <= set(column(task.split.train, "label"))
 
 

@@ -23,7 +23,7 @@ def test_a_folder_may_hold_several_sources(tmp_path):
     found = find([str(tmp_path)])
     places = [candidate.source["path"].removeprefix(f"{tmp_path}/") for candidate in found]
     assert places == ["a.csv", "x-*.tar", "deep/er/b.parquet", "photos"]
-    assert [candidate.loose for candidate in found] == [False, False, False, True]
+    assert [candidate.beside_data_files for candidate in found] == [False, False, False, True]
 
 
 def test_classes_beside_a_stray_table_are_one_source(tmp_path):

@@ -20,7 +20,7 @@ import openimp.inference.files
 from openimp.checkpoint.folder import save_model
 from openimp.common.errors import UserError
 from openimp.search import build_index, ivf, open_index
-from openimp.search.folder import About, read_about, write_about
+from openimp.search.folder import Metadata, read_metadata, write_metadata
 from openimp.search.table import Items, schema
 
 pytest.importorskip("lancedb")
@@ -295,14 +295,16 @@ def test_a_large_index_is_searched_approximately_with_a_measured_recall(tmp_path
     items = Items(tmp_path, 16)
     some = {field.name: None for field in schema(16)} | {"modality": "image"}
     items.replace([], [{**some, "id": str(i), "path": str(i), "vector": vector} for i, vector in enumerate(vectors)])
-    about = About(format=1, model="m", fingerprint="f", towards={"image": "text"})
-    write_about(tmp_path, about)
+    about = Metadata(format=1, model="m", fingerprint="f", towards={"image": "text"})
+    write_metadata(tmp_path, about)
     found = ivf.update(tmp_path, items, about).ivf
-    assert read_about(tmp_path).ivf == found
+    assert read_metadata(tmp_path).ivf == found
     assert found.recall >= 0.99
     exact = np.argsort(-(vectors @ vectors[7]))[:10]
     near = {row["id"] for row in items.nearest(vectors[7], 10, probes=found.probes)}
     assert len(near & {str(i) for i in exact}) >= 9
     few = items.nearest(vectors[7], 10, "id IN ('5', '1234', '2999')", probes=1)
-    assert {row["id"] for row in few} == {"5", "1234", "2999"}, "a filter may need more groups than that"
-    assert ivf.update(tmp_path, items, read_about(tmp_path)).ivf == found, "made anew only after the table has doubled"
+    assert {row["id"] for row in few} == {"5", "1234", "2999"}, "a filter may need more partitions than that"
+    assert ivf.update(tmp_path, items, read_metadata(tmp_path)).ivf == found, (
+        "built again only after the table has doubled"
+    )

@@ -25,8 +25,8 @@ from openimp.search import Like, Query, build_index, open_index
 from openimp.search.answers import search
 from openimp.search.guard import POLICY
 from openimp.search.projection import GRID, project
-from openimp.search.query import Encoded
-from openimp.search.state import MAX_PARTS, PAGE, State
+from openimp.search.query import EncodedQuery
+from openimp.search.state import MAX_PARTS, PAGE_RESULTS, State
 from openimp.search.uploads import Upload, Uploads
 
 MARKUP = """<script>document.title="owned"</script><svg onload="document.title='owned'">"""
@@ -298,7 +298,7 @@ def test_similar_items_are_near_on_the_map_whatever_their_modality():
 
 
 def test_uploads_are_kept_for_a_limited_number_and_time():
-    upload = Upload("a.png", Encoded("image", {}), None)
+    upload = Upload("a.png", EncodedQuery("image", {}), None)
     uploads = Uploads(kept=2)
     first, second, third = (uploads.add(upload) for _ in range(3))
     assert uploads.get(first) is None
@@ -314,7 +314,7 @@ def test_the_url_holds_the_whole_state():
     assert State.parse(QueryParams(query)) == state
     assert State().link("/map") == "/map"
     assert State.parse(QueryParams(state.with_item("less", "a").partition("?")[2])) == State(
-        "a cat & dog", ("f",), ("b",), ("c", "a"), ("image",), "/my photos", 0.25, PAGE
+        "a cat & dog", ("f",), ("b",), ("c", "a"), ("image",), "/my photos", 0.25, PAGE_RESULTS
     )
     assert State(more=("a", "b")).without("more", "a") == "/?more=b"
     assert State(more=("a",), less=("b",)).likes() == [Like("a"), Like("b", -0.5)]

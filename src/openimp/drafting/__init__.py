@@ -1,5 +1,5 @@
-"""Drafts recipes: looks at data, and writes a recipe that trains on it, with comments that explain the choices.
+"""Drafts recipes: inspects data, and writes a recipe that trains on it, with comments that explain the choices.
 
-Its stages are `find` (sources below the paths), `inspect` (what their columns hold), `draft` (the recipe as data), and
-`write` (the recipe as YAML).
+The stages are `find` (sources below the paths), `inspect` (what their columns hold), `choose` (the tasks), `Draft` (the
+recipe as plain data) and `write` (the recipe as YAML).
 """

@@ -7,27 +7,27 @@ from openimp.common.errors import counted
 from openimp.drafting import sizing
 from openimp.drafting.choosing import TaskDraft
 from openimp.drafting.finding import shown
-from openimp.drafting.inspecting import Media
+from openimp.drafting.inspecting import MediaColumn
 from openimp.drafting.machine import Machine
 from openimp.drafting.naming import task_names
 from openimp.drafting.probing import Probed
 
 Key = tuple[str, ...]
 CACHE_SHARE, CACHE_BYTES = 0.1, 4e9
-"""Decoded media are kept in memory if they take at most this share of it, and at most so many bytes."""
+"""The recipe caches decoded media if they take at most this share of the memory, and at most this many bytes."""
 MARGIN = 1.15**2
-"""Decoded pictures have so many times the pixels of their view."""
+"""Pixels of a cached picture, relative to those of its view."""
 LONG_CLIP, LONG_SOUND = 128, 150
 """Frames and seconds: half of the limits up to which a cache holds all of a clip or a sound (see docs/data.md)."""
-BAD = 0.005
-"""Share of bad rows in the sample from which on the recipe allows more of them than the default."""
+BAD_ROWS_WARNING = 0.005
+"""Share of bad rows in the sample above which the recipe sets `max_bad_fraction`."""
 
 
 class Draft:
-    """A recipe in the making.
+    """A recipe that is being drafted.
 
     Attributes:
-        recipe: plain data, which trains as soon as it is complete.
+        recipe: the recipe as plain data.
         comments: the reason for each choice, by the path of its key.
     """
 
@@ -51,7 +51,7 @@ class Draft:
             self.recipe["parallel"] = {"shard_degree": 1}
             self.explain("parallel", "With several GPUs, each has all of the model, because it is small.")
         bad = max(task.bad for task in tasks)
-        allowed = {"max_bad_fraction": round(min(1, 1.5 * bad + 0.02), 2)} if bad > BAD else {}
+        allowed = {"max_bad_fraction": round(min(1, 1.5 * bad + 0.02), 2)} if bad > BAD_ROWS_WARNING else {}
         self.recipe["train"] = {"steps": steps, "num_workers": machine.workers, "save_every": 500, **allowed}
         if allowed:
             self.explain("train", f"{bad:.0%} of the sampled rows cannot be read or have no text; they are skipped.")
@@ -177,12 +177,12 @@ class Draft:
         about = {"source": source, "inputs": media, "label": task.label and task.label.name}
         if task.templates and not task.texts:
             sets[name] = {"type": "zero_shot", **about, "prompts": [task.prompt], "view": view}
-        if task.label and task.split.test and task.split.knows_test_classes:
+        if task.label and task.split.test and task.split.trains_test_classes:
             sets[f"{name}_classes"] = {"type": "classification", "task": name, **about, "view": view}
         return sets
 
 
-def _decoded_bytes(media: Media, view: dict[str, Any]) -> float:
+def _decoded_bytes(media: MediaColumn, view: dict[str, Any]) -> float:
     """Bytes of a decoded example on average; infinite if some are too long for a cache."""
     if media.kind == "audio":
         seconds = [probed.seconds for probed in media.sample]

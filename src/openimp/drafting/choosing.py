@@ -5,28 +5,28 @@ from typing import Any
 
 from openimp.drafting.columns import Column
 from openimp.drafting.finding import shown
-from openimp.drafting.inspecting import Inspected, Media
-from openimp.drafting.splitting import Split, Used, split, without_missing
+from openimp.drafting.inspecting import Inspected, MediaColumn
+from openimp.drafting.splitting import Split, UsedColumns, split, without_missing
 
 MAX_TEXTS = 3
-"""Columns of texts from which training draws."""
+"""Most text columns of a task."""
 TEMPLATES = {"image": "a photo of a {%s}", "video": "a video of {%s}", "audio": "the sound of {%s}"}
-"""Texts that are made of a class, if there is no other text."""
+"""Texts that are made from the name of a class, if there is no text column. %s is the column."""
 
 
 @dataclass
 class TaskDraft:
-    """A task in the making."""
+    """A task that is being drafted."""
 
     data: Inspected
-    media: list[Media]  # one; or two kinds, which are compared with each other because there is no text
+    media: list[MediaColumn]  # one; or two kinds, which are compared with each other because there is no text
     texts: list[Column]
     label: Column | None
     split: Split
 
     @property
     def templates(self) -> list[str]:
-        """What the task reads as text; empty if there is none."""
+        """The text input of the task, as columns or templates; empty if it has none."""
         if self.texts:
             return [f"{{{column.name}*}}" if column.short else column.name for column in self.texts]
         named = self.label is not None and not self.label.numeric and len(self.media) == 1
@@ -42,7 +42,7 @@ class TaskDraft:
 
     @property
     def prompt(self) -> str:
-        """The text of a class, with {} in place of its name, for a task that makes its texts of classes."""
+        """The text of a class, with {} in place of its name, for a task that makes its texts from classes."""
         return TEMPLATES[self.media[0].kind] % ""
 
     @property
@@ -58,7 +58,7 @@ class TaskDraft:
 
 
 def choose(data: Inspected) -> tuple[list[TaskDraft], list[str]]:
-    """The tasks of a source, and what was not used, and why, one line each."""
+    """The tasks of a source, and one line for each column that is not used, with the reason."""
     notes = [f"{shown(column.name)}: {column.why}" for column in data.columns if column.why]
     media = list({each.kind: each for each in reversed(data.media)}.values())[::-1]
     notes += [f"{shown(each.column)}: another column has {each.kind} too" for each in data.media if each not in media]
@@ -87,11 +87,11 @@ def choose(data: Inspected) -> tuple[list[TaskDraft], list[str]]:
     found = []
     for group in groups:
         only = {"extension": group[0].extensions} if group[0].extensions else {}
-        used = Used([each.column for each in group], texts, label)
+        used = UsedColumns([each.column for each in group], texts, label)
         divided = split(data, used, {**only, **where})
         found.append(TaskDraft(data, group, texts, label, divided))
     return found, notes
 
 
-def _named(media: list[Media]) -> str:
+def _named(media: list[MediaColumn]) -> str:
     return ", ".join(f"{shown(each.column)} has {each.kind}" for each in media)

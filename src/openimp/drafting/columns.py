@@ -1,4 +1,4 @@
-"""What a column of texts or classes holds, and for what a recipe can use it, judged by its name and a sample."""
+"""Decides, by its name and a sample, whether a recipe can use a column as text, as classes or as a split."""
 
 import re
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ NEITHER_NAMES = re.compile(
     r"timestamp|author|format|mode|version"
 )
 """Words in the names of columns. They decide where a sample alone is ambiguous."""
-LONGEST = 1000
-"""Characters of a text that are looked at."""
+MAX_TEXT = 1000
+"""Characters of a text that are inspected."""
 LABEL_WORDS = 5
-"""Words of a class's name on average at most; texts have more."""
+"""Most words, on average, of the names of classes. Longer values are texts."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Column:
 
     name: str
     use: Literal["text", "label", "split", "none"]
-    why: str = ""  # it is not used
+    why: str = ""  # if `use` is "none": the reason
     hinted: bool = False  # its name says that it is a text or a label
     lists: bool = False  # each row has several texts
-    short: bool = False  # these are words or two, like keywords
+    short: bool = False  # these texts have one or two words, like keywords
     numeric: bool = False  # the classes are numbers, so no text can be made of them
     distinct: int = 0  # different values in the sample
     missing: float = 0.0  # share of the rows without a value
@@ -55,7 +55,7 @@ def describe(name: str, values: Sequence[Any], file_names: bool = False) -> Colu
         return _lists(name, present, missing, _any(TEXT_NAMES, words))
     if not all(isinstance(value, str | int | float) for value in present):
         return Column(name, "none", f"it holds {type(present[0]).__name__} values, neither texts nor classes")
-    texts = [" ".join(str(value)[:LONGEST].split()) for value in present]
+    texts = [" ".join(str(value)[:MAX_TEXT].split()) for value in present]
     distinct = len({text.lower() for text in texts})
     if _is_split(name, texts):
         return Column(name, "split", missing=missing)
@@ -110,7 +110,7 @@ def _numbers(name: str, texts: list[str], distinct: int, missing: float, hinted:
 def _lists(name: str, present: list[Any], missing: float, hinted: bool) -> Column:
     if not all(isinstance(item, str) for value in present for item in value):
         return Column(name, "none", "it holds lists of other things than texts")
-    rows = tuple(tuple(" ".join(item[:LONGEST].split()) for item in value) for value in present)
+    rows = tuple(tuple(" ".join(item[:MAX_TEXT].split()) for item in value) for value in present)
     texts = [text for row in rows for text in row]
     if len(rows) > 1 and len(set(rows)) == 1:
         return Column(name, "none", "it has the same value in every row")
@@ -121,7 +121,7 @@ def _lists(name: str, present: list[Any], missing: float, hinted: bool) -> Colum
 
 
 def split_values(values: Sequence[Any]) -> tuple[list[str], list[str], list[str]]:
-    """The values of a split column for training, those of the split to measure (validation before test), and others."""
+    """The values of a split column for training, for evaluation (validation, otherwise test), and all others."""
     found = sorted({str(value) for value in values if value is not None})
     by_role = {
         role: [value for value in found if ROLES.get(value.lower()) == role] for role in ("train", "val", "test")

@@ -29,19 +29,19 @@ from openimp.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class Drafted:
-    """A recipe, and what was found."""
+class DraftedRecipe:
+    """A drafted recipe, and notes on the data."""
 
     name: str
     text: str  # the recipe as YAML
     notes: list[str]  # what is used and what is not, one line each
 
 
-def draft_recipe(paths: list[str]) -> Drafted:
-    """Writes a recipe for the data below the paths. Its paths are relative to the current folder.
+def draft_recipe(paths: list[str]) -> DraftedRecipe:
+    """Drafts a recipe for the data at `paths`. Paths in the recipe are relative to the current folder.
 
     Raises:
-        UserError: nothing can be trained on.
+        UserError: there is nothing to train on.
     """
     tasks, notes = _tasks(paths)
     machine, name = this_machine(), recipe_name(paths[0])
@@ -52,7 +52,7 @@ def draft_recipe(paths: list[str]) -> Drafted:
     }  # fmt: skip
     _fit_memory(draft, classes, machine)
     cost = _fit_time(draft, tasks, classes, machine)
-    return Drafted(name, write(draft.recipe, draft.comments, _head(paths, cost)), notes)
+    return DraftedRecipe(name, write(draft.recipe, draft.comments, _head(paths, cost)), notes)
 
 
 def is_data(what: str) -> bool:
@@ -85,7 +85,7 @@ def _tasks(paths: list[str]) -> tuple[list[TaskDraft], list[str]]:
         if not is_utf8(candidate.place):
             unused.append(f"{place}: its name is not UTF-8; rename it")
             continue
-        if candidate.loose and any(str(Path(candidate.place).resolve()) in data.files for data in found):
+        if candidate.beside_data_files and any(str(Path(candidate.place).resolve()) in data.files for data in found):
             unused.append(f"{place}: a table lists its files")
             continue
         try:
@@ -117,7 +117,7 @@ def _summary(task: TaskDraft) -> str:
 
 
 def _fit_memory(draft: Draft, classes: Classes, machine: Machine) -> None:
-    """Halves the batch sizes until the largest step fits into memory, and says what it takes."""
+    """Halves the batch sizes until the largest step fits into memory, and notes its memory in the recipe."""
     while True:
         recipe = Recipe.build(draft.recipe, Path.cwd())
         modalities = recipe.make_modalities()
@@ -138,7 +138,7 @@ def _fit_memory(draft: Draft, classes: Classes, machine: Machine) -> None:
 
 
 def _fit_time(draft: Draft, tasks: list[TaskDraft], classes: Classes, machine: Machine) -> str:
-    """Limits the steps to the time that a draft may take, and returns what the training costs, in one sentence."""
+    """Limits the steps to `machine.hours` of training, and returns the cost of the training in words."""
     recipe = Recipe.build(draft.recipe, Path.cwd())
     by_task = mixture(recipe, costs(recipe, recipe.make_modalities(), classes))
     flops = sum(row["flops"] for row in by_task.values())
@@ -158,11 +158,12 @@ def _fit_time(draft: Draft, tasks: list[TaskDraft], classes: Classes, machine: M
 
 
 def _head(paths: list[str], cost: str) -> str:
+    """The comment at the top of the recipe."""
     command = " ".join(shlex.quote(shown(path)) for path in paths)
     return (
         "Drafted from the data, for this machine. It trains as it is:\n\n"
         f"  openimp init {command} > mine.yaml\n  openimp train mine.yaml\n\n"
-        f"Expect {cost}, and some time to read the data. train.steps decides the cost first, then the size of the "
-        "views and the width of the model; `openimp info mine.yaml` counts the FLOPs. Paths are relative to the folder "
-        "of this file. docs/recipe.md explains all keys, also those that are left out here."
+        f"Expect {cost}, and some time to read the data. The cost depends most on train.steps, then on the size "
+        "of the views and the width of the model; `openimp info mine.yaml` counts the FLOPs. Paths are relative to the "
+        "folder of this file. docs/recipe.md explains all keys, also those that are left out here."
     )

@@ -18,12 +18,12 @@ ROLES = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
-"""Names of splits, with what each is for."""
+"""The role of a split, by its name."""
 ROLE = re.compile(rf"(?<![a-z0-9])({'|'.join(ROLES)})(?![a-z0-9])", re.IGNORECASE)
 MAX_DEPTH = 4
 """Levels of folders that are searched for data files."""
-SOME = 1000
-"""Files of a folder by whose extensions its modalities are told."""
+SAMPLED_FILES = 1000
+"""Files of a folder whose extensions decide which kinds of media it holds."""
 KIND_OF = {extension: kind for kind in ("audio", "video", "image") for extension in modality_class(kind).extensions}
 """The kind of media that a file's extension stands for."""
 
@@ -34,8 +34,8 @@ class Candidate:
 
     source: dict[str, Any]  # as in the recipe; its paths are relative to the current folder
     held_out: dict[str, Any] | None = None  # the source of its test split, if that has a path of its own
-    loose: bool = False  # a folder beside data files, which may list its files
-    below: str = ""  # the folder that the user named, in which it was found; "" if the source itself was named
+    beside_data_files: bool = False  # a folder beside data files, which may list its files
+    below: str = ""  # the folder named by the user that contains it; "" if the user named the source itself
 
     @property
     def place(self) -> str:
@@ -75,7 +75,7 @@ def _in_folder(folder: Path, depth: int) -> list[Candidate]:
     are_classes = not nested and len(plain) > 1 and not any(sub.is_dir() for inner in plain for sub in _visible(inner))
     folders = [folder] if are_classes or not subfolders else plain  # Without subfolders, its files may be media.
     media = [candidate for inner in folders for candidate in _media_folders(inner)]
-    return found + [replace(candidate, loose=True) for candidate in media]
+    return found + [replace(candidate, beside_data_files=True) for candidate in media]
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -130,14 +130,14 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _kinds(files: Iterable[Path]) -> set[str]:
-    extensions = {file.suffix.lower() for file in islice(files, SOME)}
+    extensions = {file.suffix.lower() for file in islice(files, SAMPLED_FILES)}
     return {KIND_OF[extension] for extension in extensions if extension in KIND_OF}
 
 
 def _with_test_splits(found: list[Candidate]) -> list[Candidate]:
     """Joins sources whose paths differ only in the name of a split, such as `train.csv` and `test.csv`.
 
-    Of a validation and a test split, the validation split is measured, so that the test split stays unseen.
+    If there are both, the validation split is evaluated, so that the test split stays unseen.
     """
     groups: dict[tuple[str, ...], list[tuple[str, Candidate]]] = {}
     for number, candidate in enumerate(found):

@@ -1,4 +1,4 @@
-"""Opens a source and looks at a sample of its rows: which columns hold media, texts and classes."""
+"""Finds out, from a sample of its rows, which columns of a source hold media, texts and classes."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -20,18 +20,18 @@ from openimp.drafting.finding import KIND_OF, Candidate, shown
 from openimp.drafting.probing import Kind, Probed, probe
 from openimp.recipe.tasks import Source
 
-FIRST = 32
-"""Rows by which a column is taken for media or not, and media values that are probed."""
-SAMPLE = 10_000
-"""Rows by which texts and classes are judged."""
-PURE = 0.95
+PROBED_ROWS = 32
+"""Rows that decide whether a column holds media; their media are probed."""
+SAMPLED_ROWS = 10_000
+"""Rows that decide whether a column holds texts or classes."""
+MIN_SHARE_OF_KIND = 0.95
 """Share of a column's media that must be of one kind. The others would be bad examples in training."""
 MAX_ROOTS = 20
 """Folders that are tried as the root of relative paths."""
 
 
 @dataclass
-class Media:
+class MediaColumn:
     """One kind of media in a column."""
 
     column: str
@@ -48,7 +48,7 @@ class Inspected:
     candidate: Candidate
     source: dict[str, Any]  # as in the recipe; with a root if paths need one
     table: Table
-    media: list[Media]
+    media: list[MediaColumn]
     columns: list[Column]
     files: frozenset[str]  # resolved folders of sampled files that paths in the rows name
 
@@ -71,12 +71,12 @@ def inspect(candidate: Candidate) -> Inspected:
         UserError: the source cannot be read.
     """
     source, table = dict(candidate.source), open_candidate(candidate.source)
-    first = sample(table, table.columns, FIRST)
+    first = sample(table, table.columns, PROBED_ROWS)
     paths = [name for name, values in first.items() if not isinstance(table, FolderTable) and _are_paths(values)]
     named = [value for name in paths for value in first[name] if isinstance(value, str)]
     if "path" in source and (root := _root(table, candidate.below, named)):
         source["root"], table = root, open_candidate({**source, "root": root})
-    media: list[Media] = []
+    media: list[MediaColumn] = []
     columns: list[Column] = []
     for name, values in first.items():
         if isinstance(table, FolderTable) and name == "file":
@@ -85,11 +85,11 @@ def inspect(candidate: Candidate) -> Inspected:
             continue
         elif name in paths or any(isinstance(value, bytes | dict) for value in values):
             found = _media(table, name, values)
-            media += [found] if isinstance(found, Media) else []
+            media += [found] if isinstance(found, MediaColumn) else []
             columns += [found] if isinstance(found, Column) else []
         else:
             is_stem = isinstance(table, FolderTable) and name == "name"
-            column = describe(name, sample(table, [name], SAMPLE)[name], is_stem)
+            column = describe(name, sample(table, [name], SAMPLED_ROWS)[name], is_stem)
             columns += [column] if column.use == "text" or not is_stem else []
     return Inspected(candidate, source, table, media, columns, _folders(table, named))
 
@@ -101,7 +101,7 @@ def with_root(source: dict[str, Any], columns: Sequence[str], below: str) -> dic
         table.require(columns)
     except UserError:  # Whoever uses it is told.
         return source
-    values = sample(table, columns, FIRST).values()
+    values = sample(table, columns, PROBED_ROWS).values()
     root = _root(table, below, [value for some in values for value in some if isinstance(value, str)])
     return {**source, "root": root} if root else source
 
@@ -122,9 +122,9 @@ def _are_paths(values: Sequence[Any]) -> bool:
 
 def _root(table: Table, below: str, paths: list[str]) -> str | None:
     """The folder to which the paths are relative, if it is not the file's own: a folder beside the file, or its parent
-    if that is in the folder `below` that the user named. Other folders are none of the data's business.
+    if that is in the folder `below` that the user named. Data must not reach other folders.
 
-    None: it is the file's own, or none of these.
+    None: the file's own folder, or none of these.
     """
     base = table.root
     if base is None or not paths or any(_exists(base, path) for path in paths):
@@ -168,7 +168,7 @@ def _probe_all(table: Table, values: Sequence[Any]) -> tuple[list[Probed], Count
     return found, reasons
 
 
-def _media(table: Table, name: str, values: Sequence[Any]) -> Media | Column:
+def _media(table: Table, name: str, values: Sequence[Any]) -> MediaColumn | Column:
     if any(isinstance(value, dict) and not value.keys() & {"bytes", "path"} for value in values):
         return Column(name, "none", "it holds objects, neither media nor texts")
     found, reasons = _probe_all(table, values)
@@ -176,15 +176,15 @@ def _media(table: Table, name: str, values: Sequence[Any]) -> Media | Column:
         why = reasons.most_common(1)[0][0] if reasons else "it is empty"
         return Column(name, "none", f"none of its files can be read: {shown(why, limit=200)}")
     ((kind, count),) = Counter(each.kind for each in found).most_common(1)
-    if count < PURE * len(found):
+    if count < MIN_SHARE_OF_KIND * len(found):
         kinds = " and ".join(sorted({each.kind for each in found}))
         return Column(name, "none", f"it mixes {kinds}; write one table for each")
     unreadable = (len(values) - count) / len(values)  # Rows without a value count.
-    return Media(name, kind, [each for each in found if each.kind == kind], unreadable)
+    return MediaColumn(name, kind, [each for each in found if each.kind == kind], unreadable)
 
 
-def _by_extension(table: FolderTable) -> list[Media]:
-    """The kinds of media in a folder. If it holds several, or other files, each has its extensions."""
+def _by_extension(table: FolderTable) -> list[MediaColumn]:
+    """The kinds of media in a folder. If it holds several, or other files, each lists its `extensions`."""
     extensions = table.column("extension")
     rows = defaultdict(list)
     for row, extension in enumerate(extensions):
@@ -192,7 +192,7 @@ def _by_extension(table: FolderTable) -> list[Media]:
     probed: dict[str, list[Probed]] = {}
     broken = Counter[str]()
     for extension, numbers in rows.items():
-        chosen = numbers[:: max(1, len(numbers) // FIRST)][:FIRST] if f".{extension}" in KIND_OF else []
+        chosen = numbers[:: max(1, len(numbers) // PROBED_ROWS)][:PROBED_ROWS] if f".{extension}" in KIND_OF else []
         found, reasons = _probe_all(table, [row["file"] for row in table.rows(chosen, ["file"])])
         broken[extension] = reasons.total()
         if found:
@@ -205,10 +205,10 @@ def _by_extension(table: FolderTable) -> list[Media]:
         examples = [each for extension in own for each in probed[extension] if each.kind == kind]
         bad = sum(broken[extension] for extension in own)
         only = sorted(own) if len(rows) > len(own) else []
-        media.append(Media("file", kind, examples, bad / (bad + len(examples)), only))
+        media.append(MediaColumn("file", kind, examples, bad / (bad + len(examples)), only))
     return media
 
 
 def unreadable(error: UserError | OSError) -> str:
-    """The reason of an error in one line, without the name that the source has only here."""
+    """The text of an error in one line, without the placeholder name of the source."""
     return shown(str(error).removeprefix("source data: ").removeprefix("source data "), limit=400)

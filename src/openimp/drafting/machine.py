@@ -1,4 +1,4 @@
-"""The machine that a recipe is drafted for."""
+"""The hardware that a recipe is drafted for."""
 
 import os
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from openimp.common.device import pick_device, precision_of, product_speed
 from openimp.planning.gpus import USABLE
 
 MFU = 0.2
-"""Share of the speed of a large matrix product that training reaches; the demo reaches 21 % on two cores."""
+"""Share of the FLOP/s of a large matrix product that training reaches; the demo reaches 21 % on two cores."""
 HOST_SHARE = 0.5
 """Share of a computer's memory that training on its CPU may take."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A computer, by what training can use of it."""
+    """The resources of a computer that training can use."""
 
     name: str
     is_gpu: bool

@@ -1,4 +1,4 @@
-"""What a media value is, from its header: a picture, a clip or a sound, and how large or long it is."""
+"""Reads the headers of media: whether they are a picture, a clip or a sound, and their size and length."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,12 +13,12 @@ from openimp.modalities.sound import SOUNDFILE
 
 Kind = Literal["image", "video", "audio"]
 FRAME_SECONDS = 0.1
-"""Seconds for which a frame of an animation is taken to be shown."""
+"""Assumed duration of a frame of an animation."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """A media value. What a kind does not have is 0."""
+    """Kind, size and length of a media value. Fields that do not apply to the kind are 0."""
 
     kind: Kind
     side: int = 0  # pixels of the shorter side

@@ -1,4 +1,4 @@
-"""Chooses views, model, vocabulary and steps by the data and the machine."""
+"""Chooses views, model, vocabulary and number of steps for the data and the machine."""
 
 import re
 from collections import Counter
@@ -20,9 +20,9 @@ EPOCHS, EPOCH_ROWS = 40, 5000
 its stills 40 times, and the recipe for 48,000 icons sees those 22 times."""
 MIN_STEPS = 200
 MANY_ROWS = 2_000_000
-"""Rows from which on a large model is drafted for a large GPU."""
+"""Rows above which a large GPU gets a large model."""
 WORD_ROWS = 50_000
-"""With at most so many rows, texts are made of whole words; see `min_df` in docs/recipe.md."""
+"""Most rows for which the tokenizer uses whole words; see `min_df` in docs/recipe.md."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,11 @@ def batch_size(kind: str, rows: int, machine: Machine) -> int:
 
 
 def epochs(rows: int) -> float:
-    """How often the rows of a source are seen: less often if they are many."""
+    """How often training sees each row of a source: the more rows, the less often."""
     return max(4.0, min(EPOCHS, EPOCHS * (EPOCH_ROWS / rows) ** 0.25))
 
 
 def rounded(steps: float) -> int:
-    """Two leading digits of a number of steps, for a recipe that is easy to read."""
+    """A number of steps, rounded to two significant digits."""
     digits = len(str(int(steps))) - 2
     return max(MIN_STEPS, int(round(steps, -max(0, digits))))

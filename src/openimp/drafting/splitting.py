@@ -14,20 +14,20 @@ from openimp.drafting.finding import shown
 from openimp.drafting.inspecting import Inspected, open_candidate, with_root
 
 GROUPS = re.compile(r"(?<![a-z0-9])(group|speaker|patient|subject|session|artist|user|recording|scene)(?![a-z0-9])")
-"""Names of columns whose equal values should not be both trained on and tested on."""
-FEW = 20
-"""With fewer different rows, none are held out: a test of one or two rows says nothing."""
-FEW_GROUPS = 5
+"""Names of columns that group rows. Rows of one group must not be both trained on and tested on."""
+MIN_ITEMS = 20
+"""With fewer different items, none are held out, because a test on one or two rows says nothing."""
+MIN_GROUPS = 5
 """With fewer groups, such as speakers, rows of one group may be both trained on and tested on."""
 TEST_ROWS = 5000
-"""Rows that are held out of a large source."""
-LISTED = 50
-"""Classes that a recipe lists at most, to leave out the rows without one."""
+"""Rows to hold out of a large source."""
+MAX_LISTED_CLASSES = 50
+"""Most classes that `where` lists, to select the rows that have one."""
 
 
 @dataclass
 class Split:
-    """The sources of training and evaluation."""
+    """How a source is divided into training and evaluation."""
 
     train: dict[str, Any]  # as in the recipe
     test: dict[str, Any] | None  # None: evaluation uses the rows of training
@@ -36,11 +36,11 @@ class Split:
     why: str  # how the rows were divided, in one sentence
     same: str | None  # column whose equal values mean the same item
     classes: list[Any]  # of the label, in the rows of training
-    knows_test_classes: bool  # all classes of the test rows are trained on
+    trains_test_classes: bool  # all classes of the test rows are trained on
 
 
 @dataclass(frozen=True)
-class Used:
+class UsedColumns:
     """The columns that a task reads."""
 
     media: list[str]
@@ -57,13 +57,13 @@ class Used:
         return [*self.media, *(column.name for column in self.texts if not column.short)]
 
 
-def split(data: Inspected, used: Used, where: dict[str, Any]) -> Split:
+def split(data: Inspected, used: UsedColumns, where: dict[str, Any]) -> Split:
     """Divides the rows that match `where`: as the data itself does, or else by a hash."""
     only = {"where": where} if where else {}
     source = {**data.source, **only}
     if held_out := data.candidate.held_out:
         test = with_root({**held_out, **only}, used.media, data.candidate.below)
-        if found := _of_two(source, test, used, f"{shown(held_out['path'])} holds the latter"):
+        if found := _given_split(source, test, used, f"{shown(held_out['path'])} holds the latter"):
             return found
     if columns := data.using("split"):
         name = columns[0].name
@@ -73,27 +73,27 @@ def split(data: Inspected, used: Used, where: dict[str, Any]) -> Split:
         why = f"column {shown(name)} says so"
         if rest:
             why += f"; its {shown(' and '.join(rest))} rows are left for a last test"
-        if found := _of_two(train, test, used, why):
+        if found := _given_split(train, test, used, why):
             return found
     return _by_hash(data, source, used)
 
 
-def _of_two(train: dict[str, Any], test: dict[str, Any], used: Used, why: str) -> Split | None:
-    """A split that the data itself has, if the rows of the test can be read."""
+def _given_split(train: dict[str, Any], test: dict[str, Any], used: UsedColumns, why: str) -> Split | None:
+    """The split that the data itself has; None if its test rows cannot be read."""
     try:
         table, held_out = open_candidate(train), open_candidate(test)
         held_out.require(used.all)
     except UserError:
         return None
-    same = _item(table, used)
+    same = _repeated(table, used)
     classes = _classes(table, used.label)
     known = set(_classes(held_out, used.label)) <= set(classes)
     return Split(train, test, len(table), len(held_out), why, same, classes, known)
 
 
-def _by_hash(data: Inspected, source: dict[str, Any], used: Used) -> Split:
+def _by_hash(data: Inspected, source: dict[str, Any], used: UsedColumns) -> Split:
     table = open_candidate(source)
-    same = _item(table, used)
+    same = _repeated(table, used)
     by, groups = _groups(data, table, used)
     classes = _classes(table, used.label)
     if groups == 0:
@@ -131,8 +131,8 @@ def _fair_part(numbers: list[int], of: int, labels: list[Any]) -> tuple[int, boo
     return part, knows(part)
 
 
-def _item(table: Table, used: Used) -> str | None:
-    """The column in which several rows have the same file or the same texts."""
+def _repeated(table: Table, used: UsedColumns) -> str | None:
+    """A column in which several rows have the same file or the same text; None if there is none."""
     for name in used.items:
         count = _distinct(table, name)
         if count is not None and count < len(table):
@@ -154,12 +154,12 @@ def _distinct(table: Table, name: str) -> int | None:
     return len(found) + missing
 
 
-def _groups(data: Inspected, table: Table, used: Used) -> tuple[str | None, int]:
+def _groups(data: Inspected, table: Table, used: UsedColumns) -> tuple[str | None, int]:
     """The column whose equal values stay together, and the number of its different values. None: the row number.
 
     The number is 0 if there are too few to hold any out.
     """
-    if len(table) < FEW:
+    if len(table) < MIN_ITEMS:
         return None, 0
     groups = [column.name for column in data.columns if GROUPS.search(column.name.lower())]
     # Other tasks may read the same rows with other media. If their media repeat too, the rows are divided as there, so
@@ -169,7 +169,7 @@ def _groups(data: Inspected, table: Table, used: Used) -> tuple[str | None, int]
         count = _distinct(table, name)
         if count is None or count == len(table):
             continue
-        if count >= (FEW_GROUPS if name in groups else FEW):
+        if count >= (MIN_GROUPS if name in groups else MIN_ITEMS):
             return name, count
         if name in used.media:
             return name, 0
@@ -184,7 +184,7 @@ def _classes(table: Table, label: Column | None) -> list[Any]:
 
 
 def without_missing(data: Inspected, label: Column) -> tuple[dict[str, Any], str]:
-    """What `where` needs so that every row has a class. The second value says why the column cannot be a label."""
+    """The `where` that selects the rows with a class, and the reason if the column cannot be a label (otherwise "")."""
     values = [value for value in data.table.column(label.name) if not isinstance(value, Unreadable)]
     if any(isinstance(value, list | dict | float | bool) for value in values):
         return {}, "its classes are neither all texts nor all whole numbers"
@@ -196,6 +196,6 @@ def without_missing(data: Inspected, label: Column) -> tuple[dict[str, Any], str
     classes = set(present)
     if all(value in classes for value in values):
         return {}, ""
-    if len(present) > LISTED:
+    if len(present) > MAX_LISTED_CLASSES:
         return {}, f"some rows have no class, and {len(present):,} classes are too many to list in where"
     return {label.name: present}, ""

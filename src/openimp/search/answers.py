@@ -8,14 +8,14 @@ from itertools import chain, zip_longest
 from openimp.common.errors import UserError, counted
 from openimp.search.display import Item, item
 from openimp.search.index import Index
-from openimp.search.query import Hit, Part
-from openimp.search.state import MAX_RESULTS, PAGE, State
+from openimp.search.query import Hit, QueryPart
+from openimp.search.state import MAX_RESULTS, PAGE_RESULTS, State
 from openimp.search.uploads import Uploads
 
 MAX_WORDS = 16
 """Words of a text that are looked for in the items' own texts."""
 EXAMPLES = 12
-"""Items that are shown before anything is searched."""
+"""Items that are shown while the query is empty."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def answer(index: Index, uploads: Uploads, state: State) -> Answer:
     kept = [hit for hit in hits if not state.min or hit.score >= state.min]
     if named and kept:
         notes.append("Items with these words in their text or file name come first.")
-    more = state.link(k=min(state.k + PAGE, MAX_RESULTS)) if len(kept) == state.k < MAX_RESULTS else ""
+    more = state.link(k=min(state.k + PAGE_RESULTS, MAX_RESULTS)) if len(kept) == state.k < MAX_RESULTS else ""
     return Answer(_status(hits, kept, state), [item(index, hit) for hit in kept], chips, notes, more)
 
 
-def search(index: Index, parts: Sequence[Part], state: State) -> tuple[list[Hit], int]:
-    """The best `state.k` items, and how many of the first ones have all words of the query's text in their own text or
-    file name.
+def search(index: Index, parts: Sequence[QueryPart], state: State) -> tuple[list[Hit], int]:
+    """The best `state.k` items, and how many of them come first because their text or file name has all words of the
+    query's text.
 
     Cosines with a text are not comparable between modalities: in most models all pictures are nearer to texts than all
     sounds are, or the other way round. So the results of a text alternate between the modalities.
@@ -93,9 +93,9 @@ def _alternate(lists: list[list[Hit]]) -> list[Hit]:
     return [hit for hit in chain.from_iterable(zip_longest(*ordered)) if hit]
 
 
-def parts_of(index: Index, uploads: Uploads, state: State) -> tuple[list[Part], list[Chip], list[str]]:
-    """The parts of a query, those that the page shows, and notes about those that are no longer there."""
-    parts: list[Part] = [index.text_query(state.q)] if state.q else []
+def parts_of(index: Index, uploads: Uploads, state: State) -> tuple[list[QueryPart], list[Chip], list[str]]:
+    """The parts of a query, the chips that show them, and notes about parts that no longer exist."""
+    parts: list[QueryPart] = [index.text_query(state.q)] if state.q else []
     chips: list[Chip] = []
     notes: list[str] = []
     for id in state.file:

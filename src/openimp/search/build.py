@@ -13,7 +13,7 @@ from openimp.data.trust import check_uses
 from openimp.inference.files import find_files
 from openimp.inference.model import Model, load
 from openimp.search import ivf
-from openimp.search.folder import FORMAT, SKIPPED, About, locked, read_about, write_about
+from openimp.search.folder import FORMAT, SKIPPED, Metadata, locked, read_metadata, write_metadata
 from openimp.search.media import Media, media_of_files, media_of_recipe
 from openimp.search.spaces import fingerprint, has_partner
 from openimp.search.table import Items, drop, import_lancedb
@@ -23,8 +23,8 @@ KINDS = ("new", "changed", "moved", "unchanged", "removed")
 
 
 @dataclass(frozen=True)
-class Indexed:
-    """The result of `build_index`. All numbers are numbers of files, or of rows of a source."""
+class IndexResult:
+    """The result of `build_index`. Except for `items`, numbers count files, or rows of a source."""
 
     folder: Path  # the index
     new: int
@@ -32,7 +32,7 @@ class Indexed:
     moved: int  # found by their hash, and not embedded again
     unchanged: int
     removed: int
-    skipped: dict[str, str]  # the reason why a file, or a part of it, could not be read, by path
+    skipped: dict[str, str]  # by path, the reason why a file, or a part of it, could not be read
     unknown: int  # files in folders whose extension belongs to none of the model's modalities
     items: int  # all items that the index now holds: pictures, segments, lines, ...
     recall: float | None  # recall@10 of the approximate search; None if the search is exact
@@ -56,12 +56,12 @@ def build_index(
     batch_size: int = 64,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = track,
     allow_sources: bool = False,
-) -> Indexed:
+) -> IndexResult:
     """Embeds media into an index, or updates an index, and prints a summary.
 
     Only new and changed files are embedded. Files that were moved are recognized by their hash. Items are removed if
-    their file is no longer in `paths`; items of other folders stay. If the function is interrupted, the next call does
-    what is left.
+    their file is gone from `paths`; items of other folders stay. If a call is interrupted, the next one
+    does what is left.
 
     Args:
         model: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
@@ -73,16 +73,16 @@ def build_index(
         allow_sources: whether the recipe of a model that was not trained here may read any source.
 
     Raises:
-        UserError: there are no media, the index was built with other weights, or another process is writing it.
+        UserError: there are no media, the index was built with other weights or views, or another process writes it.
     """
-    import_lancedb()  # If it is missing, that is said before the model is loaded and a folder is made.
+    import_lancedb()  # Fails before the model is loaded and a folder is made.
     opened, given = load(model), None if paths is None else [Path(path) for path in paths]
     folder = Path(out) if out else _default_folder(Path(model))
     towards = {name: opened.partner(name) for name in opened.modalities if has_partner(opened, name)}
     modalities = {name: opened.modalities[name] for name in towards}
     found, unknown = _find(model, opened, modalities, given, allow_sources)
     local = Path(model).exists()
-    about = About(
+    about = Metadata(
         format=FORMAT,
         model=str(Path(model).absolute()) if local else str(model),
         fingerprint=fingerprint(opened),
@@ -103,7 +103,7 @@ def build_index(
     skipped = {path: reason for path, (_, reason) in update.skipped.items()}
     new, changed, moved, unchanged, removed = (update.counts[kind] for kind in KINDS)
     recall = None if about.ivf is None else about.ivf.recall
-    done = Indexed(folder, new, changed, moved, unchanged, removed, skipped, unknown, count, recall)
+    done = IndexResult(folder, new, changed, moved, unchanged, removed, skipped, unknown, count, recall)
     console.print(str(done), soft_wrap=True)
     return done
 
@@ -132,9 +132,9 @@ def _find(
     return media, 0
 
 
-def _same_weights(folder: Path, about: About, replace: bool) -> About:
+def _same_weights(folder: Path, about: Metadata, replace: bool) -> Metadata:
     """Writes index.json. Refuses, or with `replace` empties, an index that was built with other weights."""
-    old = read_about(folder)
+    old = read_metadata(folder)
     if old is not None and old.fingerprint != about.fingerprint:
         if not replace:
             raise UserError(
@@ -145,5 +145,5 @@ def _same_weights(folder: Path, about: About, replace: bool) -> About:
         old = None
     about = about if old is None else old.model_copy(update={"model": about.model})
     if about != old:
-        write_about(folder, about)
+        write_metadata(folder, about)
     return about

@@ -1,4 +1,4 @@
-"""How items are shown: their media types, by content, and what displays them."""
+"""How items are shown: their media types, by content, and the HTML element that displays them."""
 
 import mimetypes
 from collections import Counter
@@ -36,7 +36,7 @@ SIGNATURES = (
 
 
 def kind_of(modality: Modality) -> str:
-    """What displays a modality: "text", or the type of media that most of its extensions belong to; "" if none does."""
+    """What displays a modality: "text", or the main media type of its file extensions; "" if they have none."""
     if modality.reads_text:
         return "text"
     types = [mimetypes.guess_type(f"file{extension}")[0] for extension in modality.extensions]

@@ -1,6 +1,6 @@
 """The folder of an index, its lock and its JSON files.
 
-index.json     the model, a fingerprint of its weights and views, and how the table is searched
+index.json     the model, a fingerprint of its weights and views, and the settings of approximate search
 skipped.json   files that could not be read, so that they are tried again only after they change
 items.lance/   a LanceDB table with one row per item
 .lock          held by the process that writes the index
@@ -20,23 +20,23 @@ from openimp.common.schema import Count, Share, Strict, checked
 
 FORMAT = 1
 """Version of this layout. Other versions are refused."""
-ABOUT, SKIPPED, LOCK = "index.json", "skipped.json", ".lock"
+METADATA, SKIPPED, LOCK = "index.json", "skipped.json", ".lock"
 MAX_JSON = 2**28
 """Most bytes of `skipped.json` that are read."""
 
 
 class Ivf(Strict):
-    """An inverted file: the vectors are grouped by their nearest centroids, and a query compares some groups only."""
+    """An inverted file: vectors are partitioned by nearest centroid, and a query searches some partitions only."""
 
     rows: Count
     """Number of rows when the centroids were computed."""
     probes: Count
-    """Number of groups that a query compares."""
+    """Number of partitions that a query searches."""
     recall: Share
-    """Measured recall@10: the share of the 10 nearest items that are found with this many groups."""
+    """Measured recall@10: the share of the 10 nearest items that are found with this many partitions."""
 
 
-class About(Strict):
+class Metadata(Strict):
     """The content of index.json."""
 
     format: Count
@@ -46,9 +46,9 @@ class About(Strict):
     fingerprint: str
     """Hash of the model's weights and views."""
     towards: dict[str, str]
-    """By modality, the modality whose shared space the items' vectors are in."""
+    """By modality, the other modality that the vectors of its items can be compared with (in a disjoint space)."""
     ivf: Ivf | None = None
-    """None: a query is compared with all items."""
+    """None: a query is compared with all items, which is exact."""
 
 
 @contextmanager
@@ -69,24 +69,24 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def read_about(folder: Path) -> About | None:
+def read_metadata(folder: Path) -> Metadata | None:
     """The content of index.json; None if the folder has none."""
-    file = folder / ABOUT
+    file = folder / METADATA
     if not file.exists():
         return None
     found = _read_json(file)
     if isinstance(found, dict) and found.get("format") != FORMAT:
         raise UserError(f"{file}: format {found.get('format')}, and this version of openimp reads format {FORMAT} only")
-    return checked(About, found, str(file))
+    return checked(Metadata, found, str(file))
 
 
-def write_about(folder: Path, about: About) -> None:
+def write_metadata(folder: Path, about: Metadata) -> None:
     """Writes index.json."""
-    write_text(folder / ABOUT, about.model_dump_json(indent=1))
+    write_text(folder / METADATA, about.model_dump_json(indent=1))
 
 
 def read_skipped(folder: Path) -> dict[str, tuple[str, str]]:
-    """The state and the reason of each file that could not be read, by path."""
+    """By path, the state (see `file_state`) of each file that could not be read, and the reason."""
     file = folder / SKIPPED
     found = _read_json(file) if file.exists() else {}
     if not isinstance(found, dict) or not all(isinstance(value, list) and len(value) == 2 for value in found.values()):

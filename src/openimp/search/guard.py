@@ -1,7 +1,7 @@
 """Refuses requests that do not come from the page itself, and adds the headers that limit what a browser may do.
 
-Any website can make a browser send requests to this machine. A site whose name is rebound to 127.0.0.1 could also read
-the answers, but its requests have its own name in their Host header.
+Any website can make a browser send requests to this machine. With DNS rebinding, a site whose
+name is rebound to 127.0.0.1 could also read the answers, but its requests have its own name in their Host header.
 """
 
 import ipaddress

@@ -17,9 +17,9 @@ from openimp.common.safe_files import refuse_links
 from openimp.data.tables import Table
 from openimp.encoding.items import embed
 from openimp.inference.model import Model, load
-from openimp.search.folder import About, read_about
+from openimp.search.folder import Metadata, read_metadata
 from openimp.search.media import file_state, row_media, source_table
-from openimp.search.query import Encoded, Hit, Like, Part, Query
+from openimp.search.query import EncodedQuery, Hit, Like, Query, QueryPart
 from openimp.search.spaces import Space, fingerprint, shared_space, towards_space
 from openimp.search.table import SHOWN, Items, any_of, below, has_word, quoted
 
@@ -34,7 +34,7 @@ class Index:
         folder: where the index is.
     """
 
-    def __init__(self, folder: Path, model: Model, about: About) -> None:
+    def __init__(self, folder: Path, model: Model, about: Metadata) -> None:
         self.folder, self.model = folder, model
         self._about, self._items = about, Items(folder)
         self._sources: dict[str, Table] = {}
@@ -48,7 +48,7 @@ class Index:
 
     @cached_property
     def folders(self) -> list[str]:
-        """Values for `under` that tell items apart: the sources, and the topmost folders in which the files differ."""
+        """Useful values of `under`: the sources, and the folders directly below the common parent of all files."""
         sources, folders = self._items.places()
         top = os.path.commonpath(folders) if folders else ""
         names = {folder[len(top) :].strip(os.sep).split(os.sep)[0] for folder in folders} - {""}
@@ -56,7 +56,7 @@ class Index:
 
     def search(
         self,
-        queries: str | Part | Sequence[str | Part],
+        queries: str | QueryPart | Sequence[str | QueryPart],
         k: int = 20,
         modalities: Sequence[str] | None = None,
         under: str | Path | None = None,
@@ -66,17 +66,17 @@ class Index:
         """Returns the `k` items that are closest to the weighted sum of the queries, the best first.
 
         Args:
-            queries: one or several. A string is a text. Items that are part of the query are no results.
+            queries: one or several. A string is a text. Items that are part of the query are not returned.
             k: number of results at most.
-            modalities: only items of these. None: all that can be compared with the queries.
+            modalities: only items of these modalities. None: all that can be compared with the queries.
             under: only files in this folder, or rows of the source of this name.
             min_score: only items with at least this cosine.
-            words: only items with all of these words in their text or in the name of their file.
+            words: only items that have all of these words in their text, or in the name of their file.
 
         Raises:
             UserError: a query cannot be read, or no item can be compared with it.
         """
-        given = [queries] if isinstance(queries, str | Part) else queries
+        given = [queries] if isinstance(queries, str | QueryPart) else queries
         parts = [self.text_query(part) if isinstance(part, str) else part for part in given]
         if not parts:
             raise UserError("there is no query: give a text or a file")
@@ -157,10 +157,10 @@ class Index:
         rows = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
         return self._items.table.take_offsets(rows).select(list(columns)).to_arrow()
 
-    def encode(self, query: Query) -> Encoded:
+    def encode(self, query: Query) -> EncodedQuery:
         """Encodes a part of a query for all spaces that its modality is in. UserError if it cannot be read.
 
-        Decoding takes no turns, so a file that takes long to decode keeps no other query waiting.
+        The lock is not held while the file is decoded, so a slow file does not delay other queries.
         """
         model, name = self.model, query.modality
         modality, view = model.modalities[name], model.views[name]
@@ -173,7 +173,7 @@ class Index:
             towards = towards[:1]
         with self._lock:
             vectors = {other: embed(model.imp, modality, view, [item], other, 64, model.precision) for other in towards}
-        return Encoded(name, {other: vector[0].cpu().numpy() for other, vector in vectors.items()}, query.weight)
+        return EncodedQuery(name, {other: vector[0].cpu().numpy() for other, vector in vectors.items()}, query.weight)
 
     def _row(self, id: str, columns: list[str]) -> dict[str, Any]:
         rows = self._items.rows(f"id = {quoted(id)}", columns)
@@ -194,7 +194,7 @@ class Index:
             found.setdefault(shared_space(self.model.imp, name, self._about.towards[name]), []).append(name)
         return found
 
-    def _sum(self, parts: Sequence[Part], space: Space) -> np.ndarray | None:
+    def _sum(self, parts: Sequence[QueryPart], space: Space) -> np.ndarray | None:
         """The weighted sum (Z,) of the parts of a query in a space, or None if a part has no vector there."""
         total = np.zeros(self.model.recipe.model.embed_dim, np.float32)
         for part in parts:
@@ -206,7 +206,7 @@ class Index:
             raise UserError("the queries cancel each other out")
         return total
 
-    def _vector(self, part: Part, space: Space) -> np.ndarray | None:
+    def _vector(self, part: QueryPart, space: Space) -> np.ndarray | None:
         """The unit vector (Z,) of a part of a query in a space, or None if it has none there."""
         if isinstance(part, Like):
             row = self._row(part.id, ["modality", "towards", "vector"])
@@ -218,7 +218,7 @@ class Index:
         towards = towards_space(model.imp, part.modality, space, model.modalities)
         if towards is None:
             return None
-        if isinstance(part, Encoded):
+        if isinstance(part, EncodedQuery):
             return part.vectors.get(towards)
         modality, view = model.modalities[part.modality], model.views[part.modality]
         if modality.reads_text and not (str(part.value).strip() and modality.knows(part.value, view)):
@@ -228,7 +228,7 @@ class Index:
 
 
 def open_index(path: str | Path, device: str | torch.device | None = None) -> Index:
-    """Opens an index and loads the model that built it.
+    """Opens an index for search, and loads the model that built it.
 
     Args:
         path: the folder of the index.
@@ -238,7 +238,7 @@ def open_index(path: str | Path, device: str | torch.device | None = None) -> In
         UserError: there is no index, or its model is gone or has other weights now.
     """
     folder = Path(path)
-    about = read_about(folder) if folder.is_dir() else None
+    about = read_metadata(folder) if folder.is_dir() else None
     if about is None:
         raise UserError(f"{folder}: is not an index; openimp index makes one")
     refuse_links(folder)

@@ -1,7 +1,8 @@
 """Approximate search with an inverted file (IVF), for large indexes.
 
-The vectors are grouped by their nearest centroids. A query is compared with the vectors of a few groups only, so it may
-miss some of the nearest ones. How many it finds, the recall, is measured whenever the groups are made.
+Each vector is in the partition of its nearest centroid. A query is compared with the vectors of a few partitions only,
+so it may miss some of the nearest ones. The share that it finds, the recall, is measured whenever the partitions are
+computed.
 """
 
 from math import isqrt
@@ -10,45 +11,45 @@ from pathlib import Path
 import numpy as np
 
 from openimp.common.progress import console
-from openimp.search.folder import About, Ivf, write_about
+from openimp.search.folder import Ivf, Metadata, write_metadata
 from openimp.search.table import Items
 
 MIN_ROWS = 50_000
-"""Fewest rows with an inverted file. Fewer are scanned in some 10 ms."""
+"""Fewest rows with an inverted file. Scanning fewer takes some 30 ms."""
 GROWTH = 2
-"""The groups are made anew if the table has grown by this factor."""
+"""The partitions are computed again if the table has grown by more than this factor."""
 QUERIES, NEAREST = 200, 10
 """Recall is measured on the `NEAREST` nearest items of `QUERIES` items."""
 RECALL = 0.99
-"""The recall for which the number of groups that a query compares is chosen."""
+"""The recall for which the number of partitions to search is chosen."""
 
 
-def update(folder: Path, items: Items, about: About) -> About:
-    """Makes the inverted file if the table needs a new one, measures its recall, and records both in index.json."""
+def update(folder: Path, items: Items, about: Metadata) -> Metadata:
+    """Builds the IVF index if the table needs a new one, measures its recall, and records both in index.json."""
     rows = items.table.count_rows()
     old = about.ivf if items.table.list_indices() else None
     if rows < MIN_ROWS or (old and rows <= GROWTH * old.rows):
         new = old
     else:
-        console.print(f"grouping {rows:,} vectors for approximate search")
-        items.group(isqrt(rows))
+        console.print(f"building an IVF index of {rows:,} vectors for approximate search")
+        items.build_ivf(isqrt(rows))
         new = measure(items, rows)
     if new != about.ivf:
         about = about.model_copy(update={"ivf": new})
-        write_about(folder, about)
+        write_metadata(folder, about)
     return about
 
 
 def measure(items: Items, rows: int) -> Ivf:
-    """Finds the number of groups to compare for a recall of `RECALL`, or all of them if that needs all."""
+    """Finds the number of partitions to search for a recall of at least `RECALL`, by doubling it."""
     queries = _sample(items, rows)
-    exact = _nearest(items, queries)
-    groups, probes = isqrt(rows), 5
+    exact = _exact_nearest(items, queries)
+    partitions, probes = isqrt(rows), 5
     while True:
-        probes = min(2 * probes, groups)
+        probes = min(2 * probes, partitions)
         found = [{row["id"] for row in items.nearest(query, NEAREST, probes=probes)} for query in queries]
         recall = float(np.mean([len(found[i] & exact[i]) / len(exact[i]) for i in range(len(queries))]))
-        if recall >= RECALL or probes == groups:
+        if recall >= RECALL or probes == partitions:
             return Ivf(rows=rows, probes=probes, recall=recall)
 
 
@@ -61,7 +62,7 @@ def _sample(items: Items, rows: int) -> np.ndarray:
     return np.concatenate(kept)[:QUERIES]
 
 
-def _nearest(items: Items, queries: np.ndarray) -> list[set[str]]:
+def _exact_nearest(items: Items, queries: np.ndarray) -> list[set[str]]:
     """The ids of the nearest items of each query, by comparing it with all of them."""
     scores = np.full((len(queries), 0), 0, np.float32)
     ids = np.empty((len(queries), 0), object)

@@ -43,8 +43,8 @@ def media_of_files(found: dict[str, list[Path]], given: Iterable[Path]) -> Itera
 
 
 def media_of_recipe(recipe: Recipe, modalities: Modalities) -> Iterator[Media]:
-    """The media in the sources that the tasks and evaluation sets read. Streams, which have no row numbers, are left
-    out."""
+    """The media in the sources that the tasks and evaluation sets read. Streamed sources are skipped,
+    because their rows have no numbers."""
     tables: dict[str, Table] = {}
     seen = set()
     for user in (*recipe.tasks.values(), *recipe.evaluation.sets.values()):
@@ -76,7 +76,7 @@ def source_table(recipe: Recipe, name: str) -> Table:
 
 
 def file_state(path: str | Path) -> str:
-    """The size of a file and the time of its last change, in nanoseconds. Empty if there is no such file."""
+    """The size of a file and its modification time in nanoseconds. Empty if there is no such file."""
     try:
         about = os.stat(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""What the search page answers to each request. Items are served by their ids, and only those that are indexed."""
+"""The request handlers of the search page. Items are served by id, and only those that are indexed."""
 
 import os
 import tempfile
@@ -24,7 +24,7 @@ from openimp.search.index import Index
 from openimp.search.projection import MAX_POINTS, method, project
 from openimp.search.query import Query
 from openimp.search.state import State
-from openimp.search.uploads import MAX_UPLOAD, Upload, Uploads
+from openimp.search.uploads import MAX_UPLOAD_BYTES, Upload, Uploads
 
 TEMPLATES = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 TEMPLATES.loader = PackageLoader("openimp.search")
@@ -38,10 +38,10 @@ UPLOAD_SECONDS = 90
 
 
 class Page:
-    """What all requests share.
+    """The handlers, and what they share: the index, the uploads and caches.
 
-    The event loop must stay responsive, so whatever may take long runs in threads. Their number is limited for each
-    kind of work, so that no user's work keeps that of another kind waiting.
+    The event loop must stay responsive, so slow work runs in threads. Each kind of work has its own limit of threads,
+    so slow work of one kind does not delay the others.
     """
 
     def __init__(self, index: Index) -> None:
@@ -61,7 +61,7 @@ class Page:
             "readable": [modality.name for modality in modalities if not modality.reads_text],
             "accepted": [end for modality in modalities if not modality.reads_text for end in modality.extensions],
             "recordable": next((modality.name for modality in modalities if kind_of(modality) == "audio"), ""),
-            "limit": MAX_UPLOAD,
+            "limit": MAX_UPLOAD_BYTES,
         }
 
     async def search(self, request: Request) -> Response:
@@ -75,14 +75,14 @@ class Page:
         return self._render("search.html", state=state, page="search", **vars(found))
 
     async def map(self, request: Request) -> Response:
-        """The page with the map; `points` are its content."""
+        """The page with the map. Its script fetches the points from `map_points`."""
         state = State.parse(request.query_params)
         total = sum(self.index.counts.values())
         shown = min(total, MAX_POINTS)
         return self._render("map.html", state=state, page="map", method=method(), total=total, shown=shown)
 
     async def map_points(self, request: Request) -> Response:
-        """The points of the map, and the numbers of those that the query in the URL finds."""
+        """The points of the map, and the ids of the items that the query in the URL finds."""
         state = State.parse(request.query_params)
         points = await to_thread.run_sync(self.points, limiter=self.drawing)
         hits: list[str] = []
@@ -92,13 +92,13 @@ class Page:
         return JSONResponse({**points, "hits": hits})
 
     async def item(self, request: Request) -> Response:
-        """One item, as part of a page."""
+        """One item, as an HTML fragment."""
         state = State.parse(request.query_params)
         found = item(self.index, self.index.hit(request.path_params["id"]))
         return self._render("item.html", state=state, item=found)
 
     async def media(self, request: Request) -> Response:
-        """The media of an item, or a part of them, as the Range header says."""
+        """The file of an item, or the range of it that the Range header asks for."""
         return await to_thread.run_sync(self._media, request.path_params["id"])
 
     async def item_thumbnail(self, request: Request) -> Response:
@@ -121,7 +121,7 @@ class Page:
                 async with self.receiving:
                     content = await _body(request)
                     read = partial(self._read, name, modality, content)
-                    # A thread cannot be stopped. It keeps its place until it is done, or at the decoder's own limits.
+                    # A thread cannot be stopped. It counts towards the limit until it is done.
                     upload = await to_thread.run_sync(read, limiter=self.encoding, abandon_on_cancel=True)
         except TimeoutError:
             return JSONResponse({"error": f"{name} takes too long to read, or the server is busy."}, 408)
@@ -186,7 +186,7 @@ class Page:
         return HTMLResponse(page.encode(errors="replace"), code, {"Cache-Control": "no-store"})
 
     async def refuse(self, request: Request, error: Exception) -> Response:
-        """Says in a sentence why there is no answer."""
+        """Answers an error with one sentence: a page for browsers, plain text otherwise."""
         code = (
             error.status_code
             if isinstance(error, HTTPException)
@@ -201,14 +201,14 @@ class Page:
 
 
 async def _body(request: Request) -> bytes:
-    """The body of a request, up to `MAX_UPLOAD` bytes."""
+    """The body of a request, up to `MAX_UPLOAD_BYTES` bytes."""
     content = bytearray()
-    too_large = UserError(f"the file is too large: at most {MAX_UPLOAD // 2**20} MiB")
-    if int(request.headers.get("content-length", 0)) > MAX_UPLOAD:
+    too_large = UserError(f"the file is too large: at most {MAX_UPLOAD_BYTES // 2**20} MiB")
+    if int(request.headers.get("content-length", 0)) > MAX_UPLOAD_BYTES:
         raise too_large
     async for chunk in request.stream():
         content += chunk
-        if len(content) > MAX_UPLOAD:
+        if len(content) > MAX_UPLOAD_BYTES:
             raise too_large
     return bytes(content)
 

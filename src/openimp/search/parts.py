@@ -14,14 +14,14 @@ from openimp.inference.model import Model
 from openimp.search.media import Media
 
 MAX_LINES = 100_000
-"""Most lines of a text file, because a file is written to the table at once."""
+"""Most lines of a text file, because all rows of a file are written to the table at once."""
 MAX_TEXT = 10_000
 """Most characters of a line that are stored; no text encoder reads as many."""
 
 
 @dataclass
 class File:
-    """Media that are being indexed."""
+    """A file, or the media in a row of a source, while it is indexed."""
 
     media: Media
     sha256: str = ""
@@ -31,7 +31,7 @@ class File:
     error: str | None = None  # why it, or its first unreadable part, cannot be read
 
     def add(self, part: "Part", vector: np.ndarray | BadMedia) -> None:
-        """Takes the vector of a part, or the reason why there is none."""
+        """Adds the vector of a part, or the reason why there is none."""
         self.left -= 1
         if isinstance(vector, BadMedia):
             self.error = self.error or f"{part.name}{vector}"
@@ -52,7 +52,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """How a message calls it."""
+        """The prefix of error messages about this part; empty for a whole file."""
         if self.end is not None:
             return f"from {self.start:.1f} to {self.end:.1f} s: "
         return "" if self.text is None else f"line {self.number + 1}: "

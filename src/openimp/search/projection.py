@@ -11,7 +11,7 @@ GRID = 65_535
 
 
 def method() -> str:
-    """How the coordinates are computed: with UMAP if `umap-learn` is installed, else with PCA."""
+    """The method that computes the coordinates: UMAP if `umap-learn` is installed, otherwise PCA."""
     return "UMAP" if find_spec("umap") else "PCA"
 
 

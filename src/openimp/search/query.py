@@ -1,4 +1,4 @@
-"""What goes into a search and what comes out of it."""
+"""Queries and results of a search."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,14 @@ class Query:
 
 @dataclass(frozen=True)
 class Like:
-    """A part of a query: an indexed item, whose stored vector is used."""
+    """A part of a query: an indexed item ("more like this"). Its stored vector is used."""
 
     id: str
     weight: float = 1.0  # negative: "less like this"
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedQuery:
     """A part of a query that `Index.encode` has encoded, for several searches."""
 
     modality: str
@@ -32,7 +32,7 @@ class Encoded:
     weight: float = 1.0  # negative: subtracted
 
 
-Part = Query | Like | Encoded
+QueryPart = Query | Like | EncodedQuery
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`openimp serve`: a page to search an index, for one or several users."""
+"""`openimp serve`: a web server for the search page."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Which vectors can be compared. In a joint space, all can; in disjoint spaces, each pair of heads has its own."""
+"""Which vectors can be compared: in a joint space all, in disjoint spaces only those of one pair of heads."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from openimp.inference.model import Model
 from openimp.model.imp import IMP
 
 Space = frozenset[str]
-"""The names of the two heads of a disjoint space; empty for the joint space."""
+"""A space, identified by the names of its two heads; empty for the joint space."""
 
 
 def shared_space(model: IMP, a: str, b: str) -> Space:

@@ -13,11 +13,11 @@ MAX_TEXT = 1000
 """Characters of a query at most."""
 MAX_PARTS = 16
 """Uploads or items of one query at most."""
-PAGE = 48
+PAGE_RESULTS = 48
 """Results that are shown at once."""
 MAX_RESULTS = 480
-LESS = -0.5
-"""Weight of an item that results should be less like. A full -1 would mostly find what is unlike anything."""
+LESS_WEIGHT = -0.5
+"""Weight of an item that results should be less like. With -1, most results would resemble neither."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class State:
     modality: tuple[str, ...] = ()  # none: all
     under: str = ""  # a folder or a source
     min: float = 0.0  # score; 0: any
-    k: int = PAGE  # results
+    k: int = PAGE_RESULTS  # results
 
     @classmethod
     def parse(cls, parameters: QueryParams) -> "State":
@@ -45,7 +45,7 @@ class State:
             if len(given[name]) > MAX_TEXT:
                 raise UserError(f"a query has at most {MAX_TEXT:,} characters")
         try:
-            score, count = float(parameters.get("min") or 0), int(parameters.get("k") or PAGE)
+            score, count = float(parameters.get("min") or 0), int(parameters.get("k") or PAGE_RESULTS)
         except ValueError:
             raise UserError("min and k must be numbers") from None
         if not (-1 <= score <= 1 and 1 <= count <= MAX_RESULTS):
@@ -59,7 +59,7 @@ class State:
 
     def likes(self) -> list[Like]:
         """The parts of the query that are indexed items."""
-        return [*(Like(id) for id in self.more), *(Like(id, LESS) for id in self.less)]
+        return [*(Like(id) for id in self.more), *(Like(id, LESS_WEIGHT) for id in self.less)]
 
     def link(self, path: str = "/", /, **changes: Any) -> str:
         """The URL of this state with some fields changed."""
@@ -76,7 +76,7 @@ class State:
         other = {"more": "less", "less": "more"}[kind]
         ids = (*(it for it in getattr(self, kind) if it != id), id)[-MAX_PARTS:]
         rest = tuple(it for it in getattr(self, other) if it != id)
-        return self.link(**{kind: ids, other: rest, "k": PAGE})
+        return self.link(**{kind: ids, other: rest, "k": PAGE_RESULTS})
 
     def without(self, kind: str, id: str) -> str:
         """The URL without an upload or item of the query."""

@@ -1,6 +1,6 @@
 """The table of items of an index, in LanceDB.
 
-A write to the table is atomic and contains whole files only. So after a kill, the table says itself what is left to do.
+A write to the table is atomic and contains whole files only. So after a kill, the table alone shows what is left to do.
 """
 
 import os
@@ -18,13 +18,13 @@ ITEMS = "items"
 SHOWN = ["id", "path", "modality", "start", "end", "text"]
 """Columns of the results of a search."""
 BATCH = 8192
-"""Rows that are read at once."""
-SOME = 500
+"""Rows that are read into memory at once."""
+FILTER_PATHS = 500
 """Most paths that one SQL filter lists."""
 
 
 class Stored(NamedTuple):
-    """What the table knows about a file or a row of a source."""
+    """What the table records of a file, or of the media in a row of a source."""
 
     sha256: str
     state: str
@@ -39,7 +39,7 @@ def schema(size: int) -> pa.Schema:
         "path": text,  # absolute; SOURCE/ROW/COLUMN for media in a row of a source
         "part": number,  # of the file: the number of the segment, or of the line of text
         "sha256": text,  # of the media
-        "state": text,  # of a file: its size and time of the last change; of a row: the source's fingerprint
+        "state": text,  # of a file: its size and modification time; of a row: the source's fingerprint
         "modality": text,
         "towards": text,
         "start": seconds,
@@ -54,7 +54,7 @@ def schema(size: int) -> pa.Schema:
 
 
 class Items:
-    """The table of an index that is open for reading and, under `locked`, for writing."""
+    """The table of an index, open for reading. Writers must hold `folder.locked`."""
 
     def __init__(self, folder: Path, size: int | None = None) -> None:
         """Opens the table. With `size`, the number of features, creates it if it does not exist."""
@@ -88,7 +88,7 @@ class Items:
             vector: (Z,), of any length.
             k: number of rows at most.
             where: only rows that match this SQL filter.
-            probes: number of IVF groups to compare. If a filter leaves less than `k` rows in these, it is more.
+            probes: number of IVF partitions to search; more if a filter leaves fewer than `k` rows in these.
                 None: all rows are compared.
         """
         query = self.table.search(vector).distance_type("cosine").limit(k).select([*SHOWN, "_distance"])
@@ -130,11 +130,13 @@ class Items:
         for some in _chunks(paths):
             self.table.delete(any_of("path", some))
 
-    def group(self, groups: int) -> None:
-        """Makes an inverted file with this number of groups."""
+    def build_ivf(self, partitions: int) -> None:
+        """Builds an IVF index with this number of partitions."""
         from lancedb.index import IvfFlat
 
-        self.table.create_index("vector", config=IvfFlat(distance_type="cosine", num_partitions=groups), replace=True)
+        self.table.create_index(
+            "vector", config=IvfFlat(distance_type="cosine", num_partitions=partitions), replace=True
+        )
 
     def compact(self) -> None:
         """Merges the small files that many writes leave, and adds new rows to the IVF index if there is one."""
@@ -180,7 +182,7 @@ def _column(rows: list[dict[str, Any]], field: pa.Field) -> pa.Array:
 
 def _chunks(paths: Iterable[str]) -> Iterator[list[str]]:
     paths = list(paths)
-    return (paths[start : start + SOME] for start in range(0, len(paths), SOME))
+    return (paths[start : start + FILTER_PATHS] for start in range(0, len(paths), FILTER_PATHS))
 
 
 def import_lancedb() -> Any:

@@ -14,7 +14,7 @@ from openimp.inference.model import Model
 from openimp.search.folder import read_skipped, write_skipped
 from openimp.search.media import Media
 from openimp.search.parts import File, Part, list_parts, open_file, read_part
-from openimp.search.table import SOME, Items, any_of
+from openimp.search.table import FILTER_PATHS, Items, any_of
 
 
 class Update:
@@ -26,15 +26,15 @@ class Update:
         folder: Path,
         items: Items,
         towards: dict[str, str],
-        wanted: dict[str, Media],  # by path
+        wanted: dict[str, Media],  # what the index should hold, by path
         given: list[Path] | None,  # only items in these files and folders are removed; None: all may be
     ) -> None:
         self.model, self.folder, self.items, self.towards = model, folder, items, towards
         self.wanted, self.stored = wanted, items.stored()
         self.path_of = {(known.sha256, known.modality): path for path, known in self.stored.items()}
-        """Where the table has the vectors of some content. The key is a hash and a modality."""
+        """The path whose rows hold the vectors of some content, by hash and modality."""
         self.first: dict[tuple[str, str], str] = {}
-        """The path of the first row of a source with some content. Rows with the same content are left out."""
+        """The path of the first source row with some content, by hash and modality. Later duplicates are left out."""
         roots = None if given is None else [os.path.abspath(path) for path in given]
         self.skipped = read_skipped(folder)
         stale = [path for path in self.skipped if path not in wanted and _is_below(path, roots)]
@@ -43,7 +43,7 @@ class Update:
         self.saved = None if stale else dict(self.skipped)
         self.counts: Counter[str] = Counter()
         self.gone = {path for path in self.stored if path not in wanted and _is_below(path, roots)}
-        self.moved: set[str] = set()  # of `gone`: where media were that are now elsewhere
+        self.moved: set[str] = set()  # the paths in `gone` whose content now has another path
 
     def run(self, batch_size: int, progress: Callable[[Iterable[Any], str], Iterable[Any]]) -> bool:
         """Updates the table. Returns whether it changed."""
@@ -93,7 +93,7 @@ class Update:
                 if not file.parts and not file.error:
                     list_parts(self.model, file)  # `open_file` found its content in rows that are replaced now.
                 yield from file.parts
-            if len(copies) == SOME:
+            if len(copies) == FILTER_PATHS:
                 self._write(started, copies)
 
     def _write(self, started: list[File], copies: list[tuple[File, str]]) -> None:

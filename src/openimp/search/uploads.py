@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from secrets import token_urlsafe
 from threading import Lock
 
-from openimp.search.query import Encoded
+from openimp.search.query import EncodedQuery
 
-MAX_UPLOAD = 64 * 2**20
+MAX_UPLOAD_BYTES = 64 * 2**20
 """Bytes of a file at most."""
-KEPT = 256
+KEPT_UPLOADS = 256
 """Uploads that are kept at most; the oldest is dropped first."""
 KEPT_SECONDS = 24 * 3600
 
@@ -20,14 +20,14 @@ class Upload:
     """An encoded file."""
 
     name: str
-    encoded: Encoded
+    encoded: EncodedQuery
     thumbnail: bytes | None  # WebP
 
 
 class Uploads:
     """Uploads by random ids, so that nobody finds those of other users."""
 
-    def __init__(self, kept: int = KEPT, seconds: float = KEPT_SECONDS) -> None:
+    def __init__(self, kept: int = KEPT_UPLOADS, seconds: float = KEPT_SECONDS) -> None:
         self.kept, self.seconds = kept, seconds
         self._uploads: OrderedDict[str, tuple[float, Upload]] = OrderedDict()
         self._lock = Lock()
