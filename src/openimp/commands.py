@@ -223,7 +223,7 @@ def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> 
         raise UserError(f"serve needs {error.name}: pip install 'openimp[search]'") from None
     if not (what / METADATA).exists():
         what = build_index(what, allow_sources=allow_sources).folder
-    serve(open_index(what), host, port)
+    serve(open_index(what, allow_sources=allow_sources), host, port)
 
 
 def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None:

@@ -96,6 +96,7 @@ def test_the_keyboard_alone_searches_for_texts_and_files(server, page, little_da
     search_with_keyboard(page, server.url, "red")
     assert results(page)[0] == "a red square"
     assert page.locator("#status").inner_text().startswith("39 results")
+    assert page.get_by_role("link", name="Map").get_attribute("href") == "/map?q=red", "the map is that of the query"
     choose_with_keyboard(page, little_data / "4.wav")
     assert results(page)[0] == "a middle tone"
     assert page.locator("#parts").inner_text().split() == ["like", "4.wav", "✕"]
@@ -136,6 +137,8 @@ def test_a_file_is_uploaded_filtered_and_followed_to_more_like_it(server, page, 
     page.wait_for_selector("#parts li.less", state="detached")
     page.locator("#parts li.more a").click()
     page.wait_for_selector("#parts li.more", state="detached")
+    page.set_input_files("#file", little_data / "4.wav")
+    page.wait_for_selector("#parts li.file")
     assert page.get_by_role("checkbox", name="audio").is_checked()
     page.locator("[name=min]").fill("0.99")
     page.wait_for_url("**min=0.99*")
@@ -191,7 +194,7 @@ def test_the_map_is_used_with_the_keyboard_and_the_mouse(server, page):
             break
     api.expect(page.locator("#results a[data-go]").first).not_to_have_attribute("href", first, timeout=SECONDS)
     page.keyboard.press("Enter")
-    press_until(page, "Tab", "#results a[data-go]", 4)
+    press_until(page, "Tab", "#results a[data-go]", 12)  # The controls of a sound come first.
     page.keyboard.press("Enter")
     page.wait_for_url(re.compile(r"/\?more=\w{32}$"))
     assert results(page)

@@ -10,6 +10,7 @@ from itertools import cycle
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
+import anyio
 import numpy as np
 import PIL.Image
 import pytest
@@ -24,6 +25,7 @@ from openimp.common.errors import UserError
 from openimp.search import Like, Query, build_index, open_index
 from openimp.search.answers import search
 from openimp.search.guard import POLICY
+from openimp.search.page import TemporaryResponse
 from openimp.search.projection import GRID, project
 from openimp.search.query import EncodedQuery
 from openimp.search.state import MAX_PARTS, PAGE_RESULTS, State
@@ -119,6 +121,24 @@ def test_media_are_served_whole_and_in_ranges(server: Server, folder: Path, ids)
             assert "sandbox" in headers["content-security-policy"]
     text = server.ask(f"/media/{ids['markup.txt']}")
     assert (text.text, text.headers["content-type"]) == (MARKUP, "text/plain; charset=utf-8")
+
+
+@pytest.mark.parametrize("requested", ["bytes=0-1", "bytes=9-", "bytes=x-y", ""])
+def test_media_of_rows_leave_no_files_behind(tmp_path: Path, requested):
+    """They are in a temporary file while they are served, because only files are served in ranges."""
+    file, sent = tmp_path / "media", []
+    file.write_bytes(b"media")
+
+    async def receive():
+        await anyio.sleep_forever()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "headers": [(b"range", requested.encode())] if requested else []}
+    anyio.run(TemporaryResponse(file), scope, receive, send)
+    assert sent[0]["status"] in (200, 206, 400, 416)
+    assert not file.exists()
 
 
 def test_only_indexed_items_are_served(server: Server, folder: Path, ids):

@@ -21,6 +21,8 @@ from openimp.common.schema import Count, Share, Strict, checked
 FORMAT = 1
 """Version of this layout. Other versions are refused."""
 METADATA, SKIPPED, LOCK = "index.json", "skipped.json", ".lock"
+INDEX_FILES = ("**/*",)
+"""Patterns of the files of an index, for `refuse_links`."""
 MAX_JSON = 2**28
 """Most bytes of `skipped.json` that are read."""
 
@@ -57,7 +59,7 @@ def locked(folder: Path) -> Iterator[None]:
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / LOCK).exists())):
         raise UserError(f"{folder}: is not an index; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    refuse_links(folder)
+    refuse_links(folder, INDEX_FILES)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()

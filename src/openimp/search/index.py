@@ -11,13 +11,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from openimp.checkpoint.folder import find_model
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
 from openimp.common.safe_files import refuse_links
 from openimp.data.tables import Table
+from openimp.data.trust import check_uses
 from openimp.encoding.items import embed
 from openimp.inference.model import Model, load
-from openimp.search.folder import Metadata, read_metadata
+from openimp.search.folder import INDEX_FILES, Metadata, read_metadata
 from openimp.search.media import file_state, row_media, source_table
 from openimp.search.query import EncodedQuery, Hit, Like, Query, QueryPart
 from openimp.search.spaces import Space, fingerprint, shared_space, towards_space
@@ -34,11 +36,12 @@ class Index:
         folder: where the index is.
     """
 
-    def __init__(self, folder: Path, model: Model, about: Metadata) -> None:
+    def __init__(self, folder: Path, model: Model, about: Metadata, allow_sources: bool = False) -> None:
         self.folder, self.model = folder, model
+        self._allow_sources = allow_sources
         self._about, self._items = about, Items(folder)
         self._sources: dict[str, Table] = {}
-        self._lock = threading.RLock()
+        self._encoding, self._reading = threading.Lock(), threading.Lock()
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -124,9 +127,12 @@ class Index:
             if file_state(row["path"]) != row["state"]:
                 raise UserError(f"{row['path']}: is gone or has changed since it was indexed; index it again")
             return Path(row["path"])
-        with self._lock:
+        with self._reading:
             name = row["source"]
             if name not in self._sources:
+                if not self._allow_sources:
+                    folder = find_model(self._about.model)
+                    check_uses(Path(self._about.model), folder, self.model.recipe, [("the index", name)])
                 self._sources[name] = source_table(self.model.recipe, name)
             if self._sources[name].fingerprint != row["state"]:
                 raise UserError(f"source {name} has changed since it was indexed; index it again")
@@ -171,7 +177,7 @@ class Index:
         towards = [other for other in model.modalities if model.imp.share_a_space(name, other)]
         if model.imp.config.space == "joint":
             towards = towards[:1]
-        with self._lock:
+        with self._encoding:
             vectors = {other: embed(model.imp, modality, view, [item], other, 64, model.precision) for other in towards}
         return EncodedQuery(name, {other: vector[0].cpu().numpy() for other, vector in vectors.items()}, query.weight)
 
@@ -223,31 +229,35 @@ class Index:
         modality, view = model.modalities[part.modality], model.views[part.modality]
         if modality.reads_text and not (str(part.value).strip() and modality.knows(part.value, view)):
             raise UserError(f"{part.value!r} has no word that the model knows")
-        with self._lock:
+        with self._encoding:
             return model.encode(part.modality, part.value, normalize=True, towards=towards)[0].cpu().numpy()
 
 
-def open_index(path: str | Path, device: str | torch.device | None = None) -> Index:
+def open_index(path: str | Path, device: str | torch.device | None = None, allow_sources: bool = False) -> Index:
     """Opens an index for search, and loads the model that built it.
 
     Args:
         path: the folder of the index.
         device: where queries are encoded; see `openimp.load`.
+        allow_sources: whether `Index.read` may read any source that the recipe names if the model was not trained here.
 
     Raises:
         UserError: there is no index, or its model is gone or has other weights now.
     """
     folder = Path(path)
-    about = read_metadata(folder) if folder.is_dir() else None
+    refuse_links(folder, INDEX_FILES)
+    about = read_metadata(folder)
     if about is None:
         raise UserError(f"{folder}: is not an index; openimp index makes one")
-    refuse_links(folder)
-    model = load(about.model, device)
+    try:
+        model = load(about.model, device)
+    except UserError as error:
+        raise UserError(f"{folder}: its model cannot be opened: {error}") from None
     if fingerprint(model) != about.fingerprint:
         raise UserError(
             f"{folder}: was built with other weights or views than {about.model} has now; build a new index"
         )
-    return Index(folder, model, about)
+    return Index(folder, model, about, allow_sources)
 
 
 def _hit(row: dict[str, Any], score: float) -> Hit:

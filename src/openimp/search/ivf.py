@@ -27,7 +27,7 @@ RECALL = 0.99
 def update(folder: Path, items: Items, about: Metadata) -> Metadata:
     """Builds the IVF index if the table needs a new one, measures its recall, and records both in index.json."""
     rows = items.table.count_rows()
-    old = about.ivf if items.table.list_indices() else None
+    old = about.ivf if "vector" in items.indexed() else None
     if rows < MIN_ROWS or (old and rows <= GROWTH * old.rows):
         new = old
     else:

@@ -10,16 +10,16 @@ import anyio
 import numpy as np
 from anyio import CapacityLimiter, Semaphore, to_thread
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.common.progress import clock
 from openimp.search.answers import Answer, answer
-from openimp.search.display import UNKNOWN, head_of, item, kind_of, media_type
+from openimp.search.display import UNKNOWN, Item, head_of, item, kind_of, media_type
 from openimp.search.index import Index
 from openimp.search.projection import MAX_POINTS, method, project
 from openimp.search.query import Query
@@ -47,6 +47,7 @@ class Page:
     def __init__(self, index: Index) -> None:
         self.index, self.uploads = index, Uploads()
         self.searching, self.encoding, self.drawing = CapacityLimiter(1), CapacityLimiter(2), CapacityLimiter(2)
+        self.projecting = CapacityLimiter(1)  # UMAP takes minutes; whoever asks meanwhile waits for the same map.
         self.receiving = Semaphore(RECEIVED_AT_ONCE)
         self.folder = tempfile.TemporaryDirectory(prefix="openimp-serve-")
         self.thumbnail = lru_cache(maxsize=4096)(self._thumbnail)
@@ -84,7 +85,7 @@ class Page:
     async def map_points(self, request: Request) -> Response:
         """The points of the map, and the ids of the items that the query in the URL finds."""
         state = State.parse(request.query_params)
-        points = await to_thread.run_sync(self.points, limiter=self.drawing)
+        points = await to_thread.run_sync(self.points, limiter=self.projecting)
         hits: list[str] = []
         if not state.is_empty:
             found = await to_thread.run_sync(answer, self.index, self.uploads, state, limiter=self.searching)
@@ -94,7 +95,7 @@ class Page:
     async def item(self, request: Request) -> Response:
         """One item, as an HTML fragment."""
         state = State.parse(request.query_params)
-        found = item(self.index, self.index.hit(request.path_params["id"]))
+        found = await to_thread.run_sync(self._item, request.path_params["id"])
         return self._render("item.html", state=state, item=found)
 
     async def media(self, request: Request) -> Response:
@@ -138,6 +139,9 @@ class Page:
             raise UserError(f"{name} {error}") from None
         return Upload(name, encoded, self._draw(modality, content))
 
+    def _item(self, id: str) -> Item:
+        return item(self.index, self.index.hit(id))
+
     def _media(self, id: str) -> Response:
         hit, media = self.index.hit(id), self.index.read(id)
         kind = kind_of(self.index.model.modalities[hit.modality])
@@ -146,16 +150,16 @@ class Page:
         found = media_type(head_of(media), kind)
         # The media are data of others: whatever a browser makes of them, it may run and load nothing.
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "private, no-cache"}
-        background = None
+        response = FileResponse
         if isinstance(media, bytes):
             # Only files are served in ranges, which browsers need to play sounds and clips.
             number, file = tempfile.mkstemp(dir=self.folder.name)
             with os.fdopen(number, "wb") as stream:
                 stream.write(media)
             os.utime(file, (0, 0))  # The same ETag for each range.
-            media, background = Path(file), BackgroundTask(os.unlink, file)
+            media, response = Path(file), TemporaryResponse
         name = Path(hit.path).name if found == UNKNOWN else None  # With a name, the browser saves the file.
-        return FileResponse(media, headers=headers, media_type=found, filename=name, background=background)
+        return response(media, headers=headers, media_type=found, filename=name)
 
     def _thumbnail(self, id: str) -> bytes | None:
         hit = self.index.hit(id)
@@ -198,6 +202,16 @@ class Page:
         if "text/html" in request.headers.get("accept", ""):
             return self._render("error.html", code=code, state=State(), page="", status=text)
         return PlainTextResponse(text.encode(errors="replace"), code)
+
+
+class TemporaryResponse(FileResponse):
+    """A file that is removed afterwards, also if the request is refused or the client is gone."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            os.unlink(self.path)
 
 
 async def _body(request: Request) -> bytes:

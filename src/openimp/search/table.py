@@ -4,7 +4,9 @@ A write to the table is atomic and contains whole files only. So after a kill, t
 """
 
 import os
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,8 @@ SHOWN = ["id", "path", "modality", "start", "end", "text"]
 """Columns of the results of a search."""
 BATCH = 8192
 """Rows that are read into memory at once."""
+READERS = 24 * 3600
+"""Seconds for which a process that has opened the index can read it while others change it."""
 FILTER_PATHS = 500
 """Most paths that one SQL filter lists."""
 
@@ -94,7 +98,8 @@ class Items:
         query = self.table.search(vector).distance_type("cosine").limit(k).select([*SHOWN, "_distance"])
         query = query.where(where) if where else query
         query = query.bypass_vector_index() if probes is None else query.minimum_nprobes(probes).maximum_nprobes(0)
-        return query.to_list()
+        with _read_errors():
+            return query.to_list()
 
     def vectors(self) -> Iterator[tuple[list[str], np.ndarray]]:
         """Ids and vectors (n, Z) fp32 of all rows, in batches."""
@@ -117,7 +122,8 @@ class Items:
     def rows(self, where: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
         """The rows that match an SQL filter; vectors are lists of floats."""
         query = self.table.search().where(where)
-        return (query.select(columns) if columns else query).to_list()
+        with _read_errors():
+            return (query.select(columns) if columns else query).to_list()
 
     def replace(self, paths: Iterable[str], rows: list[dict[str, Any]]) -> None:
         """Replaces all rows of some paths. If it is interrupted, these paths have no rows."""
@@ -130,6 +136,10 @@ class Items:
         for some in _chunks(paths):
             self.table.delete(any_of("path", some))
 
+    def indexed(self) -> set[str]:
+        """The columns that have an index."""
+        return {column for index in self.table.list_indices() for column in index.columns}
+
     def build_ivf(self, partitions: int) -> None:
         """Builds an IVF index with this number of partitions."""
         from lancedb.index import IvfFlat
@@ -139,9 +149,30 @@ class Items:
         )
 
     def compact(self) -> None:
-        """Merges the small files that many writes leave, and adds new rows to the IVF index if there is one."""
-        # Processes that have the index open still read earlier versions of the table.
-        self.table.optimize(cleanup_older_than=timedelta(days=1))
+        """Merges the small files that many writes leave, adds new rows to the column indexes, and removes old versions.
+
+        Processes that have the index open read the version that was the newest then. So the versions stay that were the
+        newest at some time in the last `READERS` seconds.
+        """
+        from lancedb.index import BTree
+
+        if "id" not in self.indexed():  # The page looks up dozens of items; without it, each is a scan of the table.
+            self.table.create_index("id", config=BTree())
+        self.table.optimize(cleanup_older_than=timedelta(days=9999))
+        # Lance removes versions by the time when they were written. The one that readers have may be years old.
+        now = time.time()
+        written = [version["timestamp"].timestamp() for version in self.table.list_versions()]
+        oldest = max((when for when in written if when < now - READERS), default=now - READERS)
+        self.table.optimize(cleanup_older_than=timedelta(seconds=now - oldest + 60))
+
+
+@contextmanager
+def _read_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # For example, a writer has removed a version that was opened long ago.
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"the index has changed since it was opened, or is damaged; open it again: {reason}") from None
 
 
 def drop(folder: Path) -> None:

@@ -37,7 +37,7 @@ class Update:
         """The path of the first source row with some content, by hash and modality. Later duplicates are left out."""
         roots = None if given is None else [os.path.abspath(path) for path in given]
         self.skipped = read_skipped(folder)
-        stale = [path for path in self.skipped if path not in wanted and _is_below(path, roots)]
+        stale = [path for path in self.skipped if self._is_stale(path, roots)]
         for path in stale:
             del self.skipped[path]
         self.saved = None if stale else dict(self.skipped)
@@ -61,6 +61,15 @@ class Update:
         self.counts["removed"] = len(self.gone - self.moved)
         self._save_skipped()
         return bool(self.items.table.version != before)
+
+    def _is_stale(self, path: str, roots: list[str] | None) -> bool:
+        """Whether an entry of `skipped` is about a file that is gone, or about an earlier state of a file with rows.
+
+        A kill after a file's rows are written leaves the latter.
+        """
+        stored = self.stored.get(path)
+        outdated = stored is not None and stored.state != self.skipped[path][0]
+        return outdated or (path not in self.wanted and _is_below(path, roots))
 
     def _is_current(self, media: Media) -> bool:
         stored, skipped = self.stored.get(media.path), self.skipped.get(media.path)

@@ -83,6 +83,7 @@ async function choose(i) {
 
 const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 canvas.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return; // The browser's own zoom and history.
   const step = STEPS[event.key];
   if (step) {
     const x = chosen < 0 ? canvas.clientWidth / 2 : screenX(chosen), y = chosen < 0 ? canvas.clientHeight / 2 : screenY(chosen);

@@ -6,6 +6,7 @@ const $ = (selector, within = document) => within.querySelector(selector);
 const RECORDED_SECONDS = 30;
 let newest = 0; // number of the newest request; answers to older ones are dropped
 let recorder = null;
+let asking = false; // for the microphone
 
 function explain(problem = "") {
   $("#problem").textContent = problem;
@@ -32,6 +33,7 @@ async function go(url, { push = true, whole = false } = {}) {
     if (own !== newest) return;
     if (!$("#query", page)) throw new Error(page.body.textContent.trim() || `The server failed: ${answer.status}.`);
     for (const id of whole ? ["query", "results"] : ["parts", "results"]) $(`#${id}`).replaceWith($(`#${id}`, page));
+    $("nav").replaceWith($("nav", page)); // The map is that of this query.
     $("#status").textContent = $("#status", page).textContent;
     document.title = page.title;
     if (push) history.pushState(null, "", url);
@@ -54,7 +56,6 @@ function address(changes = {}) {
 
 // Starts a new search with a file. Filters are kept.
 async function upload(file, name, modality = "") {
-  if (!$("#query")) return;
   if (file.size > Number($("#query").dataset.limit)) {
     explain(`${name} is too large: at most ${Math.floor($("#query").dataset.limit / 2 ** 20)} MiB.`);
     return;
@@ -76,11 +77,15 @@ async function upload(file, name, modality = "") {
 
 async function record(button) {
   if (recorder) return recorder.stop();
+  if (asking) return; // Otherwise a second click would start a recording that nothing ends.
   let stream;
+  asking = true;
   try {
     stream = await navigator.mediaDevices.getUserMedia({ audio: true });
   } catch (error) {
     return explain(`The microphone cannot be used: ${error.message}.`);
+  } finally {
+    asking = false;
   }
   const parts = [];
   recorder = new MediaRecorder(stream);
@@ -129,19 +134,22 @@ document.addEventListener("click", async (event) => {
   else if (button?.dataset.play) play(button, button.getAttribute("aria-pressed") !== "true");
 });
 document.addEventListener("change", ({ target }) => {
-  if (target.id === "file" && target.files.length) upload(target.files[0], target.files[0].name);
-  else if (target.closest("#query .filters")) $("#query").requestSubmit();
+  if (target.id === "file" && target.files.length) {
+    const [file] = target.files;
+    target.value = ""; // Otherwise choosing the same file again would not be a change.
+    upload(file, file.name);
+  } else if (target.closest("#query .filters")) $("#query").requestSubmit();
 });
 document.addEventListener("input", ({ target }) => {
   if (target.name === "min") target.nextElementSibling.textContent = Number(target.value) ? Number(target.value).toFixed(2) : "any";
 });
 document.addEventListener("paste", (event) => {
-  const file = event.clipboardData.files[0];
+  const file = $("#query") && event.clipboardData.files[0];
   if (file) event.preventDefault(), upload(file, file.name);
 });
 for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(name, (event) => {
-    if (![...event.dataTransfer.types].includes("Files")) return;
+    if (!$("#query") || ![...event.dataTransfer.types].includes("Files")) return;
     event.preventDefault();
     document.body.classList.toggle("dropping", name === "dragenter" || name === "dragover");
     const file = name === "drop" && event.dataTransfer.files[0];
