@@ -18,7 +18,7 @@ from openimp.search.server import create_app
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "search.png"
 SIZE = {"width": 1120, "height": 700}
-QUERY = "guitar"
+QUERY = "q=a+red+heart&min=0.45"  # Below this score are the sounds, which have nothing to do with hearts.
 
 
 def main(run: str) -> None:
@@ -27,13 +27,13 @@ def main(run: str) -> None:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        while not server.started:
+        while thread.is_alive() and not server.started:
             thread.join(0.1)
         port = server.servers[0].sockets[0].getsockname()[1]
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             page = browser.new_page(viewport=SIZE)
-            page.goto(f"http://127.0.0.1:{port}/?q={QUERY}", wait_until="networkidle")
+            page.goto(f"http://127.0.0.1:{port}/?{QUERY}", wait_until="networkidle")
             page.screenshot(path=PICTURE)
     finally:
         server.should_exit = True

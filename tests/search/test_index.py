@@ -33,19 +33,19 @@ import sys
 import openimp.inference.files
 from openimp.search import build_index
 
-def told(items, name):
+def counted(items, name):
     # At the last line that is read, it waits for the kill.
     for item in items:
         print(name, flush=True)
-        told.left -= 1
-        if not told.left:
+        counted.left -= 1
+        if not counted.left:
             signal.pause()
         yield item
 
-told.left = int(sys.argv[4])
+counted.left = int(sys.argv[4])
 
 openimp.inference.files.CHUNK = 2
-build_index(*sys.argv[1:2], sys.argv[2:3], sys.argv[3], batch_size=2, progress=told)
+build_index(*sys.argv[1:2], sys.argv[2:3], sys.argv[3], batch_size=2, progress=counted)
 """
 
 

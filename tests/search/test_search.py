@@ -79,7 +79,7 @@ def test_queries_add_up_and_can_be_subtracted(index, media):
     assert_best(index.search(parts), scores(index, text + 2 * encoded(index, "audio", sound) - 0.5 * noise))
     with pytest.raises(UserError, match="the queries cancel each other out"):
         index.search(["noise", Query("text", "noise", -1.0)])
-    with pytest.raises(UserError, match="there is no query"):
+    with pytest.raises(UserError, match="the query is empty"):
         index.search([])
 
 
@@ -202,7 +202,7 @@ def test_the_command_line_indexes_and_searches(openimp, joint_model, media, tmp_
     assert {hit["text"][:12] for hit in hits} == {"a red square", "a green circ", "a blue line "}
     assert hits[0].keys() == {"id", "path", "modality", "start", "end", "text", "score"}
     assert openimp("search", index, "noise", "--min-score", 0.9999)[1] == "no item is that close to the query\n"
-    assert openimp("search", index)[::2] == (2, "openimp: there is no query: give a text or a file\n")
+    assert openimp("search", index)[::2] == (2, "openimp: the query is empty: give a text or a file\n")
     help_ = openimp("search", "--help")[1]
     assert all(option in help_ for option in ("--image", "--audio", "--video", "--minus"))
     monkeypatch.setitem(sys.modules, "lancedb", None)

@@ -113,12 +113,12 @@ def _media_folders(folder: Path) -> list[Candidate]:
     if not inner:
         return [Candidate({"path": str(folder)})] if own else []
     splits = all(sub.name.lower() in ROLES for sub in inner)
-    apart = (
+    one_kind_each = (
         len(inner) > 1 and all(len(kinds) == 1 for kinds in inner.values()) and len(set().union(*inner.values())) > 1
     )
     # A folder in the only subfolder is a class, unless it has no subfolders: then that subfolder is one.
     wraps = len(inner) == 1 and not own and any(sub.is_dir() for sub in _visible(next(iter(inner))))
-    if splits or apart or wraps:
+    if splits or one_kind_each or wraps:
         return [candidate for sub in inner for candidate in _media_folders(sub)]
     return [Candidate({"path": str(folder)})]
 

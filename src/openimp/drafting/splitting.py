@@ -155,9 +155,9 @@ def _distinct(table: Table, name: str) -> int | None:
 
 
 def _groups(data: Inspected, table: Table, used: UsedColumns) -> tuple[str | None, int]:
-    """The column whose equal values stay together, and the number of its different values. None: the row number.
+    """The column by which rows are grouped, and the number of groups. Rows of one group are all held out, or none is.
 
-    The number is 0 if there are too few to hold any out.
+    None: each row is a group. The number is 0 if there are too few groups to hold any out.
     """
     if len(table) < MIN_ITEMS:
         return None, 0

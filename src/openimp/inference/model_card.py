@@ -114,7 +114,7 @@ def _rows(name: str, source: Source) -> int | None:
         return None
     try:
         return len(open_source(name, source))  # type: ignore[arg-type]  # It is no stream.
-    except UserError:  # The data is no longer there.
+    except UserError:  # For example, the data was deleted.
         return None
 
 

@@ -1,6 +1,5 @@
 """What the page shows for a query: its parts, and its results in order."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
@@ -12,8 +11,6 @@ from openimp.search.query import Hit, QueryPart
 from openimp.search.state import MAX_RESULTS, PAGE_RESULTS, State
 from openimp.search.uploads import Uploads
 
-MAX_WORDS = 16
-"""Words of a text that are looked for in the items' own texts."""
 EXAMPLES = 12
 """Items that are shown while the query is empty."""
 
@@ -48,43 +45,35 @@ def answer(index: Index, uploads: Uploads, state: State) -> Answer:
         parts, chips, notes = parts_of(index, uploads, state)
         if not parts:
             return Answer(_overview(index), _examples(index), chips, notes)
-        hits, named = search(index, parts, state)
+        hits = search(index, parts, state)
     except UserError as error:
         return Answer(f"This cannot be searched: {error}", [], chips, notes, code=400)
     kept = [hit for hit in hits if not state.min or hit.score >= state.min]
-    if named and kept:
-        notes.append("Items with these words in their text or file name come first.")
     more = state.link(k=min(state.k + PAGE_RESULTS, MAX_RESULTS)) if len(kept) == state.k < MAX_RESULTS else ""
     return Answer(_status(hits, kept, state), [item(index, hit) for hit in kept], chips, notes, more)
 
 
-def search(index: Index, parts: Sequence[QueryPart], state: State) -> tuple[list[Hit], int]:
-    """The best `state.k` items, and how many of them come first because their text or file name has all words of the
-    query's text.
+def search(index: Index, parts: Sequence[QueryPart], state: State) -> list[Hit]:
+    """The best `state.k` items.
 
     Cosines with a text are not comparable between modalities: in most models all pictures are nearer to texts than all
     sounds are, or the other way round. So the results of a text alternate between the modalities.
     """
 
-    def find(modalities: Sequence[str] | None, words: Sequence[str] = ()) -> list[Hit]:
-        return index.search(parts, state.k, modalities, state.under or None, words=words)
+    def find(modalities: Sequence[str] | None) -> list[Hit]:
+        return index.search(parts, state.k, modalities, state.under or None)
 
     if not state.q:
-        return find(state.modality or None), 0
-    words = re.findall(r"\w+", state.q)[:MAX_WORDS]
-    named, others, refused = [], [], None
+        return find(state.modality or None)
+    found, refused = [], None
     for name in state.modality or index.counts:
         try:
-            others.append(find([name]))
-            named.append(find([name], words) if words else [])
+            found.append(find([name]))
         except UserError as error:  # For example, no task compares this modality with texts.
             refused = error
-    if refused and not others:
+    if refused and not found:
         raise refused
-    first = _alternate(named)
-    ids = {hit.id for hit in first}
-    rest = _alternate([[hit for hit in hits if hit.id not in ids] for hits in others])
-    return [*first, *rest][: state.k], min(len(first), state.k)
+    return _alternate(found)[: state.k]
 
 
 def _alternate(lists: list[list[Hit]]) -> list[Hit]:

@@ -23,7 +23,7 @@ from openimp.search.folder import INDEX_FILES, Metadata, read_metadata
 from openimp.search.media import file_state, row_media, source_table
 from openimp.search.query import EncodedQuery, Hit, Like, Query, QueryPart
 from openimp.search.spaces import Space, fingerprint, shared_space, towards_space
-from openimp.search.table import SHOWN, Items, any_of, below, has_word, quoted
+from openimp.search.table import SHOWN, Items, any_of, below, quoted
 
 
 class Index:
@@ -64,7 +64,6 @@ class Index:
         modalities: Sequence[str] | None = None,
         under: str | Path | None = None,
         min_score: float | None = None,
-        words: Sequence[str] = (),
     ) -> list[Hit]:
         """Returns the `k` items that are closest to the weighted sum of the queries, the best first.
 
@@ -74,7 +73,6 @@ class Index:
             modalities: only items of these modalities. None: all that can be compared with the queries.
             under: only files in this folder, or rows of the source of this name.
             min_score: only items with at least this cosine.
-            words: only items that have all of these words in their text, or in the name of their file.
 
         Raises:
             UserError: a query cannot be read, or no item can be compared with it.
@@ -82,14 +80,13 @@ class Index:
         given = [queries] if isinstance(queries, str | QueryPart) else queries
         parts = [self.text_query(part) if isinstance(part, str) else part for part in given]
         if not parts:
-            raise UserError("there is no query: give a text or a file")
+            raise UserError("the query is empty: give a text or a file")
         for name in modalities or ():
             if name not in self.counts:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
         where = [f"NOT {any_of('id', ids)}"] if (ids := [part.id for part in parts if isinstance(part, Like)]) else []
         if under is not None:
             where.append(self._below(under))
-        where += [has_word(word) for word in words]
         found = []
         for space, names in self._spaces(modalities or self.counts).items():
             vector = self._sum(parts, space)

@@ -15,7 +15,7 @@ from openimp.search.folder import Ivf, Metadata, write_metadata
 from openimp.search.table import Items
 
 MIN_ROWS = 50_000
-"""Fewest rows with an inverted file. Scanning fewer takes some 30 ms."""
+"""Fewest rows with an inverted file."""
 GROWTH = 2
 """The partitions are computed again if the table has grown by more than this factor."""
 QUERIES, NEAREST = 200, 10

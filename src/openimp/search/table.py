@@ -190,14 +190,6 @@ def below(folder: str) -> str:
     return f"(path = {quoted(folder)} OR starts_with(path, {quoted(folder.rstrip(os.sep) + os.sep)}))"
 
 
-def has_word(word: str) -> str:
-    """An SQL filter: the item's text, or the name of its file, has this word of letters, digits and underscores."""
-    edge = r"[^\p{L}\p{N}/]"
-    in_text = f"regexp_like(text, '(?i)(^|{edge}){word}($|{edge})')"
-    in_name = f"regexp_like(path, '(?i)(/|{edge}){word}({edge}[^/]*)?$')"
-    return f"((text IS NOT NULL AND {in_text}) OR (source IS NULL AND {in_name}))"
-
-
 def quoted(text: str) -> str:
     """An SQL string."""
     return "'" + text.replace("'", "''") + "'"

@@ -117,8 +117,8 @@ canvas.addEventListener("pointermove", (event) => {
   fingers.set(event.pointerId, [event.offsetX, event.offsetY]);
   atX -= dx / zoom / fingers.size;
   atY -= dy / zoom / fingers.size;
-  const apart = (place) => Math.hypot(place[0] - other[0], place[1] - other[1]) || 1;
-  if (other) zoomBy(apart([event.offsetX, event.offsetY]) / apart(before), (event.offsetX + other[0]) / 2, (event.offsetY + other[1]) / 2);
+  const distance = (place) => Math.hypot(place[0] - other[0], place[1] - other[1]) || 1;
+  if (other) zoomBy(distance([event.offsetX, event.offsetY]) / distance(before), (event.offsetX + other[0]) / 2, (event.offsetY + other[1]) / 2);
   else draw();
 });
 for (const name of ["pointerup", "pointercancel"]) {
