@@ -96,7 +96,9 @@ def test_the_keyboard_alone_searches_for_texts_and_files(server, page, little_da
     search_with_keyboard(page, server.url, "a red square")
     assert results(page)[0] == "a red square"
     assert page.locator("#status").inner_text().startswith("39 results")
-    assert page.get_by_role("link", name="Map").get_attribute("href") == "/map?q=a+red+square", "the map is that of the query"
+    assert page.get_by_role("link", name="Map").get_attribute("href") == "/map?q=a+red+square", (
+        "the map is that of the query"
+    )
     choose_with_keyboard(page, little_data / "4.wav")
     assert results(page)[0] == "a middle tone"
     assert page.locator("#parts").inner_text().split() == ["like", "4.wav", "✕"]

@@ -116,7 +116,7 @@ def _by_hash(data: Inspected, source: dict[str, Any], used: UsedColumns) -> Spli
 def _fair_part(numbers: list[int], of: int, labels: list[Any]) -> tuple[int, bool]:
     """The part to hold out: one of about average size, whose classes the other parts have too, if there is one.
 
-    The second value says whether they have.
+    Also returns whether the other parts have all classes of that part.
     """
     sizes, average = Counter(numbers), len(numbers) / of
     in_all = Counter(map(as_text, labels))

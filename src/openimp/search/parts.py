@@ -26,13 +26,13 @@ class File:
     media: Media
     sha256: str = ""
     parts: list["Part"] = field(default_factory=list)
-    left: int = 0  # number of parts that are not encoded yet
+    unencoded: int = 0  # number of parts that are not encoded yet
     rows: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None  # why it, or its first unreadable part, cannot be read
 
     def add(self, part: "Part", vector: np.ndarray | BadMedia) -> None:
         """Adds the vector of a part, or the reason why there is none."""
-        self.left -= 1
+        self.unencoded -= 1
         if isinstance(vector, BadMedia):
             self.error = self.error or f"{part.name}{vector}"
         else:
@@ -84,7 +84,7 @@ def list_parts(model: Model, file: File) -> None:
             file.parts = [Part(file, i, start, end) for i, (start, end) in enumerate(times)]
         else:
             file.parts = [Part(file, 0)]
-        file.left = len(file.parts)
+        file.unencoded = len(file.parts)
     except BadMedia as error:
         file.error = str(error)
 

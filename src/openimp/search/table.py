@@ -21,8 +21,8 @@ SHOWN = ["id", "path", "modality", "start", "end", "text"]
 """Columns of the results of a search."""
 BATCH = 8192
 """Rows that are read into memory at once."""
-READERS = 24 * 3600
-"""Seconds for which a process that has opened the index can read it while others change it."""
+KEEP_VERSIONS = 24 * 3600
+"""Seconds that a version of the table is kept after a newer one has replaced it, for processes that still read it."""
 FILTER_PATHS = 500
 """Most paths that one SQL filter lists."""
 
@@ -151,8 +151,8 @@ class Items:
     def compact(self) -> None:
         """Merges the small files that many writes leave, adds new rows to the column indexes, and removes old versions.
 
-        Processes that have the index open read the version that was the newest then. So the versions stay that were the
-        newest at some time in the last `READERS` seconds.
+        A process reads the version that was the newest when it opened the index. So a version is kept until
+        `KEEP_VERSIONS` seconds after a newer one was written.
         """
         from lancedb.index import BTree
 
@@ -162,7 +162,7 @@ class Items:
         # Lance removes versions by the time when they were written. The one that readers have may be years old.
         now = time.time()
         written = [version["timestamp"].timestamp() for version in self.table.list_versions()]
-        oldest = max((when for when in written if when < now - READERS), default=now - READERS)
+        oldest = max((when for when in written if when < now - KEEP_VERSIONS), default=now - KEEP_VERSIONS)
         self.table.optimize(cleanup_older_than=timedelta(seconds=now - oldest + 60))
 
 

@@ -107,7 +107,7 @@ class Update:
 
     def _write(self, started: list[File], copies: list[tuple[File, str]]) -> None:
         """Writes the files that are complete, and removes them from the lists."""
-        done = [file for file in started if not file.left]
+        done = [file for file in started if not file.unencoded]
         rows = [self._row(file, row) for file in done for row in file.rows]
         if copies:
             sources: dict[str, list[dict[str, Any]]] = {}
@@ -129,7 +129,7 @@ class Update:
                 del self.path_of[old.sha256, old.modality]
         self._save_skipped()
         self._count(done, {file.media.path: path for file, path in copies})
-        started[:] = [file for file in started if file.left]
+        started[:] = [file for file in started if file.unencoded]
         copies.clear()
 
     def _count(self, files: list[File], copied_from: dict[str, str]) -> None:
