@@ -1,5 +1,6 @@
 """Finds media files and encodes them in chunks, for `openimp embed` and `openimp index`."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -34,7 +35,7 @@ def find_files(
     unknown, given = 0, [Path(file) for file in files]
     for path in given:
         if path.is_dir():
-            for inner in sorted(p for p in path.rglob("*") if p.is_file()):
+            for inner in sorted(_files_below(path)):
                 name = modality_of.get(inner.suffix.lower())
                 unknown += name is None
                 if name:
@@ -51,6 +52,21 @@ def find_files(
         where = ", ".join(map(str, given)) or "an empty list"
         raise UserError(f"no files to embed in {where}; looked for {', '.join(modality_of)}")
     return {name: list(dict.fromkeys(paths)) for name, paths in found.items()}, unknown
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder. Linked folders, and folders that may not be read, are left out."""
+    # Unlike Path.rglob, os.scandir needs no system call per file to tell files from folders.
+    try:
+        with os.scandir(folder) as found:
+            entries = list(found)
+    except PermissionError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_below(folder / entry.name)
+        elif entry.is_file():
+            yield folder / entry.name
 
 
 def encode_chunks(

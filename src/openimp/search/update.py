@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from openimp.search.folder import read_skipped, write_skipped
 from openimp.search.media import Media
 from openimp.search.parts import File, Part, list_parts, open_file, read_part
 from openimp.search.table import FILTER_PATHS, Items, any_of
+
+OPENED = 16
+"""Number of files that a thread opens at a time."""
 
 
 class Update:
@@ -80,13 +84,16 @@ class Update:
     def _index(self, name: str, media: Iterable[Media], batch_size: int) -> None:
         started: list[File] = []
         copies: list[tuple[File, str]] = []  # files with the path of the same content in the table
-        opened = ahead(partial(open_file, self.model, self.path_of), media)
+        opened = chain.from_iterable(ahead(self._open, _batches(media)))
         parts, read = self._parts(opened, started, copies), partial(read_part, self.model)
         for chunk in encode_chunks(self.model, name, parts, read, self.towards[name], batch_size):
             for part, vector in chunk:
                 part.file.add(part, vector)
             self._write(started, copies)
         self._write(started, copies)
+
+    def _open(self, media: list[Media]) -> list[File]:
+        return [open_file(self.model, self.path_of, each) for each in media]
 
     def _parts(self, files: Iterator[File], started: list[File], copies: list[tuple[File, str]]) -> Iterator[Part]:
         """The parts to encode. Sorts the files into those to encode, copies of known content, and duplicates."""
@@ -168,6 +175,13 @@ class Update:
         if self.skipped != self.saved:
             write_skipped(self.folder, self.skipped)
             self.saved = dict(self.skipped)
+
+
+def _batches(media: Iterable[Media]) -> Iterator[list[Media]]:
+    """A thread opens several files at a time, because handing a small one to a thread takes as long as hashing it."""
+    rest = iter(media)
+    while batch := list(islice(rest, OPENED)):
+        yield batch
 
 
 def _is_below(path: str, roots: list[str] | None) -> bool:

@@ -22,8 +22,9 @@ async function ask(url, options) {
   }
 }
 
-// Shows the page of a URL in place of this one. `whole` replaces the form, too.
-async function go(url, { push = true, whole = false } = {}) {
+// Shows the page of a URL in place of this one. `entry` is what becomes of the browser's history: a new entry (push), the
+// same entry with another URL (replace), or nothing. `whole` replaces the form, too.
+async function go(url, { entry = "push", whole = false } = {}) {
   const own = ++newest;
   document.body.classList.add("busy");
   explain();
@@ -36,7 +37,7 @@ async function go(url, { push = true, whole = false } = {}) {
     $("nav").replaceWith($("nav", page)); // The map is that of this query.
     $("#status").textContent = $("#status", page).textContent;
     document.title = page.title;
-    if (push) history.pushState(null, "", url);
+    if (entry) history[`${entry}State`](null, "", url);
     if (whole) reveal();
   } catch (error) {
     if (own === newest) explain(error.message);
@@ -138,7 +139,8 @@ document.addEventListener("change", ({ target }) => {
     const [file] = target.files;
     target.value = ""; // Otherwise choosing the same file again would not be a change.
     upload(file, file.name);
-  } else if (target.closest("#query .filters")) $("#query").requestSubmit();
+  } else if (target.name === "min") go(address(), { entry: "replace" }); // Else "back" would pass each position of the slider.
+  else if (target.closest("#query .filters")) $("#query").requestSubmit();
 });
 document.addEventListener("input", ({ target }) => {
   if (target.name === "min") target.nextElementSibling.textContent = Number(target.value) ? Number(target.value).toFixed(2) : "any";
@@ -169,5 +171,5 @@ if (!matchMedia("(prefers-reduced-motion: reduce)").matches) {
 document.addEventListener("error", ({ target }) => {
   if (target.matches?.("video, audio")) target.closest(".card").classList.add("fails");
 }, true);
-addEventListener("popstate", () => $("#query") && go(location.href, { push: false, whole: true }));
+addEventListener("popstate", () => $("#query") && go(location.href, { entry: null, whole: true }));
 reveal();
