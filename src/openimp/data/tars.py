@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from openimp.common.errors import UserError
-from openimp.data.files import fingerprint
+from openimp.data.files import fingerprint, open_forward
 from openimp.data.tables import Table, Unreadable, UnreadableRest
 
 INTEGERS = {"cls", "cls2", "id", "index", "inx"}
@@ -41,12 +41,12 @@ class Example:
 
     key: str  # the part up to that dot
     members: dict[str, Any] = field(default_factory=dict)  # by lower-case extension: from `load`, or an `Unreadable`
-    end: int | None = None  # offset of the next example in the file; None for the last
+    end: int = 0  # offset of the next example in the file, or the size of the file
     lost: UnreadableRest | None = None  # the error, if this example represents the unreadable rest of the file
 
 
 def examples(file: IO[bytes], load: Callable[[IO[bytes], tarfile.TarInfo], Any]) -> Iterator[Example]:
-    """The examples of a seekable tar from its current position, which must be the beginning of a member.
+    """The examples of a seekable tar from its current position, which must be the beginning of a member or the end.
 
     If the tar is truncated or damaged, its last example represents the unreadable rest. This rest begins with the
     example that the damage may have reached.
@@ -69,6 +69,7 @@ def examples(file: IO[bytes], load: Callable[[IO[bytes], tarfile.TarInfo], Any])
     except DAMAGE as error:
         current = Example("the rest", lost=UnreadableRest(f"not a readable tar from here on: {error}"))
     if current is not None:
+        current.end = file.seek(0, os.SEEK_END)
         yield current
 
 
@@ -80,6 +81,8 @@ def members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, Unreadable | Non
     start = file.tell()
     size = file.seek(0, os.SEEK_END)
     file.seek(start)
+    if start == size > 0:
+        return
     tar: Any = tarfile.open(fileobj=_Bounded(file, size), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
     while (member := tar.next()) is not None:
         tar.members = []  # Otherwise tarfile would keep all headers in memory.
@@ -87,6 +90,7 @@ def members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, Unreadable | Non
             raise tarfile.ReadError(f"{member.name} ends before it begins")
         if not member.isdir():
             yield member, refusal(member, size - member.offset_data)
+        file.seek(tar.offset)  # tarfile would seek to the byte before, and buffers would be read again.
     # tarfile takes half a header, or a file without the two empty blocks at its end, for complete.
     file.seek(tar.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -232,44 +236,39 @@ def _dense(found: dict[int, tuple[int, int]], rows: int) -> np.ndarray:
     return places
 
 
-class TarReader:
-    """A `streams.Reader` of tars that are local or opened by fsspec. Its state is the byte of the next example."""
+class TarShards:
+    """Tars, local or opened by fsspec, as `streams.Shards`. A state is the byte at which the next example begins."""
 
     def __init__(self, name: str, files: list[str]) -> None:
         self._name = name
         self._files = files
-        self._state = {"shard": 0, "offset": 0}
         self.columns: list[str] = []
         columns: list[str] = []
         # A JSON member that cannot be parsed does not tell its keys, so a completely readable example is preferred.
-        for _, row in islice(self.rows(None), COLUMN_EXAMPLES):
+        rows = (row for shard in range(len(files)) for (_, row), _ in self.rows(shard, None))
+        for row in islice(rows, COLUMN_EXAMPLES):
             readable = not any(isinstance(value, Unreadable) for value in row.values())
             columns = list(row) if readable or not columns else columns
             if readable:
                 break
         self.columns = columns
 
-    def rows(self, state: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        import fsspec
+    def __len__(self) -> int:
+        return len(self._files)
 
-        first, offset = (state["shard"], state["offset"]) if state else (0, 0)
-        for shard, file in list(enumerate(self._files))[first:]:
-            try:
-                with fsspec.open(file, "rb") as handle:
-                    handle.seek(offset)
-                    for example in examples(handle, read_member):
-                        ended = example.end is None
-                        self._state = {"shard": shard + ended, "offset": example.end or 0}
-                        row = dict.fromkeys(self.columns, example.lost) if example.lost else to_row(example)
-                        if example.lost and not row:
-                            raise UserError(f"source {self._name}: {file}: {example.lost.reason}")
-                        yield f"{file.rsplit('/', 1)[-1]}[{example.key}]", row
-            except (OSError, ImportError) as error:  # fsspec imports the package that a URL needs.
-                raise UserError(f"source {self._name}: {file}: not a readable tar: {error}") from None
-            offset = 0
-
-    def state(self) -> dict[str, Any]:
-        return dict(self._state)
+    def rows(self, shard: int, state: int | None) -> Iterator[tuple[tuple[str, dict[str, Any]], int]]:
+        file = self._files[shard]
+        label = file.rsplit("/", 1)[-1]
+        try:
+            with open_forward(file) as handle:
+                handle.seek(state or 0)
+                for example in examples(handle, read_member):
+                    row = dict.fromkeys(self.columns, example.lost) if example.lost else to_row(example)
+                    if example.lost and not row:
+                        raise UserError(f"source {self._name}: {file}: {example.lost.reason}")
+                    yield (f"{label}[{example.key}]", row), example.end
+        except (OSError, ImportError) as error:  # fsspec imports the package that a URL needs.
+            raise UserError(f"source {self._name}: {file}: not a readable tar: {error}") from None
 
 
 def to_row(example: Example) -> dict[str, Any]:
