@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import hashlib
 import http.server
 import io
 import json
@@ -24,7 +25,7 @@ from PIL import Image
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
-from openimp.data import files, hub, parquet, tars
+from openimp.data import files, hub, parquet, tar_tables, tars
 from openimp.data.sources import open_source
 from openimp.data.streams import Stream
 from openimp.data.tables import Rows, Table, Unreadable
@@ -1067,7 +1068,9 @@ def test_json_that_is_broken_everywhere(tmp_path, stream):
     assert isinstance(rows[0]["json"], Unreadable)
 
 
-@pytest.mark.parametrize(("members", "refused"), [(tars.MAX_EXTENSIONS, False), (tars.MAX_EXTENSIONS + 1, True)])
+@pytest.mark.parametrize(
+    ("members", "refused"), [(tar_tables.MAX_EXTENSIONS, False), (tar_tables.MAX_EXTENSIONS + 1, True)]
+)
 def test_an_extension_for_each_member(tmp_path, members, refused):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for i in range(members):
@@ -1123,3 +1126,101 @@ def test_manifest_of_the_csv_module(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     assert open_source("m", Source(path=f"{tmp_path}/m.csv")).rows([0, 1]) == rows
+
+
+def test_the_index_of_a_tar_is_kept_as_long_as_the_tar_stays(tmp_path, cache):
+    write_tars(tmp_path, rows=8, shards=1)
+    file = tmp_path / "shard-000.tar"
+    source = Source(path=str(file))
+    expected = open_source("x", source).rows(range(8))
+    (index,) = (cache / "tars").iterdir()
+    content, about = bytearray(file.read_bytes()), file.stat()
+    place = content.index(b"./a.b/0003.PNG")
+    content[place : place + 14] = b"./a.b/000X.PNG"
+    file.write_bytes(content)
+    os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert open_source("x", source).rows(range(8)) == expected, "the headers are not read again"
+    os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
+    assert isinstance(open_source("x", source).column("txt")[-1], Unreadable), "its checksum is wrong now"
+    assert len([*(cache / "tars").iterdir()]) == 2
+    assert index.exists()
+
+
+@pytest.mark.parametrize("harm", ["pickle", "cut off", "a flipped bit", "other columns", "leads out", "skips", "null"])
+def test_an_index_that_was_tampered_with_is_made_again(tmp_path, cache, harm):
+    write_tars(tmp_path, rows=8, shards=1)
+    source = Source(path=f"{tmp_path}/*.tar")
+    expected = open_source("x", source).rows(range(8))
+    (file,) = (cache / "tars").iterdir()
+    content, index = file.read_bytes(), tar_tables.tar_index(str(tmp_path / "shard-000.tar"))
+
+    def stored(table: pa.Table) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        data = sink.getvalue().to_pybytes()
+        return hashlib.sha256(data).digest() + data
+
+    def changed(column: str, value: object, schema: pa.Schema = tar_tables.SCHEMA) -> bytes:
+        return stored(pa.Table.from_pylist([*index.to_pylist()[:-1], {**index.to_pylist()[-1], column: value}], schema))
+
+    assert stored(index) == content
+    nullable = pa.schema([field.with_nullable(True) for field in tar_tables.SCHEMA])
+    file.write_bytes(
+        {
+            "pickle": pickle.dumps(tmp_path),
+            "cut off": content[: len(content) // 2],
+            "a flipped bit": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+            "other columns": stored(index.drop_columns("problem")),
+            "leads out": changed("offset", (tmp_path / "shard-000.tar").stat().st_size),
+            "skips": changed("example", 2**40),
+            "null": changed("key", None, nullable),
+        }[harm]
+    )
+    assert open_source("x", source).rows(range(8)) == expected
+    assert file.read_bytes() == content
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_an_index_that_others_could_have_written_is_not_used(tmp_path, cache):
+    write_tars(tmp_path, rows=8, shards=1)
+    (cache / "tars").mkdir()
+    (cache / "tars").chmod(0o777)
+    assert len(open_source("x", Source(path=f"{tmp_path}/*.tar")).rows(range(8))) == 8
+    assert not [*(cache / "tars").iterdir()]
+
+
+def test_headers_are_read_as_tarfile_reads_them(tmp_path):
+    """Also if bytes of them are changed: name, size and type, or an error."""
+    write_tars(tmp_path, rows=1, shards=1)
+    with tarfile.open(tmp_path / "long.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        add(tar, f"{'folder/' * 20}name.png", b"x" * 9)
+    plain = (tmp_path / "long.tar").read_bytes()[:512]
+    assert tars._Header.frombuf(plain, "utf-8", "strict").name == f"{'folder/' * 20}name.png"
+    rng, equal = np.random.default_rng(0), 0
+    for _ in range(3000):
+        header = bytearray(plain)
+        for place in rng.integers(0, 512, rng.integers(1, 4)):
+            header[place] = rng.choice(list(b"\x00 07-/L\x80\xff"))
+        if rng.random() < 0.8:  # Otherwise almost all sums would be wrong.
+            header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
+        found = []
+        for kind in (tars._Header, tarfile.TarInfo):
+            try:
+                member = kind.frombuf(bytes(header), "utf-8", "backslashreplace")
+                found.append((member.name, member.size, member.type))
+            except tarfile.HeaderError as error:
+                found.append(str(error))
+        # tarfile refuses more: it also reads the owner, which nobody uses.
+        assert found[0] == found[1] or found[1] == "invalid header"
+        equal += found[0] == found[1]
+    assert equal > 2000
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        add(tar, "a\udcff.png", png(1))
+    for stream in (False, True):
+        (row,), _ = in_order(f"{tmp_path}/x.tar", stream, 1)
+        assert row["__key__"] == "a\\xff"
+        assert colour(row["png"]) == 1

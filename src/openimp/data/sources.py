@@ -16,7 +16,7 @@ from openimp.data.files import fingerprint, is_url, locate, stable_hash
 from openimp.data.folders import open_folder
 from openimp.data.streams import Shards, Stream
 from openimp.data.tables import ArrowTable, Table
-from openimp.data.tars import TarShards, TarTable
+from openimp.data.tars import TarShards
 from openimp.recipe.tasks import Source
 
 FORMATS = {".csv": "manifest", ".json": "manifest", ".jsonl": "manifest", ".parquet": "parquet", ".tar": "webdataset"}
@@ -56,6 +56,8 @@ def _open_table(name: str, source: Source) -> Table:
         return open_manifest(name, path, files, base, root)
     if kind == "parquet":
         return open_parquet(name, path, files, base, root)
+    from openimp.data.tar_tables import TarTable  # It imports pyarrow, which only some sources need.
+
     return TarTable(name, path, files, base)
 
 
