@@ -560,6 +560,8 @@ def test_a_stream_resumes_exactly_any_number_of_times(tmp_path, kind, where, win
         assert all(cursor["position"] <= start // 2 for cursor in cursors.values())
     # Before its cursors a stream has to begin anew.
     assert names(stream, kind, 1, 3) == whole[1:4]
+    with pytest.raises(UserError, match="the checkpoint was saved with other lanes"):
+        stream.load_cursors({"0": cursors["0"]})
 
 
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])

@@ -25,6 +25,8 @@ BUNDLED_LICENSES = {
 
 BLOCK = 2**18
 """Bytes that are read at once from a file that is read forward. Each lane of a stream has a file open."""
+READ_AHEAD = 2**22
+"""Bytes that fsspec requests at once. Some file systems would request, and hold, 50 MB per file."""
 
 
 def is_utf8(name: str) -> bool:
@@ -85,7 +87,7 @@ def open_forward(file: str) -> io.BufferedReader:
     import fsspec
 
     system, path = fsspec.core.url_to_fs(file)
-    return io.BufferedReader(system.open(path, "rb"), BLOCK)
+    return io.BufferedReader(system.open(path, "rb", block_size=READ_AHEAD), BLOCK)
 
 
 def inside(root: Path, path: str) -> Path:

@@ -126,6 +126,9 @@ class Stream(Rows):
         If the data has `changed`, all lanes start the next epoch, because the old positions mean nothing in new data.
         There may be another number of lanes then.
         """
+        saved = len(cursors) if changed else self.lanes
+        if cursors.keys() != {str(lane) for lane in range(saved)}:
+            raise UserError(f"source {self.name}: the checkpoint was saved with other lanes; start a new run")
         if changed:
             epoch = 1 + max(cursor["epoch"] for cursor in cursors.values())
             position = max(cursor["position"] for cursor in cursors.values()) * len(cursors) // self.lanes
