@@ -6,7 +6,6 @@ to make its part of the batch, and communicates with no other worker or rank.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -283,7 +282,7 @@ class StepBatches(Dataset[LoadedBatch]):
         So the replacement depends neither on the ranks nor on the workers. `loaded` gets the examples that are read.
         """
         step = self._lanes(visit.task) or 1
-        for candidate in islice(range(position, sys.maxsize, step), visit.batch_size):
+        for candidate in range(position, position + visit.batch_size * step, step):
             if candidate not in loaded:
                 loaded |= self._load(visit, [candidate])
             if not loaded[candidate].bad:
