@@ -190,6 +190,13 @@ def worker_that_dies(bench: Bench) -> list[Outcome]:
     return [bench.gone_on("kill -9 of a loader's worker", run, told(process, lines, "a data worker died"))]
 
 
+def faults_while_streaming(bench: Bench) -> list[Outcome]:
+    """Each rank and each of the workers reads a lane of its own. One process goes on without workers."""
+    streaming = bench.streaming()
+    outcomes = [outcome for fault in (killed, worker_that_dies, rank_that_dies) for outcome in fault(streaming)]
+    return [replace(outcome, fault=f"{outcome.fault}, with a stream") for outcome in outcomes]
+
+
 def loss_that_is_not_finite(bench: Bench) -> list[Outcome]:
     """A learning rate of 1e30 makes it so at the second step. The step before is as in peace, and is kept."""
     run = bench.folder / "loss"
@@ -261,6 +268,7 @@ FAULTS: dict[str, Callable[[Bench], list[Outcome]]] = {
         rank_that_is_started_again,
         node_that_is_started_again,
         worker_that_dies,
+        faults_while_streaming,
         hostile_media,
         loss_that_is_not_finite,
         changed_source,

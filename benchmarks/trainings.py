@@ -18,6 +18,7 @@ import torch.distributed.run
 
 from openimp.checkpoint.folder import checkpoints, load_model
 from openimp.common.json_lines import read_lines
+from openimp.recipe.schema import Recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import little
@@ -78,6 +79,13 @@ class Bench:
         """With data of its own, which may be spoilt."""
         (folder / "data").mkdir()
         return cls(folder, little.write(folder / "data"))
+
+    def streaming(self) -> "Bench":
+        """With the pictures of this one in tars that are streamed."""
+        (folder := self.folder / "streaming" / "data").mkdir(parents=True)
+        recipe = Recipe.load(self.data / "recipe.yaml", little.write_tars(self.data, folder))
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        return Bench(folder.parent, folder)
 
     def command(self, run: Path, *options: str, changes: Iterable[str] = ()) -> list[str]:
         sets = [part for change in (*CHANGES, *changes) for part in ("--set", change)]

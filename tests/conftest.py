@@ -1,9 +1,7 @@
 """What several tests share: a tiny sparse model of all four modalities, and a folder with small files of each."""
 
-import io
 import os
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,16 +172,4 @@ def little_run(little_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture
 def streamed(own_data: Path) -> tuple[Path, list[str]]:
     """The pictures in two tars, and the changes of the recipe that stream them."""
-    files = sorted((own_data / "pictures").rglob("*.png"))
-    for shard in range(2):
-        with tarfile.open(own_data / f"{shard}.tar", "w") as tar:
-            for file in files[12 * shard : 12 * shard + 12]:
-                key = f"{file.parent.name}-{file.stem}"
-                for ending, content in ((".png", file.read_bytes()), (".txt", f"a {file.parent.name} square".encode())):
-                    info = tarfile.TarInfo(key + ending)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-    inputs = "tasks.named.inputs={image: png, text: txt}"
-    objectives = "tasks.named.objectives=[{type: contrastive, same: txt}]"
-    source = "sources.pictures={path: '*.tar', stream: true, window: 5}"
-    return own_data, [inputs, objectives, source, "evaluation={}", "train.steps=20"]
+    return own_data, [*little.write_tars(own_data, own_data), "train.steps=20"]

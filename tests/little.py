@@ -1,6 +1,8 @@
 """A small recipe and its data, which tests and benchmarks/faults.py train."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +70,20 @@ def write(folder: Path) -> Path:
     (folder / "sounds.jsonl").write_text("".join(lines), encoding="utf-8")
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     return folder
+
+
+def write_tars(folder: Path, into: Path) -> list[str]:
+    """Writes the pictures of a folder that `write` made into two tars, and returns the changes of the recipe that
+    stream them."""
+    files = sorted((folder / "pictures").rglob("*.png"))
+    for shard in range(2):
+        with tarfile.open(into / f"{shard}.tar", "w") as tar:
+            for file in files[12 * shard : 12 * shard + 12]:
+                key = f"{file.parent.name}-{file.stem}"
+                for ending, content in ((".png", file.read_bytes()), (".txt", f"a {file.parent.name} square".encode())):
+                    info = tarfile.TarInfo(key + ending)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    inputs = "tasks.named.inputs={image: png, text: txt}"
+    objectives = "tasks.named.objectives=[{type: contrastive, same: txt}]"
+    return [inputs, objectives, f"sources.pictures={{path: '{into}/*.tar', stream: true, window: 5}}", "evaluation={}"]

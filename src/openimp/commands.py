@@ -272,6 +272,8 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
     verdict, room = "fits" if found.fits else "does not fit", USABLE * found.gpu.memory
     lines = [
         f"{recipe.name} {verdict}: {found.memory / 2**30:,.2f} of {room:.1f} GiB for tensors on each of {gpus} x {gpu}",
+        f"workers prepare {counted(recipe.train.prefetch_factor, 'batch')} in advance, at most "
+        f"{found.prefetched / 2**30:,.2f} GiB of CPU memory per GPU",
         f"{counted(recipe.train.steps, 'step')}, {short(found.flops)}FLOPs: {_duration(found.seconds)} at an MFU of "
         f"{mfu:.0%}",
     ]

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import little
 import pytest
 import torch
 import torch.distributed as dist
@@ -65,6 +66,7 @@ CASES = {
 }
 FOUR = ("shards", "replicas, Muon", "replicas of shards", "expert parallelism, replicas", "expert parallelism, shards")
 """The cases in which four ranks do something that two do not."""
+STREAMED = ["train.save_every=10", "train.keep_last=3"]
 REFUSED = {
     2: {
         "tasks.heard.batch_size=7": "tasks.heard: batch_size 7 is not a multiple of 2 ranks",
@@ -215,6 +217,21 @@ def test_a_run_on_two_ranks_resumes_on_one_and_on_four(little_data, stopped_run,
         assert same["top1"] == first["top1"]
 
 
+def test_a_streamed_run_on_two_ranks_resumes_on_one(little_data, two_ranks, tmp_path):
+    """Each rank has read its own lane. The checkpoint has the positions of both."""
+    changes = [*COMMON, *little.write_tars(little_data, two_ranks), *STREAMED, "train.num_workers=2"]
+    resumed = Path(shutil.copytree(two_ranks / "streamed", tmp_path / "run"))
+    for saved in sorted((resumed / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(saved)
+    assert train(Recipe.load(little_data / "recipe.yaml", changes), resumed, resume=True)
+    ours, theirs = (read_lines(run / "metrics.jsonl") for run in (resumed, two_ranks / "streamed"))
+    assert [line["samples"] for line in ours] == [line["samples"] for line in theirs]
+    last = [run / "checkpoints/step-00000024/state.json" for run in (resumed, two_ranks / "streamed")]
+    states = [json.loads(file.read_text()) for file in last]
+    assert states[0]["cursors"] == states[1]["cursors"]
+    assert states[0]["cursors"]["named"].keys() == {"0", "1"}
+
+
 def test_a_run_that_is_there_already_is_refused_however_often_torchrun_starts(little_data, two_ranks, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(two_ranks / "evaluated", folder, ignore=shutil.ignore_patterns("checkpoints"))
@@ -337,6 +354,12 @@ def step_times() -> list[Any]:
     return distributed.all_gather_object(timer.record())
 
 
+def train_streamed(folder: Path, out: Path) -> None:
+    """A run whose pictures are streamed, with checkpoints after 10, 20 and 24 steps."""
+    changes = distributed.run_on_rank_zero(lambda: little.write_tars(folder, out))
+    Trainer(Recipe.load(folder / "recipe.yaml", [*COMMON, *changes, *STREAMED]), out / "streamed").train()
+
+
 def failed_evaluation(folder: Path, out: Path) -> list[str]:
     """The errors of all ranks if the pictures to be evaluated are replaced after the start."""
     if distributed.rank() == 0:
@@ -373,6 +396,7 @@ def main(folder: Path, out: Path) -> None:
         found["tokenizer"] = fitted_tokenizers(folder, out)
         found["step times"] = step_times()
         found["evaluation"] = failed_evaluation(folder, out)
+        train_streamed(folder, out)
     if distributed.rank() == 0:
         (out / "facts.json").write_text(json.dumps(found))
     if distributed.world_size() == 4:

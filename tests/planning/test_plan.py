@@ -319,6 +319,24 @@ def test_fits_or_not(little_data):
     assert (small.fits, replace(small, gpu=GPUS["h200"]).fits) == (False, True)
 
 
+def test_what_prefetching_holds_is_not_more_than_planned(little_data):
+    """In CPU memory, whatever the number of workers: pictures are smaller than planned, as they are uint8."""
+    for changes, part in (([], 1), (["tasks.named.weight=0"], 1), (["tasks.named.views.1.batch_size=8"], 2)):
+        recipe = Recipe.load(little_data / "recipe.yaml", [*changes, "train.num_workers=3", "train.prefetch_factor=5"])
+        data = StepBatches(recipe, recipe.make_modalities(), world_size=part)
+        data.fit()
+        sizes = {False: 0, True: 0}  # as they are, and with pictures in fp32
+        for step in range(len(data)):
+            leaves = [leaf for leaf in tree_leaves(vars(data[step].batch)) if isinstance(leaf, torch.Tensor)]
+            for fp32 in sizes:
+                held = sum(t.nbytes * (4 if fp32 and t.dtype == torch.uint8 else 1) for t in leaves)
+                sizes[fp32] = max(sizes[fp32], held)
+        planned = plan_of(recipe, gpus=part).prefetched
+        assert 5 * sizes[False] < planned
+        assert planned == pytest.approx(5 * sizes[True], rel=0.01)
+    assert plan_of(Recipe.load(little_data / "recipe.yaml", ["train.num_workers=0"])).prefetched == 0
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -5,7 +5,7 @@ group `openimp.modalities`. docs/modalities.md shows a modality in a package of 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple
@@ -34,6 +34,12 @@ class Tokens(NamedTuple):
     def pin_memory(self) -> "Tokens":
         mask = None if self.mask is None else self.mask.pin_memory()
         return Tokens(self.values.pin_memory(), self.coords.pin_memory(), mask)
+
+    @classmethod
+    def cat(cls, parts: "Sequence[Tokens]") -> "Tokens":
+        """The examples of all parts, one after the other. All parts have a mask, or none has."""
+        values, coords, masks = zip(*parts)
+        return cls(torch.cat(values), torch.cat(coords), None if masks[0] is None else torch.cat(masks))
 
     def split(self, examples: int) -> "list[Tokens]":
         """Chunks of at most `examples` examples."""
@@ -128,7 +134,10 @@ class Modality(ABC):
 
     @abstractmethod
     def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
-        """Makes tokens of a stack of transformed arrays (B, ...). With `rngs`, one per example, tokens are dropped."""
+        """Makes tokens of a stack of transformed arrays (B, ...). With `rngs`, one per example, tokens are dropped.
+
+        An example's tokens must not depend on the other examples, because workers make parts of a batch.
+        """
 
     def encode_input(self, value: Any, view: Any) -> np.ndarray:
         """Makes clips, as `tokens` takes them, of one input of `model.encode_<name>` (a path, bytes, or an array)."""

@@ -1,5 +1,6 @@
 """The examples of one step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,20 @@ class Batch:
     tokens: dict[str, Tokens]  # by modality; one with `draw: k` has k consecutive rows per example
     item_ids: dict[str, Tensor]  # (B,) int64 by column, equal for examples of the same item; "" holds the row numbers
     labels: dict[str, Tensor] = field(default_factory=dict)  # by column, (B,) int64, or (B, K) float for loss sigmoid
-    rows: list[int] = field(default_factory=list)  # row numbers in the source, for messages
+    rows: list[int] = field(default_factory=list)  # row numbers in the source, or positions in its stream
+
+    @classmethod
+    def cat(cls, parts: "Sequence[Batch]") -> "Batch":
+        """Parts of a batch, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        return cls(
+            {name: Tokens.cat([part.tokens[name] for part in parts]) for name in first.tokens},
+            {name: torch.cat([part.item_ids[name] for part in parts]) for name in first.item_ids},
+            {name: torch.cat([part.labels[name] for part in parts]) for name in first.labels},
+            [row for part in parts for row in part.rows],
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import io
 import os
 import re
 import stat
@@ -20,6 +21,12 @@ BUNDLED_LICENSES = {
     "stills.parquet": "Apache-2.0, CC-BY-4.0, MIT",
 }
 """Licenses of the bundled data, by file. The NOTICE files name the makers."""
+
+
+BLOCK = 2**18
+"""Bytes that are read at once from a file that is read forward. Each lane of a stream has a file open."""
+READ_AHEAD = 2**22
+"""Bytes that fsspec requests at once. Some file systems would request, and hold, 50 MB per file."""
 
 
 def is_utf8(name: str) -> bool:
@@ -71,6 +78,16 @@ def _matching_urls(name: str, url: str) -> list[str]:
     if not found:
         raise UserError(f"source {name}: {url}: nothing there matches")
     return [system.unstrip_protocol(file) for file in found]
+
+
+def open_forward(file: str) -> io.BufferedReader:
+    """Opens a local file or a URL to read it forward, so that each of its bytes is fetched once."""
+    if not is_url(file):
+        return open(file, "rb", buffering=BLOCK)
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(file)
+    return io.BufferedReader(system.open(path, "rb", block_size=READ_AHEAD), BLOCK)
 
 
 def inside(root: Path, path: str) -> Path:

@@ -103,38 +103,39 @@ def class_names(features: Any) -> dict[str, list[str]]:
     return {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
 
 
-class HubReader:
-    """A `streams.Reader` of a `datasets.IterableDataset` that has not been iterated yet.
+class HubShards:
+    """The shards of a `datasets.IterableDataset` as `streams.Shards`. `labels` name them; without, they have numbers.
 
-    Its state is that of `datasets` and the number of the next row.
+    A state is that of `datasets` and the number of the next row.
     """
 
-    def __init__(self, name: str, path: str, dataset: Any) -> None:
+    def __init__(self, name: str, path: str, dataset: Any, labels: list[str] | None = None) -> None:
         self._name = name
         self._path = path
         with quiet(name, path):
             self._dataset = dataset._resolve_features().decode(False)
+        self._labels = labels or [f"{path}#{shard}" for shard in range(self._dataset.num_shards)]
         self._names = class_names(self._dataset.features)
-        self._beginning = self._dataset.state_dict()
-        self._row = 0
         self.columns = list(self._dataset.features)
 
-    def rows(self, state: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        self._row = state["row"] if state else 0
-        self._dataset.load_state_dict(state["reader"] if state else self._beginning)
-        for batch in self._batches():
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def rows(self, shard: int, state: dict[str, Any] | None) -> Iterator[tuple[tuple[str, dict[str, Any]], Any]]:
+        number = state["row"] if state else 0
+        data = self._dataset.shard(len(self), shard)
+        if state:
+            data.load_state_dict(state["reader"])
+        for batch in self._batches(data):
             row = {column: values[0] for column, values in batch.items()}
             for column, names in self._names.items():
                 row[column] = class_name(row[column], names)
-            self._row += 1
-            yield f"{self._path}[{self._row - 1}]", row
+            number += 1
+            yield (f"{self._labels[shard]}[{number - 1}]", row), {"row": number, "reader": data.state_dict()}
 
-    def _batches(self) -> Iterator[dict[str, list[Any]]]:
+    def _batches(self, data: Any) -> Iterator[dict[str, list[Any]]]:
         try:
             # Iterating the data set itself would divide its shards among the workers of a torch DataLoader.
-            yield from self._dataset.iter(batch_size=1)
+            yield from data.iter(batch_size=1)
         except Exception as error:
             raise unreadable(self._name, self._path, error) from None
-
-    def state(self) -> dict[str, Any]:
-        return {"row": self._row, "reader": self._dataset.state_dict()}

@@ -1,6 +1,8 @@
 """Loads batches in worker processes. The number of workers does not change the batches.
 
-torch's DataLoader distributes the steps over the workers and returns the batches in the order of the steps.
+Each worker makes its part of every batch, so that prefetching holds parts of batches, and a worker reads some lanes of
+a stream only. torch's DataLoader gives item i to worker i % workers and returns the items in order: item i is part
+i % workers of step i // workers.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ def load_batches(dataset: StepBatches, start: int, stop: int | None = None) -> I
     """
     train = dataset.recipe.train
     workers = train.num_workers
+    parts = max(1, workers)
+    stop = len(dataset) if stop is None else stop
     loader: DataLoader[LoadedBatch | UserError] = DataLoader(
-        _WorkerDataset(dataset),
+        _Parts(dataset, parts),
         batch_size=None,
-        sampler=range(start, len(dataset) if stop is None else stop),
+        sampler=range(start * parts, stop * parts),
         num_workers=workers,
         prefetch_factor=train.prefetch_factor if workers else None,
         worker_init_fn=_init_worker,
@@ -45,10 +49,14 @@ def load_batches(dataset: StepBatches, start: int, stop: int | None = None) -> I
         pin_memory=torch.cuda.is_available(),
     )
     watched = workers and hasattr(signal, "SIGCHLD")
-    for loaded in _watch_workers(loader) if watched else loader:
-        if isinstance(loaded, UserError):
-            raise loaded
-        yield loaded
+    loaded: list[LoadedBatch] = []
+    for part in _watch_workers(loader) if watched else loader:
+        if isinstance(part, UserError):
+            raise part
+        loaded.append(part)
+        if len(loaded) == parts:
+            yield LoadedBatch.merged(loaded)
+            loaded = []
 
 
 def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[LoadedBatch | UserError]:
@@ -82,23 +90,24 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
 
 
 @dataclass(frozen=True)
-class _WorkerDataset(Dataset["LoadedBatch | UserError"]):
+class _Parts(Dataset["LoadedBatch | UserError"]):
     """What the DataLoader reads. It returns a UserError, because a raised one would get a worker's traceback.
 
-    It makes batches with one thread even in the training process: the number of threads changes the last bits of a
+    It makes parts with one thread even in the training process: the number of threads changes the last bits of a
     spectrogram.
     """
 
     batches: StepBatches
+    parts: int  # of a batch
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.batches) * self.parts
 
-    def __getitem__(self, step: int) -> LoadedBatch | UserError:
+    def __getitem__(self, item: int) -> LoadedBatch | UserError:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return self.batches[step]
+            return self.batches.part(*divmod(item, self.parts), self.parts)
         except UserError as error:
             return error
         finally:

@@ -14,9 +14,9 @@ from openimp.common.errors import UserError, counted
 from openimp.data import hub
 from openimp.data.files import fingerprint, is_url, locate, stable_hash
 from openimp.data.folders import open_folder
-from openimp.data.streams import Reader, Stream
+from openimp.data.streams import Shards, Stream
 from openimp.data.tables import ArrowTable, Table
-from openimp.data.tars import TarReader, TarTable
+from openimp.data.tars import TarShards
 from openimp.recipe.tasks import Source
 
 FORMATS = {".csv": "manifest", ".json": "manifest", ".jsonl": "manifest", ".parquet": "parquet", ".tar": "webdataset"}
@@ -24,11 +24,14 @@ CHUNK = 10_000
 """Rows of a manifest that are converted to Arrow at once."""
 
 
-def open_source(name: str, source: Source) -> Table | Stream:
-    """Opens a source of the recipe, as a stream if it says so, else as a table of the rows that it selects."""
+def open_source(name: str, source: Source, seed: int = 0) -> Table | Stream:
+    """Opens a source of the recipe, as a stream if it says so, else as a table of the rows that it selects.
+
+    `seed` determines the order of a stream.
+    """
     try:
         if source.stream:
-            return _open_stream(name, source)
+            return _open_stream(name, source, seed)
         table = _open_table(name, source)
     except OSError as error:
         raise UserError(f"source {name}: {source.path or source.hub}: {error.strerror or error}") from None
@@ -53,29 +56,32 @@ def _open_table(name: str, source: Source) -> Table:
         return open_manifest(name, path, files, base, root)
     if kind == "parquet":
         return open_parquet(name, path, files, base, root)
+    from openimp.data.tar_tables import TarTable  # It imports pyarrow, which only some sources need.
+
     return TarTable(name, path, files, base)
 
 
-def _open_stream(name: str, source: Source) -> Stream:
-    reader: Reader
+def _open_stream(name: str, source: Source, seed: int) -> Stream:
+    shards: Shards
     where = dict(source.where)
     if source.hub:
         path, root = source.hub, hub.hub_root(source)
-        reader = hub.HubReader(name, path, hub.load(name, source))
+        shards = hub.HubShards(name, path, hub.load(name, source))
         revision = [source.revision] if source.revision else []
-        content = partial(stable_hash, [path, source.config, source.split, where, *revision])
+        content = partial(stable_hash, [path, source.config, source.split, where, len(shards), *revision])
     else:
         path, kind = _path_and_format(name, source)
         base, files = locate(name, path)
         root = Path(source.root) if source.root else base
         if kind == "webdataset":
-            reader = TarReader(name, files)
+            shards = TarShards(name, files)
         elif kind == "parquet":
-            reader = hub.HubReader(name, path, hub.load_parquet(name, path, files, streaming=True))
+            labels = [file.rsplit("/", 1)[-1] for file in files]
+            shards = hub.HubShards(name, path, hub.load_parquet(name, path, files, streaming=True), labels)
         else:
             raise UserError(f"source {name}: {path}: a {kind} source cannot be streamed; remove stream")
-        content = partial(stable_hash, [path, where]) if is_url(path) else partial(_streamed, base, files, where)
-    return Stream(name, path, reader, root, source.window, where, content)
+        content = partial(stable_hash, [files, where]) if is_url(path) else partial(_streamed, base, files, where)
+    return Stream(name, path, shards, root, source, seed, content)
 
 
 def _streamed(base: Path, files: list[str], where: dict[str, Any]) -> str:

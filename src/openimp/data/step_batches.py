@@ -1,13 +1,16 @@
 """`StepBatches`: the data set that holds one batch for each step of a recipe.
 
 The alternation and the order of examples are pure functions of the recipe. So a worker needs only the number of a step
-to make its batch, and communicates with no other worker or rank.
+to make its part of the batch, and communicates with no other worker or rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -15,13 +18,13 @@ import torch
 from torch.utils.data import Dataset
 
 from openimp.alternation import Alternation, Visit
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia, Modality
 from openimp.data.batch import Batch, head_key
 from openimp.data.order import batch_digest, example_rng, permute, rows_at, seed_key
 from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore, Progress
-from openimp.data.streams import Stream
+from openimp.data.streams import Cursor, Stream
 from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import classes_of, item_id, labels_of, target_columns
 from openimp.data.templates import all_texts, columns_of, fill
@@ -30,34 +33,69 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Task
 
 CORPUS_ROWS = 100_000
-"""Maximum number of rows per task to train a tokenizer: the first of a stream, or a random sample of a table."""
+"""Maximum number of rows per task to train a tokenizer: whole shards of a stream, or a random sample of a table."""
 
 
 @dataclass
 class LoadedBatch:
-    """This rank's part of a step's batch, and what the training loop must know about it.
+    """This rank's examples of a step, or a worker's part of them, and what the training loop must know about them.
 
     Attributes:
         visit: the step, with its task and view.
-        batch: this rank's examples.
+        parts: the examples, in order, as the workers made them. A worker without a part makes none.
+        names: the name of each example's row.
         bad: (row name, reason) of each example that could not be read. Another example replaces it in the batch.
-        cursor: the position from which the task's stream resumes; None for tables.
+        cursors: where the lanes of the task's stream resume that were read, by lane; empty for tables.
         digest: a hash of the examples, whatever their order; see `batch_digest`.
     """
 
     visit: Visit
-    batch: Batch
+    parts: list[Batch] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
-    cursor: dict[str, Any] | None = None
+    cursors: dict[str, Cursor] = field(default_factory=dict)
     digest: int = 0
+
+    @classmethod
+    def merged(cls, loaded: Sequence[LoadedBatch]) -> LoadedBatch:
+        """The parts of all workers together."""
+        return cls(
+            loaded[0].visit,
+            [batch for part in loaded for batch in part.parts],
+            [name for part in loaded for name in part.names],
+            [bad for part in loaded for bad in part.bad],
+            {lane: cursor for part in loaded for lane, cursor in part.cursors.items()},
+            sum(part.digest for part in loaded),
+        )
+
+    @cached_property
+    def batch(self) -> Batch:
+        """All examples, in CPU memory."""
+        return Batch.cat(self.parts)
+
+    def to(self, device: torch.device) -> Batch:
+        """All examples on a device. They are put together there, because only the parts are in pinned memory."""
+        return Batch.cat([part.to(device) for part in self.parts])
 
     def pin_memory(self) -> LoadedBatch:
         """The DataLoader calls this if there is CUDA: only copies from pinned memory are asynchronous."""
-        return replace(self, batch=self.batch.pin_memory())
+        return replace(self, parts=[part.pin_memory() for part in self.parts])
+
+
+@dataclass
+class Example:
+    """A row, decoded and augmented as a step needs it."""
+
+    row: int  # in the table, or the position in the stream
+    name: str  # by which a person can find the row
+    values: dict[str, Any]  # of its columns
+    rng: np.random.Generator
+    arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)  # `draw` arrays by modality
+    bad: str = ""  # the reason why it cannot be read
 
 
 class StepBatches(Dataset[LoadedBatch]):
-    """`dataset[step]` makes this rank's part of the batch of a step.
+    """`dataset[step]` makes this rank's part of the batch of a step, and `part` a worker's part of that.
 
     Attributes:
         sources: the opened source of each task with a weight above 0, by task.
@@ -81,7 +119,8 @@ class StepBatches(Dataset[LoadedBatch]):
             rank, world_size: each batch is divided into `world_size` equal parts, of which this is number `rank`.
 
         Raises:
-            UserError: a source or a column is missing, a label fits no class, or a batch cannot be divided equally.
+            UserError: a source or a column is missing, a label fits no class, or the ranks or the lanes of a stream do
+                not divide a batch.
         """
         self.recipe = recipe
         self.modalities = modalities
@@ -97,10 +136,14 @@ class StepBatches(Dataset[LoadedBatch]):
                 if size % world_size:
                     raise UserError(f"tasks.{name}: batch_size {size} is not a multiple of {world_size} ranks")
         for name, task in tasks.items():
-            source = tables.get(task.source) or open_source(task.source, recipe.sources[task.source])
+            source = tables.get(task.source) or open_source(
+                task.source, recipe.sources[task.source], seed_key(recipe.seed, name)
+            )
             source.require(sorted(self._columns(task)), f"tasks.{name}")
             if isinstance(source, Table):  # Tasks do not share a stream, because each has its own position in it.
                 tables[task.source] = source
+            else:
+                _require_whole_lanes(name, task, source, world_size)
             self.sources[name] = source
         for name, source in self.sources.items():
             for objective in recipe.tasks[name].objectives:
@@ -142,71 +185,113 @@ class StepBatches(Dataset[LoadedBatch]):
                 found[source.name] = source.fingerprint_with_files(sorted(columns))
         return found
 
-    def load_cursors(self, cursors: dict[str, Any], changed: Collection[str] = ()) -> dict[str, Any]:
-        """Moves the streams to the cursors of a checkpoint, {task: cursor}, and returns the cursors that are used.
+    def load_cursors(
+        self, cursors: dict[str, dict[str, Cursor]], changed: Collection[str] = ()
+    ) -> dict[str, dict[str, Cursor]]:
+        """Moves the streams to the cursors of a checkpoint, {task: {lane: cursor}}, and returns those that are used.
 
-        If a source is in `changed`, its stream starts the next epoch, because the old position means nothing in new
-        data.
+        If a source is in `changed`, its streams start the next epoch.
         """
         loaded = {}
-        for name, cursor in cursors.items():
+        for name, by_lane in cursors.items():
             source = self.sources[name]
             assert isinstance(source, Stream)
-            if source.name in changed:
-                cursor = {**cursor, "epoch": cursor["epoch"] + 1, "window": 0, "state": None}
-            source.load_cursor(cursor)
-            loaded[name] = cursor
+            loaded[name] = source.load_cursors(by_lane, source.name in changed)
         return loaded
 
     def __len__(self) -> int:
         return len(self.schedule)
 
     def __getitem__(self, step: int) -> LoadedBatch:
+        return self.part(step, 0, 1)
+
+    def part(self, step: int, number: int, parts: int) -> LoadedBatch:
+        """Part `number` of this rank's examples of a step, which are divided into `parts` of about equal size.
+
+        Part `number` reads the same lanes of a stream in every step.
+        """
         visit = self.schedule[step]
         task, source = self.recipe.tasks[visit.task], self.sources[visit.task]
-        view, size = task.views[visit.view], visit.batch_size // self.world_size
-        key = seed_key(self.recipe.seed, visit.task, "augment")
-        streamed = []
-        if isinstance(source, Stream):
-            streamed = source.read(seed_key(self.recipe.seed, visit.task), visit.start, visit.batch_size)
-        unreadable: list[tuple[str, str]] = []
-        # If no example of this rank's part can be read, the next rank's part is used, and so on.
-        for shift in range(self.world_size):
-            first = (self.rank + shift) % self.world_size * size
-            rows = positions = np.arange(visit.start + first, visit.start + first + size)
-            if isinstance(source, Stream):
-                examples = streamed[first : first + size]
-            else:
-                rows = rows_at(self.recipe.seed, visit.task, len(source), positions)
-                examples = source.rows(rows.tolist(), sorted(self._columns(task)))
-            rngs: list[np.random.Generator] = [example_rng(key, int(position), view.sync) for position in positions]
-            bad = _unreadable_targets(task, examples)
-            arrays = {name: self._read(visit, name, rows.tolist(), examples, rngs, bad) for name in task.inputs}
-            if shift == 0:  # Each rank reports the bad examples of its own part only.
-                unreadable = [(source.row_name(int(rows[i])), reason) for i, reason in sorted(bad.items())]
-            if len(bad) < size:
-                break
-        else:
-            place, reason = unreadable[0]
-            raise UserError(f"tasks.{visit.task}: no example of step {step} could be read; first: {place}: {reason}")
-        chosen = _replace_bad(size, bad)
+        positions = self._positions(visit, number, parts)
+        if not positions:
+            return LoadedBatch(visit)
+        loaded = self._load(visit, positions)
+        chosen = [self._readable(visit, position, loaded) for position in positions]
         tokens = {}
         for name, spec in task.inputs.items():
-            items = np.stack([array for i in chosen for array in arrays[name][i]])
-            repeated = [rng for rng in rngs for _ in range(spec.draw)]
-            tokens[name] = self.modalities[name].tokens(items, view[name], repeated)
-        batch = Batch(tokens, {"": torch.from_numpy(rows[chosen])}, rows=rows[chosen].tolist())
+            items = np.stack([array for example in chosen for array in example.arrays[name]])
+            rngs = [loaded[position].rng for position in positions for _ in range(spec.draw)]
+            tokens[name] = self.modalities[name].tokens(items, task.views[visit.view][name], rngs)
+        rows = [example.row for example in chosen]
+        batch = Batch(tokens, {"": torch.tensor(rows)}, rows=rows)
         for objective in task.objectives:
             if isinstance(objective, Classification):
-                values = [examples[i][objective.label] for i in chosen]
+                values = [example.values[objective.label] for example in chosen]
                 index = self._index[head_key(task.source, objective.label)]
                 batch.labels[objective.label] = labels_of(values, index, objective, f"{task.source}.{objective.label}")
             elif objective.same:
-                ids = [item_id(examples[i][objective.same], int(rows[i])) for i in chosen]
+                ids = [item_id(example.values[objective.same], example.row) for example in chosen]
                 batch.item_ids[objective.same] = torch.tensor(ids)
-        digest = batch_digest(f"{visit.task} {source.row_name(row)}" for row in batch.rows)
-        cursor = source.cursor() if isinstance(source, Stream) else None
-        return LoadedBatch(visit, batch, unreadable, cursor, digest)
+        names = [example.name for example in chosen]
+        bad = [(example.name, example.bad) for position in positions if (example := loaded[position]).bad]
+        cursors = source.cursors() if isinstance(source, Stream) else {}
+        return LoadedBatch(visit, [batch], names, bad, cursors, batch_digest(f"{visit.task} {name}" for name in names))
+
+    def _positions(self, visit: Visit, number: int, parts: int) -> list[int]:
+        """The positions, in the task's order, of the examples of a part, which has whole lanes.
+
+        In a batch of B, slot j is of lane j * lanes // B. A table can be divided anywhere, as if each slot was a lane.
+        If the ranks do not divide the lanes, a lane belongs to two ranks, each of which takes some of its slots.
+        """
+        lanes = self._lanes(visit.task) or visit.batch_size
+        slots = visit.batch_size // lanes  # of a lane
+        first, last = (visit.batch_size // self.world_size * rank for rank in (self.rank, self.rank + 1))
+        first_lane, last_lane = first // slots, -(-last // slots)
+        begin, end = (first_lane + (last_lane - first_lane) * part // parts for part in (number, number + 1))
+        found = range(max(first, begin * slots), min(last, end * slots))
+        return [visit.start + slot % slots * lanes + slot // slots for slot in found]
+
+    def _lanes(self, task: str) -> int:
+        """The number of lanes of a task's stream; 0 for a table."""
+        source = self.sources[task]
+        return source.lanes if isinstance(source, Stream) else 0
+
+    def _load(self, visit: Visit, positions: Sequence[int]) -> dict[int, Example]:
+        """Reads the examples at positions in the task's order."""
+        task, source = self.recipe.tasks[visit.task], self.sources[visit.task]
+        columns = sorted(self._columns(task))
+        if isinstance(source, Stream):
+            rows, named = [*positions], source.read(visit.start, positions, columns)
+        else:
+            rows = rows_at(self.recipe.seed, visit.task, len(source), np.array(positions, np.int64)).tolist()
+            named = [*zip(map(source.row_name, rows), source.rows(rows, columns))]
+        key, sync = seed_key(self.recipe.seed, visit.task, "augment"), task.views[visit.view].sync
+        loaded = {
+            position: Example(row, name, values, example_rng(key, position, sync))
+            for position, row, (name, values) in zip(positions, rows, named)
+        }
+        for example in loaded.values():
+            example.bad = _unreadable_target(task, example.values)
+        for name in task.inputs:
+            self._decode(visit, name, loaded.values())
+        return loaded
+
+    def _readable(self, visit: Visit, position: int, loaded: dict[int, Example]) -> Example:
+        """The example at a position or, if that is bad, the next one of its lane (or of the table) that can be read.
+
+        So the replacement depends neither on the ranks nor on the workers. `loaded` gets the examples that are read.
+        """
+        step = self._lanes(visit.task) or 1
+        for candidate in range(position, position + visit.batch_size * step, step):
+            if candidate not in loaded:
+                loaded |= self._load(visit, [candidate])
+            if not loaded[candidate].bad:
+                return loaded[candidate]
+        first = loaded[position]
+        raise UserError(
+            f"tasks.{visit.task}: {counted(visit.batch_size, 'example')} in a row could not be read in step "
+            f"{visit.step}; first: {first.name}: {first.bad}"
+        )
 
     def _columns(self, task: Task) -> set[str]:
         """The columns that a task reads from its source. Cached columns are read from `stores` instead."""
@@ -227,18 +312,8 @@ class StepBatches(Dataset[LoadedBatch]):
                     found.setdefault((name, column), []).extend(view[name] for view in task.views)
         return found
 
-    def _read(
-        self,
-        visit: Visit,
-        name: str,
-        rows: list[int],
-        examples: list[dict[str, Any]],
-        rngs: list[np.random.Generator],
-        bad: dict[int, str],
-    ) -> list[list[np.ndarray]]:
-        """Decodes and augments modality `name` of each example, and returns `draw` arrays per example.
-
-        Examples in `bad` are skipped. Examples that cannot be read are added to `bad`.
+    def _decode(self, visit: Visit, name: str, examples: Iterable[Example]) -> None:
+        """Decodes and augments modality `name` of each example that is not bad, and marks those that cannot be read.
 
         One modality is decoded for all examples before the next, so that its code and constants stay in the CPU cache.
         Each example has its own random generator, so the draws do not depend on the other examples.
@@ -246,23 +321,23 @@ class StepBatches(Dataset[LoadedBatch]):
         task, source, modality = self.recipe.tasks[visit.task], self.sources[visit.task], self.modalities[name]
         spec, view = task.inputs[name], task.views[visit.view][name]
 
-        def decode(row: int, example: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
+        def decode(example: Example) -> np.ndarray:
+            rng = example.rng
             if modality.reads_text:
-                return modality.decode(fill(spec.columns, example, rng), [view])
+                return modality.decode(fill(spec.columns, example.values, rng), [view])
             column = spec.columns[int(rng.integers(len(spec.columns)))] if len(spec.columns) > 1 else spec.columns[0]
             store = self.stores.get((source.name, name, column))
             if store is not None:
-                return store[row]
-            return modality.decode(source.media(example[column]), [view], rng)
+                return store[example.row]
+            return modality.decode(source.media(example.values[column]), [view], rng)
 
-        arrays: list[list[np.ndarray]] = [[] for _ in rows]
-        for i, (row, example, rng) in enumerate(zip(rows, examples, rngs)):
+        for example in examples:
             try:
-                for _ in range(spec.draw if i not in bad else 0):
-                    arrays[i].append(modality.transform(decode(row, example, rng), view, rng))
+                for _ in range(0 if example.bad else spec.draw):
+                    array = modality.transform(decode(example), view, example.rng)
+                    example.arrays.setdefault(name, []).append(array)
             except BadMedia as error:
-                bad[i] = str(error)
-        return arrays
+                example.bad = str(error)
 
     def _corpus(self, name: str) -> Iterator[list[str]]:
         """The texts that a modality learns from, one list per row."""
@@ -270,34 +345,29 @@ class StepBatches(Dataset[LoadedBatch]):
             if spec := self.recipe.tasks[task_name].inputs.get(name):
                 columns = columns_of(spec.columns)
                 if isinstance(source, Stream):
-                    rows = _first_rows(source, seed_key(self.recipe.seed, task_name), columns)
+                    epoch = ({column: row.get(column) for column in columns} for _, row in source.epoch())
+                    rows = islice(epoch, CORPUS_ROWS)
                 else:
                     rows = _sample(source, seed_key(self.recipe.seed, task_name, "corpus"), columns)
                 yield from all_texts(spec.columns, rows)
 
 
-def _unreadable_targets(task: Task, examples: Iterable[dict[str, Any]]) -> dict[int, str]:
-    """The examples with an unreadable value in a column of the objectives: {index in the batch: reason}."""
-    columns = target_columns(task)
-    cells = ((i, example[column]) for i, example in enumerate(examples) for column in columns)
-    return {i: cell.reason for i, cell in cells if isinstance(cell, Unreadable)}
+def _require_whole_lanes(name: str, task: Task, source: Stream, ranks: int) -> None:
+    """Raises UserError if the lanes of a task's stream do not divide one of its batches."""
+    for size in (view.batch_size or task.batch_size for view in task.views):
+        if size % source.lanes:
+            below, valid = size // (fit := lcm(source.lanes, ranks)) * fit, []
+            valid = [str(works) for works in (below, below + fit) if works]
+            raise UserError(
+                f"tasks.{name}: batch_size {size} is not a multiple of the {source.lanes} lanes of stream "
+                f"{source.name}; use {' or '.join(valid)}, or set sources.{source.name}.lanes"
+            )
 
 
-def _replace_bad(size: int, bad: Collection[int]) -> list[int]:
-    """The index of the example at each place of the batch: its own or, if that is bad, the next readable one."""
-    good = [i for i in range(size) if i not in bad]
-    return [good[int(np.searchsorted(good, i)) % len(good)] if i in bad else i for i in range(size)]
-
-
-def _first_rows(source: Stream, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The first `CORPUS_ROWS` rows of a stream. A shorter stream is read for about one epoch."""
-    start = source.cursor()
-    for position in range(0, CORPUS_ROWS, 256):
-        yield from source.read(key, position, min(256, CORPUS_ROWS - position), columns)
-        if source.cursor()["epoch"]:
-            break
-    # Later reads open the files anew. Forked workers would share the position in the files that are open now.
-    source.load_cursor(start)
+def _unreadable_target(task: Task, values: dict[str, Any]) -> str:
+    """The reason why a column of the objectives cannot be read, or an empty string."""
+    cells = (values[column] for column in target_columns(task))
+    return next((cell.reason for cell in cells if isinstance(cell, Unreadable)), "")
 
 
 def _sample(table: Table, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:

@@ -1,155 +1,215 @@
-"""Streams: rows that are read in order and shuffled within windows, for data that does not fit on disk.
+"""Streams: rows that are read forward, for data that does not fit on disk.
 
-The order of a stream depends only on the seed. An epoch is divided into windows of `window` consecutive rows; its last
-window may be shorter, because no window extends into the next epoch. Window w of epoch e is permuted by a generator
-with the seed (seed, e, w). Positions count through all epochs, and each epoch contains every row exactly once. Every
-reader reads all rows and keeps those that it is asked for, so shards need not be assigned to workers.
+A stream has a fixed number of lanes. In each epoch its shards are permuted anew, and all epochs together are an endless
+sequence of shards. Lane l of L reads shards l, l + L, l + 2 L, ... of this sequence, and shuffles its rows in windows.
+Row p of the stream is row p // L of lane p % L.
+
+So what a step sees depends only on the seed, the step and the number of lanes. Each worker of each rank reads the lanes
+of its own part of the batches, and nobody else reads them. MosaicML's streaming has the same idea (canonical nodes).
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from openimp.common.errors import UserError
+from openimp.data.order import permute, seed_key
 from openimp.data.tables import Rows, matches
+from openimp.recipe.tasks import Source
 
 Named = tuple[str, dict[str, Any]]
 """A row and its name, by which a person can find it."""
 Cursor = dict[str, Any]
-"""Where a window begins: the `epoch`, the window's number in it (`window`), the `position` of its first row in the
-stream, and the reader's `state` before that row, which is None at the beginning of an epoch."""
-START: Cursor = {"epoch": 0, "window": 0, "position": 0, "state": None}
+"""Where a window of a lane begins: the `position` of its first row in the lane, the `epoch`, the place of its shard in
+the epoch's order (`shard`), and the `state` in that shard, which is None at its beginning."""
+MAX_BARREN = 20
+"""If a lane has read this many times as many shards as the stream has, without a row that the filter keeps, there is
+none anymore. Otherwise it would have found it, because it reads other shards in each epoch."""
 
 
-class Reader(Protocol):
-    """Reads the rows of one epoch in order, and can resume."""
+class Shards(Protocol):
+    """The shards of a stream, each of which is read forward."""
 
     columns: list[str]
 
-    def rows(self, state: dict[str, Any] | None) -> Iterator[Named]:
-        """The rows from the beginning or from a state."""
+    def __len__(self) -> int: ...
 
-    def state(self) -> dict[str, Any]:
-        """The state after the last row that was taken, as plain data for JSON."""
+    def rows(self, shard: int, state: Any) -> Iterator[tuple[Named, Any]]:
+        """The rows of a shard after a state (None: all of them), each with the state after it.
+
+        A state is plain data for JSON.
+        """
 
 
 class Window(NamedTuple):
-    """Consecutive rows of an epoch, in the order of the data."""
+    """Consecutive rows of a lane."""
 
     cursor: Cursor
     rows: list[Named]
 
+    @property
+    def start(self) -> int:
+        """The position of the first row in the lane."""
+        return int(self.cursor["position"])
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.rows)
+
 
 class Stream(Rows):
-    """An endless sequence of rows, read forward with one window in memory at a time.
+    """An endless sequence of rows, of which one window per lane is in memory.
 
-    A pickled copy, as a worker gets it, resumes from the last cursor that was loaded. `window` is the number of rows
-    that are shuffled together, and `where` filters the rows as `Table.filter` does.
+    A pickled copy, as a worker gets it, resumes from the cursors that were loaded last. `source` has the options of the
+    recipe, and `seed` determines the order of the rows.
     """
 
     def __init__(
         self,
         name: str,
         path: str,
-        reader: Reader,
+        shards: Shards,
         root: Path | None,
-        window: int,
-        where: dict[str, Any],
+        source: Source,
+        seed: int,
         content: Callable[[], str],
     ) -> None:
-        super().__init__(name, path, reader.columns, root, content)
-        self.require(where, f"sources.{name}.where")
-        self._reader = reader
-        self._size = window
-        self._filter = where
-        self._loaded = START
-        self._rest: Iterator[Named] = iter(())
-        self._window: Window | None = None
-        self._names: dict[int, str] = {}
-        if next(self._kept(reader.rows(None)), None) is None:
+        super().__init__(name, path, shards.columns, root, content)
+        self.require(source.where, f"sources.{name}.where")
+        self.lanes = lane_count(source.lanes, len(shards))
+        self._shards = shards
+        self._window = -(-source.window // self.lanes)
+        self._filter = source.where
+        self._seed = seed
+        self._loaded = [self._beginning(lane) for lane in range(self.lanes)]
+        self._readers: dict[int, Lane] = {}
+        if next(self.epoch(), None) is None:
             raise self._empty()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rest": iter(()), "_window": None, "_names": {}}
+        return {**self.__dict__, "_readers": {}}
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the content and of the filter. Data that is not on disk counts with its name only."""
+        """Hash of the content and of the filter. Of data that is not on disk, only the names of the shards count."""
         return self._content()
 
-    def read(self, seed: int, start: int, count: int, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The rows at positions start .. start + count - 1, with the given columns or all.
+    def read(self, start: int, positions: Sequence[int], columns: Sequence[str] | None = None) -> list[Named]:
+        """The rows at positions from `start` on, with the given columns or all, and their names.
 
-        Skipping ahead reads the rows in between. Going back before the current window restarts from the last loaded
-        cursor or from the beginning.
+        `start` is a multiple of the number of lanes. Rows before it are forgotten: a later call with a smaller one
+        restarts from the last loaded cursor or from the beginning. Skipping ahead reads the rows in between.
         """
         columns = self.columns if columns is None else columns
-        rows: list[dict[str, Any]] = []
-        self._names = {}
-        while len(rows) < count:
-            position = start + len(rows)
-            cursor, named = self._window_at(position)
-            key = np.random.SeedSequence([seed, cursor["epoch"], cursor["window"]])
-            order = np.random.default_rng(key).permutation(len(named))
-            for i in order[position - cursor["position"] :][: count - len(rows)]:
-                name, row = named[i]
-                self._names[start + len(rows)] = name
-                rows.append({column: row.get(column) for column in columns})
-        return rows
+        first = start // self.lanes
+        stops = {position % self.lanes: position // self.lanes + 1 for position in sorted(positions)}
+        rows = {lane: self._reader(lane, first).read(first, stop) for lane, stop in stops.items()}
+        found = (rows[position % self.lanes][position // self.lanes - first] for position in positions)
+        return [(name, {column: row.get(column) for column in columns}) for name, row in found]
 
-    def row_name(self, position: int) -> str:
-        """A name by which a person can find a row of the last `read`."""
-        return self._names.get(position, f"{self.path}[{position}]")
+    def epoch(self) -> Iterator[Named]:
+        """The rows of the first epoch, shard by shard, without shuffling them in windows."""
+        for place in range(len(self._shards)):
+            yield from (named for named, _ in self._rows(0, place, None))
 
-    def cursor(self) -> Cursor:
-        """The beginning of the current window, as plain data for JSON."""
-        return self._window.cursor if self._window else self._loaded
+    def cursors(self) -> dict[str, Cursor]:
+        """Where each lane that was read resumes, as plain data for JSON: at the window with the last call's `start`."""
+        return {str(lane): reader.cursor() for lane, reader in sorted(self._readers.items())}
 
-    def load_cursor(self, cursor: Cursor) -> None:
-        """Resumes from a result of `cursor` without reading earlier rows."""
-        self._loaded = cursor
-        self._window = None
+    def load_cursors(self, cursors: dict[str, Cursor], changed: bool = False) -> dict[str, Cursor]:
+        """Resumes from the cursors of all lanes without reading earlier rows, and returns the cursors that are used.
 
-    def _window_at(self, position: int) -> Window:
-        """The window that contains a position."""
-        window = self._window
-        if window is None or position < window.cursor["position"]:
-            if position < self._loaded["position"]:
-                self.load_cursor(START)
-            self._rest = self._kept(self._reader.rows(self._loaded["state"]))
-            window = self._take(self._loaded)
-        while position >= window.cursor["position"] + len(window.rows):
-            window = self._after(window)
-        self._window = window
-        return window
+        If the data has `changed`, all lanes start the next epoch, because the old positions mean nothing in new data.
+        There may be another number of lanes then.
+        """
+        saved = len(cursors) if changed else self.lanes
+        if cursors.keys() != {str(lane) for lane in range(saved)}:
+            raise UserError(f"source {self.name}: the checkpoint was saved with other lanes; start a new run")
+        if changed:
+            epoch = 1 + max(cursor["epoch"] for cursor in cursors.values())
+            position = max(cursor["position"] for cursor in cursors.values()) * len(cursors) // self.lanes
+            cursors = {str(lane): self._beginning(lane, epoch, position) for lane in range(self.lanes)}
+        self._loaded = [cursors[str(lane)] for lane in range(self.lanes)]
+        self._readers = {}
+        return cursors
 
-    def _after(self, window: Window) -> Window:
-        """The next window, which is the first of the next epoch if this epoch has ended."""
-        epoch, number = window.cursor["epoch"], window.cursor["window"]
-        position = window.cursor["position"] + len(window.rows)
-        if len(window.rows) == self._size:
-            state = self._reader.state()
-            following = self._take({"epoch": epoch, "window": number + 1, "position": position, "state": state})
-            if following.rows:
-                return following
-        self._rest = self._kept(self._reader.rows(None))
-        following = self._take({**START, "epoch": epoch + 1, "position": position})
-        if not following.rows:  # The data was removed while it was read.
-            raise self._empty()
-        return following
+    def _beginning(self, lane: int, epoch: int = 0, position: int = 0) -> Cursor:
+        """The cursor at a lane's first shard of an epoch."""
+        shard = (lane - epoch * len(self._shards)) % self.lanes
+        return {"position": position, "epoch": epoch, "shard": shard, "state": None}
 
-    def _take(self, cursor: Cursor) -> Window:
-        return Window(cursor, list(islice(self._rest, self._size)))
+    def _reader(self, lane: int, start: int) -> "Lane":
+        """The reader of a lane, which has forgotten no row from `start` on."""
+        reader = self._readers.get(lane)
+        if reader is None or start < reader.cursor()["position"]:
+            if start < self._loaded[lane]["position"]:
+                self._loaded[lane] = self._beginning(lane)
+            reader = self._readers[lane] = Lane(self._windows(lane, self._loaded[lane]))
+        return reader
 
-    def _kept(self, rows: Iterator[Named]) -> Iterator[Named]:
-        """The rows that the filter keeps."""
-        for named_row in rows:
-            if all(matches(named_row[1].get(column), wanted) for column, wanted in self._filter.items()):
-                yield named_row
+    def _windows(self, lane: int, cursor: Cursor) -> Iterator[Window]:
+        """The windows of a lane from a cursor on, without end. No window extends into the next epoch."""
+        epoch, shard, state = cursor["epoch"], cursor["shard"], cursor["state"]
+        window, barren = Window(cursor, []), 0
+        while barren < MAX_BARREN * len(self._shards):
+            barren += 1
+            for named, after in self._rows(epoch, shard, state):
+                barren = 0
+                window.rows.append(named)
+                if len(window.rows) == self._window:
+                    yield self._shuffled(lane, window)
+                    window = Window({"position": window.stop, "epoch": epoch, "shard": shard, "state": after}, [])
+            before, state = epoch, None
+            epoch, shard = divmod(epoch * len(self._shards) + shard + self.lanes, len(self._shards))
+            if window.rows and before != epoch:
+                yield self._shuffled(lane, window)
+            if not window.rows or before != epoch:
+                window = Window({"position": window.stop, "epoch": epoch, "shard": shard, "state": None}, [])
+        raise self._empty()
+
+    def _shuffled(self, lane: int, window: Window) -> Window:
+        rng = np.random.default_rng(np.random.SeedSequence([self._seed, lane, window.start]))
+        return Window(window.cursor, [window.rows[i] for i in rng.permutation(len(window.rows))])
+
+    def _rows(self, epoch: int, place: int, state: Any) -> Iterator[tuple[Named, Any]]:
+        """The rows that the filter keeps of the shard at a place in an epoch's order; see `Shards.rows`."""
+        order = seed_key(self._seed, "shards", epoch)
+        (shard,) = permute(np.array([place]), len(self._shards), order).tolist()
+        for named, after in self._shards.rows(shard, state):
+            if all(matches(named[1].get(column), wanted) for column, wanted in self._filter.items()):
+                yield named, after
 
     def _empty(self) -> UserError:
         kept = f" that where {self._filter!r} keeps" if self._filter else ""
         return UserError(f"source {self.name} ({self.path}) has no rows{kept}")
+
+
+class Lane:
+    """Reads the windows of a lane forward. It holds the window of the first row that is still needed, and what has been
+    read after it."""
+
+    def __init__(self, windows: Iterator[Window]) -> None:
+        self._windows = windows
+        self._held = deque([next(windows)])
+
+    def read(self, start: int, stop: int) -> list[Named]:
+        """Rows start .. stop - 1 of the lane. Windows that end before `start` are forgotten."""
+        while self._held[-1].stop < stop or self._held[0].stop <= start:
+            if self._held[-1].stop < max(stop, start + 1):
+                self._held.append(next(self._windows))
+            if self._held[0].stop <= start:
+                self._held.popleft()
+        before = start - self._held[0].start
+        return list(islice(chain.from_iterable(window.rows for window in self._held), before, before + stop - start))
+
+    def cursor(self) -> Cursor:
+        return self._held[0].cursor
+
+
+def lane_count(limit: int, shards: int) -> int:
+    """The number of lanes: `limit` or, if there are fewer shards, the largest of its divisors that they can fill."""
+    return max(lanes for lanes in range(1, min(limit, shards) + 1) if limit % lanes == 0)

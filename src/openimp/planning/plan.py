@@ -55,6 +55,7 @@ class Plan:
     per_token: int | None
     steps: dict[tuple[str, int], Step]  # by (task, view)
     visits: dict[tuple[str, int], int]  # how many of them the run makes
+    prefetched: int  # most bytes of CPU memory, per GPU, of the batches that workers prepare in advance
 
     @property
     def largest(self) -> tuple[str, int]:
@@ -168,7 +169,9 @@ def plan(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, gp
         memory = _memory(model, shares, counted, compared, precision, recipe.optimizer.zero_missing_grads)
         received = _received(recipe, model, shares, task, cost.examples, counted, compared, owned)
         steps[name, view] = Step(cost, held | {"inputs": counted.inputs} | memory, received)
-    return Plan(GPUS[gpu], gpus, mfu, parameters, used, steps, Alternation(recipe).visits())
+    ahead = recipe.train.prefetch_factor if recipe.train.num_workers else 0
+    prefetched = ahead * max(step.memory["inputs"] for step in steps.values())
+    return Plan(GPUS[gpu], gpus, mfu, parameters, used, steps, Alternation(recipe).visits(), prefetched)
 
 
 def count(module: nn.Module) -> int:

@@ -68,9 +68,13 @@ class Source(Strict):
     part: Part | None = None
     """Selects a fixed share of the rows that `where` leaves. Streams have no parts."""
     stream: bool = False
-    """Reads the rows in order, shard by shard, without an index, for data that does not fit on disk."""
+    """Reads the shards (files) forward, without an index, for data that does not fit on disk."""
+    lanes: Count = 64
+    """Number of shards that are read at the same time, only for streams. Each rank, and each of its workers, reads some
+    of the lanes and nothing else. The number of lanes must divide batch sizes, and should be a multiple of the number
+    of ranks. If there are fewer shards, it is the largest divisor of this number that they can fill."""
     window: Count = 1024
-    """Number of consecutive rows that are shuffled together, only for streams."""
+    """Number of rows that are shuffled together, only for streams: each lane shuffles its share of consecutive rows."""
     limit: Count | None = None
     """Selects at most this many evenly spaced rows, for a quick trial. Streams have no limit."""
     cache: Literal["none", "memory", "disk"] = "none"
@@ -92,8 +96,9 @@ class Source(Strict):
             raise ValueError("config, split and revision are for hub data sets; to select rows of a path, use where")
         if self.hub and self.format:
             raise ValueError("format is for a path; remove it")
-        if not self.stream and self.window != type(self).model_fields["window"].default:
-            raise ValueError("window is for streams; remove it, or set stream: true")
+        for key in ("lanes", "window"):
+            if not self.stream and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for streams; remove it, or set stream: true")
         return self
 
 

@@ -103,9 +103,10 @@ class Train(Strict):
     """Uses torch.compile, which needs a C++ compiler. Each combination of modality, view and batch size is compiled. It
     does not work on several ranks yet."""
     num_workers: Whole = 2
-    """Worker processes per rank that read and decode data; 0: the training process does it."""
+    """Worker processes per rank that read and decode data, each of them a part of every batch; 0: the training process
+    does it."""
     prefetch_factor: Count = 4
-    """Number of batches that each worker prepares in advance."""
+    """Number of batches that the workers prepare in advance."""
     log_every: Count = 50
     """Steps between log records."""
     save_every: Count = 1000

@@ -20,6 +20,7 @@ from openimp.common.progress import StepBar, console, track
 from openimp.data.batch import Batch
 from openimp.data.loader import load_batches
 from openimp.data.step_batches import LoadedBatch, StepBatches
+from openimp.data.streams import Cursor
 from openimp.evaluation.evaluate import check_sets
 from openimp.model.embedder import Embedder, EncodeAll, in_chunks
 from openimp.model.imp import IMP
@@ -181,7 +182,7 @@ class Trainer:
         """The losses of the step's task."""
         task = self.recipe.tasks[loaded.visit.task]
         with autocast(self.device, self.recipe.train.precision):
-            return self.losses(self.model, task, loaded.batch.to(self.device), self.encode_all)
+            return self.losses(self.model, task, loaded.to(self.device), self.encode_all)
 
     def apply_gradients(self, loaded: LoadedBatch, losses: Losses) -> None:
         """Updates the weights from their gradients, and counts the step. UserError if a gradient is not finite."""
@@ -196,9 +197,9 @@ class Trainer:
         self.step = visit.step + 1
 
     def record(self, loaded: LoadedBatch, losses: Losses, bar: StepBar) -> None:
-        """Logs a step, and keeps the position in its streamed source for the next checkpoint."""
-        if loaded.cursor is not None:
-            self.cursors[loaded.visit.task] = loaded.cursor
+        """Logs a step, and keeps this rank's positions in its streamed source for the next checkpoint."""
+        if loaded.cursors:
+            self.cursors[loaded.visit.task] = loaded.cursors
         if self.suggest_same:
             self.log.warn_of_duplicate_texts(loaded)
         self.log.record(loaded, losses, self.updater.grad_norm, bar)
@@ -211,8 +212,12 @@ class Trainer:
             self.checkpointing.wait()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint stores for resuming besides tensors, as JSON values."""
-        state = {"step": self.step, "trainer": type(self).__name__, "sources": self.sources, "cursors": self.cursors}
+        """What a checkpoint stores for resuming besides tensors, as JSON values. Every rank must call this."""
+        cursors: dict[str, dict[str, Cursor]] = {}
+        for own in distributed.all_gather_object(self.cursors):
+            for task, by_lane in own.items():
+                cursors[task] = cursors.get(task, {}) | by_lane
+        state = {"step": self.step, "trainer": type(self).__name__, "sources": self.sources, "cursors": cursors}
         return state | self.log.state()
 
     def evaluate(self, progress: Any = None) -> None:
@@ -275,7 +280,6 @@ class Trainer:
 
     def _suspects(self, loaded: LoadedBatch, losses: Losses) -> list[str]:
         """The names of 8 examples of every rank with a non-finite loss; if there is no such rank, of this rank."""
-        source = self.data.sources[loaded.visit.task]
-        names = [source.row_name(row) for row in loaded.batch.rows[:8]]
+        names = loaded.names[:8]
         finite = math.isfinite(float(losses.total.detach()))
         return [*chain.from_iterable(distributed.all_gather_object([] if finite else names))] or names
