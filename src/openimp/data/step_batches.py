@@ -43,6 +43,8 @@ class LoadedBatch:
         bad: (row name, reason) of each example that could not be read. Another example replaces it in the batch.
         cursor: the position from which the task's stream resumes; None for tables.
         digest: a hash of the examples, whatever their order; see `batch_digest`.
+        stop: why all ranks shall stop before this step: an error of this rank, or "" if it received a signal; None if
+            there is no reason.
     """
 
     visit: Visit
@@ -50,6 +52,11 @@ class LoadedBatch:
     bad: list[tuple[str, str]] = field(default_factory=list)
     cursor: dict[str, Any] | None = None
     digest: int = 0
+    stop: str | None = None
+
+    def without_tensors(self) -> LoadedBatch:
+        """Everything but the tensors, which take much memory."""
+        return replace(self, batch=Batch({}, {}, rows=self.batch.rows))
 
     def pin_memory(self) -> LoadedBatch:
         """The DataLoader calls this if there is CUDA: only copies from pinned memory are asynchronous."""
