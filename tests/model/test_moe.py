@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from openimp.model.moe import (
     Router,
@@ -240,6 +241,21 @@ def test_a_batch_of_padding_gives_nothing_and_no_nan():
             out, stats = apply(layer, x, valid)
             assert not out.any()
             assert all(torch.isfinite(part).all() for part in (stats.aux, *stats.usage))
+
+
+def test_usage_is_only_computed_if_it_is_collected():
+    """A compiled layer always computes it, so that it is compiled once."""
+    layer, counter = layer_of(experts=4), CompileCounter()
+    x, valid = batch_of(0, [6], 6)
+    inputs = x.flatten(0, 1), [valid], [valid_tokens_per_rank(x, valid)]
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for collect in (False, True):
+        collect_usage(layer, collect)
+        _, (stats,) = layer(*inputs)
+        assert (stats.usage is not None) == collect
+        _, (stats,) = compiled(*inputs)
+        assert stats.usage is not None
+    assert counter.frame_count == 1
 
 
 def test_the_router_computes_in_fp32_under_autocast():

@@ -168,7 +168,7 @@ class Trainer:
             # The alternation has chosen the task and the view of each batch: `loaded.visit`.
             for loaded in stop.watch_steps(batches, self.step, self._stand_in):
                 self._make_step(loaded)
-                if self._is_due(loaded.visit.step + 1):
+                if self._settles_after(loaded.visit.step + 1):
                     self.settle()
                     self.log.bad.check()
                     if self._due(recipe.train.save_every):
@@ -273,7 +273,7 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0 and self.step < self.recipe.train.steps
 
-    def _is_due(self, step: int) -> bool:
+    def _settles_after(self, step: int) -> bool:
         """Whether anything is logged, saved or evaluated after `step` steps.
 
         Only then does the host wait for the device, and do the ranks gather what they have found.
