@@ -18,6 +18,7 @@ from openimp.common.device import full_precision
 from openimp.data.batch import Batch, head_key
 from openimp.model.embedder import EncodeAll, Encoded
 from openimp.model.imp import IMP
+from openimp.model.moe import Usage
 from openimp.parallel.distributed import all_gather
 from openimp.recipe.tasks import Classification, Contrastive, Task, classified_by, pairs_of
 
@@ -31,7 +32,7 @@ class Losses:
 
     total: Tensor  # the scalar to minimize
     parts: dict[str, Tensor]  # the unweighted loss of each objective, detached, by name
-    encoded: dict[str, Encoded]  # by modality
+    usage: dict[str, list[Usage]]  # by modality: of each sparse layer, in order; empty unless it is collected
 
 
 def task_losses(model: IMP, task: Task, batch: Batch, encode_all: EncodeAll | None = None) -> Losses:
@@ -56,7 +57,8 @@ def task_losses(model: IMP, task: Task, batch: Batch, encode_all: EncodeAll | No
     if aux:
         parts["router"] = torch.stack(aux).mean().detach()
         total = total + torch.stack(aux).mean()
-    return Losses(total, parts, encoded)
+    usage = {name: [stats.usage for stats in item.routing if stats.usage] for name, item in encoded.items()}
+    return Losses(total, parts, usage)
 
 
 def contrastive_losses(

@@ -38,6 +38,7 @@ def training_of(folder: Path, run: Path, *changes: str, resume: bool = False) ->
 def tensors_of(training: Trainer) -> dict[str, Tensor]:
     """All tensors that a checkpoint has to hold, unsharded, by folder and name."""
     assert training.updater.ema
+    training.confirm()
     kinds = {
         "model": training.model.state_dict(),
         "ema": training.updater.ema.weights,

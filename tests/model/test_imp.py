@@ -8,6 +8,7 @@ from openimp.common.modality import StemSpec, Tokens
 from openimp.model.embedding import Stem
 from openimp.model.heads import Temperature
 from openimp.model.imp import IMP, trained_pairs
+from openimp.model.moe import collect_usage
 from openimp.recipe.model import Model
 
 
@@ -90,6 +91,7 @@ def test_one_pass_of_all_modalities_equals_a_pass_of_each(routing, own):
     model = small(moe=moe, modality_specific_layers=own, qk_norm=True).train()
     if routing and routing != "soft":  # Routers start nearly indifferent; this one has preferences.
         torch.nn.init.normal_(model.encoder.blocks[-1].mlp.router.weight_ED, std=0.7)
+    collect_usage(model, True)
     inputs = {"image": patches(3), "text": texts([3, 16, 1, 7, 0, 9], 16), "video": patches(2)}
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(len(tokens.values), 32, generator=generator) for name, tokens in inputs.items()}
@@ -103,7 +105,7 @@ def test_one_pass_of_all_modalities_equals_a_pass_of_each(routing, own):
         torch.testing.assert_close(together[name].features, separate[name].features, rtol=0, atol=1e-5)
         assert len(together[name].routing) == len(separate[name].routing) == (1 + own if routing else 0)
         for found, wanted in zip(together[name].routing, separate[name].routing):
-            torch.testing.assert_close([*found], [*wanted], rtol=0, atol=1e-5)
+            torch.testing.assert_close([found.aux, *found.usage], [wanted.aux, *wanted.usage], rtol=0, atol=1e-5)
     assert not together["text"].features[4].any()  # It has no valid token.
     for found, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

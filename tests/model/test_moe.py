@@ -6,8 +6,18 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
-from openimp.model.moe import Router, RouterStats, Routing, SoftMLP, SparseMLP, expert_choice, valid_tokens_per_rank
+from openimp.model.moe import (
+    Router,
+    RouterStats,
+    Routing,
+    SoftMLP,
+    SparseMLP,
+    collect_usage,
+    expert_choice,
+    valid_tokens_per_rank,
+)
 from openimp.recipe.model import MoE
 
 ROUTINGS = ["expert_choice", "expert_choice_batch", "token_choice"]
@@ -29,6 +39,7 @@ def batch_of(seed: int, lengths: list[int], total: int) -> tuple[Tensor, Tensor]
 
 def apply(layer: SparseMLP | SoftMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, RouterStats]:
     """The layer's output for one input, and its statistics."""
+    collect_usage(layer, True)
     out, (stats,) = layer(x.flatten(0, 1), [valid], [valid_tokens_per_rank(x, valid)])
     return out.view_as(x), stats
 
@@ -125,10 +136,10 @@ def test_the_layer_does_what_its_routing_says(routing, training, seed, lengths, 
     for token, expert in pairs:
         load[expert] += 1
         gate[expert] += probs[token, expert].detach()
-    torch.testing.assert_close(stats.load_E, load / max(1, len(pairs)))
-    torch.testing.assert_close(stats.gate_E, gate / max(1e-9, gate.sum().item()))
+    torch.testing.assert_close(stats.usage.load_E, load / max(1, len(pairs)))
+    torch.testing.assert_close(stats.usage.gate_E, gate / max(1e-9, gate.sum().item()))
     count = int(valid.sum())
-    assert stats.dropped.item() == pytest.approx((count - len({token for token, _ in pairs})) / max(1, count))
+    assert stats.usage.dropped.item() == pytest.approx((count - len({token for token, _ in pairs})) / max(1, count))
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -229,7 +240,22 @@ def test_a_batch_of_padding_gives_nothing_and_no_nan():
             x, valid = batch_of(0, [0, 0], 5)
             out, stats = apply(layer, x, valid)
             assert not out.any()
-            assert all(torch.isfinite(part).all() for part in stats)
+            assert all(torch.isfinite(part).all() for part in (stats.aux, *stats.usage))
+
+
+def test_usage_is_only_computed_if_it_is_collected():
+    """A compiled layer always computes it, so that it is compiled once."""
+    layer, counter = layer_of(experts=4), CompileCounter()
+    x, valid = batch_of(0, [6], 6)
+    inputs = x.flatten(0, 1), [valid], [valid_tokens_per_rank(x, valid)]
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for collect in (False, True):
+        collect_usage(layer, collect)
+        _, (stats,) = layer(*inputs)
+        assert (stats.usage is not None) == collect
+        _, (stats,) = compiled(*inputs)
+        assert stats.usage is not None
+    assert counter.frame_count == 1
 
 
 def test_the_router_computes_in_fp32_under_autocast():
@@ -262,7 +288,7 @@ def test_soft_slots_are_means_of_the_tokens_and_tokens_means_of_the_slots():
         ]
         torch.testing.assert_close(got[mask], logits.softmax(-1) @ torch.stack(outs))
         assert not got[~mask].any()
-    assert stats.load_E.sum().item() == pytest.approx(1)
+    assert stats.usage.load_E.sum().item() == pytest.approx(1)
     # A caption padded further, or beside other captions, comes out the same.
     longer, wider = F.pad(x, (0, 0, 0, 4)), F.pad(valid, (0, 4))
     again, _ = apply(layer, longer[:2], wider[:2])

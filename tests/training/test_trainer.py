@@ -7,6 +7,7 @@ import shutil
 import signal
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -362,30 +363,53 @@ def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.parametrize("what", ["weights", "learning rate"])
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, tmp_path, what):
-    changes = ["tasks.heard.weight=0", "evaluation={}", *(["optimizer.lr=1e30"] if what == "learning rate" else [])]
-    training = Trainer(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
-    steps = iter(load_batches(training.data, 0))
-    loaded = next(steps)
-    if what == "weights":
-        with torch.no_grad():
-            training.model.encoder.norm.weight[0] = torch.inf
-    else:
+class OneGradient(Trainer):
+    """Makes one number of one gradient infinite in step 2."""
+
+    def apply_gradients(self, loaded, losses):
+        if loaded.visit.step == 2:
+            self.model.encoder.blocks[0].attention.qkv.weight.grad[0, 0] = torch.inf
+        super().apply_gradients(loaded, losses)
+
+
+class InfiniteLoss(Trainer):
+    """Adds infinity to the loss of step 2, which changes no gradient."""
+
+    def forward(self, loaded):
+        losses = super().forward(loaded)
+        return replace(losses, total=losses.total + torch.inf) if loaded.visit.step == 2 else losses
+
+
+@pytest.mark.parametrize(
+    ("trainer", "changes"),
+    [(Trainer, ["optimizer.lr=1e30"]), (OneGradient, []), (InfiniteLoss, ["optimizer.zero_missing_grads=true"])],
+)
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, tmp_path, trainer, changes):
+    """Weights, their average and the optimizers' state stay as they are. The step after it is not applied either."""
+    changes = ["optimizer={lr: 3e-3, muon_lr: 0.01, weight_decay: 0.1, warmup_steps: 0, ema_decay: 0.9}", *changes]
+    training = trainer(recipe_of(little_data, *changes, "tasks.heard.weight=0"), tmp_path / "run", resume=False)
+    batches = [*load_batches(training.data, 0, 4)]
+    for loaded in batches[: 1 if trainer is Trainer else 2]:
         training.update(loaded)
-        loaded = next(steps)
-    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
-    moments = {name: tensor.clone() for name, tensor in moments_of(training).items()}
+    training.confirm()
+    before, bad = state_of(training), batches[training.step]
+    training.update(bad)  # The host does not know yet.
     with pytest.raises(UserError) as error:
-        training.update(loaded)
+        training.update(batches[bad.visit.step + 1])
     message = str(error.value)
-    assert f"step {loaded.visit.step}, task named: " in message
+    assert f"step {bad.visit.step}, task named: " in message
     assert "not finite" in message
-    assert training.data.sources["named"].row_name(loaded.batch.rows[0]) in message
-    after = training.model.state_dict()
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert moments.keys() == moments_of(training).keys()
-    assert all(torch.equal(tensor, moments_of(training)[name]) for name, tensor in moments.items())
+    assert training.data.sources["named"].row_name(bad.batch.rows[0]) in message
+    after = state_of(training)
+    assert after.keys() == before.keys()
+    assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []
+    assert all(tensor.isfinite().all() for tensor in after.values())
+
+
+def state_of(training: Trainer) -> dict[str, torch.Tensor]:
+    """Copies of all tensors of a checkpoint."""
+    kinds = training.model.state_dict(), training.updater.ema.weights, moments_of(training)
+    return {f"{i} {name}": tensor.clone() for i, tensors in enumerate(kinds) for name, tensor in tensors.items()}
 
 
 def moments_of(training: Trainer) -> dict[str, torch.Tensor]:
@@ -460,6 +484,7 @@ def test_the_gradient_is_clipped_decayed_and_averaged_as_the_recipe_says(little_
     average = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     for step, loaded in enumerate(load_batches(training.data, 0)):
         training.update(loaded)
+        training.confirm()
         assert training.updater.grad_norm > 0.01
         assert seen[-1] == pytest.approx(0.01, rel=1e-3)
         decay = min(0.5, (1 + step) / (10 + step))

@@ -50,6 +50,21 @@ def product_speed(device: torch.device, precision: Literal["bf16", "fp32"]) -> f
     return 2 * size**3 / min(seconds)
 
 
+class HostCopy:
+    """A scalar on its way from a device to the host. Only `read` waits for it, so that work can be queued meanwhile."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._copy = x.detach().to("cpu", non_blocking=True)  # From a GPU, torch copies into pinned memory.
+        self._copied = torch.cuda.Event() if x.is_cuda else None
+        if self._copied:
+            self._copied.record()
+
+    def read(self) -> float:
+        if self._copied:
+            self._copied.synchronize()
+        return float(self._copy)
+
+
 def keep_freed_memory() -> None:
     """Makes glibc's allocator keep freed memory for the next step.
 

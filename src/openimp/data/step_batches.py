@@ -47,6 +47,8 @@ class LoadedBatch:
         bad: (row name, reason) of each example that could not be read. Another example replaces it in the batch.
         cursors: where the lanes of the task's stream resume that were read, by lane; empty for tables.
         digest: a hash of the examples, whatever their order; see `batch_digest`.
+        stop: why all ranks shall stop before this step: an error of this rank, or "" if it received a signal; None if
+            there is no reason.
     """
 
     visit: Visit
@@ -55,6 +57,11 @@ class LoadedBatch:
     bad: list[tuple[str, str]] = field(default_factory=list)
     cursors: dict[str, Cursor] = field(default_factory=dict)
     digest: int = 0
+    stop: str | None = None
+
+    def without_tensors(self) -> LoadedBatch:
+        """Everything but the tensors, which take much memory."""
+        return replace(self, parts=[])
 
     @classmethod
     def merged(cls, loaded: Sequence[LoadedBatch]) -> LoadedBatch:

@@ -11,7 +11,7 @@ all experts), D width, F hidden width, 1 a dimension of size 1.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,26 +37,41 @@ class Routing(NamedTuple):
     gate_GEC: Tensor
 
 
-class RouterStats(NamedTuple):
-    """Routing statistics of one sparse layer and one input of a pass.
+class Usage(NamedTuple):
+    """How one input of a pass uses the experts of one sparse layer.
 
     Attributes:
-        aux: scalar, the weighted sum of the router's auxiliary losses.
         load_E: each expert's share of all filled slots; in Soft MoE, the same as `gate_E`.
         gate_E: each expert's share of the sum of all gates. With expert choice all experts fill equally many slots, so
             only this shows which experts the router prefers.
         dropped: scalar, the share of tokens that no expert took.
     """
 
-    aux: Tensor
     load_E: Tensor
     gate_E: Tensor
     dropped: Tensor
 
+
+class RouterStats(NamedTuple):
+    """What one sparse layer says of one input of a pass.
+
+    Attributes:
+        aux: scalar, the weighted sum of the router's auxiliary losses.
+        usage: None unless `collect_usage` asks for it.
+    """
+
+    aux: Tensor
+    usage: Usage | None
+
     @staticmethod
     def mean(chunks: Sequence["RouterStats"], shares: Sequence[Tensor]) -> "RouterStats":
         """The statistics of a batch from those of its chunks, weighted by each chunk's share of the tokens."""
-        return RouterStats(*(sum(s * x for s, x in zip(shares, values)) for values in zip(*chunks)))
+
+        def mean(values: Sequence[Any]) -> Any:
+            return sum(s * x for s, x in zip(shares, values))
+
+        auxes, usages = zip(*chunks)
+        return RouterStats(mean(auxes), Usage(*map(mean, zip(*usages))) if usages[0] else None)
 
 
 def expert_choice(probs_GNE: Tensor, valid_GN: Tensor, capacity_factor: float) -> Routing:
@@ -126,7 +141,7 @@ class Router(nn.Module):
 
     def __init__(self, width: int, config: MoE) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.collects_usage = config, False
         self.weight_ED = nn.Parameter(torch.empty(config.experts, width))
         nn.init.normal_(self.weight_ED, std=0.02)
 
@@ -158,7 +173,7 @@ class Router(nn.Module):
             aux = aux + config.balance_loss * config.experts * _imbalance(probs_BLE, valid_BL, count)
         else:
             routing = expert_choice(probs_GNE, valid_GN, config.capacity_factor)
-        return routing, RouterStats(aux, *_load(routing, valid_GN, count))
+        return routing, RouterStats(aux, _usage(routing, valid_GN, count) if _collects_usage(self) else None)
 
 
 def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, count: Tensor) -> Tensor:
@@ -168,16 +183,28 @@ def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, count: Tensor) -> Tensor:
     return (all_reduce_mean(first_E.float()) / count * prob_E).sum()
 
 
+def collect_usage(model: nn.Module, collect: bool) -> None:
+    """Whether the sparse layers of a model return their `Usage`. By default they do not, because it takes each of them
+    about 15 small operations per input."""
+    for module in model.modules():
+        if isinstance(module, Router | SoftMLP):
+            module.collects_usage = collect
+
+
+def _collects_usage(layer: "Router | SoftMLP") -> bool:
+    # Compiled layers always do: there it costs little, and a switch would have each of them compiled twice.
+    return torch.compiler.is_compiling() or layer.collects_usage
+
+
 @torch.no_grad()
-def _load(routing: Routing, valid_GN: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`load_E`, `gate_E` and `dropped` of `RouterStats`."""
+def _usage(routing: Routing, valid_GN: Tensor, count: Tensor) -> Usage:
     filled_GEC = (routing.gate_GEC > 0).float()
     load_E, gate_E = filled_GEC.sum((0, 2)), routing.gate_GEC.sum((0, 2))
     taken_GN = torch.zeros_like(valid_GN, dtype=torch.float32)
     taken_GN = taken_GN.scatter_add(1, routing.token_GEC.flatten(1), filled_GEC.flatten(1))
     dropped = ((taken_GN == 0) & valid_GN).sum() / count
     # A batch of padding fills no slot. `clamp` prevents 0 / 0 there.
-    return load_E / load_E.sum().clamp(min=1), gate_E / gate_E.sum().clamp(min=1e-9), dropped
+    return Usage(load_E / load_E.sum().clamp(min=1), gate_E / gate_E.sum().clamp(min=1e-9), dropped)
 
 
 class Experts(nn.Module):
@@ -238,7 +265,7 @@ class SoftMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, config: MoE) -> None:
         super().__init__()
-        self.slots = config.slots
+        self.slots, self.collects_usage = config.slots, False
         self.slot_SD = nn.Parameter(torch.empty(config.experts * config.slots, width))
         # Logits are `scale` times cosines, which have variance 1 / width at first. So logits start with unit variance.
         self.scale = nn.Parameter(torch.full((1,), width**0.5))
@@ -274,7 +301,9 @@ class SoftMLP(nn.Module):
         combine_BLS = logits_BLS.softmax(-1) * valid_BL[..., None]
         out_BSD = out_ESD.unflatten(1, (valid_BL.shape[0], self.slots)).transpose(0, 1).flatten(1, 2)
         result_BLD = combine_BLS.to(out_BSD.dtype) @ out_BSD
-        with torch.no_grad():
-            share_E = combine_BLS.sum((0, 1)).unflatten(0, (-1, self.slots)).sum(-1) / count
-        zero = logits_BLS.new_zeros(())
-        return result_BLD.flatten(0, 1), RouterStats(zero, share_E, share_E, zero)
+        usage, zero = None, logits_BLS.new_zeros(())
+        if _collects_usage(self):
+            with torch.no_grad():
+                share_E = combine_BLS.sum((0, 1)).unflatten(0, (-1, self.slots)).sum(-1) / count
+            usage = Usage(share_E, share_E, zero)
+        return result_BLD.flatten(0, 1), RouterStats(zero, usage)

@@ -26,7 +26,11 @@ class Muon(torch.optim.Optimizer):
 
     `stacks` has the number of matrices that each parameter stacks in its first dimension: 1 for a linear layer, 3 for
     one that computes queries, keys and values, and the number of experts. Each matrix is orthogonalized separately.
+
+    As in torch's fused optimizers, a step changes nothing if the attribute `found_inf`, a scalar on the device, is 1.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self, stacks: Mapping[Tensor, int], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
@@ -48,9 +52,19 @@ class Muon(torch.optim.Optimizer):
             # On local shards, because the many small operations on DTensors take twice as long.
             gradients = [local_shard(weight.grad) for weight in weights]
             momenta = [local_shard(self.state[weight]["momentum_buffer"]) for weight in weights]
+            decay: Any = 1 - group["lr"] * group["weight_decay"]
+            if self.found_inf is not None:
+                # A gradient that equals the momentum leaves it as it is.
+                skip = self.found_inf.bool()
+                for gradient, momentum in zip(gradients, momenta):
+                    torch.where(skip, momentum, gradient, out=gradient)
+                decay = torch.full_like(self.found_inf, decay).masked_fill(skip, 1.0)
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            updates = dict(zip(weights, torch._foreach_lerp(gradients, momenta, group["momentum"])))
-            torch._foreach_mul_([local_shard(weight) for weight in weights], 1 - group["lr"] * group["weight_decay"])
+            changes = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            if self.found_inf is not None:
+                torch._foreach_mul_(changes, 1 - self.found_inf)
+            torch._foreach_mul_([local_shard(weight) for weight in weights], decay)
+            updates = dict(zip(weights, changes))
             for batch in self._batches(weights):
                 self._apply({weight: updates[weight] for weight in batch}, group["lr"])
 

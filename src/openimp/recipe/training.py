@@ -108,11 +108,12 @@ class Train(Strict):
     prefetch_factor: Count = 4
     """Number of batches that the workers prepare in advance."""
     log_every: Count = 50
-    """Steps between log records."""
+    """Steps between log records. On other steps, the training waits for no GPU, and ranks exchange nothing but tensors
+    of the model."""
     save_every: Count = 1000
     """Steps between checkpoints. The last step is always saved."""
     keep_last: Count = 2
     """Number of checkpoints that are kept."""
     max_bad_fraction: Share = 0.01
-    """The run stops if more than this share of a task's examples is unreadable. It is checked from 100
-    examples on."""
+    """The run stops if more than this share of a task's examples is unreadable. It is checked with each log record,
+    from 100 examples on."""

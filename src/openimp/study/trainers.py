@@ -43,6 +43,7 @@ class SummedTrainer(Trainer):
         if len(self.pending) == self.round or next_step == self.recipe.train.steps:
             torch.stack(self.pending).sum().backward()
             self.apply_gradients(loaded, losses)
+            self.confirm()
             self.pending.clear()
             self.savable = True
         self.step = next_step

@@ -140,7 +140,7 @@ class TwoTowerTrainer(Trainer):
         z_BZ, other_BZ = model.project(encoded[a].features, a, b), model.project(encoded[b].features, b, a)
         with full_precision(z_BZ.device):
             loss = ClipLoss()(z_BZ, other_BZ, model.clip.logit_scale.exp())
-        return Losses(loss, {f"{a}-{b}": loss.detach()}, encoded)
+        return Losses(loss, {f"{a}-{b}": loss.detach()}, {})
 
 
 def load_two_towers(run: Path) -> TwoTowers:

@@ -1,34 +1,57 @@
 """Counting and naming the examples that cannot be read."""
 
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, forget_after
-from openimp.parallel.distributed import rank
+from openimp.parallel.distributed import all_gather_object, rank
 
 ENOUGH = 100
 """Examples of a task after which the share of bad ones is judged."""
 
 
 class BadExamples:
-    """Counts the examples that cannot be read, lists them in skipped.jsonl, and stops the run if there are too many."""
+    """Counts the examples that cannot be read, lists them in skipped.jsonl, and stops the run if there are too many.
+
+    `state` has the counts for a checkpoint, by task. It is complete after `gather`.
+    """
 
     def __init__(self, run: Path, step: int, limit: float, state: dict[str, dict[str, int]] | None = None) -> None:
         self.file, self.limit = run / "skipped.jsonl", limit
         if rank() == 0:
             forget_after(self.file, step - 1)  # Its lines count steps from 0.
         self.state = state or {}
+        self._added, self._found = False, list[dict[str, int | str]]()
+        self._new: dict[str, list[str]] = {}
 
     def add(self, step: int, task: str, read: int, bad: list[tuple[str, str]]) -> None:
-        """Counts the examples of all ranks in one step. Raises UserError above `train.max_bad_fraction`."""
-        counts = self.state.setdefault(task, {"read": 0, "bad": 0})
-        counts["read"] += read
-        counts["bad"] += len(bad)
-        for where, why in bad if rank() == 0 else []:
-            append(self.file, {"step": step, "task": task, "where": where, "why": why})
-        if bad and counts["read"] >= ENOUGH and counts["bad"] > self.limit * counts["read"]:
-            named = "; ".join(f"{where}: {why}" for where, why in bad[:3])
-            raise UserError(
-                f"task {task}: {counts['bad']} of {counts['read']} examples could not be read, more than "
-                f"train.max_bad_fraction {self.limit:g}; for example {named}; {self.file} lists all"
-            )
+        """Adds one step: the number of examples on all ranks, and the bad ones on this rank."""
+        self.state.setdefault(task, {"read": 0, "bad": 0})["read"] += read
+        self._found += ({"step": step, "task": task, "where": where, "why": why} for where, why in bad)
+        self._added = True
+
+    def gather(self) -> None:
+        """Counts and lists what all ranks have added since the last call. Every rank must call this."""
+        if not self._added:
+            return
+        found = chain.from_iterable(all_gather_object(self._found))
+        self._added, self._found = False, []
+        for line in sorted(found, key=itemgetter("step")):
+            task = line["task"]
+            self.state[task]["bad"] += 1
+            self._new.setdefault(task, []).append(f"{line['where']}: {line['why']}")
+            if rank() == 0:
+                append(self.file, line)
+
+    def check(self) -> None:
+        """Raises UserError if more examples are bad than `train.max_bad_fraction` allows, and some of them are new."""
+        new, self._new = self._new, {}
+        for task, named in new.items():
+            counts = self.state[task]
+            if counts["read"] >= ENOUGH and counts["bad"] > self.limit * counts["read"]:
+                raise UserError(
+                    f"task {task}: {counts['bad']} of {counts['read']} examples could not be read, more than "
+                    f"train.max_bad_fraction {self.limit:g}; for example {'; '.join(named[:3])}; {self.file} lists all"
+                )

@@ -1,12 +1,12 @@
 """What a training run records and prints about its steps."""
 
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from openimp.alternation import Alternation
 from openimp.common.device import precision_of, product_speed
 from openimp.common.errors import counted
 from openimp.common.modality import Modalities
@@ -29,6 +29,7 @@ DUPLICATE_TEXT_WARNING = 0.1
 class Log:
     """Records every step, and writes and prints a line every `log_every` steps.
 
+    Only then, and with the first batch of a task, does it read numbers from the device or communicate with other ranks.
     `state` is that of the checkpoint from which the run resumes; it is empty for a new run.
     """
 
@@ -37,13 +38,15 @@ class Log:
         recipe: Recipe,
         run: Path,
         modalities: Modalities,
+        schedule: Alternation,
         costs: Costs,
         device: torch.device,
         state: Mapping[str, Any],
     ) -> None:
         step = state.get("step", 0)
         peak = product_speed(device, precision_of(device, recipe.train.precision))
-        self.recipe, self.modalities, self.costs, self.timer = recipe, modalities, costs, StepTimer()
+        self.recipe, self.modalities, self.schedule, self.costs = recipe, modalities, schedule, costs
+        self.timer = StepTimer()
         self.metrics = Metrics(run, step, peak, state.get("totals"))
         self.bad = BadExamples(run, step, recipe.train.max_bad_fraction, state.get("bad"))
         self.first_batches: set[str] = set()
@@ -52,23 +55,36 @@ class Log:
         """What a checkpoint must hold for the counts to continue."""
         return {"bad": self.bad.state, "totals": {task: dict(units) for task, units in self.metrics.totals.items()}}
 
+    def is_due(self, step: int) -> bool:
+        """Whether a line is written after `step` steps."""
+        return step % self.recipe.train.log_every == 0 or step == self.recipe.train.steps
+
+    def wants_usage(self, step: int) -> bool:
+        """Whether the next line shows how step `step`, which counts from 0, used the experts.
+
+        It shows the last step of each task before the line, so that no task is left out whatever the alternation.
+        """
+        task = self.schedule[step].task
+        while not self.is_due(step + 1):
+            step += 1
+            if self.schedule[step].task == task:
+                return False
+        return True
+
     def record(self, loaded: LoadedBatch, losses: Losses, grad_norm: float, bar: StepBar) -> None:
-        """Records one step. Raises UserError if too many examples of the task could not be read."""
-        visit, train = loaded.visit, self.recipe.train
+        """Records one step. `grad_norm` is that of the last update."""
+        visit = loaded.visit
         step = visit.step + 1
-        self.timer.end_step(visit.task)
         self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], loaded.digest)
+        self.bad.add(visit.step, visit.task, visit.batch_size, loaded.bad)
         bar.step(step)
-        if step % train.log_every == 0 or step == train.steps:
+        if self.is_due(step):
             rate = self.recipe.optimizer.lr * schedule(self.recipe, visit.step)
             line = self.metrics.write(step, rate, grad_norm, self.timer.record())
             means = {name: line["tasks"][name]["loss"] for name in self.recipe.tasks if name in line["tasks"]}
             bar.report(step, means, speed_text(line))
             if warning := self.timer.warning(line, self.recipe, self.modalities):
                 console.print(warning, soft_wrap=True)
-        # Last, because this may end the run: its checkpoint then contains the whole step.
-        bad = [*chain.from_iterable(distributed.all_gather_object(loaded.bad))]
-        self.bad.add(visit.step, visit.task, visit.batch_size, bad)
 
     def warn_of_duplicate_texts(self, loaded: LoadedBatch) -> None:
         """Suggests `same` if the first batch of a task has many texts that occur in several examples."""

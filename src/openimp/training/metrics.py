@@ -54,9 +54,9 @@ class Metrics:
         # Sums stay on the device, because reading a value from a GPU would wait for the step to finish.
         for name, value in {"loss": losses.total.detach(), **losses.parts}.items():
             self.sums[task][name] = self.sums[task].get(name, 0) + value
-        for modality, encoded in losses.encoded.items():
-            if encoded.routing:
-                stats = [torch.cat([s.load_E, s.gate_E, s.dropped[None]]).detach() for s in encoded.routing]
+        for modality, layers in losses.usage.items():
+            if layers:
+                stats = [torch.cat([usage.load_E, usage.gate_E, usage.dropped[None]]) for usage in layers]
                 before = self.routing.get(modality)
                 self.routing[modality] = stats if before is None else [a + b for a, b in zip(before, stats)]
                 self.passes[modality] += 1

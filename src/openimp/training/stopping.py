@@ -4,10 +4,12 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 from openimp.common.errors import UserError
 from openimp.data.loader import WorkersFailed
+from openimp.data.step_batches import LoadedBatch
 from openimp.parallel import distributed
 
 T = TypeVar("T")
@@ -24,27 +26,53 @@ class Stop:
         self.requested, self.reason = False, reason
 
     def watch(self, items: Iterable[T], _: str = "") -> Iterator[T]:
-        """Yields the items, and raises `Stopped` before the next one once a stop is requested.
+        """Yields the items, and raises `Stopped` before the next one once a stop is requested on any rank."""
+        for item, reason in self._with_reasons(items):
+            stop_all_ranks(reason)
+            yield cast(T, item)
 
-        Whatever stops one rank, a signal or bad data, stops all ranks at the same step.
+    def watch_steps(
+        self, batches: Iterable[LoadedBatch], first: int, stand_in: Callable[[int], LoadedBatch]
+    ) -> Iterator[LoadedBatch]:
+        """Yields the batches of the steps from `first` on, and stops between two steps, but without communication.
+
+        Of several ranks, one alone cannot stop before a step, because the others would wait for it in the step's
+        collectives. So its batch names the reason: then no rank applies the step, and all ranks stop when they notice
+        that (`Trainer.update` and `confirm`). If loading has failed, `stand_in(step)` takes the place of the batch.
+        """
+        for step, (loaded, reason) in enumerate(self._with_reasons(batches), first):
+            if distributed.world_size() == 1:
+                stop_all_ranks(reason)
+            yield replace(loaded or stand_in(step), stop=reason)
+
+    def _with_reasons(self, items: Iterable[T]) -> Iterator[tuple[T | None, str | None]]:
+        """Yields each item and this rank's reason to stop before it: an error, "" for a request, or None.
+
+        An item that cannot be had is None, and so are all items after it.
         """
         iterator = iter(items)
+        failure: str | None = None
         while True:
-            reason: str | None = None
+            item: T | None = None
             try:
-                item = next(iterator)
+                item = next(iterator) if failure is None else None
             except StopIteration:
                 return
             except WorkersFailed as error:
                 # The signal may have killed the loader's workers too.
-                reason = "" if self.requested else str(error)
+                failure = "" if self.requested else str(error)
             except UserError as error:
-                reason = str(error)
-            if reason is None and (self.requested or self.reason()):
-                reason = ""
-            if reasons := [each for each in distributed.all_gather_object(reason) if each is not None]:
-                raise UserError(max(reasons)) if max(reasons) else Stopped
-            yield item
+                failure = str(error)
+            yield item, "" if failure is None and (self.requested or self.reason()) else failure
+
+
+def stop_all_ranks(reason: str | None) -> None:
+    """Raises on all ranks if any of them has a reason: `Stopped`, or a UserError if the reason is not empty.
+
+    Every rank must call this.
+    """
+    if reasons := [each for each in distributed.all_gather_object(reason) if each is not None]:
+        raise UserError(max(reasons)) if max(reasons) else Stopped
 
 
 @contextmanager

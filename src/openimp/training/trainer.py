@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from openimp.checkpoint.folder import config_files, read_config
 from openimp.checkpoint.resume import changed_sources
@@ -24,17 +26,18 @@ from openimp.data.streams import Cursor
 from openimp.evaluation.evaluate import check_sets
 from openimp.model.embedder import Embedder, EncodeAll, in_chunks
 from openimp.model.imp import IMP
+from openimp.model.moe import collect_usage
 from openimp.objectives import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.layout import Layout, apply_parallelism
-from openimp.planning.ledger import costs
+from openimp.planning.ledger import costs, empty_batch
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 from openimp.training.checkpointing import Checkpointing
 from openimp.training.compilation import CompiledEncodeAll, signatures
 from openimp.training.log import Log, print_plan
 from openimp.training.run_directory import RunDirectory, locked
-from openimp.training.stopping import Stop, Stopped, stop_signals
+from openimp.training.stopping import Stop, Stopped, stop_all_ranks, stop_signals
 from openimp.training.updater import Updater
 from openimp.training.validation import Validation
 
@@ -81,7 +84,7 @@ class Trainer:
     overrides `update`. Data, resuming, metrics and evaluation stay the same.
 
     Attributes:
-        step: number of complete steps.
+        step: number of steps that are known to be complete; see `confirm`.
         savable: False in the middle of an update that takes several steps. Nothing is saved then.
         summed: whether an update sums the losses of all tasks.
         suggest_same: whether to suggest the option `same` if a task has many duplicate texts.
@@ -109,6 +112,8 @@ class Trainer:
         self, recipe: Recipe, run: Path, resume: bool | Literal["auto"] = False, allow_changed_data: bool = False
     ) -> None:
         self.recipe, self.run, self.savable, self.device = recipe, run, True, distributed.start()
+        self._unconfirmed: tuple[LoadedBatch, Tensor] | None = None
+        self._unrecorded: list[tuple[LoadedBatch, Losses]] = []
         console.quiet = distributed.rank() > 0
         keep_freed_memory()
         self.layout = self._layout()
@@ -129,7 +134,8 @@ class Trainer:
         self.step = state.get("step", 0)
         self.cursors = self.data.load_cursors(state.get("cursors", {}), changed)
         directory.begin(text_files["config.json"])
-        self.log = Log(recipe, run, self.modalities, self.costs, self.device, state)
+        self.log = Log(recipe, run, self.modalities, self.data.schedule, self.costs, self.device, state)
+        self.bar = StepBar(recipe.train.steps, self.step)
         self.validation = Validation(
             recipe, run, self.modalities, self.data.classes, self.model, self._new_model, self.device
         )
@@ -137,10 +143,9 @@ class Trainer:
 
     def train(self) -> bool:
         """Trains the remaining steps, evaluates and saves. Returns False if a signal stopped it."""
-        failed, bar = self.checkpointing.saver.failed, StepBar(self.recipe.train.steps, self.step)
-        with stop_signals(failed) as stop, bar, closing(self.log.metrics):
+        with stop_signals(self.checkpointing.saver.failed) as stop, self.bar, closing(self.log.metrics):
             try:
-                self._loop(stop, bar)
+                self._loop(stop)
             except Stopped:
                 self.save(wait=True)
                 saved = self.checkpointing.saved
@@ -155,57 +160,94 @@ class Trainer:
                 raise
         return True
 
-    def _loop(self, stop: Stop, bar: StepBar) -> None:
+    def _loop(self, stop: Stop) -> None:
         recipe = self.recipe
         if self.step and self._due(recipe.evaluation.every):
             self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
-        # The alternation has chosen the task and the view of each batch: `loaded.visit`.
-        for loaded in stop.watch(self.log.timer.timed(load_batches(self.data, self.step))):
-            losses = self.update(loaded)
-            self.record(loaded, losses, bar)
-            if self._due(recipe.train.save_every):
-                self.save()
-            if self._due(recipe.evaluation.every):
-                self.evaluate(stop.watch)
+        batches = self.log.timer.timed(load_batches(self.data, self.step))
+        try:
+            # The alternation has chosen the task and the view of each batch: `loaded.visit`.
+            for loaded in stop.watch_steps(batches, self.step, self._stand_in):
+                self._make_step(loaded)
+                if self._settles_after(loaded.visit.step + 1):
+                    self.settle()
+                    self.log.bad.check()
+                    if self._due(recipe.train.save_every):
+                        self.save()
+                    if self._due(recipe.evaluation.every):
+                        self.evaluate(stop.watch)
+        except (Stopped, UserError):
+            self.settle()  # The last step may have failed, which is then the error.
+            raise
         self.save()
         self.evaluate(stop.watch)
         self.checkpointing.wait()
 
+    def _make_step(self, loaded: LoadedBatch) -> None:
+        losses = self.update(loaded)
+        self.log.timer.end_step(loaded.visit.task)
+        if self.suggest_same:
+            self.log.warn_of_duplicate_texts(loaded)
+        self._unrecorded.append((loaded.without_tensors(), replace(losses, total=losses.total.detach())))
+        self._record()
+
     def update(self, loaded: LoadedBatch) -> Losses:
         """Makes one step: computes a task's losses and gradients, and updates the weights that the task uses."""
         losses = self.forward(loaded)
-        losses.total.backward()
+        # 1 for a finite loss. Otherwise, or if this rank has a reason to stop, it is NaN, and then so are all gradients
+        # on all ranks, and no rank applies the step.
+        seed = losses.total.detach() * 0 + (1 if loaded.stop is None else math.nan)
+        losses.total.backward(seed)
         self.apply_gradients(loaded, losses)
         return losses
 
     def forward(self, loaded: LoadedBatch) -> Losses:
         """The losses of the step's task."""
-        task = self.recipe.tasks[loaded.visit.task]
+        task, wants_usage = self.recipe.tasks[loaded.visit.task], self.log.wants_usage(loaded.visit.step)
+        collect_usage(self.model, wants_usage)
         with autocast(self.device, self.recipe.train.precision):
-            return self.losses(self.model, task, loaded.to(self.device), self.encode_all)
+            losses = self.losses(self.model, task, loaded.to(self.device), self.encode_all)
+        return losses if wants_usage else replace(losses, usage={})
 
     def apply_gradients(self, loaded: LoadedBatch, losses: Losses) -> None:
-        """Updates the weights from their gradients, and counts the step. UserError if a gradient is not finite."""
-        visit = loaded.visit
-        if not self.updater.step(visit.step):
-            loss = float(distributed.all_reduce_mean(losses.total.detach()))
-            examples = ", ".join(self._suspects(loaded, losses))
-            raise UserError(
-                f"step {visit.step}, task {visit.task}: the loss ({loss:g}) or its gradient is not finite; nothing was "
-                f"updated; the batch of {counted(visit.batch_size, 'example')} includes {examples}"
-            )
-        self.step = visit.step + 1
+        """Queues the update of the weights. If a gradient is not finite, they stay as they are, and the next call of
+        `confirm` raises."""
+        self.confirm()  # The step before. Meanwhile the device computes this step's gradients.
+        self.updater.step(loaded.visit.step)
+        self._unconfirmed = loaded.without_tensors(), losses.total.detach()
 
-    def record(self, loaded: LoadedBatch, losses: Losses, bar: StepBar) -> None:
-        """Logs a step, and keeps this rank's positions in its streamed source for the next checkpoint."""
-        if loaded.cursors:
-            self.cursors[loaded.visit.task] = loaded.cursors
-        if self.suggest_same:
-            self.log.warn_of_duplicate_texts(loaded)
-        self.log.record(loaded, losses, self.updater.grad_norm, bar)
+    def confirm(self) -> None:
+        """Waits until the last step is complete, and counts it.
+
+        Raises on all ranks: UserError if the loss or its gradient was not finite; if a rank had a reason to stop,
+        `Stopped` or a UserError. The step was not applied then.
+        """
+        if self._unconfirmed is None:
+            return
+        (loaded, loss), self._unconfirmed = self._unconfirmed, None
+        if not self.updater.confirm():
+            self._unrecorded.clear()
+            stop_all_ranks(loaded.stop)
+            raise self._not_finite(loaded, loss)
+        self.step = loaded.visit.step + 1
+
+    def settle(self) -> None:
+        """Confirms and records the last step, and gathers bad examples from all ranks. `state` is complete then."""
+        self.confirm()
+        self._record()
+        self.log.bad.gather()
+
+    def _record(self) -> None:
+        """Logs the complete steps, and keeps this rank's positions in their streamed sources for the next checkpoint."""
+        while self._unrecorded and self._unrecorded[0][0].visit.step < self.step:
+            loaded, losses = self._unrecorded.pop(0)
+            if loaded.cursors:
+                self.cursors[loaded.visit.task] = loaded.cursors
+            self.log.record(loaded, losses, self.updater.grad_norm, self.bar)
 
     def save(self, wait: bool = False) -> None:
         """Starts saving this step, unless it is saved or cannot be; with `wait`, returns when the files are written."""
+        self.settle()
         if self.savable:
             self.checkpointing.save()
         if wait:
@@ -226,6 +268,7 @@ class Trainer:
         If the result on the set that `evaluation.best` names is the best so far, this step is saved.
         `progress(items, description)` wraps the loops of the evaluation. `Stop.watch` lets a signal stop them.
         """
+        self.settle()
         if self.recipe.evaluation.sets:
             ema = self.updater.ema.weights if self.updater.ema else None
             self.validation.evaluate(self.step, ema, self.log.metrics, progress)
@@ -234,6 +277,20 @@ class Trainer:
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0 and self.step < self.recipe.train.steps
+
+    def _settles_after(self, step: int) -> bool:
+        """Whether anything is logged, saved or evaluated after `step` steps.
+
+        Only then does the host wait for the device, and do the ranks gather what they have found.
+        """
+        intervals = self.recipe.train.save_every, self.recipe.evaluation.every
+        return self.log.is_due(step) or any(every and step % every == 0 for every in intervals)
+
+    def _stand_in(self, step: int) -> LoadedBatch:
+        """Replaces a batch that this rank could not load, in a step that no rank will apply."""
+        visit, cpu = self.data.schedule[step], torch.device("cpu")
+        task, classes, ranks = self.recipe.tasks[visit.task], self.data.classes, distributed.world_size()
+        return LoadedBatch(visit, [empty_batch(task, visit.view, self.modalities, classes, cpu, ranks)])
 
     def _layout(self) -> Layout:
         """How the model is distributed over the ranks. UserError if they cannot train the recipe."""
@@ -278,8 +335,15 @@ class Trainer:
         sizes = {name: len(values) for name, values in self.data.classes.items()}
         return self.build(self.recipe, self.modalities, sizes)
 
-    def _suspects(self, loaded: LoadedBatch, losses: Losses) -> list[str]:
-        """The names of 8 examples of every rank with a non-finite loss; if there is no such rank, of this rank."""
-        names = loaded.names[:8]
-        finite = math.isfinite(float(losses.total.detach()))
-        return [*chain.from_iterable(distributed.all_gather_object([] if finite else names))] or names
+    def _not_finite(self, loaded: LoadedBatch, loss: Tensor) -> UserError:
+        """The error of a step that was not applied. Every rank must call this.
+
+        It names 8 examples of every rank with a non-finite loss; if there is no such rank, of this rank.
+        """
+        visit, names = loaded.visit, loaded.names[:8]
+        suspects = distributed.all_gather_object([] if loss.isfinite() else names)
+        return UserError(
+            f"step {visit.step}, task {visit.task}: the loss ({float(distributed.all_reduce_mean(loss)):g}) or its "
+            f"gradient is not finite; nothing was updated; the batch of {counted(visit.batch_size, 'example')} "
+            f"includes {', '.join([*chain.from_iterable(suspects)] or names)}"
+        )

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from openimp.common.device import HostCopy
 from openimp.model.embedder import Embedder
 from openimp.parallel.layout import clip_grad_norm
 from openimp.parallel.owners import MatrixOwners
@@ -16,7 +17,11 @@ from openimp.training.optimizers import make_optimizers, muon_matrices, schedule
 class Updater:
     """Updates a model, which is distributed over the ranks, from the gradients of its backward passes.
 
-    `grad_norm` is the Euclidean norm of the last step's gradient, before clipping.
+    The host does not wait for a device to compute the gradients. So it queues the update before it knows whether they
+    are finite; if they are not, the device leaves weights and optimizer state as they are. `confirm` tells later.
+
+    Attributes:
+        grad_norm: Euclidean norm of the gradient in the last confirmed step, before clipping.
     """
 
     def __init__(self, recipe: Recipe, model: Embedder, costs: Costs) -> None:
@@ -29,27 +34,41 @@ class Updater:
         self.optimizers = make_optimizers(options, model, self.owners.updated_by_this_rank(model.parameters()))
         self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
         self.grad_norm = 0.0
+        self._unconfirmed: tuple[int, HostCopy] | None = None
 
-    def step(self, step: int) -> bool:
+    def step(self, step: int) -> None:
         """Updates every parameter that has a gradient (with `zero_missing_grads`: all), and drops the gradients.
 
-        Returns whether the gradient was finite. If it was not, nothing is updated.
+        Nothing is updated if the gradient is not finite. The step before must be confirmed.
         """
+        assert self._unconfirmed is None
         options = self.recipe.optimizer
         for parameter in self.model.parameters() if options.zero_missing_grads else ():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        # `float` waits for a GPU to finish the backward pass. It is the price of never applying a non-finite update.
-        self.grad_norm = float(clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf))
-        if not math.isfinite(self.grad_norm):
-            return False
+        norm = clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf)
+        self._unconfirmed = step, HostCopy(norm)
         set_learning_rate(self.optimizers, schedule(self.recipe, step))
+        found_inf = 1 - norm.isfinite().float()
         for optimizer in self.optimizers:
+            # As torch's GradScaler does. If it is 1, a fused optimizer changes nothing, not even its step counts.
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
             optimizer.step()
         self.model.clamp_logit_scales()
         self.owners.broadcast_updates()
         # None, not zero: a parameter that the next task does not use keeps its value and its optimizer state.
         self.model.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.update(step)
+
+    def confirm(self) -> bool:
+        """Waits for the gradient norm of the last step, and returns whether it was finite.
+
+        If it was, the EMA follows the weights now. It is not needed any earlier, and so it needs no mask.
+        """
+        if self._unconfirmed is not None:
+            step, norm = self._unconfirmed
+            self._unconfirmed, self.grad_norm = None, norm.read()
+            if not math.isfinite(self.grad_norm):
+                return False
+            if self.ema:
+                self.ema.update(step)
         return True
