@@ -63,14 +63,15 @@ def _save_file(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
 
 
 def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills tensors in place. Of a DTensor, each rank reads its local shard only. Other tensors are a UserError."""
+    """Fills all tensors of a folder in place; other tensors are a UserError. Of a DTensor, each rank reads its local
+    shard only."""
     there = metadata(folder)
     for name in sorted(there.keys() | tensors.keys()):
         found = list(there[name].size) if name in there else "missing"
         wanted = list(tensors[name].shape) if name in tensors else "unknown"
         if found != wanted:
             raise UserError(f"{folder}: does not fit the model: {name} is {found} there, {wanted} here")
-    _fill(folder, tensors)
+    fill(folder, tensors)
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -80,7 +81,7 @@ def read(folder: Path) -> dict[str, Tensor]:
     if len(files) == 1:
         return load_file(files[0])  # It maps the file into memory and copies nothing.
     tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in there.items()}
-    _fill(folder, tensors)
+    fill(folder, tensors)
     return tensors
 
 
@@ -114,7 +115,8 @@ def _complete(size: Sequence[int], shards: Iterable[Any]) -> bool:
     return adjacent and len(set(boxes)) == len(boxes) == math.prod(map(len, axes))
 
 
-def _fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fills tensors in place from the tensors of the same names and shapes in a folder; see `load`."""
     import torch.distributed.checkpoint as dcp
 
     with _damage(folder), _causes():

@@ -7,8 +7,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from openimp.checkpoint.folder import config_files, read_config
 from openimp.checkpoint.resume import changed_sources
 from openimp.checkpoint.saver import CheckpointError, Saver
@@ -20,11 +18,13 @@ from openimp.common.progress import StepBar, console, track
 from openimp.data.batch import Batch
 from openimp.data.loader import load_batches
 from openimp.data.step_batches import LoadedBatch, StepBatches
+from openimp.encoding.items import Progress
 from openimp.evaluation.evaluate import check_sets
 from openimp.model.embedder import Embedder, EncodeAll, in_chunks
 from openimp.model.imp import IMP
 from openimp.objectives import Losses, task_losses
 from openimp.parallel import distributed
+from openimp.parallel.deferred_init import DeferredInit
 from openimp.parallel.layout import Layout, apply_parallelism
 from openimp.planning.ledger import costs
 from openimp.recipe.schema import Recipe
@@ -117,7 +117,7 @@ class Trainer:
         warm_start = open_warm_start(recipe, self.modalities) if checkpoint is None else None
         changed = self._open_data(checkpoint, warm_start, allow_changed_data)
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses, self.summed)
-        text_files = self._make_model(warm_start)
+        text_files = self._make_model(checkpoint, warm_start)
         signature_count = len(signatures(recipe, self.modalities)) if recipe.train.compile else 0
         encode_all = CompiledEncodeAll(self.model, signature_count) if signature_count else self.model.encode_all
         self.encode_all = in_chunks(encode_all, recipe.memory.chunk_size)
@@ -129,9 +129,7 @@ class Trainer:
         self.cursors = self.data.load_cursors(state.get("cursors", {}), changed)
         directory.begin(text_files["config.json"])
         self.log = Log(recipe, run, self.modalities, self.costs, self.device, state)
-        self.validation = Validation(
-            recipe, run, self.modalities, self.data.classes, self.model, self._new_model, self.device
-        )
+        self.validation = Validation(recipe, run, self.modalities, self.data.classes, self.model)
         print_plan(recipe, run, self.model, self.device, self.costs, self.step, signature_count)
 
     def train(self) -> bool:
@@ -215,15 +213,14 @@ class Trainer:
         state = {"step": self.step, "trainer": type(self).__name__, "sources": self.sources, "cursors": self.cursors}
         return state | self.log.state()
 
-    def evaluate(self, progress: Any = None) -> None:
+    def evaluate(self, watch: Progress | None = None) -> None:
         """Evaluates the EMA if there is one, else the model.
 
         If the result on the set that `evaluation.best` names is the best so far, this step is saved.
-        `progress(items, description)` wraps the loops of the evaluation. `Stop.watch` lets a signal stop them.
+        `watch(passes, description)` wraps the forward passes. `Stop.watch` lets a signal stop them.
         """
         if self.recipe.evaluation.sets:
-            ema = self.updater.ema.weights if self.updater.ema else None
-            self.validation.evaluate(self.step, ema, self.log.metrics, progress)
+            self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
             if self.savable:
                 self.validation.keep_best(self.step, self.checkpointing)
 
@@ -254,12 +251,13 @@ class Trainer:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
         return changed
 
-    def _make_model(self, warm_start: WarmStart | None) -> dict[str, str]:
-        """Creates the model, distributes it over the ranks, and returns the text files of its checkpoints."""
-        torch.manual_seed(self.recipe.seed)
-        self.model = self._new_model().train()
-        if warm_start is not None:
-            console.print(warm_start.load(self.model, self.data.classes), soft_wrap=True)
+    def _make_model(self, checkpoint: Path | None, warm_start: WarmStart | None) -> dict[str, str]:
+        """Creates the model, distributes it over the ranks, and returns the text files of its checkpoints.
+
+        Its weights are the initial ones, unless they are to be loaded from `checkpoint`.
+        """
+        deferred, sizes = DeferredInit(self.recipe.seed), {name: len(some) for name, some in self.data.classes.items()}
+        self.model = deferred.build(lambda: self.build(self.recipe, self.modalities, sizes)).train()
         check_sets(self.model, self.recipe, self.modalities, self.data.classes)
         # Before FSDP2 replaces the model's class, whose name is in config.json.
         text_files = config_files(self.model, self.recipe, self.modalities, self.data.classes)
@@ -267,11 +265,11 @@ class Trainer:
             self.model, self.model.blocks(), self.model.experts(), ("encode", "encode_all", "project", "classify"),
             self.layout, self.device,
         )  # fmt: skip
+        if checkpoint is None:
+            deferred.initialize(self.model)
+        if warm_start is not None:
+            console.print(warm_start.load(self.model, self.data.classes), soft_wrap=True)
         return text_files
-
-    def _new_model(self) -> Embedder:
-        sizes = {name: len(values) for name, values in self.data.classes.items()}
-        return self.build(self.recipe, self.modalities, sizes)
 
     def _suspects(self, loaded: LoadedBatch, losses: Losses) -> list[str]:
         """The names of 8 examples of every rank with a non-finite loss; if there is no such rank, of this rank."""
