@@ -230,6 +230,10 @@ def test_ranks_start_from_the_weights_of_another_model(two_ranks):
     assert facts(two_ranks)["warm start"] == [True, True]
 
 
+def test_ranks_of_a_node_decode_a_cached_source_once(two_ranks):
+    assert facts(two_ranks)["decoded once"] == [24, 0]
+
+
 def test_the_tokenizer_is_fitted_on_rank_zero_and_loaded_on_the_other(two_ranks):
     (fits, state), (others, same) = facts(two_ranks)["tokenizer"]
     assert (fits, others) == (1, 0)
@@ -466,6 +470,16 @@ def warm_start(folder: Path, out: Path) -> list[bool]:
     return distributed.all_gather_object(same)
 
 
+def decoded_once(folder: Path, out: Path) -> list[int]:
+    """How many pictures each rank decodes to fill a cache, which is empty at first."""
+    os.environ["OPENIMP_CACHE"] = str(out / "cache")
+    calls: list[Any] = []
+    with counted_calls(Image, "decode", calls):
+        trainer = Trainer(recipe(folder, "sources.pictures.cache=memory"), out / "cached", False)
+    next(iter(load_batches(trainer.data, 0, 1)))
+    return distributed.all_gather_object(len(calls))
+
+
 def refusals(folder: Path, out: Path) -> dict[str, Any]:
     """The errors of all ranks, and what they should be, by change of the recipe."""
     found = {}
@@ -540,6 +554,7 @@ def main(folder: Path, out: Path) -> None:
         found["stopped"] = stopped_evaluation(folder, out)
         found["initialization"] = initialization(folder, out)
         found["warm start"] = warm_start(folder, out)
+        found["decoded once"] = decoded_once(folder, out)
         found["tokenizer"] = fitted_tokenizers(folder, out)
         found["step times"] = step_times()
         found["evaluation"] = failed_evaluation(folder, out)

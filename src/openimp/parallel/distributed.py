@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,7 +28,7 @@ TIMEOUT = timedelta(minutes=10)
 LONG_TIMEOUT = timedelta(days=1)
 """How long the ranks wait while rank 0 works, or while a disk is slow."""
 _rank_zero_works = False
-_rank_zero_group: Group | None = None
+_patient_group: Group | None = None
 
 
 def start() -> torch.device:
@@ -58,8 +59,8 @@ def start() -> torch.device:
         )
     except ValueError as error:  # Some schedulers set RANK and nothing else.
         raise UserError(f"RANK is set, as if by torchrun, but {error}; use torchrun") from None
-    global _rank_zero_group
-    _rank_zero_group = new_group(LONG_TIMEOUT)
+    global _patient_group
+    _patient_group = new_group(LONG_TIMEOUT)
     return device
 
 
@@ -204,7 +205,7 @@ def run_on_rank_zero(work: Callable[[], T]) -> T:
         finally:
             _rank_zero_works = False
 
-    return cast(T, run_on_all_ranks(work_alone, _rank_zero_group)[0])
+    return cast(T, run_on_all_ranks(work_alone, _patient_group)[0])
 
 
 def own_part(n: int) -> range:
@@ -235,6 +236,29 @@ def in_lockstep(items: Iterable[T], describe: Callable[[T], R]) -> Iterator[tupl
 
     while described := [found for found in run_on_all_ranks(advance) if found is not None]:
         yield item, described
+
+
+def run_first_on_node(work: Callable[[], T]) -> T:
+    """Runs `work` on one rank of each node, and then on the others, which find what it has cached on the node's disk.
+
+    If it fails on some ranks, all ranks raise a UserError.
+    """
+    result: T | None = None
+
+    def work_if(mine: bool) -> None:
+        nonlocal result
+        if mine:
+            result = work()
+
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for turn in (first, not first):
+        run_on_all_ranks(partial(work_if, turn), _patient_group)
+    return cast(T, result)
+
+
+def ranks_on_node() -> int:
+    """Number of ranks on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
 
 
 def new_group(timeout: timedelta) -> Group | None:

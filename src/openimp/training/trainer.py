@@ -238,7 +238,8 @@ class Trainer:
 
     def _open_data(self, checkpoint: Path | None, warm_start: WarmStart | None, allow_changed_data: bool) -> list[str]:
         """Opens the sources, fits or restores the modalities, and returns the sources that have changed."""
-        self.data = StepBatches(self.recipe, self.modalities, track, distributed.rank(), distributed.world_size())
+        place = distributed.rank(), distributed.world_size()
+        self.data = distributed.run_first_on_node(lambda: StepBatches(self.recipe, self.modalities, track, *place))
         self.sources = self.data.fingerprints()
         if checkpoint is None:
             self.data.fit(warm_start.stems if warm_start else ())
@@ -258,7 +259,7 @@ class Trainer:
         """
         deferred, sizes = DeferredInit(self.recipe.seed), {name: len(some) for name, some in self.data.classes.items()}
         self.model = deferred.build(lambda: self.build(self.recipe, self.modalities, sizes)).train()
-        check_sets(self.model, self.recipe, self.modalities, self.data.classes)
+        distributed.run_first_on_node(lambda: check_sets(self.model, self.recipe, self.modalities, self.data.classes))
         # Before FSDP2 replaces the model's class, whose name is in config.json.
         text_files = config_files(self.model, self.recipe, self.modalities, self.data.classes)
         apply_parallelism(
