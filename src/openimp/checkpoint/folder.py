@@ -41,7 +41,7 @@ BEST = "best"
 
 def save_model(folder: Path, model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
     """Writes what `load_model` reads: weights, configuration, and what the modalities learned."""
-    dcp.save(folder / "model", dcp.stage(model.state_dict()))
+    dcp.save(folder / "model", dcp.stage(model.state_dict(), {}))
     for name, text in config_files(model, recipe, modalities, classes).items():
         (folder / name).write_text(text, encoding="utf-8")
 
