@@ -40,7 +40,7 @@ def test_a_single_process_writes_a_plain_safetensors_file(tmp_path):
     """Anybody can open it: whole tensors under their own names, also of noncontiguous tensors and of views."""
     rows, _, scalar = WHOLE.values()
     tensors = {"turned": rows.T, "view": rows[1:3], "scalar": scalar, "ints": torch.arange(3)}
-    (file,) = save(tmp_path / "some", stage(tensors))
+    (file,) = save(tmp_path / "some", stage(tensors, {}))
     assert [*(tmp_path / "some").iterdir()] == [file]
     for found in (load_file(file), read(tmp_path / "some")):
         assert found.keys() == tensors.keys()
@@ -48,7 +48,7 @@ def test_a_single_process_writes_a_plain_safetensors_file(tmp_path):
 
 
 def test_equal_tensors_are_saved_as_equal_files(tmp_path):
-    files = [save(tmp_path / f"{i}", stage(WHOLE))[0] for i in range(8)]
+    files = [save(tmp_path / f"{i}", stage(WHOLE, {}))[0] for i in range(8)]
     assert len({file.read_bytes() for file in files}) == 1
 
 

@@ -86,13 +86,14 @@ def disk(monkeypatch) -> Disk:
 
 
 def test_training_continues_while_a_checkpoint_is_written(little_data, tmp_path, disk):
-    """The checkpoint holds the tensors as they were when it was begun."""
+    """The checkpoint holds the tensors as they were when it was begun, although the next one uses the same memory."""
     run = tmp_path / "run"
     training = training_of(little_data, run)
     for step in range(3):
         training.update(training.data[step])
     before = tensors_of(training)
     training.save()
+    buffers = {folder: {**some} for folder, some in training.checkpointing.saver._buffers.items()}
     for step in range(3, 6):
         training.update(training.data[step])
     assert training.step == 6
@@ -104,6 +105,8 @@ def test_training_continues_while_a_checkpoint_is_written(little_data, tmp_path,
     training.save()
     training.checkpointing.wait()
     assert [path.name for path in checkpoints(run)] == ["step-00000003", "step-00000006"]
+    for folder, some in buffers.items():  # The second save uses the memory of the first.
+        assert all(training.checkpointing.saver._buffers[folder][name] is buffer for name, buffer in some.items())
     for folder, expected in zip(checkpoints(run), (before, after)):
         verify(folder)
         assert same(files_of(folder), expected)
@@ -288,7 +291,11 @@ def meshes(folder: Path) -> None:
         for where, fill in ((first, torch.clone), (second, torch.zeros_like))
     )
     own = {name: x for name, x in saved.items() if name[-1] == str(distributed.rank()) or "only" not in name}
-    (file,) = dcp.save(folder / "some", dcp.stage(own), distributed.new_group(distributed.TIMEOUT))
+    buffers: dict[str, Tensor] = {}
+    earlier = dcp.stage({name: torch.zeros_like(tensor) for name, tensor in own.items()}, buffers)
+    staged = dcp.stage(own, buffers)
+    assert all(tensor is earlier[name] for name, tensor in staged.items())
+    (file,) = dcp.save(folder / "some", staged, distributed.new_group(distributed.TIMEOUT))
     assert file.name.startswith(f"shard-0000{distributed.rank() + 1}-")
     distributed.barrier()
     dcp.load(folder / "some", target)

@@ -11,6 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import little
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from processes import run, torchrun
 from ranks import COMMON
 from safetensors.torch import load_file, save_file
@@ -28,11 +32,13 @@ from openimp.checkpoint.folder import optimizer_state
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
+from openimp.modalities.image import Image
 from openimp.modalities.text import Text
 from openimp.parallel import distributed, owners
 from openimp.parallel.layout import full_tensor, local_shard
 from openimp.recipe.schema import Recipe
 from openimp.training.step_timer import StepTimer
+from openimp.training.stopping import Stop, Stopped
 from openimp.training.trainer import Trainer, train
 
 MUON = "optimizer={muon_lr: 0.07, warmup_steps: 1}"
@@ -67,6 +73,25 @@ CASES = {
 FOUR = ("shards", "replicas, Muon", "replicas of shards", "expert parallelism, replicas", "expert parallelism, shards")
 """The cases in which four ranks do something that two do not."""
 STREAMED = ["train.save_every=10", "train.keep_last=3"]
+EVALUATED = {
+    "shards": [],
+    "replicas": ["parallel.shard_degree=1"],
+    "expert parallelism": ["parallel={shard_degree: 1, expert_degree: 2}", "model.moe.routing=token_choice"],
+}
+"""Layouts in which all kinds of evaluation sets are measured."""
+SETS = """
+  tones: {type: retrieval, source: sounds, inputs: {audio: sound, text: caption},
+          view: {audio: {seconds: 0.512, clips: 2}, text: {length: 8}}}
+  colours: {type: zero_shot, source: spoiled, inputs: {image: file}, label: label, prompts: ["a {} square", "{}"],
+            view: {image: {size: 16}}}
+  three: {type: zero_shot, source: three, inputs: {image: file}, label: label, prompts: ["{}"],
+          view: {image: {size: 16}}}
+  head: {type: classification, task: named, source: spoiled, inputs: {image: file}, label: label,
+         view: {image: {size: 16}}}
+  features: {type: probe, train: pictures, source: spoiled, inputs: {image: file}, label: label, k: 3,
+             view: {image: {size: 16}}}
+"""
+"""The source `spoiled` has duplicates and unreadable pictures, and `three` has fewer rows than there are ranks."""
 REFUSED = {
     2: {
         "tasks.heard.batch_size=7": "tasks.heard: batch_size 7 is not a multiple of 2 ranks",
@@ -85,7 +110,7 @@ REFUSED = {
 def one_rank(little_data, tmp_path_factory) -> Path:
     """What `compute` writes on one rank."""
     out = tmp_path_factory.mktemp("one")
-    compute_gradients(little_data, out)
+    compute(little_data, out)
     return out
 
 
@@ -131,7 +156,8 @@ def facts(out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("ranks", "cases"), [("two_ranks", [*CASES]), ("four_ranks", FOUR)])
 def test_several_ranks_compute_the_gradients_of_one(one_rank, request, ranks, cases):
-    """Also: what Muon updates, and which parameters of which task have optimizer state afterwards."""
+    """Also: what Muon updates, which parameters of which task have optimizer state afterwards, and, bit for bit, the
+    initial weights."""
     out = request.getfixturevalue(ranks)
     for name in cases:
         expected, found = (load_file(folder / f"{name}.safetensors") for folder in (one_rank, out))
@@ -141,6 +167,8 @@ def test_several_ranks_compute_the_gradients_of_one(one_rank, request, ranks, ca
             if key.endswith("updated"):  # Orthogonal in bf16: each number may differ by more, all together by little.
                 assert (found[key] - value).norm() < 0.02 * value.norm(), f"{name}, {key}"
                 continue
+            if key.endswith("initial"):
+                assert torch.equal(found[key], value), f"{name}, {key}"
             torch.testing.assert_close(
                 found[key].view_as(value),
                 value,
@@ -157,6 +185,57 @@ def test_what_these_ranks_cannot_train_is_refused_before_any_data_is_read(reques
         assert all(message.startswith(expected) for message in found), change
 
 
+@pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
+def test_several_ranks_measure_what_one_measures(one_rank, request, ranks):
+    """Bad rows, data hashes and the hash of the weights included, and with the averaged weights."""
+    expected, found = (facts(out)["measured"] for out in (one_rank, request.getfixturevalue(ranks)))
+    assert found.keys() == EVALUATED.keys()
+    for name, results in found.items():
+        assert [result["task"] for result in results] == [
+            "audio -> text", "text -> audio", *["image -> label"] * 3,
+            "image -> label (linear)", "image -> label (kNN)",
+        ]  # fmt: skip
+        for result, other in zip(results, expected[name], strict=True):
+            assert result == other, name
+        assert [result["skipped"] for result in results] == [0, 0, 2, 0, 2, 2, 2]
+        assert len({result["checkpoint"] for result in results}) == 1
+
+
+@pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
+def test_each_rank_reads_and_encodes_its_part_of_the_rows(request, ranks):
+    number = 2 if ranks == "two_ranks" else 4
+    decoded = facts(request.getfixturevalue(ranks))["decoded"]
+    for name in EVALUATED:
+        assert len(decoded[name]) == number
+        assert max(decoded[name]) - min(decoded[name]) <= 5, "at most one row per source"
+    # Two items of `spoiled`, which three sets read, are in several rows. Each rank that has such a row decodes it.
+    (alone,) = facts(request.getfixturevalue("one_rank"))["decoded"]["shards"]
+    assert alone <= sum(decoded["shards"]) <= alone + 3 * 2 * (number - 1)
+
+
+@pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
+def test_an_evaluation_changes_nothing_for_training(request, ranks):
+    assert facts(request.getfixturevalue(ranks))["undisturbed"] == {name: True for name in EVALUATED}
+
+
+def test_a_stop_of_one_rank_ends_the_evaluation_of_all(two_ranks):
+    assert facts(two_ranks)["stopped"] == [True, True]
+
+
+def test_a_model_is_made_shard_by_shard(two_ranks):
+    """Each of two ranks holds its shards, and while it draws random numbers, one weight and copies of it."""
+    for peak, weights, largest in facts(two_ranks)["initialization"]:
+        assert weights / 2 < peak < weights / 2 + 6 * largest < 0.8 * weights
+
+
+def test_ranks_start_from_the_weights_of_another_model(two_ranks):
+    assert facts(two_ranks)["warm start"] == [True, True]
+
+
+def test_ranks_of_a_node_decode_a_cached_source_once(two_ranks):
+    assert facts(two_ranks)["decoded once"] == [24, 0]
+
+
 def test_the_tokenizer_is_fitted_on_rank_zero_and_loaded_on_the_other(two_ranks):
     (fits, state), (others, same) = facts(two_ranks)["tokenizer"]
     assert (fits, others) == (1, 0)
@@ -170,7 +249,7 @@ def test_the_wait_for_data_is_that_of_the_slower_rank(two_ranks):
     assert [first[key] for key in ("step_p50", "step_p95")] == [second[key] for key in ("step_p50", "step_p95")]
 
 
-def test_an_evaluation_that_fails_on_rank_zero_ends_all_ranks_and_loses_no_step(two_ranks):
+def test_an_evaluation_that_fails_ends_all_ranks_and_loses_no_step(two_ranks):
     assert all(message.startswith("evaluation.sets.colours") for message in facts(two_ranks)["evaluation"])
     assert (two_ranks / "evaluated" / "checkpoints" / "step-00000002" / "manifest.json").exists()
 
@@ -270,6 +349,14 @@ def recipe(folder: Path, *changes: str) -> Recipe:
     return Recipe.load(folder / "recipe.yaml", [*COMMON, "evaluation={}", "alternation.kind=intervals", *changes])
 
 
+def compute(folder: Path, out: Path) -> dict[str, Any]:
+    """What is compared between numbers of ranks, partly in facts.json."""
+    found = compute_gradients(folder, out) | evaluations(folder, out)
+    if distributed.rank() == 0:
+        (out / "facts.json").write_text(json.dumps(found))
+    return found
+
+
 def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
     """Writes a file per case with what `gradients_of` returns, and notes the optimizer state."""
     states = {}
@@ -282,14 +369,12 @@ def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
             trainer.save(wait=True)
         if distributed.rank() == 0:
             save_file(tensors, out / f"{name}.safetensors")
-    if distributed.rank() == 0:
-        (out / "facts.json").write_text(json.dumps({"states": states}))
     return {"states": states}
 
 
 def gradients_of(trainer: Trainer) -> dict[str, Tensor]:
     """Losses and unsharded gradients of a step of each task; with Muon also its matrices after one update per task."""
-    found: dict[str, Tensor] = {}
+    found = {f"named {name} initial": full_tensor(x).clone() for name, x in trainer.model.state_dict().items()}
     batches = [*load_batches(trainer.data, 0, 2)]
     for loaded in batches:
         task = loaded.visit.task
@@ -314,6 +399,102 @@ def gradients_of(trainer: Trainer) -> dict[str, Tensor]:
         assert len({*sums}) == 1
         found |= {f"named {i} updated": matrix for i, matrix in enumerate(hidden)}
     return found
+
+
+def evaluations(folder: Path, out: Path) -> dict[str, Any]:
+    """By layout: the results of evaluating averaged weights, how many pictures each rank decodes for them, and whether
+    the weights and the next gradients are what they would be without the evaluation."""
+    if distributed.rank() == 0:
+        shutil.copytree(folder / "pictures", out / "spoiled")
+        for colour in ("blue", "red"):
+            shutil.copy(out / "spoiled" / "green" / "0.png", out / "spoiled" / colour / "like another.png")
+            (out / "spoiled" / colour / "broken.png").write_bytes(b"no picture")
+        (out / "three.csv").write_text("file,label\n" + "".join(f"{c}/1.png,{c}\n" for c in ("red", "blue", "white")))
+    distributed.barrier()
+    sets = yaml.safe_load(SETS)
+    changes = [f"evaluation={json.dumps({'sets': sets, 'batch_size': 3})}", f"sources.spoiled.path={out / 'spoiled'}"]
+    changes += [f"sources.three={{path: {out / 'three.csv'}, root: {out / 'spoiled'}}}"]
+    found: dict[str, Any] = {"measured": {}, "decoded": {}, "undisturbed": {}}
+    for name, layout in EVALUATED.items():
+        run, decoded = out / f"evaluated {name}", []
+        options = Recipe.load(folder / "recipe.yaml", [*COMMON, "alternation.kind=intervals", *changes, *layout])
+        trainer = Trainer(options, run, False)
+        assert trainer.updater.ema
+        for average in trainer.updater.ema.weights.values():
+            local_shard(average).mul_(1.5)
+        loaded = next(iter(load_batches(trainer.data, 0, 1)))
+        before = state_of(trainer, loaded)
+        with counted_calls(Image, "decode", decoded):
+            trainer.evaluate()
+        found["measured"][name] = read_lines(run / "results.jsonl")
+        found["decoded"][name] = distributed.all_gather_object(len(decoded))
+        after = state_of(trainer, loaded)
+        same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        found["undisturbed"][name] = all(distributed.all_gather_object(same))
+    return found
+
+
+def state_of(trainer: Trainer, loaded: Any) -> dict[str, Tensor]:
+    """This rank's shards of weights, averages, and the gradients of a batch."""
+    assert trainer.updater.ema
+    found = {f"weight {name}": local_shard(x).clone() for name, x in trainer.model.state_dict().items()}
+    found |= {f"average {name}": local_shard(x).clone() for name, x in trainer.updater.ema.weights.items()}
+    trainer.forward(loaded).total.backward()
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.grad is not None:
+            found[f"gradient {name}"] = local_shard(parameter.grad).clone()
+    trainer.model.zero_grad()
+    return found
+
+
+@contextmanager
+def counted_calls(owner: type, method: str, calls: list[Any]) -> Iterator[None]:
+    """Appends to `calls` whenever a method is called."""
+    original = getattr(owner, method)
+    setattr(owner, method, lambda *args, **kwargs: (calls.append(args), original(*args, **kwargs))[1])
+    try:
+        yield
+    finally:
+        setattr(owner, method, original)
+
+
+def stopped_evaluation(folder: Path, out: Path) -> list[bool]:
+    """Whether each rank stops if the last one is told to."""
+    trainer, stop = Trainer(Recipe.load(folder / "recipe.yaml", COMMON), out / "stopping", False), Stop(lambda: False)
+    stop.requested = distributed.rank() == 1
+    with pytest.raises(Stopped):
+        trainer.evaluate(stop.watch)
+    return distributed.all_gather_object(trainer.model.training)
+
+
+def initialization(folder: Path, out: Path) -> list[Any]:
+    """For each rank: the most bytes that making the model takes, those of all its weights, and of the largest."""
+    trainer = Trainer(recipe(folder, "model.layers=32", "model.moe=null"), out / "initialized", False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        trainer._make_model(None, None)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    sizes = [4 * weight.numel() for weight in trainer.model.parameters()]
+    return distributed.all_gather_object((peak, sum(sizes), max(sizes)))
+
+
+def warm_start(folder: Path, out: Path) -> list[bool]:
+    """Whether each rank starts from all weights of the checkpoint that two ranks have saved."""
+    saved = out / "run replicas, Muon" / "checkpoints" / "step-00000002"
+    trainer = Trainer(recipe(folder, f"train.init={saved}"), out / "warm", False)
+    weights = dcp.read(saved / "model")
+    same = all(torch.equal(full_tensor(x), weights[name]) for name, x in trainer.model.state_dict().items())
+    return distributed.all_gather_object(same)
+
+
+def decoded_once(folder: Path, out: Path) -> list[int]:
+    """How many pictures each rank decodes to fill a cache, which is empty at first."""
+    os.environ["OPENIMP_CACHE"] = str(out / "cache")
+    calls: list[Any] = []
+    with counted_calls(Image, "decode", calls):
+        trainer = Trainer(recipe(folder, "sources.pictures.cache=memory"), out / "cached", False)
+    next(iter(load_batches(trainer.data, 0, 1)))
+    return distributed.all_gather_object(len(calls))
 
 
 def refusals(folder: Path, out: Path) -> dict[str, Any]:
@@ -391,8 +572,12 @@ def look_into_the_store(file: Path) -> None:
 
 def main(folder: Path, out: Path) -> None:
     distributed.start()
-    found = compute_gradients(folder, out) | {"refused": refusals(folder, out)}
+    found = compute(folder, out) | {"refused": refusals(folder, out)}
     if distributed.world_size() == 2:
+        found["stopped"] = stopped_evaluation(folder, out)
+        found["initialization"] = initialization(folder, out)
+        found["warm start"] = warm_start(folder, out)
+        found["decoded once"] = decoded_once(folder, out)
         found["tokenizer"] = fitted_tokenizers(folder, out)
         found["step times"] = step_times()
         found["evaluation"] = failed_evaluation(folder, out)

@@ -21,13 +21,26 @@ from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.parallel.distributed import Group, rank
+from openimp.parallel.layout import local_shard
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # In a single process that is intended.
 
 
-def stage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies tensors, or the local shards of DTensors, to CPU memory."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+def stage(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies tensors, or the local shards of DTensors, to CPU memory.
+
+    `buffers` has the earlier copies by name. They are overwritten, and copies of new names are added. Those of CUDA
+    tensors are in pinned memory: into other memory, CUDA copies more slowly, and one tensor after the other.
+    """
+    for name, tensor in tensors.items():
+        if name not in buffers:
+            buffers[name] = torch.empty_like(
+                tensor.detach(), device="cpu", pin_memory=tensor.is_cuda, memory_format=torch.contiguous_format
+            )
+        local_shard(buffers[name]).copy_(local_shard(tensor.detach()), non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return {name: buffers[name] for name in tensors}
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], group: Group | None = None) -> list[Path]:
@@ -63,14 +76,15 @@ def _save_file(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
 
 
 def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills tensors in place. Of a DTensor, each rank reads its local shard only. Other tensors are a UserError."""
+    """Fills all tensors of a folder in place; other tensors are a UserError. Of a DTensor, each rank reads its local
+    shard only."""
     there = metadata(folder)
     for name in sorted(there.keys() | tensors.keys()):
         found = list(there[name].size) if name in there else "missing"
         wanted = list(tensors[name].shape) if name in tensors else "unknown"
         if found != wanted:
             raise UserError(f"{folder}: does not fit the model: {name} is {found} there, {wanted} here")
-    _fill(folder, tensors)
+    fill(folder, tensors)
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -80,7 +94,7 @@ def read(folder: Path) -> dict[str, Tensor]:
     if len(files) == 1:
         return load_file(files[0])  # It maps the file into memory and copies nothing.
     tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in there.items()}
-    _fill(folder, tensors)
+    fill(folder, tensors)
     return tensors
 
 
@@ -114,7 +128,8 @@ def _complete(size: Sequence[int], shards: Iterable[Any]) -> bool:
     return adjacent and len(set(boxes)) == len(boxes) == math.prod(map(len, axes))
 
 
-def _fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fills tensors in place from the tensors of the same names and shapes in a folder; see `load`."""
     import torch.distributed.checkpoint as dcp
 
     with _damage(folder), _causes():

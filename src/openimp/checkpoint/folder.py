@@ -41,7 +41,7 @@ BEST = "best"
 
 def save_model(folder: Path, model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
     """Writes what `load_model` reads: weights, configuration, and what the modalities learned."""
-    dcp.save(folder / "model", dcp.stage(model.state_dict()))
+    dcp.save(folder / "model", dcp.stage(model.state_dict(), {}))
     for name, text in config_files(model, recipe, modalities, classes).items():
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -73,7 +73,7 @@ def describe_model(folder: Path) -> tuple[Recipe, dict[str, Modality], dict[str,
     the meta device, and the configuration may be untrusted.
     """
     recipe, classes, learned = read_config(folder)
-    layers, tensors = recipe.model.layers, len(dcp.metadata(_weights_folder(folder)))
+    layers, tensors = recipe.model.layers, len(dcp.metadata(weights_folder(folder)))
     if layers > tensors:
         raise UserError(f"{folder}: config.json asks for {layers} layers, but the weights are only {tensors} tensors")
     modalities = recipe.make_modalities()
@@ -127,7 +127,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Reads the EMA if there is one, else the weights, unsharded."""
-    return dcp.read(_weights_folder(folder))
+    return dcp.read(weights_folder(folder))
 
 
 def load_weights(model: Embedder, folder: Path, assign: bool = False) -> None:
@@ -136,10 +136,11 @@ def load_weights(model: Embedder, folder: Path, assign: bool = False) -> None:
         model.load_state_dict(read_weights(folder), assign=assign)
     except RuntimeError as error:
         text = " ".join(str(error).split())[:300]
-        raise UserError(f"{_weights_folder(folder)}: does not fit the model: {text}") from None
+        raise UserError(f"{weights_folder(folder)}: does not fit the model: {text}") from None
 
 
-def _weights_folder(folder: Path) -> Path:
+def weights_folder(folder: Path) -> Path:
+    """The folder of the EMA if a checkpoint has one, else that of the weights."""
     return folder / "ema" if (folder / "ema").exists() else folder / "model"
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +37,7 @@ class Saver:
         # At exit Python waits for the thread, so an error elsewhere costs no checkpoint.
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving: Future[None] | None = None
+        self._buffers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)  # by folder and name
 
     def start(self, step: int, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Waits for the previous checkpoint, copies the tensors to CPU memory, and lets the thread write them.
@@ -43,7 +45,7 @@ class Saver:
         Rank 0 writes the `texts`, by file name. The tensors are by folder and name.
         """
         self.wait()
-        copies = {folder: dcp.stage(some) for folder, some in tensors.items()}
+        copies = {folder: dcp.stage(some, self._buffers[folder]) for folder, some in tensors.items()}
         self._saving = self._thread.submit(self._save, checkpoint_folder(self.run, step), texts, copies)
 
     def failed(self) -> bool:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.folder import find_model, model_folder, read_config, read_weights
+from openimp.checkpoint import dcp
+from openimp.checkpoint.folder import find_model, model_folder, read_config, weights_folder
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
 from openimp.model.embedder import Embedder
@@ -29,20 +30,21 @@ class WarmStart:
 
         The encoder is always loaded. A stem, projection head or temperature is loaded if both models have one of this
         name. A classification head is loaded if it also has the same classes in the same order. All other parts keep
-        their initial values.
+        their initial values. Each rank reads only its shards.
         """
-        theirs, ours = read_weights(self.folder), model.state_dict()
+        folder = weights_folder(self.folder)
+        theirs, ours = dcp.metadata(folder), model.state_dict()
         their_parts, our_parts = (dict.fromkeys(map(_part, names)) for names in (theirs, ours))
         differing = {f"classifiers.{head}" for head, values in self.classes.items() if classes.get(head) != values}
         loaded = {"encoder", *their_parts} - differing
         chosen = {}
         for name, tensor in ours.items():
             if _part(name) in loaded:
-                found = list(theirs[name].shape) if name in theirs else "missing"
+                found = list(theirs[name].size) if name in theirs else "missing"
                 if found != list(tensor.shape):
                     raise UserError(f"train.init: {self.folder}: {name} is {found} there, {list(tensor.shape)} here")
-                chosen[name] = theirs[name]
-        model.load_state_dict(chosen, strict=False)
+                chosen[name] = tensor
+        dcp.fill(folder, chosen)
         lists = {
             "loaded": [part for part in our_parts if part in loaded],
             "new": [part for part in our_parts if part not in loaded],

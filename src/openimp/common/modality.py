@@ -46,6 +46,11 @@ class Tokens(NamedTuple):
         parts = [() if part is None else part.split(examples) for part in self]
         return [Tokens(*piece) for piece in zip_longest(*parts)]
 
+    def pad(self, examples: int) -> "Tokens":
+        """Repeats the last example until there are so many."""
+        index = torch.arange(examples, device=self.coords.device).clamp(max=len(self.coords) - 1)
+        return Tokens(*(None if part is None else part[index] for part in self))
+
     def valid(self) -> torch.Tensor:
         """The mask (B, L), all True if there is none."""
         return self.mask if self.mask is not None else self.coords.new_ones(self.coords.shape[:2], dtype=torch.bool)
@@ -138,6 +143,14 @@ class Modality(ABC):
 
         An example's tokens must not depend on the other examples, because workers make parts of a batch.
         """
+
+    def zeros(self, rows: int, length: int) -> Tokens:
+        """Tokens as `tokens` makes them, of zeros. All of them are valid."""
+        stem = self.stem_spec()
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        values = ids if stem.table else torch.zeros(rows, length, self.values())
+        coords = torch.zeros(rows, length, len(stem.axes), dtype=torch.int64)
+        return Tokens(values, coords, torch.ones(rows, length, dtype=torch.bool) if self.masked else None)
 
     def encode_input(self, value: Any, view: Any) -> np.ndarray:
         """Makes clips, as `tokens` takes them, of one input of `model.encode_<name>` (a path, bytes, or an array)."""

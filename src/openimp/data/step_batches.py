@@ -28,7 +28,7 @@ from openimp.data.streams import Cursor, Stream
 from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import classes_of, item_id, labels_of, target_columns
 from openimp.data.templates import all_texts, columns_of, fill
-from openimp.parallel.distributed import run_on_rank_zero
+from openimp.parallel.distributed import ranks_on_node, run_on_rank_zero
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Task
 
@@ -160,6 +160,8 @@ class StepBatches(Dataset[LoadedBatch]):
         self._index = {key: {value: i for i, value in enumerate(values)} for key, values in self.classes.items()}
         for table in tables.values():
             cache = recipe.sources[table.name].cache
+            if cache == "memory" and ranks_on_node() > 1:
+                cache = "disk"  # Ranks share the pages of a file.
             if cache != "none":
                 for (name, column), views in self._media_views(table.name).items():
                     key = table.name, name, column

@@ -23,6 +23,7 @@ from openimp.common.modality import BadMedia, Modality, Tokens
 from openimp.data.tables import Table
 from openimp.data.templates import columns_of, fill
 from openimp.model.embedder import Embedder
+from openimp.parallel.distributed import in_lockstep
 from openimp.recipe.inputs import Input
 from openimp.recipe.schema import Recipe
 
@@ -48,22 +49,35 @@ def embed(
     batch: int,
     precision: Precision,
     normalize: bool = True,
+    watch: Progress | None = None,
 ) -> Tensor:
     """Encodes items from `Modality.encode_input`, (N, Z) or (N, D) fp32 on the model's device.
 
     The vectors of the clips of an item are averaged. If `normalize`, both those of clips and those of items have length
     1. They are in the space that `modality` shares with `towards`; None: the encoder's features, before any projection.
-    A forward pass has at most `batch` clips, but the clips of one item are never separated.
+    A forward pass has at most `batch` clips, but the clips of one item are never separated. `watch` wraps the passes,
+    and may stop them.
+
+    All ranks call this together, because they share the model. Each encodes its own items and returns their vectors.
     """
     device = next(model.parameters()).device
-    found = []
-    with torch.inference_mode():
+
+    def batches() -> Iterator[tuple[list[int], Tokens]]:
         for chunk in _chunks(items, batch):
-            tokens = modality.tokens(np.concatenate(chunk), view, None)
+            yield [len(clips) for clips in chunk], modality.tokens(np.concatenate(chunk), view, None)
+
+    found: list[Tensor] = []
+    passes: Iterable[Any] = in_lockstep(batches(), lambda own: own[1].coords.shape[:2])
+    # Not in inference mode: FSDP2 keeps some of the tensors that it makes for later training steps.
+    with torch.no_grad():
+        for own, shapes in watch(passes, modality.name) if watch else passes:
+            # All ranks have tokens of the same shape, as in training. Those without an item encode zeros.
+            rows, length = map(max, zip(*shapes))
+            clips, tokens = own or ([], modality.zeros(rows, length))
+            tokens = tokens if len(tokens.coords) == rows else tokens.pad(rows)
             z_MZ = embed_tokens(model, modality.name, tokens.to(device), towards, precision, normalize)
             # On a GPU, index_add would sum in another order in each run.
-            found += [z.mean(0) for z in z_MZ.split([len(clips) for clips in chunk])]
-    # Outside of inference mode, so that a probe may be trained on the result.
+            found += [z.mean(0) for z in z_MZ[: sum(clips)].split(clips)]
     size = model.config.width if towards is None else model.config.embed_dim
     z_NZ = torch.stack(found) if found else torch.zeros(0, size, device=device)
     return F.normalize(z_NZ, dim=-1) if normalize else z_NZ
@@ -106,11 +120,11 @@ def raw_value(table: Table, modality: Modality, spec: Input, row: int) -> Raw:
 
 
 def raw_values(
-    table: Table, modality: Modality, spec: Input, progress: Progress | None = None
+    table: Table, modality: Modality, spec: Input, numbers: range, progress: Progress | None = None
 ) -> Iterator[tuple[str, Raw | BadMedia]]:
-    """For each row, a key that equal values share, and the value, or the reason why it cannot be read."""
-    columns, numbers = _columns(modality, spec), range(len(table))
-    chunks = (table.rows(numbers[start : start + READ_ROWS], columns) for start in numbers[::READ_ROWS])
+    """For each row of these numbers, a key that equal values share, and the value, or why it cannot be read."""
+    columns = _columns(modality, spec)
+    chunks = (table.rows(numbers[i : i + READ_ROWS], columns) for i in range(0, len(numbers), READ_ROWS))
     shown: Iterable[int] = progress(numbers, modality.name) if progress else numbers
     for number, row in zip(shown, chain.from_iterable(chunks)):
         try:

@@ -23,6 +23,7 @@ from openimp.evaluation import zero_shot
 from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows, readable_rows
 from openimp.evaluation.metrics import accuracy, average_precision, interval
 from openimp.evaluation.retrieval import SIMILARITIES, ranks
+from openimp.parallel.layout import full_tensor
 from openimp.recipe.evaluation import ClassHead, ZeroShot
 
 
@@ -119,7 +120,8 @@ def classify(
     else:
         head: Any = evaluator.model.get_submodule(f"classifiers.{_head(evaluator, options)}")
         # The bias is the weight of a feature that is always 1.
-        towards, classes_KZ = None, torch.cat([head.weight, head.bias[:, None]], dim=1).detach()
+        weight_KD, bias_K = full_tensor(head.weight.detach()), full_tensor(head.bias.detach())
+        towards, classes_KZ = None, torch.cat([weight_KD, bias_K[:, None]], dim=1)
     encoded = evaluator.encode(options, seen, table, towards)
     readable = readable_rows(table, [encoded], where, labels.values)
     z_NZ = encoded.embeddings[torch.from_numpy(encoded.item[readable.row])]

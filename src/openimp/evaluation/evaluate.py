@@ -14,6 +14,7 @@ from openimp.evaluation import classification, probe, retrieval
 from openimp.evaluation.evaluator import Evaluator, Predicted
 from openimp.evaluation.provenance import checkpoint_fields, data_fields, how_fields
 from openimp.model.embedder import Embedder
+from openimp.parallel.distributed import run_on_all_ranks
 from openimp.recipe.evaluation import Probe, Retrieval
 from openimp.recipe.schema import Recipe
 
@@ -34,11 +35,14 @@ def evaluate(
     step: int | None = None,
     progress: Progress | None = None,
     classes: Classes | None = None,
+    watch: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Measures a model on evaluation sets of a recipe. The same model and data give the same results.
 
+    All ranks call this together and get the same results.
+
     Args:
-        model, recipe, modalities, classes, progress: see `Evaluator`.
+        model, recipe, modalities, classes, progress, watch: see `Evaluator`.
         sets: names of evaluation sets. None: all of them.
         step: the training step, for the results.
 
@@ -50,7 +54,7 @@ def evaluate(
         UserError: there is no evaluation set of such a name.
         NotMeasured: a set cannot be measured. The others are measured before.
     """
-    evaluator = Evaluator(model, recipe, modalities, classes or {}, progress)
+    evaluator = Evaluator(model, recipe, modalities, classes or {}, progress, watch)
     names = list(recipe.evaluation.sets if sets is None else sets)
     for name in names:
         if name not in recipe.evaluation.sets:
@@ -58,7 +62,7 @@ def evaluate(
     reasons, results = [], []
     for name in names:
         try:
-            results += measure(evaluator, name, open_set(evaluator, name), step)[0]
+            results += measure(evaluator, name, _open_together(evaluator, name), step)[0]
         except UserError as error:
             where = f"evaluation.sets.{name}"
             reasons.append(str(error) if where in str(error) else f"{where}: {error}")
@@ -90,6 +94,13 @@ def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
         retrieval.check(evaluator, options, where, tables[options.source])
     else:
         classification.check(evaluator, options, where, tables[options.source])
+    return tables
+
+
+def _open_together(evaluator: Evaluator, name: str) -> dict[str, Table]:
+    """`open_set`, which fails on all ranks if it fails on one."""
+    tables: dict[str, Table] = {}
+    run_on_all_ranks(lambda: tables.update(open_set(evaluator, name)))
     return tables
 
 

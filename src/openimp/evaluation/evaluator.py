@@ -6,6 +6,7 @@ Shape suffixes: N items, R rows, D width, Z features of the shared embedding spa
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from openimp.data.files import stable_hash
 from openimp.data.tables import Table, Unreadable
 from openimp.encoding.items import Progress, ahead, embed, raw_values
 from openimp.model.embedder import Embedder
+from openimp.parallel.distributed import all_gather_object, all_gather_uneven, own_part
 from openimp.recipe.evaluation import EvaluationSet
 from openimp.recipe.schema import Recipe
 
@@ -66,7 +68,8 @@ class Evaluator:
     recipe: Recipe
     modalities: Modalities  # an instance per modality of the recipe, fitted
     classes: Classes = field(default_factory=dict)  # of each classification head of the model
-    progress: Progress | None = None
+    progress: Progress | None = None  # wraps the rows that this rank reads, to show the progress
+    watch: Progress | None = None  # wraps the forward passes, which all ranks make together, and may stop them
 
     def encode(self, options: EvaluationSet, name: str, table: Table, towards: str | None) -> Encoded:
         """Encodes one input of an evaluation set, of the modality `name`, for all rows of a source, in order.
@@ -74,16 +77,18 @@ class Evaluator:
         Media are the same item if their bytes are equal, and texts if they differ only in case and spaces. Equal tokens
         do not make texts the same item: a model that does not know a word, or reads only the beginning, would be right
         with any of them.
+
+        Each rank reads and encodes an equal part of the rows. All ranks get the result for all rows.
         """
         modality, view = self.modalities[name], options.view[name]
         keys: list[str] = []
         items: list[str] = []
         bad: dict[str, str] = {}
-        place: dict[str, int] = {}
+        good: list[str] = []
 
         def distinct() -> Iterator[tuple[str, Any]]:
             seen = set()
-            for key, value in raw_values(table, modality, options.inputs[name], self.progress):
+            for key, value in raw_values(table, modality, options.inputs[name], own_part(len(table)), self.progress):
                 item = " ".join(key.casefold().split()) if modality.reads_text else key
                 keys.append(key)
                 items.append(item)
@@ -103,13 +108,30 @@ class Evaluator:
                 if isinstance(found, BadMedia):
                     bad[item] = str(found)
                 else:
-                    place[item] = len(place)
+                    good.append(item)
                     yield found
 
         batch, precision = self.recipe.evaluation.batch_size, self.recipe.train.precision
-        embeddings = embed(self.model, modality, view, readable(), towards, batch, precision, towards is not None)
-        rows = np.array([place.get(item, -1) for item in items], np.int64)
-        return Encoded(embeddings, rows, {row: bad[item] for row, item in enumerate(items) if item in bad}, keys)
+        vectors = embed(
+            self.model, modality, view, readable(), towards, batch, precision, towards is not None, self.watch
+        )
+        return _merge(all_gather_uneven(vectors), all_gather_object((keys, items, good, bad)))
+
+
+def _merge(vectors: Tensor, parts: list[tuple[list[str], list[str], list[str], dict[str, str]]]) -> Encoded:
+    """One input of all rows from the parts of all ranks: of each row its key and item, the items that could be read, in
+    the order of the vectors, and why the others could not. Of an item that several ranks have, the first one counts."""
+    keys, items, good = (list(chain.from_iterable(some)) for some in zip(*(part[:3] for part in parts)))
+    bad: dict[str, str] = {}
+    for *_, reasons in parts:
+        bad = reasons | bad
+    first: dict[str, int] = {}
+    for i, item in enumerate(good):
+        first.setdefault(item, i)
+    place = {item: i for i, item in enumerate(first)}
+    rows = np.array([place.get(item, -1) for item in items], np.int64)
+    distinct = vectors if len(first) == len(good) else vectors[[*first.values()]]
+    return Encoded(distinct, rows, {row: bad[item] for row, item in enumerate(items) if item in bad}, keys)
 
 
 def readable_rows(table: Table, inputs: list[Encoded], where: str, labels: Sequence[Any] | None = None) -> ReadableRows:

@@ -20,6 +20,7 @@ from openimp.data.targets import find_classes, sort_classes
 from openimp.encoding.items import require_columns
 from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows, readable_rows
 from openimp.evaluation.metrics import accuracy
+from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.evaluation import Probe
 
 STRENGTHS = [10.0**power for power in range(-4, 4)]
@@ -85,8 +86,8 @@ def probe(
     classes = _classes(test_labels, train_labels, options, where)
     index = {label: i for i, label in enumerate(classes)}
     truth_N, known_N = (np.array([index[x] for x in labels], np.int64) for labels in (test_labels, train_labels))
-    linear_N, c = linear(train_ND, known_N, test_ND)
-    near_N = nearest_neighbors(train_ND, known_N, test_ND, options.k)
+    linear_N, c = run_on_rank_zero(lambda: linear(train_ND, known_N, test_ND))
+    near_N = run_on_rank_zero(lambda: nearest_neighbors(train_ND, known_N, test_ND, options.k))
     (seen,) = options.inputs
     answers = [
         Probed(seen, options.label, kind, classes, truth_N, predicted_N, chosen)

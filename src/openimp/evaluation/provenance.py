@@ -14,6 +14,7 @@ from openimp.data.tables import Table
 from openimp.encoding.items import first_view
 from openimp.evaluation.evaluator import ReadableRows
 from openimp.model.embedder import Embedder
+from openimp.parallel.layout import full_tensor
 from openimp.recipe.evaluation import EvaluationSet, ZeroShot
 from openimp.recipe.schema import Recipe
 
@@ -25,6 +26,7 @@ def checkpoint_fields(model: Embedder, modalities: Modalities) -> dict[str, Any]
     """A hash of the model's weights and of what its modalities learned, and the version of openimp."""
     total = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        tensor = full_tensor(tensor)
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy())
     for modality in modalities.values():

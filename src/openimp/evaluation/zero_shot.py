@@ -14,6 +14,7 @@ from openimp.common.errors import UserError
 from openimp.common.schema import as_text
 from openimp.encoding.items import embed, first_view
 from openimp.evaluation.evaluator import Evaluator
+from openimp.parallel.distributed import all_gather_uneven, own_part
 from openimp.recipe.evaluation import ZeroShot
 
 
@@ -46,9 +47,15 @@ def class_embeddings(evaluator: Evaluator, options: ZeroShot, names: list[str]) 
     """(K, Z) unit vectors: for each class, the mean of the unit vectors of its name in each prompt."""
     (seen,), reader, prompts, recipe = options.inputs, options.reader, options.prompts, evaluator.recipe
     modality, view = evaluator.modalities[reader], first_view(recipe, reader)
-    texts = (modality.encode_input(prompt.format(name), view) for name in names for prompt in prompts)
-    z_NZ = embed(evaluator.model, modality, view, texts, seen, recipe.evaluation.batch_size, recipe.train.precision)
-    return F.normalize(z_NZ.unflatten(0, (len(names), len(prompts))).mean(1), dim=-1)
+    # Each rank encodes the texts of some of the classes.
+    own = [names[i] for i in own_part(len(names))]
+    texts = (modality.encode_input(prompt.format(name), view) for name in own for prompt in prompts)
+    z_NZ = embed(
+        evaluator.model, modality, view, texts, seen, recipe.evaluation.batch_size, recipe.train.precision,
+        watch=evaluator.watch,
+    )  # fmt: skip
+    z_KZ = F.normalize(z_NZ.unflatten(0, (len(own), len(prompts))).mean(1), dim=-1)
+    return all_gather_uneven(z_KZ)
 
 
 def words(label: str) -> str:

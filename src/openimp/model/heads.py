@@ -32,9 +32,11 @@ class Temperature(nn.Module):
     def __init__(self, temperature: float) -> None:
         super().__init__()
         # Both have one element instead of being scalars, because FSDP2 cannot shard scalars.
-        self.temperature = nn.Parameter(torch.tensor([temperature]))
+        self.temperature = nn.Parameter(torch.empty(1))
+        self.bias = nn.Parameter(torch.empty(1))
+        nn.init.constant_(self.temperature, temperature)
         # SigLIP's initial value (arXiv 2303.15343, section 3.2): most pairs are negatives.
-        self.bias = nn.Parameter(torch.tensor([-10.0]))
+        nn.init.constant_(self.bias, -10.0)
 
     @property
     def scale(self) -> Tensor:

@@ -1,6 +1,7 @@
 """Initial weights, as in the authors' release of arXiv 2305.06324."""
 
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a standard normal distribution truncated at -2 and 2."""
@@ -8,6 +9,9 @@ TRUNCATED_STD = 0.87962566103423978
 
 def lecun_normal_(weight: Tensor, fan_in: int) -> None:
     """Fills a weight from a normal distribution with variance 1 / fan_in, truncated at two standard deviations."""
+    if has_torch_function_unary(weight):  # `DeferredInit` records the call. torch's `trunc_normal_` cannot be recorded.
+        handle_torch_function(lecun_normal_, (weight,), weight, fan_in)
+        return
     std = fan_in**-0.5 / TRUNCATED_STD
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from openimp.common.device import full_precision
 from openimp.model.init import lecun_normal_
 from openimp.model.kernels import gelu
-from openimp.parallel.distributed import all_reduce_mean
+from openimp.parallel.distributed import all_gather_object, all_reduce_mean
 from openimp.parallel.layout import combine_from_experts, dispatch_to_experts, local_experts
 from openimp.recipe.model import BATCH_ROUTINGS, MoE
 
@@ -94,7 +94,8 @@ def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | N
     """Each token chooses its `top_k` experts (GShard, arXiv 2006.16668; V-MoE, arXiv 2106.05974).
 
     An expert takes up to `slots` tokens of a group: first those of which it is the first choice, in their order, then
-    those of which it is the second, and so on. It drops the rest. `slots` None: the busiest expert drops nothing.
+    those of which it is the second, and so on. It drops the rest. `slots` None: the busiest expert of all ranks drops
+    nothing.
     """
     groups, n, experts = probs_GNE.shape
     gate_GNK, choice_GNK = probs_GNE.topk(top_k, dim=-1)
@@ -105,7 +106,8 @@ def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | N
     chosen_GME = F.one_hot(choice_GM, experts) * valid_GM[..., None]
     if slots is None:
         # A graph for export has static shapes, so there each expert has a slot for every token.
-        slots = n if torch.compiler.is_exporting() else max(1, int(chosen_GME.sum(1).max()))
+        # Ranks that share the experts need equally many slots.
+        slots = n if torch.compiler.is_exporting() else max(1, *all_gather_object(int(chosen_GME.sum(1).max())))
     place_GM = (chosen_GME.cumsum(1) - 1).gather(-1, choice_GM[..., None]).squeeze(-1)
     kept_GM = valid_GM & (place_GM < slots)
     # Slots are ordered by expert. Dropped tokens go to an extra slot at the end, which is cut off: S = E C + 1.
@@ -267,10 +269,11 @@ class SoftMLP(nn.Module):
         super().__init__()
         self.slots, self.collects_usage = config.slots, False
         self.slot_SD = nn.Parameter(torch.empty(config.experts * config.slots, width))
-        # Logits are `scale` times cosines, which have variance 1 / width at first. So logits start with unit variance.
-        self.scale = nn.Parameter(torch.full((1,), width**0.5))
+        self.scale = nn.Parameter(torch.empty(1))
         self.experts = Experts(config.experts, width, hidden)
         nn.init.normal_(self.slot_SD)
+        # Logits are `scale` times cosines, which have variance 1 / width at first. So logits start with unit variance.
+        nn.init.constant_(self.scale, width**0.5)
 
     def forward(
         self, x_TD: Tensor, valid: Sequence[Tensor], counts: Sequence[Tensor]

@@ -8,9 +8,10 @@ that order, such as saving in the background, needs a process group of its own.
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,13 +21,14 @@ from torch import Tensor
 from openimp.common.errors import UserError
 
 T = TypeVar("T")
+R = TypeVar("R")
 Group = dist.ProcessGroup
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for another rank that is alive. The connection to a rank that died breaks at once."""
 LONG_TIMEOUT = timedelta(days=1)
 """How long the ranks wait while rank 0 works, or while a disk is slow."""
 _rank_zero_works = False
-_rank_zero_group: Group | None = None
+_patient_group: Group | None = None
 
 
 def start() -> torch.device:
@@ -57,8 +59,8 @@ def start() -> torch.device:
         )
     except ValueError as error:  # Some schedulers set RANK and nothing else.
         raise UserError(f"RANK is set, as if by torchrun, but {error}; use torchrun") from None
-    global _rank_zero_group
-    _rank_zero_group = new_group(LONG_TIMEOUT)
+    global _patient_group
+    _patient_group = new_group(LONG_TIMEOUT)
     return device
 
 
@@ -203,7 +205,60 @@ def run_on_rank_zero(work: Callable[[], T]) -> T:
         finally:
             _rank_zero_works = False
 
-    return cast(T, run_on_all_ranks(work_alone, _rank_zero_group)[0])
+    return cast(T, run_on_all_ranks(work_alone, _patient_group)[0])
+
+
+def own_part(n: int) -> range:
+    """This rank's part of the numbers below `n`: consecutive ones, as many as any other rank's, plus or minus one."""
+    return range(n * rank() // world_size(), n * (rank() + 1) // world_size())
+
+
+def all_gather_uneven(x: Tensor) -> Tensor:
+    """Concatenates the rows of all ranks, which may have different numbers of them, in the order of the ranks."""
+    rows = all_gather_object(len(x))
+    (gathered,) = all_gather(torch.cat([x, x.new_zeros(max(rows) - len(x), *x.shape[1:])]))
+    return torch.cat([part[:n] for part, n in zip(gathered.split(max(rows) or 1), rows)])
+
+
+def in_lockstep(items: Iterable[T], describe: Callable[[T], R]) -> Iterator[tuple[T | None, list[R]]]:
+    """Yields this rank's items, and None after them until every rank has yielded all of its items.
+
+    With each comes what `describe` returns for the items that the ranks yield with it. If one rank fails to get its
+    next item, all ranks raise a UserError.
+    """
+    iterator = iter(items)
+    item: T | None = None
+
+    def advance() -> R | None:
+        nonlocal item
+        item = next(iterator, None)
+        return None if item is None else describe(item)
+
+    while described := [found for found in run_on_all_ranks(advance) if found is not None]:
+        yield item, described
+
+
+def run_first_on_node(work: Callable[[], T]) -> T:
+    """Runs `work` on one rank of each node, and then on the others, which find what it has cached on the node's disk.
+
+    If it fails on some ranks, all ranks raise a UserError.
+    """
+    result: T | None = None
+
+    def work_if(mine: bool) -> None:
+        nonlocal result
+        if mine:
+            result = work()
+
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for turn in (first, not first):
+        run_on_all_ranks(partial(work_if, turn), _patient_group)
+    return cast(T, result)
+
+
+def ranks_on_node() -> int:
+    """Number of ranks on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
 
 
 def new_group(timeout: timedelta) -> Group | None:

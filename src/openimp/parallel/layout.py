@@ -4,7 +4,7 @@ FSDP2 shards and gathers the parameters and reduces the gradients. A tensor that
 mesh is a DTensor.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from openimp.common.errors import UserError
-from openimp.parallel.distributed import all_reduce_mean, rank, world_size
+from openimp.parallel.distributed import all_reduce_mean, world_size
 
 
 class Layout(NamedTuple):
@@ -77,12 +77,13 @@ def apply_parallelism(
     on one rank.
 
     Args:
-        model: has the same weights on all ranks.
+        model: has the same weights on all ranks, or is on the meta device. In the second case it gets memory, and the
+            caller then loads or initializes its weights.
         blocks: modules whose parameters are gathered only while they compute.
         experts: modules whose parameters have the experts as their first dimension.
         methods: names of the model's methods that compute with its other parameters.
         layout: see `Layout`.
-        device: of this rank. If replicas are sharded, it never holds the full model.
+        device: of this rank.
     """
     if layout.ranks == 1:
         model.to(device)
@@ -103,7 +104,7 @@ def apply_parallelism(
         groups = [*((module, expert_mesh) for module in experts), *groups]
         for module in experts:
             for name, weight in list(module.named_parameters()):
-                local = distribute_tensor(weight.detach(), expert_mesh["experts"], [Shard(0)])
+                local = distribute_tensor(weight.detach(), expert_mesh["experts"], [Shard(0)], src_data_rank=None)
                 setattr(module, name, nn.Parameter(local))
     # FSDP2 shards dimension 0 by default. In an expert weight, this dimension is the experts: expert parallelism has
     # sharded it already, or else FSDP2 might have to pad it. So dimension 1 is sharded instead, if it divides evenly.
@@ -124,6 +125,29 @@ def apply_parallelism(
         wrapped.set_force_sum_reduction_for_comms(device.type == "cpu")
     for method in methods:
         register_fsdp_forward_method(model, method)
+    if next(model.parameters()).is_meta:
+        model.to_empty(device=device)
+
+
+@torch.no_grad()
+def fill_shard(weight: Tensor, full: Tensor) -> None:
+    """Copies a full tensor, which every rank has, into `weight`. If that is a DTensor, only this rank's shard."""
+    if hasattr(weight, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        full = distribute_tensor(full, weight.device_mesh, weight.placements, src_data_rank=None)
+    local_shard(weight).copy_(local_shard(full))
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the weights that FSDP2 keeps gathered after a forward pass, for a backward pass that does not follow."""
+    if world_size() == 1:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -165,21 +189,6 @@ def _matrices(weight: Any) -> list[Any]:
     from torch.distributed.tensor import Replicate
 
     return [p if weight.ndim == 3 and p.is_shard(0) else Replicate() for p in weight.placements]
-
-
-def gather_on_rank_zero(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gathers whole tensors in the CPU memory of rank 0, one at a time. Other ranks get an empty dict.
-
-    A single rank gets its tensors as they are.
-    """
-    if world_size() == 1:
-        return dict(tensors)
-    gathered = {}
-    for name, tensor in tensors.items():
-        full = full_tensor(tensor.detach())
-        if rank() == 0:
-            gathered[name] = full.cpu()
-    return gathered
 
 
 def group_by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

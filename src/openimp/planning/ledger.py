@@ -15,7 +15,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.alternation import expected_shares
-from openimp.common.modality import Classes, Modalities, Tokens
+from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import number_table
 from openimp.data.batch import Batch, head_key
 from openimp.model.embedder import Embedder, in_chunks
@@ -155,13 +155,7 @@ def empty_batch(
     tokens = {}
     with device:
         for name, spec in task.inputs.items():
-            modality = modalities[name]
-            stem, length, rows = modality.stem_spec(), modality.length(task.views[view][name]), size * spec.draw
-            ids = torch.zeros(rows, length, dtype=torch.int64)
-            values = ids if stem.table else torch.zeros(rows, length, modality.values())
-            coords = torch.zeros(rows, length, len(stem.axes), dtype=torch.int64)
-            mask = torch.ones(rows, length, dtype=torch.bool) if modality.masked else None
-            tokens[name] = Tokens(values, coords, mask)
+            tokens[name] = modalities[name].zeros(size * spec.draw, modalities[name].length(task.views[view][name]))
         item = torch.zeros(size, dtype=torch.int64)
         batch = Batch(tokens, {"": item}, rows=list(range(size)))
         for objective in task.objectives:

@@ -38,7 +38,7 @@ def clip_benchmark_recalls(model: Any, recipe: Recipe, name: str, ks: Sequence[i
     captions: dict[str, list[str]] = {}
     shown: dict[str, Any] = {}
     names = (sides[False], sides[True])
-    values = (raw_values(table, model.modalities[side], options.inputs[side]) for side in names)
+    values = (raw_values(table, model.modalities[side], options.inputs[side], range(len(table))) for side in names)
     for (key, picture), (_, text) in zip(*values):
         if not isinstance(picture, BadMedia) and not isinstance(text, BadMedia):
             shown[key] = picture

@@ -1,5 +1,8 @@
 """Exponential moving average (EMA) of a model's weights, which is evaluated and saved beside them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +22,25 @@ class EMA:
         Early steps use a smaller decay, so that the initial weights are forgotten (timm's ModelEmaV3 with warm-up).
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, weights = (
-            [local_shard(x) for x in tensors.values()] for tensors in (self.weights, self.model.state_dict())
-        )
+        averages, weights = zip(*self._pairs())
         torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Exchanges the values of the model and of `weights` for a while."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for average, weight in self._pairs():  # One at a time, so that little memory is needed.
+            before = weight.clone()
+            weight.copy_(average)
+            average.copy_(before)
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The local shards of each average and of its weight."""
+        weights = self.model.state_dict()
+        return [(local_shard(average), local_shard(weights[name])) for name, average in self.weights.items()]

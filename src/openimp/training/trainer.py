@@ -23,12 +23,14 @@ from openimp.data.batch import Batch
 from openimp.data.loader import load_batches
 from openimp.data.step_batches import LoadedBatch, StepBatches
 from openimp.data.streams import Cursor
+from openimp.encoding.items import Progress
 from openimp.evaluation.evaluate import check_sets
 from openimp.model.embedder import Embedder, EncodeAll, in_chunks
 from openimp.model.imp import IMP
 from openimp.model.moe import collect_usage
 from openimp.objectives import Losses, task_losses
 from openimp.parallel import distributed
+from openimp.parallel.deferred_init import DeferredInit
 from openimp.parallel.layout import Layout, apply_parallelism
 from openimp.planning.ledger import costs, empty_batch
 from openimp.recipe.schema import Recipe
@@ -123,7 +125,7 @@ class Trainer:
         warm_start = open_warm_start(recipe, self.modalities) if checkpoint is None else None
         changed = self._open_data(checkpoint, warm_start, allow_changed_data)
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses, self.summed)
-        text_files = self._make_model(warm_start)
+        text_files = self._make_model(checkpoint, warm_start)
         signature_count = len(signatures(recipe, self.modalities)) if recipe.train.compile else 0
         encode_all = CompiledEncodeAll(self.model, signature_count) if signature_count else self.model.encode_all
         self.encode_all = in_chunks(encode_all, recipe.memory.chunk_size)
@@ -136,9 +138,7 @@ class Trainer:
         directory.begin(text_files["config.json"])
         self.log = Log(recipe, run, self.modalities, self.data.schedule, self.costs, self.device, state)
         self.bar = StepBar(recipe.train.steps, self.step)
-        self.validation = Validation(
-            recipe, run, self.modalities, self.data.classes, self.model, self._new_model, self.device
-        )
+        self.validation = Validation(recipe, run, self.modalities, self.data.classes, self.model)
         print_plan(recipe, run, self.model, self.device, self.costs, self.step, signature_count)
 
     def train(self) -> bool:
@@ -238,7 +238,7 @@ class Trainer:
         self.log.bad.gather()
 
     def _record(self) -> None:
-        """Logs the complete steps, and keeps this rank's positions in their streamed sources for the next checkpoint."""
+        """Logs the complete steps, and keeps this rank's positions in streamed sources for the next checkpoint."""
         while self._unrecorded and self._unrecorded[0][0].visit.step < self.step:
             loaded, losses = self._unrecorded.pop(0)
             if loaded.cursors:
@@ -262,16 +262,15 @@ class Trainer:
         state = {"step": self.step, "trainer": type(self).__name__, "sources": self.sources, "cursors": cursors}
         return state | self.log.state()
 
-    def evaluate(self, progress: Any = None) -> None:
+    def evaluate(self, watch: Progress | None = None) -> None:
         """Evaluates the EMA if there is one, else the model.
 
         If the result on the set that `evaluation.best` names is the best so far, this step is saved.
-        `progress(items, description)` wraps the loops of the evaluation. `Stop.watch` lets a signal stop them.
+        `watch(passes, description)` wraps the forward passes. `Stop.watch` lets a signal stop them.
         """
         self.settle()
         if self.recipe.evaluation.sets:
-            ema = self.updater.ema.weights if self.updater.ema else None
-            self.validation.evaluate(self.step, ema, self.log.metrics, progress)
+            self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
             if self.savable:
                 self.validation.keep_best(self.step, self.checkpointing)
 
@@ -303,7 +302,8 @@ class Trainer:
 
     def _open_data(self, checkpoint: Path | None, warm_start: WarmStart | None, allow_changed_data: bool) -> list[str]:
         """Opens the sources, fits or restores the modalities, and returns the sources that have changed."""
-        self.data = StepBatches(self.recipe, self.modalities, track, distributed.rank(), distributed.world_size())
+        place = distributed.rank(), distributed.world_size()
+        self.data = distributed.run_first_on_node(lambda: StepBatches(self.recipe, self.modalities, track, *place))
         self.sources = self.data.fingerprints()
         if checkpoint is None:
             self.data.fit(warm_start.stems if warm_start else ())
@@ -316,24 +316,25 @@ class Trainer:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
         return changed
 
-    def _make_model(self, warm_start: WarmStart | None) -> dict[str, str]:
-        """Creates the model, distributes it over the ranks, and returns the text files of its checkpoints."""
-        torch.manual_seed(self.recipe.seed)
-        self.model = self._new_model().train()
-        if warm_start is not None:
-            console.print(warm_start.load(self.model, self.data.classes), soft_wrap=True)
-        check_sets(self.model, self.recipe, self.modalities, self.data.classes)
+    def _make_model(self, checkpoint: Path | None, warm_start: WarmStart | None) -> dict[str, str]:
+        """Creates the model, distributes it over the ranks, and returns the text files of its checkpoints.
+
+        Its weights are the initial ones, unless they are to be loaded from `checkpoint`.
+        """
+        deferred, sizes = DeferredInit(self.recipe.seed), {name: len(some) for name, some in self.data.classes.items()}
+        self.model = deferred.build(lambda: self.build(self.recipe, self.modalities, sizes)).train()
+        distributed.run_first_on_node(lambda: check_sets(self.model, self.recipe, self.modalities, self.data.classes))
         # Before FSDP2 replaces the model's class, whose name is in config.json.
         text_files = config_files(self.model, self.recipe, self.modalities, self.data.classes)
         apply_parallelism(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "encode_all", "project", "classify"),
             self.layout, self.device,
         )  # fmt: skip
+        if checkpoint is None:
+            deferred.initialize(self.model)
+        if warm_start is not None:
+            console.print(warm_start.load(self.model, self.data.classes), soft_wrap=True)
         return text_files
-
-    def _new_model(self) -> Embedder:
-        sizes = {name: len(values) for name, values in self.data.classes.items()}
-        return self.build(self.recipe, self.modalities, sizes)
 
     def _not_finite(self, loaded: LoadedBatch, loss: Tensor) -> UserError:
         """The error of a step that was not applied. Every rank must call this.

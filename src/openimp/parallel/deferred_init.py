@@ -1,0 +1,74 @@
+"""Initialization of a model that no rank holds in full."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from openimp.parallel.distributed import world_size
+from openimp.parallel.layout import fill_shard
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class DeferredInit(TorchFunctionMode):
+    """Builds a model without memory for its weights, and initializes them once it is distributed over the ranks.
+
+    A weight gets the value that it has on one rank. Random numbers come in one sequence, so each rank draws the numbers
+    of all weights, one weight after the other, and keeps its shards. It needs memory for the weights of one layer
+    besides its shards, and communicates nothing.
+
+    While the model is built on the meta device, this records the calls of in-place functions, whose names end with "_".
+    Weights that are initialized in another way are an error. On a single rank, the model is built as usual.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self._names: dict[Tensor, str] = {}
+
+    def build(self, build: Callable[[], M]) -> M:
+        """Calls `build`. On several ranks the model is on the meta device, until `initialize` follows."""
+        torch.manual_seed(self.seed)
+        if world_size() == 1:
+            return build()
+        with torch.device("meta"), self:
+            model = build()
+        self._names = {weight: name for name, weight in model.named_parameters()}
+        return model
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__.endswith("_") and not func.__name__.endswith("__"):
+            self._calls.append((func, args, kwargs))
+        return func(*args, **kwargs)
+
+    @torch.no_grad()
+    def initialize(self, model: nn.Module) -> None:
+        """Fills this rank's shards of the model that `build` returned."""
+        torch.manual_seed(self.seed)
+        shards = dict(model.named_parameters())
+        last = {_target(args, kwargs): i for i, (_, args, kwargs) in enumerate(self._calls)}
+        if missing := [name for weight, name in self._names.items() if weight not in last]:
+            raise TypeError(f"these weights are not initialized by in-place functions: {', '.join(missing)}")
+        full: dict[Tensor, Tensor] = {}
+        for i, (func, args, kwargs) in enumerate(self._calls):
+            target = _target(args, kwargs)
+            if target not in full:
+                full[target] = torch.empty_like(target, device="cpu")
+            args, kwargs = tree_map_only(Tensor, full.__getitem__, (args, kwargs))
+            func(*args, **kwargs)
+            if last[target] == i:
+                fill_shard(shards[self._names[target]], full.pop(target))
+
+
+def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor that an in-place function changes. `torch.nn.init` passes it by name."""
+    target: Tensor = args[0] if args else kwargs["tensor"]
+    return target
