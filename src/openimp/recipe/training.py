@@ -100,8 +100,8 @@ class Train(Strict):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast if it is faster on the device, else fp32."""
     compile: bool = False
-    """Uses torch.compile, which needs a C++ compiler. Each combination of modality, view and batch size is compiled. It
-    does not work on several ranks yet."""
+    """Compiles the blocks of the encoder with torch.compile, which needs a C++ compiler: once per combination of view
+    and batch size."""
     num_workers: Whole = 2
     """Worker processes per rank that read and decode data; 0: the training process does it."""
     prefetch_factor: Count = 4

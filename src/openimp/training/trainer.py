@@ -30,7 +30,7 @@ from openimp.planning.ledger import costs
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 from openimp.training.checkpointing import Checkpointing
-from openimp.training.compilation import CompiledEncodeAll, signatures
+from openimp.training.compilation import compile_blocks, signatures
 from openimp.training.log import Log, print_plan
 from openimp.training.run_directory import RunDirectory, locked
 from openimp.training.stopping import Stop, Stopped, stop_signals
@@ -101,7 +101,7 @@ class Trainer:
 
     @staticmethod
     def losses(model: Any, task: Task, batch: Batch, encode_all: EncodeAll | None = None) -> Losses:
-        """The losses of a task. `encode_all` replaces `model.encode_all` if it is compiled or works in chunks."""
+        """The losses of a task. `encode_all` replaces `model.encode_all` if it works in chunks."""
         return task_losses(model, task, batch, encode_all)
 
     def __init__(
@@ -117,10 +117,9 @@ class Trainer:
         warm_start = open_warm_start(recipe, self.modalities) if checkpoint is None else None
         changed = self._open_data(checkpoint, warm_start, allow_changed_data)
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses, self.summed)
-        text_files = self._make_model(warm_start)
-        signature_count = len(signatures(recipe, self.modalities)) if recipe.train.compile else 0
-        encode_all = CompiledEncodeAll(self.model, signature_count) if signature_count else self.model.encode_all
-        self.encode_all = in_chunks(encode_all, recipe.memory.chunk_size)
+        signature_count = len(signatures(recipe, self.modalities, self.layout.ranks)) if recipe.train.compile else 0
+        text_files = self._make_model(warm_start, signature_count)
+        self.encode_all = in_chunks(self.model.encode_all, recipe.memory.chunk_size)
         self.updater = Updater(recipe, self.model, self.costs)
         saver = Saver(run, recipe.train.keep_last)
         self.checkpointing = Checkpointing(saver, self.model, self.updater, text_files, self.state)
@@ -235,8 +234,6 @@ class Trainer:
         ranks, parallel, model = distributed.world_size(), self.recipe.parallel, self.recipe.model
         if ranks > 1 and type(self) is not Trainer:
             raise UserError(f"{type(self).__name__}: a study trains on one rank; start it without torchrun")
-        if ranks > 1 and self.recipe.train.compile:
-            raise UserError("train.compile works on one rank only; start without torchrun, or set train.compile=false")
         return Layout.of(ranks, parallel.shard_degree, parallel.expert_degree, (model.width, model.mlp_dim))
 
     def _open_data(self, checkpoint: Path | None, warm_start: WarmStart | None, allow_changed_data: bool) -> list[str]:
@@ -254,8 +251,11 @@ class Trainer:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
         return changed
 
-    def _make_model(self, warm_start: WarmStart | None) -> dict[str, str]:
-        """Creates the model, distributes it over the ranks, and returns the text files of its checkpoints."""
+    def _make_model(self, warm_start: WarmStart | None, signature_count: int) -> dict[str, str]:
+        """Creates the model, distributes it over the ranks, and returns the text files of its checkpoints.
+
+        With `train.compile`, its blocks are compiled, for `signature_count` signatures.
+        """
         torch.manual_seed(self.recipe.seed)
         self.model = self._new_model().train()
         if warm_start is not None:
@@ -263,6 +263,10 @@ class Trainer:
         check_sets(self.model, self.recipe, self.modalities, self.data.classes)
         # Before FSDP2 replaces the model's class, whose name is in config.json.
         text_files = config_files(self.model, self.recipe, self.modalities, self.data.classes)
+        if signature_count:
+            # Expert parallelism shards the experts of a block as a group of its own, whose hooks divide a graph anyway.
+            apart = self.model.experts() if self.layout.expert_degree > 1 else ()
+            compile_blocks(self.model.blocks(), signature_count, apart)
         apply_parallelism(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "encode_all", "project", "classify"),
             self.layout, self.device,
