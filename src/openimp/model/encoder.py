@@ -113,7 +113,8 @@ class SparseBlock(Block):
             torch.ones(shape, dtype=torch.bool, device=x_TD.device) if mask_BL is None else mask_BL
             for shape, mask_BL in zip(shapes, masks)
         ]
-        y_TD, stats = self.mlp(self.norm2(x_TD), valid, counts)
+        # Experts get bf16 tokens, also where CUDA's autocast lets the norm return fp32.
+        y_TD, stats = self.mlp(self.norm2(x_TD).type_as(x_TD), valid, counts)
         return x_TD + y_TD, stats
 
 

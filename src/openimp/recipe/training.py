@@ -98,7 +98,8 @@ class Train(Strict):
     hub:OWNER/NAME@REVISION for a model of the Hugging Face Hub. Heads and stems that it lacks are initialized randomly.
     null: everything is initialized randomly."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 autocast if it is faster on the device, else fp32."""
+    """auto: bf16 if it is faster on the device, else fp32. Parameters, optimizer state, routers, similarities and
+    losses are fp32 in any case."""
     compile: bool = False
     """Compiles the blocks of the encoder with torch.compile, which needs a C++ compiler: once per combination of view
     and batch size."""

@@ -13,7 +13,7 @@ from openimp.checkpoint.folder import config_files, read_config
 from openimp.checkpoint.resume import changed_sources
 from openimp.checkpoint.saver import CheckpointError, Saver
 from openimp.checkpoint.warm_start import WarmStart, open_warm_start
-from openimp.common.device import autocast, keep_freed_memory
+from openimp.common.device import autocast, keep_freed_memory, precision_of
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Modalities, Modality
 from openimp.common.progress import StepBar, console, track
@@ -179,7 +179,8 @@ class Trainer:
     def forward(self, loaded: LoadedBatch) -> Losses:
         """The losses of the step's task."""
         task = self.recipe.tasks[loaded.visit.task]
-        with autocast(self.device, self.recipe.train.precision):
+        # On several ranks, FSDP2 gathers the weights in bf16 instead.
+        with autocast(self.device, self.recipe.train.precision if self.layout.ranks == 1 else "fp32"):
             return self.losses(self.model, task, loaded.batch.to(self.device), self.encode_all)
 
     def apply_gradients(self, loaded: LoadedBatch, losses: Losses) -> None:
@@ -267,9 +268,12 @@ class Trainer:
             # Expert parallelism shards the experts of a block as a group of its own, whose hooks divide a graph anyway.
             apart = self.model.experts() if self.layout.expert_degree > 1 else ()
             compile_blocks(self.model.blocks(), signature_count, apart)
+        # All ranks gather in the same type, whatever their processors.
+        precisions = distributed.all_gather_object(precision_of(self.device, self.recipe.train.precision))
         apply_parallelism(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "encode_all", "project", "classify"),
-            self.layout, self.device,
+            self.layout, self.device, torch.float32 if "fp32" in precisions else torch.bfloat16,
+            self.model.fp32_modules(),
         )  # fmt: skip
         return text_files
 
