@@ -218,9 +218,10 @@ def openimp_step(batch: int, name: str, drop: float = 0.0, compiled: bool = Fals
     rngs = [np.random.default_rng(i) for i in range(batch)]
     tokens = modalities["image"].tokens(pixels, recipe.tasks["all"].views[0]["image"], rngs)
     data = Batch({"image": tokens}, {"": torch.arange(batch)}, {"label": label}, list(range(batch)))
-    encode = torch.compile(imp.encode_all, dynamic=False) if compiled else None
+    for block in imp.blocks() if compiled else ():
+        block.compile(dynamic=False)
     count = tokens.coords.shape[0] * tokens.coords.shape[1]
-    return ModelStep(imp, lambda: task_losses(imp, recipe.tasks["all"], data, encode).total, count)
+    return ModelStep(imp, lambda: task_losses(imp, recipe.tasks["all"], data).total, count)
 
 
 def timm_step(batch: int, fused: bool, **changes: Any) -> Step:

@@ -40,7 +40,7 @@ def task_losses(model: IMP, task: Task, batch: Batch, encode_all: EncodeAll | No
 
     The loss of an objective is the mean over its pairs, or over the modalities that it classifies. The router losses,
     which `model.moe` has weighted, are summed over layers and averaged over modalities. `encode_all` replaces
-    `model.encode_all`, for example by the compiled function.
+    `model.encode_all`, for example to work in chunks.
     """
     encoded = (encode_all or model.encode_all)(batch.tokens)
     parts: dict[str, Tensor] = {}
@@ -78,16 +78,16 @@ def contrastive_losses(
         draws_a, draws_b = (len(z) // len(own_B) for z in (z_NZ, z_MZ))
         own_a, own_b = own_B.repeat_interleave(draws_a), own_B.repeat_interleave(draws_b)
         item_a, item_b = item_B.repeat_interleave(draws_a), item_B.repeat_interleave(draws_b)
-        temperature = model.temperature(a, b)
+        temperature, bias = model.temperature(a, b)()
         with full_precision(z_NZ.device):
             if objective.loss == "softmax":
                 all_b, all_a = all_gather(z_MZ, z_NZ)
-                loss = _by_blocks(softmax_nce, temperature.scale * z_NZ, own_a, all_b, item_b)
-                loss = (loss + _by_blocks(softmax_nce, temperature.scale * z_MZ, own_b, all_a, item_a)) / 2
+                loss = _by_blocks(softmax_nce, 1 / temperature * z_NZ, own_a, all_b, item_b)
+                loss = (loss + _by_blocks(softmax_nce, 1 / temperature * z_MZ, own_b, all_a, item_a)) / 2
             else:
                 (all_b,) = all_gather(z_MZ)
-                biased = partial(sigmoid_nce, bias=temperature.bias)
-                loss = _by_blocks(biased, temperature.scale * z_NZ, own_a, all_b, item_b)
+                biased = partial(sigmoid_nce, bias=bias)
+                loss = _by_blocks(biased, 1 / temperature * z_NZ, own_a, all_b, item_b)
             losses[f"{a}-{b}"] = loss
     return losses
 

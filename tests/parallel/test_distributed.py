@@ -96,7 +96,6 @@ REFUSED = {
     2: {
         "tasks.heard.batch_size=7": "tasks.heard: batch_size 7 is not a multiple of 2 ranks",
         "parallel.expert_degree=4": "parallel.expert_degree: the 2 ranks that share a replica cannot be divided into",
-        "train.compile=true": "train.compile works on one rank only; start without torchrun, or set train",
     },
     4: {
         "parallel.shard_degree=3": "parallel.shard_degree: 4 ranks cannot be divided into groups of 3",

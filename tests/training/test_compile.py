@@ -11,10 +11,10 @@ from openimp.common.errors import UserError
 from openimp.common.modality import Tokens
 from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
-from openimp.training.compilation import CompiledEncodeAll
+from openimp.training.compilation import compile_blocks
 from openimp.training.trainer import Trainer
 
-QUICK = ["tasks.heard.weight=0", "evaluation={}", "model.layers=1", "model.moe=null", "train.precision=fp32",
+QUICK = ["tasks.heard.weight=0", "evaluation={}", "model.layers=2", "model.moe=null", "train.precision=fp32",
          "tasks.named.views=[{image: {size: 16}, text: {length: 8}}]", "train.steps=6"]  # fmt: skip
 
 
@@ -32,8 +32,9 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, c
     monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     losses = {}
-    for compiled, micro in (("false", "null"), ("true", "4")):  # In pieces too: of 8 examples, twice the same shape.
-        changes = [*QUICK, f"train.compile={compiled}", f"memory.chunk_size={micro}"]
+    # In chunks of 4 too: of 8 examples, twice the same shape.
+    for compiled, memory in (("false", "{}"), ("true", "{chunk_size: 4, activation_checkpointing: true}")):
+        changes = [*QUICK, f"train.compile={compiled}", f"memory={memory}"]
         recipe = Recipe.load(little_data / "recipe.yaml", changes)
         training = Trainer(recipe, tmp_path / compiled, resume=False)
         losses[compiled] = [float(training.update(loaded).total.detach()) for loaded in load_batches(training.data, 0)]
@@ -46,8 +47,9 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, c
     with pytest.raises(UserError) as error:
         training.encode_all({"text": unseen})
     assert str(error.value) == (
-        "train.compile: {'text': (3, 5)} (examples, tokens) occurs in no step of the recipe, so it is not compiled"
+        "train.compile: [(3, 5)] (examples, tokens) occurs in no step of the recipe, so it is not compiled"
     )
+    assert training.model.eval().encode({"text": unseen}).features.shape == (3, 32)  # Evaluation is not compiled.
 
 
 def test_a_folder_that_another_user_made_for_torchs_code_is_refused(tmp_path, monkeypatch, foreign_folder):
@@ -56,12 +58,18 @@ def test_a_folder_that_another_user_made_for_torchs_code_is_refused(tmp_path, mo
     planted = Path(default_cache_dir())
     planted.symlink_to(foreign_folder)
     with pytest.raises(UserError, match=f"{planted}: belongs to another user; set TMPDIR to a folder of your own"):
-        CompiledEncodeAll(torch.nn.Identity(), 1)
+        compile_blocks([torch.nn.Identity()], 1)
 
 
 def test_a_compiler_that_is_missing_is_told_in_one_sentence(tiny_recipe, tiny_model):
     model, _ = tiny_model(tiny_recipe({"layers": 1, "moe": None}))
     tokens = Tokens(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, 1, dtype=torch.int64))
     missing = {"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}
+    compile_blocks(model.train().blocks(), 1)
     with torch._inductor.config.patch(missing), pytest.raises(UserError, match="install a compiler, such as g"):
-        CompiledEncodeAll(model, 1)({"text": tokens})
+        model.encode_all({"text": tokens})
+
+
+def test_a_model_without_blocks_is_not_said_to_be_compiled():
+    with pytest.raises(UserError, match="this model has no blocks that can be compiled"):
+        compile_blocks([], 1)

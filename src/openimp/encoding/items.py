@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openimp.common.device import Precision, autocast
+from openimp.common.device import Precision
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality, Tokens
 from openimp.data.tables import Table
 from openimp.data.templates import columns_of, fill
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import in_lockstep
+from openimp.parallel.layout import mixed_precision
 from openimp.recipe.inputs import Input
 from openimp.recipe.schema import Recipe
 
@@ -87,7 +88,7 @@ def embed_tokens(
     model: Embedder, name: str, tokens: Tokens, towards: str | None, precision: Precision, normalize: bool = True
 ) -> Tensor:
     """Encodes one batch of tokens of the modality `name` to (M, Z) or (M, D) fp32; see `embed`."""
-    with autocast(tokens.coords.device, precision):
+    with mixed_precision(tokens.coords.device, precision):
         features_MD = model.encode({name: tokens}).features
         if towards is None:
             return F.normalize(features_MD.float(), dim=-1) if normalize else features_MD.float()

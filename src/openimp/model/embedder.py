@@ -108,6 +108,10 @@ class Embedder(nn.Module, ABC):
         """The modules whose parameters have the expert as first dimension. Expert parallelism splits them there."""
         return []
 
+    def fp32_modules(self) -> list[nn.Module]:
+        """The modules whose parameters stay fp32 where all others are gathered in bf16. Losses call their `forward`."""
+        return []
+
     @abstractmethod
     def clamp_logit_scales(self) -> None:
         """Clamps the learned logit scales; called after each update."""

@@ -53,12 +53,13 @@ class Stem(nn.Module):
 
 def _embed_patches(embed: nn.Linear, values_BLP: Tensor, scale: float) -> Tensor:
     if values_BLP.dtype == torch.uint8:
-        # (x / 127.5 - 1) w = (x - 127.5) (w / 127.5), with one pass over the pixels instead of three.
-        values_BLP, scale = values_BLP - 127.5, scale / 127.5
+        # (x / 127.5 - 1) w = (x - 127.5) (w / 127.5), with one pass over the pixels instead of three. The difference is
+        # exact in bf16 too.
+        values_BLP, scale = values_BLP - embed.weight.new_full((), 127.5), scale / 127.5
     repeats, rest = divmod(embed.in_features, values_BLP.shape[-1])
     if rest:
         raise ValueError(f"tokens of {values_BLP.shape[-1]} values do not divide the stem's {embed.in_features}")
     weight = embed.weight
     if repeats > 1:
         weight = weight.unflatten(1, (repeats, -1)).sum(1)
-    return F.linear(values_BLP, weight * scale, embed.bias)
+    return F.linear(values_BLP.to(weight.dtype), weight * scale, embed.bias)

@@ -7,6 +7,7 @@ Shape suffixes: B examples, L tokens, T tokens of all inputs, D width, H heads, 
 """
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,20 +67,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then a pre-norm MLP or Mixture-of-Experts."""
+    """Pre-norm attention, then a pre-norm MLP."""
 
-    def __init__(self, config: Model, sparse: bool) -> None:
+    sparse: ClassVar[bool] = False
+
+    def __init__(self, config: Model) -> None:
         super().__init__()
         self.norm1 = _norm(config.width)
         self.attention = Attention(config.width, config.heads, config.qk_norm)
         self.norm2 = _norm(config.width)
-        self.sparse = sparse
-        self.mlp: nn.Module
-        if sparse and config.moe:
-            kind = SoftMLP if config.moe.routing == "soft" else SparseMLP
-            self.mlp = kind(config.width, config.mlp_dim, config.moe)
-        else:
-            self.mlp = MLP(config.width, config.mlp_dim)
+        self.mlp = self._make_mlp(config)
+
+    def _make_mlp(self, config: Model) -> nn.Module:
+        return MLP(config.width, config.mlp_dim)
 
     def forward(
         self, x_TD: Tensor, shapes: Shapes, masks: Masks, counts: Sequence[Tensor] = ()
@@ -89,13 +89,32 @@ class Block(nn.Module):
         A sparse block needs `counts`, the `valid_tokens_per_rank` of its inputs.
         """
         x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
-        if not self.sparse:
-            return x_TD + self.mlp(self.norm2(x_TD)), []
+        return x_TD + self.mlp(self.norm2(x_TD)), []
+
+
+class SparseBlock(Block):
+    """A block with a Mixture-of-Experts instead of the MLP.
+
+    It has a `forward` of its own, because torch.compile shares compiled code between all modules with the same one.
+    """
+
+    sparse = True
+
+    def _make_mlp(self, config: Model) -> nn.Module:
+        assert config.moe is not None
+        kind = SoftMLP if config.moe.routing == "soft" else SparseMLP
+        return kind(config.width, config.mlp_dim, config.moe)
+
+    def forward(
+        self, x_TD: Tensor, shapes: Shapes, masks: Masks, counts: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[RouterStats]]:
+        x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
         valid = [
             torch.ones(shape, dtype=torch.bool, device=x_TD.device) if mask_BL is None else mask_BL
             for shape, mask_BL in zip(shapes, masks)
         ]
-        y_TD, stats = self.mlp(self.norm2(x_TD), valid, counts)
+        # Experts get bf16 tokens, also where CUDA's autocast lets the norm return fp32.
+        y_TD, stats = self.mlp(self.norm2(x_TD).type_as(x_TD), valid, counts)
         return x_TD + y_TD, stats
 
 
@@ -112,7 +131,9 @@ class Encoder(nn.Module):
         own_layers = config.modality_specific_layers
 
         def blocks(first: int, last: int) -> nn.ModuleList:
-            return nn.ModuleList(Block(config, sparse=i >= first_sparse) for i in range(first, last))
+            return nn.ModuleList(
+                SparseBlock(config) if i >= first_sparse else Block(config) for i in range(first, last)
+            )
 
         self.own = nn.ModuleDict({name: blocks(0, own_layers) for name in stems if own_layers})  # by stem
         self.blocks = blocks(own_layers, config.layers)

@@ -114,8 +114,8 @@ class IMP(Embedder):
 
     def classify(self, features_BD: Tensor, head: str) -> Tensor:
         """Maps features to the logits (B, K) of a classification head; fp32 unless autocast is on."""
-        logits_BK: Tensor = self.classifiers[head](features_BD.float())
-        return logits_BK
+        layer = cast(nn.Linear, self.classifiers[head])
+        return F.linear(features_BD.float(), layer.weight.float(), layer.bias.float())
 
     def share_a_space(self, a: str, b: str) -> bool:
         known = {a, b} <= self.head_of.keys()
@@ -138,6 +138,9 @@ class IMP(Embedder):
 
     def experts(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, Experts)]
+
+    def fp32_modules(self) -> list[nn.Module]:
+        return [*self.temperatures.values()]
 
     def clamp_logit_scales(self) -> None:
         for pair in self.pairs:

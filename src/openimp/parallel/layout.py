@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from openimp.common.device import Precision, autocast
 from openimp.common.errors import UserError
 from openimp.parallel.distributed import all_reduce_mean, world_size
 
@@ -62,6 +63,12 @@ class Layout(NamedTuple):
         return self.ranks // (shards * self.expert_degree), shards, self.expert_degree
 
 
+def mixed_precision(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context of a forward pass. On one rank, autocast computes in bf16. On several ranks there is no autocast,
+    because `apply_parallelism` lets FSDP2 gather the weights in bf16."""
+    return autocast(device, precision if world_size() == 1 else "fp32")
+
+
 def apply_parallelism(
     model: nn.Module,
     blocks: Iterable[nn.Module],
@@ -69,12 +76,14 @@ def apply_parallelism(
     methods: Iterable[str],
     layout: Layout,
     device: torch.device,
+    param_dtype: torch.dtype = torch.float32,
+    fp32_modules: Iterable[nn.Module] = (),
 ) -> None:
     """Distributes a model over the ranks, with FSDP2 and expert parallelism.
 
     With several ranks FSDP2 is used even if replicas are not sharded. It averages the gradients over the ranks in fp32.
-    The gradient of a parameter that a step does not use stays None. Parameters stay fp32, and autocast casts them, as
-    on one rank.
+    The gradient of a parameter that a step does not use stays None. Parameters and their gradients are fp32. The model
+    computes with copies of the type `param_dtype`, which FSDP2 frees with the gathered parameters.
 
     Args:
         model: has the same weights on all ranks, or is on the meta device. In the second case it gets memory, and the
@@ -84,6 +93,8 @@ def apply_parallelism(
         methods: names of the model's methods that compute with its other parameters.
         layout: see `Layout`.
         device: of this rank.
+        param_dtype: the type in which parameters are gathered. If it is bf16, the model must run without autocast.
+        fp32_modules: modules whose parameters are gathered in fp32 all the same.
     """
     if layout.ranks == 1:
         model.to(device)
@@ -93,9 +104,11 @@ def apply_parallelism(
     from torch.distributed.tensor import Shard, distribute_tensor
 
     experts = list(experts)
+    # In fp32 they need no groups of their own.
+    kept = [*fp32_modules] if param_dtype != torch.float32 else []
     replicas = layout.ranks // layout.shard_degree
     mesh = init_device_mesh(device.type, (replicas, layout.shard_degree), mesh_dim_names=("replicate", "shard"))
-    groups = [(module, mesh) for module in (*blocks, model)]
+    groups = [(module, mesh) for module in (*blocks, *kept, model)]
     if layout.expert_degree > 1:
         expert_mesh = init_device_mesh(
             device.type, layout.expert_mesh_shape, mesh_dim_names=("replicate", "shard", "experts")
@@ -118,7 +131,12 @@ def apply_parallelism(
         wrapped = fully_shard(
             module,
             mesh=module_mesh["replicate", "shard"] if module_mesh["replicate"].size() > 1 else module_mesh["shard"],
-            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+            # Inputs are not cast, because a router's token counts must stay fp32.
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=torch.float32 if module in kept else param_dtype,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,
+            ),
             shard_placement_fn=lambda weight: Shard(int(weight in sharded_by_dim_1)),
         )
         # gloo's average is wrong in some versions of torch: https://github.com/pytorch/pytorch/issues/162338

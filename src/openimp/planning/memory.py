@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from openimp.common.device import Precision, autocast
+from openimp.common.device import Precision, autocast, precision_of
 from openimp.common.modality import Classes, Modalities
 from openimp.model.embedder import in_chunks
 from openimp.model.encoder import Attention
@@ -99,22 +99,28 @@ def step_memory(
     """Counts a forward and a backward pass on one rank, if `gpus` ranks share the batch and `owners` ranks the experts.
 
     The precision "auto" is what this machine's CPU would use. With `on_gpu`, it counts a GPU's kernels, not the CPU's.
+    In bf16, autocast casts the weights on one rank; on several ranks FSDP2 gathers them in bf16.
     """
+    gathered_in_bf16 = gpus > 1 and precision_of(CPU, precision) == "bf16"
     # Without CUDA, torch cannot differentiate CUDA's fake tensors. So the tensors are on the CPU, and the modules that
     # run differently on a GPU are changed to do as a GPU does.
     with torch.device("meta"):  # Some initializers read the values that they have drawn, and fake tensors have none.
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()}).train()
     keep_own_experts(model, owners)
+    if gathered_in_bf16:
+        model.bfloat16()
+        for module in model.fp32_modules():
+            module.float()
     with FakeTensorMode(allow_non_fake_inputs=True):  # The weights on the meta device are no fake tensors.
         model.to_empty(device=CPU)
         if on_gpu:
-            _as_on_a_gpu(model)
+            _as_on_a_gpu(model, autocasts=not gathered_in_bf16)
         batch = empty_batch(recipe.tasks[task], view, modalities, classes, CPU, gpus)
         with StepMemory(model) as memory:
             if owners > 1:
                 _send_slots(model, owners, memory)
             memory.inputs = sum(t.nbytes for t in tree_leaves(vars(batch)) if isinstance(t, Tensor))
-            with autocast(CPU, precision):
+            with autocast(CPU, "fp32" if gathered_in_bf16 else precision):
                 encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
                 losses = task_losses(model, recipe.tasks[task], batch, encode_all)
             losses.total.backward()
@@ -159,11 +165,11 @@ class _Sent(torch.autograd.Function):
         return grad.clone(), None
 
 
-def _as_on_a_gpu(model: nn.Module) -> None:
+def _as_on_a_gpu(model: nn.Module, autocasts: bool) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = _fused
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm) and autocasts:
             # CUDA's autocast lists layer_norm among what is fp32; the CPU's does not.
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 

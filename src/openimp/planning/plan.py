@@ -119,7 +119,7 @@ class Shares:
         return sum(4 * weight.numel() // self._shards(weight) for weight in weights)
 
     def gathered(self, weights: Iterable[Tensor]) -> int:
-        """Bytes received to all-gather weights, or to reduce-scatter their gradients."""
+        """Bytes received to all-gather weights in fp32, or to reduce-scatter their gradients."""
         return sum(others(4 * weight.numel(), self._shards(weight)) for weight in weights)
 
     def reduced(self, weights: Iterable[Tensor]) -> int:
@@ -167,7 +167,7 @@ def plan(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, gp
         counted = step_memory(recipe, modalities, classes, name, view, precision, gpus=gpus, owners=owners)
         compared = _compared(task, cost.examples)
         memory = _memory(model, shares, counted, compared, precision, recipe.optimizer.zero_missing_grads)
-        received = _received(recipe, model, shares, task, cost.examples, counted, compared, owned)
+        received = _received(recipe, model, shares, task, cost.examples, counted, compared, owned, precision)
         steps[name, view] = Step(cost, held | {"inputs": counted.inputs} | memory, received)
     ahead = recipe.train.prefetch_factor if recipe.train.num_workers else 0
     prefetched = ahead * max(step.memory["inputs"] for step in steps.values())
@@ -257,11 +257,17 @@ def _memory(
         peak = max(counted.peak, Counter(gradients=shares.held(touched)), key=Counter.total)
         return {part: peak[part] for part in PARTS}
     blocks = [count(block) for block in model.blocks()]
-    # Weights outside of the blocks, of one block and the next, and gradients of one block before and after reduction.
-    gathered += 4 * (count(model) - sum(blocks) + 2 * max(blocks)) + 8 * max(blocks)
-    # Autocast keeps its copies of all weights until the backward pass has used them, although FSDP2 frees the weights.
-    cast = 0 if precision == "fp32" else 2 * sum(weight.numel() for weight in touched)
-    return dict(zip(PARTS, (shares.held(touched), gathered, cast, counted.activations)))
+    # Weights outside of the blocks, of one block and the next, and gradients of one block before and after reduction,
+    # which is in fp32.
+    size = weight_bytes(precision)
+    gathered += size * (count(model) - sum(blocks) + 2 * max(blocks)) + (size + 4) * max(blocks)
+    # Nothing is cast: FSDP2 gathers weights in the type that the model computes with.
+    return dict(zip(PARTS, (shares.held(touched), gathered, 0, counted.activations)))
+
+
+def weight_bytes(precision: Precision) -> int:
+    """Bytes of a gathered weight. The temperatures, which stay fp32 in bf16, are too few to count apart."""
+    return 4 if precision == "fp32" else 2
 
 
 def _received(
@@ -273,6 +279,7 @@ def _received(
     counted: StepMemory,
     compared: Compared,
     owned: Sequence[Sequence[Tensor]],
+    precision: Precision,
 ) -> dict[str, int]:
     """Bytes that one GPU receives in a step, by connection; see docs/plan.md."""
     gpus, shard, owners = shares.layout
@@ -280,13 +287,14 @@ def _received(
     in_blocks = {weight for block in model.blocks() for weight in block.parameters()}
     outside = [weight for weight in model.parameters() if weight not in in_blocks]
     among: Counter[int] = Counter()  # By size of the group of consecutive GPUs.
+    bytes_of_weight = weight_bytes(precision)
     # After the backward pass through a head, FSDP2 frees the weights outside of the blocks.
-    among[shard] += shares.gathered(touched) + (1 + compared.heads) * shares.gathered(outside)
+    among[shard] += shares.gathered(touched) + (1 + compared.heads) * shares.gathered(outside) * bytes_of_weight // 4
     rows = {name: examples * spec.draw // gpus for name, spec in task.inputs.items()}
     for sizes in pass_sizes(rows, recipe.memory.chunk_size):
         own = [model.encoder.own[model.stem_of[name]] for name in sizes] if model.encoder.own else []
         used = (weight for blocks in (model.encoder.blocks, *own) for weight in blocks.parameters())
-        among[shard] += 2 * shares.gathered(used)
+        among[shard] += 2 * shares.gathered(used) * bytes_of_weight // 4
     among[owners] += others(counted.slots, owners)
     # Vectors, their gradients, and the numbers of their items.
     vectors, numbers = 8 * model.config.embed_dim * compared.rows, 8 * compared.items

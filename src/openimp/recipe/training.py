@@ -98,10 +98,11 @@ class Train(Strict):
     hub:OWNER/NAME@REVISION for a model of the Hugging Face Hub. Heads and stems that it lacks are initialized randomly.
     null: everything is initialized randomly."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 autocast if it is faster on the device, else fp32."""
+    """auto: bf16 if it is faster on the device, else fp32. Parameters, optimizer state, routers, similarities and
+    losses are fp32 in any case."""
     compile: bool = False
-    """Uses torch.compile, which needs a C++ compiler. Each combination of modality, view and batch size is compiled. It
-    does not work on several ranks yet."""
+    """Compiles the blocks of the encoder with torch.compile, which needs a C++ compiler: once per combination of view
+    and batch size."""
     num_workers: Whole = 2
     """Worker processes per rank that read and decode data, each of them a part of every batch; 0: the training process
     does it."""

@@ -1,59 +1,90 @@
-"""torch.compile for the encoder, once per signature: modalities, their numbers of examples and of tokens."""
+"""torch.compile for the blocks of the encoder, once per signature and class of blocks.
+
+The signature of a pass has the number of examples and tokens of each of its inputs, and whether they have a mask.
+"""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from openimp.common.errors import UserError
-from openimp.common.modality import Modalities, Tokens
+from openimp.common.modality import Modalities
 from openimp.common.safe_files import cache_folder, private_folder
-from openimp.model.embedder import Embedder, Encoded, pass_sizes
+from openimp.model.embedder import pass_sizes
 from openimp.recipe.schema import Recipe
 
+Signature = tuple[tuple[int, int, bool], ...]
+"""(examples, tokens, whether there is a mask) of each input of a pass."""
 
-def signatures(recipe: Recipe, modalities: Modalities) -> set[tuple[tuple[str, int, int], ...]]:
-    """The signatures of all passes in a training run: (modality, examples, tokens) of each of their modalities."""
-    found = set()
+
+def signatures(recipe: Recipe, modalities: Modalities, ranks: int) -> set[Signature]:
+    """The signatures of all passes through a block on one of `ranks` ranks, in a training run."""
+    found: set[Signature] = set()
     for task in recipe.tasks.values():
         for view in task.views if task.weight else ():
             batch_size = view.batch_size or task.batch_size
-            rows = {name: batch_size * spec.draw for name, spec in task.inputs.items()}
+            rows = {name: batch_size * spec.draw // ranks for name, spec in task.inputs.items()}
             for sizes in pass_sizes(rows, recipe.memory.chunk_size):
-                found.add(tuple((name, n, modalities[name].length(view[name])) for name, n in sizes.items()))
+                parts = [(n, modalities[name].length(view[name]), modalities[name].masked) for name, n in sizes.items()]
+                found.add(tuple(parts))
+                if recipe.model.modality_specific_layers:
+                    found.update((part,) for part in parts)
     return found
 
 
-class CompiledEncodeAll:
-    """`model.encode_all`, compiled once per signature.
+def compile_blocks(blocks: Sequence[nn.Module], limit: int, uncompiled: Iterable[nn.Module] = ()) -> None:
+    """Compiles the forward passes of a model's blocks in place, before FSDP2 shards them.
 
-    More than `limit` signatures are an error: torch would only log a line and run the pass uncompiled.
+    Blocks of the same class have the same code, so each class is compiled once per signature. More than `limit`
+    signatures are an error: torch would only log a line and run the block uncompiled. `uncompiled` are modules within
+    the blocks that are left out.
     """
+    if not blocks:
+        raise UserError("train.compile: this model has no blocks that can be compiled; set train.compile=false")
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    def __init__(self, model: Embedder, limit: int) -> None:
-        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    # torch executes the code that it finds in its cache folder. By default that is in the temporary folder, where
+    # another user could have created it. Precompiled headers are stored there whatever the variable says.
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("inductor"))
+    private_folder(Path(default_cache_dir()), "TMPDIR")
+    torch._dynamo.reset()  # Signatures are counted per function, so those of an earlier model would count as well.
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for module in uncompiled:
+        _set_forward(module, torch.compiler.disable(module.forward))
+    for block in blocks:
+        # Not `block.compile()`, which would compile the hooks of FSDP2 too.
+        _set_forward(block, CompiledForward(block))
 
-        # torch executes the code that it finds in its cache folder. By default that is in the temporary folder, where
-        # another user could have created it. Precompiled headers are stored there whatever the variable says.
-        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder("inductor"))
-        private_folder(Path(default_cache_dir()), "TMPDIR")
-        torch._dynamo.reset()  # Signatures are counted per function, so those of an earlier model would count as well.
-        torch._dynamo.config.recompile_limit = limit
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-        self.compiled = torch.compile(model.encode_all, dynamic=False)
 
-    def __call__(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
+def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.__dict__["forward"] = forward
+
+
+class CompiledForward:
+    """The forward pass of a block: compiled in training. In evaluation, which has other signatures, it is not."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block, self.eager = block, block.forward
+        self.compiled = torch.compile(block.forward, dynamic=False)
+
+    def __call__(self, x_TD: torch.Tensor, shapes: Any, *others: Any) -> Any:
+        if not self.block.training:
+            return self.eager(x_TD, shapes, *others)
         from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
         from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
         try:
-            return self.compiled(inputs)
+            return self.compiled(x_TD, shapes, *others)
         except FailOnRecompileLimitHit:
-            shapes = {name: tuple(tokens.coords.shape[:2]) for name, tokens in inputs.items()}
             raise UserError(
-                f"train.compile: {shapes} (examples, tokens) occurs in no step of the recipe, so it is not compiled"
+                f"train.compile: {[tuple(shape) for shape in shapes]} (examples, tokens) occurs in no step of the "
+                "recipe, so it is not compiled"
             ) from None
         except BackendCompilerFailed as error:
             if not isinstance(error.inner_exception, InvalidCxxCompiler | CppCompileError):

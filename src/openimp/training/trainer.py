@@ -15,7 +15,7 @@ from openimp.checkpoint.folder import config_files, read_config
 from openimp.checkpoint.resume import changed_sources
 from openimp.checkpoint.saver import CheckpointError, Saver
 from openimp.checkpoint.warm_start import WarmStart, open_warm_start
-from openimp.common.device import autocast, keep_freed_memory
+from openimp.common.device import keep_freed_memory, precision_of
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Modalities, Modality
 from openimp.common.progress import StepBar, console, track
@@ -31,12 +31,12 @@ from openimp.model.moe import collect_usage
 from openimp.objectives import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.deferred_init import DeferredInit
-from openimp.parallel.layout import Layout, apply_parallelism
+from openimp.parallel.layout import Layout, apply_parallelism, mixed_precision
 from openimp.planning.ledger import costs, empty_batch
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 from openimp.training.checkpointing import Checkpointing
-from openimp.training.compilation import CompiledEncodeAll, signatures
+from openimp.training.compilation import compile_blocks, signatures
 from openimp.training.log import Log, print_plan
 from openimp.training.run_directory import RunDirectory, locked
 from openimp.training.stopping import Stop, Stopped, stop_all_ranks, stop_signals
@@ -107,7 +107,7 @@ class Trainer:
 
     @staticmethod
     def losses(model: Any, task: Task, batch: Batch, encode_all: EncodeAll | None = None) -> Losses:
-        """The losses of a task. `encode_all` replaces `model.encode_all` if it is compiled or works in chunks."""
+        """The losses of a task. `encode_all` replaces `model.encode_all` if it works in chunks."""
         return task_losses(model, task, batch, encode_all)
 
     def __init__(
@@ -125,10 +125,9 @@ class Trainer:
         warm_start = open_warm_start(recipe, self.modalities) if checkpoint is None else None
         changed = self._open_data(checkpoint, warm_start, allow_changed_data)
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses, self.summed)
-        text_files = self._make_model(checkpoint, warm_start)
-        signature_count = len(signatures(recipe, self.modalities)) if recipe.train.compile else 0
-        encode_all = CompiledEncodeAll(self.model, signature_count) if signature_count else self.model.encode_all
-        self.encode_all = in_chunks(encode_all, recipe.memory.chunk_size)
+        signature_count = len(signatures(recipe, self.modalities, self.layout.ranks)) if recipe.train.compile else 0
+        text_files = self._make_model(checkpoint, warm_start, signature_count)
+        self.encode_all = in_chunks(self.model.encode_all, recipe.memory.chunk_size)
         self.updater = Updater(recipe, self.model, self.costs)
         saver = Saver(run, recipe.train.keep_last)
         self.checkpointing = Checkpointing(saver, self.model, self.updater, text_files, self.state)
@@ -205,7 +204,7 @@ class Trainer:
         """The losses of the step's task."""
         task, wants_usage = self.recipe.tasks[loaded.visit.task], self.log.wants_usage(loaded.visit.step)
         collect_usage(self.model, wants_usage)
-        with autocast(self.device, self.recipe.train.precision):
+        with mixed_precision(self.device, self.recipe.train.precision):
             losses = self.losses(self.model, task, loaded.to(self.device), self.encode_all)
         return losses if wants_usage else replace(losses, usage={})
 
@@ -296,8 +295,6 @@ class Trainer:
         ranks, parallel, model = distributed.world_size(), self.recipe.parallel, self.recipe.model
         if ranks > 1 and type(self) is not Trainer:
             raise UserError(f"{type(self).__name__}: a study trains on one rank; start it without torchrun")
-        if ranks > 1 and self.recipe.train.compile:
-            raise UserError("train.compile works on one rank only; start without torchrun, or set train.compile=false")
         return Layout.of(ranks, parallel.shard_degree, parallel.expert_degree, (model.width, model.mlp_dim))
 
     def _open_data(self, checkpoint: Path | None, warm_start: WarmStart | None, allow_changed_data: bool) -> list[str]:
@@ -316,19 +313,29 @@ class Trainer:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
         return changed
 
-    def _make_model(self, checkpoint: Path | None, warm_start: WarmStart | None) -> dict[str, str]:
+    def _make_model(
+        self, checkpoint: Path | None, warm_start: WarmStart | None, signature_count: int
+    ) -> dict[str, str]:
         """Creates the model, distributes it over the ranks, and returns the text files of its checkpoints.
 
-        Its weights are the initial ones, unless they are to be loaded from `checkpoint`.
+        Its weights are the initial ones, unless they are to be loaded from `checkpoint`. With `train.compile`, its
+        blocks are compiled, for `signature_count` signatures.
         """
         deferred, sizes = DeferredInit(self.recipe.seed), {name: len(some) for name, some in self.data.classes.items()}
         self.model = deferred.build(lambda: self.build(self.recipe, self.modalities, sizes)).train()
         distributed.run_first_on_node(lambda: check_sets(self.model, self.recipe, self.modalities, self.data.classes))
         # Before FSDP2 replaces the model's class, whose name is in config.json.
         text_files = config_files(self.model, self.recipe, self.modalities, self.data.classes)
+        if signature_count:
+            # Expert parallelism shards the experts of a block as a group of its own, whose hooks divide a graph anyway.
+            apart = self.model.experts() if self.layout.expert_degree > 1 else ()
+            compile_blocks(self.model.blocks(), signature_count, apart)
+        # All ranks gather in the same type, whatever their processors.
+        precisions = distributed.all_gather_object(precision_of(self.device, self.recipe.train.precision))
         apply_parallelism(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "encode_all", "project", "classify"),
-            self.layout, self.device,
+            self.layout, self.device, torch.float32 if "fp32" in precisions else torch.bfloat16,
+            self.model.fp32_modules(),
         )  # fmt: skip
         if checkpoint is None:
             deferred.initialize(self.model)
