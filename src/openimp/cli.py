@@ -123,8 +123,15 @@ def eval(
 @app.command()
 def embed(
     run: RunArgument,
-    files: Annotated[list[Path], typer.Argument(help="Files, or folders with files.")],
-    out: Annotated[Path, typer.Option("--out", help="The Parquet file to write.")] = Path("embeddings.parquet"),
+    files: Annotated[list[str], typer.Argument(help="Files, or folders with files, on disk or at URLs (s3://...).")],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            help="The Parquet file to write; with --ray a folder or a URL.",
+            show_default="embeddings.parquet, or embeddings with --ray",
+        ),
+    ] = None,
     modality: Annotated[
         str | None, typer.Option(help="Modality of the files.", show_default="by their extensions")
     ] = None,
@@ -132,11 +139,14 @@ def embed(
         str | None, typer.Option(help="Modality to compare the embeddings with, if spaces are disjoint.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Embed in the workers of a Ray cluster. The same command again resumes.")
+    ] = False,
 ) -> None:
     """Embed files, and write paths and embeddings to a Parquet file."""
-    from openimp.inference.embed import embed as embed_files
+    from openimp.commands import run_embed
 
-    embed_files(run, files, out, modality=modality, towards=towards, batch_size=batch_size)
+    run_embed(run, files, out, modality, towards, batch_size, ray)
 
 
 @app.command()

@@ -25,7 +25,9 @@ from openimp.drafting.draft import draft_recipe, is_data, recipe_name
 from openimp.evaluation.evaluate import NotMeasured, evaluate
 from openimp.evaluation.results import latest, read_results, table
 from openimp.inference.benchmarks import find_benchmarks, measure
+from openimp.inference.embed import embed
 from openimp.inference.model import load
+from openimp.inference.ray import embed_with_ray
 from openimp.model.imp import IMP
 from openimp.parallel import distributed
 from openimp.planning.gpus import USABLE
@@ -213,6 +215,16 @@ def run_search(
         console.print(f"{hit.score:6.3f}  {hit.modality:{width}}  {hit.path}{time}{text}", soft_wrap=True)
     if not hits:
         console.print("no item is that close to the query")
+
+
+def run_embed(
+    run: Path, files: list[str], out: str | None, modality: str | None, towards: str | None, batch_size: int, ray: bool
+) -> None:
+    """Embeds files in this process, or in the workers of a Ray cluster."""
+    if ray:
+        embed_with_ray(run, files, out or "embeddings", modality, towards, batch_size)
+    else:
+        embed(run, files, out or "embeddings.parquet", modality, towards, batch_size)
 
 
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:

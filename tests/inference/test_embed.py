@@ -1,5 +1,6 @@
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import openimp
 import openimp.inference.files
 from openimp.common.errors import UserError
 from openimp.inference.embed import embed
+from openimp.inference.ray import embed_with_ray
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_long_lists_are_written_in_chunks_and_in_order(tiny_model_folder, media_
     files = [media_folder / "2.png", bad, media_folder / "0.png", media_folder / "2.png", media_folder / "1.png"]
     whole = pq.read_table(embed(tiny_model_folder, files, tmp_path / "whole.parquet").out)
     monkeypatch.setattr(openimp.inference.files, "CHUNK", 1)
-    parts = pq.read_table(embed(tiny_model_folder, files, tmp_path / "parts.parquet").out)
+    parts = pq.read_table(embed(tiny_model_folder, files, tmp_path / "parts.parquet", batch_size=1).out)
     assert whole["path"].to_pylist() == [str(media_folder / f"{i}.png") for i in (2, 0, 1)]
     assert parts["path"].to_pylist() == whole["path"].to_pylist()
     for one, other in zip(parts["embedding"].to_pylist(), whole["embedding"].to_pylist()):
@@ -121,6 +123,7 @@ def test_towards_selects_the_space_of_texts(tiny_model_folder, media_folder, tmp
         (["bad.png"], {}, r"no file can be read; the first: .*bad\.png"),
         (["bad.png"], {"modality": "picture"}, "no modality 'picture'"),
         (["bad.png"], {"towards": "video"}, "no task trains image and video together"),
+        (["nothing://x"], {}, "nothing://x: Protocol not known: nothing"),
     ],
 )
 def test_bad_input_is_reported_and_the_old_table_stays(
@@ -134,6 +137,13 @@ def test_bad_input_is_reported_and_the_old_table_stays(
         embed(tiny_model_folder, files, "out.parquet", **options)
     assert (tmp_path / "out.parquet").read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.png", "empty", "out.parquet"]
+
+
+def test_ray_is_named_if_it_is_missing(tiny_model_folder, media_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # As if it were not installed.
+    with pytest.raises(UserError, match=r"this needs Ray: pip install 'openimp\[ray\]'"):
+        embed_with_ray(tiny_model_folder, [media_folder], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tiny_model_folder, media_folder, tmp_path):

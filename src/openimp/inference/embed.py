@@ -1,7 +1,7 @@
 """`openimp embed`: writes the embeddings of files to a Parquet table."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,9 @@ from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia
 from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
-from openimp.data.files import is_utf8
+from openimp.data.files import is_url, is_utf8
 from openimp.encoding.items import require_pair
-from openimp.inference.files import encode_chunks, file_text, find_files, shown_name
+from openimp.inference.files import File, encode_chunks, file_value, find_files, shown_name
 from openimp.inference.model import Model, load
 
 
@@ -25,7 +25,7 @@ from openimp.inference.model import Model, load
 class Embedded:
     """The result of `embed`."""
 
-    out: Path  # the table
+    out: Path | str  # the table, or the folder or URL that `openimp embed --ray` writes to
     rows: dict[str, int]  # the number of embedded files by modality
     skipped: list[str]  # "path: reason" of each file that could not be read
     unknown: int  # the number of files in folders whose extension belongs to none of the model's modalities
@@ -43,7 +43,7 @@ class Embedded:
 
 def embed(
     run: str | Path,
-    files: Iterable[str | Path],
+    files: Iterable[File],
     out: str | Path,
     modality: str | None = None,
     towards: str | None = None,
@@ -59,49 +59,87 @@ def embed(
 
     Args:
         run: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
-        files: files, and folders to search.
+        files: files, and folders to search, on disk or at URLs that fsspec opens, such as `s3://bucket/photos`.
         out: the table. An existing file is replaced.
         modality: the modality of all files. By default, the extension of each file decides.
         towards: see `Model.encode`.
         batch_size: number of clips or items per forward pass.
         progress: wraps an iterable to show its progress.
     """
+    if is_url(str(out)):
+        raise UserError(f"{out}: only --ray writes to a URL; name a Parquet file on disk")
     out, model = Path(out), load(run)
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a Parquet file")
-    found, unknown = find_files(files, model.modalities, modality, "; use --modality")
-    targets = {name: towards or model.partner(name) for name in found}
-    for name, other in targets.items():
-        require_pair(model.imp, name, other, f"embed {name}")
-    size = model.recipe.model.embed_dim
-    columns = dict.fromkeys(("path", "modality", "towards"), pa.string()) | {"embedding": pa.list_(pa.float32(), size)}
-    about = json.dumps({"model": str(run), "recipe": model.recipe.name})
-    schema = pa.schema(columns, metadata={"openimp": about})
+    found, targets, unknown = choose_files(model, files, modality, towards)
+    schema = table_schema(model, run)
     rows = dict.fromkeys(found, 0)
     skipped: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as draft:
         with pq.ParquetWriter(draft, schema) as writer:
             for name, paths in found.items():
-                read = partial(_read, model, name)
                 shown = progress(paths, f"embed {name}")
-                for chunk in encode_chunks(model, name, shown, read, targets[name], batch_size):
-                    kept = {str(path): vector for path, vector in chunk if not isinstance(vector, BadMedia)}
-                    skipped += [f"{shown_name(path)}: {why}" for path, why in chunk if isinstance(why, BadMedia)]
-                    if kept:
-                        column = pa.FixedSizeListArray.from_arrays(np.concatenate([*kept.values()]), size)
-                        same = [[text] * len(kept) for text in (name, targets[name])]
-                        writer.write_table(pa.table([pa.array(kept), *map(pa.array, same), column], schema=schema))
-                        rows[name] += len(kept)
-        if not sum(rows.values()):
-            raise UserError(f"no file can be read; the first: {skipped[0]}")
+                for table, bad in embed_chunks(model, schema, name, shown, targets[name], batch_size):
+                    writer.write_table(table)
+                    rows[name] += len(table)
+                    skipped += [f"{path}: {why}" for path, why in bad]
+        require_rows(rows, skipped)
     done = Embedded(out, rows, skipped, unknown)
     console.print(str(done), soft_wrap=True)
     return done
 
 
-def _read(model: Model, name: str, path: Path) -> np.ndarray:
+def choose_files(
+    model: Model, files: Iterable[File], modality: str | None, towards: str | None
+) -> tuple[dict[str, list[File]], dict[str, str], int]:
+    """The files to embed and the modality to compare them with, both by modality, and the number of unknown files."""
+    found, unknown = find_files(files, model.modalities, modality, "; use --modality")
+    targets = {name: towards or model.partner(name) for name in found}
+    for name, other in targets.items():
+        require_pair(model.imp, name, other, f"embed {name}")
+    return found, targets, unknown
+
+
+def table_schema(model: Model, run: str | Path) -> pa.Schema:
+    """The columns of a table of embeddings, and which model made it."""
+    vector = pa.list_(pa.float32(), model.recipe.model.embed_dim)
+    columns = dict.fromkeys(("path", "modality", "towards"), pa.string()) | {"embedding": vector}
+    return pa.schema(columns, metadata={"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})})
+
+
+def embed_chunks(
+    model: Model,
+    schema: pa.Schema,
+    name: str,
+    files: Iterable[File],
+    towards: str,
+    batch_size: int,
+    folder: str = "",
+) -> Iterator[tuple[pa.Table, list[tuple[str, str]]]]:
+    """Yields rows of the table, and paths of unreadable files with reasons, for chunks of files of the modality `name`.
+
+    Relative paths are relative to `folder`.
+    """
+    size = model.recipe.model.embed_dim
+    for chunk in encode_chunks(model, name, files, partial(_read, model, name, folder), towards, batch_size):
+        kept = {str(path): vector for path, vector in chunk if not isinstance(vector, BadMedia)}
+        bad = [(shown_name(path), str(why)) for path, why in chunk if isinstance(why, BadMedia)]
+        values = np.concatenate([np.zeros(0, np.float32), *kept.values()])
+        same = [[text] * len(kept) for text in (name, towards)]
+        vectors = pa.FixedSizeListArray.from_arrays(values, size)
+        yield pa.table([*(pa.array(texts, pa.string()) for texts in ([*kept], *same)), vectors], schema=schema), bad
+
+
+def require_rows(rows: dict[str, int], skipped: list[str]) -> None:
+    """Raises UserError if nothing could be embedded."""
+    if not sum(rows.values()):
+        raise UserError(f"no file can be read; the first: {skipped[0]}")
+
+
+def _read(model: Model, name: str, folder: str, path: File) -> np.ndarray:
     if not is_utf8(str(path)):
         raise BadMedia("its name is not UTF-8, so the table cannot hold it")
     item = model.modalities[name]
-    return item.encode_input(file_text(path).strip() if item.reads_text else path, model.views[name])
+    value = file_value(Path(folder, path) if isinstance(path, Path) else path, item.reads_text)
+    return item.encode_input(value, model.views[name])

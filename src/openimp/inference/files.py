@@ -6,48 +6,53 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import fsspec
 import numpy as np
+import torch
 
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia, Modalities
-from openimp.common.safe_files import read_text
+from openimp.common.safe_files import LARGEST_TEXT, read_text
+from openimp.data.files import is_url
 from openimp.encoding.items import ahead, embed
 from openimp.inference.model import Model
 
 T = TypeVar("T")
+File = Path | str
+"""A path on disk, or a URL that fsspec opens, such as `s3://bucket/photos/1.jpg`."""
 CHUNK = 512
-"""Number of items whose embeddings are handed on together."""
+"""Least number of items whose embeddings are handed on together, except for the last ones."""
+LARGEST_DOWNLOAD = 2**31
+"""Most bytes of a media file at a URL, because it is read into memory."""
 
 
 def find_files(
-    files: Iterable[str | Path], modalities: Modalities, only: str | None = None, hint: str = ""
-) -> tuple[dict[str, list[Path]], int]:
+    files: Iterable[File], modalities: Modalities, only: str | None = None, hint: str = ""
+) -> tuple[dict[str, list[File]], int]:
     """Returns the files by modality, and the number of files in folders that belong to none.
 
-    If two modalities share an extension, it belongs to the model's first one. `only` is the modality of all files;
-    None: their extensions decide. `hint` is what the user can do if the extension of a given file does not tell.
+    `files` are files and folders, on disk or at URLs. If two modalities share an extension, it belongs to the model's
+    first one. `only` is the modality of all files; None: their extensions decide. `hint` is what the user can do if the
+    extension of a given file does not tell.
     """
     if only is not None and only not in modalities:
         raise UserError(f"the model has no modality {only!r}{nearest(only, modalities)}")
     wanted = [only] if only else list(modalities)
     modality_of = {extension: name for name in reversed(wanted) for extension in modalities[name].extensions}
-    found: dict[str, list[Path]] = {}
-    unknown, given = 0, [Path(file) for file in files]
-    for path in given:
-        if path.is_dir():
-            for inner in sorted(_files_below(path)):
-                name = modality_of.get(inner.suffix.lower())
-                unknown += name is None
-                if name:
-                    found.setdefault(name, []).append(inner)
-        elif not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        else:
-            name = only or modality_of.get(path.suffix.lower())
-            if name is None:
-                kinds = " or ".join(modalities)
-                raise UserError(f"{path}: its extension does not say whether it is {kinds}{hint}")
-            found.setdefault(name, []).append(path)
+    found: dict[str, list[File]] = {}
+    unknown, given = 0, [str(file) if is_url(str(file)) else Path(file) for file in files]
+    for file in given:
+        inner = _files_in(file)
+        for each in [file] if inner is None else inner:
+            name = modality_of.get(os.path.splitext(each)[1].lower())
+            if inner is None:
+                name = only or name
+                if name is None:
+                    kinds = " or ".join(modalities)
+                    raise UserError(f"{file}: its extension does not say whether it is {kinds}{hint}")
+            unknown += name is None
+            if name:
+                found.setdefault(name, []).append(each)
     if not found:
         where = ", ".join(map(str, given)) or "an empty list"
         raise UserError(f"no files to embed in {where}; looked for {', '.join(modality_of)}")
@@ -69,14 +74,33 @@ def _files_below(folder: Path) -> Iterator[Path]:
             yield folder / entry.name
 
 
+def _files_in(file: File) -> list[File] | None:
+    """The files in a folder and its subfolders, sorted. None if `file` is a file."""
+    if isinstance(file, Path):
+        if not file.exists():
+            raise UserError(f"{file}: no such file or folder")
+        return sorted(_files_below(file)) if file.is_dir() else None
+    try:
+        system, path = fsspec.core.url_to_fs(file)
+        inner = sorted(system.find(path))
+    except Exception as error:  # Each file system raises its own errors.
+        raise UserError(f"{file}: {str(error).strip() or type(error).__name__}") from None
+    if not inner:
+        raise UserError(f"{file}: no such file or folder")
+    return None if inner == [path] else [system.unstrip_protocol(each) for each in inner]
+
+
 def encode_chunks(
     model: Model, name: str, items: Iterable[T], read: Callable[[T], np.ndarray], towards: str, batch_size: int
 ) -> Iterator[list[tuple[T, np.ndarray | BadMedia]]]:
     """Yields items of the modality `name`, in order, with their unit vectors (Z,) fp32, or why they cannot be read.
 
-    `read` makes the clips of an item, as `Modality.encode_input` does, in several threads.
+    `read` makes the clips of an item, as `Modality.encode_input` does, in several threads. Each `batch_size` items,
+    counted from the first one, are encoded apart from the others, whether all of them can be read or not. So items that
+    are divided between processes at multiples of `batch_size` have the same vectors, bit for bit.
     """
     chunk: list[tuple[T, BadMedia | None]] = []
+    vectors: list[torch.Tensor] = []
 
     def attempt(item: T) -> tuple[T, np.ndarray | BadMedia]:
         try:
@@ -84,23 +108,50 @@ def encode_chunks(
         except BadMedia as error:
             return item, error
 
-    def readable() -> Iterator[np.ndarray]:
-        for item, found in ahead(attempt, items):
+    def readable(count: int) -> Iterator[np.ndarray]:
+        for item, found in islice(results, count):
             if isinstance(found, BadMedia):
                 chunk.append((item, found))
             else:
                 chunk.append((item, None))
                 yield found
 
-    clips = readable()
-    while True:
-        modality, view = model.modalities[name], model.views[name]
-        vectors = embed(model.imp, modality, view, islice(clips, CHUNK), towards, batch_size, model.precision)
-        if not chunk:
-            return
-        rows = iter(vectors.cpu().numpy())
-        yield [(item, next(rows) if error is None else error) for item, error in chunk]
-        chunk.clear()
+    results = ahead(attempt, items)
+    modality, view = model.modalities[name], model.views[name]
+    ended = False
+    while not ended:
+        before = len(chunk)
+        clips = readable(batch_size)
+        vectors.append(embed(model.imp, modality, view, clips, towards, batch_size, model.precision))
+        ended = len(chunk) - before < batch_size
+        if len(chunk) >= CHUNK or (ended and chunk):
+            # Vectors stay on the device until here, because copying them waits for a GPU.
+            rows = iter(torch.cat(vectors).cpu().numpy())
+            yield [(item, next(rows) if error is None else error) for item, error in chunk]
+            chunk.clear()
+            vectors.clear()
+
+
+def file_value(file: File, reads_text: bool) -> str | bytes | Path:
+    """What a modality decodes: the text of a file, its path, or its bytes if it is at a URL.
+
+    Raises BadMedia if there is no such file, it is too large, or it is not a text in UTF-8. If the network fails, the
+    error is that of the file system, because it is not the file's fault.
+    """
+    if isinstance(file, Path):
+        return file_text(file).strip() if reads_text else file
+    limit = LARGEST_TEXT if reads_text else LARGEST_DOWNLOAD
+    try:
+        system, path = fsspec.core.url_to_fs(file)
+        with system.open(path, "rb") as stream:
+            data: bytes = stream.read(limit + 1)
+        if len(data) > limit:
+            raise BadMedia(f"is larger than {limit:,} bytes")
+        return data.decode().strip() if reads_text else data
+    except (FileNotFoundError, PermissionError) as error:
+        raise BadMedia("no such file" if isinstance(error, FileNotFoundError) else "access is denied") from None
+    except UnicodeDecodeError as error:
+        raise BadMedia(f"no UTF-8 text: {error}") from None
 
 
 def file_text(path: Path) -> str:
@@ -111,6 +162,6 @@ def file_text(path: Path) -> str:
         raise BadMedia(f"no UTF-8 text: {error}") from None
 
 
-def shown_name(path: Path | str) -> str:
+def shown_name(path: File) -> str:
     """A path as text. Bytes of its name that are not UTF-8 are escaped."""
     return str(path).encode(errors="backslashreplace").decode()

@@ -15,7 +15,7 @@ from openimp.data.files import is_utf8
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
 from openimp.encoding.items import raw_value, require_columns
-from openimp.inference.files import shown_name
+from openimp.inference.files import File, shown_name
 from openimp.recipe.inputs import Input
 from openimp.recipe.schema import Recipe
 
@@ -34,11 +34,11 @@ class Media:
     column: str | None = None
 
 
-def media_of_files(found: dict[str, list[Path]], given: Iterable[Path]) -> Iterator[Media]:
+def media_of_files(found: dict[str, list[File]], given: Iterable[Path]) -> Iterator[Media]:
     """The files that `find_files` found in the files and folders `given`."""
     roots = [Path(os.path.realpath(path)) for path in given]
     for name, paths in found.items():
-        for path in paths:
+        for path in map(Path, paths):
             yield _file(os.path.abspath(path), name, partial(_inside, path, roots) if path.is_symlink() else None)
 
 
