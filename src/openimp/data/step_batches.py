@@ -363,9 +363,10 @@ class StepBatches(Dataset[LoadedBatch]):
 
 def _require_whole_lanes(name: str, task: Task, source: Stream, ranks: int) -> None:
     """Raises UserError if the lanes of a task's stream do not divide one of its batches."""
+    fit = lcm(source.lanes, ranks)
     for size in (view.batch_size or task.batch_size for view in task.views):
         if size % source.lanes:
-            below, valid = size // (fit := lcm(source.lanes, ranks)) * fit, []
+            below = size // fit * fit
             valid = [str(works) for works in (below, below + fit) if works]
             raise UserError(
                 f"tasks.{name}: batch_size {size} is not a multiple of the {source.lanes} lanes of stream "

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from openimp.common.errors import UserError
 from openimp.data.files import open_forward
@@ -96,7 +96,7 @@ class _Header(tarfile.TarInfo):
     """Reads the header of a regular file without its owner, mode and time, in a fifth of the time."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         fields: Any = tarfile  # nti and nts, which read the fields of a header, are not in its type stubs.
         sums = buf[:148], buf[156:]
         plain = len(buf) == tarfile.BLOCKSIZE and buf[156:157] == tarfile.REGTYPE and buf[124] < 128

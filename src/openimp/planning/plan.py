@@ -169,9 +169,10 @@ def plan(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, gp
         memory = _memory(model, shares, counted, compared, precision, recipe.optimizer.zero_missing_grads)
         received = _received(recipe, model, shares, task, cost.examples, counted, compared, owned, precision)
         steps[name, view] = Step(cost, held | {"inputs": counted.inputs} | memory, received)
+    visits = Alternation(recipe).visits()
     ahead = recipe.train.prefetch_factor if recipe.train.num_workers else 0
-    prefetched = ahead * max(step.memory["inputs"] for step in steps.values())
-    return Plan(GPUS[gpu], gpus, mfu, parameters, used, steps, Alternation(recipe).visits(), prefetched)
+    prefetched = ahead * max(steps[key].memory["inputs"] for key in visits)
+    return Plan(GPUS[gpu], gpus, mfu, parameters, used, steps, visits, prefetched)
 
 
 def count(module: nn.Module) -> int:
