@@ -49,7 +49,7 @@ class Tokens(NamedTuple):
     def pad(self, examples: int) -> "Tokens":
         """Repeats the last example until there are so many."""
         index = torch.arange(examples, device=self.coords.device).clamp(max=len(self.coords) - 1)
-        return Tokens(*(None if part is None else part[index] for part in self))
+        return Tokens(self.values[index], self.coords[index], None if self.mask is None else self.mask[index])
 
     def valid(self) -> torch.Tensor:
         """The mask (B, L), all True if there is none."""

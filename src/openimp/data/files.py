@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
@@ -80,14 +80,15 @@ def _matching_urls(name: str, url: str) -> list[str]:
     return [system.unstrip_protocol(file) for file in found]
 
 
-def open_forward(file: str) -> io.BufferedReader:
+def open_forward(file: str) -> IO[bytes]:
     """Opens a local file or a URL to read it forward, so that each of its bytes is fetched once."""
     if not is_url(file):
         return open(file, "rb", buffering=BLOCK)
     import fsspec
 
     system, path = fsspec.core.url_to_fs(file)
-    return io.BufferedReader(system.open(path, "rb", block_size=READ_AHEAD), BLOCK)
+    opened: Any = system.open(path, "rb", block_size=READ_AHEAD)
+    return io.BufferedReader(opened, BLOCK)
 
 
 def inside(root: Path, path: str) -> Path:

@@ -355,7 +355,7 @@ class StepBatches(Dataset[LoadedBatch]):
                 columns = columns_of(spec.columns)
                 if isinstance(source, Stream):
                     epoch = ({column: row.get(column) for column in columns} for _, row in source.epoch())
-                    rows = islice(epoch, CORPUS_ROWS)
+                    rows: Iterator[dict[str, Any]] = islice(epoch, CORPUS_ROWS)
                 else:
                     rows = _sample(source, seed_key(self.recipe.seed, task_name, "corpus"), columns)
                 yield from all_texts(spec.columns, rows)

@@ -26,9 +26,9 @@ def checkpoint_fields(model: Embedder, modalities: Modalities) -> dict[str, Any]
     """A hash of the model's weights and of what its modalities learned, and the version of openimp."""
     total = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        tensor = full_tensor(tensor)
-        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy())
+        full = full_tensor(tensor)
+        total.update(f"{name} {full.dtype} {list(full.shape)}\n".encode())
+        total.update(full.reshape(-1).view(torch.uint8).cpu().numpy())
     for modality in modalities.values():
         total.update(repr(sorted(modality.state().items())).encode())
     return {"checkpoint": total.hexdigest()[:16], "openimp": openimp_version()}

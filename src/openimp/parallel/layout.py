@@ -153,7 +153,7 @@ def fill_shard(weight: Tensor, full: Tensor) -> None:
     if hasattr(weight, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        full = distribute_tensor(full, weight.device_mesh, weight.placements, src_data_rank=None)
+        full = distribute_tensor(full, weight.device_mesh, cast(Any, weight).placements, src_data_rank=None)
     local_shard(weight).copy_(local_shard(full))
 
 

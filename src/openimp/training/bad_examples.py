@@ -39,7 +39,7 @@ class BadExamples:
         found = chain.from_iterable(all_gather_object(self._found))
         self._added, self._found = False, []
         for line in sorted(found, key=itemgetter("step")):
-            task = line["task"]
+            task = str(line["task"])
             self.state[task]["bad"] += 1
             self._new.setdefault(task, []).append(f"{line['where']}: {line['why']}")
             if rank() == 0:
