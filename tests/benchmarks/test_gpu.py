@@ -14,7 +14,9 @@ def test_trainings_on_one_rank_and_on_several_are_measured(tmp_path):
     found = [gpu.measure(setting, manifest, tmp_path / str(i)) for i, setting in enumerate(chosen)]
     for setting, measured in zip(chosen, found):
         assert isinstance(measured, gpu.Measured), measured
-        assert measured.examples_per_s > 0 and measured.saved > 0 and measured.planned > 0
+        assert measured.examples_per_s > 0
+        assert measured.saved > 0
+        assert measured.planned > 0
         assert gpu.agrees(setting, measured, found[0])
         assert gpu.row(setting, measured, True).count("|") == 13
     assert not gpu.agrees(eager, replace(found[0], first_loss=1.1 * found[0].first_loss), found[0])
@@ -26,6 +28,7 @@ def test_trainings_on_one_rank_and_on_several_are_measured(tmp_path):
 def test_a_training_that_fails_is_a_row(tmp_path, section):
     setting = gpu.Setting("broken", "imp_b", changes={section: {"nothing": 1}})
     found = gpu.measure(setting, gpu.make_data(tmp_path), tmp_path / "run")
-    assert isinstance(found, str) and "nothing" in found
+    assert isinstance(found, str)
+    assert "nothing" in found
     assert not gpu.agrees(setting, found, found)
     assert gpu.row(setting, found, False).count("|") == 13
