@@ -185,19 +185,21 @@ def test_an_uploaded_file_finds_itself_by_type_content_or_choice(server: Server,
 @pytest.mark.parametrize(
     ("name", "content", "modality", "message"),
     [
-        ("a.xyz", b"?", "", "a.xyz: unknown type of file; the model reads "),
-        ("a.png", b"?", "", "a.png cannot be read as image"),
-        ("a.png", b"", "", "a.png cannot be read as image: no bytes"),
-        ("a.wav", b"RIFF\xff\xff\0\0WAVE", "", "a.wav cannot be read as audio: truncated"),
-        ("a.txt", b"noise", "", "the model reads no text files"),
-        ("a.png", b"?", "smell", "the model reads no smell files"),
+        ("Thumbs.db", b"?", "", "unknown type of file; the model reads image, text, video, audio."),
+        ("a.png", b"?", "", "cannot be read as image"),
+        ("a.png", b"", "", "cannot be read as image: no bytes"),
+        ("a.wav", b"RIFF\xff\xff\0\0WAVE", "", "cannot be read as audio: truncated"),
+        ("a.txt", b" \n", "", "a text query has 1 to 1,000 characters, and this file 0."),
+        ("a.txt", b"noise " * 200, "", "a text query has 1 to 1,000 characters, and this file 1,199."),
+        ("a.txt", b"\xff\xfe", "", "it is no UTF-8 text."),
+        ("a.png", b"?", "smell", "the model reads no smell files."),
     ],
 )
 def test_a_bad_upload_is_refused_in_one_sentence(server: Server, name, content, modality, message):
     answer = server.upload(name, content, modality)
     assert answer.status == 400
     error = json.loads(answer.body)["error"]
-    assert message in error
+    assert error.startswith(f"Cannot search with {name}: {message}")
     assert error.endswith(".")
     assert "\n" not in error
 
@@ -230,7 +232,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(server: Server):
         head = f"POST /uploads?name=0.png HTTP/1.1\r\nHost: {address.netloc}\r\nOrigin: {server.url}\r\n"
         connection.sendall(f"{head}Content-Length: {10**15}\r\n\r\n".encode())
         answer = b""
-        while b"too large: at most 64 MiB" not in answer:
+        while b"it is larger than 64 MiB" not in answer:
             part = connection.recv(10_000)
             assert part, answer
             answer += part
@@ -255,6 +257,19 @@ def test_a_query_without_results_says_why(server: Server, query, message):
     answer = server.ask(f"/?{query}")
     assert answer.status in (200, 400)
     assert message in answer.text
+
+
+@pytest.mark.parametrize(("query", "notes"), [("more=999999", 1), ("file=abc&less=0&less=1", 2)])
+def test_a_query_of_which_nothing_is_left_scores_nothing(server: Server, query, notes):
+    page = server.ask(f"/?{query}").text
+    assert "Nothing is left of this query" in page
+    assert "<title>Search" in page
+    assert 'class="score"' not in page
+    assert page.count("no longer") == notes
+    links = re.findall(r'href="([^"]*)" data-go', page)
+    assert links
+    assert not re.search(r"=(?:999999|abc|0|1)\b", " ".join(links)), "they do not keep what is gone"
+    assert not json.loads(server.ask(f"/map.json?{query}").body)["hits"]
 
 
 def test_filters_keep_what_they_say(server: Server, folder: Path, ids):
