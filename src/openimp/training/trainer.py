@@ -25,7 +25,8 @@ from openimp.model.embedder import Embedder, EncodeAll, in_chunks
 from openimp.model.imp import IMP
 from openimp.objectives import Losses, task_losses
 from openimp.parallel import distributed
-from openimp.parallel.layout import Layout, apply_parallelism
+from openimp.parallel.layout import apply_parallelism
+from openimp.planning.layouts import choose_layout, layout_of
 from openimp.planning.ledger import costs
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
@@ -110,7 +111,7 @@ class Trainer:
         self.recipe, self.run, self.savable, self.device = recipe, run, True, distributed.start()
         console.quiet = distributed.rank() > 0
         keep_freed_memory()
-        self.layout = self._layout()
+        self._check_ranks()
         directory = RunDirectory(run, recipe)
         checkpoint = directory.checkpoint(resume, type(self).__name__)
         self.modalities = self.make_modalities(recipe)
@@ -230,14 +231,14 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0 and self.step < self.recipe.train.steps
 
-    def _layout(self) -> Layout:
-        """How the model is distributed over the ranks. UserError if they cannot train the recipe."""
-        ranks, parallel, model = distributed.world_size(), self.recipe.parallel, self.recipe.model
+    def _check_ranks(self) -> None:
+        """Raises UserError if the ranks cannot train the recipe."""
+        ranks, parallel = distributed.world_size(), self.recipe.parallel
         if ranks > 1 and type(self) is not Trainer:
             raise UserError(f"{type(self).__name__}: a study trains on one rank; start it without torchrun")
         if ranks > 1 and self.recipe.train.compile:
             raise UserError("train.compile works on one rank only; start without torchrun, or set train.compile=false")
-        return Layout.of(ranks, parallel.shard_degree, parallel.expert_degree, (model.width, model.mlp_dim))
+        layout_of(self.recipe, ranks, parallel.shard_degree, parallel.expert_degree)
 
     def _open_data(self, checkpoint: Path | None, warm_start: WarmStart | None, allow_changed_data: bool) -> list[str]:
         """Opens the sources, fits or restores the modalities, and returns the sources that have changed."""
@@ -263,10 +264,13 @@ class Trainer:
         check_sets(self.model, self.recipe, self.modalities, self.data.classes)
         # Before FSDP2 replaces the model's class, whose name is in config.json.
         text_files = config_files(self.model, self.recipe, self.modalities, self.data.classes)
+        layout = choose_layout(self.recipe, self.model, self.device)
         apply_parallelism(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "encode_all", "project", "classify"),
-            self.layout, self.device,
+            layout, self.device,
         )  # fmt: skip
+        if layout.ranks > 1:
+            console.print(f"parallel: {layout}")
         return text_files
 
     def _new_model(self) -> Embedder:
