@@ -415,7 +415,11 @@ def test_the_command_prints_the_plan(little_data, capsys):
 
 def test_the_fastest_layout_that_fits_is_recommended(little_data):
     """For a large model and few examples: the network is slower than the link, and replicas need most memory."""
-    changes = ["tasks.named.weight=0", "tasks.heard.batch_size=16", "model={width: 4096, mlp_dim: 16384, layers: 2}"]
+    changes = [
+        "tasks.named.weight=0",
+        "tasks.heard.batch_size=16",
+        "model={width: 4096, mlp_dim: 16384, layers: 2, heads: 32}",
+    ]
     found = plans_of(Recipe.load(little_data / "recipe.yaml", changes), 16, "h100")
     by_degree = {each.layout.shard_degree: each for each in found}
     assert [*by_degree] == [1, 8, 16]
