@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from openimp.model.imp import IMP
 from openimp.parallel import distributed
 from openimp.planning.gpus import USABLE
 from openimp.planning.ledger import costs, mixture_table, short
-from openimp.planning.plan import Plan, count, encoder_per_token, plan
+from openimp.planning.plan import Plan, count, encoder_per_token, plans, recommended
 from openimp.recipe.file import RecipeLoader, override, read_recipe
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification
@@ -269,10 +269,11 @@ def run_info(what: str, overrides: list[str]) -> None:
 
 
 def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -> None:
-    """Says what a run of a recipe would need."""
+    """Says what a run of a recipe would need, and which layout suits it."""
     recipe = Recipe.load(name, overrides, Path.cwd())
     modalities = recipe.make_modalities()
-    found = plan(recipe, modalities, _classes(recipe), gpus, gpu, mfu)
+    every = [*plans(recipe, modalities, _classes(recipe), gpus, gpu, mfu)]
+    found, best = every[0], recommended(every)
     _print_parameters(
         found.parameters, {"used by a token on average, after its embedding": found.per_token}, modalities
     )
@@ -281,19 +282,35 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
     rows = [(what, f"{size / 2**30:,.3f}") for what, size in found.steps[found.largest].memory.items()]
     whole = ("in all", f"{found.memory / 2**30:,.3f}")
     console.print(number_table("memory of a GPU", (f"largest step: {task}, view {view}", "GiB"), rows, [whole]))
+    if len(every) > 1:
+        _print_layouts(every)
     verdict, room = "fits" if found.fits else "does not fit", USABLE * found.gpu.memory
     lines = [
         f"{recipe.name} {verdict}: {found.memory / 2**30:,.2f} of {room:.1f} GiB for tensors on each of {gpus} x {gpu}",
         f"workers prepare {counted(recipe.train.prefetch_factor, 'batch')} in advance, at most "
         f"{found.prefetched / 2**30:,.2f} GiB of CPU memory per GPU",
-        f"{counted(recipe.train.steps, 'step')}, {short(found.flops)}FLOPs: {_duration(found.seconds)} at an MFU of "
+        f"{counted(recipe.train.steps, 'step')}, {short(found.flops)}FLOPs: {_duration(found.computing)} at an MFU of "
         f"{mfu:.0%}",
     ]
-    if found.seconds_connected > 1.001 * found.seconds:  # Else the sums are equal but for rounding.
-        lines.append(
-            f"over this network at least {_duration(found.seconds_connected)}: its bytes take longer than its FLOPs"
-        )
+    if gpus > 1:
+        waiting = f"waiting is {found.waiting / found.computing:.1%} of computing"
+        lines.append(f"with communication {_duration(found.seconds)}: {waiting}")
+        verdict = "as recommended" if best is found else f"better: {best.layout}"
+        lines.append(f"parallel: {found.layout}; {verdict}")
     console.print("\n".join(lines), soft_wrap=True)
+
+
+def _print_layouts(every: Sequence[Plan]) -> None:
+    """Compares the layouts of a run. The first one is that of the recipe, or the default."""
+    rows = [
+        (
+            str(found.layout), f"{found.memory / 2**30:,.1f}", "yes" if found.fits else "no",
+            _duration(found.computing), _duration(found.waiting), _duration(found.seconds),
+        )
+        for found in every
+    ]  # fmt: skip
+    head = ("parallel", "memory\nGiB", "fits", "computes", "waits", "whole run")
+    console.print(number_table("layouts; this plan is that of the first", head, rows))
 
 
 def _duration(seconds: float) -> str:
@@ -338,17 +355,17 @@ def _print_parameters(parts: dict[str, int], used: dict[str, int | None], modali
 
 
 def _print_steps(found: Plan) -> None:
-    head = ("task, view", "examples", "tokens", "FLOPs", "computes\nms", "receives\nGB", "waits\nms",
+    head = ("task, view", "examples", "tokens", "FLOPs", "computes\nms", "waits\nms", "receives\nGB", "collec-\ntives",
             "activa-\ntions\nGiB", "memory\nGiB")  # fmt: skip
     rows = []
     for (task, view), step in found.steps.items():
         memory = (step.memory["activations"], sum(step.memory.values()))
         rows.append((
             f"{task}, {view}", f"{step.cost.examples:,}", f"{step.cost.tokens:,}", short(step.cost.flops),
-            f"{1e3 * found.computing(step.cost.flops):,.1f}", f"{sum(step.received.values()) / 1e9:,.2f}",
-            f"{1e3 * found.communicating(step.received):,.1f}", *(f"{size / 2**30:,.2f}" for size in memory),
+            f"{1e3 * found.computes(step):,.1f}", f"{1e3 * found.waits(step):,.1f}", f"{step.received / 1e9:,.2f}",
+            f"{len(step.traffic.collectives):,}", *(f"{size / 2**30:,.2f}" for size in memory),
         ))  # fmt: skip
-    console.print(number_table(f"one step, divided by {found.gpus}", head, rows))
+    console.print(number_table(f"one step, divided by {found.layout.ranks}", head, rows))
 
 
 def _print_costs(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]]) -> None:

@@ -34,7 +34,7 @@ from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
 from openimp.modalities.image import Image
 from openimp.modalities.text import Text
-from openimp.parallel import distributed, owners
+from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor, local_shard
 from openimp.recipe.schema import Recipe
 from openimp.training.step_timer import StepTimer
@@ -591,7 +591,6 @@ def main(folder: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    owners.BUCKET_BYTES = 2**12  # A small model's matrices then need several buckets too.
     if sys.argv[1] == "store":
         look_into_the_store(Path(sys.argv[2]))
     else:

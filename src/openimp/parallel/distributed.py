@@ -125,6 +125,18 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() and not _rank_zero_works else 1
 
 
+def local_world_size() -> int:
+    """Number of ranks on each node; all ranks if nodes have different numbers of them. Every rank must call this."""
+    sizes = {*all_gather_object(ranks_on_node())}
+    return sizes.pop() if len(sizes) == 1 else world_size()
+
+
+def node_group() -> Group:
+    """The ranks of this node, or all ranks if each node has one. Every rank must call this."""
+    size = local_world_size()
+    return cast(Group, dist.group.WORLD) if size in (1, world_size()) else dist.new_subgroups(size)[0]
+
+
 def all_gather(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Concatenates the rows of all ranks, in the order of the ranks. The gradient of a row goes to its rank.
 

@@ -56,6 +56,11 @@ class Layout(NamedTuple):
             )
         return layout
 
+    def __str__(self) -> str:
+        """As a recipe's `parallel`."""
+        experts = f", expert_degree: {self.expert_degree}" if self.expert_degree > 1 else ""
+        return f"{{shard_degree: {self.shard_degree}{experts}}}"
+
     @property
     def expert_mesh_shape(self) -> tuple[int, int, int]:
         """(replicas of an expert, shards of each replica, ranks that the experts of a layer are distributed over)."""
@@ -176,37 +181,6 @@ def local_shard(tensor: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from the shards of all ranks. Every rank must call this."""
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gather_matrices(shard: Tensor, weight: Any) -> Tensor:
-    """Gathers the shards of a tensor that is sharded like `weight`, so that this rank holds whole matrices.
-
-    Experts stay distributed over the ranks: this rank gets the matrices of its own experts.
-    """
-    if shard.shape == weight.shape:
-        return shard
-    return _as_dtensor(shard, weight, weight.placements).redistribute(placements=_matrices(weight)).to_local()
-
-
-def shard_matrices(matrices: Tensor, weight: Any) -> Tensor:
-    """The inverse of `gather_matrices`: cuts this rank's shard out of whole matrices."""
-    if matrices.shape == local_shard(weight).shape:
-        return matrices
-    return _as_dtensor(matrices, weight, _matrices(weight)).redistribute(placements=weight.placements).to_local()
-
-
-def _as_dtensor(local: Tensor, weight: Any, placements: Any) -> Any:
-    from torch.distributed.tensor import DTensor
-
-    mesh, shape, stride = weight.device_mesh, weight.shape, weight.stride()
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
-
-
-def _matrices(weight: Any) -> list[Any]:
-    """Placements in which each rank holds whole matrices."""
-    from torch.distributed.tensor import Replicate
-
-    return [p if weight.ndim == 3 and p.is_shard(0) else Replicate() for p in weight.placements]
 
 
 def group_by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -3,14 +3,16 @@
 Shape suffixes: N matrices, R rows, C columns.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from openimp.parallel.layout import gather_matrices, local_shard, shard_matrices
+from openimp.parallel.division import divide_work
+from openimp.parallel.layout import local_shard
+from openimp.parallel.owners import matrix_shape
 
 NEWTON_SCHULZ = (8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
 """Coefficients (a, b, c) of each iteration x <- a x + b (x x') x + c (x x')^2 x.
@@ -28,68 +30,72 @@ class Muon(torch.optim.Optimizer):
     one that computes queries, keys and values, and the number of experts. Each matrix is orthogonalized separately.
 
     As in torch's fused optimizers, a step changes nothing if the attribute `found_inf`, a scalar on the device, is 1.
+    Several ranks divide the work of a step; see `divide_work`, also for `updated_sets`. None: every step updates
+    everything.
     """
 
     found_inf: Tensor | None = None
 
     def __init__(
-        self, stacks: Mapping[Tensor, int], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+        self,
+        stacks: Mapping[Tensor, int],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        updated_sets: Sequence[Set[Tensor]] | None = None,
     ) -> None:
         self.stacks = dict(stacks)
+        self.divisions = divide_work(stacks, [{*stacks}] if updated_sets is None else updated_sets)
+        kept = [weight for division in self.divisions for weight in division.kept]
         # As a group, because that may be empty: with many ranks, some own no matrix.
-        super().__init__([{"params": [*stacks]}], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__([{"params": kept}], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Updates the parameters that have a gradient."""
-        for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
-            for weight in weights:
-                if not self.state[weight]:
-                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight.grad)
-            if not weights:
-                continue
-            # On local shards, because the many small operations on DTensors take twice as long.
-            gradients = [local_shard(weight.grad) for weight in weights]
-            momenta = [local_shard(self.state[weight]["momentum_buffer"]) for weight in weights]
-            decay: Any = 1 - group["lr"] * group["weight_decay"]
-            if self.found_inf is not None:
-                # A gradient that equals the momentum leaves it as it is.
-                skip = self.found_inf.bool()
-                for gradient, momentum in zip(gradients, momenta):
-                    torch.where(skip, momentum, gradient, out=gradient)
-                decay = torch.full_like(self.found_inf, decay).masked_fill(skip, 1.0)
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            changes = torch._foreach_lerp(gradients, momenta, group["momentum"])
-            if self.found_inf is not None:
-                torch._foreach_mul_(changes, 1 - self.found_inf)
-            torch._foreach_mul_([local_shard(weight) for weight in weights], decay)
-            updates = dict(zip(weights, changes))
-            for batch in self._batches(weights):
-                self._apply({weight: updates[weight] for weight in batch}, group["lr"])
+        (group,) = self.param_groups
+        updates = self._updates([weight for weight in group["params"] if weight.grad is not None], group["momentum"])
+        decay: Any = 1 - group["lr"] * group["weight_decay"]
+        if self.found_inf is not None:
+            decay = torch.full_like(self.found_inf, decay).masked_fill(self.found_inf.bool(), 1.0)
+        for division in self.divisions:
+            for weight, update in division.orthogonalized(updates, orthogonalize_in_batches):
+                local, shape = local_shard(weight), matrix_shape(weight, self.stacks[weight])
+                local.mul_(decay)
+                local.add_(update.view_as(local), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
-    def _batches(self, weights: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-        """Groups the parameters by the shape of their matrices."""
-        batches: dict[tuple[int, int], list[list[Tensor]]] = {}
+    def _updates(self, weights: Sequence[Tensor], momentum: float) -> dict[Tensor, Tensor]:
+        """Moves the momentum of weights towards their gradients. Returns the updates of the local shards in bf16."""
         for weight in weights:
-            same = batches.setdefault(self._shape(weight), [[]])
-            if same[-1] and sum(other.numel() for other in same[-1]) + weight.numel() > BATCH_NUMBERS:
-                same.append([])
-            same[-1].append(weight)
-        return [batch for same in batches.values() for batch in same]
+            if not self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight.grad)
+        if not weights:
+            return {}
+        # On local shards, because the many small operations on DTensors take twice as long.
+        gradients = [local_shard(weight.grad) for weight in weights]
+        momenta = [local_shard(self.state[weight]["momentum_buffer"]) for weight in weights]
+        if self.found_inf is not None:
+            # A gradient that equals the momentum leaves it as it is.
+            for gradient, kept in zip(gradients, momenta):
+                torch.where(self.found_inf.bool(), kept, gradient, out=gradient)
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, momenta, momentum)
+        if self.found_inf is not None:
+            torch._foreach_mul_(updates, 1 - self.found_inf)
+        return {weight: update.bfloat16() for weight, update in zip(weights, updates)}
 
-    def _shape(self, weight: Tensor) -> tuple[int, int]:
-        """Rows and columns of each matrix of a parameter."""
-        columns = weight.shape[-1]
-        return weight.numel() // (columns * self.stacks[weight]), columns
 
-    def _apply(self, updates: Mapping[Tensor, Tensor], lr: float) -> None:
-        whole = [gather_matrices(update.bfloat16(), weight) for weight, update in updates.items()]
-        shape = self._shape(next(iter(updates)))
-        stacked = [x.view(-1, *shape) for x in whole]
-        orthogonal = orthogonalize(torch.cat(stacked)).split([len(x) for x in stacked])
-        for weight, x, part in zip(updates, whole, orthogonal):
-            local_shard(weight).add_(shard_matrices(part.view_as(x), weight), alpha=-lr * 0.2 * max(shape) ** 0.5)
+def orthogonalize_in_batches(tensors: Sequence[Tensor]) -> None:
+    """Orthogonalizes the matrices of bf16 tensors (N, R, C) in place. Those of one shape are computed together."""
+    batches: dict[torch.Size, list[list[Tensor]]] = {}
+    for tensor in tensors:
+        same = batches.setdefault(tensor.shape[1:], [[]])
+        if same[-1] and sum(other.numel() for other in same[-1]) + tensor.numel() > BATCH_NUMBERS:
+            same.append([])
+        same[-1].append(tensor)
+    for batch in (batch for same in batches.values() for batch in same):
+        results = orthogonalize(torch.cat(batch)).split([len(x) for x in batch])
+        torch._foreach_copy_(batch, results)
 
 
 def orthogonalize(x_NRC: Tensor) -> Tensor:

@@ -1,66 +1,100 @@
-"""Division of Muon's work: each replicated matrix has an owner, the rank that updates it and sends it to all others.
+"""Owners of Muon's matrices: each matrix is orthogonalized by one rank of those that share it.
 
-Muon orthogonalizes every matrix that it updates, which is too much work to repeat on every rank.
+Orthogonalizing is too much work to repeat on every rank. Nothing here communicates, so a plan can use it too.
 """
 
-from collections.abc import Callable, Iterable, Sequence, Set
-from typing import cast
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
 
-import torch.distributed as dist
 from torch import Tensor
 
-from openimp.parallel.distributed import Group, rank, world_size
-from openimp.parallel.layout import local_shard
-
-BUCKET_BYTES = 2**24
-"""Size of the buffers in which updated matrices are broadcast."""
+T = TypeVar("T")
 
 
-class MatrixOwners:
-    """Assigns an owner to each matrix that every rank holds whole. Only the owner has its optimizer state.
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One of the matrices that a weight stacks in its first dimension."""
 
-    Sharded matrices have no owner: all ranks update them together.
+    weight: Tensor
+    index: int  # in the stack
+    rows: tuple[int, ...]  # that each rank of a group holds, in the order of the ranks
 
-    Attributes:
-        owned: for each rank, the matrices that it owns.
+    @property
+    def columns(self) -> int:
+        """Number of its columns, which are never sharded."""
+        return self.weight.shape[-1]
+
+    @property
+    def work(self) -> int:
+        """See `muon_work`."""
+        return muon_work(sum(self.rows), self.columns)
+
+
+def matrix_shape(weight: Tensor, count: int) -> tuple[int, int]:
+    """Rows and columns of each matrix of a weight that stacks `count` of them, or of the weights of experts."""
+    return weight.shape[1] if weight.ndim == 3 else weight.shape[0] // count, weight.shape[-1]
+
+
+def muon_work(rows: int, columns: int) -> int:
+    """FLOPs of orthogonalizing a matrix, up to a constant factor."""
+    small, large = min(rows, columns), max(rows, columns)
+    return small * small * (2 * large + small)
+
+
+def matrices_of(stacks: Mapping[Tensor, int], ranks: int) -> list[Matrix]:
+    """All matrices of weights that are sharded over a number of ranks.
+
+    `stacks` has the number of matrices of each weight. FSDP2 divides the rows of a two-dimensional weight like
+    `torch.chunk`. It divides the rows of each expert evenly.
     """
-
-    def __init__(self, matrices: Iterable[Tensor], updated_sets: Iterable[Set[Tensor]]) -> None:
-        """Assigns the matrices of Muon. `updated_sets` has the parameters that each kind of step updates."""
-        replicated = [m for m in matrices if world_size() > 1 and local_shard(m).shape == m.shape]
-        self.owned = assign_owners(replicated, updated_sets, world_size(), muon_work)
-
-    def updated_by_this_rank(self, parameters: Iterable[Tensor]) -> list[Tensor]:
-        """All given parameters except the matrices that other ranks own."""
-        others = {matrix for owner, owned in enumerate(self.owned) if owner != rank() for matrix in owned}
-        return [parameter for parameter in parameters if parameter not in others]
-
-    def broadcast_updates(self) -> None:
-        """Sends each matrix that has a gradient from its owner to all other ranks, after the owner has updated it."""
-        for owner, owned in enumerate(self.owned):
-            if updated := [local_shard(matrix.detach()) for matrix in owned if matrix.grad is not None]:
-                dist._broadcast_coalesced(cast(Group, dist.group.WORLD), updated, BUCKET_BYTES, owner)
+    found = []
+    for weight, count in stacks.items():
+        rows, _ = matrix_shape(weight, count)
+        if weight.ndim == 3:
+            found += [Matrix(weight, i, (rows // ranks,) * ranks) for i in range(count)]
+            continue
+        part = -(-weight.shape[0] // ranks)
+        bounds = [min(i * part, weight.shape[0]) for i in range(ranks + 1)]
+        for i in range(count):
+            clipped = [min(max(bound - i * rows, 0), rows) for bound in bounds]
+            found.append(Matrix(weight, i, tuple(b - a for a, b in pairwise(clipped))))
+    return found
 
 
 def assign_owners(
-    tensors: Iterable[Tensor], updated_sets: Iterable[Set[Tensor]], ranks: int, work: Callable[[Tensor], int]
-) -> Sequence[list[Tensor]]:
-    """For each rank, the tensors that it owns.
+    items: Iterable[T], updated_sets: Iterable[Set[T]], ranks: int, work: Callable[[T], int]
+) -> Sequence[list[T]]:
+    """For each rank, the items that it owns: matrices, or weights. `updated_sets` has those of each kind of step.
 
-    Tensors are assigned in descending order of work. Each goes to the rank that has the least work so far in the kinds
-    of steps that update this tensor.
+    Items are assigned in descending order of work. Each goes to the rank that has the least work so far in the kinds
+    of steps that update this item.
     """
-    owned: list[list[Tensor]] = [[] for _ in range(ranks)]
+    owned: list[list[T]] = [[] for _ in range(ranks)]
     loads = [(updated, [0] * ranks) for updated in dict.fromkeys(map(frozenset, updated_sets))]
-    for tensor in sorted(tensors, key=work, reverse=True):
-        affected = [load for updated, load in loads if tensor in updated]
+    for item in sorted(items, key=work, reverse=True):
+        affected = [load for updated, load in loads if item in updated]
         least = min(range(ranks), key=lambda rank: sum(load[rank] for load in affected))
-        owned[least].append(tensor)
+        owned[least].append(item)
         for load in affected:
-            load[least] += work(tensor)
+            load[least] += work(item)
     return owned
 
 
-def muon_work(matrix: Tensor) -> int:
-    """FLOPs of orthogonalizing a matrix, up to a constant factor."""
-    return matrix.numel() * min(matrix.shape[-2:])
+def own_matrices(
+    stacks: Mapping[Tensor, int], updated_sets: Iterable[Set[Tensor]], ranks: int
+) -> Sequence[list[Matrix]]:
+    """For each of the ranks that weights are sharded over, the matrices that it owns."""
+    matrices = matrices_of(stacks, ranks)
+    sets = [{matrix for matrix in matrices if matrix.weight in updated} for updated in updated_sets]
+    return assign_owners(matrices, sets, ranks, lambda matrix: matrix.work)
+
+
+def own_weights(
+    stacks: Mapping[Tensor, int], updated_sets: Iterable[Set[Tensor]], ranks: int
+) -> Sequence[list[Tensor]]:
+    """For each of the ranks that have replicas of weights, the weights whose matrices it owns."""
+    return assign_owners(
+        stacks, updated_sets, ranks, lambda weight: stacks[weight] * muon_work(*matrix_shape(weight, stacks[weight]))
+    )

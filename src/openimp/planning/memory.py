@@ -37,13 +37,14 @@ class StepMemory(TorchDispatchMode):
         inputs: bytes of the batch, which exists before the step. They are counted as fp32, although images may arrive
             with one byte per value.
         touched: names of the parameters that received a gradient.
-        slots: bytes that expert parallelism sends to experts and back, in the forward and backward pass.
+        slots: bytes that expert parallelism sends to experts or back, each time that it does.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.peak: Counter[str] = Counter()
-        self.activations = self.inputs = self.slots = 0
+        self.activations = self.inputs = 0
+        self.slots: list[int] = []
         self.touched: set[str] = set()
         self._now: Counter[str] = Counter()
         self._kind: dict[int, str] = {}
@@ -156,12 +157,12 @@ class _Sent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, memory: StepMemory) -> Tensor:
         ctx.memory = memory
-        memory.slots += x.nbytes
+        memory.slots.append(x.nbytes)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.memory.slots += grad.nbytes
+        ctx.memory.slots.append(grad.nbytes)
         return grad.clone(), None
 
 

@@ -75,7 +75,9 @@ class Parallel(Strict):
 
     shard_degree: Count | None = None
     """Number of ranks over which weights, gradients and optimizer state are sharded (FSDP2). Each such group of ranks
-    has a replica (HSDP). null: all ranks. 1: each rank has a full replica, for small models."""
+    has a replica (HSDP). 1: each rank has a full replica. null: on GPUs, 1 if weights, gradients, optimizer state and
+    EMA take at most 45 % of a GPU's memory; otherwise the GPUs of a node if that suffices; otherwise all ranks. On
+    CPUs, null is all ranks. `openimp plan` recommends a layout."""
     expert_degree: Count = 1
     """Number of ranks over which the experts of each sparse layer are distributed, and between which tokens are
     exchanged (expert parallelism). It must divide `shard_degree` or, if that is 1, the number of ranks."""

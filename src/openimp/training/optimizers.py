@@ -1,7 +1,7 @@
 """AdamW and Muon, and the learning rate schedule that they share."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,17 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.training import Optimizer
 
 
-def muon_matrices(options: Optimizer, model: Embedder) -> dict[Tensor, int]:
-    """The parameters that Muon updates, in order, with the number of matrices that each stacks."""
-    return model.hidden_matrices() if options.muon_lr else {}
-
-
-def make_optimizers(options: Optimizer, model: Embedder, parameters: Iterable[Tensor]) -> list[torch.optim.Optimizer]:
-    """Fused AdamW, and Muon for the hidden matrices if the recipe has a `muon_lr`.
+def make_optimizers(
+    options: Optimizer, model: Embedder, updated_sets: Sequence[Set[Tensor]]
+) -> list[torch.optim.Optimizer]:
+    """Fused AdamW, and Muon for the hidden matrices if the recipe has a `muon_lr`. Every rank must call this.
 
     Weight decay applies to kernels only, not to embedding and position tables, norms, biases and temperatures. Each
-    parameter group keeps its peak learning rate as `peak`. `parameters` are those that this rank updates.
+    parameter group keeps its peak learning rate as `peak`. `updated_sets` has the parameters that each kind of step
+    updates.
     """
-    hidden = muon_matrices(options, model)
-    rest = [parameter for parameter in parameters if parameter not in hidden]
+    hidden = model.hidden_matrices() if options.muon_lr else {}
+    rest = [parameter for parameter in model.parameters() if parameter not in hidden]
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     kernels = [parameter for parameter in rest if parameter.ndim >= 2 and parameter not in tables]
     others = [parameter for parameter in rest if parameter.ndim < 2 or parameter in tables]
@@ -39,8 +37,7 @@ def make_optimizers(options: Optimizer, model: Embedder, parameters: Iterable[Te
         torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
     ]
     if options.muon_lr:
-        stacks = {parameter: hidden[parameter] for parameter in parameters if parameter in hidden}
-        made.append(Muon(stacks, options.muon_lr, options.weight_decay))
+        made.append(Muon(hidden, options.muon_lr, options.weight_decay, updated_sets=updated_sets))
     for group in (group for optimizer in made for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     return made

@@ -31,7 +31,8 @@ from openimp.model.moe import collect_usage
 from openimp.objectives import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.deferred_init import DeferredInit
-from openimp.parallel.layout import Layout, apply_parallelism, mixed_precision
+from openimp.parallel.layout import apply_parallelism, mixed_precision
+from openimp.planning.layouts import choose_layout, layout_of
 from openimp.planning.ledger import costs, empty_batch
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
@@ -118,14 +119,15 @@ class Trainer:
         self._unrecorded: list[tuple[LoadedBatch, Losses]] = []
         console.quiet = distributed.rank() > 0
         keep_freed_memory()
-        self.layout = self._layout()
+        self._check_ranks()
         directory = RunDirectory(run, recipe)
         checkpoint = directory.checkpoint(resume, type(self).__name__)
         self.modalities = self.make_modalities(recipe)
         warm_start = open_warm_start(recipe, self.modalities) if checkpoint is None else None
         changed = self._open_data(checkpoint, warm_start, allow_changed_data)
         self.costs = costs(recipe, self.modalities, self.data.classes, self.build, self.losses, self.summed)
-        signature_count = len(signatures(recipe, self.modalities, self.layout.ranks)) if recipe.train.compile else 0
+        ranks = distributed.world_size()
+        signature_count = len(signatures(recipe, self.modalities, ranks)) if recipe.train.compile else 0
         text_files = self._make_model(checkpoint, warm_start, signature_count)
         self.encode_all = in_chunks(self.model.encode_all, recipe.memory.chunk_size)
         self.updater = Updater(recipe, self.model, self.costs)
@@ -290,12 +292,12 @@ class Trainer:
         task, classes, ranks = self.recipe.tasks[visit.task], self.data.classes, distributed.world_size()
         return LoadedBatch(visit, [empty_batch(task, visit.view, self.modalities, classes, cpu, ranks)])
 
-    def _layout(self) -> Layout:
-        """How the model is distributed over the ranks. UserError if they cannot train the recipe."""
-        ranks, parallel, model = distributed.world_size(), self.recipe.parallel, self.recipe.model
+    def _check_ranks(self) -> None:
+        """Raises UserError if the ranks cannot train the recipe."""
+        ranks, parallel = distributed.world_size(), self.recipe.parallel
         if ranks > 1 and type(self) is not Trainer:
             raise UserError(f"{type(self).__name__}: a study trains on one rank; start it without torchrun")
-        return Layout.of(ranks, parallel.shard_degree, parallel.expert_degree, (model.width, model.mlp_dim))
+        layout_of(self.recipe, ranks, parallel.shard_degree, parallel.expert_degree)
 
     def _open_data(self, checkpoint: Path | None, warm_start: WarmStart | None, allow_changed_data: bool) -> list[str]:
         """Opens the sources, fits or restores the modalities, and returns the sources that have changed."""
@@ -326,17 +328,20 @@ class Trainer:
         distributed.run_first_on_node(lambda: check_sets(self.model, self.recipe, self.modalities, self.data.classes))
         # Before FSDP2 replaces the model's class, whose name is in config.json.
         text_files = config_files(self.model, self.recipe, self.modalities, self.data.classes)
+        layout = choose_layout(self.recipe, self.model, self.device)
         if signature_count:
             # Expert parallelism shards the experts of a block as a group of its own, whose hooks divide a graph anyway.
-            apart = self.model.experts() if self.layout.expert_degree > 1 else ()
+            apart = self.model.experts() if layout.expert_degree > 1 else ()
             compile_blocks(self.model.blocks(), signature_count, apart)
         # All ranks gather in the same type, whatever their processors.
         precisions = distributed.all_gather_object(precision_of(self.device, self.recipe.train.precision))
         apply_parallelism(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "encode_all", "project", "classify"),
-            self.layout, self.device, torch.float32 if "fp32" in precisions else torch.bfloat16,
+            layout, self.device, torch.float32 if "fp32" in precisions else torch.bfloat16,
             self.model.fp32_modules(),
         )  # fmt: skip
+        if layout.ranks > 1:
+            console.print(f"parallel: {layout}")
         if checkpoint is None:
             deferred.initialize(self.model)
         if warm_start is not None:

@@ -7,11 +7,10 @@ import torch
 from openimp.common.device import HostCopy
 from openimp.model.embedder import Embedder
 from openimp.parallel.layout import clip_grad_norm
-from openimp.parallel.owners import MatrixOwners
 from openimp.planning.ledger import Costs
 from openimp.recipe.schema import Recipe
 from openimp.training.ema import EMA
-from openimp.training.optimizers import make_optimizers, muon_matrices, schedule, set_learning_rate
+from openimp.training.optimizers import make_optimizers, schedule, set_learning_rate
 
 
 class Updater:
@@ -30,8 +29,7 @@ class Updater:
         names = [{*named}] if options.zero_missing_grads else [cost.touched for cost in costs.values()]
         updated_sets = [{named[name] for name in updated} for updated in names]
         self.recipe, self.model = recipe, model
-        self.owners = MatrixOwners(muon_matrices(options, model), updated_sets)
-        self.optimizers = make_optimizers(options, model, self.owners.updated_by_this_rank(model.parameters()))
+        self.optimizers = make_optimizers(options, model, updated_sets)
         self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
         self.grad_norm = 0.0
         self._unconfirmed: tuple[int, HostCopy] | None = None
@@ -55,7 +53,6 @@ class Updater:
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
             optimizer.step()
         self.model.clamp_logit_scales()
-        self.owners.broadcast_updates()
         # None, not zero: a parameter that the next task does not use keeps its value and its optimizer state.
         self.model.zero_grad(set_to_none=True)
 

@@ -1,0 +1,79 @@
+"""The layout of a run whose recipe does not choose one, and the layouts that a plan compares."""
+
+from math import gcd
+
+import torch
+
+from openimp.common.errors import UserError
+from openimp.model.embedder import Embedder
+from openimp.parallel import distributed
+from openimp.parallel.layout import Layout
+from openimp.planning.gpus import NODE, USABLE
+from openimp.recipe.schema import Recipe
+
+STATE_SHARE = 0.5
+"""Largest share of the usable memory that weights, gradients, optimizer state and EMA may take in the default layout.
+Activations, inputs and gathered weights have the rest."""
+
+
+def default_layout(recipe: Recipe, model: Embedder, ranks: int, per_node: int, memory: float) -> Layout:
+    """The layout on GPUs with `memory` bytes, `per_node` of them in a node, if the recipe has no `shard_degree`.
+
+    Each rank has a replica if it fits (see `STATE_SHARE`), because weights then need not be gathered. Otherwise the
+    ranks of a node share a replica, because its connections are faster than the network. Otherwise all ranks do.
+    """
+    for shard_degree in (1, per_node):
+        layout = _valid(recipe, ranks, shard_degree, recipe.parallel.expert_degree)
+        if layout and state_bytes(recipe, model, layout) <= STATE_SHARE * USABLE * memory:
+            return layout
+    return layout_of(recipe, ranks, ranks, recipe.parallel.expert_degree)
+
+
+def choose_layout(recipe: Recipe, model: Embedder, device: torch.device) -> Layout:
+    """The layout of a training run on the ranks that torchrun has started. Every rank must call this.
+
+    On CPUs the default is that all ranks share one replica: they share one memory, which replicas would fill.
+    """
+    ranks, parallel = distributed.world_size(), recipe.parallel
+    if ranks == 1 or parallel.shard_degree is not None or device.type != "cuda":
+        return layout_of(recipe, ranks, parallel.shard_degree, parallel.expert_degree)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    smallest = min(distributed.all_gather_object(memory))
+    return default_layout(recipe, model, ranks, distributed.local_world_size(), smallest)
+
+
+def layout_of(recipe: Recipe, ranks: int, shard_degree: int | None, expert_degree: int) -> Layout:
+    """The layout of given degrees for the recipe's model. See `Layout.of`."""
+    return Layout.of(ranks, shard_degree, expert_degree, (recipe.model.width, recipe.model.mlp_dim))
+
+
+def alternatives(recipe: Recipe, gpus: int) -> list[Layout]:
+    """Layouts that may suit a recipe: replicas, or shards in a node, or over all GPUs; each also with the experts of a
+    layer distributed over a node."""
+    experts = recipe.model.moe.experts if recipe.model.moe else 1
+    degrees = [(shards, owners) for owners in (1, gcd(experts, gpus, NODE)) for shards in (1, min(NODE, gpus), gpus)]
+    found = [_valid(recipe, gpus, *degree) for degree in degrees]
+    return [*dict.fromkeys(layout for layout in found if layout)]
+
+
+def _valid(recipe: Recipe, ranks: int, shard_degree: int, expert_degree: int) -> Layout | None:
+    try:
+        return layout_of(recipe, ranks, shard_degree, expert_degree)
+    except UserError:
+        return None
+
+
+def state_bytes(recipe: Recipe, model: Embedder, layout: Layout) -> int:
+    """Bytes of a rank's shards of weights, gradients, optimizer state and EMA, in fp32.
+
+    AdamW has two tensors per parameter and Muon one. Without shards, a rank has less: Muon's tensors are divided among
+    the ranks of a node.
+    """
+    options, (_, shards, owners) = recipe.optimizer, layout.expert_mesh_shape
+    by_muon = model.hidden_matrices() if options.muon_lr else {}
+    experts = {weight for module in model.experts() for weight in module.parameters()}
+    size = 0
+    for weight in model.parameters():
+        tensors = 2 + (1 if weight in by_muon else 2) + (options.ema_decay is not None)
+        size += 4 * tensors * weight.numel() // (shards * owners if weight in experts else layout.shard_degree)
+    return size
