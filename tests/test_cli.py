@@ -137,12 +137,17 @@ def test_a_recipe_that_cannot_be_trained_is_refused_before_training(
 def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, little_data, little_run):
     (tmp_path / "bad.yaml").write_text("name: [")
     (tmp_path / "folder").mkdir()
-    assert "bad.yaml: not valid YAML" in refused("train", tmp_path / "bad.yaml")
-    assert "no such recipe file; did you mean 'demo'?" in refused("train", "demoo")
+    told = refused("train", tmp_path / "bad.yaml")
+    assert "bad.yaml: not valid YAML" in told
+    assert "at line 1, column 8" in told
+    told = "demoo: no such file or folder, and no recipe of openimp; did you mean 'demo'?"
+    assert told == refused("train", "demoo")
+    assert "folder: is a folder, expected a recipe" in refused("plan", tmp_path / "folder")
+    assert refused("info", "runs/nothing") == "runs/nothing: no such file or folder"
     assert "expected KEY=VALUE" in refused("train", "demo", "--set", "train.steps")
     assert "folder: no model here" in refused("eval", tmp_path / "folder")
     assert "folder: no model here" in refused("info", tmp_path / "folder")
-    assert "nothing: no such recipe file" in refused("info", "nothing")
+    assert "nothing: no such file or folder" in refused("info", "nothing")
     assert "no evaluation set is called 'tone'; did you mean 'tones'?" in refused("eval", little_run, "tone")
     other = little_data / "recipe.yaml"
     damaged = Path(shutil.copytree(little_run / "checkpoints" / "step-00000012", tmp_path / "damaged"))
@@ -192,7 +197,7 @@ def test_control_characters_of_names_are_not_printed(openimp, refused, own_data)
     assert code == 0
     assert "na]52;c;cG93bmVkmed" in out
     assert not {"\x1b", "\a", "\u202e"} & {*out}
-    assert "no[2Jthing: no such recipe file" in refused("train", "no\x1b[2Jthing")
+    assert "no[2Jthing: no such file or folder" in refused("train", "no\x1b[2Jthing")
 
 
 def test_what_cannot_be_written_or_would_be_ignored_is_refused_at_once(refused, little_data, little_run, tmp_path):
@@ -394,8 +399,9 @@ def broken(folder: Path) -> set[str]:
 def test_broken_files_are_skipped_counted_and_named(openimp, own_data, tmp_path):
     bad, run = broken(own_data), tmp_path / "run"
     changes = sets("train.steps=20", "train.max_bad_fraction=0.5", "tasks.heard.weight=0", "train.num_workers=1")
-    code, _, err = openimp("train", own_data / "recipe.yaml", "--run", run, *changes)
+    code, out, err = openimp("train", own_data / "recipe.yaml", "--run", run, *changes)
     assert (code, err) == (0, "")
+    assert f"3 examples could not be read; {run / 'skipped.jsonl'} lists them\n" in out
     lines = read_lines(run / "skipped.jsonl")
     assert {line["where"] for line in lines} == bad
     assert all(line["task"] == "named" and line["why"] for line in lines)
@@ -436,6 +442,7 @@ def test_train_prints_the_mixture_and_the_results(openimp, little_data, tmp_path
     assert "step 6/6" in out
     assert "colours" in out
     assert "chance" in out
+    assert "n is below 50, so results and intervals are unreliable: colours, tones" in out
 
 
 def test_info_of_a_recipe_and_of_a_run(openimp, little_data, little_run, tmp_path):

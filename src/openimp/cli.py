@@ -174,7 +174,7 @@ def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [each for each in signature.parameters.values() if each.kind != inspect.Parameter.VAR_KEYWORD]
     for name in sorted(point.name for point in entry_points(group="openimp.modalities")):
         option = typer.Option(
-            f"--{name}", help=f"Query of modality {name}: a file, or for text modalities the text itself."
+            f"--{name}", help=f"A file of modality {name} to search with; if that is a modality of texts, a text."
         )
         kind = Annotated[list[str] | None, option]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
@@ -200,7 +200,9 @@ def search(
     modality: Annotated[
         list[str] | None, typer.Option("--modality", help="Only results of this modality. Can be repeated.")
     ] = None,
-    under: Annotated[Path | None, typer.Option("--under", help="Only results in this folder.")] = None,
+    under: Annotated[
+        Path | None, typer.Option("--under", help="Only results in this folder, or of this source of the recipe.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
     min_score: Annotated[
         float | None, typer.Option("--min-score", help="Minimum cosine of a result and the query.")

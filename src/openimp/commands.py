@@ -204,6 +204,8 @@ def run_search(
     parts += [Query(name, value) for name, values in queries.items() for value in values or ()]
     parts += [index.text_query(text, -1.0) for text in minus]
     hits = index.search(parts, k, modalities, under, min_score)
+    if under and not hits and not index.search(parts, 1, modalities, under):
+        raise UserError(f"--under {under}: nothing is indexed there that the query could find")
     if as_json:
         for hit in hits:
             print(json.dumps(asdict(hit)))  # Escapes control characters in names.
@@ -229,6 +231,8 @@ def run_embed(
 
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
     """Serves the search page of an index, or of the media of a run's recipe."""
+    if not what.exists():
+        raise UserError(f"{what}: no such index or run; openimp index makes an index")
     try:
         from openimp.search.server import serve
     except ModuleNotFoundError as error:

@@ -880,6 +880,7 @@ def test_corrupt_files(tmp_path, stream):
         ("x.csv", b'a,b\n\n"1\n1",2\n\n"1\n1",2,3\n', "line 6 has 3 cells, the header 2"),
         ("x.csv", b"a\n\n1\n" + b"x" * 200_000, "line 4: field larger than field limit"),
         ("x.csv", b"a,a\n1,2\n", "names a column twice"),
+        ("x.csv", b"file;n\na.png;1,5\n", "x.csv: the header 'file;n' has no comma"),
         ("x.jsonl", b'{"a": 1}\n\n \n{"a": nonsense}\n', "x.jsonl: line 4, column 7: Expecting value"),
         ("x.jsonl", b'\xef\xbb\xbf{"a": 1\n', "x.jsonl: line 1, column 8: Expecting ',' delimiter"),
         ("x.jsonl", b'{"a": 1}\n\n[1]\n', "line 3 is not a JSON object"),

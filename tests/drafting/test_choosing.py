@@ -125,8 +125,11 @@ def test_captions_beside_a_stray_table_are_found():
     for i in range(3):
         Path(f"set/{i}.png").write_bytes(Path(f"{i}.png").read_bytes())
         Path(f"set/{i}.txt").write_text(f"picture {i}", encoding="utf-8")
+    for name in ("notes.txt", "3.HEIC", "Thumbs.db", ".hidden"):
+        Path("set", name).write_bytes(b"")
     Path("set/sums.csv").write_text("".join(["file,md5\n", *(f"{i}.png,00{i}\n" for i in range(3))]), encoding="utf-8")
-    ((task,), _) = _tasks(["set"])
+    ((task,), notes) = _tasks(["set"])
+    assert notes[-1] == "not used: set: files that are neither media nor data: .db 1, .heic 1, .txt 1"
     assert task.data.candidate.place == "set"
     assert task.templates == ["text"]
 
@@ -166,7 +169,10 @@ def test_paths_may_start_at_a_folder_beside_the_table_or_above_it_in_the_named_f
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
-        ([{"file": f"{i}.png", "n": i} for i in range(3)], "file has image but nothing that pairs with it"),
+        (
+            [{"file": f"{i}.png", "n": i} for i in range(3)],
+            "file has image, but no column of texts or classes says",
+        ),
         ([{"file": f"{i}.png", "label": "cat"} for i in range(3)], "label: it has the same value in every row ('cat')"),
         ([{"text": f"row {i}"} for i in range(3)], "no column holds media"),
         ([{"file": f"gone{i}.png", "text": f"row {i}"} for i in range(3)], "none of its files can be read: gone0.png"),
@@ -184,8 +190,10 @@ def test_a_folder_with_several_kinds_of_media_has_a_task_for_each(folder):
         Path("zoo", "cat" if i % 2 else "dog").mkdir(parents=True, exist_ok=True)
         kind = "png" if i < 4 else "wav"
         Path("zoo", "cat" if i % 2 else "dog", f"{i}.{kind}").write_bytes(Path(f"0.{kind}").read_bytes())
-    Path("zoo/cat/notes.pdf").write_bytes(b"")
-    found, _ = choose(inspect(Candidate({"path": "zoo"})))
+    for name in ("cat/notes.pdf", "0.png", "notes.pdf"):
+        Path("zoo", name).write_bytes(b"")
+    found, notes = choose(inspect(Candidate({"path": "zoo"})))
+    assert notes == ["files beside the subfolders, which are the classes: .png 1"]
     assert {task.media[0].kind: column(task.split.train, "extension") for task in found} == {
         "image": ["png"] * 4, "audio": ["wav"] * 4,
     }  # fmt: skip
@@ -214,6 +222,19 @@ def test_a_source_that_cannot_be_read_does_not_hide_the_others():
     with pytest.raises(UserError, match=r"nothing to train on: .*broken\.parquet") as error:
         _tasks(["set/broken.parquet"])
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_texts_says_what_to_add_and_a_file_of_another_kind_what_is_expected():
+    Path("flat").mkdir()
+    Path("flat/0.png").write_bytes(Path("0.png").read_bytes())
+    with pytest.raises(UserError, match=r"flat: no text or class says what is in its image files; add subfolders"):
+        _tasks(["flat"])
+    Path("notes.txt").write_text("notes")
+    with pytest.raises(UserError, match=r"^notes\.txt: expected a folder or a data file \(\.csv, "):
+        _tasks(["notes.txt"])
+    Path("empty.csv").write_text("")
+    with pytest.raises(UserError, match=r"^nothing to train on: /.*/empty\.csv: has no rows$"):
+        _tasks(["empty.csv"])
 
 
 def test_a_file_whose_name_is_not_utf8_is_told():

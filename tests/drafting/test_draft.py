@@ -174,6 +174,8 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
     assert Recipe.load("runs/classes/recipe.yaml").sources.keys() == {"classes", "classes_test"}
     code, out, _ = openimp("train", "classes", "--resume")
     assert (code, "all 3 steps are done" in out) == (0, True)
+    Path("mine").symlink_to("classes")
+    assert "name: mine" in openimp("init", "mine")[1]
     code, _, err = openimp("train", "runs/classes")
     assert code == 2
     assert "is a run; to train its recipe again, name runs/classes/recipe.yaml" in err
@@ -190,6 +192,7 @@ def test_a_recipe_for_any_machine_is_valid_and_its_yaml_says_the_same(tmp_path, 
     draft = Draft("all", tasks, machine)
     assert Recipe.build(draft.recipe, tmp_path).tasks.keys() == {"all_image", "all_audio", "all_video"}
     text = write(draft.recipe, draft.comments, "A comment.")
+    assert all(f"The shorter side of the {noun} has" in text for noun in ("pictures", "clips"))
     assert yaml.load(text, RecipeLoader) == draft.recipe
     assert max(map(len, text.splitlines())) <= 120
 

@@ -66,5 +66,5 @@ def test_links_are_not_followed(tmp_path):
 def test_a_folder_without_media_says_what_was_looked_for(tmp_path):
     (tmp_path / "empty").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "empty/x.pcx")
-    with pytest.raises(UserError, match=r"no media in this folder; looked for .*\.jpg.*\.csv"):
+    with pytest.raises(UserError, match=r"no media in this folder, only \.pcx 1; looked for .*\.jpg.*\.csv"):
         find([str(tmp_path / "empty")])

@@ -75,6 +75,9 @@ def test_the_table_shows_every_figure_beside_chance():
     ends = {len(line.rstrip()) for line in lines if "->" in line}
     assert len(ends) == 1, "chance stands below chance"
     assert "unreadable" not in " ".join(lines)
+    assert "unreliable" not in " ".join(lines)
+    lines = printed([{**FOUND, "n": 50}, {**NAMED, "n": 49}, {**NAMED, "n": 6}])
+    assert "n is below 50, so results and intervals are unreliable: groups" in " ".join(lines)
 
 
 def test_brackets_in_names_are_printed_as_they_are():

@@ -193,7 +193,7 @@ def test_nothing_in_a_strangers_folder_is_executed(model, tmp_path):
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     png = plain[0]["png"]
     cases = [
-        ("classification", {"png": postscript, "cls": 0}, "cannot identify image file"),
+        ("classification", {"png": postscript, "cls": 0}, "damaged, or of a format that is not read"),
         ("classification", {"png": png, "cls": 3}, r"its \.cls is the number of no line in classnames\.txt"),
         ("classification", {"cls": 1}, r"expected a picture \(\.webp, \.png, \.jpg, \.jpeg\) and a \.cls"),
         ("multilabel", {"png": png, "npy": array.getvalue()}, r"its \.npy has the shape \(3,\) and the type object"),

@@ -51,8 +51,8 @@ def test_a_folder_becomes_a_table_of_unit_vectors(tiny_model_folder, folder, tmp
     assert [skipped.split(": ")[0] for skipped in done.skipped] == [
         str(folder / f"broken.{end}") for end in ("png", "txt")
     ]
-    assert done.unknown == 1
-    assert "skipped 1 file in folders: no modality reads such an extension" in str(done)
+    assert list(done.unknown.values()) == [1]
+    assert "skipped files in folders that no modality of the model reads: ." in str(done)
     printed = capsys.readouterr().out
     assert "12 embeddings (3 image, 3 text, 3 video, 3 audio)" in printed
     assert "2 files could not be read" in printed
@@ -98,7 +98,7 @@ def test_the_modality_can_be_given_if_the_extension_is_unknown(tiny_model_folder
     shutil.copy(media_folder / "0.png", nameless)
     with pytest.raises(
         UserError,
-        match=r"picture: its extension does not say whether it is image or text or video or audio; use --modality",
+        match=r"picture: no extension says whether it is image or text or video or audio; if it is one of these, use",
     ):
         embed(tiny_model_folder, [nameless], tmp_path / "out.parquet")
     done = embed(tiny_model_folder, [nameless], tmp_path / "out.parquet", modality="image")

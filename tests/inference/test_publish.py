@@ -204,6 +204,8 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(little_run, tiny_model_fo
         push(little_run, "me/little", tmp_path / "full")
     with pytest.raises(UserError, match=r"--set train\.steps=1: only the license of a source can be changed"):
         push(little_run, "me/little", tmp_path / "out", overrides=["train.steps=1"])
+    with pytest.raises(UserError, match=r"license=MIT: the recipe has no such source; did you mean 'sounds'\?"):
+        push(little_run, "me/little", tmp_path / "out", overrides=["sources.sound.license=MIT"])
 
 
 def test_what_the_hub_refuses_is_said_in_one_sentence(tiny_model_folder, server, monkeypatch):

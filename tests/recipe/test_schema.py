@@ -207,9 +207,11 @@ def test_a_file_that_is_no_recipe_is_told_in_one_sentence(tmp_path, text, messag
 def test_a_recipe_is_found_by_path_or_by_name(file):
     assert find_file(str(file)) == file
     assert find_file("demo").name == "demo.yaml"
-    with pytest.raises(UserError, match=r"dem: no such recipe file; did you mean 'demo'\?"):
+    with pytest.raises(
+        UserError, match=r"dem: no such file or folder, and no recipe of openimp; did you mean 'demo'\?"
+    ):
         Recipe.load("dem")
-    with pytest.raises(UserError, match=r"nowhere\.yaml: no such recipe file"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such file or folder$"):
         Recipe.load("nowhere.yaml")
 
 

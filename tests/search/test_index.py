@@ -94,14 +94,16 @@ def assert_equal(one: dict[str, dict], other: dict[str, dict]) -> None:
 
 def test_a_folder_becomes_rows_for_files_segments_and_lines(tiny_model_folder, folder, tmp_path, capsys):
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
-    (folder / "notes.docx").write_bytes(b"PK")
+    for name in ("notes.docx", "a.HEIC", "b.heic", "Makefile"):
+        (folder / name).write_bytes(b"PK")
     done = build_index(tiny_model_folder, [folder], tmp_path / "x.index")
     assert (done.new, done.changed, done.moved, done.unchanged, done.removed) == (15, 0, 0, 0, 0)
     assert list(done.skipped) == [str(folder / "broken.png")]
-    assert done.unknown == 1
+    assert done.unknown == {".heic": 2, ".docx": 1, "": 1}
     printed = capsys.readouterr().out
     assert "19 items, exact search; files: 15 new" in printed
     assert "1 file could not be read" in printed
+    assert "no modality of the model reads: .heic 2, without extension 1, .docx 1\n" in printed
     assert str(folder / "broken.png") in printed
     found = rows(tmp_path / "x.index").values()
     by_file: dict[str, list] = {}
@@ -184,6 +186,20 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(tiny_model_folder, folde
     build_index(tiny_model_folder, [folder], tmp_path / "whole.index")
     assert_equal(rows(index), rows(tmp_path / "whole.index"))
     assert (index / "skipped.json").read_text() == (tmp_path / "whole.index" / "skipped.json").read_text()
+
+
+def test_ctrl_c_says_how_to_go_on_and_an_index_without_items_is_not_searched(
+    tiny_model_folder, folder, tmp_path, capsys
+):
+    def interrupted(items, _):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_index(tiny_model_folder, [folder], tmp_path / "x.index", progress=interrupted)
+    told = f"stopped: {tmp_path / 'x.index'} holds 0 items so far; the same command does the rest\n"
+    assert capsys.readouterr().out == told
+    with pytest.raises(UserError, match=r"x\.index: holds no items yet; run openimp index again"):
+        open_index(tmp_path / "x.index")
 
 
 class Stopped(BaseException):
@@ -283,7 +299,7 @@ def test_links_out_of_the_folder_are_not_followed(tiny_model_folder, folder, tmp
         (["empty"], "x.index", r"no files to embed in .*empty; looked for "),
         (["missing"], "x.index", "missing: no such file or folder"),
         (["bad.png"], "x.index", r"no file can be read; the first: .*bad\.png"),
-        (["bad.xyz"], "x.index", r"bad\.xyz: its extension does not say whether it is image or text"),
+        (["bad.xyz"], "x.index", r"bad\.xyz: the model reads no \.xyz files, only image or text or video or audio$"),
         (["bad.png"], "full", "full: is not an index; name a new folder"),
         (["bad.png"], None, "is not a run; name the index with --out"),
     ],

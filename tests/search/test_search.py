@@ -169,8 +169,8 @@ def test_the_type_of_a_query_file_is_known_or_refused(index, media):
 
 
 def test_a_folder_that_is_no_index_is_refused(tmp_path):
-    for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match="is not an index; openimp index makes one"):
+    for folder, what in ((tmp_path, "is not an index"), (tmp_path / "missing", "no such index")):
+        with pytest.raises(UserError, match=f": {what}; openimp index makes one"):
             open_index(folder)
 
 
@@ -202,6 +202,15 @@ def test_the_command_line_indexes_and_searches(openimp, joint_model, media, tmp_
     assert {hit["text"][:12] for hit in hits} == {"a red square", "a green circ", "a blue line "}
     assert hits[0].keys() == {"id", "path", "part", "modality", "start", "end", "text", "score"}
     assert openimp("search", index, "noise", "--min-score", 0.9999)[1] == "no item is that close to the query\n"
+    code, _, err = openimp("search", index, "noise", "--under", media / "nowhere")
+    assert (code, err) == (
+        2,
+        f"openimp: --under {media / 'nowhere'}: nothing is indexed there that the query could find\n",
+    )
+    code, _, err = openimp("search", index, "--video", media)
+    assert (code, err) == (2, f"openimp: {media}: cannot be read as video: not a file\n")
+    code, _, err = openimp("serve", media / "nowhere")
+    assert (code, err) == (2, f"openimp: {media / 'nowhere'}: no such index or run; openimp index makes an index\n")
     assert openimp("search", index)[::2] == (2, "openimp: the query is empty: give a text or a file\n")
     help_ = openimp("search", "--help")[1]
     assert all(option in help_ for option in ("--image", "--audio", "--video", "--minus"))

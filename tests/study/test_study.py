@@ -278,7 +278,7 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
             {"arms": {"a": {"tasks": ["named"]}, "b": {}}, "conflict": True},
             "but arm 'a' is summed, has two towers or trains only some tasks",
         ),
-        ({"recipe": "none.yaml"}, "none.yaml: no such recipe"),
+        ({"recipe": "none.yaml"}, "none.yaml: no such file or folder"),
         ({"arms": {"a": {}, "b": []}}, "arms.b: .*at least 1"),
         ({"arms": {"a": {}, "../b": {}}}, "arms.*: '../b' cannot name a folder"),
         ({"arms": {"a": {}, "b\0": {}}}, r"arms.*: 'b\\x00' cannot name a folder"),

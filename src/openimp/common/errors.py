@@ -1,7 +1,7 @@
 """Errors that the user can fix, which the command line prints with exit code 2, and the wording of messages."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 FEW = 50
 """Maximum number of known words that an error message lists."""
@@ -35,3 +35,11 @@ def counted(number: int, noun: str) -> str:
     """`1 row`, `2 rows`, `1,000 classes`: a number with its noun."""
     plural = "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def by_extension(files: Mapping[str, int], most: int = 5) -> str:
+    """`.heic 20, .txt 1`: numbers of files by extension, the largest first; after `most` of them, how many are left."""
+    ranked = sorted(files.items(), key=lambda each: (-each[1], each[0]))
+    named = [f"{extension or 'without extension'} {count:,}" for extension, count in ranked[:most]]
+    left = sum(count for _, count in ranked[most:])
+    return ", ".join([*named, *([f"others {left:,}"] if left else [])])

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -141,6 +142,8 @@ def read_csv(file: str) -> Iterator[dict[str, Any]]:
         lines = csv.reader(handle)
         try:
             header = next(lines, [])
+            if len(header) == 1 and re.search("[;\t|]", header[0]):
+                raise ValueError(f"the header {header[0]!r} has no comma; write the columns separated by commas")
             if len(set(header)) < len(header):
                 raise ValueError(f"the header names a column twice: {', '.join(header)}")
             end = lines.line_num

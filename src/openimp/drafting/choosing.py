@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from openimp.common.errors import by_extension
+from openimp.data.folders import FolderTable
 from openimp.drafting.columns import Column
 from openimp.drafting.finding import shown
-from openimp.drafting.inspecting import Inspected, MediaColumn
+from openimp.drafting.inspecting import Inspected, MediaColumn, loose_files
 from openimp.drafting.splitting import Split, UsedColumns, split, without_missing
 
 MAX_TEXTS = 3
@@ -62,6 +64,8 @@ def choose(data: Inspected) -> tuple[list[TaskDraft], list[str]]:
     notes = [f"{shown(column.name)}: {column.why}" for column in data.columns if column.why]
     media = list({each.kind: each for each in reversed(data.media)}.values())[::-1]
     notes += [f"{shown(each.column)}: another column has {each.kind} too" for each in data.media if each not in media]
+    if loose := loose_files(data):
+        notes.append(f"files beside the subfolders, which are the classes: {by_extension(loose)}")
     texts, labels = data.using("text"), sorted(data.using("label"), key=lambda c: (not c.hinted, -c.distinct))
     notes += [f"{shown(column.name)}: {MAX_TEXTS} other columns have texts" for column in texts[MAX_TEXTS:]]
     texts, where = texts[:MAX_TEXTS], dict[str, Any]()
@@ -82,8 +86,13 @@ def choose(data: Inspected) -> tuple[list[TaskDraft], list[str]]:
     elif len(media) > 1 and not any(each.extensions for each in media):
         groups = [media[:2]]
     else:
-        needed = "a column of texts or classes, or subfolders per class, or captions (a.txt beside a.jpg)"
-        return [], [*notes, f"{_named(media)} but nothing that pairs with it; needed: {needed}"]
+        if not isinstance(data.table, FolderTable):
+            return [], [*notes, f"{_named(media)}, but no column of texts or classes says what is in it"]
+        kinds = " and ".join(each.kind for each in media)
+        ways = (
+            "subfolders, one for each of several classes; captions (a.txt beside a.jpg); or a table of files and texts"
+        )
+        return [], [*notes, f"no text or class says what is in its {kinds} files; add {ways}"]
     found = []
     for group in groups:
         only = {"extension": group[0].extensions} if group[0].extensions else {}

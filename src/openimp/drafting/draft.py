@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, by_extension
 from openimp.common.modality import Classes
 from openimp.data.batch import head_key
 from openimp.data.files import is_utf8
@@ -16,7 +16,7 @@ from openimp.data.targets import sort_classes
 from openimp.drafting import sizing
 from openimp.drafting.assembling import Draft
 from openimp.drafting.choosing import TaskDraft, choose
-from openimp.drafting.finding import find, shown
+from openimp.drafting.finding import find, shown, unknown_files
 from openimp.drafting.inspecting import Inspected, inspect, unreadable
 from openimp.drafting.machine import Machine, this_machine
 from openimp.drafting.naming import source_name
@@ -72,7 +72,7 @@ def is_data(what: str) -> bool:
 
 def recipe_name(path: str) -> str:
     """The name of the recipe for data, from its path."""
-    return source_name(str(Path(path).resolve()) if os.path.exists(path) else path)
+    return source_name(os.path.abspath(path) if os.path.exists(path) else path)
 
 
 def _tasks(paths: list[str]) -> tuple[list[TaskDraft], list[str]]:
@@ -99,6 +99,11 @@ def _tasks(paths: list[str]) -> tuple[list[TaskDraft], list[str]]:
         tasks += own
         unused += [f"{place}: {reason}" for reason in reasons]
         used += [f"{place}: {_summary(task)}" for task in own]
+    for path in filter(os.path.isdir, paths):
+        if unknown := unknown_files(Path(path)):
+            unused.append(
+                f"{shown(path)}: files that are neither media nor data: {shown(by_extension(unknown), limit=200)}"
+            )
     if not tasks:
         raise UserError(f"nothing to train on: {'; '.join(_some(unused, 5))}")
     return tasks, _some([*(f"found {line}" for line in used), *(f"not used: {line}" for line in unused)], 50)

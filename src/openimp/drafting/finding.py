@@ -3,13 +3,15 @@
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from openimp.common.errors import UserError, printable
+from openimp.common.errors import UserError, by_extension, printable
+from openimp.data.folders import CAPTION
 from openimp.data.sources import FORMATS
 from openimp.recipe.registry import modality_class
 
@@ -54,11 +56,14 @@ def _below(path: str) -> list[Candidate]:
     if os.path.isdir(path):
         found = _in_folder(Path(path), MAX_DEPTH)
         if not found:
+            has = by_extension(unknown_files(Path(path)))
             raise UserError(
-                f"{path}: no media in this folder; looked for pictures, clips and sounds "
+                f"{path}: no media in this folder{has and f', only {has}'}; looked for pictures, clips and sounds "
                 f"({', '.join(sorted(KIND_OF))}) and for data files ({', '.join(FORMATS)})"
             )
         return [replace(candidate, below=path) for candidate in found]
+    if os.path.isfile(path) and Path(path).suffix.lower() not in FORMATS:
+        raise UserError(f"{path}: expected a folder or a data file ({', '.join(FORMATS)})")
     return [Candidate({"path": path})]  # Whoever opens it checks it.
 
 
@@ -127,6 +132,14 @@ def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent, file) for file in files)
+
+
+def unknown_files(folder: Path) -> Counter[str]:
+    """The number of files below a folder that are neither media nor captions nor data files, by extension."""
+    files = [(file, file.suffix.lower()) for file in _walk(folder) if not file.name.startswith(".")]
+    media = {file.with_suffix("") for file, ending in files if ending in KIND_OF}
+    unknown = [(file, ending) for file, ending in files if ending not in KIND_OF and ending not in FORMATS]
+    return Counter(ending for file, ending in unknown if ending != CAPTION or file.with_suffix("") not in media)
 
 
 def _kinds(files: Iterable[Path]) -> set[str]:

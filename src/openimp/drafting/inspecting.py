@@ -1,5 +1,6 @@
 """Finds out, from a sample of its rows, which columns of a source hold media, texts and classes."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -209,6 +210,16 @@ def _by_extension(table: FolderTable) -> list[MediaColumn]:
     return media
 
 
+def loose_files(data: Inspected) -> Counter[str]:
+    """The number of media files beside the subfolders of a folder with one per class, by extension."""
+    table = data.table
+    if not isinstance(table, FolderTable) or table.root is None or "label" not in table.columns:
+        return Counter()
+    endings = (file.suffix.lower() for file in table.root.glob("[!.]*") if file.is_file())
+    return Counter(ending for ending in endings if ending in KIND_OF)
+
+
 def unreadable(error: UserError | OSError) -> str:
     """The text of an error in one line, without the placeholder name of the source."""
-    return shown(str(error).removeprefix("source data: ").removeprefix("source data "), limit=400)
+    text = re.sub(r"^source data \((.+?)\):? ", r"\1: ", str(error))
+    return shown(text.removeprefix("source data: ").removeprefix("source data "), limit=400)

@@ -38,7 +38,8 @@ def picture(sample: Sequence[Probed], machine: Machine) -> Choice:
     side = median(probed.side for probed in sample)
     sizes = (32, 64, 128, 224) if machine.is_gpu else (32, 64)
     size = max([each for each in sizes if each <= side], default=sizes[0])
-    why = f"The shorter side of the data has {side:.0f} pixels (median of {len(sample)})."
+    noun = "clips" if sample[0].kind == "video" else "pictures"
+    why = f"The shorter side of the {noun} has {side:.0f} pixels (the median of a sample of {len(sample)})."
     if size == sizes[-1] and side > size:
         why += " Larger pictures show more, but a step costs with their area." if machine.is_gpu else (
             " Larger pictures are for a GPU: a step costs with their area.")  # fmt: skip

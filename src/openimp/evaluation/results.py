@@ -20,6 +20,9 @@ NEEDED = {"set": str, "task": str, "type": str, "skipped": int}
 COUNTS = ("n", "candidates")
 """Keys that every result has. The value is null if it was measured by another library, which does not tell."""
 
+FEW = 50
+"""Number of queries below which the table warns: if none or all are answered, the interval has no width."""
+
 
 def main_metric(result: dict[str, Any]) -> float:
     """R@1, top-1, mAP or another library's score: the metric by which results are compared."""
@@ -70,6 +73,9 @@ def table(results: list[dict[str, Any]]) -> Table:
     for result in results:
         if "note" in result:
             caption += f"\n{result['set']}: {result['note']}"
+    few = dict.fromkeys(result["set"] for result in results if result["n"] is not None and result["n"] < FEW)
+    if few:
+        caption += f"\nn is below {FEW}, so results and intervals are unreliable: {', '.join(few)}"
     if skipped := {result["set"]: result["skipped"] for result in results if result["skipped"]}:
         caption += "\nunreadable rows left out: " + ", ".join(f"{name} {count}" for name, count in skipped.items())
     out = Table(

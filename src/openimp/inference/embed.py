@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from openimp.common.errors import UserError, counted
+from openimp.common.errors import UserError, by_extension, counted
 from openimp.common.modality import BadMedia
 from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
@@ -28,7 +28,7 @@ class Embedded:
     out: Path | str  # the table, or the folder or URL that `openimp embed --ray` writes to
     rows: dict[str, int]  # the number of embedded files by modality
     skipped: list[str]  # "path: reason" of each file that could not be read
-    unknown: int  # the number of files in folders whose extension belongs to none of the model's modalities
+    unknown: dict[str, int]  # the number of files in folders that no modality of the model reads, by extension
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in self.rows.items())
@@ -37,7 +37,7 @@ class Embedded:
             lines.append(f"{counted(len(self.skipped), 'file')} could not be read:")
             lines += [f"  {file}" for file in self.skipped]
         if self.unknown:
-            lines.append(f"skipped {counted(self.unknown, 'file')} in folders: no modality reads such an extension")
+            lines.append(f"skipped files in folders that no modality of the model reads: {by_extension(self.unknown)}")
         return "\n".join(lines)
 
 
@@ -92,9 +92,9 @@ def embed(
 
 def choose_files(
     model: Model, files: Iterable[File], modality: str | None, towards: str | None
-) -> tuple[dict[str, list[File]], dict[str, str], int]:
-    """The files to embed and the modality to compare them with, both by modality, and the number of unknown files."""
-    found, unknown = find_files(files, model.modalities, modality, "; use --modality")
+) -> tuple[dict[str, list[File]], dict[str, str], dict[str, int]]:
+    """The files to embed and the modality to compare them with, both by modality, and counts of other files."""
+    found, unknown = find_files(files, model.modalities, modality, "; if it is one of these, use --modality")
     targets = {name: towards or model.partner(name) for name in found}
     for name, other in targets.items():
         require_pair(model.imp, name, other, f"embed {name}")

@@ -1,6 +1,7 @@
 """Finds media files and encodes them in chunks, for `openimp embed` and `openimp index`."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -28,8 +29,8 @@ LARGEST_DOWNLOAD = 2**31
 
 def find_files(
     files: Iterable[File], modalities: Modalities, only: str | None = None, hint: str = ""
-) -> tuple[dict[str, list[File]], int]:
-    """Returns the files by modality, and the number of files in folders that belong to none.
+) -> tuple[dict[str, list[File]], dict[str, int]]:
+    """Returns the files by modality, and the number of files in folders that belong to none, by extension.
 
     `files` are files and folders, on disk or at URLs. If two modalities share an extension, it belongs to the model's
     first one. `only` is the modality of all files; None: their extensions decide. `hint` is what the user can do if the
@@ -40,19 +41,22 @@ def find_files(
     wanted = [only] if only else list(modalities)
     modality_of = {extension: name for name in reversed(wanted) for extension in modalities[name].extensions}
     found: dict[str, list[File]] = {}
-    unknown, given = 0, [str(file) if is_url(str(file)) else Path(file) for file in files]
+    unknown, given = Counter[str](), [str(file) if is_url(str(file)) else Path(file) for file in files]
     for file in given:
         inner = _files_in(file)
         for each in [file] if inner is None else inner:
-            name = modality_of.get(os.path.splitext(each)[1].lower())
+            ending = os.path.splitext(each)[1].lower()
+            name = modality_of.get(ending)
             if inner is None:
                 name = only or name
                 if name is None:
                     kinds = " or ".join(modalities)
-                    raise UserError(f"{file}: its extension does not say whether it is {kinds}{hint}")
-            unknown += name is None
+                    reason = f"the model reads no {ending} files, only" if ending else "no extension says whether it is"
+                    raise UserError(f"{file}: {reason} {kinds}{hint}")
             if name:
                 found.setdefault(name, []).append(each)
+            else:
+                unknown[ending] += 1
     if not found:
         where = ", ".join(map(str, given)) or "an empty list"
         raise UserError(f"no files to embed in {where}; looked for {', '.join(modality_of)}")

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from openimp.checkpoint.folder import load_model, model_folder
-from openimp.common.errors import UserError
+from openimp.common.errors import UserError, nearest
 from openimp.common.progress import console
 from openimp.common.versions import openimp_version
 from openimp.data.files import DEMO
@@ -71,8 +71,11 @@ def write(model: Model, source: Path, name: str, license: str | None, folder: Pa
 def _with_licenses(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     data = recipe.to_dict()
     for text in overrides:
-        if not re.match(r"\s*sources\.[^.=]+\.license\s*=", text):
+        found = re.match(r"\s*sources\.([^.=]+)\.license\s*=", text)
+        if not found:
             raise UserError(f"--set {text}: only the license of a source can be changed: sources.NAME.license=LICENSE")
+        if found[1] not in recipe.sources:
+            raise UserError(f"--set {text}: the recipe has no such source{nearest(found[1], recipe.sources)}")
         override(data, text)
     return Recipe.build(data)
 

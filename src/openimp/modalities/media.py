@@ -45,6 +45,8 @@ LENGTHS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "b
 """Magic numbers of the formats whose header contains the file's length, with the byte order of the length."""
 INFO, HEADER = re.compile(rb"LIST(.{4})INFO", re.DOTALL), 2**20
 """`INFO` matches a list of titles and names in an AVI or WAV file. It is searched for in the first `HEADER` bytes."""
+UNKNOWN = ("UnidentifiedImageError", "InvalidDataError")
+"""What Pillow and FFmpeg raise for a file in which they find nothing that they know."""
 SLACK = 64
 """Bytes by which common programs get the length in the header wrong."""
 SEGMENT_SECONDS = 5.0
@@ -98,7 +100,7 @@ def open_source(raw: Any) -> Source:
         source, size = Source(io.BytesIO(raw)), len(raw)
     elif isinstance(raw, str | Path):
         if not Path(raw).is_file():
-            raise BadMedia("no such file")
+            raise BadMedia("not a file" if Path(raw).exists() else "no such file")
         source = Source(open(raw, "rb", buffering=0))  # noqa: SIM115 (the caller closes it)
         size = os.fstat(source.fileno()).st_size
     else:
@@ -121,6 +123,8 @@ def decoder_errors() -> Iterator[None]:
         message = getattr(error, "strerror", None) or str(error)  # `strerror` has no error number.
         text = " ".join(message.split(" <Source")[0].split())
         name = type(error).__name__
+        if name in UNKNOWN:
+            raise BadMedia("damaged, or of a format that is not read") from None
         raise BadMedia(f"{name}: {text[:120]}" if text else name) from None
 
 

@@ -35,21 +35,25 @@ def read_mapping(file: Path, what: str) -> dict[str, Any]:
     try:
         data = yaml.load(read_text(file, MAX_BYTES), RecipeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an invalid date.
-        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", line', "at line")
+        raise UserError(f"{file}: not valid YAML: {reason}") from None
     if not isinstance(data, dict):
         raise UserError(f"{file}: a {what} is a mapping of keys, found {type(data).__name__}")
     return data
 
 
-def find_file(name: str, folder: str = "recipes", what: str = "recipe file") -> Path:
+def find_file(name: str, folder: str = "recipes", what: str = "recipe") -> Path:
     """Finds a file by its path, or a bundled file by a name such as `demo` or `evaluation/coco`."""
     if Path(name).is_file():
         return Path(name)
     known = bundled(folder)
     if name in known:
         return known[name]
-    hint = "" if "/" in name else nearest(name, known)  # A path is not a misspelled name of a bundled file.
-    raise UserError(f"{name}: no such {what}{hint}")
+    if Path(name).is_dir():
+        raise UserError(f"{name}: is a folder, expected a {what}")
+    if Path(name).suffix or "/" in name:  # It is not a misspelled name of a bundled file.
+        raise UserError(f"{name}: no such file or folder")
+    raise UserError(f"{name}: no such file or folder, and no {what} of openimp{nearest(name, known)}")
 
 
 def bundled(folder: str = "recipes") -> dict[str, Path]:

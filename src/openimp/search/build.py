@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from openimp.checkpoint.folder import CHECKPOINTS, model_folder
-from openimp.common.errors import UserError, counted
+from openimp.common.errors import UserError, by_extension, counted
 from openimp.common.modality import Modalities
 from openimp.common.progress import console, track
 from openimp.data.trust import check_uses
@@ -33,7 +33,7 @@ class IndexResult:
     unchanged: int
     removed: int
     skipped: dict[str, str]  # by path, the reason why a file, or a part of it, could not be read
-    unknown: int  # files in folders whose extension belongs to none of the model's modalities
+    unknown: dict[str, int]  # the number of files in folders that no modality of the model reads, by extension
     items: int  # all items that the index now holds: pictures, segments, lines, ...
     recall: float | None  # recall@10 of the approximate search; None if the search is exact
 
@@ -45,7 +45,7 @@ class IndexResult:
             lines.append(f"{counted(len(self.skipped), 'file')} could not be read, or not completely:")
             lines += [f"  {path}: {reason}" for path, reason in self.skipped.items()]
         if self.unknown:
-            lines.append(f"skipped {counted(self.unknown, 'file')} in folders: no modality reads such an extension")
+            lines.append(f"skipped files in folders that no modality of the model reads: {by_extension(self.unknown)}")
         return "\n".join(lines)
 
 
@@ -92,7 +92,12 @@ def build_index(
         about = _same_weights(folder, about, replace=given is None)
         items = Items(folder, opened.recipe.model.embed_dim)
         update = Update(opened, folder, items, about.towards, found, given)
-        differs = update.run(batch_size, progress)
+        try:
+            differs = update.run(batch_size, progress)
+        except KeyboardInterrupt:
+            kept = counted(items.table.count_rows(), "item")
+            console.print(f"stopped: {folder} holds {kept} so far; the same command does the rest", soft_wrap=True)
+            raise
         if not items.table.count_rows():
             reason = next(iter(update.skipped.items()), ("nothing", "there are no media"))
             raise UserError(f"no file can be read; the first: {reason[0]}: {reason[1][1]}")
@@ -116,8 +121,8 @@ def _default_folder(model: Path) -> Path:
 
 def _find(
     name: str | Path, model: Model, modalities: Modalities, given: list[Path] | None, allow_sources: bool
-) -> tuple[dict[str, Media], int]:
-    """The media to index, by path, and the number of files in folders that belong to no modality."""
+) -> tuple[dict[str, Media], dict[str, int]]:
+    """The media to index, by path, and the number of files in folders that no modality reads, by extension."""
     if given is not None:
         found, unknown = find_files(given, modalities)
         return {media.path: media for media in media_of_files(found, given)}, unknown
@@ -129,7 +134,7 @@ def _find(
     media = {media.path: media for media in media_of_recipe(recipe, modalities)}
     if not media:
         raise UserError(f"{name}: the recipe's sources have no media that can be indexed; name files or folders")
-    return media, 0
+    return media, {}
 
 
 def _same_weights(folder: Path, about: Metadata, replace: bool) -> Metadata:

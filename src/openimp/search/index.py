@@ -250,7 +250,8 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
     refuse_links(folder, INDEX_FILES)
     about = read_metadata(folder)
     if about is None:
-        raise UserError(f"{folder}: is not an index; openimp index makes one")
+        what = "is not an index" if folder.exists() else "no such index"
+        raise UserError(f"{folder}: {what}; openimp index makes one")
     try:
         model = load(about.model, device)
     except UserError as error:

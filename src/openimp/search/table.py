@@ -70,7 +70,7 @@ class Items:
                 self.table = database.open_table(ITEMS)
             elif size is not None:
                 self.table = database.create_table(ITEMS, schema=schema(size))
-            else:
+            if size is None and not (exists and self.table.count_rows()):
                 raise UserError(f"{folder}: holds no items yet; run openimp index again")
         except (ValueError, RuntimeError, OSError) as error:
             raise UserError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None

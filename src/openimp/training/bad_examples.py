@@ -4,8 +4,9 @@ from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
-from openimp.common.errors import UserError
-from openimp.common.json_lines import append, forget_after
+from openimp.common.errors import UserError, counted
+from openimp.common.json_lines import append, forget_after, read_lines
+from openimp.common.progress import console
 from openimp.parallel.distributed import all_gather_object, rank
 
 ENOUGH = 100
@@ -44,6 +45,12 @@ class BadExamples:
             self._new.setdefault(task, []).append(f"{line['where']}: {line['why']}")
             if rank() == 0:
                 append(self.file, line)
+
+    def report(self) -> None:
+        """Says at the end of a run how many examples could not be read, and where they are listed."""
+        lines = read_lines(self.file) if rank() == 0 else []
+        if count := len({(line["task"], line["where"]) for line in lines}):
+            console.print(f"{counted(count, 'example')} could not be read; {self.file} lists them", soft_wrap=True)
 
     def check(self) -> None:
         """Raises UserError if more examples are bad than `train.max_bad_fraction` allows, and some of them are new."""

@@ -183,6 +183,7 @@ class Trainer:
         self.save()
         self.evaluate(stop.watch)
         self.checkpointing.wait()
+        self.log.bad.report()
 
     def _make_step(self, loaded: LoadedBatch) -> None:
         losses = self.update(loaded)
