@@ -256,8 +256,7 @@ LAYOUTS = {
     "replicas, in pieces": ["parallel.shard_degree=1", CHUNKS],
     "replicas, Muon": ["parallel.shard_degree=1", MUON],
     "replicas, experts apart, Muon": ["parallel={shard_degree: 1, expert_degree: 2}", MUON],
-    # The temperature is a group of its own, here used twice.
-    "in shards, bf16": [BF16, "tasks.named.objectives=[{type: contrastive, same: label}, {type: contrastive}]"],
+    "in shards, bf16": [BF16],  # The temperature is a group of its own.
     "in two groups, experts apart, bf16, Muon": [BF16, "parallel={shard_degree: 2, expert_degree: 2}", MUON],
     "replicas, in pieces, bf16": [BF16, "parallel.shard_degree=1", CHUNKS],
 }
