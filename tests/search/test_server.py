@@ -257,6 +257,19 @@ def test_a_query_without_results_says_why(server: Server, query, message):
     assert message in answer.text
 
 
+@pytest.mark.parametrize(("query", "notes"), [("more=999999", 1), ("file=abc&less=0&less=1", 2)])
+def test_a_query_of_which_nothing_is_left_scores_nothing(server: Server, query, notes):
+    page = server.ask(f"/?{query}").text
+    assert "Nothing is left of this query" in page
+    assert "<title>Search" in page
+    assert 'class="score"' not in page
+    assert page.count("no longer") == notes
+    links = re.findall(r'href="([^"]*)" data-go', page)
+    assert links
+    assert not re.search(r"=(?:999999|abc|0|1)\b", " ".join(links)), "they do not keep what is gone"
+    assert not json.loads(server.ask(f"/map.json?{query}").body)["hits"]
+
+
 def test_filters_keep_what_they_say(server: Server, folder: Path, ids):
     everything = set(server.items("q=noise&k=100"))
     assert everything == set(server.items("q=noise&k=100&min=-1"))

@@ -1,7 +1,7 @@
 """What the page shows for a query: its parts, and its results in order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 
 from openimp.common.errors import UserError, counted
@@ -30,6 +30,7 @@ class Answer:
     """The results of a query."""
 
     status: str  # one sentence
+    state: State = field(default_factory=State)  # what is searched: the query without parts that no longer exist
     items: list[Item] = field(default_factory=list)
     chips: list[Chip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -43,14 +44,17 @@ def answer(index: Index, uploads: Uploads, state: State) -> Answer:
     notes: list[str] = []
     try:
         parts, chips, notes = parts_of(index, uploads, state)
+        left = {kind: tuple(chip.id for chip in chips if chip.kind == kind) for kind in ("file", "more", "less")}
+        state = replace(state, file=left["file"], more=left["more"], less=left["less"])
         if not parts:
-            return Answer(_overview(index), _examples(index), chips, notes)
+            status = "Nothing is left of this query. Start from one of these" if notes else _overview(index)
+            return Answer(status, state, _examples(index), notes=notes)
         hits = search(index, parts, state)
     except UserError as error:
-        return Answer(f"This cannot be searched: {error}", [], chips, notes, code=400)
+        return Answer(f"This cannot be searched: {error}", state, [], chips, notes, code=400)
     kept = [hit for hit in hits if not state.min or hit.score >= state.min]
     more = state.link(k=min(state.k + PAGE_RESULTS, MAX_RESULTS)) if len(kept) == state.k < MAX_RESULTS else ""
-    return Answer(_status(hits, kept, state), [item(index, hit) for hit in kept], chips, notes, more)
+    return Answer(_status(hits, kept, state), state, [item(index, hit) for hit in kept], chips, notes, more)
 
 
 def search(index: Index, parts: Sequence[QueryPart], state: State) -> list[Hit]:
@@ -103,7 +107,7 @@ def parts_of(index: Index, uploads: Uploads, state: State) -> tuple[list[QueryPa
         thumbnail = None if found.kind == "text" else found.thumbnail
         chips.append(Chip(kind, like.id, found.name, thumbnail))
         parts.append(like)
-    return parts, chips, notes
+    return parts, chips, list(dict.fromkeys(notes))
 
 
 def _overview(index: Index) -> str:

@@ -67,13 +67,12 @@ class Page:
 
     async def search(self, request: Request) -> Response:
         """The form with the results of the query in the URL."""
-        state = State()
         try:
             state = State.parse(request.query_params)
             found = await to_thread.run_sync(answer, self.index, self.uploads, state, limiter=self.searching)
         except UserError as error:
             found = Answer(f"This cannot be searched: {error}", code=400)
-        return self._render("search.html", state=state, page="search", **vars(found))
+        return self._render("search.html", page="search", **vars(found))
 
     async def map(self, request: Request) -> Response:
         """The page with the map. Its script fetches the points from `map_points`."""
@@ -89,7 +88,7 @@ class Page:
         hits: list[str] = []
         if not state.is_empty:
             found = await to_thread.run_sync(answer, self.index, self.uploads, state, limiter=self.searching)
-            hits = [shown.hit.id for shown in found.items]
+            hits = [] if found.state.is_empty else [shown.hit.id for shown in found.items]
         return JSONResponse({**points, "hits": hits})
 
     async def item(self, request: Request) -> Response:
