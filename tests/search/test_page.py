@@ -109,7 +109,7 @@ def test_the_keyboard_alone_searches_for_texts_and_files(server, page, little_da
     press_until(page, "Tab", "#results .card a[data-go]")
 
 
-def test_a_file_is_uploaded_filtered_and_followed_to_more_like_it(server, page, little_data: Path):
+def test_a_file_is_uploaded_filtered_and_followed_to_more_like_it(server, page, little_data: Path, tmp_path: Path):
     page.goto(server.url)
     page.set_input_files("#file", little_data / "4.wav")
     page.wait_for_url("**file=*")
@@ -139,6 +139,11 @@ def test_a_file_is_uploaded_filtered_and_followed_to_more_like_it(server, page, 
     page.wait_for_selector("#parts li.less", state="detached")
     page.locator("#parts li.more a").click()
     page.wait_for_selector("#parts li.more", state="detached")
+    (tmp_path / "notes.txt").write_text("a red\nsquare\n", encoding="utf-8")
+    page.set_input_files("#file", tmp_path / "notes.txt")
+    page.wait_for_url("**q=a+red+square*")
+    assert page.locator("#q").input_value() == "a red square", "a text file is a text query"
+    page.wait_for_selector("#parts li", state="detached")
     page.set_input_files("#file", little_data / "4.wav")
     page.wait_for_selector("#parts li.file")
     assert page.get_by_role("checkbox", name="audio").is_checked()
@@ -232,7 +237,7 @@ def test_errors_are_explained(server, page, tmp_path: Path, browser, little_run:
     (tmp_path / "bad.png").write_bytes(b"no picture")
     page.set_input_files("#file", tmp_path / "bad.png")
     page.wait_for_selector("#problem:not([hidden])")
-    assert page.locator("#problem").inner_text().startswith("bad.png cannot be read as image: ")
+    assert page.locator("#problem").inner_text().startswith("Cannot search with bad.png: cannot be read as image: ")
     page.context.set_offline(True)
     page.locator("#q").fill("red")
     page.keyboard.press("Enter")

@@ -185,19 +185,21 @@ def test_an_uploaded_file_finds_itself_by_type_content_or_choice(server: Server,
 @pytest.mark.parametrize(
     ("name", "content", "modality", "message"),
     [
-        ("a.xyz", b"?", "", "a.xyz: unknown type of file; the model reads "),
-        ("a.png", b"?", "", "a.png cannot be read as image"),
-        ("a.png", b"", "", "a.png cannot be read as image: no bytes"),
-        ("a.wav", b"RIFF\xff\xff\0\0WAVE", "", "a.wav cannot be read as audio: truncated"),
-        ("a.txt", b"noise", "", "the model reads no text files"),
-        ("a.png", b"?", "smell", "the model reads no smell files"),
+        ("Thumbs.db", b"?", "", "unknown type of file; the model reads image, text, video, audio."),
+        ("a.png", b"?", "", "cannot be read as image"),
+        ("a.png", b"", "", "cannot be read as image: no bytes"),
+        ("a.wav", b"RIFF\xff\xff\0\0WAVE", "", "cannot be read as audio: truncated"),
+        ("a.txt", b" \n", "", "a text query has 1 to 1,000 characters, and this file 0."),
+        ("a.txt", b"noise " * 200, "", "a text query has 1 to 1,000 characters, and this file 1,199."),
+        ("a.txt", b"\xff\xfe", "", "it is no UTF-8 text."),
+        ("a.png", b"?", "smell", "the model reads no smell files."),
     ],
 )
 def test_a_bad_upload_is_refused_in_one_sentence(server: Server, name, content, modality, message):
     answer = server.upload(name, content, modality)
     assert answer.status == 400
     error = json.loads(answer.body)["error"]
-    assert message in error
+    assert error.startswith(f"Cannot search with {name}: {message}")
     assert error.endswith(".")
     assert "\n" not in error
 
@@ -230,7 +232,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(server: Server):
         head = f"POST /uploads?name=0.png HTTP/1.1\r\nHost: {address.netloc}\r\nOrigin: {server.url}\r\n"
         connection.sendall(f"{head}Content-Length: {10**15}\r\n\r\n".encode())
         answer = b""
-        while b"too large: at most 64 MiB" not in answer:
+        while b"it is larger than 64 MiB" not in answer:
             part = connection.recv(10_000)
             assert part, answer
             answer += part

@@ -23,7 +23,7 @@ from openimp.search.display import UNKNOWN, Item, head_of, item, kind_of, media_
 from openimp.search.index import Index
 from openimp.search.projection import MAX_POINTS, method, project
 from openimp.search.query import Query
-from openimp.search.state import State
+from openimp.search.state import MAX_TEXT, State
 from openimp.search.uploads import MAX_UPLOAD_BYTES, Upload, Uploads
 
 TEMPLATES = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -59,8 +59,8 @@ class Page:
             "folders": index.folders,
             "colors": {name: f"c{i % 6}" for i, name in enumerate(index.model.modalities)},
             "reader": any(modality.reads_text for modality in modalities),
-            "readable": [modality.name for modality in modalities if not modality.reads_text],
-            "accepted": [end for modality in modalities if not modality.reads_text for end in modality.extensions],
+            "readable": [modality.name for modality in modalities],
+            "accepted": [end for modality in modalities for end in modality.extensions],
             "recordable": next((modality.name for modality in modalities if kind_of(modality) == "audio"), ""),
             "limit": MAX_UPLOAD_BYTES,
         }
@@ -111,31 +111,33 @@ class Page:
         return _picture(upload.thumbnail if upload else None)
 
     async def upload(self, request: Request) -> Response:
-        """Encodes a file, the body of the request, and returns its id."""
+        """Encodes a file, the body of the request, and returns its id; of a text file, the text."""
         name = Path(request.query_params.get("name", "")).name[:200] or "file"
         try:
             modality = request.query_params.get("modality") or self.index.modality_of(name)
             if modality not in self.shared["readable"]:
-                raise UserError(f"the model reads no {modality} files")
+                raise UserError(f"{name}: the model reads no {modality} files")
             with anyio.fail_after(UPLOAD_SECONDS):
                 async with self.receiving:
-                    content = await _body(request)
+                    content = await _body(request, name)
+                    if self.index.model.modalities[modality].reads_text:
+                        return JSONResponse({"q": _text(name, content)})
                     read = partial(self._read, name, modality, content)
                     # A thread cannot be stopped. It counts towards the limit until it is done.
                     upload = await to_thread.run_sync(read, limiter=self.encoding, abandon_on_cancel=True)
         except TimeoutError:
-            return JSONResponse({"error": f"{name} takes too long to read, or the server is busy."}, 408)
+            return _refused(f"{name}: reading it takes too long, or the server is busy", 408)
         except ClientDisconnect:
             return Response(status_code=400)  # Nobody receives it.
         except UserError as error:
-            return JSONResponse({"error": f"{error}."}, 400)
+            return _refused(str(error), 400)
         return JSONResponse({"id": self.uploads.add(upload)})
 
     def _read(self, name: str, modality: str, content: bytes) -> Upload:
         try:
             encoded = self.index.encode(Query(modality, content))
         except UserError as error:
-            raise UserError(f"{name} {error}") from None
+            raise UserError(f"{name}: {error}") from None
         return Upload(name, encoded, self._draw(modality, content))
 
     def _item(self, id: str) -> Item:
@@ -213,10 +215,10 @@ class TemporaryResponse(FileResponse):
             os.unlink(self.path)
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: Request, name: str) -> bytes:
     """The body of a request, up to `MAX_UPLOAD_BYTES` bytes."""
     content = bytearray()
-    too_large = UserError(f"the file is too large: at most {MAX_UPLOAD_BYTES // 2**20} MiB")
+    too_large = UserError(f"{name}: it is larger than {MAX_UPLOAD_BYTES // 2**20} MiB")
     if int(request.headers.get("content-length", 0)) > MAX_UPLOAD_BYTES:
         raise too_large
     async for chunk in request.stream():
@@ -224,6 +226,21 @@ async def _body(request: Request) -> bytes:
         if len(content) > MAX_UPLOAD_BYTES:
             raise too_large
     return bytes(content)
+
+
+def _text(name: str, content: bytes) -> str:
+    """The text of a file, in one line."""
+    try:
+        text = " ".join(content.decode("utf-8-sig").split())
+    except UnicodeDecodeError:
+        raise UserError(f"{name}: it is no UTF-8 text") from None
+    if not 0 < len(text) <= MAX_TEXT:
+        raise UserError(f"{name}: a text query has 1 to {MAX_TEXT:,} characters, and this file {len(text):,}")
+    return text
+
+
+def _refused(reason: str, code: int) -> Response:
+    return JSONResponse({"error": f"Cannot search with {reason}."}, code)
 
 
 def _picture(picture: bytes | None) -> Response:

@@ -58,7 +58,7 @@ function address(changes = {}) {
 // Starts a new search with a file. Filters are kept.
 async function upload(file, name, modality = "") {
   if (file.size > Number($("#query").dataset.limit)) {
-    explain(`${name} is too large: at most ${Math.floor($("#query").dataset.limit / 2 ** 20)} MiB.`);
+    explain(`Cannot search with ${name}: it is larger than ${Math.floor($("#query").dataset.limit / 2 ** 20)} MiB.`);
     return;
   }
   explain();
@@ -68,8 +68,8 @@ async function upload(file, name, modality = "") {
     const answer = await ask(`/uploads?${new URLSearchParams({ name, modality })}`, { method: "POST", body: file });
     const found = await answer.json().catch(() => ({ error: `The server failed: ${answer.status}.` }));
     if (found.error) throw new Error(found.error);
-    if ($("#q")) $("#q").value = "";
-    await go(address({ q: "", more: "", less: "", file: found.id }));
+    if ($("#q")) $("#q").value = found.q ?? ""; // A text file becomes a text query.
+    await go(address({ q: found.q, more: "", less: "", file: found.id }));
   } catch (error) {
     $("#status").textContent = status;
     explain(error.message);
