@@ -335,6 +335,7 @@ def test_rows_of_a_source_are_read_again_by_their_number(tiny_recipe, tiny_model
     for hit in hits:
         assert index.read(hit.id) == pictures[int(hit.path.split("/")[1])]
     assert {hit.path for hit in index.search("one", under="all")} == {hit.path for hit in hits}
+    assert [hit.path for hit in index.search("one", under="all/1/image")] == ["all/1/image"]
 
     # All rows move up, and the first one is new.
     fresh = io.BytesIO()

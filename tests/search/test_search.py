@@ -200,7 +200,7 @@ def test_the_command_line_indexes_and_searches(openimp, joint_model, media, tmp_
     code, out, _ = openimp("search", index, *query, "--modality", "text", "--under", folder, "--json")
     hits = [json.loads(line) for line in out.splitlines()]
     assert {hit["text"][:12] for hit in hits} == {"a red square", "a green circ", "a blue line "}
-    assert hits[0].keys() == {"id", "path", "modality", "start", "end", "text", "score"}
+    assert hits[0].keys() == {"id", "path", "part", "modality", "start", "end", "text", "score"}
     assert openimp("search", index, "noise", "--min-score", 0.9999)[1] == "no item is that close to the query\n"
     assert openimp("search", index)[::2] == (2, "openimp: the query is empty: give a text or a file\n")
     help_ = openimp("search", "--help")[1]

@@ -54,18 +54,26 @@ def answer(index: Index, uploads: Uploads, state: State) -> Answer:
         return Answer(f"This cannot be searched: {error}", state, [], chips, notes, code=400)
     kept = [hit for hit in hits if not state.min or hit.score >= state.min]
     more = state.link(k=min(state.k + PAGE_RESULTS, MAX_RESULTS)) if len(kept) == state.k < MAX_RESULTS else ""
-    return Answer(_status(hits, kept, state), state, [item(index, hit) for hit in kept], chips, notes, more)
+    return Answer(_status(hits, kept, state), state, _shown(index, kept, state), chips, notes, more)
 
 
 def search(index: Index, parts: Sequence[QueryPart], state: State) -> list[Hit]:
-    """The best `state.k` items.
+    """The best `state.k` items; of a file that was cut into segments, only the best segment.
 
     Cosines with a text are not comparable between modalities: in most models all pictures are nearer to texts than all
     sounds are, or the other way round. So the results of a text alternate between the modalities.
     """
 
     def find(modalities: Sequence[str] | None) -> list[Hit]:
-        return index.search(parts, state.k, modalities, state.under or None)
+        count = state.k
+        while True:
+            hits = index.search(parts, count, modalities, state.under or None)
+            best: dict[str, Hit] = {}
+            for hit in hits:
+                best.setdefault(hit.path if _is_one_of_many(hit, state) else hit.id, hit)
+            if len(best) >= state.k or len(hits) < count:
+                return list(best.values())[: state.k]
+            count *= 4
 
     if not state.q:
         return find(state.modality or None)
@@ -78,6 +86,17 @@ def search(index: Index, parts: Sequence[QueryPart], state: State) -> list[Hit]:
     if refused and not found:
         raise refused
     return _alternate(found)[: state.k]
+
+
+def _is_one_of_many(hit: Hit, state: State) -> bool:
+    """Whether an item is a segment that stands for all of its file: not if only that file is searched."""
+    return hit.start is not None and hit.path != state.under
+
+
+def _shown(index: Index, hits: list[Hit], state: State) -> list[Item]:
+    cut = {hit.path for hit in hits if _is_one_of_many(hit, state)}
+    segments = index.parts(cut) if cut else {}
+    return [replace(item(index, hit), segments=segments.get(hit.path, 0)) for hit in hits]
 
 
 def _alternate(lists: list[list[Hit]]) -> list[Hit]:

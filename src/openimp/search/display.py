@@ -70,6 +70,7 @@ class Item:
     hit: Hit
     kind: str  # "text", "image", "animation", "video", "audio", or "" if browsers cannot display it
     problem: str = ""  # why there is nothing to display
+    segments: int = 0  # of the file, if the item stands for all of them
 
     @property
     def name(self) -> str:

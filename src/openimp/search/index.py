@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +72,7 @@ class Index:
             queries: one or several. A string is a text. Items that are part of the query are not returned.
             k: number of results at most.
             modalities: only items of these modalities. None: all that can be compared with the queries.
-            under: only files in this folder, or rows of the source of this name.
+            under: only this file, files in this folder, or rows of the source of this name.
             min_score: only items with at least this cosine.
 
         Raises:
@@ -101,6 +102,10 @@ class Index:
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
         hits = sorted((_hit(row, 1 - row["_distance"]) for rows in found for row in rows), key=lambda hit: -hit.score)
         return [hit for hit in hits[:k] if min_score is None or hit.score >= min_score]
+
+    def parts(self, paths: Iterable[str]) -> Counter[str]:
+        """The number of items of each of these files or rows."""
+        return Counter(row["path"] for row in self._items.rows(any_of("path", paths), ["path"]))
 
     def text_query(self, text: str, weight: float = 1.0) -> Query:
         """A part of a query that is a text. UserError if the model reads no texts."""
@@ -188,7 +193,7 @@ class Index:
         """An SQL filter for `under`."""
         if str(under) in self.model.recipe.sources:
             return f"(source = {quoted(str(under))} OR {below(os.path.abspath(under))})"
-        return below(os.path.abspath(under))
+        return f"(path = {quoted(str(under))} OR {below(os.path.abspath(under))})"
 
     def _spaces(self, names: Iterable[str]) -> dict[Space, list[str]]:
         """The spaces that the vectors of some modalities are in, with the modalities in each."""

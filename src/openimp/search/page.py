@@ -29,6 +29,7 @@ from openimp.search.uploads import MAX_UPLOAD_BYTES, Upload, Uploads
 TEMPLATES = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 TEMPLATES.loader = PackageLoader("openimp.search")
 TEMPLATES.filters["clock"] = clock
+TEMPLATES.filters["place"] = lambda name: os.path.basename(name) if os.path.isabs(name) else name
 THUMBNAIL = 256
 """Pixels of the longer side of a thumbnail at most."""
 RECEIVED_AT_ONCE = 4

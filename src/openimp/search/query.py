@@ -41,6 +41,7 @@ class Hit:
 
     id: str  # 32 hexadecimal digits; stays the same if the file is indexed again, but not if it is moved
     path: str  # absolute; SOURCE/ROW/COLUMN if the media is in a row of a source
+    part: int  # number of the segment or line in its file, from 0
     modality: str
     start: float | None  # of a segment, in seconds; None for an item that was not cut
     end: float | None

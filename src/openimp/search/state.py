@@ -29,7 +29,7 @@ class State:
     more: tuple[str, ...] = ()  # ids of items
     less: tuple[str, ...] = ()
     modality: tuple[str, ...] = ()  # none: all
-    under: str = ""  # a folder or a source
+    under: str = ""  # a folder, a file or a source
     min: float = 0.0  # score; 0: any
     k: int = PAGE_RESULTS  # results
 
@@ -70,6 +70,10 @@ class State:
             if getattr(changed, field.name) != getattr(default, field.name)
         }
         return f"{path}?{urlencode(given, doseq=True)}" if given else path
+
+    def within(self, path: str) -> str:
+        """The URL that searches the segments of one file."""
+        return self.link(under=path, k=PAGE_RESULTS)
 
     def with_item(self, kind: str, id: str) -> str:
         """The URL that also asks for items more or less like one; `kind` is "more" or "less"."""

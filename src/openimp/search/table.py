@@ -17,7 +17,7 @@ import pyarrow as pa
 from openimp.common.errors import UserError
 
 ITEMS = "items"
-SHOWN = ["id", "path", "modality", "start", "end", "text"]
+SHOWN = ["id", "path", "part", "modality", "start", "end", "text"]
 """Columns of the results of a search."""
 BATCH = 8192
 """Rows that are read into memory at once."""
