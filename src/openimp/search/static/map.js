@@ -5,7 +5,7 @@
 const canvas = $("#map"), pen = canvas.getContext("2d"), UNITS = 65535;
 const shown = new Set(); // numbers of the modalities that are shown
 let points = { ids: [], x: [], y: [], modalities: [], names: [], hits: [] };
-let hits = new Set(), chosen = -1, zoom = 0, atX = UNITS / 2, atY = UNITS / 2, asked = 0;
+let hits = new Set(), chosen = -1, zoom = 0, fitted = 0, atX = UNITS / 2, atY = UNITS / 2, asked = 0;
 
 const fitting = () => (0.94 * Math.min(canvas.clientWidth, canvas.clientHeight)) / UNITS;
 const screenX = (i) => (points.x[i] - atX) * zoom + canvas.clientWidth / 2;
@@ -17,7 +17,8 @@ function draw() {
   canvas.height = height * scale;
   pen.scale(scale, scale);
   const style = getComputedStyle(document.documentElement);
-  const size = Math.min(12, Math.max(3, Math.sqrt(zoom / fitting()) * (points.x.length > 5000 ? 3 : 5)));
+  const space = Math.min(width, height) / Math.sqrt(points.x.length || 1); // pixels between points if they were evenly spaced
+  const size = Math.min(14, Math.sqrt(zoom / fitting()) * Math.min(9, Math.max(3, 0.6 * space)));
   const colors = points.names.map((_, i) => getComputedStyle($(`[data-shown="${i}"] + .dot`)).backgroundColor);
   pen.globalAlpha = 0.75;
   points.names.forEach((_, modality) => {
@@ -30,15 +31,21 @@ function draw() {
     }
   });
   pen.globalAlpha = 1;
-  pen.strokeStyle = style.getPropertyValue("--ink");
-  const ring = (i, radius, line) => {
+  const ring = (i, radius, line, color) => {
+    pen.strokeStyle = style.getPropertyValue(color);
     pen.lineWidth = line;
     pen.beginPath();
     pen.arc(screenX(i), screenY(i), radius, 0, 2 * Math.PI);
     pen.stroke();
   };
-  for (const i of hits) if (shown.has(points.modalities[i])) ring(i, size / 2 + 4, 1.5);
-  if (chosen >= 0) ring(chosen, size / 2 + 7, 3);
+  for (const i of hits) if (shown.has(points.modalities[i])) ring(i, size / 2 + 4, 1.5, "--soft");
+  if (chosen >= 0) {
+    // Upon a disc that hides its neighbors, and in a color that no ring of a result has.
+    ring(chosen, 9, 18, "--card");
+    ring(chosen, 18, 4, "--accent");
+    pen.fillStyle = colors[points.modalities[chosen]];
+    pen.fillRect(screenX(chosen) - 7, screenY(chosen) - 7, 14, 14);
+  }
 }
 
 // Zooms by a factor around a place on the screen; factor 0 shows everything.
@@ -142,7 +149,11 @@ for (const box of document.querySelectorAll("[data-shown]")) {
   });
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-new ResizeObserver(draw).observe(canvas);
+new ResizeObserver(() => {
+  zoom *= fitting() / (fitted || fitting()); // The same part of the map, in the new size.
+  fitted = fitting();
+  draw();
+}).observe(canvas);
 
 (async () => {
   try {
