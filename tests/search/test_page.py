@@ -213,6 +213,12 @@ def test_the_map_is_used_with_the_keyboard_and_the_mouse(server, page):
     x, y = page.evaluate("[screenX(7), screenY(7)]")
     page.locator("#map").click(position={"x": x, "y": y})
     page.wait_for_selector("#results .card")
+    frame = "() => new Promise(requestAnimationFrame)"
+    for width, height in ((360, 740), (1280, 1000)):
+        page.set_viewport_size({"width": width, "height": height})
+        page.evaluate(frame)
+        page.evaluate(frame)
+        assert page.evaluate("zoom / fitting()") == pytest.approx(1), "everything fits in the new size"
     page.get_by_role("checkbox", name="audio").uncheck()
     page.get_by_role("checkbox", name="image").uncheck()
     assert page.evaluate("cheapest(0, 0, Math.hypot)") == -1, "hidden points are not chosen"
@@ -220,7 +226,7 @@ def test_the_map_is_used_with_the_keyboard_and_the_mouse(server, page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everything_fits_on_a_phone_in_light_and_dark(server, browser, scheme):
-    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme, has_touch=True)
+    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True)
     context.set_default_timeout(SECONDS)
     page = context.new_page()
     backgrounds = set()
@@ -228,6 +234,8 @@ def test_everything_fits_on_a_phone_in_light_and_dark(server, browser, scheme):
         page.goto(server.url + path)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
         backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        if path == "/?q=red":
+            assert page.locator("#results").bounding_box()["y"] < 740 / 2
     assert backgrounds == {"rgb(247, 246, 243)" if scheme == "light" else "rgb(19, 20, 22)"}
     context.close()
 
@@ -238,6 +246,10 @@ def test_errors_are_explained(server, page, tmp_path: Path, browser, little_run:
     page.set_input_files("#file", tmp_path / "bad.png")
     page.wait_for_selector("#problem:not([hidden])")
     assert page.locator("#problem").inner_text().startswith("Cannot search with bad.png: cannot be read as image: ")
+    top = page.locator("#problem").bounding_box()
+    assert top["y"] + top["height"] <= page.locator("#query").bounding_box()["y"], "it covers nothing"
+    page.get_by_role("button", name="Close").click()
+    page.wait_for_selector("#problem", state="hidden")
     page.context.set_offline(True)
     page.locator("#q").fill("red")
     page.keyboard.press("Enter")

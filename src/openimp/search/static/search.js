@@ -9,7 +9,7 @@ let recorder = null;
 let asking = false; // for the microphone
 
 function explain(problem = "") {
-  $("#problem").textContent = problem;
+  $("#problem p").textContent = problem;
   $("#problem").hidden = !problem;
 }
 
@@ -130,7 +130,8 @@ document.addEventListener("click", async (event) => {
     await go(link.href);
     $("#status").focus(); // The link is gone; the keyboard continues at the results.
     scrollTo(0, 0);
-  } else if (button?.id === "choose") $("#file").click();
+  } else if (button?.closest("#problem")) explain();
+  else if (button?.id === "choose") $("#file").click();
   else if (button?.id === "record") record(button);
   else if (button?.dataset.play) play(button, button.getAttribute("aria-pressed") !== "true");
 });
