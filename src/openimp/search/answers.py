@@ -44,8 +44,8 @@ def answer(index: Index, uploads: Uploads, state: State) -> Answer:
     notes: list[str] = []
     try:
         parts, chips, notes = parts_of(index, uploads, state)
-        for kind in ("file", "more", "less"):
-            state = replace(state, **{kind: tuple(chip.id for chip in chips if chip.kind == kind)})
+        left = {kind: tuple(chip.id for chip in chips if chip.kind == kind) for kind in ("file", "more", "less")}
+        state = replace(state, file=left["file"], more=left["more"], less=left["less"])
         if not parts:
             status = "Nothing is left of this query. Start from one of these" if notes else _overview(index)
             return Answer(status, state, _examples(index), notes=notes)
