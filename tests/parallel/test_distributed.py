@@ -470,7 +470,7 @@ def initialization(folder: Path, out: Path) -> list[Any]:
     """For each rank: the most bytes that making the model takes, those of all its weights, and of the largest."""
     trainer = Trainer(recipe(folder, "model.layers=32", "model.moe=null"), out / "initialized", False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        trainer._make_model(None, None)
+        trainer._make_model(None, None, 0)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
     sizes = [4 * weight.numel() for weight in trainer.model.parameters()]

@@ -41,7 +41,8 @@ def find_files(
     wanted = [only] if only else list(modalities)
     modality_of = {extension: name for name in reversed(wanted) for extension in modalities[name].extensions}
     found: dict[str, list[File]] = {}
-    unknown, given = Counter[str](), [str(file) if is_url(str(file)) else Path(file) for file in files]
+    given: list[File] = [str(file) if is_url(str(file)) else Path(file) for file in files]
+    unknown = Counter[str]()
     for file in given:
         inner = _files_in(file)
         for each in [file] if inner is None else inner:
@@ -83,7 +84,7 @@ def _files_in(file: File) -> list[File] | None:
     if isinstance(file, Path):
         if not file.exists():
             raise UserError(f"{file}: no such file or folder")
-        return sorted(_files_below(file)) if file.is_dir() else None
+        return [*sorted(_files_below(file))] if file.is_dir() else None
     try:
         system, path = fsspec.core.url_to_fs(file)
         inner = sorted(system.find(path))

@@ -194,7 +194,8 @@ class _PartEncoder:
         schema = table_schema(self.model, self.run)
         for number in batch["item"].tolist():
             name, towards, files = self.parts.files(number)
-            vectors, errors = [], []
+            vectors: list[pa.Table] = []
+            errors: list[dict[str, str]] = []
             for table, bad in embed_chunks(self.model, schema, name, files, towards, self.batch_size, self.folder):
                 vectors.append(table)
                 errors += [{"path": path, "modality": name, "error": why} for path, why in bad]
