@@ -26,7 +26,7 @@ def checkpoint_fields(model: Embedder, modalities: Modalities) -> dict[str, Any]
     """A hash of the model's weights and of what its modalities learned, and the version of openimp."""
     total = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        full = full_tensor(tensor)
+        full: Any = full_tensor(tensor)
         total.update(f"{name} {full.dtype} {list(full.shape)}\n".encode())
         total.update(full.reshape(-1).view(torch.uint8).cpu().numpy())
     for modality in modalities.values():

@@ -4,7 +4,7 @@ Shape suffixes: N matrices, R rows, C columns.
 """
 
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,13 +66,14 @@ class Muon(torch.optim.Optimizer):
 
     def _updates(self, weights: Sequence[Tensor], momentum: float) -> dict[Tensor, Tensor]:
         """Moves the momentum of weights towards their gradients. Returns the updates of the local shards in bf16."""
-        for weight in weights:
-            if not self.state[weight]:
-                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight.grad)
         if not weights:
             return {}
+        grads = [cast(Tensor, weight.grad) for weight in weights]
+        for weight, grad in zip(weights, grads):
+            if not self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(grad)
         # On local shards, because the many small operations on DTensors take twice as long.
-        gradients = [local_shard(weight.grad) for weight in weights]
+        gradients = [local_shard(grad) for grad in grads]
         momenta = [local_shard(self.state[weight]["momentum_buffer"]) for weight in weights]
         if self.found_inf is not None:
             # A gradient that equals the momentum leaves it as it is.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from openimp.common.modality import Modalities
 from openimp.model.embedder import pass_sizes
+from openimp.model.encoder import SparseBlock
 from openimp.model.imp import IMP
 from openimp.planning.communication import Collective, Group
 from openimp.planning.memory import StepMemory
@@ -112,7 +113,7 @@ def _counts(recipe: Recipe, modalities: Modalities, model: IMP, passes: Sequence
     for name in chain.from_iterable(passes):
         own = [model.encoder.own[model.stem_of[name]]] if model.encoder.own else []
         for part in (*own, model.encoder.blocks):
-            sparse = sum(block.sparse for block in part.children())
+            sparse = sum(isinstance(block, SparseBlock) for block in part.children())
             found += encoded * (sparse > 0 and modalities[name].masked)
             found += again * sparse * (moe is not None and moe.routing == "token_choice")
     return found
