@@ -169,7 +169,10 @@ def test_several_gpus_divide_and_speak_as_the_page_says(little_data):
     assert after.memory["gradients"] == 4 * touched // 2
     for kind in ("parameters", "optimizer state", "inputs"):
         assert after.memory[kind] == before.memory[kind] // 2
-    assert after.memory["activations"] == pytest.approx(before.memory["activations"] / 2, rel=0.1)
+    # Less than half of those on one GPU, where autocast makes norms fp32.
+    assert 0.8 < 2 * after.memory["activations"] / before.memory["activations"] < 0.9
+    quarter = plan_of(recipe, gpus=4).steps["heard", 0]
+    assert quarter.memory["activations"] == pytest.approx(after.memory["activations"] / 2, rel=0.1)
     assert shared.computing == pytest.approx(alone.seconds / 2, rel=1e-3)
     # Over a link of one byte per second, a step does nothing but wait.
     slow = replace(shared, gpu=replace(shared.gpu, link=1e-9))
