@@ -169,8 +169,10 @@ def test_several_gpus_divide_and_speak_as_the_page_says(little_data):
     assert after.memory["gradients"] == 4 * touched // 2
     for kind in ("parameters", "optimizer state", "inputs"):
         assert after.memory[kind] == before.memory[kind] // 2
-    # On one GPU, autocast makes the norms keep copies of their inputs in fp32.
-    assert 0.7 < after.memory["activations"] / (before.memory["activations"] / 2) < 1.05
+    # Less than half of those on one GPU, where autocast makes norms fp32.
+    assert 0.8 < 2 * after.memory["activations"] / before.memory["activations"] < 0.9
+    quarter = plan_of(recipe, gpus=4).steps["heard", 0]
+    assert quarter.memory["activations"] == pytest.approx(after.memory["activations"] / 2, rel=0.1)
     assert shared.computing == pytest.approx(alone.seconds / 2, rel=1e-3)
     # Over a link of one byte per second, a step does nothing but wait.
     slow = replace(shared, gpu=replace(shared.gpu, link=1e-9))
@@ -367,7 +369,8 @@ def test_what_prefetching_holds_is_not_more_than_planned(little_data):
                 held = sum(t.nbytes * (4 if fp32 and t.dtype == torch.uint8 else 1) for t in leaves)
                 sizes[fp32] = max(sizes[fp32], held)
         planned = plan_of(recipe, gpus=part).prefetched
-        assert 5 * sizes[False] <= planned == 5 * sizes[True]
+        assert 5 * sizes[False] < planned
+        assert planned == pytest.approx(5 * sizes[True], rel=0.01)
     assert plan_of(Recipe.load(little_data / "recipe.yaml", ["train.num_workers=0"])).prefetched == 0
 
 
