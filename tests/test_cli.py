@@ -97,7 +97,9 @@ def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
     done = subprocess.run([*command, *changes], capture_output=True, text=True)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("openimp: tasks.heard: no example of step 0 could be read; first: sounds.jsonl[")
+    assert line.startswith(
+        "openimp: tasks.heard: 6 examples in a row could not be read in step 0; first: sounds.jsonl["
+    )
     quick = subprocess.run([sys.executable, "-c", "import sys, openimp.cli; print('torch' in sys.modules)"],
                            capture_output=True, text=True)  # fmt: skip
     assert quick.stdout == "False\n", "help should not wait for torch"

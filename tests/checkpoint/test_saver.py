@@ -96,6 +96,7 @@ def test_training_continues_while_a_checkpoint_is_written(little_data, tmp_path,
     buffers = {folder: {**some} for folder, some in training.checkpointing.saver._buffers.items()}
     for step in range(3, 6):
         training.update(training.data[step])
+    training.settle()
     assert training.step == 6
     assert not checkpoints(run)
     after = tensors_of(training)

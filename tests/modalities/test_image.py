@@ -130,8 +130,8 @@ def test_what_is_no_picture_is_bad_media(raw):
 
 
 def test_only_files_are_opened(tmp_path):
-    for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(BadMedia, match="no such file"):
+    for path, reason in ((tmp_path, "not a file"), (tmp_path / "none", "no such file")):
+        with pytest.raises(BadMedia, match=reason):
             IMAGE.decode(path, [Image.View()])
 
 

@@ -22,6 +22,7 @@ from openimp.data.loader import load_batches
 from openimp.model.moe import Router
 from openimp.objectives import Losses, task_losses
 from openimp.parallel import distributed
+from openimp.parallel.layout import reshard
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import Trainer
 
@@ -143,10 +144,13 @@ def types_of(trainer: Trainer) -> dict[str, Any]:
         if own := dict(module.named_parameters(recurse=False)):
             module.register_forward_pre_hook(lambda module, _, name=name, own=own: gathered.update(
                 {f"{name}.{key}": str(getattr(module, key).dtype) for key in own}))  # fmt: skip
-    losses = trainer.forward(next(iter(load_batches(trainer.data, 0))))
+    loaded = next(iter(load_batches(trainer.data, 0)))
+    with torch.no_grad():
+        note("features", *(each.features for each in trainer.encode_all(loaded.batch.tokens).values()))
+    reshard(model)
+    losses = trainer.forward(loaded)
     losses.total.backward()
     note("losses", losses.total, *losses.parts.values())
-    note("features", *(encoded.features for encoded in losses.encoded.values()))
     note("kept", *model.parameters())
     note("gradients", *(weight.grad for weight in model.parameters() if weight.grad is not None))
     return {key: sorted({*values}) for key, values in found.items()} | {"gathered": gathered}

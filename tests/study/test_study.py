@@ -328,7 +328,7 @@ def test_a_mistake_in_a_study_is_reported_before_training(little_data, tmp_path,
 
 
 def test_the_error_for_an_unknown_study_names_the_nearest():
-    with pytest.raises(UserError, match="moo: no such study; did you mean 'moe'"):
+    with pytest.raises(UserError, match="moo: no such file or folder, and no study of openimp; did you mean 'moe'"):
         read_study("moo", smoke=False)
 
 
