@@ -32,8 +32,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 row`, `2 rows`, `1,000 classes`: a number with its noun."""
-    plural = "es" if noun.endswith("s") else "s"
+    """`1 row`, `2 batches`, `1,000 classes`: a number with its noun."""
+    plural = "es" if noun.endswith(("s", "ch")) else "s"
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
