@@ -75,6 +75,8 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
             signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
             _error_if_any_worker_fails()
             loaded = next(batches)
+            # Here and not only below, because a worker may die just before: the handler then raises within this call.
+            signal.signal(signal.SIGCHLD, before)
         # torch raises RuntimeError. Unpickling a batch of the dead worker raises the other errors.
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
