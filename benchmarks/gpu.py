@@ -54,7 +54,7 @@ class Setting:
     """One training."""
 
     name: str
-    recipe: str  # whose model is trained
+    recipe: str  # the published recipe that defines the model
     ranks: int = 1
     batch: int = BATCH  # examples per rank
     changes: dict[str, Any] = field(default_factory=dict)  # sections of the recipe

@@ -252,14 +252,14 @@ LAYOUTS = {
     "in shards, Muon": [MUON],
     "in shards, token choice, recomputed": ["model.moe.routing=token_choice", "memory.activation_checkpointing=true"],
     "in two groups, Muon": ["parallel.shard_degree=2", MUON],
-    "experts apart, in pieces": ["parallel.expert_degree=2", CHUNKS],
-    "experts apart, Muon": ["parallel.expert_degree=2", MUON],
-    "in two groups, experts apart": ["parallel={shard_degree: 2, expert_degree: 2}"],
+    "expert parallelism, in chunks": ["parallel.expert_degree=2", CHUNKS],
+    "expert parallelism, Muon": ["parallel.expert_degree=2", MUON],
+    "in two groups, expert parallelism": ["parallel={shard_degree: 2, expert_degree: 2}"],
     "replicas, in pieces": ["parallel.shard_degree=1", CHUNKS],
     "replicas, Muon": ["parallel.shard_degree=1", MUON],
-    "replicas, experts apart, Muon": ["parallel={shard_degree: 1, expert_degree: 2}", MUON],
+    "replicas, expert parallelism, Muon": ["parallel={shard_degree: 1, expert_degree: 2}", MUON],
     "in shards, bf16": [BF16],  # The temperature is a group of its own.
-    "in two groups, experts apart, bf16, Muon": [BF16, "parallel={shard_degree: 2, expert_degree: 2}", MUON],
+    "in two groups, expert parallelism, bf16, Muon": [BF16, "parallel={shard_degree: 2, expert_degree: 2}", MUON],
     "replicas, in pieces, bf16": [BF16, "parallel.shard_degree=1", CHUNKS],
 }
 """Unless they say otherwise, all ranks share one replica, in fp32."""

@@ -47,8 +47,7 @@ class LoadedBatch:
         bad: (row name, reason) of each example that could not be read. Another example replaces it in the batch.
         cursors: where the lanes of the task's stream resume that were read, by lane; empty for tables.
         digest: a hash of the examples, whatever their order; see `batch_digest`.
-        stop: why all ranks shall stop before this step: an error of this rank, or "" if it received a signal; None if
-            there is no reason.
+        stop: this rank's reason to stop the run before this step: an error, or "" for a signal. None: no reason.
     """
 
     visit: Visit

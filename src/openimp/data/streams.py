@@ -1,11 +1,12 @@
 """Streams: rows that are read forward, for data that does not fit on disk.
 
-A stream has a fixed number of lanes. In each epoch its shards are permuted anew, and all epochs together are an endless
-sequence of shards. Lane l of L reads shards l, l + L, l + 2 L, ... of this sequence, and shuffles its rows in windows.
-Row p of the stream is row p // L of lane p % L.
+A stream has a fixed number L of lanes. The shards are shuffled again for each epoch, and the epochs follow each other, so
+the shards form an endless sequence. Lane l reads shards l, l + L, l + 2 L, ... of this sequence, and shuffles its rows in
+windows. Row p of the stream is row p // L of lane p % L.
 
-So what a step sees depends only on the seed, the step and the number of lanes. Each worker of each rank reads the lanes
-of its own part of the batches, and nobody else reads them. MosaicML's streaming has the same idea (canonical nodes).
+So what a step sees depends only on the seed, the step and the number of lanes. Each worker of each rank reads only the
+lanes of its own part of the batches. If the ranks do not divide the lanes, two ranks read the same lane. MosaicML's
+streaming has the same idea (canonical nodes).
 """
 
 from collections import deque

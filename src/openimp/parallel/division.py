@@ -1,8 +1,8 @@
-"""How the ranks divide Muon's work: each class orthogonalizes the updates of weights with one kind of layout.
+"""How the ranks divide Muon's work. Each class orthogonalizes the updates of weights with one kind of layout.
 
-`updates` has this rank's part of each weight's update in bf16, for the weights whose momentum this rank keeps. The
-classes return the orthogonalized part of each weight that this rank holds. All updates of a class go through one or two
-collectives, however many matrices there are.
+Its argument `updates` has the bf16 updates of the weights whose momentum is on this rank: of each, this rank's shard.
+The result has the orthogonalized shards of all weights. A step takes one or two collectives per class, however many
+matrices there are.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set

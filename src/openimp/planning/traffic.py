@@ -23,7 +23,7 @@ class Compared(NamedTuple):
     """What the losses of a step compare, over all GPUs."""
 
     heads: int  # passes of features through a projection or a classification
-    objectives: int  # that compare items, whose numbers all GPUs get
+    objectives: int  # number of contrastive objectives; each all-gathers the numbers of its items
     pairs: list[int]  # for each pair of modalities, the rows whose vectors all GPUs get
     similarities: int  # of all rows
 

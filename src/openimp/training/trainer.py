@@ -352,7 +352,8 @@ class Trainer:
     def _not_finite(self, loaded: LoadedBatch, loss: Tensor) -> UserError:
         """The error of a step that was not applied. Every rank must call this.
 
-        It names 8 examples of every rank with a non-finite loss; if there is no such rank, of this rank.
+        It names up to 8 examples of each rank whose loss is not finite. If all losses are finite, it names examples of
+        this rank.
         """
         visit, names = loaded.visit, loaded.names[:8]
         suspects = distributed.all_gather_object([] if loss.isfinite() else names)
