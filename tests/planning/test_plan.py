@@ -208,7 +208,7 @@ def test_replicas_reduce_their_gradients_once_whatever_the_chunks(little_data):
         assert step.received == inside(step) == pytest.approx(3 / 4 * received, rel=1e-4)
 
 
-def test_experts_apart_stay_and_their_slots_travel(little_data):
+def test_with_expert_parallelism_experts_stay_and_slots_travel(little_data):
     """To them and back in bf16; their gradients likewise."""
     changes = ["tasks.named.weight=0", "tasks.heard.batch_size=32", "model.moe={experts: 4, layers: 1}"]
 
@@ -255,12 +255,12 @@ LAYOUTS = {
     "expert parallelism, in chunks": ["parallel.expert_degree=2", CHUNKS],
     "expert parallelism, Muon": ["parallel.expert_degree=2", MUON],
     "in two groups, expert parallelism": ["parallel={shard_degree: 2, expert_degree: 2}"],
-    "replicas, in pieces": ["parallel.shard_degree=1", CHUNKS],
+    "replicas, in chunks": ["parallel.shard_degree=1", CHUNKS],
     "replicas, Muon": ["parallel.shard_degree=1", MUON],
     "replicas, expert parallelism, Muon": ["parallel={shard_degree: 1, expert_degree: 2}", MUON],
     "in shards, bf16": [BF16],  # The temperature is a group of its own.
     "in two groups, expert parallelism, bf16, Muon": [BF16, "parallel={shard_degree: 2, expert_degree: 2}", MUON],
-    "replicas, in pieces, bf16": [BF16, "parallel.shard_degree=1", CHUNKS],
+    "replicas, in chunks, bf16": [BF16, "parallel.shard_degree=1", CHUNKS],
 }
 """Unless they say otherwise, all ranks share one replica, in fp32."""
 

@@ -1,8 +1,8 @@
 """Streams: rows that are read forward, for data that does not fit on disk.
 
-A stream has a fixed number L of lanes. The shards are shuffled again for each epoch, and the epochs follow each other, so
-the shards form an endless sequence. Lane l reads shards l, l + L, l + 2 L, ... of this sequence, and shuffles its rows in
-windows. Row p of the stream is row p // L of lane p % L.
+A stream has a fixed number L of lanes. The shards are shuffled again for each epoch, and the epochs follow each other,
+so the shards form an endless sequence. Lane l reads shards l, l + L, l + 2 L, ... of this sequence, and shuffles its
+rows in windows. Row p of the stream is row p // L of lane p % L.
 
 So what a step sees depends only on the seed, the step and the number of lanes. Each worker of each rank reads only the
 lanes of its own part of the batches. If the ranks do not divide the lanes, two ranks read the same lane. MosaicML's
