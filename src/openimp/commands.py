@@ -308,12 +308,14 @@ def _print_layouts(every: Sequence[Plan]) -> None:
     """Compares the layouts of a run. The first one is that of the recipe, or the default."""
     rows = [
         (
-            str(found.layout), f"{found.memory / 2**30:,.1f}", "yes" if found.fits else "no",
+            str(found.layout._replace(reshard_after_forward=True)),
+            "yes" if found.layout.reshard_after_forward else "no",
+            f"{found.memory / 2**30:,.1f}", "yes" if found.fits else "no",
             _duration(found.computing), _duration(found.waiting), _duration(found.seconds),
         )
         for found in every
     ]  # fmt: skip
-    head = ("parallel", "memory\nGiB", "fits", "computes", "waits", "whole run")
+    head = ("parallel", "reshard_after_\nforward", "memory\nGiB", "fits", "computes", "waits", "whole run")
     console.print(number_table("layouts; this plan is that of the first", head, rows))
 
 

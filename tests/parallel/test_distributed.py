@@ -35,7 +35,7 @@ from openimp.data.loader import load_batches
 from openimp.modalities.image import Image
 from openimp.modalities.text import Text
 from openimp.parallel import distributed
-from openimp.parallel.layout import full_tensor, local_shard
+from openimp.parallel.layout import full_tensor, local_shard, reshard
 from openimp.recipe.schema import Recipe
 from openimp.training.step_timer import StepTimer
 from openimp.training.stopping import Stop, Stopped
@@ -57,6 +57,7 @@ CASES = {
     ],
     "shards, soft experts, several texts": SOFT,
     "shards, chunks": CHUNKS,
+    "shards kept gathered, chunks, Muon": ["parallel.reshard_after_forward=false", *CHUNKS, MUON],
     "shards, Muon": [MUON],
     "replicas, chunks": ["parallel.shard_degree=1", *CHUNKS],
     "replicas, Muon": ["parallel.shard_degree=1", MUON],
@@ -380,6 +381,7 @@ def gradients_of(trainer: Trainer) -> dict[str, Tensor]:
         losses = trainer.forward(loaded)
         losses.total.backward()
         found[f"{task} loss"] = distributed.all_reduce_mean(losses.total.detach())
+        reshard(trainer.model)  # Gradients belong to the shards.
         for name, parameter in trainer.model.named_parameters():
             if parameter.grad is not None:
                 found[f"{task} {name}"] = full_tensor(parameter.grad).clone()

@@ -1,5 +1,8 @@
 """How long collectives take, what a step waits for, and the layout of recipes that choose none."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -99,6 +102,9 @@ def test_chunks_reduce_their_gradients_at_the_end():
     at_once, chunks = Traffic([], [[BLOCK]], [], [REST], [], []), Traffic([], [[BLOCK]] * 3, [], [REST], [], [])
     assert chunks.counts() == at_once.counts() | {("all-gather", 8): 6}
     assert chunks.waits(100, 200, H100) == pytest.approx(seconds(GATHER, GATHER, SCATTER, SCATTER, REDUCE))
+    kept = replace(chunks, reshard_after_forward=False)
+    assert kept.counts() == at_once.counts() - Counter({("all-gather", 8): 1})
+    assert kept.waits(100, 200, H100) == pytest.approx(seconds(GATHER, SCATTER, SCATTER, REDUCE))
 
 
 @pytest.mark.parametrize("muon", ["null", "0.02"])
@@ -117,23 +123,21 @@ def test_the_default_layout_shards_no_more_than_it_must(little_data, muon):
         return default_layout(recipe, model, 16, 4, memory)
 
     share = STATE_SHARE * USABLE
-    assert chosen(1.001 * held[0] / share) == (16, 1, 1)
-    assert chosen(0.999 * held[0] / share) == chosen(1.001 * held[1] / share) == (16, 4, 1)
-    assert chosen(0.999 * held[1] / share) == chosen(0) == (16, 16, 1)
+    assert chosen(1.001 * held[0] / share) == Layout(16, 1, 1)
+    assert chosen(0.999 * held[0] / share) == chosen(1.001 * held[1] / share) == Layout(16, 4, 1)
+    assert chosen(0.999 * held[1] / share) == chosen(0) == Layout(16, 16, 1)
     apart = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"expert_degree": 4})})
-    assert default_layout(apart, model, 16, 4, 1.001 * held[0] / share) == (16, 1, 4)
+    assert default_layout(apart, model, 16, 4, 1.001 * held[0] / share) == Layout(16, 1, 4)
     experts = 4 * 2 * 128 * 64
     assert held[0] - state_bytes(apart, model, Layout(16, 1, 4)) == 3 / 4 * experts * 4 * (5 - (muon != "null"))
     # The two ranks of a node cannot divide these experts.
-    assert default_layout(apart, model, 16, 2, 0.95 * held[0] / share) == (16, 1, 4)
-    assert default_layout(apart, model, 16, 2, held[1] / share) == (16, 16, 4)
+    assert default_layout(apart, model, 16, 2, 0.95 * held[0] / share) == Layout(16, 1, 4)
+    assert default_layout(apart, model, 16, 2, held[1] / share) == Layout(16, 16, 4)
 
 
 def test_layouts_that_the_gpus_cannot_form_are_no_alternatives(little_data):
     recipe = Recipe.load(little_data / "recipe.yaml")
-    assert alternatives(recipe, 1) == [(1, 1, 1)]
-    assert alternatives(recipe, 3) == [(3, 1, 1), (3, 3, 1)]
-    assert alternatives(recipe, 16) == [
-        *((16, shards, 1) for shards in (1, 8, 16)),
-        *((16, shards, 2) for shards in (1, 8, 16)),
-    ]
+    assert alternatives(recipe, 1) == [Layout(1, 1, 1)]
+    assert alternatives(recipe, 3) == [Layout(3, 1, 1), Layout(3, 3, 1), Layout(3, 3, 1, False)]
+    shards = [(1, True), (8, True), (8, False), (16, True), (16, False)]
+    assert alternatives(recipe, 16) == [Layout(16, n, owners, reshard) for owners in (1, 2) for n, reshard in shards]

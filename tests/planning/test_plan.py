@@ -258,6 +258,8 @@ LAYOUTS = {
     "replicas, in chunks": ["parallel.shard_degree=1", CHUNKS],
     "replicas, Muon": ["parallel.shard_degree=1", MUON],
     "replicas, expert parallelism, Muon": ["parallel={shard_degree: 1, expert_degree: 2}", MUON],
+    "kept gathered, in chunks": ["parallel.reshard_after_forward=false", CHUNKS],
+    "kept gathered, expert parallelism": ["parallel.expert_degree=2", "parallel.reshard_after_forward=false"],
     "in shards, bf16": [BF16],  # The temperature is a group of its own.
     "in two groups, expert parallelism, bf16, Muon": [BF16, "parallel={shard_degree: 2, expert_degree: 2}", MUON],
     "replicas, in chunks, bf16": [BF16, "parallel.shard_degree=1", CHUNKS],
@@ -421,8 +423,10 @@ def test_the_command_prints_the_plan(little_data, capsys):
     found, other, *more = plans_of(Recipe.load(little_data / "recipe.yaml", changes), 2, "a100", 0.5)
     assert (str(found.layout), str(other.layout)) == ("{shard_degree: 2}", "{shard_degree: 1}")
     assert [str(each.layout) for each in more] == [
+        "{shard_degree: 2, reshard_after_forward: false}",
         "{shard_degree: 1, expert_degree: 2}",
         "{shard_degree: 2, expert_degree: 2}",
+        "{shard_degree: 2, expert_degree: 2, reshard_after_forward: false}",
     ]
     task, view = found.largest
     step = found.steps[task, view]
@@ -431,7 +435,9 @@ def test_the_command_prints_the_plan(little_data, capsys):
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
     assert [*row, f"{len(step.traffic.collectives)}"] in [cells[:8] for cells in rows]
     for each in (found, other, *more):
-        assert [str(each.layout), f"{each.memory / 2**30:.1f}", "yes"] in [cells[:3] for cells in rows]
+        name, _, kept = str(each.layout).partition(", reshard_after_forward")
+        row = [name.removesuffix("}") + "}", "no" if kept else "yes", f"{each.memory / 2**30:.1f}", "yes"]
+        assert row in [cells[:4] for cells in rows]
     assert f"largest step: {task}, view {view}" in printed
     assert re.search(rf"in all, at most\W+{sum(found.parameters.values()):,}\b", printed)
     assert re.search(rf"used by a token on average, after its embedding\W+{found.per_token:,}\b", printed)
@@ -446,18 +452,22 @@ def test_the_fastest_layout_that_fits_is_recommended(little_data):
     changes = [
         "tasks.named.weight=0",
         "tasks.heard.batch_size=16",
-        "model={width: 4096, mlp_dim: 16384, layers: 2, heads: 32}",
+        "model={width: 4096, mlp_dim: 16384, layers: 3, heads: 32}",
     ]
     found = plans_of(Recipe.load(little_data / "recipe.yaml", changes), 16, "h100")
-    by_degree = {each.layout.shard_degree: each for each in found}
-    assert [*by_degree] == [1, 8, 16]
+    by_degree = {each.layout.shard_degree: each for each in found if each.layout.reshard_after_forward}
+    kept = {each.layout.shard_degree: each for each in found if not each.layout.reshard_after_forward}
+    assert ([*by_degree], [*kept]) == ([1, 8, 16], [8, 16])
+    for degree, each in kept.items():  # Gathered once and not twice per step, and more memory.
+        assert each.seconds < by_degree[degree].seconds
+        assert each.memory > by_degree[degree].memory
     assert by_degree[8].memory < by_degree[1].memory
     assert by_degree[8].seconds < by_degree[16].seconds
     fastest = min(found, key=lambda each: each.seconds)
     assert recommended(found[::-1]) is fastest
     assert recommended([found[0], replace(found[0], mfu=0.401)]) is found[0]  # It is hardly faster.
     tight = [replace(each, gpu=replace(each.gpu, memory=by_degree[1].memory / 2**30)) for each in found]
-    assert [each.fits for each in tight] == [False, True, True]
+    assert [each.fits for each in tight] == [False, True, True, True, True]
     assert recommended(tight).layout.shard_degree == 8
     none = [replace(each, gpu=replace(each.gpu, memory=1e-3)) for each in found]
     assert recommended(none).memory == min(each.memory for each in none)

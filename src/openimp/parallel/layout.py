@@ -23,14 +23,24 @@ class Layout(NamedTuple):
         ranks: number of ranks.
         shard_degree: number of consecutive ranks that a replica is sharded over. If it is 1, ranks share only experts.
         expert_degree: number of consecutive ranks that the experts of a layer are distributed over.
+        reshard_after_forward: whether a block's gathered weights are freed each time that it has computed. If not, they
+            are kept until the update.
     """
 
     ranks: int
     shard_degree: int
     expert_degree: int
+    reshard_after_forward: bool = True
 
     @classmethod
-    def of(cls, ranks: int, shard_degree: int | None, expert_degree: int, expert_dims: Iterable[int]) -> "Layout":
+    def of(
+        cls,
+        ranks: int,
+        shard_degree: int | None,
+        expert_degree: int,
+        expert_dims: Iterable[int],
+        reshard_after_forward: bool = True,
+    ) -> "Layout":
         """The layout that a recipe's `parallel` describes, for experts whose weights have the sizes `expert_dims`.
 
         If `shard_degree` is None or more than there are ranks, all ranks share one replica.
@@ -47,7 +57,8 @@ class Layout(NamedTuple):
         if sharing % expert_degree:
             who = f"the {sharing} ranks that share a replica" if shards > 1 else f"{sharing} ranks"
             raise UserError(f"parallel.expert_degree: {who} cannot be divided into groups of {expert_degree}")
-        layout = cls(ranks, shards, expert_degree)
+        # Without shards, there is nothing to gather again.
+        layout = cls(ranks, shards, expert_degree, reshard_after_forward or shards == 1)
         _, parts, _ = layout.expert_mesh_shape
         if expert_degree > 1 and any(dim % parts for dim in expert_dims):
             raise UserError(
@@ -59,7 +70,8 @@ class Layout(NamedTuple):
     def __str__(self) -> str:
         """As a recipe's `parallel`."""
         experts = f", expert_degree: {self.expert_degree}" if self.expert_degree > 1 else ""
-        return f"{{shard_degree: {self.shard_degree}{experts}}}"
+        kept = "" if self.reshard_after_forward else ", reshard_after_forward: false"
+        return f"{{shard_degree: {self.shard_degree}{experts}{kept}}}"
 
     @property
     def expert_mesh_shape(self) -> tuple[int, int, int]:
@@ -108,12 +120,13 @@ def apply_parallelism(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    experts = list(experts)
+    blocks, experts = list(blocks), list(experts)
     # In fp32 they need no groups of their own.
-    kept = [*fp32_modules] if param_dtype != torch.float32 else []
+    fp32_modules = [*fp32_modules] if param_dtype != torch.float32 else []
+    kept_gathered = set() if layout.reshard_after_forward else {*blocks, *experts}
     replicas = layout.ranks // layout.shard_degree
     mesh = init_device_mesh(device.type, (replicas, layout.shard_degree), mesh_dim_names=("replicate", "shard"))
-    groups = [(module, mesh) for module in (*blocks, *kept, model)]
+    groups = [(module, mesh) for module in (*blocks, *fp32_modules, model)]
     if layout.expert_degree > 1:
         expert_mesh = init_device_mesh(
             device.type, layout.expert_mesh_shape, mesh_dim_names=("replicate", "shard", "experts")
@@ -138,12 +151,15 @@ def apply_parallelism(
             mesh=module_mesh["replicate", "shard"] if module_mesh["replicate"].size() > 1 else module_mesh["shard"],
             # Inputs are not cast, because a router's token counts must stay fp32.
             mp_policy=MixedPrecisionPolicy(
-                param_dtype=torch.float32 if module in kept else param_dtype,
+                param_dtype=torch.float32 if module in fp32_modules else param_dtype,
                 reduce_dtype=torch.float32,
                 cast_forward_inputs=False,
             ),
             shard_placement_fn=lambda weight: Shard(int(weight in sharded_by_dim_1)),
+            reshard_after_forward=False if module in kept_gathered else None,
         )
+        if module in kept_gathered:
+            wrapped.set_reshard_after_backward(False, recurse=False)
         # gloo's average is wrong in some versions of torch: https://github.com/pytorch/pytorch/issues/162338
         wrapped.set_force_sum_reduction_for_comms(device.type == "cpu")
     for method in methods:
@@ -163,7 +179,7 @@ def fill_shard(weight: Tensor, full: Tensor) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees the weights that FSDP2 keeps gathered after a forward pass, for a backward pass that does not follow."""
+    """Frees the weights that FSDP2 keeps gathered. They would be out of date after an update."""
     if world_size() == 1:
         return
     from torch.distributed.fsdp import FSDPModule

@@ -23,10 +23,10 @@ def default_layout(recipe: Recipe, model: Embedder, ranks: int, per_node: int, m
     ranks of a node share a replica, because its connections are faster than the network. Otherwise all ranks do.
     """
     for shard_degree in (1, per_node):
-        layout = _valid(recipe, ranks, shard_degree, recipe.parallel.expert_degree)
+        layout = _valid(recipe, ranks, shard_degree)
         if layout and state_bytes(recipe, model, layout) <= STATE_SHARE * USABLE * memory:
             return layout
-    return layout_of(recipe, ranks, ranks, recipe.parallel.expert_degree)
+    return layout_of(recipe, ranks, ranks)
 
 
 def choose_layout(recipe: Recipe, model: Embedder, device: torch.device) -> Layout:
@@ -34,31 +34,46 @@ def choose_layout(recipe: Recipe, model: Embedder, device: torch.device) -> Layo
 
     On CPUs the default is that all ranks share one replica: they share one memory, which replicas would fill.
     """
-    ranks, parallel = distributed.world_size(), recipe.parallel
-    if ranks == 1 or parallel.shard_degree is not None or device.type != "cuda":
-        return layout_of(recipe, ranks, parallel.shard_degree, parallel.expert_degree)
+    ranks, shard_degree = distributed.world_size(), recipe.parallel.shard_degree
+    if ranks == 1 or shard_degree is not None or device.type != "cuda":
+        return layout_of(recipe, ranks, shard_degree)
     memory = torch.cuda.get_device_properties(device).total_memory
     smallest = min(distributed.all_gather_object(memory))
     return default_layout(recipe, model, ranks, distributed.local_world_size(), smallest)
 
 
-def layout_of(recipe: Recipe, ranks: int, shard_degree: int | None, expert_degree: int) -> Layout:
-    """The layout of given degrees for the recipe's model. See `Layout.of`."""
-    return Layout.of(ranks, shard_degree, expert_degree, (recipe.model.width, recipe.model.mlp_dim))
+def layout_of(
+    recipe: Recipe, ranks: int, shard_degree: int | None, expert_degree: int | None = None, reshard: bool | None = None
+) -> Layout:
+    """The layout of given degrees for the recipe's model, and otherwise as its `parallel` says. See `Layout.of`."""
+    options = recipe.parallel
+    return Layout.of(
+        ranks,
+        shard_degree,
+        options.expert_degree if expert_degree is None else expert_degree,
+        (recipe.model.width, recipe.model.mlp_dim),
+        options.reshard_after_forward if reshard is None else reshard,
+    )
 
 
 def alternatives(recipe: Recipe, gpus: int) -> list[Layout]:
     """Layouts that may suit a recipe: replicas, or shards in a node, or over all GPUs; each also with the experts of a
-    layer distributed over a node."""
+    layer distributed over a node. Where weights are sharded, also with weights that stay gathered until the update."""
     experts = recipe.model.moe.experts if recipe.model.moe else 1
-    degrees = [(shards, owners) for owners in (1, gcd(experts, gpus, NODE)) for shards in (1, min(NODE, gpus), gpus)]
-    found = [_valid(recipe, gpus, *degree) for degree in degrees]
+    found = [
+        _valid(recipe, gpus, shards, owners, reshard)
+        for owners in (1, gcd(experts, gpus, NODE))
+        for shards in (1, min(NODE, gpus), gpus)
+        for reshard in (True, False)
+    ]
     return [*dict.fromkeys(layout for layout in found if layout)]
 
 
-def _valid(recipe: Recipe, ranks: int, shard_degree: int, expert_degree: int) -> Layout | None:
+def _valid(
+    recipe: Recipe, ranks: int, shard_degree: int, expert_degree: int | None = None, reshard: bool | None = None
+) -> Layout | None:
     try:
-        return layout_of(recipe, ranks, shard_degree, expert_degree)
+        return layout_of(recipe, ranks, shard_degree, expert_degree, reshard)
     except UserError:
         return None
 

@@ -139,8 +139,8 @@ def plans(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, g
         raise UserError(f"--gpus: expected 1 or more, found {gpus}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: expected a share above 0 and at most 1, found {mfu:g}")
-    shard_degree, expert_degree = recipe.parallel.shard_degree, recipe.parallel.expert_degree
-    layout = layout_of(recipe, gpus, shard_degree, expert_degree)
+    shard_degree = recipe.parallel.shard_degree
+    layout = layout_of(recipe, gpus, shard_degree)
     by_view = costs(recipe, modalities, classes)
     uneven = [f"{cost.examples} of tasks.{t}.views[{i}]" for (t, i), cost in by_view.items() if cost.examples % gpus]
     if uneven:
@@ -258,10 +258,11 @@ def _memory(
     if gpus == 1:
         peak = max(counted.peak, Counter(gradients=sharding.held(updated)), key=Counter.total)
         return {part: peak[part] for part in PARTS}
-    # Weights outside of the blocks, of one block and the next, and gradients of one block before their reduction, and
-    # in it, which is in fp32.
+    # Weights outside of the blocks, of one block and the next (or of all), and gradients of one block before their
+    # reduction, and in it, which is in fp32.
     weights = [sharding.gathered(block.parameters()) for block in model.blocks()]
-    gathered += sharding.gathered(model.parameters()) - sum(weights) + 3 * max(weights)
+    kept = 2 * max(weights) if sharding.layout.reshard_after_forward else sum(weights)
+    gathered += sharding.gathered(model.parameters()) - sum(weights) + kept + max(weights)
     gathered += 4 * max(count(block) for block in model.blocks())
     # Nothing is cast: FSDP2 gathers weights in the type that the model computes with.
     return dict(zip(PARTS, (sharding.held(updated), gathered, 0, counted.activations)))

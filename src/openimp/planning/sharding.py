@@ -40,7 +40,7 @@ class Sharding:
         self.layout, self._weight_bytes = layout, 4 if precision == "fp32" else 2
         self.fp32_modules = [] if precision == "fp32" else model.fp32_modules()
         self._fp32 = {weight for module in self.fp32_modules for weight in module.parameters()}
-        ranks, shards, expert_degree = layout
+        ranks, shards, expert_degree, _ = layout
         self.dense = self.experts = Mesh(Group.of(shards, 1, ranks), Group.of(ranks // shards, shards, ranks))
         self._experts: set[Tensor] = set()
         if expert_degree > 1:

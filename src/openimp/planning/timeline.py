@@ -24,15 +24,31 @@ class Traffic:
     heads: list[UnitTraffic]  # gradients of the heads, and then of everything else outside of the blocks
     slots: list[Collective]  # to the experts and back
     update: list[Collective]
+    reshard_after_forward: bool = True  # see `Layout`
 
     @property
     def collectives(self) -> list[Collective]:
-        """All of them. Blocks are gathered for the forward and for the backward pass, and reduce gradients once."""
+        """All of them."""
         found = [*self.start, *self.loss, *self.slots, *self.update]
-        found += 2 * [collective for unit in chain.from_iterable(self.passes) for collective in unit.gather]
+        found += [collective for unit in chain(self._forward, self._backward) for collective in unit.gather]
         for unit in [*self._blocks, *self.heads]:
             found += [*unit.scatter, *unit.reduce]
         return found
+
+    @property
+    def _forward(self) -> list[UnitTraffic]:
+        """The blocks of the forward passes in order, with the collectives that gather them there."""
+        units = [*chain.from_iterable(self.passes)]
+        if self.reshard_after_forward:
+            return units
+        first = {id(unit): i for i, unit in reversed([*enumerate(units)])}
+        return [unit if first[id(unit)] == i else unit._replace(gather=[]) for i, unit in enumerate(units)]
+
+    @property
+    def _backward(self) -> list[UnitTraffic]:
+        """The blocks of the backward passes in order, with the collectives that gather them there."""
+        units = [*chain.from_iterable(self.passes)][::-1]
+        return units if self.reshard_after_forward else [unit._replace(gather=[]) for unit in units]
 
     @property
     def _blocks(self) -> list[UnitTraffic]:
@@ -49,17 +65,16 @@ class Traffic:
         The computation is divided equally among the blocks.
         """
         clock = _Clock(gpu)
-        units = [*chain.from_iterable(self.passes)]
         # Blocks wait for the slots of their experts. These go both ways as often as a block is computed.
         slots = sum(collective.seconds(gpu) for collective in self.slots) / (forward + backward or 1)
         clock.wait(self.start)
-        clock.compute(units, forward * (1 + slots))
+        clock.compute(self._forward, forward * (1 + slots))
         clock.wait(self.loss)
         *heads, rest = self.heads
         for head in heads:
             clock.reduce(head)
         # With several passes, the gradients of all blocks are reduced after the last pass has added its own.
-        clock.compute(units[::-1], backward * (1 + slots), reduce=len(self.passes) == 1)
+        clock.compute(self._backward, backward * (1 + slots), reduce=len(self.passes) == 1)
         for block in self._blocks if len(self.passes) > 1 else ():
             clock.reduce(block)
         clock.reduce(rest)

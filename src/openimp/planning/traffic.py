@@ -58,7 +58,7 @@ def step_traffic(
     updated: Set[Tensor],
 ) -> Traffic:
     """The collectives of a step with a batch of `examples`. See docs/plan.md."""
-    ranks, _, expert_degree = sharding.layout
+    ranks, _, expert_degree, reshard_after_forward = sharding.layout
     everyone, compared = Group.of(ranks, 1, ranks), Compared.by(task, examples)
     touched = {weight for name, weight in model.named_parameters() if name in counted.touched}
     blocks = {block: sharding.unit(block.parameters(), touched) for block in model.blocks()}
@@ -89,6 +89,7 @@ def step_traffic(
         heads=[*compared.heads * [head], rest],
         slots=slots,
         update=[*sharding.norm(), *muon.collectives(updated)],
+        reshard_after_forward=reshard_after_forward,
     )
 
 

@@ -81,6 +81,10 @@ class Parallel(Strict):
     expert_degree: Count = 1
     """Number of ranks over which the experts of each sparse layer are distributed, and between which tokens are
     exchanged (expert parallelism). It must divide `shard_degree` or, if that is 1, the number of ranks."""
+    reshard_after_forward: bool = True
+    """true: a block's gathered weights are freed after it has computed, and gathered again for the backward pass and
+    for each chunk. false: they are kept until the update, which needs memory for the weights of all blocks but gathers
+    each block only once per step. `openimp plan` compares both."""
 
 
 class Train(Strict):

@@ -295,10 +295,10 @@ class Trainer:
 
     def _check_ranks(self) -> None:
         """Raises UserError if the ranks cannot train the recipe."""
-        ranks, parallel = distributed.world_size(), self.recipe.parallel
+        ranks = distributed.world_size()
         if ranks > 1 and type(self) is not Trainer:
             raise UserError(f"{type(self).__name__}: a study trains on one rank; start it without torchrun")
-        layout_of(self.recipe, ranks, parallel.shard_degree, parallel.expert_degree)
+        layout_of(self.recipe, ranks, self.recipe.parallel.shard_degree)
 
     def _open_data(self, checkpoint: Path | None, warm_start: WarmStart | None, allow_changed_data: bool) -> list[str]:
         """Opens the sources, fits or restores the modalities, and returns the sources that have changed."""

@@ -6,7 +6,7 @@ import torch
 
 from openimp.common.device import HostCopy
 from openimp.model.embedder import Embedder
-from openimp.parallel.layout import clip_grad_norm
+from openimp.parallel.layout import clip_grad_norm, reshard
 from openimp.planning.ledger import Costs
 from openimp.recipe.schema import Recipe
 from openimp.training.ema import EMA
@@ -40,6 +40,7 @@ class Updater:
         Nothing is updated if the gradient is not finite. The step before must be confirmed.
         """
         assert self._unconfirmed is None
+        reshard(self.model)  # Blocks may be gathered still (`parallel.reshard_after_forward`).
         options = self.recipe.optimizer
         for parameter in self.model.parameters() if options.zero_missing_grads else ():
             if parameter.grad is None:
