@@ -69,7 +69,7 @@ class Plan:
     per_token: int | None
     steps: dict[tuple[str, int], Step]  # by (task, view)
     visits: dict[tuple[str, int], int]  # how many of them the run makes
-    prefetched: int  # most bytes of CPU memory, per GPU, of the batches that workers prepare in advance
+    prefetched: int  # bytes of CPU memory per GPU for the batches that workers prepare in advance, at most
 
     @property
     def largest(self) -> tuple[str, int]:
