@@ -43,7 +43,10 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     recipes: dict[tuple[int, str, int], Recipe] = {}
     for seed, arm, i in plan:  # Before the first training, so that a mistake in any arm is reported at once.
         try:
-            recipes[seed, arm, i] = part_recipe(study, study.arms[arm][i], seed, smoke)
+            recipe = part_recipe(study, study.arms[arm][i], seed, smoke)
+            if init := study.arms[arm][i].init:
+                recipe.train.init = str(_run(runs / title, init, 0, seed).absolute())
+            recipes[seed, arm, i] = recipe
         except UserError as error:
             raise UserError(f"{name}: arm {arm!r}: {error}") from None
     first_seed = {
@@ -58,13 +61,15 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     for number, (seed, arm, i) in enumerate(plan, 1):
         part, recipe, outcome = study.arms[arm][i], recipes[seed, arm, i], outcomes[arm][seed]
         trainer = trainer_of(study, part)
-        run = runs / title / f"{file_name(arm)}-{i}-seed{seed}"
+        run = _run(runs / title, arm, i, seed)
         console.print(f"\n{title}, training {number} of {len(plan)}: {arm}, seed {seed}", style="bold")
         _check_same_recipe(run, recipe)
         if not train(recipe, run, "auto", trainer):
             return False
         model = load_two_towers(run) if part.two_towers else load(run)
         outcome.add(run, sum(parameter.numel() for parameter in model.parameters()))
+        if part.init:
+            outcome.flops += outcomes[part.init][seed].flops
         for measured in study.clip_benchmark:
             if measured in recipe.evaluation.sets:
                 recalls = clip_benchmark_recalls(model, recipe, measured)
@@ -76,6 +81,10 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     write_results(study, {arm: list(by_seed.values()) for arm, by_seed in outcomes.items()}, out, title, command)
     console.print(f"\nThe results are in {out / title}.md", soft_wrap=True)
     return True
+
+
+def _run(runs: Path, arm: str, i: int, seed: int) -> Path:
+    return runs / f"{file_name(arm)}-{i}-seed{seed}"
 
 
 def _check_evaluation(study: Study, name: str, recipes: dict[str, list[Recipe]]) -> None:
