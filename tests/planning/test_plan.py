@@ -313,7 +313,7 @@ def measure_received(file: Path, out: Path) -> None:
             model, model.blocks(), model.experts(), ("encode_all", "project", "classify"), layout, device,
             torch.bfloat16 if options.train.precision == "bf16" else torch.float32, model.fp32_modules(),
         )  # fmt: skip
-        batch = empty_batch(options.tasks["named"], 0, modalities, CLASSES, device, distributed.world_size())
+        batch = empty_batch(options, "named", 0, modalities, CLASSES, device, distributed.world_size())
         encode = in_chunks(model.encode_all, options.memory.chunk_size)
         updater = Updater(options, model, costs(options, modalities, CLASSES))
         with Received() as received:

@@ -71,7 +71,7 @@ class Rows:
         if isinstance(value, str) and self.root is not None:
             return inside(self.root, value)
         if isinstance(value, list):
-            return _array(value)
+            return number_array(value)
         raise BadMedia(f"expected bytes, a path or numbers, found {type(value).__name__}")
 
 
@@ -249,7 +249,8 @@ def class_name(number: int | None, names: list[str]) -> str | None:
     return None if number is None or number < 0 else names[number]
 
 
-def _array(value: list[Any]) -> np.ndarray:
+def number_array(value: list[Any]) -> np.ndarray:
+    """An array of (nested) lists of numbers; anything else is BadMedia."""
     try:
         array = np.array(value)
     except ValueError:

@@ -23,7 +23,7 @@ from openimp.model.imp import IMP
 from openimp.objectives import Losses, task_losses
 from openimp.parallel.muon import muon_flops
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification, Task
+from openimp.recipe.tasks import Classification, Distill
 
 UNITS = ("steps", "examples", "tokens", "flops")
 _counted: dict[str, dict[tuple[str, int], "Cost"]] = {}
@@ -87,7 +87,7 @@ def _count(
         if not task.weight:
             continue
         for i, view in enumerate(task.views):
-            batch = empty_batch(task, i, modalities, classes, torch.device("meta"))
+            batch = empty_batch(recipe, name, i, modalities, classes, torch.device("meta"))
             with FlopCounterMode(display=False) as counter:
                 encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
                 losses(model, task, batch, encode_all).total.backward()
@@ -148,20 +148,31 @@ def short(number: float) -> str:
 
 
 def empty_batch(
-    task: Task, view: int, modalities: Modalities, classes: Classes, device: torch.device, gpus: int = 1
+    recipe: Recipe,
+    name: str,
+    view: int,
+    modalities: Modalities,
+    classes: Classes,
+    device: torch.device,
+    gpus: int = 1,
 ) -> Batch:
-    """A batch of the shapes that the loader makes, of zeros, for one of so many GPUs that share it."""
+    """A batch of a task of the shapes that the loader makes, of zeros, for one of so many GPUs that share it."""
+    task = recipe.tasks[name]
     size = (task.views[view].batch_size or task.batch_size) // gpus
     tokens = {}
     with device:
-        for name, spec in task.inputs.items():
-            tokens[name] = modalities[name].zeros(size * spec.draw, modalities[name].length(task.views[view][name]))
+        for modality, spec in task.inputs.items():
+            length = modalities[modality].length(task.views[view][modality])
+            tokens[modality] = modalities[modality].zeros(size * spec.draw, length)
         item = torch.zeros(size, dtype=torch.int64)
         batch = Batch(tokens, {"": item}, rows=list(range(size)))
         for objective in task.objectives:
             if isinstance(objective, Classification):
                 many = len(classes[head_key(task.source, objective.label)])
                 batch.labels[objective.label] = item if objective.loss == "softmax" else torch.zeros(size, many)
+            elif isinstance(objective, Distill):
+                batch.labels[objective.to] = torch.zeros(size, recipe.model.embed_dim)
+                batch.item_ids[objective.to] = item
             elif objective.same:
                 batch.item_ids[objective.same] = item
     return batch

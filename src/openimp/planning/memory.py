@@ -116,7 +116,7 @@ def step_memory(
         model.to_empty(device=CPU)
         if on_gpu:
             _as_on_a_gpu(model, autocasts=not gathered_in_bf16)
-        batch = empty_batch(recipe.tasks[task], view, modalities, classes, CPU, gpus)
+        batch = empty_batch(recipe, task, view, modalities, classes, CPU, gpus)
         with StepMemory(model) as memory:
             if owners > 1:
                 _send_slots(model, owners, memory)

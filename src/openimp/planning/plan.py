@@ -253,7 +253,7 @@ def _memory(
     """Bytes that one GPU holds in a step besides weights, optimizer state and inputs; see docs/plan.md."""
     gpus, compared = sharding.layout.ranks, Compared.by(task, cost.examples)
     # The vectors of all GPUs and their gradients, and similarities with vectors of other GPUs.
-    gathered = 0 if gpus == 1 else 8 * model.config.embed_dim * sum(compared.pairs)
+    gathered = 0 if gpus == 1 else 4 * model.config.embed_dim * (2 * sum(compared.pairs) + sum(compared.fixed))
     gathered += SIMILARITY * min(BLOCK, compared.similarities * (gpus - 1) // gpus // gpus)
     if gpus == 1:
         peak = max(counted.peak, Counter(gradients=sharding.held(updated)), key=Counter.total)

@@ -16,25 +16,33 @@ from openimp.planning.memory import StepMemory
 from openimp.planning.sharding import MuonDivision, Sharding, UnitTraffic
 from openimp.planning.timeline import Traffic
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification, Task, classified_by, pairs_of
+from openimp.recipe.tasks import Classification, Contrastive, Distill, Task, classified_by, pairs_of
 
 
 class Compared(NamedTuple):
     """What the losses of a step compare, over all GPUs."""
 
     heads: int  # passes of features through a projection or a classification
-    objectives: int  # number of contrastive objectives; each all-gathers the numbers of its items
-    pairs: list[int]  # for each pair of modalities, the rows whose vectors all GPUs get
+    objectives: int  # number of contrastive losses; each all-gathers the numbers of its items
+    pairs: list[int]  # for each pair of modalities, the rows whose vectors all GPUs get, and return gradients
+    fixed: list[int]  # for each contrastive distillation, the rows whose vectors all GPUs get
     similarities: int  # of all rows
 
     @classmethod
     def by(cls, task: Task, examples: int) -> "Compared":
         """What a task compares. The sigmoid loss uses each pair of items once."""
         heads = objectives = similarities = 0
-        pairs = []
+        pairs, fixed = [], []
         for objective in task.objectives:
             if isinstance(objective, Classification):
                 heads += len(classified_by(objective, task.inputs))
+                continue
+            if isinstance(objective, Distill):
+                heads += 1
+                if objective.loss == "contrastive":
+                    objectives += 1
+                    fixed.append(examples)
+                    similarities += examples * task.inputs[objective.of].draw * examples
                 continue
             objectives += 1
             for a, b in pairs_of(objective, task.inputs):
@@ -43,7 +51,7 @@ class Compared(NamedTuple):
                 heads += 2
                 pairs.append(rows_b + (rows_a if sides == 2 else 0))
                 similarities += sides * rows_a * rows_b
-        return cls(heads, objectives, pairs, similarities)
+        return cls(heads, objectives, pairs, fixed, similarities)
 
 
 def step_traffic(
@@ -80,6 +88,7 @@ def step_traffic(
         for vectors in compared.pairs:
             size = 4 * model.config.embed_dim * vectors
             loss += [Collective("all-gather", everyone, size), Collective("reduce-scatter", everyone, size)]
+        loss += [Collective("all-gather", everyone, 4 * model.config.embed_dim * rows) for rows in compared.fixed]
     if expert_degree > 1:
         slots = [Collective("all-to-all", Group.of(expert_degree, 1, ranks), size) for size in counted.slots]
     return Traffic(
@@ -100,7 +109,7 @@ def _blocks_of(model: IMP, sizes: Mapping[str, int]) -> list[nn.Module]:
 
 def _temperatures(model: IMP, task: Task) -> list[nn.Module]:
     """The learned temperature of each pair that a task compares."""
-    contrastive = (objective for objective in task.objectives if not isinstance(objective, Classification))
+    contrastive = (objective for objective in task.objectives if isinstance(objective, Contrastive))
     return [model.temperature(*pair) for each in contrastive for pair in pairs_of(each, task.inputs)]
 
 

@@ -290,8 +290,8 @@ class Trainer:
     def _stand_in(self, step: int) -> LoadedBatch:
         """Replaces a batch that this rank could not load, in a step that no rank will apply."""
         visit, cpu = self.data.schedule[step], torch.device("cpu")
-        task, classes, ranks = self.recipe.tasks[visit.task], self.data.classes, distributed.world_size()
-        return LoadedBatch(visit, [empty_batch(task, visit.view, self.modalities, classes, cpu, ranks)])
+        shapes = self.recipe, visit.task, visit.view, self.modalities, self.data.classes
+        return LoadedBatch(visit, [empty_batch(*shapes, cpu, distributed.world_size())])
 
     def _check_ranks(self) -> None:
         """Raises UserError if the ranks cannot train the recipe."""
