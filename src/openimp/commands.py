@@ -278,9 +278,10 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
     modalities = recipe.make_modalities()
     every = [*plans(recipe, modalities, _classes(recipe), gpus, gpu, mfu)]
     found, best = every[0], recommended(every)
-    _print_parameters(
-        found.parameters, {"used by a token on average, after its embedding": found.per_token}, modalities
-    )
+    counts = {"used by a token on average, after its embedding": found.per_token}
+    if found.frozen:
+        counts["frozen"] = found.frozen
+    _print_parameters(found.parameters, counts, modalities)
     _print_steps(found)
     task, view = found.largest
     rows = [(what, f"{size / 2**30:,.3f}") for what, size in found.steps[found.largest].memory.items()]

@@ -99,7 +99,7 @@ def labels_of(values: list[Any], index: Mapping[Any, int], objective: Classifica
 
 
 def unit_vector(value: Any, size: int, column: str) -> np.ndarray:
-    """(Z,) fp32, the vector in a cell of a column, scaled to length 1. If there is none of this size, it is BadMedia."""
+    """(Z,) fp32, the vector in a cell of a column, scaled to length 1; BadMedia if there is none of this size."""
     try:
         vector = number_array(value).astype(np.float64) if isinstance(value, list) else np.empty(0)
     except BadMedia as error:

@@ -150,7 +150,9 @@ class Model(nn.Module):
         try:
             return self.imp.temperature(self._pictures, partner).scale.log()
         except KeyError:
-            raise UserError(f"no contrastive objective has learned a scale for {self._pictures} and {partner}") from None
+            raise UserError(
+                f"no contrastive objective has learned a scale for {self._pictures} and {partner}"
+            ) from None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("encode_") and name.removeprefix("encode_") in self.__dict__.get("modalities", ()):

@@ -50,9 +50,8 @@ class IMP(Embedder):
         directions = chain(*map(permutations, self.pairs), distilled)
         names = sorted({self.head_name(a, b) for a, b in directions})
         self.projections = nn.ModuleDict({name: Projection(config.width, config.embed_dim) for name in names})
-        self.temperatures = nn.ModuleDict(
-            {name: Temperature(config.init_temperature) for name in dict.fromkeys(map(self._pair_name, self.pairs))}
-        )
+        shared = dict.fromkeys(self.temperature_name(*pair) for pair in self.pairs)
+        self.temperatures = nn.ModuleDict({name: Temperature(config.init_temperature) for name in shared})
         self.classifiers = nn.ModuleDict({name: linear(config.width, n) for name, n in (classes or {}).items()})
 
     @classmethod
@@ -137,6 +136,16 @@ class IMP(Embedder):
                 found.setdefault(module.weight, 1)
         return found
 
+    def depths(self) -> dict[Tensor, int]:
+        """1 in the last block and the norm after it. Stems below the first block are one deeper than that."""
+        layers, shared = self.config.layers, self.config.layers - self.config.modality_specific_layers
+        found = dict.fromkeys(self.encoder.norm.parameters(), 1)
+        for blocks, deepest in (*((own, layers) for own in self.encoder.own.values()), (self.encoder.blocks, shared)):
+            for i, block in enumerate(blocks.children()):
+                found |= dict.fromkeys(block.parameters(), deepest - i)
+        below = (weight for name, weight in self.stems.named_parameters() if ".after." not in name)
+        return found | dict.fromkeys(below, layers + 1)
+
     def blocks(self) -> list[nn.Module]:
         return [*self.encoder.blocks, *(block for own in self.encoder.own.values() for block in own.children())]
 
@@ -152,15 +161,16 @@ class IMP(Embedder):
 
     def temperature(self, a: str, b: str) -> Temperature:
         """The learned temperature of a pair of modalities, in either order."""
-        return cast(Temperature, self.temperatures[self._pair_name((a, b))])
+        return cast(Temperature, self.temperatures[self.temperature_name(a, b)])
+
+    def temperature_name(self, a: str, b: str) -> str:
+        """The name of the temperature of a pair of modalities, in either order."""
+        return "-".join(sorted((self.head_of[a], self.head_of[b])))
 
     def head_name(self, source: str, target: str) -> str:
         """The name of the projection head that maps `source` to the space that it shares with `target`."""
         source, target = self.head_of[source], self.head_of[target]
         return source if self.config.space == "joint" else f"{source}-to-{target}"
-
-    def _pair_name(self, pair: tuple[str, str]) -> str:
-        return "-".join(sorted(self.head_of[name] for name in pair))
 
 
 def trained_pairs(recipe: Recipe) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ class Traffic:
 
     start: list[Collective]  # before the encoder
     passes: list[list[UnitTraffic]]  # of the blocks of each pass
+    backward: list[list[UnitTraffic]]  # of the blocks of each pass that are gathered again for the backward pass
     loss: list[Collective]
     heads: list[UnitTraffic]  # gradients of the heads, and then of everything else outside of the blocks
     slots: list[Collective]  # to the experts and back
@@ -29,7 +30,8 @@ class Traffic:
     def collectives(self) -> list[Collective]:
         """All of them. Blocks are gathered for the forward and for the backward pass, and reduce gradients once."""
         found = [*self.start, *self.loss, *self.slots, *self.update]
-        found += 2 * [collective for unit in chain.from_iterable(self.passes) for collective in unit.gather]
+        for unit in chain.from_iterable([*self.passes, *self.backward]):
+            found += unit.gather
         for unit in [*self._blocks, *self.heads]:
             found += [*unit.scatter, *unit.reduce]
         return found
@@ -49,17 +51,17 @@ class Traffic:
         The computation is divided equally among the blocks.
         """
         clock = _Clock(gpu)
-        units = [*chain.from_iterable(self.passes)]
+        forward_units, backward_units = ([*chain.from_iterable(passes)] for passes in (self.passes, self.backward))
         # Blocks wait for the slots of their experts. These go both ways as often as a block is computed.
         slots = sum(collective.seconds(gpu) for collective in self.slots) / (forward + backward or 1)
         clock.wait(self.start)
-        clock.compute(units, forward * (1 + slots))
+        clock.compute(forward_units, forward * (1 + slots))
         clock.wait(self.loss)
         *heads, rest = self.heads
         for head in heads:
             clock.reduce(head)
         # With several passes, the gradients of all blocks are reduced after the last pass has added its own.
-        clock.compute(units[::-1], backward * (1 + slots), reduce=len(self.passes) == 1)
+        clock.compute(backward_units[::-1], backward * (1 + slots), reduce=len(self.passes) == 1)
         for block in self._blocks if len(self.passes) > 1 else ():
             clock.reduce(block)
         clock.reduce(rest)
@@ -83,6 +85,9 @@ class _Clock:
 
     def compute(self, units: Sequence[UnitTraffic], seconds: float, reduce: bool = False) -> None:
         """Computes blocks. The weights of each are gathered while the one before it computes."""
+        if not units:
+            self.now += seconds
+            return
         ready = self._start(self.now, units[0].gather)
         for unit, following in pairwise([*units, None]):
             assert unit

@@ -135,8 +135,8 @@ class Recipe(Strict):
             _require(f"{key}.towards", "modality", objective.towards, self.modality_names)
         if self.model.space == "disjoint" and target_of(objective, task.inputs) == objective.of:
             raise UserError(
-                f"{key}: in a disjoint space, distill needs `towards`, another modality to compare {objective.of} with; "
-                "or set model.space: joint"
+                f"{key}: in a disjoint space, distill needs `towards`, another modality to compare {objective.of} "
+                "with; or set model.space: joint"
             )
 
     def _bind_evaluation(self, where: str) -> None:
