@@ -10,17 +10,9 @@ import pytest
 import torch
 
 import openimp
-from openimp.checkpoint.folder import checkpoints
-from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
-from openimp.data.step_batches import StepBatches
-from openimp.inference.embed import embed
-from openimp.planning.ledger import costs
 from openimp.recipe.schema import Recipe
-from openimp.search.build import build_index
-from openimp.search.index import open_index
-from openimp.search.query import Query
-from openimp.training.trainer import Trainer, train
+from openimp.training.trainer import train
 
 COLOURS = ["blue", "green", "red", "white"]
 SIZE = 24

@@ -7,11 +7,7 @@ import torch
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
-from openimp.common.errors import UserError
-from openimp.data.loader import load_batches
-from openimp.parallel.muon import Muon
 from openimp.recipe.schema import Recipe
-from openimp.training.optimizers import schedule, set_learning_rate
 from openimp.training.trainer import Trainer, train
 
 FROZEN = "optimizer.lr_scale={stems: 0, encoder.blocks.0: 0, projections.text-to-vision: 0}"
