@@ -518,6 +518,51 @@ def test_demo_is_the_bundled_recipe(openimp, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "tokenizer.json").exists()
 
 
+DISTILLED = """
+name: student
+model: {width: 32, layers: 1, heads: 2, mlp_dim: 64, embed_dim: 32, space: joint}
+modalities: {audio: {window: 512, hop: 256, bins: 32}}
+sources: {sounds: {path: joined.parquet, root: ROOT}}
+tasks:
+  heard: {source: sounds, inputs: {audio: sound}, objectives: [{type: distill, of: audio, to: teacher}], batch_size: 6,
+          views: [{audio: {seconds: 0.512}}]}
+train: {steps: 2, num_workers: 0, log_every: 1}
+"""
+
+
+def test_rows_get_the_vectors_of_a_model_from_which_another_one_learns(
+    openimp, refused, little_run, little_data, tmp_path
+):
+    source, out = little_data / "sounds.jsonl", tmp_path / "joined.parquet"
+    join = ["embed", little_run, "--join", source, "--out", out]
+    choice = ["--modality", "audio", "--column", "sound", "--to", "teacher"]
+    code, printed, err = openimp(*join, *choice)
+    assert code == 0, err
+    assert "15 embeddings in column 'teacher'" in printed
+    assert f"as a source: {{path: {out}, root: {little_data}}}" in printed
+    (tmp_path / "student.yaml").write_text(DISTILLED.replace("ROOT", str(little_data)))
+    code, printed, err = openimp("train", tmp_path / "student.yaml", "--run", tmp_path / "run")
+    assert code == 0, err
+    assert 0 < read_lines(tmp_path / "run" / "metrics.jsonl")[0]["tasks"]["heard"]["audio:teacher"] < 2
+    # A model of one modality has embeddings, too: those of the teacher's space.
+    code, printed, err = openimp("embed", tmp_path / "run", little_data / "0.wav", "--out", tmp_path / "own.parquet")
+    assert code == 0, err
+    assert pq.read_table(tmp_path / "own.parquet").to_pylist()[0]["towards"] == "audio"
+
+    told = refused("train", tmp_path / "student.yaml", "--run", tmp_path / "no", *sets("model.embed_dim=16"))
+    assert "column 'teacher': expected a list of 16 numbers (model.embed_dim), found a list of shape [32]" in told
+    assert "--to: " in refused(*join[:3], out, "--out", out, *choice)
+    assert "already; name another one" in refused(*join[:3], out, "--out", out, *choice)
+    assert "--modality: expected image or text or audio" in refused(*join)
+    assert "--column: name the column or the text template that audio reads" in refused(*join, *choice[:2])
+    assert "has no column 'sond'; did you mean 'sound'?" in refused(*join, *choice[:2], "--column", "sond")
+    assert "--column needs --join" in refused("embed", little_run, little_data / "0.wav", *choice[2:4])
+    assert "drop files" in refused(*join, *choice, little_data / "0.wav")
+    assert "drop --ray" in refused(*join, *choice, "--ray")
+    assert "name files or folders to embed, or a source with --join" in refused("embed", little_run)
+    assert "name a file on disk that ends with .parquet" in refused(*join[:4], "--out", tmp_path / "x.csv", *choice)
+
+
 def test_push_writes_a_folder_that_info_describes_and_embed_uses(openimp, refused, little_run, tmp_path):
     out = tmp_path / "published"
     licenses = ["--license", "mit", *sets("sources.sounds.license=CC-BY-4.0")]

@@ -123,7 +123,10 @@ def eval(
 @app.command()
 def embed(
     run: RunArgument,
-    files: Annotated[list[str], typer.Argument(help="Files, or folders with files, on disk or at URLs (s3://...).")],
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(help="Files, or folders with files, on disk or at URLs (s3://...).", show_default="see --join"),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -142,11 +145,27 @@ def embed(
     ray: Annotated[
         bool, typer.Option("--ray", help="Embed in the workers of a Ray cluster. The same command again resumes.")
     ] = False,
+    join: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of files, embed the rows of a source: a manifest, Parquet files or a folder. They are "
+            "written with their columns and one more, --to."
+        ),
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="With --join: the column or text template that --modality reads.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(help="With --join: the name of the new column.", show_default="embedding")
+    ] = None,
 ) -> None:
-    """Embed files, and write paths and embeddings to a Parquet file."""
-    from openimp.commands import run_embed
+    """Embed files, and write paths and embeddings to a Parquet file; or embed rows, and write them with embeddings."""
+    from openimp.commands import run_embed, run_embed_rows
 
-    run_embed(run, files, out, modality, towards, batch_size, ray)
+    if join is None:
+        run_embed(run, files or [], out, modality, towards, batch_size, ray, {"--column": column, "--to": to})
+    else:
+        run_embed_rows(run, join, out, modality, column, to, towards, batch_size, {"files": files, "--ray": ray})
 
 
 @app.command()

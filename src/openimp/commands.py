@@ -26,6 +26,7 @@ from openimp.evaluation.evaluate import NotMeasured, evaluate
 from openimp.evaluation.results import latest, read_results, table
 from openimp.inference.benchmarks import find_benchmarks, measure
 from openimp.inference.embed import embed
+from openimp.inference.join import embed_rows
 from openimp.inference.model import load
 from openimp.inference.ray import embed_with_ray
 from openimp.model.imp import IMP
@@ -220,13 +221,41 @@ def run_search(
 
 
 def run_embed(
-    run: Path, files: list[str], out: str | None, modality: str | None, towards: str | None, batch_size: int, ray: bool
+    run: Path,
+    files: list[str],
+    out: str | None,
+    modality: str | None,
+    towards: str | None,
+    batch_size: int,
+    ray: bool,
+    unused: dict[str, str | None],
 ) -> None:
-    """Embeds files in this process, or in the workers of a Ray cluster."""
+    """Embeds files in this process, or in the workers of a Ray cluster. `unused` options need --join."""
+    for option in (option for option, value in unused.items() if value is not None):
+        raise UserError(f"{option} needs --join, the source whose rows to embed")
+    if not files:
+        raise UserError("name files or folders to embed, or a source with --join")
     if ray:
         embed_with_ray(run, files, out or "embeddings", modality, towards, batch_size)
     else:
         embed(run, files, out or "embeddings.parquet", modality, towards, batch_size)
+
+
+def run_embed_rows(
+    run: Path,
+    source: str,
+    out: str | None,
+    modality: str | None,
+    column: str | None,
+    to: str | None,
+    towards: str | None,
+    batch_size: int,
+    unused: dict[str, Any],
+) -> None:
+    """Embeds the rows of a source, and writes them with the embeddings. `unused` is for files only."""
+    for option in (option for option, value in unused.items() if value):
+        raise UserError(f"--join embeds the rows of a source in this process; drop {option}")
+    embed_rows(run, source, out or "embeddings.parquet", modality, column, to or "embedding", towards, batch_size)
 
 
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
@@ -278,9 +307,10 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
     modalities = recipe.make_modalities()
     every = [*plans(recipe, modalities, _classes(recipe), gpus, gpu, mfu)]
     found, best = every[0], recommended(every)
-    _print_parameters(
-        found.parameters, {"used by a token on average, after its embedding": found.per_token}, modalities
-    )
+    counts = {"used by a token on average, after its embedding": found.per_token}
+    if found.frozen:
+        counts["frozen"] = found.frozen
+    _print_parameters(found.parameters, counts, modalities)
     _print_steps(found)
     task, view = found.largest
     rows = [(what, f"{size / 2**30:,.3f}") for what, size in found.steps[found.largest].memory.items()]

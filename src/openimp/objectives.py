@@ -20,7 +20,7 @@ from openimp.model.embedder import EncodeAll, Encoded
 from openimp.model.imp import IMP
 from openimp.model.moe import Usage
 from openimp.parallel.distributed import all_gather
-from openimp.recipe.tasks import Classification, Contrastive, Task, classified_by, pairs_of
+from openimp.recipe.tasks import Classification, Contrastive, Distill, Task, classified_by, pairs_of, target_of
 
 BLOCK = 2**24
 """Largest number of similarities that a contrastive loss holds at once: 64 MiB per tensor that its gradient needs."""
@@ -46,11 +46,13 @@ def task_losses(model: IMP, task: Task, batch: Batch, encode_all: EncodeAll | No
     parts: dict[str, Tensor] = {}
     total = torch.zeros((), device=next(iter(encoded.values())).features.device)
     for objective in task.objectives:
-        terms = (
-            contrastive_losses(model, objective, encoded, batch)
-            if isinstance(objective, Contrastive)
-            else classification_losses(model, objective, task.source, encoded, batch)
-        )
+        match objective:
+            case Contrastive():
+                terms = contrastive_losses(model, objective, encoded, batch)
+            case Classification():
+                terms = classification_losses(model, objective, task.source, encoded, batch)
+            case Distill():
+                terms = distillation_losses(model, objective, target_of(objective, task.inputs), encoded, batch)
         parts |= {name: loss.detach() for name, loss in terms.items()}
         total = total + objective.weight * torch.stack([*terms.values()]).mean()
     aux = [torch.stack([stats.aux for stats in item.routing]).sum() for item in encoded.values() if item.routing]
@@ -90,6 +92,27 @@ def contrastive_losses(
                 loss = _by_blocks(biased, 1 / temperature * z_NZ, own_a, all_b, item_b)
             losses[f"{a}-{b}"] = loss
     return losses
+
+
+def distillation_losses(
+    model: IMP, objective: Distill, towards: str, encoded: Mapping[str, Encoded], batch: Batch
+) -> dict[str, Tensor]:
+    """The loss of a modality's embeddings, by the name "modality:column". Everything is fp32.
+
+    For the contrastive loss, each rank compares its own N embeddings with the vectors of all ranks.
+    """
+    name, vector_BZ = objective.of, batch.labels[objective.to]
+    z_NZ = model.project(encoded[name].features, name, towards)
+    draws = len(z_NZ) // len(vector_BZ)
+    with full_precision(z_NZ.device):
+        if objective.loss == "cosine":
+            loss = 1 - (z_NZ * vector_BZ.repeat_interleave(draws, dim=0)).sum(1).mean()
+        else:
+            own_B = batch.item_ids[objective.to]
+            (item_M,), (vector_MZ,) = all_gather(own_B), all_gather(vector_BZ)
+            own_N = own_B.repeat_interleave(draws)
+            loss = _by_blocks(softmax_nce, z_NZ / objective.temperature, own_N, vector_MZ, item_M)
+    return {f"{name}:{objective.to}": loss}
 
 
 def _by_blocks(loss_of: Callable[..., Tensor], z_NZ: Tensor, own_N: Tensor, all_MZ: Tensor, item_M: Tensor) -> Tensor:

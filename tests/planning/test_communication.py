@@ -75,19 +75,20 @@ def seconds(*collectives: Collective) -> float:
 
 def test_a_step_waits_for_what_no_computation_can_hide():
     """If blocks compute for long: the first gather of either pass, the last reduction, and what is not of blocks."""
-    traffic = Traffic([GATHER], [[BLOCK] * 4], [SCATTER], [REST, REST], [GATHER], [REDUCE])
+    traffic = Traffic([GATHER], [[BLOCK] * 4], [[BLOCK] * 4], [SCATTER], [REST, REST], [GATHER], [REDUCE])
     # The gradients of a head are scattered before the last block is gathered for the backward pass. Those of the first
     # block, which comes last in it, and those of the rest follow each other.
     exposed = seconds(GATHER, GATHER, SCATTER, SCATTER, GATHER, SCATTER, SCATTER, REDUCE, GATHER, REDUCE)
     assert traffic.waits(100, 200, H100) == pytest.approx(exposed)
     empty = UnitTraffic([], [], [])
     for slots in ([], [GATHER, SCATTER]):
-        traffic = Traffic([], [[empty] * 4], [], [empty], slots, [])
+        traffic = Traffic([], [[empty] * 4], [[empty] * 4], [], [empty], slots, [])
         assert traffic.waits(1, 2, H100) == pytest.approx(seconds(*slots))
 
 
 def test_a_step_that_computes_nothing_waits_for_all_collectives():
-    traffic = Traffic([GATHER], [[copy_of(BLOCK) for _ in range(4)]], [SCATTER], [REST], [], [SCATTER])
+    blocks = [[copy_of(BLOCK) for _ in range(4)]]
+    traffic = Traffic([GATHER], blocks, blocks, [SCATTER], [REST], [], [SCATTER])
     between_shards = [each for each in traffic.collectives if each.kind != "all-reduce"]
     assert len(traffic.collectives) == 3 + 2 * 4 + 4 + 4 + 2
     # The all-reduces between replicas overlap with them, except for the last one.
@@ -99,12 +100,19 @@ def copy_of(unit: UnitTraffic) -> UnitTraffic:
 
 
 def test_chunks_reduce_their_gradients_at_the_end():
-    at_once, chunks = Traffic([], [[BLOCK]], [], [REST], [], []), Traffic([], [[BLOCK]] * 3, [], [REST], [], [])
+    at_once, chunks = (Traffic([], [[BLOCK]] * n, [[BLOCK]] * n, [], [REST], [], []) for n in (1, 3))
     assert chunks.counts() == at_once.counts() | {("all-gather", 8): 6}
     assert chunks.waits(100, 200, H100) == pytest.approx(seconds(GATHER, GATHER, SCATTER, SCATTER, REDUCE))
     kept = replace(chunks, reshard_after_forward=False)
     assert kept.counts() == at_once.counts() - Counter({("all-gather", 8): 1})
     assert kept.waits(100, 200, H100) == pytest.approx(seconds(GATHER, SCATTER, SCATTER, REDUCE))
+
+
+def test_frozen_blocks_are_not_gathered_again():
+    """Of two blocks, gradients flow through the upper one only; or through none, as if only a head was trained."""
+    part, none = (Traffic([], [[BLOCK] * 2], [again], [], [REST], [], []) for again in ([BLOCK], []))
+    assert (part.counts()["all-gather", 8], none.counts()["all-gather", 8]) == (3, 2)
+    assert part.waits(100, 200, H100) - none.waits(100, 200, H100) == pytest.approx(seconds(GATHER, SCATTER))
 
 
 @pytest.mark.parametrize("muon", ["null", "0.02"])

@@ -28,6 +28,7 @@ from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
 from openimp.model.embedder import in_chunks
 from openimp.model.imp import IMP
+from openimp.model.learning_rates import freeze
 from openimp.objectives import sigmoid_nce, softmax_nce, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.layout import apply_parallelism
@@ -247,6 +248,9 @@ SMALL = ["train.precision=fp32", "tasks.heard.weight=0", "tasks.named.views=[{im
 MUON = "optimizer.muon_lr=1e-3"
 CHUNKS = "memory={chunk_size: 1, activation_checkpointing: true}"
 BF16 = "train.precision=bf16"
+DISTILL = """tasks.named.objectives=[{type: distill, of: image, to: vector, loss: contrastive},
+    {type: distill, of: text, to: vector}, {type: contrastive}]"""
+SCALE, ALL_LAYERS = "optimizer.lr_scale", "model.layers=4"
 LAYOUTS = {
     "in shards": ["tasks.named.objectives=[{type: contrastive, loss: sigmoid}]", "model.modality_specific_layers=1"],
     "in shards, Muon": [MUON],
@@ -263,6 +267,20 @@ LAYOUTS = {
     "in shards, bf16": [BF16],  # The temperature is a group of its own.
     "in two groups, expert parallelism, bf16, Muon": [BF16, "parallel={shard_degree: 2, expert_degree: 2}", MUON],
     "replicas, in chunks, bf16": [BF16, "parallel.shard_degree=1", CHUNKS],
+    "in shards, distillation": [DISTILL],
+    "in shards, the upper block and the heads are trained": [f"{SCALE}={{stems: 0, encoder.blocks.0: 0}}", ALL_LAYERS],
+    "in two groups, the encoder is frozen, Muon": [f"{SCALE}={{encoder: 0}}", "parallel.shard_degree=2", MUON],
+    "in chunks, only heads are trained, bf16": [f"{SCALE}={{encoder: 0, stems: 0}}", CHUNKS, BF16],
+    "in shards, pictures are frozen, recomputed": [
+        f"{SCALE}={{stems.vision: 0, encoder.own.vision: 0, projections.vision-to-text: 0}}",
+        "model={modality_specific_layers: 1, layers: 4, moe: {experts: 2, layers: 4, routing: token_choice}}",
+        "memory.activation_checkpointing=true",
+    ],
+    "expert parallelism, experts are frozen, Muon": [
+        f"{SCALE}={{encoder.blocks.1.mlp.experts: 0}}",
+        "parallel.expert_degree=2",
+        MUON,
+    ],
 }
 """Unless they say otherwise, all ranks share one replica, in fp32."""
 
@@ -310,12 +328,13 @@ def measure_received(file: Path, out: Path) -> None:
         options = recipe_in(name, file, distributed.world_size())
         modalities = options.make_modalities()
         model = IMP.from_recipe(options, modalities, {"pictures:label": 4}).train()
+        freeze(model, options.optimizer)
         layout = choose_layout(options, model, device)
         apply_parallelism(
             model, model.blocks(), model.experts(), ("encode_all", "project", "classify"), layout, device,
             torch.bfloat16 if options.train.precision == "bf16" else torch.float32, model.fp32_modules(),
         )  # fmt: skip
-        batch = empty_batch(options.tasks["named"], 0, modalities, CLASSES, device, distributed.world_size())
+        batch = empty_batch(options, "named", 0, modalities, CLASSES, device, distributed.world_size())
         encode = in_chunks(model.encode_all, options.memory.chunk_size)
         updater = Updater(options, model, costs(options, modalities, CLASSES))
         with Received() as received:

@@ -11,11 +11,12 @@ from openimp.common.modality import Tokens
 
 @dataclass
 class Batch:
-    """The examples of one step. B examples, K classes."""
+    """The examples of one step. B examples, K classes, Z features of an embedding."""
 
     tokens: dict[str, Tokens]  # by modality; one with `draw: k` has k consecutive rows per example
     item_ids: dict[str, Tensor]  # (B,) int64 by column, equal for examples of the same item; "" holds the row numbers
-    labels: dict[str, Tensor] = field(default_factory=dict)  # by column, (B,) int64, or (B, K) float for loss sigmoid
+    # By column: (B,) int64 classes, (B, K) float for loss sigmoid, or (B, Z) fp32 unit vectors to distill.
+    labels: dict[str, Tensor] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)  # row numbers in the source, or positions in its stream
 
     @classmethod

@@ -21,6 +21,10 @@ MAX_CAPTION = 2**20
 class FolderTable(ArrowTable):
     """Files of a folder. The data has the path of each caption, and the column `text` its content."""
 
+    @property
+    def converted(self) -> set[str]:
+        return {"text"} & {*self.columns}
+
     def _column(self, column: str, rows: Sequence[int]) -> list[Any]:
         values = super()._column(column, rows)
         return [self._read(path) for path in values] if column == "text" else values

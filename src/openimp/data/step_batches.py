@@ -26,11 +26,11 @@ from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore, Progress
 from openimp.data.streams import Cursor, Stream
 from openimp.data.tables import Table, Unreadable
-from openimp.data.targets import classes_of, item_id, labels_of, target_columns
+from openimp.data.targets import classes_of, item_id, labels_of, target_columns, unit_vector
 from openimp.data.templates import all_texts, columns_of, fill
 from openimp.parallel.distributed import ranks_on_node, run_on_rank_zero
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification, Task
+from openimp.recipe.tasks import Classification, Distill, Task
 
 CORPUS_ROWS = 100_000
 """Maximum number of rows per task to train a tokenizer: whole shards of a stream, or a random sample of a table."""
@@ -97,6 +97,7 @@ class Example:
     values: dict[str, Any]  # of its columns
     rng: np.random.Generator
     arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)  # `draw` arrays by modality
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)  # unit vectors to distill, by column
     bad: str = ""  # the reason why it cannot be read
 
 
@@ -237,6 +238,11 @@ class StepBatches(Dataset[LoadedBatch]):
                 values = [example.values[objective.label] for example in chosen]
                 index = self._index[head_key(task.source, objective.label)]
                 batch.labels[objective.label] = labels_of(values, index, objective, f"{task.source}.{objective.label}")
+            elif isinstance(objective, Distill):
+                vectors = [example.vectors[objective.to] for example in chosen]
+                batch.labels[objective.to] = torch.from_numpy(np.stack(vectors))
+                ids = [item_id(vector.tobytes(), 0) for vector in vectors]
+                batch.item_ids[objective.to] = torch.tensor(ids)
             elif objective.same:
                 ids = [item_id(example.values[objective.same], example.row) for example in chosen]
                 batch.item_ids[objective.same] = torch.tensor(ids)
@@ -279,7 +285,7 @@ class StepBatches(Dataset[LoadedBatch]):
             for position, row, (name, values) in zip(positions, rows, named)
         }
         for example in loaded.values():
-            example.bad = _unreadable_target(task, example.values)
+            _read_targets(task, example, self.recipe.model.embed_dim)
         for name in task.inputs:
             self._decode(visit, name, loaded.values())
         return loaded
@@ -373,10 +379,18 @@ def _require_whole_lanes(name: str, task: Task, source: Stream, ranks: int) -> N
             )
 
 
-def _unreadable_target(task: Task, values: dict[str, Any]) -> str:
-    """The reason why a column of the objectives cannot be read, or an empty string."""
-    cells = (values[column] for column in target_columns(task))
-    return next((cell.reason for cell in cells if isinstance(cell, Unreadable)), "")
+def _read_targets(task: Task, example: Example, embed_dim: int) -> None:
+    """Reads the vectors to distill. Marks the example if a column of the objectives cannot be read."""
+    try:
+        for column in sorted(target_columns(task)):
+            if isinstance(cell := example.values[column], Unreadable):
+                raise BadMedia(cell.reason)
+        for objective in task.objectives:
+            if isinstance(objective, Distill):
+                value = example.values[objective.to]
+                example.vectors[objective.to] = unit_vector(value, embed_dim, objective.to)
+    except BadMedia as error:
+        example.bad = str(error)
 
 
 def _sample(table: Table, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:

@@ -71,7 +71,7 @@ class Rows:
         if isinstance(value, str) and self.root is not None:
             return inside(self.root, value)
         if isinstance(value, list):
-            return _array(value)
+            return number_array(value)
         raise BadMedia(f"expected bytes, a path or numbers, found {type(value).__name__}")
 
 
@@ -223,6 +223,24 @@ class ArrowTable(Table):
         names = self._names.get(column)
         return [class_name(value, names) for value in values] if names else values
 
+    @property
+    def converted(self) -> set[str]:
+        """The columns whose values in `rows` are texts that differ from the stored ones."""
+        return {*self._names}
+
+    def arrow(self, rows: range) -> Any:
+        """Consecutive rows as a pyarrow.Table with the values that `rows` returns, or null if unreadable. No rows may
+        have been left out."""
+        import pyarrow as pa
+
+        assert self._kept is None
+        data = self._data.slice(rows.start, len(rows))
+        data = getattr(data, "table", data)  # `datasets` wraps its tables.
+        for column in self.converted:
+            texts = [value if isinstance(value, str) else None for value in self._column(column, rows)]
+            data = data.set_column(data.column_names.index(column), column, pa.array(texts, pa.string()))
+        return data.replace_schema_metadata(None)
+
     def _row_name(self, row: int) -> str:
         if self._label:
             return self._data.column(self._label)[int(row)].as_py()
@@ -249,7 +267,8 @@ def class_name(number: int | None, names: list[str]) -> str | None:
     return None if number is None or number < 0 else names[number]
 
 
-def _array(value: list[Any]) -> np.ndarray:
+def number_array(value: list[Any]) -> np.ndarray:
+    """An array of (nested) lists of numbers; anything else is BadMedia."""
     try:
         array = np.array(value)
     except ValueError:

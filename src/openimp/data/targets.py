@@ -1,16 +1,19 @@
-"""Targets: the classes of a row, and which rows are the same item, as a task's objectives read them from columns."""
+"""Targets: the classes of a row, its vectors to distill, and which rows are the same item, as a task's objectives read
+them from columns."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from openimp.common.errors import UserError, counted, nearest
+from openimp.common.modality import BadMedia
 from openimp.common.schema import as_text
 from openimp.data.streams import Stream
-from openimp.data.tables import Table, Unreadable
-from openimp.recipe.tasks import Classification, Task
+from openimp.data.tables import Table, Unreadable, number_array
+from openimp.recipe.tasks import Classification, Contrastive, Distill, Task
 
 
 def classes_of(source: Table | Stream, objective: Classification, where: str) -> list[Any]:
@@ -65,8 +68,16 @@ def sort_classes(classes: Iterable[Any]) -> list[Any]:
 
 def target_columns(task: Task) -> set[str]:
     """The columns that a task's objectives read."""
-    columns = (o.label if isinstance(o, Classification) else o.same for o in task.objectives)
-    return {column for column in columns if column}
+    found: set[str | None] = set()
+    for objective in task.objectives:
+        match objective:
+            case Classification():
+                found.add(objective.label)
+            case Contrastive():
+                found.add(objective.same)
+            case Distill():
+                found.add(objective.to)
+    return {column for column in found if column}
 
 
 def labels_of(values: list[Any], index: Mapping[Any, int], objective: Classification, where: str) -> torch.Tensor:
@@ -85,6 +96,21 @@ def labels_of(values: list[Any], index: Mapping[Any, int], objective: Classifica
     for target_K, row in zip(target_BK, indices):
         target_K[row] = 1
     return target_BK
+
+
+def unit_vector(value: Any, size: int, column: str) -> np.ndarray:
+    """(Z,) fp32, the vector in a cell of a column, scaled to length 1; BadMedia if there is none of this size."""
+    try:
+        vector = number_array(value).astype(np.float64) if isinstance(value, list) else np.empty(0)
+    except BadMedia as error:
+        raise BadMedia(f"column {column!r}: {error}") from None
+    if vector.shape != (size,):
+        found = f"a list of shape {[*vector.shape]}" if isinstance(value, list) else f"{value!r:.60}"
+        raise BadMedia(f"column {column!r}: expected a list of {size} numbers (model.embed_dim), found {found}")
+    length = np.linalg.norm(vector)
+    if not (np.isfinite(length) and length > 0):
+        raise BadMedia(f"column {column!r}: a vector of length {length:g} has no direction")
+    return (vector / length).astype(np.float32)
 
 
 def item_id(value: Any, row: int) -> int:

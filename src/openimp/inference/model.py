@@ -96,12 +96,13 @@ class Model(nn.Module):
         """The modality that `encode` compares `modality` with by default.
 
         The candidates are the modalities that it was trained with, in the recipe's order; if there are none, those
-        whose heads it shares. The choice is the first one that reads text. For a modality that itself reads text, it is
-        the one of pictures, as users of open_clip expect. If there is no such candidate, it is the first one.
+        whose space it shares; if there are none either, itself. The choice is the first one that reads text. For a
+        modality that itself reads text, it is the one of pictures, as users of open_clip expect. If there is no such
+        candidate, it is the first one.
         """
         reads_text, others = self._modality(modality).reads_text, [name for name in self.modalities if name != modality]
         trained = [name for name in others if (min(name, modality), max(name, modality)) in self.imp.pairs]
-        partners = trained or [name for name in others if self.imp.share_a_space(modality, name)]
+        partners = trained or [name for name in [*others, modality] if self.imp.share_a_space(modality, name)]
         if not partners:
             raise UserError(f"no task trains {modality} together with another modality, so it has no embedding")
         if reads_text:
@@ -145,7 +146,13 @@ class Model(nn.Module):
         """The logarithm of the learned scale of the similarities of pictures and texts, as in open_clip."""
         if self._pictures is None:
             raise UserError("the model does not read pictures; for another pair see imp.temperature")
-        return self.imp.temperature(self._pictures, self.partner(self._pictures)).scale.log()
+        partner = self.partner(self._pictures)
+        try:
+            return self.imp.temperature(self._pictures, partner).scale.log()
+        except KeyError:
+            raise UserError(
+                f"no contrastive objective has learned a scale for {self._pictures} and {partner}"
+            ) from None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("encode_") and name.removeprefix("encode_") in self.__dict__.get("modalities", ()):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from openimp.common.errors import UserError
 from openimp.common.modality import Tokens
 from openimp.model.moe import RouterStats
 from openimp.parallel.distributed import all_reduce_mean
@@ -99,6 +100,10 @@ class Embedder(nn.Module, ABC):
 
         The values are the numbers of matrices that the weights stack in their first dimension.
         """
+
+    def depths(self) -> dict[Tensor, int]:
+        """The number of layers from each parameter up to the heads, which may be left out, for `layer_decay`."""
+        raise UserError(f"optimizer.layer_decay: {type(self).__name__} has no depths of its parameters; set it to 1")
 
     def blocks(self) -> list[nn.Module]:
         """The modules that hold most of the parameters. FSDP2 shards and gathers each of them separately."""

@@ -20,14 +20,15 @@ from openimp.model.init import linear
 from openimp.model.moe import Experts, RouterStats
 from openimp.recipe.model import Model
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Contrastive, pairs_of
+from openimp.recipe.tasks import Contrastive, Distill, pairs_of, target_of
 
 
 class IMP(Embedder):
     """The model of arXiv 2305.06324.
 
     Each pair of modalities that is trained to agree has a temperature and, in a disjoint space, one head per direction.
-    Modalities with the same stem share both unless `config.share_heads` is false.
+    A modality that is trained to match vectors of another model has a head, too. Modalities with the same stem share
+    heads and temperatures unless `config.share_heads` is false.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class IMP(Embedder):
         stem_of: Mapping[str, str],  # by modality
         pairs: Iterable[tuple[str, str]],
         classes: Mapping[str, int] | None = None,  # number of classes of each classification head, by its name
+        distilled: Iterable[tuple[str, str]] = (),  # modalities that learn from vectors, and to compare them with
     ) -> None:
         super().__init__()
         self.config = config
@@ -45,11 +47,11 @@ class IMP(Embedder):
         self.pairs = [(min(pair), max(pair)) for pair in pairs]
         self.stems = nn.ModuleDict({name: Stem(spec, config.width) for name, spec in stems.items()})
         self.encoder = Encoder(config, self.stems)
-        names = sorted({self.head_name(a, b) for pair in self.pairs for a, b in permutations(pair)})
+        directions = chain(*map(permutations, self.pairs), distilled)
+        names = sorted({self.head_name(a, b) for a, b in directions})
         self.projections = nn.ModuleDict({name: Projection(config.width, config.embed_dim) for name in names})
-        self.temperatures = nn.ModuleDict(
-            {name: Temperature(config.init_temperature) for name in dict.fromkeys(map(self._pair_name, self.pairs))}
-        )
+        shared = dict.fromkeys(self.temperature_name(*pair) for pair in self.pairs)
+        self.temperatures = nn.ModuleDict({name: Temperature(config.init_temperature) for name in shared})
         self.classifiers = nn.ModuleDict({name: linear(config.width, n) for name, n in (classes or {}).items()})
 
     @classmethod
@@ -61,6 +63,7 @@ class IMP(Embedder):
             stem_of={name: m.stem for name, m in modalities.items()},
             pairs=trained_pairs(recipe),
             classes=classes,
+            distilled=distilled_heads(recipe),
         )
         model.encoder.activation_checkpointing = recipe.memory.activation_checkpointing
         return model
@@ -133,6 +136,16 @@ class IMP(Embedder):
                 found.setdefault(module.weight, 1)
         return found
 
+    def depths(self) -> dict[Tensor, int]:
+        """1 in the last block and the norm after it. Stems below the first block are one deeper than that."""
+        layers, shared = self.config.layers, self.config.layers - self.config.modality_specific_layers
+        found = dict.fromkeys(self.encoder.norm.parameters(), 1)
+        for blocks, deepest in (*((own, layers) for own in self.encoder.own.values()), (self.encoder.blocks, shared)):
+            for i, block in enumerate(blocks.children()):
+                found |= dict.fromkeys(block.parameters(), deepest - i)
+        below = (weight for name, weight in self.stems.named_parameters() if ".after." not in name)
+        return found | dict.fromkeys(below, layers + 1)
+
     def blocks(self) -> list[nn.Module]:
         return [*self.encoder.blocks, *(block for own in self.encoder.own.values() for block in own.children())]
 
@@ -148,15 +161,16 @@ class IMP(Embedder):
 
     def temperature(self, a: str, b: str) -> Temperature:
         """The learned temperature of a pair of modalities, in either order."""
-        return cast(Temperature, self.temperatures[self._pair_name((a, b))])
+        return cast(Temperature, self.temperatures[self.temperature_name(a, b)])
+
+    def temperature_name(self, a: str, b: str) -> str:
+        """The name of the temperature of a pair of modalities, in either order."""
+        return "-".join(sorted((self.head_of[a], self.head_of[b])))
 
     def head_name(self, source: str, target: str) -> str:
         """The name of the projection head that maps `source` to the space that it shares with `target`."""
         source, target = self.head_of[source], self.head_of[target]
         return source if self.config.space == "joint" else f"{source}-to-{target}"
-
-    def _pair_name(self, pair: tuple[str, str]) -> str:
-        return "-".join(sorted(self.head_of[name] for name in pair))
 
 
 def trained_pairs(recipe: Recipe) -> list[tuple[str, str]]:
@@ -169,6 +183,16 @@ def trained_pairs(recipe: Recipe) -> list[tuple[str, str]]:
         for pair in pairs_of(objective, task.inputs)
     }
     return sorted(found)
+
+
+def distilled_heads(recipe: Recipe) -> list[tuple[str, str]]:
+    """The modality of each distillation in a recipe, and the one that it is to be compared with."""
+    return [
+        (objective.of, target_of(objective, task.inputs))
+        for task in recipe.tasks.values()
+        for objective in task.objectives
+        if isinstance(objective, Distill)
+    ]
 
 
 def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,7 @@ def apply_parallelism(
         for module in experts:
             for name, weight in list(module.named_parameters()):
                 local = distribute_tensor(weight.detach(), expert_mesh["experts"], [Shard(0)], src_data_rank=None)
-                setattr(module, name, nn.Parameter(local))
+                setattr(module, name, nn.Parameter(local, requires_grad=weight.requires_grad))
     # FSDP2 shards dimension 0 by default. In an expert weight, this dimension is the experts: expert parallelism has
     # sharded it already, or else FSDP2 might have to pad it. So dimension 1 is sharded instead, if it divides evenly.
     sharded_by_dim_1 = {

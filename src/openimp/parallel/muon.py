@@ -4,6 +4,7 @@ Shape suffixes: N matrices, R rows, C columns.
 """
 
 from collections.abc import Mapping, Sequence, Set
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,7 @@ class Muon(torch.optim.Optimizer):
 
     As in torch's fused optimizers, a step changes nothing if the attribute `found_inf`, a scalar on the device, is 1.
     Several ranks divide the work of a step; see `divide_work`, also for `updated_sets`. None: every step updates
-    everything.
+    everything. `lr_factors` has the factor of the learning rate of each parameter; by default, all are 1.
     """
 
     found_inf: Tensor | None = None
@@ -43,8 +44,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         updated_sets: Sequence[Set[Tensor]] | None = None,
+        lr_factors: Mapping[Tensor, float] | None = None,
     ) -> None:
-        self.stacks = dict(stacks)
+        self.stacks, self.lr_factors = dict(stacks), lr_factors or dict.fromkeys(stacks, 1.0)
         self.divisions = divide_work(stacks, [{*stacks}] if updated_sets is None else updated_sets)
         kept = [weight for division in self.divisions for weight in division.kept]
         # As a group, because that may be empty: with many ranks, some own no matrix.
@@ -55,14 +57,19 @@ class Muon(torch.optim.Optimizer):
         """Updates the parameters that have a gradient."""
         (group,) = self.param_groups
         updates = self._updates([weight for weight in group["params"] if weight.grad is not None], group["momentum"])
-        decay: Any = 1 - group["lr"] * group["weight_decay"]
-        if self.found_inf is not None:
-            decay = torch.full_like(self.found_inf, decay).masked_fill(self.found_inf.bool(), 1.0)
+
+        @cache
+        def decay(share: float) -> Any:
+            if self.found_inf is None:
+                return 1 - share
+            return torch.full_like(self.found_inf, 1 - share).masked_fill(self.found_inf.bool(), 1.0)
+
         for division in self.divisions:
             for weight, update in division.orthogonalized(updates, orthogonalize_in_batches):
                 local, shape = local_shard(weight), matrix_shape(weight, self.stacks[weight])
-                local.mul_(decay)
-                local.add_(update.view_as(local), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                lr = group["lr"] * self.lr_factors[weight]
+                local.mul_(decay(lr * group["weight_decay"]))
+                local.add_(update.view_as(local), alpha=-lr * 0.2 * max(shape) ** 0.5)
 
     def _updates(self, weights: Sequence[Tensor], momentum: float) -> dict[Tensor, Tensor]:
         """Moves the momentum of weights towards their gradients. Returns the updates of the local shards in bf16."""

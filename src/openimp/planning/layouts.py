@@ -6,6 +6,7 @@ import torch
 
 from openimp.common.errors import UserError
 from openimp.model.embedder import Embedder
+from openimp.model.learning_rates import muon_stacks
 from openimp.parallel import distributed
 from openimp.parallel.layout import Layout
 from openimp.planning.gpus import NODE, USABLE
@@ -81,14 +82,16 @@ def _valid(
 def state_bytes(recipe: Recipe, model: Embedder, layout: Layout) -> int:
     """Bytes of a rank's shards of weights, gradients, optimizer state and EMA, in fp32.
 
-    AdamW has two tensors per parameter and Muon one. Without shards, a rank has less: Muon's tensors are divided among
-    the ranks of a node.
+    AdamW has two tensors per parameter and Muon one. A frozen parameter has only its weight. Without shards, a rank has
+    less: Muon's tensors are divided among the ranks of a node.
     """
     options, (_, shards, owners) = recipe.optimizer, layout.expert_mesh_shape
-    by_muon = model.hidden_matrices() if options.muon_lr else {}
+    by_muon = muon_stacks(model, options)
     experts = {weight for module in model.experts() for weight in module.parameters()}
     size = 0
     for weight in model.parameters():
-        tensors = 2 + (1 if weight in by_muon else 2) + (options.ema_decay is not None)
+        tensors = 1
+        if weight.requires_grad:
+            tensors += 1 + (1 if weight in by_muon else 2) + (options.ema_decay is not None)
         size += 4 * tensors * weight.numel() // (shards * owners if weight in experts else layout.shard_degree)
     return size

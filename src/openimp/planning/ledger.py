@@ -15,15 +15,17 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.alternation import expected_shares
+from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import number_table
 from openimp.data.batch import Batch, head_key
 from openimp.model.embedder import Embedder, in_chunks
 from openimp.model.imp import IMP
+from openimp.model.learning_rates import freeze, muon_stacks
 from openimp.objectives import Losses, task_losses
 from openimp.parallel.muon import muon_flops
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification, Task
+from openimp.recipe.tasks import Classification, Distill
 
 UNITS = ("steps", "examples", "tokens", "flops")
 _counted: dict[str, dict[tuple[str, int], "Cost"]] = {}
@@ -36,6 +38,7 @@ class Cost:
     examples: int  # of the batch, over all ranks
     tokens: int  # that enter the encoder, over all modalities
     flops: int  # forward, backward, and optimizer
+    forward_flops: int  # of the forward pass, without what the backward pass computes again
     optimizer_flops: int  # of Muon
     touched: frozenset[str]  # names of the parameters that get a gradient
 
@@ -82,25 +85,31 @@ def _count(
     with torch.device("meta"):
         model = build(recipe, modalities, {name: len(values) for name, values in classes.items()})
     model.train()
+    freeze(model, recipe.optimizer)
     found = {}
     for name, task in recipe.tasks.items():
         if not task.weight:
             continue
         for i, view in enumerate(task.views):
-            batch = empty_batch(task, i, modalities, classes, torch.device("meta"))
+            batch = empty_batch(recipe, name, i, modalities, classes, torch.device("meta"))
             with FlopCounterMode(display=False) as counter:
                 encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
-                losses(model, task, batch, encode_all).total.backward()
+                total = losses(model, task, batch, encode_all).total
+                forward = counter.get_total_flops()
+                if not total.requires_grad:
+                    raise UserError(f"tasks.{name}: optimizer.lr_scale freezes all that the task trains")
+                total.backward()
             tokens = sum(t.coords.shape[0] * t.coords.shape[1] for t in batch.tokens.values())
             touched = frozenset(name for name, weight in model.named_parameters() if weight.grad is not None)
             model.zero_grad()
-            found[name, i] = Cost(view.batch_size or task.batch_size, tokens, counter.get_total_flops(), 0, touched)
+            examples, flops = view.batch_size or task.batch_size, counter.get_total_flops()
+            found[name, i] = Cost(examples, tokens, flops, forward, 0, touched)
     return _with_optimizer(recipe, model, found, summed)
 
 
 def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: bool) -> dict[tuple[str, int], Cost]:
     """Adds the FLOPs of each step's update to its cost."""
-    hidden = model.hidden_matrices() if recipe.optimizer.muon_lr else {}
+    hidden = muon_stacks(model, recipe.optimizer)
     stacks = {name: (weight, hidden[weight]) for name, weight in model.named_parameters() if weight in hidden}
 
     @cache
@@ -148,20 +157,31 @@ def short(number: float) -> str:
 
 
 def empty_batch(
-    task: Task, view: int, modalities: Modalities, classes: Classes, device: torch.device, gpus: int = 1
+    recipe: Recipe,
+    name: str,
+    view: int,
+    modalities: Modalities,
+    classes: Classes,
+    device: torch.device,
+    gpus: int = 1,
 ) -> Batch:
-    """A batch of the shapes that the loader makes, of zeros, for one of so many GPUs that share it."""
+    """A batch of a task of the shapes that the loader makes, of zeros, for one of so many GPUs that share it."""
+    task = recipe.tasks[name]
     size = (task.views[view].batch_size or task.batch_size) // gpus
     tokens = {}
     with device:
-        for name, spec in task.inputs.items():
-            tokens[name] = modalities[name].zeros(size * spec.draw, modalities[name].length(task.views[view][name]))
+        for modality, spec in task.inputs.items():
+            length = modalities[modality].length(task.views[view][modality])
+            tokens[modality] = modalities[modality].zeros(size * spec.draw, length)
         item = torch.zeros(size, dtype=torch.int64)
         batch = Batch(tokens, {"": item}, rows=list(range(size)))
         for objective in task.objectives:
             if isinstance(objective, Classification):
                 many = len(classes[head_key(task.source, objective.label)])
                 batch.labels[objective.label] = item if objective.loss == "softmax" else torch.zeros(size, many)
+            elif isinstance(objective, Distill):
+                batch.labels[objective.to] = torch.zeros(size, recipe.model.embed_dim)
+                batch.item_ids[objective.to] = item
             elif objective.same:
                 batch.item_ids[objective.same] = item
     return batch

@@ -2,6 +2,7 @@
 
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from openimp.common.device import Precision, autocast, precision_of
-from openimp.common.modality import Classes, Modalities
-from openimp.model.embedder import in_chunks
+from openimp.common.modality import Classes, Modalities, Tokens
+from openimp.model.embedder import EncodeAll, Encoded, in_chunks
 from openimp.model.encoder import Attention
 from openimp.model.imp import IMP
+from openimp.model.learning_rates import freeze
 from openimp.objectives import task_losses
 from openimp.planning.ledger import empty_batch
 from openimp.recipe.schema import Recipe
@@ -37,6 +39,8 @@ class StepMemory(TorchDispatchMode):
         inputs: bytes of the batch, which exists before the step. They are counted as fp32, although images may arrive
             with one byte per value.
         touched: names of the parameters that received a gradient.
+        differentiated: names of the blocks through which gradients flow, and of the modalities whose features have
+            gradients. Without frozen parts, these are all.
         slots: bytes that expert parallelism sends to experts or back, each time that it does.
     """
 
@@ -46,10 +50,13 @@ class StepMemory(TorchDispatchMode):
         self.activations = self.inputs = 0
         self.slots: list[int] = []
         self.touched: set[str] = set()
+        self.differentiated: set[str] = set()
         self._now: Counter[str] = Counter()
         self._kind: dict[int, str] = {}
         self._weights = {p.untyped_storage()._cdata for p in model.parameters()}
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             parameter.register_post_accumulate_grad_hook(partial(self._complete, name))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -107,6 +114,7 @@ def step_memory(
     # run differently on a GPU are changed to do as a GPU does.
     with torch.device("meta"):  # Some initializers read the values that they have drawn, and fake tensors have none.
         model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()}).train()
+    freeze(model, recipe.optimizer)
     keep_own_experts(model, owners)
     if gathered_in_bf16:
         model.bfloat16()
@@ -116,13 +124,14 @@ def step_memory(
         model.to_empty(device=CPU)
         if on_gpu:
             _as_on_a_gpu(model, autocasts=not gathered_in_bf16)
-        batch = empty_batch(recipe.tasks[task], view, modalities, classes, CPU, gpus)
+        batch = empty_batch(recipe, task, view, modalities, classes, CPU, gpus)
         with StepMemory(model) as memory:
             if owners > 1:
                 _send_slots(model, owners, memory)
+            _note_gradients(model, memory)
             memory.inputs = sum(t.nbytes for t in tree_leaves(vars(batch)) if isinstance(t, Tensor))
             with autocast(CPU, "fp32" if gathered_in_bf16 else precision):
-                encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
+                encode_all = _noting_gradients(in_chunks(model.encode_all, recipe.memory.chunk_size), memory)
                 losses = task_losses(model, recipe.tasks[task], batch, encode_all)
             losses.total.backward()
     return memory
@@ -132,7 +141,31 @@ def keep_own_experts(model: IMP, owners: int) -> None:
     """Reduces a model to the experts of one rank, if `owners` ranks share them."""
     for module in model.experts():
         for name, weight in list(module.named_parameters()):
-            setattr(module, name, nn.Parameter(weight.detach()[: len(weight) // owners]))
+            own = weight.detach()[: len(weight) // owners]
+            setattr(module, name, nn.Parameter(own, requires_grad=weight.requires_grad))
+
+
+def _note_gradients(model: IMP, memory: StepMemory) -> None:
+    """Lets `memory` note the blocks through which gradients flow."""
+    names = {module: name for name, module in model.named_modules()}
+
+    def note(block: nn.Module, _: Any, outputs: tuple[Tensor, Any]) -> None:
+        if outputs[0].requires_grad:
+            memory.differentiated.add(names[block])
+
+    for block in model.blocks():
+        block.register_forward_hook(note)
+
+
+def _noting_gradients(encode_all: EncodeAll, memory: StepMemory) -> EncodeAll:
+    """Lets `memory` note the modalities whose features have gradients."""
+
+    def encode(inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
+        encoded = encode_all(inputs)
+        memory.differentiated.update(name for name, each in encoded.items() if each.features.requires_grad)
+        return encoded
+
+    return encode
 
 
 def _send_slots(model: IMP, owners: int, memory: StepMemory) -> None:

@@ -18,6 +18,7 @@ from openimp.common.device import Precision
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Classes, Modalities
 from openimp.model.imp import IMP
+from openimp.model.learning_rates import freeze, muon_stacks
 from openimp.objectives import BLOCK
 from openimp.parallel.layout import Layout
 from openimp.planning.gpus import GPU, GPUS, NODE, USABLE
@@ -64,8 +65,8 @@ class Plan:
     layout: Layout
     gpu: GPU
     mfu: float  # share of the bf16 peak that the model's FLOPs are computed at
-    recomputed: bool  # whether the backward pass repeats the forward pass
     parameters: dict[str, int]  # by part of the model
+    frozen: int  # how many of them are frozen
     per_token: int | None
     steps: dict[tuple[str, int], Step]  # by (task, view)
     visits: dict[tuple[str, int], int]  # how many of them the run makes
@@ -111,11 +112,9 @@ class Plan:
         return self._seconds(flops) + step.update_bytes / (self.gpu.bandwidth * 1e12)
 
     def waits(self, step: Step) -> float:
-        """Seconds that a step waits for communication. The backward pass has twice the FLOPs of the forward pass, or
-        three times if it repeats that."""
-        model = self._seconds(step.cost.model_flops / self.layout.ranks)
-        forward = model / (4 if self.recomputed else 3)
-        return step.traffic.waits(forward, model - forward, self.gpu)
+        """Seconds that a step waits for communication."""
+        forward, model = step.cost.forward_flops, step.cost.model_flops
+        return step.traffic.waits(*(self._seconds(n / self.layout.ranks) for n in (forward, model - forward)), self.gpu)
 
     def _seconds(self, flops: float) -> float:
         return flops / (self.gpu.tflops * 1e12 * self.mfu)
@@ -161,10 +160,10 @@ def plans(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, g
         keep_own_experts(model, each.expert_degree)
         sharding = Sharding(each, model, precision)
         steps = _steps(recipe, modalities, model, sharding, by_view, partial(count_memory, owners=each.expert_degree))
-        recomputed = recipe.memory.activation_checkpointing or recipe.memory.chunk_size is not None
+        frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
         visits = Alternation(recipe).visits()
         prefetched = ahead * max(steps[key].memory["inputs"] for key in visits)
-        yield Plan(each, GPUS[gpu], mfu, recomputed, parameters, used, steps, visits, prefetched)
+        yield Plan(each, GPUS[gpu], mfu, parameters, frozen, used, steps, visits, prefetched)
 
 
 def recommended(found: Sequence[Plan]) -> Plan:
@@ -208,7 +207,9 @@ def per_token(recipe: Recipe, model: IMP) -> int | None:
 
 def _model(recipe: Recipe, modalities: Modalities, classes: Classes) -> IMP:
     with torch.device("meta"):
-        return IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
+        model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
+    freeze(model, recipe.optimizer)
+    return model
 
 
 def _steps(
@@ -220,14 +221,14 @@ def _steps(
     count_memory: Callable[..., StepMemory],
 ) -> dict[tuple[str, int], Step]:
     """The steps of each (task, view) in a layout. The model has only the experts that one GPU has or gathers."""
-    named, all_grads = dict(model.named_parameters()), recipe.optimizer.zero_missing_grads
-    updated = {key: {named[n] for n in (named if all_grads else cost.touched)} for key, cost in by_view.items()}
-    hidden = model.hidden_matrices() if recipe.optimizer.muon_lr else {}
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    all_grads, hidden = recipe.optimizer.zero_missing_grads, muon_stacks(model, recipe.optimizer)
+    updated = {key: {trained[n] for n in (trained if all_grads else cost.touched)} for key, cost in by_view.items()}
     muon = MuonDivision(sharding, hidden, [*updated.values()])
     # Two tensors per parameter for AdamW, one for Muon, and one for the EMA.
-    optimizer = 2 * sharding.held({*named.values()} - hidden.keys()) + muon.momentum(hidden.keys())
-    averaged = sharding.held(named.values()) if recipe.optimizer.ema_decay else 0
-    held = {"parameters": sharding.held(named.values()), "optimizer state": optimizer + averaged}
+    optimizer = 2 * sharding.held({*trained.values()} - hidden.keys()) + muon.momentum(hidden.keys())
+    averaged = sharding.held(trained.values()) if recipe.optimizer.ema_decay else 0
+    held = {"parameters": sharding.held(model.parameters()), "optimizer state": optimizer + averaged}
     steps = {}
     for (name, view), cost in by_view.items():
         task, some, counted = recipe.tasks[name], updated[name, view], count_memory(name, view)
@@ -251,9 +252,9 @@ def _memory(
     updated: Set[Tensor],
 ) -> dict[str, int]:
     """Bytes that one GPU holds in a step besides weights, optimizer state and inputs; see docs/plan.md."""
-    gpus, compared = sharding.layout.ranks, Compared.by(task, cost.examples)
+    gpus, compared = sharding.layout.ranks, Compared.by(model, task, cost.examples)
     # The vectors of all GPUs and their gradients, and similarities with vectors of other GPUs.
-    gathered = 0 if gpus == 1 else 8 * model.config.embed_dim * sum(compared.pairs)
+    gathered = 0 if gpus == 1 else 4 * model.config.embed_dim * (2 * sum(compared.pairs) + sum(compared.fixed))
     gathered += SIMILARITY * min(BLOCK, compared.similarities * (gpus - 1) // gpus // gpus)
     if gpus == 1:
         peak = max(counted.peak, Counter(gradients=sharding.held(updated)), key=Counter.total)
@@ -261,8 +262,9 @@ def _memory(
     # Weights outside of the blocks, of one block and the next (or of all), and gradients of one block before their
     # reduction, and in it, which is in fp32.
     weights = [sharding.gathered(block.parameters()) for block in model.blocks()]
+    trained = [[weight for weight in block.parameters() if weight.requires_grad] for block in model.blocks()]
     kept = 2 * max(weights) if sharding.layout.reshard_after_forward else sum(weights)
-    gathered += sharding.gathered(model.parameters()) - sum(weights) + kept + max(weights)
-    gathered += 4 * max(count(block) for block in model.blocks())
+    gathered += sharding.gathered(model.parameters()) - sum(weights) + kept
+    gathered += max(sharding.gathered(some) + 4 * sum(weight.numel() for weight in some) for some in trained)
     # Nothing is cast: FSDP2 gathers weights in the type that the model computes with.
     return dict(zip(PARTS, (sharding.held(updated), gathered, 0, counted.activations)))

@@ -80,11 +80,11 @@ class Sharding:
                 found.reduce.append(Collective("all-reduce", mesh.replicas, gradients // mesh.shards.size))
         return found
 
-    def norm(self) -> list[Collective]:
+    def norm(self, updated: Set[Tensor]) -> list[Collective]:
         """The collectives of the gradient norm: one per mesh, and the mean over all ranks if there are two meshes."""
         ranks = self.layout.ranks
         groups = [self.dense.shards]
-        if self._experts:
+        if self._experts & updated:
             _, expert_shards, expert_degree = self.layout.expert_mesh_shape
             groups += [Group.of(expert_shards * expert_degree, 1, ranks), Group.of(ranks, 1, ranks)]
         return [Collective("all-reduce", group, 4) for group in groups if group.size > 1]

@@ -20,6 +20,7 @@ class Traffic:
 
     start: list[Collective]  # before the encoder
     passes: list[list[UnitTraffic]]  # of the blocks of each pass
+    backward: list[list[UnitTraffic]]  # of the blocks of each pass that are gathered again for the backward pass
     loss: list[Collective]
     heads: list[UnitTraffic]  # gradients of the heads, and then of everything else outside of the blocks
     slots: list[Collective]  # to the experts and back
@@ -47,7 +48,7 @@ class Traffic:
     @property
     def _backward(self) -> list[UnitTraffic]:
         """The blocks of the backward passes in order, with the collectives that gather them there."""
-        units = [*chain.from_iterable(self.passes)][::-1]
+        units = [*chain.from_iterable(self.backward)][::-1]
         return units if self.reshard_after_forward else [unit._replace(gather=[]) for unit in units]
 
     @property
@@ -98,6 +99,9 @@ class _Clock:
 
     def compute(self, units: Sequence[UnitTraffic], seconds: float, reduce: bool = False) -> None:
         """Computes blocks. The weights of each are gathered while the one before it computes."""
+        if not units:
+            self.now += seconds
+            return
         ready = self._start(self.now, units[0].gather)
         for unit, following in pairwise([*units, None]):
             assert unit

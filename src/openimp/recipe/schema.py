@@ -18,7 +18,7 @@ from openimp.recipe.file import read_recipe
 from openimp.recipe.inputs import View
 from openimp.recipe.model import BATCH_ROUTINGS, Model
 from openimp.recipe.registry import modality_class
-from openimp.recipe.tasks import Classification, Source, Task, check_objectives
+from openimp.recipe.tasks import Classification, Distill, Source, Task, check_objectives, target_of
 from openimp.recipe.training import Alternation, Memory, Optimizer, Parallel, Train
 
 
@@ -118,7 +118,9 @@ class Recipe(Strict):
                     "long ones; drop one of the two"
                 )
             check_objectives(key, task)
-            for objective in task.objectives:
+            for i, objective in enumerate(task.objectives):
+                if isinstance(objective, Distill):
+                    self._check_head(f"{key}.objectives.{i}", objective, task)
                 if isinstance(objective, Classification):
                     head = heads.setdefault((task.source, objective.label), (task_name, objective))
                     if (objective.loss, objective.classes) != (head[1].loss, head[1].classes):
@@ -126,6 +128,16 @@ class Recipe(Strict):
                             f"{key}: tasks.{head[0]} classifies {objective.label!r} of {task.source} too, by the same "
                             "head, so loss and classes must be the same"
                         )
+
+    def _check_head(self, key: str, objective: Distill, task: Task) -> None:
+        """Checks that a modality is distilled by a head that the model has. Messages begin with `key`."""
+        if objective.towards:
+            _require(f"{key}.towards", "modality", objective.towards, self.modality_names)
+        if self.model.space == "disjoint" and target_of(objective, task.inputs) == objective.of:
+            raise UserError(
+                f"{key}: in a disjoint space, distill needs `towards`, another modality to compare {objective.of} "
+                "with; or set model.space: joint"
+            )
 
     def _bind_evaluation(self, where: str) -> None:
         best, sets = self.evaluation.best, self.evaluation.sets

@@ -143,7 +143,33 @@ class Classification(Strict):
     """Weight of its loss in the task's sum."""
 
 
-Objective = Annotated[Contrastive | Classification, Field(discriminator="type")]
+class Distill(Strict):
+    """Trains the embeddings of one modality to match the vectors in a column, for example those of a larger model.
+
+    The projection head is that of the modality in the embedding space. So all modalities that learn from one model can
+    be compared with each other, and with this model's own vectors.
+    """
+
+    type: Literal["distill"]
+    """The kind of objective."""
+    of: str
+    """The modality whose embeddings are trained."""
+    to: str
+    """The column with a list of `model.embed_dim` numbers per row, as `openimp embed --join` writes it. The length of
+    the vectors does not matter. A row without such a vector is a bad example."""
+    towards: str | None = None
+    """The modality with which the embeddings are to be compared, only for `model.space: disjoint`, which has a head for
+    each. Default: the task's other input, if there is one."""
+    loss: Literal["cosine", "contrastive"] = "cosine"
+    """cosine: 1 - cosine (arXiv 2307.12732 compares such losses). contrastive: InfoNCE (arXiv 1807.03748), in which an
+    embedding is to find its vector among those of the whole batch. Rows with equal vectors are the same item."""
+    temperature: Positive = 0.07
+    """Temperature of the contrastive loss. It is not learned."""
+    weight: Positive = 1.0
+    """Weight of its loss in the task's sum."""
+
+
+Objective = Annotated[Contrastive | Classification | Distill, Field(discriminator="type")]
 
 
 class Task(Strict):
@@ -177,6 +203,13 @@ def classified_by(objective: Classification, inputs: Iterable[str]) -> list[str]
     return [objective.of] if objective.of else [name for name in inputs if not modality_class(name).masked]
 
 
+def target_of(objective: Distill, inputs: Iterable[str]) -> str:
+    """The modality towards which a distilled one is projected. It is the distilled one itself if the recipe names no
+    other, which only a joint space allows."""
+    others = [name for name in inputs if name != objective.of]
+    return objective.towards or (others[0] if len(others) == 1 else objective.of)
+
+
 def check_objectives(key: str, task: Task) -> None:
     """Checks that the task has the inputs of its objectives, and that no two objectives do the same.
 
@@ -193,6 +226,9 @@ def check_objectives(key: str, task: Task) -> None:
                 raise UserError(f"{where}: a contrastive objective needs two inputs")
             if any(a == b for a, b in pairs):
                 raise UserError(f"{where}.pairs: a pair needs two different modalities")
+        elif isinstance(objective, Distill):
+            used = [objective.of]
+            work = [f"distills {objective.of} to {objective.to}"]
         else:
             used = classified_by(objective, task.inputs)
             work = [f"classifies {name} by {objective.label}, with the same head" for name in used]

@@ -36,6 +36,14 @@ class Optimizer(Strict):
     heads, norms and temperatures. null: AdamW updates everything."""
     warmup_steps: Whole | None = None
     """Steps of linear warm-up. null: 5% of the steps, as for the paper's S and B."""
+    lr_scale: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Factors of the learning rates by part of the model. A part is a parameter's name up to one of its dots, such as
+    `encoder`, `encoder.blocks.0`, `stems.vision` or `projections`; of several that fit, the longest one counts. 0
+    freezes the part: it has no gradients, no optimizer state and no EMA of its own."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor of the learning rates from each block to the one below it, for fine-tuning (as in BEiT, arXiv 2106.08254,
+    and timm): heads and the stems' last layers have the full rate, the last block this factor, the block below it the
+    square of it, and the stems below the first block the smallest rate."""
     min_lr_ratio: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end of the cosine schedule, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4

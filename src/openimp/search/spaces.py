@@ -32,5 +32,5 @@ def fingerprint(model: Model) -> str:
 
 
 def has_partner(model: Model, name: str) -> bool:
-    """Whether a task trains the modality together with another one, so that it has an embedding."""
-    return any(model.imp.share_a_space(name, other) for other in model.modalities if other != name)
+    """Whether the modality shares a space with another one, or has the head of a joint space, and so an embedding."""
+    return any(model.imp.share_a_space(name, other) for other in model.modalities)

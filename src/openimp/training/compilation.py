@@ -14,7 +14,7 @@ from torch import nn
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities
 from openimp.common.safe_files import cache_folder, private_folder
-from openimp.model.embedder import pass_sizes
+from openimp.model.embedder import Embedder, pass_sizes
 from openimp.recipe.schema import Recipe
 
 Signature = tuple[tuple[int, int, bool], ...]
@@ -34,6 +34,14 @@ def signatures(recipe: Recipe, modalities: Modalities, ranks: int) -> set[Signat
                 if recipe.model.modality_specific_layers:
                     found.update((part,) for part in parts)
     return found
+
+
+def variants(model: Embedder) -> int:
+    """How often at most each class of blocks is compiled per signature: once, unless parts of the model are frozen. The
+    code of a block depends on which of its weights are frozen, and on whether anything below it is trained."""
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return 1
+    return 2 * len({tuple(parameter.requires_grad for parameter in block.parameters()) for block in model.blocks()})
 
 
 def compile_blocks(blocks: Sequence[nn.Module], limit: int, uncompiled: Iterable[nn.Module] = ()) -> None:

@@ -10,11 +10,17 @@ from openimp.parallel.layout import local_shard
 
 
 class EMA:
-    """Moving average of all tensors in a model's state dict: `weights`, each sharded like the model's own tensor."""
+    """Moving average of all tensors in a model's state dict: `weights`, each sharded like the model's own tensor.
+
+    A frozen weight is its own average, so there is no copy of it.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
-        self.weights: dict[str, Tensor] = {name: x.detach().clone() for name, x in model.state_dict().items()}
+        self.frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        self.weights: dict[str, Tensor] = {
+            name: x.detach() if name in self.frozen else x.detach().clone() for name, x in model.state_dict().items()
+        }
 
     def update(self, step: int) -> None:
         """Moves the averages towards the weights after step `step`, which counts from 0.
@@ -41,6 +47,6 @@ class EMA:
             average.copy_(before)
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """The local shards of each average and of its weight."""
-        weights = self.model.state_dict()
-        return [(local_shard(average), local_shard(weights[name])) for name, average in self.weights.items()]
+        """The local shards of each average and of its weight, without frozen ones."""
+        weights, averages = self.model.state_dict(), self.weights.items()
+        return [(local_shard(x), local_shard(weights[name])) for name, x in averages if name not in self.frozen]

@@ -106,6 +106,8 @@ def print_plan(
     """Prints the mixture of tasks, and what is trained where and how. Without torch.compile, there are 0 signatures."""
     console.print(mixture_table(recipe, costs))
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
+    if frozen := sum(p.numel() for p in model.parameters() if not p.requires_grad):
+        size += f", {frozen / 1e6:.2f}M of them frozen,"
     how: str = precision_of(device, recipe.train.precision)
     if distributed.world_size() > 1:
         how += f", {distributed.world_size()} ranks"

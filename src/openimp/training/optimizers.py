@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from openimp.model.embedder import Embedder
+from openimp.model.learning_rates import lr_factors, muon_stacks
 from openimp.parallel.layout import group_by_mesh
 from openimp.parallel.muon import Muon
 from openimp.recipe.schema import Recipe
@@ -19,25 +20,27 @@ def make_optimizers(
     """Fused AdamW, and Muon for the hidden matrices if the recipe has a `muon_lr`. Every rank must call this.
 
     Weight decay applies to kernels only, not to embedding and position tables, norms, biases and temperatures. Each
-    parameter group keeps its peak learning rate as `peak`. `updated_sets` has the parameters that each kind of step
-    updates.
+    parameter group keeps its peak learning rate as `peak`. Frozen parameters are in none. `updated_sets` has the
+    parameters that each kind of step updates.
     """
-    hidden = model.hidden_matrices() if options.muon_lr else {}
-    rest = [parameter for parameter in model.parameters() if parameter not in hidden]
+    hidden, factors = muon_stacks(model, options), lr_factors(model, options)
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in hidden]
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     kernels = [parameter for parameter in rest if parameter.ndim >= 2 and parameter not in tables]
     others = [parameter for parameter in rest if parameter.ndim < 2 or parameter in tables]
     groups = [
-        {"params": group, "weight_decay": decay}
+        {"params": group, "weight_decay": decay, "lr": options.lr * factor}
         for some, decay in ((kernels, options.weight_decay), (others, 0.0))
-        for group in group_by_mesh(some)
+        for factor in dict.fromkeys(factors[parameter] for parameter in some)
+        for group in group_by_mesh(parameter for parameter in some if factors[parameter] == factor)
     ]
     betas = (options.betas[0], options.betas[1])
     made: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
     ]
     if options.muon_lr:
-        made.append(Muon(hidden, options.muon_lr, options.weight_decay, updated_sets=updated_sets))
+        rates = {weight: factors[weight] for weight in hidden}
+        made.append(Muon(hidden, options.muon_lr, options.weight_decay, updated_sets=updated_sets, lr_factors=rates))
     for group in (group for optimizer in made for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     return made

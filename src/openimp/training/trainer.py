@@ -27,6 +27,7 @@ from openimp.encoding.items import Progress
 from openimp.evaluation.evaluate import check_sets
 from openimp.model.embedder import Embedder, EncodeAll, in_chunks
 from openimp.model.imp import IMP
+from openimp.model.learning_rates import freeze
 from openimp.model.moe import collect_usage
 from openimp.objectives import Losses, task_losses
 from openimp.parallel import distributed
@@ -37,7 +38,7 @@ from openimp.planning.ledger import costs, empty_batch
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 from openimp.training.checkpointing import Checkpointing
-from openimp.training.compilation import compile_blocks, signatures
+from openimp.training.compilation import compile_blocks, signatures, variants
 from openimp.training.log import Log, print_plan
 from openimp.training.run_directory import RunDirectory, locked
 from openimp.training.stopping import Stop, Stopped, stop_all_ranks, stop_signals
@@ -290,8 +291,8 @@ class Trainer:
     def _stand_in(self, step: int) -> LoadedBatch:
         """Replaces a batch that this rank could not load, in a step that no rank will apply."""
         visit, cpu = self.data.schedule[step], torch.device("cpu")
-        task, classes, ranks = self.recipe.tasks[visit.task], self.data.classes, distributed.world_size()
-        return LoadedBatch(visit, [empty_batch(task, visit.view, self.modalities, classes, cpu, ranks)])
+        shapes = self.recipe, visit.task, visit.view, self.modalities, self.data.classes
+        return LoadedBatch(visit, [empty_batch(*shapes, cpu, distributed.world_size())])
 
     def _check_ranks(self) -> None:
         """Raises UserError if the ranks cannot train the recipe."""
@@ -326,6 +327,7 @@ class Trainer:
         """
         deferred, sizes = DeferredInit(self.recipe.seed), {name: len(some) for name, some in self.data.classes.items()}
         self.model = deferred.build(lambda: self.build(self.recipe, self.modalities, sizes)).train()
+        freeze(self.model, self.recipe.optimizer)
         distributed.run_first_on_node(lambda: check_sets(self.model, self.recipe, self.modalities, self.data.classes))
         # Before FSDP2 replaces the model's class, whose name is in config.json.
         text_files = config_files(self.model, self.recipe, self.modalities, self.data.classes)
@@ -333,7 +335,7 @@ class Trainer:
         if signature_count:
             # Expert parallelism shards the experts of a block as a group of its own, whose hooks divide a graph anyway.
             apart = self.model.experts() if layout.expert_degree > 1 else ()
-            compile_blocks(self.model.blocks(), signature_count, apart)
+            compile_blocks(self.model.blocks(), signature_count * variants(self.model), apart)
         # All ranks gather in the same type, whatever their processors.
         precisions = distributed.all_gather_object(precision_of(self.device, self.recipe.train.precision))
         apply_parallelism(

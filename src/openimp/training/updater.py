@@ -24,7 +24,8 @@ class Updater:
     """
 
     def __init__(self, recipe: Recipe, model: Embedder, costs: Costs) -> None:
-        options, named = recipe.optimizer, dict(model.named_parameters())
+        options = recipe.optimizer
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         # With zero gradients every step updates all parameters.
         names = [{*named}] if options.zero_missing_grads else [cost.touched for cost in costs.values()]
         updated_sets = [{named[name] for name in updated} for updated in names]
@@ -43,7 +44,7 @@ class Updater:
         reshard(self.model)  # Blocks may be gathered still (`parallel.reshard_after_forward`).
         options = self.recipe.optimizer
         for parameter in self.model.parameters() if options.zero_missing_grads else ():
-            if parameter.grad is None:
+            if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         norm = clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf)
         self._unconfirmed = step, HostCopy(norm)

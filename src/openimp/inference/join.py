@@ -1,0 +1,135 @@
+"""`openimp embed --join`: adds a column of embeddings to the rows of a source, for example to distill the model."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from openimp.common.errors import UserError, counted
+from openimp.common.modality import BadMedia
+from openimp.common.progress import console, track
+from openimp.common.safe_files import replacing
+from openimp.data.files import is_url
+from openimp.data.sources import open_source
+from openimp.data.tables import ArrowTable
+from openimp.encoding.items import raw_value, require_columns, require_pair
+from openimp.inference.files import encode_chunks
+from openimp.inference.model import Model, load
+from openimp.recipe.inputs import Input
+from openimp.recipe.tasks import Source
+
+SHOWN = 10
+"""Most rows without an embedding that are listed."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The result of `embed_rows`."""
+
+    out: Path
+    column: str  # the new one
+    rows: int  # of the table
+    bad: list[str]  # "row: reason" of each row without an embedding
+    root: Path | None  # the folder to which paths in the rows are relative
+
+    def __str__(self) -> str:
+        lines = [f"{self.out}: {counted(self.rows - len(self.bad), 'embedding')} in column {self.column!r}"]
+        if self.bad:
+            lines.append(
+                f"{counted(len(self.bad), 'row')} could not be read and {'have' if self.bad[1:] else 'has'} none:"
+            )
+            lines += [f"  {row}" for row in self.bad[:SHOWN]]
+        if self.root is not None and self.root.resolve() != self.out.resolve().parent:
+            lines.append(f"as a source: {{path: {self.out}, root: {self.root}}}")
+        return "\n".join(lines)
+
+
+def embed_rows(
+    run: str | Path,
+    source: str,
+    out: str | Path,
+    modality: str | None,
+    column: str | None,
+    to: str = "embedding",
+    towards: str | None = None,
+    batch_size: int = 64,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = track,
+) -> Joined:
+    """Embeds one modality of the rows of a source, and writes the rows with the unit vectors to a Parquet file.
+
+    A row that cannot be read has null instead of a vector. Class numbers and captions become texts, and all other
+    columns stay as they are. If embedding fails, also because no row can be read, no file is written.
+
+    Args:
+        run: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
+        source: what the `path` of a recipe's source names, except tar files.
+        out: a Parquet file, which openimp reads as a source. An existing one is replaced.
+        modality: the modality to embed. It may be None if the model has only one.
+        column: the column or text template that the modality reads.
+        to: the name of the new column.
+        towards: see `Model.encode`.
+        batch_size: number of clips or items per forward pass.
+        progress: wraps an iterable to show its progress.
+    """
+    out = _parquet_file(out)
+    model = load(run)
+    name = modality or (next(iter(model.modalities)) if len(model.modalities) == 1 else None)
+    if name not in model.modalities:
+        found = "" if name is None else f", found {name}"
+        raise UserError(f"--modality: expected {' or '.join(model.modalities)}{found}")
+    if column is None:
+        raise UserError(f"--column: name the column or the text template that {name} reads")
+    towards = towards or model.partner(name)
+    require_pair(model.imp, name, towards, f"embed {name}")
+    table = _open(source, to)
+    spec = Input(column=column)
+    require_columns(table, model.modalities[name], spec, f"embed {name}")
+    embedding = pa.field(to, pa.list_(pa.float32()))
+    metadata = {"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})}
+    rows: Iterable[int] = progress(range(len(table)), f"embed {name}")
+    bad: list[str] = []
+    written = 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as draft:
+        with pq.ParquetWriter(draft, table.arrow(range(0)).schema.append(embedding).with_metadata(metadata)) as writer:
+            for chunk in encode_chunks(
+                model, name, rows, partial(_read, model, name, table, spec), towards, batch_size
+            ):
+                vectors = [None if isinstance(vector, BadMedia) else vector for _, vector in chunk]
+                bad += [f"{table.row_name(row)}: {why}" for row, why in chunk if isinstance(why, BadMedia)]
+                part = table.arrow(range(written, written + len(chunk)))
+                writer.write_table(
+                    part.append_column(embedding, pa.array(vectors, embedding.type)).replace_schema_metadata(metadata)
+                )
+                written += len(chunk)
+        if len(bad) == written:
+            raise UserError(f"no row can be read; the first: {bad[0]}")
+    done = Joined(out, to, written, bad, table.root)
+    console.print(str(done), soft_wrap=True)
+    return done
+
+
+def _parquet_file(out: str | Path) -> Path:
+    if is_url(str(out)) or Path(out).suffix.lower() != ".parquet" or Path(out).is_dir():
+        raise UserError(f"{out}: name a file on disk that ends with .parquet, because it is to be read as a source")
+    return Path(out)
+
+
+def _open(source: str, to: str) -> ArrowTable:
+    table = open_source(Path(source).stem, Source(path=source))
+    if not isinstance(table, ArrowTable):
+        raise UserError(f"{source}: no column can be added to tar files; name a folder, a manifest or Parquet files")
+    if to in table.columns:
+        raise UserError(f"--to: {source} has a column {to!r} already; name another one")
+    return table
+
+
+def _read(model: Model, name: str, table: ArrowTable, spec: Input, row: int) -> np.ndarray:
+    modality = model.modalities[name]
+    return modality.encode_input(raw_value(table, modality, spec, row), model.views[name])

@@ -1,0 +1,46 @@
+"""The learning rate of each parameter relative to the recipe's, by part of the model and by depth; frozen parts."""
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from openimp.common.errors import UserError, nearest
+from openimp.model.embedder import Embedder
+from openimp.recipe.training import Optimizer
+
+
+def freeze(model: Embedder, options: Optimizer) -> None:
+    """Parameters whose learning rate is 0 get no gradient. This must precede `apply_parallelism`, because FSDP2 looks
+    there which parameters have one."""
+    for parameter, factor in lr_factors(model, options).items():
+        parameter.requires_grad_(factor > 0)
+
+
+def lr_factors(model: Embedder, options: Optimizer) -> dict[Tensor, float]:
+    """The factor of each parameter's learning rate; 0 if the parameter is frozen."""
+    named, scales = dict(model.named_parameters()), options.lr_scale
+    _require_parts(scales, named)
+    depths = model.depths() if options.layer_decay < 1 else {}
+    factors = {}
+    for name, parameter in named.items():
+        parts = [part for part in scales if _is_of(name, part)]
+        scale = scales[max(parts, key=len)] if parts else 1.0
+        factors[parameter] = scale * options.layer_decay ** depths.get(parameter, 0)
+    return factors
+
+
+def muon_stacks(model: Embedder, options: Optimizer) -> dict[Tensor, int]:
+    """The parameters that Muon updates, with the number of matrices that each stacks; none without a `muon_lr`."""
+    hidden = model.hidden_matrices() if options.muon_lr else {}
+    return {weight: count for weight, count in hidden.items() if weight.requires_grad}
+
+
+def _is_of(name: str, part: str) -> bool:
+    return f"{name}.".startswith(f"{part}.")
+
+
+def _require_parts(parts: Collection[str], names: Collection[str]) -> None:
+    for part in parts:
+        if not any(_is_of(name, part) for name in names):
+            known = {name[:end] for name in names for end, letter in enumerate(name + ".") if letter == "."}
+            raise UserError(f"optimizer.lr_scale: the model has no part {part!r}{nearest(part, sorted(known))}")
