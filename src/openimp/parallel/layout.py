@@ -83,6 +83,7 @@ def apply_parallelism(
     device: torch.device,
     param_dtype: torch.dtype = torch.float32,
     fp32_modules: Iterable[nn.Module] = (),
+    cast_inputs: bool = False,
 ) -> None:
     """Distributes a model over the ranks, with FSDP2 and expert parallelism.
 
@@ -100,6 +101,7 @@ def apply_parallelism(
         device: of this rank.
         param_dtype: the type in which parameters are gathered. If it is bf16, the model must run without autocast.
         fp32_modules: modules whose parameters are gathered in fp32 all the same.
+        cast_inputs: whether the inputs of blocks are cast to `param_dtype`, for models that do not cast them.
     """
     if layout.ranks == 1:
         model.to(device)
@@ -108,7 +110,7 @@ def apply_parallelism(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    experts = list(experts)
+    experts, blocks = list(experts), list(blocks)
     # In fp32 they need no groups of their own.
     kept = [*fp32_modules] if param_dtype != torch.float32 else []
     replicas = layout.ranks // layout.shard_degree
@@ -136,11 +138,11 @@ def apply_parallelism(
         wrapped = fully_shard(
             module,
             mesh=module_mesh["replicate", "shard"] if module_mesh["replicate"].size() > 1 else module_mesh["shard"],
-            # Inputs are not cast, because a router's token counts must stay fp32.
+            # Inputs are not cast by default, because a router's token counts must stay fp32.
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=torch.float32 if module in kept else param_dtype,
                 reduce_dtype=torch.float32,
-                cast_forward_inputs=False,
+                cast_forward_inputs=cast_inputs and module in blocks,
             ),
             shard_placement_fn=lambda weight: Shard(int(weight in sharded_by_dim_1)),
         )

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from openimp.common.device import Precision, autocast, precision_of
 from openimp.common.modality import Classes, Modalities
-from openimp.model.embedder import in_chunks
+from openimp.model.build import build_model
+from openimp.model.embedder import Embedder, in_chunks
 from openimp.model.encoder import Attention
-from openimp.model.imp import IMP
 from openimp.objectives import task_losses
 from openimp.planning.ledger import empty_batch
 from openimp.recipe.schema import Recipe
@@ -106,7 +106,7 @@ def step_memory(
     # Without CUDA, torch cannot differentiate CUDA's fake tensors. So the tensors are on the CPU, and the modules that
     # run differently on a GPU are changed to do as a GPU does.
     with torch.device("meta"):  # Some initializers read the values that they have drawn, and fake tensors have none.
-        model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()}).train()
+        model = build_model(recipe, modalities, {name: len(values) for name, values in classes.items()}).train()
     keep_own_experts(model, owners)
     if gathered_in_bf16:
         model.bfloat16()
@@ -128,14 +128,14 @@ def step_memory(
     return memory
 
 
-def keep_own_experts(model: IMP, owners: int) -> None:
+def keep_own_experts(model: Embedder, owners: int) -> None:
     """Reduces a model to the experts of one rank, if `owners` ranks share them."""
     for module in model.experts():
         for name, weight in list(module.named_parameters()):
             setattr(module, name, nn.Parameter(weight.detach()[: len(weight) // owners]))
 
 
-def _send_slots(model: IMP, owners: int, memory: StepMemory) -> None:
+def _send_slots(model: Embedder, owners: int, memory: StepMemory) -> None:
     """Lets the experts of one rank work on the slots that all `owners` ranks send, and allocates and counts the tensors
     that `layout.dispatch_to_experts` and `layout.combine_from_experts` would."""
 

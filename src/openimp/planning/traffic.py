@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from openimp.common.modality import Modalities
-from openimp.model.embedder import pass_sizes
+from openimp.model.embedder import Embedder, pass_sizes
 from openimp.model.encoder import SparseBlock
 from openimp.model.imp import IMP
 from openimp.planning.communication import Collective, Group
@@ -49,7 +49,7 @@ class Compared(NamedTuple):
 def step_traffic(
     recipe: Recipe,
     modalities: Modalities,
-    model: IMP,
+    model: Embedder,
     sharding: Sharding,
     task: Task,
     examples: int,
@@ -84,7 +84,7 @@ def step_traffic(
         slots = [Collective("all-to-all", Group.of(expert_degree, 1, ranks), size) for size in counted.slots]
     return Traffic(
         start=start,
-        passes=[[blocks[block] for block in _blocks_of(model, sizes)] for sizes in passes],
+        passes=[[blocks[block] for block in model.blocks_of(sizes)] for sizes in passes],
         loss=loss,
         heads=[*compared.heads * [head], rest],
         slots=slots,
@@ -92,24 +92,20 @@ def step_traffic(
     )
 
 
-def _blocks_of(model: IMP, sizes: Mapping[str, int]) -> list[nn.Module]:
-    """The blocks that a pass goes through."""
-    own = [model.encoder.own[model.stem_of[name]] for name in sizes] if model.encoder.own else []
-    return [block for part in (*own, model.encoder.blocks) for block in part.children()]
-
-
-def _temperatures(model: IMP, task: Task) -> list[nn.Module]:
+def _temperatures(model: Embedder, task: Task) -> list[nn.Module]:
     """The learned temperature of each pair that a task compares."""
     contrastive = (objective for objective in task.objectives if not isinstance(objective, Classification))
     return [model.temperature(*pair) for each in contrastive for pair in pairs_of(each, task.inputs)]
 
 
-def _counts(recipe: Recipe, modalities: Modalities, model: IMP, passes: Sequence[Mapping[str, int]]) -> int:
+def _counts(recipe: Recipe, modalities: Modalities, model: Embedder, passes: Sequence[Mapping[str, int]]) -> int:
     """The number of all-reduces that count tokens: those of inputs with a mask (`valid_tokens_per_rank`), those that
     choose an expert first, and those of chunks."""
     encoded = 2 if len(passes) > 1 else 1  # Chunks are encoded again in the backward pass, and so are blocks.
     again, moe = encoded + recipe.memory.activation_checkpointing, recipe.model.moe
     found = len(passes[0]) if len(passes) > 1 else 0
+    if not isinstance(model, IMP):
+        return found
     for name in chain.from_iterable(passes):
         own = [model.encoder.own[model.stem_of[name]]] if model.encoder.own else []
         for part in (*own, model.encoder.blocks):
