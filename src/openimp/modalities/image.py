@@ -1,6 +1,6 @@
 """Pictures, read with Pillow, as one frame of patches."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.AvifImagePlugin
@@ -33,7 +33,7 @@ class Image(Vision):
     name = "image"
     tensor_axes = ("B", "3", "H", "W")
     extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga", ".ico")
-    decoders = ("pillow",)
+    decoders: ClassVar[tuple[str, ...]] = ("pillow",)
 
     @classmethod
     def wrapped(cls) -> type[Vision]:

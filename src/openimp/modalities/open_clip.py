@@ -219,10 +219,11 @@ class Pictures(OpenClip, Vision):
         return getattr(view, "frames", 1)
 
     def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
-        return super().decode(raw, [self._whole_view(view) for view in views], rng)
+        # That of `Image` or `Video`.
+        return super().decode(raw, [self._whole_view(view) for view in views], rng)  # type: ignore[safe-super]
 
     def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
-        return super().transform(item, self._whole_view(view), rng)
+        return super().transform(item, self._whole_view(view), rng)  # type: ignore[safe-super]
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
         """One token per frame of pixels (B, [T,] H, W, 3): values (B, T, P) uint8."""

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class Text(Modality):
     masked = True
     reads_text = True
     extensions = (".txt",)
-    decoders = ("tokenizers",)
+    decoders: ClassVar[tuple[str, ...]] = ("tokenizers",)
 
     class Config(Strict):
         """The tokenizer and the position table."""

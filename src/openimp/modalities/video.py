@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -32,7 +32,7 @@ class Video(Vision):
     name = "video"
     tensor_axes = ("B", "T", "3", "H", "W")
     extensions = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".gif")
-    decoders = ("av", "pillow")
+    decoders: ClassVar[tuple[str, ...]] = ("av", "pillow")
 
     class View(Vision.View):
         """Frames, size, tokens and augmentation of a clip."""

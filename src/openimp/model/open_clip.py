@@ -74,7 +74,8 @@ class OpenCLIP(Embedder):
         library.logit_scale = library.logit_bias = None
         for module in encoder.modules():
             if isinstance(module, _BatchNorm):
-                module.num_batches_tracked = module.num_batches_tracked.float()  # The EMA averages it, too.
+                counts: Any = module  # As floats, because the EMA averages them, too.
+                counts.num_batches_tracked = counts.num_batches_tracked.float()
         self.encoder = encoder
         if recipe.memory.activation_checkpointing:
             library.set_grad_checkpointing(True)
