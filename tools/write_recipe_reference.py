@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import NoneType, UnionType
@@ -19,6 +20,7 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from openimp.common.errors import UserError
 from openimp.common.modality import Modality
 from openimp.recipe.inputs import View
 from openimp.recipe.registry import GROUP
@@ -48,6 +50,15 @@ def builtin_modalities() -> dict[str, type[Modality]]:
     return {point.name: point.load() for point in points}
 
 
+def wrapped_modalities() -> dict[str, type[Modality]]:
+    """Those of a wrapped model, by name."""
+    found = {}
+    for name, modality in builtin_modalities().items():
+        with suppress(UserError):  # The library has no such modality.
+            found[name] = modality.wrapped()
+    return found
+
+
 def sections() -> dict[type[BaseModel], str]:
     """The title of each part of the recipe, in the order of the page."""
     titles: dict[type[BaseModel], str] = {}
@@ -60,12 +71,16 @@ def sections() -> dict[type[BaseModel], str]:
             if schema is Recipe and name == "modalities":
                 for modality in modalities.values():
                     titles[modality.Config] = f"`modalities.{modality.stem}`"
+                for modality in wrapped_modalities().values():
+                    titles[modality.Config] = f"`modalities.{modality.stem}` with `model.wrap`"
             for part, suffix in _schemas(field.annotation):
                 if part not in titles:
                     visit(part, f"{path}.{name}{suffix}".removeprefix("recipe."))
         if schema is View:
             for name, modality in modalities.items():
                 titles[modality.View] = f"`{path}.{name}`"
+            for name, modality in wrapped_modalities().items():
+                titles[modality.View] = f"`{path}.{name}` with `model.wrap`"
 
     visit(Recipe, "recipe")
     return titles | {Recipe: "Top level"}
@@ -81,6 +96,8 @@ def _schemas(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseModel
 
 
 def _section(schema: type[BaseModel], titles: dict[type[BaseModel], str]) -> str:
+    if not schema.model_fields:
+        return f"\n## {titles[schema]}\n\n{inspect.cleandoc(schema.__doc__ or '')} It has no options.\n"
     rows = [("key", "type", "default", "meaning"), ("---",) * 4]
     for name, field in schema.model_fields.items():
         meaning = " ".join((field.description or "").split())

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from openimp.checkpoint.folder import checkpoints, describe_model, find_model, load_model, model_folder, saved_step
+from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError, counted, printable
 from openimp.common.json_lines import append
@@ -29,12 +30,13 @@ from openimp.inference.embed import embed
 from openimp.inference.join import embed_rows
 from openimp.inference.model import load
 from openimp.inference.ray import embed_with_ray
-from openimp.model.imp import IMP
+from openimp.model.build import build_model
 from openimp.parallel import distributed
 from openimp.planning.gpus import USABLE
 from openimp.planning.ledger import costs, mixture_table, short
 from openimp.planning.plan import Plan, count, encoder_per_token, plans, recommended
 from openimp.recipe.file import RecipeLoader, override, read_recipe
+from openimp.recipe.model import LIBRARY
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification
 from openimp.report.write import write_report
@@ -185,7 +187,20 @@ def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple
     given = theirs.get("sources") or {}
     sources = ours["sources"] | given if isinstance(given, dict) else given
     measured = {"sources": sources, "evaluation": theirs.get("evaluation") or {}}
+    if recipe.model.wrap:
+        _drop_sizes(recipe, measured["evaluation"])
     return Recipe.build({**theirs, **ours, **measured}, file.resolve().parent, other), given
+
+
+def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
+    """Removes the sizes of pictures and texts from views that were written for other models than a wrapped one."""
+    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
+    for options in sets.values() if isinstance(sets, dict) else ():
+        view = options.get("view") if isinstance(options, dict) else None
+        for name in recipe.modality_names:
+            if isinstance(view, dict) and isinstance(view.get(name), dict):
+                unknown = recipe.modality_class(name).View.renamed
+                view[name] = {key: value for key, value in view[name].items() if key not in unknown}
 
 
 def run_search(
@@ -260,7 +275,7 @@ def run_embed_rows(
 
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
     """Serves the search page of an index, or of the media of a run's recipe."""
-    if not what.exists():
+    if not what.exists() and not str(what).startswith(LIBRARY):
         raise UserError(f"{what}: no such index or run; openimp index makes an index")
     try:
         from openimp.search.server import serve
@@ -280,9 +295,12 @@ def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None
 def run_info(what: str, overrides: list[str]) -> None:
     """Describes a recipe, a model, or a run. A run without a checkpoint is described by its recipe."""
     path = Path(what)
-    if path.is_dir() and overrides:
+    wrapped = what.startswith(LIBRARY)
+    if (wrapped or path.is_dir()) and overrides:
         raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
-    if path.is_dir() and (checkpoints(path) or (path / "config.json").exists() or not (path / "recipe.yaml").exists()):
+    if wrapped or (
+        path.is_dir() and (checkpoints(path) or (path / "config.json").exists() or not (path / "recipe.yaml").exists())
+    ):
         folder = model_folder(path)
         recipe, modalities, classes = describe_model(folder)
         console.print(f"{folder}: a model of recipe {recipe.name}", soft_wrap=True)
@@ -291,7 +309,7 @@ def run_info(what: str, overrides: list[str]) -> None:
             refuse_links(path)
             what = str(path / "recipe.yaml")
         recipe = Recipe.load(what, overrides, Path.cwd())
-        modalities = recipe.make_modalities()
+        modalities = _modalities(recipe)
         classes = _classes(recipe)
         if path.is_dir():
             console.print(f"{path}: a run of recipe {recipe.name}, which has saved no checkpoint yet", soft_wrap=True)
@@ -304,7 +322,7 @@ def run_info(what: str, overrides: list[str]) -> None:
 def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -> None:
     """Says what a run of a recipe would need, and which layout suits it."""
     recipe = Recipe.load(name, overrides, Path.cwd())
-    modalities = recipe.make_modalities()
+    modalities = _modalities(recipe)
     every = [*plans(recipe, modalities, _classes(recipe), gpus, gpu, mfu)]
     found, best = every[0], recommended(every)
     counts = {"used by a token on average, after its embedding": found.per_token}
@@ -353,6 +371,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days" if seconds >= 86400 else clock(seconds)
 
 
+def _modalities(recipe: Recipe) -> dict[str, Modality]:
+    """The recipe's modalities; those of a wrapped model with the library's files."""
+    modalities = recipe.make_modalities()
+    if recipe.model.wrap:
+        open_warm_start(recipe, modalities)
+    return modalities
+
+
 def _classes(recipe: Recipe) -> dict[str, list[Any]]:
     """The classes of each head. A head whose classes are neither listed nor in readable data counts as one class."""
     found: dict[str, list[Any]] = {}
@@ -372,7 +398,7 @@ def _classes(recipe: Recipe) -> dict[str, list[Any]]:
 
 def _print_model(recipe: Recipe, modalities: dict[str, Modality], classes: dict[str, list[Any]]) -> None:
     with torch.device("meta"):
-        model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
+        model = build_model(recipe, modalities, {name: len(values) for name, values in classes.items()})
     used = encoder_per_token(recipe, model) if recipe.model.moe else None
     parts = {name: count(part) for name, part in model.named_children()}
     _print_parameters(parts, {"encoder, used by a token on average": used}, modalities)

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openimp.common.device import full_precision
 from openimp.data.batch import Batch, head_key
-from openimp.model.embedder import EncodeAll, Encoded
-from openimp.model.imp import IMP
+from openimp.model.embedder import Embedder, EncodeAll, Encoded
 from openimp.model.moe import Usage
 from openimp.parallel.distributed import all_gather
 from openimp.recipe.tasks import Classification, Contrastive, Distill, Task, classified_by, pairs_of, target_of
@@ -35,7 +34,7 @@ class Losses:
     usage: dict[str, list[Usage]]  # by modality: of each sparse layer, in order; empty unless it is collected
 
 
-def task_losses(model: IMP, task: Task, batch: Batch, encode_all: EncodeAll | None = None) -> Losses:
+def task_losses(model: Embedder, task: Task, batch: Batch, encode_all: EncodeAll | None = None) -> Losses:
     """Encodes all modalities of the batch in one pass and returns the weighted sum of the task's objectives.
 
     The loss of an objective is the mean over its pairs, or over the modalities that it classifies. The router losses,
@@ -64,7 +63,7 @@ def task_losses(model: IMP, task: Task, batch: Batch, encode_all: EncodeAll | No
 
 
 def contrastive_losses(
-    model: IMP, objective: Contrastive, encoded: Mapping[str, Encoded], batch: Batch
+    model: Embedder, objective: Contrastive, encoded: Mapping[str, Encoded], batch: Batch
 ) -> dict[str, Tensor]:
     """The loss of each pair of modalities, by the name "a-b". Embeddings, similarities and softmax are fp32.
 
@@ -95,7 +94,7 @@ def contrastive_losses(
 
 
 def distillation_losses(
-    model: IMP, objective: Distill, towards: str, encoded: Mapping[str, Encoded], batch: Batch
+    model: Embedder, objective: Distill, towards: str, encoded: Mapping[str, Encoded], batch: Batch
 ) -> dict[str, Tensor]:
     """The loss of a modality's embeddings, by the name "modality:column". Everything is fp32.
 
@@ -163,7 +162,7 @@ def equal_texts(task: Task, batch: Batch) -> float:
 
 
 def classification_losses(
-    model: IMP, objective: Classification, source: str, encoded: Mapping[str, Encoded], batch: Batch
+    model: Embedder, objective: Classification, source: str, encoded: Mapping[str, Encoded], batch: Batch
 ) -> dict[str, Tensor]:
     """The loss of each classified modality, by the name "modality:column"."""
     target = batch.labels[objective.label]

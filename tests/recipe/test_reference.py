@@ -39,7 +39,7 @@ def test_every_part_of_the_schema_has_a_section(tool):
     modules = (schema, evaluation, inputs, model, tasks, training)
     values = [value for module in modules for value in vars(module).values()]
     parts = {value for value in values if isinstance(value, type) and issubclass(value, BaseModel)}
-    modalities = tool.builtin_modalities().values()
+    modalities = [*tool.builtin_modalities().values(), *tool.wrapped_modalities().values()]
     parts |= {part for modality in modalities for part in (modality.Config, modality.View)}
     assert parts - {BaseModel, Strict} == set(tool.sections())
 

@@ -16,7 +16,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from openimp.checkpoint import dcp
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Classes, Modalities, Modality
 from openimp.common.safe_files import read_text, refuse_links
+from openimp.model.build import build_model, count_layers
 from openimp.model.embedder import Embedder
-from openimp.model.imp import IMP
 from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
+from openimp.recipe.model import LIBRARY
 from openimp.recipe.schema import Recipe
 
 FORMAT = 6
@@ -37,6 +39,8 @@ FORMAT = 6
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 BEST = "best"
+MODELS = ("IMP", "OpenCLIP")
+"""The classes of models that `build_model` builds."""
 
 
 def save_model(folder: Path, model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
@@ -53,41 +57,42 @@ def config_files(model: Embedder, recipe: Recipe, modalities: Modalities, classe
     return {"config.json": json.dumps(config, indent=1, ensure_ascii=False), **learned}
 
 
-def load_model(folder: Path) -> tuple[IMP, Recipe, dict[str, Modality], dict[str, list[Any]]]:
+def load_model(folder: Path) -> tuple[Embedder, Recipe, dict[str, Modality], dict[str, list[Any]]]:
     """Loads the model of a checkpoint, or of a folder that `save_model` wrote, in evaluation mode.
 
     The weights are the EMA if the folder has one. A truncated file is refused. A flipped bit in the weights is found
     only by `verify`.
     """
     recipe, modalities, classes = describe_model(folder)
-    with torch.device("meta"):
-        model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
+    # A wrapped model has buffers that are computed when it is built. It leaves its weights uninitialized by itself.
+    with nullcontext() if recipe.model.wrap else torch.device("meta"):
+        model = build_model(recipe, modalities, {name: len(values) for name, values in classes.items()})
     load_weights(model, folder, assign=True)
     return model.eval(), recipe, modalities, classes
 
 
 def describe_model(folder: Path) -> tuple[Recipe, dict[str, Modality], dict[str, list[Any]]]:
-    """The recipe of an IMP, its modalities with what they learned, and the classes of each head.
+    """The recipe of a model, its modalities with what they learned, and the classes of each head.
 
     A recipe with more layers than the weights have tensors is refused. Creating a layer takes time and memory even on
     the meta device, and the configuration may be untrusted.
     """
     recipe, classes, learned = read_config(folder)
-    layers, tensors = recipe.model.layers, len(dcp.metadata(weights_folder(folder)))
-    if layers > tensors:
-        raise UserError(f"{folder}: config.json asks for {layers} layers, but the weights are only {tensors} tensors")
     modalities = recipe.make_modalities()
     for modality in modalities.values():
         modality.load_state(learned)
+    layers, tensors = count_layers(recipe, modalities), len(dcp.metadata(weights_folder(folder)))
+    if layers > tensors:
+        raise UserError(f"{folder}: config.json asks for {layers} layers, but the weights are only {tensors} tensors")
     return recipe, modalities, classes
 
 
 def read_config(
-    folder: Path, model: type[Embedder] | None = IMP
+    folder: Path, models: Collection[str] | None = MODELS
 ) -> tuple[Recipe, dict[str, list[Any]], dict[str, str]]:
     """Reads the recipe, the classes of each head, and what the modalities learned, by file name.
 
-    The model must be of the class `model` (None: any).
+    The class of the model must be one of `models`, by name (None: any).
     """
     file = folder / "config.json"
     if not file.exists():
@@ -99,10 +104,9 @@ def read_config(
             "only; use the version that saved it, or train the model again"
         )
     found = config.get("model")
-    if model and found != model.__name__:
-        raise UserError(
-            f"{folder}: holds {found}, expected {model.__name__}; only the study that trained it can load it"
-        )
+    if models is not None and found not in models:
+        expected = " or ".join(models)
+        raise UserError(f"{folder}: holds {found}, expected {expected}; only the study that trained it can load it")
     for key in ("recipe", "classes"):
         if not isinstance(config.get(key), dict):
             raise UserError(f"{file}: {key} is missing or is not a JSON object")
@@ -242,7 +246,14 @@ def step_of(folder: Path) -> int:
 
 
 def model_folder(path: Path) -> Path:
-    """The folder of a model: `path` itself if it has config.json, else the newest checkpoint of the run `path`."""
+    """The folder of a model: `path` itself if it has config.json, else the newest checkpoint of the run `path`.
+
+    If `path` is the name of a model of open_clip, it is the folder in the cache that has been made of it.
+    """
+    if str(path).startswith(LIBRARY):
+        from openimp.checkpoint.wrapped import wrapped_folder
+
+        return wrapped_folder(str(path))
     refuse_links(path)
     if (path / "config.json").exists():
         return path
@@ -255,10 +266,11 @@ def model_folder(path: Path) -> Path:
 def find_model(name: str) -> Path:
     """The folder of a model: a local one, or one that is downloaded from the Hugging Face Hub unless it is cached.
 
-    `name` is a path, or OWNER/NAME or OWNER/NAME@REVISION on the Hub. With the prefix "hub:" it is never a path.
+    `name` is a path, or OWNER/NAME or OWNER/NAME@REVISION on the Hub. With the prefix "hub:" it is never a path. With
+    the prefix "open_clip:" it is a model of open_clip; see `wrapped`.
     """
     path, on_hub = Path(name), re.fullmatch(r"(hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
-    if path.exists():
+    if name.startswith(LIBRARY) or path.exists():
         return model_folder(path)
     if not on_hub or (not on_hub[1] and (path.parts[0] == "runs" or path.parent.is_dir())):
         raise UserError(f"{name}: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME")

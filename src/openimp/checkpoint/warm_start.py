@@ -59,15 +59,20 @@ def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
 
     An encoder or a shared stem with other options is a UserError.
     """
-    if recipe.train.init is None:
+    init = recipe.train.init or recipe.model.wrap
+    if init is None:
         return None
     try:
-        init = recipe.train.init
         # Unlike `openimp.load`, this requires "hub:", so that a mistyped path never loads a stranger's model.
         folder = find_model(init) if init.startswith("hub:") else model_folder(Path(init))
         before, classes, learned = read_config(folder)
         stems = frozenset(recipe.modalities) & frozenset(before.modalities)
-        for key, there, here in differences(_identity(before, stems), _identity(recipe, stems)):
+        if bool(before.model.wrap) != bool(recipe.model.wrap):
+            there, here = before.model.wrap or "no other model", recipe.model.wrap or "no other model"
+            raise UserError(f"{folder}: its recipe wraps {there}, and this one wraps {here}")
+        # The modalities of a wrapped model only read media differently with other options.
+        same = frozenset() if recipe.model.wrap else stems
+        for key, there, here in differences(_identity(before, same), _identity(recipe, same)):
             raise UserError(f"{folder}: {key} is {there!r} there, {here!r} here")
         for modality in modalities.values():
             if modality.stem in stems:

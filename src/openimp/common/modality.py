@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
+from openimp.common.errors import UserError
 from openimp.common.schema import Strict
 
 
@@ -102,6 +103,15 @@ class Modality(ABC):
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @classmethod
+    def wrapped(cls) -> "type[Modality]":
+        """The class that reads this modality for a model of open_clip (`model.wrap`).
+
+        Raises:
+            UserError: the library has no such modality.
+        """
+        raise UserError(f"a model of open_clip has no modality {cls.name!r}")
 
     @abstractmethod
     def stem_spec(self) -> StemSpec:

@@ -60,13 +60,14 @@ class TextFrom(str):
 
 def _absolute(path: Any, info: ValidationInfo) -> Any:
     """Makes a relative path absolute; a URL or `openimp:NAME` is returned unchanged."""
-    folder = _folder(path, info)
+    folder = base_folder(path, info)
     if not isinstance(path, str) or folder is None or re.match(r"\w\w+:", path):
         return path
     return str(Path(folder).resolve() / path)
 
 
-def _folder(text: Any, info: ValidationInfo) -> str | Path | None:
+def base_folder(text: Any, info: ValidationInfo) -> str | Path | None:
+    """The folder at which a relative path in the data starts; None if it is not known."""
     return text.folder if isinstance(text, TextFrom) else (info.context or {}).get("folder")
 
 
@@ -91,7 +92,7 @@ def text_lines(value: Any, info: ValidationInfo) -> Any:
     """
     if not isinstance(value, str):
         return value
-    folder = Path(_folder(value, info) or ".").resolve()
+    folder = Path(base_folder(value, info) or ".").resolve()
     file = (folder / value).resolve()
     if not file.is_relative_to(folder):
         raise ValueError(f"{value} is outside of the folder {folder}")

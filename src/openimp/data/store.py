@@ -154,6 +154,8 @@ def _read(file: Path) -> DecodedStore:
 def _key(table: Table, modality: Modality, column: str, views: list[Any]) -> str:
     kind = type(modality)
     options = [modality.config.model_dump_json(), sorted({view.model_dump_json() for view in views})]
+    if state := modality.state():  # The size of a wrapped model's pictures is not in a view.
+        options.append(sorted(state.items()))
     files = [(path, table.file_state(path)) for path in table.paths(column)]
     code = [LAYOUT, version("openimp"), kind.__module__, kind.__qualname__]
     return stable_hash([code, table.fingerprint, column, options, files])

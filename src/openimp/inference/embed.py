@@ -103,7 +103,7 @@ def choose_files(
 
 def table_schema(model: Model, run: str | Path) -> pa.Schema:
     """The columns of a table of embeddings, and which model made it."""
-    vector = pa.list_(pa.float32(), model.recipe.model.embed_dim)
+    vector = pa.list_(pa.float32(), model.imp.config.embed_dim)
     columns = dict.fromkeys(("path", "modality", "towards"), pa.string()) | {"embedding": vector}
     return pa.schema(columns, metadata={"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})})
 
@@ -121,7 +121,7 @@ def embed_chunks(
 
     Relative paths are relative to `folder`.
     """
-    size = model.recipe.model.embed_dim
+    size = model.imp.config.embed_dim
     for chunk in encode_chunks(model, name, files, partial(_read, model, name, folder), towards, batch_size):
         kept = {str(path): vector for path, vector in chunk if not isinstance(vector, BadMedia)}
         bad = [(shown_name(path), str(why)) for path, why in chunk if isinstance(why, BadMedia)]

@@ -17,7 +17,7 @@ from openimp.common.device import Precision, pick_device, precision_of
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia, Classes, Modalities, Modality
 from openimp.encoding.items import embed, embed_tokens, first_view, require_pair
-from openimp.model.imp import IMP
+from openimp.model.embedder import Embedder
 from openimp.recipe.schema import Recipe
 
 
@@ -26,7 +26,8 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
 
     Args:
         path: a run, whose newest checkpoint is opened; a checkpoint; a folder that `Model.save` wrote; or a model on
-            the Hugging Face Hub: OWNER/NAME, or OWNER/NAME@REVISION with a commit, tag or branch.
+            the Hugging Face Hub: OWNER/NAME, or OWNER/NAME@REVISION with a commit, tag or branch; or a public model of
+            open_clip: open_clip:NAME/TAG, open_clip:hf-hub:OWNER/NAME or open_clip:local-dir:FOLDER.
         device: where the model computes. None: on the GPU if there is one, else on the CPU.
         precision: "auto", "bf16" or "fp32". "auto" is bf16 if that is faster on the device. In fp32, an embedding is
             the same in any batch, up to 1e-5.
@@ -49,7 +50,7 @@ class Model(nn.Module):
     """
 
     def __init__(
-        self, imp: IMP, recipe: Recipe, modalities: Modalities, classes: Classes, precision: Precision = "auto"
+        self, imp: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes, precision: Precision = "auto"
     ) -> None:
         super().__init__()
         self.imp, self.recipe, self.modalities, self.classes = imp, recipe, modalities, classes

@@ -31,7 +31,7 @@ class MTEBEncoder(AbsEncoder):
                 "revision": _revision(model),
                 "modalities": [name for name in model.modalities if name in get_args(Modalities)],
                 "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "embed_dim": model.recipe.model.embed_dim,
+                "embed_dim": model.imp.config.embed_dim,
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "framework": ["PyTorch"],
             }

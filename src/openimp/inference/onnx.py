@@ -44,7 +44,7 @@ def export(run: str | Path, folder: Path) -> None:
         raise UserError(f"{run}: no task trains two modalities together, so there are no embeddings to export")
     folder.mkdir(parents=True, exist_ok=True)
     described = {name: _export_one(model, name, targets, folder) for name, targets in graphs.items() if targets}
-    about = {"recipe": model.recipe.name, "embed_dim": model.recipe.model.embed_dim, "graphs": described}
+    about = {"recipe": model.recipe.name, "embed_dim": model.imp.config.embed_dim, "graphs": described}
     for name, text in config_files(model.imp, model.recipe, model.modalities, model.classes).items():
         if name != "config.json":
             (folder / name).write_text(text, encoding="utf-8")

@@ -214,7 +214,7 @@ class _RowEncoder:
         chunks = encode_chunks(self.model, self.name, values, self._read, self.towards, self.batch_size)
         found = [result for chunk in chunks for _, result in chunk]
         bad = [isinstance(result, BadMedia) for result in found]
-        size = self.model.recipe.model.embed_dim
+        size = self.model.imp.config.embed_dim
         vectors = [np.zeros(size, np.float32) if isinstance(result, BadMedia) else result for result in found]
         flat = np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
         column = pa.FixedSizeListArray.from_arrays(flat, size, mask=pa.array(bad, pa.bool_()))

@@ -60,7 +60,7 @@ class AnyModality(nn.Module):
         return [*self.model.modalities, "message"]
 
     def get_embedding_dimension(self) -> int:
-        return self.model.recipe.model.embed_dim
+        return self.model.imp.config.embed_dim
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Finds the modality of each input, and puts the prompt before texts."""

@@ -1,6 +1,6 @@
 """Pictures, read with Pillow, as one frame of patches."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.AvifImagePlugin
@@ -33,7 +33,13 @@ class Image(Vision):
     name = "image"
     tensor_axes = ("B", "3", "H", "W")
     extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga", ".ico")
-    decoders = ("pillow",)
+    decoders: ClassVar[tuple[str, ...]] = ("pillow",)
+
+    @classmethod
+    def wrapped(cls) -> type[Vision]:
+        from openimp.modalities.open_clip import OpenClipImage
+
+        return OpenClipImage
 
     @property
     def patch(self) -> tuple[int, ...]:
@@ -48,7 +54,7 @@ class Image(Vision):
         if isinstance(raw, np.ndarray):
             return shrink(PIL.Image.fromarray(check_pixels(raw, 2)), views)
         if isinstance(raw, PIL.Image.Image):
-            _check_size(raw)
+            check_size(raw)
             return shrink(to_rgb(PIL.ImageOps.exif_transpose(raw)), views)
         with open_source(raw) as source:
             picture = open_picture(source)
@@ -58,7 +64,7 @@ class Image(Vision):
             height, width = decoded_size((picture.height, picture.width), views)
             turned_width, turned_height = decoded_size((picture.width, picture.height), views)
             picture.draft(None, (max(width, turned_width), max(height, turned_height)))
-            _check_size(picture)
+            check_size(picture)
             PIL.ImageOps.exif_transpose(picture, in_place=True)
             return shrink(to_rgb(picture), views)
 
@@ -69,10 +75,7 @@ class Image(Vision):
         Reasons are another format than in `FORMATS`, and too many pixels or scans.
         """
         with open_source(raw) as source:
-            picture = open_picture(source)
-            if "progressive" in picture.info:
-                _check_progressive(picture, source)
-            _check_size(picture)
+            open_whole(source)
 
     def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
         """Crops and augments pixels (H, W, C) to (h, w, 3), or (1, h, w, 3) in evaluation; uint8."""
@@ -86,7 +89,7 @@ class Image(Vision):
     @decoder_errors()
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
         """The whole picture."""
-        return encode_webp(self.decode(value, [self.View(size=side)]), side)
+        return encode_webp(self.decode(value, [Image.View(size=side)]), side)
 
     def preprocess(self, picture: Any, view: Any) -> torch.Tensor:
         """Converts a Pillow picture, or whatever `decode` takes, to a float tensor (3, h, w) for `from_tensor`."""
@@ -101,18 +104,28 @@ def open_picture(source: Source) -> PIL.Image.Image:
     return PIL.Image.open(source, formats=FORMATS)
 
 
+def open_whole(source: Source) -> PIL.Image.Image:
+    """Opens a picture that may be decoded in full size. BadMedia if it has too many pixels or scans for that."""
+    picture = open_picture(source)
+    if "progressive" in picture.info:
+        _check_progressive(picture, source)
+    check_size(picture)
+    return picture
+
+
 def _check_progressive(picture: PIL.Image.Image, source: Source) -> None:
     """Refuses a progressive JPEG with too many pixels or scans.
 
     Pillow holds the coefficients of all pixels even if `draft` reduces the size, and each scan passes over all of them.
     """
-    _check_size(picture)
+    check_size(picture)
     source.seek(0)
     if (scans := source.read().count(b"\xff\xda")) > MAX_SCANS:
         raise BadMedia(f"{scans} scans are more than {MAX_SCANS}")
 
 
-def _check_size(picture: PIL.Image.Image) -> None:
+def check_size(picture: PIL.Image.Image) -> None:
+    """Refuses a picture with too many pixels."""
     limit = MAX_PIXELS // 2 if picture.format in COSTLY else MAX_PIXELS
     if not 0 < picture.width * picture.height <= limit:
         raise BadMedia(f"a picture of {picture.width} x {picture.height} pixels; expected 1 to {limit:,} pixels")

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class Text(Modality):
     masked = True
     reads_text = True
     extensions = (".txt",)
-    decoders = ("tokenizers",)
+    decoders: ClassVar[tuple[str, ...]] = ("tokenizers",)
 
     class Config(Strict):
         """The tokenizer and the position table."""
@@ -66,6 +66,12 @@ class Text(Modality):
 
         length: Count = 16
         """Tokens, including the end token; longer texts are cut at the end. The paper: 16."""
+
+    @classmethod
+    def wrapped(cls) -> type[Modality]:
+        from openimp.modalities.open_clip import OpenClipText
+
+        return OpenClipText
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -168,7 +174,7 @@ class Text(Modality):
 
     def _ids(self, text: str, count: int) -> np.ndarray:
         # The text is cut first, so that a very long one takes little time.
-        ids = self.tokenizer.encode(_valid(text[: MAX_TOKEN_LENGTH * count]), add_special_tokens=False).ids
+        ids = self.tokenizer.encode(valid_text(text[: MAX_TOKEN_LENGTH * count]), add_special_tokens=False).ids
         if self.config.min_df is not None:
             unknown = self.tokenizer.token_to_id(UNKNOWN)
             ids = [i for i in ids if i != unknown]
@@ -183,7 +189,7 @@ def _train_subwords(corpus: Iterable[list[str]], size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
-    texts = (_valid(text[:MAX_TRAINING_LENGTH]) for text in chain.from_iterable(corpus))
+    texts = (valid_text(text[:MAX_TRAINING_LENGTH]) for text in chain.from_iterable(corpus))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -193,7 +199,7 @@ def _train_words(corpus: Iterable[list[str]], min_df: int, size: int) -> Tokeniz
     normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     splitter, examples = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True), Counter[str]()
     for texts in corpus:
-        normalized = (normalizer.normalize_str(_valid(text)) for text in texts)
+        normalized = (normalizer.normalize_str(valid_text(text)) for text in texts)
         words = chain.from_iterable(map(splitter.pre_tokenize_str, normalized))
         examples.update({word for word, _ in words})
     known = sorted((word for word, count in examples.items() if count >= min_df), key=lambda w: (-examples[w], w))
@@ -205,6 +211,6 @@ def _train_words(corpus: Iterable[list[str]], min_df: int, size: int) -> Tokeniz
     return tokenizer
 
 
-def _valid(text: str) -> str:
+def valid_text(text: str) -> str:
     """Removes lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "ignore").decode("utf-8")

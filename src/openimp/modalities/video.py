@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -32,7 +32,7 @@ class Video(Vision):
     name = "video"
     tensor_axes = ("B", "T", "3", "H", "W")
     extensions = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".gif")
-    decoders = ("av", "pillow")
+    decoders: ClassVar[tuple[str, ...]] = ("av", "pillow")
 
     class View(Vision.View):
         """Frames, size, tokens and augmentation of a clip."""
@@ -57,6 +57,12 @@ class Video(Vision):
         def span(self) -> int:
             """Frames of the source that a clip stretches over."""
             return (self.frames - 1) * self.stride + 1
+
+    @classmethod
+    def wrapped(cls) -> type[Vision]:
+        from openimp.modalities.open_clip import OpenClipVideo
+
+        return OpenClipVideo
 
     def shape(self, view: Any) -> tuple[int, int, int, int]:
         return (view.frames, *view.hw, CHANNELS)
@@ -126,7 +132,7 @@ class Video(Vision):
     @media.decoder_errors()
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
         """A frame from the middle."""
-        still = self.View(size=side, frames=1, stride=1, clips=1)
+        still = Video.View(size=side, frames=1, stride=1, clips=1)
         if segment is None:
             middle = media.ExampleRng(np.random.PCG64(0))
             middle.sync_start = 0.5

@@ -4,16 +4,18 @@ Shape suffixes: B examples, D features, Z dimensions of the shared embedding spa
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Tokens
+from openimp.model.heads import LogitScale, Temperature
 from openimp.model.moe import RouterStats
 from openimp.parallel.distributed import all_reduce_mean
 from openimp.recipe.model import Model
@@ -73,6 +75,7 @@ class Embedder(nn.Module, ABC):
     """A model that embeds several modalities so that pairs of them can be compared."""
 
     config: Model
+    classifiers: nn.ModuleDict
     pairs: list[tuple[str, str]]  # the pairs of modalities that are trained to agree; each pair is sorted
 
     @abstractmethod
@@ -89,6 +92,19 @@ class Embedder(nn.Module, ABC):
 
         The vectors are unit vectors unless `normalize` is false.
         """
+
+    def classify(self, features_BD: Tensor, head: str) -> Tensor:
+        """Maps features to the logits (B, K) of a classification head; fp32 unless autocast is on."""
+        layer = cast(nn.Linear, self.classifiers[head])
+        return F.linear(features_BD.float(), layer.weight.float(), layer.bias.float())
+
+    @abstractmethod
+    def temperature(self, a: str, b: str) -> Temperature | LogitScale:
+        """The learned temperature of a pair of modalities, in either order."""
+
+    @abstractmethod
+    def head_name(self, source: str, target: str) -> str:
+        """The name of the space that `project` maps `source` to for `target`."""
 
     @abstractmethod
     def share_a_space(self, a: str, b: str) -> bool:
@@ -108,6 +124,10 @@ class Embedder(nn.Module, ABC):
     def blocks(self) -> list[nn.Module]:
         """The modules that hold most of the parameters. FSDP2 shards and gathers each of them separately."""
         return []
+
+    def blocks_of(self, modalities: Iterable[str]) -> list[nn.Module]:
+        """Those of the `blocks` that a forward pass of these modalities goes through, in order."""
+        return self.blocks()
 
     def experts(self) -> list[nn.Module]:
         """The modules whose parameters have the expert as first dimension. Expert parallelism splits them there."""

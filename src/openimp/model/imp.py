@@ -115,11 +115,6 @@ class IMP(Embedder):
         z_BZ: Tensor = self.projections[self.head_name(source, target)](features_BD).float()
         return F.normalize(z_BZ, dim=-1) if normalize else z_BZ
 
-    def classify(self, features_BD: Tensor, head: str) -> Tensor:
-        """Maps features to the logits (B, K) of a classification head; fp32 unless autocast is on."""
-        layer = cast(nn.Linear, self.classifiers[head])
-        return F.linear(features_BD.float(), layer.weight.float(), layer.bias.float())
-
     def share_a_space(self, a: str, b: str) -> bool:
         known = {a, b} <= self.head_of.keys()
         return known and {self.head_name(a, b), self.head_name(b, a)} <= set(self.projections)
@@ -148,6 +143,10 @@ class IMP(Embedder):
 
     def blocks(self) -> list[nn.Module]:
         return [*self.encoder.blocks, *(block for own in self.encoder.own.values() for block in own.children())]
+
+    def blocks_of(self, modalities: Iterable[str]) -> list[nn.Module]:
+        own = [self.encoder.own[self.stem_of[name]] for name in modalities] if self.encoder.own else []
+        return [block for part in (*own, self.encoder.blocks) for block in part.children()]
 
     def experts(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, Experts)]

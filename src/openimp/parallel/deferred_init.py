@@ -31,10 +31,13 @@ class DeferredInit(TorchFunctionMode):
         self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
         self._names: dict[Tensor, str] = {}
 
-    def build(self, build: Callable[[], M]) -> M:
-        """Calls `build`. On several ranks the model is on the meta device, until `initialize` follows."""
+    def build(self, build: Callable[[], M], at_once: bool = False) -> M:
+        """Calls `build`. On several ranks the model is on the meta device, until `initialize` follows.
+
+        With `at_once`, `initialize` has nothing left to do: `build` makes a model whose weights are loaded.
+        """
         torch.manual_seed(self.seed)
-        if world_size() == 1:
+        if at_once or world_size() == 1:
             return build()
         with torch.device("meta"), self:
             model = build()

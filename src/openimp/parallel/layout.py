@@ -95,6 +95,7 @@ def apply_parallelism(
     device: torch.device,
     param_dtype: torch.dtype = torch.float32,
     fp32_modules: Iterable[nn.Module] = (),
+    cast_inputs: bool = False,
 ) -> None:
     """Distributes a model over the ranks, with FSDP2 and expert parallelism.
 
@@ -112,6 +113,7 @@ def apply_parallelism(
         device: of this rank.
         param_dtype: the type in which parameters are gathered. If it is bf16, the model must run without autocast.
         fp32_modules: modules whose parameters are gathered in fp32 all the same.
+        cast_inputs: whether the inputs of blocks are cast to `param_dtype`, for models that do not cast them.
     """
     if layout.ranks == 1:
         model.to(device)
@@ -149,11 +151,11 @@ def apply_parallelism(
         wrapped = fully_shard(
             module,
             mesh=module_mesh["replicate", "shard"] if module_mesh["replicate"].size() > 1 else module_mesh["shard"],
-            # Inputs are not cast, because a router's token counts must stay fp32.
+            # Inputs are not cast by default, because a router's token counts must stay fp32.
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=torch.float32 if module in fp32_modules else param_dtype,
                 reduce_dtype=torch.float32,
-                cast_forward_inputs=False,
+                cast_forward_inputs=cast_inputs and module in blocks,
             ),
             shard_placement_fn=lambda weight: Shard(int(weight in sharded_by_dim_1)),
             reshard_after_forward=False if module in kept_gathered else None,

@@ -6,12 +6,14 @@ counted by `torch.utils.flop_counter` on the meta device, where nothing is compu
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.alternation import expected_shares
@@ -19,8 +21,8 @@ from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import number_table
 from openimp.data.batch import Batch, head_key
+from openimp.model.build import build_model
 from openimp.model.embedder import Embedder, in_chunks
-from openimp.model.imp import IMP
 from openimp.model.learning_rates import freeze, muon_stacks
 from openimp.objectives import Losses, task_losses
 from openimp.parallel.muon import muon_flops
@@ -56,11 +58,11 @@ def costs(
     recipe: Recipe,
     modalities: Modalities,
     classes: Classes,
-    build: Callable[..., Any] = IMP.from_recipe,
+    build: Callable[..., Any] = build_model,
     losses: Callable[..., Losses] = task_losses,
     summed: bool = False,
 ) -> dict[tuple[str, int], Cost]:
-    """The cost of a step of each (task, view index); of another model than IMP if `build` and `losses` are its own.
+    """The cost of a step of each (task, view index); of another model if `build` and `losses` are its own.
 
     With `summed`, one update follows the losses of all tasks, and its FLOPs are divided equally among their steps.
     """
@@ -91,14 +93,16 @@ def _count(
         if not task.weight:
             continue
         for i, view in enumerate(task.views):
-            batch = empty_batch(recipe, name, i, modalities, classes, torch.device("meta"))
-            with FlopCounterMode(display=False) as counter:
-                encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
-                total = losses(model, task, batch, encode_all).total
-                forward = counter.get_total_flops()
-                if not total.requires_grad:
-                    raise UserError(f"tasks.{name}: optimizer.lr_scale freezes all that the task trains")
-                total.backward()
+            # Towers from transformers look at values, except at those of fake tensors.
+            with FakeTensorMode(allow_non_fake_inputs=True) if recipe.model.wrap else nullcontext():
+                batch = empty_batch(recipe, name, i, modalities, classes, torch.device("meta"))
+                with FlopCounterMode(display=False) as counter:
+                    encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
+                    total = losses(model, task, batch, encode_all).total
+                    forward = counter.get_total_flops()
+                    if not total.requires_grad:
+                        raise UserError(f"tasks.{name}: optimizer.lr_scale freezes all that the task trains")
+                    total.backward()
             tokens = sum(t.coords.shape[0] * t.coords.shape[1] for t in batch.tokens.values())
             touched = frozenset(name for name, weight in model.named_parameters() if weight.grad is not None)
             model.zero_grad()

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from openimp.common.device import Precision, autocast, precision_of
 from openimp.common.modality import Classes, Modalities, Tokens
-from openimp.model.embedder import EncodeAll, Encoded, in_chunks
+from openimp.model.build import build_model
+from openimp.model.embedder import Embedder, EncodeAll, Encoded, in_chunks
 from openimp.model.encoder import Attention
-from openimp.model.imp import IMP
 from openimp.model.learning_rates import freeze
 from openimp.objectives import task_losses
 from openimp.planning.ledger import empty_batch
@@ -113,7 +113,7 @@ def step_memory(
     # Without CUDA, torch cannot differentiate CUDA's fake tensors. So the tensors are on the CPU, and the modules that
     # run differently on a GPU are changed to do as a GPU does.
     with torch.device("meta"):  # Some initializers read the values that they have drawn, and fake tensors have none.
-        model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()}).train()
+        model = build_model(recipe, modalities, {name: len(values) for name, values in classes.items()}).train()
     freeze(model, recipe.optimizer)
     keep_own_experts(model, owners)
     if gathered_in_bf16:
@@ -137,7 +137,7 @@ def step_memory(
     return memory
 
 
-def keep_own_experts(model: IMP, owners: int) -> None:
+def keep_own_experts(model: Embedder, owners: int) -> None:
     """Reduces a model to the experts of one rank, if `owners` ranks share them."""
     for module in model.experts():
         for name, weight in list(module.named_parameters()):
@@ -145,12 +145,12 @@ def keep_own_experts(model: IMP, owners: int) -> None:
             setattr(module, name, nn.Parameter(own, requires_grad=weight.requires_grad))
 
 
-def _note_gradients(model: IMP, memory: StepMemory) -> None:
+def _note_gradients(model: Embedder, memory: StepMemory) -> None:
     """Lets `memory` note the blocks through which gradients flow."""
     names = {module: name for name, module in model.named_modules()}
 
-    def note(block: nn.Module, _: Any, outputs: tuple[Tensor, Any]) -> None:
-        if outputs[0].requires_grad:
+    def note(block: nn.Module, _: Any, outputs: Any) -> None:
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs)):
             memory.differentiated.add(names[block])
 
     for block in model.blocks():
@@ -168,7 +168,7 @@ def _noting_gradients(encode_all: EncodeAll, memory: StepMemory) -> EncodeAll:
     return encode
 
 
-def _send_slots(model: IMP, owners: int, memory: StepMemory) -> None:
+def _send_slots(model: Embedder, owners: int, memory: StepMemory) -> None:
     """Lets the experts of one rank work on the slots that all `owners` ranks send, and allocates and counts the tensors
     that `layout.dispatch_to_experts` and `layout.combine_from_experts` would."""
 

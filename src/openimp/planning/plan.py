@@ -17,6 +17,8 @@ from openimp.alternation import Alternation
 from openimp.common.device import Precision
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Classes, Modalities
+from openimp.model.build import build_model
+from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.model.learning_rates import freeze, muon_stacks
 from openimp.objectives import BLOCK
@@ -183,11 +185,14 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def encoder_per_token(recipe: Recipe, model: IMP) -> int | None:
+def encoder_per_token(recipe: Recipe, model: Embedder) -> int | None:
     """Parameters of the encoder that a token uses on average: all but the experts that do not process it.
 
-    With expert choice a token has `capacity_factor` experts on average, with token choice `top_k`.
+    With expert choice a token has `capacity_factor` experts on average, with token choice `top_k`. None with soft
+    routing, and for a wrapped model.
     """
+    if not isinstance(model, IMP):
+        return None
     own = [count(blocks) for blocks in model.encoder.own.values()]
     used = count(model.encoder) - sum(own[1:])  # A token has the first blocks of its own stem, all of them alike.
     moe = recipe.model.moe
@@ -199,15 +204,15 @@ def encoder_per_token(recipe: Recipe, model: IMP) -> int | None:
     return round(used - moe.layers * 2 * recipe.model.width * recipe.model.mlp_dim * (moe.experts - experts))
 
 
-def per_token(recipe: Recipe, model: IMP) -> int | None:
+def per_token(recipe: Recipe, model: Embedder) -> int | None:
     """`encoder_per_token` and the stem's two linear layers, one before the encoder and one after."""
     encoder, width = encoder_per_token(recipe, model), recipe.model.width
     return None if encoder is None else encoder + 2 * (width * width + width)
 
 
-def _model(recipe: Recipe, modalities: Modalities, classes: Classes) -> IMP:
+def _model(recipe: Recipe, modalities: Modalities, classes: Classes) -> Embedder:
     with torch.device("meta"):
-        model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
+        model = build_model(recipe, modalities, {name: len(values) for name, values in classes.items()})
     freeze(model, recipe.optimizer)
     return model
 
@@ -215,7 +220,7 @@ def _model(recipe: Recipe, modalities: Modalities, classes: Classes) -> IMP:
 def _steps(
     recipe: Recipe,
     modalities: Modalities,
-    model: IMP,
+    model: Embedder,
     sharding: Sharding,
     by_view: Costs,
     count_memory: Callable[..., StepMemory],
@@ -244,7 +249,7 @@ def _steps(
 
 
 def _memory(
-    model: IMP,
+    model: Embedder,
     sharding: Sharding,
     counted: StepMemory,
     task: Task,

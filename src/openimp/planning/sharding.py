@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from openimp.common.device import Precision
-from openimp.model.imp import IMP
+from openimp.model.embedder import Embedder
 from openimp.parallel.layout import Layout
 from openimp.parallel.owners import matrix_shape, muon_work, own_matrices, own_weights
 from openimp.planning.communication import Collective, Group
@@ -36,7 +36,7 @@ class Sharding:
         fp32_modules: those that FSDP2 gathers apart from other weights, in fp32, because the others are bf16.
     """
 
-    def __init__(self, layout: Layout, model: IMP, precision: Precision) -> None:
+    def __init__(self, layout: Layout, model: Embedder, precision: Precision) -> None:
         self.layout, self._weight_bytes = layout, 4 if precision == "fp32" else 2
         self.fp32_modules = [] if precision == "fp32" else model.fp32_modules()
         self._fp32 = {weight for module in self.fp32_modules for weight in module.parameters()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from openimp.common.modality import Modalities
 from openimp.data.batch import head_key
-from openimp.model.embedder import pass_sizes
+from openimp.model.embedder import Embedder, pass_sizes
 from openimp.model.encoder import SparseBlock
 from openimp.model.imp import IMP
 from openimp.planning.communication import Collective, Group
@@ -36,7 +36,7 @@ class Compared(NamedTuple):
     similarities: int  # of all rows
 
     @classmethod
-    def by(cls, model: IMP, task: Task, examples: int) -> "Compared":
+    def by(cls, model: Embedder, task: Task, examples: int) -> "Compared":
         """What a task compares. The sigmoid loss uses each pair of items once."""
         objectives = similarities = 0
         heads, pairs, fixed = list[HeadPass](), list[int](), list[int]()
@@ -46,7 +46,7 @@ class Compared(NamedTuple):
                 heads += [HeadPass(name, (head,)) for name in classified_by(objective, task.inputs)]
                 continue
             if isinstance(objective, Distill):
-                heads.append(HeadPass(objective.of, (_head(model, objective.of, target_of(objective, task.inputs)),)))
+                heads.append(HeadPass(objective.of, _head(model, objective.of, target_of(objective, task.inputs))))
                 if objective.loss == "contrastive":
                     objectives += 1
                     fixed.append(examples)
@@ -56,21 +56,25 @@ class Compared(NamedTuple):
             for a, b in pairs_of(objective, task.inputs):
                 rows_a, rows_b = examples * task.inputs[a].draw, examples * task.inputs[b].draw
                 sides = 2 if objective.loss == "softmax" else 1
-                temperature = f"temperatures.{model.temperature_name(a, b)}."
-                heads += [HeadPass(a, (_head(model, a, b),)), HeadPass(b, (_head(model, b, a), temperature))]
+                heads += [HeadPass(a, _head(model, a, b)), HeadPass(b, _head(model, b, a) + _temperature(model, a, b))]
                 pairs.append(rows_b + (rows_a if sides == 2 else 0))
                 similarities += sides * rows_a * rows_b
         return cls(heads, objectives, pairs, fixed, similarities)
 
 
-def _head(model: IMP, source: str, target: str) -> str:
-    return f"projections.{model.head_name(source, target)}."
+def _head(model: Embedder, source: str, target: str) -> tuple[str, ...]:
+    """A wrapped model has no heads apart from its towers."""
+    return (f"projections.{model.head_name(source, target)}.",) if isinstance(model, IMP) else ()
+
+
+def _temperature(model: Embedder, a: str, b: str) -> tuple[str, ...]:
+    return (f"temperatures.{model.temperature_name(a, b)}.",) if isinstance(model, IMP) else ()
 
 
 def step_traffic(
     recipe: Recipe,
     modalities: Modalities,
-    model: IMP,
+    model: Embedder,
     sharding: Sharding,
     task: Task,
     examples: int,
@@ -114,7 +118,7 @@ def step_traffic(
         slots = [Collective("all-to-all", Group.of(expert_degree, 1, ranks), size) for size in counted.slots]
     return Traffic(
         start=start,
-        passes=[[blocks[block] for block in _blocks_of(model, sizes)] for sizes in passes],
+        passes=[[blocks[block] for block in model.blocks_of(sizes)] for sizes in passes],
         backward=[[blocks[block] for block in _gathered_again(model, sizes, counted, len(passes))] for sizes in passes],
         loss=loss,
         heads=[*heads, rest],
@@ -124,19 +128,13 @@ def step_traffic(
     )
 
 
-def _blocks_of(model: IMP, sizes: Mapping[str, int]) -> list[nn.Module]:
-    """The blocks that a pass goes through."""
-    own = [model.encoder.own[model.stem_of[name]] for name in sizes] if model.encoder.own else []
-    return [block for part in (*own, model.encoder.blocks) for block in part.children()]
-
-
-def _gathered_again(model: IMP, sizes: Mapping[str, int], counted: StepMemory, passes: int) -> list[nn.Module]:
+def _gathered_again(model: Embedder, sizes: Mapping[str, int], counted: StepMemory, passes: int) -> Sequence[nn.Module]:
     """The blocks of a pass that are gathered for the backward pass.
 
     A chunk is encoded again, unless its features have no gradient. Otherwise, these are the blocks through which
     gradients flow, and the one before each of them, because FSDP2 gathers it ahead even if it is not needed.
     """
-    blocks = _blocks_of(model, sizes)
+    blocks = model.blocks_of(sizes)
     if passes > 1:
         return blocks if counted.differentiated & {*sizes} else []
     names = {module: name for name, module in model.named_modules()}
@@ -144,7 +142,7 @@ def _gathered_again(model: IMP, sizes: Mapping[str, int], counted: StepMemory, p
     return [block for block, *needed in zip(blocks, flows, [*flows[1:], False]) if any(needed)]
 
 
-def _temperatures(model: IMP, task: Task) -> list[nn.Module]:
+def _temperatures(model: Embedder, task: Task) -> list[nn.Module]:
     """The learned temperature of each pair that a task compares."""
     contrastive = (objective for objective in task.objectives if isinstance(objective, Contrastive))
     return [model.temperature(*pair) for each in contrastive for pair in pairs_of(each, task.inputs)]
@@ -153,7 +151,7 @@ def _temperatures(model: IMP, task: Task) -> list[nn.Module]:
 def _counts(
     recipe: Recipe,
     modalities: Modalities,
-    model: IMP,
+    model: Embedder,
     passes: Sequence[Mapping[str, int]],
     differentiated: Set[str],
 ) -> int:
@@ -162,6 +160,8 @@ def _counts(
     # Chunks are encoded again in the backward pass, and so are blocks.
     encoded = 2 if len(passes) > 1 and differentiated & {*passes[0]} else 1
     found, moe = len(passes[0]) if len(passes) > 1 else 0, recipe.model.moe
+    if not isinstance(model, IMP):
+        return found
     names = {module: block for block, module in model.named_modules()}
     for name in chain.from_iterable(passes):
         own = [model.encoder.own[model.stem_of[name]]] if model.encoder.own else []

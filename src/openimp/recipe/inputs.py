@@ -1,13 +1,13 @@
 """The schema of inputs and views, which tasks and evaluation sets share."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
 from openimp.common.errors import UserError
+from openimp.common.modality import Modality
 from openimp.common.schema import Count, Positive, Strict, checked, unknown_key
-from openimp.recipe.registry import modality_class
 
 
 class Input(Strict):
@@ -55,12 +55,11 @@ class View(Strict):
         """The options of a modality, an instance of its `View`."""
         return (self.model_extra or {})[modality]
 
-    def bind(self, modalities: Iterable[str], where: str) -> "View":
+    def bind(self, modalities: Mapping[str, type[Modality]], where: str) -> "View":
         """Validates the options of each modality with its `View`, and adds defaults. `where` is for messages."""
         extra, known = dict(self.model_extra or {}), {}
-        for name in modalities:
-            options = extra.pop(name, {})
-            known[name] = checked(modality_class(name).View, options, f"{where}.{name}")
+        for name, modality in modalities.items():
+            known[name] = checked(modality.View, extra.pop(name, {}), f"{where}.{name}")
         if extra:
             keys = [*modalities, *View.model_fields]
             raise UserError(f"{where}: {unknown_key(next(iter(extra)), keys, self.renamed)}")

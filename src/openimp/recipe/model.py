@@ -1,11 +1,14 @@
 """The schema of `model` in the recipe."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from openimp.common.schema import Count, Positive, Strict
+from openimp.common.schema import Count, Positive, Strict, base_folder
 
+LIBRARY, LOCAL = "open_clip:", "local-dir:"
+"""The beginning of the name of a wrapped model, and what follows if it is in a folder, as in open_clip."""
 BATCH_ROUTINGS = ("expert_choice_batch", "token_choice")
 """Routings that depend on all tokens of the batch in training."""
 
@@ -39,6 +42,23 @@ class MoE(Strict):
     """Weight of the load-balancing loss, only for token choice (Switch, arXiv 2101.03961, section 2.2)."""
 
 
+def _library_name(name: Any, info: ValidationInfo) -> Any:
+    """Checks the name of a model of open_clip, and makes it absolute."""
+    if not isinstance(name, str):
+        return name
+    if not name.startswith(LIBRARY) or name == LIBRARY:
+        raise ValueError(f"expected {LIBRARY}NAME/TAG or {LIBRARY}{LOCAL}FOLDER, found {name!r}")
+    folder = base_folder(name, info)
+    return name if folder is None else absolute_name(name, folder)
+
+
+def absolute_name(name: str, folder: str | Path) -> str:
+    """The name of a model of open_clip, in which the path of a local one starts at the root."""
+    if not name.startswith(LIBRARY + LOCAL):
+        return name
+    return LIBRARY + LOCAL + str(Path(folder).resolve() / name.removeprefix(LIBRARY + LOCAL))
+
+
 class Model(Strict):
     """The shared encoder and its embedding space. The defaults are the dense IMP-S."""
 
@@ -69,9 +89,17 @@ class Model(Strict):
     """Features of the embedding space, and of the hidden layer of its heads."""
     init_temperature: Positive = 0.2
     """Initial value of the learned temperature of each pair of modalities. The paper: 0.2 dense, 1.0 MoE."""
+    wrap: Annotated[str, BeforeValidator(_library_name)] | None = None
+    """A model of open_clip that is trained instead of the encoder, from its public weights: open_clip:NAME/TAG,
+    open_clip:hf-hub:OWNER/NAME, or open_clip:local-dir:FOLDER, relative to the recipe. It has an architecture of its
+    own, so the other keys of `model` do not apply. It reads images, videos and texts. null: openimp's own encoder."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Model":
+        if self.wrap is not None:
+            for name, field in type(self).model_fields.items():
+                if name != "wrap" and getattr(self, name) != field.default:
+                    raise ValueError(f"{name} is for openimp's own encoder; remove it, or remove wrap")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.moe and self.moe.layers > self.layers:

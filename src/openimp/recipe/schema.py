@@ -83,6 +83,8 @@ class Recipe(Strict):
                 f"{where}: memory.chunk_size: routing {self.model.moe.routing} looks at the whole batch at once; "
                 "expert_choice and soft do not"
             )
+        if self.model.wrap and self.train.compile:
+            raise UserError(f"{where}: train.compile: is for openimp's own encoder, not for a wrapped model")
         experts, owners = self.model.moe.experts if self.model.moe else 0, self.parallel.expert_degree
         if owners > 1 and (experts == 0 or experts % owners):
             raise UserError(
@@ -91,7 +93,7 @@ class Recipe(Strict):
         stems = {}
         for name in self.modality_names:
             try:
-                stems[modality_class(name).stem] = modality_class(name)
+                stems[modality_class(name).stem] = self.modality_class(name)
             except UserError as error:
                 raise UserError(f"{where}: tasks: {error}") from None
         for stem in self.modalities:
@@ -172,18 +174,23 @@ class Recipe(Strict):
             raise UserError(f"{key}.label: tasks.{options.task} has no classification of {options.label!r}{hint}")
         return heads[options.label]
 
+    def modality_class(self, name: str) -> type[Modality]:
+        """The class that reads a modality for the recipe's model. UserError if a wrapped model cannot read it."""
+        found = modality_class(name)
+        return found.wrapped() if self.model.wrap else found
+
     def make_modalities(self) -> dict[str, Modality]:
         """New instances of the modalities that tasks read, by name."""
-        classes = {name: modality_class(name) for name in self.modality_names}
+        classes = {name: self.modality_class(name) for name in self.modality_names}
         return {name: modality(self.modalities[modality.stem]) for name, modality in classes.items()}
 
     def _bind_user(self, key: str, user: Task | EvaluationSet, views: Mapping[str, View]) -> None:
         """Checks a source and its views, {key for messages: view}, with the options of their modalities."""
         _require(f"{key}.source", "source", user.source, self.sources)
+        classes = {name: self.modality_class(name) for name in user.inputs}
         for place, view in views.items():
-            view.bind(user.inputs, place)
-            for name in user.inputs:
-                modality = modality_class(name)
+            view.bind(classes, place)
+            for name, modality in classes.items():
                 try:
                     modality(self.modalities[modality.stem]).check(view[name])
                 except ValueError as error:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, model_folder, saved_step
+from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, model_folder, read_config, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modalities
@@ -25,6 +25,7 @@ from openimp.evaluation.results import latest, read_results
 from openimp.evaluation.retrieval import RetrievalResult
 from openimp.planning.plan import count
 from openimp.recipe.evaluation import EvaluationSet
+from openimp.recipe.model import LIBRARY
 from openimp.recipe.schema import Recipe
 from openimp.report import results, training
 from openimp.report.page import render
@@ -49,8 +50,12 @@ def write_report(
     The curves come from a run's metrics.jsonl. The evaluation sets are measured again with the newest checkpoint,
     because results.jsonl does not say which answers were given. If a set cannot be measured, the page shows its results
     in results.jsonl. `allow_sources` reads sources that `check_sources` would refuse. `out` is by default `report.html`
-    in `run`; if that is a checkpoint, CHECKPOINT.html beside it.
+    in `run`; if that is a checkpoint, CHECKPOINT.html beside it; if it is a model of open_clip, a file in the current
+    directory.
     """
+    if str(run).startswith(LIBRARY):
+        run = model_folder(run)
+        out = out or Path(f"{read_config(run)[0].name}.html")
     refuse_links(run)
     metrics = read_metrics(run / "metrics.jsonl")
     has_model = (run / "config.json").exists() or bool(checkpoints(run))

@@ -12,6 +12,7 @@ from openimp.common.progress import console, track
 from openimp.data.trust import check_uses
 from openimp.inference.files import find_files
 from openimp.inference.model import Model, load
+from openimp.recipe.model import LIBRARY, absolute_name
 from openimp.search import ivf
 from openimp.search.folder import FORMAT, SKIPPED, Metadata, locked, read_metadata, write_metadata
 from openimp.search.media import Media, media_of_files, media_of_recipe
@@ -76,6 +77,8 @@ def build_index(
         UserError: there are no media, the index was built with other weights or views, or another process writes it.
     """
     import_lancedb()  # Fails before the model is loaded and a folder is made.
+    if paths is None and str(model).startswith(LIBRARY):
+        raise UserError(f"{model}: comes without media; name files or folders, and the index with --out")
     opened, given = load(model), None if paths is None else [Path(path) for path in paths]
     folder = Path(out) if out else _default_folder(Path(model))
     towards = {name: opened.partner(name) for name in opened.modalities if has_partner(opened, name)}
@@ -84,13 +87,13 @@ def build_index(
     local = Path(model).exists()
     about = Metadata(
         format=FORMAT,
-        model=str(Path(model).absolute()) if local else str(model),
+        model=str(Path(model).absolute()) if local else absolute_name(str(model), "."),
         fingerprint=fingerprint(opened),
         towards=towards,
     )
     with locked(folder):
         about = _same_weights(folder, about, replace=given is None)
-        items = Items(folder, opened.recipe.model.embed_dim)
+        items = Items(folder, opened.imp.config.embed_dim)
         update = Update(opened, folder, items, about.towards, found, given)
         try:
             differs = update.run(batch_size, progress)

@@ -204,7 +204,7 @@ class Index:
 
     def _sum(self, parts: Sequence[QueryPart], space: Space) -> np.ndarray | None:
         """The weighted sum (Z,) of the parts of a query in a space, or None if a part has no vector there."""
-        total = np.zeros(self.model.recipe.model.embed_dim, np.float32)
+        total = np.zeros(self.model.imp.config.embed_dim, np.float32)
         for part in parts:
             vector = self._vector(part, space)
             if vector is None:

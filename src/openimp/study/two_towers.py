@@ -3,11 +3,11 @@
     train(recipe, run, trainer=TwoTowerTrainer)
 
 The recipe has one task of two modalities, one of them text. The towers have the recipe's sizes. They get its examples
-in its order, with its augmentation and tokenizer, and its optimizers update them. Loss, initialization, pooling and
-patch dropout are open_clip's. It needs `pip install openimp[peers]`.
+in its order, with its augmentation and tokenizer, and its optimizers update them. Initialization, pooling and patch
+dropout are open_clip's, and so is the loss, which is that of openimp without `same`. It needs `pip install
+openimp[peers]`. A model that open_clip has published is wrapped without this module (`model.wrap`).
 
-Shape suffixes: B examples, T frames, C channels, H height, W width, L tokens, P values per token, Z features of the
-shared embedding space.
+Shape suffixes: B examples, P values per token.
 """
 
 import math
@@ -21,27 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openimp.checkpoint.folder import load_weights, model_folder, read_config
-from openimp.common.device import full_precision, pick_device
+from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Modality, Tokens
-from openimp.data.batch import Batch
+from openimp.modalities.open_clip import import_open_clip
 from openimp.modalities.text import END, PAD
-from openimp.model.embedder import Embedder, EncodeAll, Encoded
-from openimp.objectives import Losses
+from openimp.model.open_clip import OpenCLIP
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Contrastive, Task
 from openimp.training.trainer import Trainer
 
-MAX_LOGIT_SCALE = math.log(100)
-"""open_clip's upper limit on the logarithm of the logit scale; its lower limit is 0."""
 
-
-class TwoTowers(Embedder):
+class TwoTowers(OpenCLIP):
     """`open_clip.CLIP`: a vision transformer and a text transformer.
 
-    A clip is a batch of frames, and its embedding is the mean of the frames' unit vectors (CLIP4Clip's mean pooling,
-    arXiv 2104.08860). A sound is its log-mel spectrogram: one image of frames x bins, with the channel repeated three
-    times.
+    A sound is its log-mel spectrogram: one image of frames x bins, with the channel repeated three times.
 
     The text tower uses the recipe's tokenizer instead of open_clip's. A small corpus has only few of the latter's
     49,408 tokens, and tokens that occur only in held-out texts would keep their random embeddings.
@@ -54,20 +48,16 @@ class TwoTowers(Embedder):
         """Initializes the towers for the recipe's only task. The modalities are `unpatched_modalities`, fitted."""
         from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-        super().__init__()
-        task, self.media, self.text = _pair(recipe)
-        self.config = model = recipe.model
-        self.pairs = [(min(self.media, self.text), max(self.media, self.text))]
-        self.modalities = dict(modalities)
-        media, texts = cast(Any, modalities[self.media]), cast(Any, modalities[self.text])
-        view = task.views[0][self.media]
-        self.shape = media.shape(view)
+        task, media_name, text_name = _pair(recipe)
+        model, media, texts = recipe.model, cast(Any, modalities[media_name]), cast(Any, modalities[text_name])
+        view = task.views[0][media_name]
+        shape = media.shape(view)
         common: Any = {"width": model.width, "layers": model.layers, "qk_norm": model.qk_norm}
         common["mlp_ratio"] = model.mlp_dim / model.width
         vision = CLIPVisionCfg(
             **common,
             head_width=model.width // model.heads,
-            image_size=self.shape[1:3],
+            image_size=shape[1:3],
             patch_size=recipe.modalities[media.stem].patch[-2:],
             patch_dropout=view.drop_tokens,
         )
@@ -75,46 +65,26 @@ class TwoTowers(Embedder):
             **common,
             heads=model.heads,
             vocab_size=texts.stem_spec().values,
-            context_length=max(used.length for used in _views(recipe, self.text)),
+            context_length=max(used.length for used in _views(recipe, text_name)),
             pool_type="eos",
             eos_id=END,
             pad_id=PAD,
         )
-        self.clip = CLIP(model.embed_dim, vision, text, init_logit_scale=-math.log(model.init_temperature))
-        self.encode_image, self.encode_text = self.clip.encode_image, self.clip.encode_text
+        clip = CLIP(model.embed_dim, vision, text, init_logit_scale=-math.log(model.init_temperature))
+        super().__init__(recipe, modalities, clip, model.embed_dim)
+        self.modalities, self.shape, self.context_length = dict(modalities), shape, clip.context_length
+        self.encode_image, self.encode_text = clip.encode_image, clip.encode_text
         self.preprocess = partial(media.preprocess, view=view) if hasattr(media, "preprocess") else None
-        self.tokenizer = partial(texts.tokenize, length=self.clip.context_length)
+        self.tokenizer = partial(texts.tokenize, length=clip.context_length)
 
-    def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
-        """Encodes the tokens of one of the two modalities to features (B, Z)."""
-        ((name, tokens),) = inputs.items()
-        if name == self.text:
-            ids_BL = F.pad(tokens.values, (0, self.clip.context_length - tokens.values.shape[1]), value=PAD)
-            return Encoded(self.encode_text(ids_BL), [])
+    def images(self, tokens: Tokens) -> Tensor:
         values_B1P = tokens.values
         if values_B1P.dtype == torch.uint8:
             values_B1P = values_B1P.float() / 127.5 - 1
-        images_BTCHW = values_B1P.view(-1, *self.shape).movedim(-1, 2).expand(-1, -1, 3, -1, -1)
-        z_BTZ = self.encode_image(images_BTCHW.flatten(0, 1)).unflatten(0, (-1, self.shape[0]))
-        return Encoded(F.normalize(z_BTZ, dim=-1).mean(1), [])
+        return values_B1P.view(-1, *self.shape).movedim(-1, 2).expand(-1, -1, 3, -1, -1)
 
-    def project(self, features_BD: Tensor, source: str, target: str, normalize: bool = True) -> Tensor:
-        return F.normalize(features_BD.float(), dim=-1) if normalize else features_BD.float()
-
-    def share_a_space(self, a: str, b: str) -> bool:
-        return {a, b} == {self.media, self.text}
-
-    def hidden_matrices(self) -> dict[Tensor, int]:
-        """The weight matrices of the blocks, and the projections."""
-        return {
-            parameter: 3 if name.endswith("in_proj_weight") else 1
-            for name, parameter in self.clip.named_parameters()
-            if parameter.ndim == 2 and ("resblocks" in name or name in ("visual.proj", "text_projection"))
-        }
-
-    @torch.no_grad()
-    def clamp_logit_scales(self) -> None:
-        self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+    def ids(self, tokens: Tokens) -> Tensor:
+        return F.pad(tokens.values, (0, self.context_length - tokens.values.shape[1]), value=PAD)
 
 
 class TwoTowerTrainer(Trainer):
@@ -130,23 +100,11 @@ class TwoTowerTrainer(Trainer):
     def build(recipe: Recipe, modalities: Modalities, classes: Mapping[str, int]) -> TwoTowers:
         return TwoTowers(recipe, modalities)
 
-    @staticmethod
-    def losses(model: Any, task: Task, batch: Batch, encode_all: EncodeAll | None = None) -> Losses:
-        """`open_clip.ClipLoss`, with similarities and softmax in fp32."""
-        from open_clip import ClipLoss
-
-        encoded = (encode_all or model.encode_all)(batch.tokens)
-        a, b = task.inputs
-        z_BZ, other_BZ = model.project(encoded[a].features, a, b), model.project(encoded[b].features, b, a)
-        with full_precision(z_BZ.device):
-            loss = ClipLoss()(z_BZ, other_BZ, model.clip.logit_scale.exp())
-        return Losses(loss, {f"{a}-{b}": loss.detach()}, {})
-
 
 def load_two_towers(run: Path) -> TwoTowers:
     """Loads the newest checkpoint of a run of `TwoTowerTrainer` in evaluation mode, onto the GPU if there is one."""
     folder = model_folder(run)
-    recipe, _, learned = read_config(folder, TwoTowers)
+    recipe, _, learned = read_config(folder, ("TwoTowers",))
     modalities = unpatched_modalities(recipe)
     for modality in modalities.values():
         modality.load_state(learned)
@@ -158,10 +116,7 @@ def load_two_towers(run: Path) -> TwoTowers:
 def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
     """The modalities of the recipe's only task, with the media of an example as one token: the towers cut patches
     themselves. What open_clip's towers or loss do not support is a UserError."""
-    try:
-        import open_clip  # noqa: F401
-    except ImportError:
-        raise UserError("open_clip is not installed: pip install 'openimp[peers]'") from None
+    import_open_clip()
     task, media, _ = _pair(recipe)
     modalities, views = recipe.make_modalities(), _views(recipe, media)
     try:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +22,13 @@ from openimp.common.modality import Modalities, Modality
 from openimp.common.progress import StepBar, console, track
 from openimp.data.batch import Batch
 from openimp.data.loader import load_batches
+from openimp.data.order import seed_key
 from openimp.data.step_batches import LoadedBatch, StepBatches
 from openimp.data.streams import Cursor
 from openimp.encoding.items import Progress
 from openimp.evaluation.evaluate import check_sets
+from openimp.model.build import build_model
 from openimp.model.embedder import Embedder, EncodeAll, in_chunks
-from openimp.model.imp import IMP
 from openimp.model.learning_rates import freeze
 from openimp.model.moe import collect_usage
 from openimp.objectives import Losses, task_losses
@@ -104,8 +106,8 @@ class Trainer:
 
     @staticmethod
     def build(recipe: Recipe, modalities: Modalities, classes: Mapping[str, int]) -> Embedder:
-        """The model, with random weights."""
-        return IMP.from_recipe(recipe, modalities, classes)
+        """The model, with random weights, or a wrapped one, whose weights are loaded."""
+        return build_model(recipe, modalities, classes)
 
     @staticmethod
     def losses(model: Any, task: Task, batch: Batch, encode_all: EncodeAll | None = None) -> Losses:
@@ -208,6 +210,8 @@ class Trainer:
         """The losses of the step's task."""
         task, wants_usage = self.recipe.tasks[loaded.visit.task], self.log.wants_usage(loaded.visit.step)
         collect_usage(self.model, wants_usage)
+        if self.recipe.model.wrap:  # Its towers may have dropout, which a resumed run must repeat.
+            torch.manual_seed(seed_key(self.recipe.seed, "dropout", loaded.visit.step, distributed.rank()) % 2**63)
         with mixed_precision(self.device, self.recipe.train.precision):
             losses = self.losses(self.model, task, loaded.to(self.device), self.encode_all)
         return losses if wants_usage else replace(losses, usage={})
@@ -303,16 +307,17 @@ class Trainer:
 
     def _open_data(self, checkpoint: Path | None, warm_start: WarmStart | None, allow_changed_data: bool) -> list[str]:
         """Opens the sources, fits or restores the modalities, and returns the sources that have changed."""
-        place = distributed.rank(), distributed.world_size()
+        place, classes = (distributed.rank(), distributed.world_size()), None
+        if checkpoint is not None:
+            _, classes, learned = read_config(checkpoint, None)
+            for modality in self.modalities.values():
+                modality.load_state(learned)
         self.data = distributed.run_first_on_node(lambda: StepBatches(self.recipe, self.modalities, track, *place))
         self.sources = self.data.fingerprints()
         if checkpoint is None:
             self.data.fit(warm_start.stems if warm_start else ())
             return []
         changed = changed_sources(checkpoint, self.sources, allow_changed_data)
-        _, classes, learned = read_config(checkpoint, None)
-        for modality in self.modalities.values():
-            modality.load_state(learned)
         if classes != self.data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
         return changed
@@ -326,7 +331,8 @@ class Trainer:
         blocks are compiled, for `signature_count` signatures.
         """
         deferred, sizes = DeferredInit(self.recipe.seed), {name: len(some) for name, some in self.data.classes.items()}
-        self.model = deferred.build(lambda: self.build(self.recipe, self.modalities, sizes)).train()
+        build = partial(self.build, self.recipe, self.modalities, sizes)
+        self.model = deferred.build(build, at_once=self.recipe.model.wrap is not None).train()
         freeze(self.model, self.recipe.optimizer)
         distributed.run_first_on_node(lambda: check_sets(self.model, self.recipe, self.modalities, self.data.classes))
         # Before FSDP2 replaces the model's class, whose name is in config.json.
@@ -341,7 +347,7 @@ class Trainer:
         apply_parallelism(
             self.model, self.model.blocks(), self.model.experts(), ("encode", "encode_all", "project", "classify"),
             layout, self.device, torch.float32 if "fp32" in precisions else torch.bfloat16,
-            self.model.fp32_modules(),
+            self.model.fp32_modules(), cast_inputs=bool(self.recipe.model.wrap),
         )  # fmt: skip
         if layout.ranks > 1:
             console.print(f"parallel: {layout}")

@@ -1,0 +1,197 @@
+"""Models of open_clip as folders in openimp's own layout, in openimp's cache, so that everything that takes a model's
+folder takes them.
+
+A name is open_clip:NAME/TAG, open_clip:hf-hub:OWNER/NAME, or open_clip:local-dir:FOLDER. The library itself finds and
+downloads the weights; those that are not safetensors are read with `weights_only=True`, which runs no code. The folder
+is made once. That of a local model is made again when one of its files has changed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+
+from openimp.checkpoint import dcp
+from openimp.checkpoint.folder import config_files
+from openimp.common.errors import UserError, nearest
+from openimp.common.safe_files import cache_folder, read_text, refuse_links
+from openimp.modalities.open_clip import (
+    CONFIG,
+    TEXT_CONFIG,
+    check_config,
+    checked_files,
+    import_open_clip,
+    public_recipe_of,
+)
+from openimp.model.open_clip import OpenCLIP, build
+from openimp.recipe.model import LIBRARY, LOCAL
+from openimp.recipe.schema import Recipe
+
+LAYOUT = 1
+"""Version of what is made of a model. Folders of other versions are not used."""
+HUB = "hf-hub:"
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+"""Names of a local model's weights, the first that exists. Otherwise it is its only safetensors file."""
+
+
+class Public(NamedTuple):
+    """A model that the library has found."""
+
+    config: dict[str, Any]  # model_cfg and preprocess_cfg
+    weights: Path
+    name: str  # as `open_clip.get_tokenizer` takes it
+
+
+def wrapped_folder(name: str) -> Path:
+    """The folder of a model by its name, which is made unless it is there."""
+    folder = cache_folder("wrapped") / _key(name)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            draft = folder.with_name(f"{folder.name}.tmp")
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            try:
+                _convert(name, _find(name), draft)
+                os.replace(draft, folder)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _key(name: str) -> str:
+    """A hash of the name and, of a local model, of the names, sizes and times of its files."""
+    parts: list[Any] = [LAYOUT, name]
+    if name.startswith(LIBRARY + LOCAL):
+        folder = _local(name)
+        parts[1] = str(folder.resolve())
+        about = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+        parts += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in about]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _local(name: str) -> Path:
+    folder = Path(name.removeprefix(LIBRARY + LOCAL))
+    if not (folder / CONFIG).is_file():
+        reason = f"the folder has no {CONFIG}, which open_clip writes" if folder.is_dir() else "no such folder"
+        raise UserError(f"{name}: {reason}")
+    refuse_links(folder, ("*",))
+    return folder
+
+
+def _find(name: str) -> Public:
+    """Finds a model, and downloads it if the library has not yet."""
+    library, identifier = import_open_clip(), name.removeprefix(LIBRARY)
+    if identifier.startswith(LOCAL):
+        folder = _local(name)
+        return Public(_read_config(folder / CONFIG), _local_weights(folder), f"{LOCAL}{folder}")
+    try:
+        if identifier.startswith(HUB):
+            download = partial(library.pretrained.download_pretrained_from_hf, identifier.removeprefix(HUB))
+            return Public(_read_config(Path(download(filename=CONFIG))), Path(download()), identifier)
+        return _find_by_tag(library, name, *identifier.rpartition("/")[::2])
+    except UserError:
+        raise
+    except Exception as error:  # The library, huggingface_hub and urllib raise their own errors.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{name}: open_clip did not provide the model: {reason}") from None
+
+
+def _find_by_tag(library: Any, name: str, model: str, tag: str) -> Public:
+    model, tag = (model, tag) if model else (tag, "")
+    architecture, about = library.get_model_config(model), library.get_pretrained_cfg(model, tag)
+    if architecture is None:
+        raise UserError(f"{name}: open_clip has no model {model!r}{nearest(model, library.list_models())}")
+    if not about:
+        tags = ", ".join(library.list_pretrained_tags_by_model(model)) or "none"
+        what = f"open_clip has no weights {tag!r} of {model}" if tag else "names no weights"
+        raise UserError(f"{name}: {what}; expected {LIBRARY}{model}/TAG with one of the tags {tags}")
+    if bool(about.get("quick_gelu")) != bool(architecture.get("quick_gelu")):
+        other = f"{model}-quickgelu" if about.get("quick_gelu") else model.removesuffix("-quickgelu")
+        raise UserError(f"{name}: these weights were trained with another activation: use {LIBRARY}{other}/{tag}")
+    config = {"model_cfg": architecture, "preprocess_cfg": _preprocessing(library, about)}
+    return Public(config, Path(library.download_pretrained(about)), model)
+
+
+def _preprocessing(library: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The library's options of preprocessing with its defaults."""
+    transform = library.transform
+    merged: dict[str, Any] = transform.merge_preprocess_dict(asdict(transform.PreprocessCfg()), options)
+    return merged
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(read_text(file))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{file}: damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: damaged: expected a JSON object")
+    options = _preprocessing(import_open_clip(), config.get("preprocess_cfg") or {})
+    return {"model_cfg": config.get("model_cfg"), "preprocess_cfg": options}
+
+
+def _local_weights(folder: Path) -> Path:
+    found = [folder / name for name in WEIGHTS if (folder / name).is_file()] or sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise UserError(
+            f"{LIBRARY}{LOCAL}{folder}: has no safetensors file, the only format that is read from a folder"
+        )
+    return found[0]
+
+
+def _convert(name: str, public: Public, folder: Path) -> None:
+    """Writes a model of the library to an empty folder."""
+    library = import_open_clip()
+    files = _files(library, name, public)
+    encoder: Any = build(files)
+    size = encoder.visual.preprocess_cfg["size"]
+    config = json.loads(files[CONFIG])
+    config["preprocess_cfg"]["size"] = size if isinstance(size, int) else list(size)
+    files[CONFIG] = json.dumps(config, indent=1)
+    # Without copies: a safetensors file is mapped into memory.
+    encoder.load_state_dict = partial(encoder.load_state_dict, assign=True)
+    try:
+        library.load_checkpoint(encoder, str(public.weights), weights_only=True)
+    except Exception as error:  # torch, safetensors and the library raise their own errors.
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{name}: {public.weights.name} does not fit the model: {reason}") from None
+    del encoder.load_state_dict
+    recipe = Recipe.build(public_recipe_of(name, "softmax" if encoder.logit_bias is None else "sigmoid"))
+    modalities = recipe.make_modalities()
+    for modality in modalities.values():
+        modality.load_state(files)
+    model = OpenCLIP(recipe, modalities, encoder, config["model_cfg"]["embed_dim"]).float()
+    dcp.save(folder / "model", model.state_dict())
+    for file, text in config_files(model, recipe, modalities, {}).items():
+        (folder / file).write_text(text, encoding="utf-8")
+
+
+def _files(library: Any, name: str, public: Public) -> dict[str, str]:
+    """The library's files: configuration, tokenizer, and the configuration of a text tower from transformers."""
+    config = json.loads(json.dumps(public.config))
+    check_config(config)
+    # One element instead of a scalar, which FSDP2 could not shard.
+    config["model_cfg"]["nonscalar_logit_scale"] = True
+    text = config["model_cfg"]["text_cfg"]
+    files = {CONFIG: json.dumps(config)}
+    try:
+        if tower := text.get("hf_model_name"):
+            from transformers import AutoConfig
+
+            files[TEXT_CONFIG] = AutoConfig.from_pretrained(tower, trust_remote_code=False).to_json_string()
+        if text.get("hf_tokenizer_name"):
+            with TemporaryDirectory() as folder:
+                library.get_tokenizer(public.name).save_pretrained(folder)
+                files |= {file.name: read_text(file) for file in Path(folder).glob("*.json")}
+    except Exception as error:  # transformers and huggingface_hub raise their own errors.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{name}: its tokenizer or text tower cannot be read: {reason}") from None
+    return checked_files(files)

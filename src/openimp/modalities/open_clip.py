@@ -1,0 +1,393 @@
+"""Pictures, clips and texts as a model of open_clip reads them (`model.wrap`).
+
+The state of these modalities are the files from which the library builds the model and its tokenizer again: its
+configuration, and the configurations of what transformers provides. They are saved with the weights, so nothing is
+downloaded when a model is loaded.
+
+Shape suffixes: B examples, T frames, C channels, H height, W width, L tokens, P values per token.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from pydantic import Field
+
+from openimp.common.errors import UserError
+from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
+from openimp.common.schema import Count, Positive, Share, Strict
+from openimp.modalities.image import Image, check_size, open_whole
+from openimp.modalities.media import decoder_errors, open_source
+from openimp.modalities.text import Text, valid_text
+from openimp.modalities.tokenizer_file import open_tokenizer
+from openimp.modalities.video import Video
+from openimp.modalities.vision import CHANNELS, Vision, check_pixels
+
+CONFIG = "open_clip_config.json"
+"""The library's configuration of the model and of its preprocessing, in the library's own format."""
+TEXT_CONFIG = "text_tower_config.json"
+"""The configuration of a text tower from transformers."""
+TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
+"""Options of tokenizers in configurations of the library. Others, such as trust_remote_code, are refused."""
+LONGEST_TEXT = 10_000
+"""Most characters of a text that are tokenized."""
+_TOKENIZING = Lock()
+"""A tokenizer of transformers raises an error if two threads use it at once."""
+
+
+def import_open_clip() -> Any:
+    """The library, or a UserError that says how to install it."""
+    try:
+        import open_clip
+    except ImportError:
+        raise UserError("open_clip is not installed: pip install 'openimp[peers]'") from None
+    return open_clip
+
+
+def checked_files(found: Mapping[str, str]) -> dict[str, str]:
+    """The library's files among the JSON files of a model, by name. What could make it run or fetch code is refused.
+
+    Raises:
+        UserError: the configuration is missing, damaged, or names what is not in the files.
+    """
+    if CONFIG not in found:
+        raise UserError(f"{CONFIG}: missing, so the model of open_clip cannot be built")
+    files = {name: _without_code(name, text) for name, text in found.items()}
+    config = json.loads(files[CONFIG])
+    check_config(config)
+    text = config["model_cfg"]["text_cfg"]
+    if text.get("hf_model_name") and TEXT_CONFIG not in files:
+        raise UserError(f"{TEXT_CONFIG}: missing, so the text tower cannot be built")
+    if "tokenizer.json" in files:
+        try:
+            open_tokenizer(files["tokenizer.json"])
+        except Exception as error:  # tokenizers raises plain Exception.
+            raise UserError(f"tokenizer.json: not a tokenizer that openimp opens: {error}") from None
+    elif text.get("hf_tokenizer_name"):
+        raise UserError("tokenizer.json: missing, so texts cannot be read")
+    return files
+
+
+def check_config(config: Any) -> None:
+    """Refuses a configuration of the library that is damaged, or that could make it run or fetch code."""
+    parts = config.get("model_cfg") if isinstance(config, dict) else None
+    vision, text = (parts.get(part) if isinstance(parts, dict) else None for part in ("vision_cfg", "text_cfg"))
+    if not isinstance(vision, dict) or not isinstance(text, dict) or not isinstance(config.get("preprocess_cfg"), dict):
+        raise UserError(f"{CONFIG}: damaged: expected model_cfg, with vision_cfg and text_cfg, and preprocess_cfg")
+    if not re.fullmatch(r"[\w.-]*", str(vision.get("timm_model_name") or "")):
+        raise UserError(f"{CONFIG}: timm_model_name {vision['timm_model_name']!r} is not the name of a model of timm")
+    if unknown := set(text.get("tokenizer_kwargs") or {}) - TOKENIZER_OPTIONS:
+        raise UserError(f"{CONFIG}: tokenizer_kwargs: {', '.join(sorted(unknown))} cannot be used here")
+
+
+def _without_code(name: str, text: str) -> str:
+    """A JSON file without the names of classes that transformers would import from other places."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: damaged: {error}") from None
+    if not isinstance(data, dict) or "auto_map" not in data:
+        return text
+    return json.dumps({key: value for key, value in data.items() if key != "auto_map"})
+
+
+@contextmanager
+def unpacked(files: Mapping[str, str]) -> Iterator[str]:
+    """The name under which the library finds the files of a model: `local-dir:` and a temporary folder."""
+    with TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        if TEXT_CONFIG in files:  # transformers reads it from a folder under this name.
+            (Path(folder) / "config.json").write_text(files[TEXT_CONFIG], encoding="utf-8")
+            config = json.loads(files[CONFIG])
+            config["model_cfg"]["text_cfg"]["hf_model_name"] = folder
+            (Path(folder) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        yield f"local-dir:{folder}"
+
+
+def public_recipe_of(name: str, loss: str) -> dict[str, Any]:
+    """The recipe of a model that the library's authors trained: the modalities that it embeds, and nothing to read."""
+    objective = {"type": "contrastive", "loss": loss}
+    task = {"source": "unknown", "objectives": [objective]}
+    return {
+        "name": re.sub(r"[^\w.-]+", "-", name.rpartition(":")[2]).strip("-.") or "open_clip",
+        "model": {"wrap": name},
+        "sources": {"unknown": {"path": "open_clip:training-data"}},
+        "tasks": {
+            "pictures": {**task, "inputs": {"image": "image", "text": "text"}},
+            "clips": {**task, "inputs": {"video": "video", "text": "text"}},
+        },
+    }
+
+
+class OpenClip(Modality):
+    """What the modalities of a wrapped model share: the library's files, from which each takes its options."""
+
+    _files: dict[str, str] | None = None
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The library's files, by name."""
+        if self._files is None:
+            raise RuntimeError("no model yet: call load_state first")
+        return self._files
+
+    def state(self) -> dict[str, str]:
+        return self.files
+
+    def load_state(self, state: dict[str, str]) -> None:
+        self._files = checked_files(state)
+        self.__dict__.pop("library", None)
+
+    @cached_property
+    def library(self) -> dict[str, Any]:
+        """The library's configuration."""
+        config: dict[str, Any] = json.loads(self.files[CONFIG])
+        return config
+
+    def check(self, view: Any) -> None:
+        """Every view fits."""
+
+    def tensor_input(self, view: Any) -> TensorInput:
+        raise TypeError("a wrapped model has no ONNX graphs here; use its own library")
+
+
+class Pictures(OpenClip, Vision):
+    """Base of the pictures and clips of a wrapped model. Each frame is one token, which the model cuts into patches.
+
+    Evaluation uses the library's transform. Training crops, mirrors and jitters as openimp does.
+    """
+
+    plain: ClassVar[type[Vision]]
+
+    class Config(Strict):
+        """Options of clips."""
+
+        fps: Positive | None = None
+        """Frames per second to which clips are resampled when they are read. null: the frames of the file."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width that the model takes."""
+        size = self.library["preprocess_cfg"]["size"]
+        return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+    @property
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel, for pixels in 0..1."""
+        options = self.library["preprocess_cfg"]
+        return list(options["mean"]), list(options["std"])
+
+    def fit_picture(self, picture: PIL.Image.Image) -> np.ndarray:
+        """RGB pixels (H, W, 3) of the model's size."""
+        return np.array(self.library_transform(picture))
+
+    @cached_property
+    def library_transform(self) -> Any:
+        """The library's transform of Pillow pictures in evaluation, as far as its result is a Pillow picture."""
+        transform = import_open_clip().transform
+        options = transform.PreprocessCfg(**self.library["preprocess_cfg"])
+        whole = transform.image_transform_v2(options, is_train=False)
+        # The last two steps make a tensor and normalize it, which the model does on its device.
+        return type(whole)(whole.transforms[:-2])
+
+    def load_state(self, state: dict[str, str]) -> None:
+        super().load_state(state)
+        self.__dict__.pop("library_transform", None)
+
+    def stem_spec(self) -> StemSpec:
+        return StemSpec(values=prod(self.size) * CHANNELS, axes=(1,))
+
+    def values(self) -> int:
+        return self.stem_spec().values
+
+    def shape(self, view: Any) -> tuple[int, int, int, int]:
+        return (self.length(view), *self.size, CHANNELS)
+
+    def length(self, view: Any) -> int:
+        return getattr(view, "frames", 1)
+
+    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+        # That of `Image` or `Video`.
+        return super().decode(raw, [self._whole_view(view) for view in views], rng)  # type: ignore[safe-super]
+
+    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+        return super().transform(item, self._whole_view(view), rng)  # type: ignore[safe-super]
+
+    def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
+        """One token per frame of pixels (B, [T,] H, W, 3): values (B, T, P) uint8."""
+        return self._frames(torch.from_numpy(items))
+
+    def from_tensor(self, batch: torch.Tensor) -> Tokens:
+        """One token per frame of a batch that the library's transform made: (B, 3, H, W), or (B, T, 3, H, W)."""
+        size = (CHANNELS, *self.size)
+        if batch.ndim != len(self.tensor_axes) or tuple(batch.shape[-3:]) != size or not batch.is_floating_point():
+            axes = ", ".join(map(str, (*self.tensor_axes[:-3], *size)))
+            raise TypeError(f"expected float ({axes}), as the library normalizes it, found {list(batch.shape)}")
+        return self._frames(batch.movedim(-3, -1))
+
+    def preprocess(self, picture: Any, view: Any) -> torch.Tensor:
+        """Converts a Pillow picture, or whatever `decode` takes, to a float tensor (3, H, W), as the library does."""
+        pixels = torch.from_numpy(self.encode_input(picture, view))
+        return normalized(pixels, *map(torch.tensor, self.statistics))[0]
+
+    def _frames(self, frames: torch.Tensor) -> Tokens:
+        values_BTP = (frames if frames.ndim == 5 else frames[:, None]).flatten(2)
+        return Tokens(values_BTP, torch.zeros(*values_BTP.shape[:2], 1, dtype=torch.int64, device=frames.device))
+
+    def _whole_view(self, view: Any) -> Any:
+        """A view as openimp's own modality takes it, with the size of the model."""
+        return view if isinstance(view, Vision.View) else self.plain.View(size=self.size, **view.model_dump())
+
+    def _render(self, frames: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+        if rng is not None:
+            return super()._render(frames, view, rng)
+        return np.stack([self.fit_picture(PIL.Image.fromarray(frame)) for frame in frames])
+
+
+def normalized(pixels_BHWC: torch.Tensor, mean_C: torch.Tensor, std_C: torch.Tensor) -> torch.Tensor:
+    """Pictures (B, 3, H, W) as the library's transform makes them of uint8 pixels, in the same order of operations."""
+    images_BCHW = pixels_BHWC.movedim(-1, 1).contiguous().float().div(255)
+    return images_BCHW.sub(mean_C[:, None, None]).div(std_C[:, None, None])
+
+
+class OpenClipImage(Pictures, Image):
+    """A picture, as the library's transform makes it of the same file, turned upright if its EXIF data say so."""
+
+    plain = Image
+    decoders = ("pillow", "torchvision", "open_clip_torch")
+
+    class View(Strict):
+        """Augmentation of a picture. Its size is the model's."""
+
+        renamed: ClassVar[Mapping[str, str]] = dict.fromkeys(
+            ("size", "crop_pct", "drop_tokens"), "a wrapped model prepares pictures as its library does"
+        )
+
+        crop: Annotated[float, Field(gt=0, le=1)] = 0.9
+        """Smallest share of the picture's area that a training crop shows (as in open_clip). 1: the largest center
+        crop."""
+        flip: bool = False
+        """Mirror half of the training pictures."""
+        jitter: Share = 0.0
+        """Largest change of brightness, contrast and saturation in training. 0: no change."""
+
+    @decoder_errors()
+    def encode_input(self, value: Any, view: Any) -> np.ndarray:
+        # In full size and in the file's own mode, because the library resizes before it converts to RGB.
+        if isinstance(value, np.ndarray):
+            return self.fit_picture(PIL.Image.fromarray(check_pixels(value, 2)))[None]
+        if isinstance(value, PIL.Image.Image):
+            check_size(value)
+            return self.fit_picture(PIL.ImageOps.exif_transpose(value))[None]
+        with open_source(value) as source:
+            return self.fit_picture(PIL.ImageOps.exif_transpose(open_whole(source)))[None]
+
+
+class OpenClipVideo(Pictures, Video):
+    """A clip, whose frames are transformed like pictures. Its features are the mean of those of its frames."""
+
+    plain = Video
+    decoders = ("av", "pillow", "torchvision", "open_clip_torch")
+
+    class View(OpenClipImage.View):
+        """Frames and augmentation of a clip. Its size is the model's."""
+
+        frames: Count = 4
+        """Frames per clip."""
+        stride: Count = 8
+        """Distance between frames. If a clip is too short, a smaller stride spreads `frames` over all of it."""
+        clips: Count = 4
+        """Clips in evaluation, linearly spaced, whose embeddings are averaged."""
+
+    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+        if isinstance(raw, np.ndarray):  # Frames in memory are not shrunk before the library resizes them.
+            with decoder_errors():
+                return check_pixels(raw, 3)
+        return super().decode(raw, views, rng)
+
+    def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
+        return super().segments(value, self._whole_view(view))
+
+    def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
+        return super().encode_segment(value, self._whole_view(view), start, end)
+
+
+class OpenClipText(OpenClip, Text):
+    """A text, as the library's tokenizer reads it, up to the model's context length."""
+
+    decoders = ("tokenizers", "transformers", "open_clip_torch")
+
+    class Config(Strict):
+        """A wrapped model has its own tokenizer."""
+
+    class View(Strict):
+        """A text is read up to the model's context length."""
+
+        renamed: ClassVar[Mapping[str, str]] = {"length": "a wrapped model reads its own context length"}
+
+        @property
+        def length(self) -> None:
+            """What `tokenize` takes: the model's own length."""
+
+    @property
+    def context_length(self) -> int:
+        """Token ids of a text."""
+        length: int = self.library["model_cfg"]["text_cfg"].get("context_length", 77)
+        return length
+
+    @cached_property
+    def library_tokenizer(self) -> Any:
+        """The tokenizer that the library makes of its files."""
+        with unpacked(self.files) as name:
+            return import_open_clip().get_tokenizer(name)
+
+    def load_state(self, state: dict[str, str]) -> None:
+        super().load_state(state)
+        self.__dict__.pop("library_tokenizer", None)
+
+    def stem_spec(self) -> StemSpec:
+        vocabulary = self.library["model_cfg"]["text_cfg"].get("vocab_size", 49408)
+        return StemSpec(values=vocabulary, axes=(self.context_length,), table=True)
+
+    def length(self, view: Any) -> int:
+        return self.context_length
+
+    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+        """Tokenizes a string, or the first of a list, to ids (L,) int64."""
+        if isinstance(raw, list | tuple) and raw:
+            raw = raw[0]
+        if not isinstance(raw, str):
+            raise BadMedia(f"expected a text, found {type(raw).__name__}")
+        with _TOKENIZING:
+            ids: np.ndarray = self.library_tokenizer(valid_text(raw[:LONGEST_TEXT]))[0].numpy()
+        return ids
+
+    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+        return item[None] if rng is None else item
+
+    def knows(self, value: Any, view: Any) -> bool:
+        return True
+
+    def from_tensor(self, batch: torch.Tensor) -> Tokens:
+        """Ids (B, L) of the library's tokenizer. All of them are valid, because the model finds the end by itself."""
+        if batch.ndim != 2 or batch.shape[1] != self.context_length or batch.is_floating_point():
+            raise TypeError(f"expected integer ids (B, {self.context_length}), found {batch.dtype} {list(batch.shape)}")
+        coords = torch.arange(self.context_length, device=batch.device).expand(len(batch), -1)
+        return Tokens(batch.long(), coords[..., None].contiguous(), torch.ones_like(batch, dtype=torch.bool))
+
+    def tokenize(self, texts: str | list[str], length: int | None = None) -> torch.Tensor:
+        """Tokenizes texts to ids (B, L), as the library does."""
+        texts = [texts] if isinstance(texts, str) else texts
+        return torch.from_numpy(np.stack([self.decode(text, []) for text in texts]))

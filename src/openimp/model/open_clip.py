@@ -1,0 +1,237 @@
+"""A model of open_clip, wrapped: the library's own code computes, and openimp trains, evaluates and serves it.
+
+Shape suffixes: B examples, T frames, C channels, H height, W width, P values per token, Z features of the shared
+embedding space.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from openimp.common.errors import UserError
+from openimp.common.modality import Modalities, Tokens
+from openimp.modalities.open_clip import OpenClip, Pictures, import_open_clip, normalized, unpacked
+from openimp.model.embedder import Embedder, Encoded
+from openimp.model.heads import MAX_LOGIT_SCALE, LogitScale
+from openimp.model.imp import trained_pairs
+from openimp.model.init import linear
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Contrastive
+
+BLOCKS = ("resblocks", "blocks", "layer", "layers", "block")
+"""Names of the lists of blocks in the towers of open_clip, timm and transformers."""
+
+
+class OpenCLIP(Embedder):
+    """A model of two towers: `encoder`, which open_clip has built, and its temperature, which is kept apart.
+
+    All modalities share one space. The features of a picture and of a text are the library's, before they are
+    normalized. Those of a clip are the mean of its frames' unit vectors (CLIP4Clip's mean pooling, arXiv 2104.08860).
+
+    Statistics of batch norms stay as they are in training, because an embedding must not depend on its batch.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        modalities: Modalities,
+        encoder: nn.Module,
+        embed_dim: int,
+        classes: Mapping[str, int] | None = None,
+    ) -> None:
+        """Wraps the library's model.
+
+        Args:
+            recipe: what is trained.
+            modalities: those of the recipe; if they are of a wrapped model, with the library's files as their state.
+            encoder: an instance of a model class of open_clip.
+            embed_dim: Z.
+            classes: the number of classes of each classification head, by name.
+        """
+        super().__init__()
+        losses = {o.loss for task in recipe.tasks.values() for o in task.objectives if isinstance(o, Contrastive)}
+        self.pairs = trained_pairs(recipe)
+        self.readers = {name: modality.reads_text for name, modality in modalities.items()}
+        for modality in modalities.values():
+            if isinstance(modality, Pictures):
+                self.size = modality.size
+                for name, values in zip(("mean", "std"), modality.statistics):
+                    self.register_buffer(name, torch.tensor(values), persistent=False)
+        library = cast(Any, encoder)
+        limit = math.inf if losses == {"sigmoid"} else MAX_LOGIT_SCALE  # SigLIP's scales are larger than CLIP's limit.
+        self.scale = LogitScale(library.logit_scale, library.logit_bias, limit)
+        library.logit_scale = library.logit_bias = None
+        for module in encoder.modules():
+            if isinstance(module, _BatchNorm):
+                counts: Any = module  # As floats, because the EMA averages them, too.
+                counts.num_batches_tracked = counts.num_batches_tracked.float()
+        self.encoder = encoder
+        if recipe.memory.activation_checkpointing:
+            library.set_grad_checkpointing(True)
+        sizes = {"width": embed_dim, "embed_dim": embed_dim, "space": "joint"}
+        self.config = recipe.model.model_copy(update=sizes)
+        self.classifiers = nn.ModuleDict({name: linear(embed_dim, n) for name, n in (classes or {}).items()})
+
+    @classmethod
+    def from_recipe(
+        cls, recipe: Recipe, modalities: Modalities, classes: Mapping[str, int] | None = None
+    ) -> "OpenCLIP":
+        """Builds the model without the values of its weights, which are then loaded."""
+        # On the CPU, so that buffers which are computed have their values.
+        with torch.device("cpu"):
+            wrapped = _wrapped(modalities)
+            model = cls(recipe, modalities, build(wrapped.files), wrapped.library["model_cfg"]["embed_dim"], classes)
+        return model.to("meta") if torch.get_default_device().type == "meta" else model
+
+    def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
+        """Encodes the tokens of one modality to features (B, Z)."""
+        ((name, tokens),) = inputs.items()
+        return Encoded(self._encode(name, tokens), [])
+
+    def encode_all(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
+        return {name: Encoded(self._encode(name, tokens), []) for name, tokens in inputs.items()}
+
+    def _encode(self, name: str, tokens: Tokens) -> Tensor:
+        library = cast(Any, self.encoder)
+        if self.readers[name]:
+            features_BZ: Tensor = library.encode_text(self.ids(tokens), normalize=False)
+            return features_BZ
+        images_BTCHW = self.images(tokens)
+        batch, frames = images_BTCHW.shape[:2]
+        # FSDP2 may have gathered the weights in bf16.
+        dtype = next(library.visual.parameters()).dtype
+        z_BZ: Tensor = library.encode_image(images_BTCHW.flatten(0, 1).to(dtype), normalize=False)
+        return z_BZ if frames == 1 else F.normalize(z_BZ, dim=-1).unflatten(0, (batch, frames)).mean(1)
+
+    def images(self, tokens: Tokens) -> Tensor:
+        """The frames (B, T, 3, H, W) in the tokens of pictures or clips, as the library's model takes them."""
+        pixels = tokens.values.flatten(0, 1).unflatten(-1, (*self.size, 3))
+        if pixels.dtype == torch.uint8:
+            images = normalized(pixels, self.mean, self.std)
+        else:
+            images = pixels.movedim(-1, 1).contiguous()
+        return images.unflatten(0, tokens.values.shape[:2])
+
+    def ids(self, tokens: Tokens) -> Tensor:
+        """The ids (B, L) in the tokens of texts, as the library's model takes them."""
+        return tokens.values
+
+    def project(self, features_BD: Tensor, source: str, target: str, normalize: bool = True) -> Tensor:
+        return F.normalize(features_BD.float(), dim=-1) if normalize else features_BD.float()
+
+    def share_a_space(self, a: str, b: str) -> bool:
+        return {a, b} <= self.readers.keys()
+
+    def head_name(self, source: str, target: str) -> str:
+        """The name of a modality's space, which is one for all targets."""
+        return source
+
+    def temperature(self, a: str, b: str) -> LogitScale:
+        """The temperature, which is one for all pairs."""
+        return self.scale
+
+    def hidden_matrices(self) -> dict[Tensor, int]:
+        """The weights of all linear layers but classifiers, and the projections of both towers."""
+        found: dict[Tensor, int] = {}
+        for name, module in self.encoder.named_modules():
+            if isinstance(weight := getattr(module, "in_proj_weight", None), nn.Parameter):
+                found[weight] = 3
+            if isinstance(module, nn.Linear):
+                found[module.weight] = 3 if name.endswith(".qkv") else 1
+        projections = (getattr(self.encoder, "text_projection", None), *_of_towers(self.encoder, "proj"))
+        projections = (*projections, *_of_towers(self.encoder, "text_projection"))
+        found.update((weight, 1) for weight in projections if isinstance(weight, nn.Parameter) and weight.ndim == 2)
+        return found
+
+    def blocks(self) -> list[nn.Module]:
+        return _blocks_in(self.encoder)
+
+    def blocks_of(self, modalities: Iterable[str]) -> list[nn.Module]:
+        seen, names = _blocks_in(cast(nn.Module, self.encoder.visual)), [*modalities]
+        read = [block for block in self.blocks() if block not in seen]
+        some = (read if self.readers[name] else seen for name in names)
+        return [block for blocks in some for block in blocks]
+
+    def fp32_modules(self) -> list[nn.Module]:
+        return [self.scale]
+
+    def clamp_logit_scales(self) -> None:
+        self.scale.clamp()
+
+    def train(self, mode: bool = True) -> "OpenCLIP":
+        super().train(mode)
+        for module in self.encoder.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+
+class SkipInit(TorchFunctionMode):
+    """Leaves weights uninitialized, because they are loaded. Memory that nobody has written to takes no space."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        target, name = args[0] if args else kwargs.get("tensor"), func.__name__
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        return target if in_place and isinstance(target, nn.Parameter) else func(*args, **kwargs)
+
+
+def build(files: Mapping[str, str]) -> nn.Module:
+    """The library's model, without the values of its weights. `files` are those of `modalities.open_clip`."""
+    library = import_open_clip()
+    with unpacked(files) as name, SkipInit(), _quiet():
+        try:
+            model: nn.Module = library.create_model(name, load_weights=False, pretrained_text=False)
+        except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, AttributeError, OSError) as error:
+            raise UserError(f"open_clip cannot build the model: {' '.join(str(error).split())[:300]}") from None
+    return model
+
+
+def _blocks_in(tower: nn.Module) -> list[nn.Module]:
+    """The outermost blocks of a tower, in order."""
+    found: list[nn.Module] = []
+    for name, module in tower.named_modules():
+        if name.rpartition(".")[2] in BLOCKS and isinstance(module, nn.ModuleList | nn.Sequential):
+            found += [*module]
+    inner = {id(module) for block in found for module in block.modules() if module is not block}
+    return [block for block in found if id(block) not in inner]
+
+
+def _of_towers(encoder: Any, name: str) -> Iterator[Any]:
+    return (getattr(tower, name, None) for tower in (encoder.visual, getattr(encoder, "text", None)))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides the library's warning that the model has no weights yet."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def count_layers(modalities: Modalities) -> int:
+    """The number of layers in the configuration of the library's model."""
+    found = 0
+    for part in ("vision_cfg", "text_cfg", "multimodal_cfg"):
+        layers = (_wrapped(modalities).library["model_cfg"].get(part) or {}).get("layers", 0)
+        found += sum(layers) if isinstance(layers, list) else layers
+    return found
+
+
+def _wrapped(modalities: Modalities) -> OpenClip:
+    """One of the modalities of a wrapped model, which all have the library's files."""
+    return next(modality for modality in modalities.values() if isinstance(modality, OpenClip))

@@ -1,0 +1,244 @@
+"""Models of open_clip in openimp compute what they compute in their own library."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import PIL.Image
+import public
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import openimp
+from openimp.checkpoint.folder import find_model
+from openimp.cli import app
+from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
+from openimp.evaluation.provenance import checkpoint_fields
+from openimp.inference.model import Model
+from openimp.inference.onnx import export
+from openimp.recipe.schema import Recipe
+
+TEXTS = ["a red square", "A  Cat's &amp; dog, green!", "", "blue " * 40, "unheard-of"]
+
+
+@pytest.fixture(scope="module", params=public.MODELS)
+def wrapped(request, tmp_path_factory) -> tuple[str, Path, Model]:
+    """A model's name and folder, and the model in openimp."""
+    folder = tmp_path_factory.mktemp("public") / request.param
+    return request.param, folder, openimp.load(public.write(request.param, folder), "cpu", "fp32")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[Path]:
+    """Pictures of several shapes, formats and modes; Pillow resizes those with a palette or with an alpha channel
+    differently after a conversion to RGB."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    kinds = {"a.png": ((70, 50), "RGB"), "b.jpg": ((640, 480), "RGB"), "c.png": ((33, 90), "P"),
+             "d.png": ((64, 64), "L"), "e.png": ((90, 60), "RGBA"), "f.webp": ((20, 28), "RGB"),
+             "g.png": ((40, 80), "1")}  # fmt: skip
+    for name, (size, mode) in kinds.items():
+        small = PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 4), np.uint8)).resize(
+            size, PIL.Image.Resampling.BICUBIC
+        )
+        small.convert("RGB" if mode == "P" else mode).convert(mode).save(folder / name)
+    return sorted(folder.iterdir())
+
+
+def library_of(folder: Path) -> tuple[Any, Any, Any]:
+    """The library's own model, its transform and its tokenizer."""
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}", pretrained_text=False)
+    return model.eval(), transform, open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
+@torch.no_grad()
+def test_features_and_logits_are_those_of_the_library(wrapped, pictures):
+    _, folder, model = wrapped
+    library, transform, tokenizer = library_of(folder)
+    images = torch.stack([transform(PIL.Image.open(file)) for file in pictures])
+    seen, read = library.encode_image(images, normalize=False), library.encode_text(tokenizer(TEXTS), normalize=False)
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(model.encode_image(pictures), seen, **close)
+    torch.testing.assert_close(model.encode_text(TEXTS), read, **close)
+    # The same from memory, and through the interface of open_clip.
+    raw = [file.read_bytes() for file in pictures]
+    torch.testing.assert_close(model.encode_image(raw), seen, **close)
+    prepared = torch.stack([model.preprocess(PIL.Image.open(file)) for file in pictures])
+    torch.testing.assert_close(prepared, images, atol=0, rtol=0)
+    assert torch.equal(model.tokenizer(TEXTS), tokenizer(TEXTS))
+    torch.testing.assert_close(model.encode_image(prepared), seen, **close)
+    torch.testing.assert_close(model.encode_text(model.tokenizer(TEXTS)), read, **close)
+    logits = library.logit_scale.exp() * torch.nn.functional.normalize(seen) @ torch.nn.functional.normalize(read).T
+    scale, (_, bias) = model.logit_scale.exp(), model.imp.temperature("image", "text")()
+    ours = scale * model.encode_image(pictures, normalize=True) @ model.encode_text(TEXTS, normalize=True).T
+    if library.logit_bias is not None:
+        logits, ours = logits + library.logit_bias, ours + bias
+    torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-5)  # The scale is 14.
+
+
+@torch.no_grad()
+def test_a_clip_of_identical_frames_has_the_vector_of_the_image(wrapped, pictures, tmp_path):
+    _, _, model = wrapped
+    pixels = np.asarray(PIL.Image.open(pictures[0]))
+    image = model.encode_image(pixels, normalize=True)
+    torch.testing.assert_close(model.encode_video(np.stack([pixels] * 6), normalize=True), image, atol=1e-5, rtol=1e-5)
+    other = np.asarray(PIL.Image.open(pictures[3]).convert("RGB").resize((70, 50)))
+    frames = model.encode_image([pixels, other], normalize=True).mean(0, keepdim=True)
+    view = model.views["video"]
+    model.views["video"] = view.model_copy(update={"frames": 2})
+    clip = model.encode_video(np.stack([pixels, other]), normalize=True)
+    model.views["video"] = view
+    torch.testing.assert_close(clip, torch.nn.functional.normalize(frames), atol=1e-5, rtol=1e-5)
+
+
+def test_a_saved_model_needs_neither_the_original_nor_the_network(wrapped, tmp_path, monkeypatch):
+    _, folder, model = wrapped
+    model.save(tmp_path / "saved")
+    folder.rename(tmp_path / "gone")
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network is used"))
+    try:
+        again = openimp.load(tmp_path / "saved", "cpu", "fp32")
+        assert checkpoint_fields(again.imp, again.modalities) == checkpoint_fields(model.imp, model.modalities)
+        assert torch.equal(again.encode_text(TEXTS), model.encode_text(TEXTS))
+    finally:
+        (tmp_path / "gone").rename(folder)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> str:
+    """The name of a model."""
+    return public.write("clip", tmp_path_factory.mktemp("clip") / "model")
+
+
+def invoke(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_changed_folder_is_converted_again(clip, tmp_path):
+    folder = Path(clip.rpartition(":")[2])
+    before = find_model(clip)
+    assert find_model(clip) == before
+    library = open_clip.create_model(f"local-dir:{folder}")
+    with torch.no_grad():
+        library.logit_scale.fill_(3.0)
+    content = (folder / "open_clip_model.safetensors").read_bytes()
+    try:
+        save_file(library.state_dict(), folder / "open_clip_model.safetensors")
+        assert openimp.load(clip).logit_scale.item() == pytest.approx(3.0)
+        assert find_model(clip) != before
+    finally:
+        (folder / "open_clip_model.safetensors").write_bytes(content)
+
+
+def test_the_commands_take_a_name(clip, little_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sets = {"colours": {"type": "zero_shot", "source": "mine", "inputs": {"image": "file"}, "label": "label",
+                        "view": {"image": {"size": 256, "crop_pct": 1.0}}}}  # fmt: skip
+    recipe = {"sources": {"mine": {"path": str(little_data / "pictures")}}, "evaluation": {"sets": sets}}
+    Path("sets.yaml").write_text(json.dumps(recipe))
+    invoke("eval", clip, "--recipe", "sets.yaml", "--out", "results.jsonl")
+    (result,) = read_lines(Path("results.jsonl"))
+    assert (result["n"], result["set"]) == (24, "colours")
+    assert "size" not in result["view"]["image"]
+    invoke("embed", clip, little_data / "pictures", "--out", "vectors.parquet")
+    table = pq.read_table("vectors.parquet")
+    assert len(table) == 24
+    own = openimp.load(clip).encode_image(table["path"][3].as_py(), normalize=True)[0]
+    np.testing.assert_allclose(table["embedding"][3].as_py(), own.numpy(), atol=0.01)  # They may be computed in bf16.
+    assert "visual" in invoke("info", clip) or "encoder" in invoke("info", clip)
+    invoke("report", clip, "--out", "page.html")
+    assert "open_clip" in Path("page.html").read_text()
+    invoke("push", clip, "me/clip", "--to", "public")
+    assert str(Path(clip.rpartition(":")[2]).parent) not in Path("public/config.json").read_text()
+    assert torch.equal(openimp.load("public").encode_text("a cat"), openimp.load(clip).encode_text("a cat"))
+
+
+def test_a_folder_is_indexed_and_searched(clip, little_data, tmp_path):
+    pytest.importorskip("lancedb")
+    invoke("index", clip, little_data / "pictures", "--out", tmp_path / "index")
+    query = little_data / "pictures" / "red" / "0.png"
+    lines = invoke("search", tmp_path / "index", "--image", query, "--json", "-k", 1).splitlines()
+    assert json.loads(lines[-1])["path"] == str(query)
+    assert len(invoke("search", tmp_path / "index", "a red square", "--json").splitlines()) == 10
+    with pytest.raises(UserError, match="comes without media; name files or folders"):
+        invoke("index", clip, "--out", tmp_path / "other")
+
+
+def test_sentence_transformers_takes_a_name(clip):
+    pytest.importorskip("sentence_transformers")
+    model = openimp.sentence_transformer(clip)
+    assert model.encode(["a cat", "a dog"]).shape == (2, 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("open_clip:ViT-B-32", "names no weights; expected open_clip:ViT-B-32/TAG with one of the tags .*laion2b"),
+        ("open_clip:ViT-B-32/nonsense", "no weights 'nonsense' of ViT-B-32"),
+        ("open_clip:ViT-B-23/openai", "no model 'ViT-B-23'; did you mean"),
+        ("open_clip:ViT-B-32/openai", "another activation: use open_clip:ViT-B-32-quickgelu/openai"),
+        ("open_clip:local-dir:nowhere", "no such folder"),
+    ],
+)
+def test_wrong_names_are_explained(name, message):
+    with pytest.raises(UserError, match=message):
+        openimp.load(name)
+
+
+def test_files_that_could_hold_code_are_refused(clip, tmp_path):
+    folder, original = tmp_path / "model", Path(clip.rpartition(":")[2])
+    folder.mkdir()
+    config = json.loads((original / "open_clip_config.json").read_text())
+
+    def refused(message: str, **text: Any) -> None:
+        changed = json.loads(json.dumps(config))
+        changed["model_cfg"]["text_cfg"] |= text
+        (folder / "open_clip_config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=message):
+            openimp.load(f"open_clip:local-dir:{folder}")
+
+    torch.save({}, folder / "open_clip_pytorch_model.bin")
+    refused("has no safetensors file")
+    (folder / "open_clip_model.safetensors").write_bytes((original / "open_clip_model.safetensors").read_bytes())
+    refused("tokenizer_kwargs: trust_remote_code cannot be used", tokenizer_kwargs={"trust_remote_code": True})
+    refused("does not fit the model", width=64)
+    (folder / "open_clip_model.safetensors").unlink()
+    (folder / "open_clip_model.safetensors").symlink_to(original / "open_clip_model.safetensors")
+    refused("is a link out of")
+
+
+def test_what_a_wrapped_model_cannot_do_is_said_in_a_sentence(clip, tmp_path):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(UserError, match="image cannot be exported: a wrapped model has no ONNX graphs"):
+        export(clip, tmp_path / "onnx")
+    task = {"source": "all", "inputs": {"audio": "audio", "text": "text"}, "objectives": [{"type": "contrastive"}]}
+    data = {"name": "x", "model": {"wrap": clip}, "sources": {"all": {"path": "x"}}, "tasks": {"t": task}}
+    with pytest.raises(UserError, match="a model of open_clip has no modality 'audio'"):
+        Recipe.build(data)
+    task["inputs"] = {"image": "image", "text": "text"}
+    with pytest.raises(UserError, match="width is for openimp's own encoder; remove it, or remove wrap"):
+        Recipe.build({**data, "model": {"wrap": clip, "width": 128}})
+    with pytest.raises(
+        UserError, match="key 'size' was removed: a wrapped model prepares pictures as its library does"
+    ):
+        Recipe.build({**data, "tasks": {"t": {**task, "views": [{"image": {"size": 64}}]}}})
+    with pytest.raises(UserError, match="expected open_clip:NAME/TAG or"):
+        Recipe.build({**data, "model": {"wrap": "timm:x"}})
+
+
+def test_pictures_are_turned_upright(clip):
+    model, stream = openimp.load(clip, "cpu", "fp32"), io.BytesIO()
+    picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # A quarter turn.
+    picture.save(stream, "png", exif=exif)
+    upright = picture.transpose(PIL.Image.Transpose.ROTATE_270)
+    assert torch.equal(model.encode_image(stream.getvalue()), model.encode_image(upright))

@@ -1,0 +1,217 @@
+"""Fine-tuning a model of open_clip in openimp's training loop.
+
+torchrun runs this file on two ranks.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import public
+import pytest
+import torch
+from processes import run, torchrun
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import openimp
+from openimp.checkpoint import dcp
+from openimp.checkpoint.folder import checkpoints
+from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
+from openimp.data.loader import load_batches
+from openimp.parallel import distributed
+from openimp.parallel.layout import full_tensor
+from openimp.planning.plan import plan
+from openimp.recipe.schema import Recipe
+from openimp.training.trainer import Trainer, train
+
+STEPS = 20
+CASES = {"fp32": ["optimizer={muon_lr: 0.02, warmup_steps: 1}"], "bf16": ["train.precision=bf16"]}
+
+
+def recipe_of(data: Path, name: str, *overrides: str, **train_options: Any) -> Recipe:
+    """A recipe of two tasks on the pictures of `little.py`, one with a classification, one with clips of one frame."""
+    files = {"source": "pictures", "objectives": [{"type": "contrastive", "same": "label"}], "batch_size": 8}
+    named = {**files, "inputs": {"image": "file", "text": "a {label} square"}, "views": [{"image": {"crop": 0.5}}]}
+    named["objectives"] = [*files["objectives"], {"type": "classification", "label": "label"}]
+    paired = {**files, "inputs": {"video": "file", "text": "{label}"}, "views": [{"video": {"frames": 2}}]}
+    options = {"steps": STEPS, "num_workers": 0, "log_every": 1, "save_every": 5, "precision": "fp32"}
+    colours = {"type": "zero_shot", "source": "pictures", "inputs": {"image": "file"}, "label": "label"}
+    data_of = {
+        "name": "wrapped",
+        "model": {"wrap": name},
+        "sources": {"pictures": {"path": str(data / "pictures"), "cache": "memory"}},
+        "tasks": {"named": named, "paired": paired},
+        "alternation": {"kind": "intervals"},
+        "optimizer": {"lr": 1e-3, "ema_decay": 0.9},
+        "train": options | train_options,
+        "evaluation": {"sets": {"colours": colours}},
+    }
+    file = data / "wrapped.json"
+    file.write_text(json.dumps(data_of))
+    return Recipe.load(file, overrides)
+
+
+@pytest.fixture(scope="module")
+def data(little_data, tmp_path_factory) -> Path:
+    """The pictures, and clips of them."""
+    return Path(shutil.copytree(little_data, tmp_path_factory.mktemp("data") / "little"))
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory) -> str:
+    return public.write("clip", tmp_path_factory.mktemp("public") / "clip")
+
+
+@pytest.fixture(scope="module")
+def whole(data, name, tmp_path_factory) -> Path:
+    """A finished run."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(recipe_of(data, name), run)
+    return run
+
+
+def weights(run: Path, part: str = "model") -> dict[str, Tensor]:
+    return dcp.read(checkpoints(run)[-1] / part)
+
+
+def test_it_starts_from_the_public_weights_and_learns(whole, name, data):
+    lines = read_lines(whole / "metrics.jsonl")
+    first, last = (
+        sum(line["tasks"][task]["loss"] for line in part for task in line["tasks"]) for part in (lines[:6], lines[-6:])
+    )
+    assert last < 0.9 * first
+    before = openimp.load(name, "cpu", "fp32")
+    trainer = Trainer(recipe_of(data, name), whole.with_name("fresh"))
+    for key, tensor in before.imp.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[key], tensor), key
+    (result,) = read_lines(whole / "results.jsonl")
+    assert result["top1"] > result["chance"]
+
+
+def test_a_run_that_was_killed_resumes_exactly_without_the_public_model(whole, data, name, tmp_path):
+    folder = tmp_path / "clip"
+    own = public.write("clip", folder)
+    recipe = recipe_of(data, own)
+    part = Trainer(recipe, tmp_path / "run")
+    for step in range(12):  # The run dies after a checkpoint of an earlier step.
+        part.update(part.data[step])
+        if step == 6:
+            part.settle()
+            part.save(wait=True)
+    part.log.metrics.close()
+    folder.rename(tmp_path / "gone")
+    assert train(recipe, tmp_path / "run", resume=True)
+    for kind in ("model", "ema", "optimizer"):
+        ours, theirs = weights(tmp_path / "run", kind), weights(whole, kind)
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert torch.equal(ours[key], value), key
+    model = openimp.load(tmp_path / "run")
+    assert torch.equal(model.encode_text("a red square"), openimp.load(whole).encode_text("a red square"))
+
+
+def test_further_training_starts_from_a_run(whole, data, name, tmp_path):
+    trainer = Trainer(recipe_of(data, name, init=str(whole)), tmp_path / "run")
+    ema = weights(whole, "ema")
+    for key, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, ema[key]), key
+    plain = {"model": {}, "modalities": {}, "train": {"init": str(whole)}}
+    task = {
+        "source": "pictures",
+        "inputs": {"image": "file", "text": "{label}"},
+        "objectives": [{"type": "contrastive"}],
+    }
+    plain |= {"name": "x", "sources": {"pictures": {"path": str(data / "pictures")}}, "tasks": {"t": task}}
+    with pytest.raises(UserError, match=r"train.init: .* its recipe wraps open_clip:.* and this one wraps no other"):
+        Trainer(Recipe.build(plain), tmp_path / "other")
+
+
+def test_the_counted_flops_are_those_of_a_step(data, name, tmp_path):
+    trainer = Trainer(recipe_of(data, name), tmp_path / "run")
+    for step in range(2):
+        loaded = trainer.data[step]
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            trainer.update(loaded)
+        assert counter.get_total_flops() == trainer.costs[loaded.visit.task, loaded.visit.view].flops
+
+
+def test_a_plan_counts_the_wrapped_model(whole, data, name):
+    recipe = recipe_of(data, name)
+    trainer = Trainer(recipe, whole.with_name("planned"))
+    found = plan(recipe, trainer.modalities, trainer.data.classes, 4, "h100", 0.4)
+    assert sum(found.parameters.values()) == sum(weight.numel() for weight in trainer.model.parameters())
+    assert found.fits
+    assert found.per_token is None
+
+
+@pytest.mark.parametrize("kind", ["siglip", "bert", "resnet", "coca"])
+def test_other_architectures_train(kind, data, tmp_path):
+    own = public.write(kind, tmp_path / kind)
+    objectives = "tasks.named.objectives=[{type: contrastive, loss: sigmoid, same: label}]"
+    recipe = recipe_of(data, own, objectives, "evaluation={}", steps=4, save_every=2)
+    assert train(recipe, tmp_path / "run")
+    before, after = openimp.load(own).imp.state_dict(), weights(tmp_path / "run")
+    assert before.keys() == after.keys()
+    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert not {key for key in changed if "running" in key}, "statistics of batch norms stay"
+    assert any("visual" in key for key in changed)
+    assert any("text" in key or "transformer" in key for key in changed)
+    assert {"scale.logit_scale", "scale.logit_bias"} <= changed
+
+
+def test_two_ranks_compute_what_one_computes(data, name, tmp_path):
+    """Losses, gradients, and what Muon does to the matrices; in bf16, where FSDP2 rounds the weights, the losses."""
+    ranks = tmp_path / "ranks"
+    ranks.mkdir()
+    run(*torchrun(2, __file__, data, name, ranks), check=True)
+    for case, changes in CASES.items():
+        expected = steps_of(Trainer(recipe_of(data, name, *changes), tmp_path / f"one {case}"))
+        found = load_file(ranks / f"{case}.safetensors")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            if key.endswith("update"):  # Orthogonal in bf16: each number may differ by more, all together by little.
+                assert value.norm() > 0
+                assert (found[key] - value).norm() < 0.05 * value.norm(), f"{case}, {key}"
+            else:
+                close = {"rtol": 0.02, "atol": 0.0} if case == "bf16" else {"rtol": 1e-4, "atol": 1e-6}
+                torch.testing.assert_close(found[key], value, **close, msg=lambda m, k=f"{case}, {key}": f"{k}: {m}")
+
+
+def steps_of(trainer: Trainer) -> dict[str, Tensor]:
+    """The losses and gradients of a step of each task, and the updates of the hidden matrices by both steps."""
+    found, exact = {}, trainer.recipe.train.precision == "fp32"
+    batches = [*load_batches(trainer.data, 0, 2)]
+    for loaded in batches:
+        losses = trainer.forward(loaded)
+        losses.total.backward()
+        found[f"{loaded.visit.task} loss"] = distributed.all_reduce_mean(losses.total.detach())
+        for name, parameter in trainer.model.named_parameters():
+            if exact and parameter.grad is not None:
+                found[f"{loaded.visit.task} {name}"] = full_tensor(parameter.grad).clone()
+        trainer.model.zero_grad()
+    matrices = [*trainer.model.hidden_matrices()] if exact else []
+    before = [full_tensor(matrix.detach()).clone() for matrix in matrices]
+    for loaded in batches:
+        trainer.update(loaded)
+    trainer.confirm()
+    after = [full_tensor(matrix.detach()) for matrix in matrices]
+    return found | {f"{i} update": new - old for i, (new, old) in enumerate(zip(after, before))}
+
+
+def main(data: Path, name: str, out: Path) -> None:
+    distributed.start()
+    for case, changes in CASES.items():
+        found = steps_of(Trainer(recipe_of(data, name, *changes), out / case))
+        if distributed.rank() == 0:
+            save_file(found, out / f"{case}.safetensors")
+    distributed.shut_down()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
