@@ -126,7 +126,7 @@ def test_a_row_without_a_vector_is_a_bad_example(data, tmp_path):
         changes = [
             f"sources.captions.path={tmp_path / f'rows{suffix}'}",
             "tasks.seen.weight=0",
-            "tasks.read.batch_size=5",
+            "tasks.read.batch_size=24",
         ]
         recipe = Recipe.load(data / "recipe.yaml", changes)
         batches = StepBatches(recipe, recipe.make_modalities())

@@ -1,5 +1,6 @@
 """Fine-tuning controls: frozen parts, and the learning rate by part and by depth."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
+from openimp.commands import run_plan
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
+from openimp.model.imp import IMP
+from openimp.model.learning_rates import freeze
 from openimp.planning.memory import step_memory
+from openimp.planning.plan import plan
 from openimp.recipe.schema import Recipe
 from openimp.study.trainers import peak_memory
 from openimp.training.trainer import Trainer, train
@@ -89,6 +94,23 @@ def test_frozen_parts_need_less_memory_and_the_plan_says_how_much(little_data, t
         planned.append(counted.peak.total())
         assert planned[-1] == pytest.approx(measured[-1], rel=0.15)
     assert measured[1] < 0.5 * measured[0]
+
+
+def test_the_plan_shows_what_is_frozen(little_data, capsys):
+    changes = [*ONE_TASK, "optimizer.lr_scale={stems: 0, encoder.blocks.0: 0}", "parallel.shard_degree=2"]
+    recipe = recipe_of(little_data, *changes)
+    found = plan(recipe, recipe.make_modalities(), {"pictures:label": [1, 2, 3, 4]}, 2, "h100", 0.4)
+    with torch.device("meta"):
+        model = IMP.from_recipe(recipe, recipe.make_modalities(), {"pictures:label": 4})
+    freeze(model, recipe.optimizer)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found.frozen == sum(p.numel() for p in model.parameters()) - trained > 0
+    memory = found.steps["named", 0].memory
+    # AdamW's two tensors and the EMA, in fp32 on two GPUs; gradients of what the task uses.
+    assert memory["optimizer state"] == pytest.approx(12 * trained / 2, rel=1e-3)
+    assert memory["gradients"] < 4 * trained / 2
+    run_plan(str(little_data / "recipe.yaml"), changes, 1, "h100", 0.4)
+    assert re.search(rf"frozen\s+│?\s*{found.frozen:,}", capsys.readouterr().out)
 
 
 def test_each_layer_has_its_learning_rate_as_in_timm(little_data, tmp_path):
