@@ -14,6 +14,7 @@ from openimp.model.imp import IMP, Encoded
 from openimp.objectives import (
     classification_losses,
     contrastive_losses,
+    distillation_losses,
     equal_texts,
     sigmoid_classification,
     sigmoid_nce,
@@ -22,7 +23,7 @@ from openimp.objectives import (
 )
 from openimp.recipe.model import Model
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification, Contrastive, Task
+from openimp.recipe.tasks import Classification, Contrastive, Distill, Task
 
 
 def small(moe: dict | None = None) -> IMP:
@@ -73,6 +74,27 @@ def test_softmax_nce_of_distinct_items_is_cross_entropy_both_ways():
     found = contrastive_losses(model, Contrastive(type="contrastive"), encoded, batch)
     assert list(found) == ["image-text"]
     torch.testing.assert_close(found["image-text"], expected)
+
+
+@pytest.mark.parametrize("draw", [1, 2])
+def test_distillation_compares_each_embedding_with_its_vector(draw):
+    """Two of the three rows have the same vector, so in the contrastive loss either is correct for both."""
+    model = small()
+    batch, encoded = batch_of([0, 1, 2], draw)
+    vector = F.normalize(torch.randn(3, 8), dim=1)[[0, 1, 0]]
+    batch.labels["teacher"], batch.item_ids["teacher"] = vector, torch.tensor([7, 8, 7])
+    embedding = model.project(encoded["text"].features, "text", "image")
+    expected = {"cosine": 0.0, "contrastive": 0.0}
+    for i, z in enumerate(embedding):
+        row = i // draw
+        expected["cosine"] += 1 - float(z @ vector[row])
+        shares = (vector @ z / 0.1).exp()
+        same = [0, 2] if row in (0, 2) else [1]
+        expected["contrastive"] -= math.log(float(shares[same].sum() / shares.sum()))
+    for loss, total in expected.items():
+        objective = Distill(type="distill", of="text", to="teacher", loss=loss, temperature=0.1)
+        found = distillation_losses(model, objective, "image", encoded, batch)
+        assert found == {"text:teacher": pytest.approx(total / len(embedding), rel=1e-4)}
 
 
 @settings(max_examples=40, deadline=None)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import little
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -65,6 +66,16 @@ CASES = {
         "optimizer={muon_lr: 0.07, warmup_steps: 1, zero_missing_grads: true}",
     ],
     "replicas of shards": ["parallel.shard_degree=2"],
+    "shards, distillation in chunks": [
+        """tasks.named.objectives=[{type: distill, of: image, to: vector, loss: contrastive}, {type: contrastive},
+            {type: distill, of: text, to: vector}]""",
+        *CHUNKS,
+    ],
+    "replicas of shards, Muon, frozen parts": [
+        "parallel.shard_degree=2",
+        """optimizer={muon_lr: 0.07, warmup_steps: 1, layer_decay: 0.5, ema_decay: 0.9,
+            lr_scale: {stems: 0, stems.text.after: 1, encoder.blocks.0: 0, projections.text-to-vision: 0.5}}""",
+    ],
     "expert parallelism, replicas": ["parallel={shard_degree: 1, expert_degree: 2}", MUON],
     "expert parallelism, shards": ["parallel.expert_degree=2"],
     "expert parallelism, shards, soft experts": ["parallel.expert_degree=2", *SOFT],
@@ -359,8 +370,11 @@ def compute(folder: Path, out: Path) -> dict[str, Any]:
 def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
     """Writes a file per case with what `gradients_of` returns, and notes the optimizer state."""
     states = {}
+    distributed.run_on_rank_zero(lambda: write_vectors(folder / "pictures", out / "vectors.jsonl"))
+    vectors = f"sources.pictures={{path: {out / 'vectors.jsonl'}, root: {folder / 'pictures'}}}"
     for name in CASES if distributed.world_size() < 4 else FOUR:
-        trainer = Trainer(recipe(folder, *CASES[name]), out / f"run {name}", False)
+        changes = [*CASES[name], *([vectors] if "distillation" in name else [])]
+        trainer = Trainer(recipe(folder, *changes), out / f"run {name}", False)
         tensors = gradients_of(trainer)
         keys = distributed.all_gather_object([*optimizer_state(trainer.model, trainer.updater.optimizers)])
         states[name] = sorted({key for some in keys for key in some})
@@ -369,6 +383,16 @@ def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
         if distributed.rank() == 0:
             save_file(tensors, out / f"{name}.safetensors")
     return {"states": states}
+
+
+def write_vectors(pictures: Path, file: Path) -> None:
+    """A manifest of the pictures, with a vector for each. Those of two pictures are equal."""
+    rng, lines = np.random.default_rng(0), []
+    for picture in sorted(pictures.rglob("*.png")):
+        vector = (np.ones(32) if len(lines) < 2 else rng.normal(size=32)).tolist()
+        name = picture.relative_to(pictures).as_posix()
+        lines.append(json.dumps({"file": name, "label": picture.parent.name, "vector": vector}) + "\n")
+    file.write_text("".join(lines))
 
 
 def gradients_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -388,7 +412,7 @@ def gradients_of(trainer: Trainer) -> dict[str, Tensor]:
     if trainer.recipe.optimizer.muon_lr:
         for loaded in batches:
             trainer.update(loaded)
-        matrices = trainer.model.hidden_matrices()
+        matrices = trainer.updater.optimizers[1].stacks
         hidden = [full_tensor(matrix.detach()).clone() for matrix in matrices]
         muon = trainer.updater.optimizers[1]
         updates = sum(distributed.all_gather_object(sum(len(group["params"]) for group in muon.param_groups)))

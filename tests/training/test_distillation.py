@@ -1,6 +1,7 @@
 """Distillation: modalities learn the vectors of another model from a column, and can then be compared through them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,18 @@ import pytest
 import torch
 
 import openimp
+from openimp.checkpoint import dcp
+from openimp.checkpoint.folder import checkpoints
+from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
+from openimp.common.modality import BadMedia
+from openimp.data.sources import open_source
+from openimp.data.step_batches import StepBatches
+from openimp.data.targets import unit_vector
+from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Source
+from openimp.search import build_index, open_index
 from openimp.training.trainer import train
 
 COLOURS = ["blue", "green", "red", "white"]
@@ -48,15 +59,13 @@ def data(little_data: Path, tmp_path_factory: pytest.TempPathFactory, teacher: n
     """A folder with recipe.yaml, pictures with vectors near those of their colours, and the names of the colours with
     theirs. Pictures and names are in different sources, so nothing says which belong together."""
     folder, rng = tmp_path_factory.mktemp("distillation"), np.random.default_rng(0)
-    (folder / "pictures").symlink_to(little_data / "pictures")
     labels = [label for label in COLOURS for _ in range(6)]
     vectors = teacher.repeat(6, axis=0) + rng.normal(scale=0.3, size=(24, SIZE))
     rows = {
-        "file": [str(little_data / "pictures" / label / f"{i % 6}.png") for i, label in enumerate(labels)],
+        "file": [(little_data / "pictures" / label / f"{i % 6}.png").read_bytes() for i, label in enumerate(labels)],
         "label": labels,
         "teacher": pa.array([*vectors.astype(np.float16)], pa.list_(pa.float16())),
     }
-    rows["file"] = [pa.scalar(Path(file).read_bytes()).as_py() for file in rows["file"]]
     pq.write_table(pa.table(rows), folder / "pictures.parquet")
     lines = [json.dumps({"label": label, "vector": vector.tolist()}) for label, vector in zip(COLOURS, teacher)]
     (folder / "captions.jsonl").write_text("\n".join(lines))
@@ -87,4 +96,76 @@ def test_a_student_takes_over_the_teachers_space(student, data, teacher):
         found = (seen @ torch.nn.functional.normalize(texts, dim=1).T).argmax(1)
         assert (found == wanted).float().mean() > 0.9
     results = {line["task"]: line["r1"] for line in read_lines(student / "results.jsonl")}
-    print(results)
+    assert results.keys() == {"image -> text", "text -> image"}
+    assert min(results.values()) > 0.9
+
+
+def test_texts_find_pictures_in_an_index(student, little_data, tmp_path):
+    index = open_index(build_index(student, [little_data / "pictures"], tmp_path / "index").folder)
+    for colour in ("red", "blue"):
+        hits = index.search(f"a {colour} square", k=6, modalities=["image"])
+        assert sum(Path(hit.path).parent.name == colour for hit in hits) >= 5
+    with pytest.raises(UserError, match="no contrastive objective has learned a scale for image and text"):
+        _ = openimp.load(student).logit_scale
+
+
+def test_a_run_resumes_exactly(data, student, tmp_path):
+    run = Path(shutil.copytree(student, tmp_path / "run"))
+    shutil.rmtree(checkpoints(run)[-1])
+    assert train(Recipe.load(data / "recipe.yaml"), run, resume=True)
+    ours, theirs = (dcp.read(checkpoints(each)[-1] / "model") for each in (run, student))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_row_without_a_vector_is_a_bad_example(data, tmp_path):
+    vectors = [[1.0] * 3, [float("nan")] * SIZE, None, [0.0] * SIZE, *[[1.0] * SIZE] * 20]
+    rows = [{"label": f"row {i}", "vector": vector} for i, vector in enumerate(vectors)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for suffix in (".jsonl", ".parquet"):
+        changes = [
+            f"sources.captions.path={tmp_path / f'rows{suffix}'}",
+            "tasks.seen.weight=0",
+            "tasks.read.batch_size=24",
+        ]
+        recipe = Recipe.load(data / "recipe.yaml", changes)
+        batches = StepBatches(recipe, recipe.make_modalities())
+        batches.fit()
+        loaded = batches[0]
+        assert {*loaded.batch.rows} == {*range(4, 24)}
+        assert torch.allclose(loaded.batch.labels["vector"], torch.full((24, SIZE), SIZE**-0.5))
+        reasons = {name.partition("[")[2][0]: why.removeprefix("column 'vector': ") for name, why in loaded.bad}
+        assert reasons == {
+            "0": "expected a list of 24 numbers (model.embed_dim), found a list of shape [3]",
+            "1": "a vector of length nan has no direction",
+            "2": "expected a list of 24 numbers (model.embed_dim), found None",
+            "3": "a vector of length 0 has no direction",
+        }
+    # `openimp embed` writes lists of a fixed size.
+    column = pa.array([None, [0.5] * SIZE], pa.list_(pa.float32(), SIZE))
+    pq.write_table(pa.table({"vector": column}), tmp_path / "fixed.parquet")
+    found = open_source("fixed", Source(path=str(tmp_path / "fixed.parquet"))).column("vector")
+    assert found == [None, [0.5] * SIZE]
+    for value, why in ((["x"] * SIZE, "expected numbers in the list"), ([[1.0], []], "expected lists of equal length")):
+        with pytest.raises(BadMedia, match=why):
+            unit_vector(value, SIZE, "vector")
+    for value in (5.0, [[1.0]] * SIZE, "[1.0]"):
+        with pytest.raises(BadMedia, match="expected a list of 24 numbers"):
+            unit_vector(value, SIZE, "vector")
+
+
+def test_in_a_disjoint_space_the_recipe_names_what_to_compare_with(data):
+    disjoint = "model.space=disjoint"
+    with pytest.raises(UserError, match=r"tasks.seen.objectives.0: in a disjoint space, distill needs `towards`"):
+        Recipe.load(data / "recipe.yaml", [disjoint])
+    one_task = """tasks={both: {source: pictures, inputs: {image: file, text: label}, objectives: [
+        {type: distill, of: image, to: teacher}, {type: distill, of: text, to: teacher, towards: TOWARDS}]}}"""
+    recipe = Recipe.load(data / "recipe.yaml", [disjoint, "evaluation={}", one_task.replace("TOWARDS", "image")])
+    model = IMP.from_recipe(recipe, recipe.make_modalities())
+    assert [*model.projections] == ["text-to-vision", "vision-to-text"]
+    assert model.share_a_space("image", "text")
+    with pytest.raises(UserError, match=r"objectives.1.towards: no modality 'imag'; did you mean 'image'"):
+        Recipe.load(data / "recipe.yaml", [disjoint, one_task.replace("TOWARDS", "imag")])
+    twice = "tasks.seen.objectives=[{type: distill, of: image, to: teacher}, {type: distill, of: image, to: teacher}]"
+    with pytest.raises(UserError, match=r"objectives.1: objectives.0 already distills image to teacher; drop one"):
+        Recipe.load(data / "recipe.yaml", [twice])

@@ -75,7 +75,8 @@ def _targets(model: Model, name: str) -> dict[str, list[str]]:
 
     In a disjoint space, a modality has an output per projection head; the first is that of `Model.partner`.
     """
-    others = [other for other in model.modalities if other != name and model.imp.share_a_space(name, other)]
+    shared = [other for other in model.modalities if model.imp.share_a_space(name, other)]
+    others = [other for other in shared if other != name] or shared
     if not others:
         return {}
     partner = model.partner(name)

@@ -134,12 +134,13 @@ class IMP(Embedder):
     def depths(self) -> dict[Tensor, int]:
         """1 in the last block and the norm after it. Stems below the first block are one deeper than that."""
         layers, shared = self.config.layers, self.config.layers - self.config.modality_specific_layers
-        found = dict.fromkeys(self.encoder.norm.parameters(), 1)
+        found: dict[Tensor, int] = dict.fromkeys(self.encoder.norm.parameters(), 1)
         for blocks, deepest in (*((own, layers) for own in self.encoder.own.values()), (self.encoder.blocks, shared)):
             for i, block in enumerate(blocks.children()):
                 found |= dict.fromkeys(block.parameters(), deepest - i)
         below = (weight for name, weight in self.stems.named_parameters() if ".after." not in name)
-        return found | dict.fromkeys(below, layers + 1)
+        found |= dict.fromkeys(below, layers + 1)
+        return found
 
     def blocks(self) -> list[nn.Module]:
         return [*self.encoder.blocks, *(block for own in self.encoder.own.values() for block in own.children())]

@@ -21,7 +21,7 @@ def lr_factors(model: Embedder, options: Optimizer) -> dict[Tensor, float]:
     named, scales = dict(model.named_parameters()), options.lr_scale
     _require_parts(scales, named)
     depths = model.depths() if options.layer_decay < 1 else {}
-    factors = {}
+    factors: dict[Tensor, float] = {}
     for name, parameter in named.items():
         parts = [part for part in scales if _is_of(name, part)]
         scale = scales[max(parts, key=len)] if parts else 1.0

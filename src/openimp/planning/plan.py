@@ -115,8 +115,10 @@ class Plan:
 
     def waits(self, step: Step) -> float:
         """Seconds that a step waits for communication."""
-        forward, model = step.cost.forward_flops, step.cost.model_flops
-        return step.traffic.waits(*(self._seconds(n / self.layout.ranks) for n in (forward, model - forward)), self.gpu)
+        model, forward = (
+            self._seconds(n / self.layout.ranks) for n in (step.cost.model_flops, step.cost.forward_flops)
+        )
+        return step.traffic.waits(forward, model - forward, self.gpu)
 
     def _seconds(self, flops: float) -> float:
         return flops / (self.gpu.tflops * 1e12 * self.mfu)

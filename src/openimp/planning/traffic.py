@@ -113,7 +113,7 @@ def step_traffic(
         for vectors in compared.pairs:
             size = 4 * model.config.embed_dim * vectors
             loss += [Collective("all-gather", everyone, size), Collective("reduce-scatter", everyone, size)]
-        loss += [Collective("all-gather", everyone, 4 * model.config.embed_dim * rows) for rows in compared.fixed]
+        loss += [Collective("all-gather", everyone, 4 * model.config.embed_dim * n) for n in compared.fixed]
     if expert_degree > 1:
         slots = [Collective("all-to-all", Group.of(expert_degree, 1, ranks), size) for size in counted.slots]
     return Traffic(

@@ -146,8 +146,8 @@ class Classification(Strict):
 class Distill(Strict):
     """Trains the embeddings of one modality to match the vectors in a column, for example those of a larger model.
 
-    The projection head is that of the modality in the embedding space. So all modalities that learn from one model can
-    be compared with each other, and with this model's own vectors.
+    The projection head is that of the modality in the embedding space. So modalities that learn from one model can be
+    compared with each other, and with this model's own vectors. In a disjoint space, each must name the other.
     """
 
     type: Literal["distill"]
@@ -155,8 +155,8 @@ class Distill(Strict):
     of: str
     """The modality whose embeddings are trained."""
     to: str
-    """The column with a list of `model.embed_dim` numbers per row, as `openimp embed --join` writes it. The length of
-    the vectors does not matter. A row without such a vector is a bad example."""
+    """The column with a list of `model.embed_dim` numbers per row, as `openimp embed --join` writes it. The vectors are
+    scaled to length 1. A row without such a vector is a bad example."""
     towards: str | None = None
     """The modality with which the embeddings are to be compared, only for `model.space: disjoint`, which has a head for
     each. Default: the task's other input, if there is one."""
