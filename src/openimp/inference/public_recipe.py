@@ -17,7 +17,7 @@ def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     recipe = copy.deepcopy(recipe)
     for part in (*recipe["sources"].values(), recipe["train"]):
         _shorten(part, {"path", "hub", "root", "init"})  # A data set of the hub may be a local folder.
-    if wrapped := recipe["model"].get("wrap"):
+    if wrapped := recipe.get("model", {}).get("wrap"):
         library, local, folder = wrapped.partition(LOCAL)
         recipe["model"]["wrap"] = library + local + (public_path(folder) if local else folder)
     for options in recipe["modalities"].values():
