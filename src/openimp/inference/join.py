@@ -80,7 +80,7 @@ def embed_rows(
     out = _parquet_file(out)
     model = load(run)
     name = modality or (next(iter(model.modalities)) if len(model.modalities) == 1 else None)
-    if name not in model.modalities:
+    if name is None or name not in model.modalities:
         found = "" if name is None else f", found {name}"
         raise UserError(f"--modality: expected {' or '.join(model.modalities)}{found}")
     if column is None:
