@@ -553,7 +553,7 @@ def test_rows_get_the_vectors_of_a_model_from_which_another_one_learns(
     assert "column 'teacher': expected a list of 16 numbers (model.embed_dim), found a list of shape [32]" in told
     assert "--to: " in refused(*join[:3], out, "--out", out, *choice)
     assert "already; name another one" in refused(*join[:3], out, "--out", out, *choice)
-    assert "--modality: expected image or text or audio" in refused(*join)
+    assert "--modality: expected image or text or audio, found none" in refused(*join)
     assert "--column: name the column or the text template that audio reads" in refused(*join, *choice[:2])
     assert "has no column 'sond'; did you mean 'sound'?" in refused(*join, *choice[:2], "--column", "sond")
     assert "--column needs --join" in refused("embed", little_run, little_data / "0.wav", *choice[2:4])

@@ -68,8 +68,8 @@ REFUSED = {
     "found 1.5",
     "sources.pictures.where={label: 1.5}": "sources.pictures.where.label: expected text, a whole number, true or false "
     "or a list, found 1.5",
-    "tasks.named.objectives.0.type=contrast": "tasks.named.objectives.0.type: expected 'contrastive' or "
-    "'classification', found 'contrast'",
+    "tasks.named.objectives.0.type=contrast": "tasks.named.objectives.0.type: expected 'contrastive', "
+    "'classification' or 'distill', found 'contrast'",
     "tasks.named.objectives.0={same: label}": "tasks.named.objectives.0.type: required value is missing",
     "modalities.vision.patch=[2, 8]": "modalities.vision: patch.2: required value is missing",
     "modalities.vision.patch=[2, 8, 8, 8]": "modalities.vision: patch: takes at most 3 items, found 4",

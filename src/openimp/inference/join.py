@@ -79,10 +79,7 @@ def embed_rows(
     """
     out = _parquet_file(out)
     model = load(run)
-    name = modality or (next(iter(model.modalities)) if len(model.modalities) == 1 else None)
-    if name is None or name not in model.modalities:
-        found = "" if name is None else f", found {name}"
-        raise UserError(f"--modality: expected {' or '.join(model.modalities)}{found}")
+    name = _modality(model, modality)
     if column is None:
         raise UserError(f"--column: name the column or the text template that {name} reads")
     towards = towards or model.partner(name)
@@ -92,25 +89,22 @@ def embed_rows(
     require_columns(table, model.modalities[name], spec, f"embed {name}")
     embedding = pa.field(to, pa.list_(pa.float32()))
     metadata = {"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})}
+    schema = table.arrow(range(0)).schema.append(embedding).with_metadata(metadata)
     rows: Iterable[int] = progress(range(len(table)), f"embed {name}")
+    read = partial(_read, model, name, table, spec)
     bad: list[str] = []
-    written = 0
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as draft:
-        with pq.ParquetWriter(draft, table.arrow(range(0)).schema.append(embedding).with_metadata(metadata)) as writer:
-            for chunk in encode_chunks(
-                model, name, rows, partial(_read, model, name, table, spec), towards, batch_size
-            ):
+        with pq.ParquetWriter(draft, schema) as writer:
+            for chunk in encode_chunks(model, name, rows, read, towards, batch_size):
                 vectors = [None if isinstance(vector, BadMedia) else vector for _, vector in chunk]
                 bad += [f"{table.row_name(row)}: {why}" for row, why in chunk if isinstance(why, BadMedia)]
-                part = table.arrow(range(written, written + len(chunk)))
-                writer.write_table(
-                    part.append_column(embedding, pa.array(vectors, embedding.type)).replace_schema_metadata(metadata)
-                )
-                written += len(chunk)
-        if len(bad) == written:
+                part = table.arrow(range(chunk[0][0], chunk[-1][0] + 1))
+                part = part.append_column(embedding, pa.array(vectors, embedding.type))
+                writer.write_table(part.replace_schema_metadata(metadata))
+        if len(bad) == len(table):
             raise UserError(f"no row can be read; the first: {bad[0]}")
-    done = Joined(out, to, written, bad, table.root)
+    done = Joined(out, to, len(table), bad, table.root)
     console.print(str(done), soft_wrap=True)
     return done
 
@@ -119,6 +113,15 @@ def _parquet_file(out: str | Path) -> Path:
     if is_url(str(out)) or Path(out).suffix.lower() != ".parquet" or Path(out).is_dir():
         raise UserError(f"{out}: name a file on disk that ends with .parquet, because it is to be read as a source")
     return Path(out)
+
+
+def _modality(model: Model, name: str | None) -> str:
+    known = model.modalities
+    if name is None and len(known) == 1:
+        return next(iter(known))
+    if name is None or name not in known:
+        raise UserError(f"--modality: expected {' or '.join(known)}, found {name or 'none'}")
+    return name
 
 
 def _open(source: str, to: str) -> ArrowTable:
