@@ -266,7 +266,7 @@ def _memory(
     # Weights outside of the blocks, of one block and the next, and gradients of one block before their reduction, and
     # in it, which is in fp32.
     weights = [sharding.gathered(block.parameters()) for block in model.blocks()]
-    gathered += sharding.gathered(model.parameters()) - sum(weights) + 3 * max(weights)
-    gathered += 4 * max(count(block) for block in model.blocks())
+    gathered += sharding.gathered(model.parameters()) - sum(weights) + 3 * max(weights, default=0)
+    gathered += 4 * max((count(block) for block in model.blocks()), default=0)
     # Nothing is cast: FSDP2 gathers weights in the type that the model computes with.
     return dict(zip(PARTS, (sharding.held(updated), gathered, 0, counted.activations)))
