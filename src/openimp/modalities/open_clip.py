@@ -118,10 +118,12 @@ def unpacked(files: Mapping[str, str]) -> Iterator[str]:
 
 def public_recipe_of(name: str, loss: str) -> dict[str, Any]:
     """The recipe of a model that the library's authors trained: the modalities that it embeds, and nothing to read."""
+    local = "local-dir:" in name  # Its folders are nobody's business.
+    title = Path(name).name if local else name.rpartition(":")[2]
     objective = {"type": "contrastive", "loss": loss}
     task = {"source": "unknown", "objectives": [objective]}
     return {
-        "name": re.sub(r"[^\w.-]+", "-", name.rpartition(":")[2]).strip("-.") or "open_clip",
+        "name": re.sub(r"[^\w.-]+", "-", title).strip("-.") or "open_clip",
         "model": {"wrap": name},
         "sources": {"unknown": {"path": "open_clip:training-data"}},
         "tasks": {

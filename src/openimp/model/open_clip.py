@@ -149,8 +149,8 @@ class OpenCLIP(Embedder):
                 found[weight] = 3
             if isinstance(module, nn.Linear):
                 found[module.weight] = 3 if name.endswith(".qkv") else 1
-        projections = (getattr(self.encoder, "text_projection", None), *_of_towers(self.encoder, "proj"))
-        projections = (*projections, *_of_towers(self.encoder, "text_projection"))
+        towers = (self.encoder, self.encoder.visual, getattr(self.encoder, "text", None))
+        projections = (getattr(tower, name, None) for tower in towers for name in ("proj", "text_projection"))
         found.update((weight, 1) for weight in projections if isinstance(weight, nn.Parameter) and weight.ndim == 2)
         return found
 
@@ -206,10 +206,6 @@ def _blocks_in(tower: nn.Module) -> list[nn.Module]:
             found += [*module]
     inner = {id(module) for block in found for module in block.modules() if module is not block}
     return [block for block in found if id(block) not in inner]
-
-
-def _of_towers(encoder: Any, name: str) -> Iterator[Any]:
-    return (getattr(tower, name, None) for tower in (encoder.visual, getattr(encoder, "text", None)))
 
 
 @contextmanager

@@ -270,8 +270,9 @@ def _memory(
     # reduction, and in it, which is in fp32.
     weights = [sharding.gathered(block.parameters()) for block in model.blocks()]
     trained = [[weight for weight in block.parameters() if weight.requires_grad] for block in model.blocks()]
-    kept = 2 * max(weights) if sharding.layout.reshard_after_forward else sum(weights)
+    kept = 2 * max(weights, default=0) if sharding.layout.reshard_after_forward else sum(weights)
     gathered += sharding.gathered(model.parameters()) - sum(weights) + kept
-    gathered += max(sharding.gathered(some) + 4 * sum(weight.numel() for weight in some) for some in trained)
+    reduced = (sharding.gathered(some) + 4 * sum(weight.numel() for weight in some) for some in trained)
+    gathered += max(reduced, default=0)
     # Nothing is cast: FSDP2 gathers weights in the type that the model computes with.
     return dict(zip(PARTS, (sharding.held(updated), gathered, 0, counted.activations)))
