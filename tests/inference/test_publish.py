@@ -1,8 +1,10 @@
 import html
 import json
 import shutil
+import socket
 
 import hub
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -91,9 +93,18 @@ def test_the_card_says_what_the_model_was_trained_on_and_what_it_can_do(written,
     tones, (low, high) = results[-1], results[-1]["interval"]
     figures = [f"{100 * tones['r1']:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %", "33.3 %", "3", "15"]
     assert shown[-1][3:] == figures
-    (code,) = [part.partition("```")[0] for part in card.text.split("```python\n")[1:]]
+
+
+def test_the_code_on_the_card_runs(written, media_folder, tmp_path, monkeypatch):
+    text = (written / "README.md").read_text(encoding="utf-8")
+    (code,) = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
     assert 'openimp.load("me/little")' in code
-    compile(code, "README.md", "exec")
+    PIL.Image.open(media_folder / "0.png").convert("RGB").save(tmp_path / "FILE.jpg")
+    shutil.copy(media_folder / "0.wav", tmp_path / "FILE.wav")
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, object] = {}
+    exec(code.replace("me/little", str(written)), found)
+    assert found["image"].shape == found["audio"].shape == found["text"].shape
 
 
 def test_results_of_other_weights_are_not_on_the_card(little_run, tmp_path):
@@ -192,6 +203,8 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(little_run, tiny_model_fo
     for name in ("little", "a/b/c", "me/", "me/a b", "me/a..b"):
         with pytest.raises(UserError, match=f"^{name}: expected OWNER/NAME, "):
             push(little_run, name)
+    with pytest.raises(UserError, match=r"^--license Apache 2: expected the Hub's identifier of a license"):
+        push(little_run, "me/little", tmp_path / "out", license="Apache 2")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(UserError, match=r"^you are not logged in to the Hugging Face Hub: run `hf auth login`"):
@@ -208,9 +221,17 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(little_run, tiny_model_fo
         push(little_run, "me/little", tmp_path / "out", overrides=["sources.sound.license=MIT"])
 
 
+def test_a_hub_that_cannot_be_reached_is_said_in_one_sentence(tiny_model_folder, server, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    with pytest.raises(UserError, match=r"^me/little: the upload to the Hugging Face Hub failed: .*refused"):
+        push(tiny_model_folder, "me/little")
+
+
 def test_what_the_hub_refuses_is_said_in_one_sentence(tiny_model_folder, server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(UserError, match=r"^me/little: the Hugging Face Hub did not accept the model: ") as error:
+    with pytest.raises(UserError, match=r"^me/little: the upload to the Hugging Face Hub failed: ") as error:
         push(tiny_model_folder, "me/little")
     assert "\n" not in str(error.value)
     assert "hf_wrong" not in str(error.value)

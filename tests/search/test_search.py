@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from openimp import cli
 from openimp.checkpoint.folder import save_model
@@ -110,6 +111,43 @@ def test_filters_leave_the_best_of_what_they_keep(index, media, monkeypatch):
     assert index.search("noise", min_score=best[1].score) == best[:2]
     with pytest.raises(UserError, match="has no items of modality 'vdieo'; did you mean 'video'"):
         index.search("noise", modalities=["vdieo"])
+
+
+@pytest.fixture
+def index_with_segments(joint_model: Path, media: Path, tmp_path: Path) -> Index:
+    """The media and two long sounds of 12 segments each."""
+    (tmp_path / "long").mkdir()
+    for i in range(2):
+        noise = np.random.default_rng(i).normal(0, 0.1, 60 * 8000) * np.linspace(0, 1, 60 * 8000)
+        soundfile.write(tmp_path / "long" / f"{i}.wav", noise, 8000)
+    return open_index(build_index(joint_model, [media, tmp_path / "long"], tmp_path / "long.index").folder)
+
+
+def test_a_recording_in_segments_is_one_result(index_with_segments, media, tmp_path, monkeypatch, openimp):
+    index = index_with_segments
+    assert index.counts["audio"] == 3 + 2 * 12
+    query = Query("audio", tmp_path / "long" / "1.wav")
+    everything = scores(index, encoded(index, "audio", query.value))
+    best: dict[str, tuple[float, str]] = {}
+    for id, score in everything.items():
+        hit = index.hit(id)
+        key = hit.path if hit.start is not None else id
+        best[key] = max(best.get(key, (-1.0, "")), (score, id))
+    expected = {id: score for score, id in best.values()}
+    assert len(expected) == 12 + 2
+    for k in (1, 2, 5, 100):
+        hits = index.search(query, k)
+        assert len(hits) == min(k, 14)
+        assert_best(hits, expected)
+    monkeypatch.chdir(tmp_path)
+    for file in (tmp_path / "long" / "0.wav", "long/0.wav"):
+        segments = index.search(query, 100, under=file)
+        assert [hit.path for hit in segments] == [str(tmp_path / "long" / "0.wav")] * 12
+        assert_best(segments, {hit.id: everything[hit.id] for hit in segments})
+    assert len(index.search(query, 100, under="long")) == 2, "a folder's files are one result each"
+    for under, count in (("long", 2), ("long/0.wav", 12)):
+        code, out, _ = openimp("search", index.folder, "noise", "-k", 100, "--under", under)
+        assert (code, len(out.splitlines())) == (0, count)
 
 
 def test_only_indexed_media_that_are_unchanged_are_read(tiny_model_folder, media, tmp_path):

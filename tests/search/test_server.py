@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sys
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
@@ -27,9 +28,10 @@ from openimp.search import Like, Query, build_index, open_index
 from openimp.search.answers import search
 from openimp.search.guard import POLICY
 from openimp.search.page import TemporaryResponse
-from openimp.search.projection import GRID, project
+from openimp.search.projection import GRID, method, project
 from openimp.search.query import EncodedQuery
 from openimp.search.state import MAX_PARTS, PAGE_RESULTS, State
+from openimp.search.umap import umap
 from openimp.search.uploads import Upload, Uploads
 
 MARKUP = """<script>document.title="owned"</script><svg onload="document.title='owned'">"""
@@ -348,6 +350,24 @@ def test_similar_items_are_near_on_the_map_whatever_their_modality():
     assert project(np.zeros((1, 4), np.float16), np.zeros(1)).tolist() == [[(GRID + 1) // 2] * 2], (
         "a single item is in the middle"
     )
+
+
+def test_a_map_by_umap_is_the_same_each_time_and_leaves_umap_out_of_this_process(monkeypatch, tmp_path):
+    (tmp_path / "numpy.py").write_text("raise RuntimeError('a file of the working directory was run')")
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    topic = np.arange(90) % 3
+    vectors = (rng.normal(size=(3, 32))[topic] + 0.1 * rng.normal(size=(90, 32))).astype(np.float32)
+    if find_spec("umap") is None:
+        with pytest.raises(UserError, match=r"the map cannot be computed with UMAP: .*No module named 'umap'"):
+            umap(vectors)
+        return
+    points = umap(vectors)
+    assert (umap(vectors) == points).all()
+    apart = np.linalg.norm(points[:, None] - points, axis=-1) + 1e9 * np.eye(90)
+    assert (topic[apart.argmin(1)] == topic).all()
+    assert "umap" not in sys.modules
+    assert (method(90), method(15)) == ("UMAP", "PCA")
 
 
 def test_uploads_are_kept_for_a_limited_number_and_time():

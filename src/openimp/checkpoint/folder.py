@@ -280,9 +280,9 @@ def find_model(name: str) -> Path:
     try:
         folder = snapshot_download(on_hub[2], revision=on_hub[3], allow_patterns=allowed, ignore_patterns=ignored)
     except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
         local = "" if on_hub[1] else "there is no local folder of this name, and "
-        raise UserError(f"{name}: {local}the Hugging Face Hub did not provide the model: {reason[0]}") from None
+        raise UserError(f"{name}: {local}the Hugging Face Hub did not provide the model: {reason}") from None
     return model_folder(Path(folder))
 
 

@@ -82,7 +82,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(match[1], repo_type="dataset", revision=match[2], allow_patterns=wanted))
     except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0].removeprefix("Got: ")
         raise UserError(
             f"{name}: there is no local folder of this name, and the Hugging Face Hub did not provide it: {reason}"
         ) from None

@@ -20,6 +20,9 @@ from openimp.inference.public_recipe import public_recipe
 from openimp.recipe.file import override
 from openimp.recipe.schema import Recipe
 
+LICENSE = "[a-z0-9][a-z0-9.-]*"
+"""What the Hub's identifiers of licenses look like. It refuses a model card with anything else."""
+
 
 def push(
     run: Path,
@@ -35,6 +38,8 @@ def push(
     `sources.photos.license=CC-BY-4.0`. If the repository exists, the upload is a new commit.
     """
     _check_name(name)
+    if license is not None and not re.fullmatch(LICENSE, license):
+        raise UserError(f"--license {license}: expected the Hub's identifier of a license, such as apache-2.0 or other")
     if to is None:
         _require_login()
     source = model_folder(run)
@@ -115,5 +120,5 @@ def _upload(folder: Path, name: str, private: bool, message: str) -> str:
         raise
     except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{name}: the Hugging Face Hub did not accept the model: {reason}") from None
+        raise UserError(f"{name}: the upload to the Hugging Face Hub failed: {reason}") from None
     return str(url)

@@ -6,7 +6,7 @@ from itertools import chain, zip_longest
 
 from openimp.common.errors import UserError, counted
 from openimp.search.display import Item, item
-from openimp.search.index import Index
+from openimp.search.index import Index, stands_for_file
 from openimp.search.query import Hit, QueryPart
 from openimp.search.state import MAX_RESULTS, PAGE_RESULTS, State
 from openimp.search.uploads import Uploads
@@ -58,22 +58,14 @@ def answer(index: Index, uploads: Uploads, state: State) -> Answer:
 
 
 def search(index: Index, parts: Sequence[QueryPart], state: State) -> list[Hit]:
-    """The best `state.k` items; of a file that was cut into segments, only the best segment.
+    """The best `state.k` items.
 
     Cosines with a text are not comparable between modalities: in most models all pictures are nearer to texts than all
     sounds are, or the other way round. So the results of a text alternate between the modalities.
     """
 
     def find(modalities: Sequence[str] | None) -> list[Hit]:
-        count = state.k
-        while True:
-            hits = index.search(parts, count, modalities, state.under or None)
-            best: dict[str, Hit] = {}
-            for hit in hits:
-                best.setdefault(hit.path if _is_one_of_many(hit, state) else hit.id, hit)
-            if len(best) >= state.k or len(hits) < count:
-                return list(best.values())[: state.k]
-            count *= 4
+        return index.search(parts, state.k, modalities, state.under or None)
 
     if not state.q:
         return find(state.modality or None)
@@ -88,13 +80,8 @@ def search(index: Index, parts: Sequence[QueryPart], state: State) -> list[Hit]:
     return _alternate(found)[: state.k]
 
 
-def _is_one_of_many(hit: Hit, state: State) -> bool:
-    """Whether an item is a segment that stands for all of its file: not if only that file is searched."""
-    return hit.start is not None and hit.path != state.under
-
-
 def _shown(index: Index, hits: list[Hit], state: State) -> list[Item]:
-    cut = {hit.path for hit in hits if _is_one_of_many(hit, state)}
+    cut = {hit.path for hit in hits if stands_for_file(hit, state.under or None)}
     segments = index.parts(cut) if cut else {}
     return [replace(item(index, hit), segments=segments.get(hit.path, 0)) for hit in hits]
 

@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class Index:
     ) -> list[Hit]:
         """Returns the `k` items that are closest to the weighted sum of the queries, the best first.
 
+        Of a file that was cut into segments, only the best segment is returned, unless `under` is that file.
+
         Args:
             queries: one or several. A string is a text. Items that are part of the query are not returned.
             k: number of results at most.
@@ -94,13 +97,12 @@ class Index:
             if vector is not None:
                 # Without a filter, LanceDB does not have to scan a column.
                 only = [any_of("modality", names)] if set(names) != self.counts.keys() else []
-                probes = None if self._about.ivf is None else self._about.ivf.probes
-                found.append(self._items.nearest(vector, k, " AND ".join([*where, *only]) or None, probes))
+                found.append(self._nearest(vector, k, " AND ".join([*where, *only]) or None, under))
         if not found:
             kinds = ", ".join(dict.fromkeys(part.modality for part in parts if not isinstance(part, Like)))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
-        hits = sorted((_hit(row, 1 - row["_distance"]) for rows in found for row in rows), key=lambda hit: -hit.score)
+        hits = sorted(chain.from_iterable(found), key=lambda hit: -hit.score)
         return [hit for hit in hits[:k] if min_score is None or hit.score >= min_score]
 
     def parts(self, paths: Iterable[str]) -> Counter[str]:
@@ -202,6 +204,23 @@ class Index:
             found.setdefault(shared_space(self.model.imp, name, self._about.towards[name]), []).append(name)
         return found
 
+    def _nearest(self, vector: np.ndarray, k: int, where: str | None, under: str | Path | None) -> list[Hit]:
+        """The `k` hits that are closest to a vector (Z,), with only the best segment of each file.
+
+        How many of the nearest items are other segments is not known before, so more are read until there are enough.
+        """
+        probes = None if self._about.ivf is None else self._about.ivf.probes
+        count = k
+        while True:
+            rows = self._items.nearest(vector, count, where, probes)
+            best: dict[str, Hit] = {}
+            for row in rows:
+                hit = _hit(row, 1 - row["_distance"])
+                best.setdefault(hit.path if stands_for_file(hit, under) else hit.id, hit)
+            if len(best) >= k or len(rows) < count:
+                return list(best.values())[:k]
+            count *= 4
+
     def _sum(self, parts: Sequence[QueryPart], space: Space) -> np.ndarray | None:
         """The weighted sum (Z,) of the parts of a query in a space, or None if a part has no vector there."""
         total = np.zeros(self.model.imp.config.embed_dim, np.float32)
@@ -261,6 +280,11 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
             f"{folder}: was built with other weights or views than {about.model} has now; build a new index"
         )
     return Index(folder, model, about, allow_sources)
+
+
+def stands_for_file(hit: Hit, under: str | Path | None) -> bool:
+    """Whether a hit is the best segment of its file, which stands for all of them: not if `under` is that file."""
+    return hit.start is not None and (under is None or hit.path not in (str(under), os.path.abspath(under)))
 
 
 def _hit(row: dict[str, Any], score: float) -> Hit:

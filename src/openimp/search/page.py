@@ -80,7 +80,7 @@ class Page:
         state = State.parse(request.query_params)
         total = sum(self.index.counts.values())
         shown = min(total, MAX_POINTS)
-        return self._render("map.html", state=state, page="map", method=method(), total=total, shown=shown)
+        return self._render("map.html", state=state, page="map", method=method(shown), total=total, shown=shown)
 
     async def map_points(self, request: Request) -> Response:
         """The points of the map, and the ids of the items that the query in the URL finds."""

@@ -4,15 +4,20 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from openimp.search.umap import NEIGHBORS, umap
+
 MAX_POINTS = 50_000
 """Items on the map at most; of more, an evenly spaced part is shown."""
 GRID = 65_535
 """Coordinates are whole numbers from 0 to this, which is precise enough and short."""
 
 
-def method() -> str:
-    """The method that computes the coordinates: UMAP if `umap-learn` is installed, otherwise PCA."""
-    return "UMAP" if find_spec("umap") else "PCA"
+def method(count: int) -> str:
+    """The method that computes the coordinates of this many items.
+
+    UMAP if `umap-learn` is installed and they are more than the neighbors that it considers, otherwise PCA.
+    """
+    return "UMAP" if count > NEIGHBORS and find_spec("umap") else "PCA"
 
 
 def project(vectors: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -24,7 +29,7 @@ def project(vectors: np.ndarray, groups: np.ndarray) -> np.ndarray:
     centered = vectors.astype(np.float32)
     for group in np.unique(groups):
         centered[groups == group] -= centered[groups == group].mean(0)
-    points = _umap(centered) if method() == "UMAP" and len(centered) > 15 else _pca(centered)
+    points = umap(centered) if method(len(centered)) == "UMAP" else _pca(centered)
     low, high = points.min(0), points.max(0)
     # The same scale on both axes keeps distances comparable; the shorter axis is in the middle.
     size = max(float((high - low).max()), 1e-12)
@@ -35,10 +40,3 @@ def _pca(centered: np.ndarray) -> np.ndarray:
     """The two directions of largest variance."""
     _, axes = np.linalg.eigh(centered.T @ centered)  # in order of variance
     return centered @ axes[:, ::-1][:, :2]
-
-
-def _umap(centered: np.ndarray) -> np.ndarray:
-    """UMAP (arXiv 1802.03426) of the cosines; the same items give the same map."""
-    from umap import UMAP
-
-    return UMAP(n_components=2, metric="cosine", random_state=0, n_jobs=1).fit_transform(centered)
