@@ -287,7 +287,7 @@ def test_a_model_of_the_hub_is_named_with_its_revision(tiny_model_folder, tiny_r
     for name in ("them/model@v1", f"them/model@{commit}", "hub:them/model@v1"):
         assert openimp.load(name, device="cpu").recipe.name == "tiny"
     recipe = tiny_recipe(train={"init": "hub:them/model@v1"})
-    assert open_warm_start(recipe, recipe.make_modalities()).folder == repository / "snapshots" / commit
+    assert open_warm_start(recipe, recipe.make_modalities()).weights.folder == repository / "snapshots" / commit
     with pytest.raises(
         UserError, match="them/model@v2: there is no local folder of this name, and the Hugging Face Hub did not"
     ):

@@ -19,17 +19,20 @@ DENSE = {"moe": None}
 EXPERT_CHOICE = {"moe": {"experts": 4, "layers": 1}}
 TOKEN_CHOICE = {"moe": {"experts": 4, "layers": 1, "routing": "token_choice", "top_k": 2}}
 SOFT = {"moe": {"experts": 4, "layers": 1, "routing": "soft"}}
+BIASED = {"moe": {"experts": 4, "layers": 1, "gates": "normalized"}, "bias": True, "gelu": "erf"}
+GRID = {"positions": "grid", "tables": [2, 4, 4]}
 
 
 @pytest.fixture
 def exported(tiny_recipe, tiny_model, tmp_path):
     """Exports the untrained model of some tasks of the tiny recipe; returns the model and the folder."""
 
-    def make(changes, tasks):
+    def make(changes, tasks, vision=None):
         recipe = tiny_recipe(changes)
         kept = {name: task for name, task in recipe.to_dict()["tasks"].items() if name in tasks}
         stems = {"image": "vision", "video": "vision", "audio": "audio"}
         modalities = {stem: recipe.to_dict()["modalities"][stem] for stem in {stems[name] for name in tasks}}
+        modalities.get("vision", {}).update(vision or {})
         recipe = tiny_recipe(changes, tasks=kept, modalities=modalities)
         network, fitted = tiny_model(recipe)
         save_model(tmp_path, network, recipe, fitted, {})
@@ -55,18 +58,19 @@ def inputs(model, name, batch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "tasks"),
+    ("changes", "tasks", "vision"),
     [
-        (DENSE, ["image", "video", "audio"]),
-        (EXPERT_CHOICE, ["image", "video", "audio"]),
-        (TOKEN_CHOICE, ["image"]),
-        (SOFT, ["image"]),
+        (DENSE, ["image", "video", "audio"], {}),
+        (EXPERT_CHOICE, ["image", "video", "audio"], {}),
+        (TOKEN_CHOICE, ["image"], {}),
+        (SOFT, ["image"], {}),
+        (BIASED, ["image", "video"], GRID),
     ],
-    ids=["dense", "expert_choice", "token_choice", "soft"],
+    ids=["dense", "expert_choice", "token_choice", "soft", "as in public ViTs"],
 )
-def test_onnxruntime_computes_the_vectors_of_the_model(changes, tasks, exported):
+def test_onnxruntime_computes_the_vectors_of_the_model(changes, tasks, vision, exported):
     """At batch sizes other than that of the export, for each modality that an output is compared with."""
-    model, folder = exported(changes, tasks)
+    model, folder = exported(changes, tasks, vision)
     graphs = json.loads((folder / "graphs.json").read_text(encoding="utf-8"))["graphs"]
     assert graphs.keys() == {*tasks, "text"}
     for name, about in graphs.items():

@@ -152,6 +152,7 @@ def test_paths_lose_their_folders_and_urls_their_secrets():
         "photos": "photos",
         "openimp:stills.parquet": "openimp:stills.parquet",
         "hub:me/little@v1": "hub:me/little@v1",
+        "timm:local-dir:/home/ada/vit": "timm:local-dir:vit",
         "https://ada:pass@host:8080/a/b.parquet?key=1#x": "https://host:8080/a/b.parquet",
         "s3://bucket/*.parquet": "s3://bucket/*.parquet",
         "file:///home/ada/secret/photos.tar": "photos.tar",

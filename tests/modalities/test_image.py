@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from openimp.common.modality import BadMedia
 from openimp.modalities.image import Image
 from openimp.modalities.media import coordinates, patchify
+from openimp.modalities.video import Video
 from openimp.modalities.vision import center_box, inception_box, jitter_matrix
 
 IMAGE = Image(Image.Config())
@@ -265,6 +266,24 @@ def test_a_place_has_the_same_position_at_any_resolution():
         assert rows[:, 1].unique().tolist() == rows[:patches, 2].tolist() == list(range(0, 32, step))
     assert coordinates((4, 1, 1), (16, 32, 32))[:, 0].tolist() == [0, 4, 8, 12]
     assert coordinates((24,), (32,))[:, 0].tolist() == [i * 32 // 24 for i in range(24)]
+
+
+def test_each_place_of_a_grid_has_a_position_of_its_own():
+    """Also at lower resolutions, and if tokens are dropped. A table of its own counts the frames."""
+    grid = Image.Config(patch=(2, 8, 8), tables=(4, 3, 5), positions="grid")
+    image, video = Image(grid), Video(grid)
+    assert image.stem_spec().axes == (4, 15)
+    whole = image.tokens(pixels(24, 40)[None], Image.View(size=(24, 40)), None).coords[0]
+    assert whole.tolist() == [[0, place] for place in range(15)]
+    low = image.tokens(pixels(8, 16)[None], Image.View(size=(8, 16)), None).coords[0]
+    assert low.tolist() == [[0, 0], [0, 2]]
+    clip = video.tokens(np.zeros((1, 4, 24, 40, 3), np.uint8), Video.View(size=(24, 40), frames=4), None).coords[0]
+    assert clip.tolist() == [[frame, place] for frame in (0, 2) for place in range(15)]
+    view = Image.View(size=(24, 40), drop_tokens=0.5)
+    items = pixels(24, 40)[None]
+    some = image.tokens(items, view, [np.random.default_rng(0)])
+    values = image.tokens(items, view, None).values
+    assert torch.equal(some.values[0], values[0, some.coords[0, :, 1]])
 
 
 def test_an_absolute_axis_has_the_same_row_however_many_patches_there_are():

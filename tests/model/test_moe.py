@@ -24,11 +24,15 @@ ROUTINGS = ["expert_choice", "expert_choice_batch", "token_choice"]
 WIDTH, HIDDEN = 12, 20
 
 
-def layer_of(seed: int = 0, **options) -> SparseMLP:
+def layer_of(seed: int = 0, bias: bool = False, **options) -> SparseMLP:
+    """With biases, GELU is exact; otherwise it is the approximation."""
     torch.manual_seed(seed)
-    layer = SparseMLP(WIDTH, HIDDEN, MoE.model_validate(options))
+    layer = SparseMLP(WIDTH, HIDDEN, MoE.model_validate(options), bias, "erf" if bias else "tanh")
     # Routers start nearly indifferent; these have preferences.
     torch.nn.init.normal_(layer.router.weight_ED, std=0.7)
+    for parameter in layer.experts.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter)
     return layer
 
 
@@ -78,8 +82,8 @@ def chosen_by_tokens(probs: Tensor, tokens: list[int], top_k: int, slots: float)
     return pairs
 
 
-def naive(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-    """What the layer should give, and all (token, expert) pairs; tokens numbered over the batch."""
+def naive(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
+    """What the layer should give, and the gates of all (token, expert) pairs; tokens numbered over the batch."""
     config, flat, mask = layer.router.config, x.flatten(0, 1), valid.flatten()
     probs = (flat @ layer.router.weight_ED.T).softmax(-1)
     across = layer.training and config.routing != "expert_choice"
@@ -95,11 +99,25 @@ def naive(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, list[tupl
             pairs += chosen_by_tokens(probs, tokens, config.top_k, room if layer.training else float("inf"))
         else:
             pairs += chosen_by_experts(probs, tokens, config.capacity_factor)
+    gates = {(token, expert): probs[token, expert] for token, expert in pairs}
+    if config.gates == "normalized":
+        sums = {token: sum(gate for (other, _), gate in gates.items() if other == token) for token, _ in pairs}
+        gates = {(token, expert): gate / sums[token] for (token, expert), gate in gates.items()}
+    if config.gates == "scaled":
+        gates = {pair: config.experts * gate for pair, gate in gates.items()}
     out = [torch.zeros(WIDTH) for _ in flat]
-    for token, expert in pairs:
-        hidden = F.gelu(flat[token] @ layer.experts.up_EDF[expert], approximate="tanh")
-        out[token] = out[token] + probs[token, expert] * (hidden @ layer.experts.down_EFD[expert])
-    return torch.stack(out).view_as(x), pairs
+    for (token, expert), gate in gates.items():
+        out[token] = out[token] + gate * mlp(layer, expert, flat[token])
+    return torch.stack(out).view_as(x), gates
+
+
+def mlp(layer: SparseMLP, expert: int, x_D: Tensor) -> Tensor:
+    """The result of one expert for one token."""
+    experts = layer.experts
+    up, down = x_D @ experts.up_EDF[expert], experts.down_EFD[expert]
+    if not experts.bias:
+        return F.gelu(up, approximate="tanh") @ down
+    return F.gelu(up + experts.up_bias_EF[expert]) @ down + experts.down_bias_ED[expert]
 
 
 @settings(max_examples=60, deadline=None)
@@ -112,30 +130,35 @@ def naive(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, list[tupl
     experts=st.integers(2, 5),
     top_k=st.integers(1, 3),
     capacity=st.sampled_from([0.3, 1.0, 1.25, 2.0, 9.0]),
+    gates=st.sampled_from(["softmax", "normalized", "scaled"]),
+    bias=st.booleans(),
 )
-@example("expert_choice_batch", True, 0, [6, 9], 0, 3, 1, 0.3)  # 15 tokens x 0.3 / 3: half a slot
-def test_the_layer_does_what_its_routing_says(routing, training, seed, lengths, pads, experts, top_k, capacity):
+@example("expert_choice_batch", True, 0, [6, 9], 0, 3, 1, 0.3, "softmax", False)  # 15 tokens x 0.3 / 3: half a slot
+@example("expert_choice", True, 0, [6, 0], 3, 4, 1, 2.0, "normalized", True)
+def test_the_layer_does_what_its_routing_says(
+    routing, training, seed, lengths, pads, experts, top_k, capacity, gates, bias
+):
     """Output, gradients and statistics equal those of a loop over tokens; groups, padding and capacities included."""
     top_k = min(top_k, experts)
-    layer = layer_of(seed, routing=routing, experts=experts, top_k=top_k, capacity_factor=capacity).train(training)
+    options = {"routing": routing, "experts": experts, "top_k": top_k, "capacity_factor": capacity, "gates": gates}
+    layer = layer_of(seed, bias, **options).train(training)
     x, valid = batch_of(seed, lengths, max(1, *lengths) + pads)
     x.requires_grad_()
     out, stats = apply(layer, x, valid)
     expected, pairs = naive(layer, x, valid)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
-    inputs = [x, layer.router.weight_ED, layer.experts.up_EDF, layer.experts.down_EFD]
+    inputs = [x, *layer.parameters()]
     weights = torch.randn_like(out)
     found = torch.autograd.grad((out * weights).sum(), inputs, allow_unused=True)
     wanted = torch.autograd.grad((expected * weights).sum() + 0 * sum(i.sum() for i in inputs), inputs)
     for one, other in zip(found, wanted):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
-    probs = (x.flatten(0, 1) @ layer.router.weight_ED.T).softmax(-1)
     load, gate = torch.zeros(experts), torch.zeros(experts)
-    for token, expert in pairs:
+    for (_, expert), one in pairs.items():
         load[expert] += 1
-        gate[expert] += probs[token, expert].detach()
+        gate[expert] += one.detach()
     torch.testing.assert_close(stats.usage.load_E, load / max(1, len(pairs)))
     torch.testing.assert_close(stats.usage.gate_E, gate / max(1e-9, gate.sum().item()))
     count = int(valid.sum())

@@ -15,7 +15,7 @@ IMAGE_TOKENS, DROPPED, PATCH, TEXT_TOKENS, CLASSES = 16, 8, 2 * 8 * 8 * 3, 8, 5
 MOE = {"experts": 4, "layers": 2}
 
 
-def recipe_of(moe: dict | None, space: str = "joint") -> Recipe:
+def recipe_of(moe: dict | None, space: str = "joint", bias: bool = False) -> Recipe:
     return Recipe.build(
         {
             "name": "counted",
@@ -27,6 +27,7 @@ def recipe_of(moe: dict | None, space: str = "joint") -> Recipe:
                 "embed_dim": Z,
                 "moe": moe,
                 "space": space,
+                "bias": bias,
             },
             "modalities": {"vision": {"patch": [2, 8, 8]}},
             "sources": {"all": {"path": "all.parquet"}},
@@ -73,13 +74,18 @@ def by_hand(image_tokens: int, moe: dict | None) -> int:
 
 @pytest.mark.parametrize("moe", [None, MOE, {**MOE, "experts": 8}, {**MOE, "routing": "soft", "slots": 2}])
 def test_flops_are_those_of_the_closed_formula(moe):
-    recipe = recipe_of(moe)
+    """Biases are not among them, but among the parameters that get a gradient."""
+    recipe = recipe_of(moe, bias=moe == MOE)
     found = costs(recipe, recipe.make_modalities(), {head_key("all", "kind"): list(range(CLASSES))})
     assert {view: cost.flops for (_, view), cost in found.items()} == {
         0: by_hand(IMAGE_TOKENS, moe),
         1: by_hand(DROPPED, moe),
     }
     assert {cost.tokens for cost in found.values()} == {B * (t + TEXT_TOKENS) for t in (IMAGE_TOKENS, DROPPED)}
+    expert_biases = {
+        f"encoder.blocks.{i}.mlp.experts.{name}" for i in (1, 2) for name in ("up_bias_EF", "down_bias_ED")
+    }
+    assert all(expert_biases <= cost.touched for cost in found.values()) == (moe == MOE)
     shares = mixture(recipe, found)["stills"]
     assert shares["flops"] == pytest.approx((by_hand(IMAGE_TOKENS, moe) + 3 * by_hand(DROPPED, moe)) / 4)
     assert shares["examples"] == B

@@ -64,6 +64,17 @@ def test_parameters_are_the_published_ones(name, in_all, token, counted):
     assert 1e6 * used == pytest.approx(matrices + routers, rel=1e-3)
 
 
+def test_a_token_uses_the_biases_of_one_expert_per_layer(tiny_recipe):
+    """Besides those of attention, and of the MLP of the dense layer."""
+
+    def used(bias: bool) -> int:
+        recipe = tiny_recipe({"bias": bias})
+        with torch.device("meta"):
+            return per_token(recipe, IMP.from_recipe(recipe, recipe.make_modalities()))
+
+    assert used(True) - used(False) == 2 * (4 * 32 + 64 + 32)
+
+
 CLASSES = {"pictures:label": ["blue", "green", "red", "white"]}
 
 
@@ -111,6 +122,7 @@ def test_the_planned_peak_is_near_the_measured_one(tmp_path):
 def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
     """Weights, both kinds of moments, averaged weights, once every task has had a step."""
     changes = ["optimizer.muon_lr=1e-2", "alternation.kind=intervals", "modalities.text.vocab_size=258"]
+    changes += ["model.bias=true", "modalities.vision={patch: [2, 8, 8], positions: grid, tables: [2, 4, 4]}"]
     training = Trainer(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / "run", False)
     for step in range(2):
         training.update(training.data[step])

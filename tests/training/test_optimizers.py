@@ -19,7 +19,7 @@ def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
 
 
 def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_path):
-    training = training_of(little_data, tmp_path / "run", "optimizer.muon_lr=1e-2")
+    training = training_of(little_data, tmp_path / "run", "optimizer.muon_lr=1e-2", "model.bias=true")
     adamw, muon = training.updater.optimizers
     assert isinstance(adamw, torch.optim.AdamW)
     assert isinstance(muon, Muon)
@@ -33,6 +33,9 @@ def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_pa
     assert len(of_muon) == 2 * 2 + 2 + 2 + 3 * 2 + 4 * 2
     shared = [p for optimizer in (adamw, muon) for group in optimizer.param_groups for p in group["params"]]
     assert len(shared) == len(set(shared)) == len(names)
+    decayed = {names[p] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
+    kernels = {"stems.vision.embed.weight", "stems.audio.embed.weight", "classifiers.pictures:label.weight"}
+    assert decayed == kernels | {"encoder.blocks.1.mlp.router.weight_ED"}, "no biases, also not those of the experts"
 
 
 def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(little_data, tmp_path):

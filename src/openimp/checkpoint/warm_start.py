@@ -1,57 +1,71 @@
 """Starting a training run from the weights of another model, for fine-tuning (`train.init`)."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import find_model, model_folder, read_config, weights_folder
+import yaml
+
+from openimp.checkpoint.folder import find_model, model_folder, read_config
+from openimp.checkpoint.public_vit import LIBRARIES, RGB, ViTWeights
+from openimp.checkpoint.upcycling import SavedWeights, Upcycled, Weights
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
 from openimp.model.embedder import Embedder
 from openimp.recipe.file import differences, flat
 from openimp.recipe.schema import Recipe
 
-SAME = ("width", "layers", "heads", "mlp_dim", "qk_norm", "embed_dim", "moe.experts", "moe.layers")
+SAME = ("width", "layers", "heads", "mlp_dim", "qk_norm", "bias", "gelu", "embed_dim")
 """Keys of `model` that must be the same in both models: they determine the shape or the meaning of a tensor."""
+SPARSE = ("moe.experts", "moe.layers")
+"""Keys that must also be the same, unless a dense encoder becomes a sparse one."""
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A saved model that fits a recipe."""
+    """Weights that fit a recipe.
 
-    folder: Path
+    Attributes:
+        classes: by classification head.
+        stems: names of the stems whose modalities have learned what the other model's have.
+    """
+
+    weights: Weights
     classes: dict[str, list[Any]]
     stems: frozenset[str]
 
     def load(self, model: Embedder, classes: Classes) -> str:
-        """Loads the EMA if there is one, else the weights, and returns a line that lists the loaded parts.
+        """Loads the weights, and returns a line that lists the loaded parts. Every rank must call this.
 
         The encoder is always loaded. A stem, projection head or temperature is loaded if both models have one of this
         name. A classification head is loaded if it also has the same classes in the same order. All other parts keep
-        their initial values. Each rank reads only its shards.
+        their initial values.
         """
-        folder = weights_folder(self.folder)
-        theirs, ours = dcp.metadata(folder), model.state_dict()
+        theirs, ours = self.weights.shapes, model.state_dict()
         their_parts, our_parts = (dict.fromkeys(map(_part, names)) for names in (theirs, ours))
         differing = {f"classifiers.{head}" for head, values in self.classes.items() if classes.get(head) != values}
         loaded = {"encoder", *their_parts} - differing
-        chosen = {}
+        chosen, new = {}, [part for part in our_parts if part not in loaded]
         for name, tensor in ours.items():
-            if _part(name) in loaded:
-                found = list(theirs[name].size) if name in theirs else "missing"
-                if found != list(tensor.shape):
-                    raise UserError(f"train.init: {self.folder}: {name} is {found} there, {list(tensor.shape)} here")
-                chosen[name] = tensor
-        dcp.fill(folder, chosen)
+            if _part(name) not in loaded:
+                continue
+            if name not in theirs and self.weights.leaves_new(name):
+                new.append(re.sub(r"\.\d+", ".*", name))
+                continue
+            found = list(theirs[name]) if name in theirs else "missing"
+            if found != list(tensor.shape):
+                raise UserError(f"train.init: {self.weights}: {name} is {found} there, {list(tensor.shape)} here")
+            chosen[name] = tensor
+        self.weights.fill(chosen)
         lists = {
             "loaded": [part for part in our_parts if part in loaded],
-            "new": [part for part in our_parts if part not in loaded],
+            "new": [*dict.fromkeys(new)],
             "left behind": [part for part in their_parts if part not in our_parts or part in differing],
         }
         text = "; ".join(f"{title}: {', '.join(parts) or 'nothing'}" for title, parts in lists.items())
-        return f"starts from {self.folder}; {text}"
+        return f"starts from {self.weights}; {text}"
 
 
 def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
@@ -59,34 +73,62 @@ def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
 
     An encoder or a shared stem with other options is a UserError.
     """
-    init = recipe.train.init or recipe.model.wrap
-    if init is None:
+    init, wrap = recipe.train.init, recipe.model.wrap
+    if init is None and wrap is None:
         return None
     try:
-        # Unlike `openimp.load`, this requires "hub:", so that a mistyped path never loads a stranger's model.
-        folder = find_model(init) if init.startswith("hub:") else model_folder(Path(init))
-        before, classes, learned = read_config(folder)
-        stems = frozenset(recipe.modalities) & frozenset(before.modalities)
-        if bool(before.model.wrap) != bool(recipe.model.wrap):
-            there, here = before.model.wrap or "no other model", recipe.model.wrap or "no other model"
-            raise UserError(f"{folder}: its recipe wraps {there}, and this one wraps {here}")
-        # The modalities of a wrapped model only read media differently with other options.
-        same = frozenset() if recipe.model.wrap else stems
-        for key, there, here in differences(_identity(before, same), _identity(recipe, same)):
-            raise UserError(f"{folder}: {key} is {there!r} there, {here!r} here")
-        for modality in modalities.values():
-            if modality.stem in stems:
-                modality.load_state(learned)
+        if wrap is None and str(init).startswith(LIBRARIES):
+            return _open_vit(str(init), recipe, modalities)
+        return _open_saved(str(init or wrap), recipe, modalities)
     except UserError as error:
         raise UserError(f"train.init: {error}") from None
-    return WarmStart(folder, classes, stems)
 
 
-def _identity(recipe: Recipe, stems: Iterable[str]) -> dict[str, Any]:
+def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
+    # Unlike `openimp.load`, this requires "hub:", so that a mistyped path never loads a stranger's model.
+    folder = find_model(init) if init.startswith("hub:") else model_folder(Path(init))
+    before, classes, learned = read_config(folder)
+    stems = frozenset(recipe.modalities) & frozenset(before.modalities)
+    if bool(before.model.wrap) != bool(recipe.model.wrap):
+        there, here = before.model.wrap or "no other model", recipe.model.wrap or "no other model"
+        raise UserError(f"{folder}: its recipe wraps {there}, and this one wraps {here}")
+    # The modalities of a wrapped model only read media differently with other options.
+    same = frozenset() if recipe.model.wrap else stems
+    keys = SAME if before.model.moe is None and recipe.model.moe else (*SAME, *SPARSE)
+    for key, there, here in differences(_identity(before, keys, same), _identity(recipe, keys, same)):
+        raise UserError(f"{folder}: {key} is {there!r} there, {here!r} here")
+    for modality in modalities.values():
+        if modality.stem in stems:
+            modality.load_state(learned)
+    return WarmStart(_upcycled(SavedWeights(folder), before.model.moe is None, recipe), classes, stems)
+
+
+def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
+    weights = ViTWeights(init, modalities)
+    needed: dict[str, Any] = {"model": weights.vit.model_options()}
+    for modality in modalities.values():
+        spec = modality.stem_spec()
+        if spec.patch and spec.patch[-1] == RGB:
+            options = weights.vit.stem_options(recipe.modalities[modality.stem])
+            needed.setdefault("modalities", {})[modality.stem] = options
+    there, ours = flat(needed), flat(recipe.to_dict())
+    if found := differences(there, {key: ours[key] for key in there}):
+        told = ", ".join(f"{key} is {there!r} there, {here!r} here" for key, there, here in found)
+        lines = (f"{key}: {yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).strip()}"
+                 for key, value in needed.items())  # fmt: skip
+        raise UserError("\n".join((f"{init}: {told}; write into the recipe:", *lines)))
+    return WarmStart(_upcycled(weights, True, recipe), {}, frozenset())
+
+
+def _upcycled(weights: Weights, dense: bool, recipe: Recipe) -> Weights:
+    return Upcycled(weights, recipe.model.moe.experts) if dense and recipe.model.moe else weights
+
+
+def _identity(recipe: Recipe, keys: Sequence[str], stems: Iterable[str]) -> dict[str, Any]:
     """The options that must be the same in two models for their weights to mean the same."""
     model = flat(recipe.model.model_dump(mode="json"))
     configs = {stem: recipe.modalities[stem].model_dump(mode="json") for stem in stems}
-    return {f"model.{key}": model.get(key) for key in SAME} | flat({"modalities": configs})
+    return {f"model.{key}": model.get(key) for key in keys} | flat({"modalities": configs})
 
 
 def _part(name: str) -> str:

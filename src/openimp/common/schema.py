@@ -59,11 +59,15 @@ class TextFrom(str):
 
 
 def _absolute(path: Any, info: ValidationInfo) -> Any:
-    """Makes a relative path absolute; a URL or `openimp:NAME` is returned unchanged."""
+    """Makes a relative path absolute, also that of `timm:local-dir:FOLDER`. A URL or `openimp:NAME` is returned
+    unchanged."""
     folder = base_folder(path, info)
-    if not isinstance(path, str) or folder is None or re.match(r"\w\w+:", path):
+    if not isinstance(path, str) or folder is None:
         return path
-    return str(Path(folder).resolve() / path)
+    scheme, colon, local = path.rpartition("local-dir:")
+    if not colon and re.match(r"\w\w+:", path):
+        return path
+    return f"{scheme}{colon}{Path(folder).resolve() / local}"
 
 
 def base_folder(text: Any, info: ValidationInfo) -> str | Path | None:

@@ -28,8 +28,12 @@ def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 def public_path(path: str) -> str:
     """The last part of an absolute path; a URL without user, password and query; anything else as it is.
 
-    In chained URLs, such as `simplecache::s3://...`, this is done for each.
+    In chained URLs, such as `simplecache::s3://...`, this is done for each, and so for the path in
+    `timm:local-dir:/FOLDER`.
     """
+    library, colon, folder = path.rpartition("local-dir:")
+    if colon:
+        return f"{library}{colon}{public_path(folder)}"
     if is_url(path):
         first, chained, rest = path.partition("::")
         if chained:

@@ -111,7 +111,7 @@ class Audio(Modality):
         return self.frames(view) * self.config.hop
 
     def stem_spec(self) -> StemSpec:
-        return StemSpec(values=prod(self.config.patch), axes=tuple(self.config.tables))
+        return StemSpec(prod(self.config.patch), axes=tuple(self.config.tables), patch=(1, *self.config.patch, 1))
 
     def check(self, view: Any) -> None:
         frames = self.frames(view)

@@ -40,6 +40,10 @@ class Vision(Modality):
         tables: Triple = (16, 32, 32)
         """Rows of the position table of each axis. A patch's row is its relative place along the axis. A table must
         have at least as many rows as the largest input has patches."""
+        positions: Literal["axes", "grid"] = "axes"
+        """axes: a table per axis, whose rows are summed and normalized, as in the paper. grid: a table for the frames,
+        and one with a row for each place in a picture, height x width of `tables`. Their rows are summed, but not
+        normalized, as in most public vision Transformers."""
         absolute: dict[Literal["frames", "height", "width"], Count] = Field({})
         """Axes with absolute positions, and the number of frames or pixels that each table spans. With `{frames: 64}`
         the eighth frame has the same position in a clip of 8 frames as in a clip of 16. The positions along other axes
@@ -81,7 +85,10 @@ class Vision(Modality):
         return tuple(self.config.patch)
 
     def stem_spec(self) -> StemSpec:
-        return StemSpec(values=prod(self.config.patch) * CHANNELS, axes=tuple(self.config.tables))
+        patch, (frames, height, width) = (*self.config.patch, CHANNELS), self.config.tables
+        if self.config.positions == "grid":
+            return StemSpec(prod(patch), axes=(frames, height * width), position_norm=False, patch=patch)
+        return StemSpec(prod(patch), axes=(frames, height, width), patch=patch)
 
     def values(self) -> int:
         return prod(self.patch) * CHANNELS
@@ -123,7 +130,11 @@ class Vision(Modality):
 
     def _tokens(self, frames: torch.Tensor, drop: float, rngs: list[np.random.Generator] | None) -> Tokens:
         frames = frames if frames.ndim == 5 else frames[:, None]
-        return patch_tokens(frames, self.patch, self.config.tables, drop, rngs, self.config.spans)
+        tokens = patch_tokens(frames, self.patch, self.config.tables, drop, rngs, self.config.spans)
+        if self.config.positions == "axes":
+            return tokens
+        frame, row, column = tokens.coords.unbind(-1)
+        return tokens._replace(coords=torch.stack([frame, row * self.config.tables[2] + column], dim=-1))
 
     def _check_multiple(self, axis: int, size: int, name: str, unit: str) -> None:
         if nearest := self.config.nearest(axis, size):

@@ -15,8 +15,8 @@ class Stem(nn.Module):
     """Embeds tokens before the encoder, and transforms the encoder's output (arXiv 2305.06324).
 
     A stem has one linear patch embedding (a table for ids), one position table per axis, and one linear layer before
-    and one after the encoder. The position embeddings are summed and normalized. They are looked up by coordinate, so
-    all resolutions, and all subsets of an example's tokens, use the same tables.
+    and one after the encoder. The position embeddings are summed and, unless the spec says otherwise, normalized. They
+    are looked up by coordinate, so all resolutions, and all subsets of an example's tokens, use the same tables.
 
     If tokens hold r times fewer values than the patch embedding expects, they are treated as if repeated r times; for
     example, a still in a stem for clips. Summing the kernel over its r parts gives the same result without a copy.
@@ -29,7 +29,7 @@ class Stem(nn.Module):
     def __init__(self, spec: StemSpec, width: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(spec.values, width) if spec.table else nn.Linear(spec.values, width)
-        self.scale = (width if spec.table else width / spec.values) ** 0.5
+        self.scale = embedding_scale(spec, width)
         lecun_normal_(self.embed.weight, width)
         if isinstance(self.embed, nn.Linear):
             nn.init.zeros_(self.embed.bias)
@@ -37,7 +37,7 @@ class Stem(nn.Module):
         for table in tables:
             nn.init.normal_(table.weight, std=width**-0.5)
         self.positions = nn.ModuleList(tables)
-        self.position_norm = nn.LayerNorm(width, eps=1e-6)
+        self.position_norm = nn.LayerNorm(width, eps=1e-6) if spec.position_norm else nn.Identity()
         self.before = linear(width, width)
         self.after = linear(width, width)
 
@@ -49,6 +49,11 @@ class Stem(nn.Module):
             x_BLD = _embed_patches(self.embed, tokens.values, self.scale)
         positions = sum(table(index) for table, index in zip(self.positions, tokens.coords.unbind(-1)))
         return self.before(x_BLD + self.position_norm(positions))
+
+
+def embedding_scale(spec: StemSpec, width: int) -> float:
+    """The factor of a stem's embeddings, with which their variance is 1 at first."""
+    return float((width if spec.table else width / spec.values) ** 0.5)
 
 
 def _embed_patches(embed: nn.Linear, values_BLP: Tensor, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Transformer encoder: pre-norm blocks without biases, of which the last ones may be sparse.
+"""The Transformer encoder: pre-norm blocks, of which the last ones may be sparse.
 
 A pass processes several inputs, for example one per modality, each with its own B and L. Attention, routers and the
 slots of soft layers treat the inputs separately. All other layers process the tokens of all inputs at once.
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from openimp.model.init import lecun_normal_, linear
 from openimp.model.kernels import attend, gelu
 from openimp.model.moe import RouterStats, SoftMLP, SparseMLP, split_tokens, valid_tokens_per_rank
-from openimp.recipe.model import Model
+from openimp.recipe.model import Gelu, Model
 
 Shapes = Sequence[torch.Size]
 """The shape (B, L) of each input of a pass."""
@@ -25,18 +25,20 @@ Masks = Sequence[Tensor | None]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without biases. LayerNorm on queries and keys is optional (arXiv 2302.05442)."""
+    """Multi-head self-attention. LayerNorm on queries and keys is optional (arXiv 2302.05442)."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, bias: bool = False) -> None:
         super().__init__()
         self.heads, self.qk_norm, self.attend = heads, qk_norm, attend
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = linear(width, width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = linear(width, width, bias=bias)
         head = width // heads
         self.q_norm = _norm(head) if qk_norm else nn.Identity()
         self.k_norm = _norm(head) if qk_norm else nn.Identity()
         # The release stores these kernels as (width, heads, head), so JAX takes width x heads as their fan-in.
         lecun_normal_(self.qkv.weight, width * heads)
+        if bias:
+            nn.init.zeros_(self.qkv.bias)
 
     def forward(self, x_TD: Tensor, shapes: Shapes, masks: Masks) -> Tensor:
         qkv = split_tokens(self.qkv(x_TD), shapes)
@@ -55,15 +57,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with GELU between them, without biases."""
+    """Two layers with GELU between them."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, bias: bool, gelu_kind: Gelu) -> None:
         super().__init__()
-        self.up = linear(width, hidden, bias=False)
-        self.down = linear(hidden, width, bias=False)
+        self.gelu_kind = gelu_kind
+        self.up = linear(width, hidden, bias=bias)
+        self.down = linear(hidden, width, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(gelu(self.up(x_TD)))
+        return self.down(gelu(self.up(x_TD), self.gelu_kind))
 
 
 class Block(nn.Module):
@@ -74,12 +77,12 @@ class Block(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.norm1 = _norm(config.width)
-        self.attention = Attention(config.width, config.heads, config.qk_norm)
+        self.attention = Attention(config.width, config.heads, config.qk_norm, config.bias)
         self.norm2 = _norm(config.width)
         self.mlp = self._make_mlp(config)
 
     def _make_mlp(self, config: Model) -> nn.Module:
-        return MLP(config.width, config.mlp_dim)
+        return MLP(config.width, config.mlp_dim, config.bias, config.gelu)
 
     def forward(
         self, x_TD: Tensor, shapes: Shapes, masks: Masks, counts: Sequence[Tensor] = ()
@@ -103,7 +106,7 @@ class SparseBlock(Block):
     def _make_mlp(self, config: Model) -> nn.Module:
         assert config.moe is not None
         kind = SoftMLP if config.moe.routing == "soft" else SparseMLP
-        return kind(config.width, config.mlp_dim, config.moe)
+        return kind(config.width, config.mlp_dim, config.moe, config.bias, config.gelu)
 
     def forward(
         self, x_TD: Tensor, shapes: Shapes, masks: Masks, counts: Sequence[Tensor] = ()

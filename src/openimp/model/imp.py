@@ -120,11 +120,11 @@ class IMP(Embedder):
         return known and {self.head_name(a, b), self.head_name(b, a)} <= set(self.projections)
 
     def hidden_matrices(self) -> dict[Tensor, int]:
-        """The weights of the experts, and of all linear layers except patch embeddings and classifiers."""
+        """The matrices of the experts, and of all linear layers except patch embeddings and classifiers."""
         found: dict[Tensor, int] = {}
         for name, module in self.named_modules():
             if isinstance(module, Experts):
-                found.update((weight, weight.shape[0]) for weight in module.parameters())
+                found.update((weight, weight.shape[0]) for weight in module.parameters() if weight.ndim == 3)
             elif isinstance(module, Attention):
                 found[module.qkv.weight] = 3
             elif isinstance(module, nn.Linear) and not name.startswith("classifiers.") and not name.endswith(".embed"):

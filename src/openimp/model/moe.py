@@ -22,7 +22,7 @@ from openimp.model.init import lecun_normal_
 from openimp.model.kernels import gelu
 from openimp.parallel.distributed import all_gather_object, all_reduce_mean
 from openimp.parallel.layout import combine_from_experts, dispatch_to_experts, local_experts
-from openimp.recipe.model import BATCH_ROUTINGS, MoE
+from openimp.recipe.model import BATCH_ROUTINGS, Gelu, MoE
 
 
 class Routing(NamedTuple):
@@ -118,6 +118,19 @@ def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | N
     return Routing(*(x_GS[:, :-1].unflatten(1, (experts, slots)) for x_GS in (token_GS, gate_GS)))
 
 
+def scale_gates(routing: Routing, tokens: int, config: MoE) -> Routing:
+    """Turns the router's probabilities into the gates that `config.gates` asks for, of groups of `tokens` tokens."""
+    token_GEC, gate_GEC = routing
+    if config.gates == "scaled":
+        return Routing(token_GEC, gate_GEC * config.experts)
+    if config.gates == "normalized":
+        token_GS, gate_GS = token_GEC.flatten(1), gate_GEC.flatten(1)
+        sum_GN = gate_GS.new_zeros(gate_GS.shape[0], tokens).scatter_add(1, token_GS, gate_GS)
+        # In the slots that padding leaves empty, the sum may be 0.
+        return Routing(token_GEC, gate_GEC / sum_GN.gather(1, token_GS).clamp(min=1e-20).view_as(gate_GEC))
+    return routing
+
+
 def valid_tokens_per_rank(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
     """The number of valid tokens in a rank's batch, averaged over ranks; a scalar in fp32.
 
@@ -175,6 +188,7 @@ class Router(nn.Module):
             aux = aux + config.balance_loss * config.experts * _imbalance(probs_BLE, valid_BL, count)
         else:
             routing = expert_choice(probs_GNE, valid_GN, config.capacity_factor)
+        routing = scale_gates(routing, probs_GNE.shape[1], config)
         return routing, RouterStats(aux, _usage(routing, valid_GN, count) if _collects_usage(self) else None)
 
 
@@ -210,29 +224,42 @@ def _usage(routing: Routing, valid_GN: Tensor, count: Tensor) -> Usage:
 
 
 class Experts(nn.Module):
-    """E two-layer GELU MLPs without biases, as two batched matrix products."""
+    """E two-layer GELU MLPs, as two batched matrix products. The shapes of all parameters begin with E."""
 
-    def __init__(self, experts: int, width: int, hidden: int) -> None:
+    def __init__(self, experts: int, width: int, hidden: int, bias: bool, gelu_kind: Gelu) -> None:
         super().__init__()
+        self.bias, self.gelu_kind = bias, gelu_kind
         self.up_EDF = nn.Parameter(torch.empty(experts, width, hidden))
         self.down_EFD = nn.Parameter(torch.empty(experts, hidden, width))
         lecun_normal_(self.up_EDF, width)
         lecun_normal_(self.down_EFD, hidden)
+        if bias:
+            self.up_bias_EF = nn.Parameter(torch.empty(experts, hidden))
+            self.down_bias_ED = nn.Parameter(torch.empty(experts, width))
+            nn.init.zeros_(self.up_bias_EF)
+            nn.init.zeros_(self.down_bias_ED)
 
     def forward(self, x_ESD: Tensor) -> Tensor:
         """Maps (E, S, D) to (E, S, D): each expert processes its S slots, on the rank that holds it."""
-        (up_EDF, down_EFD), group = local_experts((self.up_EDF, self.down_EFD))
-        hidden_ESF = gelu(torch.bmm(dispatch_to_experts(x_ESD, group), up_EDF))
-        return combine_from_experts(torch.bmm(hidden_ESF, down_EFD), group)
+        own = self.up_EDF, self.down_EFD, *((self.up_bias_EF, self.down_bias_ED) if self.bias else ())
+        (up_EDF, down_EFD, *biases), group = local_experts(own)
+        up_bias_EF, down_bias_ED = biases or (None, None)
+        hidden_ESF = gelu(_linear(dispatch_to_experts(x_ESD, group), up_EDF, up_bias_EF), self.gelu_kind)
+        return combine_from_experts(_linear(hidden_ESF, down_EFD, down_bias_ED), group)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer per expert: x (E, S, inputs), weight (E, inputs, outputs), bias (E, outputs)."""
+    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None], x, weight)
 
 
 class SparseMLP(nn.Module):
     """A router, and experts that process the tokens it selects."""
 
-    def __init__(self, width: int, hidden: int, config: MoE) -> None:
+    def __init__(self, width: int, hidden: int, config: MoE, bias: bool = False, gelu_kind: Gelu = "tanh") -> None:
         super().__init__()
         self.router = Router(width, config)
-        self.experts = Experts(config.experts, width, hidden)
+        self.experts = Experts(config.experts, width, hidden, bias, gelu_kind)
 
     def forward(
         self, x_TD: Tensor, valid: Sequence[Tensor], counts: Sequence[Tensor]
@@ -265,12 +292,12 @@ class SoftMLP(nn.Module):
     results of all slots. The number of slots does not depend on the length of the example, so padding changes nothing.
     """
 
-    def __init__(self, width: int, hidden: int, config: MoE) -> None:
+    def __init__(self, width: int, hidden: int, config: MoE, bias: bool = False, gelu_kind: Gelu = "tanh") -> None:
         super().__init__()
         self.slots, self.collects_usage = config.slots, False
         self.slot_SD = nn.Parameter(torch.empty(config.experts * config.slots, width))
         self.scale = nn.Parameter(torch.empty(1))
-        self.experts = Experts(config.experts, width, hidden)
+        self.experts = Experts(config.experts, width, hidden, bias, gelu_kind)
         nn.init.normal_(self.slot_SD)
         # Logits are `scale` times cosines, which have variance 1 / width at first. So logits start with unit variance.
         nn.init.constant_(self.scale, width**0.5)

@@ -203,7 +203,9 @@ def encoder_per_token(recipe: Recipe, model: Embedder) -> int | None:
     if moe.routing == "soft":
         return None
     experts = moe.top_k if moe.routing == "token_choice" else min(moe.capacity_factor, moe.experts)
-    return round(used - moe.layers * 2 * recipe.model.width * recipe.model.mlp_dim * (moe.experts - experts))
+    width, hidden = recipe.model.width, recipe.model.mlp_dim
+    expert = 2 * width * hidden + (width + hidden if recipe.model.bias else 0)
+    return round(used - moe.layers * expert * (moe.experts - experts))
 
 
 def per_token(recipe: Recipe, model: Embedder) -> int | None:

@@ -11,6 +11,8 @@ LIBRARY, LOCAL = "open_clip:", "local-dir:"
 """The beginning of the name of a wrapped model, and what follows if it is in a folder, as in open_clip."""
 BATCH_ROUTINGS = ("expert_choice_batch", "token_choice")
 """Routings that depend on all tokens of the batch in training."""
+Gelu = Literal["tanh", "erf"]
+"""The approximation of GELU by tanh, or GELU itself, which is defined by the error function."""
 
 
 class MoE(Strict):
@@ -27,6 +29,12 @@ class MoE(Strict):
     expert_choice_batch: in training, they choose among those of the modality's whole batch. token_choice: each token
     chooses its `top_k` experts, in training up to their capacity. soft: each slot of an expert takes a weighted mean of
     the example's tokens (Soft MoE, arXiv 2308.00951)."""
+    gates: Literal["softmax", "normalized", "scaled"] = "softmax"
+    """Factors of the experts' results. softmax: the router's probabilities, as in the paper. normalized: these, divided
+    by their sum over the experts that take the token. If each expert is a copy of a dense MLP, the layer then equals
+    that MLP for every token that an expert takes. But a token that only one expert takes does not train the router.
+    scaled: the probabilities times the number of experts, so that gates start near 1. Soft routing ignores this; its
+    weights sum to 1 anyway."""
     capacity_factor: Positive = 1.0
     """Capacity of an expert, as a multiple of tokens / experts (in token choice, of `top_k` x tokens / experts). Soft
     routing ignores it."""
@@ -74,6 +82,10 @@ class Model(Strict):
     """Hidden features of the MLP, and of each expert."""
     qk_norm: bool = False
     """LayerNorm on queries and keys, as in the paper's MoE models."""
+    bias: bool = False
+    """Biases in attention, MLPs and experts. The paper's encoder has none, most public vision Transformers do."""
+    gelu: Gelu = "tanh"
+    """GELU in MLPs and experts. tanh: its approximation, as in the paper. erf: exact."""
     moe: MoE | None = None
     """Options of a sparse encoder; null: a dense encoder."""
     modality_specific_layers: Annotated[int, Field(ge=0)] = 0

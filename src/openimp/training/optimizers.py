@@ -25,7 +25,9 @@ def make_optimizers(
     """
     hidden, factors = muon_stacks(model, options), lr_factors(model, options)
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in hidden]
+    # Tables, and the biases of experts, have two dimensions like kernels.
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables |= {weight for module in model.experts() for weight in module.parameters() if weight.ndim == 2}
     kernels = [parameter for parameter in rest if parameter.ndim >= 2 and parameter not in tables]
     others = [parameter for parameter in rest if parameter.ndim < 2 or parameter in tables]
     groups = [

@@ -1,0 +1,218 @@
+"""Vision Transformers of timm and open_clip, from which IMP's encoder can start: `train.init: timm:NAME`.
+
+Only what IMP's encoder computes exactly is accepted. The reasons against all else are told by name.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from openimp.checkpoint.fold import RGB, encoder_weights, stem_weights
+from openimp.common.errors import UserError
+from openimp.common.modality import Modalities, StemSpec
+from openimp.common.safe_files import refuse_links
+from openimp.parallel.distributed import run_first_on_node
+from openimp.parallel.layout import fill_shard
+
+LIBRARIES = ("timm:", "open_clip:")
+"""How the names of public ViTs begin."""
+EPS = 1e-6
+"""Epsilon of the norms of IMP's encoder."""
+
+
+class PublicViT(NamedTuple):
+    """A ViT and the normalization of its pixels, which are in 0..1 before it."""
+
+    trunk: Any  # timm's `VisionTransformer`
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """Height and width of the pictures for which the ViT has positions."""
+        embed = self.trunk.patch_embed
+        return tuple(n * side for n, side in zip(embed.grid_size, embed.patch_size))
+
+    def model_options(self) -> dict[str, Any]:
+        """The values that a recipe's `model` must have."""
+        block = self.trunk.blocks[0]
+        return {
+            "width": self.trunk.embed_dim,
+            "layers": len(self.trunk.blocks),
+            "heads": block.attn.num_heads,
+            "mlp_dim": block.mlp.fc1.out_features,
+            "bias": True,
+            "gelu": _gelu(block.mlp.act),
+            "qk_norm": False,
+            "modality_specific_layers": 0,
+        }
+
+    def stem_options(self, config: Any) -> dict[str, Any]:
+        """The values that the options of the stem of pictures must have. Any number of frames will do."""
+        embed = self.trunk.patch_embed
+        return {
+            "patch": [config.patch[0], *embed.patch_size],
+            "positions": "grid",
+            "tables": [config.tables[0], *embed.grid_size],
+        }
+
+
+class ViTWeights:
+    """The weights of a public ViT, for the encoder and for stems of patches of its height and width."""
+
+    def __init__(self, name: str, modalities: Modalities) -> None:
+        self.name, self.vit = name, open_vit(name, weights=False)
+        specs = {modality.stem: modality.stem_spec() for modality in modalities.values()}
+        sides = tuple(self.vit.trunk.patch_embed.patch_size)
+        # Differing patches of pictures are refused; those of another stem leave it as it is.
+        self.stems = {stem: spec for stem, spec in specs.items() if spec.patch and spec.patch[1:3] == sides}
+        self.shapes = {name: tensor.shape for name, tensor in _tensors(self.vit, self.stems)}
+
+    def __str__(self) -> str:
+        height, width = self.vit.pixels
+        return f"{self.name} (pictures of {height} x {width} pixels have its features)"
+
+    def leaves_new(self, name: str) -> bool:
+        return name.startswith(tuple(f"stems.{stem}.position" for stem in self.stems))
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        vit = run_first_on_node(lambda: open_vit(self.name, weights=True))
+        for name, tensor in _tensors(vit, self.stems):
+            if name in tensors:
+                fill_shard(tensors[name], tensor)
+
+
+def _tensors(vit: PublicViT, stems: Mapping[str, StemSpec]) -> Iterator[tuple[str, Tensor]]:
+    """IMP's tensors by name, one at a time."""
+    state = vit.trunk.state_dict()
+    yield from encoder_weights(state, len(vit.trunk.blocks))
+    for name, spec in stems.items():
+        yield from stem_weights(name, spec, state, vit.mean, vit.std)
+
+
+def open_vit(name: str, weights: bool) -> PublicViT:
+    """Opens `timm:NAME`, or the vision tower of `open_clip:NAME/TAG`. Each NAME may also be `local-dir:FOLDER`.
+
+    Without `weights`, the ViT is on the meta device, and nothing but its configuration is downloaded.
+    """
+    library, _, model = name.partition(":")
+    source, _, folder = model.partition(":")
+    if source == "local-dir":
+        refuse_links(Path(folder))
+        if not [*Path(folder).glob("*.safetensors")]:
+            raise UserError(f"{folder}: has no weights in a .safetensors file, the only kind that is read of a folder")
+    try:
+        # The libraries initialize all weights at random, which must not change the random numbers of the training.
+        with torch.random.fork_rng(devices=[]), _warnings_off():
+            vit = (_open_timm if library == "timm" else _open_clip)(model, weights)
+    except ImportError:
+        raise UserError(f"{name}: {library} is missing: pip install 'openimp[peers]'") from None
+    except Exception as error:  # Both libraries raise many kinds.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{name}: {library} cannot open it: {reason[0]}") from None
+    if reasons := obstacles(vit.trunk):
+        raise UserError(f"{name}: cannot become IMP's encoder without approximation: {'; '.join(reasons)}")
+    return vit
+
+
+def _open_timm(model: str, weights: bool) -> PublicViT:
+    import timm
+
+    with torch.device("cpu" if weights else "meta"):
+        trunk = timm.create_model(model, pretrained=weights)
+    return PublicViT(trunk, tuple(trunk.pretrained_cfg["mean"]), tuple(trunk.pretrained_cfg["std"]))
+
+
+def _open_clip(model: str, weights: bool) -> PublicViT:
+    import open_clip
+
+    name, _, tag = (model, "", None) if ":" in model else model.rpartition("/")
+    if tag is not None and not open_clip.get_pretrained_cfg(name, tag):
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise ValueError(f"expected NAME/TAG; the tags of {name!r} are: {known or 'none'}")
+    device = "cpu" if weights else "meta"
+    with torch.device(device):
+        clip = open_clip.create_model(
+            name,
+            tag if weights else None,  # Otherwise it would be downloaded.
+            load_weights=weights,
+            require_pretrained=weights,
+            pretrained_text=False,
+            device=device,
+        )
+    tower: Any = clip.visual
+    return PublicViT(getattr(tower, "trunk", tower), *(tuple(tower.preprocess_cfg[key]) for key in ("mean", "std")))
+
+
+@contextmanager
+def _warnings_off() -> Iterator[None]:
+    """The libraries warn of weights that are not loaded, which is intended on the meta device."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def obstacles(trunk: Any) -> list[str]:
+    """What IMP's encoder does not have, one sentence for each part of the ViT."""
+    from timm.layers import Attention, Mlp, PatchEmbed
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    kind = type(trunk)
+    if kind is not VisionTransformer:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        token = ", which has a class token" if hasattr(trunk, "class_embedding") else ""
+        return [f"its image tower is {name}{token}, not timm's VisionTransformer"]
+    embed, blocks = trunk.patch_embed, [*trunk.blocks]
+    if odd := {type(block).__name__ for block in blocks if type(block) is not Block}:
+        return [f"its blocks are {', '.join(sorted(odd))}, not pre-norm blocks"]
+    attentions, mlps = [block.attn for block in blocks], [block.mlp for block in blocks]
+    odd = {type(part).__name__ for part in (*attentions, *mlps) if type(part) not in (Attention, Mlp)}
+    if odd or type(embed) is not PatchEmbed:
+        return [f"it has {', '.join(sorted(odd or {type(embed).__name__}))}"]
+    norms = [trunk.norm, *(norm for block in blocks for norm in (block.norm1, block.norm2))]
+    found = {
+        "it has a class token": trunk.cls_token is not None,
+        "it has register tokens": trunk.reg_token is not None,
+        "it has no learned positions": trunk.pos_embed is None,
+        "it has a norm between patch embedding and blocks": _has(trunk.norm_pre) or _has(embed.norm),
+        f"its pictures have {trunk.in_chans} channels, not {RGB}": trunk.in_chans != RGB,
+        "its final norm follows the pooling, instead of normalizing every token": not _has(trunk.norm),
+        "its attention has norms of queries and keys": any(_has(a.q_norm) or _has(a.k_norm) for a in attentions),
+        "its attention has a norm or a gate": any(_has(a.norm) or a.gate is not None for a in attentions),
+        "its heads do not add up to its width": any(a.attn_dim != trunk.embed_dim for a in attentions),
+        "its MLPs have a norm": any(_has(mlp.norm) for mlp in mlps),
+        "its activation is not one kind of GELU": len({_gelu(mlp.act) for mlp in mlps} | {None}) != 2,
+    }
+    found |= {reason: True for reason in map(_norm_obstacle, norms) if reason}
+    return [reason for reason, holds in found.items() if holds]
+
+
+def _has(part: nn.Module) -> bool:
+    return not isinstance(part, nn.Identity)
+
+
+def _norm_obstacle(norm: Any) -> str | None:
+    from timm.layers import LayerNorm
+
+    if not _has(norm):
+        return None
+    if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None:
+        return f"it has {type(norm).__name__}, not LayerNorm with weights"
+    return None if norm.eps == EPS else f"the epsilon of its norms is {norm.eps:g}, not {EPS:g}"
+
+
+def _gelu(activation: nn.Module) -> str | None:
+    """The value of `model.gelu`; None for other activations."""
+    from timm.layers import GELU, GELUTanh
+
+    if isinstance(activation, nn.GELU):
+        return "tanh" if activation.approximate == "tanh" else "erf"
+    return {GELU: "erf", GELUTanh: "tanh"}.get(type(activation))

@@ -1,0 +1,265 @@
+"""IMP's encoder from vision Transformers that timm and open_clip build, save and compute. Their weights are random."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+import yaml
+from open_clip.push_to_hf_hub import save_config_for_hf
+from safetensors.torch import save_file
+from timm.models import VisionTransformer, register_model, save_for_hf
+from torch import Tensor
+
+from openimp.checkpoint.public_vit import ViTWeights, obstacles, open_vit
+from openimp.checkpoint.warm_start import open_warm_start
+from openimp.common.errors import UserError
+from openimp.model.imp import IMP
+from openimp.recipe.schema import Recipe
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+SIGLIP, GAP = "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224"
+ARCHITECTURES = {
+    "SigLIP": (SIGLIP, {"img_size": 48}),
+    "patch 14 that does not divide the picture": ("vit_so400m_patch14_siglip_384", {"mlp_ratio": 3.7, "img_size": 45}),
+    "tanh, wide picture": ("vit_so400m_patch16_siglip_256", {"mlp_ratio": 2.5, "img_size": (32, 80)}),
+    "mean pooling, LayerScale": (GAP, {"init_values": 1e-5, "img_size": (48, 32)}),
+    "tall patches, no bias of q, k, v": (GAP, {"patch_size": (32, 8), "qkv_bias": False, "img_size": (64, 24)}),
+    "other mean and standard deviation": ("vit_huge_patch14_gap_224", {"img_size": (28, 42)}),
+    "any size of picture": (SIGLIP, {"dynamic_img_size": True, "init_values": 0.1, "img_size": 32}),
+}
+"""timm's architectures, and options of small ones."""
+
+
+@register_model
+def openimp_tiny_siglip(pretrained: bool = False, **options) -> VisionTransformer:
+    """A ViT that open_clip finds by its name, because it passes no sizes to timm."""
+    return timm.create_model(SIGLIP, pretrained=pretrained, **SMALL, img_size=48, **options)
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> None:
+    """Gives all parameters random values, because biases that are 0 and scales that are 1 would hide mistakes."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.copy_(torch.randn_like(parameter) * 0.5 + ("weight" in name))
+        else:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def save_timm(folder: Path, architecture: str, **options) -> VisionTransformer:
+    """Saves a small model in timm's own format, and returns it."""
+    model = timm.create_model(architecture, **SMALL, **options).eval()
+    randomize(model)
+    save_for_hf(model, folder, safe_serialization=True)
+    return model
+
+
+def save_open_clip(folder: Path) -> VisionTransformer:
+    """Saves a small model in open_clip's own format, and returns its vision tower."""
+    vision = {"timm_model_name": "openimp_tiny_siglip", "timm_pool": "map", "timm_proj": "none", "image_size": 48}
+    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).eval()
+    randomize(model)
+    save_config_for_hf(model, folder / "open_clip_config.json", config)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return model.visual.trunk
+
+
+def recipe_of(init: str, size: tuple[int, int], patch=(1, 1), **changes) -> Recipe:
+    """A recipe of all modalities that starts from `init`. Its model does not fit unless `changes` makes it."""
+    views = {"image": {"size": size}, "video": {"size": size, "frames": 4}, "audio": {"seconds": 1.024}}
+    task = {"source": "all", "objectives": [{"type": "contrastive"}]}
+    tasks = {
+        name: {**task, "inputs": {name: name, "text": "text"}, "views": [{name: view, "text": {"length": 8}}]}
+        for name, view in views.items()
+    }
+    data = {
+        "name": "imported",
+        "model": {"width": 16, "layers": 1, "heads": 1, "mlp_dim": 8, "embed_dim": 16},
+        "modalities": {"vision": {"patch": [2, *patch], "tables": [8, 80, 80]}, "audio": {"window": 512, "hop": 256}},
+        "sources": {"all": {"path": "all.parquet"}},
+        "tasks": tasks,
+        "train": {"init": init},
+    }
+    return Recipe.build({**data, **changes})
+
+
+def fitting_recipe(init: str, size: tuple[int, int], **model) -> Recipe:
+    """The recipe with the lines that the error asks for."""
+    recipe = recipe_of(init, size)
+    with pytest.raises(UserError, match="write into the recipe:\n") as error:
+        open_warm_start(recipe, recipe.make_modalities())
+    lines = yaml.safe_load(str(error.value).partition("\n")[2])
+    data = recipe.to_dict()
+    modalities = {**data["modalities"], **lines["modalities"]}
+    return recipe_of(init, size, model={**data["model"], **lines["model"], **model}, modalities=modalities)
+
+
+def load(recipe: Recipe) -> tuple[IMP, dict, str]:
+    """The model that starts as the recipe says, its modalities, and the line that is printed."""
+    modalities = recipe.make_modalities()
+    start = open_warm_start(recipe, modalities)
+    modalities["text"].fit([["a red square"]])
+    model = IMP.from_recipe(recipe, modalities).eval()
+    assert start is not None
+    return model, modalities, start.load(model, {})
+
+
+def dense_features(model: IMP, name: str, tokens) -> Tensor:
+    """The encoder's output for every token."""
+    (features,), _ = model.encoder([model.stem(name)(tokens)], [None])
+    return features
+
+
+def pictures_of(size: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (3, *size, 3), np.uint8)
+
+
+@torch.no_grad()
+def check_features(trunk: VisionTransformer, recipe: Recipe, mean, std) -> tuple[IMP, str]:
+    """Compares the features of pictures, and of clips of equal frames, with those of the library."""
+    model, modalities, line = load(recipe)
+    pixels = pictures_of(trunk.patch_embed.img_size)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    expected = trunk.forward_features((torch.from_numpy(pixels).movedim(-1, 1) / 255 - mean) / std)
+    height, width = recipe.tasks["image"].views[0]["image"].hw
+    pixels = pixels[:, :height, :width]
+    tokens = modalities["image"].tokens(pixels, recipe.tasks["image"].views[0]["image"], None)
+    torch.testing.assert_close(dense_features(model, "image", tokens), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.encode({"image": tokens}).features, expected.mean(1), rtol=1e-5, atol=1e-5)
+    clips = np.repeat(pixels[:, None], 4, axis=1)
+    tokens = modalities["video"].tokens(clips, recipe.tasks["video"].views[0]["video"], None)
+    assert tokens.coords[..., 0].unique().tolist() == [0, 4]
+    torch.testing.assert_close(model.encode({"video": tokens}).features, expected.mean(1), rtol=1e-5, atol=1e-5)
+    return model, line
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_pictures_and_clips_of_equal_frames_have_the_features_of_timms_model(name, tmp_path):
+    architecture, options = ARCHITECTURES[name]
+    trunk = save_timm(tmp_path / "vit", architecture, **options)
+    patch = trunk.patch_embed.patch_size
+    size = tuple(n * side for n, side in zip(trunk.patch_embed.grid_size, patch))
+    recipe = fitting_recipe(f"timm:local-dir:{tmp_path / 'vit'}", size)
+    cfg = trunk.pretrained_cfg
+    _, line = check_features(trunk, recipe, cfg["mean"], cfg["std"])
+    assert f"(pictures of {size[0]} x {size[1]} pixels have its features); loaded: stems.vision, " in line
+    assert recipe.model.gelu == ("tanh" if "tanh" in name else "erf")
+
+
+def test_the_vision_tower_of_open_clip_is_loaded(tmp_path):
+    trunk = save_open_clip(tmp_path / "clip")
+    recipe = fitting_recipe(f"open_clip:local-dir:{tmp_path / 'clip'}", (48, 48))
+    config = json.loads((tmp_path / "clip" / "open_clip_config.json").read_text())["preprocess_cfg"]
+    assert config["mean"][0] != 0.5
+    check_features(trunk, recipe, config["mean"], config["std"])
+
+
+def test_experts_are_copies_of_the_imported_mlps(tmp_path):
+    """If all experts take all tokens, and their gates sum to 1, the sparse encoder has the features of the source."""
+    trunk = save_timm(tmp_path / "vit", SIGLIP, img_size=32)
+    moe = {"experts": 4, "layers": 1, "capacity_factor": 4.0, "gates": "normalized"}
+    recipe = fitting_recipe(f"timm:local-dir:{tmp_path / 'vit'}", (32, 32), moe=moe)
+    model, line = check_features(trunk, recipe, (0.5,) * 3, (0.5,) * 3)
+    assert "whose MLPs are copied into 4 experts each" in line
+    assert "new: " in line
+    assert "encoder.blocks.*.mlp.router.weight_ED" in line
+    mlp = model.encoder.blocks[1].mlp
+    assert all((weight == weight[:1]).all() and weight.any() for weight in mlp.experts.parameters())
+    assert not torch.equal(mlp.router.weight_ED[0], mlp.router.weight_ED[1])
+
+
+def test_a_stem_with_one_channel_starts_from_the_same_patch_embedding(tmp_path):
+    """If its patches are equally large. Its positions are new."""
+    save_timm(tmp_path / "vit", SIGLIP, img_size=32)
+    recipe = fitting_recipe(f"timm:local-dir:{tmp_path / 'vit'}", (32, 32))
+    model, _, line = load(recipe)
+    vision, audio = model.stems["vision"], model.stems["audio"]
+    kernels = [(stem.embed.weight * stem.scale) for stem in (vision, audio)]
+    summed = kernels[0].unflatten(1, (2, 256, 3)).sum((1, 3))
+    torch.testing.assert_close(kernels[1], summed)
+    assert torch.equal(audio.before.weight, torch.eye(32))
+    assert "stems.audio" in line.partition("; new: ")[0]
+    assert "stems.audio.positions.*.weight" in line.partition("; new: ")[2]
+    assert audio.positions[0].weight.any()
+    other = recipe.to_dict()
+    other["modalities"]["audio"] |= {"patch": [8, 16]}
+    line = load(Recipe.build(other))[2]
+    assert "stems.audio" in line.partition("; new: ")[2].split(", ")
+
+
+REFUSED = {
+    "class token": ("vit_base_patch16_224", {}),
+    "register tokens": (GAP, {"reg_tokens": 2}),
+    "norm between patch embedding and blocks": (GAP, {"pre_norm": True}),
+    "norms of queries and keys": (GAP, {"qk_norm": True}),
+    "follows the pooling": (GAP, {"fc_norm": True}),
+    "no learned positions": (GAP, {"pos_embed": "none"}),
+    "epsilon of its norms is 1e-05, not 1e-06": (GAP, {"norm_layer": torch.nn.LayerNorm}),
+    "RmsNorm, not LayerNorm": (GAP, {"norm_layer": "rmsnorm"}),
+    "not one kind of GELU": (GAP, {"act_layer": "quick_gelu"}),
+    "MLPs have a norm": (GAP, {"scale_mlp_norm": True}),
+    "norm or a gate": (GAP, {"scale_attn_norm": True}),
+    "ResPostBlock, not pre-norm blocks": ("vit_base_patch16_rpn_224", {}),
+    "SwiGLU": ("aimv2_large_patch14_224", {}),
+    "1 channels, not 3": (GAP, {"in_chans": 1}),
+}
+"""What the error says, and timm's model."""
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_would_be_approximated_is_refused_by_name(reason):
+    architecture, options = REFUSED[reason]
+    with torch.device("meta"):
+        model = timm.create_model(architecture, **SMALL, **options)
+    assert any(reason in found for found in obstacles(model)), obstacles(model)
+
+
+def test_other_models_and_folders_are_refused_in_a_sentence(tmp_path):
+    def refusal(init: str) -> str:
+        recipe = recipe_of(init, (32, 32))
+        with pytest.raises(UserError) as error:
+            open_warm_start(recipe, recipe.make_modalities())
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    approximation = "cannot become IMP's encoder without approximation: its image tower is"
+    assert f"train.init: open_clip:ViT-B-32/openai: {approximation}" in refusal("open_clip:ViT-B-32/openai")
+    assert "which has a class token" in refusal("open_clip:ViT-B-32/openai")
+    assert f"{approximation} timm.models.resnet.ResNet" in refusal("timm:resnet18")
+    assert "timm:vit_bas: timm cannot open it: Unknown model (vit_bas)" in refusal("timm:vit_bas")
+    assert "the tags of 'ViT-B-16-SigLIP2' are: webli" in refusal("open_clip:ViT-B-16-SigLIP2/lion")
+    model = timm.create_model(SIGLIP, **SMALL, img_size=32)
+    save_for_hf(model, tmp_path / "pickled", safe_serialization=False)
+    assert "has no weights in a .safetensors file" in refusal(f"timm:local-dir:{tmp_path / 'pickled'}")
+    (tmp_path / "pickled" / "model.safetensors").write_bytes(b"damaged")
+    recipe = fitting_recipe(f"timm:local-dir:{tmp_path / 'pickled'}", (32, 32))
+    with pytest.raises(UserError, match="timm cannot open it"):
+        load(recipe)
+
+
+def test_a_local_folder_is_relative_to_the_recipe(tmp_path):
+    save_timm(tmp_path / "vit", SIGLIP, img_size=32)
+    data = recipe_of("timm:local-dir:vit", (32, 32)).to_dict() | {"train": {"init": "timm:local-dir:vit"}}
+    recipe = Recipe.build(data, tmp_path)
+    assert recipe.train.init == f"timm:local-dir:{tmp_path / 'vit'}"
+    assert ViTWeights(recipe.train.init, recipe.make_modalities()).vit.pixels == (32, 32)
+
+
+def test_published_names_are_accepted_before_anything_is_downloaded():
+    for name, pixels, width in (
+        ("timm:vit_base_patch16_siglip_224.v2_webli", (224, 224), 768),
+        ("timm:vit_so400m_patch14_siglip_384.webli", (378, 378), 1152),
+        ("open_clip:ViT-B-16-SigLIP2/webli", (224, 224), 768),
+    ):
+        vit = open_vit(name, weights=False)
+        assert vit.pixels == pixels
+        assert vit.model_options()["width"] == width
