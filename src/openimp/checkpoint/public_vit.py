@@ -124,7 +124,7 @@ def _open_timm(model: str, weights: bool) -> PublicViT:
     import timm
 
     with torch.device("cpu" if weights else "meta"):
-        trunk = timm.create_model(model, pretrained=weights)
+        trunk: Any = timm.create_model(model, pretrained=weights)
     return PublicViT(trunk, tuple(trunk.pretrained_cfg["mean"]), tuple(trunk.pretrained_cfg["std"]))
 
 
