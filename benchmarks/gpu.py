@@ -156,6 +156,8 @@ def train_once(file: Path, run: Path) -> None:
     trainer.save, trainer.update = timed_save, watched_update  # type: ignore[method-assign]
     trainer.train()
     end = time.perf_counter()
+    options = recipe, trainer.modalities, trainer.data.classes, distributed.world_size(), "h100", 0.4
+    planned = distributed.run_on_rank_zero(lambda: plan(*options).memory)
     if distributed.rank() == 0:
         lines = read_lines(run / "metrics.jsonl")[1:]
         seconds = sum(line["seconds"] for line in lines)
@@ -163,7 +165,6 @@ def train_once(file: Path, run: Path) -> None:
         def mean(key: str) -> float:
             return float(sum(line[key] * line["seconds"] for line in lines) / seconds)
 
-        planned = plan(recipe, trainer.modalities, trainer.data.classes, distributed.world_size(), "h100", 0.4).memory
         folder = next((run / "checkpoints").glob("step-*"))
         found = Measured(
             first_loss=losses[0],

@@ -4,6 +4,7 @@ torchrun runs this very file for the work of several ranks.
 """
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -222,6 +223,12 @@ def test_a_file_that_the_manifest_does_not_list_is_damage(little_data, tmp_path)
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"config\.json: unknown: it is not in manifest\.json"):
         verify(folder)
+    (folder / "manifest.json").write_text(manifest)
+    for outside in ("/etc/passwd", "../../../outside.json"):  # A stranger's manifest opens no other file.
+        named = {**json.loads(manifest), outside: {"size": 0, "sha256": ""}}
+        (folder / "manifest.json").write_text(json.dumps(named))
+        with pytest.raises(UserError, match=f"{outside}: missing"):
+            verify(folder)
     (folder / "manifest.json").write_text(manifest)
     (folder / "model" / "more.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"model/more\.safetensors: unknown: it is not in manifest\.json"):

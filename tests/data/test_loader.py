@@ -244,6 +244,27 @@ def test_what_the_user_can_mend_comes_out_of_a_worker_in_one_line(own_data, work
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+class Failing(StepBatches):
+    """Fails in step 2, like a network file system."""
+
+    def part(self, step: int, number: int, parts: int) -> LoadedBatch:
+        if step == 2:
+            raise FileNotFoundError("the server does not answer")
+        return super().part(step, number, parts)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_error_of_loading_stops_the_training_as_one_that_the_user_can_mend_does(little_data, workers):
+    """So that all complete steps are saved. It is not taken for the end of a worker."""
+    recipe = Recipe.load(little_data / "recipe.yaml", [f"train.num_workers={workers}", NO_EVALUATION])
+    data = Failing(recipe, recipe.make_modalities())
+    data.fit()
+    batches = load_batches(data, 0)
+    assert [next(batches).visit.step for _ in range(2)] == [0, 1]
+    with pytest.raises(UserError, match="the data of step 2: FileNotFoundError: the server does not answer"):
+        next(batches)
+
+
 def test_a_class_of_a_stream_that_the_recipe_does_not_list_stops_the_training(streamed, workers):
     folder, changes = streamed
     objective = "{type: classification, label: txt, classes: [a red square, a green square, a white square]}"

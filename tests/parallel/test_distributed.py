@@ -212,6 +212,12 @@ def test_several_ranks_measure_what_one_measures(one_rank, request, ranks):
 
 
 @pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
+def test_all_kinds_of_sets_are_measured_in_bf16_one_after_the_other(request, ranks):
+    """A classification head may have been gathered in bf16 by the pass of the set before."""
+    assert facts(request.getfixturevalue(ranks))["in bf16"] == 7
+
+
+@pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
 def test_each_rank_reads_and_encodes_its_part_of_the_rows(request, ranks):
     number = 2 if ranks == "two_ranks" else 4
     decoded = facts(request.getfixturevalue(ranks))["decoded"]
@@ -455,6 +461,9 @@ def evaluations(folder: Path, out: Path) -> dict[str, Any]:
         after = state_of(trainer, loaded)
         same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
         found["undisturbed"][name] = all(distributed.all_gather_object(same))
+    options, run = Recipe.load(folder / "recipe.yaml", [*COMMON, *changes, "train.precision=bf16"]), out / "in bf16"
+    Trainer(options, run, False).evaluate()
+    found["in bf16"] = len(read_lines(run / "results.jsonl"))
     return found
 
 

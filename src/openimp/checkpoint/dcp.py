@@ -75,11 +75,12 @@ def _save_file(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
     return file
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills all tensors of a folder in place; other tensors are a UserError. Of a DTensor, each rank reads its local
-    shard only."""
+def load(folder: Path, tensors: Mapping[str, Tensor], all_of_them: bool = True) -> None:
+    """Fills tensors in place from the tensors of the same names in a folder. Of a DTensor, each rank reads its local
+    shard only. Tensors that do not fit are a UserError, and so are others in the folder, unless `all_of_them` is false.
+    """
     there = metadata(folder)
-    for name in sorted(there.keys() | tensors.keys()):
+    for name in sorted(there.keys() | tensors.keys() if all_of_them else tensors):
         found = list(there[name].size) if name in there else "missing"
         wanted = list(tensors[name].shape) if name in tensors else "unknown"
         if found != wanted:

@@ -176,10 +176,10 @@ def _verify_share(folder: Path) -> None:
         path = folder / name
         if name not in manifest:
             raise UserError(f"{path}: unknown: it is not in {MANIFEST}")
+        if name not in names:  # Only files in the folder are opened: a manifest may name any other file.
+            raise UserError(f"{path}: missing")
         try:
             entry = manifest_entry(path)
-        except FileNotFoundError:
-            raise UserError(f"{path}: missing") from None
         except OSError as error:
             raise UserError(f"{path}: damaged: {error.strerror}") from None
         if entry != manifest[name]:
@@ -221,11 +221,11 @@ def load_training_state(
         if name not in parameters:
             raise UserError(f"{folder / 'optimizer'}: does not fit the model, which has no parameter {name}")
         parameter = parameters[name]
-        # Fused optimizers have the step count on the device of the parameter.
-        loaded[key] = torch.zeros((), device=parameter.device) if field == "step" else torch.empty_like(parameter)
         if parameter in optimizer_of:  # Otherwise another rank updates it.
+            # Fused optimizers have the step count on the device of the parameter.
+            loaded[key] = torch.zeros((), device=parameter.device) if field == "step" else torch.empty_like(parameter)
             optimizer_of[parameter].state.setdefault(parameter, {})[field] = loaded[key]
-    dcp.load(folder / "optimizer", loaded)
+    dcp.load(folder / "optimizer", loaded, all_of_them=False)
     return read_state(folder)
 
 

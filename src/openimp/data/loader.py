@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -93,7 +94,8 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
 
 @dataclass(frozen=True)
 class _Parts(Dataset["LoadedBatch | UserError"]):
-    """What the DataLoader reads. It returns a UserError, because a raised one would get a worker's traceback.
+    """What the DataLoader reads. It returns errors as UserErrors, because one that is raised in a worker would end the
+    training without saving it.
 
     It makes parts with one thread even in the training process: the number of threads changes the last bits of a
     spectrogram.
@@ -112,6 +114,9 @@ class _Parts(Dataset["LoadedBatch | UserError"]):
             return self.batches.part(*divmod(item, self.parts), self.parts)
         except UserError as error:
             return error
+        except Exception as error:  # Of a file system, a network or a decoder: all steps so far are saved.
+            traceback.print_exc()
+            return UserError(f"the data of step {item // self.parts}: {type(error).__name__}: {error}")
         finally:
             torch.set_num_threads(threads)
 

@@ -44,7 +44,7 @@ SCHEMA = pa.schema(
 class TarTable(Table):
     """Examples of local tars by number.
 
-    In memory is only an index, 16 bytes per example and extension.
+    In memory are only the keys, and an index of 16 bytes per example and extension.
     """
 
     def __init__(self, name: str, path: str, files: list[str], root: Path) -> None:

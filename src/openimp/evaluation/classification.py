@@ -23,7 +23,7 @@ from openimp.evaluation import zero_shot
 from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows, readable_rows
 from openimp.evaluation.metrics import accuracy, average_precision, interval
 from openimp.evaluation.retrieval import SIMILARITIES, ranks
-from openimp.parallel.layout import full_tensor
+from openimp.parallel.layout import full_tensor, reshard
 from openimp.recipe.evaluation import ClassHead, ZeroShot
 
 
@@ -119,6 +119,7 @@ def classify(
         towards, classes_KZ = options.reader, zero_shot.class_embeddings(evaluator, options, names)
     else:
         head: Any = evaluator.model.get_submodule(f"classifiers.{_head(evaluator, options)}")
+        reshard(evaluator.model)  # An earlier pass may have left it gathered, in bf16.
         # The bias is the weight of a feature that is always 1.
         weight_KD, bias_K = full_tensor(head.weight.detach()), full_tensor(head.bias.detach())
         towards, classes_KZ = None, torch.cat([weight_KD, bias_K[:, None]], dim=1)

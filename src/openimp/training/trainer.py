@@ -313,7 +313,7 @@ class Trainer:
             for modality in self.modalities.values():
                 modality.load_state(learned)
         self.data = distributed.run_first_on_node(lambda: StepBatches(self.recipe, self.modalities, track, *place))
-        self.sources = self.data.fingerprints()
+        self.sources = distributed.run_on_rank_zero(self.data.fingerprints)  # It reads a part of every file.
         if checkpoint is None:
             self.data.fit(warm_start.stems if warm_start else ())
             return []
