@@ -81,7 +81,7 @@ class Traffic:
         clock.reduce(rest)
         clock.finish()
         clock.wait(self.update)
-        return clock.now - forward - backward
+        return max(0.0, clock.now - forward - backward)
 
 
 class _Clock:
