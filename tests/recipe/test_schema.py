@@ -15,7 +15,7 @@ def bomb(start: str, each: str) -> str:
     return "\n".join(lines)
 
 
-BUNDLED = ["demo", "imp_s", "imp_b", "imp_m", "imp_l", "imp_moe_s", "imp_moe_b", "imp_moe_l"]
+BUNDLED = ["demo", "public", "imp_s", "imp_b", "imp_m", "imp_l", "imp_moe_s", "imp_moe_b", "imp_moe_l"]
 
 
 @pytest.fixture
