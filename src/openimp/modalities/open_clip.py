@@ -158,6 +158,11 @@ class OpenClip(Modality):
         config: dict[str, Any] = json.loads(self.files[CONFIG])
         return config
 
+    @property
+    def embed_dim(self) -> int:
+        size: int = self.library["model_cfg"]["embed_dim"]
+        return size
+
     def check(self, view: Any) -> None:
         """Every view fits."""
 

@@ -135,7 +135,8 @@ class Recipe(Strict):
         """Checks that a modality is distilled by a head that the model has. Messages begin with `key`."""
         if objective.towards:
             _require(f"{key}.towards", "modality", objective.towards, self.modality_names)
-        if self.model.space == "disjoint" and target_of(objective, task.inputs) == objective.of:
+        disjoint = self.model.space == "disjoint" and not self.model.wrap
+        if disjoint and target_of(objective, task.inputs) == objective.of:
             raise UserError(
                 f"{key}: in a disjoint space, distill needs `towards`, another modality to compare {objective.of} "
                 "with; or set model.space: joint"
