@@ -194,7 +194,9 @@ def test_each_tower_has_the_depths_of_its_own_blocks(kind, expected, tmp_path):
 
 def test_a_tower_without_a_list_of_blocks_has_no_depths(tmp_path):
     model = load_model(find_model(public.write("resnet", tmp_path / "resnet")))[0]
-    with pytest.raises(UserError, match="optimizer.layer_decay: a tower of the model has no list of blocks; set it to"):
+    with pytest.raises(
+        UserError, match=r"optimizer.layer_decay: a tower of the model has no list of blocks; set it to"
+    ):
         model.depths()
 
 
