@@ -85,6 +85,10 @@ class Recipe(Strict):
             )
         if self.model.wrap and self.train.compile:
             raise UserError(f"{where}: train.compile: is for openimp's own encoder, not for a wrapped model")
+        if self.model.wrap and (self.train.init or "").startswith("timm:"):
+            raise UserError(
+                f"{where}: train.init: a model of timm is for openimp's own encoder, not for a wrapped model"
+            )
         experts, owners = self.model.moe.experts if self.model.moe else 0, self.parallel.expert_degree
         if owners > 1 and (experts == 0 or experts % owners):
             raise UserError(
