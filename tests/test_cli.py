@@ -538,7 +538,7 @@ def test_rows_get_the_vectors_of_a_model_from_which_another_one_learns(
     choice = ["--modality", "audio", "--column", "sound", "--to", "teacher"]
     code, printed, err = openimp(*join, *choice)
     assert code == 0, err
-    assert "15 embeddings in column 'teacher'" in printed
+    assert "15 embeddings of 32 numbers in column 'teacher'" in printed
     assert f"as a source: {{path: {out}, root: {little_data}}}" in printed
     (tmp_path / "student.yaml").write_text(DISTILLED.replace("ROOT", str(little_data)))
     code, printed, err = openimp("train", tmp_path / "student.yaml", "--run", tmp_path / "run")
