@@ -112,8 +112,7 @@ def unit_vector(value: Any, size: int, column: str) -> np.ndarray:
         raise BadMedia(f"column {column!r}: {error}") from None
     if vector.shape != (size,):
         found = f"a list of shape {[*vector.shape]}" if isinstance(value, list) else f"{value!r:.60}"
-        many = f"{size} numbers, as many as the model's embeddings have"
-        raise BadMedia(f"column {column!r}: expected a list of {many}, found {found}")
+        raise BadMedia(f"column {column!r}: expected a list of {size} numbers (the model's embed_dim), found {found}")
     length = np.linalg.norm(vector)
     if not (np.isfinite(length) and length > 0):
         raise BadMedia(f"column {column!r}: a vector of length {length:g} has no direction")
