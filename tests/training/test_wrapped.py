@@ -137,7 +137,18 @@ def test_further_training_starts_from_a_run(whole, data, name, tmp_path):
         Trainer(Recipe.build(plain), tmp_path / "other")
 
 
+def test_a_run_of_pictures_alone_can_be_continued_with_texts(data, name, tmp_path):
+    task = "source: pictures, inputs: {image: file}, batch_size: 8, objectives: [{type: classification, label: label}]"
+    alone = recipe_of(data, name, f"tasks={{only: {{{task}}}}}", "evaluation={}", steps=1)
+    assert train(alone, tmp_path / "alone")
+    trainer = Trainer(recipe_of(data, name, init=str(tmp_path / "alone")), tmp_path / "run")
+    assert trainer.data[0].batch.tokens["text"].values.shape == (8, 16)
+
+
 def test_a_model_of_another_name_cannot_be_the_initial_one(data, name, tmp_path):
+    openimp.load(name)  # The cache has it under this name.
+    (tmp_path / "link").symlink_to(name.rpartition(":")[2])
+    Trainer(recipe_of(data, f"open_clip:local-dir:{tmp_path / 'link'}"), tmp_path / "linked")
     other = public.write("oblong", tmp_path / "oblong")
     with pytest.raises(UserError, match=r"train.init: .* its recipe wraps .*oblong, and this one wraps .*/clip"):
         Trainer(recipe_of(data, name, init=other), tmp_path / "run")

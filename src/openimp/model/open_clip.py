@@ -190,7 +190,8 @@ class OpenCLIP(Embedder):
             for name, weight in self.encoder.named_parameters()
             if name.startswith("visual.") != reads_text and not name.startswith("text_decoder.")
         ]
-        return own, [block for block in self.blocks() if not {*own}.isdisjoint(block.parameters())]
+        mine = {*own}
+        return own, [block for block in self.blocks() if not mine.isdisjoint(block.parameters())]
 
     def blocks(self) -> list[nn.Module]:
         return _blocks_in(self.encoder)
