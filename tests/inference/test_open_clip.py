@@ -246,6 +246,18 @@ def test_a_configuration_cannot_ask_for_more_than_the_weights_have(kind, part, c
         openimp.load(tmp_path / "saved" if saved else name)
 
 
+def test_names_of_code_in_a_configuration_of_transformers_are_ignored(tmp_path):
+    """Of classes in other files, and of kernels on the Hub, which transformers would download and run."""
+    name = public.write("bert", tmp_path / "bert")
+    saved = Path(shutil.copytree(find_model(name), tmp_path / "saved"))
+    config = json.loads((saved / "text_tower_config.json").read_text())
+    named = {"auto_map": {"AutoModel": "code.Model"}, "attn_implementation": "kernels-community/flash-attn"}
+    (saved / "text_tower_config.json").write_text(json.dumps(config | named))
+    model = openimp.load(saved)
+    assert torch.equal(model.encode_text(TEXTS), openimp.load(name).encode_text(TEXTS))
+    assert not named.keys() & json.loads(model.modalities["text"].files["text_tower_config.json"]).keys()
+
+
 def test_what_a_wrapped_model_cannot_do_is_said_in_a_sentence(clip, tmp_path):
     pytest.importorskip("onnxscript")
     with pytest.raises(UserError, match="image cannot be exported: a wrapped model has no ONNX graphs"):

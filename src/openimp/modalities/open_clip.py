@@ -41,6 +41,9 @@ TEXT_CONFIG = "text_tower_config.json"
 """The configuration of a text tower from transformers."""
 TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
 """Options of tokenizers in configurations of the library. Others, such as trust_remote_code, are refused."""
+CODE = {"auto_map", "attn_implementation", "_attn_implementation", "experts_implementation"}
+"""Entries that name classes in other files, or kernels on the Hugging Face Hub, which transformers may download and
+run."""
 LONGEST_TEXT = 10_000
 """Most characters of a text that are tokenized."""
 LONGEST_CONTEXT, LONGEST_SIDE = 2**13, 2**12
@@ -113,14 +116,14 @@ def layers_in(files: Mapping[str, str]) -> int:
 
 
 def _without_code(name: str, text: str) -> str:
-    """A JSON file without the names of classes that transformers would import from other places."""
+    """A JSON file without the entries that name code."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: damaged: {error}") from None
-    if not isinstance(data, dict) or "auto_map" not in data:
+    if not isinstance(data, dict) or CODE.isdisjoint(data):
         return text
-    return json.dumps({key: value for key, value in data.items() if key != "auto_map"})
+    return json.dumps({key: value for key, value in data.items() if key not in CODE})
 
 
 @contextmanager
