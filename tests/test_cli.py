@@ -538,7 +538,7 @@ def test_rows_get_the_vectors_of_a_model_from_which_another_one_learns(
     choice = ["--modality", "audio", "--column", "sound", "--to", "teacher"]
     code, printed, err = openimp(*join, *choice)
     assert code == 0, err
-    assert "15 embeddings in column 'teacher'" in printed
+    assert "15 embeddings of 32 numbers in column 'teacher'" in printed
     assert f"as a source: {{path: {out}, root: {little_data}}}" in printed
     (tmp_path / "student.yaml").write_text(DISTILLED.replace("ROOT", str(little_data)))
     code, printed, err = openimp("train", tmp_path / "student.yaml", "--run", tmp_path / "run")
@@ -550,7 +550,7 @@ def test_rows_get_the_vectors_of_a_model_from_which_another_one_learns(
     assert pq.read_table(tmp_path / "own.parquet").to_pylist()[0]["towards"] == "audio"
 
     told = refused("train", tmp_path / "student.yaml", "--run", tmp_path / "no", *sets("model.embed_dim=16"))
-    assert "column 'teacher': expected a list of 16 numbers (model.embed_dim), found a list of shape [32]" in told
+    assert "column 'teacher': expected a list of 16 numbers (the model's embed_dim), found a list of shape [32]" in told
     assert "--to: " in refused(*join[:3], out, "--out", out, *choice)
     assert "already; name another one" in refused(*join[:3], out, "--out", out, *choice)
     assert "--modality: expected image or text or audio, found none" in refused(*join)

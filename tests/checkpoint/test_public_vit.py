@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
+import public
 import pytest
 import timm
 import torch
@@ -237,9 +238,13 @@ def test_other_models_and_folders_are_refused_in_a_sentence(tmp_path):
     assert f"{approximation} timm.models.resnet.ResNet" in refusal("timm:resnet18")
     assert "timm:vit_bas: timm cannot open it: Unknown model (vit_bas)" in refusal("timm:vit_bas")
     assert "the tags of 'ViT-B-16-SigLIP2' are: webli" in refusal("open_clip:ViT-B-16-SigLIP2/lion")
+    assert "is of transformers, which may run code" in refusal(public.write("bert", tmp_path / "bert"))
     model = timm.create_model(SIGLIP, **SMALL, img_size=32)
     save_for_hf(model, tmp_path / "pickled", safe_serialization=False)
     assert "has no weights in a .safetensors file" in refusal(f"timm:local-dir:{tmp_path / 'pickled'}")
+    (tmp_path / "pickled" / "other.safetensors").write_bytes(b"damaged")
+    preferred = "timm may prefer pytorch_model.bin to other.safetensors; rename the latter to model.safetensors"
+    assert preferred in refusal(f"timm:local-dir:{tmp_path / 'pickled'}")
     (tmp_path / "pickled" / "model.safetensors").write_bytes(b"damaged")
     recipe = fitting_recipe(f"timm:local-dir:{tmp_path / 'pickled'}", (32, 32))
     with pytest.raises(UserError, match="timm cannot open it"):

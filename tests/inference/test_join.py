@@ -31,7 +31,7 @@ def test_embedded_media_and_class_names_are_kept_and_unreadable_rows_have_no_vec
     source, out = str(tmp_path / "rows.parquet"), tmp_path / "joined.parquet"
     done = embed_rows(tiny_model_folder, source, out, "image", "image", "vector", batch_size=2)
     assert [bad.split(":")[0] for bad in done.bad] == ["rows.parquet[3]"]
-    assert "3 embeddings in column 'vector'" in capsys.readouterr().out
+    assert "3 embeddings of 32 numbers in column 'vector'" in capsys.readouterr().out
     table = open_source("joined", Source(path=str(out)))
     assert table.columns == ["image", "kind", "half", "vector"]
     found = table.rows(range(4))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +211,51 @@ def test_files_that_could_hold_code_are_refused(clip, tmp_path):
     torch.save({}, folder / "open_clip_pytorch_model.bin")
     refused("has no safetensors file")
     (folder / "open_clip_model.safetensors").write_bytes((original / "open_clip_model.safetensors").read_bytes())
+    (folder / "open_clip_model.safetensors").write_bytes(b"damaged")
+    refused("open_clip_model.safetensors: damaged")
+    (folder / "open_clip_model.safetensors").write_bytes((original / "open_clip_model.safetensors").read_bytes())
     refused("tokenizer_kwargs: trust_remote_code cannot be used", tokenizer_kwargs={"trust_remote_code": True})
     refused("does not fit the model", width=64)
     (folder / "open_clip_model.safetensors").unlink()
     (folder / "open_clip_model.safetensors").symlink_to(original / "open_clip_model.safetensors")
     refused("is a link out of")
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "change", "message"),
+    [
+        ("clip", "text_cfg", {"layers": 10**9}, "asks for 1000000002 layers, but"),
+        ("clip", "vision_cfg", {"layers": [2, 10**9]}, "asks for 1000000004 layers, but"),
+        ("clip", "text_cfg", {"context_length": 10**6}, "context_length: expected 1 to 8192, found 1000000"),
+        ("clip", "preprocess_cfg", {"size": [10**6, 4]}, r"preprocess_cfg.size: expected sides of 1 to 4096, found \["),
+        ("bert", "text_tower", {"num_hidden_layers": 10**9}, "asks for 1000000002 layers, but the weights are only"),
+    ],
+)
+def test_a_configuration_cannot_ask_for_more_than_the_weights_have(kind, part, change, message, tmp_path):
+    """Neither that of a public model nor, which is all that transformers' is in, that of a saved one."""
+    name = public.write(kind, tmp_path / kind)
+    if saved := part == "text_tower":
+        file = Path(shutil.copytree(find_model(name), tmp_path / "saved")) / "text_tower_config.json"
+    else:
+        file = tmp_path / kind / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    places = {"text_tower": config, "preprocess_cfg": config.get("preprocess_cfg")}
+    (places.get(part) or config["model_cfg"][part]).update(change)
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        openimp.load(tmp_path / "saved" if saved else name)
+
+
+def test_names_of_code_in_a_configuration_of_transformers_are_ignored(tmp_path):
+    """Of classes in other files, and of kernels on the Hub, which transformers would download and run."""
+    name = public.write("bert", tmp_path / "bert")
+    saved = Path(shutil.copytree(find_model(name), tmp_path / "saved"))
+    config = json.loads((saved / "text_tower_config.json").read_text())
+    named = {"auto_map": {"AutoModel": "code.Model"}, "attn_implementation": "kernels-community/flash-attn"}
+    (saved / "text_tower_config.json").write_text(json.dumps(config | named))
+    model = openimp.load(saved)
+    assert torch.equal(model.encode_text(TEXTS), openimp.load(name).encode_text(TEXTS))
+    assert not named.keys() & json.loads(model.modalities["text"].files["text_tower_config.json"]).keys()
 
 
 def test_what_a_wrapped_model_cannot_do_is_said_in_a_sentence(clip, tmp_path):
@@ -232,6 +273,8 @@ def test_what_a_wrapped_model_cannot_do_is_said_in_a_sentence(clip, tmp_path):
         UserError, match="key 'size' was removed: a wrapped model prepares pictures as its library does"
     ):
         Recipe.build({**data, "tasks": {"t": {**task, "views": [{"image": {"size": 64}}]}}})
+    with pytest.raises(UserError, match=r"train\.init: a model of timm is for openimp's own encoder"):
+        Recipe.build({**data, "train": {"init": "timm:vit_base_patch16_siglip_224"}})
     with pytest.raises(UserError, match="expected open_clip:NAME/TAG or"):
         Recipe.build({**data, "model": {"wrap": "timm:x"}})
 

@@ -136,9 +136,9 @@ def test_a_row_without_a_vector_is_a_bad_example(data, tmp_path):
         assert torch.allclose(loaded.batch.labels["vector"], torch.full((24, SIZE), SIZE**-0.5))
         reasons = {name.partition("[")[2][0]: why.removeprefix("column 'vector': ") for name, why in loaded.bad}
         assert reasons == {
-            "0": "expected a list of 24 numbers (model.embed_dim), found a list of shape [3]",
+            "0": "expected a list of 24 numbers (the model's embed_dim), found a list of shape [3]",
             "1": "a vector of length nan has no direction",
-            "2": "expected a list of 24 numbers (model.embed_dim), found None",
+            "2": "expected a list of 24 numbers (the model's embed_dim), found None",
             "3": "a vector of length 0 has no direction",
         }
     # `openimp embed` writes lists of a fixed size.

@@ -1,5 +1,6 @@
 """Fine-tuning controls: frozen parts, and the learning rate by part and by depth."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -53,6 +54,26 @@ def test_a_frozen_part_keeps_its_weights_and_has_no_optimizer_state(little_data,
         if (saved / "ema").exists():
             assert torch.equal(dcp.read(saved / "ema")[name], tensor) == kept or name.endswith("bias"), name
     assert len(state) > 10
+
+
+@pytest.mark.parametrize(("trained", "kind"), [("encoder.blocks.1.attention.qkv", "Muon"), ("temperatures", "AdamW")])
+def test_one_of_two_optimizers_may_have_nothing_to_update(little_data, tmp_path, trained, kind):
+    parts = ("stems", "encoder", "projections", "temperatures", "classifiers")
+    scale = {part: 0 for part in parts} | {trained: 1}
+    changes = [
+        f"optimizer={{muon_lr: 0.01, warmup_steps: 0, lr_scale: {json.dumps(scale)}}}",
+        "train.steps=6",
+        "train.save_every=3",
+    ]
+    training = training_of(little_data, tmp_path / "run", *changes)
+    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    assert kind in [type(optimizer).__name__ for optimizer in training.updater.optimizers]
+    assert training.train()
+    for name, tensor in training.model.state_dict().items():
+        learned = name.startswith(trained) and not name.endswith("bias")
+        assert torch.equal(tensor, before[name]) != learned, name
+    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+    assert train(recipe_of(little_data, *changes), tmp_path / "run", resume=True)
 
 
 def test_a_run_with_frozen_parts_resumes_exactly(little_data, tmp_path):

@@ -20,10 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import openimp
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import checkpoints
+from openimp.checkpoint.folder import checkpoints, find_model, load_model
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
+from openimp.inference.join import embed_rows
 from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor
 from openimp.planning.plan import plan
@@ -31,7 +32,11 @@ from openimp.recipe.schema import Recipe
 from openimp.training.trainer import Trainer, train
 
 STEPS = 20
-CASES = {"fp32": ["optimizer={muon_lr: 0.02, warmup_steps: 1}"], "bf16": ["train.precision=bf16"]}
+CASES = {
+    "fp32": ["optimizer={muon_lr: 0.02, warmup_steps: 1}"],
+    "frozen": ["optimizer={muon_lr: 0.02, warmup_steps: 1, layer_decay: 0.5, lr_scale: {encoder.visual: 0}}"],
+    "bf16": ["train.precision=bf16"],
+}
 
 
 def recipe_of(data: Path, name: str, *overrides: str, **train_options: Any) -> Recipe:
@@ -132,6 +137,82 @@ def test_further_training_starts_from_a_run(whole, data, name, tmp_path):
         Trainer(Recipe.build(plain), tmp_path / "other")
 
 
+def test_a_run_of_pictures_alone_can_be_continued_with_texts(data, name, tmp_path):
+    task = "source: pictures, inputs: {image: file}, batch_size: 8, objectives: [{type: classification, label: label}]"
+    alone = recipe_of(data, name, f"tasks={{only: {{{task}}}}}", "evaluation={}", steps=1)
+    assert train(alone, tmp_path / "alone")
+    trainer = Trainer(recipe_of(data, name, init=str(tmp_path / "alone")), tmp_path / "run")
+    assert trainer.data[0].batch.tokens["text"].values.shape == (8, 16)
+
+
+def test_a_model_of_another_name_cannot_be_the_initial_one(data, name, tmp_path):
+    openimp.load(name)  # The cache has it under this name.
+    (tmp_path / "link").symlink_to(name.rpartition(":")[2])
+    Trainer(recipe_of(data, f"open_clip:local-dir:{tmp_path / 'link'}"), tmp_path / "linked")
+    other = public.write("oblong", tmp_path / "oblong")
+    with pytest.raises(UserError, match=r"train.init: .* its recipe wraps .*oblong, and this one wraps .*/clip"):
+        Trainer(recipe_of(data, name, init=other), tmp_path / "run")
+
+
+def test_one_tower_learns_the_vectors_of_the_other_that_is_frozen(data, name, tmp_path):
+    """LiT (arXiv 2111.07991), by distillation."""
+    rows = embed_rows(name, str(data / "pictures"), tmp_path / "rows.parquet", "image", "file", "vector")
+    objectives = (
+        "tasks.named.objectives=[{type: distill, of: text, to: vector}, {type: distill, of: image, to: vector}]"
+    )
+    changes = [
+        "sources.pictures={path: " + f"{rows.out}, root: {data / 'pictures'}}}",
+        objectives,
+        "tasks.named.views=[{image: {crop: 1}}]",
+        "tasks.paired.weight=0",
+        "optimizer={lr: 0.01, lr_scale: {encoder.visual: 0}, layer_decay: 0.5, ema_decay: 0.9, warmup_steps: 1}",
+    ]
+    recipe = recipe_of(data, name, *changes)
+    assert train(recipe, tmp_path / "run")
+    lines = [line["tasks"]["named"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")]
+    assert lines[-1]["text:vector"] < 0.5 * lines[0]["text:vector"]
+    assert max(line["image:vector"] for line in lines) < 0.01, "the teacher's vectors are the model's own"
+    before, after = openimp.load(name).imp.state_dict(), weights(tmp_path / "run")
+    for key, value in before.items():
+        learned = not key.startswith(("encoder.visual.", "scale."))
+        assert torch.equal(value, after[key]) != (learned and not key.endswith("bias")) or key.endswith("bias"), key
+        assert learned or not any(part.startswith(f"{key}|") for part in weights(tmp_path / "run", "optimizer")), key
+    found = plan(recipe, Trainer(recipe, tmp_path / "planned").modalities, {}, 2, "h100", 0.4)
+    assert found.frozen == sum(value.numel() for key, value in before.items() if key.startswith("encoder.visual."))
+    memory = {key: step.memory["gradients"] for key, step in found.steps.items()}
+    assert memory["named", 0] < 4 * (sum(found.parameters.values()) - found.frozen)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("clip", {"visual.conv1.weight": 3, "visual.ln_pre.weight": 3, "visual.transformer.resblocks.0.": 2,
+                  "visual.transformer.resblocks.1.": 1, "token_embedding.weight": 3, "positional_embedding": 3,
+                  "transformer.resblocks.1.": 1, "ln_final.weight": 0, "text_projection": 0, "visual.proj": 0}),
+        ("siglip", {"visual.trunk.pos_embed": 7, "visual.trunk.patch_embed.": 7, "visual.trunk.blocks.5.": 1,
+                    "visual.trunk.norm.": 0, "visual.head.": 0, "text.transformer.resblocks.0.": 2,
+                    "text.text_projection.": 0}),
+        ("convnext", {"visual.trunk.stem.": 10, "visual.trunk.stages.0.blocks.0.": 9,
+                      "visual.trunk.stages.3.blocks.1.": 1, "visual.trunk.head.": 0}),
+        ("bert", {"text.transformer.embeddings.": 3, "text.transformer.encoder.layer.0.": 2, "text.proj.": 0}),
+        ("coca", {"text.cls_emb": 3, "text.transformer.resblocks.1.": 1, "visual.attn_pool.": 0, "text_decoder.": 0}),
+    ],
+)  # fmt: skip
+def test_each_tower_has_the_depths_of_its_own_blocks(kind, expected, tmp_path):
+    model = load_model(find_model(public.write(kind, tmp_path / kind)))[0]
+    depths = model.depths()
+    named = dict(model.encoder.named_parameters())
+    for part, depth in expected.items():
+        found = {depths.get(weight, 0) for key, weight in named.items() if key.startswith(part)}
+        assert found == {depth}, part
+
+
+def test_a_tower_without_a_list_of_blocks_has_no_depths(tmp_path):
+    model = load_model(find_model(public.write("resnet", tmp_path / "resnet")))[0]
+    with pytest.raises(UserError, match=r"optimizer.layer_decay: a tower of the model has no list of blocks"):
+        model.depths()
+
+
 def test_the_counted_flops_are_those_of_a_step(data, name, tmp_path):
     trainer = Trainer(recipe_of(data, name), tmp_path / "run")
     for step in range(2):
@@ -195,7 +276,7 @@ def steps_of(trainer: Trainer) -> dict[str, Tensor]:
             if exact and parameter.grad is not None:
                 found[f"{loaded.visit.task} {name}"] = full_tensor(parameter.grad).clone()
         trainer.model.zero_grad()
-    matrices = [*trainer.model.hidden_matrices()] if exact else []
+    matrices = [matrix for matrix in trainer.model.hidden_matrices() if exact and matrix.requires_grad]
     before = [full_tensor(matrix.detach()).clone() for matrix in matrices]
     for loaded in batches:
         trainer.update(loaded)

@@ -21,6 +21,8 @@ from openimp.parallel.layout import fill_shard
 
 LIBRARIES = ("timm:", "open_clip:")
 """How the names of public ViTs begin."""
+FIRST = {"timm": "model.safetensors", "open_clip": "open_clip_model.safetensors"}
+"""The file that each library prefers to all others in a folder."""
 EPS = 1e-6
 """Epsilon of the norms of IMP's encoder."""
 
@@ -103,9 +105,7 @@ def open_vit(name: str, weights: bool) -> PublicViT:
     library, _, model = name.partition(":")
     source, _, folder = model.partition(":")
     if source == "local-dir":
-        refuse_links(Path(folder))
-        if not [*Path(folder).glob("*.safetensors")]:
-            raise UserError(f"{folder}: has no weights in a .safetensors file, the only kind that is read of a folder")
+        _check_folder(library, Path(folder))
     try:
         # The libraries initialize all weights at random, which must not change the random numbers of the training.
         with torch.random.fork_rng(devices=[]), _warnings_off():
@@ -120,6 +120,17 @@ def open_vit(name: str, weights: bool) -> PublicViT:
     return vit
 
 
+def _check_folder(library: str, folder: Path) -> None:
+    """Refuses a folder from which the library would read weights of another format than safetensors."""
+    refuse_links(folder)
+    found = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not found:
+        raise UserError(f"{folder}: has no weights in a .safetensors file, the only kind that is read of a folder")
+    others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pth", ".tar"))
+    if others and (first := FIRST[library]) not in found:
+        raise UserError(f"{folder}: {library} may prefer {others[0]} to {found[0]}; rename the latter to {first}")
+
+
 def _open_timm(model: str, weights: bool) -> PublicViT:
     import timm
 
@@ -132,6 +143,8 @@ def _open_clip(model: str, weights: bool) -> PublicViT:
     import open_clip
 
     name, _, tag = (model, "", None) if ":" in model else model.rpartition("/")
+    if tag is None and (tower := open_clip.get_model_config(model)["text_cfg"].get("hf_model_name")):
+        raise ValueError(f"its text tower {tower!r} is of transformers, which may run code that a configuration names")
     if tag is not None and not open_clip.get_pretrained_cfg(name, tag):
         known = ", ".join(open_clip.list_pretrained_tags_by_model(name))
         raise ValueError(f"expected NAME/TAG; the tags of {name!r} are: {known or 'none'}")

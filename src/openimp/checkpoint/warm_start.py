@@ -15,6 +15,7 @@ from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
 from openimp.model.embedder import Embedder
 from openimp.recipe.file import differences, flat
+from openimp.recipe.model import LIBRARY, LOCAL
 from openimp.recipe.schema import Recipe
 
 SAME = ("width", "layers", "heads", "mlp_dim", "qk_norm", "bias", "gelu", "embed_dim")
@@ -88,12 +89,13 @@ def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     # Unlike `openimp.load`, this requires "hub:", so that a mistyped path never loads a stranger's model.
     folder = find_model(init) if init.startswith("hub:") else model_folder(Path(init))
     before, classes, learned = read_config(folder)
-    stems = frozenset(recipe.modalities) & frozenset(before.modalities)
-    if bool(before.model.wrap) != bool(recipe.model.wrap):
+    # A wrapped model is the same under all names of its folder.
+    if init != recipe.model.wrap and _title(before) != _title(recipe):
         there, here = before.model.wrap or "no other model", recipe.model.wrap or "no other model"
         raise UserError(f"{folder}: its recipe wraps {there}, and this one wraps {here}")
-    # The modalities of a wrapped model only read media differently with other options.
-    same = frozenset() if recipe.model.wrap else stems
+    shared = frozenset(recipe.modalities) & frozenset(before.modalities)
+    # All modalities of a wrapped model have learned the same. With other options they only read media differently.
+    stems, same = (frozenset(recipe.modalities), frozenset()) if recipe.model.wrap else (shared, shared)
     keys = SAME if before.model.moe is None and recipe.model.moe else (*SAME, *SPARSE)
     for key, there, here in differences(_identity(before, keys, same), _identity(recipe, keys, same)):
         raise UserError(f"{folder}: {key} is {there!r} there, {here!r} here")
@@ -118,6 +120,12 @@ def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
                  for key, value in needed.items())  # fmt: skip
         raise UserError("\n".join((f"{init}: {told}; write into the recipe:", *lines)))
     return WarmStart(_upcycled(weights, True, recipe), {}, frozenset())
+
+
+def _title(recipe: Recipe) -> str | None:
+    """The name of the wrapped model, of a local one without its folder's folder, which differs between machines."""
+    name = recipe.model.wrap
+    return Path(name).name if name and name.startswith(LIBRARY + LOCAL) else name
 
 
 def _upcycled(weights: Weights, dense: bool, recipe: Recipe) -> Weights:

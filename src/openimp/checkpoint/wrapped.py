@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from filelock import FileLock
+from safetensors import safe_open
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import config_files
@@ -29,6 +30,7 @@ from openimp.modalities.open_clip import (
     check_config,
     checked_files,
     import_open_clip,
+    layers_in,
     public_recipe_of,
 )
 from openimp.model.open_clip import OpenCLIP, build
@@ -151,6 +153,7 @@ def _convert(name: str, public: Public, folder: Path) -> None:
     """Writes a model of the library to an empty folder."""
     library = import_open_clip()
     files = _files(library, name, public)
+    _check_size(name, files, public.weights)
     encoder: Any = build(files)
     size = encoder.visual.preprocess_cfg["size"]
     config = json.loads(files[CONFIG])
@@ -172,6 +175,19 @@ def _convert(name: str, public: Public, folder: Path) -> None:
     dcp.save(folder / "model", model.state_dict())
     for file, text in config_files(model, recipe, modalities, {}).items():
         (folder / file).write_text(text, encoding="utf-8")
+
+
+def _check_size(name: str, files: Mapping[str, str], weights: Path) -> None:
+    """Refuses a configuration that asks for more layers than there are tensors in a safetensors file."""
+    if weights.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(weights, "pt") as content:
+            tensors = len(content.keys())
+    except Exception as error:  # safetensors raises its own errors.
+        raise UserError(f"{weights}: damaged: {error}") from None
+    if (layers := layers_in(files)) > tensors:
+        raise UserError(f"{name}: asks for {layers} layers, but {weights.name} has only {tensors} tensors")
 
 
 def _files(library: Any, name: str, public: Public) -> dict[str, str]:

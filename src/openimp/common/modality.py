@@ -117,6 +117,11 @@ class Modality(ABC):
         """
         raise UserError(f"a model of open_clip has no modality {cls.name!r}")
 
+    @property
+    def embed_dim(self) -> int | None:
+        """Features of the embedding space, if a wrapped model decides on them; None if the recipe does."""
+        return None
+
     @abstractmethod
     def stem_spec(self) -> StemSpec:
         """Shapes that the model needs to embed the tokens."""

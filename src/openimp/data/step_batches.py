@@ -26,7 +26,7 @@ from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore, Progress
 from openimp.data.streams import Cursor, Stream
 from openimp.data.tables import Table, Unreadable
-from openimp.data.targets import classes_of, item_id, labels_of, target_columns, unit_vector
+from openimp.data.targets import classes_of, embed_dim, item_id, labels_of, target_columns, unit_vector
 from openimp.data.templates import all_texts, columns_of, fill
 from openimp.parallel.distributed import ranks_on_node, run_on_rank_zero
 from openimp.recipe.schema import Recipe
@@ -284,8 +284,9 @@ class StepBatches(Dataset[LoadedBatch]):
             position: Example(row, name, values, example_rng(key, position, sync))
             for position, row, (name, values) in zip(positions, rows, named)
         }
+        size = embed_dim(self.recipe, self.modalities)
         for example in loaded.values():
-            _read_targets(task, example, self.recipe.model.embed_dim)
+            _read_targets(task, example, size)
         for name in task.inputs:
             self._decode(visit, name, loaded.values())
         return loaded
@@ -379,7 +380,7 @@ def _require_whole_lanes(name: str, task: Task, source: Stream, ranks: int) -> N
             )
 
 
-def _read_targets(task: Task, example: Example, embed_dim: int) -> None:
+def _read_targets(task: Task, example: Example, size: int) -> None:
     """Reads the vectors to distill. Marks the example if a column of the objectives cannot be read."""
     try:
         for column in sorted(target_columns(task)):
@@ -388,7 +389,7 @@ def _read_targets(task: Task, example: Example, embed_dim: int) -> None:
         for objective in task.objectives:
             if isinstance(objective, Distill):
                 value = example.values[objective.to]
-                example.vectors[objective.to] = unit_vector(value, embed_dim, objective.to)
+                example.vectors[objective.to] = unit_vector(value, size, objective.to)
     except BadMedia as error:
         example.bad = str(error)
 

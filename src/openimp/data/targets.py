@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from openimp.common.errors import UserError, counted, nearest
-from openimp.common.modality import BadMedia
+from openimp.common.modality import BadMedia, Modalities
 from openimp.common.schema import as_text
 from openimp.data.streams import Stream
 from openimp.data.tables import Table, Unreadable, number_array
+from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Contrastive, Distill, Task
 
 
@@ -98,6 +99,11 @@ def labels_of(values: list[Any], index: Mapping[Any, int], objective: Classifica
     return target_BK
 
 
+def embed_dim(recipe: Recipe, modalities: Modalities) -> int:
+    """The number of features of the model's embeddings, and so of the vectors that it can learn."""
+    return next((found for each in modalities.values() if (found := each.embed_dim)), recipe.model.embed_dim)
+
+
 def unit_vector(value: Any, size: int, column: str) -> np.ndarray:
     """(Z,) fp32, the vector in a cell of a column, scaled to length 1; BadMedia if there is none of this size."""
     try:
@@ -106,7 +112,7 @@ def unit_vector(value: Any, size: int, column: str) -> np.ndarray:
         raise BadMedia(f"column {column!r}: {error}") from None
     if vector.shape != (size,):
         found = f"a list of shape {[*vector.shape]}" if isinstance(value, list) else f"{value!r:.60}"
-        raise BadMedia(f"column {column!r}: expected a list of {size} numbers (model.embed_dim), found {found}")
+        raise BadMedia(f"column {column!r}: expected a list of {size} numbers (the model's embed_dim), found {found}")
     length = np.linalg.norm(vector)
     if not (np.isfinite(length) and length > 0):
         raise BadMedia(f"column {column!r}: a vector of length {length:g} has no direction")

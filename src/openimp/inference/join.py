@@ -34,12 +34,14 @@ class Joined:
 
     out: Path
     column: str  # the new one
+    size: int  # of an embedding
     rows: int  # of the table
     bad: list[str]  # "row: reason" of each row without an embedding
     root: Path | None  # the folder to which paths in the rows are relative
 
     def __str__(self) -> str:
-        lines = [f"{self.out}: {counted(self.rows - len(self.bad), 'embedding')} in column {self.column!r}"]
+        embeddings = counted(self.rows - len(self.bad), "embedding")
+        lines = [f"{self.out}: {embeddings} of {self.size} numbers in column {self.column!r}"]
         if self.bad:
             lines.append(
                 f"{counted(len(self.bad), 'row')} could not be read and {'have' if self.bad[1:] else 'has'} none:"
@@ -104,7 +106,7 @@ def embed_rows(
                 writer.write_table(part.replace_schema_metadata(metadata))
         if len(bad) == len(table):
             raise UserError(f"no row can be read; the first: {bad[0]}")
-    done = Joined(out, to, len(table), bad, table.root)
+    done = Joined(out, to, model.imp.config.embed_dim, len(table), bad, table.root)
     console.print(str(done), soft_wrap=True)
     return done
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,8 +41,13 @@ TEXT_CONFIG = "text_tower_config.json"
 """The configuration of a text tower from transformers."""
 TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}
 """Options of tokenizers in configurations of the library. Others, such as trust_remote_code, are refused."""
+CODE = {"auto_map", "attn_implementation", "_attn_implementation", "experts_implementation"}
+"""Entries that name classes in other files, or kernels on the Hugging Face Hub, which transformers may download and
+run."""
 LONGEST_TEXT = 10_000
 """Most characters of a text that are tokenized."""
+LONGEST_CONTEXT, LONGEST_SIDE = 2**13, 2**12
+"""Most tokens of a text and pixels of a picture's side that a configuration may ask for."""
 _TOKENIZING = Lock()
 """A tokenizer of transformers raises an error if two threads use it at once."""
 
@@ -89,17 +95,35 @@ def check_config(config: Any) -> None:
         raise UserError(f"{CONFIG}: timm_model_name {vision['timm_model_name']!r} is not the name of a model of timm")
     if unknown := set(text.get("tokenizer_kwargs") or {}) - TOKENIZER_OPTIONS:
         raise UserError(f"{CONFIG}: tokenizer_kwargs: {', '.join(sorted(unknown))} cannot be used here")
+    if (length := text.get("context_length", 1)) not in range(1, LONGEST_CONTEXT + 1):
+        raise UserError(f"{CONFIG}: context_length: expected 1 to {LONGEST_CONTEXT}, found {length!r:.60}")
+    size = config["preprocess_cfg"].get("size")
+    sides = size if isinstance(size, list | tuple) else (size,)
+    if size is not None and not (0 < len(sides) <= 2 and all(side in range(1, LONGEST_SIDE + 1) for side in sides)):
+        raise UserError(f"{CONFIG}: preprocess_cfg.size: expected sides of 1 to {LONGEST_SIDE}, found {size!r:.60}")
+
+
+def layers_in(files: Mapping[str, str]) -> int:
+    """The number of layers that the library's files ask for. transformers has many names for it."""
+    config = json.loads(files[CONFIG])["model_cfg"]
+    parts = [
+        part for name in ("vision_cfg", "text_cfg", "multimodal_cfg") if isinstance(part := config.get(name), dict)
+    ]
+    found = [part.get("layers") for part in parts]
+    found += [value for key, value in json.loads(files.get(TEXT_CONFIG, "{}")).items() if "layer" in key]
+    counts = chain.from_iterable(value if isinstance(value, list) else [value] for value in found)
+    return sum(count for count in counts if isinstance(count, int) and count > 0)
 
 
 def _without_code(name: str, text: str) -> str:
-    """A JSON file without the names of classes that transformers would import from other places."""
+    """A JSON file without the entries that name code."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: damaged: {error}") from None
-    if not isinstance(data, dict) or "auto_map" not in data:
+    if not isinstance(data, dict) or CODE.isdisjoint(data):
         return text
-    return json.dumps({key: value for key, value in data.items() if key != "auto_map"})
+    return json.dumps({key: value for key, value in data.items() if key not in CODE})
 
 
 @contextmanager
@@ -157,6 +181,11 @@ class OpenClip(Modality):
         """The library's configuration."""
         config: dict[str, Any] = json.loads(self.files[CONFIG])
         return config
+
+    @property
+    def embed_dim(self) -> int:
+        size: int = self.library["model_cfg"]["embed_dim"]
+        return size
 
     def check(self, view: Any) -> None:
         """Every view fits."""

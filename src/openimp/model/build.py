@@ -12,9 +12,9 @@ def count_layers(recipe: Recipe, modalities: Modalities) -> int:
     """The number of layers that a recipe asks for. Creating a layer takes time and memory, and the recipe may be
     untrusted."""
     if recipe.model.wrap:
-        from openimp.model.open_clip import count_layers as layers_of_library
+        from openimp.modalities.open_clip import layers_in
 
-        return layers_of_library(modalities)
+        return layers_in(next(iter(modalities.values())).state())
     return recipe.model.layers
 
 

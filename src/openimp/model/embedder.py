@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from openimp.common.errors import UserError
 from openimp.common.modality import Tokens
 from openimp.model.heads import LogitScale, Temperature
 from openimp.model.moe import RouterStats
@@ -117,9 +116,9 @@ class Embedder(nn.Module, ABC):
         The values are the numbers of matrices that the weights stack in their first dimension.
         """
 
+    @abstractmethod
     def depths(self) -> dict[Tensor, int]:
         """The number of layers from each parameter up to the heads, which may be left out, for `layer_decay`."""
-        raise UserError(f"optimizer.layer_decay: {type(self).__name__} has no depths of its parameters; set it to 1")
 
     def blocks(self) -> list[nn.Module]:
         """The modules that hold most of the parameters. FSDP2 shards and gathers each of them separately."""

@@ -28,6 +28,8 @@ from openimp.recipe.tasks import Contrastive
 
 BLOCKS = ("resblocks", "blocks", "layer", "layers", "block")
 """Names of the lists of blocks in the towers of open_clip, timm and transformers."""
+STACKED = {"qkv": 3, "kv": 2}
+"""The number of matrices that linear layers with these names stack."""
 
 
 class OpenCLIP(Embedder):
@@ -91,7 +93,7 @@ class OpenCLIP(Embedder):
         # On the CPU, so that buffers which are computed have their values.
         with torch.device("cpu"):
             wrapped = _wrapped(modalities)
-            model = cls(recipe, modalities, build(wrapped.files), wrapped.library["model_cfg"]["embed_dim"], classes)
+            model = cls(recipe, modalities, build(wrapped.files), wrapped.embed_dim, classes)
         return model.to("meta") if torch.get_default_device().type == "meta" else model
 
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
@@ -148,20 +150,54 @@ class OpenCLIP(Embedder):
             if isinstance(weight := getattr(module, "in_proj_weight", None), nn.Parameter):
                 found[weight] = 3
             if isinstance(module, nn.Linear):
-                found[module.weight] = 3 if name.endswith(".qkv") else 1
-        towers = (self.encoder, self.encoder.visual, getattr(self.encoder, "text", None))
-        projections = (getattr(tower, name, None) for tower in towers for name in ("proj", "text_projection"))
-        found.update((weight, 1) for weight in projections if isinstance(weight, nn.Parameter) and weight.ndim == 2)
+                found[module.weight] = STACKED.get(name.rpartition(".")[2], 1)
+        found.update((weight, 1) for weight in self._projections() if weight.ndim == 2)
         return found
+
+    def depths(self) -> dict[Tensor, int]:
+        """1 in the last block of each tower, and 0 after it. What is before the first block is one deeper than this,
+        and what is between two blocks belongs to the second one."""
+        found: dict[Tensor, int] = {}
+        above = {*self._projections()}
+        tables = {module.weight for module in self.encoder.modules() if isinstance(module, nn.Embedding)}
+        for reads_text in sorted({*self.readers.values()}):
+            parameters, blocks = self._tower(reads_text)
+            if not blocks:
+                raise UserError("optimizer.layer_decay: a tower of the model has no list of blocks; set it to 1")
+            of_block = {weight: i for i, block in enumerate(blocks) for weight in block.parameters()}
+            depth = len(blocks) + 1
+            for weight in parameters:  # In the library's order, in which only tables and projections are out of place.
+                if weight in of_block:
+                    found[weight] = len(blocks) - of_block[weight]
+                    depth = found[weight] - 1
+                elif weight in tables:
+                    found[weight] = len(blocks) + 1
+                elif weight not in above:
+                    found[weight] = depth
+        return found
+
+    def _projections(self) -> list[nn.Parameter]:
+        """The projections of both towers that are not the weights of linear layers."""
+        towers = (self.encoder, self.encoder.visual, getattr(self.encoder, "text", None))
+        named = (getattr(tower, name, None) for tower in towers for name in ("proj", "text_projection"))
+        return [weight for weight in named if isinstance(weight, nn.Parameter)]
+
+    def _tower(self, reads_text: bool) -> tuple[list[nn.Parameter], list[nn.Module]]:
+        """The parameters and the blocks of the tower of texts or of pictures, in order. CoCa's decoder is in neither:
+        it writes captions."""
+        own = [
+            weight
+            for name, weight in self.encoder.named_parameters()
+            if name.startswith("visual.") != reads_text and not name.startswith("text_decoder.")
+        ]
+        mine = {*own}
+        return own, [block for block in self.blocks() if not mine.isdisjoint(block.parameters())]
 
     def blocks(self) -> list[nn.Module]:
         return _blocks_in(self.encoder)
 
     def blocks_of(self, modalities: Iterable[str]) -> list[nn.Module]:
-        seen, names = _blocks_in(cast(nn.Module, self.encoder.visual)), [*modalities]
-        read = [block for block in self.blocks() if block not in seen]
-        some = (read if self.readers[name] else seen for name in names)
-        return [block for blocks in some for block in blocks]
+        return [block for name in modalities for block in self._tower(self.readers[name])[1]]
 
     def fp32_modules(self) -> list[nn.Module]:
         return [self.scale]
@@ -193,7 +229,7 @@ def build(files: Mapping[str, str]) -> nn.Module:
     with unpacked(files) as name, SkipInit(), _quiet():
         try:
             model: nn.Module = library.create_model(name, load_weights=False, pretrained_text=False)
-        except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, AttributeError, OSError) as error:
+        except Exception as error:  # The libraries raise many kinds.
             raise UserError(f"open_clip cannot build the model: {' '.join(str(error).split())[:300]}") from None
     return model
 
@@ -217,15 +253,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def count_layers(modalities: Modalities) -> int:
-    """The number of layers in the configuration of the library's model."""
-    found = 0
-    for part in ("vision_cfg", "text_cfg", "multimodal_cfg"):
-        layers = (_wrapped(modalities).library["model_cfg"].get(part) or {}).get("layers", 0)
-        found += sum(layers) if isinstance(layers, list) else layers
-    return found
 
 
 def _wrapped(modalities: Modalities) -> OpenClip:

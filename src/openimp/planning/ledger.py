@@ -21,6 +21,7 @@ from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import number_table
 from openimp.data.batch import Batch, head_key
+from openimp.data.targets import embed_dim
 from openimp.model.build import build_model
 from openimp.model.embedder import Embedder, in_chunks
 from openimp.model.learning_rates import freeze, muon_stacks
@@ -184,7 +185,7 @@ def empty_batch(
                 many = len(classes[head_key(task.source, objective.label)])
                 batch.labels[objective.label] = item if objective.loss == "softmax" else torch.zeros(size, many)
             elif isinstance(objective, Distill):
-                batch.labels[objective.to] = torch.zeros(size, recipe.model.embed_dim)
+                batch.labels[objective.to] = torch.zeros(size, embed_dim(recipe, modalities))
                 batch.item_ids[objective.to] = item
             elif objective.same:
                 batch.item_ids[objective.same] = item

@@ -85,6 +85,10 @@ class Recipe(Strict):
             )
         if self.model.wrap and self.train.compile:
             raise UserError(f"{where}: train.compile: is for openimp's own encoder, not for a wrapped model")
+        if self.model.wrap and (self.train.init or "").startswith("timm:"):
+            raise UserError(
+                f"{where}: train.init: a model of timm is for openimp's own encoder, not for a wrapped model"
+            )
         experts, owners = self.model.moe.experts if self.model.moe else 0, self.parallel.expert_degree
         if owners > 1 and (experts == 0 or experts % owners):
             raise UserError(
@@ -135,7 +139,8 @@ class Recipe(Strict):
         """Checks that a modality is distilled by a head that the model has. Messages begin with `key`."""
         if objective.towards:
             _require(f"{key}.towards", "modality", objective.towards, self.modality_names)
-        if self.model.space == "disjoint" and target_of(objective, task.inputs) == objective.of:
+        disjoint = self.model.space == "disjoint" and not self.model.wrap
+        if disjoint and target_of(objective, task.inputs) == objective.of:
             raise UserError(
                 f"{key}: in a disjoint space, distill needs `towards`, another modality to compare {objective.of} "
                 "with; or set model.space: joint"

@@ -155,8 +155,9 @@ class Distill(Strict):
     of: str
     """The modality whose embeddings are trained."""
     to: str
-    """The column with a list of `model.embed_dim` numbers per row, as `openimp embed --join` writes it. The vectors are
-    scaled to length 1. A row without such a vector is a bad example."""
+    """The column with a list of numbers per row, as `openimp embed --join` writes it: `model.embed_dim` of them, or as
+    many as the embeddings of a wrapped model have. They are scaled to length 1. A row without such a list is a bad
+    example."""
     towards: str | None = None
     """The modality with which the embeddings are to be compared, only for `model.space: disjoint`, which has a head for
     each. Default: the task's other input, if there is one."""

@@ -37,9 +37,9 @@ def make_optimizers(
         for group in group_by_mesh(parameter for parameter in some if factors[parameter] == factor)
     ]
     betas = (options.betas[0], options.betas[1])
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
-    ]
+    made: list[torch.optim.Optimizer] = []
+    if groups:  # Else all that AdamW would update is frozen.
+        made.append(torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True))
     if options.muon_lr:
         rates = {weight: factors[weight] for weight in hidden}
         made.append(Muon(hidden, options.muon_lr, options.weight_decay, updated_sets=updated_sets, lr_factors=rates))
