@@ -243,7 +243,6 @@ def test_what_the_user_can_mend_comes_out_of_a_worker_in_one_line(own_data, work
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 class Failing(StepBatches):
     """Fails in step 2, like a network file system."""
 
@@ -265,6 +264,7 @@ def test_any_error_of_loading_stops_the_training_as_one_that_the_user_can_mend_d
         next(batches)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_class_of_a_stream_that_the_recipe_does_not_list_stops_the_training(streamed, workers):
     folder, changes = streamed
     objective = "{type: classification, label: txt, classes: [a red square, a green square, a white square]}"
