@@ -45,7 +45,7 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
         try:
             recipe = part_recipe(study, study.arms[arm][i], seed, smoke)
             if init := study.arms[arm][i].init:
-                recipe.train.init = str(_run(runs / title, init, 0, seed).absolute())
+                recipe.train.init = _init(_run(runs / title, arm, i, seed), _run(runs / title, init, 0, seed))
             recipes[seed, arm, i] = recipe
         except UserError as error:
             raise UserError(f"{name}: arm {arm!r}: {error}") from None
@@ -87,6 +87,15 @@ def _run(runs: Path, arm: str, i: int, seed: int) -> Path:
     return runs / f"{file_name(arm)}-{i}-seed{seed}"
 
 
+def _init(run: Path, init: Path) -> str:
+    """`train.init` of a run that starts from the run `init`. A run that exists keeps its own: the folder may have moved."""
+    if (run / "recipe.yaml").exists():
+        found = Recipe.load(run / "recipe.yaml").train.init
+        if found and Path(found).name == init.name:
+            return found
+    return str(init.absolute())
+
+
 def _check_evaluation(study: Study, name: str, recipes: dict[str, list[Recipe]]) -> None:
     """Checks that the arms, with the recipes of their models, can be compared after the training."""
     sets: dict[str, set[str]] = {}
@@ -119,5 +128,5 @@ def _check_same_recipe(run: Path, recipe: Recipe) -> None:
     if not (run / "recipe.yaml").exists():
         return
     for key, was, now in differences(Recipe.load(run / "recipe.yaml").to_dict(), recipe.to_dict()):
-        if key not in FREE and key != "train.init":  # The study determines it from the name of an arm.
+        if key not in FREE:
             raise UserError(f"{run}: trained with {key} {was!r}, now {now!r}; remove the folder to train it again")
