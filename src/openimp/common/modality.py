@@ -66,9 +66,7 @@ class StemSpec:
     table: bool = False  # tokens are ids, which an embedding table embeds
     is_limit: bool = False  # `values` is the largest size of a vocabulary that `fit` has not learned yet
     position_norm: bool = True  # the sum of a token's position embeddings is normalized
-    patch: tuple[int, int, int, int] | None = (
-        None  # frames, height, width and channels of a patch, if it is a picture's
-    )
+    patch: tuple[int, int, int, int] | None = None  # frames, height, width and channels, if tokens are patches
 
 
 class TensorInput(NamedTuple):
