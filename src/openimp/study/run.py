@@ -88,7 +88,7 @@ def _run(runs: Path, arm: str, i: int, seed: int) -> Path:
 
 
 def _init(run: Path, init: Path) -> str:
-    """`train.init` of a run that starts from the run `init`. An existing run keeps its own: its folder may have moved."""
+    """`train.init` of a run that starts from the run `init`. An existing run keeps its own, because folders move."""
     if (run / "recipe.yaml").exists():
         found = Recipe.load(run / "recipe.yaml").train.init
         if found and Path(found).name == init.name:
