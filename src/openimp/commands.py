@@ -303,7 +303,7 @@ def run_info(what: str, overrides: list[str]) -> None:
     ):
         folder = model_folder(path)
         recipe, modalities, classes = describe_model(folder)
-        console.print(f"{folder}: a model of recipe {recipe.name}", soft_wrap=True)
+        console.print(f"{what if wrapped else folder}: a model of recipe {recipe.name}", soft_wrap=True)
     else:
         if path.is_dir():
             refuse_links(path)

@@ -155,7 +155,9 @@ def test_the_commands_take_a_name(clip, little_data, tmp_path, monkeypatch):
     assert len(table) == 24
     own = openimp.load(clip).encode_image(table["path"][3].as_py(), normalize=True)[0]
     np.testing.assert_allclose(table["embedding"][3].as_py(), own.numpy(), atol=0.01)  # They may be computed in bf16.
-    assert "GFLOPs" in invoke("info", clip)
+    described = invoke("info", clip)
+    assert described.startswith(f"{clip}: a model of recipe model\n")
+    assert "GFLOPs" in described
     invoke("report", clip, "--out", "page.html")
     parameters = sum(weight.numel() for weight in openimp.load(clip).parameters())
     assert short(parameters) in Path("page.html").read_text()

@@ -85,7 +85,7 @@ def weights(run: Path, part: str = "model") -> dict[str, Tensor]:
     return dcp.read(checkpoints(run)[-1] / part)
 
 
-def test_it_starts_from_the_public_weights_and_learns(whole, name, data):
+def test_it_starts_from_the_public_weights_and_learns(whole, name, data, capsys):
     lines = read_lines(whole / "metrics.jsonl")
     first, last = (
         sum(line["tasks"][task]["loss"] for line in part for task in line["tasks"]) for part in (lines[:6], lines[-6:])
@@ -93,6 +93,7 @@ def test_it_starts_from_the_public_weights_and_learns(whole, name, data):
     assert last < 0.9 * first
     before = openimp.load(name, "cpu", "fp32")
     trainer = Trainer(recipe_of(data, name), whole.with_name("fresh"))
+    assert f"starts from {name}; loaded: " in capsys.readouterr().out
     for key, tensor in before.imp.state_dict().items():
         assert torch.equal(trainer.model.state_dict()[key], tensor), key
     (result,) = read_lines(whole / "results.jsonl")

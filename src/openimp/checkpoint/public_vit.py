@@ -143,8 +143,8 @@ def _open_clip(model: str, weights: bool) -> PublicViT:
     import open_clip
 
     name, _, tag = (model, "", None) if ":" in model else model.rpartition("/")
-    if tag is None and (tower := open_clip.get_model_config(model)["text_cfg"].get("hf_model_name")):
-        raise ValueError(f"its text tower {tower!r} is of transformers, which may run code that a configuration names")
+    if tag is None and (text := open_clip.get_model_config(model)["text_cfg"].get("hf_model_name")):
+        raise ValueError(f"its text tower {text!r} is of transformers, which may run code that a configuration names")
     if tag is not None and not open_clip.get_pretrained_cfg(name, tag):
         known = ", ".join(open_clip.list_pretrained_tags_by_model(name))
         raise ValueError(f"expected NAME/TAG; the tags of {name!r} are: {known or 'none'}")

@@ -39,12 +39,13 @@ class Weights(Protocol):
 class SavedWeights:
     """The EMA in a checkpoint if it has one, else the weights. Each rank reads only its shards."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, name: str) -> None:
+        """`name` is for messages."""
+        self.folder, self.name = folder, name
         self.shapes = {name: about.size for name, about in dcp.metadata(weights_folder(folder)).items()}
 
     def __str__(self) -> str:
-        return str(self.folder)
+        return self.name
 
     def leaves_new(self, name: str) -> bool:
         return False

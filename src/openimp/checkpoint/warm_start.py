@@ -102,7 +102,8 @@ def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     for modality in modalities.values():
         if modality.stem in stems:
             modality.load_state(learned)
-    return WarmStart(_upcycled(SavedWeights(folder), before.model.moe is None, recipe), classes, stems)
+    weights = SavedWeights(folder, init if init.startswith(("hub:", LIBRARY)) else str(folder))
+    return WarmStart(_upcycled(weights, before.model.moe is None, recipe), classes, stems)
 
 
 def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
