@@ -3,9 +3,7 @@
 Only what IMP's encoder computes exactly is accepted. The reasons against all else are told by name.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from openimp.checkpoint.fold import RGB, encoder_weights, stem_weights
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, StemSpec
+from openimp.common.progress import no_log_output
 from openimp.common.safe_files import refuse_links
 from openimp.parallel.distributed import run_first_on_node
 from openimp.parallel.layout import fill_shard
@@ -108,7 +107,7 @@ def open_vit(name: str, weights: bool) -> PublicViT:
         _check_folder(library, Path(folder))
     try:
         # The libraries initialize all weights at random, which must not change the random numbers of the training.
-        with torch.random.fork_rng(devices=[]), _warnings_off():
+        with torch.random.fork_rng(devices=[]), no_log_output():
             vit = (_open_timm if library == "timm" else _open_clip)(model, weights)
     except ImportError:
         raise UserError(f"{name}: {library} is missing: pip install 'openimp[peers]'") from None
@@ -160,17 +159,6 @@ def _open_clip(model: str, weights: bool) -> PublicViT:
         )
     tower: Any = clip.visual
     return PublicViT(getattr(tower, "trunk", tower), *(tuple(tower.preprocess_cfg[key]) for key in ("mean", "std")))
-
-
-@contextmanager
-def _warnings_off() -> Iterator[None]:
-    """The libraries warn of weights that are not loaded, which is intended on the meta device."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def obstacles(trunk: Any) -> list[str]:

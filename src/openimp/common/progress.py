@@ -1,9 +1,11 @@
 """Console output: progress bars in a terminal, plain lines otherwise."""
 
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -104,3 +106,14 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+@contextmanager
+def no_log_output() -> Iterator[None]:
+    """Hides warnings that other libraries log, for example of weights that are not loaded on purpose."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -4,10 +4,8 @@ Shape suffixes: B examples, T frames, C channels, H height, W width, P values pe
 embedding space.
 """
 
-import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -18,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Tokens
+from openimp.common.progress import no_log_output
 from openimp.modalities.open_clip import OpenClip, Pictures, import_open_clip, normalized, unpacked
 from openimp.model.embedder import Embedder, Encoded
 from openimp.model.heads import MAX_LOGIT_SCALE, LogitScale
@@ -226,7 +225,7 @@ class SkipInit(TorchFunctionMode):
 def build(files: Mapping[str, str]) -> nn.Module:
     """The library's model, without the values of its weights. `files` are those of `modalities.open_clip`."""
     library = import_open_clip()
-    with unpacked(files) as name, SkipInit(), _quiet():
+    with unpacked(files) as name, SkipInit(), no_log_output():
         try:
             model: nn.Module = library.create_model(name, load_weights=False, pretrained_text=False)
         except Exception as error:  # The libraries raise many kinds.
@@ -242,17 +241,6 @@ def _blocks_in(tower: nn.Module) -> list[nn.Module]:
             found += [*module]
     inner = {id(module) for block in found for module in block.modules() if module is not block}
     return [block for block in found if id(block) not in inner]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides the library's warning that the model has no weights yet."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _wrapped(modalities: Modalities) -> OpenClip:
