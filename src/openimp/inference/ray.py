@@ -151,27 +151,35 @@ def _connect(ray: Any, cpus: int | None) -> None:
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     try:
-        if address:
-            ray.init(**options)
-        else:
-            _start(ray, cpus, options)
-    except Exception as error:  # Ray has no class for these errors.
-        raise UserError(f"{f'RAY_ADDRESS={address}' if address else 'Ray did not start'}: {error}") from None
+        with _loopback_kept(not address or address.startswith(("127.", "localhost:"))):
+            if address:
+                ray.init(**options)
+            else:
+                _start(ray, cpus, options)
+    except (Exception, SystemExit) as error:  # Ray has no class for these errors, and exits if nobody answers.
+        reason = "no Ray cluster answers there" if isinstance(error, SystemExit) else error
+        raise UserError(f"{f'RAY_ADDRESS={address}' if address else 'Ray did not start'}: {reason}") from None
 
 
 def _start(ray: Any, cpus: int | None, options: dict[str, Any]) -> None:
-    from ray._private import ray_constants
-
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Without it, Ray would write a token into the home folder.
     os.environ.setdefault("RAY_AUTH_TOKEN", token_hex(32))
     if cpus is None and hasattr(os, "sched_getaffinity"):
         cpus = len(os.sched_getaffinity(0))
-    # Under Linux, Ray replaces a loopback address by one that others can reach, unless it believes that this system
-    # supports no clusters.
-    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
+
+
+@contextmanager
+def _loopback_kept(kept: bool) -> Iterator[None]:
+    """Under Linux, Ray replaces a loopback address by one that others can reach, unless it believes that this system
+    supports no clusters."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = before and not kept
     try:
-        ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
+        yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
