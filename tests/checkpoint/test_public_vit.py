@@ -243,7 +243,7 @@ def test_other_models_and_folders_are_refused_in_a_sentence(tmp_path):
     save_for_hf(model, tmp_path / "pickled", safe_serialization=False)
     assert "has no weights in a .safetensors file" in refusal(f"timm:local-dir:{tmp_path / 'pickled'}")
     (tmp_path / "pickled" / "other.safetensors").write_bytes(b"damaged")
-    preferred = "timm may prefer pytorch_model.bin to other.safetensors; rename the latter to model.safetensors"
+    preferred = "timm may prefer pytorch_model.bin to other.safetensors; rename other.safetensors to model.safetensors"
     assert preferred in refusal(f"timm:local-dir:{tmp_path / 'pickled'}")
     (tmp_path / "pickled" / "model.safetensors").write_bytes(b"damaged")
     recipe = fitting_recipe(f"timm:local-dir:{tmp_path / 'pickled'}", (32, 32))

@@ -60,7 +60,7 @@ def test_copies_with_normalized_gates_compute_the_dense_layer_for_all_tokens_tha
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_sparse_model_starts_as_the_dense_one(bias, tiny_recipe, tiny_model, tmp_path):
-    """All of it, with one line in the recipe; also with modality-specific layers, of which some are sparse."""
+    """Features are equal after a start with `train.init` alone. Some of the modality-specific layers are sparse."""
     dense_recipe = tiny_recipe({"moe": None, "bias": bias, "modality_specific_layers": 1})
     dense, modalities = tiny_model(dense_recipe)
     with torch.no_grad():

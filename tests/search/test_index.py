@@ -384,6 +384,7 @@ def test_a_large_index_is_searched_approximately_with_a_measured_recall(tmp_path
     exact = np.argsort(-(vectors @ vectors[7]))[:10]
     near = {row["id"] for row in items.nearest(vectors[7], 10, probes=found.probes)}
     assert len(near & {str(i) for i in exact}) >= 9
+    assert len(items.nearest(vectors[7], 2500, probes=1)) == 2500, "one partition does not have so many"
     few = items.nearest(vectors[7], 10, "id IN ('5', '1234', '2999')", probes=1)
     assert {row["id"] for row in few} == {"5", "1234", "2999"}, "a filter may need more partitions than that"
     assert ivf.update(tmp_path, items, read_metadata(tmp_path)).ivf == found, (

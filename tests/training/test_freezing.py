@@ -168,7 +168,7 @@ def test_each_layer_has_its_learning_rate_as_in_timm(little_data, tmp_path):
 
 
 def test_a_step_of_a_slower_part_is_smaller(little_data, tmp_path):
-    """Of the first step, in which AdamW and Muon move every weight by their learning rate, whatever the gradient."""
+    """In the first step, because there the size of AdamW's and Muon's updates depends on the learning rate only."""
     moved = {}
     for scale in (1, 0.25):
         changes = [f"optimizer={{muon_lr: 0.01, warmup_steps: 0, weight_decay: 0, lr_scale: {{encoder: {scale}}}}}"]

@@ -64,7 +64,7 @@ def load_model(folder: Path) -> tuple[Embedder, Recipe, dict[str, Modality], dic
     only by `verify`.
     """
     recipe, modalities, classes = describe_model(folder)
-    # A wrapped model has buffers that are computed when it is built. It leaves its weights uninitialized by itself.
+    # Building a wrapped model computes its buffers, so it cannot be on the meta device. Its weights stay uninitialized.
     with nullcontext() if recipe.model.wrap else torch.device("meta"):
         model = build_model(recipe, modalities, {name: len(values) for name, values in classes.items()})
     load_weights(model, folder, assign=True)
@@ -248,7 +248,7 @@ def step_of(folder: Path) -> int:
 def model_folder(path: Path) -> Path:
     """The folder of a model: `path` itself if it has config.json, else the newest checkpoint of the run `path`.
 
-    If `path` is the name of a model of open_clip, it is the folder in the cache that has been made of it.
+    If `path` is the name of a model of open_clip, it is converted to a folder in the cache, unless it has been already.
     """
     if str(path).startswith(LIBRARY):
         from openimp.checkpoint.wrapped import wrapped_folder

@@ -127,7 +127,7 @@ def _check_folder(library: str, folder: Path) -> None:
         raise UserError(f"{folder}: has no weights in a .safetensors file, the only kind that is read of a folder")
     others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pth", ".tar"))
     if others and (first := FIRST[library]) not in found:
-        raise UserError(f"{folder}: {library} may prefer {others[0]} to {found[0]}; rename the latter to {first}")
+        raise UserError(f"{folder}: {library} may prefer {others[0]} to {found[0]}; rename {found[0]} to {first}")
 
 
 def _open_timm(model: str, weights: bool) -> PublicViT:

@@ -30,7 +30,7 @@ class WarmStart:
 
     Attributes:
         classes: by classification head.
-        stems: names of the stems whose modalities have learned what the other model's have.
+        stems: names of the stems for which the modalities have loaded the other model's state, such as its tokenizer.
     """
 
     weights: Weights

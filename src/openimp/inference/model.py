@@ -96,10 +96,10 @@ class Model(nn.Module):
     def partner(self, modality: str) -> str:
         """The modality that `encode` compares `modality` with by default.
 
-        The candidates are the modalities that it was trained with, in the recipe's order; if there are none, those
-        whose space it shares; if there are none either, itself. The choice is the first one that reads text. For a
-        modality that itself reads text, it is the one of pictures, as users of open_clip expect. If there is no such
-        candidate, it is the first one.
+        The candidates are the modalities that it was trained with, in the recipe's order. If there are none, they are
+        those that share a space with it, and otherwise the modality itself. A modality of text chooses pictures, as
+        users of open_clip expect; any other chooses the first candidate that reads text. If there is no such candidate,
+        the choice is the first one.
         """
         reads_text, others = self._modality(modality).reads_text, [name for name in self.modalities if name != modality]
         trained = [name for name in others if (min(name, modality), max(name, modality)) in self.imp.pairs]

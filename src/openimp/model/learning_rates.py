@@ -10,8 +10,10 @@ from openimp.recipe.training import Optimizer
 
 
 def freeze(model: Embedder, options: Optimizer) -> None:
-    """Parameters whose learning rate is 0 get no gradient. This must precede `apply_parallelism`, because FSDP2 looks
-    there which parameters have one."""
+    """Freezes the parameters with a learning rate of 0: they require no gradients.
+
+    Call it before `apply_parallelism`, because FSDP2 reads there which parameters require gradients.
+    """
     for parameter, factor in lr_factors(model, options).items():
         parameter.requires_grad_(factor > 0)
 

@@ -1,6 +1,6 @@
 """How the ranks divide Muon's work. Each class orthogonalizes the updates of weights with one kind of layout.
 
-Its argument `updates` has the bf16 updates of the weights whose momentum is on this rank: of each, this rank's shard.
+Its argument `updates` has bf16 updates: this rank's shard of each weight for which this rank keeps the momentum.
 The result has the orthogonalized shards of all weights. A step takes one or two collectives per class, however many
 matrices there are.
 """

@@ -146,7 +146,7 @@ def keep_own_experts(model: Embedder, owners: int) -> None:
 
 
 def _note_gradients(model: Embedder, memory: StepMemory) -> None:
-    """Lets `memory` note the blocks through which gradients flow."""
+    """Records in `memory.differentiated` the names of the blocks whose outputs require gradients."""
     names = {module: name for name, module in model.named_modules()}
 
     def note(block: nn.Module, _: Any, outputs: Any) -> None:
@@ -158,7 +158,7 @@ def _note_gradients(model: Embedder, memory: StepMemory) -> None:
 
 
 def _noting_gradients(encode_all: EncodeAll, memory: StepMemory) -> EncodeAll:
-    """Lets `memory` note the modalities whose features have gradients."""
+    """Wraps `encode_all` to record in `memory.differentiated` which modalities' features require gradients."""
 
     def encode(inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
         encoded = encode_all(inputs)

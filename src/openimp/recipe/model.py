@@ -12,7 +12,7 @@ LIBRARY, LOCAL = "open_clip:", "local-dir:"
 BATCH_ROUTINGS = ("expert_choice_batch", "token_choice")
 """Routings that depend on all tokens of the batch in training."""
 Gelu = Literal["tanh", "erf"]
-"""The approximation of GELU by tanh, or GELU itself, which is defined by the error function."""
+"""tanh: the usual approximation of GELU. erf: GELU itself, by the error function."""
 
 
 class MoE(Strict):

@@ -153,7 +153,7 @@ class Distill(Strict):
     type: Literal["distill"]
     """The kind of objective."""
     of: str
-    """The modality whose embeddings are trained."""
+    """The modality to train. It must be an input of the task."""
     to: str
     """The column with a list of numbers per row, as `openimp embed --join` writes it: `model.embed_dim` of them, or as
     many as the embeddings of a wrapped model have. They are scaled to length 1. A row without such a list is a bad
@@ -205,8 +205,11 @@ def classified_by(objective: Classification, inputs: Iterable[str]) -> list[str]
 
 
 def target_of(objective: Distill, inputs: Iterable[str]) -> str:
-    """The modality towards which a distilled one is projected. It is the distilled one itself if the recipe names no
-    other, which only a joint space allows."""
+    """The modality that the distilled embeddings can be compared with, which determines the head.
+
+    If the recipe names none, it is the task's only other input, or else the distilled modality itself, which only a
+    joint space allows.
+    """
     others = [name for name in inputs if name != objective.of]
     return objective.towards or (others[0] if len(others) == 1 else objective.of)
 

@@ -23,8 +23,6 @@ BATCH = 8192
 """Rows that are read into memory at once."""
 KEEP_VERSIONS = 24 * 3600
 """Seconds that a version of the table is kept after a newer one has replaced it, for processes that still read it."""
-MANY = 100
-"""With more results than this, the partitions that suffice for a few may hold too few rows."""
 FILTER_PATHS = 500
 """Most paths that one SQL filter lists."""
 
@@ -94,16 +92,17 @@ class Items:
             vector: (Z,), of any length.
             k: number of rows at most.
             where: only rows that match this SQL filter.
-            probes: number of IVF partitions to search; more if a filter leaves fewer than `k` rows in these.
+            probes: number of IVF partitions to search; more if these have, or a filter leaves, fewer than `k` rows.
                 None: all rows are compared.
         """
-        # Without an upper limit, LanceDB prepares all partitions, which takes ten times as long.
-        limit = 0 if where or k > MANY else probes
         query = self.table.search(vector).distance_type("cosine").limit(k).select([*SHOWN, "_distance"])
         query = query.where(where) if where else query
-        query = query.bypass_vector_index() if probes is None else query.minimum_nprobes(probes).maximum_nprobes(limit)
         with _read_errors():
-            return query.to_list()
+            if probes is None:
+                return query.bypass_vector_index().to_list()
+            found = query.nprobes(probes).to_list()
+            # Without an upper limit, LanceDB prepares all partitions, which takes much longer.
+            return found if len(found) == k else query.minimum_nprobes(probes).maximum_nprobes(0).to_list()
 
     def vectors(self) -> Iterator[tuple[list[str], np.ndarray]]:
         """Ids and vectors (n, Z) fp32 of all rows, in batches."""
