@@ -22,6 +22,8 @@ QUERIES, NEAREST = 200, 10
 """Recall is measured on the `NEAREST` nearest items of `QUERIES` items."""
 RECALL = 0.99
 """The recall for which the number of partitions to search is chosen."""
+FEWEST, BISECTIONS = 10, 3
+"""At least `FEWEST` partitions are searched. After doubling, the number is bisected this often."""
 
 
 def update(folder: Path, items: Items, about: Metadata) -> Metadata:
@@ -41,16 +43,25 @@ def update(folder: Path, items: Items, about: Metadata) -> Metadata:
 
 
 def measure(items: Items, rows: int) -> Ivf:
-    """Finds the number of partitions to search for a recall of at least `RECALL`, by doubling it."""
+    """Finds about the fewest partitions to search for a recall of at least `RECALL`: it doubles them, then bisects."""
     queries = _sample(items, rows)
     exact = _exact_nearest(items, queries)
-    partitions, probes = isqrt(rows), 5
-    while True:
-        probes = min(2 * probes, partitions)
+
+    def recall(probes: int) -> float:
         found = [{row["id"] for row in items.nearest(query, NEAREST, probes=probes)} for query in queries]
-        recall = float(np.mean([len(found[i] & exact[i]) / len(exact[i]) for i in range(len(queries))]))
-        if recall >= RECALL or probes == partitions:
-            return Ivf(rows=rows, probes=probes, recall=recall)
+        return float(np.mean([len(ids & best) / len(best) for ids, best in zip(found, exact)]))
+
+    partitions, few = isqrt(rows), 0
+    probes = min(FEWEST, partitions)
+    while (reached := recall(probes)) < RECALL and probes < partitions:
+        few, probes = probes, min(2 * probes, partitions)
+    for _ in range(BISECTIONS if few else 0):
+        middle = (few + probes) // 2
+        if (found := recall(middle)) >= RECALL:
+            probes, reached = middle, found
+        else:
+            few = middle
+    return Ivf(rows=rows, probes=probes, recall=reached)
 
 
 def _sample(items: Items, rows: int) -> np.ndarray:
