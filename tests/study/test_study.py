@@ -6,17 +6,21 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
 from processes import Process
 
 from openimp.alternation import Alternation
+from openimp.checkpoint.folder import save_model
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, read_lines
+from openimp.data.files import locate
+from openimp.inference.join import embed_rows
 from openimp.recipe.file import find_file
 from openimp.recipe.schema import Recipe
-from openimp.study.budget import part_recipe
+from openimp.study.budget import SMOKE_ROWS, part_recipe
 from openimp.study.outcome import Outcome
 from openimp.study.results import curves_of, write_results
 from openimp.study.run import run_study
@@ -42,6 +46,21 @@ def write_study(folder: Path, **changes: object) -> Path:
     file = folder / "little.yaml"
     file.write_text(yaml.safe_dump(LITTLE | changes, sort_keys=False))
     return file
+
+
+def write_vectors(teacher: Path, out: Path) -> None:
+    """What the head of studies/distillation.yaml says, on the first rows that the demo trains on."""
+    named = "{name}, {keywords*}"
+    for name, modality, text in (
+        ("stills", "image", named),
+        ("clips", "video", named),
+        ("notes", "audio", "captions"),
+    ):
+        (bundled,) = locate(name, f"openimp:{name}.parquet")[1]
+        rows, file = pq.read_table(bundled, filters=[("split", "=", "train")])[:SMOKE_ROWS], out / f"{name}.parquet"
+        pq.write_table(rows, teacher / "rows.parquet")
+        embed_rows(teacher, str(teacher / "rows.parquet"), file, modality, modality, "vector")
+        embed_rows(teacher, str(file), file, "text", text, "text_vector")
 
 
 @pytest.fixture(scope="module")
@@ -343,8 +362,15 @@ def test_the_error_for_an_unknown_study_names_the_nearest():
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_bundled_studies_run(name, tmp_path):
+def test_bundled_studies_run(name, tiny_recipe, tiny_model, tmp_path, monkeypatch):
     """In their --smoke setting, on a part of the bundled data."""
+    if name == "distillation":
+        recipe = tiny_recipe(model={"embed_dim": 256})
+        model, modalities = tiny_model(recipe)
+        (tmp_path / "teacher").mkdir()
+        save_model(tmp_path / "teacher", model, recipe, modalities, {})
+        write_vectors(tmp_path / "teacher", tmp_path / "vectors")
+        monkeypatch.chdir(tmp_path)
     assert run_study(name, tmp_path / "runs", tmp_path / "out", smoke=True)
     study, title = read_study(name, smoke=True)
     assert len(read_study(name, smoke=False)[0].seeds) >= 3
