@@ -30,8 +30,8 @@ class Part(Strict):
     renamed: ClassVar[Mapping[str, str]] = {"flops": "flops_factor"}
 
     set: list[str] = Field([])
-    """Changes to the study's recipe, as --set takes them. The FLOPs and seeds determine train.steps, train.save_every,
-    optimizer.warmup_steps and seed, so these cannot be set."""
+    """Changes to the study's recipe, as --set takes them: relative paths start at the current directory. The FLOPs and
+    seeds determine train.steps, train.save_every, optimizer.warmup_steps and seed, so these cannot be set."""
     tasks: Annotated[list[str], Distinct] | None = None
     """Train only these tasks, with their share of the FLOPs, and evaluate only on their modalities. null: all tasks."""
     summed: bool = False
@@ -60,7 +60,7 @@ class Study(Strict):
     recipe: str
     """The recipe that all arms change: a file, relative to the study file, or the name of a bundled recipe."""
     set: list[str] = Field([])
-    """Changes to the recipe that all arms share."""
+    """Changes to the recipe that all arms share, likewise."""
     flops: Positive
     """Training FLOPs per arm and seed."""
     seeds: Annotated[list[Seed], Distinct] = Field([0, 1, 2], min_length=1)
