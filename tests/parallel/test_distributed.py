@@ -32,11 +32,14 @@ from openimp.checkpoint.folder import optimizer_state
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
+from openimp.data.step_batches import StepBatches
 from openimp.modalities.image import Image
 from openimp.modalities.text import Text
 from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor, local_shard, reshard
+from openimp.planning.plan import PARTS, plan
 from openimp.recipe.schema import Recipe
+from openimp.study.trainers import peak_memory
 from openimp.training.step_timer import StepTimer
 from openimp.training.stopping import Stop, Stopped
 from openimp.training.trainer import Trainer, train
@@ -90,6 +93,15 @@ EVALUATED = {
     "expert parallelism": ["parallel={shard_degree: 1, expert_degree: 2}", "model.moe.routing=token_choice"],
 }
 """Layouts in which all kinds of evaluation sets are measured."""
+DEMO = ["evaluation={}", "train={num_workers: 0, steps: 12}", "tasks.clips.weight=0", "tasks.notes.weight=0",
+        *(f"sources.{source}.limit=300" for source in ("stills", "clips", "notes"))]  # fmt: skip
+"""The demo's largest task. 300 rows are enough for a batch."""
+PLANNED = {
+    "shards": ["parallel.shard_degree=4"],
+    "replicas": ["parallel.shard_degree=1"],
+    "expert parallelism": ["parallel={shard_degree: 4, expert_degree: 2}"],
+}
+"""Layouts whose peak memory four ranks measure."""
 SETS = """
   tones: {type: retrieval, source: sounds, inputs: {audio: sound, text: caption},
           view: {audio: {seconds: 0.512, clips: 2}, text: {length: 8}}}
@@ -158,6 +170,17 @@ def four_ranks(little_data, stopped_run, tmp_path_factory) -> Path:
     shutil.copytree(stopped_run, out / "resumed")
     run(*torchrun(4, __file__, little_data, out), check=True)
     return out
+
+
+def test_the_planned_peak_is_near_that_of_four_ranks(four_ranks):
+    """Without weights, optimizer state and batch, which exist before the step."""
+    for name, measured in facts(four_ranks)["memory"].items():
+        recipe = Recipe.load("demo", [*DEMO, *PLANNED[name]])
+        modalities = recipe.make_modalities()
+        found = plan(recipe, modalities, StepBatches(recipe, modalities).classes, 4, "h100", 0.4)
+        steps = [step.memory for (task, _), step in found.steps.items() if task == "stills"]
+        planned = max(sum(memory[part] for part in (*PARTS, "Muon's buffers")) for memory in steps)
+        assert planned == pytest.approx(measured, rel=0.15), name
 
 
 def facts(out: Path) -> dict[str, Any]:
@@ -368,9 +391,17 @@ def recipe(folder: Path, *changes: str) -> Recipe:
 def compute(folder: Path, out: Path) -> dict[str, Any]:
     """What is compared between numbers of ranks, partly in facts.json."""
     found = compute_gradients(folder, out) | evaluations(folder, out)
+    if distributed.world_size() == 4:
+        found["memory"] = {name: peak_of(changes, out / name) for name, changes in PLANNED.items()}
     if distributed.rank() == 0:
         (out / "facts.json").write_text(json.dumps(found))
     return found
+
+
+def peak_of(changes: list[str], run: Path) -> int:
+    """The peak memory of the demo's largest task, on the rank that needs most."""
+    recipe = Recipe.load("demo", [*DEMO, *changes])
+    return max(distributed.all_gather_object(peak_memory(recipe, run, Trainer)))
 
 
 def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:

@@ -176,10 +176,11 @@ def test_several_gpus_divide_and_speak_as_the_page_says(little_data):
     received = 2 * (3 * outside + 2 * blocks) + 4 * touched + 2 * vectors + 8 * 64
     assert after.received == inside(after) == pytest.approx(received / 2, rel=1e-4)
     similarities = 2 * SIMILARITY * 32 * 32
-    copies = 2 * (outside + 2 * block) + 6 * block + 2 * count(model.temperatures)  # These stay fp32.
+    # At the peak, no gradient is complete.
+    copies = 2 * (outside + 2 * block) + 2 * count(model.temperatures)  # These stay fp32.
     assert after.memory["gathered"] == copies + 2 * vectors + similarities
     assert before.memory["cast weights"] > after.memory["cast weights"] == 0
-    assert after.memory["gradients"] == 4 * touched // 2
+    assert after.memory["gradients"] == 0
     for kind in ("parameters", "optimizer state", "inputs"):
         assert after.memory[kind] == before.memory[kind] // 2
     # Less than half of those on one GPU, where autocast makes norms fp32.
@@ -210,12 +211,14 @@ def test_replicas_reduce_their_gradients_once_whatever_the_chunks(little_data):
     similarities = 2 * 4 * 4 * 3 // 4 // 4
     with torch.device("meta"):
         model = IMP.from_recipe(recipe, recipe.make_modalities(), {"pictures:label": 4})
-    # FSDP2 computes with copies of the weights: of one block and the next, and of everything outside of the blocks.
+    # FSDP2 computes with copies of the weights: of one block, and of everything outside of the blocks. At the peak,
+    # there are gradients of a block, too.
     blocks, block = count(model.encoder.blocks), max(map(count, model.encoder.blocks))
-    copies = 2 * (count(model) - blocks + 2 * block) + 6 * block + 2 * count(model.temperatures)
+    copies = 2 * (count(model) - blocks + block) + 6 * block + 2 * count(model.temperatures)
     assert shared.memory["gathered"] == copies + 8 * 32 * 8 + SIMILARITY * similarities
     gradients = sum(4 * weight.numel() for name, weight in model.named_parameters() if name in shared.cost.touched)
     assert gradients > 1000 * 8 * 32 * 8
+    assert 0 < shared.memory["gradients"] <= gradients
     received = 2 * gradients + 8 * 2 * 4 * 32 + 8 * 4  # Vectors of two sides, and numbers of their items.
     for step in (shared, again):
         assert step.received == inside(step) == pytest.approx(3 / 4 * received, rel=1e-4)
@@ -232,7 +235,7 @@ def test_with_expert_parallelism_experts_stay_and_slots_travel(little_data):
     sharded, apart = held_as("{shard_degree: 8}"), held_as("{shard_degree: 8, expert_degree: 4}")
     experts = 4 * 2 * 32 * 64
     elsewhere = experts * 3 // 4
-    for kind in ("parameters", "optimizer state", "gradients"):
+    for kind in ("parameters", "optimizer state"):
         assert apart.memory[kind] == sharded.memory[kind]
     assert apart.memory["gathered"] == sharded.memory["gathered"] - (2 * 2 + 2 + 4) * elsewhere
     # One pass there and back in bf16 and its gradients in fp32, of all experts from 8 GPUs, or of a quarter from 2.
@@ -241,14 +244,15 @@ def test_with_expert_parallelism_experts_stay_and_slots_travel(little_data):
     counts = 64  # Bytes for the gradient norm and the number of tokens.
     assert inside(apart) == pytest.approx(inside(sharded) - saved, abs=counts)
     # An eighth of the gradients in either of two copies, and what the loss compares with all.
-    assert apart.received - inside(apart) == pytest.approx(
-        sharded.memory["gradients"] + 15 / 16 * (8 * 32 * 2 + 8) * 32, rel=1e-3
-    )
+    with torch.device("meta"):
+        recipe = Recipe.load(little_data / "recipe.yaml", changes)
+        model = IMP.from_recipe(recipe, recipe.make_modalities(), {"pictures:label": 4})
+    gradients = sum(4 * weight.numel() for name, weight in model.named_parameters() if name in sharded.cost.touched)
+    assert apart.received - inside(apart) == pytest.approx(gradients / 8 + 15 / 16 * (8 * 32 * 2 + 8) * 32, rel=1e-3)
     assert apart.received - inside(apart) == pytest.approx(sharded.received - inside(sharded), abs=counts)
 
     copies, own = held_as("{shard_degree: 1}"), held_as("{shard_degree: 1, expert_degree: 4}")
     assert own.memory["parameters"] == copies.memory["parameters"] - 4 * elsewhere
-    assert own.memory["gradients"] == copies.memory["gradients"] - 4 * elsewhere
     # Four have the same experts; sixteen have all the rest.
     summed = 2 * 4 * (experts * 15 // 16 - (experts - elsewhere) * 3 // 4)
     assert inside(copies) == 0

@@ -3,7 +3,7 @@
 Shape suffixes: N matrices, R rows, C columns.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import cache
 from typing import Any, cast
 
@@ -93,15 +93,21 @@ class Muon(torch.optim.Optimizer):
         return {weight: update.bfloat16() for weight, update in zip(weights, updates)}
 
 
-def orthogonalize_in_batches(tensors: Sequence[Tensor]) -> None:
-    """Orthogonalizes the matrices of bf16 tensors (N, R, C) in place. Those of one shape are computed together."""
-    batches: dict[torch.Size, list[list[Tensor]]] = {}
+def batches(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Groups stacks of matrices (N, R, C) into those that are orthogonalized together: of one shape (R, C), and with at
+    most `BATCH_NUMBERS` numbers."""
+    found: dict[torch.Size, list[list[Tensor]]] = {}
     for tensor in tensors:
-        same = batches.setdefault(tensor.shape[1:], [[]])
+        same = found.setdefault(tensor.shape[1:], [[]])
         if same[-1] and sum(other.numel() for other in same[-1]) + tensor.numel() > BATCH_NUMBERS:
             same.append([])
         same[-1].append(tensor)
-    for batch in (batch for same in batches.values() for batch in same):
+    return [batch for same in found.values() for batch in same]
+
+
+def orthogonalize_in_batches(tensors: Sequence[Tensor]) -> None:
+    """Orthogonalizes the matrices of bf16 tensors (N, R, C) in place. Those of one shape are computed together."""
+    for batch in batches(tensors):
         results = orthogonalize(torch.cat(batch)).split([len(x) for x in batch])
         torch._foreach_copy_(batch, results)
 

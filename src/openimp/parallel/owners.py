@@ -27,6 +27,11 @@ class Matrix:
         return self.weight.shape[-1]
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of a stack of this matrix alone: 1, rows, columns."""
+        return 1, sum(self.rows), self.columns
+
+    @property
     def work(self) -> int:
         """See `muon_work`."""
         return muon_work(sum(self.rows), self.columns)

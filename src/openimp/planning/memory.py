@@ -35,10 +35,10 @@ class StepMemory(TorchDispatchMode):
         peak: bytes by kind when their sum was largest. The kinds are "gradients" of parameters, once they are complete,
             "cast weights", which autocast keeps until the backward pass has used them, and "activations", everything
             else.
-        activations: the largest number of bytes of activations, at any moment.
+        stages: the most bytes of activations, by the bytes of gradients that are complete by then.
         inputs: bytes of the batch, which exists before the step. They are counted as fp32, although images may arrive
             with one byte per value.
-        touched: names of the parameters that received a gradient.
+        touched: names of the parameters that received a gradient, and the bytes of complete gradients just after it.
         differentiated: names of the blocks through which gradients flow, and of the modalities whose features have
             gradients. Without frozen parts, these are all.
         slots: bytes that expert parallelism sends to experts or back, each time that it does.
@@ -47,9 +47,10 @@ class StepMemory(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.peak: Counter[str] = Counter()
-        self.activations = self.inputs = 0
+        self.inputs = 0
+        self.stages: dict[int, int] = {}
         self.slots: list[int] = []
-        self.touched: set[str] = set()
+        self.touched: dict[str, int] = {}
         self.differentiated: set[str] = set()
         self._now: Counter[str] = Counter()
         self._kind: dict[int, str] = {}
@@ -58,6 +59,11 @@ class StepMemory(TorchDispatchMode):
             if not parameter.requires_grad:
                 continue
             parameter.register_post_accumulate_grad_hook(partial(self._complete, name))
+
+    @property
+    def activations(self) -> int:
+        """The most bytes of activations, at any moment."""
+        return max(self.stages.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         cast = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
@@ -81,14 +87,15 @@ class StepMemory(TorchDispatchMode):
     def _complete(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
-        self.touched.add(name)
         self._now[self._kind[storage._cdata]] -= storage.nbytes()
         self._kind[storage._cdata] = "gradients"
         self._add("gradients", storage.nbytes())
+        self.touched.setdefault(name, self._now["gradients"])
 
     def _add(self, kind: str, size: int) -> None:
         self._now[kind] += size
-        self.activations = max(self.activations, self._now["activations"])
+        gradients, activations = self._now["gradients"], self._now["activations"]
+        self.stages[gradients] = max(self.stages.get(gradients, 0), activations)
         if self._now.total() > self.peak.total():
             self.peak = self._now.copy()
 

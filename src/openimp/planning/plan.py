@@ -243,9 +243,9 @@ def _steps(
         task, some, counted = recipe.tasks[name], updated[name, view], count_memory(name, view)
         traffic = step_traffic(recipe, modalities, model, sharding, task, cost.examples, counted, muon, some)
         memory = held | {"inputs": counted.inputs} | _memory(model, sharding, counted, task, cost, some)
-        if hidden:  # Activations and gathered weights are free by then.
-            free = sum(memory[part] for part in PARTS[1:])
-            memory["Muon's buffers"] = max(0, muon.buffers(some) - free)
+        if hidden:  # By then there is nothing else but all gradients.
+            buffers, peak = muon.buffers(some), sum(memory[part] for part in PARTS)
+            memory["Muon's buffers"] = max(0, sharding.held(some) + buffers - peak)
         numbers = [sharding.held(some - hidden.keys()) // 4, muon.momentum(some & hidden.keys()) // 4]
         update_bytes = ADAMW * numbers[0] + MUON * numbers[1] + EMA * averaged // 4
         steps[name, view] = Step(cost, memory, traffic, muon.share(some), update_bytes)
@@ -268,13 +268,33 @@ def _memory(
     if gpus == 1:
         peak = max(counted.peak, Counter(gradients=sharding.held(updated)), key=Counter.total)
         return {part: peak[part] for part in PARTS}
-    # Weights outside of the blocks, of one block and the next (or of all), and gradients of one block before their
-    # reduction, and in it, which is in fp32.
+    # Weights outside of the blocks, and of one block (and of the next, if they are sharded), or of all.
     weights = [sharding.gathered(block.parameters()) for block in model.blocks()]
-    trained = [[weight for weight in block.parameters() if weight.requires_grad] for block in model.blocks()]
-    kept = 2 * max(weights, default=0) if sharding.layout.reshard_after_forward else sum(weights)
+    ahead = 1 if sharding.dense.shards.size > 1 else 0
+    kept = (1 + ahead) * max(weights, default=0) if sharding.layout.reshard_after_forward else sum(weights)
     gathered += sharding.gathered(model.parameters()) - sum(weights) + kept
-    reduced = (sharding.gathered(some) + 4 * sum(weight.numel() for weight in some) for some in trained)
-    gathered += max(reduced, default=0)
+    reduced, since = _reduction(model, sharding, counted)
+    # A rank keeps its shards of complete gradients.
+    shards, named, complete = {0: 0}, dict(model.named_parameters()), 0
+    for name, size in counted.touched.items():
+        complete += sharding.held([named[name]])
+        shards[size] = complete
+    stages = [
+        (shards[size], gathered + (reduced if size >= since else 0), 0, activations)
+        for size, activations in counted.stages.items()
+    ]
+    # All gradients, also those of zeros, are there when nothing else is.
+    stages.append((sharding.held(updated), 0, 0, 0))
     # Nothing is cast: FSDP2 gathers weights in the type that the model computes with.
-    return dict(zip(PARTS, (sharding.held(updated), gathered, 0, counted.activations)))
+    return dict(zip(PARTS, max(stages, key=sum)))
+
+
+def _reduction(model: Embedder, sharding: Sharding, counted: StepMemory) -> tuple[int, int]:
+    """Bytes of the gradients of the largest block, and of their sum over the ranks in fp32; and the key in
+    `counted.stages` from which on there may be such gradients, because those of a block are complete."""
+    names, size, since = {weight: name for name, weight in model.named_parameters()}, 0, max(counted.stages)
+    for block in model.blocks():
+        if trained := [weight for weight in block.parameters() if names[weight] in counted.touched]:
+            size = max(size, sharding.gathered(trained) + 4 * sum(weight.numel() for weight in trained))
+            since = min(since, max(counted.touched[names[weight]] for weight in trained))
+    return size, since

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from openimp.common.device import Precision
 from openimp.model.embedder import Embedder
 from openimp.parallel.layout import Layout
+from openimp.parallel.muon import batches
 from openimp.parallel.owners import matrix_shape, muon_work, own_matrices, own_weights
 from openimp.planning.communication import Collective, Group
 from openimp.planning.gpus import NODE
@@ -146,19 +148,40 @@ class MuonDivision:
         largest = max(sum(w.numel() for w in weights if w in updated) for weights in self._replicated)
         if largest and self._node.size > 1:
             found.append(Collective("all-gather", self._node, 2 * largest * self._node.size))
-        for group, owned in self._sharded.items():
-            weights = {matrix.weight for matrices in owned for matrix in matrices} & updated
-            if weights:
-                size = 2 * sum(weight.numel() for weight in weights) // group.size
-                found += 2 * [Collective("all-to-all", group, size)]
+        for group in self._sharded:
+            if sent := self._sent(group, updated):
+                found += 2 * [Collective("all-to-all", group, sent)]
         return found
 
     def buffers(self, updated: Set[Tensor]) -> int:
         """Most bytes that Muon holds during an update besides the momentum.
 
-        The updates of the weights are first fp32, and then bf16. An all-to-all and the one back have three buffers of
-        this size, and an all-gather has its input and its output.
+        The updates of the weights are first fp32, and then bf16. Beside these are the two buffers of an all-gather, or
+        the three of an all-to-all and the one back, of which two are there while the matrices are orthogonalized.
         """
         fp32 = self.momentum(updated)
-        exchanged = (3 * c.size if c.kind == "all-to-all" else c.size for c in self.collectives(updated))
-        return max(fp32 + fp32 // 2, fp32 // 2 + max(exchanged, default=0))
+        stacks = {weight: (count, *matrix_shape(weight, count)) for weight, count in self._stacks.items()}
+        beside = [fp32, _iteration((n, *stacks[weight][1:]) for weight, n in self._whole.items() if weight in updated)]
+        beside += [_iteration(stacks[weight] for weight in own if weight in updated) for own in self._replicated]
+        for group, owned in self._sharded.items():
+            sent = self._sent(group, updated)
+            beside += [2 * sent + _iteration(m.shape for m in own if m.weight in updated) for own in owned]
+            beside.append(3 * sent)
+        beside += [c.size for c in self.collectives(updated) if c.kind == "all-gather"]
+        return fp32 // 2 + max(beside)
+
+    def _sent(self, group: Group, updated: Set[Tensor]) -> int:
+        """Bytes of an all-to-all of matrices that are sharded over a group."""
+        weights = {matrix.weight for matrices in self._sharded[group] for matrix in matrices} & updated
+        return 2 * sum(weight.numel() for weight in weights) // group.size
+
+
+def _iteration(shapes: Iterable[tuple[int, int, int]]) -> int:
+    """Bytes that Muon holds while it iterates on the largest batch of matrices X: X, X X', a polynomial of it, and the
+    result, all in bf16. `shapes` has the number of matrices, rows and columns of each stack."""
+    largest = 0
+    for batch in batches([torch.empty(shape, device="meta") for shape in shapes]):
+        _, rows, columns = batch[0].shape
+        count = sum(len(x) for x in batch)
+        largest = max(largest, 4 * count * (rows * columns + min(rows, columns) ** 2))
+    return largest

@@ -102,7 +102,7 @@ def step_traffic(
         loss += kept[temperature].gather
     *heads, rest = (
         sharding.unit([outside[name] for name in names], touched)._replace(gather=[])
-        for names in _reduced_together(compared.heads, {*outside} & counted.touched, counted.differentiated)
+        for names in _reduced_together(compared.heads, {*outside} & counted.touched.keys(), counted.differentiated)
     )
     # The gradients of temperatures are reduced at the end of the backward pass, because their modules have no inputs.
     rest = _together([*(kept[temperature] for temperature in trained), rest])

@@ -1,6 +1,7 @@
 """Trainers that only studies use, and the measurement of peak memory."""
 
 import os
+from collections.abc import Iterable
 from itertools import accumulate, combinations_with_replacement, islice
 from pathlib import Path
 
@@ -116,9 +117,16 @@ def peak_memory(recipe: Recipe, run: Path, trainer: type[Trainer]) -> int:
     batches = [training.data[step] for step in steps]
     for loaded in batches:  # The first updates create the optimizer state, which must not count.
         training.update(loaded)
+    together = [batches] if isinstance(training, SummedTrainer) else [[loaded] for loaded in batches]
+    peak = max(_peak_of(training, updates) for updates in together)
+    training.log.metrics.close()
+    return peak
+
+
+def _peak_of(training: Trainer, batches: Iterable[LoadedBatch]) -> int:
+    """The most bytes that updates with these batches allocate at a time, on top of what existed before them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         for loaded in batches:
             training.update(loaded)
-    training.log.metrics.close()
     events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
