@@ -2,20 +2,19 @@
 
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 
 from openimp.checkpoint.folder import checkpoints, describe_model, find_model, load_model, model_folder, saved_step
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.device import pick_device
-from openimp.common.errors import UserError, counted, printable
+from openimp.common.errors import UserError, printable
 from openimp.common.json_lines import append
-from openimp.common.modality import Modalities, Modality
+from openimp.common.modality import Modality
 from openimp.common.progress import clock, console, number_table, track
 from openimp.common.safe_files import refuse_links
 from openimp.data.batch import head_key
@@ -30,11 +29,9 @@ from openimp.inference.embed import embed
 from openimp.inference.join import embed_rows
 from openimp.inference.model import load
 from openimp.inference.ray import embed_with_ray
-from openimp.model.build import build_model
 from openimp.parallel import distributed
-from openimp.planning.gpus import USABLE
-from openimp.planning.ledger import costs, mixture_table, short
-from openimp.planning.plan import Plan, count, encoder_per_token, plans, recommended
+from openimp.planning.plan import plans
+from openimp.planning.tables import print_costs, print_model, print_plan
 from openimp.recipe.file import RecipeLoader, override, read_recipe
 from openimp.recipe.model import LIBRARY
 from openimp.recipe.schema import Recipe
@@ -313,8 +310,8 @@ def run_info(what: str, overrides: list[str]) -> None:
         classes = _classes(recipe)
         if path.is_dir():
             console.print(f"{path}: a run of recipe {recipe.name}, which has saved no checkpoint yet", soft_wrap=True)
-    _print_model(recipe, modalities, classes)
-    _print_costs(recipe, modalities, classes)
+    print_model(recipe, modalities, classes)
+    print_costs(recipe, modalities, classes)
     if path.is_dir():
         _print_run(path)
 
@@ -324,51 +321,7 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
     recipe = Recipe.load(name, overrides, Path.cwd())
     modalities = _modalities(recipe)
     every = [*plans(recipe, modalities, _classes(recipe), gpus, gpu, mfu)]
-    found, best = every[0], recommended(every)
-    counts = {"used by a token on average, after its embedding": found.per_token}
-    if found.frozen:
-        counts["frozen"] = found.frozen
-    _print_parameters(found.parameters, counts, modalities)
-    _print_steps(found)
-    task, view = found.largest
-    rows = [(what, f"{size / 2**30:,.3f}") for what, size in found.steps[found.largest].memory.items()]
-    whole = ("in all", f"{found.memory / 2**30:,.3f}")
-    console.print(number_table("memory of a GPU", (f"largest step: {task}, view {view}", "GiB"), rows, [whole]))
-    if len(every) > 1:
-        _print_layouts(every)
-    verdict, room = "fits" if found.fits else "does not fit", USABLE * found.gpu.memory
-    lines = [
-        f"{recipe.name} {verdict}: {found.memory / 2**30:,.2f} of {room:.1f} GiB for tensors on each of {gpus} x {gpu}",
-        f"workers prepare {counted(recipe.train.prefetch_factor, 'batch')} in advance, at most "
-        f"{found.prefetched / 2**30:,.2f} GiB of CPU memory per GPU",
-        f"{counted(recipe.train.steps, 'step')}, {short(found.flops)}FLOPs: {_duration(found.computing)} at an MFU of "
-        f"{mfu:.0%}",
-    ]
-    if gpus > 1:
-        waiting = f"waiting is {found.waiting / found.computing:.1%} of computing"
-        lines.append(f"with communication {_duration(found.seconds)}: {waiting}")
-        verdict = "as recommended" if best is found else f"better: {best.layout}"
-        lines.append(f"parallel: {found.layout}; {verdict}")
-    console.print("\n".join(lines), soft_wrap=True)
-
-
-def _print_layouts(every: Sequence[Plan]) -> None:
-    """Compares the layouts of a run. The first one is that of the recipe, or the default."""
-    rows = [
-        (
-            str(found.layout._replace(reshard_after_forward=True)),
-            "yes" if found.layout.reshard_after_forward else "no",
-            f"{found.memory / 2**30:,.1f}", "yes" if found.fits else "no",
-            _duration(found.computing), _duration(found.waiting), _duration(found.seconds),
-        )
-        for found in every
-    ]  # fmt: skip
-    head = ("parallel", "reshard_after_\nforward", "memory\nGiB", "fits", "computes", "waits", "whole run")
-    console.print(number_table("layouts; this plan is that of the first", head, rows))
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 86400:,.1f} days" if seconds >= 86400 else clock(seconds)
+    print_plan(recipe, modalities, every, gpu)
 
 
 def _modalities(recipe: Recipe) -> dict[str, Modality]:
@@ -394,50 +347,6 @@ def _classes(recipe: Recipe) -> dict[str, list[Any]]:
                     found[key] = [None]
                     console.print(f"head {key} counts as one class: {error}", soft_wrap=True)
     return found
-
-
-def _print_model(recipe: Recipe, modalities: dict[str, Modality], classes: dict[str, list[Any]]) -> None:
-    with torch.device("meta"):
-        model = build_model(recipe, modalities, {name: len(values) for name, values in classes.items()})
-    used = encoder_per_token(recipe, model) if recipe.model.moe else None
-    parts = {name: count(part) for name, part in model.named_children()}
-    _print_parameters(parts, {"encoder, used by a token on average": used}, modalities)
-
-
-def _print_parameters(parts: dict[str, int], used: dict[str, int | None], modalities: Modalities) -> None:
-    specs = {name: modality.stem_spec() for name, modality in modalities.items()}
-    limits = {name: spec.values for name, spec in specs.items() if spec.is_limit}
-    rows = [(name, f"{size:,}") for name, size in parts.items()]
-    whole = [("in all, at most" if limits else "in all", f"{sum(parts.values()):,}")]
-    whole += [(what, f"{some:,}") for what, some in used.items() if some is not None]
-    console.print(number_table("parameters", ("part", "parameters"), rows, whole))
-    for name, limit in limits.items():
-        about = "the limit of its vocabulary, which is learned from the data and may be smaller"
-        console.print(f"{name} counts with {limit:,} tokens, {about}", soft_wrap=True)
-
-
-def _print_steps(found: Plan) -> None:
-    head = ("task, view", "examples", "tokens", "FLOPs", "computes\nms", "waits\nms", "receives\nGB", "collec-\ntives",
-            "activa-\ntions\nGiB", "memory\nGiB")  # fmt: skip
-    rows = []
-    for (task, view), step in found.steps.items():
-        memory = (step.memory["activations"], sum(step.memory.values()))
-        rows.append((
-            f"{task}, {view}", f"{step.cost.examples:,}", f"{step.cost.tokens:,}", short(step.cost.flops),
-            f"{1e3 * found.computes(step):,.1f}", f"{1e3 * found.waits(step):,.1f}", f"{step.received / 1e9:,.2f}",
-            f"{len(step.traffic.collectives):,}", *(f"{size / 2**30:,.2f}" for size in memory),
-        ))  # fmt: skip
-    console.print(number_table(f"one step, divided by {found.layout.ranks}", head, rows))
-
-
-def _print_costs(recipe: Recipe, modalities: Any, classes: dict[str, list[Any]]) -> None:
-    by_view = costs(recipe, modalities, classes)
-    rows = [
-        (task, str(view), str(cost.examples), str(cost.tokens), f"{cost.flops / 1e9:,.1f}")
-        for (task, view), cost in by_view.items()
-    ]
-    console.print(number_table("one step", ("task", "view", "examples", "tokens", "GFLOPs"), rows))
-    console.print(mixture_table(recipe, by_view))
 
 
 def _print_run(path: Path) -> None:

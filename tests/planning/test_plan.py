@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from openimp.alternation import Alternation
-from openimp.commands import _duration, run_plan
+from openimp.commands import run_plan
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
@@ -38,6 +38,7 @@ from openimp.planning.layouts import choose_layout
 from openimp.planning.ledger import costs, empty_batch, short
 from openimp.planning.memory import StepMemory, step_memory
 from openimp.planning.plan import SIMILARITY, Plan, Step, count, per_token, plan, plans, recommended
+from openimp.planning.tables import duration
 from openimp.recipe.schema import Recipe
 from openimp.study.trainers import peak_memory
 from openimp.training.trainer import Trainer
@@ -509,7 +510,7 @@ def test_the_fastest_layout_that_fits_is_recommended(little_data):
 
 
 def test_a_run_of_days_is_told_in_days():
-    assert [_duration(seconds) for seconds in (59.6, 86_399, 86_400, 1e6)] == [
+    assert [duration(seconds) for seconds in (59.6, 86_399, 86_400, 1e6)] == [
         "1:00",
         "23:59:59",
         "1.0 days",
