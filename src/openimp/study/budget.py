@@ -36,7 +36,7 @@ def trainer_of(study: Study, part: Part) -> type[Trainer]:
 
 def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Recipe:
     """The recipe of one model of a study. If its FLOPs allow more than `MAX_STEPS`, that is a UserError."""
-    data = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"], Path()).to_dict()
+    data = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"], Path.cwd()).to_dict()
     for key, _, value in (change.partition("=") for change in (*study.set, *part.set)):
         for derived in flat({key.strip(): yaml.load(value, RecipeLoader)}).keys() & DERIVED:
             raise UserError(f"{derived} follows from the study's FLOPs and seeds, so it cannot be set")
@@ -49,7 +49,7 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     share = 1.0
     if part.tasks is not None:
         # The share is computed without the part's own changes, which may change the cost of a step of its tasks.
-        common = Recipe.load(study.recipe, study.set, Path())
+        common = Recipe.load(study.recipe, study.set, Path.cwd())
         flops = flops_per_step(common)
         _keep_tasks(data, part.tasks, common)
         share = sum(flops.get(name, 0) for name in part.tasks) / sum(flops.values())  # A task of weight 0 has none.

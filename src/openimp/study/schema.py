@@ -60,7 +60,7 @@ class Study(Strict):
     recipe: str
     """The recipe that all arms change: a file, relative to the study file, or the name of a bundled recipe."""
     set: list[str] = Field([])
-    """Changes to the recipe that all arms share, likewise."""
+    """Changes to the recipe that all arms share, in the same form."""
     flops: Positive
     """Training FLOPs per arm and seed."""
     seeds: Annotated[list[Seed], Distinct] = Field([0, 1, 2], min_length=1)
