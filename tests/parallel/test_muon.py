@@ -43,6 +43,15 @@ def test_each_matrix_of_a_stack_is_updated_as_if_it_were_alone(shape):
     torch.testing.assert_close(stack.reshape(3, -1, shape[-1]), torch.stack(alone))
 
 
+def test_stacks_of_one_shape_are_computed_together_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(muon, "BATCH_NUMBERS", 4 * ROWS * COLUMNS)
+    stacks = weights(*((count, ROWS, COLUMNS) for count in (2, 2, 1, 9, 1)), (1, COLUMNS, ROWS))
+    first, second, third, large, fourth, other = stacks
+    grouped = [[id(stack) for stack in batch] for batch in muon.batches_by_shape(stacks)]
+    expected = [[first, second], [third], [large], [fourth], [other]]
+    assert grouped == [[id(stack) for stack in batch] for batch in expected]
+
+
 def test_a_parameter_without_a_gradient_keeps_its_value_and_its_state():
     a, b = weights((ROWS, COLUMNS), (ROWS, COLUMNS))
     start, optimizer = b.detach().clone(), Muon({a: 1, b: 1}, lr=0.1, weight_decay=0.1)

@@ -37,7 +37,7 @@ from openimp.planning.gpus import GPUS, USABLE
 from openimp.planning.layouts import choose_layout
 from openimp.planning.ledger import costs, empty_batch, short
 from openimp.planning.memory import StepMemory, step_memory
-from openimp.planning.plan import SIMILARITY, Plan, Step, count, per_token, plan, plans, recommended
+from openimp.planning.plan import PARTS, SIMILARITY, Plan, Step, count, per_token, plan, plans, recommended
 from openimp.planning.tables import duration
 from openimp.recipe.schema import Recipe
 from openimp.study.trainers import peak_memory
@@ -106,18 +106,38 @@ def test_flops_are_those_that_the_run_records(little_data, little_run):
     assert found.visits == {key: steps.count(key) for key in steps}
 
 
+DEMO = [
+    "evaluation={}",
+    "train={num_workers: 0, steps: 12}",
+    *(f"tasks.{task}.weight=0" for task in ("clips", "notes")),
+    *(f"sources.{source}.limit=300" for source in ("stills", "clips", "notes")),
+]
+"""The demo's largest task. The sizes of tensors do not depend on the number of rows. These are enough for a batch."""
+
+
 def test_the_planned_peak_is_near_the_measured_one(tmp_path):
-    """For the demo's largest task on this CPU, in the precision that it trains in."""
-    changes = ["evaluation={}", "train.num_workers=0", "train.steps=12", "tasks.clips.weight=0", "tasks.notes.weight=0"]
-    # The sizes of tensors do not depend on the number of rows. These are enough for a batch.
-    limits = [f"sources.{source}.limit=300" for source in ("stills", "clips", "notes")]
-    recipe = Recipe.load("demo", [*changes, *limits])
+    """On this CPU, in the precision that it trains in."""
+    recipe = Recipe.load("demo", DEMO)
     classes = StepBatches(recipe, recipe.make_modalities()).classes
     counted = [
         step_memory(recipe, recipe.make_modalities(), classes, "stills", view, "auto", on_gpu=False).peak.total()
         for view in range(len(recipe.tasks["stills"].views))
     ]
     assert max(counted) == pytest.approx(peak_memory(recipe, tmp_path / "run", Trainer), rel=0.15)
+
+
+def test_the_planned_peak_of_an_update_with_muon_is_near_the_measured_one(tmp_path):
+    """With square matrices, whose iterations need most, and few examples."""
+    model = [f"model.{change}" for change in ("moe=null", "width=256", "mlp_dim=256", "layers=6")]
+    recipe = Recipe.load("demo", [*DEMO, *model, "tasks.stills.batch_size=8"])
+    modalities = recipe.make_modalities()
+    found = plan(recipe, modalities, StepBatches(recipe, modalities).classes, 1, "h100", 0.4)
+    (planned,) = {
+        sum(step.memory[part] for part in (*PARTS, "Muon's buffers"))
+        for (task, _), step in found.steps.items()
+        if task == "stills"
+    }
+    assert planned == pytest.approx(peak_memory(recipe, tmp_path / "run", Trainer), rel=0.1)
 
 
 def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
@@ -146,7 +166,8 @@ def test_activations_of_a_block_on_a_gpu_match_a_hand_count(tiny_recipe):
     def held(layers: int) -> int:
         sizes = {"width": width, "mlp_dim": hidden, "heads": 1, "layers": layers, "moe": None}
         recipe = tiny_recipe(model=sizes, modalities={"vision": {"patch": [2, 8, 8]}}, tasks={"named": task})
-        return step_memory(recipe, recipe.make_modalities(), {"all:kind": [0, 1]}, "named", 0, "bf16").activations
+        counted = step_memory(recipe, recipe.make_modalities(), {"all:kind": [0, 1]}, "named", 0, "bf16")
+        return max(counted.stages.values())
 
     norms = 2 * (4 * width + 2 * 4)
     attention = 2 * (width + 3 * width + width) + 4
@@ -229,16 +250,19 @@ def test_with_expert_parallelism_experts_stay_and_slots_travel(little_data):
     """To them and back in bf16; their gradients likewise."""
     changes = ["tasks.named.weight=0", "tasks.heard.batch_size=32", "model.moe={experts: 4, layers: 1}"]
 
-    def held_as(parallel: str) -> Step:
-        recipe = Recipe.load(little_data / "recipe.yaml", [*changes, f"parallel={parallel}"])
+    def held_as(parallel: str, *more: str) -> Step:
+        recipe = Recipe.load(little_data / "recipe.yaml", [*changes, f"parallel={parallel}", *more])
         return plan_of(recipe, gpus=16).steps["heard", 0]
 
-    sharded, apart = held_as("{shard_degree: 8}"), held_as("{shard_degree: 8, expert_degree: 4}")
+    eight = "{shard_degree: 8}", "{shard_degree: 8, expert_degree: 4}"
+    sharded, apart = map(held_as, eight)
     experts = 4 * 2 * 32 * 64
     elsewhere = experts * 3 // 4
     for kind in ("parameters", "optimizer state"):
         assert apart.memory[kind] == sharded.memory[kind]
-    assert apart.memory["gathered"] == sharded.memory["gathered"] - (2 * 2 + 2 + 4) * elsewhere
+    # With more examples, the peak is before a gradient is complete: two blocks in bf16.
+    many = [held_as(parallel, "tasks.heard.batch_size=256") for parallel in eight]
+    assert many[1].memory["gathered"] == many[0].memory["gathered"] - 2 * 2 * elsewhere
     # One pass there and back in bf16 and its gradients in fp32, of all experts from 8 GPUs, or of a quarter from 2.
     slots = (2 + 2) * 32 * 2 * apart.cost.tokens // 16
     saved = (2 + 2 + 4) * (experts * 7 // 8 - (experts - elsewhere) // 2) - slots * 3 // 4
@@ -254,6 +278,8 @@ def test_with_expert_parallelism_experts_stay_and_slots_travel(little_data):
 
     copies, own = held_as("{shard_degree: 1}"), held_as("{shard_degree: 1, expert_degree: 4}")
     assert own.memory["parameters"] == copies.memory["parameters"] - 4 * elsewhere
+    # The peak of both is at the end, when the gradients outside of the blocks are reduced.
+    assert own.memory["gradients"] == copies.memory["gradients"] - 4 * elsewhere == gradients - 4 * elsewhere
     # Four have the same experts; sixteen have all the rest.
     summed = 2 * 4 * (experts * 15 // 16 - (experts - elsewhere) * 3 // 4)
     assert inside(copies) == 0
@@ -376,13 +402,28 @@ def test_ranks_make_the_planned_collectives_and_receive_the_planned_number_of_by
         assert step.received == pytest.approx(received, rel=3e-3), name
 
 
+@pytest.mark.parametrize("chunks", [[], [CHUNKS]], ids=["whole", "chunks"])
+def test_activations_are_counted_for_each_number_of_complete_gradients(little_data, chunks):
+    recipe = Recipe.load(little_data / "recipe.yaml", chunks)
+    modalities = recipe.make_modalities()
+    counted = step_memory(recipe, modalities, CLASSES, "named", 0, "fp32")
+    sizes = [*counted.touched.values()]
+    assert sizes == sorted(sizes)
+    assert counted.stages.keys() == {0, *sizes}
+    with torch.device("meta"):
+        model = IMP.from_recipe(recipe, modalities, {"pictures:label": 4})
+    assert sizes[-1] == sum(4 * weight.numel() for name, weight in model.named_parameters() if name in counted.touched)
+    # Without chunks, fewer activations are left, the more gradients are complete. Each chunk is computed again.
+    assert (counted.stages[0] == max(counted.stages.values()) > 2 * counted.stages[sizes[-1]]) == (not chunks)
+
+
 @pytest.mark.parametrize("loss", [softmax_nce, sigmoid_nce])
 def test_the_bytes_of_a_similarity_are_counted(loss):
     with FakeTensorMode():
         sides = nn.ParameterList([torch.empty(100, 2), torch.empty(800, 2)])
         with StepMemory(sides) as memory:
             loss(sides[0] @ sides[1].T, torch.zeros(100, 800, dtype=torch.bool)).sum().backward()
-    assert memory.activations / (100 * 800) == pytest.approx(SIMILARITY, rel=0.02)
+    assert max(memory.stages.values()) / (100 * 800) == pytest.approx(SIMILARITY, rel=0.02)
 
 
 def test_fits_or_not(little_data):

@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
         return {weight: update.bfloat16() for weight, update in zip(weights, updates)}
 
 
-def batches(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+def batches_by_shape(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Groups stacks of matrices (N, R, C) into those that are orthogonalized together: of one shape (R, C), and with at
     most `BATCH_NUMBERS` numbers."""
     found: dict[torch.Size, list[list[Tensor]]] = {}
@@ -107,9 +107,8 @@ def batches(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 def orthogonalize_in_batches(tensors: Sequence[Tensor]) -> None:
     """Orthogonalizes the matrices of bf16 tensors (N, R, C) in place. Those of one shape are computed together."""
-    for batch in batches(tensors):
-        results = orthogonalize(torch.cat(batch)).split([len(x) for x in batch])
-        torch._foreach_copy_(batch, results)
+    for batch in batches_by_shape(tensors):  # The result has no name, so that it is gone before the next one.
+        torch._foreach_copy_(batch, orthogonalize(torch.cat(batch)).split([len(x) for x in batch]))
 
 
 def orthogonalize(x_NRC: Tensor) -> Tensor:
@@ -123,8 +122,7 @@ def orthogonalize(x_NRC: Tensor) -> Tensor:
         # The smaller of the two Gram matrices. Both give the same result.
         gram = x_NRC @ x_NRC.mT if wide else x_NRC.mT @ x_NRC
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        left, right = (factor, x_NRC) if wide else (x_NRC, factor)
-        x_NRC = torch.baddbmm(x_NRC, left, right, beta=a)
+        x_NRC = torch.baddbmm(x_NRC, *((factor, x_NRC) if wide else (x_NRC, factor)), beta=a)
     return x_NRC
 
 

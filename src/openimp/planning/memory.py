@@ -35,10 +35,11 @@ class StepMemory(TorchDispatchMode):
         peak: bytes by kind when their sum was largest. The kinds are "gradients" of parameters, once they are complete,
             "cast weights", which autocast keeps until the backward pass has used them, and "activations", everything
             else.
-        stages: the most bytes of activations, by the bytes of gradients that are complete by then.
+        stages: for each number of bytes of complete gradients, the most bytes of activations while there are so many.
         inputs: bytes of the batch, which exists before the step. They are counted as fp32, although images may arrive
             with one byte per value.
-        touched: names of the parameters that received a gradient, and the bytes of complete gradients just after it.
+        touched: for each parameter that received a gradient, by name and in this order, the bytes of complete gradients
+            just after it.
         differentiated: names of the blocks through which gradients flow, and of the modalities whose features have
             gradients. Without frozen parts, these are all.
         slots: bytes that expert parallelism sends to experts or back, each time that it does.
@@ -59,11 +60,6 @@ class StepMemory(TorchDispatchMode):
             if not parameter.requires_grad:
                 continue
             parameter.register_post_accumulate_grad_hook(partial(self._complete, name))
-
-    @property
-    def activations(self) -> int:
-        """The most bytes of activations, at any moment."""
-        return max(self.stages.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         cast = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights

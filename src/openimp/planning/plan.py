@@ -6,7 +6,7 @@ formulas.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -269,32 +269,43 @@ def _memory(
         peak = max(counted.peak, Counter(gradients=sharding.held(updated)), key=Counter.total)
         return {part: peak[part] for part in PARTS}
     # Weights outside of the blocks, and of one block (and of the next, if they are sharded), or of all.
-    weights = [sharding.gathered(block.parameters()) for block in model.blocks()]
+    blocks = [[*block.parameters()] for block in model.blocks()]
+    inside = {weight for block in blocks for weight in block}
+    outside = [weight for weight in model.parameters() if weight not in inside]
+    weights, reshards = [sharding.gathered(block) for block in blocks], sharding.layout.reshard_after_forward
     ahead = 1 if sharding.dense.shards.size > 1 else 0
-    kept = (1 + ahead) * max(weights, default=0) if sharding.layout.reshard_after_forward else sum(weights)
-    gathered += sharding.gathered(model.parameters()) - sum(weights) + kept
-    reduced, since = _reduction(model, sharding, counted)
+    kept = (1 + ahead) * max(weights, default=0) if reshards else sum(weights)
+    gathered += sharding.gathered(outside) + kept
+    reduced, first = _reduction(model, sharding, counted)
     # A rank keeps its shards of complete gradients.
-    shards, named, complete = {0: 0}, dict(model.named_parameters()), 0
+    shards_at, named, complete = {0: 0}, dict(model.named_parameters()), 0
     for name, size in counted.touched.items():
         complete += sharding.held([named[name]])
-        shards[size] = complete
+        shards_at[size] = complete
     stages = [
-        (shards[size], gathered + (reduced if size >= since else 0), 0, activations)
+        (shards_at[size], gathered + (reduced if size >= first else 0), 0, activations)
         for size, activations in counted.stages.items()
     ]
-    # All gradients, also those of zeros, are there when nothing else is.
-    stages.append((sharding.held(updated), 0, 0, 0))
+    # In the end, the gradients outside of the blocks are reduced.
+    last = (
+        sharding.gathered(outside) + (0 if reshards else sum(weights)) + _reduced_bytes(sharding, updated & {*outside})
+    )
+    stages.append((sharding.held(updated), last, 0, 0))
     # Nothing is cast: FSDP2 gathers weights in the type that the model computes with.
     return dict(zip(PARTS, max(stages, key=sum)))
 
 
 def _reduction(model: Embedder, sharding: Sharding, counted: StepMemory) -> tuple[int, int]:
-    """Bytes of the gradients of the largest block, and of their sum over the ranks in fp32; and the key in
-    `counted.stages` from which on there may be such gradients, because those of a block are complete."""
-    names, size, since = {weight: name for name, weight in model.named_parameters()}, 0, max(counted.stages)
+    """The `_reduced_bytes` of the largest block, and how many bytes of gradients are complete when the first block is
+    reduced."""
+    names, size, first = {weight: name for name, weight in model.named_parameters()}, 0, max(counted.stages)
     for block in model.blocks():
         if trained := [weight for weight in block.parameters() if names[weight] in counted.touched]:
-            size = max(size, sharding.gathered(trained) + 4 * sum(weight.numel() for weight in trained))
-            since = min(since, max(counted.touched[names[weight]] for weight in trained))
-    return size, since
+            size = max(size, _reduced_bytes(sharding, trained))
+            first = min(first, max(counted.touched[names[weight]] for weight in trained))
+    return size, first
+
+
+def _reduced_bytes(sharding: Sharding, weights: Collection[Tensor]) -> int:
+    """Bytes of the gradients of gathered weights, and of their fp32 copy for the reduction."""
+    return sharding.gathered(weights) + 4 * sum(weight.numel() for weight in weights)

@@ -1,6 +1,7 @@
 """What one GPU holds of a model in a layout, and the collectives of its weights and gradients."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from openimp.common.device import Precision
 from openimp.model.embedder import Embedder
 from openimp.parallel.layout import Layout
-from openimp.parallel.muon import batches
+from openimp.parallel.muon import batches_by_shape
 from openimp.parallel.owners import matrix_shape, muon_work, own_matrices, own_weights
 from openimp.planning.communication import Collective, Group
 from openimp.planning.gpus import NODE
@@ -156,18 +157,20 @@ class MuonDivision:
     def buffers(self, updated: Set[Tensor]) -> int:
         """Most bytes that Muon holds during an update besides the momentum.
 
-        The updates of the weights are first fp32, and then bf16. Beside these are the two buffers of an all-gather, or
-        the three of an all-to-all and the one back, of which two are there while the matrices are orthogonalized.
+        The updates of the weights are first fp32, and then bf16. Beside those in bf16, there is one of: those in fp32;
+        an iteration, with the matrices that it is about if these are sharded; the buffers of a collective.
         """
         fp32 = self.momentum(updated)
         stacks = {weight: (count, *matrix_shape(weight, count)) for weight, count in self._stacks.items()}
-        beside = [fp32, _iteration((n, *stacks[weight][1:]) for weight, n in self._whole.items() if weight in updated)]
-        beside += [_iteration(stacks[weight] for weight in own if weight in updated) for own in self._replicated]
+        beside = [fp32, _iteration_bytes((n, *stacks[w][1:]) for w, n in self._whole.items() if w in updated)]
+        beside += [_iteration_bytes(stacks[weight] for weight in own if weight in updated) for own in self._replicated]
+        gathers = [c for c in self.collectives(updated) if c.kind == "all-gather"]
+        beside += [c.size + c.size // c.group.size for c in gathers]
         for group, owned in self._sharded.items():
-            sent = self._sent(group, updated)
-            beside += [2 * sent + _iteration(m.shape for m in own if m.weight in updated) for own in owned]
-            beside.append(3 * sent)
-        beside += [c.size for c in self.collectives(updated) if c.kind == "all-gather"]
+            for own in owned:
+                shapes = [matrix.shape for matrix in own if matrix.weight in updated]
+                matrices = 2 * sum(map(prod, shapes))
+                beside += [matrices + _iteration_bytes(shapes), 2 * matrices + self._sent(group, updated)]
         return fp32 // 2 + max(beside)
 
     def _sent(self, group: Group, updated: Set[Tensor]) -> int:
@@ -176,11 +179,11 @@ class MuonDivision:
         return 2 * sum(weight.numel() for weight in weights) // group.size
 
 
-def _iteration(shapes: Iterable[tuple[int, int, int]]) -> int:
-    """Bytes that Muon holds while it iterates on the largest batch of matrices X: X, X X', a polynomial of it, and the
-    result, all in bf16. `shapes` has the number of matrices, rows and columns of each stack."""
+def _iteration_bytes(shapes: Iterable[tuple[int, int, int]]) -> int:
+    """Bytes of an iteration on the largest batch of matrices X: X, the product of X X' or X' X, a polynomial of it, and
+    the result, all in bf16. `shapes` has the number of matrices, rows and columns of each stack."""
     largest = 0
-    for batch in batches([torch.empty(shape, device="meta") for shape in shapes]):
+    for batch in batches_by_shape([torch.empty(shape, device="meta") for shape in shapes]):
         _, rows, columns = batch[0].shape
         count = sum(len(x) for x in batch)
         largest = max(largest, 4 * count * (rows * columns + min(rows, columns) ** 2))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from openimp.common.errors import counted
-from openimp.common.modality import Modalities, Modality
+from openimp.common.modality import Modalities
 from openimp.common.progress import clock, console, number_table
 from openimp.model.build import build_model
 from openimp.planning.gpus import USABLE
@@ -16,8 +16,7 @@ from openimp.recipe.schema import Recipe
 
 
 def print_plan(recipe: Recipe, modalities: Modalities, every: Sequence[Plan], gpu: str) -> None:
-    """Prints the first plan, compares it with those of other layouts, and says whether it fits on
-    the GPUs, of type `gpu`."""
+    """Prints the first plan, compares it with those of other layouts, and says whether it fits on the type `gpu`."""
     found = every[0]
     counts = {"used by a token on average, after its embedding": found.per_token}
     if found.frozen:
@@ -71,7 +70,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days" if seconds >= 86400 else clock(seconds)
 
 
-def print_model(recipe: Recipe, modalities: dict[str, Modality], classes: dict[str, list[Any]]) -> None:
+def print_model(recipe: Recipe, modalities: Modalities, classes: dict[str, list[Any]]) -> None:
     """Prints the parameters of a recipe's model. `classes` has the classes of each head."""
     with torch.device("meta"):
         model = build_model(recipe, modalities, {name: len(values) for name, values in classes.items()})

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from itertools import accumulate, combinations_with_replacement, islice
+from itertools import accumulate, chain, combinations_with_replacement, islice
 from pathlib import Path
 
 import torch
@@ -111,20 +111,20 @@ def peak_memory(recipe: Recipe, run: Path, trainer: type[Trainer]) -> int:
     first: dict[tuple[str, int], int] = {}
     for step, visit in enumerate(training.data.schedule):
         first.setdefault((visit.task, visit.view), step)
-    steps = sorted(first.values())
+    each = [[step] for step in sorted(first.values())]
     if isinstance(training, SummedTrainer):  # Whole rounds, until every view has occurred.
-        steps = list(range(min(-(-(steps[-1] + 1) // training.round) * training.round, recipe.train.steps)))
-    batches = [training.data[step] for step in steps]
-    for loaded in batches:  # The first updates create the optimizer state, which must not count.
+        rounds = -(-(max(first.values()) + 1) // training.round)
+        each = [[*range(min(rounds * training.round, recipe.train.steps))]]
+    together = [[training.data[step] for step in steps] for steps in each]
+    for loaded in chain.from_iterable(together):  # The first updates create the optimizer state, which must not count.
         training.update(loaded)
-    together = [batches] if isinstance(training, SummedTrainer) else [[loaded] for loaded in batches]
-    peak = max(_peak_of(training, updates) for updates in together)
+    peak = max(_peak_of(training, batches) for batches in together)
     training.log.metrics.close()
     return peak
 
 
 def _peak_of(training: Trainer, batches: Iterable[LoadedBatch]) -> int:
-    """The most bytes that updates with these batches allocate at a time, on top of what existed before them."""
+    """The most bytes that are allocated at any moment of these updates, beyond what existed before them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         for loaded in batches:
             training.update(loaded)
