@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from demo import LARGEST_TASK
 from processes import run, torchrun
 from ranks import COMMON
 from safetensors.torch import load_file, save_file
@@ -93,20 +94,14 @@ EVALUATED = {
     "expert parallelism": ["parallel={shard_degree: 1, expert_degree: 2}", "model.moe.routing=token_choice"],
 }
 """Layouts in which all kinds of evaluation sets are measured."""
-DEMO = [
-    "evaluation={}",
-    "train={num_workers: 0, steps: 12, precision: bf16}",
-    *(f"tasks.{task}.weight=0" for task in ("clips", "notes")),
-    *(f"sources.{source}.limit=400" for source in ("stills", "clips", "notes")),
-    "tasks.stills.batch_size=384",
-]
-"""The demo's largest task, with twice the batch, so that buffers of asynchronous communication matter less."""
+MEASURED = [*LARGEST_TASK, "train.precision=bf16", "tasks.stills.batch_size=384"]
+"""With twice the demo's batch, so that buffers of asynchronous communication matter less."""
 PLANNED = {
     "shards": ["parallel.shard_degree=4"],
     "replicas": ["parallel.shard_degree=1"],
     "expert parallelism": ["parallel={shard_degree: 4, expert_degree: 2}"],
 }
-"""Layouts whose peak memory four ranks measure."""
+"""The layouts in which four ranks measure their peak memory."""
 SETS = """
   tones: {type: retrieval, source: sounds, inputs: {audio: sound, text: caption},
           view: {audio: {seconds: 0.512, clips: 2}, text: {length: 8}}}
@@ -178,10 +173,10 @@ def four_ranks(little_data, stopped_run, tmp_path_factory) -> Path:
 
 
 def test_the_planned_peak_is_near_that_of_four_ranks(four_ranks):
-    """Without weights, optimizer state and batch, which exist before the step. The plan is for GPUs, whose attention
-    needs about as much."""
+    """Only what a step adds is compared: weights, optimizer state and batch exist before it. The plan is for GPUs, but
+    attention needs about as much memory here."""
     for name, measured in facts(four_ranks)["memory"].items():
-        recipe = Recipe.load("demo", [*DEMO, *PLANNED[name]])
+        recipe = Recipe.load("demo", [*MEASURED, *PLANNED[name]])
         modalities = recipe.make_modalities()
         found = plan(recipe, modalities, StepBatches(recipe, modalities).classes, 4, "h100", 0.4)
         steps = [step.memory for (task, _), step in found.steps.items() if task == "stills"]
@@ -406,7 +401,7 @@ def compute(folder: Path, out: Path) -> dict[str, Any]:
 
 def peak_of(changes: list[str], run: Path) -> int:
     """The peak memory of the demo's largest task, on the rank that needs most."""
-    recipe = Recipe.load("demo", [*DEMO, *changes])
+    recipe = Recipe.load("demo", [*MEASURED, *changes])
     return max(distributed.all_gather_object(peak_memory(recipe, run, Trainer)))
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -49,18 +50,18 @@ def write_study(folder: Path, **changes: object) -> Path:
 
 
 def write_vectors(teacher: Path, out: Path) -> None:
-    """What the head of studies/distillation.yaml says, on the first rows that the demo trains on."""
-    named = "{name}, {keywords*}"
-    for name, modality, text in (
-        ("stills", "image", named),
-        ("clips", "video", named),
-        ("notes", "audio", "captions"),
-    ):
-        (bundled,) = locate(name, f"openimp:{name}.parquet")[1]
-        rows, file = pq.read_table(bundled, filters=[("split", "=", "train")])[:SMOKE_ROWS], out / f"{name}.parquet"
-        pq.write_table(rows, teacher / "rows.parquet")
-        embed_rows(teacher, str(teacher / "rows.parquet"), file, modality, modality, "vector")
-        embed_rows(teacher, str(file), file, "text", text, "text_vector")
+    """Does what the commands in the head of studies/distillation.yaml do, with the first rows of the bundled data."""
+    lines = find_file("distillation", "studies").read_text().splitlines()
+    commands = [shlex.split(line)[2:] for line in lines if line.startswith("#   teach ")]
+    assert len(commands) == 6
+    for source, name, modality, column, to in commands:
+        if source == f"openimp:{name}.parquet":
+            (bundled,) = locate(name, source)[1]
+            rows, source = pq.read_table(bundled, filters=[("split", "=", "train")]), str(teacher / "rows.parquet")
+            pq.write_table(rows[:SMOKE_ROWS], source)
+        else:
+            source = str(out.parent / source)
+        embed_rows(teacher, source, out / f"{name}.parquet", modality, column, to)
 
 
 @pytest.fixture(scope="module")

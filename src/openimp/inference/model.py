@@ -97,9 +97,9 @@ class Model(nn.Module):
         """The modality that `encode` compares `modality` with by default.
 
         The candidates are the modalities that it was trained with, in the recipe's order. If there are none, they are
-        those that share a space with it, and otherwise the modality itself. A modality of text chooses pictures, as
-        users of open_clip expect; any other chooses the first candidate that reads text. If there is no such candidate,
-        the choice is the first one.
+        those that share a space with it, and otherwise the modality itself. Texts are compared with pictures, as users
+        of open_clip expect, and everything else with texts, if they are among the candidates. If not, the first
+        candidate is taken.
         """
         reads_text, others = self._modality(modality).reads_text, [name for name in self.modalities if name != modality]
         trained = [name for name in others if (min(name, modality), max(name, modality)) in self.imp.pairs]

@@ -143,7 +143,7 @@ class ShardedMatrices:
         received = self._all_to_all(ours, sent, [*map(sum, sizes)])
         parts = received.split([*chain.from_iterable(sizes)])
         whole = [torch.cat(parts[i :: len(own)]).view(1, -1, matrix.columns) for i, matrix in enumerate(own)]
-        del received, parts  # Of all numbers, the next collective needs three copies.
+        del received, parts  # `whole` is a copy, and the way back needs memory for two more.
         orthogonalize(whole)
         results = [x[0].split(matrix.rows) for x, matrix in zip(whole, own)]  # by matrix and rank
         returned = self._all_to_all([*chain.from_iterable(zip(*results))], [*map(sum, sizes)], sent)

@@ -107,7 +107,7 @@ def batches_by_shape(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 def orthogonalize_in_batches(tensors: Sequence[Tensor]) -> None:
     """Orthogonalizes the matrices of bf16 tensors (N, R, C) in place. Those of one shape are computed together."""
-    for batch in batches_by_shape(tensors):  # The result has no name, so that it is gone before the next one.
+    for batch in batches_by_shape(tensors):  # A result that had a name would be kept while the next one is computed.
         torch._foreach_copy_(batch, orthogonalize(torch.cat(batch)).split([len(x) for x in batch]))
 
 

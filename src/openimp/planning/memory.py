@@ -35,11 +35,12 @@ class StepMemory(TorchDispatchMode):
         peak: bytes by kind when their sum was largest. The kinds are "gradients" of parameters, once they are complete,
             "cast weights", which autocast keeps until the backward pass has used them, and "activations", everything
             else.
-        stages: for each number of bytes of complete gradients, the most bytes of activations while there are so many.
+        stages: the most bytes of activations at each stage of the backward pass. The key of a stage is the number of
+            bytes of complete gradients.
         inputs: bytes of the batch, which exists before the step. They are counted as fp32, although images may arrive
             with one byte per value.
-        touched: for each parameter that received a gradient, by name and in this order, the bytes of complete gradients
-            just after it.
+        touched: names of the parameters that received a gradient, in this order, each with the key of the stage that
+            its gradient begins.
         differentiated: names of the blocks through which gradients flow, and of the modalities whose features have
             gradients. Without frozen parts, these are all.
         slots: bytes that expert parallelism sends to experts or back, each time that it does.

@@ -286,11 +286,9 @@ def _memory(
         (shards_at[size], gathered + (reduced if size >= first else 0), 0, activations)
         for size, activations in counted.stages.items()
     ]
-    # In the end, the gradients outside of the blocks are reduced.
-    last = (
-        sharding.gathered(outside) + (0 if reshards else sum(weights)) + _reduced_bytes(sharding, updated & {*outside})
-    )
-    stages.append((sharding.held(updated), last, 0, 0))
+    # At the end, the gradients outside of the blocks are reduced.
+    still_gathered = sharding.gathered(outside) + (0 if reshards else sum(weights))
+    stages.append((sharding.held(updated), still_gathered + _reduced_bytes(sharding, updated & {*outside}), 0, 0))
     # Nothing is cast: FSDP2 gathers weights in the type that the model computes with.
     return dict(zip(PARTS, max(stages, key=sum)))
 

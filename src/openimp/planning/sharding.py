@@ -157,21 +157,21 @@ class MuonDivision:
     def buffers(self, updated: Set[Tensor]) -> int:
         """Most bytes that Muon holds during an update besides the momentum.
 
-        The updates of the weights are first fp32, and then bf16. Beside those in bf16, there is one of: those in fp32;
-        an iteration, with the matrices that it is about if these are sharded; the buffers of a collective.
+        It holds the updates of the weights in bf16, and next to them, one after the other: the same in fp32, from which
+        they are rounded; the buffers of a collective; an iteration, with the gathered matrices if they are sharded.
         """
         fp32 = self.momentum(updated)
         stacks = {weight: (count, *matrix_shape(weight, count)) for weight, count in self._stacks.items()}
-        beside = [fp32, _iteration_bytes((n, *stacks[w][1:]) for w, n in self._whole.items() if w in updated)]
-        beside += [_iteration_bytes(stacks[weight] for weight in own if weight in updated) for own in self._replicated]
+        others = [fp32, _iteration_bytes((n, *stacks[w][1:]) for w, n in self._whole.items() if w in updated)]
+        others += [_iteration_bytes(stacks[weight] for weight in own if weight in updated) for own in self._replicated]
         gathers = [c for c in self.collectives(updated) if c.kind == "all-gather"]
-        beside += [c.size + c.size // c.group.size for c in gathers]
+        others += [c.size + c.size // c.group.size for c in gathers]
         for group, owned in self._sharded.items():
             for own in owned:
                 shapes = [matrix.shape for matrix in own if matrix.weight in updated]
                 matrices = 2 * sum(map(prod, shapes))
-                beside += [matrices + _iteration_bytes(shapes), 2 * matrices + self._sent(group, updated)]
-        return fp32 // 2 + max(beside)
+                others += [matrices + _iteration_bytes(shapes), 2 * matrices + self._sent(group, updated)]
+        return fp32 // 2 + max(others)
 
     def _sent(self, group: Group, updated: Set[Tensor]) -> int:
         """Bytes of an all-to-all of matrices that are sharded over a group."""
