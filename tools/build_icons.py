@@ -21,7 +21,7 @@ from demo_data_docs import check_size, write_sums
 from icon_docs import write_card, write_contact_sheet, write_notice
 from icon_names import named_icons
 from icon_sets import fetch, read_about, read_sets, set_split
-from icon_splits import add_splits, choose, held_out_keys
+from icon_splits import add_splits, choose, held_out_keys, mark_demo
 from PIL import Image
 
 from openimp.common.progress import track
@@ -30,7 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src/openimp/data/demo"
 SIZE = 32
 TEXT = ("name", "set", "license", "split", "set_split")
-SCHEMA = pa.schema([("image", pa.binary()), ("color", pa.bool_()), *((column, pa.string()) for column in TEXT)])
+FLAGS = ("color", "demo")
+SCHEMA = pa.schema([
+    ("image", pa.binary()), *((column, pa.bool_()) for column in FLAGS), *((column, pa.string()) for column in TEXT)
+])  # fmt: skip
 
 
 def render(icon: dict[str, Any]) -> np.ndarray:
@@ -85,14 +88,16 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the rows in order. Only text is compressed, because pictures already are."""
     pq.write_table(
         pa.Table.from_pylist(rows, schema=SCHEMA), path, row_group_size=2048, use_dictionary=list(TEXT),
-        write_statistics=list(TEXT), compression={"image": "none", "color": "zstd"} | dict.fromkeys(TEXT, "zstd"),
+        write_statistics=list(TEXT), compression={"image": "none"} | dict.fromkeys((*FLAGS, *TEXT), "zstd"),
     )  # fmt: skip
 
 
 def build(package: Path, out: Path) -> None:
     """Builds the corpus and its NOTICE."""
     rows = icon_rows(package)
-    add_splits(rows, held_out_keys(DEMO))
+    held_out = held_out_keys(DEMO)
+    add_splits(rows, held_out)
+    mark_demo(rows, held_out)
     write_parquet(out / "icons.parquet", rows)
     write_notice(out / "NOTICE", out / "LICENSES", rows, read_about(package), DEMO / "LICENSES")
     print(f"{out / 'icons.parquet'}: {len(rows):,} icons, {len({row['name'] for row in rows}):,} names")

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ BUNDLED_ROWS = {
     ("train", "val"): 500, ("val", "train"): 500, ("val", "val"): 500,
 }  # fmt: skip
 """Rows of evaluation in the bundled subset, by (set_split, split)."""
+
+COMMON = 8
+"""Sets for training that must have a name for the demo to use it."""
 
 Row = dict[str, Any]
 
@@ -55,6 +58,33 @@ def add_splits(rows: list[Row], held_out: dict[str, str]) -> None:
         row["split"] = split_of(key, held_out)
         if row["split"] == "train" and "train" not in set_splits[key]:
             row["split"] = "test" if "test" in set_splits[key] else "val"
+
+
+def mark_demo(rows: list[Row], held_out: Iterable[str]) -> None:
+    """Adds whether the demo uses each row: at least `COMMON` sets for training have the name, and it is not related to
+    a held-out emoji.
+
+    Related names contain all words of a key of `held_out` ("shield off", "shield"), or have its letters ("lightbulb",
+    "bulb light"). An s at the end of a word does not count.
+    """
+    keys = [words_of(key) for key in held_out]
+    letters = {"".join(sorted("".join(key))) for key in keys}
+    sets = defaultdict(set)
+    for row in rows:
+        if row["set_split"] == "train":
+            sets[row["name"]].add(row["set"])
+    wanted = set()
+    for name in (name for name, of in sets.items() if len(of) >= COMMON):
+        words = words_of(name)
+        if "".join(sorted("".join(words))) not in letters and not any(key <= words for key in keys):
+            wanted.add(name)
+    for row in rows:
+        row["demo"] = row["name"] in wanted
+
+
+def words_of(text: str) -> set[str]:
+    """The words of a name, without an s at their end."""
+    return {word.removesuffix("s") or word for word in key_of(text).split()}
 
 
 def one_per_name(rows: list[Row]) -> Iterator[Row]:

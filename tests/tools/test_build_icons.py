@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from icon_splits import held_out_keys, key_of
+from icon_splits import COMMON, held_out_keys, key_of, mark_demo
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +135,22 @@ def test_splits_follow_the_emoji_and_the_sets(icons):
     assert splits["alpha", "house"] == ("train", "train")
 
 
+def test_the_demo_uses_names_of_many_sets_that_are_not_related_to_held_out_emoji():
+    def rows(name, number, set_split="train"):
+        return [{"name": name, "set": f"{set_split}{i}", "set_split": set_split} for i in range(number)]
+
+    icons = [
+        *rows("star", COMMON),
+        *rows("star", 1, "test"),
+        *rows("bus", COMMON, "test"),
+        *2 * rows("sea", COMMON - 1),
+    ]
+    related = ["shields", "shield off", "lightbulb", "alarm light bulb"]
+    icons += [row for name in (*related, "light", "bulb") for row in rows(name, COMMON)]
+    mark_demo(icons, ["shield", "bulb light"])
+    assert Counter(row["name"] for row in icons if row["demo"]) == {"star": COMMON + 1, "light": COMMON, "bulb": COMMON}
+
+
 def test_a_second_build_from_an_archive_gives_the_same_bytes(package, out, tmp_path):
     with tarfile.open(tmp_path / "package.tgz", "w:gz") as tar:
         for file in sorted(package.rglob("*.json"), reverse=True):
@@ -156,7 +172,7 @@ def test_the_notice_names_every_author_and_the_license_texts_are_there(out):
 
 @pytest.fixture(scope="module")
 def bundled():
-    columns = ["name", "set", "license", "color", "split", "set_split"]
+    columns = ["name", "set", "license", "color", "demo", "split", "set_split"]
     return pq.read_table(DEMO / "icons.parquet", columns=columns).to_pylist()
 
 
@@ -188,6 +204,15 @@ def test_bundled_names_are_seen_or_new_as_their_splits_say(bundled):
     assert sum(map(len, by_set.values())) == len(set().union(*by_set.values()))
     assert len(by_set["test"]) == 8
     assert len({icon["set"] for icon in bundled if icon["color"] and icon["set_split"] == "test"}) == 3
+
+
+def test_the_demos_icons_have_names_that_several_have(bundled):
+    trained = Counter(icon["name"] for icon in bundled if (icon["set_split"], icon["split"]) == ("train", "train"))
+    used = {icon["name"] for icon in bundled if icon["demo"] and icon["split"] == "train"}
+    assert len(used) > 1000
+    assert min(trained[name] for name in used) >= 2
+    assert {icon["name"] for icon in bundled if icon["name"] in used and not icon["demo"]} == set()
+    assert not used & {"lightbulb", "shield off", "books"}
 
 
 def test_bundled_data_has_its_checksums_and_notices(bundled):
