@@ -1,4 +1,4 @@
-"""Throughput of the demo recipe on 1, 2 and 4 ranks of one thread each, compared with one rank.
+"""Throughput of the recipe mixture on 1, 2 and 4 ranks of one thread each, compared with one rank.
 
     python benchmarks/scaling.py [--rounds 3] [--write]
 
@@ -96,7 +96,7 @@ def rate(run: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--recipe", default="mixture")
     parser.add_argument(
         "--only", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="SETTING", help="; ".join(SETTINGS)
     )

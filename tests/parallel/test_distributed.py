@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from demo import LARGEST_TASK
+from mixture import LARGEST_TASK
 from processes import run, torchrun
 from ranks import COMMON
 from safetensors.torch import load_file, save_file
@@ -176,7 +176,7 @@ def test_the_planned_peak_is_near_that_of_four_ranks(four_ranks):
     """Only what a step adds is compared: weights, optimizer state and batch exist before it. The plan is for GPUs, but
     attention needs about as much memory here."""
     for name, measured in facts(four_ranks)["memory"].items():
-        recipe = Recipe.load("demo", [*MEASURED, *PLANNED[name]])
+        recipe = Recipe.load("mixture", [*MEASURED, *PLANNED[name]])
         modalities = recipe.make_modalities()
         found = plan(recipe, modalities, StepBatches(recipe, modalities).classes, 4, "h100", 0.4)
         steps = [step.memory for (task, _), step in found.steps.items() if task == "stills"]
@@ -401,7 +401,7 @@ def compute(folder: Path, out: Path) -> dict[str, Any]:
 
 def peak_of(changes: list[str], run: Path) -> int:
     """The peak memory of the demo's largest task, on the rank that needs most."""
-    recipe = Recipe.load("demo", [*MEASURED, *changes])
+    recipe = Recipe.load("mixture", [*MEASURED, *changes])
     return max(distributed.all_gather_object(peak_memory(recipe, run, Trainer)))
 
 

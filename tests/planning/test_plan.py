@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from demo import LARGEST_TASK
+from mixture import LARGEST_TASK
 from processes import run, torchrun
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -109,7 +109,7 @@ def test_flops_are_those_that_the_run_records(little_data, little_run):
 
 def test_the_planned_peak_is_near_the_measured_one(tmp_path):
     """On this CPU, in the precision that it trains in."""
-    recipe = Recipe.load("demo", LARGEST_TASK)
+    recipe = Recipe.load("mixture", LARGEST_TASK)
     classes = StepBatches(recipe, recipe.make_modalities()).classes
     counted = [
         step_memory(recipe, recipe.make_modalities(), classes, "stills", view, "auto", on_gpu=False).peak.total()
@@ -121,7 +121,7 @@ def test_the_planned_peak_is_near_the_measured_one(tmp_path):
 def test_the_planned_peak_of_an_update_with_muon_is_near_the_measured_one(tmp_path):
     """Muon's iterations need most for square matrices. With few examples, the peak is in the update."""
     model = [f"model.{change}" for change in ("moe=null", "width=256", "mlp_dim=256", "layers=6")]
-    recipe = Recipe.load("demo", [*LARGEST_TASK, *model, "tasks.stills.batch_size=8"])
+    recipe = Recipe.load("mixture", [*LARGEST_TASK, *model, "tasks.stills.batch_size=8"])
     modalities = recipe.make_modalities()
     found = plan(recipe, modalities, StepBatches(recipe, modalities).classes, 1, "h100", 0.4)
     (planned,) = {

@@ -15,7 +15,8 @@ def bomb(start: str, each: str) -> str:
     return "\n".join(lines)
 
 
-BUNDLED = ["demo", "public", "imp_s", "imp_b", "imp_m", "imp_l", "imp_moe_s", "imp_moe_b", "imp_moe_l"]
+SIZES = ["imp_s", "imp_b", "imp_m", "imp_l", "imp_moe_s", "imp_moe_b", "imp_moe_l"]
+BUNDLED = ["demo", "mixture", "icons", "public", *SIZES]
 
 
 @pytest.fixture

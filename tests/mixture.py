@@ -1,4 +1,4 @@
-"""The demo recipe as tests train it to measure memory."""
+"""The recipe mixture as tests train it to measure memory."""
 
 LARGEST_TASK = [
     "evaluation={}",
