@@ -141,7 +141,8 @@ class DemoStep(Step):
 def demo_steps(smoke: bool, folder: Path) -> tuple[DemoStep, DemoStep]:
     """The demo's most frequent step on one thread and on two."""
     small = ["sources.stills.limit=64", "tasks.stills.batch_size=8", "sources.stills.cache=none"]
-    changes = ["tasks.clips.weight=0", "tasks.notes.weight=0", "train.num_workers=0", "train.precision=bf16"]
+    others = [f"tasks.{name}.weight=0" for name in ("icons", "clips", "notes")]
+    changes = [*others, "train.num_workers=0", "train.precision=bf16"]
     with console.capture():
         trainer = Trainer(Recipe.load("demo", [*changes, *(small if smoke else [])]), folder)
     step = next(i for i, visit in enumerate(trainer.data.schedule) if visit.view == 1)

@@ -508,10 +508,10 @@ def test_report_writes_a_page_or_says_why_not(openimp, refused, little_run, tmp_
 
 def test_demo_is_the_bundled_recipe(openimp, tmp_path):
     """A few steps of it: `make demo` trains it whole."""
+    kinds = ("stills", "icons", "clips", "notes")
     changes = sets("train.steps=2", "evaluation={}", "model.width=48", "model.heads=3", "model.mlp_dim=48",
-                   "sources.stills.cache=none", "sources.clips.cache=none", "sources.notes.cache=none",
-                   "tasks.stills.batch_size=4", "tasks.clips.batch_size=4", "tasks.notes.batch_size=4",
-                    "train.num_workers=0")  # fmt: skip
+                   "train.num_workers=0", *(f"sources.{kind}.cache=none" for kind in kinds),
+                   *(f"tasks.{kind}.batch_size=4" for kind in kinds))  # fmt: skip
     code, out, err = openimp("demo", "--run", tmp_path / "run", *changes)
     assert (code, err) == (0, "")
     assert f"The run is in {tmp_path / 'run'}" in out.replace("\n", "")

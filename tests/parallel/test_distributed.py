@@ -95,7 +95,7 @@ EVALUATED = {
 }
 """Layouts in which all kinds of evaluation sets are measured."""
 MEASURED = [*LARGEST_TASK, "train.precision=bf16", "tasks.stills.batch_size=384"]
-"""With twice the demo's batch, so that buffers of asynchronous communication matter less."""
+"""With twice the recipe's batch, so that buffers of asynchronous communication matter less."""
 PLANNED = {
     "shards": ["parallel.shard_degree=4"],
     "replicas": ["parallel.shard_degree=1"],
@@ -400,7 +400,7 @@ def compute(folder: Path, out: Path) -> dict[str, Any]:
 
 
 def peak_of(changes: list[str], run: Path) -> int:
-    """The peak memory of the demo's largest task, on the rank that needs most."""
+    """The peak memory of the largest task of mixture, on the rank that needs most."""
     recipe = Recipe.load("mixture", [*MEASURED, *changes])
     return max(distributed.all_gather_object(peak_memory(recipe, run, Trainer)))
 
