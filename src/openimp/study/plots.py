@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def draw_scores(outcomes: Outcomes) -> Figure:
 def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]]) -> Figure:
     """The mean score of each arm against its training FLOPs on a logarithmic axis, with the standard deviation.
 
-    A line connects the arms of each of the `curves`, and the legend names the shortest of them.
+    A line connects the arms of each of the `curves`. The legend has the parts of their names that all have in common.
     """
     figure = Figure(figsize=(9, 4.4))
     axis = figure.subplots()
@@ -67,7 +68,8 @@ def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]]) -> F
             percent = [[100 * mean for mean in means[arm]] for arm in arms]
             deviation = [statistics.stdev(values) if len(values) > 1 else 0 for values in percent]
             middle = [statistics.mean(values) for values in percent]
-            label = min(arms, key=len)
+            parts = commonprefix([arm.split(", ") for arm in arms])
+            label = ", ".join(parts) or min(arms, key=len)
             axis.errorbar(flops, middle, yerr=deviation, fmt="o-", linewidth=1, capsize=3, label=label)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
