@@ -23,6 +23,7 @@ from openimp.recipe.file import find_file
 from openimp.recipe.schema import Recipe
 from openimp.study.budget import SMOKE_ROWS, part_recipe
 from openimp.study.outcome import Outcome
+from openimp.study.plots import draw_against_flops
 from openimp.study.results import curves_of, write_results
 from openimp.study.run import run_study
 from openimp.study.schema import Study, file_name, read_study
@@ -115,6 +116,13 @@ def test_an_arm_starts_from_the_model_of_another(done):
 def test_arms_that_differ_only_in_their_flops_are_one_curve(done):
     study, _ = read_study(str(done[0]), smoke=False)
     assert sorted(curves_of(study)) == [["alone"], ["continued"], ["half", "together"]]
+
+
+def test_the_legend_names_what_the_arms_of_a_curve_share():
+    arms = ["dense", "8 experts, shared, 60 TFLOPs", "8 experts, shared, 12 TFLOPs", "half", "whole run"]
+    outcomes = {arm: [Outcome({"heard": 0.5}, flops=10**13)] for arm in arms}
+    figure = draw_against_flops(outcomes, [arms[:1], arms[1:3], arms[3:]])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "8 experts, shared", "half"]
 
 
 def test_a_summed_round_takes_every_task_once(little_data):

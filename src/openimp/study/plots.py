@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -68,8 +68,9 @@ def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]]) -> F
             percent = [[100 * mean for mean in means[arm]] for arm in arms]
             deviation = [statistics.stdev(values) if len(values) > 1 else 0 for values in percent]
             middle = [statistics.mean(values) for values in percent]
-            parts = commonprefix([arm.split(", ") for arm in arms])
-            label = ", ".join(parts) or min(arms, key=len)
+            parts = zip(*(arm.split(", ") for arm in arms))
+            shared = [part for part, *_ in takewhile(lambda each: len(set(each)) == 1, parts)]
+            label = ", ".join(shared) or min(arms, key=len)
             axis.errorbar(flops, middle, yerr=deviation, fmt="o-", linewidth=1, capsize=3, label=label)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
