@@ -21,8 +21,8 @@ BUNDLED_ROWS = {
 }  # fmt: skip
 """Rows of evaluation in the bundled subset, by (set_split, split)."""
 
-COMMON = 8
-"""Sets for training that must have a name for the demo to use it."""
+MIN_SETS = 8
+"""Number of sets for training that must have a name for the demo to use it."""
 
 Row = dict[str, Any]
 
@@ -61,11 +61,11 @@ def add_splits(rows: list[Row], held_out: dict[str, str]) -> None:
 
 
 def mark_demo(rows: list[Row], held_out: Iterable[str]) -> None:
-    """Adds whether the demo uses each row: at least `COMMON` sets for training have the name, and it is not related to
-    a held-out emoji.
+    """Adds whether the demo may use a row: at least `MIN_SETS` sets for training have its name, and the name is not
+    related to a held-out emoji.
 
-    Related names contain all words of a key of `held_out` ("shield off", "shield"), or have its letters ("lightbulb",
-    "bulb light"). An s at the end of a word does not count.
+    A name is related if it contains all words of one of the keys `held_out` ("shield off" and "shield"), or has the
+    same letters ("lightbulb" and "bulb light"). An s at the end of a word does not count.
     """
     keys = [words_of(key) for key in held_out]
     letters = {"".join(sorted("".join(key))) for key in keys}
@@ -74,7 +74,7 @@ def mark_demo(rows: list[Row], held_out: Iterable[str]) -> None:
         if row["set_split"] == "train":
             sets[row["name"]].add(row["set"])
     wanted = set()
-    for name in (name for name, of in sets.items() if len(of) >= COMMON):
+    for name in (name for name, of in sets.items() if len(of) >= MIN_SETS):
         words = words_of(name)
         if "".join(sorted("".join(words))) not in letters and not any(key <= words for key in keys):
             wanted.add(name)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from icon_splits import COMMON, held_out_keys, key_of, mark_demo
+from icon_splits import MIN_SETS, held_out_keys, key_of, mark_demo
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,15 +140,19 @@ def test_the_demo_uses_names_of_many_sets_that_are_not_related_to_held_out_emoji
         return [{"name": name, "set": f"{set_split}{i}", "set_split": set_split} for i in range(number)]
 
     icons = [
-        *rows("star", COMMON),
+        *rows("star", MIN_SETS),
         *rows("star", 1, "test"),
-        *rows("bus", COMMON, "test"),
-        *2 * rows("sea", COMMON - 1),
+        *rows("bus", MIN_SETS, "test"),
+        *2 * rows("sea", MIN_SETS - 1),
     ]
     related = ["shields", "shield off", "lightbulb", "alarm light bulb"]
-    icons += [row for name in (*related, "light", "bulb") for row in rows(name, COMMON)]
+    icons += [row for name in (*related, "light", "bulb") for row in rows(name, MIN_SETS)]
     mark_demo(icons, ["shield", "bulb light"])
-    assert Counter(row["name"] for row in icons if row["demo"]) == {"star": COMMON + 1, "light": COMMON, "bulb": COMMON}
+    assert Counter(row["name"] for row in icons if row["demo"]) == {
+        "star": MIN_SETS + 1,
+        "light": MIN_SETS,
+        "bulb": MIN_SETS,
+    }
 
 
 def test_a_second_build_from_an_archive_gives_the_same_bytes(package, out, tmp_path):

@@ -17,7 +17,7 @@ UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3
 """Letters of languages that are written without spaces: Thai, Lao, Burmese, Khmer, Japanese and Chinese."""
 EPOCHS, EPOCH_ROWS = 40, 5000
 """A source of `EPOCH_ROWS` rows is seen `EPOCHS` times, and one of 16 times as many rows half as often. The demo sees
-its stills 92 times, and the recipe for 48,000 icons sees those 22 times."""
+its stills 89 times, and the recipe for 48,000 icons sees those 22 times."""
 MIN_STEPS = 200
 MANY_ROWS = 2_000_000
 """Rows above which a large GPU gets a large model."""
