@@ -1,6 +1,7 @@
 """Sources on real files: every format, as tables and as streams, hostile paths, and what goes wrong."""
 
 import csv
+import datetime
 import functools
 import hashlib
 import http.server
@@ -25,7 +26,7 @@ from PIL import Image
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
-from openimp.data import files, hub, parquet, tar_tables, tars
+from openimp.data import files, hub, parquet, tables, tar_tables, tars
 from openimp.data.sources import open_source
 from openimp.data.streams import Stream
 from openimp.data.tables import Rows, Table, Unreadable
@@ -211,7 +212,7 @@ def test_json_manifest(tmp_path, form):
 
 
 def test_several_manifests_and_chunks_are_one_table(tmp_path, monkeypatch):
-    monkeypatch.setattr("openimp.data.sources.CHUNK", 3)
+    monkeypatch.setattr("openimp.data.manifests.PYTHON_ROWS", 3)
     for part in range(2):
         lines = [json.dumps({"n": i, "x": None if i < 3 else "late"}) for i in range(5)]
         (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
@@ -349,6 +350,44 @@ def test_where_comes_before_part_and_limit_after_it(tmp_path):
 def test_parts_that_cannot_be(part, message):
     with pytest.raises(ValueError, match=message):
         Source(path="m.csv", part=part)
+
+
+def test_where_asks_python_about_distinct_values_only(tmp_path, monkeypatch):
+    """Of a column with few values in a million rows, or about none at all if the column holds texts."""
+    rows = 3000
+    columns = {
+        "text": [None if i % 7 == 0 else f"split {i % 5}" for i in range(rows)],
+        "number": [i % 5 for i in range(rows)],
+        "float": [None if i % 7 == 0 else (i % 5) / 2 for i in range(rows)],
+        "bool": [i % 5 == 0 for i in range(rows)],
+        "date": [datetime.date(2020, 1, 1 + i % 5) for i in range(rows)],
+        "list": [[f"tag {i % 5}", None, "x"][: i % 4] if i % 7 else None for i in range(rows)],
+        "lists": [[[i % 5]] for i in range(rows)],
+        "struct": [{"split": i % 5} for i in range(rows)],
+        "all": ["same"] * rows,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet", row_group_size=700)
+    asked = []
+    really = tables.matches
+    monkeypatch.setattr(tables, "matches", lambda cell, wanted: (asked.append(cell), really(cell, wanted))[1])
+    for column, wanted, most_asked in [
+        ("text", "split 3", 0),
+        ("text", ["split 1", "split 2"], 0),
+        ("number", 3, 5),
+        ("number", "3", 5),
+        ("float", "0.5", 6),
+        ("bool", True, 2),
+        ("date", "2020-01-02", 5),
+        ("list", "tag 3", 0),
+        ("lists", "[3]", rows),
+        ("struct", "{'split': 3}", rows),
+    ]:
+        asked.clear()
+        where = {"all": "same", column: wanted}
+        table = open_source("x", Source(path=f"{tmp_path}/x.parquet", where=where))
+        expected = [i for i, cell in enumerate(columns[column]) if really(cell, wanted)]
+        assert [table.row_name(i) for i in range(len(table))] == [f"x.parquet[{i}]" for i in expected]
+        assert len(asked) <= most_asked, column
 
 
 def test_where_knows_booleans(tmp_path):
@@ -878,7 +917,7 @@ def test_corrupt_files(tmp_path, stream):
         ("x.csv", b"a,b\n", "has no rows"),
         ("x.csv", b"a,b\n1,2,3\n", "line 2 has 3 cells, the header 2"),
         ("x.csv", b'a,b\n\n"1\n1",2\n\n"1\n1",2,3\n', "line 6 has 3 cells, the header 2"),
-        ("x.csv", b"a\n\n1\n" + b"x" * 200_000, "line 4: field larger than field limit"),
+        ("x.csv", b"a,b\n\n1\n" + b"x" * 200_000, "line 4: field larger than field limit"),
         ("x.csv", b"a,a\n1,2\n", "names a column twice"),
         ("x.csv", b"file;n\na.png;1,5\n", "x.csv: the header 'file;n' has no comma"),
         ("x.jsonl", b'{"a": 1}\n\n \n{"a": nonsense}\n', "x.jsonl: line 4, column 7: Expecting value"),
@@ -910,10 +949,43 @@ def test_a_parquet_file_that_unpacks_to_far_more_than_it_has(tmp_path, cache, st
     assert (tmp_path / "x.parquet").stat().st_size < 100_000
     before = pa.default_memory_pool().max_memory()
     monkeypatch.setattr(parquet, "MIN_LIMIT", 2**18)
-    with pytest.raises(UserError, match=r"bytes and unpacks to more than [0-9,]+, .* split it into smaller ones"):
+    with pytest.raises(UserError, match=r"unpacks to more than [0-9,]+ bytes, .* split it into smaller ones"):
         in_order(f"{tmp_path}/x.parquet", stream, rows)
     assert pa.default_memory_pool().max_memory() - before < 300e6
     assert sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) < 2**26
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ordinary_parquet_files_are_unpacked_in_large_batches(tmp_path, stream, monkeypatch):
+    """Also if their texts share a dictionary, and if a row group is larger than a batch may be."""
+    rows = 60_000
+    captions = [f"a picture of {i % 5000} things, taken on day {i}" + " and more" * 30 for i in range(rows)]
+    columns = {"file": [f"{i}.jpg" for i in range(rows)], "caption": captions, "tags": [["red", "blue"]] * rows}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet", row_group_size=rows)
+    monkeypatch.setattr(parquet, "WORST_BATCH_BYTES", 2**23)  # as 128 MiB for a row group of a million rows
+    batches = []
+    of_file = parquet._batches
+    monkeypatch.setattr(parquet, "_batches", lambda *a: (batches.append(len(b)) or b for b in of_file(*a)))
+    assert len(in_order(f"{tmp_path}/x.parquet", stream, rows)[0]) == rows
+    assert sum(batches) >= 5000 * len(batches)  # A stream reads ahead, into its second epoch.
+
+
+def test_a_long_value_in_a_dictionary_makes_batches_small(tmp_path, monkeypatch):
+    """Wherever the value is: in a column, a struct or a list, and also if it is of a fixed length."""
+    monkeypatch.setattr(parquet, "WORST_BATCH_BYTES", 2**23)
+    rows = 2000
+    long = b"x" * 2**16
+    columns = {
+        "plain": pa.array([long] * rows),
+        "fixed": pa.array([long] * rows, pa.binary(len(long))),
+        "struct": pa.array([{"bytes": long}] * rows),
+        "list": pa.array([[long]] * rows),
+    }
+    for name, column in columns.items():
+        pq.write_table(pa.table({"x": column}), tmp_path / "x.parquet", compression="zstd", row_group_size=rows)
+        with (tmp_path / "x.parquet").open("rb") as file:
+            first_batch = next(parquet._batches(file, None))
+        assert first_batch.nbytes <= parquet.WORST_BATCH_BYTES, name
 
 
 def test_millions_of_equal_labels_are_no_bomb(tmp_path):
@@ -926,7 +998,7 @@ def test_millions_of_equal_labels_are_no_bomb(tmp_path):
 
 
 def test_chunks_of_different_types(tmp_path, monkeypatch):
-    monkeypatch.setattr("openimp.data.sources.CHUNK", 1)
+    monkeypatch.setattr("openimp.data.manifests.PYTHON_ROWS", 1)
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": ["b"]}')
     fails("mixes types", path=f"{tmp_path}/x.jsonl")
 

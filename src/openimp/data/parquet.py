@@ -1,16 +1,17 @@
 """Reads Parquet files with Hugging Face `datasets`, and limits their unpacked size.
 
 Dictionary encoding stores a long value once for any number of rows, so a file of a few hundred bytes can unpack to
-terabytes. Therefore rows are unpacked in small batches and their bytes are counted. `datasets` itself would unpack a
-whole row group before returning its first row.
+terabytes. Therefore rows are unpacked in batches that are small enough for the longest value of their row group, and
+the bytes of the batches are counted. `datasets` itself would unpack a whole row group before returning its first row.
 """
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
@@ -20,11 +21,18 @@ from openimp.data.files import is_url
 MAX_EXPANSION, MIN_LIMIT = 100, 2**30
 """A file may unpack to `MAX_EXPANSION` times its size, or to `MIN_LIMIT` bytes if that is more. The minimum is for
 columns of equal labels, which take almost no space in a file."""
-BATCH_ROWS, BATCH_BYTES = 1000, 2**26
-"""Most rows that are unpacked at once. If values are long, fewer rows, so that they fit into `BATCH_BYTES`."""
-MAX_MERGED, MERGED_BYTES = 1000, 2**24
-"""Batches are merged into tables of `MAX_MERGED` batches or about `MERGED_BYTES` bytes, because many small tables would
-waste memory."""
+BATCH_ROWS = 10_000
+"""Most rows of a batch."""
+BATCH_BYTES = 2**26
+"""Bytes of a batch if its rows are as long as the average row of the row group."""
+WORST_BATCH_BYTES = 2**27
+"""Most bytes of a batch, whatever its rows hold."""
+BUFFER = 2**16
+"""Bytes that are read at once to see the beginning of a column chunk."""
+MAX_MERGED = 1000
+"""Most batches that are merged into one table."""
+MERGED_BYTES = 2**24
+"""Bytes of merged batches from which on they are one table. Many small tables would waste memory."""
 
 
 def open_files(files: list[str], cache: str, streaming: bool) -> Any:
@@ -51,28 +59,63 @@ class BoundedParquet(Parquet):
                     yield Key(i, j), self._cast_table(table)
 
 
-def _tables(file: str, handle: Any, groups: Any) -> Iterator[pa.Table]:
-    size = handle.seek(0, os.SEEK_END)
-    limit, unpacked, handed_on = max(MIN_LIMIT, MAX_EXPANSION * size), 0, 0
-    parquet = pq.ParquetFile(handle)
+def _tables(file: str, handle: Any, row_groups: Iterable[int] | None) -> Iterator[pa.Table]:
+    limit = max(MIN_LIMIT, MAX_EXPANSION * handle.seek(0, os.SEEK_END))
+    unpacked_bytes = 0
     waiting: list[pa.RecordBatch] = []
-    for batch in parquet.iter_batches(_rows_at_once(parquet.metadata), groups and [*groups]):
-        unpacked += batch.nbytes
-        if unpacked > limit:
+    waiting_bytes = 0
+    for batch in _batches(handle, row_groups):
+        unpacked_bytes += batch.nbytes
+        if unpacked_bytes > limit:
             raise ValueError(
-                f"{os.path.basename(file)} has {size:,} bytes and unpacks to more than {limit:,}, the limit for its "
-                "size; if you trust the file, split it into smaller ones"
+                f"{os.path.basename(file)} unpacks to more than {limit:,} bytes, the limit for its size; if you trust "
+                "the file, split it into smaller ones"
             )
         waiting.append(batch)
-        if len(waiting) == MAX_MERGED or unpacked - handed_on >= MERGED_BYTES:
+        waiting_bytes += batch.nbytes
+        if len(waiting) == MAX_MERGED or waiting_bytes >= MERGED_BYTES:
             yield pa.Table.from_batches(waiting)
-            waiting, handed_on = [], unpacked
+            waiting = []
+            waiting_bytes = 0
     if waiting:
         yield pa.Table.from_batches(waiting)
 
 
-def _rows_at_once(metadata: Any) -> int:
-    """Number of rows that fit into `BATCH_BYTES` even if each row is as long as the largest row group unpacked."""
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    sizes = (sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)) for group in groups)
-    return min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, max(sizes, default=1))))
+def _batches(handle: Any, row_groups: Iterable[int] | None) -> Iterator[pa.RecordBatch]:
+    """The rows of some row groups or of all, in batches of at most `WORST_BATCH_BYTES`."""
+    parquet = pq.ParquetFile(handle)
+    for number in range(parquet.num_row_groups) if row_groups is None else row_groups:
+        group = parquet.metadata.row_group(number)
+        if not group.num_rows:
+            continue
+        chunks = [group.column(i) for i in range(group.num_columns)]
+        average_row = sum(chunk.total_uncompressed_size for chunk in chunks) // group.num_rows
+        rows = min(BATCH_ROWS, BATCH_BYTES // max(1, average_row))
+        # No value is longer than its column chunk, but the longest is only looked for if that does not settle it.
+        longest_row = sum(chunk.total_uncompressed_size for chunk in chunks)
+        if min(rows, group.num_rows) * longest_row > WORST_BATCH_BYTES:
+            longest_row = average_row + sum(_longest_value(handle, parquet.schema, number, chunk) for chunk in chunks)
+            rows = min(rows, WORST_BATCH_BYTES // max(1, longest_row))
+        yield from parquet.iter_batches(max(1, rows), [number])
+
+
+def _longest_value(handle: Any, schema: Any, group: int, chunk: Any) -> int:
+    """The bytes of the longest value that a column chunk can repeat without storing it again."""
+    column = next(schema.column(i) for i in range(len(schema)) if schema.column(i).path == chunk.path_in_schema)
+    if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
+        return int(column.length)
+    if "DELTA_BYTE_ARRAY" in chunk.encodings:  # A value can repeat a part of the value before it.
+        return int(chunk.total_uncompressed_size)
+    if column.physical_type != "BYTE_ARRAY" or not chunk.has_dictionary_page:
+        return 0
+    # With `buffer_size`, only the pages at the beginning of the chunk are read; the first is the dictionary.
+    beginning = pq.ParquetFile(handle, read_dictionary=[column.path], buffer_size=BUFFER)
+    first_row = next(beginning.iter_batches(1, [group], columns=[column.path]))
+    return max(map(_longest_dictionary_value, first_row.columns))
+
+
+def _longest_dictionary_value(array: pa.Array) -> int:
+    if pa.types.is_dictionary(array.type):
+        return pc.max(pc.binary_length(array.dictionary)).as_py() or 0
+    inner = array.flatten()  # of a struct, a list of arrays; of a list, one array
+    return max(map(_longest_dictionary_value, inner if isinstance(inner, list) else [inner]), default=0)

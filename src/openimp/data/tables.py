@@ -3,7 +3,7 @@
 import bisect
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -21,7 +21,7 @@ from openimp.recipe.tasks import Part
 MAX_CHECKED_FILES = 10_000
 """Media files of a source that are opened at every start to see whether one has changed."""
 CHUNK = 10_000
-"""Rows whose values are in memory at once, to divide a table into parts."""
+"""Rows whose values are in memory at once while all values of a column are looked at."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +147,23 @@ class Table(Rows, ABC):
         """Selects the rows that match a source's `where`, see `matches`, and returns the table."""
         self.require(where, f"sources.{self.name}.where")
         for column, wanted in where.items():
-            cells = self.column(column)
-            kept = [i for i, cell in enumerate(cells) if matches(cell, wanted)]
-            if not kept:
-                values = sorted({as_text(cell) for cell in cells[:1000]})[:5]
+            kept = self._matching(column, wanted)
+            if not len(kept):
+                cells = (row[column] for row in self.rows(range(min(len(self), 1000)), [column]))
+                values = sorted({as_text(cell) for cell in cells})[:5]
                 raise UserError(
                     f"source {self.name} ({self.path}): no row has {column} = {wanted!r}; it holds {', '.join(values)}"
                 )
-            self._kept = np.asarray(self._stored(kept), dtype=np.int64)
+            self._kept = kept
         return self
+
+    def _matching(self, column: str, wanted: Any) -> np.ndarray:
+        """The stored numbers of the selected rows whose cell in a column matches, see `matches`."""
+        matching: list[int] = []
+        for stored in self._stored_chunks():
+            cells = self._column(column, stored)
+            matching += [row for row, cell in zip(stored, cells) if matches(cell, wanted)]
+        return np.asarray(matching, dtype=np.int64)
 
     def select(self, part: Part | None) -> "Table":
         """Selects the rows of the parts that a source's `part` selects, of those selected, and returns the table."""
@@ -174,8 +182,7 @@ class Table(Rows, ABC):
     def parts(self, of: int, by: str | None) -> list[int]:
         """The part of each selected row, see `part_of`."""
         found = []
-        for start in range(0, len(self), CHUNK):  # All texts of a large table would not fit into memory.
-            stored = self._stored(range(start, min(start + CHUNK, len(self))))
+        for stored in self._stored_chunks():
             values = self._column(by, stored) if by else [None] * len(stored)
             found += [part_of(value, row, of) for value, row in zip(values, stored)]
         return found
@@ -190,6 +197,11 @@ class Table(Rows, ABC):
     def _stored(self, indices: Sequence[int]) -> Sequence[int]:
         """The stored numbers of selected rows."""
         return indices if self._kept is None else self._kept[np.asarray(indices, dtype=np.int64)].tolist()
+
+    def _stored_chunks(self) -> Iterator[Sequence[int]]:
+        """The stored numbers of all selected rows, `CHUNK` at a time: all texts of a table may not fit into memory."""
+        for start in range(0, len(self), CHUNK):
+            yield self._stored(range(start, min(start + CHUNK, len(self))))
 
 
 class ArrowTable(Table):
@@ -217,11 +229,21 @@ class ArrowTable(Table):
         return self._data.num_rows
 
     def _column(self, column: str, rows: Sequence[int]) -> list[Any]:
-        # One scalar at a time, because `take` would first copy all chunks of the column into one.
         chunked = self._data.column(column)
-        values = [chunked[int(row)].as_py() for row in rows]
+        if isinstance(rows, range) and rows.step == 1:
+            values = chunked.slice(rows.start, len(rows)).to_pylist()
+        else:  # One scalar at a time, because `take` would first copy all chunks of the column into one.
+            values = [chunked[int(row)].as_py() for row in rows]
         names = self._names.get(column)
         return [class_name(value, names) for value in values] if names else values
+
+    def _matching(self, column: str, wanted: Any) -> np.ndarray:
+        mask = None
+        if column in self._names or column not in self.converted:
+            mask = _arrow_mask(self._data.column(column), wanted, self._names.get(column))
+        if mask is None:
+            return super()._matching(column, wanted)
+        return np.flatnonzero(mask) if self._kept is None else self._kept[mask[self._kept]]
 
     @property
     def converted(self) -> set[str]:
@@ -252,14 +274,49 @@ class ArrowTable(Table):
         import pyarrow.compute as pc
 
         values = self._data.column(column)
-        rows: Sequence[int] = range(len(self)) if self._kept is None else self._kept.tolist()
         if pa.types.is_struct(values.type) and values.type.get_field_index("path") >= 0:
             embedded = pc.is_valid(pc.struct_field(values, "bytes"))
-            values = pc.struct_field(values, "path")
-            rows = [row for row in rows if not embedded[row].as_py()]
+            values = pc.if_else(embedded, None, pc.struct_field(values, "path"))
         if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
             return []
-        return [path for path in (values[row].as_py() for row in rows) if path]
+        if self._kept is not None:
+            values = values.take(pa.array(self._kept))
+        return [path for path in values.to_pylist() if path]
+
+
+def _arrow_mask(values: Any, wanted: Any, names: list[str] | None) -> np.ndarray | None:
+    """Which cells of a pyarrow.ChunkedArray match, see `matches`. None: Arrow cannot tell for this type.
+
+    `names` are the class names of a column of class numbers.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = values.type
+    texts = _as_texts(wanted)
+    matching: list[Any]
+    if names is not None:
+        matching = [number for number, name in enumerate(names) if name in texts]
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        matching = texts
+    elif pa.types.is_primitive(kind):
+        matching = [value for value in values.unique().to_pylist() if matches(value, wanted)]
+    elif pa.types.is_list(kind) and (pa.types.is_string(kind.value_type) or pa.types.is_primitive(kind.value_type)):
+        return np.concatenate([_arrow_list_mask(chunk, wanted) for chunk in values.chunks])
+    else:
+        return None
+    return np.asarray(pc.is_in(values, value_set=pa.array(matching, kind)).to_numpy())
+
+
+def _arrow_list_mask(lists: Any, wanted: Any) -> np.ndarray:
+    """Which lists of a pyarrow.ListArray hold an item that matches."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    items = _arrow_mask(pa.chunked_array([lists.flatten()]), wanted, None)
+    mask = np.zeros(len(lists), dtype=bool)
+    mask[pc.list_parent_indices(lists).to_numpy()[items]] = True
+    return mask
 
 
 def class_name(number: int | None, names: list[str]) -> str | None:
@@ -299,5 +356,9 @@ def matches(cell: Any, wanted: Any) -> bool:
     if isinstance(cell, UnreadableRest):
         return True
     cells = cell if isinstance(cell, list) else [cell]
-    texts = [as_text(item) for item in (wanted if isinstance(wanted, list) else [wanted])]
+    texts = _as_texts(wanted)
     return any(item is not None and as_text(item) in texts for item in cells)
+
+
+def _as_texts(wanted: Any) -> list[str]:
+    return [as_text(item) for item in (wanted if isinstance(wanted, list) else [wanted])]

@@ -1,0 +1,205 @@
+"""Manifests: tables in CSV, JSON Lines or JSON files.
+
+Arrow reads them, with fixed types: `datasets` and pandas guess the type of a column, so "007" becomes 7, a caption
+"None" is lost, and what looks like a date becomes one. Python's own readers read what Arrow refuses, more slowly. They
+accept a little more, and their errors name the line.
+"""
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+
+from openimp.common.errors import UserError, counted
+from openimp.common.safe_files import cache_folder, replacing
+from openimp.data.files import fingerprint, stable_hash
+from openimp.data.tables import ArrowTable
+
+PYTHON_ROWS = 10_000
+"""Rows that Python reads and converts to Arrow at once. The first ones determine the types of a JSON Lines file."""
+BLOCK_BYTES = 2**24
+"""Bytes that Arrow parses at once, and so the longest row that it reads."""
+CACHED_BYTES = 2**26
+"""Bytes of manifests from which on their table is kept in a file in the cache folder. Smaller ones are read faster than
+`datasets`, which opens the file, is imported."""
+LAYOUT = 1
+"""Version of the files in the cache folder. Files of another version are not read but written again."""
+
+
+def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path) -> ArrowTable:
+    """Opens CSV files, or JSON Lines or JSON lists of objects; columns that hold paths start at `root`.
+
+    The cells of a CSV file are text, and an empty one is missing.
+    """
+    data, rows_by_file = _read_or_reopen(name, path, files)
+    if not data.num_rows:
+        raise UserError(f"source {name} ({path}) has no rows")
+    named_counts = [(Path(file).name, rows) for file, rows in zip(files, rows_by_file)]
+    return ArrowTable(name, path, data, partial(fingerprint, base, files), root, named_counts)
+
+
+def _read_or_reopen(name: str, path: str, files: list[str]) -> tuple[Any, list[int]]:
+    """The rows of all files, and the number of rows of each file.
+
+    Large tables are memory-mapped, so that opening them again takes no time, and processes share their memory.
+    """
+    if sum(map(os.path.getsize, files)) < CACHED_BYTES:
+        return _read_all(name, path, files)
+    states = [(os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    cached: Path | None = None
+    with suppress(OSError, UserError, pa.ArrowException):  # There is none yet, or no cache folder of one's own.
+        cached = cache_folder("manifests") / f"{stable_hash([LAYOUT, *states])}.arrow"
+        return _map(cached)
+    data, rows_by_file = _read_all(name, path, files)
+    with suppress(OSError):
+        if cached is not None:
+            _write(cached, data, rows_by_file)
+            return _map(cached)
+    return data, rows_by_file
+
+
+def _map(file: Path) -> tuple[Any, list[int]]:
+    from datasets.table import MemoryMappedTable  # A pickled one is the path of its file.
+
+    data = MemoryMappedTable.from_file(str(file))
+    return data, json.loads(data.schema.metadata[b"rows_by_file"])
+
+
+def _write(file: Path, data: pa.Table, rows_by_file: list[int]) -> None:
+    data = data.replace_schema_metadata({"rows_by_file": json.dumps(rows_by_file)})
+    with replacing(file) as draft, pa.ipc.new_stream(draft, data.schema) as writer:
+        writer.write_table(data)
+
+
+def _read_all(name: str, path: str, files: list[str]) -> tuple[pa.Table, list[int]]:
+    tables: list[pa.Table] = []
+    for file in files:
+        try:
+            tables.append(_read_csv(file) if Path(file).suffix.lower() == ".csv" else _read_json(file))
+        except UnicodeDecodeError:
+            raise UserError(f"source {name}: {file}: is not UTF-8 text") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"source {name}: {file}: {error}") from None
+    try:
+        data = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UserError(f"source {name}: {path}: a column mixes types: {error}") from None
+    return data, [table.num_rows for table in tables]
+
+
+def _read_csv(file: str) -> pa.Table:
+    with suppress(csv.Error, pa.ArrowException):
+        with open(file, encoding="utf-8-sig", newline="") as lines:  # -sig: Excel writes a byte order mark first.
+            header = _csv_header(csv.reader(lines))
+        table = pyarrow.csv.read_csv(
+            file,
+            pyarrow.csv.ReadOptions(block_size=BLOCK_BYTES),
+            pyarrow.csv.ParseOptions(newlines_in_values=True),
+            pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(header, pa.string()), null_values=[""], strings_can_be_null=True
+            ),
+        )
+        if table.column_names == header:
+            return table
+    return _to_arrow(_csv_rows(file))
+
+
+def _csv_header(lines: Any) -> list[str]:
+    """The first line of a `csv.reader`; ValueError if it cannot be the header of a table."""
+    header: list[str] = next(lines, [])
+    if len(header) == 1 and re.search("[;\t|]", header[0]):
+        raise ValueError(f"the header {header[0]!r} has no comma; write the columns separated by commas")
+    if len(set(header)) < len(header):
+        raise ValueError(f"the header names a column twice: {', '.join(header)}")
+    return header
+
+
+def _csv_rows(file: str) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file with a header; any other file is a ValueError.
+
+    Its message names the line. A row that spans several lines has the first one's number.
+    """
+    with open(file, encoding="utf-8-sig", newline="") as handle:
+        lines = csv.reader(handle)
+        try:
+            header = _csv_header(lines)
+            end = lines.line_num
+            for cells in lines:
+                line, end = end + 1, lines.line_num
+                if len(cells) > len(header):
+                    raise ValueError(f"line {line} has {counted(len(cells), 'cell')}, the header {len(header)}")
+                if cells:
+                    yield dict.fromkeys(header) | {column: cell or None for column, cell in zip(header, cells)}
+        except csv.Error as error:
+            raise ValueError(f"line {lines.line_num}: {error}") from None
+
+
+def _read_json(file: str) -> pa.Table:
+    if _is_list(file):
+        return _to_arrow(_json_rows(file))
+    first_rows = _to_arrow(islice(_json_rows(file), PYTHON_ROWS))
+    if first_rows.num_rows < PYTHON_ROWS:
+        return first_rows
+    with suppress(pa.ArrowException):
+        # With the types of the first rows, Arrow guesses none. It refuses a row that does not fit them.
+        table = pyarrow.json.read_json(
+            file,
+            pyarrow.json.ReadOptions(block_size=BLOCK_BYTES),
+            pyarrow.json.ParseOptions(explicit_schema=first_rows.schema, unexpected_field_behavior="error"),
+        )
+        table.validate(full=True)  # Arrow's parser does not check that texts are UTF-8.
+        return table
+    return _to_arrow(_json_rows(file))
+
+
+def _is_list(file: str) -> bool:
+    with open(file, encoding="utf-8-sig") as handle:
+        return handle.read(1) == "["
+
+
+def _json_rows(file: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON list, or of a file with one object per line; any other file is a ValueError.
+
+    Its message names the line or the item. A list that is nested too deeply is a RecursionError.
+    """
+    is_list = _is_list(file)
+    with open(file, encoding="utf-8-sig") as handle:
+        for number, row in enumerate(json.load(handle) if is_list else handle, 1):
+            if not is_list and not row.strip():
+                continue
+            try:
+                found = row if is_list else json.loads(row.rstrip())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+            except RecursionError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if not isinstance(found, dict):
+                raise ValueError(f"{'item' if is_list else 'line'} {number} is not a JSON object")
+            yield found
+
+
+def _to_arrow(rows: Iterator[dict[str, Any]]) -> pa.Table:
+    """The rows as a table. Columns that some rows lack are null there."""
+    tables = []
+    while chunk := list(islice(rows, PYTHON_ROWS)):
+        arrays = {}
+        for column in dict.fromkeys(column for row in chunk for column in row):
+            try:
+                arrays[column] = pa.array([row.get(column) for row in chunk])
+            except (pa.ArrowException, OverflowError) as error:
+                raise ValueError(f"column {column!r} mixes types: {error}") from None
+        tables.append(pa.table(arrays))
+    try:
+        return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
+    except pa.ArrowException as error:
+        raise ValueError(f"a column mixes types: {error}") from None
