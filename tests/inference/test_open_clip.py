@@ -13,7 +13,7 @@ import public
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import openimp
@@ -138,6 +138,46 @@ def test_a_changed_folder_is_converted_again(clip, tmp_path):
         assert find_model(clip) != before
     finally:
         (folder / "open_clip_model.safetensors").write_bytes(content)
+
+
+def other_format(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "format": config["format"] - 1}))
+
+
+def removed_key(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["recipe"]["train"]["warmup"] = 10
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def cut_weights(folder: Path) -> None:
+    file = folder / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def renamed_weight(folder: Path) -> None:
+    file = folder / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["encoder.old_name"] = weights.pop("encoder.positional_embedding")
+    save_file(weights, file)
+
+
+def no_library_files(folder: Path) -> None:
+    (folder / "open_clip_config.json").unlink()
+
+
+@pytest.mark.parametrize("spoil", [other_format, removed_key, cut_weights, renamed_weight, no_library_files])
+def test_a_cached_model_that_does_not_fit_is_converted_again(spoil, clip, monkeypatch):
+    conversions, convert = [], open_clip.load_checkpoint
+    monkeypatch.setattr(open_clip, "load_checkpoint", lambda *a, **b: conversions.append(1) or convert(*a, **b))
+    expected = openimp.load(clip).encode_text(TEXTS)
+    conversions.clear()
+    spoil(find_model(clip))
+    assert not conversions
+    assert torch.equal(openimp.load(clip).encode_text(TEXTS), expected)
+    assert torch.equal(openimp.load(clip).encode_text(TEXTS), expected)
+    assert len(conversions) == 1, "it is made again, once"
 
 
 def test_the_commands_take_a_name(clip, little_data, tmp_path, monkeypatch):

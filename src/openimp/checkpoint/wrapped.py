@@ -3,11 +3,13 @@ folder takes them.
 
 A name is open_clip:NAME/TAG, open_clip:hf-hub:OWNER/NAME, or open_clip:local-dir:FOLDER. The library itself finds and
 downloads the weights; those that are not safetensors are read with `weights_only=True`, which runs no code. The folder
-is made once. That of a local model is made again when one of its files has changed.
+is made once. It is made again if it cannot be loaded, as after a change of openimp's format, its recipes or the
+library; that of a local model also when one of its files has changed.
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,7 +23,7 @@ from filelock import FileLock
 from safetensors import safe_open
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import config_files
+from openimp.checkpoint.folder import config_files, load_model
 from openimp.common.errors import UserError, nearest
 from openimp.common.safe_files import cache_folder, read_text, refuse_links
 from openimp.modalities.open_clip import (
@@ -36,6 +38,8 @@ from openimp.modalities.open_clip import (
 from openimp.model.open_clip import OpenCLIP, build
 from openimp.recipe.model import LIBRARY, LOCAL
 from openimp.recipe.schema import Recipe
+
+log = logging.getLogger(__name__)
 
 LAYOUT = 1
 """Version of what is made of a model. Folders of other versions are not used."""
@@ -53,19 +57,31 @@ class Public(NamedTuple):
 
 
 def wrapped_folder(name: str) -> Path:
-    """The folder of a model by its name, which is made unless it is there."""
+    """The folder of a model by its name, which is made unless it is there and can be loaded."""
     folder = cache_folder("wrapped") / _key(name)
     with FileLock(f"{folder}.lock"):
-        if not folder.exists():
+        if not _can_be_loaded(folder):
             draft = folder.with_name(f"{folder.name}.tmp")
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
             try:
                 _convert(name, _find(name), draft)
+                shutil.rmtree(folder, ignore_errors=True)
                 os.replace(draft, folder)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def _can_be_loaded(folder: Path) -> bool:
+    if not folder.exists():
+        return False
+    try:
+        load_model(folder)  # Weights are only mapped into memory, so this takes less than a tenth of a second.
+    except UserError as error:
+        log.warning("%s will be made again: %s", folder, error)
+        return False
+    return True
 
 
 def _key(name: str) -> str:
