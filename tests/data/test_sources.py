@@ -175,6 +175,23 @@ def test_parquet_media(tmp_path):
     assert table.media(row["sound"]) == wav(27)
 
 
+@pytest.mark.parametrize("damaged", ["*.arrow", "dataset_info.json"])
+def test_unpacked_parquet_that_is_damaged_is_unpacked_again(damaged, tmp_path, cache):
+    data = write_parquet(tmp_path, rows=8)
+
+    def all_rows() -> list[dict]:
+        return open_source("p", Source(path=f"{tmp_path}/*.parquet")).rows(range(8))
+
+    assert all_rows() == data
+    (file,) = cache.rglob(damaged)
+    written, size = file.stat().st_mtime_ns, file.stat().st_size
+    assert all_rows() == data
+    assert file.stat().st_mtime_ns == written, "what fits is not written again"
+    file.write_bytes(file.read_bytes()[: size // 2])
+    assert all_rows() == data
+    assert [found.stat().st_size for found in cache.rglob(damaged)] == [size]
+
+
 def test_class_numbers_become_their_names(tmp_path):
     from datasets import ClassLabel, Dataset, Features, Value
 

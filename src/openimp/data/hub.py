@@ -5,6 +5,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 
 from openimp.common.errors import UserError
 from openimp.common.safe_files import cache_folder
-from openimp.data.files import fingerprint
+from openimp.data.files import fingerprint, stable_hash
 from openimp.data.tables import ArrowTable, class_name
 from openimp.recipe.tasks import Source
 
@@ -35,8 +36,17 @@ def load_parquet(name: str, path: str, files: list[str], streaming: bool) -> Any
     # load_dataset would report each call to a server and wait for it, even for local files.
     from openimp.data.parquet import open_files
 
+    unpacked = cache_folder("parquet") / stable_hash(files)
     with quiet(name, path):
-        return open_files(files, str(cache_folder("parquet")), streaming)
+        was_unpacked = unpacked.exists()
+        try:
+            return open_files(files, str(unpacked), streaming)
+        except Exception:
+            if not was_unpacked:
+                raise
+            # What is there may be damaged, or of a version of `datasets` that this one cannot read: unpack it again.
+            shutil.rmtree(unpacked)
+            return open_files(files, str(unpacked), streaming)
 
 
 @contextmanager
