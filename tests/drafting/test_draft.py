@@ -5,6 +5,7 @@ import io
 import json
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,12 @@ from PIL import Image
 from openimp import cli
 from openimp.common.json_lines import read_lines
 from openimp.drafting.assembling import Draft
-from openimp.drafting.draft import _tasks
+from openimp.drafting.draft import _fit_memory, _tasks
 from openimp.drafting.machine import Machine
 from openimp.drafting.writing import write
+from openimp.model.build import build_model
+from openimp.planning.ledger import costs
+from openimp.planning.memory import step_memory
 from openimp.recipe.file import RecipeLoader
 from openimp.recipe.schema import Recipe
 
@@ -195,6 +199,35 @@ def test_a_recipe_for_any_machine_is_valid_and_its_yaml_says_the_same(tmp_path, 
     assert all(f"The shorter side of the {noun} has" in text for noun in ("pictures", "clips"))
     assert yaml.load(text, RecipeLoader) == draft.recipe
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_batches_are_halved_until_the_step_with_the_most_memory_fits(tmp_path, monkeypatch, media_folder):
+    """Which need not be the one with the most FLOPs: clips of one large token have few FLOPs and many bytes."""
+    monkeypatch.chdir(tmp_path)
+    for file in media_folder.glob("*.*"):
+        Path(file.name).write_bytes(file.read_bytes())
+    rows = [{"a": f"{i % 3}.png", "c": f"{i % 3}.mp4", "title": f"a {i}"} for i in range(300)]
+    Path("all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    draft = Draft("all", _tasks(["all.jsonl"])[0], CPU)
+    draft.recipe["modalities"]["vision"]["patch"] = [8, 32, 32]
+    draft.recipe["train"]["precision"] = "bf16"
+    recipe, steps = Recipe.build(draft.recipe, tmp_path), draft.recipe["train"]["steps"]
+    modalities = recipe.make_modalities()
+    by_view = costs(recipe, modalities, {})
+    counted = {key: step_memory(recipe, modalities, {}, *key, recipe.train.precision, on_gpu=False) for key in by_view}
+    memory = {key: step.peak.total() + step.inputs for key, step in counted.items()}
+    clips, pictures = ("all_video", 0), ("all_image", 0)
+    assert memory[clips] == max(memory.values())
+    assert by_view[pictures].flops == max(cost.flops for cost in by_view.values())
+    weights = sum(weight.numel() for weight in build_model(recipe, modalities).parameters())
+
+    def batch_sizes(memory: int) -> list[int]:
+        _fit_memory(draft, {}, replace(CPU, memory=memory))
+        return [task["batch_size"] for task in draft.recipe["tasks"].values()]
+
+    assert batch_sizes(16 * weights + memory[clips]) == [128, 64]
+    assert batch_sizes(16 * weights + memory[clips] - 1) == [64, 32]
+    assert draft.recipe["train"]["steps"] == 2 * steps
 
 
 def test_names_from_the_data_cannot_change_the_recipe(tmp_path, monkeypatch):

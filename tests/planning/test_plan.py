@@ -32,7 +32,7 @@ from openimp.model.imp import IMP
 from openimp.model.learning_rates import freeze
 from openimp.objectives import sigmoid_nce, softmax_nce, task_losses
 from openimp.parallel import distributed
-from openimp.parallel.layout import apply_parallelism
+from openimp.parallel.layout import apply_parallelism, local_shard
 from openimp.planning.communication import LINK_SHARE
 from openimp.planning.gpus import GPUS, USABLE
 from openimp.planning.layouts import choose_layout
@@ -375,23 +375,27 @@ def measure_received(file: Path, out: Path) -> None:
         with Received() as received:
             task_losses(model, options.tasks["named"], batch, encode).total.backward()
             updater.step(0)
-        found[name] = {"bytes": received.bytes, "calls": received.calls}
+        frozen = sum(local_shard(weight).numel() for weight in model.parameters() if not weight.requires_grad)
+        found[name] = {"bytes": received.bytes, "calls": received.calls, "frozen": frozen}
     (out / f"{distributed.rank()}.json").write_text(json.dumps(found))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_make_the_planned_collectives_and_receive_the_planned_number_of_bytes(little_data, tmp_path, ranks):
-    """Of a step and its update, including Muon's and those of experts."""
+    """Of a step and its update, including Muon's and those of experts. They hold the planned frozen parameters."""
     file = little_data / "recipe.yaml"
     run(*torchrun(ranks, __file__, file, tmp_path), check=True)
     measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
     for name in LAYOUTS:
-        step = plan_of(recipe_in(name, file, ranks), gpus=ranks).steps["named", 0]
+        found = plan_of(recipe_in(name, file, ranks), gpus=ranks)
+        step = found.steps["named", 0]
         planned = {f"{kind} {size}": n for (kind, size), n in step.traffic.counts().items()}
         assert [each[name]["calls"] for each in measured] == ranks * [planned], name
         # On average, because a rank receives Muon's matrices that it owns. Above it by what FSDP2 pads.
         received = sum(each[name]["bytes"] for each in measured) / ranks
         assert step.received == pytest.approx(received, rel=3e-3), name
+        replicas = ranks // found.layout.shard_degree
+        assert sum(each[name]["frozen"] for each in measured) == replicas * found.frozen, name
 
 
 @pytest.mark.parametrize("chunks", [[], [CHUNKS]], ids=["whole", "chunks"])

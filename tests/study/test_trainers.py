@@ -1,6 +1,7 @@
 """Trainers for studies, and peak memory."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
+from openimp.data.step_batches import LoadedBatch
+from openimp.objectives import Losses
 from openimp.recipe.schema import Recipe
 from openimp.study.trainers import ConflictTrainer, SummedTrainer, peak_memory
 from openimp.training.trainer import Trainer, train
@@ -65,6 +68,25 @@ def test_a_round_that_fails_is_not_saved(little_data, tmp_path):
     training.save()
     training.checkpointing.wait()
     assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+class InfiniteFirstLoss(SummedTrainer):
+    """The first task's loss of a round is infinite, and its gradients are not."""
+
+    def forward(self, loaded: LoadedBatch) -> Losses:
+        losses = super().forward(loaded)
+        return losses if self.pending else replace(losses, total=losses.total + math.inf)
+
+
+def test_a_round_of_which_one_loss_is_not_finite_is_not_applied(little_data, tmp_path):
+    training = InfiniteFirstLoss(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
+    before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    batches = [training.data[step] for step in (0, 1)]
+    training.update(batches[0])
+    with pytest.raises(UserError, match=rf"step 0, task {batches[0].visit.task}: the loss \(inf\)"):
+        training.update(batches[1])
+    changed = [name for name, p in training.model.named_parameters() if not torch.equal(p, before[name])]
+    assert not changed
 
 
 def test_cosines_compare_the_tasks_gradients_and_do_not_change_the_training(little_data, tmp_path):

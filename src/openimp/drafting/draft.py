@@ -122,17 +122,20 @@ def _summary(task: TaskDraft) -> str:
 
 
 def _fit_memory(draft: Draft, classes: Classes, machine: Machine) -> None:
-    """Halves the batch sizes until the largest step fits into memory, and notes its memory in the recipe."""
+    """Halves the batch sizes until each step fits into memory, and notes the memory of the largest in the recipe."""
     while True:
         recipe = Recipe.build(draft.recipe, Path.cwd())
         modalities = recipe.make_modalities()
-        by_view = costs(recipe, modalities, classes)
-        task, view = max(by_view, key=lambda key: by_view[key].flops)
-        counted = step_memory(recipe, modalities, classes, task, view, recipe.train.precision, machine.is_gpu)
+        steps = [
+            step_memory(recipe, modalities, classes, name, view, recipe.train.precision, machine.is_gpu)
+            for name, task in recipe.tasks.items()
+            for view in range(len(task.views))
+        ]
         with torch.device("meta"):
             model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
         weights = sum(parameter.numel() for parameter in model.parameters())
-        needed = 16 * weights + counted.peak.total() + counted.inputs  # fp32 weights, gradients and two moments
+        # fp32 weights, gradients and two moments
+        needed = 16 * weights + max(step.peak.total() + step.inputs for step in steps)
         if needed <= machine.memory or all(each["batch_size"] <= 2 for each in draft.recipe["tasks"].values()):
             break
         for each in draft.recipe["tasks"].values():

@@ -161,10 +161,10 @@ def plans(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, g
     for each in dict.fromkeys([layout, *alternatives(recipe, gpus)]):
         model = _model(recipe, modalities, classes)
         parameters, used = {name: count(part) for name, part in model.named_children()}, per_token(recipe, model)
-        keep_own_experts(model, each.expert_degree)
+        frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
+        keep_own_experts(model, each.expert_degree)  # From here on, the model is what one GPU has or gathers.
         sharding = Sharding(each, model, precision)
         steps = _steps(recipe, modalities, model, sharding, by_view, partial(count_memory, owners=each.expert_degree))
-        frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
         visits = Alternation(recipe).visits()
         prefetched = ahead * max(steps[key].memory["inputs"] for key in visits)
         yield Plan(each, GPUS[gpu], mfu, parameters, frozen, used, steps, visits, prefetched)

@@ -34,16 +34,18 @@ class SummedTrainer(Trainer):
     def __init__(self, recipe: Recipe, run: Path, resume: bool = False, allow_changed_data: bool = False) -> None:
         super().__init__(recipe, run, resume, allow_changed_data)
         self.round = sum(task.weight > 0 for task in recipe.tasks.values())
-        self.pending: list[Tensor] = []
+        self.pending: list[tuple[LoadedBatch, Losses]] = []
 
     def update(self, loaded: LoadedBatch) -> Losses:
         losses = self.forward(loaded)
-        self.pending.append(losses.total)
+        self.pending.append((loaded.without_tensors(), losses))
         self.savable = False  # A checkpoint cannot hold graphs, so a run that stops here resumes before this round.
         next_step = loaded.visit.step + 1
         if len(self.pending) == self.round or next_step == self.recipe.train.steps:
-            torch.stack(self.pending).sum().backward()
-            self.apply_gradients(loaded, losses)
+            self.backward(loaded, torch.stack([summand.total for _, summand in self.pending]).sum())
+            # If the update fails, the error names the first task whose loss is not finite.
+            failed = [pair for pair in self.pending if not pair[1].total.isfinite()]
+            self.apply_gradients(*failed[0] if failed else (loaded, losses))
             self.confirm()
             self.pending.clear()
             self.savable = True

@@ -199,12 +199,15 @@ class Trainer:
     def update(self, loaded: LoadedBatch) -> Losses:
         """Makes one step: computes a task's losses and gradients, and updates the weights that the task uses."""
         losses = self.forward(loaded)
-        # 1 for a finite loss. Otherwise, or if this rank has a reason to stop, it is NaN, and then so are all gradients
-        # on all ranks, and no rank applies the step.
-        seed = losses.total.detach() * 0 + (1 if loaded.stop is None else math.nan)
-        losses.total.backward(seed)
+        self.backward(loaded, losses.total)
         self.apply_gradients(loaded, losses)
         return losses
+
+    def backward(self, loaded: LoadedBatch, loss: Tensor) -> None:
+        """Computes the gradients of a loss. They are NaN if it is not finite or this rank has a reason to stop; then
+        no rank applies the step."""
+        grad_output = loss.detach() * 0 + (1 if loaded.stop is None else math.nan)
+        loss.backward(grad_output)
 
     def forward(self, loaded: LoadedBatch) -> Losses:
         """The losses of the step's task."""
