@@ -21,6 +21,7 @@ from openimp.data import step_batches
 from openimp.data.loader import _init_worker, load_batches
 from openimp.data.order import example_rng, rows_at, seed_key
 from openimp.data.step_batches import LoadedBatch, StepBatches
+from openimp.data.targets import item_id
 from openimp.data.templates import fill
 from openimp.planning.ledger import costs
 from openimp.recipe.schema import Recipe
@@ -339,6 +340,16 @@ def test_rows_without_a_value_are_items_of_their_own(own_data):
     assert items(own_data, source) == [[0, 3], [1], [2], [4], [5]]
     source = write_labels(own_data, [1.5, float("nan"), float("nan"), 1.5, 0.0, None])
     assert items(own_data, source) == [[0, 3], [1], [2], [4], [5]]
+
+
+def test_equal_texts_are_one_item_and_bytes_that_differ_are_two(own_data):
+    source = write_labels(own_data, ["A dog", "a  dog", "a dog.", "Straße", "STRASSE", " "])
+    assert items(own_data, source) == [[0, 1], [2], [3, 4], [5]]
+    source = write_labels(own_data, [["A", "b"], ["a", "b"], ["b"], [], [], None])
+    assert items(own_data, source) == [[0, 1], [2], [3], [4], [5]]
+    values = [b"\x00A", b"\x00a", 1, "1", True, "true", "a", "\nrow 7"]
+    assert len({item_id(value, row) for row, value in enumerate(values)}) == 6
+    assert item_id(b"", 7) == item_id(None, 7) != item_id("row 7", 0)
 
 
 def items(folder: Path, source: list[str]) -> list[list[int]]:

@@ -12,9 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from openimp.common.errors import UserError
+from openimp.data.sources import open_source
+from openimp.data.targets import item_id
+from openimp.drafting.columns import describe
+from openimp.drafting.splitting import _distinct as distinct_values
 from openimp.evaluation.evaluate import evaluate
 from openimp.evaluation.retrieval import RetrievalResult, ranks
 from openimp.inference.model import Model
+from openimp.recipe.tasks import Source
 
 NAMES = ["red", "green", "blue", "red", "red", "green", "grey", "white"]
 
@@ -195,6 +200,22 @@ def test_texts_that_differ_only_in_case_and_spaces_are_one_item(measure, tmp_pat
     long = "a red square and nothing but a red square, "
     keys = write_pictures(tmp_path, pictures, [long + "once", long + "twice", "a", "b"])
     assert [result["candidates"] for result in measure(keys)] == [4, 4]
+
+
+def test_parts_same_drafting_and_evaluation_agree_which_texts_are_equal(measure, tmp_path):
+    equal = [["Straße", "STRASSE"], ["A dog", "a  dog"], ["Café", "cafe\u0301"], ["cafe"]]
+    names = [text for texts in equal for text in texts]
+    keys = write_pictures(tmp_path, [png(i) for i in range(len(names))], names)
+    table = open_source("pictures", Source(path=str(tmp_path / "pictures.parquet")))
+    to_text, _ = measure(keys)
+    counts = {
+        "part": len(set(table.parts(10**9, "name"))),
+        "same": len({item_id(name, row) for row, name in enumerate(names)}),
+        "columns": describe("name", names).distinct,
+        "split": distinct_values(table, "name"),
+        "evaluation": to_text["candidates"],
+    }
+    assert counts == dict.fromkeys(counts, len(equal))
 
 
 def test_a_trained_pair_is_found_and_the_figures_are_reproducible(measure, tmp_path, tiny_recipe, tiny_model):

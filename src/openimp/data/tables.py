@@ -15,6 +15,7 @@ import numpy as np
 from openimp.common.errors import UserError, counted, nearest
 from openimp.common.modality import BadMedia
 from openimp.common.schema import as_text
+from openimp.common.texts import text_key
 from openimp.data.files import digest, inside, stable_hash
 from openimp.recipe.tasks import Part
 
@@ -335,17 +336,18 @@ def number_array(value: list[Any]) -> np.ndarray:
     return array
 
 
-def part_key(value: Any) -> str | None:
-    """What is hashed of a value: rows with equal keys are in the same part. None: it is no value."""
-    if value in (None, "", []) or value != value or isinstance(value, Unreadable):
+def item_key(value: Any) -> str | None:
+    """What rows of the same item have in common in a column: the `text_key` of the value, written as text. None: it is
+    no value."""
+    if value in (None, "", b"", []) or value != value or isinstance(value, Unreadable):  # NaN is not equal to itself.
         return None
-    return " ".join(as_text(value).lower().split()) or None
+    return text_key(as_text(value)) or None
 
 
 def part_of(value: Any, row: int, parts: int) -> int:
     """The part that a row with this value is in, from 0; without a value, it follows from the number of the row."""
-    text = part_key(value) or f"row {row}"
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little") % parts
+    text = item_key(value) or f"row {row}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") % parts
 
 
 def matches(cell: Any, wanted: Any) -> bool:

@@ -12,7 +12,7 @@ from openimp.common.errors import UserError, counted, nearest
 from openimp.common.modality import BadMedia, Modalities
 from openimp.common.schema import as_text
 from openimp.data.streams import Stream
-from openimp.data.tables import Table, Unreadable, number_array
+from openimp.data.tables import Table, Unreadable, item_key, number_array
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Contrastive, Distill, Task
 
@@ -120,10 +120,10 @@ def unit_vector(value: Any, size: int, column: str) -> np.ndarray:
 
 
 def item_id(value: Any, row: int) -> int:
-    """A hash that rows with equal values share. A row without a value is an item of its own."""
-    if value in (None, "", []) or value != value:  # NaN is not equal to itself.
-        value = ("row", row)
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)
+    """A hash that rows of the same item share, see `item_key`. A row without a value is an item of its own."""
+    key = value if isinstance(value, bytes) else (item_key(value) or "").encode()  # Media and vectors have no case.
+    content = key or f"\nrow {row}".encode()  # No text's key has a line break.
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def _name(source: Table, column: str, where: str) -> str:

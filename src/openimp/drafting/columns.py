@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from openimp.common.errors import counted
+from openimp.common.texts import text_key
 from openimp.data.tables import Unreadable
 from openimp.drafting.finding import ROLES
 
@@ -56,7 +57,7 @@ def describe(name: str, values: Sequence[Any], file_names: bool = False) -> Colu
     if not all(isinstance(value, str | int | float) for value in present):
         return Column(name, "none", f"it holds {type(present[0]).__name__} values, neither texts nor classes")
     texts = [" ".join(str(value)[:MAX_TEXT].split()) for value in present]
-    distinct = len({text.lower() for text in texts})
+    distinct = len({text_key(text) for text in texts})
     if _is_split(name, texts):
         return Column(name, "split", missing=missing)
     if len(values) > 1 and distinct == 1:
@@ -112,12 +113,11 @@ def _lists(name: str, present: list[Any], missing: float, hinted: bool) -> Colum
         return Column(name, "none", "it holds lists of other things than texts")
     rows = tuple(tuple(" ".join(item[:MAX_TEXT].split()) for item in value) for value in present)
     texts = [text for row in rows for text in row]
-    if len(rows) > 1 and len(set(rows)) == 1:
+    distinct = len({tuple(map(text_key, row)) for row in rows})
+    if len(rows) > 1 and distinct == 1:
         return Column(name, "none", "it has the same value in every row")
     short = len(texts) >= 2 * len(rows) and sum(len(text.split()) for text in texts) <= 2 * len(texts)
-    return Column(
-        name, "text", hinted=hinted, lists=True, short=short, distinct=len(set(rows)), missing=missing, texts=rows
-    )
+    return Column(name, "text", hinted=hinted, lists=True, short=short, distinct=distinct, missing=missing, texts=rows)
 
 
 def split_values(values: Sequence[Any]) -> tuple[list[str], list[str], list[str]]:

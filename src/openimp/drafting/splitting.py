@@ -8,7 +8,7 @@ from typing import Any
 from openimp.common.errors import UserError
 from openimp.common.schema import as_text
 from openimp.data.folders import FolderTable
-from openimp.data.tables import CHUNK, Table, Unreadable, part_key
+from openimp.data.tables import CHUNK, Table, Unreadable, item_key
 from openimp.drafting.columns import Column, split_values
 from openimp.drafting.finding import shown
 from openimp.drafting.inspecting import Inspected, open_candidate, with_root
@@ -148,7 +148,7 @@ def _distinct(table: Table, name: str) -> int | None:
     found, missing = set[int](), 0
     for start in range(0, len(table), CHUNK):
         rows = table.rows(range(start, min(start + CHUNK, len(table))), [name])
-        keys = [part_key(row[name]) for row in rows]
+        keys = [item_key(row[name]) for row in rows]
         found |= {hash(key) for key in keys if key is not None}
         missing += keys.count(None)
     return len(found) + missing

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Classes, Modalities
+from openimp.common.texts import text_key
 from openimp.data.files import stable_hash
 from openimp.data.tables import Table, Unreadable
 from openimp.encoding.items import Progress, ahead, embed, raw_values
@@ -74,7 +75,7 @@ class Evaluator:
     def encode(self, options: EvaluationSet, name: str, table: Table, towards: str | None) -> Encoded:
         """Encodes one input of an evaluation set, of the modality `name`, for all rows of a source, in order.
 
-        Media are the same item if their bytes are equal, and texts if they differ only in case and spaces. Equal tokens
+        Media are the same item if their bytes are equal, and texts if their `text_key` is equal. Equal tokens
         do not make texts the same item: a model that does not know a word, or reads only the beginning, would be right
         with any of them.
 
@@ -89,7 +90,7 @@ class Evaluator:
         def distinct() -> Iterator[tuple[str, Any]]:
             seen = set()
             for key, value in raw_values(table, modality, options.inputs[name], own_part(len(table)), self.progress):
-                item = " ".join(key.casefold().split()) if modality.reads_text else key
+                item = f"text:{text_key(value)}" if isinstance(value, str) else key
                 keys.append(key)
                 items.append(item)
                 if item not in seen:

@@ -28,9 +28,10 @@ from pydantic import Field
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
 from openimp.common.schema import Count, Positive, Share, Strict
+from openimp.common.texts import valid_text
 from openimp.modalities.image import Image, check_size, open_whole
 from openimp.modalities.media import decoder_errors, open_source
-from openimp.modalities.text import Text, valid_text
+from openimp.modalities.text import Text
 from openimp.modalities.tokenizer_file import open_tokenizer
 from openimp.modalities.video import Video
 from openimp.modalities.vision import CHANNELS, Vision, check_pixels

@@ -15,6 +15,7 @@ from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
 from openimp.common.safe_files import read_text
 from openimp.common.schema import Count, RecipePath, Strict
+from openimp.common.texts import valid_text
 from openimp.modalities.tokenizer_file import open_tokenizer
 
 PAD, END = 0, 1
@@ -209,8 +210,3 @@ def _train_words(corpus: Iterable[list[str]], min_df: int, size: int) -> Tokeniz
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     return tokenizer
-
-
-def valid_text(text: str) -> str:
-    """Removes lone surrogates, which UTF-8 cannot encode."""
-    return text.encode("utf-8", "ignore").decode("utf-8")

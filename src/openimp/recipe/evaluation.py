@@ -44,7 +44,7 @@ class Retrieval(Strict):
     source: str
     """The name of a source that is not a stream."""
     inputs: Inputs
-    """Two modalities. Equal values are the same item; texts are equal if they differ only in case and spaces."""
+    """Two modalities. Equal values are the same item; texts are equal if they differ only in case and white space."""
     view: EvaluationView
 
 

@@ -26,7 +26,7 @@ class Part(Strict):
     """The parts that are left out; all others are selected. Give either `keep` or `drop`."""
     by: str | None = None
     """Rows with equal values in this column are in the same part, so that no caption, picture or speaker is in two.
-    Case and spaces do not count. null, or a row without a value: the number of the row is hashed."""
+    Case and white space do not count. null, or a row without a value: the number of the row is hashed."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> "Part":
@@ -116,8 +116,8 @@ class Contrastive(Strict):
     """softmax: InfoNCE, in which the probabilities of an item's positives are summed (MIL-NCE, arXiv 1912.06430).
     sigmoid: SigLIP's loss (arXiv 2303.15343)."""
     same: str | None = None
-    """Rows with equal values in this column are the same item, so they are positives of each other. A row without a
-    value is an item by itself. Default: each row is an item."""
+    """Rows with equal values in this column are the same item, so they are positives of each other. Case and white
+    space do not count. A row without a value is an item by itself. Default: each row is an item."""
     weight: Positive = 1.0
     """Weight of its loss in the task's sum."""
 
