@@ -16,6 +16,7 @@ import openimp
 from openimp.checkpoint.folder import save_model
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.errors import UserError
+from openimp.encoding.items import embed
 from openimp.inference.model import Model
 
 ENDINGS = {"image": "png", "video": "mp4", "audio": "wav"}
@@ -47,6 +48,27 @@ def test_an_embedding_does_not_depend_on_the_rest_of_its_batch(modality, moe, ti
     assert (together - backwards).abs().max() < 1e-5
     # Different inputs do get different embeddings, or the above would say nothing.
     assert torch.pdist(together).min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("modality", "short", "long"),
+    [("video", np.zeros((3, 16, 24, 3)), np.zeros((40, 24, 24, 3))), ("audio", np.zeros(7000), np.zeros(40_000))],
+)
+def test_equal_clips_of_an_item_are_encoded_once(tiny_recipe, tiny_model, modality, short, long):
+    """And the embedding is that of the mean of all of them."""
+    recipe = tiny_recipe()
+    model = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {}, "fp32")
+    reader, view = model.modalities[modality], model.views[modality]
+    view.clips = 4
+    kind, noise = (np.uint8 if modality == "video" else np.float32), np.random.default_rng(0)
+    short, long = ((noise.random(item.shape) * (255 if kind is np.uint8 else 1)).astype(kind) for item in (short, long))
+    clips = list[int]()
+    model.imp.encoder.register_forward_pre_hook(lambda _, inputs: clips.append(sum(map(len, inputs[0]))))
+    once = model.encode(modality, [short, short, long])
+    assert sum(clips) == 1 + 1 + 4
+    (clip,) = reader.encode_input(short, view)
+    repeated = embed(model.imp, reader, view, [np.stack([clip] * 4)], "text", 4, "fp32", normalize=False)
+    assert (once[0] - repeated[0]).abs().max() < 1e-6
 
 
 def test_a_path_bytes_a_picture_an_array_and_a_tensor_are_the_same_input(model, media_folder):

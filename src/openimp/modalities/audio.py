@@ -100,7 +100,8 @@ class Audio(Modality):
         """Largest random change of speed in training, as a fraction; it changes the pitch too (speed perturbation, Ko
         et al., Interspeech 2015)."""
         clips: Count = 4
-        """Clips in evaluation, linearly spaced, whose embeddings are averaged; a single clip is from the middle."""
+        """Most clips in evaluation, linearly spaced, whose embeddings are averaged; a single clip is from the middle. A
+        sound that is no longer than a clip has one."""
 
     def frames(self, view: Any) -> int:
         """Frames of the spectrogram: seconds * sample_rate / hop, rounded."""
@@ -171,7 +172,8 @@ class Audio(Modality):
         return np.round(sound.clip(-1, 1) * 32767).astype(np.int16)
 
     def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
-        """Cuts one random clip (samples,) of samples (N,), or (clips, samples) in evaluation; fp32 in -1..1."""
+        """Cuts one random clip (samples,) of samples (N,), or (clips, samples) in evaluation, with at most the
+        view's clips; fp32 in -1..1."""
         count = self.samples(view)
         if rng is None:
             return np.stack([_cut(item, start, count) for start in media.clip_starts(len(item), count, view.clips)])

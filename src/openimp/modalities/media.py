@@ -198,21 +198,26 @@ def random_start(total: int, span: int, rng: np.random.Generator) -> int:
 
 
 def clip_starts(total: int, span: int, clips: int) -> list[int]:
-    """The starts of `clips` clips of length `span`, linearly spaced over `total`; a single clip is in the middle."""
+    """The different starts of `clips` clips of length `span`, linearly spaced over `total`; a single clip is in the
+    middle. There are fewer starts than `clips` if there are no more places; an item of at most `span` has one."""
     room = max(0, total - span)
-    return [room * i // (clips - 1) for i in range(clips)] if clips > 1 else [room // 2]
+    starts = [room * i // (clips - 1) for i in range(clips)] if clips > 1 else [room // 2]
+    return [*dict.fromkeys(starts)]
 
 
 def segments(total: int, span: int, clips: int, limit: int, rng: np.random.Generator | None) -> list[tuple[int, int]]:
     """The parts to read of an item with `total` frames or samples (0: unknown), as (start, count).
 
-    With `rng`, it is one random part of length `span`. Without, it is the whole item if that is at most `limit`, else
-    the `clips` parts that evaluation uses. `clip_starts` finds the same parts again when they are concatenated.
+    With `rng`, it is one random part of length `span`. Without, it is the whole item if that is at most `limit`, or if
+    the `clips` parts that evaluation uses cover it, else these parts. In what is read, `clip_starts` finds the same
+    clips as in the whole item.
     """
     if rng is not None and total > 0:
         return [(random_start(total, span, rng), span)]
     if total <= limit:
         return [(0, limit)]
+    if total <= clips * span:
+        return [(0, total)]
     return [(start, span) for start in clip_starts(total, span, clips)]
 
 

@@ -341,7 +341,8 @@ class OpenClipVideo(Pictures, Video):
         stride: Count = 8
         """Distance between frames. If a clip is too short, a smaller stride spreads `frames` over all of it."""
         clips: Count = 4
-        """Clips in evaluation, linearly spaced, whose embeddings are averaged."""
+        """Most clips in evaluation, linearly spaced, whose embeddings are averaged. A film no longer than a clip has
+        one."""
 
     def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
         if isinstance(raw, np.ndarray):  # Frames in memory are not shrunk before the library resizes them.

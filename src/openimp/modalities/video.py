@@ -43,10 +43,11 @@ class Video(Vision):
         """Distance between frames. If a clip is too short, a smaller stride spreads `frames` over all of it; if it has
         fewer, some are repeated."""
         clips: Count = 4
-        """Clips in evaluation, linearly spaced, whose embeddings are averaged."""
+        """Most clips in evaluation, linearly spaced, whose embeddings are averaged. A film no longer than a clip has
+        one."""
         crops: Count = 1
-        """Crops per clip in evaluation, evenly spaced along the longer side; their embeddings are averaged. 1: the
-        center crop, as in the paper. Other protocols use 3."""
+        """Most crops per clip in evaluation, evenly spaced along the longer side; their embeddings are averaged. 1: the
+        center crop, as in the paper. Other protocols use 3. A square frame has one."""
         flip: bool = False
         """Mirror half of the training clips. It is off because captions mention left and right."""
         jitter: Share = 0.0
@@ -112,7 +113,8 @@ class Video(Vision):
         return self.transform(drop_opaque_alpha(frames), view, None)
 
     def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
-        """Makes one random clip (t, h, w, 3) of frames (T, H, W, C), or (clips * crops, t, h, w, 3) in evaluation."""
+        """Makes one random clip (t, h, w, 3) of frames (T, H, W, C), or (clips * crops, t, h, w, 3) in evaluation,
+        with at most the clips and crops of the view."""
         total = len(item)
         step = min(view.stride, (total - 1) / max(1, view.frames - 1))
         offsets = np.round(np.arange(view.frames) * step).astype(int)
@@ -147,15 +149,16 @@ class Video(Vision):
 def crop_windows(size: tuple[int, int], target: tuple[int, int], crops: int) -> list[tuple[slice, slice, slice]]:
     """The indices into frames (T, H, W) of the pixels that each crop is made from.
 
-    The windows have the target's aspect ratio, are as large as fits, and are linearly spaced. If `crops` is 1, the
-    window is the whole frame.
+    The windows have the target's aspect ratio, are as large as fits, and are linearly spaced. A frame of that ratio has
+    a single one. If `crops` is 1, the window is the whole frame.
     """
     if crops == 1:
         return [(slice(None),) * 3]
     scale = min(size[0] / target[0], size[1] / target[1])
     height, width = max(1, round(target[0] * scale)), max(1, round(target[1] * scale))
+    # Along the shorter side there is one start.
     tops, lefts = media.clip_starts(size[0], height, crops), media.clip_starts(size[1], width, crops)
-    return [(slice(None), slice(y, y + height), slice(x, x + width)) for y, x in zip(tops, lefts)]
+    return [(slice(None), slice(y, y + height), slice(x, x + width)) for y in tops for x in lefts]
 
 
 def _stack(frames: Iterator[np.ndarray]) -> np.ndarray:
