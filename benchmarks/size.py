@@ -344,6 +344,15 @@ def measure_init(folder: Path, caches: Caches) -> Row:
     return ratio_row("folder: openimp init", [ours], [theirs], "datasets opens it", None)
 
 
+class Rows(list[Row]):
+    """The rows of the report. Each is printed as soon as it is known, because all take half an hour."""
+
+    def add(self, *rows: Row) -> None:
+        for row in rows:
+            print(f"{row.what}: {row.figure}", file=sys.stderr, flush=True)
+            self.append(row)
+
+
 def report(rows: list[Row], command: str) -> str:
     """The page of results."""
     libraries = ("torch", "datasets", "pyarrow", "webdataset", "lancedb")
@@ -381,25 +390,25 @@ def main() -> int:
         folder = Path(name)
         caches = Caches(folder / "caches")
         caches.folder.mkdir()
-        report_rows: list[Row] = []
+        report_rows = Rows()
         tables = write_tables(folder, rows_number)
         for kind, path in tables.items():
-            report_rows += measure_opening(kind, path, caches, turns, 1.5)
-            report_rows.append(measure_memory(kind, path, caches, rows_number))
+            report_rows.add(*measure_opening(kind, path, caches, turns, 1.5))
+            report_rows.add(measure_memory(kind, path, caches, rows_number))
         parquet = tables["Parquet, 100 row groups"]
-        report_rows.append(measure_where(parquet, turns))
-        report_rows.append(measure_reading(parquet, caches, min(rows_number, 100_000), turns, decode=False))
-        report_rows.append(measure_training(parquet, folder, caches, max(1, turns // 2)))
+        report_rows.add(measure_where(parquet, turns))
+        report_rows.add(measure_reading(parquet, caches, min(rows_number, 100_000), turns, decode=False))
+        report_rows.add(measure_training(parquet, folder, caches, max(1, turns // 2)))
         picture_folder = write_folder(folder / "pictures of classes", files)
-        report_rows += measure_opening("folder", picture_folder, caches, max(1, turns // 2), 1.0)
-        report_rows.append(measure_init(picture_folder, caches))
-        report_rows.append(measure_walk(picture_folder, turns))
-        report_rows.append(measure_reading(picture_folder, caches, min(files, 10_000), turns, decode=True))
-        report_rows += measure_tars(write_tars(folder / "tars", tars, 1000), caches, tars * 1000, max(1, turns // 2))
+        report_rows.add(*measure_opening("folder", picture_folder, caches, max(1, turns // 2), 1.0))
+        report_rows.add(measure_init(picture_folder, caches))
+        report_rows.add(measure_walk(picture_folder, turns))
+        report_rows.add(measure_reading(picture_folder, caches, min(files, 10_000), turns, decode=True))
+        report_rows.add(*measure_tars(write_tars(folder / "tars", tars, 1000), caches, tars * 1000, max(1, turns // 2)))
         model = write_model(folder / "model")
         paths = write_pictures(folder / "pictures", pictures)
-        report_rows.append(measure_rates(model, paths, 2 if args.smoke else 10, folder))
-        report_rows.append(measure_again(model, folder / "pictures", pictures, folder))
+        report_rows.add(measure_rates(model, paths, 2 if args.smoke else 10, folder))
+        report_rows.add(measure_again(model, folder / "pictures", pictures, folder))
     text = report(report_rows, shlex.join(["python", "benchmarks/size.py", *sys.argv[1:]]))
     print(text)
     if args.write:
