@@ -226,7 +226,7 @@ def run_search(
     width = max((len(hit.modality) for hit in hits), default=0)
     for hit in hits:
         time = "" if hit.start is None or hit.end is None else f"  {clock(hit.start)} to {clock(hit.end)}"
-        text = f"  {hit.text[:MAX_SHOWN]}" if hit.text else ""
+        text = f"  {' '.join(hit.text.split())[:MAX_SHOWN]}" if hit.text else ""
         console.print(f"{hit.score:6.3f}  {hit.modality:{width}}  {hit.path}{time}{text}", soft_wrap=True)
     if not hits:
         console.print("no item is that close to the query")

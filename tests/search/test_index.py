@@ -1,6 +1,7 @@
 """Indexing: what is found, embedded, recognized again, skipped and removed, also after a kill."""
 
 import io
+import json
 import os
 import pkgutil
 import shutil
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from conftest import TEXTS
 from filelock import FileLock
 from processes import Process
 
@@ -21,9 +23,11 @@ import openimp
 import openimp.inference.files
 from openimp.checkpoint.folder import save_model
 from openimp.common.errors import UserError
+from openimp.recipe.schema import Recipe
 from openimp.search import build_index, ivf, open_index
-from openimp.search.folder import Metadata, read_metadata, write_metadata
+from openimp.search.folder import FORMAT, Metadata, read_metadata, write_metadata
 from openimp.search.table import Items, schema
+from openimp.training.trainer import train
 
 pytest.importorskip("lancedb")
 
@@ -53,6 +57,8 @@ build_index(*sys.argv[1:2], sys.argv[2:3], sys.argv[3], batch_size=2, progress=c
 def folder(media_folder: Path, tmp_path: Path) -> Path:
     """Three files of each modality, a sound and a clip of 12 s, and a text of three lines."""
     top = Path(shutil.copytree(media_folder, tmp_path / "media"))
+    for file in top.glob("*.txt"):  # Beside `0.png`, `0.txt` would be its caption.
+        file.rename(top / f"text{file.name}")
     soundfile.write(top / "long.wav", np.sin(np.arange(12 * 8000) / 9), 8000)
     with av.open(str(top / "long.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
@@ -134,7 +140,7 @@ def test_only_new_and_changed_files_are_embedded(tiny_model_folder, folder, tmp_
     (folder / "lines.txt").write_text("noise\na", encoding="utf-8")
     (folder / "deep").mkdir()
     (folder / "2.wav").rename(folder / "deep" / "moved.wav")
-    (folder / "1.txt").unlink()
+    (folder / "text1.txt").unlink()
     os.utime(folder / "2.png")
     shutil.copy(folder / "2.png", folder / "broken.png")
     done = build_index(tiny_model_folder, [folder], index)
@@ -287,7 +293,7 @@ def test_an_index_of_other_weights_is_refused(tiny_model_folder, folder, tmp_pat
 def test_links_out_of_the_folder_are_not_followed(tiny_model_folder, folder, tmp_path):
     (tmp_path / "private.txt").write_text("noise", encoding="utf-8")
     (folder / "link.txt").symlink_to(tmp_path / "private.txt")
-    (folder / "inside.txt").symlink_to(folder / "0.txt")
+    (folder / "inside.txt").symlink_to(folder / "text0.txt")
     done = build_index(tiny_model_folder, [folder], tmp_path / "x.index")
     assert list(done.skipped) == [str(folder / "link.txt")]
     assert str(folder / "inside.txt") in {row["path"] for row in rows(tmp_path / "x.index").values()}
@@ -326,6 +332,90 @@ def test_a_run_indexes_the_media_of_its_recipe(little_run, tmp_path, embedded):
     assert index.counts == {"image": 24, "audio": 15}
     assert index.hit(index.search("a red square", k=1)[0].id).text == "a red square"
     assert build_index(run).unchanged == 39
+
+
+def test_a_text_that_changes_in_a_recipes_source_changes_without_its_media(little_data, tmp_path, embedded):
+    data = Path(shutil.copytree(little_data, tmp_path / "data"))
+    train(Recipe.load(data / "recipe.yaml", ["train.steps=1"]), tmp_path / "run")
+    build_index(tmp_path / "run")
+    embedded.clear()
+    lines = (data / "sounds.jsonl").read_text().splitlines()
+    lines[0] = json.dumps(json.loads(lines[0]) | {"caption": "a tone with another name"})
+    (data / "sounds.jsonl").write_text("\n".join(lines))
+    assert (build_index(tmp_path / "run").unchanged, embedded) == (39, {})
+    texts = {Path(row["path"]).name: row["text"] for row in rows(tmp_path / "run" / "search.index").values()}
+    assert (texts["0.wav"], texts["1.wav"]) == ("a tone with another name", "a middle tone")
+
+
+def test_a_text_beside_media_is_their_caption_and_no_item(tiny_model_folder, media_folder, tmp_path, embedded):
+    index, media = tmp_path / "x.index", Path(shutil.copytree(media_folder, tmp_path / "media"))
+    (media / "2.txt").write_text("\ufeffnoise\nand more\n", encoding="utf-8")
+    (media / "alone.txt").write_text("noise\na", encoding="utf-8")
+    shutil.copy(media / "1.png", media / "1 again.PNG")
+    assert build_index(tiny_model_folder, [media], index).new == 11
+
+    def texts() -> dict[str, str | None]:
+        found = [row for row in rows(index).values() if row["modality"] != "text"]
+        assert all(open_index(index).read(row["id"]) for row in found), "none has changed since it was indexed"
+        return {Path(row["path"]).name: row["text"] for row in found}
+
+    expected = {f"{i}.{end}": TEXTS[i] for i in range(2) for end in ("png", "mp4", "wav")}
+    expected |= {f"2.{end}": "noise\nand more" for end in ("png", "mp4", "wav")} | {"1 again.PNG": None}
+    assert texts() == expected
+    assert [row["path"] for row in rows(index).values() if row["modality"] == "text"] == [str(media / "alone.txt")] * 2
+
+    embedded.clear()
+    (media / "0.txt").write_text("a new caption", encoding="utf-8")
+    (media / "1.txt").unlink()
+    (media / "2.txt").write_bytes(b"\xff\xfe")
+    (media / "1 again.txt").write_text("again", encoding="utf-8")
+    done = build_index(tiny_model_folder, [media], index)
+    assert (done.unchanged, done.items, embedded) == (11, 12, {}), "media are not embedded again"
+    new = {"0": "a new caption", "1": None, "2": None, "1 again": "again"}
+    assert texts() == {name: new[Path(name).stem] for name in expected}
+    assert set(done.skipped) == {str(media / f"2.{end}") for end in ("png", "mp4", "wav")}
+    assert all(reason.startswith("2.txt: no UTF-8 text") for reason in done.skipped.values())
+    before = Items(index).table.version
+    assert build_index(tiny_model_folder, [media], index).skipped.keys() == done.skipped.keys()
+    assert Items(index).table.version == before, "nothing is written again"
+
+    for end in ("png", "mp4", "wav"):
+        (media / f"0.{end}").unlink()
+    done = build_index(tiny_model_folder, [media], index)
+    assert (done.new, done.removed, embedded) == (1, 3, {"text": 1}), "a text whose media are gone is an item"
+
+
+def test_a_caption_may_not_be_a_link_out_of_the_folder(tiny_model_folder, media_folder, tmp_path):
+    media = tmp_path / "media"
+    media.mkdir()
+    (tmp_path / "private.txt").write_text("noise", encoding="utf-8")
+    shutil.copy(media_folder / "0.png", media / "0.png")
+    (media / "0.txt").symlink_to(tmp_path / "private.txt")
+    done = build_index(tiny_model_folder, [media], tmp_path / "x.index")
+    assert done.skipped == {str(media / "0.png"): "0.txt: is a link out of the folders that are indexed"}
+    assert [row["text"] for row in rows(tmp_path / "x.index").values()] == [None]
+
+
+def test_an_index_of_format_1_is_lifted_without_embedding_again(tiny_model_folder, folder, tmp_path, embedded):
+    """There, captions were items, and the columns `parts` and `media_type` did not exist."""
+    index = tmp_path / "x.index"
+    shutil.copy(folder / "text0.txt", folder / "alone.txt")
+    build_index(tiny_model_folder, [folder], index)
+    (folder / "alone.txt").rename(folder / "0.txt")
+    Items(index).table.update(where="path LIKE '%alone.txt'", values={"path": str(folder / "0.txt")})
+    Items(index).table.drop_columns(["parts", "media_type"])
+    write_metadata(index, read_metadata(index).model_copy(update={"format": 1}))
+    with pytest.raises(UserError, match=r"format 1, .*; openimp index with the same files brings it up to date"):
+        open_index(index)
+    embedded.clear()
+    done = build_index(tiny_model_folder, [folder], index)
+    assert (done.unchanged, done.removed, embedded) == (15, 1, {})
+    build_index(tiny_model_folder, [folder], tmp_path / "fresh.index")
+    assert_equal(rows(index), rows(tmp_path / "fresh.index"))
+    types = {Path(row["path"]).suffix: (row["media_type"], row["parts"]) for row in rows(index).values()}
+    assert types[".png"] == ("image/png", 1)
+    assert types[".txt"][0] is None
+    assert {row["parts"] for row in rows(index).values() if row["path"].endswith("long.wav")} == {2}
 
 
 def test_rows_of_a_source_are_read_again_by_their_number(tiny_recipe, tiny_model, media_folder, tmp_path, embedded):
@@ -376,7 +466,7 @@ def test_a_large_index_is_searched_approximately_with_a_measured_recall(tmp_path
     items = Items(tmp_path, 16)
     some = {field.name: None for field in schema(16)} | {"modality": "image"}
     items.replace([], [{**some, "id": str(i), "path": str(i), "vector": vector} for i, vector in enumerate(vectors)])
-    about = Metadata(format=1, model="m", fingerprint="f", towards={"image": "text"})
+    about = Metadata(format=FORMAT, model="m", fingerprint="f", towards={"image": "text"})
     write_metadata(tmp_path, about)
     found = ivf.update(tmp_path, items, about).ivf
     assert read_metadata(tmp_path).ivf == found
@@ -390,3 +480,17 @@ def test_a_large_index_is_searched_approximately_with_a_measured_recall(tmp_path
     assert ivf.update(tmp_path, items, read_metadata(tmp_path)).ivf == found, (
         "built again only after the table has doubled"
     )
+
+
+def test_a_text_finds_the_nearest_pictures_although_only_texts_are_in_the_partitions_beside_it(tmp_path):
+    rng = np.random.default_rng(0)
+    is_text = np.arange(2000) % 2
+    vectors = rng.normal(size=(2000, 16)) + 9 * rng.normal(size=(2, 16))[is_text]  # The gap between modalities.
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    items = Items(tmp_path, 16)
+    rows = enumerate(zip(vectors, is_text))
+    items.replace([], [{"id": str(i), "modality": ("image", "text")[text], "vector": v} for i, (v, text) in rows])
+    items.build_ivf(40)
+    cosines = np.where(is_text, -1, vectors @ vectors[1])
+    found = {row["id"] for row in items.nearest(vectors[1], 10, "modality = 'image'", probes=5)}
+    assert len(found & {str(i) for i in np.argsort(-cosines)[:10]}) >= 9

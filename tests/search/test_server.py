@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import soundfile
+from counted import counting
 from fuzz import FORMATS, mutated
 from processes import run
 from served import Server, serving
@@ -25,11 +26,11 @@ from starlette.datastructures import QueryParams
 from openimp.commands import run_serve
 from openimp.common.errors import UserError
 from openimp.search import Like, Query, build_index, open_index
-from openimp.search.answers import search
 from openimp.search.guard import POLICY
 from openimp.search.page import TemporaryResponse
 from openimp.search.projection import GRID, method, project
 from openimp.search.query import EncodedQuery
+from openimp.search.server import create_app
 from openimp.search.state import MAX_PARTS, PAGE_RESULTS, State
 from openimp.search.umap import umap
 from openimp.search.uploads import Upload, Uploads
@@ -307,15 +308,60 @@ def test_a_line_of_a_text_has_its_number(server: Server):
     assert re.search(r"a green circle</blockquote>.*?text, line 3<", page, re.DOTALL)
 
 
-def test_results_of_a_text_alternate_between_modalities(index: Path):
+def test_results_have_the_order_of_the_index(server: Server, index: Path, ids):
     opened = open_index(index)
-    hits = search(opened, [opened.text_query("a blue square")], State(q="a blue square", k=100))
+    hits = opened.search("a blue square", 100)
+    assert server.items("q=a+blue+square&k=100") == [hit.id for hit in hits]
     assert len({hit.id for hit in hits}) == len(hits)
-    assert hits[0].score == max(hit.score for hit in hits)
     assert {hit.modality for hit in hits[: len(opened.counts)]} == set(opened.counts)
-    for name in opened.counts:
-        scores = [hit.score for hit in hits if hit.modality == name]
-        assert scores == sorted(scores, reverse=True)
+    least = sorted(hit.score for hit in hits)[-5]
+    good = [hit.id for hit in opened.search("a blue square", 100, min_score=least)]
+    assert server.items(f"q=a+blue+square&k=100&min={least}") == good
+    like = [hit.id for hit in opened.search(Like(ids["0.png"]), 100)]
+    assert server.items(f"more={ids['0.png']}&k=100") == like
+
+
+@pytest.mark.parametrize(
+    ("query", "encodings", "queries"),
+    [
+        ("q=noise", 1, 4),  # one query per modality, and none per result
+        ("q=noise&modality=image&modality=audio", 1, 2),
+        ("q=noise&min=1", 1, 8),  # once more, to tell the best score
+        ("q=noise&more={0}&more={1}&less={2}&modality=image", 1, 3),  # names of the parts; their vectors; images
+        ("more={0}", 0, 5),
+        ("", 0, 0),
+    ],
+)
+def test_a_page_encodes_its_query_once_and_looks_no_result_up(index: Path, ids, query, encodings, queries):
+    opened = open_index(index)
+    assert len(opened.counts) == 4
+    app, counts = create_app(opened), counting(opened)
+    given = query.format(*(ids[f"{i}.png"] for i in range(3)))
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/",
+        "query_string": given.encode(),
+        "headers": [(b"host", b"localhost")],
+    }
+    sent = []
+
+    async def receive():
+        return {"type": "http.request"}
+
+    async def send(message):
+        sent.append(message)
+
+    anyio.run(app, scope, receive, send)
+    assert sent[0]["status"] == 200
+    assert (b"More like this" in sent[1]["body"]) == ("min=1" not in given)
+    assert counts == {name: count for name, count in (("encode", encodings), ("search", queries)) if count}
+
+
+def test_a_caption_is_shown_with_its_medium(server: Server, folder: Path, ids):
+    page = server.ask("/?q=noise&modality=image").text
+    assert f'<h3 title="{folder / "media" / "0.png"}">a red square</h3>' in page
+    assert "0.txt" not in ids
 
 
 def test_an_encoded_query_finds_what_the_query_finds(index: Path, media_folder: Path):

@@ -95,6 +95,25 @@ def embed_tokens(
         return model.project(features_MD, name, towards, normalize)
 
 
+def embed_item(
+    model: Embedder,
+    modality: Modality,
+    view: Any,
+    clips: np.ndarray,
+    towards: Iterable[str],
+    precision: Precision,
+) -> list[Tensor]:
+    """The unit vectors (Z,) fp32 of one item in the spaces that it shares with `towards`, from one forward pass.
+
+    They are those of `embed` on one rank.
+    """
+    device = next(model.parameters()).device
+    tokens = modality.tokens(clips, view, None).to(device)
+    with torch.no_grad(), mixed_precision(device, precision):
+        features_MD = model.encode({modality.name: tokens}).features
+        return [F.normalize(model.project(features_MD, modality.name, other).mean(0), dim=-1) for other in towards]
+
+
 def first_view(recipe: Recipe, name: str) -> Any:
     """The default view of a modality: the first one of the first task that reads it."""
     return next(task.views[0][name] for task in recipe.tasks.values() if name in task.inputs)

@@ -1,14 +1,14 @@
 """What the page shows for a query: its parts, and its results in order."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, zip_longest
+from functools import partial
 
 from openimp.common.errors import UserError, counted
 from openimp.search.display import Item, item
 from openimp.search.index import Index, stands_for_file
-from openimp.search.query import Hit, QueryPart
+from openimp.search.query import Hit, Query, QueryPart
 from openimp.search.state import MAX_RESULTS, PAGE_RESULTS, State
+from openimp.search.table import SHOWN
 from openimp.search.uploads import Uploads
 
 EXAMPLES = 12
@@ -49,47 +49,18 @@ def answer(index: Index, uploads: Uploads, state: State) -> Answer:
         if not parts:
             status = "Nothing is left of this query. Start from one of these" if notes else _overview(index)
             return Answer(status, state, _examples(index), notes=notes)
-        hits = search(index, parts, state)
+        parts = [index.encode(part) if isinstance(part, Query) else part for part in parts]  # For both searches.
+        find = partial(index.search, parts, modalities=state.modality or None, under=state.under or None)
+        hits = find(state.k, min_score=state.min or None)
+        best = hits[:1] or (find(1) if state.min else [])
     except UserError as error:
         return Answer(f"This cannot be searched: {error}", state, [], chips, notes, code=400)
-    kept = [hit for hit in hits if not state.min or hit.score >= state.min]
-    more = state.link(k=min(state.k + PAGE_RESULTS, MAX_RESULTS)) if len(kept) == state.k < MAX_RESULTS else ""
-    return Answer(_status(hits, kept, state), state, _shown(index, kept, state), chips, notes, more)
+    more = state.link(k=min(state.k + PAGE_RESULTS, MAX_RESULTS)) if len(hits) == state.k < MAX_RESULTS else ""
+    return Answer(_status(hits, best, state), state, [_shown(index, hit, state) for hit in hits], chips, notes, more)
 
 
-def search(index: Index, parts: Sequence[QueryPart], state: State) -> list[Hit]:
-    """The best `state.k` items.
-
-    Cosines with a text are not comparable between modalities: in most models all pictures are nearer to texts than all
-    sounds are, or the other way round. So the results of a text alternate between the modalities.
-    """
-
-    def find(modalities: Sequence[str] | None) -> list[Hit]:
-        return index.search(parts, state.k, modalities, state.under or None)
-
-    if not state.q:
-        return find(state.modality or None)
-    found, refused = [], None
-    for name in state.modality or index.counts:
-        try:
-            found.append(find([name]))
-        except UserError as error:  # For example, no task compares this modality with texts.
-            refused = error
-    if refused and not found:
-        raise refused
-    return _alternate(found)[: state.k]
-
-
-def _shown(index: Index, hits: list[Hit], state: State) -> list[Item]:
-    cut = {hit.path for hit in hits if stands_for_file(hit, state.under or None)}
-    segments = index.parts(cut) if cut else {}
-    return [replace(item(index, hit), segments=segments.get(hit.path, 0)) for hit in hits]
-
-
-def _alternate(lists: list[list[Hit]]) -> list[Hit]:
-    """The first of each list, then the second of each, and so on. The list with the best first hit begins."""
-    ordered = sorted(filter(None, lists), key=lambda hits: -hits[0].score)
-    return [hit for hit in chain.from_iterable(zip_longest(*ordered)) if hit]
+def _shown(index: Index, hit: Hit, state: State) -> Item:
+    return replace(item(index, hit), segments=hit.parts if stands_for_file(hit, state.under or None) else 0)
 
 
 def parts_of(index: Index, uploads: Uploads, state: State) -> tuple[list[QueryPart], list[Chip], list[str]]:
@@ -104,12 +75,13 @@ def parts_of(index: Index, uploads: Uploads, state: State) -> tuple[list[QueryPa
             continue
         chips.append(Chip("file", id, upload.name, f"/uploads/{id}" if upload.thumbnail else None))
         parts.append(upload.encoded)
-    for like, kind in zip(state.likes(), ["more"] * len(state.more) + ["less"] * len(state.less)):
-        try:
-            found = item(index, index.hit(like.id))
-        except UserError:
+    likes = state.likes()
+    indexed = index.hits(like.id for like in likes) if likes else {}
+    for like, kind in zip(likes, ["more"] * len(state.more) + ["less"] * len(state.less)):
+        if like.id not in indexed:
             notes.append("An item of this query is no longer indexed.")
             continue
+        found = item(index, indexed[like.id])
         thumbnail = None if found.kind == "text" else found.thumbnail
         chips.append(Chip(kind, like.id, found.name, thumbnail))
         parts.append(like)
@@ -122,15 +94,14 @@ def _overview(index: Index) -> str:
 
 def _examples(index: Index) -> list[Item]:
     """A few items, evenly spaced, to start from."""
-    return [item(index, index.hit(id)) for id in index.sample(EXAMPLES, ["id"])["id"].to_pylist()]
+    return [item(index, Hit(**row, score=1.0)) for row in index.sample(EXAMPLES, SHOWN).to_pylist()]
 
 
-def _status(hits: list[Hit], kept: list[Hit], state: State) -> str:
-    if not hits:
+def _status(hits: list[Hit], best: list[Hit], state: State) -> str:
+    if not best:
         return "Nothing is indexed that matches these filters"
-    if not kept:
-        best = max(hit.score for hit in hits)
-        return f"No result has a score of at least {state.min:.2f}; the best has {best:.2f}"
+    if not hits:
+        return f"No result has a score of at least {state.min:.2f}; the best has {best[0].score:.2f}"
     at_least = f" with a score of at least {state.min:.2f}" if state.min else ""
-    first = "The first " if len(kept) == state.k else ""
-    return f"{first}{counted(len(kept), 'result')}{at_least}"
+    first = "The first " if len(hits) == state.k else ""
+    return f"{first}{counted(len(hits), 'result')}{at_least}"

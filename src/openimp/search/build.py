@@ -128,7 +128,7 @@ def _find(
     """The media to index, by path, and the number of files in folders that no modality reads, by extension."""
     if given is not None:
         found, unknown = find_files(given, modalities)
-        return {media.path: media for media in media_of_files(found, given)}, unknown
+        return {media.path: media for media in media_of_files(found, given, modalities)}, unknown
     recipe = model.recipe
     if not allow_sources:
         read = [(f"task {task}", options.source) for task, options in recipe.tasks.items()]
@@ -142,7 +142,7 @@ def _find(
 
 def _same_weights(folder: Path, about: Metadata, replace: bool) -> Metadata:
     """Writes index.json. Refuses, or with `replace` empties, an index that was built with other weights."""
-    old = read_metadata(folder)
+    old = read_metadata(folder, lift=True)
     if old is not None and old.fingerprint != about.fingerprint:
         if not replace:
             raise UserError(
@@ -151,7 +151,7 @@ def _same_weights(folder: Path, about: Metadata, replace: bool) -> Metadata:
         drop(folder)
         (folder / SKIPPED).unlink(missing_ok=True)
         old = None
-    about = about if old is None else old.model_copy(update={"model": about.model})
+    about = about if old is None else old.model_copy(update={"format": FORMAT, "model": about.model})
     if about != old:
         write_metadata(folder, about)
     return about

@@ -3,6 +3,7 @@
 import mimetypes
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from openimp.common.errors import UserError
@@ -13,6 +14,8 @@ from openimp.search.query import Hit
 UNKNOWN = "application/octet-stream"
 HEAD = 16
 """Bytes at the start of a file that tell its type."""
+MAX_NAME = 200
+"""Most characters of an item's name."""
 # (offset, bytes, media type). {} is "audio" or "video": the containers hold either. A browser shows no other type, in
 # particular neither SVG nor HTML, which may contain scripts.
 SIGNATURES = (
@@ -39,7 +42,12 @@ def kind_of(modality: Modality) -> str:
     """What displays a modality: "text", or the main media type of its file extensions; "" if they have none."""
     if modality.reads_text:
         return "text"
-    types = [mimetypes.guess_type(f"file{extension}")[0] for extension in modality.extensions]
+    return _main_type(modality.extensions)
+
+
+@cache
+def _main_type(extensions: tuple[str, ...]) -> str:
+    types = [mimetypes.guess_type(f"file{extension}")[0] for extension in extensions]
     common = Counter(found.partition("/")[0] for found in types if found).most_common(1)
     return common[0][0] if common else ""
 
@@ -74,9 +82,8 @@ class Item:
 
     @property
     def name(self) -> str:
-        """A short name: a line of a text file has that of its file, a row of a source its text."""
-        file = Path(self.hit.path).name
-        return file if self.kind == "text" or not self.hit.text else self.hit.text
+        """A short name: the text that belongs to the media, or the name of the file."""
+        return Path(self.hit.path).name if self.kind == "text" or not self.hit.text else self.hit.text[:MAX_NAME]
 
     @property
     def media(self) -> str:
@@ -91,14 +98,15 @@ class Item:
 
 
 def item(index: Index, hit: Hit) -> Item:
-    """Looks at the first bytes of an item's media."""
+    """How a hit is shown, without reading its media or looking it up."""
     kind = kind_of(index.model.modalities[hit.modality])
     if kind == "text":
         return Item(hit, kind)
     try:
-        found = media_type(head_of(index.read(hit.id)), kind).partition("/")[0]
+        index.check(hit)
     except UserError as error:
         return Item(hit, "", str(error))
+    found = (hit.media_type or UNKNOWN).partition("/")[0]
     if found == "image" and kind == "video":
         return Item(hit, "animation")
     return Item(hit, found if found in ("image", "video", "audio") else "")

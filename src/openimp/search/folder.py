@@ -18,8 +18,8 @@ from openimp.common.errors import UserError
 from openimp.common.safe_files import read_text, refuse_links, write_text
 from openimp.common.schema import Count, Share, Strict, checked
 
-FORMAT = 1
-"""Version of this layout. Other versions are refused."""
+FORMAT = 2
+"""Version of this layout. `openimp index` lifts format 1, see `Items`; other versions are refused."""
 METADATA, SKIPPED, LOCK = "index.json", "skipped.json", ".lock"
 INDEX_FILES = ("**/*",)
 """Patterns of the files of an index, for `refuse_links`."""
@@ -71,14 +71,15 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def read_metadata(folder: Path) -> Metadata | None:
-    """The content of index.json; None if the folder has none."""
+def read_metadata(folder: Path, lift: bool = False) -> Metadata | None:
+    """The content of index.json; None if the folder has none. With `lift`, its format may be 1."""
     file = folder / METADATA
     if not file.exists():
         return None
     found = _read_json(file)
-    if isinstance(found, dict) and found.get("format") != FORMAT:
-        raise UserError(f"{file}: format {found.get('format')}, and this version of openimp reads format {FORMAT} only")
+    if isinstance(found, dict) and (version := found.get("format")) != FORMAT and not (lift and version == 1):
+        advice = "; openimp index with the same files brings it up to date" if version == 1 else " only"
+        raise UserError(f"{file}: format {version}, and this version of openimp reads format {FORMAT}{advice}")
     return checked(Metadata, found, str(file))
 
 

@@ -2,12 +2,10 @@
 
 import os
 import threading
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +17,12 @@ from openimp.common.modality import BadMedia
 from openimp.common.safe_files import refuse_links
 from openimp.data.tables import Table
 from openimp.data.trust import check_uses
-from openimp.encoding.items import embed
+from openimp.encoding.items import embed_item
 from openimp.inference.model import Model, load
 from openimp.search.folder import INDEX_FILES, Metadata, read_metadata
-from openimp.search.media import file_state, row_media, source_table
+from openimp.search.media import file_state, media_state, row_media, source_table
 from openimp.search.query import EncodedQuery, Hit, Like, Query, QueryPart
-from openimp.search.spaces import Space, fingerprint, shared_space, towards_space
+from openimp.search.spaces import Space, fingerprint, shared_space
 from openimp.search.table import SHOWN, Items, any_of, below, quoted
 
 
@@ -43,7 +41,9 @@ class Index:
         self._allow_sources = allow_sources
         self._about, self._items = about, Items(folder)
         self._sources: dict[str, Table] = {}
-        self._encoding, self._reading = threading.Lock(), threading.Lock()
+        self._encoding = threading.Lock()
+        self._opening = threading.Lock()
+        self._reading = threading.Lock()
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -67,9 +67,12 @@ class Index:
         under: str | Path | None = None,
         min_score: float | None = None,
     ) -> list[Hit]:
-        """Returns the `k` items that are closest to the weighted sum of the queries, the best first.
+        """Returns the `k` best items.
 
-        Of a file that was cut into segments, only the best segment is returned, unless `under` is that file.
+        Items of one modality are sorted by their cosine with the weighted sum of the queries, the highest first. The
+        modalities take turns, because their cosines cannot be compared: in most models, all texts are closer to a text
+        than any picture is. The modality with the highest cosine begins. Of a file that was cut into segments, only the
+        best segment is returned, unless `under` is that file.
 
         Args:
             queries: one or several. A string is a text. Items that are part of the query are not returned.
@@ -82,32 +85,29 @@ class Index:
             UserError: a query cannot be read, or no item can be compared with it.
         """
         given = [queries] if isinstance(queries, str | QueryPart) else queries
-        parts = [self.text_query(part) if isinstance(part, str) else part for part in given]
-        if not parts:
+        if not given:
             raise UserError("the query is empty: give a text or a file")
         for name in modalities or ():
             if name not in self.counts:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
-        where = [f"NOT {any_of('id', ids)}"] if (ids := [part.id for part in parts if isinstance(part, Like)]) else []
+        parts = self._encoded([self.text_query(part) if isinstance(part, str) else part for part in given])
+        where = [f"NOT {any_of('id', ids)}"] if (ids := [part.id for part in given if isinstance(part, Like)]) else []
         if under is not None:
             where.append(self._below(under))
         found = []
-        for space, names in self._spaces(modalities or self.counts).items():
-            vector = self._sum(parts, space)
+        for name in dict.fromkeys(modalities or self.counts):
+            vector = self._sum(parts, shared_space(self.model.imp, name, self._about.towards[name]))
             if vector is not None:
                 # Without a filter, LanceDB does not have to scan a column.
-                only = [any_of("modality", names)] if set(names) != self.counts.keys() else []
-                found.append(self._nearest(vector, k, " AND ".join([*where, *only]) or None, under))
+                only = [f"modality = {quoted(name)}"] if len(self.counts) > 1 else []
+                hits = self._nearest(vector, k, " AND ".join([*where, *only]) or None, under)
+                found.append([hit for hit in hits if min_score is None or hit.score >= min_score])
         if not found:
-            kinds = ", ".join(dict.fromkeys(part.modality for part in parts if not isinstance(part, Like)))
+            kinds = ", ".join(dict.fromkeys(part.modality for part in given if not isinstance(part, str | Like)))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
-        hits = sorted(chain.from_iterable(found), key=lambda hit: -hit.score)
-        return [hit for hit in hits[:k] if min_score is None or hit.score >= min_score]
-
-    def parts(self, paths: Iterable[str]) -> Counter[str]:
-        """The number of items of each of these files or rows."""
-        return Counter(row["path"] for row in self._items.rows(any_of("path", paths), ["path"]))
+        found = sorted(filter(None, found), key=lambda hits: -hits[0].score)
+        return [hit for hit in chain.from_iterable(zip_longest(*found)) if hit][:k]
 
     def text_query(self, text: str, weight: float = 1.0) -> Query:
         """A part of a query that is a text. UserError if the model reads no texts."""
@@ -116,36 +116,44 @@ class Index:
                 return Query(name, text, weight)
         raise UserError("the model reads no texts; search with a file")
 
+    def hits(self, ids: Iterable[str]) -> dict[str, Hit]:
+        """Items by their ids, with score 1. Those that are not indexed are left out."""
+        return {row["id"]: Hit(**row, score=1.0) for row in self._items.rows(any_of("id", ids), SHOWN)}
+
     def hit(self, id: str) -> Hit:
         """An item by its id, with score 1. UserError if it is not indexed."""
-        return _hit(self._row(id, SHOWN), 1.0)
+        hits = self.hits([id])
+        if not hits:
+            raise UserError(f"{self.folder}: has no item {id!r}")
+        return hits[id]
+
+    def check(self, hit: Hit) -> None:
+        """UserError if the media of an item are gone, or have changed since they were indexed."""
+        if hit.source is None:
+            # Nobody who makes up an index knows the nanosecond in which another user's file was changed.
+            if file_state(hit.path) != media_state(hit.state):
+                raise UserError(f"{hit.path}: is gone or has changed since it was indexed; index it again")
+        elif self._source(hit.source).fingerprint != hit.state:
+            raise UserError(f"source {hit.source} has changed since it was indexed; index it again")
 
     def read(self, id: str) -> bytes | Path:
         """The media of an indexed item: the bytes of a row, or a file that is unchanged since it was indexed.
 
         UserError if it is not indexed, is gone, or has changed. The file is whole, also if the item is a segment.
         """
-        row = self._row(id, ["path", "state", "source", "row", "column"])
-        if row["source"] is None:
-            # Nobody who makes up an index knows the nanosecond in which another user's file was changed.
-            if file_state(row["path"]) != row["state"]:
-                raise UserError(f"{row['path']}: is gone or has changed since it was indexed; index it again")
-            return Path(row["path"])
-        with self._reading:
-            name = row["source"]
-            if name not in self._sources:
-                if not self._allow_sources:
-                    folder = find_model(self._about.model)
-                    check_uses(Path(self._about.model), folder, self.model.recipe, [("the index", name)])
-                self._sources[name] = source_table(self.model.recipe, name)
-            if self._sources[name].fingerprint != row["state"]:
-                raise UserError(f"source {name} has changed since it was indexed; index it again")
-            try:
-                media = row_media(self._sources[name], row["row"], row["column"])
-            except BadMedia as error:
-                raise UserError(f"{row['path']}: {error}") from None
+        hit = self.hit(id)
+        self.check(hit)
+        if hit.source is None:
+            return Path(hit.path)
+        assert hit.row is not None
+        assert hit.column is not None
+        try:
+            with self._reading:
+                media = row_media(self._source(hit.source), hit.row, hit.column)
+        except BadMedia as error:
+            raise UserError(f"{hit.path}: {error}") from None
         if isinstance(media, np.ndarray):
-            raise UserError(f"{row['path']}: is a list of numbers, which has no media type")
+            raise UserError(f"{hit.path}: is a list of numbers, which has no media type")
         return media
 
     def modality_of(self, name: str) -> str:
@@ -168,41 +176,62 @@ class Index:
         return self._items.table.take_offsets(rows).select(list(columns)).to_arrow()
 
     def encode(self, query: Query) -> EncodedQuery:
-        """Encodes a part of a query for all spaces that its modality is in. UserError if it cannot be read.
+        """Encodes a part of a query, for all spaces that its modality is in. UserError if it cannot be read.
 
         The lock is not held while the file is decoded, so a slow file does not delay other queries.
         """
-        model, name = self.model, query.modality
+        model, name, value = self.model, query.modality, query.value
+        if name not in model.modalities:
+            raise UserError(f"the model has no modality {name!r}{nearest(name, model.modalities)}")
         modality, view = model.modalities[name], model.views[name]
+        if modality.reads_text and not (str(value).strip() and modality.knows(value, view)):
+            raise UserError(f"{value!r} has no word that the model knows")
         try:
-            item = modality.encode_input(query.value, view)
+            clips = modality.encode_input(value, view)
         except BadMedia as error:
-            raise UserError(f"cannot be read as {name}: {error}") from None
-        towards = [other for other in model.modalities if model.imp.share_a_space(name, other)]
-        if model.imp.config.space == "joint":
-            towards = towards[:1]
+            file = "" if isinstance(value, bytes) else f"{value}: "
+            raise UserError(f"{file}cannot be read as {name}: {error}") from None
+        others = [other for other in model.modalities if model.imp.share_a_space(name, other)]
+        towards = {shared_space(model.imp, name, other): other for other in others}
         with self._encoding:
-            vectors = {other: embed(model.imp, modality, view, [item], other, 64, model.precision) for other in towards}
-        return EncodedQuery(name, {other: vector[0].cpu().numpy() for other, vector in vectors.items()}, query.weight)
+            vectors = embed_item(model.imp, modality, view, clips, towards.values(), model.precision)
+        return EncodedQuery(name, {space: z.cpu().numpy() for space, z in zip(towards, vectors)}, query.weight)
 
-    def _row(self, id: str, columns: list[str]) -> dict[str, Any]:
-        rows = self._items.rows(f"id = {quoted(id)}", columns)
-        if not rows:
-            raise UserError(f"{self.folder}: has no item {id!r}")
-        return rows[0]
+    def _encoded(self, parts: Sequence[QueryPart]) -> list[EncodedQuery]:
+        """The parts with their vectors. Those of items are the stored ones."""
+        ids = [part.id for part in parts if isinstance(part, Like)]
+        columns = ["id", "modality", "towards", "vector"]
+        stored = {row["id"]: row for row in self._items.rows(any_of("id", ids), columns)} if ids else {}
+        found = []
+        for part in parts:
+            if isinstance(part, Query):
+                found.append(self.encode(part))
+            elif isinstance(part, EncodedQuery):
+                found.append(part)
+            elif part.id not in stored:
+                raise UserError(f"{self.folder}: has no item {part.id!r}")
+            else:
+                row = stored[part.id]
+                space = shared_space(self.model.imp, row["modality"], row["towards"])
+                vector = np.asarray(row["vector"], np.float32)
+                found.append(EncodedQuery(row["modality"], {space: vector}, part.weight))
+        return found
+
+    def _source(self, name: str) -> Table:
+        """A source of the recipe, opened when it is first needed."""
+        with self._opening:
+            if name not in self._sources:
+                if not self._allow_sources:
+                    folder = find_model(self._about.model)
+                    check_uses(Path(self._about.model), folder, self.model.recipe, [("the index", name)])
+                self._sources[name] = source_table(self.model.recipe, name)
+            return self._sources[name]
 
     def _below(self, under: str | Path) -> str:
         """An SQL filter for `under`."""
         if str(under) in self.model.recipe.sources:
             return f"(source = {quoted(str(under))} OR {below(os.path.abspath(under))})"
         return f"(path = {quoted(str(under))} OR {below(os.path.abspath(under))})"
-
-    def _spaces(self, names: Iterable[str]) -> dict[Space, list[str]]:
-        """The spaces that the vectors of some modalities are in, with the modalities in each."""
-        found: dict[Space, list[str]] = {}
-        for name in names:
-            found.setdefault(shared_space(self.model.imp, name, self._about.towards[name]), []).append(name)
-        return found
 
     def _nearest(self, vector: np.ndarray, k: int, where: str | None, under: str | Path | None) -> list[Hit]:
         """The `k` hits that are closest to a vector (Z,), with only the best segment of each file.
@@ -215,43 +244,22 @@ class Index:
             rows = self._items.nearest(vector, count, where, probes)
             best: dict[str, Hit] = {}
             for row in rows:
-                hit = _hit(row, 1 - row["_distance"])
+                hit = Hit(score=1 - row.pop("_distance"), **row)
                 best.setdefault(hit.path if stands_for_file(hit, under) else hit.id, hit)
             if len(best) >= k or len(rows) < count:
                 return list(best.values())[:k]
             count *= 4
 
-    def _sum(self, parts: Sequence[QueryPart], space: Space) -> np.ndarray | None:
+    def _sum(self, parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | None:
         """The weighted sum (Z,) of the parts of a query in a space, or None if a part has no vector there."""
+        if not all(space in part.vectors for part in parts):
+            return None
         total = np.zeros(self.model.imp.config.embed_dim, np.float32)
         for part in parts:
-            vector = self._vector(part, space)
-            if vector is None:
-                return None
-            total += part.weight * vector
+            total += part.weight * part.vectors[space]
         if np.linalg.norm(total) < 1e-3:
             raise UserError("the queries cancel each other out")
         return total
-
-    def _vector(self, part: QueryPart, space: Space) -> np.ndarray | None:
-        """The unit vector (Z,) of a part of a query in a space, or None if it has none there."""
-        if isinstance(part, Like):
-            row = self._row(part.id, ["modality", "towards", "vector"])
-            own = shared_space(self.model.imp, row["modality"], row["towards"])
-            return np.asarray(row["vector"], np.float32) if own == space else None
-        model = self.model
-        if part.modality not in model.modalities:
-            raise UserError(f"the model has no modality {part.modality!r}{nearest(part.modality, model.modalities)}")
-        towards = towards_space(model.imp, part.modality, space, model.modalities)
-        if towards is None:
-            return None
-        if isinstance(part, EncodedQuery):
-            return part.vectors.get(towards)
-        modality, view = model.modalities[part.modality], model.views[part.modality]
-        if modality.reads_text and not (str(part.value).strip() and modality.knows(part.value, view)):
-            raise UserError(f"{part.value!r} has no word that the model knows")
-        with self._encoding:
-            return model.encode(part.modality, part.value, normalize=True, towards=towards)[0].cpu().numpy()
 
 
 def open_index(path: str | Path, device: str | torch.device | None = None, allow_sources: bool = False) -> Index:
@@ -285,7 +293,3 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
 def stands_for_file(hit: Hit, under: str | Path | None) -> bool:
     """Whether a hit is the best segment of its file, which stands for all of them: not if `under` is that file."""
     return hit.start is not None and (under is None or hit.path not in (str(under), os.path.abspath(under)))
-
-
-def _hit(row: dict[str, Any], score: float) -> Hit:
-    return Hit(**{name: row[name] for name in SHOWN}, score=score)

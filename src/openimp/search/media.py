@@ -3,9 +3,9 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,9 +15,12 @@ from openimp.data.files import is_utf8
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
 from openimp.encoding.items import raw_value, require_columns
-from openimp.inference.files import File, shown_name
+from openimp.inference.files import File, file_text, shown_name
 from openimp.recipe.inputs import Input
 from openimp.recipe.schema import Recipe
+
+Roots = Callable[[], list[Path]]
+"""Returns the folders that a link may not lead out of."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +29,36 @@ class Media:
 
     path: str  # absolute; SOURCE/ROW/COLUMN for a row. Unique in an index.
     modality: str
-    state: str  # changes whenever the media may have changed
+    # Of a row: the source's fingerprint. Of a file: `file_state`. If the file has a text, a space and the state of the
+    # caption follow, or the fingerprint of the source that names the file.
+    state: str
     raw: Callable[[], bytes | Path | np.ndarray]  # raises BadMedia if the media cannot be read
-    text: Callable[[], str | None] = lambda: None  # the text of the row
+    text: Callable[[], str | None] = lambda: None  # its caption or the text of its row; raises BadMedia
     source: str | None = None  # of a row that contains the media itself; None for a file
     row: int | None = None
     column: str | None = None
 
 
-def media_of_files(found: dict[str, list[File]], given: Iterable[Path]) -> Iterator[Media]:
-    """The files that `find_files` found in the files and folders `given`."""
-    roots = [Path(os.path.realpath(path)) for path in given]
-    for name, paths in found.items():
-        for path in map(Path, paths):
-            yield _file(os.path.abspath(path), name, partial(_inside, path, roots) if path.is_symlink() else None)
+def media_of_files(found: dict[str, list[File]], given: Iterable[Path], modalities: Modalities) -> Iterator[Media]:
+    """The files that `find_files` found in the files and folders `given`.
+
+    A text file beside a medium, such as `a.txt` beside `a.jpg`, is its caption, and not an item.
+    """
+    roots = cache(lambda: [Path(os.path.realpath(path)) for path in given])  # Slow; needed only if there are links.
+    files = {name: [os.path.abspath(path) for path in paths] for name, paths in found.items()}
+    texts = {name: paths for name, paths in files.items() if modalities[name].reads_text}
+    captions = {os.path.splitext(path)[0]: path for path in chain.from_iterable(texts.values())}
+    not_items = set()
+    for name, paths in files.items():
+        for path in paths if name not in texts else ():
+            caption = captions.get(os.path.splitext(path)[0])
+            if caption is None:
+                yield _file(path, name, roots)
+            else:
+                not_items.add(caption)
+                yield _file(path, name, roots, partial(_caption, caption, roots), file_state(caption))
+    for name, paths in texts.items():
+        yield from (_file(path, name, roots) for path in paths if path not in not_items)
 
 
 def media_of_recipe(recipe: Recipe, modalities: Modalities) -> Iterator[Media]:
@@ -84,21 +103,38 @@ def file_state(path: str | Path) -> str:
     return f"{about.st_size}-{about.st_mtime_ns}"
 
 
-def _file(path: str, modality: str, check: Callable[[], None] | None = None, text: Any = lambda: None) -> Media:
-    def raw() -> Path:
-        if not is_utf8(path):
-            raise BadMedia("its name is not UTF-8, so the table cannot hold it")
-        if check:
-            check()
-        return Path(path)
-
-    return Media(shown_name(path), modality, file_state(path), raw, text)
+def media_state(state: str) -> str:
+    """The part of `Media.state` that is about the media and not about their text."""
+    return state.partition(" ")[0]
 
 
-def _inside(link: Path, roots: list[Path]) -> None:
-    """Refuses a link out of the folders that are indexed: whoever put it there could show the user's other files."""
-    if not any(Path(os.path.realpath(link)).is_relative_to(root) for root in roots):
-        raise BadMedia("is a link out of the folders that are indexed")
+def _file(
+    path: str,
+    modality: str,
+    roots: Roots | None,
+    text: Callable[[], str | None] = lambda: None,
+    text_state: str = "",
+) -> Media:
+    state = f"{file_state(path)} {text_state}".rstrip()
+    return Media(shown_name(path), modality, state, partial(_checked, path, roots), text)
+
+
+def _checked(path: str, roots: Roots | None) -> Path:
+    if not is_utf8(path):
+        raise BadMedia("its name is not UTF-8, so the table cannot hold it")
+    if roots is not None and os.path.islink(path):
+        # Whoever put a link to elsewhere there could show the user's other files.
+        target = Path(os.path.realpath(path))
+        if not any(target.is_relative_to(root) for root in roots()):
+            raise BadMedia("is a link out of the folders that are indexed")
+    return Path(path)
+
+
+def _caption(path: str, roots: Roots) -> str | None:
+    try:
+        return file_text(_checked(path, roots)).removeprefix("\ufeff").strip() or None
+    except BadMedia as error:
+        raise BadMedia(f"{os.path.basename(path)}: {error}") from None
 
 
 def _rows(table: Table, modality: str, column: str, caption: Callable[[int], str | None]) -> Iterator[Media]:
@@ -109,7 +145,7 @@ def _rows(table: Table, modality: str, column: str, caption: Callable[[int], str
         text = partial(caption, row)
         if isinstance(value, str) or (isinstance(value, dict) and not value.get("bytes")):
             try:
-                yield _file(str(table.media(value)), modality, text=text)
+                yield _file(str(table.media(value)), modality, None, text, table.fingerprint)
                 continue
             except BadMedia:
                 pass  # Reading the row raises the same error, which is then recorded under the row's name.

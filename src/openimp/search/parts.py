@@ -11,12 +11,13 @@ import numpy as np
 from openimp.common.modality import BadMedia
 from openimp.inference.files import file_text
 from openimp.inference.model import Model
+from openimp.search.display import HEAD, kind_of, media_type
 from openimp.search.media import Media
 
 MAX_LINES = 100_000
 """Most lines of a text file, because all rows of a file are written to the table at once."""
 MAX_TEXT = 10_000
-"""Most characters of a line that are stored; no text encoder reads as many."""
+"""Most characters of a line or a caption that are stored; no text encoder reads as many."""
 
 
 @dataclass
@@ -29,6 +30,9 @@ class File:
     unencoded: int = 0  # number of parts that are not encoded yet
     rows: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None  # why it, or its first unreadable part, cannot be read
+    media_type: str | None = None
+    text: str | None = None  # its caption or the text of its row
+    text_error: str | None = None  # why the text cannot be read
 
     def add(self, part: "Part", vector: np.ndarray | BadMedia) -> None:
         """Adds the vector of a part, or the reason why there is none."""
@@ -58,11 +62,21 @@ class Part:
         return "" if self.text is None else f"line {self.number + 1}: "
 
 
-def open_file(model: Model, known: Container[tuple[str, str]], media: Media) -> File:
-    """Hashes media, and lists their parts unless their hash and modality are known."""
-    file = File(media)
+def open_file(model: Model, known: Container[tuple[str, str]], media: Media, sha256: str = "") -> File:
+    """Reads the text of media, hashes them unless `sha256` is given, and lists their parts unless those are known.
+
+    Known parts are those of a hash and modality in `known`.
+    """
+    file = File(media, sha256)
+    modality = model.modalities[media.modality]
     try:
-        file.sha256 = _sha256(media.raw())
+        file.text = (media.text() or "")[:MAX_TEXT] or None
+    except BadMedia as error:
+        file.text_error = str(error)
+    try:
+        if not sha256:
+            file.sha256, head = _hash(media.raw())
+            file.media_type = media_type(head, kind_of(modality)) if head and not modality.reads_text else None
     except BadMedia as error:
         file.error = str(error)
     except OSError as error:
@@ -112,8 +126,12 @@ def _lines(file: Path) -> list[str]:
     return lines
 
 
-def _sha256(raw: bytes | Path | np.ndarray) -> str:
+def _hash(raw: bytes | Path | np.ndarray) -> tuple[str, bytes]:
+    """SHA-256 and the first bytes of media. A list of numbers has no first bytes."""
     if isinstance(raw, Path):
         with raw.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashlib.sha256(raw if isinstance(raw, bytes) else raw.tobytes()).hexdigest()
+            head = stream.read(HEAD)
+            stream.seek(0)
+            return hashlib.file_digest(stream, "sha256").hexdigest(), head
+    content = raw if isinstance(raw, bytes) else raw.tobytes()
+    return hashlib.sha256(content).hexdigest(), raw[:HEAD] if isinstance(raw, bytes) else b""

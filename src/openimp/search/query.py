@@ -28,7 +28,7 @@ class EncodedQuery:
     """A part of a query that `Index.encode` has encoded, for several searches."""
 
     modality: str
-    vectors: dict[str, np.ndarray]  # unit vectors (Z,), by the modality that they are encoded towards
+    vectors: dict[frozenset[str], np.ndarray]  # unit vectors (Z,), by space; see `spaces.Space`
     weight: float = 1.0  # negative: subtracted
 
 
@@ -42,8 +42,14 @@ class Hit:
     id: str  # 32 hexadecimal digits; stays the same if the file is indexed again, but not if it is moved
     path: str  # absolute; SOURCE/ROW/COLUMN if the media is in a row of a source
     part: int  # number of the segment or line in its file, from 0
+    parts: int  # number of items of its file
     modality: str
     start: float | None  # of a segment, in seconds; None for an item that was not cut
     end: float | None
-    text: str | None  # the line of a text file, or the text of the row that the media is from
+    text: str | None  # the line of a text file, or the caption or the text of the row that belongs to the media
+    media_type: str | None  # by the first bytes of the file; None for a text or a list of numbers
+    source: str | None  # of the recipe, if the media is in a row of a source; None for a file
+    row: int | None  # number of that row
+    column: str | None
+    state: str  # of the media when they were indexed; see `Media.state`
     score: float  # cosine with the query

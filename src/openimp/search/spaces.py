@@ -1,7 +1,5 @@
 """Which vectors can be compared: in a joint space all, in disjoint spaces only those of one pair of heads."""
 
-from collections.abc import Iterable
-
 from openimp.data.files import stable_hash
 from openimp.evaluation.provenance import checkpoint_fields
 from openimp.inference.model import Model
@@ -15,14 +13,6 @@ def shared_space(model: Embedder, a: str, b: str) -> Space:
     """The space of the vectors of modality `a` towards modality `b`."""
     joint = model.config.space == "joint"
     return frozenset() if joint else frozenset([model.head_name(a, b), model.head_name(b, a)])
-
-
-def towards_space(model: Embedder, name: str, space: Space, modalities: Iterable[str]) -> str | None:
-    """The modality towards which `name` must be encoded for its vectors to be in a space; None if there is none."""
-    for other in modalities:
-        if model.share_a_space(name, other) and shared_space(model, name, other) == space:
-            return other
-    return None
 
 
 def fingerprint(model: Model) -> str:

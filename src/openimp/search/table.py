@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from openimp.common.errors import UserError
+from openimp.search.query import Hit
 
 ITEMS = "items"
-SHOWN = ["id", "path", "part", "modality", "start", "end", "text"]
+SHOWN = [field.name for field in fields(Hit) if field.name != "score"]
 """Columns of the results of a search."""
 BATCH = 8192
 """Rows that are read into memory at once."""
@@ -42,13 +44,15 @@ def schema(size: int) -> pa.Schema:
         "id": text,
         "path": text,  # absolute; SOURCE/ROW/COLUMN for media in a row of a source
         "part": number,  # of the file: the number of the segment, or of the line of text
+        "parts": number,  # the number of rows of the file
         "sha256": text,  # of the media
-        "state": text,  # of a file: its size and modification time; of a row: the source's fingerprint
+        "state": text,  # see `Media.state`
         "modality": text,
         "towards": text,
         "start": seconds,
         "end": seconds,
         "text": text,
+        "media_type": text,  # null for texts and lists of numbers
         "source": text,  # of the run's recipe; null for a file
         "row": number,
         "column": text,
@@ -61,19 +65,32 @@ class Items:
     """The table of an index, open for reading. Writers must hold `folder.locked`."""
 
     def __init__(self, folder: Path, size: int | None = None) -> None:
-        """Opens the table. With `size`, the number of features, creates it if it does not exist."""
+        """Opens the table.
+
+        With `size`, the number of features, creates it if it does not exist, and adds the columns that an older format
+        lacks.
+        """
         database = import_lancedb().connect(folder)
         # If the process was killed while it created the table, the folder exists, but no version of the table.
         exists = any((folder / f"{ITEMS}.lance" / "_versions").glob("*.manifest"))
         try:
             if exists:
                 self.table = database.open_table(ITEMS)
+                if size is not None:
+                    self._lift(schema(size))
             elif size is not None:
                 self.table = database.create_table(ITEMS, schema=schema(size))
             if size is None and not (exists and self.table.count_rows()):
                 raise UserError(f"{folder}: holds no items yet; run openimp index again")
         except (ValueError, RuntimeError, OSError) as error:
             raise UserError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None
+
+    def _lift(self, wanted: pa.Schema) -> None:
+        missing = [field for field in wanted if field.name not in self.table.schema.names]
+        if missing:
+            # Without a state, all media are hashed again, and then written with the new columns and the old vectors.
+            self.table.update(values={"state": ""})
+            self.table.add_columns(missing)
 
     def stored(self) -> dict[str, Stored]:
         """All files and rows of sources, by path."""
@@ -92,8 +109,8 @@ class Items:
             vector: (Z,), of any length.
             k: number of rows at most.
             where: only rows that match this SQL filter.
-            probes: number of IVF partitions to search; more if these have, or a filter leaves, fewer than `k` rows.
-                None: all rows are compared.
+            probes: number of IVF partitions to search. None, or if they have fewer than `k` rows that match: all rows
+                are compared.
         """
         query = self.table.search(vector).distance_type("cosine").limit(k).select([*SHOWN, "_distance"])
         query = query.where(where) if where else query
@@ -101,8 +118,9 @@ class Items:
             if probes is None:
                 return query.bypass_vector_index().to_list()
             found = query.nprobes(probes).to_list()
-            # Without an upper limit, LanceDB prepares all partitions, which takes much longer.
-            return found if len(found) == k else query.minimum_nprobes(probes).maximum_nprobes(0).to_list()
+            # The partitions next to a text may hold texts only. The first ones with pictures then have only some of the
+            # best pictures.
+            return found if len(found) == k else query.bypass_vector_index().to_list()
 
     def vectors(self) -> Iterator[tuple[list[str], np.ndarray]]:
         """Ids and vectors (n, Z) fp32 of all rows, in batches."""

@@ -13,7 +13,7 @@ from openimp.encoding.items import ahead
 from openimp.inference.files import encode_chunks
 from openimp.inference.model import Model
 from openimp.search.folder import read_skipped, write_skipped
-from openimp.search.media import Media
+from openimp.search.media import Media, media_state
 from openimp.search.parts import File, Part, list_parts, open_file, read_part
 from openimp.search.table import FILTER_PATHS, Items, any_of
 
@@ -93,7 +93,13 @@ class Update:
         self._write(started, copies)
 
     def _open(self, media: list[Media]) -> list[File]:
-        return [open_file(self.model, self.path_of, each) for each in media]
+        return [open_file(self.model, self.path_of, each, self._known_hash(each)) for each in media]
+
+    def _known_hash(self, media: Media) -> str:
+        """The hash of a file if at most its text has changed, otherwise ""."""
+        stored, state = self.stored.get(media.path), media_state(media.state)
+        is_same = stored and state and not media.source and stored.modality == media.modality
+        return stored.sha256 if stored and is_same and media_state(stored.state) == state else ""
 
     def _parts(self, files: Iterator[File], started: list[File], copies: list[tuple[File, str]]) -> Iterator[Part]:
         """The parts to encode. Sorts the files into those to encode, copies of known content, and duplicates."""
@@ -115,16 +121,16 @@ class Update:
     def _write(self, started: list[File], copies: list[tuple[File, str]]) -> None:
         """Writes the files that are complete, and removes them from the lists."""
         done = [file for file in started if not file.unencoded]
-        rows = [self._row(file, row) for file in done for row in file.rows]
+        rows = [self._row(file, row, len(file.rows)) for file in done for row in file.rows]
         if copies:
             sources: dict[str, list[dict[str, Any]]] = {}
             for row in self.items.rows(any_of("path", {path for _, path in copies})):
                 sources.setdefault(row["path"], []).append(row)
-            rows += [self._row(file, row) for file, path in copies for row in sources[path]]
+            rows += [self._row(file, row, len(sources[path])) for file, path in copies for row in sources[path]]
         done += [file for file, _ in copies]
         for file in done:
-            if file.error:
-                self.skipped[file.media.path] = (file.media.state, file.error)
+            if reason := file.error or file.text_error:
+                self.skipped[file.media.path] = (file.media.state, reason)
             else:
                 self.skipped.pop(file.media.path, None)
         replaced = self.stored.keys() & {file.media.path for file in done}
@@ -146,17 +152,16 @@ class Update:
             if not file.rows and source is None:
                 continue  # It could not be read.
             if path in self.stored:
-                self.counts["unchanged" if source == path else "changed"] += 1
+                self.counts["unchanged" if self.stored[path].sha256 == file.sha256 else "changed"] += 1
             elif source in self.gone:
                 self.moved.add(source)
                 self.counts["moved"] += 1
             else:
                 self.counts["new"] += 1
 
-    def _row(self, file: File, row: dict[str, Any]) -> dict[str, Any]:
+    def _row(self, file: File, row: dict[str, Any], parts: int) -> dict[str, Any]:
         """A row of the table, from one of `File.rows` or from a row of the table with the same content."""
         media = file.media
-        text = row["text"] if self.model.modalities[media.modality].reads_text else media.text()
         return {
             **{name: row[name] for name in ("part", "start", "end", "vector")},
             "id": stable_hash([media.path, row["part"]]),
@@ -165,7 +170,9 @@ class Update:
             "state": media.state,
             "modality": media.modality,
             "towards": self.towards[media.modality],
-            "text": text,
+            "parts": parts,
+            "text": row["text"] if self.model.modalities[media.modality].reads_text else file.text,
+            "media_type": file.media_type or row.get("media_type"),
             "source": media.source,
             "row": media.row,
             "column": media.column,
