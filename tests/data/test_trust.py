@@ -136,9 +136,13 @@ def test_another_recipe_allows_only_the_sources_that_it_defines(foreign, private
         {"path": "rows.jsonl", "root": "linked"},
         {"path": "openimp:stills.parquet", "root": "{folder}"},
         {"path": "passwd:../x.jsonl"},
+        {"path": "~/private.jsonl"},
+        {"path": "~"},
+        {"path": "rows.jsonl", "root": "~"},
     ],
 )
-def test_no_way_out_of_the_folder_is_taken(foreign, private, source):
+def test_no_way_out_of_the_folder_is_taken(foreign, private, source, monkeypatch):
+    monkeypatch.setenv("HOME", str(private.parent))
     (foreign / "sub").mkdir()
     (foreign / "rows.jsonl").write_text('{"sound": "0.wav", "caption": "a"}\n')
     for link, target in {"link.jsonl": private, "sub/more.jsonl": private, "linked": private.parent}.items():

@@ -6,6 +6,7 @@ import yaml
 from openimp.common.errors import UserError
 from openimp.recipe.file import find_file
 from openimp.recipe.inputs import View
+from openimp.recipe.model import absolute_name
 from openimp.recipe.schema import Recipe
 
 
@@ -310,6 +311,23 @@ def test_paths_of_overrides_may_start_at_another_folder(file, little_data, tmp_p
     assert recipe.evaluation.sets["colours"].prompts == ["the {} one"]
     with pytest.raises(UserError, match=r"prompts: \.\./x\.txt is outside of the folder"):
         Recipe.load(file, ["evaluation.sets.colours.prompts=../x.txt"], tmp_path)
+
+
+def test_a_path_may_start_at_the_home_directory(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    changes = [
+        "sources.sounds={path: ~/x.csv, root: '~'}",
+        "train.init=timm:local-dir:~/vit",
+        "modalities.text.tokenizer=~/t.json",
+    ]
+    for folder in (None, tmp_path / "elsewhere"):
+        recipe = Recipe.load(file, changes, folder)
+        assert (recipe.sources["sounds"].path, recipe.sources["sounds"].root) == (f"{tmp_path}/x.csv", str(tmp_path))
+        assert recipe.train.init == f"timm:local-dir:{tmp_path}/vit"
+        assert recipe.modalities["text"].tokenizer == f"{tmp_path}/t.json"
+    assert absolute_name("open_clip:local-dir:~/clip", "/other") == f"open_clip:local-dir:{tmp_path}/clip"
+    wanted = f"{file.parent.resolve()}/a/~/x.csv"
+    assert Recipe.load(file, ["sources.sounds.path=a/~/x.csv"]).sources["sounds"].path == wanted
 
 
 def test_views_may_be_left_out(file):

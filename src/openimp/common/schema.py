@@ -1,5 +1,6 @@
 """Building blocks of every schema: the strict base model, number types, paths, and validation with clear errors."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -67,7 +68,12 @@ def _absolute(path: Any, info: ValidationInfo) -> Any:
     scheme, colon, local = path.rpartition("local-dir:")
     if not colon and re.match(r"\w\w+:", path):
         return path
-    return f"{scheme}{colon}{Path(folder).resolve() / local}"
+    return f"{scheme}{colon}{absolute_path(local, folder)}"
+
+
+def absolute_path(path: str, folder: str | Path) -> str:
+    """A path of a recipe as an absolute one. A relative one starts at `folder`, and `~` is the home directory."""
+    return str(Path(folder).resolve() / os.path.expanduser(path))
 
 
 def base_folder(text: Any, info: ValidationInfo) -> str | Path | None:
@@ -84,8 +90,8 @@ def _one_component(name: str) -> str:
 FolderName = Annotated[str, AfterValidator(_one_component)]
 """A name that is used as one component of a path."""
 RecipePath = Annotated[str, BeforeValidator(_absolute)]
-"""A path, relative to the recipe's folder or, in a `TextFrom`, to another one. The `Config` of a modality may use this
-type too."""
+"""A path, relative to the recipe's folder or, in a `TextFrom`, to another one; `~` is the home directory. The `Config`
+of a modality may use this type too."""
 
 
 def text_lines(value: Any, info: ValidationInfo) -> Any:

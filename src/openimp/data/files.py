@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from openimp.common.errors import UserError, nearest
+from openimp.common.folders import is_hidden
 from openimp.common.modality import BadMedia
 
 DEMO = Path(__file__).parent / "demo"
@@ -31,7 +32,11 @@ READ_AHEAD = 2**22
 
 def is_utf8(name: str) -> bool:
     """Whether a file's name is valid UTF-8, as Arrow requires. Python represents other bytes as lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_url(path: str) -> bool:
@@ -73,6 +78,9 @@ def _matching_urls(name: str, url: str) -> list[str]:
     try:
         system, path = fsspec.core.url_to_fs(url)
         found = sorted(system.glob(path))
+        base = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+        if not is_hidden(path.removeprefix(base)):  # As `glob.glob` does for files on disk.
+            found = [file for file in found if not is_hidden(file.removeprefix(base))]
     except Exception as error:  # Each file system raises its own errors.
         raise UserError(f"source {name}: {url}: {str(error).strip() or type(error).__name__}") from None
     if not found:

@@ -1,12 +1,14 @@
 """Folders of media as tables: one subfolder per class, or files without classes, both with or without captions."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from openimp.common.errors import UserError
+from openimp.common.folders import files_below, subfolders
 from openimp.common.modality import BadMedia
 from openimp.common.safe_files import read_text
 from openimp.data.files import inside, is_utf8, stable_hash
@@ -43,17 +45,18 @@ def open_folder(name: str, path: str, root: Path) -> FolderTable:
     """Opens a folder with one subfolder per class, or one with files and no subfolders.
 
     The columns are `file` (relative path), `label` (subfolder), `name` (stem) and `extension` (lower case, without the
-    dot), and `text`, the content of the caption, if any file has one. Hidden files are skipped, and links to folders
-    are not followed. `datasets` is not used, because it would guess the files' types and copy their names into its
-    cache.
+    dot), and `text`, the content of the caption, if any file has one. `common/folders.py` says which files are read.
+    `datasets` is not used, because it would guess the files' types and copy their names into its cache.
     """
     import pyarrow as pa
 
     if not root.is_dir() or not Path(path).is_dir():
         raise UserError(f"source {name}: {path} is not a folder")
-    visible = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-    classes = sorted(entry.name for entry in visible if entry.is_dir(follow_symlinks=False))
-    found = [file for folder in classes or [""] for file in _files_below(root, folder)]
+    os.scandir(root).close()  # Raises OSError if it may not be read. Of folders below it, only the readable ones count.
+    classes, start = subfolders(root), len(os.path.join(root, ""))
+    entries = chain.from_iterable(files_below(root / folder) for folder in classes or [""])
+    # Path relative to `root` and size in bytes.
+    found = [(entry.path[start:].replace(os.sep, "/"), entry.stat(follow_symlinks=False).st_size) for entry in entries]
     if not classes and not found:
         raise UserError(
             f"source {name}: {path} has no subfolders and no files; a folder source has files, or one subfolder per "
@@ -65,12 +68,13 @@ def open_folder(name: str, path: str, root: Path) -> FolderTable:
     captions = _captions(file for file, _ in found)
     not_media = set(captions.values())
     files = [file for file, _ in found if file not in not_media]
+    split = [os.path.splitext(file) for file in files]
     columns = {
         "file": files,
         "label": [file.split("/", 1)[0] for file in files] if classes else None,
-        "name": [Path(file).stem for file in files],
-        "extension": [Path(file).suffix[1:].lower() for file in files],
-        "text": [captions.get(os.path.splitext(file)[0]) for file in files] if captions else None,
+        "name": [os.path.basename(stem) for stem, _ in split],
+        "extension": [extension[1:].lower() for _, extension in split],
+        "text": [captions.get(stem) for stem, _ in split] if captions else None,
     }
     arrays = {column: pa.array(values, pa.string()) for column, values in columns.items() if values is not None}
     content = partial(str, stable_hash(found))
@@ -82,15 +86,3 @@ def _captions(files: Iterable[str]) -> dict[str, str]:
     split = [os.path.splitext(file) for file in files]
     media = {stem for stem, extension in split if extension.lower() != CAPTION}
     return {stem: stem + extension for stem, extension in split if extension.lower() == CAPTION and stem in media}
-
-
-def _files_below(root: Path, folder: str) -> Iterator[tuple[str, int]]:
-    """Path relative to `root` and size in bytes of each file below a folder, sorted by name."""
-    for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        path = f"{folder}/{entry.name}" if folder else entry.name
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files_below(root, path)
-        elif not entry.is_dir():
-            yield path, entry.stat(follow_symlinks=False).st_size

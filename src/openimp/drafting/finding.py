@@ -4,13 +4,14 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from openimp.common.errors import UserError, by_extension, printable
+from openimp.common.folders import files_below, subfolders, visible
 from openimp.data.folders import CAPTION
 from openimp.data.sources import FORMATS
 from openimp.recipe.registry import modality_class
@@ -68,32 +69,28 @@ def _below(path: str) -> list[Candidate]:
 
 
 def _in_folder(folder: Path, depth: int) -> list[Candidate]:
-    data_files = [file for file in _visible(folder) if file.is_file() and file.suffix.lower() in FORMATS]
-    subfolders = [entry for entry in _visible(folder) if entry.is_dir() and not entry.is_symlink()]
-    nested = [inner for inner in subfolders if depth and _has_data_files(inner, depth)]
+    data_files = [folder / name for name in _data_files(folder)]
+    inner_folders = [folder / name for name in subfolders(folder)]
+    nested = [inner for inner in inner_folders if depth and _has_data_files(inner, depth)]
     if not data_files and not nested:
         return _media_folders(folder)
     found = [Candidate({"path": path}) for path in _shards(data_files)]
     found += [candidate for inner in nested for candidate in _in_folder(inner, depth - 1)]
-    plain = [inner for inner in subfolders if inner not in nested]
+    plain = [inner for inner in inner_folders if inner not in nested]
     # Beside a table, subfolders without subfolders are the classes of one source, as they are without a table.
-    are_classes = not nested and len(plain) > 1 and not any(sub.is_dir() for inner in plain for sub in _visible(inner))
-    folders = [folder] if are_classes or not subfolders else plain  # Without subfolders, its files may be media.
+    are_classes = not nested and len(plain) > 1 and not any(map(subfolders, plain))
+    folders = [folder] if are_classes or not inner_folders else plain  # Without subfolders, its files may be media.
     media = [candidate for inner in folders for candidate in _media_folders(inner)]
     return found + [replace(candidate, beside_data_files=True) for candidate in media]
 
 
-def _visible(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+def _data_files(folder: Path) -> list[str]:
+    return [entry.name for entry in visible(folder) if _extension(entry) in FORMATS and entry.is_file()]
 
 
 def _has_data_files(folder: Path, depth: int) -> bool:
-    for entry in _visible(folder):
-        if entry.is_file() and entry.suffix.lower() in FORMATS:
-            return True
-        if depth and entry.is_dir() and not entry.is_symlink() and _has_data_files(entry, depth - 1):
-            return True
-    return False
+    inner = subfolders(folder) if depth else []
+    return bool(_data_files(folder)) or any(_has_data_files(folder / name, depth - 1) for name in inner)
 
 
 def _shards(files: list[Path]) -> list[str]:
@@ -112,8 +109,8 @@ def _pattern(file: Path) -> str:
 
 def _media_folders(folder: Path) -> list[Candidate]:
     """A folder of media as one source, or as several if its subfolders are splits or hold different kinds of media."""
-    own = _kinds(file for file in _visible(folder) if file.is_file())
-    inner = {sub: _kinds(_walk(sub)) for sub in _visible(folder) if sub.is_dir() and not sub.is_symlink()}
+    own = _kinds(entry for entry in visible(folder) if not entry.is_dir())
+    inner = {folder / name: _kinds(files_below(folder / name)) for name in subfolders(folder)}
     inner = {sub: kinds for sub, kinds in inner.items() if kinds}
     if not inner:
         return [Candidate({"path": str(folder)})] if own else []
@@ -122,29 +119,27 @@ def _media_folders(folder: Path) -> list[Candidate]:
         len(inner) > 1 and all(len(kinds) == 1 for kinds in inner.values()) and len(set().union(*inner.values())) > 1
     )
     # A folder in the only subfolder is a class, unless it has no subfolders: then that subfolder is one.
-    wraps = len(inner) == 1 and not own and any(sub.is_dir() for sub in _visible(next(iter(inner))))
+    wraps = len(inner) == 1 and not own and bool(subfolders(next(iter(inner))))
     if splits or one_kind_each or wraps:
         return [candidate for sub in inner for candidate in _media_folders(sub)]
     return [Candidate({"path": str(folder)})]
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, file) for file in files)
-
-
 def unknown_files(folder: Path) -> Counter[str]:
     """The number of files below a folder that are neither media nor captions nor data files, by extension."""
-    files = [(file, file.suffix.lower()) for file in _walk(folder) if not file.name.startswith(".")]
-    media = {file.with_suffix("") for file, ending in files if ending in KIND_OF}
-    unknown = [(file, ending) for file, ending in files if ending not in KIND_OF and ending not in FORMATS]
-    return Counter(ending for file, ending in unknown if ending != CAPTION or file.with_suffix("") not in media)
+    files = [(os.path.splitext(entry.path)[0], _extension(entry)) for entry in files_below(folder)]
+    media = {stem for stem, ending in files if ending in KIND_OF}
+    unknown = [(stem, ending) for stem, ending in files if ending not in KIND_OF and ending not in FORMATS]
+    return Counter(ending for stem, ending in unknown if ending != CAPTION or stem not in media)
 
 
-def _kinds(files: Iterable[Path]) -> set[str]:
-    extensions = {file.suffix.lower() for file in islice(files, SAMPLED_FILES)}
+def _kinds(files: Iterable[os.DirEntry[str]]) -> set[str]:
+    extensions = {_extension(file) for file in islice(files, SAMPLED_FILES)}
     return {KIND_OF[extension] for extension in extensions if extension in KIND_OF}
+
+
+def _extension(entry: os.DirEntry[str]) -> str:
+    return os.path.splitext(entry.name)[1].lower()
 
 
 def _with_test_splits(found: list[Candidate]) -> list[Candidate]:

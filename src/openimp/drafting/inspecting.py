@@ -1,5 +1,6 @@
 """Finds out, from a sample of its rows, which columns of a source hold media, texts and classes."""
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from openimp.common.errors import UserError
+from openimp.common.folders import visible
 from openimp.common.modality import BadMedia
 from openimp.common.schema import checked
 from openimp.data.files import inside
@@ -130,7 +132,7 @@ def _root(table: Table, below: str, paths: list[str]) -> str | None:
     base = table.root
     if base is None or not paths or any(_exists(base, path) for path in paths):
         return None
-    beside = sorted(entry for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith("."))[:MAX_ROOTS]
+    beside = [base / entry.name for entry in visible(base) if entry.is_dir()][:MAX_ROOTS]
     parent = (base / "..").resolve()
     above = [parent] if below and parent.is_relative_to(Path(below).resolve()) else []
     for root in (*beside, *above):
@@ -215,7 +217,7 @@ def loose_files(data: Inspected) -> Counter[str]:
     table = data.table
     if not isinstance(table, FolderTable) or table.root is None or "label" not in table.columns:
         return Counter()
-    endings = (file.suffix.lower() for file in table.root.glob("[!.]*") if file.is_file())
+    endings = (os.path.splitext(entry.name)[1].lower() for entry in visible(table.root) if entry.is_file())
     return Counter(ending for ending in endings if ending in KIND_OF)
 
 

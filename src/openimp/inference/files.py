@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from openimp.common.errors import UserError, nearest
+from openimp.common.folders import files_below, is_hidden
 from openimp.common.modality import BadMedia, Modalities
 from openimp.common.safe_files import LARGEST_TEXT, read_text
 from openimp.data.files import is_url
@@ -55,7 +56,7 @@ def find_files(
                     reason = f"the model reads no {ending} files, only" if ending else "no extension says whether it is"
                     raise UserError(f"{file}: {reason} {kinds}{hint}")
             if name:
-                found.setdefault(name, []).append(each)
+                found.setdefault(name, []).append(Path(each) if isinstance(file, Path) else str(each))
             else:
                 unknown[ending] += 1
     if not found:
@@ -64,27 +65,13 @@ def find_files(
     return {name: list(dict.fromkeys(paths)) for name, paths in found.items()}, unknown
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder. Linked folders, and folders that may not be read, are left out."""
-    # Unlike Path.rglob, os.scandir needs no system call per file to tell files from folders.
-    try:
-        with os.scandir(folder) as found:
-            entries = list(found)
-    except PermissionError:
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files_below(folder / entry.name)
-        elif entry.is_file():
-            yield folder / entry.name
-
-
-def _files_in(file: File) -> list[File] | None:
-    """The files in a folder and its subfolders, sorted. None if `file` is a file."""
+def _files_in(file: File) -> Iterator[str] | None:
+    """The paths of the files in a folder and its subfolders, sorted; see `common/folders.py`. None if `file` is a
+    file."""
     if isinstance(file, Path):
         if not file.exists():
             raise UserError(f"{file}: no such file or folder")
-        return [*sorted(_files_below(file))] if file.is_dir() else None
+        return (entry.path for entry in files_below(file)) if file.is_dir() else None
     try:
         system, path = fsspec.core.url_to_fs(file)
         inner = sorted(system.find(path))
@@ -92,7 +79,9 @@ def _files_in(file: File) -> list[File] | None:
         raise UserError(f"{file}: {str(error).strip() or type(error).__name__}") from None
     if not inner:
         raise UserError(f"{file}: no such file or folder")
-    return None if inner == [path] else [system.unstrip_protocol(each) for each in inner]
+    if inner == [path]:
+        return None
+    return (system.unstrip_protocol(each) for each in inner if not is_hidden(each.removeprefix(path)))
 
 
 def encode_chunks(

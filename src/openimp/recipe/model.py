@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from openimp.common.schema import Count, Positive, Strict, base_folder
+from openimp.common.schema import Count, Positive, Strict, absolute_path, base_folder
 
 LIBRARY, LOCAL = "open_clip:", "local-dir:"
 """The beginning of the name of a wrapped model, and what follows if it is in a folder, as in open_clip."""
@@ -64,7 +64,7 @@ def absolute_name(name: str, folder: str | Path) -> str:
     """The name of a model of open_clip, in which the path of a local one starts at the root."""
     if not name.startswith(LIBRARY + LOCAL):
         return name
-    return LIBRARY + LOCAL + str(Path(folder).resolve() / name.removeprefix(LIBRARY + LOCAL))
+    return LIBRARY + LOCAL + absolute_path(name.removeprefix(LIBRARY + LOCAL), folder)
 
 
 class Model(Strict):

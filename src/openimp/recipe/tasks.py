@@ -47,7 +47,7 @@ class Source(Strict):
     path: RecipePath | None = None
     """A folder (of files, or one subfolder per class), a manifest (.csv, .json or .jsonl), .parquet or .tar files (`*`
     matches several files), a URL that fsspec opens, or `openimp:NAME` for bundled data. Relative to the recipe's
-    folder."""
+    folder; `~` is the home directory."""
     hub: str | None = None
     """The name of a data set on the Hugging Face Hub."""
     config: str | None = None

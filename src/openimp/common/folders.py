@@ -1,0 +1,43 @@
+"""Which files of a folder are read: one rule for training, `init`, `embed` and `index`.
+
+What is hidden, because its name begins with a dot, is left out at every level below the folder, and so are folders that
+are links or that may not be read. A file that the user names is read even if it is hidden.
+"""
+
+import os
+from collections.abc import Iterator
+from operator import attrgetter
+from pathlib import Path
+
+
+def visible(folder: str | Path) -> list[os.DirEntry[str]]:
+    """The files and folders in a folder that are not hidden, sorted by name; none if the folder may not be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=attrgetter("name"))
+    except PermissionError:
+        return []
+
+
+def subfolders(folder: str | Path) -> list[str]:
+    """The names of the visible folders in a folder, sorted."""
+    return [entry.name for entry in visible(folder) if entry.is_dir(follow_symlinks=False)]
+
+
+def files_below(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """The files in a folder and its subfolders, in the order of their paths. A link to a file is a file.
+
+    Only links need a system call of their own, so a hundred thousand files are listed in a fraction of a second.
+    """
+    waiting = visible(folder)[::-1]
+    while waiting:
+        entry = waiting.pop()
+        if entry.is_dir(follow_symlinks=False):
+            waiting += reversed(visible(entry.path))
+        elif not entry.is_dir():
+            yield entry
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a part of a path, as file systems of URLs write it, is hidden."""
+    return any(part.startswith(".") for part in path.split("/"))
