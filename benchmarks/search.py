@@ -12,6 +12,8 @@
   vectors are a random smooth function of 24 normal variables plus noise, because vectors without structure cannot be
   grouped, and those of a trained model can. The queries are new vectors of the same kind. The results are the ratio of
   the times, as a median over pairs, and recall@10 compared with that product.
+- Pages: 16 clients ask `openimp serve` for the page of a text, each for another one, and take turns with bare calls of
+  `Index.search` with these texts, one after the other. The result is the ratio of pages and calls per second.
 - Kills: a process that indexes is killed at a random moment, again and again. Then one more indexes the rest. The index
   must equal that of an undisturbed process.
 """
@@ -25,10 +27,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import quote
 
 import numpy as np
 import PIL.Image
@@ -40,12 +44,13 @@ from openimp.common.versions import openimp_version, processor
 from openimp.inference.embed import embed
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
-from openimp.search import build_index, ivf
+from openimp.search import build_index, ivf, open_index
 from openimp.search.folder import FORMAT, Metadata, write_metadata
 from openimp.search.table import Items, schema
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from processes import Process
+from served import serving
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "search.md"
 SIZE, LATENT = 256, 24
@@ -121,6 +126,35 @@ def measure_again(model: Path, pictures: Path, number: int, folder: Path) -> Row
     first, again = (seconds(lambda: build_index(model, [pictures], folder / "all.index")) for _ in range(2))
     what = f"indexing {number:,} unchanged files again / for the first time ({again:.1f} s / {first:.1f} s)"
     return Row(what, f"{again / first:.1%}", "less than 5 %", again / first < 0.05)
+
+
+def measure_pages(index: Path, clients: int, turns: int) -> Row:
+    """The search page compared with bare searches."""
+    texts = [f"word {i}" for i in range(4 * clients)]
+    opened = open_index(index)
+    ratios, pages, calls = [], [], []
+    with serving(index) as server, ThreadPoolExecutor(clients) as pool:
+
+        def ask(text: str) -> None:
+            answer = server.ask(f"/?q={quote(text)}")
+            assert answer.status == 200, answer.text
+
+        def ask_all() -> None:
+            list(pool.map(ask, texts))
+
+        def search_all() -> None:
+            for text in texts:
+                opened.search(text)
+
+        ask_all()
+        search_all()
+        for _ in range(turns):
+            pages.append(len(texts) / seconds(ask_all))
+            calls.append(len(texts) / seconds(search_all))
+            ratios.append(pages[-1] / calls[-1])
+    what = (f"pages per second for {clients} clients / bare searches per second "
+            f"({statistics.median(pages):.0f} / {statistics.median(calls):.0f})")  # fmt: skip
+    return Row(what, quartiles(ratios), "at least 0.5", statistics.median(ratios) >= 0.5)
 
 
 def measure_queries(number: int, queries: int, folder: Path) -> list[Row]:
@@ -230,6 +264,7 @@ def main() -> int:
         rows = [
             measure_rates(model, paths, 2 if args.smoke else 10, folder),
             measure_again(model, pictures, files, folder),
+            measure_pages(folder / "all.index", 16, 2 if args.smoke else 10),
             *measure_queries(vectors, 5 if args.smoke else 200, folder / "vectors.index"),
             measure_kills(model, pictures, kills, folder),
         ]
