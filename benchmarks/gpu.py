@@ -251,7 +251,7 @@ Written by `benchmarks/gpu.py`; its docstring describes the measurement.{small}
 - Versions: Python {sys.version.split()[0]}, torch {torch.__version__}
 - Hardware: {hardware}; {processor()}, {os.cpu_count()} cores
 - {PICTURES:,} JPEG pictures of {SIDE * 5 // 4} x {SIDE} pixels; {STEPS} steps, of which the first {SKIPPED} are not
-  measured; bf16; seed 0. MFU is relative to the fastest of some large matrix products.
+  measured; bf16; seed 0. MFU is the `mfu` of docs/metrics.md.
 
 | {" | ".join(columns)} |
 | {" | ".join(["---"] * len(columns))} |

@@ -314,7 +314,7 @@ def plan(
     set_: SetOption = None,
     gpus: Annotated[int, typer.Option("--gpus", help="Number of GPUs.")] = 256,
     gpu: Annotated[str, typer.Option("--gpu", help="Type of GPU, for example a100, h100 or h200.")] = "h100",
-    mfu: Annotated[float, typer.Option("--mfu", help="Share of the peak bf16 FLOP/s that training reaches.")] = 0.4,
+    mfu: Annotated[float, typer.Option("--mfu", help="MFU: the share of the bf16 peak that training reaches.")] = 0.4,
 ) -> None:
     """Compute what a run needs, without a GPU: parameters, memory, FLOPs, communication, days."""
     from openimp.commands import run_plan

@@ -117,3 +117,29 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
     forward_and_backward = sum(training.costs[visit.task, visit.view].model_flops for visit in visits)
     assert forward_and_backward < sum(computed.values())
     assert line["mfu"] == pytest.approx(forward_and_backward / training.log.metrics.peak)
+    assert "hfu" not in line
+
+
+@pytest.mark.parametrize("memory", ["{chunk_size: 2}", "{activation_checkpointing: true}"])
+def test_repeated_passes_count_in_hfu_and_not_in_mfu(little_data, tmp_path, memory):
+    """Counted while training in fp32, where nothing chooses another attention."""
+    lines, counted, forward = [], [], 0
+    for name, options in (("once", "{}"), ("repeated", memory)):
+        changes = ["train.precision=fp32", "train.steps=4", "train.log_every=4", "evaluation={}", f"memory={options}"]
+        training = Trainer(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / name, False)
+        with (
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            training.train()
+        counted.append(counter.get_total_flops())
+        forward = sum(training.costs[visit.task, visit.view].forward_flops for visit in training.data.schedule)
+        lines += read_lines(tmp_path / name / "metrics.jsonl")
+        for kind in lines[-1].keys() & {"mfu", "hfu"}:
+            lines[-1][kind] *= lines[-1]["seconds"] * training.log.metrics.peak
+    once, repeated = lines
+    assert once["mfu"] == pytest.approx(counted[0])
+    assert "hfu" not in once
+    assert repeated["mfu"] == pytest.approx(counted[0])
+    assert repeated["hfu"] == pytest.approx(counted[1])
+    assert 0.5 * forward < counted[1] - counted[0] <= forward, "torch repeats no product that nothing needs"

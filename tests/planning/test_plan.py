@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from openimp.alternation import Alternation
 from openimp.commands import run_plan
+from openimp.common.device import product_speed
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
@@ -34,7 +35,7 @@ from openimp.objectives import sigmoid_nce, softmax_nce, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.layout import apply_parallelism, local_shard
 from openimp.planning.communication import LINK_SHARE
-from openimp.planning.gpus import GPUS, USABLE
+from openimp.planning.gpus import GPUS, USABLE, peak_flops
 from openimp.planning.layouts import choose_layout
 from openimp.planning.ledger import costs, empty_batch, short
 from openimp.planning.memory import StepMemory, step_memory
@@ -521,6 +522,16 @@ def test_the_command_prints_the_plan(little_data, capsys):
     assert f"little fits: {found.memory / 2**30:.2f} of 71.1 GiB for tensors on each of 2 x a100" in printed
     assert f"7 steps, {short(found.flops)}FLOPs: 0:00 at an MFU of 50%" in printed
     assert "parallel: {shard_degree: 2}; better: {shard_degree: 1}" in printed
+
+
+def test_the_peak_of_a_device_is_that_of_the_plan_if_it_has_one(monkeypatch):
+    cpu = torch.device("cpu")
+    assert peak_flops(cpu, "fp32") == product_speed(cpu, "fp32")
+    named = [(name, gpu) for gpu in GPUS.values() for name in gpu.names]
+    assert len(named) == len({name for name, _ in named}) >= len(GPUS)
+    for name, gpu in named:
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda _, name=name: name)
+        assert peak_flops(torch.device("cuda"), "fp32") == gpu.tflops * 1e12
 
 
 def test_the_fastest_layout_that_fits_is_recommended(little_data):

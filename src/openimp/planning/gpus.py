@@ -1,6 +1,10 @@
-"""Published figures of GPUs, to plan with."""
+"""Published figures of GPUs, to plan with, and the peak to which the utilization of a device refers."""
 
 from dataclasses import dataclass
+
+import torch
+
+from openimp.common.device import Precision, precision_of, product_speed
 
 NODE = 8
 """GPUs of a node, which are connected by `GPU.link`; more of them meet on the network."""
@@ -17,14 +21,26 @@ class GPU:
     bandwidth: float  # TB/s of its memory
     link: float  # GB/s to the other GPUs of its node, each way
     network: float  # GB/s to other nodes, each way
+    names: tuple[str, ...]  # as CUDA calls it; variants with other figures are left out
 
 
 GPUS = {
-    "a100-40": GPU(39, 312, 1.56, 300, 25),
-    "a100": GPU(79, 312, 2.04, 300, 25),
-    "h100": GPU(79, 989, 3.35, 450, 50),
-    "h200": GPU(140, 989, 4.8, 450, 50),
-    "b200": GPU(178, 2250, 8, 900, 50),
-    "l40s": GPU(44, 362, 0.864, 32, 12.5),
-    "rtx4090": GPU(23.5, 165, 1.01, 32, 1.25),
+    "a100-40": GPU(39, 312, 1.56, 300, 25, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")),
+    "a100": GPU(79, 312, 2.04, 300, 25, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")),
+    "h100": GPU(79, 989, 3.35, 450, 50, ("NVIDIA H100 80GB HBM3",)),
+    "h200": GPU(140, 989, 4.8, 450, 50, ("NVIDIA H200",)),
+    "b200": GPU(178, 2250, 8, 900, 50, ("NVIDIA B200",)),
+    "l40s": GPU(44, 362, 0.864, 32, 12.5, ("NVIDIA L40S",)),
+    "rtx4090": GPU(23.5, 165, 1.01, 32, 1.25, ("NVIDIA GeForce RTX 4090",)),
 }
+
+
+def peak_flops(device: torch.device, precision: Precision) -> float:
+    """The FLOP/s of which MFU and HFU are shares: the published bf16 peak of a GPU in `GPUS`, as in `openimp plan`; of
+    another device, which has no such figure here, the fastest of some large matrix products."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for gpu in GPUS.values():
+            if name in gpu.names:
+                return gpu.tflops * 1e12
+    return product_speed(device, precision_of(device, precision))

@@ -29,6 +29,7 @@ from openimp.objectives import Losses, task_losses
 from openimp.parallel.muon import muon_flops
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Distill
+from openimp.recipe.training import Memory
 
 UNITS = ("steps", "examples", "tokens", "flops")
 _counted: dict[str, dict[tuple[str, int], "Cost"]] = {}
@@ -40,14 +41,21 @@ class Cost:
 
     examples: int  # of the batch, over all ranks
     tokens: int  # that enter the encoder, over all modalities
-    flops: int  # forward, backward, and optimizer
-    forward_flops: int  # of the forward pass, without what the backward pass computes again
+    flops: int  # all that are computed: forward, backward, repeated forward passes, and optimizer
+    forward_flops: int  # of one forward pass
+    repeated_flops: int  # of the forward passes that the backward pass repeats, as `memory` asks
     optimizer_flops: int  # of Muon
     touched: frozenset[str]  # names of the parameters that get a gradient
 
     @property
     def model_flops(self) -> int:
-        """FLOPs of the forward and the backward pass."""
+        """FLOPs of one forward and one backward pass, of which MFU is the share of a device's peak (PaLM, arXiv
+        2204.02311, appendix B)."""
+        return self.hardware_flops - self.repeated_flops
+
+    @property
+    def hardware_flops(self) -> int:
+        """FLOPs of all passes, of which HFU is the share."""
         return self.flops - self.optimizer_flops
 
 
@@ -73,7 +81,12 @@ def costs(
     parts = [data[part] for part in ("model", "modalities", "tasks", "memory", "evaluation", "optimizer")]
     key = json.dumps([build.__qualname__, summed, parts, sizes])
     if key not in _counted:  # Counting takes seconds, and a study asks for the same again and again.
-        _counted[key] = _count(recipe, modalities, classes, build, losses, summed)
+        found = _count(recipe, modalities, classes, build, losses, summed)
+        if recipe.memory != Memory():
+            plain = recipe.model_copy(update={"memory": Memory()})
+            once = costs(plain, modalities, classes, build, losses, summed)
+            found = {k: replace(cost, repeated_flops=cost.flops - once[k].flops) for k, cost in found.items()}
+        _counted[key] = found
     return _counted[key]
 
 
@@ -108,7 +121,7 @@ def _count(
             touched = frozenset(name for name, weight in model.named_parameters() if weight.grad is not None)
             model.zero_grad()
             examples, flops = view.batch_size or task.batch_size, counter.get_total_flops()
-            found[name, i] = Cost(examples, tokens, flops, forward, 0, touched)
+            found[name, i] = Cost(examples, tokens, flops, forward, 0, 0, touched)
     return _with_optimizer(recipe, model, found, summed)
 
 

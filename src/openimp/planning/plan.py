@@ -66,7 +66,7 @@ class Plan:
 
     layout: Layout
     gpu: GPU
-    mfu: float  # share of the bf16 peak that the model's FLOPs are computed at
+    mfu: float  # share of the bf16 peak at which passes are computed; HFU if `memory` repeats some
     parameters: dict[str, int]  # by part of the model
     frozen: int  # how many of them are frozen
     per_token: int | None
@@ -110,15 +110,14 @@ class Plan:
 
     def computes(self, step: Step) -> float:
         """Seconds that the busiest GPU computes in a step: FLOPs at the MFU, and an update as fast as its memory."""
-        flops = step.cost.model_flops / self.layout.ranks + step.cost.optimizer_flops * step.muon_share
+        flops = step.cost.hardware_flops / self.layout.ranks + step.cost.optimizer_flops * step.muon_share
         return self._seconds(flops) + step.update_bytes / (self.gpu.bandwidth * 1e12)
 
     def waits(self, step: Step) -> float:
         """Seconds that a step waits for communication."""
-        model, forward = (
-            self._seconds(n / self.layout.ranks) for n in (step.cost.model_flops, step.cost.forward_flops)
-        )
-        return step.traffic.waits(forward, model - forward, self.gpu)
+        passes = self._seconds(step.cost.hardware_flops / self.layout.ranks)
+        forward = self._seconds(step.cost.forward_flops / self.layout.ranks)
+        return step.traffic.waits(forward, passes - forward, self.gpu)
 
     def _seconds(self, flops: float) -> float:
         return flops / (self.gpu.tflops * 1e12 * self.mfu)

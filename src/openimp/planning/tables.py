@@ -49,13 +49,14 @@ def _print_layouts(every: Sequence[Plan]) -> None:
 
 def _print_verdict(recipe: Recipe, found: Plan, best: Plan, gpu: str) -> None:
     verdict, room = "fits" if found.fits else "does not fit", USABLE * found.gpu.memory
+    utilization = "HFU" if any(step.cost.repeated_flops for step in found.steps.values()) else "MFU"
     lines = [
         f"{recipe.name} {verdict}: {found.memory / 2**30:,.2f} of {room:.1f} GiB for tensors on each of "
         f"{found.layout.ranks} x {gpu}",
         f"workers prepare {counted(recipe.train.prefetch_factor, 'batch')} in advance, at most "
         f"{found.prefetched / 2**30:,.2f} GiB of CPU memory per GPU",
-        f"{counted(recipe.train.steps, 'step')}, {short(found.flops)}FLOPs: {duration(found.computing)} at an MFU of "
-        f"{found.mfu:.0%}",
+        f"{counted(recipe.train.steps, 'step')}, {short(found.flops)}FLOPs: {duration(found.computing)} at an "
+        f"{utilization} of {found.mfu:.0%}",
     ]
     if found.layout.ranks > 1:
         waiting = f"waiting is {found.waiting / found.computing:.1%} of computing"

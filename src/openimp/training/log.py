@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from openimp.alternation import Alternation
-from openimp.common.device import precision_of, product_speed
+from openimp.common.device import precision_of
 from openimp.common.errors import counted
 from openimp.common.modality import Modalities
 from openimp.common.progress import StepBar, console
@@ -15,6 +15,7 @@ from openimp.data.step_batches import LoadedBatch
 from openimp.model.embedder import Embedder
 from openimp.objectives import Losses, equal_texts
 from openimp.parallel import distributed
+from openimp.planning.gpus import peak_flops
 from openimp.planning.ledger import Costs, mixture_table
 from openimp.recipe.schema import Recipe
 from openimp.training.bad_examples import BadExamples
@@ -44,7 +45,7 @@ class Log:
         state: Mapping[str, Any],
     ) -> None:
         step = state.get("step", 0)
-        peak = product_speed(device, precision_of(device, recipe.train.precision))
+        peak = peak_flops(device, recipe.train.precision)
         self.recipe, self.modalities, self.schedule, self.costs = recipe, modalities, schedule, costs
         self.timer = StepTimer()
         self.metrics = Metrics(run, step, peak, state.get("totals"))

@@ -19,7 +19,7 @@ DIGESTS = 2**48
 class Metrics:
     """Aggregates the metrics of the steps since the last line, and writes the next line.
 
-    Rank 0 writes. Losses and router statistics are means over all ranks. `peak` is the speed of a device in FLOP/s.
+    Rank 0 writes. Losses and router statistics are means over all ranks. `peak` is a device's `peak_flops`.
     docs/metrics.md explains every field.
     """
 
@@ -36,7 +36,7 @@ class Metrics:
         self._reset()
 
     def _reset(self) -> None:
-        self.examples = self.tokens = self.digest = self.model_flops = 0
+        self.examples = self.tokens = self.digest = self.model_flops = self.hardware_flops = 0
         self.steps: Counter[str] = Counter()
         self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.routing: dict[str, list[Tensor]] = {}
@@ -48,6 +48,7 @@ class Metrics:
         self.examples += cost.examples
         self.tokens += cost.tokens
         self.model_flops += cost.model_flops
+        self.hardware_flops += cost.hardware_flops
         self.steps[task] += 1
         totals = self.totals.setdefault(task, Counter())
         totals.update(steps=1, examples=cost.examples, tokens=cost.tokens, flops=cost.flops)
@@ -71,13 +72,17 @@ class Metrics:
             for task, sums in self.sums.items()
         }
         experts = {name: [self._layer(name, layer) for layer in layers] for name, layers in self.routing.items()}
+        peak = self.peak * world_size() * speed["seconds"]
+        utilization = {"mfu": self.model_flops / peak}
+        if self.hardware_flops > self.model_flops:
+            utilization["hfu"] = self.hardware_flops / peak
         line = {
             "step": step,
             "lr": lr,
             "grad_norm": grad_norm,
             "examples_per_s": self.examples / speed["seconds"],
             "tokens_per_s": self.tokens / speed["seconds"],
-            "mfu": self.model_flops / speed["seconds"] / (self.peak * world_size()),
+            **utilization,
             **speed,
             "samples": f"{sum(all_gather_object(self.digest)) % DIGESTS:012x}",
             "tasks": tasks,
@@ -88,7 +93,8 @@ class Metrics:
         if self.board is None:
             return line
         append(self.file, line)
-        for key in ("lr", "grad_norm", "examples_per_s", "tokens_per_s", "mfu", "data_wait", "step_p50", "step_p95"):
+        speeds = ("examples_per_s", "tokens_per_s", *utilization, "data_wait", "step_p50", "step_p95")
+        for key in ("lr", "grad_norm", *speeds):
             self.board.add_scalar(key, line[key], step)
         for task, share in line["waits"].items():
             self.board.add_scalar(f"data_wait/{task}", share, step)
