@@ -74,7 +74,8 @@ class Process:
 def run(*command: object, check: bool = False, **options: object) -> CompletedProcess[str]:
     """Runs `python *command` to its end, as `subprocess.run` does. For the other arguments see `Process`."""
     process = Process(*command, **options)
-    output, errors = process.stdout.read(), process.stderr.read()
+    with process.stdout as out, process.stderr as err:
+        output, errors = out.read(), err.read()
     assert not check or process.wait() == 0, output + errors
     return CompletedProcess(process.args, process.wait(), output, errors)
 

@@ -12,10 +12,10 @@ import yaml
 from openimp.checkpoint.folder import checkpoints, describe_model, find_model, load_model, model_folder, saved_step
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.device import pick_device
-from openimp.common.errors import UserError, printable
+from openimp.common.errors import UserError
 from openimp.common.json_lines import append
 from openimp.common.modality import Modality
-from openimp.common.progress import clock, console, number_table, track
+from openimp.common.progress import clock, console, notice, number_table, track
 from openimp.common.safe_files import refuse_links
 from openimp.data.batch import head_key
 from openimp.data.sources import open_source
@@ -66,7 +66,7 @@ def run_init(paths: list[str]) -> None:
     """Prints a recipe for data to standard output, and to standard error what was found."""
     drafted = draft_recipe(paths)
     for note in drafted.notes:
-        print(printable(note), file=sys.stderr)
+        notice(note)
     sys.stdout.buffer.write(drafted.text.encode())
     sys.stdout.flush()
 
@@ -91,11 +91,9 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
     distributed.start()
     drafted = distributed.run_on_rank_zero(lambda: draft_recipe([data]))
     if distributed.rank() == 0:
-        notes = [
-            *drafted.notes,
-            f"the recipe is in {run / 'recipe.yaml'}; to change it: openimp init {data} > mine.yaml",
-        ]
-        print(*map(printable, notes), sep="\n", file=sys.stderr)
+        for note in drafted.notes:
+            notice(note)
+        notice(f"the recipe is in {run / 'recipe.yaml'}; to change it: openimp init {data} > mine.yaml")
     recipe = yaml.load(drafted.text, RecipeLoader)
     for text in overrides:
         override(recipe, text, Path.cwd())

@@ -77,6 +77,7 @@ def test_a_shard_that_is_lost_or_there_twice_is_damage(files, tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_dcp_does_not_notice_a_lost_shard(files, tmp_path):
     """Once this fails, `dcp.metadata` need not check what the shards cover."""
     files[0].unlink()
@@ -85,6 +86,7 @@ def test_dcp_does_not_notice_a_lost_shard(files, tmp_path):
     assert rows[:2].eq(7).all()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_dcp_loses_scalars_when_it_consolidates_shards(tmp_path):
     """Once this fails, several ranks can leave plain files as well."""
     writer = HuggingFaceStorageWriter(str(tmp_path), save_distributed=True, enable_consolidation=True)

@@ -201,15 +201,20 @@ def test_unreadable_inputs_are_named(model, tmp_path):
         model.encode_text(["a", 7])
 
 
-def test_a_text_without_a_known_word_is_told(tiny_recipe, tiny_model):
+def test_a_text_without_a_known_word_is_told_once_in_one_line(tiny_recipe, tiny_model, capsys):
     recipe = tiny_recipe()
     recipe.modalities["text"].min_df = 1
     words = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {})
-    with pytest.warns(UserWarning, match=r"'xylophone' has no word that the model knows"):
-        unknown = words.encode_text(["a red", "xylophone"])[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        unknown = words.encode_text(["a red", "xylophone", "xylophone"])[1]
+        words.encode_text(["xylophone", "oboe\x1b[2J"])
         assert torch.equal(words.encode_text(["a red", ""])[1], unknown)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        f"{text!r} has no word that the model knows: read as an empty text" for text in ("xylophone", "oboe\x1b[2J")
+    ]
 
 
 def test_a_view_that_does_not_fit_is_told(tiny_model_folder, media_folder):

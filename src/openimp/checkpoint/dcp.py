@@ -23,8 +23,6 @@ from openimp.common.errors import UserError
 from openimp.parallel.distributed import Group, rank
 from openimp.parallel.layout import local_shard
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # In a single process that is intended.
-
 
 def stage(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies tensors, or the local shards of DTensors, to CPU memory.
@@ -133,7 +131,8 @@ def fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fills tensors in place from the tensors of the same names and shapes in a folder; see `load`."""
     import torch.distributed.checkpoint as dcp
 
-    with _damage(folder), _causes():
+    with _damage(folder), _causes(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # `no_dist` is intended.
         dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 

@@ -39,6 +39,11 @@ if not console.is_terminal:
     console = _Console(highlight=False, markup=False, width=PLAIN_WIDTH)
 
 
+def notice(message: str) -> None:
+    """Prints lines for the user to standard error, so that they are not among the results on standard output."""
+    print(printable(message), file=sys.stderr)
+
+
 def track(items: Iterable[T], description: str) -> Iterator[T]:
     """Yields the items while a bar shows the time left. Without a terminal, prints one line at the end."""
     total = len(items) if isinstance(items, Sized) else None

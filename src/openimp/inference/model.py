@@ -3,7 +3,6 @@
 Shape suffixes: B inputs, Z features of the shared embedding space.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from openimp.checkpoint.folder import find_model, load_model, save_model
 from openimp.common.device import Precision, pick_device, precision_of
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia, Classes, Modalities, Modality
+from openimp.common.progress import notice
 from openimp.encoding.items import embed, embed_tokens, first_view, require_pair
 from openimp.model.embedder import Embedder
 from openimp.recipe.schema import Recipe
@@ -57,6 +57,7 @@ class Model(nn.Module):
         self.precision = precision
         self.views = {name: first_view(recipe, name) for name in modalities}
         self._pictures = next((name for name, m in modalities.items() if hasattr(m, "preprocess")), None)
+        self._unknown_texts: set[str] = set()  # those of which the user was told
         self._reader = next((name for name, m in modalities.items() if hasattr(m, "tokenize")), None)
 
     def encode(
@@ -173,8 +174,9 @@ class Model(nn.Module):
         for i, value in enumerate(inputs):
             try:
                 item = modality.encode_input(value, view)
-                if not modality.knows(value, view):
-                    warnings.warn(f"{value!r} has no word that the model knows: read as an empty text", stacklevel=2)
+                if not modality.knows(value, view) and value not in self._unknown_texts:
+                    self._unknown_texts.add(value)
+                    notice(f"{value!r:.100} has no word that the model knows: read as an empty text")
                 yield item
             except BadMedia as error:
                 is_path = isinstance(value, Path) or (isinstance(value, str) and not modality.reads_text)

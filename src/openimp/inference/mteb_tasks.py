@@ -16,6 +16,7 @@ from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.get_tasks import TASK_LIST
 from mteb.types import PromptType
+from scipy.stats import ConstantInputWarning
 from sklearn.exceptions import UndefinedMetricWarning
 
 from openimp.common.errors import UserError, nearest
@@ -89,8 +90,10 @@ def measure(encoder: MTEBEncoder, task: AbsTask) -> list[dict[str, Any]]:
     evaluate: Any = mteb.evaluate  # Its types demand names of arguments that our encoder has no use for.
     try:
         with warnings.catch_warnings():
-            # mteb also computes precision and F1, which are undefined for a class that is never predicted.
-            warnings.simplefilter("ignore", UndefinedMetricWarning)
+            # mteb also computes precision and F1, which are undefined for a class that is never predicted. If all
+            # similarities are equal, a correlation is NaN, which raises below.
+            for category in (UndefinedMetricWarning, ConstantInputWarning):
+                warnings.simplefilter("ignore", category)
             found = evaluate(encoder, task, cache=None, co2_tracker=False, encode_kwargs={"batch_size": batch_size})
         scores = [(split, part) for split, parts in found.task_results[0].scores.items() for part in parts]
         if not all(abs(part["main_score"]) <= 1 for _, part in scores):  # also if one is NaN
