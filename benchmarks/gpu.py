@@ -38,6 +38,7 @@ from openimp.inference.embed import embed
 from openimp.parallel import distributed
 from openimp.planning.plan import plan
 from openimp.recipe.schema import Recipe
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "gpu.md"
@@ -139,7 +140,7 @@ def train_once(file: Path, run: Path) -> None:
     """Trains a recipe on this rank, and writes what was measured beside it. `measure` starts this in processes."""
     device = distributed.start()
     recipe = Recipe.load(file)
-    trainer, saves = Trainer(recipe, run), list[tuple[float, float]]()
+    trainer, saves = Trainer(set_up(recipe, run)), list[tuple[float, float]]()
     save, update, losses = trainer.save, trainer.update, list[float]()
 
     def timed_save(wait: bool = False) -> None:

@@ -48,6 +48,7 @@ from openimp.data.step_batches import LoadedBatch
 from openimp.model.imp import IMP
 from openimp.objectives import task_losses
 from openimp.recipe.schema import Recipe
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 SIZE, PATCH, CLASSES = 128, 16, 1000
@@ -132,7 +133,7 @@ class DemoStep(Step):
         super().__init__(self.cost.tokens, threads)
 
     def run(self) -> None:
-        self.trainer.update(self.loaded)
+        self.trainer.make_step(self.loaded)
 
     def flops(self) -> int:
         return self.cost.model_flops
@@ -144,7 +145,7 @@ def demo_steps(smoke: bool, folder: Path) -> tuple[DemoStep, DemoStep]:
     others = [f"tasks.{name}.weight=0" for name in ("icons", "clips", "notes")]
     changes = [*others, "train.num_workers=0", "train.precision=bf16"]
     with console.capture():
-        trainer = Trainer(Recipe.load("demo", [*changes, *(small if smoke else [])]), folder)
+        trainer = Trainer(set_up(Recipe.load("demo", [*changes, *(small if smoke else [])]), folder))
     step = next(i for i, visit in enumerate(trainer.data.schedule) if visit.view == 1)
     loaded = trainer.data[step]
     return DemoStep(trainer, loaded, 1), DemoStep(trainer, loaded, 2)

@@ -19,6 +19,7 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
 
 CHANGES = ["train.save_every=4", "train.keep_last=3", "evaluation={}"]
@@ -115,7 +116,7 @@ def test_damage_is_named_and_the_previous_checkpoint_is_used(run, whole_run, lit
 def test_without_an_intact_checkpoint_all_damage_is_named(run, little_data, capsys):
     flip(weights_of(checkpoints(run)[2]))
     cut(weights_of(checkpoints(run)[1]))
-    Trainer(recipe_of(little_data), run, resume=True)
+    Trainer(set_up(recipe_of(little_data), run, resume=True))
     assert capsys.readouterr().out.count("; resuming from step 4, which loses 8 steps\n") == 2
     (checkpoints(run)[0] / "config.json").unlink()
     with pytest.raises(UserError) as error:
@@ -130,8 +131,8 @@ def test_without_an_intact_checkpoint_all_damage_is_named(run, little_data, caps
 def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_new_one(run, little_data):
     """It has the higher number, and would pass for the newest when older ones are removed."""
     flip(weights_of(checkpoints(run)[-1]))
-    training = Trainer(recipe_of(little_data, "train.keep_last=1"), run, resume=True)
-    training.update(next(iter(load_batches(training.data, training.step))))
+    training = Trainer(set_up(recipe_of(little_data, "train.keep_last=1"), run, resume=True))
+    training.make_step(next(iter(load_batches(training.data, training.step))))
     training.save()
     training.checkpointing.wait()
     assert names(run) == ["step-00000009"]
@@ -243,7 +244,7 @@ def test_a_changed_stream_begins_a_new_epoch(streamed, tmp_path):
     with pytest.raises(UserError, match="source pictures has changed"):
         train(recipe, run, resume=True)
     before = json.loads((checkpoints(run)[-1] / "state.json").read_text())["cursors"]["named"]
-    training = Trainer(recipe, run, resume=True, allow_changed_data=True)
+    training = Trainer(set_up(recipe, run, resume=True, allow_changed_data=True))
     assert any(cursor["state"] for cursor in before.values()), "at the beginning of an epoch nothing could go wrong"
     epoch, position = (1 + max(c["epoch"] for c in before.values()), max(c["position"] for c in before.values()))
     assert training.cursors["named"] == {

@@ -27,13 +27,14 @@ from openimp.common.errors import UserError
 from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor
 from openimp.recipe.schema import Recipe
-from openimp.training.trainer import Trainer, train
+from openimp.training.setup import set_up
+from openimp.training.trainer import Trainer
 
 CHANGES = [*COMMON, "evaluation={}", "train.keep_last=2"]
 
 
 def training_of(folder: Path, run: Path, *changes: str, resume: bool = False) -> Trainer:
-    return Trainer(Recipe.load(folder / "recipe.yaml", [*CHANGES, *changes]), run, resume)
+    return Trainer(set_up(Recipe.load(folder / "recipe.yaml", [*CHANGES, *changes]), run, resume))
 
 
 def tensors_of(training: Trainer) -> dict[str, Tensor]:
@@ -91,12 +92,12 @@ def test_training_continues_while_a_checkpoint_is_written(little_data, tmp_path,
     run = tmp_path / "run"
     training = training_of(little_data, run)
     for step in range(3):
-        training.update(training.data[step])
+        training.make_step(training.data[step])
     before = tensors_of(training)
     training.save()
     buffers = {folder: {**some} for folder, some in training.checkpointing.saver._buffers.items()}
     for step in range(3, 6):
-        training.update(training.data[step])
+        training.make_step(training.data[step])
     training.settle()
     assert training.step == 6
     assert not checkpoints(run)
@@ -120,9 +121,9 @@ def test_a_failure_is_raised_by_the_next_save(little_data, tmp_path, disk):
     """It waits for the one before, so no second one is begun."""
     run = tmp_path / "run"
     training = training_of(little_data, run)
-    training.update(training.data[0])
+    training.make_step(training.data[0])
     training.save()
-    training.update(training.data[1])
+    training.make_step(training.data[1])
     disk.full = True
     disk.set()
     with pytest.raises(
@@ -139,15 +140,17 @@ def test_a_failure_is_raised_by_the_next_save(little_data, tmp_path, disk):
 
 def test_the_end_of_a_training_waits_for_its_checkpoint(little_data, tmp_path, disk):
     """The disk lets it be written only when the evaluation after the last step has ended."""
-    run, recipe = tmp_path / "run", Recipe.load(little_data / "recipe.yaml", ["train.steps=2"])
+    run = tmp_path / "run"
+    training = Trainer(set_up(Recipe.load(little_data / "recipe.yaml", ["train.steps=2"]), run))
+    really_evaluate = training.evaluate
 
-    class Watched(Trainer):
-        def evaluate(self, progress=None):
-            super().evaluate(progress)
-            assert not checkpoints(run)
-            disk.set()
+    def evaluate(watch=None):
+        really_evaluate(watch)
+        assert not checkpoints(run)
+        disk.set()
 
-    assert train(recipe, run, trainer=Watched)
+    training.evaluate = evaluate
+    assert training.train()
     verify(checkpoints(run)[-1])
 
 
@@ -206,7 +209,7 @@ def test_a_rank_that_fails_during_a_save_loses_only_that_checkpoint(little_data,
         assert folder.with_name(".step-00000004.tmp").exists()
     resumed = training_of(little_data, run, resume=True)
     assert resumed.step == 2
-    resumed.update(resumed.data[2])
+    resumed.make_step(resumed.data[2])
     resumed.save()
     resumed.checkpointing.wait()
     assert [path.name for path in (run / "checkpoints").iterdir() if path != kept] == ["step-00000003"]
@@ -214,7 +217,7 @@ def test_a_rank_that_fails_during_a_save_loses_only_that_checkpoint(little_data,
 
 def test_a_file_that_the_manifest_does_not_list_is_damage(little_data, tmp_path):
     training = training_of(little_data, tmp_path / "run")
-    training.update(training.data[0])
+    training.make_step(training.data[0])
     training.save()
     training.checkpointing.wait()
     (folder,) = checkpoints(tmp_path / "run")
@@ -248,7 +251,7 @@ def test_an_older_checkpoint_that_cannot_be_removed_is_an_error(little_data, tmp
 
     monkeypatch.setattr(os, "replace", refuse)
     for step in range(2):
-        training.update(training.data[step])
+        training.make_step(training.data[step])
         training.save()
     with pytest.raises(
         CheckpointError, match=r"step-00000002: is saved, but an older one could not be removed: .*Perm"
@@ -315,7 +318,7 @@ def save(folder: Path, run: Path) -> None:
     training = training_of(folder, run, resume=run.exists())
     record(training, run / f"loaded {training.step}.safetensors")
     for step in range(training.step, training.step + 1 if training.step else 3):
-        training.update(training.data[step])
+        training.make_step(training.data[step])
     training.save()
     record(training, run / f"saved {training.step}.safetensors")
     training.checkpointing.wait()
@@ -331,7 +334,7 @@ def harmed(harm: str, folder: Path, run: Path) -> None:
     """Saves twice. The second time, rank 1 fails."""
     training = training_of(folder, run)
     for step in range(4):
-        training.update(training.data[step])
+        training.make_step(training.data[step])
         if step == 1:
             training.save()
             training.checkpointing.wait()

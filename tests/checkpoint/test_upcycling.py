@@ -23,6 +23,7 @@ from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor, local_shard
 from openimp.recipe.model import MoE
 from openimp.recipe.schema import Recipe
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 ROUTINGS = {"expert_choice": {}, "expert_choice_batch": {}, "token_choice": {"top_k": 2, "capacity_factor": 0.3}}
@@ -116,7 +117,7 @@ def sources(little_data, tmp_path_factory) -> dict[str, list[str]]:
     changes = [f"tasks={{named: {TASKS}}}", "evaluation={}", "train.precision=fp32"]
     changes += ["modalities={vision: {patch: [2, 8, 8]}, text: {vocab_size: 300, positions: 16}}"]
     recipe = Recipe.load(little_data / "recipe.yaml", [*changes, "model.moe=null", "model.bias=true"])
-    trainer = Trainer(recipe, folder / "run", resume=False)
+    trainer = Trainer(set_up(recipe, folder / "run"))
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -143,12 +144,12 @@ def first_steps(folder: Path, out: Path, sources: dict[str, list[str]]) -> dict[
             if name == "experts" and "dense" in source:
                 continue
             recipe = Recipe.load(folder / "recipe.yaml", [*changes, *layout])
-            trainer = Trainer(recipe, out / f"{source} {name}", resume=False)
+            trainer = Trainer(set_up(recipe, out / f"{source} {name}"))
             tensors = {key: full_tensor(x).detach().clone() for key, x in trainer.model.state_dict().items()}
             batches = [*load_batches(trainer.data, 0, 2)]
             tensors["loss"] = distributed.all_reduce_mean(trainer.forward(batches[0]).total.detach())
             for loaded in batches:
-                trainer.update(loaded)
+                trainer.make_step(loaded)
             trainer.confirm()
             after = trainer.model.state_dict()
             experts = [weight for module in trainer.model.experts() for weight in module.parameters()]

@@ -17,6 +17,7 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
 
 NEW_HEAD = """{source: painted, inputs: {image: file, text: 'painted {label}'}, batch_size: 8, objectives: [
@@ -39,7 +40,7 @@ def pictures_only(own_data: Path) -> Path:
 
 
 def test_the_encoder_starts_from_the_checkpoint_and_the_new_head_learns(little_run, pictures_only, tmp_path, capsys):
-    training = Trainer(recipe_of(pictures_only, little_run, "train.steps=60"), tmp_path / "run", resume=False)
+    training = Trainer(set_up(recipe_of(pictures_only, little_run, "train.steps=60"), tmp_path / "run"))
     before = dcp.read(checkpoints(little_run)[-1] / "ema")
     ours = training.model.state_dict()
     heads = {f"classifiers.painted:label.{kind}" for kind in ("weight", "bias")}
@@ -62,7 +63,7 @@ def test_the_encoder_starts_from_the_checkpoint_and_the_new_head_learns(little_r
     }  # fmt: skip
     losses = []
     for loaded_batch in load_batches(training.data, 0):
-        losses.append(float(training.update(loaded_batch).parts["image:label"]))
+        losses.append(float(training.make_step(loaded_batch).parts["image:label"]))
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
     assert not torch.equal(training.model.state_dict()["encoder.norm.weight"], before["encoder.norm.weight"])
 
@@ -79,7 +80,7 @@ def test_the_tokenizer_is_the_checkpoints(little_run, pictures_only, tmp_path):
 def test_a_head_of_the_same_classes_is_taken_and_of_other_classes_is_not(little_run, own_data, tmp_path):
     def classifier(name: str, *changes: str) -> torch.Tensor:
         recipe = Recipe.load(own_data / "recipe.yaml", [f"train.init={little_run}", *changes])
-        training = Trainer(recipe, tmp_path / name, resume=False)
+        training = Trainer(set_up(recipe, tmp_path / name))
         return training.model.state_dict()["classifiers.pictures:label.weight"]
 
     before = dcp.read(checkpoints(little_run)[-1] / "ema")["classifiers.pictures:label.weight"]
@@ -103,13 +104,13 @@ def test_a_modality_that_is_new_starts_anew(own_data, tmp_path, capsys):
     train(Recipe.load(own_data / "seeing.yaml", changes), tmp_path / "seeing")
     capsys.readouterr()
     recipe = Recipe.load(own_data / "recipe.yaml", [f"train.init={tmp_path / 'seeing'}"])
-    training = Trainer(recipe, tmp_path / "hearing", resume=False)
+    training = Trainer(set_up(recipe, tmp_path / "hearing"))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("starts from"))
     assert "; loaded: stems.vision, encoder, classifiers.pictures:label; new: stems.text, stems.audio, " in line
     before = dcp.read(checkpoints(tmp_path / "seeing")[-1] / "ema")
     assert torch.equal(training.model.state_dict()["stems.vision.embed.weight"], before["stems.vision.embed.weight"])
     for loaded in load_batches(training.data, 0, 6):
-        assert training.update(loaded).total.isfinite()
+        assert training.make_step(loaded).total.isfinite()
 
 
 def test_resuming_does_not_start_again(little_run, pictures_only, tmp_path):
@@ -146,7 +147,7 @@ def test_resuming_does_not_start_again(little_run, pictures_only, tmp_path):
 def test_what_does_not_fit_is_told_in_one_sentence(little_run, pictures_only, tmp_path, change, message):
     Tokenizer(models.BPE()).save(str(pictures_only / "other.json"))
     with pytest.raises(UserError) as error:
-        Trainer(recipe_of(pictures_only, little_run, change), tmp_path / "run", resume=False)
+        Trainer(set_up(recipe_of(pictures_only, little_run, change), tmp_path / "run"))
     assert str(error.value).startswith("train.init: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -161,7 +162,7 @@ def test_a_folder_whose_tensors_are_not_its_configurations_is_refused(little_run
         shutil.rmtree(folder / "ema")
         dcp.save(folder / "ema", spoiled | ({} if change is None else {"encoder.norm.weight": change}))
         with pytest.raises(UserError, match=rf"^train\.init: .*: encoder\.norm\.weight is {told} there, \[32\] here"):
-            Trainer(recipe_of(pictures_only, folder), tmp_path / "run", resume=False)
+            Trainer(set_up(recipe_of(pictures_only, folder), tmp_path / "run"))
     (folder / "config.json").write_text(json.dumps({"format": 1}))
     with pytest.raises(UserError, match=r"^train\.init: .*in format 1, and this version"):
-        Trainer(recipe_of(pictures_only, folder), tmp_path / "run", resume=False)
+        Trainer(set_up(recipe_of(pictures_only, folder), tmp_path / "run"))

@@ -15,6 +15,7 @@ from openimp.model.embedder import Encoded, in_chunks, pass_sizes
 from openimp.model.imp import IMP
 from openimp.objectives import task_losses
 from openimp.recipe.schema import Recipe
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 COMMON = ["train.precision=fp32", "tasks.named.views=[{image: {size: 32, drop_tokens: 0.5}, text: {length: 8}}]"]
@@ -87,7 +88,7 @@ def test_less_memory_for_the_same_batch_and_all_flops_are_counted(little_data, t
     peaks, flops = {}, {}
     for name, less in (("all", "{}"), ("pieces", "{chunk_size: 16}"), ("again", "{activation_checkpointing: true}")):
         recipe = Recipe.load(little_data / "recipe.yaml", [*COMMON, *large, f"memory={less}"])
-        training = Trainer(recipe, tmp_path / name, resume=False)
+        training = Trainer(set_up(recipe, tmp_path / name))
         loaded = training.data[0]
         peaks[name] = peak_bytes(lambda t=training, step=loaded: t.forward(step).total.backward())
         # Of the other kinds of attention the counter does not know the CPU's.

@@ -41,6 +41,7 @@ from openimp.parallel.layout import full_tensor, local_shard, reshard
 from openimp.planning.plan import PARTS, plan
 from openimp.recipe.schema import Recipe
 from openimp.study.trainers import peak_memory
+from openimp.training.setup import set_up
 from openimp.training.step_timer import StepTimer
 from openimp.training.stopping import Stop, Stopped
 from openimp.training.trainer import Trainer, train
@@ -297,7 +298,7 @@ def test_an_evaluation_that_fails_ends_all_ranks_and_loses_no_step(two_ranks):
 def test_optimizer_state_of_one_of_two_ranks_is_saved_and_restored_on_one(little_data, two_ranks):
     folder = two_ranks / "run replicas, Muon"
     saved = [load_file(file) for file in sorted((folder / "checkpoints" / "step-00000002" / "optimizer").iterdir())]
-    trainer = Trainer(recipe(little_data, *CASES["replicas, Muon"]), folder, resume=True)
+    trainer = Trainer(set_up(recipe(little_data, *CASES["replicas, Muon"]), folder, resume=True))
     state = optimizer_state(trainer.model, trainer.updater.optimizers)
     assert len(saved) == 2
     assert {name.rpartition("|")[2] for name in state} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
@@ -402,7 +403,7 @@ def compute(folder: Path, out: Path) -> dict[str, Any]:
 def peak_of(changes: list[str], run: Path) -> int:
     """The peak memory of the largest task of mixture, on the rank that needs most."""
     recipe = Recipe.load("mixture", [*MEASURED, *changes])
-    return max(distributed.all_gather_object(peak_memory(recipe, run, Trainer)))
+    return max(distributed.all_gather_object(peak_memory(recipe, run)))
 
 
 def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
@@ -412,7 +413,7 @@ def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
     vectors = f"sources.pictures={{path: {out / 'vectors.jsonl'}, root: {folder / 'pictures'}}}"
     for name in CASES if distributed.world_size() < 4 else FOUR:
         changes = [*CASES[name], *([vectors] if "distillation" in name else [])]
-        trainer = Trainer(recipe(folder, *changes), out / f"run {name}", False)
+        trainer = Trainer(set_up(recipe(folder, *changes), out / f"run {name}"))
         tensors = gradients_of(trainer)
         keys = distributed.all_gather_object([*optimizer_state(trainer.model, trainer.updater.optimizers)])
         states[name] = sorted({key for some in keys for key in some})
@@ -449,7 +450,7 @@ def gradients_of(trainer: Trainer) -> dict[str, Tensor]:
         trainer.model.zero_grad()
     if trainer.recipe.optimizer.muon_lr:
         for loaded in batches:
-            trainer.update(loaded)
+            trainer.make_step(loaded)
         matrices = trainer.updater.optimizers[1].stacks
         hidden = [full_tensor(matrix.detach()).clone() for matrix in matrices]
         muon = trainer.updater.optimizers[1]
@@ -480,7 +481,7 @@ def evaluations(folder: Path, out: Path) -> dict[str, Any]:
     for name, layout in EVALUATED.items():
         run, decoded = out / f"evaluated {name}", []
         options = Recipe.load(folder / "recipe.yaml", [*COMMON, "alternation.kind=intervals", *changes, *layout])
-        trainer = Trainer(options, run, False)
+        trainer = Trainer(set_up(options, run))
         assert trainer.updater.ema
         for average in trainer.updater.ema.weights.values():
             local_shard(average).mul_(1.5)
@@ -494,7 +495,7 @@ def evaluations(folder: Path, out: Path) -> dict[str, Any]:
         same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
         found["undisturbed"][name] = all(distributed.all_gather_object(same))
     options, run = Recipe.load(folder / "recipe.yaml", [*COMMON, *changes, "train.precision=bf16"]), out / "in bf16"
-    Trainer(options, run, False).evaluate()
+    Trainer(set_up(options, run)).evaluate()
     found["in bf16"] = len(read_lines(run / "results.jsonl"))
     return found
 
@@ -525,7 +526,7 @@ def counted_calls(owner: type, method: str, calls: list[Any]) -> Iterator[None]:
 
 def stopped_evaluation(folder: Path, out: Path) -> list[bool]:
     """Whether each rank stops if the last one is told to."""
-    trainer, stop = Trainer(Recipe.load(folder / "recipe.yaml", COMMON), out / "stopping", False), Stop(lambda: False)
+    trainer, stop = Trainer(set_up(Recipe.load(folder / "recipe.yaml", COMMON), out / "stopping")), Stop(lambda: False)
     stop.requested = distributed.rank() == 1
     with pytest.raises(Stopped):
         trainer.evaluate(stop.watch)
@@ -534,7 +535,7 @@ def stopped_evaluation(folder: Path, out: Path) -> list[bool]:
 
 def initialization(folder: Path, out: Path) -> list[Any]:
     """For each rank: the most bytes that making the model takes, those of all its weights, and of the largest."""
-    trainer = Trainer(recipe(folder, "model.layers=32", "model.moe=null"), out / "initialized", False)
+    trainer = Trainer(set_up(recipe(folder, "model.layers=32", "model.moe=null"), out / "initialized"))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         trainer._make_model(None, None, 0)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -546,7 +547,7 @@ def initialization(folder: Path, out: Path) -> list[Any]:
 def warm_start(folder: Path, out: Path) -> list[bool]:
     """Whether each rank starts from all weights of the checkpoint that two ranks have saved."""
     saved = out / "run replicas, Muon" / "checkpoints" / "step-00000002"
-    trainer = Trainer(recipe(folder, f"train.init={saved}"), out / "warm", False)
+    trainer = Trainer(set_up(recipe(folder, f"train.init={saved}"), out / "warm"))
     weights = dcp.read(saved / "model")
     same = all(torch.equal(full_tensor(x), weights[name]) for name, x in trainer.model.state_dict().items())
     return distributed.all_gather_object(same)
@@ -557,7 +558,7 @@ def decoded_once(folder: Path, out: Path) -> list[int]:
     os.environ["OPENIMP_CACHE"] = str(out / "cache")
     calls: list[Any] = []
     with counted_calls(Image, "decode", calls):
-        trainer = Trainer(recipe(folder, "sources.pictures.cache=memory"), out / "cached", False)
+        trainer = Trainer(set_up(recipe(folder, "sources.pictures.cache=memory"), out / "cached"))
     next(iter(load_batches(trainer.data, 0, 1)))
     return distributed.all_gather_object(len(calls))
 
@@ -569,7 +570,7 @@ def refusals(folder: Path, out: Path) -> dict[str, Any]:
         changes = [change, "sources.pictures.path=nowhere", "model.moe.experts=4"]
         changes += ["parallel.expert_degree=2"] if "mlp_dim" in change else []
         try:
-            Trainer(recipe(folder, *changes), out / "refused", False)
+            Trainer(set_up(recipe(folder, *changes), out / "refused"))
         except UserError as error:
             found[change] = distributed.all_gather_object(str(error)), expected
     assert found.keys() == REFUSED[distributed.world_size()].keys()
@@ -581,7 +582,7 @@ def fitted_tokenizers(folder: Path, out: Path) -> list[Any]:
     """How often each rank fits its tokenizer, and the tokenizer."""
     calls, fit = [], Text.fit
     Text.fit = lambda self, corpus: (calls.append(self), fit(self, corpus))[1]  # type: ignore[method-assign]
-    trainer = Trainer(recipe(folder), out / "fitted", False)
+    trainer = Trainer(set_up(recipe(folder), out / "fitted"))
     return distributed.all_gather_object((len(calls), trainer.modalities["text"].state()))
 
 
@@ -596,7 +597,7 @@ def step_times() -> list[Any]:
 def train_streamed(folder: Path, out: Path) -> None:
     """A run whose pictures are streamed, with checkpoints after 10, 20 and 24 steps."""
     changes = distributed.run_on_rank_zero(lambda: little.write_tars(folder, out))
-    Trainer(Recipe.load(folder / "recipe.yaml", [*COMMON, *changes, *STREAMED]), out / "streamed").train()
+    Trainer(set_up(Recipe.load(folder / "recipe.yaml", [*COMMON, *changes, *STREAMED]), out / "streamed")).train()
 
 
 def failed_evaluation(folder: Path, out: Path) -> list[str]:
@@ -610,7 +611,7 @@ def failed_evaluation(folder: Path, out: Path) -> list[str]:
         f"sources.others.path={out / 'others'}",
         "evaluation.sets.colours.source=others",
     ]
-    trainer = Trainer(Recipe.load(folder / "recipe.yaml", changes), out / "evaluated", False)
+    trainer = Trainer(set_up(Recipe.load(folder / "recipe.yaml", changes), out / "evaluated"))
     if distributed.rank() == 0:
         for file in (out / "others").rglob("*.png"):
             file.write_bytes(b"no picture")

@@ -24,6 +24,7 @@ from openimp.objectives import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.layout import reshard
 from openimp.recipe.schema import Recipe
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 STEPS = 50
@@ -99,7 +100,7 @@ class Step(nn.Module):
 
 
 def losses_by_hand(folder: Path, out: Path) -> list[float]:
-    trainer = Trainer(recipe(folder, *SMOOTH), out, False)
+    trainer = Trainer(set_up(recipe(folder, *SMOOTH), out))
     step, found = Step(trainer.model), []
     kept = {weight for module in trainer.model.fp32_modules() for weight in module.parameters()}
     for loaded in load_batches(trainer.data, 0):
@@ -114,7 +115,7 @@ def losses_by_hand(folder: Path, out: Path) -> list[float]:
 def losses_of(trainer: Trainer) -> list[float]:
     """The loss of each step, averaged over the ranks."""
     batches = load_batches(trainer.data, 0)
-    return [float(distributed.all_reduce_mean(trainer.update(loaded).total.detach())) for loaded in batches]
+    return [float(distributed.all_reduce_mean(trainer.make_step(loaded).total.detach())) for loaded in batches]
 
 
 def types_of(trainer: Trainer) -> dict[str, Any]:
@@ -160,13 +161,13 @@ def main(folder: Path, out: Path) -> None:
     distributed.start()
     bf16 = "train.precision=bf16"
     losses = {
-        name: losses_of(Trainer(recipe(folder, bf16, *SMOOTH, *changes), out / name, False))
+        name: losses_of(Trainer(set_up(recipe(folder, bf16, *SMOOTH, *changes), out / name)))
         for name, changes in LAYOUTS.items()
     }
-    found = {"losses": losses, "types": types_of(Trainer(recipe(folder, bf16), out / "types", False)), "compiled": []}
+    found = {"losses": losses, "types": types_of(Trainer(set_up(recipe(folder, bf16), out / "types"))), "compiled": []}
     for value in ("false", "true"):
         changes = [bf16, *COMPILED, "train.steps=3", f"train.compile={value}"]
-        trainer = Trainer(recipe(folder, *changes), out / f"compile {value}", False)
+        trainer = Trainer(set_up(recipe(folder, *changes), out / f"compile {value}"))
         counters.clear()
         compiled = {"losses": losses_of(trainer)}
         compiled["graphs"] = distributed.all_gather_object(counters["stats"]["unique_graphs"])

@@ -25,6 +25,7 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.parallel import distributed
 from openimp.recipe.schema import Recipe
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 CHANGES = [*COMMON, "evaluation={}", "train.steps=12", "train.log_every=5", "train.save_every=100", "train.keep_last=9",
@@ -93,14 +94,14 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__()
-        self.step, self.within, self.update = -1, False, trainer.update
+        self.step, self.within, self.make_step = -1, False, trainer.make_step
         self.gathered, self.in_updates = Counter[int](), dict[int, tuple[str, Counter[str]]]()
-        trainer.update = self.counted_update  # type: ignore[method-assign]
+        trainer.make_step = self.counted_step  # type: ignore[method-assign]
 
-    def counted_update(self, loaded: Any) -> Any:
+    def counted_step(self, loaded: Any) -> Any:
         self.step, self.within = loaded.visit.step, True
         self.in_updates[self.step] = loaded.visit.task, Counter()
-        losses = self.update(loaded)
+        losses = self.make_step(loaded)
         self.within = False
         return losses
 
@@ -115,18 +116,18 @@ class Collectives(TorchDispatchMode):
 
 def trained(folder: Path, run: Path, resume: bool = False, what: str = "") -> tuple[int, str]:
     """Trains, and returns the step at which it ended and how. On the last rank, `what` happens in a step."""
-    trainer = Trainer(Recipe.load(folder / "recipe.yaml", CHANGES), run, resume)
-    update = trainer.update
+    trainer = Trainer(set_up(Recipe.load(folder / "recipe.yaml", CHANGES), run, resume))
+    make_step = trainer.make_step
 
-    def disturbed_update(loaded: Any) -> Any:
+    def disturbed_step(loaded: Any) -> Any:
         if loaded.visit.step == AT and distributed.rank() == 1:
             pids = {"signal": [os.getpid()], "worker": [child.pid for child in multiprocessing.active_children()]}
             for pid in pids[what]:
                 os.kill(pid, signal.SIGTERM if what == "signal" else signal.SIGKILL)
-        return update(loaded)
+        return make_step(loaded)
 
     if what:
-        trainer.update = disturbed_update  # type: ignore[method-assign]
+        trainer.make_step = disturbed_step  # type: ignore[method-assign]
     try:
         how = "finished" if trainer.train() else "stopped"
     except UserError as error:
@@ -136,7 +137,7 @@ def trained(folder: Path, run: Path, resume: bool = False, what: str = "") -> tu
 
 def main(folder: Path, out: Path) -> None:
     distributed.start()
-    trainer = Trainer(Recipe.load(folder / "recipe.yaml", CHANGES), out / "whole", False)
+    trainer = Trainer(set_up(Recipe.load(folder / "recipe.yaml", CHANGES), out / "whole"))
     with Collectives(trainer) as collectives:
         trainer.train()
     found: dict[str, Any] = {"gathered": collectives.gathered, "in updates": collectives.in_updates}

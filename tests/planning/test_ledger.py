@@ -8,6 +8,7 @@ from openimp.common.json_lines import read_lines
 from openimp.data.batch import head_key
 from openimp.planning.ledger import costs, mixture
 from openimp.recipe.schema import Recipe
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 D, LAYERS, F, Z, B = 32, 3, 64, 24, 10
@@ -96,7 +97,7 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
     recipe = Recipe.load(
         little_data / "recipe.yaml", ["train.precision=fp32", "train.steps=6", "optimizer.muon_lr=1e-2"]
     )
-    training = Trainer(recipe, tmp_path / "run", False)
+    training = Trainer(set_up(recipe, tmp_path / "run"))
     computed = dict.fromkeys(recipe.tasks, 0)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         for step in range(6):
@@ -126,7 +127,7 @@ def test_repeated_passes_count_in_hfu_and_not_in_mfu(little_data, tmp_path, memo
     lines, counted, forward = [], [], 0
     for name, options in (("once", "{}"), ("repeated", memory)):
         changes = ["train.precision=fp32", "train.steps=4", "train.log_every=4", "evaluation={}", f"memory={options}"]
-        training = Trainer(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / name, False)
+        training = Trainer(set_up(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / name))
         with (
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,

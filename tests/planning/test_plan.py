@@ -43,6 +43,7 @@ from openimp.planning.plan import PARTS, SIMILARITY, Plan, Step, count, per_toke
 from openimp.planning.tables import duration
 from openimp.recipe.schema import Recipe
 from openimp.study.trainers import peak_memory
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 from openimp.training.updater import Updater
 
@@ -116,7 +117,7 @@ def test_the_planned_peak_is_near_the_measured_one(tmp_path):
         step_memory(recipe, recipe.make_modalities(), classes, "stills", view, "auto", on_gpu=False).peak.total()
         for view in range(len(recipe.tasks["stills"].views))
     ]
-    assert max(counted) == pytest.approx(peak_memory(recipe, tmp_path / "run", Trainer), rel=0.15)
+    assert max(counted) == pytest.approx(peak_memory(recipe, tmp_path / "run"), rel=0.15)
 
 
 def test_the_planned_peak_of_an_update_with_muon_is_near_the_measured_one(tmp_path):
@@ -130,16 +131,16 @@ def test_the_planned_peak_of_an_update_with_muon_is_near_the_measured_one(tmp_pa
         for (task, _), step in found.steps.items()
         if task == "stills"
     }
-    assert planned == pytest.approx(peak_memory(recipe, tmp_path / "run", Trainer), rel=0.1)
+    assert planned == pytest.approx(peak_memory(recipe, tmp_path / "run"), rel=0.1)
 
 
 def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
     """Weights, both kinds of moments, averaged weights, once every task has had a step."""
     changes = ["optimizer.muon_lr=1e-2", "alternation.kind=intervals", "modalities.text.vocab_size=258"]
     changes += ["model.bias=true", "modalities.vision={patch: [2, 8, 8], positions: grid, tables: [2, 4, 4]}"]
-    training = Trainer(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / "run", False)
+    training = Trainer(set_up(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / "run"))
     for step in range(2):
-        training.update(training.data[step])
+        training.make_step(training.data[step])
     training.log.metrics.close()
     states = [state for optimizer in training.updater.optimizers for state in optimizer.state.values()]
     moments = [tensor for state in states for key, tensor in state.items() if key != "step"]

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
-from openimp.data.step_batches import LoadedBatch
-from openimp.objectives import Losses
+from openimp.objectives import task_losses
 from openimp.recipe.schema import Recipe
-from openimp.study.trainers import ConflictTrainer, SummedTrainer, peak_memory
+from openimp.study.trainers import CONFLICT, SUMMED, peak_memory
+from openimp.training.setup import Variant, set_up
 from openimp.training.trainer import Trainer, train
 
-SUMMED = ["alternation.kind=intervals", "optimizer.max_grad_norm=null", "optimizer.ema_decay=null"]
+ROUNDS = ["alternation.kind=intervals", "optimizer.max_grad_norm=null", "optimizer.ema_decay=null"]
 
 
 def recipe_of(folder, *changes: str) -> Recipe:
@@ -23,8 +23,8 @@ def recipe_of(folder, *changes: str) -> Recipe:
 
 
 def test_a_summed_round_applies_the_gradient_of_the_summed_losses(little_data, tmp_path):
-    summed = SummedTrainer(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
-    alone = Trainer(recipe_of(little_data, *SUMMED), tmp_path / "b", False)
+    summed = Trainer(set_up(recipe_of(little_data, *ROUNDS), tmp_path / "a", variant=SUMMED))
+    alone = Trainer(set_up(recipe_of(little_data, *ROUNDS), tmp_path / "b"))
     batches = [alone.data[step] for step in (0, 1)]
     assert {loaded.visit.task for loaded in batches} == {"named", "heard"}
     sum(alone.forward(loaded).total for loaded in batches).backward()
@@ -32,16 +32,16 @@ def test_a_summed_round_applies_the_gradient_of_the_summed_losses(little_data, t
     before = {name: p.detach().clone() for name, p in summed.model.named_parameters()}
 
     seen = {}
-    applied = summed.apply_gradients
+    really_step = summed.updater.step
 
-    def apply_gradients(*arguments):
+    def step(number):
         seen.update({name: p.grad.clone() for name, p in summed.model.named_parameters() if p.grad is not None})
-        applied(*arguments)
+        return really_step(number)
 
-    summed.apply_gradients = apply_gradients
-    summed.update(batches[0])
+    summed.updater.step = step
+    summed.make_step(batches[0])
     assert all(torch.equal(p, before[name]) for name, p in summed.model.named_parameters())
-    summed.update(batches[1])
+    summed.make_step(batches[1])
     assert seen.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(seen[name], gradient, rtol=1e-3, atol=1e-5)
@@ -49,42 +49,44 @@ def test_a_summed_round_applies_the_gradient_of_the_summed_losses(little_data, t
 
 
 def test_half_a_round_is_never_saved(little_data, tmp_path):
-    training = SummedTrainer(recipe_of(little_data, *SUMMED, "evaluation.best=tones"), tmp_path / "a", False)
+    training = Trainer(set_up(recipe_of(little_data, *ROUNDS, "evaluation.best=tones"), tmp_path / "a", variant=SUMMED))
     for step in range(3):
-        training.update(training.data[step])
+        training.make_step(training.data[step])
         training.save()
     training.evaluate()
     training.checkpointing.wait()
-    assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert {path.name for path in (tmp_path / "a" / "checkpoints").iterdir()} == {"best", "step-00000002"}
 
 
 def test_a_round_that_fails_is_not_saved(little_data, tmp_path):
-    training = SummedTrainer(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
+    training = Trainer(set_up(recipe_of(little_data, *ROUNDS), tmp_path / "a", variant=SUMMED))
     with torch.no_grad():
         training.model.encoder.norm.weight.fill_(math.nan)
-    training.update(training.data[0])
+    training.make_step(training.data[0])
+    training.make_step(training.data[1])
     with pytest.raises(UserError, match="not finite"):
-        training.update(training.data[1])
+        training.confirm()
     training.save()
     training.checkpointing.wait()
     assert not (tmp_path / "a" / "checkpoints").exists()
 
 
-class InfiniteFirstLoss(SummedTrainer):
-    """The first task's loss of a round is infinite, and its gradients are not."""
-
-    def forward(self, loaded: LoadedBatch) -> Losses:
-        losses = super().forward(loaded)
-        return losses if self.pending else replace(losses, total=losses.total + math.inf)
-
-
 def test_a_round_of_which_one_loss_is_not_finite_is_not_applied(little_data, tmp_path):
-    training = InfiniteFirstLoss(recipe_of(little_data, *SUMMED), tmp_path / "a", False)
+    """The first task's loss is infinite, and its gradients are not."""
+
+    def losses(model, task, batch, encode_all):
+        found = task_losses(model, task, batch, encode_all)
+        return replace(found, total=found.total + math.inf) if task is first_task else found
+
+    recipe = recipe_of(little_data, *ROUNDS)
+    training = Trainer(set_up(recipe, tmp_path / "a", variant=replace(SUMMED, losses=losses)))
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     batches = [training.data[step] for step in (0, 1)]
-    training.update(batches[0])
+    first_task = recipe.tasks[batches[0].visit.task]
+    for loaded in batches:
+        training.make_step(loaded)
     with pytest.raises(UserError, match=rf"step 0, task {batches[0].visit.task}: the loss \(inf\)"):
-        training.update(batches[1])
+        training.confirm()
     changed = [name for name, p in training.model.named_parameters() if not torch.equal(p, before[name])]
     assert not changed
 
@@ -92,7 +94,7 @@ def test_a_round_of_which_one_loss_is_not_finite_is_not_applied(little_data, tmp
 def test_cosines_compare_the_tasks_gradients_and_do_not_change_the_training(little_data, tmp_path):
     recipe = recipe_of(little_data, "train.steps=12")
     train(recipe, tmp_path / "plain")
-    train(recipe, tmp_path / "measured", trainer=ConflictTrainer)
+    train(recipe, tmp_path / "measured", variant=CONFLICT)
     drop = {"seconds", "examples_per_s", "tokens_per_s", "mfu", "data_wait", "waits", "step_p50", "step_p95"}
     plain, measured = (
         [{k: v for k, v in line.items() if k not in drop} for line in read_lines(tmp_path / run / "metrics.jsonl")]
@@ -103,7 +105,7 @@ def test_cosines_compare_the_tasks_gradients_and_do_not_change_the_training(litt
     assert [line["step"] for line in lines] == list(range(12))
     assert set(lines[0]["cosine"]) == {"named|named", "named|heard", "heard|heard"}
 
-    training = ConflictTrainer(recipe, tmp_path / "again", False)
+    training = Trainer(set_up(recipe, tmp_path / "again", variant=CONFLICT))
     steps = {name: [v.step for v in training.data.schedule if v.task == name][:2] for name in ("named", "heard")}
     vectors = {}
     for name, step in {"named": steps["named"][0], "heard": steps["heard"][1]}.items():
@@ -127,10 +129,10 @@ def test_peak_memory_of_alternation_is_that_of_its_largest_task(little_data, tmp
     ]
     peaks = {}
     for name, kind, changes in (
-        ("alternating", Trainer, []),
-        ("summed", SummedTrainer, ["alternation.kind=intervals"]),
-        ("named", Trainer, ["tasks.heard.weight=0"]),
-        ("heard", Trainer, ["tasks.named.weight=0"]),
+        ("alternating", Variant(), []),
+        ("summed", SUMMED, ["alternation.kind=intervals"]),
+        ("named", Variant(), ["tasks.heard.weight=0"]),
+        ("heard", Variant(), ["tasks.named.weight=0"]),
     ):
         peaks[name] = peak_memory(recipe_of(little_data, *large, *changes), tmp_path / name, kind)
     assert peaks["alternating"] <= 1.05 * max(peaks["named"], peaks["heard"])

@@ -22,8 +22,9 @@ from openimp.modalities.media import patchify
 from openimp.model.heads import MAX_LOGIT_SCALE
 from openimp.recipe.schema import Recipe
 from openimp.study.budget import flops_per_step
-from openimp.study.two_towers import TwoTowers, TwoTowerTrainer, load_two_towers
-from openimp.training.trainer import train
+from openimp.study.two_towers import TWO_TOWERS, TwoTowers, load_two_towers
+from openimp.training.setup import set_up
+from openimp.training.trainer import Trainer, train
 
 SEEN: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "image": (
@@ -76,7 +77,7 @@ def recipe_of(seen: str, **changes: Any) -> Recipe:
 def trained(request, tmp_path_factory) -> tuple[Recipe, Path]:
     """A finished run on one kind of media."""
     recipe, run = recipe_of(request.param), tmp_path_factory.mktemp("runs") / request.param
-    assert train(recipe, run, trainer=TwoTowerTrainer)
+    assert train(recipe, run, variant=TWO_TOWERS)
     return recipe, run
 
 
@@ -93,7 +94,7 @@ def test_the_towers_learn_and_are_evaluated_on_every_set(trained):
 
 
 def flops_of(recipe: Recipe) -> float:
-    return flops_per_step(recipe, TwoTowerTrainer)["pairs"]
+    return flops_per_step(recipe, TWO_TOWERS)["pairs"]
 
 
 def test_the_totals_are_steps_times_the_counted_cost(trained):
@@ -105,11 +106,11 @@ def test_the_totals_are_steps_times_the_counted_cost(trained):
 
 
 def test_the_counted_cost_equals_a_real_step(tmp_path):
-    training = TwoTowerTrainer(recipe_of("image"), tmp_path / "run", resume=False)
+    training = Trainer(set_up(recipe_of("image"), tmp_path / "run", variant=TWO_TOWERS))
     loaded = training.data[0]
     # The counter does not count the CPU's fused attention, but the two matrix products of the math backend.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        training.update(loaded)
+        training.make_step(loaded)
     assert counter.get_total_flops() == training.costs["pairs", 0].flops
 
 
@@ -128,7 +129,7 @@ def test_the_text_length_in_evaluation_affects_the_cost():
 
 def test_the_towers_have_the_recipes_sizes_and_temperature(tmp_path):
     recipe = recipe_of("image")
-    model = TwoTowerTrainer(recipe, tmp_path / "run", resume=False).model
+    model = Trainer(set_up(recipe, tmp_path / "run", variant=TWO_TOWERS)).model
     assert isinstance(model, TwoTowers)
     visual = model.encoder.visual
     assert type(model.encoder).__module__ == "open_clip.model"
@@ -147,7 +148,7 @@ def test_the_towers_have_the_recipes_sizes_and_temperature(tmp_path):
 
 
 def test_muon_updates_the_blocks_and_the_projections(tmp_path):
-    training = TwoTowerTrainer(recipe_of("image"), tmp_path / "run", resume=False)
+    training = Trainer(set_up(recipe_of("image"), tmp_path / "run", variant=TWO_TOWERS))
     names = {parameter: name.removeprefix("encoder.") for name, parameter in training.model.named_parameters()}
     adamw, muon = ({names[p] for g in o.param_groups for p in g["params"]} for o in training.updater.optimizers)
     block = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -164,7 +165,7 @@ def test_the_towers_get_the_examples_of_imp_unpatched(seen, tmp_path):
     # The towers drop patches in the model, not in the loader.
     data["tasks"]["pairs"]["views"][0][seen]["drop_tokens"] = 0.0
     recipe = Recipe.build(data)
-    training = TwoTowerTrainer(recipe, tmp_path / "run", resume=False)
+    training = Trainer(set_up(recipe, tmp_path / "run", variant=TWO_TOWERS))
     modality = recipe.make_modalities()[seen]
     batch = training.data[3].batch
     theirs = StepBatches(recipe, {**training.modalities, seen: modality})[3].batch
@@ -178,7 +179,7 @@ def test_the_towers_get_the_examples_of_imp_unpatched(seen, tmp_path):
 
 def test_a_clip_is_the_mean_of_its_frames_and_a_sound_is_a_gray_image(tmp_path):
     for seen in ("video", "audio"):
-        training = TwoTowerTrainer(recipe_of(seen), tmp_path / seen, resume=False)
+        training = Trainer(set_up(recipe_of(seen), tmp_path / seen, variant=TWO_TOWERS))
         model, tokens = training.model.eval(), training.data[0].batch.tokens[seen]
         frames, height, width, channels = model.shape
         values = tokens.values.view(-1, frames, height, width, channels)
@@ -193,7 +194,7 @@ def test_a_clip_is_the_mean_of_its_frames_and_a_sound_is_a_gray_image(tmp_path):
 
 
 def test_padding_does_not_change_a_text(tmp_path):
-    model = TwoTowerTrainer(recipe_of("image"), tmp_path / "run", resume=False).model.eval()
+    model = Trainer(set_up(recipe_of("image"), tmp_path / "run", variant=TWO_TOWERS)).model.eval()
     text = model.modalities["text"]
     words = ["cat", "dog", "sun", "sea", "sky", "car", "hat", "map", "pen", "cup", "red", "one"]
     full = [" ".join(words), " ".join([words[0], *words[:0:-1]])]
@@ -210,12 +211,12 @@ def test_padding_does_not_change_a_text(tmp_path):
 
 def test_a_run_resumes_and_its_towers_load(tmp_path):
     recipe = recipe_of("image")
-    training = TwoTowerTrainer(recipe, tmp_path / "run", resume=False)
+    training = Trainer(set_up(recipe, tmp_path / "run", variant=TWO_TOWERS))
     for step in range(3):
-        training.update(training.data[step])
+        training.make_step(training.data[step])
     training.save()
     training.checkpointing.wait()
-    resumed = TwoTowerTrainer(recipe, tmp_path / "run", resume=True)
+    resumed = Trainer(set_up(recipe, tmp_path / "run", resume=True, variant=TWO_TOWERS))
     assert resumed.step == 3
     loaded = load_two_towers(tmp_path / "run")
     for name, tensor in training.model.state_dict().items():
@@ -272,7 +273,7 @@ def test_unsupported_recipes_are_refused_before_anything_is_written(change, mess
     data["evaluation"] = {}
     data["modalities"] = {}
     with pytest.raises(UserError, match=message):
-        train(Recipe.build(data), tmp_path / "run", trainer=TwoTowerTrainer)
+        train(Recipe.build(data), tmp_path / "run", variant=TWO_TOWERS)
     assert not (tmp_path / "run").exists()
 
 
@@ -280,11 +281,11 @@ def test_two_tasks_are_refused(tmp_path):
     data = recipe_of("image").to_dict()
     data["tasks"]["more"] = data["tasks"]["pairs"]
     with pytest.raises(UserError, match="one task, found pairs, more"):
-        train(Recipe.build(data), tmp_path / "run", trainer=TwoTowerTrainer)
+        train(Recipe.build(data), tmp_path / "run", variant=TWO_TOWERS)
 
 
 def test_a_missing_open_clip_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)  # As if it were not installed.
     with pytest.raises(UserError, match=r"open_clip is not installed: pip install 'openimp\[peers\]'"):
-        TwoTowerTrainer(recipe_of("image"), tmp_path / "run", resume=False)
+        Trainer(set_up(recipe_of("image"), tmp_path / "run", variant=TWO_TOWERS))
     assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ from openimp.common.modality import Tokens
 from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
 from openimp.training.compilation import compile_blocks
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 QUICK = ["tasks.heard.weight=0", "evaluation={}", "model.layers=2", "model.moe=null", "train.precision=fp32",
@@ -36,8 +37,10 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, c
     for compiled, memory in (("false", "{}"), ("true", "{chunk_size: 4, activation_checkpointing: true}")):
         changes = [*QUICK, f"train.compile={compiled}", f"memory={memory}"]
         recipe = Recipe.load(little_data / "recipe.yaml", changes)
-        training = Trainer(recipe, tmp_path / compiled, resume=False)
-        losses[compiled] = [float(training.update(loaded).total.detach()) for loaded in load_batches(training.data, 0)]
+        training = Trainer(set_up(recipe, tmp_path / compiled))
+        losses[compiled] = [
+            float(training.make_step(loaded).total.detach()) for loaded in load_batches(training.data, 0)
+        ]
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
     assert "fp32, compiled for 1 signature, into" in capsys.readouterr().out
     assert list((tmp_path / "cache" / "inductor").rglob("*.so"))

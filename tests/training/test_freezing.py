@@ -23,6 +23,7 @@ from openimp.planning.memory import step_memory
 from openimp.planning.plan import plan
 from openimp.recipe.schema import Recipe
 from openimp.study.trainers import peak_memory
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
 
 FROZEN = "optimizer.lr_scale={stems: 0, encoder.blocks.0: 0, projections.text-to-vision: 0}"
@@ -34,7 +35,7 @@ def recipe_of(folder: Path, *changes: str) -> Recipe:
 
 
 def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
-    return Trainer(recipe_of(folder, *changes), run, resume=False)
+    return Trainer(set_up(recipe_of(folder, *changes), run))
 
 
 @pytest.mark.parametrize("options", ["muon_lr: 0.01", "zero_missing_grads: true", "ema_decay: 0.9"])
@@ -94,7 +95,7 @@ def test_counted_flops_are_those_of_a_step(little_data, tmp_path, scale, memory)
     changes = [*ONE_TASK, f"optimizer.lr_scale={scale}", f"memory={memory}"]
     training = training_of(little_data, tmp_path / "run", *changes)
     with FlopCounterMode(display=False) as counter:
-        training.update(next(iter(load_batches(training.data, 0))))
+        training.make_step(next(iter(load_batches(training.data, 0))))
     cost = training.costs["named", 0]
     assert cost.flops == counter.get_total_flops()
     assert 0 < cost.forward_flops < cost.flops
@@ -109,7 +110,7 @@ def test_frozen_parts_need_less_memory_and_the_plan_says_how_much(little_data, t
     measured, planned = [], []
     for scale in ("{}", "{stems: 0, encoder: 0, encoder.blocks.5: 1}"):
         recipe = recipe_of(little_data, *wide, f"optimizer.lr_scale={scale}")
-        measured.append(peak_memory(recipe, tmp_path / scale, Trainer))
+        measured.append(peak_memory(recipe, tmp_path / scale))
         classes = {"pictures:label": ["blue", "green", "red", "white"]}
         counted = step_memory(recipe, recipe.make_modalities(), classes, "named", 0, "fp32", on_gpu=False)
         planned.append(counted.peak.total())
@@ -174,7 +175,7 @@ def test_a_step_of_a_slower_part_is_smaller(little_data, tmp_path):
         changes = [f"optimizer={{muon_lr: 0.01, warmup_steps: 0, weight_decay: 0, lr_scale: {{encoder: {scale}}}}}"]
         training = training_of(little_data, tmp_path / str(scale), *changes)
         before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
-        training.update(next(iter(load_batches(training.data, 0))))
+        training.make_step(next(iter(load_batches(training.data, 0))))
         moved[scale] = {name: x - before[name] for name, x in training.model.state_dict().items()}
     compared = 0
     for name, change in moved[1].items():
@@ -195,7 +196,7 @@ def test_frozen_blocks_compile(little_data, tmp_path, monkeypatch):
             changes = [*ONE_TASK, FROZEN, "model.layers=3", "model.moe=null", "train.precision=fp32", "train.steps=3"]
             training = training_of(little_data, tmp_path / compiled, *changes, f"train.compile={compiled}")
             batches = load_batches(training.data, 0)
-            losses[compiled] = [float(training.update(loaded).total.detach()) for loaded in batches]
+            losses[compiled] = [float(training.make_step(loaded).total.detach()) for loaded in batches]
     torch._dynamo.reset()
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
 

@@ -11,11 +11,12 @@ from openimp.data.loader import load_batches
 from openimp.parallel.muon import Muon
 from openimp.recipe.schema import Recipe
 from openimp.training.optimizers import schedule, set_learning_rate
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 
 def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
-    return Trainer(Recipe.load(folder / "recipe.yaml", changes), run, resume=False)
+    return Trainer(set_up(Recipe.load(folder / "recipe.yaml", changes), run))
 
 
 def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_path):
@@ -42,7 +43,7 @@ def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(little_dat
     options = ["optimizer.muon_lr=1e-2", "optimizer.weight_decay=0", "optimizer.warmup_steps=0"]
     training = training_of(little_data, tmp_path / "run", *options)
     before = {name: tensor.detach().clone() for name, tensor in training.model.named_parameters()}
-    training.update(next(iter(load_batches(training.data, 0))))
+    training.make_step(next(iter(load_batches(training.data, 0))))
     for name, parameter in training.model.named_parameters():
         change = (parameter - before[name]).detach()
         if parameter in training.updater.optimizers[1].state:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount"}
@@ -42,7 +43,7 @@ class Waits(TorchDispatchMode):
 
 
 def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
-    return Trainer(Recipe.load(folder / "recipe.yaml", [*CHANGES, *changes]), run, resume=False)
+    return Trainer(set_up(Recipe.load(folder / "recipe.yaml", [*CHANGES, *changes]), run))
 
 
 def test_numbers_are_read_on_logged_steps_only(little_data, tmp_path):
@@ -72,11 +73,11 @@ def test_the_host_never_waits_for_a_gpu_between_two_logged_steps(little_data, tm
     training = training_of(little_data, tmp_path / "run", "train.log_every=100", *more)
     batches = [*load_batches(training.data, 0, 8)]
     for loaded in batches[:4]:  # Libraries and optimizer state are initialized in the first steps.
-        training.update(loaded)
+        training.make_step(loaded)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for loaded in batches[4:]:
-            training.update(loaded)
+            training.make_step(loaded)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     training.confirm()

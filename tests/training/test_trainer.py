@@ -25,7 +25,8 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
-from openimp.study.trainers import SummedTrainer
+from openimp.study.trainers import SUMMED
+from openimp.training.setup import set_up
 from openimp.training.stopping import Stop, Stopped, stop_signals
 from openimp.training.trainer import Trainer, train
 
@@ -202,7 +203,7 @@ def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(own_data, tmp
 
 def test_a_stop_ends_an_evaluation(little_data, tmp_path):
     recipe, stop = recipe_of(little_data), Stop(lambda: False)
-    training = Trainer(recipe, tmp_path / "run", resume=False)
+    training = Trainer(set_up(recipe, tmp_path / "run"))
     stop.requested = True
     with pytest.raises(Stopped):
         training.evaluate(stop.watch)
@@ -212,7 +213,7 @@ def test_a_stop_ends_an_evaluation(little_data, tmp_path):
 
 def test_a_warm_up_longer_than_the_training_is_told(little_data, tmp_path, capsys):
     for warmup in (11, 12):
-        Trainer(recipe_of(little_data, f"optimizer.warmup_steps={warmup}"), tmp_path / str(warmup), resume=False)
+        Trainer(set_up(recipe_of(little_data, f"optimizer.warmup_steps={warmup}"), tmp_path / str(warmup)))
         told = "warm-up of 12 steps is not shorter than a run of 12 steps; set optimizer.warmup_steps"
         assert (told in capsys.readouterr().out) == (warmup == 12)
 
@@ -223,7 +224,7 @@ def test_equal_texts_of_different_items_are_told(little_data, tmp_path, capsys):
     train(recipe_of(little_data, *changes), tmp_path / "one item")
     assert "belong to other examples too" not in capsys.readouterr().out
     recipe = recipe_of(little_data, *changes, "tasks.named.objectives.0.same=null")
-    data = Trainer(recipe, tmp_path / "looked at", resume=False).data
+    data = Trainer(set_up(recipe, tmp_path / "looked at")).data
     names = [Path(data.sources["named"].row_name(row)).parent.name for row in data[0].batch.rows]
     alike = sum(names.count(name) > 1 for name in names) / len(names)
     capsys.readouterr()
@@ -234,11 +235,11 @@ def test_equal_texts_of_different_items_are_told(little_data, tmp_path, capsys):
 
 
 def test_the_temperatures_are_kept_in_bounds(little_data, tmp_path):
-    training = Trainer(recipe_of(little_data, "tasks.heard.weight=0"), tmp_path / "run", resume=False)
+    training = Trainer(set_up(recipe_of(little_data, "tasks.heard.weight=0"), tmp_path / "run"))
     (temperature,) = (t for pair, t in training.model.temperatures.items() if pair == "text-vision")
     with torch.no_grad():
         temperature.temperature.fill_(0.001)
-    training.update(next(iter(load_batches(training.data, 0))))
+    training.make_step(next(iter(load_batches(training.data, 0))))
     assert temperature.scale.item() == pytest.approx(100)
 
 
@@ -248,7 +249,7 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(whole_run, little_
     for folder in checkpoints(run)[1:]:
         shutil.rmtree(folder)
     (run / "skipped.jsonl").write_text('{"step": 99, "where": "a"}\n{"step": 100, "where": "b"}\n')
-    Trainer(recipe_of(little_data, *LONG), run, resume=True)
+    Trainer(set_up(recipe_of(little_data, *LONG), run, resume=True))
     assert figures(run) == figures(whole_run)[:100]
     assert [line["step"] for line in read_lines(run / "results.jsonl")] == [50] * 3 + [100] * 3
     assert [line["step"] for line in read_lines(run / "skipped.jsonl")] == [99]
@@ -316,32 +317,30 @@ def test_a_damaged_state_is_named(whole_run, little_data, tmp_path):
 
 def test_a_run_of_another_loop_does_not_go_on(little_data, tmp_path):
     recipe = recipe_of(little_data, "train.steps=4", "evaluation={}")
-    train(recipe, tmp_path / "run", trainer=SummedTrainer)
+    train(recipe, tmp_path / "run", variant=SUMMED)
     with pytest.raises(UserError, match="step-00000004: saved by SummedTrainer, but Trainer is to resume it; "):
         train(recipe, tmp_path / "run", resume=True)
-    assert train(recipe, tmp_path / "run", resume=True, trainer=SummedTrainer)
+    assert train(recipe, tmp_path / "run", resume=True, variant=SUMMED)
 
 
 @pytest.mark.parametrize(
     ("stop", "told"),
     [
-        (1, "stopped at step 1, nothing is saved"),
+        (1, "stopped at step 0, nothing is saved"),
         (4, "stopped at step 4, saved in {run}; resume with --resume"),
-        (5, "stopped at step 5, saved up to step 4 in {run}; resume with --resume"),
+        (5, "stopped at step 4, saved in {run}; resume with --resume"),
     ],
 )
 def test_a_stop_tells_what_is_saved(little_data, tmp_path, capsys, stop, told):
-    """Within a round of summed losses nothing can be."""
+    """Of a round of summed losses, nothing is saved before its end."""
 
-    class Interrupted(SummedTrainer):
-        def update(self, loaded):
-            losses = super().update(loaded)
-            if self.step == stop:
-                os.kill(os.getpid(), signal.SIGINT)
-            return losses
+    def interrupt(trainer, step):
+        if step + 1 == stop:
+            os.kill(os.getpid(), signal.SIGINT)
 
     run = tmp_path / "run"
-    assert not train(recipe_of(little_data, "train.save_every=2"), run, trainer=Interrupted)
+    interrupted = replace(SUMMED, before_step=interrupt)
+    assert not train(recipe_of(little_data, "train.save_every=2"), run, variant=interrupted)
     assert told.format(run=run) in capsys.readouterr().out
     assert last_step(run) == stop // 2 * 2
 
@@ -363,39 +362,51 @@ def test_a_run_is_never_written_over(whole_run, little_data, tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-class OneGradient(Trainer):
+def break_a_gradient(training, monkeypatch):
     """Makes one number of one gradient infinite in step 2."""
+    really_step = training.updater.step
 
-    def apply_gradients(self, loaded, losses):
-        if loaded.visit.step == 2:
-            self.model.encoder.blocks[0].attention.qkv.weight.grad[0, 0] = torch.inf
-        super().apply_gradients(loaded, losses)
+    def step(number):
+        if number == 2:
+            training.model.encoder.blocks[0].attention.qkv.weight.grad[0, 0] = torch.inf
+        return really_step(number)
+
+    monkeypatch.setattr(training.updater, "step", step)
 
 
-class InfiniteLoss(Trainer):
+def break_a_loss(training, monkeypatch):
     """Adds infinity to the loss of step 2, which changes no gradient."""
+    really_forward = training.forward
 
-    def forward(self, loaded):
-        losses = super().forward(loaded)
+    def forward(loaded):
+        losses = really_forward(loaded)
         return replace(losses, total=losses.total + torch.inf) if loaded.visit.step == 2 else losses
+
+    monkeypatch.setattr(training, "forward", forward)
 
 
 @pytest.mark.parametrize(
-    ("trainer", "changes"),
-    [(Trainer, ["optimizer.lr=1e30"]), (OneGradient, []), (InfiniteLoss, ["optimizer.zero_missing_grads=true"])],
+    ("breaks", "changes"),
+    [
+        (None, ["optimizer.lr=1e30"]),
+        (break_a_gradient, []),
+        (break_a_loss, ["optimizer.zero_missing_grads=true"]),
+    ],
 )
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, tmp_path, trainer, changes):
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, tmp_path, monkeypatch, breaks, changes):
     """Weights, their average and the optimizers' state stay as they are. The step after it is not applied either."""
     changes = ["optimizer={lr: 3e-3, muon_lr: 0.01, weight_decay: 0.1, warmup_steps: 0, ema_decay: 0.9}", *changes]
-    training = trainer(recipe_of(little_data, *changes, "tasks.heard.weight=0"), tmp_path / "run", resume=False)
+    training = Trainer(set_up(recipe_of(little_data, *changes, "tasks.heard.weight=0"), tmp_path / "run"))
+    if breaks:
+        breaks(training, monkeypatch)
     batches = [*load_batches(training.data, 0, 4)]
-    for loaded in batches[: 1 if trainer is Trainer else 2]:
-        training.update(loaded)
+    for loaded in batches[: 2 if breaks else 1]:
+        training.make_step(loaded)
     training.confirm()
     before, bad = state_of(training), batches[training.step]
-    training.update(bad)  # The host does not know yet.
+    training.make_step(bad)  # The host does not know yet.
     with pytest.raises(UserError) as error:
-        training.update(batches[bad.visit.step + 1])
+        training.make_step(batches[bad.visit.step + 1])
     message = str(error.value)
     assert f"step {bad.visit.step}, task named: " in message
     assert "not finite" in message
@@ -425,7 +436,7 @@ def moments_of(training: Trainer) -> dict[str, torch.Tensor]:
 def test_unused_parameters_keep_their_value_and_optimizer_state(little_data, tmp_path):
     """No weight decay, no decay of moments, no count: the gradient is None, not zero."""
     changes = ["alternation.kind=intervals", "optimizer.weight_decay=0.5"]
-    training = Trainer(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    training = Trainer(set_up(recipe_of(little_data, *changes), tmp_path / "run"))
     own = {"named": ("stems.vision", "projections.vision", "temperatures.text-vision", "classifiers"), "heard": (
         "stems.audio", "projections.audio", "temperatures.audio-text")}  # fmt: skip
     own["named"] += ("projections.text-to-vision",)
@@ -433,7 +444,7 @@ def test_unused_parameters_keep_their_value_and_optimizer_state(little_data, tmp
     for loaded in load_batches(training.data, 0, 6):
         before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
         moments = {name: tensor.clone() for name, tensor in moments_of(training).items()}
-        training.update(loaded)
+        training.make_step(loaded)
         task = loaded.visit.task
         (other,) = own.keys() - {task}
         for name, tensor in training.model.state_dict().items():
@@ -454,13 +465,13 @@ def test_unused_parameters_keep_their_value_and_optimizer_state(little_data, tmp
 def test_zero_gradients_let_the_state_of_untouched_parameters_decay(little_data, tmp_path):
     """As in the authors' release: AdamW's momentum moves them on, its means decay, and it counts the step."""
     changes = ["alternation.kind=intervals", "optimizer.zero_missing_grads=true"]
-    training = Trainer(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    training = Trainer(set_up(recipe_of(little_data, *changes), tmp_path / "run"))
     first, second = load_batches(training.data, 0, 2)
     assert (first.visit.task, second.visit.task) == ("named", "heard")
-    training.update(first)
+    training.make_step(first)
     name = "stems.vision.before.weight"
     before, mean = training.model.get_parameter(name).detach().clone(), moments_of(training)[f"{name}|exp_avg"].clone()
-    training.update(second)
+    training.make_step(second)
     assert not torch.equal(training.model.get_parameter(name), before)
     torch.testing.assert_close(moments_of(training)[f"{name}|exp_avg"], 0.9 * mean)
     assert moments_of(training)[f"{name}|step"] == 2
@@ -473,7 +484,7 @@ def test_the_gradient_is_clipped_decayed_and_averaged_as_the_recipe_says(little_
         "optimizer.ema_decay=0.5",
         "optimizer.eps=1e-5",
     ]
-    training = Trainer(recipe_of(little_data, *changes), tmp_path / "run", resume=False)
+    training = Trainer(set_up(recipe_of(little_data, *changes), tmp_path / "run"))
     seen: list[float] = []
 
     def note(optimizer, *_):
@@ -483,9 +494,9 @@ def test_the_gradient_is_clipped_decayed_and_averaged_as_the_recipe_says(little_
     training.updater.optimizers[0].register_step_pre_hook(note)
     average = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     for step, loaded in enumerate(load_batches(training.data, 0)):
-        training.update(loaded)
+        training.make_step(loaded)
         training.confirm()
-        assert training.updater.grad_norm > 0.01
+        assert training.grad_norm > 0.01
         assert seen[-1] == pytest.approx(0.01, rel=1e-3)
         decay = min(0.5, (1 + step) / (10 + step))
         average = {
@@ -506,7 +517,7 @@ def test_the_gradient_is_clipped_decayed_and_averaged_as_the_recipe_says(little_
 def test_the_evaluated_weights_are_the_averaged_ones(whole_run, little_data, tmp_path):
     """And training goes on with its own."""
     run = Path(shutil.copytree(whole_run, tmp_path / "run"))
-    training = Trainer(recipe_of(little_data, *LONG), run, resume=True)
+    training = Trainer(set_up(recipe_of(little_data, *LONG), run, resume=True))
     trained = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     averaged = dcp.read(checkpoints(run)[-1] / "ema")
     assert averaged.keys() == trained.keys()

@@ -29,6 +29,7 @@ from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor
 from openimp.planning.plan import plan
 from openimp.recipe.schema import Recipe
+from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
 
 STEPS = 20
@@ -92,7 +93,7 @@ def test_it_starts_from_the_public_weights_and_learns(whole, name, data, capsys)
     )
     assert last < 0.9 * first
     before = openimp.load(name, "cpu", "fp32")
-    trainer = Trainer(recipe_of(data, name), whole.with_name("fresh"))
+    trainer = Trainer(set_up(recipe_of(data, name), whole.with_name("fresh")))
     assert f"starts from {name}; loaded: " in capsys.readouterr().out
     for key, tensor in before.imp.state_dict().items():
         assert torch.equal(trainer.model.state_dict()[key], tensor), key
@@ -104,9 +105,9 @@ def test_a_run_that_was_killed_resumes_exactly_without_the_public_model(whole, d
     folder = tmp_path / "clip"
     own = public.write("clip", folder)
     recipe = recipe_of(data, own)
-    part = Trainer(recipe, tmp_path / "run")
+    part = Trainer(set_up(recipe, tmp_path / "run"))
     for step in range(12):  # The run dies after a checkpoint of an earlier step.
-        part.update(part.data[step])
+        part.make_step(part.data[step])
         if step == 6:
             part.settle()
             part.save(wait=True)
@@ -123,7 +124,7 @@ def test_a_run_that_was_killed_resumes_exactly_without_the_public_model(whole, d
 
 
 def test_further_training_starts_from_a_run(whole, data, name, tmp_path):
-    trainer = Trainer(recipe_of(data, name, init=str(whole)), tmp_path / "run")
+    trainer = Trainer(set_up(recipe_of(data, name, init=str(whole)), tmp_path / "run"))
     ema = weights(whole, "ema")
     for key, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, ema[key]), key
@@ -135,24 +136,24 @@ def test_further_training_starts_from_a_run(whole, data, name, tmp_path):
     }
     plain |= {"name": "x", "sources": {"pictures": {"path": str(data / "pictures")}}, "tasks": {"t": task}}
     with pytest.raises(UserError, match=r"train.init: .* its recipe wraps open_clip:.* and this one wraps no other"):
-        Trainer(Recipe.build(plain), tmp_path / "other")
+        Trainer(set_up(Recipe.build(plain), tmp_path / "other"))
 
 
 def test_a_run_of_pictures_alone_can_be_continued_with_texts(data, name, tmp_path):
     task = "source: pictures, inputs: {image: file}, batch_size: 8, objectives: [{type: classification, label: label}]"
     alone = recipe_of(data, name, f"tasks={{only: {{{task}}}}}", "evaluation={}", steps=1)
     assert train(alone, tmp_path / "alone")
-    trainer = Trainer(recipe_of(data, name, init=str(tmp_path / "alone")), tmp_path / "run")
+    trainer = Trainer(set_up(recipe_of(data, name, init=str(tmp_path / "alone")), tmp_path / "run"))
     assert trainer.data[0].batch.tokens["text"].values.shape == (8, 16)
 
 
 def test_a_model_of_another_name_cannot_be_the_initial_one(data, name, tmp_path):
     openimp.load(name)  # The cache has it under this name.
     (tmp_path / "link").symlink_to(name.rpartition(":")[2])
-    Trainer(recipe_of(data, f"open_clip:local-dir:{tmp_path / 'link'}"), tmp_path / "linked")
+    Trainer(set_up(recipe_of(data, f"open_clip:local-dir:{tmp_path / 'link'}"), tmp_path / "linked"))
     other = public.write("oblong", tmp_path / "oblong")
     with pytest.raises(UserError, match=r"train.init: .* its recipe wraps .*oblong, and this one wraps .*/clip"):
-        Trainer(recipe_of(data, name, init=other), tmp_path / "run")
+        Trainer(set_up(recipe_of(data, name, init=other), tmp_path / "run"))
 
 
 def test_one_tower_learns_the_vectors_of_the_other_that_is_frozen(data, name, tmp_path):
@@ -178,7 +179,7 @@ def test_one_tower_learns_the_vectors_of_the_other_that_is_frozen(data, name, tm
         learned = not key.startswith(("encoder.visual.", "scale."))
         assert torch.equal(value, after[key]) != (learned and not key.endswith("bias")) or key.endswith("bias"), key
         assert learned or not any(part.startswith(f"{key}|") for part in weights(tmp_path / "run", "optimizer")), key
-    found = plan(recipe, Trainer(recipe, tmp_path / "planned").modalities, {}, 2, "h100", 0.4)
+    found = plan(recipe, Trainer(set_up(recipe, tmp_path / "planned")).modalities, {}, 2, "h100", 0.4)
     assert found.frozen == sum(value.numel() for key, value in before.items() if key.startswith("encoder.visual."))
     memory = {key: step.memory["gradients"] for key, step in found.steps.items()}
     assert memory["named", 0] < 4 * (sum(found.parameters.values()) - found.frozen)
@@ -215,17 +216,17 @@ def test_a_tower_without_a_list_of_blocks_has_no_depths(tmp_path):
 
 
 def test_the_counted_flops_are_those_of_a_step(data, name, tmp_path):
-    trainer = Trainer(recipe_of(data, name), tmp_path / "run")
+    trainer = Trainer(set_up(recipe_of(data, name), tmp_path / "run"))
     for step in range(2):
         loaded = trainer.data[step]
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            trainer.update(loaded)
+            trainer.make_step(loaded)
         assert counter.get_total_flops() == trainer.costs[loaded.visit.task, loaded.visit.view].flops
 
 
 def test_a_plan_counts_the_wrapped_model(whole, data, name):
     recipe = recipe_of(data, name)
-    trainer = Trainer(recipe, whole.with_name("planned"))
+    trainer = Trainer(set_up(recipe, whole.with_name("planned")))
     found = plan(recipe, trainer.modalities, trainer.data.classes, 4, "h100", 0.4)
     assert sum(found.parameters.values()) == sum(weight.numel() for weight in trainer.model.parameters())
     assert found.fits
@@ -253,7 +254,7 @@ def test_two_ranks_compute_what_one_computes(data, name, tmp_path):
     ranks.mkdir()
     run(*torchrun(2, __file__, data, name, ranks), check=True)
     for case, changes in CASES.items():
-        expected = steps_of(Trainer(recipe_of(data, name, *changes), tmp_path / f"one {case}"))
+        expected = steps_of(Trainer(set_up(recipe_of(data, name, *changes), tmp_path / f"one {case}")))
         found = load_file(ranks / f"{case}.safetensors")
         assert found.keys() == expected.keys()
         for key, value in expected.items():
@@ -280,7 +281,7 @@ def steps_of(trainer: Trainer) -> dict[str, Tensor]:
     matrices = [matrix for matrix in trainer.model.hidden_matrices() if exact and matrix.requires_grad]
     before = [full_tensor(matrix.detach()).clone() for matrix in matrices]
     for loaded in batches:
-        trainer.update(loaded)
+        trainer.make_step(loaded)
     trainer.confirm()
     after = [full_tensor(matrix.detach()) for matrix in matrices]
     return found | {f"{i} update": new - old for i, (new, old) in enumerate(zip(after, before))}
@@ -289,7 +290,7 @@ def steps_of(trainer: Trainer) -> dict[str, Tensor]:
 def main(data: Path, name: str, out: Path) -> None:
     distributed.start()
     for case, changes in CASES.items():
-        found = steps_of(Trainer(recipe_of(data, name, *changes), out / case))
+        found = steps_of(Trainer(set_up(recipe_of(data, name, *changes), out / case)))
         if distributed.rank() == 0:
             save_file(found, out / f"{case}.safetensors")
     distributed.shut_down()

@@ -11,9 +11,9 @@ from openimp.planning.ledger import costs, mixture
 from openimp.recipe.file import RecipeLoader, flat
 from openimp.recipe.schema import Recipe
 from openimp.study.schema import Part, Study
-from openimp.study.trainers import ConflictTrainer, SummedTrainer
-from openimp.study.two_towers import TwoTowerTrainer
-from openimp.training.trainer import Trainer
+from openimp.study.trainers import CONFLICT, SUMMED
+from openimp.study.two_towers import TWO_TOWERS
+from openimp.training.setup import Variant
 
 SAVES = 5
 """Checkpoints per training, so that a crash costs little."""
@@ -25,13 +25,13 @@ MAX_STEPS = 10**8
 """Limit on the steps of a run, because its whole schedule is held in memory."""
 
 
-def trainer_of(study: Study, part: Part) -> type[Trainer]:
-    """The trainer of one model of a study."""
+def variant_of(study: Study, part: Part) -> Variant:
+    """How one model of a study is trained."""
     if part.two_towers:
-        return TwoTowerTrainer
+        return TWO_TOWERS
     if part.summed:
-        return SummedTrainer
-    return ConflictTrainer if study.conflict else Trainer
+        return SUMMED
+    return CONFLICT if study.conflict else Variant()
 
 
 def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Recipe:
@@ -54,12 +54,12 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
         _keep_tasks(data, part.tasks, common)
         share = sum(flops.get(name, 0) for name in part.tasks) / sum(flops.values())  # A task of weight 0 has none.
     recipe = Recipe.build(data)
-    per_step = sum(flops_per_step(recipe, trainer_of(study, part)).values())
+    per_step = sum(flops_per_step(recipe, variant_of(study, part)).values())
     allowed = part.flops_factor * share * study.flops / per_step
     if allowed > MAX_STEPS:
         raise UserError(f"its FLOPs allow {allowed:.2g} steps, but a run has at most {MAX_STEPS:,}")
     steps = max(1, round(allowed))
-    round_length = sum(task.weight > 0 for task in recipe.tasks.values())  # SummedTrainer saves only whole rounds.
+    round_length = sum(task.weight > 0 for task in recipe.tasks.values())  # Summed tasks are saved after whole rounds.
     data["train"].update(steps=steps, save_every=max(1, steps // (SAVES * round_length)) * round_length)
     data["optimizer"]["warmup_steps"] = None  # A share of the steps, because a fixed number may exceed them.
     return Recipe.build(data)
@@ -89,13 +89,14 @@ def _keep_tasks(data: dict[str, Any], names: list[str], common: Recipe) -> None:
     }
 
 
-def flops_per_step(recipe: Recipe, trainer: type[Trainer] = Trainer) -> dict[str, float]:
+def flops_per_step(recipe: Recipe, variant: Variant | None = None) -> dict[str, float]:
     """The mean FLOPs per step of a training run, split by task; see planning/ledger.py."""
     data = recipe.to_dict()
     for source in data["sources"].values():
         source["cache"] = "none"
     recipe = Recipe.build(data)
-    modalities = trainer.make_modalities(recipe)
+    variant = variant or Variant()
+    modalities = variant.make_modalities(recipe)
     batches = StepBatches(recipe, modalities)
-    by_view = costs(recipe, modalities, batches.classes, trainer.build, trainer.losses, trainer.summed)
+    by_view = costs(recipe, modalities, batches.classes, variant.build_model, variant.losses, variant.sum_tasks)
     return {name: row["flops"] for name, row in mixture(recipe, by_view).items()}

@@ -17,7 +17,7 @@ from openimp.inference.model import load
 from openimp.recipe.evaluation import Retrieval
 from openimp.recipe.file import differences
 from openimp.recipe.schema import Recipe
-from openimp.study.budget import part_recipe, trainer_of
+from openimp.study.budget import part_recipe, variant_of
 from openimp.study.clip_benchmark import clip_benchmark_recalls, require_pictures_and_texts
 from openimp.study.outcome import Outcome
 from openimp.study.schema import Study, file_name, read_study
@@ -60,11 +60,11 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     outcomes = {arm: {seed: Outcome() for seed in study.seeds} for arm in study.arms}
     for number, (seed, arm, i) in enumerate(plan, 1):
         part, recipe, outcome = study.arms[arm][i], recipes[seed, arm, i], outcomes[arm][seed]
-        trainer = trainer_of(study, part)
+        variant = variant_of(study, part)
         run = _run(runs / title, arm, i, seed)
         console.print(f"\n{title}, training {number} of {len(plan)}: {arm}, seed {seed}", style="bold")
         _check_same_recipe(run, recipe)
-        if not train(recipe, run, "auto", trainer):
+        if not train(recipe, run, "auto", variant):
             return False
         model = load_two_towers(run) if part.two_towers else load(run)
         outcome.add(run, sum(parameter.numel() for parameter in model.parameters()))
@@ -76,7 +76,7 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
                 outcome.recalls.update({(measured, metric): recall for metric, recall in recalls.items()})
         if seed == study.seeds[0]:
             with TemporaryDirectory() as folder, console.capture():
-                outcome.memory = max(outcome.memory, peak_memory(recipe, Path(folder), trainer))
+                outcome.memory = max(outcome.memory, peak_memory(recipe, Path(folder), variant))
     command = f"openimp study {shlex.quote(name)}{' --smoke' if smoke else ''}"
     write_results(study, {arm: list(by_seed.values()) for arm, by_seed in outcomes.items()}, out, title, command)
     console.print(f"\nThe results are in {out / title}.md", soft_wrap=True)

@@ -1,6 +1,6 @@
 """The peer of studies: open_clip's two towers, unchanged, in openimp's training loop.
 
-    train(recipe, run, trainer=TwoTowerTrainer)
+    train(recipe, run, variant=TWO_TOWERS)
 
 The recipe has one task of two modalities, one of them text. The towers have the recipe's sizes. They get its examples
 in its order, with its augmentation and tokenizer, and its optimizers update them. Initialization, pooling and patch
@@ -29,7 +29,7 @@ from openimp.modalities.text import END, PAD
 from openimp.model.open_clip import OpenCLIP
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Contrastive, Task
-from openimp.training.trainer import Trainer
+from openimp.training.setup import Variant
 
 
 class TwoTowers(OpenCLIP):
@@ -87,22 +87,8 @@ class TwoTowers(OpenCLIP):
         return F.pad(tokens.values, (0, self.context_length - tokens.values.shape[1]), value=PAD)
 
 
-class TwoTowerTrainer(Trainer):
-    """Trains the two towers. Its metrics count the media of an example as one token."""
-
-    suggest_same = False  # open_clip's loss cannot treat several examples as one item.
-
-    @staticmethod
-    def make_modalities(recipe: Recipe) -> dict[str, Modality]:
-        return unpatched_modalities(recipe)
-
-    @staticmethod
-    def build(recipe: Recipe, modalities: Modalities, classes: Mapping[str, int]) -> TwoTowers:
-        return TwoTowers(recipe, modalities)
-
-
 def load_two_towers(run: Path) -> TwoTowers:
-    """Loads the newest checkpoint of a run of `TwoTowerTrainer` in evaluation mode, onto the GPU if there is one."""
+    """Loads the newest checkpoint of a run of `TWO_TOWERS` in evaluation mode, onto the GPU if there is one."""
     folder = model_folder(run)
     recipe, _, learned = read_config(folder, ("TwoTowers",))
     modalities = unpatched_modalities(recipe)
@@ -137,6 +123,19 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
     patch = shapes[0][3 - len(config.patch) : 3]
     modalities[media] = type(modalities[media])(config.model_copy(update={"patch": patch}))
     return modalities
+
+
+def _build_two_towers(recipe: Recipe, modalities: Modalities, _: Mapping[str, int]) -> TwoTowers:
+    return TwoTowers(recipe, modalities)
+
+
+TWO_TOWERS = Variant(
+    name="TwoTowerTrainer",
+    make_modalities=unpatched_modalities,
+    build_model=_build_two_towers,
+    suggest_same=False,  # open_clip's loss cannot treat several examples as one item.
+)
+"""Trains the two towers. Its metrics count the media of an example as one token."""
 
 
 def _pair(recipe: Recipe) -> tuple[Task, str, str]:

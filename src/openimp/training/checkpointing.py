@@ -1,7 +1,7 @@
 """Saving the state of a training run, and loading it again."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,13 @@ from openimp.training.updater import Updater
 class Checkpointing:
     """Saves the checkpoints of a training run in the background. `saved` is the step of the newest one.
 
-    `texts` are the files of `config_files`. `state` returns everything else that the next step depends on, as JSON
-    values; its "step" is the number of steps that are done.
+    `texts` are the files of `config_files`.
     """
 
     saver: Saver
     model: Embedder
     updater: Updater
     texts: Mapping[str, str]
-    state: Callable[[], dict[str, Any]]
     saved: int = 0
 
     def load(self, folder: Path) -> dict[str, Any]:
@@ -34,9 +32,12 @@ class Checkpointing:
         self.saved = state["step"]
         return state
 
-    def save(self) -> None:
-        """Starts writing a checkpoint, unless this step has one. Raises CheckpointError if the previous one failed."""
-        state = self.state()
+    def save(self, state: dict[str, Any]) -> None:
+        """Starts writing a checkpoint, unless this step has one. Raises CheckpointError if the previous one failed.
+
+        `state` is everything besides tensors that the next step depends on, as JSON values. Its "step" is the number of
+        steps that are done.
+        """
         if state["step"] == self.saved:
             return
         moments = optimizer_state(self.model, self.updater.optimizers)

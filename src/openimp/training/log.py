@@ -72,20 +72,20 @@ class Log:
                 return False
         return True
 
-    def record(self, loaded: LoadedBatch, losses: Losses, grad_norm: float, bar: StepBar) -> None:
-        """Records one step. `grad_norm` is that of the last update."""
+    def record(self, loaded: LoadedBatch, losses: Losses) -> None:
+        """Counts one step for the next line."""
         visit = loaded.visit
-        step = visit.step + 1
         self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], loaded.digest)
         self.bad.add(visit.step, visit.task, visit.batch_size, loaded.bad)
-        bar.step(step)
-        if self.is_due(step):
-            rate = self.recipe.optimizer.lr * schedule(self.recipe, visit.step)
-            line = self.metrics.write(step, rate, grad_norm, self.timer.record())
-            means = {name: line["tasks"][name]["loss"] for name in self.recipe.tasks if name in line["tasks"]}
-            bar.report(step, means, speed_text(line))
-            if warning := self.timer.warning(line, self.recipe, self.modalities):
-                console.print(warning, soft_wrap=True)
+
+    def write(self, step: int, grad_norm: float, bar: StepBar) -> None:
+        """Writes and prints a line after `step` steps. `grad_norm` is that of the last update."""
+        rate = self.recipe.optimizer.lr * schedule(self.recipe, step - 1)
+        line = self.metrics.write(step, rate, grad_norm, self.timer.record())
+        means = {name: line["tasks"][name]["loss"] for name in self.recipe.tasks if name in line["tasks"]}
+        bar.report(step, means, speed_text(line))
+        if warning := self.timer.warning(line, self.recipe, self.modalities):
+            console.print(warning, soft_wrap=True)
 
     def warn_of_duplicate_texts(self, loaded: LoadedBatch) -> None:
         """Suggests `same` if the first batch of a task has many texts that occur in several examples."""

@@ -25,24 +25,31 @@ class StepTimer:
     """Times the steps between two log records. A step lasts from the request for its batch to the end of its update."""
 
     def __init__(self) -> None:
-        self.records, self.warned, self.rare_waits = 0, False, False
+        self.records = 0
+        self.warned = False
+        self.rare_waits = False
+        self.requested = time.perf_counter()
+        self.wait = 0.0
         self._reset()
 
     def _reset(self) -> None:
         self.since = time.perf_counter()
-        self.tasks, self.steps, self.waits = list[str](), list[float](), list[float]()
+        self.tasks: list[str] = []
+        self.steps: list[float] = []
+        self.waits: list[float] = []
 
     def timed(self, batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
         """Yields the batches, and measures the wait for each. A request for a batch starts a step."""
         self.requested = time.perf_counter()
         for loaded in batches:
-            self.waits.append(time.perf_counter() - self.requested)
+            self.wait = time.perf_counter() - self.requested
             yield loaded
             self.requested = time.perf_counter()
 
     def end_step(self, task: str) -> None:
         self.tasks.append(task)
         self.steps.append(time.perf_counter() - self.requested)
+        self.waits.append(self.wait)
 
     def record(self) -> dict[str, Any]:
         """The times since the last record in seconds, over all ranks. Every rank must call this.

@@ -38,7 +38,7 @@ class Stop:
 
         Of several ranks, one alone cannot stop before a step, because the others would wait for it in the step's
         collectives. So its batch names the reason: then no rank applies the step, and all ranks stop when they notice
-        that (`Trainer.update` and `confirm`). If loading has failed, `stand_in(step)` takes the place of the batch.
+        that (`Trainer.confirm`). If loading has failed, `stand_in(step)` takes the place of the batch.
         """
         for step, (loaded, reason) in enumerate(self._with_reasons(batches), first):
             if distributed.world_size() == 1:

@@ -17,10 +17,7 @@ class Updater:
     """Updates a model, which is distributed over the ranks, from the gradients of its backward passes.
 
     The host does not wait for a device to compute the gradients. So it queues the update before it knows whether they
-    are finite; if they are not, the device leaves weights and optimizer state as they are. `confirm` tells later.
-
-    Attributes:
-        grad_norm: Euclidean norm of the gradient in the last confirmed step, before clipping.
+    are finite; if they are not, the device leaves weights and optimizer state as they are.
     """
 
     def __init__(self, recipe: Recipe, model: Embedder, costs: Costs) -> None:
@@ -29,25 +26,24 @@ class Updater:
         # With zero gradients every step updates all parameters.
         names = [{*named}] if options.zero_missing_grads else [cost.touched for cost in costs.values()]
         updated_sets = [{named[name] for name in updated} for updated in names]
-        self.recipe, self.model = recipe, model
+        self.recipe = recipe
+        self.model = model
         self.optimizers = make_optimizers(options, model, updated_sets)
         self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
-        self.grad_norm = 0.0
-        self._unconfirmed: tuple[int, HostCopy] | None = None
 
-    def step(self, step: int) -> None:
+    def step(self, step: int) -> HostCopy:
         """Updates every parameter that has a gradient (with `zero_missing_grads`: all), and drops the gradients.
 
-        Nothing is updated if the gradient is not finite. The step before must be confirmed.
+        Returns the Euclidean norm of the gradient before clipping. If it is not finite, nothing is updated. The norm of
+        the update before must have been read.
         """
-        assert self._unconfirmed is None
         reshard(self.model)  # Blocks may be gathered still (`parallel.reshard_after_forward`).
         options = self.recipe.optimizer
         for parameter in self.model.parameters() if options.zero_missing_grads else ():
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         norm = clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf)
-        self._unconfirmed = step, HostCopy(norm)
+        grad_norm = HostCopy(norm)
         set_learning_rate(self.optimizers, schedule(self.recipe, step))
         found_inf = 1 - norm.isfinite().float()
         for optimizer in self.optimizers:
@@ -57,17 +53,9 @@ class Updater:
         self.model.clamp_logit_scales()
         # None, not zero: a parameter that the next task does not use keeps its value and its optimizer state.
         self.model.zero_grad(set_to_none=True)
+        return grad_norm
 
-    def confirm(self) -> bool:
-        """Waits for the gradient norm of the last step, and returns whether it was finite.
-
-        If it was, the EMA follows the weights now. It is not needed any earlier, and so it needs no mask.
-        """
-        if self._unconfirmed is not None:
-            step, norm = self._unconfirmed
-            self._unconfirmed, self.grad_norm = None, norm.read()
-            if not math.isfinite(self.grad_norm):
-                return False
-            if self.ema:
-                self.ema.update(step)
-        return True
+    def update_ema(self, step: int) -> None:
+        """Lets the EMA follow the weights of an update whose gradient norm was finite."""
+        if self.ema:
+            self.ema.update(step)

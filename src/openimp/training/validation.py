@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from openimp.checkpoint.folder import checkpoints, mark_best, step_of
 from openimp.common.modality import Classes, Modality
@@ -50,8 +51,11 @@ class Validation:
         if failed:
             raise failed
 
-    def keep_best(self, step: int, checkpointing: Checkpointing) -> None:
-        """Saves a checkpoint if the evaluation after `step` steps is the best so far, and links to the best one."""
+    def keep_best(self, step: int, checkpointing: Checkpointing, state: dict[str, Any]) -> None:
+        """Saves a checkpoint if the evaluation after `step` steps is the best so far, and links to the best one.
+
+        `state` is that of the checkpoint; see `Checkpointing.save`.
+        """
         name = self.recipe.evaluation.best
         if name is None:
             return
@@ -59,7 +63,7 @@ class Validation:
         saved = {step, *map(step_of, checkpoints(self.run))}
         best = distributed.run_on_rank_zero(lambda: best_step(self.run / "results.jsonl", name, saved))
         if best == step:
-            checkpointing.save()
+            checkpointing.save(state)
             checkpointing.wait()
         if distributed.rank() == 0:
             mark_best(self.run, best)

@@ -1,0 +1,214 @@
+"""Makes the parts of a training run: data, model, optimizers, log, checkpoints and evaluation."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from openimp.checkpoint.folder import config_files, read_config
+from openimp.checkpoint.resume import changed_sources
+from openimp.checkpoint.saver import Saver
+from openimp.checkpoint.warm_start import open_warm_start
+from openimp.common.device import keep_freed_memory, precision_of
+from openimp.common.errors import UserError
+from openimp.common.modality import Modalities, Modality
+from openimp.common.progress import StepBar, console, track
+from openimp.data.batch import Batch
+from openimp.data.step_batches import StepBatches
+from openimp.data.streams import Cursor
+from openimp.evaluation.evaluate import check_sets
+from openimp.model.build import build_model
+from openimp.model.embedder import Embedder, EncodeAll, in_chunks
+from openimp.model.learning_rates import freeze
+from openimp.objectives import Losses, task_losses
+from openimp.parallel import distributed
+from openimp.parallel.deferred_init import DeferredInit
+from openimp.parallel.layout import apply_parallelism
+from openimp.planning.layouts import choose_layout, layout_of
+from openimp.planning.ledger import costs
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Task
+from openimp.training.checkpointing import Checkpointing
+from openimp.training.compilation import compile_blocks, signatures, variants
+from openimp.training.log import Log, print_plan
+from openimp.training.run_directory import RunDirectory
+from openimp.training.updater import Updater
+from openimp.training.validation import Validation
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a study changes in a training run. The defaults are what `openimp train` does.
+
+    Attributes:
+        name: stored in checkpoints, which another variant cannot resume.
+        make_modalities: the modalities by name, not fitted. Their tokens are the model's inputs.
+        build_model: the model with random weights, or a wrapped one, whose weights are loaded.
+        losses: the losses of a task. `encode_all` replaces `model.encode_all` if it works in chunks.
+        sum_tasks: each update sums the losses of a round, which is one step of each task.
+        suggest_same: whether to suggest the option `same` if a task has many duplicate texts.
+        before_step: called with the trainer and the number of each step, before the step is made.
+    """
+
+    name: str = "Trainer"
+    make_modalities: Callable[[Recipe], dict[str, Modality]] = Recipe.make_modalities
+    build_model: Callable[[Recipe, Modalities, Mapping[str, int]], Embedder] = build_model
+    losses: Callable[[Any, Task, Batch, EncodeAll | None], Losses] = task_losses
+    sum_tasks: bool = False
+    suggest_same: bool = True
+    before_step: Callable[[Any, int], None] | None = None
+
+
+@dataclass
+class Parts:
+    """The parts of a training run on this rank.
+
+    Attributes:
+        sources: the fingerprint of each source.
+        encode_all: `model.encode_all`, in chunks if the recipe says so.
+        step: the number of steps that are complete already, in a run that resumes.
+        cursors: where the streams of each task resume, by lane.
+    """
+
+    recipe: Recipe
+    run: Path
+    variant: Variant
+    device: torch.device
+    modalities: dict[str, Modality]
+    data: StepBatches
+    sources: dict[str, str]
+    model: Embedder
+    encode_all: EncodeAll
+    updater: Updater
+    checkpointing: Checkpointing
+    validation: Validation
+    log: Log
+    bar: StepBar
+    step: int
+    cursors: dict[str, dict[str, Cursor]]
+
+
+def set_up(
+    recipe: Recipe,
+    run: Path,
+    resume: bool | Literal["auto"] = False,
+    variant: Variant | None = None,
+    allow_changed_data: bool = False,
+) -> Parts:
+    """Opens the data, makes or loads the model, and begins or resumes the run; see `train` for the arguments."""
+    variant = variant or Variant()
+    device = distributed.start()
+    console.quiet = distributed.rank() > 0
+    keep_freed_memory()
+    _check_ranks(recipe, variant)
+    directory = RunDirectory(run, recipe)
+    checkpoint = directory.checkpoint(resume, variant.name)
+    modalities = variant.make_modalities(recipe)
+    warm_start = open_warm_start(recipe, modalities) if checkpoint is None else None
+    data = _open_data(recipe, modalities, checkpoint)
+    sources = distributed.run_on_rank_zero(data.fingerprints)  # It reads a part of every file.
+    changed: list[str] = []
+    if checkpoint is None:
+        data.fit(warm_start.stems if warm_start else ())
+    else:
+        changed = changed_sources(checkpoint, sources, allow_changed_data)
+        _check_classes(checkpoint, data)
+    step_costs = costs(recipe, modalities, data.classes, variant.build_model, variant.losses, variant.sum_tasks)
+    signature_count = len(signatures(recipe, modalities, distributed.world_size())) if recipe.train.compile else 0
+    model, text_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
+    if warm_start is not None:
+        console.print(warm_start.load(model, data.classes), soft_wrap=True)
+    updater = Updater(recipe, model, step_costs)
+    checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, text_files)
+    state = checkpointing.load(checkpoint) if checkpoint else {}
+    step = state.get("step", 0)
+    cursors = data.load_cursors(state.get("cursors", {}), changed)
+    directory.begin(text_files["config.json"])
+    log = Log(recipe, run, modalities, data.schedule, step_costs, device, state)
+    print_plan(recipe, run, model, device, step_costs, step, signature_count)
+    return Parts(
+        recipe=recipe,
+        run=run,
+        variant=variant,
+        device=device,
+        modalities=modalities,
+        data=data,
+        sources=sources,
+        model=model,
+        encode_all=in_chunks(model.encode_all, recipe.memory.chunk_size),
+        updater=updater,
+        checkpointing=checkpointing,
+        validation=Validation(recipe, run, modalities, data.classes, model),
+        log=log,
+        bar=StepBar(recipe.train.steps, step),
+        step=step,
+        cursors=cursors,
+    )
+
+
+def _check_ranks(recipe: Recipe, variant: Variant) -> None:
+    """Raises UserError if the ranks cannot train the recipe."""
+    ranks = distributed.world_size()
+    if ranks > 1 and variant != Variant():
+        raise UserError(f"{variant.name}: a study trains on one rank; start it without torchrun")
+    layout_of(recipe, ranks, recipe.parallel.shard_degree)
+
+
+def _open_data(recipe: Recipe, modalities: dict[str, Modality], checkpoint: Path | None) -> StepBatches:
+    """Opens the sources. With a checkpoint, the modalities get back what they had learned."""
+    if checkpoint is not None:
+        _, _, learned = read_config(checkpoint, None)
+        for modality in modalities.values():
+            modality.load_state(learned)
+    rank = distributed.rank()
+    world_size = distributed.world_size()
+    return distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
+
+
+def _check_classes(checkpoint: Path, data: StepBatches) -> None:
+    _, saved_classes, _ = read_config(checkpoint, None)
+    if saved_classes != data.classes:
+        raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
+
+
+def _make_model(
+    recipe: Recipe,
+    variant: Variant,
+    data: StepBatches,
+    device: torch.device,
+    signature_count: int,
+    initialize: bool,
+) -> tuple[Embedder, dict[str, str]]:
+    """Creates the model, distributes it over the ranks, and returns it with the text files of its checkpoints.
+
+    Without `initialize`, its weights are still to be loaded. With `train.compile`, its blocks are compiled, for
+    `signature_count` signatures.
+    """
+    deferred = DeferredInit(recipe.seed)
+    class_counts = {head: len(classes) for head, classes in data.classes.items()}
+    build = partial(variant.build_model, recipe, data.modalities, class_counts)
+    model = deferred.build(build, at_once=recipe.model.wrap is not None).train()
+    freeze(model, recipe.optimizer)
+    distributed.run_first_on_node(lambda: check_sets(model, recipe, data.modalities, data.classes))
+    # Before FSDP2 replaces the model's class, whose name is in config.json.
+    text_files = config_files(model, recipe, data.modalities, data.classes)
+    layout = choose_layout(recipe, model, device)
+    if signature_count:
+        # Expert parallelism shards the experts of a block as a group of its own, whose hooks divide a graph anyway.
+        apart = model.experts() if layout.expert_degree > 1 else ()
+        compile_blocks(model.blocks(), signature_count * variants(model), apart)
+    # All ranks gather in the same type, whatever their processors.
+    precisions = distributed.all_gather_object(precision_of(device, recipe.train.precision))
+    apply_parallelism(
+        model, model.blocks(), model.experts(), ("encode", "encode_all", "project", "classify"),
+        layout, device, torch.float32 if "fp32" in precisions else torch.bfloat16,
+        model.fp32_modules(), cast_inputs=bool(recipe.model.wrap),
+    )  # fmt: skip
+    if layout.ranks > 1:
+        console.print(f"parallel: {layout}")
+    if initialize:
+        deferred.initialize(model)
+    return model, text_files
