@@ -1,6 +1,7 @@
 """IMP's encoder from vision Transformers that timm and open_clip build, save and compute. Their weights are random."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import timm
 import torch
 import yaml
 from open_clip.push_to_hf_hub import save_config_for_hf
+from processes import run, torchrun
 from safetensors.torch import save_file
 from timm.models import VisionTransformer, register_model, save_for_hf
 from torch import Tensor
@@ -19,7 +21,10 @@ from openimp.checkpoint.public_vit import ViTWeights, obstacles, open_vit
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.errors import UserError
 from openimp.model.imp import IMP
+from openimp.parallel import distributed
+from openimp.parallel.layout import full_tensor
 from openimp.recipe.schema import Recipe
+from openimp.training.trainer import Trainer
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SIGLIP, GAP = "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224"
@@ -164,20 +169,6 @@ def test_the_vision_tower_of_open_clip_is_loaded(tmp_path):
     check_features(trunk, recipe, config["mean"], config["std"])
 
 
-def test_experts_are_copies_of_the_imported_mlps(tmp_path):
-    """If all experts take all tokens, and their gates sum to 1, the sparse encoder has the features of the source."""
-    trunk = save_timm(tmp_path / "vit", SIGLIP, img_size=32)
-    moe = {"experts": 4, "layers": 1, "capacity_factor": 4.0, "gates": "normalized"}
-    recipe = fitting_recipe(f"timm:local-dir:{tmp_path / 'vit'}", (32, 32), moe=moe)
-    model, line = check_features(trunk, recipe, (0.5,) * 3, (0.5,) * 3)
-    assert "whose MLPs are copied into 4 experts each" in line
-    assert "new: " in line
-    assert "encoder.blocks.*.mlp.router.weight_ED" in line
-    mlp = model.encoder.blocks[1].mlp
-    assert all((weight == weight[:1]).all() and weight.any() for weight in mlp.experts.parameters())
-    assert not torch.equal(mlp.router.weight_ED[0], mlp.router.weight_ED[1])
-
-
 def test_a_stem_with_one_channel_starts_from_the_same_patch_embedding(tmp_path):
     """If its patches are equally large. Its positions are new."""
     save_timm(tmp_path / "vit", SIGLIP, img_size=32)
@@ -251,6 +242,15 @@ def test_other_models_and_folders_are_refused_in_a_sentence(tmp_path):
         load(recipe)
 
 
+def test_experts_cannot_start_from_a_dense_vit(tmp_path):
+    save_timm(tmp_path / "vit", SIGLIP, img_size=32)
+    recipe = fitting_recipe(f"timm:local-dir:{tmp_path / 'vit'}", (32, 32), moe={"experts": 4, "layers": 1})
+    with pytest.raises(
+        UserError, match=r"^train.init: timm:.*vit: a public vision Transformer is dense; set model.moe"
+    ):
+        open_warm_start(recipe, recipe.make_modalities())
+
+
 def test_a_local_folder_is_relative_to_the_recipe(tmp_path):
     save_timm(tmp_path / "vit", SIGLIP, img_size=32)
     data = recipe_of("timm:local-dir:vit", (32, 32)).to_dict() | {"train": {"init": "timm:local-dir:vit"}}
@@ -268,3 +268,48 @@ def test_published_names_are_accepted_before_anything_is_downloaded():
         vit = open_vit(name, weights=False)
         assert vit.pixels == pixels
         assert vit.model_options()["width"] == width
+
+
+TASK = """{source: pictures, inputs: {image: file, text: "a {label} square"}, batch_size: 8,
+    objectives: [{type: contrastive, same: label}], views: [{image: {size: 16}, text: {length: 8}}]}"""
+CHANGES = [
+    f"tasks={{named: {TASK}}}",
+    "evaluation={}",
+    "model.moe=null",
+    "model.bias=true",
+    "model.gelu=erf",
+    "modalities={vision: {patch: [2, 8, 8], tables: [4, 2, 2], positions: grid}, text: {vocab_size: 300}}",
+]
+
+
+def initial_weights(folder: Path, out: Path, *layout: str) -> dict[str, Tensor]:
+    recipe = Recipe.load(folder / "recipe.yaml", [*CHANGES, f"train.init=timm:local-dir:{out / 'vit'}", *layout])
+    run = out / f"{distributed.world_size()} ranks {layout}"
+    model = Trainer(recipe, run, resume=False).model
+    return {name: full_tensor(tensor).detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def test_two_ranks_start_from_the_weights_of_one(little_data, tmp_path):
+    """As shards, and as replicas."""
+    save_timm(tmp_path / "vit", SIGLIP, mlp_ratio=2, img_size=16, patch_size=8)
+    expected = initial_weights(little_data, tmp_path)
+    run(*torchrun(2, __file__, little_data, tmp_path), check=True)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert len(found) == 2
+    for tensors in found:
+        assert tensors.keys() == expected.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+def main(folder: Path, out: Path) -> None:
+    distributed.start()
+    found = [initial_weights(folder, out), initial_weights(folder, out, "parallel.shard_degree=1")]
+    if distributed.rank() == 0:
+        torch.save(found, out / "found.pt")
+    distributed.shut_down()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*map(Path, sys.argv[1:]))

@@ -19,7 +19,7 @@ DENSE = {"moe": None}
 EXPERT_CHOICE = {"moe": {"experts": 4, "layers": 1}}
 TOKEN_CHOICE = {"moe": {"experts": 4, "layers": 1, "routing": "token_choice", "top_k": 2}}
 SOFT = {"moe": {"experts": 4, "layers": 1, "routing": "soft"}}
-BIASED = {"moe": {"experts": 4, "layers": 1, "gates": "normalized"}, "bias": True, "gelu": "erf"}
+BIASED = {"moe": {"experts": 4, "layers": 1}, "bias": True, "gelu": "erf"}
 GRID = {"positions": "grid", "tables": [2, 4, 4]}
 
 

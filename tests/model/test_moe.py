@@ -100,11 +100,6 @@ def naive(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, dict[tupl
         else:
             pairs += chosen_by_experts(probs, tokens, config.capacity_factor)
     gates = {(token, expert): probs[token, expert] for token, expert in pairs}
-    if config.gates == "normalized":
-        sums = {token: sum(gate for (other, _), gate in gates.items() if other == token) for token, _ in pairs}
-        gates = {(token, expert): gate / sums[token] for (token, expert), gate in gates.items()}
-    if config.gates == "scaled":
-        gates = {pair: config.experts * gate for pair, gate in gates.items()}
     out = [torch.zeros(WIDTH) for _ in flat]
     for (token, expert), gate in gates.items():
         out[token] = out[token] + gate * mlp(layer, expert, flat[token])
@@ -130,17 +125,14 @@ def mlp(layer: SparseMLP, expert: int, x_D: Tensor) -> Tensor:
     experts=st.integers(2, 5),
     top_k=st.integers(1, 3),
     capacity=st.sampled_from([0.3, 1.0, 1.25, 2.0, 9.0]),
-    gates=st.sampled_from(["softmax", "normalized", "scaled"]),
     bias=st.booleans(),
 )
-@example("expert_choice_batch", True, 0, [6, 9], 0, 3, 1, 0.3, "softmax", False)  # 15 tokens x 0.3 / 3: half a slot
-@example("expert_choice", True, 0, [6, 0], 3, 4, 1, 2.0, "normalized", True)
-def test_the_layer_does_what_its_routing_says(
-    routing, training, seed, lengths, pads, experts, top_k, capacity, gates, bias
-):
+@example("expert_choice_batch", True, 0, [6, 9], 0, 3, 1, 0.3, False)  # 15 tokens x 0.3 / 3: half a slot
+@example("expert_choice", True, 0, [6, 0], 3, 4, 1, 2.0, True)
+def test_the_layer_does_what_its_routing_says(routing, training, seed, lengths, pads, experts, top_k, capacity, bias):
     """Output, gradients and statistics equal those of a loop over tokens; groups, padding and capacities included."""
     top_k = min(top_k, experts)
-    options = {"routing": routing, "experts": experts, "top_k": top_k, "capacity_factor": capacity, "gates": gates}
+    options = {"routing": routing, "experts": experts, "top_k": top_k, "capacity_factor": capacity}
     layer = layer_of(seed, bias, **options).train(training)
     x, valid = batch_of(seed, lengths, max(1, *lengths) + pads)
     x.requires_grad_()

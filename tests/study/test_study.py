@@ -39,7 +39,6 @@ LITTLE = {
         "together": {},
         "half": {"flops_factor": 0.5},
         "alone": [{"tasks": ["named"]}, {"tasks": ["heard"]}],
-        "continued": {"flops_factor": 0.5, "init": "half"},
     },
 }
 
@@ -83,7 +82,7 @@ def outcome(folder: Path, arm: str, seed: int) -> Outcome:
 
 def test_every_arm_spends_the_flops_of_the_study(done):
     _, runs, _ = done
-    for arm, share in {"together": 1, "half": 0.5, "alone": 1, "continued": 0.5}.items():
+    for arm, share in {"together": 1, "half": 0.5, "alone": 1}.items():
         spent = [outcome(runs, arm, seed).flops for seed in (0, 1)]
         # Tasks are drawn at random, and steps are whole, so the FLOPs are only about equal.
         assert spent == pytest.approx([share * LITTLE["flops"]] * 2, rel=0.15), arm
@@ -105,17 +104,9 @@ def test_the_page_shows_the_results_of_the_runs(done):
         assert min(Image.open(out / picture).size) > 200
 
 
-def test_an_arm_starts_from_the_model_of_another(done):
-    _, runs, out = done
-    for seed in (0, 1):
-        run = runs / "little" / f"continued-0-seed{seed}"
-        assert Recipe.load(run / "recipe.yaml").train.init == str(runs / "little" / f"half-0-seed{seed}")
-    assert "the optimizer, including those of the arm that a model starts from. Peak" in (out / "little.md").read_text()
-
-
 def test_arms_that_differ_only_in_their_flops_are_one_curve(done):
     study, _ = read_study(str(done[0]), smoke=False)
-    assert sorted(curves_of(study)) == [["alone"], ["continued"], ["half", "together"]]
+    assert sorted(curves_of(study)) == [["alone"], ["half", "together"]]
 
 
 def test_the_legend_names_what_the_arms_of_a_curve_share():
@@ -328,7 +319,7 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
         ({"clip_benchmark": ["tones", "tones"]}, "clip_benchmark: 'tones' is given twice"),
         ({"flops": math.inf}, "flops: expected a finite number, found inf"),
         ({"arms": {"a": {}, "b": {"flops_factor": math.inf}}}, "arms.b.flops_factor: expected a finite .*, found inf"),
-        ({"arms": {"a": {"init": "b"}, "b": {}}}, "arm 'a': init must name an arm above it that has one model"),
+        ({"arms": {"a": {}, "b": {"init": "a"}}}, "arms.b: key 'init' was removed: .*; set train.init in `set`"),
         ({"arms": {"a": {}, "b": {"flops": 2}}}, "arms.b: key 'flops' is now called 'flops_factor'"),
         (
             {"flops": 1e300},

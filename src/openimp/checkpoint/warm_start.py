@@ -1,16 +1,17 @@
 """Starting a training run from the weights of another model, for fine-tuning (`train.init`)."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
+from torch import Tensor
 
-from openimp.checkpoint.folder import find_model, model_folder, read_config
+from openimp.checkpoint import dcp
+from openimp.checkpoint.folder import find_model, model_folder, read_config, weights_folder
 from openimp.checkpoint.public_vit import LIBRARIES, RGB, ViTWeights
-from openimp.checkpoint.upcycling import SavedWeights, Upcycled, Weights
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
 from openimp.model.embedder import Embedder
@@ -18,10 +19,44 @@ from openimp.recipe.file import differences, flat
 from openimp.recipe.model import LIBRARY, LOCAL
 from openimp.recipe.schema import Recipe
 
-SAME = ("width", "layers", "heads", "mlp_dim", "qk_norm", "bias", "gelu", "embed_dim")
+SAME = ("width", "layers", "heads", "mlp_dim", "qk_norm", "bias", "gelu", "embed_dim", "moe.experts", "moe.layers")
 """Keys of `model` that must be the same in both models: they determine the shape or the meaning of a tensor."""
-SPARSE = ("moe.experts", "moe.layers")
-"""Keys that must also be the same, unless a dense encoder becomes a sparse one."""
+
+
+class Weights(Protocol):
+    """Weights that a model can start from, by the names that they have in it."""
+
+    @property
+    def shapes(self) -> Mapping[str, Sequence[int]]:
+        """The shape of each tensor."""
+        ...
+
+    def leaves_new(self, name: str) -> bool:
+        """Whether a tensor of a part that is loaded may be missing. It then keeps its initial values."""
+        ...
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fills tensors in place; of a DTensor, this rank's shard. Every rank must call this."""
+        ...
+
+
+class SavedWeights:
+    """The EMA in a checkpoint if it has one, else the weights. Each rank reads only its shards."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """`name` is for messages."""
+        self.folder = folder
+        self.name = name
+        self.shapes = {name: about.size for name, about in dcp.metadata(weights_folder(folder)).items()}
+
+    def __str__(self) -> str:
+        return self.name
+
+    def leaves_new(self, name: str) -> bool:
+        return False
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        dcp.fill(weights_folder(self.folder), tensors)
 
 
 @dataclass(frozen=True)
@@ -96,17 +131,18 @@ def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     shared = frozenset(recipe.modalities) & frozenset(before.modalities)
     # All modalities of a wrapped model have learned the same. With other options they only read media differently.
     stems, same = (frozenset(recipe.modalities), frozenset()) if recipe.model.wrap else (shared, shared)
-    keys = SAME if before.model.moe is None and recipe.model.moe else (*SAME, *SPARSE)
-    for key, there, here in differences(_identity(before, keys, same), _identity(recipe, keys, same)):
+    for key, there, here in differences(_identity(before, same), _identity(recipe, same)):
         raise UserError(f"{folder}: {key} is {there!r} there, {here!r} here")
     for modality in modalities.values():
         if modality.stem in stems:
             modality.load_state(learned)
     weights = SavedWeights(folder, init if init.startswith(("hub:", LIBRARY)) else str(folder))
-    return WarmStart(_upcycled(weights, before.model.moe is None, recipe), classes, stems)
+    return WarmStart(weights, classes, stems)
 
 
 def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
+    if recipe.model.moe:
+        raise UserError(f"{init}: a public vision Transformer is dense; set model.moe: null")
     weights = ViTWeights(init, modalities)
     needed: dict[str, Any] = {"model": weights.vit.model_options()}
     for modality in modalities.values():
@@ -120,7 +156,7 @@ def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
         lines = (f"{key}: {yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).strip()}"
                  for key, value in needed.items())  # fmt: skip
         raise UserError("\n".join((f"{init}: {told}; write into the recipe:", *lines)))
-    return WarmStart(_upcycled(weights, True, recipe), {}, frozenset())
+    return WarmStart(weights, {}, frozenset())
 
 
 def _title(recipe: Recipe) -> str | None:
@@ -129,15 +165,11 @@ def _title(recipe: Recipe) -> str | None:
     return Path(name).name if name and name.startswith(LIBRARY + LOCAL) else name
 
 
-def _upcycled(weights: Weights, dense: bool, recipe: Recipe) -> Weights:
-    return Upcycled(weights, recipe.model.moe.experts) if dense and recipe.model.moe else weights
-
-
-def _identity(recipe: Recipe, keys: Sequence[str], stems: Iterable[str]) -> dict[str, Any]:
+def _identity(recipe: Recipe, stems: Iterable[str]) -> dict[str, Any]:
     """The options that must be the same in two models for their weights to mean the same."""
     model = flat(recipe.model.model_dump(mode="json"))
     configs = {stem: recipe.modalities[stem].model_dump(mode="json") for stem in stems}
-    return {f"model.{key}": model.get(key) for key in keys} | flat({"modalities": configs})
+    return {f"model.{key}": model.get(key) for key in SAME} | flat({"modalities": configs})
 
 
 def _part(name: str) -> str:

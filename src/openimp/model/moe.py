@@ -118,19 +118,6 @@ def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | N
     return Routing(*(x_GS[:, :-1].unflatten(1, (experts, slots)) for x_GS in (token_GS, gate_GS)))
 
 
-def scale_gates(routing: Routing, tokens: int, config: MoE) -> Routing:
-    """Turns the router's probabilities into the gates that `config.gates` asks for, of groups of `tokens` tokens."""
-    token_GEC, gate_GEC = routing
-    if config.gates == "scaled":
-        return Routing(token_GEC, gate_GEC * config.experts)
-    if config.gates == "normalized":
-        token_GS, gate_GS = token_GEC.flatten(1), gate_GEC.flatten(1)
-        sum_GN = gate_GS.new_zeros(gate_GS.shape[0], tokens).scatter_add(1, token_GS, gate_GS)
-        # In the slots that padding leaves empty, the sum may be 0.
-        return Routing(token_GEC, gate_GEC / sum_GN.gather(1, token_GS).clamp(min=1e-20).view_as(gate_GEC))
-    return routing
-
-
 def valid_tokens_per_rank(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
     """The number of valid tokens in a rank's batch, averaged over ranks; a scalar in fp32.
 
@@ -188,7 +175,6 @@ class Router(nn.Module):
             aux = aux + config.balance_loss * config.experts * _imbalance(probs_BLE, valid_BL, count)
         else:
             routing = expert_choice(probs_GNE, valid_GN, config.capacity_factor)
-        routing = scale_gates(routing, probs_GNE.shape[1], config)
         return routing, RouterStats(aux, _usage(routing, valid_GN, count) if _collects_usage(self) else None)
 
 

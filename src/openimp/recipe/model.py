@@ -18,7 +18,7 @@ Gelu = Literal["tanh", "erf"]
 class MoE(Strict):
     """Sparse mixture of experts, which replaces the MLP of the last blocks (arXiv 2305.06324)."""
 
-    renamed = {"capacity": "capacity_factor"}
+    renamed = {"capacity": "capacity_factor", "gates": "gates are the router's probabilities; remove the key"}
 
     experts: Count = 16
     """Experts per block. The paper: 16 in B and L, 4 in S."""
@@ -29,12 +29,6 @@ class MoE(Strict):
     expert_choice_batch: in training, they choose among those of the modality's whole batch. token_choice: each token
     chooses its `top_k` experts, in training up to their capacity. soft: each slot of an expert takes a weighted mean of
     the example's tokens (Soft MoE, arXiv 2308.00951)."""
-    gates: Literal["softmax", "normalized", "scaled"] = "softmax"
-    """Factors of the experts' results. softmax: the router's probabilities, as in the paper. normalized: these, divided
-    by their sum over the experts that take the token. If each expert is a copy of a dense MLP, the layer then equals
-    that MLP for every token that an expert takes. But a token that only one expert takes does not train the router.
-    scaled: the probabilities times the number of experts, so that gates start near 1. Soft routing ignores this; its
-    weights sum to 1 anyway."""
     capacity_factor: Positive = 1.0
     """Capacity of an expert, as a multiple of tokens / experts (in token choice, of `top_k` x tokens / experts). Soft
     routing ignores it."""

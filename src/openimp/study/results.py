@@ -40,13 +40,11 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
     if len({sum(part.flops_factor for part in parts) / len(parts) for parts in study.arms.values()}) > 1:
         curves = draw_against_flops(outcomes, curves_of(study))
         sections += [plot("Mean over all sets against training FLOPs", curves, "-flops")]
-    starts = any(part.init for parts in study.arms.values() for part in parts)
-    earlier = ", including those of the arm that a model starts from" if starts else ""
     seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} ({', '.join(map(str, study.seeds))})"
     sections += [
         _score_table(outcomes),
         f"Mean reciprocal rank in percent, averaged over both directions: mean and standard deviation over {seeds}. "
-        f"TFLOPs count forward and backward passes and the optimizer{earlier}. Peak memory is the most that one update "
+        f"TFLOPs count forward and backward passes and the optimizer. Peak memory is the most that one update "
         "allocates beyond weights, optimizer state and batch. The minutes of training were measured on a shared "
         "machine and are only a rough guide.",
     ]

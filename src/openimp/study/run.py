@@ -43,10 +43,7 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     recipes: dict[tuple[int, str, int], Recipe] = {}
     for seed, arm, i in plan:  # Before the first training, so that a mistake in any arm is reported at once.
         try:
-            recipe = part_recipe(study, study.arms[arm][i], seed, smoke)
-            if init := study.arms[arm][i].init:
-                recipe.train.init = _init(_run(runs / title, arm, i, seed), _run(runs / title, init, 0, seed))
-            recipes[seed, arm, i] = recipe
+            recipes[seed, arm, i] = part_recipe(study, study.arms[arm][i], seed, smoke)
         except UserError as error:
             raise UserError(f"{name}: arm {arm!r}: {error}") from None
     first_seed = {
@@ -61,15 +58,13 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     for number, (seed, arm, i) in enumerate(plan, 1):
         part, recipe, outcome = study.arms[arm][i], recipes[seed, arm, i], outcomes[arm][seed]
         variant = variant_of(study, part)
-        run = _run(runs / title, arm, i, seed)
+        run = runs / title / f"{file_name(arm)}-{i}-seed{seed}"
         console.print(f"\n{title}, training {number} of {len(plan)}: {arm}, seed {seed}", style="bold")
         _check_same_recipe(run, recipe)
         if not train(recipe, run, "auto", variant):
             return False
         model = load_two_towers(run) if part.two_towers else load(run)
         outcome.add(run, sum(parameter.numel() for parameter in model.parameters()))
-        if part.init:
-            outcome.flops += outcomes[part.init][seed].flops
         for measured in study.clip_benchmark:
             if measured in recipe.evaluation.sets:
                 recalls = clip_benchmark_recalls(model, recipe, measured)
@@ -81,19 +76,6 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     write_results(study, {arm: list(by_seed.values()) for arm, by_seed in outcomes.items()}, out, title, command)
     console.print(f"\nThe results are in {out / title}.md", soft_wrap=True)
     return True
-
-
-def _run(runs: Path, arm: str, i: int, seed: int) -> Path:
-    return runs / f"{file_name(arm)}-{i}-seed{seed}"
-
-
-def _init(run: Path, init: Path) -> str:
-    """`train.init` of a run that starts from the run `init`. An existing run keeps its own, because folders move."""
-    if (run / "recipe.yaml").exists():
-        found = Recipe.load(run / "recipe.yaml").train.init
-        if found and Path(found).name == init.name:
-            return found
-    return str(init.absolute())
 
 
 def _check_evaluation(study: Study, name: str, recipes: dict[str, list[Recipe]]) -> None:

@@ -27,7 +27,10 @@ Distinct = AfterValidator(_distinct)
 class Part(Strict):
     """One model of an arm."""
 
-    renamed: ClassVar[Mapping[str, str]] = {"flops": "flops_factor"}
+    renamed: ClassVar[Mapping[str, str]] = {
+        "flops": "flops_factor",
+        "init": "an arm starts from a model that exists; set train.init in `set`",
+    }
 
     set: list[str] = Field([])
     """Changes to the study's recipe, as --set takes them: relative paths start at the current directory. The FLOPs and
@@ -38,9 +41,6 @@ class Part(Strict):
     """Sum the losses of all tasks in each update, instead of alternating. Each task's `interval` is then 1."""
     two_towers: bool = False
     """Train open_clip's two towers on the only task, instead of openimp's model. `set` adapts the task to them."""
-    init: str | None = None
-    """Start from the model that an earlier arm trained with the same seed (`train.init`). That arm has one model. Its
-    FLOPs count for this arm as well."""
     flops_factor: Positive = 1.0
     """The model trains for this many times the study's FLOPs."""
 
@@ -77,7 +77,6 @@ class Study(Strict):
     @model_validator(mode="after")
     def _arms_are_possible(self) -> "Study":
         by_file_name: dict[str, str] = {}
-        earlier: dict[str, list[Part]] = {}
         for name, parts in self.arms.items():
             other = by_file_name.setdefault(file_name(name), name)
             if other != name:
@@ -91,11 +90,8 @@ class Study(Strict):
                         f"conflict compares the gradients of all tasks on one encoder, but arm {name!r} is summed, has "
                         "two towers or trains only some tasks"
                     )
-                if part.init is not None and len(earlier.get(part.init, ())) != 1:
-                    raise ValueError(f"arm {name!r}: init must name an arm above it that has one model")
                 if part.summed and part.two_towers:
                     raise ValueError(f"arm {name!r}: two towers have only one task, so no losses can be summed")
-            earlier[name] = parts
         return self
 
 
