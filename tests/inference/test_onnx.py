@@ -18,7 +18,6 @@ from openimp.inference.onnx import export
 DENSE = {"moe": None}
 EXPERT_CHOICE = {"moe": {"experts": 4, "layers": 1}}
 TOKEN_CHOICE = {"moe": {"experts": 4, "layers": 1, "routing": "token_choice", "top_k": 2}}
-SOFT = {"moe": {"experts": 4, "layers": 1, "routing": "soft"}}
 BIASED = {"moe": {"experts": 4, "layers": 1}, "bias": True, "gelu": "erf"}
 GRID = {"positions": "grid", "tables": [2, 4, 4]}
 
@@ -63,10 +62,9 @@ def inputs(model, name, batch):
         (DENSE, ["image", "video", "audio"], {}),
         (EXPERT_CHOICE, ["image", "video", "audio"], {}),
         (TOKEN_CHOICE, ["image"], {}),
-        (SOFT, ["image"], {}),
         (BIASED, ["image", "video"], GRID),
     ],
-    ids=["dense", "expert_choice", "token_choice", "soft", "as in public ViTs"],
+    ids=["dense", "expert_choice", "token_choice", "as in public ViTs"],
 )
 def test_onnxruntime_computes_the_vectors_of_the_model(changes, tasks, vision, exported):
     """At batch sizes other than that of the export, for each modality that an output is compared with."""

@@ -22,7 +22,7 @@ COMMON = ["train.precision=fp32", "tasks.named.views=[{image: {size: 32, drop_to
 CASES = {
     "sparse, softmax": ["tasks.named.objectives=[{type: contrastive, same: label}]"],
     "dense, sigmoid": ["tasks.named.objectives=[{type: contrastive, loss: sigmoid}]", "model.moe=null"],
-    "soft, with classes": ["model.moe={experts: 2, layers: 1, routing: soft}"],
+    "sparse, with classes": ["model.moe={experts: 2, layers: 1}"],
     "several texts": ['tasks.named.inputs.text={column: "a {label} square", draw: 2}'],
 }
 

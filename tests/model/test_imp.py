@@ -84,12 +84,12 @@ def test_features_are_the_mean_of_the_valid_tokens():
 
 
 @pytest.mark.parametrize("own", [0, 1])
-@pytest.mark.parametrize("routing", [None, "expert_choice", "expert_choice_batch", "token_choice", "soft"])
+@pytest.mark.parametrize("routing", [None, "expert_choice", "expert_choice_batch", "token_choice"])
 def test_one_pass_of_all_modalities_equals_a_pass_of_each(routing, own):
     """Features, router statistics and gradients; batch sizes differ, and one modality has a mask."""
     moe = routing and {"experts": 4, "layers": 1 + own, "routing": routing}
     model = small(moe=moe, modality_specific_layers=own, qk_norm=True).train()
-    if routing and routing != "soft":  # Routers start nearly indifferent; this one has preferences.
+    if routing:  # Routers start nearly indifferent; this one has preferences.
         torch.nn.init.normal_(model.encoder.blocks[-1].mlp.router.weight_ED, std=0.7)
     collect_usage(model, True)
     inputs = {"image": patches(3), "text": texts([3, 16, 1, 7, 0, 9], 16), "video": patches(2)}

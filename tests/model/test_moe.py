@@ -12,7 +12,6 @@ from openimp.model.moe import (
     Router,
     RouterStats,
     Routing,
-    SoftMLP,
     SparseMLP,
     collect_usage,
     expert_choice,
@@ -41,7 +40,7 @@ def batch_of(seed: int, lengths: list[int], total: int) -> tuple[Tensor, Tensor]
     return x, torch.arange(total) < torch.tensor(lengths)[:, None]
 
 
-def apply(layer: SparseMLP | SoftMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, RouterStats]:
+def apply(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, RouterStats]:
     """The layer's output for one input, and its statistics."""
     collect_usage(layer, True)
     out, (stats,) = layer(x.flatten(0, 1), [valid], [valid_tokens_per_rank(x, valid)])
@@ -285,26 +284,3 @@ def test_the_router_computes_in_fp32_under_autocast():
     assert torch.equal(cast.gate_GEC, exact.gate_GEC)
     assert torch.equal(cast.token_GEC, exact.token_GEC)
     assert out.dtype == torch.bfloat16
-
-
-def test_soft_slots_are_means_of_the_tokens_and_tokens_means_of_the_slots():
-    """Against Soft MoE's algorithm 1 (arXiv 2308.00951), written for one example at a time."""
-    torch.manual_seed(0)
-    layer = SoftMLP(WIDTH, HIDDEN, MoE(experts=3, routing="soft", slots=2))
-    x, valid = batch_of(1, [5, 9, 1], 9)
-    result, stats = apply(layer, x, valid)
-    for row, mask, got in zip(x, valid, result):
-        tokens = row[mask]
-        logits = layer.scale * F.normalize(tokens, dim=-1) @ F.normalize(layer.slot_SD, dim=-1).T
-        slots = logits.softmax(0).T @ tokens
-        outs = [
-            F.gelu(slot @ layer.experts.up_EDF[s // 2], approximate="tanh") @ layer.experts.down_EFD[s // 2]
-            for s, slot in enumerate(slots)
-        ]
-        torch.testing.assert_close(got[mask], logits.softmax(-1) @ torch.stack(outs))
-        assert not got[~mask].any()
-    assert stats.usage.load_E.sum().item() == pytest.approx(1)
-    # A caption padded further, or beside other captions, comes out the same.
-    longer, wider = F.pad(x, (0, 0, 0, 4)), F.pad(valid, (0, 4))
-    again, _ = apply(layer, longer[:2], wider[:2])
-    torch.testing.assert_close(again[:, :9], result[:2])

@@ -48,19 +48,17 @@ from openimp.training.trainer import Trainer, train
 
 MUON = "optimizer={muon_lr: 0.07, warmup_steps: 1}"
 CHUNKS = ["memory={chunk_size: 2, activation_checkpointing: true}", "model.moe.z_loss=1"]
-SOFT = [
-    "model.moe={experts: 2, layers: 1, routing: soft}",
-    "model.space=disjoint",
-    "model.modality_specific_layers=1",
-    'tasks.named.inputs.text={column: "a {label} square", draw: 2}',
-]
 CASES = {
     "shards": ["tasks.named.objectives=[{type: classification, label: label}, {type: contrastive}]"],
     "shards, dense, sigmoid": [
         "model.moe=null",
         "tasks.named.objectives=[{type: contrastive, loss: sigmoid}, {type: classification, label: label}]",
     ],
-    "shards, soft experts, several texts": SOFT,
+    "shards, several texts": [
+        "model.space=disjoint",
+        "model.modality_specific_layers=1",
+        'tasks.named.inputs.text={column: "a {label} square", draw: 2}',
+    ],
     "shards, chunks": CHUNKS,
     "shards kept gathered, chunks, Muon": ["parallel.reshard_after_forward=false", *CHUNKS, MUON],
     "shards, Muon": [MUON],
@@ -83,7 +81,6 @@ CASES = {
     ],
     "expert parallelism, replicas": ["parallel={shard_degree: 1, expert_degree: 2}", MUON],
     "expert parallelism, shards": ["parallel.expert_degree=2"],
-    "expert parallelism, shards, soft experts": ["parallel.expert_degree=2", *SOFT],
     "expert parallelism, shards, chunks": ["parallel.expert_degree=2", *CHUNKS],
 }
 FOUR = ("shards", "replicas, Muon", "replicas of shards", "expert parallelism, replicas", "expert parallelism, shards")

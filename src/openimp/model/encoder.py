@@ -1,7 +1,7 @@
 """The Transformer encoder: pre-norm blocks, of which the last ones may be sparse.
 
-A pass processes several inputs, for example one per modality, each with its own B and L. Attention, routers and the
-slots of soft layers treat the inputs separately. All other layers process the tokens of all inputs at once.
+A pass processes several inputs, for example one per modality, each with its own B and L. Attention and
+routers treat the inputs separately. All other layers process the tokens of all inputs at once.
 
 Shape suffixes: B examples, L tokens, T tokens of all inputs, D width, H heads, K features per head.
 """
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openimp.model.init import lecun_normal_, linear
 from openimp.model.kernels import attend, gelu
-from openimp.model.moe import RouterStats, SoftMLP, SparseMLP, split_tokens, valid_tokens_per_rank
+from openimp.model.moe import RouterStats, SparseMLP, split_tokens, valid_tokens_per_rank
 from openimp.recipe.model import Gelu, Model
 
 Shapes = Sequence[torch.Size]
@@ -105,8 +105,7 @@ class SparseBlock(Block):
 
     def _make_mlp(self, config: Model) -> nn.Module:
         assert config.moe is not None
-        kind = SoftMLP if config.moe.routing == "soft" else SparseMLP
-        return kind(config.width, config.mlp_dim, config.moe, config.bias, config.gelu)
+        return SparseMLP(config.width, config.mlp_dim, config.moe, config.bias, config.gelu)
 
     def forward(
         self, x_TD: Tensor, shapes: Shapes, masks: Masks, counts: Sequence[Tensor] = ()

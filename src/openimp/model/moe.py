@@ -1,9 +1,8 @@
 """Sparse Mixture-of-Experts layers, which replace a block's MLP.
 
 In `SparseMLP`, a router assigns tokens to the slots of experts (`Routing`). The layer gathers the tokens of all slots,
-applies the experts, multiplies each result by its gate, and adds it to the output of its token. `SoftMLP` fills each
-slot with a mean of tokens instead. Each input of a pass is routed by itself, and the experts process the slots of all
-inputs at once.
+applies the experts, multiplies each result by its gate, and adds it to the output of its token. Each input of a pass
+is routed by itself, and the experts process the slots of all inputs at once.
 
 Shape suffixes: B examples, L tokens per example, T tokens of all inputs, G groups, N tokens per group, K choices per
 token, M = K N choices per group, E experts, C slots per expert and group, S slots (in ES: of one expert, otherwise of
@@ -41,7 +40,7 @@ class Usage(NamedTuple):
     """How one input of a pass uses the experts of one sparse layer.
 
     Attributes:
-        load_E: each expert's share of all filled slots; in Soft MoE, the same as `gate_E`.
+        load_E: each expert's share of all filled slots.
         gate_E: each expert's share of the sum of all gates. With expert choice all experts fill equally many slots, so
             only this shows which experts the router prefers.
         dropped: scalar, the share of tokens that no expert took.
@@ -175,7 +174,9 @@ class Router(nn.Module):
             aux = aux + config.balance_loss * config.experts * _imbalance(probs_BLE, valid_BL, count)
         else:
             routing = expert_choice(probs_GNE, valid_GN, config.capacity_factor)
-        return routing, RouterStats(aux, _usage(routing, valid_GN, count) if _collects_usage(self) else None)
+        # Compiled layers always collect: there it costs little, and a switch would have each of them compiled twice.
+        collects = torch.compiler.is_compiling() or self.collects_usage
+        return routing, RouterStats(aux, _usage(routing, valid_GN, count) if collects else None)
 
 
 def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, count: Tensor) -> Tensor:
@@ -186,16 +187,11 @@ def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, count: Tensor) -> Tensor:
 
 
 def collect_usage(model: nn.Module, collect: bool) -> None:
-    """Whether the sparse layers of a model return their `Usage`. By default they do not, because it takes each of them
-    about 15 small operations per input."""
+    """Sets whether the sparse layers of a model return their `Usage`. By default they do not, because it takes each of
+    them about 15 small operations per input."""
     for module in model.modules():
-        if isinstance(module, Router | SoftMLP):
+        if isinstance(module, Router):
             module.collects_usage = collect
-
-
-def _collects_usage(layer: "Router | SoftMLP") -> bool:
-    # Compiled layers always do: there it costs little, and a switch would have each of them compiled twice.
-    return torch.compiler.is_compiling() or layer.collects_usage
 
 
 @torch.no_grad()
@@ -269,57 +265,3 @@ class SparseMLP(nn.Module):
         row, gate = row_ES.flatten(), gate_ES.flatten()[:, None]
         out = self.experts(x_TD.index_select(0, row).unflatten(0, row_ES.shape)).flatten(0, 1)
         return torch.zeros_like(x_TD, dtype=out.dtype).index_add(0, row, out * gate.to(out.dtype)), all_stats
-
-
-class SoftMLP(nn.Module):
-    """Soft MoE (arXiv 2308.00951, algorithm 1).
-
-    Each slot of an expert processes a weighted mean of the example's tokens. Each token receives a weighted mean of the
-    results of all slots. The number of slots does not depend on the length of the example, so padding changes nothing.
-    """
-
-    def __init__(self, width: int, hidden: int, config: MoE, bias: bool = False, gelu_kind: Gelu = "tanh") -> None:
-        super().__init__()
-        self.slots, self.collects_usage = config.slots, False
-        self.slot_SD = nn.Parameter(torch.empty(config.experts * config.slots, width))
-        self.scale = nn.Parameter(torch.empty(1))
-        self.experts = Experts(config.experts, width, hidden, bias, gelu_kind)
-        nn.init.normal_(self.slot_SD)
-        # Logits are `scale` times cosines, which have variance 1 / width at first. So logits start with unit variance.
-        nn.init.constant_(self.scale, width**0.5)
-
-    def forward(
-        self, x_TD: Tensor, valid: Sequence[Tensor], counts: Sequence[Tensor]
-    ) -> tuple[Tensor, list[RouterStats]]:
-        """Maps (T, D) to (T, D), and returns statistics per input. The arguments are those of `SparseMLP`."""
-        with full_precision(x_TD.device):
-            # Normalized (section 2.3): otherwise the softmax approaches one-hot vectors at large widths.
-            slot_SD = self.scale * F.normalize(self.slot_SD.float(), dim=-1)
-            logits_TS = F.linear(F.normalize(x_TD.float(), dim=-1), slot_SD)
-        shapes = [valid_BL.shape for valid_BL in valid]
-        logits = split_tokens(logits_TS, shapes)
-        slots_ESD = torch.cat([*map(self._fill, split_tokens(x_TD, shapes), logits, valid)], dim=1)
-        out = self.experts(slots_ESD).split([batch * self.slots for batch, _ in shapes], dim=1)
-        results, all_stats = zip(*map(self._combine, out, logits, valid, counts))
-        return torch.cat(results), [*all_stats]
-
-    def _fill(self, x_BLD: Tensor, logits_BLS: Tensor, valid_BL: Tensor) -> Tensor:
-        """The slots (E, S, D) of one input."""
-        lowest = torch.finfo(logits_BLS.dtype).min
-        dispatch_BLS = logits_BLS.masked_fill(~valid_BL[..., None], lowest).softmax(1)
-        slots_BSD = dispatch_BLS.to(x_BLD.dtype).transpose(1, 2) @ x_BLD
-        return slots_BSD.unflatten(1, (-1, self.slots)).transpose(0, 1).flatten(1, 2)
-
-    def _combine(
-        self, out_ESD: Tensor, logits_BLS: Tensor, valid_BL: Tensor, count: Tensor
-    ) -> tuple[Tensor, RouterStats]:
-        """The results of one input's tokens, and its statistics."""
-        combine_BLS = logits_BLS.softmax(-1) * valid_BL[..., None]
-        out_BSD = out_ESD.unflatten(1, (valid_BL.shape[0], self.slots)).transpose(0, 1).flatten(1, 2)
-        result_BLD = combine_BLS.to(out_BSD.dtype) @ out_BSD
-        usage, zero = None, logits_BLS.new_zeros(())
-        if _collects_usage(self):
-            with torch.no_grad():
-                share_E = combine_BLS.sum((0, 1)).unflatten(0, (-1, self.slots)).sum(-1) / count
-            usage = Usage(share_E, share_E, zero)
-        return result_BLD.flatten(0, 1), RouterStats(zero, usage)

@@ -62,7 +62,7 @@ class Step:
 @dataclass(frozen=True)
 class Plan:
     """What a run needs in one layout. `per_token` counts the parameters between a token's embedding and the mean over
-    the tokens that work on it, on average; None with soft routing, where no token has a number of experts."""
+    the tokens that work on it, on average; None for a wrapped model."""
 
     layout: Layout
     gpu: GPU
@@ -189,8 +189,8 @@ def count(module: nn.Module) -> int:
 def encoder_per_token(recipe: Recipe, model: Embedder) -> int | None:
     """Parameters of the encoder that a token uses on average: all but the experts that do not process it.
 
-    With expert choice a token has `capacity_factor` experts on average, with token choice `top_k`. None with soft
-    routing, and for a wrapped model.
+    With expert choice a token has `capacity_factor` experts on average, with token choice `top_k`. None for a wrapped
+    model.
     """
     if not isinstance(model, IMP):
         return None
@@ -199,8 +199,6 @@ def encoder_per_token(recipe: Recipe, model: Embedder) -> int | None:
     moe = recipe.model.moe
     if moe is None:
         return used
-    if moe.routing == "soft":
-        return None
     experts = moe.top_k if moe.routing == "token_choice" else min(moe.capacity_factor, moe.experts)
     width, hidden = recipe.model.width, recipe.model.mlp_dim
     expert = 2 * width * hidden + (width + hidden if recipe.model.bias else 0)

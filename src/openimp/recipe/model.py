@@ -18,24 +18,24 @@ Gelu = Literal["tanh", "erf"]
 class MoE(Strict):
     """Sparse mixture of experts, which replaces the MLP of the last blocks (arXiv 2305.06324)."""
 
-    renamed = {"capacity": "capacity_factor", "gates": "gates are the router's probabilities; remove the key"}
+    renamed = {
+        "capacity": "capacity_factor",
+        "gates": "gates are the router's probabilities; remove the key",
+        "slots": "it was for soft routing, which openimp no longer has; remove the key",
+    }
 
     experts: Count = 16
     """Experts per block. The paper: 16 in B and L, 4 in S."""
     layers: Count = 6
     """Number of sparse blocks, which are the last ones."""
-    routing: Literal["expert_choice", "expert_choice_batch", "token_choice", "soft"] = "expert_choice"
+    routing: Literal["expert_choice", "expert_choice_batch", "token_choice"] = "expert_choice"
     """How tokens are assigned to experts. expert_choice: experts choose among the tokens of one example.
     expert_choice_batch: in training, they choose among those of the modality's whole batch. token_choice: each token
-    chooses its `top_k` experts, in training up to their capacity. soft: each slot of an expert takes a weighted mean of
-    the example's tokens (Soft MoE, arXiv 2308.00951)."""
+    chooses its `top_k` experts, in training up to their capacity."""
     capacity_factor: Positive = 1.0
-    """Capacity of an expert, as a multiple of tokens / experts (in token choice, of `top_k` x tokens / experts). Soft
-    routing ignores it."""
+    """Capacity of an expert, as a multiple of tokens / experts (in token choice, of `top_k` x tokens / experts)."""
     top_k: Count = 1
     """Experts per token, only for token choice."""
-    slots: Count = 1
-    """Slots per expert and example, only for soft routing. Its cost depends on the slots and not on the tokens."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-3
     """Weight of the router z-loss: the mean over tokens of logsumexp(logits)^2, summed over layers (ST-MoE, arXiv
     2202.08906, section 3.2). The authors' release and the `imp_moe_*` recipes use 1, which makes short trainings worse

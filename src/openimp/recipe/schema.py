@@ -81,7 +81,7 @@ class Recipe(Strict):
         if self.memory.chunk_size and self.model.moe and self.model.moe.routing in BATCH_ROUTINGS:
             raise UserError(
                 f"{where}: memory.chunk_size: routing {self.model.moe.routing} looks at the whole batch at once; "
-                "expert_choice and soft do not"
+                "expert_choice does not"
             )
         if self.model.wrap and self.train.compile:
             raise UserError(f"{where}: train.compile: is for openimp's own encoder, not for a wrapped model")
