@@ -22,7 +22,7 @@ def tasks(data: Path) -> list[str]:
     """The changes that train on the clips and the tar in `data`, too."""
     return [
         f"sources.clips={{path: {data / 'clips'}}}",
-        f"sources.packed={{path: {data / 'packed.tar'}}}",
+        f"sources.packed={{path: {data / 'packed.tar'}, stream: true}}",
         'tasks.seen={source: clips, inputs: {video: file, text: "a {label}"}, batch_size: 8, weight: 2,'
         " objectives: [{type: contrastive, same: label}],"
         " views: [{video: {size: 16, frames: 4, stride: 1}, text: {length: 8}}]}",

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
@@ -97,15 +99,21 @@ def write_folder(folder: Path, kind: str, samples: list[dict], shards: int = 2) 
     return folder
 
 
+def write_rows(folder: Path, samples: list[dict]) -> Path:
+    """The samples as rows, in the order of two tars of `write_folder`."""
+    pq.write_table(pa.Table.from_pylist(samples[::2] + samples[1::2]), folder / "rows.parquet")
+    return folder / "rows.parquet"
+
+
 def measured(model, *, tasks=(), folders=()) -> list[dict]:
     found, _ = find_benchmarks(model, tasks, list(map(str, folders)))
     return list(measure(model, None, found))
 
 
-def own(model, folder: Path, **options) -> list[dict]:
-    """openimp's results for the examples in the tars of a folder, or for the rows in a manifest."""
+def own(model, rows: Path, **options) -> list[dict]:
+    """openimp's results for the rows in a manifest or a Parquet file."""
     data = model.recipe.to_dict()
-    data["sources"]["rows"] = {"path": str(folder)}
+    data["sources"]["rows"] = {"path": str(rows)}
     view = {name: model.views[name].model_dump(mode="json") for name in options["inputs"]}
     data["evaluation"] = {"sets": {"rows": {"source": "rows", "view": view, **options}}}
     return evaluate(model.imp, Recipe.build(data), model.modalities)
@@ -116,7 +124,7 @@ def test_a_classification_folder_is_measured_as_openimp_does(model, tmp_path):
     folder = write_folder(tmp_path / "wds_colors", "classification", samples)
     (found,) = measured(model, folders=[folder])
     (ours,) = own(
-        model, folder / "test" / "*.tar", type="zero_shot", inputs={"image": "png"}, label="cls",
+        model, write_rows(tmp_path, samples), type="zero_shot", inputs={"image": "png"}, label="cls",
         classes={str(i): name for i, name in enumerate(COLORS)}, prompts=["a {} square", "{}"],
     )  # fmt: skip
     for key in ("n", "candidates", "top1", "top5", "interval", "per_class", "chance"):
@@ -151,7 +159,7 @@ def test_a_retrieval_folder_is_measured_as_openimp_does(model, tmp_path):
     samples = [{"jpg": picture, "txt": f"{name} number {i}\n"} for i, (name, picture) in enumerate(pictures())]
     folder = write_folder(tmp_path / "wds_colors", "retrieval", samples)
     found = measured(model, folders=[folder])
-    ours = own(model, folder / "test" / "*.tar", type="retrieval", inputs={"image": "jpg", "text": "txt"})
+    ours = own(model, write_rows(tmp_path, samples), type="retrieval", inputs={"image": "jpg", "text": "txt"})
     for theirs, result in zip(found, ours):
         for key in ("task", "n", "candidates", "r1", "r5", "r10", "interval", "chance"):
             assert theirs[key] == (result[key] if key == "task" else pytest.approx(result[key])), key

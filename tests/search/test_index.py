@@ -418,6 +418,15 @@ def test_an_index_of_format_1_is_lifted_without_embedding_again(tiny_model_folde
     assert {row["parts"] for row in rows(index).values() if row["path"].endswith("long.wav")} == {2}
 
 
+def test_a_run_whose_sources_are_streams_has_no_media_to_index(tiny_recipe, tiny_model, tmp_path):
+    recipe = tiny_recipe(sources={"all": {"path": f"{tmp_path}/*.tar", "stream": True}})
+    model, modalities = tiny_model(recipe)
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", model, recipe, modalities, {})
+    with pytest.raises(UserError, match="no media that can be indexed, and streams are skipped; name files or folders"):
+        build_index(tmp_path / "model", None, tmp_path / "x.index", allow_sources=True)
+
+
 def test_rows_of_a_source_are_read_again_by_their_number(tiny_recipe, tiny_model, media_folder, tmp_path, embedded):
     pictures = [(media_folder / f"{i % 3}.png").read_bytes() for i in range(4)]
     data = {"image": pictures, "text": ["one", "two", "three", "one again"]}

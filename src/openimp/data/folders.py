@@ -12,7 +12,7 @@ from openimp.common.folders import files_below, subfolders
 from openimp.common.modality import BadMedia
 from openimp.common.safe_files import read_text
 from openimp.data.files import inside, is_utf8, stable_hash
-from openimp.data.tables import ArrowTable, Unreadable
+from openimp.data.tables import Table, Unreadable
 
 CAPTION = ".txt"
 """Extension of captions: `a.txt` beside `a.jpg` is its caption."""
@@ -20,7 +20,7 @@ MAX_CAPTION = 2**20
 """Largest size of a caption's file in bytes."""
 
 
-class FolderTable(ArrowTable):
+class FolderTable(Table):
     """Files of a folder. The data has the path of each caption, and the column `text` its content."""
 
     @property

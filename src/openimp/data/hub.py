@@ -15,7 +15,7 @@ from typing import Any
 from openimp.common.errors import UserError
 from openimp.common.safe_files import cache_folder
 from openimp.data.files import fingerprint, stable_hash
-from openimp.data.tables import ArrowTable, class_name
+from openimp.data.tables import Table, class_name
 from openimp.recipe.tasks import Source
 
 
@@ -84,11 +84,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def as_table(name: str, path: str, data: Any, label: str, root: Path) -> ArrowTable:
+def as_table(name: str, path: str, data: Any, label: str, root: Path) -> Table:
     """Converts a `datasets.Dataset`, of which `label` and a number name the rows, to a table."""
     files = [file["filename"] for file in data.cache_files]
     content = partial(fingerprint, Path(files[0]).parent if files else Path(), files)
-    return ArrowTable(name, path, data.data, content, root, [(label, len(data))], class_names(data.features))
+    return Table(name, path, data.data, content, root, [(label, len(data))], class_names(data.features))
 
 
 def hub_root(source: Source) -> Path:

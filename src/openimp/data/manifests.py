@@ -23,7 +23,7 @@ import pyarrow.json
 from openimp.common.errors import UserError, counted
 from openimp.common.safe_files import cache_folder, replacing
 from openimp.data.files import fingerprint, stable_hash
-from openimp.data.tables import ArrowTable
+from openimp.data.tables import Table
 
 PYTHON_ROWS = 10_000
 """Rows that Python reads and converts to Arrow at once. The first ones determine the types of a JSON Lines file."""
@@ -36,7 +36,7 @@ LAYOUT = 1
 """Version of the files in the cache folder. Files of another version are not read but written again."""
 
 
-def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path) -> ArrowTable:
+def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path) -> Table:
     """Opens CSV files, or JSON Lines or JSON lists of objects; columns that hold paths start at `root`.
 
     The cells of a CSV file are text, and an empty one is missing.
@@ -45,7 +45,7 @@ def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path
     if not data.num_rows:
         raise UserError(f"source {name} ({path}) has no rows")
     named_counts = [(Path(file).name, rows) for file, rows in zip(files, rows_by_file)]
-    return ArrowTable(name, path, data, partial(fingerprint, base, files), root, named_counts)
+    return Table(name, path, data, partial(fingerprint, base, files), root, named_counts)
 
 
 def _read_or_reopen(name: str, path: str, files: list[str]) -> tuple[Any, list[int]]:

@@ -11,7 +11,7 @@ from openimp.data import hub
 from openimp.data.files import fingerprint, is_url, locate, stable_hash
 from openimp.data.folders import open_folder
 from openimp.data.streams import Shards, Stream
-from openimp.data.tables import ArrowTable, Table
+from openimp.data.tables import Table
 from openimp.data.tars import TarShards
 from openimp.recipe.tasks import Source
 
@@ -39,10 +39,14 @@ def _open_table(name: str, source: Source) -> Table:
         data, root = hub.load(name, source), hub.hub_root(source)
         return hub.as_table(name, source.hub, data, f"{source.hub}/{source.split}", root)
     path, kind = _path_and_format(name, source)
-    if is_url(path) and kind != "parquet":
-        hint = "; set stream: true" if kind == "webdataset" else ""
-        raise UserError(f"source {name}: {path}: a {kind} source must be on disk to be read as a table{hint}")
+    if is_url(path) and kind not in ("parquet", "webdataset"):
+        raise UserError(f"source {name}: {path}: a {kind} source must be on disk")
     base, files = locate(name, path)
+    if kind == "webdataset":
+        raise UserError(
+            f"source {name}: {path}: tars are read as a stream: set stream: true, or convert them to Parquet, which "
+            "docs/data.md shows"
+        )
     root = Path(source.root) if source.root else base
     if kind == "folder":
         return open_folder(name, path, base)
@@ -50,11 +54,7 @@ def _open_table(name: str, source: Source) -> Table:
         from openimp.data.manifests import open_manifest
 
         return open_manifest(name, path, files, base, root)
-    if kind == "parquet":
-        return open_parquet(name, path, files, base, root)
-    from openimp.data.tar_tables import TarTable  # It imports pyarrow, which only some sources need.
-
-    return TarTable(name, path, files, base)
+    return open_parquet(name, path, files, base, root)
 
 
 def _open_stream(name: str, source: Source, seed: int) -> Stream:
@@ -98,7 +98,7 @@ def _path_and_format(name: str, source: Source) -> tuple[str, str]:
     return path, kind
 
 
-def open_parquet(name: str, path: str, files: list[str], base: Path, root: Path) -> ArrowTable:
+def open_parquet(name: str, path: str, files: list[str], base: Path, root: Path) -> Table:
     """Opens Parquet files, which `datasets` unpacks once into a memory-mapped Arrow file in openimp's cache folder."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -115,4 +115,4 @@ def open_parquet(name: str, path: str, files: list[str], base: Path, root: Path)
         raise UserError(f"source {name} ({path}) has no rows")
     data = hub.load_parquet(name, path, files, streaming=False)
     content = partial(fingerprint, base, files)
-    return ArrowTable(name, path, data.data, content, root, counts, hub.class_names(data.features))
+    return Table(name, path, data.data, content, root, counts, hub.class_names(data.features))

@@ -2,7 +2,6 @@
 
 import bisect
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,33 +75,35 @@ class Rows:
         raise BadMedia(f"expected bytes, a path or numbers, found {type(value).__name__}")
 
 
-class Table(Rows, ABC):
-    """Rows by number, in a fixed order. A table can be pickled and forked into workers.
+class Table(Rows):
+    """Rows of an Arrow table, by number and in a fixed order: in memory, or memory-mapped by `datasets`.
 
-    `filter`, `select` and `subsample` select rows. Methods with a leading underscore count all stored rows, the others
-    only the selected ones.
+    A table can be pickled and forked into workers. `filter`, `select` and `subsample` select rows. Methods with a
+    leading underscore count all stored rows, the others only the selected ones.
     """
 
     _kept: np.ndarray | None = None
 
-    @abstractmethod
-    def _size(self) -> int:
-        """Number of rows."""
-
-    @abstractmethod
-    def _column(self, column: str, rows: Sequence[int]) -> list[Any]:
-        """The values of a column in these rows."""
-
-    @abstractmethod
-    def _row_name(self, row: int) -> str:
-        """See `row_name`."""
-
-    def paths(self, column: str) -> list[str]:
-        """The paths in a column of the selected rows whose bytes are not in the table itself."""
-        return []
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        data: Any,  # a pyarrow.Table, or a `datasets.table.Table`, which pickles its path instead of its rows
+        content: Callable[[], str],
+        root: Path | None,
+        files: Sequence[tuple[str, int]] = (),  # (name, number of rows) of each file that the rows are from, in order
+        names: dict[str, list[str]] | None = None,  # class names of columns with class numbers (`datasets.ClassLabel`)
+        label: str | None = None,  # the column with the row names; None: rows are named by their file and number
+    ) -> None:
+        super().__init__(name, path, list(data.column_names), root, content)
+        self._data = data
+        self._files = [file for file, _ in files]
+        self._ends = list(accumulate(rows for _, rows in files))
+        self._names = names or {}
+        self._label = label
 
     def __len__(self) -> int:
-        return self._size() if self._kept is None else len(self._kept)
+        return self._data.num_rows if self._kept is None else len(self._kept)
 
     def rows(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The rows with these numbers, in this order, with the given columns or all."""
@@ -118,6 +119,21 @@ class Table(Rows, ABC):
     def row_name(self, i: int) -> str:
         """A name by which a person can find row `i`: its file, or `stills.parquet[123]`."""
         return self._row_name(self._stored([i])[0])
+
+    def paths(self, column: str) -> list[str]:
+        """The paths in a column of the selected rows whose bytes are not in the table itself."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        values = self._data.column(column)
+        if pa.types.is_struct(values.type) and values.type.get_field_index("path") >= 0:
+            embedded = pc.is_valid(pc.struct_field(values, "bytes"))
+            values = pc.if_else(embedded, None, pc.struct_field(values, "path"))
+        if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+            return []
+        if self._kept is not None:
+            values = values.take(pa.array(self._kept))
+        return [path for path in values.to_pylist() if path]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -160,6 +176,11 @@ class Table(Rows, ABC):
 
     def _matching(self, column: str, wanted: Any) -> np.ndarray:
         """The stored numbers of the selected rows whose cell in a column matches, see `matches`."""
+        mask = None
+        if column in self._names or column not in self.converted:
+            mask = _arrow_mask(self._data.column(column), wanted, self._names.get(column))
+        if mask is not None:
+            return np.flatnonzero(mask) if self._kept is None else self._kept[mask[self._kept]]
         matching: list[int] = []
         for stored in self._stored_chunks():
             cells = self._column(column, stored)
@@ -204,48 +225,6 @@ class Table(Rows, ABC):
         for start in range(0, len(self), CHUNK):
             yield self._stored(range(start, min(start + CHUNK, len(self))))
 
-
-class ArrowTable(Table):
-    """Rows of an Arrow table, in memory or memory-mapped by `datasets`."""
-
-    def __init__(
-        self,
-        name: str,
-        path: str,
-        data: Any,  # a pyarrow.Table, or a `datasets.table.Table`, which pickles its path instead of its rows
-        content: Callable[[], str],
-        root: Path | None,
-        files: Sequence[tuple[str, int]] = (),  # (name, number of rows) of each file that the rows are from, in order
-        names: dict[str, list[str]] | None = None,  # class names of columns with class numbers (`datasets.ClassLabel`)
-        label: str | None = None,  # the column with the row names; None: rows are named by their file and number
-    ) -> None:
-        super().__init__(name, path, list(data.column_names), root, content)
-        self._data = data
-        self._files = [file for file, _ in files]
-        self._ends = list(accumulate(rows for _, rows in files))
-        self._names = names or {}
-        self._label = label
-
-    def _size(self) -> int:
-        return self._data.num_rows
-
-    def _column(self, column: str, rows: Sequence[int]) -> list[Any]:
-        chunked = self._data.column(column)
-        if isinstance(rows, range) and rows.step == 1:
-            values = chunked.slice(rows.start, len(rows)).to_pylist()
-        else:  # One scalar at a time, because `take` would first copy all chunks of the column into one.
-            values = [chunked[int(row)].as_py() for row in rows]
-        names = self._names.get(column)
-        return [class_name(value, names) for value in values] if names else values
-
-    def _matching(self, column: str, wanted: Any) -> np.ndarray:
-        mask = None
-        if column in self._names or column not in self.converted:
-            mask = _arrow_mask(self._data.column(column), wanted, self._names.get(column))
-        if mask is None:
-            return super()._matching(column, wanted)
-        return np.flatnonzero(mask) if self._kept is None else self._kept[mask[self._kept]]
-
     @property
     def converted(self) -> set[str]:
         """The columns whose values in `rows` are texts that differ from the stored ones."""
@@ -264,25 +243,22 @@ class ArrowTable(Table):
             data = data.set_column(data.column_names.index(column), column, pa.array(texts, pa.string()))
         return data.replace_schema_metadata(None)
 
+    def _column(self, column: str, rows: Sequence[int]) -> list[Any]:
+        """The values of a column in these rows."""
+        chunked = self._data.column(column)
+        if isinstance(rows, range) and rows.step == 1:
+            values = chunked.slice(rows.start, len(rows)).to_pylist()
+        else:  # One scalar at a time, because `take` would first copy all chunks of the column into one.
+            values = [chunked[int(row)].as_py() for row in rows]
+        names = self._names.get(column)
+        return [class_name(value, names) for value in values] if names else values
+
     def _row_name(self, row: int) -> str:
+        """See `row_name`."""
         if self._label:
             return self._data.column(self._label)[int(row)].as_py()
         file = bisect.bisect_right(self._ends, row)
         return f"{self._files[file]}[{row - (self._ends[file - 1] if file else 0)}]"
-
-    def paths(self, column: str) -> list[str]:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        values = self._data.column(column)
-        if pa.types.is_struct(values.type) and values.type.get_field_index("path") >= 0:
-            embedded = pc.is_valid(pc.struct_field(values, "bytes"))
-            values = pc.if_else(embedded, None, pc.struct_field(values, "path"))
-        if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-            return []
-        if self._kept is not None:
-            values = values.take(pa.array(self._kept))
-        return [path for path in values.to_pylist() if path]
 
 
 def _arrow_mask(values: Any, wanted: Any, names: list[str] | None) -> np.ndarray | None:

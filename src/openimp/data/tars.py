@@ -1,7 +1,7 @@
 """WebDataset tars: consecutive members with the same key form an example, and each extension is a column.
 
-They are read with `tarfile`. `datasets` would copy every tar into an Arrow file, but a tar needs no copy: a table keeps
-only the members' offsets (`tar_tables.py`), and a stream resumes from a byte offset without reading what came before.
+They are read with `tarfile`, forward, as shards of a stream. A stream resumes from a byte offset, without reading what
+came before.
 """
 
 import json

@@ -86,7 +86,7 @@ def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
     for used in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
         table = open_source(used, evaluator.recipe.sources[used])
         if not isinstance(table, Table):
-            raise UserError(f"{where}: source {used} is streamed, but evaluation reads all of it; drop stream")
+            raise UserError(f"{where}: source {used} is streamed, but evaluation needs a table; name one")
         tables[used] = table
     if isinstance(options, Probe):
         probe.check(evaluator, options, where, tables)

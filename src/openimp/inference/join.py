@@ -17,7 +17,7 @@ from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
 from openimp.data.files import is_url
 from openimp.data.sources import open_source
-from openimp.data.tables import ArrowTable
+from openimp.data.tables import Table
 from openimp.encoding.items import raw_value, require_columns, require_pair
 from openimp.inference.files import encode_chunks
 from openimp.inference.model import Model, load
@@ -70,7 +70,7 @@ def embed_rows(
 
     Args:
         run: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
-        source: what the `path` of a recipe's source names, except tar files.
+        source: what the `path` of a recipe's source names, if it is a table and no stream.
         out: a Parquet file, which openimp reads as a source. An existing one is replaced.
         modality: the modality to embed. It may be None if the model has only one.
         column: the column or text template that the modality reads.
@@ -126,15 +126,14 @@ def _modality(model: Model, name: str | None) -> str:
     return name
 
 
-def _open(source: str, to: str) -> ArrowTable:
+def _open(source: str, to: str) -> Table:
     table = open_source(Path(source).stem, Source(path=source))
-    if not isinstance(table, ArrowTable):
-        raise UserError(f"{source}: no column can be added to tar files; name a folder, a manifest or Parquet files")
+    assert isinstance(table, Table)  # Nothing asks for a stream.
     if to in table.columns:
         raise UserError(f"--to: {source} has a column {to!r} already; name another one")
     return table
 
 
-def _read(model: Model, name: str, table: ArrowTable, spec: Input, row: int) -> np.ndarray:
+def _read(model: Model, name: str, table: Table, spec: Input, row: int) -> np.ndarray:
     modality = model.modalities[name]
     return modality.encode_input(raw_value(table, modality, spec, row), model.views[name])

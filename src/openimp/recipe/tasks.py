@@ -68,7 +68,7 @@ class Source(Strict):
     part: Part | None = None
     """Selects a fixed share of the rows that `where` leaves. Streams have no parts."""
     stream: bool = False
-    """Reads the shards (files) forward, without an index, for data that does not fit on disk."""
+    """Reads the shards (files) forward: tars, and other data that does not fit on disk."""
     lanes: Count = 64
     """Number of shards that are read at the same time, only for streams. Each rank, and each of its workers, reads some
     of the lanes and nothing else. The number of lanes must divide batch sizes, and should be a multiple of the number

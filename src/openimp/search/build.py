@@ -136,7 +136,10 @@ def _find(
         check_uses(Path(name), model_folder(Path(name)), recipe, read)
     media = {media.path: media for media in media_of_recipe(recipe, modalities)}
     if not media:
-        raise UserError(f"{name}: the recipe's sources have no media that can be indexed; name files or folders")
+        raise UserError(
+            f"{name}: the recipe's sources have no media that can be indexed, and streams are skipped; name files or "
+            "folders"
+        )
     return media, {}
 
 
