@@ -189,6 +189,9 @@ def test_rows_in_any_order_of_the_given_columns(tmp_path):
     assert table.column("tags") == [row["tags"] for row in data]
     assert table.row_name(3) == "part-0.parquet[3]"
     assert table.row_name(20) == "part[1]?.parquet[0]"
+    stream = open_stream(tmp_path / "*.parquet")
+    assert stream.columns == table.columns
+    assert dict(stream.read(0, range(40))) == {table.row_name(i): row for i, row in enumerate(data)}
     table = open_table(tmp_path / "part[1]?.parquet")  # a name, not a pattern
     row = table.rows([7])[0]
     assert colour(table.media(row["picture"])) == 27
@@ -485,15 +488,6 @@ def test_a_stream_resumes_exactly_any_number_of_times(tmp_path, kind, column, fi
     assert names(stream, kind, 1, 3) == whole[1:4]
     with pytest.raises(UserError, match="the checkpoint was saved with other lanes"):
         stream.load_cursors({"0": cursors["0"]})
-
-
-def test_stream_rows_are_those_of_the_table(tmp_path):
-    stream = write_shards("parquet", tmp_path, window=1, lanes=1)
-    table = open_table(tmp_path / "*.parquet")
-    assert stream.columns == table.columns
-    found = dict(stream.read(0, range(40)))
-    assert [found[table.row_name(i)] for i in range(40)] == all_rows(table)
-    assert isinstance(stream.media(first_rows(stream, 1)[0]["picture"]), bytes)
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])

@@ -136,31 +136,33 @@ def test_finished_runs_are_not_trained_again(done, capsys):
     assert (out / "little.md").exists()
 
 
-def test_results_of_another_recipe_are_refused(done, little_data, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"arms": LITTLE["arms"] | {"half": {"flops_factor": 0.5, "set": ["optimizer.lr=0.5"]}}},
+            r"half-0-seed0: trained with optimizer.lr .*, now 0.5; remove the folder",
+        ),
+        # `train` alone would take them for the results of the changed evaluation set.
+        (
+            {"set": ["evaluation.sets.tones.view.text.length=7"]},
+            r"trained with evaluation\.sets\.tones\.view\.text\.length .*, now 7; remove",
+        ),
+        (
+            {"conflict": True, "arms": {"together": {}, "half": {"flops_factor": 0.5}}},
+            "saved by Trainer, but ConflictTrainer is to resume it",
+        ),
+    ],
+    ids=["recipe", "evaluation", "trainer"],
+)
+def test_results_of_another_study_are_refused(done, little_data, tmp_path, change, message):
     _, runs, _ = done
-    changed = write_study(
-        little_data, arms=LITTLE["arms"] | {"half": {"flops_factor": 0.5, "set": ["optimizer.lr=0.5"]}}
-    )
-    with pytest.raises(UserError, match=r"half-0-seed0: trained with optimizer.lr .*, now 0.5; remove the folder"):
-        run_study(str(changed), runs, tmp_path)
-    write_study(little_data)
-
-
-def test_results_of_another_evaluation_are_refused(done, little_data, tmp_path):
-    """`train` alone would take them for the results of the changed evaluation set."""
-    _, runs, _ = done
-    file = write_study(little_data, set=["evaluation.sets.tones.view.text.length=7"])
-    with pytest.raises(UserError, match=r"trained with evaluation\.sets\.tones\.view\.text\.length .*, now 7; remove"):
-        run_study(str(file), runs, tmp_path)
-    write_study(little_data)
-
-
-def test_results_of_another_trainer_are_refused(done, little_data, tmp_path):
-    _, runs, _ = done
-    file = write_study(little_data, conflict=True, arms={"together": {}, "half": {"flops_factor": 0.5}})
-    with pytest.raises(UserError, match="saved by Trainer, but ConflictTrainer is to resume it"):
-        run_study(str(file), runs, tmp_path)
-    write_study(little_data)
+    changed = write_study(little_data, **change)
+    try:
+        with pytest.raises(UserError, match=message):
+            run_study(str(changed), runs, tmp_path)
+    finally:
+        write_study(little_data)
 
 
 @pytest.mark.parametrize(
@@ -302,22 +304,14 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
             {"arms": {"a": {"summed": True}, "b": {}}, "conflict": True},
             "but arm 'a' is summed, has two towers or trains only some tasks",
         ),
-        (
-            {"arms": {"a": {"tasks": ["named"]}, "b": {}}, "conflict": True},
-            "but arm 'a' is summed, has two towers or trains only some tasks",
-        ),
         ({"recipe": "none.yaml"}, "none.yaml: no such file or folder"),
         ({"arms": {"a": {}, "b": []}}, "arms.b: .*at least 1"),
         ({"arms": {"a": {}, "../b": {}}}, "arms.*: '../b' cannot name a folder"),
-        ({"arms": {"a": {}, "b\0": {}}}, r"arms.*: 'b\\x00' cannot name a folder"),
         ({"arms": {"x y": {}, "x_y": {}}}, "arms 'x y' and 'x_y' would share files: only spaces, _ - or commas differ"),
-        ({"arms": {"x y": {}, "x, y": {}}}, "arms 'x y' and 'x, y' would share files"),
         ({"arms": {"a": {}, "b": {"tasks": ["named", "named"]}}}, "arms.b.tasks: 'named' is given twice"),
         ({"seeds": [0, 1, 0]}, "seeds: 0 is given twice"),
         ({"seeds": [10**30]}, f"seeds.0: must be below {2**63}"),
-        ({"seeds": [-1]}, "seeds.0: must be at least 0, found -1"),
         ({"clip_benchmark": ["tones", "tones"]}, "clip_benchmark: 'tones' is given twice"),
-        ({"flops": math.inf}, "flops: expected a finite number, found inf"),
         ({"arms": {"a": {}, "b": {"flops_factor": math.inf}}}, "arms.b.flops_factor: expected a finite .*, found inf"),
         ({"arms": {"a": {}, "b": {"init": "a"}}}, "arms.b: key 'init' was removed: .*; set train.init in `set`"),
         ({"arms": {"a": {}, "b": {"flops": 2}}}, "arms.b: key 'flops' is now called 'flops_factor'"),
@@ -325,9 +319,6 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
             {"flops": 1e300},
             "arm 'together': its FLOPs allow .*e.2.. steps, but a run has at most 100,000,000",
         ),
-        ({"flops": 1e300, "arms": {"a": {}, "b": {"flops_factor": 1e300}}}, "arm 'a': its FLOPs allow"),
-        ({"arms": {"a": {}, "b": {"flops_factor": 1e300}}}, "arm 'b': its FLOPs allow"),
-        ({"arms": {"a": {}, "b": [{}, {}]}}, "arm 'b': each of its models needs `tasks` that no other"),
         (
             {"arms": {"a": {}, "b": [{"tasks": ["named"]}] * 2}},
             "arm 'b': each of its models needs `tasks` that no other",
@@ -337,9 +328,7 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
             {"arms": {"a": {}, "b": {"set": ["optimizer={lr: 1e-3, warmup_steps: 7}"]}}},
             "arm 'b': optimizer.warmup_steps follows from",
         ),
-        ({"arms": {"a": {}, "b": {"set": ["model.width={"]}}}, "arm 'b': --set model.width={: '{' is not valid YAML"),
         ({"arms": {"a": {}, "b": {"set": ["model.width"]}}}, "arm 'b': --set model.width: expected KEY=VALUE"),
-        ({"arms": {"a": {}, "b": {"set": ["seed =9"]}}}, "arm 'b': seed follows from the study's FLOPs and seeds"),
         ({"set": ["tasks.named.weight=0"], "arms": {"a": {}, "b": {"tasks": ["named"]}}}, "arm 'b': .*weight 0"),
         ({"clip_benchmark": ["tones"]}, "evaluation.sets.tones: CLIP_benchmark takes pictures and their texts"),
         ({"clip_benchmark": ["tonez"]}, "clip_benchmark: no retrieval set is called 'tonez'; did you mean 'tones'"),
