@@ -109,18 +109,11 @@ def eval(
             "--mteb", help="Evaluate on a task or benchmark of mteb instead of the recipe's sets. Can be repeated."
         ),
     ] = None,
-    clip_benchmark: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--clip-benchmark",
-            help="Evaluate with CLIP_benchmark on a folder, or on OWNER/NAME from the Hub. Can be repeated.",
-        ),
-    ] = None,
 ) -> None:
     """Evaluate a model: retrieval, zero-shot classification, trained heads and probes, each compared with chance."""
     from openimp.commands import run_eval
 
-    run_eval(run, sets, recipe, out, set_, allow_sources, mteb, clip_benchmark)
+    run_eval(run, sets, recipe, out, set_, allow_sources, mteb)
 
 
 @app.command()

@@ -24,7 +24,6 @@ from openimp.data.trust import check_sources
 from openimp.drafting.draft import draft_recipe, is_data, recipe_name
 from openimp.evaluation.evaluate import NotMeasured, evaluate
 from openimp.evaluation.results import latest, read_results, table
-from openimp.inference.benchmarks import find_benchmarks, measure
 from openimp.inference.embed import embed
 from openimp.inference.join import embed_rows
 from openimp.inference.model import load
@@ -108,19 +107,18 @@ def run_eval(
     overrides: list[str] | None = None,
     allow_sources: bool = False,
     mteb: list[str] | None = None,
-    clip_benchmark: list[str] | None = None,
 ) -> None:
-    """Measures a model on evaluation sets of its own recipe or of the recipe `other`, or on published benchmarks, and
+    """Measures a model on evaluation sets of its own recipe or of the recipe `other`, or on tasks of mteb, and
     prints the results.
 
     If sets cannot be measured, the results of the others are printed and written before NotMeasured is raised.
     """
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"{out}: --out needs a file, in a directory that is there")
-    if mteb or clip_benchmark:
+    if mteb:
         if sets or other or overrides or allow_sources:
-            raise UserError("--mteb and --clip-benchmark take no evaluation sets, --recipe, --set or --allow-sources")
-        return _run_benchmarks(path, mteb or [], clip_benchmark or [], out)
+            raise UserError("--mteb takes no evaluation sets, --recipe, --set or --allow-sources")
+        return _run_benchmarks(path, mteb, out)
     folder = model_folder(path)
     model, recipe, modalities, classes = load_model(folder)
     given: Collection[str] = ()  # sources that the user's own recipe defines
@@ -144,20 +142,24 @@ def run_eval(
         raise failed
 
 
-def _run_benchmarks(path: Path, mteb: list[str], clip_benchmark: list[str], out: Path | None) -> None:
-    """Measures a model on published benchmarks, and prints the results. Each is written to `out` at once.
+def _run_benchmarks(path: Path, tasks: list[str], out: Path | None) -> None:
+    """Measures a model on tasks and benchmarks of mteb, and prints the results. Each is written to `out` at once.
 
     If benchmarks cannot be measured, the results of the others are printed before NotMeasured is raised.
     """
+    try:
+        from openimp.inference import mteb_tasks
+    except ImportError as error:
+        raise UserError(f"mteb cannot be imported ({error}): pip install 'openimp[eval]'") from None
     folder = find_model(str(path))
     model = load(folder)
     model.precision = model.recipe.train.precision
-    benchmarks, left_out = find_benchmarks(model, mteb, clip_benchmark)
+    found, left_out = mteb_tasks.find_tasks(tasks, model.modalities)
     for sentence in left_out:
         console.print(sentence, soft_wrap=True)
     results = []
     try:
-        for result in measure(model, saved_step(folder), benchmarks):
+        for result in mteb_tasks.measure(model, saved_step(folder), found):
             results.append(result)
             if out:
                 append(out, result)

@@ -1,27 +1,37 @@
-"""The evaluators of others, as they are, on the bundled data: they must say what openimp's own evaluation says."""
+"""mteb as it is, and code for open_clip's models: both must say what openimp's own evaluation says."""
 
 import io
 import pickle
+import sys
 from importlib.resources import files
+from pathlib import Path
 
-import mteb
+import numpy as np
 import PIL.Image
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 import torch
-from clip_benchmark.datasets.builder import image_captions_collate_fn
-from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+import torch.nn.functional as F
 from datasets import Audio, Dataset, DatasetDict, Image, Video
-from mteb.abstasks import AbsTaskRetrieval, AbsTaskZeroShotClassification
+from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS, AbsTaskZeroShotClassification
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.get_tasks import TASK_LIST
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from torch.utils.data import DataLoader
 
 import openimp
+import openimp.inference
+from openimp.commands import run_eval
 from openimp.common.errors import UserError
-from openimp.evaluation.evaluate import evaluate
+from openimp.common.json_lines import append
+from openimp.evaluation.evaluate import NotMeasured, evaluate
+from openimp.evaluation.results import read_results, table
+from openimp.inference import mteb_tasks
 from openimp.inference.mteb import MTEBEncoder
 from openimp.recipe.schema import Recipe
+from openimp.report.page import TEMPLATES
+from openimp.report.results import section
 
 STILLS = {"split": "test", "vendor": "twemoji"}
 NOTES = {"split": "test", "family": ["guitar", "brass"]}
@@ -34,6 +44,7 @@ def offline(monkeypatch):
     """Whoever asks a hub for something fails."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -62,87 +73,32 @@ def own(model, file, where, **options):
     return evaluate(model.imp, Recipe.build(data), model.modalities)
 
 
-class Stills(torch.utils.data.Dataset):
-    """Pictures as `model.preprocess` makes them, each with its class or its captions."""
-
-    def __init__(self, rows, targets, transform):
-        self.rows, self.targets, self.transform = rows, targets, transform
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        return self.transform(PIL.Image.open(io.BytesIO(self.rows[i]["image"]))), self.targets[i]
-
-
-def test_clip_benchmark_classifies_as_openimp_does(model):
-    """By the two functions that its `evaluate` calls; what follows there stops with NumPy 2.4 (its issue 147)."""
+def test_code_for_open_clips_models_classifies_as_openimp_does(model):
     stills = rows("stills.parquet", STILLS)
     classes = sorted({row["group"] for row in stills})
-    # Worker processes get a pickle of it where they are not forked.
-    transform = pickle.loads(pickle.dumps(model.preprocess))
-    pictures = Stills(stills, [classes.index(row["group"]) for row in stills], transform)
-    templates = [prompt.format("{c}") for prompt in PROMPTS]
-    classifier = zeroshot_classification.zero_shot_classifier(
-        model, model.tokenizer, classes, templates, "cpu", amp=False
-    )
-    logits, target = zeroshot_classification.run_classification(
-        model, classifier, DataLoader(pictures, 50), "cpu", amp=False
-    )
+    # Worker processes get a pickle of `preprocess` if they are not forked.
+    preprocess = pickle.loads(pickle.dumps(model.preprocess))
+    pictures = torch.stack([preprocess(PIL.Image.open(io.BytesIO(row["image"]))) for row in stills])
+    with torch.no_grad():
+        image = F.normalize(model.encode_image(pictures), dim=-1)
+        texts = [model.encode_text(model.tokenizer([p.format(name) for p in PROMPTS])) for name in classes]
+        text = F.normalize(torch.stack([F.normalize(vectors, dim=-1).mean(0) for vectors in texts]), dim=-1)
+        probabilities = (model.logit_scale.exp() * image @ text.T).softmax(dim=-1)
+    target = torch.tensor([classes.index(row["group"]) for row in stills])
     (ours,) = own(
         model, "stills.parquet", STILLS, type="zero_shot", inputs={"image": "image"}, label="group", prompts=PROMPTS
     )
-    assert top_k_accuracy_score(target, logits, k=1) == pytest.approx(ours["top1"])
-    assert top_k_accuracy_score(target, logits, k=5) == pytest.approx(ours["top5"])
-    assert balanced_accuracy_score(target, logits.argmax(1)) == pytest.approx(ours["per_class"])
+    assert top_k_accuracy_score(target, probabilities, k=1) == pytest.approx(ours["top1"])
+    assert top_k_accuracy_score(target, probabilities, k=5) == pytest.approx(ours["top5"])
+    assert balanced_accuracy_score(target, probabilities.argmax(1)) == pytest.approx(ours["per_class"])
     assert 0 < ours["top1"] < ours["top5"] < 1
 
 
-def test_clip_benchmark_and_openimp_measure_the_same_retrieval(model):
-    stills = rows("stills.parquet", STILLS)
-    # Texts that the little model reads as the same would tie, and openimp alone counts ties against the model.
-    stills = list({tuple(model.tokenizer(row["name"])[0].tolist()): row for row in stills}.values())
-    names = [row["name"] for row in stills]
-    assert len(set(names)) == len(names) > 200
-    pictures = Stills(stills, [[name] for name in names], model.preprocess)
-    theirs = zeroshot_retrieval.evaluate(
-        model,
-        DataLoader(pictures, 50, collate_fn=image_captions_collate_fn),
-        model.tokenizer,
-        "cpu",
-        amp=False,
-        recall_k_list=[1, 5, 10],
-    )
-    to_text, to_image = own(
-        model, "stills.parquet", {**STILLS, "name": names}, type="retrieval", inputs={"image": "image", "text": "name"}
-    )
-    for k in (1, 5, 10):
-        assert theirs[f"text_retrieval_recall@{k}"] == pytest.approx(to_text[f"r{k}"])
-        assert theirs[f"image_retrieval_recall@{k}"] == pytest.approx(to_image[f"r{k}"])
-    assert 0 < to_text["r10"] < 1
-    assert 0 < to_image["r10"] < 1
-
-
-def test_with_amp_clip_benchmark_runs_too(model):
-    stills = rows("stills.parquet", {**STILLS, "group": "activities"})
-    pictures = Stills(stills, [[row["name"]] for row in stills], model.preprocess)
-    batches = DataLoader(pictures, 5, collate_fn=image_captions_collate_fn)
-    theirs = zeroshot_retrieval.evaluate(model, batches, model.tokenizer, "cpu", amp=True, recall_k_list=[len(stills)])
-    assert theirs == {f"{side}_retrieval_recall@{len(stills)}": 1.0 for side in ("image", "text")}
-
-
-def metadata(kind, modalities, category, main_score):
+def metadata(name, kind, modalities, category, main_score):
     return TaskMetadata(
-        name="Bundled" + kind,
-        description="openimp's bundled data",
-        dataset={"path": "none", "revision": "none"},
-        type=kind,
-        category=category,
-        modalities=modalities,
-        eval_splits=["test"],
-        eval_langs=["eng-Latn"],
-        main_score=main_score,
-    )
+        name=name, description="openimp's bundled data", dataset={"path": "none", "revision": "1"}, type=kind,
+        category=category, modalities=modalities, eval_splits=["test"], eval_langs=["eng-Latn"], main_score=main_score,
+    )  # fmt: skip
 
 
 def media(modality, found):
@@ -151,24 +107,22 @@ def media(modality, found):
     return Dataset.from_dict({modality: values}).cast_column(modality, FEATURES[modality])
 
 
-def scores_of(model, task):
-    """What `mteb.evaluate` says of the model."""
-    result = mteb.evaluate(MTEBEncoder(model), task, cache=None, show_progress_bar=False)
-    (scores,) = result.task_results[0].scores["test"]
-    return scores
+def measured(model, task):
+    """The result of a task, which has no other subsets and splits."""
+    (result,) = mteb_tasks.measure(model, 7, [task])
+    assert result["step"] == 7
+    return result
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")  # a group that is never the answer
 def test_mteb_classifies_as_openimp_does(model):
     class Groups(AbsTaskZeroShotClassification):
-        metadata = metadata("ZeroShotClassification", ["image", "text"], "i2t", "accuracy")
+        metadata = metadata("Groups", "ZeroShotClassification", ["image", "text"], "i2t", "accuracy")
         input_column_name, label_column_name = "image", "group"
 
         def load_data(self, **_):
             stills = rows("stills.parquet", STILLS)
             split = media("image", stills).add_column("group", [row["group"] for row in stills])
-            self.dataset = DatasetDict({"test": split})
-            self.data_loaded = True
+            self.dataset, self.data_loaded = DatasetDict({"test": split}), True
 
         def get_candidate_labels(self):
             return sorted(set(self.dataset["test"]["group"]))
@@ -176,7 +130,12 @@ def test_mteb_classifies_as_openimp_does(model):
     (ours,) = own(
         model, "stills.parquet", STILLS, type="zero_shot", inputs={"image": "image"}, label="group", prompts=["{}"]
     )
-    assert scores_of(model, Groups())["accuracy"] == pytest.approx(ours["top1"], abs=1e-5)
+    theirs = measured(model, Groups())
+    for key in ("n", "candidates", "top1", "interval", "chance"):
+        assert theirs[key] == pytest.approx(ours[key], abs=1e-5), key
+    for key in ("type", "checkpoint", "openimp", "precision", "torch", "skipped"):
+        assert theirs[key] == ours[key], key
+    assert theirs["view"]["image"] == ours["view"]["image"]
     assert 0 < ours["top1"] < 1
 
 
@@ -189,7 +148,8 @@ def test_mteb_classifies_as_openimp_does(model):
     ],
 )
 def test_mteb_retrieves_as_openimp_does(modality, column, file, where, request, tiny_model_folder):
-    """Media by texts, of which several may be right: `hit_rate_at_k` is R@k."""
+    """Media by texts, of which several may be right: `hit_rate_at_k` is R@k. A query without an answer does not
+    count."""
     if modality == "video":
         model = openimp.load(tiny_model_folder, device="cpu", precision="fp32")
     else:
@@ -200,31 +160,30 @@ def test_mteb_retrieves_as_openimp_does(modality, column, file, where, request, 
     texts = sorted({row[column] for row in found})
 
     class Named(AbsTaskRetrieval):
-        metadata = metadata("Any2AnyRetrieval", ["text", modality], f"t2{modality[0]}", "hit_rate_at_1")
+        metadata = metadata("Named", "Any2AnyRetrieval", ["text", modality], f"t2{modality[0]}", "ndcg_at_10")
 
         def load_data(self, **_):
             numbers = [str(i) for i in range(len(found))]
             right = {text: {i: 1 for i, row in zip(numbers, found) if row[column] == text} for text in texts}
             split = {
-                "queries": Dataset.from_dict({"id": texts, "text": texts}),
+                "queries": Dataset.from_dict({"id": [*texts, "none"], "text": [*texts, "no answer"]}),
                 "corpus": media(modality, found).add_column("id", numbers),
                 "relevant_docs": right,
                 "top_ranked": None,
             }
-            self.dataset = {"default": {"test": split}}
-            self.data_loaded = True
+            self.dataset, self.data_loaded = {"default": {"test": split}}, True
 
-    theirs = scores_of(model, Named())
+    theirs = measured(model, Named())
     _, ours = own(model, file, where, type="retrieval", inputs={modality: modality, "text": column})
-    assert (ours["n"], ours["candidates"]) == (len(texts), len(found))
-    assert theirs["mrr_at_1000"] == pytest.approx(ours["mrr"], abs=1e-5)
-    for k in (1, 5, 10):
-        assert theirs[f"hit_rate_at_{k}"] == pytest.approx(ours[f"r{k}"], abs=1e-5)
+    assert (theirs["n"], theirs["candidates"]) == (len(texts), len(found))
+    for key in ("n", "candidates", "r1", "r5", "r10", "mrr", "interval", "chance"):
+        assert theirs[key] == pytest.approx(ours[key], abs=1e-5), key
+    assert (theirs["type"], theirs["task"], theirs["metric"]) == ("retrieval", f"text -> {modality}", "ndcg_at_10")
     assert 1 / len(found) < ours["mrr"] < 1
 
 
 def encode(model, modalities, **columns):
-    task = metadata("Any2AnyRetrieval", modalities, None, "hit_rate_at_1")
+    task = metadata("Any", "Any2AnyRetrieval", modalities, None, "hit_rate_at_1")
     batches = DataLoader(Dataset.from_dict(columns), batch_size=2, collate_fn=list_columns)
     return MTEBEncoder(model).encode(batches, task_metadata=task, hf_split="test", hf_subset="default")
 
@@ -261,3 +220,117 @@ def test_mteb_tells_models_apart_by_their_weights(model, little_run):
     assert meta.name == "openimp/little"
     assert meta.modalities == ["image", "text", "audio"]
     assert meta.n_parameters == sum(parameter.numel() for parameter in model.imp.parameters())
+
+
+def test_names_of_mteb_are_found_and_what_the_model_cannot_do_is_named():
+    (task,), left_out = mteb_tasks.find_tasks(["ESC50_Zeroshot", "ESC50_Zeroshot"], ["audio", "text"])
+    assert (task.metadata.name, left_out) == ("ESC50_Zeroshot", [])
+    found, (sentence,) = mteb_tasks.find_tasks(["MVEB(v1)"], ["video", "text"])
+    assert found
+    assert all({*task.metadata.modalities} <= {"video", "text"} for task in found)
+    assert sentence.startswith("Left out of MVEB(v1), because the model lacks a modality: ")
+    for name, message in (
+        ("ESC50_Zeroshots", "mteb has no task or benchmark called 'ESC50_Zeroshots'; did you mean 'ESC50_Zeroshot'?"),
+        ("HMDB51ZeroShot", "HMDB51ZeroShot needs video, but the model has image, text"),
+    ):
+        with pytest.raises(UserError) as error:
+            mteb_tasks.find_tasks([name], ["image", "text"])
+        assert str(error.value) == message
+    with pytest.raises(UserError, match=r"MIEB\(lite\): each of its tasks needs a modality that the model lacks"):
+        mteb_tasks.find_tasks(["MIEB(lite)"], ["video"])
+    # A note about a task that mteb has renamed would not be shown.
+    assert mteb_tasks.NOTES.keys() <= {task.metadata.name for task in TASK_LIST}
+
+
+class Pairs(AbsTaskSTS):
+    """A task whose answers mteb does not report."""
+
+    metadata = metadata("Pairs", "STS", ["text"], "t2t", "cosine_spearman")
+    min_score, max_score = 0, 1
+    left, right = ("a red square", "noise", "a", "blue line"), ("a green circle", "a", "b", "other ones")
+
+    def load_data(self, **_):
+        pairs = {"sentence1": list(self.left), "sentence2": list(self.right), "score": [0.9, 0.1, 0.3, 0.4]}
+        self.dataset, self.data_loaded = {"test": Dataset.from_dict(pairs)}, True
+
+
+class EqualPairs(Pairs):
+    left, right = ("a",) * 4, ("b",) * 4
+
+
+def test_what_mteb_does_not_tell_is_null_and_shown_as_nothing(model, tmp_path):
+    found = measured(model, Pairs())
+    assert (found["n"], found["candidates"], found["interval"], found["chance"]) == (4, None, None, None)
+    assert found["task"] == "text (cosine_spearman)"
+    found |= {"score": -0.25, "n": None, "note": "not the paper's"}
+    file = tmp_path / "results.jsonl"
+    append(file, found)
+    assert read_results(file) == [found]
+    assert "Pairs: not the paper's" in str(table([found]).caption)
+    html = TEMPLATES.get_template("results.html").render(data=section([found], [found], []))
+    assert "-25.0%" in html
+    assert "Pairs: not the paper&#39;s" in html
+    assert "None" not in html
+
+
+def test_a_score_that_is_no_number_is_not_a_result(model):
+    """But the results of the other tasks are."""
+    results = mteb_tasks.measure(model, None, [EqualPairs(), Pairs()])
+    assert next(results)["set"] == "Pairs"
+    with pytest.raises(NotMeasured, match="Pairs: mteb cannot measure it: cosine_spearman is not between -1 and 1"):
+        next(results)
+
+
+def write_esc50(folder: Path) -> list[bytes]:
+    """Six sounds as mteb/esc50 has them."""
+    folder.mkdir(parents=True)
+    rng, sounds = np.random.default_rng(0), []
+    for i in range(6):
+        file = io.BytesIO()
+        soundfile.write(
+            file, 0.3 * np.sin(np.arange(9000) * (i + 1) / 9) + rng.normal(0, 0.1, 9000), 16_000, format="wav"
+        )
+        sounds.append(file.getvalue())
+    media = [{"bytes": sound, "path": None} for sound in sounds]
+    data = Dataset.from_dict({"audio": media, "target": list(range(6))}).cast_column("audio", Audio())
+    data.to_parquet(folder / "train-00000-of-00001.parquet")
+    return sounds
+
+
+def test_the_command_measures_what_it_can_and_names_the_rest(little_run, tmp_path, monkeypatch, capsys):
+    """A published task of mteb, whose data set is found as a local folder."""
+    monkeypatch.chdir(tmp_path)
+    sounds = write_esc50(Path("mteb/esc50"))
+    # Loading scripts of data sets are no longer executed, whatever a task asks for.
+    Path("mteb/cifar10").mkdir()
+    Path("mteb/cifar10/cifar10.py").write_text("open('marker', 'w').close()")
+    out = Path("results.jsonl")
+    with pytest.raises(NotMeasured) as error:
+        run_eval(little_run, None, None, out, mteb=["CIFAR10ZeroShot", "CIFAR100ZeroShot", "ESC50_Zeroshot"])
+    first, second = str(error.value).splitlines()
+    assert first.startswith("CIFAR10ZeroShot: mteb/cifar10 cannot be loaded: ")
+    assert second.startswith("CIFAR100ZeroShot: mteb/cifar100 cannot be loaded: ")
+    assert not Path("marker").exists()
+    (found,) = read_results(out)
+    (task,), _ = mteb_tasks.find_tasks(["ESC50_Zeroshot"], ["audio", "text"])
+    model = openimp.load(little_run)
+    texts = model.encode_text(task.get_candidate_labels(), normalize=True, towards="audio")
+    right = (model.encode_audio(sounds, normalize=True) @ texts.T).argmax(1).cpu() == torch.arange(6)
+    assert found["top1"] == pytest.approx(float(right.float().mean()))
+    assert (found["n"], found["candidates"], found["chance"], found["task"]) == (6, 50, 1 / 50, "audio -> text")
+    assert found["interval"][0] <= found["top1"] <= found["interval"][1]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "ESC50_Zeroshot: not comparable to the paper: one prompt per class, and underscores" in shown
+    assert f"{100 * found['top1']:.1f} [" in shown
+
+
+def test_mixed_options_and_a_missing_library_are_refused_in_one_sentence(little_run, monkeypatch):
+    for options in ({"sets": ["a"]}, {"other": "a.yaml"}, {"overrides": ["a=1"]}, {"allow_sources": True}):
+        arguments = {"sets": None, "other": None, **options}
+        with pytest.raises(UserError, match="takes no evaluation sets, --recipe, --set or --allow-sources"):
+            run_eval(little_run, out=None, mteb=["a"], **arguments)
+    monkeypatch.delitem(sys.modules, "openimp.inference.mteb_tasks")
+    monkeypatch.delattr(openimp.inference, "mteb_tasks")
+    monkeypatch.setitem(sys.modules, "mteb", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"mteb cannot be imported .*: pip install 'openimp\[eval\]'"):
+        run_eval(little_run, None, None, None, mteb=["a"])

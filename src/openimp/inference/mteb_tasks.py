@@ -5,7 +5,7 @@ from a score and the numbers of queries and candidates: in zero-shot classificat
 """
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -19,9 +19,13 @@ from mteb.types import PromptType
 from scipy.stats import ConstantInputWarning
 from sklearn.exceptions import UndefinedMetricWarning
 
+from openimp.common.device import precision_of
 from openimp.common.errors import UserError, nearest
 from openimp.data.hub import first_line
+from openimp.evaluation.evaluate import NotMeasured
 from openimp.evaluation.metrics import share_interval
+from openimp.evaluation.provenance import checkpoint_fields, software_fields
+from openimp.inference.model import Model
 from openimp.inference.mteb import MTEBEncoder
 
 NOTES = {
@@ -76,7 +80,32 @@ def _lacks(task: AbsTask, modalities: Collection[str]) -> str:
     return ", ".join(sorted(set(task.metadata.modalities) - set(modalities)))
 
 
-def measure(encoder: MTEBEncoder, task: AbsTask) -> list[dict[str, Any]]:
+def measure(model: Model, step: int | None, tasks: Iterable[AbsTask]) -> Iterator[dict[str, Any]]:
+    """Yields results in the format of `evaluate`, each as soon as it is known, because a benchmark can take hours.
+
+    Tasks that cannot be measured are named in one NotMeasured after the results of the others.
+    """
+    encoder = MTEBEncoder(model)
+    about = {
+        "view": {name: view.model_dump(mode="json") for name, view in model.views.items()},
+        "precision": precision_of(model.device, model.precision),
+        **software_fields(model.modalities, model.modalities),
+        **checkpoint_fields(model.imp, model.modalities),
+    }
+    reasons = []
+    for task in tasks:
+        try:
+            results = _measure(encoder, task)
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        for result in results:
+            yield {"set": result["set"], "type": result["type"], "step": step, **result, **about}
+    if reasons:
+        raise NotMeasured(reasons, [])
+
+
+def _measure(encoder: MTEBEncoder, task: AbsTask) -> list[dict[str, Any]]:
     """Loads a task's data, evaluates the model, and returns a result per test split and subset (mostly a language).
 
     What mteb, `datasets` or the hub raise becomes a UserError, so that one task does not end a benchmark of a hundred.

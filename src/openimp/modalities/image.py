@@ -68,15 +68,6 @@ class Image(Vision):
             PIL.ImageOps.exif_transpose(picture, in_place=True)
             return shrink(to_rgb(picture), views)
 
-    @decoder_errors()
-    def check_file(self, raw: Any) -> None:
-        """Raises BadMedia if bytes or a file must not be decoded in full size, be it by another library.
-
-        Reasons are another format than in `FORMATS`, and too many pixels or scans.
-        """
-        with open_source(raw) as source:
-            open_whole(source)
-
     def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
         """Crops and augments pixels (H, W, C) to (h, w, 3), or (1, h, w, 3) in evaluation; uint8."""
         frames = self._render(item[None], view, rng)

@@ -26,7 +26,6 @@ class Outcome:
     seconds: float = 0.0
     memory: int = 0  # largest result of `peak_memory`: the models train one at a time
     versions: set[str] = field(default_factory=set)  # of openimp, which measured the scores
-    recalls: dict[tuple[str, str], float] = field(default_factory=dict)  # CLIP_benchmark's, by (set, metric)
     cosines: dict[str, list[float]] = field(default_factory=dict)  # of gradients at each measured step, by task pair
     experts: dict[str, list[LayerUsage]] = field(default_factory=dict)  # latest usage by modality and sparse layer
 

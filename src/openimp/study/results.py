@@ -48,13 +48,6 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
         "allocates beyond weights, optimizer state and batch. The minutes of training were measured on a shared "
         "machine and are only a rough guide.",
     ]
-    if study.clip_benchmark:
-        sections += [
-            "## Measured by CLIP_benchmark",
-            *(_recall_table(outcomes, measured) for measured in study.clip_benchmark),
-            "Recall in percent, computed by the unmodified `clip_benchmark.metrics.zeroshot_retrieval.evaluate`. Image "
-            "R@k searches for the image of a text, text R@k for the text of an image.",
-        ]
     cosines = {arm: pooled for arm, seeds in outcomes.items() if (pooled := _pool_cosines(seeds))}
     if cosines:
         sections += [
@@ -100,20 +93,6 @@ def _score_table(outcomes: Outcomes) -> str:
         rows.append([arm, *cells])
     costs = ["steps", "TFLOPs", "parameters", "peak memory", "minutes"]
     return _markdown(["arm", *(title for title, _ in columns), *costs], rows)
-
-
-def _recall_table(outcomes: Outcomes, measured: str) -> str:
-    """CLIP_benchmark's recalls on one evaluation set, of the arms that have it."""
-    metrics = dict.fromkeys(
-        metric for seeds in outcomes.values() for name, metric in seeds[0].recalls if name == measured
-    )
-    rows = [
-        [arm, *(_spread([seed.recalls[measured, metric] for seed in seeds]) for metric in metrics)]
-        for arm, seeds in outcomes.items()
-        if any(name == measured for name, _ in seeds[0].recalls)
-    ]
-    head = [measured.replace("_", " "), *(metric.replace("_retrieval_recall@", " R@") for metric in metrics)]
-    return _markdown(head, rows)
 
 
 def _cosine_table(cosines_by_arm: Mapping[str, Mapping[str, Sequence[float]]]) -> str:

@@ -6,19 +6,17 @@ such models that share the arm's FLOPs.
 
 import os
 import shlex
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from openimp.checkpoint.resume import FREE
-from openimp.common.errors import UserError, nearest
+from openimp.common.errors import UserError
 from openimp.common.progress import console
 from openimp.inference.model import load
 from openimp.recipe.evaluation import Retrieval
 from openimp.recipe.file import differences
 from openimp.recipe.schema import Recipe
 from openimp.study.budget import part_recipe, variant_of
-from openimp.study.clip_benchmark import clip_benchmark_recalls, require_pictures_and_texts
 from openimp.study.outcome import Outcome
 from openimp.study.schema import Study, file_name, read_study
 from openimp.study.trainers import peak_memory
@@ -65,10 +63,6 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
             return False
         model = load_two_towers(run) if part.two_towers else load(run)
         outcome.add(run, sum(parameter.numel() for parameter in model.parameters()))
-        for measured in study.clip_benchmark:
-            if measured in recipe.evaluation.sets:
-                recalls = clip_benchmark_recalls(model, recipe, measured)
-                outcome.recalls.update({(measured, metric): recall for metric, recall in recalls.items()})
         if seed == study.seeds[0]:
             with TemporaryDirectory() as folder, console.capture():
                 outcome.memory = max(outcome.memory, peak_memory(recipe, Path(folder), variant))
@@ -88,18 +82,11 @@ def _check_evaluation(study: Study, name: str, recipes: dict[str, list[Recipe]])
             if shared := retrieval & sets[arm]:
                 raise UserError(f"{name}: arm {arm!r}: only one of its models may be evaluated on {min(shared)}")
             sets[arm] |= retrieval
-            for title in retrieval & set(study.clip_benchmark):
-                require_pictures_and_texts(recipe, title)
     complete = max(sets.values(), key=len)
     if not complete:
         raise UserError(f"{name}: recipe {study.recipe} has no evaluation set of type retrieval, which studies compare")
     if not all(known <= complete for known in sets.values()):
         raise UserError(f"{name}: at least one arm must have all evaluation sets, so that there is a mean over them")
-    for title in study.clip_benchmark:
-        if title not in complete:
-            raise UserError(f"{name}: clip_benchmark: no retrieval set is called {title!r}{nearest(title, complete)}")
-    if study.clip_benchmark and find_spec("clip_benchmark") is None:
-        raise UserError("CLIP_benchmark is not installed: pip install 'openimp[peers]'")
 
 
 def _check_same_recipe(run: Path, recipe: Recipe) -> None:

@@ -67,8 +67,6 @@ class Study(Strict):
     """Each arm is trained once per seed."""
     conflict: bool = False
     """Measure the cosine between the tasks' gradients on the encoder throughout the training."""
-    clip_benchmark: Annotated[list[str], Distinct] = Field([])
-    """Image-text retrieval sets that CLIP_benchmark's own code evaluates too."""
     arms: Annotated[dict[FolderName, Arm], Field(min_length=2)]
     """By name, the model of an arm, or a list of models that share its FLOPs."""
     findings: str = ""
