@@ -124,20 +124,14 @@ def kill_a_worker() -> None:
     os.kill(min(process for process, name in children().items() if name.startswith(b"ray::MapWorker")), signal.SIGKILL)
 
 
-def test_a_cluster_on_this_machine_listens_on_the_loopback_address_only():
-    inodes = set()
-    for process in children():
-        with suppress(OSError):  # It has ended.
-            inodes |= {os.readlink(file) for file in Path(f"/proc/{process}/fd").iterdir()}
-    addresses = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
-            _, local, _, state, *rest = line.split()
-            if state == "0A" and f"socket:[{rest[5]}]" in inodes:
-                addresses.append(local.partition(":")[0])
-    assert addresses
-    # 127.0.0.1, in IPv4 and in IPv6, as the kernel writes it.
-    assert {*addresses} <= {"0100007F", "0000000000000000FFFF00000100007F"}
+def test_a_cluster_on_this_machine_accepts_nobody_without_its_token(ray):
+    code = "import ray, sys; ray.init(sys.argv[1], logging_level='ERROR'); print(ray.cluster_resources())"
+    command = [sys.executable, "-c", code, ray.get_runtime_context().gcs_address]
+    env = {**os.environ, "RAY_gcs_server_port_wait_time_s": "1"}
+    assert "'CPU': 2.0" in subprocess.run(command, env=env, capture_output=True, text=True).stdout
+    other = subprocess.run(command, env={**env, "RAY_AUTH_TOKEN": "0" * 64}, capture_output=True, text=True)
+    assert other.returncode
+    assert "CPU" not in other.stdout
 
 
 def test_the_tables_equal_those_of_one_process(tiny_model_folder, media, tmp_path, capsys):

@@ -132,56 +132,31 @@ def cluster(cpus: int | None = None) -> Iterator[Any]:
     """Connects to a Ray cluster for the block, and yields the module `ray`.
 
     It is the cluster that this process is connected to, or the one that the environment variable `RAY_ADDRESS` names.
-    Otherwise, a cluster on this machine is started, and stopped after the block. It listens on the loopback address
-    only, accepts only those who know a random token, has no dashboard, and reports no usage statistics unless
-    RAY_USAGE_STATS_ENABLED is set. It has `cpus` CPUs (None: those that this process may use) and all GPUs.
+    Otherwise, a cluster on this machine is started, and stopped after the block. It accepts only those who know a
+    random token, has no dashboard, and reports no usage statistics unless RAY_USAGE_STATS_ENABLED is set. It has `cpus`
+    CPUs (None: those that this process may use) and all GPUs.
     """
     ray = _import_ray()
     if ray.is_initialized():
         yield ray
         return
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not address:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_AUTH_TOKEN", token_hex(32))  # Otherwise Ray would write one into the home folder.
+        if cpus is None and hasattr(os, "sched_getaffinity"):
+            cpus = len(os.sched_getaffinity(0))
+        options |= {"num_cpus": cpus, "include_dashboard": False}
     try:
-        _connect(ray, cpus)
+        try:
+            ray.init(address or "local", **options)
+        except (Exception, SystemExit) as error:  # Ray has no class for these errors, and exits if nobody answers.
+            reason = "no Ray cluster answers there" if isinstance(error, SystemExit) else error
+            raise UserError(f"{f'RAY_ADDRESS={address}' if address else 'Ray did not start'}: {reason}") from None
         yield ray
     finally:
         ray.shutdown()
-
-
-def _connect(ray: Any, cpus: int | None) -> None:
-    options = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        with _loopback_kept(not address or address.startswith(("127.", "localhost:"))):
-            if address:
-                ray.init(**options)
-            else:
-                _start(ray, cpus, options)
-    except (Exception, SystemExit) as error:  # Ray has no class for these errors, and exits if nobody answers.
-        reason = "no Ray cluster answers there" if isinstance(error, SystemExit) else error
-        raise UserError(f"{f'RAY_ADDRESS={address}' if address else 'Ray did not start'}: {reason}") from None
-
-
-def _start(ray: Any, cpus: int | None, options: dict[str, Any]) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Without it, Ray would write a token into the home folder.
-    os.environ.setdefault("RAY_AUTH_TOKEN", token_hex(32))
-    if cpus is None and hasattr(os, "sched_getaffinity"):
-        cpus = len(os.sched_getaffinity(0))
-    ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
-
-
-@contextmanager
-def _loopback_kept(kept: bool) -> Iterator[None]:
-    """Under Linux, Ray replaces a loopback address by one that others can reach, unless it believes that this system
-    supports no clusters."""
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = before and not kept
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 class _PartEncoder:
