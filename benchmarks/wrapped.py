@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,8 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import openimp
 from openimp.common.versions import openimp_version, processor
-from openimp.encoding.items import THREADS
-from openimp.inference.files import encode_chunks
+from openimp.encoding.engine import THREADS, in_chunks
 
 BATCH, REQUIRED = 64, 0.95
 
@@ -78,8 +78,8 @@ def embed_with_library(folder: Path, files: list[Path]) -> Tensor:
 
 def embed_with_openimp(folder: Path, files: list[Path]) -> Tensor:
     model = openimp.load(f"open_clip:local-dir:{folder}", "cpu", "fp32")
-    image, view = model.modalities["image"], model.views["image"]
-    chunks = encode_chunks(model, "image", files, lambda file: image.encode_input(file, view), "text", BATCH)
+    encoder = model.item_encoder("image", "text", BATCH, "embed")
+    chunks = in_chunks(encoder.encode((file, partial(encoder.read, file)) for file in files))
     return torch.from_numpy(np.stack([vector for chunk in chunks for _, vector in chunk]))
 
 

@@ -13,7 +13,7 @@ import torch
 from openimp.commands import run_eval
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
-from openimp.encoding.items import embed
+from openimp.encoding.engine import ItemEncoder
 from openimp.evaluation.evaluate import check_sets, evaluate
 from openimp.evaluation.probe import STRENGTHS, linear, nearest_neighbors
 from openimp.recipe.schema import Recipe
@@ -80,8 +80,9 @@ def test_features_are_the_encoders_before_any_projection(setup):
     items = [image.encode_input(square(name, 0), view) for name in COLOURS]
     with torch.no_grad():
         wanted = model.encode({"image": image.tokens(np.concatenate(items), view, None)}).features
-    found = embed(model, image, view, items, None, 2, "fp32", normalize=False)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    encoder = ItemEncoder(model, image, view, None, "fp32", 2, normalize=False)
+    found = [vector for _, vector in encoder.encode((None, lambda item=item: item) for item in items)]
+    torch.testing.assert_close(encoder.stack(found), wanted, rtol=0, atol=1e-5)
     before = evaluate(model, recipe, modalities)
     torch.nn.init.zeros_(model.projections["vision-to-text"].down.weight)
     after = evaluate(model, recipe, modalities)

@@ -20,9 +20,9 @@ from filelock import FileLock
 from processes import Process
 
 import openimp
-import openimp.inference.files
 from openimp.checkpoint.folder import save_model
 from openimp.common.errors import UserError
+from openimp.encoding.engine import ItemEncoder
 from openimp.recipe.schema import Recipe
 from openimp.search import build_index, ivf, open_index
 from openimp.search.folder import FORMAT, Metadata, read_metadata, write_metadata
@@ -34,7 +34,7 @@ pytest.importorskip("lancedb")
 WRITE = """
 import signal
 import sys
-import openimp.inference.files
+import openimp.encoding.engine
 from openimp.search import build_index
 
 def counted(items, name):
@@ -48,7 +48,7 @@ def counted(items, name):
 
 counted.left = int(sys.argv[4])
 
-openimp.inference.files.CHUNK = 2
+openimp.encoding.engine.CHUNK = 2
 build_index(*sys.argv[1:2], sys.argv[2:3], sys.argv[3], batch_size=2, progress=counted)
 """
 
@@ -75,14 +75,15 @@ def folder(media_folder: Path, tmp_path: Path) -> Path:
 def embedded(monkeypatch):
     """Counts the items that are embedded, by modality."""
     counts: dict[str, int] = {}
-    real = openimp.inference.files.encode_chunks
+    encode = ItemEncoder.encode
 
-    def counting(model, name, *rest):
-        for chunk in real(model, name, *rest):
-            counts[name] = counts.get(name, 0) + len(chunk)
-            yield chunk
+    def counting(encoder, items):
+        for result in encode(encoder, items):
+            name = encoder.modality.name
+            counts[name] = counts.get(name, 0) + 1
+            yield result
 
-    monkeypatch.setattr("openimp.search.update.encode_chunks", counting)
+    monkeypatch.setattr(ItemEncoder, "encode", counting)
     return counts
 
 

@@ -4,8 +4,9 @@ Shape suffixes: N items, R rows, D width, Z features of the shared embedding spa
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -17,7 +18,8 @@ from openimp.common.modality import BadMedia, Classes, Modalities
 from openimp.common.texts import text_key
 from openimp.data.files import stable_hash
 from openimp.data.tables import Table, Unreadable
-from openimp.encoding.items import Progress, ahead, embed, raw_values
+from openimp.encoding.engine import ItemEncoder
+from openimp.encoding.items import Progress, Raw, raw_values
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import all_gather_object, all_gather_uneven, own_part
 from openimp.recipe.evaluation import EvaluationSet
@@ -81,42 +83,50 @@ class Evaluator:
 
         Each rank reads and encodes an equal part of the rows. All ranks get the result for all rows.
         """
-        modality, view = self.modalities[name], options.view[name]
+        encoder = self.item_encoder(name, options.view[name], towards)
         keys: list[str] = []
         items: list[str] = []
-        bad: dict[str, str] = {}
-        good: list[str] = []
 
-        def distinct() -> Iterator[tuple[str, Any]]:
+        def distinct() -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
             seen = set()
-            for key, value in raw_values(table, modality, options.inputs[name], own_part(len(table)), self.progress):
+            rows = own_part(len(table))
+            for key, value in raw_values(table, encoder.modality, options.inputs[name], rows, self.progress):
                 item = f"text:{text_key(value)}" if isinstance(value, str) else key
                 keys.append(key)
                 items.append(item)
                 if item not in seen:
                     seen.add(item)
-                    yield item, value
+                    yield item, partial(_read, encoder, value)
 
-        def read(pair: tuple[str, Any]) -> tuple[str, np.ndarray | BadMedia]:
-            item, value = pair
-            try:
-                return item, value if isinstance(value, BadMedia) else modality.encode_input(value, view)
-            except BadMedia as error:
-                return item, error
+        good: list[str] = []
+        vectors: list[Tensor] = []
+        bad: dict[str, str] = {}
+        for item, vector in encoder.encode(distinct()):
+            if isinstance(vector, BadMedia):
+                bad[item] = str(vector)
+            else:
+                good.append(item)
+                vectors.append(vector)
+        return _merge(all_gather_uneven(encoder.stack(vectors)), all_gather_object((keys, items, good, bad)))
 
-        def readable() -> Iterator[np.ndarray]:
-            for item, found in ahead(read, distinct()):
-                if isinstance(found, BadMedia):
-                    bad[item] = str(found)
-                else:
-                    good.append(item)
-                    yield found
-
-        batch, precision = self.recipe.evaluation.batch_size, self.recipe.train.precision
-        vectors = embed(
-            self.model, modality, view, readable(), towards, batch, precision, towards is not None, self.watch
+    def item_encoder(self, name: str, view: Any, towards: str | None) -> ItemEncoder:
+        """The engine that encodes items of the modality `name`. Only vectors that are compared have length 1."""
+        return ItemEncoder(
+            self.model,
+            self.modalities[name],
+            view,
+            towards,
+            self.recipe.train.precision,
+            batch_size=self.recipe.evaluation.batch_size,
+            normalize=towards is not None,
+            watch=self.watch,
         )
-        return _merge(all_gather_uneven(vectors), all_gather_object((keys, items, good, bad)))
+
+
+def _read(encoder: ItemEncoder, value: Raw | BadMedia) -> np.ndarray:
+    if isinstance(value, BadMedia):
+        raise value
+    return encoder.read(value)
 
 
 def _merge(vectors: Tensor, parts: list[tuple[list[str], list[str], list[str], dict[str, str]]]) -> Encoded:

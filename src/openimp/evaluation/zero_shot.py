@@ -4,6 +4,7 @@ Shape suffixes: K classes, P prompts, Z features of the shared embedding space.
 """
 
 import re
+from functools import partial
 from string import Formatter
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.common.schema import as_text
-from openimp.encoding.items import embed, first_view
+from openimp.encoding.items import first_view
 from openimp.evaluation.evaluator import Evaluator
 from openimp.parallel.distributed import all_gather_uneven, own_part
 from openimp.recipe.evaluation import ZeroShot
@@ -46,14 +47,12 @@ def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
 def class_embeddings(evaluator: Evaluator, options: ZeroShot, names: list[str]) -> Tensor:
     """(K, Z) unit vectors: for each class, the mean of the unit vectors of its name in each prompt."""
     (seen,), reader, prompts, recipe = options.inputs, options.reader, options.prompts, evaluator.recipe
-    modality, view = evaluator.modalities[reader], first_view(recipe, reader)
+    encoder = evaluator.item_encoder(reader, first_view(recipe, reader), seen)
     # Each rank encodes the texts of some of the classes.
     own = [names[i] for i in own_part(len(names))]
-    texts = (modality.encode_input(prompt.format(name), view) for name in own for prompt in prompts)
-    z_NZ = embed(
-        evaluator.model, modality, view, texts, seen, recipe.evaluation.batch_size, recipe.train.precision,
-        watch=evaluator.watch,
-    )  # fmt: skip
+    texts = (prompt.format(name) for name in own for prompt in prompts)
+    vectors = [vector for _, vector in encoder.encode((text, partial(encoder.read, text)) for text in texts)]
+    z_NZ = encoder.stack([vector for vector in vectors if isinstance(vector, Tensor)])  # Every text can be read.
     z_KZ = F.normalize(z_NZ.unflatten(0, (len(own), len(prompts))).mean(1), dim=-1)
     return all_gather_uneven(z_KZ)
 

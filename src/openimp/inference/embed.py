@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +16,8 @@ from openimp.common.modality import BadMedia
 from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
 from openimp.data.files import is_url, is_utf8
-from openimp.encoding.items import require_pair
-from openimp.inference.files import File, encode_chunks, file_value, find_files, shown_name
+from openimp.encoding.engine import ItemEncoder, in_chunks
+from openimp.inference.files import File, file_value, find_files, shown_name
 from openimp.inference.model import Model, load
 
 
@@ -71,34 +71,40 @@ def embed(
     out, model = Path(out), load(run)
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a Parquet file")
-    found, targets, unknown = choose_files(model, files, modality, towards)
+    chosen = choose_files(model, files, modality, towards, batch_size)
     schema = table_schema(model, run)
-    rows = dict.fromkeys(found, 0)
+    rows = dict.fromkeys(chosen.files, 0)
     skipped: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as draft:
         with pq.ParquetWriter(draft, schema) as writer:
-            for name, paths in found.items():
+            for name, paths in chosen.files.items():
                 shown = progress(paths, f"embed {name}")
-                for table, bad in embed_chunks(model, schema, name, shown, targets[name], batch_size):
+                for table, bad in embed_files(chosen.encoders[name], shown, schema):
                     writer.write_table(table)
                     rows[name] += len(table)
                     skipped += [f"{path}: {why}" for path, why in bad]
         require_rows(rows, skipped)
-    done = Embedded(out, rows, skipped, unknown)
+    done = Embedded(out, rows, skipped, chosen.unknown)
     console.print(str(done), soft_wrap=True)
     return done
 
 
+class ChosenFiles(NamedTuple):
+    """Files to embed."""
+
+    files: dict[str, list[File]]  # by modality
+    encoders: dict[str, ItemEncoder]  # by modality
+    unknown: dict[str, int]  # the number of files in folders that no modality of the model reads, by extension
+
+
 def choose_files(
-    model: Model, files: Iterable[File], modality: str | None, towards: str | None
-) -> tuple[dict[str, list[File]], dict[str, str], dict[str, int]]:
-    """The files to embed and the modality to compare them with, both by modality, and counts of other files."""
+    model: Model, files: Iterable[File], modality: str | None, towards: str | None, batch_size: int
+) -> ChosenFiles:
+    """Finds the files to embed, and checks that the model can compare them with `towards`."""
     found, unknown = find_files(files, model.modalities, modality, "; if it is one of these, use --modality")
-    targets = {name: towards or model.partner(name) for name in found}
-    for name, other in targets.items():
-        require_pair(model.imp, name, other, f"embed {name}")
-    return found, targets, unknown
+    encoders = {name: model.item_encoder(name, towards, batch_size, f"embed {name}") for name in found}
+    return ChosenFiles(found, encoders, unknown)
 
 
 def table_schema(model: Model, run: str | Path) -> pa.Schema:
@@ -108,27 +114,22 @@ def table_schema(model: Model, run: str | Path) -> pa.Schema:
     return pa.schema(columns, metadata={"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})})
 
 
-def embed_chunks(
-    model: Model,
-    schema: pa.Schema,
-    name: str,
-    files: Iterable[File],
-    towards: str,
-    batch_size: int,
-    folder: str = "",
+def embed_files(
+    encoder: ItemEncoder, files: Iterable[File], schema: pa.Schema, folder: str = ""
 ) -> Iterator[tuple[pa.Table, list[tuple[str, str]]]]:
-    """Yields rows of the table, and paths of unreadable files with reasons, for chunks of files of the modality `name`.
+    """Yields rows of the table, and paths of unreadable files with reasons, for chunks of files.
 
     Relative paths are relative to `folder`.
     """
-    size = model.imp.config.embed_dim
-    for chunk in encode_chunks(model, name, files, partial(_read, model, name, folder), towards, batch_size):
-        kept = {str(path): vector for path, vector in chunk if not isinstance(vector, BadMedia)}
-        bad = [(shown_name(path), str(why)) for path, why in chunk if isinstance(why, BadMedia)]
-        values = np.concatenate([np.zeros(0, np.float32), *kept.values()])
-        same = [[text] * len(kept) for text in (name, towards)]
-        vectors = pa.FixedSizeListArray.from_arrays(values, size)
-        yield pa.table([*(pa.array(texts, pa.string()) for texts in ([*kept], *same)), vectors], schema=schema), bad
+    items = ((file, partial(_read, encoder, folder, file)) for file in files)
+    for chunk in in_chunks(encoder.encode(items)):
+        vectors = {str(file): vector for file, vector in chunk if not isinstance(vector, BadMedia)}
+        bad = [(shown_name(file), str(reason)) for file, reason in chunk if isinstance(reason, BadMedia)]
+        rows = [
+            {"path": path, "modality": encoder.modality.name, "towards": encoder.towards, "embedding": vector}
+            for path, vector in vectors.items()
+        ]
+        yield pa.Table.from_pylist(rows, schema), bad
 
 
 def require_rows(rows: dict[str, int], skipped: list[str]) -> None:
@@ -137,9 +138,8 @@ def require_rows(rows: dict[str, int], skipped: list[str]) -> None:
         raise UserError(f"no file can be read; the first: {skipped[0]}")
 
 
-def _read(model: Model, name: str, folder: str, path: File) -> np.ndarray:
-    if not is_utf8(str(path)):
+def _read(encoder: ItemEncoder, folder: str, file: File) -> np.ndarray:
+    if not is_utf8(str(file)):
         raise BadMedia("its name is not UTF-8, so the table cannot hold it")
-    item = model.modalities[name]
-    value = file_value(Path(folder, path) if isinstance(path, Path) else path, item.reads_text)
-    return item.encode_input(value, model.views[name])
+    path = Path(folder, file) if isinstance(file, Path) else file
+    return encoder.read(file_value(path, encoder.modality.reads_text))

@@ -1,29 +1,20 @@
-"""Finds media files and encodes them in chunks, for `openimp embed` and `openimp index`."""
+"""Finds and reads media files, for `openimp embed` and `openimp index`."""
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import fsspec
-import numpy as np
-import torch
 
 from openimp.common.errors import UserError, nearest
 from openimp.common.folders import files_below, is_hidden
 from openimp.common.modality import BadMedia, Modalities
 from openimp.common.safe_files import LARGEST_TEXT, read_text
 from openimp.data.files import is_url
-from openimp.encoding.items import ahead, embed
-from openimp.inference.model import Model
 
-T = TypeVar("T")
 File = Path | str
 """A path on disk, or a URL that fsspec opens, such as `s3://bucket/photos/1.jpg`."""
-CHUNK = 512
-"""Least number of items whose embeddings are handed on together, except for the last ones."""
 LARGEST_DOWNLOAD = 2**31
 """Most bytes of a media file at a URL, because it is read into memory."""
 
@@ -82,48 +73,6 @@ def _files_in(file: File) -> Iterator[str] | None:
     if inner == [path]:
         return None
     return (system.unstrip_protocol(each) for each in inner if not is_hidden(each.removeprefix(path)))
-
-
-def encode_chunks(
-    model: Model, name: str, items: Iterable[T], read: Callable[[T], np.ndarray], towards: str, batch_size: int
-) -> Iterator[list[tuple[T, np.ndarray | BadMedia]]]:
-    """Yields items of the modality `name`, in order, with their unit vectors (Z,) fp32, or why they cannot be read.
-
-    `read` makes the clips of an item, as `Modality.encode_input` does, in several threads. Each `batch_size` items,
-    counted from the first one, are encoded apart from the others, whether all of them can be read or not. So items that
-    are divided between processes at multiples of `batch_size` have the same vectors, bit for bit.
-    """
-    chunk: list[tuple[T, BadMedia | None]] = []
-    vectors: list[torch.Tensor] = []
-
-    def attempt(item: T) -> tuple[T, np.ndarray | BadMedia]:
-        try:
-            return item, read(item)
-        except BadMedia as error:
-            return item, error
-
-    def readable(count: int) -> Iterator[np.ndarray]:
-        for item, found in islice(results, count):
-            if isinstance(found, BadMedia):
-                chunk.append((item, found))
-            else:
-                chunk.append((item, None))
-                yield found
-
-    results = ahead(attempt, items)
-    modality, view = model.modalities[name], model.views[name]
-    ended = False
-    while not ended:
-        before = len(chunk)
-        clips = readable(batch_size)
-        vectors.append(embed(model.imp, modality, view, clips, towards, batch_size, model.precision))
-        ended = len(chunk) - before < batch_size
-        if len(chunk) >= CHUNK or (ended and chunk):
-            # Vectors stay on the device until here, because copying them waits for a GPU.
-            rows = iter(torch.cat(vectors).cpu().numpy())
-            yield [(item, next(rows) if error is None else error) for item, error in chunk]
-            chunk.clear()
-            vectors.clear()
 
 
 def file_value(file: File, reads_text: bool) -> str | bytes | Path:

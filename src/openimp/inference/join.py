@@ -18,8 +18,8 @@ from openimp.common.safe_files import replacing
 from openimp.data.files import is_url
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
-from openimp.encoding.items import raw_value, require_columns, require_pair
-from openimp.inference.files import encode_chunks
+from openimp.encoding.engine import in_chunks
+from openimp.encoding.items import raw_value, require_columns
 from openimp.inference.model import Model, load
 from openimp.recipe.inputs import Input
 from openimp.recipe.tasks import Source
@@ -84,21 +84,24 @@ def embed_rows(
     name = _modality(model, modality)
     if column is None:
         raise UserError(f"--column: name the column or the text template that {name} reads")
-    towards = towards or model.partner(name)
-    require_pair(model.imp, name, towards, f"embed {name}")
+    encoder = model.item_encoder(name, towards, batch_size, f"embed {name}")
     table = _open(source, to)
     spec = Input(column=column)
-    require_columns(table, model.modalities[name], spec, f"embed {name}")
+    require_columns(table, encoder.modality, spec, f"embed {name}")
+
+    def read(row: int) -> np.ndarray:
+        return encoder.read(raw_value(table, encoder.modality, spec, row))
+
     embedding = pa.field(to, pa.list_(pa.float32()))
     metadata = {"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})}
     schema = table.arrow(range(0)).schema.append(embedding).with_metadata(metadata)
     rows: Iterable[int] = progress(range(len(table)), f"embed {name}")
-    read = partial(_read, model, name, table, spec)
+    results = encoder.encode((row, partial(read, row)) for row in rows)
     bad: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as draft:
         with pq.ParquetWriter(draft, schema) as writer:
-            for chunk in encode_chunks(model, name, rows, read, towards, batch_size):
+            for chunk in in_chunks(results):
                 vectors = [None if isinstance(vector, BadMedia) else vector for _, vector in chunk]
                 bad += [f"{table.row_name(row)}: {why}" for row, why in chunk if isinstance(why, BadMedia)]
                 part = table.arrow(range(chunk[0][0], chunk[-1][0] + 1))
@@ -132,8 +135,3 @@ def _open(source: str, to: str) -> Table:
     if to in table.columns:
         raise UserError(f"--to: {source} has a column {to!r} already; name another one")
     return table
-
-
-def _read(model: Model, name: str, table: Table, spec: Input, row: int) -> np.ndarray:
-    modality = model.modalities[name]
-    return modality.encode_input(raw_value(table, modality, spec, row), model.views[name])

@@ -3,7 +3,7 @@
 Shape suffixes: B inputs, Z features of the shared embedding space.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from openimp.common.device import Precision, pick_device, precision_of
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia, Classes, Modalities, Modality
 from openimp.common.progress import notice
-from openimp.encoding.items import embed, embed_tokens, first_view, require_pair
+from openimp.encoding.engine import ItemEncoder
+from openimp.encoding.items import first_view, require_pair
 from openimp.model.embedder import Embedder
 from openimp.recipe.schema import Recipe
 
@@ -79,20 +80,44 @@ class Model(nn.Module):
         Returns:
             (B, Z) fp32, on the model's device.
         """
+        encoder = self.item_encoder(modality, towards, batch_size, f"encode_{modality}", normalize)
+        if isinstance(inputs, Tensor):
+            parts = inputs.to(self.device).split(batch_size)
+            return torch.cat([encoder.encode_tokens(encoder.modality.from_tensor(part)) for part in parts])
+        inputs = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+        # Two threads cannot load the same Pillow picture at once, so an object that is given twice is read once.
+        distinct = {id(value): value for value in inputs}
+        vectors: dict[int, Tensor] = {}
+        for key, vector in encoder.encode((key, partial(encoder.read, value)) for key, value in distinct.items()):
+            value = distinct[key]
+            if isinstance(vector, BadMedia):
+                is_path = isinstance(value, Path) or (isinstance(value, str) and not encoder.modality.reads_text)
+                number = next(i for i, other in enumerate(inputs) if other is value)
+                name = str(value) if is_path else f"input {number}"
+                raise UserError(f"{name}: cannot be read as {modality}: {vector}")
+            if not encoder.modality.knows(value, encoder.view) and value not in self._unknown_texts:
+                self._unknown_texts.add(value)
+                notice(f"{value!r:.100} has no word that the model knows: read as an empty text")
+            vectors[key] = vector
+        return encoder.stack([vectors[id(value)] for value in inputs])
+
+    def item_encoder(
+        self, modality: str, towards: str | None, batch_size: int, error_prefix: str, normalize: bool = True
+    ) -> ItemEncoder:
+        """The engine that encodes items of a modality; the arguments are those of `encode`.
+
+        Raises:
+            UserError: the model cannot compare the two modalities, or the view does not fit.
+        """
         item = self._modality(modality)
         towards = self.partner(modality) if towards is None else towards
-        require_pair(self.imp, modality, towards, f"encode_{modality}")
-        if isinstance(inputs, Tensor):
-            parts = (item.from_tensor(part) for part in inputs.to(self.device).split(batch_size))
-            vectors = [embed_tokens(self.imp, modality, part, towards, self.precision, normalize) for part in parts]
-            return torch.cat(vectors)
+        require_pair(self.imp, modality, towards, error_prefix)
+        view = self.views[modality]
         try:
-            item.check(self.views[modality])
+            item.check(view)
         except ValueError as error:
             raise UserError(f"views[{modality!r}]: {error}") from None
-        inputs = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
-        items = self._read(item, inputs)
-        return embed(self.imp, item, self.views[modality], items, towards, batch_size, self.precision, normalize)
+        return ItemEncoder(self.imp, item, view, towards, self.precision, batch_size, normalize)
 
     def partner(self, modality: str) -> str:
         """The modality that `encode` compares `modality` with by default.
@@ -168,17 +193,3 @@ class Model(nn.Module):
         if name not in self.modalities:
             raise UserError(f"the model has no modality {name!r}{nearest(name, self.modalities)}")
         return self.modalities[name]
-
-    def _read(self, modality: Modality, inputs: list[Any]) -> Iterator[Any]:
-        view = self.views[modality.name]
-        for i, value in enumerate(inputs):
-            try:
-                item = modality.encode_input(value, view)
-                if not modality.knows(value, view) and value not in self._unknown_texts:
-                    self._unknown_texts.add(value)
-                    notice(f"{value!r:.100} has no word that the model knows: read as an empty text")
-                yield item
-            except BadMedia as error:
-                is_path = isinstance(value, Path) or (isinstance(value, str) and not modality.reads_text)
-                name = str(value) if is_path else f"input {i}"
-                raise UserError(f"{name}: cannot be read as {modality.name}: {error}") from None

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,10 @@ from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.common.progress import console, track
 from openimp.data.files import is_url
-from openimp.encoding.items import require_pair
+from openimp.encoding.engine import CHUNK, in_chunks
 from openimp.evaluation.provenance import checkpoint_fields
-from openimp.inference.embed import Embedded, choose_files, embed_chunks, require_rows, table_schema
-from openimp.inference.files import CHUNK, File, encode_chunks, file_value
+from openimp.inference.embed import Embedded, choose_files, embed_files, require_rows, table_schema
+from openimp.inference.files import File, file_value
 from openimp.inference.model import Model, load
 from openimp.inference.parts import ERRORS_SCHEMA, Parts
 
@@ -62,12 +62,13 @@ def embed_with_ray(
     """
     _import_ray()  # Fails before the model is loaded.
     model = load(run, "cpu")
-    found, targets, unknown = choose_files(model, files, modality, towards)
+    chosen = choose_files(model, files, modality, towards, batch_size)
+    targets = {name: str(encoder.towards) for name, encoder in chosen.encoders.items()}
     folder = str(out) if is_url(str(out)) else os.path.abspath(out)
     parts = Parts(folder)
     with cluster() as ray:
         workers, needs = _workers(ray)
-        parts.prepare(found, targets, _options(model, batch_size), batch_size, workers)
+        parts.prepare(chosen.files, targets, _options(model, batch_size), batch_size, workers)
         if missing := parts.missing():
             numbers = ray.data.from_items(missing, override_num_blocks=len(missing))
             numbers.context.enable_progress_bars = False
@@ -80,7 +81,7 @@ def embed_with_ray(
                     pass
     rows, skipped = parts.count()
     require_rows(rows, skipped)
-    result = Embedded(str(out), rows, skipped, unknown)
+    result = Embedded(str(out), rows, skipped, chosen.unknown)
     console.print(str(result), soft_wrap=True)
     return result
 
@@ -118,8 +119,7 @@ def embed_dataset(
     import ray
 
     model = load(run, "cpu")
-    towards = model.partner(modality) if towards is None else towards
-    require_pair(model.imp, modality, towards, f"embed {modality}")
+    model.item_encoder(modality, towards, batch_size, f"embed {modality}")  # Reports mistakes before workers start.
     arguments = (_everywhere(run), column, modality, towards, batch_size)
     workers, needs = _workers(ray)
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=workers)
@@ -179,7 +179,8 @@ class _PartEncoder:
             name, towards, files = self.parts.files(number)
             vectors: list[pa.Table] = []
             errors: list[dict[str, str]] = []
-            for table, bad in embed_chunks(self.model, schema, name, files, towards, self.batch_size, self.folder):
+            encoder = self.model.item_encoder(name, towards, self.batch_size, f"embed {name}")
+            for table, bad in embed_files(encoder, files, schema, self.folder):
                 vectors.append(table)
                 errors += [{"path": path, "modality": name, "error": why} for path, why in bad]
             self.parts.write(number, pa.concat_tables(vectors), pa.Table.from_pylist(errors, ERRORS_SCHEMA))
@@ -189,26 +190,22 @@ class _PartEncoder:
 class _RowEncoder:
     """A worker of `embed_dataset`."""
 
-    def __init__(self, run: str, column: str, name: str, towards: str, batch_size: int) -> None:
-        self.model, self.column, self.name, self.towards, self.batch_size = load(run), column, name, towards, batch_size
+    def __init__(self, run: str, column: str, modality: str, towards: str | None, batch_size: int) -> None:
+        self.column = column
+        self.encoder = load(run).item_encoder(modality, towards, batch_size, f"embed {modality}")
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        values = rows[self.column].to_pylist()
-        chunks = encode_chunks(self.model, self.name, values, self._read, self.towards, self.batch_size)
-        found = [result for chunk in chunks for _, result in chunk]
-        bad = [isinstance(result, BadMedia) for result in found]
-        size = self.model.imp.config.embed_dim
-        vectors = [np.zeros(size, np.float32) if isinstance(result, BadMedia) else result for result in found]
-        flat = np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
-        column = pa.FixedSizeListArray.from_arrays(flat, size, mask=pa.array(bad, pa.bool_()))
-        why = pa.array([str(result) if isinstance(result, BadMedia) else None for result in found], pa.string())
-        return rows.append_column("embedding", column).append_column("error", why)
+        items = ((None, partial(self._read, value)) for value in rows[self.column].to_pylist())
+        results = [result for chunk in in_chunks(self.encoder.encode(items)) for _, result in chunk]
+        vectors = [None if isinstance(result, BadMedia) else result for result in results]
+        errors = [str(result) if isinstance(result, BadMedia) else None for result in results]
+        embedding = pa.array(vectors, pa.list_(pa.float32(), self.encoder.model.config.embed_dim))
+        return rows.append_column("embedding", embedding).append_column("error", pa.array(errors, pa.string()))
 
     def _read(self, value: Any) -> np.ndarray:
-        modality = self.model.modalities[self.name]
-        if isinstance(value, str) and not modality.reads_text:
+        if isinstance(value, str) and not self.encoder.modality.reads_text:
             value = file_value(value if is_url(value) else Path(value), reads_text=False)
-        return modality.encode_input(value, self.model.views[self.name])
+        return self.encoder.read(value)
 
 
 def _workers(ray: Any) -> tuple[int, dict[str, Any]]:

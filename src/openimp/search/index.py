@@ -17,7 +17,7 @@ from openimp.common.modality import BadMedia
 from openimp.common.safe_files import refuse_links
 from openimp.data.tables import Table
 from openimp.data.trust import check_uses
-from openimp.encoding.items import embed_item
+from openimp.encoding.engine import ItemEncoder
 from openimp.inference.model import Model, load
 from openimp.search.folder import INDEX_FILES, Metadata, read_metadata
 from openimp.search.media import file_state, media_state, row_media, source_table
@@ -183,18 +183,19 @@ class Index:
         model, name, value = self.model, query.modality, query.value
         if name not in model.modalities:
             raise UserError(f"the model has no modality {name!r}{nearest(name, model.modalities)}")
-        modality, view = model.modalities[name], model.views[name]
-        if modality.reads_text and not (str(value).strip() and modality.knows(value, view)):
+        others = [other for other in model.modalities if model.imp.share_a_space(name, other)]
+        towards = {shared_space(model.imp, name, other): other for other in others}
+        modality = model.modalities[name]
+        encoder = ItemEncoder(model.imp, modality, model.views[name], None, model.precision)
+        if modality.reads_text and not (str(value).strip() and modality.knows(value, encoder.view)):
             raise UserError(f"{value!r} has no word that the model knows")
         try:
-            clips = modality.encode_input(value, view)
+            clips = encoder.read(value)
         except BadMedia as error:
             file = "" if isinstance(value, bytes) else f"{value}: "
             raise UserError(f"{file}cannot be read as {name}: {error}") from None
-        others = [other for other in model.modalities if model.imp.share_a_space(name, other)]
-        towards = {shared_space(model.imp, name, other): other for other in others}
         with self._encoding:
-            vectors = embed_item(model.imp, modality, view, clips, towards.values(), model.precision)
+            vectors = encoder.encode_item(clips, towards.values())
         return EncodedQuery(name, {space: z.cpu().numpy() for space, z in zip(towards, vectors)}, query.weight)
 
     def _encoded(self, parts: Sequence[QueryPart]) -> list[EncodedQuery]:

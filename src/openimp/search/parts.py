@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from openimp.common.modality import BadMedia
+from openimp.encoding.engine import ItemEncoder
 from openimp.inference.files import file_text
 from openimp.inference.model import Model
 from openimp.search.display import HEAD, kind_of, media_type
@@ -103,18 +104,16 @@ def list_parts(model: Model, file: File) -> None:
         file.error = str(error)
 
 
-def read_part(model: Model, part: Part) -> np.ndarray:
+def read_part(encoder: ItemEncoder, part: Part) -> np.ndarray:
     """The clips of a part, as `Modality.encode_input` makes them."""
-    media = part.file.media
-    modality, view = model.modalities[media.modality], model.views[media.modality]
-    if modality.reads_text:
-        if not modality.knows(part.text, view):
+    if encoder.modality.reads_text:
+        if not encoder.modality.knows(part.text, encoder.view):
             raise BadMedia("has no word that the model knows")
-        return modality.encode_input(part.text, view)
-    raw = media.raw()
+        return encoder.read(part.text)
+    raw = part.file.media.raw()
     if part.start is None or part.end is None:
-        return modality.encode_input(raw, view)
-    return modality.encode_segment(raw, view, part.start, part.end)
+        return encoder.read(raw)
+    return encoder.modality.encode_segment(raw, encoder.view, part.start, part.end)
 
 
 def _lines(file: Path) -> list[str]:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openimp.data.files import stable_hash
-from openimp.encoding.items import ahead
-from openimp.inference.files import encode_chunks
+from openimp.encoding.engine import ahead, in_chunks
 from openimp.inference.model import Model
 from openimp.search.folder import read_skipped, write_skipped
 from openimp.search.media import Media, media_state
@@ -85,8 +84,9 @@ class Update:
         started: list[File] = []
         copies: list[tuple[File, str]] = []  # files with the path of the same content in the table
         opened = chain.from_iterable(ahead(self._open, _batches(media)))
-        parts, read = self._parts(opened, started, copies), partial(read_part, self.model)
-        for chunk in encode_chunks(self.model, name, parts, read, self.towards[name], batch_size):
+        encoder = self.model.item_encoder(name, self.towards[name], batch_size, f"index {name}")
+        parts = self._parts(opened, started, copies)
+        for chunk in in_chunks(encoder.encode((part, partial(read_part, encoder, part)) for part in parts)):
             for part, vector in chunk:
                 part.file.add(part, vector)
             self._write(started, copies)

@@ -1,0 +1,186 @@
+"""The engine that embeds: it reads items of one modality ahead, and encodes them in batches.
+
+Shape suffixes: N items, M clips, D width, Z features of the shared embedding space.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openimp.common.device import Precision
+from openimp.common.modality import BadMedia, Modality, Tokens
+from openimp.encoding.items import Progress
+from openimp.model.embedder import Embedder
+from openimp.parallel.distributed import in_lockstep
+from openimp.parallel.layout import mixed_precision
+
+K = TypeVar("K")
+T = TypeVar("T")
+R = TypeVar("R")
+THREADS = min(4, os.cpu_count() or 1)
+"""Threads that decode while the model computes. Pillow, FFmpeg and libsndfile release Python's lock."""
+CHUNK = 512
+"""Vectors that are copied to the CPU together, because a copy waits for the GPU."""
+
+
+class _Batch(NamedTuple):
+    """Items that are encoded in one forward pass."""
+
+    errors: list[tuple[Any, BadMedia | None]]  # of each item its key, and why it cannot be read
+    clips: list[int]  # the number of clips of each readable item
+    tokens: Tokens | None  # of all clips; None if there are none
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of clips, and of tokens per clip."""
+        if self.tokens is None:
+            return 0, 0
+        rows, length, _ = self.tokens.coords.shape
+        return rows, length
+
+
+@dataclass(frozen=True)
+class ItemEncoder:
+    """Encodes items of one modality of a model, for comparison with another modality."""
+
+    model: Embedder
+    modality: Modality
+    view: Any
+    towards: str | None  # vectors are in the space shared with it; None: the encoder's features before any projection
+    precision: Precision
+    batch_size: int = 64  # most clips in a forward pass, but the clips of one item are never separated
+    normalize: bool = True  # vectors of clips and of items have length 1
+    watch: Progress | None = None  # wraps the forward passes, and may stop them
+
+    def read(self, value: Any) -> np.ndarray:
+        """The clips of a value that `Modality.decode` takes; BadMedia if it cannot be read."""
+        return self.modality.encode_input(value, self.view)
+
+    def encode(self, items: Iterable[tuple[K, Callable[[], np.ndarray]]]) -> Iterator[tuple[K, Tensor | BadMedia]]:
+        """Yields the key of each item, in order, with its vector or the reason why it cannot be read.
+
+        A vector is (Z,) or (D,) fp32 on the model's device, the mean over the item's clips. An item is a pair of its
+        key and a function that reads its clips, as `read` does. The functions are called in several threads, a few
+        items ahead.
+
+        Each `batch_size` items, counted from the first one, are encoded apart from the others, whether all of them can
+        be read or not. So items that are divided between processes at multiples of `batch_size` have the same vectors,
+        bit for bit.
+
+        All ranks iterate together until the end, because they share the model. Each encodes its own items.
+        """
+        passes: Iterable[Any] = in_lockstep(self._batches(ahead(_attempt, items)), lambda batch: batch.shape)
+        for batch, shapes in self.watch(passes, self.modality.name) if self.watch else passes:
+            batch = batch or _Batch([], [], None)
+            # All ranks have tokens of the same shape, as in training. Those without an item encode zeros.
+            rows, length = map(max, zip(*shapes))
+            vectors = iter(self._vectors(batch, rows, length) if rows else ())
+            for key, error in batch.errors:
+                yield key, next(vectors) if error is None else error
+
+    def encode_item(self, clips: np.ndarray, towards: Iterable[str]) -> list[Tensor]:
+        """The vectors (Z,) fp32 of one item in the spaces shared with several modalities, from one forward pass."""
+        with torch.no_grad():
+            features_MD = self._features(self.modality.tokens(clips, self.view, None))
+            return [self._means(self._project(features_MD, other), [len(clips)])[0] for other in towards]
+
+    def encode_tokens(self, tokens: Tokens) -> Tensor:
+        """The vectors (M, Z) or (M, D) fp32 of a batch of tokens. They are differentiable."""
+        return self._project(self._features(tokens), self.towards)
+
+    def stack(self, vectors: list[Tensor]) -> Tensor:
+        """The vectors as one tensor (N, Z) or (N, D), also if there are none."""
+        config = self.model.config
+        size = config.width if self.towards is None else config.embed_dim
+        return torch.stack(vectors) if vectors else torch.zeros(0, size, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _batches(self, results: Iterable[tuple[Any, np.ndarray | BadMedia]]) -> Iterator[_Batch]:
+        """Divides items into forward passes."""
+        batch: list[tuple[Any, np.ndarray | BadMedia]] = []
+        clips = 0
+        for number, (key, result) in enumerate(results):
+            new = 0 if isinstance(result, BadMedia) else len(result)
+            if batch and (number % self.batch_size == 0 or clips + new > self.batch_size):
+                yield self._batch(batch)
+                batch, clips = [], 0
+            batch.append((key, result))
+            clips += new
+        if batch:
+            yield self._batch(batch)
+
+    def _batch(self, results: list[tuple[Any, np.ndarray | BadMedia]]) -> _Batch:
+        errors = [(key, result if isinstance(result, BadMedia) else None) for key, result in results]
+        items = [result for _, result in results if not isinstance(result, BadMedia)]
+        tokens = self.modality.tokens(np.concatenate(items), self.view, None) if items else None
+        return _Batch(errors, [len(clips) for clips in items], tokens)
+
+    # Not in inference mode: FSDP2 keeps some of the tensors that it makes for later training steps.
+    @torch.no_grad()
+    def _vectors(self, batch: _Batch, rows: int, length: int) -> list[Tensor]:
+        """The vectors of the readable items of a batch, whose tokens are padded to the shape (rows, length)."""
+        tokens = batch.tokens or self.modality.zeros(rows, length)
+        tokens = tokens if len(tokens.coords) == rows else tokens.pad(rows)
+        z_MZ = self._project(self._features(tokens), self.towards)
+        return self._means(z_MZ[: sum(batch.clips)], batch.clips)
+
+    def _features(self, tokens: Tokens) -> Tensor:
+        """The encoder's features (M, D)."""
+        with mixed_precision(self._device, self.precision):
+            return self.model.encode({self.modality.name: tokens.to(self._device)}).features
+
+    def _project(self, features_MD: Tensor, towards: str | None) -> Tensor:
+        """The vectors (M, Z) or (M, D) fp32 of clips."""
+        if towards is None:
+            return F.normalize(features_MD.float(), dim=-1) if self.normalize else features_MD.float()
+        with mixed_precision(self._device, self.precision):
+            return self.model.project(features_MD, self.modality.name, towards, self.normalize)
+
+    def _means(self, z_MZ: Tensor, clips: list[int]) -> list[Tensor]:
+        """The vectors of items from those of their clips."""
+        if not clips:
+            return []
+        # On a GPU, index_add would sum in another order in each run.
+        z_NZ = torch.stack([z.mean(0) for z in z_MZ.split(clips)])
+        return list(F.normalize(z_NZ, dim=-1) if self.normalize else z_NZ)
+
+
+def in_chunks(results: Iterable[tuple[K, Tensor | BadMedia]]) -> Iterator[list[tuple[K, np.ndarray | BadMedia]]]:
+    """The results of `ItemEncoder.encode` with vectors on the CPU, `CHUNK` items at a time."""
+    iterator = iter(results)
+    while chunk := list(islice(iterator, CHUNK)):
+        vectors = [vector for _, vector in chunk if isinstance(vector, Tensor)]
+        rows = iter(torch.stack(vectors).cpu().numpy() if vectors else ())
+        yield [(key, next(rows) if isinstance(vector, Tensor) else vector) for key, vector in chunk]
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map` in a few threads, in order. It works only a few items ahead, because a long clip takes much memory."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _attempt(item: tuple[K, Callable[[], np.ndarray]]) -> tuple[K, np.ndarray | BadMedia]:
+    key, read = item
+    try:
+        return key, read()
+    except BadMedia as error:
+        return key, error
