@@ -24,9 +24,9 @@ from openimp.checkpoint.folder import save_model
 from openimp.common.errors import UserError
 from openimp.encoding.engine import ItemEncoder
 from openimp.recipe.schema import Recipe
-from openimp.search import build_index, ivf, open_index
-from openimp.search.folder import FORMAT, Metadata, read_metadata, write_metadata
-from openimp.search.table import Items, schema
+from openimp.search import build_index, open_index
+from openimp.search.folder import read_metadata, write_metadata
+from openimp.search.table import Items
 from openimp.training.trainer import train
 
 pytest.importorskip("lancedb")
@@ -397,26 +397,13 @@ def test_a_caption_may_not_be_a_link_out_of_the_folder(tiny_model_folder, media_
     assert [row["text"] for row in rows(tmp_path / "x.index").values()] == [None]
 
 
-def test_an_index_of_format_1_is_lifted_without_embedding_again(tiny_model_folder, folder, tmp_path, embedded):
-    """There, captions were items, and the columns `parts` and `media_type` did not exist."""
+def test_an_index_of_another_format_is_refused(tiny_model_folder, folder, tmp_path):
     index = tmp_path / "x.index"
-    shutil.copy(folder / "text0.txt", folder / "alone.txt")
-    build_index(tiny_model_folder, [folder], index)
-    (folder / "alone.txt").rename(folder / "0.txt")
-    Items(index).table.update(where="path LIKE '%alone.txt'", values={"path": str(folder / "0.txt")})
-    Items(index).table.drop_columns(["parts", "media_type"])
+    build_index(tiny_model_folder, [folder / "0.png"], index)
     write_metadata(index, read_metadata(index).model_copy(update={"format": 1}))
-    with pytest.raises(UserError, match=r"format 1, .*; openimp index with the same files brings it up to date"):
-        open_index(index)
-    embedded.clear()
-    done = build_index(tiny_model_folder, [folder], index)
-    assert (done.unchanged, done.removed, embedded) == (15, 1, {})
-    build_index(tiny_model_folder, [folder], tmp_path / "fresh.index")
-    assert_equal(rows(index), rows(tmp_path / "fresh.index"))
-    types = {Path(row["path"]).suffix: (row["media_type"], row["parts"]) for row in rows(index).values()}
-    assert types[".png"] == ("image/png", 1)
-    assert types[".txt"][0] is None
-    assert {row["parts"] for row in rows(index).values() if row["path"].endswith("long.wav")} == {2}
+    for use in (lambda: open_index(index), lambda: build_index(tiny_model_folder, [folder], index)):
+        with pytest.raises(UserError, match="format 1, and this version of openimp reads format 3; make a new index"):
+            use()
 
 
 def test_a_run_whose_sources_are_streams_has_no_media_to_index(tiny_recipe, tiny_model, tmp_path):
@@ -467,40 +454,36 @@ def test_rows_of_a_source_are_read_again_by_their_number(tiny_recipe, tiny_model
     assert [index.read(hit.id) for hit in sorted(index.search("one"), key=lambda hit: hit.path)] == shifted
 
 
-def test_a_large_index_is_searched_approximately_with_a_measured_recall(tmp_path, monkeypatch):
-    monkeypatch.setattr(ivf, "MIN_ROWS", 2000)
+@pytest.fixture(scope="module")
+def large_table(tmp_path_factory) -> tuple[Items, np.ndarray, np.ndarray]:
+    """60,000 items of two modalities with a gap between them: the table, the vectors, and whether each is a text."""
     rng = np.random.default_rng(0)
+    is_text = np.arange(60_000) % 2
     centers = rng.normal(size=(40, 16))
-    vectors = centers[rng.integers(0, 40, 3000)] + 0.5 * rng.normal(size=(3000, 16))
+    vectors = centers[rng.integers(0, 40, 60_000)] + 0.5 * rng.normal(size=(60_000, 16))
+    vectors += 9 * rng.normal(size=(2, 16))[is_text]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    items = Items(tmp_path, 16)
-    some = {field.name: None for field in schema(16)} | {"modality": "image"}
-    items.replace([], [{**some, "id": str(i), "path": str(i), "vector": vector} for i, vector in enumerate(vectors)])
-    about = Metadata(format=FORMAT, model="m", fingerprint="f", towards={"image": "text"})
-    write_metadata(tmp_path, about)
-    found = ivf.update(tmp_path, items, about).ivf
-    assert read_metadata(tmp_path).ivf == found
-    assert found.recall >= 0.99
-    exact = np.argsort(-(vectors @ vectors[7]))[:10]
-    near = {row["id"] for row in items.nearest(vectors[7], 10, probes=found.probes)}
-    assert len(near & {str(i) for i in exact}) >= 9
-    assert len(items.nearest(vectors[7], 2500, probes=1)) == 2500, "one partition does not have so many"
-    few = items.nearest(vectors[7], 10, "id IN ('5', '1234', '2999')", probes=1)
-    assert {row["id"] for row in few} == {"5", "1234", "2999"}, "a filter may need more partitions than that"
-    assert ivf.update(tmp_path, items, read_metadata(tmp_path)).ivf == found, (
-        "built again only after the table has doubled"
-    )
-
-
-def test_a_text_finds_the_nearest_pictures_although_only_texts_are_in_the_partitions_beside_it(tmp_path):
-    rng = np.random.default_rng(0)
-    is_text = np.arange(2000) % 2
-    vectors = rng.normal(size=(2000, 16)) + 9 * rng.normal(size=(2, 16))[is_text]  # The gap between modalities.
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    items = Items(tmp_path, 16)
+    items = Items(tmp_path_factory.mktemp("large"), 16)
     rows = enumerate(zip(vectors, is_text))
     items.replace([], [{"id": str(i), "modality": ("image", "text")[text], "vector": v} for i, (v, text) in rows])
-    items.build_ivf(40)
+    items.compact()
+    return items, vectors, is_text
+
+
+def test_a_large_index_is_searched_approximately(large_table):
+    items, vectors, is_text = large_table
+    assert items.approximate
+    found_share = []
+    for i in range(20):
+        exact = np.argsort(-(vectors @ vectors[i]))[:10]
+        rows = items.nearest(vectors[i], 10)
+        found_share.append(len({row["id"] for row in rows} & set(map(str, exact))) / 10)
+        assert 1 - rows[0]["_distance"] == pytest.approx(1, abs=1e-3)
+    assert np.mean(found_share) >= 0.98
+    few = items.nearest(vectors[7], 10, "id IN ('5', '1234', '2999')")
+    assert {row["id"] for row in few} == {"5", "1234", "2999"}, "a filter may need all partitions"
     cosines = np.where(is_text, -1, vectors @ vectors[1])
-    found = {row["id"] for row in items.nearest(vectors[1], 10, "modality = 'image'", probes=5)}
-    assert len(found & {str(i) for i in np.argsort(-cosines)[:10]}) >= 9
+    pictures = {row["id"] for row in items.nearest(vectors[1], 10, "modality = 'image'")}
+    assert len(pictures & {str(i) for i in np.argsort(-cosines)[:10]}) >= 9, (
+        "only texts are in the partitions beside it"
+    )

@@ -13,7 +13,6 @@ from openimp.data.trust import check_uses
 from openimp.inference.files import find_files
 from openimp.inference.model import Model, load
 from openimp.recipe.model import LIBRARY, absolute_name
-from openimp.search import ivf
 from openimp.search.folder import FORMAT, SKIPPED, Metadata, locked, read_metadata, write_metadata
 from openimp.search.media import Media, media_of_files, media_of_recipe
 from openimp.search.spaces import fingerprint, has_partner
@@ -36,12 +35,12 @@ class IndexResult:
     skipped: dict[str, str]  # by path, the reason why a file, or a part of it, could not be read
     unknown: dict[str, int]  # the number of files in folders that no modality of the model reads, by extension
     items: int  # all items that the index now holds: pictures, segments, lines, ...
-    recall: float | None  # recall@10 of the approximate search; None if the search is exact
+    approximate: bool  # whether a query is compared with a part of the vectors only
 
     def __str__(self) -> str:
         files = ", ".join(f"{getattr(self, kind):,} {kind}" for kind in KINDS if getattr(self, kind))
-        how = "exact search" if self.recall is None else f"approximate search with a recall@10 of {self.recall:.1%}"
-        lines = [f"{self.folder}: {counted(self.items, 'item')}, {how}; files: {files or 'none'}"]
+        how = "approximate" if self.approximate else "exact"
+        lines = [f"{self.folder}: {counted(self.items, 'item')}, {how} search; files: {files or 'none'}"]
         if self.skipped:
             lines.append(f"{counted(len(self.skipped), 'file')} could not be read, or not completely:")
             lines += [f"  {path}: {reason}" for path, reason in self.skipped.items()]
@@ -92,11 +91,11 @@ def build_index(
         towards=towards,
     )
     with locked(folder):
-        about = _same_weights(folder, about, replace=given is None)
+        _same_weights(folder, about, replace=given is None)
         items = Items(folder, opened.imp.config.embed_dim)
         update = Update(opened, folder, items, about.towards, found, given)
         try:
-            differs = update.run(batch_size, progress)
+            update.run(batch_size, progress)
         except KeyboardInterrupt:
             kept = counted(items.table.count_rows(), "item")
             console.print(f"stopped: {folder} holds {kept} so far; the same command does the rest", soft_wrap=True)
@@ -104,14 +103,11 @@ def build_index(
         if not items.table.count_rows():
             reason = next(iter(update.skipped.items()), ("nothing", "there are no media"))
             raise UserError(f"no file can be read; the first: {reason[0]}: {reason[1][1]}")
-        if differs:
-            items.compact()
-        about = ivf.update(folder, items, about)
+        items.compact()
         count = items.table.count_rows()
     skipped = {path: reason for path, (_, reason) in update.skipped.items()}
     new, changed, moved, unchanged, removed = (update.counts[kind] for kind in KINDS)
-    recall = None if about.ivf is None else about.ivf.recall
-    done = IndexResult(folder, new, changed, moved, unchanged, removed, skipped, unknown, count, recall)
+    done = IndexResult(folder, new, changed, moved, unchanged, removed, skipped, unknown, count, items.approximate)
     console.print(str(done), soft_wrap=True)
     return done
 
@@ -143,9 +139,9 @@ def _find(
     return media, {}
 
 
-def _same_weights(folder: Path, about: Metadata, replace: bool) -> Metadata:
+def _same_weights(folder: Path, about: Metadata, replace: bool) -> None:
     """Writes index.json. Refuses, or with `replace` empties, an index that was built with other weights."""
-    old = read_metadata(folder, lift=True)
+    old = read_metadata(folder)
     if old is not None and old.fingerprint != about.fingerprint:
         if not replace:
             raise UserError(
@@ -153,8 +149,5 @@ def _same_weights(folder: Path, about: Metadata, replace: bool) -> Metadata:
             )
         drop(folder)
         (folder / SKIPPED).unlink(missing_ok=True)
-        old = None
-    about = about if old is None else old.model_copy(update={"format": FORMAT, "model": about.model})
     if about != old:
         write_metadata(folder, about)
-    return about

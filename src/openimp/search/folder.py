@@ -1,6 +1,6 @@
 """The folder of an index, its lock and its JSON files.
 
-index.json     the model, a fingerprint of its weights and views, and the settings of approximate search
+index.json     the model, and a fingerprint of its weights and views
 skipped.json   files that could not be read, so that they are tried again only after they change
 items.lance/   a LanceDB table with one row per item
 .lock          held by the process that writes the index
@@ -16,26 +16,15 @@ from filelock import FileLock, Timeout
 
 from openimp.common.errors import UserError
 from openimp.common.safe_files import read_text, refuse_links, write_text
-from openimp.common.schema import Count, Share, Strict, checked
+from openimp.common.schema import Count, Strict, checked
 
-FORMAT = 2
-"""Version of this layout. `openimp index` lifts format 1, see `Items`; other versions are refused."""
+FORMAT = 3
+"""Version of this layout."""
 METADATA, SKIPPED, LOCK = "index.json", "skipped.json", ".lock"
 INDEX_FILES = ("**/*",)
 """Patterns of the files of an index, for `refuse_links`."""
 MAX_JSON = 2**28
 """Most bytes of `skipped.json` that are read."""
-
-
-class Ivf(Strict):
-    """An inverted file: vectors are partitioned by nearest centroid, and a query searches some partitions only."""
-
-    rows: Count
-    """Number of rows when the centroids were computed."""
-    probes: Count
-    """Number of partitions that a query searches."""
-    recall: Share
-    """Measured recall@10: the share of the 10 nearest items that are found with this many partitions."""
 
 
 class Metadata(Strict):
@@ -49,8 +38,6 @@ class Metadata(Strict):
     """Hash of the model's weights and views."""
     towards: dict[str, str]
     """By modality, the other modality that the vectors of its items can be compared with (in a disjoint space)."""
-    ivf: Ivf | None = None
-    """None: a query is compared with all items, which is exact."""
 
 
 @contextmanager
@@ -71,15 +58,16 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def read_metadata(folder: Path, lift: bool = False) -> Metadata | None:
-    """The content of index.json; None if the folder has none. With `lift`, its format may be 1."""
+def read_metadata(folder: Path) -> Metadata | None:
+    """The content of index.json; None if the folder has none."""
     file = folder / METADATA
     if not file.exists():
         return None
     found = _read_json(file)
-    if isinstance(found, dict) and (version := found.get("format")) != FORMAT and not (lift and version == 1):
-        advice = "; openimp index with the same files brings it up to date" if version == 1 else " only"
-        raise UserError(f"{file}: format {version}, and this version of openimp reads format {FORMAT}{advice}")
+    if isinstance(found, dict) and (version := found.get("format")) != FORMAT:
+        raise UserError(
+            f"{file}: format {version}, and this version of openimp reads format {FORMAT}; make a new index"
+        )
     return checked(Metadata, found, str(file))
 
 

@@ -239,10 +239,9 @@ class Index:
 
         How many of the nearest items are other segments is not known before, so more are read until there are enough.
         """
-        probes = None if self._about.ivf is None else self._about.ivf.probes
         count = k
         while True:
-            rows = self._items.nearest(vector, count, where, probes)
+            rows = self._items.nearest(vector, count, where)
             best: dict[str, Hit] = {}
             for row in rows:
                 hit = Hit(score=1 - row.pop("_distance"), **row)

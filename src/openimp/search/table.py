@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,12 @@ SHOWN = [field.name for field in fields(Hit) if field.name != "score"]
 """Columns of the results of a search."""
 BATCH = 8192
 """Rows that are read into memory at once."""
+APPROXIMATE_ROWS = 50_000
+"""Fewest rows with an index of the vectors."""
+PARTITIONS = 40
+"""Partitions of the vectors that a query is compared with. LanceDB makes one per 4,096 rows."""
+REFINED = 2
+"""For `k` results, this many times `k` rows are compared with their exact vectors, after a search in quantized ones."""
 KEEP_VERSIONS = 24 * 3600
 """Seconds that a version of the table is kept after a newer one has replaced it, for processes that still read it."""
 FILTER_PATHS = 500
@@ -65,19 +72,13 @@ class Items:
     """The table of an index, open for reading. Writers must hold `folder.locked`."""
 
     def __init__(self, folder: Path, size: int | None = None) -> None:
-        """Opens the table.
-
-        With `size`, the number of features, creates it if it does not exist, and adds the columns that an older format
-        lacks.
-        """
+        """Opens the table. With `size`, the number of features, creates it if it does not exist."""
         database = import_lancedb().connect(folder)
         # If the process was killed while it created the table, the folder exists, but no version of the table.
         exists = any((folder / f"{ITEMS}.lance" / "_versions").glob("*.manifest"))
         try:
             if exists:
                 self.table = database.open_table(ITEMS)
-                if size is not None:
-                    self._lift(schema(size))
             elif size is not None:
                 self.table = database.create_table(ITEMS, schema=schema(size))
             if size is None and not (exists and self.table.count_rows()):
@@ -85,12 +86,10 @@ class Items:
         except (ValueError, RuntimeError, OSError) as error:
             raise UserError(f"{folder}: damaged: {str(error).splitlines()[0]}") from None
 
-    def _lift(self, wanted: pa.Schema) -> None:
-        missing = [field for field in wanted if field.name not in self.table.schema.names]
-        if missing:
-            # Without a state, all media are hashed again, and then written with the new columns and the old vectors.
-            self.table.update(values={"state": ""})
-            self.table.add_columns(missing)
+    @cached_property
+    def approximate(self) -> bool:
+        """Whether a query is compared with the vectors of the nearest partitions only."""
+        return "vector" in self.indexed()
 
     def stored(self) -> dict[str, Stored]:
         """All files and rows of sources, by path."""
@@ -100,33 +99,23 @@ class Items:
             found.update(zip(path, map(Stored, *columns)))
         return found
 
-    def nearest(
-        self, vector: np.ndarray, k: int, where: str | None = None, probes: int | None = None
-    ) -> list[dict[str, Any]]:
+    def nearest(self, vector: np.ndarray, k: int, where: str | None = None) -> list[dict[str, Any]]:
         """The `k` rows with the highest cosine, without their vectors; `_distance` is 1 - cosine.
 
         Args:
             vector: (Z,), of any length.
             k: number of rows at most.
             where: only rows that match this SQL filter.
-            probes: number of IVF partitions to search. None, or if they have fewer than `k` rows that match: all rows
-                are compared.
         """
         query = self.table.search(vector).distance_type("cosine").limit(k).select([*SHOWN, "_distance"])
         query = query.where(where) if where else query
         with _read_errors():
-            if probes is None:
-                return query.bypass_vector_index().to_list()
-            found = query.nprobes(probes).to_list()
-            # The partitions next to a text may hold texts only. The first ones with pictures then have only some of the
-            # best pictures.
-            return found if len(found) == k else query.bypass_vector_index().to_list()
-
-    def vectors(self) -> Iterator[tuple[list[str], np.ndarray]]:
-        """Ids and vectors (n, Z) fp32 of all rows, in batches."""
-        for batch in self.table.search().select(["id", "vector"]).to_batches(batch_size=BATCH):
-            vectors = batch["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-            yield batch["id"].to_pylist(), vectors.reshape(len(batch), -1)
+            if self.approximate:
+                rows = query.nprobes(PARTITIONS).refine_factor(REFINED).to_list()
+                # The partitions near a text may hold texts only. The next ones have just some of the best pictures.
+                if len(rows) == k:
+                    return rows
+            return query.bypass_vector_index().to_list()
 
     def places(self) -> tuple[set[str], set[str]]:
         """The names of all sources, and the folders of all files."""
@@ -161,24 +150,21 @@ class Items:
         """The columns that have an index."""
         return {column for index in self.table.list_indices() for column in index.columns}
 
-    def build_ivf(self, partitions: int) -> None:
-        """Builds an IVF index with this number of partitions."""
-        from lancedb.index import IvfFlat
-
-        self.table.create_index(
-            "vector", config=IvfFlat(distance_type="cosine", num_partitions=partitions), replace=True
-        )
-
     def compact(self) -> None:
-        """Merges the small files that many writes leave, adds new rows to the column indexes, and removes old versions.
+        """Merges the small files that many writes leave, builds the indexes or adds new rows to them, and removes
+        old versions.
 
         A process reads the version that was the newest when it opened the index. So a version is kept until
         `KEEP_VERSIONS` seconds after a newer one was written.
         """
-        from lancedb.index import BTree
+        from lancedb.index import BTree, IvfSq
 
         if "id" not in self.indexed():  # The page looks up dozens of items; without it, each is a scan of the table.
             self.table.create_index("id", config=BTree())
+        rows = self.table.count_rows()
+        indexed = getattr(self.table.index_stats("vector_idx"), "num_indexed_rows", 0)
+        if rows >= max(APPROXIMATE_ROWS, 2 * indexed):
+            self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
         self.table.optimize(cleanup_older_than=timedelta(days=9999))
         # Lance removes versions by the time when they were written. The one that readers have may be years old.
         now = time.time()
@@ -231,6 +217,7 @@ def _chunks(paths: Iterable[str]) -> Iterator[list[str]]:
 
 def import_lancedb() -> Any:
     """The module; UserError if it is not installed."""
+    os.environ.setdefault("LANCE_LOG", "error")  # It warns about partitions that it divides.
     try:
         import lancedb
     except ImportError:

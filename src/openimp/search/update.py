@@ -48,22 +48,20 @@ class Update:
         self.gone = {path for path in self.stored if path not in wanted and _is_below(path, roots)}
         self.moved: set[str] = set()  # the paths in `gone` whose content now has another path
 
-    def run(self, batch_size: int, progress: Callable[[Iterable[Any], str], Iterable[Any]]) -> bool:
-        """Updates the table. Returns whether it changed."""
+    def run(self, batch_size: int, progress: Callable[[Iterable[Any], str], Iterable[Any]]) -> None:
+        """Updates the table."""
         todo = [media for media in self.wanted.values() if not self._is_current(media)]
         current = self.wanted.keys() & self.stored.keys() - {media.path for media in todo}
         self.counts["unchanged"] = len(current)
         for path in current:
             if self.wanted[path].source:
                 self.first[self.stored[path].sha256, self.stored[path].modality] = path
-        before = self.items.table.version
         for name in self.towards:
             if media := [media for media in todo if media.modality == name]:
                 self._index(name, progress(media, f"index {name}"), batch_size)
         self.items.remove(self.gone)
         self.counts["removed"] = len(self.gone - self.moved)
         self._save_skipped()
-        return bool(self.items.table.version != before)
 
     def _is_stale(self, path: str, roots: list[str] | None) -> bool:
         """Whether an entry of `skipped` is about a file that is gone, or about an earlier state of a file with rows.
