@@ -100,7 +100,7 @@ def requests(server: Server, folder: Path, known: str, seed: int, count: int) ->
         return values[rng.integers(len(values))]
 
     for _ in range(count):
-        place = one(["media", "thumbnails", "items", "uploads", "static", "map.json", ""])
+        place = one(["media", "thumbnails", "uploads", "static", ""])
         query = "&".join(f"{one(keys)}={quote(one(values))}" for _ in range(rng.integers(1, 9)))
         match int(rng.integers(6)):
             case 0:
@@ -110,7 +110,7 @@ def requests(server: Server, folder: Path, known: str, seed: int, count: int) ->
             case 2:
                 yield server.ask(f"/media/{known}", Range=one(ranges))
             case 3:
-                yield server.ask(f"/{one(['', 'map', 'map.json', 'items/' + known])}?{query}")
+                yield server.ask(f"/?{query}")
             case 4:
                 yield server.ask(
                     f"/{place}",

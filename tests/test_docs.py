@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -168,12 +169,15 @@ def test_the_search_page_runs(little_data, little_run, tmp_path, monkeypatch):
     for name, file in {"cat.png": "pictures/red/0.png", "riff.wav": "0.wav", "music/0.wav": "1.wav"}.items():
         shutil.copy(little_data / file, name)
     page = ROOT / "docs" / "search.md"
-    ((_, commands),) = blocks(page, "sh")
-    for line in commands.splitlines():
-        monkeypatch.setattr("sys.argv", shlex.split(line))
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert not end.value.code, line
+    for line in "".join(commands for _, commands in blocks(page, "sh")).splitlines():
+        words = shlex.split(line)
+        if words[0] == "embedding-atlas":
+            assert {"embedding", "image", "name"} <= {*words} & {*pq.read_schema(words[1]).names}
+        if words[0] == "openimp":
+            monkeypatch.setattr("sys.argv", words)
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+            assert not end.value.code, line
     known = {}
     for _, code in blocks(page, "python"):
         exec(code, known)

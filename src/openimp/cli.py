@@ -238,7 +238,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")] = 8000,
     allow_sources: AllowSourcesOption = False,
 ) -> None:
-    """Serve a web page to search an index with texts, files and recordings, and to see a map of its items."""
+    """Serve a web page to search an index with texts, files and recordings."""
     from openimp.commands import run_serve
 
     run_serve(what, host, port, allow_sources)

@@ -96,9 +96,6 @@ def test_the_keyboard_alone_searches_for_texts_and_files(server, page, little_da
     search_with_keyboard(page, server.url, "a red square")
     assert results(page)[0] == "a red square"
     assert page.locator("#status").inner_text().startswith("39 results")
-    assert page.get_by_role("link", name="Map").get_attribute("href") == "/map?q=a+red+square", (
-        "the map is that of the query"
-    )
     choose_with_keyboard(page, little_data / "4.wav")
     assert results(page)[0] == "a middle tone"
     assert page.locator("#parts").inner_text().split() == ["like", "4.wav", "✕"]
@@ -139,13 +136,6 @@ def test_a_file_is_uploaded_filtered_and_followed_to_more_like_it(server, page, 
     page.wait_for_selector("#parts li.less", state="detached")
     page.locator("#parts li.more a").click()
     page.wait_for_selector("#parts li.more", state="detached")
-    (tmp_path / "notes.txt").write_text("a red\nsquare\n", encoding="utf-8")
-    page.set_input_files("#file", tmp_path / "notes.txt")
-    page.wait_for_url("**q=a+red+square*")
-    assert page.locator("#q").input_value() == "a red square", "a text file is a text query"
-    page.wait_for_selector("#parts li", state="detached")
-    page.set_input_files("#file", little_data / "4.wav")
-    page.wait_for_selector("#parts li.file")
     assert page.get_by_role("checkbox", name="audio").is_checked()
     entries = page.evaluate("history.length")
     for score in ("0.98", "0.99"):
@@ -189,48 +179,13 @@ def test_the_microphone_is_searched_with(server, page):
     assert len(results(page)) == 15, "the model does not compare sounds with pictures"
 
 
-def test_the_map_is_used_with_the_keyboard_and_the_mouse(server, page):
-    page.goto(f"{server.url}/map?q=red")
-    page.wait_for_selector("#map[data-ready='39']", state="attached")
-    press_until(page, "Tab", "#map")
-    page.keyboard.press("ArrowRight")
-    page.wait_for_selector("#results .card")
-    first = page.locator("#results a[data-go]").first.get_attribute("href")
-    for key in ("+", "-", "0"):
-        page.keyboard.press(key)
-    for key in ("ArrowLeft", "ArrowDown", "ArrowUp", "ArrowRight"):  # At the edge, some of them lead nowhere.
-        page.keyboard.press(key)
-        if page.evaluate("points.ids[chosen]") not in first:
-            break
-    api.expect(page.locator("#results a[data-go]").first).not_to_have_attribute("href", first, timeout=SECONDS)
-    page.keyboard.press("Enter")
-    press_until(page, "Tab", "#results a[data-go]", 12)  # The controls of a sound come first.
-    page.keyboard.press("Enter")
-    page.wait_for_url(re.compile(r"/\?more=\w{32}$"))
-    assert results(page)
-    page.goto(f"{server.url}/map")
-    page.wait_for_selector("#map[data-ready='39']", state="attached")
-    x, y = page.evaluate("[screenX(7), screenY(7)]")
-    page.locator("#map").click(position={"x": x, "y": y})
-    page.wait_for_selector("#results .card")
-    frame = "() => new Promise(requestAnimationFrame)"
-    for width, height in ((360, 740), (1280, 1000)):
-        page.set_viewport_size({"width": width, "height": height})
-        page.evaluate(frame)
-        page.evaluate(frame)
-        assert page.evaluate("zoom / fitting()") == pytest.approx(1), "everything fits in the new size"
-    page.get_by_role("checkbox", name="audio").uncheck()
-    page.get_by_role("checkbox", name="image").uncheck()
-    assert page.evaluate("cheapest(0, 0, Math.hypot)") == -1, "hidden points are not chosen"
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everything_fits_on_a_phone_in_light_and_dark(server, browser, scheme):
     context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True)
     context.set_default_timeout(SECONDS)
     page = context.new_page()
     backgrounds = set()
-    for path in ("/", "/?q=red", "/?q=red&min=1", "/map", "/nothing", "/?k=x"):
+    for path in ("/", "/?q=red", "/?q=red&min=1", "/nothing", "/?k=x"):
         page.goto(server.url + path)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
         backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))

@@ -25,11 +25,11 @@ class Chip:
     thumbnail: str | None  # URL
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
     """The results of a query."""
 
-    status: str  # one sentence
+    status: str = ""  # one sentence
     state: State = field(default_factory=State)  # what is searched: the query without parts that no longer exist
     items: list[Item] = field(default_factory=list)
     chips: list[Chip] = field(default_factory=list)
@@ -40,68 +40,65 @@ class Answer:
 
 def answer(index: Index, uploads: Uploads, state: State) -> Answer:
     """Searches. An impossible query is an answer, too, which says why."""
-    chips: list[Chip] = []
-    notes: list[str] = []
+    page = Answer(state=state)
     try:
-        parts, chips, notes = parts_of(index, uploads, state)
-        left = {kind: tuple(chip.id for chip in chips if chip.kind == kind) for kind in ("file", "more", "less")}
-        state = replace(state, file=left["file"], more=left["more"], less=left["less"])
-        if not parts:
-            status = "Nothing is left of this query. Start from one of these" if notes else _overview(index)
-            return Answer(status, state, _examples(index), notes=notes)
-        parts = [index.encode(part) if isinstance(part, Query) else part for part in parts]  # For both searches.
-        find = partial(index.search, parts, modalities=state.modality or None, under=state.under or None)
-        hits = find(state.k, min_score=state.min or None)
-        best = hits[:1] or (find(1) if state.min else [])
+        parts = _parts(index, uploads, page)
+        if parts:
+            _search(index, parts, page)
+        else:
+            total = counted(sum(index.counts.values()), "item")
+            start = "Nothing is left of this query. Start" if page.notes else f"{total}. Search them, or start"
+            page.status = f"{start} from one of these"
+            page.items = [item(index, Hit(**row, score=1.0)) for row in index.sample(EXAMPLES, SHOWN).to_pylist()]
     except UserError as error:
-        return Answer(f"This cannot be searched: {error}", state, [], chips, notes, code=400)
-    more = state.link(k=min(state.k + PAGE_RESULTS, MAX_RESULTS)) if len(hits) == state.k < MAX_RESULTS else ""
-    return Answer(_status(hits, best, state), state, [_shown(index, hit, state) for hit in hits], chips, notes, more)
+        page.status = f"This cannot be searched: {error}"
+        page.code = 400
+    return page
 
 
-def _shown(index: Index, hit: Hit, state: State) -> Item:
-    return replace(item(index, hit), segments=hit.parts if stands_for_file(hit, state.under or None) else 0)
-
-
-def parts_of(index: Index, uploads: Uploads, state: State) -> tuple[list[QueryPart], list[Chip], list[str]]:
-    """The parts of a query, the chips that show them, and notes about parts that no longer exist."""
+def _parts(index: Index, uploads: Uploads, page: Answer) -> list[QueryPart]:
+    """The parts of the query. Adds the chips that show them, and removes parts that no longer exist from the state."""
+    state = page.state
     parts: list[QueryPart] = [index.text_query(state.q)] if state.q else []
-    chips: list[Chip] = []
-    notes: list[str] = []
     for id in state.file:
-        upload = uploads.get(id)
-        if upload is None:
-            notes.append("A file of this query is no longer kept. Choose it again.")
-            continue
-        chips.append(Chip("file", id, upload.name, f"/uploads/{id}" if upload.thumbnail else None))
-        parts.append(upload.encoded)
+        if upload := uploads.get(id):
+            page.chips.append(Chip("file", id, upload.name, f"/uploads/{id}" if upload.thumbnail else None))
+            parts.append(upload.encoded)
+        else:
+            page.notes = ["A file of this query is no longer kept. Choose it again."]
     likes = state.likes()
-    indexed = index.hits(like.id for like in likes) if likes else {}
-    for like, kind in zip(likes, ["more"] * len(state.more) + ["less"] * len(state.less)):
-        if like.id not in indexed:
-            notes.append("An item of this query is no longer indexed.")
-            continue
-        found = item(index, indexed[like.id])
-        thumbnail = None if found.kind == "text" else found.thumbnail
-        chips.append(Chip(kind, like.id, found.name, thumbnail))
-        parts.append(like)
-    return parts, chips, list(dict.fromkeys(notes))
+    hits = index.hits(like.id for like in likes) if likes else {}
+    for like in likes:
+        if hit := hits.get(like.id):
+            shown = item(index, hit)
+            kind = "more" if like.weight > 0 else "less"
+            page.chips.append(Chip(kind, like.id, shown.name, None if shown.kind == "text" else shown.thumbnail))
+            parts.append(like)
+    if len(hits) < len({like.id for like in likes}):
+        page.notes.append("An item of this query is no longer indexed.")
+    kept = {kind: tuple(chip.id for chip in page.chips if chip.kind == kind) for kind in ("file", "more", "less")}
+    page.state = replace(state, file=kept["file"], more=kept["more"], less=kept["less"])
+    return parts
 
 
-def _overview(index: Index) -> str:
-    return f"{counted(sum(index.counts.values()), 'item')}. Search them, or start from one of these"
-
-
-def _examples(index: Index) -> list[Item]:
-    """A few items, evenly spaced, to start from."""
-    return [item(index, Hit(**row, score=1.0)) for row in index.sample(EXAMPLES, SHOWN).to_pylist()]
-
-
-def _status(hits: list[Hit], best: list[Hit], state: State) -> str:
-    if not best:
-        return "Nothing is indexed that matches these filters"
-    if not hits:
-        return f"No result has a score of at least {state.min:.2f}; the best has {best[0].score:.2f}"
+def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
+    """Adds the results to the page."""
+    state = page.state
+    encoded = [index.encode(part) if isinstance(part, Query) else part for part in parts]  # Once for both searches.
+    find = partial(index.search, encoded, modalities=state.modality or None, under=state.under or None)
+    hits = find(state.k, min_score=state.min or None)
     at_least = f" with a score of at least {state.min:.2f}" if state.min else ""
-    first = "The first " if len(hits) == state.k else ""
-    return f"{first}{counted(len(hits), 'result')}{at_least}"
+    if hits:
+        first = "The first " if len(hits) == state.k else ""
+        page.status = f"{first}{counted(len(hits), 'result')}{at_least}"
+    elif best := find(1) if state.min else []:
+        page.status = f"No result{at_least}; the best has {best[0].score:.2f}"
+    else:
+        page.status = "Nothing is indexed that matches these filters"
+    if len({hit.modality for hit in hits}) > 1:
+        page.notes.append("The modalities take turns, because their scores cannot be compared.")
+    for hit in hits:
+        segments = hit.parts if stands_for_file(hit, state.under or None) else 0
+        page.items.append(replace(item(index, hit), segments=segments))
+    if len(hits) == state.k < MAX_RESULTS:
+        page.next = state.link(k=min(state.k + PAGE_RESULTS, MAX_RESULTS))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import numpy as np
 from anyio import CapacityLimiter, Semaphore, to_thread
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.exceptions import HTTPException
@@ -19,15 +18,19 @@ from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.common.progress import clock
 from openimp.search.answers import Answer, answer
-from openimp.search.display import UNKNOWN, Item, head_of, item, kind_of, media_type
+from openimp.search.display import UNKNOWN, head_of, kind_of, media_type
 from openimp.search.index import Index
-from openimp.search.projection import MAX_POINTS, method, project
 from openimp.search.query import Query
-from openimp.search.state import MAX_TEXT, State
+from openimp.search.state import State
 from openimp.search.uploads import MAX_UPLOAD_BYTES, Upload, Uploads
 
-TEMPLATES = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-TEMPLATES.loader = PackageLoader("openimp.search")
+TEMPLATES = Environment(
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    loader=PackageLoader("openimp.search"),
+)
 TEMPLATES.filters["clock"] = clock
 TEMPLATES.filters["place"] = lambda name: os.path.basename(name) if os.path.isabs(name) else name
 THUMBNAIL = 256
@@ -39,30 +42,32 @@ UPLOAD_SECONDS = 90
 
 
 class Page:
-    """The handlers, and what they share: the index, the uploads and caches.
+    """The handlers, and what they share: the index, the uploads and a cache of thumbnails.
 
     The event loop must stay responsive, so slow work runs in threads. Each kind of work has its own limit of threads,
     so slow work of one kind does not delay the others.
     """
 
     def __init__(self, index: Index) -> None:
-        self.index, self.uploads = index, Uploads()
-        self.searching, self.encoding, self.drawing = CapacityLimiter(1), CapacityLimiter(2), CapacityLimiter(2)
-        self.projecting = CapacityLimiter(1)  # UMAP takes minutes; whoever asks meanwhile waits for the same map.
+        self.index = index
+        self.uploads = Uploads()
+        self.searching = CapacityLimiter(1)
+        self.encoding = CapacityLimiter(2)
+        self.drawing = CapacityLimiter(2)
         self.receiving = Semaphore(RECEIVED_AT_ONCE)
         self.folder = tempfile.TemporaryDirectory(prefix="openimp-serve-")
         self.thumbnail = lru_cache(maxsize=4096)(self._thumbnail)
-        self.points = lru_cache(maxsize=1)(self._points)
         modalities = index.model.modalities.values()
+        files = [modality for modality in modalities if not modality.reads_text]
         self.shared: dict[str, Any] = {
             "folder": index.folder,
             "counts": index.counts,
             "folders": index.folders,
             "colors": {name: f"c{i % 6}" for i, name in enumerate(index.model.modalities)},
             "reader": any(modality.reads_text for modality in modalities),
-            "readable": [modality.name for modality in modalities],
-            "accepted": [end for modality in modalities for end in modality.extensions],
-            "recordable": next((modality.name for modality in modalities if kind_of(modality) == "audio"), ""),
+            "readable": [modality.name for modality in files],
+            "accepted": [extension for modality in files for extension in modality.extensions],
+            "recordable": next((modality.name for modality in files if kind_of(modality) == "audio"), ""),
             "limit": MAX_UPLOAD_BYTES,
         }
 
@@ -73,30 +78,7 @@ class Page:
             found = await to_thread.run_sync(answer, self.index, self.uploads, state, limiter=self.searching)
         except UserError as error:
             found = Answer(f"This cannot be searched: {error}", code=400)
-        return self._render("search.html", page="search", **vars(found))
-
-    async def map(self, request: Request) -> Response:
-        """The page with the map. Its script fetches the points from `map_points`."""
-        state = State.parse(request.query_params)
-        total = sum(self.index.counts.values())
-        shown = min(total, MAX_POINTS)
-        return self._render("map.html", state=state, page="map", method=method(shown), total=total, shown=shown)
-
-    async def map_points(self, request: Request) -> Response:
-        """The points of the map, and the ids of the items that the query in the URL finds."""
-        state = State.parse(request.query_params)
-        points = await to_thread.run_sync(self.points, limiter=self.projecting)
-        hits: list[str] = []
-        if not state.is_empty:
-            found = await to_thread.run_sync(answer, self.index, self.uploads, state, limiter=self.searching)
-            hits = [] if found.state.is_empty else [shown.hit.id for shown in found.items]
-        return JSONResponse({**points, "hits": hits})
-
-    async def item(self, request: Request) -> Response:
-        """One item, as an HTML fragment."""
-        state = State.parse(request.query_params)
-        found = await to_thread.run_sync(self._item, request.path_params["id"])
-        return self._render("item.html", state=state, item=found)
+        return self._render("search.html", **vars(found))
 
     async def media(self, request: Request) -> Response:
         """The file of an item, or the range of it that the Range header asks for."""
@@ -112,27 +94,26 @@ class Page:
         return _picture(upload.thumbnail if upload else None)
 
     async def upload(self, request: Request) -> Response:
-        """Encodes a file, the body of the request, and returns its id; of a text file, the text."""
+        """Encodes a file, the body of the request, and returns its id."""
         name = Path(request.query_params.get("name", "")).name[:200] or "file"
+        reason, code = "", 400
         try:
             modality = request.query_params.get("modality") or self.index.modality_of(name)
             if modality not in self.shared["readable"]:
-                raise UserError(f"{name}: the model reads no {modality} files")
+                raise UserError(f"{name}: choose a file of {' or '.join(self.shared['readable'])}")
             with anyio.fail_after(UPLOAD_SECONDS):
                 async with self.receiving:
-                    content = await _body(request, name)
-                    if self.index.model.modalities[modality].reads_text:
-                        return JSONResponse({"q": _text(name, content)})
-                    read = partial(self._read, name, modality, content)
+                    read = partial(self._read, name, modality, await _body(request, name))
                     # A thread cannot be stopped. It counts towards the limit until it is done.
                     upload = await to_thread.run_sync(read, limiter=self.encoding, abandon_on_cancel=True)
+            return JSONResponse({"id": self.uploads.add(upload)})
         except TimeoutError:
-            return _refused(f"{name}: reading it takes too long, or the server is busy", 408)
-        except ClientDisconnect:
-            return Response(status_code=400)  # Nobody receives it.
+            reason, code = f"{name}: reading it takes too long, or the server is busy", 408
         except UserError as error:
-            return _refused(str(error), 400)
-        return JSONResponse({"id": self.uploads.add(upload)})
+            reason = str(error)
+        except ClientDisconnect:
+            pass  # Nobody receives the answer.
+        return JSONResponse({"error": f"Cannot search with {reason}."}, code)
 
     def _read(self, name: str, modality: str, content: bytes) -> Upload:
         try:
@@ -140,9 +121,6 @@ class Page:
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         return Upload(name, encoded, self._draw(modality, content))
-
-    def _item(self, id: str) -> Item:
-        return item(self.index, self.index.hit(id))
 
     def _media(self, id: str) -> Response:
         hit, media = self.index.hit(id), self.index.read(id)
@@ -169,23 +147,10 @@ class Page:
         return self._draw(hit.modality, self.index.read(id), segment)
 
     def _draw(self, name: str, media: bytes | Path, segment: tuple[float, float] | None = None) -> bytes | None:
-        modality = self.index.model.modalities[name]
         try:
-            return (
-                None
-                if modality.reads_text
-                else modality.thumbnail(media, self.index.model.views[name], THUMBNAIL, segment)
-            )
+            return self.index.model.modalities[name].thumbnail(media, self.index.model.views[name], THUMBNAIL, segment)
         except BadMedia:
             return None
-
-    def _points(self) -> dict[str, Any]:
-        """The map as JSON: ids, modalities as numbers, and coordinates."""
-        items, names = self.index.sample(MAX_POINTS, ["id", "modality", "vector"]), list(self.index.counts)
-        vectors = items["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(items), -1)
-        groups = np.array([names.index(name) for name in items["modality"].to_pylist()])
-        x, y = project(vectors, groups).T.tolist()
-        return {"ids": items["id"].to_pylist(), "modalities": groups.tolist(), "x": x, "y": y, "names": names}
 
     def _render(self, template: str, code: int = 200, **values: Any) -> HTMLResponse:
         page = TEMPLATES.get_template(template).render(self.shared | values)
@@ -193,16 +158,11 @@ class Page:
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Answers an error with one sentence: a page for browsers, plain text otherwise."""
-        code = (
-            error.status_code
-            if isinstance(error, HTTPException)
-            else 400
-            if request.url.path.startswith("/map")
-            else 404
-        )
-        text = "There is no such page" if isinstance(error, HTTPException) else str(error)
+        code, text = 404, str(error)
+        if isinstance(error, HTTPException):
+            code, text = error.status_code, "There is no such page"
         if "text/html" in request.headers.get("accept", ""):
-            return self._render("error.html", code=code, state=State(), page="", status=text)
+            return self._render("error.html", code=code, status=text)
         return PlainTextResponse(text.encode(errors="replace"), code)
 
 
@@ -227,21 +187,6 @@ async def _body(request: Request, name: str) -> bytes:
         if len(content) > MAX_UPLOAD_BYTES:
             raise too_large
     return bytes(content)
-
-
-def _text(name: str, content: bytes) -> str:
-    """The text of a file, in one line."""
-    try:
-        text = " ".join(content.decode("utf-8-sig").split())
-    except UnicodeDecodeError:
-        raise UserError(f"{name}: it is no UTF-8 text") from None
-    if not 0 < len(text) <= MAX_TEXT:
-        raise UserError(f"{name}: a text query has 1 to {MAX_TEXT:,} characters, and this file {len(text):,}")
-    return text
-
-
-def _refused(reason: str, code: int) -> Response:
-    return JSONResponse({"error": f"Cannot search with {reason}."}, code)
 
 
 def _picture(picture: bytes | None) -> Response:

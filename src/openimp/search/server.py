@@ -23,9 +23,6 @@ def create_app(index: Index, host: str = "127.0.0.1") -> Guard:
     page = Page(index)
     routes = [
         Route("/", page.search),
-        Route("/map", page.map),
-        Route("/map.json", page.map_points),
-        Route("/items/{id}", page.item),
         Route("/media/{id}", page.media),
         Route("/thumbnails/{id}", page.item_thumbnail),
         Route("/uploads/{id}", page.upload_thumbnail),

@@ -36,21 +36,20 @@ class State:
     @classmethod
     def parse(cls, parameters: QueryParams) -> "State":
         """Reads the parameters of a URL; UserError if a value is impossible. Unknown parameters are ignored."""
-        lists = {field.name: tuple(dict.fromkeys(parameters.getlist(field.name))) for field in fields(cls)}
-        given: dict[str, Any] = {name: lists[name] for name in ("file", "more", "less", "modality")}
-        if any(len(values) > MAX_PARTS for values in given.values()):
+        kinds = ("file", "more", "less", "modality")
+        lists: dict[str, Any] = {name: tuple(dict.fromkeys(parameters.getlist(name))) for name in kinds}
+        texts: dict[str, Any] = {name: parameters.get(name, "").strip() for name in ("q", "under")}
+        if max(map(len, lists.values())) > MAX_PARTS:
             raise UserError(f"a query has at most {MAX_PARTS} files or items")
-        for name in ("q", "under"):
-            given[name] = parameters.get(name, "").strip()
-            if len(given[name]) > MAX_TEXT:
-                raise UserError(f"a query has at most {MAX_TEXT:,} characters")
+        if max(map(len, texts.values())) > MAX_TEXT:
+            raise UserError(f"a query has at most {MAX_TEXT:,} characters")
         try:
             score, count = float(parameters.get("min") or 0), int(parameters.get("k") or PAGE_RESULTS)
         except ValueError:
             raise UserError("min and k must be numbers") from None
         if not (-1 <= score <= 1 and 1 <= count <= MAX_RESULTS):
             raise UserError(f"min must be between -1 and 1, and k between 1 and {MAX_RESULTS}")
-        return cls(**given, min=score, k=count)
+        return cls(**lists, **texts, min=score, k=count)
 
     @property
     def is_empty(self) -> bool:
@@ -61,27 +60,21 @@ class State:
         """The parts of the query that are indexed items."""
         return [*(Like(id) for id in self.more), *(Like(id, LESS_WEIGHT) for id in self.less)]
 
-    def link(self, path: str = "/", /, **changes: Any) -> str:
-        """The URL of this state with some fields changed."""
-        changed, default = replace(self, **changes), State()
-        given = {
-            field.name: getattr(changed, field.name)
-            for field in fields(self)
-            if getattr(changed, field.name) != getattr(default, field.name)
-        }
-        return f"{path}?{urlencode(given, doseq=True)}" if given else path
-
-    def within(self, path: str) -> str:
-        """The URL that searches the segments of one file."""
-        return self.link(under=path, k=PAGE_RESULTS)
+    def link(self, k: int = PAGE_RESULTS, **changes: Any) -> str:
+        """The URL of this state with some fields changed, and the first `k` results."""
+        changed = vars(replace(self, k=k, **changes))
+        given = {field.name: changed[field.name] for field in fields(self) if changed[field.name] != field.default}
+        return f"/?{urlencode(given, doseq=True)}" if given else "/"
 
     def with_item(self, kind: str, id: str) -> str:
         """The URL that also asks for items more or less like one; `kind` is "more" or "less"."""
-        other = {"more": "less", "less": "more"}[kind]
-        ids = (*(it for it in getattr(self, kind) if it != id), id)[-MAX_PARTS:]
-        rest = tuple(it for it in getattr(self, other) if it != id)
-        return self.link(**{kind: ids, other: rest, "k": PAGE_RESULTS})
+        ids: dict[str, Any] = {
+            name: tuple(known for known in getattr(self, name) if known != id) for name in ("more", "less")
+        }
+        ids[kind] = (*ids[kind], id)[-MAX_PARTS:]
+        return self.link(**ids)
 
     def without(self, kind: str, id: str) -> str:
         """The URL without an upload or item of the query."""
-        return self.link(**{kind: tuple(it for it in getattr(self, kind) if it != id)})
+        left: dict[str, Any] = {kind: tuple(known for known in getattr(self, kind) if known != id)}
+        return self.link(**left)

@@ -34,7 +34,6 @@ async function go(url, { entry = "push", whole = false } = {}) {
     if (own !== newest) return;
     if (!$("#query", page)) throw new Error(page.body.textContent.trim() || `The server failed: ${answer.status}.`);
     for (const id of whole ? ["query", "results"] : ["parts", "results"]) $(`#${id}`).replaceWith($(`#${id}`, page));
-    $("nav").replaceWith($("nav", page)); // The map is that of this query.
     $("#status").textContent = $("#status", page).textContent;
     document.title = page.title;
     if (entry) history[`${entry}State`](null, "", url);
@@ -68,8 +67,8 @@ async function upload(file, name, modality = "") {
     const answer = await ask(`/uploads?${new URLSearchParams({ name, modality })}`, { method: "POST", body: file });
     const found = await answer.json().catch(() => ({ error: `The server failed: ${answer.status}.` }));
     if (found.error) throw new Error(found.error);
-    if ($("#q")) $("#q").value = found.q ?? ""; // A text file becomes a text query.
-    await go(address({ q: found.q, more: "", less: "", file: found.id }));
+    if ($("#q")) $("#q").value = "";
+    await go(address({ more: "", less: "", file: found.id }));
   } catch (error) {
     $("#status").textContent = status;
     explain(error.message);
