@@ -18,8 +18,8 @@ from PIL import Image
 
 from openimp import cli
 from openimp.common.json_lines import read_lines
-from openimp.drafting.assembling import Draft
-from openimp.drafting.draft import _fit_memory, _tasks
+from openimp.drafting.assembling import assemble
+from openimp.drafting.draft import find_tasks, fit
 from openimp.drafting.machine import Machine
 from openimp.drafting.writing import write
 from openimp.model.build import build_model
@@ -72,7 +72,7 @@ def write_files(folder: Path) -> list[str]:
 def write_csv(file: Path) -> None:
     with file.open("w", newline="", encoding="utf-8") as handle:
         rows = csv.writer(handle)
-        rows.writerow(["id", "picture", "what it shows", "colour"])
+        rows.writerow(["id", "picture", "caption", "colour"])
         names = write_files(file.parent / "pictures")
         rows.writerows([i, name, text, color] for i, (name, (color, text, _)) in enumerate(zip(names, examples())))
 
@@ -192,11 +192,9 @@ def test_a_recipe_for_any_machine_is_valid_and_its_yaml_says_the_same(tmp_path, 
         Path(file.name).write_bytes(file.read_bytes())
     rows = [{"a": f"{i % 3}.png", "b": f"{i % 3}.wav", "c": f"{i % 3}.mp4", "title": f"a {i}"} for i in range(300)]
     Path("all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    tasks, _ = _tasks(["all.jsonl"])
-    draft = Draft("all", tasks, machine)
+    draft = assemble("all", find_tasks(["all.jsonl"])[0], machine)
     assert Recipe.build(draft.recipe, tmp_path).tasks.keys() == {"all_image", "all_audio", "all_video"}
-    text = write(draft.recipe, draft.comments, "A comment.")
-    assert all(f"The shorter side of the {noun} has" in text for noun in ("pictures", "clips"))
+    text = write(draft.recipe, draft.comments)
     assert yaml.load(text, RecipeLoader) == draft.recipe
     assert max(map(len, text.splitlines())) <= 120
 
@@ -208,7 +206,7 @@ def test_batches_are_halved_until_the_step_with_the_most_memory_fits(tmp_path, m
         Path(file.name).write_bytes(file.read_bytes())
     rows = [{"a": f"{i % 3}.png", "c": f"{i % 3}.mp4", "title": f"a {i}"} for i in range(300)]
     Path("all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    draft = Draft("all", _tasks(["all.jsonl"])[0], CPU)
+    draft = assemble("all", find_tasks(["all.jsonl"])[0], CPU)
     draft.recipe["modalities"]["vision"]["patch"] = [8, 32, 32]
     draft.recipe["train"]["precision"] = "bf16"
     recipe, steps = Recipe.build(draft.recipe, tmp_path), draft.recipe["train"]["steps"]
@@ -222,7 +220,7 @@ def test_batches_are_halved_until_the_step_with_the_most_memory_fits(tmp_path, m
     weights = sum(weight.numel() for weight in build_model(recipe, modalities).parameters())
 
     def batch_sizes(memory: int) -> list[int]:
-        _fit_memory(draft, {}, replace(CPU, memory=memory))
+        fit(draft, {}, replace(CPU, memory=memory, speed=1e18))
         return [task["batch_size"] for task in draft.recipe["tasks"].values()]
 
     assert batch_sizes(16 * weights + memory[clips]) == [128, 64]
@@ -235,8 +233,7 @@ def test_names_from_the_data_cannot_change_the_recipe(tmp_path, monkeypatch):
     name = "label\nname: stolen\n\u2028seed: 7 #"
     rows = [{"image": {"bytes": data}, name: color, "on": caption} for color, caption, data in examples()]
     pq.write_table(pa.Table.from_pylist(rows), "rows.parquet")
-    tasks, _ = _tasks(["rows.parquet"])
-    draft = Draft("rows", tasks, CPU)
-    assert yaml.load(write(draft.recipe, draft.comments, "x"), RecipeLoader) == draft.recipe
+    draft = assemble("rows", find_tasks(["rows.parquet"])[0], CPU)
+    assert yaml.load(write(draft.recipe, draft.comments), RecipeLoader) == draft.recipe
     assert draft.recipe["name"] == "rows"
     assert name in {objective.get("label") for objective in draft.recipe["tasks"]["rows"]["objectives"]}

@@ -1,130 +1,284 @@
-"""Decides, by its name and a sample, whether a recipe can use a column as text, as classes or as a split."""
+"""Finds out, from the names of columns and a sample of rows, which columns of a source hold media, texts and classes."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from openimp.common.errors import counted
+from openimp.common.errors import UserError
+from openimp.common.folders import subfolders
+from openimp.common.modality import BadMedia
+from openimp.common.schema import as_text, checked
 from openimp.common.texts import text_key
-from openimp.data.tables import Unreadable
-from openimp.drafting.finding import ROLES
+from openimp.data.files import inside
+from openimp.data.sources import open_source
+from openimp.data.tables import Table, Unreadable
+from openimp.drafting.finding import KIND_OF, Candidate, shown
+from openimp.drafting.probing import Kind, Probed, probe
+from openimp.recipe.tasks import Source
 
-TEXT_NAMES = re.compile(
-    r"captions?|texts?|txt|descriptions?|title|name|sentences?|alt|prompt|transcript|transcription|utterance|lyrics|"
-    r"keywords|tags|comment|summary"
-)
-LABEL_NAMES = re.compile(r"labels?|class|classes|classname|cls2?|category|categories|target|species|genre")
-NEITHER_NAMES = re.compile(
-    r"split|set|fold|subset|ids?|uuid|key|hash|md5|sha|sha256|url|link|source|licen[sc]e|lang|language|date|time|"
-    r"timestamp|author|format|mode|version"
-)
-"""Words in the names of columns. They decide where a sample alone is ambiguous."""
-MAX_TEXT = 1000
+NAMES = {
+    "split": ["split", "subset", "set"],
+    "group": ["group", "speaker", "patient", "subject", "session", "artist", "user", "recording"],
+    "class": ["label", "labels", "class", "classes", "cls", "category", "categories", "species", "genre"],
+    "text": ["caption", "captions", "text", "texts", "txt", "description", "descriptions", "sentence", "sentences",
+             "transcript", "transcription", "utterance", "prompt", "alt", "title", "name", "keywords", "tags"],
+}  # fmt: skip
+"""Words in the name of a column that tell its use; the first use counts. The best texts come first."""
+MAX_TEXTS = 3
+"""Most text columns of a task."""
+PROMPTS = {"image": "a photo of a {}", "video": "a video of {}", "audio": "the sound of {}"}
+"""Texts that are made from the name of a class, if there is no text column."""
+PROBED_ROWS = 32
+"""Rows that decide which columns hold media. The headers of their files are read."""
+SAMPLED_ROWS = 10_000
+"""Rows whose texts are read."""
+ROWS_PER_CLASS = 2
+"""Fewest rows per class, on average."""
+ROWS_PER_NAME = 10
+"""Rows per different text, on average, from which on texts are the names of classes."""
+MAX_LENGTH = 1000
 """Characters of a text that are inspected."""
-LABEL_WORDS = 5
-"""Most words, on average, of the names of classes. Longer values are texts."""
+MAX_ROOTS = 20
+"""Folders beside a table that are tried as the root of its paths."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column that holds no media."""
+class MediaColumn(NamedTuple):
+    """A column of media of one kind."""
 
     name: str
-    use: Literal["text", "label", "split", "none"]
-    why: str = ""  # if `use` is "none": the reason
-    hinted: bool = False  # its name says that it is a text or a label
-    lists: bool = False  # each row has several texts
-    short: bool = False  # these texts have one or two words, like keywords
-    numeric: bool = False  # the classes are numbers, so no text can be made of them
-    distinct: int = 0  # different values in the sample
-    missing: float = 0.0  # share of the rows without a value
-    texts: tuple[tuple[str, ...], ...] = ()  # those of each sampled row
+    kind: Kind
+    sample: list[Probed]
+    bad: float  # share of the sample that is not readable, or of another kind
 
 
-def describe(name: str, values: Sequence[Any], file_names: bool = False) -> Column:
-    """Judges a column by the values of a sample. With `file_names`, its values are the names of files."""
-    if re.search(r"[{}*]", name) or name != name.strip():
-        return Column(name, "none", "a template cannot name this column; rename it without braces, * and outer spaces")
-    values = [None if isinstance(value, Unreadable) else value for value in values]
-    present = [value for value in values if value not in (None, "", []) and value == value]
-    if not present:
-        return Column(name, "none", "it is empty")
-    missing = 1 - len(present) / len(values)
-    words = re.split(r"[^a-z0-9]+", name.lower())
-    if all(isinstance(value, list) for value in present):
-        return _lists(name, present, missing, _any(TEXT_NAMES, words))
-    if not all(isinstance(value, str | int | float) for value in present):
-        return Column(name, "none", f"it holds {type(present[0]).__name__} values, neither texts nor classes")
-    texts = [" ".join(str(value)[:MAX_TEXT].split()) for value in present]
-    distinct = len({text_key(text) for text in texts})
-    if _is_split(name, texts):
-        return Column(name, "split", missing=missing)
-    if len(values) > 1 and distinct == 1:
-        return Column(name, "none", f"it has the same value in every row ({texts[0][:40]!r})")
-    named = _any(LABEL_NAMES, words)
-    is_label = distinct * (2 if named else 4) <= len(texts)
-    if all(re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?|true|false", text.lower()) for text in texts):
-        return _numbers(name, texts, distinct, missing, named, is_label)
-    if sum("://" in text for text in texts) * 2 > len(texts):
-        return Column(name, "none", "it holds addresses; openimp does not download them")
-    about: dict[str, Any] = {"distinct": distinct, "missing": missing, "texts": tuple((text,) for text in texts)}
-    lengths = [len(text.split()) for text in texts]
-    brief = sum(lengths) / len(lengths) <= LABEL_WORDS
-    if named and is_label:
-        return Column(name, "label", hinted=True, **about)
-    spaced = sum(length > 1 for length in lengths) >= 0.3 * len(lengths)
-    coded = sum(any(c.isdigit() for c in text) and " " not in text for text in texts) * 2 > len(texts)
-    hinted = (named or _any(TEXT_NAMES, words)) and not file_names and not coded
-    if hinted:
-        return Column(name, "text", hinted=True, **about)
-    if _any(NEITHER_NAMES, words):
-        return Column(name, "none", "its name says that it is neither a text nor a class")
-    if is_label and brief and not coded:
-        return Column(name, "label", **about)
-    if spaced:
-        return Column(name, "text", **about)
-    return Column(name, "none", f"{distinct:,} different single words in {counted(len(texts), 'row')} look like names "
-                                "of the rows; if they are texts, call the column text")  # fmt: skip
+class TextColumn(NamedTuple):
+    """A column of texts, or of lists of texts."""
+
+    name: str
+    template: str  # the input that reads it
+    sample: list[tuple[str, ...]]  # the texts of each sampled row that has any
+    bad: float  # share of the sampled rows without a text
+
+    def sampled_texts(self) -> list[str]:
+        """Texts that the template makes."""
+        if self.template.endswith("*}"):
+            return [", ".join(row) for row in self.sample]
+        return [text for row in self.sample for text in row]
 
 
-def _any(names: re.Pattern[str], words: list[str]) -> bool:
-    return any(names.fullmatch(word) for word in words)
+class ClassColumn(NamedTuple):
+    """A column with one class per row."""
+
+    name: str
+    classes: list[Any]
+    are_numbers: bool  # so no text can be made of them
 
 
-def _is_split(name: str, texts: list[str]) -> bool:
-    """Whether a column says which rows are for training and which for a test."""
-    roles = {ROLES.get(text.lower()) for text in texts}
-    return None not in roles and "train" in roles and len(roles) > 1
+class TaskDraft(NamedTuple):
+    """A task for one kind of media of a source. Without texts and classes, it pairs two kinds."""
+
+    candidate: Candidate
+    source: dict[str, Any]  # as in the recipe, before rows are held out; with a root if paths need one
+    table: Table
+    media: list[MediaColumn]
+    texts: list[TextColumn]
+    label: ClassColumn | None
+    prompt: str  # the text of a class, with {} in place of its name, if `texts` is made from the classes; else ""
+    by_use: dict[str, list[str]]  # the names of columns; see `NAMES`. "path": those with names of media files
 
 
-def _numbers(name: str, texts: list[str], distinct: int, missing: float, hinted: bool, is_label: bool) -> Column:
-    if not hinted:
-        return Column(name, "none", "it holds numbers; if they are classes, call the column label")
-    if not is_label:
-        return Column(name, "none", f"{distinct:,} different numbers in {counted(len(texts), 'row')} are no classes")
-    if any("." in text or "e" in text.lower().removesuffix("true").removesuffix("false") for text in texts):
-        return Column(name, "none", "it holds fractions, which are no classes")
-    return Column(name, "label", hinted=True, numeric=True, distinct=distinct, missing=missing)
+def inspect(
+    candidate: Candidate, chosen_texts: Sequence[str] = (), chosen_label: str | None = None
+) -> tuple[list[TaskDraft], list[str]]:
+    """The tasks of a source, one for each kind of media, and notes on what is not used.
+
+    `chosen_texts` and `chosen_label` are the columns to use. By default, the names of the columns tell.
+
+    Raises:
+        UserError: the source cannot be read, lacks a chosen column, or has nothing to train on.
+    """
+    table = open_candidate(candidate.source)
+    chosen = [*chosen_texts, *([chosen_label] if chosen_label else [])]
+    table.require(chosen)
+    first_rows = sample(table, table.columns, PROBED_ROWS)
+    source = with_root(candidate.source, table, first_rows)
+    table = open_candidate(source)
+    notes: list[str] = []
+    media = _media_columns(table, first_rows, notes)
+    ignored = {"__key__", "file", "extension"} | ({"name"} - {*chosen} if candidate.kind else set())
+    others = [name for name, values in first_rows.items() if name not in ignored and not _are_media(values)]
+    if not media:
+        raise UserError("; ".join([*notes, f"no column holds media; the columns are {_listed(table.columns)}"]))
+    by_use = _by_use(others)
+    by_use["path"] = [name for name, values in first_rows.items() if _are_paths(values)]
+    texts, class_names = _text_columns(table, chosen_texts or by_use["text"])
+    if chosen:
+        texts += class_names
+        class_names = []
+    candidates = [(name, ROWS_PER_CLASS) for name in ([chosen_label] if chosen_label else by_use["class"])]
+    candidates += [(column.name, ROWS_PER_NAME) for column in class_names]
+    label = _class_column(table, candidates, notes)
+    if not texts and not label and (candidate.kind or len(media) == 1):
+        raise UserError("; ".join([*notes, _what_to_add(candidate, media, others)]))
+    used = {*(column.name for column in texts[:MAX_TEXTS]), label and label.name, *by_use["split"], *by_use["group"]}
+    if unused := [name for name in others if name not in used]:
+        notes.append(f"columns {_listed(unused)}")
+    tasks = []
+    for group in [[column] for column in media] if texts or label else [media[:2]]:
+        prompt = PROMPTS[group[0].kind] if label and not texts and not label.are_numbers else ""
+        from_classes = [_from_classes(label, prompt)] if label and prompt else []
+        task_texts = texts[:MAX_TEXTS] or from_classes
+        tasks.append(TaskDraft(candidate, source, table, group, task_texts, label, prompt, by_use))
+    return tasks, notes
 
 
-def _lists(name: str, present: list[Any], missing: float, hinted: bool) -> Column:
-    if not all(isinstance(item, str) for value in present for item in value):
-        return Column(name, "none", "it holds lists of other things than texts")
-    rows = tuple(tuple(" ".join(item[:MAX_TEXT].split()) for item in value) for value in present)
-    texts = [text for row in rows for text in row]
-    distinct = len({tuple(map(text_key, row)) for row in rows})
-    if len(rows) > 1 and distinct == 1:
-        return Column(name, "none", "it has the same value in every row")
-    short = len(texts) >= 2 * len(rows) and sum(len(text.split()) for text in texts) <= 2 * len(texts)
-    return Column(name, "text", hinted=hinted, lists=True, short=short, distinct=distinct, missing=missing, texts=rows)
+def _from_classes(label: ClassColumn, prompt: str) -> TextColumn:
+    """Texts made of classes. The sample has each twice, because a class has several rows."""
+    texts = [(prompt.format(as_text(name)[:MAX_LENGTH]),) for name in label.classes]
+    return TextColumn(label.name, prompt.format(f"{{{label.name}}}"), [*texts, *texts], 0.0)
 
 
-def split_values(values: Sequence[Any]) -> tuple[list[str], list[str], list[str]]:
-    """The values of a split column for training, for evaluation (validation, otherwise test), and all others."""
-    found = sorted({str(value) for value in values if value is not None})
-    by_role = {
-        role: [value for value in found if ROLES.get(value.lower()) == role] for role in ("train", "val", "test")
-    }
-    training, testing = by_role["train"], by_role["val"] or by_role["test"]
-    return training, testing, [value for value in found if value not in training and value not in testing]
+def open_candidate(source: dict[str, Any]) -> Table:
+    """Opens a source whose paths are relative to the current folder."""
+    table = open_source("data", checked(Source, source, "source data", Path.cwd()))
+    assert isinstance(table, Table)
+    return table
+
+
+def sample(table: Table, columns: Sequence[str], count: int) -> dict[str, list[Any]]:
+    """The values of columns in evenly spaced rows."""
+    count = min(count, len(table))
+    rows = table.rows([row * len(table) // count for row in range(count)], columns)
+    return {column: [row[column] for row in rows] for column in columns}
+
+
+def with_root(source: dict[str, Any], table: Table, first_rows: dict[str, list[Any]]) -> dict[str, Any]:
+    """A source, with the folder beside its table where the paths in the rows start, if they do not start at its own."""
+    paths = [value for values in first_rows.values() if _are_paths(values) for value in values if value]
+    if "path" not in source or table.root is None or any(_exists(table.root, path) for path in paths):
+        return source
+    for folder in subfolders(table.root)[:MAX_ROOTS]:
+        if any(_exists(table.root / folder, path) for path in paths):
+            return {**source, "root": str(Path(source["path"]).parent / folder)}
+    return source
+
+
+def _exists(root: Path, path: str) -> bool:
+    try:
+        return inside(root, path).is_file()
+    except BadMedia:
+        return False
+
+
+def _are_paths(values: Sequence[Any]) -> bool:
+    """Whether most values are names of media files."""
+    texts = [value for value in values if isinstance(value, str) and value]
+    named = sum(Path(text).suffix.lower() in KIND_OF and "://" not in text for text in texts)
+    return 2 * named > len(texts) and all(isinstance(value, str | None) for value in values)
+
+
+def _are_media(values: Sequence[Any]) -> bool:
+    """Whether values are bytes, `{bytes, path}` or names of media files."""
+    return _are_paths(values) or any(
+        isinstance(value, bytes) or (isinstance(value, dict) and value.keys() & {"bytes", "path"}) for value in values
+    )
+
+
+def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[str]) -> list[MediaColumn]:
+    """The first column of each kind of media. Notes tell why others are not used."""
+    columns: dict[str, MediaColumn] = {}
+    for name, values in first_rows.items():
+        if not _are_media(values):
+            continue
+        probed: list[Probed] = []
+        why = "it mixes kinds of media"
+        for value in values:
+            try:
+                probed.append(probe(table.media(value)))
+            except BadMedia as error:
+                why = str(error)
+        kind = Counter(media.kind for media in probed).most_common(1)[0][0] if probed else "image"
+        of_kind = [media for media in probed if media.kind == kind]
+        if 2 * len(of_kind) <= len(values):
+            notes.append(f"{shown(name)}: most of its files cannot be used: {shown(why, limit=200)}")
+        elif kind in columns:
+            notes.append(f"{shown(name)}: {shown(columns[kind].name)} has {kind} too")
+        else:
+            columns[kind] = MediaColumn(name, kind, of_kind, 1 - len(of_kind) / len(values))
+    return list(columns.values())
+
+
+def _by_use(names: Sequence[str]) -> dict[str, list[str]]:
+    """The columns of each use, the best name first."""
+    ranked: dict[str, list[tuple[int, str]]] = {use: [] for use in NAMES}
+    for name in names:
+        words = re.split(r"[^a-z0-9]+", name.lower())
+        ranks = [(use, rank) for use, known in NAMES.items() for rank, word in enumerate(known) if word in words]
+        # A template cannot name columns with braces, * or outer spaces.
+        if ranks and not re.search(r"[{}*]|^\s|\s$", name):
+            use, rank = ranks[0]
+            ranked[use].append((rank, name))
+    return {use: [name for _, name in sorted(columns)] for use, columns in ranked.items()}
+
+
+def _text_columns(table: Table, names: Sequence[str]) -> tuple[list[TextColumn], list[TextColumn]]:
+    """The columns with texts, and those whose texts repeat so often that they are names of classes."""
+    texts = []
+    class_names = []
+    for name, values in sample(table, names, SAMPLED_ROWS).items():
+        present = [value for value in values if value and not isinstance(value, Unreadable)]
+        rows = [tuple(value if isinstance(value, list) else [value]) for value in present]
+        if all(not isinstance(text, str) or _is_number(text) for row in rows for text in row):
+            continue
+        rows = [tuple(" ".join(as_text(text)[:MAX_LENGTH].split()) for text in row) for row in rows]
+        are_lists = isinstance(present[0], list)
+        are_keywords = are_lists and re.search("keywords|tags", name.lower())
+        column = TextColumn(name, f"{{{name}*}}" if are_keywords else name, rows, 1 - len(rows) / len(values))
+        repeats = not are_lists and ROWS_PER_NAME * len({text_key(row[0]) for row in rows}) <= len(rows)
+        (class_names if repeats else texts).append(column)
+    return texts, class_names
+
+
+def _class_column(table: Table, candidates: list[tuple[str, int]], notes: list[str]) -> ClassColumn | None:
+    """The first column that has classes, preferably with names. `candidates` has the fewest rows per class of each."""
+    columns = []
+    for name, rows_per_class in candidates:
+        values = [value for value in table.column(name) if not isinstance(value, Unreadable)]
+        are_classes = all(isinstance(value, str | int) and value != "" for value in values)
+        classes = list(dict.fromkeys(values)) if are_classes else []
+        if 2 <= len(classes) <= len(values) / rows_per_class:
+            columns.append(ClassColumn(name, classes, all(_is_number(as_text(value)) for value in classes)))
+        else:
+            notes.append(
+                f"{shown(name)}: expected a class (a text or a whole number) in every row, at least two classes, and "
+                f"{rows_per_class} rows per class"
+            )
+    return min(columns, key=lambda column: column.are_numbers, default=None)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _what_to_add(candidate: Candidate, media: list[MediaColumn], others: list[str]) -> str:
+    """What a source without texts and classes needs."""
+    if candidate.kind:
+        return (
+            f"no text or class says what is in its {candidate.kind} files; add subfolders, one for each of several "
+            "classes; captions (a.txt beside a.jpg); or a table of files and texts"
+        )
+    return (
+        f"{shown(media[0].name)} has {media[0].kind}, but no other column ({_listed(others)}) has a name like "
+        f"{', '.join(NAMES['text'][:3])} or {', '.join(NAMES['class'][:2])} (docs/init.md has all); name one with "
+        "--text COLUMN or --label COLUMN"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(shown, names[:20])) or "none"

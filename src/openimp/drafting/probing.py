@@ -1,23 +1,22 @@
 """Reads the headers of media: whether they are a picture, a clip or a sound, and their size and length."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import PIL.Image
-import soundfile
 
 from openimp.common.modality import BadMedia
+from openimp.modalities import sound
 from openimp.modalities.image import open_picture
-from openimp.modalities.media import Source, decoder_errors, open_container, open_source
-from openimp.modalities.sound import SOUNDFILE
+from openimp.modalities.media import decoder_errors, open_container, open_source
 
 Kind = Literal["image", "video", "audio"]
 FRAME_SECONDS = 0.1
 """Assumed duration of a frame of an animation."""
+COVERS = ("mjpeg", "png")
+"""Codecs of a single frame that is the cover of a sound."""
 
 
-@dataclass(frozen=True)
-class Probed:
+class Probed(NamedTuple):
     """Kind, size and length of a media value. Fields that do not apply to the kind are 0."""
 
     kind: Kind
@@ -34,43 +33,20 @@ def probe(raw: Any) -> Probed:
         BadMedia: no modality can read it.
     """
     with open_source(raw) as source:
-        for attempt in (_picture, _sound, _clip):
+        try:
+            with open_picture(source) as picture:
+                frames = getattr(picture, "n_frames", 1)
+                moves = frames > 1 and picture.format in ("GIF", "PNG", "WEBP")  # The frames of a TIFF are pages.
+                kind: Kind = "video" if moves else "image"
+                return Probed(kind, min(picture.size), frames, frames * FRAME_SECONDS)
+        except (PIL.UnidentifiedImageError, SyntaxError):
             source.seek(0)
-            if found := attempt(source):
-                return found
-    raise BadMedia("neither a picture nor a clip nor a sound")
-
-
-def _picture(source: Source) -> Probed | None:
-    try:
-        with open_picture(source) as picture:
-            side, frames = min(picture.size), getattr(picture, "n_frames", 1)
-            moves = frames > 1 and picture.format in ("GIF", "PNG", "WEBP")  # The frames of a TIFF are pages.
-    except (PIL.UnidentifiedImageError, SyntaxError):
-        return None
-    return Probed("video", side, frames, frames * FRAME_SECONDS) if moves else Probed("image", side)
-
-
-def _sound(source: Source) -> Probed | None:
-    if not SOUNDFILE.match(source.peek(4)):
-        return None
-    try:
-        with soundfile.SoundFile(source) as file:
-            return Probed("audio", seconds=file.frames / file.samplerate)
-    except soundfile.LibsndfileError:
-        return None
-
-
-def _clip(source: Source) -> Probed | None:
-    """A container that FFmpeg reads: a clip, or a sound, whose only pictures may be its cover."""
-    try:
-        with open_container(source, "video") as (_, stream, seconds):
-            rate = float(stream.average_rate or 0)
-            frames = stream.frames or int(seconds * rate)
-            if frames > 1 or (stream.codec_context.codec.name not in ("mjpeg", "png") and not frames):
-                return Probed("video", min(stream.width, stream.height), frames, float(seconds))
-    except BadMedia:
-        pass
-    source.seek(0)
-    with open_container(source, "audio") as (_, _, seconds):
-        return Probed("audio", seconds=float(seconds))
+        try:
+            with open_container(source, "video") as (_, stream, seconds):
+                frames = stream.frames or int(seconds * float(stream.average_rate or 0))
+                if frames > 1 or (not frames and stream.codec_context.codec.name not in COVERS):
+                    return Probed("video", min(stream.width, stream.height), frames, float(seconds))
+        except Exception:  # FFmpeg raises nearly anything. Then the file is a sound, or `length` tells what is wrong.
+            pass
+        source.seek(0)
+        return Probed("audio", seconds=sound.length(source))
