@@ -110,7 +110,7 @@ def test_a_chosen_column_may_have_any_name():
     [
         (
             [{"file": "0.png", "what": f"text {i}", "id": i} for i in range(3)],
-            r"file has image, but no other column \(what, id\) has a name like caption,.* --text COLUMN or --label COLUMN",
+            r"file has image, but no other column \(what, id\) has a name like caption,.* --text COLUMN or --label",
         ),
         ([{"file": "0.png", "label": "cat"}] * 3, r"label: expected a class .* in every row, at least two"),
         ([{"file": "0.png", "label": label} for label in ("a", "b", None) * 9], r"label: expected .* in every row"),
@@ -118,7 +118,10 @@ def test_a_chosen_column_may_have_any_name():
         ([{"file": "0.png", "label": [[1], [2]][i % 2]} for i in range(9)], r"label: expected a class \(a text or"),
         ([{"file": "0.png", "text": "17"}] * 3, r"no other column \(text\)"),
         ([{"text": f"row {i}"} for i in range(3)], "no column holds media; the columns are text"),
-        ([{"file": f"gone{i}.png", "text": "a"} for i in range(3)], r"most of its files cannot be used: .*No such file"),
+        (
+            [{"file": f"gone{i}.png", "text": "a"} for i in range(3)],
+            r"most of its files cannot be used: .*No such file",
+        ),
         ([{"file": f"0.{'wav' if i % 2 else 'png'}", "text": "a"} for i in range(8)], "it mixes kinds of media"),
     ],
 )
@@ -128,7 +131,9 @@ def test_what_cannot_be_trained_on_is_told(rows, told):
 
 
 def test_rows_without_a_file_or_a_text_are_counted():
-    (task,) = tasks([{"file": "0.png" if i % 8 else "gone.png", "caption": f"row {i}" if i % 4 else None} for i in range(32)])
+    (task,) = tasks(
+        [{"file": "0.png" if i % 8 else "gone.png", "caption": f"row {i}" if i % 4 else None} for i in range(32)]
+    )
     assert (task.media[0].bad, task.texts[0].bad) == (1 / 8, 1 / 4)
 
 
@@ -182,7 +187,7 @@ def test_few_items_are_all_trained_on(files):
 def test_a_split_column_is_used():
     rows = [{"file": "0.png", "text": f"row {i}", "split": ["Train", "val", "test"][i % 3]} for i in range(30)]
     divided = split(*tasks(rows))
-    assert (divided.train["where"], divided.test["where"]) == ({"split": "Train"}, {"split": "val"})
+    assert (divided.train["where"], divided.test["where"]) == ({"split": ["Train"]}, {"split": ["val"]})
     assert "its test rows are left" in divided.why
 
 
@@ -209,8 +214,8 @@ def test_a_source_that_cannot_be_read_does_not_hide_the_others():
     with pytest.raises(UserError, match=r"nothing to train on: .*broken\.parquet") as error:
         find_tasks(["set/broken.parquet"])
     assert "\n" not in str(error.value)
+    Path("notes.txt").write_text("notes")
     with pytest.raises(UserError, match=r"notes\.txt: unknown extension '\.txt'; known: \.csv, "):
-        Path("notes.txt").write_text("notes")
         find_tasks(["notes.txt"])
 
 

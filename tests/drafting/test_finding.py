@@ -18,7 +18,9 @@ def sources(*paths):
 
 
 def test_the_tables_of_a_folder_and_its_subfolders_are_its_sources(tmp_path):
-    touch(*(tmp_path / name for name in ("a.csv", "x-0.tar", "x-1.tar", "in/b.parquet", ".hidden.csv", "deep/er/c.csv")))
+    touch(
+        *(tmp_path / name for name in ("a.csv", "x-0.tar", "x-1.tar", "in/b.parquet", ".hidden.csv", "deep/er/c.csv"))
+    )
     touch(tmp_path / "photos/cat/0.jpg", tmp_path / "about.json")
     assert [source["path"].removeprefix(f"{tmp_path}/") for source in sources(tmp_path)] == [
         "a.csv", "in/b.parquet", "x-*.tar",
@@ -58,7 +60,9 @@ def test_subfolders_that_have_only_subfolders_are_sources_of_their_own(tmp_path)
 
 
 def test_each_kind_of_media_in_a_folder_is_a_source_and_other_files_are_counted(tmp_path):
-    touch(*(tmp_path / name for name in ("cat/0.jpg", "cat/1.PNG", "cat/0.wav", "cat/0.txt", "cat/x.heic", "loose.jpg")))
+    touch(
+        *(tmp_path / name for name in ("cat/0.jpg", "cat/1.PNG", "cat/0.wav", "cat/0.txt", "cat/x.heic", "loose.jpg"))
+    )
     (audio, image) = find([str(tmp_path)])
     assert audio.source == {"path": str(tmp_path), "where": {"extension": ["wav"]}}
     assert image.source == {"path": str(tmp_path), "where": {"extension": ["jpg", "png"]}}

@@ -17,8 +17,8 @@ BAD_ROWS_WARNING = 0.005
 COMMENTS = {
     "modalities": "patch: frames, height and width of a token. min_df: whole words, of which rare ones are left out.",
     "sources": "cache: media are decoded once, before training, and kept in memory.",
-    "tasks": "Three of four steps drop half of the tokens, which makes them nearly twice as fast. same: rows with equal "
-    "values in this column are positives of each other, and not negatives. weight: how often a task is drawn.",
+    "tasks": "Three of four steps drop half of the tokens, which makes them nearly twice as fast. same: rows with "
+    "equal values in this column are positives of each other, and not negatives. weight: how often a task is drawn.",
     "optimizer": "As in the demo. To fine-tune a model (train.init), divide the rates by 3 or more.",
     "parallel": "With several GPUs, each has all of the model.",
     "evaluation": "Measured at the end; with every: 500, also every 500 steps.",
@@ -75,7 +75,7 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine) -> Draft:
     for section, steps in zip(recipe["tasks"].values(), needed):
         section["weight"] = float(f"{steps / min(needed):.2g}")
     recipe["train"]["steps"] = sizing.rounded(sum(needed))
-    bad = max(column.bad for _, task, _ in tasks for column in [*task.media, *task.texts[:1]])
+    bad = max(column.bad for _, task, _ in tasks for columns in (task.media, task.texts[:1]) for column in columns)
     if bad > BAD_ROWS_WARNING:
         recipe["train"]["max_bad_fraction"] = round(1.5 * bad + 0.02, 2)
     return Draft(recipe, comments)

@@ -1,4 +1,4 @@
-"""Finds out, from the names of columns and a sample of rows, which columns of a source hold media, texts and classes."""
+"""Finds out, by the names of columns and a sample of rows, which columns hold media, texts and classes."""
 
 import re
 from collections import Counter
@@ -117,9 +117,9 @@ def inspect(
     if chosen:
         texts += class_names
         class_names = []
-    candidates = [(name, ROWS_PER_CLASS) for name in ([chosen_label] if chosen_label else by_use["class"])]
-    candidates += [(column.name, ROWS_PER_NAME) for column in class_names]
-    label = _class_column(table, candidates, notes)
+    minimum = dict.fromkeys([chosen_label] if chosen_label else by_use["class"], ROWS_PER_CLASS)
+    minimum |= {column.name: ROWS_PER_NAME for column in class_names}
+    label = _class_column(table, minimum, notes)
     if not texts and not label and (candidate.kind or len(media) == 1):
         raise UserError("; ".join([*notes, _what_to_add(candidate, media, others)]))
     used = {*(column.name for column in texts[:MAX_TEXTS]), label and label.name, *by_use["split"], *by_use["group"]}
@@ -156,7 +156,9 @@ def sample(table: Table, columns: Sequence[str], count: int) -> dict[str, list[A
 
 def with_root(source: dict[str, Any], table: Table, first_rows: dict[str, list[Any]]) -> dict[str, Any]:
     """A source, with the folder beside its table where the paths in the rows start, if they do not start at its own."""
-    paths = [value for values in first_rows.values() if _are_paths(values) for value in values if value]
+    paths = [
+        value for values in first_rows.values() if _are_paths(values) for value in values if isinstance(value, str)
+    ]
     if "path" not in source or table.root is None or any(_exists(table.root, path) for path in paths):
         return source
     for folder in subfolders(table.root)[:MAX_ROOTS]:
@@ -173,17 +175,15 @@ def _exists(root: Path, path: str) -> bool:
 
 
 def _are_paths(values: Sequence[Any]) -> bool:
-    """Whether most values are names of media files."""
-    texts = [value for value in values if isinstance(value, str) and value]
-    named = sum(Path(text).suffix.lower() in KIND_OF and "://" not in text for text in texts)
-    return 2 * named > len(texts) and all(isinstance(value, str | None) for value in values)
+    """Whether most values are names of media files. A URL is none."""
+    endings = [Path(value).suffix.lower() for value in values if isinstance(value, str) and "://" not in value]
+    return 2 * sum(ending in KIND_OF for ending in endings) > len(values)
 
 
 def _are_media(values: Sequence[Any]) -> bool:
     """Whether values are bytes, `{bytes, path}` or names of media files."""
-    return _are_paths(values) or any(
-        isinstance(value, bytes) or (isinstance(value, dict) and value.keys() & {"bytes", "path"}) for value in values
-    )
+    are_objects = any(isinstance(value, dict) and value.keys() & {"bytes", "path"} for value in values)
+    return are_objects or any(isinstance(value, bytes) for value in values) or _are_paths(values)
 
 
 def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[str]) -> list[MediaColumn]:
@@ -211,22 +211,19 @@ def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[s
 
 
 def _by_use(names: Sequence[str]) -> dict[str, list[str]]:
-    """The columns of each use, the best name first."""
-    ranked: dict[str, list[tuple[int, str]]] = {use: [] for use in NAMES}
-    for name in names:
-        words = re.split(r"[^a-z0-9]+", name.lower())
-        ranks = [(use, rank) for use, known in NAMES.items() for rank, word in enumerate(known) if word in words]
-        # A template cannot name columns with braces, * or outer spaces.
-        if ranks and not re.search(r"[{}*]|^\s|\s$", name):
-            use, rank = ranks[0]
-            ranked[use].append((rank, name))
-    return {use: [name for _, name in sorted(columns)] for use, columns in ranked.items()}
+    """The columns of each use, the best name first. A template cannot name columns with braces, * or outer spaces."""
+    left = {name: re.split(r"[^a-z0-9]+", name.lower()) for name in names if not re.search(r"[{}*]|^\s|\s$", name)}
+    by_use: dict[str, list[str]] = {}
+    for use, known in NAMES.items():
+        by_use[use] = [name for word in known for name, words in left.items() if word in words]
+        left = {name: words for name, words in left.items() if name not in by_use[use]}
+    return {use: list(dict.fromkeys(columns)) for use, columns in by_use.items()}
 
 
 def _text_columns(table: Table, names: Sequence[str]) -> tuple[list[TextColumn], list[TextColumn]]:
     """The columns with texts, and those whose texts repeat so often that they are names of classes."""
-    texts = []
-    class_names = []
+    texts: list[TextColumn] = []
+    class_names: list[TextColumn] = []
     for name, values in sample(table, names, SAMPLED_ROWS).items():
         present = [value for value in values if value and not isinstance(value, Unreadable)]
         rows = [tuple(value if isinstance(value, list) else [value]) for value in present]
@@ -241,10 +238,10 @@ def _text_columns(table: Table, names: Sequence[str]) -> tuple[list[TextColumn],
     return texts, class_names
 
 
-def _class_column(table: Table, candidates: list[tuple[str, int]], notes: list[str]) -> ClassColumn | None:
-    """The first column that has classes, preferably with names. `candidates` has the fewest rows per class of each."""
+def _class_column(table: Table, minimum: dict[str, int], notes: list[str]) -> ClassColumn | None:
+    """The first column that has classes, preferably with names. `minimum` has the fewest rows per class of each."""
     columns = []
-    for name, rows_per_class in candidates:
+    for name, rows_per_class in minimum.items():
         values = [value for value in table.column(name) if not isinstance(value, Unreadable)]
         are_classes = all(isinstance(value, str | int) and value != "" for value in values)
         classes = list(dict.fromkeys(values)) if are_classes else []

@@ -1,4 +1,4 @@
-"""Finds sources below paths: tables, tables in several shards, and folders of media. Splits of one source are joined."""
+"""Finds sources below paths: tables, shards of tables, and folders of media. Splits of one source are joined."""
 
 import glob
 import os

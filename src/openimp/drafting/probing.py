@@ -4,7 +4,6 @@ from typing import Any, Literal, NamedTuple
 
 import PIL.Image
 
-from openimp.common.modality import BadMedia
 from openimp.modalities import sound
 from openimp.modalities.image import open_picture
 from openimp.modalities.media import decoder_errors, open_container, open_source

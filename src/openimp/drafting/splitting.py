@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from openimp.common.errors import UserError
-from openimp.data.tables import Table
+from openimp.data.tables import Table, Unreadable
 from openimp.drafting.columns import PROBED_ROWS, TaskDraft, open_candidate, sample, with_root
 from openimp.drafting.finding import ROLES, shown
 
@@ -32,25 +32,22 @@ class Split(NamedTuple):
 def split(task: TaskDraft) -> Split:
     """Divides the rows of a task: as the data itself does, or else by a hash of a column."""
     if test := task.candidate.held_out:
-        place = shown(test.get("path") or test["split"])
-        if given := _given_split(task, task.source, test, f"{place} holds the latter"):
+        why = f"{shown(test.get('path') or test['split'])} holds the latter"
+        if given := _given_split(task, task.source, test, why):
             return given
     for column in task.by_use["split"]:
-        values: dict[str, list[str]] = {role: [] for role in ("train", "val", "test")}
+        values: dict[str, list[str]] = {"train": [], "val": [], "test": []}
         for value in sorted({str(value) for value in task.table.column(column)}):
-            values.get(ROLES.get(value.lower(), ""), []).append(value)
+            values.setdefault(ROLES.get(value.lower(), ""), []).append(value)
         held_out = values["val"] or values["test"]
-        if not values["train"] or not held_out:
-            continue
-        train, test = ({**task.source, "where": {column: _one_or_all(each)}} for each in (values["train"], held_out))
-        left = "; its test rows are left for a last test" if values["val"] and values["test"] else ""
-        if given := _given_split(task, train, test, f"column {shown(column)} says so{left}"):
-            return given
+        if values["train"] and held_out:
+            why = f"column {shown(column)} says so"
+            if values["val"] and values["test"]:
+                why += "; its test rows are left for a last test"
+            train, test = ({**task.source, "where": {column: chosen}} for chosen in (values["train"], held_out))
+            if given := _given_split(task, train, test, why):
+                return given
     return _by_hash(task)
-
-
-def _one_or_all(values: list[str]) -> str | list[str]:
-    return values if len(values) > 1 else values[0]
 
 
 def _given_split(task: TaskDraft, train: dict[str, Any], test: dict[str, Any], why: str) -> Split | None:
@@ -68,7 +65,7 @@ def _given_split(task: TaskDraft, train: dict[str, Any], test: dict[str, Any], w
     if None in test_classes:
         return None
     item, _ = _items(task)
-    return Split(train, test, len(table), len(held_out), why, item, classes, {*test_classes} <= {*classes})
+    return Split(train, test, len(table), len(held_out), why, item, list(classes), test_classes <= classes)
 
 
 def _by_hash(task: TaskDraft) -> Split:
@@ -77,23 +74,18 @@ def _by_hash(task: TaskDraft) -> Split:
     labels = task.table.column(task.label.name) if task.label else []
     classes = _classes(task.table, task)
     if items < MIN_ITEMS:
-        why = f"too few different values of {shown(item)}" if item else "too few"
-        why += " to hold any out, so evaluation only shows whether training works"
-        return Split(task.source, None, rows, 0, why, item, classes, True)
+        why = f"too few different values of {shown(item or 'rows')} to hold any out, so evaluation is no test"
+        return Split(task.source, None, rows, 0, why, item, list(classes), True)
     groups = [name for name in task.by_use["group"] if len(set(task.table.column(name))) >= MIN_GROUPS]
     by = next(iter([*groups, *([item] if item else []), *task.by_use["path"]]), None)
     of = max(10, rows // TEST_ROWS)
     numbers = task.table.parts(of, by)
     sizes = Counter(numbers)
     part = min(sizes, key=lambda number: (abs(sizes[number] - rows / of), number))
-    train, test = (
-        {**task.source, "part": {"of": of, choice: [part], **({"by": by} if by else {})}} for choice in ("drop", "keep")
-    )
-    why = f"1 of {of} parts is held out for evaluation"
-    if by:
-        why += f"; rows with equal {shown(by)} stay together"
+    train, test = ({**task.source, "part": {"of": of, choice: [part], "by": by}} for choice in ("drop", "keep"))
+    why = f"1 of {of} parts is held out" + (f"; rows with equal {shown(by)} stay together" if by else "")
     trained = {label for label, number in zip(labels, numbers) if number != part}
-    return Split(train, test, rows - sizes[part], sizes[part], why, item, classes, len(trained) == len(classes))
+    return Split(train, test, rows - sizes[part], sizes[part], why, item, list(classes), classes <= trained)
 
 
 def _items(task: TaskDraft) -> tuple[str | None, int]:
@@ -110,5 +102,6 @@ def _items(task: TaskDraft) -> tuple[str | None, int]:
     return None, len(task.table)
 
 
-def _classes(table: Table, task: TaskDraft) -> list[Any]:
-    return list(dict.fromkeys(table.column(task.label.name))) if task.label else []
+def _classes(table: Table, task: TaskDraft) -> set[Any]:
+    labels = table.column(task.label.name) if task.label else []
+    return {label for label in labels if not isinstance(label, Unreadable)}
