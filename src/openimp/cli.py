@@ -64,13 +64,13 @@ def init(
         list[str],
         typer.Argument(help="Folders, data files, patterns such as 'x-*.tar', or hub:OWNER/NAME for a data set."),
     ],
-    text: Annotated[list[str] | None, typer.Option(help="A column with texts; may be repeated.")] = None,
+    text: Annotated[str | None, typer.Option(help="The column with the texts.")] = None,
     label: Annotated[str | None, typer.Option(help="The column with the classes.")] = None,
 ) -> None:
     """Write a recipe that trains on your data to standard output: openimp init photos > mine.yaml."""
     from openimp.commands import run_init
 
-    run_init(paths, text or [], label)
+    run_init(paths, text, label)
 
 
 @app.command()

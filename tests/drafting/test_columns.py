@@ -27,9 +27,9 @@ def write(rows, name="data.jsonl"):
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def tasks(rows, texts=(), label=None):
+def tasks(rows, text=None, label=None):
     write(rows)
-    return inspect(Candidate({"path": "data.jsonl"}), texts, label)[0]
+    return inspect(Candidate({"path": "data.jsonl"}), text, label)[0]
 
 
 def copies(count, kind="png"):
@@ -50,16 +50,10 @@ def parts(rows, column):
     return train, test
 
 
-def test_each_kind_of_media_is_paired_with_the_texts():
+def test_each_kind_of_media_is_paired_with_the_text():
     rows = [{"a": f"{i % 3}.png", "b": f"{i % 3}.wav", "c": f"{i % 3}.mp4", "caption": f"text {i}"} for i in range(6)]
-    found = [(task.media[0].kind, [column.template for column in task.texts]) for task in tasks(rows)]
-    assert found == [("image", ["caption"]), ("audio", ["caption"]), ("video", ["caption"])]
-
-
-def test_without_texts_and_classes_two_kinds_of_media_are_paired():
-    (task,) = tasks([{"a": f"{i % 3}.png", "b": f"{i % 3}.wav", "row": i} for i in range(6)])
-    assert [media.kind for media in task.media] == ["image", "audio"]
-    assert not task.texts
+    found = [(task.media.kind, task.text.template) for task in tasks(rows)]
+    assert found == [("image", "caption"), ("audio", "caption"), ("video", "caption")]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +62,6 @@ def test_without_texts_and_classes_two_kinds_of_media_are_paired():
         ("image_caption", ["a cat", "a dog"], "image_caption"),
         ("json.text", ["1", "one"], "json.text"),
         ("captions", [["a cat", "it sits"], ["a dog"]], "captions"),
-        ("keywords", [["cat", "sits"], ["dog"]], "{keywords*}"),
         ("species", ["cat", "dog"], "a photo of a {species}"),
         ("name", ["cat", "dog"] * 10, "a photo of a {name}"),
         ("class_name", ["cat", "dog"], "a photo of a {class_name}"),
@@ -76,31 +69,28 @@ def test_without_texts_and_classes_two_kinds_of_media_are_paired():
 )
 def test_names_of_columns_tell_texts_and_classes(column, values, template):
     (task,) = tasks([{"file": "0.png", column: value} for value in [*values, *values]])
-    assert [text.template for text in task.texts] == [template]
+    assert task.text.template == template
 
 
-def test_the_best_three_texts_are_read_and_classes_with_names_are_preferred():
-    texts = ("name", "tags", "title", "caption")
+def test_the_best_text_is_read_and_classes_with_names_are_preferred():
+    texts = ("name", "title", "caption")
     rows = [{"file": "0.png", **{text: f"{text} {i}" for text in texts}, "label": i % 2} for i in range(20)]
     (task,) = tasks([{**row, "category": "ab"[i % 2]} for i, row in enumerate(rows)])
-    assert [text.name for text in task.texts] == ["caption", "title", "name"]
-    assert task.label.name == "category"
-    (task,) = tasks(rows, texts=["tags"])
-    assert ([text.name for text in task.texts], task.label.are_numbers) == (["tags"], True)
-    (task,) = tasks(rows, label="label")
-    assert not task.prompt
+    assert (task.text.name, task.label.name) == ("caption", "category")
+    (task,) = tasks(rows, text="title", label="label")
+    assert (task.text.name, task.label.are_numbers) == ("title", True)
 
 
 def test_numbers_as_classes_make_no_texts():
     for label in (0, 1), ("0", "1"):
         (task,) = tasks([{"file": "0.png", "label": label[i % 2]} for i in range(4)])
-        assert (task.texts, task.label.classes) == ([], list(label))
+        assert (task.text, task.label.classes) == (None, list(label))
 
 
 def test_a_chosen_column_may_have_any_name():
     rows = [{"file": "0.png", "what it shows": f"text {i}", "colour": "ab"[i % 2]} for i in range(6)]
-    (task,) = tasks(rows, texts=["what it shows"], label="colour")
-    assert (task.texts[0].name, task.label.name) == ("what it shows", "colour")
+    (task,) = tasks(rows, "what it shows", "colour")
+    assert (task.text.name, task.label.name) == ("what it shows", "colour")
     with pytest.raises(UserError, match="has no column 'color'; did you mean 'colour'"):
         tasks(rows, label="color")
 
@@ -117,7 +107,7 @@ def test_a_chosen_column_may_have_any_name():
         ([{"file": "0.png", "label": i} for i in range(9)], r"label: expected .* 2 rows per class"),
         ([{"file": "0.png", "label": [[1], [2]][i % 2]} for i in range(9)], r"label: expected a class \(a text or"),
         ([{"file": "0.png", "text": "17"}] * 3, r"no other column \(text\)"),
-        ([{"text": f"row {i}"} for i in range(3)], "no column holds media; the columns are text"),
+        ([{"text": f"row {i}"} for i in range(3)], "no column holds media; the others are text"),
         (
             [{"file": f"gone{i}.png", "text": "a"} for i in range(3)],
             r"most of its files cannot be used: .*No such file",
@@ -134,7 +124,7 @@ def test_rows_without_a_file_or_a_text_are_counted():
     (task,) = tasks(
         [{"file": "0.png" if i % 8 else "gone.png", "caption": f"row {i}" if i % 4 else None} for i in range(32)]
     )
-    assert (task.media[0].bad, task.texts[0].bad) == (1 / 8, 1 / 4)
+    assert (task.media.bad, task.text.bad) == (1 / 8, 1 / 4)
 
 
 def test_paths_may_start_at_a_folder_beside_the_table_also_of_a_test_split():
@@ -225,8 +215,8 @@ def test_a_folder_without_texts_says_what_to_add_and_may_use_the_names_of_its_fi
         Path(f"flat/{name}.png").write_bytes(Path("0.png").read_bytes())
     with pytest.raises(UserError, match=r"flat: no text or class says what is in its image files; add subfolders"):
         find_tasks(["flat"])
-    ((_, task, _),), _ = find_tasks(["flat"], ["name"])
-    assert task.texts[0].sample == [("a red bicycle",), ("two dogs",)]
+    ((_, task, _),), _ = find_tasks(["flat"], "name")
+    assert task.text.sample == ["a red bicycle", "two dogs"]
 
 
 def test_a_file_whose_name_is_not_utf8_is_told():

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import soundfile
 import yaml
 from PIL import Image
 
@@ -36,87 +35,63 @@ CPU = Machine("a CPU", is_gpu=False, memory=8e9, host_memory=16e9, speed=1e11, w
 GPU = Machine("a GPU", is_gpu=True, memory=7e10, host_memory=1e11, speed=1e14, workers=8)
 
 
-def png(color: str, i: int) -> bytes:
-    noise = np.random.default_rng(i).integers(-20, 20, (40, 48, 3))
-    out = io.BytesIO()
-    Image.fromarray((np.array(COLORS[color]) + noise).clip(0, 255).astype(np.uint8)).save(out, "PNG")
-    return out.getvalue()
-
-
 def examples(count: int = 30) -> list[tuple[str, str, bytes]]:
     """(color, caption, picture) of each."""
-    colors = [list(COLORS)[i % 3] for i in range(count)]
-    return [(color, f"a {SHADES[i % 4]} {color} square number {i}", png(color, i)) for i, color in enumerate(colors)]
+    rows = []
+    for i in range(count):
+        color = list(COLORS)[i % 3]
+        noise = np.random.default_rng(i).integers(-20, 20, (40, 48, 3))
+        out = io.BytesIO()
+        Image.fromarray((np.array(COLORS[color]) + noise).clip(0, 255).astype(np.uint8)).save(out, "PNG")
+        rows.append((color, f"a {SHADES[i % 4]} {color} square number {i}", out.getvalue()))
+    return rows
 
 
-def write_classes(folder: Path) -> None:
-    for i, (color, _, data) in enumerate(examples()):
-        (folder / color).mkdir(parents=True, exist_ok=True)
-        (folder / color / f"{i}.png").write_bytes(data)
+def write_files(folder: str, by_color: bool = False, captions: bool = False) -> list[str]:
+    names = []
+    for i, (color, caption, data) in enumerate(examples()):
+        file = Path(folder, color if by_color else "", f"{i}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+        if captions:
+            file.with_suffix(".txt").write_text(caption, encoding="utf-8")
+        names.append(file.name)
+    return names
 
 
-def write_captions(folder: Path) -> None:
-    folder.mkdir()
-    for i, (_, caption, data) in enumerate(examples()):
-        (folder / f"{i}.png").write_bytes(data)
-        (folder / f"{i}.txt").write_text(caption, encoding="utf-8")
-
-
-def write_files(folder: Path) -> list[str]:
-    folder.mkdir(parents=True)
-    for i, (_, _, data) in enumerate(examples()):
-        (folder / f"{i}.png").write_bytes(data)
-    return [f"{i}.png" for i in range(len(examples()))]
-
-
-def write_csv(file: Path) -> None:
-    with file.open("w", newline="", encoding="utf-8") as handle:
+def write_csv() -> None:
+    with open("pictures.csv", "w", newline="", encoding="utf-8") as handle:
         rows = csv.writer(handle)
         rows.writerow(["id", "picture", "caption", "colour"])
-        names = write_files(file.parent / "pictures")
-        rows.writerows([i, name, text, color] for i, (name, (color, text, _)) in enumerate(zip(names, examples())))
+        rows.writerows(
+            [i, name, text, "x"] for i, (name, (_, text, _)) in enumerate(zip(write_files("in"), examples()))
+        )
 
 
-def write_jsonl(file: Path) -> None:
-    names = write_files(file.parent / "files")
-    rows = [{"file": f"files/{name}", "captions": [text, color]} for name, (color, text, _) in zip(names, examples())]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def write_parquet(file: Path) -> None:
-    rows = [{"image": {"bytes": data, "path": None}, "label": color} for color, _, data in examples()]
+def write_parquet(file: str, numbers: bool = False) -> None:
+    Path(file).parent.mkdir(exist_ok=True)
+    labels = [list(COLORS).index(color) if numbers else color for color, _, _ in examples()]
+    rows = [{"image": {"bytes": data, "path": None}, "label": label} for label, (*_, data) in zip(labels, examples())]
     pq.write_table(pa.Table.from_pylist(rows), file)
 
 
-def write_numbers(file: Path) -> None:
-    rows = [{"image": data, "label": i % 3} for i, (_, _, data) in enumerate(examples())]
-    pq.write_table(pa.Table.from_pylist(rows), file)
-
-
-def write_pairs(file: Path) -> None:
-    """Pictures with sounds, without a text or a class."""
-    rows = []
-    for i, (_, _, data) in enumerate(examples()):
-        sound = io.BytesIO()
-        soundfile.write(sound, np.sin(np.arange(16_000) * (0.05 + 0.05 * (i % 3))), 16_000, format="WAV")
-        rows.append({"seen": data, "heard": sound.getvalue(), "row": i})
-    pq.write_table(pa.Table.from_pylist(rows), file)
-
-
-def write_tars(folder: Path) -> None:
+def write_tars() -> None:
     for shard in range(2):
-        with tarfile.open(folder / f"shard-{shard}.tar", "w") as tar:
+        with tarfile.open(f"shard-{shard}.tar", "w") as tar:
             for i, (color, text, data) in enumerate(examples()[shard::2]):
-                about = json.dumps({"color": color, "width": 48}).encode()
+                about = json.dumps({"species": color, "width": 48}).encode()
                 for ending, content in (("png", data), ("txt", text.encode()), ("json", about)):
                     member = tarfile.TarInfo(f"{shard}-{i}.{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
 
 
-def write_hub(folder: Path) -> None:
-    folder.mkdir()
-    write_parquet(folder / "train.parquet")
+def write_kinds(media_folder: Path, *kinds: str) -> None:
+    """A table of media of these kinds with captions."""
+    for file in media_folder.glob("*.*"):
+        Path(file.name).write_bytes(file.read_bytes())
+    rows = [{**{kind: f"{i % 3}.{kind}" for kind in kinds}, "title": f"a {i}"} for i in range(300)]
+    Path("all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture
@@ -140,15 +115,13 @@ def openimp(tmp_path, monkeypatch, capfd):
 
 QUICK = [part for change in ("train.steps=20", "train.num_workers=0") for part in ("--set", change)]
 FORMATS = {
-    "classes": (lambda: write_classes(Path("classes")), "classes"),
-    "captions": (lambda: write_captions(Path("captions")), "captions"),
-    "csv": (lambda: write_csv(Path("pictures.csv")), "pictures.csv"),
-    "jsonl": (lambda: write_jsonl(Path("pictures.jsonl")), "pictures.jsonl"),
-    "parquet": (lambda: write_parquet(Path("pictures.parquet")), "pictures.parquet"),
-    "numbers": (lambda: write_numbers(Path("numbers.parquet")), "numbers.parquet"),
-    "pairs": (lambda: write_pairs(Path("pairs.parquet")), "pairs.parquet"),
-    "tars": (lambda: write_tars(Path(".")), "shard-*.tar"),
-    "hub": (lambda: write_hub(Path("hub")), "hub:hub"),
+    "classes": (lambda: write_files("media", by_color=True), "media"),
+    "captions": (lambda: write_files("media", captions=True), "media"),
+    "csv": (write_csv, "pictures.csv"),
+    "parquet": (lambda: write_parquet("pictures.parquet"), "pictures.parquet"),
+    "numbers": (lambda: write_parquet("pictures.parquet", numbers=True), "pictures.parquet"),
+    "tars": (write_tars, "shard-*.tar"),
+    "hub": (lambda: [write_parquet(f"hub/{split}.parquet") for split in ("train", "test")], "hub:hub"),
 }
 
 
@@ -167,10 +140,12 @@ def test_a_drafted_recipe_trains_unchanged_and_is_evaluated(openimp, kind):
     results = read_lines(run / "results.jsonl")
     assert {result["set"] for result in results} == Recipe.load("mine.yaml").evaluation.sets.keys() != set()
     assert not any(result["skipped"] for result in results)
+    if kind == "hub":
+        assert Recipe.load("mine.yaml").sources["hub_test"].split == "test"
 
 
 def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
-    write_classes(Path("classes"))
+    write_files("classes", by_color=True)
     steps = ["--set", "train.num_workers=0", "--set", "train.steps=3"]
     code, _, err = openimp("train", "classes", *steps)
     assert code == 0, err
@@ -188,10 +163,7 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
 def test_a_recipe_for_any_machine_is_valid_and_its_yaml_says_the_same(tmp_path, monkeypatch, media_folder, machine):
     monkeypatch.chdir(tmp_path)
-    for file in media_folder.glob("*.*"):
-        Path(file.name).write_bytes(file.read_bytes())
-    rows = [{"a": f"{i % 3}.png", "b": f"{i % 3}.wav", "c": f"{i % 3}.mp4", "title": f"a {i}"} for i in range(300)]
-    Path("all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_kinds(media_folder, "png", "wav", "mp4")
     draft = assemble("all", find_tasks(["all.jsonl"])[0], machine)
     assert Recipe.build(draft.recipe, tmp_path).tasks.keys() == {"all_image", "all_audio", "all_video"}
     text = write(draft.recipe, draft.comments)
@@ -202,10 +174,7 @@ def test_a_recipe_for_any_machine_is_valid_and_its_yaml_says_the_same(tmp_path, 
 def test_batches_are_halved_until_the_step_with_the_most_memory_fits(tmp_path, monkeypatch, media_folder):
     """Which need not be the one with the most FLOPs: clips of one large token have few FLOPs and many bytes."""
     monkeypatch.chdir(tmp_path)
-    for file in media_folder.glob("*.*"):
-        Path(file.name).write_bytes(file.read_bytes())
-    rows = [{"a": f"{i % 3}.png", "c": f"{i % 3}.mp4", "title": f"a {i}"} for i in range(300)]
-    Path("all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_kinds(media_folder, "png", "mp4")
     draft = assemble("all", find_tasks(["all.jsonl"])[0], CPU)
     draft.recipe["modalities"]["vision"]["patch"] = [8, 32, 32]
     draft.recipe["train"]["precision"] = "bf16"

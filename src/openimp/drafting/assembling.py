@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from openimp.common.errors import counted
 from openimp.drafting import sizing
-from openimp.drafting.columns import TaskDraft
+from openimp.drafting.columns import PROMPTS, TaskDraft
 from openimp.drafting.finding import ROLE
 from openimp.drafting.machine import Machine
 from openimp.drafting.probing import Probed
@@ -43,18 +43,23 @@ class Draft(NamedTuple):
 def assemble(name: str, tasks: list[NamedTask], machine: Machine) -> Draft:
     """Makes a complete recipe. Its batches may not fit into memory yet, and its training may take too long."""
     samples: dict[str, list[Probed]] = {}
-    for media in (media for _, task, _ in tasks for media in task.media):
-        samples.setdefault(media.kind, []).extend(media.sample)
+    texts: list[str] = []
+    bad = 0.0
+    for _, task, _ in tasks:
+        samples.setdefault(task.media.kind, []).extend(task.media.sample)
+        texts += task.text.sample if task.text else []
+        bad = max(bad, task.media.bad, task.text.bad if task.text else 0)
     views = {kind: sizing.view(kind, sample, machine) for kind, sample in samples.items()}
     modalities = sizing.stems(views, machine)
-    if texts := [text for _, task, _ in tasks for column in task.texts for text in column.sampled_texts()]:
-        modalities["text"] = sizing.text(texts, sum(split.rows for _, task, split in tasks if task.texts))
+    rows = sum(split.rows for _, _, split in tasks)
+    if texts:
+        modalities["text"] = sizing.text(texts, rows)
         views["text"] = {"length": modalities["text"]["positions"]}
         if "image" in views and any(re.search(r"\b(left|right)\b", text.lower()) for text in texts):
             views["image"]["flip"] = False  # A mirrored picture would contradict its text.
     recipe: dict[str, Any] = {
         "name": name,
-        "model": sizing.model(sum(split.rows for _, _, split in tasks), machine),
+        "model": sizing.model(rows, machine),
         "modalities": modalities,
         "sources": {},
         "tasks": {},
@@ -69,13 +74,12 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine) -> Draft:
         recipe["sources"] |= _sources(named, views, machine)
         recipe["tasks"][named.name] = _task(named, views, machine)
         recipe["evaluation"]["sets"] |= _sets(named, views)
-        rows = f"{counted(split.rows, 'row')}, and {split.test_rows:,} for evaluation"
-        comments["sources"] += f"\n{named.name}: {rows} ({split.why})."
+        count = f"{counted(split.rows, 'row')}, and {split.test_rows:,} for evaluation"
+        comments["sources"] += f"\n{named.name}: {count} ({split.why})."
     needed = [sizing.steps(split.rows, recipe["tasks"][name]["batch_size"]) for name, _, split in tasks]
     for section, steps in zip(recipe["tasks"].values(), needed):
         section["weight"] = float(f"{steps / min(needed):.2g}")
     recipe["train"]["steps"] = sizing.rounded(sum(needed))
-    bad = max(column.bad for _, task, _ in tasks for columns in (task.media, task.texts[:1]) for column in columns)
     if bad > BAD_ROWS_WARNING:
         recipe["train"]["max_bad_fraction"] = round(1.5 * bad + 0.02, 2)
     return Draft(recipe, comments)
@@ -83,52 +87,48 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine) -> Draft:
 
 def _sources(named: NamedTask, views: dict[str, Any], machine: Machine) -> dict[str, Any]:
     name, task, split = named
-    fits = all(sizing.fits_cache(media.sample, views[media.kind], split.rows, machine) for media in task.media)
+    fits = sizing.fits_cache(task.media.sample, views[task.media.kind], split.rows, machine)
     sources = {name: {**split.train, "cache": "memory" if fits else "none"}}
     return {**sources, f"{name}_test": split.test} if split.test else sources
 
 
 def _task(named: NamedTask, views: dict[str, Any], machine: Machine) -> dict[str, Any]:
     name, task, split = named
-    inputs: dict[str, Any] = {media.kind: media.name for media in task.media}
-    batch_size = sizing.batch_size([*inputs], split.rows, machine)
+    kind: str = task.media.kind
+    inputs = {kind: task.media.name}
+    view = {kind: views[kind]}
     objectives: list[dict[str, Any]] = []
-    if task.texts:
-        inputs["text"] = [column.template for column in task.texts]
-    if len(inputs) > 1:
-        objectives.append({"type": "contrastive", "same": task.texts[0].name if task.prompt else split.item})
+    if task.text:
+        inputs["text"] = task.text.template
+        view["text"] = views["text"]
+        objectives.append({"type": "contrastive", "same": split.item if task.text.items else task.text.name})
     if task.label:
-        weight = 0.2 if objectives else 1.0
+        weight = 0.2 if task.text else 1.0
         objectives.append({"type": "classification", "label": task.label.name, "weight": weight})
-    full = {kind: views[kind] for kind in inputs}
-    fast = {kind: view if kind == "text" else {**view, "drop_tokens": 0.5} for kind, view in full.items()}
     return {
         "source": name,
         "inputs": inputs,
         "objectives": objectives,
-        "batch_size": batch_size,
-        "views": [{**full, "weight": 1}, {**fast, "weight": 3}],
+        "batch_size": sizing.batch_size(kind, split.rows, machine),
+        "views": [{**view, "weight": 1}, {**view, kind: {**views[kind], "drop_tokens": 0.5}, "weight": 3}],
     }
 
 
 def _sets(named: NamedTask, views: dict[str, Any]) -> dict[str, Any]:
     """The evaluation sets of a task: by the names of classes or else by retrieval, and by its trained classes."""
     name, task, split = named
+    kind: str = task.media.kind
+    inputs = {kind: task.media.name}
+    view = {kind: {key: value for key, value in views[kind].items() if key != "flip"}}
+    rows = {"source": f"{name}_test" if split.test else name, "inputs": inputs, "view": view}
     sets: dict[str, Any] = {}
-    media = {column.kind: column.name for column in task.media}
-    inputs = media | ({"text": task.texts[0].template} if task.texts else {})
-    views = {kind: {key: value for key, value in view.items() if key != "flip"} for kind, view in views.items()}
-    source = f"{name}_test" if split.test else name
-    if len(inputs) > 1 and not task.prompt:
-        view = {kind: views[kind] for kind in inputs}
-        sets[name] = {"type": "retrieval", "source": source, "inputs": inputs, "view": view}
-    if task.label:
-        view = {kind: views[kind] for kind in media}
-        classified = {"source": source, "inputs": media, "label": task.label.name, "view": view}
-        if task.prompt:
-            sets[name] = {"type": "zero_shot", "prompts": [task.prompt], **classified}
-        if split.test and split.trains_test_classes:
-            sets[f"{name}_classes"] = {"type": "classification", "task": name, **classified}
+    if task.text and task.text.items:
+        with_text = {"inputs": {**inputs, "text": task.text.template}, "view": {**view, "text": views["text"]}}
+        sets[name] = {"type": "retrieval", **rows, **with_text}
+    elif task.text:
+        sets[name] = {"type": "zero_shot", **rows, "label": task.text.name, "prompts": [PROMPTS[task.media.kind]]}
+    if task.label and split.test and split.trains_test_classes:
+        sets[f"{name}_classes"] = {"type": "classification", "task": name, **rows, "label": task.label.name}
     return sets
 
 
@@ -147,7 +147,7 @@ def task_names(tasks: list[TaskDraft]) -> list[str]:
     places = [task.candidate.place for task in tasks]
     names: list[str] = []
     for task, place in zip(tasks, places):
-        name = source_name(place) + (f"_{task.media[0].kind}" if places.count(place) > 1 else "")
+        name = source_name(place) + (f"_{task.media.kind}" if places.count(place) > 1 else "")
         while name in names:
             name += "_2"
         names.append(name)

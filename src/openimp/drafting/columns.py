@@ -10,10 +10,9 @@ from openimp.common.errors import UserError
 from openimp.common.folders import subfolders
 from openimp.common.modality import BadMedia
 from openimp.common.schema import as_text, checked
-from openimp.common.texts import text_key
 from openimp.data.files import inside
 from openimp.data.sources import open_source
-from openimp.data.tables import Table, Unreadable
+from openimp.data.tables import Table, Unreadable, item_key
 from openimp.drafting.finding import KIND_OF, Candidate, shown
 from openimp.drafting.probing import Kind, Probed, probe
 from openimp.recipe.tasks import Source
@@ -26,8 +25,6 @@ NAMES = {
              "transcript", "transcription", "utterance", "prompt", "alt", "title", "name", "keywords", "tags"],
 }  # fmt: skip
 """Words in the name of a column that tell its use; the first use counts. The best texts come first."""
-MAX_TEXTS = 3
-"""Most text columns of a task."""
 PROMPTS = {"image": "a photo of a {}", "video": "a video of {}", "audio": "the sound of {}"}
 """Texts that are made from the name of a class, if there is no text column."""
 PROBED_ROWS = 32
@@ -54,18 +51,13 @@ class MediaColumn(NamedTuple):
 
 
 class TextColumn(NamedTuple):
-    """A column of texts, or of lists of texts."""
+    """A column of texts, or of lists of texts; or one of classes, of which texts are made."""
 
     name: str
     template: str  # the input that reads it
-    sample: list[tuple[str, ...]]  # the texts of each sampled row that has any
+    sample: list[str]  # texts of sampled rows
+    items: int  # different values in the sample; 0: classes
     bad: float  # share of the sampled rows without a text
-
-    def sampled_texts(self) -> list[str]:
-        """Texts that the template makes."""
-        if self.template.endswith("*}"):
-            return [", ".join(row) for row in self.sample]
-        return [text for row in self.sample for text in row]
 
 
 class ClassColumn(NamedTuple):
@@ -77,67 +69,71 @@ class ClassColumn(NamedTuple):
 
 
 class TaskDraft(NamedTuple):
-    """A task for one kind of media of a source. Without texts and classes, it pairs two kinds."""
+    """A task for one kind of media of a source."""
 
     candidate: Candidate
     source: dict[str, Any]  # as in the recipe, before rows are held out; with a root if paths need one
     table: Table
-    media: list[MediaColumn]
-    texts: list[TextColumn]
+    media: MediaColumn
+    text: TextColumn | None
     label: ClassColumn | None
-    prompt: str  # the text of a class, with {} in place of its name, if `texts` is made from the classes; else ""
     by_use: dict[str, list[str]]  # the names of columns; see `NAMES`. "path": those with names of media files
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the task reads."""
+        return [column.name for column in (self.media, self.text, self.label) if column]
 
 
 def inspect(
-    candidate: Candidate, chosen_texts: Sequence[str] = (), chosen_label: str | None = None
+    candidate: Candidate, chosen_text: str | None = None, chosen_label: str | None = None
 ) -> tuple[list[TaskDraft], list[str]]:
     """The tasks of a source, one for each kind of media, and notes on what is not used.
 
-    `chosen_texts` and `chosen_label` are the columns to use. By default, the names of the columns tell.
+    `chosen_text` and `chosen_label` are the columns to use. By default, the names of the columns tell.
 
     Raises:
         UserError: the source cannot be read, lacks a chosen column, or has nothing to train on.
     """
     table = open_candidate(candidate.source)
-    chosen = [*chosen_texts, *([chosen_label] if chosen_label else [])]
+    chosen = [name for name in (chosen_text, chosen_label) if name]
     table.require(chosen)
     first_rows = sample(table, table.columns, PROBED_ROWS)
     source = with_root(candidate.source, table, first_rows)
     table = open_candidate(source)
     notes: list[str] = []
     media = _media_columns(table, first_rows, notes)
-    ignored = {"__key__", "file", "extension"} | ({"name"} - {*chosen} if candidate.kind else set())
-    others = [name for name, values in first_rows.items() if name not in ignored and not _are_media(values)]
-    if not media:
-        raise UserError("; ".join([*notes, f"no column holds media; the columns are {_listed(table.columns)}"]))
+    others = [name for name, values in first_rows.items() if not _are_media(values)]
+    if candidate.kind:
+        others = [name for name in others if name in ("text", "label")]
     by_use = _by_use(others)
     by_use["path"] = [name for name, values in first_rows.items() if _are_paths(values)]
-    texts, class_names = _text_columns(table, chosen_texts or by_use["text"])
-    if chosen:
-        texts += class_names
-        class_names = []
+    texts = _text_columns(table, [chosen_text] if chosen_text else by_use["text"])
     minimum = dict.fromkeys([chosen_label] if chosen_label else by_use["class"], ROWS_PER_CLASS)
-    minimum |= {column.name: ROWS_PER_NAME for column in class_names}
+    if not chosen:
+        # Texts that repeat often are the names of classes.
+        minimum |= {text.name: ROWS_PER_NAME for text in texts if ROWS_PER_NAME * text.items <= len(text.sample)}
     label = _class_column(table, minimum, notes)
-    if not texts and not label and (candidate.kind or len(media) == 1):
+    text = next((text for text in texts if text.name not in minimum), None)
+    tasks = [
+        TaskDraft(candidate, source, table, each, text or (label and _from_classes(label, each.kind)), label, by_use)
+        for each in media
+        if text or label
+    ]
+    if not tasks:
         raise UserError("; ".join([*notes, _what_to_add(candidate, media, others)]))
-    used = {*(column.name for column in texts[:MAX_TEXTS]), label and label.name, *by_use["split"], *by_use["group"]}
+    used = {*tasks[0].columns, *by_use["split"], *by_use["group"], "__key__"}
     if unused := [name for name in others if name not in used]:
         notes.append(f"columns {_listed(unused)}")
-    tasks = []
-    for group in [[column] for column in media] if texts or label else [media[:2]]:
-        prompt = PROMPTS[group[0].kind] if label and not texts and not label.are_numbers else ""
-        from_classes = [_from_classes(label, prompt)] if label and prompt else []
-        task_texts = texts[:MAX_TEXTS] or from_classes
-        tasks.append(TaskDraft(candidate, source, table, group, task_texts, label, prompt, by_use))
     return tasks, notes
 
 
-def _from_classes(label: ClassColumn, prompt: str) -> TextColumn:
-    """Texts made of classes. The sample has each twice, because a class has several rows."""
-    texts = [(prompt.format(as_text(name)[:MAX_LENGTH]),) for name in label.classes]
-    return TextColumn(label.name, prompt.format(f"{{{label.name}}}"), [*texts, *texts], 0.0)
+def _from_classes(label: ClassColumn, kind: Kind) -> TextColumn | None:
+    """Texts made of the names of classes. The sample has each twice, because a class has several rows."""
+    if label.are_numbers:
+        return None
+    texts = [PROMPTS[kind].format(as_text(name)[:MAX_LENGTH]) for name in label.classes]
+    return TextColumn(label.name, PROMPTS[kind].format(f"{{{label.name}}}"), [*texts, *texts], 0, 0.0)
 
 
 def open_candidate(source: dict[str, Any]) -> Table:
@@ -220,22 +216,16 @@ def _by_use(names: Sequence[str]) -> dict[str, list[str]]:
     return {use: list(dict.fromkeys(columns)) for use, columns in by_use.items()}
 
 
-def _text_columns(table: Table, names: Sequence[str]) -> tuple[list[TextColumn], list[TextColumn]]:
-    """The columns with texts, and those whose texts repeat so often that they are names of classes."""
-    texts: list[TextColumn] = []
-    class_names: list[TextColumn] = []
+def _text_columns(table: Table, names: Sequence[str]) -> list[TextColumn]:
+    columns = []
     for name, values in sample(table, names, SAMPLED_ROWS).items():
         present = [value for value in values if value and not isinstance(value, Unreadable)]
-        rows = [tuple(value if isinstance(value, list) else [value]) for value in present]
-        if all(not isinstance(text, str) or _is_number(text) for row in rows for text in row):
-            continue
-        rows = [tuple(" ".join(as_text(text)[:MAX_LENGTH].split()) for text in row) for row in rows]
-        are_lists = isinstance(present[0], list)
-        are_keywords = are_lists and re.search("keywords|tags", name.lower())
-        column = TextColumn(name, f"{{{name}*}}" if are_keywords else name, rows, 1 - len(rows) / len(values))
-        repeats = not are_lists and ROWS_PER_NAME * len({text_key(row[0]) for row in rows}) <= len(rows)
-        (class_names if repeats else texts).append(column)
-    return texts, class_names
+        texts = [text for value in present for text in (value if isinstance(value, list) else [value])]
+        if all(isinstance(text, str) for text in texts) and not all(map(_is_number, texts)):
+            items = len({item_key(value) for value in present})
+            texts = [" ".join(text[:MAX_LENGTH].split()) for text in texts]
+            columns.append(TextColumn(name, name, texts, items, 1 - len(present) / len(values)))
+    return columns
 
 
 def _class_column(table: Table, minimum: dict[str, int], notes: list[str]) -> ClassColumn | None:
@@ -243,7 +233,7 @@ def _class_column(table: Table, minimum: dict[str, int], notes: list[str]) -> Cl
     columns = []
     for name, rows_per_class in minimum.items():
         values = [value for value in table.column(name) if not isinstance(value, Unreadable)]
-        are_classes = all(isinstance(value, str | int) and value != "" for value in values)
+        are_classes = all(type(value) in (str, int) and value != "" for value in values)
         classes = list(dict.fromkeys(values)) if are_classes else []
         if 2 <= len(classes) <= len(values) / rows_per_class:
             columns.append(ClassColumn(name, classes, all(_is_number(as_text(value)) for value in classes)))
@@ -264,12 +254,14 @@ def _is_number(text: str) -> bool:
 
 
 def _what_to_add(candidate: Candidate, media: list[MediaColumn], others: list[str]) -> str:
-    """What a source without texts and classes needs."""
+    """What a source lacks."""
     if candidate.kind:
         return (
             f"no text or class says what is in its {candidate.kind} files; add subfolders, one for each of several "
             "classes; captions (a.txt beside a.jpg); or a table of files and texts"
         )
+    if not media:
+        return f"no column holds media; the others are {_listed(others)}"
     return (
         f"{shown(media[0].name)} has {media[0].kind}, but no other column ({_listed(others)}) has a name like "
         f"{', '.join(NAMES['text'][:3])} or {', '.join(NAMES['class'][:2])} (docs/init.md has all); name one with "

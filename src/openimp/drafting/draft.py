@@ -2,7 +2,6 @@
 
 import os
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,15 +48,15 @@ class DraftedRecipe(NamedTuple):
     notes: list[str]  # what is used and what is not, one line each
 
 
-def draft_recipe(paths: list[str], texts: Sequence[str] = (), label: str | None = None) -> DraftedRecipe:
+def draft_recipe(paths: list[str], text: str | None = None, label: str | None = None) -> DraftedRecipe:
     """Drafts a recipe for the data at `paths`. Paths in the recipe are relative to the current folder.
 
-    `texts` and `label` name columns with texts and classes. By default, the names of the columns tell.
+    `text` and `label` name the columns with texts and classes. By default, the names of the columns tell.
 
     Raises:
         UserError: there is nothing to train on.
     """
-    tasks, notes = find_tasks(paths, texts, label)
+    tasks, notes = find_tasks(paths, text, label)
     machine = this_machine()
     name = recipe_name(paths[0])
     draft = assemble(name, tasks, machine)
@@ -94,7 +93,7 @@ def recipe_name(path: str) -> str:
 
 
 def find_tasks(
-    paths: list[str], texts: Sequence[str] = (), label: str | None = None
+    paths: list[str], text: str | None = None, label: str | None = None
 ) -> tuple[list[NamedTask], list[str]]:
     """The tasks for all data below the paths, and lines that say what was found and what is not used."""
     tasks: list[TaskDraft] = []
@@ -107,7 +106,7 @@ def find_tasks(
             unused.append(f"{place}: its name is not UTF-8; rename it")
             continue
         try:
-            found, notes = inspect(candidate, texts, label)
+            found, notes = inspect(candidate, text, label)
         except (UserError, OSError) as error:
             unused.append(f"{place}: {shown(str(error).removeprefix('source data: '), limit=1000)}")
             continue
@@ -122,10 +121,11 @@ def find_tasks(
 
 def _summary(named: NamedTask) -> str:
     _, task, split = named
-    parts = [f"{split.rows + split.test_rows:,} rows"]
-    parts += [f"{media.kind} in {shown(media.name)}" for media in task.media]
-    parts += [f"text in {shown(column.name)}" for column in task.texts]
-    parts += [f"{len(split.classes):,} classes in {shown(task.label.name)}"] if task.label else []
+    parts = [f"{split.rows + split.test_rows:,} rows", f"{task.media.kind} in {shown(task.media.name)}"]
+    if task.text and task.text.items:
+        parts.append(f"text in {shown(task.text.name)}")
+    if task.label:
+        parts.append(f"{len(split.classes):,} classes in {shown(task.label.name)}")
     return f"found {shown(task.candidate.place)}: {', '.join(parts)}"
 
 

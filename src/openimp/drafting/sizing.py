@@ -85,9 +85,9 @@ def model(rows: int, machine: Machine) -> dict[str, Any]:
     return {**sizes, "qk_norm": True, "space": "joint", "embed_dim": 256, "init_temperature": 0.1}
 
 
-def batch_size(kinds: Sequence[str], rows: int, machine: Machine) -> int:
+def batch_size(kind: str, rows: int, machine: Machine) -> int:
     """Examples per step: a power of two, and at most half of the rows, so that batches differ."""
-    largest = (128 if kinds == ["image"] else 64) * (2 if machine.is_gpu else 1)
+    largest = (128 if kind == "image" else 64) * (2 if machine.is_gpu else 1)
     return max(2, min(largest, 2 ** (rows.bit_length() - 2)))
 
 

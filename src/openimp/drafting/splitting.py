@@ -52,12 +52,11 @@ def split(task: TaskDraft) -> Split:
 
 def _given_split(task: TaskDraft, train: dict[str, Any], test: dict[str, Any], why: str) -> Split | None:
     """The split that the data itself has; None if its test rows cannot be read, or lack a column or classes."""
-    media = [column.name for column in task.media]
     try:
         table = open_candidate(train)
         held_out = open_candidate(test)
-        held_out.require([*media, *(column.name for column in task.texts), *([task.label.name] if task.label else [])])
-        test = with_root(test, held_out, sample(held_out, media, PROBED_ROWS))
+        held_out.require(task.columns)
+        test = with_root(test, held_out, sample(held_out, [task.media.name], PROBED_ROWS))
     except UserError:
         return None
     classes = _classes(table, task)
@@ -97,8 +96,8 @@ def _items(task: TaskDraft) -> tuple[str | None, int]:
         paths = task.table.column(name)
         if len(set(paths)) < len(paths):
             return name, len(set(paths))
-    if task.texts and not task.prompt:
-        return task.texts[0].name, len({*task.texts[0].sample})
+    if task.text and task.text.items:
+        return task.text.name, task.text.items
     return None, len(task.table)
 
 

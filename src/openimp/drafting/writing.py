@@ -26,7 +26,7 @@ _Dumper.add_representer(str, _represent)
 def write(recipe: Mapping[str, Any], comments: Mapping[str, str]) -> str:
     """The recipe as YAML. Each section has its comment above it. Lines that begin with spaces are not wrapped."""
     sections = []
-    options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": WIDTH - 20}
+    options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": WIDTH - 30}
     for key, value in recipe.items():
         for line in comments.get(key, "").splitlines():
             wrapped = [line] if line.startswith(" ") else textwrap.wrap(line, WIDTH - 2) or [""]
