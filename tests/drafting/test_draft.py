@@ -75,17 +75,6 @@ def write_parquet(file: str, numbers: bool = False) -> None:
     pq.write_table(pa.Table.from_pylist(rows), file)
 
 
-def write_tars() -> None:
-    for shard in range(2):
-        with tarfile.open(f"shard-{shard}.tar", "w") as tar:
-            for i, (color, text, data) in enumerate(examples()[shard::2]):
-                about = json.dumps({"species": color, "width": 48}).encode()
-                for ending, content in (("png", data), ("txt", text.encode()), ("json", about)):
-                    member = tarfile.TarInfo(f"{shard}-{i}.{ending}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-
-
 def write_kinds(media_folder: Path, *kinds: str) -> None:
     """A table of media of these kinds with captions."""
     for file in media_folder.glob("*.*"):
@@ -120,9 +109,16 @@ FORMATS = {
     "csv": (write_csv, "pictures.csv"),
     "parquet": (lambda: write_parquet("pictures.parquet"), "pictures.parquet"),
     "numbers": (lambda: write_parquet("pictures.parquet", numbers=True), "pictures.parquet"),
-    "tars": (write_tars, "shard-*.tar"),
     "hub": (lambda: [write_parquet(f"hub/{split}.parquet") for split in ("train", "test")], "hub:hub"),
 }
+
+
+def test_tars_are_to_be_converted_or_streamed(openimp):
+    with tarfile.open("shard-0.tar", "w"):
+        pass
+    code, out, err = openimp("init", "shard-*.tar")
+    assert (code, out) == (2, "")
+    assert "tars are read as a stream: set stream: true, or convert them to Parquet, which docs/data.md shows" in err
 
 
 @pytest.mark.parametrize("kind", FORMATS)
