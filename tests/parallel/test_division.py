@@ -72,8 +72,7 @@ def train(model: Model, refused: bool = False) -> Muon:
 
     named = dict(model.named_parameters())
     stacks = {w: EXPERTS if w.ndim == 3 else 3 if "qkv" in name else 1 for name, w in named.items()}
-    updated_sets = [{*named.values()}, {w for name, w in named.items() if not name.startswith("blocks.1.")}]
-    muon = Muon(stacks, lr=0.1, weight_decay=0.2, updated_sets=updated_sets)
+    muon = Muon(stacks, lr=0.1, weight_decay=0.2)
     steps = [*gradients()]
     if refused:
         steps.insert(-1, {name: torch.full_like(grad, torch.nan) for name, grad in steps[-1].items()})

@@ -37,7 +37,7 @@ from openimp.parallel.layout import apply_parallelism, local_shard
 from openimp.planning.communication import LINK_SHARE
 from openimp.planning.gpus import GPUS, USABLE, peak_flops
 from openimp.planning.layouts import choose_layout
-from openimp.planning.ledger import costs, empty_batch, short
+from openimp.planning.ledger import empty_batch, short
 from openimp.planning.memory import StepMemory, step_memory
 from openimp.planning.plan import PARTS, SIMILARITY, Plan, Step, count, per_token, plan, plans, recommended
 from openimp.planning.tables import duration
@@ -373,7 +373,7 @@ def measure_received(file: Path, out: Path) -> None:
         )  # fmt: skip
         batch = empty_batch(options, "named", 0, modalities, CLASSES, device, distributed.world_size())
         encode = in_chunks(model.encode_all, options.memory.chunk_size)
-        updater = Updater(options, model, costs(options, modalities, CLASSES))
+        updater = Updater(options, model)
         with Received() as received:
             task_losses(model, options.tasks["named"], batch, encode).total.backward()
             updater.step(0)

@@ -5,7 +5,7 @@ The result has the orthogonalized shards of all weights. A step takes one or two
 matrices there are.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -35,12 +35,8 @@ class Division(Protocol):
         ...
 
 
-def divide_work(stacks: Mapping[Tensor, int], updated_sets: Sequence[Set[Tensor]]) -> list[Division]:
-    """Divides the matrices of Muon. All ranks must call this.
-
-    `stacks` has the number of matrices that each weight stacks, and `updated_sets` the weights that each kind of step
-    updates, so that the work of each kind is balanced.
-    """
+def divide_work(stacks: Mapping[Tensor, int]) -> list[Division]:
+    """Divides the matrices of Muon; `stacks` has the number that each weight stacks. All ranks must call this."""
     whole, replicated = dict[Tensor, int](), dict[Tensor, int]()
     sharded: dict[tuple[Any, int], dict[Tensor, int]] = {}  # by device mesh and its dimension
     for weight, count in stacks.items():
@@ -55,9 +51,9 @@ def divide_work(stacks: Mapping[Tensor, int], updated_sets: Sequence[Set[Tensor]
             whole[weight] = count
     found: list[Division] = [WholeMatrices(whole)] if whole else []
     if replicated:
-        found.append(ReplicatedMatrices(replicated, updated_sets, node_group()))
+        found.append(ReplicatedMatrices(replicated, node_group()))
     for (mesh, dim), some in sharded.items():
-        found.append(ShardedMatrices(some, updated_sets, mesh.get_group(dim)))
+        found.append(ShardedMatrices(some, mesh.get_group(dim)))
     return found
 
 
@@ -89,9 +85,9 @@ class ReplicatedMatrices:
     The owner alone keeps the weight's momentum. It orthogonalizes the update, and an all-gather sends it to the others.
     """
 
-    def __init__(self, stacks: Mapping[Tensor, int], updated_sets: Iterable[Set[Tensor]], group: Group) -> None:
+    def __init__(self, stacks: Mapping[Tensor, int], group: Group) -> None:
         self.stacks, self.group = stacks, group
-        self.owned = own_weights(stacks, updated_sets, dist.get_world_size(group))
+        self.owned = own_weights(stacks, dist.get_world_size(group))
         self.kept = self.owned[dist.get_rank(group)]
 
     def orthogonalized(self, updates: Updates, orthogonalize: Orthogonalize) -> Iterator[tuple[Tensor, Tensor]]:
@@ -119,9 +115,9 @@ class ShardedMatrices:
     each rank its shards of the results. Every rank keeps the momentum of its shards.
     """
 
-    def __init__(self, stacks: Mapping[Tensor, int], updated_sets: Iterable[Set[Tensor]], group: Group) -> None:
+    def __init__(self, stacks: Mapping[Tensor, int], group: Group) -> None:
         self.group, self.rank, self.kept = group, dist.get_rank(group), [*stacks]
-        self.owned = own_matrices(stacks, updated_sets, dist.get_world_size(group))
+        self.owned = own_matrices(stacks, dist.get_world_size(group))
         self.matrices: dict[Tensor, list[Matrix]] = {weight: [] for weight in stacks}
         for matrix in sorted(chain.from_iterable(self.owned), key=lambda matrix: matrix.index):
             self.matrices[matrix.weight].append(matrix)

@@ -3,7 +3,7 @@
 Shape suffixes: N matrices, R rows, C columns.
 """
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -31,8 +31,8 @@ class Muon(torch.optim.Optimizer):
     one that computes queries, keys and values, and the number of experts. Each matrix is orthogonalized separately.
 
     As in torch's fused optimizers, a step changes nothing if the attribute `found_inf`, a scalar on the device, is 1.
-    Several ranks divide the work of a step; see `divide_work`, also for `updated_sets`. None: every step updates
-    everything. `lr_factors` has the factor of the learning rate of each parameter; by default, all are 1.
+    Several ranks divide the work of a step; see `divide_work`. `lr_factors` has the factor of the learning rate of each
+    parameter; by default, all are 1.
     """
 
     found_inf: Tensor | None = None
@@ -43,11 +43,10 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
-        updated_sets: Sequence[Set[Tensor]] | None = None,
         lr_factors: Mapping[Tensor, float] | None = None,
     ) -> None:
         self.stacks, self.lr_factors = dict(stacks), lr_factors or dict.fromkeys(stacks, 1.0)
-        self.divisions = divide_work(stacks, [{*stacks}] if updated_sets is None else updated_sets)
+        self.divisions = divide_work(stacks)
         kept = [weight for division in self.divisions for weight in division.kept]
         # As a group, because that may be empty: with many ranks, some own no matrix.
         super().__init__([{"params": kept}], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})

@@ -3,7 +3,7 @@
 Orthogonalizing is too much work to repeat on every rank. Nothing here communicates, so a plan can use it too.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
@@ -68,38 +68,29 @@ def matrices_of(stacks: Mapping[Tensor, int], ranks: int) -> list[Matrix]:
     return found
 
 
-def assign_owners(
-    items: Iterable[T], updated_sets: Iterable[Set[T]], ranks: int, work: Callable[[T], int]
-) -> Sequence[list[T]]:
-    """For each rank, the items that it owns: matrices, or weights. `updated_sets` has those of each kind of step.
+def assign_owners(items: Iterable[T], ranks: int, work: Callable[[T], int]) -> list[list[T]]:
+    """For each rank, the items that it owns: matrices, or weights.
 
-    Items are assigned in descending order of work. Each goes to the rank that has the least work so far in the kinds
-    of steps that update this item.
+    Items are assigned in descending order of work, each to the rank that has the least work so far.
     """
     owned: list[list[T]] = [[] for _ in range(ranks)]
-    loads = [(updated, [0] * ranks) for updated in dict.fromkeys(map(frozenset, updated_sets))]
+    loads = [0] * ranks
     for item in sorted(items, key=work, reverse=True):
-        affected = [load for updated, load in loads if item in updated]
-        least = min(range(ranks), key=lambda rank: sum(load[rank] for load in affected))
-        owned[least].append(item)
-        for load in affected:
-            load[least] += work(item)
+        owner = loads.index(min(loads))
+        owned[owner].append(item)
+        loads[owner] += work(item)
     return owned
 
 
-def own_matrices(
-    stacks: Mapping[Tensor, int], updated_sets: Iterable[Set[Tensor]], ranks: int
-) -> Sequence[list[Matrix]]:
+def own_matrices(stacks: Mapping[Tensor, int], ranks: int) -> list[list[Matrix]]:
     """For each of the ranks that weights are sharded over, the matrices that it owns."""
-    matrices = matrices_of(stacks, ranks)
-    sets = [{matrix for matrix in matrices if matrix.weight in updated} for updated in updated_sets]
-    return assign_owners(matrices, sets, ranks, lambda matrix: matrix.work)
+    return assign_owners(matrices_of(stacks, ranks), ranks, lambda matrix: matrix.work)
 
 
-def own_weights(
-    stacks: Mapping[Tensor, int], updated_sets: Iterable[Set[Tensor]], ranks: int
-) -> Sequence[list[Tensor]]:
+def own_weights(stacks: Mapping[Tensor, int], ranks: int) -> list[list[Tensor]]:
     """For each of the ranks that have replicas of weights, the weights whose matrices it owns."""
-    return assign_owners(
-        stacks, updated_sets, ranks, lambda weight: stacks[weight] * muon_work(*matrix_shape(weight, stacks[weight]))
-    )
+
+    def work(weight: Tensor) -> int:
+        return stacks[weight] * muon_work(*matrix_shape(weight, stacks[weight]))
+
+    return assign_owners(stacks, ranks, work)

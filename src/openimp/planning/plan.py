@@ -230,7 +230,7 @@ def _steps(
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     all_grads, hidden = recipe.optimizer.zero_missing_grads, muon_stacks(model, recipe.optimizer)
     updated = {key: {trained[n] for n in (trained if all_grads else cost.touched)} for key, cost in by_view.items()}
-    muon = MuonDivision(sharding, hidden, [*updated.values()])
+    muon = MuonDivision(sharding, hidden)
     # Two tensors per parameter for AdamW, one for Muon, and one for the EMA.
     optimizer = 2 * sharding.held({*trained.values()} - hidden.keys()) + muon.momentum(hidden.keys())
     averaged = sharding.held(trained.values()) if recipe.optimizer.ema_decay else 0

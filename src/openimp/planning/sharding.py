@@ -1,6 +1,6 @@
 """What one GPU holds of a model in a layout, and the collectives of its weights and gradients."""
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 from math import prod
 from typing import NamedTuple
 
@@ -96,10 +96,10 @@ class Sharding:
 class MuonDivision:
     """How the GPUs divide Muon's matrices, as `parallel.division` does.
 
-    `stacks` has the number of matrices of each weight, and `updated_sets` the weights that each kind of step updates.
+    `stacks` has the number of matrices of each weight.
     """
 
-    def __init__(self, sharding: Sharding, stacks: Mapping[Tensor, int], updated_sets: Sequence[Set[Tensor]]) -> None:
+    def __init__(self, sharding: Sharding, stacks: Mapping[Tensor, int]) -> None:
         self._sharding, self._stacks, ranks = sharding, stacks, sharding.layout.ranks
         self._whole: dict[Tensor, int] = {}  # with the number of matrices that this GPU orthogonalizes
         replicated: dict[Tensor, int] = {}
@@ -115,8 +115,8 @@ class MuonDivision:
             else:
                 sharded.setdefault(mesh.shards, {})[weight] = count
         self._node = Group.of(min(ranks, NODE), 1, ranks)
-        self._replicated = own_weights(replicated, updated_sets, self._node.size)
-        self._sharded = {group: own_matrices(some, updated_sets, group.size) for group, some in sharded.items()}
+        self._replicated = own_weights(replicated, self._node.size)
+        self._sharded = {group: own_matrices(some, group.size) for group, some in sharded.items()}
 
     def momentum(self, updated: Set[Tensor]) -> int:
         """Bytes of momentum of some weights, on the GPU that keeps most."""

@@ -1,10 +1,10 @@
 """AdamW and Muon, and the learning rate schedule that they share."""
 
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from openimp.model.embedder import Embedder
 from openimp.model.learning_rates import lr_factors, muon_stacks
@@ -14,14 +14,11 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.training import Optimizer
 
 
-def make_optimizers(
-    options: Optimizer, model: Embedder, updated_sets: Sequence[Set[Tensor]]
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Optimizer]:
     """Fused AdamW, and Muon for the hidden matrices if the recipe has a `muon_lr`. Every rank must call this.
 
     Weight decay applies to kernels only, not to embedding and position tables, norms, biases and temperatures. Each
-    parameter group keeps its peak learning rate as `peak`. Frozen parameters are in none. `updated_sets` has the
-    parameters that each kind of step updates.
+    parameter group keeps its peak learning rate as `peak`. Frozen parameters are in none.
     """
     hidden, factors = muon_stacks(model, options), lr_factors(model, options)
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in hidden]
@@ -42,7 +39,7 @@ def make_optimizers(
         made.append(torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True))
     if options.muon_lr:
         rates = {weight: factors[weight] for weight in hidden}
-        made.append(Muon(hidden, options.muon_lr, options.weight_decay, updated_sets=updated_sets, lr_factors=rates))
+        made.append(Muon(hidden, options.muon_lr, options.weight_decay, lr_factors=rates))
     for group in (group for optimizer in made for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     return made

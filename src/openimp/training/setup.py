@@ -121,7 +121,7 @@ def set_up(
     model, text_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
     if warm_start is not None:
         console.print(warm_start.load(model, data.classes), soft_wrap=True)
-    updater = Updater(recipe, model, step_costs)
+    updater = Updater(recipe, model)
     checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, text_files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
     step = state.get("step", 0)

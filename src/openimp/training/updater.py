@@ -7,7 +7,6 @@ import torch
 from openimp.common.device import HostCopy
 from openimp.model.embedder import Embedder
 from openimp.parallel.layout import clip_grad_norm, reshard
-from openimp.planning.ledger import Costs
 from openimp.recipe.schema import Recipe
 from openimp.training.ema import EMA
 from openimp.training.optimizers import make_optimizers, schedule, set_learning_rate
@@ -20,15 +19,11 @@ class Updater:
     are finite; if they are not, the device leaves weights and optimizer state as they are.
     """
 
-    def __init__(self, recipe: Recipe, model: Embedder, costs: Costs) -> None:
+    def __init__(self, recipe: Recipe, model: Embedder) -> None:
         options = recipe.optimizer
-        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        # With zero gradients every step updates all parameters.
-        names = [{*named}] if options.zero_missing_grads else [cost.touched for cost in costs.values()]
-        updated_sets = [{named[name] for name in updated} for updated in names]
         self.recipe = recipe
         self.model = model
-        self.optimizers = make_optimizers(options, model, updated_sets)
+        self.optimizers = make_optimizers(options, model)
         self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
 
     def step(self, step: int) -> HostCopy:
