@@ -158,7 +158,7 @@ def train_once(file: Path, run: Path) -> None:
     trainer.train()
     end = time.perf_counter()
     options = recipe, trainer.modalities, trainer.data.classes, distributed.world_size(), "h100", 0.4
-    planned = distributed.run_on_rank_zero(lambda: plan(*options).memory)
+    planned = distributed.run_on_rank_zero(lambda: plan(*options).memory_bytes)
     if distributed.rank() == 0:
         lines = read_lines(run / "metrics.jsonl")[1:]
         seconds = sum(line["seconds"] for line in lines)

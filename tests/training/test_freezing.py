@@ -129,8 +129,8 @@ def test_the_plan_shows_what_is_frozen(little_data, capsys):
     assert found.frozen == sum(p.numel() for p in model.parameters()) - trained > 0
     memory = found.steps["named", 0].memory
     # AdamW's two tensors and the EMA, in fp32 on two GPUs; gradients of what the task uses.
-    assert memory["optimizer state"] == pytest.approx(12 * trained / 2, rel=1e-3)
-    assert memory["gradients"] < 4 * trained / 2
+    assert memory.optimizer_state == pytest.approx(12 * trained / 2, rel=1e-3)
+    assert memory.gradients < 4 * trained / 2
     run_plan(str(little_data / "recipe.yaml"), changes, 1, "h100", 0.4)
     assert re.search(rf"frozen\s+│?\s*{found.frozen:,}", capsys.readouterr().out)
 

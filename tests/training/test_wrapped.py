@@ -181,7 +181,7 @@ def test_one_tower_learns_the_vectors_of_the_other_that_is_frozen(data, name, tm
         assert learned or not any(part.startswith(f"{key}|") for part in weights(tmp_path / "run", "optimizer")), key
     found = plan(recipe, Trainer(set_up(recipe, tmp_path / "planned")).modalities, {}, 2, "h100", 0.4)
     assert found.frozen == sum(value.numel() for key, value in before.items() if key.startswith("encoder.visual."))
-    memory = {key: step.memory["gradients"] for key, step in found.steps.items()}
+    memory = {key: step.memory.gradients for key, step in found.steps.items()}
     assert memory["named", 0] < 4 * (sum(found.parameters.values()) - found.frozen)
 
 

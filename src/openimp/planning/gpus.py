@@ -7,21 +7,35 @@ import torch
 from openimp.common.device import Precision, precision_of, product_speed
 
 NODE = 8
-"""GPUs of a node, which are connected by `GPU.link`; more of them meet on the network."""
+"""GPUs of a node. Its links connect them, and the network connects nodes."""
 USABLE = 0.9
 """Share of a GPU's memory for tensors; its context, NCCL's buffers and gaps between tensors have the rest."""
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class GPU:
     """A GPU in the kind of machine that it is mostly sold in."""
 
-    memory: float  # GiB that programs see
-    tflops: float  # dense bf16 products, TFLOP/s, as its maker publishes
-    bandwidth: float  # TB/s of its memory
-    link: float  # GB/s to the other GPUs of its node, each way
-    network: float  # GB/s to other nodes, each way
+    memory_gib: float  # that programs see
+    bf16_tflops: float  # dense products, as its maker publishes
+    memory_tb_per_s: float
+    link_gb_per_s: float  # from the other GPUs of its node
+    network_gb_per_s: float  # from other nodes, over a network card of its own
     names: tuple[str, ...]  # as CUDA calls it; variants with other figures are left out
+
+    @property
+    def flops_per_s(self) -> float:
+        return self.bf16_tflops * 1e12
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Of its memory."""
+        return self.memory_tb_per_s * 1e12
+
+    @property
+    def usable_bytes(self) -> float:
+        return USABLE * self.memory_gib * GIB
 
 
 GPUS = {
@@ -42,5 +56,5 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
         name = torch.cuda.get_device_name(device)
         for gpu in GPUS.values():
             if name in gpu.names:
-                return gpu.tflops * 1e12
+                return gpu.flops_per_s
     return product_speed(device, precision_of(device, precision))

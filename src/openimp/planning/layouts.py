@@ -1,5 +1,6 @@
 """The layout of a run whose recipe does not choose one, and the layouts that a plan compares."""
 
+from contextlib import suppress
 from math import gcd
 
 import torch
@@ -24,9 +25,10 @@ def default_layout(recipe: Recipe, model: Embedder, ranks: int, per_node: int, m
     ranks of a node share a replica, because its connections are faster than the network. Otherwise all ranks do.
     """
     for shard_degree in (1, per_node):
-        layout = _valid(recipe, ranks, shard_degree)
-        if layout and state_bytes(recipe, model, layout) <= STATE_SHARE * USABLE * memory:
-            return layout
+        with suppress(UserError):
+            layout = layout_of(recipe, ranks, shard_degree)
+            if state_bytes(recipe, model, layout) <= STATE_SHARE * USABLE * memory:
+                return layout
     return layout_of(recipe, ranks, ranks)
 
 
@@ -43,40 +45,25 @@ def choose_layout(recipe: Recipe, model: Embedder, device: torch.device) -> Layo
     return default_layout(recipe, model, ranks, distributed.local_world_size(), smallest)
 
 
-def layout_of(
-    recipe: Recipe, ranks: int, shard_degree: int | None, expert_degree: int | None = None, reshard: bool | None = None
-) -> Layout:
+def layout_of(recipe: Recipe, ranks: int, shard_degree: int | None, expert_degree: int | None = None) -> Layout:
     """The layout of given degrees for the recipe's model, and otherwise as its `parallel` says. See `Layout.of`."""
     options = recipe.parallel
+    expert_dims = (recipe.model.width, recipe.model.mlp_dim)
     return Layout.of(
-        ranks,
-        shard_degree,
-        options.expert_degree if expert_degree is None else expert_degree,
-        (recipe.model.width, recipe.model.mlp_dim),
-        options.reshard_after_forward if reshard is None else reshard,
+        ranks, shard_degree, expert_degree or options.expert_degree, expert_dims, options.reshard_after_forward
     )
 
 
 def alternatives(recipe: Recipe, gpus: int) -> list[Layout]:
     """Layouts that may suit a recipe: replicas, or shards in a node, or over all GPUs; each also with the experts of a
-    layer distributed over a node. Where weights are sharded, also with weights that stay gathered until the update."""
+    layer distributed over a node."""
     experts = recipe.model.moe.experts if recipe.model.moe else 1
-    found = [
-        _valid(recipe, gpus, shards, owners, reshard)
-        for owners in (1, gcd(experts, gpus, NODE))
-        for shards in (1, min(NODE, gpus), gpus)
-        for reshard in (True, False)
-    ]
-    return [*dict.fromkeys(layout for layout in found if layout)]
-
-
-def _valid(
-    recipe: Recipe, ranks: int, shard_degree: int, expert_degree: int | None = None, reshard: bool | None = None
-) -> Layout | None:
-    try:
-        return layout_of(recipe, ranks, shard_degree, expert_degree, reshard)
-    except UserError:
-        return None
+    layouts: dict[Layout, None] = {}
+    for expert_degree in (1, gcd(experts, gpus, NODE)):
+        for shard_degree in (1, min(NODE, gpus), gpus):
+            with suppress(UserError):
+                layouts[layout_of(recipe, gpus, shard_degree, expert_degree)] = None
+    return [*layouts]
 
 
 def state_bytes(recipe: Recipe, model: Embedder, layout: Layout) -> int:
@@ -85,13 +72,13 @@ def state_bytes(recipe: Recipe, model: Embedder, layout: Layout) -> int:
     AdamW has two tensors per parameter and Muon one. A frozen parameter has only its weight. Without shards, a rank has
     less: Muon's tensors are divided among the ranks of a node.
     """
-    options, (_, shards, owners) = recipe.optimizer, layout.expert_mesh_shape
-    by_muon = muon_stacks(model, options)
+    _, shards, owners = layout.expert_mesh_shape
+    by_muon = muon_stacks(model, recipe.optimizer)
     experts = {weight for module in model.experts() for weight in module.parameters()}
-    size = 0
+    total = 0
     for weight in model.parameters():
         tensors = 1
         if weight.requires_grad:
-            tensors += 1 + (1 if weight in by_muon else 2) + (options.ema_decay is not None)
-        size += 4 * tensors * weight.numel() // (shards * owners if weight in experts else layout.shard_degree)
-    return size
+            tensors += 1 + (1 if weight in by_muon else 2) + (recipe.optimizer.ema_decay is not None)
+        total += 4 * tensors * weight.numel() // (shards * owners if weight in experts else layout.shard_degree)
+    return total

@@ -31,6 +31,7 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Distill
 from openimp.recipe.training import Memory
 
+META = torch.device("meta")
 UNITS = ("steps", "examples", "tokens", "flops")
 _counted: dict[str, dict[tuple[str, int], "Cost"]] = {}
 
@@ -76,17 +77,18 @@ def costs(
     With `summed`, one update follows the losses of all tasks, and its FLOPs are divided equally among their steps.
     """
     data = recipe.to_dict()
-    sizes = {name: len(values) for name, values in classes.items()}
     # How evaluation sees a modality counts too: two towers are as long as the longest view of either.
     parts = [data[part] for part in ("model", "modalities", "tasks", "memory", "evaluation", "optimizer")]
-    key = json.dumps([build.__qualname__, summed, parts, sizes])
+    key = json.dumps([build.__qualname__, summed, parts, {name: len(values) for name, values in classes.items()}])
     if key not in _counted:  # Counting takes seconds, and a study asks for the same again and again.
-        found = _count(recipe, modalities, classes, build, losses, summed)
+        by_view = _count(recipe, modalities, classes, build, losses, summed)
         if recipe.memory != Memory():
-            plain = recipe.model_copy(update={"memory": Memory()})
-            once = costs(plain, modalities, classes, build, losses, summed)
-            found = {k: replace(cost, repeated_flops=cost.flops - once[k].flops) for k, cost in found.items()}
-        _counted[key] = found
+            plain_recipe = recipe.model_copy(update={"memory": Memory()})
+            plain = costs(plain_recipe, modalities, classes, build, losses, summed)
+            by_view = {
+                visit: replace(cost, repeated_flops=cost.flops - plain[visit].flops) for visit, cost in by_view.items()
+            }
+        _counted[key] = by_view
     return _counted[key]
 
 
@@ -98,52 +100,62 @@ def _count(
     losses: Callable[..., Losses],
     summed: bool,
 ) -> dict[tuple[str, int], Cost]:
-    with torch.device("meta"):
-        model = build(recipe, modalities, {name: len(values) for name, values in classes.items()})
-    model.train()
-    freeze(model, recipe.optimizer)
-    found = {}
+    model = meta_model(recipe, modalities, classes, build).train()
+    by_view = {}
     for name, task in recipe.tasks.items():
-        if not task.weight:
-            continue
-        for i, view in enumerate(task.views):
+        for i, view in enumerate(task.views if task.weight else ()):
             # Towers from transformers look at values, except at those of fake tensors.
             with FakeTensorMode(allow_non_fake_inputs=True) if recipe.model.wrap else nullcontext():
-                batch = empty_batch(recipe, name, i, modalities, classes, torch.device("meta"))
+                batch = empty_batch(recipe, name, i, modalities, classes, META)
                 with FlopCounterMode(display=False) as counter:
-                    encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
-                    total = losses(model, task, batch, encode_all).total
-                    forward = counter.get_total_flops()
+                    total = losses(model, task, batch, in_chunks(model.encode_all, recipe.memory.chunk_size)).total
+                    forward_flops = counter.get_total_flops()
                     if not total.requires_grad:
                         raise UserError(f"tasks.{name}: optimizer.lr_scale freezes all that the task trains")
                     total.backward()
-            tokens = sum(t.coords.shape[0] * t.coords.shape[1] for t in batch.tokens.values())
-            touched = frozenset(name for name, weight in model.named_parameters() if weight.grad is not None)
+            by_view[name, i] = Cost(
+                examples=view.batch_size or task.batch_size,
+                tokens=sum(tokens.coords[..., 0].numel() for tokens in batch.tokens.values()),
+                flops=counter.get_total_flops(),
+                forward_flops=forward_flops,
+                repeated_flops=0,
+                optimizer_flops=0,
+                touched=frozenset(name for name, weight in model.named_parameters() if weight.grad is not None),
+            )
             model.zero_grad()
-            examples, flops = view.batch_size or task.batch_size, counter.get_total_flops()
-            found[name, i] = Cost(examples, tokens, flops, forward, 0, 0, touched)
-    return _with_optimizer(recipe, model, found, summed)
+    return _with_optimizer(recipe, model, by_view, summed)
 
 
 def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: bool) -> dict[tuple[str, int], Cost]:
     """Adds the FLOPs of each step's update to its cost."""
-    hidden = muon_stacks(model, recipe.optimizer)
-    stacks = {name: (weight, hidden[weight]) for name, weight in model.named_parameters() if weight in hidden}
+    stacks = muon_stacks(model, recipe.optimizer)
+    named = dict(model.named_parameters())
 
     @cache
-    def update(touched: frozenset[str]) -> int:
-        return muon_flops(dict(stacks[name] for name in stacks if name in touched))
+    def update_flops(touched: frozenset[str]) -> int:
+        return muon_flops({named[name]: stacks[named[name]] for name in touched if named[name] in stacks})
 
-    tasks = {task for task, _ in by_view}
-    touched_by_all = frozenset[str]().union(*(cost.touched for cost in by_view.values()))
+    all_touched = frozenset[str]().union(*(cost.touched for cost in by_view.values()))
     found = {}
-    for key, cost in by_view.items():
+    for visit, cost in by_view.items():
         if summed:
-            flops = update(touched_by_all) // len(tasks)
+            flops = update_flops(all_touched) // len({task for task, _ in by_view})
+        elif recipe.optimizer.zero_missing_grads:
+            flops = update_flops(frozenset(named))
         else:
-            flops = update(frozenset(stacks) if recipe.optimizer.zero_missing_grads else cost.touched)
-        found[key] = replace(cost, flops=cost.flops + flops, optimizer_flops=flops)
+            flops = update_flops(cost.touched)
+        found[visit] = replace(cost, flops=cost.flops + flops, optimizer_flops=flops)
     return found
+
+
+def meta_model(
+    recipe: Recipe, modalities: Modalities, classes: Classes, build: Callable[..., Any] = build_model
+) -> Any:
+    """The recipe's model with its frozen parts, on the meta device: it has shapes and no values."""
+    with META:
+        model = build(recipe, modalities, {name: len(values) for name, values in classes.items()})
+    freeze(model, recipe.optimizer)
+    return model
 
 
 def mixture(recipe: Recipe, by_view: Costs) -> dict[str, dict[str, float]]:

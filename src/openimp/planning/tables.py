@@ -3,66 +3,68 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from openimp.common.errors import counted
 from openimp.common.modality import Modalities
 from openimp.common.progress import clock, console, number_table
-from openimp.model.build import build_model
-from openimp.planning.gpus import USABLE
-from openimp.planning.ledger import costs, mixture_table, short
-from openimp.planning.plan import Plan, count, encoder_per_token, recommended
+from openimp.planning.gpus import GIB
+from openimp.planning.ledger import costs, meta_model, mixture_table, short
+from openimp.planning.plan import Plan, count, per_token, recommended
 from openimp.recipe.schema import Recipe
 
 
-def print_plan(recipe: Recipe, modalities: Modalities, every: Sequence[Plan], gpu: str) -> None:
+def print_plan(recipe: Recipe, modalities: Modalities, plans: Sequence[Plan], gpu: str) -> None:
     """Prints the first plan, compares it with those of other layouts, and says whether it fits on the type `gpu`."""
-    found = every[0]
-    counts = {"used by a token on average, after its embedding": found.per_token}
-    if found.frozen:
-        counts["frozen"] = found.frozen
-    _print_parameters(found.parameters, counts, modalities)
-    _print_steps(found)
-    task, view = found.largest
-    rows = [(what, f"{size / 2**30:,.3f}") for what, size in found.steps[found.largest].memory.items()]
-    whole = ("in all", f"{found.memory / 2**30:,.3f}")
-    console.print(number_table("memory of a GPU", (f"largest step: {task}, view {view}", "GiB"), rows, [whole]))
-    if len(every) > 1:
-        _print_layouts(every)
-    _print_verdict(recipe, found, recommended(every), gpu)
-
-
-def _print_layouts(every: Sequence[Plan]) -> None:
-    """Compares the layouts of a run. The first one is that of the recipe, or the default."""
-    rows = [
+    first = plans[0]
+    _print_parameters(first.parameters, first.per_token, first.frozen, modalities)
+    step_rows = [
         (
-            str(found.layout._replace(reshard_after_forward=True)),
-            "yes" if found.layout.reshard_after_forward else "no",
-            f"{found.memory / 2**30:,.1f}", "yes" if found.fits else "no",
-            duration(found.computing), duration(found.waiting), duration(found.seconds),
+            f"{task}, {view}",
+            f"{step.cost.examples:,}",
+            f"{step.cost.tokens:,}",
+            short(step.cost.flops),
+            f"{1e3 * step.compute_seconds:,.1f}",
+            f"{1e3 * step.wait_seconds:,.1f}",
+            f"{step.received_bytes / 1e9:,.2f}",
+            f"{step.memory.total / GIB:,.2f}",
         )
-        for found in every
-    ]  # fmt: skip
-    head = ("parallel", "reshard_after_\nforward", "memory\nGiB", "fits", "computes", "waits", "whole run")
-    console.print(number_table("layouts; this plan is that of the first", head, rows))
-
-
-def _print_verdict(recipe: Recipe, found: Plan, best: Plan, gpu: str) -> None:
-    verdict, room = "fits" if found.fits else "does not fit", USABLE * found.gpu.memory
-    utilization = "HFU" if any(step.cost.repeated_flops for step in found.steps.values()) else "MFU"
-    lines = [
-        f"{recipe.name} {verdict}: {found.memory / 2**30:,.2f} of {room:.1f} GiB for tensors on each of "
-        f"{found.layout.ranks} x {gpu}",
-        f"workers prepare {counted(recipe.train.prefetch_factor, 'batch')} in advance, at most "
-        f"{found.prefetched / 2**30:,.2f} GiB of CPU memory per GPU",
-        f"{counted(recipe.train.steps, 'step')}, {short(found.flops)}FLOPs: {duration(found.computing)} at an "
-        f"{utilization} of {found.mfu:.0%}",
+        for (task, view), step in first.steps.items()
     ]
-    if found.layout.ranks > 1:
-        waiting = f"waiting is {found.waiting / found.computing:.1%} of computing"
-        lines.append(f"with communication {duration(found.seconds)}: {waiting}")
-        verdict = "as recommended" if best is found else f"better: {best.layout}"
-        lines.append(f"parallel: {found.layout}; {verdict}")
+    head = ("task, view", "examples", "tokens", "FLOPs", "computes\nms", "waits\nms", "receives\nGB", "memory\nGiB")
+    console.print(number_table(f"one step, divided by {first.layout.ranks}", head, step_rows))
+    task, view = first.largest
+    memory = first.steps[task, view].memory
+    memory_rows = [(name.replace("_", " "), f"{size / GIB:,.3f}") for name, size in memory._asdict().items()]
+    in_all = [("in all", f"{memory.total / GIB:,.3f}")]
+    console.print(number_table("memory of a GPU", (f"largest step: {task}, view {view}", "GiB"), memory_rows, in_all))
+    if len(plans) > 1:
+        layout_rows = [
+            (
+                str(plan.layout),
+                f"{plan.memory_bytes / GIB:,.1f}",
+                "yes" if plan.fits else "no",
+                duration(plan.compute_seconds),
+                duration(plan.wait_seconds),
+                duration(plan.seconds),
+            )
+            for plan in plans
+        ]
+        layout_head = ("parallel", "memory\nGiB", "fits", "computes", "waits", "whole run")
+        console.print(number_table("layouts; this plan is that of the first", layout_head, layout_rows))
+    _print_verdict(recipe, first, recommended(plans), gpu)
+
+
+def _print_verdict(recipe: Recipe, plan: Plan, best: Plan, gpu: str) -> None:
+    verdict = "fits" if plan.fits else "does not fit"
+    utilization = "HFU" if any(step.cost.repeated_flops for step in plan.steps.values()) else "MFU"
+    lines = [
+        f"{recipe.name} {verdict}: {plan.memory_bytes / GIB:,.2f} of {plan.gpu.usable_bytes / GIB:.1f} GiB for tensors "
+        f"on each of {plan.layout.ranks} x {gpu}",
+        f"{recipe.train.steps:,} steps, {short(plan.flops)}FLOPs: {duration(plan.compute_seconds)} at an {utilization} "
+        f"of {plan.mfu:.0%}",
+    ]
+    if plan.layout.ranks > 1:
+        lines.append(f"with communication about {duration(plan.seconds)}, an estimate from published bandwidths")
+        advice = "as recommended" if best is plan else f"better: {best.layout}"
+        lines.append(f"parallel: {plan.layout}; {advice}")
     console.print("\n".join(lines), soft_wrap=True)
 
 
@@ -73,37 +75,25 @@ def duration(seconds: float) -> str:
 
 def print_model(recipe: Recipe, modalities: Modalities, classes: dict[str, list[Any]]) -> None:
     """Prints the parameters of a recipe's model. `classes` has the classes of each head."""
-    with torch.device("meta"):
-        model = build_model(recipe, modalities, {name: len(values) for name, values in classes.items()})
-    used = encoder_per_token(recipe, model) if recipe.model.moe else None
-    parts = {name: count(part) for name, part in model.named_children()}
-    _print_parameters(parts, {"encoder, used by a token on average": used}, modalities)
+    model = meta_model(recipe, modalities, classes)
+    parameters = {name: count(part) for name, part in model.named_children()}
+    _print_parameters(parameters, per_token(recipe, model), 0, modalities)
 
 
-def _print_parameters(parts: dict[str, int], used: dict[str, int | None], modalities: Modalities) -> None:
+def _print_parameters(parameters: dict[str, int], used: int | None, frozen: int, modalities: Modalities) -> None:
+    """`used` is the number of parameters per token."""
     specs = {name: modality.stem_spec() for name, modality in modalities.items()}
     limits = {name: spec.values for name, spec in specs.items() if spec.is_limit}
-    rows = [(name, f"{size:,}") for name, size in parts.items()]
-    whole = [("in all, at most" if limits else "in all", f"{sum(parts.values()):,}")]
-    whole += [(what, f"{some:,}") for what, some in used.items() if some is not None]
-    console.print(number_table("parameters", ("part", "parameters"), rows, whole))
+    rows = [(name, f"{size:,}") for name, size in parameters.items()]
+    totals = [("in all, at most" if limits else "in all", f"{sum(parameters.values()):,}")]
+    if used is not None:
+        totals.append(("used by a token on average, after its embedding", f"{used:,}"))
+    if frozen:
+        totals.append(("frozen", f"{frozen:,}"))
+    console.print(number_table("parameters", ("part", "parameters"), rows, totals))
     for name, limit in limits.items():
         about = "the limit of its vocabulary, which is learned from the data and may be smaller"
         console.print(f"{name} counts with {limit:,} tokens, {about}", soft_wrap=True)
-
-
-def _print_steps(found: Plan) -> None:
-    head = ("task, view", "examples", "tokens", "FLOPs", "computes\nms", "waits\nms", "receives\nGB", "collec-\ntives",
-            "activa-\ntions\nGiB", "memory\nGiB")  # fmt: skip
-    rows = []
-    for (task, view), step in found.steps.items():
-        memory = (step.memory["activations"], sum(step.memory.values()))
-        rows.append((
-            f"{task}, {view}", f"{step.cost.examples:,}", f"{step.cost.tokens:,}", short(step.cost.flops),
-            f"{1e3 * found.computes(step):,.1f}", f"{1e3 * found.waits(step):,.1f}", f"{step.received / 1e9:,.2f}",
-            f"{len(step.traffic.collectives):,}", *(f"{size / 2**30:,.2f}" for size in memory),
-        ))  # fmt: skip
-    console.print(number_table(f"one step, divided by {found.layout.ranks}", head, rows))
 
 
 def print_costs(recipe: Recipe, modalities: Modalities, classes: dict[str, list[Any]]) -> None:

@@ -1,0 +1,60 @@
+"""What Muon needs on one GPU. The owners of its matrices have about equal work; see `parallel.division`."""
+
+from collections.abc import Set
+
+from torch import Tensor
+
+from openimp.parallel.muon import BATCH_NUMBERS
+from openimp.planning.gpus import NODE
+from openimp.planning.sharding import BF16_BYTES, FP32_BYTES, Group, Sharding, Traffic
+
+
+class MuonWork:
+    """The work if Muon updates the weights `by_muon`."""
+
+    def __init__(self, sharding: Sharding, by_muon: Set[Tensor]) -> None:
+        self.sharding = sharding
+        self.by_muon = by_muon
+        self.node = Group(sharding.gpu, min(sharding.layout.ranks, NODE))
+        self.owners = self.node.size if sharding.layout.shard_degree == 1 else sharding.layout.shard_degree
+
+    def is_replicated(self, weight: Tensor) -> bool:
+        """Whether all GPUs of a node have the whole weight."""
+        return self.sharding.layout.shard_degree == 1 and self.sharding.numbers(weight) == weight.numel()
+
+    def momentum_bytes(self, weights: Set[Tensor]) -> int:
+        """Of the momentum of some weights. A GPU has it of its shards, and of the replicated matrices that it owns."""
+        held_bytes = 0
+        for weight in weights & self.by_muon:
+            kept_by = self.node.size if self.is_replicated(weight) else 1
+            held_bytes += self.sharding.held_bytes([weight]) // kept_by
+        return held_bytes
+
+    def traffic(self, updated: Set[Tensor]) -> Traffic:
+        """Of updates in bf16: sharded matrices go to their owners and back, and replicated ones to all of the node."""
+        traffic = Traffic()
+        for weight in updated & self.by_muon:
+            update_bytes = BF16_BYTES * self.sharding.numbers(weight)
+            if self.is_replicated(weight):
+                traffic += self.node.all_gather(update_bytes)
+            else:
+                shards = self.sharding.shards(weight)
+                traffic += shards.all_gather(2 * update_bytes / shards.size)
+        return traffic
+
+    def buffer_bytes(self, updated: Set[Tensor]) -> int:
+        """Most bytes that Muon holds during an update besides the momentum.
+
+        It holds the updates in bf16, and next to them, one after the other: the same in fp32, from which they are
+        rounded; an iteration on a batch of matrices, for which shards are gathered; the buffers of a collective.
+        """
+        numbers = self.momentum_bytes(updated) // FP32_BYTES
+        update_bytes = BF16_BYTES * numbers
+        # Of square matrices X: X, the product of X X', a polynomial of it, and the result.
+        iteration_bytes = 4 * BF16_BYTES * min(numbers, BATCH_NUMBERS)
+        if self.sharding.layout.shard_degree > 1:
+            iteration_bytes += update_bytes
+            collective_bytes = 3 * update_bytes
+        else:
+            collective_bytes = (self.node.size + 1) * update_bytes
+        return update_bytes + max(2 * update_bytes, iteration_bytes, collective_bytes)

@@ -1,0 +1,204 @@
+"""What one step needs on one GPU in a layout: memory, communication and time. docs/plan.md has the rules."""
+
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from openimp.model.embedder import pass_sizes
+from openimp.model.learning_rates import muon_stacks
+from openimp.objectives import BLOCK
+from openimp.planning.ledger import Cost
+from openimp.planning.memory import StepMemory
+from openimp.planning.muon import MuonWork
+from openimp.planning.sharding import FP32_BYTES, Group, Sharding, Traffic
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Classification, Distill, Task, classified_by, pairs_of
+
+SIMILARITY_BYTES = 21
+"""Bytes that a contrastive loss holds at its peak per pair of items and direction; a test counts them."""
+
+# Bytes of a GPU's memory that an update reads and writes per parameter, in fp32.
+CLIPPING_BYTES = 4 + 4 + 4  # The norm reads the gradient; clipping reads and writes it.
+ADAMW_BYTES_PER_PARAMETER = (
+    CLIPPING_BYTES + 16 + 12
+)  # Reads gradient, weight, two moments; writes all but the gradient.
+MUON_BYTES_PER_PARAMETER = CLIPPING_BYTES + 48  # Without its matrix products.
+EMA_BYTES_PER_PARAMETER = 4 + 4 + 4  # Reads weight and average; writes the average.
+
+
+class GPUMemory(NamedTuple):
+    """Bytes that one GPU holds at the peak of a step, by what they are."""
+
+    parameters: int
+    optimizer_state: int
+    inputs: int
+    gradients: int = 0
+    gathered: int = 0
+    activations: int = 0
+    muon_buffers: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    @property
+    def temporary(self) -> int:
+        """All that does not exist before the step."""
+        return self.total - self.parameters - self.optimizer_state - self.inputs
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a (task, view)."""
+
+    cost: Cost  # examples, tokens and FLOPs, over all GPUs
+    memory: GPUMemory
+    received_bytes: float  # by one GPU, in collectives
+    compute_seconds: float
+    wait_seconds: float  # for collectives that no computation hides
+
+
+class Compared(NamedTuple):
+    """What the losses of a step compare, over all GPUs."""
+
+    heads: int  # passes of features through a head
+    vectors: int  # that all GPUs get, and gradients that they return
+    similarities: int
+
+    @classmethod
+    def by(cls, task: Task, examples: int) -> "Compared":
+        """What a task compares. The sigmoid loss uses each pair of items once."""
+        rows = {name: examples * spec.draw for name, spec in task.inputs.items()}
+        heads = 0
+        vectors = 0
+        similarities = 0
+        for objective in task.objectives:
+            if isinstance(objective, Classification):
+                heads += len(classified_by(objective, task.inputs))
+            elif isinstance(objective, Distill):
+                heads += 1
+                if objective.loss == "contrastive":
+                    vectors += examples
+                    similarities += rows[objective.of] * examples
+            else:
+                for a, b in pairs_of(objective, task.inputs):
+                    is_softmax = objective.loss == "softmax"
+                    heads += 2
+                    vectors += 2 * (rows[a] * is_softmax + rows[b])
+                    similarities += (1 + is_softmax) * rows[a] * rows[b]
+        return cls(heads, vectors, similarities)
+
+
+class StepPlanner:
+    """Plans the steps of a recipe in one layout, at a given MFU."""
+
+    def __init__(self, recipe: Recipe, sharding: Sharding, mfu: float) -> None:
+        self.recipe = recipe
+        self.sharding = sharding
+        self.mfu = mfu
+        self.model = sharding.model
+        self.weights = dict(self.model.named_parameters())
+        self.trained = {weight for weight in self.weights.values() if weight.requires_grad}
+        self.blocks = [{*block.parameters()} for block in self.model.blocks()]
+        self.outside = {*self.weights.values()}.difference(*self.blocks)
+        self.by_muon = {*muon_stacks(self.model, recipe.optimizer)}
+        self.muon = MuonWork(sharding, self.by_muon)
+        self.ema_bytes = sharding.held_bytes(self.trained) if recipe.optimizer.ema_decay else 0
+
+    def step(self, task: Task, cost: Cost, counted: StepMemory) -> Step:
+        """Plans a step that costs `cost`, and whose activations `counted` has."""
+        touched = {self.weights[name] for name in cost.touched}
+        updated = self.trained if self.recipe.optimizer.zero_missing_grads else touched
+        compared = Compared.by(task, cost.examples)
+        layout = self.sharding.layout
+        rows = {name: cost.examples * spec.draw // layout.ranks for name, spec in task.inputs.items()}
+        passes = [self.model.blocks_of(sizes) for sizes in pass_sizes(rows, self.recipe.memory.chunk_size)]
+        block_weights = [weight for blocks in passes for block in blocks for weight in block.parameters()]
+        # While blocks compute, they are gathered and reduced, with chunks after the last pass.
+        gather = self.sharding.gather(block_weights if layout.reshard_after_forward else {*block_weights})
+        regather = gather if layout.reshard_after_forward else Traffic()
+        overlapped = touched & {*block_weights} if len(passes) == 1 else set()
+        backward = regather + self.sharding.reduce(overlapped)
+        # Nothing is computed meanwhile. FSDP2 gathers the weights outside of blocks again for each head.
+        exposed = self.sharding.reduce(touched - overlapped) + self.muon.traffic(updated) + self._slots(cost)
+        for _ in range(1 + compared.heads):
+            exposed += self.sharding.gather(self.outside)
+        exposed += Group(self.sharding.gpu, layout.ranks).all_gather(self._vector_bytes(compared))
+
+        forward_seconds = self._seconds(cost.forward_flops / layout.ranks)
+        backward_seconds = self._seconds((cost.hardware_flops - cost.forward_flops) / layout.ranks)
+        hidden_wait = max(0.0, gather.seconds - forward_seconds) + max(0.0, backward.seconds - backward_seconds)
+        return Step(
+            cost=cost,
+            memory=self._memory(compared, counted, updated),
+            received_bytes=(gather + backward + exposed).received_bytes,
+            compute_seconds=forward_seconds + backward_seconds + self._update_seconds(cost, updated),
+            wait_seconds=hidden_wait + exposed.seconds,
+        )
+
+    def _vector_bytes(self, compared: Compared) -> int:
+        return FP32_BYTES * self.model.config.embed_dim * compared.vectors
+
+    def _slots(self, cost: Cost) -> Traffic:
+        """Of tokens that expert parallelism sends to their experts and back, and of the gradients of both.
+
+        They are sent to experts and back again each time that the backward pass repeats the forward pass.
+        """
+        moe = self.recipe.model.moe
+        if moe is None:
+            return Traffic()
+        slots_per_token = moe.capacity_factor * (moe.top_k if moe.routing == "token_choice" else 1)
+        slots = slots_per_token * cost.tokens / self.sharding.layout.ranks * moe.layers
+        memory = self.recipe.memory
+        times = 4 + 2 * (memory.chunk_size is not None) + 2 * memory.activation_checkpointing
+        slot_bytes = self.sharding.gathered_type_bytes * self.recipe.model.width
+        return Group(self.sharding.gpu, self.sharding.layout.expert_degree).all_gather(times * slot_bytes * slots)
+
+    def _seconds(self, flops: float) -> float:
+        return flops / (self.sharding.gpu.flops_per_s * self.mfu)
+
+    def _update_seconds(self, cost: Cost, updated: Set[Tensor]) -> float:
+        """Muon's products, and what the optimizers read from the GPU's memory and write to it."""
+        adamw_parameters = self.sharding.held_bytes(updated - self.by_muon) / FP32_BYTES
+        muon_parameters = self.muon.momentum_bytes(updated) / FP32_BYTES
+        moved_bytes = ADAMW_BYTES_PER_PARAMETER * adamw_parameters + MUON_BYTES_PER_PARAMETER * muon_parameters
+        moved_bytes += EMA_BYTES_PER_PARAMETER * self.ema_bytes / FP32_BYTES
+        return self._seconds(cost.optimizer_flops / self.muon.owners) + moved_bytes / self.sharding.gpu.bytes_per_s
+
+    def _memory(self, compared: Compared, counted: StepMemory, updated: Set[Tensor]) -> GPUMemory:
+        """The moment of the step at which one GPU holds most."""
+        sharding = self.sharding
+        layout = sharding.layout
+        adamw_bytes = 2 * sharding.held_bytes(self.trained - self.by_muon)
+        before = GPUMemory(
+            parameters=sharding.held_bytes(self.weights.values()),
+            optimizer_state=adamw_bytes + self.muon.momentum_bytes(self.trained) + self.ema_bytes,
+            inputs=counted.inputs,
+        )
+        with_gradients = before._replace(gradients=sharding.held_bytes(updated))
+        if layout.ranks == 1:
+            moments = [before._replace(**counted.peak), with_gradients]
+        else:
+            # Everything outside of blocks is gathered, and one block, and the next one if weights are sharded.
+            block_bytes = [sharding.gathered_bytes(block) for block in self.blocks]
+            weight_bytes = sharding.gathered_bytes(self.outside)
+            if not layout.reshard_after_forward:
+                weight_bytes += sum(block_bytes)
+            elif self.blocks:
+                weight_bytes += (1 + (layout.shard_degree > 1)) * max(block_bytes)
+            # The vectors of all GPUs and their gradients, and similarities with the vectors of other GPUs.
+            similarities = compared.similarities * (layout.ranks - 1) // layout.ranks**2
+            vector_bytes = self._vector_bytes(compared) + SIMILARITY_BYTES * min(BLOCK, similarities)
+            reduced_bytes = max(sharding.reduced_bytes(part & updated) for part in (*self.blocks, self.outside))
+            moments = [
+                before._replace(gathered=weight_bytes + vector_bytes, activations=counted.forward_activations),
+                with_gradients._replace(
+                    gathered=weight_bytes + vector_bytes + reduced_bytes, activations=counted.final_activations
+                ),
+            ]
+        largest = max(moments, key=lambda memory: memory.total)
+        # In an update, nothing but the gradients is left of the passes.
+        in_update = with_gradients.gradients + self.muon.buffer_bytes(updated)
+        return largest._replace(muon_buffers=max(0, in_update - largest.temporary) if self.by_muon else 0)
