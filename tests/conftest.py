@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from openimp.training.trainer import train
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+# mteb needs Python 3.11.
+collect_ignore = [] if find_spec("mteb") else ["inference/test_benchmarks.py", "inference/test_evaluators.py"]
 
 # The tests run in one process per core. More threads than cores would slow each other down.
 os.environ["OMP_NUM_THREADS"] = "1"

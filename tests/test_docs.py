@@ -4,7 +4,6 @@ import ast
 import re
 import shlex
 import shutil
-import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -61,6 +60,7 @@ def outside(tmp_path, monkeypatch):
     """The package of docs/modalities.md, as if it were installed."""
     page = ROOT / "docs" / "modalities.md"
     ((_, toml),) = [found for found in blocks(page, "toml") if found[0] == "pyproject.toml"]
+    tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
     points = tomllib.loads(toml)["project"]["entry-points"]["openimp.modalities"]
     info = tmp_path / "outside-1.dist-info"
     info.mkdir()

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import site
 import subprocess
 import sys
@@ -32,12 +33,18 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """The site-packages of a virtual environment that holds the wheel."""
+def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder]
     subprocess.run(build, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    (wheel,) = folder.glob("*.whl")
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def installed(wheel):
+    """The site-packages of a virtual environment that holds the wheel."""
+    folder = wheel.parent
     venv.create(folder / "venv", symlinks=True)
     pip = [sys.executable, "-m", "pip", "--python", folder / "venv" / "bin" / "python"]
     subprocess.run([*pip, "install", "--quiet", "--no-index", "--no-deps", "--no-compile", wheel], check=True)
@@ -83,3 +90,25 @@ def test_installed_code_finds_the_bundled_recipes_and_studies(outside):
 def test_the_demo_trains_on_the_bundled_data(outside):
     changes = ["train.steps=2", "optimizer.warmup_steps=1", "evaluation={}"]
     assert "step 2/2" in outside("openimp", "train", "demo", *(f"--set={change}" for change in changes))
+
+
+@pytest.mark.parametrize(
+    ("python", "others"),
+    [
+        ("3.10", ["sentence-transformers>=5"]),
+        ("3.11", ["lightly-train>=0.14", "pillow<12"]),
+        ("3.12", ["rclip>=4", "pillow<13"]),
+        ("3.12", ["lightly-train>=0.14", "rclip>=4", "sentence-transformers>=6"]),
+    ],
+)
+def test_others_can_be_installed_beside_it(wheel, tmp_path, python, others):
+    """uv finds versions of all that need each other, from their metadata. It downloads and installs no wheel."""
+    pytest.importorskip("uv")
+    (tmp_path / "wanted.txt").write_text("\n".join([f"openimp @ {wheel.as_uri()}", *others]), encoding="utf-8")
+    command = ["uv", "pip", "compile", "--quiet", "--no-config", "--only-binary", "torch", "--python-version", python]
+    done = subprocess.run([sys.executable, "-m", *command, "wanted.txt"], cwd=tmp_path, capture_output=True, text=True)
+    if "Failed to fetch" in done.stderr or "error sending request" in done.stderr:
+        pytest.skip(f"the package index cannot be reached: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    found = set(re.findall(r"^([a-z-]+)(?:==| @)", done.stdout, re.MULTILINE))
+    assert {"openimp", *(re.split("[<>]", other)[0] for other in others)} <= found

@@ -125,7 +125,7 @@ def concept_of(label: str, group: str) -> str:
 
 def split_of(concept: str) -> str:
     """Returns the split of a concept family by its hash, the same for stills and clips: 15% test, 5% val."""
-    place = int.from_bytes(hashlib.sha256(concept.encode()).digest()[:8]) / 2**64
+    place = int.from_bytes(hashlib.sha256(concept.encode()).digest()[:8], "big") / 2**64
     return "test" if place < 0.15 else "val" if place < 0.20 else "train"
 
 
@@ -285,7 +285,7 @@ def choose_pitches(zones: list[Zone], taken: set[int]) -> list[int]:
 
 def midi_file(program: int, pitches: list[int]) -> bytes:
     """Return a MIDI file (1 tick = 1 ms) that plays the pitches one by one, a slot each, silenced before the next."""
-    events = [(0.0, b"\xff\x51\x03" + (1_000_000).to_bytes(3)), (0.0, bytes([0xC0, program]))]
+    events = [(0.0, b"\xff\x51\x03" + (1_000_000).to_bytes(3, "big")), (0.0, bytes([0xC0, program]))]
     for i, pitch in enumerate(pitches):
         events.append((i * SLOT, bytes([0x90, pitch, 100])))
         events.append((i * SLOT + HELD, bytes([0x80, pitch, 0])))

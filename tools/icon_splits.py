@@ -44,7 +44,7 @@ def held_out_keys(demo: Path) -> dict[str, str]:
 
 def split_of(key: str, held_out: dict[str, str]) -> str:
     """Returns the split of a name: that of the emoji with the same key if it is held out, else by hash."""
-    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
+    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
     return held_out.get(key) or ("test" if place < TEST else "val" if place < TEST + VAL else "train")
 
 

@@ -180,8 +180,10 @@ def index(
     allow_sources: AllowSourcesOption = False,
 ) -> None:
     """Embed files into an index for search, or bring an index up to date."""
+    from openimp.common.versions import warn_of_vulnerable_libraries
     from openimp.search import build_index
 
+    warn_of_vulnerable_libraries()
     build_index(model, paths or None, out, batch_size, allow_sources=allow_sources)
 
 
@@ -242,7 +244,9 @@ def serve(
 ) -> None:
     """Serve a web page to search an index with texts, files and recordings."""
     from openimp.commands import run_serve
+    from openimp.common.versions import warn_of_vulnerable_libraries
 
+    warn_of_vulnerable_libraries()
     run_serve(what, host, port, allow_sources)
 
 
@@ -263,8 +267,10 @@ def push(
     ] = None,
 ) -> None:
     """Upload a model with a model card to the Hugging Face Hub, so that openimp.load can open it by name."""
+    from openimp.common.versions import warn_of_vulnerable_libraries
     from openimp.inference.publish import push as push_model
 
+    warn_of_vulnerable_libraries()
     push_model(run, name, to, private, license, set_ or [])
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,16 +75,16 @@ class Disk(threading.Event):
 @pytest.fixture
 def disk(monkeypatch) -> Disk:
     """Replaces the system's disk."""
-    disk, mkdir = Disk(), os.mkdir
+    disk, mkdir = Disk(), Path.mkdir
 
-    def slow(path: Path, mode: int = 0o777) -> None:
-        if Path(path).name.startswith(".step-"):
+    def slow(path: Path, *args: Any, **options: Any) -> None:
+        if path.name.startswith(".step-"):
             assert disk.wait(60)
             if disk.full:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        mkdir(path, mode)
+        mkdir(path, *args, **options)
 
-    monkeypatch.setattr(os, "mkdir", slow)
+    monkeypatch.setattr(Path, "mkdir", slow)
     return disk
 
 

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -311,7 +312,11 @@ def test_a_model_of_the_hub_is_named_with_its_revision(tiny_model_folder, tiny_r
         shutil.copy(file, repository / "blobs" / f"{i}")
         snapshot = repository / "snapshots" / commit / file.relative_to(tiny_model_folder)
         snapshot.symlink_to(repository / "blobs" / f"{i}")
-    for name in ("them/model@v1", f"them/model@{commit}", "hub:them/model@v1"):
+    names = ["them/model@v1", "hub:them/model@v1"]
+    # In between, huggingface-hub opens a commit offline only if it has cached the list of its files.
+    if not (1, 25) <= tuple(map(int, version("huggingface-hub").split(".")[:2])) < (2, 4):
+        names.append(f"them/model@{commit}")
+    for name in names:
         assert openimp.load(name, device="cpu").recipe.name == "tiny"
     recipe = tiny_recipe(train={"init": "hub:them/model@v1"})
     assert open_warm_start(recipe, recipe.make_modalities()).weights.folder == repository / "snapshots" / commit

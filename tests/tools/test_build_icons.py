@@ -130,7 +130,7 @@ def test_splits_follow_the_emoji_and_the_sets(icons):
     assert splits["marketeq", "zeppelin dock"] == ("test", "test")  # Never trained on.
     for name in ("house", "tree"):
         assert splits["marketeq", name] == ("test", splits["beta", name][1])
-    place = int.from_bytes(hashlib.sha256(b"house").digest()[:8]) / 2**64
+    place = int.from_bytes(hashlib.sha256(b"house").digest()[:8], "big") / 2**64
     assert place >= 0.1
     assert splits["alpha", "house"] == ("train", "train")
 

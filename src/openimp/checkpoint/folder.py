@@ -12,7 +12,6 @@
 `saver` writes such a folder completely or not at all. Nothing is ever unpickled.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from torch import Tensor
 from openimp.checkpoint import dcp
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Classes, Modalities, Modality
-from openimp.common.safe_files import read_text, refuse_links
+from openimp.common.safe_files import read_text, refuse_links, sha256
 from openimp.model.build import build_model, count_layers
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
@@ -189,8 +188,7 @@ def _verify_share(folder: Path) -> None:
 
 def manifest_entry(file: Path) -> dict[str, Any]:
     """The size and SHA-256 of a file, as in the manifest."""
-    with file.open("rb") as stream:
-        return {"size": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {"size": file.stat().st_size, "sha256": sha256(file)}
 
 
 def optimizer_state(model: Embedder, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Atomic file replacement, cache folders that only this user can write to, and refusal of links out of a folder."""
 
 import glob
+import hashlib
 import os
 import stat
 import time
@@ -47,6 +48,15 @@ def write_text(file: Path, text: str, errors: str = "strict") -> None:
     """Writes `text` as UTF-8 to a new file that replaces `file`; see `replacing`."""
     with replacing(file) as draft:
         draft.write(text.encode("utf-8", errors))
+
+
+def sha256(file: str | Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    total = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(2**20):
+            total.update(chunk)
+    return total.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -1,14 +1,24 @@
-"""What a measurement depends on: the version and commit of openimp, and the processor."""
+"""Versions of openimp and of libraries, which of these have known vulnerabilities, and the processor."""
 
 import platform
 import re
 import subprocess
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
+from openimp.common.progress import console
+
 PACKAGE = Path(__file__).resolve().parents[1]
+VULNERABLE_BEFORE = {
+    "aiohttp": ("3.14.3", "CVE-2026-69244"),
+    "filelock": ("3.20.3", "CVE-2025-68146, CVE-2026-22701"),
+    "jinja2": ("3.1.6", "CVE-2024-22195, CVE-2024-34064, CVE-2025-27516"),
+    "pillow": ("13", "CVE-2026-25990, CVE-2026-42308, CVE-2026-59200, CGA-6r43-cc9v-c6c4"),
+    "starlette": ("1.3.1", "CVE-2026-48710, CVE-2026-48818, CVE-2026-54283"),
+}
+"""The first version of a library without known vulnerabilities, and the advisories about earlier ones."""
 
 
 @cache
@@ -22,6 +32,29 @@ def openimp_version() -> str:
             if found.returncode == 0:
                 return f"{version('openimp')} ({found.stdout.strip()})"
     return version("openimp")
+
+
+def library_version(name: str) -> str | None:
+    """The version of a library; None if it is not installed."""
+    return next((found.version for found in distributions(name=name)), None)
+
+
+def warn_of_vulnerable_libraries() -> None:
+    """Prints one sentence if libraries in this environment are older than `VULNERABLE_BEFORE` says."""
+    found = []
+    for name, (fixed, advisories) in VULNERABLE_BEFORE.items():
+        installed = library_version(name)
+        if installed and _release(installed) < _release(fixed):
+            found.append(f"{name} {installed} (fixed in {fixed}: {advisories})")
+    if found:
+        console.print(
+            f"Warning: the environment has versions with known vulnerabilities: {'; '.join(found)}.", soft_wrap=True
+        )
+
+
+def _release(text: str) -> list[int]:
+    """The numbers of a version: [3, 1, 6] for 3.1.6rc1."""
+    return [int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", text)[0])]
 
 
 def processor() -> str:

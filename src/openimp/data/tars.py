@@ -79,7 +79,8 @@ def members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, Unreadable | Non
     bounded: Any = _Bounded(file, size)
     # A name that is not UTF-8 becomes text that can be stored and printed.
     tar: Any = tarfile.open(fileobj=bounded, mode="r:", errors="backslashreplace")  # noqa: SIM115
-    while (member := tar.next()) is not None:
+    empty = tar.firstmember is None  # Then `next` fails in Python 3.10.
+    while not empty and (member := tar.next()) is not None:
         tar.members = []  # Otherwise tarfile would keep all headers in memory.
         if tar.offset <= member.offset:  # A negative size would lead to the same member forever.
             raise tarfile.ReadError(f"{member.name} ends before it begins")

@@ -10,6 +10,7 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality
+from openimp.common.safe_files import sha256
 from openimp.data.tables import Table
 from openimp.data.templates import columns_of, fill
 from openimp.model.embedder import Embedder
@@ -82,7 +83,6 @@ def _key(value: Raw) -> str:
     if isinstance(value, bytes):
         return "sha256:" + hashlib.sha256(value).hexdigest()
     try:
-        with open(value, "rb") as file:
-            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        return "sha256:" + sha256(value)
     except OSError as error:
         raise BadMedia(f"{value}: {error.strerror or error}") from None

@@ -2,13 +2,12 @@
 
 import hashlib
 from collections.abc import Iterable
-from importlib.metadata import distributions
 from typing import Any
 
 import torch
 
 from openimp.common.modality import Modalities
-from openimp.common.versions import openimp_version
+from openimp.common.versions import library_version, openimp_version
 from openimp.data.files import stable_hash
 from openimp.data.tables import Table
 from openimp.encoding.items import first_view
@@ -75,5 +74,4 @@ def software_fields(modalities: Modalities, used: Iterable[str]) -> dict[str, An
     """The versions of torch, and of the libraries that decode the `used` modalities."""
     decoders = [library for name in used for library in modalities[name].decoders]
     # A library that is not installed is null: a modality from another package may name any.
-    versions = {library: next((found.version for found in distributions(name=library)), None) for library in decoders}
-    return {"torch": torch.__version__, "decoders": versions}
+    return {"torch": torch.__version__, "decoders": {library: library_version(library) for library in decoders}}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import av
 import numpy as np
@@ -251,7 +251,7 @@ class PatchGrid(Strict):
     absolute: dict[Any, int]
 
     @model_validator(mode="after")
-    def _spans_are_whole(self) -> Self:
+    def _spans_are_whole(self) -> "PatchGrid":
         for name, side in zip(self.axes, self.patch):
             if self.absolute.get(name, 0) % side:
                 raise ValueError(f"absolute: {name} {self.absolute[name]} is not a multiple of the patch's {side}")

@@ -3,7 +3,7 @@
 import os
 import platform
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -84,8 +84,8 @@ def write_report(
         },
         **about,
         metrics=metrics,
-        written=datetime.fromtimestamp(newest.stat().st_mtime, UTC),
-        made=datetime.now(UTC),
+        written=datetime.fromtimestamp(newest.stat().st_mtime, timezone.utc),
+        made=datetime.now(timezone.utc),
         versions={"openimp": openimp_version(), "torch": version("torch"), "Python": platform.python_version()},
     )
     write_text(out, page, errors="replace")  # File names may hold lone surrogates, which UTF-8 cannot encode.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from openimp.common.modality import BadMedia
+from openimp.common.safe_files import sha256
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.files import file_text
 from openimp.inference.model import Model
@@ -130,7 +131,6 @@ def _hash(raw: bytes | Path | np.ndarray) -> tuple[str, bytes]:
     if isinstance(raw, Path):
         with raw.open("rb") as stream:
             head = stream.read(HEAD)
-            stream.seek(0)
-            return hashlib.file_digest(stream, "sha256").hexdigest(), head
+        return sha256(raw), head
     content = raw if isinstance(raw, bytes) else raw.tobytes()
     return hashlib.sha256(content).hexdigest(), raw[:HEAD] if isinstance(raw, bytes) else b""
