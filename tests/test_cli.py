@@ -235,11 +235,12 @@ def test_the_views_of_another_recipe_must_suit_the_model(refused, openimp, littl
 
 
 def test_info_counts_the_experts_of_a_token(openimp, little_data):
-    """Choosing 2 of 2 experts uses all of the encoder, whatever the room in them."""
+    """Choosing 2 of 2 experts uses all of the encoder, whatever the room in them. The stem has two linear layers."""
     moe = "model.moe={experts: 2, layers: 1, routing: token_choice, top_k: 2, capacity_factor: 1.5}"
     _, printed, _ = openimp("info", little_data / "recipe.yaml", *sets(moe))
-    used, whole = (re.search(rf"{part}\W+([\d,]+)", printed)[1] for part in ("on average", "encoder"))
-    assert used == whole
+    printed_counts = (re.search(rf"{part}\W+([\d,]+)", printed)[1] for part in ("after its embedding", "encoder"))
+    used, encoder = (int(count.replace(",", "")) for count in printed_counts)
+    assert used == encoder + 2 * (32 * 32 + 32)
 
 
 def test_info_tells_that_a_vocabulary_is_a_limit(openimp, little_data, little_run):

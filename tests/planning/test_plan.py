@@ -198,10 +198,14 @@ BF16 = "train.precision=bf16"
 DISTILL = """tasks.named.objectives=[{type: distill, of: image, to: vector, loss: contrastive},
     {type: distill, of: text, to: vector}, {type: contrastive}]"""
 LAYOUTS = {
-    "in shards": ["tasks.named.objectives=[{type: contrastive, loss: sigmoid}]", "model.modality_specific_layers=1"],
-    "in shards, Muon": [MUON],
+    "in shards": [
+        "tasks.named.objectives=[{type: contrastive, loss: sigmoid}]",
+        "tasks.named.batch_size=64",
+        "model.modality_specific_layers=1",
+    ],
+    "in shards, Muon": ["tasks.named.batch_size=64", MUON],
     "in two groups, Muon": ["parallel.shard_degree=2", MUON],
-    "in shards, distillation, bf16": [BF16, DISTILL],
+    "in shards, distillation, bf16": [BF16, DISTILL, "tasks.named.batch_size=64"],
     "expert parallelism, in chunks": ["parallel.expert_degree=2", CHUNKS],
     "expert parallelism, bf16, Muon": [BF16, "parallel={shard_degree: 2, expert_degree: 2}", MUON],
     "replicas, Muon": ["parallel.shard_degree=1", MUON],
