@@ -141,20 +141,20 @@ def train_once(file: Path, run: Path) -> None:
     device = distributed.start()
     recipe = Recipe.load(file)
     trainer, saves = Trainer(set_up(recipe, run)), list[tuple[float, float]]()
-    save, update, losses = trainer.save, trainer.update, list[float]()
+    save, make_step, losses = trainer.save, trainer.make_step, list[float]()
 
     def timed_save(wait: bool = False) -> None:
         begin = time.perf_counter()
         save(wait)
         saves.append((begin, time.perf_counter()))
 
-    def watched_update(loaded: Any) -> Any:
-        found = update(loaded)
+    def watched_step(loaded: Any) -> Any:
+        found = make_step(loaded)
         if not losses:
             losses.append(float(distributed.all_reduce_mean(found.total.detach())))
         return found
 
-    trainer.save, trainer.update = timed_save, watched_update  # type: ignore[method-assign]
+    trainer.save, trainer.make_step = timed_save, watched_step  # type: ignore[method-assign]
     trainer.train()
     end = time.perf_counter()
     options = recipe, trainer.modalities, trainer.data.classes, distributed.world_size(), "h100", 0.4

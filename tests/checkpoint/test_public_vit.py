@@ -24,7 +24,7 @@ from openimp.model.imp import IMP
 from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor
 from openimp.recipe.schema import Recipe
-from openimp.training.trainer import Trainer
+from openimp.training.setup import set_up
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SIGLIP, GAP = "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224"
@@ -285,7 +285,7 @@ CHANGES = [
 def initial_weights(folder: Path, out: Path, *layout: str) -> dict[str, Tensor]:
     recipe = Recipe.load(folder / "recipe.yaml", [*CHANGES, f"train.init=timm:local-dir:{out / 'vit'}", *layout])
     run = out / f"{distributed.world_size()} ranks {layout}"
-    model = Trainer(recipe, run, resume=False).model
+    model = set_up(recipe, run).model
     return {name: full_tensor(tensor).detach().clone() for name, tensor in model.state_dict().items()}
 
 

@@ -41,7 +41,8 @@ from openimp.parallel.layout import full_tensor, local_shard, reshard
 from openimp.planning.plan import plan
 from openimp.recipe.schema import Recipe
 from openimp.study.trainers import peak_memory
-from openimp.training.setup import set_up
+from openimp.training import setup
+from openimp.training.setup import Variant, set_up
 from openimp.training.step_timer import StepTimer
 from openimp.training.stopping import Stop, Stopped
 from openimp.training.trainer import Trainer, train
@@ -533,7 +534,7 @@ def initialization(folder: Path, out: Path) -> list[Any]:
     """For each rank: the most bytes that making the model takes, those of all its weights, and of the largest."""
     trainer = Trainer(set_up(recipe(folder, "model.layers=32", "model.moe=null"), out / "initialized"))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        trainer._make_model(None, None, 0)
+        setup._make_model(trainer.recipe, Variant(), trainer.data, trainer.device, 0, initialize=True)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
     sizes = [4 * weight.numel() for weight in trainer.model.parameters()]

@@ -103,9 +103,10 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
             with FlopCounterMode(display=False) as counter:
                 losses = training.forward(loaded)
                 losses.total.backward()
-                training.apply_gradients(loaded, losses)
+                training.updater.step(step)
             computed[loaded.visit.task] += counter.get_total_flops()
-            training.log.metrics.add(loaded.visit.task, losses, training.costs[loaded.visit.task, loaded.visit.view])
+            cost = training.log.costs[loaded.visit.task, loaded.visit.view]
+            training.log.metrics.add(loaded.visit.task, losses, cost)
     training.log.metrics.write(
         6, 0.0, 0.0, {"seconds": 1.0, "step_p50": 0.1, "step_p95": 0.1, "data_wait": 0.0, "waits": {}}
     )
@@ -113,7 +114,7 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert {task: totals["flops"] for task, totals in line["totals"].items()} == computed
     visits = [training.data.schedule[step] for step in range(6)]
-    forward_and_backward = sum(training.costs[visit.task, visit.view].model_flops for visit in visits)
+    forward_and_backward = sum(training.log.costs[visit.task, visit.view].model_flops for visit in visits)
     assert forward_and_backward < sum(computed.values())
     assert line["mfu"] == pytest.approx(forward_and_backward / training.log.metrics.peak)
     assert "hfu" not in line
@@ -132,7 +133,7 @@ def test_repeated_passes_count_in_hfu_and_not_in_mfu(little_data, tmp_path, memo
         ):
             training.train()
         counted.append(counter.get_total_flops())
-        forward = sum(training.costs[visit.task, visit.view].forward_flops for visit in training.data.schedule)
+        forward = sum(training.log.costs[visit.task, visit.view].forward_flops for visit in training.data.schedule)
         lines += read_lines(tmp_path / name / "metrics.jsonl")
         for kind in lines[-1].keys() & {"mfu", "hfu"}:
             lines[-1][kind] *= lines[-1]["seconds"] * training.log.metrics.peak

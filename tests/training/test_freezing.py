@@ -96,10 +96,10 @@ def test_counted_flops_are_those_of_a_step(little_data, tmp_path, scale, memory)
     training = training_of(little_data, tmp_path / "run", *changes)
     with FlopCounterMode(display=False) as counter:
         training.make_step(next(iter(load_batches(training.data, 0))))
-    cost = training.costs["named", 0]
+    cost = training.log.costs["named", 0]
     assert cost.flops == counter.get_total_flops()
     assert 0 < cost.forward_flops < cost.flops
-    full = training_of(little_data, tmp_path / "full", *ONE_TASK, f"memory={memory}").costs["named", 0]
+    full = training_of(little_data, tmp_path / "full", *ONE_TASK, f"memory={memory}").log.costs["named", 0]
     assert (cost.flops < full.flops) == (scale != "{}")
     assert cost.forward_flops == full.forward_flops
 

@@ -49,14 +49,14 @@ def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
 def test_numbers_are_read_on_logged_steps_only(little_data, tmp_path):
     """Steps 4, 5 (with a checkpoint), 8 and 11. Each line shows the use of experts in the last step of either task."""
     training = training_of(little_data, tmp_path / "run", "train.steps=11", "train.log_every=4")
-    waits, update = Waits(), training.update
+    waits, make_step = Waits(), training.make_step
 
-    def counted_update(loaded: Any) -> Any:
+    def counted_step(loaded: Any) -> Any:
         waits.step = loaded.visit.step
         waits.fresh.clear()
-        return update(loaded)
+        return make_step(loaded)
 
-    training.update = counted_update  # type: ignore[method-assign]
+    training.make_step = counted_step  # type: ignore[method-assign]
     with waits:
         training.train()
     waits.waits.pop(-1)  # Before the first step, torch's loader draws its seed.

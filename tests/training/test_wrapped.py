@@ -221,7 +221,7 @@ def test_the_counted_flops_are_those_of_a_step(data, name, tmp_path):
         loaded = trainer.data[step]
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             trainer.make_step(loaded)
-        assert counter.get_total_flops() == trainer.costs[loaded.visit.task, loaded.visit.view].flops
+        assert counter.get_total_flops() == trainer.log.costs[loaded.visit.task, loaded.visit.view].flops
 
 
 def test_a_plan_counts_the_wrapped_model(whole, data, name):

@@ -113,9 +113,9 @@ class Trainer:
         self.step = parts.step
         self.grad_norm = 0.0
         self._sources = parts.sources
-        self._encode_all = parts.encode_all
+        self.encode_all = parts.encode_all
         self._bar = parts.bar
-        self._cursors = parts.cursors
+        self.cursors = parts.cursors
         self._computed: list[PendingStep] = []
         self._queued: QueuedUpdate | None = None
 
@@ -193,7 +193,7 @@ class Trainer:
         if self.recipe.model.wrap:  # Its towers may have dropout, which a resumed run must repeat.
             torch.manual_seed(seed_key(self.recipe.seed, "dropout", loaded.visit.step, distributed.rank()) % 2**63)
         with mixed_precision(self.device, self.recipe.train.precision):
-            losses = self.variant.losses(self.model, task, loaded.to(self.device), self._encode_all)
+            losses = self.variant.losses(self.model, task, loaded.to(self.device), self.encode_all)
         return losses if wants_usage else replace(losses, usage={})
 
     def _update(self) -> None:
@@ -230,7 +230,7 @@ class Trainer:
             visit = step.loaded.visit
             self.step = visit.step + 1
             if step.loaded.cursors:
-                self._cursors[visit.task] = step.loaded.cursors
+                self.cursors[visit.task] = step.loaded.cursors
             self.log.record(step.loaded, step.losses)
         self._bar.step(self.step)
         if any(self.log.is_due(step.loaded.visit.step + 1) for step in steps):
@@ -251,7 +251,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores for resuming besides tensors, as JSON values. Every rank must call this."""
         cursors: dict[str, dict[str, Cursor]] = {}
-        for cursors_of_rank in distributed.all_gather_object(self._cursors):
+        for cursors_of_rank in distributed.all_gather_object(self.cursors):
             for task, by_lane in cursors_of_rank.items():
                 cursors[task] = cursors.get(task, {}) | by_lane
         state = {"step": self.step, "trainer": self.variant.name, "sources": self._sources, "cursors": cursors}
