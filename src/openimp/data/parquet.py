@@ -84,6 +84,10 @@ def _tables(file: str, handle: Any, row_groups: Iterable[int] | None) -> Iterato
 def _batches(handle: Any, row_groups: Iterable[int] | None) -> Iterator[pa.RecordBatch]:
     """The rows of some row groups or of all, in batches of at most `WORST_BATCH_BYTES`."""
     parquet = pq.ParquetFile(handle)
+    columns = [parquet.schema.column(i) for i in range(len(parquet.schema))]
+    texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+    # With `buffer_size`, only the pages at the beginning of a column chunk are read; the first is the dictionary.
+    beginnings = pq.ParquetFile(handle, metadata=parquet.metadata, read_dictionary=texts, buffer_size=BUFFER)
     for number in range(parquet.num_row_groups) if row_groups is None else row_groups:
         group = parquet.metadata.row_group(number)
         if not group.num_rows:
@@ -94,24 +98,26 @@ def _batches(handle: Any, row_groups: Iterable[int] | None) -> Iterator[pa.Recor
         # No value is longer than its column chunk, but the longest is only looked for if that does not settle it.
         longest_row = sum(chunk.total_uncompressed_size for chunk in chunks)
         if min(rows, group.num_rows) * longest_row > WORST_BATCH_BYTES:
-            longest_row = average_row + sum(_longest_value(handle, parquet.schema, number, chunk) for chunk in chunks)
+            longest_row = average_row + _longest_values(beginnings, number, columns, chunks)
             rows = min(rows, WORST_BATCH_BYTES // max(1, longest_row))
         yield from parquet.iter_batches(max(1, rows), [number])
 
 
-def _longest_value(handle: Any, schema: Any, group: int, chunk: Any) -> int:
-    """The bytes of the longest value that a column chunk can repeat without storing it again."""
-    column = next(schema.column(i) for i in range(len(schema)) if schema.column(i).path == chunk.path_in_schema)
-    if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
-        return int(column.length)
-    if "DELTA_BYTE_ARRAY" in chunk.encodings:  # A value can repeat a part of the value before it.
-        return int(chunk.total_uncompressed_size)
-    if column.physical_type != "BYTE_ARRAY" or not chunk.has_dictionary_page:
-        return 0
-    # With `buffer_size`, only the pages at the beginning of the chunk are read; the first is the dictionary.
-    beginning = pq.ParquetFile(handle, read_dictionary=[column.path], buffer_size=BUFFER)
-    first_row = next(beginning.iter_batches(1, [group], columns=[column.path]))
-    return max(map(_longest_dictionary_value, first_row.columns))
+def _longest_values(beginnings: Any, group: int, columns: list[Any], chunks: list[Any]) -> int:
+    """The bytes, over all columns, of the longest value that a row group can repeat without storing it again."""
+    total = 0
+    with_dictionary = []
+    for column, chunk in zip(columns, chunks):
+        if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
+            total += column.length
+        elif "DELTA_BYTE_ARRAY" in chunk.encodings:  # A value can repeat a part of the value before it.
+            total += chunk.total_uncompressed_size
+        elif column.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page:
+            with_dictionary.append(column.path)
+    if with_dictionary:
+        first_row = next(beginnings.iter_batches(1, [group], columns=with_dictionary))
+        total += sum(map(_longest_dictionary_value, first_row.columns))
+    return total
 
 
 def _longest_dictionary_value(array: pa.Array) -> int:
