@@ -132,9 +132,10 @@ def cluster(cpus: int | None = None) -> Iterator[Any]:
     """Connects to a Ray cluster for the block, and yields the module `ray`.
 
     It is the cluster that this process is connected to, or the one that the environment variable `RAY_ADDRESS` names.
-    Otherwise, a cluster on this machine is started, and stopped after the block. It accepts only those who know a
-    random token, has no dashboard, and reports no usage statistics unless RAY_USAGE_STATS_ENABLED is set. It has `cpus`
-    CPUs (None: those that this process may use) and all GPUs.
+    Otherwise, a cluster on this machine is started, and stopped after the block. It listens on the loopback address
+    only (if this is the first import of Ray), accepts only those who know a random token, has no dashboard, and reports
+    no usage statistics unless RAY_USAGE_STATS_ENABLED is set. It has `cpus` CPUs (None: those that this process may
+    use) and all GPUs.
     """
     ray = _import_ray()
     if ray.is_initialized():
@@ -248,6 +249,9 @@ def _clear_errors(ray: Any) -> Iterator[None]:
 
 
 def _import_ray() -> Any:
+    if os.environ.get("RAY_ADDRESS", "127.").startswith(("127.", "localhost:")):
+        # Otherwise, under Linux, Ray replaces a loopback address by one that others can reach.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray.data
     except ImportError:
