@@ -62,7 +62,7 @@ def demo(set_: SetOption = None, run: RunOption = None) -> None:
 def init(
     paths: Annotated[
         list[str],
-        typer.Argument(help="Folders, data files, patterns such as 'x-*.tar', or hub:OWNER/NAME for a data set."),
+        typer.Argument(help="Folders, data files, patterns such as 'x-*.parquet', or hub:OWNER/NAME for a data set."),
     ],
     text: Annotated[str | None, typer.Option(help="The column with the texts.")] = None,
     label: Annotated[str | None, typer.Option(help="The column with the classes.")] = None,

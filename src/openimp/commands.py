@@ -150,7 +150,8 @@ def _run_benchmarks(path: Path, tasks: list[str], out: Path | None) -> None:
     try:
         from openimp.inference import mteb_tasks
     except ImportError as error:
-        raise UserError(f"mteb cannot be imported ({error}): pip install 'openimp[eval]'") from None
+        advice = "pip install 'openimp[eval]'" if sys.version_info >= (3, 11) else "it needs Python 3.11 or newer"
+        raise UserError(f"mteb cannot be imported ({error}): {advice}") from None
     folder = find_model(str(path))
     model = load(folder)
     model.precision = model.recipe.train.precision

@@ -703,6 +703,12 @@ def test_class_folders_that_are_links_are_not_listed(tmp_path):
     assert set(open_table(tmp_path / "root").column("label")) == {"cat", "dog"}
 
 
+def test_the_current_folder_has_the_paths_of_any_other(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert open_source("here", Source(path=".")).column("file") == open_table(tmp_path).column("file")
+
+
 def test_hostile_members(tmp_path):
     hostile = {
         "../up.png": {},

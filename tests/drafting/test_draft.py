@@ -202,3 +202,32 @@ def test_names_from_the_data_cannot_change_the_recipe(tmp_path, monkeypatch):
     assert yaml.load(write(draft.recipe, draft.comments), RecipeLoader) == draft.recipe
     assert draft.recipe["name"] == "rows"
     assert name in {objective.get("label") for objective in draft.recipe["tasks"]["rows"]["objectives"]}
+
+
+def test_sparse_texts_and_objects_in_a_group_column_are_drafted(openimp):
+    """Three of four texts are missing, and a user is an object."""
+    rows = [
+        {"image": {"bytes": data}, "title": caption if i % 4 == 0 else None, "user": {"id": i % 10}}
+        for i, (_, caption, data) in enumerate(examples(120))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), "rows.parquet")
+    code, out, err = openimp("init", "rows.parquet")
+    assert code == 0, err
+    recipe = yaml.load(out, RecipeLoader)
+    assert recipe["train"]["max_bad_fraction"] == 1
+    assert recipe["sources"]["rows"]["part"]["by"] == "user"
+
+
+def test_the_recipe_names_the_command_that_drafts_it_again(openimp):
+    write_csv()
+    code, out, err = openimp("init", "pictures.csv", "--text", "caption")
+    assert code == 0, err
+    assert "openimp init pictures.csv --text caption > " in out
+
+
+@pytest.mark.parametrize(("option", "column"), [("--text", "id"), ("--label", "id")])
+def test_a_column_that_is_named_must_fit(openimp, option, column):
+    write_csv()
+    code, out, err = openimp("init", "pictures.csv", option, column)
+    assert (code, out) == (2, "")
+    assert f"{option}" in err

@@ -9,7 +9,7 @@ import torch
 import openimp
 from openimp.common.modality import BadMedia
 from openimp.encoding import engine
-from openimp.encoding.engine import ItemEncoder, in_chunks
+from openimp.encoding.engine import ItemEncoder, to_cpu
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +111,10 @@ def test_an_item_in_several_spaces_takes_one_pass(model, passes):
 
 
 def test_chunks_have_the_vectors_of_their_items_on_the_cpu(model, monkeypatch):
-    monkeypatch.setattr(engine, "CHUNK", 4)
+    monkeypatch.setattr(engine, "COPIED_TOGETHER", 4)
     encoder = model.item_encoder("audio", "text", 4, "test")
     items = sounds(encoder, LENGTHS)
-    chunks = list(in_chunks(encoder.encode(items)))
+    chunks = list(to_cpu(encoder.encode(items)))
     assert [len(chunk) for chunk in chunks] == [4, 4, 1]
     for (number, vector), (same, array) in zip(encoder.encode(items), (result for chunk in chunks for result in chunk)):
         assert number == same

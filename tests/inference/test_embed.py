@@ -64,7 +64,7 @@ def test_long_lists_are_written_in_chunks_and_in_order(tiny_model_folder, media_
     bad.write_bytes(b"nothing")
     files = [media_folder / "2.png", bad, media_folder / "0.png", media_folder / "2.png", media_folder / "1.png"]
     whole = pq.read_table(embed(tiny_model_folder, files, tmp_path / "whole.parquet").out)
-    monkeypatch.setattr("openimp.encoding.engine.CHUNK", 1)
+    monkeypatch.setattr("openimp.encoding.engine.COPIED_TOGETHER", 1)
     parts = pq.read_table(embed(tiny_model_folder, files, tmp_path / "parts.parquet", batch_size=1).out)
     assert whole["path"].to_pylist() == [str(media_folder / f"{i}.png") for i in (2, 0, 1)]
     assert parts["path"].to_pylist() == whole["path"].to_pylist()

@@ -48,7 +48,7 @@ def counted(items, name):
 
 counted.left = int(sys.argv[4])
 
-openimp.encoding.engine.CHUNK = 2
+openimp.encoding.engine.COPIED_TOGETHER = 2
 build_index(*sys.argv[1:2], sys.argv[2:3], sys.argv[3], batch_size=2, progress=counted)
 """
 
@@ -384,6 +384,22 @@ def test_a_text_beside_media_is_their_caption_and_no_item(tiny_model_folder, med
         (media / f"0.{end}").unlink()
     done = build_index(tiny_model_folder, [media], index)
     assert (done.new, done.removed, embedded) == (1, 3, {"text": 1}), "a text whose media are gone is an item"
+
+
+def test_a_copy_keeps_its_media_type_if_the_original_changes(tiny_model_folder, media_folder, tmp_path):
+    """The copy's caption changes in the same update, so its hash is known, but its rows must be made anew."""
+    media = tmp_path / "media"
+    media.mkdir()
+    index = tmp_path / "x.index"
+    shutil.copy(media_folder / "0.png", media / "a.png")
+    shutil.copy(media_folder / "0.png", media / "b.png")
+    build_index(tiny_model_folder, [media], index)
+    shutil.copy(media_folder / "1.png", media / "a.png")
+    (media / "b.txt").write_text("a caption", encoding="utf-8")
+    build_index(tiny_model_folder, [media], index)
+    assert {Path(row["path"]).name: row["media_type"] for row in rows(index).values()} == dict.fromkeys(
+        ("a.png", "b.png"), "image/png"
+    )
 
 
 def test_a_caption_may_not_be_a_link_out_of_the_folder(tiny_model_folder, media_folder, tmp_path):

@@ -23,6 +23,7 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints, find_model, load_model
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
+from openimp.common.safe_files import write_text
 from openimp.data.loader import load_batches
 from openimp.inference.join import embed_rows
 from openimp.parallel import distributed
@@ -59,7 +60,7 @@ def recipe_of(data: Path, name: str, *overrides: str, **train_options: Any) -> R
         "evaluation": {"sets": {"colours": colours}},
     }
     file = data / "wrapped.json"
-    file.write_text(json.dumps(data_of))
+    write_text(file, json.dumps(data_of))  # In one go, because several ranks write the same file.
     return Recipe.load(file, overrides)
 
 

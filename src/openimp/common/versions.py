@@ -36,7 +36,7 @@ def openimp_version() -> str:
 
 def library_version(name: str) -> str | None:
     """The version of a library; None if it is not installed."""
-    return next((found.version for found in distributions(name=name)), None)
+    return next((distribution.version for distribution in distributions(name=name)), None)
 
 
 def warn_of_vulnerable_libraries() -> None:

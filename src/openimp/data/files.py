@@ -107,14 +107,14 @@ def inside(root: Path, path: str) -> Path:
     try:
         # Texts, because comparing and resolving a Path takes twice as long, and this is called for each example.
         real_root = os.path.realpath(root)
-        found = os.path.realpath(os.path.join(root, path))
-        if found != real_root and not found.startswith(os.path.join(real_root, "")):
+        real_path = os.path.realpath(os.path.join(root, path))
+        if real_path != real_root and not real_path.startswith(os.path.join(real_root, "")):
             raise BadMedia(f"{path} leaves the folder {root}")
-        if not stat.S_ISREG(os.stat(found).st_mode):
+        if not stat.S_ISREG(os.stat(real_path).st_mode):
             raise BadMedia(f"{path} is not a regular file")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise BadMedia(f"{path}: {getattr(error, 'strerror', None) or error} in {root}") from None
-    return Path(found)
+    return Path(real_path)
 
 
 def digest(file: str | Path, blocks: int = 64, block: int = 64 * 1024) -> str:

@@ -53,21 +53,23 @@ def open_folder(name: str, path: str, root: Path) -> FolderTable:
     if not root.is_dir() or not Path(path).is_dir():
         raise UserError(f"source {name}: {path} is not a folder")
     os.scandir(root).close()  # Raises OSError if it may not be read. Of folders below it, only the readable ones count.
-    classes, start = subfolders(root), len(os.path.join(root, ""))
+    root = Path(os.path.abspath(root))  # Paths begin with it: below Path("."), they would not.
+    classes = subfolders(root)
+    start = len(os.path.join(root, ""))
     entries = chain.from_iterable(files_below(root / folder) for folder in classes or [""])
     # Path relative to `root` and size in bytes.
-    found = [(entry.path[start:].replace(os.sep, "/"), entry.stat(follow_symlinks=False).st_size) for entry in entries]
-    if not classes and not found:
+    sizes = [(entry.path[start:].replace(os.sep, "/"), entry.stat(follow_symlinks=False).st_size) for entry in entries]
+    if not classes and not sizes:
         raise UserError(
             f"source {name}: {path} has no subfolders and no files; a folder source has files, or one subfolder per "
             "class, and links to folders are not followed"
         )
-    for file, _ in found:
+    for file, _ in sizes:
         if not is_utf8(file):
             raise UserError(f"source {name}: {path}: the name of {file!r} is not UTF-8; rename it")
-    captions = _captions(file for file, _ in found)
+    captions = _captions(file for file, _ in sizes)
     not_media = set(captions.values())
-    files = [file for file, _ in found if file not in not_media]
+    files = [file for file, _ in sizes if file not in not_media]
     split = [os.path.splitext(file) for file in files]
     columns = {
         "file": files,
@@ -77,7 +79,7 @@ def open_folder(name: str, path: str, root: Path) -> FolderTable:
         "text": [captions.get(stem) for stem, _ in split] if captions else None,
     }
     arrays = {column: pa.array(values, pa.string()) for column, values in columns.items() if values is not None}
-    content = partial(str, stable_hash(found))
+    content = partial(str, stable_hash(sizes))
     return FolderTable(name, path, pa.table(arrays), content, root, label="file")
 
 

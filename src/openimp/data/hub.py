@@ -5,7 +5,6 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -38,15 +37,7 @@ def load_parquet(name: str, path: str, files: list[str], streaming: bool) -> Any
 
     unpacked = cache_folder("parquet") / stable_hash(files)
     with quiet(name, path):
-        was_unpacked = unpacked.exists()
-        try:
-            return open_files(files, str(unpacked), streaming)
-        except Exception:
-            if not was_unpacked:
-                raise
-            # What is there may be damaged, or of a version of `datasets` that this one cannot read: unpack it again.
-            shutil.rmtree(unpacked)
-            return open_files(files, str(unpacked), streaming)
+        return open_files(files, str(unpacked), streaming)
 
 
 @contextmanager

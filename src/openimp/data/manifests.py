@@ -30,9 +30,9 @@ PYTHON_ROWS = 10_000
 BLOCK_BYTES = 2**24
 """Bytes that Arrow parses at once, and so the longest row that it reads."""
 CACHED_BYTES = 2**26
-"""Bytes of manifests from which on their table is kept in a file in the cache folder. Smaller ones are read faster than
-`datasets`, which opens the file, is imported."""
-LAYOUT = 1
+"""Bytes of manifests from which on their table is kept in the cache folder. Reading smaller manifests is faster than
+importing `datasets`, which opens the cached table."""
+CACHE_VERSION = 1
 """Version of the files in the cache folder. Files of another version are not read but written again."""
 
 
@@ -41,42 +41,48 @@ def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path
 
     The cells of a CSV file are text, and an empty one is missing.
     """
-    data, rows_by_file = _read_or_reopen(name, path, files)
+    data, rows_by_file = _read_with_cache(name, path, files)
     if not data.num_rows:
         raise UserError(f"source {name} ({path}) has no rows")
     named_counts = [(Path(file).name, rows) for file, rows in zip(files, rows_by_file)]
     return Table(name, path, data, partial(fingerprint, base, files), root, named_counts)
 
 
-def _read_or_reopen(name: str, path: str, files: list[str]) -> tuple[Any, list[int]]:
+def _read_with_cache(name: str, path: str, files: list[str]) -> tuple[Any, list[int]]:
     """The rows of all files, and the number of rows of each file.
 
     Large tables are memory-mapped, so that opening them again takes no time, and processes share their memory.
     """
     if sum(map(os.path.getsize, files)) < CACHED_BYTES:
         return _read_all(name, path, files)
-    states = [(os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    state = stable_hash([CACHE_VERSION, *((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files)])
     cached: Path | None = None
-    with suppress(OSError, UserError, pa.ArrowException):  # There is none yet, or no cache folder of one's own.
-        cached = cache_folder("manifests") / f"{stable_hash([LAYOUT, *states])}.arrow"
-        return _map(cached)
+    with suppress(OSError, UserError):  # The cache folder belongs to another user, or cannot be made.
+        cached = cache_folder("manifests") / f"{stable_hash(map(os.path.realpath, files))}.arrow"
+    if cached is not None:
+        with suppress(OSError, ValueError):  # There is none yet, it is damaged, or a manifest has changed.
+            return _open_cached(cached, state)
     data, rows_by_file = _read_all(name, path, files)
-    with suppress(OSError):
-        if cached is not None:
-            _write(cached, data, rows_by_file)
-            return _map(cached)
+    if cached is not None:
+        with suppress(OSError, ValueError):
+            _write_cached(cached, data, rows_by_file, state)
+            return _open_cached(cached, state)
     return data, rows_by_file
 
 
-def _map(file: Path) -> tuple[Any, list[int]]:
-    from datasets.table import MemoryMappedTable  # A pickled one is the path of its file.
+def _open_cached(file: Path, state: str) -> tuple[Any, list[int]]:
+    """The table in a file of the cache, if it was written in this state of the manifests; else ValueError."""
+    from datasets.table import MemoryMappedTable  # It pickles as a path, so workers share the file.
 
     data = MemoryMappedTable.from_file(str(file))
-    return data, json.loads(data.schema.metadata[b"rows_by_file"])
+    metadata = data.schema.metadata or {}
+    if metadata.get(b"state") != state.encode():
+        raise ValueError("the manifests have changed")
+    return data, json.loads(metadata[b"rows_by_file"])
 
 
-def _write(file: Path, data: pa.Table, rows_by_file: list[int]) -> None:
-    data = data.replace_schema_metadata({"rows_by_file": json.dumps(rows_by_file)})
+def _write_cached(file: Path, data: pa.Table, rows_by_file: list[int], state: str) -> None:
+    data = data.replace_schema_metadata({"rows_by_file": json.dumps(rows_by_file), "state": state})
     with replacing(file) as draft, pa.ipc.new_stream(draft, data.schema) as writer:
         writer.write_table(data)
 
@@ -135,7 +141,8 @@ def _csv_rows(file: str) -> Iterator[dict[str, Any]]:
             header = _csv_header(lines)
             end = lines.line_num
             for cells in lines:
-                line, end = end + 1, lines.line_num
+                line = end + 1  # A row begins on the line after the end of the row before it.
+                end = lines.line_num
                 if len(cells) > len(header):
                     raise ValueError(f"line {line} has {counted(len(cells), 'cell')}, the header {len(header)}")
                 if cells:
@@ -178,14 +185,14 @@ def _json_rows(file: str) -> Iterator[dict[str, Any]]:
             if not is_list and not row.strip():
                 continue
             try:
-                found = row if is_list else json.loads(row.rstrip())
+                value = row if is_list else json.loads(row.rstrip())
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
             except RecursionError as error:
                 raise ValueError(f"line {number}: {error}") from None
-            if not isinstance(found, dict):
+            if not isinstance(value, dict):
                 raise ValueError(f"{'item' if is_list else 'line'} {number} is not a JSON object")
-            yield found
+            yield value
 
 
 def _to_arrow(rows: Iterator[dict[str, Any]]) -> pa.Table:

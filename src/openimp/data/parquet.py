@@ -6,7 +6,9 @@ the bytes of the batches are counted. `datasets` itself would unpack a whole row
 """
 
 import glob
+import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,7 +28,7 @@ BATCH_ROWS = 10_000
 BATCH_BYTES = 2**26
 """Bytes of a batch if its rows are as long as the average row of the row group."""
 WORST_BATCH_BYTES = 2**27
-"""Most bytes of a batch, whatever its rows hold."""
+"""Most bytes of a batch, whatever its rows hold, except lists that repeat a value."""
 BUFFER = 2**16
 """Bytes that are read at once to see the beginning of a column chunk."""
 MAX_MERGED = 1000
@@ -42,11 +44,25 @@ def open_files(files: list[str], cache: str, streaming: bool) -> Any:
         raise ValueError(f"`datasets` would read {nested[0]} as a chain of URLs; rename it")
     # `datasets` expands patterns: a file that is named `*.parquet` would include all other files in its folder.
     names = [glob.escape(file) if file in local else file for file in files]
-    builder = BoundedParquet(cache_dir=cache, data_files={"train": names})
+
+    def prepare() -> BoundedParquet:
+        builder = BoundedParquet(cache_dir=cache, data_files={"train": names})
+        if not streaming:
+            builder.download_and_prepare()
+        return builder
+
     if streaming:
-        return builder.as_streaming_dataset(split="train")
-    builder.download_and_prepare()
-    return builder.as_dataset(split="train")
+        return prepare().as_streaming_dataset(split="train")
+    builder: BoundedParquet | None = None
+    try:
+        builder = prepare()
+        return builder.as_dataset(split="train")
+    except (pa.ArrowException, OSError, json.JSONDecodeError) as error:
+        if builder is None and not isinstance(error, json.JSONDecodeError):
+            raise  # An error of the files, the network or the disk.
+        # The cache is damaged, or of a version of `datasets` that this one cannot read: unpack the files again.
+        shutil.rmtree(cache, ignore_errors=True)
+        return prepare().as_dataset(split="train")
 
 
 class BoundedParquet(Parquet):
@@ -114,6 +130,8 @@ def _longest_values(beginnings: Any, group: int, columns: list[Any], chunks: lis
             total += chunk.total_uncompressed_size
         elif column.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page:
             with_dictionary.append(column.path)
+        elif column.physical_type != "BYTE_ARRAY":
+            total += 12  # The largest number has 12 bytes (INT96). Runs of equal numbers are stored once.
     if with_dictionary:
         first_row = next(beginnings.iter_batches(1, [group], columns=with_dictionary))
         total += sum(map(_longest_dictionary_value, first_row.columns))

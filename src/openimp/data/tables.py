@@ -203,11 +203,11 @@ class Table(Rows):
 
     def parts(self, of: int, by: str | None) -> list[int]:
         """The part of each selected row, see `part_of`."""
-        found = []
+        part_numbers: list[int] = []
         for stored in self._stored_chunks():
             values = self._column(by, stored) if by else [None] * len(stored)
-            found += [part_of(value, row, of) for value, row in zip(values, stored)]
-        return found
+            part_numbers += [part_of(value, row, of) for value, row in zip(values, stored)]
+        return part_numbers
 
     def subsample(self, limit: int | None) -> "Table":
         """Selects at most `limit` evenly spaced rows of those selected, and returns the table."""
@@ -279,7 +279,7 @@ def _arrow_mask(values: Any, wanted: Any, names: list[str] | None) -> np.ndarray
     elif pa.types.is_primitive(kind):
         matching = [value for value in values.unique().to_pylist() if matches(value, wanted)]
     elif pa.types.is_list(kind) and (pa.types.is_string(kind.value_type) or pa.types.is_primitive(kind.value_type)):
-        return np.concatenate([_arrow_list_mask(chunk, wanted) for chunk in values.chunks])
+        return np.concatenate([np.zeros(0, bool), *(_arrow_list_mask(chunk, wanted) for chunk in values.chunks)])
     else:
         return None
     return np.asarray(pc.is_in(values, value_set=pa.array(matching, kind)).to_numpy())

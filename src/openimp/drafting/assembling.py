@@ -81,7 +81,7 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine) -> Draft:
         section["weight"] = float(f"{steps / min(needed):.2g}")
     recipe["train"]["steps"] = sizing.rounded(sum(needed))
     if bad > BAD_ROWS_WARNING:
-        recipe["train"]["max_bad_fraction"] = round(1.5 * bad + 0.02, 2)
+        recipe["train"]["max_bad_fraction"] = round(min(1.0, 1.5 * bad + 0.02), 2)
     return Draft(recipe, comments)
 
 
@@ -143,12 +143,16 @@ def source_name(place: str) -> str:
 
 
 def task_names(tasks: list[TaskDraft]) -> list[str]:
-    """A name for each task, and no name twice. If a source has several tasks, their names end in the modality."""
+    """A name for each task, and no name twice. If a source has several tasks, their names end in the modality.
+
+    `_test` and `_classes` are appended to names of tasks, for sources and evaluation sets.
+    """
     places = [task.candidate.place for task in tasks]
     names: list[str] = []
     for task, place in zip(tasks, places):
         name = source_name(place) + (f"_{task.media.kind}" if places.count(place) > 1 else "")
-        while name in names:
+        taken = {other + ending for other in names for ending in ("", "_test", "_classes")}
+        while name in taken:
             name += "_2"
         names.append(name)
     return names

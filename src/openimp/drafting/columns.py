@@ -100,20 +100,25 @@ def inspect(
     table.require(chosen)
     first_rows = sample(table, table.columns, PROBED_ROWS)
     source = with_root(candidate.source, table, first_rows)
-    table = open_candidate(source)
+    if source is not candidate.source:
+        table = open_candidate(source)
     notes: list[str] = []
     media = _media_columns(table, first_rows, notes)
-    others = [name for name, values in first_rows.items() if not _are_media(values)]
+    plain_columns = [name for name, values in first_rows.items() if not _are_media(values)]
     if candidate.kind:
-        others = [name for name in others if name in ("text", "label")]
-    by_use = _by_use(others)
+        plain_columns = [name for name in plain_columns if name in ("text", "label")]
+    by_use = _by_use(plain_columns)
     by_use["path"] = [name for name, values in first_rows.items() if _are_paths(values)]
     texts = _text_columns(table, [chosen_text] if chosen_text else by_use["text"])
+    if chosen_text and not texts:
+        raise UserError(f"--text {shown(chosen_text)}: the column holds no texts")
     minimum = dict.fromkeys([chosen_label] if chosen_label else by_use["class"], ROWS_PER_CLASS)
     if not chosen:
         # Texts that repeat often are the names of classes.
         minimum |= {text.name: ROWS_PER_NAME for text in texts if ROWS_PER_NAME * text.items <= len(text.sample)}
     label = _class_column(table, minimum, notes)
+    if chosen_label and label is None:
+        raise UserError(f"--label: {'; '.join(notes)}")
     text = next((text for text in texts if text.name not in minimum), None)
     tasks = [
         TaskDraft(candidate, source, table, each, text or (label and _from_classes(label, each.kind)), label, by_use)
@@ -121,9 +126,9 @@ def inspect(
         if text or label
     ]
     if not tasks:
-        raise UserError("; ".join([*notes, _what_to_add(candidate, media, others)]))
+        raise UserError("; ".join([*notes, _what_to_add(candidate, media, plain_columns)]))
     used = {*tasks[0].columns, *by_use["split"], *by_use["group"], "__key__"}
-    if unused := [name for name in others if name not in used]:
+    if unused := [name for name in plain_columns if name not in used]:
         notes.append(f"columns {_listed(unused)}")
     return tasks, notes
 

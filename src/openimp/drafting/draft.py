@@ -5,8 +5,6 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes
 from openimp.data.batch import head_key
@@ -20,9 +18,9 @@ from openimp.drafting.finding import find, shown
 from openimp.drafting.machine import Machine, this_machine
 from openimp.drafting.splitting import split
 from openimp.drafting.writing import write
-from openimp.model.imp import IMP
-from openimp.planning.ledger import costs, mixture, short
+from openimp.planning.ledger import costs, meta_model, mixture, short
 from openimp.planning.memory import step_memory
+from openimp.planning.plan import count
 from openimp.recipe.file import bundled
 from openimp.recipe.schema import Recipe
 
@@ -67,7 +65,8 @@ def draft_recipe(paths: list[str], text: str | None = None, label: str | None = 
     flops = fit(draft, classes, machine)
     minutes = max(1, round(flops / machine.speed / 60))
     cost = f"{short(flops)}FLOPs, roughly {minutes:,} min on {machine.name}"
-    command = " ".join(shlex.quote(shown(path)) for path in paths)
+    options = [*(["--text", text] if text else []), *(["--label", label] if label else [])]
+    command = " ".join(shlex.quote(shown(argument, limit=1000)) for argument in [*paths, *options])
     draft.comments["name"] = HEAD.format(command=command, cost=cost)
     return DraftedRecipe(name, write(draft.recipe, draft.comments), notes)
 
@@ -144,16 +143,14 @@ def fit(draft: Draft, classes: Classes, machine: Machine) -> float:
             for name, task in recipe.tasks.items()
             for view in range(len(task.views))
         ]
-        with torch.device("meta"):
-            model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in classes.items()})
-        weights = sum(parameter.numel() for parameter in model.parameters())
+        weights = count(meta_model(recipe, modalities, classes))
         # fp32 weights, gradients and two moments
         needed = 16 * weights + max(step.peak.total() + step.inputs for step in steps)
         if needed <= machine.memory or all(task["batch_size"] <= 2 for task in tasks):
             break
         for task in tasks:
             task["batch_size"] = max(2, task["batch_size"] // 2)
-        train["steps"] *= 2  # The rows are seen as often as before.
+        train["steps"] *= 2  # Of half as many examples each, so training sees each row the same number of times.
     flops = sum(row["flops"] for row in mixture(recipe, costs(recipe, modalities, classes)).values())
     train["steps"] = min(train["steps"], sizing.rounded(machine.hours * 3600 * machine.speed / flops))
     memory = f"{needed / 2**20:,.0f} MiB"

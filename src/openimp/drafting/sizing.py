@@ -60,27 +60,30 @@ def stems(views: dict[str, dict[str, Any]], machine: Machine) -> dict[str, Any]:
 
 def text(texts: Sequence[str], rows: int) -> dict[str, Any]:
     """The options of the tokenizer. `positions` is a power of two that is enough for 95 % of the texts."""
-    words = [re.findall(r"\w+", each.lower()) for each in texts]
-    counts = Counter(word for each in words for word in {*each})
+    words_by_text = [re.findall(r"\w+", text.lower()) for text in texts]
+    counts = Counter(word for words in words_by_text for word in {*words})
     repeated = sum(count >= 2 for count in counts.values())
     if 100 <= rows <= WORD_ROWS and 3 * repeated > len(counts):
         options = {"vocab_size": 8192, "min_df": 2}
-        lengths = sorted(map(len, words))
+        lengths = sorted(map(len, words_by_text))
     else:
         options = {"vocab_size": 2048 if rows <= WORD_ROWS else 8192 if rows <= 500_000 else 32_768}
         # A subword has about three bytes: half of an English word, or a Chinese letter.
-        lengths = sorted(len(each.encode()) // 3 for each in texts)
+        lengths = sorted(len(text.encode()) // 3 for text in texts)
     longest = lengths[int(0.95 * (len(lengths) - 1))]
     return {**options, "positions": next((length for length in (8, 16, 32, 64) if longest < length), 128)}
 
 
 def model(rows: int, machine: Machine) -> dict[str, Any]:
     """Width and depth of the encoder. Heads have 64 features."""
-    width, layers = (384, 12) if rows < 2_000_000 or machine.memory < 40e9 else (768, 12)
+    width = 384 if rows < 2_000_000 or machine.memory < 40e9 else 768
+    layers = 12
     if rows < 50_000:
-        width, layers = 256, 6
+        width = 256
+        layers = 6
     if not machine.is_gpu:
-        width, layers = 128, 4
+        width = 128
+        layers = 4
     sizes = {"width": width, "layers": layers, "heads": width // 64, "mlp_dim": 4 * width}
     return {**sizes, "qk_norm": True, "space": "joint", "embed_dim": 256, "init_temperature": 0.1}
 

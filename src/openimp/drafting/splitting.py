@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from openimp.common.errors import UserError
-from openimp.data.tables import Table, Unreadable
+from openimp.data.tables import Table, Unreadable, item_key
 from openimp.drafting.columns import PROBED_ROWS, TaskDraft, open_candidate, sample, with_root
 from openimp.drafting.finding import ROLES, shown
 
@@ -31,10 +31,13 @@ class Split(NamedTuple):
 
 def split(task: TaskDraft) -> Split:
     """Divides the rows of a task: as the data itself does, or else by a hash of a column."""
+    unused = ""
     if test := task.candidate.held_out:
         why = f"{shown(test.get('path') or test['split'])} holds the latter"
-        if given := _given_split(task, task.source, test, why):
+        given = _given_split(task, task.source, test, why)
+        if isinstance(given, Split):
             return given
+        unused = f"; {shown(test.get('path') or test['split'])} is not used: {given}"
     for column in task.by_use["split"]:
         values: dict[str, list[str]] = {"train": [], "val": [], "test": []}
         for value in sorted({str(value) for value in task.table.column(column)}):
@@ -45,24 +48,27 @@ def split(task: TaskDraft) -> Split:
             if values["val"] and values["test"]:
                 why += "; its test rows are left for a last test"
             train, test = ({**task.source, "where": {column: chosen}} for chosen in (values["train"], held_out))
-            if given := _given_split(task, train, test, why):
+            given = _given_split(task, train, test, why)
+            if isinstance(given, Split):
                 return given
-    return _by_hash(task)
+            unused = f"; the split in column {shown(column)} is not used: {given}"
+    by_hash = _by_hash(task)
+    return by_hash._replace(why=by_hash.why + unused)
 
 
-def _given_split(task: TaskDraft, train: dict[str, Any], test: dict[str, Any], why: str) -> Split | None:
-    """The split that the data itself has; None if its test rows cannot be read, or lack a column or classes."""
+def _given_split(task: TaskDraft, train: dict[str, Any], test: dict[str, Any], why: str) -> Split | str:
+    """The split that the data itself has, or the reason why it cannot be used."""
     try:
-        table = open_candidate(train)
+        table = task.table if train is task.source else open_candidate(train)
         held_out = open_candidate(test)
         held_out.require(task.columns)
         test = with_root(test, held_out, sample(held_out, [task.media.name], PROBED_ROWS))
-    except UserError:
-        return None
+    except UserError as error:
+        return str(error).removeprefix("source data: ")
     classes = _classes(table, task)
     test_classes = _classes(held_out, task)
     if None in test_classes:
-        return None
+        return "some of its rows have no class"
     item, _ = _items(task)
     return Split(train, test, len(table), len(held_out), why, item, list(classes), test_classes <= classes)
 
@@ -75,7 +81,7 @@ def _by_hash(task: TaskDraft) -> Split:
     if items < MIN_ITEMS:
         why = f"too few different values of {shown(item or 'rows')} to hold any out, so evaluation is no test"
         return Split(task.source, None, rows, 0, why, item, list(classes), True)
-    groups = [name for name in task.by_use["group"] if len(set(task.table.column(name))) >= MIN_GROUPS]
+    groups = [name for name in task.by_use["group"] if len(set(_keys(task.table, name))) >= MIN_GROUPS]
     by = next(iter([*groups, *([item] if item else []), *task.by_use["path"]]), None)
     of = max(10, rows // TEST_ROWS)
     numbers = task.table.parts(of, by)
@@ -93,12 +99,17 @@ def _items(task: TaskDraft) -> tuple[str | None, int]:
     It has paths if a path repeats, else it is the first text column. None: each row is an item.
     """
     for name in task.by_use["path"]:
-        paths = task.table.column(name)
+        paths = _keys(task.table, name)
         if len(set(paths)) < len(paths):
             return name, len(set(paths))
     if task.text and task.text.items:
         return task.text.name, task.text.items
     return None, len(task.table)
+
+
+def _keys(table: Table, column: str) -> list[str]:
+    """The values of a column that are not empty, as `Table.parts` tells them apart."""
+    return [key for value in table.column(column) if (key := item_key(value))]
 
 
 def _classes(table: Table, task: TaskDraft) -> set[Any]:

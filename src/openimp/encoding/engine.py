@@ -28,7 +28,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 THREADS = min(4, os.cpu_count() or 1)
 """Threads that decode while the model computes. Pillow, FFmpeg and libsndfile release Python's lock."""
-CHUNK = 512
+COPIED_TOGETHER = 512
 """Vectors that are copied to the CPU together, because a copy waits for the GPU."""
 
 
@@ -115,7 +115,8 @@ class ItemEncoder:
             new = 0 if isinstance(result, BadMedia) else len(result)
             if batch and (number % self.batch_size == 0 or clips + new > self.batch_size):
                 yield self._batch(batch)
-                batch, clips = [], 0
+                batch = []
+                clips = 0
             batch.append((key, result))
             clips += new
         if batch:
@@ -157,10 +158,10 @@ class ItemEncoder:
         return list(F.normalize(z_NZ, dim=-1) if self.normalize else z_NZ)
 
 
-def in_chunks(results: Iterable[tuple[K, Tensor | BadMedia]]) -> Iterator[list[tuple[K, np.ndarray | BadMedia]]]:
-    """The results of `ItemEncoder.encode` with vectors on the CPU, `CHUNK` items at a time."""
+def to_cpu(results: Iterable[tuple[K, Tensor | BadMedia]]) -> Iterator[list[tuple[K, np.ndarray | BadMedia]]]:
+    """The results of `ItemEncoder.encode` with vectors on the CPU, `COPIED_TOGETHER` items at a time."""
     iterator = iter(results)
-    while chunk := list(islice(iterator, CHUNK)):
+    while chunk := list(islice(iterator, COPIED_TOGETHER)):
         vectors = [vector for _, vector in chunk if isinstance(vector, Tensor)]
         rows = iter(torch.stack(vectors).cpu().numpy() if vectors else ())
         yield [(key, next(rows) if isinstance(vector, Tensor) else vector) for key, vector in chunk]

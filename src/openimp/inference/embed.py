@@ -16,7 +16,7 @@ from openimp.common.modality import BadMedia
 from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
 from openimp.data.files import is_url, is_utf8
-from openimp.encoding.engine import ItemEncoder, in_chunks
+from openimp.encoding.engine import ItemEncoder, to_cpu
 from openimp.inference.files import File, file_value, find_files, shown_name
 from openimp.inference.model import Model, load
 
@@ -122,7 +122,7 @@ def embed_files(
     Relative paths are relative to `folder`.
     """
     items = ((file, partial(_read, encoder, folder, file)) for file in files)
-    for chunk in in_chunks(encoder.encode(items)):
+    for chunk in to_cpu(encoder.encode(items)):
         vectors = {str(file): vector for file, vector in chunk if not isinstance(vector, BadMedia)}
         bad = [(shown_name(file), str(reason)) for file, reason in chunk if isinstance(reason, BadMedia)]
         rows = [

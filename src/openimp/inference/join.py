@@ -18,7 +18,7 @@ from openimp.common.safe_files import replacing
 from openimp.data.files import is_url
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
-from openimp.encoding.engine import in_chunks
+from openimp.encoding.engine import to_cpu
 from openimp.encoding.items import raw_value, require_columns
 from openimp.inference.model import Model, load
 from openimp.recipe.inputs import Input
@@ -101,7 +101,7 @@ def embed_rows(
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as draft:
         with pq.ParquetWriter(draft, schema) as writer:
-            for chunk in in_chunks(results):
+            for chunk in to_cpu(results):
                 vectors = [None if isinstance(vector, BadMedia) else vector for _, vector in chunk]
                 bad += [f"{table.row_name(row)}: {why}" for row, why in chunk if isinstance(why, BadMedia)]
                 part = table.arrow(range(chunk[0][0], chunk[-1][0] + 1))

@@ -20,7 +20,7 @@ from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.common.progress import console, track
 from openimp.data.files import is_url
-from openimp.encoding.engine import CHUNK, in_chunks
+from openimp.encoding.engine import COPIED_TOGETHER, to_cpu
 from openimp.evaluation.provenance import checkpoint_fields
 from openimp.inference.embed import Embedded, choose_files, embed_files, require_rows, table_schema
 from openimp.inference.files import File, file_value
@@ -123,7 +123,7 @@ def embed_dataset(
     arguments = (_everywhere(run), column, modality, towards, batch_size)
     workers, needs = _workers(ray)
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=workers)
-    options = {"compute": pool, "batch_size": CHUNK, "batch_format": "pyarrow", **needs, **options}
+    options = {"compute": pool, "batch_size": COPIED_TOGETHER, "batch_format": "pyarrow", **needs, **options}
     return dataset.map_batches(_RowEncoder, fn_constructor_args=arguments, **options)
 
 
@@ -197,7 +197,7 @@ class _RowEncoder:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         items = ((None, partial(self._read, value)) for value in rows[self.column].to_pylist())
-        results = [result for chunk in in_chunks(self.encoder.encode(items)) for _, result in chunk]
+        results = [result for chunk in to_cpu(self.encoder.encode(items)) for _, result in chunk]
         vectors = [None if isinstance(result, BadMedia) else result for result in results]
         errors = [str(result) if isinstance(result, BadMedia) else None for result in results]
         embedding = pa.array(vectors, pa.list_(pa.float32(), self.encoder.model.config.embed_dim))
@@ -249,7 +249,7 @@ def _clear_errors(ray: Any) -> Iterator[None]:
 
 
 def _import_ray() -> Any:
-    if os.environ.get("RAY_ADDRESS", "127.").startswith(("127.", "localhost:")):
+    if (os.environ.get("RAY_ADDRESS") or "127.").startswith(("127.", "localhost:")):
         # Otherwise, under Linux, Ray replaces a loopback address by one that others can reach.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:

@@ -101,7 +101,7 @@ class Audio(Modality):
         et al., Interspeech 2015)."""
         clips: Count = 4
         """Most clips in evaluation, linearly spaced, whose embeddings are averaged; a single clip is from the middle. A
-        sound that is no longer than a clip has one."""
+        sound that is not longer than a clip has only one clip."""
 
     def frames(self, view: Any) -> int:
         """Frames of the spectrogram: seconds * sample_rate / hop, rounded."""

@@ -110,17 +110,20 @@ def plans(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, g
         (task, view): step_memory(recipe, modalities, classes, task, view, precision, gpus=gpus)
         for task, view in by_view
     }
+    parameters = {name: count(part) for name, part in model.named_children()}
+    frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
+    visits = Alternation(recipe).visits()
     for planned in dict.fromkeys([layout, *alternatives(recipe, gpus)]):
         planner = StepPlanner(recipe, Sharding(planned, GPUS[gpu], model, precision), mfu)
         yield Plan(
             layout=planned,
             gpu=GPUS[gpu],
             mfu=mfu,
-            parameters={name: count(part) for name, part in model.named_children()},
-            frozen=sum(weight.numel() for weight in model.parameters() if not weight.requires_grad),
+            parameters=parameters,
+            frozen=frozen,
             per_token=per_token(recipe, model),
             steps={visit: planner.step(recipe.tasks[visit[0]], by_view[visit], counted[visit]) for visit in by_view},
-            visits=Alternation(recipe).visits(),
+            visits=visits,
         )
 
 

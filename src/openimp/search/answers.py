@@ -64,8 +64,8 @@ def _parts(index: Index, uploads: Uploads, page: Answer) -> list[QueryPart]:
         if upload := uploads.get(id):
             page.chips.append(Chip("file", id, upload.name, f"/uploads/{id}" if upload.thumbnail else None))
             parts.append(upload.encoded)
-        else:
-            page.notes = ["A file of this query is no longer kept. Choose it again."]
+    if any(uploads.get(id) is None for id in state.file):
+        page.notes.append("A file of this query is no longer kept. Choose it again.")
     likes = state.likes()
     hits = index.hits(like.id for like in likes) if likes else {}
     for like in likes:

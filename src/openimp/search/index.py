@@ -94,20 +94,20 @@ class Index:
         where = [f"NOT {any_of('id', ids)}"] if (ids := [part.id for part in given if isinstance(part, Like)]) else []
         if under is not None:
             where.append(self._below(under))
-        found = []
+        hits_by_modality: list[list[Hit]] = []
         for name in dict.fromkeys(modalities or self.counts):
             vector = self._sum(parts, shared_space(self.model.imp, name, self._about.towards[name]))
             if vector is not None:
                 # Without a filter, LanceDB does not have to scan a column.
                 only = [f"modality = {quoted(name)}"] if len(self.counts) > 1 else []
                 hits = self._nearest(vector, k, " AND ".join([*where, *only]) or None, under)
-                found.append([hit for hit in hits if min_score is None or hit.score >= min_score])
-        if not found:
+                hits_by_modality.append([hit for hit in hits if min_score is None or hit.score >= min_score])
+        if not hits_by_modality:
             kinds = ", ".join(dict.fromkeys(part.modality for part in given if not isinstance(part, str | Like)))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
-        found = sorted(filter(None, found), key=lambda hits: -hits[0].score)
-        return [hit for hit in chain.from_iterable(zip_longest(*found)) if hit][:k]
+        best_first = sorted(filter(None, hits_by_modality), key=lambda hits: -hits[0].score)
+        return [hit for hit in chain.from_iterable(zip_longest(*best_first)) if hit][:k]
 
     def text_query(self, text: str, weight: float = 1.0) -> Query:
         """A part of a query that is a text. UserError if the model reads no texts."""
@@ -180,7 +180,9 @@ class Index:
 
         The lock is not held while the file is decoded, so a slow file does not delay other queries.
         """
-        model, name, value = self.model, query.modality, query.value
+        model = self.model
+        name = query.modality
+        value = query.value
         if name not in model.modalities:
             raise UserError(f"the model has no modality {name!r}{nearest(name, model.modalities)}")
         others = [other for other in model.modalities if model.imp.share_a_space(name, other)]

@@ -96,7 +96,8 @@ class Page:
     async def upload(self, request: Request) -> Response:
         """Encodes a file, the body of the request, and returns its id."""
         name = Path(request.query_params.get("name", "")).name[:200] or "file"
-        reason, code = "", 400
+        reason = ""
+        code = 400
         try:
             modality = request.query_params.get("modality") or self.index.modality_of(name)
             if modality not in self.shared["readable"]:
@@ -108,7 +109,8 @@ class Page:
                     upload = await to_thread.run_sync(read, limiter=self.encoding, abandon_on_cancel=True)
             return JSONResponse({"id": self.uploads.add(upload)})
         except TimeoutError:
-            reason, code = f"{name}: reading it takes too long, or the server is busy", 408
+            reason = f"{name}: reading it takes too long, or the server is busy"
+            code = 408
         except UserError as error:
             reason = str(error)
         except ClientDisconnect:
@@ -158,9 +160,11 @@ class Page:
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Answers an error with one sentence: a page for browsers, plain text otherwise."""
-        code, text = 404, str(error)
+        code = 404
+        text = str(error)
         if isinstance(error, HTTPException):
-            code, text = error.status_code, "There is no such page"
+            code = error.status_code
+            text = "There is no such page"
         if "text/html" in request.headers.get("accept", ""):
             return self._render("error.html", code=code, status=text)
         return PlainTextResponse(text.encode(errors="replace"), code)

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.common.safe_files import sha256
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.files import file_text
 from openimp.inference.model import Model
-from openimp.search.display import HEAD, kind_of, media_type
+from openimp.search.display import head_of, kind_of, media_type
 from openimp.search.media import Media
 
 MAX_LINES = 100_000
@@ -70,15 +71,13 @@ def open_file(model: Model, known: Container[tuple[str, str]], media: Media, sha
     Known parts are those of a hash and modality in `known`.
     """
     file = File(media, sha256)
-    modality = model.modalities[media.modality]
     try:
         file.text = (media.text() or "")[:MAX_TEXT] or None
     except BadMedia as error:
         file.text_error = str(error)
     try:
         if not sha256:
-            file.sha256, head = _hash(media.raw())
-            file.media_type = media_type(head, kind_of(modality)) if head and not modality.reads_text else None
+            file.sha256 = _hash(media.raw())
     except BadMedia as error:
         file.error = str(error)
     except OSError as error:
@@ -93,6 +92,8 @@ def list_parts(model: Model, file: File) -> None:
     modality, view = model.modalities[file.media.modality], model.views[file.media.modality]
     try:
         raw = file.media.raw()
+        if isinstance(raw, bytes | Path) and not modality.reads_text:
+            file.media_type = media_type(head_of(raw), kind_of(modality))
         if modality.reads_text:
             assert isinstance(raw, Path)
             file.parts = [Part(file, i, text=line[:MAX_TEXT]) for i, line in enumerate(_lines(raw)) if line]
@@ -101,7 +102,7 @@ def list_parts(model: Model, file: File) -> None:
         else:
             file.parts = [Part(file, 0)]
         file.unencoded = len(file.parts)
-    except BadMedia as error:
+    except (BadMedia, UserError) as error:
         file.error = str(error)
 
 
@@ -126,11 +127,7 @@ def _lines(file: Path) -> list[str]:
     return lines
 
 
-def _hash(raw: bytes | Path | np.ndarray) -> tuple[str, bytes]:
-    """SHA-256 and the first bytes of media. A list of numbers has no first bytes."""
+def _hash(raw: bytes | Path | np.ndarray) -> str:
     if isinstance(raw, Path):
-        with raw.open("rb") as stream:
-            head = stream.read(HEAD)
-        return sha256(raw), head
-    content = raw if isinstance(raw, bytes) else raw.tobytes()
-    return hashlib.sha256(content).hexdigest(), raw[:HEAD] if isinstance(raw, bytes) else b""
+        return sha256(raw)
+    return hashlib.sha256(raw if isinstance(raw, bytes) else raw.tobytes()).hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openimp.data.files import stable_hash
-from openimp.encoding.engine import ahead, in_chunks
+from openimp.encoding.engine import ahead, to_cpu
 from openimp.inference.model import Model
 from openimp.search.folder import read_skipped, write_skipped
 from openimp.search.media import Media, media_state
@@ -84,7 +84,7 @@ class Update:
         opened = chain.from_iterable(ahead(self._open, _batches(media)))
         encoder = self.model.item_encoder(name, self.towards[name], batch_size, f"index {name}")
         parts = self._parts(opened, started, copies)
-        for chunk in in_chunks(encoder.encode((part, partial(read_part, encoder, part)) for part in parts)):
+        for chunk in to_cpu(encoder.encode((part, partial(read_part, encoder, part)) for part in parts)):
             for part, vector in chunk:
                 part.file.add(part, vector)
             self._write(started, copies)
@@ -95,7 +95,8 @@ class Update:
 
     def _known_hash(self, media: Media) -> str:
         """The hash of a file if at most its text has changed, otherwise ""."""
-        stored, state = self.stored.get(media.path), media_state(media.state)
+        stored = self.stored.get(media.path)
+        state = media_state(media.state)
         is_same = stored and state and not media.source and stored.modality == media.modality
         return stored.sha256 if stored and is_same and media_state(stored.state) == state else ""
 

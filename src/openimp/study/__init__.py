@@ -1,4 +1,4 @@
 """Comparison of variants of a recipe at equal FLOPs, with error bars.
 
-Trainers that only studies use, such as `SummedTrainer`, are here too.
+Variants of training that only studies use, such as `SUMMED`, are here too.
 """

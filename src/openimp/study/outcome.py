@@ -56,7 +56,7 @@ class Outcome:
 
 
 class _ConflictLine(BaseModel):
-    """A line of conflict.jsonl, which `ConflictTrainer` writes."""
+    """A line of conflict.jsonl, which `measure_conflict` writes."""
 
     model_config = ConfigDict(strict=True)
 

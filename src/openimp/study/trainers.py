@@ -86,11 +86,11 @@ def peak_memory(recipe: Recipe, run: Path, variant: Variant | None = None) -> in
     first: dict[tuple[str, int], int] = {}
     for step, visit in enumerate(training.data.schedule):
         first.setdefault((visit.task, visit.view), step)
-    each = [[step] for step in sorted(first.values())]
+    step_groups = [[step] for step in sorted(first.values())]
     if (round_length := training.steps_per_update) > 1:  # Whole rounds, until every view has occurred.
         rounds = -(-(max(first.values()) + 1) // round_length)
-        each = [[*range(min(rounds * round_length, recipe.train.steps))]]
-    together = [[training.data[step] for step in steps] for steps in each]
+        step_groups = [[*range(min(rounds * round_length, recipe.train.steps))]]
+    together = [[training.data[step] for step in steps] for steps in step_groups]
     for loaded in chain.from_iterable(together):  # The first updates create the optimizer state, which must not count.
         training.make_step(loaded)
     peak = max(_peak_of(training, batches) for batches in together)

@@ -108,14 +108,22 @@ def set_up(
     checkpoint = directory.checkpoint(resume, variant.name)
     modalities = variant.make_modalities(recipe)
     warm_start = open_warm_start(recipe, modalities) if checkpoint is None else None
-    data = _open_data(recipe, modalities, checkpoint)
+    saved_classes = None
+    if checkpoint is not None:
+        _, saved_classes, learned = read_config(checkpoint, None)
+        for modality in modalities.values():
+            modality.load_state(learned)
+    rank = distributed.rank()
+    world_size = distributed.world_size()
+    data = distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
     sources = distributed.run_on_rank_zero(data.fingerprints)  # It reads a part of every file.
     changed: list[str] = []
     if checkpoint is None:
         data.fit(warm_start.stems if warm_start else ())
     else:
         changed = changed_sources(checkpoint, sources, allow_changed_data)
-        _check_classes(checkpoint, data)
+        if saved_classes != data.classes:
+            raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
     step_costs = costs(recipe, modalities, data.classes, variant.build_model, variant.losses, variant.sum_tasks)
     signature_count = len(signatures(recipe, modalities, distributed.world_size())) if recipe.train.compile else 0
     model, text_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
@@ -155,23 +163,6 @@ def _check_ranks(recipe: Recipe, variant: Variant) -> None:
     if ranks > 1 and variant != Variant():
         raise UserError(f"{variant.name}: a study trains on one rank; start it without torchrun")
     layout_of(recipe, ranks, recipe.parallel.shard_degree)
-
-
-def _open_data(recipe: Recipe, modalities: dict[str, Modality], checkpoint: Path | None) -> StepBatches:
-    """Opens the sources. With a checkpoint, the modalities get back what they had learned."""
-    if checkpoint is not None:
-        _, _, learned = read_config(checkpoint, None)
-        for modality in modalities.values():
-            modality.load_state(learned)
-    rank = distributed.rank()
-    world_size = distributed.world_size()
-    return distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
-
-
-def _check_classes(checkpoint: Path, data: StepBatches) -> None:
-    _, saved_classes, _ = read_config(checkpoint, None)
-    if saved_classes != data.classes:
-        raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
 
 
 def _make_model(

@@ -32,18 +32,18 @@ class Stop:
             yield cast(T, item)
 
     def watch_steps(
-        self, batches: Iterable[LoadedBatch], first: int, stand_in: Callable[[int], LoadedBatch]
+        self, batches: Iterable[LoadedBatch], first: int, placeholder: Callable[[int], LoadedBatch]
     ) -> Iterator[LoadedBatch]:
         """Yields the batches of the steps from `first` on, and stops between two steps, but without communication.
 
         Of several ranks, one alone cannot stop before a step, because the others would wait for it in the step's
         collectives. So its batch names the reason: then no rank applies the step, and all ranks stop when they notice
-        that (`Trainer.confirm`). If loading has failed, `stand_in(step)` takes the place of the batch.
+        that (`Trainer.confirm`). If loading has failed, `placeholder(step)` takes the place of the batch.
         """
         for step, (loaded, reason) in enumerate(self._with_reasons(batches), first):
             if distributed.world_size() == 1:
                 stop_all_ranks(reason)
-            yield replace(loaded or stand_in(step), stop=reason)
+            yield replace(loaded or placeholder(step), stop=reason)
 
     def _with_reasons(self, items: Iterable[T]) -> Iterator[tuple[T | None, str | None]]:
         """Yields each item and this rank's reason to stop before it: an error, "" for a request, or None.

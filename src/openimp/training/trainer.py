@@ -84,7 +84,7 @@ class PendingStep:
 
 
 class QueuedUpdate(NamedTuple):
-    """An update in the second state, by one step or by a round, and the gradient norm that will tell its fate."""
+    """An update in the second state, by one step or by a round. Its gradient norm tells whether it was applied."""
 
     steps: list[PendingStep]
     grad_norm: HostCopy
@@ -151,11 +151,11 @@ class Trainer:
         batches = self.log.timer.timed(load_batches(self.data, self.step))
         try:
             # The alternation has chosen the task and the view of each batch: `loaded.visit`.
-            for loaded in stop.watch_steps(batches, self.step, self._stand_in):
+            for loaded in stop.watch_steps(batches, self.step, self._placeholder_batch):
                 self.make_step(loaded)
                 if self.variant.suggest_same:
                     self.log.warn_of_duplicate_texts(loaded)
-                if self._waits_after(loaded.visit.step + 1):
+                if self._must_settle_after(loaded.visit.step + 1):
                     self.settle()
                     self.log.bad.check()
                     if self._is_due(train.save_every):
@@ -163,7 +163,7 @@ class Trainer:
                     if self._is_due(evaluation.every):
                         self.evaluate(stop.watch)
         except (Stopped, UserError):
-            self.settle()  # The last step may have failed, which is then the error.
+            self.settle()  # If the queued step failed too, its error is raised instead.
             raise
         self.save()
         self.evaluate(stop.watch)
@@ -237,7 +237,10 @@ class Trainer:
             self.log.write(self.step, self.grad_norm, self._bar)
 
     def settle(self) -> None:
-        """Confirms the queued steps, and gathers bad examples from all ranks. `state` is complete then."""
+        """Confirms the queued steps, and gathers bad examples from all ranks.
+
+        Afterwards, `state` has everything that a checkpoint needs.
+        """
         self.confirm()
         self.log.bad.gather()
 
@@ -274,7 +277,7 @@ class Trainer:
             every is not None and self.step % every == 0 and self.step < self.recipe.train.steps and not self._computed
         )
 
-    def _waits_after(self, step: int) -> bool:
+    def _must_settle_after(self, step: int) -> bool:
         """Whether anything is logged, saved or evaluated after `step` steps.
 
         Only then does the host wait for the device, and do the ranks gather what they have found.
@@ -282,8 +285,11 @@ class Trainer:
         intervals = (self.recipe.train.save_every, self.recipe.evaluation.every)
         return self.log.is_due(step) or any(every and step % every == 0 for every in intervals)
 
-    def _stand_in(self, step: int) -> LoadedBatch:
-        """Replaces a batch that this rank could not load, in a step that no rank will apply."""
+    def _placeholder_batch(self, step: int) -> LoadedBatch:
+        """Zeros in place of a batch that could not be loaded, so that this rank takes part in the step's collectives.
+
+        No rank applies the step.
+        """
         visit = self.data.schedule[step]
         cpu = torch.device("cpu")
         batch = empty_batch(
