@@ -7,6 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,9 +106,10 @@ def inside(root: Path, path: str) -> Path:
     Only a regular file is accepted, because reading a pipe would never end.
     """
     try:
-        # Texts, because comparing and resolving a Path takes twice as long, and this is called for each example.
-        real_root = os.path.realpath(root)
-        real_path = os.path.realpath(os.path.join(root, path))
+        # Not as Path objects, which take longer to resolve and to compare. This is called for each example.
+        folder = str(root)
+        real_root = _real_folder(folder) if os.path.isabs(folder) else os.path.realpath(folder)
+        real_path = os.path.realpath(os.path.join(real_root, path))
         if real_path != real_root and not real_path.startswith(os.path.join(real_root, "")):
             raise BadMedia(f"{path} leaves the folder {root}")
         if not stat.S_ISREG(os.stat(real_path).st_mode):
@@ -115,6 +117,11 @@ def inside(root: Path, path: str) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise BadMedia(f"{path}: {getattr(error, 'strerror', None) or error} in {root}") from None
     return Path(real_path)
+
+
+@lru_cache(maxsize=64)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def digest(file: str | Path, blocks: int = 64, block: int = 64 * 1024) -> str:
