@@ -7,8 +7,9 @@
 The data is made in a temporary folder: 1,000,000 rows of captions and classes as Parquet (one row group, and a
 hundred), JSON Lines and CSV; 100,000 pictures of 32 x 32 pixels in 100 folders; 100 tars of 1,000 examples.
 
-openimp and the other library take turns in one process, after both are imported. A ratio is that of two neighboring
-turns, and its row shows the median and, in brackets, the smallest and the largest.
+openimp and the other library take turns in one process, after both are imported, and every second time the other
+library is first. A ratio is that of two neighboring turns, and its row shows the median and, in brackets, the smallest
+and the largest.
 
 - Opening, first: until the number of rows is known, with empty caches. Again: with the caches of the turn before.
 - `where`: the numbers of the rows with one of ten classes; for pyarrow, `equal` and `indices_nonzero`.
@@ -129,24 +130,37 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ratio_row(what: str, ours: list[float], theirs: list[float], peer: str, most: float | None, unit: str = "s") -> Row:
-    """A row of the report about what should be small: seconds or bytes of neighboring turns."""
-    ratios = [our / their for our, their in zip(ours, theirs)]
-    median = statistics.median(ratios)
-    shown = f"{statistics.median(ours):,.3g} {unit}; {peer} {statistics.median(theirs):,.3g} {unit}"
-    bar = "" if most is None else f"at most {most}"
-    figure = f"{median:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    return Row(f"{what} ({shown})", figure, bar, most is None or median <= most)
+def in_turns(ours: Callable[[], float], theirs: Callable[[], float], turns: int) -> tuple[list[float], list[float]]:
+    """What both functions return, `turns` times each. Every second turn, the other library is first."""
+    our_figures, their_figures = [], []
+    for turn in range(turns):
+        if turn % 2:
+            their_figures.append(theirs())
+        our_figures.append(ours())
+        if not turn % 2:
+            their_figures.append(theirs())
+    return our_figures, their_figures
 
 
-def rate_row(what: str, ours: list[float], theirs: list[float], peer: str, least: float | None) -> Row:
-    """A row of the report about what should be large: examples per second of neighboring turns."""
+def ratio_row(
+    what: str,
+    ours: list[float],
+    theirs: list[float],
+    peer: str,
+    *,
+    unit: str = " s",
+    most: float | None = None,
+    least: float | None = None,
+) -> Row:
+    """A row about figures of neighboring turns. Their ratio may have a largest or a smallest good value."""
     ratios = [our / their for our, their in zip(ours, theirs)]
     median = statistics.median(ratios)
-    shown = f"{statistics.median(ours):,.0f}/s; {peer} {statistics.median(theirs):,.0f}/s"
-    bar = "" if least is None else f"at least {least}"
-    figure = f"{median:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    return Row(f"{what} ({shown})", figure, bar, least is None or median >= least)
+    precision = ",.0f" if unit == "/s" else ",.3g"
+    shown = f"{statistics.median(ours):{precision}}{unit}; {peer} {statistics.median(theirs):{precision}}{unit}"
+    spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ", measured once"
+    bar = f"at most {most}" if most is not None else f"at least {least}" if least is not None else ""
+    reached = (most is None or median <= most) and (least is None or median >= least)
+    return Row(f"{what} ({shown})", f"{median:.2f}{spread}", bar, reached)
 
 
 def write_tables(folder: Path, number: int) -> dict[str, Path]:
@@ -221,14 +235,15 @@ def measure_opening(name: str, path: Path, caches: Caches, turns: int, most: flo
     """Opening with empty caches, and again."""
     first: tuple[list[float], list[float]] = ([], [])
     again: tuple[list[float], list[float]] = ([], [])
-    for _ in range(turns):
+    libraries = [lambda: len(open_table(path)), lambda: len(load_peer(path, caches.datasets))]
+    for turn in range(turns):
         caches.renew()
         for times in (first, again):
-            times[0].append(seconds(lambda: len(open_table(path))))
-            times[1].append(seconds(lambda: len(load_peer(path, caches.datasets))))
+            for library in (1, 0) if turn % 2 else (0, 1):
+                times[library].append(seconds(libraries[library]))
     return [
-        ratio_row(f"{name}: opening, first", *first, "datasets", most),
-        ratio_row(f"{name}: opening, again", *again, "datasets", most),
+        ratio_row(f"{name}: opening, first", *first, "datasets", most=most),
+        ratio_row(f"{name}: opening, again", *again, "datasets", most=most),
     ]
 
 
@@ -239,77 +254,72 @@ def measure_walk(path: Path, turns: int) -> Row:
         entries = [*os.scandir(folder)]
         return sum(walk(entry.path) if entry.is_dir() else 1 for entry in entries)
 
-    times = [(seconds(lambda: len(open_table(path))), seconds(lambda: walk(str(path)))) for _ in range(turns)]
-    ours, theirs = map(list, zip(*times))
-    return ratio_row("folder: opening", ours, theirs, "an os.scandir walk", None)
+    times = in_turns(lambda: seconds(lambda: len(open_table(path))), lambda: seconds(lambda: walk(str(path))), turns)
+    return ratio_row("folder: opening", *times, "an os.scandir walk")
 
 
 def measure_where(path: Path, turns: int) -> Row:
     data = pq.read_table(path)
     label = "class 7"
-    ours, theirs = [], []
-    for _ in range(turns):
+
+    def ours() -> float:
         table = open_table(path)
-        ours.append(seconds(lambda table=table: table.filter({"label": label})))
-        theirs.append(seconds(lambda: pc.indices_nonzero(pc.equal(data["label"], label))))
-    return ratio_row("where", ours, theirs, "pyarrow.compute", 3)
+        return seconds(lambda: table.filter({"label": label}))
+
+    times = in_turns(ours, lambda: seconds(lambda: pc.indices_nonzero(pc.equal(data["label"], label))), turns)
+    return ratio_row("where", *times, "pyarrow.compute", most=3)
 
 
 def measure_memory(name: str, path: Path, caches: Caches, rows: int) -> Row:
     open_table(path)
     load_peer(path, caches.datasets)
-    grown = [
-        float(subprocess.check_output([sys.executable, "-c", MEMORY, library, path, caches.datasets]))
+    ours, theirs = (
+        float(subprocess.check_output([sys.executable, "-c", MEMORY, library, path, caches.datasets])) / rows
         for library in ("openimp", "datasets")
-    ]
-    return ratio_row(f"{name}: memory per row", [grown[0] / rows], [grown[1] / rows], "datasets", None, "bytes")
+    )
+    return ratio_row(f"{name}: memory per row", [ours], [theirs], "datasets", unit=" bytes")
 
 
 def measure_reading(path: Path, caches: Caches, examples: int, turns: int, decode: bool) -> Row:
-    """Rows in random order."""
-    table, peer = open_table(path), load_peer(path, caches.datasets)
-    rng = np.random.default_rng(0)
-    ours, theirs = [], []
-    for _ in range(turns):
-        batches = np.array_split(rng.permutation(len(table))[:examples], max(1, examples // BATCH))
+    """Rows in random order. Both libraries read the same rows."""
+    table = open_table(path)
+    peer = load_peer(path, caches.datasets)
+    order = np.random.default_rng(0).permutation(len(table))[:examples]
+    batches = np.array_split(order, max(1, examples // BATCH))
 
-        def read_ours(batches: list[np.ndarray] = batches) -> None:
-            for batch in batches:
-                for row in table.rows(batch.tolist()):
-                    if decode:
-                        PIL.Image.open(table.media(row["file"])).load()
+    def read_ours() -> None:
+        for batch in batches:
+            for row in table.rows(batch.tolist()):
+                if decode:
+                    PIL.Image.open(table.media(row["file"])).load()
 
-        def read_theirs(batches: list[np.ndarray] = batches) -> None:
-            for batch in batches:
-                for row in peer[batch]["image" if decode else "caption"]:
-                    if decode:
-                        row.load()
+    def read_theirs() -> None:
+        for batch in batches:
+            for value in peer[batch]["image" if decode else "caption"]:
+                if decode:
+                    value.load()
 
-        ours.append(examples / seconds(read_ours))
-        theirs.append(examples / seconds(read_theirs))
+    rates = in_turns(lambda: examples / seconds(read_ours), lambda: examples / seconds(read_theirs), turns)
     what = "folder: reading in random order, decoded" if decode else "Parquet: reading in random order"
-    return rate_row(what, ours, theirs, "datasets", 0.9)
+    return ratio_row(what, *rates, "datasets", unit="/s", least=0.9)
 
 
 def measure_tars(folder: Path, examples: int, turns: int) -> Row:
     """A shuffled pass over a stream."""
     files = sorted(map(str, folder.glob("*.tar")))
-    ours, theirs = [], []
-    for turn in range(turns):
 
-        def stream(turn: int = turn) -> None:
-            rows = open_source("tars", Source(path=f"{folder}/*.tar", stream=True), seed=turn)
-            assert isinstance(rows, Stream)
-            for start in range(0, examples, BATCH):
-                rows.read(start, range(start, min(start + BATCH, examples)))
+    def read_ours() -> None:
+        rows = open_source("tars", Source(path=f"{folder}/*.tar", stream=True))
+        assert isinstance(rows, Stream)
+        for start in range(0, examples, BATCH):
+            rows.read(start, range(start, min(start + BATCH, examples)))
 
-        def peer(turn: int = turn) -> None:
-            data = webdataset.WebDataset(files, shardshuffle=len(files), seed=turn, empty_check=False)
-            assert sum(1 for _ in data.shuffle(Source.model_fields["window"].default)) == examples
+    def read_theirs() -> None:
+        data = webdataset.WebDataset(files, shardshuffle=len(files), seed=0, empty_check=False)
+        assert sum(1 for _ in data.shuffle(Source.model_fields["window"].default)) == examples
 
-        ours.append(examples / seconds(stream))
-        theirs.append(examples / seconds(peer))
-    return rate_row("tars: a shuffled pass over a stream", ours, theirs, "webdataset", 0.9)
+    rates = in_turns(lambda: examples / seconds(read_ours), lambda: examples / seconds(read_theirs), turns)
+    return ratio_row("tars: a shuffled pass over a stream", *rates, "webdataset", unit="/s", least=0.9)
 
 
 def run(*command: str | Path) -> None:
@@ -317,23 +327,28 @@ def run(*command: str | Path) -> None:
 
 
 def measure_training(path: Path, folder: Path, caches: Caches, turns: int) -> Row:
-    """`openimp train` for one step."""
+    """`openimp train` for one step, with empty caches."""
     recipe = folder / "size.yaml"
     recipe.write_text(RECIPE.format(path=path))
-    ours, theirs = [], []
-    for turn in range(turns):
+    run_numbers = count()
+
+    def ours() -> float:
         caches.renew()
-        run_folder = folder / f"run-{turn}"
-        ours.append(seconds(lambda out=run_folder: run("-m", "openimp", "train", recipe, "--run", out)))
-        theirs.append(seconds(lambda: run("-c", PEER_OF_TRAINING, path, caches.datasets)))
-    return ratio_row("Parquet: openimp train, one step", ours, theirs, "first batch of datasets", None)
+        return seconds(lambda: run("-m", "openimp", "train", recipe, "--run", folder / f"run-{next(run_numbers)}"))
+
+    def theirs() -> float:
+        caches.renew()
+        return seconds(lambda: run("-c", PEER_OF_TRAINING, path, caches.datasets))
+
+    times = in_turns(ours, theirs, turns)
+    return ratio_row("Parquet: openimp train, one step", *times, "first batch of datasets")
 
 
 def measure_init(folder: Path, caches: Caches) -> Row:
     caches.renew()
     ours = seconds(lambda: run("-m", "openimp", "init", folder))
     theirs = seconds(lambda: load_peer(folder, caches.datasets))
-    return ratio_row("folder: openimp init", [ours], [theirs], "datasets opens it", None)
+    return ratio_row("folder: openimp init", [ours], [theirs], "datasets opens it")
 
 
 class Rows(list[Row]):
@@ -390,7 +405,7 @@ def main() -> int:
         parquet = tables["Parquet, 100 row groups"]
         report_rows.add(measure_where(parquet, turns))
         report_rows.add(measure_reading(parquet, caches, min(rows_number, 100_000), turns, decode=False))
-        report_rows.add(measure_training(parquet, folder, caches, max(1, turns // 2)))
+        report_rows.add(measure_training(parquet, folder, caches, turns))
         picture_folder = write_folder(folder / "pictures of classes", files)
         report_rows.add(*measure_opening("folder", picture_folder, caches, max(1, turns // 2), 1.0))
         report_rows.add(measure_init(picture_folder, caches))
