@@ -11,9 +11,10 @@ import openimp
 from openimp.checkpoint.folder import checkpoints
 from openimp.commands import run_eval
 from openimp.common import safe_files
+from openimp.common.cache import cache_folder
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, forget_after, read_lines
-from openimp.common.safe_files import cache_folder, private_folder, replacing, write_text
+from openimp.common.safe_files import private_folder, replacing, write_text
 from openimp.inference.embed import embed
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report

@@ -7,11 +7,7 @@ is made once. It is made again if it cannot be loaded, as after a change of open
 library; that of a local model also when one of its files has changed.
 """
 
-import hashlib
 import json
-import logging
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -19,13 +15,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from filelock import FileLock
 from safetensors import safe_open
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import config_files, load_model
+from openimp.common.cache import cached
 from openimp.common.errors import UserError, nearest
-from openimp.common.safe_files import cache_folder, read_text, refuse_links
+from openimp.common.safe_files import file_state, read_text, refuse_links
+from openimp.data.files import stable_hash
 from openimp.modalities.open_clip import (
     CONFIG,
     TEXT_CONFIG,
@@ -38,8 +35,6 @@ from openimp.modalities.open_clip import (
 from openimp.model.open_clip import OpenCLIP, build
 from openimp.recipe.model import LIBRARY, LOCAL
 from openimp.recipe.schema import Recipe
-
-log = logging.getLogger(__name__)
 
 LAYOUT = 1
 """Version of what is made of a model. Folders of other versions are not used."""
@@ -58,41 +53,22 @@ class Public(NamedTuple):
 
 def wrapped_folder(name: str) -> Path:
     """The folder of a model by its name, which is made unless it is there and can be loaded."""
-    folder = cache_folder("wrapped") / _key(name)
-    with FileLock(f"{folder}.lock"):
-        if not _can_be_loaded(folder):
-            draft = folder.with_name(f"{folder.name}.tmp")
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir()
-            try:
-                _convert(name, _find(name), draft)
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(draft, folder)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
-    return folder
 
-
-def _can_be_loaded(folder: Path) -> bool:
-    if not folder.exists():
-        return False
-    try:
+    def read(folder: Path) -> Path:
         load_model(folder)  # Weights are only mapped into memory, so this takes less than a tenth of a second.
-    except UserError as error:
-        log.warning("%s will be made again: %s", folder, error)
-        return False
-    return True
+        return folder
+
+    return cached("wrapped", _key(name), read, lambda folder: _convert(name, _find(name), folder))
 
 
 def _key(name: str) -> str:
     """A hash of the name and, of a local model, of the names, sizes and times of its files."""
-    parts: list[Any] = [LAYOUT, name]
+    parts = [LAYOUT, name]
     if name.startswith(LIBRARY + LOCAL):
         folder = _local(name)
-        parts[1] = str(folder.resolve())
-        about = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
-        parts += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in about]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        parts = [LAYOUT, str(folder.resolve()), *((file.name, file_state(file)) for file in files)]
+    return stable_hash(parts)
 
 
 def _local(name: str) -> Path:

@@ -1,8 +1,9 @@
-"""Atomic file replacement, cache folders that only this user can write to, and refusal of links out of a folder."""
+"""Atomic replacement of files and folders, folders that only this user can write to, and refusal of links."""
 
 import glob
 import hashlib
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -44,6 +45,35 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
     sync(file.parent)
 
 
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Makes an empty folder beside `folder`, which it replaces when the block ends. If the block fails it is removed.
+
+    The caller holds a lock. What a killed process has left is removed.
+    """
+    draft = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        for file in (*draft.rglob("*"), draft):
+            sync(file)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    sync(folder.parent)
+
+
+def file_state(file: str | Path) -> str:
+    """The size of a file and its modification time in nanoseconds. Empty if there is no such file."""
+    try:
+        about = os.stat(file)
+    except OSError:
+        return ""
+    return f"{about.st_size}-{about.st_mtime_ns}"
+
+
 def write_text(file: Path, text: str, errors: str = "strict") -> None:
     """Writes `text` as UTF-8 to a new file that replaces `file`; see `replacing`."""
     with replacing(file) as draft:
@@ -68,15 +98,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def cache_folder(name: str) -> Path:
-    """Makes and returns a `private_folder` in openimp's cache.
-
-    The cache is `$OPENIMP_CACHE` if that is set, else `openimp` in the user's cache folder.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openimp"
-    return private_folder(private_folder(Path(os.environ.get("OPENIMP_CACHE") or cache)) / name)
 
 
 def private_folder(folder: Path, variable: str = "OPENIMP_CACHE") -> Path:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from openimp.common.errors import UserError
-from openimp.common.safe_files import cache_folder
-from openimp.data.files import fingerprint, stable_hash
+from openimp.data.files import fingerprint
 from openimp.data.tables import Table, class_name
 from openimp.recipe.tasks import Source
 
@@ -35,9 +34,8 @@ def load_parquet(name: str, path: str, files: list[str], streaming: bool) -> Any
     # load_dataset would report each call to a server and wait for it, even for local files.
     from openimp.data.parquet import open_files
 
-    unpacked = cache_folder("parquet") / stable_hash(files)
     with quiet(name, path):
-        return open_files(files, str(unpacked), streaming)
+        return open_files(files, streaming)
 
 
 @contextmanager

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 
+from openimp.common.cache import cached
 from openimp.common.errors import UserError, counted
-from openimp.common.safe_files import cache_folder, replacing
+from openimp.common.safe_files import file_state
 from openimp.data.files import fingerprint, stable_hash
 from openimp.data.tables import Table
 
@@ -32,7 +33,7 @@ BLOCK_BYTES = 2**24
 CACHED_BYTES = 2**26
 """Bytes of manifests from which on their table is kept in the cache folder. Reading smaller manifests is faster than
 importing `datasets`, which opens the cached table."""
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Version of the files in the cache folder. Files of another version are not read but written again."""
 
 
@@ -55,35 +56,31 @@ def _read_with_cache(name: str, path: str, files: list[str]) -> tuple[Any, list[
     """
     if sum(map(os.path.getsize, files)) < CACHED_BYTES:
         return _read_all(name, path, files)
-    state = stable_hash([CACHE_VERSION, *((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files)])
-    cached: Path | None = None
-    with suppress(OSError, UserError):  # The cache folder belongs to another user, or cannot be made.
-        cached = cache_folder("manifests") / f"{stable_hash(map(os.path.realpath, files))}.arrow"
-    if cached is not None:
-        with suppress(OSError, ValueError):  # There is none yet, it is damaged, or a manifest has changed.
-            return _open_cached(cached, state)
-    data, rows_by_file = _read_all(name, path, files)
-    if cached is not None:
-        with suppress(OSError, ValueError):
-            _write_cached(cached, data, rows_by_file, state)
-            return _open_cached(cached, state)
-    return data, rows_by_file
+    state = stable_hash([CACHE_VERSION, *map(file_state, files)])
+    with suppress(OSError, UserError):  # The cache folder belongs to another user, or its disk is full.
+        return cached(
+            "manifests",
+            stable_hash(map(os.path.realpath, files)),
+            lambda folder: _open_cached(folder, state),
+            lambda folder: _write_cached(folder, *_read_all(name, path, files), state),
+        )
+    return _read_all(name, path, files)
 
 
-def _open_cached(file: Path, state: str) -> tuple[Any, list[int]]:
-    """The table in a file of the cache, if it was written in this state of the manifests; else ValueError."""
+def _open_cached(folder: Path, state: str) -> tuple[Any, list[int]]:
+    """The table of an entry of the cache, if it was written in this state of the manifests; else ValueError."""
     from datasets.table import MemoryMappedTable  # It pickles as a path, so workers share the file.
 
-    data = MemoryMappedTable.from_file(str(file))
+    data = MemoryMappedTable.from_file(str(folder / "rows.arrow"))
     metadata = data.schema.metadata or {}
     if metadata.get(b"state") != state.encode():
         raise ValueError("the manifests have changed")
     return data, json.loads(metadata[b"rows_by_file"])
 
 
-def _write_cached(file: Path, data: pa.Table, rows_by_file: list[int], state: str) -> None:
+def _write_cached(folder: Path, data: pa.Table, rows_by_file: list[int], state: str) -> None:
     data = data.replace_schema_metadata({"rows_by_file": json.dumps(rows_by_file), "state": state})
-    with replacing(file) as draft, pa.ipc.new_stream(draft, data.schema) as writer:
+    with pa.ipc.new_stream(folder / "rows.arrow", data.schema) as writer:
         writer.write_table(data)
 
 

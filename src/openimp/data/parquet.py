@@ -6,10 +6,9 @@ the bytes of the batches are counted. `datasets` itself would unpack a whole row
 """
 
 import glob
-import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +17,8 @@ import pyarrow.parquet as pq
 from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from openimp.data.files import is_url
+from openimp.common.cache import cache_folder, cached
+from openimp.data.files import is_url, stable_hash
 
 MAX_EXPANSION, MIN_LIMIT = 100, 2**30
 """A file may unpack to `MAX_EXPANSION` times its size, or to `MIN_LIMIT` bytes if that is more. The minimum is for
@@ -37,32 +37,26 @@ MERGED_BYTES = 2**24
 """Bytes of merged batches from which on they are one table. Many small tables would waste memory."""
 
 
-def open_files(files: list[str], cache: str, streaming: bool) -> Any:
-    """Opens files as a `datasets.Dataset`, unpacked into `cache` once, or with `streaming` as an `IterableDataset`."""
+def open_files(files: list[str], streaming: bool) -> Any:
+    """Opens files as a `datasets.Dataset`, unpacked once into the cache; if `streaming`, as an `IterableDataset`."""
     local = [file for file in files if not is_url(file)]
     if nested := [file for file in local if "::" in file]:
         raise ValueError(f"`datasets` would read {nested[0]} as a chain of URLs; rename it")
     # `datasets` expands patterns: a file that is named `*.parquet` would include all other files in its folder.
     names = [glob.escape(file) if file in local else file for file in files]
 
-    def prepare() -> BoundedParquet:
-        builder = BoundedParquet(cache_dir=cache, data_files={"train": names})
-        if not streaming:
-            builder.download_and_prepare()
-        return builder
+    def builder(folder: str | Path) -> BoundedParquet:
+        return BoundedParquet(cache_dir=str(folder), data_files={"train": names})
 
     if streaming:
-        return prepare().as_streaming_dataset(split="train")
-    builder: BoundedParquet | None = None
-    try:
-        builder = prepare()
-        return builder.as_dataset(split="train")
-    except (pa.ArrowException, OSError, json.JSONDecodeError) as error:
-        if builder is None and not isinstance(error, json.JSONDecodeError):
-            raise  # An error of the files, the network or the disk.
-        # The cache is damaged, or of a version of `datasets` that this one cannot read: unpack the files again.
-        shutil.rmtree(cache, ignore_errors=True)
-        return prepare().as_dataset(split="train")
+        return builder(cache_folder("parquet")).as_streaming_dataset(split="train")
+    return cached(
+        "parquet",
+        stable_hash(files),
+        # If a file has changed, the builder looks for another name in the folder, and finds nothing.
+        lambda folder: builder(folder).as_dataset(split="train"),
+        lambda folder: builder(folder).download_and_prepare(),
+    )
 
 
 class BoundedParquet(Parquet):

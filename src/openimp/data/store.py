@@ -1,7 +1,5 @@
 """Keeps the decoded arrays of a column, in memory or on disk, so that small data is decoded only once."""
 
-import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -11,16 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 
+from openimp.common.cache import cached
 from openimp.common.modality import BadMedia, Modality
-from openimp.common.safe_files import cache_folder
-from openimp.data.files import digest, stable_hash
+from openimp.data.files import stable_hash
 from openimp.data.tables import Table
 
-log = logging.getLogger(__name__)
-
-LAYOUT = 2
+LAYOUT = 3
 """Version of the file format. Files of another version are not read but written again."""
 SCHEMA = pa.schema(
     [("data", pa.large_binary()), ("shape", pa.list_(pa.int64())), ("dtype", pa.string()), ("error", pa.string())]
@@ -28,6 +23,7 @@ SCHEMA = pa.schema(
 """Columns of a store. A row that could be decoded has the first three, another row only `error`."""
 ALIGN = 8
 """The bytes of each array are padded to a multiple, so that the next array is aligned."""
+ROWS = "rows.arrow"
 CHUNK = 256
 """Number of rows that are read and decoded together."""
 
@@ -79,15 +75,8 @@ class DecodedStore:
         decoded = _decoded(table, modality, column, views, progress)
         if where == "memory":
             return cls(pa.Table.from_batches(_batches(decoded), SCHEMA))
-        file = cache_folder("decoded") / f"{_key(table, modality, column, views)}.arrow"
-        with FileLock(f"{file}.lock"):
-            if file.exists():
-                try:
-                    return _read(file)
-                except (OSError, ValueError, TypeError) as error:
-                    log.warning("%s is damaged and will be written again: %s", file, error)
-            _write(file, _batches(decoded))
-            return _read(file)
+        key = _key(table, modality, column, views)
+        return cached("decoded", key, lambda folder: _read(folder / ROWS), lambda folder: _write(folder, decoded))
 
 
 def _decoded(
@@ -123,23 +112,14 @@ def _row(item: np.ndarray | BadMedia) -> dict[str, Any]:
     return {"data": data + bytes(-len(data) % ALIGN), "shape": item.shape, "dtype": item.dtype.str}
 
 
-def _write(file: Path, batches: Iterator[pa.RecordBatch]) -> None:
-    """Writes a store and its digest atomically. The caller holds its lock."""
-    unfinished = file.with_suffix(".tmp")
-    with open(unfinished, "wb") as sink:
-        with pa.ipc.new_file(sink, SCHEMA) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        sink.flush()
-        os.fsync(sink.fileno())
-    file.with_suffix(".sha256").write_text(digest(unfinished))
-    unfinished.rename(file)
+def _write(folder: Path, decoded: Iterator[np.ndarray | BadMedia]) -> None:
+    with pa.ipc.new_file(folder / ROWS, SCHEMA) as writer:
+        for batch in _batches(decoded):
+            writer.write_batch(batch)
 
 
 def _read(file: Path) -> DecodedStore:
     """Opens a store on disk. Raises OSError, ValueError or TypeError if it is damaged."""
-    if digest(file) != file.with_suffix(".sha256").read_text():
-        raise ValueError("its content has changed")
     rows = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
     if rows.schema != SCHEMA:
         raise ValueError("its columns are not those of a store")

@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from openimp.common.cache import cache_folder
 from openimp.common.errors import UserError
-from openimp.common.safe_files import cache_folder
 from openimp.data.files import is_url, locate
 from openimp.recipe.evaluation import Probe
 from openimp.recipe.schema import Recipe

@@ -14,13 +14,13 @@ import torch
 from openimp.checkpoint.folder import find_model
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
-from openimp.common.safe_files import refuse_links
+from openimp.common.safe_files import file_state, refuse_links
 from openimp.data.tables import Table
 from openimp.data.trust import check_uses
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.model import Model, load
 from openimp.search.folder import INDEX_FILES, Metadata, read_metadata
-from openimp.search.media import file_state, media_state, row_media, source_table
+from openimp.search.media import media_state, row_media, source_table
 from openimp.search.query import EncodedQuery, Hit, Like, Query, QueryPart
 from openimp.search.spaces import Space, fingerprint, shared_space
 from openimp.search.table import SHOWN, Items, any_of, below, quoted

@@ -11,6 +11,7 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modalities
+from openimp.common.safe_files import file_state
 from openimp.data.files import is_utf8
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
@@ -92,15 +93,6 @@ def source_table(recipe: Recipe, name: str) -> Table:
     if not isinstance(table, Table):
         raise UserError(f"source {name} is a stream")
     return table
-
-
-def file_state(path: str | Path) -> str:
-    """The size of a file and its modification time in nanoseconds. Empty if there is no such file."""
-    try:
-        about = os.stat(path)
-    except OSError:
-        return ""
-    return f"{about.st_size}-{about.st_mtime_ns}"
 
 
 def media_state(state: str) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from openimp.common.cache import cache_folder
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities
-from openimp.common.safe_files import cache_folder, private_folder
+from openimp.common.safe_files import private_folder
 from openimp.model.embedder import Embedder, pass_sizes
 from openimp.recipe.schema import Recipe
 

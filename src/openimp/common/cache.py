@@ -1,0 +1,62 @@
+"""openimp's cache: folders of what can be made again, one per entry, in `$OPENIMP_CACHE/KIND/KEY`.
+
+An entry is made by one process while others wait for its lock. It is made again if it cannot be read. Entries that
+nothing has read for `UNUSED_DAYS` are removed when another of their kind is made.
+"""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock
+
+from openimp.common.errors import UserError
+from openimp.common.safe_files import private_folder, replacing_folder
+
+log = logging.getLogger(__name__)
+UNUSED_DAYS = 60
+T = TypeVar("T")
+
+
+def cache_folder(kind: str) -> Path:
+    """Makes and returns a `private_folder` in openimp's cache.
+
+    The cache is `$OPENIMP_CACHE` if that is set, else `openimp` in the user's cache folder.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openimp"
+    return private_folder(private_folder(Path(os.environ.get("OPENIMP_CACHE") or cache)) / kind)
+
+
+def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path], None]) -> T:
+    """What `read` returns for the folder of an entry. If there is none, `write` fills an empty folder first.
+
+    An OSError, ValueError, TypeError or UserError of `read` means that the entry is damaged or out of date.
+    """
+    entry = cache_folder(kind) / key
+    with FileLock(f"{entry}.lock"):
+        if entry.exists():
+            try:
+                found = read(entry)
+            except (OSError, ValueError, TypeError, UserError) as error:
+                log.info("%s is made again: %s", entry, error)
+            else:
+                with suppress(OSError):  # A cache on a disk that is read-only cannot be cleaned either.
+                    os.utime(entry)
+                return found
+        _remove_unused(entry.parent)
+        with replacing_folder(entry) as draft:
+            write(draft)
+        return read(entry)
+
+
+def _remove_unused(folder: Path) -> None:
+    oldest = time.time() - UNUSED_DAYS * 24 * 3600
+    for entry in folder.iterdir():
+        with suppress(OSError):  # Another process removes it too, or Windows has it open.
+            if entry.stat().st_mtime < oldest:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -1,0 +1,58 @@
+"""The cache: an entry is made once, again if it is damaged, and removed if nobody uses it."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from openimp.common.cache import UNUSED_DAYS, cached
+
+DAY = 24 * 3600
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "numbers"
+
+
+def number(key: str, written: list[str], content: str = "7") -> int:
+    def write(folder: Path) -> None:
+        written.append(key)
+        (folder / "n").write_text(content)
+
+    return cached("numbers", key, lambda folder: int((folder / "n").read_text()), write)
+
+
+def test_an_entry_is_made_once_and_again_if_it_is_damaged(cache):
+    written: list[str] = []
+    assert [number("a", written), number("a", written)] == [7, 7]
+    assert written == ["a"]
+    (cache / "a" / "n").write_text("seven")
+    assert number("a", written) == 7
+    (cache / "a" / "n").unlink()
+    assert number("a", written) == 7
+    assert written == ["a"] * 3
+
+
+def test_what_cannot_be_made_leaves_nothing(cache):
+    def write(folder: Path) -> None:
+        (folder / "n").write_text("1")
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        cached("numbers", "a", lambda folder: 1, write)
+    assert [path.name for path in cache.iterdir()] == ["a.lock"]
+
+
+def test_entries_that_nothing_has_read_for_long_are_removed(cache):
+    written: list[str] = []
+    for key in ("old", "read"):
+        number(key, written)
+        long_ago = time.time() - (UNUSED_DAYS + 1) * DAY
+        os.utime(cache / key, (long_ago, long_ago))
+    number("read", written)
+    number("new", written)
+    assert sorted(path.name for path in cache.iterdir() if path.is_dir()) == ["new", "read"]
+    assert written == ["old", "read", "new"]
