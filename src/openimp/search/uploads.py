@@ -28,7 +28,8 @@ class Uploads:
     """Uploads by random ids, so that nobody finds those of other users."""
 
     def __init__(self, kept: int = KEPT_UPLOADS, seconds: float = KEPT_SECONDS) -> None:
-        self.kept, self.seconds = kept, seconds
+        self.kept = kept
+        self.seconds = seconds
         self._uploads: OrderedDict[str, tuple[float, Upload]] = OrderedDict()
         self._lock = Lock()
 
