@@ -11,7 +11,7 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.objectives import task_losses
 from openimp.recipe.schema import Recipe
-from openimp.study.trainers import CONFLICT, SUMMED, peak_memory
+from openimp.study.variants import CONFLICT, SUMMED, peak_memory
 from openimp.training.setup import Variant, set_up
 from openimp.training.trainer import Trainer, train
 
@@ -134,6 +134,7 @@ def test_peak_memory_of_alternation_is_that_of_its_largest_task(little_data, tmp
         ("named", Variant(), ["tasks.heard.weight=0"]),
         ("heard", Variant(), ["tasks.named.weight=0"]),
     ):
-        peaks[name] = peak_memory(recipe_of(little_data, *large, *changes), tmp_path / name, kind)
+        recipe = recipe_of(little_data, *large, *changes)
+        peaks[name] = peak_memory(Trainer(set_up(recipe, tmp_path / name, variant=kind)))
     assert peaks["alternating"] <= 1.05 * max(peaks["named"], peaks["heard"])
     assert peaks["summed"] > 1.2 * peaks["alternating"]
