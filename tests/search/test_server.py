@@ -25,10 +25,10 @@ from starlette.datastructures import QueryParams
 from openimp.commands import run_serve
 from openimp.common.errors import UserError
 from openimp.search import Like, build_index, open_index
+from openimp.search.answers import answer
 from openimp.search.guard import HEADERS, POLICY
 from openimp.search.page import TemporaryResponse
 from openimp.search.query import EncodedQuery
-from openimp.search.server import create_app
 from openimp.search.state import MAX_PARTS, PAGE_RESULTS, State
 from openimp.search.uploads import Upload, Uploads
 
@@ -297,42 +297,23 @@ def test_results_have_the_order_of_the_index(server: Server, index: Path, ids):
     assert server.items(f"more={ids['0.png']}&k=100") == like
 
 
-@pytest.mark.parametrize(
-    ("query", "encodings", "queries"),
-    [
+def test_a_page_encodes_its_query_once_and_looks_no_result_up(index: Path, ids):
+    opened = open_index(index)
+    assert len(opened.counts) == 4
+    counts = counting(opened)
+    for query, encodings, queries in (
         ("q=noise", 1, 4),  # one query per modality, and none per result
         ("q=noise&modality=image&modality=audio", 1, 2),
         ("q=noise&min=1", 1, 8),  # once more, to tell the best score
         ("q=noise&more={0}&more={1}&less={2}&modality=image", 1, 3),  # names of the parts; their vectors; images
         ("more={0}", 0, 5),
         ("", 0, 0),
-    ],
-)
-def test_a_page_encodes_its_query_once_and_looks_no_result_up(index: Path, ids, query, encodings, queries):
-    opened = open_index(index)
-    assert len(opened.counts) == 4
-    app = create_app(opened)
-    counts = counting(opened)
-    given = query.format(*(ids[f"{i}.png"] for i in range(3)))
-    scope = {
-        "type": "http",
-        "method": "GET",
-        "path": "/",
-        "query_string": given.encode(),
-        "headers": [(b"host", b"localhost")],
-    }
-    sent = []
-
-    async def receive():
-        return {"type": "http.request"}
-
-    async def send(message):
-        sent.append(message)
-
-    anyio.run(app, scope, receive, send)
-    assert sent[0]["status"] == 200
-    assert (b"More like this" in sent[1]["body"]) == ("min=1" not in given)
-    assert counts == {name: count for name, count in (("encode", encodings), ("search", queries)) if count}
+    ):
+        counts.clear()
+        page = answer(opened, Uploads(), QueryParams(query.format(*(ids[f"{i}.png"] for i in range(3)))))
+        assert page.code == 200
+        assert bool(page.items) == ("min=1" not in query)
+        assert counts == {name: count for name, count in (("encode", encodings), ("search", queries)) if count}
 
 
 def test_uploads_are_kept_for_a_limited_number_and_time():

@@ -38,7 +38,7 @@ class Update:
         self.folder = folder
         self.items = items
         self.wanted = {one.path: one for one in media}
-        self.roots = [""] if given is None else [os.path.join(os.path.abspath(path), "") for path in given]
+        self.roots = ("",) if given is None else tuple(os.path.join(os.path.abspath(path), "") for path in given)
         self.stored = items.stored()
         # By content, the path of a file whose rows hold the vectors.
         self.path_of = {(known.sha256, known.modality): path for path, known in self.stored.items()}
@@ -69,13 +69,13 @@ class Update:
             shown = iter(progress(new, f"index {name}"))
             for start in range(0, len(new), group_size):
                 self._index(encoder, new[start : start + group_size], shown)
-            list(shown)
+            list(shown)  # Ends the progress bar.
         self.items.remove(self.gone)
         self.counts["removed"] = len(self.gone - self.moved)
         self._write_skipped()
 
     def _is_gone(self, path: str) -> bool:
-        return path not in self.wanted and os.path.join(path, "").startswith(tuple(self.roots))
+        return path not in self.wanted and os.path.join(path, "").startswith(self.roots)
 
     def _is_current(self, media: Media) -> bool:
         if stored := self.stored.get(media.path):

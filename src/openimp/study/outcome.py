@@ -69,25 +69,22 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 """By arm, one outcome per seed."""
 
 
-def scores_by_set(outcomes: Outcomes) -> list[tuple[str, dict[str, list[float]]]]:
-    """The scores of each arm and seed: first the mean over the evaluation sets, then each set.
+def scores_by_set(outcomes: Outcomes) -> dict[str, dict[str, list[float]]]:
+    """The scores of each arm and seed in percent, by evaluation set; under "", the mean over the sets.
 
-    They are pairs of a title and, by arm, the scores of its seeds. An arm whose tasks lack a set's modality has an
-    empty list there, and for the mean.
+    An arm whose tasks lack a set's modality has an empty list there, and for the mean.
     """
-    sets = list(dict.fromkeys(name for seeds in outcomes.values() for name in seeds[0].scores))
-    means = {
-        arm: [statistics.mean(seed.scores.values()) for seed in seeds if seed.scores.keys() == set(sets)]
-        for arm, seeds in outcomes.items()
-    }
-    columns = [("mean", means)]
-    for name in sets:
-        by_arm = {arm: [seed.scores[name] for seed in seeds if name in seed.scores] for arm, seeds in outcomes.items()}
-        columns.append((name.replace("_", " "), by_arm))
-    return columns
+    sets = dict.fromkeys(name for seeds in outcomes.values() for name in seeds[0].scores)
+    scores: dict[str, dict[str, list[float]]] = {title: {} for title in ("", *sets)}
+    for arm, seeds in outcomes.items():
+        scores[""][arm] = [
+            100 * statistics.mean(seed.scores.values()) for seed in seeds if seed.scores.keys() == sets.keys()
+        ]
+        for name in sets:
+            scores[name][arm] = [100 * seed.scores[name] for seed in seeds if name in seed.scores]
+    return scores
 
 
-def mean_and_deviation(shares: Sequence[float]) -> tuple[float, float]:
-    """The mean in percent, and the standard deviation, which is 0 for one share."""
-    percent = [100 * share for share in shares]
-    return statistics.mean(percent), statistics.stdev(percent) if len(percent) > 1 else 0.0
+def mean_and_deviation(scores: Sequence[float]) -> tuple[float, float]:
+    """The mean, and the standard deviation, which is 0 for one score."""
+    return statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0

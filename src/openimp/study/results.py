@@ -77,11 +77,11 @@ def curves_of(study: Study) -> list[list[str]]:
 
 def _score_table(outcomes: Outcomes) -> str:
     columns = scores_by_set(outcomes)
-    means = {arm: statistics.mean(scores) for arm, scores in columns[0][1].items() if scores}
+    means = {arm: statistics.mean(scores) for arm, scores in columns[""].items() if scores}
     rows = []
     for arm, seeds in outcomes.items():
-        cells = [_spread(by_arm[arm]) for _, by_arm in columns]
-        if arm in means and means[arm] == max(means.values()):
+        cells = [_spread(by_arm[arm]) for by_arm in columns.values()]
+        if means.get(arm) == max(means.values()):
             cells[0] = f"**{cells[0]}**"
         cells += [
             f"{seeds[0].steps:,}",
@@ -92,7 +92,7 @@ def _score_table(outcomes: Outcomes) -> str:
         ]
         rows.append([arm, *cells])
     costs = ["steps", "TFLOPs", "parameters", "peak memory", "minutes"]
-    return _markdown(["arm", *(title for title, _ in columns), *costs], rows)
+    return _markdown(["arm", *((title or "mean").replace("_", " ") for title in columns), *costs], rows)
 
 
 def _cosine_table(cosines_by_arm: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -119,12 +119,12 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
-def _spread(shares: Sequence[float]) -> str:
-    """Mean and standard deviation in percent. An arm without the set has an empty cell."""
-    if not shares:
+def _spread(scores: Sequence[float]) -> str:
+    """Mean and standard deviation. An arm without the set has an empty cell."""
+    if not scores:
         return ""
-    mean, deviation = mean_and_deviation(shares)
-    return f"{mean:.1f} ± {deviation:.1f}" if len(shares) > 1 else f"{mean:.1f}"
+    mean, deviation = mean_and_deviation(scores)
+    return f"{mean:.1f} ± {deviation:.1f}" if len(scores) > 1 else f"{mean:.1f}"
 
 
 def _versions(outcomes: Outcomes) -> str:
