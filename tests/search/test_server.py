@@ -336,7 +336,6 @@ def test_the_url_holds_the_whole_state():
         "a cat & dog", ("f",), ("b",), ("c", "a"), ("image",), "/my photos", 0.25, PAGE_RESULTS
     )
     assert State(more=("a", "b")).without("more", "a") == "/?more=b"
-    assert State(more=("a",), less=("b",)).likes() == [Like("a"), Like("b", -0.5)]
 
 
 def test_a_missing_library_is_one_sentence(index: Path, monkeypatch):

@@ -35,14 +35,15 @@ def section(results: list[dict[str, Any]], recorded: list[dict[str, Any]], notes
     """
     if not results and not notes:
         return None
-    shown = [(main_metric(result), *(result["interval"] or ()), result["chance"] or 0) for result in results]
-    largest = max((max(values) for values in shown), default=1.0)
+    values = [
+        x for result in results for x in (main_metric(result), *(result["interval"] or ()), result["chance"] or 0)
+    ]
     notes = notes + [f"{result['set']}: {result['note']}" for result in results if "note" in result]
     return {
         "notes": notes,
         "results": results,
         "steps": list({result["step"] for result in results}),
-        "scale": min(1.0, nice_ticks(0, largest)[-1]),
+        "scale": min(1.0, nice_ticks(0, max(values, default=1.0))[-1]),
         "skipped": {result["set"]: result["skipped"] for result in results if result["skipped"]},
         "history": _history(recorded),
     }

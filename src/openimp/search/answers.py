@@ -3,16 +3,19 @@
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from starlette.datastructures import QueryParams
 
 from openimp.common.errors import UserError, counted
 from openimp.search.index import Index, stands_for_file
 from openimp.search.media_types import UNKNOWN, kind_of
-from openimp.search.query import Hit, Query, QueryPart
+from openimp.search.query import Hit, Like, Query, QueryPart
 from openimp.search.state import MAX_RESULTS, PAGE_RESULTS, State
 from openimp.search.uploads import Uploads
 
+LESS_WEIGHT = -0.5
+"""Weight of an item that results should be less like. With -1, most results would resemble neither."""
 EXAMPLES = 12
 """Items that are shown while the query is empty."""
 MAX_NAME = 200
@@ -98,16 +101,18 @@ def _parts(index: Index, uploads: Uploads, page: Answer) -> list[QueryPart]:
     if len(page.chips) < len(state.file):
         page.notes.append("A file of this query is no longer kept. Choose it again.")
     hits = index.hits({*state.more, *state.less})
-    for like in state.likes():
-        if hit := hits.get(like.id):
-            item = _item(index, hit)
-            kind = "more" if like.weight > 0 else "less"
-            page.chips.append(Chip(kind, like.id, item.name, None if item.kind == "text" else item.thumbnail))
-            parts.append(like)
+    for kind, weight in (("more", 1.0), ("less", LESS_WEIGHT)):
+        for id in getattr(state, kind):
+            if hit := hits.get(id):
+                item = _item(index, hit)
+                page.chips.append(Chip(kind, id, item.name, None if item.kind == "text" else item.thumbnail))
+                parts.append(Like(id, weight))
     if len(hits) < len({*state.more, *state.less}):
         page.notes.append("An item of this query is no longer indexed.")
-    kept = {kind: tuple(chip.id for chip in page.chips if chip.kind == kind) for kind in ("file", "more", "less")}
-    page.state = replace(state, file=kept["file"], more=kept["more"], less=kept["less"])
+    kept: dict[str, Any] = {
+        kind: tuple(chip.id for chip in page.chips if chip.kind == kind) for kind in ("file", "more", "less")
+    }
+    page.state = replace(state, **kept)
     return parts
 
 

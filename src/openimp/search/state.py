@@ -7,7 +7,6 @@ from urllib.parse import urlencode
 from starlette.datastructures import QueryParams
 
 from openimp.common.errors import UserError
-from openimp.search.query import Like
 
 MAX_TEXT = 1000
 """Characters of a query at most."""
@@ -16,8 +15,6 @@ MAX_PARTS = 16
 PAGE_RESULTS = 48
 """Results that are shown at once."""
 MAX_RESULTS = 480
-LESS_WEIGHT = -0.5
-"""Weight of an item that results should be less like. With -1, most results would resemble neither."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +54,6 @@ class State:
     def is_empty(self) -> bool:
         """Whether there is nothing to search for."""
         return not (self.q or self.file or self.more or self.less)
-
-    def likes(self) -> list[Like]:
-        """The parts of the query that are indexed items."""
-        return [*(Like(id) for id in self.more), *(Like(id, LESS_WEIGHT) for id in self.less)]
 
     def link(self, k: int = PAGE_RESULTS, **changes: Any) -> str:
         """The URL of this state with some fields changed, and the first `k` results."""
