@@ -76,7 +76,8 @@ def trainer(recipe: Recipe, folder: Path, **options: Any) -> Trainer:
 @pytest.fixture(scope="module", params=SEEN)
 def trained(request, tmp_path_factory) -> tuple[Recipe, Path]:
     """A finished run on one kind of media."""
-    recipe, run = recipe_of(request.param), tmp_path_factory.mktemp("runs") / request.param
+    recipe = recipe_of(request.param)
+    run = tmp_path_factory.mktemp("runs") / request.param
     assert train(recipe, run, variant=TWO_TOWERS)
     return recipe, run
 
