@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from openimp.evaluation import results
+
 WIDTH, HEIGHT = 230, 133
 """Size of the area in which a line chart draws its curves."""
 COLORS = 8
@@ -41,7 +43,7 @@ def number(value: float) -> str:
 
 def percent(share: float) -> str:
     """Formats a share as a percentage: 0.41%, 3.5%, 57.4%."""
-    return f"{100 * share:.2f}%" if 0 < share < 0.01 else f"{100 * share:.1f}%"
+    return f"{results.percent(share)}%"
 
 
 def line_chart(title: str, curves: list[Curve], shares: bool = False, smooth: bool = True) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class Index:
 
     def hits(self, ids: Iterable[str]) -> dict[str, Hit]:
         """Items by their ids, with score 1. Those that are not indexed are left out."""
-        return {row["id"]: Hit(**row, score=1.0) for row in self._items.rows("id", ids, SHOWN)}
+        return {row["id"]: Hit(**row) for row in self._items.rows("id", ids, SHOWN)}
 
     def hit(self, id: str) -> Hit:
         """An item by its id, with score 1. UserError if it is not indexed."""
@@ -173,7 +173,7 @@ class Index:
         """At most `count` items, which are evenly spaced over the index, with score 1."""
         total = self._items.table.count_rows()
         rows = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
-        return [Hit(**row, score=1.0) for row in self._items.table.take_offsets(rows).select(SHOWN).to_list()]
+        return [Hit(**row) for row in self._items.table.take_offsets(rows).select(SHOWN).to_list()]
 
     def encode(self, query: Query) -> EncodedQuery:
         """Encodes a part of a query, for all spaces that its modality is in. UserError if it cannot be read.

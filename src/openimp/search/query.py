@@ -55,4 +55,4 @@ class Hit:
     row: int | None  # number of that row
     column: str | None
     state: str  # of the media when they were indexed; see `Media.state`
-    score: float  # cosine with the query
+    score: float = 1.0  # cosine with the query
