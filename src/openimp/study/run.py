@@ -92,8 +92,11 @@ def _plan(study: Study, name: str, smoke: bool) -> list[Training]:
 def _check_evaluation(study: Study, name: str, trainings: list[Training]) -> None:
     """Checks that the arms can be compared after the trainings, which are those of one seed."""
     sets: dict[str, set[str]] = defaultdict(set)
-    for _, arm, _, _, recipe in trainings:
-        retrieval = {title for title, options in recipe.evaluation.sets.items() if isinstance(options, Retrieval)}
+    for training in trainings:
+        arm = training.arm
+        retrieval = {
+            title for title, options in training.recipe.evaluation.sets.items() if isinstance(options, Retrieval)
+        }
         if shared := retrieval & sets[arm]:
             raise UserError(f"{name}: arm {arm!r}: only one of its models may be evaluated on {min(shared)}")
         sets[arm] |= retrieval
