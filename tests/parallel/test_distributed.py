@@ -40,7 +40,7 @@ from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor, local_shard, reshard
 from openimp.planning.plan import plan
 from openimp.recipe.schema import Recipe
-from openimp.study.trainers import peak_memory
+from openimp.study.variants import peak_memory
 from openimp.training import setup
 from openimp.training.setup import Variant, set_up
 from openimp.training.step_timer import StepTimer
@@ -400,7 +400,7 @@ def compute(folder: Path, out: Path) -> dict[str, Any]:
 def peak_of(changes: list[str], run: Path) -> int:
     """The peak memory of the largest task of mixture, on the rank that needs most."""
     recipe = Recipe.load("mixture", [*MEASURED, *changes])
-    return max(distributed.all_gather_object(peak_memory(recipe, run)))
+    return max(distributed.all_gather_object(peak_memory(Trainer(set_up(recipe, run)))))
 
 
 def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:

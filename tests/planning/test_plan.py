@@ -39,7 +39,7 @@ from openimp.planning.plan import Plan, count, per_token, plan, plans
 from openimp.planning.step import SIMILARITY_BYTES
 from openimp.planning.tables import duration
 from openimp.recipe.schema import Recipe
-from openimp.study.trainers import peak_memory
+from openimp.study.variants import peak_memory
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 from openimp.training.updater import Updater
@@ -103,7 +103,7 @@ def test_the_planned_peak_is_near_the_measured_one(tmp_path):
         step_memory(recipe, recipe.make_modalities(), classes, "stills", view, "auto", on_gpu=False).peak.total()
         for view in range(len(recipe.tasks["stills"].views))
     ]
-    assert max(counted) == pytest.approx(peak_memory(recipe, tmp_path / "run"), rel=0.15)
+    assert max(counted) == pytest.approx(peak_memory(Trainer(set_up(recipe, tmp_path / "run"))), rel=0.15)
 
 
 def test_the_planned_peak_of_an_update_with_muon_is_near_the_measured_one(tmp_path):
@@ -113,7 +113,7 @@ def test_the_planned_peak_of_an_update_with_muon_is_near_the_measured_one(tmp_pa
     modalities = recipe.make_modalities()
     found = plan(recipe, modalities, StepBatches(recipe, modalities).classes, 1, "h100", 0.4)
     planned = max(step.memory.temporary for (task, _), step in found.steps.items() if task == "stills")
-    assert planned == pytest.approx(peak_memory(recipe, tmp_path / "run"), rel=0.1)
+    assert planned == pytest.approx(peak_memory(Trainer(set_up(recipe, tmp_path / "run"))), rel=0.1)
 
 
 def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):

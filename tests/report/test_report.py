@@ -22,10 +22,12 @@ from openimp.common.json_lines import append, read_lines
 from openimp.data.sources import open_source
 from openimp.evaluation.classification import classify
 from openimp.evaluation.evaluator import Evaluator
+from openimp.evaluation.results import read_results
 from openimp.recipe.schema import Recipe
 from openimp.report.charts import Curve, line_chart
 from openimp.report.page import TEMPLATES
 from openimp.report.write import write_report
+from openimp.training.metrics_file import read_metrics
 from openimp.training.trainer import train
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -69,16 +71,15 @@ class Seen:
     console: list[str]
     requests: list[str]
 
-    def section(self, title: str) -> Element:
-        return self.root.find(f".//section[@id='{title}']")
-
 
 @pytest.fixture
 def browse(tmp_path):
-    def run(page: Path) -> Seen:
+    def run(page: str) -> Seen:
         assert BROWSER is not None
+        file = tmp_path / "page.html"
+        file.write_text(page)
         log = tmp_path / "net.json"
-        command = [BROWSER, *OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", page.as_uri()]
+        command = [BROWSER, *OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", file.as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
         # The browser has errands of its own; these have no page for their origin.
@@ -86,6 +87,25 @@ def browse(tmp_path):
         return Seen(Parser(done.stdout).root, re.findall(r"CONSOLE.*", done.stderr), asked)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def page(little_run, tmp_path_factory) -> str:
+    """The page about `little_run`."""
+    return write_report(little_run, tmp_path_factory.mktemp("report") / "page.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def parsed(page) -> Element:
+    return Parser(page).root
+
+
+def section(root: Element, title: str) -> Element:
+    return root.find(f".//section[@id='{title}']")
+
+
+def titles(page: str) -> list[str]:
+    return re.findall(r"<h2[^>]*>(\w+)", page)
 
 
 def text(element: Element) -> str:
@@ -96,27 +116,20 @@ def cells(table: Element) -> list[list[str]]:
     return [[text(cell) for cell in row if cell.tag in ("th", "td")] for row in table.iter("tr")]
 
 
+@pytest.mark.slow
 @in_browser
-def test_the_browser_reports_requests_and_errors(browse, tmp_path):
-    """Otherwise the other tests would find none."""
-    page = tmp_path / "page.html"
-    page.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("wrong")</script>')
-    seen = browse(page)
-    assert set(seen.requests) == {"http://127.0.0.1:9/x.png"}
-    assert any("wrong" in line for line in seen.console)
-
-
-@in_browser
-def test_the_page_forbids_scripts_and_requests(browse, little_run, tmp_path):
-    page = write_report(model_folder(little_run), tmp_path / "page.html")
+def test_the_page_forbids_scripts_and_requests(browse, page):
     hostile = HOSTILE + '<link rel="stylesheet" href="http://127.0.0.1:9/x.css">'
-    page.write_text(page.read_text().replace("<main>", f"<main>{hostile}"))
-    seen = browse(page)
+    seen = browse(hostile.replace("alert('1')", ""))  # An alert would wait for a click.
+    assert set(seen.requests) == {"http://127.0.0.1:9/x.png", "http://127.0.0.1:9/x.css"}, "without the policy"
+    assert text(seen.root.find(".//title")) == "owned"
+    seen = browse(page.replace("<main>", f"<main>{hostile}"))
     assert "owned" not in text(seen.root.find(".//title"))
     assert seen.requests == []
     assert sum("Content Security Policy" in line for line in seen.console) >= 3
 
 
+@pytest.mark.slow
 @in_browser
 def test_charts_follow_light_and_dark_mode(tmp_path):
     """This fails for charts with colors of their own, such as matplotlib's."""
@@ -136,57 +149,41 @@ def test_charts_follow_light_and_dark_mode(tmp_path):
         assert other not in colors
 
 
-@in_browser
-def test_the_page_has_all_sections_and_asks_for_nothing(browse, little_run, tmp_path):
-    page = write_report(little_run, tmp_path / "page.html")
-    assert page.stat().st_size < 3e6
-    assert "http://" not in page.read_text().replace("http://www.w3.org", "")
-    seen = browse(page)
-    assert (seen.console, seen.requests) == ([], [])
-    titles = [text(heading) for heading in seen.root.iter("h2")]
-    assert titles == ["Results", "Losses", "Training", "Mixture", "Experts", "Confusions", "Retrieval"]
-    assert [link.get("href") for link in seen.root.find(".//nav")] == [f"#{title.lower()}" for title in titles]
+def test_the_page_has_all_sections(page, parsed, little_run):
+    assert len(page) < 3e6
+    expected = ["Results", "Losses", "Training", "Mixture", "Experts", "Confusions", "Retrieval"]
+    assert titles(page) == expected
+    assert [link.get("href") for link in parsed.find(".//nav")] == [f"#{title.lower()}" for title in expected]
 
     # One chart per task and one of the routers: raw and smoothed curves of the loss and its two parts.
     lines = read_lines(little_run / "metrics.jsonl")
-    charts = {text(chart.find(".//span[@class='title']")): chart for chart in seen.section("losses").iter("figure")}
+    charts = {text(chart.find(".//span[@class='title']")): chart for chart in section(parsed, "losses").iter("figure")}
     assert set(charts) == {"named", "heard", "router losses"}
     assert len(list(charts["heard"].iter("path"))) == 1
-    values = [line["tasks"]["heard"]["loss"] for line in lines if "heard" in line["tasks"]]
-    assert len(list(charts["heard"].iter("circle"))) == len(values)
+    assert len(list(charts["heard"].iter("circle"))) == len([line for line in lines if "heard" in line["tasks"]])
     assert len(list(charts["named"].iter("path"))) == 3
-    assert len(list(seen.section("training").iter("figure"))) == 5
-    for drawing in seen.root.iter("svg"):
-        assert drawing.get("role") == "img"
-        assert drawing.get("aria-label")
-    for picture in seen.root.iter("img"):
-        assert picture.get("alt")
-    totals = lines[-1]["totals"]
-    mixture = cells(seen.section("mixture").find(".//table"))
-    assert {row[0]: int(row[1].split()[0]) for row in mixture[1:]} == {
-        **{task: units["steps"] for task, units in totals.items()},
-        "total": 12,
-    }
-    (heat,) = seen.section("experts").iter("table")
+    assert len(list(section(parsed, "training").iter("figure"))) == 5
+    assert all(drawing.get("role") == "img" and drawing.get("aria-label") for drawing in parsed.iter("svg"))
+    assert all(picture.get("alt") for picture in parsed.iter("img"))
+    mixture = {row[0]: int(row[1].split()[0]) for row in cells(section(parsed, "mixture").find(".//table"))[1:]}
+    assert mixture == {**{task: units["steps"] for task, units in lines[-1]["totals"].items()}, "total": 12}
+    (heat,) = section(parsed, "experts").iter("table")
     assert {row[0] for row in cells(heat)[1:]} == {"image", "text", "audio"}
     for row in cells(heat)[1:]:
         assert sum(map(int, row[1:3])) == pytest.approx(100, abs=1)
 
 
-@in_browser
-def test_its_numbers_are_those_of_the_evaluation(browse, little_run, tmp_path):
-    seen = browse(write_report(little_run, tmp_path / "page.html"))
+def test_its_numbers_are_those_of_the_evaluation(parsed, little_run):
     model, recipe, modalities, _ = load_model(model_folder(little_run))
     source = open_source("pictures", recipe.sources["pictures"])
-    found, _ = classify(
-        Evaluator(model, recipe, modalities), recipe.evaluation.sets["colours"], "evaluation.sets.colours", source
-    )
-    matrix, *_ = seen.section("confusions").iter("table")
+    evaluator = Evaluator(model, recipe, modalities)
+    found, _ = classify(evaluator, recipe.evaluation.sets["colours"], "evaluation.sets.colours", source)
+    matrix, *_ = section(parsed, "confusions").iter("table")
     header, *rows = cells(matrix)
     assert header[1:] == found.classes == [row[0] for row in rows]
     assert [[int(count) for count in row[1:]] for row in rows] == found.confusion().tolist()
     recorded = read_lines(little_run / "results.jsonl")
-    _, *shown = cells(seen.section("results").find(".//table"))
+    _, *shown = cells(section(parsed, "results").find(".//table"))
     assert len(shown) == len(recorded) == 3
     for row, result in zip(shown, recorded):
         assert row[0] == result["set"] + result["task"].replace(" -> ", " → ")
@@ -195,56 +192,51 @@ def test_its_numbers_are_those_of_the_evaluation(browse, little_run, tmp_path):
         assert float(row[3].rstrip("%")) == pytest.approx(100 * result["chance"], abs=0.051)
 
 
-@in_browser
-def test_queries_are_shown_with_their_answers_and_correct_ones_are_marked(browse, little_run, tmp_path):
+def test_queries_are_shown_with_their_answers_and_correct_ones_are_marked(parsed):
     """Three captions and fifteen sounds: a sound's answers are all three captions."""
-    seen = browse(write_report(little_run, tmp_path / "page.html"))
-    heard, named = seen.section("retrieval").findall(".//div[@class='cases']")
-    captions = {"a low tone", "a middle tone", "a high tone"}
-    assert [case.get("aria-label").split(",")[0] for case in heard] == [
-        k for k in ("best", "median", "worst") for _ in "12"
-    ]
+    heard, named = section(parsed, "retrieval").findall(".//div[@class='cases']")
+    captions = ["a low tone", "a middle tone", "a high tone"]
+    kinds = [case.get("aria-label").split(",")[0] for case in heard]
+    assert kinds == ["best", "best", "median", "median", "worst", "worst"]
     for case in heard:
         (picture,) = case.iter("img")
         with PIL.Image.open(BytesIO(base64.b64decode(picture.get("src").partition("base64,")[2]))) as shown:
             assert shown.format == "WEBP"
             assert [str(side) for side in shown.size] == [picture.get("width"), picture.get("height")]
         answers = list(case.iter("li"))
-        assert {text(answer.find("p")) for answer in answers} == captions
-        rank = int(case.get("aria-label").split()[-1])
+        assert {text(answer.find("p")) for answer in answers} == set(captions)
+        rank = case.get("aria-label").split()[-1]
         (correct,) = [answer for answer in answers if answer.get("class") == "correct"]
-        assert (text(correct).split()[0], correct.get("value")) == (str(rank), str(rank))
+        assert (text(correct).split()[0], correct.get("value")) == (rank, rank)
         # The sounds are numbered, and their captions alternate.
         row = int(re.search(r"\[(\d+)\]", picture.get("alt"))[1])
-        assert text(correct.find("p")) == ["a low tone", "a middle tone", "a high tone"][row % 3]
-    assert {text(case.find(".//div[@class='query']/p")) for case in named} == captions
+        assert text(correct.find("p")) == captions[row % 3]
+    assert {text(case.find(".//div[@class='query']/p")) for case in named} == set(captions)
     for case in named:
         assert len(list(case.iter("img"))) in (5, 6)
 
 
+@pytest.mark.slow
 @in_browser
 def test_names_from_data_and_recipe_are_text(browse, own_data, tmp_path):
-    lines = [json.loads(line) for line in (own_data / "sounds.jsonl").read_text().splitlines()]
-    for line in lines:
-        line["caption"] = line["caption"].replace("low", HOSTILE)
-    (own_data / "sounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sounds = own_data / "sounds.jsonl"
+    sounds.write_text(sounds.read_text().replace("low", json.dumps(HOSTILE)[1:-1]))
     data = Recipe.load(own_data / "recipe.yaml", ["train.steps=4", "train.log_every=2"]).to_dict()
     data["name"] = "<i>name&lt;"
     data["tasks"] = {HOSTILE: data["tasks"]["heard"]}
     data["modalities"].pop("vision")
-    tones = {**data["evaluation"]["sets"]["tones"]}
+    tones = data["evaluation"]["sets"]["tones"]
     classes = {**tones, "type": "zero_shot", "label": "caption", "inputs": {"audio": tones["inputs"]["audio"]}}
     classes["view"] = {"audio": tones["view"]["audio"]}
     data["evaluation"]["sets"] = {HOSTILE: tones, "classes": classes}
-    run = tmp_path / "run"
-    train(Recipe.build(data, own_data), run)
-    seen = browse(write_report(run))
+    train(Recipe.build(data, own_data), tmp_path / "run")
+    seen = browse(write_report(tmp_path / "run").read_text())
     assert (seen.console, seen.requests) == ([], [])
     assert text(seen.root.find(".//title")) == "<i>name&lt; · openimp report"
     assert list(seen.root.iter("script")) == []
     assert all(picture.get("src").startswith("data:image/webp;base64,") for picture in seen.root.iter("img"))
     for title in ("results", "losses", "mixture", "retrieval", "confusions"):
-        assert HOSTILE in text(seen.section(title)), title
+        assert HOSTILE in text(section(seen.root, title)), title
 
 
 def test_a_probe_has_a_row_for_each_of_its_classifiers(little_data, tmp_path):
@@ -253,8 +245,8 @@ def test_a_probe_has_a_row_for_each_of_its_classifiers(little_data, tmp_path):
     for name, files in (("seen", "['0', '1', '2', '3']"), ("unseen", "['4', '5']")):
         changes.append(f"sources.{name}={{path: pictures, where: {{name: {files}}}}}")
     train(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / "run")
-    results = Parser(write_report(tmp_path / "run").read_text()).root.find(".//section[@id='results']")
-    shown = {row[0]: row[1:] for row in cells(results.find(".//table"))}
+    root = Parser(write_report(tmp_path / "run").read_text()).root
+    shown = {row[0]: row[1:] for row in cells(section(root, "results").find(".//table"))}
     recorded = [line for line in read_lines(tmp_path / "run" / "results.jsonl") if line["set"] == "probed"]
     assert [line["task"] for line in recorded] == ["image -> label (linear)", "image -> label (kNN)"]
     for line in recorded:
@@ -264,30 +256,35 @@ def test_a_probe_has_a_row_for_each_of_its_classifiers(little_data, tmp_path):
     assert shown["coloursimage → label"][4]
 
 
-def test_a_run_without_evaluation_sets_has_its_curves(own_data, tmp_path):
-    changes = ["evaluation={}", "train.steps=2", "model.moe=null"]
-    train(Recipe.load(own_data / "recipe.yaml", changes), tmp_path / "run")
-    page = write_report(tmp_path / "run").read_text()
-    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Losses", "Training", "Mixture"]
+def test_a_dense_run_whose_data_is_gone_keeps_its_recorded_figures(own_data, tmp_path):
+    run = tmp_path / "run"
+    train(Recipe.load(own_data / "recipe.yaml", ["train.steps=2", "model.moe=null"]), run)
+    shutil.rmtree(own_data / "pictures")
+    page = write_report(run).read_text()
+    assert "colours is not measured again. Its recorded results, if any, are shown. source pictures: " in page
+    assert titles(page) == ["Results", "Losses", "Training", "Mixture", "Retrieval"]
+    (result, *_) = read_lines(run / "results.jsonl")
+    assert result["set"] == "colours"
+    assert f"{100 * result['top1']:.1f}%" in page
 
 
-def test_a_run_without_a_checkpoint_keeps_its_curves_and_its_figures(little_run, tmp_path):
+def test_a_run_without_a_checkpoint_or_step_times_and_a_model_have_pages(little_run, tmp_path):
     run = Path(shutil.copytree(little_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
     page = write_report(run).read_text()
-    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Results", "Losses", "Training", "Mixture", "Experts"]
-    assert "There is no checkpoint to measure." in page
-    assert "tones" in page
-
-
-def test_a_run_of_an_older_version_lacks_only_the_step_times(little_run, tmp_path):
-    new = Path(shutil.copytree(little_run, tmp_path / "new", ignore=shutil.ignore_patterns("checkpoints")))
-    old = Path(shutil.copytree(new, tmp_path / "old", ignore=shutil.ignore_patterns("metrics.jsonl")))
-    for line in read_lines(new / "metrics.jsonl"):
+    assert titles(page) == ["Results", "Losses", "Training", "Mixture", "Experts"]
+    for text_of_page in ("There is no checkpoint to measure.", "tones", "seconds per step: median"):
+        assert text_of_page in page
+    lines = read_lines(run / "metrics.jsonl")
+    for line in lines:
         assert 0 < line.pop("step_p50") <= line.pop("step_p95")
-        append(old / "metrics.jsonl", line)
-    pages = [write_report(run).read_text() for run in (old, new)]
-    assert ["seconds per step: median" in page for page in pages] == [False, True]
-    assert all("examples per second: " in page for page in pages)
+    write_lines(run / "metrics.jsonl", lines)  # As an older version wrote them.
+    (run / "results.jsonl").unlink()
+    page = write_report(run).read_text()
+    assert titles(page) == ["Losses", "Training", "Mixture", "Experts"]
+    assert "seconds per step: median" not in page
+    assert "examples per second: " in page
+    page = write_report(model_folder(little_run), tmp_path / "page.html").read_text()
+    assert titles(page) == ["Results", "Confusions", "Retrieval"]
 
 
 def test_the_page_of_a_checkpoint_is_beside_it_and_replaces_no_other_page(little_run, tmp_path, monkeypatch):
@@ -302,23 +299,6 @@ def test_the_page_of_a_checkpoint_is_beside_it_and_replaces_no_other_page(little
     assert checkpoints(run)[0] == folder
 
 
-def test_a_model_without_metrics_has_its_results(little_run, tmp_path):
-    page = write_report(model_folder(little_run), tmp_path / "page.html").read_text()
-    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Results", "Confusions", "Retrieval"]
-
-
-def test_a_set_whose_data_is_gone_keeps_its_recorded_figures(own_data, tmp_path):
-    run = tmp_path / "run"
-    train(Recipe.load(own_data / "recipe.yaml", ["train.steps=2"]), run)
-    shutil.rmtree(own_data / "pictures")
-    page = write_report(run).read_text()
-    assert "colours is not measured again. Its recorded results, if any, are shown. source pictures: " in page
-    assert re.findall(r"<h2[^>]*>(\w+)", page) == ["Results", "Losses", "Training", "Mixture", "Experts", "Retrieval"]
-    (result, *_) = read_lines(run / "results.jsonl")
-    assert result["set"] == "colours"
-    assert f"{100 * result['top1']:.1f}%" in page
-
-
 def test_results_of_published_benchmarks_are_shown_as_recorded(little_run, tmp_path, capsys):
     run = Path(shutil.copytree(little_run, tmp_path / "run"))
     about = {"step": 12, "skipped": 0, "library": "mteb 2.26", "note": "one prompt"}
@@ -327,17 +307,21 @@ def test_results_of_published_benchmarks_are_shown_as_recorded(little_run, tmp_p
     append(run / "results.jsonl", {"set": "ESC50_Zeroshot", "type": "zero_shot", **known, "top1": 0.123, **about})
     append(run / "results.jsonl", {"set": "Sounds", "type": "AudioClustering", **unknown, "score": -0.0321, **about})
     page = write_report(run).read_text()
-    assert all(text in page for text in ("12.3%", "ESC50_Zeroshot: one prompt", "-3.2%", "Sounds: one prompt"))
+    for shown in ("12.3%", "ESC50_Zeroshot: one prompt", "-3.2%", "Sounds: one prompt"):
+        assert shown in page
     assert "None" not in page
     run_info(str(run), [])
     assert "-3.2" in capsys.readouterr().out
 
 
+def write_lines(file: Path, lines: list) -> None:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [({"grad_norm": ...}, "grad_norm: required value is missing"), ({"tasks": ["named"]}, "tasks: "),
-     ({"seconds": "1"}, "seconds: "), ({"seconds": float("nan")}, "seconds: "),
-     ({"step": None}, "step"), ({"step": 10**400}, "step: "),
+     ({"seconds": "1"}, "seconds: "), ({"seconds": float("nan")}, "seconds: "), ({"step": 10**400}, "step: "),
      ({"totals": {"named": {"steps": 1}}}, r"totals\.named\.examples: required value is missing"),
      ({"tasks": {"named": {"loss": 10**400}}}, r"tasks\.named\.loss: "),
      ({"experts": {"text": []}}, r"experts\.text: "),
@@ -345,45 +329,38 @@ def test_results_of_published_benchmarks_are_shown_as_recorded(little_run, tmp_p
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
 def test_a_line_that_is_not_of_metrics_is_refused_in_one_sentence(little_run, tmp_path, change, why):
-    run = Path(shutil.copytree(little_run, tmp_path / "run"))
-    lines = read_lines(run / "metrics.jsonl")
+    lines = read_lines(little_run / "metrics.jsonl")
     lines[1] = {key: value for key, value in (lines[1] | change).items() if value is not ...}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for command in (lambda: write_report(run), lambda: run_info(str(run), [])):
-        with pytest.raises(
-            UserError, match=rf"/metrics\.jsonl: line 2 is not a line of training metrics: {why}[^\n]*$"
-        ):
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    for command in (lambda: write_report(tmp_path), lambda: read_metrics(tmp_path / "metrics.jsonl")):
+        with pytest.raises(UserError, match=rf"/metrics\.jsonl: line 2 is not a line of training metrics: {why}.*$"):
             command()
 
 
 def test_a_diverged_run_has_a_report(little_run, tmp_path):
-    run = Path(shutil.copytree(little_run, tmp_path / "run"))
-    lines = read_lines(run / "metrics.jsonl")
+    lines = read_lines(little_run / "metrics.jsonl")
     for line in lines[6:]:
         line["grad_norm"] = float("nan")
         line["tasks"] = {task: {name: float("inf") for name in losses} for task, losses in line["tasks"].items()}
         for layer in (layer for layers in line["experts"].values() for layer in layers):
             layer["gate"] = [float("nan")] * len(layer["gate"])
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "no expert" in write_report(run).read_text()
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    shutil.copy(little_run / "recipe.yaml", tmp_path)
+    assert "no expert" in write_report(tmp_path).read_text()
 
 
 @pytest.mark.parametrize(
     "change",
     [{"set": None}, {"interval": [0.5]}, {"interval": [0, "x"]}, {"chance": float("inf")}, {"n": "9"}, {"mrr": None},
-     {"type": "retrieval", "r10": ...}, {"top1": ..., "r1": ...}, {"splits": [1]}, {"step": "last"}, {"step": ...}, 7],
+     {"type": "retrieval", "r10": ...}, {"top1": ..., "r1": ...}, {"splits": [1]}, {"step": "last"}, {"step": ...}],
     ids=str,
 )  # fmt: skip
 def test_a_line_that_is_no_result_is_refused_in_one_sentence(little_run, tmp_path, change):
-    run = Path(shutil.copytree(little_run, tmp_path / "run"))
-    lines = read_lines(run / "results.jsonl")
-    if isinstance(change, dict):
-        changed = {key: value for key, value in (lines[-1] | change).items() if value is not ...}
-    lines.append(changed if isinstance(change, dict) else change)
-    (run / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for command in (lambda: write_report(run), lambda: run_info(str(run), [])):
-        with pytest.raises(UserError, match=rf"results\.jsonl: line {len(lines)} is not an? (result|object)"):
-            command()
+    lines = read_lines(little_run / "results.jsonl")
+    lines.append({key: value for key, value in (lines[-1] | change).items() if value is not ...})
+    write_lines(tmp_path / "results.jsonl", lines)
+    with pytest.raises(UserError, match=rf"results\.jsonl: line {len(lines)} is not an? (result|object)"):
+        read_results(tmp_path / "results.jsonl")
 
 
 def test_a_page_is_written_whole_or_not_at_all(little_run, tmp_path):

@@ -1,6 +1,5 @@
 """Studies: every arm gets equal FLOPs, the page shows the runs' results, and a stopped study resumes without loss."""
 
-import math
 import re
 import shlex
 import shutil
@@ -20,7 +19,6 @@ from openimp.common.json_lines import append, read_lines
 from openimp.data.files import locate
 from openimp.inference.join import embed_rows
 from openimp.recipe.file import find_file
-from openimp.recipe.schema import Recipe
 from openimp.study.budget import SMOKE_ROWS, part_recipe
 from openimp.study.outcome import Outcome
 from openimp.study.plots import draw_against_flops
@@ -41,6 +39,9 @@ LITTLE = {
         "alone": [{"tasks": ["named"]}, {"tasks": ["heard"]}],
     },
 }
+
+
+PLAIN = Outcome(flops=1, steps=1, parameters=1, seconds=1.0, scores={"s": 0.5})
 
 
 def write_study(folder: Path, **changes: object) -> Path:
@@ -76,7 +77,7 @@ def done(little_data, tmp_path_factory):
 def outcome(folder: Path, arm: str, seed: int) -> Outcome:
     found = Outcome()
     for run in folder.glob(f"little/{arm}-*-seed{seed}"):
-        found.add(run, 0)
+        found.add(run)
     return found
 
 
@@ -107,9 +108,6 @@ def test_the_page_shows_the_results_of_the_runs(done):
 def test_arms_that_differ_only_in_their_flops_are_one_curve(done):
     study, _ = read_study(str(done[0]), smoke=False)
     assert sorted(curves_of(study)) == [["alone"], ["half", "together"]]
-
-
-def test_the_legend_names_what_the_arms_of_a_curve_share():
     arms = ["dense", "8 experts, shared, 60 TFLOPs", "8 experts, shared, 12 TFLOPs", "half", "whole run"]
     outcomes = {arm: [Outcome({"heard": 0.5}, flops=10**13)] for arm in arms}
     figure = draw_against_flops(outcomes, [arms[:1], arms[1:3], arms[3:]])
@@ -170,9 +168,7 @@ def test_results_of_another_study_are_refused(done, little_data, tmp_path, chang
     [
         ("metrics.jsonl", "", "steps are missing; remove .*together-0-seed0 to train it again"),
         ("metrics.jsonl", '{"step": 1, "totals": {}}\n', "line 1 is not a line of training metrics: lr"),
-        ("results.jsonl", '{"set": "tones"}\n', "line 1 is not an object with a step"),
         ("results.jsonl", "3\n", "line 1 is not an object with a step"),
-        ("results.jsonl", '{"step": STEPS, "set": "SET"}\n', "line 1 is not a result of an evaluation"),
         ("conflict.jsonl", '{"step": 1}\n', "conflict.jsonl: cosine: required value is missing"),
     ],
 )
@@ -180,11 +176,7 @@ def test_damaged_results_are_refused(done, tmp_path, name, lines, message):
     file, runs, _ = done
     shutil.copytree(runs, tmp_path / "runs")
     run = tmp_path / "runs/little/together-0-seed0"
-    recipe = Recipe.load(run / "recipe.yaml")
-    sets = recipe.evaluation.sets if "SET" in lines else [""]
-    (run / name).write_text(
-        "".join(lines.replace("STEPS", str(recipe.train.steps)).replace("SET", title) for title in sets)
-    )
+    (run / name).write_text(lines)
     with pytest.raises(UserError, match=message):
         run_study(str(file), tmp_path / "runs", tmp_path / "out")
 
@@ -192,11 +184,11 @@ def test_damaged_results_are_refused(done, tmp_path, name, lines, message):
 def test_results_of_published_benchmarks_are_no_scores_of_a_study(little_run, tmp_path):
     run = Path(shutil.copytree(little_run, tmp_path / "run"))
     before, after = Outcome(), Outcome()
-    before.add(run, 0)
+    before.add(run)
     about = {"set": "flickr", "type": "retrieval", "step": 12, "task": "image -> text", "library": "mteb 2"}
     figures = {"n": 9, "candidates": 9, "r1": 0.5, "interval": [0.2, 0.8], "chance": 0.1, "skipped": 0}
     append(run / "results.jsonl", about | figures)
-    after.add(run, 0)
+    after.add(run)
     assert after.scores == before.scores
 
 
@@ -229,11 +221,10 @@ def test_a_study_refuses_several_processes(done, tmp_path, monkeypatch):
 
 def test_cosines_that_were_not_measured_have_an_empty_cell(tmp_path):
     """In a short training, a rare task may occur only once or never."""
-    outcome = {"flops": 1, "steps": 1, "parameters": 1, "seconds": 1.0, "scores": {"s": 0.5}}
     found = {
-        "a": [Outcome(**outcome, cosines={"x|x": [0.5], "x|y": [-0.25]}), Outcome(**outcome, cosines={"x|x": [0.25]})],
-        "b": [Outcome(**outcome, cosines={"x|x": [1.0]}), Outcome(**outcome)],
-        "c": [Outcome(**outcome), Outcome(**outcome)],
+        "a|b": [replace(PLAIN, cosines={"x|x": [0.5], "x|y": [-0.25]}), replace(PLAIN, cosines={"x|x": [0.25]})],
+        "b": [replace(PLAIN, cosines={"x|x": [1.0]}), PLAIN],
+        "c": [PLAIN, PLAIN],
     }
     arms = {arm: {} for arm in found}
     study = Study(title="t", question="q", recipe="r", flops=1, seeds=[0, 1], conflict=True, arms=arms)
@@ -241,10 +232,8 @@ def test_cosines_that_were_not_measured_have_an_empty_cell(tmp_path):
     page = (tmp_path / "t.md").read_text()
     assert "| x and x | 0.375 (0% below 0) | 1.000 (0% below 0) |" in page
     assert "| x and y | -0.250 (100% below 0) |  |" in page
+    assert "\n| a\\|b | **50.0 ± 0.0** |" in page, "a vertical bar is escaped"
     assert (tmp_path / "t-cosines.png").stat().st_size
-
-
-PLAIN = Outcome(flops=1, steps=1, parameters=1, seconds=1.0, scores={"s": 0.5})
 
 
 def test_a_failed_page_leaves_the_old_files(tmp_path):
@@ -260,22 +249,7 @@ def test_a_failed_page_leaves_the_old_files(tmp_path):
     assert (tmp_path / "t.md").read_text() != "old"
 
 
-def test_a_vertical_bar_in_a_name_is_escaped(tmp_path):
-    study = Study(title="t", question="q", recipe="r", flops=1, arms={"a|b": {}, "c": {}})
-    write_results(study, {"a|b": [PLAIN], "c": [PLAIN]}, tmp_path, "t", "c")
-    assert "\n| a\\|b | **50.0** |" in (tmp_path / "t.md").read_text()
-
-
-def test_a_training_killed_before_its_first_checkpoint_starts_again(done, tmp_path):
-    file, runs, _ = done
-    shutil.copytree(runs, tmp_path / "runs")
-    (killed,) = tmp_path.glob("runs/little/half-0-seed1")
-    shutil.rmtree(killed / "checkpoints")
-    (killed / "results.jsonl").unlink()
-    assert run_study(str(file), tmp_path / "runs", tmp_path / "out")
-    assert outcome(tmp_path / "runs", "half", 1).scores == outcome(runs, "half", 1).scores
-
-
+@pytest.mark.slow
 def test_a_stopped_study_resumes(done, little_data, tmp_path):
     """A signal stops its first training. After resuming, the scores equal those of the study that was not stopped."""
     file, runs, _ = done
@@ -296,7 +270,6 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"armz": {}}, "unknown key 'armz'"),
         ({"arms": {"only": {}}}, "arms: .*at least 2"),
         ({"arms": {"a": {}, "b": {"set": ["model.widht=3"]}}}, "arm 'b': .*unknown key 'widht'; did you mean 'width'"),
         ({"arms": {"a": {}, "b": {"tasks": ["herd"]}}}, "arm 'b': .*'herd'; did you mean 'heard'"),
@@ -305,15 +278,10 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
             "but arm 'a' is summed, has two towers or trains only some tasks",
         ),
         ({"recipe": "none.yaml"}, "none.yaml: no such file or folder"),
-        ({"arms": {"a": {}, "b": []}}, "arms.b: .*at least 1"),
         ({"arms": {"a": {}, "../b": {}}}, "arms.*: '../b' cannot name a folder"),
         ({"arms": {"x y": {}, "x_y": {}}}, "arms 'x y' and 'x_y' would share files: only spaces, _ - or commas differ"),
         ({"arms": {"a": {}, "b": {"tasks": ["named", "named"]}}}, "arms.b.tasks: 'named' is given twice"),
-        ({"seeds": [0, 1, 0]}, "seeds: 0 is given twice"),
-        ({"seeds": [10**30]}, f"seeds.0: must be below {2**63}"),
-        ({"arms": {"a": {}, "b": {"flops_factor": math.inf}}}, "arms.b.flops_factor: expected a finite .*, found inf"),
         ({"arms": {"a": {}, "b": {"init": "a"}}}, "arms.b: key 'init' was removed: .*; set train.init in `set`"),
-        ({"arms": {"a": {}, "b": {"flops": 2}}}, "arms.b: key 'flops' is now called 'flops_factor'"),
         (
             {"flops": 1e300},
             "arm 'together': its FLOPs allow .*e.2.. steps, but a run has at most 100,000,000",
@@ -322,12 +290,10 @@ def test_a_stopped_study_resumes(done, little_data, tmp_path):
             {"arms": {"a": {}, "b": [{"tasks": ["named"]}] * 2}},
             "arm 'b': each of its models needs `tasks` that no other",
         ),
-        ({"arms": {"a": {}, "b": {"set": ["train.steps=3"]}}}, "arm 'b': train.steps follows from the study's FLOPs"),
         (
             {"arms": {"a": {}, "b": {"set": ["optimizer={lr: 1e-3, warmup_steps: 7}"]}}},
             "arm 'b': optimizer.warmup_steps follows from",
         ),
-        ({"arms": {"a": {}, "b": {"set": ["model.width"]}}}, "arm 'b': --set model.width: expected KEY=VALUE"),
         ({"set": ["tasks.named.weight=0"], "arms": {"a": {}, "b": {"tasks": ["named"]}}}, "arm 'b': .*weight 0"),
         ({"set": ["evaluation.sets={}"]}, "no evaluation set of type retrieval"),
         ({"arms": {"a": {"tasks": ["named"]}, "b": {"tasks": ["heard"], "set": ["evaluation.sets={}"]}}}, "no eval"),
@@ -342,11 +308,7 @@ def test_a_mistake_in_a_study_is_reported_before_training(little_data, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_the_error_for_an_unknown_study_names_the_nearest():
-    with pytest.raises(UserError, match="moo: no such file or folder, and no study of openimp; did you mean 'moe'"):
-        read_study("moo", smoke=False)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_bundled_studies_run(name, tiny_recipe, tiny_model, tmp_path, monkeypatch):
     """In their --smoke setting, on a part of the bundled data."""

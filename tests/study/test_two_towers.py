@@ -1,7 +1,5 @@
 """open_clip's towers in openimp's training loop: they learn from each kind of media, and are evaluated like IMP."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +7,18 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
 
-from openimp.checkpoint.folder import checkpoints
+import openimp
 from openimp.checkpoint.warm_start import open_warm_start
-from openimp.cli import app
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
 from openimp.modalities.media import patchify
 from openimp.model.heads import MAX_LOGIT_SCALE
 from openimp.recipe.schema import Recipe
+from openimp.report.write import write_report
 from openimp.study.budget import flops_per_step
-from openimp.study.two_towers import TWO_TOWERS, TwoTowers, load_two_towers
+from openimp.study.two_towers import TWO_TOWERS, TwoTowers
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
 
@@ -72,10 +69,15 @@ def recipe_of(seen: str, **changes: Any) -> Recipe:
     return Recipe.build(data | changes)
 
 
+def trainer(recipe: Recipe, folder: Path, **options: Any) -> Trainer:
+    return Trainer(set_up(recipe, folder / "run", variant=TWO_TOWERS, **options))
+
+
 @pytest.fixture(scope="module", params=SEEN)
 def trained(request, tmp_path_factory) -> tuple[Recipe, Path]:
     """A finished run on one kind of media."""
-    recipe, run = recipe_of(request.param), tmp_path_factory.mktemp("runs") / request.param
+    recipe = recipe_of(request.param)
+    run = tmp_path_factory.mktemp("runs") / request.param
     assert train(recipe, run, variant=TWO_TOWERS)
     return recipe, run
 
@@ -97,7 +99,7 @@ def test_the_towers_learn_and_are_evaluated_on_every_set(trained):
 
 
 def test_the_counted_cost_equals_a_real_step(tmp_path):
-    training = Trainer(set_up(recipe_of("image"), tmp_path / "run", variant=TWO_TOWERS))
+    training = trainer(recipe_of("image"), tmp_path)
     loaded = training.data[0]
     # The counter does not count the CPU's fused attention, but the two matrix products of the math backend.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -107,7 +109,7 @@ def test_the_counted_cost_equals_a_real_step(tmp_path):
 
 def test_the_towers_have_the_recipes_sizes_and_temperature(tmp_path):
     recipe = recipe_of("image")
-    model = Trainer(set_up(recipe, tmp_path / "run", variant=TWO_TOWERS)).model
+    model = trainer(recipe, tmp_path).model
     assert isinstance(model, TwoTowers)
     visual = model.encoder.visual
     assert type(model.encoder).__module__ == "open_clip.model"
@@ -126,7 +128,7 @@ def test_the_towers_have_the_recipes_sizes_and_temperature(tmp_path):
 
 
 def test_muon_updates_the_blocks_and_the_projections(tmp_path):
-    training = Trainer(set_up(recipe_of("image"), tmp_path / "run", variant=TWO_TOWERS))
+    training = trainer(recipe_of("image"), tmp_path)
     names = {parameter: name.removeprefix("encoder.") for name, parameter in training.model.named_parameters()}
     adamw, muon = ({names[p] for g in o.param_groups for p in g["params"]} for o in training.updater.optimizers)
     block = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -143,7 +145,7 @@ def test_the_towers_get_the_examples_of_imp_unpatched(seen, tmp_path):
     # The towers drop patches in the model, not in the loader.
     data["tasks"]["pairs"]["views"][0][seen]["drop_tokens"] = 0.0
     recipe = Recipe.build(data)
-    training = Trainer(set_up(recipe, tmp_path / "run", variant=TWO_TOWERS))
+    training = trainer(recipe, tmp_path)
     modality = recipe.make_modalities()[seen]
     batch = training.data[3].batch
     theirs = StepBatches(recipe, {**training.modalities, seen: modality})[3].batch
@@ -157,7 +159,7 @@ def test_the_towers_get_the_examples_of_imp_unpatched(seen, tmp_path):
 
 def test_a_clip_is_the_mean_of_its_frames_and_a_sound_is_a_gray_image(tmp_path):
     for seen in ("video", "audio"):
-        training = Trainer(set_up(recipe_of(seen), tmp_path / seen, variant=TWO_TOWERS))
+        training = trainer(recipe_of(seen), tmp_path / seen)
         model, tokens = training.model.eval(), training.data[0].batch.tokens[seen]
         frames, height, width, channels = model.shape
         values = tokens.values.view(-1, frames, height, width, channels)
@@ -172,8 +174,9 @@ def test_a_clip_is_the_mean_of_its_frames_and_a_sound_is_a_gray_image(tmp_path):
 
 
 def test_padding_does_not_change_a_text(tmp_path):
-    model = Trainer(set_up(recipe_of("image"), tmp_path / "run", variant=TWO_TOWERS)).model.eval()
-    text = model.modalities["text"]
+    training = trainer(recipe_of("image"), tmp_path)
+    model = training.model.eval()
+    text = training.modalities["text"]
     words = ["cat", "dog", "sun", "sea", "sky", "car", "hat", "map", "pen", "cup", "red", "one"]
     full = [" ".join(words), " ".join([words[0], *words[:0:-1]])]
     assert (text.tokenize(full, 12) != 0).all()
@@ -187,48 +190,30 @@ def test_padding_does_not_change_a_text(tmp_path):
     assert (whole[0] - whole[1]).abs().max() > 0.01  # Their first word is the same.
 
 
-def test_a_run_resumes_and_its_towers_load(tmp_path):
+def test_a_run_resumes(tmp_path):
     recipe = recipe_of("image")
-    training = Trainer(set_up(recipe, tmp_path / "run", variant=TWO_TOWERS))
+    training = trainer(recipe, tmp_path)
     for step in range(3):
         training.make_step(training.data[step])
     training.save()
     training.checkpointing.wait()
-    resumed = Trainer(set_up(recipe, tmp_path / "run", resume=True, variant=TWO_TOWERS))
+    resumed = trainer(recipe, tmp_path, resume=True)
     assert resumed.step == 3
-    loaded = load_two_towers(tmp_path / "run")
     for name, tensor in training.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor)
-        assert torch.equal(loaded.state_dict()[name], tensor)
-    tokens = training.data[0].batch.tokens
-    with torch.no_grad():
-        for name, some in tokens.items():
-            assert torch.equal(
-                loaded.encode({name: some}).features, training.model.eval().encode({name: some}).features
-            )
 
 
-def test_only_a_study_loads_the_towers(trained, tmp_path):
-    """And a study does not load IMP as towers."""
+def test_only_a_study_loads_the_towers(trained):
     recipe, run = trained
-    for command in ("info", "eval", "report", "embed", "train"):
-        arguments = {"embed": [run, run], "train": [run / "recipe.yaml", "--run", run, "--resume="]}
-        done = CliRunner().invoke(app, [command, *map(str, arguments.get(command, [run]))])
-        assert isinstance(done.exception, UserError), command
-        message = (
-            "saved by TwoTowerTrainer, but Trainer is to resume it"
-            if command == "train"
-            else "holds TwoTowers, expected IMP or OpenCLIP"
-        )
-        assert message in str(done.exception)
-    with pytest.raises(UserError, match="holds TwoTowers, expected IMP or OpenCLIP"):
-        open_warm_start(Recipe.build(recipe.to_dict() | {"train": {"init": str(run)}}), {})
-    copy = Path(shutil.copytree(run, tmp_path / "run"))
-    file = checkpoints(copy)[-1] / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"model": "IMP"}))
-    with pytest.raises(UserError, match="holds IMP, expected TwoTowers"):
-        load_two_towers(copy)
+    for use in (
+        lambda: openimp.load(run),
+        lambda: write_report(run),
+        lambda: open_warm_start(Recipe.build(recipe.to_dict() | {"train": {"init": str(run)}}), {}),
+    ):
+        with pytest.raises(UserError, match="holds TwoTowers, expected IMP or OpenCLIP"):
+            use()
+    with pytest.raises(UserError, match="saved by TwoTowerTrainer, but Trainer is to resume it"):
+        train(recipe, run, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +224,6 @@ def test_only_a_study_loads_the_towers(trained, tmp_path):
         ({"inputs": {"image": "image", "text": {"column": "keywords", "draw": 2}}}, "remove draw"),
         ({"views": [{"image": {"size": 32}}, {"image": {"size": 64}}]}, "take only one shape"),
         ({"views": [{"image": {"size": 32}}, {"image": {"size": 32, "drop_tokens": 0.5}}]}, "have one patch dropout"),
-        ({"inputs": {"image": "image", "video": "image"}, "views": [{}]}, "one modality and its text"),
         ("another task", "one task, found pairs, more"),
     ],
 )

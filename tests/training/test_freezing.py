@@ -22,7 +22,7 @@ from openimp.model.learning_rates import freeze
 from openimp.planning.memory import step_memory
 from openimp.planning.plan import plan
 from openimp.recipe.schema import Recipe
-from openimp.study.trainers import peak_memory
+from openimp.study.variants import peak_memory
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
 
@@ -110,7 +110,7 @@ def test_frozen_parts_need_less_memory_and_the_plan_says_how_much(little_data, t
     measured, planned = [], []
     for scale in ("{}", "{stems: 0, encoder: 0, encoder.blocks.5: 1}"):
         recipe = recipe_of(little_data, *wide, f"optimizer.lr_scale={scale}")
-        measured.append(peak_memory(recipe, tmp_path / scale))
+        measured.append(peak_memory(Trainer(set_up(recipe, tmp_path / scale))))
         classes = {"pictures:label": ["blue", "green", "red", "white"]}
         counted = step_memory(recipe, recipe.make_modalities(), classes, "named", 0, "fp32", on_gpu=False)
         planned.append(counted.peak.total())

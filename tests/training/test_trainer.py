@@ -25,7 +25,7 @@ from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
-from openimp.study.trainers import SUMMED
+from openimp.study.variants import SUMMED
 from openimp.training.setup import set_up
 from openimp.training.stopping import Stop, Stopped, stop_signals
 from openimp.training.trainer import Trainer, train

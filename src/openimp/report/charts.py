@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from openimp.evaluation import results
+
 WIDTH, HEIGHT = 230, 133
 """Size of the area in which a line chart draws its curves."""
 COLORS = 8
@@ -24,7 +26,7 @@ MAX_VALUE = 1e300
 
 @dataclass(frozen=True)
 class Curve:
-    """A named series of values over training steps; both lists have the same length."""
+    """A named series of values over training steps, of which there are as many."""
 
     name: str
     steps: list[float]
@@ -41,7 +43,7 @@ def number(value: float) -> str:
 
 def percent(share: float) -> str:
     """Formats a share as a percentage: 0.41%, 3.5%, 57.4%."""
-    return f"{100 * share:.2f}%" if 0 < share < 0.01 else f"{100 * share:.1f}%"
+    return f"{results.percent(share)}%"
 
 
 def line_chart(title: str, curves: list[Curve], shares: bool = False, smooth: bool = True) -> dict[str, Any]:
@@ -50,31 +52,38 @@ def line_chart(title: str, curves: list[Curve], shares: bool = False, smooth: bo
     `shares` are shown as percentages. With `smooth`, curves with 12 or more points get a smoothed version on top.
     """
     form = percent if shares else number
-    points = [(f"c{i % COLORS}", curve.name, *_finite(curve)) for i, curve in enumerate(curves)]
-    points = [found for found in points if len(found[2])]
-    if not points:
+    shown = [(f"c{i % COLORS}", _finite(curve)) for i, curve in enumerate(curves)]
+    shown = [(color, curve) for color, curve in shown if len(curve.steps)]
+    if not shown:
         return {"title": title, "curves": []}
-    x_all, y_all = (np.concatenate([found[axis] for found in points]) for axis in (2, 3))
-    first, last, low, high = x_all.min(), x_all.max(), y_all.min(), y_all.max()
+    all_steps = np.concatenate([curve.steps for _, curve in shown])
+    all_values = np.concatenate([curve.values for _, curve in shown])
+    first, last = all_steps.min(), all_steps.max()
+    low, high = all_values.min(), all_values.max()
     ticks = nice_ticks(0.0 if 0 < low <= high / 2 else low, high)
 
-    def place(x: Any, y: Any) -> tuple[Any, Any]:
-        right = (x - first) / (last - first) if last > first else 0 * x + 0.5
-        return WIDTH * right, HEIGHT * (1 - (y - ticks[0]) / (ticks[-1] - ticks[0]))
+    def right(steps: Any) -> Any:
+        return WIDTH * ((steps - first) / (last - first) if last > first else 0 * steps + 0.5)
+
+    def down(values: Any) -> Any:
+        return HEIGHT * (1 - (values - ticks[0]) / (ticks[-1] - ticks[0]))
 
     drawn = []
-    for color, name, x, y in points:
-        smoothed_y = smoothed(y) if smooth else y
-        dots = [(*np.round(place(a, b), 1), f"{name}, step {a:,.0f}: {form(b)}") for a, b in zip(x, y)]
+    for color, curve in shown:
+        x = right(np.asarray(curve.steps))
+        y = np.asarray(curve.values)
+        line = smoothed(y) if smooth else y
+        tips = [f"{curve.name}, step {step:,.0f}: {form(value)}" for step, value in zip(curve.steps, y)]
+        span = f"from {form(y[0])} at step {curve.steps[0]:,.0f} to {form(line[-1])} at step {curve.steps[-1]:,.0f}"
         drawn.append(
             {
                 "color": color,
-                "name": name,
-                "raw": None if smoothed_y is y else path(*place(x, y)),
-                "path": path(*place(x, smoothed_y)),
-                "dots": dots if len(dots) <= MAX_DOTS else [],
-                "last": form(smoothed_y[-1]),
-                "span": f"{name} from {form(y[0])} at step {x[0]:,.0f} to {form(smoothed_y[-1])} at step {x[-1]:,.0f}",
+                "name": curve.name,
+                "raw": None if line is y else path(x, down(y)),
+                "path": path(x, down(line)),
+                "dots": list(zip(x.round(1), down(y).round(1), tips)) if len(tips) <= MAX_DOTS else [],
+                "last": form(line[-1]),
+                "span": f"{curve.name} {span}",
             }
         )
     return {
@@ -82,9 +91,7 @@ def line_chart(title: str, curves: list[Curve], shares: bool = False, smooth: bo
         "curves": drawn,
         "size": (WIDTH, HEIGHT),
         "steps": [f"{step:,.0f}" for step in ([first, last] if last > first else [first])],
-        "ticks": [
-            (round(place(first, tick)[1], 1), f"{100 * tick:.3g}%" if shares else number(tick)) for tick in ticks
-        ],
+        "ticks": [(round(down(tick), 1), f"{100 * tick:.3g}%" if shares else number(tick)) for tick in ticks],
     }
 
 
@@ -129,10 +136,11 @@ def path(x: np.ndarray, y: np.ndarray) -> str:
     return "M" + " ".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y))
 
 
-def _finite(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    x, y = np.array(curve.steps, float), np.array(curve.values, float)
-    finite = np.abs(y) < MAX_VALUE  # False for NaN.
-    return _thinned(x[finite], y[finite])
+def _finite(curve: Curve) -> Curve:
+    values = np.array(curve.values, float)
+    finite = np.abs(values) < MAX_VALUE  # False for NaN.
+    steps, values = _thinned(np.array(curve.steps, float)[finite], values[finite])
+    return Curve(curve.name, steps.tolist(), values.tolist())
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

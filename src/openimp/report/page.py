@@ -1,6 +1,4 @@
-"""Renders the page from the templates beside this file."""
-
-from typing import Any
+"""The templates of the page, which are beside this file."""
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -13,9 +11,3 @@ from openimp.report.charts import percent
 TEMPLATES = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 TEMPLATES.loader = PackageLoader("openimp.report")
 TEMPLATES.filters.update(clock=clock, commas="{:,}".format, main_metric=main_metric, percent=percent, short=short)
-
-
-def render(sections: dict[str, Any], **about: Any) -> str:
-    """The page as HTML: the sections that are not empty, by title, which names a template; and facts about the run."""
-    shown = {title: data for title, data in sections.items() if data}
-    return TEMPLATES.get_template("page.html").render(sections=shown, **about)

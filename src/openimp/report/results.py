@@ -35,14 +35,15 @@ def section(results: list[dict[str, Any]], recorded: list[dict[str, Any]], notes
     """
     if not results and not notes:
         return None
-    shown = [(main_metric(result), *(result["interval"] or ()), result["chance"] or 0) for result in results]
-    largest = max((max(values) for values in shown), default=1.0)
+    values = [
+        x for result in results for x in (main_metric(result), *(result["interval"] or ()), result["chance"] or 0)
+    ]
     notes = notes + [f"{result['set']}: {result['note']}" for result in results if "note" in result]
     return {
         "notes": notes,
         "results": results,
         "steps": list({result["step"] for result in results}),
-        "scale": min(1.0, nice_ticks(0, largest)[-1]),
+        "scale": min(1.0, nice_ticks(0, max(values, default=1.0))[-1]),
         "skipped": {result["set"]: result["skipped"] for result in results if result["skipped"]},
         "history": _history(recorded),
     }
@@ -65,7 +66,8 @@ def _history(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def confusion(name: str, found: Classified) -> dict[str, Any]:
     """The confusion matrix and the most frequent confusions. With many classes, there is no matrix."""
-    counts_KK, classes = found.confusion(), [str(label) for label in found.classes]
+    counts_KK = found.confusion()
+    classes = [str(label) for label in found.classes]
     total_K1 = counts_KK.sum(1, keepdims=True)
     wrong_KK = counts_KK - np.diag(counts_KK.diagonal())
     order = [divmod(int(i), len(classes)) for i in np.argsort(-wrong_KK, axis=None, kind="stable")[:MAX_CONFUSIONS]]
@@ -84,7 +86,8 @@ def confusion(name: str, found: Classified) -> dict[str, Any]:
 
 def retrieval(name: str, found: RetrievalResult, source: Table, show: Show) -> dict[str, Any]:
     """Example queries of one direction: those with the best, the median and the worst rank."""
-    order, middle = np.argsort(found.rank, kind="stable"), max(0, (len(found.rank) - CASES) // 2)
+    order = np.argsort(found.rank, kind="stable")
+    middle = max(0, (len(found.rank) - CASES) // 2)
     kinds = {"best": order[:CASES], "median": order[middle : middle + CASES], "worst": order[-CASES:]}
     chosen: dict[int, str] = {}
     for kind, queries in kinds.items():

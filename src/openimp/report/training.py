@@ -28,7 +28,8 @@ def sections(metrics: list[MetricsLine]) -> dict[str, Any]:
 
 def losses(metrics: list[MetricsLine]) -> list[dict[str, Any]]:
     """One chart per task with its loss and, if there are several, the parts of it; one chart of all router losses."""
-    charts, routers = [], []
+    charts = []
+    routers = []
     for task in dict.fromkeys(task for line in metrics for task in line.tasks):
         lines = [line for line in metrics if task in line.tasks]
         steps: list[float] = [line.step for line in lines]
@@ -73,7 +74,9 @@ def experts(metrics: list[MetricsLine]) -> dict[str, Any] | None:
         layers = [[line.experts[name] for line in last if name in line.experts] for name in modalities]
         return np.stack([np.mean([[getattr(x, key) for x in line] for line in lines], axis=0) for lines in layers])
 
-    gate, load, dropped = mean("gate"), mean("load"), mean("dropped")
+    gate = mean("gate")
+    load = mean("load")
+    dropped = mean("dropped")
     even = bool(np.abs(load * load.shape[2] - 1).max() <= EVEN)
     return {
         "first": last[0].step,

@@ -2,7 +2,6 @@
 
 import os
 import platform
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
@@ -28,18 +27,8 @@ from openimp.recipe.evaluation import EvaluationSet
 from openimp.recipe.model import LIBRARY
 from openimp.recipe.schema import Recipe
 from openimp.report import results, training
-from openimp.report.page import render
+from openimp.report.page import TEMPLATES
 from openimp.training.metrics_file import read_metrics
-
-
-@dataclass
-class Evaluations:
-    """What the page shows of the evaluation sets; see `results` for the dicts."""
-
-    results: list[dict[str, Any]] = field(default_factory=list)  # in the table
-    notes: list[str] = field(default_factory=list)  # about sets that were not measured
-    confusions: list[dict[str, Any]] = field(default_factory=list)  # of each set with one class per item
-    retrievals: list[dict[str, Any]] = field(default_factory=list)  # queries of each direction of each retrieval set
 
 
 def write_report(
@@ -69,19 +58,15 @@ def write_report(
         raise UserError(f"{out}: --out must be a file in an existing folder")
     recorded = read_results(run / "results.jsonl")
     if has_model:
-        about, evaluations = _measure(run, recorded, progress, allow_sources)
+        about, sections = _measure(run, recorded, progress, allow_sources)
     else:
         about = {"recipe": Recipe.load(run / "recipe.yaml"), "parameters": None, "step": metrics[-1].step}
         notes = ["There is no checkpoint to measure."] if recorded else []
-        evaluations = Evaluations(latest(recorded), notes)
+        sections = {"Results": results.section(latest(recorded), recorded, notes)}
+    sections = {"Results": sections.pop("Results"), **training.sections(metrics), **sections}
     newest = run / "metrics.jsonl" if metrics else model_folder(run) / "config.json"
-    page = render(
-        {
-            "Results": results.section(evaluations.results, recorded, evaluations.notes),
-            **training.sections(metrics),
-            "Confusions": evaluations.confusions,
-            "Retrieval": evaluations.retrievals,
-        },
+    page = TEMPLATES.get_template("page.html").render(
+        sections={title: data for title, data in sections.items() if data},
         **about,
         metrics=metrics,
         written=datetime.fromtimestamp(newest.stat().st_mtime, timezone.utc),
@@ -94,13 +79,17 @@ def write_report(
 
 def _measure(
     run: Path, recorded: list[dict[str, Any]], progress: Progress | None, allow_sources: bool
-) -> tuple[dict[str, Any], Evaluations]:
-    """Measures the model on its evaluation sets, and returns what page.html shows about the model, too."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measures the model on its evaluation sets, and returns facts about the model, and the sections of the page."""
     folder = model_folder(run)
     model, recipe, modalities, classes = load_model(folder)
-    step, parameters = saved_step(folder), count(model)
+    step = saved_step(folder)
+    about = {"recipe": recipe, "parameters": count(model), "step": step}
     evaluator = Evaluator(model.to(pick_device()), recipe, modalities, classes, progress)
-    found = Evaluations()
+    shown: list[dict[str, Any]] = []
+    notes = []
+    confusions = []
+    retrievals = []
     for name, options in recipe.evaluation.sets.items():
         try:
             if not allow_sources:
@@ -108,20 +97,21 @@ def _measure(
             sources = open_set(evaluator, name)
             measured, answered = measure(evaluator, name, sources, step)
         except UserError as error:
-            found.notes.append(f"{name} is not measured again. Its recorded results, if any, are shown. {error}")
-            found.results += latest([result for result in recorded if result["set"] == name])
+            notes.append(f"{name} is not measured again. Its recorded results, if any, are shown. {error}")
+            shown += latest([result for result in recorded if result["set"] == name])
             continue
-        found.results += measured
+        shown += measured
         source = sources[options.source]
         for answers in answered:
             if isinstance(answers, Classified):
-                found.confusions.append(results.confusion(name, answers))
+                confusions.append(results.confusion(name, answers))
             elif isinstance(answers, RetrievalResult):
                 show = partial(_show, modalities, options, source)
-                found.retrievals.append(results.retrieval(name, answers, source, show))
+                retrievals.append(results.retrieval(name, answers, source, show))
     # Results of published benchmarks, which only `openimp eval` measures.
-    found.results += latest([result for result in recorded if "library" in result])
-    return {"recipe": recipe, "parameters": parameters, "step": step}, found
+    shown += latest([result for result in recorded if "library" in result])
+    table = results.section(shown, recorded, notes)
+    return about, {"Results": table, "Confusions": confusions, "Retrieval": retrievals}
 
 
 def _show(modalities: Modalities, options: EvaluationSet, source: Table, name: str, row: int) -> Any:

@@ -2,17 +2,50 @@
 
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import QueryParams
 
 from openimp.common.errors import UserError, counted
-from openimp.search.display import Item, item
 from openimp.search.index import Index, stands_for_file
-from openimp.search.query import Hit, Query, QueryPart
+from openimp.search.media_types import UNKNOWN, kind_of
+from openimp.search.query import Hit, Like, Query, QueryPart
 from openimp.search.state import MAX_RESULTS, PAGE_RESULTS, State
-from openimp.search.table import SHOWN
 from openimp.search.uploads import Uploads
 
+LESS_WEIGHT = -0.5
+"""Weight of an item that results should be less like. With -1, most results would resemble neither."""
 EXAMPLES = 12
 """Items that are shown while the query is empty."""
+MAX_NAME = 200
+"""Most characters of an item's name."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """An item as the page shows it."""
+
+    hit: Hit
+    kind: str  # "text", "image", "animation", "video", "audio", or "" if browsers cannot display it
+    problem: str = ""  # why there is nothing to display
+    segments: int = 0  # of the file, if the item stands for all of them
+
+    @property
+    def name(self) -> str:
+        """A short name: the text that belongs to the media, or the name of the file."""
+        return Path(self.hit.path).name if self.kind == "text" or not self.hit.text else self.hit.text[:MAX_NAME]
+
+    @property
+    def media(self) -> str:
+        """The URL of the file. A segment begins and ends at its times."""
+        times = "" if self.hit.start is None else f"#t={self.hit.start:.2f},{self.hit.end:.2f}"
+        return f"/media/{self.hit.id}{times}"
+
+    @property
+    def thumbnail(self) -> str:
+        """The URL of a small picture."""
+        return f"/thumbnails/{self.hit.id}"
 
 
 @dataclass(frozen=True)
@@ -38,10 +71,11 @@ class Answer:
     code: int = 200  # HTTP status
 
 
-def answer(index: Index, uploads: Uploads, state: State) -> Answer:
-    """Searches. An impossible query is an answer, too, which says why."""
-    page = Answer(state=state)
+def answer(index: Index, uploads: Uploads, parameters: QueryParams) -> Answer:
+    """Searches for what the parameters of a URL say. An impossible query is an answer, too, which says why."""
+    page = Answer()
     try:
+        page.state = State.parse(parameters)
         parts = _parts(index, uploads, page)
         if parts:
             _search(index, parts, page)
@@ -49,7 +83,7 @@ def answer(index: Index, uploads: Uploads, state: State) -> Answer:
             total = counted(sum(index.counts.values()), "item")
             start = "Nothing is left of this query. Start" if page.notes else f"{total}. Search them, or start"
             page.status = f"{start} from one of these"
-            page.items = [item(index, Hit(**row, score=1.0)) for row in index.sample(EXAMPLES, SHOWN).to_pylist()]
+            page.items = [_item(index, hit) for hit in index.sample(EXAMPLES)]
     except UserError as error:
         page.status = f"This cannot be searched: {error}"
         page.code = 400
@@ -64,20 +98,21 @@ def _parts(index: Index, uploads: Uploads, page: Answer) -> list[QueryPart]:
         if upload := uploads.get(id):
             page.chips.append(Chip("file", id, upload.name, f"/uploads/{id}" if upload.thumbnail else None))
             parts.append(upload.encoded)
-    if any(uploads.get(id) is None for id in state.file):
+    if len(page.chips) < len(state.file):
         page.notes.append("A file of this query is no longer kept. Choose it again.")
-    likes = state.likes()
-    hits = index.hits(like.id for like in likes) if likes else {}
-    for like in likes:
-        if hit := hits.get(like.id):
-            shown = item(index, hit)
-            kind = "more" if like.weight > 0 else "less"
-            page.chips.append(Chip(kind, like.id, shown.name, None if shown.kind == "text" else shown.thumbnail))
-            parts.append(like)
-    if len(hits) < len({like.id for like in likes}):
+    hits = index.hits({*state.more, *state.less})
+    for kind, weight in (("more", 1.0), ("less", LESS_WEIGHT)):
+        for id in getattr(state, kind):
+            if hit := hits.get(id):
+                item = _item(index, hit)
+                page.chips.append(Chip(kind, id, item.name, None if item.kind == "text" else item.thumbnail))
+                parts.append(Like(id, weight))
+    if len(hits) < len({*state.more, *state.less}):
         page.notes.append("An item of this query is no longer indexed.")
-    kept = {kind: tuple(chip.id for chip in page.chips if chip.kind == kind) for kind in ("file", "more", "less")}
-    page.state = replace(state, file=kept["file"], more=kept["more"], less=kept["less"])
+    kept: dict[str, Any] = {
+        kind: tuple(chip.id for chip in page.chips if chip.kind == kind) for kind in ("file", "more", "less")
+    }
+    page.state = replace(state, **kept)
     return parts
 
 
@@ -97,8 +132,23 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
         page.status = "Nothing is indexed that matches these filters"
     if len({hit.modality for hit in hits}) > 1:
         page.notes.append("The modalities take turns, because their scores cannot be compared.")
-    for hit in hits:
-        segments = hit.parts if stands_for_file(hit, state.under or None) else 0
-        page.items.append(replace(item(index, hit), segments=segments))
+    page.items = [_item(index, hit, stands_for_file(hit, state.under or None)) for hit in hits]
     if len(hits) == state.k < MAX_RESULTS:
         page.next = state.link(k=min(state.k + PAGE_RESULTS, MAX_RESULTS))
+
+
+def _item(index: Index, hit: Hit, is_best_segment: bool = False) -> Item:
+    """How a hit is shown, without reading its media or looking it up."""
+    kind = kind_of(index.model.modalities[hit.modality])
+    if kind == "text":
+        return Item(hit, kind)
+    try:
+        index.check(hit)
+    except UserError as error:
+        return Item(hit, "", str(error))
+    shown = (hit.media_type or UNKNOWN).partition("/")[0]
+    if shown == "image" and kind == "video":
+        shown = "animation"
+    elif shown not in ("image", "video", "audio"):
+        shown = ""
+    return Item(hit, shown, segments=hit.parts if is_best_segment else 0)

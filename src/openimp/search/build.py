@@ -9,14 +9,14 @@ from openimp.checkpoint.folder import CHECKPOINTS, model_folder
 from openimp.common.errors import UserError, by_extension, counted
 from openimp.common.modality import Modalities
 from openimp.common.progress import console, track
+from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
 from openimp.inference.files import find_files
 from openimp.inference.model import Model, load
 from openimp.recipe.model import LIBRARY, absolute_name
-from openimp.search.folder import FORMAT, SKIPPED, Metadata, locked, read_metadata, write_metadata
+from openimp.search.folder import FORMAT, METADATA, SKIPPED, Metadata, fingerprint, locked, read_metadata
 from openimp.search.media import Media, media_of_files, media_of_recipe
-from openimp.search.spaces import fingerprint, has_partner
-from openimp.search.table import Items, drop, import_lancedb
+from openimp.search.table import ITEMS, Items, import_lancedb
 from openimp.search.update import Update
 
 KINDS = ("new", "changed", "moved", "unchanged", "removed")
@@ -76,38 +76,47 @@ def build_index(
         UserError: there are no media, the index was built with other weights or views, or another process writes it.
     """
     import_lancedb()  # Fails before the model is loaded and a folder is made.
-    if paths is None and str(model).startswith(LIBRARY):
-        raise UserError(f"{model}: comes without media; name files or folders, and the index with --out")
-    opened, given = load(model), None if paths is None else [Path(path) for path in paths]
-    folder = Path(out) if out else _default_folder(Path(model))
-    towards = {name: opened.partner(name) for name in opened.modalities if has_partner(opened, name)}
-    modalities = {name: opened.modalities[name] for name in towards}
-    found, unknown = _find(model, opened, modalities, given, allow_sources)
-    local = Path(model).exists()
-    about = Metadata(
+    name = str(model)
+    if paths is None and name.startswith(LIBRARY):
+        raise UserError(f"{name}: comes without media; name files or folders, and the index with --out")
+    opened = load(name)
+    given = None if paths is None else [Path(path) for path in paths]
+    folder = Path(out) if out else _default_folder(Path(name))
+    modalities = {
+        one: modality
+        for one, modality in opened.modalities.items()
+        if any(opened.imp.share_a_space(one, other) for other in opened.modalities)
+    }
+    if given is None:
+        media = _recipe_media(name, opened, modalities, allow_sources)
+        unknown: dict[str, int] = {}
+    else:
+        found, unknown = find_files(given, modalities)
+        media = list(media_of_files(found, given, modalities))
+    metadata = Metadata(
         format=FORMAT,
-        model=str(Path(model).absolute()) if local else absolute_name(str(model), "."),
+        model=str(Path(name).absolute()) if Path(name).exists() else absolute_name(name, "."),
         fingerprint=fingerprint(opened),
-        towards=towards,
+        towards={modality: opened.partner(modality) for modality in modalities},
     )
     with locked(folder):
-        _same_weights(folder, about, replace=given is None)
+        _write_metadata(folder, metadata, replace=given is None)
         items = Items(folder, opened.imp.config.embed_dim)
-        update = Update(opened, folder, items, about.towards, found, given)
+        update = Update(opened, folder, items, media, given)
         try:
-            update.run(batch_size, progress)
+            update.run(metadata.towards, batch_size, progress)
         except KeyboardInterrupt:
             kept = counted(items.table.count_rows(), "item")
             console.print(f"stopped: {folder} holds {kept} so far; the same command does the rest", soft_wrap=True)
             raise
-        if not items.table.count_rows():
-            reason = next(iter(update.skipped.items()), ("nothing", "there are no media"))
-            raise UserError(f"no file can be read; the first: {reason[0]}: {reason[1][1]}")
-        items.compact()
+        skipped = {path: reason for path, (_, reason) in update.skipped.items()}
         count = items.table.count_rows()
-    skipped = {path: reason for path, (_, reason) in update.skipped.items()}
-    new, changed, moved, unchanged, removed = (update.counts[kind] for kind in KINDS)
-    done = IndexResult(folder, new, changed, moved, unchanged, removed, skipped, unknown, count, items.approximate)
+        if not count:
+            path, reason = next(iter(skipped.items()), ("nothing", "there are no media"))
+            raise UserError(f"no file can be read; the first: {path}: {reason}")
+        items.compact()
+    counts = {kind: update.counts[kind] for kind in KINDS}
+    done = IndexResult(folder, **counts, skipped=skipped, unknown=unknown, items=count, approximate=items.approximate)
     console.print(str(done), soft_wrap=True)
     return done
 
@@ -118,36 +127,30 @@ def _default_folder(model: Path) -> Path:
     return model / "search.index"
 
 
-def _find(
-    name: str | Path, model: Model, modalities: Modalities, given: list[Path] | None, allow_sources: bool
-) -> tuple[dict[str, Media], dict[str, int]]:
-    """The media to index, by path, and the number of files in folders that no modality reads, by extension."""
-    if given is not None:
-        found, unknown = find_files(given, modalities)
-        return {media.path: media for media in media_of_files(found, given, modalities)}, unknown
+def _recipe_media(name: str, model: Model, modalities: Modalities, allow_sources: bool) -> list[Media]:
+    """The media in the sources of the model's recipe."""
     recipe = model.recipe
     if not allow_sources:
-        read = [(f"task {task}", options.source) for task, options in recipe.tasks.items()]
-        read += [(f"evaluation set {each}", options.source) for each, options in recipe.evaluation.sets.items()]
-        check_uses(Path(name), model_folder(Path(name)), recipe, read)
-    media = {media.path: media for media in media_of_recipe(recipe, modalities)}
+        used = [(f"task {task}", options.source) for task, options in recipe.tasks.items()]
+        used += [(f"evaluation set {title}", options.source) for title, options in recipe.evaluation.sets.items()]
+        check_uses(Path(name), model_folder(Path(name)), recipe, used)
+    media = list(media_of_recipe(recipe, modalities))
     if not media:
         raise UserError(
             f"{name}: the recipe's sources have no media that can be indexed, and streams are skipped; name files or "
             "folders"
         )
-    return media, {}
+    return media
 
 
-def _same_weights(folder: Path, about: Metadata, replace: bool) -> None:
+def _write_metadata(folder: Path, metadata: Metadata, replace: bool) -> None:
     """Writes index.json. Refuses, or with `replace` empties, an index that was built with other weights."""
     old = read_metadata(folder)
-    if old is not None and old.fingerprint != about.fingerprint:
+    if old is not None and old.fingerprint != metadata.fingerprint:
         if not replace:
             raise UserError(
-                f"{folder}: was built with other weights or views than {about.model} has; name a new folder"
+                f"{folder}: was built with other weights or views than {metadata.model} has; name a new folder"
             )
-        drop(folder)
+        import_lancedb().connect(folder).drop_table(ITEMS, ignore_missing=True)
         (folder / SKIPPED).unlink(missing_ok=True)
-    if about != old:
-        write_metadata(folder, about)
+    write_text(folder / METADATA, metadata.model_dump_json(indent=1))

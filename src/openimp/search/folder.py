@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import RootModel
 
 from openimp.common.errors import UserError
-from openimp.common.safe_files import read_text, refuse_links, write_text
+from openimp.common.safe_files import read_text, refuse_links
 from openimp.common.schema import Count, Strict, checked
+from openimp.data.files import stable_hash
+from openimp.evaluation.provenance import checkpoint_fields
+from openimp.inference.model import Model
 
 FORMAT = 3
 """Version of this layout."""
-METADATA, SKIPPED, LOCK = "index.json", "skipped.json", ".lock"
+METADATA = "index.json"
+SKIPPED = "skipped.json"
+LOCK = ".lock"
 INDEX_FILES = ("**/*",)
 """Patterns of the files of an index, for `refuse_links`."""
 MAX_JSON = 2**28
@@ -47,15 +53,11 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: is not an index; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     refuse_links(folder, INDEX_FILES)
-    lock = FileLock(folder / LOCK, timeout=0)
     try:
-        lock.acquire()
+        with FileLock(folder / LOCK, timeout=0):
+            yield
     except Timeout:
         raise UserError(f"{folder}: is being written by another process") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def read_metadata(folder: Path) -> Metadata | None:
@@ -63,31 +65,25 @@ def read_metadata(folder: Path) -> Metadata | None:
     file = folder / METADATA
     if not file.exists():
         return None
-    found = _read_json(file)
-    if isinstance(found, dict) and (version := found.get("format")) != FORMAT:
+    data = _read_json(file)
+    if isinstance(data, dict) and (version := data.get("format")) != FORMAT:
         raise UserError(
             f"{file}: format {version}, and this version of openimp reads format {FORMAT}; make a new index"
         )
-    return checked(Metadata, found, str(file))
-
-
-def write_metadata(folder: Path, about: Metadata) -> None:
-    """Writes index.json."""
-    write_text(folder / METADATA, about.model_dump_json(indent=1))
+    return checked(Metadata, data, str(file))
 
 
 def read_skipped(folder: Path) -> dict[str, tuple[str, str]]:
     """By path, the state (see `file_state`) of each file that could not be read, and the reason."""
     file = folder / SKIPPED
-    found = _read_json(file) if file.exists() else {}
-    if not isinstance(found, dict) or not all(isinstance(value, list) and len(value) == 2 for value in found.values()):
-        raise UserError(f"{file}: damaged: expected an object with pairs")
-    return {path: (str(state), str(reason)) for path, (state, reason) in found.items()}
+    data = _read_json(file) if file.exists() else {}
+    return checked(RootModel[dict[str, tuple[str, str]]], data, f"{file}: damaged").root
 
 
-def write_skipped(folder: Path, skipped: dict[str, tuple[str, str]]) -> None:
-    """Writes skipped.json."""
-    write_text(folder / SKIPPED, json.dumps(skipped, indent=1))
+def fingerprint(model: Model) -> str:
+    """Hash of a model's weights and views. Vectors with different fingerprints must not be compared."""
+    views = [(name, view.model_dump_json()) for name, view in model.views.items()]
+    return stable_hash([checkpoint_fields(model.imp, model.modalities)["checkpoint"], views])
 
 
 def _read_json(file: Path) -> Any:

@@ -19,10 +19,9 @@ from openimp.data.tables import Table
 from openimp.data.trust import check_uses
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.model import Model, load
-from openimp.search.folder import INDEX_FILES, Metadata, read_metadata
+from openimp.search.folder import INDEX_FILES, Metadata, fingerprint, read_metadata
 from openimp.search.media import media_state, row_media, source_table
-from openimp.search.query import EncodedQuery, Hit, Like, Query, QueryPart
-from openimp.search.spaces import Space, fingerprint, shared_space
+from openimp.search.query import EncodedQuery, Hit, Like, Query, QueryPart, Space
 from openimp.search.table import SHOWN, Items, any_of, below, quoted
 
 
@@ -36,28 +35,35 @@ class Index:
         folder: where the index is.
     """
 
-    def __init__(self, folder: Path, model: Model, about: Metadata, allow_sources: bool = False) -> None:
-        self.folder, self.model = folder, model
+    def __init__(self, folder: Path, model: Model, metadata: Metadata, allow_sources: bool = False) -> None:
+        self.folder = folder
+        self.model = model
+        self._metadata = metadata
+        self._items = Items(folder)
         self._allow_sources = allow_sources
-        self._about, self._items = about, Items(folder)
         self._sources: dict[str, Table] = {}
         self._encoding = threading.Lock()
-        self._opening = threading.Lock()
-        self._reading = threading.Lock()
+        self._reading = threading.RLock()
 
     @cached_property
     def counts(self) -> dict[str, int]:
         """The number of items by modality, without modalities that have none."""
-        counts = {name: self._items.table.count_rows(f"modality = {quoted(name)}") for name in self._about.towards}
+        counts = {name: self._items.table.count_rows(f"modality = {quoted(name)}") for name in self._metadata.towards}
         return {name: count for name, count in counts.items() if count}
 
     @cached_property
     def folders(self) -> list[str]:
         """Useful values of `under`: the sources, and the folders directly below the common parent of all files."""
-        sources, folders = self._items.places()
-        top = os.path.commonpath(folders) if folders else ""
-        names = {folder[len(top) :].strip(os.sep).split(os.sep)[0] for folder in folders} - {""}
-        return [*sorted(sources), *sorted(os.path.join(top, name) for name in names)]
+        sources = set()
+        folders = set()
+        for path, source in self._items.columns("path", "source"):
+            if source:
+                sources.add(source)
+            else:
+                folders.add(os.path.dirname(path))
+        parent = os.path.commonpath(folders) if folders else ""
+        children = {os.path.relpath(folder, parent).split(os.sep)[0] for folder in folders} - {"."}
+        return [*sorted(sources), *(os.path.join(parent, child) for child in sorted(children))]
 
     def search(
         self,
@@ -90,18 +96,21 @@ class Index:
         for name in modalities or ():
             if name not in self.counts:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
-        parts = self._encoded([self.text_query(part) if isinstance(part, str) else part for part in given])
-        where = [f"NOT {any_of('id', ids)}"] if (ids := [part.id for part in given if isinstance(part, Like)]) else []
+        parts = self._encode_all(given)
+        filters = []
+        if likes := [part.id for part in given if isinstance(part, Like)]:
+            filters.append(f"NOT {any_of('id', likes)}")
         if under is not None:
-            where.append(self._below(under))
+            filters.append(self._below(under))
         hits_by_modality: list[list[Hit]] = []
         for name in dict.fromkeys(modalities or self.counts):
-            vector = self._sum(parts, shared_space(self.model.imp, name, self._about.towards[name]))
-            if vector is not None:
-                # Without a filter, LanceDB does not have to scan a column.
-                only = [f"modality = {quoted(name)}"] if len(self.counts) > 1 else []
-                hits = self._nearest(vector, k, " AND ".join([*where, *only]) or None, under)
-                hits_by_modality.append([hit for hit in hits if min_score is None or hit.score >= min_score])
+            space = self._space(name, self._metadata.towards[name])
+            if not all(space in part.vectors for part in parts):
+                continue
+            # Without a filter, LanceDB does not have to scan a column.
+            of_modality = [f"modality = {quoted(name)}"] if len(self.counts) > 1 else []
+            hits = self._nearest(_sum(parts, space), k, " AND ".join([*filters, *of_modality]) or None, under)
+            hits_by_modality.append([hit for hit in hits if min_score is None or hit.score >= min_score])
         if not hits_by_modality:
             kinds = ", ".join(dict.fromkeys(part.modality for part in given if not isinstance(part, str | Like)))
             items = ", ".join(modalities or self.counts)
@@ -118,14 +127,14 @@ class Index:
 
     def hits(self, ids: Iterable[str]) -> dict[str, Hit]:
         """Items by their ids, with score 1. Those that are not indexed are left out."""
-        return {row["id"]: Hit(**row, score=1.0) for row in self._items.rows(any_of("id", ids), SHOWN)}
+        return {row["id"]: Hit(**row) for row in self._items.rows("id", ids, SHOWN)}
 
     def hit(self, id: str) -> Hit:
         """An item by its id, with score 1. UserError if it is not indexed."""
-        hits = self.hits([id])
-        if not hits:
+        hit = self.hits([id]).get(id)
+        if hit is None:
             raise UserError(f"{self.folder}: has no item {id!r}")
-        return hits[id]
+        return hit
 
     def check(self, hit: Hit) -> None:
         """UserError if the media of an item are gone, or have changed since they were indexed."""
@@ -156,24 +165,15 @@ class Index:
             raise UserError(f"{hit.path}: is a list of numbers, which has no media type")
         return media
 
-    def modality_of(self, name: str) -> str:
-        """The modality of a file by its extension. UserError if the model reads no such files."""
-        ending = Path(name).suffix.lower()
-        for modality, item in self.model.modalities.items():
-            if ending in item.extensions:
-                return modality
-        kinds = ", ".join(self.model.modalities)
-        raise UserError(f"{name}: unknown type of file; the model reads {kinds}")
-
     def vectors(self) -> pa.Table:
         """`id`, `modality` and fp16 `vector` of all items."""
         return self._items.table.search().select(["id", "modality", "vector"]).to_arrow()
 
-    def sample(self, count: int, columns: Sequence[str]) -> pa.Table:
-        """Some of these columns of at most `count` items, which are evenly spaced over the index."""
+    def sample(self, count: int) -> list[Hit]:
+        """At most `count` items, which are evenly spaced over the index, with score 1."""
         total = self._items.table.count_rows()
         rows = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
-        return self._items.table.take_offsets(rows).select(list(columns)).to_arrow()
+        return [Hit(**row) for row in self._items.table.take_offsets(rows).select(SHOWN).to_list()]
 
     def encode(self, query: Query) -> EncodedQuery:
         """Encodes a part of a query, for all spaces that its modality is in. UserError if it cannot be read.
@@ -185,56 +185,59 @@ class Index:
         value = query.value
         if name not in model.modalities:
             raise UserError(f"the model has no modality {name!r}{nearest(name, model.modalities)}")
-        others = [other for other in model.modalities if model.imp.share_a_space(name, other)]
-        towards = {shared_space(model.imp, name, other): other for other in others}
-        modality = model.modalities[name]
-        encoder = ItemEncoder(model.imp, modality, model.views[name], None, model.precision)
-        if modality.reads_text and not (str(value).strip() and modality.knows(value, encoder.view)):
+        encoder = ItemEncoder(model.imp, model.modalities[name], model.views[name], None, model.precision)
+        if encoder.modality.reads_text and not (str(value).strip() and encoder.modality.knows(value, encoder.view)):
             raise UserError(f"{value!r} has no word that the model knows")
         try:
             clips = encoder.read(value)
         except BadMedia as error:
             file = "" if isinstance(value, bytes) else f"{value}: "
             raise UserError(f"{file}cannot be read as {name}: {error}") from None
+        others = [other for other in model.modalities if model.imp.share_a_space(name, other)]
+        towards = {self._space(name, other): other for other in others}
         with self._encoding:
             vectors = encoder.encode_item(clips, towards.values())
         return EncodedQuery(name, {space: z.cpu().numpy() for space, z in zip(towards, vectors)}, query.weight)
 
-    def _encoded(self, parts: Sequence[QueryPart]) -> list[EncodedQuery]:
+    def _encode_all(self, parts: Sequence[str | QueryPart]) -> list[EncodedQuery]:
         """The parts with their vectors. Those of items are the stored ones."""
-        ids = [part.id for part in parts if isinstance(part, Like)]
-        columns = ["id", "modality", "towards", "vector"]
-        stored = {row["id"]: row for row in self._items.rows(any_of("id", ids), columns)} if ids else {}
-        found = []
+        likes = [part.id for part in parts if isinstance(part, Like)]
+        stored = {row["id"]: row for row in self._items.rows("id", likes, ["id", "modality", "vector"])}
+        encoded = []
         for part in parts:
+            if isinstance(part, str):
+                part = self.text_query(part)
             if isinstance(part, Query):
-                found.append(self.encode(part))
-            elif isinstance(part, EncodedQuery):
-                found.append(part)
-            elif part.id not in stored:
-                raise UserError(f"{self.folder}: has no item {part.id!r}")
-            else:
-                row = stored[part.id]
-                space = shared_space(self.model.imp, row["modality"], row["towards"])
-                vector = np.asarray(row["vector"], np.float32)
-                found.append(EncodedQuery(row["modality"], {space: vector}, part.weight))
-        return found
+                part = self.encode(part)
+            if isinstance(part, Like):
+                if part.id not in stored:
+                    raise UserError(f"{self.folder}: has no item {part.id!r}")
+                name = stored[part.id]["modality"]
+                vector = np.asarray(stored[part.id]["vector"], np.float32)
+                part = EncodedQuery(name, {self._space(name, self._metadata.towards[name]): vector}, part.weight)
+            encoded.append(part)
+        return encoded
+
+    def _space(self, name: str, other: str) -> Space:
+        """The space of the vectors of one modality towards another."""
+        model = self.model.imp
+        joint = model.config.space == "joint"
+        return frozenset() if joint else frozenset([model.head_name(name, other), model.head_name(other, name)])
 
     def _source(self, name: str) -> Table:
         """A source of the recipe, opened when it is first needed."""
-        with self._opening:
+        with self._reading:
             if name not in self._sources:
                 if not self._allow_sources:
-                    folder = find_model(self._about.model)
-                    check_uses(Path(self._about.model), folder, self.model.recipe, [("the index", name)])
+                    folder = find_model(self._metadata.model)
+                    check_uses(Path(self._metadata.model), folder, self.model.recipe, [("the index", name)])
                 self._sources[name] = source_table(self.model.recipe, name)
             return self._sources[name]
 
     def _below(self, under: str | Path) -> str:
         """An SQL filter for `under`."""
-        if str(under) in self.model.recipe.sources:
-            return f"(source = {quoted(str(under))} OR {below(os.path.abspath(under))})"
-        return f"(path = {quoted(str(under))} OR {below(os.path.abspath(under))})"
+        column = "source" if str(under) in self.model.recipe.sources else "path"
+        return f"({column} = {quoted(str(under))} OR {below(os.path.abspath(under))})"
 
     def _nearest(self, vector: np.ndarray, k: int, where: str | None, under: str | Path | None) -> list[Hit]:
         """The `k` hits that are closest to a vector (Z,), with only the best segment of each file.
@@ -252,16 +255,14 @@ class Index:
                 return list(best.values())[:k]
             count *= 4
 
-    def _sum(self, parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | None:
-        """The weighted sum (Z,) of the parts of a query in a space, or None if a part has no vector there."""
-        if not all(space in part.vectors for part in parts):
-            return None
-        total = np.zeros(self.model.imp.config.embed_dim, np.float32)
-        for part in parts:
-            total += part.weight * part.vectors[space]
-        if np.linalg.norm(total) < 1e-3:
-            raise UserError("the queries cancel each other out")
-        return total
+
+def _sum(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray:
+    """The weighted sum (Z,) of the parts of a query in a space."""
+    total = sum(part.weight * part.vectors[space] for part in parts)
+    assert isinstance(total, np.ndarray)
+    if np.linalg.norm(total) < 1e-3:
+        raise UserError("the queries cancel each other out")
+    return total
 
 
 def open_index(path: str | Path, device: str | torch.device | None = None, allow_sources: bool = False) -> Index:
@@ -277,19 +278,19 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
     """
     folder = Path(path)
     refuse_links(folder, INDEX_FILES)
-    about = read_metadata(folder)
-    if about is None:
+    metadata = read_metadata(folder)
+    if metadata is None:
         what = "is not an index" if folder.exists() else "no such index"
         raise UserError(f"{folder}: {what}; openimp index makes one")
     try:
-        model = load(about.model, device)
+        model = load(metadata.model, device)
     except UserError as error:
         raise UserError(f"{folder}: its model cannot be opened: {error}") from None
-    if fingerprint(model) != about.fingerprint:
+    if fingerprint(model) != metadata.fingerprint:
         raise UserError(
-            f"{folder}: was built with other weights or views than {about.model} has now; build a new index"
+            f"{folder}: was built with other weights or views than {metadata.model} has now; build a new index"
         )
-    return Index(folder, model, about, allow_sources)
+    return Index(folder, model, metadata, allow_sources)
 
 
 def stands_for_file(hit: Hit, under: str | Path | None) -> bool:

@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from openimp.common.errors import UserError
-from openimp.common.modality import BadMedia, Modalities
+from openimp.common.modality import BadMedia, Modalities, Modality
 from openimp.common.safe_files import file_state
 from openimp.data.files import is_utf8
 from openimp.data.sources import open_source
@@ -22,6 +22,8 @@ from openimp.recipe.schema import Recipe
 
 Roots = Callable[[], list[Path]]
 """Returns the folders that a link may not lead out of."""
+ReadText = Callable[[], str | None]
+"""Returns the text that belongs to media; raises BadMedia if it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Media:
     # caption follow, or the fingerprint of the source that names the file.
     state: str
     raw: Callable[[], bytes | Path | np.ndarray]  # raises BadMedia if the media cannot be read
-    text: Callable[[], str | None] = lambda: None  # its caption or the text of its row; raises BadMedia
+    text: ReadText = lambda: None  # its caption or the text of its row
     source: str | None = None  # of a row that contains the media itself; None for a file
     row: int | None = None
     column: str | None = None
@@ -46,45 +48,42 @@ def media_of_files(found: dict[str, list[File]], given: Iterable[Path], modaliti
     A text file beside a medium, such as `a.txt` beside `a.jpg`, is its caption, and not an item.
     """
     roots = cache(lambda: [Path(os.path.realpath(path)) for path in given])  # Slow; needed only if there are links.
-    files = {name: [os.path.abspath(path) for path in paths] for name, paths in found.items()}
-    texts = {name: paths for name, paths in files.items() if modalities[name].reads_text}
-    captions = {os.path.splitext(path)[0]: path for path in chain.from_iterable(texts.values())}
-    not_items = set()
-    for name, paths in files.items():
-        for path in paths if name not in texts else ():
-            caption = captions.get(os.path.splitext(path)[0])
-            if caption is None:
-                yield _file(path, name, roots)
-            else:
-                not_items.add(caption)
-                yield _file(path, name, roots, partial(_caption, caption, roots), file_state(caption))
-    for name, paths in texts.items():
-        yield from (_file(path, name, roots) for path in paths if path not in not_items)
+    files = [(os.path.abspath(path), name) for name, paths in found.items() for path in paths]
+    texts = [(path, name) for path, name in files if modalities[name].reads_text]
+    caption_of = {os.path.splitext(path)[0]: path for path, _ in texts}
+    used_captions = set()
+    for path, name in files:
+        if modalities[name].reads_text:
+            continue
+        caption = caption_of.get(os.path.splitext(path)[0])
+        if caption is None:
+            yield _file(path, name, roots)
+        else:
+            used_captions.add(caption)
+            yield _file(path, name, roots, partial(_caption, caption, roots), file_state(caption))
+    for path, name in texts:
+        if path not in used_captions:
+            yield _file(path, name, roots)
 
 
 def media_of_recipe(recipe: Recipe, modalities: Modalities) -> Iterator[Media]:
     """The media in the sources that the tasks and evaluation sets read. Streamed sources are skipped,
     because their rows have no numbers."""
-    tables: dict[str, Table] = {}
+    open_table = cache(partial(source_table, recipe))
     seen = set()
     for user in (*recipe.tasks.values(), *recipe.evaluation.sets.values()):
         if recipe.sources[user.source].stream:
             continue
-        texts = [(name, spec) for name, spec in user.inputs.items() if modalities[name].reads_text]
-        label = getattr(user, "label", None)
+        texts = [(modalities[name], spec) for name, spec in user.inputs.items() if modalities[name].reads_text]
         for name, spec in user.inputs.items():
-            key = (user.source, spec.columns[0], name)
-            if modalities[name].reads_text or key in seen:
+            column = spec.columns[0]
+            if modalities[name].reads_text or (user.source, column, name) in seen:
                 continue
-            seen.add(key)
-            if user.source not in tables:
-                tables[user.source] = source_table(recipe, user.source)
-            table = tables[user.source]
+            seen.add((user.source, column, name))
+            table = open_table(user.source)
             require_columns(table, modalities[name], spec, f"sources.{user.source}")
-            caption = partial(_text, table, label and str(label))
-            if texts:
-                caption = partial(_template, table, modalities, *texts[0])
-            yield from _rows(table, name, spec.columns[0], caption)
+            text = partial(_input_text, table, *texts[0]) if texts else partial(_label, table, user)
+            yield from _rows(table, name, column, text)
 
 
 def source_table(recipe: Recipe, name: str) -> Table:
@@ -100,13 +99,12 @@ def media_state(state: str) -> str:
     return state.partition(" ")[0]
 
 
-def _file(
-    path: str,
-    modality: str,
-    roots: Roots | None,
-    text: Callable[[], str | None] = lambda: None,
-    text_state: str = "",
-) -> Media:
+def row_media(table: Table, row: int, column: str) -> bytes | Path | np.ndarray:
+    """The media in a row of a source."""
+    return table.media(table.rows([row], [column])[0][column])
+
+
+def _file(path: str, modality: str, roots: Roots | None, text: ReadText = lambda: None, text_state: str = "") -> Media:
     state = f"{file_state(path)} {text_state}".rstrip()
     return Media(shown_name(path), modality, state, partial(_checked, path, roots), text)
 
@@ -122,43 +120,39 @@ def _checked(path: str, roots: Roots | None) -> Path:
     return Path(path)
 
 
-def _caption(path: str, roots: Roots) -> str | None:
+def _caption(path: str, roots: Roots) -> str:
     try:
-        return file_text(_checked(path, roots)).removeprefix("\ufeff").strip() or None
+        return file_text(_checked(path, roots)).removeprefix("\ufeff").strip()
     except BadMedia as error:
         raise BadMedia(f"{os.path.basename(path)}: {error}") from None
 
 
-def _rows(table: Table, modality: str, column: str, caption: Callable[[int], str | None]) -> Iterator[Media]:
+def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | None]) -> Iterator[Media]:
     # Only if paths are stored can a row's value be read here: bytes would be the whole data set.
     values = table.column(column) if table.paths(column) else [None] * len(table)
     for row, value in enumerate(values):
-        name = f"{table.name}/{row}/{column}"
-        text = partial(caption, row)
+        row_text = partial(text, row)
         if isinstance(value, str) or (isinstance(value, dict) and not value.get("bytes")):
             try:
-                yield _file(str(table.media(value)), modality, None, text, table.fingerprint)
+                yield _file(str(table.media(value)), modality, None, row_text, table.fingerprint)
                 continue
             except BadMedia:
                 pass  # Reading the row raises the same error, which is then recorded under the row's name.
+        name = f"{table.name}/{row}/{column}"
         raw = partial(row_media, table, row, column)
-        yield Media(name, modality, table.fingerprint, raw, text, table.name, row, column)
+        yield Media(name, modality, table.fingerprint, raw, row_text, table.name, row, column)
 
 
-def row_media(table: Table, row: int, column: str) -> bytes | Path | np.ndarray:
-    """The media in a row of a source."""
-    return table.media(table.rows([row], [column])[0][column])
-
-
-def _template(table: Table, modalities: Modalities, name: str, spec: Input, row: int) -> str | None:
+def _input_text(table: Table, modality: Modality, spec: Input, row: int) -> str | None:
+    """The text of a row that an input of a modality reads."""
     try:
-        return str(raw_value(table, modalities[name], spec, row))
+        return str(raw_value(table, modality, spec, row))
     except BadMedia:
         return None
 
 
-def _text(table: Table, label: str | None, row: int) -> str | None:
-    if not label or label not in table.columns:
-        return None
-    value = table.rows([row], [label])[0][label]
+def _label(table: Table, user: Any, row: int) -> str | None:
+    """The name of the class of a row, if a task or an evaluation set reads one."""
+    label = str(getattr(user, "label", ""))
+    value = table.rows([row], [label])[0][label] if label in table.columns else None
     return value if isinstance(value, str) else None

@@ -17,11 +17,10 @@ from starlette.types import Receive, Scope, Send
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.common.progress import clock
-from openimp.search.answers import Answer, answer
-from openimp.search.display import UNKNOWN, head_of, kind_of, media_type
+from openimp.search.answers import answer
 from openimp.search.index import Index
+from openimp.search.media_types import UNKNOWN, kind_of, media_type
 from openimp.search.query import Query
-from openimp.search.state import State
 from openimp.search.uploads import MAX_UPLOAD_BYTES, Upload, Uploads
 
 TEMPLATES = Environment(
@@ -57,27 +56,25 @@ class Page:
         self.receiving = Semaphore(RECEIVED_AT_ONCE)
         self.folder = tempfile.TemporaryDirectory(prefix="openimp-serve-")
         self.thumbnail = lru_cache(maxsize=4096)(self._thumbnail)
-        modalities = index.model.modalities.values()
-        files = [modality for modality in modalities if not modality.reads_text]
+        modalities = index.model.modalities
+        files = {name: modality for name, modality in modalities.items() if not modality.reads_text}
+        # If two modalities share an extension, it belongs to the first one.
+        self.modality_of = {ending: name for name in reversed(files) for ending in files[name].extensions}
         self.shared: dict[str, Any] = {
             "folder": index.folder,
             "counts": index.counts,
             "folders": index.folders,
-            "colors": {name: f"c{i % 6}" for i, name in enumerate(index.model.modalities)},
-            "reader": any(modality.reads_text for modality in modalities),
-            "readable": [modality.name for modality in files],
-            "accepted": [extension for modality in files for extension in modality.extensions],
-            "recordable": next((modality.name for modality in files if kind_of(modality) == "audio"), ""),
+            "colors": {name: f"c{i % 6}" for i, name in enumerate(modalities)},
+            "reader": len(files) < len(modalities),
+            "readable": list(files),
+            "accepted": list(self.modality_of),
+            "recordable": next((name for name in files if kind_of(files[name]) == "audio"), ""),
             "limit": MAX_UPLOAD_BYTES,
         }
 
     async def search(self, request: Request) -> Response:
         """The form with the results of the query in the URL."""
-        try:
-            state = State.parse(request.query_params)
-            found = await to_thread.run_sync(answer, self.index, self.uploads, state, limiter=self.searching)
-        except UserError as error:
-            found = Answer(f"This cannot be searched: {error}", code=400)
+        found = await to_thread.run_sync(answer, self.index, self.uploads, request.query_params, limiter=self.searching)
         return self._render("search.html", **vars(found))
 
     async def media(self, request: Request) -> Response:
@@ -96,10 +93,8 @@ class Page:
     async def upload(self, request: Request) -> Response:
         """Encodes a file, the body of the request, and returns its id."""
         name = Path(request.query_params.get("name", "")).name[:200] or "file"
-        reason = ""
-        code = 400
         try:
-            modality = request.query_params.get("modality") or self.index.modality_of(name)
+            modality = request.query_params.get("modality") or self.modality_of.get(Path(name).suffix.lower(), "")
             if modality not in self.shared["readable"]:
                 raise UserError(f"{name}: choose a file of {' or '.join(self.shared['readable'])}")
             with anyio.fail_after(UPLOAD_SECONDS):
@@ -109,13 +104,9 @@ class Page:
                     upload = await to_thread.run_sync(read, limiter=self.encoding, abandon_on_cancel=True)
             return JSONResponse({"id": self.uploads.add(upload)})
         except TimeoutError:
-            reason = f"{name}: reading it takes too long, or the server is busy"
-            code = 408
-        except UserError as error:
-            reason = str(error)
-        except ClientDisconnect:
-            pass  # Nobody receives the answer.
-        return JSONResponse({"error": f"Cannot search with {reason}."}, code)
+            return _refused(f"{name}: reading it takes too long, or the server is busy", 408)
+        except (UserError, ClientDisconnect) as error:  # If the client is gone, nobody receives the answer.
+            return _refused(str(error))
 
     def _read(self, name: str, modality: str, content: bytes) -> Upload:
         try:
@@ -125,23 +116,23 @@ class Page:
         return Upload(name, encoded, self._draw(modality, content))
 
     def _media(self, id: str) -> Response:
-        hit, media = self.index.hit(id), self.index.read(id)
+        hit = self.index.hit(id)
+        media = self.index.read(id)
         kind = kind_of(self.index.model.modalities[hit.modality])
         if kind == "text":
             return PlainTextResponse(hit.text or "")
-        found = media_type(head_of(media), kind)
+        found = media_type(media, kind)
         # The media are data of others: whatever a browser makes of them, it may run and load nothing.
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "private, no-cache"}
-        response = FileResponse
-        if isinstance(media, bytes):
-            # Only files are served in ranges, which browsers need to play sounds and clips.
-            number, file = tempfile.mkstemp(dir=self.folder.name)
-            with os.fdopen(number, "wb") as stream:
-                stream.write(media)
-            os.utime(file, (0, 0))  # The same ETag for each range.
-            media, response = Path(file), TemporaryResponse
         name = Path(hit.path).name if found == UNKNOWN else None  # With a name, the browser saves the file.
-        return response(media, headers=headers, media_type=found, filename=name)
+        if isinstance(media, Path):
+            return FileResponse(media, headers=headers, media_type=found, filename=name)
+        # Only files are served in ranges, which browsers need to play sounds and clips.
+        number, file = tempfile.mkstemp(dir=self.folder.name)
+        with os.fdopen(number, "wb") as stream:
+            stream.write(media)
+        os.utime(file, (0, 0))  # The same ETag for each range.
+        return TemporaryResponse(file, headers=headers, media_type=found, filename=name)
 
     def _thumbnail(self, id: str) -> bytes | None:
         hit = self.index.hit(id)
@@ -160,11 +151,8 @@ class Page:
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """Answers an error with one sentence: a page for browsers, plain text otherwise."""
-        code = 404
-        text = str(error)
-        if isinstance(error, HTTPException):
-            code = error.status_code
-            text = "There is no such page"
+        code = error.status_code if isinstance(error, HTTPException) else 404
+        text = "There is no such page" if isinstance(error, HTTPException) else str(error)
         if "text/html" in request.headers.get("accept", ""):
             return self._render("error.html", code=code, status=text)
         return PlainTextResponse(text.encode(errors="replace"), code)
@@ -191,6 +179,10 @@ async def _body(request: Request, name: str) -> bytes:
         if len(content) > MAX_UPLOAD_BYTES:
             raise too_large
     return bytes(content)
+
+
+def _refused(reason: str, code: int = 400) -> JSONResponse:
+    return JSONResponse({"error": f"Cannot search with {reason}."}, code)
 
 
 def _picture(picture: bytes | None) -> Response:

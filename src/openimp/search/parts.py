@@ -1,7 +1,10 @@
-"""Opens media that are indexed: hashes them, cuts them into parts, and reads the parts."""
+"""Opens media that are indexed: hashes them, cuts them into parts, and reads the parts.
+
+A part is a whole file, a segment of a recording, or a line of a text file. Each part becomes a row of the table.
+"""
 
 import hashlib
-from collections.abc import Container
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,8 @@ from openimp.common.modality import BadMedia
 from openimp.common.safe_files import sha256
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.files import file_text
-from openimp.inference.model import Model
-from openimp.search.display import head_of, kind_of, media_type
 from openimp.search.media import Media
+from openimp.search.media_types import kind_of, media_type
 
 MAX_LINES = 100_000
 """Most lines of a text file, because all rows of a file are written to the table at once."""
@@ -28,94 +30,68 @@ class File:
     """A file, or the media in a row of a source, while it is indexed."""
 
     media: Media
-    sha256: str = ""
-    parts: list["Part"] = field(default_factory=list)
-    unencoded: int = 0  # number of parts that are not encoded yet
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    error: str | None = None  # why it, or its first unreadable part, cannot be read
-    media_type: str | None = None
+    sha256: str
     text: str | None = None  # its caption or the text of its row
-    text_error: str | None = None  # why the text cannot be read
-
-    def add(self, part: "Part", vector: np.ndarray | BadMedia) -> None:
-        """Adds the vector of a part, or the reason why there is none."""
-        self.unencoded -= 1
-        if isinstance(vector, BadMedia):
-            self.error = self.error or f"{part.name}{vector}"
-        else:
-            self.rows.append({"part": part.number, "start": part.start, "end": part.end, "text": part.text,
-                              "vector": vector})  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Part:
-    """A whole file, a segment of a recording, or a line of a text file."""
-
-    file: File
-    number: int
-    start: float | None = None
-    end: float | None = None
-    text: str | None = None
+    problem: str = ""  # why something of it cannot be read
+    copied_from: str = ""  # the path of a file with the same content in the table
+    parts: list[dict[str, Any]] = field(default_factory=list)  # rows of the table, with "vector" once it is known
 
     @property
-    def name(self) -> str:
-        """The prefix of error messages about this part; empty for a whole file."""
-        if self.end is not None:
-            return f"from {self.start:.1f} to {self.end:.1f} s: "
-        return "" if self.text is None else f"line {self.number + 1}: "
+    def content(self) -> tuple[str, str]:
+        """Files with the same content have the same vectors."""
+        return self.sha256, self.media.modality
 
 
-def open_file(model: Model, known: Container[tuple[str, str]], media: Media, sha256: str = "") -> File:
-    """Reads the text of media, hashes them unless `sha256` is given, and lists their parts unless those are known.
+def open_file(encoder: ItemEncoder, path_of: Mapping[tuple[str, str], str], media: Media, sha256: str) -> File:
+    """Reads the text of media, hashes them unless `sha256` is given, and lists their parts.
 
-    Known parts are those of a hash and modality in `known`.
+    If `path_of` has a path for `File.content`, this is `copied_from`, and the parts are not listed.
     """
     file = File(media, sha256)
     try:
         file.text = (media.text() or "")[:MAX_TEXT] or None
     except BadMedia as error:
-        file.text_error = str(error)
+        file.problem = str(error)
     try:
-        if not sha256:
-            file.sha256 = _hash(media.raw())
-    except BadMedia as error:
-        file.error = str(error)
+        file.sha256 = sha256 or _hash(media.raw())
+        file.copied_from = path_of.get(file.content, "")
+        if not file.copied_from:
+            file.parts = _parts(encoder, media.raw(), file.text)
     except OSError as error:
-        file.error = error.strerror or str(error)
-    if not file.error and (file.sha256, media.modality) not in known:
-        list_parts(model, file)
+        file.problem = error.strerror or str(error)
+    except (BadMedia, UserError) as error:
+        file.problem = str(error)
     return file
 
 
-def list_parts(model: Model, file: File) -> None:
-    """Lists the parts of a file, or records why it cannot be read."""
-    modality, view = model.modalities[file.media.modality], model.views[file.media.modality]
+def _parts(encoder: ItemEncoder, raw: bytes | Path | np.ndarray, text: str | None) -> list[dict[str, Any]]:
+    modality = encoder.modality
+    if modality.reads_text:
+        assert isinstance(raw, Path)
+        return [{"part": i, "text": line[:MAX_TEXT]} for i, line in enumerate(_lines(raw)) if line]
+    shown = None if isinstance(raw, np.ndarray) else media_type(raw, kind_of(modality))
+    segments: list[Any] = modality.segments(raw, encoder.view) or [(None, None)]
+    return [
+        {"part": i, "start": start, "end": end, "text": text, "media_type": shown}
+        for i, (start, end) in enumerate(segments)
+    ]
+
+
+def read_part(encoder: ItemEncoder, file: File, part: Mapping[str, Any]) -> np.ndarray:
+    """The clips of a part, as `Modality.encode_input` makes them. BadMedia says which part cannot be read."""
+    error_prefix = ""
     try:
-        raw = file.media.raw()
-        if isinstance(raw, bytes | Path) and not modality.reads_text:
-            file.media_type = media_type(head_of(raw), kind_of(modality))
-        if modality.reads_text:
-            assert isinstance(raw, Path)
-            file.parts = [Part(file, i, text=line[:MAX_TEXT]) for i, line in enumerate(_lines(raw)) if line]
-        elif times := modality.segments(raw, view):
-            file.parts = [Part(file, i, start, end) for i, (start, end) in enumerate(times)]
-        else:
-            file.parts = [Part(file, 0)]
-        file.unencoded = len(file.parts)
-    except (BadMedia, UserError) as error:
-        file.error = str(error)
-
-
-def read_part(encoder: ItemEncoder, part: Part) -> np.ndarray:
-    """The clips of a part, as `Modality.encode_input` makes them."""
-    if encoder.modality.reads_text:
-        if not encoder.modality.knows(part.text, encoder.view):
-            raise BadMedia("has no word that the model knows")
-        return encoder.read(part.text)
-    raw = part.file.media.raw()
-    if part.start is None or part.end is None:
-        return encoder.read(raw)
-    return encoder.modality.encode_segment(raw, encoder.view, part.start, part.end)
+        if encoder.modality.reads_text:
+            error_prefix = f"line {part['part'] + 1}: "
+            if not encoder.modality.knows(part["text"], encoder.view):
+                raise BadMedia("has no word that the model knows")
+            return encoder.read(part["text"])
+        if part["end"] is None:
+            return encoder.read(file.media.raw())
+        error_prefix = f"from {part['start']:.1f} to {part['end']:.1f} s: "
+        return encoder.modality.encode_segment(file.media.raw(), encoder.view, part["start"], part["end"])
+    except BadMedia as error:
+        raise BadMedia(f"{error_prefix}{error}") from None
 
 
 def _lines(file: Path) -> list[str]:

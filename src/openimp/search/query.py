@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+Space = frozenset[str]
+"""A space of vectors that can be compared, identified by the names of its two heads; empty for a joint space."""
+
 
 @dataclass(frozen=True)
 class Query:
@@ -28,7 +31,7 @@ class EncodedQuery:
     """A part of a query that `Index.encode` has encoded, for several searches."""
 
     modality: str
-    vectors: dict[frozenset[str], np.ndarray]  # unit vectors (Z,), by space; see `spaces.Space`
+    vectors: dict[Space, np.ndarray]  # unit vectors (Z,)
     weight: float = 1.0  # negative: subtracted
 
 
@@ -52,4 +55,4 @@ class Hit:
     row: int | None  # number of that row
     column: str | None
     state: str  # of the media when they were indexed; see `Media.state`
-    score: float  # cosine with the query
+    score: float = 1.0  # cosine with the query

@@ -7,7 +7,6 @@ from urllib.parse import urlencode
 from starlette.datastructures import QueryParams
 
 from openimp.common.errors import UserError
-from openimp.search.query import Like
 
 MAX_TEXT = 1000
 """Characters of a query at most."""
@@ -16,8 +15,6 @@ MAX_PARTS = 16
 PAGE_RESULTS = 48
 """Results that are shown at once."""
 MAX_RESULTS = 480
-LESS_WEIGHT = -0.5
-"""Weight of an item that results should be less like. With -1, most results would resemble neither."""
 
 
 @dataclass(frozen=True)
@@ -36,45 +33,45 @@ class State:
     @classmethod
     def parse(cls, parameters: QueryParams) -> "State":
         """Reads the parameters of a URL; UserError if a value is impossible. Unknown parameters are ignored."""
-        kinds = ("file", "more", "less", "modality")
-        lists: dict[str, Any] = {name: tuple(dict.fromkeys(parameters.getlist(name))) for name in kinds}
+        lists: dict[str, Any] = {
+            name: tuple(dict.fromkeys(parameters.getlist(name))) for name in ("file", "more", "less", "modality")
+        }
         texts: dict[str, Any] = {name: parameters.get(name, "").strip() for name in ("q", "under")}
         if max(map(len, lists.values())) > MAX_PARTS:
             raise UserError(f"a query has at most {MAX_PARTS} files or items")
         if max(map(len, texts.values())) > MAX_TEXT:
             raise UserError(f"a query has at most {MAX_TEXT:,} characters")
         try:
-            score, count = float(parameters.get("min") or 0), int(parameters.get("k") or PAGE_RESULTS)
+            score = float(parameters.get("min") or 0)
+            count = int(parameters.get("k") or PAGE_RESULTS)
         except ValueError:
             raise UserError("min and k must be numbers") from None
         if not (-1 <= score <= 1 and 1 <= count <= MAX_RESULTS):
             raise UserError(f"min must be between -1 and 1, and k between 1 and {MAX_RESULTS}")
-        return cls(**lists, **texts, min=score, k=count)
+        return cls(**texts, **lists, min=score, k=count)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to search for."""
         return not (self.q or self.file or self.more or self.less)
 
-    def likes(self) -> list[Like]:
-        """The parts of the query that are indexed items."""
-        return [*(Like(id) for id in self.more), *(Like(id, LESS_WEIGHT) for id in self.less)]
-
     def link(self, k: int = PAGE_RESULTS, **changes: Any) -> str:
         """The URL of this state with some fields changed, and the first `k` results."""
-        changed = vars(replace(self, k=k, **changes))
-        given = {field.name: changed[field.name] for field in fields(self) if changed[field.name] != field.default}
+        values = vars(replace(self, k=k, **changes))
+        given = {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
         return f"/?{urlencode(given, doseq=True)}" if given else "/"
 
     def with_item(self, kind: str, id: str) -> str:
         """The URL that also asks for items more or less like one; `kind` is "more" or "less"."""
-        ids: dict[str, Any] = {
-            name: tuple(known for known in getattr(self, name) if known != id) for name in ("more", "less")
-        }
-        ids[kind] = (*ids[kind], id)[-MAX_PARTS:]
-        return self.link(**ids)
+        changes: dict[str, Any] = {"more": _without(self.more, id), "less": _without(self.less, id)}
+        changes[kind] = (*changes[kind], id)[-MAX_PARTS:]
+        return self.link(**changes)
 
     def without(self, kind: str, id: str) -> str:
         """The URL without an upload or item of the query."""
-        left: dict[str, Any] = {kind: tuple(known for known in getattr(self, kind) if known != id)}
+        left: dict[str, Any] = {kind: _without(getattr(self, kind), id)}
         return self.link(**left)
+
+
+def _without(ids: tuple[str, ...], removed: str) -> tuple[str, ...]:
+    return tuple(id for id in ids if id != removed)

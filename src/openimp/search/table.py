@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,40 +33,25 @@ REFINED = 2
 """For `k` results, this many times `k` rows are compared with their exact vectors, after a search in quantized ones."""
 KEEP_VERSIONS = 24 * 3600
 """Seconds that a version of the table is kept after a newer one has replaced it, for processes that still read it."""
-FILTER_PATHS = 500
-"""Most paths that one SQL filter lists."""
+FILTER_VALUES = 500
+"""Most values that one SQL filter lists."""
 
 
 class Stored(NamedTuple):
     """What the table records of a file, or of the media in a row of a source."""
 
     sha256: str
-    state: str
     modality: str
+    state: str
 
 
 def schema(size: int) -> pa.Schema:
-    """The table's columns, for vectors with `size` features."""
-    text, seconds, number = pa.string(), pa.float64(), pa.int64()
-    columns = {
-        "id": text,
-        "path": text,  # absolute; SOURCE/ROW/COLUMN for media in a row of a source
-        "part": number,  # of the file: the number of the segment, or of the line of text
-        "parts": number,  # the number of rows of the file
-        "sha256": text,  # of the media
-        "state": text,  # see `Media.state`
-        "modality": text,
-        "towards": text,
-        "start": seconds,
-        "end": seconds,
-        "text": text,
-        "media_type": text,  # null for texts and lists of numbers
-        "source": text,  # of the run's recipe; null for a file
-        "row": number,
-        "column": text,
-        "vector": pa.list_(pa.float16(), size),  # a unit vector
-    }
-    return pa.schema(list(columns.items()))
+    """The table's columns, for unit vectors with `size` features. Most are those of `Hit`; `sha256` is of the media."""
+    texts = ("id", "path", "sha256", "state", "modality", "text", "media_type", "source", "column")
+    columns = dict.fromkeys(texts, pa.string())
+    columns |= dict.fromkeys(("part", "parts", "row"), pa.int64())
+    columns |= dict.fromkeys(("start", "end"), pa.float64())
+    return pa.schema(columns | {"vector": pa.list_(pa.float16(), size)})
 
 
 class Items:
@@ -91,13 +77,18 @@ class Items:
         """Whether a query is compared with the vectors of the nearest partitions only."""
         return "vector" in self.indexed()
 
+    def indexed(self) -> set[str]:
+        """The columns that have an index."""
+        return {column for index in self.table.list_indices() for column in index.columns}
+
+    def columns(self, *names: str) -> Iterator[tuple[Any, ...]]:
+        """The values of some columns in each row."""
+        for batch in self.table.search().select(list(names)).to_batches(batch_size=BATCH):
+            yield from zip(*(batch[name].to_pylist() for name in names))
+
     def stored(self) -> dict[str, Stored]:
         """All files and rows of sources, by path."""
-        found: dict[str, Stored] = {}
-        for batch in self.table.search().select(["path", *Stored._fields]).to_batches():
-            path, *columns = (batch[name].to_pylist() for name in ("path", *Stored._fields))
-            found.update(zip(path, map(Stored, *columns)))
-        return found
+        return {path: Stored(*values) for path, *values in self.columns("path", *Stored._fields)}
 
     def nearest(self, vector: np.ndarray, k: int, where: str | None = None) -> list[dict[str, Any]]:
         """The `k` rows with the highest cosine, without their vectors; `_distance` is 1 - cosine.
@@ -117,38 +108,25 @@ class Items:
                     return rows
             return query.bypass_vector_index().to_list()
 
-    def places(self) -> tuple[set[str], set[str]]:
-        """The names of all sources, and the folders of all files."""
-        sources: set[str] = set()
-        folders: set[str] = set()
-        for batch in self.table.search().select(["path", "source"]).to_batches(batch_size=BATCH):
-            for path, source in zip(batch["path"].to_pylist(), batch["source"].to_pylist()):
-                if source is None:
-                    folders.add(os.path.dirname(path))
-                else:
-                    sources.add(source)
-        return sources, folders
-
-    def rows(self, where: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
-        """The rows that match an SQL filter; vectors are lists of floats."""
-        query = self.table.search().where(where)
+    def rows(self, column: str, values: Iterable[str], columns: list[str]) -> list[dict[str, Any]]:
+        """The rows with one of these values in a column; vectors are lists of floats."""
+        rows: list[dict[str, Any]] = []
         with _read_errors():
-            return (query.select(columns) if columns else query).to_list()
+            for chunk in _chunks(values):
+                rows += self.table.search().where(any_of(column, chunk)).select(columns).to_list()
+        return rows
 
     def replace(self, paths: Iterable[str], rows: list[dict[str, Any]]) -> None:
         """Replaces all rows of some paths. If it is interrupted, these paths have no rows."""
         self.remove(paths)
         if rows:
-            self.table.add(pa.table({field.name: _column(rows, field) for field in self.table.schema}))
+            rows = [row | {"vector": np.asarray(row["vector"], np.float16)} for row in rows]
+            self.table.add(pa.Table.from_pylist(rows, self.table.schema))
 
     def remove(self, paths: Iterable[str]) -> None:
         """Removes all rows of some paths."""
-        for some in _chunks(paths):
-            self.table.delete(any_of("path", some))
-
-    def indexed(self) -> set[str]:
-        """The columns that have an index."""
-        return {column for index in self.table.list_indices() for column in index.columns}
+        for chunk in _chunks(paths):
+            self.table.delete(any_of("path", chunk))
 
     def compact(self) -> None:
         """Merges the small files that many writes leave, builds the indexes or adds new rows to them, and removes
@@ -159,11 +137,10 @@ class Items:
         """
         from lancedb.index import BTree, IvfSq
 
-        if "id" not in self.indexed():  # The page looks up dozens of items; without it, each is a scan of the table.
+        indexed = self.indexed()
+        if "id" not in indexed:  # The page looks up dozens of items; without it, each is a scan of the table.
             self.table.create_index("id", config=BTree())
-        rows = self.table.count_rows()
-        indexed = getattr(self.table.index_stats("vector_idx"), "num_indexed_rows", 0)
-        if rows >= max(APPROXIMATE_ROWS, 2 * indexed):
+        if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
             self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
         self.table.optimize(cleanup_older_than=timedelta(days=9999))
         # Lance removes versions by the time when they were written. The one that readers have may be years old.
@@ -182,11 +159,6 @@ def _read_errors() -> Iterator[None]:
         raise UserError(f"the index has changed since it was opened, or is damaged; open it again: {reason}") from None
 
 
-def drop(folder: Path) -> None:
-    """Removes the table."""
-    import_lancedb().connect(folder).drop_table(ITEMS, ignore_missing=True)
-
-
 def any_of(column: str, values: Iterable[str]) -> str:
     """An SQL filter: the column has one of these values."""
     return f"{column} IN ({', '.join(map(quoted, values))})"
@@ -194,7 +166,7 @@ def any_of(column: str, values: Iterable[str]) -> str:
 
 def below(folder: str) -> str:
     """An SQL filter: the path is this one or lies below it."""
-    return f"(path = {quoted(folder)} OR starts_with(path, {quoted(folder.rstrip(os.sep) + os.sep)}))"
+    return f"(path = {quoted(folder)} OR starts_with(path, {quoted(os.path.join(folder, ''))}))"
 
 
 def quoted(text: str) -> str:
@@ -202,17 +174,10 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _column(rows: list[dict[str, Any]], field: pa.Field) -> pa.Array:
-    values = [row.get(field.name) for row in rows]
-    if field.name != "vector":
-        return pa.array(values, field.type)
-    flat = np.asarray(values, np.float16).ravel()
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float16()), field.type.list_size)
-
-
-def _chunks(paths: Iterable[str]) -> Iterator[list[str]]:
-    paths = list(paths)
-    return (paths[start : start + FILTER_PATHS] for start in range(0, len(paths), FILTER_PATHS))
+def _chunks(values: Iterable[str]) -> Iterator[list[str]]:
+    iterator = iter(values)
+    while chunk := list(islice(iterator, FILTER_VALUES)):
+        yield chunk
 
 
 def import_lancedb() -> Any:

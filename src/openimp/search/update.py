@@ -1,23 +1,26 @@
 """Brings the table of an index up to date with the media that it should hold."""
 
+import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from openimp.common.cache import stable_hash
-from openimp.encoding.engine import ahead, to_cpu
+from openimp.common.modality import BadMedia
+from openimp.common.safe_files import write_text
+from openimp.encoding.engine import ItemEncoder, ahead, to_cpu
 from openimp.inference.model import Model
-from openimp.search.folder import read_skipped, write_skipped
+from openimp.search.folder import SKIPPED, read_skipped
 from openimp.search.media import Media, media_state
-from openimp.search.parts import File, Part, list_parts, open_file, read_part
-from openimp.search.table import FILTER_PATHS, Items, any_of
+from openimp.search.parts import File, open_file, read_part
+from openimp.search.table import Items
 
-OPENED = 16
-"""Number of files that a thread opens at a time."""
+WRITTEN_BATCHES = 4
+"""Files are opened, embedded and written in groups of this many batches."""
 
 
 class Update:
@@ -28,167 +31,142 @@ class Update:
         model: Model,
         folder: Path,
         items: Items,
-        towards: dict[str, str],
-        wanted: dict[str, Media],  # what the index should hold, by path
+        media: Iterable[Media],  # what the index should hold
         given: list[Path] | None,  # only items in these files and folders are removed; None: all may be
     ) -> None:
-        self.model, self.folder, self.items, self.towards = model, folder, items, towards
-        self.wanted, self.stored = wanted, items.stored()
+        self.model = model
+        self.folder = folder
+        self.items = items
+        self.wanted = {one.path: one for one in media}
+        self.roots = ("",) if given is None else tuple(os.path.join(os.path.abspath(path), "") for path in given)
+        self.stored = items.stored()
+        # By content, the path of a file whose rows hold the vectors.
         self.path_of = {(known.sha256, known.modality): path for path, known in self.stored.items()}
-        """The path whose rows hold the vectors of some content, by hash and modality."""
-        self.first: dict[tuple[str, str], str] = {}
-        """The path of the first source row with some content, by hash and modality. Later duplicates are left out."""
-        roots = None if given is None else [os.path.abspath(path) for path in given]
-        self.skipped = read_skipped(folder)
-        stale = [path for path in self.skipped if self._is_stale(path, roots)]
-        for path in stale:
-            del self.skipped[path]
-        self.saved = None if stale else dict(self.skipped)
-        self.counts: Counter[str] = Counter()
-        self.gone = {path for path in self.stored if path not in wanted and _is_below(path, roots)}
+        # By content, the path of the first row of a source. Later duplicates are left out.
+        self.first_row: dict[tuple[str, str], str] = {}
+        self.gone = {path for path in self.stored if self._is_gone(path)}
         self.moved: set[str] = set()  # the paths in `gone` whose content now has another path
+        self.skipped = read_skipped(folder)
+        self.counts: Counter[str] = Counter()
 
-    def run(self, batch_size: int, progress: Callable[[Iterable[Any], str], Iterable[Any]]) -> None:
-        """Updates the table."""
-        todo = [media for media in self.wanted.values() if not self._is_current(media)]
-        current = self.wanted.keys() & self.stored.keys() - {media.path for media in todo}
-        self.counts["unchanged"] = len(current)
-        for path in current:
-            if self.wanted[path].source:
-                self.first[self.stored[path].sha256, self.stored[path].modality] = path
-        for name in self.towards:
-            if media := [media for media in todo if media.modality == name]:
-                self._index(name, progress(media, f"index {name}"), batch_size)
+    def run(self, towards: dict[str, str], batch_size: int, progress: Callable[..., Iterable[Any]]) -> None:
+        """Updates the table. For `towards` see `Metadata`."""
+        for path, (state, _) in list(self.skipped.items()):
+            # A kill after the rows of a file were written leaves its earlier state.
+            if self._is_gone(path) or (path in self.stored and self.stored[path].state != state):
+                del self.skipped[path]
+        todo = defaultdict(list)
+        for path, media in self.wanted.items():
+            if not self._is_current(media):
+                todo[media.modality].append(media)
+            elif path in self.stored:
+                self.counts["unchanged"] += 1
+                if media.source:
+                    self.first_row[self.stored[path].sha256, media.modality] = path
+        group_size = batch_size * WRITTEN_BATCHES
+        for name, new in todo.items():
+            encoder = self.model.item_encoder(name, towards[name], batch_size, f"index {name}")
+            shown = iter(progress(new, f"index {name}"))
+            for start in range(0, len(new), group_size):
+                self._index(encoder, new[start : start + group_size], shown)
+            list(shown)  # Ends the progress bar.
         self.items.remove(self.gone)
         self.counts["removed"] = len(self.gone - self.moved)
-        self._save_skipped()
+        self._write_skipped()
 
-    def _is_stale(self, path: str, roots: list[str] | None) -> bool:
-        """Whether an entry of `skipped` is about a file that is gone, or about an earlier state of a file with rows.
-
-        A kill after a file's rows are written leaves the latter.
-        """
-        stored = self.stored.get(path)
-        outdated = stored is not None and stored.state != self.skipped[path][0]
-        return outdated or (path not in self.wanted and _is_below(path, roots))
+    def _is_gone(self, path: str) -> bool:
+        return path not in self.wanted and os.path.join(path, "").startswith(self.roots)
 
     def _is_current(self, media: Media) -> bool:
-        stored, skipped = self.stored.get(media.path), self.skipped.get(media.path)
-        if stored is not None:
+        if stored := self.stored.get(media.path):
             return (stored.state, stored.modality) == (media.state, media.modality)
-        return skipped is not None and skipped[0] == media.state
+        return media.path in self.skipped and self.skipped[media.path][0] == media.state
 
-    def _index(self, name: str, media: Iterable[Media], batch_size: int) -> None:
-        started: list[File] = []
-        copies: list[tuple[File, str]] = []  # files with the path of the same content in the table
-        opened = chain.from_iterable(ahead(self._open, _batches(media)))
-        encoder = self.model.item_encoder(name, self.towards[name], batch_size, f"index {name}")
-        parts = self._parts(opened, started, copies)
-        for chunk in to_cpu(encoder.encode((part, partial(read_part, encoder, part)) for part in parts)):
-            for part, vector in chunk:
-                part.file.add(part, vector)
-            self._write(started, copies)
-        self._write(started, copies)
+    def _index(self, encoder: ItemEncoder, group: list[Media], shown: Iterator[Any]) -> None:
+        """Embeds the new content of some media and replaces their rows. Each file advances `shown`, the progress."""
+        files = [file for file in ahead(partial(self._open, encoder), group) if not self._is_duplicate(file)]
+        self._copy_parts(encoder, files)
+        for (file, part), vector in chain.from_iterable(to_cpu(encoder.encode(_items(encoder, files, shown)))):
+            if isinstance(vector, BadMedia):
+                file.problem = file.problem or str(vector)
+            else:
+                part["vector"] = vector
+        paths = {file.media.path for file in files}
+        self.items.replace(paths & self.stored.keys(), [row for file in files for row in _rows(file)])
+        skipped_before = dict(self.skipped)
+        for file in files:
+            self._record(file)
+        if self.skipped != skipped_before:
+            self._write_skipped()
 
-    def _open(self, media: list[Media]) -> list[File]:
-        return [open_file(self.model, self.path_of, each, self._known_hash(each)) for each in media]
-
-    def _known_hash(self, media: Media) -> str:
-        """The hash of a file if at most its text has changed, otherwise ""."""
+    def _open(self, encoder: ItemEncoder, media: Media) -> File:
         stored = self.stored.get(media.path)
-        state = media_state(media.state)
-        is_same = stored and state and not media.source and stored.modality == media.modality
-        return stored.sha256 if stored and is_same and media_state(stored.state) == state else ""
+        only_text_differs = stored is not None and media_state(stored.state) == media_state(media.state)
+        return open_file(encoder, self.path_of, media, stored.sha256 if stored and only_text_differs else "")
 
-    def _parts(self, files: Iterator[File], started: list[File], copies: list[tuple[File, str]]) -> Iterator[Part]:
-        """The parts to encode. Sorts the files into those to encode, copies of known content, and duplicates."""
+    def _is_duplicate(self, file: File) -> bool:
+        """Whether an earlier row of a source has the same content. If it has rows, they are removed."""
+        path = file.media.path
+        if not (file.media.source and file.sha256) or self.first_row.setdefault(file.content, path) == path:
+            return False
+        self.gone |= self.stored.keys() & {path}
+        return True
+
+    def _copy_parts(self, encoder: ItemEncoder, files: list[File]) -> None:
+        """Adds the parts of files whose content the table has."""
+        parts_of = defaultdict(list)
+        columns = ["path", "part", "start", "end", "text", "media_type", "vector"]
+        for row in self.items.rows("path", {file.copied_from for file in files if file.copied_from}, columns):
+            parts_of[row["path"]].append(row)
         for file in files:
-            media, content = file.media, (file.sha256, file.media.modality)
-            if media.source and not file.error and self.first.setdefault(content, media.path) != media.path:
-                self.gone |= self.stored.keys() & {media.path}
-                continue
-            if not file.error and content in self.path_of:
-                copies.append((file, self.path_of[content]))
-            else:
-                started.append(file)
-                if not file.parts and not file.error:
-                    list_parts(self.model, file)  # `open_file` found its content in rows that are replaced now.
-                yield from file.parts
-            if len(copies) == FILTER_PATHS:
-                self._write(started, copies)
+            text = {} if encoder.modality.reads_text else {"text": file.text}
+            file.parts += [row | text for row in parts_of[file.copied_from]]
 
-    def _write(self, started: list[File], copies: list[tuple[File, str]]) -> None:
-        """Writes the files that are complete, and removes them from the lists."""
-        done = [file for file in started if not file.unencoded]
-        rows = [self._row(file, row, len(file.rows)) for file in done for row in file.rows]
-        if copies:
-            sources: dict[str, list[dict[str, Any]]] = {}
-            for row in self.items.rows(any_of("path", {path for _, path in copies})):
-                sources.setdefault(row["path"], []).append(row)
-            rows += [self._row(file, row, len(sources[path])) for file, path in copies for row in sources[path]]
-        done += [file for file, _ in copies]
-        for file in done:
-            if reason := file.error or file.text_error:
-                self.skipped[file.media.path] = (file.media.state, reason)
-            else:
-                self.skipped.pop(file.media.path, None)
-        replaced = self.stored.keys() & {file.media.path for file in done}
-        if rows or replaced:
-            self.items.replace(replaced, rows)
-        for file in done:
-            old = self.stored.get(file.media.path)
-            if old and old.sha256 != file.sha256 and self.path_of.get((old.sha256, old.modality)) == file.media.path:
-                del self.path_of[old.sha256, old.modality]
-        self._save_skipped()
-        self._count(done, {file.media.path: path for file, path in copies})
-        started[:] = [file for file in started if file.unencoded]
-        copies.clear()
+    def _record(self, file: File) -> None:
+        """Counts a file that was written, and remembers its content and its problem."""
+        path = file.media.path
+        self.skipped.pop(path, None)
+        if file.problem:
+            self.skipped[path] = (file.media.state, file.problem)
+        old = self.stored.get(path)
+        if old and self.path_of.get((old.sha256, old.modality)) == path:
+            del self.path_of[old.sha256, old.modality]
+        if not any("vector" in part for part in file.parts):
+            return
+        self.path_of[file.content] = path
+        if old:
+            self.counts["unchanged" if old.sha256 == file.sha256 else "changed"] += 1
+        elif file.copied_from in self.gone:
+            self.moved.add(file.copied_from)
+            self.counts["moved"] += 1
+        else:
+            self.counts["new"] += 1
 
-    def _count(self, files: list[File], copied_from: dict[str, str]) -> None:
-        for file in files:
-            path = file.media.path
-            source = copied_from.get(path)
-            if not file.rows and source is None:
-                continue  # It could not be read.
-            if path in self.stored:
-                self.counts["unchanged" if self.stored[path].sha256 == file.sha256 else "changed"] += 1
-            elif source in self.gone:
-                self.moved.add(source)
-                self.counts["moved"] += 1
-            else:
-                self.counts["new"] += 1
-
-    def _row(self, file: File, row: dict[str, Any], parts: int) -> dict[str, Any]:
-        """A row of the table, from one of `File.rows` or from a row of the table with the same content."""
-        media = file.media
-        return {
-            **{name: row[name] for name in ("part", "start", "end", "vector")},
-            "id": stable_hash([media.path, row["part"]]),
-            "path": media.path,
-            "sha256": file.sha256,
-            "state": media.state,
-            "modality": media.modality,
-            "towards": self.towards[media.modality],
-            "parts": parts,
-            "text": row["text"] if self.model.modalities[media.modality].reads_text else file.text,
-            "media_type": file.media_type or row.get("media_type"),
-            "source": media.source,
-            "row": media.row,
-            "column": media.column,
-        }
-
-    def _save_skipped(self) -> None:
-        if self.skipped != self.saved:
-            write_skipped(self.folder, self.skipped)
-            self.saved = dict(self.skipped)
+    def _write_skipped(self) -> None:
+        write_text(self.folder / SKIPPED, json.dumps(self.skipped, indent=1))
 
 
-def _batches(media: Iterable[Media]) -> Iterator[list[Media]]:
-    """A thread opens several files at a time, because handing a small one to a thread takes as long as hashing it."""
-    rest = iter(media)
-    while batch := list(islice(rest, OPENED)):
-        yield batch
+def _items(encoder: ItemEncoder, files: list[File], shown: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
+    """The parts that have no vector, as `ItemEncoder.encode` takes them."""
+    for file in files:
+        next(shown, None)
+        for part in file.parts:
+            if "vector" not in part:
+                yield (file, part), partial(read_part, encoder, file, part)
 
 
-def _is_below(path: str, roots: list[str] | None) -> bool:
-    return roots is None or any(path == root or path.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
+def _rows(file: File) -> list[dict[str, Any]]:
+    """The rows of a file in the table."""
+    media = file.media
+    parts = [part for part in file.parts if "vector" in part]
+    of_file = {
+        "path": media.path,
+        "sha256": file.sha256,
+        "state": media.state,
+        "modality": media.modality,
+        "parts": len(parts),
+        "source": media.source,
+        "row": media.row,
+        "column": media.column,
+    }
+    return [part | of_file | {"id": stable_hash([media.path, part["part"]])} for part in parts]

@@ -1,10 +1,8 @@
 """Files that users search with. Only their vectors and thumbnails are kept, for a limited time."""
 
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from secrets import token_urlsafe
-from threading import Lock
 
 from openimp.search.query import EncodedQuery
 
@@ -25,27 +23,22 @@ class Upload:
 
 
 class Uploads:
-    """Uploads by random ids, so that nobody finds those of other users."""
+    """Uploads by random ids, so that nobody finds those of other users. Only one thread may add some."""
 
     def __init__(self, kept: int = KEPT_UPLOADS, seconds: float = KEPT_SECONDS) -> None:
-        self.kept, self.seconds = kept, seconds
-        self._uploads: OrderedDict[str, tuple[float, Upload]] = OrderedDict()
-        self._lock = Lock()
+        self.kept = kept
+        self.seconds = seconds
+        self._uploads: dict[str, tuple[float, Upload]] = {}  # with the time when they expire, oldest first
 
     def add(self, upload: Upload) -> str:
         """Keeps an upload and returns its id."""
         id = token_urlsafe(12)
-        with self._lock:
-            self._uploads[id] = time.monotonic() + self.seconds, upload
-            while len(self._uploads) > self.kept:
-                self._uploads.popitem(last=False)
+        self._uploads[id] = (time.monotonic() + self.seconds, upload)
+        if len(self._uploads) > self.kept:
+            del self._uploads[next(iter(self._uploads))]
         return id
 
     def get(self, id: str) -> Upload | None:
         """An upload; None if it has expired or never existed."""
-        with self._lock:
-            expires, upload = self._uploads.get(id, (0.0, None))
-            if upload and expires <= time.monotonic():
-                del self._uploads[id]
-                return None
-            return upload
+        expires, upload = self._uploads.get(id, (0.0, None))
+        return upload if expires > time.monotonic() else None

@@ -11,8 +11,8 @@ from openimp.planning.ledger import costs, mixture
 from openimp.recipe.file import RecipeLoader, flat
 from openimp.recipe.schema import Recipe
 from openimp.study.schema import Part, Study
-from openimp.study.trainers import CONFLICT, SUMMED
 from openimp.study.two_towers import TWO_TOWERS
+from openimp.study.variants import CONFLICT, SUMMED
 from openimp.training.setup import Variant
 
 SAVES = 5

@@ -17,7 +17,10 @@ from openimp.training.metrics_file import LayerUsage, read_metrics
 
 @dataclass
 class Outcome:
-    """The results of one arm with one seed. FLOPs, steps, parameters and seconds are sums over the arm's models."""
+    """The results of one arm with one seed. FLOPs, steps, parameters and seconds are sums over the arm's models.
+
+    Parameters and memory are measured with the first seed only.
+    """
 
     scores: dict[str, float] = field(default_factory=dict)  # mean reciprocal rank by set, averaged over both directions
     flops: int = 0
@@ -29,8 +32,8 @@ class Outcome:
     cosines: dict[str, list[float]] = field(default_factory=dict)  # of gradients at each measured step, by task pair
     experts: dict[str, list[LayerUsage]] = field(default_factory=dict)  # latest usage by modality and sparse layer
 
-    def add(self, run: Path, parameters: int) -> None:
-        """Adds the results of a finished run; `parameters` is the number that its model has."""
+    def add(self, run: Path) -> None:
+        """Adds the results of a finished run, but not what `run_study` measures."""
         metrics = read_metrics(run / "metrics.jsonl")
         results = read_results(run / "results.jsonl")
         if not metrics or any((result["step"] or 0) > metrics[-1].step for result in results):
@@ -38,7 +41,6 @@ class Outcome:
         self.flops += sum(total.flops for total in metrics[-1].totals.values())
         self.steps += metrics[-1].step
         self.seconds += sum(line.seconds for line in metrics)
-        self.parameters += parameters
         for line in metrics:  # The last line lacks the modalities that did not occur since the line before.
             self.experts.update(line.experts)
         by_set = defaultdict(list)
@@ -67,19 +69,22 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 """By arm, one outcome per seed."""
 
 
-def scores_by_set(outcomes: Outcomes) -> list[tuple[str, dict[str, list[float]]]]:
-    """The scores of each arm and seed: first the mean over the evaluation sets, then each set.
+def scores_by_set(outcomes: Outcomes) -> dict[str, dict[str, list[float]]]:
+    """The scores of each arm and seed in percent, by evaluation set; under "", the mean over the sets.
 
-    They are pairs of a title and, by arm, the scores of its seeds. An arm whose tasks lack a set's modality has an
-    empty list there, and for the mean.
+    An arm whose tasks lack a set's modality has an empty list there, and for the mean.
     """
-    sets = list(dict.fromkeys(name for seeds in outcomes.values() for name in seeds[0].scores))
-    means = {
-        arm: [statistics.mean(seed.scores.values()) for seed in seeds if seed.scores.keys() == set(sets)]
-        for arm, seeds in outcomes.items()
-    }
-    columns = [("mean", means)]
-    for name in sets:
-        by_arm = {arm: [seed.scores[name] for seed in seeds if name in seed.scores] for arm, seeds in outcomes.items()}
-        columns.append((name.replace("_", " "), by_arm))
-    return columns
+    sets = dict.fromkeys(name for seeds in outcomes.values() for name in seeds[0].scores)
+    scores: dict[str, dict[str, list[float]]] = {title: {} for title in ("", *sets)}
+    for arm, seeds in outcomes.items():
+        scores[""][arm] = [
+            100 * statistics.mean(seed.scores.values()) for seed in seeds if seed.scores.keys() == sets.keys()
+        ]
+        for name in sets:
+            scores[name][arm] = [100 * seed.scores[name] for seed in seeds if name in seed.scores]
+    return scores
+
+
+def mean_and_deviation(scores: Sequence[float]) -> tuple[float, float]:
+    """The mean, and the standard deviation, which is 0 for one score."""
+    return statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0

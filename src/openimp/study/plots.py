@@ -1,15 +1,15 @@
 """The plots on a study's page. They need matplotlib (`pip install openimp[plots]`)."""
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from openimp.common.errors import UserError
-from openimp.study.outcome import Outcomes, scores_by_set
+from openimp.study.outcome import Outcomes, mean_and_deviation, scores_by_set
 from openimp.training.metrics_file import LayerUsage
 
 try:
@@ -19,14 +19,16 @@ try:
 except ImportError:
     raise UserError("studies draw with matplotlib, which is not installed: pip install 'openimp[plots]'") from None
 
-INK, MUTED, ACCENT = "#222222", "#8a8a8a", "#1f6f8b"
+INK = "#222222"
+MUTED = "#8a8a8a"
+ACCENT = "#1f6f8b"
 
 
 def plot_style() -> AbstractContextManager[None]:
     """The context to draw and save plots in."""
-    sizes: Any = {"font.size": 8, "axes.labelsize": 8, "axes.titlesize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8}
-    frame: Any = {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
-    return matplotlib.rc_context({**sizes, **frame, "savefig.dpi": 130})
+    style: Any = dict.fromkeys(("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize"), 8)
+    style |= {"axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130}
+    return matplotlib.rc_context(style | {"figure.constrained_layout.use": True})
 
 
 def draw_scores(outcomes: Outcomes) -> Figure:
@@ -38,15 +40,14 @@ def draw_scores(outcomes: Outcomes) -> Figure:
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    for axis, (title, by_arm) in zip(axes.flat, panels):
+    for axis, (title, by_arm) in zip(axes.flat, panels.items()):
         for row, scores in enumerate(by_arm.values()):
             if scores:
-                percent = [100 * score for score in scores]
-                mean = statistics.mean(percent)
-                axis.barh(row, mean, height=0.62, color=ACCENT if title == "mean" else MUTED, alpha=0.35)
-                axis.plot(percent, [row] * len(percent), "o", color=INK, markersize=3)
-                axis.text(max(percent), row, f"  {mean:.1f}", va="center", color=INK)
-        axis.set_title(title)
+                mean = statistics.mean(scores)
+                axis.barh(row, mean, height=0.62, color=MUTED if title else ACCENT, alpha=0.35)
+                axis.plot(scores, [row] * len(scores), "o", color=INK, markersize=3)
+                axis.text(max(scores), row, f"  {mean:.1f}", va="center", color=INK)
+        axis.set_title((title or "mean").replace("_", " "))
         axis.set_yticks(range(len(by_arm)), list(by_arm))
         axis.set_xlim(0, 1.18 * axis.get_xlim()[1])  # The text needs space on the right.
     axes[0][0].invert_yaxis()
@@ -61,16 +62,13 @@ def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]]) -> F
     """
     figure = Figure(figsize=(9, 4.4))
     axis = figure.subplots()
-    (_, means), *_ = scores_by_set(outcomes)
+    means = scores_by_set(outcomes)[""]
     for curve in curves:
         if arms := [arm for arm in curve if means[arm]]:
             flops = [statistics.mean(outcome.flops for outcome in outcomes[arm]) / 1e12 for arm in arms]
-            percent = [[100 * mean for mean in means[arm]] for arm in arms]
-            deviation = [statistics.stdev(values) if len(values) > 1 else 0 for values in percent]
-            middle = [statistics.mean(values) for values in percent]
-            parts = zip(*(arm.split(", ") for arm in arms))
-            shared = [part for part, *_ in takewhile(lambda each: len(set(each)) == 1, parts)]
+            shared = os.path.commonprefix([arm.split(", ") for arm in arms])  # noqa: RUF071 (of lists)
             label = ", ".join(shared) or min(arms, key=len)
+            middle, deviation = zip(*(mean_and_deviation(means[arm]) for arm in arms))
             axis.errorbar(flops, middle, yerr=deviation, fmt="o-", linewidth=1, capsize=3, label=label)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))

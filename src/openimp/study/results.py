@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from openimp.common.versions import processor
-from openimp.study.outcome import Outcome, Outcomes, scores_by_set
+from openimp.study.outcome import Outcome, Outcomes, mean_and_deviation, scores_by_set
 from openimp.study.plots import draw_against_flops, draw_cosines, draw_experts, draw_scores, plot_style
 from openimp.study.schema import Study, file_name
 
@@ -37,7 +37,7 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
 
     sections = [f"# {study.title}", study.question.strip()]
     sections += [plot("Mean reciprocal rank of each arm, by evaluation set", draw_scores(outcomes))]
-    if len({sum(part.flops_factor for part in parts) / len(parts) for parts in study.arms.values()}) > 1:
+    if len({statistics.mean(part.flops_factor for part in parts) for parts in study.arms.values()}) > 1:
         curves = draw_against_flops(outcomes, curves_of(study))
         sections += [plot("Mean over all sets against training FLOPs", curves, "-flops")]
     seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} ({', '.join(map(str, study.seeds))})"
@@ -77,11 +77,11 @@ def curves_of(study: Study) -> list[list[str]]:
 
 def _score_table(outcomes: Outcomes) -> str:
     columns = scores_by_set(outcomes)
-    means = {arm: statistics.mean(scores) for arm, scores in columns[0][1].items() if scores}
+    means = {arm: statistics.mean(scores) for arm, scores in columns[""].items() if scores}
     rows = []
     for arm, seeds in outcomes.items():
-        cells = [_spread(by_arm[arm]) for _, by_arm in columns]
-        if arm in means and means[arm] == max(means.values()):
+        cells = [_spread(by_arm[arm]) for by_arm in columns.values()]
+        if means.get(arm) == max(means.values()):
             cells[0] = f"**{cells[0]}**"
         cells += [
             f"{seeds[0].steps:,}",
@@ -92,16 +92,17 @@ def _score_table(outcomes: Outcomes) -> str:
         ]
         rows.append([arm, *cells])
     costs = ["steps", "TFLOPs", "parameters", "peak memory", "minutes"]
-    return _markdown(["arm", *(title for title, _ in columns), *costs], rows)
+    return _markdown(["arm", *((title or "mean").replace("_", " ") for title in columns), *costs], rows)
 
 
 def _cosine_table(cosines_by_arm: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     rows = []
     for pair in dict.fromkeys(pair for cosines in cosines_by_arm.values() for pair in cosines):
         row = [pair.replace("|", " and ")]
-        for values in (cosines.get(pair) for cosines in cosines_by_arm.values()):
-            below = f"{statistics.mean(value < 0 for value in values):.0%} below 0" if values else ""
-            row.append(f"{statistics.mean(values):.3f} ({below})" if values else "")
+        for cosines in cosines_by_arm.values():
+            values = cosines.get(pair)
+            below = f" ({statistics.mean(value < 0 for value in values):.0%} below 0)" if values else ""
+            row.append(f"{statistics.mean(values):.3f}{below}" if values else "")
         rows.append(row)
     return _markdown(["tasks", *cosines_by_arm], rows)
 
@@ -118,11 +119,12 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
-def _spread(shares: Sequence[float]) -> str:
-    """Mean and standard deviation in percent. An arm without the set has an empty cell."""
-    if len(shares) < 2:
-        return f"{shares[0] * 100:.1f}" if shares else ""
-    return f"{statistics.mean(shares) * 100:.1f} ± {statistics.stdev(shares) * 100:.1f}"
+def _spread(scores: Sequence[float]) -> str:
+    """Mean and standard deviation. An arm without the set has an empty cell."""
+    if not scores:
+        return ""
+    mean, deviation = mean_and_deviation(scores)
+    return f"{mean:.1f} ± {deviation:.1f}" if len(scores) > 1 else f"{mean:.1f}"
 
 
 def _versions(outcomes: Outcomes) -> str:

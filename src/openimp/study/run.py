@@ -6,22 +6,33 @@ such models that share the arm's FLOPs.
 
 import os
 import shlex
+from collections import defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from openimp.checkpoint.resume import FREE
 from openimp.common.errors import UserError
 from openimp.common.progress import console
-from openimp.inference.model import load
 from openimp.recipe.evaluation import Retrieval
 from openimp.recipe.file import differences
 from openimp.recipe.schema import Recipe
 from openimp.study.budget import part_recipe, variant_of
 from openimp.study.outcome import Outcome
-from openimp.study.schema import Study, file_name, read_study
-from openimp.study.trainers import peak_memory
-from openimp.study.two_towers import load_two_towers
-from openimp.training.trainer import train
+from openimp.study.schema import Part, Study, file_name, read_study
+from openimp.study.variants import peak_memory
+from openimp.training.setup import set_up
+from openimp.training.trainer import Trainer, train
+
+
+class Training(NamedTuple):
+    """The training of one model of an arm with one seed."""
+
+    seed: int
+    arm: str
+    model_number: int
+    part: Part
+    recipe: Recipe
 
 
 def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
@@ -37,51 +48,58 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     from openimp.study.results import write_results
 
     study, title = read_study(name, smoke)
-    plan = [(seed, arm, i) for seed in study.seeds for arm, parts in study.arms.items() for i in range(len(parts))]
-    recipes: dict[tuple[int, str, int], Recipe] = {}
-    for seed, arm, i in plan:  # Before the first training, so that a mistake in any arm is reported at once.
-        try:
-            recipes[seed, arm, i] = part_recipe(study, study.arms[arm][i], seed, smoke)
-        except UserError as error:
-            raise UserError(f"{name}: arm {arm!r}: {error}") from None
-    first_seed = {
-        arm: [recipes[study.seeds[0], arm, i] for i in range(len(parts))] for arm, parts in study.arms.items()
-    }
-    _check_evaluation(study, name, first_seed)
+    plan = _plan(study, name, smoke)
+    _check_evaluation(study, name, [training for training in plan if training.seed == study.seeds[0]])
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: --out must be a folder, but it cannot be created: {error.strerror}") from None
     outcomes = {arm: {seed: Outcome() for seed in study.seeds} for arm in study.arms}
-    for number, (seed, arm, i) in enumerate(plan, 1):
-        part, recipe, outcome = study.arms[arm][i], recipes[seed, arm, i], outcomes[arm][seed]
+    for number, (seed, arm, model_number, part, recipe) in enumerate(plan, 1):
+        outcome = outcomes[arm][seed]
         variant = variant_of(study, part)
-        run = runs / title / f"{file_name(arm)}-{i}-seed{seed}"
+        run = runs / title / f"{file_name(arm)}-{model_number}-seed{seed}"
         console.print(f"\n{title}, training {number} of {len(plan)}: {arm}, seed {seed}", style="bold")
         _check_same_recipe(run, recipe)
         if not train(recipe, run, "auto", variant):
             return False
-        model = load_two_towers(run) if part.two_towers else load(run)
-        outcome.add(run, sum(parameter.numel() for parameter in model.parameters()))
+        outcome.add(run)
         if seed == study.seeds[0]:
             with TemporaryDirectory() as folder, console.capture():
-                outcome.memory = max(outcome.memory, peak_memory(recipe, Path(folder), variant))
+                training = Trainer(set_up(recipe, Path(folder), variant=variant))
+                outcome.parameters += sum(parameter.numel() for parameter in training.model.parameters())
+                outcome.memory = max(outcome.memory, peak_memory(training))
     command = f"openimp study {shlex.quote(name)}{' --smoke' if smoke else ''}"
     write_results(study, {arm: list(by_seed.values()) for arm, by_seed in outcomes.items()}, out, title, command)
     console.print(f"\nThe results are in {out / title}.md", soft_wrap=True)
     return True
 
 
-def _check_evaluation(study: Study, name: str, recipes: dict[str, list[Recipe]]) -> None:
-    """Checks that the arms, with the recipes of their models, can be compared after the training."""
-    sets: dict[str, set[str]] = {}
-    for arm, models in recipes.items():
-        sets[arm] = set()
-        for recipe in models:
-            retrieval = {title for title, options in recipe.evaluation.sets.items() if isinstance(options, Retrieval)}
-            if shared := retrieval & sets[arm]:
-                raise UserError(f"{name}: arm {arm!r}: only one of its models may be evaluated on {min(shared)}")
-            sets[arm] |= retrieval
+def _plan(study: Study, name: str, smoke: bool) -> list[Training]:
+    """All trainings. Made before the first of them starts, so that a mistake in any arm is reported at once."""
+    plan = []
+    for seed in study.seeds:
+        for arm, parts in study.arms.items():
+            for model_number, part in enumerate(parts):
+                try:
+                    recipe = part_recipe(study, part, seed, smoke)
+                except UserError as error:
+                    raise UserError(f"{name}: arm {arm!r}: {error}") from None
+                plan.append(Training(seed, arm, model_number, part, recipe))
+    return plan
+
+
+def _check_evaluation(study: Study, name: str, trainings: list[Training]) -> None:
+    """Checks that the arms can be compared after the trainings, which are those of one seed."""
+    sets: dict[str, set[str]] = defaultdict(set)
+    for training in trainings:
+        arm = training.arm
+        retrieval = {
+            title for title, options in training.recipe.evaluation.sets.items() if isinstance(options, Retrieval)
+        }
+        if shared := retrieval & sets[arm]:
+            raise UserError(f"{name}: arm {arm!r}: only one of its models may be evaluated on {min(shared)}")
+        sets[arm] |= retrieval
     complete = max(sets.values(), key=len)
     if not complete:
         raise UserError(f"{name}: recipe {study.recipe} has no evaluation set of type retrieval, which studies compare")

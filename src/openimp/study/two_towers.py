@@ -11,17 +11,12 @@ Shape suffixes: B examples, P values per token.
 """
 
 import math
-from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openimp.checkpoint.folder import load_weights, model_folder, read_config
-from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Modality, Tokens
 from openimp.modalities.open_clip import import_open_clip
@@ -39,9 +34,6 @@ class TwoTowers(OpenCLIP):
 
     The text tower uses the recipe's tokenizer instead of open_clip's. A small corpus has only few of the latter's
     49,408 tokens, and tokens that occur only in held-out texts would keep their random embeddings.
-
-    `preprocess`, `tokenizer`, `encode_image` and `encode_text` are called like open_clip's. `preprocess` returns values
-    in -1..1. It is None if the media are not images.
     """
 
     def __init__(self, recipe: Recipe, modalities: Modalities) -> None:
@@ -49,7 +41,8 @@ class TwoTowers(OpenCLIP):
         from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg
 
         task, media_name, text_name = _pair(recipe)
-        model, media, texts = recipe.model, cast(Any, modalities[media_name]), cast(Any, modalities[text_name])
+        model = recipe.model
+        media = modalities[media_name]
         view = task.views[0][media_name]
         shape = media.shape(view)
         common: Any = {"width": model.width, "layers": model.layers, "qk_norm": model.qk_norm}
@@ -64,7 +57,7 @@ class TwoTowers(OpenCLIP):
         text = CLIPTextCfg(
             **common,
             heads=model.heads,
-            vocab_size=texts.stem_spec().values,
+            vocab_size=modalities[text_name].stem_spec().values,
             context_length=max(used.length for used in _views(recipe, text_name)),
             pool_type="eos",
             eos_id=END,
@@ -72,10 +65,8 @@ class TwoTowers(OpenCLIP):
         )
         clip = CLIP(model.embed_dim, vision, text, init_logit_scale=-math.log(model.init_temperature))
         super().__init__(recipe, modalities, clip, model.embed_dim)
-        self.modalities, self.shape, self.context_length = dict(modalities), shape, clip.context_length
-        self.encode_image, self.encode_text = clip.encode_image, clip.encode_text
-        self.preprocess = partial(media.preprocess, view=view) if hasattr(media, "preprocess") else None
-        self.tokenizer = partial(texts.tokenize, length=clip.context_length)
+        self.shape = shape
+        self.context_length = clip.context_length
 
     def images(self, tokens: Tokens) -> Tensor:
         values_B1P = tokens.values
@@ -87,28 +78,13 @@ class TwoTowers(OpenCLIP):
         return F.pad(tokens.values, (0, self.context_length - tokens.values.shape[1]), value=PAD)
 
 
-def load_two_towers(run: Path) -> TwoTowers:
-    """Loads the newest checkpoint of a run of `TWO_TOWERS` in evaluation mode, onto the GPU if there is one."""
-    folder = model_folder(run)
-    recipe, _, learned = read_config(folder, ("TwoTowers",))
-    modalities = unpatched_modalities(recipe)
-    for modality in modalities.values():
-        modality.load_state(learned)
-    model = TwoTowers(recipe, modalities)
-    load_weights(model, folder)
-    return model.to(pick_device()).eval()
-
-
 def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
     """The modalities of the recipe's only task, with the media of an example as one token: the towers cut patches
     themselves. What open_clip's towers or loss do not support is a UserError."""
     import_open_clip()
     task, media, _ = _pair(recipe)
-    modalities, views = recipe.make_modalities(), _views(recipe, media)
-    try:
-        shapes = sorted({modalities[media].shape(view) for view in views})
-    except TypeError as error:
-        raise UserError(f"{recipe.name}: open_clip's towers take images, but {error}") from None
+    modalities = recipe.make_modalities()
+    shapes = sorted({modalities[media].shape(view) for view in _views(recipe, media)})
     if len(shapes) > 1:
         raise UserError(
             f"{recipe.name}: open_clip's towers take only one shape, but the views of {media} in training and "
@@ -118,21 +94,15 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
         raise UserError(f"{recipe.name}: open_clip's towers have one patch dropout, but the views' drop_tokens differ")
     # The patch becomes the whole example. That of a sound has two axes, frames and bins.
     config = modalities[media].config
-    if not isinstance(getattr(config, "patch", None), tuple):
-        raise UserError(f"{recipe.name}: open_clip's towers take images, but {media} has no patch with several axes")
     patch = shapes[0][3 - len(config.patch) : 3]
     modalities[media] = type(modalities[media])(config.model_copy(update={"patch": patch}))
     return modalities
 
 
-def _build_two_towers(recipe: Recipe, modalities: Modalities, _: Mapping[str, int]) -> TwoTowers:
-    return TwoTowers(recipe, modalities)
-
-
 TWO_TOWERS = Variant(
     name="TwoTowerTrainer",
     make_modalities=unpatched_modalities,
-    build_model=_build_two_towers,
+    build_model=lambda recipe, modalities, _: TwoTowers(recipe, modalities),
     suggest_same=False,  # open_clip's loss cannot treat several examples as one item.
 )
 """Trains the two towers. Its metrics count the media of an example as one token."""

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable
 from itertools import accumulate, chain, combinations_with_replacement, islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,7 @@ from openimp.common.json_lines import append, forget_after
 from openimp.data.step_batches import LoadedBatch
 from openimp.data.streams import Stream
 from openimp.model.imp import IMP
-from openimp.recipe.schema import Recipe
-from openimp.training.setup import Variant, set_up
+from openimp.training.setup import Variant
 from openimp.training.trainer import Trainer
 
 MEASUREMENTS = 12
@@ -74,22 +72,21 @@ round are kept until its last step, which runs one backward pass and updates the
 CONFLICT = Variant(name="ConflictTrainer", before_step=measure_conflict)
 
 
-def peak_memory(recipe: Recipe, run: Path, variant: Variant | None = None) -> int:
-    """The most memory that an update allocates on top of what existed before it, in bytes.
+def peak_memory(training: Trainer) -> int:
+    """The most memory that an update of a new training allocates on top of what existed before it, in bytes.
 
     The maximum is over one update of each task and view. It is computed from the CPU allocations that torch's profiler
-    records, so it does not depend on what else runs on the machine. `run` is an empty folder; nothing is saved.
+    records, so it does not depend on what else runs on the machine. The training cannot go on afterwards.
     """
     # At lower levels kineto prints its start and end.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    training = Trainer(set_up(recipe, run, variant=variant))
     first: dict[tuple[str, int], int] = {}
     for step, visit in enumerate(training.data.schedule):
         first.setdefault((visit.task, visit.view), step)
     step_groups = [[step] for step in sorted(first.values())]
     if (round_length := training.steps_per_update) > 1:  # Whole rounds, until every view has occurred.
         rounds = -(-(max(first.values()) + 1) // round_length)
-        step_groups = [[*range(min(rounds * round_length, recipe.train.steps))]]
+        step_groups = [[*range(min(rounds * round_length, len(training.data)))]]
     together = [[training.data[step] for step in steps] for steps in step_groups]
     for loaded in chain.from_iterable(together):  # The first updates create the optimizer state, which must not count.
         training.make_step(loaded)

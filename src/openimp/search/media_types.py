@@ -1,0 +1,61 @@
+"""The media types that browsers may display, recognized by the first bytes of a file."""
+
+import mimetypes
+import statistics
+from functools import cache
+from pathlib import Path
+
+from openimp.common.errors import UserError
+from openimp.common.modality import Modality
+
+UNKNOWN = "application/octet-stream"
+HEAD = 16
+"""Bytes at the start of a file that tell its type."""
+# (offset, bytes, media type). {} is "audio" or "video": the containers hold either. A browser shows no other type, in
+# particular neither SVG nor HTML, which may contain scripts.
+SIGNATURES = (
+    (0, b"\x89PNG\r\n\x1a\n", "image/png"),
+    (0, b"\xff\xd8\xff", "image/jpeg"),
+    (0, b"GIF8", "image/gif"),
+    (8, b"WEBP", "image/webp"),
+    (4, b"ftypavif", "image/avif"),
+    (0, b"BM", "image/bmp"),
+    (0, b"\0\0\1\0", "image/x-icon"),
+    (4, b"ftyp", "{}/mp4"),
+    (0, b"\x1aE\xdf\xa3", "{}/webm"),
+    (0, b"OggS", "{}/ogg"),
+    (8, b"WAVE", "audio/wav"),
+    (0, b"fLaC", "audio/flac"),
+    (0, b"ID3", "audio/mpeg"),
+    (0, b"\xff\xfb", "audio/mpeg"),
+    (0, b"\xff\xf3", "audio/mpeg"),
+    (0, b"\xff\xf1", "audio/aac"),
+)
+
+
+def kind_of(modality: Modality) -> str:
+    """What displays a modality: "text", or the main media type of most of its file extensions; "" if none has one."""
+    return "text" if modality.reads_text else _main_type(modality.extensions)
+
+
+@cache
+def _main_type(extensions: tuple[str, ...]) -> str:
+    types = [mimetypes.guess_type(f"file{extension}")[0] for extension in extensions]
+    main_types = [media_type.partition("/")[0] for media_type in types if media_type]
+    return statistics.mode(main_types) if main_types else ""
+
+
+def media_type(media: bytes | Path, kind: str) -> str:
+    """The media type of a file or its content; `UNKNOWN` if browsers should not display it."""
+    if isinstance(media, bytes):
+        head = media[:HEAD]
+    else:
+        try:
+            with media.open("rb") as file:
+                head = file.read(HEAD)
+        except OSError as error:
+            raise UserError(f"{media.name}: {error.strerror}") from None
+    for offset, signature, found in SIGNATURES:
+        if head[offset:].startswith(signature):
+            return found.format("audio" if kind == "audio" else "video")
+    return UNKNOWN
