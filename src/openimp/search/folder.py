@@ -15,10 +15,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import RootModel
 
+from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError
 from openimp.common.safe_files import read_text, refuse_links
 from openimp.common.schema import Count, Strict, checked
-from openimp.data.files import stable_hash
 from openimp.evaluation.provenance import checkpoint_fields
 from openimp.inference.model import Model
 
