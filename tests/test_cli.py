@@ -114,7 +114,10 @@ def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
         ("tasks.heard.inputs.text=captoin", ["tasks.heard: source sounds (", "no column 'captoin'", "'caption'?"]),
         ("tasks.heard.inputs.audio=sond", ["tasks.heard: source sounds (", "no column 'sond'", "'sound'?"]),
         ("tasks.named.objectives.1.label=lable", ["tasks.named: source pictures (", "'lable'; did you mean 'label'?"]),
-        ("tasks.named.objectives.0.same=nam", ["tasks.named: source pictures (", "'nam'; did you mean 'name'?"]),
+        (
+            "tasks.named.objectives.0.positives_by=nam",
+            ["tasks.named: source pictures (", "'nam'; did you mean 'name'?"],
+        ),
         ("sources.sounds.path=missing.jsonl", ["source sounds: ", "missing.jsonl: no such file or folder"]),
         ("sources.pictures.path=missing", ["source pictures: ", "missing: no such file or folder"]),
         ("sources.sounds.path=empty.jsonl", ["source sounds (", "empty.jsonl) has no rows"]),

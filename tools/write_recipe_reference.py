@@ -1,4 +1,5 @@
-"""Writes the reference in docs/recipe.md from the recipe's schema and the options of openimp's own modalities.
+"""Writes the reference in docs/recipe.md from the recipe's schema and the options of openimp's own modalities and
+objectives.
 
     python tools/write_recipe_reference.py
 
@@ -22,8 +23,9 @@ from pydantic.fields import FieldInfo
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality
+from openimp.common.objective import Objective
 from openimp.recipe.inputs import View
-from openimp.recipe.registry import GROUP
+from openimp.recipe.registry import MODALITIES, OBJECTIVES
 from openimp.recipe.schema import Recipe
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "recipe.md"
@@ -46,7 +48,16 @@ def current(page: str) -> str:
 
 def builtin_modalities() -> dict[str, type[Modality]]:
     """The modalities that openimp itself registers, by name."""
-    points = [point for point in entry_points(group=GROUP) if point.dist and point.dist.name == "openimp"]
+    return _builtin(MODALITIES)
+
+
+def builtin_objectives() -> dict[str, type[Objective]]:
+    """The objectives that openimp itself registers, by name."""
+    return _builtin(OBJECTIVES)
+
+
+def _builtin(group: str) -> dict[str, Any]:
+    points = [point for point in entry_points(group=group) if point.dist and point.dist.name == "openimp"]
     return {point.name: point.load() for point in points}
 
 
@@ -88,7 +99,10 @@ def sections() -> dict[type[BaseModel], str]:
 
 def _schemas(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseModel], str]]:
     """The schemas in a type, each with the suffix of its path."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if annotation is Objective:
+        for objective in builtin_objectives().values():
+            yield objective, suffix
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, suffix
     suffix += {dict: ".NAME", list: "[]"}.get(get_origin(annotation), "")  # type: ignore[arg-type]
     for argument in get_args(annotation) if get_origin(annotation) is not Literal else ():
@@ -125,6 +139,8 @@ def _words(kind: Any, limits: Any, titles: dict[type[BaseModel], str]) -> str:
         fixed = origin is tuple or any(isinstance(limit, MaxLen) for limit in limits)
         items = re.sub("^(whole number|number|text|list)", r"\1s", _words(arguments[0], (), titles))
         return f"list of {exact} {items}" if fixed else f"list of {items}" + (f", at least {least}" if least else "")
+    if kind is Objective:
+        return " or ".join(_words(objective, (), titles) for objective in builtin_objectives().values())
     if kind in titles:
         return f"[{titles[kind]}](#{_anchor(titles[kind])})"
     said = {Ge: "at least {0.ge}", Gt: "above {0.gt}", Le: "at most {0.le}", Lt: "below {0.lt}"}

@@ -33,7 +33,6 @@ from openimp.planning.tables import print_costs, print_model, print_plan
 from openimp.recipe.file import RecipeLoader, override, read_recipe
 from openimp.recipe.model import LIBRARY
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification
 from openimp.report.write import write_report
 from openimp.search.build import build_index
 from openimp.search.folder import METADATA
@@ -332,16 +331,15 @@ def _classes(recipe: Recipe) -> dict[str, list[Any]]:
     """The classes of each head. A head whose classes are neither listed nor in readable data counts as one class."""
     found: dict[str, list[Any]] = {}
     for name, task in recipe.tasks.items():
-        for objective in task.objectives:
-            if isinstance(objective, Classification):
-                key = head_key(task.source, objective.label)
-                try:
-                    found[key] = list(objective.classes or ()) or classes_of(
-                        open_source(task.source, recipe.sources[task.source]), objective, f"tasks.{name}"
-                    )
-                except UserError as error:
-                    found[key] = [None]
-                    console.print(f"head {key} counts as one class: {error}", soft_wrap=True)
+        for column in filter(None, [objective.class_column() for objective in task.objectives]):
+            key = head_key(task.source, column.name)
+            try:
+                found[key] = list(column.classes or ()) or classes_of(
+                    open_source(task.source, recipe.sources[task.source]), column, f"tasks.{name}"
+                )
+            except UserError as error:
+                found[key] = [None]
+                console.print(f"head {key} counts as one class: {error}", soft_wrap=True)
     return found
 
 

@@ -271,7 +271,7 @@ def test_published_names_are_accepted_before_anything_is_downloaded():
 
 
 TASK = """{source: pictures, inputs: {image: file, text: "a {label} square"}, batch_size: 8,
-    objectives: [{type: contrastive, same: label}], views: [{image: {size: 16}, text: {length: 8}}]}"""
+    objectives: [{type: contrastive, positives_by: label}], views: [{image: {size: 16}, text: {length: 8}}]}"""
 CHANGES = [
     f"tasks={{named: {TASK}}}",
     "evaluation={}",

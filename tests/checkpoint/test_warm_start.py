@@ -21,7 +21,7 @@ from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
 
 NEW_HEAD = """{source: painted, inputs: {image: file, text: 'painted {label}'}, batch_size: 8, objectives: [
-    {type: classification, label: label, of: image}, {type: contrastive, same: label}],
+    {type: classification, label: label, of: image}, {type: contrastive, positives_by: label}],
     views: [{image: {size: 16}, text: {length: 8}}]}"""
 
 

@@ -105,7 +105,7 @@ def assert_same(ours: list[LoadedBatch], theirs: list[LoadedBatch]) -> None:
     for a, b in zip(ours, theirs):
         assert (a.visit, a.names, a.bad, a.digest, a.batch.rows) == (b.visit, b.names, b.bad, b.digest, b.batch.rows)
         assert a.cursors == b.cursors
-        assert torch.equal(a.batch.labels["cls"], b.batch.labels["cls"])
+        assert torch.equal(a.batch.targets[0]["label"], b.batch.targets[0]["label"])
         for ours_, theirs_ in zip(a.batch.tokens["image"], b.batch.tokens["image"]):
             assert ours_ is None or torch.equal(ours_, theirs_)
 

@@ -21,7 +21,7 @@ from openimp.data import step_batches
 from openimp.data.loader import _init_worker, load_batches
 from openimp.data.order import example_rng, rows_at, seed_key
 from openimp.data.step_batches import LoadedBatch, StepBatches
-from openimp.data.targets import item_id
+from openimp.data.tables import item_id
 from openimp.data.templates import fill
 from openimp.planning.ledger import costs
 from openimp.recipe.schema import Recipe
@@ -45,7 +45,7 @@ def assert_same(one: list[LoadedBatch], other: list[LoadedBatch]) -> None:
     for a, b in zip(one, other):
         assert (a.names, a.bad, a.cursors, a.digest) == (b.names, b.bad, b.cursors, b.digest)
         assert a.batch.rows == b.batch.rows
-        for mine, theirs in ((a.batch.item_ids, b.batch.item_ids), (a.batch.labels, b.batch.labels)):
+        for mine, theirs in zip(a.batch.targets, b.batch.targets, strict=True):
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(mine[key], theirs[key]) for key in mine)
         assert a.batch.tokens.keys() == b.batch.tokens.keys()
@@ -173,7 +173,7 @@ def test_a_bad_file_is_skipped_counted_named_and_replaced(own_data, workers):
     }.items():
         (own_data / "pictures" / name).write_bytes(content)
     bad = {"red/1.png", "blue/2.png", "white/0.png"}
-    data = opened(own_data, f"train.num_workers={workers}")
+    data = opened(own_data, f"train.num_workers={workers}", "tasks.named.objectives.0.positives_by=null")
     table = data.sources["named"]
     named = []
     for item in load_batches(data, 0):
@@ -181,8 +181,8 @@ def test_a_bad_file_is_skipped_counted_named_and_replaced(own_data, workers):
             assert len(item.batch.rows) == len(item.batch.tokens["image"].values) == item.visit.batch_size
             assert not bad & {table.row_name(row) for row in item.batch.rows}
             # A stand-in is the same item as the neighbour whose place it shares, not a false negative.
-            assert item.batch.item_ids[""].tolist() == item.batch.rows
-            classes = [data.classes["pictures:label"][label] for label in item.batch.labels["label"]]
+            assert item.batch.targets[0]["item"].tolist() == item.batch.rows
+            classes = [data.classes["pictures:label"][label] for label in item.batch.targets[1]["label"]]
             assert classes == [table.row_name(row).split("/")[0] for row in item.batch.rows]
             order = rows_at(0, "named", 24, np.arange(item.visit.start, item.visit.start + 24)).tolist()
             good = [i for i in range(24) if table.row_name(order[i]) not in bad]
@@ -298,7 +298,7 @@ def test_several_classes_a_row_become_marks(own_data):
     assert data.classes == {"sounds:tags": ["a", "b", "c"]}
     for item in load_batches(data, 0):
         expected = [[[1, 0, 0], [0, 1, 1], [0, 0, 0]][row % 3] for row in item.batch.rows]
-        assert item.batch.labels["tags"].tolist() == expected
+        assert item.batch.targets[0]["label"].tolist() == expected
 
 
 def test_rows_without_a_class_are_refused(own_data):
@@ -354,10 +354,10 @@ def test_equal_texts_are_one_item_and_bytes_that_differ_are_two(own_data):
 
 def items(folder: Path, source: list[str]) -> list[list[int]]:
     """The rows of each item."""
-    (batch, *_) = loaded(folder, *source, "tasks.named.objectives=[{type: contrastive, same: label}]",
+    (batch, *_) = loaded(folder, *source, "tasks.named.objectives=[{type: contrastive, positives_by: label}]",
                          "tasks.named.inputs.text=file", "tasks.heard.weight=0", NO_EVALUATION)  # fmt: skip
     found: dict[int, set[int]] = {}
-    for row, item in zip(batch.batch.rows, batch.batch.item_ids["label"].tolist()):
+    for row, item in zip(batch.batch.rows, batch.batch.targets[0]["item"].tolist()):
         found.setdefault(item, set()).add(row)
     return sorted(map(sorted, found.values()))
 
@@ -365,7 +365,7 @@ def items(folder: Path, source: list[str]) -> list[list[int]]:
 def test_several_classes_a_row(own_data):
     source = write_labels(own_data, [["a", "b"], [], None, ["c"], ["a"], ["b", "c"]])
     (batch, *_) = loaded(own_data, *source, *only_image("{type: classification, label: label, loss: sigmoid}"))
-    hot = dict(zip(batch.batch.rows, batch.batch.labels["label"].int().tolist()))
+    hot = dict(zip(batch.batch.rows, batch.batch.targets[0]["label"].int().tolist()))
     assert [hot[row] for row in range(6)] == [[1, 1, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0], [0, 1, 1]]
 
 

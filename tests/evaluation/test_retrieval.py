@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from openimp.common.errors import UserError
 from openimp.data.sources import open_source
-from openimp.data.targets import item_id
+from openimp.data.tables import item_id
 from openimp.evaluation.evaluate import evaluate
 from openimp.evaluation.retrieval import RetrievalResult, ranks
 from openimp.inference.model import Model
@@ -200,7 +200,7 @@ def test_texts_that_differ_only_in_case_and_spaces_are_one_item(measure, tmp_pat
     assert [result["candidates"] for result in measure(keys)] == [4, 4]
 
 
-def test_parts_same_and_evaluation_agree_which_texts_are_equal(measure, tmp_path):
+def test_parts_positives_and_evaluation_agree_which_texts_are_equal(measure, tmp_path):
     equal = [["Straße", "STRASSE"], ["A dog", "a  dog"], ["Café", "cafe\u0301"], ["cafe"]]
     names = [text for texts in equal for text in texts]
     keys = write_pictures(tmp_path, [png(i) for i in range(len(names))], names)
@@ -208,7 +208,7 @@ def test_parts_same_and_evaluation_agree_which_texts_are_equal(measure, tmp_path
     to_text, _ = measure(keys)
     counts = {
         "part": len(set(table.parts(10**9, "name"))),
-        "same": len({item_id(name, row) for row, name in enumerate(names)}),
+        "positives_by": len({item_id(name, row) for row, name in enumerate(names)}),
         "evaluation": to_text["candidates"],
     }
     assert counts == dict.fromkeys(counts, len(equal))

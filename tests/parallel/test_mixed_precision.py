@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from openimp.data.loader import load_batches
 from openimp.model.moe import Router
-from openimp.objectives import Losses, task_losses
+from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.layout import reshard
 from openimp.recipe.schema import Recipe

@@ -28,7 +28,8 @@ from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
 from openimp.model.embedder import in_chunks
 from openimp.model.imp import IMP
-from openimp.objectives import sigmoid_nce, softmax_nce, task_losses
+from openimp.objectives.losses import task_losses
+from openimp.objectives.nce import sigmoid_nce, softmax_nce
 from openimp.parallel import distributed
 from openimp.parallel.layout import apply_parallelism
 from openimp.planning.gpus import GIB, GPUS, peak_flops

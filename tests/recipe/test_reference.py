@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from openimp.common.objective import Objective
 from openimp.common.schema import Strict
 from openimp.recipe import evaluation, inputs, model, schema, tasks, training
 
@@ -41,7 +42,8 @@ def test_every_part_of_the_schema_has_a_section(tool):
     parts = {value for value in values if isinstance(value, type) and issubclass(value, BaseModel)}
     modalities = [*tool.builtin_modalities().values(), *tool.wrapped_modalities().values()]
     parts |= {part for modality in modalities for part in (modality.Config, modality.View)}
-    assert parts - {BaseModel, Strict} == set(tool.sections())
+    parts |= {*tool.builtin_objectives().values()}
+    assert parts - {BaseModel, Objective, Strict} == set(tool.sections())
 
 
 def test_links_lead_to_their_sections(tool):

@@ -32,7 +32,9 @@ REFUSED = {
     "train.stepz=1": "train: unknown key 'stepz'; did you mean 'steps'?",
     "model.moe.expert=4": "model.moe: unknown key 'expert'; did you mean 'experts'?",
     "tasks.named.bacth_size=4": "tasks.named: unknown key 'bacth_size'; did you mean 'batch_size'?",
-    "tasks.named.objectives.0.simile=x": "tasks.named.objectives.0: unknown key 'simile'; did you mean 'same'?",
+    "tasks.named.objectives.0.positive_by=x": "tasks.named.objectives.0: unknown key 'positive_by'; did you mean "
+    "'positives_by'?",
+    "tasks.named.objectives.0.same=label": "tasks.named.objectives.0: key 'same' is now called 'positives_by'",
     "tasks.named.inputs.image={colum: x}": "tasks.named.inputs.image: unknown key 'colum'; did you mean 'column'?",
     "tasks.named.views.0.image.sise=16": "tasks.named.views[0].image: unknown key 'sise'; did you mean 'size'?",
     "tasks.named.views.1.imagge={}": "tasks.named.views[1]: unknown key 'imagge'; did you mean 'image'?",
@@ -70,9 +72,10 @@ REFUSED = {
     "found 1.5",
     "sources.pictures.where={label: 1.5}": "sources.pictures.where.label: expected text, a whole number, true or false "
     "or a list, found 1.5",
-    "tasks.named.objectives.0.type=contrast": "tasks.named.objectives.0.type: expected 'contrastive', "
-    "'classification' or 'distill', found 'contrast'",
-    "tasks.named.objectives.0={same: label}": "tasks.named.objectives.0.type: required value is missing",
+    "tasks.named.objectives.0.type=contrast": "tasks.named.objectives.0: no objective is called "
+    "'contrast'; did you mean 'contrastive'?",
+    "tasks.named.objectives.0=contrastive": "tasks.named.objectives.0: expected a mapping, found 'contrastive'",
+    "tasks.named.objectives.0={positives_by: label}": "tasks.named.objectives.0.type: required value is missing",
     "modalities.vision.patch=[2, 8]": "modalities.vision: patch.2: required value is missing",
     "modalities.vision.patch=[2, 8, 8, 8]": "modalities.vision: patch: takes at most 3 items, found 4",
     "tasks.named.views=[]": "tasks.named.views: needs at least 1 item, found 0",

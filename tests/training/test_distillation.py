@@ -18,8 +18,8 @@ from openimp.common.json_lines import read_lines
 from openimp.common.modality import BadMedia
 from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
-from openimp.data.targets import unit_vector
 from openimp.model.imp import IMP
+from openimp.objectives.distill import unit_vector
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 from openimp.search import build_index, open_index
@@ -133,7 +133,7 @@ def test_a_row_without_a_vector_is_a_bad_example(data, tmp_path):
         batches.fit()
         loaded = batches[0]
         assert {*loaded.batch.rows} == {*range(4, 24)}
-        assert torch.allclose(loaded.batch.labels["vector"], torch.full((24, SIZE), SIZE**-0.5))
+        assert torch.allclose(loaded.batch.targets[0]["vector"], torch.full((24, SIZE), SIZE**-0.5))
         reasons = {name.partition("[")[2][0]: why.removeprefix("column 'vector': ") for name, why in loaded.bad}
         assert reasons == {
             "0": "expected a list of 24 numbers (the model's embed_dim), found a list of shape [3]",

@@ -223,7 +223,7 @@ def test_equal_texts_of_different_items_are_told(little_data, tmp_path, capsys):
     changes = ["train.steps=3", "tasks.heard.weight=0", "evaluation.sets={}", "tasks.named.views.1.weight=0.001"]
     train(recipe_of(little_data, *changes), tmp_path / "one item")
     assert "belong to other examples too" not in capsys.readouterr().out
-    recipe = recipe_of(little_data, *changes, "tasks.named.objectives.0.same=null")
+    recipe = recipe_of(little_data, *changes, "tasks.named.objectives.0.positives_by=null")
     data = Trainer(set_up(recipe, tmp_path / "looked at")).data
     names = [Path(data.sources["named"].row_name(row)).parent.name for row in data[0].batch.rows]
     alike = sum(names.count(name) > 1 for name in names) / len(names)
@@ -607,7 +607,7 @@ MOTION_RECIPE = """
         source: train
         inputs: {motion: trace, text: "someone is {activity}"}
         objectives:
-          - {type: contrastive, same: activity}
+          - {type: contrastive, positives_by: activity}
           - {type: classification, label: activity, of: motion}
         batch_size: 16
         views: [{motion: {length: 24}, text: {length: 8}}]

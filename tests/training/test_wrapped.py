@@ -43,7 +43,7 @@ CASES = {
 
 def recipe_of(data: Path, name: str, *overrides: str, **train_options: Any) -> Recipe:
     """A recipe of two tasks on the pictures of `little.py`, one with a classification, one with clips of one frame."""
-    files = {"source": "pictures", "objectives": [{"type": "contrastive", "same": "label"}], "batch_size": 8}
+    files = {"source": "pictures", "objectives": [{"type": "contrastive", "positives_by": "label"}], "batch_size": 8}
     named = {**files, "inputs": {"image": "file", "text": "a {label} square"}, "views": [{"image": {"crop": 0.5}}]}
     named["objectives"] = [*files["objectives"], {"type": "classification", "label": "label"}]
     paired = {**files, "inputs": {"video": "file", "text": "{label}"}, "views": [{"video": {"frames": 2}}]}
@@ -237,7 +237,7 @@ def test_a_plan_counts_the_wrapped_model(whole, data, name):
 @pytest.mark.parametrize("kind", ["siglip", "bert", "resnet", "coca"])
 def test_other_architectures_train(kind, data, tmp_path):
     own = public.write(kind, tmp_path / kind)
-    objectives = "tasks.named.objectives=[{type: contrastive, loss: sigmoid, same: label}]"
+    objectives = "tasks.named.objectives=[{type: contrastive, loss: sigmoid, positives_by: label}]"
     recipe = recipe_of(data, own, objectives, "evaluation={}", steps=4, save_every=2)
     assert train(recipe, tmp_path / "run")
     before, after = openimp.load(own).imp.state_dict(), weights(tmp_path / "run")

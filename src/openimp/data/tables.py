@@ -321,6 +321,13 @@ def item_key(value: Any) -> str | None:
     return text_key(as_text(value)) or None
 
 
+def item_id(value: Any, row: int) -> int:
+    """A hash that rows of the same item share, see `item_key`. A row without a value is an item of its own."""
+    key = value if isinstance(value, bytes) else (item_key(value) or "").encode()  # Media and vectors have no case.
+    content = key or f"\nrow {row}".encode()  # No text's key has a line break.
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
 def part_of(value: Any, row: int, parts: int) -> int:
     """The part that a row with this value is in, from 0; without a value, it follows from the number of the row."""
     text = item_key(value) or f"row {row}"

@@ -101,10 +101,11 @@ def check(evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table
         require_pair(evaluator.model, seen, options.reader, where)
         labels = read_labels(options, where, table, options.classes)
         return labels, zero_shot.class_names(labels.classes, options, f"{where}: source {table.name}")
-    loss, head = evaluator.recipe.class_head(options, where).loss, _head(evaluator, options)
+    column = evaluator.recipe.class_column(options, where)
+    head = _head(evaluator, options)
     if head not in evaluator.classes:
         raise UserError(f"{where}: the model has no head that tasks.{options.task} trained on {options.label!r}")
-    labels = read_labels(options, where, table, evaluator.classes[head], loss == "sigmoid")
+    labels = read_labels(options, where, table, evaluator.classes[head], column.has_lists)
     return labels, labels.classes
 
 

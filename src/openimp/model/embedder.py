@@ -27,7 +27,9 @@ class Encoded(NamedTuple):
     routing: list[RouterStats]  # statistics of each sparse layer, in order; empty for a dense model
 
 
-EncodeAll = Callable[[Mapping[str, Tokens]], dict[str, Encoded]]
+EncodedAll = dict[str, Encoded]
+"""By modality."""
+EncodeAll = Callable[[Mapping[str, Tokens]], EncodedAll]
 """`Embedder.encode_all`, or a function that replaces it."""
 
 
@@ -40,7 +42,7 @@ def in_chunks(encode_all: EncodeAll, chunk_size: int | None) -> EncodeAll:
     if chunk_size is None:
         return encode_all
 
-    def encode_chunks(inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
+    def encode_chunks(inputs: Mapping[str, Tokens]) -> EncodedAll:
         parts = {name: tokens.split(chunk_size) for name, tokens in inputs.items()}
         rows = zip_longest(*parts.values())
         chunks = [{name: part for name, part in zip(inputs, row) if part is not None} for row in rows]
@@ -81,7 +83,7 @@ class Embedder(nn.Module, ABC):
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
         """Encodes the tokens of one modality."""
 
-    def encode_all(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
+    def encode_all(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
         """Encodes each modality by itself. Their batch sizes may differ."""
         return {name: self.encode({name: tokens}) for name, tokens in inputs.items()}
 

@@ -20,7 +20,6 @@ from openimp.model.init import linear
 from openimp.model.moe import Experts, RouterStats
 from openimp.recipe.model import Model
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Contrastive, Distill, pairs_of, target_of
 
 
 class IMP(Embedder):
@@ -174,24 +173,20 @@ class IMP(Embedder):
 
 
 def trained_pairs(recipe: Recipe) -> list[tuple[str, str]]:
-    """All pairs of modalities in the contrastive objectives of a recipe, sorted."""
+    """All pairs of modalities that the objectives of a recipe compare, sorted."""
     found = {
         (min(pair), max(pair))
         for task in recipe.tasks.values()
         for objective in task.objectives
-        if isinstance(objective, Contrastive)
-        for pair in pairs_of(objective, task.inputs)
+        for pair in objective.compared_pairs(task)
     }
     return sorted(found)
 
 
 def distilled_heads(recipe: Recipe) -> list[tuple[str, str]]:
-    """The modality of each distillation in a recipe, and the one that it is to be compared with."""
+    """The other projection heads of a recipe: each modality, and the one that it is to be compared with."""
     return [
-        (objective.of, target_of(objective, task.inputs))
-        for task in recipe.tasks.values()
-        for objective in task.objectives
-        if isinstance(objective, Distill)
+        head for task in recipe.tasks.values() for objective in task.objectives for head in objective.projected(task)
     ]
 
 

@@ -23,7 +23,6 @@ from openimp.model.heads import MAX_LOGIT_SCALE, LogitScale
 from openimp.model.imp import trained_pairs
 from openimp.model.init import linear
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Contrastive
 
 BLOCKS = ("resblocks", "blocks", "layer", "layers", "block")
 """Names of the lists of blocks in the towers of open_clip, timm and transformers."""
@@ -61,7 +60,12 @@ class OpenCLIP(Embedder):
             classes: the number of classes of each classification head, by name.
         """
         super().__init__()
-        losses = {o.loss for task in recipe.tasks.values() for o in task.objectives if isinstance(o, Contrastive)}
+        limits = {
+            objective.limits_scale
+            for task in recipe.tasks.values()
+            for objective in task.objectives
+            if objective.compared_pairs(task)
+        }
         self.pairs = trained_pairs(recipe)
         self.readers = {name: modality.reads_text for name, modality in modalities.items()}
         for modality in modalities.values():
@@ -70,7 +74,7 @@ class OpenCLIP(Embedder):
                 for name, values in zip(("mean", "std"), modality.statistics):
                     self.register_buffer(name, torch.tensor(values), persistent=False)
         library = cast(Any, encoder)
-        limit = math.inf if losses == {"sigmoid"} else MAX_LOGIT_SCALE  # SigLIP's scales are larger than CLIP's limit.
+        limit = math.inf if limits == {False} else MAX_LOGIT_SCALE
         self.scale = LogitScale(library.logit_scale, library.logit_bias, limit)
         library.logit_scale = library.logit_bias = None
         for module in encoder.modules():

@@ -20,15 +20,14 @@ from openimp.alternation import expected_shares
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import number_table
-from openimp.data.batch import Batch, head_key
-from openimp.data.targets import embed_dim
+from openimp.data.batch import Batch
+from openimp.data.targets import target_sizes
 from openimp.model.build import build_model
 from openimp.model.embedder import Embedder, in_chunks
 from openimp.model.learning_rates import freeze, muon_stacks
-from openimp.objectives import Losses, task_losses
+from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel.muon import muon_flops
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification, Distill
 from openimp.recipe.training import Memory
 
 META = torch.device("meta")
@@ -203,15 +202,6 @@ def empty_batch(
         for modality, spec in task.inputs.items():
             length = modalities[modality].length(task.views[view][modality])
             tokens[modality] = modalities[modality].zeros(size * spec.draw, length)
-        item = torch.zeros(size, dtype=torch.int64)
-        batch = Batch(tokens, {"": item}, rows=list(range(size)))
-        for objective in task.objectives:
-            if isinstance(objective, Classification):
-                many = len(classes[head_key(task.source, objective.label)])
-                batch.labels[objective.label] = item if objective.loss == "softmax" else torch.zeros(size, many)
-            elif isinstance(objective, Distill):
-                batch.labels[objective.to] = torch.zeros(size, embed_dim(recipe, modalities))
-                batch.item_ids[objective.to] = item
-            elif objective.same:
-                batch.item_ids[objective.same] = item
-    return batch
+        sizes = target_sizes(recipe, modalities, classes)
+        targets = [objective.zeros(task, size, sizes) for objective in task.objectives]
+    return Batch(tokens, targets)

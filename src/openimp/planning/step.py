@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from openimp.common.objective import Compared
 from openimp.model.embedder import pass_sizes
 from openimp.model.learning_rates import muon_stacks
-from openimp.objectives import BLOCK
+from openimp.objectives.nce import BLOCK
 from openimp.planning.ledger import Cost
 from openimp.planning.memory import StepMemory
 from openimp.planning.muon import MuonWork
 from openimp.planning.sharding import FP32_BYTES, Group, Sharding, Traffic
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification, Distill, Task, classified_by, pairs_of
+from openimp.recipe.tasks import Task
 
 SIMILARITY_BYTES = 21
 """Bytes that a contrastive loss holds at its peak per pair of items and direction; a test counts them."""
@@ -60,37 +61,6 @@ class Step:
     wait_seconds: float  # for collectives that no computation hides
 
 
-class Compared(NamedTuple):
-    """What the losses of a step compare, over all GPUs."""
-
-    heads: int  # passes of features through a head
-    vectors: int  # that all GPUs get, and gradients that they return
-    similarities: int
-
-    @classmethod
-    def by(cls, task: Task, examples: int) -> "Compared":
-        """What a task compares. The sigmoid loss uses each pair of items once."""
-        rows = {name: examples * spec.draw for name, spec in task.inputs.items()}
-        heads = 0
-        vectors = 0
-        similarities = 0
-        for objective in task.objectives:
-            if isinstance(objective, Classification):
-                heads += len(classified_by(objective, task.inputs))
-            elif isinstance(objective, Distill):
-                heads += 1
-                if objective.loss == "contrastive":
-                    vectors += examples
-                    similarities += rows[objective.of] * examples
-            else:
-                for a, b in pairs_of(objective, task.inputs):
-                    is_softmax = objective.loss == "softmax"
-                    heads += 2
-                    vectors += 2 * (rows[a] * is_softmax + rows[b])
-                    similarities += (1 + is_softmax) * rows[a] * rows[b]
-        return cls(heads, vectors, similarities)
-
-
 class StepPlanner:
     """Plans the steps of a recipe in one layout, at a given MFU."""
 
@@ -111,7 +81,8 @@ class StepPlanner:
         """Plans a step that costs `cost`, and whose activations `counted` has."""
         touched = {self.weights[name] for name in cost.touched}
         updated = self.trained if self.recipe.optimizer.zero_missing_grads else touched
-        compared = Compared.by(task, cost.examples)
+        by_objective = [objective.compared(task, cost.examples) for objective in task.objectives]
+        compared = Compared(*map(sum, zip(*by_objective)))
         layout = self.sharding.layout
         rows = {name: cost.examples * spec.draw // layout.ranks for name, spec in task.inputs.items()}
         passes = [self.model.blocks_of(sizes) for sizes in pass_sizes(rows, self.recipe.memory.chunk_size)]

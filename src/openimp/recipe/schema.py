@@ -12,13 +12,14 @@ from pydantic import Field
 
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Modality
+from openimp.common.objective import ClassColumn
 from openimp.common.schema import FolderName, Strict, Whole, checked, unknown_key
 from openimp.recipe.evaluation import ClassHead, Evaluation, EvaluationSet, Probe, Retrieval, ZeroShot
 from openimp.recipe.file import read_recipe
 from openimp.recipe.inputs import View
 from openimp.recipe.model import BATCH_ROUTINGS, Model
 from openimp.recipe.registry import modality_class
-from openimp.recipe.tasks import Classification, Distill, Source, Task, check_objectives, target_of
+from openimp.recipe.tasks import Source, Task
 from openimp.recipe.training import Alternation, Memory, Optimizer, Parallel, Train
 
 
@@ -111,7 +112,7 @@ class Recipe(Strict):
         self._bind_evaluation(where)
 
     def _bind_tasks(self, where: str) -> None:
-        heads: dict[tuple[str, str], tuple[str, Classification]] = {}
+        heads: dict[tuple[str, str], tuple[str, ClassColumn]] = {}
         for task_name, task in self.tasks.items():
             key = f"{where}: tasks.{task_name}"
             self._bind_user(key, task, {f"{key}.views[{i}]": view for i, view in enumerate(task.views)})
@@ -123,28 +124,28 @@ class Recipe(Strict):
                     f"{key}.views: sync needs recordings as they are, and sources.{task.source}.cache keeps parts of "
                     "long ones; drop one of the two"
                 )
-            check_objectives(key, task)
-            for i, objective in enumerate(task.objectives):
-                if isinstance(objective, Distill):
-                    self._check_head(f"{key}.objectives.{i}", objective, task)
-                if isinstance(objective, Classification):
-                    head = heads.setdefault((task.source, objective.label), (task_name, objective))
-                    if (objective.loss, objective.classes) != (head[1].loss, head[1].classes):
-                        raise UserError(
-                            f"{key}: tasks.{head[0]} classifies {objective.label!r} of {task.source} too, by the same "
-                            "head, so loss and classes must be the same"
-                        )
+            self._check_objectives(key, task)
+            for column in filter(None, [objective.class_column() for objective in task.objectives]):
+                first_task, first_column = heads.setdefault((task.source, column.name), (task_name, column))
+                if column != first_column:
+                    raise UserError(
+                        f"{key}: tasks.{first_task} classifies {column.name!r} of {task.source} too, by the same head, "
+                        "so loss and classes must be the same"
+                    )
 
-    def _check_head(self, key: str, objective: Distill, task: Task) -> None:
-        """Checks that a modality is distilled by a head that the model has. Messages begin with `key`."""
-        if objective.towards:
-            _require(f"{key}.towards", "modality", objective.towards, self.modality_names)
-        disjoint = self.model.space == "disjoint" and not self.model.wrap
-        if disjoint and target_of(objective, task.inputs) == objective.of:
-            raise UserError(
-                f"{key}: in a disjoint space, distill needs `towards`, another modality to compare {objective.of} "
-                "with; or set model.space: joint"
-            )
+    def _check_objectives(self, key: str, task: Task) -> None:
+        """Checks that the objectives of a task fit it, and that no two do the same. Messages begin with `key`."""
+        done: dict[str, int] = {}
+        for i, objective in enumerate(task.objectives):
+            location = f"{key}.objectives.{i}"
+            for name in objective.modalities(task):
+                if name not in task.inputs:
+                    raise UserError(f"{location}: {name!r} is not an input of the task{nearest(name, task.inputs)}")
+            objective.check(location, task, self)
+            for work in objective.work(task):
+                if work in done:
+                    raise UserError(f"{location}: objectives.{done[work]} already {work}; drop one of the two")
+                done[work] = i
 
     def _bind_evaluation(self, where: str) -> None:
         best, sets = self.evaluation.best, self.evaluation.sets
@@ -164,20 +165,20 @@ class Recipe(Strict):
                 raise UserError(f"{key}.view: weight, batch_size and sync are for training; use evaluation.batch_size")
             self._bind_user(key, options, {f"{key}.view": options.view})
             if isinstance(options, ClassHead):
-                self.class_head(options, key)
+                self.class_column(options, key)
             if isinstance(options, Probe):
                 _require(f"{key}.train", "source", options.train, self.sources)
                 if options.train == options.source:
                     raise UserError(f"{key}: train and source are both {options.train}; a probe needs new rows")
 
-    def class_head(self, options: ClassHead, key: str) -> Classification:
-        """The objective that trains the head of an evaluation set. If there is none, the message begins with `key`."""
+    def class_column(self, options: ClassHead, key: str) -> ClassColumn:
+        """What the head of an evaluation set is trained on. If nothing is, the message begins with `key`."""
         _require(f"{key}.task", "task", options.task, self.tasks)
-        heads = {o.label: o for o in self.tasks[options.task].objectives if isinstance(o, Classification)}
-        if options.label not in heads:
-            hint = nearest(options.label, heads)
+        columns = {column.name: column for o in self.tasks[options.task].objectives if (column := o.class_column())}
+        if options.label not in columns:
+            hint = nearest(options.label, columns)
             raise UserError(f"{key}.label: tasks.{options.task} has no classification of {options.label!r}{hint}")
-        return heads[options.label]
+        return columns[options.label]
 
     def modality_class(self, name: str) -> type[Modality]:
         """The class that reads a modality for the recipe's model. UserError if a wrapped model cannot read it."""

@@ -4,7 +4,7 @@
 
 The recipe has one task of two modalities, one of them text. The towers have the recipe's sizes. They get its examples
 in its order, with its augmentation and tokenizer, and its optimizers update them. Initialization, pooling and patch
-dropout are open_clip's, and so is the loss, which is that of openimp without `same`. It needs `pip install
+dropout are open_clip's, and so is the loss, which is that of openimp without `positives_by`. It needs `pip install
 openimp[peers]`. A model that open_clip has published is wrapped without this module (`model.wrap`).
 
 Shape suffixes: B examples, P values per token.
@@ -22,8 +22,9 @@ from openimp.common.modality import Modalities, Modality, Tokens
 from openimp.modalities.open_clip import import_open_clip
 from openimp.modalities.text import END, PAD
 from openimp.model.open_clip import OpenCLIP
+from openimp.objectives.contrastive import Contrastive
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Contrastive, Task
+from openimp.recipe.tasks import Task
 from openimp.training.setup import Variant
 
 
@@ -103,7 +104,7 @@ TWO_TOWERS = Variant(
     name="TwoTowerTrainer",
     make_modalities=unpatched_modalities,
     build_model=lambda recipe, modalities, _: TwoTowers(recipe, modalities),
-    suggest_same=False,  # open_clip's loss cannot treat several examples as one item.
+    warns=False,  # open_clip's loss cannot treat several examples as one item.
 )
 """Trains the two towers. Its metrics count the media of an example as one token."""
 

@@ -13,7 +13,7 @@ from openimp.common.modality import Modalities
 from openimp.common.progress import StepBar, console
 from openimp.data.step_batches import LoadedBatch
 from openimp.model.embedder import Embedder
-from openimp.objectives import Losses, equal_texts
+from openimp.objectives.losses import Losses
 from openimp.parallel import distributed
 from openimp.planning.gpus import peak_flops
 from openimp.planning.ledger import Costs, mixture_table
@@ -22,9 +22,6 @@ from openimp.training.bad_examples import BadExamples
 from openimp.training.metrics import Metrics
 from openimp.training.optimizers import schedule
 from openimp.training.step_timer import StepTimer, speed_text
-
-DUPLICATE_TEXT_WARNING = 0.1
-"""Share of duplicate texts in a batch above which `same` is suggested."""
 
 
 class Log:
@@ -87,18 +84,17 @@ class Log:
         if warning := self.timer.warning(line, self.recipe, self.modalities):
             console.print(warning, soft_wrap=True)
 
-    def warn_of_duplicate_texts(self, loaded: LoadedBatch) -> None:
-        """Suggests `same` if the first batch of a task has many texts that occur in several examples."""
+    def warn_of_first_batch(self, loaded: LoadedBatch) -> None:
+        """Prints what the objectives of a task warn of in its first batch."""
         name = loaded.visit.task
         if name in self.first_batches:
             return
         self.first_batches.add(name)
-        if (share := equal_texts(self.recipe.tasks[name], loaded.batch)) > DUPLICATE_TEXT_WARNING:
-            console.print(
-                f"task {name}: {share:.0%} of a batch's texts belong to other examples too, and the loss pushes these "
-                "apart; with `same: COLUMN`, a contrastive objective treats rows with equal values as one item",
-                soft_wrap=True,
-            )
+        task = self.recipe.tasks[name]
+        batch = loaded.batch
+        warnings = [each.warning(task, batch.tokens, target) for each, target in zip(task.objectives, batch.targets)]
+        for warning in dict.fromkeys(filter(None, warnings)):
+            console.print(f"task {name}: {warning}", soft_wrap=True)
 
 
 def print_plan(

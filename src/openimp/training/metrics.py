@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from openimp.common.json_lines import append, forget_after, replace_after
-from openimp.objectives import Losses
+from openimp.objectives.losses import Losses
 from openimp.parallel.distributed import all_gather_object, all_reduce_mean, rank, world_size
 from openimp.planning.ledger import Cost
 

@@ -23,7 +23,7 @@ from openimp.evaluation.evaluate import check_sets
 from openimp.model.build import build_model
 from openimp.model.embedder import Embedder, EncodeAll, in_chunks
 from openimp.model.learning_rates import freeze
-from openimp.objectives import Losses, task_losses
+from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.deferred_init import DeferredInit
 from openimp.parallel.layout import apply_parallelism
@@ -49,7 +49,7 @@ class Variant:
         build_model: the model with random weights, or a wrapped one, whose weights are loaded.
         losses: the losses of a task. `encode_all` replaces `model.encode_all` if it works in chunks.
         sum_tasks: each update sums the losses of a round, which is one step of each task.
-        suggest_same: whether to suggest the option `same` if a task has many duplicate texts.
+        warns: whether to print what the objectives warn of in the first batch of each task.
         before_step: called with the trainer and the number of each step, before the step is made.
     """
 
@@ -58,7 +58,7 @@ class Variant:
     build_model: Callable[[Recipe, Modalities, Mapping[str, int]], Embedder] = build_model
     losses: Callable[[Any, Task, Batch, EncodeAll | None], Losses] = task_losses
     sum_tasks: bool = False
-    suggest_same: bool = True
+    warns: bool = True
     before_step: Callable[[Any, int], None] | None = None
 
 

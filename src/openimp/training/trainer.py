@@ -21,7 +21,7 @@ from openimp.data.step_batches import LoadedBatch
 from openimp.data.streams import Cursor
 from openimp.encoding.items import Progress
 from openimp.model.moe import collect_usage
-from openimp.objectives import Losses
+from openimp.objectives.losses import Losses
 from openimp.parallel import distributed
 from openimp.parallel.layout import mixed_precision
 from openimp.planning.ledger import empty_batch
@@ -153,8 +153,8 @@ class Trainer:
             # The alternation has chosen the task and the view of each batch: `loaded.visit`.
             for loaded in stop.watch_steps(batches, self.step, self._placeholder_batch):
                 self.make_step(loaded)
-                if self.variant.suggest_same:
-                    self.log.warn_of_duplicate_texts(loaded)
+                if self.variant.warns:
+                    self.log.warn_of_first_batch(loaded)
                 if self._must_settle_after(loaded.visit.step + 1):
                     self.settle()
                     self.log.bad.check()
