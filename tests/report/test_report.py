@@ -176,7 +176,9 @@ def test_the_page_has_all_sections_and_asks_for_nothing(browse, little_run, tmp_
 @in_browser
 def test_its_numbers_are_those_of_the_evaluation(browse, little_run, tmp_path):
     seen = browse(write_report(little_run, tmp_path / "page.html"))
-    model, recipe, modalities, _ = load_model(model_folder(little_run))
+    model, saved = load_model(model_folder(little_run))
+    recipe = saved.recipe.validated()
+    modalities = saved.modalities
     source = open_source("pictures", recipe.sources["pictures"])
     found, _ = classify(
         Evaluator(model, recipe, modalities), recipe.evaluation.sets["colours"], "evaluation.sets.colours", source

@@ -285,7 +285,7 @@ def test_an_index_of_other_weights_is_refused(tiny_model_folder, folder, tmp_pat
     recipe = tiny_recipe()
     imp, modalities = tiny_model(recipe)
     next(iter(imp.projections.values())).up.weight.data.mul_(2)
-    save_model(model, imp, recipe, modalities, {})
+    save_model(model, imp, recipe.to_config({}), modalities, recipe.to_yaml())
     for use in (lambda: open_index(index), lambda: build_index(model, [folder], index)):
         with pytest.raises(UserError, match=r"was built with other weights or views than .*model has"):
             use()
@@ -426,7 +426,7 @@ def test_a_run_whose_sources_are_streams_has_no_media_to_index(tiny_recipe, tiny
     recipe = tiny_recipe(sources={"all": {"path": f"{tmp_path}/*.tar", "stream": True}})
     model, modalities = tiny_model(recipe)
     (tmp_path / "model").mkdir()
-    save_model(tmp_path / "model", model, recipe, modalities, {})
+    save_model(tmp_path / "model", model, recipe.to_config({}), modalities, recipe.to_yaml())
     with pytest.raises(UserError, match="no media that can be indexed, and streams are skipped; name files or folders"):
         build_index(tmp_path / "model", None, tmp_path / "x.index", allow_sources=True)
 
@@ -440,7 +440,7 @@ def test_rows_of_a_source_are_read_again_by_their_number(tiny_recipe, tiny_model
     recipe = tiny_recipe(folder=tmp_path, tasks=tasks, modalities={"vision": {"patch": [2, 8, 8]}})
     model, modalities = tiny_model(recipe)
     (tmp_path / "model").mkdir()
-    save_model(tmp_path / "model", model, recipe, modalities, {})
+    save_model(tmp_path / "model", model, recipe.to_config({}), modalities, recipe.to_yaml())
     with pytest.raises(UserError, match="task named of its recipe reads source all"):
         build_index(tmp_path / "model", None, tmp_path / "x.index")
     done = build_index(tmp_path / "model", None, tmp_path / "x.index", allow_sources=True)

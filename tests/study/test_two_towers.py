@@ -226,7 +226,7 @@ def test_only_a_study_loads_the_towers(trained, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     file = checkpoints(copy)[-1] / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"model": "IMP"}))
+    file.write_text(json.dumps(config | {"class": "IMP"}))
     with pytest.raises(UserError, match="holds IMP, expected TwoTowers"):
         load_two_towers(copy)
 

@@ -23,7 +23,7 @@ from filelock import FileLock
 from safetensors import safe_open
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import config_files, load_model
+from openimp.checkpoint.folder import load_model, text_files
 from openimp.common.errors import UserError, nearest
 from openimp.common.safe_files import cache_folder, read_text, refuse_links
 from openimp.modalities.open_clip import (
@@ -77,7 +77,9 @@ def _can_be_loaded(folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        load_model(folder)  # Weights are only mapped into memory, so this takes less than a tenth of a second.
+        # Weights are only mapped into memory, so this takes less than a tenth of a second.
+        _, saved = load_model(folder)
+        saved.recipe.validated()
     except UserError as error:
         log.warning("%s will be made again: %s", folder, error)
         return False
@@ -184,12 +186,13 @@ def _convert(name: str, public: Public, folder: Path) -> None:
         raise UserError(f"{name}: {public.weights.name} does not fit the model: {reason}") from None
     del encoder.load_state_dict
     recipe = Recipe.build(public_recipe_of(name, "softmax" if encoder.logit_bias is None else "sigmoid"))
-    modalities = recipe.make_modalities()
+    model_config = recipe.to_config({})
+    modalities = model_config.make_modalities()
     for modality in modalities.values():
         modality.load_state(files)
-    model = OpenCLIP(recipe, modalities, encoder, config["model_cfg"]["embed_dim"]).float()
+    model = OpenCLIP(model_config, modalities, encoder, config["model_cfg"]["embed_dim"]).float()
     dcp.save(folder / "model", model.state_dict())
-    for file, text in config_files(model, recipe, modalities, {}).items():
+    for file, text in text_files(model, model_config, modalities, recipe.to_yaml()).items():
         (folder / file).write_text(text, encoding="utf-8")
 
 

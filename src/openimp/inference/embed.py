@@ -111,7 +111,7 @@ def table_schema(model: Model, run: str | Path) -> pa.Schema:
     """The columns of a table of embeddings, and which model made it."""
     vector = pa.list_(pa.float32(), model.imp.config.embed_dim)
     columns = dict.fromkeys(("path", "modality", "towards"), pa.string()) | {"embedding": vector}
-    return pa.schema(columns, metadata={"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})})
+    return pa.schema(columns, metadata={"openimp": json.dumps({"model": str(run), "recipe": model.config.name})})
 
 
 def embed_files(

@@ -97,9 +97,10 @@ def _measure(
 ) -> tuple[dict[str, Any], Evaluations]:
     """Measures the model on its evaluation sets, and returns what page.html shows about the model, too."""
     folder = model_folder(run)
-    model, recipe, modalities, classes = load_model(folder)
+    model, (config, modalities, saved_recipe) = load_model(folder)
+    recipe = saved_recipe.validated()
     step, parameters = saved_step(folder), count(model)
-    evaluator = Evaluator(model.to(pick_device()), recipe, modalities, classes, progress)
+    evaluator = Evaluator(model.to(pick_device()), recipe, modalities, config.classes, progress)
     found = Evaluations()
     for name, options in recipe.evaluation.sets.items():
         try:

@@ -19,7 +19,7 @@ from openimp.common.safe_files import read_text, refuse_links, write_text
 from openimp.common.schema import Count, Strict, checked
 
 FORMAT = 3
-"""Version of this layout."""
+"""Version of this layout. Format 2 is lifted if its search is exact."""
 METADATA, SKIPPED, LOCK = "index.json", "skipped.json", ".lock"
 INDEX_FILES = ("**/*",)
 """Patterns of the files of an index, for `refuse_links`."""
@@ -64,6 +64,8 @@ def read_metadata(folder: Path) -> Metadata | None:
     if not file.exists():
         return None
     found = _read_json(file)
+    if isinstance(found, dict) and found.get("format") == 2 and found.pop("ivf", None) is None:
+        found["format"] = FORMAT  # Only an approximate search had another form.
     if isinstance(found, dict) and (version := found.get("format")) != FORMAT:
         raise UserError(
             f"{file}: format {version}, and this version of openimp reads format {FORMAT}; make a new index"

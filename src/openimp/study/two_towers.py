@@ -11,7 +11,6 @@ Shape suffixes: B examples, P values per token.
 """
 
 import math
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +22,7 @@ from torch import Tensor
 from openimp.checkpoint.folder import load_weights, model_folder, read_config
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
-from openimp.common.modality import Modalities, Modality, Tokens
+from openimp.common.modality import Classes, Modalities, Modality, Tokens
 from openimp.modalities.open_clip import import_open_clip
 from openimp.modalities.text import END, PAD
 from openimp.model.open_clip import OpenCLIP
@@ -71,7 +70,9 @@ class TwoTowers(OpenCLIP):
             pad_id=PAD,
         )
         clip = CLIP(model.embed_dim, vision, text, init_logit_scale=-math.log(model.init_temperature))
-        super().__init__(recipe, modalities, clip, model.embed_dim)
+        super().__init__(recipe.to_config({}), modalities, clip, model.embed_dim)
+        if recipe.memory.activation_checkpointing:
+            self.checkpoint_activations()
         self.modalities, self.shape, self.context_length = dict(modalities), shape, clip.context_length
         self.encode_image, self.encode_text = clip.encode_image, clip.encode_text
         self.preprocess = partial(media.preprocess, view=view) if hasattr(media, "preprocess") else None
@@ -90,7 +91,8 @@ class TwoTowers(OpenCLIP):
 def load_two_towers(run: Path) -> TwoTowers:
     """Loads the newest checkpoint of a run of `TWO_TOWERS` in evaluation mode, onto the GPU if there is one."""
     folder = model_folder(run)
-    recipe, _, learned = read_config(folder, ("TwoTowers",))
+    _, learned, saved_recipe = read_config(folder, ("TwoTowers",))
+    recipe = saved_recipe.validated()
     modalities = unpatched_modalities(recipe)
     for modality in modalities.values():
         modality.load_state(learned)
@@ -125,7 +127,7 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
     return modalities
 
 
-def _build_two_towers(recipe: Recipe, modalities: Modalities, _: Mapping[str, int]) -> TwoTowers:
+def _build_two_towers(recipe: Recipe, modalities: Modalities, _: Classes) -> TwoTowers:
     return TwoTowers(recipe, modalities)
 
 
