@@ -62,7 +62,13 @@ def prepare(folder: Path) -> Path:
     for modality in modalities.values():
         modality.fit([["a red square"]])
     (folder / "model").mkdir()
-    save_model(folder / "model", IMP.from_recipe(recipe, modalities), recipe, modalities, {})
+    save_model(
+        folder / "model",
+        IMP.from_config(recipe.to_config({}), modalities),
+        recipe.to_config({}),
+        modalities,
+        recipe.to_yaml(),
+    )
     (folder / "secret.txt").write_bytes(SECRET)
     build_index(folder / "model", [data], folder / "x.index")
     return folder / "x.index"

@@ -73,7 +73,13 @@ def write_model(folder: Path) -> Path:
         modality.fit([["a word"]] * 4)
     torch.manual_seed(0)
     folder.mkdir()
-    save_model(folder, IMP.from_recipe(recipe, modalities).eval(), recipe, modalities, {})
+    save_model(
+        folder,
+        IMP.from_config(recipe.to_config({}), modalities).eval(),
+        recipe.to_config({}),
+        modalities,
+        recipe.to_yaml(),
+    )
     return folder
 
 

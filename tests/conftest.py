@@ -102,7 +102,7 @@ def tiny_model() -> Callable[[Recipe], tuple[IMP, dict[str, Modality]]]:
         for modality in modalities.values():
             modality.fit([TEXTS])
         torch.manual_seed(0)
-        return IMP.from_recipe(recipe, modalities).eval(), modalities
+        return IMP.from_config(recipe.to_config({}), modalities).eval(), modalities
 
     return make
 
@@ -116,7 +116,7 @@ def tiny_model_folder(
     """A folder that `openimp.load` opens, with an untrained sparse model of image, video, audio and text."""
     folder, recipe = tmp_path_factory.mktemp("tiny-model"), tiny_recipe()
     model, modalities = tiny_model(recipe)
-    save_model(folder, model, recipe, modalities, {})
+    save_model(folder, model, recipe.to_config({}), modalities, recipe.to_yaml())
     return folder
 
 

@@ -147,8 +147,13 @@ def other_format(folder: Path) -> None:
 
 def removed_key(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["recipe"]["train"]["warmup"] = 10
+    config["model"]["slots"] = 1
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def removed_recipe_key(folder: Path) -> None:
+    with (folder / "recipe.yaml").open("a") as file:
+        file.write("ema: 0.9\n")
 
 
 def cut_weights(folder: Path) -> None:
@@ -167,7 +172,9 @@ def no_library_files(folder: Path) -> None:
     (folder / "open_clip_config.json").unlink()
 
 
-@pytest.mark.parametrize("spoil", [other_format, removed_key, cut_weights, renamed_weight, no_library_files])
+@pytest.mark.parametrize(
+    "spoil", [other_format, removed_key, removed_recipe_key, cut_weights, renamed_weight, no_library_files]
+)
 def test_a_cached_model_that_does_not_fit_is_converted_again(spoil, clip, monkeypatch):
     conversions, convert = [], open_clip.load_checkpoint
     monkeypatch.setattr(open_clip, "load_checkpoint", lambda *a, **b: conversions.append(1) or convert(*a, **b))

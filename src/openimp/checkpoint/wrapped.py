@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import config_files, load_model
+from openimp.checkpoint.folder import load_model, text_files
 from openimp.common.cache import cached, stable_hash
 from openimp.common.errors import UserError, nearest
 from openimp.common.safe_files import file_state, read_text, refuse_links
@@ -54,7 +54,8 @@ def wrapped_folder(name: str) -> Path:
     """The folder of a model by its name, which is made unless it is there and can be loaded."""
 
     def read(folder: Path) -> Path:
-        load_model(folder)  # Weights are only mapped into memory, so this takes less than a tenth of a second.
+        _, saved = load_model(folder)  # Weights are only mapped into memory: it takes less than a tenth of a second.
+        saved.recipe.validated()
         return folder
 
     return cached("wrapped", _key(name), read, lambda folder: _convert(name, _find(name), folder))
@@ -159,12 +160,13 @@ def _convert(name: str, public: Public, folder: Path) -> None:
         raise UserError(f"{name}: {public.weights.name} does not fit the model: {reason}") from None
     del encoder.load_state_dict
     recipe = Recipe.build(public_recipe_of(name, "softmax" if encoder.logit_bias is None else "sigmoid"))
-    modalities = recipe.make_modalities()
+    model_config = recipe.to_config({})
+    modalities = model_config.make_modalities()
     for modality in modalities.values():
         modality.load_state(files)
-    model = OpenCLIP(recipe, modalities, encoder, config["model_cfg"]["embed_dim"]).float()
+    model = OpenCLIP(model_config, modalities, encoder, config["model_cfg"]["embed_dim"]).float()
     dcp.save(folder / "model", model.state_dict())
-    for file, text in config_files(model, recipe, modalities, {}).items():
+    for file, text in text_files(model, model_config, modalities, recipe.to_yaml()).items():
         (folder / file).write_text(text, encoding="utf-8")
 
 

@@ -2,8 +2,9 @@
 
 A recipe names files, and rows of those files end up in results and reports. A model made by somebody else could use
 this to copy private files into a report, so its recipe may only name files in its own folder. A model that this user
-trained may read all its sources. Training stores a hash of the model's configuration in openimp's cache folder, which
-no other user can write to. The hash does not depend on the path, so a model may be moved, renamed and copied.
+trained may read all its sources. Training stores a hash of the model's config.json and recipe.yaml in openimp's cache
+folder, which no other user can write to. The hash does not depend on the path, so a model may be moved, renamed and
+copied.
 """
 
 import hashlib
@@ -20,20 +21,26 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 
 KNOWN = "trained"
-"""Folder in the cache. It holds one empty file per configuration that this user trained, named by its hash."""
+"""Folder in the cache. It holds one empty file per model that this user trained, named by its hash."""
 
 
-def record_training(config: str) -> None:
-    """Records that this user trains a model whose config.json has the text `config`."""
+def record_training(config: str, recipe: str) -> None:
+    """Records that this user trains a model whose config.json and recipe.yaml have these texts."""
     with suppress(OSError, UserError):  # If it cannot be stored, `eval` only needs a flag.
-        (cache_folder(KNOWN) / hashlib.sha256(config.encode()).hexdigest()).touch()
+        (cache_folder(KNOWN) / _digest(config.encode(), recipe.encode())).touch()
 
 
 def trained_here(folder: Path) -> bool:
     """Whether this user trained the model in `folder` on this machine."""
+    files = [folder / "config.json", folder / "recipe.yaml"]
     with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
-        return (cache_folder(KNOWN) / hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()).exists()
+        return (cache_folder(KNOWN) / _digest(*(file.read_bytes() for file in files if file.exists()))).exists()
     return False
+
+
+def _digest(*contents: bytes) -> str:
+    """The hash of config.json and recipe.yaml, of which an older model has only the first."""
+    return hashlib.sha256(b"\0".join(contents)).hexdigest()
 
 
 def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], given: Collection[str] = ()) -> None:
@@ -53,7 +60,7 @@ def check_uses(path: Path, folder: Path, recipe: Recipe, used: Iterable[tuple[st
     """Checks that the sources of a model's recipe may be read.
 
     They may if this user trained the model on this machine. Otherwise each source must be bundled or inside `path`,
-    the run or model folder that the user named. `folder` has the model's config.json. `recipe` is the one in that file,
+    the run or model folder that the user named. `folder` has the model's files. `recipe` is the one among them,
     or one of the user's that it completes. `used` has pairs of the part of the recipe that reads a source, for the
     message, and the source's name.
     """

@@ -4,21 +4,22 @@ Shape suffixes: B inputs, Z features of the shared embedding space.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from openimp.checkpoint.folder import find_model, load_model, save_model
+from openimp.checkpoint.folder import NO_RECIPE, SavedRecipe, find_model, load_model, save_model
 from openimp.common.device import Precision, pick_device, precision_of
 from openimp.common.errors import UserError, nearest
-from openimp.common.modality import BadMedia, Classes, Modalities, Modality
+from openimp.common.modality import BadMedia, Modalities, Modality
 from openimp.common.progress import notice
 from openimp.encoding.engine import ItemEncoder
-from openimp.encoding.items import first_view, require_pair
+from openimp.encoding.items import require_pair
 from openimp.model.embedder import Embedder
+from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
 
@@ -38,7 +39,8 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     """
     device = torch.device(device or pick_device())
     precision_of(device, precision)  # An unknown precision is an error before the model is read.
-    return Model(*load_model(find_model(str(path))), precision).to(device).eval()
+    imp, (config, modalities, recipe) = load_model(find_model(str(path)))
+    return Model(imp, config, modalities, precision, recipe).to(device).eval()
 
 
 class Model(nn.Module):
@@ -46,17 +48,25 @@ class Model(nn.Module):
 
     An input is seen in the first view of the first task that reads its modality, as in evaluation: without
     augmentation, with all tokens, and with the embeddings of a long item's clips averaged. You may change `views`;
-    `preprocess` and `tokenizer` follow. The other attributes are the network `imp`, the `recipe` of its training, the
-    `modalities` by name, the `classes` of each classification head, and the `precision`; see `load`.
+    `preprocess` and `tokenizer` follow. The other attributes are the network `imp`, its `config`, the `modalities` by
+    name, the `precision` (see `load`), and the `saved_recipe` of its training.
     """
 
     def __init__(
-        self, imp: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes, precision: Precision = "auto"
+        self,
+        imp: Embedder,
+        config: ModelConfig,
+        modalities: Modalities,
+        precision: Precision = "auto",
+        saved_recipe: SavedRecipe = NO_RECIPE,
     ) -> None:
         super().__init__()
-        self.imp, self.recipe, self.modalities, self.classes = imp, recipe, modalities, classes
+        self.imp = imp
+        self.config = config
+        self.modalities = modalities
         self.precision = precision
-        self.views = {name: first_view(recipe, name) for name in modalities}
+        self.saved_recipe = saved_recipe
+        self.views = dict(config.views)
         self._pictures = next((name for name, m in modalities.items() if hasattr(m, "preprocess")), None)
         self._unknown_texts: set[str] = set()  # those of which the user was told
         self._reader = next((name for name, m in modalities.items() if hasattr(m, "tokenize")), None)
@@ -144,7 +154,17 @@ class Model(nn.Module):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: expected a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(folder, self.imp, self.recipe, self.modalities, self.classes)
+        save_model(folder, self.imp, self.config, self.modalities, self.saved_recipe.text)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe of its training. UserError if there is none, or if this version of openimp cannot read it."""
+        return self.saved_recipe.validated()
+
+    @property
+    def classes(self) -> dict[str, list[Any]]:
+        """The classes of each classification head."""
+        return self.config.classes
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openimp.checkpoint.folder import config_files
+from openimp.checkpoint.folder import learned_files
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality, TensorInput
 from openimp.common.progress import console
@@ -44,10 +44,9 @@ def export(run: str | Path, folder: Path) -> None:
         raise UserError(f"{run}: no task trains two modalities together, so there are no embeddings to export")
     folder.mkdir(parents=True, exist_ok=True)
     described = {name: _export_one(model, name, targets, folder) for name, targets in graphs.items() if targets}
-    about = {"recipe": model.recipe.name, "embed_dim": model.imp.config.embed_dim, "graphs": described}
-    for name, text in config_files(model.imp, model.recipe, model.modalities, model.classes).items():
-        if name != "config.json":
-            (folder / name).write_text(text, encoding="utf-8")
+    about = {"recipe": model.config.name, "embed_dim": model.imp.config.embed_dim, "graphs": described}
+    for name, text in learned_files(model.modalities).items():
+        (folder / name).write_text(text, encoding="utf-8")
     (folder / "graphs.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, found in described.items():
         size = sum(file.stat().st_size for file in folder.glob(f"{name}.onnx*")) / 1e6

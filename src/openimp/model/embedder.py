@@ -80,6 +80,10 @@ class Embedder(nn.Module, ABC):
     pairs: list[tuple[str, str]]  # the pairs of modalities that are trained to agree; each pair is sorted
 
     @abstractmethod
+    def checkpoint_activations(self) -> None:
+        """Makes the backward pass compute the activations within each block again, so they need not be kept."""
+
+    @abstractmethod
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
         """Encodes the tokens of one modality."""
 

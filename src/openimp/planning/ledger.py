@@ -22,7 +22,7 @@ from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import number_table
 from openimp.data.batch import Batch
 from openimp.data.targets import target_sizes
-from openimp.model.build import build_model
+from openimp.model.build import build_for_training
 from openimp.model.embedder import Embedder, in_chunks
 from openimp.model.learning_rates import freeze, muon_stacks
 from openimp.objectives.losses import Losses, task_losses
@@ -67,7 +67,7 @@ def costs(
     recipe: Recipe,
     modalities: Modalities,
     classes: Classes,
-    build: Callable[..., Any] = build_model,
+    build: Callable[..., Any] = build_for_training,
     losses: Callable[..., Losses] = task_losses,
     summed: bool = False,
 ) -> dict[tuple[str, int], Cost]:
@@ -148,11 +148,11 @@ def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: boo
 
 
 def meta_model(
-    recipe: Recipe, modalities: Modalities, classes: Classes, build: Callable[..., Any] = build_model
+    recipe: Recipe, modalities: Modalities, classes: Classes, build: Callable[..., Any] = build_for_training
 ) -> Any:
     """The recipe's model with its frozen parts, on the meta device: it has shapes and no values."""
     with META:
-        model = build(recipe, modalities, {name: len(values) for name, values in classes.items()})
+        model = build(recipe, modalities, classes)
     freeze(model, recipe.optimizer)
     return model
 

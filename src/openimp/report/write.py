@@ -82,10 +82,11 @@ def _measure(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measures the model on its evaluation sets, and returns facts about the model, and the sections of the page."""
     folder = model_folder(run)
-    model, recipe, modalities, classes = load_model(folder)
+    model, (config, modalities, saved_recipe) = load_model(folder)
+    recipe = saved_recipe.validated()
     step = saved_step(folder)
     about = {"recipe": recipe, "parameters": count(model), "step": step}
-    evaluator = Evaluator(model.to(pick_device()), recipe, modalities, classes, progress)
+    evaluator = Evaluator(model.to(pick_device()), recipe, modalities, config.classes, progress)
     shown: list[dict[str, Any]] = []
     notes = []
     confusions = []

@@ -235,9 +235,9 @@ class Index:
             return self._sources[name]
 
     def _below(self, under: str | Path) -> str:
-        """An SQL filter for `under`."""
-        column = "source" if str(under) in self.model.recipe.sources else "path"
-        return f"({column} = {quoted(str(under))} OR {below(os.path.abspath(under))})"
+        """An SQL filter for `under`: the name of a source, or a path."""
+        name = quoted(str(under))
+        return f"(source = {name} OR path = {name} OR {below(os.path.abspath(under))})"
 
     def _nearest(self, vector: np.ndarray, k: int, where: str | None, under: str | Path | None) -> list[Hit]:
         """The `k` hits that are closest to a vector (Z,), with only the best segment of each file.

@@ -65,7 +65,9 @@ class TwoTowers(OpenCLIP):
             pad_id=PAD,
         )
         clip = CLIP(model.embed_dim, vision, text, init_logit_scale=-math.log(model.init_temperature))
-        super().__init__(recipe, modalities, clip, model.embed_dim)
+        super().__init__(recipe.to_config({}), modalities, clip, model.embed_dim)
+        if recipe.memory.activation_checkpointing:
+            self.checkpoint_activations()
         self.shape = shape
         self.context_length = clip.context_length
 
