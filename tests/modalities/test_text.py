@@ -212,10 +212,6 @@ def test_texts_longer_than_the_table_are_refused(text):
         text.from_tensor(torch.zeros(1, 4))
 
 
-def test_a_person_sees_the_text(text):
-    assert text.show("A red <bicycle>", Text.View()) == "A red <bicycle>"
-
-
 def _file(normalizer: Any = None, pre_tokenizer: Any = None, model: Any = None, **rest: Any) -> str:
     """A tokenizer file; a list of parts is a sequence of them."""
     both = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}

@@ -26,6 +26,7 @@ from torch import Tensor
 from openimp.checkpoint import dcp
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Classes, Modalities, Modality
+from openimp.common.protocols import learned_files, load_learned
 from openimp.common.safe_files import read_text, refuse_links, sha256
 from openimp.model.build import build_model, count_layers
 from openimp.model.embedder import Embedder
@@ -52,7 +53,7 @@ def save_model(folder: Path, model: Embedder, recipe: Recipe, modalities: Modali
 def config_files(model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> dict[str, str]:
     """The configuration and what the modalities learned, as text by file name."""
     config = {"format": FORMAT, "model": type(model).__name__, "recipe": recipe.to_dict(), "classes": dict(classes)}
-    learned = {name: text for modality in modalities.values() for name, text in modality.state().items()}
+    learned = learned_files(modalities.values())
     return {"config.json": json.dumps(config, indent=1, ensure_ascii=False), **learned}
 
 
@@ -78,8 +79,7 @@ def describe_model(folder: Path) -> tuple[Recipe, dict[str, Modality], dict[str,
     """
     recipe, classes, learned = read_config(folder)
     modalities = recipe.make_modalities()
-    for modality in modalities.values():
-        modality.load_state(learned)
+    load_learned(modalities.values(), learned)
     layers, tensors = count_layers(recipe, modalities), len(dcp.metadata(weights_folder(folder)))
     if layers > tensors:
         raise UserError(f"{folder}: config.json asks for {layers} layers, but the weights are only {tensors} tensors")

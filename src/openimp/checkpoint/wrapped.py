@@ -25,6 +25,7 @@ from safetensors import safe_open
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import config_files, load_model
 from openimp.common.errors import UserError, nearest
+from openimp.common.protocols import load_learned
 from openimp.common.safe_files import cache_folder, read_text, refuse_links
 from openimp.modalities.open_clip import (
     CONFIG,
@@ -185,8 +186,7 @@ def _convert(name: str, public: Public, folder: Path) -> None:
     del encoder.load_state_dict
     recipe = Recipe.build(public_recipe_of(name, "softmax" if encoder.logit_bias is None else "sigmoid"))
     modalities = recipe.make_modalities()
-    for modality in modalities.values():
-        modality.load_state(files)
+    load_learned(modalities.values(), files)
     model = OpenCLIP(recipe, modalities, encoder, config["model_cfg"]["embed_dim"]).float()
     dcp.save(folder / "model", model.state_dict())
     for file, text in config_files(model, recipe, modalities, {}).items():

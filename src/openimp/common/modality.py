@@ -5,7 +5,7 @@ group `openimp.modalities`. docs/modalities.md shows a modality in a package of 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple
@@ -69,16 +69,11 @@ class StemSpec:
     patch: tuple[int, int, int, int] | None = None  # frames, height, width and channels, if tokens are patches
 
 
-class TensorInput(NamedTuple):
-    """What `Modality.from_tensor` takes in a view."""
-
-    shape: tuple[int, ...]  # of one example
-    dtype: torch.dtype
-    preparation: str  # how a program without openimp makes the tensor, in a few sentences
-
-
 class Modality(ABC):
     """Base class of modalities. One instance serves a whole run, also in worker processes, so it must be picklable.
+
+    Only these methods are needed for training, evaluation and inference. `openimp.common.protocols` has those that
+    search, reports or export use if a modality has them.
 
     Class attributes:
         name: its name in recipes.
@@ -172,80 +167,6 @@ class Modality(ABC):
     def encode_input(self, value: Any, view: Any) -> np.ndarray:
         """Makes clips, as `tokens` takes them, of one input of `model.encode_<name>` (a path, bytes, or an array)."""
         return self.transform(self.decode(value, [view]), view, None)
-
-    def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
-        """The equal segments that search cuts a long recording into, as (start, end) in seconds.
-
-        Empty if `encode_input` encodes the recording as a whole, which is the default.
-
-        Raises:
-            BadMedia: the value cannot be read; the message says why.
-        """
-        return []
-
-    def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
-        """Like `encode_input`, but for one of the `segments`."""
-        raise TypeError(f"{self.name} has no segments")
-
-    def knows(self, value: Any, view: Any) -> bool:
-        """Whether an input differs from an empty one. A text with only unknown words does not."""
-        return True
-
-    def show(self, value: Any, view: Any) -> str | bytes | np.ndarray:
-        """Shows a raw value in a report: as a text, the bytes of a small WebP picture, or curves (N,) or (N, curves).
-
-        By default, a modality that reads text shows the text, and another modality the values of its first clip.
-
-        Raises:
-            BadMedia: the value cannot be read.
-        """
-        return str(value) if self.reads_text else self.encode_input(value, view)[0]
-
-    def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes | None:
-        """A small WebP picture of a raw value, or of one of its `segments`, for lists of results; None if it has none.
-
-        Its sides have at most `side` pixels. By default it is what `show` returns, if that is a picture.
-
-        Raises:
-            BadMedia: the value cannot be read.
-        """
-        shown = self.show(value, view)
-        return shown if isinstance(shown, bytes) else None
-
-    def from_tensor(self, batch: torch.Tensor) -> Tokens:
-        """Makes tokens of a prepared batch, on any device; differentiable if the batch is float.
-
-        Raises:
-            TypeError: the modality does not support this kind of tensor.
-        """
-        raise TypeError(f"{self.name} takes raw values, not a tensor")
-
-    def tensor_input(self, view: Any) -> TensorInput:
-        """Describes what `from_tensor` takes in a view, for `openimp export`.
-
-        Raises:
-            TypeError: the modality does not support tensors.
-        """
-        raise TypeError(f"{self.name} takes raw values, not a tensor")
-
-    def shape(self, view: Any) -> tuple[int, int, int, int]:
-        """Frames, height, width and channels of an example, for encoders that take pictures.
-
-        Raises:
-            TypeError: the modality cannot be seen as pictures.
-        """
-        raise TypeError(f"{self.name} has no form of pictures")
-
-    def fit(self, corpus: Iterable[list[str]]) -> None:  # noqa: B027 (most learn nothing)
-        """Learns from the texts of each training example, for example a tokenizer. Called before training, for
-        modalities that read text."""
-
-    def state(self) -> dict[str, str]:
-        """What `fit` learned, as {file name: text}; it is saved with the weights."""
-        return {}
-
-    def load_state(self, state: dict[str, str]) -> None:  # noqa: B027 (as above)
-        """Restores what `state` returned."""
 
 
 Modalities = Mapping[str, Modality]

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
+from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
+from openimp.common.protocols import TensorInput
 from openimp.common.schema import Count, Pair, Positive, Share, Strict
 from openimp.modalities import media
 from openimp.modalities.sound import (

@@ -9,7 +9,7 @@ Shape suffixes: B examples, T frames, C channels, H height, W width, L tokens, P
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
@@ -26,7 +26,8 @@ import torch
 from pydantic import Field
 
 from openimp.common.errors import UserError
-from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
+from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
+from openimp.common.protocols import TensorInput
 from openimp.common.schema import Count, Positive, Share, Strict
 from openimp.common.texts import valid_text
 from openimp.modalities.image import Image, check_size, open_whole
@@ -170,10 +171,13 @@ class OpenClip(Modality):
             raise RuntimeError("no model yet: call load_state first")
         return self._files
 
+    def fit(self, corpus: Iterable[list[str]]) -> None:
+        """Learns nothing, because the library has a tokenizer."""
+
     def state(self) -> dict[str, str]:
         return self.files
 
-    def load_state(self, state: dict[str, str]) -> None:
+    def load_state(self, state: Mapping[str, str]) -> None:
         self._files = checked_files(state)
         self.__dict__.pop("library", None)
 
@@ -192,7 +196,7 @@ class OpenClip(Modality):
         """Every view fits."""
 
     def tensor_input(self, view: Any) -> TensorInput:
-        raise TypeError("a wrapped model has no ONNX graphs here; use its own library")
+        raise UserError(f"{self.name} cannot be exported: a wrapped model has no ONNX graphs here; use its own library")
 
 
 class Pictures(OpenClip, Vision):
@@ -234,7 +238,7 @@ class Pictures(OpenClip, Vision):
         # The last two steps make a tensor and normalize it, which the model does on its device.
         return type(whole)(whole.transforms[:-2])
 
-    def load_state(self, state: dict[str, str]) -> None:
+    def load_state(self, state: Mapping[str, str]) -> None:
         super().load_state(state)
         self.__dict__.pop("library_transform", None)
 
@@ -386,7 +390,7 @@ class OpenClipText(OpenClip, Text):
         with unpacked(self.files) as name:
             return import_open_clip().get_tokenizer(name)
 
-    def load_state(self, state: dict[str, str]) -> None:
+    def load_state(self, state: Mapping[str, str]) -> None:
         super().load_state(state)
         self.__dict__.pop("library_tokenizer", None)
 

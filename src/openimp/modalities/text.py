@@ -1,7 +1,7 @@
 """Texts: subwords or known words, from a tokenizer that is trained on the recipe's captions or read from a file."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from openimp.common.errors import UserError
-from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
+from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
+from openimp.common.protocols import TensorInput
 from openimp.common.safe_files import read_text
 from openimp.common.schema import Count, RecipePath, Strict
 from openimp.common.texts import valid_text
@@ -120,7 +121,7 @@ class Text(Modality):
     def state(self) -> dict[str, str]:
         return {"tokenizer.json": self.tokenizer.to_str()}
 
-    def load_state(self, state: dict[str, str]) -> None:
+    def load_state(self, state: Mapping[str, str]) -> None:
         try:
             self._tokenizer = open_tokenizer(state["tokenizer.json"])
         except Exception as error:  # tokenizers raises plain Exception.

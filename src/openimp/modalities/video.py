@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 import PIL.Image
 
-from openimp.common.modality import BadMedia, TensorInput
+from openimp.common.modality import BadMedia
+from openimp.common.protocols import TensorInput
 from openimp.common.schema import Count, Share
 from openimp.modalities import media
 from openimp.modalities.vision import CHANNELS, Vision, check_pixels, decoded_size, drop_opaque_alpha, shrink

@@ -12,7 +12,8 @@ import PIL.Image
 import torch
 from pydantic import Field
 
-from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
+from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
+from openimp.common.protocols import TensorInput
 from openimp.common.schema import Count, Pair, Positive, Share, Strict, Triple
 from openimp.modalities.media import PatchGrid, patch_tokens, tokens_kept
 

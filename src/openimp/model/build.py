@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from openimp.common.modality import Modalities
+from openimp.common.protocols import learned_files
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
@@ -14,7 +15,7 @@ def count_layers(recipe: Recipe, modalities: Modalities) -> int:
     if recipe.model.wrap:
         from openimp.modalities.open_clip import layers_in
 
-        return layers_in(next(iter(modalities.values())).state())
+        return layers_in(learned_files(modalities.values()))
     return recipe.model.layers
 
 

@@ -14,6 +14,7 @@ import torch
 from openimp.checkpoint.folder import find_model
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
+from openimp.common.protocols import TextReader
 from openimp.common.safe_files import refuse_links
 from openimp.data.tables import Table
 from openimp.data.trust import check_uses
@@ -189,7 +190,8 @@ class Index:
         towards = {shared_space(model.imp, name, other): other for other in others}
         modality = model.modalities[name]
         encoder = ItemEncoder(model.imp, modality, model.views[name], None, model.precision)
-        if modality.reads_text and not (str(value).strip() and modality.knows(value, encoder.view)):
+        is_known = not isinstance(modality, TextReader) or modality.knows(value, encoder.view)
+        if modality.reads_text and not (str(value).strip() and is_known):
             raise UserError(f"{value!r} has no word that the model knows")
         try:
             clips = encoder.read(value)

@@ -10,6 +10,7 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
+from openimp.common.protocols import Segmented, TextReader
 from openimp.common.safe_files import sha256
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.files import file_text
@@ -97,7 +98,7 @@ def list_parts(model: Model, file: File) -> None:
         if modality.reads_text:
             assert isinstance(raw, Path)
             file.parts = [Part(file, i, text=line[:MAX_TEXT]) for i, line in enumerate(_lines(raw)) if line]
-        elif times := modality.segments(raw, view):
+        elif isinstance(modality, Segmented) and (times := modality.segments(raw, view)):
             file.parts = [Part(file, i, start, end) for i, (start, end) in enumerate(times)]
         else:
             file.parts = [Part(file, 0)]
@@ -108,14 +109,15 @@ def list_parts(model: Model, file: File) -> None:
 
 def read_part(encoder: ItemEncoder, part: Part) -> np.ndarray:
     """The clips of a part, as `Modality.encode_input` makes them."""
-    if encoder.modality.reads_text:
-        if not encoder.modality.knows(part.text, encoder.view):
+    modality = encoder.modality
+    if modality.reads_text:
+        if isinstance(modality, TextReader) and not modality.knows(part.text, encoder.view):
             raise BadMedia("has no word that the model knows")
         return encoder.read(part.text)
     raw = part.file.media.raw()
-    if part.start is None or part.end is None:
-        return encoder.read(raw)
-    return encoder.modality.encode_segment(raw, encoder.view, part.start, part.end)
+    if isinstance(modality, Segmented) and part.start is not None and part.end is not None:
+        return modality.encode_segment(raw, encoder.view, part.start, part.end)
+    return encoder.read(raw)
 
 
 def _lines(file: Path) -> list[str]:

@@ -24,6 +24,7 @@ from openimp.checkpoint.folder import load_weights, model_folder, read_config
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Modality, Tokens
+from openimp.common.protocols import Framed, PictureReader, load_learned
 from openimp.modalities.open_clip import import_open_clip
 from openimp.modalities.text import END, PAD
 from openimp.model.open_clip import OpenCLIP
@@ -74,7 +75,7 @@ class TwoTowers(OpenCLIP):
         super().__init__(recipe, modalities, clip, model.embed_dim)
         self.modalities, self.shape, self.context_length = dict(modalities), shape, clip.context_length
         self.encode_image, self.encode_text = clip.encode_image, clip.encode_text
-        self.preprocess = partial(media.preprocess, view=view) if hasattr(media, "preprocess") else None
+        self.preprocess = partial(media.preprocess, view=view) if isinstance(media, PictureReader) else None
         self.tokenizer = partial(texts.tokenize, length=clip.context_length)
 
     def images(self, tokens: Tokens) -> Tensor:
@@ -92,8 +93,7 @@ def load_two_towers(run: Path) -> TwoTowers:
     folder = model_folder(run)
     recipe, _, learned = read_config(folder, ("TwoTowers",))
     modalities = unpatched_modalities(recipe)
-    for modality in modalities.values():
-        modality.load_state(learned)
+    load_learned(modalities.values(), learned)
     model = TwoTowers(recipe, modalities)
     load_weights(model, folder)
     return model.to(pick_device()).eval()
@@ -105,10 +105,10 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
     import_open_clip()
     task, media, _ = _pair(recipe)
     modalities, views = recipe.make_modalities(), _views(recipe, media)
-    try:
-        shapes = sorted({modalities[media].shape(view) for view in views})
-    except TypeError as error:
-        raise UserError(f"{recipe.name}: open_clip's towers take images, but {error}") from None
+    medium = modalities[media]
+    if not isinstance(medium, Framed):
+        raise UserError(f"{recipe.name}: open_clip's towers take images, but {media} has no form of pictures")
+    shapes = sorted({medium.shape(view) for view in views})
     if len(shapes) > 1:
         raise UserError(
             f"{recipe.name}: open_clip's towers take only one shape, but the views of {media} in training and "
@@ -117,11 +117,11 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
     if len({view[media].drop_tokens for view in task.views}) > 1:
         raise UserError(f"{recipe.name}: open_clip's towers have one patch dropout, but the views' drop_tokens differ")
     # The patch becomes the whole example. That of a sound has two axes, frames and bins.
-    config = modalities[media].config
+    config = medium.config
     if not isinstance(getattr(config, "patch", None), tuple):
         raise UserError(f"{recipe.name}: open_clip's towers take images, but {media} has no patch with several axes")
     patch = shapes[0][3 - len(config.patch) : 3]
-    modalities[media] = type(modalities[media])(config.model_copy(update={"patch": patch}))
+    modalities[media] = type(medium)(config.model_copy(update={"patch": patch}))
     return modalities
 
 

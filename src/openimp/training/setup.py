@@ -16,6 +16,7 @@ from openimp.common.device import keep_freed_memory, precision_of
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Modality
 from openimp.common.progress import StepBar, console, track
+from openimp.common.protocols import load_learned
 from openimp.data.batch import Batch
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Cursor
@@ -111,8 +112,7 @@ def set_up(
     saved_classes = None
     if checkpoint is not None:
         _, saved_classes, learned = read_config(checkpoint, None)
-        for modality in modalities.values():
-            modality.load_state(learned)
+        load_learned(modalities.values(), learned)
     rank = distributed.rank()
     world_size = distributed.world_size()
     data = distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
