@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import openimp
-from openimp.checkpoint.folder import find_model
+from openimp.checkpoint.find import find_model
 from openimp.cli import app
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines

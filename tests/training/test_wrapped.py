@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import openimp
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import checkpoints, find_model, load_model
+from openimp.checkpoint.find import find_model
+from openimp.checkpoint.folder import checkpoints, load_model
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.common.safe_files import write_text

@@ -27,11 +27,10 @@ from openimp.checkpoint import dcp
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Classes, Modalities, Modality
 from openimp.common.protocols import learned_files, load_learned
-from openimp.common.safe_files import read_text, refuse_links, sha256
-from openimp.model.build import build_model, count_layers
+from openimp.common.safe_files import read_text, sha256
+from openimp.model.build import architecture_of, build_model
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
-from openimp.recipe.model import LIBRARY
 from openimp.recipe.schema import Recipe
 
 FORMAT = 6
@@ -64,8 +63,7 @@ def load_model(folder: Path) -> tuple[Embedder, Recipe, dict[str, Modality], dic
     only by `verify`.
     """
     recipe, modalities, classes = describe_model(folder)
-    # Building a wrapped model computes its buffers, so it cannot be on the meta device. Its weights stay uninitialized.
-    with nullcontext() if recipe.model.wrap else torch.device("meta"):
+    with torch.device("meta") if architecture_of(recipe).initializes else nullcontext():
         model = build_model(recipe, modalities, {name: len(values) for name, values in classes.items()})
     load_weights(model, folder, assign=True)
     return model.eval(), recipe, modalities, classes
@@ -80,7 +78,8 @@ def describe_model(folder: Path) -> tuple[Recipe, dict[str, Modality], dict[str,
     recipe, classes, learned = read_config(folder)
     modalities = recipe.make_modalities()
     load_learned(modalities.values(), learned)
-    layers, tensors = count_layers(recipe, modalities), len(dcp.metadata(weights_folder(folder)))
+    layers = architecture_of(recipe).count_layers(recipe, modalities)
+    tensors = len(dcp.metadata(weights_folder(folder)))
     if layers > tensors:
         raise UserError(f"{folder}: config.json asks for {layers} layers, but the weights are only {tensors} tensors")
     return recipe, modalities, classes
@@ -241,47 +240,6 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 def step_of(folder: Path) -> int:
     """The step in the name of a checkpoint folder."""
     return int(folder.name.removeprefix("step-"))
-
-
-def model_folder(path: Path) -> Path:
-    """The folder of a model: `path` itself if it has config.json, else the newest checkpoint of the run `path`.
-
-    If `path` is the name of a model of open_clip, it is converted to a folder in the cache, unless it has been already.
-    """
-    if str(path).startswith(LIBRARY):
-        from openimp.checkpoint.wrapped import wrapped_folder
-
-        return wrapped_folder(str(path))
-    refuse_links(path)
-    if (path / "config.json").exists():
-        return path
-    found = checkpoints(path)
-    if not found:
-        raise UserError(f"{path}: no model here; expected a run with a checkpoint, or a folder with config.json")
-    return found[-1]
-
-
-def find_model(name: str) -> Path:
-    """The folder of a model: a local one, or one that is downloaded from the Hugging Face Hub unless it is cached.
-
-    `name` is a path, or OWNER/NAME or OWNER/NAME@REVISION on the Hub. With the prefix "hub:" it is never a path. With
-    the prefix "open_clip:" it is a model of open_clip; see `wrapped`.
-    """
-    path, on_hub = Path(name), re.fullmatch(r"(hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
-    if name.startswith(LIBRARY) or path.exists():
-        return model_folder(path)
-    if not on_hub or (not on_hub[1] and (path.parts[0] == "runs" or path.parent.is_dir())):
-        raise UserError(f"{name}: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME")
-    from huggingface_hub import snapshot_download
-
-    allowed, ignored = ["*.json", "*.safetensors"], ["optimizer*"]
-    try:
-        folder = snapshot_download(on_hub[2], revision=on_hub[3], allow_patterns=allowed, ignore_patterns=ignored)
-    except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
-        local = "" if on_hub[1] else "there is no local folder of this name, and "
-        raise UserError(f"{name}: {local}the Hugging Face Hub did not provide the model: {reason}") from None
-    return model_folder(Path(folder))
 
 
 def _read_object(file: Path) -> dict[str, Any]:

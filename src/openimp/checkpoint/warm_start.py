@@ -10,7 +10,8 @@ import yaml
 from torch import Tensor
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import find_model, model_folder, read_config, weights_folder
+from openimp.checkpoint.find import find_model, model_folder
+from openimp.checkpoint.folder import read_config, weights_folder
 from openimp.checkpoint.public_vit import LIBRARIES, RGB, ViTWeights
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from openimp.common.errors import UserError
 from openimp.common.schema import Strict
 
 
@@ -100,20 +99,6 @@ class Modality(ABC):
 
     def __init__(self, config: Any) -> None:
         self.config = config
-
-    @classmethod
-    def wrapped(cls) -> "type[Modality]":
-        """The class that reads this modality for a model of open_clip (`model.wrap`).
-
-        Raises:
-            UserError: the library has no such modality.
-        """
-        raise UserError(f"a model of open_clip has no modality {cls.name!r}")
-
-    @property
-    def embed_dim(self) -> int | None:
-        """Features of the embedding space, if a wrapped model decides on them; None if the recipe does."""
-        return None
 
     @abstractmethod
     def stem_spec(self) -> StemSpec:

@@ -27,8 +27,9 @@ from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore, Progress
 from openimp.data.streams import Cursor, Stream
 from openimp.data.tables import Table, Unreadable
-from openimp.data.targets import classes_of, embed_dim, item_id, labels_of, target_columns, unit_vector
+from openimp.data.targets import classes_of, item_id, labels_of, target_columns, unit_vector
 from openimp.data.templates import all_texts, columns_of, fill
+from openimp.model.build import architecture_of
 from openimp.parallel.distributed import ranks_on_node, run_on_rank_zero
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Distill, Task
@@ -286,7 +287,7 @@ class StepBatches(Dataset[LoadedBatch]):
             position: Example(row, name, values, example_rng(key, position, sync))
             for position, row, (name, values) in zip(positions, rows, named)
         }
-        size = embed_dim(self.recipe, self.modalities)
+        size = architecture_of(self.recipe).embed_dim(self.recipe, self.modalities)
         for example in loaded.values():
             _read_targets(task, example, size)
         for name in task.inputs:

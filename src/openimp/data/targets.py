@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from openimp.common.errors import UserError, counted, nearest
-from openimp.common.modality import BadMedia, Modalities
+from openimp.common.modality import BadMedia
 from openimp.common.schema import as_text
 from openimp.data.streams import Stream
 from openimp.data.tables import Table, Unreadable, item_key, number_array
-from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Classification, Contrastive, Distill, Task
 
 
@@ -97,11 +96,6 @@ def labels_of(values: list[Any], index: Mapping[Any, int], objective: Classifica
     for target_K, row in zip(target_BK, indices):
         target_K[row] = 1
     return target_BK
-
-
-def embed_dim(recipe: Recipe, modalities: Modalities) -> int:
-    """The number of features of the model's embeddings, and so of the vectors that it can learn."""
-    return next((found for each in modalities.values() if (found := each.embed_dim)), recipe.model.embed_dim)
 
 
 def unit_vector(value: Any, size: int, column: str) -> np.ndarray:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openimp.checkpoint.folder import find_model, load_model, save_model
+from openimp.checkpoint.find import find_model
+from openimp.checkpoint.folder import load_model, save_model
 from openimp.common.device import Precision, pick_device, precision_of
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia, Classes, Modalities, Modality

@@ -9,17 +9,13 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from openimp.data.files import is_url
-from openimp.recipe.model import LOCAL
 
 
 def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """A copy of a recipe as plain data, with the `public_path` of each path in it."""
     recipe = copy.deepcopy(recipe)
-    for part in (*recipe["sources"].values(), recipe["train"]):
-        _shorten(part, {"path", "hub", "root", "init"})  # A data set of the hub may be a local folder.
-    if wrapped := recipe.get("model", {}).get("wrap"):
-        library, local, folder = wrapped.partition(LOCAL)
-        recipe["model"]["wrap"] = library + local + (public_path(folder) if local else folder)
+    for part in (*recipe["sources"].values(), recipe.get("model", {}), recipe["train"]):
+        _shorten(part, {"path", "hub", "root", "init", "wrap"})  # A data set of the hub may be a local folder.
     for options in recipe["modalities"].values():
         _shorten(options, options.keys())  # A modality of another package may have paths of any name.
     return recipe

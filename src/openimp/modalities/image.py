@@ -35,12 +35,6 @@ class Image(Vision):
     extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga", ".ico")
     decoders: ClassVar[tuple[str, ...]] = ("pillow",)
 
-    @classmethod
-    def wrapped(cls) -> type[Vision]:
-        from openimp.modalities.open_clip import OpenClipImage
-
-        return OpenClipImage
-
     @property
     def patch(self) -> tuple[int, ...]:
         return (1, *self.config.patch[1:])

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 
 from openimp.common.errors import UserError
-from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
+from openimp.common.modality import BadMedia, Modalities, Modality, StemSpec, Tokens
 from openimp.common.protocols import TensorInput
 from openimp.common.schema import Count, Positive, Share, Strict
 from openimp.common.texts import valid_text
@@ -428,3 +428,12 @@ class OpenClipText(OpenClip, Text):
         """Tokenizes texts to ids (B, L), as the library does."""
         texts = [texts] if isinstance(texts, str) else texts
         return torch.from_numpy(np.stack([self.decode(text, []) for text in texts]))
+
+
+READERS: dict[str, type[OpenClip]] = {reader.name: reader for reader in (OpenClipImage, OpenClipVideo, OpenClipText)}
+"""The classes that read the modalities of a wrapped model, by name."""
+
+
+def reader_of(modalities: Modalities) -> OpenClip:
+    """One of the modalities of a wrapped model, all of which have the library's files."""
+    return next(modality for modality in modalities.values() if isinstance(modality, OpenClip))

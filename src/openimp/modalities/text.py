@@ -69,12 +69,6 @@ class Text(Modality):
         length: Count = 16
         """Tokens, including the end token; longer texts are cut at the end. The paper: 16."""
 
-    @classmethod
-    def wrapped(cls) -> type[Modality]:
-        from openimp.modalities.open_clip import OpenClipText
-
-        return OpenClipText
-
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._tokenizer: Tokenizer | None = None

@@ -60,12 +60,6 @@ class Video(Vision):
             """Frames of the source that a clip stretches over."""
             return (self.frames - 1) * self.stride + 1
 
-    @classmethod
-    def wrapped(cls) -> type[Vision]:
-        from openimp.modalities.open_clip import OpenClipVideo
-
-        return OpenClipVideo
-
     def shape(self, view: Any) -> tuple[int, int, int, int]:
         return (view.frames, *view.hw, CHANNELS)
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Tokens
 from openimp.common.progress import no_log_output
-from openimp.modalities.open_clip import OpenClip, Pictures, import_open_clip, normalized, unpacked
+from openimp.modalities.open_clip import Pictures, import_open_clip, normalized, reader_of, unpacked
 from openimp.model.embedder import Embedder, Encoded
 from openimp.model.heads import MAX_LOGIT_SCALE, LogitScale
 from openimp.model.imp import trained_pairs
@@ -40,6 +40,8 @@ class OpenCLIP(Embedder):
     Statistics of batch norms stay as they are in training, because an embedding must not depend on its batch.
     """
 
+    cast_inputs = True
+    reads_values = True  # in towers of transformers
     mean: Tensor
     std: Tensor
 
@@ -91,8 +93,8 @@ class OpenCLIP(Embedder):
         """Builds the model without the values of its weights, which are then loaded."""
         # On the CPU, so that buffers which are computed have their values.
         with torch.device("cpu"):
-            wrapped = _wrapped(modalities)
-            model = cls(recipe, modalities, build(wrapped.files), wrapped.embed_dim, classes)
+            reader = reader_of(modalities)
+            model = cls(recipe, modalities, build(reader.files), reader.embed_dim, classes)
         return model.to("meta") if torch.get_default_device().type == "meta" else model
 
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
@@ -241,8 +243,3 @@ def _blocks_in(tower: nn.Module) -> list[nn.Module]:
             found += [*module]
     inner = {id(module) for block in found for module in block.modules() if module is not block}
     return [block for block in found if id(block) not in inner]
-
-
-def _wrapped(modalities: Modalities) -> OpenClip:
-    """One of the modalities of a wrapped model, which all have the library's files."""
-    return next(modality for modality in modalities.values() if isinstance(modality, OpenClip))

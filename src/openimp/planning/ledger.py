@@ -21,8 +21,7 @@ from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import number_table
 from openimp.data.batch import Batch, head_key
-from openimp.data.targets import embed_dim
-from openimp.model.build import build_model
+from openimp.model.build import architecture_of, build_model
 from openimp.model.embedder import Embedder, in_chunks
 from openimp.model.learning_rates import freeze, muon_stacks
 from openimp.objectives import Losses, task_losses
@@ -104,8 +103,7 @@ def _count(
     by_view = {}
     for name, task in recipe.tasks.items():
         for i, view in enumerate(task.views if task.weight else ()):
-            # Towers from transformers look at values, except at those of fake tensors.
-            with FakeTensorMode(allow_non_fake_inputs=True) if recipe.model.wrap else nullcontext():
+            with FakeTensorMode(allow_non_fake_inputs=True) if model.reads_values else nullcontext():
                 batch = empty_batch(recipe, name, i, modalities, classes, META)
                 with FlopCounterMode(display=False) as counter:
                     total = losses(model, task, batch, in_chunks(model.encode_all, recipe.memory.chunk_size)).total
@@ -198,6 +196,7 @@ def empty_batch(
     """A batch of a task of the shapes that the loader makes, of zeros, for one of so many GPUs that share it."""
     task = recipe.tasks[name]
     size = (task.views[view].batch_size or task.batch_size) // gpus
+    embed_dim = architecture_of(recipe).embed_dim(recipe, modalities)
     tokens = {}
     with device:
         for modality, spec in task.inputs.items():
@@ -210,7 +209,7 @@ def empty_batch(
                 many = len(classes[head_key(task.source, objective.label)])
                 batch.labels[objective.label] = item if objective.loss == "softmax" else torch.zeros(size, many)
             elif isinstance(objective, Distill):
-                batch.labels[objective.to] = torch.zeros(size, embed_dim(recipe, modalities))
+                batch.labels[objective.to] = torch.zeros(size, embed_dim)
                 batch.item_ids[objective.to] = item
             elif objective.same:
                 batch.item_ids[objective.same] = item

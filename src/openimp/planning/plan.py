@@ -155,7 +155,7 @@ def per_token(recipe: Recipe, model: Embedder) -> int | None:
     model.
     """
     moe = recipe.model.moe
-    if not isinstance(model, IMP) or (moe and moe.routing == "soft"):
+    if not isinstance(model, IMP):
         return None
     own_blocks = [count(blocks) for blocks in model.encoder.own.values()]
     used = count(model.encoder) - sum(own_blocks[1:])  # A token has those of its own stem, all of them alike.

@@ -182,7 +182,13 @@ class Recipe(Strict):
     def modality_class(self, name: str) -> type[Modality]:
         """The class that reads a modality for the recipe's model. UserError if a wrapped model cannot read it."""
         found = modality_class(name)
-        return found.wrapped() if self.model.wrap else found
+        if not self.model.wrap:
+            return found
+        from openimp.modalities.open_clip import READERS  # It imports the libraries of all media.
+
+        if name not in READERS:
+            raise UserError(f"a model of open_clip has no modality {name!r}")
+        return READERS[name]
 
     def make_modalities(self) -> dict[str, Modality]:
         """New instances of the modalities that tasks read, by name."""

@@ -9,7 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, model_folder, read_config, saved_step
+from openimp.checkpoint.find import model_folder
+from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, read_config, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modalities

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from openimp.checkpoint.folder import find_model
+from openimp.checkpoint.find import find_model
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
 from openimp.common.protocols import TextReader

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openimp.checkpoint.folder import load_weights, model_folder, read_config
+from openimp.checkpoint.find import model_folder
+from openimp.checkpoint.folder import load_weights, read_config
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Modality, Tokens

@@ -21,7 +21,7 @@ from openimp.data.batch import Batch
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Cursor
 from openimp.evaluation.evaluate import check_sets
-from openimp.model.build import build_model
+from openimp.model.build import architecture_of, build_model
 from openimp.model.embedder import Embedder, EncodeAll, in_chunks
 from openimp.model.learning_rates import freeze
 from openimp.objectives import Losses, task_losses
@@ -181,7 +181,7 @@ def _make_model(
     deferred = DeferredInit(recipe.seed)
     class_counts = {head: len(classes) for head, classes in data.classes.items()}
     build = partial(variant.build_model, recipe, data.modalities, class_counts)
-    model = deferred.build(build, at_once=recipe.model.wrap is not None).train()
+    model = deferred.build(build, at_once=not architecture_of(recipe).initializes).train()
     freeze(model, recipe.optimizer)
     distributed.run_first_on_node(lambda: check_sets(model, recipe, data.modalities, data.classes))
     # Before FSDP2 replaces the model's class, whose name is in config.json.
@@ -196,7 +196,7 @@ def _make_model(
     apply_parallelism(
         model, model.blocks(), model.experts(), ("encode", "encode_all", "project", "classify"),
         layout, device, torch.float32 if "fp32" in precisions else torch.bfloat16,
-        model.fp32_modules(), cast_inputs=bool(recipe.model.wrap),
+        model.fp32_modules(), cast_inputs=model.cast_inputs,
     )  # fmt: skip
     if layout.ranks > 1:
         console.print(f"parallel: {layout}")
