@@ -12,8 +12,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from openimp.common.schema import Strict
+
+Rng = np.random.Generator
 
 
 class BadMedia(Exception):
@@ -23,9 +26,9 @@ class BadMedia(Exception):
 class Tokens(NamedTuple):
     """A batch of one modality: B examples with L tokens each, P values per token, A axes."""
 
-    values: torch.Tensor  # (B, L, P) float, or uint8 where 0..255 stands for -1..1, or (B, L) integer ids of a table
-    coords: torch.Tensor  # (B, L, A) int64, the row of each axis' position table
-    mask: torch.Tensor | None = None  # (B, L) bool, False for padding; None if there is none
+    values: Tensor  # (B, L, P) float, or uint8 where 0..255 stands for -1..1, or (B, L) integer ids of a table
+    coords: Tensor  # (B, L, A) int64, the row of each axis' position table
+    mask: Tensor | None = None  # (B, L) bool, False for padding; None if there is none
 
     def to(self, device: torch.device | str) -> "Tokens":
         mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
@@ -51,7 +54,7 @@ class Tokens(NamedTuple):
         index = torch.arange(examples, device=self.coords.device).clamp(max=len(self.coords) - 1)
         return Tokens(self.values[index], self.coords[index], None if self.mask is None else self.mask[index])
 
-    def valid(self) -> torch.Tensor:
+    def valid(self) -> Tensor:
         """The mask (B, L), all True if there is none."""
         return self.mask if self.mask is not None else self.coords.new_ones(self.coords.shape[:2], dtype=torch.bool)
 
@@ -117,7 +120,7 @@ class Modality(ABC):
         """Tokens per example in training, after token dropping."""
 
     @abstractmethod
-    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+    def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         """Decodes a raw value (bytes, a path, or an array) to an array, no larger than the largest of `views` needs.
 
         Without `rng`, the result is the whole item, within memory limits. With `rng`, it may be just the part that a
@@ -128,14 +131,14 @@ class Modality(ABC):
         """
 
     @abstractmethod
-    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+    def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
         """Transforms a decoded array to the shape of the view: with `rng` augmented at random, else deterministically.
 
         Without `rng`, the result has an additional first axis: the clips whose embeddings are averaged (often one).
         """
 
     @abstractmethod
-    def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
+    def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
         """Makes tokens of a stack of transformed arrays (B, ...). With `rngs`, one per example, tokens are dropped.
 
         An example's tokens must not depend on the other examples, because workers make parts of a batch.

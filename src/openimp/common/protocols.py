@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from openimp.common.modality import Modality, Tokens
 
@@ -28,7 +29,7 @@ class Learned(Protocol):
 class TextReader(Protocol):
     """A modality of texts, for `Model.tokenizer`, and for the warnings of inference and search."""
 
-    def tokenize(self, texts: str | list[str], length: int | None = None) -> torch.Tensor:
+    def tokenize(self, texts: str | list[str], length: int | None = None) -> Tensor:
         """Converts texts to ids (B, length)."""
         ...
 
@@ -41,7 +42,7 @@ class TextReader(Protocol):
 class PictureReader(Protocol):
     """A modality of pictures, for `Model.preprocess`."""
 
-    def preprocess(self, picture: Any, view: Any) -> torch.Tensor:
+    def preprocess(self, picture: Any, view: Any) -> Tensor:
         """Converts a Pillow picture, or whatever `decode` takes, to a tensor for `Tensors.from_tensor`."""
         ...
 
@@ -58,7 +59,7 @@ class TensorInput(NamedTuple):
 class Tensors(Protocol):
     """A modality that takes prepared batches, for `Model.encode` and `openimp export`."""
 
-    def from_tensor(self, batch: torch.Tensor) -> Tokens:
+    def from_tensor(self, batch: Tensor) -> Tokens:
         """Makes tokens of a prepared batch, on any device; differentiable if the batch is float.
 
         Raises:

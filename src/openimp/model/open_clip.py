@@ -17,7 +17,14 @@ from torch.overrides import TorchFunctionMode
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Tokens
 from openimp.common.progress import no_log_output
-from openimp.modalities.open_clip import Pictures, import_open_clip, normalized, reader_of, unpacked
+from openimp.modalities.open_clip import (
+    Pictures,
+    import_open_clip,
+    library_errors,
+    normalized,
+    reader_of,
+    unpacked,
+)
 from openimp.model.embedder import Embedder, Encoded
 from openimp.model.heads import MAX_LOGIT_SCALE, LogitScale
 from openimp.model.imp import trained_pairs
@@ -70,7 +77,7 @@ class OpenCLIP(Embedder):
             if isinstance(modality, Pictures):
                 self.size = modality.size
                 for name, values in zip(("mean", "std"), modality.statistics):
-                    self.register_buffer(name, torch.tensor(values), persistent=False)
+                    self.register_buffer(name, values, persistent=False)
         library = cast(Any, encoder)
         limit = math.inf if losses == {"sigmoid"} else MAX_LOGIT_SCALE  # SigLIP's scales are larger than CLIP's limit.
         self.scale = LogitScale(library.logit_scale, library.logit_bias, limit)
@@ -227,11 +234,8 @@ class SkipInit(TorchFunctionMode):
 def build(files: Mapping[str, str]) -> nn.Module:
     """The library's model, without the values of its weights. `files` are those of `modalities.open_clip`."""
     library = import_open_clip()
-    with unpacked(files) as name, SkipInit(), no_log_output():
-        try:
-            model: nn.Module = library.create_model(name, load_weights=False, pretrained_text=False)
-        except Exception as error:  # The libraries raise many kinds.
-            raise UserError(f"open_clip cannot build the model: {' '.join(str(error).split())[:300]}") from None
+    with unpacked(files) as name, SkipInit(), no_log_output(), library_errors("open_clip cannot build the model"):
+        model: nn.Module = library.create_model(name, load_weights=False, pretrained_text=False)
     return model
 
 
