@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
-from openimp.checkpoint.folder import checkpoints, describe_model, find_model, load_model, model_folder, saved_step
+from openimp.checkpoint.find import find_model, model_folder
+from openimp.checkpoint.folder import checkpoints, describe_model, load_model, saved_step
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError

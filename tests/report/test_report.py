@@ -15,7 +15,8 @@ from xml.etree.ElementTree import Element
 import PIL.Image
 import pytest
 
-from openimp.checkpoint.folder import checkpoints, load_model, model_folder, verify
+from openimp.checkpoint.find import model_folder
+from openimp.checkpoint.folder import checkpoints, load_model, verify
 from openimp.commands import run_info
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, read_lines

@@ -29,13 +29,13 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.lift import lift_6
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Modalities, Modality
-from openimp.common.safe_files import read_text, refuse_links, sha256
+from openimp.common.protocols import learned_files, load_learned
+from openimp.common.safe_files import read_text, sha256
 from openimp.common.schema import checked
-from openimp.model.build import build_model, count_layers
+from openimp.model.build import architecture_of, build_model
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
 from openimp.recipe.file import parse_mapping
-from openimp.recipe.model import LIBRARY
 from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
@@ -90,13 +90,8 @@ def text_files(
 ) -> dict[str, str]:
     """The text files of a model's folder, by name."""
     data = {"format": FORMAT, "class": type(model).__name__, **config.model_dump(mode="json")}
-    files = {CONFIG: json.dumps(data, indent=1, ensure_ascii=False), **learned_files(modalities)}
+    files = {CONFIG: json.dumps(data, indent=1, ensure_ascii=False), **learned_files(modalities.values())}
     return files if recipe is None else {**files, RECIPE: recipe}
-
-
-def learned_files(modalities: Modalities) -> dict[str, str]:
-    """What modalities learned, as text by file name."""
-    return {name: text for modality in modalities.values() for name, text in modality.state().items()}
 
 
 def load_model(folder: Path) -> tuple[Embedder, SavedModel]:
@@ -106,8 +101,7 @@ def load_model(folder: Path) -> tuple[Embedder, SavedModel]:
     only by `verify`.
     """
     saved = describe_model(folder)
-    # Building a wrapped model computes its buffers, so it cannot be on the meta device. Its weights stay uninitialized.
-    with nullcontext() if saved.config.model.wrap else torch.device("meta"):
+    with torch.device("meta") if architecture_of(saved.config.model).initializes else nullcontext():
         model = build_model(saved.config, saved.modalities)
     load_weights(model, folder, assign=True)
     return model.eval(), saved
@@ -121,9 +115,9 @@ def describe_model(folder: Path) -> SavedModel:
     """
     config, learned, recipe = read_config(folder)
     modalities = config.make_modalities()
-    for modality in modalities.values():
-        modality.load_state(learned)
-    layers, tensors = count_layers(config, modalities), len(dcp.metadata(weights_folder(folder)))
+    load_learned(modalities.values(), learned)
+    layers = architecture_of(config.model).count_layers(config.model, modalities)
+    tensors = len(dcp.metadata(weights_folder(folder)))
     if layers > tensors:
         raise UserError(f"{folder}: config.json asks for {layers} layers, but the weights are only {tensors} tensors")
     return SavedModel(config, modalities, recipe)
@@ -290,47 +284,6 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 def step_of(folder: Path) -> int:
     """The step in the name of a checkpoint folder."""
     return int(folder.name.removeprefix("step-"))
-
-
-def model_folder(path: Path) -> Path:
-    """The folder of a model: `path` itself if it has config.json, else the newest checkpoint of the run `path`.
-
-    If `path` is the name of a model of open_clip, it is converted to a folder in the cache, unless it has been already.
-    """
-    if str(path).startswith(LIBRARY):
-        from openimp.checkpoint.wrapped import wrapped_folder
-
-        return wrapped_folder(str(path))
-    refuse_links(path)
-    if (path / CONFIG).exists():
-        return path
-    found = checkpoints(path)
-    if not found:
-        raise UserError(f"{path}: no model here; expected a run with a checkpoint, or a folder with config.json")
-    return found[-1]
-
-
-def find_model(name: str) -> Path:
-    """The folder of a model: a local one, or one that is downloaded from the Hugging Face Hub unless it is cached.
-
-    `name` is a path, or OWNER/NAME or OWNER/NAME@REVISION on the Hub. With the prefix "hub:" it is never a path. With
-    the prefix "open_clip:" it is a model of open_clip; see `wrapped`.
-    """
-    path, on_hub = Path(name), re.fullmatch(r"(hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
-    if name.startswith(LIBRARY) or path.exists():
-        return model_folder(path)
-    if not on_hub or (not on_hub[1] and (path.parts[0] == "runs" or path.parent.is_dir())):
-        raise UserError(f"{name}: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME")
-    from huggingface_hub import snapshot_download
-
-    allowed, ignored = ["*.json", "*.safetensors", RECIPE], ["optimizer*"]
-    try:
-        folder = snapshot_download(on_hub[2], revision=on_hub[3], allow_patterns=allowed, ignore_patterns=ignored)
-    except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
-        local = "" if on_hub[1] else "there is no local folder of this name, and "
-        raise UserError(f"{name}: {local}the Hugging Face Hub did not provide the model: {reason}") from None
-    return model_folder(Path(folder))
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -10,10 +10,12 @@ import yaml
 from torch import Tensor
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import find_model, model_folder, read_config, weights_folder
+from openimp.checkpoint.find import find_model, model_folder
+from openimp.checkpoint.folder import read_config, weights_folder
 from openimp.checkpoint.public_vit import LIBRARIES, RGB, ViTWeights
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
+from openimp.common.protocols import load_learned
 from openimp.model.embedder import Embedder
 from openimp.recipe.file import differences, flat
 from openimp.recipe.model import LIBRARY, LOCAL
@@ -134,9 +136,7 @@ def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     stems, same = (frozenset(recipe.modalities), frozenset()) if recipe.model.wrap else (shared, shared)
     for key, there, here in differences(_identity(before, same), _identity(recipe, same)):
         raise UserError(f"{folder}: {key} is {there!r} there, {here!r} here")
-    for modality in modalities.values():
-        if modality.stem in stems:
-            modality.load_state(learned)
+    load_learned((modality for modality in modalities.values() if modality.stem in stems), learned)
     weights = SavedWeights(folder, init if init.startswith(("hub:", LIBRARY)) else str(folder))
     return WarmStart(weights, before.classes, stems)
 

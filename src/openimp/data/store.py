@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from openimp.common.cache import cached, stable_hash
 from openimp.common.modality import BadMedia, Modality
+from openimp.common.protocols import learned_files
 from openimp.data.tables import Table
 
 LAYOUT = 3
@@ -133,7 +134,7 @@ def _read(file: Path) -> DecodedStore:
 def _key(table: Table, modality: Modality, column: str, views: list[Any]) -> str:
     kind = type(modality)
     options = [modality.config.model_dump_json(), sorted({view.model_dump_json() for view in views})]
-    if state := modality.state():  # The size of a wrapped model's pictures is not in a view.
+    if state := learned_files([modality]):  # The size of a wrapped model's pictures is not in a view.
         options.append(sorted(state.items()))
     files = [(path, table.file_state(path)) for path in table.paths(column)]
     code = [LAYOUT, version("openimp"), kind.__module__, kind.__qualname__]

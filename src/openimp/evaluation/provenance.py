@@ -8,6 +8,7 @@ import torch
 
 from openimp.common.cache import stable_hash
 from openimp.common.modality import Modalities
+from openimp.common.protocols import learned_files
 from openimp.common.versions import library_version, openimp_version
 from openimp.data.tables import Table
 from openimp.evaluation.evaluator import ReadableRows
@@ -28,7 +29,7 @@ def checkpoint_fields(model: Embedder, modalities: Modalities) -> dict[str, Any]
         total.update(f"{name} {full.dtype} {list(full.shape)}\n".encode())
         total.update(full.reshape(-1).view(torch.uint8).cpu().numpy())
     for modality in modalities.values():
-        total.update(repr(sorted(modality.state().items())).encode())
+        total.update(repr(sorted(learned_files([modality]).items())).encode())
     return {"checkpoint": total.hexdigest()[:16], "openimp": openimp_version()}
 
 

@@ -10,17 +10,13 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from openimp.data.files import is_url
-from openimp.recipe.model import LOCAL
 
 
 def shorten_paths(data: dict[str, Any]) -> dict[str, Any]:
     """A copy of a recipe or of a model's configuration as plain data, with the `public_path` of each path in it."""
     data = copy.deepcopy(data)
-    for part in (*data.get("sources", {}).values(), data.get("train", {})):
-        _shorten(part, {"path", "hub", "root", "init"})  # A data set of the hub may be a local folder.
-    if wrapped := data.get("model", {}).get("wrap"):
-        library, local, folder = wrapped.partition(LOCAL)
-        data["model"]["wrap"] = library + local + (public_path(folder) if local else folder)
+    for part in (*data.get("sources", {}).values(), data.get("model", {}), data.get("train", {})):
+        _shorten(part, {"path", "hub", "root", "init", "wrap"})  # A data set of the hub may be a local folder.
     for options in data["modalities"].values():
         _shorten(options, options.keys())  # A modality of another package may have paths of any name.
     return data

@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from openimp.checkpoint.folder import CONFIG, RECIPE, model_folder
+from openimp.checkpoint.find import model_folder
+from openimp.checkpoint.folder import CONFIG, RECIPE
 from openimp.common.errors import UserError, nearest
 from openimp.common.progress import console
 from openimp.common.versions import openimp_version

@@ -1,32 +1,59 @@
 """Builds models: openimp's own, or one of another library."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from openimp.common.modality import Classes, Modalities
+from openimp.modalities.open_clip import layers_in, reader_of
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
+from openimp.model.open_clip import OpenCLIP
+from openimp.recipe.model import Model
 from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
 
-def count_layers(config: ModelConfig, modalities: Modalities) -> int:
-    """The number of layers that a model has. Creating a layer takes time and memory, and the configuration may be
-    untrusted."""
-    if config.model.wrap:
-        from openimp.modalities.open_clip import layers_in
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of model. Its functions take modalities that are fitted.
 
-        return layers_in(next(iter(modalities.values())).state())
-    return config.model.layers
+    Attributes:
+        build: makes the model.
+        count_layers: the number of layers that are asked for. Creating a layer takes time and memory, and the
+            configuration may be untrusted.
+        embed_dim: the number of features of the embeddings.
+        initializes: whether `build` gives weights their initial values, which it can do on the meta device. Otherwise
+            weights are always loaded, and `build` computes the values of buffers, so it cannot be on the meta device.
+    """
+
+    build: Callable[[ModelConfig, Modalities], Embedder]
+    count_layers: Callable[[Model, Modalities], int]
+    embed_dim: Callable[[Model, Modalities], int]
+    initializes: bool
+
+
+OWN = Architecture(
+    IMP.from_config,
+    count_layers=lambda model, _: model.layers,
+    embed_dim=lambda model, _: model.embed_dim,
+    initializes=True,
+)
+OPEN_CLIP = Architecture(
+    OpenCLIP.from_config,
+    count_layers=lambda _, modalities: layers_in(reader_of(modalities).files),
+    embed_dim=lambda _, modalities: reader_of(modalities).embed_dim,
+    initializes=False,
+)
+
+
+def architecture_of(model: Model) -> Architecture:
+    """The kind of a model."""
+    return OPEN_CLIP if model.wrap else OWN
 
 
 def build_model(config: ModelConfig, modalities: Modalities) -> Embedder:
-    """The model with random weights; if another library's model is wrapped, without values for its weights.
-
-    `modalities` must be fitted.
-    """
-    if config.model.wrap:
-        from openimp.model.open_clip import OpenCLIP  # It imports a library that takes seconds to import.
-
-        return OpenCLIP.from_config(config, modalities)
-    return IMP.from_config(config, modalities)
+    """The model with random weights, or if they are always loaded, without values for them; see `Architecture`."""
+    return architecture_of(config.model).build(config, modalities)
 
 
 def build_for_training(recipe: Recipe, modalities: Modalities, classes: Classes) -> Embedder:

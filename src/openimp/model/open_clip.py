@@ -17,7 +17,14 @@ from torch.overrides import TorchFunctionMode
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Tokens
 from openimp.common.progress import no_log_output
-from openimp.modalities.open_clip import OpenClip, Pictures, import_open_clip, normalized, unpacked
+from openimp.modalities.open_clip import (
+    Pictures,
+    import_open_clip,
+    library_errors,
+    normalized,
+    reader_of,
+    unpacked,
+)
 from openimp.model.embedder import Embedder, Encoded
 from openimp.model.heads import MAX_LOGIT_SCALE, LogitScale
 from openimp.model.init import linear
@@ -38,6 +45,8 @@ class OpenCLIP(Embedder):
     Statistics of batch norms stay as they are in training, because an embedding must not depend on its batch.
     """
 
+    cast_inputs = True
+    reads_values = True  # in towers of transformers
     mean: Tensor
     std: Tensor
 
@@ -63,7 +72,7 @@ class OpenCLIP(Embedder):
             if isinstance(modality, Pictures):
                 self.size = modality.size
                 for name, values in zip(("mean", "std"), modality.statistics):
-                    self.register_buffer(name, torch.tensor(values), persistent=False)
+                    self.register_buffer(name, values, persistent=False)
         library = cast(Any, encoder)
         only_sigmoid = {pair.sigmoid for pair in config.pairs} == {True}
         limit = math.inf if only_sigmoid else MAX_LOGIT_SCALE  # SigLIP's scales are larger than CLIP's limit.
@@ -85,8 +94,8 @@ class OpenCLIP(Embedder):
         """Builds the model without the values of its weights, which are then loaded."""
         # On the CPU, so that buffers which are computed have their values.
         with torch.device("cpu"):
-            wrapped = _wrapped(modalities)
-            model = cls(config, modalities, build(wrapped.files), wrapped.embed_dim)
+            reader = reader_of(modalities)
+            model = cls(config, modalities, build(reader.files), reader.embed_dim)
         return model.to("meta") if torch.get_default_device().type == "meta" else model
 
     def checkpoint_activations(self) -> None:
@@ -222,11 +231,8 @@ class SkipInit(TorchFunctionMode):
 def build(files: Mapping[str, str]) -> nn.Module:
     """The library's model, without the values of its weights. `files` are those of `modalities.open_clip`."""
     library = import_open_clip()
-    with unpacked(files) as name, SkipInit(), no_log_output():
-        try:
-            model: nn.Module = library.create_model(name, load_weights=False, pretrained_text=False)
-        except Exception as error:  # The libraries raise many kinds.
-            raise UserError(f"open_clip cannot build the model: {' '.join(str(error).split())[:300]}") from None
+    with unpacked(files) as name, SkipInit(), no_log_output(), library_errors("open_clip cannot build the model"):
+        model: nn.Module = library.create_model(name, load_weights=False, pretrained_text=False)
     return model
 
 
@@ -238,8 +244,3 @@ def _blocks_in(tower: nn.Module) -> list[nn.Module]:
             found += [*module]
     inner = {id(module) for block in found for module in block.modules() if module is not block}
     return [block for block in found if id(block) not in inner]
-
-
-def _wrapped(modalities: Modalities) -> OpenClip:
-    """One of the modalities of a wrapped model, which all have the library's files."""
-    return next(modality for modality in modalities.values() if isinstance(modality, OpenClip))

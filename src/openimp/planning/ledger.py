@@ -103,8 +103,7 @@ def _count(
     by_view = {}
     for name, task in recipe.tasks.items():
         for i, view in enumerate(task.views if task.weight else ()):
-            # Towers from transformers look at values, except at those of fake tensors.
-            with FakeTensorMode(allow_non_fake_inputs=True) if recipe.model.wrap else nullcontext():
+            with FakeTensorMode(allow_non_fake_inputs=True) if model.reads_values else nullcontext():
                 batch = empty_batch(recipe, name, i, modalities, classes, META)
                 with FlopCounterMode(display=False) as counter:
                     total = losses(model, task, batch, in_chunks(model.encode_all, recipe.memory.chunk_size)).total

@@ -63,7 +63,13 @@ class ModelConfig(Strict):
 def class_for(name: str, model: Model) -> type[Modality]:
     """The class that reads a modality for a model. UserError if a wrapped model cannot read it."""
     modality = modality_class(name)
-    return modality.wrapped() if model.wrap else modality
+    if not model.wrap:
+        return modality
+    from openimp.modalities.open_clip import READERS  # It imports the libraries of all media.
+
+    if name not in READERS:
+        raise UserError(f"a model of open_clip has no modality {name!r}")
+    return READERS[name]
 
 
 def make_modalities(names: Iterable[str], stems: dict[str, Any], model: Model) -> dict[str, Modality]:

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from openimp.checkpoint.folder import find_model
+from openimp.checkpoint.find import find_model
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
+from openimp.common.protocols import TextReader
 from openimp.common.safe_files import file_state, refuse_links
 from openimp.data.tables import Table
 from openimp.data.trust import check_uses
@@ -185,8 +186,10 @@ class Index:
         value = query.value
         if name not in model.modalities:
             raise UserError(f"the model has no modality {name!r}{nearest(name, model.modalities)}")
-        encoder = ItemEncoder(model.imp, model.modalities[name], model.views[name], None, model.precision)
-        if encoder.modality.reads_text and not (str(value).strip() and encoder.modality.knows(value, encoder.view)):
+        modality = model.modalities[name]
+        encoder = ItemEncoder(model.imp, modality, model.views[name], None, model.precision)
+        is_known = not isinstance(modality, TextReader) or modality.knows(value, encoder.view)
+        if modality.reads_text and not (str(value).strip() and is_known):
             raise UserError(f"{value!r} has no word that the model knows")
         try:
             clips = encoder.read(value)

@@ -16,11 +16,12 @@ from openimp.common.device import keep_freed_memory, precision_of
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities, Modality
 from openimp.common.progress import StepBar, console, track
+from openimp.common.protocols import load_learned
 from openimp.data.batch import Batch
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Cursor
 from openimp.evaluation.evaluate import check_sets
-from openimp.model.build import build_for_training
+from openimp.model.build import architecture_of, build_for_training
 from openimp.model.embedder import Embedder, EncodeAll, in_chunks
 from openimp.model.learning_rates import freeze
 from openimp.objectives.losses import Losses, task_losses
@@ -112,8 +113,7 @@ def set_up(
     if checkpoint is not None:
         saved_config, learned, _ = read_config(checkpoint, None)
         saved_classes = saved_config.classes
-        for modality in modalities.values():
-            modality.load_state(learned)
+        load_learned(modalities.values(), learned)
     rank = distributed.rank()
     world_size = distributed.world_size()
     data = distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
@@ -181,7 +181,7 @@ def _make_model(
     """
     deferred = DeferredInit(recipe.seed)
     build = partial(variant.build_model, recipe, data.modalities, data.classes)
-    model = deferred.build(build, at_once=recipe.model.wrap is not None).train()
+    model = deferred.build(build, at_once=not architecture_of(recipe.model).initializes).train()
     freeze(model, recipe.optimizer)
     distributed.run_first_on_node(lambda: check_sets(model, recipe, data.modalities, data.classes))
     # Before FSDP2 replaces the model's class, whose name is in config.json.
@@ -196,7 +196,7 @@ def _make_model(
     apply_parallelism(
         model, model.blocks(), model.experts(), ("encode", "encode_all", "project", "classify"),
         layout, device, torch.float32 if "fp32" in precisions else torch.bfloat16,
-        model.fp32_modules(), cast_inputs=bool(recipe.model.wrap),
+        model.fp32_modules(), cast_inputs=model.cast_inputs,
     )  # fmt: skip
     if layout.ranks > 1:
         console.print(f"parallel: {layout}")
