@@ -18,7 +18,9 @@ from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from openimp.common.cache import cache_folder, cached
+from openimp.common.errors import UserError
 from openimp.data.files import is_url, stable_hash
+from openimp.data.hub import first_line, quiet
 
 MAX_EXPANSION, MIN_LIMIT = 100, 2**30
 """A file may unpack to `MAX_EXPANSION` times its size, or to `MIN_LIMIT` bytes if that is more. The minimum is for
@@ -37,26 +39,36 @@ MERGED_BYTES = 2**24
 """Bytes of merged batches from which on they are one table. Many small tables would waste memory."""
 
 
-def open_files(files: list[str], streaming: bool) -> Any:
-    """Opens files as a `datasets.Dataset`, unpacked once into the cache; if `streaming`, as an `IterableDataset`."""
-    local = [file for file in files if not is_url(file)]
-    if nested := [file for file in local if "::" in file]:
-        raise ValueError(f"`datasets` would read {nested[0]} as a chain of URLs; rename it")
-    # `datasets` expands patterns: a file that is named `*.parquet` would include all other files in its folder.
-    names = [glob.escape(file) if file in local else file for file in files]
+def count_rows(name: str, file: str) -> int:
+    """The number of rows of a file on disk."""
+    try:
+        return pq.read_metadata(file).num_rows
+    except pa.ArrowException as error:
+        raise UserError(f"source {name}: {file} is not a readable Parquet file: {first_line(error)}") from None
 
+
+def load(name: str, path: str, files: list[str], streaming: bool) -> Any:
+    """Opens files as a `datasets.Dataset`, unpacked once into the cache; if `streaming`, as an `IterableDataset`."""
+    # `datasets` expands patterns: a file that is named `*.parquet` would include all other files in its folder.
+    names = [file if is_url(file) else glob.escape(file) for file in files]
+    for file in files:
+        if "::" in file and not is_url(file):
+            raise UserError(f"source {name}: `datasets` would read {file} as a chain of URLs; rename it")
+
+    # `load_dataset` would report each call to a server and wait for it, even for local files.
     def builder(folder: str | Path) -> BoundedParquet:
         return BoundedParquet(cache_dir=str(folder), data_files={"train": names})
 
-    if streaming:
-        return builder(cache_folder("parquet")).as_streaming_dataset(split="train")
-    return cached(
-        "parquet",
-        stable_hash(files),
-        # If a file has changed, the builder looks for another name in the folder, and finds nothing.
-        lambda folder: builder(folder).as_dataset(split="train"),
-        lambda folder: builder(folder).download_and_prepare(),
-    )
+    with quiet(name, path):
+        if streaming:
+            return builder(cache_folder("parquet")).as_streaming_dataset(split="train")
+        return cached(
+            "parquet",
+            stable_hash(files),
+            # If a file has changed, the builder looks for another name in the folder, and finds nothing.
+            lambda folder: builder(folder).as_dataset(split="train"),
+            lambda folder: builder(folder).download_and_prepare(),
+        )
 
 
 class BoundedParquet(Parquet):

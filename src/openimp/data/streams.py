@@ -75,9 +75,10 @@ class Stream(Rows):
         path: str,
         shards: Shards,
         root: Path | None,
+        content: Callable[[], str],
+        *,
         source: Source,
         seed: int,
-        content: Callable[[], str],
     ) -> None:
         super().__init__(name, path, shards.columns, root, content)
         self.require(source.where, f"sources.{name}.where")
