@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+import fsspec
+
 from openimp.common.errors import UserError, nearest
 from openimp.common.folders import is_hidden
 from openimp.common.modality import BadMedia
@@ -58,24 +60,20 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
         if wanted not in bundled:
             raise UserError(f"source {name}: openimp has no bundled data {wanted!r}{nearest(wanted, bundled)}")
         path = str(DEMO / wanted)
-    if os.path.exists(path):
-        if not (os.path.isdir(path) or os.path.isfile(path)):
-            raise UserError(f"source {name}: {path}: is not a regular file")
-        return Path(path) if os.path.isdir(path) else Path(path).parent, [path]
-    files = sorted(glob.glob(path, recursive=True))
+    if os.path.isdir(path):
+        return Path(path), [path]
+    files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     if not files:
         raise UserError(f"source {name}: {path}: no such file or folder")
     for file in files:
         if not os.path.isfile(file):
             raise UserError(f"source {name}: {file}: is not a regular file")
-    return Path(re.split(r"[*?\[]", path)[0] + "_").parent, files
+    return Path(path if files == [path] else re.split(r"[*?\[]", path)[0] + "_").parent, files
 
 
 def _matching_urls(name: str, url: str) -> list[str]:
     if "*" not in url:
         return [url]
-    import fsspec
-
     try:
         system, path = fsspec.core.url_to_fs(url)
         found = sorted(system.glob(path))
@@ -93,8 +91,6 @@ def open_forward(file: str) -> IO[bytes]:
     """Opens a local file or a URL to read it forward, so that each of its bytes is fetched once."""
     if not is_url(file):
         return open(file, "rb", buffering=BLOCK)
-    import fsspec
-
     system, path = fsspec.core.url_to_fs(file)
     opened: Any = system.open(path, "rb", block_size=READ_AHEAD)
     return io.BufferedReader(opened, BLOCK)
