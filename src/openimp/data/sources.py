@@ -77,8 +77,8 @@ def _open_stream(name: str, source: Source, seed: int) -> Stream:
         root = hub.hub_root(source)
         shards = hub.HubShards(name, path, hub.load(name, source))
         revision = [source.revision] if source.revision else []
-        content = [path, source.config, source.split, where, len(shards), *revision]
-        return Stream(name, path, shards, root, partial(stable_hash, content), source=source, seed=seed)
+        content = partial(stable_hash, [path, source.config, source.split, where, len(shards), *revision])
+        return Stream(name, path, shards, root, content, source=source, seed=seed)
     path, kind = _path_and_format(name, source)
     base, files = locate(name, path)
     if kind == "webdataset":
@@ -90,11 +90,12 @@ def _open_stream(name: str, source: Source, seed: int) -> Stream:
         shards = hub.HubShards(name, path, parquet.load(name, path, files, streaming=True), file_names)
     else:
         raise UserError(f"source {name}: {path}: a {kind} source cannot be streamed; remove stream")
-    content = partial(_stream_fingerprint, base, files, where)
+    content = partial(_shards_fingerprint, base, files, where)
     return Stream(name, path, shards, Path(source.root or base), content, source=source, seed=seed)
 
 
-def _stream_fingerprint(base: Path, files: list[str], where: dict[str, Any]) -> str:
+def _shards_fingerprint(base: Path, files: list[str], where: dict[str, Any]) -> str:
+    """Of files at URLs, only the names count."""
     return stable_hash([files if is_url(files[0]) else fingerprint(base, files), where])
 
 

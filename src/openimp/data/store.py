@@ -62,7 +62,7 @@ class DecodedStore:
         modality: Modality,
         column: str,
         views: list[Any],
-        where: Literal["memory", "disk"] = "memory",
+        cache: Literal["memory", "disk"] = "memory",
         progress: Progress | None = None,
     ) -> "DecodedStore":
         """Decodes a column, or opens the store on disk of an earlier run.
@@ -73,7 +73,7 @@ class DecodedStore:
         `views` are all views that read the column: arrays are no larger than the largest of them needs.
         """
         decoded = _decoded(table, modality, column, views, progress)
-        if where == "memory":
+        if cache == "memory":
             return cls(pa.Table.from_batches(_batches(decoded), SCHEMA))
         key = _key(table, modality, column, views)
         return cached("decoded", key, lambda folder: _read(folder / ROWS), lambda folder: _write(folder, decoded))
@@ -106,8 +106,6 @@ def _batches(decoded: Iterator[np.ndarray | BadMedia]) -> Iterator[pa.RecordBatc
 def _row(item: np.ndarray | BadMedia) -> dict[str, Any]:
     if isinstance(item, BadMedia):
         return {"error": str(item)}
-    if item.dtype.hasobject:
-        raise TypeError(f"a decoded array must hold numbers, found {item.dtype}")
     data = item.tobytes()
     return {"data": data + bytes(-len(data) % ALIGN), "shape": item.shape, "dtype": item.dtype.str}
 

@@ -26,14 +26,18 @@ KNOWN = "trained"
 def record_training(config: str) -> None:
     """Records that this user trains a model whose config.json has the text `config`."""
     with suppress(OSError, UserError):  # If it cannot be stored, `eval` only needs a flag.
-        (cache_folder(KNOWN) / hashlib.sha256(config.encode()).hexdigest()).touch()
+        _record(config.encode()).touch()
 
 
 def trained_here(folder: Path) -> bool:
     """Whether this user trained the model in `folder` on this machine."""
     with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
-        return (cache_folder(KNOWN) / hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()).exists()
+        return _record((folder / "config.json").read_bytes()).exists()
     return False
+
+
+def _record(config: bytes) -> Path:
+    return cache_folder(KNOWN) / hashlib.sha256(config).hexdigest()
 
 
 def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], given: Collection[str] = ()) -> None:
@@ -43,9 +47,12 @@ def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str],
     arguments see `check_uses`.
     """
     used = []
-    for measured, options in ((name, recipe.evaluation.sets[name]) for name in sets if name in recipe.evaluation.sets):
-        names = [options.source, *([options.train] if isinstance(options, Probe) else [])]
-        used += [(f"evaluation set {measured}", name) for name in names if name not in given]
+    for name in sets:
+        if name not in recipe.evaluation.sets:
+            continue
+        options = recipe.evaluation.sets[name]
+        sources = [options.source, options.train] if isinstance(options, Probe) else [options.source]
+        used += [(f"evaluation set {name}", source) for source in sources if source not in given]
     check_uses(path, folder, recipe, used)
 
 
@@ -61,10 +68,10 @@ def check_uses(path: Path, folder: Path, recipe: Recipe, used: Iterable[tuple[st
         return
     for user, name in used:
         if not _is_inside(path, name, recipe.sources[name]):
-            where = recipe.sources[name].path or recipe.sources[name].hub
+            origin = recipe.sources[name].path or recipe.sources[name].hub
             raise UserError(
                 f"{path}: you did not train this model on this machine, and {user} of its recipe reads source {name} "
-                f"({where}), which is outside of this folder; add --allow-sources if you trust the recipe"
+                f"({origin}), which is outside of this folder; add --allow-sources if you trust the recipe"
             )
 
 
@@ -73,9 +80,12 @@ def _is_inside(folder: Path, name: str, source: Source) -> bool:
     if source.path is None or is_url(source.path):
         return False
     bundled = source.path.startswith("openimp:")
-    named = [place for place in (None if bundled else source.path, source.root) if place is not None]
-    real = Path(os.path.realpath(folder))
-    inside = all(Path(os.path.realpath(place)).is_relative_to(real) for place in named)
+    real_folder = os.path.realpath(folder)
+
+    def is_inside(path: str) -> bool:
+        return Path(os.path.realpath(path)).is_relative_to(real_folder)
+
+    if source.root is not None and not is_inside(source.root):
+        return False
     # Files are listed only if the path is inside, so that nothing outside of the folder is looked at.
-    files = locate(name, source.path)[1] if inside and not bundled else []
-    return inside and all(Path(os.path.realpath(file)).is_relative_to(real) for file in files)
+    return bundled or (is_inside(source.path) and all(map(is_inside, locate(name, source.path)[1])))
