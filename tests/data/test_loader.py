@@ -15,6 +15,7 @@ import PIL.Image
 import pytest
 import soundfile
 import torch
+from batches import assert_same
 
 from openimp.common.errors import UserError
 from openimp.data.loader import _init_worker, load_batches
@@ -39,21 +40,6 @@ def opened(folder: Path, *changes: str) -> StepBatches:
 
 def loaded(folder: Path, *changes: str, first: int = 0) -> list[LoadedBatch]:
     return list(load_batches(opened(folder, *changes), first))
-
-
-def assert_same(one: list[LoadedBatch], other: list[LoadedBatch]) -> None:
-    assert [a.visit for a in one] == [b.visit for b in other]
-    for a, b in zip(one, other):
-        assert (a.names, a.bad, a.cursors, a.digest) == (b.names, b.bad, b.cursors, b.digest)
-        assert a.batch.rows == b.batch.rows
-        for mine, theirs in ((a.batch.item_ids, b.batch.item_ids), (a.batch.labels, b.batch.labels)):
-            assert mine.keys() == theirs.keys()
-            assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-        assert a.batch.tokens.keys() == b.batch.tokens.keys()
-        for name, tokens in a.batch.tokens.items():
-            for mine, theirs in zip(tokens, b.batch.tokens[name]):
-                assert (mine is None) == (theirs is None)
-                assert mine is None or torch.equal(mine, theirs), name
 
 
 def test_batches_are_bitwise_equal_with_any_number_of_workers(little_data):
