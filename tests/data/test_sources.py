@@ -200,19 +200,17 @@ def test_folders_without_classes_and_without_files(tmp_path):
 # Parquet files
 
 
-def test_rows_in_any_order_of_the_given_columns(tmp_path):
-    write_parquet(tmp_path)
-    (tmp_path / "part-1.parquet").rename(tmp_path / "part[1]?.parquet")
-    table = opened(tmp_path / "*.parquet")
+def test_rows_in_any_order_of_the_given_columns(shards, tmp_path):
+    table = opened(shards / "*.parquet")
     assert table.rows([39, 0, 0, 21]) == [DATA[i] for i in (39, 0, 0, 21)]
     assert table.rows(np.array([5, 30]), ["half", "name"]) == [{"half": 1, "name": "n5"}, {"half": 0, "name": "n30"}]
     assert table.rows([3], []) == [{}]
-    assert table.rows([]) == []
     assert table.column("tags") == [row["tags"] for row in DATA]
-    assert [table.row_name(i) for i in (3, 20)] == ["part-0.parquet[3]", "part[1]?.parquet[0]"]
-    stream = opened(tmp_path / "*.parquet", stream=True)
+    assert [table.row_name(i) for i in (3, 20)] == ["part-0.parquet[3]", "part-1.parquet[0]"]
+    stream = opened(shards / "*.parquet", stream=True)
     assert stream.columns == table.columns == list(DATA[0])
     assert dict(stream.read(0, range(40))) == {table.row_name(i): row for i, row in enumerate(DATA)}
+    shutil.copy(shards / "part-1.parquet", tmp_path / "part[1]?.parquet")
     table = opened(tmp_path / "part[1]?.parquet")  # a name, not a pattern
     row = table.rows([7])[0]
     assert colour(table.media(row["picture"])) == 27
@@ -331,41 +329,39 @@ def test_where(shards, where, kept):
 
 
 @pytest.mark.parametrize(
-    ("cells", "wanted"),
+    ("cells", "wanted", "expected"),
     [
-        ([None if i % 7 == 0 else f"split {i % 5}" for i in range(100)], ["split 1", "split 2"]),
-        ([None if i % 7 == 0 else (i % 5) / 2 for i in range(100)], "0.5"),
-        ([datetime.date(2020, 1, 1 + i % 5) for i in range(100)], "2020-01-02"),
-        ([[f"tag {i % 5}", None, "x"][: i % 4] if i % 7 else None for i in range(100)], "tag 3"),
-        ([{"split": i % 5} for i in range(100)], "{'split': 3}"),
-        ([None if i % 7 == 0 else i % 2 == 0 for i in range(100)], False),
+        (["split 1", None, "split 2", "split 3"], ["split 1", "split 2"], [0, 2]),
+        ([0.5, None, 1.0], "0.5", [0]),
+        ([datetime.date(2020, 1, day) for day in (1, 2)], "2020-01-02", [1]),
+        ([["tag 1"], None, [], [None, "tag 3"], ["x", "tag 3"]], "tag 3", [3, 4]),
+        ([[1, 2], [3]], 2, [0]),
+        ([{"split": 1}, {"split": 3}], "{'split': 3}", [1]),
+        ([True, None, False], False, [2]),
     ],
-    ids=["text", "float", "date", "list", "struct", "bool"],
 )
-def test_where_compares_values_of_any_type_as_text(tmp_path, cells, wanted):
+def test_where_compares_values_of_any_type_as_text(tmp_path, cells, wanted, expected):
     """Most types are compared by Arrow, as `matches` compares one cell."""
-    pq.write_table(pa.table({"x": cells}), tmp_path / "x.parquet", row_group_size=30)
+    pq.write_table(pa.table({"x": cells}), tmp_path / "x.parquet", row_group_size=2)
     table = opened(tmp_path / "x.parquet", where={"x": wanted})
-    expected = [i for i, cell in enumerate(cells) if matches(cell, wanted)]
-    assert [table.row_name(i) for i in range(len(table))] == [f"x.parquet[{i}]" for i in expected]
-    assert 0 < len(expected) < 100
+    assert table.column("x") == [cells[i] for i in expected]
+    assert [i for i, cell in enumerate(cells) if matches(cell, wanted)] == expected
 
 
 @pytest.mark.parametrize("by", [None, "text"])
 def test_parts_divide_the_rows(tmp_path, by):
-    def values(**part) -> list[str]:
+    def values(*more: str, **part) -> list[str]:
+        (tmp_path / "m.csv").write_text("\n".join(["text", *lines, *more]) + "\n", encoding="utf-8")
         return opened(tmp_path / "m.csv", part={"of": 4, "by": by, **part}).column("text")
 
     lines = [f"Text {i % 50}" if i % 2 else f"text  {i % 50}" for i in range(200)]
-    (tmp_path / "m.csv").write_text("\n".join(["text", *lines]) + "\n", encoding="utf-8")
     parts = [values(keep=[i]) for i in range(4)]
     assert sorted(line for part in parts for line in part) == sorted(lines)
     assert all(20 < len(part) < 80 for part in parts)
     assert sorted(values(drop=[0, 2])) == sorted(parts[1] + parts[3])
-    seen = [{" ".join(line.lower().split()) for line in part} for part in parts]
-    assert (sum(map(len, seen)) == 50) is (by == "text")
-    (tmp_path / "m.csv").write_text("\n".join(["text", *lines, "one more"]) + "\n", encoding="utf-8")
-    assert all(set(part) <= set(values(keep=[i])) for i, part in enumerate(parts))
+    texts = [{line.lower().replace("  ", " ") for line in part} for part in parts]
+    assert (sum(map(len, texts)) == 50) is (by == "text")
+    assert all(set(part) <= set(values("one more", keep=[i])) for i, part in enumerate(parts))
 
 
 def test_where_comes_before_part_and_limit_after_it(tmp_path):
@@ -375,11 +371,8 @@ def test_where_comes_before_part_and_limit_after_it(tmp_path):
     parts = [opened(**odd, part={"of": 2, "keep": [i], "by": "text"}) for i in range(2)]
     assert sorted(int(n) for part in parts for n in part.column("n")) == [*range(1, 100, 2)]
     assert 10 < len(parts[0]) < 40
-    for limit in (1, 3, 50, 100):
-        table = opened(**odd, limit=limit)
-        kept = min(limit, 50)
-        assert table.column("n") == [str(1 + 2 * (i * 50 // kept)) for i in range(kept)]
-        assert (table.fingerprint == opened(**odd).fingerprint) == (kept == 50)
+    assert opened(**odd, limit=3).column("n") == ["1", "33", "67"]
+    assert opened(**odd, limit=3).fingerprint != opened(**odd).fingerprint == opened(**odd, limit=50).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -792,12 +785,10 @@ def test_a_header_that_claims_a_terabyte_or_leads_astray(tmp_path, headers, good
 
 
 def test_a_member_above_the_limit(tmp_path):
-    size = 2**31 + 1
+    size = 2**31 + tarfile.BLOCKSIZE
     with (tmp_path / "x.tar").open("wb") as file:
         file.write(forged(tarfile.REGTYPE, size))
-        file.seek(size + 2 * tarfile.BLOCKSIZE - 1, os.SEEK_CUR)  # A hole, which takes no space on the disk.
-        file.seek(-file.tell() % tarfile.BLOCKSIZE, os.SEEK_CUR)
-        file.truncate()
+        file.truncate(size + tarfile.RECORDSIZE)  # A hole, which takes no space on the disk.
     (row,) = first_rows(opened(tmp_path / "x.tar", **in_order(stream=True)), 1)
     assert row["png"] == Unreadable(f"3.png claims {size} bytes; {2**31} may be read")
 
