@@ -292,7 +292,6 @@ def test_manifest_media_start_at_root(tmp_path):
     [
         ("x.csv", os.urandom(3000), "x.csv: is not UTF-8 text"),
         ("x.csv", b"", "has no rows"),
-        ("x.csv", b"a,b\n1,2,3\n", "line 2 has 3 cells, the header 2"),
         ("x.csv", b'a,b\n\n"1\n1",2\n\n"1\n1",2,3\n', "line 6 has 3 cells, the header 2"),
         ("x.csv", b"a,b\n\n1\n" + b"x" * 200_000, "line 4: field larger than field limit"),
         ("x.csv", b"a,a\n1,2\n", "names a column twice"),
@@ -379,7 +378,6 @@ def test_where_comes_before_part_and_limit_after_it(tmp_path):
     ("options", "message"),
     [
         ({"part": {"of": 4}}, "exactly one of keep and drop"),
-        ({"part": {"of": 4, "keep": [0], "drop": [1]}}, "exactly one of keep and drop"),
         ({"part": {"of": 4, "keep": [4]}}, "there is no part 4"),
         ({"stream": True, "part": {"of": 2, "keep": [0]}}, "a streamed source has no parts"),
         ({"stream": True, "limit": 3}, "a streamed source has no limit"),
@@ -593,13 +591,6 @@ def test_paths_of_a_hub_data_set_stay_in_its_own_folder(tmp_path, monkeypatch):
             rows.media({"bytes": None, "path": str(path)})
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_hub_that_cannot_be_reached(monkeypatch, stream):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    fails("openimp/nothing cannot be read: ", hub="openimp/nothing", stream=stream)
-
-
 def test_datasets_is_left_as_it_was(shards):
     logger = logging.getLogger("datasets")
     logger.setLevel(logging.INFO)
@@ -667,19 +658,22 @@ def test_lists_of_numbers_are_arrays(tmp_path):
 @pytest.mark.parametrize("bomb", ["runs", "dictionary"])
 def test_a_parquet_file_that_unpacks_to_far_more_than_it_has(tmp_path, stream, bomb, monkeypatch):
     """Equal numbers, which are stored as a run, and one long text in all rows, which is stored once."""
-    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(parquet, "MIN_LIMIT", 2**18)
     rows = 10**6 if bomb == "runs" else 1000
     column = pa.array(np.zeros(rows, np.int32))
     if bomb == "dictionary":
         column = pa.DictionaryArray.from_arrays(column, pa.array(["x" * 10**6]))
-    pq.write_table(pa.table({"x": column}), tmp_path / "x.parquet", compression="zstd", store_schema=False)
-    assert (tmp_path / "x.parquet").stat().st_size < 100_000
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"x": column}), file, compression="zstd", store_schema=False)
+    assert file.stat().st_size < 100_000
+    if bomb == "runs":  # Equal labels are no bomb.
+        assert len(opened(file)) == rows
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(parquet, "MIN_LIMIT", 2**18)
     before = pa.default_memory_pool().max_memory()
     with pytest.raises(UserError, match=r"unpacks to more than [0-9,]+ bytes, .* split it into smaller ones"):
-        first_rows(opened(tmp_path / "x.parquet", **in_order(stream)), rows)
+        first_rows(opened(file, **in_order(stream)), rows)
     assert pa.default_memory_pool().max_memory() - before < 300e6
-    assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file()) < 2**26
+    assert sum(cached.stat().st_size for cached in (tmp_path / "cache").rglob("*") if cached.is_file()) < 2**26
 
 
 def test_ordinary_parquet_files_are_unpacked_in_large_batches(tmp_path):
@@ -711,15 +705,6 @@ def test_a_long_value_in_a_dictionary_makes_batches_small(tmp_path):
         with (tmp_path / "x.parquet").open("rb") as file:
             first_batch = next(parquet._batches(file, None))
         assert first_batch.nbytes <= parquet.WORST_BATCH_BYTES, name
-
-
-def test_millions_of_equal_labels_are_no_bomb(tmp_path):
-    rows = 5 * 10**6
-    labels = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int8)), pa.array(["cat"]))
-    pq.write_table(pa.table({"label": labels}), tmp_path / "x.parquet", store_schema=False)
-    assert (tmp_path / "x.parquet").stat().st_size < rows / 100
-    with (tmp_path / "x.parquet").open("rb") as file:
-        assert sum(len(table) for table in parquet._tables("x.parquet", file, None)) == rows
 
 
 def test_hostile_members(tmp_path):
@@ -847,18 +832,16 @@ def test_tars(tmp_path, kind):
     """With an empty one among them, and a name that is not UTF-8."""
     write_tars(tmp_path, kind=kind)
     write_tar(tmp_path / "shard-0005.tar", {})
-    last = {f"a\udcff.{ending}": b"0" for ending in ("png", "txt", "cls")} if kind == tarfile.GNU_FORMAT else {}
-    write_tar(tmp_path / "shard-0006.tar", last, format=tarfile.GNU_FORMAT)
+    write_tar(tmp_path / "shard-0006.tar", {"a\udcff.txt": b"n40"}, format=tarfile.GNU_FORMAT)
     stream = opened(tmp_path / "*.tar", lanes=1, stream=True)
     assert stream.columns == ["__key__", "png", "txt", "cls", "json.caption", "json.tags"]
-    found = dict(stream.read(0, range(40 + bool(last))))
-    if last:
-        assert found.pop(r"shard-0006.tar[a\xff]")["__key__"] == r"a\xff"
-    row = found["shard-001.tar[a.b/0021]"]
-    assert colour(stream.media(row.pop("png"))) == 21
-    tags = ["x", "t21"]
-    assert row == {"__key__": "a.b/0021", "txt": "n21", "cls": 1, "json.caption": "c21", "json.tags": tags}
-    assert {row["txt"] for row in found.values()} == {f"n{i}" for i in range(40)}
+    rows = dict(stream.read(0, range(41)))
+    assert rows[r"shard-0006.tar[a\xff]"]["__key__"] == r"a\xff"
+    row = rows["shard-001.tar[a.b/0021]"]
+    assert colour(stream.media(row["png"])) == 21
+    others = {"__key__": "a.b/0021", "txt": "n21", "cls": 1, "json.caption": "c21", "json.tags": ["x", "t21"]}
+    assert row == {**others, "png": row["png"]}
+    assert {row["txt"] for row in rows.values()} == {f"n{i}" for i in range(41)}
 
 
 def test_samples_of_a_tar_that_are_not_whole(tmp_path):
@@ -879,17 +862,15 @@ def test_samples_of_a_tar_that_are_not_whole(tmp_path):
 @pytest.mark.parametrize("broken", [b"{broken", b"[" * 200_000], ids=["cut", "deep"])
 def test_a_first_json_that_is_broken(tmp_path, broken):
     """The columns are those of the next one, and the rest of its sample is as good as any other."""
-    members = {}
-    for i in range(3):
-        members |= {f"{i}.png": png(i), f"{i}.json": b'{"caption": "c"}' if i else broken}
+    members = {"0.png": png(7), "0.json": broken}
+    only = opened(write_tar(tmp_path / "y.tar", members), **in_order(stream=True))
+    assert only.columns == ["__key__", "png", "json"]
+    assert isinstance(first_rows(only, 1)[0]["json"], Unreadable)
+    members |= {"1.png": png(1), "1.json": b'{"caption": "c"}'}
     stream = opened(write_tar(tmp_path / "x.tar", members), **in_order(stream=True))
     assert stream.columns == ["__key__", "png", "json.caption"]
-    rows = first_rows(stream, 3)
-    assert [row["json.caption"] for row in rows] == [None, "c", "c"]
-    assert [colour(stream.media(row["png"])) for row in rows] == [0, 1, 2]
-    only = opened(write_tar(tmp_path / "y.tar", {"0.json": broken}), **in_order(stream=True))
-    assert only.columns == ["__key__", "json"]
-    assert isinstance(first_rows(only, 1)[0]["json"], Unreadable)
+    first, second = first_rows(stream, 2)
+    assert (first["png"], first["json.caption"], second["json.caption"]) == (png(7), None, "c")
 
 
 @pytest.mark.parametrize(("place", "kept"), [(30, 7), (-400, 6), (-512, 6)])
