@@ -170,6 +170,7 @@ def test_ranks_and_workers_read_a_stream_once(tmp_path, reads, kind):
 
 
 @forked
+@pytest.mark.slow
 def test_each_of_64_ranks_reads_a_64th_of_the_bytes(tmp_path, reads):
     recipe = recipe_of(f"counted://{write_shards(tmp_path / 'data', 'tar', 64)}", batch_size=128, steps=2)
     size = sum(file.stat().st_size for file in (tmp_path / "data").iterdir())

@@ -29,6 +29,8 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 
 NO_EVALUATION = "evaluation={}"
+either = pytest.mark.parametrize("workers", [0, pytest.param(3, marks=pytest.mark.slow)])
+"""The training process makes the batches, or workers do."""
 
 
 def opened(folder: Path, *changes: str) -> StepBatches:
@@ -42,6 +44,7 @@ def loaded(folder: Path, *changes: str, first: int = 0) -> list[LoadedBatch]:
     return list(load_batches(opened(folder, *changes), first))
 
 
+@pytest.mark.slow
 def test_batches_are_bitwise_equal_with_any_number_of_workers(little_data):
     """Also where the training process, which has more threads than a worker, makes them itself."""
     longer = ["modalities.audio={}", "tasks.heard.views.0.audio.seconds=1.024", NO_EVALUATION]
@@ -112,6 +115,7 @@ def test_in_a_view_with_sync_clip_and_sound_start_at_the_same_moment(tmp_path, s
     assert (max(apart) < 0.15) == sync  # the sound, which is longer, can start at most 0.13 before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_any_step(little_data):
     whole = loaded(little_data)
     for first, workers in ((1, 0), (5, 2), (11, 0)):
@@ -127,6 +131,7 @@ def test_each_epoch_of_a_task_has_every_row_once(little_data):
         assert sorted(rows[24 * epoch : 24 * epoch + 24]) == list(range(24))
 
 
+@pytest.mark.slow
 def test_batches_have_the_shapes_that_the_ledger_counts(little_data):
     data = opened(little_data, "tasks.named.inputs.text={column: label, draw: 3}", "train.steps=30")
     counted = costs(data.recipe, data.modalities, data.classes)
@@ -139,12 +144,13 @@ def test_batches_have_the_shapes_that_the_ledger_counts(little_data):
         for name, batch in tokens.items():
             stem = data.modalities[name].stem_spec()
             assert batch.coords.shape[2] == len(stem.axes)
+            assert (batch.mask is not None) == data.modalities[name].masked
             assert batch.values.shape[2:] == (() if stem.table else (data.modalities[name].values(),))
         seen.add((item.visit.task, item.visit.view))
     assert seen == set(counted)
 
 
-@pytest.mark.parametrize("workers", [0, 3])
+@either
 def test_a_bad_file_is_skipped_counted_named_and_replaced(own_data, workers):
     """By the next one in the task's order. A caption that is missing is as bad."""
     rows = [{"sound": f"{i}.wav", "caption": None if i == 3 else f"tone {i}"} for i in range(15)]
@@ -172,7 +178,7 @@ def test_a_bad_file_is_skipped_counted_named_and_replaced(own_data, workers):
     assert all(reasons.values())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@either
 def test_what_the_user_can_mend_comes_out_of_a_worker_in_one_line(own_data, workers):
     """The DataLoader would put the worker's traceback into the message."""
     for file in own_data.glob("*.wav"):
@@ -192,7 +198,7 @@ class Failing(StepBatches):
         return super().part(step, number, parts)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@either
 def test_any_error_of_loading_stops_the_training_as_one_that_the_user_can_mend_does(little_data, workers):
     """So that all complete steps are saved. It is not taken for the end of a worker."""
     recipe = Recipe.load(little_data / "recipe.yaml", [f"train.num_workers={workers}", NO_EVALUATION])
@@ -213,6 +219,7 @@ def test_a_stream_must_name_all_its_classes(streamed):
         loaded(folder, *changes, objective % ", classes: [a red square, a green square, a white square]")
 
 
+@pytest.mark.slow
 def test_a_cached_source_gives_the_same_pictures(little_data, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path))
     one_view = ["tasks.named.views=[{image: {size: 16}, text: {length: 8}}]", "tasks.heard.weight=0"]
