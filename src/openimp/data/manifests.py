@@ -132,9 +132,9 @@ def _csv_rows(file: str) -> Iterator[dict[str, Any]]:
 def _read_json(file: str) -> pa.Table:
     rows = _json_rows(file)
     first_rows = _to_arrow(islice(rows, PYTHON_ROWS))
-    if first_rows.num_rows == PYTHON_ROWS:
+    if first_rows.num_rows == PYTHON_ROWS and not _is_list(file):
         with suppress(pa.ArrowException):
-            # With the types of the first rows, Arrow guesses none. It refuses a row that does not fit them, and a list.
+            # With the types of the first rows, Arrow guesses none. It refuses a row that does not fit them.
             table = pyarrow.json.read_json(
                 file,
                 pyarrow.json.ReadOptions(block_size=BLOCK_BYTES),
@@ -145,14 +145,18 @@ def _read_json(file: str) -> pa.Table:
     return _concatenated([first_rows, _to_arrow(rows)])
 
 
+def _is_list(file: str) -> bool:
+    with open(file, encoding="utf-8-sig") as handle:
+        return handle.read(1) == "["
+
+
 def _json_rows(file: str) -> Iterator[dict[str, Any]]:
     """The objects of a JSON list, or of a file with one object per line; any other file is a ValueError.
 
     Its message names the line or the item. A list that is nested too deeply is a RecursionError.
     """
+    is_list = _is_list(file)
     with open(file, encoding="utf-8-sig") as handle:
-        is_list = handle.read(1) == "["
-        handle.seek(0)
         for number, row in enumerate(json.load(handle) if is_list else handle, 1):
             if not is_list:
                 if not row.strip():
