@@ -230,6 +230,12 @@ def test_only_unpacked_parquet_that_is_damaged_is_unpacked_again(damaged, shards
     assert (file.stat().st_mtime_ns == before.st_mtime_ns) is (damaged is None)
 
 
+def test_paths_are_those_of_files_that_are_not_embedded(tmp_path):
+    cells = [{"bytes": b"1", "path": "a.png"}, {"bytes": None, "path": "b.png"}]
+    pq.write_table(pa.table({"x": cells}), tmp_path / "x.parquet")
+    assert opened(tmp_path / "x.parquet").paths("x") == ["b.png"]
+
+
 def test_class_numbers_become_their_names(tmp_path):
     features = datasets.Features({"label": datasets.ClassLabel(names=["cat", "dog"]), "n": datasets.Value("int64")})
     file = tmp_path / "x.parquet"
