@@ -18,7 +18,7 @@ from openimp.checkpoint.folder import CONFIG, checkpoints
 from openimp.inference.publish import push
 from openimp.recipe.schema import Recipe
 from openimp.search.build import build_index
-from openimp.search.folder import read_metadata, write_metadata
+from openimp.search.folder import METADATA, read_metadata
 from openimp.training.trainer import train
 
 FIXTURES = Path(__file__).resolve().parents[1] / "tests" / "fixtures"
@@ -36,7 +36,8 @@ def main() -> None:
         about = read_metadata(Path("index"))
         assert about is not None
         # Relative to the current folder, because the fixtures are nobody's absolute path.
-        write_metadata(Path("index"), about.model_copy(update={"model": "checkpoint"}))
+        text = about.model_copy(update={"model": "checkpoint"}).model_dump_json()
+        Path("index", METADATA).write_text(text, encoding="utf-8")
         version = json.loads(Path("saved", CONFIG).read_text(encoding="utf-8"))["format"]
         for name, target in {
             **{name: name for name in ("checkpoint", "pushed", "index")},

@@ -26,7 +26,7 @@ import yaml
 from torch import Tensor
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.lift import lift_6
+from openimp.checkpoint.lift import lift_6, lift_recipe_6
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Modalities, Modality
 from openimp.common.protocols import learned_files, load_learned
@@ -137,8 +137,9 @@ def read_config(
     recipe = SavedRecipe(_read_text(folder / RECIPE) if (folder / RECIPE).exists() else None, folder / RECIPE)
     if data.get("format") == 6:
         try:
-            recipe = SavedRecipe(yaml.safe_dump(data["recipe"], sort_keys=False, width=120), file)
-            data = lift_6(data)
+            recipe_data = lift_recipe_6(data)
+            data = lift_6(data, recipe_data)
+            recipe = SavedRecipe(yaml.safe_dump(recipe_data, sort_keys=False, width=120), file)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{file}: damaged: its recipe cannot be read: {error!r}") from None
         except UserError as error:

@@ -1,5 +1,6 @@
 """Lifts config.json of an older format to the present one."""
 
+import copy
 from itertools import combinations
 from typing import Any
 
@@ -9,19 +10,27 @@ REMOVED = {"gates": "softmax", "slots": 1}
 """Keys of `model.moe` that went during format 6, with the only values that present models have."""
 
 
-def lift_6(old: dict[str, Any]) -> dict[str, Any]:
-    """Format 7 from format 6, which had the whole recipe in config.json.
+def lift_recipe_6(old: dict[str, Any]) -> dict[str, Any]:
+    """The recipe in config.json of format 6, without keys that went and with the present names of others."""
+    recipe = copy.deepcopy(old["recipe"])
+    moe = recipe["model"].get("moe") or {}
+    for key, only in REMOVED.items():
+        if (value := moe.pop(key, only)) != only:
+            raise UserError(f"model.moe.{key} is {value!r}, which this version of openimp no longer has")
+    recipe["train"].pop("upcycle", None)
+    for task in recipe["tasks"].values():
+        for objective in task["objectives"]:
+            if "same" in objective:
+                objective["positives_by"] = objective.pop("same")
+    return recipe
+
+
+def lift_6(old: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """Format 7 from format 6, which had the whole recipe in config.json; `recipe` is what `lift_recipe_6` makes of it.
 
     The recipe may have keys that this version does not know: of what is about training, only inputs, the first views
     and objectives of tasks are read.
     """
-    recipe = old["recipe"]
-    model = dict(recipe["model"])
-    if model.get("moe"):
-        model["moe"] = dict(model["moe"])
-        for key, only in REMOVED.items():
-            if (value := model["moe"].pop(key, only)) != only:
-                raise UserError(f"model.moe.{key} is {value!r}, which this version of openimp no longer has")
     views: dict[str, Any] = {}
     losses: dict[tuple[str, str], set[str]] = {}
     distilled = []
@@ -41,7 +50,7 @@ def lift_6(old: dict[str, Any]) -> dict[str, Any]:
         "format": 7,
         "class": old["model"],
         "name": recipe["name"],
-        "model": model,
+        "model": recipe["model"],
         "modalities": recipe["modalities"],
         "views": views,
         "pairs": [{"modalities": pair, "sigmoid": losses[pair] == {"sigmoid"}} for pair in sorted(losses)],

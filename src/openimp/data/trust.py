@@ -27,20 +27,20 @@ KNOWN = "trained"
 def record_training(config: str, recipe: str) -> None:
     """Records that this user trains a model whose config.json and recipe.yaml have these texts."""
     with suppress(OSError, UserError):  # If it cannot be stored, `eval` only needs a flag.
-        (cache_folder(KNOWN) / _digest(config.encode(), recipe.encode())).touch()
+        _record(config.encode(), recipe.encode()).touch()
 
 
 def trained_here(folder: Path) -> bool:
     """Whether this user trained the model in `folder` on this machine."""
     files = [folder / "config.json", folder / "recipe.yaml"]
     with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
-        return (cache_folder(KNOWN) / _digest(*(file.read_bytes() for file in files if file.exists()))).exists()
+        return _record(*(file.read_bytes() for file in files if file.exists())).exists()
     return False
 
 
-def _digest(*contents: bytes) -> str:
-    """The hash of config.json and recipe.yaml, of which an older model has only the first."""
-    return hashlib.sha256(b"\0".join(contents)).hexdigest()
+def _record(*contents: bytes) -> Path:
+    """The file for config.json and recipe.yaml, of which an older model has only the first."""
+    return cache_folder(KNOWN) / hashlib.sha256(b"\0".join(contents)).hexdigest()
 
 
 def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], given: Collection[str] = ()) -> None:
@@ -50,9 +50,12 @@ def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str],
     arguments see `check_uses`.
     """
     used = []
-    for measured, options in ((name, recipe.evaluation.sets[name]) for name in sets if name in recipe.evaluation.sets):
-        names = [options.source, *([options.train] if isinstance(options, Probe) else [])]
-        used += [(f"evaluation set {measured}", name) for name in names if name not in given]
+    for name in sets:
+        if name not in recipe.evaluation.sets:
+            continue
+        options = recipe.evaluation.sets[name]
+        sources = [options.source, options.train] if isinstance(options, Probe) else [options.source]
+        used += [(f"evaluation set {name}", source) for source in sources if source not in given]
     check_uses(path, folder, recipe, used)
 
 
@@ -68,10 +71,10 @@ def check_uses(path: Path, folder: Path, recipe: Recipe, used: Iterable[tuple[st
         return
     for user, name in used:
         if not _is_inside(path, name, recipe.sources[name]):
-            where = recipe.sources[name].path or recipe.sources[name].hub
+            origin = recipe.sources[name].path or recipe.sources[name].hub
             raise UserError(
                 f"{path}: you did not train this model on this machine, and {user} of its recipe reads source {name} "
-                f"({where}), which is outside of this folder; add --allow-sources if you trust the recipe"
+                f"({origin}), which is outside of this folder; add --allow-sources if you trust the recipe"
             )
 
 
@@ -80,9 +83,12 @@ def _is_inside(folder: Path, name: str, source: Source) -> bool:
     if source.path is None or is_url(source.path):
         return False
     bundled = source.path.startswith("openimp:")
-    named = [place for place in (None if bundled else source.path, source.root) if place is not None]
-    real = Path(os.path.realpath(folder))
-    inside = all(Path(os.path.realpath(place)).is_relative_to(real) for place in named)
+    real_folder = os.path.realpath(folder)
+
+    def is_inside(path: str) -> bool:
+        return Path(os.path.realpath(path)).is_relative_to(real_folder)
+
+    if source.root is not None and not is_inside(source.root):
+        return False
     # Files are listed only if the path is inside, so that nothing outside of the folder is looked at.
-    files = locate(name, source.path)[1] if inside and not bundled else []
-    return inside and all(Path(os.path.realpath(file)).is_relative_to(real) for file in files)
+    return bundled or (is_inside(source.path) and all(map(is_inside, locate(name, source.path)[1])))
