@@ -322,7 +322,7 @@ def test_a_model_of_the_hub_is_named_with_its_revision(tiny_model_folder, tiny_r
     assert open_warm_start(recipe, recipe.make_modalities()).weights.folder == repository / "snapshots" / commit
     with pytest.raises(UserError, match="hub:them/model@v2: the Hugging Face Hub did not"):
         openimp.load("hub:them/model@v2")
-    with pytest.raises(UserError, match=r"train\.init: .*/them/model@v1: no model here"):
+    with pytest.raises(UserError, match=r"train\.init: .*/them/model@v1: no such folder"):
         open_warm_start(tiny_recipe(train={"init": "them/model@v1"}), {})
 
 
