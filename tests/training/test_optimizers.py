@@ -10,7 +10,7 @@ import torch
 from openimp.data.loader import load_batches
 from openimp.parallel.muon import Muon
 from openimp.recipe.schema import Recipe
-from openimp.training.optimizers import schedule, set_learning_rate
+from openimp.training.optimizers import lr_schedule, set_learning_rate
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
@@ -64,18 +64,18 @@ def test_without_muon_there_is_one_optimiser(little_data, tmp_path):
 
 def test_one_step_in_twenty_warms_up_unless_told_otherwise(little_data):
     recipe = Recipe.load(little_data / "recipe.yaml", ["optimizer.warmup_steps=null", "train.steps=80"])
-    assert [schedule(recipe, step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
-    assert schedule(recipe, 5) < 1
+    assert [lr_schedule(recipe, step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert lr_schedule(recipe, 5) < 1
 
 
 def test_the_learning_rate_rises_and_falls(little_data, tmp_path):
     changes = ["optimizer={lr: 0.1, muon_lr: 0.3, warmup_steps: 4, min_lr_ratio: 0.2}", "train.steps=12"]
     training = training_of(little_data, tmp_path / "run", *changes)
-    rates = [schedule(training.recipe, step) for step in range(12)]
+    rates = [lr_schedule(training.recipe, step) for step in range(12)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert rates[8] == pytest.approx(0.2 + 0.8 * 0.5)
     assert all(one > other for one, other in itertools.pairwise(rates[4:]))
-    assert schedule(training.recipe, 12) == pytest.approx(0.2)
+    assert lr_schedule(training.recipe, 12) == pytest.approx(0.2)
     set_learning_rate(training.updater.optimizers, rates[8])
     peaks = [group["lr"] / rates[8] for optimizer in training.updater.optimizers for group in optimizer.param_groups]
     assert peaks == pytest.approx([0.1, 0.1, 0.3])

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from openimp.common.errors import UserError
+from openimp.common.progress import console
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,7 +33,7 @@ _patient_group: Group | None = None
 
 
 def start() -> torch.device:
-    """Joins the ranks that torchrun started, if it did, and returns the device of this rank."""
+    """Joins the ranks that torchrun started, if it did, and returns the device of this rank. Only rank 0 prints."""
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return torch.device("cuda" if cuda else "cpu")
@@ -61,6 +62,7 @@ def start() -> torch.device:
         raise UserError(f"RANK is set, as if by torchrun, but {error}; use torchrun") from None
     global _patient_group
     _patient_group = new_group(LONG_TIMEOUT)
+    console.quiet = rank() > 0
     return device
 
 

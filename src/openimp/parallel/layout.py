@@ -88,11 +88,12 @@ def mixed_precision(device: torch.device, precision: Precision) -> torch.autocas
 
 def apply_parallelism(
     model: nn.Module,
+    layout: Layout,
+    device: torch.device,
+    *,
     blocks: Iterable[nn.Module],
     experts: Iterable[nn.Module],
     methods: Iterable[str],
-    layout: Layout,
-    device: torch.device,
     param_dtype: torch.dtype = torch.float32,
     fp32_modules: Iterable[nn.Module] = (),
     cast_inputs: bool = False,
@@ -106,11 +107,11 @@ def apply_parallelism(
     Args:
         model: has the same weights on all ranks, or is on the meta device. In the second case it gets memory, and the
             caller then loads or initializes its weights.
+        layout: see `Layout`.
+        device: of this rank.
         blocks: modules whose parameters are gathered only while they compute.
         experts: modules whose parameters have the experts as their first dimension.
         methods: names of the model's methods that compute with its other parameters.
-        layout: see `Layout`.
-        device: of this rank.
         param_dtype: the type in which parameters are gathered. If it is bf16, the model must run without autocast.
         fp32_modules: modules whose parameters are gathered in fp32 all the same.
         cast_inputs: whether the inputs of blocks are cast to `param_dtype`, for models that do not cast them.
@@ -122,7 +123,8 @@ def apply_parallelism(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    blocks, experts = list(blocks), list(experts)
+    blocks = [*blocks]
+    experts = [*experts]
     # In fp32 they need no groups of their own.
     fp32_modules = [*fp32_modules] if param_dtype != torch.float32 else []
     kept_gathered = set() if layout.reshard_after_forward else {*blocks, *experts}

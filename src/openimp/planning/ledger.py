@@ -68,6 +68,7 @@ def costs(
     recipe: Recipe,
     modalities: Modalities,
     classes: Classes,
+    *,
     build: Callable[..., Any] = build_model,
     losses: Callable[..., Losses] = task_losses,
     summed: bool = False,
@@ -81,10 +82,12 @@ def costs(
     parts = [data[part] for part in ("model", "modalities", "tasks", "memory", "evaluation", "optimizer")]
     key = json.dumps([build.__qualname__, summed, parts, {name: len(values) for name, values in classes.items()}])
     if key not in _counted:  # Counting takes seconds, and a study asks for the same again and again.
-        by_view = _count(recipe, modalities, classes, build, losses, summed)
+        model = meta_model(recipe, modalities, classes, build).train()
+        by_view = _count_passes(recipe, modalities, classes, model, losses)
+        by_view = _with_optimizer(recipe, model, by_view, summed)
         if recipe.memory != Memory():
             plain_recipe = recipe.model_copy(update={"memory": Memory()})
-            plain = costs(plain_recipe, modalities, classes, build, losses, summed)
+            plain = costs(plain_recipe, modalities, classes, build=build, losses=losses, summed=summed)
             by_view = {
                 visit: replace(cost, repeated_flops=cost.flops - plain[visit].flops) for visit, cost in by_view.items()
             }
@@ -92,15 +95,10 @@ def costs(
     return _counted[key]
 
 
-def _count(
-    recipe: Recipe,
-    modalities: Modalities,
-    classes: Classes,
-    build: Callable[..., Any],
-    losses: Callable[..., Losses],
-    summed: bool,
+def _count_passes(
+    recipe: Recipe, modalities: Modalities, classes: Classes, model: Embedder, losses: Callable[..., Losses]
 ) -> dict[tuple[str, int], Cost]:
-    model = meta_model(recipe, modalities, classes, build).train()
+    """The cost of a step of each (task, view index), without its update."""
     by_view = {}
     for name, task in recipe.tasks.items():
         for i, view in enumerate(task.views if task.weight else ()):
@@ -123,7 +121,7 @@ def _count(
                 touched=frozenset(name for name, weight in model.named_parameters() if weight.grad is not None),
             )
             model.zero_grad()
-    return _with_optimizer(recipe, model, by_view, summed)
+    return by_view
 
 
 def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: bool) -> dict[tuple[str, int], Cost]:

@@ -15,7 +15,7 @@ class MuonWork:
     def __init__(self, sharding: Sharding, by_muon: Set[Tensor]) -> None:
         self.sharding = sharding
         self.by_muon = by_muon
-        self.node = Group(sharding.gpu, min(sharding.layout.ranks, NODE))
+        self.node = Group(min(sharding.layout.ranks, NODE))
         self.owners = self.node.size if sharding.layout.shard_degree == 1 else sharding.layout.shard_degree
 
     def is_replicated(self, weight: Tensor) -> bool:
