@@ -30,7 +30,7 @@ from openimp.inference.model import load
 from openimp.inference.ray import embed_with_ray
 from openimp.parallel import distributed
 from openimp.planning.plan import plans
-from openimp.planning.tables import print_costs, print_model, print_plan
+from openimp.planning.tables import print_plan, print_recipe
 from openimp.recipe.file import RecipeLoader, override, read_recipe
 from openimp.recipe.model import LIBRARY
 from openimp.recipe.schema import Recipe
@@ -311,8 +311,7 @@ def run_info(what: str, overrides: list[str]) -> None:
         classes = _classes(recipe)
         if path.is_dir():
             console.print(f"{path}: a run of recipe {recipe.name}, which has saved no checkpoint yet", soft_wrap=True)
-    print_model(recipe, modalities, classes)
-    print_costs(recipe, modalities, classes)
+    print_recipe(recipe, modalities, classes)
     if path.is_dir():
         _print_run(path)
 

@@ -190,10 +190,12 @@ def run_on_all_ranks(work: Callable[[], T], group: Group | None = None) -> list[
     try:
         result = work()
     except (UserError, OSError) as error:
-        cause, message = error, str(error)
+        cause = error
+        message = str(error)
     except Exception as error:  # A bug. Only its own rank can print where it is.
         traceback.print_exc()
-        cause, message = error, f"{type(error).__name__}: {error}"
+        cause = error
+        message = f"{type(error).__name__}: {error}"
     outcomes = all_gather_object((result, message), group)
     for _, failure in outcomes:
         if failure is not None:

@@ -59,7 +59,7 @@ class Layout(NamedTuple):
             raise UserError(f"parallel.expert_degree: {who} cannot be divided into groups of {expert_degree}")
         # Without shards, there is nothing to gather again.
         layout = cls(ranks, shards, expert_degree, reshard_after_forward or shards == 1)
-        _, parts, _ = layout.expert_mesh_shape
+        parts = layout.expert_mesh_shape[1]
         if expert_degree > 1 and any(dim % parts for dim in expert_dims):
             raise UserError(
                 f"parallel: an expert's weights cannot be sharded over {parts} ranks (shard_degree / expert_degree); "

@@ -133,17 +133,15 @@ def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: boo
     def update_flops(touched: frozenset[str]) -> int:
         return muon_flops({named[name]: stacks[named[name]] for name in touched if named[name] in stacks})
 
-    all_touched = frozenset[str]().union(*(cost.touched for cost in by_view.values()))
-    found = {}
+    with_update = {}
     for visit, cost in by_view.items():
         if summed:
-            flops = update_flops(all_touched) // len({task for task, _ in by_view})
-        elif recipe.optimizer.zero_missing_grads:
-            flops = update_flops(frozenset(named))
+            touched = frozenset[str]().union(*(other.touched for other in by_view.values()))
+            flops = update_flops(touched) // len({task for task, _ in by_view})
         else:
-            flops = update_flops(cost.touched)
-        found[visit] = replace(cost, flops=cost.flops + flops, optimizer_flops=flops)
-    return found
+            flops = update_flops(frozenset(named) if recipe.optimizer.zero_missing_grads else cost.touched)
+        with_update[visit] = replace(cost, flops=cost.flops + flops, optimizer_flops=flops)
+    return with_update
 
 
 def meta_model(
@@ -159,11 +157,13 @@ def meta_model(
 def mixture(recipe: Recipe, by_view: Costs) -> dict[str, dict[str, float]]:
     """What each task contributes to the mean step: its share of the steps, and examples, tokens and FLOPs."""
     rows: dict[str, dict[str, float]] = {}
-    for name, share in expected_shares(recipe).items():
-        weights = [view.weight / sum(v.weight for v in recipe.tasks[name].views) for view in recipe.tasks[name].views]
-        rows[name] = {"steps": share}
+    for task, share in expected_shares(recipe).items():
+        views = recipe.tasks[task].views
+        view_shares = [view.weight / sum(other.weight for other in views) for view in views]
+        rows[task] = {"steps": share}
         for unit in UNITS[1:]:
-            rows[name][unit] = share * sum(part * getattr(by_view[name, i], unit) for i, part in enumerate(weights))
+            per_step = sum(part * getattr(by_view[task, i], unit) for i, part in enumerate(view_shares))
+            rows[task][unit] = share * per_step
     return rows
 
 

@@ -4,7 +4,7 @@ from collections.abc import Set
 
 from torch import Tensor
 
-from openimp.parallel.muon import BATCH_NUMBERS
+from openimp.parallel.newton_schulz import BATCH_NUMBERS
 from openimp.planning.gpus import NODE
 from openimp.planning.sharding import BF16_BYTES, FP32_BYTES, Group, Sharding, Traffic
 

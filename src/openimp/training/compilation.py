@@ -79,7 +79,8 @@ class CompiledForward:
     """The forward pass of a block: compiled in training. In evaluation, which has other signatures, it is not."""
 
     def __init__(self, block: nn.Module) -> None:
-        self.block, self.eager = block, block.forward
+        self.block = block
+        self.eager = block.forward
         self.compiled = torch.compile(block.forward, dynamic=False)
 
     def __call__(self, x_TD: torch.Tensor, shapes: Any, *others: Any) -> Any:

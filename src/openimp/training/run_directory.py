@@ -51,8 +51,10 @@ class RunDirectory:
     """The directory that a training run of a recipe writes to."""
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
-        self.path, self.recipe = path, recipe
-        self.recipe_file, self.job_file = path / "recipe.yaml", path / "torchrun.job"
+        self.path = path
+        self.recipe = recipe
+        self.recipe_file = path / "recipe.yaml"
+        self.job_file = path / "torchrun.job"
 
     def checkpoint(self, resume: bool | Literal["auto"], trainer: str) -> Path | None:
         """The checkpoint to resume from, or None for a training run that starts at step 0.

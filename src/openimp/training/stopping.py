@@ -23,7 +23,8 @@ class Stop:
     """Knows whether the training should stop: a signal was received, or `reason` returns True, as for a failed save."""
 
     def __init__(self, reason: Callable[[], bool]) -> None:
-        self.requested, self.reason = False, reason
+        self.requested = False
+        self.reason = reason
 
     def watch(self, items: Iterable[T], _: str = "") -> Iterator[T]:
         """Yields the items, and raises `Stopped` before the next one once a stop is requested on any rank."""

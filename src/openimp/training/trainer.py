@@ -229,7 +229,8 @@ class Trainer:
         if not math.isfinite(self.grad_norm):
             stop_all_ranks(next((step.loaded.stop for step in steps if step.loaded.stop is not None), None))
             raise self._not_finite(steps)
-        self.updater.update_ema(steps[-1].loaded.visit.step)
+        if self.updater.ema:
+            self.updater.ema.update(steps[-1].loaded.visit.step)
         for step in steps:
             visit = step.loaded.visit
             self.step = visit.step + 1

@@ -49,8 +49,3 @@ class Updater:
         # None, not zero: a parameter that the next task does not use keeps its value and its optimizer state.
         self.model.zero_grad(set_to_none=True)
         return grad_norm
-
-    def update_ema(self, step: int) -> None:
-        """Lets the EMA follow the weights of an update whose gradient norm was finite."""
-        if self.ema:
-            self.ema.update(step)
