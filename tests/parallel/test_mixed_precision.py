@@ -27,6 +27,8 @@ from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 STEPS = 50
 SMOOTH = ["model.moe.capacity_factor=2", "optimizer.lr=1e-4"]
 """Every expert takes all tokens, and weights change slowly. Otherwise a rounding may change which tokens are taken."""

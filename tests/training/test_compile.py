@@ -27,15 +27,17 @@ def limits():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles its CPU code with g++")
-def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("frozen", ["{}", "{stems: 0, encoder.blocks.0: 0}"])
+def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, capsys, monkeypatch, frozen):
     """And its code is in the user's own cache."""
     monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     losses = {}
     # In chunks of 4 too: of 8 examples, twice the same shape.
     for compiled, memory in (("false", "{}"), ("true", "{chunk_size: 4, activation_checkpointing: true}")):
-        changes = [*QUICK, f"train.compile={compiled}", f"memory={memory}"]
+        changes = [*QUICK, f"train.compile={compiled}", f"memory={memory}", f"optimizer.lr_scale={frozen}"]
         recipe = Recipe.load(little_data / "recipe.yaml", changes)
         training = Trainer(set_up(recipe, tmp_path / compiled))
         losses[compiled] = [

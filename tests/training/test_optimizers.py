@@ -1,4 +1,4 @@
-"""Optimisers: which of the two updates what, how large Muon's updates are, and the schedule."""
+"""Optimizers: which of the two updates what, how large Muon's updates are, and the schedule."""
 
 import itertools
 import re
@@ -30,8 +30,6 @@ def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_pa
     blocks = r"encoder.blocks.\d.(attention.(qkv|out)|mlp.(up|down))"
     hidden = rf"({blocks}|stems.\w+.(before|after)|projections.[\w-]+.(up|down)).weight|.*experts.(up_EDF|down_EFD)"
     assert all(re.fullmatch(hidden, name) for name in of_muon)
-    # Attention, the dense MLP, the experts of the other block, three stems, four heads.
-    assert len(of_muon) == 2 * 2 + 2 + 2 + 3 * 2 + 4 * 2
     shared = [p for optimizer in (adamw, muon) for group in optimizer.param_groups for p in group["params"]]
     assert len(shared) == len(set(shared)) == len(names)
     decayed = {names[p] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
@@ -56,19 +54,11 @@ def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(little_dat
             assert change.abs().max() <= 3e-3 * 1.001, name
 
 
-def test_without_muon_there_is_one_optimiser(little_data, tmp_path):
-    training = training_of(little_data, tmp_path / "run")
-    (adamw,) = training.updater.optimizers
-    assert sum(len(group["params"]) for group in adamw.param_groups) == len(list(training.model.parameters()))
-
-
-def test_one_step_in_twenty_warms_up_unless_told_otherwise(little_data):
+def test_the_learning_rate_rises_and_falls(little_data, tmp_path):
+    """One step in twenty warms up unless told otherwise."""
     recipe = Recipe.load(little_data / "recipe.yaml", ["optimizer.warmup_steps=null", "train.steps=80"])
     assert [lr_schedule(recipe, step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert lr_schedule(recipe, 5) < 1
-
-
-def test_the_learning_rate_rises_and_falls(little_data, tmp_path):
     changes = ["optimizer={lr: 0.1, muon_lr: 0.3, warmup_steps: 4, min_lr_ratio: 0.2}", "train.steps=12"]
     training = training_of(little_data, tmp_path / "run", *changes)
     rates = [lr_schedule(training.recipe, step) for step in range(12)]
