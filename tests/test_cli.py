@@ -559,7 +559,6 @@ def test_rows_get_the_vectors_of_a_model_from_which_another_one_learns(
     assert "has no column 'sond'; did you mean 'sound'?" in refused(*join, *choice[:2], "--column", "sond")
     assert "--column needs --join" in refused("embed", little_run, little_data / "0.wav", *choice[2:4])
     assert "drop files" in refused(*join, *choice, little_data / "0.wav")
-    assert "drop --ray" in refused(*join, *choice, "--ray")
     assert "name files or folders to embed, or a source with --join" in refused("embed", little_run)
     assert "name a file on disk that ends with .parquet" in refused(*join[:4], "--out", tmp_path / "x.csv", *choice)
 

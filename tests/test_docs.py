@@ -27,7 +27,7 @@ from openimp.recipe.tasks import Source, Task
 from openimp.study.schema import Study
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/design").glob("*.md")])
 SOURCE = {"path": "photos"}
 TASK = {
     "source": "photos",

@@ -98,9 +98,9 @@ def counts(demo: Path) -> Iterator[str]:
         by_split = Counter(r["split"] for r in rows)
         return [title, *(by_split[s] for s in splits), len(rows)]
 
-    def grouped(title: str, column: str, rows: list[dict[str, Any]]) -> str:
-        values = dict.fromkeys(r[column] for r in rows)
-        return markdown([title, *splits, "all"], [row(v, [r for r in rows if r[column] == v]) for v in values])
+    def sizes_of_groups(column: str, rows: list[dict[str, Any]]) -> str:
+        groups = Counter(r[column] for r in rows)
+        return ", ".join(f"{group} {size}" for group, size in groups.most_common())
 
     stills, clips, notes = tables.values()
     emoji = list({r["emoji"]: r for r in stills}.values())
@@ -108,11 +108,6 @@ def counts(demo: Path) -> Iterator[str]:
     vendors = [row(f"stills, {v}", [r for r in stills if r["vendor"] == v]) for v in ("noto", "fluent", "twemoji")]
     lines = [*vendors, row("clips", clips), row("notes", notes), row("emoji", emoji), row("concept families", families)]
     yield markdown(["", *splits, "all"], lines)
-    files = [(demo / f"{name}.parquet", rows) for name, rows in tables.items()]
-    sizes = [[f"`{file.name}`", len(rows), f"{file.stat().st_size / 1e6:.1f} MB"] for file, rows in files]
-    yield markdown(["file", "rows", "size"], sizes)
-    yield grouped("emoji group", "group", emoji)
-    yield grouped("instrument family", "family", notes)
 
     captions = Counter(c for r in emoji for c in set(r["captions"]))
     shared = [r for r in emoji if any(captions[c] > 1 for c in r["captions"])]
@@ -123,6 +118,8 @@ def counts(demo: Path) -> Iterator[str]:
     untested = set(per) - {r["instrument"] for r in notes if r["split"] == "test"}
     seconds = sorted(soundfile.info(io.BytesIO(r["audio"])).duration for r in notes)
     yield (
+        f"- Emoji by group: {sizes_of_groups('group', emoji)}.\n"
+        f"- Notes by instrument family: {sizes_of_groups('family', notes)}.\n"
         f"- Emoji: {np.mean([len(r['captions']) for r in emoji]):.1f} captions and "
         f"{np.mean([len(r['keywords']) for r in emoji]):.1f} keywords on average. "
         f"{sum(n for n in names.values() if n > 1)} share their `name` with another emoji, "

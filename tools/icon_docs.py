@@ -69,23 +69,21 @@ def counts(corpus: Path, bundled: Path) -> Iterator[str]:
         total += [len(rows), len({row["name"] for row in rows})]
     yield markdown(head, [*lines, total])
     sizes = [(corpus / "icons.parquet").stat().st_size, (bundled / "icons.parquet").stat().st_size]
-    of_sets = [len({row["set"] for row in rows}) for rows in tables.values()]
+    of_sets = len({row["set"] for row in tables["all"]})
     colored = [sum(row["color"] for row in rows) for rows in tables.values()]
-    color_sets = [len({row["set"] for row in rows if row["color"]}) for rows in tables.values()]
-    yield markdown(
-        ["", "all", "bundled"],
-        [
-            ["size", *(f"{size / 1e6:.1f} MB" for size in sizes)],
-            ["sets", *of_sets], ["sets in color", *color_sets], ["icons in color", *colored],
-        ],
-    )  # fmt: skip
+    color_sets = len({row["set"] for row in tables["all"] if row["color"]})
+    yield (
+        f"All icons have {sizes[0] / 1e6:.1f} MB, the bundled ones {sizes[1] / 1e6:.1f} MB. Of the {of_sets} sets, "
+        f"{color_sets} are in color: {colored[0]:,} icons, of which {colored[1]:,} are bundled.\n"
+    )
     licenses = {k: Counter(row["license"] for row in rows) for k, rows in tables.items()}
     sets = {row["set"]: row["license"] for row in tables["all"]}
     of_license = Counter(sets.values())
-    yield markdown(
-        ["license", "sets", "icons, all", "icons, bundled"],
-        [[spdx, of_license[spdx], number, licenses["bundled"][spdx]] for spdx, number in licenses["all"].most_common()],
-    )
+    by_license = [
+        f"{spdx} {number:,} (sets: {of_license[spdx]}, bundled: {licenses['bundled'][spdx]:,})"
+        for spdx, number in licenses["all"].most_common()
+    ]
+    yield f"Icons by license: {', '.join(by_license)}.\n"
     per = Counter(row["name"] for row in tables["all"])
     yield (
         f"Of the {len(per):,} names, {sum(n == 1 for n in per.values()):,} have one icon and "

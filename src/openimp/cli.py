@@ -126,13 +126,9 @@ def embed(
         typer.Argument(help="Files, or folders with files, on disk or at URLs (s3://...).", show_default="see --join"),
     ] = None,
     out: Annotated[
-        str | None,
-        typer.Option(
-            "--out",
-            help="The Parquet file to write; with --ray a folder or a URL.",
-            show_default="embeddings.parquet, or embeddings with --ray",
-        ),
-    ] = None,
+        str,
+        typer.Option("--out", help="The Parquet file to write."),
+    ] = "embeddings.parquet",
     modality: Annotated[
         str | None, typer.Option(help="Modality of the files.", show_default="by their extensions")
     ] = None,
@@ -140,9 +136,6 @@ def embed(
         str | None, typer.Option(help="Modality to compare the embeddings with, if spaces are disjoint.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Files per batch.")] = 64,
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Embed in the workers of a Ray cluster. The same command again resumes.")
-    ] = False,
     join: Annotated[
         str | None,
         typer.Option(
@@ -161,9 +154,9 @@ def embed(
     from openimp.commands import run_embed, run_embed_rows
 
     if join is None:
-        run_embed(run, files or [], out, modality, towards, batch_size, ray, {"--column": column, "--to": to})
+        run_embed(run, files or [], out, modality, towards, batch_size, {"--column": column, "--to": to})
     else:
-        run_embed_rows(run, join, out, modality, column, to, towards, batch_size, {"files": files, "--ray": ray})
+        run_embed_rows(run, join, out, modality, column, to, towards, batch_size, files)
 
 
 @app.command()

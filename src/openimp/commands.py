@@ -27,7 +27,6 @@ from openimp.evaluation.results import latest, read_results, table
 from openimp.inference.embed import embed
 from openimp.inference.join import embed_rows
 from openimp.inference.model import load
-from openimp.inference.ray import embed_with_ray
 from openimp.parallel import distributed
 from openimp.planning.plan import plans
 from openimp.planning.tables import print_plan, print_recipe
@@ -236,39 +235,35 @@ def run_search(
 def run_embed(
     run: Path,
     files: list[str],
-    out: str | None,
+    out: str,
     modality: str | None,
     towards: str | None,
     batch_size: int,
-    ray: bool,
     unused: dict[str, str | None],
 ) -> None:
-    """Embeds files in this process, or in the workers of a Ray cluster. `unused` options need --join."""
+    """Embeds files. `unused` options need --join."""
     for option in (option for option, value in unused.items() if value is not None):
         raise UserError(f"{option} needs --join, the source whose rows to embed")
     if not files:
         raise UserError("name files or folders to embed, or a source with --join")
-    if ray:
-        embed_with_ray(run, files, out or "embeddings", modality, towards, batch_size)
-    else:
-        embed(run, files, out or "embeddings.parquet", modality, towards, batch_size)
+    embed(run, files, out, modality, towards, batch_size)
 
 
 def run_embed_rows(
     run: Path,
     source: str,
-    out: str | None,
+    out: str,
     modality: str | None,
     column: str | None,
     to: str | None,
     towards: str | None,
     batch_size: int,
-    unused: dict[str, Any],
+    files: list[str] | None,
 ) -> None:
-    """Embeds the rows of a source, and writes them with the embeddings. `unused` is for files only."""
-    for option in (option for option, value in unused.items() if value):
-        raise UserError(f"--join embeds the rows of a source in this process; drop {option}")
-    embed_rows(run, source, out or "embeddings.parquet", modality, column, to or "embedding", towards, batch_size)
+    """Embeds the rows of a source, and writes them with the embeddings."""
+    if files:
+        raise UserError("--join embeds the rows of a source; drop files")
+    embed_rows(run, source, out, modality, column, to or "embedding", towards, batch_size)
 
 
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:

@@ -1,6 +1,5 @@
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 import openimp
 from openimp.common.errors import UserError
 from openimp.inference.embed import embed
-from openimp.inference.ray import embed_with_ray
 
 
 @pytest.fixture
@@ -136,13 +134,6 @@ def test_bad_input_is_reported_and_the_old_table_stays(
         embed(tiny_model_folder, files, "out.parquet", **options)
     assert (tmp_path / "out.parquet").read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.png", "empty", "out.parquet"]
-
-
-def test_ray_is_named_if_it_is_missing(tiny_model_folder, media_folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)  # As if it were not installed.
-    with pytest.raises(UserError, match=r"this needs Ray: pip install 'openimp\[ray\]'"):
-        embed_with_ray(tiny_model_folder, [media_folder], tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tiny_model_folder, media_folder, tmp_path):

@@ -19,10 +19,9 @@ from safetensors import safe_open
 
 from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import config_files, load_model
-from openimp.common.cache import cached
+from openimp.common.cache import cached, stable_hash
 from openimp.common.errors import UserError, nearest
 from openimp.common.safe_files import file_state, read_text, refuse_links
-from openimp.data.files import stable_hash
 from openimp.modalities.open_clip import (
     CONFIG,
     TEXT_CONFIG,

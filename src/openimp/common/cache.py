@@ -4,14 +4,15 @@ An entry is made by one process while others wait for its lock. It is made again
 nothing has read for `UNUSED_DAYS` are removed when another of their kind is made.
 """
 
+import hashlib
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
@@ -21,6 +22,14 @@ from openimp.common.safe_files import private_folder, replacing_folder
 log = logging.getLogger(__name__)
 UNUSED_DAYS = 60
 T = TypeVar("T")
+
+
+def stable_hash(parts: Iterable[Any]) -> str:
+    """Hash of the `repr` of each value, 32 hexadecimal digits."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(repr(part).encode() + b"\n")
+    return total.hexdigest()[:32]
 
 
 def cache_folder(kind: str) -> Path:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError, nearest
 from openimp.common.folders import is_hidden
 from openimp.common.modality import BadMedia
@@ -140,14 +141,6 @@ def digest(file: str | Path, blocks: int = 64, block: int = 64 * 1024) -> str:
                 handle.seek(i * (size - block) // (blocks - 1))
                 total.update(handle.read(block))
     return total.hexdigest()
-
-
-def stable_hash(parts: Iterable[Any]) -> str:
-    """Hash of the `repr` of each value, 32 hexadecimal digits."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(repr(part).encode() + b"\n")
-    return total.hexdigest()[:32]
 
 
 def fingerprint(base: Path, files: Iterable[str | Path]) -> str:

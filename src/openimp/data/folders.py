@@ -7,11 +7,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError
 from openimp.common.folders import files_below, subfolders
 from openimp.common.modality import BadMedia
 from openimp.common.safe_files import read_text
-from openimp.data.files import inside, is_utf8, stable_hash
+from openimp.data.files import inside, is_utf8
 from openimp.data.tables import Table, Unreadable
 
 CAPTION = ".txt"

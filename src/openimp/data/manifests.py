@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 
-from openimp.common.cache import cached
+from openimp.common.cache import cached, stable_hash
 from openimp.common.errors import UserError, counted
 from openimp.common.safe_files import file_state
-from openimp.data.files import fingerprint, stable_hash
+from openimp.data.files import fingerprint
 from openimp.data.tables import Table
 
 PYTHON_ROWS = 10_000

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from openimp.common.cache import cache_folder, cached
-from openimp.data.files import is_url, stable_hash
+from openimp.common.cache import cache_folder, cached, stable_hash
+from openimp.data.files import is_url
 
 MAX_EXPANSION, MIN_LIMIT = 100, 2**30
 """A file may unpack to `MAX_EXPANSION` times its size, or to `MIN_LIMIT` bytes if that is more. The minimum is for

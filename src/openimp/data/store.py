@@ -10,9 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from openimp.common.cache import cached
+from openimp.common.cache import cached, stable_hash
 from openimp.common.modality import BadMedia, Modality
-from openimp.data.files import stable_hash
 from openimp.data.tables import Table
 
 LAYOUT = 3

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError, counted, nearest
 from openimp.common.modality import BadMedia
 from openimp.common.schema import as_text
 from openimp.common.texts import text_key
-from openimp.data.files import digest, inside, stable_hash
+from openimp.data.files import digest, inside
 from openimp.recipe.tasks import Part
 
 MAX_CHECKED_FILES = 10_000

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Classes, Modalities
 from openimp.common.texts import text_key
-from openimp.data.files import stable_hash
 from openimp.data.tables import Table, Unreadable
 from openimp.encoding.engine import ItemEncoder
 from openimp.encoding.items import Progress, Raw, raw_values

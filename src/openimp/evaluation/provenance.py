@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from openimp.common.cache import stable_hash
 from openimp.common.modality import Modalities
 from openimp.common.versions import library_version, openimp_version
-from openimp.data.files import stable_hash
 from openimp.data.tables import Table
 from openimp.encoding.items import first_view
 from openimp.evaluation.evaluator import ReadableRows

@@ -1,11 +1,11 @@
 """`openimp embed`: writes the embeddings of files to a Parquet table."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,14 +18,14 @@ from openimp.common.safe_files import replacing
 from openimp.data.files import is_url, is_utf8
 from openimp.encoding.engine import ItemEncoder, to_cpu
 from openimp.inference.files import File, file_value, find_files, shown_name
-from openimp.inference.model import Model, load
+from openimp.inference.model import load
 
 
 @dataclass(frozen=True)
 class Embedded:
     """The result of `embed`."""
 
-    out: Path | str  # the table, or the folder or URL that `openimp embed --ray` writes to
+    out: Path  # the table
     rows: dict[str, int]  # the number of embedded files by modality
     skipped: list[str]  # "path: reason" of each file that could not be read
     unknown: dict[str, int]  # the number of files in folders that no modality of the model reads, by extension
@@ -67,79 +67,39 @@ def embed(
         progress: wraps an iterable to show its progress.
     """
     if is_url(str(out)):
-        raise UserError(f"{out}: only --ray writes to a URL; name a Parquet file on disk")
-    out, model = Path(out), load(run)
+        raise UserError(f"{out}: name a Parquet file on disk")
+    out = Path(out)
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a Parquet file")
-    chosen = choose_files(model, files, modality, towards, batch_size)
-    schema = table_schema(model, run)
-    rows = dict.fromkeys(chosen.files, 0)
+    model = load(run)
+    found, unknown = find_files(files, model.modalities, modality, "; if it is one of these, use --modality")
+    encoders = {name: model.item_encoder(name, towards, batch_size, f"embed {name}") for name in found}
+    columns = dict.fromkeys(("path", "modality", "towards"), pa.string())
+    columns["embedding"] = pa.list_(pa.float32(), model.imp.config.embed_dim)
+    schema = pa.schema(columns, {"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})})
+    rows = dict.fromkeys(found, 0)
     skipped: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as draft:
         with pq.ParquetWriter(draft, schema) as writer:
-            for name, paths in chosen.files.items():
-                shown = progress(paths, f"embed {name}")
-                for table, bad in embed_files(chosen.encoders[name], shown, schema):
-                    writer.write_table(table)
-                    rows[name] += len(table)
-                    skipped += [f"{path}: {why}" for path, why in bad]
-        require_rows(rows, skipped)
-    done = Embedded(out, rows, skipped, chosen.unknown)
+            for name, paths in found.items():
+                encoder = encoders[name]
+                items = ((file, partial(_read, encoder, file)) for file in progress(paths, f"embed {name}"))
+                for chunk in to_cpu(encoder.encode(items)):
+                    vectors = {str(file): vector for file, vector in chunk if not isinstance(vector, BadMedia)}
+                    skipped += [f"{shown_name(file)}: {why}" for file, why in chunk if isinstance(why, BadMedia)]
+                    rows[name] += len(vectors)
+                    same = {"modality": name, "towards": encoder.towards}
+                    table = [{"path": path, **same, "embedding": vector} for path, vector in vectors.items()]
+                    writer.write_table(pa.Table.from_pylist(table, schema))
+        if not sum(rows.values()):
+            raise UserError(f"no file can be read; the first: {skipped[0]}")
+    done = Embedded(out, rows, skipped, unknown)
     console.print(str(done), soft_wrap=True)
     return done
 
 
-class ChosenFiles(NamedTuple):
-    """Files to embed."""
-
-    files: dict[str, list[File]]  # by modality
-    encoders: dict[str, ItemEncoder]  # by modality
-    unknown: dict[str, int]  # the number of files in folders that no modality of the model reads, by extension
-
-
-def choose_files(
-    model: Model, files: Iterable[File], modality: str | None, towards: str | None, batch_size: int
-) -> ChosenFiles:
-    """Finds the files to embed, and checks that the model can compare them with `towards`."""
-    found, unknown = find_files(files, model.modalities, modality, "; if it is one of these, use --modality")
-    encoders = {name: model.item_encoder(name, towards, batch_size, f"embed {name}") for name in found}
-    return ChosenFiles(found, encoders, unknown)
-
-
-def table_schema(model: Model, run: str | Path) -> pa.Schema:
-    """The columns of a table of embeddings, and which model made it."""
-    vector = pa.list_(pa.float32(), model.imp.config.embed_dim)
-    columns = dict.fromkeys(("path", "modality", "towards"), pa.string()) | {"embedding": vector}
-    return pa.schema(columns, metadata={"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})})
-
-
-def embed_files(
-    encoder: ItemEncoder, files: Iterable[File], schema: pa.Schema, folder: str = ""
-) -> Iterator[tuple[pa.Table, list[tuple[str, str]]]]:
-    """Yields rows of the table, and paths of unreadable files with reasons, for chunks of files.
-
-    Relative paths are relative to `folder`.
-    """
-    items = ((file, partial(_read, encoder, folder, file)) for file in files)
-    for chunk in to_cpu(encoder.encode(items)):
-        vectors = {str(file): vector for file, vector in chunk if not isinstance(vector, BadMedia)}
-        bad = [(shown_name(file), str(reason)) for file, reason in chunk if isinstance(reason, BadMedia)]
-        rows = [
-            {"path": path, "modality": encoder.modality.name, "towards": encoder.towards, "embedding": vector}
-            for path, vector in vectors.items()
-        ]
-        yield pa.Table.from_pylist(rows, schema), bad
-
-
-def require_rows(rows: dict[str, int], skipped: list[str]) -> None:
-    """Raises UserError if nothing could be embedded."""
-    if not sum(rows.values()):
-        raise UserError(f"no file can be read; the first: {skipped[0]}")
-
-
-def _read(encoder: ItemEncoder, folder: str, file: File) -> np.ndarray:
+def _read(encoder: ItemEncoder, file: File) -> np.ndarray:
     if not is_utf8(str(file)):
         raise BadMedia("its name is not UTF-8, so the table cannot hold it")
-    path = Path(folder, file) if isinstance(file, Path) else file
-    return encoder.read(file_value(path, encoder.modality.reads_text))
+    return encoder.read(file_value(file, encoder.modality.reads_text))

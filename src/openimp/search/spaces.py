@@ -1,6 +1,6 @@
 """Which vectors can be compared: in a joint space all, in disjoint spaces only those of one pair of heads."""
 
-from openimp.data.files import stable_hash
+from openimp.common.cache import stable_hash
 from openimp.evaluation.provenance import checkpoint_fields
 from openimp.inference.model import Model
 from openimp.model.embedder import Embedder

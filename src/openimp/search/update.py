@@ -8,7 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from openimp.data.files import stable_hash
+from openimp.common.cache import stable_hash
 from openimp.encoding.engine import ahead, to_cpu
 from openimp.inference.model import Model
 from openimp.search.folder import read_skipped, write_skipped
