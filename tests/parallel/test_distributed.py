@@ -20,7 +20,6 @@ import little
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from mixture import LARGEST_TASK
 from processes import run, torchrun
@@ -259,22 +258,6 @@ def test_an_evaluation_that_fails_ends_all_ranks_and_loses_no_step(two_ranks):
     assert (two_ranks / "evaluated" / "checkpoints" / "step-00000002" / "manifest.json").exists()
 
 
-def test_optimizer_state_of_one_of_two_ranks_is_saved_and_restored_on_one(little_data, two_ranks):
-    folder = two_ranks / "run replicas, Muon"
-    saved = [load_file(file) for file in sorted((folder / "checkpoints" / "step-00000002" / "optimizer").iterdir())]
-    trainer = Trainer(set_up(recipe(little_data, *CASES["replicas, Muon"]), folder, resume=True))
-    state = optimizer_state(trainer.model, trainer.updater.optimizers)
-    assert len(saved) == 2
-    assert {name.rpartition("|")[2] for name in state} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
-    for kind in ("momentum_buffer", "exp_avg"):
-        assert all(any(name.endswith(f"|{kind}") for name in part) for part in saved)
-    assert sum(map(len, saved)) == len(state)
-    for name, value in state.items():
-        (part,) = (part for part in saved if name in part)
-        assert torch.equal(value, part[name])
-        assert value.any(), name
-
-
 def test_a_run_on_two_ranks_resumes_on_one_and_on_four(little_data, stopped_run, four_ranks, tmp_path):
     """The four share the model in another way than the two did."""
     one, two, four = tmp_path / "one", tmp_path / "two", four_ranks / "resumed"
@@ -341,14 +324,6 @@ def files_of(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-@pytest.mark.parametrize("switch", [False, True])
-def test_torchrun_keeps_its_store_through_a_restart(tmp_path, switch):
-    """With the environment variable it does not. Otherwise ranks find the addresses of dead ranks there."""
-    command = torchrun(1, __file__, "store", tmp_path / "kept", restarts=1)
-    run(*command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(int(switch)), check=True)
-    assert (tmp_path / "kept").read_text() == str(not switch)
-
-
 def recipe(folder: Path, *changes: str) -> Recipe:
     """Its first two steps are of both tasks."""
     return Recipe.load(folder / "recipe.yaml", [*COMMON, "evaluation={}", "alternation.kind=intervals", *changes])
@@ -377,7 +352,7 @@ def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
         keys = distributed.all_gather_object([*optimizer_state(trainer.model, trainer.updater.optimizers)])
         states[name] = sorted({key for some in keys for key in some})
         if name == "replicas, Muon":
-            trainer.save(wait=True)
+            trainer.save(wait=True)  # `prepared` starts from it.
         if distributed.rank() == 0:
             save_file(tensors, out / f"{name}.safetensors")
     return {"states": states}
@@ -559,15 +534,6 @@ def failed_evaluation(folder: Path, out: Path) -> list[str]:
     return distributed.all_gather_object(str(error.value))
 
 
-def look_into_the_store(file: Path) -> None:
-    """Leaves a key in the store and fails. After the restart, writes whether the key is still there."""
-    store, *_ = next(dist.rendezvous("env://"))
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        store.set("before the restart", "")
-        sys.exit(1)
-    file.write_text(str(store.check(["before the restart"])))
-
-
 def main(folder: Path, out: Path) -> None:
     distributed.start()
     found = compute(folder, out)
@@ -588,7 +554,4 @@ def main(folder: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "store":
-        look_into_the_store(Path(sys.argv[2]))
-    else:
-        main(*map(Path, sys.argv[1:]))
+    main(*map(Path, sys.argv[1:]))

@@ -26,7 +26,7 @@ from openimp.data.loader import load_batches
 from openimp.recipe.schema import Recipe
 from openimp.study.trainers import SUMMED
 from openimp.training.setup import set_up
-from openimp.training.stopping import Stop, Stopped, stop_signals
+from openimp.training.stopping import stop_signals
 from openimp.training.trainer import Trainer, train
 
 STEPS = 120
@@ -170,16 +170,6 @@ def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(own_data, tmp
     assert [line["step"] for line in figures(run)] == list(range(1, 10))
     lines = 3 if others else 2
     assert [line["step"] for line in read_lines(run / "results.jsonl")] == [6] * lines + [9] * lines
-
-
-def test_a_stop_ends_an_evaluation(little_data, tmp_path):
-    recipe, stop = recipe_of(little_data), Stop(lambda: False)
-    training = Trainer(set_up(recipe, tmp_path / "run"))
-    stop.requested = True
-    with pytest.raises(Stopped):
-        training.evaluate(stop.watch)
-    assert not read_lines(tmp_path / "run" / "results.jsonl")
-    assert training.model.training
 
 
 def test_a_warm_up_longer_than_the_training_is_told(little_data, tmp_path, capsys):

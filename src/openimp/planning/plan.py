@@ -30,17 +30,16 @@ INDISTINCT = 1.1
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs in one layout. `per_token` counts the parameters between a token's embedding and the mean over
-    the tokens that work on it, on average; None for a wrapped model."""
+    """What a run needs in one layout."""
 
     layout: Layout
     gpu: GPU
     mfu: float  # share of the bf16 peak at which passes are computed; HFU if `memory` repeats some
     parameters: dict[str, int]  # by part of the model
-    frozen: int  # how many of them are frozen
-    per_token: int | None
-    steps: dict[tuple[str, int], Step]  # by (task, view)
-    visits: dict[tuple[str, int], int]  # how many of them the run makes
+    frozen: int  # number of frozen parameters
+    per_token: int | None  # parameters that a token uses; see the function `per_token`
+    steps: dict[tuple[str, int], Step]  # one step of each (task, view)
+    visits: dict[tuple[str, int], int]  # number of steps of each (task, view)
 
     @property
     def largest(self) -> tuple[str, int]:
@@ -133,8 +132,8 @@ def plans(
 def recommended(plans: Sequence[Plan]) -> Plan:
     """The plan of the fastest run that fits, or the one that needs the least memory if none fits.
 
-    It is the first one if that is not slower by more than `INDISTINCT`. Shards over several nodes are recommended only
-    if nothing else fits, because the estimate lacks the latency of their collectives, which grows with their number.
+    The recipe's own layout, the first, stays if no other one is faster by more than `INDISTINCT`. Shards over several
+    nodes are recommended only if nothing else fits, because the planned time lacks the latency of their collectives.
     """
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:

@@ -70,8 +70,7 @@ class Sharding:
     def shards(self, weight: Tensor) -> Group:
         """The GPUs over which a weight is sharded, or what expert parallelism leaves of it."""
         if weight in self.experts:
-            _, shards, expert_degree = self.layout.expert_mesh_shape
-            return Group(shards, stride=expert_degree)
+            return Group(self.layout.expert_shards, stride=self.layout.expert_degree)
         return Group(self.layout.shard_degree)
 
     def numbers(self, weight: Tensor) -> int:

@@ -47,3 +47,7 @@ class Checkpointing:
         texts = {**self.texts, "state.json": json.dumps(state, indent=1)}
         self.saver.start(state["step"], texts, tensors)
         self.saved = state["step"]
+
+    def wait(self) -> None:
+        """Waits until the checkpoint that is being written is complete, or raises CheckpointError."""
+        self.saver.wait()

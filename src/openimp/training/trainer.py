@@ -89,32 +89,20 @@ class QueuedUpdate(NamedTuple):
     grad_norm: HostCopy
 
 
-class Trainer:
+class Trainer(Parts):
     """One training run on this rank.
 
     Attributes:
         step: the number of confirmed steps, which is what a checkpoint contains.
         grad_norm: the Euclidean norm of the last confirmed gradient, before clipping.
         encode_all: `model.encode_all`, in chunks if the recipe says so.
-        cursors: where the streams of each task resume, by lane.
     """
 
     def __init__(self, parts: Parts) -> None:
-        self.recipe = parts.recipe
-        self.run = parts.run
-        self.variant = parts.variant
-        self.device = parts.device
-        self.data = parts.data
-        self.modalities = parts.data.modalities
-        self.fingerprints = parts.fingerprints
-        self.model = parts.model
-        self.encode_all = in_chunks(parts.model.encode_all, parts.recipe.memory.chunk_size)
-        self.updater = parts.updater
-        self.checkpointing = parts.checkpointing
-        self.validation = parts.validation
-        self.log = parts.log
-        self.cursors = parts.cursors
-        self.step = parts.checkpointing.saved
+        super().__init__(**vars(parts))
+        self.modalities = self.data.modalities
+        self.encode_all = in_chunks(self.model.encode_all, self.recipe.memory.chunk_size)
+        self.step = self.checkpointing.saved
         self.grad_norm = 0.0
         self._bar = StepBar(self.recipe.train.steps, self.step)
         self._computed: list[PendingStep] = []
@@ -132,7 +120,7 @@ class Trainer:
                 self._train_steps(stop)
                 self.save()
                 self.evaluate(stop.watch)
-                self.checkpointing.saver.wait()
+                self.checkpointing.wait()
                 self.log.bad.report()
                 return True
             except Stopped:
@@ -254,7 +242,7 @@ class Trainer:
         self.settle()
         self.checkpointing.save(self.state())
         if wait:
-            self.checkpointing.saver.wait()
+            self.checkpointing.wait()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores for resuming besides tensors, as JSON values. Every rank must call this."""

@@ -58,11 +58,11 @@ class Validation:
         name = self.data.recipe.evaluation.best
         if name is None:
             return
-        checkpointing.saver.wait()
+        checkpointing.wait()
         saved = {step, *map(step_of, checkpoints(self.run))}
         best = distributed.run_on_rank_zero(lambda: best_step(self.run / "results.jsonl", name, saved))
         if best == step:
             checkpointing.save(state)
-            checkpointing.saver.wait()
+            checkpointing.wait()
         if distributed.rank() == 0:
             mark_best(self.run, best)
