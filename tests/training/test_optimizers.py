@@ -1,4 +1,4 @@
-"""Optimizers: which of the two updates what, how large Muon's updates are, and the schedule."""
+"""Optimizers: which of the two updates what, and the schedule."""
 
 import itertools
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from openimp.data.loader import load_batches
 from openimp.parallel.muon import Muon
 from openimp.recipe.schema import Recipe
 from openimp.training.optimizers import lr_schedule, set_learning_rate
@@ -35,23 +34,6 @@ def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_pa
     decayed = {names[p] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
     kernels = {"stems.vision.embed.weight", "stems.audio.embed.weight", "classifiers.pictures:label.weight"}
     assert decayed == kernels | {"encoder.blocks.1.mlp.router.weight_ED"}, "no biases, also not those of the experts"
-
-
-def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(little_data, tmp_path):
-    options = ["optimizer.muon_lr=1e-2", "optimizer.weight_decay=0", "optimizer.warmup_steps=0"]
-    training = training_of(little_data, tmp_path / "run", *options)
-    before = {name: tensor.detach().clone() for name, tensor in training.model.named_parameters()}
-    training.make_step(next(iter(load_batches(training.data, 0))))
-    for name, parameter in training.model.named_parameters():
-        change = (parameter - before[name]).detach()
-        if parameter in training.updater.optimizers[1].state:
-            # Newton-Schulz brings the singular values to between about 0.7 and 1.3; few tokens make a low rank.
-            for matrix in change.reshape(training.model.hidden_matrices()[parameter], -1, change.shape[-1]):
-                spread = torch.linalg.svdvals(matrix) / (1e-2 * 0.2 * max(matrix.shape) ** 0.5)
-                assert spread[:4].min() > 0.5, name
-                assert spread.max() < 1.4, name
-        elif parameter in training.updater.optimizers[0].state:
-            assert change.abs().max() <= 3e-3 * 1.001, name
 
 
 def test_the_learning_rate_rises_and_falls(little_data, tmp_path):

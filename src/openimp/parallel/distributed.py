@@ -250,7 +250,7 @@ def in_lockstep(items: Iterable[T], describe: Callable[[T], R]) -> Iterator[tupl
         item = next(iterator, None)
         return None if item is None else describe(item)
 
-    while described := [found for found in run_on_all_ranks(advance) if found is not None]:
+    while described := [result for result in run_on_all_ranks(advance) if result is not None]:
         yield item, described
 
 
@@ -266,9 +266,9 @@ def run_first_on_node(work: Callable[[], T]) -> T:
         if mine:
             result = work()
 
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    for turn in (first, not first):
-        run_on_all_ranks(partial(work_if, turn), _patient_group)
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for is_my_turn in (is_first, not is_first):
+        run_on_all_ranks(partial(work_if, is_my_turn), _patient_group)
     return cast(T, result)
 
 

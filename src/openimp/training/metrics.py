@@ -45,7 +45,7 @@ class Metrics:
         self.passes: Counter[str] = Counter()  # by modality, like the sums of how its layers use their experts
         self.routing: dict[str, list[Tensor]] = {}
 
-    def add(self, task: str, losses: Losses, cost: Cost, digest: int = 0) -> None:
+    def add(self, task: str, losses: Losses, cost: Cost, digest: int) -> None:
         """Adds one step; `digest` is the sum of its examples' digests on this rank."""
         self.costs.append(cost)
         self.digest += digest

@@ -72,7 +72,7 @@ def stop_all_ranks(reason: str | None) -> None:
 
     Every rank must call this.
     """
-    if reasons := [each for each in distributed.all_gather_object(reason) if each is not None]:
+    if reasons := [text for text in distributed.all_gather_object(reason) if text is not None]:
         raise UserError(max(reasons)) if max(reasons) else Stopped
 
 
