@@ -260,7 +260,9 @@ def test_an_evaluation_that_fails_ends_all_ranks_and_loses_no_step(two_ranks):
 
 def test_a_run_on_two_ranks_resumes_on_one_and_on_four(little_data, stopped_run, four_ranks, tmp_path):
     """The four share the model in another way than the two did."""
-    one, two, four = tmp_path / "one", tmp_path / "two", four_ranks / "resumed"
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    four = four_ranks / "resumed"
     shutil.copytree(stopped_run, two)
     (saved,) = [path.name for path in (two / "checkpoints").iterdir() if path.name > "step-00000005"]
     assert saved < "step-00000024"
@@ -360,7 +362,8 @@ def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
 
 def write_vectors(pictures: Path, file: Path) -> None:
     """A manifest of the pictures, with a vector for each. Those of two pictures are equal."""
-    rng, lines = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    lines = []
     for picture in sorted(pictures.rglob("*.png")):
         vector = (np.ones(32) if len(lines) < 2 else rng.normal(size=32)).tolist()
         name = picture.relative_to(pictures).as_posix()

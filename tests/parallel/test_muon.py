@@ -79,6 +79,7 @@ def test_singular_values_of_any_scale_come_close_to_one():
 
 def test_flops_are_those_of_the_closed_formula():
     linear, qkv, experts = weights((ROWS, COLUMNS), (3 * ROWS, ROWS), (4, COLUMNS, ROWS))
-    gram, product = 2 * ROWS * ROWS * COLUMNS, 2 * ROWS**3
+    gram = 2 * ROWS * ROWS * COLUMNS
+    product = 2 * ROWS**3
     assert muon_flops({linear: 1}) == 3 * (2 * gram + product)
     assert muon_flops({linear: 1, qkv: 3, experts: 4}) == 3 * (5 * (2 * gram + product) + 3 * 3 * product)

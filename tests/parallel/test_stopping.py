@@ -84,7 +84,8 @@ def test_what_stops_one_rank_stops_all_and_costs_no_step(out, what):
         assert how.startswith("train.num_workers: a data worker died: ")
     whole, resumed = (out / name / "checkpoints" / "step-00000012" for name in ("whole", what))
     for kind in ("model", "ema", "optimizer"):
-        expected, found = dcp.read(whole / kind), dcp.read(resumed / kind)
+        expected = dcp.read(whole / kind)
+        found = dcp.read(resumed / kind)
         assert found.keys() == expected.keys()
         assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
     assert (resumed / "state.json").read_text() == (whole / "state.json").read_text()
@@ -104,7 +105,8 @@ class Collectives(TorchDispatchMode):
         trainer.make_step = self.counted_step  # type: ignore[method-assign]
 
     def counted_step(self, loaded: Any) -> Any:
-        self.step, self.within = loaded.visit.step, True
+        self.step = loaded.visit.step
+        self.within = True
         self.in_updates[self.step] = loaded.visit.task, Counter()
         losses = self.make_step(loaded)
         self.within = False

@@ -126,7 +126,9 @@ def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
 def test_activations_of_a_block_on_a_gpu_match_a_hand_count(tiny_recipe):
     """By hand, in bytes a token: both norms keep their input in fp32 and two statistics, linear layers and attention
     what they read and made in bf16. In the forward pass, autocast keeps the weights in bf16."""
-    width, hidden, tokens = 64, 256, 16 * 16
+    width = 64
+    hidden = 256
+    tokens = 16 * 16
     task = {"source": "all", "inputs": {"image": "image"}, "batch_size": 16, "views": [{"image": {"size": 32}}],
             "objectives": [{"type": "classification", "label": "kind"}]}  # fmt: skip
 
@@ -217,7 +219,8 @@ class Received(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if any(issubclass(each, DTensor) for each in types):
             return NotImplemented  # The collectives within the operation are dispatched next.
-        name, given = func._opname, [*tree_leaves(args), *tree_leaves(kwargs)]
+        name = func._opname
+        given = [*tree_leaves(args), *tree_leaves(kwargs)]
         if func.namespace in ("c10d", "_c10d_functional") and not name.startswith(("wait", "_wrap")):
             sizes = [leaf.nbytes for leaf in given if isinstance(leaf, torch.Tensor)]
             (group,) = (found for leaf in given if (found := _group(leaf)))

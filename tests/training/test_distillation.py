@@ -55,7 +55,8 @@ def teacher() -> np.ndarray:
 def data(little_data: Path, tmp_path_factory: pytest.TempPathFactory, teacher: np.ndarray) -> Path:
     """A folder with recipe.yaml, pictures with vectors near those of their colours, and the names of the colours with
     theirs. Pictures and names are in different sources, so nothing says which belong together."""
-    folder, rng = tmp_path_factory.mktemp("distillation"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("distillation")
+    rng = np.random.default_rng(0)
     labels = [label for label in COLOURS for _ in range(6)]
     vectors = teacher.repeat(6, axis=0) + rng.normal(scale=0.3, size=(24, SIZE))
     rows = {

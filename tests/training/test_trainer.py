@@ -133,7 +133,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, little_data, tmp_p
         assert saved[-2] < saved[-1] < STEPS
         assert f"stopped at step {saved[-1]}, saved" in printed
         assert [line["step"] for line in figures(run)] == list(range(1, saved[-1] + 1))
-    schedule, rows = Alternation(recipe_of(little_data, *LONG)), {"named": 24, "heard": 15}
+    schedule = Alternation(recipe_of(little_data, *LONG))
+    rows = {"named": 24, "heard": 15}
     seen = [{visit.task: visit.start + visit.batch_size for visit in list(schedule)[:step]} for step in saved]
     assert any(count % rows[task] for counts in seen for task, count in counts.items()), "all between two epochs"
 
@@ -141,10 +142,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, little_data, tmp_p
     assert figures(run) == figures(whole_run)
     assert read_lines(run / "results.jsonl") == read_lines(whole_run / "results.jsonl")
     assert not read_lines(run / "skipped.jsonl")
-    final, reference = checkpoints(run)[-1], checkpoints(whole_run)[-1]
+    final = checkpoints(run)[-1]
+    reference = checkpoints(whole_run)[-1]
     assert final.name == reference.name == f"step-{STEPS:08d}"
     for file in ("model", "ema", "optimizer"):
-        ours, theirs = dcp.read(final / file), dcp.read(reference / file)
+        ours = dcp.read(final / file)
+        theirs = dcp.read(reference / file)
         assert ours.keys() == theirs.keys()
         assert not [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
     assert json.loads((final / "state.json").read_text()) == json.loads((reference / "state.json").read_text())
@@ -154,7 +157,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, little_data, tmp_p
 def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(own_data, tmp_path, others):
     """It is that of step 6, between two checkpoints. Other sets of the recipe, if it has any, are measured."""
     changes = ["tasks.heard.weight=0", "train.steps=9", "evaluation.every=6", "train.save_every=4"]
-    recipe, run = recipe_of(own_data, *changes), tmp_path / "run"
+    recipe = recipe_of(own_data, *changes)
+    run = tmp_path / "run"
     if not others:
         recipe = recipe.model_copy(deep=True)
         del recipe.evaluation.sets["colours"]
@@ -325,7 +329,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(little_data, 
     for loaded in batches[: 2 if breaks else 1]:
         training.make_step(loaded)
     training.confirm()
-    before, bad = state_of(training), batches[training.step]
+    before = state_of(training)
+    bad = batches[training.step]
     training.make_step(bad)  # The host does not know yet.
     with pytest.raises(UserError) as error:
         training.make_step(batches[bad.visit.step + 1])
@@ -383,7 +388,8 @@ def test_zero_gradients_let_the_state_of_untouched_parameters_decay(little_data,
     assert (first.visit.task, second.visit.task) == ("named", "heard")
     training.make_step(first)
     name = "stems.vision.before.weight"
-    before, mean = training.model.get_parameter(name).detach().clone(), moments_of(training)[f"{name}|exp_avg"].clone()
+    before = training.model.get_parameter(name).detach().clone()
+    mean = moments_of(training)[f"{name}|exp_avg"].clone()
     training.make_step(second)
     assert not torch.equal(training.model.get_parameter(name), before)
     torch.testing.assert_close(moments_of(training)[f"{name}|exp_avg"], 0.9 * mean)
@@ -525,7 +531,8 @@ def test_a_modality_of_another_package_trains(tmp_path):
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: openimp-motion\nVersion: 0.1\n")
     (about / "entry_points.txt").write_text("[openimp.modalities]\nmotion = openimp_motion:Motion\n")
     (tmp_path / "site" / "openimp_motion.py").write_text(textwrap.dedent(MOTION))
-    rng, rows = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    rows = []
     activities = {"resting": 0.0, "walking": 0.3, "running": 0.9, "shaking a fist": 2.2}
     for i in range(120):
         activity, speed = list(activities.items())[i % 4]
