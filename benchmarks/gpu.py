@@ -158,11 +158,8 @@ def train_once(file: Path, run: Path) -> None:
     trainer.train()
     end = time.perf_counter()
     ranks = distributed.world_size()
-    planned = distributed.run_on_rank_zero(
-        lambda: next(
-            plans(recipe, trainer.data.modalities, trainer.data.classes, gpus=ranks, gpu="h100", mfu=0.4)
-        ).memory_bytes
-    )
+    plan_layouts = plans(recipe, trainer.data.modalities, trainer.data.classes, gpus=ranks, gpu="h100", mfu=0.4)
+    planned = distributed.run_on_rank_zero(lambda: next(plan_layouts).memory_bytes)
     if distributed.rank() == 0:
         lines = read_lines(run / "metrics.jsonl")[1:]
         seconds = sum(line["seconds"] for line in lines)
