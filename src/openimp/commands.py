@@ -320,7 +320,7 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
     """Says what a run of a recipe would need, and which layout suits it."""
     recipe = Recipe.load(name, overrides, Path.cwd())
     modalities = _modalities(recipe)
-    every = [*plans(recipe, modalities, _classes(recipe), gpus, gpu, mfu)]
+    every = [*plans(recipe, modalities, _classes(recipe), gpus=gpus, gpu=gpu, mfu=mfu)]
     print_plan(recipe, modalities, every, gpu)
 
 

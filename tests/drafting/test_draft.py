@@ -177,7 +177,10 @@ def test_batches_are_halved_until_the_step_with_the_most_memory_fits(tmp_path, m
     recipe, steps = Recipe.build(draft.recipe, tmp_path), draft.recipe["train"]["steps"]
     modalities = recipe.make_modalities()
     by_view = costs(recipe, modalities, {})
-    counted = {key: step_memory(recipe, modalities, {}, *key, recipe.train.precision, on_gpu=False) for key in by_view}
+    counted = {
+        key: step_memory(recipe, modalities, {}, *key, precision=recipe.train.precision, on_gpu=False)
+        for key in by_view
+    }
     memory = {key: step.peak.total() + step.inputs for key, step in counted.items()}
     clips, pictures = ("all_video", 0), ("all_image", 0)
     assert memory[clips] == max(memory.values())

@@ -29,7 +29,7 @@ from openimp.data.loader import load_batches
 from openimp.inference.join import embed_rows
 from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor
-from openimp.planning.plan import plan
+from openimp.planning.plan import plans
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
@@ -174,7 +174,8 @@ def test_one_tower_learns_the_vectors_of_the_other_that_is_frozen(data, name, tm
         learned = not key.startswith(("encoder.visual.", "scale."))
         assert torch.equal(value, after[key]) != (learned and not key.endswith("bias")) or key.endswith("bias"), key
         assert learned or not any(part.startswith(f"{key}|") for part in weights(tmp_path / "run", "optimizer")), key
-    found = plan(recipe, Trainer(set_up(recipe, tmp_path / "planned")).modalities, {}, 2, "h100", 0.4)
+    modalities = Trainer(set_up(recipe, tmp_path / "planned")).modalities
+    found = next(plans(recipe, modalities, {}, gpus=2, gpu="h100", mfu=0.4))
     assert found.frozen == sum(value.numel() for key, value in before.items() if key.startswith("encoder.visual."))
     memory = {key: step.memory.gradients for key, step in found.steps.items()}
     assert memory["named", 0] < 4 * (sum(found.parameters.values()) - found.frozen)
@@ -217,7 +218,12 @@ def test_the_counted_flops_and_parameters_are_those_of_the_model(data, name, tmp
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             trainer.make_step(loaded)
         assert counter.get_total_flops() == trainer.log.costs[loaded.visit.task, loaded.visit.view].flops
-    found = plan(trainer.recipe, trainer.modalities, trainer.data.classes, 4, "h100", 0.4)
+
+
+def test_a_plan_counts_the_wrapped_model(whole, data, name):
+    recipe = recipe_of(data, name)
+    trainer = Trainer(set_up(recipe, whole.with_name("planned")))
+    found = next(plans(recipe, trainer.modalities, trainer.data.classes, gpus=4, gpu="h100", mfu=0.4))
     assert sum(found.parameters.values()) == sum(weight.numel() for weight in trainer.model.parameters())
     assert found.fits
     assert found.per_token is None
@@ -238,6 +244,7 @@ def test_other_architectures_train(kind, data, tmp_path):
     assert {"scale.logit_scale", "scale.logit_bias"} <= changed
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_what_one_computes(data, name, tmp_path):
     """Losses, gradients, and what Muon does to the matrices; in bf16, where FSDP2 rounds the weights, the losses."""
     ranks = tmp_path / "ranks"

@@ -140,7 +140,9 @@ def fit(draft: Draft, classes: Classes, machine: Machine) -> float:
         recipe = Recipe.build(draft.recipe, Path.cwd())
         modalities = recipe.make_modalities()
         steps = [
-            step_memory(recipe, modalities, classes, name, view, recipe.train.precision, machine.is_gpu)
+            step_memory(
+                recipe, modalities, classes, name, view, precision=recipe.train.precision, on_gpu=machine.is_gpu
+            )
             for name, task in recipe.tasks.items()
             for view in range(len(task.views))
         ]

@@ -67,6 +67,7 @@ def costs(
     recipe: Recipe,
     modalities: Modalities,
     classes: Classes,
+    *,
     build: Callable[..., Any] = build_for_training,
     losses: Callable[..., Losses] = task_losses,
     summed: bool = False,
@@ -80,10 +81,12 @@ def costs(
     parts = [data[part] for part in ("model", "modalities", "tasks", "memory", "evaluation", "optimizer")]
     key = json.dumps([build.__qualname__, summed, parts, {name: len(values) for name, values in classes.items()}])
     if key not in _counted:  # Counting takes seconds, and a study asks for the same again and again.
-        by_view = _count(recipe, modalities, classes, build, losses, summed)
+        model = meta_model(recipe, modalities, classes, build).train()
+        by_view = _count_passes(recipe, modalities, classes, model, losses)
+        by_view = _with_optimizer(recipe, model, by_view, summed)
         if recipe.memory != Memory():
             plain_recipe = recipe.model_copy(update={"memory": Memory()})
-            plain = costs(plain_recipe, modalities, classes, build, losses, summed)
+            plain = costs(plain_recipe, modalities, classes, build=build, losses=losses, summed=summed)
             by_view = {
                 visit: replace(cost, repeated_flops=cost.flops - plain[visit].flops) for visit, cost in by_view.items()
             }
@@ -91,15 +94,10 @@ def costs(
     return _counted[key]
 
 
-def _count(
-    recipe: Recipe,
-    modalities: Modalities,
-    classes: Classes,
-    build: Callable[..., Any],
-    losses: Callable[..., Losses],
-    summed: bool,
+def _count_passes(
+    recipe: Recipe, modalities: Modalities, classes: Classes, model: Embedder, losses: Callable[..., Losses]
 ) -> dict[tuple[str, int], Cost]:
-    model = meta_model(recipe, modalities, classes, build).train()
+    """The cost of a step of each (task, view index), without its update."""
     by_view = {}
     for name, task in recipe.tasks.items():
         for i, view in enumerate(task.views if task.weight else ()):
@@ -121,7 +119,7 @@ def _count(
                 touched=frozenset(name for name, weight in model.named_parameters() if weight.grad is not None),
             )
             model.zero_grad()
-    return _with_optimizer(recipe, model, by_view, summed)
+    return by_view
 
 
 def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: bool) -> dict[tuple[str, int], Cost]:
@@ -133,17 +131,15 @@ def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: boo
     def update_flops(touched: frozenset[str]) -> int:
         return muon_flops({named[name]: stacks[named[name]] for name in touched if named[name] in stacks})
 
-    all_touched = frozenset[str]().union(*(cost.touched for cost in by_view.values()))
-    found = {}
+    with_update = {}
     for visit, cost in by_view.items():
         if summed:
-            flops = update_flops(all_touched) // len({task for task, _ in by_view})
-        elif recipe.optimizer.zero_missing_grads:
-            flops = update_flops(frozenset(named))
+            touched = frozenset[str]().union(*(other.touched for other in by_view.values()))
+            flops = update_flops(touched) // len({task for task, _ in by_view})
         else:
-            flops = update_flops(cost.touched)
-        found[visit] = replace(cost, flops=cost.flops + flops, optimizer_flops=flops)
-    return found
+            flops = update_flops(frozenset(named) if recipe.optimizer.zero_missing_grads else cost.touched)
+        with_update[visit] = replace(cost, flops=cost.flops + flops, optimizer_flops=flops)
+    return with_update
 
 
 def meta_model(
@@ -159,11 +155,13 @@ def meta_model(
 def mixture(recipe: Recipe, by_view: Costs) -> dict[str, dict[str, float]]:
     """What each task contributes to the mean step: its share of the steps, and examples, tokens and FLOPs."""
     rows: dict[str, dict[str, float]] = {}
-    for name, share in expected_shares(recipe).items():
-        weights = [view.weight / sum(v.weight for v in recipe.tasks[name].views) for view in recipe.tasks[name].views]
-        rows[name] = {"steps": share}
+    for task, share in expected_shares(recipe).items():
+        views = recipe.tasks[task].views
+        view_shares = [view.weight / sum(other.weight for other in views) for view in views]
+        rows[task] = {"steps": share}
         for unit in UNITS[1:]:
-            rows[name][unit] = share * sum(part * getattr(by_view[name, i], unit) for i, part in enumerate(weights))
+            per_step = sum(part * getattr(by_view[task, i], unit) for i, part in enumerate(view_shares))
+            rows[task][unit] = share * per_step
     return rows
 
 

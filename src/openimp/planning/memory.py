@@ -92,6 +92,7 @@ def step_memory(
     classes: Classes,
     task: str,
     view: int,
+    *,
     precision: Precision,
     on_gpu: bool = True,
     gpus: int = 1,

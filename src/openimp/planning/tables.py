@@ -1,9 +1,8 @@
 """The tables that `openimp plan` and `openimp info` print."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from openimp.common.modality import Modalities
+from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import clock, console, number_table
 from openimp.model.build import build_model
 from openimp.planning.gpus import GIB
@@ -83,6 +82,17 @@ def print_model(config: ModelConfig, modalities: Modalities) -> None:
     _print_parameters(parameters, per_token(model), 0, modalities)
 
 
+def print_costs(recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
+    """Prints what a step of each task and view costs, and the mixture of the tasks."""
+    by_view = costs(recipe, modalities, classes)
+    rows = [
+        (task, str(view), str(cost.examples), str(cost.tokens), f"{cost.flops / 1e9:,.1f}")
+        for (task, view), cost in by_view.items()
+    ]
+    console.print(number_table("one step", ("task", "view", "examples", "tokens", "GFLOPs"), rows))
+    console.print(mixture_table(recipe, by_view))
+
+
 def _print_parameters(parameters: dict[str, int], used: int | None, frozen: int, modalities: Modalities) -> None:
     """`used` is the number of parameters per token."""
     specs = {name: modality.stem_spec() for name, modality in modalities.items()}
@@ -97,14 +107,3 @@ def _print_parameters(parameters: dict[str, int], used: int | None, frozen: int,
     for name, limit in limits.items():
         about = "the limit of its vocabulary, which is learned from the data and may be smaller"
         console.print(f"{name} counts with {limit:,} tokens, {about}", soft_wrap=True)
-
-
-def print_costs(recipe: Recipe, modalities: Modalities, classes: dict[str, list[Any]]) -> None:
-    """Prints what a step of each task and view costs, and the mixture of the tasks."""
-    by_view = costs(recipe, modalities, classes)
-    rows = [
-        (task, str(view), str(cost.examples), str(cost.tokens), f"{cost.flops / 1e9:,.1f}")
-        for (task, view), cost in by_view.items()
-    ]
-    console.print(number_table("one step", ("task", "view", "examples", "tokens", "GFLOPs"), rows))
-    console.print(mixture_table(recipe, by_view))

@@ -15,26 +15,26 @@ from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.device import keep_freed_memory, precision_of
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities, Modality
-from openimp.common.progress import StepBar, console, track
+from openimp.common.progress import console, track
 from openimp.common.protocols import load_learned
 from openimp.data.batch import Batch
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Cursor
 from openimp.evaluation.evaluate import check_sets
 from openimp.model.build import architecture_of, build_for_training
-from openimp.model.embedder import Embedder, EncodeAll, in_chunks
+from openimp.model.embedder import Embedder, EncodeAll
 from openimp.model.learning_rates import freeze
 from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.deferred_init import DeferredInit
 from openimp.parallel.layout import apply_parallelism
 from openimp.planning.layouts import choose_layout, layout_of
-from openimp.planning.ledger import costs
+from openimp.planning.ledger import Costs, costs
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 from openimp.training.checkpointing import Checkpointing
 from openimp.training.compilation import compile_blocks, signatures, variants
-from openimp.training.log import Log, print_plan
+from openimp.training.log import Log
 from openimp.training.run_directory import RunDirectory
 from openimp.training.updater import Updater
 from openimp.training.validation import Validation
@@ -62,15 +62,17 @@ class Variant:
     warns: bool = True
     before_step: Callable[[Any, int], None] | None = None
 
+    def costs(self, recipe: Recipe, modalities: Modalities, classes: Classes) -> Costs:
+        """The cost of a step of each (task, view index)."""
+        return costs(recipe, modalities, classes, build=self.build_model, losses=self.losses, summed=self.sum_tasks)
+
 
 @dataclass
 class Parts:
     """The parts of a training run on this rank.
 
     Attributes:
-        sources: the fingerprint of each source.
-        encode_all: `model.encode_all`, in chunks if the recipe says so.
-        step: the number of steps that are complete already, in a run that resumes.
+        fingerprints: of each source.
         cursors: where the streams of each task resume, by lane.
     """
 
@@ -78,17 +80,13 @@ class Parts:
     run: Path
     variant: Variant
     device: torch.device
-    modalities: dict[str, Modality]
     data: StepBatches
-    sources: dict[str, str]
+    fingerprints: dict[str, str]
     model: Embedder
-    encode_all: EncodeAll
     updater: Updater
     checkpointing: Checkpointing
     validation: Validation
     log: Log
-    bar: StepBar
-    step: int
     cursors: dict[str, dict[str, Cursor]]
 
 
@@ -102,7 +100,6 @@ def set_up(
     """Opens the data, makes or loads the model, and begins or resumes the run; see `train` for the arguments."""
     variant = variant or Variant()
     device = distributed.start()
-    console.quiet = distributed.rank() > 0
     keep_freed_memory()
     _check_ranks(recipe, variant)
     directory = RunDirectory(run, recipe)
@@ -117,43 +114,38 @@ def set_up(
     rank = distributed.rank()
     world_size = distributed.world_size()
     data = distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
-    sources = distributed.run_on_rank_zero(data.fingerprints)  # It reads a part of every file.
+    fingerprints = distributed.run_on_rank_zero(data.fingerprints)  # It reads a part of every file.
     changed: list[str] = []
     if checkpoint is None:
         data.fit(warm_start.stems if warm_start else ())
     else:
-        changed = changed_sources(checkpoint, sources, allow_changed_data)
+        changed = changed_sources(checkpoint, fingerprints, allow_changed_data)
         if saved_classes != data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
-    step_costs = costs(recipe, modalities, data.classes, variant.build_model, variant.losses, variant.sum_tasks)
-    signature_count = len(signatures(recipe, modalities, distributed.world_size())) if recipe.train.compile else 0
+    step_costs = variant.costs(recipe, modalities, data.classes)
+    signature_count = len(signatures(recipe, modalities, world_size)) if recipe.train.compile else 0
     model, files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
     if warm_start is not None:
         console.print(warm_start.load(model, data.classes), soft_wrap=True)
     updater = Updater(recipe, model)
     checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
-    step = state.get("step", 0)
     cursors = data.load_cursors(state.get("cursors", {}), changed)
     directory.begin(files[CONFIG], files[RECIPE])
-    log = Log(recipe, run, modalities, data.schedule, step_costs, device, state)
-    print_plan(recipe, run, model, device, step_costs, step, signature_count)
+    log = Log(run, data, step_costs, device, state)
+    log.print_start(model, device, checkpointing.saved, signature_count)
     return Parts(
         recipe=recipe,
         run=run,
         variant=variant,
         device=device,
-        modalities=modalities,
         data=data,
-        sources=sources,
+        fingerprints=fingerprints,
         model=model,
-        encode_all=in_chunks(model.encode_all, recipe.memory.chunk_size),
         updater=updater,
         checkpointing=checkpointing,
-        validation=Validation(recipe, run, modalities, data.classes, model),
+        validation=Validation(run, data, model),
         log=log,
-        bar=StepBar(recipe.train.steps, step),
-        step=step,
         cursors=cursors,
     )
 
@@ -194,10 +186,16 @@ def _make_model(
     # All ranks gather in the same type, whatever their processors.
     precisions = distributed.all_gather_object(precision_of(device, recipe.train.precision))
     apply_parallelism(
-        model, model.blocks(), model.experts(), ("encode", "encode_all", "project", "classify"),
-        layout, device, torch.float32 if "fp32" in precisions else torch.bfloat16,
-        model.fp32_modules(), cast_inputs=model.cast_inputs,
-    )  # fmt: skip
+        model,
+        layout,
+        device,
+        blocks=model.blocks(),
+        experts=model.experts(),
+        methods=("encode", "encode_all", "project", "classify"),
+        param_dtype=torch.float32 if "fp32" in precisions else torch.bfloat16,
+        fp32_modules=model.fp32_modules(),
+        cast_inputs=model.cast_inputs,
+    )
     if layout.ranks > 1:
         console.print(f"parallel: {layout}")
     if initialize:
