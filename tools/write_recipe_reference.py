@@ -11,7 +11,6 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,9 +20,9 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from openimp.common.errors import UserError
 from openimp.common.modality import Modality
 from openimp.common.objective import Objective
+from openimp.modalities.open_clip import READERS
 from openimp.recipe.inputs import View
 from openimp.recipe.registry import MODALITIES, OBJECTIVES
 from openimp.recipe.schema import Recipe
@@ -61,15 +60,6 @@ def _builtin(group: str) -> dict[str, Any]:
     return {point.name: point.load() for point in points}
 
 
-def wrapped_modalities() -> dict[str, type[Modality]]:
-    """Those of a wrapped model, by name."""
-    found = {}
-    for name, modality in builtin_modalities().items():
-        with suppress(UserError):  # The library has no such modality.
-            found[name] = modality.wrapped()
-    return found
-
-
 def sections() -> dict[type[BaseModel], str]:
     """The title of each part of the recipe, in the order of the page."""
     titles: dict[type[BaseModel], str] = {}
@@ -82,7 +72,7 @@ def sections() -> dict[type[BaseModel], str]:
             if schema is Recipe and name == "modalities":
                 for modality in modalities.values():
                     titles[modality.Config] = f"`modalities.{modality.stem}`"
-                for modality in wrapped_modalities().values():
+                for modality in READERS.values():
                     titles[modality.Config] = f"`modalities.{modality.stem}` with `model.wrap`"
             for part, suffix in _schemas(field.annotation):
                 if part not in titles:
@@ -90,7 +80,7 @@ def sections() -> dict[type[BaseModel], str]:
         if schema is View:
             for name, modality in modalities.items():
                 titles[modality.View] = f"`{path}.{name}`"
-            for name, modality in wrapped_modalities().items():
+            for name, modality in READERS.items():
                 titles[modality.View] = f"`{path}.{name}` with `model.wrap`"
 
     visit(Recipe, "recipe")

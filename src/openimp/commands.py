@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
-from openimp.checkpoint.folder import checkpoints, describe_model, find_model, load_model, model_folder, saved_step
+from openimp.checkpoint.find import find_model, model_folder
+from openimp.checkpoint.folder import checkpoints, describe_model, load_model, saved_step
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
@@ -32,6 +33,7 @@ from openimp.planning.plan import plans
 from openimp.planning.tables import print_costs, print_model, print_plan
 from openimp.recipe.file import RecipeLoader, override, read_recipe
 from openimp.recipe.model import LIBRARY
+from openimp.recipe.model_config import class_for
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
 from openimp.search.build import build_index
@@ -118,7 +120,8 @@ def run_eval(
             raise UserError("--mteb takes no evaluation sets, --recipe, --set or --allow-sources")
         return _run_benchmarks(path, mteb, out)
     folder = model_folder(path)
-    model, recipe, modalities, classes = load_model(folder)
+    model, (config, modalities, saved_recipe) = load_model(folder)
+    recipe = saved_recipe.validated()
     given: Collection[str] = ()  # sources that the user's own recipe defines
     if other or overrides:
         recipe, given = _with_sets(recipe, other, overrides or [])
@@ -128,7 +131,7 @@ def run_eval(
         check_sources(path, folder, recipe, sets or recipe.evaluation.sets, given)
     model, failed = model.to(pick_device()), None
     try:
-        results = evaluate(model, recipe, modalities, sets or None, saved_step(folder), track, classes)
+        results = evaluate(model, recipe, modalities, sets or None, saved_step(folder), track, config.classes)
     except NotMeasured as error:
         results, failed = error.results, error
     if results:
@@ -152,7 +155,7 @@ def _run_benchmarks(path: Path, tasks: list[str], out: Path | None) -> None:
         raise UserError(f"mteb cannot be imported ({error}): {advice}") from None
     folder = find_model(str(path))
     model = load(folder)
-    model.precision = model.recipe.train.precision
+    model.precision = model.config.precision
     found, left_out = mteb_tasks.find_tasks(tasks, model.modalities)
     for sentence in left_out:
         console.print(sentence, soft_wrap=True)
@@ -195,7 +198,7 @@ def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
         view = options.get("view") if isinstance(options, dict) else None
         for name in recipe.modality_names:
             if isinstance(view, dict) and isinstance(view.get(name), dict):
-                unknown = recipe.modality_class(name).View.renamed
+                unknown = class_for(name, recipe.model).View.renamed
                 view[name] = {key: value for key, value in view[name].items() if key not in unknown}
 
 
@@ -294,8 +297,11 @@ def run_info(what: str, overrides: list[str]) -> None:
         path.is_dir() and (checkpoints(path) or (path / "config.json").exists() or not (path / "recipe.yaml").exists())
     ):
         folder = model_folder(path)
-        recipe, modalities, classes = describe_model(folder)
-        console.print(f"{what if wrapped else folder}: a model of recipe {recipe.name}", soft_wrap=True)
+        config, modalities, saved_recipe = describe_model(folder)
+        console.print(f"{what if wrapped else folder}: a model of recipe {config.name}", soft_wrap=True)
+        print_model(config, modalities)
+        recipe = saved_recipe.validated()
+        classes = config.classes
     else:
         if path.is_dir():
             refuse_links(path)
@@ -305,7 +311,7 @@ def run_info(what: str, overrides: list[str]) -> None:
         classes = _classes(recipe)
         if path.is_dir():
             console.print(f"{path}: a run of recipe {recipe.name}, which has saved no checkpoint yet", soft_wrap=True)
-    print_model(recipe, modalities, classes)
+        print_model(recipe.to_config(classes), modalities)
     print_costs(recipe, modalities, classes)
     if path.is_dir():
         _print_run(path)

@@ -182,7 +182,7 @@ def test_batches_are_halved_until_the_step_with_the_most_memory_fits(tmp_path, m
     clips, pictures = ("all_video", 0), ("all_image", 0)
     assert memory[clips] == max(memory.values())
     assert by_view[pictures].flops == max(cost.flops for cost in by_view.values())
-    weights = sum(weight.numel() for weight in build_model(recipe, modalities).parameters())
+    weights = sum(weight.numel() for weight in build_model(recipe.to_config({}), modalities).parameters())
 
     def batch_sizes(memory: int) -> list[int]:
         fit(draft, {}, replace(CPU, memory=memory, speed=1e18))

@@ -136,7 +136,7 @@ def setup(tmp_path, tiny_recipe, tiny_model):
         known = {"trained:colour": classes}
         _, modalities = tiny_model(recipe)
         torch.manual_seed(0)
-        model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in known.items()}).eval()
+        model = IMP.from_config(recipe.to_config(known), modalities).eval()
         torch.nn.init.normal_(model.classifiers["trained:colour"].weight, std=3)
         torch.nn.init.normal_(model.classifiers["trained:colour"].bias)
         return model, recipe, modalities, known
@@ -200,7 +200,7 @@ def test_rows_of_lists_are_ranked_by_the_names_of_classes(setup):
     options = {"type": "zero_shot", "label": "colour", "classes": COLOURS, "prompts": ["a {} square"]}
     imp, recipe, modalities, _ = setup(rows, options)
     (result,) = evaluate(imp, recipe, modalities)
-    model = Model(imp, recipe, modalities, {}, "fp32")
+    model = Model(imp, recipe.to_config({}), modalities, "fp32")
     model.views["image"] = recipe.evaluation.sets["held out"].view["image"]
     images = model.encode_image([png(i) for i in range(8)], normalize=True)
     texts = model.encode_text([f"a {c} square" for c in COLOURS], normalize=True)
@@ -297,9 +297,9 @@ def test_a_run_measures_its_head_as_eval_does(little_data, little_run, tmp_path)
     )
     run_eval(little_run, None, str(file), tmp_path / "found.jsonl", ["evaluation.sets.squares.view.image.size=16"])
     (found,) = map(json.loads, (tmp_path / "found.jsonl").read_text().splitlines())
-    _, _, _, classes = load_model(next(iter((little_run / "checkpoints").glob("*12"))))
+    _, saved = load_model(next(iter((little_run / "checkpoints").glob("*12"))))
     assert (found["n"], found["candidates"], found["view"]["image"]["size"]) == (24, 4, 16)
-    assert classes == {"pictures:label": sorted(COLOURS)}
+    assert saved.config.classes == {"pictures:label": sorted(COLOURS)}
     assert found["top1"] > 0.9, "the run has learned its colours"
 
 

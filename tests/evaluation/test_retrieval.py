@@ -160,7 +160,7 @@ def test_equal_names_and_equal_pictures_are_one_item(measure, tmp_path, tiny_rec
     to_text, to_image = measure(keys)
     recipe = tiny_recipe(**keys)
     imp, modalities = tiny_model(recipe)
-    model = Model(imp, recipe, modalities, {}, "fp32")
+    model = Model(imp, recipe.to_config({}), modalities, "fp32")
     model.views["image"] = recipe.evaluation.sets["names"].view["image"]
     names = ["red", "green", "blue", "grey", "white"]
     images = torch.cat([model.encode_image(picture, normalize=True) for picture in pictures[:7]])

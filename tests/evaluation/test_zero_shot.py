@@ -58,7 +58,7 @@ def test_classes_are_prompts_averaged_as_unit_vectors(setup):
     """Against a naive computation with `Model.encode`, one picture and one prompt at a time."""
     imp, modalities, recipe, _ = setup(prompts=PROMPTS)
     (result,) = evaluate(imp, recipe, modalities, step=3)
-    model = Model(imp, recipe, modalities, {}, "fp32")
+    model = Model(imp, recipe.to_config({}), modalities, "fp32")
     model.views["image"] = recipe.evaluation.sets["things"].view["image"]
     classes = sorted(set(LABELS))
     weights = []

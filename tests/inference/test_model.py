@@ -39,7 +39,7 @@ def inputs_of(modality: str, folder: Path) -> list:
 @pytest.mark.parametrize("modality", ["image", "video", "audio", "text"])
 def test_an_embedding_does_not_depend_on_the_rest_of_its_batch(modality, moe, tiny_recipe, tiny_model, media_folder):
     recipe = tiny_recipe({"moe": moe})
-    model = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {}, "fp32")
+    model = Model(*(tiny := tiny_model(recipe))[:1], recipe.to_config({}), tiny[1], "fp32")
     inputs = inputs_of(modality, media_folder)
     together = model.encode(modality, inputs, normalize=True)
     alone = torch.cat([model.encode(modality, value, normalize=True) for value in inputs])
@@ -57,7 +57,7 @@ def test_an_embedding_does_not_depend_on_the_rest_of_its_batch(modality, moe, ti
 def test_equal_clips_of_an_item_are_encoded_once(tiny_recipe, tiny_model, modality, short, long):
     """And the embedding is that of the mean of all of them."""
     recipe = tiny_recipe()
-    model = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {}, "fp32")
+    model = Model(*(tiny := tiny_model(recipe))[:1], recipe.to_config({}), tiny[1], "fp32")
     reader, view = model.modalities[modality], model.views[modality]
     view.clips = 4
     kind, noise = (np.uint8 if modality == "video" else np.float32), np.random.default_rng(0)
@@ -178,7 +178,7 @@ def test_video_is_encoded_by_the_heads_that_it_shares_where_no_task_compares_it(
     del tasks["video"]["views"][0]["text"]
     tasks = {name: tasks[name] for name in ("image", "video")}
     recipe = tiny_recipe(tasks=tasks, modalities={"vision": {"patch": [2, 8, 8]}})
-    model = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {})
+    model = Model(*(tiny := tiny_model(recipe))[:1], recipe.to_config({}), tiny[1])
     assert model.partner("video") == "text"
     assert model.encode_video(np.zeros((4, 16, 16, 3), np.uint8)).shape == model.encode_text("a").shape
 
@@ -186,7 +186,7 @@ def test_video_is_encoded_by_the_heads_that_it_shares_where_no_task_compares_it(
 def test_text_prefers_pictures_even_if_another_task_comes_first(tiny_recipe, tiny_model):
     recipe = tiny_recipe()
     recipe.tasks = dict(reversed(recipe.tasks.items()))
-    model = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {})
+    model = Model(*(tiny := tiny_model(recipe))[:1], recipe.to_config({}), tiny[1])
     assert next(iter(recipe.tasks)) == "audio"
     assert model.partner("text") == "image"
 
@@ -205,7 +205,7 @@ def test_unreadable_inputs_are_named(model, tmp_path):
 def test_a_text_without_a_known_word_is_told_once_in_one_line(tiny_recipe, tiny_model, capsys):
     recipe = tiny_recipe()
     recipe.modalities["text"].min_df = 1
-    words = Model(*(tiny := tiny_model(recipe))[:1], recipe, tiny[1], {})
+    words = Model(*(tiny := tiny_model(recipe))[:1], recipe.to_config({}), tiny[1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         unknown = words.encode_text(["a red", "xylophone", "xylophone"])[1]
@@ -235,7 +235,7 @@ def test_a_text_of_pads_alone_is_no_nan(model):
 def test_a_model_file_cannot_ask_for_more_layers_than_it_has(tiny_model_folder, tmp_path):
     folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    config["recipe"]["model"]["layers"] = 10**9
+    config["model"]["layers"] = 10**9
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"config\.json asks for 1000000000 layers, but the weights are only"):
         openimp.load(folder)
@@ -268,7 +268,7 @@ def test_a_run_means_its_newest_checkpoint(tiny_model_folder, tiny_recipe, tiny_
         (folder / "state.json").write_text("{}", encoding="utf-8")
         if network is not None:
             shutil.rmtree(folder / "model")
-            save_model(folder, network, recipe, modalities, {})
+            save_model(folder, network, recipe.to_config({}), modalities, recipe.to_yaml())
     loaded = openimp.load(tmp_path / "run", device="cpu")
     assert torch.equal(loaded.imp.stems["text"].after.bias, newest.stems["text"].after.bias)
 
@@ -373,7 +373,7 @@ class Trace(Modality):
     }
     recipe = tiny_recipe(tasks={"traces": task}, modalities={})
     imp, modalities = tiny_model(recipe)
-    model = Model(imp, recipe, modalities, {})
+    model = Model(imp, recipe.to_config({}), modalities)
     traces = [np.random.default_rng(i).normal(size=(16, 3)) for i in range(3)]
     assert model.encode_trace(traces).shape == (3, 32)
     assert (model.partner("trace"), model.partner("text")) == ("text", "trace")

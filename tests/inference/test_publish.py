@@ -1,5 +1,4 @@
 import html
-import json
 import shutil
 import socket
 
@@ -11,12 +10,12 @@ import yaml
 from huggingface_hub import ModelCard
 
 import openimp
-from openimp.checkpoint.folder import read_config
+from openimp.checkpoint.folder import SavedRecipe, read_config
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, read_lines
 from openimp.data.files import BUNDLED_LICENSES, DEMO
 from openimp.inference.model import Model
-from openimp.inference.public_recipe import public_path, public_recipe
+from openimp.inference.public_recipe import public_path, shorten_paths
 from openimp.inference.publish import push
 from openimp.recipe.schema import Recipe
 
@@ -140,7 +139,6 @@ def test_nothing_tells_where_the_data_was(written, little_data):
         assert not file.is_file() or str(little_data).encode() not in file.read_bytes(), file
     recipe = yaml.safe_load((written / "recipe.yaml").read_text(encoding="utf-8"))
     assert recipe["sources"]["sounds"]["path"] == "sounds.jsonl"
-    assert json.loads((written / "config.json").read_text(encoding="utf-8"))["recipe"] == recipe
     Recipe.load(written / "recipe.yaml")
     assert read_config(written)[0].name == "little"
 
@@ -168,7 +166,7 @@ def test_paths_lose_their_folders_and_urls_their_secrets():
         "train": {"init": "/runs/before", "steps": 3},
         "modalities": {"text": {"tokenizer": "/home/ada/tokenizer.json", "positions": 8}},
     }
-    assert public_recipe(recipe) == {
+    assert shorten_paths(recipe) == {
         "sources": {
             "a": {"path": "a.csv", "root": "files", "where": {"label": "/m/04rlf"}},
             "b": {"hub": "set"},
@@ -184,7 +182,8 @@ def test_names_of_the_data_add_no_markup_to_the_card(tmp_path, tiny_recipe, tiny
     tasks = {name: {**task, "source": evil} for name, task in tiny_recipe().to_dict()["tasks"].items()}
     recipe = tiny_recipe(sources={evil: {"path": "openimp:clips.parquet", "limit": 3}}, tasks=tasks)
     network, modalities = tiny_model(recipe)
-    Model(network, recipe, modalities, {}).save(tmp_path / "model")
+    saved = SavedRecipe(recipe.to_yaml(), tmp_path / "recipe.yaml")
+    Model(network, recipe.to_config({}), modalities, saved_recipe=saved).save(tmp_path / "model")
     push(tmp_path / "model", "me/evil", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "<script" not in text

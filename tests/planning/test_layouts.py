@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from openimp.model.imp import IMP
+from openimp.model.build import build_for_training
 from openimp.parallel.layout import Layout
 from openimp.planning.gpus import GPUS, USABLE
 from openimp.planning.layouts import STATE_SHARE, alternatives, default_layout, state_bytes
@@ -19,7 +19,7 @@ def test_the_default_layout_shards_no_more_than_it_must(little_data, muon):
     changes = ["parallel.shard_degree=null", f"optimizer.muon_lr={muon}", "model.width=128", "model.moe.experts=4"]
     recipe = Recipe.load(little_data / "recipe.yaml", changes)
     with torch.device("meta"):
-        model = IMP.from_recipe(recipe, recipe.make_modalities(), {"pictures:label": 4})
+        model = build_for_training(recipe, recipe.make_modalities(), {"pictures:label": [1, 2, 3, 4]})
     held = [state_bytes(recipe, model, Layout(16, shards, 1)) for shards in (1, 4, 16)]
     # Weights, gradients and EMA, and two tensors of AdamW, or one of Muon for most weights.
     numbers = sum(weight.numel() for weight in model.parameters())

@@ -26,8 +26,8 @@ from openimp.commands import run_plan
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.step_batches import StepBatches
+from openimp.model.build import build_for_training
 from openimp.model.embedder import in_chunks
-from openimp.model.imp import IMP
 from openimp.objectives.losses import task_losses
 from openimp.objectives.nce import sigmoid_nce, softmax_nce
 from openimp.parallel import distributed
@@ -60,7 +60,7 @@ def test_parameters_are_the_published_ones(name, in_all, token, counted):
     """Encoders in all are the paper's, and so are IMP-B's a token. How it counts those of experts it does not say."""
     recipe = Recipe.load(name)
     model = meta_model(recipe, recipe.make_modalities(), {})
-    used = per_token(recipe, model) / 1e6
+    used = per_token(model) / 1e6
     assert float(f"{count(model.encoder) / 1e6:.4g}") == in_all
     assert used == pytest.approx(counted, abs=0.05)
     assert 0.85 < used / token < 1.01
@@ -74,7 +74,7 @@ def test_parameters_are_the_published_ones(name, in_all, token, counted):
 def test_a_token_uses_the_biases_of_one_expert_per_layer(tiny_recipe):
     """Besides those of attention, and of the MLP of the dense layer."""
     without, biased = (tiny_recipe({"bias": bias}) for bias in (False, True))
-    used = [per_token(recipe, meta_model(recipe, recipe.make_modalities(), {})) for recipe in (without, biased)]
+    used = [per_token(meta_model(recipe, recipe.make_modalities(), {})) for recipe in (without, biased)]
     assert used[1] - used[0] == 2 * (4 * 32 + 64 + 32)
 
 
@@ -252,7 +252,7 @@ def measure_received(file: Path, out: Path) -> None:
         device = distributed.start()
         options = recipe_in(name, file, distributed.world_size())
         modalities = options.make_modalities()
-        model = IMP.from_recipe(options, modalities, {"pictures:label": 4}).train()
+        model = build_for_training(options, modalities, {"pictures:label": [1, 2, 3, 4]}).train()
         layout = choose_layout(options, model, device)
         apply_parallelism(
             model, model.blocks(), model.experts(), ("encode_all", "project", "classify"), layout, device,

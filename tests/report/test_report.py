@@ -15,7 +15,8 @@ from xml.etree.ElementTree import Element
 import PIL.Image
 import pytest
 
-from openimp.checkpoint.folder import checkpoints, load_model, model_folder, verify
+from openimp.checkpoint.find import model_folder
+from openimp.checkpoint.folder import checkpoints, load_model, verify
 from openimp.commands import run_info
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, read_lines
@@ -174,7 +175,9 @@ def test_the_page_has_all_sections(page, parsed, little_run):
 
 
 def test_its_numbers_are_those_of_the_evaluation(parsed, little_run):
-    model, recipe, modalities, _ = load_model(model_folder(little_run))
+    model, saved = load_model(model_folder(little_run))
+    recipe = saved.recipe.validated()
+    modalities = saved.modalities
     source = open_source("pictures", recipe.sources["pictures"])
     evaluator = Evaluator(model, recipe, modalities)
     found, _ = classify(evaluator, recipe.evaluation.sets["colours"], "evaluation.sets.colours", source)

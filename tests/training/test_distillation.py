@@ -161,7 +161,7 @@ def test_in_a_disjoint_space_the_recipe_names_what_to_compare_with(data):
     one_task = """tasks={both: {source: pictures, inputs: {image: file, text: label}, objectives: [
         {type: distill, of: image, to: teacher}, {type: distill, of: text, to: teacher, towards: TOWARDS}]}}"""
     recipe = Recipe.load(data / "recipe.yaml", [disjoint, "evaluation={}", one_task.replace("TOWARDS", "image")])
-    model = IMP.from_recipe(recipe, recipe.make_modalities())
+    model = IMP.from_config(recipe.to_config({}), recipe.make_modalities())
     assert [*model.projections] == ["text-to-vision", "vision-to-text"]
     assert model.share_a_space("image", "text")
     with pytest.raises(UserError, match=r"objectives.1.towards: no modality 'imag'; did you mean 'image'"):

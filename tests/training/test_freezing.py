@@ -17,7 +17,7 @@ from openimp.commands import run_plan
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
-from openimp.model.imp import IMP
+from openimp.model.build import build_for_training
 from openimp.model.learning_rates import freeze
 from openimp.planning.memory import step_memory
 from openimp.planning.plan import plan
@@ -123,7 +123,7 @@ def test_the_plan_shows_what_is_frozen(little_data, capsys):
     recipe = recipe_of(little_data, *changes)
     found = plan(recipe, recipe.make_modalities(), {"pictures:label": [1, 2, 3, 4]}, 2, "h100", 0.4)
     with torch.device("meta"):
-        model = IMP.from_recipe(recipe, recipe.make_modalities(), {"pictures:label": 4})
+        model = build_for_training(recipe, recipe.make_modalities(), {"pictures:label": [1, 2, 3, 4]})
     freeze(model, recipe.optimizer)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found.frozen == sum(p.numel() for p in model.parameters()) - trained > 0

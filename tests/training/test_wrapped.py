@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import openimp
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import checkpoints, find_model, load_model
+from openimp.checkpoint.find import find_model
+from openimp.checkpoint.folder import checkpoints, load_model
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.common.safe_files import write_text
@@ -87,17 +88,19 @@ def weights(run: Path, part: str = "model") -> dict[str, Tensor]:
     return dcp.read(checkpoints(run)[-1] / part)
 
 
+def assert_contains(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert not [key for key, value in theirs.items() if not torch.equal(ours[key], value)]
+
+
 def test_it_starts_from_the_public_weights_and_learns(whole, name, data, capsys):
     lines = read_lines(whole / "metrics.jsonl")
-    first, last = (
-        sum(line["tasks"][task]["loss"] for line in part for task in line["tasks"]) for part in (lines[:6], lines[-6:])
-    )
+    losses = [sum(task["loss"] for task in line["tasks"].values()) for line in lines]
+    first, last = sum(losses[:6]), sum(losses[-6:])
     assert last < 0.9 * first
     before = openimp.load(name, "cpu", "fp32")
     trainer = Trainer(set_up(recipe_of(data, name), whole.with_name("fresh")))
     assert f"starts from {name}; loaded: " in capsys.readouterr().out
-    for key, tensor in before.imp.state_dict().items():
-        assert torch.equal(trainer.model.state_dict()[key], tensor), key
+    assert_contains(trainer.model.state_dict(), before.imp.state_dict())
     (result,) = read_lines(whole / "results.jsonl")
     assert result["top1"] > result["chance"]
 
@@ -118,26 +121,17 @@ def test_a_run_that_was_killed_resumes_exactly_without_the_public_model(whole, d
     for kind in ("model", "ema", "optimizer"):
         ours, theirs = weights(tmp_path / "run", kind), weights(whole, kind)
         assert ours.keys() == theirs.keys()
-        for key, value in theirs.items():
-            assert torch.equal(ours[key], value), key
+        assert_contains(ours, theirs)
     model = openimp.load(tmp_path / "run")
     assert torch.equal(model.encode_text("a red square"), openimp.load(whole).encode_text("a red square"))
 
 
 def test_further_training_starts_from_a_run(whole, data, name, tmp_path):
     trainer = Trainer(set_up(recipe_of(data, name, init=str(whole)), tmp_path / "run"))
-    ema = weights(whole, "ema")
-    for key, tensor in trainer.model.state_dict().items():
-        assert torch.equal(tensor, ema[key]), key
-    plain = {"model": {}, "modalities": {}, "train": {"init": str(whole)}}
-    task = {
-        "source": "pictures",
-        "inputs": {"image": "file", "text": "{label}"},
-        "objectives": [{"type": "contrastive"}],
-    }
-    plain |= {"name": "x", "sources": {"pictures": {"path": str(data / "pictures")}}, "tasks": {"t": task}}
+    assert_contains(weights(whole, "ema"), trainer.model.state_dict())
+    plain = recipe_of(data, name, "model.wrap=null", "tasks.paired.views=[{}]", init=str(whole))
     with pytest.raises(UserError, match=r"train.init: .* its recipe wraps open_clip:.* and this one wraps no other"):
-        Trainer(set_up(Recipe.build(plain), tmp_path / "other"))
+        set_up(plain, tmp_path / "other")
 
 
 def test_a_run_of_pictures_alone_can_be_continued_with_texts(data, name, tmp_path):
@@ -216,19 +210,14 @@ def test_a_tower_without_a_list_of_blocks_has_no_depths(tmp_path):
         model.depths()
 
 
-def test_the_counted_flops_are_those_of_a_step(data, name, tmp_path):
+def test_the_counted_flops_and_parameters_are_those_of_the_model(data, name, tmp_path):
     trainer = Trainer(set_up(recipe_of(data, name), tmp_path / "run"))
     for step in range(2):
         loaded = trainer.data[step]
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             trainer.make_step(loaded)
         assert counter.get_total_flops() == trainer.log.costs[loaded.visit.task, loaded.visit.view].flops
-
-
-def test_a_plan_counts_the_wrapped_model(whole, data, name):
-    recipe = recipe_of(data, name)
-    trainer = Trainer(set_up(recipe, whole.with_name("planned")))
-    found = plan(recipe, trainer.modalities, trainer.data.classes, 4, "h100", 0.4)
+    found = plan(trainer.recipe, trainer.modalities, trainer.data.classes, 4, "h100", 0.4)
     assert sum(found.parameters.values()) == sum(weight.numel() for weight in trainer.model.parameters())
     assert found.fits
     assert found.per_token is None

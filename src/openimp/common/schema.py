@@ -77,8 +77,8 @@ def absolute_path(path: str, folder: str | Path) -> str:
 
 
 def base_folder(text: Any, info: ValidationInfo) -> str | Path | None:
-    """The folder at which a relative path in the data starts; None if it is not known."""
-    return text.folder if isinstance(text, TextFrom) else (info.context or {}).get("folder")
+    """The folder at which a relative path in the data starts: that given to `checked`, by default the current one."""
+    return text.folder if isinstance(text, TextFrom) else (info.context or {"folder": "."})["folder"]
 
 
 def _one_component(name: str) -> str:
@@ -142,6 +142,8 @@ def checked(schema: type[Any], data: Any, where: str, folder: str | Path | None 
         return schema.model_validate(data, context={"folder": folder})
     except ValidationError as error:
         raise UserError(f"{where}: {_first_mistake(data, error)}") from None
+    except UserError as error:  # Of a validator.
+        raise UserError(f"{where}: {error}") from None
 
 
 EXPECTED = {

@@ -21,6 +21,7 @@ from openimp.alternation import Alternation, Visit
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia, Modality
 from openimp.common.objective import TargetSizes, Tensors
+from openimp.common.protocols import Learned
 from openimp.data.batch import Batch, head_key
 from openimp.data.order import batch_digest, example_rng, permute, rows_at, seed_key
 from openimp.data.sources import open_source
@@ -171,7 +172,8 @@ class StepBatches(Dataset[LoadedBatch]):
 
         Modalities whose stem is in `fitted_stems` are left as they are.
         """
-        learning = {n: m for n, m in self.modalities.items() if m.reads_text and m.stem not in fitted_stems}
+        readers = {name: m for name, m in self.modalities.items() if m.reads_text and m.stem not in fitted_stems}
+        learning = {name: m for name, m in readers.items() if isinstance(m, Learned)}
 
         def fit() -> dict[str, dict[str, str]]:
             for name, modality in learning.items():

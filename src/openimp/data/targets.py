@@ -9,14 +9,14 @@ from openimp.common.objective import ClassColumn, TargetSizes
 from openimp.common.schema import as_text
 from openimp.data.streams import Stream
 from openimp.data.tables import Table, Unreadable
+from openimp.model.build import architecture_of
 from openimp.recipe.schema import Recipe
 
 
 def target_sizes(recipe: Recipe, modalities: Modalities, classes: Classes) -> TargetSizes:
     """What the shapes of a recipe's targets depend on. `classes` has those of each classification head."""
-    wrapped_dims = [modality.embed_dim for modality in modalities.values() if modality.embed_dim]
     numbers = {head: {value: i for i, value in enumerate(values)} for head, values in classes.items()}
-    return TargetSizes(wrapped_dims[0] if wrapped_dims else recipe.model.embed_dim, numbers)
+    return TargetSizes(architecture_of(recipe.model).embed_dim(recipe.model, modalities), numbers)
 
 
 def classes_of(source: Table | Stream, column: ClassColumn, where: str) -> list[Any]:

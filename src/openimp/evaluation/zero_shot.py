@@ -13,7 +13,6 @@ from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.common.schema import as_text
-from openimp.encoding.items import first_view
 from openimp.evaluation.evaluator import Evaluator
 from openimp.parallel.distributed import all_gather_uneven, own_part
 from openimp.recipe.evaluation import ZeroShot
@@ -47,7 +46,7 @@ def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
 def class_embeddings(evaluator: Evaluator, options: ZeroShot, names: list[str]) -> Tensor:
     """(K, Z) unit vectors: for each class, the mean of the unit vectors of its name in each prompt."""
     (seen,), reader, prompts, recipe = options.inputs, options.reader, options.prompts, evaluator.recipe
-    encoder = evaluator.item_encoder(reader, first_view(recipe, reader), seen)
+    encoder = evaluator.item_encoder(reader, recipe.first_view(reader), seen)
     # Each rank encodes the texts of some of the classes.
     own = [names[i] for i in own_part(len(names))]
     texts = (prompt.format(name) for name in own for prompt in prompts)

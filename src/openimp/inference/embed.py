@@ -76,7 +76,7 @@ def embed(
     encoders = {name: model.item_encoder(name, towards, batch_size, f"embed {name}") for name in found}
     columns = dict.fromkeys(("path", "modality", "towards"), pa.string())
     columns["embedding"] = pa.list_(pa.float32(), model.imp.config.embed_dim)
-    schema = pa.schema(columns, {"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})})
+    schema = pa.schema(columns, {"openimp": json.dumps({"model": str(run), "recipe": model.config.name})})
     rows = dict.fromkeys(found, 0)
     skipped: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)

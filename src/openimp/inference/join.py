@@ -93,7 +93,7 @@ def embed_rows(
         return encoder.read(raw_value(table, encoder.modality, spec, row))
 
     embedding = pa.field(to, pa.list_(pa.float32()))
-    metadata = {"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})}
+    metadata = {"openimp": json.dumps({"model": str(run), "recipe": model.config.name})}
     schema = table.arrow(range(0)).schema.append(embedding).with_metadata(metadata)
     rows: Iterable[int] = progress(range(len(table)), f"embed {name}")
     results = encoder.encode((row, partial(read, row)) for row in rows)

@@ -1,4 +1,5 @@
-"""What of a recipe `openimp push` publishes: everything but folders, passwords and the queries of URLs.
+"""What `openimp push` publishes of a recipe and of a model's configuration: everything but folders, passwords and the
+queries of URLs.
 
 Folders may tell names of users, customers or machines, and the query of a URL may hold a key.
 """
@@ -9,20 +10,16 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from openimp.data.files import is_url
-from openimp.recipe.model import LOCAL
 
 
-def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a recipe as plain data, with the `public_path` of each path in it."""
-    recipe = copy.deepcopy(recipe)
-    for part in (*recipe["sources"].values(), recipe["train"]):
-        _shorten(part, {"path", "hub", "root", "init"})  # A data set of the hub may be a local folder.
-    if wrapped := recipe.get("model", {}).get("wrap"):
-        library, local, folder = wrapped.partition(LOCAL)
-        recipe["model"]["wrap"] = library + local + (public_path(folder) if local else folder)
-    for options in recipe["modalities"].values():
+def shorten_paths(data: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe or of a model's configuration as plain data, with the `public_path` of each path in it."""
+    data = copy.deepcopy(data)
+    for part in (*data.get("sources", {}).values(), data.get("model", {}), data.get("train", {})):
+        _shorten(part, {"path", "hub", "root", "init", "wrap"})  # A data set of the hub may be a local folder.
+    for options in data["modalities"].values():
         _shorten(options, options.keys())  # A modality of another package may have paths of any name.
-    return recipe
+    return data
 
 
 def public_path(path: str) -> str:

@@ -6,7 +6,7 @@ Shape suffixes: B examples, D features, Z dimensions of the shared embedding spa
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from itertools import zip_longest
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,12 @@ class Embedder(nn.Module, ABC):
     config: Model
     classifiers: nn.ModuleDict
     pairs: list[tuple[str, str]]  # the pairs of modalities that are trained to agree; each pair is sorted
+    cast_inputs: ClassVar[bool] = False  # whether FSDP2 casts the inputs of `blocks` to the type of the weights
+    reads_values: ClassVar[bool] = False  # whether the forward pass looks at values, which meta tensors do not have
+
+    @abstractmethod
+    def checkpoint_activations(self) -> None:
+        """Makes the backward pass compute the activations within each block again, so they need not be kept."""
 
     @abstractmethod
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:

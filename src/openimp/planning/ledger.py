@@ -22,7 +22,7 @@ from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import number_table
 from openimp.data.batch import Batch
 from openimp.data.targets import target_sizes
-from openimp.model.build import build_model
+from openimp.model.build import build_for_training
 from openimp.model.embedder import Embedder, in_chunks
 from openimp.model.learning_rates import freeze, muon_stacks
 from openimp.objectives.losses import Losses, task_losses
@@ -67,7 +67,7 @@ def costs(
     recipe: Recipe,
     modalities: Modalities,
     classes: Classes,
-    build: Callable[..., Any] = build_model,
+    build: Callable[..., Any] = build_for_training,
     losses: Callable[..., Losses] = task_losses,
     summed: bool = False,
 ) -> dict[tuple[str, int], Cost]:
@@ -103,8 +103,7 @@ def _count(
     by_view = {}
     for name, task in recipe.tasks.items():
         for i, view in enumerate(task.views if task.weight else ()):
-            # Towers from transformers look at values, except at those of fake tensors.
-            with FakeTensorMode(allow_non_fake_inputs=True) if recipe.model.wrap else nullcontext():
+            with FakeTensorMode(allow_non_fake_inputs=True) if model.reads_values else nullcontext():
                 batch = empty_batch(recipe, name, i, modalities, classes, META)
                 with FlopCounterMode(display=False) as counter:
                     total = losses(model, task, batch, in_chunks(model.encode_all, recipe.memory.chunk_size)).total
@@ -148,11 +147,11 @@ def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: boo
 
 
 def meta_model(
-    recipe: Recipe, modalities: Modalities, classes: Classes, build: Callable[..., Any] = build_model
+    recipe: Recipe, modalities: Modalities, classes: Classes, build: Callable[..., Any] = build_for_training
 ) -> Any:
     """The recipe's model with its frozen parts, on the meta device: it has shapes and no values."""
     with META:
-        model = build(recipe, modalities, {name: len(values) for name, values in classes.items()})
+        model = build(recipe, modalities, classes)
     freeze(model, recipe.optimizer)
     return model
 

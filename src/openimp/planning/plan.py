@@ -121,7 +121,7 @@ def plans(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, g
             mfu=mfu,
             parameters=parameters,
             frozen=frozen,
-            per_token=per_token(recipe, model),
+            per_token=per_token(model),
             steps={visit: planner.step(recipe.tasks[visit[0]], by_view[visit], counted[visit]) for visit in by_view},
             visits=visits,
         )
@@ -147,19 +147,19 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def per_token(recipe: Recipe, model: Embedder) -> int | None:
+def per_token(model: Embedder) -> int | None:
     """Parameters that a token uses on average, from its embedding to the mean over the tokens: the encoder without the
     experts that do not process the token, and the stem's two linear layers, one before the encoder and one after.
 
     With expert choice a token has `capacity_factor` experts on average, with token choice `top_k`. None for a wrapped
     model.
     """
-    moe = recipe.model.moe
-    if not isinstance(model, IMP) or (moe and moe.routing == "soft"):
+    if not isinstance(model, IMP):
         return None
     own_blocks = [count(blocks) for blocks in model.encoder.own.values()]
     used = count(model.encoder) - sum(own_blocks[1:])  # A token has those of its own stem, all of them alike.
-    width = recipe.model.width
+    width = model.config.width
+    moe = model.config.moe
     used += 2 * (width * width + width)
     if moe is None:
         return used

@@ -5,9 +5,11 @@ from typing import Any
 
 from openimp.common.modality import Modalities
 from openimp.common.progress import clock, console, number_table
+from openimp.model.build import build_model
 from openimp.planning.gpus import GIB
-from openimp.planning.ledger import costs, meta_model, mixture_table, short
+from openimp.planning.ledger import META, costs, mixture_table, short
 from openimp.planning.plan import Plan, count, per_token, recommended
+from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
 
@@ -73,11 +75,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days" if seconds >= 86400 else clock(seconds)
 
 
-def print_model(recipe: Recipe, modalities: Modalities, classes: dict[str, list[Any]]) -> None:
-    """Prints the parameters of a recipe's model. `classes` has the classes of each head."""
-    model = meta_model(recipe, modalities, classes)
+def print_model(config: ModelConfig, modalities: Modalities) -> None:
+    """Prints the parameters of a model."""
+    with META:
+        model = build_model(config, modalities)
     parameters = {name: count(part) for name, part in model.named_children()}
-    _print_parameters(parameters, per_token(recipe, model), 0, modalities)
+    _print_parameters(parameters, per_token(model), 0, modalities)
 
 
 def _print_parameters(parameters: dict[str, int], used: int | None, frozen: int, modalities: Modalities) -> None:

@@ -8,10 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, model_folder, read_config, saved_step
+from openimp.checkpoint.find import model_folder
+from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, read_config, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modalities
+from openimp.common.protocols import Pictured
 from openimp.common.safe_files import refuse_links, write_text
 from openimp.common.versions import openimp_version
 from openimp.data.tables import Table
@@ -82,10 +84,11 @@ def _measure(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measures the model on its evaluation sets, and returns facts about the model, and the sections of the page."""
     folder = model_folder(run)
-    model, recipe, modalities, classes = load_model(folder)
+    model, (config, modalities, saved_recipe) = load_model(folder)
+    recipe = saved_recipe.validated()
     step = saved_step(folder)
     about = {"recipe": recipe, "parameters": count(model), "step": step}
-    evaluator = Evaluator(model.to(pick_device()), recipe, modalities, classes, progress)
+    evaluator = Evaluator(model.to(pick_device()), recipe, modalities, config.classes, progress)
     shown: list[dict[str, Any]] = []
     notes = []
     confusions = []
@@ -115,8 +118,11 @@ def _measure(
 
 
 def _show(modalities: Modalities, options: EvaluationSet, source: Table, name: str, row: int) -> Any:
+    modality = modalities[name]
     try:
-        raw = raw_value(source, modalities[name], options.inputs[name], row)
-        return modalities[name].show(raw, options.view[name])
+        raw = raw_value(source, modality, options.inputs[name], row)
+        if isinstance(modality, Pictured):
+            return modality.show(raw, options.view[name])
+        return str(raw) if modality.reads_text else modality.encode_input(raw, options.view[name])[0]
     except BadMedia as error:
         return f"cannot be shown: {error}"

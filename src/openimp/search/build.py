@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.folder import CHECKPOINTS, model_folder
+from openimp.checkpoint.find import model_folder
+from openimp.checkpoint.folder import CHECKPOINTS
 from openimp.common.errors import UserError, by_extension, counted
 from openimp.common.modality import Modalities
 from openimp.common.progress import console, track

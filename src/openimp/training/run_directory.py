@@ -100,15 +100,18 @@ class RunDirectory:
         require_same_run(found[-1], self.recipe, trainer)
         return True
 
-    def begin(self, config: str) -> None:
-        """Writes what the run trains; from here on the directory holds a run. `config` is the model's config.json."""
+    def begin(self, config: str, recipe: str) -> None:
+        """Writes what the run trains; from here on the directory holds a run.
+
+        The texts are the config.json and the recipe.yaml of its checkpoints.
+        """
         distributed.barrier()  # Every rank must have looked for an older run before this one's files appear.
 
         def write() -> None:
             if distributed.rank() == 0:
                 self.path.mkdir(parents=True, exist_ok=True)
-                write_text(self.recipe_file, self.recipe.to_yaml())
-                record_training(config)
+                write_text(self.recipe_file, recipe)
+                record_training(config, recipe)
                 if distributed.job_id():
                     write_text(self.job_file, distributed.job_id())
 

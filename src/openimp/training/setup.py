@@ -1,6 +1,6 @@
 """Makes the parts of a training run: data, model, optimizers, log, checkpoints and evaluation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,19 +8,20 @@ from typing import Any, Literal
 
 import torch
 
-from openimp.checkpoint.folder import config_files, read_config
+from openimp.checkpoint.folder import CONFIG, RECIPE, read_config, text_files
 from openimp.checkpoint.resume import changed_sources
 from openimp.checkpoint.saver import Saver
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.device import keep_freed_memory, precision_of
 from openimp.common.errors import UserError
-from openimp.common.modality import Modalities, Modality
+from openimp.common.modality import Classes, Modalities, Modality
 from openimp.common.progress import StepBar, console, track
+from openimp.common.protocols import load_learned
 from openimp.data.batch import Batch
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Cursor
 from openimp.evaluation.evaluate import check_sets
-from openimp.model.build import build_model
+from openimp.model.build import architecture_of, build_for_training
 from openimp.model.embedder import Embedder, EncodeAll, in_chunks
 from openimp.model.learning_rates import freeze
 from openimp.objectives.losses import Losses, task_losses
@@ -55,7 +56,7 @@ class Variant:
 
     name: str = "Trainer"
     make_modalities: Callable[[Recipe], dict[str, Modality]] = Recipe.make_modalities
-    build_model: Callable[[Recipe, Modalities, Mapping[str, int]], Embedder] = build_model
+    build_model: Callable[[Recipe, Modalities, Classes], Embedder] = build_for_training
     losses: Callable[[Any, Task, Batch, EncodeAll | None], Losses] = task_losses
     sum_tasks: bool = False
     warns: bool = True
@@ -110,9 +111,9 @@ def set_up(
     warm_start = open_warm_start(recipe, modalities) if checkpoint is None else None
     saved_classes = None
     if checkpoint is not None:
-        _, saved_classes, learned = read_config(checkpoint, None)
-        for modality in modalities.values():
-            modality.load_state(learned)
+        saved_config, learned, _ = read_config(checkpoint, None)
+        saved_classes = saved_config.classes
+        load_learned(modalities.values(), learned)
     rank = distributed.rank()
     world_size = distributed.world_size()
     data = distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
@@ -126,15 +127,15 @@ def set_up(
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
     step_costs = costs(recipe, modalities, data.classes, variant.build_model, variant.losses, variant.sum_tasks)
     signature_count = len(signatures(recipe, modalities, distributed.world_size())) if recipe.train.compile else 0
-    model, text_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
+    model, files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
     if warm_start is not None:
         console.print(warm_start.load(model, data.classes), soft_wrap=True)
     updater = Updater(recipe, model)
-    checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, text_files)
+    checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
     step = state.get("step", 0)
     cursors = data.load_cursors(state.get("cursors", {}), changed)
-    directory.begin(text_files["config.json"])
+    directory.begin(files[CONFIG], files[RECIPE])
     log = Log(recipe, run, modalities, data.schedule, step_costs, device, state)
     print_plan(recipe, run, model, device, step_costs, step, signature_count)
     return Parts(
@@ -179,13 +180,12 @@ def _make_model(
     `signature_count` signatures.
     """
     deferred = DeferredInit(recipe.seed)
-    class_counts = {head: len(classes) for head, classes in data.classes.items()}
-    build = partial(variant.build_model, recipe, data.modalities, class_counts)
-    model = deferred.build(build, at_once=recipe.model.wrap is not None).train()
+    build = partial(variant.build_model, recipe, data.modalities, data.classes)
+    model = deferred.build(build, at_once=not architecture_of(recipe.model).initializes).train()
     freeze(model, recipe.optimizer)
     distributed.run_first_on_node(lambda: check_sets(model, recipe, data.modalities, data.classes))
     # Before FSDP2 replaces the model's class, whose name is in config.json.
-    text_files = config_files(model, recipe, data.modalities, data.classes)
+    files = text_files(model, recipe.to_config(data.classes), data.modalities, recipe.to_yaml())
     layout = choose_layout(recipe, model, device)
     if signature_count:
         # Expert parallelism shards the experts of a block as a group of its own, whose hooks divide a graph anyway.
@@ -196,10 +196,10 @@ def _make_model(
     apply_parallelism(
         model, model.blocks(), model.experts(), ("encode", "encode_all", "project", "classify"),
         layout, device, torch.float32 if "fp32" in precisions else torch.bfloat16,
-        model.fp32_modules(), cast_inputs=bool(recipe.model.wrap),
+        model.fp32_modules(), cast_inputs=model.cast_inputs,
     )  # fmt: skip
     if layout.ranks > 1:
         console.print(f"parallel: {layout}")
     if initialize:
         deferred.initialize(model)
-    return model, text_files
+    return model, files

@@ -190,8 +190,8 @@ class Trainer:
         task = self.recipe.tasks[loaded.visit.task]
         wants_usage = self.log.wants_usage(loaded.visit.step)
         collect_usage(self.model, wants_usage)
-        if self.recipe.model.wrap:  # Its towers may have dropout, which a resumed run must repeat.
-            torch.manual_seed(seed_key(self.recipe.seed, "dropout", loaded.visit.step, distributed.rank()) % 2**63)
+        # The model may have dropout, which a resumed run must repeat.
+        torch.manual_seed(seed_key(self.recipe.seed, "dropout", loaded.visit.step, distributed.rank()) % 2**63)
         with mixed_precision(self.device, self.recipe.train.precision):
             losses = self.variant.losses(self.model, task, loaded.to(self.device), self.encode_all)
         return losses if wants_usage else replace(losses, usage={})
