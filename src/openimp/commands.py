@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from openimp.checkpoint.find import find_model, model_folder
+from openimp.checkpoint.find import find_model, is_model_name
 from openimp.checkpoint.folder import checkpoints, describe_model, load_model, saved_step
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.device import pick_device
@@ -32,7 +32,6 @@ from openimp.parallel import distributed
 from openimp.planning.plan import plans
 from openimp.planning.tables import print_costs, print_model, print_plan
 from openimp.recipe.file import RecipeLoader, override, read_recipe
-from openimp.recipe.model import LIBRARY
 from openimp.recipe.model_config import class_for
 from openimp.recipe.schema import Recipe
 from openimp.report.write import write_report
@@ -119,7 +118,7 @@ def run_eval(
         if sets or other or overrides or allow_sources:
             raise UserError("--mteb takes no evaluation sets, --recipe, --set or --allow-sources")
         return _run_benchmarks(path, mteb, out)
-    folder = model_folder(path)
+    folder = find_model(path)
     model, (config, modalities, saved_recipe) = load_model(folder)
     recipe = saved_recipe.validated()
     given: Collection[str] = ()  # sources that the user's own recipe defines
@@ -270,7 +269,7 @@ def run_embed_rows(
 
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
     """Serves the search page of an index, or of the media of a run's recipe."""
-    if not what.exists() and not str(what).startswith(LIBRARY):
+    if not what.exists() and not is_model_name(what):
         raise UserError(f"{what}: no such index or run; openimp index makes an index")
     try:
         from openimp.search.server import serve
@@ -290,15 +289,15 @@ def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None
 def run_info(what: str, overrides: list[str]) -> None:
     """Describes a recipe, a model, or a run. A run without a checkpoint is described by its recipe."""
     path = Path(what)
-    wrapped = what.startswith(LIBRARY)
-    if (wrapped or path.is_dir()) and overrides:
+    is_name = is_model_name(what)
+    if (is_name or path.is_dir()) and overrides:
         raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
-    if wrapped or (
+    if is_name or (
         path.is_dir() and (checkpoints(path) or (path / "config.json").exists() or not (path / "recipe.yaml").exists())
     ):
-        folder = model_folder(path)
+        folder = find_model(what)
         config, modalities, saved_recipe = describe_model(folder)
-        console.print(f"{what if wrapped else folder}: a model of recipe {config.name}", soft_wrap=True)
+        console.print(f"{what if is_name else folder}: a model of recipe {config.name}", soft_wrap=True)
         print_model(config, modalities)
         recipe = saved_recipe.validated()
         classes = config.classes

@@ -53,7 +53,7 @@ def test_a_pushed_model_is_loaded_from_the_hub_by_its_name(little_run, server, m
     assert {"README.md", "config.json", "tokenizer.json", "recipe.yaml"} <= server.files["me/little"].keys()
     (message,) = server.messages
     assert message.startswith("little, ")
-    ours, theirs = openimp.load(little_run, "cpu"), openimp.load("me/little", "cpu")
+    ours, theirs = openimp.load(little_run, "cpu"), openimp.load("hub:me/little", "cpu")
     picture = media_folder / "0.png"
     assert torch.equal(theirs.encode_image(picture), ours.encode_image(picture))
     assert torch.equal(theirs.encode_text("a red square"), ours.encode_text("a red square"))
@@ -97,12 +97,12 @@ def test_the_card_says_what_the_model_was_trained_on_and_what_it_can_do(written,
 def test_the_code_on_the_card_runs(written, media_folder, tmp_path, monkeypatch):
     text = (written / "README.md").read_text(encoding="utf-8")
     (code,) = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
-    assert 'openimp.load("me/little")' in code
+    assert 'openimp.load("hub:me/little")' in code
     PIL.Image.open(media_folder / "0.png").convert("RGB").save(tmp_path / "FILE.jpg")
     shutil.copy(media_folder / "0.wav", tmp_path / "FILE.wav")
     monkeypatch.chdir(tmp_path)
     found: dict[str, object] = {}
-    exec(code.replace("me/little", str(written)), found)
+    exec(code.replace("hub:me/little", str(written)), found)
     assert found["image"].shape == found["audio"].shape == found["text"].shape
 
 
@@ -209,7 +209,7 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(little_run, tiny_model_fo
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(UserError, match=r"^you are not logged in to the Hugging Face Hub: run `hf auth login`"):
         push(little_run, "me/little")
-    with pytest.raises(UserError, match="no model here; expected a run"):
+    with pytest.raises(UserError, match="no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME"):
         push(tmp_path / "missing", "me/little", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")

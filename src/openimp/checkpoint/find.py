@@ -1,49 +1,58 @@
 """Finds the folder of a model by its name."""
 
-import re
 from pathlib import Path
 
-from openimp.checkpoint.folder import checkpoints
+from openimp.checkpoint.folder import CONFIG, RECIPE, checkpoints
 from openimp.checkpoint.wrapped import wrapped_folder
 from openimp.common.errors import UserError
+from openimp.common.names import HUB, OPEN_CLIP, SCHEMES, HubName, Name
 from openimp.common.safe_files import refuse_links
-from openimp.recipe.model import LIBRARY
 
 
-def model_folder(path: Path) -> Path:
-    """The folder of a model: `path` itself if it has config.json, else the newest checkpoint of the run `path`.
+def find_model(name: str | Path) -> Path:
+    """The folder of a model: a run's newest checkpoint, or the folder with config.json that the name means.
 
-    If `path` is the name of a model of open_clip, it is converted to a folder in the cache, unless it has been already.
+    A model of the Hugging Face Hub is downloaded, and a model of open_clip is converted to a folder in the cache,
+    unless it has been already.
     """
-    if str(path).startswith(LIBRARY):
-        return wrapped_folder(str(path))
-    refuse_links(path)
-    if (path / "config.json").exists():
-        return path
-    found = checkpoints(path)
-    if not found:
-        raise UserError(f"{path}: no model here; expected a run with a checkpoint, or a folder with config.json")
-    return found[-1]
-
-
-def find_model(name: str) -> Path:
-    """The folder of a model: a local one, or one that is downloaded from the Hugging Face Hub unless it is cached.
-
-    `name` is a path, or OWNER/NAME or OWNER/NAME@REVISION on the Hub. With the prefix "hub:" it is never a path. With
-    the prefix "open_clip:" it is a model of open_clip; see `wrapped`.
-    """
-    path, on_hub = Path(name), re.fullmatch(r"(hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
-    if name.startswith(LIBRARY) or path.exists():
-        return model_folder(path)
-    if not on_hub or (not on_hub[1] and (path.parts[0] == "runs" or path.parent.is_dir())):
+    scheme, rest = Name.parse(name)
+    if scheme == OPEN_CLIP:
+        return wrapped_folder(str(name))
+    if scheme == HUB:
+        return _find_local(_download(str(name), HubName.parse(rest)))
+    if scheme is not None:
+        raise UserError(f"{name}: expected a folder, hub:OWNER/NAME or open_clip:NAME/TAG for a model")
+    if not Path(name).exists():
         raise UserError(f"{name}: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME")
+    return _find_local(Path(name))
+
+
+def is_model_name(name: str | Path) -> bool:
+    """Whether a name can only mean a model that is not in a folder of the user."""
+    return Name.parse(name).scheme in SCHEMES
+
+
+def _find_local(path: Path) -> Path:
+    refuse_links(path)
+    if (path / CONFIG).exists():
+        return path
+    saved = checkpoints(path)
+    if not saved:
+        raise UserError(f"{path}: no model here; expected a run with a checkpoint, or a folder with config.json")
+    return saved[-1]
+
+
+def _download(name: str, hub_name: HubName | None) -> Path:
+    if hub_name is None:
+        raise UserError(f"{name}: expected hub:OWNER/NAME or hub:OWNER/NAME@REVISION")
     from huggingface_hub import snapshot_download
 
-    allowed, ignored = ["*.json", "*.safetensors"], ["optimizer*"]
+    allowed = ["*.json", "*.safetensors", RECIPE]
     try:
-        folder = snapshot_download(on_hub[2], revision=on_hub[3], allow_patterns=allowed, ignore_patterns=ignored)
+        folder = snapshot_download(
+            hub_name.repository, revision=hub_name.revision, allow_patterns=allowed, ignore_patterns=["optimizer*"]
+        )
     except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
-        local = "" if on_hub[1] else "there is no local folder of this name, and "
-        raise UserError(f"{name}: {local}the Hugging Face Hub did not provide the model: {reason}") from None
-    return model_folder(Path(folder))
+        raise UserError(f"{name}: the Hugging Face Hub did not provide the model: {reason}") from None
+    return Path(folder)

@@ -10,15 +10,15 @@ import yaml
 from torch import Tensor
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.find import find_model, model_folder
+from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import read_config, weights_folder
 from openimp.checkpoint.public_vit import LIBRARIES, RGB, ViTWeights
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
+from openimp.common.names import Name, map_path
 from openimp.common.protocols import load_learned
 from openimp.model.embedder import Embedder
 from openimp.recipe.file import differences, flat
-from openimp.recipe.model import LIBRARY, LOCAL
 from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
@@ -116,7 +116,7 @@ def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
     if init is None and wrap is None:
         return None
     try:
-        if wrap is None and str(init).startswith(LIBRARIES):
+        if wrap is None and Name.parse(str(init)).scheme in LIBRARIES:
             return _open_vit(str(init), recipe, modalities)
         return _open_saved(str(init or wrap), recipe, modalities)
     except UserError as error:
@@ -124,8 +124,7 @@ def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
 
 
 def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
-    # Unlike `openimp.load`, this requires "hub:", so that a mistyped path never loads a stranger's model.
-    folder = find_model(init) if init.startswith("hub:") else model_folder(Path(init))
+    folder = find_model(init)
     before, learned, _ = read_config(folder)
     # A wrapped model is the same under all names of its folder.
     if init != recipe.model.wrap and _title(before) != _title(recipe):
@@ -137,7 +136,7 @@ def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     for key, there, here in differences(_identity(before, same), _identity(recipe, same)):
         raise UserError(f"{folder}: {key} is {there!r} there, {here!r} here")
     load_learned((modality for modality in modalities.values() if modality.stem in stems), learned)
-    weights = SavedWeights(folder, init if init.startswith(("hub:", LIBRARY)) else str(folder))
+    weights = SavedWeights(folder, str(folder) if Name.parse(init).scheme is None else init)
     return WarmStart(weights, before.classes, stems)
 
 
@@ -163,7 +162,7 @@ def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
 def _title(config: Recipe | ModelConfig) -> str | None:
     """The name of the wrapped model, of a local one without its folder's folder, which differs between machines."""
     name = config.model.wrap
-    return Path(name).name if name and name.startswith(LIBRARY + LOCAL) else name
+    return name and map_path(name, lambda folder: Path(folder).name)
 
 
 def _identity(config: Recipe | ModelConfig, stems: Iterable[str]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import load_model, text_files
 from openimp.common.cache import cached, stable_hash
 from openimp.common.errors import UserError, nearest
+from openimp.common.names import OPEN_CLIP, Name
 from openimp.common.protocols import load_learned
 from openimp.common.safe_files import file_state, read_text, refuse_links
 from openimp.modalities.open_clip import (
@@ -34,7 +35,6 @@ from openimp.modalities.open_clip import (
     library_errors,
 )
 from openimp.model.open_clip import OpenCLIP, build
-from openimp.recipe.model import LIBRARY, LOCAL
 from openimp.recipe.schema import Recipe
 
 LAYOUT = 1
@@ -66,7 +66,7 @@ def wrapped_folder(name: str) -> Path:
 def _key(name: str) -> str:
     """A hash of the name and, of a local model, of the names, sizes and times of its files."""
     parts = [LAYOUT, name]
-    if name.startswith(LIBRARY + LOCAL):
+    if Name.parse(name).folder is not None:
         folder = _local(name)
         files = sorted(file for file in folder.iterdir() if file.is_file())
         parts = [LAYOUT, str(folder.resolve()), *((file.name, file_state(file)) for file in files)]
@@ -74,7 +74,7 @@ def _key(name: str) -> str:
 
 
 def _local(name: str) -> Path:
-    folder = Path(name.removeprefix(LIBRARY + LOCAL))
+    folder = Path(str(Name.parse(name).folder))
     if not (folder / CONFIG).is_file():
         reason = f"the folder has no {CONFIG}, which open_clip writes" if folder.is_dir() else "no such folder"
         raise UserError(f"{name}: {reason}")
@@ -85,8 +85,8 @@ def _local(name: str) -> Path:
 def _find(name: str) -> Public:
     """Finds a model, and downloads it if the library has not yet."""
     library = import_open_clip()
-    identifier = name.removeprefix(LIBRARY)
-    if identifier.startswith(LOCAL):
+    identifier = Name.parse(name).rest
+    if Name.parse(name).folder is not None:
         folder = _local(name)
         return Public(_read_config(folder / CONFIG), _local_weights(name, folder), identifier)
     with library_errors(f"{name}: open_clip did not provide the model"):
@@ -97,7 +97,7 @@ def _find(name: str) -> Public:
 
 
 def _find_by_tag(library: Any, name: str) -> Public:
-    model, slash, tag = name.removeprefix(LIBRARY).rpartition("/")
+    model, slash, tag = Name.parse(name).rest.rpartition("/")
     if not slash:
         model, tag = tag, ""
     architecture, about = library.get_model_config(model), library.get_pretrained_cfg(model, tag)
@@ -106,10 +106,10 @@ def _find_by_tag(library: Any, name: str) -> Public:
     if not about:
         tags = ", ".join(library.list_pretrained_tags_by_model(model)) or "none"
         what = f"open_clip has no weights {tag!r} of {model}" if tag else "names no weights"
-        raise UserError(f"{name}: {what}; expected {LIBRARY}{model}/TAG with one of the tags {tags}")
+        raise UserError(f"{name}: {what}; expected {OPEN_CLIP}:{model}/TAG with one of the tags {tags}")
     if bool(about.get("quick_gelu")) != bool(architecture.get("quick_gelu")):
         other = f"{model}-quickgelu" if about.get("quick_gelu") else model.removesuffix("-quickgelu")
-        raise UserError(f"{name}: these weights were trained with another activation: use {LIBRARY}{other}/{tag}")
+        raise UserError(f"{name}: these weights were trained with another activation: use {OPEN_CLIP}:{other}/{tag}")
     config = {"model_cfg": architecture, "preprocess_cfg": _preprocessing(about)}
     return Public(config, Path(library.download_pretrained(about)), model)
 
@@ -161,7 +161,7 @@ def _convert(name: str, public: Public, folder: Path) -> None:
 
 def _recipe_of(name: str, loss: str) -> Recipe:
     """The recipe of a model that the library's authors trained: the modalities that it embeds, and nothing to read."""
-    local = LOCAL in name  # Its folders are nobody's business.
+    local = Name.parse(name).folder is not None  # Its folders are nobody's business.
     title = Path(name).name if local else name.rpartition(":")[2]
     task = {"source": "unknown", "objectives": [{"type": "contrastive", "loss": loss}]}
     return Recipe.build(

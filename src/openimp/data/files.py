@@ -17,6 +17,7 @@ from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError, nearest
 from openimp.common.folders import is_hidden
 from openimp.common.modality import BadMedia
+from openimp.common.names import BUNDLED, Name, is_url
 from openimp.common.texts import valid_text
 
 DEMO = Path(__file__).parent / "demo"
@@ -40,11 +41,6 @@ def is_utf8(name: str) -> bool:
     return valid_text(name) == name
 
 
-def is_url(path: str) -> bool:
-    """Whether `path` is a URL that fsspec opens, such as `s3://bucket/*.parquet`."""
-    return "://" in path
-
-
 def locate(name: str, path: str) -> tuple[Path, list[str]]:
     """The base folder of a source's `path`, and the files that it matches, sorted.
 
@@ -52,8 +48,8 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
     """
     if is_url(path):
         return Path(), _matching_urls(name, path)
-    if path.startswith("openimp:"):
-        wanted = path.removeprefix("openimp:")
+    scheme, wanted = Name.parse(path)
+    if scheme == BUNDLED:
         bundled = [file.name for file in DEMO.iterdir()] if DEMO.is_dir() else []
         if wanted not in bundled:
             raise UserError(f"source {name}: openimp has no bundled data {wanted!r}{nearest(wanted, bundled)}")

@@ -19,7 +19,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from openimp.common.cache import cache_folder, cached, stable_hash
 from openimp.common.errors import UserError
-from openimp.data.files import is_url
+from openimp.common.names import is_url
 from openimp.data.hub import first_line, quiet
 
 MAX_EXPANSION = 100

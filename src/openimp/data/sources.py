@@ -8,8 +8,9 @@ from urllib.parse import urlsplit
 
 from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError
+from openimp.common.names import is_url
 from openimp.data import hub
-from openimp.data.files import fingerprint, is_url, locate
+from openimp.data.files import fingerprint, locate
 from openimp.data.folders import open_folder
 from openimp.data.streams import Shards, Stream
 from openimp.data.tables import Table

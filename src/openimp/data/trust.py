@@ -15,7 +15,8 @@ from pathlib import Path
 
 from openimp.common.cache import cache_folder
 from openimp.common.errors import UserError
-from openimp.data.files import is_url, locate
+from openimp.common.names import BUNDLED, Name, is_url
+from openimp.data.files import locate
 from openimp.recipe.evaluation import Probe
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
@@ -82,7 +83,7 @@ def _is_inside(folder: Path, name: str, source: Source) -> bool:
     """Whether a source is bundled, or all its files are inside `folder` after links are resolved."""
     if source.path is None or is_url(source.path):
         return False
-    bundled = source.path.startswith("openimp:")
+    bundled = Name.parse(source.path).scheme == BUNDLED
     real_folder = os.path.realpath(folder)
 
     def is_inside(path: str) -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes
+from openimp.common.names import BUNDLED, HUB, Name
 from openimp.data.batch import head_key
 from openimp.data.files import is_utf8
 from openimp.data.sources import FORMATS
@@ -77,7 +78,7 @@ def is_data(what: str) -> bool:
     Raises:
         UserError: it is the directory of a run.
     """
-    if what.startswith(("hub:", "openimp:")) or Path(what).suffix.lower() in FORMATS:
+    if Name.parse(what).scheme in (BUNDLED, HUB) or Path(what).suffix.lower() in FORMATS:
         return True
     if not Path(what).is_dir() or what in bundled():
         return False

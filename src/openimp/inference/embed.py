@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from openimp.common.errors import UserError, by_extension, counted
 from openimp.common.modality import BadMedia
+from openimp.common.names import is_url
 from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
-from openimp.data.files import is_url, is_utf8
+from openimp.data.files import is_utf8
 from openimp.encoding.engine import ItemEncoder, to_cpu
 from openimp.inference.files import File, file_value, find_files, shown_name
 from openimp.inference.model import load

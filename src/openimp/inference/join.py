@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia
+from openimp.common.names import is_url
 from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
-from openimp.data.files import is_url
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
 from openimp.encoding.engine import to_cpu

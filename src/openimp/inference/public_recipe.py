@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from openimp.data.files import is_url
+from openimp.common.names import is_url, map_path
 
 
 def shorten_paths(data: dict[str, Any]) -> dict[str, Any]:
@@ -25,12 +25,8 @@ def shorten_paths(data: dict[str, Any]) -> dict[str, Any]:
 def public_path(path: str) -> str:
     """The last part of an absolute path; a URL without user, password and query; anything else as it is.
 
-    In chained URLs, such as `simplecache::s3://...`, this is done for each, and so for the path in
-    `timm:local-dir:/FOLDER`.
+    In chained URLs, such as `simplecache::s3://...`, this is done for each.
     """
-    library, colon, folder = path.rpartition("local-dir:")
-    if colon:
-        return f"{library}{colon}{public_path(folder)}"
     if is_url(path):
         first, chained, rest = path.partition("::")
         if chained:
@@ -39,7 +35,7 @@ def public_path(path: str) -> str:
         if parts.scheme in ("file", "local"):
             return Path(parts.path).name
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
-    return Path(path).name if Path(path).is_absolute() else path
+    return map_path(path, lambda path: Path(path).name if Path(path).is_absolute() else path)
 
 
 def _shorten(part: dict[str, Any], keys: Any) -> None:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from openimp.checkpoint.find import model_folder
+from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CONFIG, RECIPE
 from openimp.common.errors import UserError, nearest
 from openimp.common.progress import console
@@ -43,7 +43,7 @@ def push(
         raise UserError(f"--license {license}: expected the Hub's identifier of a license, such as apache-2.0 or other")
     if to is None:
         _require_login()
-    source = model_folder(run)
+    source = find_model(run)
     model = load(source, "cpu")
     model.recipe = _with_licenses(model.recipe, overrides)
     if to is not None:

@@ -1,9 +1,10 @@
 """The schema of `sources` and `tasks` in the recipe."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from openimp.common.names import HUB, Name
 from openimp.common.objective import Objective
 from openimp.common.schema import Count, RecipePath, Strict, Whole
 from openimp.recipe.inputs import Inputs, View
@@ -44,8 +45,8 @@ class Source(Strict):
 
     path: RecipePath | None = None
     """A folder (of files, or one subfolder per class), a manifest (.csv, .json or .jsonl), .parquet or .tar files (`*`
-    matches several files), a URL that fsspec opens, or `openimp:NAME` for bundled data. Relative to the recipe's
-    folder; `~` is the home directory."""
+    matches several files), a URL that fsspec opens, `openimp:NAME` for bundled data, or `hub:OWNER/NAME`. Relative to
+    the recipe's folder; `~` is the home directory."""
     hub: str | None = None
     """The name of a data set on the Hugging Face Hub."""
     config: str | None = None
@@ -78,6 +79,19 @@ class Source(Strict):
     cache: Literal["none", "memory", "disk"] = "none"
     """Where decoded pictures, clips and sounds are stored, so that small data is decoded only once. Do not cache clips
     of more than 256 frames or sounds of more than 300 s: only the parts that evaluation reads would be stored."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_on_hub(cls, data: Any) -> Any:
+        """`path: hub:OWNER/NAME@REVISION` is the same as the keys `hub` and `revision`."""
+        if not isinstance(data, dict) or not isinstance(data.get("path"), str):
+            return data
+        scheme, rest = Name.parse(data["path"])
+        if scheme != HUB:
+            return data
+        repository, _, revision = rest.partition("@")
+        named = {"hub": repository, **({"revision": revision} if revision else {})}
+        return {**{key: value for key, value in data.items() if key != "path"}, **named}
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.find import model_folder
+from openimp.checkpoint.find import find_model, is_model_name
 from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, read_config, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
@@ -26,7 +26,6 @@ from openimp.evaluation.results import latest, read_results
 from openimp.evaluation.retrieval import RetrievalResult
 from openimp.planning.plan import count
 from openimp.recipe.evaluation import EvaluationSet
-from openimp.recipe.model import LIBRARY
 from openimp.recipe.schema import Recipe
 from openimp.report import results, training
 from openimp.report.page import TEMPLATES
@@ -44,8 +43,8 @@ def write_report(
     in `run`; if that is a checkpoint, CHECKPOINT.html beside it; if it is a model of open_clip, a file in the current
     directory.
     """
-    if str(run).startswith(LIBRARY):
-        run = model_folder(run)
+    if is_model_name(run):
+        run = find_model(run)
         out = out or Path(f"{read_config(run)[0].name}.html")
     refuse_links(run)
     metrics = read_metrics(run / "metrics.jsonl")
@@ -66,7 +65,7 @@ def write_report(
         notes = ["There is no checkpoint to measure."] if recorded else []
         sections = {"Results": results.section(latest(recorded), recorded, notes)}
     sections = {"Results": sections.pop("Results"), **training.sections(metrics), **sections}
-    newest = run / "metrics.jsonl" if metrics else model_folder(run) / "config.json"
+    newest = run / "metrics.jsonl" if metrics else find_model(run) / "config.json"
     page = TEMPLATES.get_template("page.html").render(
         sections={title: data for title, data in sections.items() if data},
         **about,
@@ -83,7 +82,7 @@ def _measure(
     run: Path, recorded: list[dict[str, Any]], progress: Progress | None, allow_sources: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measures the model on its evaluation sets, and returns facts about the model, and the sections of the page."""
-    folder = model_folder(run)
+    folder = find_model(run)
     model, (config, modalities, saved_recipe) = load_model(folder)
     recipe = saved_recipe.validated()
     step = saved_step(folder)
