@@ -143,12 +143,14 @@ def stopped_run(little_data, tmp_path_factory) -> Path:
         command += ["--set", change]
     started = subprocess.Popen(torchrun_as_users(2, *command), stdout=subprocess.PIPE, text=True)
     assert started.stdout is not None
+    last_line = ""
     for line in started.stdout:
+        last_line = line if line.strip() else last_line  # Older versions of rich end with an empty line.
         if line.startswith("step 6/24"):
             children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGTERM)
     assert started.wait(timeout=300) == 0
-    assert line.startswith("stopped at step"), line
+    assert last_line.startswith("stopped at step"), last_line
     return stopped
 
 
