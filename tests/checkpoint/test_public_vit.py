@@ -289,6 +289,7 @@ def initial_weights(folder: Path, out: Path, *layout: str) -> dict[str, Tensor]:
     return {name: full_tensor(tensor).detach().clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_two_ranks_start_from_the_weights_of_one(little_data, tmp_path):
     """As shards, and as replicas."""
     save_timm(tmp_path / "vit", SIGLIP, mlp_ratio=2, img_size=16, patch_size=8)

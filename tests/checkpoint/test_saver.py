@@ -8,15 +8,16 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
-from ranks import COMMON, torchrun
+from processes import torchrun
+from ranks import COMMON
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -96,7 +97,7 @@ def test_training_continues_while_a_checkpoint_is_written(little_data, tmp_path,
         training.make_step(training.data[step])
     before = tensors_of(training)
     training.save()
-    buffers = {folder: {**some} for folder, some in training.checkpointing.saver._buffers.items()}
+    buffers = {kind: {**tensors} for kind, tensors in training.checkpointing.saver._buffers.items()}
     for step in range(3, 6):
         training.make_step(training.data[step])
     training.settle()
@@ -109,8 +110,8 @@ def test_training_continues_while_a_checkpoint_is_written(little_data, tmp_path,
     training.save()
     training.checkpointing.wait()
     assert [path.name for path in checkpoints(run)] == ["step-00000003", "step-00000006"]
-    for folder, some in buffers.items():  # The second save uses the memory of the first.
-        assert all(training.checkpointing.saver._buffers[folder][name] is buffer for name, buffer in some.items())
+    for kind, tensors in buffers.items():  # The second save uses the memory of the first.
+        assert all(training.checkpointing.saver._buffers[kind][name] is buffer for name, buffer in tensors.items())
     for folder, expected in zip(checkpoints(run), (before, after)):
         verify(folder)
         assert same(files_of(folder), expected)
@@ -127,10 +128,8 @@ def test_a_failure_is_raised_by_the_next_save(little_data, tmp_path, disk):
     training.make_step(training.data[1])
     disk.full = True
     disk.set()
-    with pytest.raises(
-        CheckpointError,
-        match=r"step-00000001: could not be saved: .*No space left on device.*; older checkpoints are un",
-    ):
+    told = r"step-00000001: could not be saved: .*No space left on device.*; older checkpoints are un"
+    with pytest.raises(CheckpointError, match=told):
         training.save()
     assert not (run / "checkpoints").exists()
     disk.full = False
@@ -155,11 +154,12 @@ def test_the_end_of_a_training_waits_for_its_checkpoint(little_data, tmp_path, d
     verify(checkpoints(run)[-1])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_several_ranks_loads_on_one_and_four(little_data, tmp_path):
     """Bit for bit. What the four save is loaded again by one."""
     run = tmp_path / "run"
     for ranks, step in ((2, 3), (4, 4)):
-        subprocess.run(torchrun(ranks, __file__, "save", little_data, run), check=True, timeout=300)
+        processes.run(*torchrun(ranks, __file__, "save", little_data, run), check=True)
         folder, expected = checkpoints(run)[-1], load_file(run / f"saved {step}.safetensors")
         assert folder.name == f"step-{step:08d}"
         assert len(list((folder / "model").iterdir())) == ranks
@@ -180,22 +180,24 @@ def test_a_checkpoint_of_several_ranks_loads_on_one_and_four(little_data, tmp_pa
     openimp.load(run)
 
 
+@pytest.mark.slow
 def test_tensors_of_any_mesh_are_saved_once_and_loaded_into_any_other(tmp_path):
     """Replicas, shards in two dimensions, tensors that all ranks or only some have, scalars, fewer rows than ranks."""
-    subprocess.run(torchrun(4, __file__, "meshes", tmp_path), check=True, timeout=300)
+    processes.run(*torchrun(4, __file__, "meshes", tmp_path), check=True)
     expected = whole_tensors()
-    assert same(dcp.read(tmp_path / "some"), expected)
-    held = [load_file(file) for file in sorted((tmp_path / "some").iterdir())]
-    assert len(held) == 4
+    assert same(dcp.read(tmp_path / "saved"), expected)
+    shards = [load_file(file) for file in sorted((tmp_path / "saved").iterdir())]
+    assert len(shards) == 4
     for name, tensor in expected.items():
-        assert sum(some[name].numel() for some in held if name in some) == tensor.numel(), name
+        assert sum(shard[name].numel() for shard in shards if name in shard) == tensor.numel(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["kill", "fill"])
 def test_a_rank_that_fails_during_a_save_loses_only_that_checkpoint(little_data, tmp_path, harm):
     """It is killed, or its disk is full, while it writes its shards of the second checkpoint."""
     run = tmp_path / "run"
-    done = subprocess.run(torchrun(2, __file__, harm, little_data, run), capture_output=True, text=True, timeout=300)
+    done = processes.run(*torchrun(2, __file__, harm, little_data, run))
     assert done.returncode
     (kept,) = checkpoints(run)
     assert kept.name == "step-00000002"
@@ -223,17 +225,18 @@ def test_a_file_that_the_manifest_does_not_list_is_damage(little_data, tmp_path)
     training.checkpointing.wait()
     (folder,) = checkpoints(tmp_path / "run")
     verify(folder)
-    manifest = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text("{}")
+    listed = folder / "manifest.json"
+    manifest = listed.read_text()
+    listed.write_text("{}")
     with pytest.raises(UserError, match=r"config\.json: unknown: it is not in manifest\.json"):
         verify(folder)
-    (folder / "manifest.json").write_text(manifest)
+    listed.write_text(manifest)
     for outside in ("/etc/passwd", "../../../outside.json"):  # A stranger's manifest opens no other file.
         named = {**json.loads(manifest), outside: {"size": 0, "sha256": ""}}
-        (folder / "manifest.json").write_text(json.dumps(named))
+        listed.write_text(json.dumps(named))
         with pytest.raises(UserError, match=f"{outside}: missing"):
             verify(folder)
-    (folder / "manifest.json").write_text(manifest)
+    listed.write_text(manifest)
     (folder / "model" / "more.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"model/more\.safetensors: unknown: it is not in manifest\.json"):
         verify(folder)
@@ -254,9 +257,8 @@ def test_an_older_checkpoint_that_cannot_be_removed_is_an_error(little_data, tmp
     for step in range(2):
         training.make_step(training.data[step])
         training.save()
-    with pytest.raises(
-        CheckpointError, match=r"step-00000002: is saved, but an older one could not be removed: .*Perm"
-    ):
+    told = r"step-00000002: is saved, but an older one could not be removed: .*Perm"
+    with pytest.raises(CheckpointError, match=told):
         training.checkpointing.wait()
     for folder in checkpoints(tmp_path / "run"):
         verify(folder)
@@ -307,10 +309,10 @@ def meshes(folder: Path) -> None:
     earlier = dcp.stage({name: torch.zeros_like(tensor) for name, tensor in own.items()}, buffers)
     staged = dcp.stage(own, buffers)
     assert all(tensor is earlier[name] for name, tensor in staged.items())
-    (file,) = dcp.save(folder / "some", staged, distributed.new_group(distributed.TIMEOUT))
+    (file,) = dcp.save(folder / "saved", staged, distributed.new_group(distributed.TIMEOUT))
     assert file.name.startswith(f"shard-0000{distributed.rank() + 1}-")
     distributed.barrier()
-    dcp.load(folder / "some", target)
+    dcp.load(folder / "saved", target)
     assert same({name: full_tensor(tensor) for name, tensor in target.items()}, whole)
 
 
