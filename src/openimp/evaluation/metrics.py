@@ -37,11 +37,12 @@ def interval(hit_N: np.ndarray, weight_N: np.ndarray | None = None) -> list[floa
     examples are hits, or none is, its width is 0. Drawing N hits with replacement is a binomial draw, so that is what
     is drawn. Examples of equal weight are resampled among themselves.
     """
-    rng, weight_N = np.random.default_rng(0), np.ones(len(hit_N)) if weight_N is None else weight_N
+    rng = np.random.default_rng(0)
+    weight_N = np.ones(len(hit_N)) if weight_N is None else weight_N
     total_R = np.zeros(RESAMPLES)
     for weight in np.unique(weight_N):
-        some = hit_N[weight_N == weight]
-        total_R += weight * rng.binomial(len(some), some.mean(), RESAMPLES)
+        hits = hit_N[weight_N == weight]
+        total_R += weight * rng.binomial(len(hits), hits.mean(), RESAMPLES)
     return [float(x) for x in np.quantile(total_R / weight_N.sum(), [0.025, 0.975])]
 
 
@@ -59,18 +60,19 @@ def average_precision(score_NK: np.ndarray, hot_NK: np.ndarray) -> dict[str, Any
     examples, which leaves no class without an example, as resampling could. A score of NaN ranks last.
     """
     columns = [(score, hot) for score, hot in zip(score_NK.T, hot_NK.T) if hot.any()]
-    rng, found = np.random.default_rng(0), np.ones(0)
-    while (left := 1 + RANKED_RESAMPLES - len(found)) > 0:
+    rng = np.random.default_rng(0)
+    map_R = np.ones(0)  # The first one is not resampled: all its weights are 1.
+    while (left := 1 + RANKED_RESAMPLES - len(map_R)) > 0:
         weight_NR = rng.standard_exponential((len(hot_NK), min(left, max(1, WEIGHTS // len(hot_NK)))))
-        if not len(found):
+        if not len(map_R):
             weight_NR[:, 0] = 1
-        means_R = np.mean([_average_precision(score, hot, weight_NR) for score, hot in columns], axis=0)
-        found = np.append(found, means_R)
+        means = np.mean([_average_precision(score, hot, weight_NR) for score, hot in columns], axis=0)
+        map_R = np.append(map_R, means)
     return {
         "n": len(hot_NK),
         "candidates": hot_NK.shape[1],
-        "map": float(found[0]),
-        "interval": [float(x) for x in np.quantile(found[1:], [0.025, 0.975])],
+        "map": float(map_R[0]),
+        "interval": [float(x) for x in np.quantile(map_R[1:], [0.025, 0.975])],
         # In random order, the average precision is about the share of examples that have the class.
         "chance": float(np.mean([hot.mean() for _, hot in columns])),
     }

@@ -46,15 +46,14 @@ def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
 
 def class_embeddings(evaluator: Evaluator, options: ZeroShot, names: list[str]) -> Tensor:
     """(K, Z) unit vectors: for each class, the mean of the unit vectors of its name in each prompt."""
-    (seen,), reader, prompts, recipe = options.inputs, options.reader, options.prompts, evaluator.recipe
-    encoder = evaluator.item_encoder(reader, first_view(recipe, reader), seen)
-    # Each rank encodes the texts of some of the classes.
-    own = [names[i] for i in own_part(len(names))]
-    texts = (prompt.format(name) for name in own for prompt in prompts)
+    (seen,) = options.inputs
+    encoder = evaluator.item_encoder(options.reader, first_view(evaluator.recipe, options.reader), seen)
+    rank_names = [names[i] for i in own_part(len(names))]
+    texts = (prompt.format(name) for name in rank_names for prompt in options.prompts)
     vectors = [vector for _, vector in encoder.encode((text, partial(encoder.read, text)) for text in texts)]
     z_NZ = encoder.stack([vector for vector in vectors if isinstance(vector, Tensor)])  # Every text can be read.
-    z_KZ = F.normalize(z_NZ.unflatten(0, (len(own), len(prompts))).mean(1), dim=-1)
-    return all_gather_uneven(z_KZ)
+    z_KPZ = z_NZ.unflatten(0, (len(rank_names), len(options.prompts)))
+    return all_gather_uneven(F.normalize(z_KPZ.mean(1), dim=-1))
 
 
 def words(label: str) -> str:
