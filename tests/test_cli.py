@@ -85,28 +85,19 @@ def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
     ("change", "message"),
     [
         ("train.stepz=1", "recipe.yaml: train: unknown key 'stepz'; did you mean 'steps'?"),
-        ("train.steps=many", "recipe.yaml: train.steps: expected a whole number, found 'many'"),
         ("tasks.named.views.0.image.size=20", "recipe.yaml: tasks.named.views[0].image: size* use 16 or 24"),
         ("tasks.heard.inputs.text=captoin", "tasks.heard: source sounds (*no column 'captoin'*'caption'?"),
         ("tasks.heard.inputs.audio=sond", "tasks.heard: source sounds (*no column 'sond'*'sound'?"),
         ("tasks.named.objectives.1.label=lable", "tasks.named: source pictures (*'lable'; did you mean 'label'?"),
         ("tasks.named.objectives.0.same=nam", "tasks.named: source pictures (*'nam'; did you mean 'name'?"),
         ("sources.sounds.path=missing.jsonl", "source sounds: *missing.jsonl: no such file or folder"),
-        ("sources.pictures.path=missing", "source pictures: *missing: no such file or folder"),
-        ("sources.sounds.path=empty.jsonl", "source sounds (*empty.jsonl) has no rows"),
-        ("sources.pictures.path=empty", "source pictures: *empty has no subfolders"),
-        ("sources.sounds.path=broken.jsonl", "source sounds: *broken.jsonl: "),
-        ("sources.pictures.where={label: pink}", "source pictures (*no row has label = 'pink'"),
     ],
 )
 def test_a_recipe_that_cannot_be_trained_is_refused_before_training(
-    refused, own_data, tmp_path, monkeypatch, change, message
+    refused, little_data, tmp_path, monkeypatch, change, message
 ):
-    monkeypatch.chdir(own_data)
-    (own_data / "empty.jsonl").write_text("")
-    (own_data / "broken.jsonl").write_text('{"sound": "0.wav", "cap')
-    (own_data / "empty").mkdir()
-    told = refused("train", own_data / "recipe.yaml", "--run", tmp_path / "run", *sets(change))
+    monkeypatch.chdir(tmp_path)
+    told = refused("train", little_data / "recipe.yaml", "--run", tmp_path / "run", *sets(change))
     assert re.search(re.escape(message).replace(r"\*", ".*"), told)
     assert not (tmp_path / "run").exists()
 
@@ -281,7 +272,6 @@ def test_eval_changes_the_sets_of_the_run_itself(succeeded, refused, little_run,
     ("text", "message"),
     [
         ("evalution: {}", "unknown key 'evalution'; did you mean 'evaluation'?"),
-        ("evaluation: {set: {}}", "evaluation: unknown key 'set'; did you mean 'sets'?"),
         ("sources: [a]", "sources: expected a mapping, found ['a']"),
         ("name: nothing", "the recipe has no evaluation sets"),
         ("prompts: no.txt", "prompts: expected a list, or a text file in {folder}; there is no file no.txt"),
@@ -315,7 +305,6 @@ def test_a_run_that_is_there_and_a_checkpoint_of_another_recipe_are_refused(refu
     file = little_data / "recipe.yaml"
     train = ("train", file, "--run")
     change = sets("model.embed_dim=64")
-    assert f"{little_run}: already holds a run; resume it with --resume" in refused(*train, little_run)
     told = "step-00000012: made by another recipe: model.embed_dim is 32 there, 64 here"
     for resumed in (
         (*train, little_run, "--resume"),

@@ -1,3 +1,4 @@
+import pickle
 import shutil
 import subprocess
 import sys
@@ -86,7 +87,8 @@ def test_a_path_bytes_a_picture_an_array_and_a_tensor_are_the_same_input(model, 
     assert expected.dtype == torch.float32
     for same in (str(path), path.read_bytes(), picture, np.asarray(picture), [path]):
         assert torch.equal(model.encode_image(same), expected)
-    batch = torch.stack([model.preprocess(picture)] * 2)
+    # Worker processes get a pickle of `preprocess` if they are not forked.
+    batch = torch.stack([model.preprocess(picture), pickle.loads(pickle.dumps(model.preprocess))(picture)])
     assert batch.shape == (2, 3, 32, 32)
     torch.testing.assert_close(model.encode_image(batch), expected.expand(2, -1), rtol=0, atol=1e-5)
 

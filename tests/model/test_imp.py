@@ -70,14 +70,6 @@ def test_positions_are_looked_up_by_coordinate():
     assert not torch.allclose(stem(moved), stem(tokens))
 
 
-def test_features_are_the_mean_of_the_valid_tokens():
-    model, tokens = small(), texts([3, 16], 16)
-    (x,), _ = model.encoder([model.stems["text"](tokens)], [tokens.mask])
-    x = model.stems["text"].after(x)
-    expected = torch.stack([x[0, :3].mean(0), x[1].mean(0)])
-    torch.testing.assert_close(model.encode({"text": tokens}).features, expected)
-
-
 @pytest.mark.parametrize("own", [0, 1])
 @pytest.mark.parametrize("routing", [None, "expert_choice", "expert_choice_batch", "token_choice"])
 def test_one_pass_of_all_modalities_equals_a_pass_of_each(routing, own):

@@ -14,7 +14,6 @@ from openimp.model.moe import (
     Routing,
     SparseMLP,
     collect_usage,
-    expert_choice,
     valid_tokens_per_rank,
 )
 from openimp.recipe.model import MoE
@@ -160,25 +159,6 @@ def test_the_layer_does_what_its_routing_says(routing, training, seed, lengths, 
     assert stats.usage.dropped.item() == pytest.approx((count - len({token for token, _ in pairs})) / max(1, count))
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    valid=st.integers(1, 300),
-    pads=st.integers(0, 300),
-    experts=st.integers(1, 16),
-    capacity=st.sampled_from([0.25, 0.5, 1.0, 1.1, 1.25, 1.3, 2.0]),
-)
-def test_capacity_depends_on_valid_tokens_and_is_at_least_one(valid, pads, experts, capacity):
-    """Padding takes no slot, and its amount changes nothing: each expert takes C = tokens x capacity / experts."""
-    probs = torch.rand(1, valid + pads, experts, generator=torch.Generator().manual_seed(valid)) + 0.01
-    is_valid = (torch.arange(valid + pads) < valid)[None]
-    padded = expert_choice(probs, is_valid, capacity)
-    filled = padded.gate_GEC > 0
-    assert padded.token_GEC[filled].max() < valid
-    alone = expert_choice(probs[:, :valid], is_valid[:, :valid], capacity)
-    assert filled.sum(-1).unique().tolist() == [(alone.gate_GEC > 0).sum(-1).max().item()]
-    assert filled.sum(-1).min() == max(1, min(valid, int(valid * (capacity / experts) + 0.5)))
-
-
 def test_shapes_follow_from_shapes_alone():
     """What torch.compile needs: whatever the tokens and their mask, each expert has as many slots."""
     for routing in ROUTINGS:
@@ -192,12 +172,15 @@ def test_shapes_follow_from_shapes_alone():
 
 
 def test_the_z_loss_is_the_mean_squared_logsumexp_of_the_valid_tokens():
+    """And so is what the router learns from it."""
     layer = layer_of(experts=3, z_loss=0.5)
     x, valid = batch_of(0, [4, 2], 4)
     logits = x[valid] @ layer.router.weight_ED.T
-    assert apply(layer, x, valid)[1].aux.item() == pytest.approx(
-        0.5 * logits.exp().sum(-1).log().square().mean().item(), rel=1e-5
-    )
+    expected = 0.5 * logits.exp().sum(-1).log().square().mean()
+    aux = apply(layer, x, valid)[1].aux
+    torch.testing.assert_close(aux, expected, rtol=1e-5, atol=0)
+    gradients = (torch.autograd.grad(loss, layer.router.weight_ED)[0] for loss in (aux, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_the_balance_loss_is_experts_times_load_times_probability():
@@ -213,18 +196,6 @@ def test_the_balance_loss_is_experts_times_load_times_probability():
     with torch.no_grad():
         layer.router.weight_ED.copy_(torch.tensor([50.0, 0.0, 0.0])[:, None].expand(3, WIDTH))
     assert apply(layer, x.abs(), valid)[1].aux.item() == pytest.approx(2.0 * 3, rel=1e-4)
-
-
-def test_the_losses_reach_the_router_and_the_experts_learn():
-    layer = layer_of(experts=3)
-    x, valid = batch_of(0, [5, 5], 5)
-    out, stats = apply(layer, x, valid)
-    (router,) = torch.autograd.grad(stats.aux, layer.router.weight_ED, retain_graph=True)
-    assert router.abs().sum() > 0
-    out.square().sum().backward()
-    for parameter in layer.parameters():
-        assert parameter.grad is not None
-        assert parameter.grad.flatten(1).abs().sum(1).gt(0).all(), "an expert has no gradient"
 
 
 def test_usage_is_only_computed_if_it_is_collected():
