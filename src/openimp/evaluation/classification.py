@@ -30,9 +30,8 @@ from openimp.recipe.evaluation import ClassHead, ZeroShot
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of a source's rows."""
+    """What the labels of a source's rows are."""
 
-    values: list[Any]  # for each row its class, a list of classes, or an `Unreadable`
     classes: list[Any]  # all classes that the model can choose
     lists: bool  # whether a row may have any number of classes
     splits: dict[str, list[int]]  # the rows of each test split; empty if there are no splits
@@ -190,7 +189,7 @@ def read_labels(
         if lists:
             raise UserError(f"{where}: splits need rows with one class each, not lists of classes")
         splits = _read_splits(options.splits, where, table)
-    return Labels(values, classes, lists, splits)
+    return Labels(classes, lists, splits)
 
 
 def _read_splits(column: str, where: str, table: Table) -> dict[str, list[int]]:

@@ -46,10 +46,10 @@ class Predicted(ABC):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One input of all rows of a source. Equal values are encoded once."""
+    """One input of all rows of a source. Each rank encodes equal values once."""
 
-    embeddings: Tensor  # (N, Z) unit vectors, or (N, D) features, fp32, of the distinct values
-    item: np.ndarray  # (R,) int64, the index of each row's embedding; -1 if the row cannot be read
+    embeddings: Tensor  # (N, Z) unit vectors, or (N, D) features, fp32, of the values
+    item: np.ndarray  # (R,) int64, the index of each row's embedding, equal for equal values; -1: it cannot be read
     bad: dict[int, str]  # the reason why a row cannot be read, by row
     keys: list[str]  # a string per row, which identifies the row's value
 
@@ -156,14 +156,12 @@ def _read(encoder: ItemEncoder, value: Raw | BadMedia) -> np.ndarray:
 
 def _merge(vectors: Tensor, parts: list[_RankRows]) -> Encoded:
     """One input of all rows. If several ranks have encoded the same item, the vector of the first one counts."""
-    first: dict[str, int] = {}
-    for i, item in enumerate(item for part in parts for item in part.readable):
-        first.setdefault(item, i)
-    index = {item: i for i, item in enumerate(first)}
+    readable = [item for part in parts for item in part.readable]
+    index = {item: i for i, item in reversed([*enumerate(readable)])}
     items = [item for part in parts for item in part.items]
     reasons = {item: reason for part in reversed(parts) for item, reason in part.unreadable.items()}
     return Encoded(
-        embeddings=vectors[[*first.values()]],
+        embeddings=vectors,
         item=np.array([index.get(item, -1) for item in items], np.int64),
         bad={row: reasons[item] for row, item in enumerate(items) if item in reasons},
         keys=[key for part in parts for key in part.keys],
