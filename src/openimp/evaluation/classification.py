@@ -96,7 +96,8 @@ def check(evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table
     Returns the labels, and the names of the classes.
     """
     if isinstance(options, ZeroShot):
-        require_pair(evaluator.model, *options.inputs, options.reader, where)
+        (seen,) = options.inputs
+        require_pair(evaluator.model, seen, options.reader, where)
         labels = read_labels(options, where, table, options.classes)
         return labels, zero_shot.class_names(labels.classes, options, f"{where}: source {table.name}")
     objective = evaluator.recipe.class_head(options, where)

@@ -94,7 +94,8 @@ def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
     if isinstance(options, Probe):
         probe.check(options, where, tables)
     elif isinstance(options, Retrieval):
-        require_pair(evaluator.model, *options.inputs, where)
+        a, b = options.inputs
+        require_pair(evaluator.model, a, b, where)
     else:
         classification.check(evaluator, options, where, tables[options.source])
     return tables

@@ -86,7 +86,8 @@ def probe(
     test_N, train_N = (np.array([index[x] for x in labels], np.int64) for labels in (test_labels, train_labels))
     linear_N, c = run_on_rank_zero(lambda: linear(train_ND, train_N, test_ND))
     near_N = run_on_rank_zero(lambda: nearest_neighbors(train_ND, train_N, test_ND, options.k))
-    probed = partial(Probed, *options.inputs, options.label, classes=classes, truth=test_N)
+    (seen,) = options.inputs
+    probed = partial(Probed, seen, options.label, classes=classes, truth=test_N)
     answers = [
         probed(kind="linear", predicted=linear_N, setting={"C": c}),
         probed(kind="kNN", predicted=near_N, setting={"k": options.k}),
