@@ -39,6 +39,15 @@ def training_of(folder: Path, run: Path, *changes: str, resume: bool = False) ->
     return Trainer(set_up(Recipe.load(folder / "recipe.yaml", [*CHANGES, *changes]), run, resume))
 
 
+def save_after(training: Trainer, steps: int, wait: bool = True) -> None:
+    """Makes some more steps, and saves a checkpoint."""
+    for step in range(training.step, training.step + steps):
+        training.make_step(training.data[step])
+    training.save()
+    if wait:
+        training.checkpointing.wait()
+
+
 def tensors_of(training: Trainer) -> dict[str, Tensor]:
     """All tensors that a checkpoint has to hold, unsharded, by folder and name."""
     assert training.updater.ema
@@ -123,8 +132,7 @@ def test_a_failure_is_raised_by_the_next_save(little_data, tmp_path, disk):
     """It waits for the one before, so no second one is begun."""
     run = tmp_path / "run"
     training = training_of(little_data, run)
-    training.make_step(training.data[0])
-    training.save()
+    save_after(training, 1, wait=False)
     training.make_step(training.data[1])
     disk.full = True
     disk.set()
@@ -212,17 +220,13 @@ def test_a_rank_that_fails_during_a_save_loses_only_that_checkpoint(little_data,
         assert folder.with_name(".step-00000004.tmp").exists()
     resumed = training_of(little_data, run, resume=True)
     assert resumed.step == 2
-    resumed.make_step(resumed.data[2])
-    resumed.save()
-    resumed.checkpointing.wait()
+    save_after(resumed, 1)
     assert [path.name for path in (run / "checkpoints").iterdir() if path != kept] == ["step-00000003"]
 
 
 def test_a_file_that_the_manifest_does_not_list_is_damage(little_data, tmp_path):
     training = training_of(little_data, tmp_path / "run")
-    training.make_step(training.data[0])
-    training.save()
-    training.checkpointing.wait()
+    save_after(training, 1)
     (folder,) = checkpoints(tmp_path / "run")
     verify(folder)
     listed = folder / "manifest.json"
@@ -254,9 +258,8 @@ def test_an_older_checkpoint_that_cannot_be_removed_is_an_error(little_data, tmp
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", refuse)
-    for step in range(2):
-        training.make_step(training.data[step])
-        training.save()
+    save_after(training, 1, wait=False)
+    save_after(training, 1, wait=False)
     told = r"step-00000002: is saved, but an older one could not be removed: .*Perm"
     with pytest.raises(CheckpointError, match=told):
         training.checkpointing.wait()
@@ -287,12 +290,12 @@ def meshes(folder: Path) -> None:
     distributed.start()
     line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     row, column, all_of_it = Shard(0), Shard(1), Replicate()
-    first = {
+    at_first = {
         "sharded": (line, [row]), "few rows": (line, [row]), "one row": (square, [all_of_it, row]),
         "replicated": (square, [all_of_it, row]), "both ways": (square, [row, column]), "twice": (square, [row, row]),
         "bf16": (line, [row]),
     }  # fmt: skip
-    second = {
+    later = {
         "sharded": (square, [row, column]), "few rows": (square, [row, all_of_it]), "replicated": (line, [row]),
         "both ways": (square, [column, row]), "twice": (line, [all_of_it]), "plain": (line, [row]),
     }  # fmt: skip
@@ -302,12 +305,12 @@ def meshes(folder: Path) -> None:
             name: distribute_tensor(fill(tensor), *where[name]) if name in where else fill(tensor)
             for name, tensor in whole.items()
         }
-        for where, fill in ((first, torch.clone), (second, torch.zeros_like))
+        for where, fill in ((at_first, torch.clone), (later, torch.zeros_like))
     )
-    own = {name: x for name, x in saved.items() if name[-1] == str(distributed.rank()) or "only" not in name}
+    local = {name: x for name, x in saved.items() if name[-1] == str(distributed.rank()) or "only" not in name}
     buffers: dict[str, Tensor] = {}
-    earlier = dcp.stage({name: torch.zeros_like(tensor) for name, tensor in own.items()}, buffers)
-    staged = dcp.stage(own, buffers)
+    earlier = dcp.stage({name: torch.zeros_like(tensor) for name, tensor in local.items()}, buffers)
+    staged = dcp.stage(local, buffers)
     assert all(tensor is earlier[name] for name, tensor in staged.items())
     (file,) = dcp.save(folder / "saved", staged, distributed.new_group(distributed.TIMEOUT))
     assert file.name.startswith(f"shard-0000{distributed.rank() + 1}-")
@@ -320,9 +323,7 @@ def save(folder: Path, run: Path) -> None:
     """Resumes a run, if there is one, for one step; otherwise trains three, of both tasks. Records all tensors."""
     training = training_of(folder, run, resume=run.exists())
     record(training, run / f"loaded {training.step}.safetensors")
-    for step in range(training.step, training.step + 1 if training.step else 3):
-        training.make_step(training.data[step])
-    training.save()
+    save_after(training, 1 if training.step else 3, wait=False)
     record(training, run / f"saved {training.step}.safetensors")
     training.checkpointing.wait()
 
@@ -336,11 +337,9 @@ def record(training: Trainer, file: Path) -> None:
 def harmed(harm: str, folder: Path, run: Path) -> None:
     """Saves twice. The second time, rank 1 fails."""
     training = training_of(folder, run)
-    for step in range(4):
+    save_after(training, 2)
+    for step in (2, 3):
         training.make_step(training.data[step])
-        if step == 1:
-            training.save()
-            training.checkpointing.wait()
     if distributed.rank() == 1:
         if harm == "fill":
             resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
