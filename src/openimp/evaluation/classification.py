@@ -7,7 +7,7 @@ Shape suffixes: N examples, K classes, D width, Z features of the shared embeddi
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,11 +28,11 @@ from openimp.parallel.layout import full_tensor, reshard
 from openimp.recipe.evaluation import ClassHead, ZeroShot
 
 
-@dataclass(frozen=True)
-class Labels:
-    """What the labels of a source's rows are."""
+class Labels(NamedTuple):
+    """What the labels of a source's rows are. They are compared as text, because CSV cells have no type."""
 
-    classes: list[Any]  # all classes that the model can choose
+    names: list[Any]  # of all classes that the model can choose
+    class_index: dict[str, int]  # by the label as text
     lists: bool  # whether a row may have any number of classes
     splits: dict[str, list[int]]  # the rows of each test split; empty if there are no splits
 
@@ -89,23 +89,43 @@ class MultiLabel(Predicted):
         return average_precision(self.score_NK, self.hot_NK)
 
 
-def check(evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table: Table) -> tuple[Labels, list[Any]]:
-    """Finds the errors that would stop `classify`, without encoding anything: a missing column, a row without a class
-    or with one that the model cannot choose, a class without a name, or a head that the model does not have.
-
-    Returns the labels, and the names of the classes.
-    """
+def check(evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table: Table) -> Labels:
+    """Reads the labels, and finds the errors that would stop `classify`, without encoding anything: a row without a
+    class or split or with a class that the model cannot choose, a class without a name, classes that are equal as text,
+    or a head that the model does not have."""
+    table.require([options.label], where)
+    values = table.column(options.label)
+    known: Iterable[Any] | None
     if isinstance(options, ZeroShot):
         (seen,) = options.inputs
         require_pair(evaluator.model, seen, options.reader, where)
-        labels = read_labels(options, where, table, options.classes)
-        return labels, zero_shot.class_names(labels.classes, options, f"{where}: source {table.name}")
-    objective = evaluator.recipe.class_head(options, where)
-    classes = evaluator.classes.get(_head(evaluator, options))
-    if classes is None:
-        raise UserError(f"{where}: the model has no head that tasks.{options.task} trained on {options.label!r}")
-    labels = read_labels(options, where, table, classes, objective.loss == "sigmoid")
-    return labels, labels.classes
+        known = options.classes
+        lists = any(isinstance(value, list) for value in values)
+    else:
+        lists = evaluator.recipe.class_head(options, where).loss == "sigmoid"
+        known = evaluator.classes.get(_head(evaluator, options))
+        if known is None:
+            raise UserError(f"{where}: the model has no head that tasks.{options.task} trained on {options.label!r}")
+    column = f"{where}: column {options.label!r} of source {table.name}"
+    rows_by_class = find_classes(table, options.label, values, lists, where)
+    classes = sort_classes(rows_by_class) if known is None else list(known)
+    if not classes:
+        raise UserError(f"{column}: no row that can be read has a class")
+    index = {as_text(label): i for i, label in enumerate(classes)}
+    for i, label in enumerate(classes):
+        if index[as_text(label)] != i:
+            raise UserError(
+                f"{column}: class {label!r} and another one are both {as_text(label)!r} as text; rename one"
+            )
+    for label, row in rows_by_class.items():
+        index_of(as_text(label), index, f"{column}: {table.row_name(row)}")
+    if not isinstance(options, ZeroShot):
+        return Labels(classes, index, lists, {})
+    if options.splits and lists:
+        raise UserError(f"{where}: splits need rows with one class each, not lists of classes")
+    splits = _read_splits(options.splits, where, table) if options.splits else {}
+    names = zero_shot.class_names(classes, options, f"{where}: source {table.name}")
+    return Labels(names, index, lists, splits)
 
 
 def classify(
@@ -114,23 +134,22 @@ def classify(
     """Predicts the class of each row, and returns the rows that could be read. Without any, also in one of the test
     splits, there is a UserError."""
     (seen,) = options.inputs
-    labels, names = check(evaluator, options, where, table)
+    labels = check(evaluator, options, where, table)
     if isinstance(options, ZeroShot):
-        classes_KZ = zero_shot.class_embeddings(evaluator, options, names)
+        classes_KZ = zero_shot.class_embeddings(evaluator, options, labels.names)
         z_NZ, truths, readable = evaluator.encode_labelled(options, where, table, options.reader)
     else:
         classes_KZ = _head_vectors(evaluator, options)
         features_ND, truths, readable = evaluator.encode_labelled(options, where, table, None)
         z_NZ = F.pad(features_ND, (0, 1), value=1.0)
-    index = {as_text(label): i for i, label in enumerate(labels.classes)}
     if labels.lists:
-        hot_NK = np.zeros((len(truths), len(names)), bool)
+        hot_NK = np.zeros((len(truths), len(labels.names)), bool)
         for hot_K, truth in zip(hot_NK, truths):
-            hot_K[[index[as_text(label)] for label in truth or []]] = True
+            hot_K[[labels.class_index[as_text(label)] for label in truth or []]] = True
         if not hot_NK.any():
             raise UserError(f"{where}: no row that can be read has a class in column {options.label!r}")
         return MultiLabel(seen, options.label, (z_NZ @ classes_KZ.T).cpu().numpy(), hot_NK), readable
-    truth_N = np.array([index[as_text(label)] for label in truths], np.int64)
+    truth_N = np.array([labels.class_index[as_text(label)] for label in truths], np.int64)
     blocks = z_NZ.split(max(1, SIMILARITIES // len(classes_KZ)))
     splits = {name: np.flatnonzero(np.isin(readable.row, rows)) for name, rows in sorted(labels.splits.items())}
     for name, examples in splits.items():
@@ -139,7 +158,7 @@ def classify(
     classified = Classified(
         seen,
         options.label,
-        classes=names,
+        classes=labels.names,
         row=readable.row,
         truth=truth_N,
         predicted=torch.cat([(block @ classes_KZ.T).argmax(1) for block in blocks]).cpu().numpy(),
@@ -158,39 +177,6 @@ def _head_vectors(evaluator: Evaluator, options: ClassHead) -> Tensor:
     head: Any = evaluator.model.get_submodule(f"classifiers.{_head(evaluator, options)}")
     reshard(evaluator.model)  # An earlier pass may have left it gathered, in bf16.
     return torch.cat([full_tensor(head.weight.detach()), full_tensor(head.bias.detach())[:, None]], dim=1)
-
-
-def read_labels(
-    options: ZeroShot | ClassHead, where: str, table: Table, known: Iterable[Any] | None, lists: bool | None = None
-) -> Labels:
-    """Reads and checks the labels of a source's rows. Labels are compared as text, because CSV cells have no type.
-
-    `known` are all classes; None: those that occur in the rows. `lists`: whether the rows hold lists of classes; None:
-    they do if any row does. A row without a class or split, an unknown class, and classes that are equal as text are
-    UserErrors.
-    """
-    table.require([options.label], where)
-    values = table.column(options.label)
-    column = f"{where}: column {options.label!r} of source {table.name}"
-    lists = any(isinstance(value, list) for value in values) if lists is None else lists
-    rows_by_class = find_classes(table, options.label, values, lists, where)
-    classes = sort_classes(rows_by_class) if known is None else list(known)
-    if not classes:
-        raise UserError(f"{column}: no row that can be read has a class")
-    index = {as_text(label): i for i, label in enumerate(classes)}
-    for i, label in enumerate(classes):
-        if index[as_text(label)] != i:
-            raise UserError(
-                f"{column}: class {label!r} and another one are both {as_text(label)!r} as text; rename one"
-            )
-    for label, row in rows_by_class.items():
-        index_of(as_text(label), index, f"{column}: {table.row_name(row)}")
-    splits: dict[str, list[int]] = {}
-    if isinstance(options, ZeroShot) and options.splits:
-        if lists:
-            raise UserError(f"{where}: splits need rows with one class each, not lists of classes")
-        splits = _read_splits(options.splits, where, table)
-    return Labels(classes, lists, splits)
 
 
 def _read_splits(column: str, where: str, table: Table) -> dict[str, list[int]]:

@@ -82,7 +82,8 @@ def check_sets(model: Embedder, recipe: Recipe, modalities: Modalities, classes:
 
 def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
     """Opens and checks the sources of an evaluation set, and returns them by name."""
-    options, where = evaluator.recipe.evaluation.sets[name], f"evaluation.sets.{name}"
+    where = f"evaluation.sets.{name}"
+    options = evaluator.recipe.evaluation.sets[name]
     tables = {}
     for source in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
         table = open_source(source, evaluator.recipe.sources[source])
@@ -117,7 +118,8 @@ def measure(
     the predictions of another set. If too few rows can be read, that is a UserError.
     """
     recipe, modalities, model = evaluator.recipe, evaluator.modalities, evaluator.model
-    options, where = recipe.evaluation.sets[name], f"evaluation.sets.{name}"
+    where = f"evaluation.sets.{name}"
+    options = recipe.evaluation.sets[name]
     table = tables[options.source]
     train = {}
     predictions: Sequence[Predicted]

@@ -81,9 +81,11 @@ def average_precision(score_NK: np.ndarray, hot_NK: np.ndarray) -> dict[str, Any
 def _average_precision(score_N: np.ndarray, hot_N: np.ndarray, weight_NR: np.ndarray) -> np.ndarray:
     """(R,) the average precision of one class, once per column of weights."""
     order = np.argsort(-score_N, kind="stable")
-    cost_N, hot_N, weight_NR = -score_N[order], hot_N[order], weight_NR[order]
-    cost_P, own_PR = cost_N[hot_N], weight_NR[hot_N]
+    cost_N = -score_N[order]
+    weight_NR = weight_NR[order]
+    cost_P = cost_N[hot_N[order]]
+    weight_PR = weight_NR[hot_N[order]]
     # Examples that tie are ranked together, at the last of their places.
-    right_PR = own_PR.cumsum(0)[np.searchsorted(cost_P, cost_P, side="right") - 1]
+    right_PR = weight_PR.cumsum(0)[np.searchsorted(cost_P, cost_P, side="right") - 1]
     seen_PR = weight_NR.cumsum(0)[np.searchsorted(cost_N, cost_P, side="right") - 1]
-    return (own_PR * right_PR / seen_PR).sum(0) / own_PR.sum(0)
+    return (weight_PR * right_PR / seen_PR).sum(0) / weight_PR.sum(0)

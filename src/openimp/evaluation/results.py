@@ -15,11 +15,6 @@ from openimp.common.json_lines import read_lines
 
 MAIN = ("r1", "top1", "map", "score")
 """The main metric of retrieval, of one class per row, of any number of classes per row, and of other tasks of mteb."""
-NEEDED = {"set": str, "task": str, "type": str, "skipped": int}
-"""Keys that every result has, besides its metrics and `COUNTS`."""
-COUNTS = ("n", "candidates")
-"""Keys that every result has. The value is null if it was measured by another library, which does not tell."""
-
 FEW = 50
 """Number of queries below which the table warns: if none or all are answered, the interval has no width."""
 
@@ -44,8 +39,9 @@ def _is_result(result: Any) -> bool:
         other_library = "library" in result  # It may not tell all, and may have scores below 0.
         shares = [main_metric(result), result["chance"], *(result["interval"] or [None])]
         return (
-            all(type(result[key]) is kind for key, kind in NEEDED.items())
-            and all(type(result[key]) is int or (other_library and result[key] is None) for key in COUNTS)
+            all(type(result[key]) is str for key in ("set", "task", "type"))
+            and type(result["skipped"]) is int
+            and all(type(result[key]) is int or (other_library and result[key] is None) for key in ("n", "candidates"))
             and all(other_library if share is None else -other_library <= share <= 1 for share in shares)
             and (other_library or result["type"] != "retrieval" or {"r10", "mrr"} <= result.keys())
         )

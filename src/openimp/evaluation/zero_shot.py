@@ -22,7 +22,7 @@ from openimp.recipe.evaluation import ZeroShot
 def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
     """The names of classes by which prompts are filled. A class without a name, two with the same one, and a prompt
     without a place for it are UserErrors, which begin with `where`."""
-    first: dict[str, Any] = {}
+    label_of: dict[str, Any] = {}
     for label in labels:
         name = (options.classes or {}).get(as_text(label), label)
         if options.words and name == label and isinstance(name, str):
@@ -30,9 +30,10 @@ def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
         if not isinstance(name, str) or not name.strip():
             hint = f"name it in classes as {as_text(label)!r}"
             raise UserError(f"{where}: class {label!r} of column {options.label!r} has no text; {hint}")
-        if name in first:
-            raise UserError(f"{where}: classes {first[name]!r} and {label!r} have the same text, {name!r}; rename one")
-        first[name] = label
+        if name in label_of:
+            both = f"classes {label_of[name]!r} and {label!r}"
+            raise UserError(f"{where}: {both} have the same text, {name!r}; rename one")
+        label_of[name] = label
     for prompt in options.prompts:
         try:
             fields = [field for _, *field in Formatter().parse(prompt) if field[0] is not None]
@@ -41,7 +42,7 @@ def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
         # Only a field without a format: a width, as in {:>2000000000}, would fill the memory.
         if fields != [["", "", None]]:
             raise UserError(f"{where}: prompt {prompt!r} needs one plain {{}} where the class' text goes")
-    return list(first)
+    return list(label_of)
 
 
 def class_embeddings(evaluator: Evaluator, options: ZeroShot, names: list[str]) -> Tensor:
