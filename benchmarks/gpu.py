@@ -36,7 +36,7 @@ from openimp.common.progress import console, track
 from openimp.common.versions import openimp_version, processor
 from openimp.inference.embed import embed
 from openimp.parallel import distributed
-from openimp.planning.plan import plan
+from openimp.planning.plan import plans
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
@@ -157,8 +157,9 @@ def train_once(file: Path, run: Path) -> None:
     trainer.save, trainer.make_step = timed_save, watched_step  # type: ignore[method-assign]
     trainer.train()
     end = time.perf_counter()
-    options = recipe, trainer.modalities, trainer.data.classes, distributed.world_size(), "h100", 0.4
-    planned = distributed.run_on_rank_zero(lambda: plan(*options).memory_bytes)
+    ranks = distributed.world_size()
+    plan_layouts = plans(recipe, trainer.data.modalities, trainer.data.classes, gpus=ranks, gpu="h100", mfu=0.4)
+    planned = distributed.run_on_rank_zero(lambda: next(plan_layouts).memory_bytes)
     if distributed.rank() == 0:
         lines = read_lines(run / "metrics.jsonl")[1:]
         seconds = sum(line["seconds"] for line in lines)

@@ -24,10 +24,10 @@ def tasks(data: Path) -> list[str]:
         f"sources.clips={{path: {data / 'clips'}}}",
         f"sources.packed={{path: {data / 'packed.tar'}, stream: true}}",
         'tasks.seen={source: clips, inputs: {video: file, text: "a {label}"}, batch_size: 8, weight: 2,'
-        " objectives: [{type: contrastive, same: label}],"
+        " objectives: [{type: contrastive, positives_by: label}],"
         " views: [{video: {size: 16, frames: 4, stride: 1}, text: {length: 8}}]}",
         "tasks.packed={source: packed, inputs: {image: png, text: txt}, batch_size: 8, weight: 2,"
-        " objectives: [{type: contrastive, same: txt}], views: [{image: {size: 16}, text: {length: 8}}]}",
+        " objectives: [{type: contrastive, positives_by: txt}], views: [{image: {size: 16}, text: {length: 8}}]}",
     ]
 
 

@@ -34,6 +34,7 @@ from trainings import most_memory
 
 from openimp.checkpoint.folder import save_model
 from openimp.common.progress import track
+from openimp.common.protocols import Learned
 from openimp.common.versions import openimp_version, processor
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
@@ -60,9 +61,16 @@ def prepare(folder: Path) -> Path:
     recipe = Recipe.load(little.write(data) / "recipe.yaml", CHANGES, data)
     modalities = recipe.make_modalities()
     for modality in modalities.values():
-        modality.fit([["a red square"]])
+        if isinstance(modality, Learned):
+            modality.fit([["a red square"]])
     (folder / "model").mkdir()
-    save_model(folder / "model", IMP.from_recipe(recipe, modalities), recipe, modalities, {})
+    save_model(
+        folder / "model",
+        IMP.from_config(recipe.to_config({}), modalities),
+        recipe.to_config({}),
+        modalities,
+        recipe.to_yaml(),
+    )
     (folder / "secret.txt").write_bytes(SECRET)
     build_index(folder / "model", [data], folder / "x.index")
     return folder / "x.index"

@@ -40,6 +40,7 @@ import torch
 
 from openimp.checkpoint.folder import save_model
 from openimp.common.progress import console
+from openimp.common.protocols import Learned
 from openimp.common.versions import openimp_version, processor
 from openimp.inference.embed import embed
 from openimp.model.imp import IMP
@@ -70,10 +71,17 @@ def write_model(folder: Path) -> Path:
     recipe = Recipe.load("demo", [], Path.cwd())
     modalities = recipe.make_modalities()
     for modality in modalities.values():
-        modality.fit([["a word"]] * 4)
+        if isinstance(modality, Learned):
+            modality.fit([["a word"]] * 4)
     torch.manual_seed(0)
     folder.mkdir()
-    save_model(folder, IMP.from_recipe(recipe, modalities).eval(), recipe, modalities, {})
+    save_model(
+        folder,
+        IMP.from_config(recipe.to_config({}), modalities).eval(),
+        recipe.to_config({}),
+        modalities,
+        recipe.to_yaml(),
+    )
     return folder
 
 

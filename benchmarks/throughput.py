@@ -46,7 +46,7 @@ from openimp.common.versions import openimp_version, processor
 from openimp.data.batch import Batch, head_key
 from openimp.data.step_batches import LoadedBatch
 from openimp.model.imp import IMP
-from openimp.objectives import task_losses
+from openimp.objectives.losses import task_losses
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
@@ -215,11 +215,11 @@ def openimp_step(batch: int, name: str, drop: float = 0.0, compiled: bool = Fals
     recipe = Recipe.build({"name": name, "model": model, "sources": sources, "tasks": {"all": task}})
     modalities = recipe.make_modalities()
     torch.manual_seed(0)
-    imp = IMP.from_recipe(recipe, modalities, {head_key("pictures", "label"): CLASSES}).train()
+    imp = IMP.from_config(recipe.to_config({head_key("pictures", "label"): [*range(CLASSES)]}), modalities).train()
     pixels, label = images(batch)
     rngs = [np.random.default_rng(i) for i in range(batch)]
     tokens = modalities["image"].tokens(pixels, recipe.tasks["all"].views[0]["image"], rngs)
-    data = Batch({"image": tokens}, {"": torch.arange(batch)}, {"label": label}, list(range(batch)))
+    data = Batch({"image": tokens}, [{"label": label}])
     for block in imp.blocks() if compiled else ():
         block.compile(dynamic=False)
     count = tokens.coords.shape[0] * tokens.coords.shape[1]

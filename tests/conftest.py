@@ -20,6 +20,7 @@ from hypothesis import settings
 from openimp import cli
 from openimp.checkpoint.folder import save_model
 from openimp.common.modality import Modality
+from openimp.common.protocols import Learned
 from openimp.model.imp import IMP
 from openimp.recipe.schema import Recipe
 from openimp.training.trainer import train
@@ -102,9 +103,10 @@ def tiny_model() -> Callable[[Recipe], tuple[IMP, dict[str, Modality]]]:
     def make(recipe: Recipe) -> tuple[IMP, dict[str, Modality]]:
         modalities = recipe.make_modalities()
         for modality in modalities.values():
-            modality.fit([TEXTS])
+            if isinstance(modality, Learned):
+                modality.fit([TEXTS])
         torch.manual_seed(0)
-        return IMP.from_recipe(recipe, modalities).eval(), modalities
+        return IMP.from_config(recipe.to_config({}), modalities).eval(), modalities
 
     return make
 
@@ -118,7 +120,7 @@ def tiny_model_folder(
     """A folder that `openimp.load` opens, with an untrained sparse model of image, video, audio and text."""
     folder, recipe = tmp_path_factory.mktemp("tiny-model"), tiny_recipe()
     model, modalities = tiny_model(recipe)
-    save_model(folder, model, recipe, modalities, {})
+    save_model(folder, model, recipe.to_config({}), modalities, recipe.to_yaml())
     return folder
 
 

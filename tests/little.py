@@ -27,7 +27,7 @@ tasks:
     source: pictures
     inputs: {image: file, text: "a {label} square"}
     objectives:
-      - {type: contrastive, same: label}
+      - {type: contrastive, positives_by: label}
       - {type: classification, label: label, weight: 0.5}
     batch_size: 8
     weight: 2
@@ -37,7 +37,7 @@ tasks:
   heard:
     source: sounds
     inputs: {audio: sound, text: caption}
-    objectives: [{type: contrastive, same: caption}]
+    objectives: [{type: contrastive, positives_by: caption}]
     batch_size: 6
     views: [{audio: {seconds: 0.512}, text: {length: 8}}]
 optimizer: {lr: 3e-3, warmup_steps: 5, ema_decay: 0.9}
@@ -85,7 +85,7 @@ def write_tars(folder: Path, into: Path) -> list[str]:
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     inputs = "tasks.named.inputs={image: png, text: txt}"
-    objectives = "tasks.named.objectives=[{type: contrastive, same: txt}]"
+    objectives = "tasks.named.objectives=[{type: contrastive, positives_by: txt}]"
     return [inputs, objectives, f"sources.pictures={{path: '{into}/*.tar', stream: true, window: 5}}", "evaluation={}"]
 
 

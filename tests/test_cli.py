@@ -88,7 +88,7 @@ def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
         ("tasks.heard.inputs.text=captoin", "tasks.heard: source sounds (*no column 'captoin'*'caption'?"),
         ("tasks.heard.inputs.audio=sond", "tasks.heard: source sounds (*no column 'sond'*'sound'?"),
         ("tasks.named.objectives.1.label=lable", "tasks.named: source pictures (*'lable'; did you mean 'label'?"),
-        ("tasks.named.objectives.0.same=nam", "tasks.named: source pictures (*'nam'; did you mean 'name'?"),
+        ("tasks.named.objectives.0.positives_by=nam", "tasks.named: source pictures (*'nam'; did you mean 'name'?"),
         ("sources.sounds.path=missing.jsonl", "source sounds: *missing.jsonl: no such file or folder"),
     ],
 )
@@ -126,13 +126,13 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
     shutil.copy(little_run / "checkpoints" / "step-00000012" / "tokenizer.json", damaged)
     shutil.copy(little_run / "checkpoints" / "step-00000012" / "ema" / weights.name, weights)
     config = json.loads((little_run / "checkpoints" / "step-00000012" / "config.json").read_text())
-    config["recipe"]["model"]["layers"] = 10**9
+    config["model"]["layers"] = 10**9
     (damaged / "config.json").write_text(json.dumps(config))
     assert "config.json asks for 1000000000 layers, but the weights are only" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 6, "model": "IMP", "classes": {}}')
-    assert "config.json: recipe is missing or is not a JSON object" in refused("info", damaged)
+    assert "config.json: damaged: its recipe cannot be read: KeyError('recipe')" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 99}')
-    assert "in format 99, and this version of openimp reads format 6 only; use the version that" in refused(
+    assert "in format 99, and this version of openimp reads formats 6 and 7 only; use the version" in refused(
         "info", damaged
     )
 

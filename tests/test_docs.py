@@ -1,10 +1,10 @@
 """What the documents show works: recipes, files and code are taken out of the pages and used."""
 
 import ast
+import json
 import re
 import shlex
 import shutil
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,11 @@ from openimp.data.sources import open_source
 from openimp.data.step_batches import StepBatches
 from openimp.inference.onnx import export
 from openimp.recipe.file import RecipeLoader
-from openimp.recipe.registry import modality_class
+from openimp.recipe.registry import modality_class, objective_class
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source, Task
 from openimp.study.schema import Study
+from openimp.training.trainer import train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/design").glob("*.md")])
@@ -57,24 +58,27 @@ def framed(text: str) -> dict:
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    """The package of docs/modalities.md, as if it were installed."""
-    page = ROOT / "docs" / "modalities.md"
-    ((_, toml),) = [found for found in blocks(page, "toml") if found[0] == "pyproject.toml"]
+    """The packages of docs/modalities.md and docs/objectives.md, as if they were installed."""
     tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
-    points = tomllib.loads(toml)["project"]["entry-points"]["openimp.modalities"]
-    info = tmp_path / "outside-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1\n", encoding="utf-8")
-    lines = "".join(f"{name} = {target}\n" for name, target in points.items())
-    (info / "entry_points.txt").write_text(f"[openimp.modalities]\n{lines}", encoding="utf-8")
-    for name, code in blocks(page, "python"):
-        if name:
-            assert len(code.splitlines()) <= 80
-            (tmp_path / name).write_text(code, encoding="utf-8")
+    for kind in ("modalities", "objectives"):
+        page = ROOT / "docs" / f"{kind}.md"
+        ((_, toml),) = [found for found in blocks(page, "toml") if found[0] == "pyproject.toml"]
+        points = tomllib.loads(toml)["project"]["entry-points"][f"openimp.{kind}"]
+        info = tmp_path / f"outside_{kind}-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: outside-{kind}\nVersion: 1\n", encoding="utf-8")
+        lines = "".join(f"{name} = {target}\n" for name, target in points.items())
+        (info / "entry_points.txt").write_text(f"[openimp.{kind}]\n{lines}", encoding="utf-8")
+        for name, code in blocks(page, "python"):
+            if name:
+                assert len(code.splitlines()) <= 80
+                (tmp_path / name).write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    modality_class.cache_clear()
-    yield import_module(next(iter(points.values())).partition(":")[0])
-    modality_class.cache_clear()
+    for find in (modality_class, objective_class):
+        find.cache_clear()
+    yield
+    for find in (modality_class, objective_class):
+        find.cache_clear()
 
 
 def test_there_are_pages():
@@ -225,13 +229,53 @@ def test_a_modality_from_another_package_is_as_the_page_says(outside, tmp_path, 
     whole = modality.tokens(clips, view, None)
     undropped = modality.length(view.model_copy(update={"drop_tokens": 0.0}))
     assert whole.values.shape == (view.clips, undropped, spec.values)
-    shown = modality.show(np.random.default_rng(0).normal(size=(900, 3)), view)
-    assert (shown == clips[0]).all(), "left alone, a modality shows the numbers of its first clip"
     for tokens in (batch, whole):
         assert tokens.coords.shape == (*tokens.values.shape[:2], len(spec.axes))
         assert tokens.coords.dtype == torch.int64
         assert (tokens.coords >= 0).all()
         assert (tokens.coords < torch.tensor(spec.axes)).all()
+
+
+def test_an_objective_from_another_package_is_trained_saved_and_loaded(outside, little_data, tmp_path, capsys):
+    """Pictures with the right and with a wrong text, and in the column the cosine that they should have."""
+    ((_, objectives),) = blocks(ROOT / "docs" / "objectives.md", "yaml")
+    names = ("red", "green", "blue", "white")
+    right = [(f"{name}/{i}.png", name, 0.9) for name in names for i in range(6)]
+    wrong = [(f"{names[i % 4]}/{i // 4}.png", names[(i + 1 + i // 4 % 3) % 4], -0.2) for i in range(24)]
+    rows = [{"image": file, "text": text, "score": score} for file, text, score in right + wrong]
+    rows[0]["score"] = 5.0
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "scored.jsonl").write_text(lines, encoding="utf-8")
+    task = {
+        "source": "scored",
+        "inputs": {"image": "image", "text": "text"},
+        "views": [{"image": {"size": 16, "crop": 1, "jitter": 0}, "text": {"length": 4}}],
+        "batch_size": 24,
+        **yaml.load(objectives, RecipeLoader),
+    }
+    recipe = Recipe.build(
+        {
+            "name": "scored",
+            "model": {"width": 32, "layers": 1, "heads": 2, "mlp_dim": 64, "embed_dim": 16},
+            "modalities": {"vision": {"patch": [2, 8, 8]}, "text": {"vocab_size": 300, "positions": 8}},
+            "sources": {"scored": {"path": "scored.jsonl", "root": str(little_data / "pictures")}},
+            "tasks": {"pairs": task},
+            "optimizer": {"lr": 3e-3, "warmup_steps": 5},
+            "train": {"steps": 40, "num_workers": 0, "log_every": 5, "save_every": 20, "max_bad_fraction": 0.05},
+        },
+        tmp_path,
+    )
+    assert train(recipe, tmp_path / "run")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    first, *_, last = (line["tasks"]["pairs"]["image~text"] for line in lines)
+    assert last < 0.05 < 0.2 < first
+    ((bad, why),) = {(line["where"], line["why"]) for line in read_lines(tmp_path / "run" / "skipped.jsonl")}
+    assert bad == "scored.jsonl[0]"
+    assert why == "column 'score': expected a number from -1 to 1, found 5.0"
+    model = openimp.load(tmp_path / "run", "cpu", "fp32")
+    pictures = [little_data / "pictures" / name / "5.png" for name in names]
+    cosines = model.encode_image(pictures, normalize=True) @ model.encode_text(list(names), normalize=True).T
+    assert cosines.diagonal().min() > 0.5 > (cosines - torch.eye(4) * 9).max()
 
 
 def test_every_field_of_a_run_has_a_meaning(little_run):

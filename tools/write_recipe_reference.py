@@ -1,4 +1,5 @@
-"""Writes the reference in docs/recipe.md from the recipe's schema and the options of openimp's own modalities.
+"""Writes the reference in docs/recipe.md from the recipe's schema and the options of openimp's own modalities and
+objectives.
 
     python tools/write_recipe_reference.py
 
@@ -10,7 +11,6 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import NoneType, UnionType
@@ -20,10 +20,11 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from openimp.common.errors import UserError
 from openimp.common.modality import Modality
+from openimp.common.objective import Objective
+from openimp.modalities.open_clip import READERS
 from openimp.recipe.inputs import View
-from openimp.recipe.registry import GROUP
+from openimp.recipe.registry import MODALITIES, OBJECTIVES
 from openimp.recipe.schema import Recipe
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "recipe.md"
@@ -46,17 +47,17 @@ def current(page: str) -> str:
 
 def builtin_modalities() -> dict[str, type[Modality]]:
     """The modalities that openimp itself registers, by name."""
-    points = [point for point in entry_points(group=GROUP) if point.dist and point.dist.name == "openimp"]
+    return _builtin(MODALITIES)
+
+
+def builtin_objectives() -> dict[str, type[Objective]]:
+    """The objectives that openimp itself registers, by name."""
+    return _builtin(OBJECTIVES)
+
+
+def _builtin(group: str) -> dict[str, Any]:
+    points = [point for point in entry_points(group=group) if point.dist and point.dist.name == "openimp"]
     return {point.name: point.load() for point in points}
-
-
-def wrapped_modalities() -> dict[str, type[Modality]]:
-    """Those of a wrapped model, by name."""
-    found = {}
-    for name, modality in builtin_modalities().items():
-        with suppress(UserError):  # The library has no such modality.
-            found[name] = modality.wrapped()
-    return found
 
 
 def sections() -> dict[type[BaseModel], str]:
@@ -71,7 +72,7 @@ def sections() -> dict[type[BaseModel], str]:
             if schema is Recipe and name == "modalities":
                 for modality in modalities.values():
                     titles[modality.Config] = f"`modalities.{modality.stem}`"
-                for modality in wrapped_modalities().values():
+                for modality in READERS.values():
                     titles[modality.Config] = f"`modalities.{modality.stem}` with `model.wrap`"
             for part, suffix in _schemas(field.annotation):
                 if part not in titles:
@@ -79,7 +80,7 @@ def sections() -> dict[type[BaseModel], str]:
         if schema is View:
             for name, modality in modalities.items():
                 titles[modality.View] = f"`{path}.{name}`"
-            for name, modality in wrapped_modalities().items():
+            for name, modality in READERS.items():
                 titles[modality.View] = f"`{path}.{name}` with `model.wrap`"
 
     visit(Recipe, "recipe")
@@ -88,7 +89,10 @@ def sections() -> dict[type[BaseModel], str]:
 
 def _schemas(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseModel], str]]:
     """The schemas in a type, each with the suffix of its path."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if annotation is Objective:
+        for objective in builtin_objectives().values():
+            yield objective, suffix
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, suffix
     suffix += {dict: ".NAME", list: "[]"}.get(get_origin(annotation), "")  # type: ignore[arg-type]
     for argument in get_args(annotation) if get_origin(annotation) is not Literal else ():
@@ -125,6 +129,8 @@ def _words(kind: Any, limits: Any, titles: dict[type[BaseModel], str]) -> str:
         fixed = origin is tuple or any(isinstance(limit, MaxLen) for limit in limits)
         items = re.sub("^(whole number|number|text|list)", r"\1s", _words(arguments[0], (), titles))
         return f"list of {exact} {items}" if fixed else f"list of {items}" + (f", at least {least}" if least else "")
+    if kind is Objective:
+        return " or ".join(_words(objective, (), titles) for objective in builtin_objectives().values())
     if kind in titles:
         return f"[{titles[kind]}](#{_anchor(titles[kind])})"
     said = {Ge: "at least {0.ge}", Gt: "above {0.gt}", Le: "at most {0.le}", Lt: "below {0.lt}"}

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
-from openimp.checkpoint.folder import checkpoints, describe_model, find_model, load_model, model_folder, saved_step
+from openimp.checkpoint.find import find_model, is_model_name
+from openimp.checkpoint.folder import checkpoints, describe_model, load_model, saved_step
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
@@ -31,9 +32,8 @@ from openimp.parallel import distributed
 from openimp.planning.plan import plans
 from openimp.planning.tables import print_costs, print_model, print_plan
 from openimp.recipe.file import RecipeLoader, override, read_recipe
-from openimp.recipe.model import LIBRARY
+from openimp.recipe.model_config import class_for
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification
 from openimp.report.write import write_report
 from openimp.search.build import build_index
 from openimp.search.folder import METADATA
@@ -118,8 +118,9 @@ def run_eval(
         if sets or other or overrides or allow_sources:
             raise UserError("--mteb takes no evaluation sets, --recipe, --set or --allow-sources")
         return _run_benchmarks(path, mteb, out)
-    folder = model_folder(path)
-    model, recipe, modalities, classes = load_model(folder)
+    folder = find_model(path)
+    model, (config, modalities, saved_recipe) = load_model(folder)
+    recipe = saved_recipe.validated()
     given: Collection[str] = ()  # sources that the user's own recipe defines
     if other or overrides:
         recipe, given = _with_sets(recipe, other, overrides or [])
@@ -129,7 +130,7 @@ def run_eval(
         check_sources(path, folder, recipe, sets or recipe.evaluation.sets, given)
     model, failed = model.to(pick_device()), None
     try:
-        results = evaluate(model, recipe, modalities, sets or None, saved_step(folder), track, classes)
+        results = evaluate(model, recipe, modalities, sets or None, saved_step(folder), track, config.classes)
     except NotMeasured as error:
         results, failed = error.results, error
     if results:
@@ -153,7 +154,7 @@ def _run_benchmarks(path: Path, tasks: list[str], out: Path | None) -> None:
         raise UserError(f"mteb cannot be imported ({error}): {advice}") from None
     folder = find_model(str(path))
     model = load(folder)
-    model.precision = model.recipe.train.precision
+    model.precision = model.config.precision
     found, left_out = mteb_tasks.find_tasks(tasks, model.modalities)
     for sentence in left_out:
         console.print(sentence, soft_wrap=True)
@@ -196,7 +197,7 @@ def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
         view = options.get("view") if isinstance(options, dict) else None
         for name in recipe.modality_names:
             if isinstance(view, dict) and isinstance(view.get(name), dict):
-                unknown = recipe.modality_class(name).View.renamed
+                unknown = class_for(name, recipe.model).View.renamed
                 view[name] = {key: value for key, value in view[name].items() if key not in unknown}
 
 
@@ -268,7 +269,7 @@ def run_embed_rows(
 
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
     """Serves the search page of an index, or of the media of a run's recipe."""
-    if not what.exists() and not str(what).startswith(LIBRARY):
+    if not what.exists() and not is_model_name(what):
         raise UserError(f"{what}: no such index or run; openimp index makes an index")
     try:
         from openimp.search.server import serve
@@ -288,15 +289,18 @@ def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None
 def run_info(what: str, overrides: list[str]) -> None:
     """Describes a recipe, a model, or a run. A run without a checkpoint is described by its recipe."""
     path = Path(what)
-    wrapped = what.startswith(LIBRARY)
-    if (wrapped or path.is_dir()) and overrides:
+    is_name = is_model_name(what)
+    if (is_name or path.is_dir()) and overrides:
         raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
-    if wrapped or (
+    if is_name or (
         path.is_dir() and (checkpoints(path) or (path / "config.json").exists() or not (path / "recipe.yaml").exists())
     ):
-        folder = model_folder(path)
-        recipe, modalities, classes = describe_model(folder)
-        console.print(f"{what if wrapped else folder}: a model of recipe {recipe.name}", soft_wrap=True)
+        folder = find_model(what)
+        config, modalities, saved_recipe = describe_model(folder)
+        console.print(f"{what if is_name else folder}: a model of recipe {config.name}", soft_wrap=True)
+        print_model(config, modalities)
+        recipe = saved_recipe.validated()
+        classes = config.classes
     else:
         if path.is_dir():
             refuse_links(path)
@@ -306,7 +310,7 @@ def run_info(what: str, overrides: list[str]) -> None:
         classes = _classes(recipe)
         if path.is_dir():
             console.print(f"{path}: a run of recipe {recipe.name}, which has saved no checkpoint yet", soft_wrap=True)
-    print_model(recipe, modalities, classes)
+        print_model(recipe.to_config(classes), modalities)
     print_costs(recipe, modalities, classes)
     if path.is_dir():
         _print_run(path)
@@ -316,7 +320,7 @@ def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -
     """Says what a run of a recipe would need, and which layout suits it."""
     recipe = Recipe.load(name, overrides, Path.cwd())
     modalities = _modalities(recipe)
-    every = [*plans(recipe, modalities, _classes(recipe), gpus, gpu, mfu)]
+    every = [*plans(recipe, modalities, _classes(recipe), gpus=gpus, gpu=gpu, mfu=mfu)]
     print_plan(recipe, modalities, every, gpu)
 
 
@@ -332,16 +336,15 @@ def _classes(recipe: Recipe) -> dict[str, list[Any]]:
     """The classes of each head. A head whose classes are neither listed nor in readable data counts as one class."""
     found: dict[str, list[Any]] = {}
     for name, task in recipe.tasks.items():
-        for objective in task.objectives:
-            if isinstance(objective, Classification):
-                key = head_key(task.source, objective.label)
-                try:
-                    found[key] = list(objective.classes or ()) or classes_of(
-                        open_source(task.source, recipe.sources[task.source]), objective, f"tasks.{name}"
-                    )
-                except UserError as error:
-                    found[key] = [None]
-                    console.print(f"head {key} counts as one class: {error}", soft_wrap=True)
+        for column in filter(None, [objective.class_column() for objective in task.objectives]):
+            key = head_key(task.source, column.name)
+            try:
+                found[key] = list(column.classes or ()) or classes_of(
+                    open_source(task.source, recipe.sources[task.source]), column, f"tasks.{name}"
+                )
+            except UserError as error:
+                found[key] = [None]
+                console.print(f"head {key} counts as one class: {error}", soft_wrap=True)
     return found
 
 

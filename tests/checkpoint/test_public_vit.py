@@ -114,7 +114,7 @@ def load(recipe: Recipe) -> tuple[IMP, dict, str]:
     modalities = recipe.make_modalities()
     start = open_warm_start(recipe, modalities)
     modalities["text"].fit([["a red square"]])
-    model = IMP.from_recipe(recipe, modalities).eval()
+    model = IMP.from_config(recipe.to_config({}), modalities).eval()
     assert start is not None
     return model, modalities, start.load(model, {})
 
@@ -257,7 +257,7 @@ def test_published_names_are_accepted_before_anything_is_downloaded():
 
 
 TASK = """{source: pictures, inputs: {image: file, text: "a {label} square"}, batch_size: 8,
-    objectives: [{type: contrastive, same: label}], views: [{image: {size: 16}, text: {length: 8}}]}"""
+    objectives: [{type: contrastive, positives_by: label}], views: [{image: {size: 16}, text: {length: 8}}]}"""
 CHANGES = [
     f"tasks={{named: {TASK}}}",
     "evaluation={}",

@@ -137,7 +137,9 @@ def test_a_checkpoint_of_an_older_format_is_refused(run, little_data):
     config = json.loads((folder / "config.json").read_text())
     for found in (4, 5, None):
         (folder / "config.json").write_text(json.dumps(config | {"format": found}))
-        told = f"in format {found}, and this version of openimp reads format 6 only; use the version that saved it"
+        told = (
+            f"in format {found}, and this version of openimp reads formats 6 and 7 only; use the version that saved it"
+        )
         with pytest.raises(UserError, match=told):
             openimp.load(run)
     (folder / "state.json").write_text('{"step": 12}')

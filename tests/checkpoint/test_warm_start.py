@@ -21,7 +21,7 @@ from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
 
 NEW_HEAD = """{source: painted, inputs: {image: file, text: 'painted {label}'}, batch_size: 8, objectives: [
-    {type: classification, label: label, of: image}, {type: contrastive, same: label}],
+    {type: classification, label: label, of: image}, {type: contrastive, positives_by: label}],
     views: [{image: {size: 16}, text: {length: 8}}]}"""
 
 
@@ -141,7 +141,7 @@ def test_resuming_does_not_start_again(little_run, pictures_only, tmp_path):
         ("modalities.vision.patch=[2, 4, 4]", "modalities.vision.patch.1 is 8 there, 4 here"),
         ("modalities.text.vocab_size=400", "modalities.text.vocab_size is 300 there, 400 here"),
         ("modalities.text.tokenizer=other.json", "modalities.text.tokenizer is None there, '"),
-        ("train.init=nothing", "nothing: no model here"),
+        ("train.init=nothing", "nothing: no such folder"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_sentence(little_run, pictures_only, tmp_path, change, message):

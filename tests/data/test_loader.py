@@ -15,18 +15,22 @@ import PIL.Image
 import pytest
 import soundfile
 import torch
+from batches import assert_same
 
 from openimp.common.errors import UserError
-from openimp.data import step_batches
 from openimp.data.loader import _init_worker, load_batches
 from openimp.data.order import example_rng, rows_at, seed_key
-from openimp.data.step_batches import LoadedBatch, StepBatches
-from openimp.data.targets import item_id
+from openimp.data.sources import open_source
+from openimp.data.step_batches import CORPUS_ROWS, LoadedBatch, StepBatches, _sample
+from openimp.data.tables import item_id
 from openimp.data.templates import fill
 from openimp.planning.ledger import costs
 from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Source
 
 NO_EVALUATION = "evaluation={}"
+either = pytest.mark.parametrize("workers", [0, pytest.param(3, marks=pytest.mark.slow)])
+"""The training process makes the batches, or workers do."""
 
 
 def opened(folder: Path, *changes: str) -> StepBatches:
@@ -40,21 +44,7 @@ def loaded(folder: Path, *changes: str, first: int = 0) -> list[LoadedBatch]:
     return list(load_batches(opened(folder, *changes), first))
 
 
-def assert_same(one: list[LoadedBatch], other: list[LoadedBatch]) -> None:
-    assert [a.visit for a in one] == [b.visit for b in other]
-    for a, b in zip(one, other):
-        assert (a.names, a.bad, a.cursors, a.digest) == (b.names, b.bad, b.cursors, b.digest)
-        assert a.batch.rows == b.batch.rows
-        for mine, theirs in ((a.batch.item_ids, b.batch.item_ids), (a.batch.labels, b.batch.labels)):
-            assert mine.keys() == theirs.keys()
-            assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-        assert a.batch.tokens.keys() == b.batch.tokens.keys()
-        for name, tokens in a.batch.tokens.items():
-            for mine, theirs in zip(tokens, b.batch.tokens[name]):
-                assert (mine is None) == (theirs is None)
-                assert mine is None or torch.equal(mine, theirs), name
-
-
+@pytest.mark.slow
 def test_batches_are_bitwise_equal_with_any_number_of_workers(little_data):
     """Also where the training process, which has more threads than a worker, makes them itself."""
     longer = ["modalities.audio={}", "tasks.heard.views.0.audio.seconds=1.024", NO_EVALUATION]
@@ -92,46 +82,44 @@ def test_an_example_is_what_it_would_be_alone(little_data):
                 assert torch.equal(batch.tokens[name].coords[i * spec.draw : (i + 1) * spec.draw], alone.coords)
 
 
-def test_in_a_view_with_sync_clip_and_sound_start_at_the_same_moment(tmp_path):
+@pytest.mark.parametrize("sync", [True, False])
+def test_in_a_view_with_sync_clip_and_sound_start_at_the_same_moment(tmp_path, sync):
     """Frame i of 100 has the gray level 2 i, and sample j of 32,000 the value j, so a part tells where it starts."""
     frames = [PIL.Image.new("RGB", (16, 16), (2 * i, 2 * i, 2 * i)) for i in range(100)]
     frames[0].save(tmp_path / "v.webp", save_all=True, append_images=frames[1:], lossless=True)
     soundfile.write(tmp_path / "a.wav", np.arange(32_000, dtype=np.int16), 16_000, "PCM_16")
-    (tmp_path / "rows.jsonl").write_text('{"v": "v.webp", "a": "a.wav"}\n' * 8)
-    view = {"video": {"size": 16, "frames": 4, "stride": 1, "crop": 1.0}, "audio": {"seconds": 0.256}}
-    for sync in (True, False):
-        task = {"source": "all", "inputs": {"video": "v", "audio": "a"}, "objectives": [{"type": "contrastive"}]}
-        recipe = Recipe.build(
-            {
-                "name": "sync",
-                "modalities": {"vision": {"patch": [4, 16, 16]}, "audio": {"window": 256, "hop": 256, "bins": 16}},
-                "sources": {"all": {"path": str(tmp_path / "rows.jsonl")}},
-                "tasks": {"one": {**task, "batch_size": 8, "views": [{**view, "sync": sync}]}},
-            }
-        )
-        data = StepBatches(recipe, recipe.make_modalities())
-        views, first_pixels, apart = recipe.tasks["one"].views[0], data[0].batch.tokens["video"].values[:, 0, 0], []
-        for position in range(8):
-            rng = example_rng(seed_key(recipe.seed, "one", "augment"), position, sync)
-            parts = {}
-            for name, file in (("video", tmp_path / "v.webp"), ("audio", tmp_path / "a.wav")):
-                modality = data.modalities[name]
-                parts[name] = modality.transform(modality.decode(file, [views[name]], rng), views[name], rng)
-            frame = int(parts["video"][0, 0, 0, 0]) // 2
-            assert first_pixels[position] == 2 * frame
-            apart.append(abs(frame / 100 - parts["audio"][0] * 32_767 / 32_000))
-        assert (max(apart) < 0.15) == sync  # the sound, which is longer, can start at most 0.13 before
+    (tmp_path / "rows.jsonl").write_text('{"video": "v.webp", "audio": "a.wav"}\n' * 8)
+    view = {"video": {"size": 16, "frames": 4, "stride": 1, "crop": 1.0}, "audio": {"seconds": 0.256}, "sync": sync}
+    task = {"source": "all", "inputs": {"video": "video", "audio": "audio"}, "batch_size": 8, "views": [view]}
+    recipe = Recipe.build(
+        {
+            "name": "sync",
+            "modalities": {"vision": {"patch": [4, 16, 16]}, "audio": {"window": 256, "hop": 256, "bins": 16}},
+            "sources": {"all": {"path": str(tmp_path / "rows.jsonl")}},
+            "tasks": {"one": {**task, "objectives": [{"type": "contrastive"}]}},
+        }
+    )
+    data = StepBatches(recipe, recipe.make_modalities())
+    view = recipe.tasks["one"].views[0]
+    first_pixels = data[0].batch.tokens["video"].values[:, 0, 0]
+    apart = []
+    for position in range(8):
+        rng = example_rng(seed_key(recipe.seed, "one", "augment"), position, sync)
+        parts = {}
+        for name, file in (("video", tmp_path / "v.webp"), ("audio", tmp_path / "a.wav")):
+            modality = data.modalities[name]
+            parts[name] = modality.transform(modality.decode(file, [view[name]], rng), view[name], rng)
+        frame = int(parts["video"][0, 0, 0, 0]) // 2
+        assert first_pixels[position] == 2 * frame
+        apart.append(abs(frame / 100 - parts["audio"][0] * 32_767 / 32_000))
+    assert (max(apart) < 0.15) == sync  # the sound, which is longer, can start at most 0.13 before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_any_step(little_data):
     whole = loaded(little_data)
     for first, workers in ((1, 0), (5, 2), (11, 0)):
         assert_same(loaded(little_data, f"train.num_workers={workers}", first=first), whole[first:])
-
-
-def test_the_seed_changes_everything(little_data):
-    one, other = loaded(little_data), loaded(little_data, "seed=1")
-    assert [item.batch.rows for item in one] != [item.batch.rows for item in other]
 
 
 def test_each_epoch_of_a_task_has_every_row_once(little_data):
@@ -143,6 +131,7 @@ def test_each_epoch_of_a_task_has_every_row_once(little_data):
         assert sorted(rows[24 * epoch : 24 * epoch + 24]) == list(range(24))
 
 
+@pytest.mark.slow
 def test_batches_have_the_shapes_that_the_ledger_counts(little_data):
     data = opened(little_data, "tasks.named.inputs.text={column: label, draw: 3}", "train.steps=30")
     counted = costs(data.recipe, data.modalities, data.classes)
@@ -151,96 +140,53 @@ def test_batches_have_the_shapes_that_the_ledger_counts(little_data):
         cost = counted[item.visit.task, item.visit.view]
         tokens = item.batch.tokens
         assert cost.examples == len(item.batch.rows) == item.visit.batch_size
-        assert cost.tokens == sum(t.coords.shape[0] * t.coords.shape[1] for t in tokens.values())
+        assert cost.tokens == sum(batch.coords.shape[0] * batch.coords.shape[1] for batch in tokens.values())
         for name, batch in tokens.items():
-            modality, view = data.modalities[name], data.recipe.tasks[item.visit.task].views[item.visit.view][name]
-            assert batch.coords.shape[1:] == (modality.length(view), len(modality.stem_spec().axes))
-            assert (batch.mask is not None) == modality.masked
-            assert batch.values.shape[2:] == (() if modality.stem_spec().table else (modality.values(),))
-        if item.visit.task == "named":
-            assert tokens["text"].coords.shape[0] == 3 * tokens["image"].coords.shape[0]
+            stem = data.modalities[name].stem_spec()
+            assert batch.coords.shape[2] == len(stem.axes)
+            assert (batch.mask is not None) == data.modalities[name].masked
+            assert batch.values.shape[2:] == (() if stem.table else (data.modalities[name].values(),))
         seen.add((item.visit.task, item.visit.view))
     assert seen == set(counted)
 
 
-@pytest.mark.parametrize("workers", [0, 3])
+@either
 def test_a_bad_file_is_skipped_counted_named_and_replaced(own_data, workers):
-    """By the next one in the task's order."""
-    for name, content in {
-        "red/1.png": b"",
-        "blue/2.png": b"\x89PNG\r\n\x1a\n broken",
-        "white/0.png": b"GIF89a",
-    }.items():
+    """By the next one in the task's order. A caption that is missing is as bad."""
+    rows = [{"sound": f"{i}.wav", "caption": None if i == 3 else f"tone {i}"} for i in range(15)]
+    (own_data / "sounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    bad = {"red/1.png": b"", "blue/2.png": b"\x89PNG\r\n\x1a\n broken", "white/0.png": b"GIF89a"}
+    for name, content in bad.items():
         (own_data / "pictures" / name).write_bytes(content)
-    bad = {"red/1.png", "blue/2.png", "white/0.png"}
-    data = opened(own_data, f"train.num_workers={workers}")
+    each_row_an_item = "tasks.named.objectives.0.positives_by=null"
+    data = opened(own_data, f"train.num_workers={workers}", each_row_an_item, NO_EVALUATION)
     table = data.sources["named"]
-    named = []
-    for item in load_batches(data, 0):
+    steps = list(load_batches(data, 0))
+    for item in steps:
         if item.visit.task == "named":
-            assert len(item.batch.rows) == len(item.batch.tokens["image"].values) == item.visit.batch_size
-            assert not bad & {table.row_name(row) for row in item.batch.rows}
+            assert len(item.batch.tokens["image"].values) == item.visit.batch_size
             # A stand-in is the same item as the neighbour whose place it shares, not a false negative.
-            assert item.batch.item_ids[""].tolist() == item.batch.rows
-            classes = [data.classes["pictures:label"][label] for label in item.batch.labels["label"]]
+            assert item.batch.targets[0]["item"].tolist() == item.batch.rows
+            classes = [data.classes["pictures:label"][label] for label in item.batch.targets[1]["label"]]
             assert classes == [table.row_name(row).split("/")[0] for row in item.batch.rows]
             order = rows_at(0, "named", 24, np.arange(item.visit.start, item.visit.start + 24)).tolist()
             good = [i for i in range(24) if table.row_name(order[i]) not in bad]
             assert item.batch.rows == [order[min(j for j in good if j >= i)] for i in range(item.visit.batch_size)]
             assert item.names == [table.row_name(row) for row in item.batch.rows]
-            named += item.bad
-    assert {where for where, _ in named} == bad
-    assert all(why for _, why in named)
-    first = next(item for item in load_batches(data, 0) if item.bad)
-    again = next(item for item in load_batches(data, 0) if item.bad)
-    assert_same([first], [again])
+    reasons = dict(pair for item in steps for pair in item.bad)
+    assert reasons.keys() == {*bad, "sounds.jsonl[3]"}
+    assert reasons["sounds.jsonl[3]"] == "no text in column caption"
+    assert all(reasons.values())
 
 
-def test_a_rank_whose_examples_cannot_be_read_takes_the_next_of_the_batch(own_data):
-    recipe = Recipe.load(
-        own_data / "recipe.yaml",
-        [
-            "tasks.heard.weight=0",
-            "tasks.named.views=[{image: {size: 16}, text: {length: 8}}]",
-            "tasks.named.batch_size=4",
-            NO_EVALUATION,
-        ],
-    )
-    parts = [StepBatches(recipe, recipe.make_modalities(), rank=part, world_size=4) for part in range(4)]
-    for data in parts:
-        data.fit()
-    table = parts[0].sources["named"]
-    first = [data[0].batch.rows[0] for data in parts]
-    for row in first[1:3]:
-        (own_data / "pictures" / table.row_name(row)).write_bytes(b"no picture")
-    found = [data[0] for data in parts]
-    assert [item.batch.rows for item in found] == [[first[0]], [first[3]], [first[3]], [first[3]]]
-    assert [[where for where, _ in item.bad] for item in found] == [
-        [],
-        [table.row_name(first[1])],
-        [table.row_name(first[2])],
-        [],
-    ]
-
-
-def test_a_picture_that_is_missing_a_text_is_skipped_too(own_data):
-    rows = [{"sound": f"{i}.wav", "caption": None if i == 3 else f"tone {i}"} for i in range(15)]
-    (own_data / "sounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    bad = [b for item in loaded(own_data, "tasks.named.weight=0", NO_EVALUATION) for b in item.bad]
-    assert set(bad) == {("sounds.jsonl[3]", "no text in column caption")}
-
-
-@pytest.mark.parametrize("workers", [0, 1])
+@either
 def test_what_the_user_can_mend_comes_out_of_a_worker_in_one_line(own_data, workers):
     """The DataLoader would put the worker's traceback into the message."""
-    (own_data / "sounds").mkdir()
     for file in own_data.glob("*.wav"):
         file.write_bytes(b"no sound")
-    changes = [f"train.num_workers={workers}", "tasks.named.weight=0"]
-    with pytest.raises(
-        UserError, match=r"tasks\.heard: 6 examples in a row could not be read in step \d+; first"
-    ) as error:
-        loaded(own_data, *changes)
+    message = r"tasks\.heard: 6 examples in a row could not be read in step \d+; first"
+    with pytest.raises(UserError, match=message) as error:
+        loaded(own_data, f"train.num_workers={workers}", "tasks.named.weight=0")
     assert "\n" not in str(error.value)
 
 
@@ -253,7 +199,7 @@ class Failing(StepBatches):
         return super().part(step, number, parts)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@either
 def test_any_error_of_loading_stops_the_training_as_one_that_the_user_can_mend_does(little_data, workers):
     """So that all complete steps are saved. It is not taken for the end of a worker."""
     recipe = Recipe.load(little_data / "recipe.yaml", [f"train.num_workers={workers}", NO_EVALUATION])
@@ -265,16 +211,16 @@ def test_any_error_of_loading_stops_the_training_as_one_that_the_user_can_mend_d
         next(batches)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_class_of_a_stream_that_the_recipe_does_not_list_stops_the_training(streamed, workers):
+def test_a_stream_must_name_all_its_classes(streamed):
     folder, changes = streamed
-    objective = "{type: classification, label: txt, classes: [a red square, a green square, a white square]}"
-    changes = [*changes, f"train.num_workers={workers}", f"tasks.named.objectives=[{objective}]"]
-    with pytest.raises(UserError, match=r"pictures\.txt: 'a blue square' is not among the classes") as error:
-        loaded(folder, *changes)
-    assert "\n" not in str(error.value)
+    objective = "tasks.named.objectives=[{type: classification, label: txt%s}]"
+    with pytest.raises(UserError, match="a streamed source is not read ahead, so name the classes of 'txt'"):
+        opened(folder, *changes, objective % "")
+    with pytest.raises(UserError, match=r"pictures\.txt: 'a blue square' is not among the classes"):
+        loaded(folder, *changes, objective % ", classes: [a red square, a green square, a white square]")
 
 
+@pytest.mark.slow
 def test_a_cached_source_gives_the_same_pictures(little_data, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path))
     one_view = ["tasks.named.views=[{image: {size: 16}, text: {length: 8}}]", "tasks.heard.weight=0"]
@@ -284,42 +230,10 @@ def test_a_cached_source_gives_the_same_pictures(little_data, tmp_path, monkeypa
     assert list(tmp_path.rglob("*.arrow"))
 
 
-def test_a_source_smaller_than_a_batch_is_read_again(little_data):
-    (item, *_) = loaded(little_data, "tasks.named.weight=0", "tasks.heard.batch_size=40")
-    assert len(item.batch.rows) == 40
-    assert set(item.batch.rows) == set(range(15))
-
-
-def test_several_classes_a_row_become_marks(own_data):
-    rows = [{"sound": f"{i}.wav", "caption": "x", "tags": [["a"], ["c", "b"], []][i % 3]} for i in range(15)]
-    (own_data / "sounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    objective = "tasks.heard.objectives=[{type: classification, label: tags, loss: sigmoid}]"
-    data = opened(own_data, "tasks.named.weight=0", objective, NO_EVALUATION)
-    assert data.classes == {"sounds:tags": ["a", "b", "c"]}
-    for item in load_batches(data, 0):
-        expected = [[[1, 0, 0], [0, 1, 1], [0, 0, 0]][row % 3] for row in item.batch.rows]
-        assert item.batch.labels["tags"].tolist() == expected
-
-
-def test_rows_without_a_class_are_refused(own_data):
-    rows = [{"sound": f"{i}.wav", "caption": "x", "kind": None if i < 2 else "k"} for i in range(15)]
-    (own_data / "sounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    objective = "tasks.heard.objectives=[{type: classification, label: kind}]"
-    with pytest.raises(UserError, match=r"tasks\.heard: column 'kind' of source sounds has 2 rows without a class"):
-        opened(own_data, objective, NO_EVALUATION)
-
-
 def test_a_short_stream_is_read_once_for_its_texts(streamed):
     folder, changes = streamed
     texts = [text for (text,) in opened(folder, *changes)._corpus("text")]
     assert len([text for text in texts if text.endswith("square")]) == 24
-
-
-def test_a_stream_must_name_its_classes(streamed):
-    folder, changes = streamed
-    changes = [*changes, "tasks.named.objectives=[{type: classification, label: txt}]"]
-    with pytest.raises(UserError, match="a streamed source is not read ahead, so name the classes of 'txt'"):
-        opened(folder, *changes)
 
 
 def only_image(*objectives: str) -> list[str]:
@@ -335,18 +249,20 @@ def write_labels(folder: Path, labels: list[object]) -> list[str]:
     return ["sources.pictures={path: m.jsonl}"]
 
 
-def test_rows_without_a_value_are_items_of_their_own(own_data):
-    source = write_labels(own_data, ["a", None, None, "a", "", ""])
-    assert items(own_data, source) == [[0, 3], [1], [2], [4], [5]]
-    source = write_labels(own_data, [1.5, float("nan"), float("nan"), 1.5, 0.0, None])
-    assert items(own_data, source) == [[0, 3], [1], [2], [4], [5]]
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["a", None, None, "a", "", ""], [[0, 3], [1], [2], [4], [5]]),
+        ([1.5, float("nan"), float("nan"), 1.5, 0.0, None], [[0, 3], [1], [2], [4], [5]]),
+        (["A dog", "a  dog", "a dog.", "Straße", "STRASSE", " "], [[0, 1], [2], [3, 4], [5]]),
+        ([["A", "b"], ["a", "b"], ["b"], [], [], None], [[0, 1], [2], [3], [4], [5]]),
+    ],
+)
+def test_equal_values_are_one_item_and_rows_without_a_value_are_items_of_their_own(own_data, labels, expected):
+    assert items(own_data, write_labels(own_data, labels)) == expected
 
 
-def test_equal_texts_are_one_item_and_bytes_that_differ_are_two(own_data):
-    source = write_labels(own_data, ["A dog", "a  dog", "a dog.", "Straße", "STRASSE", " "])
-    assert items(own_data, source) == [[0, 1], [2], [3, 4], [5]]
-    source = write_labels(own_data, [["A", "b"], ["a", "b"], ["b"], [], [], None])
-    assert items(own_data, source) == [[0, 1], [2], [3], [4], [5]]
+def test_bytes_that_differ_are_two_items():
     values = [b"\x00A", b"\x00a", 1, "1", True, "true", "a", "\nrow 7"]
     assert len({item_id(value, row) for row, value in enumerate(values)}) == 6
     assert item_id(b"", 7) == item_id(None, 7) != item_id("row 7", 0)
@@ -354,10 +270,10 @@ def test_equal_texts_are_one_item_and_bytes_that_differ_are_two(own_data):
 
 def items(folder: Path, source: list[str]) -> list[list[int]]:
     """The rows of each item."""
-    (batch, *_) = loaded(folder, *source, "tasks.named.objectives=[{type: contrastive, same: label}]",
+    (batch, *_) = loaded(folder, *source, "tasks.named.objectives=[{type: contrastive, positives_by: label}]",
                          "tasks.named.inputs.text=file", "tasks.heard.weight=0", NO_EVALUATION)  # fmt: skip
     found: dict[int, set[int]] = {}
-    for row, item in zip(batch.batch.rows, batch.batch.item_ids["label"].tolist()):
+    for row, item in zip(batch.batch.rows, batch.batch.targets[0]["item"].tolist()):
         found.setdefault(item, set()).add(row)
     return sorted(map(sorted, found.values()))
 
@@ -365,65 +281,39 @@ def items(folder: Path, source: list[str]) -> list[list[int]]:
 def test_several_classes_a_row(own_data):
     source = write_labels(own_data, [["a", "b"], [], None, ["c"], ["a"], ["b", "c"]])
     (batch, *_) = loaded(own_data, *source, *only_image("{type: classification, label: label, loss: sigmoid}"))
-    hot = dict(zip(batch.batch.rows, batch.batch.labels["label"].int().tolist()))
+    hot = dict(zip(batch.batch.rows, batch.batch.targets[0]["label"].int().tolist()))
     assert [hot[row] for row in range(6)] == [[1, 1, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0], [0, 1, 1]]
 
 
-@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize(
-    ("loss", "labels", "message"),
+    ("options", "labels", "message"),
     [
-        ("sigmoid", ["a", "b"], "m.jsonl[0]: expected a list of classes, found 'a'"),
-        ("softmax", [None, ["a"]], "m.jsonl[1]: expected one class, found ['a']"),
-        ("sigmoid", [[], [["a"]]], "m.jsonl[1]: expected a list of classes, found [['a']]"),
-        ("softmax", [None, {"a": 1}], "m.jsonl[1]: expected one class, found {'a': 1}"),
-        ("sigmoid", [[], ["a", None]], "has 1 row without a class (the first, m.jsonl[1] has ['a', None]); leave"),
-        ("softmax", ["a", None, None], "has 2 rows without a class (the first, m.jsonl[1] has None); leave"),
-        ("softmax", [1.0, float("nan")], "has 1 row without a class (the first, m.jsonl[1] has nan); leave"),
+        ("loss: sigmoid", ["a", "b"], "m.jsonl[0]: expected a list of classes, found 'a'"),
+        ("loss: sigmoid", [[], [["a"]]], "m.jsonl[1]: expected a list of classes, found [['a']]"),
+        ("loss: sigmoid", [[], ["a", None]], "1 row without a class (the first, m.jsonl[1] has ['a', None]); leave"),
+        ("loss: softmax", [None, ["a"]], "m.jsonl[1]: expected one class, found ['a']"),
+        ("classes: [a]", [None, {"a": 1}], "m.jsonl[1]: expected one class, found {'a': 1}"),
+        ("classes: [a]", ["a", None, None], "2 rows without a class (the first, m.jsonl[1] has None); leave"),
+        ("loss: softmax", [1.0, float("nan")], "1 row without a class (the first, m.jsonl[1] has nan); leave"),
+        ("classes: [red, blue]", ["red", "bleu"], "[1]: 'bleu' is not among the classes; did you mean 'blue'?"),
+        ("classes: [1, 2]", ["1", "2"], "m.jsonl[0]: '1' is not among the classes, but 1 is"),
+        ("loss: sigmoid, classes: [red]", [["red"], ["blue"]], "m.jsonl[1]: 'blue' is not among the classes; known"),
     ],
 )
-def test_labels_that_do_not_fit_the_loss_are_told_before_training(own_data, loss, labels, message, named):
-    classes = f", classes: {[1] if 1.0 in labels else ['a', 'b']}" if named else ""
-    task = only_image(f"{{type: classification, label: label, loss: {loss}{classes}}}")
+def test_labels_that_do_not_fit_are_told_before_training(own_data, options, labels, message):
+    task = only_image(f"{{type: classification, label: label, {options}}}")
     with pytest.raises(UserError, match=re.escape(message)) as error:
         opened(own_data, *write_labels(own_data, labels), *task)
     assert str(error.value).startswith("tasks.one: column 'label' of source pictures")
 
 
-@pytest.mark.parametrize(
-    ("classes", "labels", "message"),
-    [
-        ("[red, blue]", ["red", "bleu"], "m.jsonl[1]: 'bleu' is not among the classes; did you mean 'blue'?"),
-        ("[1, 2]", ["1", "2"], "m.jsonl[0]: '1' is not among the classes, but 1 is"),
-        ("[red]", [["red"], ["blue", "red"]], "m.jsonl[1]: 'blue' is not among the classes; known: red"),
-    ],
-)
-def test_a_class_that_the_recipe_does_not_list_is_told_before_training(own_data, classes, labels, message):
-    loss = "sigmoid" if isinstance(labels[0], list) else "softmax"
-    task = only_image(f"{{type: classification, label: label, loss: {loss}, classes: {classes}}}")
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        opened(own_data, *write_labels(own_data, labels), *task)
-    assert str(error.value).startswith("tasks.one: column 'label' of source pictures: ")
-
-
-def test_a_large_table_gives_the_tokenizer_some_rows_of_all_its_parts(little_data, monkeypatch):
-    monkeypatch.setattr(step_batches, "CORPUS_ROWS", 12)
-    data = opened(little_data, "tasks.heard.weight=0")
-    texts = list(data._corpus("text"))
-    assert len(texts) == 12
-    assert len({text for (text,) in texts}) > 2
-    assert texts == list(opened(little_data, "tasks.heard.weight=0")._corpus("text"))
-    assert texts != list(opened(little_data, "tasks.heard.weight=0", "seed=1")._corpus("text"))
-
-
-def test_a_cut_tar_is_counted_and_passed_over(streamed):
-    folder, changes = streamed
-    data = (folder / "0.tar").read_bytes()
-    (folder / "0.tar").write_bytes(data[: len(data) // 2])
-    steps = [item for item in loaded(folder, *changes) if item.visit.task == "named"]
-    bad = [where for item in steps for where, _ in item.bad]
-    assert set(bad) == {"0.tar[the rest]"}
-    assert len(bad) > 1  # once an epoch
+def test_a_large_table_gives_the_tokenizer_some_rows_of_all_its_parts(tmp_path):
+    (tmp_path / "m.csv").write_text("n\n" + "".join(f"{i}\n" for i in range(2 * CORPUS_ROWS)))
+    table = open_source("large", Source(path=f"{tmp_path}/m.csv"))
+    samples = [[int(row["n"]) for row in _sample(table, key, ["n"])] for key in (0, 0, 1)]
+    assert samples[0] == samples[1] == sorted(set(samples[0])) != samples[2]
+    assert len(samples[0]) == CORPUS_ROWS
+    assert np.histogram(samples[0], 10)[0].min() > CORPUS_ROWS / 11
 
 
 def hand_over_a_file(to: Connection) -> None:
@@ -435,6 +325,7 @@ def hand_over_a_file(to: Connection) -> None:
     to.recv()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only there workers are forked")
 def test_a_worker_prints_no_traceback_if_a_handover_is_cut_off(capfd):
     ours, theirs = multiprocessing.Pipe()

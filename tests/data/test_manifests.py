@@ -5,25 +5,20 @@ import io
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from openimp.common.errors import UserError
 from openimp.data import manifests
+from openimp.data.manifests import CACHED_BYTES, PYTHON_ROWS
 from openimp.data.sources import open_source
 from openimp.recipe.tasks import Source
 
 CELLS = st.text(st.sampled_from(["a", "7", "0", " ", ",", '"', "\n", "\r", "é", "N", ";"]), max_size=6)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("OPENIMP_CACHE", str(folder))
-    return folder
 
 
 def opened(path):
@@ -34,6 +29,7 @@ def table_of(file: str, rows) -> pa.Table:
     return manifests._to_arrow(rows(file))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=5), st.sampled_from(["\n", "\r\n"]))
 @example([("007", "None"), ("2020-01-01", "nan"), ("", '"')], "\n")
 def test_csv_files_that_python_writes_are_read_alike(tmp_path_factory, rows, line_end):
@@ -47,6 +43,7 @@ def test_csv_files_that_python_writes_are_read_alike(tmp_path_factory, rows, lin
         assert manifests._read_csv(str(file)).to_pylist() == expected
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(CELLS, min_size=1, max_size=3).map(",".join), min_size=1, max_size=4).map("\n".join))
 def test_any_other_csv_file_is_read_alike_or_refused_alike(tmp_path_factory, text):
     file = tmp_path_factory.mktemp("csv") / "x.csv"
@@ -58,44 +55,35 @@ def test_any_other_csv_file_is_read_alike_or_refused_alike(tmp_path_factory, tex
     assert manifests._read_csv(str(file)).to_pylist() == expected
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_python_reads_only_the_beginning_of_large_manifests(tmp_path, monkeypatch, ending):
-    rows = 3 * manifests.PYTHON_ROWS
+def test_arrow_reads_csv_files(tmp_path):
+    """Python's reader would refuse a cell of more than 131,072 characters."""
+    (tmp_path / "x.csv").write_text("id,caption\n007," + "x" * 200_000)
+    assert opened(tmp_path / "x.csv").rows([0]) == [{"id": "007", "caption": "x" * 200_000}]
+
+
+def test_python_reads_only_the_beginning_of_large_manifests(tmp_path, monkeypatch):
     parsed = []
     loads = json.loads
     monkeypatch.setattr(json, "loads", lambda text: (parsed.append(1), loads(text))[1])
-    csv_rows = manifests._csv_rows
-    monkeypatch.setattr(manifests, "_csv_rows", lambda file: (parsed.append(1) or row for row in csv_rows(file)))
-    file = tmp_path / f"x.{ending}"
-    if ending == "csv":
-        file.write_text("id,caption\n" + "".join(f"{i:07},2020-01-01\n" for i in range(rows)))
-    else:
-        lines = (
-            {"id": f"{i:07}", "caption": "2020-01-01", "n": i, "tags": ["a"], "box": {"x": 1}} for i in range(rows)
-        )
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    table = opened(file)
-    assert len(table) == rows
-    last = table.rows([rows - 1])[0]
-    assert (last["id"], last["caption"]) == (f"{rows - 1:07}", "2020-01-01")
-    assert len(parsed) == (0 if ending == "csv" else manifests.PYTHON_ROWS)
-
-
-@pytest.mark.parametrize(
-    ("last", "value"),
-    [
-        ({"id": 2.5}, 2.5),
-        ({"id": 1, "later": "column"}, 1),
-        ({"id": None}, None),
-    ],
-)
-def test_rows_unlike_the_first_ones_are_read_by_python(tmp_path, monkeypatch, last, value):
-    monkeypatch.setattr(manifests, "PYTHON_ROWS", 2)
     file = tmp_path / "x.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in [{"id": 1}, {"id": 2}, {"id": 3}, last]))
-    row = opened(file).rows([3])[0]
-    assert row["id"] == value
-    assert row.get("later") == last.get("later")
+    rows = [
+        {"id": f"{i:07}", "date": "2020-01-01", "n": i, "tags": ["a"], "box": {"x": 1}} for i in range(2 * PYTHON_ROWS)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert opened(file).rows([0, len(rows) - 1]) == [rows[0], rows[-1]]
+    assert len(parsed) == PYTHON_ROWS
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+@pytest.mark.parametrize("last", [{"id": 2.5}, {"id": 1, "later": "column"}, {"id": None}])
+def test_rows_unlike_the_first_ones_are_read_by_python(tmp_path, ending, last):
+    lines = ['{"id": 1}'] * PYTHON_ROWS + [json.dumps(last)]
+    file = tmp_path / f"x.{ending}"
+    file.write_text("\n".join(lines) if ending == "jsonl" else f"[{','.join(lines)}]")
+    table = opened(file)
+    assert len(table) == len(lines)
+    row = table.rows([PYTHON_ROWS])[0]
+    assert {column: row[column] for column in last} == last
 
 
 @pytest.mark.parametrize(
@@ -103,39 +91,40 @@ def test_rows_unlike_the_first_ones_are_read_by_python(tmp_path, monkeypatch, la
     [
         (b'{"id": "a"}', "mixes types"),
         (b'{"id": 1, "text": "\xff"}', "is not UTF-8 text"),
-        (b'{"id": 1,', "line 4, column 10: Expecting property name"),
+        (b'{"id": 1,', "line 10001, column 10: Expecting property name"),
     ],
 )
-def test_errors_after_the_first_rows_name_the_line(tmp_path, monkeypatch, line, message):
-    monkeypatch.setattr(manifests, "PYTHON_ROWS", 2)
+def test_errors_after_the_first_rows_name_the_line(tmp_path, line, message):
     file = tmp_path / "x.jsonl"
-    file.write_bytes(b'{"id": 1, "text": "a"}\n' * 3 + line + b"\n")
+    file.write_bytes(b'{"id": 1, "text": "a"}\n' * PYTHON_ROWS + line + b"\n")
     with pytest.raises(UserError, match=message):
         opened(file)
 
 
-def test_large_manifests_are_read_once(tmp_path, monkeypatch, cache):
-    monkeypatch.setattr(manifests, "CACHED_BYTES", 100)
-    reads = []
-    read_all = manifests._read_all
-    monkeypatch.setattr(manifests, "_read_all", lambda *a: (reads.append(1), read_all(*a))[1])
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.csv").write_text("id\n" + "".join(f"{name}{i}\n" for i in range(50)))
-    tables = [opened(tmp_path / "*.csv") for _ in range(2)]
-    assert len(reads) == 1
-    assert [table.row_name(60) for table in tables] == ["b.csv[10]"] * 2
-    assert tables[0].column("id") == tables[1].column("id") == [f"{name}{i}" for name in "ab" for i in range(50)]
-    assert tables[0].fingerprint == tables[1].fingerprint
-    assert len(pickle.dumps(tables[1])) < 2000
-    assert pickle.loads(pickle.dumps(tables[1])).rows([60]) == [{"id": "b10"}]
+@pytest.mark.slow
+def test_large_manifests_are_read_once(tmp_path, monkeypatch):
+    def entries() -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in tmp_path.glob("manifests/*/rows.arrow")}
 
-    before = os.stat(tmp_path / "b.csv")
-    (tmp_path / "b.csv").write_text("id\n" + "".join(f"B{i}\n" for i in range(50)))  # of the same size
+    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path))
+    rows = CACHED_BYTES // 2**17
+    for name in "ab":
+        lines = [f"{name}{i}," + "x" * 2**16 for i in range(rows)]
+        (tmp_path / f"{name}.csv").write_text("id,text\n" + "\n".join(lines))
+    first = opened(tmp_path / "*.csv")
+    written = entries()
+    table = opened(tmp_path / "*.csv")
+    assert entries() == written
+    assert len(written) == 1
+    assert table.column("id") == first.column("id") == [f"{name}{i}" for name in "ab" for i in range(rows)]
+    assert table.row_name(rows + 10) == "b.csv[10]"
+    assert len(pickle.dumps(table)) < 2000
+    assert pickle.loads(pickle.dumps(table)).rows([rows], ["id"]) == [{"id": "b0"}]
+
+    before = (tmp_path / "b.csv").stat()
+    (tmp_path / "b.csv").write_bytes((tmp_path / "b.csv").read_bytes().replace(b"b0", b"B0"))  # of the same size
     os.utime(tmp_path / "b.csv", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert opened(tmp_path / "*.csv").rows([60]) == [{"id": "B10"}]
-    assert len(reads) == 2
-
-    for file in cache.rglob("*.arrow"):
-        file.write_bytes(b"damaged")
-    assert opened(tmp_path / "*.csv").rows([60]) == [{"id": "B10"}]
-    assert len(reads) == 3
+    for damage in (False, True):
+        for file in entries() if damage else ():
+            file.write_bytes(b"damaged")
+        assert opened(tmp_path / "*.csv").rows([rows], ["id"]) == [{"id": "B0"}]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,6 +72,7 @@ def test_randomness_is_that_of_the_place_in_the_order():
     assert len(draws) == 200
 
 
+@pytest.mark.slow
 def test_another_process_has_the_same_keys():
     """Python's own `hash` of a string differs from process to process."""
     code = "from openimp.data.order import *; print(seed_key(3, 'näme', 7), permute(np.arange(9), 9, 4).tolist())"

@@ -1,7 +1,7 @@
 """What `eval` and `report` read because a model's own recipe names it: anything for whoever trained it, else little."""
 
-import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,14 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from openimp.checkpoint.folder import checkpoints, read_config
+from openimp.checkpoint.folder import checkpoints, describe_model
 from openimp.commands import run_eval
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.data.sources import open_source
-from openimp.data.trust import KNOWN, check_sources
+from openimp.data.trust import KNOWN, check_sources, trained_here
 from openimp.inference.model import load
 from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Source
 from openimp.report.write import write_report
 from openimp.training.trainer import train
 
@@ -26,11 +27,10 @@ SECRET = "a low tone, for my eyes only"
 
 def altered(model: Path, **sources) -> Path:
     """Lets a model's recipe name other sources, as whoever publishes one can."""
-    file = model / "config.json"
-    config = json.loads(file.read_text())
-    for name, source in sources.items():
-        config["recipe"]["sources"][name] = source
-    file.write_text(json.dumps(config))
+    file = model / "recipe.yaml"
+    recipe = yaml.safe_load(file.read_text())
+    recipe["sources"] |= sources
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return model
 
 
@@ -87,12 +87,11 @@ def test_a_foreign_run_in_the_place_of_an_own_one_is_foreign(little_data, privat
 
 def test_without_a_cache_of_ones_own_no_model_is_known(little_run, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
+    shutil.copytree(os.environ["OPENIMP_CACHE"], cache)
+    assert trained_here(checkpoints(little_run)[-1])
     monkeypatch.setenv("OPENIMP_CACHE", str(cache))
-    cache.mkdir()
     cache.chmod(0o777)  # Whatever is in it, anybody may have put there.
-    (cache / KNOWN).mkdir()
-    config = (checkpoints(little_run)[-1] / "config.json").read_bytes()
-    (cache / KNOWN / hashlib.sha256(config).hexdigest()).touch()
+    assert any((cache / KNOWN).iterdir())
     for _ in range(2):
         assert "tones is not measured again" in write_report(little_run, tmp_path / "page.html").read_text()
         with pytest.raises(UserError, match="you did not train this model on this machine"):
@@ -149,29 +148,26 @@ def test_no_way_out_of_the_folder_is_taken(foreign, private, source, monkeypatch
         (foreign / link).symlink_to(target)
     source = {key: value.format(private=private, folder=private.parent) for key, value in source.items()}
     altered(foreign, sounds=source)
-    recipe = read_config(foreign)[0]
+    recipe = describe_model(foreign).recipe.validated()
     with pytest.raises(UserError, match=r"tones of its recipe reads source sounds .* which is outside of this folder"):
         check_sources(foreign, foreign, recipe, ["tones"])
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_file_that_is_named_like_a_pattern_brings_in_no_other(foreign, private, stream):
+def test_a_file_that_is_named_like_a_pattern_brings_in_no_other(foreign, private):
     """`locate` finds the file of that very name; `datasets` must not expand it again, nor read `::` as a URL."""
-    pq.write_table(pa.table({"caption": [SECRET]}), private.with_suffix(".parquet"))
-    for name in ("d/*.parquet", f"d::{private.parent}/private.parquet"):
+    secret = private.with_suffix(".parquet")
+    pq.write_table(pa.table({"caption": [SECRET]}), secret)
+    chain = f"d::{private.parent}/private.parquet"
+    for name in ("d/*.parquet", chain):
         (foreign / name).parent.mkdir(parents=True)
         pq.write_table(pa.table({"caption": ["a"]}), foreign / name)
-        if "*" in name:
-            (foreign / "d" / "evil.parquet").symlink_to(private.with_suffix(".parquet"))
-        altered(foreign, sounds={"path": name, "stream": stream})
-        source = read_config(foreign)[0].sources["sounds"]
-        if "::" in name:
-            with pytest.raises(UserError, match="as a chain of URLs; rename it"):
-                open_source("sounds", source)
-            continue
-        opened = open_source("sounds", source)
+    (foreign / "d" / "evil.parquet").symlink_to(secret)
+    for stream in (False, True):
+        opened = open_source("sounds", Source(path=f"{foreign}/d/*.parquet", stream=stream))
         rows = [row["caption"] for _, row in opened.read(0, range(2))] if stream else opened.column("caption")
         assert {*rows} == {"a"}
+        with pytest.raises(UserError, match="as a chain of URLs; rename it"):
+            open_source("sounds", Source(path=f"{foreign}/{chain}", stream=stream))
 
 
 def test_data_in_the_folder_and_bundled_data_are_read(foreign, little_data, tmp_path):
@@ -180,4 +176,15 @@ def test_data_in_the_folder_and_bundled_data_are_read(foreign, little_data, tmp_
     run_eval(foreign, None, None, tmp_path / "results.jsonl")
     assert len(read_lines(tmp_path / "results.jsonl")) == 3
     altered(foreign, sounds={"path": "openimp:notes.parquet"})
-    check_sources(foreign, foreign, read_config(foreign)[0], ["tones"])
+    check_sources(foreign, foreign, describe_model(foreign).recipe.validated(), ["tones"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "recipe.yaml"])
+def test_a_change_of_either_file_makes_a_model_foreign(little_run, tmp_path, name):
+    folder = Path(shutil.copytree(checkpoints(little_run)[-1], tmp_path / "model"))
+    assert trained_here(folder)
+    with (folder / name).open("a") as file:
+        file.write("\n")
+    assert not trained_here(folder)
+    (folder / name).unlink()
+    assert not trained_here(folder)

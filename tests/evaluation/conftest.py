@@ -27,7 +27,7 @@ class Setup(NamedTuple):
 
     def inference_model(self) -> Model:
         """Encodes one item at a time, as the evaluation set views it."""
-        model = Model(self.model, self.recipe, self.modalities, {}, "fp32")
+        model = Model(self.model, self.recipe.to_config({}), self.modalities, "fp32")
         model.views["image"] = self.options.view["image"]
         return model
 

@@ -137,7 +137,7 @@ def headed(setup):
         options = {"type": "classification", "task": "named", "label": "colour"} | options
         made = setup({"rows": columns}, keys={"tasks": tasks}, **options)
         torch.manual_seed(0)
-        model = IMP.from_recipe(made.recipe, made.modalities, {"all:colour": len(classes)}).eval()
+        model = IMP.from_config(made.recipe.to_config({"all:colour": classes}), made.modalities).eval()
         torch.nn.init.normal_(model.classifiers["all:colour"].weight, std=3)
         torch.nn.init.normal_(model.classifiers["all:colour"].bias)
         return made._replace(model=model), {"all:colour": [*classes]}
@@ -256,9 +256,9 @@ def test_a_run_measures_its_head_as_eval_does(little_data, little_run, tmp_path)
     )
     run_eval(little_run, None, str(file), tmp_path / "out.jsonl", ["evaluation.sets.squares.view.image.size=16"])
     (result,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
-    _, _, _, classes = load_model(next(iter((little_run / "checkpoints").glob("*12"))))
+    _, saved = load_model(next(iter((little_run / "checkpoints").glob("*12"))))
     assert (result["n"], result["candidates"], result["view"]["image"]["size"]) == (24, 4, 16)
-    assert classes == {"pictures:label": sorted(COLOURS)}
+    assert saved.config.classes == {"pictures:label": sorted(COLOURS)}
     assert result["top1"] > 0.9, "the run has learned its colours"
 
 

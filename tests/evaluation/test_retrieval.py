@@ -13,7 +13,7 @@ from little import png
 
 from openimp.common.errors import UserError
 from openimp.data.sources import open_source
-from openimp.data.targets import item_id
+from openimp.data.tables import item_id
 from openimp.evaluation.evaluate import evaluate
 from openimp.evaluation.retrieval import RetrievalResult, ranks
 
@@ -153,7 +153,7 @@ def test_equal_files_under_two_names_are_one_item(named, tmp_path):
     assert [result["n"] for result in results] == [2, 2]
 
 
-def test_parts_same_and_evaluation_agree_which_texts_are_equal(named):
+def test_parts_positives_and_evaluation_agree_which_texts_are_equal(named):
     """Texts of which the model reads the same, because it reads too little, are not equal."""
     long = "a red square and nothing but a red square, "
     equal = [["Straße", "STRASSE"], ["A dog", "a  dog "], ["Café", "cafe\u0301"], ["cafe"], [f"{long}1"], [f"{long}2"]]
@@ -164,7 +164,7 @@ def test_parts_same_and_evaluation_agree_which_texts_are_equal(named):
     assert to_text["chance"] == 1 / len(equal)
     counts = {
         "part": len(set(open_source("pictures", made.recipe.sources["pictures"]).parts(10**9, "name"))),
-        "same": len({item_id(name, row) for row, name in enumerate(names)}),
+        "positives_by": len({item_id(name, row) for row, name in enumerate(names)}),
         "evaluation": to_text["candidates"],
     }
     assert counts == dict.fromkeys(counts, len(equal))

@@ -33,7 +33,7 @@ def model_of(tiny_model):
 
     def make(recipe) -> Model:
         network, modalities = tiny_model(recipe)
-        return Model(network, recipe, modalities, {}, "fp32")
+        return Model(network, recipe.to_config({}), modalities, "fp32")
 
     return make
 
@@ -240,7 +240,7 @@ def test_a_run_means_its_newest_checkpoint(tiny_model_folder, tiny_recipe, tiny_
         (folder / "state.json").write_text("{}", encoding="utf-8")
         if network is not None:
             shutil.rmtree(folder / "model")
-            save_model(folder, network, recipe, modalities, {})
+            save_model(folder, network, recipe.to_config({}), modalities, recipe.to_yaml())
     loaded = openimp.load(tmp_path / "run", device="cpu")
     assert torch.equal(loaded.imp.stems["text"].after.bias, newest.stems["text"].after.bias)
 
@@ -254,7 +254,7 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path, monkeypatch):
     for name, message in (
         (tmp_path, "no model here"),
         *((path, f"^{path}: no such folder; ") for path in paths),
-        ("a/b", "^a/b: there is no local folder of this name, and the Hugging Face Hub did not provide the model: "),
+        ("a/b", "^a/b: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME"),
         ("hub:models/typo", "^hub:models/typo: the Hugging Face Hub did not provide the model: "),
     ):
         with pytest.raises(UserError, match=message) as error:
@@ -284,18 +284,17 @@ def test_a_model_of_the_hub_is_named_with_its_revision(tiny_model_folder, tiny_r
         shutil.copy(file, repository / "blobs" / f"{i}")
         snapshot = repository / "snapshots" / commit / file.relative_to(tiny_model_folder)
         snapshot.symlink_to(repository / "blobs" / f"{i}")
-    names = ["them/model@v1", "hub:them/model@v1"]
+    names = ["hub:them/model@v1"]
     # In between, huggingface-hub opens a commit offline only if it has cached the list of its files.
     if not (1, 25) <= tuple(map(int, version("huggingface-hub").split(".")[:2])) < (2, 4):
-        names.append(f"them/model@{commit}")
+        names.append(f"hub:them/model@{commit}")
     for name in names:
         assert openimp.load(name, device="cpu").recipe.name == "tiny"
     recipe = tiny_recipe(train={"init": "hub:them/model@v1"})
     assert open_warm_start(recipe, recipe.make_modalities()).weights.folder == repository / "snapshots" / commit
-    told = "them/model@v2: there is no local folder of this name, and the Hugging Face Hub did not"
-    with pytest.raises(UserError, match=told):
-        openimp.load("them/model@v2")
-    with pytest.raises(UserError, match=r"train\.init: .*/them/model@v1: no model here"):
+    with pytest.raises(UserError, match="hub:them/model@v2: the Hugging Face Hub did not"):
+        openimp.load("hub:them/model@v2")
+    with pytest.raises(UserError, match=r"train\.init: .*/them/model@v1: no such folder"):
         open_warm_start(tiny_recipe(train={"init": "them/model@v1"}), {})
 
 

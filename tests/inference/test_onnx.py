@@ -34,7 +34,7 @@ def exported(tiny_recipe, tiny_model, tmp_path):
         modalities.get("vision", {}).update(vision or {})
         recipe = tiny_recipe(changes, tasks=kept, modalities=modalities)
         network, fitted = tiny_model(recipe)
-        save_model(tmp_path, network, recipe, fitted, {})
+        save_model(tmp_path, network, recipe.to_config({}), fitted, recipe.to_yaml())
         export(tmp_path, tmp_path / "onnx")
         return openimp.load(tmp_path, "cpu", "fp32"), tmp_path / "onnx"
 

@@ -1,5 +1,4 @@
 import html
-import json
 import shutil
 import socket
 
@@ -11,12 +10,12 @@ import yaml
 from huggingface_hub import ModelCard
 
 import openimp
-from openimp.checkpoint.folder import read_config
+from openimp.checkpoint.folder import SavedRecipe, read_config
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, read_lines
 from openimp.data.files import BUNDLED_LICENSES, DEMO
 from openimp.inference.model import Model
-from openimp.inference.public_recipe import public_path, public_recipe
+from openimp.inference.public_recipe import public_path, shorten_paths
 from openimp.inference.publish import push
 from openimp.recipe.schema import Recipe
 
@@ -55,7 +54,7 @@ def test_a_pushed_model_is_loaded_from_the_hub_by_its_name_and_a_private_one_is_
     assert server.private == {"me/little": True}
     assert {"README.md", "config.json", "tokenizer.json", "recipe.yaml"} <= server.files["me/little"].keys()
     assert server.messages[0].startswith("little, ")
-    ours, theirs = openimp.load(little_run, "cpu"), openimp.load("me/little", "cpu")
+    ours, theirs = openimp.load(little_run, "cpu"), openimp.load("hub:me/little", "cpu")
     picture = media_folder / "0.png"
     assert torch.equal(theirs.encode_image(picture), ours.encode_image(picture))
     assert torch.equal(theirs.encode_text("a red square"), ours.encode_text("a red square"))
@@ -94,12 +93,12 @@ def test_the_card_says_what_the_model_was_trained_on_and_what_it_can_do(written,
 def test_the_code_on_the_card_runs(written, media_folder, tmp_path, monkeypatch):
     text = (written / "README.md").read_text(encoding="utf-8")
     (code,) = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
-    assert 'openimp.load("me/little")' in code
+    assert 'openimp.load("hub:me/little")' in code
     PIL.Image.open(media_folder / "0.png").convert("RGB").save(tmp_path / "FILE.jpg")
     shutil.copy(media_folder / "0.wav", tmp_path / "FILE.wav")
     monkeypatch.chdir(tmp_path)
     found: dict[str, object] = {}
-    exec(code.replace("me/little", str(written)), found)
+    exec(code.replace("hub:me/little", str(written)), found)
     assert found["image"].shape == found["audio"].shape == found["text"].shape
 
 
@@ -136,7 +135,6 @@ def test_nothing_tells_where_the_data_was(written, little_data):
         assert not file.is_file() or str(little_data).encode() not in file.read_bytes(), file
     recipe = yaml.safe_load((written / "recipe.yaml").read_text(encoding="utf-8"))
     assert recipe["sources"]["sounds"]["path"] == "sounds.jsonl"
-    assert json.loads((written / "config.json").read_text(encoding="utf-8"))["recipe"] == recipe
     Recipe.load(written / "recipe.yaml")
     assert read_config(written)[0].name == "little"
 
@@ -164,7 +162,7 @@ def test_paths_lose_their_folders_and_urls_their_secrets():
         "train": {"init": "/runs/before", "steps": 3},
         "modalities": {"text": {"tokenizer": "/home/ada/tokenizer.json", "positions": 8}},
     }
-    assert public_recipe(recipe) == {
+    assert shorten_paths(recipe) == {
         "sources": {
             "a": {"path": "a.csv", "root": "files", "where": {"label": "/m/04rlf"}},
             "b": {"hub": "set"},
@@ -180,7 +178,8 @@ def test_names_of_the_data_add_no_markup_to_the_card(tmp_path, tiny_recipe, tiny
     tasks = {name: {**task, "source": evil} for name, task in tiny_recipe().to_dict()["tasks"].items()}
     recipe = tiny_recipe(sources={evil: {"path": "openimp:clips.parquet", "limit": 3}}, tasks=tasks)
     network, modalities = tiny_model(recipe)
-    Model(network, recipe, modalities, {}).save(tmp_path / "model")
+    saved = SavedRecipe(recipe.to_yaml(), tmp_path / "recipe.yaml")
+    Model(network, recipe.to_config({}), modalities, saved_recipe=saved).save(tmp_path / "model")
     push(tmp_path / "model", "me/evil", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "<script" not in text
@@ -213,7 +212,11 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(little_run, tmp_path, mon
             "^--license Apache 2: expected the Hub's identifier of a license",
         ),
         ((little_run, "me/little"), {}, "^you are not logged in to the Hugging Face Hub: run `hf auth login`"),
-        ((tmp_path / "missing", "me/little", out), {}, "no model here; expected a run"),
+        (
+            (tmp_path / "missing", "me/little", out),
+            {},
+            "no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME",
+        ),
         ((little_run, "me/little", tmp_path / "full"), {}, "full: expected a new or empty folder"),
         (
             (little_run, "me/little", out),

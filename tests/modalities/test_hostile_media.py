@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import socket
 import struct
 import zlib
@@ -13,12 +14,17 @@ import PIL.Image
 import PIL.ImageOps
 import PIL.PngImagePlugin
 import pytest
+import recordings
 import soundfile
 from fuzz import FORMATS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recordings import picture_file as encoded
+from recordings import sound_file
 
 from openimp.modalities import BadMedia, media, sound, video
 from openimp.modalities.audio import Audio
-from openimp.modalities.image import Image, open_whole
+from openimp.modalities.image import Image, upright
 from openimp.modalities.video import Video
 from openimp.modalities.vision import decoded_size
 
@@ -26,26 +32,12 @@ IMAGE, VIDEO, AUDIO = Image(Image.Config()), Video(Video.Config()), Audio(Audio.
 PICTURE, CLIP, SOUND = Image.View(size=64), Video.View(size=32, frames=4), Audio.View(seconds=1.024)
 
 
-def film(frames=8, form="mp4", codec="mpeg4", audio="aac", height=32, width=48, samples=8000):
+def film(count=8, form="mp4", codec="mpeg4", audio="aac", height=32, width=48, samples=8000):
     """A film of one key frame with a sound."""
-    out = io.BytesIO()
-    with av.open(out, "w", format=form) as container:
-        pictures, noise = container.add_stream(codec, rate=25), container.add_stream(audio, rate=16_000, layout="mono")
-        pictures.height, pictures.width, pictures.codec_context.gop_size = height, width, 600
-        pictures.pix_fmt = pictures.codec.video_formats[0].name
-        for i in range(frames):
-            pixels = np.full((height, width, 3), i % 256, np.uint8)
-            container.mux(pictures.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        wave = av.AudioFrame.from_ndarray(np.full((1, samples), 0.5, np.float32), format="fltp", layout="mono")
-        wave.sample_rate = 16_000
-        container.mux([*pictures.encode(), *noise.encode(wave), *noise.encode()])
-    return out.getvalue()
-
-
-def encoded(picture, form, **options):
-    out = io.BytesIO()
-    picture.save(out, form, **options)
-    return out.getvalue()
+    frames = recordings.counting(count, height, width, step=1)
+    pix_fmt = av.Codec(codec, "w").video_formats[0].name
+    sound = np.full(samples, 0.5)
+    return recordings.film(frames, form, codec, pix_fmt, gop=600, bit_rate=None, sound=sound, audio=audio)
 
 
 def chunk(name, content):
@@ -120,8 +112,8 @@ def test_pictures_that_unpack_to_gigabytes_are_refused_before_they_do():
     with pytest.raises(BadMedia, match="6000 x 6000"):
         IMAGE.decode(encoded(flat.convert("L"), "JPEG", progressive=True), [PICTURE])
     # `decode` reads a baseline JPEG at a fraction of its size, but open_clip's modality reads it whole.
-    with pytest.raises(BadMedia, match="6000 x 6000"):
-        open_whole(media.Source(io.BytesIO(encoded(flat.convert("L"), "JPEG"))))
+    with pytest.raises(BadMedia, match="6000 x 6000"), upright(encoded(flat.convert("L"), "JPEG")):
+        pass
     with pytest.raises(BadMedia, match="4200 x 4200"):
         IMAGE.decode(encoded(PIL.Image.new("RGB", (4200, 4200)), "JPEG2000"), [PICTURE])
 
@@ -228,31 +220,27 @@ def test_a_film_that_grows_is_refused_by_the_decoder():
 
 def test_a_sound_of_many_channels_is_read_in_blocks(monkeypatch):
     samples = np.random.default_rng(0).uniform(-1, 1, (5000, 7))
-    out = io.BytesIO()
-    soundfile.write(out, samples, 16_000, format="WAV", subtype="PCM_16")
-    whole = AUDIO.decode(out.getvalue(), [SOUND])
+    raw = sound_file(samples)
+    whole = AUDIO.decode(raw, [SOUND])
     monkeypatch.setattr(sound, "BLOCK", 1000)
-    np.testing.assert_array_equal(AUDIO.decode(out.getvalue(), [SOUND]), whole)
+    np.testing.assert_array_equal(AUDIO.decode(raw, [SOUND]), whole)
 
 
 def test_a_sound_of_more_samples_than_fit_is_read_where_it_is_heard(monkeypatch):
     """FLAC packs silence by a factor of a thousand, at rates that nobody hears."""
-    out = io.BytesIO()
-    soundfile.write(out, np.zeros(200_000, np.int16), 655_350, format="FLAC", subtype="PCM_16")
+    raw = sound_file(np.zeros(200_000, np.int16), 655_350, "FLAC", "PCM_16")
     monkeypatch.setattr(sound, "MAX_SAMPLES", 150_000)
     view = Audio.View(seconds=0.128, clips=1)
-    assert abs(len(AUDIO.decode(out.getvalue(), [view])) - AUDIO.samples(view)) <= 2
+    assert abs(len(AUDIO.decode(raw, [view])) - AUDIO.samples(view)) <= 2
     monkeypatch.setattr(sound, "MAX_SAMPLES", 50_000)
     with pytest.raises(BadMedia, match="too many to read"):
-        AUDIO.decode(out.getvalue(), [view])
+        AUDIO.decode(raw, [view])
 
 
 def test_what_libsndfile_reads_besides_is_left_to_ffmpeg():
     """libsndfile has readers for formats that hardly anybody has; a file that needs one is no sound."""
-    out = io.BytesIO()
-    soundfile.write(out, np.zeros(5000), 16_000, format="VOC", subtype="PCM_16")
     with pytest.raises(BadMedia):
-        AUDIO.decode(out.getvalue(), [SOUND])
+        AUDIO.decode(sound_file(np.zeros(5000), form="VOC", subtype="PCM_16"), [SOUND])
 
 
 def test_an_info_list_that_claims_a_gigabyte_is_refused_before_ffmpeg_sets_it_aside():
@@ -310,3 +298,29 @@ def test_sounds_are_the_ones_that_libsndfile_reads(name, tmp_path):
         for source in (raw, path):
             heard = Audio(Audio.Config(sample_rate=rate)).decode(source, [Audio.View(seconds=1.024)])
             np.testing.assert_array_equal(heard, expected)
+
+
+BROKEN = {
+    "image": (IMAGE, PICTURE, encoded(PIL.Image.effect_noise((60, 40), 90), "PNG")),
+    "video": (VIDEO, CLIP, recordings.film(recordings.counting(12))),
+    "audio": (AUDIO, SOUND, sound_file(np.full(8, 0.5))),
+}
+
+
+@pytest.mark.parametrize(("modality", "view", "raw"), BROKEN.values(), ids=BROKEN)
+@given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
+@settings(max_examples=50, deadline=None)
+def test_a_broken_byte_gives_an_array_or_bad_media(modality, view, raw, place, byte):
+    broken = bytearray(raw)
+    broken[int(place * len(raw))] = byte
+    try:
+        out = modality.decode(bytes(broken), [view])
+    except BadMedia:
+        return
+    assert out.dtype in (np.uint8, np.int16)
+    assert 0 < len(out) <= 2**16
+
+
+@pytest.mark.parametrize("modality", [IMAGE, VIDEO, AUDIO])
+def test_modalities_pickle(modality):
+    assert pickle.loads(pickle.dumps(modality)).stem_spec() == modality.stem_spec()

@@ -162,36 +162,38 @@ def test_state_and_pickle_carry_the_tokenizer(text):
         assert copy.stem_spec() == text.stem_spec()
 
 
-def test_a_tokenizer_from_a_file(tmp_path):
-    tokenizer = Tokenizer(models.WordLevel({"red": 0, "car": 1, "[UNK]": 2}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    path = tmp_path / "words.json"
-    tokenizer.save(str(path))
-    text = Text(Text.Config(tokenizer=str(path)))
-    text.fit([["this is not looked at"]])
-    assert text.stem_spec().values == 5
-    assert text.tokenize("car red bus", length=5).tolist() == [[3, 2, 4, END, PAD]]
+WORD_IDS = {"red": 0, "car": 1, "[UNK]": 2}
 
 
-def test_a_tokenizer_that_joins_words_is_asked_for_whole_texts(tmp_path):
-    tokenizer = Tokenizer(models.WordLevel({"red car": 5, "red": 0, "car": 1, "[UNK]": 2}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(",", "removed")
-    tokenizer.save(str(tmp_path / "words.json"))
-    text = Text(Text.Config(tokenizer=str(tmp_path / "words.json")))
-    text.fit([])
-    assert text.tokenize(["red car,red", "car"], length=4).tolist() == [[7, 2, END, PAD], [3, END, PAD, PAD]]
-
-
-def test_a_file_that_pads_cuts_and_leaves_out_ids(tmp_path):
-    tokenizer = Tokenizer(models.WordLevel({"red": 0, "car": 7}, unk_token="red"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+@pytest.mark.parametrize(
+    ("vocabulary", "splitter", "texts", "ids"),
+    [
+        (WORD_IDS, pre_tokenizers.Whitespace(), ["car red bus"], [[3, 2, 4, END, PAD]]),
+        # Which joins words, so it must see whole texts.
+        ({"red car": 5, **WORD_IDS}, pre_tokenizers.Split(",", "removed"), ["red car,red", "car"],
+         [[7, 2, END, PAD, PAD], [3, END, PAD, PAD, PAD]]),
+        # Whose ids have gaps.
+        ({"red": 0, "car": 7, "[UNK]": 1}, pre_tokenizers.Whitespace(), ["car red car"], [[9, 2, 9, END, PAD]]),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_from_a_file(tmp_path, vocabulary, splitter, texts, ids):
+    """Which pads and cuts texts, but not here."""
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = splitter
     tokenizer.enable_padding(pad_id=0, length=6)
     tokenizer.enable_truncation(1)
     tokenizer.save(str(tmp_path / "words.json"))
     text = Text(Text.Config(tokenizer=str(tmp_path / "words.json")))
-    text.fit([])
-    assert text.stem_spec().values == 2 + 8
-    assert text.tokenize("car red car", length=5).tolist() == [[9, 2, 9, END, PAD]]
+    text.fit([["this is not looked at"]])
+    assert text.stem_spec().values == 2 + 1 + max(vocabulary.values())
+    assert text.tokenize(texts, length=5).tolist() == ids
+
+
+def opened(file: str, **options: Any) -> Text:
+    """The modality with what is in a tokenizer file."""
+    text = Text(Text.Config(**options))
+    text.load_state({"tokenizer.json": file})
+    return text
 
 
 def test_a_bad_tokenizer_file_is_named(tmp_path):
@@ -201,7 +203,7 @@ def test_a_bad_tokenizer_file_is_named(tmp_path):
         with pytest.raises(UserError, match=re.escape(name)):
             Text(Text.Config(tokenizer=name)).fit([])
     with pytest.raises(UserError, match=r"tokenizer\.json"):
-        Text(Text.Config()).load_state({"tokenizer.json": "{}"})
+        opened("{}")
 
 
 def test_texts_longer_than_the_table_are_refused(text):
@@ -210,10 +212,6 @@ def test_texts_longer_than_the_table_are_refused(text):
     text.check(Text.View(length=256))
     with pytest.raises(TypeError, match="ids"):
         text.from_tensor(torch.zeros(1, 4))
-
-
-def test_a_person_sees_the_text(text):
-    assert text.show("A red <bicycle>", Text.View()) == "A red <bicycle>"
 
 
 def _file(normalizer: Any = None, pre_tokenizer: Any = None, model: Any = None, **rest: Any) -> str:
@@ -293,7 +291,7 @@ def _split(regex: str) -> dict[str, Any]:
 )
 def test_a_tokenizer_that_could_fill_the_memory_or_never_end_is_refused(tmp_path, file, told):
     with pytest.raises(UserError, match=f"^tokenizer.json: not a tokenizer that openimp opens: .*{re.escape(told)}"):
-        Text(Text.Config()).load_state({"tokenizer.json": file})
+        opened(file)
     (tmp_path / "t.json").write_text(file)
     with pytest.raises(UserError, match=re.escape(told)):
         Text(Text.Config(tokenizer=str(tmp_path / "t.json"))).fit([])
@@ -301,13 +299,11 @@ def test_a_tokenizer_that_could_fill_the_memory_or_never_end_is_refused(tmp_path
 
 def test_padding_and_decoders_of_a_model_are_left_out():
     pads = {"strategy": {"Fixed": 2 * 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
-    text = Text(Text.Config())
     decoder = {"type": "Replace", "pattern": {"Regex": "((a{1000}){1000}){1000}"}, "content": "b"}
     file = _file(
         padding={**pads, "pad_type_id": 0, "pad_token": "a"}, decoder=decoder, pre_tokenizer={"type": "Whitespace"}
     )
-    text.load_state({"tokenizer.json": file})
-    assert text.tokenize("a a", length=4).tolist() == [[2, 2, END, PAD]]
+    assert opened(file).tokenize("a a", length=4).tolist() == [[2, 2, END, PAD]]
 
 
 @pytest.mark.parametrize(
@@ -324,12 +320,9 @@ def test_padding_and_decoders_of_a_model_are_left_out():
     ids=["CLIP", "Llama 3", "Llama 2", "BERT", "T5"],
 )  # fmt: skip
 def test_tokenizers_of_well_known_models_are_opened(file):
-    text = Text(Text.Config())
-    text.load_state({"tokenizer.json": file})
-    assert text.tokenize("a b", length=4).shape == (1, 4)
+    assert opened(file).tokenize("a b", length=4).shape == (1, 4)
 
 
 def test_a_sentencepiece_map_is_applied():
-    text = Text(Text.Config())
-    text.load_state({"tokenizer.json": _file(_precompiled(b"a"))})
+    text = opened(_file(_precompiled(b"a")))
     assert text.tokenize(["A", "B"], length=3).tolist() == [[2, END, PAD], [3, END, PAD]]

@@ -11,16 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from openimp.common.errors import UserError
 from openimp.common.modality import Tokens
 from openimp.data.step_batches import StepBatches
+from openimp.model.build import build_for_training
 from openimp.model.embedder import Encoded, in_chunks, pass_sizes
-from openimp.model.imp import IMP
-from openimp.objectives import task_losses
+from openimp.objectives.losses import task_losses
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
 COMMON = ["train.precision=fp32", "tasks.named.views=[{image: {size: 32, drop_tokens: 0.5}, text: {length: 8}}]"]
 CASES = {
-    "sparse, softmax": ["tasks.named.objectives=[{type: contrastive, same: label}]"],
+    "sparse, softmax": ["tasks.named.objectives=[{type: contrastive, positives_by: label}]"],
     "dense, sigmoid": ["tasks.named.objectives=[{type: contrastive, loss: sigmoid}]", "model.moe=null"],
     "sparse, with classes": ["model.moe={experts: 2, layers: 1}"],
     "several texts": ['tasks.named.inputs.text={column: "a {label} square", draw: 2}'],
@@ -34,7 +34,7 @@ def gradients(folder: Path, *changes: str) -> dict[str, Tensor]:
     data = StepBatches(recipe, modalities)
     data.fit()
     torch.manual_seed(0)
-    model = IMP.from_recipe(recipe, modalities, {name: len(values) for name, values in data.classes.items()})
+    model = build_for_training(recipe, modalities, data.classes)
     found: dict[str, Tensor] = {}
     for name, task in recipe.tasks.items():
         step = next(visit.step for visit in data.schedule if visit.task == name)

@@ -6,7 +6,7 @@ import torch
 from openimp.common.modality import StemSpec, Tokens
 from openimp.model.embedding import Stem
 from openimp.model.heads import Temperature
-from openimp.model.imp import IMP, trained_pairs
+from openimp.model.imp import IMP
 from openimp.model.moe import collect_usage
 from openimp.recipe.model import Model
 
@@ -198,7 +198,8 @@ def test_the_pairs_of_a_recipe_are_those_of_its_objectives(tiny_recipe):
     seen_and_heard = {"type": "contrastive", "pairs": [["video", "audio"]]}
 
     def pairs(*objectives):
-        return trained_pairs(tiny_recipe(tasks={"one": {**task, "objectives": list(objectives)}}))
+        recipe = tiny_recipe(tasks={"one": {**task, "objectives": list(objectives)}})
+        return [pair.modalities for pair in recipe.to_config({}).pairs]
 
     assert pairs(seen_and_heard) == [("audio", "video")]
     assert pairs({"type": "contrastive"}) == [("audio", "text"), ("audio", "video"), ("text", "video")]

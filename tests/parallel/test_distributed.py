@@ -20,11 +20,11 @@ import little
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from mixture import LARGEST_TASK
 from processes import run, torchrun
 from ranks import COMMON
+from ranks import torchrun as torchrun_as_users
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,7 +38,7 @@ from openimp.modalities.image import Image
 from openimp.modalities.text import Text
 from openimp.parallel import distributed
 from openimp.parallel.layout import full_tensor, local_shard, reshard
-from openimp.planning.plan import plan
+from openimp.planning.plan import plans
 from openimp.recipe.schema import Recipe
 from openimp.study.variants import peak_memory
 from openimp.training import setup
@@ -46,6 +46,8 @@ from openimp.training.setup import Variant, set_up
 from openimp.training.step_timer import StepTimer
 from openimp.training.stopping import Stop, Stopped
 from openimp.training.trainer import Trainer, train
+
+pytestmark = pytest.mark.slow
 
 MUON = "optimizer={muon_lr: 0.07, warmup_steps: 1}"
 CHUNKS = ["memory={chunk_size: 2, activation_checkpointing: true}", "model.moe.z_loss=1"]
@@ -114,24 +116,13 @@ SETS = """
              view: {image: {size: 16}}}
 """
 """The source `spoiled` has duplicates and unreadable pictures, and `three` has fewer rows than there are ranks."""
-REFUSED = {
-    2: {
-        "tasks.heard.batch_size=7": "tasks.heard: batch_size 7 is not a multiple of 2 ranks",
-        "parallel.expert_degree=4": "parallel.expert_degree: the 2 ranks that share a replica cannot be divided into",
-    },
-    4: {
-        "parallel.shard_degree=3": "parallel.shard_degree: 4 ranks cannot be divided into groups of 3",
-        "model.mlp_dim=63": "parallel: an expert's weights cannot be sharded over 2 ranks (shard_degree / expert_deg",
-    },
-}
-"""By number of ranks: a change, and the error. The recipe's pictures do not exist, so no data may be read before."""
 
 
 @pytest.fixture(scope="module")
 def one_rank(little_data, tmp_path_factory) -> Path:
     """What `compute` writes on one rank."""
     out = tmp_path_factory.mktemp("one")
-    compute(little_data, out)
+    (out / "facts.json").write_text(json.dumps(compute(little_data, out)))
     return out
 
 
@@ -150,8 +141,7 @@ def stopped_run(little_data, tmp_path_factory) -> Path:
     command = ["-m", "openimp", "train", little_data / "recipe.yaml", "--run-dir", stopped]
     for change in [*COMMON, "parallel.shard_degree=1"]:
         command += ["--set", change]
-    python = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    started = subprocess.Popen([*python, *map(str, command)], stdout=subprocess.PIPE, text=True)
+    started = subprocess.Popen(torchrun_as_users(2, *command), stdout=subprocess.PIPE, text=True)
     assert started.stdout is not None
     for line in started.stdout:
         if line.startswith("step 6/24"):
@@ -177,7 +167,8 @@ def test_the_planned_peak_is_near_that_of_four_ranks(four_ranks):
     for name, measured in facts(four_ranks)["memory"].items():
         recipe = Recipe.load("mixture", [*MEASURED, *PLANNED[name]])
         modalities = recipe.make_modalities()
-        found = plan(recipe, modalities, StepBatches(recipe, modalities).classes, 4, "h100", 0.4)
+        classes = StepBatches(recipe, modalities).classes
+        found = next(plans(recipe, modalities, classes, gpus=4, gpu="h100", mfu=0.4))
         planned = max(step.memory.temporary for (task, _), step in found.steps.items() if task == "stills")
         assert planned == pytest.approx(measured, rel=0.15), name
 
@@ -211,53 +202,32 @@ def test_several_ranks_compute_the_gradients_of_one(one_rank, request, ranks, ca
         assert facts(out)["states"].get(name) == facts(one_rank)["states"].get(name)
 
 
-@pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
-def test_what_these_ranks_cannot_train_is_refused_before_any_data_is_read(request, ranks):
-    for change, (found, expected) in facts(request.getfixturevalue(ranks))["refused"].items():
-        assert all(message.startswith(expected) for message in found), change
+def test_what_these_ranks_cannot_train_is_refused_before_any_data_is_read(two_ranks):
+    """The recipe's pictures do not exist."""
+    for message in facts(two_ranks)["refused"]:
+        assert message == (
+            "parallel.expert_degree: the 2 ranks that share a replica cannot be divided into groups of 4"
+        )
 
 
 @pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
 def test_several_ranks_measure_what_one_measures(one_rank, request, ranks):
-    """Bad rows, data hashes and the hash of the weights included, and with the averaged weights."""
-    expected, found = (facts(out)["measured"] for out in (one_rank, request.getfixturevalue(ranks)))
-    assert found.keys() == EVALUATED.keys()
-    for name, results in found.items():
-        assert [result["task"] for result in results] == [
-            "audio -> text", "text -> audio", *["image -> label"] * 3,
-            "image -> label (linear)", "image -> label (kNN)",
-        ]  # fmt: skip
-        for result, other in zip(results, expected[name], strict=True):
-            assert result == other, name
-        assert [result["skipped"] for result in results] == [0, 0, 2, 0, 2, 2, 2]
-        assert len({result["checkpoint"] for result in results}) == 1
-
-
-@pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
-def test_all_kinds_of_sets_are_measured_in_bf16_one_after_the_other(request, ranks):
-    """A classification head may have been gathered in bf16 by the pass of the set before."""
-    assert facts(request.getfixturevalue(ranks))["in bf16"] == 7
-
-
-@pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
-def test_each_rank_reads_and_encodes_its_part_of_the_rows(request, ranks):
-    number = 2 if ranks == "two_ranks" else 4
-    decoded = facts(request.getfixturevalue(ranks))["decoded"]
+    """Bad rows, data hashes and the hash of the weights included, and with the averaged weights. Each rank decodes its
+    part of the rows. In bf16, a classification head may have been gathered in bf16 by the pass of the set before."""
+    alone = facts(one_rank)
+    together = facts(request.getfixturevalue(ranks))
     for name in EVALUATED:
-        assert len(decoded[name]) == number
-        assert max(decoded[name]) - min(decoded[name]) <= 5, "at most one row per source"
-    # Two items of `spoiled`, which three sets read, are in several rows. Each rank that has such a row decodes it.
-    (alone,) = facts(request.getfixturevalue("one_rank"))["decoded"]["shards"]
-    assert alone <= sum(decoded["shards"]) <= alone + 3 * 2 * (number - 1)
+        assert together["measured"][name] == alone["measured"][name], name
+        assert [result["skipped"] for result in together["measured"][name]] == [0, 0, 2, 0, 2, 2, 2]
+        assert max(together["decoded"][name]) < 0.75 * alone["decoded"][name][0]
+    assert together["in bf16"] == 7
 
 
 @pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
 def test_an_evaluation_changes_nothing_for_training(request, ranks):
+    """And a stop of one rank ends the evaluation of all."""
     assert facts(request.getfixturevalue(ranks))["undisturbed"] == {name: True for name in EVALUATED}
-
-
-def test_a_stop_of_one_rank_ends_the_evaluation_of_all(two_ranks):
-    assert facts(two_ranks)["stopped"] == [True, True]
+    assert all(facts(request.getfixturevalue(ranks))["training after a stop"])
 
 
 def test_a_model_is_made_shard_by_shard(two_ranks):
@@ -266,25 +236,21 @@ def test_a_model_is_made_shard_by_shard(two_ranks):
         assert weights / 2 < peak < weights / 2 + 6 * largest < 0.8 * weights
 
 
-def test_ranks_start_from_the_weights_of_another_model(two_ranks):
-    assert facts(two_ranks)["warm start"] == [True, True]
-
-
-def test_ranks_of_a_node_decode_a_cached_source_once(two_ranks):
-    assert facts(two_ranks)["decoded once"] == [24, 0]
-
-
-def test_the_tokenizer_is_fitted_on_rank_zero_and_loaded_on_the_other(two_ranks):
-    (fits, state), (others, same) = facts(two_ranks)["tokenizer"]
-    assert (fits, others) == (1, 0)
-    assert state == same
+def test_ranks_share_what_one_of_them_prepares(two_ranks):
+    """Rank 0 fits the tokenizer and decodes a cached source, and both start from the weights of another model."""
+    prepared = facts(two_ranks)["prepared"]
+    assert [rank["fitted"] for rank in prepared] == [1, 0]
+    assert [rank["decoded"] for rank in prepared] == [24, 0]
+    assert prepared[0]["tokenizer"] == prepared[1]["tokenizer"]
+    assert all(rank["same weights"] for rank in prepared)
 
 
 def test_the_wait_for_data_is_that_of_the_slower_rank(two_ranks):
+    """Of each step, not of all: each rank was the slower one once."""
     first, second = facts(two_ranks)["step times"]
-    for record in (first, second):  # Of each step, not of all: each rank was the slower one once.
+    for record in (first, second):
         assert record["data_wait"] * record["seconds"] == pytest.approx(0.3 + 0.2)
-    assert [first[key] for key in ("step_p50", "step_p95")] == [second[key] for key in ("step_p50", "step_p95")]
+    assert [first["step_p50"], first["step_p95"]] == [second["step_p50"], second["step_p95"]]
 
 
 def test_an_evaluation_that_fails_ends_all_ranks_and_loses_no_step(two_ranks):
@@ -292,25 +258,11 @@ def test_an_evaluation_that_fails_ends_all_ranks_and_loses_no_step(two_ranks):
     assert (two_ranks / "evaluated" / "checkpoints" / "step-00000002" / "manifest.json").exists()
 
 
-def test_optimizer_state_of_one_of_two_ranks_is_saved_and_restored_on_one(little_data, two_ranks):
-    folder = two_ranks / "run replicas, Muon"
-    saved = [load_file(file) for file in sorted((folder / "checkpoints" / "step-00000002" / "optimizer").iterdir())]
-    trainer = Trainer(set_up(recipe(little_data, *CASES["replicas, Muon"]), folder, resume=True))
-    state = optimizer_state(trainer.model, trainer.updater.optimizers)
-    assert len(saved) == 2
-    assert {name.rpartition("|")[2] for name in state} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
-    for kind in ("momentum_buffer", "exp_avg"):
-        assert all(any(name.endswith(f"|{kind}") for name in part) for part in saved)
-    assert sum(map(len, saved)) == len(state)
-    for name, value in state.items():
-        (part,) = (part for part in saved if name in part)
-        assert torch.equal(value, part[name])
-        assert value.any(), name
-
-
 def test_a_run_on_two_ranks_resumes_on_one_and_on_four(little_data, stopped_run, four_ranks, tmp_path):
     """The four share the model in another way than the two did."""
-    one, two, four = tmp_path / "one", tmp_path / "two", four_ranks / "resumed"
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    four = four_ranks / "resumed"
     shutil.copytree(stopped_run, two)
     (saved,) = [path.name for path in (two / "checkpoints").iterdir() if path.name > "step-00000005"]
     assert saved < "step-00000024"
@@ -352,12 +304,12 @@ def test_a_streamed_run_on_two_ranks_resumes_on_one(little_data, two_ranks, tmp_
 def test_a_run_that_is_there_already_is_refused_however_often_torchrun_starts(little_data, two_ranks, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(two_ranks / "evaluated", folder, ignore=shutil.ignore_patterns("checkpoints"))
-    before = files_of(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
     command = torchrun(1, "train", folder / "recipe.yaml", "--run-dir", folder, restarts=1)
     done = run(*command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     assert done.returncode
     assert done.stderr.count(f"openimp: {folder}: holds a run that saved no checkpoint") == 2
-    assert files_of(folder) == before
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"} == before
 
 
 def test_an_environment_in_which_ranks_would_not_find_each_other_is_refused(monkeypatch):
@@ -374,33 +326,21 @@ def files_of(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-@pytest.mark.parametrize("switch", [False, True])
-def test_torchrun_keeps_its_store_through_a_restart(tmp_path, switch):
-    """With the environment variable it does not. Otherwise ranks find the addresses of dead ranks there."""
-    command = torchrun(1, __file__, "store", tmp_path / "kept", restarts=1)
-    run(*command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(int(switch)), check=True)
-    assert (tmp_path / "kept").read_text() == str(not switch)
-
-
 def recipe(folder: Path, *changes: str) -> Recipe:
     """Its first two steps are of both tasks."""
     return Recipe.load(folder / "recipe.yaml", [*COMMON, "evaluation={}", "alternation.kind=intervals", *changes])
 
 
 def compute(folder: Path, out: Path) -> dict[str, Any]:
-    """What is compared between numbers of ranks, partly in facts.json."""
+    """What is compared between numbers of ranks, besides the tensors that it writes."""
     found = compute_gradients(folder, out) | evaluations(folder, out)
     if distributed.world_size() == 4:
-        found["memory"] = {name: peak_of(changes, out / name) for name, changes in PLANNED.items()}
-    if distributed.rank() == 0:
-        (out / "facts.json").write_text(json.dumps(found))
+        found["memory"] = {}
+        for name, changes in PLANNED.items():
+            recipe_of_case = Recipe.load("mixture", [*MEASURED, *changes])
+            peak = peak_memory(Trainer(set_up(recipe_of_case, out / name)))
+            found["memory"][name] = max(distributed.all_gather_object(peak))
     return found
-
-
-def peak_of(changes: list[str], run: Path) -> int:
-    """The peak memory of the largest task of mixture, on the rank that needs most."""
-    recipe = Recipe.load("mixture", [*MEASURED, *changes])
-    return max(distributed.all_gather_object(peak_memory(Trainer(set_up(recipe, run)))))
 
 
 def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
@@ -415,7 +355,7 @@ def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
         keys = distributed.all_gather_object([*optimizer_state(trainer.model, trainer.updater.optimizers)])
         states[name] = sorted({key for some in keys for key in some})
         if name == "replicas, Muon":
-            trainer.save(wait=True)
+            trainer.save(wait=True)  # `prepared` starts from it.
         if distributed.rank() == 0:
             save_file(tensors, out / f"{name}.safetensors")
     return {"states": states}
@@ -423,7 +363,8 @@ def compute_gradients(folder: Path, out: Path) -> dict[str, Any]:
 
 def write_vectors(pictures: Path, file: Path) -> None:
     """A manifest of the pictures, with a vector for each. Those of two pictures are equal."""
-    rng, lines = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    lines = []
     for picture in sorted(pictures.rglob("*.png")):
         vector = (np.ones(32) if len(lines) < 2 else rng.normal(size=32)).tolist()
         name = picture.relative_to(pictures).as_posix()
@@ -475,8 +416,11 @@ def evaluations(folder: Path, out: Path) -> dict[str, Any]:
     changes = [f"evaluation={json.dumps({'sets': sets, 'batch_size': 3})}", f"sources.spoiled.path={out / 'spoiled'}"]
     changes += [f"sources.three={{path: {out / 'three.csv'}, root: {out / 'spoiled'}}}"]
     found: dict[str, Any] = {"measured": {}, "decoded": {}, "undisturbed": {}}
+    stop = Stop(lambda: False)
+    stop.requested = distributed.rank() == distributed.world_size() - 1
     for name, layout in EVALUATED.items():
-        run, decoded = out / f"evaluated {name}", []
+        run = out / f"evaluated {name}"
+        decoded: list[Any] = []
         options = Recipe.load(folder / "recipe.yaml", [*COMMON, "alternation.kind=intervals", *changes, *layout])
         trainer = Trainer(set_up(options, run))
         assert trainer.updater.ema
@@ -491,9 +435,12 @@ def evaluations(folder: Path, out: Path) -> dict[str, Any]:
         after = state_of(trainer, loaded)
         same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
         found["undisturbed"][name] = all(distributed.all_gather_object(same))
-    options, run = Recipe.load(folder / "recipe.yaml", [*COMMON, *changes, "train.precision=bf16"]), out / "in bf16"
-    Trainer(set_up(options, run)).evaluate()
-    found["in bf16"] = len(read_lines(run / "results.jsonl"))
+    with pytest.raises(Stopped):
+        trainer.evaluate(stop.watch)
+    found["training after a stop"] = distributed.all_gather_object(trainer.model.training)
+    options = Recipe.load(folder / "recipe.yaml", [*COMMON, *changes, "train.precision=bf16"])
+    Trainer(set_up(options, out / "in bf16")).evaluate()
+    found["in bf16"] = len(read_lines(out / "in bf16" / "results.jsonl"))
     return found
 
 
@@ -521,15 +468,6 @@ def counted_calls(owner: type, method: str, calls: list[Any]) -> Iterator[None]:
         setattr(owner, method, original)
 
 
-def stopped_evaluation(folder: Path, out: Path) -> list[bool]:
-    """Whether each rank stops if the last one is told to."""
-    trainer, stop = Trainer(set_up(Recipe.load(folder / "recipe.yaml", COMMON), out / "stopping")), Stop(lambda: False)
-    stop.requested = distributed.rank() == 1
-    with pytest.raises(Stopped):
-        trainer.evaluate(stop.watch)
-    return distributed.all_gather_object(trainer.model.training)
-
-
 def initialization(folder: Path, out: Path) -> list[Any]:
     """For each rank: the most bytes that making the model takes, those of all its weights, and of the largest."""
     trainer = Trainer(set_up(recipe(folder, "model.layers=32", "model.moe=null"), out / "initialized"))
@@ -541,54 +479,41 @@ def initialization(folder: Path, out: Path) -> list[Any]:
     return distributed.all_gather_object((peak, sum(sizes), max(sizes)))
 
 
-def warm_start(folder: Path, out: Path) -> list[bool]:
-    """Whether each rank starts from all weights of the checkpoint that two ranks have saved."""
-    saved = out / "run replicas, Muon" / "checkpoints" / "step-00000002"
-    trainer = Trainer(set_up(recipe(folder, f"train.init={saved}"), out / "warm"))
-    weights = dcp.read(saved / "model")
-    same = all(torch.equal(full_tensor(x), weights[name]) for name, x in trainer.model.state_dict().items())
-    return distributed.all_gather_object(same)
-
-
-def decoded_once(folder: Path, out: Path) -> list[int]:
-    """How many pictures each rank decodes to fill a cache, which is empty at first."""
+def prepared(folder: Path, out: Path) -> list[Any]:
+    """For each rank: how often it fits the tokenizer, and how many pictures it decodes to fill a cache, which is empty
+    at first; the tokenizer; and whether it starts from all weights of the checkpoint that two ranks have saved."""
     os.environ["OPENIMP_CACHE"] = str(out / "cache")
-    calls: list[Any] = []
-    with counted_calls(Image, "decode", calls):
+    decoded: list[Any] = []
+    fitted: list[Any] = []
+    with counted_calls(Image, "decode", decoded), counted_calls(Text, "fit", fitted):
         trainer = Trainer(set_up(recipe(folder, "sources.pictures.cache=memory"), out / "cached"))
     next(iter(load_batches(trainer.data, 0, 1)))
-    return distributed.all_gather_object(len(calls))
-
-
-def refusals(folder: Path, out: Path) -> dict[str, Any]:
-    """The errors of all ranks, and what they should be, by change of the recipe."""
-    found = {}
-    for change, expected in REFUSED[distributed.world_size()].items():
-        changes = [change, "sources.pictures.path=nowhere", "model.moe.experts=4"]
-        changes += ["parallel.expert_degree=2"] if "mlp_dim" in change else []
-        try:
-            Trainer(set_up(recipe(folder, *changes), out / "refused"))
-        except UserError as error:
-            found[change] = distributed.all_gather_object(str(error)), expected
-    assert found.keys() == REFUSED[distributed.world_size()].keys()
-    assert not (out / "refused").exists()
-    return found
-
-
-def fitted_tokenizers(folder: Path, out: Path) -> list[Any]:
-    """How often each rank fits its tokenizer, and the tokenizer."""
-    calls, fit = [], Text.fit
-    Text.fit = lambda self, corpus: (calls.append(self), fit(self, corpus))[1]  # type: ignore[method-assign]
-    trainer = Trainer(set_up(recipe(folder), out / "fitted"))
-    return distributed.all_gather_object((len(calls), trainer.modalities["text"].state()))
+    saved = out / "run replicas, Muon" / "checkpoints" / "step-00000002"
+    warm = Trainer(set_up(recipe(folder, f"train.init={saved}"), out / "warm"))
+    weights = dcp.read(saved / "model")
+    same = all(torch.equal(full_tensor(x), weights[name]) for name, x in warm.model.state_dict().items())
+    tokenizer = trainer.modalities["text"].state()
+    return distributed.all_gather_object(
+        {"fitted": len(fitted), "decoded": len(decoded), "tokenizer": tokenizer, "same weights": same}
+    )
 
 
 def step_times() -> list[Any]:
     """The records of all ranks, after two steps with given waits."""
-    timer, rank = StepTimer(), distributed.rank()
-    timer.tasks, timer.steps = ["named", "heard"], [0.5 + rank, 0.6]
-    timer.waits = [0.1, 0.2] if rank else [0.3, 0.1]
+    timer = StepTimer()
+    timer.tasks = ["named", "heard"]
+    timer.steps = [0.5 + distributed.rank(), 0.6]
+    timer.waits = [0.1, 0.2] if distributed.rank() else [0.3, 0.1]
     return distributed.all_gather_object(timer.record())
+
+
+def refused(folder: Path, out: Path) -> list[str]:
+    """The errors of all ranks if they cannot divide the experts."""
+    changes = ["parallel.expert_degree=4", "model.moe.experts=4", "sources.pictures.path=nowhere"]
+    with pytest.raises(UserError) as error:
+        set_up(recipe(folder, *changes), out / "refused")
+    assert not (out / "refused").exists()
+    return distributed.all_gather_object(str(error.value))
 
 
 def train_streamed(folder: Path, out: Path) -> None:
@@ -602,12 +527,8 @@ def failed_evaluation(folder: Path, out: Path) -> list[str]:
     if distributed.rank() == 0:
         shutil.copytree(folder / "pictures", out / "others")
     distributed.barrier()
-    changes = [
-        *COMMON,
-        "train.steps=2",
-        f"sources.others.path={out / 'others'}",
-        "evaluation.sets.colours.source=others",
-    ]
+    others = f"sources.others.path={out / 'others'}"
+    changes = [*COMMON, "train.steps=2", others, "evaluation.sets.colours.source=others"]
     trainer = Trainer(set_up(Recipe.load(folder / "recipe.yaml", changes), out / "evaluated"))
     if distributed.rank() == 0:
         for file in (out / "others").rglob("*.png"):
@@ -617,24 +538,13 @@ def failed_evaluation(folder: Path, out: Path) -> list[str]:
     return distributed.all_gather_object(str(error.value))
 
 
-def look_into_the_store(file: Path) -> None:
-    """Leaves a key in the store and fails. After the restart, writes whether the key is still there."""
-    store, *_ = next(dist.rendezvous("env://"))
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        store.set("before the restart", "")
-        sys.exit(1)
-    file.write_text(str(store.check(["before the restart"])))
-
-
 def main(folder: Path, out: Path) -> None:
     distributed.start()
-    found = compute(folder, out) | {"refused": refusals(folder, out)}
+    found = compute(folder, out)
     if distributed.world_size() == 2:
-        found["stopped"] = stopped_evaluation(folder, out)
+        found["refused"] = refused(folder, out)
         found["initialization"] = initialization(folder, out)
-        found["warm start"] = warm_start(folder, out)
-        found["decoded once"] = decoded_once(folder, out)
-        found["tokenizer"] = fitted_tokenizers(folder, out)
+        found["prepared"] = prepared(folder, out)
         found["step times"] = step_times()
         found["evaluation"] = failed_evaluation(folder, out)
         train_streamed(folder, out)
@@ -648,7 +558,4 @@ def main(folder: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "store":
-        look_into_the_store(Path(sys.argv[2]))
-    else:
-        main(*map(Path, sys.argv[1:]))
+    main(*map(Path, sys.argv[1:]))

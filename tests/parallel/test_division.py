@@ -15,6 +15,8 @@ from openimp.parallel import distributed
 from openimp.parallel.layout import Layout, apply_parallelism, full_tensor
 from openimp.parallel.muon import Muon
 
+pytestmark = pytest.mark.slow
+
 WIDTH, HIDDEN, EXPERTS, STEPS = 16, 24, 4, 3
 LAYOUTS = {
     "shards": Layout(4, 4, 1),
@@ -90,16 +92,19 @@ def train(model: Model, refused: bool = False) -> Muon:
 def train_in_layouts(out: Path) -> None:
     """Writes, by layout and rank, the largest difference from one rank, relative to the update of a weight, and for how
     many weights the rank has momentum: in its parameter group, and in its state."""
-    device, alone, found = distributed.start(), Model(), {}
+    device = distributed.start()
+    alone = Model()
     train(alone)
-    start, expected = dict(Model().named_parameters()), dict(alone.named_parameters())
+    start = dict(Model().named_parameters())
+    expected = dict(alone.named_parameters())
+    found = {}
     for name, layout in LAYOUTS.items():
         with pytest.MonkeyPatch.context() as environment:
             if "two nodes" in name:
                 environment.setenv("LOCAL_WORLD_SIZE", "2")
             model = Model()
             experts = [block.experts for block in model.blocks]
-            apply_parallelism(model, model.blocks, experts, ("forward",), layout, device)
+            apply_parallelism(model, layout, device, blocks=model.blocks, experts=experts, methods=["forward"])
             muon = train(model, refused=True)
         weights = {key: full_tensor(weight.detach()) for key, weight in model.named_parameters()}
         differences = [

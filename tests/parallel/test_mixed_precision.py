@@ -20,12 +20,14 @@ from torch.func import functional_call
 
 from openimp.data.loader import load_batches
 from openimp.model.moe import Router
-from openimp.objectives import Losses, task_losses
+from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.layout import reshard
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
+
+pytestmark = pytest.mark.slow
 
 STEPS = 50
 SMOOTH = ["model.moe.capacity_factor=2", "optimizer.lr=1e-4"]
@@ -101,7 +103,8 @@ class Step(nn.Module):
 
 def losses_by_hand(folder: Path, out: Path) -> list[float]:
     trainer = Trainer(set_up(recipe(folder, *SMOOTH), out))
-    step, found = Step(trainer.model), []
+    step = Step(trainer.model)
+    found = []
     kept = {weight for module in trainer.model.fp32_modules() for weight in module.parameters()}
     for loaded in load_batches(trainer.data, 0):
         weights = {name: w if w in kept else w.bfloat16() for name, w in step.named_parameters()}

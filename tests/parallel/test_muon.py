@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from openimp.parallel import muon
-from openimp.parallel.muon import Muon, muon_flops, orthogonalize
+from openimp.parallel import newton_schulz
+from openimp.parallel.muon import Muon, muon_flops
+from openimp.parallel.newton_schulz import batches_by_shape, orthogonalize
 
 ROWS, COLUMNS = 24, 40
 
@@ -23,9 +24,10 @@ def train(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], step
 
 def test_a_step_is_that_of_torch(monkeypatch):
     """With torch's iterations."""
-    monkeypatch.setattr(muon, "NEWTON_SCHULZ", ((3.4445, -4.7750, 2.0315),) * 5)
+    monkeypatch.setattr(newton_schulz, "COEFFICIENTS", ((3.4445, -4.7750, 2.0315),) * 5)
     shapes = (ROWS, COLUMNS), (COLUMNS, ROWS), (7, 7)
-    ours, theirs = weights(*shapes), weights(*shapes)
+    ours = weights(*shapes)
+    theirs = weights(*shapes)
     before = [weight.detach().clone() for weight in ours]
     train(Muon(dict.fromkeys(ours, 1), lr=0.1, weight_decay=0.2), ours)
     train(torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"), theirs)
@@ -43,18 +45,17 @@ def test_each_matrix_of_a_stack_is_updated_as_if_it_were_alone(shape):
     torch.testing.assert_close(stack.reshape(3, -1, shape[-1]), torch.stack(alone))
 
 
-def test_stacks_of_one_shape_are_computed_together_up_to_a_limit(monkeypatch):
-    monkeypatch.setattr(muon, "BATCH_NUMBERS", 4 * ROWS * COLUMNS)
+def test_stacks_of_one_shape_are_computed_together_up_to_a_limit():
     stacks = weights(*((count, ROWS, COLUMNS) for count in (2, 2, 1, 9, 1)), (1, COLUMNS, ROWS))
-    first, second, third, large, fourth, other = stacks
-    grouped = [[id(stack) for stack in batch] for batch in muon.batches_by_shape(stacks)]
-    expected = [[first, second], [third], [large], [fourth], [other]]
-    assert grouped == [[id(stack) for stack in batch] for batch in expected]
+    batches = batches_by_shape(stacks, limit=4 * ROWS * COLUMNS)
+    assert [[len(stack) for stack in batch] for batch in batches] == [[2, 2], [1], [9], [1], [1]]
+    assert batches[-1][0] is stacks[-1]
 
 
 def test_a_parameter_without_a_gradient_keeps_its_value_and_its_state():
     a, b = weights((ROWS, COLUMNS), (ROWS, COLUMNS))
-    start, optimizer = b.detach().clone(), Muon({a: 1, b: 1}, lr=0.1, weight_decay=0.1)
+    start = b.detach().clone()
+    optimizer = Muon({a: 1, b: 1}, lr=0.1, weight_decay=0.1)
     train(optimizer, [a])
     assert torch.equal(b, start)
     assert b not in optimizer.state
@@ -78,6 +79,7 @@ def test_singular_values_of_any_scale_come_close_to_one():
 
 def test_flops_are_those_of_the_closed_formula():
     linear, qkv, experts = weights((ROWS, COLUMNS), (3 * ROWS, ROWS), (4, COLUMNS, ROWS))
-    gram, product = 2 * ROWS * ROWS * COLUMNS, 2 * ROWS**3
+    gram = 2 * ROWS * ROWS * COLUMNS
+    product = 2 * ROWS**3
     assert muon_flops({linear: 1}) == 3 * (2 * gram + product)
     assert muon_flops({linear: 1, qkv: 3, experts: 4}) == 3 * (5 * (2 * gram + product) + 3 * 3 * product)

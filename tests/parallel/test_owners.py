@@ -19,7 +19,9 @@ def test_ranks_own_about_equal_work():
 
 def test_rows_of_a_matrix_on_each_rank_are_those_of_its_shards():
     """FSDP2 divides two-dimensional weights like torch.chunk, here queries, keys and values, and experts evenly."""
-    stacked, short, experts = torch.empty(9, 4), torch.empty(3, 4), torch.empty(2, 8, 4)
+    stacked = torch.empty(9, 4)
+    short = torch.empty(3, 4)
+    experts = torch.empty(2, 8, 4)
     found = matrices_of({stacked: 3, short: 1, experts: 2}, 4)
     by_weight = {weight: [m.rows for m in found if m.weight is weight] for weight in (stacked, short, experts)}
     assert [len(shard) for shard in stacked.chunk(4)] == [3, 3, 3]

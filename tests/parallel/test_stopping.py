@@ -28,6 +28,8 @@ from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 CHANGES = [*COMMON, "evaluation={}", "train.steps=12", "train.log_every=5", "train.save_every=100", "train.keep_last=9",
            "alternation.kind=intervals", "train.num_workers=1", "train.prefetch_factor=1",
            "optimizer={lr: 3e-3, muon_lr: 0.01, warmup_steps: 1, ema_decay: 0.9}"]  # fmt: skip
@@ -82,7 +84,8 @@ def test_what_stops_one_rank_stops_all_and_costs_no_step(out, what):
         assert how.startswith("train.num_workers: a data worker died: ")
     whole, resumed = (out / name / "checkpoints" / "step-00000012" for name in ("whole", what))
     for kind in ("model", "ema", "optimizer"):
-        expected, found = dcp.read(whole / kind), dcp.read(resumed / kind)
+        expected = dcp.read(whole / kind)
+        found = dcp.read(resumed / kind)
         assert found.keys() == expected.keys()
         assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
     assert (resumed / "state.json").read_text() == (whole / "state.json").read_text()
@@ -94,12 +97,16 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__()
-        self.step, self.within, self.make_step = -1, False, trainer.make_step
-        self.gathered, self.in_updates = Counter[int](), dict[int, tuple[str, Counter[str]]]()
+        self.step = -1
+        self.within = False
+        self.make_step = trainer.make_step
+        self.gathered = Counter[int]()
+        self.in_updates: dict[int, tuple[str, Counter[str]]] = {}
         trainer.make_step = self.counted_step  # type: ignore[method-assign]
 
     def counted_step(self, loaded: Any) -> Any:
-        self.step, self.within = loaded.visit.step, True
+        self.step = loaded.visit.step
+        self.within = True
         self.in_updates[self.step] = loaded.visit.task, Counter()
         losses = self.make_step(loaded)
         self.within = False

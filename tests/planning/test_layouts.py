@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from openimp.model.imp import IMP
+from openimp.model.build import build_for_training
 from openimp.parallel.layout import Layout
 from openimp.planning.gpus import GPUS, USABLE
 from openimp.planning.layouts import STATE_SHARE, alternatives, default_layout, state_bytes
@@ -19,7 +19,7 @@ def test_the_default_layout_shards_no_more_than_it_must(little_data, muon):
     changes = ["parallel.shard_degree=null", f"optimizer.muon_lr={muon}", "model.width=128", "model.moe.experts=4"]
     recipe = Recipe.load(little_data / "recipe.yaml", changes)
     with torch.device("meta"):
-        model = IMP.from_recipe(recipe, recipe.make_modalities(), {"pictures:label": 4})
+        model = build_for_training(recipe, recipe.make_modalities(), {"pictures:label": [1, 2, 3, 4]})
     held = [state_bytes(recipe, model, Layout(16, shards, 1)) for shards in (1, 4, 16)]
     # Weights, gradients and EMA, and two tensors of AdamW, or one of Muon for most weights.
     numbers = sum(weight.numel() for weight in model.parameters())
@@ -60,11 +60,16 @@ def test_layouts_that_the_gpus_cannot_form_are_no_alternatives(little_data):
     ],
 )
 def test_collectives_take_as_long_as_their_bytes(size, stride, gb_per_s):
-    traffic = Group(GPUS["h100"], size, stride).all_gather(size * 10**9)
+    traffic = Group(size, stride).all_gather(size * 10**9)
     assert traffic.received_bytes == (size - 1) * 10**9
-    assert traffic.seconds == pytest.approx((size - 1) / gb_per_s / BANDWIDTH_SHARE)
-    within_node = Group(GPUS["h100"], 8).all_gather(10**9)
-    assert (traffic + within_node).seconds == max(traffic.link_seconds + within_node.seconds, traffic.network_seconds)
+    assert traffic.seconds(GPUS["h100"]) == pytest.approx((size - 1) / gb_per_s / BANDWIDTH_SHARE)
+
+
+def test_links_and_network_are_used_at_the_same_time():
+    within_node = Group(8).all_gather(10**9)
+    between_nodes = Group(256).all_gather(10**9)
+    seconds = [traffic.seconds(GPUS["h100"]) for traffic in (within_node, between_nodes, within_node + between_nodes)]
+    assert seconds[2] == max(seconds)
 
 
 def test_the_fastest_layout_that_fits_is_recommended(little_data):
@@ -75,7 +80,9 @@ def test_the_fastest_layout_that_fits_is_recommended(little_data):
         "model={width: 4096, mlp_dim: 16384, layers: 3, heads: 32}",
     ]
     recipe = Recipe.load(little_data / "recipe.yaml", changes)
-    replicas, node, everyone = plans(recipe, recipe.make_modalities(), {"pictures:label": [1, 2]}, 16, "h100", 0.4)
+    replicas, node, everyone = plans(
+        recipe, recipe.make_modalities(), {"pictures:label": [1, 2]}, gpus=16, gpu="h100", mfu=0.4
+    )
     assert [plan.layout.shard_degree for plan in (replicas, node, everyone)] == [1, 8, 16]
     assert replicas.memory_bytes > node.memory_bytes > everyone.memory_bytes
     assert 1.1 * node.seconds < replicas.seconds

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from openimp.common.json_lines import read_lines
 from openimp.data.batch import head_key
+from openimp.data.loader import load_batches
 from openimp.planning.ledger import costs, mixture
 from openimp.recipe.schema import Recipe
 from openimp.training.setup import set_up
@@ -16,34 +18,19 @@ IMAGE_TOKENS, DROPPED, PATCH, TEXT_TOKENS, CLASSES = 16, 8, 2 * 8 * 8 * 3, 8, 5
 MOE = {"experts": 4, "layers": 2}
 
 
-def recipe_of(moe: dict | None, space: str = "joint", bias: bool = False) -> Recipe:
+def recipe_of(moe: dict | None, bias: bool) -> Recipe:
+    stills = f"""{{source: all, inputs: {{image: image, text: text}}, batch_size: {B}, objectives: [
+        {{type: contrastive}}, {{type: classification, of: image, label: kind}}],
+        views: [{{image: {{size: 32}}, text: {{length: {TEXT_TOKENS}}}}},
+                {{image: {{size: 32, drop_tokens: 0.5}}, text: {{length: {TEXT_TOKENS}}}, weight: 3}}]}}"""
+    sizes = {"width": D, "layers": LAYERS, "heads": 2, "mlp_dim": F, "embed_dim": Z}
     return Recipe.build(
         {
             "name": "counted",
-            "model": {
-                "width": D,
-                "layers": LAYERS,
-                "heads": 2,
-                "mlp_dim": F,
-                "embed_dim": Z,
-                "moe": moe,
-                "space": space,
-                "bias": bias,
-            },
+            "model": {**sizes, "moe": moe, "space": "joint", "bias": bias},
             "modalities": {"vision": {"patch": [2, 8, 8]}},
             "sources": {"all": {"path": "all.parquet"}},
-            "tasks": {
-                "stills": {
-                    "source": "all",
-                    "inputs": {"image": "image", "text": "text"},
-                    "objectives": [{"type": "contrastive"}, {"type": "classification", "of": "image", "label": "kind"}],
-                    "batch_size": B,
-                    "views": [
-                        {"image": {"size": 32}, "text": {"length": TEXT_TOKENS}},
-                        {"image": {"size": 32, "drop_tokens": 0.5}, "text": {"length": TEXT_TOKENS}, "weight": 3},
-                    ],
-                }
-            },
+            "tasks": {"stills": yaml.safe_load(stills)},
         }
     )
 
@@ -93,37 +80,31 @@ def test_flops_are_those_of_the_closed_formula(moe):
 def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
     """Counted on the real steps in fp32, where nothing chooses another attention."""
     recipe = Recipe.load(
-        little_data / "recipe.yaml", ["train.precision=fp32", "train.steps=6", "optimizer.muon_lr=1e-2"]
+        little_data / "recipe.yaml",
+        ["train.precision=fp32", "train.steps=6", "train.log_every=6", "optimizer.muon_lr=1e-2"],
     )
     training = Trainer(set_up(recipe, tmp_path / "run"))
     computed = dict.fromkeys(recipe.tasks, 0)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        for step in range(6):
-            loaded = training.data[step]
+        for loaded in load_batches(training.data, 0):
             with FlopCounterMode(display=False) as counter:
-                losses = training.forward(loaded)
-                losses.total.backward()
-                training.updater.step(step)
+                training.make_step(loaded)
             computed[loaded.visit.task] += counter.get_total_flops()
-            cost = training.log.costs[loaded.visit.task, loaded.visit.view]
-            training.log.metrics.add(loaded.visit.task, losses, cost)
-    training.log.metrics.write(
-        6, 0.0, 0.0, {"seconds": 1.0, "step_p50": 0.1, "step_p95": 0.1, "data_wait": 0.0, "waits": {}}
-    )
+    training.settle()
     training.log.metrics.close()
-    (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
+    line = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert {task: totals["flops"] for task, totals in line["totals"].items()} == computed
-    visits = [training.data.schedule[step] for step in range(6)]
-    forward_and_backward = sum(training.log.costs[visit.task, visit.view].model_flops for visit in visits)
-    assert forward_and_backward < sum(computed.values())
-    assert line["mfu"] == pytest.approx(forward_and_backward / training.log.metrics.peak)
+    model_flops = sum(training.log.costs[visit.task, visit.view].model_flops for visit in training.data.schedule)
+    assert model_flops < sum(computed.values())
+    assert line["mfu"] * line["seconds"] == pytest.approx(model_flops / training.log.metrics.peak)
     assert "hfu" not in line
 
 
 @pytest.mark.parametrize("memory", ["{chunk_size: 2}", "{activation_checkpointing: true}"])
 def test_repeated_passes_count_in_hfu_and_not_in_mfu(little_data, tmp_path, memory):
     """Counted while training in fp32, where nothing chooses another attention."""
-    lines, counted, forward = [], [], 0
+    lines = []
+    counted = []
     for name, options in (("once", "{}"), ("repeated", memory)):
         changes = ["train.precision=fp32", "train.steps=4", "train.log_every=4", "evaluation={}", f"memory={options}"]
         training = Trainer(set_up(Recipe.load(little_data / "recipe.yaml", changes), tmp_path / name))

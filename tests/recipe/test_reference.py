@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from openimp.common.objective import Objective
 from openimp.common.schema import Strict
+from openimp.modalities.open_clip import READERS
 from openimp.recipe import evaluation, inputs, model, schema, tasks, training
+from openimp.recipe.model_config import ComparedPair, ModelConfig
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "write_recipe_reference.py"
 
@@ -39,9 +42,10 @@ def test_every_part_of_the_schema_has_a_section(tool):
     modules = (schema, evaluation, inputs, model, tasks, training)
     values = [value for module in modules for value in vars(module).values()]
     parts = {value for value in values if isinstance(value, type) and issubclass(value, BaseModel)}
-    modalities = [*tool.builtin_modalities().values(), *tool.wrapped_modalities().values()]
+    modalities = [*tool.builtin_modalities().values(), *READERS.values()]
     parts |= {part for modality in modalities for part in (modality.Config, modality.View)}
-    assert parts - {BaseModel, Strict} == set(tool.sections())
+    parts |= {*tool.builtin_objectives().values()}
+    assert parts - {BaseModel, Objective, Strict, ModelConfig, ComparedPair} == set(tool.sections())
 
 
 def test_links_lead_to_their_sections(tool):

@@ -1,13 +1,18 @@
 """The recipe: what it refuses, and how it says so; what it fills in, and that nothing is lost on the way to YAML."""
 
+from pathlib import Path
+
 import pytest
 import yaml
+from pydantic import ValidationError
 
+import openimp
 from openimp.common.errors import UserError
-from openimp.recipe.file import find_file
+from openimp.recipe.file import find_file, read_recipe
 from openimp.recipe.inputs import View
 from openimp.recipe.model import absolute_name
 from openimp.recipe.schema import Recipe
+from openimp.training.trainer import train
 
 
 def bomb(start: str, each: str) -> str:
@@ -32,7 +37,9 @@ REFUSED = {
     "train.stepz=1": "train: unknown key 'stepz'; did you mean 'steps'?",
     "model.moe.expert=4": "model.moe: unknown key 'expert'; did you mean 'experts'?",
     "tasks.named.bacth_size=4": "tasks.named: unknown key 'bacth_size'; did you mean 'batch_size'?",
-    "tasks.named.objectives.0.simile=x": "tasks.named.objectives.0: unknown key 'simile'; did you mean 'same'?",
+    "tasks.named.objectives.0.positive_by=x": "tasks.named.objectives.0: unknown key 'positive_by'; did you mean "
+    "'positives_by'?",
+    "tasks.named.objectives.0.same=label": "tasks.named.objectives.0: key 'same' is now called 'positives_by'",
     "tasks.named.inputs.image={colum: x}": "tasks.named.inputs.image: unknown key 'colum'; did you mean 'column'?",
     "tasks.named.views.0.image.sise=16": "tasks.named.views[0].image: unknown key 'sise'; did you mean 'size'?",
     "tasks.named.views.1.imagge={}": "tasks.named.views[1]: unknown key 'imagge'; did you mean 'image'?",
@@ -70,9 +77,10 @@ REFUSED = {
     "found 1.5",
     "sources.pictures.where={label: 1.5}": "sources.pictures.where.label: expected text, a whole number, true or false "
     "or a list, found 1.5",
-    "tasks.named.objectives.0.type=contrast": "tasks.named.objectives.0.type: expected 'contrastive', "
-    "'classification' or 'distill', found 'contrast'",
-    "tasks.named.objectives.0={same: label}": "tasks.named.objectives.0.type: required value is missing",
+    "tasks.named.objectives.0.type=contrast": "tasks.named.objectives.0: no objective is called "
+    "'contrast'; did you mean 'contrastive'?",
+    "tasks.named.objectives.0=contrastive": "tasks.named.objectives.0: expected a mapping, found 'contrastive'",
+    "tasks.named.objectives.0={positives_by: label}": "tasks.named.objectives.0.type: required value is missing",
     "modalities.vision.patch=[2, 8]": "modalities.vision: patch.2: required value is missing",
     "modalities.vision.patch=[2, 8, 8, 8]": "modalities.vision: patch: takes at most 3 items, found 4",
     "tasks.named.views=[]": "tasks.named.views: needs at least 1 item, found 0",
@@ -339,6 +347,31 @@ def test_views_may_be_left_out(file):
     assert (view.weight, view.batch_size) == (1.0, None)
     assert View() == View()
     assert Recipe.load(file, changes) == Recipe.load(file, changes)
+
+
+def test_a_recipe_is_made_of_keywords_and_trains(little_data, tmp_path, monkeypatch):
+    """Its paths start at the current folder."""
+    monkeypatch.chdir(little_data)
+    data, _ = read_recipe("recipe.yaml")
+    recipe = openimp.Recipe(**data | {"train": {"steps": 2, "num_workers": 0}})
+    assert recipe == Recipe.load("recipe.yaml", ["train={steps: 2, num_workers: 0}"])
+    assert recipe.sources["pictures"].path == str(little_data / "pictures")
+    monkeypatch.chdir(tmp_path)
+    assert train(recipe, Path("run"))
+    assert openimp.load("run").encode_text("a red square").shape == (1, 32)
+    assert openimp.load("run").recipe == recipe
+
+
+def test_a_mistake_in_keywords_is_told_in_the_same_words(little_data):
+    data, _ = read_recipe(str(little_data / "recipe.yaml"))
+    data["tasks"]["named"]["views"][0]["image"]["size"] = 20
+    told = r"tasks\.named\.views\[0\]\.image: size: height of 20 pixels is not a multiple of 8 up to 256; use 16 or 24"
+    with pytest.raises(UserError, match=f"^{told}"):
+        openimp.Recipe(**data)
+    with pytest.raises(UserError, match=f"^recipe: {told}"):
+        Recipe.build(data)
+    with pytest.raises(ValidationError, match=r"unknown key 'stepz'; did you mean 'steps'\?"):
+        openimp.Recipe(**data | {"train": {"stepz": 1}})
 
 
 def test_inputs_have_a_short_form(file):

@@ -15,7 +15,8 @@ from xml.etree.ElementTree import Element
 import PIL.Image
 import pytest
 
-from openimp.checkpoint.folder import checkpoints, load_model, model_folder, verify
+from openimp.checkpoint.find import find_model
+from openimp.checkpoint.folder import checkpoints, load_model, verify
 from openimp.commands import run_info
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append, read_lines
@@ -174,7 +175,9 @@ def test_the_page_has_all_sections(page, parsed, little_run):
 
 
 def test_its_numbers_are_those_of_the_evaluation(parsed, little_run):
-    model, recipe, modalities, _ = load_model(model_folder(little_run))
+    model, saved = load_model(find_model(little_run))
+    recipe = saved.recipe.validated()
+    modalities = saved.modalities
     source = open_source("pictures", recipe.sources["pictures"])
     evaluator = Evaluator(model, recipe, modalities)
     found, _ = classify(evaluator, recipe.evaluation.sets["colours"], "evaluation.sets.colours", source)
@@ -283,7 +286,7 @@ def test_a_run_without_a_checkpoint_or_step_times_and_a_model_have_pages(little_
     assert titles(page) == ["Losses", "Training", "Mixture", "Experts"]
     assert "seconds per step: median" not in page
     assert "examples per second: " in page
-    page = write_report(model_folder(little_run), tmp_path / "page.html").read_text()
+    page = write_report(find_model(little_run), tmp_path / "page.html").read_text()
     assert titles(page) == ["Results", "Confusions", "Retrieval"]
 
 
@@ -373,7 +376,7 @@ def test_a_page_is_written_whole_or_not_at_all(little_run, tmp_path):
             write_report(little_run, out)
     run = Path(shutil.copytree(little_run, tmp_path / "run"))
     before = sorted(run.iterdir())
-    weights = model_folder(run) / "ema" / "ema.safetensors"
+    weights = find_model(run) / "ema" / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged"):
         write_report(run)

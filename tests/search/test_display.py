@@ -10,6 +10,7 @@ import soundfile
 from fuzz import FORMATS
 
 from openimp.common.modality import BadMedia
+from openimp.common.protocols import Pictured
 from openimp.modalities.audio import Audio
 from openimp.modalities.image import Image
 from openimp.modalities.text import Text
@@ -88,4 +89,4 @@ def test_a_thumbnail_of_a_segment_shows_its_own_sound(tmp_path):
 
 
 def test_texts_have_no_thumbnail():
-    assert Text(Text.Config()).thumbnail("a text", Text.View(), 64) is None
+    assert not isinstance(Text(Text.Config()), Pictured)

@@ -265,7 +265,7 @@ def test_an_index_in_use_of_other_weights_or_of_another_format_is_refused(folder
     imp, modalities = tiny_model(recipe)
     model = tmp_path / "model"
     model.mkdir()
-    save_model(model, imp, recipe, modalities, {})
+    save_model(model, imp, recipe.to_config({}), modalities, recipe.to_yaml())
     index = tmp_path / "x.index"
     build = partial(build_index, model, [folder / "0.png"], index)
     build()
@@ -274,7 +274,7 @@ def test_an_index_in_use_of_other_weights_or_of_another_format_is_refused(folder
     shutil.rmtree(model)
     model.mkdir()
     next(iter(imp.projections.values())).up.weight.data.mul_(2)
-    save_model(model, imp, recipe, modalities, {})
+    save_model(model, imp, recipe.to_config({}), modalities, recipe.to_yaml())
     for use in (partial(open_index, index), build):
         with pytest.raises(UserError, match=r"was built with other weights or views than .*model has"):
             use()
@@ -395,7 +395,7 @@ def test_a_run_whose_sources_are_streams_has_no_media_to_index(tiny_recipe, tiny
     recipe = tiny_recipe(sources={"all": {"path": f"{tmp_path}/*.tar", "stream": True}})
     model, modalities = tiny_model(recipe)
     (tmp_path / "model").mkdir()
-    save_model(tmp_path / "model", model, recipe, modalities, {})
+    save_model(tmp_path / "model", model, recipe.to_config({}), modalities, recipe.to_yaml())
     with pytest.raises(UserError, match="no media that can be indexed, and streams are skipped; name files or folders"):
         build_index(tmp_path / "model", None, tmp_path / "x.index", allow_sources=True)
 
@@ -409,7 +409,7 @@ def test_rows_of_a_source_are_read_again_by_their_number(tiny_recipe, tiny_model
     recipe = tiny_recipe(folder=tmp_path, tasks=tasks, modalities={"vision": {"patch": [2, 8, 8]}})
     model, modalities = tiny_model(recipe)
     (tmp_path / "model").mkdir()
-    save_model(tmp_path / "model", model, recipe, modalities, {})
+    save_model(tmp_path / "model", model, recipe.to_config({}), modalities, recipe.to_yaml())
     build = partial(build_index, tmp_path / "model", None, tmp_path / "x.index")
     reopen = partial(open_index, tmp_path / "x.index", allow_sources=True)
     with pytest.raises(UserError, match="task named of its recipe reads source all"):

@@ -39,7 +39,7 @@ def joint_model(tiny_recipe, tiny_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("joint")
     recipe = tiny_recipe(model={"space": "joint"})
     model, modalities = tiny_model(recipe)
-    save_model(folder, model, recipe, modalities, {})
+    save_model(folder, model, recipe.to_config({}), modalities, recipe.to_yaml())
     return folder
 
 
@@ -206,7 +206,7 @@ def test_a_query_without_a_known_word_is_refused(tiny_recipe, tiny_model, media,
                                      "text": {"min_df": 1}})  # fmt: skip
     model, modalities = tiny_model(recipe)
     (tmp_path / "model").mkdir()
-    save_model(tmp_path / "model", model, recipe, modalities, {})
+    save_model(tmp_path / "model", model, recipe.to_config({}), modalities, recipe.to_yaml())
     (tmp_path / "lines.txt").write_text("green noise\nxyzzy", encoding="utf-8")
     done = build_index(tmp_path / "model", [tmp_path / "lines.txt"], tmp_path / "x.index")
     assert list(done.skipped.values()) == ["line 2: has no word that the model knows"]

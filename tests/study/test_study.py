@@ -316,7 +316,7 @@ def test_bundled_studies_run(name, tiny_recipe, tiny_model, tmp_path, monkeypatc
         recipe = tiny_recipe(model={"embed_dim": 256})
         model, modalities = tiny_model(recipe)
         (tmp_path / "teacher").mkdir()
-        save_model(tmp_path / "teacher", model, recipe, modalities, {})
+        save_model(tmp_path / "teacher", model, recipe.to_config({}), modalities, recipe.to_yaml())
         write_vectors(tmp_path / "teacher", tmp_path / "vectors")
         monkeypatch.chdir(tmp_path)
     assert run_study(name, tmp_path / "runs", tmp_path / "out", smoke=True)

@@ -220,7 +220,7 @@ def test_only_a_study_loads_the_towers(trained):
     ("change", "message"),
     [
         ({"model": {"width": 32, "heads": 2, "layers": 2, "moe": {"layers": 1}}}, "set model.moe=null"),
-        ({"objectives": [{"type": "contrastive", "same": "name"}]}, "set tasks.pairs.objectives="),
+        ({"objectives": [{"type": "contrastive", "positives_by": "name"}]}, "set tasks.pairs.objectives="),
         ({"inputs": {"image": "image", "text": {"column": "keywords", "draw": 2}}}, "remove draw"),
         ({"views": [{"image": {"size": 32}}, {"image": {"size": 64}}]}, "take only one shape"),
         ({"views": [{"image": {"size": 32}}, {"image": {"size": 32, "drop_tokens": 0.5}}]}, "have one patch dropout"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
-from openimp.objectives import task_losses
+from openimp.objectives.losses import task_losses
 from openimp.recipe.schema import Recipe
 from openimp.study.variants import CONFLICT, SUMMED, peak_memory
 from openimp.training.setup import Variant, set_up

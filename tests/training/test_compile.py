@@ -18,6 +18,13 @@ from openimp.training.trainer import Trainer
 QUICK = ["tasks.heard.weight=0", "evaluation={}", "model.layers=2", "model.moe=null", "train.precision=fp32",
          "tasks.named.views=[{image: {size: 16}, text: {length: 8}}]", "train.steps=6"]  # fmt: skip
 
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles its CPU code with g++")
+
+
+def tokens(examples: int, length: int) -> Tokens:
+    numbers = torch.zeros(examples, length, dtype=torch.int64)
+    return Tokens(numbers, numbers[..., None])
+
 
 @pytest.fixture(autouse=True)
 def limits():
@@ -27,15 +34,17 @@ def limits():
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles its CPU code with g++")
-def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, capsys, monkeypatch):
+@pytest.mark.slow
+@NEEDS_COMPILER
+@pytest.mark.parametrize("frozen", ["{}", "{stems: 0, encoder.blocks.0: 0}"])
+def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, capsys, monkeypatch, frozen):
     """And its code is in the user's own cache."""
     monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     losses = {}
     # In chunks of 4 too: of 8 examples, twice the same shape.
     for compiled, memory in (("false", "{}"), ("true", "{chunk_size: 4, activation_checkpointing: true}")):
-        changes = [*QUICK, f"train.compile={compiled}", f"memory={memory}"]
+        changes = [*QUICK, f"train.compile={compiled}", f"memory={memory}", f"optimizer.lr_scale={frozen}"]
         recipe = Recipe.load(little_data / "recipe.yaml", changes)
         training = Trainer(set_up(recipe, tmp_path / compiled))
         losses[compiled] = [
@@ -46,13 +55,19 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(little_data, tmp_path, c
     assert list((tmp_path / "cache" / "inductor").rglob("*.so"))
     assert (tmp_path / "cache" / "inductor").stat().st_mode & 0o777 == 0o700
 
-    unseen = Tokens(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, 1, dtype=torch.int64))
+
+@NEEDS_COMPILER
+def test_a_signature_that_occurs_in_no_step_is_refused(tiny_recipe, tiny_model):
+    """But not in an evaluation, which is not compiled."""
+    model, _ = tiny_model(tiny_recipe({"layers": 1, "moe": None}))
+    compile_blocks(model.train().blocks(), 1)
+    model.encode_all({"text": tokens(2, 4)})
     with pytest.raises(UserError) as error:
-        training.encode_all({"text": unseen})
+        model.encode_all({"text": tokens(3, 5)})
     assert str(error.value) == (
         "train.compile: [(3, 5)] (examples, tokens) occurs in no step of the recipe, so it is not compiled"
     )
-    assert training.model.eval().encode({"text": unseen}).features.shape == (3, 32)  # Evaluation is not compiled.
+    assert len(model.eval().encode_all({"text": tokens(3, 5)})["text"].features) == 3
 
 
 def test_a_folder_that_another_user_made_for_torchs_code_is_refused(tmp_path, monkeypatch, foreign_folder):
@@ -66,11 +81,10 @@ def test_a_folder_that_another_user_made_for_torchs_code_is_refused(tmp_path, mo
 
 def test_a_compiler_that_is_missing_is_told_in_one_sentence(tiny_recipe, tiny_model):
     model, _ = tiny_model(tiny_recipe({"layers": 1, "moe": None}))
-    tokens = Tokens(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, 1, dtype=torch.int64))
     missing = {"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}
     compile_blocks(model.train().blocks(), 1)
     with torch._inductor.config.patch(missing), pytest.raises(UserError, match="install a compiler, such as g"):
-        model.encode_all({"text": tokens})
+        model.encode_all({"text": tokens(2, 4)})
 
 
 def test_a_model_without_blocks_is_not_said_to_be_compiled():

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,18 +14,16 @@ from openimp.checkpoint import dcp
 from openimp.checkpoint.folder import checkpoints
 from openimp.commands import run_plan
 from openimp.common.errors import UserError
-from openimp.common.json_lines import read_lines
 from openimp.data.loader import load_batches
-from openimp.model.imp import IMP
-from openimp.model.learning_rates import freeze
+from openimp.planning.ledger import meta_model
 from openimp.planning.memory import step_memory
-from openimp.planning.plan import plan
+from openimp.planning.plan import plans
 from openimp.recipe.schema import Recipe
 from openimp.study.variants import peak_memory
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer, train
 
-FROZEN = "optimizer.lr_scale={stems: 0, encoder.blocks.0: 0, projections.text-to-vision: 0}"
+CLASSES = {"pictures:label": ["blue", "green", "red", "white"]}
 ONE_TASK = ["tasks.heard.weight=0", "tasks.named.views=[{image: {size: 16}, text: {length: 8}}]"]
 
 
@@ -38,16 +35,19 @@ def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
     return Trainer(set_up(recipe_of(folder, *changes), run))
 
 
-@pytest.mark.parametrize("options", ["muon_lr: 0.01", "zero_missing_grads: true", "ema_decay: 0.9"])
-def test_a_frozen_part_keeps_its_weights_and_has_no_optimizer_state(little_data, tmp_path, options):
+@pytest.mark.parametrize("options", ["muon_lr: 0.01, ema_decay: 0.9", "zero_missing_grads: true"])
+def test_a_frozen_part_keeps_its_weights_and_has_no_optimizer_state(little_data, tmp_path, capsys, options):
     scale = "{stems: 0, stems.text.after: 1, encoder.blocks.0: 0, projections.text-to-vision: 0}"
     changes = [f"optimizer={{{options}, warmup_steps: 1, lr_scale: {scale}}}", "train.steps=6"]
     training = training_of(little_data, tmp_path / "run", *changes)
+    size = sum(weight.numel() for weight in training.model.parameters() if not weight.requires_grad)
+    assert f"{size / 1e6:.2f}M of them frozen" in capsys.readouterr().out
     frozen = ("stems.", "encoder.blocks.0.", "projections.text-to-vision.")
     before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     assert training.train()
     saved = checkpoints(tmp_path / "run")[-1]
-    after, state = dcp.read(saved / "model"), dcp.read(saved / "optimizer")
+    after = dcp.read(saved / "model")
+    state = dcp.read(saved / "optimizer")
     for name, tensor in before.items():
         kept = name.startswith(frozen) and not name.startswith("stems.text.after")
         assert torch.equal(after[name], tensor) == kept or (not kept and name.endswith("bias")), name
@@ -61,35 +61,35 @@ def test_a_frozen_part_keeps_its_weights_and_has_no_optimizer_state(little_data,
 def test_one_of_two_optimizers_may_have_nothing_to_update(little_data, tmp_path, trained, kind):
     parts = ("stems", "encoder", "projections", "temperatures", "classifiers")
     scale = {part: 0 for part in parts} | {trained: 1}
-    changes = [
-        f"optimizer={{muon_lr: 0.01, warmup_steps: 0, lr_scale: {json.dumps(scale)}}}",
-        "train.steps=6",
-        "train.save_every=3",
-    ]
-    training = training_of(little_data, tmp_path / "run", *changes)
+    options = f"optimizer={{muon_lr: 0.01, warmup_steps: 0, lr_scale: {json.dumps(scale)}}}"
+    training = training_of(little_data, tmp_path / "run", options, "train.steps=6")
     before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     assert kind in [type(optimizer).__name__ for optimizer in training.updater.optimizers]
     assert training.train()
     for name, tensor in training.model.state_dict().items():
         learned = name.startswith(trained) and not name.endswith("bias")
         assert torch.equal(tensor, before[name]) != learned, name
-    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
-    assert train(recipe_of(little_data, *changes), tmp_path / "run", resume=True)
 
 
 def test_a_run_with_frozen_parts_resumes_exactly(little_data, tmp_path):
-    changes = [FROZEN, "optimizer.ema_decay=0.9", "optimizer.layer_decay=0.5", "train.steps=8", "train.save_every=4"]
-    assert train(recipe_of(little_data, *changes), tmp_path / "one")
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    shutil.rmtree(checkpoints(tmp_path / "two")[-1])
-    assert train(recipe_of(little_data, *changes), tmp_path / "two", resume=True)
+    scale = "{stems: 0, encoder.blocks.0: 0, projections.text-to-vision: 0}"
+    changes = [
+        f"optimizer={{ema_decay: 0.9, layer_decay: 0.5, lr_scale: {scale}}}",
+        "train.steps=8",
+        "train.save_every=4",
+    ]
+    run = tmp_path / "run"
+    assert train(recipe_of(little_data, *changes), run)
+    whole = checkpoints(run)[-1].rename(tmp_path / "whole")
+    assert train(recipe_of(little_data, *changes), run, resume=True)
     for part in ("model", "ema", "optimizer"):
-        ours, theirs = (dcp.read(checkpoints(tmp_path / run)[-1] / part) for run in ("one", "two"))
+        ours = dcp.read(checkpoints(run)[-1] / part)
+        theirs = dcp.read(whole / part)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("scale", ["{}", "{stems: 0, encoder.blocks.0: 0}", "{encoder: 0}", "{encoder: 0, stems: 0}"])
+@pytest.mark.parametrize("scale", ["{stems: 0, encoder.blocks.0: 0}", "{encoder: 0, stems: 0}"])
 @pytest.mark.parametrize("memory", ["{}", "{chunk_size: 4, activation_checkpointing: true}"])
 def test_counted_flops_are_those_of_a_step(little_data, tmp_path, scale, memory):
     changes = [*ONE_TASK, f"optimizer.lr_scale={scale}", f"memory={memory}"]
@@ -98,35 +98,32 @@ def test_counted_flops_are_those_of_a_step(little_data, tmp_path, scale, memory)
         training.make_step(next(iter(load_batches(training.data, 0))))
     cost = training.log.costs["named", 0]
     assert cost.flops == counter.get_total_flops()
-    assert 0 < cost.forward_flops < cost.flops
     full = training_of(little_data, tmp_path / "full", *ONE_TASK, f"memory={memory}").log.costs["named", 0]
-    assert (cost.flops < full.flops) == (scale != "{}")
+    assert cost.flops < full.flops
     assert cost.forward_flops == full.forward_flops
 
 
 def test_frozen_parts_need_less_memory_and_the_plan_says_how_much(little_data, tmp_path):
     wide = [*ONE_TASK, "model.width=128", "model.mlp_dim=512", "model.layers=6", "tasks.named.batch_size=32",
             "train.steps=6", "train.precision=fp32", "train.log_every=6"]  # fmt: skip
-    measured, planned = [], []
+    measured = []
     for scale in ("{}", "{stems: 0, encoder: 0, encoder.blocks.5: 1}"):
         recipe = recipe_of(little_data, *wide, f"optimizer.lr_scale={scale}")
         measured.append(peak_memory(Trainer(set_up(recipe, tmp_path / scale))))
-        classes = {"pictures:label": ["blue", "green", "red", "white"]}
-        counted = step_memory(recipe, recipe.make_modalities(), classes, "named", 0, "fp32", on_gpu=False)
-        planned.append(counted.peak.total())
-        assert planned[-1] == pytest.approx(measured[-1], rel=0.15)
+        planned = step_memory(
+            recipe, recipe.make_modalities(), CLASSES, "named", 0, precision="fp32", on_gpu=False
+        ).peak.total()
+        assert planned == pytest.approx(measured[-1], rel=0.15)
     assert measured[1] < 0.5 * measured[0]
 
 
 def test_the_plan_shows_what_is_frozen(little_data, capsys):
     changes = [*ONE_TASK, "optimizer.lr_scale={stems: 0, encoder.blocks.0: 0}", "parallel.shard_degree=2"]
     recipe = recipe_of(little_data, *changes)
-    found = plan(recipe, recipe.make_modalities(), {"pictures:label": [1, 2, 3, 4]}, 2, "h100", 0.4)
-    with torch.device("meta"):
-        model = IMP.from_recipe(recipe, recipe.make_modalities(), {"pictures:label": 4})
-    freeze(model, recipe.optimizer)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert found.frozen == sum(p.numel() for p in model.parameters()) - trained > 0
+    found = next(plans(recipe, recipe.make_modalities(), CLASSES, gpus=2, gpu="h100", mfu=0.4))
+    model = meta_model(recipe, recipe.make_modalities(), CLASSES)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert found.frozen == sum(weight.numel() for weight in model.parameters()) - trained > 0
     memory = found.steps["named", 0].memory
     # AdamW's two tensors and the EMA, in fp32 on two GPUs; gradients of what the task uses.
     assert memory.optimizer_state == pytest.approx(12 * trained / 2, rel=1e-3)
@@ -177,53 +174,16 @@ def test_a_step_of_a_slower_part_is_smaller(little_data, tmp_path):
         before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
         training.make_step(next(iter(load_batches(training.data, 0))))
         moved[scale] = {name: x - before[name] for name, x in training.model.state_dict().items()}
-    compared = 0
+    assert sum(bool(change.any()) for change in moved[1].values()) > 20
     for name, change in moved[1].items():
-        if change.any():
-            factor = 0.25 if name.startswith("encoder.") else 1
-            torch.testing.assert_close(moved[0.25][name], factor * change, rtol=1e-2, atol=1e-6)
-            compared += 1
-    assert compared > 20
+        factor = 0.25 if name.startswith("encoder.") else 1
+        torch.testing.assert_close(moved[0.25][name], factor * change, rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles its CPU code with g++")
-def test_frozen_blocks_compile(little_data, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    losses = {}
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
-        for compiled in ("false", "true"):
-            changes = [*ONE_TASK, FROZEN, "model.layers=3", "model.moe=null", "train.precision=fp32", "train.steps=3"]
-            training = training_of(little_data, tmp_path / compiled, *changes, f"train.compile={compiled}")
-            batches = load_batches(training.data, 0)
-            losses[compiled] = [float(training.make_step(loaded).total.detach()) for loaded in batches]
-    torch._dynamo.reset()
-    assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("scale", "message"),
-    [
-        ("{stems.visoin: 0}", "optimizer.lr_scale: the model has no part 'stems.visoin'; did you mean 'stems.vision'?"),
-        (
-            "{encoder.block: 0}",
-            "optimizer.lr_scale: the model has no part 'encoder.block'; did you mean 'encoder.blocks'?",
-        ),
-        (
-            "{stems: 0, encoder: 0, projections: 0, temperatures: 0}",
-            "tasks.heard: optimizer.lr_scale freezes all that the task trains",
-        ),
-    ],
-)
-def test_what_cannot_be_frozen_is_refused(little_data, tmp_path, scale, message):
-    with pytest.raises(UserError) as refused:
-        training_of(little_data, tmp_path / "run", f"optimizer.lr_scale={scale}")
-    assert str(refused.value) == message
-
-
-def test_the_log_says_how_much_is_frozen(little_data, tmp_path, capsys):
-    training = training_of(little_data, tmp_path / "run", FROZEN, "train.steps=1")
-    assert training.train()
-    frozen = sum(p.numel() for p in training.model.parameters() if not p.requires_grad)
-    assert f"{frozen / 1e6:.2f}M of them frozen" in capsys.readouterr().out
-    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 1
+def test_what_cannot_be_frozen_is_refused(little_data, tmp_path):
+    for scale, message in (
+        ("{stems.visoin: 0}", "optimizer.lr_scale: the model has no part 'stems.visoin'; did you mean 'stems.vision'"),
+        ("{stems: 0, encoder: 0, projections: 0, temperatures: 0}", "tasks.heard: optimizer.lr_scale freezes all that"),
+    ):
+        with pytest.raises(UserError, match=message):
+            training_of(little_data, tmp_path / "run", f"optimizer.lr_scale={scale}")

@@ -1,4 +1,4 @@
-"""Optimisers: which of the two updates what, how large Muon's updates are, and the schedule."""
+"""Optimizers: which of the two updates what, and the schedule."""
 
 import itertools
 import re
@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from openimp.data.loader import load_batches
 from openimp.parallel.muon import Muon
 from openimp.recipe.schema import Recipe
-from openimp.training.optimizers import schedule, set_learning_rate
+from openimp.training.optimizers import lr_schedule, set_learning_rate
 from openimp.training.setup import set_up
 from openimp.training.trainer import Trainer
 
@@ -30,8 +29,6 @@ def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_pa
     blocks = r"encoder.blocks.\d.(attention.(qkv|out)|mlp.(up|down))"
     hidden = rf"({blocks}|stems.\w+.(before|after)|projections.[\w-]+.(up|down)).weight|.*experts.(up_EDF|down_EFD)"
     assert all(re.fullmatch(hidden, name) for name in of_muon)
-    # Attention, the dense MLP, the experts of the other block, three stems, four heads.
-    assert len(of_muon) == 2 * 2 + 2 + 2 + 3 * 2 + 4 * 2
     shared = [p for optimizer in (adamw, muon) for group in optimizer.param_groups for p in group["params"]]
     assert len(shared) == len(set(shared)) == len(names)
     decayed = {names[p] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
@@ -39,43 +36,18 @@ def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_pa
     assert decayed == kernels | {"encoder.blocks.1.mlp.router.weight_ED"}, "no biases, also not those of the experts"
 
 
-def test_an_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(little_data, tmp_path):
-    options = ["optimizer.muon_lr=1e-2", "optimizer.weight_decay=0", "optimizer.warmup_steps=0"]
-    training = training_of(little_data, tmp_path / "run", *options)
-    before = {name: tensor.detach().clone() for name, tensor in training.model.named_parameters()}
-    training.make_step(next(iter(load_batches(training.data, 0))))
-    for name, parameter in training.model.named_parameters():
-        change = (parameter - before[name]).detach()
-        if parameter in training.updater.optimizers[1].state:
-            # Newton-Schulz brings the singular values to between about 0.7 and 1.3; few tokens make a low rank.
-            for matrix in change.reshape(training.model.hidden_matrices()[parameter], -1, change.shape[-1]):
-                spread = torch.linalg.svdvals(matrix) / (1e-2 * 0.2 * max(matrix.shape) ** 0.5)
-                assert spread[:4].min() > 0.5, name
-                assert spread.max() < 1.4, name
-        elif parameter in training.updater.optimizers[0].state:
-            assert change.abs().max() <= 3e-3 * 1.001, name
-
-
-def test_without_muon_there_is_one_optimiser(little_data, tmp_path):
-    training = training_of(little_data, tmp_path / "run")
-    (adamw,) = training.updater.optimizers
-    assert sum(len(group["params"]) for group in adamw.param_groups) == len(list(training.model.parameters()))
-
-
-def test_one_step_in_twenty_warms_up_unless_told_otherwise(little_data):
-    recipe = Recipe.load(little_data / "recipe.yaml", ["optimizer.warmup_steps=null", "train.steps=80"])
-    assert [schedule(recipe, step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
-    assert schedule(recipe, 5) < 1
-
-
 def test_the_learning_rate_rises_and_falls(little_data, tmp_path):
+    """One step in twenty warms up unless told otherwise."""
+    recipe = Recipe.load(little_data / "recipe.yaml", ["optimizer.warmup_steps=null", "train.steps=80"])
+    assert [lr_schedule(recipe, step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert lr_schedule(recipe, 5) < 1
     changes = ["optimizer={lr: 0.1, muon_lr: 0.3, warmup_steps: 4, min_lr_ratio: 0.2}", "train.steps=12"]
     training = training_of(little_data, tmp_path / "run", *changes)
-    rates = [schedule(training.recipe, step) for step in range(12)]
+    rates = [lr_schedule(training.recipe, step) for step in range(12)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert rates[8] == pytest.approx(0.2 + 0.8 * 0.5)
     assert all(one > other for one, other in itertools.pairwise(rates[4:]))
-    assert schedule(training.recipe, 12) == pytest.approx(0.2)
+    assert lr_schedule(training.recipe, 12) == pytest.approx(0.2)
     set_learning_rate(training.updater.optimizers, rates[8])
     peaks = [group["lr"] / rates[8] for optimizer in training.updater.optimizers for group in optimizer.param_groups]
     assert peaks == pytest.approx([0.1, 0.1, 0.3])

@@ -12,9 +12,11 @@ from openimp.training.run_directory import LOCK, locked
 from openimp.training.trainer import train
 
 
+@pytest.mark.slow
 def test_a_second_training_in_the_same_directory_is_refused(little_data, tmp_path):
     """The first one is another process, which holds the lock until it is interrupted."""
-    run, recipe = tmp_path / "run", Recipe.load(little_data / "recipe.yaml")
+    run = tmp_path / "run"
+    recipe = Recipe.load(little_data / "recipe.yaml")
     hold = (
         "import sys, time; from pathlib import Path; from openimp.training.run_directory import locked\n"
         "with locked(Path(sys.argv[1])): print('locked'); time.sleep(600)"

@@ -26,7 +26,9 @@ class Waits(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.step, self.waits, self.usages = -1, Counter[int](), Counter[int]()
+        self.step = -1
+        self.waits = Counter[int]()
+        self.usages = Counter[int]()
         self.fresh: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -49,7 +51,8 @@ def training_of(folder: Path, run: Path, *changes: str) -> Trainer:
 def test_numbers_are_read_on_logged_steps_only(little_data, tmp_path):
     """Steps 4, 5 (with a checkpoint), 8 and 11. Each line shows the use of experts in the last step of either task."""
     training = training_of(little_data, tmp_path / "run", "train.steps=11", "train.log_every=4")
-    waits, make_step = Waits(), training.make_step
+    waits = Waits()
+    make_step = training.make_step
 
     def counted_step(loaded: Any) -> Any:
         waits.step = loaded.visit.step

@@ -4,7 +4,8 @@
       model/          the weights, in safetensors files
       ema/            their moving average (EMA), if the recipe keeps one; `load_model` prefers it to model/
       optimizer/      the optimizer state; the tensors are called PARAMETER|FIELD
-      config.json     the recipe, the classes of each head, the class of the model, the version of this layout
+      config.json     the version of this layout, the class of the model, and its `ModelConfig`
+      recipe.yaml     the recipe with all defaults; a model is used without it
       tokenizer.json  what the text modality learned; other modalities write files of their own
       state.json      the step, the class of the trainer, the fingerprints of the data, the position in each stream
       manifest.json   size and SHA-256 of every other file; a run resumes only if all of them match
@@ -18,100 +19,143 @@ import re
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 from torch import Tensor
 
 from openimp.checkpoint import dcp
+from openimp.checkpoint.lift import lift_6, lift_recipe_6
 from openimp.common.errors import UserError, counted
-from openimp.common.modality import Classes, Modalities, Modality
-from openimp.common.safe_files import read_text, refuse_links, sha256
-from openimp.model.build import build_model, count_layers
+from openimp.common.modality import Modalities, Modality
+from openimp.common.protocols import learned_files, load_learned
+from openimp.common.safe_files import read_text, sha256
+from openimp.common.schema import checked
+from openimp.model.build import architecture_of, build_model
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
-from openimp.recipe.model import LIBRARY
+from openimp.recipe.file import parse_mapping
+from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
-FORMAT = 6
-"""Version of this layout and of the meaning of the weights. Other versions are refused."""
+FORMAT = 7
+"""Version of this layout and of the meaning of the weights. Format 6 is lifted, and others are refused."""
 CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+RECIPE = "recipe.yaml"
 MANIFEST = "manifest.json"
 BEST = "best"
 MODELS = ("IMP", "OpenCLIP")
 """The classes of models that `build_model` builds."""
 
 
-def save_model(folder: Path, model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
-    """Writes what `load_model` reads: weights, configuration, and what the modalities learned."""
+class SavedRecipe(NamedTuple):
+    """The recipe that lies beside a model. Using the model needs no recipe, so the text is not even parsed before
+    `validated`."""
+
+    text: str | None  # YAML; None if there is no recipe
+    file: Path  # paths in the recipe are relative to its folder
+
+    def validated(self) -> Recipe:
+        """The recipe. UserError if there is none, or if it has a key that this version of openimp does not know."""
+        if self.text is None:
+            raise UserError(f"{self.file}: missing; to use the model needs no recipe, but this does")
+        return Recipe.build(parse_mapping(self.text, self.file, "recipe"), self.file.parent, str(self.file))
+
+
+NO_RECIPE = SavedRecipe(None, Path(RECIPE))
+
+
+class SavedModel(NamedTuple):
+    """What a model's folder holds besides the weights."""
+
+    config: ModelConfig
+    modalities: dict[str, Modality]  # with what they learned
+    recipe: SavedRecipe
+
+
+def save_model(
+    folder: Path, model: Embedder, config: ModelConfig, modalities: Modalities, recipe: str | None = None
+) -> None:
+    """Writes what `load_model` reads: weights, configuration, and what the modalities learned; and the recipe's YAML if
+    there is one."""
     dcp.save(folder / "model", dcp.stage(model.state_dict(), {}))
-    for name, text in config_files(model, recipe, modalities, classes).items():
+    for name, text in text_files(model, config, modalities, recipe).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def config_files(model: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes) -> dict[str, str]:
-    """The configuration and what the modalities learned, as text by file name."""
-    config = {"format": FORMAT, "model": type(model).__name__, "recipe": recipe.to_dict(), "classes": dict(classes)}
-    learned = {name: text for modality in modalities.values() for name, text in modality.state().items()}
-    return {"config.json": json.dumps(config, indent=1, ensure_ascii=False), **learned}
+def text_files(
+    model: Embedder, config: ModelConfig, modalities: Modalities, recipe: str | None = None
+) -> dict[str, str]:
+    """The text files of a model's folder, by name."""
+    data = {"format": FORMAT, "class": type(model).__name__, **config.model_dump(mode="json")}
+    files = {CONFIG: json.dumps(data, indent=1, ensure_ascii=False), **learned_files(modalities.values())}
+    return files if recipe is None else {**files, RECIPE: recipe}
 
 
-def load_model(folder: Path) -> tuple[Embedder, Recipe, dict[str, Modality], dict[str, list[Any]]]:
+def load_model(folder: Path) -> tuple[Embedder, SavedModel]:
     """Loads the model of a checkpoint, or of a folder that `save_model` wrote, in evaluation mode.
 
     The weights are the EMA if the folder has one. A truncated file is refused. A flipped bit in the weights is found
     only by `verify`.
     """
-    recipe, modalities, classes = describe_model(folder)
-    # Building a wrapped model computes its buffers, so it cannot be on the meta device. Its weights stay uninitialized.
-    with nullcontext() if recipe.model.wrap else torch.device("meta"):
-        model = build_model(recipe, modalities, {name: len(values) for name, values in classes.items()})
+    saved = describe_model(folder)
+    with torch.device("meta") if architecture_of(saved.config.model).initializes else nullcontext():
+        model = build_model(saved.config, saved.modalities)
     load_weights(model, folder, assign=True)
-    return model.eval(), recipe, modalities, classes
+    return model.eval(), saved
 
 
-def describe_model(folder: Path) -> tuple[Recipe, dict[str, Modality], dict[str, list[Any]]]:
-    """The recipe of a model, its modalities with what they learned, and the classes of each head.
+def describe_model(folder: Path) -> SavedModel:
+    """Reads what a model's folder holds besides the weights.
 
-    A recipe with more layers than the weights have tensors is refused. Creating a layer takes time and memory even on
+    A model with more layers than the weights have tensors is refused. Creating a layer takes time and memory even on
     the meta device, and the configuration may be untrusted.
     """
-    recipe, classes, learned = read_config(folder)
-    modalities = recipe.make_modalities()
-    for modality in modalities.values():
-        modality.load_state(learned)
-    layers, tensors = count_layers(recipe, modalities), len(dcp.metadata(weights_folder(folder)))
+    config, learned, recipe = read_config(folder)
+    modalities = config.make_modalities()
+    load_learned(modalities.values(), learned)
+    layers = architecture_of(config.model).count_layers(config.model, modalities)
+    tensors = len(dcp.metadata(weights_folder(folder)))
     if layers > tensors:
         raise UserError(f"{folder}: config.json asks for {layers} layers, but the weights are only {tensors} tensors")
-    return recipe, modalities, classes
+    return SavedModel(config, modalities, recipe)
 
 
 def read_config(
     folder: Path, models: Collection[str] | None = MODELS
-) -> tuple[Recipe, dict[str, list[Any]], dict[str, str]]:
-    """Reads the recipe, the classes of each head, and what the modalities learned, by file name.
+) -> tuple[ModelConfig, dict[str, str], SavedRecipe]:
+    """Reads the configuration of a model, what its modalities learned, by file name, and its recipe.
 
     The class of the model must be one of `models`, by name (None: any).
     """
-    file = folder / "config.json"
+    file = folder / CONFIG
     if not file.exists():
         raise UserError(f"{folder}: no model here; expected a run with a checkpoint, or a folder with config.json")
-    config = _read_object(file)
-    if config.get("format") != FORMAT:
+    data = _read_object(file)
+    recipe = SavedRecipe(_read_text(folder / RECIPE) if (folder / RECIPE).exists() else None, folder / RECIPE)
+    if data.get("format") == 6:
+        try:
+            recipe_data = lift_recipe_6(data)
+            data = lift_6(data, recipe_data)
+            recipe = SavedRecipe(yaml.safe_dump(recipe_data, sort_keys=False, width=120), file)
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{file}: damaged: its recipe cannot be read: {error!r}") from None
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    if (version := data.pop("format", None)) != FORMAT:
         raise UserError(
-            f"{file}: the model is in format {config.get('format')}, and this version of openimp reads format {FORMAT} "
+            f"{file}: the model is in format {version}, and this version of openimp reads formats 6 and 7 "
             "only; use the version that saved it, or train the model again"
         )
-    found = config.get("model")
+    found = data.pop("class", None)
     if models is not None and found not in models:
         expected = " or ".join(models)
         raise UserError(f"{folder}: holds {found}, expected {expected}; only the study that trained it can load it")
-    for key in ("recipe", "classes"):
-        if not isinstance(config.get(key), dict):
-            raise UserError(f"{file}: {key} is missing or is not a JSON object")
-    others = ("config.json", "state.json", MANIFEST)
+    others = (CONFIG, "state.json", MANIFEST)
     learned = {path.name: _read_text(path) for path in folder.glob("*.json") if path.name not in others}
-    return Recipe.build(config["recipe"], folder, str(file)), config["classes"], learned
+    return checked(ModelConfig, data, str(file), folder), learned, recipe
 
 
 def saved_step(folder: Path) -> int | None:
@@ -241,47 +285,6 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 def step_of(folder: Path) -> int:
     """The step in the name of a checkpoint folder."""
     return int(folder.name.removeprefix("step-"))
-
-
-def model_folder(path: Path) -> Path:
-    """The folder of a model: `path` itself if it has config.json, else the newest checkpoint of the run `path`.
-
-    If `path` is the name of a model of open_clip, it is converted to a folder in the cache, unless it has been already.
-    """
-    if str(path).startswith(LIBRARY):
-        from openimp.checkpoint.wrapped import wrapped_folder
-
-        return wrapped_folder(str(path))
-    refuse_links(path)
-    if (path / "config.json").exists():
-        return path
-    found = checkpoints(path)
-    if not found:
-        raise UserError(f"{path}: no model here; expected a run with a checkpoint, or a folder with config.json")
-    return found[-1]
-
-
-def find_model(name: str) -> Path:
-    """The folder of a model: a local one, or one that is downloaded from the Hugging Face Hub unless it is cached.
-
-    `name` is a path, or OWNER/NAME or OWNER/NAME@REVISION on the Hub. With the prefix "hub:" it is never a path. With
-    the prefix "open_clip:" it is a model of open_clip; see `wrapped`.
-    """
-    path, on_hub = Path(name), re.fullmatch(r"(hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
-    if name.startswith(LIBRARY) or path.exists():
-        return model_folder(path)
-    if not on_hub or (not on_hub[1] and (path.parts[0] == "runs" or path.parent.is_dir())):
-        raise UserError(f"{name}: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME")
-    from huggingface_hub import snapshot_download
-
-    allowed, ignored = ["*.json", "*.safetensors"], ["optimizer*"]
-    try:
-        folder = snapshot_download(on_hub[2], revision=on_hub[3], allow_patterns=allowed, ignore_patterns=ignored)
-    except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
-        local = "" if on_hub[1] else "there is no local folder of this name, and "
-        raise UserError(f"{name}: {local}the Hugging Face Hub did not provide the model: {reason}") from None
-    return model_folder(Path(folder))
 
 
 def _read_object(file: Path) -> dict[str, Any]:

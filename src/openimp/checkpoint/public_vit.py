@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from openimp.checkpoint.fold import RGB, encoder_weights, stem_weights
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, StemSpec
+from openimp.common.names import OPEN_CLIP, TIMM, Name
 from openimp.common.progress import no_log_output
 from openimp.common.safe_files import refuse_links
 from openimp.parallel.distributed import run_first_on_node
 from openimp.parallel.layout import fill_shard
 
-LIBRARIES = ("timm:", "open_clip:")
+LIBRARIES = (TIMM, OPEN_CLIP)
 """How the names of public ViTs begin."""
 FIRST = {"timm": "model.safetensors", "open_clip": "open_clip_model.safetensors"}
 """The file that each library prefers to all others in a folder."""
@@ -101,14 +102,14 @@ def open_vit(name: str, weights: bool) -> PublicViT:
 
     Without `weights`, the ViT is on the meta device, and nothing but its configuration is downloaded.
     """
-    library, _, model = name.partition(":")
-    source, _, folder = model.partition(":")
-    if source == "local-dir":
-        _check_folder(library, Path(folder))
+    parsed = Name.parse(name)
+    library, model = parsed
+    if parsed.folder is not None:
+        _check_folder(str(library), Path(parsed.folder))
     try:
         # The libraries initialize all weights at random, which must not change the random numbers of the training.
         with torch.random.fork_rng(devices=[]), no_log_output():
-            vit = (_open_timm if library == "timm" else _open_clip)(model, weights)
+            vit = (_open_timm if library == TIMM else _open_clip)(model, weights)
     except ImportError:
         raise UserError(f"{name}: {library} is missing: pip install 'openimp[peers]'") from None
     except Exception as error:  # Both libraries raise many kinds.

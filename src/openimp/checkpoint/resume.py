@@ -17,13 +17,13 @@ FREE = {"train.num_workers", "train.prefetch_factor", "train.log_every", "train.
 
 def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
     """Raises UserError if another recipe or trainer saved the checkpoint, and names the difference."""
-    saved, _, _ = read_config(folder, None)  # First, because it refuses other formats.
+    _, _, recipe_there = read_config(folder, None)  # First, because it refuses other formats.
     saved_by = read_state(folder)["trainer"]
     if saved_by != trainer:
         raise UserError(
             f"{folder}: saved by {saved_by}, but {trainer} is to resume it; a run of a study is resumed by its study"
         )
-    for key, theirs, ours in differences(saved.to_dict(), recipe.to_dict()):
+    for key, theirs, ours in differences(recipe_there.validated().to_dict(), recipe.to_dict()):
         # Data may have moved. `changed_sources` compares its content instead of its path.
         moved = key.startswith("sources.") and key.endswith((".path", ".root", ".license"))
         if not (moved or key in FREE or key.startswith(("evaluation.", "parallel."))):

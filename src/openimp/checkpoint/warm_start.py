@@ -10,13 +10,16 @@ import yaml
 from torch import Tensor
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import find_model, model_folder, read_config, weights_folder
+from openimp.checkpoint.find import find_model
+from openimp.checkpoint.folder import read_config, weights_folder
 from openimp.checkpoint.public_vit import LIBRARIES, RGB, ViTWeights
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
+from openimp.common.names import Name, map_path
+from openimp.common.protocols import load_learned
 from openimp.model.embedder import Embedder
 from openimp.recipe.file import differences, flat
-from openimp.recipe.model import LIBRARY, LOCAL
+from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
 SAME = ("width", "layers", "heads", "mlp_dim", "qk_norm", "bias", "gelu", "embed_dim", "moe.experts", "moe.layers")
@@ -113,7 +116,7 @@ def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
     if init is None and wrap is None:
         return None
     try:
-        if wrap is None and str(init).startswith(LIBRARIES):
+        if wrap is None and Name.parse(str(init)).scheme in LIBRARIES:
             return _open_vit(str(init), recipe, modalities)
         return _open_saved(str(init or wrap), recipe, modalities)
     except UserError as error:
@@ -121,9 +124,8 @@ def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
 
 
 def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
-    # Unlike `openimp.load`, this requires "hub:", so that a mistyped path never loads a stranger's model.
-    folder = find_model(init) if init.startswith("hub:") else model_folder(Path(init))
-    before, classes, learned = read_config(folder)
+    folder = find_model(init)
+    before, learned, _ = read_config(folder)
     # A wrapped model is the same under all names of its folder.
     if init != recipe.model.wrap and _title(before) != _title(recipe):
         there, here = before.model.wrap or "no other model", recipe.model.wrap or "no other model"
@@ -133,11 +135,9 @@ def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     stems, same = (frozenset(recipe.modalities), frozenset()) if recipe.model.wrap else (shared, shared)
     for key, there, here in differences(_identity(before, same), _identity(recipe, same)):
         raise UserError(f"{folder}: {key} is {there!r} there, {here!r} here")
-    for modality in modalities.values():
-        if modality.stem in stems:
-            modality.load_state(learned)
-    weights = SavedWeights(folder, init if init.startswith(("hub:", LIBRARY)) else str(folder))
-    return WarmStart(weights, classes, stems)
+    load_learned((modality for modality in modalities.values() if modality.stem in stems), learned)
+    weights = SavedWeights(folder, str(folder) if Name.parse(init).scheme is None else init)
+    return WarmStart(weights, before.classes, stems)
 
 
 def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
@@ -159,16 +159,16 @@ def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     return WarmStart(weights, {}, frozenset())
 
 
-def _title(recipe: Recipe) -> str | None:
+def _title(config: Recipe | ModelConfig) -> str | None:
     """The name of the wrapped model, of a local one without its folder's folder, which differs between machines."""
-    name = recipe.model.wrap
-    return Path(name).name if name and name.startswith(LIBRARY + LOCAL) else name
+    name = config.model.wrap
+    return name and map_path(name, lambda folder: Path(folder).name)
 
 
-def _identity(recipe: Recipe, stems: Iterable[str]) -> dict[str, Any]:
+def _identity(config: Recipe | ModelConfig, stems: Iterable[str]) -> dict[str, Any]:
     """The options that must be the same in two models for their weights to mean the same."""
-    model = flat(recipe.model.model_dump(mode="json"))
-    configs = {stem: recipe.modalities[stem].model_dump(mode="json") for stem in stems}
+    model = flat(config.model.model_dump(mode="json"))
+    configs = {stem: config.modalities[stem].model_dump(mode="json") for stem in stems}
     return {f"model.{key}": model.get(key) for key in SAME} | flat({"modalities": configs})
 
 

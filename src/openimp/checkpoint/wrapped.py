@@ -8,6 +8,7 @@ library; that of a local model also when one of its files has changed.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -18,9 +19,11 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import config_files, load_model
+from openimp.checkpoint.folder import load_model, text_files
 from openimp.common.cache import cached, stable_hash
 from openimp.common.errors import UserError, nearest
+from openimp.common.names import OPEN_CLIP, Name
+from openimp.common.protocols import load_learned
 from openimp.common.safe_files import file_state, read_text, refuse_links
 from openimp.modalities.open_clip import (
     CONFIG,
@@ -29,10 +32,9 @@ from openimp.modalities.open_clip import (
     checked_files,
     import_open_clip,
     layers_in,
-    public_recipe_of,
+    library_errors,
 )
 from openimp.model.open_clip import OpenCLIP, build
-from openimp.recipe.model import LIBRARY, LOCAL
 from openimp.recipe.schema import Recipe
 
 LAYOUT = 1
@@ -54,7 +56,8 @@ def wrapped_folder(name: str) -> Path:
     """The folder of a model by its name, which is made unless it is there and can be loaded."""
 
     def read(folder: Path) -> Path:
-        load_model(folder)  # Weights are only mapped into memory, so this takes less than a tenth of a second.
+        _, saved = load_model(folder)  # Weights are only mapped into memory: it takes less than a tenth of a second.
+        saved.recipe.validated()
         return folder
 
     return cached("wrapped", _key(name), read, lambda folder: _convert(name, _find(name), folder))
@@ -63,7 +66,7 @@ def wrapped_folder(name: str) -> Path:
 def _key(name: str) -> str:
     """A hash of the name and, of a local model, of the names, sizes and times of its files."""
     parts = [LAYOUT, name]
-    if name.startswith(LIBRARY + LOCAL):
+    if Name.parse(name).folder is not None:
         folder = _local(name)
         files = sorted(file for file in folder.iterdir() if file.is_file())
         parts = [LAYOUT, str(folder.resolve()), *((file.name, file_state(file)) for file in files)]
@@ -71,7 +74,7 @@ def _key(name: str) -> str:
 
 
 def _local(name: str) -> Path:
-    folder = Path(name.removeprefix(LIBRARY + LOCAL))
+    folder = Path(str(Name.parse(name).folder))
     if not (folder / CONFIG).is_file():
         reason = f"the folder has no {CONFIG}, which open_clip writes" if folder.is_dir() else "no such folder"
         raise UserError(f"{name}: {reason}")
@@ -81,69 +84,60 @@ def _local(name: str) -> Path:
 
 def _find(name: str) -> Public:
     """Finds a model, and downloads it if the library has not yet."""
-    library, identifier = import_open_clip(), name.removeprefix(LIBRARY)
-    if identifier.startswith(LOCAL):
+    library = import_open_clip()
+    identifier = Name.parse(name).rest
+    if Name.parse(name).folder is not None:
         folder = _local(name)
-        return Public(_read_config(folder / CONFIG), _local_weights(folder), f"{LOCAL}{folder}")
-    try:
+        return Public(_read_config(folder / CONFIG), _local_weights(name, folder), identifier)
+    with library_errors(f"{name}: open_clip did not provide the model"):
         if identifier.startswith(HUB):
             download = partial(library.pretrained.download_pretrained_from_hf, identifier.removeprefix(HUB))
             return Public(_read_config(Path(download(filename=CONFIG))), Path(download()), identifier)
-        return _find_by_tag(library, name, *identifier.rpartition("/")[::2])
-    except UserError:
-        raise
-    except Exception as error:  # The library, huggingface_hub and urllib raise their own errors.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{name}: open_clip did not provide the model: {reason}") from None
+        return _find_by_tag(library, name)
 
 
-def _find_by_tag(library: Any, name: str, model: str, tag: str) -> Public:
-    model, tag = (model, tag) if model else (tag, "")
+def _find_by_tag(library: Any, name: str) -> Public:
+    model, slash, tag = Name.parse(name).rest.rpartition("/")
+    if not slash:
+        model, tag = tag, ""
     architecture, about = library.get_model_config(model), library.get_pretrained_cfg(model, tag)
     if architecture is None:
         raise UserError(f"{name}: open_clip has no model {model!r}{nearest(model, library.list_models())}")
     if not about:
         tags = ", ".join(library.list_pretrained_tags_by_model(model)) or "none"
         what = f"open_clip has no weights {tag!r} of {model}" if tag else "names no weights"
-        raise UserError(f"{name}: {what}; expected {LIBRARY}{model}/TAG with one of the tags {tags}")
+        raise UserError(f"{name}: {what}; expected {OPEN_CLIP}:{model}/TAG with one of the tags {tags}")
     if bool(about.get("quick_gelu")) != bool(architecture.get("quick_gelu")):
         other = f"{model}-quickgelu" if about.get("quick_gelu") else model.removesuffix("-quickgelu")
-        raise UserError(f"{name}: these weights were trained with another activation: use {LIBRARY}{other}/{tag}")
-    config = {"model_cfg": architecture, "preprocess_cfg": _preprocessing(library, about)}
+        raise UserError(f"{name}: these weights were trained with another activation: use {OPEN_CLIP}:{other}/{tag}")
+    config = {"model_cfg": architecture, "preprocess_cfg": _preprocessing(about)}
     return Public(config, Path(library.download_pretrained(about)), model)
 
 
-def _preprocessing(library: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _preprocessing(options: Mapping[str, Any]) -> dict[str, Any]:
     """The library's options of preprocessing with its defaults."""
-    transform = library.transform
+    transform = import_open_clip().transform
     merged: dict[str, Any] = transform.merge_preprocess_dict(asdict(transform.PreprocessCfg()), options)
     return merged
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
+    with library_errors(f"{file}: damaged"):
         config = json.loads(read_text(file))
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{file}: damaged: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: damaged: expected a JSON object")
-    options = _preprocessing(import_open_clip(), config.get("preprocess_cfg") or {})
-    return {"model_cfg": config.get("model_cfg"), "preprocess_cfg": options}
+        options = _preprocessing(config.get("preprocess_cfg") or {})
+        return {"model_cfg": config.get("model_cfg"), "preprocess_cfg": options}
 
 
-def _local_weights(folder: Path) -> Path:
-    found = [folder / name for name in WEIGHTS if (folder / name).is_file()] or sorted(folder.glob("*.safetensors"))
+def _local_weights(name: str, folder: Path) -> Path:
+    found = [folder / file for file in WEIGHTS if (folder / file).is_file()] or sorted(folder.glob("*.safetensors"))
     if not found:
-        raise UserError(
-            f"{LIBRARY}{LOCAL}{folder}: has no safetensors file, the only format that is read from a folder"
-        )
+        raise UserError(f"{name}: has no safetensors file, the only format that is read from a folder")
     return found[0]
 
 
 def _convert(name: str, public: Public, folder: Path) -> None:
     """Writes a model of the library to an empty folder."""
-    library = import_open_clip()
-    files = _files(library, name, public)
+    files = _files(name, public)
     _check_size(name, files, public.weights)
     encoder: Any = build(files)
     size = encoder.visual.preprocess_cfg["size"]
@@ -152,36 +146,48 @@ def _convert(name: str, public: Public, folder: Path) -> None:
     files[CONFIG] = json.dumps(config, indent=1)
     # Without copies: a safetensors file is mapped into memory.
     encoder.load_state_dict = partial(encoder.load_state_dict, assign=True)
-    try:
-        library.load_checkpoint(encoder, str(public.weights), weights_only=True)
-    except Exception as error:  # torch, safetensors and the library raise their own errors.
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{name}: {public.weights.name} does not fit the model: {reason}") from None
+    with library_errors(f"{name}: {public.weights.name} does not fit the model"):
+        import_open_clip().load_checkpoint(encoder, str(public.weights), weights_only=True)
     del encoder.load_state_dict
-    recipe = Recipe.build(public_recipe_of(name, "softmax" if encoder.logit_bias is None else "sigmoid"))
-    modalities = recipe.make_modalities()
-    for modality in modalities.values():
-        modality.load_state(files)
-    model = OpenCLIP(recipe, modalities, encoder, config["model_cfg"]["embed_dim"]).float()
+    recipe = _recipe_of(name, "softmax" if encoder.logit_bias is None else "sigmoid")
+    model_config = recipe.to_config({})
+    modalities = model_config.make_modalities()
+    load_learned(modalities.values(), files)
+    model = OpenCLIP(model_config, modalities, encoder, config["model_cfg"]["embed_dim"]).float()
     dcp.save(folder / "model", model.state_dict())
-    for file, text in config_files(model, recipe, modalities, {}).items():
+    for file, text in text_files(model, model_config, modalities, recipe.to_yaml()).items():
         (folder / file).write_text(text, encoding="utf-8")
+
+
+def _recipe_of(name: str, loss: str) -> Recipe:
+    """The recipe of a model that the library's authors trained: the modalities that it embeds, and nothing to read."""
+    local = Name.parse(name).folder is not None  # Its folders are nobody's business.
+    title = Path(name).name if local else name.rpartition(":")[2]
+    task = {"source": "unknown", "objectives": [{"type": "contrastive", "loss": loss}]}
+    return Recipe.build(
+        {
+            "name": re.sub(r"[^\w.-]+", "-", title).strip("-.") or "open_clip",
+            "model": {"wrap": name},
+            "sources": {"unknown": {"path": "open_clip:training-data"}},
+            "tasks": {
+                "pictures": {**task, "inputs": {"image": "image", "text": "text"}},
+                "clips": {**task, "inputs": {"video": "video", "text": "text"}},
+            },
+        }
+    )
 
 
 def _check_size(name: str, files: Mapping[str, str], weights: Path) -> None:
     """Refuses a configuration that asks for more layers than there are tensors in a safetensors file."""
     if weights.suffix != ".safetensors":
         return
-    try:
-        with safe_open(weights, "pt") as content:
-            tensors = len(content.keys())
-    except Exception as error:  # safetensors raises its own errors.
-        raise UserError(f"{weights}: damaged: {error}") from None
+    with library_errors(f"{weights}: damaged"), safe_open(weights, "pt") as content:
+        tensors = len(content.keys())
     if (layers := layers_in(files)) > tensors:
         raise UserError(f"{name}: asks for {layers} layers, but {weights.name} has only {tensors} tensors")
 
 
-def _files(library: Any, name: str, public: Public) -> dict[str, str]:
+def _files(name: str, public: Public) -> dict[str, str]:
     """The library's files: configuration, tokenizer, and the configuration of a text tower from transformers."""
     config = json.loads(json.dumps(public.config))
     check_config(config)
@@ -189,16 +195,13 @@ def _files(library: Any, name: str, public: Public) -> dict[str, str]:
     config["model_cfg"]["nonscalar_logit_scale"] = True
     text = config["model_cfg"]["text_cfg"]
     files = {CONFIG: json.dumps(config)}
-    try:
+    with library_errors(f"{name}: its tokenizer or text tower cannot be read"):
         if tower := text.get("hf_model_name"):
             from transformers import AutoConfig
 
             files[TEXT_CONFIG] = AutoConfig.from_pretrained(tower, trust_remote_code=False).to_json_string()
         if text.get("hf_tokenizer_name"):
             with TemporaryDirectory() as folder:
-                library.get_tokenizer(public.name).save_pretrained(folder)
+                import_open_clip().get_tokenizer(public.name).save_pretrained(folder)
                 files |= {file.name: read_text(file) for file in Path(folder).glob("*.json")}
-    except Exception as error:  # transformers and huggingface_hub raise their own errors.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{name}: its tokenizer or text tower cannot be read: {reason}") from None
     return checked_files(files)

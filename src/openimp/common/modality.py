@@ -5,16 +5,18 @@ group `openimp.modalities`. docs/modalities.md shows a modality in a package of 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from openimp.common.errors import UserError
 from openimp.common.schema import Strict
+
+Rng = np.random.Generator
 
 
 class BadMedia(Exception):
@@ -24,9 +26,9 @@ class BadMedia(Exception):
 class Tokens(NamedTuple):
     """A batch of one modality: B examples with L tokens each, P values per token, A axes."""
 
-    values: torch.Tensor  # (B, L, P) float, or uint8 where 0..255 stands for -1..1, or (B, L) integer ids of a table
-    coords: torch.Tensor  # (B, L, A) int64, the row of each axis' position table
-    mask: torch.Tensor | None = None  # (B, L) bool, False for padding; None if there is none
+    values: Tensor  # (B, L, P) float, or uint8 where 0..255 stands for -1..1, or (B, L) integer ids of a table
+    coords: Tensor  # (B, L, A) int64, the row of each axis' position table
+    mask: Tensor | None = None  # (B, L) bool, False for padding; None if there is none
 
     def to(self, device: torch.device | str) -> "Tokens":
         mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
@@ -52,7 +54,7 @@ class Tokens(NamedTuple):
         index = torch.arange(examples, device=self.coords.device).clamp(max=len(self.coords) - 1)
         return Tokens(self.values[index], self.coords[index], None if self.mask is None else self.mask[index])
 
-    def valid(self) -> torch.Tensor:
+    def valid(self) -> Tensor:
         """The mask (B, L), all True if there is none."""
         return self.mask if self.mask is not None else self.coords.new_ones(self.coords.shape[:2], dtype=torch.bool)
 
@@ -69,16 +71,11 @@ class StemSpec:
     patch: tuple[int, int, int, int] | None = None  # frames, height, width and channels, if tokens are patches
 
 
-class TensorInput(NamedTuple):
-    """What `Modality.from_tensor` takes in a view."""
-
-    shape: tuple[int, ...]  # of one example
-    dtype: torch.dtype
-    preparation: str  # how a program without openimp makes the tensor, in a few sentences
-
-
 class Modality(ABC):
     """Base class of modalities. One instance serves a whole run, also in worker processes, so it must be picklable.
+
+    Only these methods are needed for training, evaluation and inference. `openimp.common.protocols` has those that
+    search, reports or export use if a modality has them.
 
     Class attributes:
         name: its name in recipes.
@@ -106,20 +103,6 @@ class Modality(ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
 
-    @classmethod
-    def wrapped(cls) -> "type[Modality]":
-        """The class that reads this modality for a model of open_clip (`model.wrap`).
-
-        Raises:
-            UserError: the library has no such modality.
-        """
-        raise UserError(f"a model of open_clip has no modality {cls.name!r}")
-
-    @property
-    def embed_dim(self) -> int | None:
-        """Features of the embedding space, if a wrapped model decides on them; None if the recipe does."""
-        return None
-
     @abstractmethod
     def stem_spec(self) -> StemSpec:
         """Shapes that the model needs to embed the tokens."""
@@ -137,7 +120,7 @@ class Modality(ABC):
         """Tokens per example in training, after token dropping."""
 
     @abstractmethod
-    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+    def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         """Decodes a raw value (bytes, a path, or an array) to an array, no larger than the largest of `views` needs.
 
         Without `rng`, the result is the whole item, within memory limits. With `rng`, it may be just the part that a
@@ -148,14 +131,14 @@ class Modality(ABC):
         """
 
     @abstractmethod
-    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+    def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
         """Transforms a decoded array to the shape of the view: with `rng` augmented at random, else deterministically.
 
         Without `rng`, the result has an additional first axis: the clips whose embeddings are averaged (often one).
         """
 
     @abstractmethod
-    def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
+    def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
         """Makes tokens of a stack of transformed arrays (B, ...). With `rngs`, one per example, tokens are dropped.
 
         An example's tokens must not depend on the other examples, because workers make parts of a batch.
@@ -172,80 +155,6 @@ class Modality(ABC):
     def encode_input(self, value: Any, view: Any) -> np.ndarray:
         """Makes clips, as `tokens` takes them, of one input of `model.encode_<name>` (a path, bytes, or an array)."""
         return self.transform(self.decode(value, [view]), view, None)
-
-    def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
-        """The equal segments that search cuts a long recording into, as (start, end) in seconds.
-
-        Empty if `encode_input` encodes the recording as a whole, which is the default.
-
-        Raises:
-            BadMedia: the value cannot be read; the message says why.
-        """
-        return []
-
-    def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
-        """Like `encode_input`, but for one of the `segments`."""
-        raise TypeError(f"{self.name} has no segments")
-
-    def knows(self, value: Any, view: Any) -> bool:
-        """Whether an input differs from an empty one. A text with only unknown words does not."""
-        return True
-
-    def show(self, value: Any, view: Any) -> str | bytes | np.ndarray:
-        """Shows a raw value in a report: as a text, the bytes of a small WebP picture, or curves (N,) or (N, curves).
-
-        By default, a modality that reads text shows the text, and another modality the values of its first clip.
-
-        Raises:
-            BadMedia: the value cannot be read.
-        """
-        return str(value) if self.reads_text else self.encode_input(value, view)[0]
-
-    def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes | None:
-        """A small WebP picture of a raw value, or of one of its `segments`, for lists of results; None if it has none.
-
-        Its sides have at most `side` pixels. By default it is what `show` returns, if that is a picture.
-
-        Raises:
-            BadMedia: the value cannot be read.
-        """
-        shown = self.show(value, view)
-        return shown if isinstance(shown, bytes) else None
-
-    def from_tensor(self, batch: torch.Tensor) -> Tokens:
-        """Makes tokens of a prepared batch, on any device; differentiable if the batch is float.
-
-        Raises:
-            TypeError: the modality does not support this kind of tensor.
-        """
-        raise TypeError(f"{self.name} takes raw values, not a tensor")
-
-    def tensor_input(self, view: Any) -> TensorInput:
-        """Describes what `from_tensor` takes in a view, for `openimp export`.
-
-        Raises:
-            TypeError: the modality does not support tensors.
-        """
-        raise TypeError(f"{self.name} takes raw values, not a tensor")
-
-    def shape(self, view: Any) -> tuple[int, int, int, int]:
-        """Frames, height, width and channels of an example, for encoders that take pictures.
-
-        Raises:
-            TypeError: the modality cannot be seen as pictures.
-        """
-        raise TypeError(f"{self.name} has no form of pictures")
-
-    def fit(self, corpus: Iterable[list[str]]) -> None:  # noqa: B027 (most learn nothing)
-        """Learns from the texts of each training example, for example a tokenizer. Called before training, for
-        modalities that read text."""
-
-    def state(self) -> dict[str, str]:
-        """What `fit` learned, as {file name: text}; it is saved with the weights."""
-        return {}
-
-    def load_state(self, state: dict[str, str]) -> None:  # noqa: B027 (as above)
-        """Restores what `state` returned."""
 
 
 Modalities = Mapping[str, Modality]

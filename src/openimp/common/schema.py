@@ -1,7 +1,5 @@
 """Building blocks of every schema: the strict base model, number types, paths, and validation with clear errors."""
 
-import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -18,6 +16,7 @@ from pydantic import (
 )
 
 from openimp.common.errors import UserError, counted, nearest
+from openimp.common.names import absolute_name
 from openimp.common.safe_files import read_text
 
 
@@ -59,26 +58,15 @@ class TextFrom(str):
     folder: Path
 
 
-def _absolute(path: Any, info: ValidationInfo) -> Any:
-    """Makes a relative path absolute, also that of `timm:local-dir:FOLDER`. A URL or `openimp:NAME` is returned
-    unchanged."""
-    folder = base_folder(path, info)
-    if not isinstance(path, str) or folder is None:
-        return path
-    scheme, colon, local = path.rpartition("local-dir:")
-    if not colon and re.match(r"\w\w+:", path):
-        return path
-    return f"{scheme}{colon}{absolute_path(local, folder)}"
-
-
-def absolute_path(path: str, folder: str | Path) -> str:
-    """A path of a recipe as an absolute one. A relative one starts at `folder`, and `~` is the home directory."""
-    return str(Path(folder).resolve() / os.path.expanduser(path))
+def _absolute(name: Any, info: ValidationInfo) -> Any:
+    """Makes a relative path absolute, also that of `timm:local-dir:FOLDER`."""
+    folder = base_folder(name, info)
+    return name if not isinstance(name, str) or folder is None else absolute_name(name, folder)
 
 
 def base_folder(text: Any, info: ValidationInfo) -> str | Path | None:
-    """The folder at which a relative path in the data starts; None if it is not known."""
-    return text.folder if isinstance(text, TextFrom) else (info.context or {}).get("folder")
+    """The folder at which a relative path in the data starts: that given to `checked`, by default the current one."""
+    return text.folder if isinstance(text, TextFrom) else (info.context or {"folder": "."})["folder"]
 
 
 def _one_component(name: str) -> str:
@@ -142,6 +130,8 @@ def checked(schema: type[Any], data: Any, where: str, folder: str | Path | None 
         return schema.model_validate(data, context={"folder": folder})
     except ValidationError as error:
         raise UserError(f"{where}: {_first_mistake(data, error)}") from None
+    except UserError as error:  # Of a validator.
+        raise UserError(f"{where}: {error}") from None
 
 
 EXPECTED = {

@@ -4,7 +4,7 @@ from unicodedata import normalize
 
 
 def text_key(text: str) -> str:
-    """What equal texts have in common: `part`, `same`, evaluation and `openimp init` compare texts by this key.
+    """What equal texts have in common: `part`, `positives_by`, evaluation and `openimp init` compare texts by this key.
 
     Case and white space do not count, nor does how a letter is encoded: "Straße", "STRASSE" and " strasse" have one
     key. So texts that a trained tokenizer cannot tell apart, because it applies NFC and lower case, have equal keys.

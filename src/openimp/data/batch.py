@@ -4,19 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from openimp.common.modality import Tokens
+from openimp.common.objective import Tensors
 
 
 @dataclass
 class Batch:
-    """The examples of one step. B examples, K classes, Z features of an embedding."""
+    """The examples of one step."""
 
     tokens: dict[str, Tokens]  # by modality; one with `draw: k` has k consecutive rows per example
-    item_ids: dict[str, Tensor]  # (B,) int64 by column, equal for examples of the same item; "" holds the row numbers
-    # By column: (B,) int64 classes, (B, K) float for loss sigmoid, or (B, Z) fp32 unit vectors to distill.
-    labels: dict[str, Tensor] = field(default_factory=dict)
+    targets: list[Tensors]  # of each objective of the task, in order: (B, ...) by name
     rows: list[int] = field(default_factory=list)  # row numbers in the source, or positions in its stream
 
     @classmethod
@@ -24,27 +22,26 @@ class Batch:
         """Parts of a batch, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        first = parts[0]
         return cls(
-            {name: Tokens.cat([part.tokens[name] for part in parts]) for name in first.tokens},
-            {name: torch.cat([part.item_ids[name] for part in parts]) for name in first.item_ids},
-            {name: torch.cat([part.labels[name] for part in parts]) for name in first.labels},
+            {name: Tokens.cat([part.tokens[name] for part in parts]) for name in parts[0].tokens},
+            [
+                {name: torch.cat([target[name] for target in targets]) for name in targets[0]}
+                for targets in zip(*(part.targets for part in parts))
+            ],
             [row for part in parts for row in part.rows],
         )
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(
             {name: tokens.to(device) for name, tokens in self.tokens.items()},
-            {name: ids.to(device, non_blocking=True) for name, ids in self.item_ids.items()},
-            {name: label.to(device, non_blocking=True) for name, label in self.labels.items()},
+            [{name: x.to(device, non_blocking=True) for name, x in target.items()} for target in self.targets],
             self.rows,
         )
 
     def pin_memory(self) -> "Batch":
         return Batch(
             {name: tokens.pin_memory() for name, tokens in self.tokens.items()},
-            {name: ids.pin_memory() for name, ids in self.item_ids.items()},
-            {name: label.pin_memory() for name, label in self.labels.items()},
+            [{name: x.pin_memory() for name, x in target.items()} for target in self.targets],
             self.rows,
         )
 

@@ -11,10 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+import fsspec
+
 from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError, nearest
 from openimp.common.folders import is_hidden
 from openimp.common.modality import BadMedia
+from openimp.common.names import BUNDLED, Name, is_url
+from openimp.common.texts import valid_text
 
 DEMO = Path(__file__).parent / "demo"
 BUNDLED_LICENSES = {
@@ -34,16 +38,7 @@ READ_AHEAD = 2**22
 
 def is_utf8(name: str) -> bool:
     """Whether a file's name is valid UTF-8, as Arrow requires. Python represents other bytes as lone surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def is_url(path: str) -> bool:
-    """Whether `path` is a URL that fsspec opens, such as `s3://bucket/*.parquet`."""
-    return "://" in path
+    return valid_text(name) == name
 
 
 def locate(name: str, path: str) -> tuple[Path, list[str]]:
@@ -53,36 +48,32 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
     """
     if is_url(path):
         return Path(), _matching_urls(name, path)
-    if path.startswith("openimp:"):
-        wanted = path.removeprefix("openimp:")
+    scheme, wanted = Name.parse(path)
+    if scheme == BUNDLED:
         bundled = [file.name for file in DEMO.iterdir()] if DEMO.is_dir() else []
         if wanted not in bundled:
             raise UserError(f"source {name}: openimp has no bundled data {wanted!r}{nearest(wanted, bundled)}")
         path = str(DEMO / wanted)
-    if os.path.exists(path):
-        if not (os.path.isdir(path) or os.path.isfile(path)):
-            raise UserError(f"source {name}: {path}: is not a regular file")
-        return Path(path) if os.path.isdir(path) else Path(path).parent, [path]
-    files = sorted(glob.glob(path, recursive=True))
+    if os.path.isdir(path):
+        return Path(path), [path]
+    files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     if not files:
         raise UserError(f"source {name}: {path}: no such file or folder")
     for file in files:
         if not os.path.isfile(file):
             raise UserError(f"source {name}: {file}: is not a regular file")
-    return Path(re.split(r"[*?\[]", path)[0] + "_").parent, files
+    return Path(path if files == [path] else re.split(r"[*?\[]", path)[0] + "_").parent, files
 
 
 def _matching_urls(name: str, url: str) -> list[str]:
     if "*" not in url:
         return [url]
-    import fsspec
-
     try:
         system, path = fsspec.core.url_to_fs(url)
         found = sorted(system.glob(path))
         base = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-        if not is_hidden(path.removeprefix(base)):  # As `glob.glob` does for files on disk.
-            found = [file for file in found if not is_hidden(file.removeprefix(base))]
+        names_hidden = is_hidden(path.removeprefix(base))  # As `glob.glob` does for files on disk.
+        found = [file for file in found if names_hidden or not is_hidden(file.removeprefix(base))]
     except Exception as error:  # Each file system raises its own errors.
         raise UserError(f"source {name}: {url}: {str(error).strip() or type(error).__name__}") from None
     if not found:
@@ -94,11 +85,12 @@ def open_forward(file: str) -> IO[bytes]:
     """Opens a local file or a URL to read it forward, so that each of its bytes is fetched once."""
     if not is_url(file):
         return open(file, "rb", buffering=BLOCK)
-    import fsspec
-
     system, path = fsspec.core.url_to_fs(file)
     opened: Any = system.open(path, "rb", block_size=READ_AHEAD)
     return io.BufferedReader(opened, BLOCK)
+
+
+_real_folder = lru_cache(maxsize=64)(os.path.realpath)
 
 
 def inside(root: Path, path: str) -> Path:
@@ -120,11 +112,6 @@ def inside(root: Path, path: str) -> Path:
     return Path(real_path)
 
 
-@lru_cache(maxsize=64)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
 def digest(file: str | Path, blocks: int = 64, block: int = 64 * 1024) -> str:
     """SHA-256 over a file's size and `blocks` blocks of bytes spread evenly over it, the first and last among them.
 
@@ -137,8 +124,8 @@ def digest(file: str | Path, blocks: int = 64, block: int = 64 * 1024) -> str:
         if size <= blocks * block:
             total.update(handle.read())
         else:
-            for i in range(blocks):
-                handle.seek(i * (size - block) // (blocks - 1))
+            for number in range(blocks):
+                handle.seek(number * (size - block) // (blocks - 1))
                 total.update(handle.read(block))
     return total.hexdigest()
 

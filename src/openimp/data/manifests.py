@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ import pyarrow.json
 from openimp.common.cache import cached, stable_hash
 from openimp.common.errors import UserError, counted
 from openimp.common.safe_files import file_state
-from openimp.data.files import fingerprint
-from openimp.data.tables import Table
 
 PYTHON_ROWS = 10_000
 """Rows that Python reads and converts to Arrow at once. The first ones determine the types of a JSON Lines file."""
@@ -33,59 +30,43 @@ BLOCK_BYTES = 2**24
 CACHED_BYTES = 2**26
 """Bytes of manifests from which on their table is kept in the cache folder. Reading smaller manifests is faster than
 importing `datasets`, which opens the cached table."""
-CACHE_VERSION = 2
-"""Version of the files in the cache folder. Files of another version are not read but written again."""
+CACHE_VERSION = 3
+"""Version of the files in the cache folder. Files of another version are not read."""
 
 
-def open_manifest(name: str, path: str, files: list[str], base: Path, root: Path) -> Table:
-    """Opens CSV files, or JSON Lines or JSON lists of objects; columns that hold paths start at `root`.
+def read_manifests(name: str, path: str, files: list[str]) -> tuple[Any, list[int]]:
+    """The rows of CSV files, or of JSON Lines or JSON lists of objects, and the number of rows of each file.
 
-    The cells of a CSV file are text, and an empty one is missing.
+    The cells of a CSV file are text, and an empty one is missing. Large tables are memory-mapped, so that opening them
+    again takes no time, and processes share their memory.
     """
-    data, rows_by_file = _read_with_cache(name, path, files)
-    if not data.num_rows:
-        raise UserError(f"source {name} ({path}) has no rows")
-    named_counts = [(Path(file).name, rows) for file, rows in zip(files, rows_by_file)]
-    return Table(name, path, data, partial(fingerprint, base, files), root, named_counts)
-
-
-def _read_with_cache(name: str, path: str, files: list[str]) -> tuple[Any, list[int]]:
-    """The rows of all files, and the number of rows of each file.
-
-    Large tables are memory-mapped, so that opening them again takes no time, and processes share their memory.
-    """
-    if sum(map(os.path.getsize, files)) < CACHED_BYTES:
-        return _read_all(name, path, files)
-    state = stable_hash([CACHE_VERSION, *map(file_state, files)])
-    with suppress(OSError, UserError):  # The cache folder belongs to another user, or its disk is full.
-        return cached(
-            "manifests",
-            stable_hash(map(os.path.realpath, files)),
-            lambda folder: _open_cached(folder, state),
-            lambda folder: _write_cached(folder, *_read_all(name, path, files), state),
-        )
+    if sum(map(os.path.getsize, files)) >= CACHED_BYTES:
+        key = stable_hash([CACHE_VERSION, *((os.path.realpath(file), file_state(file)) for file in files)])
+        with suppress(OSError, UserError):  # The cache folder belongs to another user, or its disk is full.
+            return cached(
+                "manifests",
+                key,
+                lambda folder: _open_cached(folder / "rows.arrow"),
+                lambda folder: _write_cached(folder / "rows.arrow", *_read_all(name, path, files)),
+            )
     return _read_all(name, path, files)
 
 
-def _open_cached(folder: Path, state: str) -> tuple[Any, list[int]]:
-    """The table of an entry of the cache, if it was written in this state of the manifests; else ValueError."""
+def _open_cached(file: Path) -> tuple[Any, list[int]]:
     from datasets.table import MemoryMappedTable  # It pickles as a path, so workers share the file.
 
-    data = MemoryMappedTable.from_file(str(folder / "rows.arrow"))
-    metadata = data.schema.metadata or {}
-    if metadata.get(b"state") != state.encode():
-        raise ValueError("the manifests have changed")
-    return data, json.loads(metadata[b"rows_by_file"])
+    data = MemoryMappedTable.from_file(str(file))
+    return data, json.loads(data.schema.metadata[b"rows_by_file"])
 
 
-def _write_cached(folder: Path, data: pa.Table, rows_by_file: list[int], state: str) -> None:
-    data = data.replace_schema_metadata({"rows_by_file": json.dumps(rows_by_file), "state": state})
-    with pa.ipc.new_stream(folder / "rows.arrow", data.schema) as writer:
+def _write_cached(file: Path, data: pa.Table, rows_by_file: list[int]) -> None:
+    data = data.replace_schema_metadata({"rows_by_file": json.dumps(rows_by_file)})
+    with pa.ipc.new_stream(file, data.schema) as writer:
         writer.write_table(data)
 
 
 def _read_all(name: str, path: str, files: list[str]) -> tuple[pa.Table, list[int]]:
-    tables: list[pa.Table] = []
+    tables = []
     for file in files:
         try:
             tables.append(_read_csv(file) if Path(file).suffix.lower() == ".csv" else _read_json(file))
@@ -94,10 +75,9 @@ def _read_all(name: str, path: str, files: list[str]) -> tuple[pa.Table, list[in
         except (ValueError, RecursionError) as error:
             raise UserError(f"source {name}: {file}: {error}") from None
     try:
-        data = pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise UserError(f"source {name}: {path}: a column mixes types: {error}") from None
-    return data, [table.num_rows for table in tables]
+        return _concatenated(tables), [table.num_rows for table in tables]
+    except ValueError as error:
+        raise UserError(f"source {name}: {path}: {error}") from None
 
 
 def _read_csv(file: str) -> pa.Table:
@@ -149,21 +129,19 @@ def _csv_rows(file: str) -> Iterator[dict[str, Any]]:
 
 
 def _read_json(file: str) -> pa.Table:
-    if _is_list(file):
-        return _to_arrow(_json_rows(file))
-    first_rows = _to_arrow(islice(_json_rows(file), PYTHON_ROWS))
-    if first_rows.num_rows < PYTHON_ROWS:
-        return first_rows
-    with suppress(pa.ArrowException):
-        # With the types of the first rows, Arrow guesses none. It refuses a row that does not fit them.
-        table = pyarrow.json.read_json(
-            file,
-            pyarrow.json.ReadOptions(block_size=BLOCK_BYTES),
-            pyarrow.json.ParseOptions(explicit_schema=first_rows.schema, unexpected_field_behavior="error"),
-        )
-        table.validate(full=True)  # Arrow's parser does not check that texts are UTF-8.
-        return table
-    return _to_arrow(_json_rows(file))
+    rows = _json_rows(file)
+    first_rows = _to_arrow(islice(rows, PYTHON_ROWS))
+    if first_rows.num_rows == PYTHON_ROWS and not _is_list(file):
+        with suppress(pa.ArrowException):
+            # With the types of the first rows, Arrow guesses none. It refuses a row that does not fit them.
+            table = pyarrow.json.read_json(
+                file,
+                pyarrow.json.ReadOptions(block_size=BLOCK_BYTES),
+                pyarrow.json.ParseOptions(explicit_schema=first_rows.schema, unexpected_field_behavior="error"),
+            )
+            table.validate(full=True)  # Arrow's parser does not check that texts are UTF-8.
+            return table
+    return _concatenated([first_rows, _to_arrow(rows)])
 
 
 def _is_list(file: str) -> bool:
@@ -179,17 +157,18 @@ def _json_rows(file: str) -> Iterator[dict[str, Any]]:
     is_list = _is_list(file)
     with open(file, encoding="utf-8-sig") as handle:
         for number, row in enumerate(json.load(handle) if is_list else handle, 1):
-            if not is_list and not row.strip():
-                continue
-            try:
-                value = row if is_list else json.loads(row.rstrip())
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
-            except RecursionError as error:
-                raise ValueError(f"line {number}: {error}") from None
-            if not isinstance(value, dict):
+            if not is_list:
+                if not row.strip():
+                    continue
+                try:
+                    row = json.loads(row.rstrip())
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+                except RecursionError as error:
+                    raise ValueError(f"line {number}: {error}") from None
+            if not isinstance(row, dict):
                 raise ValueError(f"{'item' if is_list else 'line'} {number} is not a JSON object")
-            yield value
+            yield row
 
 
 def _to_arrow(rows: Iterator[dict[str, Any]]) -> pa.Table:
@@ -203,7 +182,11 @@ def _to_arrow(rows: Iterator[dict[str, Any]]) -> pa.Table:
             except (pa.ArrowException, OverflowError) as error:
                 raise ValueError(f"column {column!r} mixes types: {error}") from None
         tables.append(pa.table(arrays))
+    return _concatenated(tables)
+
+
+def _concatenated(tables: list[pa.Table]) -> pa.Table:
     try:
-        return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
+        return pa.concat_tables(tables or [pa.table({})], promote_options="permissive")
     except pa.ArrowException as error:
         raise ValueError(f"a column mixes types: {error}") from None

@@ -18,9 +18,12 @@ from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from openimp.common.cache import cache_folder, cached, stable_hash
-from openimp.data.files import is_url
+from openimp.common.errors import UserError
+from openimp.common.names import is_url
+from openimp.data.hub import first_line, quiet
 
-MAX_EXPANSION, MIN_LIMIT = 100, 2**30
+MAX_EXPANSION = 100
+MIN_LIMIT = 2**30
 """A file may unpack to `MAX_EXPANSION` times its size, or to `MIN_LIMIT` bytes if that is more. The minimum is for
 columns of equal labels, which take almost no space in a file."""
 BATCH_ROWS = 10_000
@@ -37,26 +40,36 @@ MERGED_BYTES = 2**24
 """Bytes of merged batches from which on they are one table. Many small tables would waste memory."""
 
 
-def open_files(files: list[str], streaming: bool) -> Any:
-    """Opens files as a `datasets.Dataset`, unpacked once into the cache; if `streaming`, as an `IterableDataset`."""
-    local = [file for file in files if not is_url(file)]
-    if nested := [file for file in local if "::" in file]:
-        raise ValueError(f"`datasets` would read {nested[0]} as a chain of URLs; rename it")
-    # `datasets` expands patterns: a file that is named `*.parquet` would include all other files in its folder.
-    names = [glob.escape(file) if file in local else file for file in files]
+def count_rows(name: str, file: str) -> int:
+    """The number of rows of a file on disk."""
+    try:
+        return pq.read_metadata(file).num_rows
+    except pa.ArrowException as error:
+        raise UserError(f"source {name}: {file} is not a readable Parquet file: {first_line(error)}") from None
 
+
+def load(name: str, path: str, files: list[str], streaming: bool) -> Any:
+    """Opens files as a `datasets.Dataset`, unpacked once into the cache; if `streaming`, as an `IterableDataset`."""
+    # `datasets` expands patterns: a file that is named `*.parquet` would include all other files in its folder.
+    names = [file if is_url(file) else glob.escape(file) for file in files]
+    for file in files:
+        if "::" in file and not is_url(file):
+            raise UserError(f"source {name}: `datasets` would read {file} as a chain of URLs; rename it")
+
+    # `load_dataset` would report each call to a server and wait for it, even for local files.
     def builder(folder: str | Path) -> BoundedParquet:
         return BoundedParquet(cache_dir=str(folder), data_files={"train": names})
 
-    if streaming:
-        return builder(cache_folder("parquet")).as_streaming_dataset(split="train")
-    return cached(
-        "parquet",
-        stable_hash(files),
-        # If a file has changed, the builder looks for another name in the folder, and finds nothing.
-        lambda folder: builder(folder).as_dataset(split="train"),
-        lambda folder: builder(folder).download_and_prepare(),
-    )
+    with quiet(name, path):
+        if streaming:
+            return builder(cache_folder("parquet")).as_streaming_dataset(split="train")
+        return cached(
+            "parquet",
+            stable_hash(files),
+            # If a file has changed, the builder looks for another name in the folder, and finds nothing.
+            lambda folder: builder(folder).as_dataset(split="train"),
+            lambda folder: builder(folder).download_and_prepare(),
+        )
 
 
 class BoundedParquet(Parquet):
@@ -72,8 +85,8 @@ class BoundedParquet(Parquet):
 def _tables(file: str, handle: Any, row_groups: Iterable[int] | None) -> Iterator[pa.Table]:
     limit = max(MIN_LIMIT, MAX_EXPANSION * handle.seek(0, os.SEEK_END))
     unpacked_bytes = 0
-    waiting: list[pa.RecordBatch] = []
-    waiting_bytes = 0
+    merged: list[pa.RecordBatch] = []
+    merged_bytes = 0
     for batch in _batches(handle, row_groups):
         unpacked_bytes += batch.nbytes
         if unpacked_bytes > limit:
@@ -81,14 +94,14 @@ def _tables(file: str, handle: Any, row_groups: Iterable[int] | None) -> Iterato
                 f"{os.path.basename(file)} unpacks to more than {limit:,} bytes, the limit for its size; if you trust "
                 "the file, split it into smaller ones"
             )
-        waiting.append(batch)
-        waiting_bytes += batch.nbytes
-        if len(waiting) == MAX_MERGED or waiting_bytes >= MERGED_BYTES:
-            yield pa.Table.from_batches(waiting)
-            waiting = []
-            waiting_bytes = 0
-    if waiting:
-        yield pa.Table.from_batches(waiting)
+        merged.append(batch)
+        merged_bytes += batch.nbytes
+        if len(merged) == MAX_MERGED or merged_bytes >= MERGED_BYTES:
+            yield pa.Table.from_batches(merged)
+            merged = []
+            merged_bytes = 0
+    if merged:
+        yield pa.Table.from_batches(merged)
 
 
 def _batches(handle: Any, row_groups: Iterable[int] | None) -> Iterator[pa.RecordBatch]:
@@ -103,11 +116,11 @@ def _batches(handle: Any, row_groups: Iterable[int] | None) -> Iterator[pa.Recor
         if not group.num_rows:
             continue
         chunks = [group.column(i) for i in range(group.num_columns)]
-        average_row = sum(chunk.total_uncompressed_size for chunk in chunks) // group.num_rows
+        group_bytes = sum(chunk.total_uncompressed_size for chunk in chunks)
+        average_row = group_bytes // group.num_rows
         rows = min(BATCH_ROWS, BATCH_BYTES // max(1, average_row))
         # No value is longer than its column chunk, but the longest is only looked for if that does not settle it.
-        longest_row = sum(chunk.total_uncompressed_size for chunk in chunks)
-        if min(rows, group.num_rows) * longest_row > WORST_BATCH_BYTES:
+        if min(rows, group.num_rows) * group_bytes > WORST_BATCH_BYTES:
             longest_row = average_row + _longest_values(beginnings, number, columns, chunks)
             rows = min(rows, WORST_BATCH_BYTES // max(1, longest_row))
         yield from parquet.iter_batches(max(1, rows), [number])

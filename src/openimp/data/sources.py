@@ -8,8 +8,9 @@ from urllib.parse import urlsplit
 
 from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError
+from openimp.common.names import is_url
 from openimp.data import hub
-from openimp.data.files import fingerprint, is_url, locate
+from openimp.data.files import fingerprint, locate
 from openimp.data.folders import open_folder
 from openimp.data.streams import Shards, Stream
 from openimp.data.tables import Table
@@ -37,52 +38,67 @@ def open_source(name: str, source: Source, seed: int = 0) -> Table | Stream:
 
 def _open_table(name: str, source: Source) -> Table:
     if source.hub:
-        data, root = hub.load(name, source), hub.hub_root(source)
-        return hub.as_table(name, source.hub, data, f"{source.hub}/{source.split}", root)
+        label = f"{source.hub}/{source.split}"
+        return hub.as_table(name, source.hub, hub.load(name, source), label, hub.hub_root(source))
     path, kind = _path_and_format(name, source)
     if is_url(path) and kind not in ("parquet", "webdataset"):
         raise UserError(f"source {name}: {path}: a {kind} source must be on disk")
     base, files = locate(name, path)
+    root = Path(source.root or base)
     if kind == "webdataset":
         raise UserError(
             f"source {name}: {path}: tars are read as a stream: set stream: true, or convert them to Parquet, which "
             "docs/data.md shows"
         )
-    root = Path(source.root) if source.root else base
     if kind == "folder":
-        return open_folder(name, path, base)
+        return open_folder(name, path)
+    content = partial(fingerprint, base, files)
+    file_names = [Path(file).name for file in files]
     if kind == "manifest":
-        from openimp.data.manifests import open_manifest
+        from openimp.data.manifests import read_manifests
 
-        return open_manifest(name, path, files, base, root)
-    return open_parquet(name, path, files, base, root)
+        rows, rows_by_file = read_manifests(name, path, files)
+        return Table(name, path, rows, content, root, files=[*zip(file_names, rows_by_file)])
+    from openimp.data import parquet
+
+    if is_url(path):
+        return hub.as_table(name, path, parquet.load(name, path, files, streaming=False), path, root)
+    rows_by_file = [parquet.count_rows(name, file) for file in files]
+    if not any(rows_by_file):
+        raise UserError(f"source {name} ({path}) has no rows")
+    data = parquet.load(name, path, files, streaming=False)
+    texts = hub.class_texts(data.features)
+    return Table(name, path, data.data, content, root, files=[*zip(file_names, rows_by_file)], texts=texts)
 
 
 def _open_stream(name: str, source: Source, seed: int) -> Stream:
     shards: Shards
     where = dict(source.where)
     if source.hub:
-        path, root = source.hub, hub.hub_root(source)
+        path = source.hub
+        root = hub.hub_root(source)
         shards = hub.HubShards(name, path, hub.load(name, source))
         revision = [source.revision] if source.revision else []
         content = partial(stable_hash, [path, source.config, source.split, where, len(shards), *revision])
+        return Stream(name, path, shards, root, content, source=source, seed=seed)
+    path, kind = _path_and_format(name, source)
+    base, files = locate(name, path)
+    if kind == "webdataset":
+        shards = TarShards(name, files)
+    elif kind == "parquet":
+        from openimp.data import parquet
+
+        file_names = [Path(file).name for file in files]
+        shards = hub.HubShards(name, path, parquet.load(name, path, files, streaming=True), file_names)
     else:
-        path, kind = _path_and_format(name, source)
-        base, files = locate(name, path)
-        root = Path(source.root) if source.root else base
-        if kind == "webdataset":
-            shards = TarShards(name, files)
-        elif kind == "parquet":
-            labels = [file.rsplit("/", 1)[-1] for file in files]
-            shards = hub.HubShards(name, path, hub.load_parquet(name, path, files, streaming=True), labels)
-        else:
-            raise UserError(f"source {name}: {path}: a {kind} source cannot be streamed; remove stream")
-        content = partial(stable_hash, [files, where]) if is_url(path) else partial(_streamed, base, files, where)
-    return Stream(name, path, shards, root, source, seed, content)
+        raise UserError(f"source {name}: {path}: a {kind} source cannot be streamed; remove stream")
+    content = partial(_shards_fingerprint, base, files, where)
+    return Stream(name, path, shards, Path(source.root or base), content, source=source, seed=seed)
 
 
-def _streamed(base: Path, files: list[str], where: dict[str, Any]) -> str:
-    return stable_hash([fingerprint(base, files), where])
+def _shards_fingerprint(base: Path, files: list[str], where: dict[str, Any]) -> str:
+    """Of files at URLs, only the names count."""
+    return stable_hash([files if is_url(files[0]) else fingerprint(base, files), where])
 
 
 def _path_and_format(name: str, source: Source) -> tuple[str, str]:
@@ -97,23 +113,3 @@ def _path_and_format(name: str, source: Source) -> tuple[str, str]:
         known = ", ".join(FORMATS)
         raise UserError(f"source {name}: {path}: unknown extension {ending!r}; known: {known}; for others set format")
     return path, kind
-
-
-def open_parquet(name: str, path: str, files: list[str], base: Path, root: Path) -> Table:
-    """Opens Parquet files, which `datasets` unpacks once into a memory-mapped Arrow file in openimp's cache folder."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if is_url(path):
-        return hub.as_table(name, path, hub.load_parquet(name, path, files, streaming=False), path, root)
-    counts: list[tuple[str, int]] = []
-    for file in files:
-        try:
-            counts.append((Path(file).name, pq.read_metadata(file).num_rows))
-        except pa.ArrowException as error:
-            raise UserError(f"source {name}: {file} is not a readable Parquet file: {hub.first_line(error)}") from None
-    if not sum(rows for _, rows in counts):
-        raise UserError(f"source {name} ({path}) has no rows")
-    data = hub.load_parquet(name, path, files, streaming=False)
-    content = partial(fingerprint, base, files)
-    return Table(name, path, data.data, content, root, counts, hub.class_names(data.features))

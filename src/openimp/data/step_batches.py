@@ -20,17 +20,19 @@ from torch.utils.data import Dataset
 from openimp.alternation import Alternation, Visit
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia, Modality
+from openimp.common.objective import TargetSizes, Tensors
+from openimp.common.protocols import Learned
 from openimp.data.batch import Batch, head_key
 from openimp.data.order import batch_digest, example_rng, permute, rows_at, seed_key
 from openimp.data.sources import open_source
 from openimp.data.store import DecodedStore, Progress
 from openimp.data.streams import Cursor, Stream
 from openimp.data.tables import Table, Unreadable
-from openimp.data.targets import classes_of, embed_dim, item_id, labels_of, target_columns, unit_vector
+from openimp.data.targets import classes_of, target_sizes
 from openimp.data.templates import all_texts, columns_of, fill
 from openimp.parallel.distributed import ranks_on_node, run_on_rank_zero
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification, Distill, Task
+from openimp.recipe.tasks import Task
 
 CORPUS_ROWS = 100_000
 """Maximum number of rows per task to train a tokenizer: whole shards of a stream, or a random sample of a table."""
@@ -97,7 +99,7 @@ class Example:
     values: dict[str, Any]  # of its columns
     rng: np.random.Generator
     arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)  # `draw` arrays by modality
-    vectors: dict[str, np.ndarray] = field(default_factory=dict)  # unit vectors to distill, by column
+    targets: list[Tensors] = field(default_factory=list)  # of each objective of the task
     bad: str = ""  # the reason why it cannot be read
 
 
@@ -154,10 +156,8 @@ class StepBatches(Dataset[LoadedBatch]):
             self.sources[name] = source
         for name, source in self.sources.items():
             for objective in recipe.tasks[name].objectives:
-                if isinstance(objective, Classification):
-                    head = head_key(source.name, objective.label)
-                    self.classes[head] = classes_of(source, objective, f"tasks.{name}")
-        self._index = {key: {value: i for i, value in enumerate(values)} for key, values in self.classes.items()}
+                if labels := objective.class_column():
+                    self.classes[head_key(source.name, labels.name)] = classes_of(source, labels, f"tasks.{name}")
         for table in tables.values():
             cache = recipe.sources[table.name].cache
             if cache == "memory" and ranks_on_node() > 1:
@@ -172,7 +172,8 @@ class StepBatches(Dataset[LoadedBatch]):
 
         Modalities whose stem is in `fitted_stems` are left as they are.
         """
-        learning = {n: m for n, m in self.modalities.items() if m.reads_text and m.stem not in fitted_stems}
+        readers = {name: m for name, m in self.modalities.items() if m.reads_text and m.stem not in fitted_stems}
+        learning = {name: m for name, m in readers.items() if isinstance(m, Learned)}
 
         def fit() -> dict[str, dict[str, str]]:
             for name, modality in learning.items():
@@ -231,21 +232,11 @@ class StepBatches(Dataset[LoadedBatch]):
             items = np.stack([array for example in chosen for array in example.arrays[name]])
             rngs = [loaded[position].rng for position in positions for _ in range(spec.draw)]
             tokens[name] = self.modalities[name].tokens(items, task.views[visit.view][name], rngs)
-        rows = [example.row for example in chosen]
-        batch = Batch(tokens, {"": torch.tensor(rows)}, rows=rows)
-        for objective in task.objectives:
-            if isinstance(objective, Classification):
-                values = [example.values[objective.label] for example in chosen]
-                index = self._index[head_key(task.source, objective.label)]
-                batch.labels[objective.label] = labels_of(values, index, objective, f"{task.source}.{objective.label}")
-            elif isinstance(objective, Distill):
-                vectors = [example.vectors[objective.to] for example in chosen]
-                batch.labels[objective.to] = torch.from_numpy(np.stack(vectors))
-                ids = [item_id(vector.tobytes(), 0) for vector in vectors]
-                batch.item_ids[objective.to] = torch.tensor(ids)
-            elif objective.same:
-                ids = [item_id(example.values[objective.same], example.row) for example in chosen]
-                batch.item_ids[objective.same] = torch.tensor(ids)
+        targets = [
+            {key: torch.stack([target[key] for target in by_example]) for key in by_example[0]}
+            for by_example in zip(*(example.targets for example in chosen))
+        ]
+        batch = Batch(tokens, targets, rows=[example.row for example in chosen])
         names = [example.name for example in chosen]
         bad = [(example.name, example.bad) for position in positions if (example := loaded[position]).bad]
         cursors = source.cursors() if isinstance(source, Stream) else {}
@@ -284,11 +275,10 @@ class StepBatches(Dataset[LoadedBatch]):
             position: Example(row, name, values, example_rng(key, position, sync))
             for position, row, (name, values) in zip(positions, rows, named)
         }
-        size = embed_dim(self.recipe, self.modalities)
-        for example in loaded.values():
-            _read_targets(task, example, size)
         for name in task.inputs:
             self._decode(visit, name, loaded.values())
+        for example in loaded.values():
+            self._read_targets(task, example)
         return loaded
 
     def _readable(self, visit: Visit, position: int, loaded: dict[int, Example]) -> Example:
@@ -310,7 +300,7 @@ class StepBatches(Dataset[LoadedBatch]):
 
     def _columns(self, task: Task) -> set[str]:
         """The columns that a task reads from its source. Cached columns are read from `stores` instead."""
-        columns = target_columns(task)
+        columns = _target_columns(task)
         for name, spec in task.inputs.items():
             if self.modalities[name].reads_text:
                 columns.update(columns_of(spec.columns))
@@ -354,6 +344,24 @@ class StepBatches(Dataset[LoadedBatch]):
             except BadMedia as error:
                 example.bad = str(error)
 
+    def _read_targets(self, task: Task, example: Example) -> None:
+        """Reads what the objectives need of an example that is not bad, and marks it if that cannot be read."""
+        if example.bad:
+            return
+        try:
+            for column in sorted(_target_columns(task)):
+                if isinstance(cell := example.values[column], Unreadable):
+                    raise BadMedia(cell.reason)
+            example.targets = [
+                objective.read(task, example.values, example.row, self._target_sizes) for objective in task.objectives
+            ]
+        except BadMedia as error:
+            example.bad = str(error)
+
+    @cached_property
+    def _target_sizes(self) -> TargetSizes:
+        return target_sizes(self.recipe, self.modalities, self.classes)
+
     def _corpus(self, name: str) -> Iterator[list[str]]:
         """The texts that a modality learns from, one list per row."""
         for task_name, source in self.sources.items():
@@ -380,18 +388,8 @@ def _require_whole_lanes(name: str, task: Task, source: Stream, ranks: int) -> N
             )
 
 
-def _read_targets(task: Task, example: Example, size: int) -> None:
-    """Reads the vectors to distill. Marks the example if a column of the objectives cannot be read."""
-    try:
-        for column in sorted(target_columns(task)):
-            if isinstance(cell := example.values[column], Unreadable):
-                raise BadMedia(cell.reason)
-        for objective in task.objectives:
-            if isinstance(objective, Distill):
-                value = example.values[objective.to]
-                example.vectors[objective.to] = unit_vector(value, size, objective.to)
-    except BadMedia as error:
-        example.bad = str(error)
+def _target_columns(task: Task) -> set[str]:
+    return {column for objective in task.objectives for column in objective.columns()}
 
 
 def _sample(table: Table, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:

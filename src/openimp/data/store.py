@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from openimp.common.cache import cached, stable_hash
 from openimp.common.modality import BadMedia, Modality
+from openimp.common.protocols import learned_files
 from openimp.data.tables import Table
 
 LAYOUT = 3
@@ -26,6 +27,8 @@ ROWS = "rows.arrow"
 CHUNK = 256
 """Number of rows that are read and decoded together."""
 
+Decoded = np.ndarray | BadMedia
+"""What a row was decoded to: an array, or the reason why it cannot be read."""
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """Wraps an iterable to show progress: `progress(iterable, description)`."""
 
@@ -61,7 +64,7 @@ class DecodedStore:
         modality: Modality,
         column: str,
         views: list[Any],
-        where: Literal["memory", "disk"] = "memory",
+        cache: Literal["memory", "disk"] = "memory",
         progress: Progress | None = None,
     ) -> "DecodedStore":
         """Decodes a column, or opens the store on disk of an earlier run.
@@ -71,19 +74,19 @@ class DecodedStore:
 
         `views` are all views that read the column: arrays are no larger than the largest of them needs.
         """
-        decoded = _decoded(table, modality, column, views, progress)
-        if where == "memory":
+        decoded = _decode(table, modality, column, views, progress)
+        if cache == "memory":
             return cls(pa.Table.from_batches(_batches(decoded), SCHEMA))
         key = _key(table, modality, column, views)
         return cached("decoded", key, lambda folder: _read(folder / ROWS), lambda folder: _write(folder, decoded))
 
 
-def _decoded(
+def _decode(
     table: Table, modality: Modality, column: str, views: list[Any], progress: Progress | None
-) -> Iterator[np.ndarray | BadMedia]:
+) -> Iterator[Decoded]:
     """Each row's array or error, in order. Threads decode them, because decoders release Python's global lock."""
 
-    def decode(row: dict[str, Any]) -> np.ndarray | BadMedia:
+    def decode(row: dict[str, Any]) -> Decoded:
         try:
             return modality.decode(table.media(row[column]), views)
         except BadMedia as error:
@@ -97,21 +100,19 @@ def _decoded(
         yield from (array for _, array in zip(shown, arrays))
 
 
-def _batches(decoded: Iterator[np.ndarray | BadMedia]) -> Iterator[pa.RecordBatch]:
+def _batches(decoded: Iterator[Decoded]) -> Iterator[pa.RecordBatch]:
     while chunk := list(islice(decoded, CHUNK)):
         yield pa.RecordBatch.from_pylist([_row(item) for item in chunk], SCHEMA)
 
 
-def _row(item: np.ndarray | BadMedia) -> dict[str, Any]:
+def _row(item: Decoded) -> dict[str, Any]:
     if isinstance(item, BadMedia):
         return {"error": str(item)}
-    if item.dtype.hasobject:
-        raise TypeError(f"a decoded array must hold numbers, found {item.dtype}")
     data = item.tobytes()
     return {"data": data + bytes(-len(data) % ALIGN), "shape": item.shape, "dtype": item.dtype.str}
 
 
-def _write(folder: Path, decoded: Iterator[np.ndarray | BadMedia]) -> None:
+def _write(folder: Path, decoded: Iterator[Decoded]) -> None:
     with pa.ipc.new_file(folder / ROWS, SCHEMA) as writer:
         for batch in _batches(decoded):
             writer.write_batch(batch)
@@ -133,7 +134,7 @@ def _read(file: Path) -> DecodedStore:
 def _key(table: Table, modality: Modality, column: str, views: list[Any]) -> str:
     kind = type(modality)
     options = [modality.config.model_dump_json(), sorted({view.model_dump_json() for view in views})]
-    if state := modality.state():  # The size of a wrapped model's pictures is not in a view.
+    if state := learned_files([modality]):  # The size of a wrapped model's pictures is not in a view.
         options.append(sorted(state.items()))
     files = [(path, table.file_state(path)) for path in table.paths(column)]
     code = [LAYOUT, version("openimp"), kind.__module__, kind.__qualname__]

@@ -75,9 +75,10 @@ class Stream(Rows):
         path: str,
         shards: Shards,
         root: Path | None,
+        content: Callable[[], str],
+        *,
         source: Source,
         seed: int,
-        content: Callable[[], str],
     ) -> None:
         super().__init__(name, path, shards.columns, root, content)
         self.require(source.where, f"sources.{name}.where")
@@ -154,8 +155,11 @@ class Stream(Rows):
 
     def _windows(self, lane: int, cursor: Cursor) -> Iterator[Window]:
         """The windows of a lane from a cursor on, without end. No window extends into the next epoch."""
-        epoch, shard, state = cursor["epoch"], cursor["shard"], cursor["state"]
-        window, barren = Window(cursor, []), 0
+        epoch = cursor["epoch"]
+        shard = cursor["shard"]
+        state = cursor["state"]
+        window = Window(cursor, [])
+        barren = 0
         while barren < MAX_BARREN * len(self._shards):
             barren += 1
             for named, after in self._rows(epoch, shard, state):
@@ -164,11 +168,12 @@ class Stream(Rows):
                 if len(window.rows) == self._window:
                     yield self._shuffled(lane, window)
                     window = Window({"position": window.stop, "epoch": epoch, "shard": shard, "state": after}, [])
-            before, state = epoch, None
+            state = None
+            last_epoch = epoch
             epoch, shard = divmod(epoch * len(self._shards) + shard + self.lanes, len(self._shards))
-            if window.rows and before != epoch:
+            if window.rows and last_epoch != epoch:
                 yield self._shuffled(lane, window)
-            if not window.rows or before != epoch:
+            if not window.rows or last_epoch != epoch:
                 window = Window({"position": window.stop, "epoch": epoch, "shard": shard, "state": None}, [])
         raise self._empty()
 

@@ -2,7 +2,7 @@
 
 import bisect
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError, counted, nearest
@@ -50,10 +52,9 @@ class Rows:
         """Raises UserError if a column is missing. `user` is the part of the recipe that reads it, for the message."""
         for column in columns:
             if column not in self.columns:
-                where = f"{user}: " if user else ""
-                raise UserError(
-                    f"{where}source {self.name} ({self.path}) has no column {column!r}{nearest(column, self.columns)}"
-                )
+                prefix = f"{user}: " if user else ""
+                known = nearest(column, self.columns)
+                raise UserError(f"{prefix}source {self.name} ({self.path}) has no column {column!r}{known}")
 
     def media(self, value: Any) -> bytes | Path | np.ndarray:
         """Converts a row's value to an input of `Modality.decode`: bytes, a file inside `root`, or an array.
@@ -79,11 +80,11 @@ class Rows:
 class Table(Rows):
     """Rows of an Arrow table, by number and in a fixed order: in memory, or memory-mapped by `datasets`.
 
-    A table can be pickled and forked into workers. `filter`, `select` and `subsample` select rows. Methods with a
-    leading underscore count all stored rows, the others only the selected ones.
+    A table can be pickled and forked into workers. `filter`, `select` and `subsample` select rows. Row numbers count
+    the selected rows; stored numbers count all rows of the Arrow table.
     """
 
-    _kept: np.ndarray | None = None
+    _kept: np.ndarray | None = None  # the stored numbers of the selected rows; None: all are selected
 
     def __init__(
         self,
@@ -92,16 +93,17 @@ class Table(Rows):
         data: Any,  # a pyarrow.Table, or a `datasets.table.Table`, which pickles its path instead of its rows
         content: Callable[[], str],
         root: Path | None,
+        *,
         files: Sequence[tuple[str, int]] = (),  # (name, number of rows) of each file that the rows are from, in order
-        names: dict[str, list[str]] | None = None,  # class names of columns with class numbers (`datasets.ClassLabel`)
         label: str | None = None,  # the column with the row names; None: rows are named by their file and number
+        texts: Mapping[str, Callable[[Any], Any]] | None = None,  # by column, what makes a text of a stored value
     ) -> None:
         super().__init__(name, path, list(data.column_names), root, content)
         self._data = data
-        self._files = [file for file, _ in files]
+        self._files = files
         self._ends = list(accumulate(rows for _, rows in files))
-        self._names = names or {}
         self._label = label
+        self._texts = texts or {}
 
     def __len__(self) -> int:
         return self._data.num_rows if self._kept is None else len(self._kept)
@@ -110,27 +112,29 @@ class Table(Rows):
         """The rows with these numbers, in this order, with the given columns or all."""
         columns = self.columns if columns is None else columns
         stored = self._stored(indices)
-        values = [self._column(column, stored) for column in columns]
+        values = [self._values(column, stored) for column in columns]
         return [dict(zip(columns, row)) for row in zip(*values)] if columns else [{} for _ in stored]
 
     def column(self, name: str) -> list[Any]:
         """All values of a column, in memory: use it for texts and labels."""
-        return self._column(name, self._stored(range(len(self))))
+        return self._values(name, self._stored(range(len(self))))
 
     def row_name(self, i: int) -> str:
         """A name by which a person can find row `i`: its file, or `stills.parquet[123]`."""
-        return self._row_name(self._stored([i])[0])
+        stored = int(self._stored([i])[0])
+        if self._label:
+            return self._data.column(self._label)[stored].as_py()
+        file_number = bisect.bisect_right(self._ends, stored)
+        file, rows = self._files[file_number]
+        return f"{file}[{stored - (self._ends[file_number] - rows)}]"
 
     def paths(self, column: str) -> list[str]:
         """The paths in a column of the selected rows whose bytes are not in the table itself."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         values = self._data.column(column)
         if pa.types.is_struct(values.type) and values.type.get_field_index("path") >= 0:
             embedded = pc.is_valid(pc.struct_field(values, "bytes"))
             values = pc.if_else(embedded, None, pc.struct_field(values, "path"))
-        if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        if not _is_text(values.type):
             return []
         if self._kept is not None:
             values = values.take(pa.array(self._kept))
@@ -167,7 +171,7 @@ class Table(Rows):
         for column, wanted in where.items():
             kept = self._matching(column, wanted)
             if not len(kept):
-                cells = (row[column] for row in self.rows(range(min(len(self), 1000)), [column]))
+                cells = self._values(column, self._stored(range(min(len(self), 1000))))
                 values = sorted({as_text(cell) for cell in cells})[:5]
                 raise UserError(
                     f"source {self.name} ({self.path}): no row has {column} = {wanted!r}; it holds {', '.join(values)}"
@@ -177,15 +181,12 @@ class Table(Rows):
 
     def _matching(self, column: str, wanted: Any) -> np.ndarray:
         """The stored numbers of the selected rows whose cell in a column matches, see `matches`."""
-        mask = None
-        if column in self._names or column not in self.converted:
-            mask = _arrow_mask(self._data.column(column), wanted, self._names.get(column))
+        mask = _arrow_mask(self._data.column(column), wanted, self._texts.get(column))
         if mask is not None:
             return np.flatnonzero(mask) if self._kept is None else self._kept[mask[self._kept]]
         matching: list[int] = []
         for stored in self._stored_chunks():
-            cells = self._column(column, stored)
-            matching += [row for row, cell in zip(stored, cells) if matches(cell, wanted)]
+            matching += [row for row, cell in zip(stored, self._values(column, stored)) if matches(cell, wanted)]
         return np.asarray(matching, dtype=np.int64)
 
     def select(self, part: Part | None) -> "Table":
@@ -193,28 +194,29 @@ class Table(Rows):
         if part is None:
             return self
         self.require([part.by] if part.by else [], f"sources.{self.name}.part")
-        stored = self._stored(range(len(self)))
-        kept = [row for row, number in zip(stored, self.parts(part.of, part.by)) if part.selects(number)]
+        kept = [row for row, number in enumerate(self.parts(part.of, part.by)) if part.selects(number)]
         if not kept:
             raise UserError(
                 f"source {self.name} ({self.path}): part: none of {counted(len(self), 'row')} is in these parts"
             )
-        self._kept = np.asarray(kept, dtype=np.int64)
-        return self
+        return self._keep(kept)
 
     def parts(self, of: int, by: str | None) -> list[int]:
         """The part of each selected row, see `part_of`."""
         part_numbers: list[int] = []
         for stored in self._stored_chunks():
-            values = self._column(by, stored) if by else [None] * len(stored)
+            values = self._values(by, stored) if by else [None] * len(stored)
             part_numbers += [part_of(value, row, of) for value, row in zip(values, stored)]
         return part_numbers
 
     def subsample(self, limit: int | None) -> "Table":
         """Selects at most `limit` evenly spaced rows of those selected, and returns the table."""
-        if limit is not None and limit < len(self):
-            spaced = np.arange(limit) * len(self) // limit
-            self._kept = np.asarray(self._stored(spaced.tolist()), dtype=np.int64)
+        if limit is None or limit >= len(self):
+            return self
+        return self._keep((np.arange(limit) * len(self) // limit).tolist())
+
+    def _keep(self, indices: Sequence[int]) -> "Table":
+        self._kept = np.asarray(self._stored(indices), dtype=np.int64)
         return self
 
     def _stored(self, indices: Sequence[int]) -> Sequence[int]:
@@ -226,80 +228,59 @@ class Table(Rows):
         for start in range(0, len(self), CHUNK):
             yield self._stored(range(start, min(start + CHUNK, len(self))))
 
-    @property
-    def converted(self) -> set[str]:
-        """The columns whose values in `rows` are texts that differ from the stored ones."""
-        return {*self._names}
-
     def arrow(self, rows: range) -> Any:
         """Consecutive rows as a pyarrow.Table with the values that `rows` returns, or null if unreadable. No rows may
         have been left out."""
-        import pyarrow as pa
-
         assert self._kept is None
         data = self._data.slice(rows.start, len(rows))
         data = getattr(data, "table", data)  # `datasets` wraps its tables.
-        for column in self.converted:
-            texts = [value if isinstance(value, str) else None for value in self._column(column, rows)]
+        for column in self._texts:
+            texts = [value if isinstance(value, str) else None for value in self._values(column, rows)]
             data = data.set_column(data.column_names.index(column), column, pa.array(texts, pa.string()))
         return data.replace_schema_metadata(None)
 
-    def _column(self, column: str, rows: Sequence[int]) -> list[Any]:
-        """The values of a column in these rows."""
+    def _values(self, column: str, stored: Sequence[int]) -> list[Any]:
+        """The values of a column in the rows with these stored numbers."""
         chunked = self._data.column(column)
-        if isinstance(rows, range) and rows.step == 1:
-            values = chunked.slice(rows.start, len(rows)).to_pylist()
+        if isinstance(stored, range) and stored.step == 1:
+            values = chunked.slice(stored.start, len(stored)).to_pylist()
         else:  # One scalar at a time, because `take` would first copy all chunks of the column into one.
-            values = [chunked[int(row)].as_py() for row in rows]
-        names = self._names.get(column)
-        return [class_name(value, names) for value in values] if names else values
-
-    def _row_name(self, row: int) -> str:
-        """See `row_name`."""
-        if self._label:
-            return self._data.column(self._label)[int(row)].as_py()
-        file = bisect.bisect_right(self._ends, row)
-        return f"{self._files[file]}[{row - (self._ends[file - 1] if file else 0)}]"
+            values = [chunked[int(row)].as_py() for row in stored]
+        text_of = self._texts.get(column)
+        return [text_of(value) for value in values] if text_of else values
 
 
-def _arrow_mask(values: Any, wanted: Any, names: list[str] | None) -> np.ndarray | None:
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _arrow_mask(column: Any, wanted: Any, text_of: Callable[[Any], Any] | None = None) -> np.ndarray | None:
     """Which cells of a pyarrow.ChunkedArray match, see `matches`. None: Arrow cannot tell for this type.
 
-    `names` are the class names of a column of class numbers.
+    `text_of` makes a text of each distinct number.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    kind = values.type
-    texts = _as_texts(wanted)
+    kind = column.type
     matching: list[Any]
-    if names is not None:
-        matching = [number for number, name in enumerate(names) if name in texts]
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        matching = texts
-    elif pa.types.is_primitive(kind):
-        matching = [value for value in values.unique().to_pylist() if matches(value, wanted)]
+    if pa.types.is_primitive(kind):
+        values = column.unique().to_pylist()
+        matching = [value for value in values if matches(text_of(value) if text_of else value, wanted)]
+    elif text_of:
+        return None
+    elif _is_text(kind):
+        matching = _as_texts(wanted)
     elif pa.types.is_list(kind) and (pa.types.is_string(kind.value_type) or pa.types.is_primitive(kind.value_type)):
-        return np.concatenate([np.zeros(0, bool), *(_arrow_list_mask(chunk, wanted) for chunk in values.chunks)])
+        return np.concatenate([np.zeros(0, bool), *(_arrow_list_mask(chunk, wanted) for chunk in column.chunks)])
     else:
         return None
-    return np.asarray(pc.is_in(values, value_set=pa.array(matching, kind)).to_numpy())
+    return np.asarray(pc.is_in(column, value_set=pa.array(matching, kind)).to_numpy())
 
 
 def _arrow_list_mask(lists: Any, wanted: Any) -> np.ndarray:
     """Which lists of a pyarrow.ListArray hold an item that matches."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    items = _arrow_mask(pa.chunked_array([lists.flatten()]), wanted, None)
+    items = _arrow_mask(pa.chunked_array([lists.flatten()]), wanted)
     mask = np.zeros(len(lists), dtype=bool)
     mask[pc.list_parent_indices(lists).to_numpy()[items]] = True
     return mask
-
-
-def class_name(number: int | None, names: list[str]) -> str | None:
-    """The name of a class of a `datasets.ClassLabel`, in which -1 means that the class is unknown."""
-    return None if number is None or number < 0 else names[number]
 
 
 def number_array(value: list[Any]) -> np.ndarray:
@@ -319,6 +300,13 @@ def item_key(value: Any) -> str | None:
     if value in (None, "", b"", []) or value != value or isinstance(value, Unreadable):  # NaN is not equal to itself.
         return None
     return text_key(as_text(value)) or None
+
+
+def item_id(value: Any, row: int) -> int:
+    """A hash that rows of the same item share, see `item_key`. A row without a value is an item of its own."""
+    key = value if isinstance(value, bytes) else (item_key(value) or "").encode()  # Media and vectors have no case.
+    content = key or f"\nrow {row}".encode()  # No text's key has a line break.
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def part_of(value: Any, row: int, parts: int) -> int:

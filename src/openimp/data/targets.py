@@ -1,36 +1,37 @@
-"""Targets: the classes of a row, its vectors to distill, and which rows are the same item, as a task's objectives read
-them from columns."""
+"""The classes in the columns of a source, and the sizes of targets."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-import torch
-
 from openimp.common.errors import UserError, counted, nearest
-from openimp.common.modality import BadMedia, Modalities
+from openimp.common.modality import Classes, Modalities
+from openimp.common.objective import ClassColumn, TargetSizes
 from openimp.common.schema import as_text
 from openimp.data.streams import Stream
-from openimp.data.tables import Table, Unreadable, item_key, number_array
+from openimp.data.tables import Table, Unreadable
+from openimp.model.build import architecture_of
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification, Contrastive, Distill, Task
 
 
-def classes_of(source: Table | Stream, objective: Classification, where: str) -> list[Any]:
-    """The classes of an objective, in the order of its head's outputs. The rows of a table must have no others."""
+def target_sizes(recipe: Recipe, modalities: Modalities, classes: Classes) -> TargetSizes:
+    """What the shapes of a recipe's targets depend on. `classes` has those of each classification head."""
+    numbers = {head: {value: i for i, value in enumerate(values)} for head, values in classes.items()}
+    return TargetSizes(architecture_of(recipe.model).embed_dim(recipe.model, modalities), numbers)
+
+
+def classes_of(source: Table | Stream, column: ClassColumn, where: str) -> list[Any]:
+    """The classes of a column, in the order of its head's outputs. The rows of a table must have no others."""
     if isinstance(source, Stream):
-        if objective.classes is None:
-            raise UserError(f"{where}: a streamed source is not read ahead, so name the classes of {objective.label!r}")
-        return list(objective.classes)
-    values = source.column(objective.label)
-    found = find_classes(source, objective.label, values, objective.loss == "sigmoid", where)
-    if objective.classes is None:
+        if column.classes is None:
+            raise UserError(f"{where}: a streamed source is not read ahead, so name the classes of {column.name!r}")
+        return list(column.classes)
+    found = find_classes(source, column.name, source.column(column.name), column.has_lists, where)
+    if column.classes is None:
         return sort_classes(found)
-    index = {label: i for i, label in enumerate(objective.classes)}
+    index = {label: i for i, label in enumerate(column.classes)}
     for label, row in found.items():
-        index_of(label, index, f"{_name(source, objective.label, where)}: {source.row_name(row)}")
-    return list(objective.classes)
+        index_of(label, index, f"{_name(source, column.name, where)}: {source.row_name(row)}")
+    return list(column.classes)
 
 
 def find_classes(table: Table, column: str, values: list[Any], lists: bool, where: str) -> dict[Any, int]:
@@ -45,7 +46,7 @@ def find_classes(table: Table, column: str, values: list[Any], lists: bool, wher
         if isinstance(value, Unreadable):
             continue
         try:
-            labels = _row_classes(value, lists)
+            labels = row_classes(value, lists)
         except ValueError as error:
             raise UserError(f"{_name(table, column, where)}: {table.row_name(row)}: {error}") from None
         for label in labels:
@@ -67,71 +68,12 @@ def sort_classes(classes: Iterable[Any]) -> list[Any]:
     return sorted(classes, key=lambda label: (str(type(label)), label))
 
 
-def target_columns(task: Task) -> set[str]:
-    """The columns that a task's objectives read."""
-    found: set[str | None] = set()
-    for objective in task.objectives:
-        match objective:
-            case Classification():
-                found.add(objective.label)
-            case Contrastive():
-                found.add(objective.same)
-            case Distill():
-                found.add(objective.to)
-    return {column for column in found if column}
-
-
-def labels_of(values: list[Any], index: Mapping[Any, int], objective: Classification, where: str) -> torch.Tensor:
-    """The targets of a batch: (B,) int64 class indices for loss softmax, or (B, K) float zeros and ones for sigmoid.
-
-    `values` has the label of each example, and `index` the index of each class. Messages begin with `where`.
-    """
-    lists = objective.loss == "sigmoid"
-    try:
-        indices = [[index_of(label, index, where) for label in _row_classes(value, lists)] for value in values]
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-    if not lists:
-        return torch.tensor(indices)[:, 0]
-    target_BK = torch.zeros(len(values), len(index))
-    for target_K, row in zip(target_BK, indices):
-        target_K[row] = 1
-    return target_BK
-
-
-def embed_dim(recipe: Recipe, modalities: Modalities) -> int:
-    """The number of features of the model's embeddings, and so of the vectors that it can learn."""
-    return next((found for each in modalities.values() if (found := each.embed_dim)), recipe.model.embed_dim)
-
-
-def unit_vector(value: Any, size: int, column: str) -> np.ndarray:
-    """(Z,) fp32, the vector in a cell of a column, scaled to length 1; BadMedia if there is none of this size."""
-    try:
-        vector = number_array(value).astype(np.float64) if isinstance(value, list) else np.empty(0)
-    except BadMedia as error:
-        raise BadMedia(f"column {column!r}: {error}") from None
-    if vector.shape != (size,):
-        found = f"a list of shape {[*vector.shape]}" if isinstance(value, list) else f"{value!r:.60}"
-        raise BadMedia(f"column {column!r}: expected a list of {size} numbers (the model's embed_dim), found {found}")
-    length = np.linalg.norm(vector)
-    if not (np.isfinite(length) and length > 0):
-        raise BadMedia(f"column {column!r}: a vector of length {length:g} has no direction")
-    return (vector / length).astype(np.float32)
-
-
-def item_id(value: Any, row: int) -> int:
-    """A hash that rows of the same item share, see `item_key`. A row without a value is an item of its own."""
-    key = value if isinstance(value, bytes) else (item_key(value) or "").encode()  # Media and vectors have no case.
-    content = key or f"\nrow {row}".encode()  # No text's key has a line break.
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
-
-
 def _name(source: Table, column: str, where: str) -> str:
     return f"{where}: column {column!r} of source {source.name}"
 
 
-def _row_classes(value: Any, lists: bool) -> list[Any]:
-    """The classes of one row. Raises ValueError if the value is not of the form that is expected."""
+def row_classes(value: Any, lists: bool) -> list[Any]:
+    """The classes of one row: one class or, with `lists`, any number. ValueError: the value is something else."""
     if lists and value is None:
         return []
     labels = value if isinstance(value, list) else [value]

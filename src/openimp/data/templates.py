@@ -5,8 +5,8 @@ values joined by commas, and `{{` and `}}` with braces.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from openimp.common.modality import BadMedia
 from openimp.data.tables import Unreadable
 
 
-class Part(NamedTuple):
+class Piece(NamedTuple):
     """A piece of a template."""
 
     text: str  # literal text, or the name of a column
@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
 def columns_of(templates: list[str]) -> list[str]:
     """The columns that templates read, without duplicates, in the order of first use."""
-    return list(dict.fromkeys(part.text for template in templates for part in _parse(template) if part.values))
+    return list(dict.fromkeys(piece.text for template in templates for piece in _parse(template) if piece.values))
 
 
 def fill(templates: list[str], row: dict[str, Any], rng: np.random.Generator | None = None) -> str:
@@ -39,10 +39,10 @@ def fill(templates: list[str], row: dict[str, Any], rng: np.random.Generator | N
     """
     empty: dict[str, None] = {}
     for i in range(len(templates)) if rng is None else rng.permutation(len(templates)):
-        parts = _parse(templates[i])
-        values = _values(parts, row)
+        pieces = _parse(templates[i])
+        values = _values(pieces, row)
         if all(values.values()):
-            return _write(parts, values, partial(_draw_one, rng), partial(_draw_some, rng))
+            return _write(pieces, values, rng)
         empty |= dict.fromkeys(column for column, texts in values.items() if not texts)
     raise BadMedia(f"no text in column {', '.join(empty)}")
 
@@ -51,54 +51,41 @@ def all_texts(templates: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[
     """The texts of each row that a tokenizer is trained on: every template with every value of its columns."""
     for row in rows:
         texts = []
-        for parts in map(_parse, templates):
+        for pieces in map(_parse, templates):
             try:
-                values = _values(parts, row)
+                values = _values(pieces, row)
             except BadMedia:
                 continue
             if all(values.values()):
-                turns = max((len(values[part.text]) for part in parts if part.values == "one"), default=1)
-                texts += [_write(parts, values, partial(_in_turn, turn), list) for turn in range(turns)]
+                turns = max((len(values[piece.text]) for piece in pieces if piece.values == "one"), default=1)
+                texts += [_write(pieces, values, turn=turn) for turn in range(turns)]
         if texts:
             yield texts
 
 
 def _write(
-    parts: Iterable[Part],
-    values: dict[str, list[str]],
-    one: Callable[[list[str]], str],
-    some: Callable[[list[str]], list[str]],
+    pieces: Iterable[Piece], values: dict[str, list[str]], rng: np.random.Generator | None = None, turn: int = 0
 ) -> str:
-    """Joins the parts; `one` and `some` choose among the values of a column."""
+    """Joins the pieces with values that `rng` draws; without it, `{x}` is value number `turn`, and `{x*}` all."""
     written = []
-    for text, kind in parts:
+    for text, kind in pieces:
+        options = values.get(text, [])
         if kind == "one":
-            text = one(values[text])
+            number = turn % len(options) if rng is None or len(options) == 1 else int(rng.integers(len(options)))
+            text = options[number]
         elif kind == "all":
-            text = ", ".join(some(values[text]))
+            if rng is not None:
+                count = len(options) if rng.random() < 0.5 else int(rng.integers(1, len(options) + 1))
+                options = [options[i] for i in rng.permutation(len(options))[:count]]
+            text = ", ".join(options)
         written.append(text)
     return "".join(written)
 
 
-def _in_turn(turn: int, values: list[str]) -> str:
-    return values[turn % len(values)]
-
-
-def _draw_one(rng: np.random.Generator | None, values: list[str]) -> str:
-    return values[0] if rng is None or len(values) == 1 else values[int(rng.integers(len(values)))]
-
-
-def _draw_some(rng: np.random.Generator | None, values: list[str]) -> list[str]:
-    if rng is None:
-        return values
-    count = len(values) if rng.random() < 0.5 else int(rng.integers(1, len(values) + 1))
-    return [values[i] for i in rng.permutation(len(values))[:count]]
-
-
-def _values(parts: Iterable[Part], row: dict[str, Any]) -> dict[str, list[str]]:
+def _values(pieces: Iterable[Piece], row: dict[str, Any]) -> dict[str, list[str]]:
     """The non-empty values, as text, of each column that a template reads."""
     found = {}
-    for column in (part.text for part in parts if part.values):
+    for column in (piece.text for piece in pieces if piece.values):
         cell = row.get(column)
         texts = (_text(value, column) for value in (cell if isinstance(cell, list | tuple) else [cell]))
         found[column] = [text for text in texts if text]
@@ -117,17 +104,17 @@ def _text(value: Any, column: str) -> str:
 
 
 @cache
-def _parse(template: str) -> tuple[Part, ...]:
-    """The parts of a template."""
+def _parse(template: str) -> tuple[Piece, ...]:
+    """The pieces of a template."""
     if not re.search(r"[{}]", template):
-        return (Part(template, "one"),)
-    parts = []
+        return (Piece(template, "one"),)
+    pieces = []
     for escaped, column, star, literal, wrong in re.findall(
         r"(\{\{|\}\})|\{([^{}*]+)(\*?)\}|([^{}]+)|([{}])", template
     ):
         if wrong or (column and column != column.strip()):
             raise UserError(f"template {template!r}: expected {{column}}, {{column*}}, or {{{{ and }}}} for braces")
-        parts.append(Part(column, "all" if star else "one") if column else Part(escaped[:1] or literal, ""))
-    if not any(part.values for part in parts):
+        pieces.append(Piece(column, "all" if star else "one") if column else Piece(escaped[:1] or literal, ""))
+    if not any(piece.values for piece in pieces):
         raise UserError(f"template {template!r} reads no column; write one as {{column}}")
-    return tuple(parts)
+    return tuple(pieces)

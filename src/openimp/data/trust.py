@@ -2,8 +2,9 @@
 
 A recipe names files, and rows of those files end up in results and reports. A model made by somebody else could use
 this to copy private files into a report, so its recipe may only name files in its own folder. A model that this user
-trained may read all its sources. Training stores a hash of the model's configuration in openimp's cache folder, which
-no other user can write to. The hash does not depend on the path, so a model may be moved, renamed and copied.
+trained may read all its sources. Training stores a hash of the model's config.json and recipe.yaml in openimp's cache
+folder, which no other user can write to. The hash does not depend on the path, so a model may be moved, renamed and
+copied.
 """
 
 import hashlib
@@ -14,26 +15,33 @@ from pathlib import Path
 
 from openimp.common.cache import cache_folder
 from openimp.common.errors import UserError
-from openimp.data.files import is_url, locate
+from openimp.common.names import BUNDLED, Name, is_url
+from openimp.data.files import locate
 from openimp.recipe.evaluation import Probe
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 
 KNOWN = "trained"
-"""Folder in the cache. It holds one empty file per configuration that this user trained, named by its hash."""
+"""Folder in the cache. It holds one empty file per model that this user trained, named by its hash."""
 
 
-def record_training(config: str) -> None:
-    """Records that this user trains a model whose config.json has the text `config`."""
+def record_training(config: str, recipe: str) -> None:
+    """Records that this user trains a model whose config.json and recipe.yaml have these texts."""
     with suppress(OSError, UserError):  # If it cannot be stored, `eval` only needs a flag.
-        (cache_folder(KNOWN) / hashlib.sha256(config.encode()).hexdigest()).touch()
+        _record(config.encode(), recipe.encode()).touch()
 
 
 def trained_here(folder: Path) -> bool:
     """Whether this user trained the model in `folder` on this machine."""
+    files = [folder / "config.json", folder / "recipe.yaml"]
     with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
-        return (cache_folder(KNOWN) / hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()).exists()
+        return _record(*(file.read_bytes() for file in files if file.exists())).exists()
     return False
+
+
+def _record(*contents: bytes) -> Path:
+    """The file for config.json and recipe.yaml, of which an older model has only the first."""
+    return cache_folder(KNOWN) / hashlib.sha256(b"\0".join(contents)).hexdigest()
 
 
 def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], given: Collection[str] = ()) -> None:
@@ -43,9 +51,12 @@ def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str],
     arguments see `check_uses`.
     """
     used = []
-    for measured, options in ((name, recipe.evaluation.sets[name]) for name in sets if name in recipe.evaluation.sets):
-        names = [options.source, *([options.train] if isinstance(options, Probe) else [])]
-        used += [(f"evaluation set {measured}", name) for name in names if name not in given]
+    for name in sets:
+        if name not in recipe.evaluation.sets:
+            continue
+        options = recipe.evaluation.sets[name]
+        sources = [options.source, options.train] if isinstance(options, Probe) else [options.source]
+        used += [(f"evaluation set {name}", source) for source in sources if source not in given]
     check_uses(path, folder, recipe, used)
 
 
@@ -53,7 +64,7 @@ def check_uses(path: Path, folder: Path, recipe: Recipe, used: Iterable[tuple[st
     """Checks that the sources of a model's recipe may be read.
 
     They may if this user trained the model on this machine. Otherwise each source must be bundled or inside `path`,
-    the run or model folder that the user named. `folder` has the model's config.json. `recipe` is the one in that file,
+    the run or model folder that the user named. `folder` has the model's files. `recipe` is the one among them,
     or one of the user's that it completes. `used` has pairs of the part of the recipe that reads a source, for the
     message, and the source's name.
     """
@@ -61,10 +72,10 @@ def check_uses(path: Path, folder: Path, recipe: Recipe, used: Iterable[tuple[st
         return
     for user, name in used:
         if not _is_inside(path, name, recipe.sources[name]):
-            where = recipe.sources[name].path or recipe.sources[name].hub
+            origin = recipe.sources[name].path or recipe.sources[name].hub
             raise UserError(
                 f"{path}: you did not train this model on this machine, and {user} of its recipe reads source {name} "
-                f"({where}), which is outside of this folder; add --allow-sources if you trust the recipe"
+                f"({origin}), which is outside of this folder; add --allow-sources if you trust the recipe"
             )
 
 
@@ -72,10 +83,13 @@ def _is_inside(folder: Path, name: str, source: Source) -> bool:
     """Whether a source is bundled, or all its files are inside `folder` after links are resolved."""
     if source.path is None or is_url(source.path):
         return False
-    bundled = source.path.startswith("openimp:")
-    named = [place for place in (None if bundled else source.path, source.root) if place is not None]
-    real = Path(os.path.realpath(folder))
-    inside = all(Path(os.path.realpath(place)).is_relative_to(real) for place in named)
+    bundled = Name.parse(source.path).scheme == BUNDLED
+    real_folder = os.path.realpath(folder)
+
+    def is_inside(path: str) -> bool:
+        return Path(os.path.realpath(path)).is_relative_to(real_folder)
+
+    if source.root is not None and not is_inside(source.root):
+        return False
     # Files are listed only if the path is inside, so that nothing outside of the folder is looked at.
-    files = locate(name, source.path)[1] if inside and not bundled else []
-    return inside and all(Path(os.path.realpath(file)).is_relative_to(real) for file in files)
+    return bundled or (is_inside(source.path) and all(map(is_inside, locate(name, source.path)[1])))

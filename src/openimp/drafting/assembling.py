@@ -17,8 +17,9 @@ BAD_ROWS_WARNING = 0.005
 COMMENTS = {
     "modalities": "patch: frames, height and width of a token. min_df: whole words, of which rare ones are left out.",
     "sources": "cache: media are decoded once, before training, and kept in memory.",
-    "tasks": "Three of four steps drop half of the tokens, which makes them nearly twice as fast. same: rows with "
-    "equal values in this column are positives of each other, and not negatives. weight: how often a task is drawn.",
+    "tasks": "Three of four steps drop half of the tokens, which makes them nearly twice as fast. positives_by: rows "
+    "with equal values in this column are positives of each other, and not negatives. weight: how often a task is "
+    "drawn.",
     "optimizer": "As in the demo. To fine-tune a model (train.init), divide the rates by 3 or more.",
     "parallel": "With several GPUs, each has all of the model.",
     "evaluation": "Measured at the end; with every: 500, also every 500 steps.",
@@ -96,7 +97,7 @@ def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machin
         recipe["sources"][f"{name}_test"] = split.test
     objectives: list[dict[str, Any]] = []
     if task.text:
-        objectives.append({"type": "contrastive", "same": split.item if task.text.items else task.text.name})
+        objectives.append({"type": "contrastive", "positives_by": split.item if task.text.items else task.text.name})
     if task.label:
         weight = 0.2 if task.text else 1.0
         objectives.append({"type": "classification", "label": task.label.name, "weight": weight})

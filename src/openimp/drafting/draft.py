@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes
+from openimp.common.names import BUNDLED, HUB, Name
 from openimp.data.batch import head_key
 from openimp.data.files import is_utf8
 from openimp.data.sources import FORMATS
@@ -77,7 +78,7 @@ def is_data(what: str) -> bool:
     Raises:
         UserError: it is the directory of a run.
     """
-    if what.startswith(("hub:", "openimp:")) or Path(what).suffix.lower() in FORMATS:
+    if Name.parse(what).scheme in (BUNDLED, HUB) or Path(what).suffix.lower() in FORMATS:
         return True
     if not Path(what).is_dir() or what in bundled():
         return False
@@ -138,7 +139,9 @@ def fit(draft: Draft, classes: Classes, machine: Machine) -> float:
         recipe = Recipe.build(draft.recipe, Path.cwd())
         modalities = recipe.make_modalities()
         steps = [
-            step_memory(recipe, modalities, classes, name, view, recipe.train.precision, machine.is_gpu)
+            step_memory(
+                recipe, modalities, classes, name, view, precision=recipe.train.precision, on_gpu=machine.is_gpu
+            )
             for name, task in recipe.tasks.items()
             for view in range(len(task.views))
         ]

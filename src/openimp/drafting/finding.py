@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from openimp.common.errors import UserError, by_extension, printable
 from openimp.common.folders import files_below, subfolders, visible
+from openimp.common.names import HUB, Name
 from openimp.data.folders import CAPTION
 from openimp.data.hub import quiet
 from openimp.data.sources import FORMATS
@@ -52,8 +53,9 @@ def find(paths: list[str]) -> list[Candidate]:
 
 
 def _below(path: str) -> list[Candidate]:
-    if path.startswith("hub:"):
-        return _hub_splits(path.removeprefix("hub:"))
+    scheme, rest = Name.parse(path)
+    if scheme == HUB:
+        return _hub_splits(rest)
     if os.path.isdir(path):
         return _in_folder(Path(path))
     return [Candidate({"path": path})]  # Whoever opens it checks it.

@@ -23,7 +23,7 @@ CACHE_SHARE = 0.1
 MARGIN = 1.15**2
 """Pixels of a cached picture, relative to those of its view."""
 LONG_CLIP = 128
-"""Frames: half of the limit up to which a cache holds all of a clip (see docs/data.md)."""
+"""Frames: half of the limit up to which a cache holds all of a clip (`cache` in docs/recipe.md)."""
 LONG_SOUND = 150.0
 """Seconds, likewise."""
 

@@ -15,7 +15,6 @@ from openimp.data.tables import Table
 from openimp.data.templates import columns_of, fill
 from openimp.model.embedder import Embedder
 from openimp.recipe.inputs import Input
-from openimp.recipe.schema import Recipe
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """Wraps an iterable to show its progress: `progress(iterable, description)`."""
@@ -24,11 +23,6 @@ Raw = str | bytes | Path | np.ndarray
 
 READ_ROWS = 256
 """Number of rows that are read from a source at once."""
-
-
-def first_view(recipe: Recipe, name: str) -> Any:
-    """The default view of a modality: the first one of the first task that reads it."""
-    return next(task.views[0][name] for task in recipe.tasks.values() if name in task.inputs)
 
 
 def require_columns(table: Table, modality: Modality, spec: Input, where: str) -> None:

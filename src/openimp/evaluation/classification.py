@@ -102,7 +102,7 @@ def check(evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table
         known = options.classes
         lists = any(isinstance(value, list) for value in values)
     else:
-        lists = evaluator.recipe.class_head(options, where).loss == "sigmoid"
+        lists = evaluator.recipe.class_column(options, where).has_lists
         known = evaluator.classes.get(_head(evaluator, options))
         if known is None:
             raise UserError(f"{where}: the model has no head that tasks.{options.task} trained on {options.label!r}")

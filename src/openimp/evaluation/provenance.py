@@ -8,9 +8,9 @@ import torch
 
 from openimp.common.cache import stable_hash
 from openimp.common.modality import Modalities
+from openimp.common.protocols import learned_files
 from openimp.common.versions import library_version, openimp_version
 from openimp.data.tables import Table
-from openimp.encoding.items import first_view
 from openimp.evaluation.evaluator import ReadableRows
 from openimp.model.embedder import Embedder
 from openimp.parallel.layout import full_tensor
@@ -29,7 +29,7 @@ def checkpoint_fields(model: Embedder, modalities: Modalities) -> dict[str, Any]
         total.update(f"{name} {full.dtype} {list(full.shape)}\n".encode())
         total.update(full.reshape(-1).view(torch.uint8).cpu().numpy())
     for modality in modalities.values():
-        total.update(repr(sorted(modality.state().items())).encode())
+        total.update(repr(sorted(learned_files([modality]).items())).encode())
     return {"checkpoint": total.hexdigest()[:16], "openimp": openimp_version()}
 
 
@@ -59,7 +59,7 @@ def how_fields(recipe: Recipe, modalities: Modalities, options: EvaluationSet, p
     wording: list[Any] = [spec.columns for name, spec in options.inputs.items() if modalities[name].reads_text]
     prompts = None
     if isinstance(options, ZeroShot):
-        views[options.reader] = first_view(recipe, options.reader)
+        views[options.reader] = recipe.first_view(options.reader)
         prompts = options.prompts
         wording += [prompts, options.classes, *(["words"] if options.words else [])]
     return {

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from openimp.common.errors import UserError, by_extension, counted
 from openimp.common.modality import BadMedia
+from openimp.common.names import is_url
 from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
-from openimp.data.files import is_url, is_utf8
+from openimp.data.files import is_utf8
 from openimp.encoding.engine import ItemEncoder, to_cpu
 from openimp.inference.files import File, file_value, find_files, shown_name
 from openimp.inference.model import load
@@ -76,7 +77,7 @@ def embed(
     encoders = {name: model.item_encoder(name, towards, batch_size, f"embed {name}") for name in found}
     columns = dict.fromkeys(("path", "modality", "towards"), pa.string())
     columns["embedding"] = pa.list_(pa.float32(), model.imp.config.embed_dim)
-    schema = pa.schema(columns, {"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})})
+    schema = pa.schema(columns, {"openimp": json.dumps({"model": str(run), "recipe": model.config.name})})
     rows = dict.fromkeys(found, 0)
     skipped: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)

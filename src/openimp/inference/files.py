@@ -10,8 +10,8 @@ import fsspec
 from openimp.common.errors import UserError, nearest
 from openimp.common.folders import files_below, is_hidden
 from openimp.common.modality import BadMedia, Modalities
+from openimp.common.names import is_url
 from openimp.common.safe_files import LARGEST_TEXT, read_text
-from openimp.data.files import is_url
 
 File = Path | str
 """A path on disk, or a URL that fsspec opens, such as `s3://bucket/photos/1.jpg`."""

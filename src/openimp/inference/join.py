@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import BadMedia
+from openimp.common.names import is_url
 from openimp.common.progress import console, track
 from openimp.common.safe_files import replacing
-from openimp.data.files import is_url
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
 from openimp.encoding.engine import to_cpu
@@ -93,7 +93,7 @@ def embed_rows(
         return encoder.read(raw_value(table, encoder.modality, spec, row))
 
     embedding = pa.field(to, pa.list_(pa.float32()))
-    metadata = {"openimp": json.dumps({"model": str(run), "recipe": model.recipe.name})}
+    metadata = {"openimp": json.dumps({"model": str(run), "recipe": model.config.name})}
     schema = table.arrow(range(0)).schema.append(embedding).with_metadata(metadata)
     rows: Iterable[int] = progress(range(len(table)), f"embed {name}")
     results = encoder.encode((row, partial(read, row)) for row in rows)

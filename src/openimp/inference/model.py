@@ -4,21 +4,24 @@ Shape suffixes: B inputs, Z features of the shared embedding space.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from openimp.checkpoint.folder import find_model, load_model, save_model
+from openimp.checkpoint.find import find_model
+from openimp.checkpoint.folder import NO_RECIPE, SavedRecipe, load_model, save_model
 from openimp.common.device import Precision, pick_device, precision_of
 from openimp.common.errors import UserError, nearest
-from openimp.common.modality import BadMedia, Classes, Modalities, Modality
+from openimp.common.modality import BadMedia, Modalities, Modality
 from openimp.common.progress import notice
+from openimp.common.protocols import PictureReader, Tensors, TextReader
 from openimp.encoding.engine import ItemEncoder
-from openimp.encoding.items import first_view, require_pair
+from openimp.encoding.items import require_pair
 from openimp.model.embedder import Embedder
+from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
 
@@ -26,9 +29,9 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     """Opens a trained model.
 
     Args:
-        path: a run, whose newest checkpoint is opened; a checkpoint; a folder that `Model.save` wrote; or a model on
-            the Hugging Face Hub: OWNER/NAME, or OWNER/NAME@REVISION with a commit, tag or branch; or a public model of
-            open_clip: open_clip:NAME/TAG, open_clip:hf-hub:OWNER/NAME or open_clip:local-dir:FOLDER.
+        path: a run, whose newest checkpoint is opened; a checkpoint; a folder that `Model.save` wrote; a model on the
+            Hugging Face Hub, hub:OWNER/NAME or hub:OWNER/NAME@REVISION; or a public model, open_clip:NAME/TAG.
+            docs/names.md lists all names.
         device: where the model computes. None: on the GPU if there is one, else on the CPU.
         precision: "auto", "bf16" or "fp32". "auto" is bf16 if that is faster on the device. In fp32, an embedding is
             the same in any batch, up to 1e-5.
@@ -38,7 +41,8 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
     """
     device = torch.device(device or pick_device())
     precision_of(device, precision)  # An unknown precision is an error before the model is read.
-    return Model(*load_model(find_model(str(path))), precision).to(device).eval()
+    imp, (config, modalities, recipe) = load_model(find_model(str(path)))
+    return Model(imp, config, modalities, precision, recipe).to(device).eval()
 
 
 class Model(nn.Module):
@@ -46,20 +50,28 @@ class Model(nn.Module):
 
     An input is seen in the first view of the first task that reads its modality, as in evaluation: without
     augmentation, with all tokens, and with the embeddings of a long item's clips averaged. You may change `views`;
-    `preprocess` and `tokenizer` follow. The other attributes are the network `imp`, the `recipe` of its training, the
-    `modalities` by name, the `classes` of each classification head, and the `precision`; see `load`.
+    `preprocess` and `tokenizer` follow. The other attributes are the network `imp`, its `config`, the `modalities` by
+    name, the `precision` (see `load`), and the `saved_recipe` of its training.
     """
 
     def __init__(
-        self, imp: Embedder, recipe: Recipe, modalities: Modalities, classes: Classes, precision: Precision = "auto"
+        self,
+        imp: Embedder,
+        config: ModelConfig,
+        modalities: Modalities,
+        precision: Precision = "auto",
+        saved_recipe: SavedRecipe = NO_RECIPE,
     ) -> None:
         super().__init__()
-        self.imp, self.recipe, self.modalities, self.classes = imp, recipe, modalities, classes
+        self.imp = imp
+        self.config = config
+        self.modalities = modalities
         self.precision = precision
-        self.views = {name: first_view(recipe, name) for name in modalities}
-        self._pictures = next((name for name, m in modalities.items() if hasattr(m, "preprocess")), None)
+        self.saved_recipe = saved_recipe
+        self.views = dict(config.views)
+        self._pictures = next((m for m in modalities.values() if isinstance(m, PictureReader)), None)
+        self._texts = next((m for m in modalities.values() if isinstance(m, TextReader)), None)
         self._unknown_texts: set[str] = set()  # those of which the user was told
-        self._reader = next((name for name, m in modalities.items() if hasattr(m, "tokenize")), None)
 
     def encode(
         self, modality: str, inputs: Any, normalize: bool = False, towards: str | None = None, batch_size: int = 64
@@ -81,9 +93,12 @@ class Model(nn.Module):
             (B, Z) fp32, on the model's device.
         """
         encoder = self.item_encoder(modality, towards, batch_size, f"encode_{modality}", normalize)
+        reader = encoder.modality
         if isinstance(inputs, Tensor):
+            if not isinstance(reader, Tensors):
+                raise TypeError(f"{modality} takes raw values, not a tensor")
             parts = inputs.to(self.device).split(batch_size)
-            return torch.cat([encoder.encode_tokens(encoder.modality.from_tensor(part)) for part in parts])
+            return torch.cat([encoder.encode_tokens(reader.from_tensor(part)) for part in parts])
         inputs = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
         # Two threads cannot load the same Pillow picture at once, so an object that is given twice is read once.
         distinct = {id(value): value for value in inputs}
@@ -91,11 +106,12 @@ class Model(nn.Module):
         for key, vector in encoder.encode((key, partial(encoder.read, value)) for key, value in distinct.items()):
             value = distinct[key]
             if isinstance(vector, BadMedia):
-                is_path = isinstance(value, Path) or (isinstance(value, str) and not encoder.modality.reads_text)
+                is_path = isinstance(value, Path) or (isinstance(value, str) and not reader.reads_text)
                 number = next(i for i, other in enumerate(inputs) if other is value)
                 name = str(value) if is_path else f"input {number}"
                 raise UserError(f"{name}: cannot be read as {modality}: {vector}")
-            if not encoder.modality.knows(value, encoder.view) and value not in self._unknown_texts:
+            is_unknown = isinstance(reader, TextReader) and not reader.knows(value, encoder.view)
+            if is_unknown and value not in self._unknown_texts:
                 self._unknown_texts.add(value)
                 notice(f"{value!r:.100} has no word that the model knows: read as an empty text")
             vectors[key] = vector
@@ -133,7 +149,7 @@ class Model(nn.Module):
         if not partners:
             raise UserError(f"no task trains {modality} together with another modality, so it has no embedding")
         if reads_text:
-            wanted = [name for name in partners if name == self._pictures]
+            wanted = [name for name in partners if self.modalities[name] is self._pictures]
         else:
             wanted = [name for name in partners if self.modalities[name].reads_text]
         return (wanted or partners)[0]
@@ -144,7 +160,17 @@ class Model(nn.Module):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: expected a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(folder, self.imp, self.recipe, self.modalities, self.classes)
+        save_model(folder, self.imp, self.config, self.modalities, self.saved_recipe.text)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe of its training. UserError if there is none, or if this version of openimp cannot read it."""
+        return self.saved_recipe.validated()
+
+    @property
+    def classes(self) -> dict[str, list[Any]]:
+        """The classes of each classification head."""
+        return self.config.classes
 
     @property
     def device(self) -> torch.device:
@@ -157,29 +183,26 @@ class Model(nn.Module):
         read pictures."""
         if self._pictures is None:
             return None
-        pictures: Any = self.modalities[self._pictures]
-        return partial(pictures.preprocess, view=self.views[self._pictures])
+        return partial(self._pictures.preprocess, view=self.views[self._pictures.name])
 
     @property
     def tokenizer(self) -> Callable[[str | list[str]], Tensor] | None:
         """Converts texts to ids (B, L) for `encode`, as in open_clip. None if the model does not read texts."""
-        if self._reader is None:
+        if self._texts is None:
             return None
-        reader: Any = self.modalities[self._reader]
-        return partial(reader.tokenize, length=self.views[self._reader].length)
+        return partial(self._texts.tokenize, length=self.views[self._texts.name].length)
 
     @property
     def logit_scale(self) -> Tensor:
         """The logarithm of the learned scale of the similarities of pictures and texts, as in open_clip."""
         if self._pictures is None:
             raise UserError("the model does not read pictures; for another pair see imp.temperature")
-        partner = self.partner(self._pictures)
+        name = self._pictures.name
+        partner = self.partner(name)
         try:
-            return self.imp.temperature(self._pictures, partner).scale.log()
+            return self.imp.temperature(name, partner).scale.log()
         except KeyError:
-            raise UserError(
-                f"no contrastive objective has learned a scale for {self._pictures} and {partner}"
-            ) from None
+            raise UserError(f"no contrastive objective has learned a scale for {name} and {partner}") from None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("encode_") and name.removeprefix("encode_") in self.__dict__.get("modalities", ()):

@@ -11,8 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from openimp.checkpoint.folder import CHECKPOINTS, read_state, saved_step
 from openimp.common.errors import UserError
 from openimp.common.modality import Modality
+from openimp.common.names import BUNDLED, Name, is_url
 from openimp.common.versions import openimp_version
-from openimp.data.files import BUNDLED_LICENSES, is_url
+from openimp.data.files import BUNDLED_LICENSES
 from openimp.data.sources import open_source
 from openimp.data.trust import trained_here
 from openimp.evaluation.provenance import checkpoint_fields
@@ -24,7 +25,6 @@ from openimp.recipe.tasks import Source
 
 METRICS = {"r1": "R@1", "top1": "top-1", "map": "mAP"}
 """Names of the main metrics. That of another library's score is in the result."""
-BUNDLED = "openimp:"
 """Begins the path of a source that comes with openimp."""
 
 
@@ -84,7 +84,7 @@ def training_sources(recipe: Recipe) -> dict[str, Source]:
 
 def is_bundled(source: Source) -> bool:
     """Whether the data comes with openimp."""
-    return source.path is not None and source.path.startswith(BUNDLED)
+    return source.path is not None and Name.parse(source.path).scheme == BUNDLED
 
 
 def _example(modality: Modality) -> str:
@@ -102,7 +102,7 @@ def _sources(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
             "bundled": is_bundled(source),
             "rows": _rows(name, source) if trusted or is_bundled(source) else None,
             "examples": seen.get(name),
-            "license": source.license or BUNDLED_LICENSES.get(str(source.path).removeprefix(BUNDLED)),
+            "license": source.license or BUNDLED_LICENSES.get(Name.parse(str(source.path)).rest),
         }
         for name, source in training_sources(recipe).items()
     ]

@@ -27,7 +27,7 @@ class MTEBEncoder(AbsEncoder):
         self.model = model
         self.mteb_model_meta = ModelMeta.create_empty(
             {
-                "name": f"openimp/{model.recipe.name}",
+                "name": f"openimp/{model.config.name}",
                 "revision": _revision(model),
                 "modalities": [name for name in model.modalities if name in get_args(Modalities)],
                 "n_parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openimp.checkpoint.folder import config_files
 from openimp.common.errors import UserError
-from openimp.common.modality import Modality, TensorInput
+from openimp.common.modality import Modality
 from openimp.common.progress import console
+from openimp.common.protocols import TensorInput, Tensors, learned_files
 from openimp.inference.model import Model, load
+from openimp.model.embedder import Embedder
 
 TOLERANCE = 1e-4
 """Largest difference between the unit vectors of a graph and those of the model."""
@@ -44,10 +45,9 @@ def export(run: str | Path, folder: Path) -> None:
         raise UserError(f"{run}: no task trains two modalities together, so there are no embeddings to export")
     folder.mkdir(parents=True, exist_ok=True)
     described = {name: _export_one(model, name, targets, folder) for name, targets in graphs.items() if targets}
-    about = {"recipe": model.recipe.name, "embed_dim": model.imp.config.embed_dim, "graphs": described}
-    for name, text in config_files(model.imp, model.recipe, model.modalities, model.classes).items():
-        if name != "config.json":
-            (folder / name).write_text(text, encoding="utf-8")
+    about = {"recipe": model.config.name, "embed_dim": model.imp.config.embed_dim, "graphs": described}
+    for name, text in learned_files(model.modalities.values()).items():
+        (folder / name).write_text(text, encoding="utf-8")
     (folder / "graphs.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, found in described.items():
         size = sum(file.stat().st_size for file in folder.glob(f"{name}.onnx*")) / 1e6
@@ -60,14 +60,16 @@ def export(run: str | Path, folder: Path) -> None:
 class Graph(nn.Module):
     """A modality of a model as one function: the tensor of `from_tensor` to unit vectors (B, Z), one per target."""
 
-    def __init__(self, model: Model, modality: Modality, targets: list[str]) -> None:
+    def __init__(self, imp: Embedder, name: str, modality: Tensors, targets: list[str]) -> None:
         super().__init__()
-        self.imp, self.modality, self.targets = model.imp, modality, targets
+        self.imp = imp
+        self.name = name
+        self.modality = modality
+        self.targets = targets
 
     def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
-        name = self.modality.name
-        features_BD = self.imp.encode({name: self.modality.from_tensor(batch)}).features
-        return tuple(self.imp.project(features_BD, name, target) for target in self.targets)
+        features_BD = self.imp.encode({self.name: self.modality.from_tensor(batch)}).features
+        return tuple(self.imp.project(features_BD, self.name, target) for target in self.targets)
 
 
 def _targets(model: Model, name: str) -> dict[str, list[str]]:
@@ -90,11 +92,10 @@ def _targets(model: Model, name: str) -> dict[str, list[str]]:
 def _export_one(model: Model, name: str, targets: dict[str, list[str]], folder: Path) -> dict[str, Any]:
     """Writes the graph of one modality, and returns what graphs.json says about it."""
     modality = model.modalities[name]
-    try:
-        expected = modality.tensor_input(model.views[name])
-    except TypeError as error:
-        raise UserError(f"{name} cannot be exported: {error}") from None
-    graph = Graph(model, modality, [others[0] for others in targets.values()]).eval()
+    if not isinstance(modality, Tensors):
+        raise UserError(f"{name} cannot be exported: it takes raw values, not a tensor")
+    expected = modality.tensor_input(model.views[name])
+    graph = Graph(model.imp, name, modality, [others[0] for others in targets.values()]).eval()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     file = folder / f"{name}.onnx"
     _write(graph, _example(expected, modality, EXAMPLES), list(targets), file, weights)

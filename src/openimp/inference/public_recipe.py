@@ -1,4 +1,5 @@
-"""What of a recipe `openimp push` publishes: everything but folders, passwords and the queries of URLs.
+"""What `openimp push` publishes of a recipe and of a model's configuration: everything but folders, passwords and the
+queries of URLs.
 
 Folders may tell names of users, customers or machines, and the query of a URL may hold a key.
 """
@@ -8,32 +9,24 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from openimp.data.files import is_url
-from openimp.recipe.model import LOCAL
+from openimp.common.names import is_url, map_path
 
 
-def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a recipe as plain data, with the `public_path` of each path in it."""
-    recipe = copy.deepcopy(recipe)
-    for part in (*recipe["sources"].values(), recipe["train"]):
-        _shorten(part, {"path", "hub", "root", "init"})  # A data set of the hub may be a local folder.
-    if wrapped := recipe.get("model", {}).get("wrap"):
-        library, local, folder = wrapped.partition(LOCAL)
-        recipe["model"]["wrap"] = library + local + (public_path(folder) if local else folder)
-    for options in recipe["modalities"].values():
+def shorten_paths(data: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe or of a model's configuration as plain data, with the `public_path` of each path in it."""
+    data = copy.deepcopy(data)
+    for part in (*data.get("sources", {}).values(), data.get("model", {}), data.get("train", {})):
+        _shorten(part, {"path", "hub", "root", "init", "wrap"})  # A data set of the hub may be a local folder.
+    for options in data["modalities"].values():
         _shorten(options, options.keys())  # A modality of another package may have paths of any name.
-    return recipe
+    return data
 
 
 def public_path(path: str) -> str:
     """The last part of an absolute path; a URL without user, password and query; anything else as it is.
 
-    In chained URLs, such as `simplecache::s3://...`, this is done for each, and so for the path in
-    `timm:local-dir:/FOLDER`.
+    In chained URLs, such as `simplecache::s3://...`, this is done for each.
     """
-    library, colon, folder = path.rpartition("local-dir:")
-    if colon:
-        return f"{library}{colon}{public_path(folder)}"
     if is_url(path):
         first, chained, rest = path.partition("::")
         if chained:
@@ -42,7 +35,7 @@ def public_path(path: str) -> str:
         if parts.scheme in ("file", "local"):
             return Path(parts.path).name
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
-    return Path(path).name if Path(path).is_absolute() else path
+    return map_path(path, lambda path: Path(path).name if Path(path).is_absolute() else path)
 
 
 def _shorten(part: dict[str, Any], keys: Any) -> None:

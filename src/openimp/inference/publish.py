@@ -9,14 +9,15 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from openimp.checkpoint.folder import load_model, model_folder
+from openimp.checkpoint.find import find_model
+from openimp.checkpoint.folder import CONFIG, RECIPE
 from openimp.common.errors import UserError, nearest
 from openimp.common.progress import console
 from openimp.common.versions import openimp_version
 from openimp.data.files import DEMO
-from openimp.inference.model import Model
+from openimp.inference.model import Model, load
 from openimp.inference.model_card import is_bundled, model_card, training_sources
-from openimp.inference.public_recipe import public_recipe
+from openimp.inference.public_recipe import shorten_paths
 from openimp.recipe.file import override
 from openimp.recipe.schema import Recipe
 
@@ -42,8 +43,8 @@ def push(
         raise UserError(f"--license {license}: expected the Hub's identifier of a license, such as apache-2.0 or other")
     if to is None:
         _require_login()
-    source = model_folder(run)
-    model = Model(*load_model(source))
+    source = find_model(run)
+    model = load(source, "cpu")
     model.recipe = _with_licenses(model.recipe, overrides)
     if to is not None:
         write(model, source, name, license, to)
@@ -51,7 +52,7 @@ def push(
         return
     with TemporaryDirectory() as folder:
         write(model, source, name, license, Path(folder))
-        url = _upload(Path(folder), name, private, f"{model.recipe.name}, written by openimp {openimp_version()}")
+        url = _upload(Path(folder), name, private, f"{model.config.name}, written by openimp {openimp_version()}")
     console.print(url, soft_wrap=True)
 
 
@@ -62,11 +63,10 @@ def write(model: Model, source: Path, name: str, license: str | None, folder: Pa
     """
     card = model_card(model, source, name, license)
     model.save(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["recipe"] = public_recipe(config["recipe"])
-    (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-    text = yaml.safe_dump(config["recipe"], sort_keys=False, width=120, allow_unicode=True)
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    (folder / CONFIG).write_text(json.dumps(shorten_paths(config), indent=1, ensure_ascii=False), encoding="utf-8")
+    text = yaml.safe_dump(shorten_paths(model.recipe.to_dict()), sort_keys=False, width=120, allow_unicode=True)
+    (folder / RECIPE).write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
     if any(map(is_bundled, training_sources(model.recipe).values())):
         for notice in DEMO.glob("NOTICE*"):

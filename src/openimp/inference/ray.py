@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from openimp.common.modality import BadMedia
-from openimp.data.files import is_url
+from openimp.common.names import is_url
 from openimp.encoding.engine import COPIED_TOGETHER, to_cpu
 from openimp.inference.files import file_value
 from openimp.inference.model import load

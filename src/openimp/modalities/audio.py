@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
+from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
+from openimp.common.protocols import TensorInput
 from openimp.common.schema import Count, Pair, Positive, Share, Strict
 from openimp.modalities import media
 from openimp.modalities.sound import (
@@ -80,8 +82,7 @@ class Audio(Modality):
                 )
             if self.hop > self.window:
                 raise ValueError(f"hop {self.hop} is longer than window {self.window}: samples would be skipped")
-            if self.nearest(1, self.bins):
-                raise ValueError(f"bins {self.bins} is not a multiple of {self.patch[1]} up to {self.limit(1)}")
+            self.check(1, self.bins, f"bins {self.bins} is")
             return self
 
     class View(Strict):
@@ -116,12 +117,8 @@ class Audio(Modality):
 
     def check(self, view: Any) -> None:
         frames = self.frames(view)
-        if nearest := self.config.nearest(0, frames):
-            side, limit = self.config.patch[0], self.config.limit(0)
-            valid = " or ".join(f"{n * self.config.hop / self.config.sample_rate:.6g}" for n in nearest)
-            raise ValueError(
-                f"seconds: {view.seconds} s are {frames} frames, not a multiple of {side} up to {limit}; use {valid} s"
-            )
+        seconds = self.config.hop / self.config.sample_rate
+        self.config.check(0, frames, f"seconds: {view.seconds} s are {frames} frames,", seconds, " s")
 
     def shape(self, view: Any) -> tuple[int, int, int, int]:
         return (1, self.frames(view), self.config.bins, 1)
@@ -131,7 +128,7 @@ class Audio(Modality):
         return media.tokens_kept(total, view.drop_tokens)
 
     @media.decoder_errors()
-    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+    def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         """Decodes a sound to mono samples (N,) int16 at the stem's sample rate.
 
         `raw` is bytes, a path, an array at that rate, or {"array": array, "sampling_rate": rate}, as `datasets` decodes
@@ -171,7 +168,7 @@ class Audio(Modality):
             raise BadMedia("no samples")
         return np.round(sound.clip(-1, 1) * 32767).astype(np.int16)
 
-    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+    def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
         """Cuts one random clip (samples,) of samples (N,), or (clips, samples) in evaluation, with at most the
         view's clips; fp32 in -1..1."""
         count = self.samples(view)
@@ -186,7 +183,7 @@ class Audio(Modality):
             sound = _at_speed(sound, speed, count)
         return (sound * np.float32(gain)).clip(-1, 1)
 
-    def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
+    def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
         """Cuts the normalized spectrogram of samples (B, samples) into patches: values (B, L, P) fp32."""
         return self._tokens(torch.from_numpy(items), view.drop_tokens, rngs)
 
@@ -199,7 +196,7 @@ class Audio(Modality):
         clips = self.encode_segment(value, view, *segment) if segment else self.encode_input(value, view)
         return self._spectrogram(clips[0], side)
 
-    def from_tensor(self, batch: torch.Tensor) -> Tokens:
+    def from_tensor(self, batch: Tensor) -> Tokens:
         """Converts mono samples (B, N) in -1..1 at the stem's sample rate. N must be a whole number of patches."""
         if batch.ndim != 2 or not batch.is_floating_point():
             raise TypeError(f"expected float samples (B, N) in -1..1, found {batch.dtype} {list(batch.shape)}")
@@ -225,14 +222,14 @@ class Audio(Modality):
         channels = [np.interp(loudness, np.linspace(0, 1, len(COLORS)), channel) for channel in zip(*COLORS)]
         return media.encode_webp(np.stack(channels, axis=-1).round().astype(np.uint8), side)
 
-    def _tokens(self, waves: torch.Tensor, drop: float, rngs: list[np.random.Generator] | None) -> Tokens:
+    def _tokens(self, waves: Tensor, drop: float, rngs: list[Rng] | None) -> Tokens:
         config = self.config
         grid = log_mel(waves, config)[..., None]
         tokens = media.patch_tokens(grid, config.patch, config.tables, drop, rngs, config.spans)
         return tokens._replace(values=(tokens.values - config.mean) / config.std)
 
 
-def log_mel(waves: torch.Tensor, config: Audio.Config) -> torch.Tensor:
+def log_mel(waves: Tensor, config: Audio.Config) -> Tensor:
     """The log-mel spectrogram (B, N // hop, bins) of samples (B, N) in -1..1: natural logarithm of the magnitude, fp32.
 
     Frame i is centered on the i-th hop. A full-scale sine has magnitude 1, whatever the window.
@@ -255,7 +252,7 @@ def log_mel(waves: torch.Tensor, config: Audio.Config) -> torch.Tensor:
     return torch.cat(mels)
 
 
-def _band(filters: np.ndarray, device: torch.device) -> tuple[slice, torch.Tensor]:
+def _band(filters: np.ndarray, device: torch.device) -> tuple[slice, Tensor]:
     """The range of frequencies in which neighboring filters are not all zero, and the filters in that range."""
     nonzero = np.flatnonzero(filters.any(1))
     first, last = int(nonzero[0]), int(nonzero[-1]) + 1

@@ -1,5 +1,7 @@
 """Pictures, read with Pillow, as one frame of patches."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -8,8 +10,9 @@ import PIL.IcoImagePlugin
 import PIL.Image
 import PIL.ImageOps
 import torch
+from torch import Tensor
 
-from openimp.common.modality import BadMedia
+from openimp.common.modality import BadMedia, Rng
 from openimp.modalities.media import MAX_PIXELS, PREVIEW, Source, decoder_errors, encode_webp, open_source
 from openimp.modalities.vision import Vision, check_pixels, decoded_size, shrink, to_rgb
 
@@ -35,40 +38,20 @@ class Image(Vision):
     extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga", ".ico")
     decoders: ClassVar[tuple[str, ...]] = ("pillow",)
 
-    @classmethod
-    def wrapped(cls) -> type[Vision]:
-        from openimp.modalities.open_clip import OpenClipImage
-
-        return OpenClipImage
-
     @property
     def patch(self) -> tuple[int, ...]:
         return (1, *self.config.patch[1:])
 
     @decoder_errors()
-    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+    def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         """Decodes a picture to (H, W, 3) uint8, or to (H, W, 4) if any of it is transparent.
 
         `raw` is bytes, a path, a Pillow picture, or a uint8 array (H, W) or (H, W, 1 to 4).
         """
-        if isinstance(raw, np.ndarray):
-            return shrink(PIL.Image.fromarray(check_pixels(raw, 2)), views)
-        if isinstance(raw, PIL.Image.Image):
-            check_size(raw)
-            return shrink(to_rgb(PIL.ImageOps.exif_transpose(raw)), views)
-        with open_source(raw) as source:
-            picture = open_picture(source)
-            if "progressive" in picture.info:
-                _check_progressive(picture, source)
-            # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. EXIF may turn the picture, so both orientations count.
-            height, width = decoded_size((picture.height, picture.width), views)
-            turned_width, turned_height = decoded_size((picture.width, picture.height), views)
-            picture.draft(None, (max(width, turned_width), max(height, turned_height)))
-            check_size(picture)
-            PIL.ImageOps.exif_transpose(picture, in_place=True)
+        with upright(raw, views) as picture:
             return shrink(to_rgb(picture), views)
 
-    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+    def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
         """Crops and augments pixels (H, W, C) to (h, w, 3), or (1, h, w, 3) in evaluation; uint8."""
         frames = self._render(item[None], view, rng)
         return frames if rng is None else frames[0]
@@ -82,7 +65,7 @@ class Image(Vision):
         """The whole picture."""
         return encode_webp(self.decode(value, [Image.View(size=side)]), side)
 
-    def preprocess(self, picture: Any, view: Any) -> torch.Tensor:
+    def preprocess(self, picture: Any, view: Any) -> Tensor:
         """Converts a Pillow picture, or whatever `decode` takes, to a float tensor (3, h, w) for `from_tensor`."""
         pixels = torch.from_numpy(self.encode_input(picture, view)[0])
         return pixels.permute(2, 0, 1).float() / 127.5 - 1
@@ -95,13 +78,29 @@ def open_picture(source: Source) -> PIL.Image.Image:
     return PIL.Image.open(source, formats=FORMATS)
 
 
-def open_whole(source: Source) -> PIL.Image.Image:
-    """Opens a picture that may be decoded in full size. BadMedia if it has too many pixels or scans for that."""
-    picture = open_picture(source)
-    if "progressive" in picture.info:
-        _check_progressive(picture, source)
-    check_size(picture)
-    return picture
+@contextmanager
+def upright(raw: Any, views: Sequence[Any] = ()) -> Iterator[PIL.Image.Image]:
+    """Opens whatever `Image.decode` takes, turned as its EXIF data say.
+
+    With `views`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size.
+    """
+    if isinstance(raw, np.ndarray):
+        yield PIL.Image.fromarray(check_pixels(raw, 2))
+    elif isinstance(raw, PIL.Image.Image):
+        check_size(raw)
+        yield PIL.ImageOps.exif_transpose(raw)
+    else:
+        with open_source(raw) as source:
+            picture = open_picture(source)
+            if "progressive" in picture.info:
+                _check_progressive(picture, source)
+            if views:  # The picture may be turned, so both orientations count.
+                height, width = decoded_size((picture.height, picture.width), views)
+                turned_width, turned_height = decoded_size((picture.width, picture.height), views)
+                picture.draft(None, (max(width, turned_width), max(height, turned_height)))
+            check_size(picture)
+            PIL.ImageOps.exif_transpose(picture, in_place=True)
+            yield picture
 
 
 def _check_progressive(picture: PIL.Image.Image, source: Source) -> None:

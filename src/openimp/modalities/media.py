@@ -15,8 +15,9 @@ import numpy as np
 import PIL.Image
 import torch
 from pydantic import model_validator
+from torch import Tensor
 
-from openimp.common.modality import BadMedia, Tokens
+from openimp.common.modality import BadMedia, Rng, Tokens
 from openimp.common.schema import Strict
 
 # The common containers and codecs, and nothing else, for FFmpeg. Playlists (hls, concat, ...) are excluded because they
@@ -187,7 +188,7 @@ class ExampleRng(np.random.Generator):
     sync_start: float | None = None
 
 
-def random_start(total: int, span: int, rng: np.random.Generator) -> int:
+def random_start(total: int, span: int, rng: Rng) -> int:
     """A random start for a training clip of length `span` in a recording of length `total`.
 
     If `rng` has a `sync_start`, the clip starts there, or as late as it still fits into the recording.
@@ -205,7 +206,7 @@ def clip_starts(total: int, span: int, clips: int) -> list[int]:
     return [*dict.fromkeys(starts)]
 
 
-def segments(total: int, span: int, clips: int, limit: int, rng: np.random.Generator | None) -> list[tuple[int, int]]:
+def segments(total: int, span: int, clips: int, limit: int, rng: Rng | None) -> list[tuple[int, int]]:
     """The parts to read of an item with `total` frames or samples (0: unknown), as (start, count).
 
     With `rng`, it is one random part of length `span`. Without, it is the whole item if that is at most `limit`, or if
@@ -266,21 +267,26 @@ class PatchGrid(Strict):
         """The longest input along an axis: its absolute span, or one patch per row of its table."""
         return self.absolute.get(self.axes[axis], self.tables[axis] * self.patch[axis])
 
-    def nearest(self, axis: int, size: int) -> list[int]:
-        """The valid sizes along an axis that are nearest to `size`; empty if `size` is valid."""
+    def check(self, axis: int, size: int, beginning: str, scale: float = 1, unit: str = "") -> None:
+        """Raises ValueError if a size along an axis gives no whole patches. `beginning` is that of the message.
+
+        It suggests the nearest valid sizes, each times `scale`, followed by `unit`.
+        """
         side, limit = self.patch[axis], self.limit(axis)
         if 0 < size <= limit and size % side == 0:
-            return []
+            return
         below = min(max(side, size - size % side), limit)
-        return sorted({below, min(below + side, limit)})
+        nearest = sorted({below, min(below + side, limit)})
+        valid = " or ".join(f"{n * scale:.6g}" for n in nearest)
+        raise ValueError(f"{beginning} not a multiple of {side} up to {limit}; use {valid}{unit}")
 
 
 def patch_tokens(
-    grid: torch.Tensor,
+    grid: Tensor,
     patch: tuple[int, ...],
     tables: tuple[int, ...],
     drop: float,
-    rngs: list[np.random.Generator] | None,
+    rngs: list[Rng] | None,
     spans: tuple[int, ...] = (),
 ) -> Tokens:
     """Cuts a batch (B, *axes, C) into tokens: one patch each, with the coordinates of `coordinates`.
@@ -303,7 +309,7 @@ def tokens_kept(total: int, drop: float) -> int:
     return max(1, round(total * (1 - drop)))
 
 
-def patchify(grid: torch.Tensor, patch: tuple[int, ...], keep: torch.Tensor | None = None) -> torch.Tensor:
+def patchify(grid: Tensor, patch: tuple[int, ...], keep: Tensor | None = None) -> Tensor:
     """Cuts a batch (B, *axes, C) into patches (B, L, P). Patches, and the values in a patch, are in the axes' order.
 
     With `keep` (B, K), only the patches with these indices are copied.
@@ -318,7 +324,7 @@ def patchify(grid: torch.Tensor, patch: tuple[int, ...], keep: torch.Tensor | No
     return cut[(rows, *torch.unravel_index(keep, counts))].flatten(2)
 
 
-def coordinates(counts: tuple[int, ...], tables: tuple[int, ...], spans: tuple[int, ...] = ()) -> torch.Tensor:
+def coordinates(counts: tuple[int, ...], tables: tuple[int, ...], spans: tuple[int, ...] = ()) -> Tensor:
     """The rows of the position tables for a grid of L patches along A axes: (L, A), one row per patch and axis.
 
     Patch i of n along an axis uses row floor(i / n * rows). This coordinate is relative, so the same place has the same

@@ -9,7 +9,7 @@ Shape suffixes: B examples, T frames, C channels, H height, W width, L tokens, P
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
@@ -21,16 +21,17 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from openimp.common.errors import UserError
-from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
+from openimp.common.modality import Modalities, Modality, Rng, StemSpec, Tokens
+from openimp.common.protocols import TensorInput
 from openimp.common.schema import Count, Positive, Share, Strict
 from openimp.common.texts import valid_text
-from openimp.modalities.image import Image, check_size, open_whole
-from openimp.modalities.media import decoder_errors, open_source
+from openimp.modalities.image import Image, upright
+from openimp.modalities.media import decoder_errors
 from openimp.modalities.text import Text
 from openimp.modalities.tokenizer_file import open_tokenizer
 from openimp.modalities.video import Video
@@ -62,6 +63,18 @@ def import_open_clip() -> Any:
     return open_clip
 
 
+@contextmanager
+def library_errors(message: str) -> Iterator[None]:
+    """Turns an error of the library, or of those that it uses, into a UserError that begins with `message`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # The libraries raise many kinds.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{message}: {reason}") from None
+
+
 def checked_files(found: Mapping[str, str]) -> dict[str, str]:
     """The library's files among the JSON files of a model, by name. What could make it run or fetch code is refused.
 
@@ -77,10 +90,7 @@ def checked_files(found: Mapping[str, str]) -> dict[str, str]:
     if text.get("hf_model_name") and TEXT_CONFIG not in files:
         raise UserError(f"{TEXT_CONFIG}: missing, so the text tower cannot be built")
     if "tokenizer.json" in files:
-        try:
-            open_tokenizer(files["tokenizer.json"])
-        except Exception as error:  # tokenizers raises plain Exception.
-            raise UserError(f"tokenizer.json: not a tokenizer that openimp opens: {error}") from None
+        open_tokenizer("tokenizer.json", lambda: files["tokenizer.json"])
     elif text.get("hf_tokenizer_name"):
         raise UserError("tokenizer.json: missing, so texts cannot be read")
     return files
@@ -107,10 +117,8 @@ def check_config(config: Any) -> None:
 def layers_in(files: Mapping[str, str]) -> int:
     """The number of layers that the library's files ask for. transformers has many names for it."""
     config = json.loads(files[CONFIG])["model_cfg"]
-    parts = [
-        part for name in ("vision_cfg", "text_cfg", "multimodal_cfg") if isinstance(part := config.get(name), dict)
-    ]
-    found = [part.get("layers") for part in parts]
+    parts = [config.get(name) for name in ("vision_cfg", "text_cfg", "multimodal_cfg")]
+    found = [part.get("layers") for part in parts if isinstance(part, dict)]
     found += [value for key, value in json.loads(files.get(TEXT_CONFIG, "{}")).items() if "layer" in key]
     counts = chain.from_iterable(value if isinstance(value, list) else [value] for value in found)
     return sum(count for count in counts if isinstance(count, int) and count > 0)
@@ -141,23 +149,6 @@ def unpacked(files: Mapping[str, str]) -> Iterator[str]:
         yield f"local-dir:{folder}"
 
 
-def public_recipe_of(name: str, loss: str) -> dict[str, Any]:
-    """The recipe of a model that the library's authors trained: the modalities that it embeds, and nothing to read."""
-    local = "local-dir:" in name  # Its folders are nobody's business.
-    title = Path(name).name if local else name.rpartition(":")[2]
-    objective = {"type": "contrastive", "loss": loss}
-    task = {"source": "unknown", "objectives": [objective]}
-    return {
-        "name": re.sub(r"[^\w.-]+", "-", title).strip("-.") or "open_clip",
-        "model": {"wrap": name},
-        "sources": {"unknown": {"path": "open_clip:training-data"}},
-        "tasks": {
-            "pictures": {**task, "inputs": {"image": "image", "text": "text"}},
-            "clips": {**task, "inputs": {"video": "video", "text": "text"}},
-        },
-    }
-
-
 class OpenClip(Modality):
     """What the modalities of a wrapped model share: the library's files, from which each takes its options."""
 
@@ -170,12 +161,15 @@ class OpenClip(Modality):
             raise RuntimeError("no model yet: call load_state first")
         return self._files
 
+    def fit(self, corpus: Iterable[list[str]]) -> None:
+        """Learns nothing, because the library has a tokenizer."""
+
     def state(self) -> dict[str, str]:
         return self.files
 
-    def load_state(self, state: dict[str, str]) -> None:
-        self._files = checked_files(state)
-        self.__dict__.pop("library", None)
+    def load_state(self, state: Mapping[str, str]) -> None:
+        # What is cached is of other files.
+        self.__dict__ = {"config": self.config, "_files": checked_files(state)}
 
     @cached_property
     def library(self) -> dict[str, Any]:
@@ -185,6 +179,7 @@ class OpenClip(Modality):
 
     @property
     def embed_dim(self) -> int:
+        """Features of the embedding space."""
         size: int = self.library["model_cfg"]["embed_dim"]
         return size
 
@@ -192,7 +187,7 @@ class OpenClip(Modality):
         """Every view fits."""
 
     def tensor_input(self, view: Any) -> TensorInput:
-        raise TypeError("a wrapped model has no ONNX graphs here; use its own library")
+        raise UserError(f"{self.name} cannot be exported: a wrapped model has no ONNX graphs here; use its own library")
 
 
 class Pictures(OpenClip, Vision):
@@ -216,10 +211,10 @@ class Pictures(OpenClip, Vision):
         return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
     @property
-    def statistics(self) -> tuple[list[float], list[float]]:
+    def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel, for pixels in 0..1."""
         options = self.library["preprocess_cfg"]
-        return list(options["mean"]), list(options["std"])
+        return torch.tensor(options["mean"]), torch.tensor(options["std"])
 
     def fit_picture(self, picture: PIL.Image.Image) -> np.ndarray:
         """RGB pixels (H, W, 3) of the model's size."""
@@ -234,10 +229,6 @@ class Pictures(OpenClip, Vision):
         # The last two steps make a tensor and normalize it, which the model does on its device.
         return type(whole)(whole.transforms[:-2])
 
-    def load_state(self, state: dict[str, str]) -> None:
-        super().load_state(state)
-        self.__dict__.pop("library_transform", None)
-
     def stem_spec(self) -> StemSpec:
         return StemSpec(values=prod(self.size) * CHANNELS, axes=(1,))
 
@@ -248,33 +239,28 @@ class Pictures(OpenClip, Vision):
         return (self.length(view), *self.size, CHANNELS)
 
     def length(self, view: Any) -> int:
-        return getattr(view, "frames", 1)
+        return 1
 
-    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+    def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         # That of `Image` or `Video`.
         return super().decode(raw, [self._whole_view(view) for view in views], rng)  # type: ignore[safe-super]
 
-    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+    def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
         return super().transform(item, self._whole_view(view), rng)  # type: ignore[safe-super]
 
-    def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
+    def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
         """One token per frame of pixels (B, [T,] H, W, 3): values (B, T, P) uint8."""
         return self._frames(torch.from_numpy(items))
 
-    def from_tensor(self, batch: torch.Tensor) -> Tokens:
+    def from_tensor(self, batch: Tensor) -> Tokens:
         """One token per frame of a batch that the library's transform made: (B, 3, H, W), or (B, T, 3, H, W)."""
         size = (CHANNELS, *self.size)
-        if batch.ndim != len(self.tensor_axes) or tuple(batch.shape[-3:]) != size or not batch.is_floating_point():
+        if batch.ndim != len(self.tensor_axes) or batch.shape[-3:] != size or not batch.is_floating_point():
             axes = ", ".join(map(str, (*self.tensor_axes[:-3], *size)))
             raise TypeError(f"expected float ({axes}), as the library normalizes it, found {list(batch.shape)}")
         return self._frames(batch.movedim(-3, -1))
 
-    def preprocess(self, picture: Any, view: Any) -> torch.Tensor:
-        """Converts a Pillow picture, or whatever `decode` takes, to a float tensor (3, H, W), as the library does."""
-        pixels = torch.from_numpy(self.encode_input(picture, view))
-        return normalized(pixels, *map(torch.tensor, self.statistics))[0]
-
-    def _frames(self, frames: torch.Tensor) -> Tokens:
+    def _frames(self, frames: Tensor) -> Tokens:
         values_BTP = (frames if frames.ndim == 5 else frames[:, None]).flatten(2)
         return Tokens(values_BTP, torch.zeros(*values_BTP.shape[:2], 1, dtype=torch.int64, device=frames.device))
 
@@ -282,13 +268,13 @@ class Pictures(OpenClip, Vision):
         """A view as openimp's own modality takes it, with the size of the model."""
         return view if isinstance(view, Vision.View) else self.plain.View(size=self.size, **view.model_dump())
 
-    def _render(self, frames: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+    def _render(self, frames: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
         if rng is not None:
             return super()._render(frames, view, rng)
         return np.stack([self.fit_picture(PIL.Image.fromarray(frame)) for frame in frames])
 
 
-def normalized(pixels_BHWC: torch.Tensor, mean_C: torch.Tensor, std_C: torch.Tensor) -> torch.Tensor:
+def normalized(pixels_BHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) as the library's transform makes them of uint8 pixels, in the same order of operations."""
     images_BCHW = pixels_BHWC.movedim(-1, 1).contiguous().float().div(255)
     return images_BCHW.sub(mean_C[:, None, None]).div(std_C[:, None, None])
@@ -318,13 +304,12 @@ class OpenClipImage(Pictures, Image):
     @decoder_errors()
     def encode_input(self, value: Any, view: Any) -> np.ndarray:
         # In full size and in the file's own mode, because the library resizes before it converts to RGB.
-        if isinstance(value, np.ndarray):
-            return self.fit_picture(PIL.Image.fromarray(check_pixels(value, 2)))[None]
-        if isinstance(value, PIL.Image.Image):
-            check_size(value)
-            return self.fit_picture(PIL.ImageOps.exif_transpose(value))[None]
-        with open_source(value) as source:
-            return self.fit_picture(PIL.ImageOps.exif_transpose(open_whole(source)))[None]
+        with upright(value) as picture:
+            return self.fit_picture(picture)[None]
+
+    def preprocess(self, picture: Any, view: Any) -> Tensor:
+        """Converts a Pillow picture, or whatever `decode` takes, to a float tensor (3, H, W), as the library does."""
+        return normalized(torch.from_numpy(self.encode_input(picture, view)), *self.statistics)[0]
 
 
 class OpenClipVideo(Pictures, Video):
@@ -344,7 +329,11 @@ class OpenClipVideo(Pictures, Video):
         """Most clips in evaluation, linearly spaced, whose embeddings are averaged. A film no longer than a clip has
         one."""
 
-    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+    def length(self, view: Any) -> int:
+        frames: int = view.frames
+        return frames
+
+    def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         if isinstance(raw, np.ndarray):  # Frames in memory are not shrunk before the library resizes them.
             with decoder_errors():
                 return check_pixels(raw, 3)
@@ -386,10 +375,6 @@ class OpenClipText(OpenClip, Text):
         with unpacked(self.files) as name:
             return import_open_clip().get_tokenizer(name)
 
-    def load_state(self, state: dict[str, str]) -> None:
-        super().load_state(state)
-        self.__dict__.pop("library_tokenizer", None)
-
     def stem_spec(self) -> StemSpec:
         vocabulary = self.library["model_cfg"]["text_cfg"].get("vocab_size", 49408)
         return StemSpec(values=vocabulary, axes=(self.context_length,), table=True)
@@ -397,30 +382,30 @@ class OpenClipText(OpenClip, Text):
     def length(self, view: Any) -> int:
         return self.context_length
 
-    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
-        """Tokenizes a string, or the first of a list, to ids (L,) int64."""
-        if isinstance(raw, list | tuple) and raw:
-            raw = raw[0]
-        if not isinstance(raw, str):
-            raise BadMedia(f"expected a text, found {type(raw).__name__}")
-        with _TOKENIZING:
-            ids: np.ndarray = self.library_tokenizer(valid_text(raw[:LONGEST_TEXT]))[0].numpy()
-        return ids
-
-    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+    def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
         return item[None] if rng is None else item
 
     def knows(self, value: Any, view: Any) -> bool:
         return True
 
-    def from_tensor(self, batch: torch.Tensor) -> Tokens:
+    def from_tensor(self, batch: Tensor) -> Tokens:
         """Ids (B, L) of the library's tokenizer. All of them are valid, because the model finds the end by itself."""
-        if batch.ndim != 2 or batch.shape[1] != self.context_length or batch.is_floating_point():
-            raise TypeError(f"expected integer ids (B, {self.context_length}), found {batch.dtype} {list(batch.shape)}")
-        coords = torch.arange(self.context_length, device=batch.device).expand(len(batch), -1)
-        return Tokens(batch.long(), coords[..., None].contiguous(), torch.ones_like(batch, dtype=torch.bool))
+        return super().from_tensor(batch)._replace(mask=torch.ones_like(batch, dtype=torch.bool))
 
-    def tokenize(self, texts: str | list[str], length: int | None = None) -> torch.Tensor:
-        """Tokenizes texts to ids (B, L), as the library does."""
-        texts = [texts] if isinstance(texts, str) else texts
-        return torch.from_numpy(np.stack([self.decode(text, []) for text in texts]))
+    def _check_length(self, length: int) -> None:
+        if length != self.context_length:
+            raise TypeError(f"expected integer ids (B, {self.context_length}), found {length} per text")
+
+    def _ids(self, text: str, views: list[Any]) -> np.ndarray:
+        with _TOKENIZING:
+            ids: np.ndarray = self.library_tokenizer(valid_text(text[:LONGEST_TEXT]))[0].numpy()
+        return ids
+
+
+READERS: dict[str, type[OpenClip]] = {reader.name: reader for reader in (OpenClipImage, OpenClipVideo, OpenClipText)}
+"""The classes that read the modalities of a wrapped model, by name."""
+
+
+def reader_of(modalities: Modalities) -> OpenClip:
+    """One of the modalities of a wrapped model, all of which have the library's files."""
+    return next(modality for modality in modalities.values() if isinstance(modality, OpenClip))

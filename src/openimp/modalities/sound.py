@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
@@ -77,6 +77,7 @@ class _Quiet:
         return self.tell()
 
 
+T = TypeVar("T")
 Plan = Callable[[int, int], list[tuple[int, int]]]
 """The samples to read, as (start, count), of a sound with a number of samples (0: unknown) at a sample rate."""
 
@@ -97,24 +98,29 @@ def between(start: float, end: float) -> Plan:
 
 def read_sound(source: Source, plan: Plan) -> tuple[np.ndarray, int]:
     """Reads the parts of a sound that are used: the mean of its channels (N,) fp32, and the sample rate."""
-    if SOUNDFILE.match(source.peek(4)):
-        try:
-            return _read_soundfile(source, plan)
-        except soundfile.LibsndfileError:
-            source.seek(0)
-    return _read_container(source, plan)
+    found = _try_libsndfile(source, lambda file: _read_soundfile(source, file, plan))
+    return _read_container(source, plan) if found is None else found
 
 
 def length(source: Source) -> float:
     """The length of a sound in seconds, according to its header; 0 if it is unknown."""
-    if SOUNDFILE.match(source.peek(4)):
-        try:
-            with soundfile.SoundFile(_Quiet(source)) as file:
-                return file.frames / file.samplerate
-        except soundfile.LibsndfileError:
-            source.seek(0)
+    found = _try_libsndfile(source, lambda file: file.frames / file.samplerate)
+    if found is not None:
+        return found
     with open_container(source, "audio") as (_, _, seconds):
         return float(seconds)
+
+
+def _try_libsndfile(source: Source, use: Callable[[soundfile.SoundFile], T]) -> T | None:
+    """What `use` returns for an opened file; None if libsndfile cannot read it."""
+    if not SOUNDFILE.match(source.peek(4)):
+        return None
+    try:
+        with soundfile.SoundFile(_Quiet(source)) as file:
+            return use(file)
+    except soundfile.LibsndfileError:
+        source.seek(0)
+        return None
 
 
 def _checked(plan: Plan, total: int, rate: int) -> list[tuple[int, int]]:
@@ -126,25 +132,25 @@ def _checked(plan: Plan, total: int, rate: int) -> list[tuple[int, int]]:
     return parts
 
 
-def _read_soundfile(source: Source, plan: Plan) -> tuple[np.ndarray, int]:
-    parts = []
-    with soundfile.SoundFile(_Quiet(source)) as file:
-        block = BLOCK // file.channels
-        for start, count in _checked(plan, file.frames, file.samplerate):
-            if start:
-                file.seek(start)
-            for begin in range(start, min(start + count, file.frames), block):
-                length = min(block, start + count - begin, file.frames - begin)
-                parts.append(file.read(length, dtype="float32", always_2d=True).mean(axis=1))
-                source.spend(length * file.channels)
-        return np.concatenate(parts) if parts else np.empty(0, np.float32), file.samplerate
+def _read_soundfile(source: Source, file: soundfile.SoundFile, plan: Plan) -> tuple[np.ndarray, int]:
+    parts = [np.empty(0, np.float32)]
+    block = BLOCK // file.channels
+    for start, count in _checked(plan, file.frames, file.samplerate):
+        if start:
+            file.seek(start)
+        end = min(start + count, file.frames)
+        for begin in range(start, end, block):
+            samples = file.read(min(block, end - begin), dtype="float32", always_2d=True)
+            parts.append(samples.mean(axis=1))
+            source.spend(samples.size)
+    return np.concatenate(parts), file.samplerate
 
 
 def _read_container(source: Source, plan: Plan) -> tuple[np.ndarray, int]:
     with open_container(source, "audio") as (container, stream, seconds):
         wanted = _checked(plan, int(seconds * stream.rate), stream.rate)
         parts = [block for start, count in wanted for block in _part(source, container, stream, start, count)]
-        return np.concatenate(parts) if parts else np.empty(0, np.float32), stream.rate
+        return np.concatenate([np.empty(0, np.float32), *parts]), stream.rate
 
 
 def _part(source: Source, container: Any, stream: Any, start: int, count: int) -> Iterator[np.ndarray]:

@@ -1,7 +1,7 @@
 """Texts: subwords or known words, from a tokenizer that is trained on the recipe's captions or read from a file."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 
 from openimp.common.errors import UserError
-from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
+from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
+from openimp.common.protocols import TensorInput
 from openimp.common.safe_files import read_text
 from openimp.common.schema import Count, RecipePath, Strict
 from openimp.common.texts import valid_text
@@ -38,6 +40,7 @@ class Text(Modality):
     reads_text = True
     extensions = (".txt",)
     decoders: ClassVar[tuple[str, ...]] = ("tokenizers",)
+    _tokenizer: Tokenizer | None = None
 
     class Config(Strict):
         """The tokenizer and the position table."""
@@ -68,16 +71,6 @@ class Text(Modality):
         length: Count = 16
         """Tokens, including the end token; longer texts are cut at the end. The paper: 16."""
 
-    @classmethod
-    def wrapped(cls) -> type[Modality]:
-        from openimp.modalities.open_clip import OpenClipText
-
-        return OpenClipText
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self._tokenizer: Tokenizer | None = None
-
     @property
     def tokenizer(self) -> Tokenizer:
         """The trained tokenizer."""
@@ -95,8 +88,7 @@ class Text(Modality):
         return StemSpec(values=ids, axes=axes, table=True)
 
     def check(self, view: Any) -> None:
-        if view.length > self.config.positions:
-            raise ValueError(f"length {view.length} is more than the {self.config.positions} positions of the table")
+        self._check_length(view.length)
 
     def length(self, view: Any) -> int:
         return view.length
@@ -107,11 +99,7 @@ class Text(Modality):
         Equal texts give equal tokenizers.
         """
         if path := self.config.tokenizer:
-            try:
-                self._tokenizer = open_tokenizer(read_text(Path(path)))
-            except Exception as error:  # tokenizers raises plain Exception.
-                what = "is not a tokenizer that openimp opens"
-                raise UserError(f"modalities.text.tokenizer: {path} {what}: {error}") from None
+            self._tokenizer = open_tokenizer(f"modalities.text.tokenizer: {path}", lambda: read_text(Path(path)))
         elif self.config.min_df is not None:
             self._tokenizer = _train_words(corpus, self.config.min_df, self.config.vocab_size - RESERVED)
         else:
@@ -120,21 +108,18 @@ class Text(Modality):
     def state(self) -> dict[str, str]:
         return {"tokenizer.json": self.tokenizer.to_str()}
 
-    def load_state(self, state: dict[str, str]) -> None:
-        try:
-            self._tokenizer = open_tokenizer(state["tokenizer.json"])
-        except Exception as error:  # tokenizers raises plain Exception.
-            raise UserError(f"tokenizer.json: not a tokenizer that openimp opens: {error}") from None
+    def load_state(self, state: Mapping[str, str]) -> None:
+        self._tokenizer = open_tokenizer("tokenizer.json", lambda: state["tokenizer.json"])
 
-    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+    def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         """Tokenizes a string, or the first of a list, to ids (n,) int64, as many as the longest view takes."""
         if isinstance(raw, list | tuple) and raw:
             raw = raw[0]
         if not isinstance(raw, str):
             raise BadMedia(f"expected a text, found {type(raw).__name__}")
-        return self._ids(raw, max(view.length for view in views))
+        return self._ids(raw, views)
 
-    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+    def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
         """Ends and pads ids (n,) to (length,), or to (1, length) in evaluation. Nothing is random here."""
         out = np.full(view.length, PAD, np.int64)
         beginning = item[: view.length - 1]
@@ -143,17 +128,17 @@ class Text(Modality):
         return out[None] if rng is None else out
 
     def knows(self, value: Any, view: Any) -> bool:
-        return not isinstance(value, str) or not value.strip() or len(self._ids(value, view.length)) > 0
+        return not isinstance(value, str) or not value.strip() or len(self._ids(value, [view])) > 0
 
-    def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
+    def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
         """Converts ids (B, length) to tokens whose mask excludes the pads."""
         return self.from_tensor(torch.from_numpy(items))
 
-    def from_tensor(self, batch: torch.Tensor) -> Tokens:
+    def from_tensor(self, batch: Tensor) -> Tokens:
         """Converts ids (B, L), as `tokenize` returns them, to tokens."""
         if batch.ndim != 2 or batch.is_floating_point():
             raise TypeError(f"expected integer ids (B, L), found {batch.dtype} {list(batch.shape)}")
-        self.check(self.View(length=batch.shape[1]))
+        self._check_length(batch.shape[1])
         coords = torch.arange(batch.shape[1], device=batch.device).expand(batch.shape[0], -1)
         return Tokens(batch.long(), coords[..., None].contiguous(), batch != PAD)
 
@@ -167,13 +152,18 @@ class Text(Modality):
             f"{PAD}.",
         )
 
-    def tokenize(self, texts: str | list[str], length: int | None = None) -> torch.Tensor:
+    def tokenize(self, texts: str | list[str], length: int | None = None) -> Tensor:
         """Tokenizes texts to ids (B, length) padded with 0, like open_clip's tokenizers. The default is a view's."""
         view = self.View() if length is None else self.View(length=length)
         texts = [texts] if isinstance(texts, str) else texts
         return torch.from_numpy(np.concatenate([self.encode_input(text, view) for text in texts]))
 
-    def _ids(self, text: str, count: int) -> np.ndarray:
+    def _check_length(self, length: int) -> None:
+        if length > self.config.positions:
+            raise ValueError(f"length {length} is more than the {self.config.positions} positions of the table")
+
+    def _ids(self, text: str, views: list[Any]) -> np.ndarray:
+        count = max(view.length for view in views)
         # The text is cut first, so that a very long one takes little time.
         ids = self.tokenizer.encode(valid_text(text[: MAX_TOKEN_LENGTH * count]), add_special_tokens=False).ids
         if self.config.min_df is not None:

@@ -6,11 +6,13 @@ length, and a regular expression can backtrack for years. So only parts on an al
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from openimp.common.errors import UserError
 
 ONCE = {
     *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Nmt", "Strip", "StripAccents", "BertNormalizer"),
@@ -44,12 +46,21 @@ MAX_IDS = 2**20
 """Most ids; the model's table has a row per id. The largest known vocabulary, of XLM-V, has 0.9 million."""
 
 
-def open_tokenizer(text: str) -> Tokenizer:
-    """Opens the tokenizer in a file's text, without padding, truncation and special tokens, which openimp does not use.
+def open_tokenizer(name: str, read: Callable[[], str]) -> Tokenizer:
+    """Opens the tokenizer in the text that `read` returns.
 
-    A part that could take too much time or memory is a ValueError.
+    Padding, truncation and special tokens are left out, because openimp does not use them.
+
+    Raises:
+        UserError: the file is damaged, or a part of it could take too much time or memory. It begins with `name`.
     """
-    data = json.loads(text)
+    try:
+        return _open(json.loads(read()))
+    except Exception as error:  # tokenizers raises plain Exception.
+        raise UserError(f"{name}: not a tokenizer that openimp opens: {error}") from None
+
+
+def _open(data: Any) -> Tokenizer:
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise ValueError("the file has no model")
     _check_steps("normalizer", [*_steps(data.get("normalizer"), "normalizers")])

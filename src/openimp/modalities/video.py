@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 import PIL.Image
 
-from openimp.common.modality import BadMedia, TensorInput
+from openimp.common.modality import BadMedia, Rng
+from openimp.common.protocols import TensorInput
 from openimp.common.schema import Count, Share
 from openimp.modalities import media
 from openimp.modalities.vision import CHANNELS, Vision, check_pixels, decoded_size, drop_opaque_alpha, shrink
@@ -59,12 +60,6 @@ class Video(Vision):
             """Frames of the source that a clip stretches over."""
             return (self.frames - 1) * self.stride + 1
 
-    @classmethod
-    def wrapped(cls) -> type[Vision]:
-        from openimp.modalities.open_clip import OpenClipVideo
-
-        return OpenClipVideo
-
     def shape(self, view: Any) -> tuple[int, int, int, int]:
         return (view.frames, *view.hw, CHANNELS)
 
@@ -80,10 +75,10 @@ class Video(Vision):
 
     def check(self, view: Any) -> None:
         super().check(view)
-        self._check_multiple(0, view.frames, "frames: clip", "frames")
+        self.config.check(0, view.frames, f"frames: clip of {view.frames} frames is")
 
     @media.decoder_errors()
-    def decode(self, raw: Any, views: list[Any], rng: np.random.Generator | None = None) -> np.ndarray:
+    def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         """Decodes a clip to (T, H, W, 3) uint8, or to (T, H, W, 4) if any of it is transparent.
 
         `raw` is bytes, a path, or a uint8 array (T, H, W) or (T, H, W, 1 to 4). If a clip has more than 256 frames,
@@ -112,7 +107,7 @@ class Video(Vision):
             frames = _stack(_read_container(source, [view], None, self.config.fps, (start, end)))
         return self.transform(drop_opaque_alpha(frames), view, None)
 
-    def transform(self, item: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+    def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
         """Makes one random clip (t, h, w, 3) of frames (T, H, W, C), or (clips * crops, t, h, w, 3) in evaluation,
         with at most the clips and crops of the view."""
         total = len(item)
@@ -179,9 +174,7 @@ def _stack(frames: Iterator[np.ndarray]) -> np.ndarray:
     return out
 
 
-def _plan(
-    total: int, size: tuple[int, int], views: list[Any], rng: np.random.Generator | None
-) -> list[tuple[int, int]]:
+def _plan(total: int, size: tuple[int, int], views: list[Any], rng: Rng | None) -> list[tuple[int, int]]:
     """The frames to read; see `segments`. Fewer frames are read as a whole if they are large."""
     longest = views[0] if rng is not None else max(views, key=lambda view: view.span)
     limit = min(MAX_FRAMES, MAX_CLIP_BYTES // (size[0] * size[1] * 4))
@@ -223,37 +216,34 @@ def at_rate(timed: Iterable[tuple[float, Any]], start: float, fps: float, count:
         made += 1
 
 
-def _read_animation(
-    source: media.Source, views: list[Any], rng: np.random.Generator | None, fps: float | None
-) -> Iterator[np.ndarray]:
+def _read_animation(source: media.Source, views: list[Any], rng: Rng | None, fps: float | None) -> Iterator[np.ndarray]:
     with PIL.Image.open(source, formats=("WEBP", "GIF", "PNG")) as picture:
         height, width = size = _shrunk_size(picture.height, picture.width, views)
         total = getattr(picture, "n_frames", 1)
-
-        def frame(i: int) -> np.ndarray:
-            # All frames are decoded, because each is drawn over the one before. A frame may enlarge a GIF.
-            for step in range(0 if i < picture.tell() else picture.tell() + 1, i + 1):
-                picture.seek(step)
-                _shrunk_size(picture.height, picture.width, views)
-                source.spend(picture.height * picture.width)
-                picture.load()
-            return np.asarray(picture.convert("RGBA").resize((width, height), PIL.Image.Resampling.BILINEAR))
+        # At a rate, it is read from its start, because its length is known only when all frames are decoded.
+        parts = _plan(0 if fps else total, size, views, rng)
+        wanted = {i for start, count in parts for i in range(start, total)[:count]}
 
         def timed() -> Iterator[tuple[float, np.ndarray]]:
             seconds = 0.0
-            for i in range(total):
-                yield seconds, frame(i)
+            for i in range(total if fps else max(wanted) + 1):
+                picture.seek(i)  # All frames are decoded, because each is drawn over the one before.
+                _shrunk_size(picture.height, picture.width, views)  # A frame may enlarge a GIF.
+                source.spend(picture.height * picture.width)
+                picture.load()
+                if fps or i in wanted:
+                    pixels = picture.convert("RGBA").resize((width, height), PIL.Image.Resampling.BILINEAR)
+                    yield seconds, np.asarray(pixels)
                 seconds += (picture.info.get("duration") or DURATION) / 1000
 
-        # At a rate, it is read from its start, because its length is known only when all frames are decoded.
-        for start, count in _plan(0 if fps else total, size, views, rng):
-            yield from at_rate(timed(), 0.0, fps, count) if fps else map(frame, range(start, min(start + count, total)))
+        frames = timed()
+        yield from at_rate(frames, 0.0, fps, parts[0][1]) if fps else (frame for _, frame in frames)
 
 
 def _read_container(
     source: media.Source,
     views: list[Any],
-    rng: np.random.Generator | None,
+    rng: Rng | None,
     fps: float | None,
     segment: tuple[float, float] | None = None,  # start and end in seconds; None: the whole clip
 ) -> Iterator[np.ndarray]:

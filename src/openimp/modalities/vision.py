@@ -4,6 +4,7 @@ A picture counts as one frame. The values of a patch are in the order (t, h, w, 
 if it were repeated, by summing its kernel over the frames of a patch.
 """
 
+from collections.abc import Sequence
 from math import ceil, prod, sqrt
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,11 +12,17 @@ import numpy as np
 import PIL.Image
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from openimp.common.modality import BadMedia, Modality, StemSpec, TensorInput, Tokens
+from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
+from openimp.common.protocols import TensorInput
 from openimp.common.schema import Count, Pair, Positive, Share, Strict, Triple
 from openimp.modalities.media import PatchGrid, patch_tokens, tokens_kept
 
+Size = tuple[int, int]
+"""Height and width."""
+Box = tuple[float, float, float, float]
+"""Left, upper, right and lower edge."""
 CHANNELS = 3
 MARGIN = 1.15
 """Decoded pictures are larger than their views by this factor, so that crops keep some detail."""
@@ -75,7 +82,7 @@ class Vision(Modality):
         pixels and keeps 256). 1: all of it, for pictures whose content fills the frame."""
 
         @property
-        def hw(self) -> tuple[int, int]:
+        def hw(self) -> Size:
             """Height and width in pixels."""
             return (self.size, self.size) if isinstance(self.size, int) else self.size
 
@@ -100,14 +107,15 @@ class Vision(Modality):
         return tokens_kept(prod(size // side for size, side in zip(self.shape(view), self.patch)), view.drop_tokens)
 
     def check(self, view: Any) -> None:
-        for axis, name in ((1, "height"), (2, "width")):
-            self._check_multiple(axis, view.hw[axis - 1], f"size: {name}", "pixels")
+        height, width = view.hw
+        self.config.check(1, height, f"size: height of {height} pixels is")
+        self.config.check(2, width, f"size: width of {width} pixels is")
 
-    def tokens(self, items: np.ndarray, view: Any, rngs: list[np.random.Generator] | None) -> Tokens:
+    def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
         """Cuts pixels (B, [t,] h, w, 3) into patches: values (B, L, P) uint8."""
         return self._tokens(torch.from_numpy(items), view.drop_tokens, rngs)
 
-    def from_tensor(self, batch: torch.Tensor) -> Tokens:
+    def from_tensor(self, batch: Tensor) -> Tokens:
         """Cuts a batch in -1..1, as open_clip prepares it, into patches: (B, 3, H, W), or (B, T, 3, H, W) for clips."""
         if batch.ndim != len(self.tensor_axes) or batch.shape[-3] != CHANNELS or not batch.is_floating_point():
             shape = ", ".join(self.tensor_axes)
@@ -128,7 +136,7 @@ class Vision(Modality):
             f"pixels in height and {width} in width, with Pillow's bilinear filter.",
         )
 
-    def _tokens(self, frames: torch.Tensor, drop: float, rngs: list[np.random.Generator] | None) -> Tokens:
+    def _tokens(self, frames: Tensor, drop: float, rngs: list[Rng] | None) -> Tokens:
         frames = frames if frames.ndim == 5 else frames[:, None]
         tokens = patch_tokens(frames, self.patch, self.config.tables, drop, rngs, self.config.spans)
         if self.config.positions == "axes":
@@ -136,12 +144,7 @@ class Vision(Modality):
         frame, row, column = tokens.coords.unbind(-1)
         return tokens._replace(coords=torch.stack([frame, row * self.config.tables[2] + column], dim=-1))
 
-    def _check_multiple(self, axis: int, size: int, name: str, unit: str) -> None:
-        if nearest := self.config.nearest(axis, size):
-            side, limit, valid = self.patch[axis], self.config.limit(axis), " or ".join(map(str, nearest))
-            raise ValueError(f"{name} of {size} {unit} is not a multiple of {side} up to {limit}; use {valid}")
-
-    def _render(self, frames: np.ndarray, view: Any, rng: np.random.Generator | None) -> np.ndarray:
+    def _render(self, frames: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
         """Crops, resizes and augments frames (T, H, W, 3 or 4) to (T, h, w, 3), all in the same way.
 
         Transparent pictures get a random plain background in training and a white one in evaluation.
@@ -171,7 +174,7 @@ class Vision(Modality):
         return out
 
 
-def decoded_size(size: tuple[int, int], views: list[Any]) -> tuple[int, int]:
+def decoded_size(size: Size, views: Sequence[Any]) -> Size:
     """Height and width that a picture is decoded to: enough for all views with a margin, and never enlarged."""
     height, width = size
     scales = (max(view.hw[0] / height, view.hw[1] / width) * max(MARGIN, 1 / view.crop_pct) for view in views)
@@ -179,16 +182,14 @@ def decoded_size(size: tuple[int, int], views: list[Any]) -> tuple[int, int]:
     return ceil(height * scale), ceil(width * scale)
 
 
-def center_box(size: tuple[int, int], target: tuple[int, int], share: float = 1.0) -> tuple[float, float, float, float]:
+def center_box(size: Size, target: Size, share: float = 1.0) -> Box:
     """The center box (left, upper, right, lower) of a picture (H, W): the largest with the target's aspect ratio that
     fits, scaled by `share`."""
     scale = min(size[0] / target[0], size[1] / target[1]) * share
     return _box(size, target[0] * scale, target[1] * scale, 0.5, 0.5)
 
 
-def inception_box(
-    size: tuple[int, int], target: tuple[int, int], smallest: float, draw: list[float]
-) -> tuple[float, float, float, float]:
+def inception_box(size: Size, target: Size, smallest: float, draw: list[float]) -> Box:
     """A random box (left, upper, right, lower) with a share of the area between `smallest` and 1.
 
     Its aspect ratio differs from the target's by at most `ASPECT`. A box that is too wide or too tall is cut instead of
@@ -199,7 +200,7 @@ def inception_box(
     return _box(size, sqrt(area / aspect), sqrt(area * aspect), draw[2], draw[3])
 
 
-def _box(size: tuple[int, int], height: float, width: float, x: float, y: float) -> tuple[float, float, float, float]:
+def _box(size: Size, height: float, width: float, x: float, y: float) -> Box:
     """A box cut to the picture (H, W), at the fractions x and y of the free space. Rounding never puts it outside."""
     height, width = min(height, size[0]), min(width, size[1])
     left, upper = x * (size[1] - width), y * (size[0] - height)

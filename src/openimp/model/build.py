@@ -1,30 +1,64 @@
-"""Builds the model that a recipe describes: openimp's own, or one of another library."""
+"""Builds models: openimp's own, or one of another library."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from openimp.common.modality import Modalities
+from openimp.common.modality import Classes, Modalities
+from openimp.modalities.open_clip import layers_in, reader_of
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
+from openimp.model.open_clip import OpenCLIP
+from openimp.recipe.model import Model
+from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
 
-def count_layers(recipe: Recipe, modalities: Modalities) -> int:
-    """The number of layers that a recipe asks for. Creating a layer takes time and memory, and the recipe may be
-    untrusted."""
-    if recipe.model.wrap:
-        from openimp.modalities.open_clip import layers_in
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of model. Its functions take modalities that are fitted.
 
-        return layers_in(next(iter(modalities.values())).state())
-    return recipe.model.layers
-
-
-def build_model(recipe: Recipe, modalities: Modalities, classes: Mapping[str, int] | None = None) -> Embedder:
-    """The model with random weights; if the recipe wraps another library's model, without values for its weights.
-
-    `modalities` must be fitted. `classes` has the number of classes of each classification head, by name.
+    Attributes:
+        build: makes the model.
+        count_layers: the number of layers that are asked for. Creating a layer takes time and memory, and the
+            configuration may be untrusted.
+        embed_dim: the number of features of the embeddings.
+        initializes: whether `build` gives weights their initial values, which it can do on the meta device. Otherwise
+            weights are always loaded, and `build` computes the values of buffers, so it cannot be on the meta device.
     """
-    if recipe.model.wrap:
-        from openimp.model.open_clip import OpenCLIP  # It imports a library that takes seconds to import.
 
-        return OpenCLIP.from_recipe(recipe, modalities, classes)
-    return IMP.from_recipe(recipe, modalities, classes)
+    build: Callable[[ModelConfig, Modalities], Embedder]
+    count_layers: Callable[[Model, Modalities], int]
+    embed_dim: Callable[[Model, Modalities], int]
+    initializes: bool
+
+
+OWN = Architecture(
+    IMP.from_config,
+    count_layers=lambda model, _: model.layers,
+    embed_dim=lambda model, _: model.embed_dim,
+    initializes=True,
+)
+OPEN_CLIP = Architecture(
+    OpenCLIP.from_config,
+    count_layers=lambda _, modalities: layers_in(reader_of(modalities).files),
+    embed_dim=lambda _, modalities: reader_of(modalities).embed_dim,
+    initializes=False,
+)
+
+
+def architecture_of(model: Model) -> Architecture:
+    """The kind of a model."""
+    return OPEN_CLIP if model.wrap else OWN
+
+
+def build_model(config: ModelConfig, modalities: Modalities) -> Embedder:
+    """The model with random weights, or if they are always loaded, without values for them; see `Architecture`."""
+    return architecture_of(config.model).build(config, modalities)
+
+
+def build_for_training(recipe: Recipe, modalities: Modalities, classes: Classes) -> Embedder:
+    """The model of `build_model` that a recipe trains. `classes` are those of each classification head."""
+    model = build_model(recipe.to_config(classes), modalities)
+    if recipe.memory.activation_checkpointing:
+        model.checkpoint_activations()
+    return model

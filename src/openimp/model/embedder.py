@@ -6,7 +6,7 @@ Shape suffixes: B examples, D features, Z dimensions of the shared embedding spa
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from itertools import zip_longest
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,9 @@ class Encoded(NamedTuple):
     routing: list[RouterStats]  # statistics of each sparse layer, in order; empty for a dense model
 
 
-EncodeAll = Callable[[Mapping[str, Tokens]], dict[str, Encoded]]
+EncodedAll = dict[str, Encoded]
+"""By modality."""
+EncodeAll = Callable[[Mapping[str, Tokens]], EncodedAll]
 """`Embedder.encode_all`, or a function that replaces it."""
 
 
@@ -40,7 +42,7 @@ def in_chunks(encode_all: EncodeAll, chunk_size: int | None) -> EncodeAll:
     if chunk_size is None:
         return encode_all
 
-    def encode_chunks(inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
+    def encode_chunks(inputs: Mapping[str, Tokens]) -> EncodedAll:
         parts = {name: tokens.split(chunk_size) for name, tokens in inputs.items()}
         rows = zip_longest(*parts.values())
         chunks = [{name: part for name, part in zip(inputs, row) if part is not None} for row in rows]
@@ -76,12 +78,18 @@ class Embedder(nn.Module, ABC):
     config: Model
     classifiers: nn.ModuleDict
     pairs: list[tuple[str, str]]  # the pairs of modalities that are trained to agree; each pair is sorted
+    cast_inputs: ClassVar[bool] = False  # whether FSDP2 casts the inputs of `blocks` to the type of the weights
+    reads_values: ClassVar[bool] = False  # whether the forward pass looks at values, which meta tensors do not have
+
+    @abstractmethod
+    def checkpoint_activations(self) -> None:
+        """Makes the backward pass compute the activations within each block again, so they need not be kept."""
 
     @abstractmethod
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
         """Encodes the tokens of one modality."""
 
-    def encode_all(self, inputs: Mapping[str, Tokens]) -> dict[str, Encoded]:
+    def encode_all(self, inputs: Mapping[str, Tokens]) -> EncodedAll:
         """Encodes each modality by itself. Their batch sizes may differ."""
         return {name: self.encode({name: tokens}) for name, tokens in inputs.items()}
 

@@ -19,8 +19,7 @@ from openimp.model.heads import Projection, Temperature
 from openimp.model.init import linear
 from openimp.model.moe import Experts, RouterStats
 from openimp.recipe.model import Model
-from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Contrastive, Distill, pairs_of, target_of
+from openimp.recipe.model_config import ModelConfig
 
 
 class IMP(Embedder):
@@ -55,18 +54,19 @@ class IMP(Embedder):
         self.classifiers = nn.ModuleDict({name: linear(config.width, n) for name, n in (classes or {}).items()})
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, modalities: Modalities, classes: Mapping[str, int] | None = None) -> "IMP":
-        """Builds the model that the tasks of a recipe need. `modalities` must be fitted."""
-        model = cls(
-            recipe.model,
+    def from_config(cls, config: ModelConfig, modalities: Modalities) -> "IMP":
+        """Builds the model with random weights. `modalities` must be fitted."""
+        return cls(
+            config.model,
             stems={m.stem: m.stem_spec() for m in modalities.values()},
             stem_of={name: m.stem for name, m in modalities.items()},
-            pairs=trained_pairs(recipe),
-            classes=classes,
-            distilled=distilled_heads(recipe),
+            pairs=[pair.modalities for pair in config.pairs],
+            classes={head: len(classes) for head, classes in config.classes.items()},
+            distilled=config.distilled,
         )
-        model.encoder.activation_checkpointing = recipe.memory.activation_checkpointing
-        return model
+
+    def checkpoint_activations(self) -> None:
+        self.encoder.activation_checkpointing = True
 
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
         """Encodes the tokens of one modality, or the concatenated tokens of several of the same B examples.
@@ -171,28 +171,6 @@ class IMP(Embedder):
         """The name of the projection head that maps `source` to the space that it shares with `target`."""
         source, target = self.head_of[source], self.head_of[target]
         return source if self.config.space == "joint" else f"{source}-to-{target}"
-
-
-def trained_pairs(recipe: Recipe) -> list[tuple[str, str]]:
-    """All pairs of modalities in the contrastive objectives of a recipe, sorted."""
-    found = {
-        (min(pair), max(pair))
-        for task in recipe.tasks.values()
-        for objective in task.objectives
-        if isinstance(objective, Contrastive)
-        for pair in pairs_of(objective, task.inputs)
-    }
-    return sorted(found)
-
-
-def distilled_heads(recipe: Recipe) -> list[tuple[str, str]]:
-    """The modality of each distillation in a recipe, and the one that it is to be compared with."""
-    return [
-        (objective.of, target_of(objective, task.inputs))
-        for task in recipe.tasks.values()
-        for objective in task.objectives
-        if isinstance(objective, Distill)
-    ]
 
 
 def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:

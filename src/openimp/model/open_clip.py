@@ -17,13 +17,18 @@ from torch.overrides import TorchFunctionMode
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Tokens
 from openimp.common.progress import no_log_output
-from openimp.modalities.open_clip import OpenClip, Pictures, import_open_clip, normalized, unpacked
+from openimp.modalities.open_clip import (
+    Pictures,
+    import_open_clip,
+    library_errors,
+    normalized,
+    reader_of,
+    unpacked,
+)
 from openimp.model.embedder import Embedder, Encoded
 from openimp.model.heads import MAX_LOGIT_SCALE, LogitScale
-from openimp.model.imp import trained_pairs
 from openimp.model.init import linear
-from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Contrastive
+from openimp.recipe.model_config import ModelConfig
 
 BLOCKS = ("resblocks", "blocks", "layer", "layers", "block")
 """Names of the lists of blocks in the towers of open_clip, timm and transformers."""
@@ -40,37 +45,37 @@ class OpenCLIP(Embedder):
     Statistics of batch norms stay as they are in training, because an embedding must not depend on its batch.
     """
 
+    cast_inputs = True
+    reads_values = True  # in towers of transformers
     mean: Tensor
     std: Tensor
 
     def __init__(
         self,
-        recipe: Recipe,
+        config: ModelConfig,
         modalities: Modalities,
         encoder: nn.Module,
         embed_dim: int,
-        classes: Mapping[str, int] | None = None,
     ) -> None:
         """Wraps the library's model.
 
         Args:
-            recipe: what is trained.
-            modalities: those of the recipe; if they are of a wrapped model, with the library's files as their state.
+            config: what the model is.
+            modalities: its modalities; if they are of a wrapped model, with the library's files as their state.
             encoder: an instance of a model class of open_clip.
             embed_dim: Z.
-            classes: the number of classes of each classification head, by name.
         """
         super().__init__()
-        losses = {o.loss for task in recipe.tasks.values() for o in task.objectives if isinstance(o, Contrastive)}
-        self.pairs = trained_pairs(recipe)
+        self.pairs = [pair.modalities for pair in config.pairs]
         self.readers = {name: modality.reads_text for name, modality in modalities.items()}
         for modality in modalities.values():
             if isinstance(modality, Pictures):
                 self.size = modality.size
                 for name, values in zip(("mean", "std"), modality.statistics):
-                    self.register_buffer(name, torch.tensor(values), persistent=False)
+                    self.register_buffer(name, values, persistent=False)
         library = cast(Any, encoder)
-        limit = math.inf if losses == {"sigmoid"} else MAX_LOGIT_SCALE  # SigLIP's scales are larger than CLIP's limit.
+        only_sigmoid = {pair.sigmoid for pair in config.pairs} == {True}
+        limit = math.inf if only_sigmoid else MAX_LOGIT_SCALE  # SigLIP's scales are larger than CLIP's limit.
         self.scale = LogitScale(library.logit_scale, library.logit_bias, limit)
         library.logit_scale = library.logit_bias = None
         for module in encoder.modules():
@@ -78,22 +83,23 @@ class OpenCLIP(Embedder):
                 counts: Any = module  # As floats, because the EMA averages them, too.
                 counts.num_batches_tracked = counts.num_batches_tracked.float()
         self.encoder = encoder
-        if recipe.memory.activation_checkpointing:
-            library.set_grad_checkpointing(True)
         sizes = {"width": embed_dim, "embed_dim": embed_dim, "space": "joint"}
-        self.config = recipe.model.model_copy(update=sizes)
-        self.classifiers = nn.ModuleDict({name: linear(embed_dim, n) for name, n in (classes or {}).items()})
+        self.config = config.model.model_copy(update=sizes)
+        self.classifiers = nn.ModuleDict(
+            {name: linear(embed_dim, len(classes)) for name, classes in config.classes.items()}
+        )
 
     @classmethod
-    def from_recipe(
-        cls, recipe: Recipe, modalities: Modalities, classes: Mapping[str, int] | None = None
-    ) -> "OpenCLIP":
+    def from_config(cls, config: ModelConfig, modalities: Modalities) -> "OpenCLIP":
         """Builds the model without the values of its weights, which are then loaded."""
         # On the CPU, so that buffers which are computed have their values.
         with torch.device("cpu"):
-            wrapped = _wrapped(modalities)
-            model = cls(recipe, modalities, build(wrapped.files), wrapped.embed_dim, classes)
+            reader = reader_of(modalities)
+            model = cls(config, modalities, build(reader.files), reader.embed_dim)
         return model.to("meta") if torch.get_default_device().type == "meta" else model
+
+    def checkpoint_activations(self) -> None:
+        cast(Any, self.encoder).set_grad_checkpointing(True)
 
     def encode(self, inputs: Mapping[str, Tokens]) -> Encoded:
         """Encodes the tokens of one modality to features (B, Z)."""
@@ -225,11 +231,8 @@ class SkipInit(TorchFunctionMode):
 def build(files: Mapping[str, str]) -> nn.Module:
     """The library's model, without the values of its weights. `files` are those of `modalities.open_clip`."""
     library = import_open_clip()
-    with unpacked(files) as name, SkipInit(), no_log_output():
-        try:
-            model: nn.Module = library.create_model(name, load_weights=False, pretrained_text=False)
-        except Exception as error:  # The libraries raise many kinds.
-            raise UserError(f"open_clip cannot build the model: {' '.join(str(error).split())[:300]}") from None
+    with unpacked(files) as name, SkipInit(), no_log_output(), library_errors("open_clip cannot build the model"):
+        model: nn.Module = library.create_model(name, load_weights=False, pretrained_text=False)
     return model
 
 
@@ -241,8 +244,3 @@ def _blocks_in(tower: nn.Module) -> list[nn.Module]:
             found += [*module]
     inner = {id(module) for block in found for module in block.modules() if module is not block}
     return [block for block in found if id(block) not in inner]
-
-
-def _wrapped(modalities: Modalities) -> OpenClip:
-    """One of the modalities of a wrapped model, which all have the library's files."""
-    return next(modality for modality in modalities.values() if isinstance(modality, OpenClip))

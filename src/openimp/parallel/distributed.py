@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from openimp.common.errors import UserError
+from openimp.common.progress import console
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,7 +33,7 @@ _patient_group: Group | None = None
 
 
 def start() -> torch.device:
-    """Joins the ranks that torchrun started, if it did, and returns the device of this rank."""
+    """Joins the ranks that torchrun started, if it did, and returns the device of this rank. Only rank 0 prints."""
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return torch.device("cuda" if cuda else "cpu")
@@ -61,6 +62,7 @@ def start() -> torch.device:
         raise UserError(f"RANK is set, as if by torchrun, but {error}; use torchrun") from None
     global _patient_group
     _patient_group = new_group(LONG_TIMEOUT)
+    console.quiet = rank() > 0
     return device
 
 
@@ -188,10 +190,12 @@ def run_on_all_ranks(work: Callable[[], T], group: Group | None = None) -> list[
     try:
         result = work()
     except (UserError, OSError) as error:
-        cause, message = error, str(error)
+        cause = error
+        message = str(error)
     except Exception as error:  # A bug. Only its own rank can print where it is.
         traceback.print_exc()
-        cause, message = error, f"{type(error).__name__}: {error}"
+        cause = error
+        message = f"{type(error).__name__}: {error}"
     outcomes = all_gather_object((result, message), group)
     for _, failure in outcomes:
         if failure is not None:
@@ -246,7 +250,7 @@ def in_lockstep(items: Iterable[T], describe: Callable[[T], R]) -> Iterator[tupl
         item = next(iterator, None)
         return None if item is None else describe(item)
 
-    while described := [found for found in run_on_all_ranks(advance) if found is not None]:
+    while described := [result for result in run_on_all_ranks(advance) if result is not None]:
         yield item, described
 
 
@@ -262,9 +266,9 @@ def run_first_on_node(work: Callable[[], T]) -> T:
         if mine:
             result = work()
 
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    for turn in (first, not first):
-        run_on_all_ranks(partial(work_if, turn), _patient_group)
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for is_my_turn in (is_first, not is_first):
+        run_on_all_ranks(partial(work_if, is_my_turn), _patient_group)
     return cast(T, result)
 
 

@@ -1,13 +1,14 @@
 """How the ranks divide Muon's work. Each class orthogonalizes the updates of weights with one kind of layout.
 
-Its argument `updates` has bf16 updates: this rank's shard of each weight for which this rank keeps the momentum.
-The result has the orthogonalized shards of all weights. A step takes one or two collectives per class, however many
-matrices there are.
+Its attribute `kept` has the weights whose momentum this rank keeps. Its method `orthogonalized` takes their updates in
+bf16, of which this rank has its shards, and may change them. It yields each weight that is updated in this step, and
+this rank's shard of its orthogonalized update. A step takes one or two collectives per class, however many matrices
+there are.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,46 +16,35 @@ from torch import Tensor
 
 from openimp.parallel.distributed import Group, node_group
 from openimp.parallel.layout import local_shard
+from openimp.parallel.newton_schulz import orthogonalize_in_batches
 from openimp.parallel.owners import Matrix, matrix_shape, own_matrices, own_weights
 
-Orthogonalize = Callable[[Sequence[Tensor]], None]
-"""Replaces the matrices of tensors (N, rows, columns) by orthogonalized ones, in place."""
 Updates = Mapping[Tensor, Tensor]
 
 
-class Division(Protocol):
-    """A set of weights whose work is divided in one way."""
-
-    @property
-    def kept(self) -> Sequence[Tensor]:
-        """The weights whose momentum this rank keeps."""
-        ...
-
-    def orthogonalized(self, updates: Updates, orthogonalize: Orthogonalize) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields each weight that is updated in this step, and its orthogonalized update."""
-        ...
-
-
-def divide_work(stacks: Mapping[Tensor, int]) -> list[Division]:
+def divide_work(stacks: Mapping[Tensor, int]) -> "list[WholeMatrices | ReplicatedMatrices | ShardedMatrices]":
     """Divides the matrices of Muon; `stacks` has the number that each weight stacks. All ranks must call this."""
-    whole, replicated = dict[Tensor, int](), dict[Tensor, int]()
+    whole: dict[Tensor, int] = {}
+    replicated: dict[Tensor, int] = {}
     sharded: dict[tuple[Any, int], dict[Tensor, int]] = {}  # by device mesh and its dimension
     for weight, count in stacks.items():
-        if getattr(weight, "device_mesh", None) is None:
+        if not hasattr(weight, "device_mesh"):
             whole[weight] = count
         elif local_shard(weight).shape == weight.shape:
             replicated[weight] = count
         elif mesh_dim := _sharded_over(weight):
-            experts = len(local_shard(weight))  # This rank's, with expert parallelism.
-            sharded.setdefault(mesh_dim, {})[weight] = experts if weight.ndim == 3 else count
+            local_experts = len(local_shard(weight))
+            sharded.setdefault(mesh_dim, {})[weight] = local_experts if weight.ndim == 3 else count
         else:  # Each rank has whole experts.
             whole[weight] = count
-    found: list[Division] = [WholeMatrices(whole)] if whole else []
+    divisions: list[WholeMatrices | ReplicatedMatrices | ShardedMatrices] = []
+    if whole:
+        divisions.append(WholeMatrices(whole))
     if replicated:
-        found.append(ReplicatedMatrices(replicated, node_group()))
-    for (mesh, dim), some in sharded.items():
-        found.append(ShardedMatrices(some, mesh.get_group(dim)))
-    return found
+        divisions.append(ReplicatedMatrices(replicated, node_group()))
+    for (mesh, dim), weights in sharded.items():
+        divisions.append(ShardedMatrices(weights, mesh.get_group(dim)))
+    return divisions
 
 
 def _sharded_over(weight: Any) -> tuple[Any, int] | None:
@@ -70,11 +60,12 @@ class WholeMatrices:
     """This rank holds whole matrices, and no other rank has them, except in other replicas."""
 
     def __init__(self, stacks: Mapping[Tensor, int]) -> None:
-        self.stacks, self.kept = stacks, [*stacks]
+        self.stacks = stacks
+        self.kept = [*stacks]
 
-    def orthogonalized(self, updates: Updates, orthogonalize: Orthogonalize) -> Iterator[tuple[Tensor, Tensor]]:
+    def orthogonalized(self, updates: Updates) -> Iterator[tuple[Tensor, Tensor]]:
         updated = [weight for weight in self.kept if weight in updates]
-        orthogonalize([updates[w].view(-1, *matrix_shape(w, self.stacks[w])) for w in updated])
+        _orthogonalize(updated, updates, self.stacks)
         for weight in updated:
             yield weight, updates[weight]
 
@@ -86,20 +77,22 @@ class ReplicatedMatrices:
     """
 
     def __init__(self, stacks: Mapping[Tensor, int], group: Group) -> None:
-        self.stacks, self.group = stacks, group
+        self.stacks = stacks
+        self.group = group
+        self.rank = dist.get_rank(group)
         self.owned = own_weights(stacks, dist.get_world_size(group))
-        self.kept = self.owned[dist.get_rank(group)]
+        self.kept = self.owned[self.rank]
 
-    def orthogonalized(self, updates: Updates, orthogonalize: Orthogonalize) -> Iterator[tuple[Tensor, Tensor]]:
-        updated = [[weight for weight in owned if weight.grad is not None] for owned in self.owned]
+    def orthogonalized(self, updates: Updates) -> Iterator[tuple[Tensor, Tensor]]:
+        updated = [[weight for weight in weights if weight.grad is not None] for weights in self.owned]
         sizes = [[weight.numel() for weight in weights] for weights in updated]
         largest = max(map(sum, sizes))
         if largest == 0:
             return
-        own, device = updated[dist.get_rank(self.group)], local_shard(next(iter(self.stacks))).device
-        orthogonalize([updates[w].view(-1, *matrix_shape(w, self.stacks[w])) for w in own])
-        padding = torch.empty(largest - sum(w.numel() for w in own), dtype=torch.bfloat16, device=device)
-        sent = torch.cat([*(updates[w].flatten() for w in own), padding])
+        _orthogonalize(updated[self.rank], updates, self.stacks)
+        sent = torch.zeros(largest, dtype=torch.bfloat16, device=local_shard(next(iter(self.stacks))).device)
+        if updated[self.rank]:
+            sent[: sum(sizes[self.rank])] = torch.cat([updates[weight].flatten() for weight in updated[self.rank]])
         gathered = sent.new_empty(len(sizes) * largest)
         # torch 2.13 renamed it.
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -116,36 +109,39 @@ class ShardedMatrices:
     """
 
     def __init__(self, stacks: Mapping[Tensor, int], group: Group) -> None:
-        self.group, self.rank, self.kept = group, dist.get_rank(group), [*stacks]
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.kept = [*stacks]
         self.owned = own_matrices(stacks, dist.get_world_size(group))
         self.matrices: dict[Tensor, list[Matrix]] = {weight: [] for weight in stacks}
         for matrix in sorted(chain.from_iterable(self.owned), key=lambda matrix: matrix.index):
             self.matrices[matrix.weight].append(matrix)
 
-    def orthogonalized(self, updates: Updates, orthogonalize: Orthogonalize) -> Iterator[tuple[Tensor, Tensor]]:
-        owned = [[matrix for matrix in matrices if matrix.weight in updates] for matrices in self.owned]
-        own, order = owned[self.rank], [matrix for matrices in owned for matrix in matrices]
-        if not order:
+    def orthogonalized(self, updates: Updates) -> Iterator[tuple[Tensor, Tensor]]:
+        by_owner = [[matrix for matrix in matrices if matrix.weight in updates] for matrices in self.owned]
+        owned = by_owner[self.rank]
+        if not any(by_owner):
             return
         shards: dict[Matrix, Tensor] = {}  # of this rank
         for weight, matrices in self.matrices.items():
             if weight in updates:
                 rows = updates[weight].view(-1, weight.shape[-1])
                 shards |= zip(matrices, rows.split([matrix.rows[self.rank] for matrix in matrices]))
-        sent = [sum(shards[matrix].numel() for matrix in matrices) for matrices in owned]
-        sizes = [[matrix.rows[rank] * matrix.columns for matrix in own] for rank in range(len(owned))]
+        local_shards = [shards[matrix] for matrix in chain.from_iterable(by_owner)]
+        sizes_to_owners = [sum(shards[matrix].numel() for matrix in matrices) for matrices in by_owner]
+        shard_sizes = [[matrix.rows[rank] * matrix.columns for matrix in owned] for rank in range(len(by_owner))]
+        sizes_from_ranks = [*map(sum, shard_sizes)]
 
-        ours = [shards[matrix] for matrix in order]
-        received = self._all_to_all(ours, sent, [*map(sum, sizes)])
-        parts = received.split([*chain.from_iterable(sizes)])
-        whole = [torch.cat(parts[i :: len(own)]).view(1, -1, matrix.columns) for i, matrix in enumerate(own)]
+        received = self._all_to_all(local_shards, sizes_to_owners, sizes_from_ranks)
+        parts = received.split([*chain.from_iterable(shard_sizes)])
+        whole = [torch.cat(parts[i :: len(owned)]).view(1, -1, matrix.columns) for i, matrix in enumerate(owned)]
         del received, parts  # `whole` is a copy, and the way back needs memory for two more.
-        orthogonalize(whole)
-        results = [x[0].split(matrix.rows) for x, matrix in zip(whole, own)]  # by matrix and rank
-        returned = self._all_to_all([*chain.from_iterable(zip(*results))], [*map(sum, sizes)], sent)
+        orthogonalize_in_batches(whole)
+        results = [x[0].split(matrix.rows) for x, matrix in zip(whole, owned)]  # by matrix and rank
+        returned = self._all_to_all([*chain.from_iterable(zip(*results))], sizes_from_ranks, sizes_to_owners)
 
-        orthogonal = returned.split([shard.numel() for shard in ours])
-        torch._foreach_copy_(ours, [x.view_as(shard) for x, shard in zip(orthogonal, ours)])
+        orthogonal = returned.split([shard.numel() for shard in local_shards])
+        torch._foreach_copy_(local_shards, [x.view_as(shard) for x, shard in zip(orthogonal, local_shards)])
         for weight in self.kept:
             if weight in updates:
                 yield weight, updates[weight]
@@ -157,3 +153,8 @@ class ShardedMatrices:
         receiving = sending.new_empty(sum(received))
         dist.all_to_all_single(receiving, sending, received, sent, self.group)
         return receiving
+
+
+def _orthogonalize(weights: Sequence[Tensor], updates: Updates, stacks: Mapping[Tensor, int]) -> None:
+    """Orthogonalizes the updates of unsharded weights in place."""
+    orthogonalize_in_batches([updates[weight].view(-1, *matrix_shape(weight, stacks[weight])) for weight in weights])

@@ -59,11 +59,11 @@ class Layout(NamedTuple):
             raise UserError(f"parallel.expert_degree: {who} cannot be divided into groups of {expert_degree}")
         # Without shards, there is nothing to gather again.
         layout = cls(ranks, shards, expert_degree, reshard_after_forward or shards == 1)
-        _, parts, _ = layout.expert_mesh_shape
-        if expert_degree > 1 and any(dim % parts for dim in expert_dims):
+        if expert_degree > 1 and any(dim % layout.expert_shards for dim in expert_dims):
             raise UserError(
-                f"parallel: an expert's weights cannot be sharded over {parts} ranks (shard_degree / expert_degree); "
-                f"make model.width and model.mlp_dim multiples of {parts}, or change parallel.shard_degree"
+                f"parallel: an expert's weights cannot be sharded over {layout.expert_shards} ranks (shard_degree / "
+                f"expert_degree); make model.width and model.mlp_dim multiples of {layout.expert_shards}, or change "
+                "parallel.shard_degree"
             )
         return layout
 
@@ -74,10 +74,9 @@ class Layout(NamedTuple):
         return f"{{shard_degree: {self.shard_degree}{experts}{kept}}}"
 
     @property
-    def expert_mesh_shape(self) -> tuple[int, int, int]:
-        """(replicas of an expert, shards of each replica, ranks that the experts of a layer are distributed over)."""
-        shards = max(1, self.shard_degree // self.expert_degree)
-        return self.ranks // (shards * self.expert_degree), shards, self.expert_degree
+    def expert_shards(self) -> int:
+        """Number of ranks that each expert is sharded over."""
+        return max(1, self.shard_degree // self.expert_degree)
 
 
 def mixed_precision(device: torch.device, precision: Precision) -> torch.autocast:
@@ -88,11 +87,12 @@ def mixed_precision(device: torch.device, precision: Precision) -> torch.autocas
 
 def apply_parallelism(
     model: nn.Module,
+    layout: Layout,
+    device: torch.device,
+    *,
     blocks: Iterable[nn.Module],
     experts: Iterable[nn.Module],
     methods: Iterable[str],
-    layout: Layout,
-    device: torch.device,
     param_dtype: torch.dtype = torch.float32,
     fp32_modules: Iterable[nn.Module] = (),
     cast_inputs: bool = False,
@@ -106,11 +106,11 @@ def apply_parallelism(
     Args:
         model: has the same weights on all ranks, or is on the meta device. In the second case it gets memory, and the
             caller then loads or initializes its weights.
+        layout: see `Layout`.
+        device: of this rank.
         blocks: modules whose parameters are gathered only while they compute.
         experts: modules whose parameters have the experts as their first dimension.
         methods: names of the model's methods that compute with its other parameters.
-        layout: see `Layout`.
-        device: of this rank.
         param_dtype: the type in which parameters are gathered. If it is bf16, the model must run without autocast.
         fp32_modules: modules whose parameters are gathered in fp32 all the same.
         cast_inputs: whether the inputs of blocks are cast to `param_dtype`, for models that do not cast them.
@@ -122,17 +122,18 @@ def apply_parallelism(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    blocks, experts = list(blocks), list(experts)
+    blocks = [*blocks]
+    experts = [*experts]
     # In fp32 they need no groups of their own.
     fp32_modules = [*fp32_modules] if param_dtype != torch.float32 else []
     kept_gathered = set() if layout.reshard_after_forward else {*blocks, *experts}
-    replicas = layout.ranks // layout.shard_degree
-    mesh = init_device_mesh(device.type, (replicas, layout.shard_degree), mesh_dim_names=("replicate", "shard"))
+    shape = (layout.ranks // layout.shard_degree, layout.shard_degree)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     groups = [(module, mesh) for module in (*blocks, *fp32_modules, model)]
     if layout.expert_degree > 1:
-        expert_mesh = init_device_mesh(
-            device.type, layout.expert_mesh_shape, mesh_dim_names=("replicate", "shard", "experts")
-        )
+        expert_replicas = layout.ranks // (layout.expert_shards * layout.expert_degree)
+        expert_shape = (expert_replicas, layout.expert_shards, layout.expert_degree)
+        expert_mesh = init_device_mesh(device.type, expert_shape, mesh_dim_names=("replicate", "shard", "experts"))
         expert_mesh["shard", "experts"]._flatten()  # DTensor then reduces a norm over both dimensions at once.
         groups = [*((module, expert_mesh) for module in experts), *groups]
         for module in experts:

@@ -1,9 +1,6 @@
-"""Muon: momentum whose matrices are orthogonalized (arXiv 2502.16982), in batches of equal shape.
+"""Muon: momentum whose matrices are orthogonalized (arXiv 2502.16982)."""
 
-Shape suffixes: N matrices, R rows, C columns.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -14,14 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from openimp.parallel.division import divide_work
 from openimp.parallel.layout import local_shard
 from openimp.parallel.owners import matrix_shape
-
-NEWTON_SCHULZ = (8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
-"""Coefficients (a, b, c) of each iteration x <- a x + b (x x') x + c (x x')^2 x.
-
-They are chosen for singular values from 0.01 to 1. Each iteration moves the values as close to 1 as such a polynomial
-can (Polar Express, arXiv 2505.16932). After the third, all are between 0.73 and 1.27."""
-BATCH_NUMBERS = 2**24
-"""Most numbers in a batch of matrices, unless a single parameter has more."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -45,7 +34,8 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         lr_factors: Mapping[Tensor, float] | None = None,
     ) -> None:
-        self.stacks, self.lr_factors = dict(stacks), lr_factors or dict.fromkeys(stacks, 1.0)
+        self.stacks = dict(stacks)
+        self.lr_factors = lr_factors or dict.fromkeys(stacks, 1.0)
         self.divisions = divide_work(stacks)
         kept = [weight for division in self.divisions for weight in division.kept]
         # As a group, because that may be empty: with many ranks, some own no matrix.
@@ -64,8 +54,9 @@ class Muon(torch.optim.Optimizer):
             return torch.full_like(self.found_inf, 1 - share).masked_fill(self.found_inf.bool(), 1.0)
 
         for division in self.divisions:
-            for weight, update in division.orthogonalized(updates, orthogonalize_in_batches):
-                local, shape = local_shard(weight), matrix_shape(weight, self.stacks[weight])
+            for weight, update in division.orthogonalized(updates):
+                local = local_shard(weight)
+                shape = matrix_shape(weight, self.stacks[weight])
                 lr = group["lr"] * self.lr_factors[weight]
                 local.mul_(decay(lr * group["weight_decay"]))
                 local.add_(update.view_as(local), alpha=-lr * 0.2 * max(shape) ** 0.5)
@@ -90,39 +81,6 @@ class Muon(torch.optim.Optimizer):
         if self.found_inf is not None:
             torch._foreach_mul_(updates, 1 - self.found_inf)
         return {weight: update.bfloat16() for weight, update in zip(weights, updates)}
-
-
-def batches_by_shape(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Groups stacks of matrices (N, R, C) into those that are orthogonalized together: of one shape (R, C), and with at
-    most `BATCH_NUMBERS` numbers."""
-    found: dict[torch.Size, list[list[Tensor]]] = {}
-    for tensor in tensors:
-        same = found.setdefault(tensor.shape[1:], [[]])
-        if same[-1] and sum(other.numel() for other in same[-1]) + tensor.numel() > BATCH_NUMBERS:
-            same.append([])
-        same[-1].append(tensor)
-    return [batch for same in found.values() for batch in same]
-
-
-def orthogonalize_in_batches(tensors: Sequence[Tensor]) -> None:
-    """Orthogonalizes the matrices of bf16 tensors (N, R, C) in place. Those of one shape are computed together."""
-    for batch in batches_by_shape(tensors):  # A result that had a name would be kept while the next one is computed.
-        torch._foreach_copy_(batch, orthogonalize(torch.cat(batch)).split([len(x) for x in batch]))
-
-
-def orthogonalize(x_NRC: Tensor) -> Tensor:
-    """Brings the singular values of bf16 matrices to between about 0.73 and 1.27.
-
-    Those below 0.01 of the Frobenius norm become 80 times as large.
-    """
-    x_NRC = x_NRC / x_NRC.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    wide = x_NRC.shape[1] <= x_NRC.shape[2]
-    for a, b, c in NEWTON_SCHULZ:
-        # The smaller of the two Gram matrices. Both give the same result.
-        gram = x_NRC @ x_NRC.mT if wide else x_NRC.mT @ x_NRC
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x_NRC = torch.baddbmm(x_NRC, *((factor, x_NRC) if wide else (x_NRC, factor)), beta=a)
-    return x_NRC
 
 
 def muon_flops(stacks: Mapping[Tensor, int]) -> int:

@@ -27,11 +27,6 @@ class Matrix:
         return self.weight.shape[-1]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """The shape of a stack of this matrix alone: 1, rows, columns."""
-        return 1, sum(self.rows), self.columns
-
-    @property
     def work(self) -> int:
         """See `muon_work`."""
         return muon_work(sum(self.rows), self.columns)
@@ -44,7 +39,7 @@ def matrix_shape(weight: Tensor, count: int) -> tuple[int, int]:
 
 def muon_work(rows: int, columns: int) -> int:
     """FLOPs of orthogonalizing a matrix, up to a constant factor."""
-    small, large = min(rows, columns), max(rows, columns)
+    small, large = sorted((rows, columns))
     return small * small * (2 * large + small)
 
 
@@ -54,18 +49,18 @@ def matrices_of(stacks: Mapping[Tensor, int], ranks: int) -> list[Matrix]:
     `stacks` has the number of matrices of each weight. FSDP2 divides the rows of a two-dimensional weight like
     `torch.chunk`. It divides the rows of each expert evenly.
     """
-    found = []
+    matrices = []
     for weight, count in stacks.items():
         rows, _ = matrix_shape(weight, count)
         if weight.ndim == 3:
-            found += [Matrix(weight, i, (rows // ranks,) * ranks) for i in range(count)]
+            matrices += [Matrix(weight, i, (rows // ranks,) * ranks) for i in range(count)]
             continue
-        part = -(-weight.shape[0] // ranks)
-        bounds = [min(i * part, weight.shape[0]) for i in range(ranks + 1)]
+        rows_per_rank = -(-weight.shape[0] // ranks)
+        bounds = [min(i * rows_per_rank, weight.shape[0]) for i in range(ranks + 1)]
         for i in range(count):
             clipped = [min(max(bound - i * rows, 0), rows) for bound in bounds]
-            found.append(Matrix(weight, i, tuple(b - a for a, b in pairwise(clipped))))
-    return found
+            matrices.append(Matrix(weight, i, tuple(b - a for a, b in pairwise(clipped))))
+    return matrices
 
 
 def assign_owners(items: Iterable[T], ranks: int, work: Callable[[T], int]) -> list[list[T]]:

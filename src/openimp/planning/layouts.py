@@ -11,6 +11,7 @@ from openimp.model.learning_rates import muon_stacks
 from openimp.parallel import distributed
 from openimp.parallel.layout import Layout
 from openimp.planning.gpus import NODE, USABLE
+from openimp.planning.sharding import Sharding
 from openimp.recipe.schema import Recipe
 
 STATE_SHARE = 0.5
@@ -37,7 +38,8 @@ def choose_layout(recipe: Recipe, model: Embedder, device: torch.device) -> Layo
 
     On CPUs the default is that all ranks share one replica: they share one memory, which replicas would fill.
     """
-    ranks, shard_degree = distributed.world_size(), recipe.parallel.shard_degree
+    ranks = distributed.world_size()
+    shard_degree = recipe.parallel.shard_degree
     if ranks == 1 or shard_degree is not None or device.type != "cuda":
         return layout_of(recipe, ranks, shard_degree)
     memory = torch.cuda.get_device_properties(device).total_memory
@@ -72,13 +74,8 @@ def state_bytes(recipe: Recipe, model: Embedder, layout: Layout) -> int:
     AdamW has two tensors per parameter and Muon one. A frozen parameter has only its weight. Without shards, a rank has
     less: Muon's tensors are divided among the ranks of a node.
     """
-    _, shards, owners = layout.expert_mesh_shape
-    by_muon = muon_stacks(model, recipe.optimizer)
-    experts = {weight for module in model.experts() for weight in module.parameters()}
-    total = 0
-    for weight in model.parameters():
-        tensors = 1
-        if weight.requires_grad:
-            tensors += 1 + (1 if weight in by_muon else 2) + (recipe.optimizer.ema_decay is not None)
-        total += 4 * tensors * weight.numel() // (shards * owners if weight in experts else layout.shard_degree)
-    return total
+    sharding = Sharding(layout, model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    copies = 3 if recipe.optimizer.ema_decay is None else 4
+    held_bytes = sharding.held_bytes(model.parameters()) + copies * sharding.held_bytes(trained)
+    return held_bytes - sharding.held_bytes(muon_stacks(model, recipe.optimizer))

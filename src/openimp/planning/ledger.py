@@ -20,15 +20,14 @@ from openimp.alternation import expected_shares
 from openimp.common.errors import UserError
 from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import number_table
-from openimp.data.batch import Batch, head_key
-from openimp.data.targets import embed_dim
-from openimp.model.build import build_model
+from openimp.data.batch import Batch
+from openimp.data.targets import target_sizes
+from openimp.model.build import build_for_training
 from openimp.model.embedder import Embedder, in_chunks
 from openimp.model.learning_rates import freeze, muon_stacks
-from openimp.objectives import Losses, task_losses
+from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel.muon import muon_flops
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification, Distill
 from openimp.recipe.training import Memory
 
 META = torch.device("meta")
@@ -68,7 +67,8 @@ def costs(
     recipe: Recipe,
     modalities: Modalities,
     classes: Classes,
-    build: Callable[..., Any] = build_model,
+    *,
+    build: Callable[..., Any] = build_for_training,
     losses: Callable[..., Losses] = task_losses,
     summed: bool = False,
 ) -> dict[tuple[str, int], Cost]:
@@ -81,10 +81,12 @@ def costs(
     parts = [data[part] for part in ("model", "modalities", "tasks", "memory", "evaluation", "optimizer")]
     key = json.dumps([build.__qualname__, summed, parts, {name: len(values) for name, values in classes.items()}])
     if key not in _counted:  # Counting takes seconds, and a study asks for the same again and again.
-        by_view = _count(recipe, modalities, classes, build, losses, summed)
+        model = meta_model(recipe, modalities, classes, build).train()
+        by_view = _count_passes(recipe, modalities, classes, model, losses)
+        by_view = _with_optimizer(recipe, model, by_view, summed)
         if recipe.memory != Memory():
             plain_recipe = recipe.model_copy(update={"memory": Memory()})
-            plain = costs(plain_recipe, modalities, classes, build, losses, summed)
+            plain = costs(plain_recipe, modalities, classes, build=build, losses=losses, summed=summed)
             by_view = {
                 visit: replace(cost, repeated_flops=cost.flops - plain[visit].flops) for visit, cost in by_view.items()
             }
@@ -92,20 +94,14 @@ def costs(
     return _counted[key]
 
 
-def _count(
-    recipe: Recipe,
-    modalities: Modalities,
-    classes: Classes,
-    build: Callable[..., Any],
-    losses: Callable[..., Losses],
-    summed: bool,
+def _count_passes(
+    recipe: Recipe, modalities: Modalities, classes: Classes, model: Embedder, losses: Callable[..., Losses]
 ) -> dict[tuple[str, int], Cost]:
-    model = meta_model(recipe, modalities, classes, build).train()
+    """The cost of a step of each (task, view index), without its update."""
     by_view = {}
     for name, task in recipe.tasks.items():
         for i, view in enumerate(task.views if task.weight else ()):
-            # Towers from transformers look at values, except at those of fake tensors.
-            with FakeTensorMode(allow_non_fake_inputs=True) if recipe.model.wrap else nullcontext():
+            with FakeTensorMode(allow_non_fake_inputs=True) if model.reads_values else nullcontext():
                 batch = empty_batch(recipe, name, i, modalities, classes, META)
                 with FlopCounterMode(display=False) as counter:
                     total = losses(model, task, batch, in_chunks(model.encode_all, recipe.memory.chunk_size)).total
@@ -123,7 +119,7 @@ def _count(
                 touched=frozenset(name for name, weight in model.named_parameters() if weight.grad is not None),
             )
             model.zero_grad()
-    return _with_optimizer(recipe, model, by_view, summed)
+    return by_view
 
 
 def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: bool) -> dict[tuple[str, int], Cost]:
@@ -135,25 +131,23 @@ def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: boo
     def update_flops(touched: frozenset[str]) -> int:
         return muon_flops({named[name]: stacks[named[name]] for name in touched if named[name] in stacks})
 
-    all_touched = frozenset[str]().union(*(cost.touched for cost in by_view.values()))
-    found = {}
+    with_update = {}
     for visit, cost in by_view.items():
         if summed:
-            flops = update_flops(all_touched) // len({task for task, _ in by_view})
-        elif recipe.optimizer.zero_missing_grads:
-            flops = update_flops(frozenset(named))
+            touched = frozenset[str]().union(*(other.touched for other in by_view.values()))
+            flops = update_flops(touched) // len({task for task, _ in by_view})
         else:
-            flops = update_flops(cost.touched)
-        found[visit] = replace(cost, flops=cost.flops + flops, optimizer_flops=flops)
-    return found
+            flops = update_flops(frozenset(named) if recipe.optimizer.zero_missing_grads else cost.touched)
+        with_update[visit] = replace(cost, flops=cost.flops + flops, optimizer_flops=flops)
+    return with_update
 
 
 def meta_model(
-    recipe: Recipe, modalities: Modalities, classes: Classes, build: Callable[..., Any] = build_model
+    recipe: Recipe, modalities: Modalities, classes: Classes, build: Callable[..., Any] = build_for_training
 ) -> Any:
     """The recipe's model with its frozen parts, on the meta device: it has shapes and no values."""
     with META:
-        model = build(recipe, modalities, {name: len(values) for name, values in classes.items()})
+        model = build(recipe, modalities, classes)
     freeze(model, recipe.optimizer)
     return model
 
@@ -161,11 +155,13 @@ def meta_model(
 def mixture(recipe: Recipe, by_view: Costs) -> dict[str, dict[str, float]]:
     """What each task contributes to the mean step: its share of the steps, and examples, tokens and FLOPs."""
     rows: dict[str, dict[str, float]] = {}
-    for name, share in expected_shares(recipe).items():
-        weights = [view.weight / sum(v.weight for v in recipe.tasks[name].views) for view in recipe.tasks[name].views]
-        rows[name] = {"steps": share}
+    for task, share in expected_shares(recipe).items():
+        views = recipe.tasks[task].views
+        view_shares = [view.weight / sum(other.weight for other in views) for view in views]
+        rows[task] = {"steps": share}
         for unit in UNITS[1:]:
-            rows[name][unit] = share * sum(part * getattr(by_view[name, i], unit) for i, part in enumerate(weights))
+            per_step = sum(part * getattr(by_view[task, i], unit) for i, part in enumerate(view_shares))
+            rows[task][unit] = share * per_step
     return rows
 
 
@@ -203,15 +199,6 @@ def empty_batch(
         for modality, spec in task.inputs.items():
             length = modalities[modality].length(task.views[view][modality])
             tokens[modality] = modalities[modality].zeros(size * spec.draw, length)
-        item = torch.zeros(size, dtype=torch.int64)
-        batch = Batch(tokens, {"": item}, rows=list(range(size)))
-        for objective in task.objectives:
-            if isinstance(objective, Classification):
-                many = len(classes[head_key(task.source, objective.label)])
-                batch.labels[objective.label] = item if objective.loss == "softmax" else torch.zeros(size, many)
-            elif isinstance(objective, Distill):
-                batch.labels[objective.to] = torch.zeros(size, embed_dim(recipe, modalities))
-                batch.item_ids[objective.to] = item
-            elif objective.same:
-                batch.item_ids[objective.same] = item
-    return batch
+        sizes = target_sizes(recipe, modalities, classes)
+        targets = [objective.zeros(task, size, sizes) for objective in task.objectives]
+    return Batch(tokens, targets)

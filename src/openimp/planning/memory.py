@@ -14,7 +14,7 @@ from openimp.common.device import Precision, autocast, precision_of
 from openimp.common.modality import Classes, Modalities
 from openimp.model.embedder import in_chunks
 from openimp.model.encoder import Attention
-from openimp.objectives import task_losses
+from openimp.objectives.losses import task_losses
 from openimp.planning.ledger import empty_batch, meta_model
 from openimp.recipe.schema import Recipe
 
@@ -92,6 +92,7 @@ def step_memory(
     classes: Classes,
     task: str,
     view: int,
+    *,
     precision: Precision,
     on_gpu: bool = True,
     gpus: int = 1,

@@ -30,17 +30,16 @@ INDISTINCT = 1.1
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs in one layout. `per_token` counts the parameters between a token's embedding and the mean over
-    the tokens that work on it, on average; None for a wrapped model."""
+    """What a run needs in one layout."""
 
     layout: Layout
     gpu: GPU
     mfu: float  # share of the bf16 peak at which passes are computed; HFU if `memory` repeats some
     parameters: dict[str, int]  # by part of the model
-    frozen: int  # how many of them are frozen
-    per_token: int | None
-    steps: dict[tuple[str, int], Step]  # by (task, view)
-    visits: dict[tuple[str, int], int]  # how many of them the run makes
+    frozen: int  # number of frozen parameters
+    per_token: int | None  # parameters that a token uses; see the function `per_token`
+    steps: dict[tuple[str, int], Step]  # one step of each (task, view)
+    visits: dict[tuple[str, int], int]  # number of steps of each (task, view)
 
     @property
     def largest(self) -> tuple[str, int]:
@@ -59,17 +58,17 @@ class Plan:
     @property
     def flops(self) -> int:
         """Of the whole run, over all GPUs. An update counts once, although several replicas compute it."""
-        return sum(self.steps[key].cost.flops * n for key, n in self.visits.items())
+        return sum(self.steps[key].cost.flops * visits for key, visits in self.visits.items())
 
     @property
     def compute_seconds(self) -> float:
         """Of the whole run."""
-        return sum(self.steps[key].compute_seconds * n for key, n in self.visits.items())
+        return sum(self.steps[key].compute_seconds * visits for key, visits in self.visits.items())
 
     @property
     def wait_seconds(self) -> float:
         """For communication, of the whole run."""
-        return sum(self.steps[key].wait_seconds * n for key, n in self.visits.items())
+        return sum(self.steps[key].wait_seconds * visits for key, visits in self.visits.items())
 
     @property
     def seconds(self) -> float:
@@ -77,12 +76,9 @@ class Plan:
         return self.compute_seconds + self.wait_seconds
 
 
-def plan(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, gpu: str, mfu: float) -> Plan:
-    """The first of `plans`."""
-    return next(plans(recipe, modalities, classes, gpus, gpu, mfu))
-
-
-def plans(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, gpu: str, mfu: float) -> Iterator[Plan]:
+def plans(
+    recipe: Recipe, modalities: Modalities, classes: Classes, *, gpus: int, gpu: str, mfu: float
+) -> Iterator[Plan]:
     """Computes what a recipe needs on `gpus` GPUs of the type `gpu` (one of `GPUS`), without reading data.
 
     Yields the plan of the layout that the recipe describes, or of the default one, and then those of alternatives. A
@@ -95,34 +91,40 @@ def plans(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, g
         raise UserError(f"--gpus: expected 1 or more, found {gpus}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: expected a share above 0 and at most 1, found {mfu:g}")
-    shard_degree = recipe.parallel.shard_degree
-    layout = layout_of(recipe, gpus, shard_degree)
+    layout = layout_of(recipe, gpus, recipe.parallel.shard_degree)
     by_view = costs(recipe, modalities, classes)
-    uneven = [f"{cost.examples} of tasks.{t}.views[{i}]" for (t, i), cost in by_view.items() if cost.examples % gpus]
+    uneven = [
+        f"{cost.examples} of tasks.{task}.views[{view}]"
+        for (task, view), cost in by_view.items()
+        if cost.examples % gpus
+    ]
     if uneven:
         raise UserError(f"--gpus: {gpus} GPUs do not divide a batch evenly: {', '.join(uneven)}")
     model = meta_model(recipe, modalities, classes)
-    if shard_degree is None:
+    if recipe.parallel.shard_degree is None:
         layout = default_layout(recipe, model, gpus, min(gpus, NODE), GPUS[gpu].memory_gib * GIB)
     precision: Precision = "fp32" if recipe.train.precision == "fp32" else "bf16"
 
-    counted = {
-        (task, view): step_memory(recipe, modalities, classes, task, view, precision, gpus=gpus)
+    memory = {
+        (task, view): step_memory(recipe, modalities, classes, task, view, precision=precision, gpus=gpus)
         for task, view in by_view
     }
     parameters = {name: count(part) for name, part in model.named_children()}
     frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
     visits = Alternation(recipe).visits()
     for planned in dict.fromkeys([layout, *alternatives(recipe, gpus)]):
-        planner = StepPlanner(recipe, Sharding(planned, GPUS[gpu], model, precision), mfu)
+        planner = StepPlanner(recipe, Sharding(planned, model, precision), GPUS[gpu], mfu)
         yield Plan(
             layout=planned,
             gpu=GPUS[gpu],
             mfu=mfu,
             parameters=parameters,
             frozen=frozen,
-            per_token=per_token(recipe, model),
-            steps={visit: planner.step(recipe.tasks[visit[0]], by_view[visit], counted[visit]) for visit in by_view},
+            per_token=per_token(model),
+            steps={
+                (task, view): planner.step(recipe.tasks[task], cost, memory[task, view])
+                for (task, view), cost in by_view.items()
+            },
             visits=visits,
         )
 
@@ -130,8 +132,8 @@ def plans(recipe: Recipe, modalities: Modalities, classes: Classes, gpus: int, g
 def recommended(plans: Sequence[Plan]) -> Plan:
     """The plan of the fastest run that fits, or the one that needs the least memory if none fits.
 
-    It is the first one if that is not slower by more than `INDISTINCT`. Shards over several nodes are recommended only
-    if nothing else fits, because the estimate lacks the latency of their collectives, which grows with their number.
+    The recipe's own layout, the first, stays if no other one is faster by more than `INDISTINCT`. Shards over several
+    nodes are recommended only if nothing else fits, because the planned time lacks the latency of their collectives.
     """
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
@@ -147,22 +149,21 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def per_token(recipe: Recipe, model: Embedder) -> int | None:
+def per_token(model: Embedder) -> int | None:
     """Parameters that a token uses on average, from its embedding to the mean over the tokens: the encoder without the
     experts that do not process the token, and the stem's two linear layers, one before the encoder and one after.
 
     With expert choice a token has `capacity_factor` experts on average, with token choice `top_k`. None for a wrapped
     model.
     """
-    moe = recipe.model.moe
-    if not isinstance(model, IMP) or (moe and moe.routing == "soft"):
+    if not isinstance(model, IMP):
         return None
-    own_blocks = [count(blocks) for blocks in model.encoder.own.values()]
-    used = count(model.encoder) - sum(own_blocks[1:])  # A token has those of its own stem, all of them alike.
-    width = recipe.model.width
-    used += 2 * (width * width + width)
+    width = model.config.width
+    moe = model.config.moe
+    blocks_by_stem = [count(blocks) for blocks in model.encoder.own.values()]
+    # A token has the blocks of its own stem, which are as large as those of any other.
+    used = count(model.encoder) - sum(blocks_by_stem[1:]) + 2 * (width * width + width)
     if moe is None:
         return used
     experts = moe.top_k if moe.routing == "token_choice" else min(moe.capacity_factor, moe.experts)
-    unused = moe.layers * count(model.experts()[0]) * (1 - experts / moe.experts)
-    return round(used - unused)
+    return round(used - moe.layers * count(model.experts()[0]) * (1 - experts / moe.experts))

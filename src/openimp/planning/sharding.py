@@ -23,26 +23,26 @@ class Traffic:
     """What one GPU receives in some collectives; it sends as much."""
 
     received_bytes: float = 0.0
-    link_seconds: float = 0.0
-    network_seconds: float = 0.0
+    link_bytes: float = 0.0  # over the links within its node
+    network_bytes: float = 0.0  # over its network card
 
-    @property
-    def seconds(self) -> float:
+    def seconds(self, gpu: GPU) -> float:
         """Links and network are used at the same time."""
-        return max(self.link_seconds, self.network_seconds)
+        link_seconds = self.link_bytes / gpu.link_gb_per_s
+        network_seconds = self.network_bytes / gpu.network_gb_per_s
+        return max(link_seconds, network_seconds) / (BANDWIDTH_SHARE * 1e9)
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(
             self.received_bytes + other.received_bytes,
-            self.link_seconds + other.link_seconds,
-            self.network_seconds + other.network_seconds,
+            self.link_bytes + other.link_bytes,
+            self.network_bytes + other.network_bytes,
         )
 
 
 class Group(NamedTuple):
     """GPUs that communicate with each other. Each is `stride` ranks after the one before."""
 
-    gpu: GPU
     size: int
     stride: int = 1
 
@@ -54,21 +54,15 @@ class Group(NamedTuple):
         received_bytes = size_bytes * (self.size - 1) / self.size
         per_node = max(1, NODE // self.stride)
         if self.size <= per_node:
-            return Traffic(received_bytes, link_seconds=_seconds(received_bytes, self.gpu.link_gb_per_s))
-        network_seconds = _seconds(received_bytes / per_node, self.gpu.network_gb_per_s)
-        return Traffic(received_bytes, network_seconds=network_seconds)
-
-
-def _seconds(size_bytes: float, gb_per_s: float) -> float:
-    return size_bytes / (BANDWIDTH_SHARE * gb_per_s * 1e9)
+            return Traffic(received_bytes, link_bytes=received_bytes)
+        return Traffic(received_bytes, network_bytes=received_bytes / per_node)
 
 
 class Sharding:
     """What one GPU holds of a model in a layout, and what it receives of weights and gradients."""
 
-    def __init__(self, layout: Layout, gpu: GPU, model: Embedder, precision: Precision) -> None:
+    def __init__(self, layout: Layout, model: Embedder, precision: Precision = "fp32") -> None:
         self.layout = layout
-        self.gpu = gpu
         self.model = model
         self.gathered_type_bytes = FP32_BYTES if precision == "fp32" else BF16_BYTES
         self.experts = {weight for module in model.experts() for weight in module.parameters()}
@@ -76,9 +70,8 @@ class Sharding:
     def shards(self, weight: Tensor) -> Group:
         """The GPUs over which a weight is sharded, or what expert parallelism leaves of it."""
         if weight in self.experts:
-            _, shards, expert_degree = self.layout.expert_mesh_shape
-            return Group(self.gpu, shards, stride=expert_degree)
-        return Group(self.gpu, self.layout.shard_degree)
+            return Group(self.layout.expert_shards, stride=self.layout.expert_degree)
+        return Group(self.layout.shard_degree)
 
     def numbers(self, weight: Tensor) -> int:
         """How many numbers of a weight a GPU gathers: with expert parallelism, those of its own experts."""
@@ -106,7 +99,7 @@ class Sharding:
         for weight in weights:
             shards = self.shards(weight)
             distance = shards.size * shards.stride
-            replicas = Group(self.gpu, self.layout.ranks // distance, stride=distance)
+            replicas = Group(self.layout.ranks // distance, stride=distance)
             traffic += shards.all_gather(FP32_BYTES * self.numbers(weight))
             traffic += replicas.all_gather(2 * self.held_bytes([weight]))
         return traffic

@@ -6,26 +6,26 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from openimp.common.objective import Compared
 from openimp.model.embedder import pass_sizes
 from openimp.model.learning_rates import muon_stacks
-from openimp.objectives import BLOCK
+from openimp.objectives.nce import BLOCK
+from openimp.planning.gpus import GPU
 from openimp.planning.ledger import Cost
 from openimp.planning.memory import StepMemory
 from openimp.planning.muon import MuonWork
 from openimp.planning.sharding import FP32_BYTES, Group, Sharding, Traffic
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification, Distill, Task, classified_by, pairs_of
+from openimp.recipe.tasks import Task
 
 SIMILARITY_BYTES = 21
 """Bytes that a contrastive loss holds at its peak per pair of items and direction; a test counts them."""
 
 # Bytes of a GPU's memory that an update reads and writes per parameter, in fp32.
-CLIPPING_BYTES = 4 + 4 + 4  # The norm reads the gradient; clipping reads and writes it.
-ADAMW_BYTES_PER_PARAMETER = (
-    CLIPPING_BYTES + 16 + 12
-)  # Reads gradient, weight, two moments; writes all but the gradient.
-MUON_BYTES_PER_PARAMETER = CLIPPING_BYTES + 48  # Without its matrix products.
-EMA_BYTES_PER_PARAMETER = 4 + 4 + 4  # Reads weight and average; writes the average.
+CLIPPING_BYTES = 12  # The norm reads the gradient; clipping reads and writes it.
+ADAMW_BYTES = CLIPPING_BYTES + 28  # Reads gradient, weight, two moments; writes all but the gradient.
+MUON_BYTES = CLIPPING_BYTES + 48  # Without its matrix products.
+EMA_BYTES = 12  # Reads weight and average; writes the average.
 
 
 class GPUMemory(NamedTuple):
@@ -60,43 +60,13 @@ class Step:
     wait_seconds: float  # for collectives that no computation hides
 
 
-class Compared(NamedTuple):
-    """What the losses of a step compare, over all GPUs."""
-
-    heads: int  # passes of features through a head
-    vectors: int  # that all GPUs get, and gradients that they return
-    similarities: int
-
-    @classmethod
-    def by(cls, task: Task, examples: int) -> "Compared":
-        """What a task compares. The sigmoid loss uses each pair of items once."""
-        rows = {name: examples * spec.draw for name, spec in task.inputs.items()}
-        heads = 0
-        vectors = 0
-        similarities = 0
-        for objective in task.objectives:
-            if isinstance(objective, Classification):
-                heads += len(classified_by(objective, task.inputs))
-            elif isinstance(objective, Distill):
-                heads += 1
-                if objective.loss == "contrastive":
-                    vectors += examples
-                    similarities += rows[objective.of] * examples
-            else:
-                for a, b in pairs_of(objective, task.inputs):
-                    is_softmax = objective.loss == "softmax"
-                    heads += 2
-                    vectors += 2 * (rows[a] * is_softmax + rows[b])
-                    similarities += (1 + is_softmax) * rows[a] * rows[b]
-        return cls(heads, vectors, similarities)
-
-
 class StepPlanner:
     """Plans the steps of a recipe in one layout, at a given MFU."""
 
-    def __init__(self, recipe: Recipe, sharding: Sharding, mfu: float) -> None:
+    def __init__(self, recipe: Recipe, sharding: Sharding, gpu: GPU, mfu: float) -> None:
         self.recipe = recipe
         self.sharding = sharding
+        self.gpu = gpu
         self.mfu = mfu
         self.model = sharding.model
         self.weights = dict(self.model.named_parameters())
@@ -111,7 +81,8 @@ class StepPlanner:
         """Plans a step that costs `cost`, and whose activations `counted` has."""
         touched = {self.weights[name] for name in cost.touched}
         updated = self.trained if self.recipe.optimizer.zero_missing_grads else touched
-        compared = Compared.by(task, cost.examples)
+        by_objective = [objective.compared(task, cost.examples) for objective in task.objectives]
+        compared = Compared(*map(sum, zip(*by_objective)))
         layout = self.sharding.layout
         rows = {name: cost.examples * spec.draw // layout.ranks for name, spec in task.inputs.items()}
         passes = [self.model.blocks_of(sizes) for sizes in pass_sizes(rows, self.recipe.memory.chunk_size)]
@@ -125,17 +96,19 @@ class StepPlanner:
         exposed = self.sharding.reduce(touched - overlapped) + self.muon.traffic(updated) + self._slots(cost)
         for _ in range(1 + compared.heads):
             exposed += self.sharding.gather(self.outside)
-        exposed += Group(self.sharding.gpu, layout.ranks).all_gather(self._vector_bytes(compared))
+        exposed += Group(layout.ranks).all_gather(self._vector_bytes(compared))
 
         forward_seconds = self._seconds(cost.forward_flops / layout.ranks)
         backward_seconds = self._seconds((cost.hardware_flops - cost.forward_flops) / layout.ranks)
-        hidden_wait = max(0.0, gather.seconds - forward_seconds) + max(0.0, backward.seconds - backward_seconds)
+        wait_seconds = exposed.seconds(self.gpu)
+        wait_seconds += max(0.0, gather.seconds(self.gpu) - forward_seconds)
+        wait_seconds += max(0.0, backward.seconds(self.gpu) - backward_seconds)
         return Step(
             cost=cost,
             memory=self._memory(compared, counted, updated),
             received_bytes=(gather + backward + exposed).received_bytes,
             compute_seconds=forward_seconds + backward_seconds + self._update_seconds(cost, updated),
-            wait_seconds=hidden_wait + exposed.seconds,
+            wait_seconds=wait_seconds,
         )
 
     def _vector_bytes(self, compared: Compared) -> int:
@@ -154,18 +127,18 @@ class StepPlanner:
         memory = self.recipe.memory
         times = 4 + 2 * (memory.chunk_size is not None) + 2 * memory.activation_checkpointing
         slot_bytes = self.sharding.gathered_type_bytes * self.recipe.model.width
-        return Group(self.sharding.gpu, self.sharding.layout.expert_degree).all_gather(times * slot_bytes * slots)
+        return Group(self.sharding.layout.expert_degree).all_gather(times * slot_bytes * slots)
 
     def _seconds(self, flops: float) -> float:
-        return flops / (self.sharding.gpu.flops_per_s * self.mfu)
+        return flops / (self.gpu.flops_per_s * self.mfu)
 
     def _update_seconds(self, cost: Cost, updated: Set[Tensor]) -> float:
         """Muon's products, and what the optimizers read from the GPU's memory and write to it."""
         adamw_parameters = self.sharding.held_bytes(updated - self.by_muon) / FP32_BYTES
         muon_parameters = self.muon.momentum_bytes(updated) / FP32_BYTES
-        moved_bytes = ADAMW_BYTES_PER_PARAMETER * adamw_parameters + MUON_BYTES_PER_PARAMETER * muon_parameters
-        moved_bytes += EMA_BYTES_PER_PARAMETER * self.ema_bytes / FP32_BYTES
-        return self._seconds(cost.optimizer_flops / self.muon.owners) + moved_bytes / self.sharding.gpu.bytes_per_s
+        ema_parameters = self.ema_bytes / FP32_BYTES
+        moved_bytes = ADAMW_BYTES * adamw_parameters + MUON_BYTES * muon_parameters + EMA_BYTES * ema_parameters
+        return self._seconds(cost.optimizer_flops / self.muon.owners) + moved_bytes / self.gpu.bytes_per_s
 
     def _memory(self, compared: Compared, counted: StepMemory, updated: Set[Tensor]) -> GPUMemory:
         """The moment of the step at which one GPU holds most."""

@@ -1,13 +1,14 @@
 """The tables that `openimp plan` and `openimp info` print."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from openimp.common.modality import Modalities
+from openimp.common.modality import Classes, Modalities
 from openimp.common.progress import clock, console, number_table
+from openimp.model.build import build_model
 from openimp.planning.gpus import GIB
-from openimp.planning.ledger import costs, meta_model, mixture_table, short
+from openimp.planning.ledger import META, costs, mixture_table, short
 from openimp.planning.plan import Plan, count, per_token, recommended
+from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
 
@@ -73,11 +74,23 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days" if seconds >= 86400 else clock(seconds)
 
 
-def print_model(recipe: Recipe, modalities: Modalities, classes: dict[str, list[Any]]) -> None:
-    """Prints the parameters of a recipe's model. `classes` has the classes of each head."""
-    model = meta_model(recipe, modalities, classes)
+def print_model(config: ModelConfig, modalities: Modalities) -> None:
+    """Prints the parameters of a model."""
+    with META:
+        model = build_model(config, modalities)
     parameters = {name: count(part) for name, part in model.named_children()}
-    _print_parameters(parameters, per_token(recipe, model), 0, modalities)
+    _print_parameters(parameters, per_token(model), 0, modalities)
+
+
+def print_costs(recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
+    """Prints what a step of each task and view costs, and the mixture of the tasks."""
+    by_view = costs(recipe, modalities, classes)
+    rows = [
+        (task, str(view), str(cost.examples), str(cost.tokens), f"{cost.flops / 1e9:,.1f}")
+        for (task, view), cost in by_view.items()
+    ]
+    console.print(number_table("one step", ("task", "view", "examples", "tokens", "GFLOPs"), rows))
+    console.print(mixture_table(recipe, by_view))
 
 
 def _print_parameters(parameters: dict[str, int], used: int | None, frozen: int, modalities: Modalities) -> None:
@@ -94,14 +107,3 @@ def _print_parameters(parameters: dict[str, int], used: int | None, frozen: int,
     for name, limit in limits.items():
         about = "the limit of its vocabulary, which is learned from the data and may be smaller"
         console.print(f"{name} counts with {limit:,} tokens, {about}", soft_wrap=True)
-
-
-def print_costs(recipe: Recipe, modalities: Modalities, classes: dict[str, list[Any]]) -> None:
-    """Prints what a step of each task and view costs, and the mixture of the tasks."""
-    by_view = costs(recipe, modalities, classes)
-    rows = [
-        (task, str(view), str(cost.examples), str(cost.tokens), f"{cost.flops / 1e9:,.1f}")
-        for (task, view), cost in by_view.items()
-    ]
-    console.print(number_table("one step", ("task", "view", "examples", "tokens", "GFLOPs"), rows))
-    console.print(mixture_table(recipe, by_view))

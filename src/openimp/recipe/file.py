@@ -33,8 +33,17 @@ def read_recipe(name: str, overrides: Iterable[str] = (), folder: Path | None = 
 def read_mapping(file: Path, what: str) -> dict[str, Any]:
     """Reads a YAML file that contains a mapping as plain data. `what` names the file's kind in messages."""
     try:
-        data = yaml.load(read_text(file, MAX_BYTES), RecipeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an invalid date.
+        text = read_text(file, MAX_BYTES)
+    except ValueError as error:  # It is not UTF-8.
+        raise UserError(f"{file}: not valid YAML: {error}") from None
+    return parse_mapping(text, file, what)
+
+
+def parse_mapping(text: str, file: Path, what: str) -> dict[str, Any]:
+    """The YAML text of a file as `read_mapping` returns it."""
+    try:
+        data = yaml.load(text, RecipeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date.
         reason = " ".join(str(error).split()).replace('in "<unicode string>", line', "at line")
         raise UserError(f"{file}: not valid YAML: {reason}") from None
     if not isinstance(data, dict):

@@ -1,13 +1,13 @@
 """The schema of inputs and views, which tasks and evaluation sets share."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
 from openimp.common.errors import UserError
-from openimp.common.modality import Modality
-from openimp.common.schema import Count, Positive, Strict, checked, unknown_key
+from openimp.common.modality import Modalities
+from openimp.common.schema import Count, Positive, Strict, unknown_key
+from openimp.recipe.model_config import checked_view
 
 
 class Input(Strict):
@@ -55,13 +55,12 @@ class View(Strict):
         """The options of a modality, an instance of its `View`."""
         return (self.model_extra or {})[modality]
 
-    def bind(self, modalities: Mapping[str, type[Modality]], where: str) -> "View":
-        """Validates the options of each modality with its `View`, and adds defaults. `where` is for messages."""
-        extra, known = dict(self.model_extra or {}), {}
+    def fill(self, modalities: Modalities, where: str) -> None:
+        """Validates the options of each modality in place, and adds defaults. `where` is for messages."""
+        options = self.model_extra
+        assert options is not None  # Because extra keys are allowed.
         for name, modality in modalities.items():
-            known[name] = checked(modality.View, extra.pop(name, {}), f"{where}.{name}")
-        if extra:
-            keys = [*modalities, *View.model_fields]
-            raise UserError(f"{where}: {unknown_key(next(iter(extra)), keys, self.renamed)}")
-        self.__pydantic_extra__ = known
-        return self
+            options[name] = checked_view(modality, options.get(name, {}), f"{where}.{name}")
+        for key in options:
+            if key not in modalities:
+                raise UserError(f"{where}: {unknown_key(key, [*modalities, *View.model_fields], self.renamed)}")

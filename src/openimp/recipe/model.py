@@ -1,14 +1,12 @@
 """The schema of `model` in the recipe."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from openimp.common.schema import Count, Positive, Strict, absolute_path, base_folder
+from openimp.common.names import LOCAL, OPEN_CLIP, Name, absolute_name
+from openimp.common.schema import Count, Positive, Strict, base_folder
 
-LIBRARY, LOCAL = "open_clip:", "local-dir:"
-"""The beginning of the name of a wrapped model, and what follows if it is in a folder, as in open_clip."""
 BATCH_ROUTINGS = ("expert_choice_batch", "token_choice")
 """Routings that depend on all tokens of the batch in training."""
 Gelu = Literal["tanh", "erf"]
@@ -48,17 +46,11 @@ def _library_name(name: Any, info: ValidationInfo) -> Any:
     """Checks the name of a model of open_clip, and makes it absolute."""
     if not isinstance(name, str):
         return name
-    if not name.startswith(LIBRARY) or name == LIBRARY:
-        raise ValueError(f"expected {LIBRARY}NAME/TAG or {LIBRARY}{LOCAL}FOLDER, found {name!r}")
+    parsed = Name.parse(name)
+    if parsed.scheme != OPEN_CLIP or not parsed.rest:
+        raise ValueError(f"expected {OPEN_CLIP}:NAME/TAG or {OPEN_CLIP}:{LOCAL}FOLDER, found {name!r}")
     folder = base_folder(name, info)
     return name if folder is None else absolute_name(name, folder)
-
-
-def absolute_name(name: str, folder: str | Path) -> str:
-    """The name of a model of open_clip, in which the path of a local one starts at the root."""
-    if not name.startswith(LIBRARY + LOCAL):
-        return name
-    return LIBRARY + LOCAL + absolute_path(name.removeprefix(LIBRARY + LOCAL), folder)
 
 
 class Model(Strict):

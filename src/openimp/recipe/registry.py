@@ -1,21 +1,51 @@
-"""Finds modalities by entry point, so that other packages can add modalities.
+"""Finds modalities and objectives by entry point, so that other packages can add some.
 
-Recipes validate their views with it without importing a modality module directly.
+Recipes validate their options with it without importing a module of theirs directly.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import ValidationInfo
+from pydantic_core import PydanticKnownError
 
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Modality
+from openimp.common.objective import Objective
 
-GROUP = "openimp.modalities"
+MODALITIES = "openimp.modalities"
+OBJECTIVES = "openimp.objectives"
 
 
 @cache
 def modality_class(name: str) -> type[Modality]:
     """The class that an installed package registers as `name` in the entry point group `openimp.modalities`."""
-    points = {point.name: point for point in entry_points(group=GROUP)}
+    return _registered(MODALITIES, "modality", name)
+
+
+@cache
+def objective_class(name: str) -> type[Objective]:
+    """The class that an installed package registers as `name` in the entry point group `openimp.objectives`."""
+    return _registered(OBJECTIVES, "objective", name)
+
+
+def _registered(group: str, kind: str, name: str) -> Any:
+    points = {point.name: point for point in entry_points(group=group)}
     if name not in points:
-        raise UserError(f"no modality is called {name!r}{nearest(name, points)}")
+        raise UserError(f"no {kind} is called {name!r}{nearest(name, points)}")
     return points[name].load()
+
+
+def validated_objective(data: Any, info: ValidationInfo) -> Any:
+    """Validates the options of an objective with the class of its `type`."""
+    if not isinstance(data, Mapping):
+        return data
+    if "type" not in data:
+        raise PydanticKnownError("union_tag_not_found", {"discriminator": "'type'"})
+    try:
+        schema = objective_class(str(data["type"]))
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return schema.model_validate(data, context=info.context)

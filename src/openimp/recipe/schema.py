@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, ValidationInfo, model_validator
 
 from openimp.common.errors import UserError, nearest
-from openimp.common.modality import Modality
-from openimp.common.schema import FolderName, Strict, Whole, checked, unknown_key
+from openimp.common.modality import Classes, Modality
+from openimp.common.objective import ClassColumn
+from openimp.common.schema import FolderName, Strict, Whole, checked
 from openimp.recipe.evaluation import ClassHead, Evaluation, EvaluationSet, Probe, Retrieval, ZeroShot
 from openimp.recipe.file import read_recipe
 from openimp.recipe.inputs import View
 from openimp.recipe.model import BATCH_ROUTINGS, Model
+from openimp.recipe.model_config import ComparedPair, ModelConfig, fill_stems, make_modalities
 from openimp.recipe.registry import modality_class
-from openimp.recipe.tasks import Classification, Distill, Source, Task, check_objectives, target_of
+from openimp.recipe.tasks import Source, Task
 from openimp.recipe.training import Alternation, Memory, Optimizer, Parallel, Train
 
 
@@ -70,51 +72,39 @@ class Recipe(Strict):
     @classmethod
     def build(cls, data: Mapping[str, Any], folder: str | Path = ".", where: str = "recipe") -> "Recipe":
         """Validates plain data. Its paths are relative to `folder`, and `where` names it in messages."""
-        recipe = checked(cls, data, where, folder)
-        recipe._bind(where, folder)
+        recipe: Recipe = checked(cls, data, where, folder)
         return recipe
 
-    def _bind(self, where: str, folder: str | Path) -> None:
+    @model_validator(mode="after")
+    def _fits(self, info: ValidationInfo) -> "Recipe":
         """Checks that the parts of the recipe fit together, and validates the options of modalities."""
+        self._check_training()
+        fill_stems(self.modalities, self.modality_names, self.model, "tasks", info)
+        self._check_tasks()
+        self._check_evaluation()
+        return self
+
+    def _check_training(self) -> None:
         if not any(task.weight for task in self.tasks.values()):
-            raise UserError(f"{where}: every task has weight 0; nothing would be trained")
+            raise UserError("every task has weight 0; nothing would be trained")
         if self.memory.chunk_size and self.model.moe and self.model.moe.routing in BATCH_ROUTINGS:
             raise UserError(
-                f"{where}: memory.chunk_size: routing {self.model.moe.routing} looks at the whole batch at once; "
+                f"memory.chunk_size: routing {self.model.moe.routing} looks at the whole batch at once; "
                 "expert_choice does not"
             )
         if self.model.wrap and self.train.compile:
-            raise UserError(f"{where}: train.compile: is for openimp's own encoder, not for a wrapped model")
+            raise UserError("train.compile: is for openimp's own encoder, not for a wrapped model")
         if self.model.wrap and (self.train.init or "").startswith("timm:"):
-            raise UserError(
-                f"{where}: train.init: a model of timm is for openimp's own encoder, not for a wrapped model"
-            )
+            raise UserError("train.init: a model of timm is for openimp's own encoder, not for a wrapped model")
         experts, owners = self.model.moe.experts if self.model.moe else 0, self.parallel.expert_degree
         if owners > 1 and (experts == 0 or experts % owners):
-            raise UserError(
-                f"{where}: parallel.expert_degree: {experts} experts cannot be divided equally among {owners} ranks"
-            )
-        stems = {}
-        for name in self.modality_names:
-            try:
-                stems[modality_class(name).stem] = self.modality_class(name)
-            except UserError as error:
-                raise UserError(f"{where}: tasks: {error}") from None
-        for stem in self.modalities:
-            if stem not in stems:
-                raise UserError(f"{where}: modalities: {unknown_key(stem, stems)}")
-        for stem, modality in stems.items():
-            self.modalities[stem] = checked(
-                modality.Config, self.modalities.get(stem, {}), f"{where}: modalities.{stem}", folder
-            )
-        self._bind_tasks(where)
-        self._bind_evaluation(where)
+            raise UserError(f"parallel.expert_degree: {experts} experts cannot be divided equally among {owners} ranks")
 
-    def _bind_tasks(self, where: str) -> None:
-        heads: dict[tuple[str, str], tuple[str, Classification]] = {}
+    def _check_tasks(self) -> None:
+        heads: dict[tuple[str, str], tuple[str, ClassColumn]] = {}
         for task_name, task in self.tasks.items():
-            key = f"{where}: tasks.{task_name}"
-            self._bind_user(key, task, {f"{key}.views[{i}]": view for i, view in enumerate(task.views)})
+            key = f"tasks.{task_name}"
+            self._check_user(key, task, {f"{key}.views[{i}]": view for i, view in enumerate(task.views)})
             synced = any(view.sync for view in task.views)
             if synced and sum(not modality_class(name).reads_text for name in task.inputs) < 2:
                 raise UserError(f"{key}.views: sync is for tasks that read two recordings, such as video and audio")
@@ -123,35 +113,35 @@ class Recipe(Strict):
                     f"{key}.views: sync needs recordings as they are, and sources.{task.source}.cache keeps parts of "
                     "long ones; drop one of the two"
                 )
-            check_objectives(key, task)
-            for i, objective in enumerate(task.objectives):
-                if isinstance(objective, Distill):
-                    self._check_head(f"{key}.objectives.{i}", objective, task)
-                if isinstance(objective, Classification):
-                    head = heads.setdefault((task.source, objective.label), (task_name, objective))
-                    if (objective.loss, objective.classes) != (head[1].loss, head[1].classes):
-                        raise UserError(
-                            f"{key}: tasks.{head[0]} classifies {objective.label!r} of {task.source} too, by the same "
-                            "head, so loss and classes must be the same"
-                        )
+            self._check_objectives(key, task)
+            for column in filter(None, [objective.class_column() for objective in task.objectives]):
+                first_task, first_column = heads.setdefault((task.source, column.name), (task_name, column))
+                if column != first_column:
+                    raise UserError(
+                        f"{key}: tasks.{first_task} classifies {column.name!r} of {task.source} too, by the same head, "
+                        "so loss and classes must be the same"
+                    )
 
-    def _check_head(self, key: str, objective: Distill, task: Task) -> None:
-        """Checks that a modality is distilled by a head that the model has. Messages begin with `key`."""
-        if objective.towards:
-            _require(f"{key}.towards", "modality", objective.towards, self.modality_names)
-        disjoint = self.model.space == "disjoint" and not self.model.wrap
-        if disjoint and target_of(objective, task.inputs) == objective.of:
-            raise UserError(
-                f"{key}: in a disjoint space, distill needs `towards`, another modality to compare {objective.of} "
-                "with; or set model.space: joint"
-            )
+    def _check_objectives(self, key: str, task: Task) -> None:
+        """Checks that the objectives of a task fit it, and that no two do the same. Messages begin with `key`."""
+        done: dict[str, int] = {}
+        for i, objective in enumerate(task.objectives):
+            location = f"{key}.objectives.{i}"
+            for name in objective.modalities(task):
+                if name not in task.inputs:
+                    raise UserError(f"{location}: {name!r} is not an input of the task{nearest(name, task.inputs)}")
+            objective.check(location, task, self)
+            for work in objective.work(task):
+                if work in done:
+                    raise UserError(f"{location}: objectives.{done[work]} already {work}; drop one of the two")
+                done[work] = i
 
-    def _bind_evaluation(self, where: str) -> None:
+    def _check_evaluation(self) -> None:
         best, sets = self.evaluation.best, self.evaluation.sets
         if best is not None:
-            _require(f"{where}: evaluation.best", "evaluation set", best, sets)
+            _require("evaluation.best", "evaluation set", best, sets)
         for set_name, options in sets.items():
-            key = f"{where}: evaluation.sets.{set_name}"
+            key = f"evaluation.sets.{set_name}"
             for name in [*options.inputs, *([options.reader] if isinstance(options, ZeroShot) else [])]:
                 if name not in self.modality_names:
                     raise UserError(f"{key}: no task trains modality {name!r}{nearest(name, self.modality_names)}")
@@ -162,44 +152,57 @@ class Recipe(Strict):
                     raise UserError(f"{key}.inputs.{name}: evaluation draws nothing; drop draw")
             if (options.view.weight, options.view.batch_size, options.view.sync) != (1, None, False):
                 raise UserError(f"{key}.view: weight, batch_size and sync are for training; use evaluation.batch_size")
-            self._bind_user(key, options, {f"{key}.view": options.view})
+            self._check_user(key, options, {f"{key}.view": options.view})
             if isinstance(options, ClassHead):
-                self.class_head(options, key)
+                self.class_column(options, key)
             if isinstance(options, Probe):
                 _require(f"{key}.train", "source", options.train, self.sources)
                 if options.train == options.source:
                     raise UserError(f"{key}: train and source are both {options.train}; a probe needs new rows")
 
-    def class_head(self, options: ClassHead, key: str) -> Classification:
-        """The objective that trains the head of an evaluation set. If there is none, the message begins with `key`."""
+    def class_column(self, options: ClassHead, key: str) -> ClassColumn:
+        """What the head of an evaluation set is trained on. If nothing is, the message begins with `key`."""
         _require(f"{key}.task", "task", options.task, self.tasks)
-        heads = {o.label: o for o in self.tasks[options.task].objectives if isinstance(o, Classification)}
-        if options.label not in heads:
-            hint = nearest(options.label, heads)
+        columns = {column.name: column for o in self.tasks[options.task].objectives if (column := o.class_column())}
+        if options.label not in columns:
+            hint = nearest(options.label, columns)
             raise UserError(f"{key}.label: tasks.{options.task} has no classification of {options.label!r}{hint}")
-        return heads[options.label]
+        return columns[options.label]
 
-    def modality_class(self, name: str) -> type[Modality]:
-        """The class that reads a modality for the recipe's model. UserError if a wrapped model cannot read it."""
-        found = modality_class(name)
-        return found.wrapped() if self.model.wrap else found
+    def first_view(self, modality: str) -> Any:
+        """The view of a modality for inference: the first one of the first task that reads it."""
+        return next(task.views[0][modality] for task in self.tasks.values() if modality in task.inputs)
+
+    def to_config(self, classes: Classes) -> ModelConfig:
+        """What the recipe's model is. `classes` are those of each classification head."""
+        limits: dict[tuple[str, str], set[bool]] = {}
+        distilled = []
+        for task in self.tasks.values():
+            for objective in task.objectives:
+                for a, b in objective.compared_pairs(task):
+                    limits.setdefault((min(a, b), max(a, b)), set()).add(objective.limits_scale)
+                distilled += objective.projected(task)
+        return ModelConfig(
+            name=self.name,
+            model=self.model,
+            modalities=self.modalities,
+            views={name: self.first_view(name) for name in self.modality_names},
+            pairs=[ComparedPair(modalities=pair, sigmoid=limits[pair] == {False}) for pair in sorted(limits)],
+            distilled=distilled,
+            classes=dict(classes),
+            precision=self.train.precision,
+        )
 
     def make_modalities(self) -> dict[str, Modality]:
         """New instances of the modalities that tasks read, by name."""
-        classes = {name: self.modality_class(name) for name in self.modality_names}
-        return {name: modality(self.modalities[modality.stem]) for name, modality in classes.items()}
+        return make_modalities(self.modality_names, self.modalities, self.model)
 
-    def _bind_user(self, key: str, user: Task | EvaluationSet, views: Mapping[str, View]) -> None:
+    def _check_user(self, key: str, user: Task | EvaluationSet, views: Mapping[str, View]) -> None:
         """Checks a source and its views, {key for messages: view}, with the options of their modalities."""
         _require(f"{key}.source", "source", user.source, self.sources)
-        classes = {name: self.modality_class(name) for name in user.inputs}
-        for place, view in views.items():
-            view.bind(classes, place)
-            for name, modality in classes.items():
-                try:
-                    modality(self.modalities[modality.stem]).check(view[name])
-                except ValueError as error:
-                    raise UserError(f"{place}.{name}: {error}") from None
+        modalities = make_modalities(user.inputs, self.modalities, self.model)
+        for where, view in views.items():
+            view.fill(modalities, where)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, including all defaults."""

@@ -1,15 +1,14 @@
 """The schema of `sources` and `tasks` in the recipe."""
 
-from collections.abc import Iterable
-from itertools import combinations
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from openimp.common.errors import UserError, nearest
-from openimp.common.schema import Count, Positive, RecipePath, Strict, Whole
+from openimp.common.names import HUB, Name
+from openimp.common.objective import Objective
+from openimp.common.schema import Count, RecipePath, Strict, Whole
 from openimp.recipe.inputs import Inputs, View
-from openimp.recipe.registry import modality_class
+from openimp.recipe.registry import validated_objective
 
 
 class Part(Strict):
@@ -46,8 +45,8 @@ class Source(Strict):
 
     path: RecipePath | None = None
     """A folder (of files, or one subfolder per class), a manifest (.csv, .json or .jsonl), .parquet or .tar files (`*`
-    matches several files), a URL that fsspec opens, or `openimp:NAME` for bundled data. Relative to the recipe's
-    folder; `~` is the home directory."""
+    matches several files), a URL that fsspec opens, `openimp:NAME` for bundled data, or `hub:OWNER/NAME`. Relative to
+    the recipe's folder; `~` is the home directory."""
     hub: str | None = None
     """The name of a data set on the Hugging Face Hub."""
     config: str | None = None
@@ -81,6 +80,19 @@ class Source(Strict):
     """Where decoded pictures, clips and sounds are stored, so that small data is decoded only once. Do not cache clips
     of more than 256 frames or sounds of more than 300 s: only the parts that evaluation reads would be stored."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_on_hub(cls, data: Any) -> Any:
+        """`path: hub:OWNER/NAME@REVISION` is the same as the keys `hub` and `revision`."""
+        if not isinstance(data, dict) or not isinstance(data.get("path"), str):
+            return data
+        scheme, rest = Name.parse(data["path"])
+        if scheme != HUB:
+            return data
+        repository, _, revision = rest.partition("@")
+        named = {"hub": repository, **({"revision": revision} if revision else {})}
+        return {**{key: value for key, value in data.items() if key != "path"}, **named}
+
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":
         if (self.path is None) == (self.hub is None):
@@ -102,75 +114,8 @@ class Source(Strict):
         return self
 
 
-class Contrastive(Strict):
-    """Symmetric contrastive loss between pairs of the task's modalities.
-
-    A pair has the same heads and the same temperature in all tasks. Within a task, one objective may compare it.
-    """
-
-    type: Literal["contrastive"]
-    """The kind of objective."""
-    pairs: Annotated[list[Annotated[list[str], Field(min_length=2, max_length=2)]], Field(min_length=1)] | None = None
-    """Pairs of modalities. Default: all pairs of the task's modalities."""
-    loss: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax: InfoNCE, in which the probabilities of an item's positives are summed (MIL-NCE, arXiv 1912.06430).
-    sigmoid: SigLIP's loss (arXiv 2303.15343)."""
-    same: str | None = None
-    """Rows with equal values in this column are the same item, so they are positives of each other. Case and white
-    space do not count. A row without a value is an item by itself. Default: each row is an item."""
-    weight: Positive = 1.0
-    """Weight of its loss in the task's sum."""
-
-
-class Classification(Strict):
-    """A linear classification head on the pooled features, one per source and label column."""
-
-    renamed = {"smoothing": "label_smoothing"}
-
-    type: Literal["classification"]
-    """The kind of objective."""
-    label: str
-    """The column with the class or, if the loss is sigmoid, with a list of classes. An empty cell is an empty list."""
-    of: str | None = None
-    """The modality to classify. Default: each of the task's modalities except those with a mask, such as text."""
-    loss: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax: one class per example. sigmoid: any number of classes per example."""
-    classes: list[str] | list[int] | None = None
-    """The classes, in the order of the head's outputs. Default: all values of the column. Required for streams."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target that is distributed over all classes."""
-    weight: Positive = 1.0
-    """Weight of its loss in the task's sum."""
-
-
-class Distill(Strict):
-    """Trains the embeddings of one modality to match the vectors in a column, for example those of a larger model.
-
-    The projection head is that of the modality in the embedding space. So modalities that learn from one model can be
-    compared with each other, and with this model's own vectors. In a disjoint space, each must name the other.
-    """
-
-    type: Literal["distill"]
-    """The kind of objective."""
-    of: str
-    """The modality to train. It must be an input of the task."""
-    to: str
-    """The column with a list of numbers per row, as `openimp embed --join` writes it: `model.embed_dim` of them, or as
-    many as the embeddings of a wrapped model have. They are scaled to length 1. A row without such a list is a bad
-    example."""
-    towards: str | None = None
-    """The modality with which the embeddings are to be compared, only for `model.space: disjoint`, which has a head for
-    each. Default: the task's other input, if there is one."""
-    loss: Literal["cosine", "contrastive"] = "cosine"
-    """cosine: 1 - cosine (arXiv 2307.12732 compares such losses). contrastive: InfoNCE (arXiv 1807.03748), in which an
-    embedding is to find its vector among those of the whole batch. Rows with equal vectors are the same item."""
-    temperature: Positive = 0.07
-    """Temperature of the contrastive loss. It is not learned."""
-    weight: Positive = 1.0
-    """Weight of its loss in the task's sum."""
-
-
-Objective = Annotated[Contrastive | Classification | Distill, Field(discriminator="type")]
+AnyObjective = Annotated[SerializeAsAny[Objective], BeforeValidator(validated_objective)]
+"""An instance of the class that its `type` names."""
 
 
 class Task(Strict):
@@ -182,7 +127,7 @@ class Task(Strict):
     """The name of a source."""
     inputs: Inputs
     """The column or text template that each modality reads."""
-    objectives: Annotated[list[Objective], Field(min_length=1)]
+    objectives: Annotated[list[AnyObjective], Field(min_length=1)]
     """Losses, which are summed with their weights."""
     views: Annotated[list[View], Field(min_length=1, default_factory=lambda: [View()])]
     """How the examples are presented. Each of the task's steps draws one view."""
@@ -192,56 +137,3 @@ class Task(Strict):
     """How often the task is drawn, relative to the other tasks (alternation random, cycle and sequence). 0: never."""
     interval: Count = 1
     """The task is visited once per this many rounds (alternation intervals)."""
-
-
-def pairs_of(objective: Contrastive, inputs: Iterable[str]) -> list[tuple[str, str]]:
-    """The pairs of modalities that an objective compares: those that it names, or all pairs of the inputs."""
-    return list(combinations(inputs, 2)) if objective.pairs is None else [(a, b) for a, b in objective.pairs]
-
-
-def classified_by(objective: Classification, inputs: Iterable[str]) -> list[str]:
-    """The modalities that an objective classifies: the one that it names, or all inputs without a mask."""
-    return [objective.of] if objective.of else [name for name in inputs if not modality_class(name).masked]
-
-
-def target_of(objective: Distill, inputs: Iterable[str]) -> str:
-    """The modality that the distilled embeddings can be compared with, which determines the head.
-
-    If the recipe names none, it is the task's only other input, or else the distilled modality itself, which only a
-    joint space allows.
-    """
-    others = [name for name in inputs if name != objective.of]
-    return objective.towards or (others[0] if len(others) == 1 else objective.of)
-
-
-def check_objectives(key: str, task: Task) -> None:
-    """Checks that the task has the inputs of its objectives, and that no two objectives do the same.
-
-    Those would share a temperature or a head, and the name of their metric. Messages begin with `key`.
-    """
-    done: dict[str, int] = {}
-    for i, objective in enumerate(task.objectives):
-        where = f"{key}.objectives.{i}"
-        if isinstance(objective, Contrastive):
-            pairs = pairs_of(objective, task.inputs)
-            used = [modality for pair in pairs for modality in pair]
-            work = [f"compares {' and '.join(sorted(pair))}, with the same temperature" for pair in pairs]
-            if not pairs:
-                raise UserError(f"{where}: a contrastive objective needs two inputs")
-            if any(a == b for a, b in pairs):
-                raise UserError(f"{where}.pairs: a pair needs two different modalities")
-        elif isinstance(objective, Distill):
-            used = [objective.of]
-            work = [f"distills {objective.of} to {objective.to}"]
-        else:
-            used = classified_by(objective, task.inputs)
-            work = [f"classifies {name} by {objective.label}, with the same head" for name in used]
-            if not used:
-                raise UserError(f"{where}: no input is without a mask, so name the modality to classify in `of`")
-        for modality in used:
-            if modality not in task.inputs:
-                raise UserError(f"{where}: {modality!r} is not an input of the task{nearest(modality, task.inputs)}")
-        for what in work:
-            if what in done:
-                raise UserError(f"{where}: objectives.{done[what]} already {what}; drop one of the two")
-            done[what] = i

@@ -8,10 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, model_folder, read_config, saved_step
+from openimp.checkpoint.find import find_model, is_model_name
+from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, read_config, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modalities
+from openimp.common.protocols import Pictured
 from openimp.common.safe_files import refuse_links, write_text
 from openimp.common.versions import openimp_version
 from openimp.data.tables import Table
@@ -24,7 +26,6 @@ from openimp.evaluation.results import latest, read_results
 from openimp.evaluation.retrieval import RetrievalResult
 from openimp.planning.plan import count
 from openimp.recipe.evaluation import EvaluationSet
-from openimp.recipe.model import LIBRARY
 from openimp.recipe.schema import Recipe
 from openimp.report import results, training
 from openimp.report.page import TEMPLATES
@@ -42,8 +43,8 @@ def write_report(
     in `run`; if that is a checkpoint, CHECKPOINT.html beside it; if it is a model of open_clip, a file in the current
     directory.
     """
-    if str(run).startswith(LIBRARY):
-        run = model_folder(run)
+    if is_model_name(run):
+        run = find_model(run)
         out = out or Path(f"{read_config(run)[0].name}.html")
     refuse_links(run)
     metrics = read_metrics(run / "metrics.jsonl")
@@ -64,7 +65,7 @@ def write_report(
         notes = ["There is no checkpoint to measure."] if recorded else []
         sections = {"Results": results.section(latest(recorded), recorded, notes)}
     sections = {"Results": sections.pop("Results"), **training.sections(metrics), **sections}
-    newest = run / "metrics.jsonl" if metrics else model_folder(run) / "config.json"
+    newest = run / "metrics.jsonl" if metrics else find_model(run) / "config.json"
     page = TEMPLATES.get_template("page.html").render(
         sections={title: data for title, data in sections.items() if data},
         **about,
@@ -81,11 +82,12 @@ def _measure(
     run: Path, recorded: list[dict[str, Any]], progress: Progress | None, allow_sources: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measures the model on its evaluation sets, and returns facts about the model, and the sections of the page."""
-    folder = model_folder(run)
-    model, recipe, modalities, classes = load_model(folder)
+    folder = find_model(run)
+    model, (config, modalities, saved_recipe) = load_model(folder)
+    recipe = saved_recipe.validated()
     step = saved_step(folder)
     about = {"recipe": recipe, "parameters": count(model), "step": step}
-    evaluator = Evaluator(model.to(pick_device()), recipe, modalities, classes, progress)
+    evaluator = Evaluator(model.to(pick_device()), recipe, modalities, config.classes, progress)
     shown: list[dict[str, Any]] = []
     notes = []
     confusions = []
@@ -115,8 +117,11 @@ def _measure(
 
 
 def _show(modalities: Modalities, options: EvaluationSet, source: Table, name: str, row: int) -> Any:
+    modality = modalities[name]
     try:
-        raw = raw_value(source, modalities[name], options.inputs[name], row)
-        return modalities[name].show(raw, options.view[name])
+        raw = raw_value(source, modality, options.inputs[name], row)
+        if isinstance(modality, Pictured):
+            return modality.show(raw, options.view[name])
+        return str(raw) if modality.reads_text else modality.encode_input(raw, options.view[name])[0]
     except BadMedia as error:
         return f"cannot be shown: {error}"

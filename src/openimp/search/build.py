@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.folder import CHECKPOINTS, model_folder
+from openimp.checkpoint.find import find_model, is_model_name
+from openimp.checkpoint.folder import CHECKPOINTS
 from openimp.common.errors import UserError, by_extension, counted
 from openimp.common.modality import Modalities
+from openimp.common.names import absolute_name
 from openimp.common.progress import console, track
 from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
 from openimp.inference.files import find_files
 from openimp.inference.model import Model, load
-from openimp.recipe.model import LIBRARY, absolute_name
 from openimp.search.folder import FORMAT, METADATA, SKIPPED, Metadata, fingerprint, locked, read_metadata
 from openimp.search.media import Media, media_of_files, media_of_recipe
 from openimp.search.table import ITEMS, Items, import_lancedb
@@ -77,7 +78,7 @@ def build_index(
     """
     import_lancedb()  # Fails before the model is loaded and a folder is made.
     name = str(model)
-    if paths is None and name.startswith(LIBRARY):
+    if paths is None and is_model_name(name):
         raise UserError(f"{name}: comes without media; name files or folders, and the index with --out")
     opened = load(name)
     given = None if paths is None else [Path(path) for path in paths]
@@ -95,7 +96,7 @@ def build_index(
         media = list(media_of_files(found, given, modalities))
     metadata = Metadata(
         format=FORMAT,
-        model=str(Path(name).absolute()) if Path(name).exists() else absolute_name(name, "."),
+        model=absolute_name(name, "."),
         fingerprint=fingerprint(opened),
         towards={modality: opened.partner(modality) for modality in modalities},
     )
@@ -133,7 +134,7 @@ def _recipe_media(name: str, model: Model, modalities: Modalities, allow_sources
     if not allow_sources:
         used = [(f"task {task}", options.source) for task, options in recipe.tasks.items()]
         used += [(f"evaluation set {title}", options.source) for title, options in recipe.evaluation.sets.items()]
-        check_uses(Path(name), model_folder(Path(name)), recipe, used)
+        check_uses(Path(name), find_model(name), recipe, used)
     media = list(media_of_recipe(recipe, modalities))
     if not media:
         raise UserError(

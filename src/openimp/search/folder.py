@@ -23,7 +23,7 @@ from openimp.evaluation.provenance import checkpoint_fields
 from openimp.inference.model import Model
 
 FORMAT = 3
-"""Version of this layout."""
+"""Version of this layout. Format 2 is lifted if its search is exact."""
 METADATA = "index.json"
 SKIPPED = "skipped.json"
 LOCK = ".lock"
@@ -66,6 +66,8 @@ def read_metadata(folder: Path) -> Metadata | None:
     if not file.exists():
         return None
     data = _read_json(file)
+    if isinstance(data, dict) and data.get("format") == 2 and data.pop("ivf", None) is None:
+        data["format"] = FORMAT  # Only an approximate search had another form.
     if isinstance(data, dict) and (version := data.get("format")) != FORMAT:
         raise UserError(
             f"{file}: format {version}, and this version of openimp reads format {FORMAT}; make a new index"

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from openimp.checkpoint.folder import find_model
+from openimp.checkpoint.find import find_model
 from openimp.common.errors import UserError, nearest
 from openimp.common.modality import BadMedia
+from openimp.common.protocols import TextReader
 from openimp.common.safe_files import file_state, refuse_links
 from openimp.data.tables import Table
 from openimp.data.trust import check_uses
@@ -185,8 +186,10 @@ class Index:
         value = query.value
         if name not in model.modalities:
             raise UserError(f"the model has no modality {name!r}{nearest(name, model.modalities)}")
-        encoder = ItemEncoder(model.imp, model.modalities[name], model.views[name], None, model.precision)
-        if encoder.modality.reads_text and not (str(value).strip() and encoder.modality.knows(value, encoder.view)):
+        modality = model.modalities[name]
+        encoder = ItemEncoder(model.imp, modality, model.views[name], None, model.precision)
+        is_known = not isinstance(modality, TextReader) or modality.knows(value, encoder.view)
+        if modality.reads_text and not (str(value).strip() and is_known):
             raise UserError(f"{value!r} has no word that the model knows")
         try:
             clips = encoder.read(value)
@@ -235,9 +238,9 @@ class Index:
             return self._sources[name]
 
     def _below(self, under: str | Path) -> str:
-        """An SQL filter for `under`."""
-        column = "source" if str(under) in self.model.recipe.sources else "path"
-        return f"({column} = {quoted(str(under))} OR {below(os.path.abspath(under))})"
+        """An SQL filter for `under`: the name of a source, or a path."""
+        name = quoted(str(under))
+        return f"(source = {name} OR path = {name} OR {below(os.path.abspath(under))})"
 
     def _nearest(self, vector: np.ndarray, k: int, where: str | None, under: str | Path | None) -> list[Hit]:
         """The `k` hits that are closest to a vector (Z,), with only the best segment of each file.

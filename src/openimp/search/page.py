@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
 from openimp.common.progress import clock
+from openimp.common.protocols import Pictured
 from openimp.search.answers import answer
 from openimp.search.index import Index
 from openimp.search.media_types import UNKNOWN, kind_of, media_type
@@ -140,8 +141,12 @@ class Page:
         return self._draw(hit.modality, self.index.read(id), segment)
 
     def _draw(self, name: str, media: bytes | Path, segment: tuple[float, float] | None = None) -> bytes | None:
+        model = self.index.model
+        modality = model.modalities[name]
+        if not isinstance(modality, Pictured):
+            return None
         try:
-            return self.index.model.modalities[name].thumbnail(media, self.index.model.views[name], THUMBNAIL, segment)
+            return modality.thumbnail(media, model.views[name], THUMBNAIL, segment)
         except BadMedia:
             return None
 

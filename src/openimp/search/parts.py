@@ -13,6 +13,7 @@ import numpy as np
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
+from openimp.common.protocols import Segmented, TextReader
 from openimp.common.safe_files import sha256
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.files import file_text
@@ -70,26 +71,27 @@ def _parts(encoder: ItemEncoder, raw: bytes | Path | np.ndarray, text: str | Non
         assert isinstance(raw, Path)
         return [{"part": i, "text": line[:MAX_TEXT]} for i, line in enumerate(_lines(raw)) if line]
     shown = None if isinstance(raw, np.ndarray) else media_type(raw, kind_of(modality))
-    segments: list[Any] = modality.segments(raw, encoder.view) or [(None, None)]
+    segments: list[Any] = modality.segments(raw, encoder.view) if isinstance(modality, Segmented) else []
     return [
         {"part": i, "start": start, "end": end, "text": text, "media_type": shown}
-        for i, (start, end) in enumerate(segments)
+        for i, (start, end) in enumerate(segments or [(None, None)])
     ]
 
 
 def read_part(encoder: ItemEncoder, file: File, part: Mapping[str, Any]) -> np.ndarray:
     """The clips of a part, as `Modality.encode_input` makes them. BadMedia says which part cannot be read."""
     error_prefix = ""
+    modality = encoder.modality
     try:
-        if encoder.modality.reads_text:
+        if modality.reads_text:
             error_prefix = f"line {part['part'] + 1}: "
-            if not encoder.modality.knows(part["text"], encoder.view):
+            if isinstance(modality, TextReader) and not modality.knows(part["text"], encoder.view):
                 raise BadMedia("has no word that the model knows")
             return encoder.read(part["text"])
-        if part["end"] is None:
+        if part["end"] is None or not isinstance(modality, Segmented):
             return encoder.read(file.media.raw())
         error_prefix = f"from {part['start']:.1f} to {part['end']:.1f} s: "
-        return encoder.modality.encode_segment(file.media.raw(), encoder.view, part["start"], part["end"])
+        return modality.encode_segment(file.media.raw(), encoder.view, part["start"], part["end"])
     except BadMedia as error:
         raise BadMedia(f"{error_prefix}{error}") from None
 

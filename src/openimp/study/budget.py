@@ -7,7 +7,7 @@ import yaml
 
 from openimp.common.errors import UserError, nearest
 from openimp.data.step_batches import StepBatches
-from openimp.planning.ledger import costs, mixture
+from openimp.planning.ledger import mixture
 from openimp.recipe.file import RecipeLoader, flat
 from openimp.recipe.schema import Recipe
 from openimp.study.schema import Part, Study
@@ -98,5 +98,5 @@ def flops_per_step(recipe: Recipe, variant: Variant | None = None) -> dict[str, 
     variant = variant or Variant()
     modalities = variant.make_modalities(recipe)
     batches = StepBatches(recipe, modalities)
-    by_view = costs(recipe, modalities, batches.classes, variant.build_model, variant.losses, variant.sum_tasks)
+    by_view = variant.costs(recipe, modalities, batches.classes)
     return {name: row["flops"] for name, row in mixture(recipe, by_view).items()}

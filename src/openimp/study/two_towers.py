@@ -4,7 +4,7 @@
 
 The recipe has one task of two modalities, one of them text. The towers have the recipe's sizes. They get its examples
 in its order, with its augmentation and tokenizer, and its optimizers update them. Initialization, pooling and patch
-dropout are open_clip's, and so is the loss, which is that of openimp without `same`. It needs `pip install
+dropout are open_clip's, and so is the loss, which is that of openimp without `positives_by`. It needs `pip install
 openimp[peers]`. A model that open_clip has published is wrapped without this module (`model.wrap`).
 
 Shape suffixes: B examples, P values per token.
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.common.modality import Modalities, Modality, Tokens
+from openimp.common.protocols import Framed
 from openimp.modalities.open_clip import import_open_clip
 from openimp.modalities.text import END, PAD
 from openimp.model.open_clip import OpenCLIP
+from openimp.objectives.contrastive import Contrastive
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Contrastive, Task
+from openimp.recipe.tasks import Task
 from openimp.training.setup import Variant
 
 
@@ -43,6 +45,7 @@ class TwoTowers(OpenCLIP):
         task, media_name, text_name = _pair(recipe)
         model = recipe.model
         media = modalities[media_name]
+        assert isinstance(media, Framed)  # `unpatched_modalities` checks it.
         view = task.views[0][media_name]
         shape = media.shape(view)
         common: Any = {"width": model.width, "layers": model.layers, "qk_norm": model.qk_norm}
@@ -64,7 +67,9 @@ class TwoTowers(OpenCLIP):
             pad_id=PAD,
         )
         clip = CLIP(model.embed_dim, vision, text, init_logit_scale=-math.log(model.init_temperature))
-        super().__init__(recipe, modalities, clip, model.embed_dim)
+        super().__init__(recipe.to_config({}), modalities, clip, model.embed_dim)
+        if recipe.memory.activation_checkpointing:
+            self.checkpoint_activations()
         self.shape = shape
         self.context_length = clip.context_length
 
@@ -84,7 +89,10 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
     import_open_clip()
     task, media, _ = _pair(recipe)
     modalities = recipe.make_modalities()
-    shapes = sorted({modalities[media].shape(view) for view in _views(recipe, media)})
+    medium = modalities[media]
+    if not isinstance(medium, Framed):
+        raise UserError(f"{recipe.name}: open_clip's towers take images, but {media} has no form of pictures")
+    shapes = sorted({medium.shape(view) for view in _views(recipe, media)})
     if len(shapes) > 1:
         raise UserError(
             f"{recipe.name}: open_clip's towers take only one shape, but the views of {media} in training and "
@@ -93,9 +101,9 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
     if len({view[media].drop_tokens for view in task.views}) > 1:
         raise UserError(f"{recipe.name}: open_clip's towers have one patch dropout, but the views' drop_tokens differ")
     # The patch becomes the whole example. That of a sound has two axes, frames and bins.
-    config = modalities[media].config
+    config = medium.config
     patch = shapes[0][3 - len(config.patch) : 3]
-    modalities[media] = type(modalities[media])(config.model_copy(update={"patch": patch}))
+    modalities[media] = type(medium)(config.model_copy(update={"patch": patch}))
     return modalities
 
 
@@ -103,7 +111,7 @@ TWO_TOWERS = Variant(
     name="TwoTowerTrainer",
     make_modalities=unpatched_modalities,
     build_model=lambda recipe, modalities, _: TwoTowers(recipe, modalities),
-    suggest_same=False,  # open_clip's loss cannot treat several examples as one item.
+    warns=False,  # open_clip's loss cannot treat several examples as one item.
 )
 """Trains the two towers. Its metrics count the media of an example as one token."""
 

@@ -20,29 +20,27 @@ class BadExamples:
     """
 
     def __init__(self, run: Path, step: int, limit: float, state: dict[str, dict[str, int]] | None = None) -> None:
-        self.file, self.limit = run / "skipped.jsonl", limit
+        self.file = run / "skipped.jsonl"
+        self.limit = limit
         if rank() == 0:
             forget_after(self.file, step - 1)  # Its lines count steps from 0.
         self.state = state or {}
-        self._added, self._found = False, list[dict[str, int | str]]()
-        self._new: dict[str, list[str]] = {}
+        self._added: list[dict[str, int | str]] = []  # on this rank, since the last `gather`
+        self._unchecked: dict[str, list[str]] = {}  # on all ranks, since the last `check`
 
     def add(self, step: int, task: str, read: int, bad: list[tuple[str, str]]) -> None:
         """Adds one step: the number of examples on all ranks, and the bad ones on this rank."""
         self.state.setdefault(task, {"read": 0, "bad": 0})["read"] += read
-        self._found += ({"step": step, "task": task, "where": where, "why": why} for where, why in bad)
-        self._added = True
+        self._added += ({"step": step, "task": task, "where": where, "why": why} for where, why in bad)
 
     def gather(self) -> None:
         """Counts and lists what all ranks have added since the last call. Every rank must call this."""
-        if not self._added:
-            return
-        found = chain.from_iterable(all_gather_object(self._found))
-        self._added, self._found = False, []
-        for line in sorted(found, key=itemgetter("step")):
+        lines = chain.from_iterable(all_gather_object(self._added))
+        self._added = []
+        for line in sorted(lines, key=itemgetter("step")):
             task = str(line["task"])
             self.state[task]["bad"] += 1
-            self._new.setdefault(task, []).append(f"{line['where']}: {line['why']}")
+            self._unchecked.setdefault(task, []).append(f"{line['where']}: {line['why']}")
             if rank() == 0:
                 append(self.file, line)
 
@@ -54,11 +52,13 @@ class BadExamples:
 
     def check(self) -> None:
         """Raises UserError if more examples are bad than `train.max_bad_fraction` allows, and some of them are new."""
-        new, self._new = self._new, {}
-        for task, named in new.items():
+        unchecked = self._unchecked
+        self._unchecked = {}
+        for task, examples in unchecked.items():
             counts = self.state[task]
             if counts["read"] >= ENOUGH and counts["bad"] > self.limit * counts["read"]:
                 raise UserError(
                     f"task {task}: {counts['bad']} of {counts['read']} examples could not be read, more than "
-                    f"train.max_bad_fraction {self.limit:g}; for example {'; '.join(named[:3])}; {self.file} lists all"
+                    f"train.max_bad_fraction {self.limit:g}; for example {'; '.join(examples[:3])}; {self.file} lists "
+                    "all"
                 )

@@ -16,7 +16,7 @@ from openimp.training.updater import Updater
 class Checkpointing:
     """Saves the checkpoints of a training run in the background. `saved` is the step of the newest one.
 
-    `texts` are the files of `config_files`.
+    `texts` are the files of `text_files`.
     """
 
     saver: Saver

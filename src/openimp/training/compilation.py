@@ -24,17 +24,20 @@ Signature = tuple[tuple[int, int, bool], ...]
 
 def signatures(recipe: Recipe, modalities: Modalities, ranks: int) -> set[Signature]:
     """The signatures of all passes through a block on one of `ranks` ranks, in a training run."""
-    found: set[Signature] = set()
+    passes: set[Signature] = set()
     for task in recipe.tasks.values():
         for view in task.views if task.weight else ():
             batch_size = view.batch_size or task.batch_size
             rows = {name: batch_size * spec.draw // ranks for name, spec in task.inputs.items()}
             for sizes in pass_sizes(rows, recipe.memory.chunk_size):
-                parts = [(n, modalities[name].length(view[name]), modalities[name].masked) for name, n in sizes.items()]
-                found.add(tuple(parts))
+                inputs = [
+                    (examples, modalities[name].length(view[name]), modalities[name].masked)
+                    for name, examples in sizes.items()
+                ]
+                passes.add(tuple(inputs))
                 if recipe.model.modality_specific_layers:
-                    found.update((part,) for part in parts)
-    return found
+                    passes.update((single_input,) for single_input in inputs)
+    return passes
 
 
 def variants(model: Embedder) -> int:
@@ -79,7 +82,8 @@ class CompiledForward:
     """The forward pass of a block: compiled in training. In evaluation, which has other signatures, it is not."""
 
     def __init__(self, block: nn.Module) -> None:
-        self.block, self.eager = block, block.forward
+        self.block = block
+        self.eager = block.forward
         self.compiled = torch.compile(block.forward, dynamic=False)
 
     def __call__(self, x_TD: torch.Tensor, shapes: Any, *others: Any) -> Any:

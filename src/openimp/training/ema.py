@@ -16,7 +16,8 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.decay = model, decay
+        self.model = model
+        self.decay = decay
         self.frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         self.weights: dict[str, Tensor] = {
             name: x.detach() if name in self.frozen else x.detach().clone() for name, x in model.state_dict().items()
@@ -48,5 +49,9 @@ class EMA:
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The local shards of each average and of its weight, without frozen ones."""
-        weights, averages = self.model.state_dict(), self.weights.items()
-        return [(local_shard(x), local_shard(weights[name])) for name, x in averages if name not in self.frozen]
+        weights = self.model.state_dict()
+        return [
+            (local_shard(average), local_shard(weights[name]))
+            for name, average in self.weights.items()
+            if name not in self.frozen
+        ]

@@ -6,25 +6,19 @@ from typing import Any
 
 import torch
 
-from openimp.alternation import Alternation
 from openimp.common.device import precision_of
 from openimp.common.errors import counted
-from openimp.common.modality import Modalities
 from openimp.common.progress import StepBar, console
-from openimp.data.step_batches import LoadedBatch
+from openimp.data.step_batches import LoadedBatch, StepBatches
 from openimp.model.embedder import Embedder
-from openimp.objectives import Losses, equal_texts
+from openimp.objectives.losses import Losses
 from openimp.parallel import distributed
 from openimp.planning.gpus import peak_flops
 from openimp.planning.ledger import Costs, mixture_table
-from openimp.recipe.schema import Recipe
 from openimp.training.bad_examples import BadExamples
 from openimp.training.metrics import Metrics
-from openimp.training.optimizers import schedule
+from openimp.training.optimizers import lr_schedule
 from openimp.training.step_timer import StepTimer, speed_text
-
-DUPLICATE_TEXT_WARNING = 0.1
-"""Share of duplicate texts in a batch above which `same` is suggested."""
 
 
 class Log:
@@ -35,22 +29,42 @@ class Log:
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        run: Path,
-        modalities: Modalities,
-        schedule: Alternation,
-        costs: Costs,
-        device: torch.device,
-        state: Mapping[str, Any],
+        self, run: Path, data: StepBatches, costs: Costs, device: torch.device, state: Mapping[str, Any]
     ) -> None:
+        train = data.recipe.train
         step = state.get("step", 0)
-        peak = peak_flops(device, recipe.train.precision)
-        self.recipe, self.modalities, self.schedule, self.costs = recipe, modalities, schedule, costs
+        self.run = run
+        self.data = data
+        self.recipe = data.recipe
+        self.costs = costs
         self.timer = StepTimer()
-        self.metrics = Metrics(run, step, peak, state.get("totals"))
-        self.bad = BadExamples(run, step, recipe.train.max_bad_fraction, state.get("bad"))
+        self.metrics = Metrics(run, step, peak_flops(device, train.precision), state.get("totals"))
+        self.bad = BadExamples(run, step, train.max_bad_fraction, state.get("bad"))
         self.first_batches: set[str] = set()
+
+    def print_start(self, model: Embedder, device: torch.device, step: int, signature_count: int) -> None:
+        """Prints the mixture of tasks, and what is trained where and how. Without torch.compile, there are 0
+        signatures."""
+        console.print(mixture_table(self.recipe, self.costs))
+        size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.2f}M parameters"
+        if frozen := sum(weight.numel() for weight in model.parameters() if not weight.requires_grad):
+            size += f", {frozen / 1e6:.2f}M of them frozen,"
+        how: str = precision_of(device, self.recipe.train.precision)
+        if distributed.world_size() > 1:
+            how += f", {distributed.world_size()} ranks"
+        if signature_count:
+            how += f", compiled for {counted(signature_count, 'signature')}"
+        console.print(f"{self.recipe.name}: {size} on {device.type}, {how}, into {self.run}", soft_wrap=True)
+        if step:
+            console.print(f"resuming from step {step}", soft_wrap=True)
+        steps = self.recipe.train.steps
+        warmup = self.recipe.optimizer.warmup_steps
+        if warmup is not None and warmup >= steps:
+            console.print(
+                f"a warm-up of {counted(warmup, 'step')} is not shorter than a run of {counted(steps, 'step')}; "
+                "set optimizer.warmup_steps",
+                soft_wrap=True,
+            )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the counts to continue."""
@@ -65,10 +79,11 @@ class Log:
 
         It shows the last step of each task before the line, so that no task is left out whatever the alternation.
         """
-        task = self.schedule[step].task
+        schedule = self.data.schedule
+        task = schedule[step].task
         while not self.is_due(step + 1):
             step += 1
-            if self.schedule[step].task == task:
+            if schedule[step].task == task:
                 return False
         return True
 
@@ -80,44 +95,24 @@ class Log:
 
     def write(self, step: int, grad_norm: float, bar: StepBar) -> None:
         """Writes and prints a line after `step` steps. `grad_norm` is that of the last update."""
-        rate = self.recipe.optimizer.lr * schedule(self.recipe, step - 1)
-        line = self.metrics.write(step, rate, grad_norm, self.timer.record())
-        means = {name: line["tasks"][name]["loss"] for name in self.recipe.tasks if name in line["tasks"]}
-        bar.report(step, means, speed_text(line))
-        if warning := self.timer.warning(line, self.recipe, self.modalities):
+        lr = self.recipe.optimizer.lr * lr_schedule(self.recipe, step - 1)
+        line = self.metrics.write(step, lr, grad_norm, self.timer.record())
+        losses = {task: line["tasks"][task]["loss"] for task in self.recipe.tasks if task in line["tasks"]}
+        bar.report(step, losses, speed_text(line))
+        if warning := self.timer.warning(line, self.recipe, self.data.modalities):
             console.print(warning, soft_wrap=True)
 
-    def warn_of_duplicate_texts(self, loaded: LoadedBatch) -> None:
-        """Suggests `same` if the first batch of a task has many texts that occur in several examples."""
+    def warn_of_first_batch(self, loaded: LoadedBatch) -> None:
+        """Prints what the objectives of a task warn of in its first batch."""
         name = loaded.visit.task
         if name in self.first_batches:
             return
         self.first_batches.add(name)
-        if (share := equal_texts(self.recipe.tasks[name], loaded.batch)) > DUPLICATE_TEXT_WARNING:
-            console.print(
-                f"task {name}: {share:.0%} of a batch's texts belong to other examples too, and the loss pushes these "
-                "apart; with `same: COLUMN`, a contrastive objective treats rows with equal values as one item",
-                soft_wrap=True,
-            )
-
-
-def print_plan(
-    recipe: Recipe, run: Path, model: Embedder, device: torch.device, costs: Costs, step: int, signature_count: int
-) -> None:
-    """Prints the mixture of tasks, and what is trained where and how. Without torch.compile, there are 0 signatures."""
-    console.print(mixture_table(recipe, costs))
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
-    if frozen := sum(p.numel() for p in model.parameters() if not p.requires_grad):
-        size += f", {frozen / 1e6:.2f}M of them frozen,"
-    how: str = precision_of(device, recipe.train.precision)
-    if distributed.world_size() > 1:
-        how += f", {distributed.world_size()} ranks"
-    if signature_count:
-        how += f", compiled for {counted(signature_count, 'signature')}"
-    console.print(f"{recipe.name}: {size} on {device.type}, {how}, into {run}", soft_wrap=True)
-    if step:
-        console.print(f"resuming from step {step}", soft_wrap=True)
-    warmup, steps = recipe.optimizer.warmup_steps, recipe.train.steps
-    if warmup is not None and warmup >= steps:
-        message = f"a warm-up of {counted(warmup, 'step')} is not shorter than a run of {counted(steps, 'step')}"
-        console.print(f"{message}; set optimizer.warmup_steps", soft_wrap=True)
+        task = self.recipe.tasks[name]
+        batch = loaded.batch
+        warnings = [
+            objective.warning(task, batch.tokens, targets)
+            for objective, targets in zip(task.objectives, batch.targets, strict=True)
+        ]
+        for warning in dict.fromkeys(filter(None, warnings)):
+            console.print(f"task {name}: {warning}", soft_wrap=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from openimp.common.json_lines import append, forget_after, replace_after
-from openimp.objectives import Losses
+from openimp.objectives.losses import Losses
 from openimp.parallel.distributed import all_gather_object, all_reduce_mean, rank, world_size
 from openimp.planning.ledger import Cost
 
@@ -26,29 +26,29 @@ class Metrics:
     def __init__(self, run: Path, step: int, peak: float, totals: dict[str, dict[str, int]] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file, self.peak = run / "metrics.jsonl", peak
+        self.file = run / "metrics.jsonl"
+        self.results_file = run / "results.jsonl"
+        self.peak = peak
         self.board: SummaryWriter | None = None
         if rank() == 0:
             forget_after(self.file, step)
-            forget_after(run / "results.jsonl", step)
+            forget_after(self.results_file, step)
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
         self.totals = {task: Counter(units) for task, units in (totals or {}).items()}
         self._reset()
 
     def _reset(self) -> None:
-        self.examples = self.tokens = self.digest = self.model_flops = self.hardware_flops = 0
-        self.steps: Counter[str] = Counter()
+        self.costs: list[Cost] = []
+        self.digest = 0
+        self.steps: Counter[str] = Counter()  # by task, like the sums of its losses
         self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        self.passes: Counter[str] = Counter()  # by modality, like the sums of how its layers use their experts
         self.routing: dict[str, list[Tensor]] = {}
-        self.passes: Counter[str] = Counter()
 
-    def add(self, task: str, losses: Losses, cost: Cost, digest: int = 0) -> None:
+    def add(self, task: str, losses: Losses, cost: Cost, digest: int) -> None:
         """Adds one step; `digest` is the sum of its examples' digests on this rank."""
+        self.costs.append(cost)
         self.digest += digest
-        self.examples += cost.examples
-        self.tokens += cost.tokens
-        self.model_flops += cost.model_flops
-        self.hardware_flops += cost.hardware_flops
         self.steps[task] += 1
         totals = self.totals.setdefault(task, Counter())
         totals.update(steps=1, examples=cost.examples, tokens=cost.tokens, flops=cost.flops)
@@ -64,59 +64,48 @@ class Metrics:
 
     def write(self, step: int, lr: float, grad_norm: float, speed: dict[str, Any]) -> dict[str, Any]:
         """Writes and returns the line for the steps up to `step`; `speed` is `StepTimer.record()`."""
-        tasks = {
-            task: {
-                "steps": self.steps[task],
-                **{name: float(all_reduce_mean(x)) / self.steps[task] for name, x in sums.items()},
-            }
-            for task, sums in self.sums.items()
-        }
-        experts = {name: [self._layer(name, layer) for layer in layers] for name, layers in self.routing.items()}
+        tasks: dict[str, dict[str, float]] = {}
+        for task, sums in self.sums.items():
+            means = {name: float(all_reduce_mean(total)) / self.steps[task] for name, total in sums.items()}
+            tasks[task] = {"steps": self.steps[task], **means}
         peak = self.peak * world_size() * speed["seconds"]
-        utilization = {"mfu": self.model_flops / peak}
-        if self.hardware_flops > self.model_flops:
-            utilization["hfu"] = self.hardware_flops / peak
+        model_flops = sum(cost.model_flops for cost in self.costs)
+        hardware_flops = sum(cost.hardware_flops for cost in self.costs)
+        utilization = {"mfu": model_flops / peak}
+        if hardware_flops > model_flops:
+            utilization["hfu"] = hardware_flops / peak
         line = {
             "step": step,
             "lr": lr,
             "grad_norm": grad_norm,
-            "examples_per_s": self.examples / speed["seconds"],
-            "tokens_per_s": self.tokens / speed["seconds"],
+            "examples_per_s": sum(cost.examples for cost in self.costs) / speed["seconds"],
+            "tokens_per_s": sum(cost.tokens for cost in self.costs) / speed["seconds"],
             **utilization,
             **speed,
             "samples": f"{sum(all_gather_object(self.digest)) % DIGESTS:012x}",
             "tasks": tasks,
-            "experts": experts,
+            "experts": {
+                modality: [self._layer(modality, stats) for stats in layers]
+                for modality, layers in self.routing.items()
+            },
             "totals": {task: dict(units) for task, units in self.totals.items()},
         }
         self._reset()
-        if self.board is None:
-            return line
-        append(self.file, line)
-        speeds = ("examples_per_s", "tokens_per_s", *utilization, "data_wait", "step_p50", "step_p95")
-        for key in ("lr", "grad_norm", *speeds):
-            self.board.add_scalar(key, line[key], step)
-        for task, share in line["waits"].items():
-            self.board.add_scalar(f"data_wait/{task}", share, step)
-        for task, means in tasks.items():
-            for name, value in means.items():
-                self.board.add_scalar(f"{name}/{task}", value, step)
-        for modality, layers in experts.items():
-            for i, layer in enumerate(layers):
-                self.board.add_scalar(f"dropped_tokens/{modality}/sparse{i}", layer["dropped"], step)
-                for e, gate in enumerate(layer["gate"]):
-                    self.board.add_scalar(f"expert_gate/{modality}/sparse{i}/expert{e}", gate, step)
+        if self.board is not None:
+            append(self.file, line)
+            for name, value in _scalars(line).items():
+                self.board.add_scalar(name, value, step)
         return line
 
-    def _layer(self, modality: str, layer: Tensor) -> dict[str, Any]:
-        *shares, dropped = (all_reduce_mean(layer) / self.passes[modality]).tolist()
-        half = len(shares) // 2
-        return {"load": shares[:half], "gate": shares[half:], "dropped": dropped}
+    def _layer(self, modality: str, stats: Tensor) -> dict[str, Any]:
+        *shares, dropped = (all_reduce_mean(stats) / self.passes[modality]).tolist()
+        experts = len(shares) // 2
+        return {"load": shares[:experts], "gate": shares[experts:], "dropped": dropped}
 
-    def results(self, run: Path, results: list[dict[str, Any]]) -> None:
+    def write_results(self, results: list[dict[str, Any]]) -> None:
         """Writes evaluation results, on rank 0, and removes older ones of the same step."""
         assert self.board is not None
-        replace_after(run / "results.jsonl", max(result["step"] for result in results) - 1, results)
+        replace_after(self.results_file, max(result["step"] for result in results) - 1, results)
         for result in results:
             for key in ("r1", "r5", "mrr", "top1", "map"):
                 if key in result:
@@ -126,3 +115,18 @@ class Metrics:
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
+
+
+def _scalars(line: dict[str, Any]) -> dict[str, float]:
+    """The figures of a line that TensorBoard shows, by name."""
+    keys = ("lr", "grad_norm", "examples_per_s", "tokens_per_s", "mfu", "hfu", "data_wait", "step_p50", "step_p95")
+    scalars = {key: line[key] for key in keys if key in line}
+    scalars |= {f"data_wait/{task}": share for task, share in line["waits"].items()}
+    for task, means in line["tasks"].items():
+        scalars |= {f"{name}/{task}": value for name, value in means.items()}
+    for modality, layers in line["experts"].items():
+        for i, layer in enumerate(layers):
+            scalars[f"dropped_tokens/{modality}/sparse{i}"] = layer["dropped"]
+            for expert, gate in enumerate(layer["gate"]):
+                scalars[f"expert_gate/{modality}/sparse{i}/expert{expert}"] = gate
+    return scalars

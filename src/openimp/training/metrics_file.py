@@ -55,12 +55,14 @@ class MetricsLine(_Part):
 
 def read_metrics(file: Path) -> list[MetricsLine]:
     """Reads metrics.jsonl; an empty list if there is no such file. A line that lacks a key is a UserError."""
-    found, sizes = [], set()
-    for number, line in enumerate(read_lines(file), 1):
-        where = f"{file}: line {number} is not a line of training metrics"
-        found.append(checked(MetricsLine, line, where))
-        for layers in found[-1].experts.values():
+    lines = []
+    sizes = set()
+    for number, values in enumerate(read_lines(file), 1):
+        error_prefix = f"{file}: line {number} is not a line of training metrics"
+        line = checked(MetricsLine, values, error_prefix)
+        lines.append(line)
+        for layers in line.experts.values():
             sizes |= {(len(layers), len(layer.load), len(layer.gate)) for layer in layers}
         if len(sizes) > 1:
-            raise UserError(f"{where}: experts: the number of layers or of experts differs from that before")
-    return found
+            raise UserError(f"{error_prefix}: experts: the number of layers or of experts differs from that before")
+    return lines

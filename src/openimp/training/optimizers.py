@@ -20,34 +20,38 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
     Weight decay applies to kernels only, not to embedding and position tables, norms, biases and temperatures. Each
     parameter group keeps its peak learning rate as `peak`. Frozen parameters are in none.
     """
-    hidden, factors = muon_stacks(model, options), lr_factors(model, options)
-    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in hidden]
+    hidden = muon_stacks(model, options)
+    factors = lr_factors(model, options)
+    by_adamw = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in hidden]
     # Tables, and the biases of experts, have two dimensions like kernels.
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     tables |= {weight for module in model.experts() for weight in module.parameters() if weight.ndim == 2}
-    kernels = [parameter for parameter in rest if parameter.ndim >= 2 and parameter not in tables]
-    others = [parameter for parameter in rest if parameter.ndim < 2 or parameter in tables]
+    by_options: dict[tuple[float, float], list[nn.Parameter]] = {}  # by weight decay and factor
+    for parameter in by_adamw:
+        is_kernel = parameter.ndim >= 2 and parameter not in tables
+        decay = options.weight_decay if is_kernel else 0.0
+        by_options.setdefault((decay, factors[parameter]), []).append(parameter)
     groups = [
         {"params": group, "weight_decay": decay, "lr": options.lr * factor}
-        for some, decay in ((kernels, options.weight_decay), (others, 0.0))
-        for factor in dict.fromkeys(factors[parameter] for parameter in some)
-        for group in group_by_mesh(parameter for parameter in some if factors[parameter] == factor)
+        for (decay, factor), parameters in by_options.items()
+        for group in group_by_mesh(parameters)
     ]
     betas = (options.betas[0], options.betas[1])
-    made: list[torch.optim.Optimizer] = []
+    optimizers: list[torch.optim.Optimizer] = []
     if groups:  # Else all that AdamW would update is frozen.
-        made.append(torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True))
+        optimizers.append(torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True))
     if options.muon_lr:
-        rates = {weight: factors[weight] for weight in hidden}
-        made.append(Muon(hidden, options.muon_lr, options.weight_decay, lr_factors=rates))
-    for group in (group for optimizer in made for group in optimizer.param_groups):
+        hidden_factors = {weight: factors[weight] for weight in hidden}
+        optimizers.append(Muon(hidden, options.muon_lr, options.weight_decay, lr_factors=hidden_factors))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak"] = group["lr"]
-    return made
+    return optimizers
 
 
-def schedule(recipe: Recipe, step: int) -> float:
+def lr_schedule(recipe: Recipe, step: int) -> float:
     """Factor of the peak learning rate at a step: linear warm-up, then a cosine until the last step."""
-    options, steps = recipe.optimizer, recipe.train.steps
+    options = recipe.optimizer
+    steps = recipe.train.steps
     warmup = steps // 20 if options.warmup_steps is None else options.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
@@ -55,7 +59,7 @@ def schedule(recipe: Recipe, step: int) -> float:
     return options.min_lr_ratio + (1 - options.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
-    """Sets the learning rate of every parameter group to `share` times its peak."""
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Sets the learning rate of every parameter group to `factor` times its peak."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["peak"] * share
+        group["lr"] = group["peak"] * factor

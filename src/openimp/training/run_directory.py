@@ -51,8 +51,10 @@ class RunDirectory:
     """The directory that a training run of a recipe writes to."""
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
-        self.path, self.recipe = path, recipe
-        self.recipe_file, self.job_file = path / "recipe.yaml", path / "torchrun.job"
+        self.path = path
+        self.recipe = recipe
+        self.recipe_file = path / "recipe.yaml"
+        self.job_file = path / "torchrun.job"
 
     def checkpoint(self, resume: bool | Literal["auto"], trainer: str) -> Path | None:
         """The checkpoint to resume from, or None for a training run that starts at step 0.
@@ -82,37 +84,39 @@ class RunDirectory:
             )
         if not resume:
             return None
-        found = newest_intact(self.path)
-        require_same_run(found, self.recipe, trainer)
-        return found
+        newest = newest_intact(self.path)
+        require_same_run(newest, self.recipe, trainer)
+        return newest
 
     def finished(self, trainer: str) -> bool:
         """Whether the run has made all steps and has been evaluated, so that resuming would do nothing."""
-        found = common_checkpoints(self.path)
-        if not found or step_of(found[-1]) < self.recipe.train.steps:
+        checkpoints = common_checkpoints(self.path)
+        if not checkpoints or step_of(checkpoints[-1]) < self.recipe.train.steps:
             return False
         if not distributed.run_on_rank_zero(self._evaluated):
             return False
         try:
-            verify(found[-1])
+            verify(checkpoints[-1])
         except UserError:
             return False  # Whoever resumes from the checkpoint before reports the damage.
-        require_same_run(found[-1], self.recipe, trainer)
+        require_same_run(checkpoints[-1], self.recipe, trainer)
         return True
 
-    def begin(self, config: str) -> None:
-        """Writes what the run trains; from here on the directory holds a run. `config` is the model's config.json."""
+    def begin(self, config: str, recipe: str) -> None:
+        """Writes what the run trains; from here on the directory holds a run.
+
+        The texts are the config.json and the recipe.yaml of its checkpoints.
+        """
         distributed.barrier()  # Every rank must have looked for an older run before this one's files appear.
 
         def write() -> None:
-            if distributed.rank() == 0:
-                self.path.mkdir(parents=True, exist_ok=True)
-                write_text(self.recipe_file, self.recipe.to_yaml())
-                record_training(config)
-                if distributed.job_id():
-                    write_text(self.job_file, distributed.job_id())
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.recipe_file, recipe)
+            record_training(config, recipe)
+            if distributed.job_id():
+                write_text(self.job_file, distributed.job_id())
 
-        distributed.run_on_all_ranks(write)
+        distributed.run_on_rank_zero(write)
 
     def _evaluated(self) -> bool:
         """Whether the final step was evaluated as the recipe says, and the best checkpoint is marked."""

@@ -1,6 +1,6 @@
 """Makes the parts of a training run: data, model, optimizers, log, checkpoints and evaluation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,32 +8,33 @@ from typing import Any, Literal
 
 import torch
 
-from openimp.checkpoint.folder import config_files, read_config
+from openimp.checkpoint.folder import CONFIG, RECIPE, read_config, text_files
 from openimp.checkpoint.resume import changed_sources
 from openimp.checkpoint.saver import Saver
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.device import keep_freed_memory, precision_of
 from openimp.common.errors import UserError
-from openimp.common.modality import Modalities, Modality
-from openimp.common.progress import StepBar, console, track
+from openimp.common.modality import Classes, Modalities, Modality
+from openimp.common.progress import console, track
+from openimp.common.protocols import load_learned
 from openimp.data.batch import Batch
 from openimp.data.step_batches import StepBatches
 from openimp.data.streams import Cursor
 from openimp.evaluation.evaluate import check_sets
-from openimp.model.build import build_model
-from openimp.model.embedder import Embedder, EncodeAll, in_chunks
+from openimp.model.build import architecture_of, build_for_training
+from openimp.model.embedder import Embedder, EncodeAll
 from openimp.model.learning_rates import freeze
-from openimp.objectives import Losses, task_losses
+from openimp.objectives.losses import Losses, task_losses
 from openimp.parallel import distributed
 from openimp.parallel.deferred_init import DeferredInit
 from openimp.parallel.layout import apply_parallelism
 from openimp.planning.layouts import choose_layout, layout_of
-from openimp.planning.ledger import costs
+from openimp.planning.ledger import Costs, costs
 from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Task
 from openimp.training.checkpointing import Checkpointing
 from openimp.training.compilation import compile_blocks, signatures, variants
-from openimp.training.log import Log, print_plan
+from openimp.training.log import Log
 from openimp.training.run_directory import RunDirectory
 from openimp.training.updater import Updater
 from openimp.training.validation import Validation
@@ -49,17 +50,21 @@ class Variant:
         build_model: the model with random weights, or a wrapped one, whose weights are loaded.
         losses: the losses of a task. `encode_all` replaces `model.encode_all` if it works in chunks.
         sum_tasks: each update sums the losses of a round, which is one step of each task.
-        suggest_same: whether to suggest the option `same` if a task has many duplicate texts.
+        warns: whether to print what the objectives warn of in the first batch of each task.
         before_step: called with the trainer and the number of each step, before the step is made.
     """
 
     name: str = "Trainer"
     make_modalities: Callable[[Recipe], dict[str, Modality]] = Recipe.make_modalities
-    build_model: Callable[[Recipe, Modalities, Mapping[str, int]], Embedder] = build_model
+    build_model: Callable[[Recipe, Modalities, Classes], Embedder] = build_for_training
     losses: Callable[[Any, Task, Batch, EncodeAll | None], Losses] = task_losses
     sum_tasks: bool = False
-    suggest_same: bool = True
+    warns: bool = True
     before_step: Callable[[Any, int], None] | None = None
+
+    def costs(self, recipe: Recipe, modalities: Modalities, classes: Classes) -> Costs:
+        """The cost of a step of each (task, view index)."""
+        return costs(recipe, modalities, classes, build=self.build_model, losses=self.losses, summed=self.sum_tasks)
 
 
 @dataclass
@@ -67,9 +72,7 @@ class Parts:
     """The parts of a training run on this rank.
 
     Attributes:
-        sources: the fingerprint of each source.
-        encode_all: `model.encode_all`, in chunks if the recipe says so.
-        step: the number of steps that are complete already, in a run that resumes.
+        fingerprints: of each source.
         cursors: where the streams of each task resume, by lane.
     """
 
@@ -77,17 +80,13 @@ class Parts:
     run: Path
     variant: Variant
     device: torch.device
-    modalities: dict[str, Modality]
     data: StepBatches
-    sources: dict[str, str]
+    fingerprints: dict[str, str]
     model: Embedder
-    encode_all: EncodeAll
     updater: Updater
     checkpointing: Checkpointing
     validation: Validation
     log: Log
-    bar: StepBar
-    step: int
     cursors: dict[str, dict[str, Cursor]]
 
 
@@ -101,7 +100,6 @@ def set_up(
     """Opens the data, makes or loads the model, and begins or resumes the run; see `train` for the arguments."""
     variant = variant or Variant()
     device = distributed.start()
-    console.quiet = distributed.rank() > 0
     keep_freed_memory()
     _check_ranks(recipe, variant)
     directory = RunDirectory(run, recipe)
@@ -110,49 +108,44 @@ def set_up(
     warm_start = open_warm_start(recipe, modalities) if checkpoint is None else None
     saved_classes = None
     if checkpoint is not None:
-        _, saved_classes, learned = read_config(checkpoint, None)
-        for modality in modalities.values():
-            modality.load_state(learned)
+        saved_config, learned, _ = read_config(checkpoint, None)
+        saved_classes = saved_config.classes
+        load_learned(modalities.values(), learned)
     rank = distributed.rank()
     world_size = distributed.world_size()
     data = distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
-    sources = distributed.run_on_rank_zero(data.fingerprints)  # It reads a part of every file.
+    fingerprints = distributed.run_on_rank_zero(data.fingerprints)  # It reads a part of every file.
     changed: list[str] = []
     if checkpoint is None:
         data.fit(warm_start.stems if warm_start else ())
     else:
-        changed = changed_sources(checkpoint, sources, allow_changed_data)
+        changed = changed_sources(checkpoint, fingerprints, allow_changed_data)
         if saved_classes != data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
-    step_costs = costs(recipe, modalities, data.classes, variant.build_model, variant.losses, variant.sum_tasks)
-    signature_count = len(signatures(recipe, modalities, distributed.world_size())) if recipe.train.compile else 0
-    model, text_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
+    step_costs = variant.costs(recipe, modalities, data.classes)
+    signature_count = len(signatures(recipe, modalities, world_size)) if recipe.train.compile else 0
+    model, files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
     if warm_start is not None:
         console.print(warm_start.load(model, data.classes), soft_wrap=True)
     updater = Updater(recipe, model)
-    checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, text_files)
+    checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
-    step = state.get("step", 0)
     cursors = data.load_cursors(state.get("cursors", {}), changed)
-    directory.begin(text_files["config.json"])
-    log = Log(recipe, run, modalities, data.schedule, step_costs, device, state)
-    print_plan(recipe, run, model, device, step_costs, step, signature_count)
+    directory.begin(files[CONFIG], files[RECIPE])
+    log = Log(run, data, step_costs, device, state)
+    log.print_start(model, device, checkpointing.saved, signature_count)
     return Parts(
         recipe=recipe,
         run=run,
         variant=variant,
         device=device,
-        modalities=modalities,
         data=data,
-        sources=sources,
+        fingerprints=fingerprints,
         model=model,
-        encode_all=in_chunks(model.encode_all, recipe.memory.chunk_size),
         updater=updater,
         checkpointing=checkpointing,
-        validation=Validation(recipe, run, modalities, data.classes, model),
+        validation=Validation(run, data, model),
         log=log,
-        bar=StepBar(recipe.train.steps, step),
-        step=step,
         cursors=cursors,
     )
 
@@ -179,13 +172,12 @@ def _make_model(
     `signature_count` signatures.
     """
     deferred = DeferredInit(recipe.seed)
-    class_counts = {head: len(classes) for head, classes in data.classes.items()}
-    build = partial(variant.build_model, recipe, data.modalities, class_counts)
-    model = deferred.build(build, at_once=recipe.model.wrap is not None).train()
+    build = partial(variant.build_model, recipe, data.modalities, data.classes)
+    model = deferred.build(build, at_once=not architecture_of(recipe.model).initializes).train()
     freeze(model, recipe.optimizer)
     distributed.run_first_on_node(lambda: check_sets(model, recipe, data.modalities, data.classes))
     # Before FSDP2 replaces the model's class, whose name is in config.json.
-    text_files = config_files(model, recipe, data.modalities, data.classes)
+    files = text_files(model, recipe.to_config(data.classes), data.modalities, recipe.to_yaml())
     layout = choose_layout(recipe, model, device)
     if signature_count:
         # Expert parallelism shards the experts of a block as a group of its own, whose hooks divide a graph anyway.
@@ -194,12 +186,18 @@ def _make_model(
     # All ranks gather in the same type, whatever their processors.
     precisions = distributed.all_gather_object(precision_of(device, recipe.train.precision))
     apply_parallelism(
-        model, model.blocks(), model.experts(), ("encode", "encode_all", "project", "classify"),
-        layout, device, torch.float32 if "fp32" in precisions else torch.bfloat16,
-        model.fp32_modules(), cast_inputs=bool(recipe.model.wrap),
-    )  # fmt: skip
+        model,
+        layout,
+        device,
+        blocks=model.blocks(),
+        experts=model.experts(),
+        methods=("encode", "encode_all", "project", "classify"),
+        param_dtype=torch.float32 if "fp32" in precisions else torch.bfloat16,
+        fp32_modules=model.fp32_modules(),
+        cast_inputs=model.cast_inputs,
+    )
     if layout.ranks > 1:
         console.print(f"parallel: {layout}")
     if initialize:
         deferred.initialize(model)
-    return model, text_files
+    return model, files

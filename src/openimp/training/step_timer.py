@@ -88,21 +88,22 @@ def advice(recipe: Recipe, modalities: Modalities, name: str, rare_waits: bool) 
 
     `rare_waits`: only a few steps wait, but long. More prefetched batches bridge such waits.
     """
-    task, workers = recipe.tasks[name], recipe.train.num_workers
+    task = recipe.tasks[name]
+    workers = recipe.train.num_workers
     source = recipe.sources[task.source]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     media = any(not modalities[modality].reads_text for modality in task.inputs)
-    found = []
+    ways = []
     if workers < cores:
-        found.append(f"raise train.num_workers (now {workers}; {counted(cores, 'core')} per rank)")
+        ways.append(f"raise train.num_workers (now {workers}; {counted(cores, 'core')} per rank)")
     if workers and rare_waits:
-        found.append(f"raise train.prefetch_factor (now {recipe.train.prefetch_factor})")
+        ways.append(f"raise train.prefetch_factor (now {recipe.train.prefetch_factor})")
     if media and source.cache == "none" and not source.stream:
-        found.append(f"set sources.{task.source}.cache=memory")
-    if media or not found:
-        found.append(f"use smaller views in tasks.{name} (lower resolution, fewer frames or seconds)")
-    return found
+        ways.append(f"set sources.{task.source}.cache=memory")
+    if media or not ways:
+        ways.append(f"use smaller views in tasks.{name} (lower resolution, fewer frames or seconds)")
+    return ways
 
 
 def speed_text(record: Mapping[str, Any]) -> str:

@@ -23,7 +23,8 @@ class Stop:
     """Knows whether the training should stop: a signal was received, or `reason` returns True, as for a failed save."""
 
     def __init__(self, reason: Callable[[], bool]) -> None:
-        self.requested, self.reason = False, reason
+        self.requested = False
+        self.reason = reason
 
     def watch(self, items: Iterable[T], _: str = "") -> Iterator[T]:
         """Yields the items, and raises `Stopped` before the next one once a stop is requested on any rank."""
@@ -71,7 +72,7 @@ def stop_all_ranks(reason: str | None) -> None:
 
     Every rank must call this.
     """
-    if reasons := [each for each in distributed.all_gather_object(reason) if each is not None]:
+    if reasons := [text for text in distributed.all_gather_object(reason) if text is not None]:
         raise UserError(max(reasons)) if max(reasons) else Stopped
 
 

@@ -14,14 +14,15 @@ from torch import Tensor
 from openimp.checkpoint.saver import CheckpointError
 from openimp.common.device import HostCopy
 from openimp.common.errors import UserError, counted
-from openimp.common.progress import console
+from openimp.common.progress import StepBar, console
 from openimp.data.loader import load_batches
 from openimp.data.order import seed_key
 from openimp.data.step_batches import LoadedBatch
 from openimp.data.streams import Cursor
 from openimp.encoding.items import Progress
+from openimp.model.embedder import in_chunks
 from openimp.model.moe import collect_usage
-from openimp.objectives import Losses
+from openimp.objectives.losses import Losses
 from openimp.parallel import distributed
 from openimp.parallel.layout import mixed_precision
 from openimp.planning.ledger import empty_batch
@@ -54,7 +55,6 @@ def train(
         CheckpointError: a checkpoint cannot be written. Steps since the previous one are lost.
     """
     distributed.start()
-    console.quiet = distributed.rank() > 0
     variant = variant or Variant()
     with locked(run):
         if resume and RunDirectory(run, recipe).finished(variant.name):
@@ -78,8 +78,7 @@ class PendingStep:
        finite, this state is never reached, and `Trainer.confirm` raises an error before the next update.
     """
 
-    loaded: LoadedBatch
-    """The batch, without its tensors."""
+    loaded: LoadedBatch  # the batch, without its tensors
     losses: Losses
 
 
@@ -90,32 +89,22 @@ class QueuedUpdate(NamedTuple):
     grad_norm: HostCopy
 
 
-class Trainer:
+class Trainer(Parts):
     """One training run on this rank.
 
     Attributes:
         step: the number of confirmed steps, which is what a checkpoint contains.
         grad_norm: the Euclidean norm of the last confirmed gradient, before clipping.
+        encode_all: `model.encode_all`, in chunks if the recipe says so.
     """
 
     def __init__(self, parts: Parts) -> None:
-        self.recipe = parts.recipe
-        self.run = parts.run
-        self.variant = parts.variant
-        self.device = parts.device
-        self.modalities = parts.modalities
-        self.data = parts.data
-        self.model = parts.model
-        self.updater = parts.updater
-        self.checkpointing = parts.checkpointing
-        self.validation = parts.validation
-        self.log = parts.log
-        self.step = parts.step
+        super().__init__(**vars(parts))
+        self.modalities = self.data.modalities
+        self.encode_all = in_chunks(self.model.encode_all, self.recipe.memory.chunk_size)
+        self.step = self.checkpointing.saved
         self.grad_norm = 0.0
-        self._sources = parts.sources
-        self.encode_all = parts.encode_all
-        self._bar = parts.bar
-        self.cursors = parts.cursors
+        self._bar = StepBar(self.recipe.train.steps, self.step)
         self._computed: list[PendingStep] = []
         self._queued: QueuedUpdate | None = None
 
@@ -128,7 +117,12 @@ class Trainer:
         """Trains the remaining steps, evaluates and saves. Returns False if a signal stopped it."""
         with stop_signals(self.checkpointing.saver.failed) as stop, self._bar, closing(self.log.metrics):
             try:
-                self._loop(stop)
+                self._train_steps(stop)
+                self.save()
+                self.evaluate(stop.watch)
+                self.checkpointing.wait()
+                self.log.bad.report()
+                return True
             except Stopped:
                 self.save(wait=True)
                 saved = self.checkpointing.saved
@@ -141,34 +135,32 @@ class Trainer:
             except UserError:
                 self.save(wait=True)
                 raise
-        return True
 
-    def _loop(self, stop: Stop) -> None:
-        train = self.recipe.train
-        evaluation = self.recipe.evaluation
-        if self.step and self._is_due(evaluation.every):
+    def _train_steps(self, stop: Stop) -> None:
+        save_every = self.recipe.train.save_every
+        evaluate_every = self.recipe.evaluation.every
+        if self.step and self._is_due(evaluate_every, self.step):
             self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
         batches = self.log.timer.timed(load_batches(self.data, self.step))
         try:
             # The alternation has chosen the task and the view of each batch: `loaded.visit`.
             for loaded in stop.watch_steps(batches, self.step, self._placeholder_batch):
                 self.make_step(loaded)
-                if self.variant.suggest_same:
-                    self.log.warn_of_duplicate_texts(loaded)
-                if self._must_settle_after(loaded.visit.step + 1):
+                if self.variant.warns:
+                    self.log.warn_of_first_batch(loaded)
+                step = loaded.visit.step + 1
+                must_save = self._is_due(save_every, step)
+                must_evaluate = self._is_due(evaluate_every, step)
+                if must_save or must_evaluate or self.log.is_due(step):
                     self.settle()
                     self.log.bad.check()
-                    if self._is_due(train.save_every):
-                        self.save()
-                    if self._is_due(evaluation.every):
-                        self.evaluate(stop.watch)
+                if must_save:
+                    self.save()
+                if must_evaluate:
+                    self.evaluate(stop.watch)
         except (Stopped, UserError):
             self.settle()  # If the queued step failed too, its error is raised instead.
             raise
-        self.save()
-        self.evaluate(stop.watch)
-        self.checkpointing.wait()
-        self.log.bad.report()
 
     def make_step(self, loaded: LoadedBatch) -> Losses:
         """Queues one step on the device: the losses of its task, their gradients, and the update of the weights.
@@ -190,8 +182,8 @@ class Trainer:
         task = self.recipe.tasks[loaded.visit.task]
         wants_usage = self.log.wants_usage(loaded.visit.step)
         collect_usage(self.model, wants_usage)
-        if self.recipe.model.wrap:  # Its towers may have dropout, which a resumed run must repeat.
-            torch.manual_seed(seed_key(self.recipe.seed, "dropout", loaded.visit.step, distributed.rank()) % 2**63)
+        # The model may have dropout, which a resumed run must repeat.
+        torch.manual_seed(seed_key(self.recipe.seed, "dropout", loaded.visit.step, distributed.rank()) % 2**63)
         with mixed_precision(self.device, self.recipe.train.precision):
             losses = self.variant.losses(self.model, task, loaded.to(self.device), self.encode_all)
         return losses if wants_usage else replace(losses, usage={})
@@ -225,7 +217,8 @@ class Trainer:
         if not math.isfinite(self.grad_norm):
             stop_all_ranks(next((step.loaded.stop for step in steps if step.loaded.stop is not None), None))
             raise self._not_finite(steps)
-        self.updater.update_ema(steps[-1].loaded.visit.step)
+        if self.updater.ema:
+            self.updater.ema.update(steps[-1].loaded.visit.step)
         for step in steps:
             visit = step.loaded.visit
             self.step = visit.step + 1
@@ -257,7 +250,7 @@ class Trainer:
         for cursors_of_rank in distributed.all_gather_object(self.cursors):
             for task, by_lane in cursors_of_rank.items():
                 cursors[task] = cursors.get(task, {}) | by_lane
-        state = {"step": self.step, "trainer": self.variant.name, "sources": self._sources, "cursors": cursors}
+        state = {"step": self.step, "trainer": self.variant.name, "sources": self.fingerprints, "cursors": cursors}
         return state | self.log.state()
 
     def evaluate(self, watch: Progress | None = None) -> None:
@@ -271,19 +264,10 @@ class Trainer:
             self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
             self.validation.keep_best(self.step, self.checkpointing, self.state())
 
-    def _is_due(self, every: int | None) -> bool:
-        """Whether something that happens every so many steps is due: not within a round, nor after the last step."""
-        return (
-            every is not None and self.step % every == 0 and self.step < self.recipe.train.steps and not self._computed
-        )
-
-    def _must_settle_after(self, step: int) -> bool:
-        """Whether anything is logged, saved or evaluated after `step` steps.
-
-        Only then does the host wait for the device, and do the ranks gather what they have found.
-        """
-        intervals = (self.recipe.train.save_every, self.recipe.evaluation.every)
-        return self.log.is_due(step) or any(every and step % every == 0 for every in intervals)
+    def _is_due(self, every: int | None, step: int) -> bool:
+        """Whether something that happens every so many steps is due after `step` steps: not within a round, nor after
+        the last step."""
+        return every is not None and step % every == 0 and step < self.recipe.train.steps and not self._computed
 
     def _placeholder_batch(self, step: int) -> LoadedBatch:
         """Zeros in place of a batch that could not be loaded, so that this rank takes part in the step's collectives.

@@ -9,7 +9,7 @@ from openimp.model.embedder import Embedder
 from openimp.parallel.layout import clip_grad_norm, reshard
 from openimp.recipe.schema import Recipe
 from openimp.training.ema import EMA
-from openimp.training.optimizers import make_optimizers, schedule, set_learning_rate
+from openimp.training.optimizers import lr_schedule, make_optimizers, set_learning_rate
 
 
 class Updater:
@@ -39,7 +39,7 @@ class Updater:
                 parameter.grad = torch.zeros_like(parameter)
         norm = clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf)
         grad_norm = HostCopy(norm)
-        set_learning_rate(self.optimizers, schedule(self.recipe, step))
+        set_learning_rate(self.optimizers, lr_schedule(self.recipe, step))
         found_inf = 1 - norm.isfinite().float()
         for optimizer in self.optimizers:
             # As torch's GradScaler does. If it is 1, a fused optimizer changes nothing, not even its step counts.
@@ -49,8 +49,3 @@ class Updater:
         # None, not zero: a parameter that the next task does not use keeps its value and its optimizer state.
         self.model.zero_grad(set_to_none=True)
         return grad_norm
-
-    def update_ema(self, step: int) -> None:
-        """Lets the EMA follow the weights of an update whose gradient norm was finite."""
-        if self.ema:
-            self.ema.update(step)

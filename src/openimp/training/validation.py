@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from openimp.checkpoint.folder import checkpoints, mark_best, step_of
-from openimp.common.modality import Classes, Modality
 from openimp.common.progress import console
+from openimp.data.step_batches import StepBatches
 from openimp.encoding.items import Progress
 from openimp.evaluation.evaluate import NotMeasured, evaluate
 from openimp.evaluation.results import best_step, table
 from openimp.model.embedder import Embedder
 from openimp.parallel import distributed
 from openimp.parallel.layout import reshard
-from openimp.recipe.schema import Recipe
 from openimp.training.checkpointing import Checkpointing
 from openimp.training.ema import EMA
 from openimp.training.metrics import Metrics
@@ -24,10 +23,8 @@ from openimp.training.metrics import Metrics
 class Validation:
     """Evaluates the model on the recipe's evaluation sets. The ranks share the work as they share the model."""
 
-    recipe: Recipe
     run: Path
-    modalities: dict[str, Modality]
-    classes: Classes
+    data: StepBatches
     model: Embedder
 
     def evaluate(self, step: int, ema: EMA | None, metrics: Metrics, watch: Progress | None = None) -> None:
@@ -35,28 +32,30 @@ class Validation:
 
         If a set could not be measured, it raises NotMeasured after that. `watch` wraps the passes; see `Evaluator`.
         """
-        failed = None
+        failure: NotMeasured | None = None
+        recipe = self.data.recipe
         with ema.swapped() if ema else nullcontext():
             try:
                 results = evaluate(
-                    self.model, self.recipe, self.modalities, step=step, classes=self.classes, watch=watch
+                    self.model, recipe, self.data.modalities, step=step, classes=self.data.classes, watch=watch
                 )
             except NotMeasured as error:
-                results, failed = error.results, error
+                failure = error
+                results = error.results
             finally:
                 reshard(self.model)  # What is gathered is out of date once the weights change.
         if results:
-            distributed.run_on_rank_zero(lambda: metrics.results(self.run, results))
+            distributed.run_on_rank_zero(lambda: metrics.write_results(results))
             console.print(table(results))
-        if failed:
-            raise failed
+        if failure:
+            raise failure
 
     def keep_best(self, step: int, checkpointing: Checkpointing, state: dict[str, Any]) -> None:
         """Saves a checkpoint if the evaluation after `step` steps is the best so far, and links to the best one.
 
         `state` is that of the checkpoint; see `Checkpointing.save`.
         """
-        name = self.recipe.evaluation.best
+        name = self.data.recipe.evaluation.best
         if name is None:
             return
         checkpointing.wait()

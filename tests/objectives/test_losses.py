@@ -9,21 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openimp.common.modality import StemSpec, Tokens
+from openimp.common.objective import Objective
 from openimp.data.batch import Batch, head_key
 from openimp.model.imp import IMP, Encoded
-from openimp.objectives import (
-    classification_losses,
-    contrastive_losses,
-    distillation_losses,
-    equal_texts,
-    sigmoid_classification,
-    sigmoid_nce,
-    softmax_classification,
-    task_losses,
-)
+from openimp.objectives.classification import Classification, sigmoid_classification, softmax_classification
+from openimp.objectives.contrastive import Contrastive
+from openimp.objectives.distill import Distill
+from openimp.objectives.losses import task_losses
+from openimp.objectives.nce import sigmoid_nce
 from openimp.recipe.model import Model
 from openimp.recipe.schema import Recipe
-from openimp.recipe.tasks import Classification, Contrastive, Distill, Task
+from openimp.recipe.tasks import Task
 
 
 def small(moe: dict | None = None) -> IMP:
@@ -35,15 +31,21 @@ def small(moe: dict | None = None) -> IMP:
     return IMP(config, stems, {name: name for name in names}, pairs, {"all:label": 5, "all:tags": 5})
 
 
-def batch_of(items: list[int], draw: int = 1, same: list[int] | None = None) -> tuple[Batch, dict[str, Encoded]]:
-    """A batch of random features: `draw` texts an item."""
-    torch.manual_seed(len(items))
-    rows = {"image": len(items), "text": len(items) * draw}
-    encoded = {name: Encoded(torch.randn(n, 16), []) for name, n in rows.items()}
-    batch = Batch({}, {"": torch.tensor(items)}, rows=items)
-    if same:
-        batch.item_ids["name"] = torch.tensor(same)
-    return batch, encoded
+def task_of(*objectives: Objective, inputs: tuple[str, ...] = ("image", "text")) -> Task:
+    return Task(source="all", inputs={name: name for name in inputs}, objectives=list(objectives))
+
+
+def losses_of(
+    model: IMP, objective: Objective, encoded: dict[str, Encoded], **targets: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    return objective.losses(model, task_of(objective, inputs=tuple(encoded)), encoded, targets)
+
+
+def encoded_of(items: int, draw: int = 1) -> dict[str, Encoded]:
+    """Random features: `draw` texts an item."""
+    torch.manual_seed(items)
+    rows = {"image": items, "text": items * draw}
+    return {name: Encoded(torch.randn(n, 16), []) for name, n in rows.items()}
 
 
 def similarities(model: IMP, encoded: dict[str, Encoded]) -> torch.Tensor:
@@ -51,27 +53,25 @@ def similarities(model: IMP, encoded: dict[str, Encoded]) -> torch.Tensor:
     return (image @ text.T) / model.config.init_temperature
 
 
-def test_equal_texts_are_counted_unless_the_recipe_says_which_rows_are_one_item():
+def test_duplicate_texts_are_counted_unless_the_recipe_says_which_rows_are_one_item():
     ids = torch.tensor([[5, 1], [5, 1], [6, 1], [7, 1], [6, 1], [8, 1]])
     text = Tokens(ids, torch.zeros(6, 2, 1, dtype=torch.int64), torch.ones(6, 2, dtype=torch.bool))
     image = Tokens(torch.zeros(3, 4, 2), torch.zeros(3, 4, 1, dtype=torch.int64), None)
-    batch = Batch({"image": image, "text": text}, {"": torch.tensor([0, 1, 2])})
-    told = {}
-    for same in ("", "name"):
-        objective = {"type": "contrastive", "same": same or None}
-        told[same] = equal_texts(Task(source="s", inputs={"image": "i", "text": "t"}, objectives=[objective]), batch)
+    tokens = {"image": image, "text": text}
+    targets = {"item": torch.tensor([0, 1, 2])}
+    rows = Contrastive(type="contrastive")
+    items = Contrastive(type="contrastive", positives_by="name")
     # Two texts per row: rows 0, 1 and 2 have [5, 5], [6, 7] and [6, 8].
-    assert told == {"": pytest.approx(2 / 6), "name": 0}
-    classify = Task(source="s", inputs={"image": "i"}, objectives=[{"type": "classification", "label": "l"}])
-    assert equal_texts(classify, batch) == 0
+    assert "33% of a batch's texts" in rows.warning(task_of(rows), tokens, targets)
+    assert items.warning(task_of(items), tokens, targets) is None
 
 
 def test_softmax_nce_of_distinct_items_is_cross_entropy_both_ways():
     model = small()
-    batch, encoded = batch_of([3, 1, 4, 15, 9])
+    encoded = encoded_of(5)
     logits, diagonal = similarities(model, encoded), torch.arange(5)
     expected = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
-    found = contrastive_losses(model, Contrastive(type="contrastive"), encoded, batch)
+    found = losses_of(model, Contrastive(type="contrastive"), encoded, item=torch.tensor([3, 1, 4, 15, 9]))
     assert list(found) == ["image-text"]
     torch.testing.assert_close(found["image-text"], expected)
 
@@ -80,9 +80,9 @@ def test_softmax_nce_of_distinct_items_is_cross_entropy_both_ways():
 def test_distillation_compares_each_embedding_with_its_vector(draw):
     """Two of the three rows have the same vector, so in the contrastive loss either is correct for both."""
     model = small()
-    batch, encoded = batch_of([0, 1, 2], draw)
+    encoded = encoded_of(3, draw)
     vector = F.normalize(torch.randn(3, 8), dim=1)[[0, 1, 0]]
-    batch.labels["teacher"], batch.item_ids["teacher"] = vector, torch.tensor([7, 8, 7])
+    item = torch.tensor([7, 8, 7])
     embedding = model.project(encoded["text"].features, "text", "image")
     expected = {"cosine": 0.0, "contrastive": 0.0}
     for i, z in enumerate(embedding.detach()):
@@ -93,7 +93,7 @@ def test_distillation_compares_each_embedding_with_its_vector(draw):
         expected["contrastive"] -= math.log(float(shares[same].sum() / shares.sum()))
     for loss, total in expected.items():
         objective = Distill(type="distill", of="text", to="teacher", loss=loss, temperature=0.1)
-        ((name, found),) = distillation_losses(model, objective, "image", encoded, batch).items()
+        ((name, found),) = losses_of(model, objective, encoded, vector=vector, item=item).items()
         assert (name, float(found.detach())) == ("text:teacher", pytest.approx(total / len(embedding), rel=1e-4))
 
 
@@ -101,14 +101,12 @@ def test_distillation_compares_each_embedding_with_its_vector(draw):
 @given(
     items=st.lists(st.integers(0, 3), min_size=1, max_size=6),
     draw=st.integers(1, 3),
-    by_column=st.booleans(),
     kind=st.sampled_from(["softmax", "sigmoid"]),
 )
-def test_items_with_several_positives(items, draw, by_column, kind):
-    """Several texts an item, and rows that are the same item by row or by column: all of them are positives."""
+def test_items_with_several_positives(items, draw, kind):
+    """Several texts an item, and rows that are the same item: all of them are positives."""
     model = small()
-    rows = list(range(len(items))) if by_column else items
-    batch, encoded = batch_of(rows, draw, same=items if by_column else None)
+    encoded = encoded_of(len(items), draw)
     logits = similarities(model, encoded)
     positive = [[one == other for other in items for _ in range(draw)] for one in items]
 
@@ -129,8 +127,8 @@ def test_items_with_several_positives(items, draw, by_column, kind):
             for row, marks in zip(logits.tolist(), signs)
             for x, sign in zip(row, marks)
         ) / len(items)
-    objective = Contrastive(type="contrastive", loss=kind, same="name" if by_column else None)
-    found = contrastive_losses(model, objective, encoded, batch)["image-text"].item()
+    objective = Contrastive(type="contrastive", loss=kind)
+    found = losses_of(model, objective, encoded, item=torch.tensor(items))["image-text"].item()
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
@@ -149,10 +147,9 @@ def test_only_named_pairs_are_compared():
     model = small()
     names = ("image", "audio", "text")
     encoded = {name: Encoded(torch.randn(4, 16), []) for name in names}
-    batch = Batch({}, {"": torch.arange(4)}, rows=list(range(4)))
 
     def pairs(**options):
-        return list(contrastive_losses(model, Contrastive(type="contrastive", **options), encoded, batch))
+        return list(losses_of(model, Contrastive(type="contrastive", **options), encoded, item=torch.arange(4)))
 
     assert pairs() == ["image-audio", "image-text", "audio-text"]
     assert pairs(pairs=[["text", "audio"]]) == ["text-audio"]
@@ -176,20 +173,16 @@ def test_classification_losses_by_hand(smoothing):
 def test_classification_is_of_the_modalities_without_a_mask_unless_one_is_named():
     model = small()
     torch.nn.init.normal_(model.classifiers["all:label"].weight)
-    tokens = Tokens(torch.zeros(3, 1, 6), torch.zeros(3, 1, 1, dtype=int))
-    mask = torch.ones(3, 1, dtype=torch.bool)
-    given_ = {"image": tokens, "audio": tokens, "text": tokens._replace(mask=mask)}
-    encoded = {name: Encoded(torch.randn(3, 16), []) for name in given_}
-    batch = Batch(given_, {}, {"label": torch.tensor([0, 4, 2])}, rows=[0, 1, 2])
+    encoded = {name: Encoded(torch.randn(3, 16), []) for name in ("image", "audio", "text")}
+    label = torch.tensor([0, 4, 2])
 
     def losses(**options):
-        objective = Classification(type="classification", label="label", **options)
-        return classification_losses(model, objective, "all", encoded, batch)
+        return losses_of(model, Classification(type="classification", label="label", **options), encoded, label=label)
 
     assert list(losses()) == ["image:label", "audio:label"]
     assert list(losses(of="text")) == ["text:label"]
     logits = model.classifiers["all:label"](encoded["audio"].features)
-    torch.testing.assert_close(losses(of="audio")["audio:label"], F.cross_entropy(logits, torch.tensor([0, 4, 2])))
+    torch.testing.assert_close(losses(of="audio")["audio:label"], F.cross_entropy(logits, label))
 
 
 @pytest.mark.parametrize(("label", "loss"), [("label", "softmax"), ("tags", "sigmoid")])
@@ -201,8 +194,7 @@ def test_every_drawn_row_is_classified_by_its_examples_label(label, loss):
     objective = Classification(type="classification", label=label, loss=loss, of="image")
 
     def found(rows, target):
-        encoded = {"image": Encoded(rows, [])}
-        (value,) = classification_losses(model, objective, "all", encoded, Batch({}, {}, {label: target})).values()
+        (value,) = losses_of(model, objective, {"image": Encoded(rows, [])}, label=target).values()
         return value
 
     # Two rows an example, one after the other.
@@ -232,8 +224,8 @@ def test_a_tasks_objectives_are_summed_with_their_weights(moe):
         }
     )
     tokens = Tokens(torch.randn(4, 3, 6), torch.arange(3).expand(4, -1)[..., None])
-    labels = {"label": torch.tensor([0, 1, 2, 3]), "tags": torch.eye(5)[:4]}
-    batch = Batch({"image": tokens, "text": tokens}, {"": torch.arange(4)}, labels, rows=[0, 1, 2, 3])
+    targets = [{"item": torch.arange(4)}, {"label": torch.tensor([0, 1, 2, 3])}, {"label": torch.eye(5)[:4]}]
+    batch = Batch({"image": tokens, "text": tokens}, targets)
     found = task_losses(model, recipe.tasks["one"], batch)
     parts = found.parts
     assert list(parts) == ["image-text", "image:label", "image:tags", *(["router"] if moe else [])]
@@ -261,7 +253,7 @@ def test_the_losses_of_an_objectives_pairs_are_averaged():
         }
     )
     tokens = Tokens(torch.randn(4, 3, 6), torch.arange(3).expand(4, -1)[..., None])
-    batch = Batch(dict.fromkeys(names, tokens), {"": torch.arange(4)}, rows=[0, 1, 2, 3])
+    batch = Batch(dict.fromkeys(names, tokens), [{"item": torch.arange(4)}])
     found = task_losses(model, recipe.tasks["one"], batch)
     assert len(found.parts) == 3
     torch.testing.assert_close(found.total.detach(), torch.stack([*found.parts.values()]).mean())
@@ -277,7 +269,7 @@ def test_all_modalities_are_encoded_in_one_pass():
     }
     recipe = Recipe.build({"name": "x", "sources": {"all": {"path": "x.parquet"}}, "tasks": {"one": task}})
     tokens = Tokens(torch.randn(2, 3, 6), torch.arange(3).expand(2, -1)[..., None])
-    batch = Batch({n: tokens for n in ("image", "audio", "text")}, {"": torch.arange(2)}, rows=[0, 1])
+    batch = Batch({n: tokens for n in ("image", "audio", "text")}, [{"item": torch.arange(2)}])
     passes = []
 
     def counted(inputs):
@@ -296,17 +288,18 @@ def test_heads_are_named_by_source_and_column():
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_blocks_of_similarities_change_nothing_but_what_is_held(kind, monkeypatch):
     """However small the blocks, the same loss and gradients; and no tensor of all similarities waits."""
-    batch, _ = batch_of([3, 1, 4, 1, 5], draw=3)
+    item = torch.tensor([3, 1, 4, 1, 5])
+    objective = Contrastive(type="contrastive", loss=kind)
     model = small()
     found = []
     for block in (2**24, 40, 1):
-        monkeypatch.setattr("openimp.objectives.BLOCK", block)
+        monkeypatch.setattr("openimp.objectives.nce.BLOCK", block)
         torch.manual_seed(0)
         features = {name: torch.randn(rows, 16, requires_grad=True) for name, rows in (("image", 5), ("text", 15))}
         encoded = {name: Encoded(x, []) for name, x in features.items()}
         held: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: (held.append(x.numel()), x)[1], lambda x: x):
-            loss = contrastive_losses(model, Contrastive(type="contrastive", loss=kind), encoded, batch)["image-text"]
+            loss = losses_of(model, objective, encoded, item=item)["image-text"]
         loss.backward()
         found.append([loss.detach(), *(x.grad for x in features.values())])
         assert (5 * 15 in held) == (block == 2**24)

@@ -1,0 +1,58 @@
+"""Finds the folder of a model by its name."""
+
+from pathlib import Path
+
+from openimp.checkpoint.folder import CONFIG, RECIPE, checkpoints
+from openimp.checkpoint.wrapped import wrapped_folder
+from openimp.common.errors import UserError
+from openimp.common.names import HUB, OPEN_CLIP, SCHEMES, HubName, Name
+from openimp.common.safe_files import refuse_links
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder of a model: a run's newest checkpoint, or the folder with config.json that the name means.
+
+    A model of the Hugging Face Hub is downloaded, and a model of open_clip is converted to a folder in the cache,
+    unless it has been already.
+    """
+    scheme, rest = Name.parse(name)
+    if scheme == OPEN_CLIP:
+        return wrapped_folder(str(name))
+    if scheme == HUB:
+        return _find_local(_download(str(name), HubName.parse(rest)))
+    if scheme is not None:
+        raise UserError(f"{name}: expected a folder, hub:OWNER/NAME or open_clip:NAME/TAG for a model")
+    if not Path(name).exists():
+        raise UserError(f"{name}: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME")
+    return _find_local(Path(name))
+
+
+def is_model_name(name: str | Path) -> bool:
+    """Whether a name can only mean a model that is not in a folder of the user."""
+    return Name.parse(name).scheme in SCHEMES
+
+
+def _find_local(path: Path) -> Path:
+    refuse_links(path)
+    if (path / CONFIG).exists():
+        return path
+    saved = checkpoints(path)
+    if not saved:
+        raise UserError(f"{path}: no model here; expected a run with a checkpoint, or a folder with config.json")
+    return saved[-1]
+
+
+def _download(name: str, hub_name: HubName | None) -> Path:
+    if hub_name is None:
+        raise UserError(f"{name}: expected hub:OWNER/NAME or hub:OWNER/NAME@REVISION")
+    from huggingface_hub import snapshot_download
+
+    allowed = ["*.json", "*.safetensors", RECIPE]
+    try:
+        folder = snapshot_download(
+            hub_name.repository, revision=hub_name.revision, allow_patterns=allowed, ignore_patterns=["optimizer*"]
+        )
+    except Exception as error:  # huggingface_hub raises its own errors, httpx's, or OSError.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
+        raise UserError(f"{name}: the Hugging Face Hub did not provide the model: {reason}") from None
+    return Path(folder)

@@ -1,0 +1,60 @@
+"""Lifts config.json of an older format to the present one."""
+
+import copy
+from itertools import combinations
+from typing import Any
+
+from openimp.common.errors import UserError
+
+REMOVED = {"gates": "softmax", "slots": 1}
+"""Keys of `model.moe` that went during format 6, with the only values that present models have."""
+
+
+def lift_recipe_6(old: dict[str, Any]) -> dict[str, Any]:
+    """The recipe in config.json of format 6, without keys that went and with the present names of others."""
+    recipe = copy.deepcopy(old["recipe"])
+    moe = recipe["model"].get("moe") or {}
+    for key, only in REMOVED.items():
+        if (value := moe.pop(key, only)) != only:
+            raise UserError(f"model.moe.{key} is {value!r}, which this version of openimp no longer has")
+    recipe["train"].pop("upcycle", None)
+    for task in recipe["tasks"].values():
+        for objective in task["objectives"]:
+            if "same" in objective:
+                objective["positives_by"] = objective.pop("same")
+    return recipe
+
+
+def lift_6(old: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """Format 7 from format 6, which had the whole recipe in config.json; `recipe` is what `lift_recipe_6` makes of it.
+
+    The recipe may have keys that this version does not know: of what is about training, only inputs, the first views
+    and objectives of tasks are read.
+    """
+    views: dict[str, Any] = {}
+    losses: dict[tuple[str, str], set[str]] = {}
+    distilled = []
+    for task in recipe["tasks"].values():
+        names = [*task["inputs"]]
+        for name in names:
+            views.setdefault(name, task["views"][0][name])
+        for objective in task["objectives"]:
+            if objective["type"] == "contrastive":
+                for pair in objective.get("pairs") or combinations(names, 2):
+                    losses.setdefault((min(pair), max(pair)), set()).add(objective["loss"])
+            elif objective["type"] == "distill":
+                others = [name for name in names if name != objective["of"]]
+                target = objective.get("towards") or (others[0] if len(others) == 1 else objective["of"])
+                distilled.append([objective["of"], target])
+    return {
+        "format": 7,
+        "class": old["model"],
+        "name": recipe["name"],
+        "model": recipe["model"],
+        "modalities": recipe["modalities"],
+        "views": views,
+        "pairs": [{"modalities": pair, "sigmoid": losses[pair] == {"sigmoid"}} for pair in sorted(losses)],
+        "distilled": distilled,
+        "classes": old["classes"],
+        "precision": recipe["train"]["precision"],
+    }

@@ -1,0 +1,70 @@
+"""Names of models and data, which mean the same in every command and recipe key; docs/names.md lists them.
+
+A name is a path, a URL, or one of `SCHEMES`, a colon and what the scheme calls it, such as `open_clip:NAME/TAG`.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+BUNDLED = "openimp"
+HUB = "hub"
+OPEN_CLIP = "open_clip"
+TIMM = "timm"
+SCHEMES = (BUNDLED, HUB, OPEN_CLIP, TIMM)
+LOCAL = "local-dir:"
+"""What follows `open_clip:` or `timm:` if the model is in a folder, as in these libraries."""
+
+
+class Name(NamedTuple):
+    """A name in two parts."""
+
+    scheme: str | None  # one of `SCHEMES`, or "url"; None for a path
+    rest: str  # what follows the scheme; the whole of a path or a URL
+
+    @classmethod
+    def parse(cls, name: str | Path) -> "Name":
+        """Parses a name. What begins with no scheme is a path."""
+        text = str(name)
+        scheme, colon, rest = text.partition(":")
+        if colon and scheme in SCHEMES:
+            return cls(scheme, rest)
+        return cls("url" if "://" in text else None, text)
+
+    @property
+    def folder(self) -> str | None:
+        """The folder that follows `local-dir:`, if any."""
+        return self.rest.removeprefix(LOCAL) if self.rest.startswith(LOCAL) else None
+
+
+class HubName(NamedTuple):
+    """What follows `hub:`, which is OWNER/NAME or OWNER/NAME@REVISION."""
+
+    repository: str
+    revision: str | None
+
+    @classmethod
+    def parse(cls, rest: str) -> "HubName | None":
+        """None if `rest` does not have this form."""
+        found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", rest)
+        return cls(found[1], found[2]) if found else None
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is a URL that fsspec opens, such as `s3://bucket/*.parquet`."""
+    return Name.parse(name).scheme == "url"
+
+
+def map_path(name: str, change: Callable[[str], str]) -> str:
+    """The name in which a path, also one behind `local-dir:`, is changed. Other names stay as they are."""
+    parsed = Name.parse(name)
+    if parsed.folder is not None:
+        return f"{parsed.scheme}:{LOCAL}{change(parsed.folder)}"
+    return change(name) if parsed.scheme is None else name
+
+
+def absolute_name(name: str, folder: str | Path) -> str:
+    """The name in which a relative path starts at `folder` instead. `~` is the home directory."""
+    return map_path(name, lambda path: str(Path(folder).resolve() / os.path.expanduser(path)))

@@ -1,0 +1,126 @@
+"""What a modality may do besides `Modality`. A class has a protocol if it has its methods; it need not inherit them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openimp.common.modality import Modality, Tokens
+
+
+@runtime_checkable
+class Learned(Protocol):
+    """A modality that learns from texts, for example a tokenizer. Training calls `fit`; checkpoints keep its state."""
+
+    def fit(self, corpus: Iterable[list[str]]) -> None:
+        """Learns from the texts of each training example. Training calls it if the modality reads texts."""
+
+    def state(self) -> dict[str, str]:
+        """What was learned, as {file name: text}; it is saved with the weights."""
+        ...
+
+    def load_state(self, state: Mapping[str, str]) -> None:
+        """Restores what `state` returned."""
+
+
+@runtime_checkable
+class TextReader(Protocol):
+    """A modality of texts, for `Model.tokenizer`, and for the warnings of inference and search."""
+
+    def tokenize(self, texts: str | list[str], length: int | None = None) -> Tensor:
+        """Converts texts to ids (B, length)."""
+        ...
+
+    def knows(self, value: Any, view: Any) -> bool:
+        """Whether a text differs from an empty one. One with only unknown words does not."""
+        ...
+
+
+@runtime_checkable
+class PictureReader(Protocol):
+    """A modality of pictures, for `Model.preprocess`."""
+
+    def preprocess(self, picture: Any, view: Any) -> Tensor:
+        """Converts a Pillow picture, or whatever `decode` takes, to a tensor for `Tensors.from_tensor`."""
+        ...
+
+
+class TensorInput(NamedTuple):
+    """What `Tensors.from_tensor` takes in a view."""
+
+    shape: tuple[int, ...]  # of one example
+    dtype: torch.dtype
+    preparation: str  # how a program without openimp makes the tensor, in a few sentences
+
+
+@runtime_checkable
+class Tensors(Protocol):
+    """A modality that takes prepared batches, for `Model.encode` and `openimp export`."""
+
+    def from_tensor(self, batch: Tensor) -> Tokens:
+        """Makes tokens of a prepared batch, on any device; differentiable if the batch is float.
+
+        Raises:
+            TypeError: the modality does not support this kind of tensor.
+        """
+        ...
+
+    def tensor_input(self, view: Any) -> TensorInput:
+        """Describes what `from_tensor` takes in a view. UserError if the model cannot be exported."""
+        ...
+
+
+@runtime_checkable
+class Pictured(Protocol):
+    """A modality whose values can be drawn, for `openimp report` and the search page."""
+
+    def show(self, value: Any, view: Any) -> bytes:
+        """What evaluation sees, as a small WebP picture. BadMedia if the value cannot be read."""
+        ...
+
+    def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
+        """A WebP picture of a value, or of one of its `Segmented.segments`, for lists of results.
+
+        Its sides have at most `side` pixels. BadMedia if the value cannot be read.
+        """
+        ...
+
+
+@runtime_checkable
+class Segmented(Protocol):
+    """A modality of recordings, which `openimp index` cuts if they are long."""
+
+    def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
+        """The equal segments of a recording, as (start, end) in seconds; empty if it is encoded as a whole.
+
+        BadMedia if the value cannot be read.
+        """
+        ...
+
+    def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
+        """Like `Modality.encode_input`, but for one of the `segments`."""
+        ...
+
+
+@runtime_checkable
+class Framed(Protocol):
+    """A modality that can be seen as pictures, for the two towers of studies."""
+
+    def shape(self, view: Any) -> tuple[int, int, int, int]:
+        """Frames, height, width and channels of an example."""
+        ...
+
+
+def learned_files(modalities: Iterable[Modality]) -> dict[str, str]:
+    """What the modalities learned, as {file name: text}."""
+    learned = (modality.state() for modality in modalities if isinstance(modality, Learned))
+    return {name: text for state in learned for name, text in state.items()}
+
+
+def load_learned(modalities: Iterable[Modality], files: Mapping[str, str]) -> None:
+    """Restores what the modalities learned from `learned_files`."""
+    for modality in modalities:
+        if isinstance(modality, Learned):
+            modality.load_state(files)

@@ -1,0 +1,102 @@
+"""`classification`: a linear head tells the classes in a column.
+
+Shape suffixes: B examples, D features, K classes.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from openimp.common.device import full_precision
+from openimp.common.errors import UserError
+from openimp.common.objective import ClassColumn, Objective, Row, TargetSizes, Tensors
+from openimp.data.batch import head_key
+from openimp.data.targets import index_of, row_classes
+from openimp.model.embedder import Embedder, EncodedAll
+from openimp.recipe.registry import modality_class
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Task
+
+
+class Classification(Objective):
+    """A linear classification head on the pooled features, one per source and label column."""
+
+    renamed = {"smoothing": "label_smoothing"}
+
+    type: Literal["classification"]
+    """The kind of objective."""
+    label: str
+    """The column with the class or, if the loss is sigmoid, with a list of classes. An empty cell is an empty list."""
+    of: str | None = None
+    """The modality to classify. Default: each of the task's modalities except those with a mask, such as text."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: one class per example. sigmoid: any number of classes per example."""
+    classes: list[str] | list[int] | None = None
+    """The classes, in the order of the head's outputs. Default: all values of the column. Required for streams."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that is distributed over all classes."""
+
+    def check(self, location: str, task: Task, recipe: Recipe) -> None:
+        if not self.modalities(task):
+            raise UserError(f"{location}: no input is without a mask, so name the modality to classify in `of`")
+
+    def work(self, task: Task) -> list[str]:
+        return [f"classifies {name} by {self.label}, with the same head" for name in self.modalities(task)]
+
+    def modalities(self, task: Task) -> list[str]:
+        return [self.of] if self.of else [name for name in task.inputs if not modality_class(name).masked]
+
+    def class_column(self) -> ClassColumn:
+        return ClassColumn(self.label, self.loss == "sigmoid", self.classes)
+
+    def columns(self) -> set[str]:
+        return {self.label}
+
+    def read(self, task: Task, row: Row, number: int, sizes: TargetSizes) -> Tensors:
+        """The class () int64 for loss softmax, or (K,) float zeros and ones for sigmoid."""
+        location = f"{task.source}.{self.label}"
+        index = sizes.class_numbers[head_key(task.source, self.label)]
+        try:
+            classes = row_classes(row[self.label], self.loss == "sigmoid")
+        except ValueError as error:
+            raise UserError(f"{location}: {error}") from None
+        numbers = [index_of(label, index, location) for label in classes]
+        if self.loss == "softmax":
+            return {"label": torch.tensor(numbers[0])}
+        label_K = torch.zeros(len(index))
+        label_K[numbers] = 1
+        return {"label": label_K}
+
+    def zeros(self, task: Task, examples: int, sizes: TargetSizes) -> Tensors:
+        if self.loss == "softmax":
+            return {"label": torch.zeros(examples, dtype=torch.int64)}
+        return {"label": torch.zeros(examples, len(sizes.class_numbers[head_key(task.source, self.label)]))}
+
+    def losses(self, model: Embedder, task: Task, encoded: EncodedAll, targets: Tensors) -> Tensors:
+        """The loss of each classified modality, by the name "modality:column"."""
+        target = targets["label"]
+        loss_of: Callable[..., Tensor] = softmax_classification if self.loss == "softmax" else sigmoid_classification
+        losses = {}
+        for name in self.modalities(task):
+            features_BD = encoded[name].features
+            with full_precision(features_BD.device):
+                logits_BK = model.classify(features_BD, head_key(task.source, self.label))
+            # A modality that is drawn k times per example has k rows per example.
+            repeated = target.repeat_interleave(len(logits_BK) // len(target), dim=0)
+            losses[f"{name}:{self.label}"] = loss_of(logits_BK, repeated, self.label_smoothing)
+        return losses
+
+
+def softmax_classification(logits_BK: Tensor, label_B: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy with label smoothing, averaged over the examples."""
+    return F.cross_entropy(logits_BK, label_B, label_smoothing=smoothing)
+
+
+def sigmoid_classification(logits_BK: Tensor, label_BK: Tensor, smoothing: float) -> Tensor:
+    """Binary cross-entropy, summed over classes and averaged over examples. Smoothing moves targets towards 1/2."""
+    target_BK = label_BK * (1 - smoothing) + smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none").sum(1).mean()

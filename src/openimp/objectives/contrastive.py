@@ -1,0 +1,134 @@
+"""`contrastive`: pairs of modalities find each other.
+
+Shape suffixes: B examples of this rank, N and M embeddings of the two modalities of a pair, Z features of the shared
+embedding space.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from itertools import combinations
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from openimp.common.device import full_precision
+from openimp.common.errors import UserError
+from openimp.common.modality import Tokens
+from openimp.common.objective import Compared, Objective, Row, TargetSizes, Tensors
+from openimp.data.tables import item_id
+from openimp.model.embedder import Embedder, EncodedAll
+from openimp.objectives.nce import mean_by_blocks, sigmoid_nce, softmax_nce
+from openimp.parallel.distributed import all_gather
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Task
+
+DUPLICATE_TEXT_WARNING = 0.1
+"""Share of duplicate texts in a batch above which `positives_by` is suggested."""
+
+
+class Contrastive(Objective):
+    """Symmetric contrastive loss between pairs of the task's modalities.
+
+    A pair has the same heads and the same temperature in all tasks. Within a task, one objective may compare it.
+    """
+
+    renamed = {"same": "positives_by"}
+
+    type: Literal["contrastive"]
+    """The kind of objective."""
+    pairs: Annotated[list[Annotated[list[str], Field(min_length=2, max_length=2)]], Field(min_length=1)] | None = None
+    """Pairs of modalities. Default: all pairs of the task's modalities."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: InfoNCE, in which the probabilities of an item's positives are summed (MIL-NCE, arXiv 1912.06430).
+    sigmoid: SigLIP's loss (arXiv 2303.15343)."""
+    positives_by: str | None = None
+    """Rows with equal values in this column are the same item, so they are positives of each other. Case and white
+    space do not count. A row without a value is an item by itself. Default: each row is an item."""
+
+    def check(self, location: str, task: Task, recipe: Recipe) -> None:
+        pairs = self.compared_pairs(task)
+        if not pairs:
+            raise UserError(f"{location}: a contrastive objective needs two inputs")
+        if any(a == b for a, b in pairs):
+            raise UserError(f"{location}.pairs: a pair needs two different modalities")
+
+    def work(self, task: Task) -> list[str]:
+        pairs = [" and ".join(sorted(pair)) for pair in self.compared_pairs(task)]
+        return [f"compares {pair}, with the same temperature" for pair in pairs]
+
+    def compared_pairs(self, task: Task) -> list[tuple[str, str]]:
+        return [*combinations(task.inputs, 2)] if self.pairs is None else [(a, b) for a, b in self.pairs]
+
+    @property
+    def limits_scale(self) -> bool:
+        """SigLIP's scales are larger than CLIP's limit."""
+        return self.loss == "softmax"
+
+    def columns(self) -> set[str]:
+        return {self.positives_by} if self.positives_by else set()
+
+    def read(self, task: Task, row: Row, number: int, sizes: TargetSizes) -> Tensors:
+        item = item_id(row[self.positives_by], number) if self.positives_by else number
+        return {"item": torch.tensor(item)}
+
+    def zeros(self, task: Task, examples: int, sizes: TargetSizes) -> Tensors:
+        return {"item": torch.zeros(examples, dtype=torch.int64)}
+
+    def losses(self, model: Embedder, task: Task, encoded: EncodedAll, targets: Tensors) -> Tensors:
+        """The loss of each pair of modalities, by the name "a-b". Embeddings, similarities and softmax are fp32.
+
+        Each rank compares its own N and M embeddings with those of all ranks, in blocks of rows, so no rank holds all
+        similarities. The mean over the ranks is the loss of the global batch.
+        """
+        own_B = targets["item"]
+        (item_B,) = all_gather(own_B)
+        losses = {}
+        for a, b in self.compared_pairs(task):
+            # A joint head is applied again for each pair. That is cheap compared with the encoder, which runs once.
+            z_NZ, z_MZ = model.project(encoded[a].features, a, b), model.project(encoded[b].features, b, a)
+            draws_a, draws_b = (len(z) // len(own_B) for z in (z_NZ, z_MZ))
+            own_a, own_b = own_B.repeat_interleave(draws_a), own_B.repeat_interleave(draws_b)
+            item_a, item_b = item_B.repeat_interleave(draws_a), item_B.repeat_interleave(draws_b)
+            temperature, bias = model.temperature(a, b)()
+            with full_precision(z_NZ.device):
+                if self.loss == "softmax":
+                    all_b, all_a = all_gather(z_MZ, z_NZ)
+                    loss = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, own_a, all_b, item_b)
+                    loss = (loss + mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, own_b, all_a, item_a)) / 2
+                else:
+                    (all_b,) = all_gather(z_MZ)
+                    biased = partial(sigmoid_nce, bias=bias)
+                    loss = mean_by_blocks(biased, 1 / temperature * z_NZ, own_a, all_b, item_b)
+                losses[f"{a}-{b}"] = loss
+        return losses
+
+    def compared(self, task: Task, examples: int) -> Compared:
+        """The sigmoid loss uses each pair of items once, and gathers the vectors of one modality."""
+        rows = [(examples * task.inputs[a].draw, examples * task.inputs[b].draw) for a, b in self.compared_pairs(task)]
+        heads = 2 * len(rows)
+        if self.loss == "softmax":
+            return Compared(heads, sum(2 * (n + m) for n, m in rows), sum(2 * n * m for n, m in rows))
+        return Compared(heads, sum(2 * m for _, m in rows), sum(n * m for n, m in rows))
+
+    def warning(self, task: Task, tokens: Mapping[str, Tokens], targets: Tensors) -> str | None:
+        """Suggests `positives_by` if the loss separates many texts of the global batch that are equal.
+
+        With `positives_by`, the recipe says which texts should be apart.
+        """
+        if self.positives_by:
+            return None
+        shares = [0.0]
+        (row_B,) = all_gather(targets["item"])
+        for name in dict.fromkeys(self.modalities(task)):
+            if tokens[name].mask is not None:
+                text_N = all_gather(tokens[name].values)[0].unique(dim=0, return_inverse=True)[1]
+                row_N = row_B.repeat_interleave(len(text_N) // len(row_B))
+                rows_of_text = torch.stack([text_N, row_N]).unique(dim=1)[0].bincount()
+                shares.append(float((rows_of_text[text_N] > 1).float().mean()))
+        if max(shares) <= DUPLICATE_TEXT_WARNING:
+            return None
+        return (
+            f"{max(shares):.0%} of a batch's texts belong to other examples too, and the loss pushes these apart; with "
+            "`positives_by: COLUMN`, a contrastive objective treats rows with equal values as one item"
+        )

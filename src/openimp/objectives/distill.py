@@ -1,0 +1,123 @@
+"""`distill`: a modality learns the vectors in a column.
+
+Shape suffixes: B examples of this rank, N embeddings, M vectors of all ranks, Z features of the embedding space.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from openimp.common.device import full_precision
+from openimp.common.errors import UserError, nearest
+from openimp.common.modality import BadMedia
+from openimp.common.objective import Compared, Objective, Row, TargetSizes, Tensors
+from openimp.common.schema import Positive
+from openimp.data.tables import item_id, number_array
+from openimp.model.embedder import Embedder, EncodedAll
+from openimp.objectives.nce import mean_by_blocks, softmax_nce
+from openimp.parallel.distributed import all_gather
+from openimp.recipe.schema import Recipe
+from openimp.recipe.tasks import Task
+
+
+class Distill(Objective):
+    """Trains the embeddings of one modality to match the vectors in a column, for example those of a larger model.
+
+    The projection head is that of the modality in the embedding space. So modalities that learn from one model can be
+    compared with each other, and with this model's own vectors. In a disjoint space, each must name the other.
+    """
+
+    type: Literal["distill"]
+    """The kind of objective."""
+    of: str
+    """The modality to train. It must be an input of the task."""
+    to: str
+    """The column with a list of numbers per row, as `openimp embed --join` writes it: `model.embed_dim` of them, or as
+    many as the embeddings of a wrapped model have. They are scaled to length 1. A row without such a list is a bad
+    example."""
+    towards: str | None = None
+    """The modality with which the embeddings are to be compared, only for `model.space: disjoint`, which has a head for
+    each. Default: the task's other input, if there is one."""
+    loss: Literal["cosine", "contrastive"] = "cosine"
+    """cosine: 1 - cosine (arXiv 2307.12732 compares such losses). contrastive: InfoNCE (arXiv 1807.03748), in which an
+    embedding is to find its vector among those of the whole batch. Rows with equal vectors are the same item."""
+    temperature: Positive = 0.07
+    """Temperature of the contrastive loss. It is not learned."""
+
+    def check(self, location: str, task: Task, recipe: Recipe) -> None:
+        """Checks that the model has the head."""
+        known = recipe.modality_names
+        if self.towards and self.towards not in known:
+            raise UserError(f"{location}.towards: no modality {self.towards!r}{nearest(self.towards, known)}")
+        disjoint = recipe.model.space == "disjoint" and not recipe.model.wrap
+        if disjoint and self._target(task) == self.of:
+            raise UserError(
+                f"{location}: in a disjoint space, distill needs `towards`, another modality to compare {self.of} "
+                "with; or set model.space: joint"
+            )
+
+    def work(self, task: Task) -> list[str]:
+        return [f"distills {self.of} to {self.to}"]
+
+    def projected(self, task: Task) -> list[tuple[str, str]]:
+        return [(self.of, self._target(task))]
+
+    def _target(self, task: Task) -> str:
+        """The modality that the distilled embeddings can be compared with, which determines the head.
+
+        If the recipe names none, it is the task's only other input, or else the distilled modality itself, which only a
+        joint space allows.
+        """
+        others = [name for name in task.inputs if name != self.of]
+        return self.towards or (others[0] if len(others) == 1 else self.of)
+
+    def columns(self) -> set[str]:
+        return {self.to}
+
+    def read(self, task: Task, row: Row, number: int, sizes: TargetSizes) -> Tensors:
+        vector_Z = unit_vector(row[self.to], sizes.embed_dim, self.to)
+        item = item_id(vector_Z.tobytes(), number)
+        return {"vector": torch.from_numpy(vector_Z), "item": torch.tensor(item)}
+
+    def zeros(self, task: Task, examples: int, sizes: TargetSizes) -> Tensors:
+        item = torch.zeros(examples, dtype=torch.int64)
+        return {"vector": torch.zeros(examples, sizes.embed_dim), "item": item}
+
+    def losses(self, model: Embedder, task: Task, encoded: EncodedAll, targets: Tensors) -> Tensors:
+        """The loss of a modality's embeddings, by the name "modality:column". Everything is fp32.
+
+        For the contrastive loss, each rank compares its own N embeddings with the vectors of all ranks.
+        """
+        vector_BZ = targets["vector"]
+        z_NZ = model.project(encoded[self.of].features, self.of, self._target(task))
+        draws = len(z_NZ) // len(vector_BZ)
+        with full_precision(z_NZ.device):
+            if self.loss == "cosine":
+                loss = 1 - (z_NZ * vector_BZ.repeat_interleave(draws, dim=0)).sum(1).mean()
+            else:
+                own_B = targets["item"]
+                (item_M,), (vector_MZ,) = all_gather(own_B), all_gather(vector_BZ)
+                own_N = own_B.repeat_interleave(draws)
+                loss = mean_by_blocks(softmax_nce, z_NZ / self.temperature, own_N, vector_MZ, item_M)
+        return {f"{self.of}:{self.to}": loss}
+
+    def compared(self, task: Task, examples: int) -> Compared:
+        if self.loss == "cosine":
+            return Compared(heads=1)
+        return Compared(heads=1, vectors=examples, similarities=examples**2 * task.inputs[self.of].draw)
+
+
+def unit_vector(value: Any, size: int, column: str) -> np.ndarray:
+    """(Z,) fp32, the vector in a cell of a column, scaled to length 1; BadMedia if there is none of this size."""
+    try:
+        vector = number_array(value).astype(np.float64) if isinstance(value, list) else np.empty(0)
+    except BadMedia as error:
+        raise BadMedia(f"column {column!r}: {error}") from None
+    if vector.shape != (size,):
+        found = f"a list of shape {[*vector.shape]}" if isinstance(value, list) else f"{value!r:.60}"
+        raise BadMedia(f"column {column!r}: expected a list of {size} numbers (the model's embed_dim), found {found}")
+    length = np.linalg.norm(vector)
+    if not (np.isfinite(length) and length > 0):
+        raise BadMedia(f"column {column!r}: a vector of length {length:g} has no direction")
+    return (vector / length).astype(np.float32)

@@ -1,0 +1,42 @@
+"""The losses of a task: the weighted sum of its objectives."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openimp.data.batch import Batch
+from openimp.model.embedder import Embedder, EncodeAll
+from openimp.model.moe import Usage
+from openimp.recipe.tasks import Task
+
+
+@dataclass
+class Losses:
+    """The losses of one step."""
+
+    total: Tensor  # the scalar to minimize
+    parts: dict[str, Tensor]  # the unweighted loss of each objective, detached, by name
+    usage: dict[str, list[Usage]]  # by modality: of each sparse layer, in order; empty unless it is collected
+
+
+def task_losses(model: Embedder, task: Task, batch: Batch, encode_all: EncodeAll | None = None) -> Losses:
+    """Encodes all modalities of the batch in one pass and returns the weighted sum of the task's objectives.
+
+    The loss of an objective is the mean over its pairs, or over the modalities that it classifies. The router losses,
+    which `model.moe` has weighted, are summed over layers and averaged over modalities. `encode_all` replaces
+    `model.encode_all`, for example to work in chunks.
+    """
+    encoded = (encode_all or model.encode_all)(batch.tokens)
+    parts: dict[str, Tensor] = {}
+    total = torch.zeros((), device=next(iter(encoded.values())).features.device)
+    for objective, targets in zip(task.objectives, batch.targets, strict=True):
+        terms = objective.losses(model, task, encoded, targets)
+        parts |= {name: loss.detach() for name, loss in terms.items()}
+        total = total + objective.weight * torch.stack([*terms.values()]).mean()
+    aux = [torch.stack([stats.aux for stats in item.routing]).sum() for item in encoded.values() if item.routing]
+    if aux:
+        parts["router"] = torch.stack(aux).mean().detach()
+        total = total + torch.stack(aux).mean()
+    usage = {name: [stats.usage for stats in item.routing if stats.usage] for name, item in encoded.items()}
+    return Losses(total, parts, usage)

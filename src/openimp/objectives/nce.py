@@ -1,0 +1,43 @@
+"""Noise contrastive estimation: losses that look for the positives among all candidates of a batch.
+
+Shape suffixes: N embeddings of this rank, M candidates of all ranks, R rows of N, Z features of the embedding space.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+BLOCK = 2**24
+"""Largest number of similarities that a contrastive loss holds at once: 64 MiB per tensor that its gradient needs."""
+
+
+def mean_by_blocks(
+    loss_of: Callable[..., Tensor], z_NZ: Tensor, own_N: Tensor, all_MZ: Tensor, item_M: Tensor
+) -> Tensor:
+    """The mean over N of `loss_of`. Above `BLOCK` similarities, the loss is computed in blocks of rows, and each block
+    is recomputed in the backward pass."""
+
+    def rows_loss(z_RZ: Tensor, own_R: Tensor, all_MZ: Tensor) -> Tensor:
+        return loss_of(z_RZ @ all_MZ.T, own_R[:, None] == item_M)
+
+    rows = max(1, BLOCK // len(all_MZ))
+    if len(z_NZ) <= rows:
+        return rows_loss(z_NZ, own_N, all_MZ).mean()
+    blocks = zip(z_NZ.split(rows), own_N.split(rows))
+    return torch.cat([checkpoint(rows_loss, *block, all_MZ, use_reentrant=False) for block in blocks]).mean()
+
+
+def softmax_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
+    """(N,) the loss of each row: -log of the share of its positives, where `same_NM`, in the softmax (MIL-NCE, arXiv
+    1912.06430). If each row has one positive, this is InfoNCE."""
+    positive_N = logits_NM.masked_fill(~same_NM, -torch.inf).logsumexp(1)
+    return logits_NM.logsumexp(1) - positive_N
+
+
+def sigmoid_nce(logits_NM: Tensor, same_NM: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """(N,) the loss of each row: binary cross-entropy, summed over its pairs (SigLIP, arXiv 2303.15343)."""
+    sign_NM = same_NM.to(logits_NM.dtype) * 2 - 1
+    return -F.logsigmoid(sign_NM * (logits_NM + bias)).sum(1)

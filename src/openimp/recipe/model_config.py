@@ -1,0 +1,101 @@
+"""`ModelConfig`: all that a trained model is. It lacks what only its training needed: data, losses and schedules."""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationInfo, model_validator
+
+from openimp.common.device import Precision
+from openimp.common.errors import UserError, nearest
+from openimp.common.modality import Modality
+from openimp.common.schema import FolderName, Strict, base_folder, checked, unknown_key
+from openimp.recipe.model import Model
+from openimp.recipe.registry import modality_class
+
+TwoNames = Annotated[tuple[str, str], Field(strict=False)]
+
+
+class ComparedPair(Strict):
+    """Two modalities whose embeddings contrastive objectives compare."""
+
+    modalities: TwoNames
+    """Their names, sorted."""
+    sigmoid: bool = False
+    """Whether all these objectives have the sigmoid loss. It has a bias, and its scale has no limit in open_clip."""
+
+
+class ModelConfig(Strict):
+    """All that a trained model is, besides its weights and what its modalities learned. `Recipe.to_config` makes it."""
+
+    name: FolderName
+    """The name of the recipe."""
+    model: Model
+    """The encoder and its embedding space."""
+    modalities: dict[str, Any]
+    """Options of each stem."""
+    views: Annotated[dict[str, Any], Field(min_length=1)]
+    """The modalities in the recipe's order, each with its view for inference: the first one in training."""
+    pairs: list[ComparedPair] = []
+    """The pairs of modalities that are trained to agree, sorted."""
+    distilled: list[TwoNames] = []
+    """The modalities that learn from vectors, each with the one that it can be compared with."""
+    classes: dict[str, list[Any]] = {}
+    """The classes of each classification head."""
+    precision: Precision = "auto"
+    """`train.precision` of the recipe."""
+
+    @model_validator(mode="after")
+    def _fits(self, info: ValidationInfo) -> "ModelConfig":
+        fill_stems(self.modalities, self.views, self.model, "views", info)
+        for name, modality in self.make_modalities().items():
+            self.views[name] = checked_view(modality, self.views[name], f"views.{name}")
+        for name in chain(*(pair.modalities for pair in self.pairs), *self.distilled):
+            if name not in self.views:
+                raise UserError(f"the model has no modality {name!r}{nearest(name, self.views)}")
+        return self
+
+    def make_modalities(self) -> dict[str, Modality]:
+        """New instances of the modalities, by name."""
+        return make_modalities(self.views, self.modalities, self.model)
+
+
+def class_for(name: str, model: Model) -> type[Modality]:
+    """The class that reads a modality for a model. UserError if a wrapped model cannot read it."""
+    modality = modality_class(name)
+    if not model.wrap:
+        return modality
+    from openimp.modalities.open_clip import READERS  # It imports the libraries of all media.
+
+    if name not in READERS:
+        raise UserError(f"a model of open_clip has no modality {name!r}")
+    return READERS[name]
+
+
+def make_modalities(names: Iterable[str], stems: dict[str, Any], model: Model) -> dict[str, Modality]:
+    """New instances of modalities, by name. `stems` are the options of each stem."""
+    classes = {name: class_for(name, model) for name in names}
+    return {name: modality(stems[modality.stem]) for name, modality in classes.items()}
+
+
+def fill_stems(stems: dict[str, Any], names: Iterable[str], model: Model, where: str, info: ValidationInfo) -> None:
+    """Validates the options of the stems of some modalities in place, and adds defaults. `where` names these."""
+    try:
+        configs = {modality_class(name).stem: class_for(name, model).Config for name in names}
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    for stem in stems:
+        if stem not in configs:
+            raise UserError(f"modalities: {unknown_key(stem, configs)}")
+    for stem, config in configs.items():
+        stems[stem] = checked(config, stems.get(stem, {}), f"modalities.{stem}", base_folder(None, info))
+
+
+def checked_view(modality: Modality, options: Any, where: str) -> Any:
+    """A modality's view from its options, with defaults. UserError if it does not give whole tokens."""
+    view = checked(modality.View, options, where)
+    try:
+        modality.check(view)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    return view

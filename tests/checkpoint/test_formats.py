@@ -1,0 +1,180 @@
+"""Models and an index of earlier versions are still read. tools/write_fixtures.py wrote them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import openimp
+from openimp.checkpoint.folder import checkpoints, manifest_entry, verify
+from openimp.checkpoint.warm_start import open_warm_start
+from openimp.commands import run_eval, run_info
+from openimp.common.errors import UserError
+from openimp.common.json_lines import read_lines
+from openimp.inference.embed import embed
+from openimp.inference.model import Model
+from openimp.recipe.schema import Recipe
+from openimp.training.trainer import train
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+FORMATS = sorted(folder.name for folder in FIXTURES.glob("format-*"))
+TEXTS = ["a red apple", "a slice of cake"]
+PICTURE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+
+
+@pytest.fixture
+def fixtures(tmp_path, monkeypatch) -> Path:
+    """A copy of the fixtures, which is the current folder."""
+    shutil.copytree(FIXTURES, tmp_path / "fixtures")
+    monkeypatch.chdir(tmp_path / "fixtures")
+    return tmp_path / "fixtures"
+
+
+def require_equal_vectors(model: Model) -> None:
+    newest = openimp.load(FIXTURES / "checkpoint", "cpu", "fp32")
+    assert torch.equal(model.encode_text(TEXTS), newest.encode_text(TEXTS))
+    assert torch.equal(model.encode_image(PICTURE), newest.encode_image(PICTURE))
+
+
+def with_keys_that_went(folder: Path) -> Path:
+    """Gives a model in format 6 keys of its recipe that this version no longer has."""
+    config = json.loads((folder / "config.json").read_text())
+    config["recipe"]["model"]["moe"] |= {"gates": "softmax", "slots": 1}
+    config["recipe"]["train"]["upcycle"] = True
+    config["recipe"]["evaluation"]["sets"]["stills"]["type"] = "telepathy"
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_formats_6_and_7_are_there():
+    assert FORMATS == ["format-6", "format-7"]
+    assert sum(file.stat().st_size for file in FIXTURES.rglob("*") if file.is_file()) < 300_000
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "pushed", *FORMATS])
+def test_each_folder_holds_the_same_model(fixtures, name):
+    model = openimp.load(name, "cpu", "fp32")
+    require_equal_vectors(model)
+    newest = openimp.load("checkpoint")
+    assert model.config == newest.config
+    assert model.recipe == newest.recipe
+    assert list(model.views) == ["image", "text"]
+
+
+@pytest.mark.parametrize("name", ["pushed", *FORMATS])
+def test_each_folder_is_evaluated_alike(fixtures, name):
+    for folder in ("checkpoint", name):
+        run_eval(Path(folder), None, None, Path(f"{folder}.jsonl"))
+    ours, theirs = read_lines(Path("checkpoint.jsonl")), read_lines(Path(f"{name}.jsonl"))
+    assert [line["set"] for line in theirs] == ["stills", "stills", "vendors"]
+    assert [line | {"step": None} for line in theirs] == [line | {"step": None} for line in ours]
+
+
+def test_the_checkpoint_is_what_its_manifest_says():
+    verify(FIXTURES / "checkpoint")
+
+
+def test_the_index_is_searched(fixtures):
+    search = pytest.importorskip("openimp.search.index")
+    pytest.importorskip("lancedb")
+    index = search.open_index("index", "cpu")
+    hits = index.search("a red apple", k=5)
+    assert [hit.source for hit in hits] == ["stills"] * 5
+    assert isinstance(index.read(hits[0].id), bytes)
+    assert len(index.search("a red apple", k=20, under="stills")) == 12
+
+
+@pytest.mark.parametrize(("ivf", "lifted"), [(None, True), ({"rows": 60_000, "probes": 10, "recall": 0.99}, False)])
+def test_an_index_in_format_2_is_lifted_if_its_search_is_exact(fixtures, ivf, lifted):
+    pytest.importorskip("lancedb")
+    from openimp.search.index import open_index
+
+    file = fixtures / "index" / "index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2, "ivf": ivf}))
+    if lifted:
+        assert len(open_index("index", "cpu").search("a red apple", k=5)) == 5
+    else:
+        with pytest.raises(UserError, match="format 2, and this version of openimp reads format 3; make a new index"):
+            open_index("index", "cpu")
+
+
+def test_a_model_is_used_although_its_recipe_has_keys_that_went(fixtures, capsys):
+    folder = with_keys_that_went(fixtures / "format-6")
+    model = openimp.load(folder, "cpu", "fp32")
+    require_equal_vectors(model)
+    model.save("saved")
+    require_equal_vectors(openimp.load("saved", "cpu", "fp32"))
+    Path("apple.txt").write_text("a red apple")
+    assert embed(folder, ["apple.txt"], "vectors.parquet").rows == {"text": 1}
+    init = Recipe.load("recipe.yaml", [f"train.init={folder}"])
+    warm_start = open_warm_start(init, init.make_modalities())
+    assert warm_start.classes == model.classes
+    for use in (lambda: model.recipe, lambda: run_eval(folder, None, None, None), lambda: run_info(str(folder), [])):
+        with pytest.raises(UserError, match=r"format-6/config\.json: evaluation\.sets\.stills\.type: .*telepathy"):
+            use()
+    assert "parameters" in capsys.readouterr().out, "info shows what it can"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moe": {"experts": 2, "layers": 1, "gates": "scaled"}}, r"model\.moe\.gates is 'scaled', which this version"),
+        ({"moe": {"experts": 2, "layers": 1, "routing": "soft"}}, r"model\.moe\.routing: expected 'expert_choice', "),
+        ({"heads": 3}, "model: width 8 is not a multiple of heads 3"),
+    ],
+)
+def test_a_model_that_this_version_cannot_compute_is_refused(fixtures, change, message):
+    file = fixtures / "format-6" / "config.json"
+    config = json.loads(file.read_text())
+    config["recipe"]["model"] |= change
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"config.json: {message}"):
+        openimp.load("format-6")
+
+
+def test_a_run_in_format_6_resumes_and_goes_on_in_format_7(fixtures):
+    folder = Path(shutil.copytree("checkpoint", "run/checkpoints/step-00000003"))
+    (folder / "recipe.yaml").unlink()
+    config = json.loads(Path("format-6/config.json").read_text())
+    config["recipe"]["train"]["steps"] = 5
+    (folder / "config.json").write_text(json.dumps(config))
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.*") if path.name != "manifest.json"]
+    (folder / "manifest.json").write_text(json.dumps({name: manifest_entry(folder / name) for name in names}))
+    with pytest.raises(UserError, match=r"made by another recipe: optimizer\.lr is 0\.0008 there, 0\.5 here"):
+        train(Recipe.load("recipe.yaml", ["train.steps=5", "optimizer.lr=0.5"]), Path("run"), resume=True)
+    assert train(Recipe.load("recipe.yaml", ["train.steps=5"]), Path("run"), resume=True)
+    assert [line["step"] for line in read_lines(Path("run/metrics.jsonl"))] == [5]
+    newest = checkpoints(Path("run"))[-1]
+    assert json.loads((newest / "config.json").read_text())["format"] == 7
+    assert openimp.load("run").recipe.train.steps == 5
+
+
+def test_a_model_without_a_recipe_is_used_and_says_what_is_missing(fixtures):
+    (fixtures / "pushed" / "recipe.yaml").unlink()
+    model = openimp.load("pushed", "cpu", "fp32")
+    require_equal_vectors(model)
+    with pytest.raises(UserError, match=r"pushed/recipe\.yaml: missing; to use the model needs no recipe"):
+        _ = model.recipe
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("views", {}, "views: needs at least 1 item, found 0"),
+        ("views", {"smell": {}}, "views: no modality is called 'smell'"),
+        ("pairs", [{"modalities": ["image", "audio"]}], "the model has no modality 'audio'; known: image, text"),
+        ("distilled", [["image", "txt"]], r"the model has no modality 'txt'; did you mean 'text'\?"),
+        ("classes", {"stills:vendor": 4}, "classes.stills:vendor: expected a list, found 4"),
+        ("modalities", {"vision": {"patch": 4}}, r"modalities\.vision: patch: expected a list, found 4"),
+        ("optimizer", {}, "unknown key 'optimizer'"),
+    ],
+)
+def test_a_configuration_that_describes_no_model_is_refused_in_one_sentence(fixtures, key, value, message):
+    file = fixtures / "format-7" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=rf"config\.json: {message}") as error:
+        openimp.load("format-7")
+    assert "\n" not in str(error.value)
