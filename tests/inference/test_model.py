@@ -1,3 +1,4 @@
+import json
 import pickle
 import shutil
 import subprocess
@@ -216,6 +217,15 @@ def test_a_text_without_a_known_word_is_told_once_in_one_line(tiny_recipe, model
         assert torch.equal(words.encode_text(["a red", ""])[1], unknown)
     told = "has no word that the model knows: read as an empty text\n"
     assert capsys.readouterr() == ("", f"'xylophone' {told}'oboe\\x1b[2J' {told}")
+
+
+def test_a_model_file_cannot_ask_for_more_layers_than_it_has(tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["layers"] = 10**9
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json asks for 1000000000 layers, but the weights are only"):
+        openimp.load(folder)
 
 
 def test_save_and_load_give_the_same_model(model, tmp_path, media_folder):

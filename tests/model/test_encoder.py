@@ -36,7 +36,8 @@ def apply(encoder: Encoder, x: Tensor, mask: Tensor | None = None) -> tuple[Tens
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_recipes_have_the_published_numbers_of_parameters_heads_of_64_and_no_bias_in_blocks(name):
+def test_the_recipes_have_the_published_numbers_of_parameters(name):
+    """Heads are 64 wide, and blocks have no bias."""
     config = Recipe.load(name).model
     with torch.device("meta"):
         encoder = Encoder(config)

@@ -1,5 +1,6 @@
 """The whole model: stems, passes of one and of several modalities, heads, temperatures."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,22 @@ def patches(batch: int, values: int = 24) -> Tokens:
     generator = torch.Generator().manual_seed(batch)
     rows = torch.cartesian_prod(torch.arange(4), torch.arange(3))
     return Tokens(torch.randn(batch, 12, values, generator=generator), rows.expand(batch, -1, -1))
+
+
+@pytest.mark.parametrize("moe", [None, {"experts": 4, "layers": 1}])
+def test_a_still_has_the_features_of_a_clip_of_equal_frames(tiny_recipe, tiny_model, moe):
+    """One frame's values in a stem for clips give, to rounding, what the repeated still gives, and for less work."""
+    recipe = tiny_recipe({"moe": moe})
+    model, modalities = tiny_model(recipe)
+    views = {name: recipe.tasks[name].views[0][name].model_copy(update={"size": 32}) for name in ("image", "video")}
+    view = views["video"].model_copy(update={"frames": 2})
+    still = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    image = modalities["image"].tokens(still, views["image"], None)
+    video = modalities["video"].tokens(np.stack([still, still], axis=1), view, None)
+    assert image.values.shape[-1] * 2 == video.values.shape[-1]
+    with torch.no_grad():
+        one, other = model.encode({"image": image}).features, model.encode({"video": video}).features
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_bytes_stand_for_minus_one_to_one():

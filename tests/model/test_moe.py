@@ -14,6 +14,7 @@ from openimp.model.moe import (
     Routing,
     SparseMLP,
     collect_usage,
+    expert_choice,
     valid_tokens_per_rank,
 )
 from openimp.recipe.model import MoE
@@ -157,6 +158,25 @@ def test_the_layer_does_what_its_routing_says(routing, training, seed, lengths, 
     torch.testing.assert_close(stats.usage.gate_E, gate / max(1e-9, gate.sum().item()))
     count = int(valid.sum())
     assert stats.usage.dropped.item() == pytest.approx((count - len({token for token, _ in pairs})) / max(1, count))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    valid=st.integers(1, 300),
+    pads=st.integers(0, 300),
+    experts=st.integers(1, 16),
+    capacity=st.sampled_from([0.25, 0.5, 1.0, 1.1, 1.25, 1.3, 2.0]),
+)
+def test_capacity_depends_on_valid_tokens_and_is_at_least_one(valid, pads, experts, capacity):
+    """Padding takes no slot, and its amount changes nothing: each expert takes C = tokens x capacity / experts."""
+    probs = torch.rand(1, valid + pads, experts, generator=torch.Generator().manual_seed(valid)) + 0.01
+    is_valid = (torch.arange(valid + pads) < valid)[None]
+    padded = expert_choice(probs, is_valid, capacity)
+    filled = padded.gate_GEC > 0
+    assert padded.token_GEC[filled].max() < valid
+    alone = expert_choice(probs[:, :valid], is_valid[:, :valid], capacity)
+    assert filled.sum(-1).unique().tolist() == [(alone.gate_GEC > 0).sum(-1).max().item()]
+    assert filled.sum(-1).min() == max(1, min(valid, int(valid * (capacity / experts) + 0.5)))
 
 
 def test_shapes_follow_from_shapes_alone():
