@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ import soundfile
 import torch
 from hypothesis import settings
 
+from openimp import cli
 from openimp.checkpoint.folder import save_model
 from openimp.common.modality import Modality
 from openimp.common.protocols import Learned
@@ -179,3 +181,18 @@ def little_run(little_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def streamed(own_data: Path) -> tuple[Path, list[str]]:
     """The pictures in two tars, and the changes of the recipe that stream them."""
     return own_data, [*little.write_tars(own_data, own_data), "train.steps=20"]
+
+
+@pytest.fixture
+def openimp(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["openimp", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run

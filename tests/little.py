@@ -87,3 +87,10 @@ def write_tars(folder: Path, into: Path) -> list[str]:
     inputs = "tasks.named.inputs={image: png, text: txt}"
     objectives = "tasks.named.objectives=[{type: contrastive, positives_by: txt}]"
     return [inputs, objectives, f"sources.pictures={{path: '{into}/*.tar', stream: true, window: 5}}", "evaluation={}"]
+
+
+def png(seed: int) -> bytes:
+    """A small picture of noise."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 20, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,20 +16,8 @@ from openimp.checkpoint.folder import checkpoints
 from openimp.common.json_lines import read_lines
 from openimp.common.versions import openimp_version
 
-
-@pytest.fixture
-def openimp(monkeypatch, capsys):
-    """Runs the command line in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["openimp", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
+COMMANDS = sorted(command.callback.__name__ for command in cli.app.registered_commands)
+ZERO_SHOT = "type: zero_shot, source: pictures, inputs: {image: file}, label: label, view: {image: {size: 16}}"
 
 
 @pytest.fixture
@@ -40,11 +27,21 @@ def refused(openimp):
     def run(*arguments: str | Path) -> str:
         code, _, err = openimp(*arguments)
         assert code == 2
-        assert err.startswith("openimp: ")
-        assert err.count("\n") == 1
-        assert err.endswith("\n")
+        assert re.fullmatch("openimp: .*\n", err)
         assert "Traceback" not in err
         return err.removeprefix("openimp: ").rstrip("\n")
+
+    return run
+
+
+@pytest.fixture
+def succeeded(openimp):
+    """Runs a command that must succeed without a word on standard error, and returns what it prints."""
+
+    def run(*arguments: str | Path) -> str:
+        code, out, err = openimp(*arguments)
+        assert (code, err) == (0, "")
+        return out
 
     return run
 
@@ -53,25 +50,7 @@ def sets(*changes: str) -> list[str]:
     return [argument for change in changes for argument in ("--set", change)]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "demo",
-        "init",
-        "train",
-        "eval",
-        "embed",
-        "index",
-        "search",
-        "serve",
-        "push",
-        "export",
-        "report",
-        "info",
-        "plan",
-        "study",
-    ],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_the_docstring(openimp, command):
     code, out, _ = openimp(command, "--help")
     assert code == 0
@@ -79,15 +58,13 @@ def test_help_is_the_docstring(openimp, command):
     assert command in openimp("--help")[1]
 
 
-def test_help_shows_defaults_that_are_not_constants(openimp):
+def test_help_shows_defaults_that_are_not_constants_and_the_version_is_the_one_that_results_name(succeeded):
     """typer reads a default in brackets in the help's own text as markup, and drops it."""
-    assert "RUN/search.index" in openimp("index", "--help")[1]
+    assert "RUN/search.index" in succeeded("index", "--help")
+    assert succeeded("--version") == f"openimp {openimp_version()}\n"
 
 
-def test_version_is_the_one_that_results_name(openimp):
-    assert openimp("--version") == (0, f"openimp {openimp_version()}\n", "")
-
-
+@pytest.mark.slow
 def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
     """As the shell sees it, from a worker process too."""
     for file in own_data.glob("*.wav"):
@@ -96,63 +73,45 @@ def test_a_process_says_it_in_one_line_and_exits_with_2(own_data):
     changes = sets("tasks.named.weight=0", "train.num_workers=1")
     done = subprocess.run([*command, *changes], capture_output=True, text=True)
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(
-        "openimp: tasks.heard: 6 examples in a row could not be read in step 0; first: sounds.jsonl["
-    )
-    quick = subprocess.run([sys.executable, "-c", "import sys, openimp.cli; print('torch' in sys.modules)"],
-                           capture_output=True, text=True)  # fmt: skip
+    told = "openimp: tasks.heard: 6 examples in a row could not be read in step 0; first: sounds.jsonl["
+    assert re.fullmatch(f"{re.escape(told)}.*\n", done.stderr)
+    code = "import sys, openimp.cli; print('torch' in sys.modules)"
+    quick = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert quick.stdout == "False\n", "help should not wait for torch"
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "message"),
     [
-        ("train.stepz=1", ["recipe.yaml: train: unknown key 'stepz'; did you mean 'steps'?"]),
-        ("train.steps=many", ["recipe.yaml: train.steps: expected a whole number, found 'many'"]),
-        ("tasks.named.views.0.image.size=20", ["recipe.yaml: tasks.named.views[0].image: size", "use 16 or 24"]),
-        ("tasks.heard.inputs.text=captoin", ["tasks.heard: source sounds (", "no column 'captoin'", "'caption'?"]),
-        ("tasks.heard.inputs.audio=sond", ["tasks.heard: source sounds (", "no column 'sond'", "'sound'?"]),
-        ("tasks.named.objectives.1.label=lable", ["tasks.named: source pictures (", "'lable'; did you mean 'label'?"]),
-        (
-            "tasks.named.objectives.0.positives_by=nam",
-            ["tasks.named: source pictures (", "'nam'; did you mean 'name'?"],
-        ),
-        ("sources.sounds.path=missing.jsonl", ["source sounds: ", "missing.jsonl: no such file or folder"]),
-        ("sources.pictures.path=missing", ["source pictures: ", "missing: no such file or folder"]),
-        ("sources.sounds.path=empty.jsonl", ["source sounds (", "empty.jsonl) has no rows"]),
-        ("sources.pictures.path=empty", ["source pictures: ", "empty has no subfolders"]),
-        ("sources.sounds.path=broken.jsonl", ["source sounds: ", "broken.jsonl: "]),
-        ("sources.pictures.where={label: pink}", ["source pictures (", "no row has label = 'pink'"]),
+        ("train.stepz=1", "recipe.yaml: train: unknown key 'stepz'; did you mean 'steps'?"),
+        ("tasks.named.views.0.image.size=20", "recipe.yaml: tasks.named.views[0].image: size* use 16 or 24"),
+        ("tasks.heard.inputs.text=captoin", "tasks.heard: source sounds (*no column 'captoin'*'caption'?"),
+        ("tasks.heard.inputs.audio=sond", "tasks.heard: source sounds (*no column 'sond'*'sound'?"),
+        ("tasks.named.objectives.1.label=lable", "tasks.named: source pictures (*'lable'; did you mean 'label'?"),
+        ("tasks.named.objectives.0.positives_by=nam", "tasks.named: source pictures (*'nam'; did you mean 'name'?"),
+        ("sources.sounds.path=missing.jsonl", "source sounds: *missing.jsonl: no such file or folder"),
     ],
 )
 def test_a_recipe_that_cannot_be_trained_is_refused_before_training(
-    refused, own_data, tmp_path, monkeypatch, change, named
+    refused, little_data, tmp_path, monkeypatch, change, message
 ):
-    monkeypatch.chdir(own_data)
-    (own_data / "empty.jsonl").write_text("")
-    (own_data / "broken.jsonl").write_text('{"sound": "0.wav", "cap')
-    (own_data / "empty").mkdir()
-    message = refused("train", own_data / "recipe.yaml", "--run", tmp_path / "run", *sets(change))
-    for part in named:
-        assert part in message
+    monkeypatch.chdir(tmp_path)
+    told = refused("train", little_data / "recipe.yaml", "--run", tmp_path / "run", *sets(change))
+    assert re.search(re.escape(message).replace(r"\*", ".*"), told)
     assert not (tmp_path / "run").exists()
 
 
 def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, little_data, little_run):
     (tmp_path / "bad.yaml").write_text("name: [")
     (tmp_path / "folder").mkdir()
-    told = refused("train", tmp_path / "bad.yaml")
-    assert "bad.yaml: not valid YAML" in told
-    assert "at line 1, column 8" in told
+    assert re.search("bad.yaml: not valid YAML.*at line 1, column 8", refused("train", tmp_path / "bad.yaml"))
     told = "demoo: no such file or folder, and no recipe of openimp; did you mean 'demo'?"
-    assert told == refused("train", "demoo")
-    assert "folder: is a folder, expected a recipe" in refused("plan", tmp_path / "folder")
+    assert refused("train", "demoo") == told
     assert refused("info", "runs/nothing") == "runs/nothing: no such file or folder"
     assert "expected KEY=VALUE" in refused("train", "demo", "--set", "train.steps")
-    assert "folder: no model here" in refused("eval", tmp_path / "folder")
-    assert "folder: no model here" in refused("info", tmp_path / "folder")
-    assert "nothing: no such file or folder" in refused("info", "nothing")
+    assert "folder: is a folder, expected a recipe" in refused("plan", tmp_path / "folder")
+    for command in ("eval", "info"):
+        assert "folder: no model here" in refused(command, tmp_path / "folder")
     assert "no evaluation set is called 'tone'; did you mean 'tones'?" in refused("eval", little_run, "tone")
     other = little_data / "recipe.yaml"
     damaged = Path(shutil.copytree(little_run / "checkpoints" / "step-00000012", tmp_path / "damaged"))
@@ -164,12 +123,6 @@ def test_what_is_no_recipe_no_run_and_no_model_is_refused(refused, tmp_path, lit
     for content, told in (("{", "Expecting"), ("[" * 200_000, "recursion"), ("[]", "expected a JSON object")):
         (damaged / "config.json").write_text(content)
         assert re.search(f"config.json: damaged: .*{told}", refused("info", damaged))
-    shutil.copy(little_run / "checkpoints" / "step-00000012" / "tokenizer.json", damaged)
-    shutil.copy(little_run / "checkpoints" / "step-00000012" / "ema" / weights.name, weights)
-    config = json.loads((little_run / "checkpoints" / "step-00000012" / "config.json").read_text())
-    config["model"]["layers"] = 10**9
-    (damaged / "config.json").write_text(json.dumps(config))
-    assert "config.json asks for 1000000000 layers, but the weights are only" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 6, "model": "IMP", "classes": {}}')
     assert "config.json: damaged: its recipe cannot be read: KeyError('recipe')" in refused("info", damaged)
     (damaged / "config.json").write_text('{"format": 99}')
@@ -206,35 +159,32 @@ def test_control_characters_of_names_are_not_printed(openimp, refused, own_data)
 
 
 def test_what_cannot_be_written_or_would_be_ignored_is_refused_at_once(refused, little_data, little_run, tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
+    file, missing = tmp_path / "file", tmp_path / "missing" / "results.jsonl"
+    file.touch()
     train = ("train", little_data / "recipe.yaml", "--run")
     assert refused(*train, file) == f"{file}: is a file; name a directory with --run-dir"
     assert refused(*train, file / "run") == f"{file / 'run'}: Not a directory"
-    out = tmp_path / "missing" / "results.jsonl"
-    for place in (out, tmp_path):
-        assert (
-            refused("eval", little_run, "--out", place) == f"{place}: --out needs a file, in a directory that is there"
-        )
-    told = refused("info", little_run, *sets("train.steps=1"))
-    assert told == f"{little_run}: --set changes a recipe, and this is a run or a model"
+    for out in (missing, tmp_path):
+        told = f"{out}: --out needs a file, in a directory that is there"
+        assert refused("eval", little_run, "--out", out) == told
+    told = f"{little_run}: --set changes a recipe, and this is a run or a model"
+    assert refused("info", little_run, *sets("train.steps=1")) == told
+    if Path("/dev/full").exists():  # Only Linux has a disk that is always full.
+        told = "/dev/full: No space left on device"
+        assert refused("eval", little_run, "tones", "--out", "/dev/full") == told
 
 
-def test_the_views_of_another_recipe_must_suit_the_model(refused, openimp, little_data, little_run, tmp_path):
+def test_the_views_of_another_recipe_must_suit_the_model(refused, succeeded, little_data, little_run, tmp_path):
     """The other recipe needs none of the run's sources, and its patches may be of another size."""
     text = (little_data / "recipe.yaml").read_text().replace("patch: [2, 8, 8]", "patch: [2, 4, 4]")
     text = text.replace("pictures", "squares").replace("{path: squares}", f"{{path: {little_data / 'pictures'}}}")
-    for size, message in (
-        (20, "20.yaml: evaluation.sets.colours.view.image: size: height of 20 pixels is not a multiple of 8"),
-        (24, ""),
-    ):
-        other = tmp_path / f"{size}.yaml"
-        other.write_text(text.replace("view: {image: {size: 16}}", f"view: {{image: {{size: {size}}}}}"))
-        command = ("eval", little_run, "colours", "--recipe", other)
-        if message:
-            assert message in refused(*command)
-        else:
-            assert openimp(*command)[0] == 0
+    for size in (20, 24):
+        view = f"view: {{image: {{size: {size}}}}}"
+        (tmp_path / f"{size}.yaml").write_text(text.replace("view: {image: {size: 16}}", view))
+    command = ("eval", little_run, "colours", "--recipe")
+    told = "20.yaml: evaluation.sets.colours.view.image: size: height of 20 pixels is not a multiple of 8"
+    assert told in refused(*command, tmp_path / "20.yaml")
+    succeeded(*command, tmp_path / "24.yaml")
 
 
 def test_info_counts_the_experts_of_a_token(openimp, little_data):
@@ -246,23 +196,25 @@ def test_info_counts_the_experts_of_a_token(openimp, little_data):
     assert used == encoder + 2 * (32 * 32 + 32)
 
 
+@pytest.mark.slow
 def test_info_tells_that_a_vocabulary_is_a_limit(openimp, little_data, little_run):
     """Of a recipe whose tokenizer is yet to be trained; not of a run, nor where a file has the tokenizer."""
     recipe, told = little_data / "recipe.yaml", "text counts with 4,000 tokens, the limit of its vocabulary"
-    limited = openimp("info", recipe, *sets("modalities.text.vocab_size=4000"))[1]
+    change = sets("modalities.text.vocab_size=4000")
+    limited = openimp("info", recipe, *change)[1]
     assert told in limited
     assert "in all, at most" in limited
-    assert told in openimp("plan", recipe, "--gpus", "1", *sets("modalities.text.vocab_size=4000"))[1]
+    assert told in openimp("plan", recipe, "--gpus", "1", *change)[1]
     tokenizer = little_run / "checkpoints" / "step-00000012" / "tokenizer.json"
-    of_run, of_file = openimp("info", little_run)[1], openimp("info", recipe, *sets(
-        f"modalities.text={{tokenizer: {tokenizer}, positions: 16, vocab_size: 4000}}"))[1]  # fmt: skip
-    assert "limit" not in of_run + of_file
-    counts = [re.search(r"in all[^\d]+([\d,]+)", printed)[1] for printed in (of_run, of_file)]
-    assert counts[0] == counts[1]
+    with_file = sets(f"modalities.text={{tokenizer: {tokenizer}, positions: 16, vocab_size: 4000}}")
+    printed = [openimp("info", little_run)[1], openimp("info", recipe, *with_file)[1]]
+    assert "limit" not in "".join(printed)
+    of_run, of_file = (re.search(r"in all[^\d]+([\d,]+)", text)[1] for text in printed)
+    assert of_run == of_file
 
 
 def test_eval_needs_no_more_of_another_recipe_than_sources_and_sets(
-    openimp, little_data, little_run, tmp_path, monkeypatch
+    succeeded, little_data, little_run, tmp_path, monkeypatch
 ):
     """Relative paths in --set start at the current directory, those in the recipe at its folder."""
     monkeypatch.chdir(little_data)
@@ -272,41 +224,36 @@ def test_eval_needs_no_more_of_another_recipe_than_sources_and_sets(
         "evaluation: {sets: {named: {type: zero_shot, source: squares, inputs: {image: file}, label: label,"
         " classes: [red, green, blue, white, black], prompts: prompts.txt}}}\n"
     )
-    out, changes = tmp_path / "found.jsonl", sets(
-        "sources.squares.path=pictures", "evaluation.sets.named.view.image.size=16"
-    )  # fmt: skip
-    code, printed, err = openimp("eval", little_run, "--recipe", tmp_path / "sets.yaml", *changes, "--out", out)
-    assert (code, err) == (0, "")
-    assert "named" in printed
-    (found,) = read_lines(out)
-    assert (found["n"], found["candidates"], found["chance"]) == (24, 5, 1 / 5)
-    assert found["prompts"] == ["a {} square", "the {} one"]
-    assert found["top1"] > 0.9, "the run has learned its colours"
+    changes = sets("sources.squares.path=pictures", "evaluation.sets.named.view.image.size=16")
+    out = tmp_path / "results.jsonl"
+    assert "named" in succeeded("eval", little_run, "--recipe", tmp_path / "sets.yaml", *changes, "--out", out)
+    (result,) = read_lines(out)
+    assert (result["n"], result["candidates"], result["chance"]) == (24, 5, 1 / 5)
+    assert result["prompts"] == ["a {} square", "the {} one"]
+    assert result["top1"] > 0.9, "the run has learned its colours"
 
 
 def test_eval_measures_the_other_sets_if_one_cannot_be_measured(openimp, little_run, tmp_path):
     """The first of three: two sentences at the end, one per set, and nothing that was measured is lost."""
-    out, changes = tmp_path / "found.jsonl", sets(
-        "evaluation.sets.colours.label=lable", "evaluation.sets.colours.view.image.size=24",
+    out = tmp_path / "results.jsonl"
+    changes = sets(
+        "evaluation.sets.colours.label=lable",
+        "evaluation.sets.colours.view.image.size=24",
         "sources.gone={path: nowhere.jsonl}",
-        "evaluation.sets.gone={type: zero_shot, source: gone, inputs: {image: file}, label: label, "
-        "view: {image: {size: 16}}}",
-    )  # fmt: skip
+        f"evaluation.sets.gone={{{ZERO_SHOT.replace('pictures', 'gone')}}}",
+    )
     code, printed, err = openimp("eval", little_run, *changes, "--out", out, "--allow-sources")
     assert code == 2
     assert [line["set"] for line in read_lines(out)] == ["tones", "tones"]
     assert "tones" in printed
-    first, second = err.splitlines()
-    assert first.startswith("openimp: evaluation.sets.colours: source pictures (")
-    assert first.endswith("has no column 'lable'; did you mean 'label'?")
-    assert second.startswith("evaluation.sets.gone: source gone: ")
-    assert second.endswith("nowhere.jsonl: no such file or folder")
+    colours = "openimp: evaluation.sets.colours: source pictures .*has no column 'lable'; did you mean 'label'\\?"
+    gone = "evaluation.sets.gone: source gone: .*nowhere.jsonl: no such file or folder"
+    assert re.fullmatch(f"{colours}\n{gone}\n", err)
 
 
-def test_eval_changes_the_sets_of_the_run_itself(openimp, refused, little_run, tmp_path):
-    out = tmp_path / "found.jsonl"
-    change = sets("evaluation.sets.colours.view.image.size=24")
-    assert openimp("eval", little_run, "colours", *change, "--out", out)[0] == 0
+def test_eval_changes_the_sets_of_the_run_itself(succeeded, refused, little_run, tmp_path):
+    out = tmp_path / "results.jsonl"
+    succeeded("eval", little_run, "colours", *sets("evaluation.sets.colours.view.image.size=24"), "--out", out)
     assert read_lines(out)[0]["view"]["image"]["size"] == 24
     told = refused("eval", little_run, *sets("model.width=64"))
     assert told == "--set model.width=64: a trained model allows changes of sources and evaluation only"
@@ -315,24 +262,23 @@ def test_eval_changes_the_sets_of_the_run_itself(openimp, refused, little_run, t
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("text", "message"),
     [
         ("evalution: {}", "unknown key 'evalution'; did you mean 'evaluation'?"),
-        ("evaluation: {set: {}}", "evaluation: unknown key 'set'; did you mean 'sets'?"),
         ("sources: [a]", "sources: expected a mapping, found ['a']"),
         ("name: nothing", "the recipe has no evaluation sets"),
-        ("{set: {prompts: no.txt}}", "prompts: expected a list, or a text file in {folder}; there is no file no.txt"),
-        ("{set: {prompts: ../secret.txt}}", "prompts: ../secret.txt is outside of the folder {folder}"),
-        ("{set: {prompts: link.txt}}", "prompts: link.txt is outside of the folder {folder}"),
-        ("{set: {prompts: pipe}}", "prompts: expected a list, or a text file in {folder}; there is no file pipe"),
-        ("{set: {prompts: binary.txt}}", "binary.txt cannot be read"),
-        ("{set: {prompts: empty.txt}}", "prompts: needs at least 1 item, found 0"),
-        ("{set: {classes: /etc/hostname}}", "classes: /etc/hostname is outside of the folder {folder}"),
-        ("{set: {classes: [red, red]}}", "classes: class 'red' is listed twice"),
-        ("{set: {classes: twice.txt}}", "classes: class 'a' is listed twice"),
+        ("prompts: no.txt", "prompts: expected a list, or a text file in {folder}; there is no file no.txt"),
+        ("prompts: ../secret.txt", "prompts: ../secret.txt is outside of the folder {folder}"),
+        ("prompts: link.txt", "prompts: link.txt is outside of the folder {folder}"),
+        ("prompts: pipe", "prompts: expected a list, or a text file in {folder}; there is no file pipe"),
+        ("prompts: binary.txt", "binary.txt cannot be read"),
+        ("prompts: empty.txt", "prompts: needs at least 1 item, found 0"),
+        ("classes: /etc/hostname", "classes: /etc/hostname is outside of the folder {folder}"),
+        ("classes: [red, red]", "classes: class 'red' is listed twice"),
+        ("classes: twice.txt", "classes: class 'a' is listed twice"),
     ],
 )
-def test_sets_that_cannot_be_measured_are_refused(refused, little_data, little_run, tmp_path, text, named):
+def test_sets_that_cannot_be_measured_are_refused(refused, little_run, tmp_path, text, message):
     (tmp_path / "secret.txt").write_text("a {}\n")
     folder = tmp_path / "recipes"
     folder.mkdir()
@@ -341,59 +287,34 @@ def test_sets_that_cannot_be_measured_are_refused(refused, little_data, little_r
     (folder / "empty.txt").write_text("# nothing\n\n")
     (folder / "twice.txt").write_text("a\tx\nb\ty\na\tz\n")
     os.mkfifo(folder / "pipe")
-    if text.startswith("{set: "):
-        common = "type: zero_shot, source: pictures, inputs: {image: file}, label: label, view: {image: {size: 16}}, "
-        text = f"evaluation: {{sets: {text.replace('{set: {', '{set: {' + common)}}}"
+    if text.startswith(("prompts", "classes")):
+        text = f"evaluation: {{sets: {{set: {{{ZERO_SHOT}, {text}}}}}}}"
     (folder / "sets.yaml").write_text(text + "\n")
-    assert named.replace("{folder}", str(folder)) in refused("eval", little_run, "--recipe", folder / "sets.yaml")
-
-
-def test_a_class_without_text_is_refused(refused, own_data, little_run, tmp_path):
-    recipe = (own_data / "recipe.yaml").read_text()
-    rows = [{"picture": str(path.relative_to(own_data)), "class": i % 3} for i, path in enumerate(
-        sorted((own_data / "pictures").rglob("*.png")))]  # fmt: skip
-    (own_data / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    numbers = "{type: zero_shot, source: numbers, inputs: {image: picture}, label: class, view: {image: {size: 16}}"
-    changed = recipe.replace("sources:", "sources:\n  numbers: {path: numbers.jsonl}")
-    for texts, message in (
-        ("}", "class 0 of column 'class' has no text; name it in classes as '0'"),
-        (
-            ", classes: {0: red, 1: green}}",
-            "column 'class' of source numbers: numbers.jsonl[2]: '2' is not among the classes; known: 0, 1",
-        ),
-        (
-            ", classes: {0: a, 1: b, 2: c}, prompts: [picture]}",
-            "prompt 'picture' needs one plain {} where the class' text goes",
-        ),
-    ):
-        (own_data / "other.yaml").write_text(changed + f"    numbers: {numbers}{texts}\n")
-        told = refused("eval", little_run, "numbers", "--recipe", own_data / "other.yaml")
-        assert told.startswith("evaluation.sets.numbers: ")
-        assert told.endswith(message)
+    told = refused("eval", little_run, "--recipe", folder / "sets.yaml")
+    assert message.replace("{folder}", str(folder)) in told
 
 
 def test_a_run_that_is_there_and_a_checkpoint_of_another_recipe_are_refused(refused, little_data, little_run):
     file = little_data / "recipe.yaml"
-    assert f"{little_run}: already holds a run; resume it with --resume" in refused("train", file, "--run", little_run)
-    told = refused("train", file, "--run", little_run, "--resume", *sets("model.embed_dim=64"))
-    assert "step-00000012: made by another recipe: model.embed_dim is 32 there, 64 here" in told
-    assert "no checkpoint to resume from" in refused("train", file, "--run", little_run / "x", "--resume")
+    train = ("train", file, "--run")
+    change = sets("model.embed_dim=64")
+    told = "step-00000012: made by another recipe: model.embed_dim is 32 there, 64 here"
+    for resumed in (
+        (*train, little_run, "--resume"),
+        (*train, little_run, "--resume", "auto"),
+        ("train", "--resume", file, "--run", little_run),
+    ):
+        assert told in refused(*resumed, *change)
+    assert "no checkpoint to resume from" in refused(*train, little_run / "x", "--resume")
+    assert refused(*train, little_run, "--resume=yes") == "--resume: expected auto or nothing, found yes"
     before = file.read_bytes()
     for resume in ([], ["--resume", "auto"]):
-        told = refused("train", file, "--run", little_data, *resume)
-        assert told == f"{file}: a run would overwrite it; name another directory with --run-dir"
+        told = f"{file}: a run would overwrite it; name another directory with --run-dir"
+        assert refused(*train, little_data, *resume) == told
         assert file.read_bytes() == before
-    assert "made by another recipe" in refused(
-        "train", file, "--run", little_run, "--resume", "auto", *sets("model.embed_dim=64")
-    )
-    assert (
-        refused("train", file, "--run", little_run, "--resume=yes") == "--resume: expected auto or nothing, found yes"
-    )
-    told = refused("train", "--resume", file, "--run", little_run, *sets("model.embed_dim=64"))
-    assert "step-00000012: made by another recipe: model.embed_dim is 32 there, 64 here" in told
 
 
-def broken(folder: Path) -> set[str]:
+def spoil(folder: Path) -> set[str]:
     """Spoils three pictures, each in its own way, and returns their names."""
     whole = (folder / "pictures/red/1.png").read_bytes()
     contents = {"red/1.png": whole[: len(whole) // 2], "green/2.png": b"", "blue/3.png": bytes(reversed(whole))}
@@ -402,122 +323,98 @@ def broken(folder: Path) -> set[str]:
     return set(contents)
 
 
-def test_broken_files_are_skipped_counted_and_named(openimp, own_data, tmp_path):
-    bad, run = broken(own_data), tmp_path / "run"
+@pytest.mark.slow
+def test_broken_files_are_skipped_counted_and_named_and_too_many_stop_the_run(
+    openimp, succeeded, refused, own_data, tmp_path
+):
+    broken, run = spoil(own_data), tmp_path / "run"
+    train = ("train", own_data / "recipe.yaml", "--run")
     changes = sets("train.steps=20", "train.max_bad_fraction=0.5", "tasks.heard.weight=0", "train.num_workers=1")
-    code, out, err = openimp("train", own_data / "recipe.yaml", "--run", run, *changes)
-    assert (code, err) == (0, "")
+    out = succeeded(*train, run, *changes)
     assert f"3 examples could not be read; {run / 'skipped.jsonl'} lists them\n" in out
     lines = read_lines(run / "skipped.jsonl")
-    assert {line["where"] for line in lines} == bad
+    assert {line["where"] for line in lines} == broken
     assert all(line["task"] == "named" and line["why"] for line in lines)
-    state = json.loads((next((run / "checkpoints").glob("step-00000020")) / "state.json").read_text())
+    state = json.loads((run / "checkpoints" / "step-00000020" / "state.json").read_text())
     assert state["bad"]["named"]["bad"] == len(lines)
     (colours,) = [line for line in read_lines(run / "results.jsonl") if line["set"] == "colours"]
     assert (colours["n"], colours["skipped"]) == (21, 3)
-    assert {row.split(": ")[0] for row in colours["skipped_rows"]} == bad
+    assert {row.split(": ")[0] for row in colours["skipped_rows"]} == broken
 
-
-def test_too_many_broken_files_stop_the_run(openimp, refused, own_data, tmp_path):
-    bad, run = broken(own_data), tmp_path / "run"
+    run = tmp_path / "stopped"
     changes = sets("train.steps=60", "train.max_bad_fraction=0.05", "tasks.heard.weight=0")
-    told = refused("train", own_data / "recipe.yaml", "--run", run, *changes)
-    assert "task named: " in told
-    assert "examples could not be read, more than train.max_bad_fraction 0.05; for example " in told
-    assert any(name in told for name in bad)
+    told = refused(*train, run, *changes)
+    part = "examples could not be read, more than train.max_bad_fraction 0.05; for example "
+    assert re.search(f"task named: .*{part}", told)
+    assert any(name in told for name in broken)
     assert told.endswith(f"{run / 'skipped.jsonl'} lists all")
-    assert {line["where"] for line in read_lines(run / "skipped.jsonl")} <= bad
-    # The steps up to there are kept.
-    assert checkpoints(run)[-1].name == f"step-{read_lines(run / 'skipped.jsonl')[-1]['step'] + 1:08d}"
-    assert (
-        openimp(
-            "train", own_data / "recipe.yaml", "--run", run, "--resume", *changes, *sets("train.max_bad_fraction=1")
-        )[0]
-        == 0
-    )
+    lines = read_lines(run / "skipped.jsonl")
+    assert {line["where"] for line in lines} <= broken
+    assert checkpoints(run)[-1].name == f"step-{lines[-1]['step'] + 1:08d}", "the steps up to there are kept"
+    assert openimp(*train, run, "--resume", *changes, *sets("train.max_bad_fraction=1"))[0] == 0
 
 
-def test_train_prints_the_mixture_and_the_results(openimp, little_data, tmp_path, monkeypatch):
+def test_train_prints_the_mixture_and_the_results(succeeded, little_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = openimp("train", little_data / "recipe.yaml", *sets("train.precision=fp32", "train.steps=6"))
-    assert (code, err) == (0, "")
+    out = succeeded("train", little_data / "recipe.yaml", *sets("train.precision=fp32", "train.steps=6"))
     assert (tmp_path / "runs" / "little" / "results.jsonl").exists()
-    assert "mixture" in out
-    assert "66.7%" in out
-    assert "parameters on cpu, fp32, into runs/little" in out
-    assert "step 6/6" in out
-    assert "colours" in out
-    assert "chance" in out
-    assert "n is below 50, so results and intervals are unreliable: colours, tones" in out
+    few = "n is below 50, so results and intervals are unreliable: colours, tones"
+    parts = ("mixture", "66.7%", "parameters on cpu, fp32, into runs/little", "step 6/6", "colours", "chance", few)
+    for part in parts:
+        assert part in out
 
 
-def test_info_of_a_recipe_and_of_a_run(openimp, little_data, little_run, tmp_path):
-    code, of_recipe, err = openimp("info", little_data / "recipe.yaml", *sets("model.embed_dim=64"))
-    assert (code, err) == (0, "")
-    for part in ("parameters", "encoder", "classifiers", "mixture", "named", "heard"):
-        assert part in of_recipe
-    code, of_run, err = openimp("info", little_run)
-    assert (code, err) == (0, "")
-    for part in ("step-00000012", "recipe little", "mixture", "spent up to step 12", "colours", "chance"):
-        assert part in of_run
-    spent = read_lines(little_run / "metrics.jsonl")[-1]["totals"]
-    assert f"{spent['named']['tokens']:,}" in of_run
+@pytest.mark.slow
+def test_info_of_a_recipe_and_of_a_run(succeeded, little_data, little_run, tmp_path):
     began = Path(shutil.copytree(little_run, tmp_path / "began", ignore=shutil.ignore_patterns("checkpoints")))
-    code, without, err = openimp("info", began)
-    assert (code, err) == (0, "")
-    assert f"{began}: a run of recipe little, which has saved no checkpoint yet" in without
-    for part in ("parameters", "mixture", "spent up to step 12", "colours"):
-        assert part in without
-    # Recipes of the published sizes are described without their data.
-    code, of_published, err = openimp("info", "imp_s")
-    assert (code, err) == (0, "")
-    assert "GFLOPs" in of_published
+    totals = read_lines(little_run / "metrics.jsonl")[-1]["totals"]
+    of_run = ["mixture", "spent up to step 12", "colours"]
+    for arguments, parts in (
+        (
+            (little_data / "recipe.yaml", *sets("model.embed_dim=64")),
+            ["parameters", "encoder", "classifiers", "mixture", "named", "heard"],
+        ),
+        ((little_run,), [*of_run, "step-00000012", "recipe little", "chance", f"{totals['named']['tokens']:,}"]),
+        ((began,), [*of_run, "parameters", f"{began}: a run of recipe little, which has saved no checkpoint yet"]),
+        (("imp_s",), ["GFLOPs"]),  # Recipes of the published sizes are described without their data.
+    ):
+        out = succeeded("info", *arguments)
+        for part in parts:
+            assert part in out
 
 
-def test_eval_reproduces_the_results_of_training(openimp, little_run, little_data, tmp_path):
+def test_eval_reproduces_the_results_of_training(succeeded, little_run, little_data, tmp_path):
     out = tmp_path / "results.jsonl"
-    code, printed, err = openimp("eval", little_run, "--out", out)
-    assert (code, err) == (0, "")
-    assert "colours" in printed
+    assert "colours" in succeeded("eval", little_run, "--out", out)
     assert out.read_bytes() == (little_run / "results.jsonl").read_bytes()
-    assert openimp("eval", little_run, "tones", "--recipe", little_data / "recipe.yaml", "--out", out)[0] == 0
+    succeeded("eval", little_run, "tones", "--recipe", little_data / "recipe.yaml", "--out", out)
     assert [line["set"] for line in read_lines(out)] == ["colours", "tones", "tones", "tones", "tones"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
-def test_a_full_disk_is_told(refused, little_run):
-    assert refused("eval", little_run, "tones", "--out", "/dev/full") == "/dev/full: No space left on device"
-
-
-def test_embed_writes_vectors_and_paths(openimp, refused, little_run, little_data, tmp_path):
+def test_embed_writes_vectors_and_paths(succeeded, refused, little_run, little_data, tmp_path):
     out = tmp_path / "vectors.parquet"
-    code, printed, err = openimp("embed", little_run, little_data / "pictures", little_data / "0.wav", "--out", out)
-    assert (code, err) == (0, "")
-    table = pq.read_table(out)
-    assert table.num_rows == 25
-    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 32)
-    assert str(little_data / "0.wav") in table["path"].to_pylist()
+    printed = succeeded("embed", little_run, little_data / "pictures", little_data / "0.wav", "--out", out)
+    assert str(little_data / "0.wav") in pq.read_table(out)["path"].to_pylist()
     assert "25 embeddings (24 image, 1 audio)" in printed
     assert "missing.png: no such file or folder" in refused("embed", little_run, tmp_path / "missing.png")
 
 
-def test_report_writes_a_page_or_says_why_not(openimp, refused, little_run, tmp_path):
+def test_report_writes_a_page_or_says_why_not(succeeded, refused, little_run, tmp_path):
     page = tmp_path / "page.html"
-    code, printed, err = openimp("report", little_run, "--out", page)
-    assert (code, err) == (0, "")
+    printed = succeeded("report", little_run, "--out", page)
     assert f"{page}: {page.stat().st_size / 1e6:.2f} MB" in printed
-    told = refused("report", tmp_path / "missing")
-    assert told == f"{tmp_path / 'missing'}: nothing to report on: no checkpoint, and no line in metrics.jsonl"
+    told = f"{tmp_path / 'missing'}: nothing to report on: no checkpoint, and no line in metrics.jsonl"
+    assert refused("report", tmp_path / "missing") == told
 
 
-def test_demo_is_the_bundled_recipe(openimp, tmp_path):
+@pytest.mark.slow
+def test_demo_is_the_bundled_recipe(succeeded, tmp_path):
     """A few steps of it: `make demo` trains it whole."""
-    kinds = ("stills", "icons", "clips", "notes")
-    changes = sets("train.steps=2", "evaluation={}", "model.width=48", "model.heads=3", "model.mlp_dim=48",
-                   "train.num_workers=0", *(f"sources.{kind}.cache=none" for kind in kinds),
-                   *(f"tasks.{kind}.batch_size=4" for kind in kinds))  # fmt: skip
-    code, out, err = openimp("demo", "--run", tmp_path / "run", *changes)
-    assert (code, err) == (0, "")
+    model = ("model.width=48", "model.heads=3", "model.mlp_dim=48")
+    tasks = (f"{change}" for kind in ("stills", "icons", "clips", "notes")
+             for change in (f"sources.{kind}.cache=none", f"tasks.{kind}.batch_size=4"))  # fmt: skip
+    changes = sets("train.steps=2", "evaluation={}", "train.num_workers=0", *model, *tasks)
+    out = succeeded("demo", "--run", tmp_path / "run", *changes)
     assert f"The run is in {tmp_path / 'run'}" in out.replace("\n", "")
     assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "tokenizer.json").exists()
 
@@ -535,44 +432,43 @@ train: {steps: 2, num_workers: 0, log_every: 1}
 
 
 def test_rows_get_the_vectors_of_a_model_from_which_another_one_learns(
-    openimp, refused, little_run, little_data, tmp_path
+    succeeded, refused, little_run, little_data, tmp_path
 ):
-    source, out = little_data / "sounds.jsonl", tmp_path / "joined.parquet"
+    source, out, sound = little_data / "sounds.jsonl", tmp_path / "joined.parquet", little_data / "0.wav"
     join = ["embed", little_run, "--join", source, "--out", out]
     choice = ["--modality", "audio", "--column", "sound", "--to", "teacher"]
-    code, printed, err = openimp(*join, *choice)
-    assert code == 0, err
+    printed = succeeded(*join, *choice)
     assert "15 embeddings of 32 numbers in column 'teacher'" in printed
     assert f"as a source: {{path: {out}, root: {little_data}}}" in printed
     (tmp_path / "student.yaml").write_text(DISTILLED.replace("ROOT", str(little_data)))
-    code, printed, err = openimp("train", tmp_path / "student.yaml", "--run", tmp_path / "run")
-    assert code == 0, err
+    train = ["train", tmp_path / "student.yaml", "--run"]
+    succeeded(*train, tmp_path / "run")
     assert 0 < read_lines(tmp_path / "run" / "metrics.jsonl")[0]["tasks"]["heard"]["audio:teacher"] < 2
     # A model of one modality has embeddings, too: those of the teacher's space.
-    code, printed, err = openimp("embed", tmp_path / "run", little_data / "0.wav", "--out", tmp_path / "own.parquet")
-    assert code == 0, err
+    succeeded("embed", tmp_path / "run", sound, "--out", tmp_path / "own.parquet")
     assert pq.read_table(tmp_path / "own.parquet").to_pylist()[0]["towards"] == "audio"
 
-    told = refused("train", tmp_path / "student.yaml", "--run", tmp_path / "no", *sets("model.embed_dim=16"))
-    assert "column 'teacher': expected a list of 16 numbers (the model's embed_dim), found a list of shape [32]" in told
-    assert "--to: " in refused(*join[:3], out, "--out", out, *choice)
-    assert "already; name another one" in refused(*join[:3], out, "--out", out, *choice)
-    assert "--modality: expected image or text or audio, found none" in refused(*join)
-    assert "--column: name the column or the text template that audio reads" in refused(*join, *choice[:2])
-    assert "has no column 'sond'; did you mean 'sound'?" in refused(*join, *choice[:2], "--column", "sond")
-    assert "--column needs --join" in refused("embed", little_run, little_data / "0.wav", *choice[2:4])
-    assert "drop files" in refused(*join, *choice, little_data / "0.wav")
-    assert "name files or folders to embed, or a source with --join" in refused("embed", little_run)
-    assert "name a file on disk that ends with .parquet" in refused(*join[:4], "--out", tmp_path / "x.csv", *choice)
+    for arguments, told in (
+        (
+            [*train, tmp_path / "no", *sets("model.embed_dim=16")],
+            "column 'teacher': expected a list of 16 numbers (the model's embed_dim), found a list of shape [32]",
+        ),
+        ([*join[:3], out, "--out", out, *choice], "already; name another one"),
+        (join, "--modality: expected image or text or audio, found none"),
+        ([*join, *choice[:2]], "--column: name the column or the text template that audio reads"),
+        ([*join, *choice[:2], "--column", "sond"], "has no column 'sond'; did you mean 'sound'?"),
+        (["embed", little_run, sound, *choice[2:4]], "--column needs --join"),
+        ([*join, *choice, sound], "drop files"),
+        (["embed", little_run], "name files or folders to embed, or a source with --join"),
+        ([*join[:4], "--out", tmp_path / "x.csv", *choice], "name a file on disk that ends with .parquet"),
+    ):
+        assert told in refused(*arguments)
 
 
-def test_push_writes_a_folder_that_info_describes_and_embed_uses(openimp, refused, little_run, tmp_path):
+def test_push_writes_a_folder_that_info_describes_and_embed_uses(succeeded, refused, little_run, tmp_path):
     out = tmp_path / "published"
-    licenses = ["--license", "mit", *sets("sources.sounds.license=CC-BY-4.0")]
-    code, printed, _ = openimp("push", little_run, "me/little", "--to", out, *licenses)
-    assert code == 0
+    printed = succeeded("push", little_run, "me/little", "--to", out, "--license", "mit")
     assert printed == f"{out}: weights, recipe and model card; read README.md before you publish it\n"
-    assert "a model of recipe little" in openimp("info", out)[1]
+    assert "a model of recipe little" in succeeded("info", out)
     assert "license: mit" in (out / "README.md").read_text(encoding="utf-8")
-    assert refused("push", little_run, "little", "--to", out).startswith("little: expected OWNER/NAME")
     assert refused("export", little_run, "--onnx", out) == f"{out}: expected a new or empty folder"

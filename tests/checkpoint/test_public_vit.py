@@ -119,33 +119,24 @@ def load(recipe: Recipe) -> tuple[IMP, dict, str]:
     return model, modalities, start.load(model, {})
 
 
-def dense_features(model: IMP, name: str, tokens) -> Tensor:
-    """The encoder's output for every token."""
-    (features,), _ = model.encoder([model.stem(name)(tokens)], [None])
-    return features
-
-
-def pictures_of(size: tuple[int, int]) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (3, *size, 3), np.uint8)
-
-
 @torch.no_grad()
-def check_features(trunk: VisionTransformer, recipe: Recipe, mean, std) -> tuple[IMP, str]:
+def check_features(trunk: VisionTransformer, recipe: Recipe, mean, std) -> str:
     """Compares the features of pictures, and of clips of equal frames, with those of the library."""
     model, modalities, line = load(recipe)
-    pixels = pictures_of(trunk.patch_embed.img_size)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, *trunk.patch_embed.img_size, 3), np.uint8)
     mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
     expected = trunk.forward_features((torch.from_numpy(pixels).movedim(-1, 1) / 255 - mean) / std)
     height, width = recipe.tasks["image"].views[0]["image"].hw
     pixels = pixels[:, :height, :width]
     tokens = modalities["image"].tokens(pixels, recipe.tasks["image"].views[0]["image"], None)
-    torch.testing.assert_close(dense_features(model, "image", tokens), expected, rtol=1e-5, atol=1e-5)
+    (features,), _ = model.encoder([model.stem("image")(tokens)], [None])
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.encode({"image": tokens}).features, expected.mean(1), rtol=1e-5, atol=1e-5)
     clips = np.repeat(pixels[:, None], 4, axis=1)
     tokens = modalities["video"].tokens(clips, recipe.tasks["video"].views[0]["video"], None)
     assert tokens.coords[..., 0].unique().tolist() == [0, 4]
     torch.testing.assert_close(model.encode({"video": tokens}).features, expected.mean(1), rtol=1e-5, atol=1e-5)
-    return model, line
+    return line
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -156,7 +147,7 @@ def test_pictures_and_clips_of_equal_frames_have_the_features_of_timms_model(nam
     size = tuple(n * side for n, side in zip(trunk.patch_embed.grid_size, patch))
     recipe = fitting_recipe(f"timm:local-dir:{tmp_path / 'vit'}", size)
     cfg = trunk.pretrained_cfg
-    _, line = check_features(trunk, recipe, cfg["mean"], cfg["std"])
+    line = check_features(trunk, recipe, cfg["mean"], cfg["std"])
     assert f"(pictures of {size[0]} x {size[1]} pixels have its features); loaded: stems.vision, " in line
     assert recipe.model.gelu == ("tanh" if "tanh" in name else "erf")
 
@@ -242,21 +233,16 @@ def test_other_models_and_folders_are_refused_in_a_sentence(tmp_path):
         load(recipe)
 
 
-def test_experts_cannot_start_from_a_dense_vit(tmp_path):
-    save_timm(tmp_path / "vit", SIGLIP, img_size=32)
-    recipe = fitting_recipe(f"timm:local-dir:{tmp_path / 'vit'}", (32, 32), moe={"experts": 4, "layers": 1})
-    with pytest.raises(
-        UserError, match=r"^train.init: timm:.*vit: a public vision Transformer is dense; set model.moe"
-    ):
-        open_warm_start(recipe, recipe.make_modalities())
-
-
-def test_a_local_folder_is_relative_to_the_recipe(tmp_path):
+def test_a_local_folder_is_relative_to_the_recipe_and_experts_cannot_start_from_a_dense_vit(tmp_path):
     save_timm(tmp_path / "vit", SIGLIP, img_size=32)
     data = recipe_of("timm:local-dir:vit", (32, 32)).to_dict() | {"train": {"init": "timm:local-dir:vit"}}
     recipe = Recipe.build(data, tmp_path)
     assert recipe.train.init == f"timm:local-dir:{tmp_path / 'vit'}"
     assert ViTWeights(recipe.train.init, recipe.make_modalities()).vit.pixels == (32, 32)
+    recipe = fitting_recipe(recipe.train.init, (32, 32), moe={"experts": 4, "layers": 1})
+    told = r"^train.init: timm:.*vit: a public vision Transformer is dense; set model.moe"
+    with pytest.raises(UserError, match=told):
+        open_warm_start(recipe, recipe.make_modalities())
 
 
 def test_published_names_are_accepted_before_anything_is_downloaded():
@@ -289,6 +275,7 @@ def initial_weights(folder: Path, out: Path, *layout: str) -> dict[str, Tensor]:
     return {name: full_tensor(tensor).detach().clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_two_ranks_start_from_the_weights_of_one(little_data, tmp_path):
     """As shards, and as replicas."""
     save_timm(tmp_path / "vit", SIGLIP, mlp_ratio=2, img_size=16, patch_size=8)

@@ -5,19 +5,19 @@ import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
-import tarfile
 from pathlib import Path
 
+import little
 import pytest
+from processes import Process
 
 import openimp
 from openimp.checkpoint.folder import checkpoints, manifest_entry
 from openimp.commands import run_eval
 from openimp.common.errors import UserError
-from openimp.common.json_lines import read_lines
+from openimp.common.json_lines import append, read_lines
 from openimp.data.loader import load_batches
+from openimp.evaluation.results import best_step
 from openimp.recipe.schema import Recipe
 from openimp.training.run_directory import LOCK
 from openimp.training.setup import set_up
@@ -31,24 +31,16 @@ def recipe_of(folder: Path, *changes: str) -> Recipe:
     return Recipe.load(folder / "recipe.yaml", [*CHANGES, *changes])
 
 
-def start(folder: Path, run: Path, *options: str, limit: int | None = None) -> subprocess.Popen:
-    """`openimp train` in a process of its own, whose files cannot grow beyond a limit."""
+def train_process(folder: Path, run: Path, *options: str, limit: int | None = None) -> tuple[int, str]:
+    """The exit code and errors of `openimp train` in a process of its own, whose files cannot grow beyond a limit."""
     sets = [argument for change in CHANGES for argument in ("--set", change)]
-    command = [
-        sys.executable,
-        "-m",
-        "openimp",
-        "train",
-        str(folder / "recipe.yaml"),
-        "--run",
-        str(run),
-        *sets,
-        *options,
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = Process("-m", "openimp", "train", folder / "recipe.yaml", "--run", run, *sets, *options)
     if limit is not None:
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-    return process
+    with process.stdout as out, process.stderr as err:
+        out.read()
+        errors = err.read()
+    return process.wait(90), errors
 
 
 def names(run: Path) -> list[str]:
@@ -75,10 +67,10 @@ def run(whole_run, tmp_path) -> Path:
     return Path(shutil.copytree(whole_run, tmp_path / "run"))
 
 
-def flip(file: Path) -> None:
-    """One bit in the middle, which changes neither size nor time."""
+def flip(file: Path, place: int | None = None) -> None:
+    """Changes one bit, by default in the middle, but neither size nor time."""
     data, times = bytearray(file.read_bytes()), file.stat()
-    data[len(data) // 2] ^= 1
+    data[len(data) // 2 if place is None else place] ^= 1
     file.write_bytes(data)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
@@ -158,13 +150,14 @@ def test_a_checkpoint_of_an_older_format_is_refused(run, little_data):
         train(recipe_of(little_data), run, resume=True)
 
 
+@pytest.mark.slow
 def test_resume_auto_starts_a_run_without_a_checkpoint_and_resumes_one_that_has_one(whole_run, little_data, tmp_path):
     """The same command three times: one that dies at its first save, one that starts again, and one that resumes."""
     run, limit = tmp_path / "run", weights_of(checkpoints(whole_run)[0]).stat().st_size // 2
     times = []
     for size in (limit, None, None):
-        _, err = (process := start(little_data, run, "--resume", "auto", limit=size)).communicate(timeout=90)
-        assert process.returncode == (2 if size else 0), err
+        code, err = train_process(little_data, run, "--resume", "auto", limit=size)
+        assert code == (2 if size else 0), err
         if not size:
             assert last_manifest(run) == last_manifest(whole_run)
             shutil.rmtree(checkpoints(run)[-1])
@@ -177,13 +170,14 @@ def test_resume_auto_starts_a_run_without_a_checkpoint_and_resumes_one_that_has_
     assert resumed[8] != anew[8]
 
 
+@pytest.mark.slow
 def test_resume_auto_starts_no_run_anew_whose_checkpoints_are_damaged(run, little_data):
     for folder in checkpoints(run):
         flip(weights_of(folder))
     # Before version 3.20.1, filelock wrote to the lock.
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != LOCK}
-    _, err = (process := start(little_data, run, "--resume", "auto")).communicate(timeout=90)
-    assert process.returncode == 2
+    code, err = train_process(little_data, run, "--resume", "auto")
+    assert code == 2
     assert err.startswith(f"openimp: {run}: no checkpoint to resume from; ")
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != LOCK} == before
 
@@ -194,25 +188,22 @@ def test_a_source_that_has_changed_is_named(own_data, tmp_path):
     train(recipe, run)
     shutil.rmtree(checkpoints(run)[-1])
     folder = checkpoints(run)[-1]
-    for changed, source in (("pictures/red/3.png", "pictures"), ("sounds.jsonl", "sounds"), ("7.wav", "sounds")):
-        before, times = (own_data / changed).read_bytes(), (own_data / changed).stat()
-        if changed == "sounds.jsonl":
-            (own_data / changed).write_bytes(before.replace(b"a high tone", b"a loud tone", 1))
-            os.utime(own_data / changed, ns=(times.st_atime_ns, times.st_mtime_ns))
-        else:
-            after = bytearray(before)
-            after[-1] ^= 1
-            (own_data / changed).write_bytes(after)
-            os.utime(own_data / changed, ns=(times.st_atime_ns, times.st_mtime_ns))
-        with pytest.raises(
-            UserError, match=rf"^{folder}: source {source} has changed since it was saved; .*--allow-ch"
-        ):
+    caption = (own_data / "sounds.jsonl").read_bytes().index(b"tone")
+    for name, source, place in (
+        ("pictures/red/3.png", "pictures", -1),
+        ("sounds.jsonl", "sounds", caption),
+        ("7.wav", "sounds", -1),
+    ):
+        flip(own_data / name, place)
+        told = rf"^{folder}: source {source} has changed since it was saved; .*--allow-ch"
+        with pytest.raises(UserError, match=told):
             train(recipe, run, resume=True)
-        (own_data / changed).write_bytes(before)
-        (own_data / changed).touch()
+        flip(own_data / name, place)
+        (own_data / name).touch()
     assert train(recipe, run, resume=True)
 
 
+@pytest.mark.slow
 def test_a_changed_source_may_be_allowed(own_data, tmp_path):
     """From the next checkpoint on the run is one of the new data."""
     run, recipe = tmp_path / "run", recipe_of(own_data)
@@ -221,36 +212,32 @@ def test_a_changed_source_may_be_allowed(own_data, tmp_path):
         shutil.rmtree(folder)
     lines = (own_data / "sounds.jsonl").read_text().splitlines()
     (own_data / "sounds.jsonl").write_text("\n".join(lines[:-1]))
-    _, err = (process := start(own_data, run, "--resume")).communicate(timeout=90)
-    assert (process.returncode, err.count("\n")) == (2, 1)
+    code, err = train_process(own_data, run, "--resume")
+    assert (code, err.count("\n")) == (2, 1)
     assert f"{checkpoints(run)[0]}: source sounds has changed" in err
-    _, err = (process := start(own_data, run, "--resume", "--allow-changed-data")).communicate(timeout=90)
-    assert process.returncode == 0, err
+    code, err = train_process(own_data, run, "--resume", "--allow-changed-data")
+    assert code == 0, err
     assert checkpoints(run)[-1].name == "step-00000012"
     assert train(recipe, run, resume=True)
 
 
+@pytest.mark.slow
 def test_a_changed_stream_begins_a_new_epoch(streamed, tmp_path):
     """Where it stood in the old shards means nothing in the new ones, which are shorter."""
     folder, changes = streamed
     run, recipe = tmp_path / "run", recipe_of(folder, *changes, "train.save_every=10")
     train(recipe, run)
     shutil.rmtree(checkpoints(run)[-1])
-    with tarfile.open(folder / "0.tar") as tar:
-        members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()[:12]]
-    for shard in range(2):
-        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for member, content in members[6 * shard : 6 * shard + 6]:
-                (own := tarfile.TarInfo(member.name)).size = len(content)
-                (folder / "member").write_bytes(content)
-                with (folder / "member").open("rb") as file:
-                    tar.addfile(own, file)
+    for picture in sorted((folder / "pictures").rglob("*.png"))[:9]:
+        picture.unlink()
+    little.write_tars(folder, folder)
     with pytest.raises(UserError, match="source pictures has changed"):
         train(recipe, run, resume=True)
     before = json.loads((checkpoints(run)[-1] / "state.json").read_text())["cursors"]["named"]
     training = Trainer(set_up(recipe, run, resume=True, allow_changed_data=True))
     assert any(cursor["state"] for cursor in before.values()), "at the beginning of an epoch nothing could go wrong"
-    epoch, position = (1 + max(c["epoch"] for c in before.values()), max(c["position"] for c in before.values()))
+    position = max(cursor["position"] for cursor in before.values())
+    epoch = 1 + max(cursor["epoch"] for cursor in before.values())
     assert training.cursors["named"] == {
         str(lane): {"position": position, "epoch": epoch, "shard": lane, "state": None} for lane in range(2)
     }
@@ -258,6 +245,7 @@ def test_a_changed_stream_begins_a_new_epoch(streamed, tmp_path):
     assert train(recipe, run, resume=True)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_found(little_data, tmp_path):
     """It survives the removal of older ones and resuming. The run's model stays the newest."""
     run = tmp_path / "run"
@@ -286,14 +274,12 @@ def test_the_best_checkpoint_is_kept_and_found(little_data, tmp_path):
 
 
 def test_the_best_checkpoint_is_so_by_the_mean_of_both_ways(little_data, tmp_path):
-    run = tmp_path / "run"
-    changes = ["train.save_every=100", "train.keep_last=1", "evaluation.every=1", "evaluation.best=tones"]
-    train(Recipe.load(little_data / "recipe.yaml", changes), run)
-    found: dict[int, float] = {}
-    for line in read_lines(run / "results.jsonl"):
-        if line["set"] == "tones":
-            found[line["step"]] = found.get(line["step"], 0) + line["r1"] / 2
-    best = (run / "checkpoints" / "best").resolve().name
-    assert found[int(best.removeprefix("step-"))] == pytest.approx(max(found.values()))
+    """Of the steps that are saved. Of equally good ones the first counts."""
+    file = tmp_path / "results.jsonl"
+    for step, shares in enumerate(((0.5, 0.1), (0.2, 0.6), (0.8, 0), (0.9, 0.9)), 1):
+        for share in shares:
+            append(file, {"set": "tones", "step": step, "r1": share})
+        append(file, {"set": "colours", "step": step, "top1": 1 / step})
+    assert best_step(file, "tones", {1, 2, 3}) == 2
     with pytest.raises(UserError, match=r"evaluation\.best: no evaluation set 'tone'; did you mean 'tones'\?"):
         Recipe.load(little_data / "recipe.yaml", ["evaluation.best=tone"])

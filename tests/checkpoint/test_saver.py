@@ -8,15 +8,16 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
-from ranks import COMMON, torchrun
+from processes import torchrun
+from ranks import COMMON
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,6 +37,15 @@ CHANGES = [*COMMON, "evaluation={}", "train.keep_last=2"]
 
 def training_of(folder: Path, run: Path, *changes: str, resume: bool = False) -> Trainer:
     return Trainer(set_up(Recipe.load(folder / "recipe.yaml", [*CHANGES, *changes]), run, resume))
+
+
+def save_after(training: Trainer, steps: int, wait: bool = True) -> None:
+    """Makes some more steps, and saves a checkpoint."""
+    for step in range(training.step, training.step + steps):
+        training.make_step(training.data[step])
+    training.save()
+    if wait:
+        training.checkpointing.wait()
 
 
 def tensors_of(training: Trainer) -> dict[str, Tensor]:
@@ -96,7 +106,7 @@ def test_training_continues_while_a_checkpoint_is_written(little_data, tmp_path,
         training.make_step(training.data[step])
     before = tensors_of(training)
     training.save()
-    buffers = {folder: {**some} for folder, some in training.checkpointing.saver._buffers.items()}
+    buffers = {kind: {**tensors} for kind, tensors in training.checkpointing.saver._buffers.items()}
     for step in range(3, 6):
         training.make_step(training.data[step])
     training.settle()
@@ -109,8 +119,8 @@ def test_training_continues_while_a_checkpoint_is_written(little_data, tmp_path,
     training.save()
     training.checkpointing.wait()
     assert [path.name for path in checkpoints(run)] == ["step-00000003", "step-00000006"]
-    for folder, some in buffers.items():  # The second save uses the memory of the first.
-        assert all(training.checkpointing.saver._buffers[folder][name] is buffer for name, buffer in some.items())
+    for kind, tensors in buffers.items():  # The second save uses the memory of the first.
+        assert all(training.checkpointing.saver._buffers[kind][name] is buffer for name, buffer in tensors.items())
     for folder, expected in zip(checkpoints(run), (before, after)):
         verify(folder)
         assert same(files_of(folder), expected)
@@ -122,15 +132,12 @@ def test_a_failure_is_raised_by_the_next_save(little_data, tmp_path, disk):
     """It waits for the one before, so no second one is begun."""
     run = tmp_path / "run"
     training = training_of(little_data, run)
-    training.make_step(training.data[0])
-    training.save()
+    save_after(training, 1, wait=False)
     training.make_step(training.data[1])
     disk.full = True
     disk.set()
-    with pytest.raises(
-        CheckpointError,
-        match=r"step-00000001: could not be saved: .*No space left on device.*; older checkpoints are un",
-    ):
+    told = r"step-00000001: could not be saved: .*No space left on device.*; older checkpoints are un"
+    with pytest.raises(CheckpointError, match=told):
         training.save()
     assert not (run / "checkpoints").exists()
     disk.full = False
@@ -155,11 +162,12 @@ def test_the_end_of_a_training_waits_for_its_checkpoint(little_data, tmp_path, d
     verify(checkpoints(run)[-1])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_several_ranks_loads_on_one_and_four(little_data, tmp_path):
     """Bit for bit. What the four save is loaded again by one."""
     run = tmp_path / "run"
     for ranks, step in ((2, 3), (4, 4)):
-        subprocess.run(torchrun(ranks, __file__, "save", little_data, run), check=True, timeout=300)
+        processes.run(*torchrun(ranks, __file__, "save", little_data, run), check=True)
         folder, expected = checkpoints(run)[-1], load_file(run / f"saved {step}.safetensors")
         assert folder.name == f"step-{step:08d}"
         assert len(list((folder / "model").iterdir())) == ranks
@@ -180,22 +188,24 @@ def test_a_checkpoint_of_several_ranks_loads_on_one_and_four(little_data, tmp_pa
     openimp.load(run)
 
 
+@pytest.mark.slow
 def test_tensors_of_any_mesh_are_saved_once_and_loaded_into_any_other(tmp_path):
     """Replicas, shards in two dimensions, tensors that all ranks or only some have, scalars, fewer rows than ranks."""
-    subprocess.run(torchrun(4, __file__, "meshes", tmp_path), check=True, timeout=300)
+    processes.run(*torchrun(4, __file__, "meshes", tmp_path), check=True)
     expected = whole_tensors()
-    assert same(dcp.read(tmp_path / "some"), expected)
-    held = [load_file(file) for file in sorted((tmp_path / "some").iterdir())]
-    assert len(held) == 4
+    assert same(dcp.read(tmp_path / "saved"), expected)
+    shards = [load_file(file) for file in sorted((tmp_path / "saved").iterdir())]
+    assert len(shards) == 4
     for name, tensor in expected.items():
-        assert sum(some[name].numel() for some in held if name in some) == tensor.numel(), name
+        assert sum(shard[name].numel() for shard in shards if name in shard) == tensor.numel(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["kill", "fill"])
 def test_a_rank_that_fails_during_a_save_loses_only_that_checkpoint(little_data, tmp_path, harm):
     """It is killed, or its disk is full, while it writes its shards of the second checkpoint."""
     run = tmp_path / "run"
-    done = subprocess.run(torchrun(2, __file__, harm, little_data, run), capture_output=True, text=True, timeout=300)
+    done = processes.run(*torchrun(2, __file__, harm, little_data, run))
     assert done.returncode
     (kept,) = checkpoints(run)
     assert kept.name == "step-00000002"
@@ -210,30 +220,27 @@ def test_a_rank_that_fails_during_a_save_loses_only_that_checkpoint(little_data,
         assert folder.with_name(".step-00000004.tmp").exists()
     resumed = training_of(little_data, run, resume=True)
     assert resumed.step == 2
-    resumed.make_step(resumed.data[2])
-    resumed.save()
-    resumed.checkpointing.wait()
+    save_after(resumed, 1)
     assert [path.name for path in (run / "checkpoints").iterdir() if path != kept] == ["step-00000003"]
 
 
 def test_a_file_that_the_manifest_does_not_list_is_damage(little_data, tmp_path):
     training = training_of(little_data, tmp_path / "run")
-    training.make_step(training.data[0])
-    training.save()
-    training.checkpointing.wait()
+    save_after(training, 1)
     (folder,) = checkpoints(tmp_path / "run")
     verify(folder)
-    manifest = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text("{}")
+    listed = folder / "manifest.json"
+    manifest = listed.read_text()
+    listed.write_text("{}")
     with pytest.raises(UserError, match=r"config\.json: unknown: it is not in manifest\.json"):
         verify(folder)
-    (folder / "manifest.json").write_text(manifest)
+    listed.write_text(manifest)
     for outside in ("/etc/passwd", "../../../outside.json"):  # A stranger's manifest opens no other file.
         named = {**json.loads(manifest), outside: {"size": 0, "sha256": ""}}
-        (folder / "manifest.json").write_text(json.dumps(named))
+        listed.write_text(json.dumps(named))
         with pytest.raises(UserError, match=f"{outside}: missing"):
             verify(folder)
-    (folder / "manifest.json").write_text(manifest)
+    listed.write_text(manifest)
     (folder / "model" / "more.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"model/more\.safetensors: unknown: it is not in manifest\.json"):
         verify(folder)
@@ -251,12 +258,10 @@ def test_an_older_checkpoint_that_cannot_be_removed_is_an_error(little_data, tmp
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", refuse)
-    for step in range(2):
-        training.make_step(training.data[step])
-        training.save()
-    with pytest.raises(
-        CheckpointError, match=r"step-00000002: is saved, but an older one could not be removed: .*Perm"
-    ):
+    save_after(training, 1, wait=False)
+    save_after(training, 1, wait=False)
+    told = r"step-00000002: is saved, but an older one could not be removed: .*Perm"
+    with pytest.raises(CheckpointError, match=told):
         training.checkpointing.wait()
     for folder in checkpoints(tmp_path / "run"):
         verify(folder)
@@ -285,12 +290,12 @@ def meshes(folder: Path) -> None:
     distributed.start()
     line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     row, column, all_of_it = Shard(0), Shard(1), Replicate()
-    first = {
+    at_first = {
         "sharded": (line, [row]), "few rows": (line, [row]), "one row": (square, [all_of_it, row]),
         "replicated": (square, [all_of_it, row]), "both ways": (square, [row, column]), "twice": (square, [row, row]),
         "bf16": (line, [row]),
     }  # fmt: skip
-    second = {
+    later = {
         "sharded": (square, [row, column]), "few rows": (square, [row, all_of_it]), "replicated": (line, [row]),
         "both ways": (square, [column, row]), "twice": (line, [all_of_it]), "plain": (line, [row]),
     }  # fmt: skip
@@ -300,17 +305,17 @@ def meshes(folder: Path) -> None:
             name: distribute_tensor(fill(tensor), *where[name]) if name in where else fill(tensor)
             for name, tensor in whole.items()
         }
-        for where, fill in ((first, torch.clone), (second, torch.zeros_like))
+        for where, fill in ((at_first, torch.clone), (later, torch.zeros_like))
     )
-    own = {name: x for name, x in saved.items() if name[-1] == str(distributed.rank()) or "only" not in name}
+    local = {name: x for name, x in saved.items() if name[-1] == str(distributed.rank()) or "only" not in name}
     buffers: dict[str, Tensor] = {}
-    earlier = dcp.stage({name: torch.zeros_like(tensor) for name, tensor in own.items()}, buffers)
-    staged = dcp.stage(own, buffers)
+    earlier = dcp.stage({name: torch.zeros_like(tensor) for name, tensor in local.items()}, buffers)
+    staged = dcp.stage(local, buffers)
     assert all(tensor is earlier[name] for name, tensor in staged.items())
-    (file,) = dcp.save(folder / "some", staged, distributed.new_group(distributed.TIMEOUT))
+    (file,) = dcp.save(folder / "saved", staged, distributed.new_group(distributed.TIMEOUT))
     assert file.name.startswith(f"shard-0000{distributed.rank() + 1}-")
     distributed.barrier()
-    dcp.load(folder / "some", target)
+    dcp.load(folder / "saved", target)
     assert same({name: full_tensor(tensor) for name, tensor in target.items()}, whole)
 
 
@@ -318,9 +323,7 @@ def save(folder: Path, run: Path) -> None:
     """Resumes a run, if there is one, for one step; otherwise trains three, of both tasks. Records all tensors."""
     training = training_of(folder, run, resume=run.exists())
     record(training, run / f"loaded {training.step}.safetensors")
-    for step in range(training.step, training.step + 1 if training.step else 3):
-        training.make_step(training.data[step])
-    training.save()
+    save_after(training, 1 if training.step else 3, wait=False)
     record(training, run / f"saved {training.step}.safetensors")
     training.checkpointing.wait()
 
@@ -334,11 +337,9 @@ def record(training: Trainer, file: Path) -> None:
 def harmed(harm: str, folder: Path, run: Path) -> None:
     """Saves twice. The second time, rank 1 fails."""
     training = training_of(folder, run)
-    for step in range(4):
+    save_after(training, 2)
+    for step in (2, 3):
         training.make_step(training.data[step])
-        if step == 1:
-            training.save()
-            training.checkpointing.wait()
     if distributed.rank() == 1:
         if harm == "fill":
             resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))

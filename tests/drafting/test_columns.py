@@ -19,7 +19,6 @@ def folder(tmp_path, monkeypatch, media_folder):
     for file in media_folder.iterdir():
         if file.suffix != ".txt":
             Path(file.name).write_bytes(file.read_bytes())
-    return tmp_path
 
 
 def write(rows, name="data.jsonl"):
@@ -27,33 +26,41 @@ def write(rows, name="data.jsonl"):
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def numbered(count, **columns):
+    """Rows of a picture and of other columns: texts with the row's number in place of {}, or values that repeat."""
+    return [
+        {"file": "0.png"}
+        | {name: of.format(i) if isinstance(of, str) else of[i % len(of)] for name, of in columns.items()}
+        for i in range(count)
+    ]
+
+
 def tasks(rows, text=None, label=None):
     write(rows)
     return inspect(Candidate({"path": "data.jsonl"}), text, label)[0]
+
+
+def copy(source, target):
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    Path(target).write_bytes(Path(source).read_bytes())
 
 
 def copies(count, kind="png"):
     """The names of this many files."""
     names = [f"copy{i}.{kind}" for i in range(count)]
     for name in names:
-        Path(name).write_bytes(Path(f"0.{kind}").read_bytes())
+        copy(f"0.{kind}", name)
     return names
 
 
-def parts(rows, column):
-    """The values of a column in the rows that the only task trains on, and in those that it holds out."""
-    (task,) = tasks(rows)
-    divided = split(task)
-    train, test = (set(open_candidate(source).column(column)) for source in (divided.train, divided.test))
-    assert train
-    assert test
-    return train, test
-
-
 def test_each_kind_of_media_is_paired_with_the_text():
-    rows = [{"a": f"{i % 3}.png", "b": f"{i % 3}.wav", "c": f"{i % 3}.mp4", "caption": f"text {i}"} for i in range(6)]
-    found = [(task.media.kind, task.text.template) for task in tasks(rows)]
-    assert found == [("image", "caption"), ("audio", "caption"), ("video", "caption")]
+    media = {name: [f"{i}.{kind}" for i in range(3)] for name, kind in (("a", "png"), ("b", "wav"), ("c", "mp4"))}
+    rows = [{name: row[name] for name in (*media, "caption")} for row in numbered(6, **media, caption="text {}")]
+    assert [(task.media.kind, task.text.template) for task in tasks(rows)] == [
+        ("image", "caption"),
+        ("audio", "caption"),
+        ("video", "caption"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -68,27 +75,26 @@ def test_each_kind_of_media_is_paired_with_the_text():
     ],
 )
 def test_names_of_columns_tell_texts_and_classes(column, values, template):
-    (task,) = tasks([{"file": "0.png", column: value} for value in [*values, *values]])
+    (task,) = tasks(numbered(2 * len(values), **{column: values}))
     assert task.text.template == template
 
 
 def test_the_best_text_is_read_and_classes_with_names_are_preferred():
-    texts = ("name", "title", "caption")
-    rows = [{"file": "0.png", **{text: f"{text} {i}" for text in texts}, "label": i % 2} for i in range(20)]
-    (task,) = tasks([{**row, "category": "ab"[i % 2]} for i, row in enumerate(rows)])
+    columns = {name: name + " {}" for name in ("name", "title", "caption")} | {"label": [0, 1]}
+    (task,) = tasks(numbered(20, **columns, category=["a", "b"]))
     assert (task.text.name, task.label.name) == ("caption", "category")
-    (task,) = tasks(rows, text="title", label="label")
+    (task,) = tasks(numbered(20, **columns), text="title", label="label")
     assert (task.text.name, task.label.are_numbers) == ("title", True)
 
 
 def test_numbers_as_classes_make_no_texts():
     for label in (0, 1), ("0", "1"):
-        (task,) = tasks([{"file": "0.png", "label": label[i % 2]} for i in range(4)])
+        (task,) = tasks(numbered(4, label=label))
         assert (task.text, task.label.classes) == (None, list(label))
 
 
 def test_a_chosen_column_may_have_any_name():
-    rows = [{"file": "0.png", "what it shows": f"text {i}", "colour": "ab"[i % 2]} for i in range(6)]
+    rows = numbered(6, **{"what it shows": "text {}", "colour": ["a", "b"]})
     (task,) = tasks(rows, "what it shows", "colour")
     assert (task.text.name, task.label.name) == ("what it shows", "colour")
     with pytest.raises(UserError, match="has no column 'color'; did you mean 'colour'"):
@@ -96,111 +102,108 @@ def test_a_chosen_column_may_have_any_name():
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         (
-            [{"file": "0.png", "what": f"text {i}", "id": i} for i in range(3)],
+            numbered(3, what="text {}", id=[0, 1, 2]),
             r"file has image, but no other column \(what, id\) has a name like caption,.* --text COLUMN or --label",
         ),
-        ([{"file": "0.png", "label": "cat"}] * 3, r"label: expected a class .* in every row, at least two"),
-        ([{"file": "0.png", "label": label} for label in ("a", "b", None) * 9], r"label: expected .* in every row"),
-        ([{"file": "0.png", "label": i} for i in range(9)], r"label: expected .* 2 rows per class"),
-        ([{"file": "0.png", "label": [[1], [2]][i % 2]} for i in range(9)], r"label: expected a class \(a text or"),
-        ([{"file": "0.png", "text": "17"}] * 3, r"no other column \(text\)"),
+        (numbered(3, label=["cat"]), r"label: expected a class .* in every row, at least two"),
+        (numbered(27, label=["a", "b", None]), r"label: expected .* in every row"),
+        (numbered(9, label=[*range(9)]), r"label: expected .* 2 rows per class"),
+        (numbered(9, label=[[1], [2]]), r"label: expected a class \(a text or"),
+        (numbered(3, text="17"), r"no other column \(text\)"),
         ([{"text": f"row {i}"} for i in range(3)], "no column holds media; the others are text"),
-        (
-            [{"file": f"gone{i}.png", "text": "a"} for i in range(3)],
-            r"most of its files cannot be used: .*No such file",
-        ),
-        ([{"file": f"0.{'wav' if i % 2 else 'png'}", "text": "a"} for i in range(8)], "it mixes kinds of media"),
+        (numbered(3, file="gone{}.png", text="a"), r"most of its files cannot be used: .*No such file"),
+        (numbered(8, file=["0.png", "0.wav"], text="a"), "it mixes kinds of media"),
     ],
 )
-def test_what_cannot_be_trained_on_is_told(rows, told):
-    with pytest.raises(UserError, match=told):
+def test_what_cannot_be_trained_on_is_told(rows, message):
+    with pytest.raises(UserError, match=message):
         tasks(rows)
 
 
 def test_rows_without_a_file_or_a_text_are_counted():
-    (task,) = tasks(
-        [{"file": "0.png" if i % 8 else "gone.png", "caption": f"row {i}" if i % 4 else None} for i in range(32)]
-    )
+    (task,) = tasks(numbered(32, file=["gone.png", *["0.png"] * 7], caption=[None, "a", "b", "c"]))
     assert (task.media.bad, task.text.bad) == (1 / 8, 1 / 4)
 
 
 def test_paths_may_start_at_a_folder_beside_the_table_also_of_a_test_split():
     for part in ("train", "test"):
-        Path("set", part, "images").mkdir(parents=True)
-        Path("set", part, "images/0.png").write_bytes(Path("0.png").read_bytes())
-        write([{"file": "0.png", "caption": f"{part} {i}"} for i in range(3)], f"set/{part}/list.jsonl")
+        copy("0.png", f"set/{part}/images/0.png")
+        write(numbered(3, caption=part + " {}"), f"set/{part}/list.jsonl")
     ((_, _, divided),), _ = find_tasks(["set"])
     assert (divided.train["root"], divided.test["root"]) == ("set/train/images", "set/test/images")
 
 
-def test_equal_captions_are_never_in_both_parts():
-    seen, unseen = parts([{"file": f, "caption": f"Caption  {i % 50}"} for i, f in enumerate(copies(200))], "caption")
-    assert not seen & unseen
-    assert len(seen) + len(unseen) == 50
-
-
-def test_one_file_with_several_captions_is_never_in_both_parts():
-    seen, unseen = parts([{"file": f, "caption": f"text {i}"} for i, f in enumerate(copies(30) * 5)], "file")
-    assert not seen & unseen
-
-
-@pytest.mark.parametrize("speakers", [[f"s{i}" for i in range(30)], list(range(30)), list("abcdef")])
-def test_rows_of_one_speaker_are_never_in_both_parts(speakers):
-    rows = [{"sound": "0.wav", "speaker": speakers[i % len(speakers)], "text": f"row {i}"} for i in range(300)]
-    rows = [{**row, "sound": file} for row, file in zip(rows, copies(300, "wav"))]
-    seen, unseen = parts(rows, "speaker")
-    assert not seen & unseen
+@pytest.mark.parametrize(
+    ("column", "rows", "files", "columns"),
+    [
+        ("caption", 200, 200, {"caption": [f"Caption  {i}" for i in range(50)]}),
+        ("file", 150, 30, {"caption": "text {}"}),
+        ("speaker", 300, 300, {"text": "row {}", "speaker": [f"s{i}" for i in range(30)]}),
+        ("speaker", 300, 300, {"text": "row {}", "speaker": [*range(30)]}),
+        ("speaker", 300, 300, {"text": "row {}", "speaker": [*"abcdef"]}),
+    ],
+)
+def test_equal_captions_files_and_speakers_are_never_in_both_parts(column, rows, files, columns):
+    train, test = held_out(numbered(rows, file=copies(files), **columns), column)
+    assert not train & test
+    assert len(train | test) == len(set(columns.get(column, range(files))))
 
 
 def test_texts_that_are_classes_are_in_both_parts():
-    seen, unseen = parts([{"file": f, "name": f"class {i % 20}"} for i, f in enumerate(copies(400))], "name")
-    assert unseen <= seen
+    train, test = held_out(numbered(400, file=copies(400), name=[f"class {i}" for i in range(20)]), "name")
+    assert test <= train
+
+
+def held_out(rows, column):
+    """The values of a column in the rows that the only task trains on, and in those that it holds out."""
+    (task,) = tasks(rows)
+    divided = split(task)
+    train, test = (set(open_candidate(source).column(column)) for source in (divided.train, divided.test))
+    assert train
+    assert test
+    return train, test
 
 
 def test_a_text_that_one_task_holds_out_is_not_trained_on_by_another():
-    files = zip(copies(60), copies(30, "wav") * 2)
-    image, audio = map(split, tasks([{"a": a, "b": b, "caption": f"text {i}"} for i, (a, b) in enumerate(files)]))
+    rows = numbered(60, file=copies(60), sound=copies(30, "wav"), caption="text {}")
+    image, audio = map(split, tasks(rows))
     assert image.test["part"] == audio.test["part"]
 
 
-@pytest.mark.parametrize("files", [["0.png", "1.png", "2.png"] * 20, ["0.png", "1.png", "2.png"]])
-def test_few_items_are_all_trained_on(files):
-    (task,) = tasks([{"file": file, "caption": f"text {i}"} for i, file in enumerate(files)])
-    divided = split(task)
-    assert (divided.test, divided.rows) == (None, len(files))
+@pytest.mark.parametrize("count", [60, 3])
+def test_few_items_are_all_trained_on(count):
+    divided = split(*tasks(numbered(count, file=["0.png", "1.png", "2.png"], caption="text {}")))
+    assert (divided.test, divided.rows) == (None, count)
     assert divided.why.startswith("too few different values of ")
 
 
 def test_a_split_column_is_used():
-    rows = [{"file": "0.png", "text": f"row {i}", "split": ["Train", "val", "test"][i % 3]} for i in range(30)]
-    divided = split(*tasks(rows))
+    divided = split(*tasks(numbered(30, text="row {}", split=["Train", "val", "test"])))
     assert (divided.train["where"], divided.test["where"]) == ({"split": ["Train"]}, {"split": ["val"]})
     assert "its test rows are left" in divided.why
 
 
 def test_a_test_split_without_classes_is_not_used():
-    for part in ("train", "test"):
-        labels = ["cat", "dog"] if part == "train" else [None, None]
-        write([{"file": f, "label": labels[i % 2]} for i, f in enumerate(copies(40))], f"{part}.jsonl")
+    files = copies(40)
+    write(numbered(40, file=files, label=["cat", "dog"]), "train.jsonl")
+    write(numbered(40, file=files, label=[None]), "test.jsonl")
     ((_, _, divided),), _ = find_tasks(["train.jsonl", "test.jsonl"])
     assert divided.test["path"] == "train.jsonl"
 
 
 def test_a_source_that_cannot_be_read_does_not_hide_the_others():
-    write([{"image": "../0.png", "text": f"row {i}"} for i in range(3)], "set/outside.jsonl")
-    write([{"image": "0.png", "text": f"row {i}"} for i in range(3)], "set/good.jsonl")
-    Path("set/0.png").write_bytes(Path("0.png").read_bytes())
+    write(numbered(3, file=["../0.png"], text="row {}"), "set/outside.jsonl")
+    write(numbered(3, text="row {}"), "set/good.jsonl")
+    copy("0.png", "set/0.png")
     Path("set/broken.parquet").write_bytes(b"no parquet")
     Path("set/empty.csv").write_text("")
-    found, notes = find_tasks(["set"])
-    assert [named.task.candidate.place for named in found] == ["set/good.jsonl"]
-    told = "\n".join(notes)
-    assert "broken.parquet is not a readable Parquet file" in told
-    assert "empty.csv" in told
-    assert "set/outside.jsonl" in told
+    named, notes = find_tasks(["set"])
+    assert [task.task.candidate.place for task in named] == ["set/good.jsonl"]
+    for part in ("broken.parquet is not a readable Parquet file", "empty.csv", "set/outside.jsonl"):
+        assert part in "\n".join(notes)
     with pytest.raises(UserError, match=r"nothing to train on: .*broken\.parquet") as error:
         find_tasks(["set/broken.parquet"])
     assert "\n" not in str(error.value)
@@ -210,19 +213,17 @@ def test_a_source_that_cannot_be_read_does_not_hide_the_others():
 
 
 def test_a_folder_without_texts_says_what_to_add_and_may_use_the_names_of_its_files():
-    Path("flat").mkdir()
-    for name in ("a red bicycle", "two dogs"):
-        Path(f"flat/{name}.png").write_bytes(Path("0.png").read_bytes())
+    names = ["a red bicycle", "two dogs"]
+    for name in names:
+        copy("0.png", f"flat/{name}.png")
     with pytest.raises(UserError, match=r"flat: no text or class says what is in its image files; add subfolders"):
         find_tasks(["flat"])
     ((_, task, _),), _ = find_tasks(["flat"], "name")
-    assert task.text.sample == ["a red bicycle", "two dogs"]
+    assert task.text.sample == names
 
 
 def test_a_file_whose_name_is_not_utf8_is_told():
     for name in (b"cat", b"\xff"):
-        folder = Path("named", name.decode(errors="surrogateescape"))
-        folder.mkdir(parents=True)
-        (folder / "0.png").write_bytes(Path("0.png").read_bytes())
+        copy("0.png", Path("named", name.decode(errors="surrogateescape"), "0.png"))
     with pytest.raises(UserError, match="is not UTF-8; rename it"):
         find_tasks(["named"])

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from openimp import cli
 from openimp.common.json_lines import read_lines
 from openimp.drafting.assembling import assemble
 from openimp.drafting.draft import find_tasks, fit
@@ -29,10 +27,17 @@ from openimp.recipe.schema import Recipe
 
 COLORS = {"red": (220, 30, 30), "blue": (40, 50, 220), "green": (30, 200, 40)}
 SHADES = ("bright", "dark", "pale", "dull")
-
-
 CPU = Machine("a CPU", is_gpu=False, memory=8e9, host_memory=16e9, speed=1e11, workers=1)
 GPU = Machine("a GPU", is_gpu=True, memory=7e10, host_memory=1e11, speed=1e14, workers=8)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The current folder is empty."""
+    monkeypatch.chdir(tmp_path)
+    # `datasets` would report a local data set to a server, and keep it in the cache of whoever runs the tests.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub-cache")
 
 
 def examples(count: int = 30) -> list[tuple[str, str, bytes]]:
@@ -47,80 +52,54 @@ def examples(count: int = 30) -> list[tuple[str, str, bytes]]:
     return rows
 
 
-def write_files(folder: str, by_color: bool = False, captions: bool = False) -> list[str]:
-    names = []
+def write_files(folder: str, by_color: bool = False, captions: bool = False) -> None:
     for i, (color, caption, data) in enumerate(examples()):
         file = Path(folder, color if by_color else "", f"{i}.png")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
         if captions:
             file.with_suffix(".txt").write_text(caption, encoding="utf-8")
-        names.append(file.name)
-    return names
 
 
 def write_csv() -> None:
+    write_files("in")
     with open("pictures.csv", "w", newline="", encoding="utf-8") as handle:
         rows = csv.writer(handle)
         rows.writerow(["id", "picture", "caption", "colour"])
-        rows.writerows(
-            [i, name, text, "x"] for i, (name, (_, text, _)) in enumerate(zip(write_files("in"), examples()))
-        )
+        rows.writerows([i, f"{i}.png", caption, "x"] for i, (_, caption, _) in enumerate(examples()))
 
 
-def write_parquet(file: str, numbers: bool = False) -> None:
+def write_parquet(file: str, rows: list[dict]) -> None:
+    """Rows with the pictures of the examples."""
     Path(file).parent.mkdir(exist_ok=True)
-    labels = [list(COLORS).index(color) if numbers else color for color, _, _ in examples()]
-    rows = [{"image": {"bytes": data, "path": None}, "label": label} for label, (*_, data) in zip(labels, examples())]
-    pq.write_table(pa.Table.from_pylist(rows), file)
+    pictures = [{"image": {"bytes": data, "path": None}} for *_, data in examples(len(rows))]
+    pq.write_table(pa.Table.from_pylist([picture | row for picture, row in zip(pictures, rows)]), file)
 
 
-def write_kinds(media_folder: Path, *kinds: str) -> None:
-    """A table of media of these kinds with captions."""
+NAMES = [{"label": color} for color, *_ in examples()]
+NUMBERS = [{"label": i % 3} for i in range(30)]
+
+
+def tasks_of_kinds(media_folder: Path, *kinds: str):
+    """The tasks for a table of media of these kinds with captions."""
     for file in media_folder.glob("*.*"):
         Path(file.name).write_bytes(file.read_bytes())
     rows = [{**{kind: f"{i % 3}.{kind}" for kind in kinds}, "title": f"a {i}"} for i in range(300)]
     Path("all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return find_tasks(["all.jsonl"])[0]
 
 
-@pytest.fixture
-def openimp(tmp_path, monkeypatch, capfd):
-    """Runs the command line in an empty folder: (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-    # `datasets` would report a local data set to a server, and keep it in the cache of whoever runs the tests.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub-cache")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["openimp", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
-
-
-QUICK = [part for change in ("train.steps=20", "train.num_workers=0") for part in ("--set", change)]
 FORMATS = {
     "classes": (lambda: write_files("media", by_color=True), "media"),
     "captions": (lambda: write_files("media", captions=True), "media"),
     "csv": (write_csv, "pictures.csv"),
-    "parquet": (lambda: write_parquet("pictures.parquet"), "pictures.parquet"),
-    "numbers": (lambda: write_parquet("pictures.parquet", numbers=True), "pictures.parquet"),
-    "hub": (lambda: [write_parquet(f"hub/{split}.parquet") for split in ("train", "test")], "hub:hub"),
+    "parquet": (lambda: write_parquet("pictures.parquet", NAMES), "pictures.parquet"),
+    "numbers": (lambda: write_parquet("pictures.parquet", NUMBERS), "pictures.parquet"),
+    "hub": (lambda: [write_parquet(f"hub/{split}.parquet", NAMES) for split in ("train", "test")], "hub:hub"),
 }
 
 
-def test_tars_are_to_be_converted_or_streamed(openimp):
-    with tarfile.open("shard-0.tar", "w"):
-        pass
-    code, out, err = openimp("init", "shard-*.tar")
-    assert (code, out) == (2, "")
-    assert "tars are read as a stream: set stream: true, or convert them to Parquet, which docs/data.md shows" in err
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_drafted_recipe_trains_unchanged_and_is_evaluated(openimp, kind):
     write, path = FORMATS[kind]
@@ -128,22 +107,22 @@ def test_a_drafted_recipe_trains_unchanged_and_is_evaluated(openimp, kind):
     code, text, err = openimp("init", path)
     assert code == 0, err
     Path("mine.yaml").write_text(text, encoding="utf-8")
-    assert openimp("train", "mine.yaml", *QUICK)[0] == 0
-    run = Path("runs") / Recipe.load("mine.yaml").name
-    lines = read_lines(run / "metrics.jsonl")
-    assert lines[-1]["step"] == 20
+    assert openimp("train", "mine.yaml", "--set", "train.steps=20", "--set", "train.num_workers=0")[0] == 0
+    recipe = Recipe.load("mine.yaml")
+    run = Path("runs") / recipe.name
+    assert read_lines(run / "metrics.jsonl")[-1]["step"] == 20
     assert not (run / "skipped.jsonl").exists()
     results = read_lines(run / "results.jsonl")
-    assert {result["set"] for result in results} == Recipe.load("mine.yaml").evaluation.sets.keys() != set()
+    assert {result["set"] for result in results} == recipe.evaluation.sets.keys() != set()
     assert not any(result["skipped"] for result in results)
     if kind == "hub":
-        assert Recipe.load("mine.yaml").sources["hub_test"].split == "test"
+        assert recipe.sources["hub_test"].split == "test"
 
 
+@pytest.mark.slow
 def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
     write_files("classes", by_color=True)
-    steps = ["--set", "train.num_workers=0", "--set", "train.steps=3"]
-    code, _, err = openimp("train", "classes", *steps)
+    code, _, err = openimp("train", "classes", "--set", "train.num_workers=0", "--set", "train.steps=3")
     assert code == 0, err
     assert "to change it: openimp init classes > mine.yaml" in err
     assert Recipe.load("runs/classes/recipe.yaml").sources.keys() == {"classes", "classes_test"}
@@ -157,31 +136,25 @@ def test_data_can_be_trained_on_in_one_step_and_resumed(openimp):
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
-def test_a_recipe_for_any_machine_is_valid_and_its_yaml_says_the_same(tmp_path, monkeypatch, media_folder, machine):
-    monkeypatch.chdir(tmp_path)
-    write_kinds(media_folder, "png", "wav", "mp4")
-    draft = assemble("all", find_tasks(["all.jsonl"])[0], machine)
-    assert Recipe.build(draft.recipe, tmp_path).tasks.keys() == {"all_image", "all_audio", "all_video"}
+def test_a_recipe_for_any_machine_is_valid_and_its_yaml_says_the_same(media_folder, machine):
+    draft = assemble("all", tasks_of_kinds(media_folder, "png", "wav", "mp4"), machine)
+    assert Recipe.build(draft.recipe).tasks.keys() == {"all_image", "all_audio", "all_video"}
     text = write(draft.recipe, draft.comments)
     assert yaml.load(text, RecipeLoader) == draft.recipe
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_batches_are_halved_until_the_step_with_the_most_memory_fits(tmp_path, monkeypatch, media_folder):
+@pytest.mark.slow
+def test_batches_are_halved_until_the_step_with_the_most_memory_fits(media_folder):
     """Which need not be the one with the most FLOPs: clips of one large token have few FLOPs and many bytes."""
-    monkeypatch.chdir(tmp_path)
-    write_kinds(media_folder, "png", "mp4")
-    draft = assemble("all", find_tasks(["all.jsonl"])[0], CPU)
+    draft = assemble("all", tasks_of_kinds(media_folder, "png", "mp4"), CPU)
     draft.recipe["modalities"]["vision"]["patch"] = [8, 32, 32]
     draft.recipe["train"]["precision"] = "bf16"
-    recipe, steps = Recipe.build(draft.recipe, tmp_path), draft.recipe["train"]["steps"]
+    recipe, steps = Recipe.build(draft.recipe), draft.recipe["train"]["steps"]
     modalities = recipe.make_modalities()
     by_view = costs(recipe, modalities, {})
-    counted = {
-        key: step_memory(recipe, modalities, {}, *key, precision=recipe.train.precision, on_gpu=False)
-        for key in by_view
-    }
-    memory = {key: step.peak.total() + step.inputs for key, step in counted.items()}
+    estimates = {key: step_memory(recipe, modalities, {}, *key, precision="bf16", on_gpu=False) for key in by_view}
+    memory = {key: step.peak.total() + step.inputs for key, step in estimates.items()}
     clips, pictures = ("all_video", 0), ("all_image", 0)
     assert memory[clips] == max(memory.values())
     assert by_view[pictures].flops == max(cost.flops for cost in by_view.values())
@@ -196,41 +169,37 @@ def test_batches_are_halved_until_the_step_with_the_most_memory_fits(tmp_path, m
     assert draft.recipe["train"]["steps"] == 2 * steps
 
 
-def test_names_from_the_data_cannot_change_the_recipe(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_names_from_the_data_cannot_change_the_recipe():
     name = "label\nname: stolen\n\u2028seed: 7 #"
-    rows = [{"image": {"bytes": data}, name: color, "on": caption} for color, caption, data in examples()]
-    pq.write_table(pa.Table.from_pylist(rows), "rows.parquet")
+    write_parquet("rows.parquet", [{name: color, "on": caption} for color, caption, _ in examples()])
     draft = assemble("rows", find_tasks(["rows.parquet"])[0], CPU)
     assert yaml.load(write(draft.recipe, draft.comments), RecipeLoader) == draft.recipe
     assert draft.recipe["name"] == "rows"
     assert name in {objective.get("label") for objective in draft.recipe["tasks"]["rows"]["objectives"]}
 
 
-def test_sparse_texts_and_objects_in_a_group_column_are_drafted(openimp):
+def test_sparse_texts_and_objects_in_a_group_column_are_drafted():
     """Three of four texts are missing, and a user is an object."""
-    rows = [
-        {"image": {"bytes": data}, "title": caption if i % 4 == 0 else None, "user": {"id": i % 10}}
-        for i, (_, caption, data) in enumerate(examples(120))
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), "rows.parquet")
-    code, out, err = openimp("init", "rows.parquet")
-    assert code == 0, err
-    recipe = yaml.load(out, RecipeLoader)
+    titles = [caption if i % 4 == 0 else None for i, (_, caption, _) in enumerate(examples(120))]
+    write_parquet("rows.parquet", [{"title": title, "user": {"id": i % 10}} for i, title in enumerate(titles)])
+    recipe = assemble("rows", find_tasks(["rows.parquet"])[0], CPU).recipe
     assert recipe["train"]["max_bad_fraction"] == 1
     assert recipe["sources"]["rows"]["part"]["by"] == "user"
 
 
-def test_the_recipe_names_the_command_that_drafts_it_again(openimp):
+def test_the_recipe_names_the_command_that_drafts_it_again_and_columns_that_are_named_must_fit(openimp):
     write_csv()
     code, out, err = openimp("init", "pictures.csv", "--text", "caption")
     assert code == 0, err
     assert "openimp init pictures.csv --text caption > " in out
+    for option in ("--text", "--label"):
+        code, out, err = openimp("init", "pictures.csv", option, "id")
+        assert (code, out) == (2, "")
+        assert option in err
 
 
-@pytest.mark.parametrize(("option", "column"), [("--text", "id"), ("--label", "id")])
-def test_a_column_that_is_named_must_fit(openimp, option, column):
-    write_csv()
-    code, out, err = openimp("init", "pictures.csv", option, column)
+def test_tars_are_to_be_converted_or_streamed(openimp):
+    tarfile.open("shard-0.tar", "w").close()
+    code, out, err = openimp("init", "shard-*.tar")
     assert (code, out) == (2, "")
-    assert f"{option}" in err
+    assert "tars are read as a stream: set stream: true, or convert them to Parquet, which docs/data.md shows" in err

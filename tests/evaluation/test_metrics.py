@@ -9,27 +9,10 @@ from openimp.common.progress import console
 from openimp.evaluation.metrics import interval
 from openimp.evaluation.results import table
 
-COMMON = {"set": "unseen vendor", "n": 1350, "interval": [0.052, 0.0711], "skipped": 0}
-FOUND = {
-    **COMMON,
-    "type": "retrieval",
-    "task": "image -> text",
-    "r1": 0.0613,
-    "r5": 0.2144,
-    "r10": 0.3,
-    "median_rank": 31.5,
-    "mrr": 0.1234,
-    "chance": 0.0007,
-}
-NAMED = {
-    **COMMON,
-    "set": "groups",
-    "type": "zero_shot",
-    "task": "image -> group",
-    "top1": 0.5,
-    "top5": 1.0,
-    "chance": 0.1,
-}
+COMMON = {"n": 1350, "interval": [0.052, 0.0711], "skipped": 0}
+RETRIEVAL = COMMON | {"set": "unseen vendor", "task": "image -> text", "r1": 0.0613, "r5": 0.2144, "r10": 0.3,
+                      "median_rank": 31.5, "mrr": 0.1234, "chance": 0.0007}  # fmt: skip
+ZERO_SHOT = COMMON | {"set": "groups", "task": "image -> group", "top1": 0.5, "top5": 1.0, "chance": 0.1}
 
 
 @given(st.integers(1, 2000), st.floats(0, 1))
@@ -50,22 +33,18 @@ def test_the_interval_is_that_of_drawing_queries_with_replacement():
     assert interval(hit) == pytest.approx(np.quantile(hit[draws].mean(1), [0.025, 0.975]), abs=0.026)
 
 
-def printed(results) -> list[str]:
-    """The lines of the table in a terminal of 80 columns."""
+def printed(*results) -> tuple[list[str], list[str]]:
+    """The lines of the table in a terminal of 80 columns, and those below the head with single spaces."""
     with console.capture() as captured:
-        console.print(table(results), width=80)
-    return captured.get().splitlines()
-
-
-def cells(lines: list[str]) -> list[str]:
-    """What is below the head, with single spaces."""
+        console.print(table([*results]), width=80)
+    lines = captured.get().splitlines()
     head = next(i for i, line in enumerate(lines) if set(line) == {"─"})
-    return [" ".join(line.split()) for line in lines[head + 1 :]]
+    return lines, [" ".join(line.split()) for line in lines[head + 1 :]]
 
 
 def test_the_table_shows_every_figure_beside_chance():
-    lines = printed([FOUND, {**FOUND, "task": "text -> image"}, NAMED])
-    assert cells(lines)[:5] == [
+    lines, cells = printed(RETRIEVAL, RETRIEVAL | {"task": "text -> image"}, ZERO_SHOT)
+    assert cells[:5] == [
         "unseen vendor",
         "image -> text 1350 6.1 [5.2, 7.1] 21.4 30.0 31.5 0.123 0.07",
         "text -> image 1350 6.1 [5.2, 7.1] 21.4 30.0 31.5 0.123 0.07",
@@ -76,23 +55,19 @@ def test_the_table_shows_every_figure_beside_chance():
     assert len(ends) == 1, "chance stands below chance"
     assert "unreadable" not in " ".join(lines)
     assert "unreliable" not in " ".join(lines)
-    lines = printed([{**FOUND, "n": 50}, {**NAMED, "n": 49}, {**NAMED, "n": 6}])
-    assert "n is below 50, so results and intervals are unreliable: groups" in " ".join(lines)
 
 
-def test_brackets_in_names_are_printed_as_they_are():
-    lines = printed([{**NAMED, "task": "image -> [/b] class [fine]", "set": "a [red] set", "skipped": 1}])
-    assert "image -> [/b] class [fine]" in " ".join(" ".join(lines).split())
-    assert "left out: a [red] set 1" in " ".join(lines)
+def test_the_table_warns_of_few_queries_and_of_unreadable_rows():
+    _, cells = printed(RETRIEVAL | {"n": 50, "skipped": 3}, ZERO_SHOT | {"n": 49}, ZERO_SHOT | {"n": 6})
+    assert "n is below 50, so results and intervals are unreliable: groups" in " ".join(cells)
+    assert "unreadable rows left out: unseen vendor 3" in " ".join(cells)
 
 
-def test_the_table_names_sets_with_unreadable_rows():
-    lines = printed([{**FOUND, "skipped": 3}, NAMED])
-    assert "unreadable rows left out: unseen vendor 3" in " ".join(lines)
-
-
-def test_the_table_fits_80_columns_with_any_name():
-    wide = {**FOUND, "set": "a set with a name that is long " * 3, "n": 1_234_567, "median_rank": 123_456.5}
-    lines = printed([wide])
+def test_the_table_fits_80_columns_with_any_name_and_prints_brackets_as_they_are():
+    _, cells = printed(ZERO_SHOT | {"task": "image -> [/b] class [fine]", "set": "a [red] set", "skipped": 1})
+    assert "image -> [/b] class [fine]" in " ".join(cells)
+    assert "left out: a [red] set 1" in " ".join(cells)
+    wide = {"set": "a set with a name that is long " * 3, "n": 1_234_567, "median_rank": 123_456.5}
+    lines, cells = printed(RETRIEVAL | wide)
     assert max(map(len, lines)) <= 80
-    assert "1234567 6.1 [5.2, 7.1] 21.4 30.0 123456 0.123 0.07" in " ".join(cells(lines))
+    assert "1234567 6.1 [5.2, 7.1] 21.4 30.0 123456 0.123 0.07" in " ".join(cells)

@@ -23,6 +23,7 @@ def folder(media_folder, tmp_path):
     return top
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_table_of_unit_vectors(tiny_model_folder, folder, tmp_path, capsys):
     done = embed(tiny_model_folder, [folder], tmp_path / "new" / "out.parquet", batch_size=2)
     table = pq.read_table(done.out)
@@ -30,14 +31,10 @@ def test_a_folder_becomes_a_table_of_unit_vectors(tiny_model_folder, folder, tmp
     assert str(table.schema.field("embedding").type) == "fixed_size_list<element: float>[32]"
     rows = table.to_pylist()
     assert sorted(row["path"] for row in rows) == sorted(map(str, (folder / "deep").iterdir()))
-    assert {(row["modality"], row["towards"]) for row in rows} == {
-        ("image", "text"),
-        ("video", "text"),
-        ("audio", "text"),
-        ("text", "image"),
-    }
+    towards = {"image": "text", "video": "text", "audio": "text", "text": "image"}
     model = openimp.load(tiny_model_folder)
     for row in rows:
+        assert row["towards"] == towards[row["modality"]]
         path = Path(row["path"])
         value = path.read_text(encoding="utf-8") if row["modality"] == "text" else path
         alone = model.encode(row["modality"], value, normalize=True)[0].cpu()
@@ -45,29 +42,28 @@ def test_a_folder_becomes_a_table_of_unit_vectors(tiny_model_folder, folder, tmp
         assert torch.dot(alone, torch.tensor(row["embedding"])) > 0.999
     assert np.linalg.norm([row["embedding"] for row in rows], axis=1) == pytest.approx(1, abs=1e-5)
     assert done.rows == {"image": 3, "video": 3, "audio": 3, "text": 3}
-    assert [skipped.split(": ")[0] for skipped in done.skipped] == [
-        str(folder / f"broken.{end}") for end in ("png", "txt")
-    ]
+    broken = [str(folder / f"broken.{end}") for end in ("png", "txt")]
+    assert [skipped.split(": ")[0] for skipped in done.skipped] == broken
     assert list(done.unknown.values()) == [1]
     assert "skipped files in folders that no modality of the model reads: ." in str(done)
     printed = capsys.readouterr().out
-    assert "12 embeddings (3 image, 3 text, 3 video, 3 audio)" in printed
-    assert "2 files could not be read" in printed
-    assert str(folder / "broken.png") in printed
+    for part in ("12 embeddings (3 image, 3 text, 3 video, 3 audio)", "2 files could not be read", broken[0]):
+        assert part in printed
 
 
-def test_long_lists_are_written_in_chunks_and_in_order(tiny_model_folder, media_folder, tmp_path, monkeypatch):
-    """Chunks of one file and of all files give the same table, and a bad file in the middle shifts no row."""
+def test_lists_are_written_in_order_whatever_the_batch(tiny_model_folder, media_folder, tmp_path):
+    """A bad file in the middle shifts no row. test_engine.py writes long lists in chunks."""
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"nothing")
     files = [media_folder / "2.png", bad, media_folder / "0.png", media_folder / "2.png", media_folder / "1.png"]
-    whole = pq.read_table(embed(tiny_model_folder, files, tmp_path / "whole.parquet").out)
-    monkeypatch.setattr("openimp.encoding.engine.COPIED_TOGETHER", 1)
-    parts = pq.read_table(embed(tiny_model_folder, files, tmp_path / "parts.parquet", batch_size=1).out)
+    whole, single = (
+        pq.read_table(embed(tiny_model_folder, files, tmp_path / f"{size}.parquet", batch_size=size).out)
+        for size in (64, 1)
+    )
     assert whole["path"].to_pylist() == [str(media_folder / f"{i}.png") for i in (2, 0, 1)]
-    assert parts["path"].to_pylist() == whole["path"].to_pylist()
-    for one, other in zip(parts["embedding"].to_pylist(), whole["embedding"].to_pylist()):
-        assert one == pytest.approx(other, abs=1e-2)
+    assert single["path"].to_pylist() == whole["path"].to_pylist()
+    vectors = (np.stack(table["embedding"].to_pylist()) for table in (whole, single))
+    np.testing.assert_allclose(*vectors, rtol=0, atol=1e-2)
 
 
 def test_a_text_file_that_is_huge_is_skipped(tiny_model_folder, media_folder, tmp_path):
@@ -93,10 +89,8 @@ def test_a_file_whose_name_is_not_utf8_is_skipped_and_named(tiny_model_folder, m
 def test_the_modality_can_be_given_if_the_extension_is_unknown(tiny_model_folder, media_folder, tmp_path):
     nameless = tmp_path / "picture"
     shutil.copy(media_folder / "0.png", nameless)
-    with pytest.raises(
-        UserError,
-        match=r"picture: no extension says whether it is image or text or video or audio; if it is one of these, use",
-    ):
+    told = r"picture: no extension says whether it is image or text or video or audio; if it is one of these, use"
+    with pytest.raises(UserError, match=told):
         embed(tiny_model_folder, [nameless], tmp_path / "out.parquet")
     done = embed(tiny_model_folder, [nameless], tmp_path / "out.parquet", modality="image")
     assert done.rows == {"image": 1}
@@ -104,7 +98,7 @@ def test_the_modality_can_be_given_if_the_extension_is_unknown(tiny_model_folder
 
 def test_towards_selects_the_space_of_texts(tiny_model_folder, media_folder, tmp_path):
     done = embed(tiny_model_folder, [media_folder / "0.txt"], tmp_path / "out.parquet", towards="audio")
-    row = pq.read_table(done.out).to_pylist()[0]
+    (row,) = pq.read_table(done.out).to_pylist()
     text = (media_folder / "0.txt").read_text(encoding="utf-8")
     expected = openimp.load(tiny_model_folder).encode_text(text, towards="audio", normalize=True)[0]
     assert row["towards"] == "audio"
@@ -121,6 +115,7 @@ def test_towards_selects_the_space_of_texts(tiny_model_folder, media_folder, tmp
         (["bad.png"], {"modality": "picture"}, "no modality 'picture'"),
         (["bad.png"], {"towards": "video"}, "no task trains image and video together"),
         (["nothing://x"], {}, "nothing://x: Protocol not known: nothing"),
+        (["bad.png"], {"out": "empty"}, "is a folder"),
     ],
 )
 def test_bad_input_is_reported_and_the_old_table_stays(
@@ -131,9 +126,9 @@ def test_bad_input_is_reported_and_the_old_table_stays(
     (tmp_path / "bad.png").write_bytes(b"no picture")
     (tmp_path / "out.parquet").write_bytes(b"old")
     with pytest.raises(UserError, match=message):
-        embed(tiny_model_folder, files, "out.parquet", **options)
+        embed(tiny_model_folder, files, **{"out": "out.parquet"} | options)
     assert (tmp_path / "out.parquet").read_bytes() == b"old"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.png", "empty", "out.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.png", "empty", "out.parquet"]
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tiny_model_folder, media_folder, tmp_path):
@@ -144,8 +139,3 @@ def test_an_interrupted_run_leaves_nothing_behind(tiny_model_folder, media_folde
     with pytest.raises(KeyboardInterrupt):
         embed(tiny_model_folder, [media_folder], tmp_path / "out.parquet", progress=interrupted)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_table_cannot_replace_a_folder(tiny_model_folder, media_folder, tmp_path):
-    with pytest.raises(UserError, match="is a folder"):
-        embed(tiny_model_folder, [media_folder], tmp_path)

@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,17 @@ def model(tiny_model_folder):
     return openimp.load(tiny_model_folder, device="cpu", precision="fp32")
 
 
+@pytest.fixture
+def model_of(tiny_model):
+    """Makes the untrained model of a recipe."""
+
+    def make(recipe) -> Model:
+        network, modalities = tiny_model(recipe)
+        return Model(network, recipe.to_config({}), modalities, "fp32")
+
+    return make
+
+
 def inputs_of(modality: str, folder: Path) -> list:
     if modality == "text":
         return ["a", "a red square, and a green circle, and a blue line, and noise", "noise", ""]
@@ -36,37 +48,33 @@ def inputs_of(modality: str, folder: Path) -> list:
 @pytest.mark.parametrize(
     "moe", [None, {"experts": 4, "layers": 1}, {"routing": "token_choice", "top_k": 2, "layers": 2}]
 )
-@pytest.mark.parametrize("modality", ["image", "video", "audio", "text"])
-def test_an_embedding_does_not_depend_on_the_rest_of_its_batch(modality, moe, tiny_recipe, tiny_model, media_folder):
-    recipe = tiny_recipe({"moe": moe})
-    model = Model(*(tiny := tiny_model(recipe))[:1], recipe.to_config({}), tiny[1], "fp32")
-    inputs = inputs_of(modality, media_folder)
-    together = model.encode(modality, inputs, normalize=True)
-    alone = torch.cat([model.encode(modality, value, normalize=True) for value in inputs])
-    backwards = model.encode(modality, inputs[::-1], normalize=True, batch_size=2).flip(0)
-    assert (together - alone).abs().max() < 1e-5
-    assert (together - backwards).abs().max() < 1e-5
-    # Different inputs do get different embeddings, or the above would say nothing.
-    assert torch.pdist(together).min() > 1e-3
+def test_an_embedding_does_not_depend_on_the_rest_of_its_batch(moe, tiny_recipe, model_of, media_folder):
+    model = model_of(tiny_recipe({"moe": moe}))
+    for modality in model.modalities:
+        inputs = inputs_of(modality, media_folder)
+        together = model.encode(modality, inputs, normalize=True)
+        alone = torch.cat([model.encode(modality, value, normalize=True) for value in inputs])
+        backwards = model.encode(modality, inputs[::-1], normalize=True, batch_size=2).flip(0)
+        assert (together - alone).abs().max() < 1e-5
+        assert (together - backwards).abs().max() < 1e-5
+        assert torch.pdist(together).min() > 1e-3, "or the lines above would say nothing"
 
 
 @pytest.mark.parametrize(
-    ("modality", "short", "long"),
-    [("video", np.zeros((3, 16, 24, 3)), np.zeros((40, 24, 24, 3))), ("audio", np.zeros(7000), np.zeros(40_000))],
+    ("modality", "shapes"), [("video", [(3, 16, 24, 3), (40, 24, 24, 3)]), ("audio", [7000, 40_000])]
 )
-def test_equal_clips_of_an_item_are_encoded_once(tiny_recipe, tiny_model, modality, short, long):
+def test_equal_clips_of_an_item_are_encoded_once(tiny_recipe, model_of, modality, shapes):
     """And the embedding is that of the mean of all of them."""
-    recipe = tiny_recipe()
-    model = Model(*(tiny := tiny_model(recipe))[:1], recipe.to_config({}), tiny[1], "fp32")
-    reader, view = model.modalities[modality], model.views[modality]
+    model = model_of(tiny_recipe())
+    view, noise = model.views[modality], np.random.default_rng(0)
     view.clips = 4
-    kind, noise = (np.uint8 if modality == "video" else np.float32), np.random.default_rng(0)
-    short, long = ((noise.random(item.shape) * (255 if kind is np.uint8 else 1)).astype(kind) for item in (short, long))
+    kind, scale = (np.uint8, 255) if modality == "video" else (np.float32, 1)
+    short, long = ((noise.random(shape) * scale).astype(kind) for shape in shapes)
     clips = list[int]()
     model.imp.encoder.register_forward_pre_hook(lambda _, inputs: clips.append(sum(map(len, inputs[0]))))
     once = model.encode(modality, [short, short.copy(), long])
     assert sum(clips) == 1 + 1 + 4
-    (clip,) = reader.encode_input(short, view)
+    (clip,) = model.modalities[modality].encode_input(short, view)
     encoder = model.item_encoder(modality, "text", 4, "", normalize=False)
     ((_, repeated),) = encoder.encode([(None, lambda: np.stack([clip] * 4))])
     assert (once[0] - repeated).abs().max() < 1e-6
@@ -80,50 +88,40 @@ def test_a_path_bytes_a_picture_an_array_and_a_tensor_are_the_same_input(model, 
     assert expected.dtype == torch.float32
     for same in (str(path), path.read_bytes(), picture, np.asarray(picture), [path]):
         assert torch.equal(model.encode_image(same), expected)
-    batch = torch.stack([model.preprocess(picture)] * 2)
+    # Worker processes get a pickle of `preprocess` if they are not forked.
+    batch = torch.stack([model.preprocess(picture), pickle.loads(pickle.dumps(model.preprocess))(picture)])
     assert batch.shape == (2, 3, 32, 32)
     torch.testing.assert_close(model.encode_image(batch), expected.expand(2, -1), rtol=0, atol=1e-5)
 
 
-def test_tokenizer_batches_are_the_texts(model):
+def test_tokenizer_batches_are_the_texts_and_padding_changes_no_embedding(model):
     texts = ["a red square", "noise"]
     ids = model.tokenizer(texts)
     assert ids.shape == (2, 8)
     torch.testing.assert_close(model.encode_text(ids), model.encode_text(texts), rtol=0, atol=1e-5)
     assert torch.equal(model.tokenizer("noise"), ids[1:])
-
-
-def test_padding_changes_no_embedding(model):
     ids = model.tokenizer("a")
     assert (ids[0, 3:] == 0).all()
     for length in (3, 5):
         torch.testing.assert_close(model.encode_text(ids[:, :length]), model.encode_text(ids), rtol=0, atol=1e-5)
+    assert model.encode_text(torch.zeros(1, 8, dtype=torch.int64)).isfinite().all(), "a text of pads alone"
 
 
-def test_arrays_are_sounds_and_clips(model, media_folder):
+def test_arrays_are_sounds_and_clips_and_the_clips_of_a_long_item_are_averaged(model, media_folder, tmp_path):
     sound, _ = soundfile.read(media_folder / "2.wav", dtype="int16")
     assert torch.equal(model.encode_audio(sound), model.encode_audio(media_folder / "2.wav"))
-    clip = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), np.uint8)
-    assert model.encode_video([clip, media_folder / "0.mp4"]).shape == (2, 32)
-
-
-def test_samples_with_their_rate_are_the_sound_of_a_file(model, tmp_path):
-    sound = np.random.default_rng(0).normal(0, 0.1, 9000)
-    soundfile.write(tmp_path / "low.wav", sound, 8000)
-    samples, rate = soundfile.read(tmp_path / "low.wav", dtype="float32")
-    found = model.encode_audio({"array": samples, "sampling_rate": rate})
-    torch.testing.assert_close(found, model.encode_audio(tmp_path / "low.wav"), rtol=0, atol=1e-4)
-    with pytest.raises(UserError, match="9000 samples at a sampling rate of 0"):
-        model.encode_audio({"array": samples, "sampling_rate": 0})
-
-
-def test_the_clips_of_a_long_item_are_averaged(model, media_folder):
-    """Two clips of a sound: the mean of what each of them gives alone, as unit vectors."""
-    sound, _ = soundfile.read(media_folder / "2.wav", dtype="int16")
     samples = round(0.512 * 16_000)
-    ends = F.normalize(model.encode_audio([sound[:samples], sound[-samples:]]), dim=-1)
+    ends = model.encode_audio([sound[:samples], sound[-samples:]], normalize=True)
     whole = model.encode_audio(sound, normalize=True)
     torch.testing.assert_close(whole, F.normalize(ends.mean(0, keepdim=True), dim=-1), rtol=0, atol=1e-5)
+    clip = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), np.uint8)
+    assert model.encode_video([clip, media_folder / "0.mp4"]).shape == (2, 32)
+    soundfile.write(tmp_path / "low.wav", np.random.default_rng(0).normal(0, 0.1, 9000), 8000)
+    samples, rate = soundfile.read(tmp_path / "low.wav", dtype="float32")
+    with_rate = model.encode_audio({"array": samples, "sampling_rate": rate})
+    torch.testing.assert_close(with_rate, model.encode_audio(tmp_path / "low.wav"), rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match="9000 samples at a sampling rate of 0"):
+        model.encode_audio({"array": samples, "sampling_rate": 0})
 
 
 def test_normalize_gives_the_direction_of_the_plain_vector(model):
@@ -132,10 +130,7 @@ def test_normalize_gives_the_direction_of_the_plain_vector(model):
     torch.testing.assert_close(unit.norm(dim=-1), torch.ones(2))
     torch.testing.assert_close(F.normalize(plain, dim=-1), unit)
     assert (plain.norm(dim=-1) - 1).abs().min() > 0.1
-
-
-def test_logit_scale_is_the_logarithm_of_the_inverse_temperature(model):
-    assert model.logit_scale.exp().item() == pytest.approx(5.0)  # temperature 0.2
+    assert model.logit_scale.exp().item() == pytest.approx(5.0), "the inverse of the temperature, 0.2"
 
 
 def test_preprocess_and_tokenizer_follow_the_views(tiny_model_folder, media_folder):
@@ -147,6 +142,12 @@ def test_preprocess_and_tokenizer_follow_the_views(tiny_model_folder, media_fold
     assert model.tokenizer("noise").shape == (1, 5)
     tensor = model.preprocess(path)[None]
     torch.testing.assert_close(model.encode_image(tensor), model.encode_image(path), rtol=0, atol=1e-5)
+    model.views["image"].size = 12
+    with pytest.raises(UserError, match=r"views\['image'\]: size: height of 12 pixels is not a multiple of 8"):
+        model.encode_image(path)
+    model.views["text"].length = 100_000
+    with pytest.raises(UserError, match=r"views\['text'\]: length"):
+        model.encode_text("a")
 
 
 def test_vectors_can_be_trained_on_and_tensors_through(model, media_folder):
@@ -157,79 +158,65 @@ def test_vectors_can_be_trained_on_and_tensors_through(model, media_folder):
     assert picture.grad.abs().sum() > 0
 
 
-def test_each_modality_is_encoded_towards_a_sensible_partner(model):
-    assert {name: model.partner(name) for name in model.modalities} == {
-        "image": "text",
-        "video": "text",
-        "audio": "text",
-        "text": "image",
-    }
+def test_each_modality_is_encoded_towards_a_sensible_partner(model, tiny_recipe, model_of):
+    partners = {"image": "text", "video": "text", "audio": "text", "text": "image"}
+    assert {name: model.partner(name) for name in model.modalities} == partners
     assert not torch.equal(model.encode_text("a"), model.encode_text("a", towards="audio"))
     assert torch.equal(model.encode_text("a"), model.encode_text("a", towards="video"))  # they share a head
     for other in ("video", "smell"):
         with pytest.raises(UserError, match=f"no task trains image and {other} together"):
             model.encode_image(np.zeros((9, 9, 3), np.uint8), towards=other)
+    recipe = tiny_recipe()
+    recipe.tasks = dict(reversed(recipe.tasks.items()))
+    assert next(iter(recipe.tasks)) == "audio"
+    assert model_of(recipe).partner("text") == "image"
 
 
-def test_video_is_encoded_by_the_heads_that_it_shares_where_no_task_compares_it(tiny_recipe, tiny_model):
+def test_video_is_encoded_by_the_heads_that_it_shares_where_no_task_compares_it(tiny_recipe, model_of):
     """Of tasks on captioned images and labelled clips, zero-shot video follows."""
     tasks = tiny_recipe().model_dump()["tasks"]
     tasks["video"] |= {"inputs": {"video": "video"}, "objectives": [{"type": "classification", "label": "label"}]}
     del tasks["video"]["views"][0]["text"]
-    tasks = {name: tasks[name] for name in ("image", "video")}
-    recipe = tiny_recipe(tasks=tasks, modalities={"vision": {"patch": [2, 8, 8]}})
-    model = Model(*(tiny := tiny_model(recipe))[:1], recipe.to_config({}), tiny[1])
+    del tasks["audio"]
+    model = model_of(tiny_recipe(tasks=tasks, modalities={"vision": {"patch": [2, 8, 8]}}))
     assert model.partner("video") == "text"
     assert model.encode_video(np.zeros((4, 16, 16, 3), np.uint8)).shape == model.encode_text("a").shape
 
 
-def test_text_prefers_pictures_even_if_another_task_comes_first(tiny_recipe, tiny_model):
-    recipe = tiny_recipe()
-    recipe.tasks = dict(reversed(recipe.tasks.items()))
-    model = Model(*(tiny := tiny_model(recipe))[:1], recipe.to_config({}), tiny[1])
-    assert next(iter(recipe.tasks)) == "audio"
-    assert model.partner("text") == "image"
+def test_a_model_has_methods_of_its_own_modalities_only(model, tiny_recipe, model_of):
+    assert not hasattr(model, "encode_smell")
+    assert {"encode_image", "encode_text", "encode_video", "encode_audio"} <= set(dir(model))
+    tasks = {"audio": tiny_recipe().to_dict()["tasks"]["audio"]}
+    listener = model_of(tiny_recipe(tasks=tasks, modalities={"audio": {"window": 512, "hop": 256, "bins": 32}}))
+    assert not hasattr(listener, "encode_image")
+    assert listener.preprocess is None
+    with pytest.raises(UserError, match="does not read pictures"):
+        _ = listener.logit_scale
 
 
 def test_unreadable_inputs_are_named(model, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n truncated")
-    with pytest.raises(UserError, match=r"broken\.png: cannot be read as image"):
-        model.encode_image([str(broken)])
-    with pytest.raises(UserError, match=r"missing\.wav: cannot be read as audio: no such file"):
-        model.encode_audio("missing.wav")
-    with pytest.raises(UserError, match="input 1: cannot be read as text"):
-        model.encode_text(["a", 7])
+    for modality, value, message in (
+        ("image", [str(broken)], r"broken\.png: cannot be read as image"),
+        ("audio", "missing.wav", r"missing\.wav: cannot be read as audio: no such file"),
+        ("text", ["a", 7], "input 1: cannot be read as text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.encode(modality, value)
 
 
-def test_a_text_without_a_known_word_is_told_once_in_one_line(tiny_recipe, tiny_model, capsys):
+def test_a_text_without_a_known_word_is_told_once_in_one_line(tiny_recipe, model_of, capsys):
     recipe = tiny_recipe()
     recipe.modalities["text"].min_df = 1
-    words = Model(*(tiny := tiny_model(recipe))[:1], recipe.to_config({}), tiny[1])
+    words = model_of(recipe)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         unknown = words.encode_text(["a red", "xylophone", "xylophone"])[1]
         words.encode_text(["xylophone", "oboe\x1b[2J"])
         assert torch.equal(words.encode_text(["a red", ""])[1], unknown)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.splitlines() == [
-        f"{text!r} has no word that the model knows: read as an empty text" for text in ("xylophone", "oboe\x1b[2J")
-    ]
-
-
-def test_a_view_that_does_not_fit_is_told(tiny_model_folder, media_folder):
-    model = openimp.load(tiny_model_folder, device="cpu")
-    model.views["image"].size = 12
-    with pytest.raises(UserError, match=r"views\['image'\]: size: height of 12 pixels is not a multiple of 8"):
-        model.encode_image(media_folder / "0.png")
-    model.views["text"].length = 100_000
-    with pytest.raises(UserError, match=r"views\['text'\]: length"):
-        model.encode_text("a")
-
-
-def test_a_text_of_pads_alone_is_no_nan(model):
-    assert model.encode_text(torch.zeros(1, 8, dtype=torch.int64)).isfinite().all()
+    told = "has no word that the model knows: read as an empty text\n"
+    assert capsys.readouterr() == ("", f"'xylophone' {told}'oboe\\x1b[2J' {told}")
 
 
 def test_a_model_file_cannot_ask_for_more_layers_than_it_has(tiny_model_folder, tmp_path):
@@ -239,11 +226,6 @@ def test_a_model_file_cannot_ask_for_more_layers_than_it_has(tiny_model_folder, 
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"config\.json asks for 1000000000 layers, but the weights are only"):
         openimp.load(folder)
-
-
-def test_an_unknown_modality_is_no_method(model):
-    assert not hasattr(model, "encode_smell")
-    assert {"encode_image", "encode_text", "encode_video", "encode_audio"} <= set(dir(model))
 
 
 def test_save_and_load_give_the_same_model(model, tmp_path, media_folder):
@@ -326,60 +308,7 @@ def test_a_model_of_the_hub_is_named_with_its_revision(tiny_model_folder, tiny_r
         open_warm_start(tiny_recipe(train={"init": "them/model@v1"}), {})
 
 
-def test_a_modality_from_outside_the_package_is_encoded(tmp_path, monkeypatch, tiny_recipe, tiny_model):
-    """Registered as any installed package would be: by an entry point in its metadata."""
-    info = tmp_path / "trace-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trace\nVersion: 1\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text("[openimp.modalities]\ntrace = trace:Trace\n", encoding="utf-8")
-    (tmp_path / "trace.py").write_text(
-        """
-import numpy as np
-import torch
-from openimp.common.modality import Modality, StemSpec, Tokens
-
-
-class Trace(Modality):
-    name = stem = "trace"
-
-    def stem_spec(self):
-        return StemSpec(values=3, axes=(16,))
-
-    def check(self, view):
-        pass
-
-    def length(self, view):
-        return 16
-
-    def decode(self, raw, views, rng=None):
-        return np.asarray(raw, np.float32)
-
-    def transform(self, item, view, rng):
-        return item if rng is not None else item[None]
-
-    def tokens(self, items, view, rngs):
-        return Tokens(torch.from_numpy(items), torch.arange(16).expand(len(items), -1)[..., None])
-""",
-        encoding="utf-8",
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    task = {
-        "source": "all",
-        "inputs": {"trace": "x", "text": "y"},
-        "objectives": [{"type": "contrastive"}],
-        "views": [{"text": {"length": 8}}],
-    }
-    recipe = tiny_recipe(tasks={"traces": task}, modalities={})
-    imp, modalities = tiny_model(recipe)
-    model = Model(imp, recipe.to_config({}), modalities)
-    traces = [np.random.default_rng(i).normal(size=(16, 3)) for i in range(3)]
-    assert model.encode_trace(traces).shape == (3, 32)
-    assert (model.partner("trace"), model.partner("text")) == ("text", "trace")
-    assert model.preprocess is None
-    with pytest.raises(UserError, match="does not read pictures"):
-        _ = model.logit_scale
-
-
+@pytest.mark.slow
 def test_import_is_quick_and_imports_no_torch():
     code = (
         "import sys, time; start = time.perf_counter(); import openimp; spent = time.perf_counter() - start\n"

@@ -47,12 +47,13 @@ def cells(card: ModelCard, title: str) -> list[list[str]]:
     return [html.unescape(line).strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")][2:]
 
 
-def test_a_pushed_model_is_loaded_from_the_hub_by_its_name(little_run, server, media_folder):
+def test_a_pushed_model_is_loaded_from_the_hub_by_its_name_and_a_private_one_is_never_made_public(
+    little_run, server, media_folder
+):
     push(little_run, "me/little", private=True, license="mit")
     assert server.private == {"me/little": True}
     assert {"README.md", "config.json", "tokenizer.json", "recipe.yaml"} <= server.files["me/little"].keys()
-    (message,) = server.messages
-    assert message.startswith("little, ")
+    assert server.messages[0].startswith("little, ")
     ours, theirs = openimp.load(little_run, "cpu"), openimp.load("hub:me/little", "cpu")
     picture = media_folder / "0.png"
     assert torch.equal(theirs.encode_image(picture), ours.encode_image(picture))
@@ -62,8 +63,6 @@ def test_a_pushed_model_is_loaded_from_the_hub_by_its_name(little_run, server, m
     push(little_run, "me/little")
     assert len(server.messages) == 2, "a second push is a second commit"
 
-
-def test_a_private_push_never_reaches_a_public_repository(little_run, server):
     push(little_run, "me/open")
     before = dict(server.files["me/open"])
     with pytest.raises(UserError, match=r"^me/open exists and is public; "):
@@ -82,16 +81,13 @@ def test_the_card_says_what_the_model_was_trained_on_and_what_it_can_do(written,
         ["pictures", "pictures", "24", str(totals["named"]["examples"]), "not stated"],
         ["sounds", "sounds.jsonl", "15", str(totals["heard"]["examples"]), "CC-BY-4.0"],
     ]
-    results = read_lines(little_run / "results.jsonl")
-    shown = cells(card, "Results")
-    assert [row[:3] for row in shown] == [
-        ["colours (training data)", results[0]["task"], "top-1"],
-        ["tones (training data)", "audio -> text", "R@1"],
-        ["tones (training data)", "text -> audio", "R@1"],
-    ]
-    tones, (low, high) = results[-1], results[-1]["interval"]
+    colours, _, tones = read_lines(little_run / "results.jsonl")
+    low, high = tones["interval"]
     figures = [f"{100 * tones['r1']:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %", "33.3 %", "3", "15"]
-    assert shown[-1][3:] == figures
+    first, second, third = cells(card, "Results")
+    assert first[:3] == ["colours (training data)", colours["task"], "top-1"]
+    assert second[:3] == ["tones (training data)", "audio -> text", "R@1"]
+    assert third == ["tones (training data)", "text -> audio", "R@1", *figures]
 
 
 def test_the_code_on_the_card_runs(written, media_folder, tmp_path, monkeypatch):
@@ -199,39 +195,55 @@ def test_the_licenses_of_all_bundled_data_are_known():
     assert BUNDLED_LICENSES.keys() == {file.name for file in DEMO.glob("*.parquet")}
 
 
-def test_what_cannot_be_pushed_is_said_in_one_sentence(little_run, tiny_model_folder, tmp_path, monkeypatch):
-    for name in ("little", "a/b/c", "me/", "me/a b", "me/a..b"):
-        with pytest.raises(UserError, match=f"^{name}: expected OWNER/NAME, "):
-            push(little_run, name)
-    with pytest.raises(UserError, match=r"^--license Apache 2: expected the Hub's identifier of a license"):
-        push(little_run, "me/little", tmp_path / "out", license="Apache 2")
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    with pytest.raises(UserError, match=r"^you are not logged in to the Hugging Face Hub: run `hf auth login`"):
-        push(little_run, "me/little")
-    with pytest.raises(UserError, match="no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME"):
-        push(tmp_path / "missing", "me/little", tmp_path / "out")
+def test_what_cannot_be_pushed_is_said_in_one_sentence(little_run, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="full: expected a new or empty folder"):
-        push(little_run, "me/little", tmp_path / "full")
-    with pytest.raises(UserError, match=r"--set train\.steps=1: only the license of a source can be changed"):
-        push(little_run, "me/little", tmp_path / "out", overrides=["train.steps=1"])
-    with pytest.raises(UserError, match=r"license=MIT: the recipe has no such source; did you mean 'sounds'\?"):
-        push(little_run, "me/little", tmp_path / "out", overrides=["sources.sound.license=MIT"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    out = tmp_path / "out"
+    for arguments, options, message in (
+        *(
+            ((little_run, name), {}, f"^{name}: expected OWNER/NAME, ")
+            for name in ("little", "a/b/c", "me/", "me/a b", "me/a..b")
+        ),
+        (
+            (little_run, "me/little", out),
+            {"license": "Apache 2"},
+            "^--license Apache 2: expected the Hub's identifier of a license",
+        ),
+        ((little_run, "me/little"), {}, "^you are not logged in to the Hugging Face Hub: run `hf auth login`"),
+        (
+            (tmp_path / "missing", "me/little", out),
+            {},
+            "no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME",
+        ),
+        ((little_run, "me/little", tmp_path / "full"), {}, "full: expected a new or empty folder"),
+        (
+            (little_run, "me/little", out),
+            {"overrides": ["train.steps=1"]},
+            r"--set train\.steps=1: only the license of a source can be changed",
+        ),
+        (
+            (little_run, "me/little", out),
+            {"overrides": ["sources.sound.license=MIT"]},
+            r"license=MIT: the recipe has no such source; did you mean 'sounds'\?",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            push(*arguments, **options)
 
 
-def test_a_hub_that_cannot_be_reached_is_said_in_one_sentence(tiny_model_folder, server, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    with pytest.raises(UserError, match=r"^me/little: the upload to the Hugging Face Hub failed: .*refused"):
-        push(tiny_model_folder, "me/little")
-
-
-def test_what_the_hub_refuses_is_said_in_one_sentence(tiny_model_folder, server, monkeypatch):
+def test_what_the_hub_refuses_and_a_hub_that_cannot_be_reached_are_said_in_one_sentence(
+    tiny_model_folder, server, monkeypatch
+):
+    told = "^me/little: the upload to the Hugging Face Hub failed: "
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(UserError, match=r"^me/little: the upload to the Hugging Face Hub failed: ") as error:
+    with pytest.raises(UserError, match=told) as error:
         push(tiny_model_folder, "me/little")
     assert "\n" not in str(error.value)
     assert "hf_wrong" not in str(error.value)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    with pytest.raises(UserError, match=f"{told}.*refused"):
+        push(tiny_model_folder, "me/little")

@@ -36,9 +36,7 @@ def test_texts_and_files_of_all_modalities_may_be_in_one_list(model, theirs, med
     close(found[[1, 5]], model.encode_image([files[0]] * 2))
     close(found[2:3], model.encode_audio(files[1]))
     close(found[3:4], model.encode_video(files[2]))
-
-
-def test_one_input_gives_one_vector(model, theirs, media_folder):
+    # One input gives one vector.
     close(theirs.encode("a red square"), model.encode_text("a red square")[0])
     close(theirs.encode(str(media_folder / "0.png")), model.encode_image(media_folder / "0.png")[0])
     close(theirs.encode("0.png"), model.encode_text("0.png")[0])  # There is no such file here, so it is a text.
@@ -83,14 +81,8 @@ def test_the_library_saves_and_loads_the_model(theirs, tmp_path):
 def test_what_the_model_cannot_encode_is_said_in_one_sentence(theirs, tmp_path):
     (tmp_path / "notes.docx").touch()
     for value, message in (
-        (
-            {"text": "a", "image": np.zeros((9, 9, 3), np.uint8)},
-            "an input is image and text, but the model encodes ",
-        ),
-        (
-            {"role": "user", "content": "a"},
-            "an input is message, but the model encodes one of image, text",
-        ),
+        ({"text": "a", "image": np.zeros((9, 9, 3), np.uint8)}, "an input is image and text, but the model encodes "),
+        ({"role": "user", "content": "a"}, "an input is message, but the model encodes one of image, text"),
         (tmp_path / "notes.docx", "its extension is not that of a file that the model reads"),
         (tmp_path / "missing.png", "cannot be read as image"),
         (7, "Unsupported input type: int"),

@@ -78,6 +78,7 @@ def test_the_planned_passes_are_those_that_are_made(chunk_size):
         assert torch.equal(encoded[name].features, tokens.values)
 
 
+@pytest.mark.slow
 def test_less_memory_for_the_same_batch_and_all_flops_are_counted(little_data, tmp_path, peak_bytes):
     large = [
         "model={width: 32, heads: 2, mlp_dim: 128, layers: 4, embed_dim: 32, moe: {experts: 2, layers: 2}}",

@@ -16,13 +16,8 @@ def small(space: str = "disjoint", pairs=(("image", "text"), ("video", "text")),
     torch.manual_seed(0)
     config = Model(width=32, layers=2, heads=2, mlp_dim=64, embed_dim=16, space=space, **options)
     stems = {"vision": StemSpec(24, (4, 4)), "text": StemSpec(50, (16,), table=True)}
-    return IMP(
-        config,
-        stems,
-        {"image": "vision", "video": "vision", "text": "text"},
-        pairs,
-        {"pictures-label": 7},
-    ).eval()
+    by_modality = {"image": "vision", "video": "vision", "text": "text"}
+    return IMP(config, stems, by_modality, pairs, {"pictures-label": 7}).eval()
 
 
 def texts(lengths: list[int], total: int) -> Tokens:
@@ -73,14 +68,6 @@ def test_positions_are_looked_up_by_coordinate():
     torch.testing.assert_close(stem(subset), stem(tokens)[:, keep])
     moved = Tokens(tokens.values, tokens.coords.flip(1))
     assert not torch.allclose(stem(moved), stem(tokens))
-
-
-def test_features_are_the_mean_of_the_valid_tokens():
-    model, tokens = small(), texts([3, 16], 16)
-    (x,), _ = model.encoder([model.stems["text"](tokens)], [tokens.mask])
-    x = model.stems["text"].after(x)
-    expected = torch.stack([x[0, :3].mean(0), x[1].mean(0)])
-    torch.testing.assert_close(model.encode({"text": tokens}).features, expected)
 
 
 @pytest.mark.parametrize("own", [0, 1])
@@ -163,42 +150,34 @@ def test_stems_may_have_first_blocks_of_their_own(own):
     assert not torch.allclose(model.encode({"text": text}).features, alone["text"].features)
 
 
-def test_a_disjoint_space_has_a_head_for_each_direction_of_each_pair():
+def test_heads_are_shared_by_stem_or_by_modality_in_disjoint_and_joint_spaces():
+    """What image and text learn of each other serves video, even where no task has video and text."""
+    x = torch.randn(3, 32)
     model = small("disjoint", share_heads=False)
     assert sorted(model.projections) == ["image-to-text", "text-to-image", "text-to-video", "video-to-text"]
-    x = torch.randn(3, 32)
     assert not torch.allclose(model.project(x, "text", "image"), model.project(x, "text", "video"))
     with pytest.raises(KeyError):
         model.project(x, "image", "video")
-
-
-def test_modalities_of_one_stem_share_heads_and_temperature():
-    """So what image and text learn of each other serves video, even where no task has video and text."""
     model = small("disjoint")
     assert sorted(model.projections) == ["text-to-vision", "vision-to-text"]
-    assert model.temperature("video", "text") is model.temperature("text", "image")
-    x = torch.randn(3, 32)
     assert torch.equal(model.project(x, "video", "text"), model.project(x, "image", "text"))
-    assert sorted(small("joint").projections) == ["text", "vision"]
     images_only = small("disjoint", pairs=[("image", "text")])
     assert images_only.share_a_space("video", "text")
     assert not images_only.share_a_space("video", "image")
-
-
-def test_a_joint_space_has_a_head_for_each_modality():
+    assert sorted(small("joint").projections) == ["text", "vision"]
     model = small("joint", share_heads=False)
     assert sorted(model.projections) == ["image", "text", "video"]
-    x = torch.randn(3, 32)
     assert torch.equal(model.project(x, "text", "image"), model.project(x, "text", "video"))
-    vectors = model.project(x, "image", "video")
-    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(model.project(x, "image", "video").norm(dim=-1), torch.ones(3))
 
 
-def test_each_pair_has_a_temperature_in_either_order():
+def test_each_pair_has_a_temperature_in_either_order_or_shares_it_with_those_of_its_stems():
     model = small(init_temperature=0.2, share_heads=False)
     assert model.temperature("text", "image") is model.temperature("image", "text")
     assert model.temperature("text", "image") is not model.temperature("video", "text")
     assert model.temperature("video", "text").scale.item() == pytest.approx(5)
+    shared = small("disjoint")
+    assert shared.temperature("video", "text") is shared.temperature("text", "image")
 
 
 def test_the_scale_is_kept_below_100_and_can_come_back():
@@ -214,11 +193,9 @@ def test_the_scale_is_kept_below_100_and_can_come_back():
     temperature.scale.backward()
     assert temperature.temperature.grad.item() == pytest.approx(-(100**2))
 
-
-def test_a_scale_that_another_process_updates_is_left_alone():
-    temperature = Temperature(0.001)
-    temperature.clamp()
-    assert temperature.scale.item() == pytest.approx(1000)
+    updated = Temperature(0.001)  # As another process updates it.
+    updated.clamp()
+    assert updated.scale.item() == pytest.approx(1000)
 
 
 def test_tables_and_heads_start_as_in_the_release():
@@ -235,13 +212,16 @@ def test_tables_and_heads_start_as_in_the_release():
 
 def test_the_pairs_of_a_recipe_are_those_of_its_objectives(tiny_recipe):
     task = {"source": "all", "inputs": {"video": "v", "audio": "a", "text": "t"}}
-    some = {"type": "contrastive", "pairs": [["video", "audio"]]}
+    seen_and_heard = {"type": "contrastive", "pairs": [["video", "audio"]]}
 
     def pairs(*objectives):
         recipe = tiny_recipe(tasks={"one": {**task, "objectives": list(objectives)}})
         return [pair.modalities for pair in recipe.to_config({}).pairs]
 
-    assert pairs(some) == [("audio", "video")]
+    assert pairs(seen_and_heard) == [("audio", "video")]
     assert pairs({"type": "contrastive"}) == [("audio", "text"), ("audio", "video"), ("text", "video")]
     assert pairs({"type": "classification", "label": "x"}) == []
-    assert pairs(some, {"type": "contrastive", "pairs": [["text", "audio"]]}) == [("audio", "text"), ("audio", "video")]
+    assert pairs(seen_and_heard, {"type": "contrastive", "pairs": [["text", "audio"]]}) == [
+        ("audio", "text"),
+        ("audio", "video"),
+    ]

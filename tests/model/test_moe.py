@@ -192,12 +192,15 @@ def test_shapes_follow_from_shapes_alone():
 
 
 def test_the_z_loss_is_the_mean_squared_logsumexp_of_the_valid_tokens():
+    """And so is what the router learns from it."""
     layer = layer_of(experts=3, z_loss=0.5)
     x, valid = batch_of(0, [4, 2], 4)
     logits = x[valid] @ layer.router.weight_ED.T
-    assert apply(layer, x, valid)[1].aux.item() == pytest.approx(
-        0.5 * logits.exp().sum(-1).log().square().mean().item(), rel=1e-5
-    )
+    expected = 0.5 * logits.exp().sum(-1).log().square().mean()
+    aux = apply(layer, x, valid)[1].aux
+    torch.testing.assert_close(aux, expected, rtol=1e-5, atol=0)
+    gradients = (torch.autograd.grad(loss, layer.router.weight_ED)[0] for loss in (aux, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_the_balance_loss_is_experts_times_load_times_probability():
@@ -213,18 +216,6 @@ def test_the_balance_loss_is_experts_times_load_times_probability():
     with torch.no_grad():
         layer.router.weight_ED.copy_(torch.tensor([50.0, 0.0, 0.0])[:, None].expand(3, WIDTH))
     assert apply(layer, x.abs(), valid)[1].aux.item() == pytest.approx(2.0 * 3, rel=1e-4)
-
-
-def test_the_losses_reach_the_router_and_the_experts_learn():
-    layer = layer_of(experts=3)
-    x, valid = batch_of(0, [5, 5], 5)
-    out, stats = apply(layer, x, valid)
-    (router,) = torch.autograd.grad(stats.aux, layer.router.weight_ED, retain_graph=True)
-    assert router.abs().sum() > 0
-    out.square().sum().backward()
-    for parameter in layer.parameters():
-        assert parameter.grad is not None
-        assert parameter.grad.flatten(1).abs().sum(1).gt(0).all(), "an expert has no gradient"
 
 
 def test_usage_is_only_computed_if_it_is_collected():

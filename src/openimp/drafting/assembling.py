@@ -72,9 +72,7 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine) -> Draft:
     comments = dict(COMMENTS)
     for named in tasks:
         split = named.split
-        recipe["sources"] |= _sources(named, views, machine)
-        recipe["tasks"][named.name] = _task(named, views, machine)
-        recipe["evaluation"]["sets"] |= _sets(named, views)
+        _add(recipe, named, views, machine)
         count = f"{counted(split.rows, 'row')}, and {split.test_rows:,} for evaluation"
         comments["sources"] += f"\n{named.name}: {count} ({split.why})."
     needed = [sizing.steps(split.rows, recipe["tasks"][name]["batch_size"]) for name, _, split in tasks]
@@ -86,51 +84,42 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine) -> Draft:
     return Draft(recipe, comments)
 
 
-def _sources(named: NamedTask, views: dict[str, Any], machine: Machine) -> dict[str, Any]:
-    name, task, split = named
-    fits = sizing.fits_cache(task.media.sample, views[task.media.kind], split.rows, machine)
-    sources = {name: {**split.train, "cache": "memory" if fits else "none"}}
-    return {**sources, f"{name}_test": split.test} if split.test else sources
-
-
-def _task(named: NamedTask, views: dict[str, Any], machine: Machine) -> dict[str, Any]:
+def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machine: Machine) -> None:
+    """Adds a task, its sources, and its evaluation sets: zero-shot or else retrieval, and the trained classes."""
     name, task, split = named
     kind: str = task.media.kind
     inputs = {kind: task.media.name}
-    view = {kind: views[kind]}
+    text_input = {"text": task.text.template} if task.text else {}
+    text_view = {"text": views["text"]} if task.text else {}
+    fits = sizing.fits_cache(task.media.sample, views[kind], split.rows, machine)
+    recipe["sources"][name] = {**split.train, "cache": "memory" if fits else "none"}
+    if split.test:
+        recipe["sources"][f"{name}_test"] = split.test
     objectives: list[dict[str, Any]] = []
     if task.text:
-        inputs["text"] = task.text.template
-        view["text"] = views["text"]
         objectives.append({"type": "contrastive", "positives_by": split.item if task.text.items else task.text.name})
     if task.label:
         weight = 0.2 if task.text else 1.0
         objectives.append({"type": "classification", "label": task.label.name, "weight": weight})
-    return {
+    recipe["tasks"][name] = {
         "source": name,
-        "inputs": inputs,
+        "inputs": inputs | text_input,
         "objectives": objectives,
         "batch_size": sizing.batch_size(kind, split.rows, machine),
-        "views": [{**view, "weight": 1}, {**view, kind: {**views[kind], "drop_tokens": 0.5}, "weight": 3}],
+        "views": [
+            {kind: views[kind], **text_view, "weight": 1},
+            {kind: {**views[kind], "drop_tokens": 0.5}, **text_view, "weight": 3},
+        ],
     }
-
-
-def _sets(named: NamedTask, views: dict[str, Any]) -> dict[str, Any]:
-    """The evaluation sets of a task: by the names of classes or else by retrieval, and by its trained classes."""
-    name, task, split = named
-    kind: str = task.media.kind
-    inputs = {kind: task.media.name}
+    sets = recipe["evaluation"]["sets"]
     view = {kind: {key: value for key, value in views[kind].items() if key != "flip"}}
     rows = {"source": f"{name}_test" if split.test else name, "inputs": inputs, "view": view}
-    sets: dict[str, Any] = {}
     if task.text and task.text.items:
-        with_text = {"inputs": {**inputs, "text": task.text.template}, "view": {**view, "text": views["text"]}}
-        sets[name] = {"type": "retrieval", **rows, **with_text}
+        sets[name] = {"type": "retrieval", **rows, "inputs": inputs | text_input, "view": view | text_view}
     elif task.text:
         sets[name] = {"type": "zero_shot", **rows, "label": task.text.name, "prompts": [PROMPTS[task.media.kind]]}
     if task.label and split.test and split.trains_test_classes:
         sets[f"{name}_classes"] = {"type": "classification", "task": name, **rows, "label": task.label.name}
-    return sets
 
 
 def source_name(place: str) -> str:

@@ -120,13 +120,20 @@ def inspect(
     if chosen_label and label is None:
         raise UserError(f"--label: {'; '.join(notes)}")
     text = next((text for text in texts if text.name not in minimum), None)
-    tasks = [
-        TaskDraft(candidate, source, table, each, text or (label and _from_classes(label, each.kind)), label, by_use)
-        for each in media
-        if text or label
-    ]
-    if not tasks:
+    if not media or not (text or label):
         raise UserError("; ".join([*notes, _what_to_add(candidate, media, plain_columns)]))
+    tasks = [
+        TaskDraft(
+            candidate,
+            source,
+            table,
+            media=column,
+            text=text or (label and _from_classes(label, column.kind)),
+            label=label,
+            by_use=by_use,
+        )
+        for column in media
+    ]
     used = {*tasks[0].columns, *by_use["split"], *by_use["group"], "__key__"}
     if unused := [name for name in plain_columns if name not in used]:
         notes.append(f"columns {_listed(unused)}")
@@ -157,14 +164,13 @@ def sample(table: Table, columns: Sequence[str], count: int) -> dict[str, list[A
 
 def with_root(source: dict[str, Any], table: Table, first_rows: dict[str, list[Any]]) -> dict[str, Any]:
     """A source, with the folder beside its table where the paths in the rows start, if they do not start at its own."""
-    paths = [
-        value for values in first_rows.values() if _are_paths(values) for value in values if isinstance(value, str)
-    ]
-    if "path" not in source or table.root is None or any(_exists(table.root, path) for path in paths):
+    if "path" not in source or table.root is None:
         return source
-    for folder in subfolders(table.root)[:MAX_ROOTS]:
-        if any(_exists(table.root / folder, path) for path in paths):
-            return {**source, "root": str(Path(source["path"]).parent / folder)}
+    columns = [values for values in first_rows.values() if _are_paths(values)]
+    paths = [value for values in columns for value in values if isinstance(value, str)]
+    for folder in (None, *subfolders(table.root)[:MAX_ROOTS]):
+        if any(_exists(table.root / (folder or ""), path) for path in paths):
+            return source if folder is None else {**source, "root": str(Path(source["path"]).parent / folder)}
     return source
 
 
@@ -183,8 +189,10 @@ def _are_paths(values: Sequence[Any]) -> bool:
 
 def _are_media(values: Sequence[Any]) -> bool:
     """Whether values are bytes, `{bytes, path}` or names of media files."""
-    are_objects = any(isinstance(value, dict) and value.keys() & {"bytes", "path"} for value in values)
-    return are_objects or any(isinstance(value, bytes) for value in values) or _are_paths(values)
+    has_bytes = any(
+        isinstance(value, bytes) or (isinstance(value, dict) and value.keys() & {"bytes", "path"}) for value in values
+    )
+    return has_bytes or _are_paths(values)
 
 
 def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[str]) -> list[MediaColumn]:
@@ -213,12 +221,13 @@ def _media_columns(table: Table, first_rows: dict[str, list[Any]], notes: list[s
 
 def _by_use(names: Sequence[str]) -> dict[str, list[str]]:
     """The columns of each use, the best name first. A template cannot name columns with braces, * or outer spaces."""
-    left = {name: re.split(r"[^a-z0-9]+", name.lower()) for name in names if not re.search(r"[{}*]|^\s|\s$", name)}
+    words = {name: re.split(r"[^a-z0-9]+", name.lower()) for name in names if not re.search(r"[{}*]|^\s|\s$", name)}
     by_use: dict[str, list[str]] = {}
     for use, known in NAMES.items():
-        by_use[use] = [name for word in known for name, words in left.items() if word in words]
-        left = {name: words for name, words in left.items() if name not in by_use[use]}
-    return {use: list(dict.fromkeys(columns)) for use, columns in by_use.items()}
+        by_use[use] = list(dict.fromkeys(name for word in known for name in words if word in words[name]))
+        for name in by_use[use]:
+            del words[name]
+    return by_use
 
 
 def _text_columns(table: Table, names: Sequence[str]) -> list[TextColumn]:

@@ -106,11 +106,10 @@ def find_tasks(
             unused.append(f"{place}: its name is not UTF-8; rename it")
             continue
         try:
-            found, notes = inspect(candidate, text, label)
+            new_tasks, notes = inspect(candidate, text, label)
+            tasks += new_tasks
         except (UserError, OSError) as error:
-            unused.append(f"{place}: {shown(str(error).removeprefix('source data: '), limit=1000)}")
-            continue
-        tasks += found
+            notes = [shown(str(error).removeprefix("source data: "), limit=1000)]
         unused += [f"{place}: {note}" for note in notes]
     if not tasks:
         raise UserError(f"nothing to train on: {'; '.join(unused[:5])}")

@@ -118,12 +118,12 @@ def _shards(tables: list[Path]) -> list[str]:
     def pattern_of(table: Path) -> str:
         return str(table.with_name(re.sub(r"\d+", "*", table.name)))
 
-    found = []
+    paths = []
     for pattern, group in groupby(sorted(tables, key=pattern_of), key=pattern_of):
         shards = sorted(map(str, group))
         is_pattern = len(shards) > 1 and sorted(glob.glob(pattern)) == shards
-        found += [pattern] if is_pattern else shards
-    return found
+        paths += [pattern] if is_pattern else shards
+    return paths
 
 
 def _join_splits(candidates: list[Candidate]) -> list[Candidate]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from openimp.common.device import pick_device
+from openimp.common.errors import counted
 from openimp.planning.gpus import USABLE, peak_flops
 
 MFU = 0.2
@@ -34,17 +35,17 @@ class Machine:
 def this_machine() -> Machine:
     """Measures this machine, in a fraction of a second."""
     device = pick_device()
-    speed = MFU * peak_flops(device, "auto")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    host = _host_memory()
-    if device.type == "cuda":
-        memory = USABLE * torch.cuda.get_device_properties(device).total_memory
-        return Machine(torch.cuda.get_device_name(device), True, memory, host, speed, max(1, min(8, cores - 1)))
-    name = f"a CPU with {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    return Machine(name, False, HOST_SHARE * host, host, speed, max(1, min(4, cores // 4)))
-
-
-def _host_memory() -> float:
+    host_memory = 8 * 2.0**30  # Windows: a small computer is assumed.
     if hasattr(os, "sysconf"):
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return 8 * 2.0**30  # Windows: a small computer is assumed.
+        host_memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    is_gpu = device.type == "cuda"
+    if is_gpu:
+        name = torch.cuda.get_device_name(device)
+        memory = USABLE * torch.cuda.get_device_properties(device).total_memory
+        workers = min(8, cores - 1)
+    else:
+        name = f"a CPU with {counted(torch.get_num_threads(), 'thread')}"
+        memory = HOST_SHARE * host_memory
+        workers = min(4, cores // 4)
+    return Machine(name, is_gpu, memory, host_memory, speed=MFU * peak_flops(device, "auto"), workers=max(1, workers))

@@ -37,7 +37,7 @@ def view(kind: str, sample: Sequence[Probed], machine: Machine) -> dict[str, Any
         return {"seconds": round(count * patch, 3)}
     side = median(probed.side for probed in sample)
     sizes = (32, 64, 128, 224) if machine.is_gpu else (32, 64)
-    size = max([each for each in sizes if each <= side], default=sizes[0])
+    size = max((size for size in sizes if size <= side), default=sizes[0])
     if kind == "image":
         return {"size": size}
     frames = 16 if machine.is_gpu else 8

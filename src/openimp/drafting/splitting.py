@@ -33,64 +33,85 @@ def split(task: TaskDraft) -> Split:
     """Divides the rows of a task: as the data itself does, or else by a hash of a column."""
     unused = ""
     if test := task.candidate.held_out:
-        why = f"{shown(test.get('path') or test['split'])} holds the latter"
-        given = _given_split(task, task.source, test, why)
-        if isinstance(given, Split):
-            return given
-        unused = f"; {shown(test.get('path') or test['split'])} is not used: {given}"
+        place = shown(test.get("path") or test["split"])
+        try:
+            return _given_split(task, task.source, test, f"{place} holds the latter")
+        except UserError as error:
+            unused = f"; {place} is not used: {str(error).removeprefix('source data: ')}"
     for column in task.by_use["split"]:
         values: dict[str, list[str]] = {"train": [], "val": [], "test": []}
         for value in sorted({str(value) for value in task.table.column(column)}):
             values.setdefault(ROLES.get(value.lower(), ""), []).append(value)
         held_out = values["val"] or values["test"]
-        if values["train"] and held_out:
-            why = f"column {shown(column)} says so"
-            if values["val"] and values["test"]:
-                why += "; its test rows are left for a last test"
-            train, test = ({**task.source, "where": {column: chosen}} for chosen in (values["train"], held_out))
-            given = _given_split(task, train, test, why)
-            if isinstance(given, Split):
-                return given
-            unused = f"; the split in column {shown(column)} is not used: {given}"
+        if not values["train"] or not held_out:
+            continue
+        why = f"column {shown(column)} says so"
+        if values["val"] and values["test"]:
+            why += "; its test rows are left for a last test"
+        train, test = ({**task.source, "where": {column: chosen}} for chosen in (values["train"], held_out))
+        try:
+            return _given_split(task, train, test, why)
+        except UserError as error:
+            reason = str(error).removeprefix("source data: ")
+            unused = f"; the split in column {shown(column)} is not used: {reason}"
     by_hash = _by_hash(task)
     return by_hash._replace(why=by_hash.why + unused)
 
 
-def _given_split(task: TaskDraft, train: dict[str, Any], test: dict[str, Any], why: str) -> Split | str:
-    """The split that the data itself has, or the reason why it cannot be used."""
-    try:
-        table = task.table if train is task.source else open_candidate(train)
-        held_out = open_candidate(test)
-        held_out.require(task.columns)
-        test = with_root(test, held_out, sample(held_out, [task.media.name], PROBED_ROWS))
-    except UserError as error:
-        return str(error).removeprefix("source data: ")
+def _given_split(task: TaskDraft, train: dict[str, Any], test: dict[str, Any], why: str) -> Split:
+    """The split that the data itself has. UserError if it cannot be used."""
+    table = task.table if train is task.source else open_candidate(train)
+    held_out = open_candidate(test)
+    held_out.require(task.columns)
+    test = with_root(test, held_out, sample(held_out, [task.media.name], PROBED_ROWS))
     classes = _classes(table, task)
     test_classes = _classes(held_out, task)
     if None in test_classes:
-        return "some of its rows have no class"
-    item, _ = _items(task)
-    return Split(train, test, len(table), len(held_out), why, item, list(classes), test_classes <= classes)
+        raise UserError("some of its rows have no class")
+    return Split(
+        train,
+        test,
+        rows=len(table),
+        test_rows=len(held_out),
+        why=why,
+        item=_items(task)[0],
+        classes=list(classes),
+        trains_test_classes=test_classes <= classes,
+    )
 
 
 def _by_hash(task: TaskDraft) -> Split:
     rows = len(task.table)
     item, items = _items(task)
-    labels = task.table.column(task.label.name) if task.label else []
     classes = _classes(task.table, task)
+    whole = Split(
+        train=task.source,
+        test=None,
+        rows=rows,
+        test_rows=0,
+        why=f"too few different values of {shown(item or 'rows')} to hold any out, so evaluation is no test",
+        item=item,
+        classes=list(classes),
+        trains_test_classes=True,
+    )
     if items < MIN_ITEMS:
-        why = f"too few different values of {shown(item or 'rows')} to hold any out, so evaluation is no test"
-        return Split(task.source, None, rows, 0, why, item, list(classes), True)
+        return whole
     groups = [name for name in task.by_use["group"] if len(set(_keys(task.table, name))) >= MIN_GROUPS]
     by = next(iter([*groups, *([item] if item else []), *task.by_use["path"]]), None)
-    of = max(10, rows // TEST_ROWS)
-    numbers = task.table.parts(of, by)
-    sizes = Counter(numbers)
-    part = min(sizes, key=lambda number: (abs(sizes[number] - rows / of), number))
-    train, test = ({**task.source, "part": {"of": of, choice: [part], "by": by}} for choice in ("drop", "keep"))
-    why = f"1 of {of} parts is held out" + (f"; rows with equal {shown(by)} stay together" if by else "")
-    trained = {label for label, number in zip(labels, numbers) if number != part}
-    return Split(train, test, rows - sizes[part], sizes[part], why, item, list(classes), classes <= trained)
+    parts = max(10, rows // TEST_ROWS)
+    part_of_row = task.table.parts(parts, by)
+    sizes = Counter(part_of_row)
+    held_out = min(sizes, key=lambda part: (abs(sizes[part] - rows / parts), part))
+    train, test = ({**task.source, "part": {"of": parts, choice: [held_out], "by": by}} for choice in ("drop", "keep"))
+    labels = task.table.column(task.label.name) if task.label else []
+    return whole._replace(
+        train=train,
+        test=test,
+        rows=rows - sizes[held_out],
+        test_rows=sizes[held_out],
+        why=f"1 of {parts} parts is held out" + (f"; rows with equal {shown(by)} stay together" if by else ""),
+        trains_test_classes=classes <= {label for label, part in zip(labels, part_of_row) if part != held_out},
+    )
 
 
 def _items(task: TaskDraft) -> tuple[str | None, int]:

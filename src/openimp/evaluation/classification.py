@@ -7,32 +7,32 @@ Shape suffixes: N examples, K classes, D width, Z features of the shared embeddi
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from openimp.common.errors import UserError
 from openimp.common.schema import as_text
 from openimp.data.batch import head_key
 from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import find_classes, index_of, sort_classes
-from openimp.encoding.items import require_columns, require_pair
+from openimp.encoding.items import require_pair
 from openimp.evaluation import zero_shot
-from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows, readable_rows
+from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows
 from openimp.evaluation.metrics import accuracy, average_precision, interval
 from openimp.evaluation.retrieval import SIMILARITIES, ranks
 from openimp.parallel.layout import full_tensor, reshard
 from openimp.recipe.evaluation import ClassHead, ZeroShot
 
 
-@dataclass(frozen=True)
-class Labels:
-    """The labels of a source's rows."""
+class Labels(NamedTuple):
+    """What the labels of a source's rows are. They are compared as text, because CSV cells have no type."""
 
-    values: list[Any]  # for each row its class, a list of classes, or an `Unreadable`
-    classes: list[Any]  # all classes that the model can choose
+    names: list[Any]  # of all classes that the model can choose
+    class_index: dict[str, int]  # by the label as text
     lists: bool  # whether a row may have any number of classes
     splits: dict[str, list[int]]  # the rows of each test split; empty if there are no splits
 
@@ -61,16 +61,16 @@ class Classified(Predicted):
         metrics = self._metrics(np.arange(len(self.rank)))
         if not self.splits:
             return metrics
-        parts = {name: self._metrics(some) for name, some in self.splits.items()}
+        parts = {name: self._metrics(examples) for name, examples in self.splits.items()}
         means = {key: float(np.mean([part[key] for part in parts.values()])) for key in ("top1", "per_class", "top5")}
         weight = np.zeros(len(self.rank))
-        for some in self.splits.values():
-            weight[some] += 1 / len(some)
+        for examples in self.splits.values():
+            weight[examples] += 1 / len(examples)
         return {**metrics, **means, "interval": interval(self.rank == 1, weight), "splits": parts}
 
-    def _metrics(self, some: np.ndarray) -> dict[str, Any]:
-        top5 = float((self.rank[some] <= 5).mean())
-        return accuracy(self.rank[some] == 1, self.truth[some], len(self.classes)) | {"top5": top5}
+    def _metrics(self, examples: np.ndarray) -> dict[str, Any]:
+        rank = self.rank[examples]
+        return accuracy(rank == 1, self.truth[examples], len(self.classes)) | {"top5": float((rank <= 5).mean())}
 
 
 @dataclass(frozen=True)
@@ -89,24 +89,43 @@ class MultiLabel(Predicted):
         return average_precision(self.score_NK, self.hot_NK)
 
 
-def check(evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table: Table) -> tuple[Labels, list[Any]]:
-    """Finds the errors that would stop `classify`, without encoding anything: a missing column, a row without a class
-    or with one that the model cannot choose, a class without a name, or a head that the model does not have.
-
-    Returns the labels, and the names of the classes.
-    """
-    ((seen, spec),) = options.inputs.items()
-    require_columns(table, evaluator.modalities[seen], spec, where)
+def check(evaluator: Evaluator, options: ZeroShot | ClassHead, where: str, table: Table) -> Labels:
+    """Reads the labels, and finds the errors that would stop `classify`, without encoding anything: a row without a
+    class or split or with a class that the model cannot choose, a class without a name, classes that are equal as text,
+    or a head that the model does not have."""
+    table.require([options.label], where)
+    values = table.column(options.label)
+    known: Iterable[Any] | None
     if isinstance(options, ZeroShot):
+        (seen,) = options.inputs
         require_pair(evaluator.model, seen, options.reader, where)
-        labels = read_labels(options, where, table, options.classes)
-        return labels, zero_shot.class_names(labels.classes, options, f"{where}: source {table.name}")
-    column = evaluator.recipe.class_column(options, where)
-    head = _head(evaluator, options)
-    if head not in evaluator.classes:
-        raise UserError(f"{where}: the model has no head that tasks.{options.task} trained on {options.label!r}")
-    labels = read_labels(options, where, table, evaluator.classes[head], column.has_lists)
-    return labels, labels.classes
+        known = options.classes
+        lists = any(isinstance(value, list) for value in values)
+    else:
+        lists = evaluator.recipe.class_column(options, where).has_lists
+        known = evaluator.classes.get(_head(evaluator, options))
+        if known is None:
+            raise UserError(f"{where}: the model has no head that tasks.{options.task} trained on {options.label!r}")
+    column = f"{where}: column {options.label!r} of source {table.name}"
+    rows_by_class = find_classes(table, options.label, values, lists, where)
+    classes = sort_classes(rows_by_class) if known is None else list(known)
+    if not classes:
+        raise UserError(f"{column}: no row that can be read has a class")
+    index = {as_text(label): i for i, label in enumerate(classes)}
+    for i, label in enumerate(classes):
+        if index[as_text(label)] != i:
+            raise UserError(
+                f"{column}: class {label!r} and another one are both {as_text(label)!r} as text; rename one"
+            )
+    for label, row in rows_by_class.items():
+        index_of(as_text(label), index, f"{column}: {table.row_name(row)}")
+    if not isinstance(options, ZeroShot):
+        return Labels(classes, index, lists, {})
+    if options.splits and lists:
+        raise UserError(f"{where}: splits need rows with one class each, not lists of classes")
+    splits = _read_splits(options.splits, where, table) if options.splits else {}
+    names = zero_shot.class_names(classes, options, f"{where}: source {table.name}")
+    return Labels(names, index, lists, splits)
 
 
 def classify(
@@ -115,74 +134,60 @@ def classify(
     """Predicts the class of each row, and returns the rows that could be read. Without any, also in one of the test
     splits, there is a UserError."""
     (seen,) = options.inputs
-    labels, names = check(evaluator, options, where, table)
+    labels = check(evaluator, options, where, table)
     if isinstance(options, ZeroShot):
-        towards, classes_KZ = options.reader, zero_shot.class_embeddings(evaluator, options, names)
+        classes_KZ = zero_shot.class_embeddings(evaluator, options, labels.names)
+        z_NZ, truths, readable = evaluator.encode_labelled(options, where, table, options.reader)
     else:
-        head: Any = evaluator.model.get_submodule(f"classifiers.{_head(evaluator, options)}")
-        reshard(evaluator.model)  # An earlier pass may have left it gathered, in bf16.
-        # The bias is the weight of a feature that is always 1.
-        weight_KD, bias_K = full_tensor(head.weight.detach()), full_tensor(head.bias.detach())
-        towards, classes_KZ = None, torch.cat([weight_KD, bias_K[:, None]], dim=1)
-    encoded = evaluator.encode(options, seen, table, towards)
-    readable = readable_rows(table, [encoded], where, labels.values)
-    z_NZ = encoded.embeddings[torch.from_numpy(encoded.item[readable.row])]
-    z_NZ = z_NZ if towards else F.pad(z_NZ, (0, 1), value=1.0)
-    index = {as_text(label): i for i, label in enumerate(labels.classes)}
-    truths = [labels.values[i] for i in readable.row]
+        classes_KZ = _head_vectors(evaluator, options)
+        features_ND, truths, readable = evaluator.encode_labelled(options, where, table, None)
+        z_NZ = F.pad(features_ND, (0, 1), value=1.0)
     if labels.lists:
-        hot_NK = np.zeros((len(truths), len(names)), bool)
+        hot_NK = np.zeros((len(truths), len(labels.names)), bool)
         for hot_K, truth in zip(hot_NK, truths):
-            hot_K[[index[as_text(label)] for label in truth or []]] = True
+            hot_K[[labels.class_index[as_text(label)] for label in truth or []]] = True
         if not hot_NK.any():
             raise UserError(f"{where}: no row that can be read has a class in column {options.label!r}")
         return MultiLabel(seen, options.label, (z_NZ @ classes_KZ.T).cpu().numpy(), hot_NK), readable
-    truth_N = np.array([index[as_text(label)] for label in truths], np.int64)
-    rank_N = ranks(z_NZ, classes_KZ, np.stack([np.arange(len(truths)), truth_N], axis=1))
-    parts = z_NZ.split(max(1, SIMILARITIES // len(classes_KZ)))
-    predicted_N = torch.cat([(part @ classes_KZ.T).argmax(1) for part in parts]).cpu().numpy()
-    splits = {name: np.flatnonzero(np.isin(readable.row, labels.splits[name])) for name in sorted(labels.splits)}
-    for name, some in splits.items():
-        if not len(some):
+    truth_N = np.array([labels.class_index[as_text(label)] for label in truths], np.int64)
+    blocks = z_NZ.split(max(1, SIMILARITIES // len(classes_KZ)))
+    splits = {name: np.flatnonzero(np.isin(readable.row, rows)) for name, rows in sorted(labels.splits.items())}
+    for name, examples in splits.items():
+        if not len(examples):
             raise UserError(f"{where}: no row of split {name!r} can be read; leave the split out with where")
-    return Classified(seen, options.label, names, readable.row, truth_N, predicted_N, rank_N, splits), readable
-
-
-def read_labels(
-    options: ZeroShot | ClassHead, where: str, table: Table, known: Iterable[Any] | None, lists: bool | None = None
-) -> Labels:
-    """Reads and checks the labels of a source's rows. Labels are compared as text, because CSV cells have no type.
-
-    `known` are all classes; None: those that occur in the rows. `lists`: whether the rows hold lists of classes; None:
-    they do if any row does. A row without a class or split, an unknown class, and classes that are equal as text are
-    UserErrors.
-    """
-    column, splits = options.label, options.splits if isinstance(options, ZeroShot) else None
-    table.require([column, *([splits] if splits else [])], where)
-    values, name = table.column(column), f"{where}: column {column!r} of source {table.name}"
-    lists = any(isinstance(value, list) for value in values) if lists is None else lists
-    found = find_classes(table, column, values, lists, where)
-    classes = sort_classes(found) if known is None else list(known)
-    if not classes:
-        raise UserError(f"{name}: no row that can be read has a class")
-    index = {as_text(label): i for i, label in enumerate(classes)}
-    for i, label in enumerate(classes):
-        if index[as_text(label)] != i:
-            raise UserError(f"{name}: class {label!r} and another one are both {as_text(label)!r} as text; rename one")
-    for label, row in found.items():
-        index_of(as_text(label), index, f"{name}: {table.row_name(row)}")
-    if splits and lists:
-        raise UserError(f"{where}: splits need rows with one class each, not lists of classes")
-    parts: dict[str, list[int]] = {}
-    for row, value in enumerate(table.column(splits) if splits else []):
-        names = value if isinstance(value, list) else [value]
-        if not names or any(split is None or isinstance(split, Unreadable) for split in names):
-            name = f"{where}: column {splits!r} of source {table.name}"
-            raise UserError(f"{name}: {table.row_name(row)} is in no split; leave it out with where")
-        for split in names:
-            parts.setdefault(as_text(split), []).append(row)
-    return Labels(values, classes, lists, parts)
+    classified = Classified(
+        seen,
+        options.label,
+        classes=labels.names,
+        row=readable.row,
+        truth=truth_N,
+        predicted=torch.cat([(block @ classes_KZ.T).argmax(1) for block in blocks]).cpu().numpy(),
+        rank=ranks(z_NZ, classes_KZ, np.stack([np.arange(len(truths)), truth_N], axis=1)),
+        splits=splits,
+    )
+    return classified, readable
 
 
 def _head(evaluator: Evaluator, options: ClassHead) -> str:
     return head_key(evaluator.recipe.tasks[options.task].source, options.label)
+
+
+def _head_vectors(evaluator: Evaluator, options: ClassHead) -> Tensor:
+    """(K, D + 1) the weights of a head, and its bias as the weight of a feature that is always 1."""
+    head: Any = evaluator.model.get_submodule(f"classifiers.{_head(evaluator, options)}")
+    reshard(evaluator.model)  # An earlier pass may have left it gathered, in bf16.
+    return torch.cat([full_tensor(head.weight.detach()), full_tensor(head.bias.detach())[:, None]], dim=1)
+
+
+def _read_splits(column: str, where: str, table: Table) -> dict[str, list[int]]:
+    """The rows of each test split. A row in no split is a UserError."""
+    table.require([column], where)
+    splits: dict[str, list[int]] = {}
+    for row, value in enumerate(table.column(column)):
+        names = value if isinstance(value, list) else [value]
+        if not names or any(name is None or isinstance(name, Unreadable) for name in names):
+            place = f"column {column!r} of source {table.name}: {table.row_name(row)}"
+            raise UserError(f"{where}: {place} is in no split; leave it out with where")
+        for name in names:
+            splits.setdefault(as_text(name), []).append(row)
+    return splits

@@ -9,7 +9,7 @@ from openimp.common.errors import UserError, nearest
 from openimp.common.modality import Classes, Modalities
 from openimp.data.sources import open_source
 from openimp.data.tables import Table
-from openimp.encoding.items import Progress
+from openimp.encoding.items import Progress, require_columns, require_pair
 from openimp.evaluation import classification, probe, retrieval
 from openimp.evaluation.evaluator import Evaluator, Predicted
 from openimp.evaluation.provenance import checkpoint_fields, data_fields, how_fields
@@ -54,20 +54,21 @@ def evaluate(
         UserError: there is no evaluation set of such a name.
         NotMeasured: a set cannot be measured. The others are measured before.
     """
-    evaluator = Evaluator(model, recipe, modalities, classes or {}, progress, watch)
+    evaluator = Evaluator(model, recipe, modalities, classes or {}, progress=progress, watch=watch)
     names = list(recipe.evaluation.sets if sets is None else sets)
     for name in names:
         if name not in recipe.evaluation.sets:
             raise UserError(f"no evaluation set is called {name!r}{nearest(name, recipe.evaluation.sets)}")
-    reasons, results = [], []
+    reasons: list[str] = []
+    results: list[dict[str, Any]] = []
     for name in names:
         try:
             results += measure(evaluator, name, _open_together(evaluator, name), step)[0]
         except UserError as error:
             where = f"evaluation.sets.{name}"
             reasons.append(str(error) if where in str(error) else f"{where}: {error}")
-    by = checkpoint_fields(model, modalities)
-    results = [result | by for result in results]
+    provenance = checkpoint_fields(model, modalities)
+    results = [result | provenance for result in results]
     if reasons:
         raise NotMeasured(reasons, results)
     return results
@@ -81,17 +82,21 @@ def check_sets(model: Embedder, recipe: Recipe, modalities: Modalities, classes:
 
 def open_set(evaluator: Evaluator, name: str) -> dict[str, Table]:
     """Opens and checks the sources of an evaluation set, and returns them by name."""
-    options, where = evaluator.recipe.evaluation.sets[name], f"evaluation.sets.{name}"
+    where = f"evaluation.sets.{name}"
+    options = evaluator.recipe.evaluation.sets[name]
     tables = {}
-    for used in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
-        table = open_source(used, evaluator.recipe.sources[used])
+    for source in [options.source, *([options.train] if isinstance(options, Probe) else [])]:
+        table = open_source(source, evaluator.recipe.sources[source])
         if not isinstance(table, Table):
-            raise UserError(f"{where}: source {used} is streamed, but evaluation needs a table; name one")
-        tables[used] = table
+            raise UserError(f"{where}: source {source} is streamed, but evaluation needs a table; name one")
+        for side, spec in options.inputs.items():
+            require_columns(table, evaluator.modalities[side], spec, where)
+        tables[source] = table
     if isinstance(options, Probe):
-        probe.check(evaluator, options, where, tables)
+        probe.check(options, where, tables)
     elif isinstance(options, Retrieval):
-        retrieval.check(evaluator, options, where, tables[options.source])
+        a, b = options.inputs
+        require_pair(evaluator.model, a, b, where)
     else:
         classification.check(evaluator, options, where, tables[options.source])
     return tables
@@ -113,25 +118,27 @@ def measure(
     the predictions of another set. If too few rows can be read, that is a UserError.
     """
     recipe, modalities, model = evaluator.recipe, evaluator.modalities, evaluator.model
-    options, where = recipe.evaluation.sets[name], f"evaluation.sets.{name}"
-    table, train = tables[options.source], {}
-    found: Sequence[Predicted]
+    where = f"evaluation.sets.{name}"
+    options = recipe.evaluation.sets[name]
+    table = tables[options.source]
+    train = {}
+    predictions: Sequence[Predicted]
     if (progress := evaluator.progress) is not None:
         evaluator = replace(evaluator, progress=lambda items, description: progress(items, f"{name}: {description}"))
     training = model.training
     model.eval()
     try:
         if isinstance(options, Probe):
-            found, readable, learned = probe.probe(evaluator, options, where, tables)
+            predictions, readable, learned = probe.probe(evaluator, options, where, tables)
             train = {"train": {"n": len(learned.row), **data_fields(recipe, tables[options.train], learned)}}
         elif isinstance(options, Retrieval):
-            found, readable = retrieval.retrieve(evaluator, options, where, table)
+            predictions, readable = retrieval.retrieve(evaluator, options, where, table)
         else:
             classified, readable = classification.classify(evaluator, options, where, table)
-            found = [classified]
+            predictions = [classified]
     finally:
         model.train(training)
     precision = precision_of(next(model.parameters()).device, recipe.train.precision)
     about = {**data_fields(recipe, table, readable), **train, **how_fields(recipe, modalities, options, precision)}
     kind = {"set": name, "type": options.type, "step": step}
-    return [{**kind, "task": item.task, **item.metrics(), **about} for item in found], found
+    return [{**kind, "task": predicted.task, **predicted.metrics(), **about} for predicted in predictions], predictions

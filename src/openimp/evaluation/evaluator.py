@@ -7,10 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from openimp.common.cache import stable_hash
@@ -22,7 +22,7 @@ from openimp.encoding.engine import ItemEncoder
 from openimp.encoding.items import Progress, Raw, raw_values
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import all_gather_object, all_gather_uneven, own_part
-from openimp.recipe.evaluation import EvaluationSet
+from openimp.recipe.evaluation import ClassHead, EvaluationSet, Probe, ZeroShot
 from openimp.recipe.schema import Recipe
 
 
@@ -46,10 +46,10 @@ class Predicted(ABC):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One input of all rows of a source. Equal values are encoded once."""
+    """One input of all rows of a source. Each rank encodes equal values once."""
 
-    embeddings: Tensor  # (N, Z) unit vectors, or (N, D) features, fp32, of the distinct values
-    item: np.ndarray  # (R,) int64, the index of each row's embedding; -1 if the row cannot be read
+    embeddings: Tensor  # (N, Z) unit vectors, or (N, D) features, fp32, of the values
+    item: np.ndarray  # (R,) int64, the index of each row's embedding, equal for equal values; -1: it cannot be read
     bad: dict[int, str]  # the reason why a row cannot be read, by row
     keys: list[str]  # a string per row, which identifies the row's value
 
@@ -61,6 +61,23 @@ class ReadableRows:
     row: np.ndarray  # int64, the numbers of the rows
     skipped: list[str]  # "row: reason" for each other row
     content: str  # a hash of everything that was read: media, texts, labels, and their order
+
+
+class LabelledRows(NamedTuple):
+    """The rows of a source with a label, as far as they can be read."""
+
+    vectors: Tensor  # (N, Z) or (N, D)
+    labels: list[Any]  # the column's value of each row
+    readable: ReadableRows
+
+
+class _RankRows(NamedTuple):
+    """What one rank read of one input."""
+
+    keys: list[str]  # of each row
+    items: list[str]  # of each row; rows with equal values have the same item
+    readable: list[str]  # the distinct items that could be read, in the order of their vectors
+    unreadable: dict[str, str]  # the reason for each other item
 
 
 @dataclass(frozen=True)
@@ -84,30 +101,38 @@ class Evaluator:
         Each rank reads and encodes an equal part of the rows. All ranks get the result for all rows.
         """
         encoder = self.item_encoder(name, options.view[name], towards)
-        keys: list[str] = []
-        items: list[str] = []
+        part = _RankRows([], [], [], {})
 
         def distinct() -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
             seen = set()
             rows = own_part(len(table))
             for key, value in raw_values(table, encoder.modality, options.inputs[name], rows, self.progress):
                 item = f"text:{text_key(value)}" if isinstance(value, str) else key
-                keys.append(key)
-                items.append(item)
+                part.keys.append(key)
+                part.items.append(item)
                 if item not in seen:
                     seen.add(item)
                     yield item, partial(_read, encoder, value)
 
-        good: list[str] = []
         vectors: list[Tensor] = []
-        bad: dict[str, str] = {}
         for item, vector in encoder.encode(distinct()):
             if isinstance(vector, BadMedia):
-                bad[item] = str(vector)
+                part.unreadable[item] = str(vector)
             else:
-                good.append(item)
+                part.readable.append(item)
                 vectors.append(vector)
-        return _merge(all_gather_uneven(encoder.stack(vectors)), all_gather_object((keys, items, good, bad)))
+        return _merge(all_gather_uneven(encoder.stack(vectors)), all_gather_object(part))
+
+    def encode_labelled(
+        self, options: ZeroShot | ClassHead | Probe, where: str, table: Table, towards: str | None
+    ) -> "LabelledRows":
+        """Encodes the only input of the rows in which it and the label can be read. UserError if there are none."""
+        (name,) = options.inputs
+        encoded = self.encode(options, name, table, towards)
+        labels = table.column(options.label)
+        readable = readable_rows(table, [encoded], where, labels)
+        vectors = encoded.embeddings[torch.from_numpy(encoded.item[readable.row])]
+        return LabelledRows(vectors, [labels[row] for row in readable.row], readable)
 
     def item_encoder(self, name: str, view: Any, towards: str | None) -> ItemEncoder:
         """The engine that encodes items of the modality `name`. Only vectors that are compared have length 1."""
@@ -129,27 +154,23 @@ def _read(encoder: ItemEncoder, value: Raw | BadMedia) -> np.ndarray:
     return encoder.read(value)
 
 
-def _merge(vectors: Tensor, parts: list[tuple[list[str], list[str], list[str], dict[str, str]]]) -> Encoded:
-    """One input of all rows from the parts of all ranks: of each row its key and item, the items that could be read, in
-    the order of the vectors, and why the others could not. Of an item that several ranks have, the first one counts."""
-    keys, items, good = (list(chain.from_iterable(some)) for some in zip(*(part[:3] for part in parts)))
-    bad: dict[str, str] = {}
-    for *_, reasons in parts:
-        bad = reasons | bad
-    first: dict[str, int] = {}
-    for i, item in enumerate(good):
-        first.setdefault(item, i)
-    place = {item: i for i, item in enumerate(first)}
-    rows = np.array([place.get(item, -1) for item in items], np.int64)
-    distinct = vectors if len(first) == len(good) else vectors[[*first.values()]]
-    return Encoded(distinct, rows, {row: bad[item] for row, item in enumerate(items) if item in bad}, keys)
+def _merge(vectors: Tensor, parts: list[_RankRows]) -> Encoded:
+    """One input of all rows. If several ranks have encoded the same item, the vector of the first one counts."""
+    readable = [item for part in parts for item in part.readable]
+    index = {item: i for i, item in reversed([*enumerate(readable)])}
+    items = [item for part in parts for item in part.items]
+    reasons = {item: reason for part in reversed(parts) for item, reason in part.unreadable.items()}
+    return Encoded(
+        embeddings=vectors,
+        item=np.array([index.get(item, -1) for item in items], np.int64),
+        bad={row: reasons[item] for row, item in enumerate(items) if item in reasons},
+        keys=[key for part in parts for key in part.keys],
+    )
 
 
 def readable_rows(table: Table, inputs: list[Encoded], where: str, labels: Sequence[Any] | None = None) -> ReadableRows:
     """The rows in which all inputs, and the label if there are labels, can be read. UserError if there are none."""
-    bad: dict[int, str] = {}
-    for encoded in inputs:
-        bad = encoded.bad | bad
+    bad = {row: reason for encoded in reversed(inputs) for row, reason in encoded.bad.items()}
     bad |= {row: label.reason for row, label in enumerate(labels or ()) if isinstance(label, Unreadable)}
     skipped = [f"{table.row_name(row)}: {bad[row]}" for row in sorted(bad)]
     rows = np.setdiff1d(np.arange(len(table)), list(bad))

@@ -37,11 +37,12 @@ def interval(hit_N: np.ndarray, weight_N: np.ndarray | None = None) -> list[floa
     examples are hits, or none is, its width is 0. Drawing N hits with replacement is a binomial draw, so that is what
     is drawn. Examples of equal weight are resampled among themselves.
     """
-    rng, weight_N = np.random.default_rng(0), np.ones(len(hit_N)) if weight_N is None else weight_N
+    rng = np.random.default_rng(0)
+    weight_N = np.ones(len(hit_N)) if weight_N is None else weight_N
     total_R = np.zeros(RESAMPLES)
     for weight in np.unique(weight_N):
-        some = hit_N[weight_N == weight]
-        total_R += weight * rng.binomial(len(some), some.mean(), RESAMPLES)
+        hits = hit_N[weight_N == weight]
+        total_R += weight * rng.binomial(len(hits), hits.mean(), RESAMPLES)
     return [float(x) for x in np.quantile(total_R / weight_N.sum(), [0.025, 0.975])]
 
 
@@ -59,18 +60,19 @@ def average_precision(score_NK: np.ndarray, hot_NK: np.ndarray) -> dict[str, Any
     examples, which leaves no class without an example, as resampling could. A score of NaN ranks last.
     """
     columns = [(score, hot) for score, hot in zip(score_NK.T, hot_NK.T) if hot.any()]
-    rng, found = np.random.default_rng(0), np.ones(0)
-    while (left := 1 + RANKED_RESAMPLES - len(found)) > 0:
+    rng = np.random.default_rng(0)
+    map_R = np.ones(0)  # The first one is not resampled: all its weights are 1.
+    while (left := 1 + RANKED_RESAMPLES - len(map_R)) > 0:
         weight_NR = rng.standard_exponential((len(hot_NK), min(left, max(1, WEIGHTS // len(hot_NK)))))
-        if not len(found):
+        if not len(map_R):
             weight_NR[:, 0] = 1
-        means_R = np.mean([_average_precision(score, hot, weight_NR) for score, hot in columns], axis=0)
-        found = np.append(found, means_R)
+        means = np.mean([_average_precision(score, hot, weight_NR) for score, hot in columns], axis=0)
+        map_R = np.append(map_R, means)
     return {
         "n": len(hot_NK),
         "candidates": hot_NK.shape[1],
-        "map": float(found[0]),
-        "interval": [float(x) for x in np.quantile(found[1:], [0.025, 0.975])],
+        "map": float(map_R[0]),
+        "interval": [float(x) for x in np.quantile(map_R[1:], [0.025, 0.975])],
         # In random order, the average precision is about the share of examples that have the class.
         "chance": float(np.mean([hot.mean() for _, hot in columns])),
     }
@@ -79,9 +81,11 @@ def average_precision(score_NK: np.ndarray, hot_NK: np.ndarray) -> dict[str, Any
 def _average_precision(score_N: np.ndarray, hot_N: np.ndarray, weight_NR: np.ndarray) -> np.ndarray:
     """(R,) the average precision of one class, once per column of weights."""
     order = np.argsort(-score_N, kind="stable")
-    cost_N, hot_N, weight_NR = -score_N[order], hot_N[order], weight_NR[order]
-    cost_P, own_PR = cost_N[hot_N], weight_NR[hot_N]
+    cost_N = -score_N[order]
+    weight_NR = weight_NR[order]
+    cost_P = cost_N[hot_N[order]]
+    weight_PR = weight_NR[hot_N[order]]
     # Examples that tie are ranked together, at the last of their places.
-    right_PR = own_PR.cumsum(0)[np.searchsorted(cost_P, cost_P, side="right") - 1]
+    right_PR = weight_PR.cumsum(0)[np.searchsorted(cost_P, cost_P, side="right") - 1]
     seen_PR = weight_NR.cumsum(0)[np.searchsorted(cost_N, cost_P, side="right") - 1]
-    return (own_PR * right_PR / seen_PR).sum(0) / own_PR.sum(0)
+    return (weight_PR * right_PR / seen_PR).sum(0) / weight_PR.sum(0)

@@ -10,6 +10,7 @@ Shape suffixes: N examples, D width.
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,7 @@ import numpy as np
 from openimp.common.errors import UserError, counted
 from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import find_classes, sort_classes
-from openimp.encoding.items import require_columns
-from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows, readable_rows
+from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows
 from openimp.evaluation.metrics import accuracy
 from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.evaluation import Probe
@@ -42,7 +42,7 @@ class Probed(Predicted):
     classes: list[Any]  # the labels, sorted
     truth: np.ndarray  # (N,) int64, the class of each test example
     predicted: np.ndarray
-    chosen: dict[str, Any]  # the classifier's setting, {"C": ...} or {"k": ...}
+    setting: dict[str, Any]  # {"C": ...} or {"k": ...}
 
     @property
     def task(self) -> str:
@@ -50,21 +50,19 @@ class Probed(Predicted):
 
     def metrics(self) -> dict[str, Any]:
         """Top-1 with its 95 % interval, top-1 averaged over the classes, chance, and the classifier's setting."""
-        return accuracy(self.predicted == self.truth, self.truth, len(self.classes)) | self.chosen
+        return accuracy(self.predicted == self.truth, self.truth, len(self.classes)) | self.setting
 
 
-def check(evaluator: Evaluator, options: Probe, where: str, tables: dict[str, Table]) -> None:
-    """Finds the errors that would stop `probe`, without encoding anything: scikit-learn or a column is missing, a row
+def check(options: Probe, where: str, tables: dict[str, Table]) -> None:
+    """Finds the errors that would stop `probe`, without encoding anything: scikit-learn or the label is missing, a row
     has no class or a list of classes, or the training rows do not have every class of the test rows, two classes, two
     examples per class, and `k` examples."""
     try:
         import sklearn  # noqa: F401
     except ImportError:
         raise UserError(f"{where}: a probe needs scikit-learn: pip install 'openimp[probe]'") from None
-    ((seen, spec),) = options.inputs.items()
     labels = {}
     for name, table in tables.items():
-        require_columns(table, evaluator.modalities[seen], spec, where)
         table.require([options.label], where)
         values = table.column(options.label)
         find_classes(table, options.label, values, False, where)
@@ -85,27 +83,25 @@ def probe(
     train_ND, train_labels, learned = _read(evaluator, options, where, tables[options.train])
     classes = _classes(test_labels, train_labels, options, where)
     index = {label: i for i, label in enumerate(classes)}
-    truth_N, known_N = (np.array([index[x] for x in labels], np.int64) for labels in (test_labels, train_labels))
-    linear_N, c = run_on_rank_zero(lambda: linear(train_ND, known_N, test_ND))
-    near_N = run_on_rank_zero(lambda: nearest_neighbors(train_ND, known_N, test_ND, options.k))
+    test_N, train_N = (np.array([index[x] for x in labels], np.int64) for labels in (test_labels, train_labels))
+    linear_N, c = run_on_rank_zero(lambda: linear(train_ND, train_N, test_ND))
+    near_N = run_on_rank_zero(lambda: nearest_neighbors(train_ND, train_N, test_ND, options.k))
     (seen,) = options.inputs
+    probed = partial(Probed, seen, options.label, classes=classes, truth=test_N)
     answers = [
-        Probed(seen, options.label, kind, classes, truth_N, predicted_N, chosen)
-        for kind, predicted_N, chosen in (("linear", linear_N, {"C": c}), ("kNN", near_N, {"k": options.k}))
+        probed(kind="linear", predicted=linear_N, setting={"C": c}),
+        probed(kind="kNN", predicted=near_N, setting={"k": options.k}),
     ]
     return answers, tested, learned
 
 
 def _read(evaluator: Evaluator, options: Probe, where: str, table: Table) -> tuple[np.ndarray, list[Any], ReadableRows]:
     """The features (N, D) and labels of the rows of a source that can be read."""
-    (seen,) = options.inputs
-    encoded = evaluator.encode(options, seen, table, None)
-    labels = table.column(options.label)
-    readable = readable_rows(table, [encoded], where, labels)
-    features_ND = encoded.embeddings.double().cpu().numpy()[encoded.item[readable.row]]
+    vectors, labels, readable = evaluator.encode_labelled(options, where, table, None)
+    features_ND = vectors.double().cpu().numpy()
     if not np.isfinite(features_ND).all():
         raise UserError(f"{where}: the encoder's features of source {table.name} are not finite")
-    return features_ND, [labels[row] for row in readable.row], readable
+    return features_ND, labels, readable
 
 
 def linear(train_ND: np.ndarray, class_N: np.ndarray, test_ND: np.ndarray) -> tuple[np.ndarray, float]:
@@ -139,20 +135,18 @@ def nearest_neighbors(train_ND: np.ndarray, class_N: np.ndarray, test_ND: np.nda
 def _classes(test: list[Any], train: list[Any], options: Probe, where: str) -> list[Any]:
     """The sorted classes of the training rows, if both parts can be used."""
     examples = Counter(train)
+    source = f"{where}: source {options.train}"
     for label in sort_classes({*test}):
         if label not in examples:
             # If such rows counted as errors, the metrics would measure the split and not the model.
-            raise UserError(
-                f"{where}: source {options.train} has no example of class {label!r} of source {options.source}; "
-                "leave it out with where, or train on it too"
-            )
+            missing = f"no example of class {label!r} of source {options.source}"
+            raise UserError(f"{source} has {missing}; leave it out with where, or train on it too")
     classes = sort_classes(examples)
     if len(classes) < 2:
-        raise UserError(f"{where}: source {options.train} has {counted(len(classes), 'class')}; a probe needs two")
+        raise UserError(f"{source} has {counted(len(classes), 'class')}; a probe needs two")
     for label in classes:
         if examples[label] < 2:
-            message = f"source {options.train} has a single example of class {label!r}; a probe needs two of each"
-            raise UserError(f"{where}: {message}")
+            raise UserError(f"{source} has a single example of class {label!r}; a probe needs two of each")
     if len(train) < options.k:
         raise UserError(f"{where}: k is {options.k}, but source {options.train} has {counted(len(train), 'example')}")
     return classes

@@ -15,38 +15,38 @@ from openimp.common.json_lines import read_lines
 
 MAIN = ("r1", "top1", "map", "score")
 """The main metric of retrieval, of one class per row, of any number of classes per row, and of other tasks of mteb."""
-NEEDED = {"set": str, "task": str, "type": str, "skipped": int}
-"""Keys that every result has, besides its metrics and `COUNTS`."""
-COUNTS = ("n", "candidates")
-"""Keys that every result has. The value is null if it was measured by another library, which does not tell."""
-
 FEW = 50
 """Number of queries below which the table warns: if none or all are answered, the interval has no width."""
 
 
 def main_metric(result: dict[str, Any]) -> float:
     """R@1, top-1, mAP or another library's score: the metric by which results are compared."""
-    found: float = next(result[key] for key in MAIN if key in result)
-    return found
+    return float(next(result[key] for key in MAIN if key in result))
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
     """Reads the results in a file. A line that is not a result is a UserError."""
     results = read_lines(file)
     for number, result in enumerate(results, 1):
-        try:
-            table([result])
-            others = "library" in result  # Another library may not tell all, and has scores below 0.
-            shares = [main_metric(result), result["chance"], *(result["interval"] or [None])]
-            valid = all(type(result[key]) is kind for key, kind in NEEDED.items())
-            valid = valid and all(type(result[key]) is int or (others and result[key] is None) for key in COUNTS)
-            valid = valid and all(-others <= x <= 1 if x is not None else others for x in shares)
-            valid = valid and (result["type"] != "retrieval" or {"r10", "mrr"} <= result.keys() or others)
-        except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
-            valid = False
-        if not valid:
+        if not _is_result(result):
             raise UserError(f"{file}: line {number} is not a result of an evaluation")
     return results
+
+
+def _is_result(result: Any) -> bool:
+    try:
+        table([result])
+        other_library = "library" in result  # It may not tell all, and may have scores below 0.
+        shares = [main_metric(result), result["chance"], *(result["interval"] or [None])]
+        return (
+            all(type(result[key]) is str for key in ("set", "task", "type"))
+            and type(result["skipped"]) is int
+            and all(type(result[key]) is int or (other_library and result[key] is None) for key in ("n", "candidates"))
+            and all(other_library if share is None else -other_library <= share <= 1 for share in shares)
+            and (other_library or result["type"] != "retrieval" or {"r10", "mrr"} <= result.keys())
+        )
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
+        return False
 
 
 def latest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -57,11 +57,11 @@ def latest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def best_step(file: Path, name: str, steps: Collection[int]) -> int:
     """The first of these steps with the highest main metric of an evaluation set, averaged over the set's tasks."""
-    found: dict[int, list[float]] = defaultdict(list)
+    metrics: dict[int, list[float]] = defaultdict(list)
     for line in read_lines(file):
         if line["set"] == name and line["step"] in steps:
-            found[line["step"]].append(main_metric(line))
-    return max(found, key=lambda step: fmean(found[step]))
+            metrics[line["step"]].append(main_metric(line))
+    return max(metrics, key=lambda step: fmean(metrics[step]))
 
 
 def table(results: list[dict[str, Any]]) -> Table:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from openimp.data.tables import Table
-from openimp.encoding.items import require_columns, require_pair
 from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows, readable_rows
 from openimp.evaluation.metrics import interval
 from openimp.recipe.evaluation import Retrieval
@@ -68,14 +67,6 @@ class RetrievalResult(Predicted):
         }
 
 
-def check(evaluator: Evaluator, options: Retrieval, where: str, table: Table) -> None:
-    """Raises UserError if a column is missing or the model has no shared space for the two modalities."""
-    a, b = options.inputs
-    require_pair(evaluator.model, a, b, where)
-    for side, spec in options.inputs.items():
-        require_columns(table, evaluator.modalities[side], spec, where)
-
-
 def retrieve(
     evaluator: Evaluator, options: Retrieval, where: str, table: Table
 ) -> tuple[list[RetrievalResult], ReadableRows]:
@@ -89,18 +80,28 @@ def retrieve(
     readable = readable_rows(table, list(encoded.values()), where)
     rows = readable.row
     vectors: dict[str, Tensor] = {}
-    row: dict[str, np.ndarray] = {}
+    item_row: dict[str, np.ndarray] = {}
     index: dict[str, np.ndarray] = {}
     for side, inputs in encoded.items():
         # Items that occur in unreadable rows only are neither queries nor candidates.
         items, first, index[side] = np.unique(inputs.item[rows], return_index=True, return_inverse=True)
-        vectors[side], row[side] = inputs.embeddings[torch.from_numpy(items)], rows[first]
+        vectors[side] = inputs.embeddings[torch.from_numpy(items)]
+        item_row[side] = rows[first]
     pairs = np.unique(np.stack([index[a], index[b]], axis=1), axis=0)
-    found = []
-    for q, t, correct in ((a, b, pairs), (b, a, pairs[:, ::-1])):
-        rank = ranks(vectors[q], vectors[t], correct)
-        found.append(RetrievalResult(q, t, rank, correct, row[q], row[t], vectors[q], vectors[t]))
-    return found, readable
+    directions = [
+        RetrievalResult(
+            query,
+            target,
+            rank=ranks(vectors[query], vectors[target], correct),
+            correct_pairs=correct,
+            query_row=item_row[query],
+            target_row=item_row[target],
+            query_NZ=vectors[query],
+            target_MZ=vectors[target],
+        )
+        for query, target, correct in ((a, b, pairs), (b, a, pairs[:, ::-1]))
+    ]
+    return directions, readable
 
 
 @torch.inference_mode()
@@ -114,7 +115,7 @@ def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, pairs: np.ndarray, limit: i
     """
     block = max(1, limit // len(candidates_MZ))
     pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
-    found = []
+    blocks = []
     for start in range(0, len(queries_NZ), block):
         similar_nM = queries_NZ[start : start + block] @ candidates_MZ.T
         first, stop = np.searchsorted(pairs[:, 0], [start, start + len(similar_nM)])
@@ -125,5 +126,5 @@ def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, pairs: np.ndarray, limit: i
         # `not <` instead of `>=`, so that every comparison with NaN counts against the model.
         before_n = (~(similar_nM < best_n[:, None])).sum(1)
         correct_before_n = torch.zeros_like(before_n).index_add(0, query_E, (~(correct_E < best_n[query_E])).long())
-        found.append(1 + before_n - correct_before_n)
-    return torch.cat(found).cpu().numpy()
+        blocks.append(1 + before_n - correct_before_n)
+    return torch.cat(blocks).cpu().numpy()

@@ -21,7 +21,7 @@ from openimp.recipe.evaluation import ZeroShot
 def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
     """The names of classes by which prompts are filled. A class without a name, two with the same one, and a prompt
     without a place for it are UserErrors, which begin with `where`."""
-    first: dict[str, Any] = {}
+    label_of: dict[str, Any] = {}
     for label in labels:
         name = (options.classes or {}).get(as_text(label), label)
         if options.words and name == label and isinstance(name, str):
@@ -29,9 +29,10 @@ def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
         if not isinstance(name, str) or not name.strip():
             hint = f"name it in classes as {as_text(label)!r}"
             raise UserError(f"{where}: class {label!r} of column {options.label!r} has no text; {hint}")
-        if name in first:
-            raise UserError(f"{where}: classes {first[name]!r} and {label!r} have the same text, {name!r}; rename one")
-        first[name] = label
+        if name in label_of:
+            both = f"classes {label_of[name]!r} and {label!r}"
+            raise UserError(f"{where}: {both} have the same text, {name!r}; rename one")
+        label_of[name] = label
     for prompt in options.prompts:
         try:
             fields = [field for _, *field in Formatter().parse(prompt) if field[0] is not None]
@@ -40,20 +41,19 @@ def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
         # Only a field without a format: a width, as in {:>2000000000}, would fill the memory.
         if fields != [["", "", None]]:
             raise UserError(f"{where}: prompt {prompt!r} needs one plain {{}} where the class' text goes")
-    return list(first)
+    return list(label_of)
 
 
 def class_embeddings(evaluator: Evaluator, options: ZeroShot, names: list[str]) -> Tensor:
     """(K, Z) unit vectors: for each class, the mean of the unit vectors of its name in each prompt."""
-    (seen,), reader, prompts, recipe = options.inputs, options.reader, options.prompts, evaluator.recipe
-    encoder = evaluator.item_encoder(reader, recipe.first_view(reader), seen)
-    # Each rank encodes the texts of some of the classes.
-    own = [names[i] for i in own_part(len(names))]
-    texts = (prompt.format(name) for name in own for prompt in prompts)
+    (seen,) = options.inputs
+    encoder = evaluator.item_encoder(options.reader, evaluator.recipe.first_view(options.reader), seen)
+    rank_names = [names[i] for i in own_part(len(names))]
+    texts = (prompt.format(name) for name in rank_names for prompt in options.prompts)
     vectors = [vector for _, vector in encoder.encode((text, partial(encoder.read, text)) for text in texts)]
     z_NZ = encoder.stack([vector for vector in vectors if isinstance(vector, Tensor)])  # Every text can be read.
-    z_KZ = F.normalize(z_NZ.unflatten(0, (len(own), len(prompts))).mean(1), dim=-1)
-    return all_gather_uneven(z_KZ)
+    z_KPZ = z_NZ.unflatten(0, (len(rank_names), len(options.prompts)))
+    return all_gather_uneven(F.normalize(z_KPZ.mean(1), dim=-1))
 
 
 def words(label: str) -> str:
