@@ -37,7 +37,8 @@ def array_samples(raw: np.ndarray) -> np.ndarray:
 
 def sampled_array(raw: dict[str, Any], target: int) -> tuple[np.ndarray, int]:
     """The samples and the rate of {"array": ..., "sampling_rate": ...}, if they can be resampled to `target`."""
-    sound, rate = array_samples(np.asarray(raw.get("array"))), raw.get("sampling_rate")
+    sound = array_samples(np.asarray(raw.get("array")))
+    rate = raw.get("sampling_rate")
     if not isinstance(rate, int) or rate < 1 or len(sound) * target / rate > MAX_SAMPLES:
         raise BadMedia(f"{len(sound)} samples at a sampling rate of {rate!r}")
     return sound, rate
@@ -69,7 +70,9 @@ class _Quiet:
     """
 
     def __init__(self, source: Source) -> None:
-        self._source, self.tell, self.readinto = source, source.tell, source.readinto
+        self._source = source
+        self.tell = source.tell
+        self.readinto = source.readinto
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         with suppress(OSError, ValueError):
@@ -78,11 +81,11 @@ class _Quiet:
 
 
 T = TypeVar("T")
-Plan = Callable[[int, int], list[tuple[int, int]]]
-"""The samples to read, as (start, count), of a sound with a number of samples (0: unknown) at a sample rate."""
+ReadPlan = Callable[[int, int], list[tuple[int, int]]]
+"""Maps the number of samples of a sound (0: unknown) and its sample rate to the parts to read, as (start, count)."""
 
 
-def clips_of(seconds: float, clips: int, rng: Any) -> Plan:
+def clips_of(seconds: float, clips: int, rng: Any) -> ReadPlan:
     """Plans to read what clips of a sound need; see `media.segments`."""
 
     def plan(total: int, rate: int) -> list[tuple[int, int]]:
@@ -91,24 +94,24 @@ def clips_of(seconds: float, clips: int, rng: Any) -> Plan:
     return plan
 
 
-def between(start: float, end: float) -> Plan:
+def between(start: float, end: float) -> ReadPlan:
     """Plans to read a sound between two times in seconds."""
     return lambda _, rate: [(int(start * rate), ceil((end - start) * rate))]
 
 
-def read_sound(source: Source, plan: Plan) -> tuple[np.ndarray, int]:
+def read_sound(source: Source, plan: ReadPlan) -> tuple[np.ndarray, int]:
     """Reads the parts of a sound that are used: the mean of its channels (N,) fp32, and the sample rate."""
-    found = _try_libsndfile(source, lambda file: _read_soundfile(source, file, plan))
-    return _read_container(source, plan) if found is None else found
+    sound_and_rate = _try_libsndfile(source, lambda file: _read_soundfile(source, file, plan))
+    return _read_container(source, plan) if sound_and_rate is None else sound_and_rate
 
 
 def length(source: Source) -> float:
     """The length of a sound in seconds, according to its header; 0 if it is unknown."""
-    found = _try_libsndfile(source, lambda file: file.frames / file.samplerate)
-    if found is not None:
-        return found
-    with open_container(source, "audio") as (_, _, seconds):
-        return float(seconds)
+    seconds = _try_libsndfile(source, lambda file: file.frames / file.samplerate)
+    if seconds is not None:
+        return seconds
+    with open_container(source, "audio") as (_, _, container_seconds):
+        return float(container_seconds)
 
 
 def _try_libsndfile(source: Source, use: Callable[[soundfile.SoundFile], T]) -> T | None:
@@ -123,7 +126,7 @@ def _try_libsndfile(source: Source, use: Callable[[soundfile.SoundFile], T]) -> 
         return None
 
 
-def _checked(plan: Plan, total: int, rate: int) -> list[tuple[int, int]]:
+def _checked(plan: ReadPlan, total: int, rate: int) -> list[tuple[int, int]]:
     if not 1000 <= rate <= 768_000:
         raise BadMedia(f"a sample rate of {rate} Hz")
     parts = plan(total, rate)
@@ -132,7 +135,7 @@ def _checked(plan: Plan, total: int, rate: int) -> list[tuple[int, int]]:
     return parts
 
 
-def _read_soundfile(source: Source, file: soundfile.SoundFile, plan: Plan) -> tuple[np.ndarray, int]:
+def _read_soundfile(source: Source, file: soundfile.SoundFile, plan: ReadPlan) -> tuple[np.ndarray, int]:
     parts = [np.empty(0, np.float32)]
     block = BLOCK // file.channels
     for start, count in _checked(plan, file.frames, file.samplerate):
@@ -146,24 +149,24 @@ def _read_soundfile(source: Source, file: soundfile.SoundFile, plan: Plan) -> tu
     return np.concatenate(parts), file.samplerate
 
 
-def _read_container(source: Source, plan: Plan) -> tuple[np.ndarray, int]:
+def _read_container(source: Source, plan: ReadPlan) -> tuple[np.ndarray, int]:
     with open_container(source, "audio") as (container, stream, seconds):
         wanted = _checked(plan, int(seconds * stream.rate), stream.rate)
-        parts = [block for start, count in wanted for block in _part(source, container, stream, start, count)]
+        parts = [block for start, count in wanted for block in _samples_from(source, container, stream, start, count)]
         return np.concatenate([np.empty(0, np.float32), *parts]), stream.rate
 
 
-def _part(source: Source, container: Any, stream: Any, start: int, count: int) -> Iterator[np.ndarray]:
+def _samples_from(source: Source, container: Any, stream: Any, start: int, count: int) -> Iterator[np.ndarray]:
     """Up to `count` samples from index `start` on, in blocks (n,)."""
-    first = None
+    start_pts = None
     if start:
-        first = (stream.start_time or 0) + int(start / stream.rate / stream.time_base)
+        start_pts = (stream.start_time or 0) + int(start / stream.rate / stream.time_base)
         # Lossy codecs need earlier samples; Opus needs 80 ms.
-        container.seek(max(0, first - int(0.1 / stream.time_base)), stream=stream)
+        container.seek(max(0, start_pts - int(0.1 / stream.time_base)), stream=stream)
     planar = av.AudioResampler("fltp")
     for frame in container.decode(stream):
         source.spend(frame.samples * stream.channels)
-        early = 0 if first is None or frame.pts is None else max(0, first - frame.pts)
+        early = 0 if start_pts is None or frame.pts is None else max(0, start_pts - frame.pts)
         skip = round(early * stream.time_base * stream.rate)
         for part in planar.resample(frame):
             block = part.to_ndarray().T[skip:][:count]
