@@ -143,8 +143,8 @@ class Audio(Modality):
     def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
         if isinstance(value, np.ndarray):
             return []
-        with media.decoder_errors(), media.open_source(value) as source:
-            return media.equal_segments(source, length(source), view.seconds)
+        with media.decoder_errors(), media.open_source(value) as media_file:
+            return media.equal_segments(media_file, length(media_file), view.seconds)
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """The segment's clips (clips, samples): as many as cover all of it, whatever the view's `clips`."""
@@ -162,8 +162,8 @@ class Audio(Modality):
         elif isinstance(raw, dict):
             sound, source_rate = sampled_array(raw, rate)
         else:
-            with media.open_source(raw) as source:
-                sound, source_rate = read_sound(source, plan)
+            with media.open_source(raw) as media_file:
+                sound, source_rate = read_sound(media_file, plan)
         sound = resample(mono(sound), source_rate, rate)
         if not sound.size:
             raise BadMedia("no samples")

@@ -62,7 +62,7 @@ PREVIEW = 128
 """Most pixels of the longer side of a previewed frame."""
 
 
-class Source(io.BufferedReader):
+class MediaFile(io.BufferedReader):
     """The file or the bytes of one example, with a limit on the work of decoding it.
 
     Decoders never open a path themselves, because FFmpeg takes the relative path `http:/host/x.mp4` for a URL.
@@ -95,7 +95,7 @@ class Source(io.BufferedReader):
             raise BadMedia(f"decoding takes more than {MAX_CPU} s of CPU time")
 
 
-def open_source(raw: Any) -> Source:
+def open_source(raw: Any) -> MediaFile:
     """Opens a path or bytes for a decoder. The caller closes it.
 
     It refuses a path that is not a regular file, because a pipe could block forever.
@@ -103,17 +103,17 @@ def open_source(raw: Any) -> Source:
     if isinstance(raw, bytes | bytearray | memoryview):
         if not len(raw):
             raise BadMedia("no bytes")
-        source = Source(io.BytesIO(raw))
+        media_file = MediaFile(io.BytesIO(raw))
         size = len(raw)
     elif isinstance(raw, str | Path):
         if not Path(raw).is_file():
             raise BadMedia("not a file" if Path(raw).exists() else "no such file")
-        source = Source(open(raw, "rb", buffering=0))  # noqa: SIM115 (the caller closes it)
-        size = os.fstat(source.fileno()).st_size
+        media_file = MediaFile(open(raw, "rb", buffering=0))  # noqa: SIM115 (the caller closes it)
+        size = os.fstat(media_file.fileno()).st_size
     else:
         raise BadMedia(f"expected bytes, a path or an array, found {type(raw).__name__}")
-    _check_length(source.peek(8)[:8], size)
-    return source
+    _check_length(media_file.peek(8)[:8], size)
+    return media_file
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def decoder_errors() -> Iterator[None]:
         raise
     except Exception as error:
         message = getattr(error, "strerror", None) or str(error)  # `strerror` has no error number.
-        text = " ".join(message.split(" <Source")[0].split())
+        text = " ".join(message.split(" <MediaFile")[0].split())
         name = type(error).__name__
         if name in UNKNOWN_FORMAT_ERRORS:
             raise BadMedia("damaged, or of a format that is not read") from None
@@ -136,18 +136,18 @@ def decoder_errors() -> Iterator[None]:
 
 
 @contextmanager
-def open_container(source: Source, kind: Literal["video", "audio"]) -> Iterator[tuple[Any, Any, Any]]:
+def open_container(media_file: MediaFile, kind: Literal["video", "audio"]) -> Iterator[tuple[Any, Any, Any]]:
     """Opens a container with FFmpeg; yields it, its first stream of `kind`, and the length in seconds (0: unknown).
 
     It decodes in one thread, because the workers of the loader are parallel already.
     """
-    _check_info(source)
+    _check_info(media_file)
     # No protocol is allowed, because the file is open already and must not name others. The first limit on pixels is
     # for the frames that FFmpeg decodes to probe the file. It is higher, so that our error can name the size.
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
     options |= {"codec_whitelist": CODECS, "max_pixels": str(4 * MAX_FRAME_PIXELS)}
     container: Any
-    with av.open(source, options=options, metadata_errors="ignore") as container:
+    with av.open(media_file, options=options, metadata_errors="ignore") as container:
         if not (streams := getattr(container.streams, kind)):
             raise BadMedia(f"no {kind} stream")
         stream = streams[0]
@@ -160,16 +160,16 @@ def open_container(source: Source, kind: Literal["video", "audio"]) -> Iterator[
         yield container, stream, seconds
 
 
-def _check_info(source: Source) -> None:
+def _check_info(media_file: MediaFile) -> None:
     """Refuses an AVI or WAV file if an INFO list in its header claims to be longer than the file.
 
     FFmpeg allocates and clears that much memory before it reads the list.
     """
-    if source.peek(4)[:4] == b"RIFF":
-        size = source.seek(0, os.SEEK_END)
-        source.seek(0)
-        lengths = [int.from_bytes(length, "little") for length in INFO_LIST.findall(source.read(INFO_SEARCH_BYTES))]
-        source.seek(0)
+    if media_file.peek(4)[:4] == b"RIFF":
+        size = media_file.seek(0, os.SEEK_END)
+        media_file.seek(0)
+        lengths = [int.from_bytes(length, "little") for length in INFO_LIST.findall(media_file.read(INFO_SEARCH_BYTES))]
+        media_file.seek(0)
         if max(lengths, default=0) > size:
             raise BadMedia(f"truncated: an INFO list of {max(lengths):,} bytes in a file of {size:,}")
 
@@ -231,13 +231,13 @@ def segments(total: int, span: int, clips: int, limit: int, rng: Rng | None) -> 
     return [(start, span) for start in clip_starts(total, span, clips)]
 
 
-def equal_segments(source: Source, seconds: float, span: float) -> list[tuple[float, float]]:
+def equal_segments(media_file: MediaFile, seconds: float, span: float) -> list[tuple[float, float]]:
     """Equal segments of a recording, as (start, end) in seconds. Empty if it is too short to be divided.
 
     A segment is about as long as the `span` that a clip of the view sees, but at least `SEGMENT_SECONDS`. The size of
     the file bounds the number of segments, because its header may claim any length.
     """
-    limit = min(MAX_SEGMENTS, source.seek(0, os.SEEK_END) // SEGMENT_BYTES)
+    limit = min(MAX_SEGMENTS, media_file.seek(0, os.SEEK_END) // SEGMENT_BYTES)
     count = min(limit, round(seconds / max(span, SEGMENT_SECONDS)))
     if count <= 1:
         return []

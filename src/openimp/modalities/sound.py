@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 
 from openimp.common.modality import BadMedia
-from openimp.modalities.media import Source, open_container, segments
+from openimp.modalities.media import MediaFile, open_container, segments
 
 MAX_SECONDS = 300
 """Longest sound that is read as a whole."""
@@ -52,31 +52,31 @@ def mono(sound: np.ndarray) -> np.ndarray:
     return sound
 
 
-def resample(sound: np.ndarray, source: int, target: int) -> np.ndarray:
+def resample(sound: np.ndarray, rate: int, target_rate: int) -> np.ndarray:
     """Resamples (N,) from one rate to another with FFmpeg's windowed sinc; fp32."""
-    if source == target or not sound.size:
+    if rate == target_rate or not sound.size:
         return sound
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound[None], np.float32), format="fltp", layout="mono")
-    frame.sample_rate = source
-    resampler = av.AudioResampler("fltp", "mono", target)
+    frame.sample_rate = rate
+    resampler = av.AudioResampler("fltp", "mono", target_rate)
     parts = [part.to_ndarray()[0] for part in [*resampler.resample(frame), *resampler.resample(None)]]
     return np.concatenate(parts)
 
 
 class _Quiet:
-    """A source for soundfile, which prints an exception of `seek` with its traceback and goes on.
+    """A file for soundfile, which prints an exception of `seek` with its traceback and goes on.
 
-    A broken file may ask for a place before its start. The source then stays where it is, as a failed `lseek` does.
+    A broken file may ask for a place before its start. The file then stays where it is, as a failed `lseek` does.
     """
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self.tell = source.tell
-        self.readinto = source.readinto
+    def __init__(self, media_file: MediaFile) -> None:
+        self._media_file = media_file
+        self.tell = media_file.tell
+        self.readinto = media_file.readinto
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         with suppress(OSError, ValueError):
-            self._source.seek(offset, whence)
+            self._media_file.seek(offset, whence)
         return self.tell()
 
 
@@ -99,30 +99,30 @@ def between(start: float, end: float) -> ReadPlan:
     return lambda _, rate: [(int(start * rate), ceil((end - start) * rate))]
 
 
-def read_sound(source: Source, plan: ReadPlan) -> tuple[np.ndarray, int]:
+def read_sound(media_file: MediaFile, plan: ReadPlan) -> tuple[np.ndarray, int]:
     """Reads the parts of a sound that are used: the mean of its channels (N,) fp32, and the sample rate."""
-    sound_and_rate = _try_libsndfile(source, lambda file: _read_soundfile(source, file, plan))
-    return _read_container(source, plan) if sound_and_rate is None else sound_and_rate
+    sound_and_rate = _try_libsndfile(media_file, lambda file: _read_soundfile(media_file, file, plan))
+    return _read_container(media_file, plan) if sound_and_rate is None else sound_and_rate
 
 
-def length(source: Source) -> float:
+def length(media_file: MediaFile) -> float:
     """The length of a sound in seconds, according to its header; 0 if it is unknown."""
-    seconds = _try_libsndfile(source, lambda file: file.frames / file.samplerate)
+    seconds = _try_libsndfile(media_file, lambda file: file.frames / file.samplerate)
     if seconds is not None:
         return seconds
-    with open_container(source, "audio") as (_, _, container_seconds):
+    with open_container(media_file, "audio") as (_, _, container_seconds):
         return float(container_seconds)
 
 
-def _try_libsndfile(source: Source, use: Callable[[soundfile.SoundFile], T]) -> T | None:
+def _try_libsndfile(media_file: MediaFile, use: Callable[[soundfile.SoundFile], T]) -> T | None:
     """What `use` returns for an opened file; None if libsndfile cannot read it."""
-    if not SOUNDFILE.match(source.peek(4)):
+    if not SOUNDFILE.match(media_file.peek(4)):
         return None
     try:
-        with soundfile.SoundFile(_Quiet(source)) as file:
+        with soundfile.SoundFile(_Quiet(media_file)) as file:
             return use(file)
     except soundfile.LibsndfileError:
-        source.seek(0)
+        media_file.seek(0)
         return None
 
 
@@ -135,7 +135,7 @@ def _checked(plan: ReadPlan, total: int, rate: int) -> list[tuple[int, int]]:
     return parts
 
 
-def _read_soundfile(source: Source, file: soundfile.SoundFile, plan: ReadPlan) -> tuple[np.ndarray, int]:
+def _read_soundfile(media_file: MediaFile, file: soundfile.SoundFile, plan: ReadPlan) -> tuple[np.ndarray, int]:
     parts = [np.empty(0, np.float32)]
     block = BLOCK // file.channels
     for start, count in _checked(plan, file.frames, file.samplerate):
@@ -145,18 +145,19 @@ def _read_soundfile(source: Source, file: soundfile.SoundFile, plan: ReadPlan) -
         for begin in range(start, end, block):
             samples = file.read(min(block, end - begin), dtype="float32", always_2d=True)
             parts.append(samples.mean(axis=1))
-            source.spend(samples.size)
+            media_file.spend(samples.size)
     return np.concatenate(parts), file.samplerate
 
 
-def _read_container(source: Source, plan: ReadPlan) -> tuple[np.ndarray, int]:
-    with open_container(source, "audio") as (container, stream, seconds):
-        wanted = _checked(plan, int(seconds * stream.rate), stream.rate)
-        parts = [block for start, count in wanted for block in _samples_from(source, container, stream, start, count)]
-        return np.concatenate([np.empty(0, np.float32), *parts]), stream.rate
+def _read_container(media_file: MediaFile, plan: ReadPlan) -> tuple[np.ndarray, int]:
+    with open_container(media_file, "audio") as (container, stream, seconds):
+        blocks = [np.empty(0, np.float32)]
+        for start, count in _checked(plan, int(seconds * stream.rate), stream.rate):
+            blocks += _samples_from(media_file, container, stream, start, count)
+        return np.concatenate(blocks), stream.rate
 
 
-def _samples_from(source: Source, container: Any, stream: Any, start: int, count: int) -> Iterator[np.ndarray]:
+def _samples_from(media_file: MediaFile, container: Any, stream: Any, start: int, count: int) -> Iterator[np.ndarray]:
     """Up to `count` samples from index `start` on, in blocks (n,)."""
     start_pts = None
     if start:
@@ -165,7 +166,7 @@ def _samples_from(source: Source, container: Any, stream: Any, start: int, count
         container.seek(max(0, start_pts - int(0.1 / stream.time_base)), stream=stream)
     planar = av.AudioResampler("fltp")
     for frame in container.decode(stream):
-        source.spend(frame.samples * stream.channels)
+        media_file.spend(frame.samples * stream.channels)
         early = 0 if start_pts is None or frame.pts is None else max(0, start_pts - frame.pts)
         skip = round(early * stream.time_base * stream.rate)
         for part in planar.resample(frame):

@@ -57,7 +57,7 @@ class Video(Vision):
 
         @property
         def span(self) -> int:
-            """Frames of the source that a clip stretches over."""
+            """Frames of the recording that a clip stretches over."""
             return (self.frames - 1) * self.stride + 1
 
     def shape(self, view: Any) -> tuple[int, int, int, int]:
@@ -86,25 +86,25 @@ class Video(Vision):
         """
         if isinstance(raw, np.ndarray):
             return np.stack([shrink(PIL.Image.fromarray(frame), views) for frame in check_pixels(raw, 3)])
-        with media.open_source(raw) as source:
-            read = _read_animation if _is_animation(source) else _read_container
-            return drop_opaque_alpha(_stack(read(source, views, rng, self.config.fps)))
+        with media.open_source(raw) as media_file:
+            read = _read_animation if _is_animation(media_file) else _read_container
+            return drop_opaque_alpha(_stack(read(media_file, views, rng, self.config.fps)))
 
     def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
         """The segments of a clip. Animations are not cut, because they can only be decoded from their start."""
         if isinstance(value, np.ndarray):
             return []
-        with media.decoder_errors(), media.open_source(value) as source:
-            if _is_animation(source):
+        with media.decoder_errors(), media.open_source(value) as media_file:
+            if _is_animation(media_file):
                 return []
-            with media.open_container(source, "video") as (_, stream, seconds):
+            with media.open_container(media_file, "video") as (_, stream, seconds):
                 rate = self.config.fps or stream.average_rate
-            return media.equal_segments(source, float(seconds), float(view.span / rate)) if rate else []
+            return media.equal_segments(media_file, float(seconds), float(view.span / rate)) if rate else []
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """The view's clips (clips * crops, t, h, w, 3), spaced over the segment."""
-        with media.decoder_errors(), media.open_source(value) as source:
-            frames = _stack(_read_container(source, [view], None, self.config.fps, (start, end)))
+        with media.decoder_errors(), media.open_source(value) as media_file:
+            frames = _stack(_read_container(media_file, [view], None, self.config.fps, (start, end)))
         return self.transform(drop_opaque_alpha(frames), view, None)
 
     def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
@@ -137,8 +137,8 @@ class Video(Vision):
             frames = self.decode(value, [still], middle)
         else:
             time = sum(segment) / 2
-            with media.open_source(value) as source:
-                frames = _stack(_read_container(source, [still], None, self.config.fps, (time, time)))
+            with media.open_source(value) as media_file:
+                frames = _stack(_read_container(media_file, [still], None, self.config.fps, (time, time)))
         return media.encode_webp(frames[0], side)
 
 
@@ -196,9 +196,9 @@ def _shrunk_size(height: int, width: int, views: list[Any]) -> tuple[int, int]:
     return shrunk
 
 
-def _is_animation(source: media.Source) -> bool:
+def _is_animation(media_file: media.MediaFile) -> bool:
     """Whether the first bytes are those of a WebP, GIF or PNG."""
-    head = source.peek(12)[:12]
+    head = media_file.peek(12)[:12]
     return head[:4] == b"GIF8" or head[:8] == b"\x89PNG\r\n\x1a\n" or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
@@ -227,8 +227,10 @@ def at_rate(timed: Iterable[tuple[float, Any]], start: float, fps: float, count:
         yielded += 1
 
 
-def _read_animation(source: media.Source, views: list[Any], rng: Rng | None, fps: float | None) -> Iterator[np.ndarray]:
-    with PIL.Image.open(source, formats=("WEBP", "GIF", "PNG")) as picture:
+def _read_animation(
+    media_file: media.MediaFile, views: list[Any], rng: Rng | None, fps: float | None
+) -> Iterator[np.ndarray]:
+    with PIL.Image.open(media_file, formats=("WEBP", "GIF", "PNG")) as picture:
         height, width = size = _shrunk_size(picture.height, picture.width, views)
         total = getattr(picture, "n_frames", 1)
         # With `fps` it is read from its start, because its length is known only when all frames are decoded.
@@ -240,7 +242,7 @@ def _read_animation(source: media.Source, views: list[Any], rng: Rng | None, fps
             for i in range(total if fps else max(wanted) + 1):
                 picture.seek(i)  # All frames are decoded, because each is drawn over the one before.
                 _shrunk_size(picture.height, picture.width, views)  # A frame may enlarge a GIF.
-                source.spend(picture.height * picture.width)
+                media_file.spend(picture.height * picture.width)
                 picture.load()
                 if fps or i in wanted:
                     pixels = picture.convert("RGBA").resize((width, height), PIL.Image.Resampling.BILINEAR)
@@ -254,13 +256,13 @@ def _read_animation(source: media.Source, views: list[Any], rng: Rng | None, fps
 
 
 def _read_container(
-    source: media.Source,
+    media_file: media.MediaFile,
     views: list[Any],
     rng: Rng | None,
     fps: float | None,
     segment: tuple[float, float] | None = None,  # start and end in seconds; None: the whole clip
 ) -> Iterator[np.ndarray]:
-    with media.open_container(source, "video") as (container, stream, seconds):
+    with media.open_container(media_file, "video") as (container, stream, seconds):
         file_rate = stream.average_rate or 0
         rate = fps or file_rate
         total = 0  # unknown
@@ -277,7 +279,7 @@ def _read_container(
             if fps:
                 # From one frame earlier, because that frame may still be shown at `begin`.
                 one_frame = 1 / file_rate if file_rate else 0
-                frames = _frames_from(source, container, stream, max(0, begin - one_frame), sys.maxsize)
+                frames = _frames_from(media_file, container, stream, max(0, begin - one_frame), sys.maxsize)
                 start_time = stream.start_time or 0
                 time_base = stream.time_base
                 timed = (
@@ -285,12 +287,12 @@ def _read_container(
                 )
                 frames = at_rate(timed, float(begin), fps, count)
             else:
-                frames = _frames_from(source, container, stream, begin, count)
+                frames = _frames_from(media_file, container, stream, begin, count)
             for frame in frames:
                 yield _pixels(frame, views)
 
 
-def _frames_from(source: media.Source, container: Any, stream: Any, seconds: Any, count: int) -> Iterator[Any]:
+def _frames_from(media_file: media.MediaFile, container: Any, stream: Any, seconds: Any, count: int) -> Iterator[Any]:
     """Up to `count` frames from a time on, or the last frame before it if no frame begins later."""
     start_pts = None
     before = None
@@ -302,7 +304,7 @@ def _frames_from(source: media.Source, container: Any, stream: Any, seconds: Any
         if packet.is_corrupt:
             raise BadMedia("truncated")
         for frame in packet.decode():
-            source.spend(frame.height * frame.width)
+            media_file.spend(frame.height * frame.width)
             if start_pts is not None and frame.pts is not None and frame.pts < start_pts:
                 before = frame
                 continue

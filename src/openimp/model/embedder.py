@@ -98,8 +98,8 @@ class Embedder(nn.Module, ABC):
         return {name: self.encode({name: tokens}) for name, tokens in inputs.items()}
 
     @abstractmethod
-    def project(self, features_BD: Tensor, source: str, target: str, normalize: bool = True) -> Tensor:
-        """Maps features of `source` to fp32 vectors (B, Z) of the space that it shares with `target`.
+    def project(self, features_BD: Tensor, modality: str, other: str, normalize: bool = True) -> Tensor:
+        """Maps features of `modality` to fp32 vectors (B, Z) of the space that it shares with `other`.
 
         The vectors are unit vectors unless `normalize` is false.
         """
@@ -114,8 +114,8 @@ class Embedder(nn.Module, ABC):
         """The learned temperature of a pair of modalities, in either order."""
 
     @abstractmethod
-    def head_name(self, source: str, target: str) -> str:
-        """The name of the space that `project` maps `source` to for `target`."""
+    def head_name(self, modality: str, other: str) -> str:
+        """The name of the space that `modality` shares with `other`, as `project` uses it."""
 
     @abstractmethod
     def share_a_space(self, a: str, b: str) -> bool:
@@ -137,7 +137,7 @@ class Embedder(nn.Module, ABC):
         return []
 
     def blocks_of(self, modalities: Iterable[str]) -> list[nn.Module]:
-        """Those of the `blocks` that a forward pass of these modalities goes through, in order."""
+        """The `blocks` that a forward pass of these modalities goes through, in order."""
         return self.blocks()
 
     def experts(self) -> list[nn.Module]:

@@ -47,7 +47,7 @@ class IMP(Embedder):
         self.stems = nn.ModuleDict({name: Stem(spec, config.width) for name, spec in stems.items()})
         self.encoder = Encoder(config, self.stems)
         directions = chain(*map(permutations, self.pairs), distilled)
-        heads = sorted({self.head_name(source, target) for source, target in directions})
+        heads = sorted({self.head_name(modality, other) for modality, other in directions})
         self.projections = nn.ModuleDict({name: Projection(config.width, config.embed_dim) for name in heads})
         temperatures = dict.fromkeys(self.temperature_name(*pair) for pair in self.pairs)
         self.temperatures = nn.ModuleDict({name: Temperature(config.init_temperature) for name in temperatures})
@@ -113,8 +113,8 @@ class IMP(Embedder):
         """The stem of a modality; modalities may share one."""
         return cast(Stem, self.stems[self.stem_of[modality]])
 
-    def project(self, features_BD: Tensor, source: str, target: str, normalize: bool = True) -> Tensor:
-        z_BZ: Tensor = self.projections[self.head_name(source, target)](features_BD).float()
+    def project(self, features_BD: Tensor, modality: str, other: str, normalize: bool = True) -> Tensor:
+        z_BZ: Tensor = self.projections[self.head_name(modality, other)](features_BD).float()
         return F.normalize(z_BZ, dim=-1) if normalize else z_BZ
 
     def share_a_space(self, a: str, b: str) -> bool:
@@ -175,10 +175,10 @@ class IMP(Embedder):
         """The name of the temperature of a pair of modalities, in either order."""
         return "-".join(sorted((self.head_of[a], self.head_of[b])))
 
-    def head_name(self, source: str, target: str) -> str:
-        """The name of the projection head that maps `source` to the space that it shares with `target`."""
-        head = self.head_of[source]
-        return head if self.config.space == "joint" else f"{head}-to-{self.head_of[target]}"
+    def head_name(self, modality: str, other: str) -> str:
+        """The name of the projection head that maps `modality` to the space that it shares with `other`."""
+        head = self.head_of[modality]
+        return head if self.config.space == "joint" else f"{head}-to-{self.head_of[other]}"
 
 
 def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:

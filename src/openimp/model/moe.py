@@ -72,7 +72,8 @@ class RouterStats(NamedTuple):
 
         aux = weighted_mean([stats.aux for stats in chunks])
         usages = [stats.usage for stats in chunks if stats.usage is not None]
-        return RouterStats(aux, Usage(*map(weighted_mean, zip(*usages))) if usages else None)
+        usage = Usage(*map(weighted_mean, zip(*usages))) if usages else None
+        return RouterStats(aux, usage)
 
 
 def expert_choice(probs_GNE: Tensor, valid_GN: Tensor, capacity_factor: float) -> Routing:
@@ -136,8 +137,8 @@ def valid_tokens_per_rank(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
 
 def split_tokens(x_TD: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Splits the tokens of all inputs into (B, L, D) per input. `shapes` has (B, L) of each input."""
-    token_counts = [examples * length for examples, length in shapes]
-    return [x.unflatten(0, shape) for x, shape in zip(x_TD.split(token_counts), shapes)]
+    split_sizes = [examples * length for examples, length in shapes]
+    return [x.unflatten(0, shape) for x, shape in zip(x_TD.split(split_sizes), shapes)]
 
 
 def _capacity(tokens: int, share: float) -> int:
@@ -156,7 +157,7 @@ class Router(nn.Module):
         nn.init.normal_(self.weight_ED, std=0.02)
 
     def forward(
-        self, x_TD: Tensor, valid: Sequence[Tensor], counts: Sequence[Tensor]
+        self, x_TD: Tensor, valid: Sequence[Tensor], token_counts: Sequence[Tensor]
     ) -> list[tuple[Routing, RouterStats]]:
         """Routes the tokens of each input within its groups. See `SparseMLP` for the arguments.
 
@@ -169,10 +170,10 @@ class Router(nn.Module):
         shapes = [valid_BL.shape for valid_BL in valid]
         probs = split_tokens(logits_TE.softmax(-1), shapes)
         z_losses = split_tokens(logits_TE.logsumexp(-1).square(), shapes)
-        return [self._route(*one_input) for one_input in zip(probs, z_losses, valid, counts)]
+        return [self._route(*one_input) for one_input in zip(probs, z_losses, valid, token_counts)]
 
     def _route(
-        self, probs_BLE: Tensor, z_loss_BL: Tensor, valid_BL: Tensor, count: Tensor
+        self, probs_BLE: Tensor, z_loss_BL: Tensor, valid_BL: Tensor, token_count: Tensor
     ) -> tuple[Routing, RouterStats]:
         config = self.config
         probs_GNE = probs_BLE
@@ -180,26 +181,26 @@ class Router(nn.Module):
         if self.training and config.routing in BATCH_ROUTINGS:
             probs_GNE = probs_BLE.flatten(0, 1)[None]
             valid_GN = valid_BL.flatten()[None]
-        aux = config.z_loss * (z_loss_BL * valid_BL).sum() / count
+        aux = config.z_loss * (z_loss_BL * valid_BL).sum() / token_count
         if config.routing == "token_choice":
             share = config.top_k * config.capacity_factor / config.experts
             capacity = _capacity(probs_GNE.shape[1], share) if self.training else None
             routing = token_choice(probs_GNE, valid_GN, config.top_k, capacity)
-            aux = aux + config.balance_loss * config.experts * _imbalance(probs_BLE, valid_BL, count)
+            aux = aux + config.balance_loss * config.experts * _imbalance(probs_BLE, valid_BL, token_count)
         else:
             routing = expert_choice(probs_GNE, valid_GN, config.capacity_factor)
         # Compiled layers always collect, because that costs them little and a switch would compile each of them twice.
         collects = torch.compiler.is_compiling() or self.collects_usage
-        usage = _usage(routing, valid_GN, count) if collects else None
+        usage = _usage(routing, valid_GN, token_count) if collects else None
         return routing, RouterStats(aux, usage)
 
 
-def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, count: Tensor) -> Tensor:
+def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, token_count: Tensor) -> Tensor:
     """The sum over experts of their share of first choices times their mean probability (arXiv 2101.03961, 2.2)."""
     is_valid_BL1 = valid_BL[..., None]
     first_choices_E = (F.one_hot(probs_BLE.argmax(-1), probs_BLE.shape[-1]) * is_valid_BL1).sum((0, 1))
-    prob_E = (probs_BLE * is_valid_BL1).sum((0, 1)) / count
-    return (all_reduce_mean(first_choices_E.float()) / count * prob_E).sum()
+    prob_E = (probs_BLE * is_valid_BL1).sum((0, 1)) / token_count
+    return (all_reduce_mean(first_choices_E.float()) / token_count * prob_E).sum()
 
 
 def collect_usage(model: nn.Module, collect: bool) -> None:
@@ -211,13 +212,13 @@ def collect_usage(model: nn.Module, collect: bool) -> None:
 
 
 @torch.no_grad()
-def _usage(routing: Routing, valid_GN: Tensor, count: Tensor) -> Usage:
+def _usage(routing: Routing, valid_GN: Tensor, token_count: Tensor) -> Usage:
     filled_GEC = (routing.gate_GEC > 0).float()
     load_E = filled_GEC.sum((0, 2))
     gate_E = routing.gate_GEC.sum((0, 2))
     taken_GN = torch.zeros_like(valid_GN, dtype=torch.float32)
     taken_GN = taken_GN.scatter_add(1, routing.token_GEC.flatten(1), filled_GEC.flatten(1))
-    dropped = ((taken_GN == 0) & valid_GN).sum() / count
+    dropped = ((taken_GN == 0) & valid_GN).sum() / token_count
     # A batch of padding fills no slot. `clamp` prevents 0 / 0 there.
     return Usage(load_E / load_E.sum().clamp(min=1), gate_E / gate_E.sum().clamp(min=1e-9), dropped)
 
@@ -264,19 +265,19 @@ class SparseMLP(nn.Module):
         self.experts = Experts(config.experts, width, hidden, bias, gelu_kind)
 
     def forward(
-        self, x_TD: Tensor, valid: Sequence[Tensor], counts: Sequence[Tensor]
+        self, x_TD: Tensor, valid: Sequence[Tensor], token_counts: Sequence[Tensor]
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns statistics per input.
 
         Args:
             valid: per input, (B, L), False for padding.
-            counts: per input, its `valid_tokens_per_rank`.
+            token_counts: per input, its `valid_tokens_per_rank`.
         """
         rows = []  # per input: the rows of `x_TD` that its slots hold
         gates = []
         all_stats = []
         input_start = 0
-        for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, counts)):
+        for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, token_counts)):
             input_end = input_start + valid_BL.numel()
             group_size = valid_BL.numel() // routing.token_GEC.shape[0]
             group_start_G = torch.arange(input_start, input_end, group_size, device=x_TD.device)

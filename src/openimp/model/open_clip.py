@@ -134,15 +134,15 @@ class OpenCLIP(Embedder):
         """The ids (B, L) in the tokens of texts, as the library's model takes them."""
         return tokens.values
 
-    def project(self, features_BD: Tensor, source: str, target: str, normalize: bool = True) -> Tensor:
+    def project(self, features_BD: Tensor, modality: str, other: str, normalize: bool = True) -> Tensor:
         return F.normalize(features_BD.float(), dim=-1) if normalize else features_BD.float()
 
     def share_a_space(self, a: str, b: str) -> bool:
         return {a, b} <= self.readers.keys()
 
-    def head_name(self, source: str, target: str) -> str:
+    def head_name(self, modality: str, other: str) -> str:
         """The name of a modality's space, which is one for all targets."""
-        return source
+        return modality
 
     def temperature(self, a: str, b: str) -> LogitScale:
         """The temperature, which is one for all pairs."""
