@@ -88,8 +88,8 @@ class StepPlanner:
         sizes_of_passes = pass_sizes(local_examples, self.recipe.memory.chunk_size)
         passes = [self.model.blocks_of(sizes) for sizes in sizes_of_passes]
         weights_in_passes = [weight for blocks in passes for block in blocks for weight in block.parameters()]
-        # Blocks compute while others are gathered. Their gradients are reduced meanwhile only if there is one pass:
-        # with chunks, they are reduced after the last pass.
+        # Blocks are gathered while others compute. With one pass, gradients are reduced meanwhile, too. With several
+        # passes (chunks), they are reduced after the last one.
         if layout.reshard_after_forward:
             forward = self.sharding.gather(weights_in_passes)
             regather = forward
@@ -98,7 +98,7 @@ class StepPlanner:
             regather = Traffic()
         reduced_meanwhile = touched & {*weights_in_passes} if len(passes) == 1 else set()
         backward = regather + self.sharding.reduce(reduced_meanwhile)
-        # No computation hides the following. FSDP2 gathers the weights outside of blocks again for each head.
+        # No computation hides this traffic. FSDP2 gathers the weights outside of blocks again for each head.
         exposed = self.sharding.reduce(touched - reduced_meanwhile)
         exposed += self.muon.traffic(updated)
         exposed += self._expert_traffic(cost)
