@@ -281,8 +281,7 @@ class SparseMLP(nn.Module):
             input_end = input_start + valid_BL.numel()
             group_size = valid_BL.numel() // routing.token_GEC.shape[0]
             group_start_G = torch.arange(input_start, input_end, group_size, device=x_TD.device)
-            row_GEC = routing.token_GEC + group_start_G[:, None, None]
-            rows.append(row_GEC.transpose(0, 1).flatten(1))
+            rows.append((routing.token_GEC + group_start_G[:, None, None]).transpose(0, 1).flatten(1))
             gates.append(routing.gate_GEC.transpose(0, 1).flatten(1))
             all_stats.append(stats)
             input_start = input_end
