@@ -35,17 +35,22 @@ class Alternation(Sequence[Visit]):
     def __init__(self, recipe: Recipe) -> None:
         self._names = [name for name, task in recipe.tasks.items() if task.weight]
         tasks = [recipe.tasks[name] for name in self._names]
-        steps, kind = recipe.train.steps, recipe.alternation.kind
-        self._task = _tasks(kind, [t.weight for t in tasks], [t.interval for t in tasks], steps, recipe.seed)
+        steps = recipe.train.steps
+        kind = recipe.alternation.kind
+        weights = [task.weight for task in tasks]
+        intervals = [task.interval for task in tasks]
+        self._task = _tasks(kind, weights, intervals, steps, recipe.seed)
         self._view = np.zeros(steps, np.int16)
         self._batch_size = np.zeros(steps, np.int64)
         self._start = np.zeros(steps, np.int64)
         for i, task in enumerate(tasks):
-            visits = np.flatnonzero(self._task == i)
-            view = _draw([view.weight for view in task.views], len(visits), kind == "random", (recipe.seed, 1, i))
-            batch_size = np.array([view.batch_size or task.batch_size for view in task.views])[view]
-            self._view[visits], self._batch_size[visits] = view, batch_size
-            self._start[visits] = np.cumsum(batch_size) - batch_size
+            steps_of_task = np.flatnonzero(self._task == i)
+            view_weights = [view.weight for view in task.views]
+            chosen_views = _draw(view_weights, len(steps_of_task), kind == "random", (recipe.seed, 1, i))
+            batch_size = np.array([view.batch_size or task.batch_size for view in task.views])[chosen_views]
+            self._view[steps_of_task] = chosen_views
+            self._batch_size[steps_of_task] = batch_size
+            self._start[steps_of_task] = np.cumsum(batch_size) - batch_size
 
     def __len__(self) -> int:
         return len(self._task)
@@ -53,13 +58,18 @@ class Alternation(Sequence[Visit]):
     def __getitem__(self, step: int) -> Visit:  # type: ignore[override]
         if not 0 <= step < len(self):
             raise IndexError(step)
-        view, batch_size, start = (int(column[step]) for column in (self._view, self._batch_size, self._start))
-        return Visit(step, self._names[self._task[step]], view, batch_size, start)
+        return Visit(
+            step=step,
+            task=self._names[self._task[step]],
+            view=int(self._view[step]),
+            batch_size=int(self._batch_size[step]),
+            start=int(self._start[step]),
+        )
 
     def visits(self) -> dict[tuple[str, int], int]:
         """The number of steps per (task, view)."""
-        found, steps = np.unique(np.stack((self._task, self._view)), axis=1, return_counts=True)
-        return {(self._names[task], int(view)): int(n) for task, view, n in zip(*found, steps)}
+        (tasks, views), counts = np.unique(np.stack((self._task, self._view)), axis=1, return_counts=True)
+        return {(self._names[task], int(view)): int(count) for task, view, count in zip(tasks, views, counts)}
 
 
 def expected_shares(recipe: Recipe) -> dict[str, float]:
@@ -76,14 +86,16 @@ def _tasks(kind: str, weights: list[float], intervals: list[int], steps: int, se
         return _pick(weights, (np.arange(steps) + 0.5) / steps)
     if kind != "intervals":
         return _draw(weights, steps, kind == "random", (seed, 0))
-    visited = (i for turn in count() for i, interval in enumerate(intervals) if turn % interval == 0)
+    # In round r, each task whose interval divides r has a step.
+    visited = (i for r in count() for i, interval in enumerate(intervals) if r % interval == 0)
     return np.fromiter(visited, np.int16, steps)
 
 
 def _draw(weights: list[float], n: int, random: bool, key: tuple[int, ...]) -> np.ndarray:
     """Indices (n,) with frequencies proportional to the weights. A shorter draw is a prefix of a longer one."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-    return _pick(weights, rng.random(n) if random else (rng.random() + GOLDEN * np.arange(n)) % 1.0)
+    points = rng.random(n) if random else (rng.random() + GOLDEN * np.arange(n)) % 1.0
+    return _pick(weights, points)
 
 
 def _pick(weights: list[float], points: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from openimp.common.protocols import TensorInput
 from openimp.common.schema import Count, Pair, Positive, Share, Strict
 from openimp.modalities import media
 from openimp.modalities.sound import (
-    Plan,
+    ReadPlan,
     array_samples,
     between,
     clips_of,
@@ -143,8 +143,8 @@ class Audio(Modality):
     def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
         if isinstance(value, np.ndarray):
             return []
-        with media.decoder_errors(), media.open_source(value) as source:
-            return media.cut(source, length(source), view.seconds)
+        with media.decoder_errors(), media.open_source(value) as media_file:
+            return media.equal_segments(media_file, length(media_file), view.seconds)
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """The segment's clips (clips, samples): as many as cover all of it, whatever the view's `clips`."""
@@ -153,16 +153,17 @@ class Audio(Modality):
         clips = ceil(len(sound) / self.samples(view))
         return self.transform(sound, view.model_copy(update={"clips": clips}), None)
 
-    def _read(self, raw: Any, plan: Plan) -> np.ndarray:
+    def _read(self, raw: Any, plan: ReadPlan) -> np.ndarray:
         """Mono samples (N,) int16 of the parts of a sound that are used."""
         rate = self.config.sample_rate
         if isinstance(raw, np.ndarray):
-            sound, source_rate = array_samples(raw), rate
+            sound = array_samples(raw)
+            source_rate = rate
         elif isinstance(raw, dict):
             sound, source_rate = sampled_array(raw, rate)
         else:
-            with media.open_source(raw) as source:
-                sound, source_rate = read_sound(source, plan)
+            with media.open_source(raw) as media_file:
+                sound, source_rate = read_sound(media_file, plan)
         sound = resample(mono(sound), source_rate, rate)
         if not sound.size:
             raise BadMedia("no samples")
@@ -225,7 +226,7 @@ class Audio(Modality):
     def _tokens(self, waves: Tensor, drop: float, rngs: list[Rng] | None) -> Tokens:
         config = self.config
         grid = log_mel(waves, config)[..., None]
-        tokens = media.patch_tokens(grid, config.patch, config.tables, drop, rngs, config.spans)
+        tokens = media.patch_tokens(grid, config.patch, config.tables, drop, rngs, spans=config.spans)
         return tokens._replace(values=(tokens.values - config.mean) / config.std)
 
 
@@ -234,7 +235,7 @@ def log_mel(waves: Tensor, config: Audio.Config) -> Tensor:
 
     Frame i is centered on the i-th hop. A full-scale sine has magnitude 1, whatever the window.
     """
-    missing = config.window - config.hop
+    padding = config.window - config.hop
     window = torch.hann_window(config.window, device=waves.device)
     window *= 2 / window.sum()
     filters = mel_filters(config.sample_rate, config.window, config.bins, config.low, config.high)
@@ -243,11 +244,11 @@ def log_mel(waves: Tensor, config: Audio.Config) -> Tensor:
     # Two at a time fit into the processor's cache. A graph for export has no loop over a batch of any size.
     pairs = [waves] if torch.compiler.is_exporting() else waves.split(2)
     for pair in pairs:
-        padded = torch.nn.functional.pad(pair.float(), (missing // 2, missing - missing // 2))
+        padded = torch.nn.functional.pad(pair.float(), (padding // 2, padding - padding // 2))
         spectrum = torch.fft.rfft(padded.unfold(1, config.window, config.hop) * window)
         squares = torch.view_as_real(spectrum).square()
         magnitude = (squares[..., 0] + squares[..., 1]).sqrt()  # Three times as fast as `abs` or `sum`.
-        mel = torch.cat([magnitude[..., part] @ weights for part, weights in bands], dim=-1)
+        mel = torch.cat([magnitude[..., frequencies] @ weights for frequencies, weights in bands], dim=-1)
         mels.append(torch.log(mel + FLOOR))
     return torch.cat(mels)
 
@@ -255,8 +256,8 @@ def log_mel(waves: Tensor, config: Audio.Config) -> Tensor:
 def _band(filters: np.ndarray, device: torch.device) -> tuple[slice, Tensor]:
     """The range of frequencies in which neighboring filters are not all zero, and the filters in that range."""
     nonzero = np.flatnonzero(filters.any(1))
-    first, last = int(nonzero[0]), int(nonzero[-1]) + 1
-    return slice(first, last), torch.from_numpy(filters[first:last]).to(device)
+    frequencies = slice(int(nonzero[0]), int(nonzero[-1]) + 1)
+    return frequencies, torch.from_numpy(filters[frequencies]).to(device)
 
 
 @lru_cache(maxsize=8)
@@ -266,18 +267,20 @@ def mel_filters(sample_rate: int, window: int, bins: int, low: float, high: floa
     Where the mel scale is finer than the Fourier transform, filters are widened to one frequency step on each side, so
     that none is empty.
     """
-    lowest, highest = 2595 * np.log10(1 + np.array([low, high]) / 700)
-    mel = np.linspace(float(lowest), float(highest), bins + 2)
-    edges = 700 * (10 ** (mel / 2595) - 1)
-    step, centers = sample_rate / window, edges[1:-1]
-    rise, fall = np.maximum(np.diff(edges)[:-1], step), np.maximum(np.diff(edges)[1:], step)
-    offset = np.arange(window // 2 + 1)[:, None] * step - centers
+    lowest_mel, highest_mel = 2595 * np.log10(1 + np.array([low, high]) / 700)
+    mels = np.linspace(float(lowest_mel), float(highest_mel), bins + 2)
+    edges = 700 * (10 ** (mels / 2595) - 1)  # in Hz; the filter of bin i has its peak at edge i + 1
+    frequency_step = sample_rate / window
+    rise = np.maximum(np.diff(edges)[:-1], frequency_step)
+    fall = np.maximum(np.diff(edges)[1:], frequency_step)
+    offset = np.arange(window // 2 + 1)[:, None] * frequency_step - edges[1:-1]
     return np.clip(1 + np.minimum(offset / rise, -offset / fall), 0, None).astype(np.float32)
 
 
 def _at_speed(sound: np.ndarray, speed: float, count: int) -> np.ndarray:
     """`count` samples at a distance of `speed`, linearly interpolated like `np.interp`; fp32."""
-    samples, positions = torch.from_numpy(sound), torch.arange(count, dtype=torch.float64) * speed
+    samples = torch.from_numpy(sound)
+    positions = torch.arange(count, dtype=torch.float64) * speed
     before = positions.int()
     left = samples.index_select(0, before)
     right = samples.index_select(0, (before + 1).clamp_(max=len(sound) - 1))

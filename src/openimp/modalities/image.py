@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openimp.common.modality import BadMedia, Rng
-from openimp.modalities.media import MAX_PIXELS, PREVIEW, Source, decoder_errors, encode_webp, open_source
+from openimp.modalities.media import MAX_PIXELS, PREVIEW, MediaFile, decoder_errors, encode_webp, open_source
 from openimp.modalities.vision import Vision, check_pixels, decoded_size, shrink, to_rgb
 
 # Formats that contain only pixels, if this build of Pillow has them. Pillow passes others, such as EPS, to an external
@@ -71,11 +71,11 @@ class Image(Vision):
         return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def open_picture(source: Source) -> PIL.Image.Image:
+def open_picture(media_file: MediaFile) -> PIL.Image.Image:
     """Opens a picture without decoding it. `PIL.Image.open` would decode an icon at once, however large it is."""
-    if source.peek(4)[:4] == ICON:
-        return PIL.IcoImagePlugin.IcoFile(source).frame(0)
-    return PIL.Image.open(source, formats=FORMATS)
+    if media_file.peek(4)[:4] == ICON:
+        return PIL.IcoImagePlugin.IcoFile(media_file).frame(0)
+    return PIL.Image.open(media_file, formats=FORMATS)
 
 
 @contextmanager
@@ -90,10 +90,10 @@ def upright(raw: Any, views: Sequence[Any] = ()) -> Iterator[PIL.Image.Image]:
         check_size(raw)
         yield PIL.ImageOps.exif_transpose(raw)
     else:
-        with open_source(raw) as source:
-            picture = open_picture(source)
+        with open_source(raw) as media_file:
+            picture = open_picture(media_file)
             if "progressive" in picture.info:
-                _check_progressive(picture, source)
+                _check_progressive(picture, media_file)
             if views:  # The picture may be turned, so both orientations count.
                 height, width = decoded_size((picture.height, picture.width), views)
                 turned_width, turned_height = decoded_size((picture.width, picture.height), views)
@@ -103,14 +103,14 @@ def upright(raw: Any, views: Sequence[Any] = ()) -> Iterator[PIL.Image.Image]:
             yield picture
 
 
-def _check_progressive(picture: PIL.Image.Image, source: Source) -> None:
+def _check_progressive(picture: PIL.Image.Image, media_file: MediaFile) -> None:
     """Refuses a progressive JPEG with too many pixels or scans.
 
     Pillow holds the coefficients of all pixels even if `draft` reduces the size, and each scan passes over all of them.
     """
     check_size(picture)
-    source.seek(0)
-    if (scans := source.read().count(b"\xff\xda")) > MAX_SCANS:
+    media_file.seek(0)
+    if (scans := media_file.read().count(b"\xff\xda")) > MAX_SCANS:
         raise BadMedia(f"{scans} scans are more than {MAX_SCANS}")
 
 

@@ -44,11 +44,13 @@ CHECK_EVERY = 2**20
 """Work between two checks of the time, because a check takes microseconds."""
 LENGTHS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}
 """Magic numbers of the formats whose header contains the file's length, with the byte order of the length."""
-INFO, HEADER = re.compile(rb"LIST(.{4})INFO", re.DOTALL), 2**20
-"""`INFO` matches a list of titles and names in an AVI or WAV file. It is searched for in the first `HEADER` bytes."""
-UNKNOWN = ("UnidentifiedImageError", "InvalidDataError")
-"""What Pillow and FFmpeg raise for a file in which they find nothing that they know."""
-SLACK = 64
+INFO_LIST = re.compile(rb"LIST(.{4})INFO", re.DOTALL)
+"""Matches the start of a list of titles and names in an AVI or WAV file, with the list's length."""
+INFO_SEARCH_BYTES = 2**20
+"""Bytes at the start of a file in which `INFO_LIST` is searched for."""
+UNKNOWN_FORMAT_ERRORS = ("UnidentifiedImageError", "InvalidDataError")
+"""Names of the exceptions that Pillow and FFmpeg raise for a file of a format that they do not know."""
+LENGTH_TOLERANCE = 64
 """Bytes by which common programs get the length in the header wrong."""
 SEGMENT_SECONDS = 5.0
 """Least length of a segment, except for rounding. With shorter ones, one recording would fill a list of results."""
@@ -60,7 +62,7 @@ PREVIEW = 128
 """Most pixels of the longer side of a previewed frame."""
 
 
-class Source(io.BufferedReader):
+class MediaFile(io.BufferedReader):
     """The file or the bytes of one example, with a limit on the work of decoding it.
 
     Decoders never open a path themselves, because FFmpeg takes the relative path `http:/host/x.mp4` for a URL.
@@ -68,7 +70,9 @@ class Source(io.BufferedReader):
 
     def __init__(self, raw: Any) -> None:
         super().__init__(raw)
-        self._work, self._next_check, self._deadline = 0, CHECK_EVERY, 0.0
+        self._work = 0
+        self._next_check = CHECK_EVERY
+        self._deadline = 0.0
 
     def read(self, size: int | None = -1) -> bytes:
         content = super().read(size)
@@ -82,7 +86,8 @@ class Source(io.BufferedReader):
         self._work += work
         if self._work < self._next_check:
             return
-        self._next_check, now = self._work + CHECK_EVERY, time.thread_time()
+        self._next_check = self._work + CHECK_EVERY
+        now = time.thread_time()
         self._deadline = self._deadline or now + MAX_CPU
         if self._work > MAX_WORK:
             raise BadMedia(f"more than {MAX_WORK:,} pixels or samples in all")
@@ -90,7 +95,7 @@ class Source(io.BufferedReader):
             raise BadMedia(f"decoding takes more than {MAX_CPU} s of CPU time")
 
 
-def open_source(raw: Any) -> Source:
+def open_source(raw: Any) -> MediaFile:
     """Opens a path or bytes for a decoder. The caller closes it.
 
     It refuses a path that is not a regular file, because a pipe could block forever.
@@ -98,16 +103,17 @@ def open_source(raw: Any) -> Source:
     if isinstance(raw, bytes | bytearray | memoryview):
         if not len(raw):
             raise BadMedia("no bytes")
-        source, size = Source(io.BytesIO(raw)), len(raw)
+        media_file = MediaFile(io.BytesIO(raw))
+        size = len(raw)
     elif isinstance(raw, str | Path):
         if not Path(raw).is_file():
             raise BadMedia("not a file" if Path(raw).exists() else "no such file")
-        source = Source(open(raw, "rb", buffering=0))  # noqa: SIM115 (the caller closes it)
-        size = os.fstat(source.fileno()).st_size
+        media_file = MediaFile(open(raw, "rb", buffering=0))  # noqa: SIM115 (the caller closes it)
+        size = os.fstat(media_file.fileno()).st_size
     else:
         raise BadMedia(f"expected bytes, a path or an array, found {type(raw).__name__}")
-    _check_length(source.peek(8)[:8], size)
-    return source
+    _check_length(media_file.peek(8)[:8], size)
+    return media_file
 
 
 @contextmanager
@@ -122,49 +128,50 @@ def decoder_errors() -> Iterator[None]:
         raise
     except Exception as error:
         message = getattr(error, "strerror", None) or str(error)  # `strerror` has no error number.
-        text = " ".join(message.split(" <Source")[0].split())
+        text = " ".join(message.split(" <MediaFile")[0].split())
         name = type(error).__name__
-        if name in UNKNOWN:
+        if name in UNKNOWN_FORMAT_ERRORS:
             raise BadMedia("damaged, or of a format that is not read") from None
         raise BadMedia(f"{name}: {text[:120]}" if text else name) from None
 
 
 @contextmanager
-def open_container(source: Source, kind: Literal["video", "audio"]) -> Iterator[tuple[Any, Any, Any]]:
+def open_container(media_file: MediaFile, kind: Literal["video", "audio"]) -> Iterator[tuple[Any, Any, Any]]:
     """Opens a container with FFmpeg; yields it, its first stream of `kind`, and the length in seconds (0: unknown).
 
     It decodes in one thread, because the workers of the loader are parallel already.
     """
-    _check_info(source)
+    _check_info(media_file)
     # No protocol is allowed, because the file is open already and must not name others. The first limit on pixels is
     # for the frames that FFmpeg decodes to probe the file. It is higher, so that our error can name the size.
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
     options |= {"codec_whitelist": CODECS, "max_pixels": str(4 * MAX_FRAME_PIXELS)}
     container: Any
-    with av.open(source, options=options, metadata_errors="ignore") as container:
+    with av.open(media_file, options=options, metadata_errors="ignore") as container:
         if not (streams := getattr(container.streams, kind)):
             raise BadMedia(f"no {kind} stream")
         stream = streams[0]
         context = stream.codec_context
         if context is None or context.codec.name not in CODECS.split(","):
             raise BadMedia(f"{kind} codec that is not read: {context and context.codec.name}")
-        context.options, context.thread_count = {"max_pixels": str(MAX_FRAME_PIXELS)}, 1
+        context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+        context.thread_count = 1
         seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
         yield container, stream, seconds
 
 
-def _check_info(source: Source) -> None:
+def _check_info(media_file: MediaFile) -> None:
     """Refuses an AVI or WAV file if an INFO list in its header claims to be longer than the file.
 
     FFmpeg allocates and clears that much memory before it reads the list.
     """
-    if source.peek(4)[:4] == b"RIFF":
-        size = source.seek(0, os.SEEK_END)
-        source.seek(0)
-        claims = [int.from_bytes(claim, "little") for claim in INFO.findall(source.read(HEADER))]
-        source.seek(0)
-        if max(claims, default=0) > size:
-            raise BadMedia(f"truncated: an INFO list of {max(claims):,} bytes in a file of {size:,}")
+    if media_file.peek(4)[:4] == b"RIFF":
+        size = media_file.seek(0, os.SEEK_END)
+        media_file.seek(0)
+        lengths = [int.from_bytes(length, "little") for length in INFO_LIST.findall(media_file.read(INFO_SEARCH_BYTES))]
+        media_file.seek(0)
+        if max(lengths, default=0) > size:
+            raise BadMedia(f"truncated: an INFO list of {max(lengths):,} bytes in a file of {size:,}")
 
 
 def _check_length(head: bytes, size: int) -> None:
@@ -174,7 +181,7 @@ def _check_length(head: bytes, size: int) -> None:
     """
     if head[:4] in LENGTHS and len(head) == 8:
         claimed = int.from_bytes(head[4:], LENGTHS[head[:4]])
-        if size + SLACK < claimed < 2**31 - 2**16:
+        if size + LENGTH_TOLERANCE < claimed < 2**31 - 2**16:
             raise BadMedia(f"truncated: {size:,} bytes of {claimed + 8:,}")
 
 
@@ -199,8 +206,10 @@ def random_start(total: int, span: int, rng: Rng) -> int:
 
 
 def clip_starts(total: int, span: int, clips: int) -> list[int]:
-    """The different starts of `clips` clips of length `span`, linearly spaced over `total`; a single clip is in the
-    middle. There are fewer starts than `clips` if there are no more places; an item of at most `span` has one."""
+    """The starts of `clips` clips of length `span`, linearly spaced over `total`. A single clip is in the middle.
+
+    Equal starts are returned once, so there may be fewer than `clips`. An item of at most `span` has one.
+    """
     room = max(0, total - span)
     starts = [room * i // (clips - 1) for i in range(clips)] if clips > 1 else [room // 2]
     return [*dict.fromkeys(starts)]
@@ -209,9 +218,9 @@ def clip_starts(total: int, span: int, clips: int) -> list[int]:
 def segments(total: int, span: int, clips: int, limit: int, rng: Rng | None) -> list[tuple[int, int]]:
     """The parts to read of an item with `total` frames or samples (0: unknown), as (start, count).
 
-    With `rng`, it is one random part of length `span`. Without, it is the whole item if that is at most `limit`, or if
-    the `clips` parts that evaluation uses cover it, else these parts. In what is read, `clip_starts` finds the same
-    clips as in the whole item.
+    In training, with `rng`, one random part of length `span` is read. Evaluation reads the whole item if it is at most
+    `limit` long, or if the `clips` parts that it uses cover the item. Otherwise it reads only these parts. In the
+    concatenation of the parts, `clip_starts` finds the same clips as in the whole item.
     """
     if rng is not None and total > 0:
         return [(random_start(total, span, rng), span)]
@@ -222,20 +231,23 @@ def segments(total: int, span: int, clips: int, limit: int, rng: Rng | None) -> 
     return [(start, span) for start in clip_starts(total, span, clips)]
 
 
-def cut(source: Source, seconds: float, span: float) -> list[tuple[float, float]]:
-    """Equal segments of a recording, as (start, end) in seconds. Empty if it is too short to be cut.
+def equal_segments(media_file: MediaFile, seconds: float, span: float) -> list[tuple[float, float]]:
+    """Equal segments of a recording, as (start, end) in seconds. Empty if it is too short to be divided.
 
     A segment is about as long as the `span` that a clip of the view sees, but at least `SEGMENT_SECONDS`. The size of
     the file bounds the number of segments, because its header may claim any length.
     """
-    most = min(MAX_SEGMENTS, source.seek(0, os.SEEK_END) // SEGMENT_BYTES)
-    count = min(most, round(seconds / max(span, SEGMENT_SECONDS)))
-    return [(i * seconds / count, (i + 1) * seconds / count) for i in range(count)] if count > 1 else []
+    limit = min(MAX_SEGMENTS, media_file.seek(0, os.SEEK_END) // SEGMENT_BYTES)
+    count = min(limit, round(seconds / max(span, SEGMENT_SECONDS)))
+    if count <= 1:
+        return []
+    return [(i * seconds / count, (i + 1) * seconds / count) for i in range(count)]
 
 
 def encode_webp(pixels: np.ndarray, side: int) -> bytes:
     """Pixels (H, W, 3) uint8 as a WebP file whose longer side has at most `side` pixels."""
-    picture, file = PIL.Image.fromarray(pixels), io.BytesIO()
+    file = io.BytesIO()
+    picture = PIL.Image.fromarray(pixels)
     picture.thumbnail((side, side), PIL.Image.Resampling.BILINEAR)
     picture.save(file, "WEBP", quality=80)
     return file.getvalue()
@@ -268,17 +280,19 @@ class PatchGrid(Strict):
         return self.absolute.get(self.axes[axis], self.tables[axis] * self.patch[axis])
 
     def check(self, axis: int, size: int, beginning: str, scale: float = 1, unit: str = "") -> None:
-        """Raises ValueError if a size along an axis gives no whole patches. `beginning` is that of the message.
+        """Raises ValueError if an input of this size along an axis is not a whole number of patches, or too long.
 
-        It suggests the nearest valid sizes, each times `scale`, followed by `unit`.
+        The message starts with `beginning`. It suggests the nearest valid sizes, each times `scale`, followed by
+        `unit`.
         """
-        side, limit = self.patch[axis], self.limit(axis)
+        side = self.patch[axis]
+        limit = self.limit(axis)
         if 0 < size <= limit and size % side == 0:
             return
         below = min(max(side, size - size % side), limit)
-        nearest = sorted({below, min(below + side, limit)})
-        valid = " or ".join(f"{n * scale:.6g}" for n in nearest)
-        raise ValueError(f"{beginning} not a multiple of {side} up to {limit}; use {valid}{unit}")
+        nearest_sizes = sorted({below, min(below + side, limit)})
+        suggestion = " or ".join(f"{valid_size * scale:.6g}" for valid_size in nearest_sizes)
+        raise ValueError(f"{beginning} not a multiple of {side} up to {limit}; use {suggestion}{unit}")
 
 
 def patch_tokens(
@@ -296,7 +310,8 @@ def patch_tokens(
     """
     counts = tuple(size // side for size, side in zip(grid.shape[1:], patch))
     coords = coordinates(counts, tables, spans).to(grid.device)
-    total, kept = len(coords), tokens_kept(len(coords), drop)
+    total = len(coords)
+    kept = tokens_kept(total, drop)
     if rngs is None or kept == total:
         return Tokens(patchify(grid, patch), coords.expand(grid.shape[0], -1, -1).contiguous())
     noise = np.stack([rng.random(total, dtype=np.float32) for rng in rngs])
@@ -314,14 +329,16 @@ def patchify(grid: Tensor, patch: tuple[int, ...], keep: Tensor | None = None) -
 
     With `keep` (B, K), only the patches with these indices are copied.
     """
-    axes, (batch, *sizes, _) = len(patch), grid.shape
+    axes = len(patch)
+    batch, *sizes, channels = grid.shape
     counts = [size // side for size, side in zip(sizes, patch)]
-    split = grid.reshape(batch, *(n for pair in zip(counts, patch) for n in pair), grid.shape[-1])
-    cut = split.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
+    count_and_side = [n for pair in zip(counts, patch) for n in pair]  # of the first axis, of the second axis, ...
+    split = grid.reshape(batch, *count_and_side, channels)
+    patches = split.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
     if keep is None:
-        return cut.reshape(batch, prod(counts), -1)
-    rows = torch.arange(batch, device=keep.device)[:, None]
-    return cut[(rows, *torch.unravel_index(keep, counts))].flatten(2)
+        return patches.reshape(batch, prod(counts), -1)
+    examples = torch.arange(batch, device=keep.device)[:, None]
+    return patches[(examples, *torch.unravel_index(keep, counts))].flatten(2)
 
 
 def coordinates(counts: tuple[int, ...], tables: tuple[int, ...], spans: tuple[int, ...] = ()) -> Tensor:

@@ -1,8 +1,8 @@
 """Pictures, clips and texts as a model of open_clip reads them (`model.wrap`).
 
-The state of these modalities are the files from which the library builds the model and its tokenizer again: its
-configuration, and the configurations of what transformers provides. They are saved with the weights, so nothing is
-downloaded when a model is loaded.
+The state of these modalities is the files from which the library builds the model and its tokenizer again: its
+configuration, and the configurations of the parts that transformers provides. They are saved with the weights, so
+nothing is downloaded when a model is loaded.
 
 Shape suffixes: B examples, T frames, C channels, H height, W width, L tokens, P values per token.
 """
@@ -48,8 +48,10 @@ CODE = {"auto_map", "attn_implementation", "_attn_implementation", "experts_impl
 run."""
 LONGEST_TEXT = 10_000
 """Most characters of a text that are tokenized."""
-LONGEST_CONTEXT, LONGEST_SIDE = 2**13, 2**12
-"""Most tokens of a text and pixels of a picture's side that a configuration may ask for."""
+LONGEST_CONTEXT = 2**13
+"""Most tokens of a text that a configuration may ask for."""
+LONGEST_SIDE = 2**12
+"""Most pixels of a picture's side that a configuration may ask for."""
 _TOKENIZING = Lock()
 """A tokenizer of transformers raises an error if two threads use it at once."""
 
@@ -75,15 +77,15 @@ def library_errors(message: str) -> Iterator[None]:
         raise UserError(f"{message}: {reason}") from None
 
 
-def checked_files(found: Mapping[str, str]) -> dict[str, str]:
-    """The library's files among the JSON files of a model, by name. What could make it run or fetch code is refused.
+def checked_files(json_files: Mapping[str, str]) -> dict[str, str]:
+    """The JSON files of the library's model, by name, without entries that could make it run or fetch code.
 
     Raises:
-        UserError: the configuration is missing, damaged, or names what is not in the files.
+        UserError: the configuration is missing or damaged, asks for code, or needs a file that is missing.
     """
-    if CONFIG not in found:
+    if CONFIG not in json_files:
         raise UserError(f"{CONFIG}: missing, so the model of open_clip cannot be built")
-    files = {name: _without_code(name, text) for name, text in found.items()}
+    files = {name: _without_code(name, text) for name, text in json_files.items()}
     config = json.loads(files[CONFIG])
     check_config(config)
     text = config["model_cfg"]["text_cfg"]
@@ -98,8 +100,9 @@ def checked_files(found: Mapping[str, str]) -> dict[str, str]:
 
 def check_config(config: Any) -> None:
     """Refuses a configuration of the library that is damaged, or that could make it run or fetch code."""
-    parts = config.get("model_cfg") if isinstance(config, dict) else None
-    vision, text = (parts.get(part) if isinstance(parts, dict) else None for part in ("vision_cfg", "text_cfg"))
+    model = config.get("model_cfg") if isinstance(config, dict) else None
+    vision = model.get("vision_cfg") if isinstance(model, dict) else None
+    text = model.get("text_cfg") if isinstance(model, dict) else None
     if not isinstance(vision, dict) or not isinstance(text, dict) or not isinstance(config.get("preprocess_cfg"), dict):
         raise UserError(f"{CONFIG}: damaged: expected model_cfg, with vision_cfg and text_cfg, and preprocess_cfg")
     if not re.fullmatch(r"[\w.-]*", str(vision.get("timm_model_name") or "")):
@@ -116,11 +119,11 @@ def check_config(config: Any) -> None:
 
 def layers_in(files: Mapping[str, str]) -> int:
     """The number of layers that the library's files ask for. transformers has many names for it."""
-    config = json.loads(files[CONFIG])["model_cfg"]
-    parts = [config.get(name) for name in ("vision_cfg", "text_cfg", "multimodal_cfg")]
-    found = [part.get("layers") for part in parts if isinstance(part, dict)]
-    found += [value for key, value in json.loads(files.get(TEXT_CONFIG, "{}")).items() if "layer" in key]
-    counts = chain.from_iterable(value if isinstance(value, list) else [value] for value in found)
+    model = json.loads(files[CONFIG])["model_cfg"]
+    towers = [model.get(name) for name in ("vision_cfg", "text_cfg", "multimodal_cfg")]
+    layers = [tower.get("layers") for tower in towers if isinstance(tower, dict)]
+    layers += [value for key, value in json.loads(files.get(TEXT_CONFIG, "{}")).items() if "layer" in key]
+    counts = chain.from_iterable(value if isinstance(value, list) else [value] for value in layers)
     return sum(count for count in counts if isinstance(count, int) and count > 0)
 
 
@@ -168,7 +171,7 @@ class OpenClip(Modality):
         return self.files
 
     def load_state(self, state: Mapping[str, str]) -> None:
-        # What is cached is of other files.
+        # Drops the cached properties, which belong to the files from before.
         self.__dict__ = {"config": self.config, "_files": checked_files(state)}
 
     @cached_property
@@ -196,7 +199,7 @@ class Pictures(OpenClip, Vision):
     Evaluation uses the library's transform. Training crops, mirrors and jitters as openimp does.
     """
 
-    plain: ClassVar[type[Vision]]
+    plain: ClassVar[type[Vision]]  # openimp's modality of these pictures or clips
 
     class Config(Strict):
         """Options of clips."""
@@ -225,9 +228,9 @@ class Pictures(OpenClip, Vision):
         """The library's transform of Pillow pictures in evaluation, as far as its result is a Pillow picture."""
         transform = import_open_clip().transform
         options = transform.PreprocessCfg(**self.library["preprocess_cfg"])
-        whole = transform.image_transform_v2(options, is_train=False)
+        steps = transform.image_transform_v2(options, is_train=False)
         # The last two steps make a tensor and normalize it, which the model does on its device.
-        return type(whole)(whole.transforms[:-2])
+        return type(steps)(steps.transforms[:-2])
 
     def stem_spec(self) -> StemSpec:
         return StemSpec(values=prod(self.size) * CHANNELS, axes=(1,))
@@ -242,11 +245,11 @@ class Pictures(OpenClip, Vision):
         return 1
 
     def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
-        # That of `Image` or `Video`.
-        return super().decode(raw, [self._whole_view(view) for view in views], rng)  # type: ignore[safe-super]
+        # `super()` is `Image` or `Video`.
+        return super().decode(raw, [self._with_size(view) for view in views], rng)  # type: ignore[safe-super]
 
     def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
-        return super().transform(item, self._whole_view(view), rng)  # type: ignore[safe-super]
+        return super().transform(item, self._with_size(view), rng)  # type: ignore[safe-super]
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
         """One token per frame of pixels (B, [T,] H, W, 3): values (B, T, P) uint8."""
@@ -264,8 +267,8 @@ class Pictures(OpenClip, Vision):
         values_BTP = (frames if frames.ndim == 5 else frames[:, None]).flatten(2)
         return Tokens(values_BTP, torch.zeros(*values_BTP.shape[:2], 1, dtype=torch.int64, device=frames.device))
 
-    def _whole_view(self, view: Any) -> Any:
-        """A view as openimp's own modality takes it, with the size of the model."""
+    def _with_size(self, view: Any) -> Any:
+        """A view as `plain` takes it, with the size of the model."""
         return view if isinstance(view, Vision.View) else self.plain.View(size=self.size, **view.model_dump())
 
     def _render(self, frames: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
@@ -340,10 +343,10 @@ class OpenClipVideo(Pictures, Video):
         return super().decode(raw, views, rng)
 
     def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
-        return super().segments(value, self._whole_view(view))
+        return super().segments(value, self._with_size(view))
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
-        return super().encode_segment(value, self._whole_view(view), start, end)
+        return super().encode_segment(value, self._with_size(view), start, end)
 
 
 class OpenClipText(OpenClip, Text):

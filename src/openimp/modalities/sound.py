@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 
 from openimp.common.modality import BadMedia
-from openimp.modalities.media import Source, open_container, segments
+from openimp.modalities.media import MediaFile, open_container, segments
 
 MAX_SECONDS = 300
 """Longest sound that is read as a whole."""
@@ -37,7 +37,8 @@ def array_samples(raw: np.ndarray) -> np.ndarray:
 
 def sampled_array(raw: dict[str, Any], target: int) -> tuple[np.ndarray, int]:
     """The samples and the rate of {"array": ..., "sampling_rate": ...}, if they can be resampled to `target`."""
-    sound, rate = array_samples(np.asarray(raw.get("array"))), raw.get("sampling_rate")
+    sound = array_samples(np.asarray(raw.get("array")))
+    rate = raw.get("sampling_rate")
     if not isinstance(rate, int) or rate < 1 or len(sound) * target / rate > MAX_SAMPLES:
         raise BadMedia(f"{len(sound)} samples at a sampling rate of {rate!r}")
     return sound, rate
@@ -51,38 +52,40 @@ def mono(sound: np.ndarray) -> np.ndarray:
     return sound
 
 
-def resample(sound: np.ndarray, source: int, target: int) -> np.ndarray:
+def resample(sound: np.ndarray, rate: int, target_rate: int) -> np.ndarray:
     """Resamples (N,) from one rate to another with FFmpeg's windowed sinc; fp32."""
-    if source == target or not sound.size:
+    if rate == target_rate or not sound.size:
         return sound
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound[None], np.float32), format="fltp", layout="mono")
-    frame.sample_rate = source
-    resampler = av.AudioResampler("fltp", "mono", target)
+    frame.sample_rate = rate
+    resampler = av.AudioResampler("fltp", "mono", target_rate)
     parts = [part.to_ndarray()[0] for part in [*resampler.resample(frame), *resampler.resample(None)]]
     return np.concatenate(parts)
 
 
 class _Quiet:
-    """A source for soundfile, which prints an exception of `seek` with its traceback and goes on.
+    """A file for soundfile, which prints an exception of `seek` with its traceback and goes on.
 
-    A broken file may ask for a place before its start. The source then stays where it is, as a failed `lseek` does.
+    A broken file may ask for a place before its start. The file then stays where it is, as a failed `lseek` does.
     """
 
-    def __init__(self, source: Source) -> None:
-        self._source, self.tell, self.readinto = source, source.tell, source.readinto
+    def __init__(self, media_file: MediaFile) -> None:
+        self._media_file = media_file
+        self.tell = media_file.tell
+        self.readinto = media_file.readinto
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         with suppress(OSError, ValueError):
-            self._source.seek(offset, whence)
+            self._media_file.seek(offset, whence)
         return self.tell()
 
 
 T = TypeVar("T")
-Plan = Callable[[int, int], list[tuple[int, int]]]
-"""The samples to read, as (start, count), of a sound with a number of samples (0: unknown) at a sample rate."""
+ReadPlan = Callable[[int, int], list[tuple[int, int]]]
+"""Maps the number of samples of a sound (0: unknown) and its sample rate to the parts to read, as (start, count)."""
 
 
-def clips_of(seconds: float, clips: int, rng: Any) -> Plan:
+def clips_of(seconds: float, clips: int, rng: Any) -> ReadPlan:
     """Plans to read what clips of a sound need; see `media.segments`."""
 
     def plan(total: int, rate: int) -> list[tuple[int, int]]:
@@ -91,39 +94,39 @@ def clips_of(seconds: float, clips: int, rng: Any) -> Plan:
     return plan
 
 
-def between(start: float, end: float) -> Plan:
+def between(start: float, end: float) -> ReadPlan:
     """Plans to read a sound between two times in seconds."""
     return lambda _, rate: [(int(start * rate), ceil((end - start) * rate))]
 
 
-def read_sound(source: Source, plan: Plan) -> tuple[np.ndarray, int]:
+def read_sound(media_file: MediaFile, plan: ReadPlan) -> tuple[np.ndarray, int]:
     """Reads the parts of a sound that are used: the mean of its channels (N,) fp32, and the sample rate."""
-    found = _try_libsndfile(source, lambda file: _read_soundfile(source, file, plan))
-    return _read_container(source, plan) if found is None else found
+    sound_and_rate = _try_libsndfile(media_file, lambda file: _read_soundfile(media_file, file, plan))
+    return _read_container(media_file, plan) if sound_and_rate is None else sound_and_rate
 
 
-def length(source: Source) -> float:
+def length(media_file: MediaFile) -> float:
     """The length of a sound in seconds, according to its header; 0 if it is unknown."""
-    found = _try_libsndfile(source, lambda file: file.frames / file.samplerate)
-    if found is not None:
-        return found
-    with open_container(source, "audio") as (_, _, seconds):
-        return float(seconds)
+    seconds = _try_libsndfile(media_file, lambda file: file.frames / file.samplerate)
+    if seconds is not None:
+        return seconds
+    with open_container(media_file, "audio") as (_, _, container_seconds):
+        return float(container_seconds)
 
 
-def _try_libsndfile(source: Source, use: Callable[[soundfile.SoundFile], T]) -> T | None:
+def _try_libsndfile(media_file: MediaFile, use: Callable[[soundfile.SoundFile], T]) -> T | None:
     """What `use` returns for an opened file; None if libsndfile cannot read it."""
-    if not SOUNDFILE.match(source.peek(4)):
+    if not SOUNDFILE.match(media_file.peek(4)):
         return None
     try:
-        with soundfile.SoundFile(_Quiet(source)) as file:
+        with soundfile.SoundFile(_Quiet(media_file)) as file:
             return use(file)
     except soundfile.LibsndfileError:
-        source.seek(0)
+        media_file.seek(0)
         return None
 
 
-def _checked(plan: Plan, total: int, rate: int) -> list[tuple[int, int]]:
+def _checked(plan: ReadPlan, total: int, rate: int) -> list[tuple[int, int]]:
     if not 1000 <= rate <= 768_000:
         raise BadMedia(f"a sample rate of {rate} Hz")
     parts = plan(total, rate)
@@ -132,7 +135,7 @@ def _checked(plan: Plan, total: int, rate: int) -> list[tuple[int, int]]:
     return parts
 
 
-def _read_soundfile(source: Source, file: soundfile.SoundFile, plan: Plan) -> tuple[np.ndarray, int]:
+def _read_soundfile(media_file: MediaFile, file: soundfile.SoundFile, plan: ReadPlan) -> tuple[np.ndarray, int]:
     parts = [np.empty(0, np.float32)]
     block = BLOCK // file.channels
     for start, count in _checked(plan, file.frames, file.samplerate):
@@ -142,28 +145,29 @@ def _read_soundfile(source: Source, file: soundfile.SoundFile, plan: Plan) -> tu
         for begin in range(start, end, block):
             samples = file.read(min(block, end - begin), dtype="float32", always_2d=True)
             parts.append(samples.mean(axis=1))
-            source.spend(samples.size)
+            media_file.spend(samples.size)
     return np.concatenate(parts), file.samplerate
 
 
-def _read_container(source: Source, plan: Plan) -> tuple[np.ndarray, int]:
-    with open_container(source, "audio") as (container, stream, seconds):
-        wanted = _checked(plan, int(seconds * stream.rate), stream.rate)
-        parts = [block for start, count in wanted for block in _part(source, container, stream, start, count)]
-        return np.concatenate([np.empty(0, np.float32), *parts]), stream.rate
+def _read_container(media_file: MediaFile, plan: ReadPlan) -> tuple[np.ndarray, int]:
+    with open_container(media_file, "audio") as (container, stream, seconds):
+        blocks = [np.empty(0, np.float32)]
+        for start, count in _checked(plan, int(seconds * stream.rate), stream.rate):
+            blocks += _samples_from(media_file, container, stream, start, count)
+        return np.concatenate(blocks), stream.rate
 
 
-def _part(source: Source, container: Any, stream: Any, start: int, count: int) -> Iterator[np.ndarray]:
+def _samples_from(media_file: MediaFile, container: Any, stream: Any, start: int, count: int) -> Iterator[np.ndarray]:
     """Up to `count` samples from index `start` on, in blocks (n,)."""
-    first = None
+    start_pts = None
     if start:
-        first = (stream.start_time or 0) + int(start / stream.rate / stream.time_base)
+        start_pts = (stream.start_time or 0) + int(start / stream.rate / stream.time_base)
         # Lossy codecs need earlier samples; Opus needs 80 ms.
-        container.seek(max(0, first - int(0.1 / stream.time_base)), stream=stream)
+        container.seek(max(0, start_pts - int(0.1 / stream.time_base)), stream=stream)
     planar = av.AudioResampler("fltp")
     for frame in container.decode(stream):
-        source.spend(frame.samples * stream.channels)
-        early = 0 if first is None or frame.pts is None else max(0, first - frame.pts)
+        media_file.spend(frame.samples * stream.channels)
+        early = 0 if start_pts is None or frame.pts is None else max(0, start_pts - frame.pts)
         skip = round(early * stream.time_base * stream.rate)
         for part in planar.resample(frame):
             block = part.to_ndarray().T[skip:][:count]

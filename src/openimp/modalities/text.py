@@ -20,7 +20,8 @@ from openimp.common.schema import Count, RecipePath, Strict
 from openimp.common.texts import valid_text
 from openimp.modalities.tokenizer_file import open_tokenizer
 
-PAD, END = 0, 1
+PAD = 0
+END = 1
 UNKNOWN = "[UNK]"
 """The token of all words that a word tokenizer does not know. It is removed from texts."""
 RESERVED = 2
@@ -188,15 +189,18 @@ def _train_subwords(corpus: Iterable[list[str]], size: int) -> Tokenizer:
 def _train_words(corpus: Iterable[list[str]], min_df: int, size: int) -> Tokenizer:
     """Makes a tokenizer of the lower-cased words that occur in at least `min_df` examples: the `size` most frequent."""
     normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    splitter, examples = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True), Counter[str]()
+    splitter = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
+    examples_with = Counter[str]()
     for texts in corpus:
         normalized = (normalizer.normalize_str(valid_text(text)) for text in texts)
         words = chain.from_iterable(map(splitter.pre_tokenize_str, normalized))
-        examples.update({word for word, _ in words})
-    known = sorted((word for word, count in examples.items() if count >= min_df), key=lambda w: (-examples[w], w))
-    if not known:
+        examples_with.update({word for word, _ in words})
+    frequent = [word for word, count in examples_with.items() if count >= min_df]
+    if not frequent:
         raise UserError(f"modalities.text.min_df: no word is in the texts of {min_df} of the training examples")
-    vocabulary = {word: i for i, word in enumerate([UNKNOWN, *known][:size])}
+    frequent.sort(key=lambda word: (-examples_with[word], word))
+    vocabulary = {word: i for i, word in enumerate([UNKNOWN, *frequent][:size])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
     return tokenizer

@@ -39,9 +39,10 @@ MAX_REPLACEMENT = 64
 """Most bytes by which a normalizer may replace one character; most characters of a prefix, suffix or unknown token."""
 MAX_WORD = 1000
 """Largest `max_input_chars_per_word`. WordPiece's time grows with its square. BERT uses 100."""
-MAX_ADDED, MAX_TOKEN = 2**14, 256
-"""Most added tokens, and most characters of an added token or a Unigram token. Unigram's time grows with its longest
-token."""
+MAX_ADDED_TOKENS = 2**14
+"""Most tokens in `added_tokens`."""
+MAX_TOKEN_LENGTH = 256
+"""Most characters of an added token or a Unigram token. Unigram's time grows with its longest token."""
 MAX_IDS = 2**20
 """Most ids; the model's table has a row per id. The largest known vocabulary, of XLM-V, has 0.9 million."""
 
@@ -52,7 +53,8 @@ def open_tokenizer(name: str, read: Callable[[], str]) -> Tokenizer:
     Padding, truncation and special tokens are left out, because openimp does not use them.
 
     Raises:
-        UserError: the file is damaged, or a part of it could take too much time or memory. It begins with `name`.
+        UserError: the file is damaged, or a part of it could take too much time or memory. The message begins with
+            `name`.
     """
     try:
         return _open(json.loads(read()))
@@ -72,18 +74,19 @@ def _open(data: Any) -> Tokenizer:
     if (model.get("max_input_chars_per_word") or 0) > MAX_WORD:
         raise ValueError(f"model.max_input_chars_per_word is more than {MAX_WORD}")
     added = data.get("added_tokens") or []
-    if len(added) > MAX_ADDED or any(not 0 < len(token["content"]) <= MAX_TOKEN for token in added):
+    if len(added) > MAX_ADDED_TOKENS or any(not 0 < len(token["content"]) <= MAX_TOKEN_LENGTH for token in added):
         raise ValueError(
-            f"added_tokens has more than {MAX_ADDED} tokens, or one that is empty or longer than {MAX_TOKEN}"
+            f"added_tokens has more than {MAX_ADDED_TOKENS} tokens, "
+            f"or one that is empty or longer than {MAX_TOKEN_LENGTH}"
         )
-    vocab = model.get("vocab")  # A list in Unigram models only. Not all files have the type.
-    if isinstance(vocab, list) and any(len(token) > MAX_TOKEN for token, _ in vocab):
-        raise ValueError(f"model.vocab has a token of more than {MAX_TOKEN} characters")
+    vocab = model.get("vocab")  # A list in Unigram models only. Not all files name the type of the model.
+    if isinstance(vocab, list) and any(len(token) > MAX_TOKEN_LENGTH for token, _ in vocab):
+        raise ValueError(f"model.vocab has a token of more than {MAX_TOKEN_LENGTH} characters")
     for unused in ("padding", "truncation", "post_processor"):
         data[unused] = None
     if (data.get("decoder") or {}).get("type") != "ByteLevel":  # openimp's own tokenizers use this one.
         data["decoder"] = None
-    # Not from `text`: a key could occur twice there, and only one of the values was checked.
+    # Not from the file's text: a key could occur twice there, and only one of the values was checked.
     tokenizer = Tokenizer.from_str(json.dumps(data))
     if not 0 <= max(tokenizer.get_vocab().values(), default=-1) < MAX_IDS:
         raise ValueError(f"the vocabulary is empty, or has an id above {MAX_IDS - 1}")
@@ -99,24 +102,24 @@ def _steps(part: Any, inner: str) -> Iterator[dict[str, Any]]:
         yield part
 
 
-def _check_steps(where: str, steps: list[dict[str, Any]]) -> None:
+def _check_steps(part_name: str, steps: list[dict[str, Any]]) -> None:
     kinds = [step["type"] for step in steps]
     if len(steps) > MAX_STEPS:
-        raise ValueError(f"{where} has more than {MAX_STEPS} parts")
+        raise ValueError(f"{part_name} has more than {MAX_STEPS} parts")
     for step, kind in zip(steps, kinds):
         if kind in ("Replace", "Split"):
             (form, pattern), *others = step["pattern"].items()
             if others or not pattern or (form == "Regex" and pattern not in REGEXES):
-                raise ValueError(f"{where}: {kind} has a pattern that is not on the allow-list: {pattern!r:.100}")
+                raise ValueError(f"{part_name}: {kind} has a pattern that is not on the allow-list: {pattern!r:.100}")
             longest = len(pattern) if form == "String" else 1
             if kind == "Replace" and len(step["content"]) > longest:
-                raise ValueError(f"{where}: Replace makes the text longer")
+                raise ValueError(f"{part_name}: Replace makes the text longer")
         elif kind not in ONCE or kinds.count(kind) > 1:
-            raise ValueError(f"{where}: {kind!r:.100} is not on the allow-list, or occurs twice")
+            raise ValueError(f"{part_name}: {kind!r:.100} is not on the allow-list, or occurs twice")
         elif kind == "Prepend" and len(step["prepend"]) > MAX_REPLACEMENT:
-            raise ValueError(f"{where}: Prepend has more than {MAX_REPLACEMENT} characters")
+            raise ValueError(f"{part_name}: Prepend has more than {MAX_REPLACEMENT} characters")
         elif kind == "Precompiled" and _longest_replacement(step["precompiled_charsmap"]) > MAX_REPLACEMENT:
-            raise ValueError(f"{where}: Precompiled turns a character into more than {MAX_REPLACEMENT} bytes")
+            raise ValueError(f"{part_name}: Precompiled turns a character into more than {MAX_REPLACEMENT} bytes")
 
 
 def _longest_replacement(charsmap: str) -> int:

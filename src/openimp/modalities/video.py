@@ -57,7 +57,7 @@ class Video(Vision):
 
         @property
         def span(self) -> int:
-            """Frames of the source that a clip stretches over."""
+            """Frames of the recording that a clip stretches over."""
             return (self.frames - 1) * self.stride + 1
 
     def shape(self, view: Any) -> tuple[int, int, int, int]:
@@ -86,25 +86,25 @@ class Video(Vision):
         """
         if isinstance(raw, np.ndarray):
             return np.stack([shrink(PIL.Image.fromarray(frame), views) for frame in check_pixels(raw, 3)])
-        with media.open_source(raw) as source:
-            read = _read_animation if _is_animation(source) else _read_container
-            return drop_opaque_alpha(_stack(read(source, views, rng, self.config.fps)))
+        with media.open_source(raw) as media_file:
+            read = _read_animation if _is_animation(media_file) else _read_container
+            return drop_opaque_alpha(_stack(read(media_file, views, rng, self.config.fps)))
 
     def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
         """The segments of a clip. Animations are not cut, because they can only be decoded from their start."""
         if isinstance(value, np.ndarray):
             return []
-        with media.decoder_errors(), media.open_source(value) as source:
-            if _is_animation(source):
+        with media.decoder_errors(), media.open_source(value) as media_file:
+            if _is_animation(media_file):
                 return []
-            with media.open_container(source, "video") as (_, stream, seconds):
+            with media.open_container(media_file, "video") as (_, stream, seconds):
                 rate = self.config.fps or stream.average_rate
-            return media.cut(source, float(seconds), float(view.span / rate)) if rate else []
+            return media.equal_segments(media_file, float(seconds), float(view.span / rate)) if rate else []
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         """The view's clips (clips * crops, t, h, w, 3), spaced over the segment."""
-        with media.decoder_errors(), media.open_source(value) as source:
-            frames = _stack(_read_container(source, [view], None, self.config.fps, (start, end)))
+        with media.decoder_errors(), media.open_source(value) as media_file:
+            frames = _stack(_read_container(media_file, [view], None, self.config.fps, (start, end)))
         return self.transform(drop_opaque_alpha(frames), view, None)
 
     def transform(self, item: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
@@ -116,15 +116,16 @@ class Video(Vision):
         if rng is not None:
             start = media.random_start(total, view.span, rng)
             return self._render(item[start + offsets], view, rng)
-        windows = crop_windows(item.shape[1:3], view.hw, view.crops)
+        regions = crop_regions(item.shape[1:3], view.hw, view.crops)
         clips = [item[start + offsets] for start in media.clip_starts(total, view.span, view.clips)]
-        return np.stack([self._render(clip[window], view, None) for clip in clips for window in windows])
+        return np.stack([self._render(clip[region], view, None) for clip in clips for region in regions])
 
     def show(self, value: Any, view: Any) -> bytes:
         """Up to 4 frames, evenly spaced over the frames that are read, side by side in a small WebP file."""
         item = self.decode(value, [view])
-        chosen = item[np.linspace(0, len(item) - 1, min(STRIP, len(item))).round().astype(int)]
-        return media.encode_webp(np.concatenate(list(self._render(chosen, view, None)), axis=1), STRIP * media.PREVIEW)
+        chosen = np.linspace(0, len(item) - 1, min(STRIP, len(item))).round().astype(int)
+        strip = np.concatenate(list(self._render(item[chosen], view, None)), axis=1)
+        return media.encode_webp(strip, STRIP * media.PREVIEW)
 
     @media.decoder_errors()
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
@@ -135,34 +136,37 @@ class Video(Vision):
             middle.sync_start = 0.5
             frames = self.decode(value, [still], middle)
         else:
-            with media.open_source(value) as source:
-                time = sum(segment) / 2
-                frames = _stack(_read_container(source, [still], None, self.config.fps, (time, time)))
+            time = sum(segment) / 2
+            with media.open_source(value) as media_file:
+                frames = _stack(_read_container(media_file, [still], None, self.config.fps, (time, time)))
         return media.encode_webp(frames[0], side)
 
 
-def crop_windows(size: tuple[int, int], target: tuple[int, int], crops: int) -> list[tuple[slice, slice, slice]]:
+def crop_regions(size: tuple[int, int], target: tuple[int, int], crops: int) -> list[tuple[slice, slice, slice]]:
     """The indices into frames (T, H, W) of the pixels that each crop is made from.
 
-    The windows have the target's aspect ratio, are as large as fits, and are linearly spaced. A frame of that ratio has
-    a single one. If `crops` is 1, the window is the whole frame.
+    The regions have the target's aspect ratio, are as large as fits, and are linearly spaced. A frame of that ratio has
+    a single one. If `crops` is 1, the region is the whole frame.
     """
     if crops == 1:
         return [(slice(None),) * 3]
     scale = min(size[0] / target[0], size[1] / target[1])
-    height, width = max(1, round(target[0] * scale)), max(1, round(target[1] * scale))
+    height = max(1, round(target[0] * scale))
+    width = max(1, round(target[1] * scale))
     # Along the shorter side there is one start.
-    tops, lefts = media.clip_starts(size[0], height, crops), media.clip_starts(size[1], width, crops)
-    return [(slice(None), slice(y, y + height), slice(x, x + width)) for y in tops for x in lefts]
+    tops = media.clip_starts(size[0], height, crops)
+    lefts = media.clip_starts(size[1], width, crops)
+    return [(slice(None), slice(top, top + height), slice(left, left + width)) for top in tops for left in lefts]
 
 
 def _stack(frames: Iterator[np.ndarray]) -> np.ndarray:
     """Like `np.stack`, but frees each frame after it is copied, so that memory does not hold all frames twice."""
-    kept, size = [], 0
+    kept = []
+    clip_bytes = 0
     for frame in frames:
         kept.append(frame)
-        size += frame.nbytes
-        if size > MAX_CLIP_BYTES:
+        clip_bytes += frame.nbytes
+        if clip_bytes > MAX_CLIP_BYTES:
             raise BadMedia(f"the frames that are read take more than {MAX_CLIP_BYTES} bytes")
     if not kept:
         raise BadMedia("no frames")
@@ -170,12 +174,13 @@ def _stack(frames: Iterator[np.ndarray]) -> np.ndarray:
     for i, frame in enumerate(kept):
         if frame.shape != out.shape[1:]:
             raise BadMedia("frames of different sizes")
-        out[i], kept[i] = frame, out[i]  # `out[i]` is a view, which takes no memory.
+        out[i] = frame
+        kept[i] = out[i]  # A view of `out`, which takes no memory.
     return out
 
 
-def _plan(total: int, size: tuple[int, int], views: list[Any], rng: Rng | None) -> list[tuple[int, int]]:
-    """The frames to read; see `segments`. Fewer frames are read as a whole if they are large."""
+def _parts_to_read(total: int, size: tuple[int, int], views: list[Any], rng: Rng | None) -> list[tuple[int, int]]:
+    """The frames to read; see `media.segments`. If frames are large, fewer of them are read as a whole."""
     longest = views[0] if rng is not None else max(views, key=lambda view: view.span)
     limit = min(MAX_FRAMES, MAX_CLIP_BYTES // (size[0] * size[1] * 4))
     return media.segments(total, longest.span, longest.clips, limit, rng)
@@ -191,9 +196,9 @@ def _shrunk_size(height: int, width: int, views: list[Any]) -> tuple[int, int]:
     return shrunk
 
 
-def _is_animation(source: media.Source) -> bool:
+def _is_animation(media_file: media.MediaFile) -> bool:
     """Whether the first bytes are those of a WebP, GIF or PNG."""
-    head = source.peek(12)[:12]
+    head = media_file.peek(12)[:12]
     return head[:4] == b"GIF8" or head[:8] == b"\x89PNG\r\n\x1a\n" or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
@@ -202,26 +207,34 @@ def at_rate(timed: Iterable[tuple[float, Any]], start: float, fps: float, count:
 
     `timed` has (seconds, frame) in order. Each is shown until the next, and the last as long as the one before it.
     """
-    made, shown, since, length = 0, None, 0.0, 0.0
+    yielded = 0
+    shown = None
+    shown_since = 0.0
+    duration = 0.0
     for time, frame in timed:
-        while shown is not None and made < count and start + made / fps < time - ROUNDING:
+        while shown is not None and yielded < count and start + yielded / fps < time - ROUNDING:
             yield shown
-            made += 1
-        if made == count:
+            yielded += 1
+        if yielded == count:
             return
-        length = time - since if shown is not None else length
-        shown, since = frame, time
-    while shown is not None and made < count and (not made or start + made / fps < since + length - ROUNDING):
+        if shown is not None:
+            duration = time - shown_since
+        shown = frame
+        shown_since = time
+    end = shown_since + duration - ROUNDING
+    while shown is not None and yielded < count and (not yielded or start + yielded / fps < end):
         yield shown
-        made += 1
+        yielded += 1
 
 
-def _read_animation(source: media.Source, views: list[Any], rng: Rng | None, fps: float | None) -> Iterator[np.ndarray]:
-    with PIL.Image.open(source, formats=("WEBP", "GIF", "PNG")) as picture:
+def _read_animation(
+    media_file: media.MediaFile, views: list[Any], rng: Rng | None, fps: float | None
+) -> Iterator[np.ndarray]:
+    with PIL.Image.open(media_file, formats=("WEBP", "GIF", "PNG")) as picture:
         height, width = size = _shrunk_size(picture.height, picture.width, views)
         total = getattr(picture, "n_frames", 1)
-        # At a rate, it is read from its start, because its length is known only when all frames are decoded.
-        parts = _plan(0 if fps else total, size, views, rng)
+        # With `fps` it is read from its start, because its length is known only when all frames are decoded.
+        parts = _parts_to_read(0 if fps else total, size, views, rng)
         wanted = {i for start, count in parts for i in range(start, total)[:count]}
 
         def timed() -> Iterator[tuple[float, np.ndarray]]:
@@ -229,59 +242,70 @@ def _read_animation(source: media.Source, views: list[Any], rng: Rng | None, fps
             for i in range(total if fps else max(wanted) + 1):
                 picture.seek(i)  # All frames are decoded, because each is drawn over the one before.
                 _shrunk_size(picture.height, picture.width, views)  # A frame may enlarge a GIF.
-                source.spend(picture.height * picture.width)
+                media_file.spend(picture.height * picture.width)
                 picture.load()
                 if fps or i in wanted:
                     pixels = picture.convert("RGBA").resize((width, height), PIL.Image.Resampling.BILINEAR)
                     yield seconds, np.asarray(pixels)
                 seconds += (picture.info.get("duration") or DURATION) / 1000
 
-        frames = timed()
-        yield from at_rate(frames, 0.0, fps, parts[0][1]) if fps else (frame for _, frame in frames)
+        if fps:
+            yield from at_rate(timed(), 0.0, fps, count=parts[0][1])
+        else:
+            yield from (frame for _, frame in timed())
 
 
 def _read_container(
-    source: media.Source,
+    media_file: media.MediaFile,
     views: list[Any],
     rng: Rng | None,
     fps: float | None,
     segment: tuple[float, float] | None = None,  # start and end in seconds; None: the whole clip
 ) -> Iterator[np.ndarray]:
-    with media.open_container(source, "video") as (container, stream, seconds):
-        native = stream.average_rate or 0
-        rate = fps or native
-        total = ((0 if fps else stream.frames) or int(seconds * rate)) if rate else 0
+    with media.open_container(media_file, "video") as (container, stream, seconds):
+        file_rate = stream.average_rate or 0
+        rate = fps or file_rate
+        total = 0  # unknown
+        if rate:
+            total = (0 if fps else stream.frames) or int(seconds * rate)
         size = _shrunk_size(stream.height or 1, stream.width or 1, views)  # 0 if the header does not contain the size.
         if segment:
             total = max(1, round((segment[1] - segment[0]) * float(rate)))
-        for start, count in _plan(total, size, views, rng):
+        for start, count in _parts_to_read(total, size, views, rng):
             begin = start and start / rate
             if segment:
-                begin, count = segment[0] + float(begin), min(count, total)
-            if fps:  # From one frame earlier, because that frame may still be shown at `begin`.
-                frames = _part(source, container, stream, max(0, begin - (1 / native if native else 0)), sys.maxsize)
-                zero, base = stream.start_time or 0, stream.time_base
-                timed = ((float((frame.pts - zero) * base), frame) for frame in frames if frame.pts is not None)
+                begin = segment[0] + float(begin)
+                count = min(count, total)
+            if fps:
+                # From one frame earlier, because that frame may still be shown at `begin`.
+                one_frame = 1 / file_rate if file_rate else 0
+                frames = _frames_from(media_file, container, stream, max(0, begin - one_frame), sys.maxsize)
+                start_time = stream.start_time or 0
+                time_base = stream.time_base
+                timed = (
+                    (float((frame.pts - start_time) * time_base), frame) for frame in frames if frame.pts is not None
+                )
                 frames = at_rate(timed, float(begin), fps, count)
             else:
-                frames = _part(source, container, stream, begin, count)
+                frames = _frames_from(media_file, container, stream, begin, count)
             for frame in frames:
                 yield _pixels(frame, views)
 
 
-def _part(source: media.Source, container: Any, stream: Any, seconds: Any, count: int) -> Iterator[Any]:
+def _frames_from(media_file: media.MediaFile, container: Any, stream: Any, seconds: Any, count: int) -> Iterator[Any]:
     """Up to `count` frames from a time on, or the last frame before it if no frame begins later."""
-    first = before = None
+    start_pts = None
+    before = None
     left = count
     if seconds:
-        first = (stream.start_time or 0) + int(seconds / stream.time_base)
-        container.seek(first, stream=stream)
+        start_pts = (stream.start_time or 0) + int(seconds / stream.time_base)
+        container.seek(start_pts, stream=stream)
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise BadMedia("truncated")
         for frame in packet.decode():
-            source.spend(frame.height * frame.width)
-            if first is not None and frame.pts is not None and frame.pts < first:
+            media_file.spend(frame.height * frame.width)
+            if start_pts is not None and frame.pts is not None and frame.pts < start_pts:
                 before = frame
                 continue
             yield frame
@@ -295,9 +319,10 @@ def _part(source: media.Source, container: Any, stream: Any, seconds: Any, count
 def _pixels(frame: Any, views: list[Any]) -> np.ndarray:
     """One frame (H, W, 3 or 4), shrunk and turned upright."""
     turns = round(frame.rotation / 90) % 4
-    height, width = _shrunk_size(*((frame.width, frame.height) if turns % 2 else (frame.height, frame.width)), views)
     if turns % 2:
-        height, width = width, height
+        width, height = _shrunk_size(frame.width, frame.height, views)
+    else:
+        height, width = _shrunk_size(frame.height, frame.width, views)
     transparent = any(component.is_alpha for component in frame.format.components)
     form = "rgba" if transparent else "rgb24"
     pixels = frame.to_ndarray(format=form, width=width, height=height, interpolation="BILINEAR")

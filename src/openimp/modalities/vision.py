@@ -6,7 +6,7 @@ if it were repeated, by summing its kernel over the frames of a patch.
 
 from collections.abc import Sequence
 from math import ceil, prod, sqrt
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -21,8 +21,6 @@ from openimp.modalities.media import PatchGrid, patch_tokens, tokens_kept
 
 Size = tuple[int, int]
 """Height and width."""
-Box = tuple[float, float, float, float]
-"""Left, upper, right and lower edge."""
 CHANNELS = 3
 MARGIN = 1.15
 """Decoded pictures are larger than their views by this factor, so that crops keep some detail."""
@@ -30,6 +28,15 @@ ASPECT = 2
 """The aspect ratio of a training crop differs from the view's by at most this factor."""
 JITTERED = 0.8
 """Share of the training pictures to which color jitter is applied."""
+
+
+class Box(NamedTuple):
+    """A box in a picture, in pixels, as Pillow takes it."""
+
+    left: float
+    upper: float
+    right: float
+    lower: float
 
 
 class Vision(Modality):
@@ -92,7 +99,8 @@ class Vision(Modality):
         return tuple(self.config.patch)
 
     def stem_spec(self) -> StemSpec:
-        patch, (frames, height, width) = (*self.config.patch, CHANNELS), self.config.tables
+        patch = (*self.config.patch, CHANNELS)
+        frames, height, width = self.config.tables
         if self.config.positions == "grid":
             return StemSpec(prod(patch), axes=(frames, height * width), position_norm=False, patch=patch)
         return StemSpec(prod(patch), axes=(frames, height, width), patch=patch)
@@ -104,7 +112,8 @@ class Vision(Modality):
         return (1, *view.hw, CHANNELS)
 
     def length(self, view: Any) -> int:
-        return tokens_kept(prod(size // side for size, side in zip(self.shape(view), self.patch)), view.drop_tokens)
+        total = prod(size // side for size, side in zip(self.shape(view), self.patch))
+        return tokens_kept(total, view.drop_tokens)
 
     def check(self, view: Any) -> None:
         height, width = view.hw
@@ -138,39 +147,43 @@ class Vision(Modality):
 
     def _tokens(self, frames: Tensor, drop: float, rngs: list[Rng] | None) -> Tokens:
         frames = frames if frames.ndim == 5 else frames[:, None]
-        tokens = patch_tokens(frames, self.patch, self.config.tables, drop, rngs, self.config.spans)
+        tokens = patch_tokens(frames, self.patch, self.config.tables, drop, rngs, spans=self.config.spans)
         if self.config.positions == "axes":
             return tokens
         frame, row, column = tokens.coords.unbind(-1)
-        return tokens._replace(coords=torch.stack([frame, row * self.config.tables[2] + column], dim=-1))
+        place = row * self.config.tables[2] + column
+        return tokens._replace(coords=torch.stack([frame, place], dim=-1))
 
     def _render(self, frames: np.ndarray, view: Any, rng: Rng | None) -> np.ndarray:
         """Crops, resizes and augments frames (T, H, W, 3 or 4) to (T, h, w, 3), all in the same way.
 
         Transparent pictures get a random plain background in training and a white one in evaluation.
         """
-        box, mirror, colors = center_box(frames.shape[1:3], view.hw, view.crop_pct), False, None
+        size = frames.shape[1:3]
+        box = center_box(size, view.hw, view.crop_pct)
+        mirror = False
+        color_matrix = None
         background: tuple[int, ...] = (255, 255, 255)
         if rng is not None:
             draw = rng.random(12).tolist()  # Always 12 numbers, so that options do not change the crops.
-            box = center_box(frames.shape[1:3], view.hw)
-            if view.crop < 1:
-                box = inception_box(frames.shape[1:3], view.hw, view.crop, draw[:4])
+            box = inception_box(size, view.hw, view.crop, draw[:4]) if view.crop < 1 else center_box(size, view.hw)
             mirror = view.flip and draw[4] < 0.5
             if view.jitter and draw[11] < JITTERED:
-                colors = jitter_matrix(*(1 + view.jitter * (2 * x - 1) for x in draw[5:8]))
+                color_matrix = jitter_matrix(*(1 + view.jitter * (2 * x - 1) for x in draw[5:8]))
             background = tuple(int(256 * x) for x in draw[8:11])
         out = np.empty((len(frames), *view.hw, CHANNELS), np.uint8)
         for i, frame in enumerate(frames):
             picture = PIL.Image.fromarray(frame)
             if picture.mode == "RGBA":
-                plain = PIL.Image.new("RGB", picture.size, background)
-                plain.paste(picture, mask=picture)
-                picture = plain
+                on_background = PIL.Image.new("RGB", picture.size, background)
+                on_background.paste(picture, mask=picture)
+                picture = on_background
             picture = picture.resize(view.hw[::-1], PIL.Image.Resampling.BILINEAR, box)
             if mirror:
                 picture = picture.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
-            out[i] = np.asarray(picture.convert("RGB", colors) if colors else picture)
+            if color_matrix:
+                picture = picture.convert("RGB", color_matrix)
+            out[i] = np.asarray(picture)
         return out
 
 
@@ -183,28 +196,30 @@ def decoded_size(size: Size, views: Sequence[Any]) -> Size:
 
 
 def center_box(size: Size, target: Size, share: float = 1.0) -> Box:
-    """The center box (left, upper, right, lower) of a picture (H, W): the largest with the target's aspect ratio that
-    fits, scaled by `share`."""
+    """The center box of a picture (H, W): the largest one with the target's aspect ratio, scaled by `share`."""
     scale = min(size[0] / target[0], size[1] / target[1]) * share
     return _box(size, target[0] * scale, target[1] * scale, 0.5, 0.5)
 
 
 def inception_box(size: Size, target: Size, smallest: float, draw: list[float]) -> Box:
-    """A random box (left, upper, right, lower) with a share of the area between `smallest` and 1.
+    """A random box with a share of the area between `smallest` and 1.
 
     Its aspect ratio differs from the target's by at most `ASPECT`. A box that is too wide or too tall is cut instead of
     drawn again, so with a narrow picture the share may be less than `smallest`.
     """
-    share, aspect = smallest + (1 - smallest) * draw[0], target[1] / target[0] * ASPECT ** (2 * draw[1] - 1)
+    share = smallest + (1 - smallest) * draw[0]
+    aspect = target[1] / target[0] * ASPECT ** (2 * draw[1] - 1)
     area = share * size[0] * size[1]
     return _box(size, sqrt(area / aspect), sqrt(area * aspect), draw[2], draw[3])
 
 
 def _box(size: Size, height: float, width: float, x: float, y: float) -> Box:
     """A box cut to the picture (H, W), at the fractions x and y of the free space. Rounding never puts it outside."""
-    height, width = min(height, size[0]), min(width, size[1])
-    left, upper = x * (size[1] - width), y * (size[0] - height)
-    return left, upper, min(left + width, size[1]), min(upper + height, size[0])
+    height = min(height, size[0])
+    width = min(width, size[1])
+    left = x * (size[1] - width)
+    upper = y * (size[0] - height)
+    return Box(left, upper, right=min(left + width, size[1]), lower=min(upper + height, size[0]))
 
 
 def jitter_matrix(brightness: float, contrast: float, saturation: float) -> tuple[float, ...]:
@@ -212,7 +227,10 @@ def jitter_matrix(brightness: float, contrast: float, saturation: float) -> tupl
     pure = brightness * contrast * saturation
     red, green, blue = (brightness * contrast * (1 - saturation) * luma for luma in (0.299, 0.587, 0.114))
     shift = brightness * (1 - contrast) * 127.5
-    return pure + red, green, blue, shift, red, pure + green, blue, shift, red, green, pure + blue, shift
+    red_row = (pure + red, green, blue, shift)
+    green_row = (red, pure + green, blue, shift)
+    blue_row = (red, green, pure + blue, shift)
+    return (*red_row, *green_row, *blue_row)
 
 
 def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
@@ -250,6 +268,7 @@ def check_pixels(pixels: np.ndarray, axes: int) -> np.ndarray:
     if pixels.ndim != axes + 1 or not 1 <= pixels.shape[-1] <= 4 or not pixels.size:
         raise BadMedia(f"expected pixels with 1 to 4 channels, found an array of shape {list(pixels.shape)}")
     if pixels.shape[-1] < CHANNELS:
-        gray, alpha = pixels[..., :1], pixels[..., 1:]
+        gray = pixels[..., :1]
+        alpha = pixels[..., 1:]
         pixels = np.concatenate([gray, gray, gray, alpha], axis=-1)
     return drop_opaque_alpha(pixels)

@@ -32,7 +32,7 @@ class Architecture:
     initializes: bool
 
 
-OWN = Architecture(
+OPENIMP = Architecture(
     IMP.from_config,
     count_layers=lambda model, _: model.layers,
     embed_dim=lambda model, _: model.embed_dim,
@@ -48,7 +48,7 @@ OPEN_CLIP = Architecture(
 
 def architecture_of(model: Model) -> Architecture:
     """The kind of a model."""
-    return OPEN_CLIP if model.wrap else OWN
+    return OPEN_CLIP if model.wrap else OPENIMP
 
 
 def build_model(config: ModelConfig, modalities: Modalities) -> Embedder:

@@ -44,8 +44,10 @@ def in_chunks(encode_all: EncodeAll, chunk_size: int | None) -> EncodeAll:
 
     def encode_chunks(inputs: Mapping[str, Tokens]) -> EncodedAll:
         parts = {name: tokens.split(chunk_size) for name, tokens in inputs.items()}
-        rows = zip_longest(*parts.values())
-        chunks = [{name: part for name, part in zip(inputs, row) if part is not None} for row in rows]
+        chunks = [
+            {name: part for name, part in zip(inputs, chunk) if part is not None}
+            for chunk in zip_longest(*parts.values())
+        ]
         if len(chunks) == 1:
             return encode_all(inputs)
         encoded = [checkpoint(encode_all, chunk, use_reentrant=False) for chunk in chunks]
@@ -57,18 +59,20 @@ def in_chunks(encode_all: EncodeAll, chunk_size: int | None) -> EncodeAll:
 def _join(parts: list[Tokens], encoded: list[Encoded]) -> Encoded:
     """The result for one modality from those for the parts of its batch."""
     # Averaged over all ranks, because the routers' statistics are.
-    counts = all_reduce_mean(torch.stack([tokens.valid().sum().float() for tokens in parts]))
-    shares = (counts / counts.sum().clamp(min=1)).unbind()
-    routing = [RouterStats.mean(stats, shares) for stats in zip(*(part.routing for part in encoded))]
+    token_counts = all_reduce_mean(torch.stack([tokens.valid().sum().float() for tokens in parts]))
+    token_shares = (token_counts / token_counts.sum().clamp(min=1)).unbind()
+    by_layer = zip(*(part.routing for part in encoded))
+    routing = [RouterStats.mean(stats, token_shares) for stats in by_layer]
     return Encoded(torch.cat([part.features for part in encoded]), routing)
 
 
 def pass_sizes(examples: Mapping[str, int], chunk_size: int | None) -> list[dict[str, int]]:
     """The number of examples of each modality in each pass of `in_chunks`, given those in the batch."""
     largest = max(examples.values())
-    size = chunk_size or largest
+    pass_size = chunk_size or largest
     return [
-        {name: min(size, n - start) for name, n in examples.items() if n > start} for start in range(0, largest, size)
+        {name: min(pass_size, count - start) for name, count in examples.items() if count > start}
+        for start in range(0, largest, pass_size)
     ]
 
 
@@ -94,8 +98,8 @@ class Embedder(nn.Module, ABC):
         return {name: self.encode({name: tokens}) for name, tokens in inputs.items()}
 
     @abstractmethod
-    def project(self, features_BD: Tensor, source: str, target: str, normalize: bool = True) -> Tensor:
-        """Maps features of `source` to fp32 vectors (B, Z) of the space that it shares with `target`.
+    def project(self, features_BD: Tensor, modality: str, other: str, normalize: bool = True) -> Tensor:
+        """Maps features of `modality` to fp32 vectors (B, Z) of the space that it shares with `other`.
 
         The vectors are unit vectors unless `normalize` is false.
         """
@@ -110,8 +114,8 @@ class Embedder(nn.Module, ABC):
         """The learned temperature of a pair of modalities, in either order."""
 
     @abstractmethod
-    def head_name(self, source: str, target: str) -> str:
-        """The name of the space that `project` maps `source` to for `target`."""
+    def head_name(self, modality: str, other: str) -> str:
+        """The name of the space that `modality` shares with `other`, as `project` uses it."""
 
     @abstractmethod
     def share_a_space(self, a: str, b: str) -> bool:
@@ -133,7 +137,7 @@ class Embedder(nn.Module, ABC):
         return []
 
     def blocks_of(self, modalities: Iterable[str]) -> list[nn.Module]:
-        """Those of the `blocks` that a forward pass of these modalities goes through, in order."""
+        """The `blocks` that a forward pass of these modalities goes through, in order."""
         return self.blocks()
 
     def experts(self) -> list[nn.Module]:

@@ -22,8 +22,9 @@ class Stem(nn.Module):
     example, a still in a stem for clips. Summing the kernel over its r parts gives the same result without a copy.
 
     Embedding weights start with standard deviation D^-0.5, and the output is scaled to unit variance (for tables as in
-    arXiv 1706.03762, section 3.4). The reason is that an adaptive optimizer moves every weight by about the learning
-    rate. Without the scale, a patch with thousands of values would move far too fast and rows of a table hardly at all.
+    arXiv 1706.03762, section 3.4), because an adaptive optimizer moves every weight by about the learning rate. Without
+    the scale, the embedding of a patch with thousands of values would move far too fast, and rows of a table hardly at
+    all.
     """
 
     def __init__(self, spec: StemSpec, width: int) -> None:
@@ -60,9 +61,10 @@ def _embed_patches(embed: nn.Linear, values_BLP: Tensor, scale: float) -> Tensor
     if values_BLP.dtype == torch.uint8:
         # (x / 127.5 - 1) w = (x - 127.5) (w / 127.5), with one pass over the pixels instead of three. The difference is
         # exact in bf16 too.
-        values_BLP, scale = values_BLP - embed.weight.new_full((), 127.5), scale / 127.5
-    repeats, rest = divmod(embed.in_features, values_BLP.shape[-1])
-    if rest:
+        values_BLP = values_BLP - embed.weight.new_full((), 127.5)
+        scale /= 127.5
+    repeats, remainder = divmod(embed.in_features, values_BLP.shape[-1])
+    if remainder:
         raise ValueError(f"tokens of {values_BLP.shape[-1]} values do not divide the stem's {embed.in_features}")
     weight = embed.weight
     if repeats > 1:

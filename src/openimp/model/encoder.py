@@ -29,12 +29,14 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, qk_norm: bool, bias: bool = False) -> None:
         super().__init__()
-        self.heads, self.qk_norm, self.attend = heads, qk_norm, attend
+        self.heads = heads
+        self.qk_norm = qk_norm
+        self.attend = attend
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = linear(width, width, bias=bias)
-        head = width // heads
-        self.q_norm = _norm(head) if qk_norm else nn.Identity()
-        self.k_norm = _norm(head) if qk_norm else nn.Identity()
+        head_width = width // heads
+        self.q_norm = _norm(head_width) if qk_norm else nn.Identity()
+        self.k_norm = _norm(head_width) if qk_norm else nn.Identity()
         # The release stores these kernels as (width, heads, head), so JAX takes width x heads as their fan-in.
         lecun_normal_(self.qkv.weight, width * heads)
         if bias:
@@ -42,17 +44,18 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, shapes: Shapes, masks: Masks) -> Tensor:
         qkv = split_tokens(self.qkv(x_TD), shapes)
-        # If the layer followed the concatenation, the results of a fused kernel would be kept twice for its gradient.
-        return torch.cat([self.out(self._head_results(*part)) for part in zip(qkv, masks)])
+        # If `out` were applied after the concatenation, autograd would keep a fused kernel's results twice.
+        return torch.cat([self.out(self._head_results(*one_input)) for one_input in zip(qkv, masks)])
 
     def _head_results(self, qkv_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
         """The heads' results (B L, D) for the queries, keys and values of one input."""
         qkv = qkv_BLD.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        # Otherwise the norms would copy, in the forward pass and again in the backward pass.
+        # Norms of tensors that are not contiguous would copy them in the forward pass and again in the backward pass.
         q_BHLK, k_BHLK, v_BHLK = qkv.contiguous() if self.qk_norm else qkv
-        q_BHLK, k_BHLK = self.q_norm(q_BHLK).type_as(v_BHLK), self.k_norm(k_BHLK).type_as(v_BHLK)
-        mask = None if mask_BL is None else mask_BL[:, None, None, :]
-        x_BHLK = self.attend(q_BHLK, k_BHLK, v_BHLK, mask)
+        q_BHLK = self.q_norm(q_BHLK).type_as(v_BHLK)
+        k_BHLK = self.k_norm(k_BHLK).type_as(v_BHLK)
+        mask_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
+        x_BHLK = self.attend(q_BHLK, k_BHLK, v_BHLK, mask_B11L)
         return x_BHLK.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
@@ -85,11 +88,11 @@ class Block(nn.Module):
         return MLP(config.width, config.mlp_dim, config.bias, config.gelu)
 
     def forward(
-        self, x_TD: Tensor, shapes: Shapes, masks: Masks, counts: Sequence[Tensor] = ()
+        self, x_TD: Tensor, shapes: Shapes, masks: Masks, token_counts: Sequence[Tensor] = ()
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns router statistics per input if the block is sparse.
 
-        A sparse block needs `counts`, the `valid_tokens_per_rank` of its inputs.
+        A sparse block needs `token_counts`, the `valid_tokens_per_rank` of its inputs.
         """
         x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
         return x_TD + self.mlp(self.norm2(x_TD)), []
@@ -98,7 +101,7 @@ class Block(nn.Module):
 class SparseBlock(Block):
     """A block with a Mixture-of-Experts instead of the MLP.
 
-    It has a `forward` of its own, because torch.compile shares compiled code between all modules with the same one.
+    It overrides `forward`, because torch.compile shares compiled code between all modules with the same one.
     """
 
     sparse = True
@@ -108,7 +111,7 @@ class SparseBlock(Block):
         return SparseMLP(config.width, config.mlp_dim, config.moe, config.bias, config.gelu)
 
     def forward(
-        self, x_TD: Tensor, shapes: Shapes, masks: Masks, counts: Sequence[Tensor] = ()
+        self, x_TD: Tensor, shapes: Shapes, masks: Masks, token_counts: Sequence[Tensor] = ()
     ) -> tuple[Tensor, list[RouterStats]]:
         x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
         valid = [
@@ -116,33 +119,32 @@ class SparseBlock(Block):
             for shape, mask_BL in zip(shapes, masks)
         ]
         # Experts get bf16 tokens, also where CUDA's autocast lets the norm return fp32.
-        y_TD, stats = self.mlp(self.norm2(x_TD).type_as(x_TD), valid, counts)
+        y_TD, stats = self.mlp(self.norm2(x_TD).type_as(x_TD), valid, token_counts)
         return x_TD + y_TD, stats
 
 
 class Encoder(nn.Module):
     """Blocks and a final LayerNorm, with the sizes of arXiv 2305.06324. It does not depend on modalities.
 
-    For comparison with a fully shared encoder, each of the stems, given by name, may have its own copy of the first
-    `config.modality_specific_layers` blocks.
+    For comparison with a fully shared encoder, each stem may have its own copy of the first
+    `config.modality_specific_layers` blocks. `stems` has their names.
     """
 
     def __init__(self, config: Model, stems: Iterable[str] = ()) -> None:
         super().__init__()
         first_sparse = config.layers - (config.moe.layers if config.moe else 0)
-        own_layers = config.modality_specific_layers
+        specific_layers = config.modality_specific_layers
 
-        def blocks(first: int, last: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                SparseBlock(config) if i >= first_sparse else Block(config) for i in range(first, last)
-            )
+        def blocks(start: int, end: int) -> nn.ModuleList:
+            return nn.ModuleList(SparseBlock(config) if i >= first_sparse else Block(config) for i in range(start, end))
 
-        self.own = nn.ModuleDict({name: blocks(0, own_layers) for name in stems if own_layers})  # by stem
-        self.blocks = blocks(own_layers, config.layers)
+        # The modality-specific blocks of each stem.
+        self.own = nn.ModuleDict({name: blocks(0, specific_layers) for name in stems if specific_layers})
+        self.blocks = blocks(specific_layers, config.layers)
         self.norm = _norm(config.width, bias=True)
         self.activation_checkpointing = False  # compute each block's activations again in the backward pass
 
-    def forward_own(self, x_BLD: Tensor, mask_BL: Tensor | None, stem: str) -> tuple[Tensor, list[RouterStats]]:
+    def forward_specific(self, x_BLD: Tensor, mask_BL: Tensor | None, stem: str) -> tuple[Tensor, list[RouterStats]]:
         """Applies the stem's modality-specific blocks to one input, as `forward` does the shared ones."""
         if not self.own:
             return x_BLD, []
@@ -161,14 +163,14 @@ class Encoder(nn.Module):
         routing: list[list[RouterStats]] = [[] for _ in inputs]
         # Computed once for all blocks, because it takes an all-reduce.
         sparse = any(block.sparse for block in blocks.children())
-        counts = [valid_tokens_per_rank(*pair) for pair in zip(inputs, masks)] if sparse else []
+        token_counts = [valid_tokens_per_rank(*pair) for pair in zip(inputs, masks)] if sparse else []
         for block in blocks.children():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_TD, stats = checkpoint(block, x_TD, shapes, masks, counts, use_reentrant=False)
+                x_TD, stats = checkpoint(block, x_TD, shapes, masks, token_counts, use_reentrant=False)
             else:
-                x_TD, stats = block(x_TD, shapes, masks, counts)
-            for collected, found in zip(routing, stats):
-                collected.append(found)
+                x_TD, stats = block(x_TD, shapes, masks, token_counts)
+            for input_routing, input_stats in zip(routing, stats):
+                input_routing.append(input_stats)
         return x_TD, routing
 
 

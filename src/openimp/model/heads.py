@@ -10,7 +10,6 @@ from openimp.model.kernels import gelu
 
 MIN_TEMPERATURE = 0.01
 """Lower bound of a learned temperature. The logit scale, 1 / temperature, is then at most 100, as in CLIP."""
-
 MAX_LOGIT_SCALE = math.log(100)
 """Upper bound of the logarithm of open_clip's logit scale."""
 
@@ -71,12 +70,12 @@ class LogitScale(nn.Module):
     """
 
     def __init__(self, logit_scale: Tensor, logit_bias: Tensor | None, limit: float) -> None:
-        """`limit` is the upper bound of the logarithm. Without a bias, it is SigLIP's initial value."""
+        """`limit` is the upper bound of the logarithm. If `logit_bias` is None, the bias starts with SigLIP's value."""
         super().__init__()
+        if logit_bias is None:
+            logit_bias = torch.tensor(-10.0)
         self.logit_scale = nn.Parameter(logit_scale.detach().reshape(1))
-        self.logit_bias = nn.Parameter(
-            torch.full((1,), -10.0) if logit_bias is None else logit_bias.detach().reshape(1)
-        )
+        self.logit_bias = nn.Parameter(logit_bias.detach().reshape(1))
         self.limit = limit
 
     def forward(self) -> tuple[Tensor, Tensor]:

@@ -33,11 +33,11 @@ class IMP(Embedder):
     def __init__(
         self,
         config: Model,
-        stems: Mapping[str, StemSpec],  # by name
-        stem_of: Mapping[str, str],  # by modality
-        pairs: Iterable[tuple[str, str]],
+        stems: Mapping[str, StemSpec],  # by the name of the stem
+        stem_of: Mapping[str, str],  # the name of the stem of each modality
+        pairs: Iterable[tuple[str, str]],  # of modalities that are trained to agree
         classes: Mapping[str, int] | None = None,  # number of classes of each classification head, by its name
-        distilled: Iterable[tuple[str, str]] = (),  # modalities that learn from vectors, and to compare them with
+        distilled: Iterable[tuple[str, str]] = (),  # a modality that learns from vectors, and one to compare it with
     ) -> None:
         super().__init__()
         self.config = config
@@ -47,10 +47,10 @@ class IMP(Embedder):
         self.stems = nn.ModuleDict({name: Stem(spec, config.width) for name, spec in stems.items()})
         self.encoder = Encoder(config, self.stems)
         directions = chain(*map(permutations, self.pairs), distilled)
-        names = sorted({self.head_name(a, b) for a, b in directions})
-        self.projections = nn.ModuleDict({name: Projection(config.width, config.embed_dim) for name in names})
-        shared = dict.fromkeys(self.temperature_name(*pair) for pair in self.pairs)
-        self.temperatures = nn.ModuleDict({name: Temperature(config.init_temperature) for name in shared})
+        heads = sorted({self.head_name(modality, other) for modality, other in directions})
+        self.projections = nn.ModuleDict({name: Projection(config.width, config.embed_dim) for name in heads})
+        temperatures = dict.fromkeys(self.temperature_name(*pair) for pair in self.pairs)
+        self.temperatures = nn.ModuleDict({name: Temperature(config.init_temperature) for name in temperatures})
         self.classifiers = nn.ModuleDict({name: linear(config.width, n) for name, n in (classes or {}).items()})
 
     @classmethod
@@ -58,8 +58,8 @@ class IMP(Embedder):
         """Builds the model with random weights. `modalities` must be fitted."""
         return cls(
             config.model,
-            stems={m.stem: m.stem_spec() for m in modalities.values()},
-            stem_of={name: m.stem for name, m in modalities.items()},
+            stems={modality.stem: modality.stem_spec() for modality in modalities.values()},
+            stem_of={name: modality.stem for name, modality in modalities.items()},
             pairs=[pair.modalities for pair in config.pairs],
             classes={head: len(classes) for head, classes in config.classes.items()},
             distilled=config.distilled,
@@ -81,19 +81,21 @@ class IMP(Embedder):
         return dict(zip(inputs, self._encode([{name: tokens} for name, tokens in inputs.items()])))
 
     def _encode(self, sequences: Sequence[Mapping[str, Tokens]]) -> list[Encoded]:
-        embedded, masks, own_routing = zip(*map(self._embed, sequences))
-        outputs, routing = self.encoder(embedded, masks)
+        embedded, masks, specific_routing = zip(*map(self._embed, sequences))
+        outputs, shared_routing = self.encoder(embedded, masks)
         features = map(self._pool, sequences, outputs, masks)
-        return [Encoded(x_BD, own + shared) for x_BD, own, shared in zip(features, own_routing, routing)]
+        routing = [specific + shared for specific, shared in zip(specific_routing, shared_routing)]
+        return [*map(Encoded, features, routing)]
 
     def _embed(self, inputs: Mapping[str, Tokens]) -> tuple[Tensor, Tensor | None, list[RouterStats]]:
         """The input of the shared blocks (B, L, D), its mask, and the statistics of modality-specific blocks."""
         outputs = [
-            self.encoder.forward_own(self.stem(name)(tokens), tokens.mask, self.stem_of[name])
+            self.encoder.forward_specific(self.stem(name)(tokens), tokens.mask, self.stem_of[name])
             for name, tokens in inputs.items()
         ]
-        masked = any(tokens.mask is not None for tokens in inputs.values())
-        mask_BL = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1) if masked else None
+        mask_BL = None
+        if any(tokens.mask is not None for tokens in inputs.values()):
+            mask_BL = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1)
         embedded, routing = zip(*outputs)
         return torch.cat(embedded, dim=1), mask_BL, [*chain.from_iterable(routing)]
 
@@ -111,43 +113,49 @@ class IMP(Embedder):
         """The stem of a modality; modalities may share one."""
         return cast(Stem, self.stems[self.stem_of[modality]])
 
-    def project(self, features_BD: Tensor, source: str, target: str, normalize: bool = True) -> Tensor:
-        z_BZ: Tensor = self.projections[self.head_name(source, target)](features_BD).float()
+    def project(self, features_BD: Tensor, modality: str, other: str, normalize: bool = True) -> Tensor:
+        z_BZ: Tensor = self.projections[self.head_name(modality, other)](features_BD).float()
         return F.normalize(z_BZ, dim=-1) if normalize else z_BZ
 
     def share_a_space(self, a: str, b: str) -> bool:
-        known = {a, b} <= self.head_of.keys()
-        return known and {self.head_name(a, b), self.head_name(b, a)} <= set(self.projections)
+        if not {a, b} <= self.head_of.keys():
+            return False
+        return {self.head_name(a, b), self.head_name(b, a)} <= set(self.projections)
 
     def hidden_matrices(self) -> dict[Tensor, int]:
         """The matrices of the experts, and of all linear layers except patch embeddings and classifiers."""
-        found: dict[Tensor, int] = {}
+        stacks: dict[Tensor, int] = {}
         for name, module in self.named_modules():
             if isinstance(module, Experts):
-                found.update((weight, weight.shape[0]) for weight in module.parameters() if weight.ndim == 3)
+                stacks.update((weight, weight.shape[0]) for weight in module.parameters() if weight.ndim == 3)
             elif isinstance(module, Attention):
-                found[module.qkv.weight] = 3
+                stacks[module.qkv.weight] = 3
             elif isinstance(module, nn.Linear) and not name.startswith("classifiers.") and not name.endswith(".embed"):
-                found.setdefault(module.weight, 1)
-        return found
+                stacks.setdefault(module.weight, 1)
+        return stacks
 
     def depths(self) -> dict[Tensor, int]:
-        """1 in the last block and the norm after it. Stems below the first block are one deeper than that."""
-        layers, shared = self.config.layers, self.config.layers - self.config.modality_specific_layers
-        found: dict[Tensor, int] = dict.fromkeys(self.encoder.norm.parameters(), 1)
-        for blocks, deepest in (*((own, layers) for own in self.encoder.own.values()), (self.encoder.blocks, shared)):
-            for i, block in enumerate(blocks.children()):
-                found |= dict.fromkeys(block.parameters(), deepest - i)
-        below = (weight for name, weight in self.stems.named_parameters() if ".after." not in name)
-        found |= dict.fromkeys(below, layers + 1)
-        return found
+        """1 in the last block and the norm after it, and one more in each block below. Stems are below all blocks."""
+        layers = self.config.layers
+        depths: dict[Tensor, int] = dict.fromkeys(self.encoder.norm.parameters(), 1)
+        for specific_blocks in self.encoder.own.values():
+            for i, block in enumerate(specific_blocks.children()):
+                depths |= dict.fromkeys(block.parameters(), layers - i)
+        for i, block in enumerate(self.encoder.blocks, self.config.modality_specific_layers):
+            depths |= dict.fromkeys(block.parameters(), layers - i)
+        for name, weight in self.stems.named_parameters():
+            if ".after." not in name:
+                depths[weight] = layers + 1
+        return depths
 
     def blocks(self) -> list[nn.Module]:
-        return [*self.encoder.blocks, *(block for own in self.encoder.own.values() for block in own.children())]
+        specific = [block for blocks in self.encoder.own.values() for block in blocks.children()]
+        return [*self.encoder.blocks, *specific]
 
     def blocks_of(self, modalities: Iterable[str]) -> list[nn.Module]:
-        own = [self.encoder.own[self.stem_of[name]] for name in modalities] if self.encoder.own else []
-        return [block for part in (*own, self.encoder.blocks) for block in part.children()]
+        stems = [self.stem_of[name] for name in modalities] if self.encoder.own else []
+        specific = [block for stem in stems for block in self.encoder.own[stem].children()]
+        return [*specific, *self.encoder.blocks]
 
     def experts(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, Experts)]
@@ -167,10 +175,10 @@ class IMP(Embedder):
         """The name of the temperature of a pair of modalities, in either order."""
         return "-".join(sorted((self.head_of[a], self.head_of[b])))
 
-    def head_name(self, source: str, target: str) -> str:
-        """The name of the projection head that maps `source` to the space that it shares with `target`."""
-        source, target = self.head_of[source], self.head_of[target]
-        return source if self.config.space == "joint" else f"{source}-to-{target}"
+    def head_name(self, modality: str, other: str) -> str:
+        """The name of the projection head that maps `modality` to the space that it shares with `other`."""
+        head = self.head_of[modality]
+        return head if self.config.space == "joint" else f"{head}-to-{self.head_of[other]}"
 
 
 def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:

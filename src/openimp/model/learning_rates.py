@@ -1,6 +1,7 @@
 """The learning rate of each parameter relative to the recipe's, by part of the model and by depth; frozen parts."""
 
 from collections.abc import Collection
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -20,12 +21,13 @@ def freeze(model: Embedder, options: Optimizer) -> None:
 
 def lr_factors(model: Embedder, options: Optimizer) -> dict[Tensor, float]:
     """The factor of each parameter's learning rate; 0 if the parameter is frozen."""
-    named, scales = dict(model.named_parameters()), options.lr_scale
-    _require_parts(scales, named)
+    scales = options.lr_scale
+    parameters = dict(model.named_parameters())
+    _require_parts(scales, parameters)
     depths = model.depths() if options.layer_decay < 1 else {}
     factors: dict[Tensor, float] = {}
-    for name, parameter in named.items():
-        parts = [part for part in scales if _is_of(name, part)]
+    for name, parameter in parameters.items():
+        parts = [part for part in scales if _belongs_to(name, part)]
         scale = scales[max(parts, key=len)] if parts else 1.0
         factors[parameter] = scale * options.layer_decay ** depths.get(parameter, 0)
     return factors
@@ -37,12 +39,15 @@ def muon_stacks(model: Embedder, options: Optimizer) -> dict[Tensor, int]:
     return {weight: count for weight, count in hidden.items() if weight.requires_grad}
 
 
-def _is_of(name: str, part: str) -> bool:
+def _belongs_to(name: str, part: str) -> bool:
     return f"{name}.".startswith(f"{part}.")
 
 
 def _require_parts(parts: Collection[str], names: Collection[str]) -> None:
+    """Checks that each part is a parameter or a module of a model, given the names of its parameters."""
     for part in parts:
-        if not any(_is_of(name, part) for name in names):
-            known = {name[:end] for name in names for end, letter in enumerate(name + ".") if letter == "."}
+        if not any(_belongs_to(name, part) for name in names):
+            known = set[str]()
+            for name in names:
+                known.update(accumulate(name.split("."), "{}.{}".format))
             raise UserError(f"optimizer.lr_scale: the model has no part {part!r}{nearest(part, sorted(known))}")

@@ -1,12 +1,13 @@
 """Sparse Mixture-of-Experts layers, which replace a block's MLP.
 
 In `SparseMLP`, a router assigns tokens to the slots of experts (`Routing`). The layer gathers the tokens of all slots,
-applies the experts, multiplies each result by its gate, and adds it to the output of its token. Each input of a pass
-is routed by itself, and the experts process the slots of all inputs at once.
+applies the experts, multiplies each result by its gate, and adds it to the output of its token. A pass has several
+inputs, for example one per modality. The router treats each of them separately, and the experts process the slots of
+all of them at once.
 
 Shape suffixes: B examples, L tokens per example, T tokens of all inputs, G groups, N tokens per group, K choices per
-token, M = K N choices per group, E experts, C slots per expert and group, S slots (in ES: of one expert, otherwise of
-all experts), D width, F hidden width, 1 a dimension of size 1.
+token, M = K N choices per group, E experts, C slots per expert and group (capacity), S slots (in ES: of one expert,
+otherwise of all experts), D width, F hidden width, 1 a dimension of size 1.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ class Routing(NamedTuple):
     """The assignment of tokens to slots.
 
     Attributes:
-        token_GEC: int64, the index within the group of the token in each slot.
+        token_GEC: int64, the token in each slot, as an index within its group.
         gate_GEC: fp32, the factor of each slot's result; 0 for an empty slot.
     """
 
@@ -42,7 +43,7 @@ class Usage(NamedTuple):
     Attributes:
         load_E: each expert's share of all filled slots.
         gate_E: each expert's share of the sum of all gates. With expert choice all experts fill equally many slots, so
-            only this shows which experts the router prefers.
+            only the gates show which experts the router prefers.
         dropped: scalar, the share of tokens that no expert took.
     """
 
@@ -52,7 +53,7 @@ class Usage(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """What one sparse layer says of one input of a pass.
+    """Statistics of one sparse layer for one input of a pass.
 
     Attributes:
         aux: scalar, the weighted sum of the router's auxiliary losses.
@@ -63,65 +64,71 @@ class RouterStats(NamedTuple):
     usage: Usage | None
 
     @staticmethod
-    def mean(chunks: Sequence["RouterStats"], shares: Sequence[Tensor]) -> "RouterStats":
+    def mean(chunks: Sequence["RouterStats"], token_shares: Sequence[Tensor]) -> "RouterStats":
         """The statistics of a batch from those of its chunks, weighted by each chunk's share of the tokens."""
 
-        def mean(values: Sequence[Any]) -> Any:
-            return sum(s * x for s, x in zip(shares, values))
+        def weighted_mean(values: Sequence[Any]) -> Any:
+            return sum(share * value for share, value in zip(token_shares, values))
 
-        auxes, usages = zip(*chunks)
-        return RouterStats(mean(auxes), Usage(*map(mean, zip(*usages))) if usages[0] else None)
+        aux = weighted_mean([stats.aux for stats in chunks])
+        usages = [stats.usage for stats in chunks if stats.usage is not None]
+        usage = Usage(*map(weighted_mean, zip(*usages))) if usages else None
+        return RouterStats(aux, usage)
 
 
 def expert_choice(probs_GNE: Tensor, valid_GN: Tensor, capacity_factor: float) -> Routing:
     """Each expert takes its top tokens of a group, so a token may reach 0 to E experts (arXiv 2202.09368).
 
-    The number of these tokens is capacity_factor x valid tokens / experts, at least 1, so padding never changes what
-    valid tokens receive. C counts padding too, to keep shapes static; the slots that are not needed stay empty.
+    An expert takes capacity_factor x valid tokens / experts tokens, at least 1, so padding never changes what valid
+    tokens receive. To keep shapes static, C counts padding too, and the slots that are not needed stay empty.
     """
-    _, n, experts = probs_GNE.shape
-    slots = min(n, _slots(n, capacity_factor / experts))
+    _, tokens, experts = probs_GNE.shape
+    capacity = min(tokens, _capacity(tokens, capacity_factor / experts))
     score_GEN = probs_GNE.masked_fill(~valid_GN[..., None], -1.0).transpose(1, 2)
-    gate_GEC, token_GEC = score_GEN.topk(slots, dim=-1)
-    # fp64, like Python's floats in `_slots`: fp32 could round a half the other way.
+    gate_GEC, token_GEC = score_GEN.topk(capacity, dim=-1)
+    # fp64, like Python's floats in `_capacity`: fp32 could round a half the other way.
     taken_G = (valid_GN.sum(-1).double() * (capacity_factor / experts) + 0.5).floor().clamp(min=1)
-    filled_GEC = (torch.arange(slots, device=gate_GEC.device) < taken_G[:, None, None]) & (gate_GEC > 0)
+    filled_GEC = (torch.arange(capacity, device=gate_GEC.device) < taken_G[:, None, None]) & (gate_GEC > 0)
     return Routing(token_GEC, gate_GEC * filled_GEC)
 
 
-def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, slots: int | None) -> Routing:
+def token_choice(probs_GNE: Tensor, valid_GN: Tensor, top_k: int, capacity: int | None) -> Routing:
     """Each token chooses its `top_k` experts (GShard, arXiv 2006.16668; V-MoE, arXiv 2106.05974).
 
-    An expert takes up to `slots` tokens of a group: first those of which it is the first choice, in their order, then
-    those of which it is the second, and so on. It drops the rest. `slots` None: the busiest expert of all ranks drops
-    nothing.
+    An expert takes up to `capacity` tokens of a group: first the tokens whose first choice it is, in their order, then
+    those whose second choice it is, and so on. It drops all further tokens. If `capacity` is None, it is the number of
+    tokens of the busiest expert on any rank, so no token is dropped.
     """
-    groups, n, experts = probs_GNE.shape
+    groups, tokens, experts = probs_GNE.shape
     gate_GNK, choice_GNK = probs_GNE.topk(top_k, dim=-1)
-    # All first choices, then all second choices, and so on.
+    # M: all first choices, then all second choices, and so on.
     choice_GM = choice_GNK.transpose(1, 2).flatten(1)
     gate_GM = gate_GNK.transpose(1, 2).flatten(1)
     valid_GM = valid_GN.repeat(1, top_k)
     chosen_GME = F.one_hot(choice_GM, experts) * valid_GM[..., None]
-    if slots is None:
-        # A graph for export has static shapes, so there each expert has a slot for every token.
+    if capacity is None and torch.compiler.is_exporting():
+        capacity = tokens  # A graph for export has static shapes, so each expert has a slot for every token.
+    elif capacity is None:
         # Ranks that share the experts need equally many slots.
-        slots = n if torch.compiler.is_exporting() else max(1, *all_gather_object(int(chosen_GME.sum(1).max())))
+        capacity = max(1, *all_gather_object(int(chosen_GME.sum(1).max())))
+    # The expert's slot that each choice would take, if there were enough of them.
     place_GM = (chosen_GME.cumsum(1) - 1).gather(-1, choice_GM[..., None]).squeeze(-1)
-    kept_GM = valid_GM & (place_GM < slots)
-    # Slots are ordered by expert. Dropped tokens go to an extra slot at the end, which is cut off: S = E C + 1.
-    slot_GM = torch.where(kept_GM, choice_GM * slots + place_GM, experts * slots)
-    token_GM = torch.arange(n, device=probs_GNE.device).repeat(top_k).expand(groups, -1)
-    token_GS = token_GM.new_zeros(groups, experts * slots + 1).scatter(1, slot_GM, token_GM)
-    gate_GS = gate_GM.new_zeros(groups, experts * slots + 1).scatter(1, slot_GM, gate_GM)
-    return Routing(*(x_GS[:, :-1].unflatten(1, (experts, slots)) for x_GS in (token_GS, gate_GS)))
+    kept_GM = valid_GM & (place_GM < capacity)
+    # Slots are ordered by expert. Dropped choices go to an extra slot at the end, which is cut off: S = E C + 1.
+    slot_GM = torch.where(kept_GM, choice_GM * capacity + place_GM, experts * capacity)
+    token_GM = torch.arange(tokens, device=probs_GNE.device).repeat(top_k).expand(groups, -1)
+    token_GS = token_GM.new_zeros(groups, experts * capacity + 1).scatter(1, slot_GM, token_GM)
+    gate_GS = gate_GM.new_zeros(groups, experts * capacity + 1).scatter(1, slot_GM, gate_GM)
+    token_GEC = token_GS[:, :-1].unflatten(1, (experts, capacity))
+    gate_GEC = gate_GS[:, :-1].unflatten(1, (experts, capacity))
+    return Routing(token_GEC, gate_GEC)
 
 
 def valid_tokens_per_rank(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
     """The number of valid tokens in a rank's batch, averaged over ranks; a scalar in fp32.
 
-    A router divides each sum over the tokens of its rank by this number. The mean of these quotients over ranks is then
-    the mean over all tokens. Without a mask, all ranks have the same number.
+    A router divides each sum over the tokens of its rank by this average. The mean of these quotients over ranks is
+    then the mean over all tokens. Without a mask, all ranks have equally many tokens.
     """
     if mask_BL is None:
         return x_BLD.new_full((), x_BLD.shape[0] * x_BLD.shape[1], dtype=torch.float32)
@@ -129,11 +136,13 @@ def valid_tokens_per_rank(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
 
 
 def split_tokens(x_TD: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Splits the tokens of all inputs into (B, L, D) per input, of the shapes (B, L)."""
-    return [x.unflatten(0, shape) for x, shape in zip(x_TD.split([b * n for b, n in shapes]), shapes)]
+    """Splits the tokens of all inputs into (B, L, D) per input. `shapes` has (B, L) of each input."""
+    split_sizes = [examples * length for examples, length in shapes]
+    return [x.unflatten(0, shape) for x, shape in zip(x_TD.split(split_sizes), shapes)]
 
 
-def _slots(tokens: int, share: float) -> int:
+def _capacity(tokens: int, share: float) -> int:
+    """Slots of an expert that takes a `share` of the tokens of a group."""
     return max(1, int(tokens * share + 0.5))
 
 
@@ -142,65 +151,74 @@ class Router(nn.Module):
 
     def __init__(self, width: int, config: MoE) -> None:
         super().__init__()
-        self.config, self.collects_usage = config, False
+        self.config = config
+        self.collects_usage = False
         self.weight_ED = nn.Parameter(torch.empty(config.experts, width))
         nn.init.normal_(self.weight_ED, std=0.02)
 
     def forward(
-        self, x_TD: Tensor, valid: Sequence[Tensor], counts: Sequence[Tensor]
+        self, x_TD: Tensor, valid: Sequence[Tensor], token_counts: Sequence[Tensor]
     ) -> list[tuple[Routing, RouterStats]]:
         """Routes the tokens of each input within its groups. See `SparseMLP` for the arguments.
 
-        A group is one example; in training with one of `BATCH_ROUTINGS`, it is this rank's batch of one input. Outside
-        of training, token choice drops nothing. So an embedding never depends on the other examples of its batch.
+        A group is one example or, in training with one of `BATCH_ROUTINGS`, this rank's batch of one input. Outside of
+        training, token choice drops nothing. So an embedding never depends on the other examples of its batch.
         """
         # bf16 logits cause ties and coarse gates. Training is more stable with fp32 (ST-MoE, arXiv 2202.08906).
         with full_precision(x_TD.device):
             logits_TE = F.linear(x_TD.float(), self.weight_ED.float())
-        scores = logits_TE.softmax(-1), logits_TE.logsumexp(-1).square()
-        probs, z = (split_tokens(score, [valid_BL.shape for valid_BL in valid]) for score in scores)
-        return [self._route(*part) for part in zip(probs, z, valid, counts)]
+        shapes = [valid_BL.shape for valid_BL in valid]
+        probs = split_tokens(logits_TE.softmax(-1), shapes)
+        z_losses = split_tokens(logits_TE.logsumexp(-1).square(), shapes)
+        return [self._route(*one_input) for one_input in zip(probs, z_losses, valid, token_counts)]
 
-    def _route(self, probs_BLE: Tensor, z_BL: Tensor, valid_BL: Tensor, count: Tensor) -> tuple[Routing, RouterStats]:
+    def _route(
+        self, probs_BLE: Tensor, z_loss_BL: Tensor, valid_BL: Tensor, token_count: Tensor
+    ) -> tuple[Routing, RouterStats]:
         config = self.config
-        probs_GNE, valid_GN = probs_BLE, valid_BL
+        probs_GNE = probs_BLE
+        valid_GN = valid_BL
         if self.training and config.routing in BATCH_ROUTINGS:
-            probs_GNE, valid_GN = probs_BLE.flatten(0, 1)[None], valid_BL.flatten()[None]
-        aux = config.z_loss * (z_BL * valid_BL).sum() / count
+            probs_GNE = probs_BLE.flatten(0, 1)[None]
+            valid_GN = valid_BL.flatten()[None]
+        aux = config.z_loss * (z_loss_BL * valid_BL).sum() / token_count
         if config.routing == "token_choice":
             share = config.top_k * config.capacity_factor / config.experts
-            slots = _slots(probs_GNE.shape[1], share) if self.training else None
-            routing = token_choice(probs_GNE, valid_GN, config.top_k, slots)
-            aux = aux + config.balance_loss * config.experts * _imbalance(probs_BLE, valid_BL, count)
+            capacity = _capacity(probs_GNE.shape[1], share) if self.training else None
+            routing = token_choice(probs_GNE, valid_GN, config.top_k, capacity)
+            aux = aux + config.balance_loss * config.experts * _imbalance(probs_BLE, valid_BL, token_count)
         else:
             routing = expert_choice(probs_GNE, valid_GN, config.capacity_factor)
-        # Compiled layers always collect: there it costs little, and a switch would have each of them compiled twice.
+        # Compiled layers always collect, because that costs them little and a switch would compile each of them twice.
         collects = torch.compiler.is_compiling() or self.collects_usage
-        return routing, RouterStats(aux, _usage(routing, valid_GN, count) if collects else None)
+        usage = _usage(routing, valid_GN, token_count) if collects else None
+        return routing, RouterStats(aux, usage)
 
 
-def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, count: Tensor) -> Tensor:
+def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, token_count: Tensor) -> Tensor:
     """The sum over experts of their share of first choices times their mean probability (arXiv 2101.03961, 2.2)."""
-    first_E = (F.one_hot(probs_BLE.argmax(-1), probs_BLE.shape[-1]) * valid_BL[..., None]).sum((0, 1))
-    prob_E = (probs_BLE * valid_BL[..., None]).sum((0, 1)) / count
-    return (all_reduce_mean(first_E.float()) / count * prob_E).sum()
+    is_valid_BL1 = valid_BL[..., None]
+    first_choices_E = (F.one_hot(probs_BLE.argmax(-1), probs_BLE.shape[-1]) * is_valid_BL1).sum((0, 1))
+    prob_E = (probs_BLE * is_valid_BL1).sum((0, 1)) / token_count
+    return (all_reduce_mean(first_choices_E.float()) / token_count * prob_E).sum()
 
 
 def collect_usage(model: nn.Module, collect: bool) -> None:
-    """Sets whether the sparse layers of a model return their `Usage`. By default they do not, because it takes each of
-    them about 15 small operations per input."""
+    """Sets whether the sparse layers of a model return their `Usage`. By default they do not, because each layer needs
+    about 15 small operations per input to compute it."""
     for module in model.modules():
         if isinstance(module, Router):
             module.collects_usage = collect
 
 
 @torch.no_grad()
-def _usage(routing: Routing, valid_GN: Tensor, count: Tensor) -> Usage:
+def _usage(routing: Routing, valid_GN: Tensor, token_count: Tensor) -> Usage:
     filled_GEC = (routing.gate_GEC > 0).float()
-    load_E, gate_E = filled_GEC.sum((0, 2)), routing.gate_GEC.sum((0, 2))
+    load_E = filled_GEC.sum((0, 2))
+    gate_E = routing.gate_GEC.sum((0, 2))
     taken_GN = torch.zeros_like(valid_GN, dtype=torch.float32)
     taken_GN = taken_GN.scatter_add(1, routing.token_GEC.flatten(1), filled_GEC.flatten(1))
-    dropped = ((taken_GN == 0) & valid_GN).sum() / count
+    dropped = ((taken_GN == 0) & valid_GN).sum() / token_count
     # A batch of padding fills no slot. `clamp` prevents 0 / 0 there.
     return Usage(load_E / load_E.sum().clamp(min=1), gate_E / gate_E.sum().clamp(min=1e-9), dropped)
 
@@ -210,7 +228,8 @@ class Experts(nn.Module):
 
     def __init__(self, experts: int, width: int, hidden: int, bias: bool, gelu_kind: Gelu) -> None:
         super().__init__()
-        self.bias, self.gelu_kind = bias, gelu_kind
+        self.bias = bias
+        self.gelu_kind = gelu_kind
         self.up_EDF = nn.Parameter(torch.empty(experts, width, hidden))
         self.down_EFD = nn.Parameter(torch.empty(experts, hidden, width))
         lecun_normal_(self.up_EDF, width)
@@ -223,8 +242,10 @@ class Experts(nn.Module):
 
     def forward(self, x_ESD: Tensor) -> Tensor:
         """Maps (E, S, D) to (E, S, D): each expert processes its S slots, on the rank that holds it."""
-        own = self.up_EDF, self.down_EFD, *((self.up_bias_EF, self.down_bias_ED) if self.bias else ())
-        (up_EDF, down_EFD, *biases), group = local_experts(own)
+        parameters = [self.up_EDF, self.down_EFD]
+        if self.bias:
+            parameters += [self.up_bias_EF, self.down_bias_ED]
+        (up_EDF, down_EFD, *biases), group = local_experts(parameters)
         up_bias_EF, down_bias_ED = biases or (None, None)
         hidden_ESF = gelu(_linear(dispatch_to_experts(x_ESD, group), up_EDF, up_bias_EF), self.gelu_kind)
         return combine_from_experts(_linear(hidden_ESF, down_EFD, down_bias_ED), group)
@@ -244,24 +265,29 @@ class SparseMLP(nn.Module):
         self.experts = Experts(config.experts, width, hidden, bias, gelu_kind)
 
     def forward(
-        self, x_TD: Tensor, valid: Sequence[Tensor], counts: Sequence[Tensor]
+        self, x_TD: Tensor, valid: Sequence[Tensor], token_counts: Sequence[Tensor]
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns statistics per input.
 
         Args:
             valid: per input, (B, L), False for padding.
-            counts: per input, its `valid_tokens_per_rank`.
+            token_counts: per input, its `valid_tokens_per_rank`.
         """
-        rows, gates, all_stats, start = [], [], [], 0
-        for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, counts)):
-            end = start + valid_BL.numel()
-            group = valid_BL.numel() // routing.token_GEC.shape[0]  # tokens of a group
-            first_G = torch.arange(start, end, group, device=x_TD.device)
-            rows.append((routing.token_GEC + first_G[:, None, None]).transpose(0, 1).flatten(1))
+        rows = []  # per input: the rows of `x_TD` that its slots hold
+        gates = []
+        all_stats = []
+        input_start = 0
+        for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, token_counts)):
+            input_end = input_start + valid_BL.numel()
+            group_size = valid_BL.numel() // routing.token_GEC.shape[0]
+            group_start_G = torch.arange(input_start, input_end, group_size, device=x_TD.device)
+            rows.append((routing.token_GEC + group_start_G[:, None, None]).transpose(0, 1).flatten(1))
             gates.append(routing.gate_GEC.transpose(0, 1).flatten(1))
             all_stats.append(stats)
-            start = end
-        row_ES, gate_ES = torch.cat(rows, dim=1), torch.cat(gates, dim=1)
-        row, gate = row_ES.flatten(), gate_ES.flatten()[:, None]
-        out = self.experts(x_TD.index_select(0, row).unflatten(0, row_ES.shape)).flatten(0, 1)
-        return torch.zeros_like(x_TD, dtype=out.dtype).index_add(0, row, out * gate.to(out.dtype)), all_stats
+            input_start = input_end
+        row_ES = torch.cat(rows, dim=1)
+        row_S = row_ES.flatten()
+        gate_S1 = torch.cat(gates, dim=1).flatten()[:, None]
+        out_SD = self.experts(x_TD.index_select(0, row_S).unflatten(0, row_ES.shape)).flatten(0, 1)
+        sum_TD = torch.zeros_like(x_TD, dtype=out_SD.dtype)
+        return sum_TD.index_add(0, row_S, out_SD * gate_S1.to(out_SD.dtype)), all_stats

@@ -37,7 +37,7 @@ STACKED = {"qkv": 3, "kv": 2}
 
 
 class OpenCLIP(Embedder):
-    """A model of two towers: `encoder`, which open_clip has built, and its temperature, which is kept apart.
+    """A model of two towers: `encoder`, which open_clip has built, and its temperature, which is a separate module.
 
     All modalities share one space. The features of a picture and of a text are the library's, before they are
     normalized. Those of a clip are the mean of its frames' unit vectors (CLIP4Clip's mean pooling, arXiv 2104.08860).
@@ -46,7 +46,7 @@ class OpenCLIP(Embedder):
     """
 
     cast_inputs = True
-    reads_values = True  # in towers of transformers
+    reads_values = True  # by the towers of the library transformers
     mean: Tensor
     std: Tensor
 
@@ -60,8 +60,8 @@ class OpenCLIP(Embedder):
         """Wraps the library's model.
 
         Args:
-            config: what the model is.
-            modalities: its modalities; if they are of a wrapped model, with the library's files as their state.
+            config: the configuration of the model.
+            modalities: its modalities; those of a wrapped model have the library's files as their state.
             encoder: an instance of a model class of open_clip.
             embed_dim: Z.
         """
@@ -134,15 +134,15 @@ class OpenCLIP(Embedder):
         """The ids (B, L) in the tokens of texts, as the library's model takes them."""
         return tokens.values
 
-    def project(self, features_BD: Tensor, source: str, target: str, normalize: bool = True) -> Tensor:
+    def project(self, features_BD: Tensor, modality: str, other: str, normalize: bool = True) -> Tensor:
         return F.normalize(features_BD.float(), dim=-1) if normalize else features_BD.float()
 
     def share_a_space(self, a: str, b: str) -> bool:
         return {a, b} <= self.readers.keys()
 
-    def head_name(self, source: str, target: str) -> str:
+    def head_name(self, modality: str, other: str) -> str:
         """The name of a modality's space, which is one for all targets."""
-        return source
+        return modality
 
     def temperature(self, a: str, b: str) -> LogitScale:
         """The temperature, which is one for all pairs."""
@@ -150,36 +150,36 @@ class OpenCLIP(Embedder):
 
     def hidden_matrices(self) -> dict[Tensor, int]:
         """The weights of all linear layers but classifiers, and the projections of both towers."""
-        found: dict[Tensor, int] = {}
+        stacks: dict[Tensor, int] = {}
         for name, module in self.encoder.named_modules():
             if isinstance(weight := getattr(module, "in_proj_weight", None), nn.Parameter):
-                found[weight] = 3
+                stacks[weight] = 3
             if isinstance(module, nn.Linear):
-                found[module.weight] = STACKED.get(name.rpartition(".")[2], 1)
-        found.update((weight, 1) for weight in self._projections() if weight.ndim == 2)
-        return found
+                stacks[module.weight] = STACKED.get(name.rpartition(".")[2], 1)
+        stacks.update((weight, 1) for weight in self._projections() if weight.ndim == 2)
+        return stacks
 
     def depths(self) -> dict[Tensor, int]:
-        """1 in the last block of each tower, and 0 after it. What is before the first block is one deeper than this,
-        and what is between two blocks belongs to the second one."""
-        found: dict[Tensor, int] = {}
-        above = {*self._projections()}
+        """1 in the last block of each tower, and 0 after it. Weights before the first block are one deeper than that
+        block, and weights between two blocks belong to the second one."""
+        depths: dict[Tensor, int] = {}
+        projections = {*self._projections()}
         tables = {module.weight for module in self.encoder.modules() if isinstance(module, nn.Embedding)}
         for reads_text in sorted({*self.readers.values()}):
             parameters, blocks = self._tower(reads_text)
             if not blocks:
                 raise UserError("optimizer.layer_decay: a tower of the model has no list of blocks; set it to 1")
-            of_block = {weight: i for i, block in enumerate(blocks) for weight in block.parameters()}
+            block_of = {weight: i for i, block in enumerate(blocks) for weight in block.parameters()}
             depth = len(blocks) + 1
             for weight in parameters:  # In the library's order, in which only tables and projections are out of place.
-                if weight in of_block:
-                    found[weight] = len(blocks) - of_block[weight]
-                    depth = found[weight] - 1
+                if weight in block_of:
+                    depths[weight] = len(blocks) - block_of[weight]
+                    depth = depths[weight] - 1
                 elif weight in tables:
-                    found[weight] = len(blocks) + 1
-                elif weight not in above:
-                    found[weight] = depth
-        return found
+                    depths[weight] = len(blocks) + 1
+                elif weight not in projections:
+                    depths[weight] = depth
+        return depths
 
     def _projections(self) -> list[nn.Parameter]:
         """The projections of both towers that are not the weights of linear layers."""
@@ -188,18 +188,24 @@ class OpenCLIP(Embedder):
         return [weight for weight in named if isinstance(weight, nn.Parameter)]
 
     def _tower(self, reads_text: bool) -> tuple[list[nn.Parameter], list[nn.Module]]:
-        """The parameters and the blocks of the tower of texts or of pictures, in order. CoCa's decoder is in neither:
-        it writes captions."""
-        own = [
+        """The parameters and the blocks of the tower of texts or of pictures, in order. CoCa's decoder, which writes
+        captions, is in neither."""
+        parameters = [
             weight
             for name, weight in self.encoder.named_parameters()
             if name.startswith("visual.") != reads_text and not name.startswith("text_decoder.")
         ]
-        mine = {*own}
-        return own, [block for block in self.blocks() if not mine.isdisjoint(block.parameters())]
+        in_tower = {*parameters}
+        return parameters, [block for block in self.blocks() if not in_tower.isdisjoint(block.parameters())]
 
     def blocks(self) -> list[nn.Module]:
-        return _blocks_in(self.encoder)
+        """The outermost blocks, in order."""
+        blocks: list[nn.Module] = []
+        for name, module in self.encoder.named_modules():
+            if name.rpartition(".")[2] in BLOCKS and isinstance(module, nn.ModuleList | nn.Sequential):
+                blocks += [*module]
+        inner = {id(module) for block in blocks for module in block.modules() if module is not block}
+        return [block for block in blocks if id(block) not in inner]
 
     def blocks_of(self, modalities: Iterable[str]) -> list[nn.Module]:
         return [block for name in modalities for block in self._tower(self.readers[name])[1]]
@@ -219,11 +225,12 @@ class OpenCLIP(Embedder):
 
 
 class SkipInit(TorchFunctionMode):
-    """Leaves weights uninitialized, because they are loaded. Memory that nobody has written to takes no space."""
+    """Leaves weights uninitialized, because they are loaded. The system commits no memory until it is written to."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        target, name = args[0] if args else kwargs.get("tensor"), func.__name__
+        name = func.__name__
+        target = args[0] if args else kwargs.get("tensor")
         in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
         return target if in_place and isinstance(target, nn.Parameter) else func(*args, **kwargs)
 
@@ -234,13 +241,3 @@ def build(files: Mapping[str, str]) -> nn.Module:
     with unpacked(files) as name, SkipInit(), no_log_output(), library_errors("open_clip cannot build the model"):
         model: nn.Module = library.create_model(name, load_weights=False, pretrained_text=False)
     return model
-
-
-def _blocks_in(tower: nn.Module) -> list[nn.Module]:
-    """The outermost blocks of a tower, in order."""
-    found: list[nn.Module] = []
-    for name, module in tower.named_modules():
-        if name.rpartition(".")[2] in BLOCKS and isinstance(module, nn.ModuleList | nn.Sequential):
-            found += [*module]
-    inner = {id(module) for block in found for module in block.modules() if module is not block}
-    return [block for block in found if id(block) not in inner]

@@ -1,4 +1,4 @@
-"""`contrastive`: pairs of modalities find each other.
+"""`contrastive`: the embeddings of two modalities of an item find each other among those of a batch.
 
 Shape suffixes: B examples of this rank, N and M embeddings of the two modalities of a pair, Z features of the shared
 embedding space.
@@ -81,35 +81,44 @@ class Contrastive(Objective):
         Each rank compares its own N and M embeddings with those of all ranks, in blocks of rows, so no rank holds all
         similarities. The mean over the ranks is the loss of the global batch.
         """
-        own_B = targets["item"]
-        (item_B,) = all_gather(own_B)
+        local_items = targets["item"]
+        (all_items,) = all_gather(local_items)
         losses = {}
         for a, b in self.compared_pairs(task):
             # A joint head is applied again for each pair. That is cheap compared with the encoder, which runs once.
-            z_NZ, z_MZ = model.project(encoded[a].features, a, b), model.project(encoded[b].features, b, a)
-            draws_a, draws_b = (len(z) // len(own_B) for z in (z_NZ, z_MZ))
-            own_a, own_b = own_B.repeat_interleave(draws_a), own_B.repeat_interleave(draws_b)
-            item_a, item_b = item_B.repeat_interleave(draws_a), item_B.repeat_interleave(draws_b)
+            z_NZ = model.project(encoded[a].features, a, b)
+            z_MZ = model.project(encoded[b].features, b, a)
+            draws_a = len(z_NZ) // len(local_items)
+            draws_b = len(z_MZ) // len(local_items)
+            local_items_a = local_items.repeat_interleave(draws_a)
+            local_items_b = local_items.repeat_interleave(draws_b)
+            all_items_a = all_items.repeat_interleave(draws_a)
+            all_items_b = all_items.repeat_interleave(draws_b)
             temperature, bias = model.temperature(a, b)()
             with full_precision(z_NZ.device):
                 if self.loss == "softmax":
                     all_b, all_a = all_gather(z_MZ, z_NZ)
-                    loss = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, own_a, all_b, item_b)
-                    loss = (loss + mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, own_b, all_a, item_a)) / 2
+                    loss_a = mean_by_blocks(softmax_nce, 1 / temperature * z_NZ, local_items_a, all_b, all_items_b)
+                    loss_b = mean_by_blocks(softmax_nce, 1 / temperature * z_MZ, local_items_b, all_a, all_items_a)
+                    loss = (loss_a + loss_b) / 2
                 else:
                     (all_b,) = all_gather(z_MZ)
                     biased = partial(sigmoid_nce, bias=bias)
-                    loss = mean_by_blocks(biased, 1 / temperature * z_NZ, own_a, all_b, item_b)
+                    loss = mean_by_blocks(biased, 1 / temperature * z_NZ, local_items_a, all_b, all_items_b)
                 losses[f"{a}-{b}"] = loss
         return losses
 
     def compared(self, task: Task, examples: int) -> Compared:
         """The sigmoid loss uses each pair of items once, and gathers the vectors of one modality."""
-        rows = [(examples * task.inputs[a].draw, examples * task.inputs[b].draw) for a, b in self.compared_pairs(task)]
-        heads = 2 * len(rows)
+        pairs = self.compared_pairs(task)
+        sizes = [(examples * task.inputs[a].draw, examples * task.inputs[b].draw) for a, b in pairs]
         if self.loss == "softmax":
-            return Compared(heads, sum(2 * (n + m) for n, m in rows), sum(2 * n * m for n, m in rows))
-        return Compared(heads, sum(2 * m for _, m in rows), sum(n * m for n, m in rows))
+            vectors = sum(2 * (n + m) for n, m in sizes)
+            similarities = sum(2 * n * m for n, m in sizes)
+        else:
+            vectors = sum(2 * m for _, m in sizes)
+            similarities = sum(n * m for n, m in sizes)
+        return Compared(2 * len(pairs), vectors, similarities)
 
     def warning(self, task: Task, tokens: Mapping[str, Tokens], targets: Tensors) -> str | None:
         """Suggests `positives_by` if the loss separates many texts of the global batch that are equal.
@@ -122,13 +131,15 @@ class Contrastive(Objective):
         (row_B,) = all_gather(targets["item"])
         for name in dict.fromkeys(self.modalities(task)):
             if tokens[name].mask is not None:
-                text_N = all_gather(tokens[name].values)[0].unique(dim=0, return_inverse=True)[1]
+                (ids_NL,) = all_gather(tokens[name].values)
+                _, text_N = ids_NL.unique(dim=0, return_inverse=True)  # equal texts have equal numbers
                 row_N = row_B.repeat_interleave(len(text_N) // len(row_B))
-                rows_of_text = torch.stack([text_N, row_N]).unique(dim=1)[0].bincount()
-                shares.append(float((rows_of_text[text_N] > 1).float().mean()))
-        if max(shares) <= DUPLICATE_TEXT_WARNING:
+                rows_with_text = torch.stack([text_N, row_N]).unique(dim=1)[0].bincount()
+                shares.append(float((rows_with_text[text_N] > 1).float().mean()))
+        duplicate_share = max(shares)
+        if duplicate_share <= DUPLICATE_TEXT_WARNING:
             return None
         return (
-            f"{max(shares):.0%} of a batch's texts belong to other examples too, and the loss pushes these apart; with "
-            "`positives_by: COLUMN`, a contrastive objective treats rows with equal values as one item"
+            f"{duplicate_share:.0%} of a batch's texts belong to other examples too, and the loss pushes these apart; "
+            "with `positives_by: COLUMN`, a contrastive objective treats rows with equal values as one item"
         )

@@ -96,10 +96,10 @@ class Distill(Objective):
             if self.loss == "cosine":
                 loss = 1 - (z_NZ * vector_BZ.repeat_interleave(draws, dim=0)).sum(1).mean()
             else:
-                own_B = targets["item"]
-                (item_M,), (vector_MZ,) = all_gather(own_B), all_gather(vector_BZ)
-                own_N = own_B.repeat_interleave(draws)
-                loss = mean_by_blocks(softmax_nce, z_NZ / self.temperature, own_N, vector_MZ, item_M)
+                (all_items,) = all_gather(targets["item"])
+                (vector_MZ,) = all_gather(vector_BZ)
+                local_items = targets["item"].repeat_interleave(draws)
+                loss = mean_by_blocks(softmax_nce, z_NZ / self.temperature, local_items, vector_MZ, all_items)
         return {f"{self.of}:{self.to}": loss}
 
     def compared(self, task: Task, examples: int) -> Compared:
@@ -115,8 +115,8 @@ def unit_vector(value: Any, size: int, column: str) -> np.ndarray:
     except BadMedia as error:
         raise BadMedia(f"column {column!r}: {error}") from None
     if vector.shape != (size,):
-        found = f"a list of shape {[*vector.shape]}" if isinstance(value, list) else f"{value!r:.60}"
-        raise BadMedia(f"column {column!r}: expected a list of {size} numbers (the model's embed_dim), found {found}")
+        cell = f"a list of shape {[*vector.shape]}" if isinstance(value, list) else f"{value!r:.60}"
+        raise BadMedia(f"column {column!r}: expected a list of {size} numbers (the model's embed_dim), found {cell}")
     length = np.linalg.norm(vector)
     if not (np.isfinite(length) and length > 0):
         raise BadMedia(f"column {column!r}: a vector of length {length:g} has no direction")

@@ -15,24 +15,27 @@ BLOCK = 2**24
 
 
 def mean_by_blocks(
-    loss_of: Callable[..., Tensor], z_NZ: Tensor, own_N: Tensor, all_MZ: Tensor, item_M: Tensor
+    loss_of: Callable[..., Tensor], z_NZ: Tensor, item_N: Tensor, candidate_MZ: Tensor, candidate_item_M: Tensor
 ) -> Tensor:
-    """The mean over N of `loss_of`. Above `BLOCK` similarities, the loss is computed in blocks of rows, and each block
-    is recomputed in the backward pass."""
+    """The mean over N of `loss_of`. A candidate is a positive of an embedding if both are of the same item.
 
-    def rows_loss(z_RZ: Tensor, own_R: Tensor, all_MZ: Tensor) -> Tensor:
-        return loss_of(z_RZ @ all_MZ.T, own_R[:, None] == item_M)
+    Above `BLOCK` similarities, the loss is computed in blocks of rows, and each block is recomputed in the backward
+    pass.
+    """
 
-    rows = max(1, BLOCK // len(all_MZ))
+    def rows_loss(z_RZ: Tensor, item_R: Tensor, candidate_MZ: Tensor) -> Tensor:
+        return loss_of(z_RZ @ candidate_MZ.T, item_R[:, None] == candidate_item_M)
+
+    rows = max(1, BLOCK // len(candidate_MZ))
     if len(z_NZ) <= rows:
-        return rows_loss(z_NZ, own_N, all_MZ).mean()
-    blocks = zip(z_NZ.split(rows), own_N.split(rows))
-    return torch.cat([checkpoint(rows_loss, *block, all_MZ, use_reentrant=False) for block in blocks]).mean()
+        return rows_loss(z_NZ, item_N, candidate_MZ).mean()
+    blocks = zip(z_NZ.split(rows), item_N.split(rows))
+    return torch.cat([checkpoint(rows_loss, *block, candidate_MZ, use_reentrant=False) for block in blocks]).mean()
 
 
 def softmax_nce(logits_NM: Tensor, same_NM: Tensor) -> Tensor:
-    """(N,) the loss of each row: -log of the share of its positives, where `same_NM`, in the softmax (MIL-NCE, arXiv
-    1912.06430). If each row has one positive, this is InfoNCE."""
+    """(N,) the loss of each row: -log of the softmax's sum over its positives, which `same_NM` marks (MIL-NCE, arXiv
+    1912.06430). If each row has one positive, it is InfoNCE."""
     positive_N = logits_NM.masked_fill(~same_NM, -torch.inf).logsumexp(1)
     return logits_NM.logsumexp(1) - positive_N
 

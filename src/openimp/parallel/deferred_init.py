@@ -57,18 +57,18 @@ class DeferredInit(TorchFunctionMode):
         """Fills this rank's shards of the model that `build` returned."""
         torch.manual_seed(self.seed)
         shards = dict(model.named_parameters())
-        last = {_target(args, kwargs): i for i, (_, args, kwargs) in enumerate(self._calls)}
-        if missing := [name for weight, name in self._names.items() if weight not in last]:
+        last_call = {_target(args, kwargs): i for i, (_, args, kwargs) in enumerate(self._calls)}
+        if missing := [name for weight, name in self._names.items() if weight not in last_call]:
             raise TypeError(f"these weights are not initialized by in-place functions: {', '.join(missing)}")
-        full: dict[Tensor, Tensor] = {}
+        full_weights: dict[Tensor, Tensor] = {}
         for i, (func, args, kwargs) in enumerate(self._calls):
             target = _target(args, kwargs)
-            if target not in full:
-                full[target] = torch.empty_like(target, device="cpu")
-            args, kwargs = tree_map_only(Tensor, full.__getitem__, (args, kwargs))
+            if target not in full_weights:
+                full_weights[target] = torch.empty_like(target, device="cpu")
+            args, kwargs = tree_map_only(Tensor, full_weights.__getitem__, (args, kwargs))
             func(*args, **kwargs)
-            if last[target] == i:
-                fill_shard(shards[self._names[target]], full.pop(target))
+            if last_call[target] == i:
+                fill_shard(shards[self._names[target]], full_weights.pop(target))
 
 
 def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -54,10 +54,9 @@ def start() -> torch.device:
         )
     if cuda:
         torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None
-        )
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if cuda else None)
     except ValueError as error:  # Some schedulers set RANK and nothing else.
         raise UserError(f"RANK is set, as if by torchrun, but {error}; use torchrun") from None
     global _patient_group
@@ -99,7 +98,7 @@ def report_dead_ranks() -> Iterator[None]:
 def _leave() -> None:
     """Leaves the process group, because gloo's threads would abort a process that exits, and replace its exit code.
 
-    Not after other errors: a checkpoint may still be in the making, and needs the group.
+    It is not called after other errors, because a checkpoint that is still being written needs the group.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -108,7 +107,7 @@ def _leave() -> None:
 def job_id() -> str:
     """torchrun's name for all starts of this rank; empty without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    # Without --rdzv-id all jobs have this name. The parent of the ranks on a node is their torchrun.
+    # Without --rdzv-id all jobs are called "none". The parent of the ranks on a node is their torchrun.
     return f"torchrun {os.getppid()}" if name == "none" else name
 
 
@@ -140,10 +139,10 @@ def node_group() -> Group:
 
 
 def all_gather(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Concatenates the rows of all ranks, in the order of the ranks. The gradient of a row goes to its rank.
+    """Concatenates the rows of each tensor over all ranks, in the order of the ranks, in one collective.
 
-    The tensors have the same shape on every rank, and may differ from each other in their number of rows only. All of
-    them take one collective.
+    The gradient of a row goes to its rank. Each tensor has the same shape on every rank. The tensors may differ from
+    each other only in their number of rows.
     """
     if world_size() == 1 or tensors[0].is_meta:
         return tensors
@@ -153,7 +152,8 @@ def all_gather(*tensors: Tensor) -> tuple[Tensor, ...]:
     gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
     rows = [len(tensor) for tensor in tensors]
     gathered = funcol.wait_tensor(gather(torch.cat(tensors), 0, cast(Group, dist.group.WORLD)))
-    return tuple(part.flatten(0, 1) for part in gathered.unflatten(0, (world_size(), -1)).split(rows, dim=1))
+    by_tensor = gathered.unflatten(0, (world_size(), -1)).split(rows, dim=1)
+    return tuple(part.flatten(0, 1) for part in by_tensor)
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def run_on_all_ranks(work: Callable[[], T], group: Group | None = None) -> list[
     except (UserError, OSError) as error:
         cause = error
         message = str(error)
-    except Exception as error:  # A bug. Only its own rank can print where it is.
+    except Exception as error:  # A bug. Only this rank can print its traceback.
         traceback.print_exc()
         cause = error
         message = f"{type(error).__name__}: {error}"
@@ -232,15 +232,17 @@ def own_part(n: int) -> range:
 def all_gather_uneven(x: Tensor) -> Tensor:
     """Concatenates the rows of all ranks, which may have different numbers of them, in the order of the ranks."""
     rows = all_gather_object(len(x))
-    (gathered,) = all_gather(torch.cat([x, x.new_zeros(max(rows) - len(x), *x.shape[1:])]))
-    return torch.cat([part[:n] for part, n in zip(gathered.split(max(rows) or 1), rows)])
+    most = max(rows)
+    padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    (gathered,) = all_gather(padded)
+    return torch.cat([part[:count] for part, count in zip(gathered.split(most or 1), rows)])
 
 
 def in_lockstep(items: Iterable[T], describe: Callable[[T], R]) -> Iterator[tuple[T | None, list[R]]]:
     """Yields this rank's items, and None after them until every rank has yielded all of its items.
 
-    With each comes what `describe` returns for the items that the ranks yield with it. If one rank fails to get its
-    next item, all ranks raise a UserError.
+    With each item it yields the results of `describe` for the items that the ranks yield at the same time. If one rank
+    fails to get its next item, all ranks raise a UserError.
     """
     iterator = iter(items)
     item: T | None = None
@@ -261,9 +263,9 @@ def run_first_on_node(work: Callable[[], T]) -> T:
     """
     result: T | None = None
 
-    def work_if(mine: bool) -> None:
+    def work_if(is_my_turn: bool) -> None:
         nonlocal result
-        if mine:
+        if is_my_turn:
             result = work()
 
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0

@@ -1,7 +1,7 @@
 """How the ranks divide Muon's work. Each class orthogonalizes the updates of weights with one kind of layout.
 
-Its attribute `kept` has the weights whose momentum this rank keeps. Its method `orthogonalized` takes their updates in
-bf16, of which this rank has its shards, and may change them. It yields each weight that is updated in this step, and
+The attribute `kept` of a class has the weights whose momentum this rank keeps. The method `orthogonalized` takes this
+rank's shards of their updates in bf16, and may change them. It yields each weight that is updated in this step, and
 this rank's shard of its orthogonalized update. A step takes one or two collectives per class, however many matrices
 there are.
 """
@@ -20,6 +20,7 @@ from openimp.parallel.newton_schulz import orthogonalize_in_batches
 from openimp.parallel.owners import Matrix, matrix_shape, own_matrices, own_weights
 
 Updates = Mapping[Tensor, Tensor]
+"""This rank's shard of the update of each weight."""
 
 
 def divide_work(stacks: Mapping[Tensor, int]) -> "list[WholeMatrices | ReplicatedMatrices | ShardedMatrices]":
@@ -50,8 +51,8 @@ def divide_work(stacks: Mapping[Tensor, int]) -> "list[WholeMatrices | Replicate
 def _sharded_over(weight: Any) -> tuple[Any, int] | None:
     """The device mesh and its dimension over which the rows of a weight's matrices are sharded, if they are."""
     for dim, placement in enumerate(weight.placements):
-        of_experts = weight.ndim == 3 and placement.is_shard(0)
-        if placement.is_shard() and not of_experts and weight.device_mesh.size(dim) > 1:
+        shards_experts = weight.ndim == 3 and placement.is_shard(0)
+        if placement.is_shard() and not shards_experts and weight.device_mesh.size(dim) > 1:
             return weight.device_mesh, dim
     return None
 
@@ -90,22 +91,23 @@ class ReplicatedMatrices:
         if largest == 0:
             return
         _orthogonalize(updated[self.rank], updates, self.stacks)
-        sent = torch.zeros(largest, dtype=torch.bfloat16, device=local_shard(next(iter(self.stacks))).device)
+        device = local_shard(next(iter(self.stacks))).device
+        sent = torch.zeros(largest, dtype=torch.bfloat16, device=device)
         if updated[self.rank]:
             sent[: sum(sizes[self.rank])] = torch.cat([updates[weight].flatten() for weight in updated[self.rank]])
         gathered = sent.new_empty(len(sizes) * largest)
         # torch 2.13 renamed it.
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         all_gather(gathered, sent, self.group)
-        for weights, numbers, part in zip(updated, sizes, gathered.split(largest)):
-            yield from zip(weights, part[: sum(numbers)].split(numbers))
+        for weights, weight_sizes, part in zip(updated, sizes, gathered.split(largest)):
+            yield from zip(weights, part[: sum(weight_sizes)].split(weight_sizes))
 
 
 class ShardedMatrices:
     """The rows of each matrix are sharded over the ranks of `group`, of which one owns the matrix.
 
-    An all-to-all sends the shards of all matrices to their owners, which orthogonalize them. Another one returns to
-    each rank its shards of the results. Every rank keeps the momentum of its shards.
+    An all-to-all sends the shards of all matrices to their owners, which orthogonalize the matrices. A second
+    all-to-all returns to each rank its shards of the results. Every rank keeps the momentum of its shards.
     """
 
     def __init__(self, stacks: Mapping[Tensor, int], group: Group) -> None:
@@ -135,7 +137,7 @@ class ShardedMatrices:
         received = self._all_to_all(local_shards, sizes_to_owners, sizes_from_ranks)
         parts = received.split([*chain.from_iterable(shard_sizes)])
         whole = [torch.cat(parts[i :: len(owned)]).view(1, -1, matrix.columns) for i, matrix in enumerate(owned)]
-        del received, parts  # `whole` is a copy, and the way back needs memory for two more.
+        del received, parts  # `whole` is a copy, and the second all-to-all needs memory for two more.
         orthogonalize_in_batches(whole)
         results = [x[0].split(matrix.rows) for x, matrix in zip(whole, owned)]  # by matrix and rank
         returned = self._all_to_all([*chain.from_iterable(zip(*results))], sizes_from_ranks, sizes_to_owners)
@@ -157,4 +159,5 @@ class ShardedMatrices:
 
 def _orthogonalize(weights: Sequence[Tensor], updates: Updates, stacks: Mapping[Tensor, int]) -> None:
     """Orthogonalizes the updates of unsharded weights in place."""
-    orthogonalize_in_batches([updates[weight].view(-1, *matrix_shape(weight, stacks[weight])) for weight in weights])
+    shapes = [matrix_shape(weight, stacks[weight]) for weight in weights]
+    orthogonalize_in_batches([updates[weight].view(-1, *shape) for weight, shape in zip(weights, shapes)])

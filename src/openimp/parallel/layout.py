@@ -23,8 +23,8 @@ class Layout(NamedTuple):
         ranks: number of ranks.
         shard_degree: number of consecutive ranks that a replica is sharded over. If it is 1, ranks share only experts.
         expert_degree: number of consecutive ranks that the experts of a layer are distributed over.
-        reshard_after_forward: whether a block's gathered weights are freed each time that it has computed. If not, they
-            are kept until the update.
+        reshard_after_forward: whether a block's gathered weights are freed after each of its passes. If not, they are
+            kept until the update.
     """
 
     ranks: int
@@ -53,10 +53,10 @@ class Layout(NamedTuple):
         shards = min(shard_degree or ranks, ranks)
         if ranks % shards:
             raise UserError(f"parallel.shard_degree: {ranks} ranks cannot be divided into groups of {shards}")
-        sharing = shards if shards > 1 else ranks
-        if sharing % expert_degree:
-            who = f"the {sharing} ranks that share a replica" if shards > 1 else f"{sharing} ranks"
-            raise UserError(f"parallel.expert_degree: {who} cannot be divided into groups of {expert_degree}")
+        sharing_ranks = shards if shards > 1 else ranks
+        if sharing_ranks % expert_degree:
+            named = f"the {sharing_ranks} ranks that share a replica" if shards > 1 else f"{sharing_ranks} ranks"
+            raise UserError(f"parallel.expert_degree: {named} cannot be divided into groups of {expert_degree}")
         # Without shards, there is nothing to gather again.
         layout = cls(ranks, shards, expert_degree, reshard_after_forward or shards == 1)
         if expert_degree > 1 and any(dim % layout.expert_shards for dim in expert_dims):
@@ -124,22 +124,22 @@ def apply_parallelism(
 
     blocks = [*blocks]
     experts = [*experts]
-    # In fp32 they need no groups of their own.
+    # If everything is gathered in fp32, FSDP2 need not wrap these modules separately.
     fp32_modules = [*fp32_modules] if param_dtype != torch.float32 else []
     kept_gathered = set() if layout.reshard_after_forward else {*blocks, *experts}
-    shape = (layout.ranks // layout.shard_degree, layout.shard_degree)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    groups = [(module, mesh) for module in (*blocks, *fp32_modules, model)]
+    mesh_shape = (layout.ranks // layout.shard_degree, layout.shard_degree)
+    mesh = init_device_mesh(device.type, mesh_shape, mesh_dim_names=("replicate", "shard"))
+    modules_and_meshes = [(module, mesh) for module in (*blocks, *fp32_modules, model)]
     if layout.expert_degree > 1:
         expert_replicas = layout.ranks // (layout.expert_shards * layout.expert_degree)
         expert_shape = (expert_replicas, layout.expert_shards, layout.expert_degree)
         expert_mesh = init_device_mesh(device.type, expert_shape, mesh_dim_names=("replicate", "shard", "experts"))
         expert_mesh["shard", "experts"]._flatten()  # DTensor then reduces a norm over both dimensions at once.
-        groups = [*((module, expert_mesh) for module in experts), *groups]
+        modules_and_meshes = [*((module, expert_mesh) for module in experts), *modules_and_meshes]
         for module in experts:
             for name, weight in list(module.named_parameters()):
-                local = distribute_tensor(weight.detach(), expert_mesh["experts"], [Shard(0)], src_data_rank=None)
-                setattr(module, name, nn.Parameter(local, requires_grad=weight.requires_grad))
+                sharded = distribute_tensor(weight.detach(), expert_mesh["experts"], [Shard(0)], src_data_rank=None)
+                setattr(module, name, nn.Parameter(sharded, requires_grad=weight.requires_grad))
     # FSDP2 shards dimension 0 by default. In an expert weight, this dimension is the experts: expert parallelism has
     # sharded it already, or else FSDP2 might have to pad it. So dimension 1 is sharded instead, if it divides evenly.
     sharded_by_dim_1 = {
@@ -148,16 +148,18 @@ def apply_parallelism(
         for weight in module.parameters()
         if layout.expert_degree > 1 or weight.shape[1] % layout.shard_degree == 0
     }
-    for module, module_mesh in groups:
+    for module, module_mesh in modules_and_meshes:
+        has_replicas = module_mesh["replicate"].size() > 1
+        precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.float32 if module in fp32_modules else param_dtype,
+            reduce_dtype=torch.float32,
+            # False by default, because a router's token counts must stay fp32.
+            cast_forward_inputs=cast_inputs and module in blocks,
+        )
         wrapped = fully_shard(
             module,
-            mesh=module_mesh["replicate", "shard"] if module_mesh["replicate"].size() > 1 else module_mesh["shard"],
-            # Inputs are not cast by default, because a router's token counts must stay fp32.
-            mp_policy=MixedPrecisionPolicy(
-                param_dtype=torch.float32 if module in fp32_modules else param_dtype,
-                reduce_dtype=torch.float32,
-                cast_forward_inputs=cast_inputs and module in blocks,
-            ),
+            mesh=module_mesh["replicate", "shard"] if has_replicas else module_mesh["shard"],
+            mp_policy=precision_policy,
             shard_placement_fn=lambda weight: Shard(int(weight in sharded_by_dim_1)),
             reshard_after_forward=False if module in kept_gathered else None,
         )
@@ -219,7 +221,8 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     norms = [full_tensor(torch.nn.utils.get_total_norm(group)) for group in group_by_mesh(gradients)]
     # With several meshes, norms may differ between ranks by rounding. The mean keeps replicas equal.
     norm = norms[0] if len(norms) == 1 else all_reduce_mean(torch.nn.utils.get_total_norm(norms))
-    torch._foreach_mul_([local_shard(gradient) for gradient in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local_shard(gradient) for gradient in gradients], factor)
     return norm
 
 
@@ -246,11 +249,11 @@ def local_experts(weights: Iterable[Tensor]) -> LocalExperts:
     mesh = getattr(weights[0], "device_mesh", None)
     if mesh is None:
         return LocalExperts(weights, None)
-    local = [local_shard(weight) for weight in weights]
-    for weight in local:
-        if weight.requires_grad:
-            weight.register_hook(lambda grad: grad / mesh.size())
-    return LocalExperts(local, mesh.get_group())
+    shards = [local_shard(weight) for weight in weights]
+    for shard in shards:
+        if shard.requires_grad:
+            shard.register_hook(lambda grad: grad / mesh.size())
+    return LocalExperts(shards, mesh.get_group())
 
 
 def dispatch_to_experts(x_ESD: Tensor, group: Any) -> Tensor:
@@ -265,7 +268,8 @@ def combine_from_experts(x_ESD: Tensor, group: Any) -> Tensor:
     """The inverse of `dispatch_to_experts`: returns the experts' results to the ranks that sent the tokens."""
     if group is None:
         return x_ESD
-    return _all_to_all(x_ESD.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1).flatten(0, 1), group)
+    by_rank = x_ESD.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1)
+    return _all_to_all(by_rank.flatten(0, 1), group)
 
 
 def _all_to_all(x: Tensor, group: Any) -> Tensor:

@@ -19,8 +19,10 @@ BATCH_NUMBERS = 2**24
 
 def orthogonalize_in_batches(tensors: Sequence[Tensor]) -> None:
     """Orthogonalizes the matrices of bf16 tensors (N, R, C) in place. Those of one shape are computed together."""
-    for batch in batches_by_shape(tensors):  # A result that had a name would be kept while the next one is computed.
-        torch._foreach_copy_(batch, orthogonalize(torch.cat(batch)).split([len(x) for x in batch]))
+    for batch in batches_by_shape(tensors):
+        counts = [len(tensor) for tensor in batch]
+        # If the result had a name, it would be kept in memory while the next one is computed.
+        torch._foreach_copy_(batch, orthogonalize(torch.cat(batch)).split(counts))
 
 
 def batches_by_shape(tensors: Iterable[Tensor], limit: int = BATCH_NUMBERS) -> list[list[Tensor]]:
@@ -46,5 +48,5 @@ def orthogonalize(x_NRC: Tensor) -> Tensor:
         # The smaller of the two Gram matrices. Both give the same result.
         gram = x_NRC @ x_NRC.mT if is_wide else x_NRC.mT @ x_NRC
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x_NRC = torch.baddbmm(x_NRC, *((factor, x_NRC) if is_wide else (x_NRC, factor)), beta=a)
+        x_NRC = torch.baddbmm(x_NRC, factor, x_NRC, beta=a) if is_wide else torch.baddbmm(x_NRC, x_NRC, factor, beta=a)
     return x_NRC

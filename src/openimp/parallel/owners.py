@@ -19,7 +19,7 @@ class Matrix:
 
     weight: Tensor
     index: int  # in the stack
-    rows: tuple[int, ...]  # that each rank of a group holds, in the order of the ranks
+    rows: tuple[int, ...]  # number of its rows that each rank holds, in the order of the ranks
 
     @property
     def columns(self) -> int:
@@ -34,7 +34,8 @@ class Matrix:
 
 def matrix_shape(weight: Tensor, count: int) -> tuple[int, int]:
     """Rows and columns of each matrix of a weight that stacks `count` of them, or of the weights of experts."""
-    return weight.shape[1] if weight.ndim == 3 else weight.shape[0] // count, weight.shape[-1]
+    rows = weight.shape[1] if weight.ndim == 3 else weight.shape[0] // count
+    return rows, weight.shape[-1]
 
 
 def muon_work(rows: int, columns: int) -> int:
@@ -58,8 +59,9 @@ def matrices_of(stacks: Mapping[Tensor, int], ranks: int) -> list[Matrix]:
         rows_per_rank = -(-weight.shape[0] // ranks)
         bounds = [min(i * rows_per_rank, weight.shape[0]) for i in range(ranks + 1)]
         for i in range(count):
-            clipped = [min(max(bound - i * rows, 0), rows) for bound in bounds]
-            matrices.append(Matrix(weight, i, tuple(b - a for a, b in pairwise(clipped))))
+            # The bounds of the ranks' shards, as rows of matrix i.
+            bounds_in_matrix = [min(max(bound - i * rows, 0), rows) for bound in bounds]
+            matrices.append(Matrix(weight, i, tuple(end - start for start, end in pairwise(bounds_in_matrix))))
     return matrices
 
 

@@ -9,7 +9,7 @@ from openimp.common.device import Precision, precision_of, product_speed
 NODE = 8
 """GPUs of a node. Its links connect them, and the network connects nodes."""
 USABLE = 0.9
-"""Share of a GPU's memory for tensors; its context, NCCL's buffers and gaps between tensors have the rest."""
+"""Share of a GPU's memory for tensors. The CUDA context, NCCL's buffers and gaps between tensors take the remainder."""
 GIB = 2**30
 
 
@@ -22,7 +22,7 @@ class GPU:
     memory_tb_per_s: float
     link_gb_per_s: float  # from the other GPUs of its node
     network_gb_per_s: float  # from other nodes, over a network card of its own
-    names: tuple[str, ...]  # as CUDA calls it; variants with other figures are left out
+    names: tuple[str, ...]  # CUDA's names of its variants with these figures
 
     @property
     def flops_per_s(self) -> float:
@@ -30,7 +30,7 @@ class GPU:
 
     @property
     def bytes_per_s(self) -> float:
-        """Of its memory."""
+        """Bandwidth of its memory."""
         return self.memory_tb_per_s * 1e12
 
     @property
@@ -39,19 +39,71 @@ class GPU:
 
 
 GPUS = {
-    "a100-40": GPU(39, 312, 1.56, 300, 25, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")),
-    "a100": GPU(79, 312, 2.04, 300, 25, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")),
-    "h100": GPU(79, 989, 3.35, 450, 50, ("NVIDIA H100 80GB HBM3",)),
-    "h200": GPU(140, 989, 4.8, 450, 50, ("NVIDIA H200",)),
-    "b200": GPU(178, 2250, 8, 900, 50, ("NVIDIA B200",)),
-    "l40s": GPU(44, 362, 0.864, 32, 12.5, ("NVIDIA L40S",)),
-    "rtx4090": GPU(23.5, 165, 1.01, 32, 1.25, ("NVIDIA GeForce RTX 4090",)),
+    "a100-40": GPU(
+        memory_gib=39,
+        bf16_tflops=312,
+        memory_tb_per_s=1.56,
+        link_gb_per_s=300,
+        network_gb_per_s=25,
+        names=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
+    ),
+    "a100": GPU(
+        memory_gib=79,
+        bf16_tflops=312,
+        memory_tb_per_s=2.04,
+        link_gb_per_s=300,
+        network_gb_per_s=25,
+        names=("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"),
+    ),
+    "h100": GPU(
+        memory_gib=79,
+        bf16_tflops=989,
+        memory_tb_per_s=3.35,
+        link_gb_per_s=450,
+        network_gb_per_s=50,
+        names=("NVIDIA H100 80GB HBM3",),
+    ),
+    "h200": GPU(
+        memory_gib=140,
+        bf16_tflops=989,
+        memory_tb_per_s=4.8,
+        link_gb_per_s=450,
+        network_gb_per_s=50,
+        names=("NVIDIA H200",),
+    ),
+    "b200": GPU(
+        memory_gib=178,
+        bf16_tflops=2250,
+        memory_tb_per_s=8,
+        link_gb_per_s=900,
+        network_gb_per_s=50,
+        names=("NVIDIA B200",),
+    ),
+    "l40s": GPU(
+        memory_gib=44,
+        bf16_tflops=362,
+        memory_tb_per_s=0.864,
+        link_gb_per_s=32,
+        network_gb_per_s=12.5,
+        names=("NVIDIA L40S",),
+    ),
+    "rtx4090": GPU(
+        memory_gib=23.5,
+        bf16_tflops=165,
+        memory_tb_per_s=1.01,
+        link_gb_per_s=32,
+        network_gb_per_s=1.25,
+        names=("NVIDIA GeForce RTX 4090",),
+    ),
 }
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float:
-    """The FLOP/s of which MFU and HFU are shares: the published bf16 peak of a GPU in `GPUS`, as in `openimp plan`; of
-    another device, which has no such figure here, the fastest of some large matrix products."""
+    """The FLOP/s of which MFU and HFU are shares.
+
+    For a GPU in `GPUS` it is the published bf16 peak, as in `openimp plan`. For any other device it is the speed of the
+    fastest of some large matrix products.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for gpu in GPUS.values():

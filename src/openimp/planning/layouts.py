@@ -16,14 +16,15 @@ from openimp.recipe.schema import Recipe
 
 STATE_SHARE = 0.5
 """Largest share of the usable memory that weights, gradients, optimizer state and EMA may take in the default layout.
-Activations, inputs and gathered weights have the rest."""
+Activations, inputs and gathered weights take the remainder."""
 
 
 def default_layout(recipe: Recipe, model: Embedder, ranks: int, per_node: int, memory: float) -> Layout:
     """The layout on GPUs with `memory` bytes, `per_node` of them in a node, if the recipe has no `shard_degree`.
 
-    Each rank has a replica if it fits (see `STATE_SHARE`), because weights then need not be gathered. Otherwise the
-    ranks of a node share a replica, because its connections are faster than the network. Otherwise all ranks do.
+    Each rank has a replica if it fits (see `STATE_SHARE`), because weights then need not be gathered. If not, the ranks
+    of a node share a replica if it fits, because the links in a node are faster than the network. If not, all ranks
+    share one replica.
     """
     for shard_degree in (1, per_node):
         with suppress(UserError):
@@ -48,17 +49,22 @@ def choose_layout(recipe: Recipe, model: Embedder, device: torch.device) -> Layo
 
 
 def layout_of(recipe: Recipe, ranks: int, shard_degree: int | None, expert_degree: int | None = None) -> Layout:
-    """The layout of given degrees for the recipe's model, and otherwise as its `parallel` says. See `Layout.of`."""
+    """The layout of these degrees for the recipe's model. The recipe's `parallel` sets all else; see `Layout.of`."""
     options = recipe.parallel
-    expert_dims = (recipe.model.width, recipe.model.mlp_dim)
     return Layout.of(
-        ranks, shard_degree, expert_degree or options.expert_degree, expert_dims, options.reshard_after_forward
+        ranks,
+        shard_degree,
+        expert_degree or options.expert_degree,
+        expert_dims=(recipe.model.width, recipe.model.mlp_dim),
+        reshard_after_forward=options.reshard_after_forward,
     )
 
 
 def alternatives(recipe: Recipe, gpus: int) -> list[Layout]:
-    """Layouts that may suit a recipe: replicas, or shards in a node, or over all GPUs; each also with the experts of a
-    layer distributed over a node."""
+    """Layouts that may suit a recipe: replicas, shards within a node, and shards over all GPUs.
+
+    Each of them comes also with the experts of a layer distributed over a node.
+    """
     experts = recipe.model.moe.experts if recipe.model.moe else 1
     layouts: dict[Layout, None] = {}
     for expert_degree in (1, gcd(experts, gpus, NODE)):

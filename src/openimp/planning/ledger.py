@@ -32,16 +32,18 @@ from openimp.recipe.training import Memory
 
 META = torch.device("meta")
 UNITS = ("steps", "examples", "tokens", "flops")
-_counted: dict[str, dict[tuple[str, int], "Cost"]] = {}
+TaskView = tuple[str, int]
+"""The name of a task, and the index of one of its views."""
+_cached_costs: dict[str, dict[TaskView, "Cost"]] = {}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One step."""
+    """What one step costs."""
 
     examples: int  # of the batch, over all ranks
     tokens: int  # that enter the encoder, over all modalities
-    flops: int  # all that are computed: forward, backward, repeated forward passes, and optimizer
+    flops: int  # in all: forward, backward, repeated forward passes, and optimizer
     forward_flops: int  # of one forward pass
     repeated_flops: int  # of the forward passes that the backward pass repeats, as `memory` asks
     optimizer_flops: int  # of Muon
@@ -59,8 +61,7 @@ class Cost:
         return self.flops - self.optimizer_flops
 
 
-Costs = Mapping[tuple[str, int], Cost]
-"""By task and index of the view."""
+Costs = Mapping[TaskView, Cost]
 
 
 def costs(
@@ -71,45 +72,46 @@ def costs(
     build: Callable[..., Any] = build_for_training,
     losses: Callable[..., Losses] = task_losses,
     summed: bool = False,
-) -> dict[tuple[str, int], Cost]:
-    """The cost of a step of each (task, view index); of another model if `build` and `losses` are its own.
+) -> dict[TaskView, Cost]:
+    """The cost of a step of each task and view. For a model that is not the recipe's, give its `build` and `losses`.
 
     With `summed`, one update follows the losses of all tasks, and its FLOPs are divided equally among their steps.
     """
     data = recipe.to_dict()
-    # How evaluation sees a modality counts too: two towers are as long as the longest view of either.
-    parts = [data[part] for part in ("model", "modalities", "tasks", "memory", "evaluation", "optimizer")]
-    key = json.dumps([build.__qualname__, summed, parts, {name: len(values) for name, values in classes.items()}])
-    if key not in _counted:  # Counting takes seconds, and a study asks for the same again and again.
+    # Views of evaluation count too, because the context of two towers is as long as the longest view.
+    sections = [data[name] for name in ("model", "modalities", "tasks", "memory", "evaluation", "optimizer")]
+    class_counts = {name: len(values) for name, values in classes.items()}
+    key = json.dumps([build.__qualname__, summed, sections, class_counts])
+    if key not in _cached_costs:  # Counting takes seconds, and a study needs the same costs again and again.
         model = meta_model(recipe, modalities, classes, build).train()
         by_view = _count_passes(recipe, modalities, classes, model, losses)
         by_view = _with_optimizer(recipe, model, by_view, summed)
         if recipe.memory != Memory():
             plain_recipe = recipe.model_copy(update={"memory": Memory()})
             plain = costs(plain_recipe, modalities, classes, build=build, losses=losses, summed=summed)
-            by_view = {
-                visit: replace(cost, repeated_flops=cost.flops - plain[visit].flops) for visit, cost in by_view.items()
-            }
-        _counted[key] = by_view
-    return _counted[key]
+            for task_view, cost in by_view.items():
+                by_view[task_view] = replace(cost, repeated_flops=cost.flops - plain[task_view].flops)
+        _cached_costs[key] = by_view
+    return _cached_costs[key]
 
 
 def _count_passes(
     recipe: Recipe, modalities: Modalities, classes: Classes, model: Embedder, losses: Callable[..., Losses]
-) -> dict[tuple[str, int], Cost]:
-    """The cost of a step of each (task, view index), without its update."""
+) -> dict[TaskView, Cost]:
+    """The cost of a step of each task and view, without its update."""
     by_view = {}
-    for name, task in recipe.tasks.items():
+    encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
+    for task_name, task in recipe.tasks.items():
         for i, view in enumerate(task.views if task.weight else ()):
             with FakeTensorMode(allow_non_fake_inputs=True) if model.reads_values else nullcontext():
-                batch = empty_batch(recipe, name, i, modalities, classes, META)
+                batch = empty_batch(recipe, task_name, i, modalities, classes, device=META)
                 with FlopCounterMode(display=False) as counter:
-                    total = losses(model, task, batch, in_chunks(model.encode_all, recipe.memory.chunk_size)).total
+                    total = losses(model, task, batch, encode_all).total
                     forward_flops = counter.get_total_flops()
                     if not total.requires_grad:
-                        raise UserError(f"tasks.{name}: optimizer.lr_scale freezes all that the task trains")
+                        raise UserError(f"tasks.{task_name}: optimizer.lr_scale freezes all that the task trains")
                     total.backward()
-            by_view[name, i] = Cost(
+            by_view[task_name, i] = Cost(
                 examples=view.batch_size or task.batch_size,
                 tokens=sum(tokens.coords[..., 0].numel() for tokens in batch.tokens.values()),
                 flops=counter.get_total_flops(),
@@ -122,30 +124,33 @@ def _count_passes(
     return by_view
 
 
-def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: bool) -> dict[tuple[str, int], Cost]:
+def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: bool) -> dict[TaskView, Cost]:
     """Adds the FLOPs of each step's update to its cost."""
     stacks = muon_stacks(model, recipe.optimizer)
-    named = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
 
     @cache
-    def update_flops(touched: frozenset[str]) -> int:
-        return muon_flops({named[name]: stacks[named[name]] for name in touched if named[name] in stacks})
+    def update_flops(names: frozenset[str]) -> int:
+        updated = [parameters[name] for name in names]
+        return muon_flops({parameter: stacks[parameter] for parameter in updated if parameter in stacks})
 
     with_update = {}
-    for visit, cost in by_view.items():
+    for task_view, cost in by_view.items():
         if summed:
-            touched = frozenset[str]().union(*(other.touched for other in by_view.values()))
-            flops = update_flops(touched) // len({task for task, _ in by_view})
+            touched_by_any = frozenset[str]().union(*(other.touched for other in by_view.values()))
+            flops = update_flops(touched_by_any) // len({task for task, _ in by_view})
+        elif recipe.optimizer.zero_missing_grads:
+            flops = update_flops(frozenset(parameters))
         else:
-            flops = update_flops(frozenset(named) if recipe.optimizer.zero_missing_grads else cost.touched)
-        with_update[visit] = replace(cost, flops=cost.flops + flops, optimizer_flops=flops)
+            flops = update_flops(cost.touched)
+        with_update[task_view] = replace(cost, flops=cost.flops + flops, optimizer_flops=flops)
     return with_update
 
 
 def meta_model(
     recipe: Recipe, modalities: Modalities, classes: Classes, build: Callable[..., Any] = build_for_training
 ) -> Any:
-    """The recipe's model with its frozen parts, on the meta device: it has shapes and no values."""
+    """The recipe's model, with frozen parts, on the meta device: it has shapes and no values."""
     with META:
         model = build(recipe, modalities, classes)
     freeze(model, recipe.optimizer)
@@ -160,7 +165,7 @@ def mixture(recipe: Recipe, by_view: Costs) -> dict[str, dict[str, float]]:
         view_shares = [view.weight / sum(other.weight for other in views) for view in views]
         rows[task] = {"steps": share}
         for unit in UNITS[1:]:
-            per_step = sum(part * getattr(by_view[task, i], unit) for i, part in enumerate(view_shares))
+            per_step = sum(view_share * getattr(by_view[task, i], unit) for i, view_share in enumerate(view_shares))
             rows[task][unit] = share * per_step
     return rows
 
@@ -170,12 +175,12 @@ def mixture_table(recipe: Recipe, by_view: Costs) -> Table:
     by_task = mixture(recipe, by_view)
     totals = {unit: sum(row[unit] for row in by_task.values()) for unit in UNITS}
     rows = [(name, *(f"{row[unit] / totals[unit]:.1%}" for unit in UNITS)) for name, row in by_task.items()]
-    whole = ("in all", *(short(recipe.train.steps * totals[unit]) for unit in UNITS))
-    return number_table("mixture: expected share by task", ("task", *UNITS[:-1], "FLOPs"), rows, [whole])
+    whole_run = ("in all", *(short(recipe.train.steps * totals[unit]) for unit in UNITS))
+    return number_table("mixture: expected share by task", ("task", *UNITS[:-1], "FLOPs"), rows, [whole_run])
 
 
 def short(number: float) -> str:
-    """1234567 as 1.23 M, with the prefixes of the SI."""
+    """A number with a prefix of the SI: 1234567 is 1.23 M."""
     for power, prefix in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
         if number >= 10**power:
             return f"{number / 10**power:.3g} {prefix}"
@@ -191,14 +196,14 @@ def empty_batch(
     device: torch.device,
     gpus: int = 1,
 ) -> Batch:
-    """A batch of a task of the shapes that the loader makes, of zeros, for one of so many GPUs that share it."""
+    """A batch of zeros of a task, with the shapes that the loader makes, for one of `gpus` GPUs that share it."""
     task = recipe.tasks[name]
-    size = (task.views[view].batch_size or task.batch_size) // gpus
+    examples = (task.views[view].batch_size or task.batch_size) // gpus
     tokens = {}
     with device:
         for modality, spec in task.inputs.items():
             length = modalities[modality].length(task.views[view][modality])
-            tokens[modality] = modalities[modality].zeros(size * spec.draw, length)
+            tokens[modality] = modalities[modality].zeros(examples * spec.draw, length)
         sizes = target_sizes(recipe, modalities, classes)
-        targets = [objective.zeros(task, size, sizes) for objective in task.objectives]
+        targets = [objective.zeros(task, examples, sizes) for objective in task.objectives]
     return Batch(tokens, targets)

@@ -22,14 +22,15 @@ CPU = torch.device("cpu")
 
 
 class StepMemory(TorchDispatchMode):
-    """Records each storage that an operation allocates, until it is freed. Storages from before are not counted, and
-    neither is memory that a kernel allocates and frees itself.
+    """Records each storage that an operation allocates, until it is freed.
+
+    Storages that existed before are not counted, and neither is memory that a kernel allocates and frees itself. A
+    storage is a gradient once the gradient of its parameter is complete. All others are activations.
 
     Attributes:
-        peak: bytes of "gradients" of parameters that are complete, and of "activations", which are all other tensors,
-            when their sum was largest.
-        forward_activations: most bytes of activations before a gradient was complete.
-        final_activations: most bytes of activations since each parameter that gets a gradient has one.
+        peak: bytes of "gradients" and of "activations" at the moment when their sum was largest.
+        forward_activations: most bytes of activations before any gradient was complete.
+        final_activations: most bytes of activations after every parameter that gets a gradient has one.
         inputs: bytes of the batch, which exists before the step. They are counted as fp32, although images may arrive
             with one byte per value.
     """
@@ -40,50 +41,50 @@ class StepMemory(TorchDispatchMode):
         self.forward_activations = 0
         self.final_activations = 0
         self.inputs = 0
-        self._now: Counter[str] = Counter()
-        self._kinds: dict[int, str] = {}  # of storages
+        self._held_bytes: Counter[str] = Counter()  # by kind of storage
+        self._kind_of: dict[int, str] = {}  # by the address of the storage
         self._weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         self._with_gradient = set[Tensor]()
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._complete)
+                parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
+                self._on_result(tensor.untyped_storage())
         return out
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._kinds and key not in self._weights:
-            self._kinds[key] = "activations"
-            weakref.finalize(storage, self._forget, key, storage.nbytes())
+    def _on_result(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address not in self._kind_of and address not in self._weights:
+            self._kind_of[address] = "activations"
+            weakref.finalize(storage, self._on_free, address, storage.nbytes())
             self._add("activations", storage.nbytes())
 
-    def _forget(self, key: int, size_bytes: int) -> None:
-        self._now[self._kinds.pop(key)] -= size_bytes
+    def _on_free(self, address: int, size_bytes: int) -> None:
+        self._held_bytes[self._kind_of.pop(address)] -= size_bytes
 
-    def _complete(self, parameter: Tensor) -> None:
+    def _on_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         if parameter not in self._with_gradient:
             self._with_gradient.add(parameter)
             self.final_activations = 0
         storage = parameter.grad.untyped_storage()
-        self._now[self._kinds[storage._cdata]] -= storage.nbytes()
-        self._kinds[storage._cdata] = "gradients"
+        self._held_bytes[self._kind_of[storage._cdata]] -= storage.nbytes()
+        self._kind_of[storage._cdata] = "gradients"
         self._add("gradients", storage.nbytes())
 
     def _add(self, kind: str, size_bytes: int) -> None:
-        self._now[kind] += size_bytes
-        activations = self._now["activations"]
+        self._held_bytes[kind] += size_bytes
+        activations = self._held_bytes["activations"]
         if self._with_gradient:
             self.final_activations = max(self.final_activations, activations)
         else:
             self.forward_activations = max(self.forward_activations, activations)
-        if self._now.total() > self.peak.total():
-            self.peak = self._now.copy()
+        if self._held_bytes.total() > self.peak.total():
+            self.peak = self._held_bytes.copy()
 
 
 def step_memory(
@@ -97,14 +98,14 @@ def step_memory(
     on_gpu: bool = True,
     gpus: int = 1,
 ) -> StepMemory:
-    """Counts a forward and a backward pass on one rank, if `gpus` ranks share the batch.
+    """Counts the memory of a forward and a backward pass on one rank, if `gpus` ranks share the batch.
 
-    The precision "auto" is what this machine's CPU would use. With `on_gpu`, it counts a GPU's kernels, not the CPU's.
-    In bf16, autocast casts the weights on one rank; on several ranks FSDP2 gathers them in bf16.
+    The precision "auto" is what this machine's CPU would use. With `on_gpu`, it counts the memory of a GPU's kernels,
+    not that of the CPU's. In bf16, autocast casts the weights on one rank; on several ranks FSDP2 gathers them in bf16.
     """
     gathered_in_bf16 = gpus > 1 and precision_of(CPU, precision) == "bf16"
-    # Without CUDA, torch cannot differentiate CUDA's fake tensors. So the tensors are on the CPU, and the modules that
-    # run differently on a GPU are changed to do as a GPU does.
+    # Without CUDA, torch cannot differentiate CUDA's fake tensors. So the tensors are on the CPU, and modules with
+    # other kernels on a GPU are changed to use those.
     model = meta_model(recipe, modalities, classes).train()
     if gathered_in_bf16:
         model.bfloat16()
@@ -113,8 +114,8 @@ def step_memory(
     with FakeTensorMode(allow_non_fake_inputs=True):  # The weights on the meta device are no fake tensors.
         model.to_empty(device=CPU)
         if on_gpu:
-            _as_on_a_gpu(model, autocasts=not gathered_in_bf16)
-        batch = empty_batch(recipe, task, view, modalities, classes, CPU, gpus)
+            _use_gpu_kernels(model, autocasts=not gathered_in_bf16)
+        batch = empty_batch(recipe, task, view, modalities, classes, device=CPU, gpus=gpus)
         with StepMemory(model) as memory:
             memory.inputs = sum(leaf.nbytes for leaf in tree_leaves(vars(batch)) if isinstance(leaf, Tensor))
             with autocast(CPU, "fp32" if gathered_in_bf16 else precision):
@@ -124,16 +125,16 @@ def step_memory(
     return memory
 
 
-def _as_on_a_gpu(model: nn.Module, autocasts: bool) -> None:
+def _use_gpu_kernels(model: nn.Module, autocasts: bool) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
-            module.attend = _fused
+            module.attend = _cuda_attention
         elif isinstance(module, nn.LayerNorm) and autocasts:
-            # CUDA's autocast lists layer_norm among what is fp32; the CPU's does not.
+            # CUDA's autocast computes layer_norm in fp32; the CPU's does not.
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
-def _fused(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:
+def _cuda_attention(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, mask_B11L: Tensor | None) -> Tensor:
     """The kernels that torch uses on CUDA: flash, or the memory-efficient one for masks and fp32."""
     if mask_B11L is None and q_BHLK.dtype == torch.bfloat16:
         return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLK, k_BHLK, v_BHLK)[0]

@@ -10,7 +10,7 @@ from openimp.planning.sharding import BF16_BYTES, FP32_BYTES, Group, Sharding, T
 
 
 class MuonWork:
-    """The work if Muon updates the weights `by_muon`."""
+    """Memory and communication of Muon's updates of the weights `by_muon`."""
 
     def __init__(self, sharding: Sharding, by_muon: Set[Tensor]) -> None:
         self.sharding = sharding
@@ -23,7 +23,8 @@ class MuonWork:
         return self.sharding.layout.shard_degree == 1 and self.sharding.numbers(weight) == weight.numel()
 
     def momentum_bytes(self, weights: Set[Tensor]) -> int:
-        """Of the momentum of some weights. A GPU has it of its shards, and of the replicated matrices that it owns."""
+        """Bytes of the momentum of these weights that a GPU keeps: of its shards, and of replicated matrices that it
+        owns."""
         held_bytes = 0
         for weight in weights & self.by_muon:
             kept_by = self.node.size if self.is_replicated(weight) else 1
@@ -31,7 +32,8 @@ class MuonWork:
         return held_bytes
 
     def traffic(self, updated: Set[Tensor]) -> Traffic:
-        """Of updates in bf16: sharded matrices go to their owners and back, and replicated ones to all of the node."""
+        """Traffic of updates in bf16. Shards go to the owner of their matrix and back. The update of a replicated
+        matrix goes from its owner to the other GPUs of the node."""
         traffic = Traffic()
         for weight in updated & self.by_muon:
             update_bytes = BF16_BYTES * self.sharding.numbers(weight)
@@ -45,16 +47,18 @@ class MuonWork:
     def buffer_bytes(self, updated: Set[Tensor]) -> int:
         """Most bytes that Muon holds during an update besides the momentum.
 
-        It holds the updates in bf16, and next to them, one after the other: the same in fp32, from which they are
-        rounded; an iteration on a batch of matrices, for which shards are gathered; the buffers of a collective.
+        It always holds the updates in bf16. Besides them it holds, one after the other: the updates in fp32, before
+        they are rounded; an iteration on a batch of matrices, for which shards are gathered; the buffers of a
+        collective.
         """
-        numbers = self.momentum_bytes(updated) // FP32_BYTES
-        update_bytes = BF16_BYTES * numbers
+        elements = self.momentum_bytes(updated) // FP32_BYTES
+        update_bytes = BF16_BYTES * elements
+        fp32_update_bytes = 2 * update_bytes
         # Of square matrices X: X, the product of X X', a polynomial of it, and the result.
-        iteration_bytes = 4 * BF16_BYTES * min(numbers, BATCH_NUMBERS)
+        iteration_bytes = 4 * BF16_BYTES * min(elements, BATCH_NUMBERS)
         if self.sharding.layout.shard_degree > 1:
             iteration_bytes += update_bytes
             collective_bytes = 3 * update_bytes
         else:
             collective_bytes = (self.node.size + 1) * update_bytes
-        return update_bytes + max(2 * update_bytes, iteration_bytes, collective_bytes)
+        return update_bytes + max(fp32_update_bytes, iteration_bytes, collective_bytes)

@@ -1,7 +1,8 @@
 """What a run needs in each layout, computed without a GPU: parameters, memory, FLOPs, communication, days.
 
-FLOPs are the ledger's, and the activations of a step are counted. The rest is arithmetic on sizes for what `parallel/`
-does on GPUs, and the time is an estimate. docs/plan.md has the rules.
+The ledger counts FLOPs, and `step_memory` counts the activations of a step. Weights, optimizer state and communication
+are computed from the sizes of tensors, as `parallel/` distributes them. The time is an estimate. docs/plan.md has the
+rules.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,14 +19,15 @@ from openimp.model.imp import IMP
 from openimp.parallel.layout import Layout
 from openimp.planning.gpus import GIB, GPU, GPUS, NODE
 from openimp.planning.layouts import alternatives, default_layout, layout_of
-from openimp.planning.ledger import costs, meta_model
+from openimp.planning.ledger import TaskView, costs, meta_model
 from openimp.planning.memory import step_memory
 from openimp.planning.sharding import Sharding
 from openimp.planning.step import Step, StepPlanner
 from openimp.recipe.schema import Recipe
 
-INDISTINCT = 1.1
-"""A layout is not better than the recipe's if it is faster by at most this factor: the time is an estimate."""
+MIN_SPEEDUP = 1.1
+"""Speedup above which another layout is recommended instead of the recipe's. It is not 1, because times are estimates.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,21 @@ class Plan:
 
     layout: Layout
     gpu: GPU
-    mfu: float  # share of the bf16 peak at which passes are computed; HFU if `memory` repeats some
-    parameters: dict[str, int]  # by part of the model
+    mfu: float  # assumed share of the bf16 peak; HFU if the recipe's `memory` repeats forward passes
+    parameters: dict[str, int]  # number of parameters by part of the model
     frozen: int  # number of frozen parameters
-    per_token: int | None  # parameters that a token uses; see the function `per_token`
-    steps: dict[tuple[str, int], Step]  # one step of each (task, view)
-    visits: dict[tuple[str, int], int]  # number of steps of each (task, view)
+    per_token: int | None  # number of parameters that a token uses; see the function `per_token`
+    steps: dict[TaskView, Step]  # what one step needs
+    visits: dict[TaskView, int]  # number of steps
 
     @property
-    def largest(self) -> tuple[str, int]:
-        """The (task, view) that decides the memory."""
-        return max(self.steps, key=lambda key: self.steps[key].memory.total)
+    def largest(self) -> TaskView:
+        """The task and view whose steps need the most memory."""
+        return max(self.steps, key=lambda task_view: self.steps[task_view].memory.total)
 
     @property
     def memory_bytes(self) -> int:
-        """Most that one GPU holds."""
+        """Most bytes that one GPU holds."""
         return self.steps[self.largest].memory.total
 
     @property
@@ -57,22 +59,22 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Of the whole run, over all GPUs. An update counts once, although several replicas compute it."""
-        return sum(self.steps[key].cost.flops * visits for key, visits in self.visits.items())
+        """FLOPs of the whole run, over all GPUs. An update counts once, although several replicas compute it."""
+        return sum(self.steps[task_view].cost.flops * steps for task_view, steps in self.visits.items())
 
     @property
     def compute_seconds(self) -> float:
-        """Of the whole run."""
-        return sum(self.steps[key].compute_seconds * visits for key, visits in self.visits.items())
+        """Seconds of computation in the whole run."""
+        return sum(self.steps[task_view].compute_seconds * steps for task_view, steps in self.visits.items())
 
     @property
     def wait_seconds(self) -> float:
-        """For communication, of the whole run."""
-        return sum(self.steps[key].wait_seconds * visits for key, visits in self.visits.items())
+        """Seconds that the whole run waits for communication."""
+        return sum(self.steps[task_view].wait_seconds * steps for task_view, steps in self.visits.items())
 
     @property
     def seconds(self) -> float:
-        """Of the whole run, without evaluation, checkpoints and waiting for data."""
+        """Seconds of the whole run, without evaluation, checkpoints and waiting for data."""
         return self.compute_seconds + self.wait_seconds
 
 
@@ -81,9 +83,11 @@ def plans(
 ) -> Iterator[Plan]:
     """Computes what a recipe needs on `gpus` GPUs of the type `gpu` (one of `GPUS`), without reading data.
 
-    Yields the plan of the layout that the recipe describes, or of the default one, and then those of alternatives. A
-    tokenizer that is not trained yet counts at its largest size. If the GPUs cannot divide batches or model evenly,
-    that is a UserError.
+    The first plan is for the recipe's layout, which is the default one if the recipe does not choose. Plans for
+    alternative layouts follow. A tokenizer that is not trained yet counts with its largest vocabulary.
+
+    Raises:
+        UserError: an argument is invalid, or a batch or the model cannot be divided evenly among the GPUs.
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu: no GPU is called {gpu!r}{nearest(gpu, GPUS)}")
@@ -91,7 +95,8 @@ def plans(
         raise UserError(f"--gpus: expected 1 or more, found {gpus}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: expected a share above 0 and at most 1, found {mfu:g}")
-    layout = layout_of(recipe, gpus, recipe.parallel.shard_degree)
+    # The recipe's degrees are checked before the costs are counted, which takes longer.
+    recipe_layout = layout_of(recipe, gpus, recipe.parallel.shard_degree)
     by_view = costs(recipe, modalities, classes)
     uneven = [
         f"{cost.examples} of tasks.{task}.views[{view}]"
@@ -102,7 +107,7 @@ def plans(
         raise UserError(f"--gpus: {gpus} GPUs do not divide a batch evenly: {', '.join(uneven)}")
     model = meta_model(recipe, modalities, classes)
     if recipe.parallel.shard_degree is None:
-        layout = default_layout(recipe, model, gpus, min(gpus, NODE), GPUS[gpu].memory_gib * GIB)
+        recipe_layout = default_layout(recipe, model, gpus, min(gpus, NODE), GPUS[gpu].memory_gib * GIB)
     precision: Precision = "fp32" if recipe.train.precision == "fp32" else "bf16"
 
     memory = {
@@ -112,19 +117,20 @@ def plans(
     parameters = {name: count(part) for name, part in model.named_children()}
     frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
     visits = Alternation(recipe).visits()
-    for planned in dict.fromkeys([layout, *alternatives(recipe, gpus)]):
-        planner = StepPlanner(recipe, Sharding(planned, model, precision), GPUS[gpu], mfu)
+    for layout in dict.fromkeys([recipe_layout, *alternatives(recipe, gpus)]):
+        planner = StepPlanner(recipe, Sharding(layout, model, precision), GPUS[gpu], mfu)
+        steps = {
+            (task, view): planner.step(recipe.tasks[task], cost, memory[task, view])
+            for (task, view), cost in by_view.items()
+        }
         yield Plan(
-            layout=planned,
+            layout=layout,
             gpu=GPUS[gpu],
             mfu=mfu,
             parameters=parameters,
             frozen=frozen,
             per_token=per_token(model),
-            steps={
-                (task, view): planner.step(recipe.tasks[task], cost, memory[task, view])
-                for (task, view), cost in by_view.items()
-            },
+            steps=steps,
             visits=visits,
         )
 
@@ -132,38 +138,43 @@ def plans(
 def recommended(plans: Sequence[Plan]) -> Plan:
     """The plan of the fastest run that fits, or the one that needs the least memory if none fits.
 
-    The recipe's own layout, the first, stays if no other one is faster by more than `INDISTINCT`. Shards over several
-    nodes are recommended only if nothing else fits, because the planned time lacks the latency of their collectives.
+    The first plan, which is for the recipe's layout, stays if it fits and no other one is faster by more than
+    `MIN_SPEEDUP`. Shards over several nodes are recommended only if nothing else fits, because the planned time lacks
+    the latency of their collectives.
     """
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         return min(plans, key=lambda plan: plan.memory_bytes)
     candidates = [plan for plan in fitting if plan.layout.shard_degree <= NODE] or fitting
     fastest = min(candidates, key=lambda plan: plan.seconds)
-    first = candidates[0]
-    return first if first is plans[0] and first.seconds <= INDISTINCT * fastest.seconds else fastest
+    recipe_plan = plans[0]
+    if candidates[0] is recipe_plan and recipe_plan.seconds <= MIN_SPEEDUP * fastest.seconds:
+        return recipe_plan
+    return fastest
 
 
 def count(module: nn.Module) -> int:
-    """Parameters of a module."""
+    """Number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def per_token(model: Embedder) -> int | None:
-    """Parameters that a token uses on average, from its embedding to the mean over the tokens: the encoder without the
-    experts that do not process the token, and the stem's two linear layers, one before the encoder and one after.
+    """Number of parameters that a token uses on average, from its embedding to the mean over the tokens.
 
-    With expert choice a token has `capacity_factor` experts on average, with token choice `top_k`. None for a wrapped
-    model.
+    These are the encoder without the experts that do not process the token, and the stem's linear layers before and
+    after the encoder. On average, `capacity_factor` experts process a token with expert choice, and `top_k` with token
+    choice. None for a wrapped model.
     """
     if not isinstance(model, IMP):
         return None
     width = model.config.width
-    moe = model.config.moe
+    stem_parameters = 2 * (width * width + width)
+    # A token passes only through the modality-specific blocks of its stem. Those of all stems are equally large.
     blocks_by_stem = [count(blocks) for blocks in model.encoder.own.values()]
-    # A token has the blocks of its own stem, which are as large as those of any other.
-    used = count(model.encoder) - sum(blocks_by_stem[1:]) + 2 * (width * width + width)
+    parameters = count(model.encoder) - sum(blocks_by_stem[1:]) + stem_parameters
+    moe = model.config.moe
     if moe is None:
-        return used
-    experts = moe.top_k if moe.routing == "token_choice" else min(moe.capacity_factor, moe.experts)
-    return round(used - moe.layers * count(model.experts()[0]) * (1 - experts / moe.experts))
+        return parameters
+    experts_per_token = moe.top_k if moe.routing == "token_choice" else min(moe.capacity_factor, moe.experts)
+    expert_parameters = moe.layers * count(model.experts()[0])
+    return round(parameters - expert_parameters * (1 - experts_per_token / moe.experts))

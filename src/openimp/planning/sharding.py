@@ -20,14 +20,14 @@ BF16_BYTES = 2
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one GPU receives in some collectives; it sends as much."""
+    """The bytes that one GPU receives in collectives. It sends as many."""
 
     received_bytes: float = 0.0
     link_bytes: float = 0.0  # over the links within its node
     network_bytes: float = 0.0  # over its network card
 
     def seconds(self, gpu: GPU) -> float:
-        """Links and network are used at the same time."""
+        """Duration of the collectives. Links and network are used at the same time."""
         link_seconds = self.link_bytes / gpu.link_gb_per_s
         network_seconds = self.network_bytes / gpu.network_gb_per_s
         return max(link_seconds, network_seconds) / (BANDWIDTH_SHARE * 1e9)
@@ -47,9 +47,9 @@ class Group(NamedTuple):
     stride: int = 1
 
     def all_gather(self, size_bytes: float) -> Traffic:
-        """All-gathers a tensor of `size_bytes`. A reduce-scatter is the same, and an all-reduce is both.
+        """Traffic of an all-gather of a tensor of `size_bytes`. A reduce-scatter is equal, and an all-reduce is both.
 
-        A ring of several nodes enters each node once. The GPUs of the group that are in one node share their cards.
+        A ring over several nodes enters each node once. The group's GPUs in one node share their network cards.
         """
         received_bytes = size_bytes * (self.size - 1) / self.size
         per_node = max(1, NODE // self.stride)
@@ -68,38 +68,39 @@ class Sharding:
         self.experts = {weight for module in model.experts() for weight in module.parameters()}
 
     def shards(self, weight: Tensor) -> Group:
-        """The GPUs over which a weight is sharded, or what expert parallelism leaves of it."""
+        """The GPUs over which a weight is sharded. Of the weight of an expert, these are GPUs that hold this expert."""
         if weight in self.experts:
             return Group(self.layout.expert_shards, stride=self.layout.expert_degree)
         return Group(self.layout.shard_degree)
 
     def numbers(self, weight: Tensor) -> int:
-        """How many numbers of a weight a GPU gathers: with expert parallelism, those of its own experts."""
+        """Number of a weight's elements that a GPU gathers. With expert parallelism, it gathers only its experts."""
         return weight.numel() // (self.layout.expert_degree if weight in self.experts else 1)
 
     def held_bytes(self, weights: Iterable[Tensor]) -> int:
-        """Of the GPU's shards of weights, in fp32."""
+        """Bytes of the GPU's shards of weights, in fp32."""
         return sum(FP32_BYTES * self.numbers(weight) // self.shards(weight).size for weight in weights)
 
     def gathered_bytes(self, weights: Iterable[Tensor]) -> int:
-        """Of weights that FSDP2 has gathered, in the type that the model computes with."""
+        """Bytes of gathered weights, in the type that the model computes with."""
         return self.gathered_type_bytes * sum(map(self.numbers, weights))
 
     def reduced_bytes(self, weights: Iterable[Tensor]) -> int:
-        """Of the gradients of gathered weights, and of their fp32 copy for the reduction."""
+        """Bytes of the gradients of gathered weights, and of their fp32 copy for the reduction."""
         return (self.gathered_type_bytes + FP32_BYTES) * sum(map(self.numbers, weights))
 
     def gather(self, weights: Iterable[Tensor]) -> Traffic:
-        """All-gathers weights."""
+        """Traffic of an all-gather of weights."""
         return sum((self.shards(weight).all_gather(self.gathered_bytes([weight])) for weight in weights), Traffic())
 
     def reduce(self, weights: Iterable[Tensor]) -> Traffic:
-        """Reduces fp32 gradients: a reduce-scatter between shards, and an all-reduce between replicas."""
+        """Traffic of the reduction of fp32 gradients: a reduce-scatter between shards, and an all-reduce between
+        replicas."""
         traffic = Traffic()
         for weight in weights:
             shards = self.shards(weight)
-            distance = shards.size * shards.stride
-            replicas = Group(self.layout.ranks // distance, stride=distance)
+            replica_ranks = shards.size * shards.stride
+            replicas = Group(self.layout.ranks // replica_ranks, stride=replica_ranks)
             traffic += shards.all_gather(FP32_BYTES * self.numbers(weight))
             traffic += replicas.all_gather(2 * self.held_bytes([weight]))
         return traffic

@@ -45,13 +45,13 @@ class GPUMemory(NamedTuple):
 
     @property
     def temporary(self) -> int:
-        """All that does not exist before the step."""
+        """Bytes that are allocated only during the step."""
         return self.total - self.parameters - self.optimizer_state - self.inputs
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a (task, view)."""
+    """What one step of a task and view needs."""
 
     cost: Cost  # examples, tokens and FLOPs, over all GPUs
     memory: GPUMemory
@@ -71,42 +71,50 @@ class StepPlanner:
         self.model = sharding.model
         self.weights = dict(self.model.named_parameters())
         self.trained = {weight for weight in self.weights.values() if weight.requires_grad}
-        self.blocks = [{*block.parameters()} for block in self.model.blocks()]
-        self.outside = {*self.weights.values()}.difference(*self.blocks)
+        self.block_weights = [{*block.parameters()} for block in self.model.blocks()]
+        self.outside_blocks = {*self.weights.values()}.difference(*self.block_weights)
         self.by_muon = {*muon_stacks(self.model, recipe.optimizer)}
         self.muon = MuonWork(sharding, self.by_muon)
         self.ema_bytes = sharding.held_bytes(self.trained) if recipe.optimizer.ema_decay else 0
 
     def step(self, task: Task, cost: Cost, counted: StepMemory) -> Step:
-        """Plans a step that costs `cost`, and whose activations `counted` has."""
+        """Plans a step with these costs. `counted` has the memory of its activations."""
         touched = {self.weights[name] for name in cost.touched}
         updated = self.trained if self.recipe.optimizer.zero_missing_grads else touched
         by_objective = [objective.compared(task, cost.examples) for objective in task.objectives]
         compared = Compared(*map(sum, zip(*by_objective)))
         layout = self.sharding.layout
-        rows = {name: cost.examples * spec.draw // layout.ranks for name, spec in task.inputs.items()}
-        passes = [self.model.blocks_of(sizes) for sizes in pass_sizes(rows, self.recipe.memory.chunk_size)]
-        block_weights = [weight for blocks in passes for block in blocks for weight in block.parameters()]
-        # While blocks compute, they are gathered and reduced, with chunks after the last pass.
-        gather = self.sharding.gather(block_weights if layout.reshard_after_forward else {*block_weights})
-        regather = gather if layout.reshard_after_forward else Traffic()
-        overlapped = touched & {*block_weights} if len(passes) == 1 else set()
-        backward = regather + self.sharding.reduce(overlapped)
-        # Nothing is computed meanwhile. FSDP2 gathers the weights outside of blocks again for each head.
-        exposed = self.sharding.reduce(touched - overlapped) + self.muon.traffic(updated) + self._slots(cost)
+        local_examples = {name: cost.examples * spec.draw // layout.ranks for name, spec in task.inputs.items()}
+        sizes_of_passes = pass_sizes(local_examples, self.recipe.memory.chunk_size)
+        passes = [self.model.blocks_of(sizes) for sizes in sizes_of_passes]
+        weights_in_passes = [weight for blocks in passes for block in blocks for weight in block.parameters()]
+        # Blocks are gathered while others compute. With one pass, gradients are reduced meanwhile, too. With several
+        # passes (chunks), they are reduced after the last one.
+        if layout.reshard_after_forward:
+            forward = self.sharding.gather(weights_in_passes)
+            regather = forward
+        else:
+            forward = self.sharding.gather({*weights_in_passes})  # each weight once
+            regather = Traffic()
+        reduced_meanwhile = touched & {*weights_in_passes} if len(passes) == 1 else set()
+        backward = regather + self.sharding.reduce(reduced_meanwhile)
+        # No computation hides this traffic. FSDP2 gathers the weights outside of blocks again for each head.
+        exposed = self.sharding.reduce(touched - reduced_meanwhile)
+        exposed += self.muon.traffic(updated)
+        exposed += self._expert_traffic(cost)
         for _ in range(1 + compared.heads):
-            exposed += self.sharding.gather(self.outside)
+            exposed += self.sharding.gather(self.outside_blocks)
         exposed += Group(layout.ranks).all_gather(self._vector_bytes(compared))
 
         forward_seconds = self._seconds(cost.forward_flops / layout.ranks)
         backward_seconds = self._seconds((cost.hardware_flops - cost.forward_flops) / layout.ranks)
         wait_seconds = exposed.seconds(self.gpu)
-        wait_seconds += max(0.0, gather.seconds(self.gpu) - forward_seconds)
+        wait_seconds += max(0.0, forward.seconds(self.gpu) - forward_seconds)
         wait_seconds += max(0.0, backward.seconds(self.gpu) - backward_seconds)
         return Step(
             cost=cost,
             memory=self._memory(compared, counted, updated),
-            received_bytes=(gather + backward + exposed).received_bytes,
+            received_bytes=(forward + backward + exposed).received_bytes,
             compute_seconds=forward_seconds + backward_seconds + self._update_seconds(cost, updated),
             wait_seconds=wait_seconds,
         )
@@ -114,10 +122,10 @@ class StepPlanner:
     def _vector_bytes(self, compared: Compared) -> int:
         return FP32_BYTES * self.model.config.embed_dim * compared.vectors
 
-    def _slots(self, cost: Cost) -> Traffic:
-        """Of tokens that expert parallelism sends to their experts and back, and of the gradients of both.
+    def _expert_traffic(self, cost: Cost) -> Traffic:
+        """Traffic of expert parallelism: tokens go to their experts and back, and so do their gradients.
 
-        They are sent to experts and back again each time that the backward pass repeats the forward pass.
+        The tokens go there and back again each time that the backward pass repeats the forward pass.
         """
         moe = self.recipe.model.moe
         if moe is None:
@@ -125,15 +133,15 @@ class StepPlanner:
         slots_per_token = moe.capacity_factor * (moe.top_k if moe.routing == "token_choice" else 1)
         slots = slots_per_token * cost.tokens / self.sharding.layout.ranks * moe.layers
         memory = self.recipe.memory
-        times = 4 + 2 * (memory.chunk_size is not None) + 2 * memory.activation_checkpointing
+        exchanges = 4 + 2 * (memory.chunk_size is not None) + 2 * memory.activation_checkpointing
         slot_bytes = self.sharding.gathered_type_bytes * self.recipe.model.width
-        return Group(self.sharding.layout.expert_degree).all_gather(times * slot_bytes * slots)
+        return Group(self.sharding.layout.expert_degree).all_gather(exchanges * slot_bytes * slots)
 
     def _seconds(self, flops: float) -> float:
         return flops / (self.gpu.flops_per_s * self.mfu)
 
     def _update_seconds(self, cost: Cost, updated: Set[Tensor]) -> float:
-        """Muon's products, and what the optimizers read from the GPU's memory and write to it."""
+        """Time of Muon's matrix products, and of the optimizers' reads from and writes to the GPU's memory."""
         adamw_parameters = self.sharding.held_bytes(updated - self.by_muon) / FP32_BYTES
         muon_parameters = self.muon.momentum_bytes(updated) / FP32_BYTES
         ema_parameters = self.ema_bytes / FP32_BYTES
@@ -141,7 +149,7 @@ class StepPlanner:
         return self._seconds(cost.optimizer_flops / self.muon.owners) + moved_bytes / self.gpu.bytes_per_s
 
     def _memory(self, compared: Compared, counted: StepMemory, updated: Set[Tensor]) -> GPUMemory:
-        """The moment of the step at which one GPU holds most."""
+        """What one GPU holds at the moment of the step at which it holds most."""
         sharding = self.sharding
         layout = sharding.layout
         adamw_bytes = 2 * sharding.held_bytes(self.trained - self.by_muon)
@@ -154,24 +162,28 @@ class StepPlanner:
         if layout.ranks == 1:
             moments = [before._replace(**counted.peak), with_gradients]
         else:
-            # Everything outside of blocks is gathered, and one block, and the next one if weights are sharded.
-            block_bytes = [sharding.gathered_bytes(block) for block in self.blocks]
-            weight_bytes = sharding.gathered_bytes(self.outside)
+            # All weights outside of blocks are gathered, one block, and the next block if weights are sharded.
+            block_bytes = [sharding.gathered_bytes(weights) for weights in self.block_weights]
+            weight_bytes = sharding.gathered_bytes(self.outside_blocks)
             if not layout.reshard_after_forward:
                 weight_bytes += sum(block_bytes)
-            elif self.blocks:
-                weight_bytes += (1 + (layout.shard_degree > 1)) * max(block_bytes)
+            elif block_bytes:
+                gathered_blocks = 2 if layout.shard_degree > 1 else 1
+                weight_bytes += gathered_blocks * max(block_bytes)
             # The vectors of all GPUs and their gradients, and similarities with the vectors of other GPUs.
             similarities = compared.similarities * (layout.ranks - 1) // layout.ranks**2
             vector_bytes = self._vector_bytes(compared) + SIMILARITY_BYTES * min(BLOCK, similarities)
-            reduced_bytes = max(sharding.reduced_bytes(part & updated) for part in (*self.blocks, self.outside))
-            moments = [
-                before._replace(gathered=weight_bytes + vector_bytes, activations=counted.forward_activations),
-                with_gradients._replace(
-                    gathered=weight_bytes + vector_bytes + reduced_bytes, activations=counted.final_activations
-                ),
-            ]
-        largest = max(moments, key=lambda memory: memory.total)
-        # In an update, nothing but the gradients is left of the passes.
-        in_update = with_gradients.gradients + self.muon.buffer_bytes(updated)
-        return largest._replace(muon_buffers=max(0, in_update - largest.temporary) if self.by_muon else 0)
+            gathered_bytes = weight_bytes + vector_bytes
+            units = (*self.block_weights, self.outside_blocks)  # FSDP2 reduces the gradients of one at a time.
+            reduced_bytes = max(sharding.reduced_bytes(weights & updated) for weights in units)
+            end_of_forward = before._replace(gathered=gathered_bytes, activations=counted.forward_activations)
+            end_of_backward = with_gradients._replace(
+                gathered=gathered_bytes + reduced_bytes, activations=counted.final_activations
+            )
+            moments = [end_of_forward, end_of_backward]
+        peak = max(moments, key=lambda memory: memory.total)
+        if not self.by_muon:
+            return peak
+        # During an update, only the gradients remain of the passes.
+        update_bytes = with_gradients.gradients + self.muon.buffer_bytes(updated)
+        return peak._replace(muon_buffers=max(0, update_bytes - peak.temporary))

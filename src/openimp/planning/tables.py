@@ -14,8 +14,8 @@ from openimp.recipe.schema import Recipe
 
 def print_plan(recipe: Recipe, modalities: Modalities, plans: Sequence[Plan], gpu: str) -> None:
     """Prints the first plan, compares it with those of other layouts, and says whether it fits on the type `gpu`."""
-    first = plans[0]
-    _print_parameters(first.parameters, first.per_token, first.frozen, modalities)
+    recipe_plan = plans[0]
+    _print_parameters(recipe_plan.parameters, recipe_plan.per_token, recipe_plan.frozen, modalities)
     step_rows = [
         (
             f"{task}, {view}",
@@ -27,15 +27,16 @@ def print_plan(recipe: Recipe, modalities: Modalities, plans: Sequence[Plan], gp
             f"{step.received_bytes / 1e9:,.2f}",
             f"{step.memory.total / GIB:,.2f}",
         )
-        for (task, view), step in first.steps.items()
+        for (task, view), step in recipe_plan.steps.items()
     ]
     head = ("task, view", "examples", "tokens", "FLOPs", "computes\nms", "waits\nms", "receives\nGB", "memory\nGiB")
-    console.print(number_table(f"one step, divided by {first.layout.ranks}", head, step_rows))
-    task, view = first.largest
-    memory = first.steps[task, view].memory
+    console.print(number_table(f"one step, divided by {recipe_plan.layout.ranks}", head, step_rows))
+    task, view = recipe_plan.largest
+    memory = recipe_plan.steps[task, view].memory
+    memory_head = (f"largest step: {task}, view {view}", "GiB")
     memory_rows = [(name.replace("_", " "), f"{size / GIB:,.3f}") for name, size in memory._asdict().items()]
-    in_all = [("in all", f"{memory.total / GIB:,.3f}")]
-    console.print(number_table("memory of a GPU", (f"largest step: {task}, view {view}", "GiB"), memory_rows, in_all))
+    total_row = ("in all", f"{memory.total / GIB:,.3f}")
+    console.print(number_table("memory of a GPU", memory_head, memory_rows, [total_row]))
     if len(plans) > 1:
         layout_rows = [
             (
@@ -50,7 +51,7 @@ def print_plan(recipe: Recipe, modalities: Modalities, plans: Sequence[Plan], gp
         ]
         layout_head = ("parallel", "memory\nGiB", "fits", "computes", "waits", "whole run")
         console.print(number_table("layouts; this plan is that of the first", layout_head, layout_rows))
-    _print_verdict(recipe, first, recommended(plans), gpu)
+    _print_verdict(recipe, recipe_plan, recommended(plans), gpu)
 
 
 def _print_verdict(recipe: Recipe, plan: Plan, best: Plan, gpu: str) -> None:
@@ -70,7 +71,7 @@ def _print_verdict(recipe: Recipe, plan: Plan, best: Plan, gpu: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Days, or hours, minutes and seconds."""
+    """Seconds as days or, below one day, as hours, minutes and seconds."""
     return f"{seconds / 86400:,.1f} days" if seconds >= 86400 else clock(seconds)
 
 
@@ -93,17 +94,17 @@ def print_costs(recipe: Recipe, modalities: Modalities, classes: Classes) -> Non
     console.print(mixture_table(recipe, by_view))
 
 
-def _print_parameters(parameters: dict[str, int], used: int | None, frozen: int, modalities: Modalities) -> None:
-    """`used` is the number of parameters per token."""
+def _print_parameters(parameters: dict[str, int], per_token: int | None, frozen: int, modalities: Modalities) -> None:
+    """Prints the parameters by part of the model. The names and numbers are those of `Plan`."""
     specs = {name: modality.stem_spec() for name, modality in modalities.items()}
     limits = {name: spec.values for name, spec in specs.items() if spec.is_limit}
     rows = [(name, f"{size:,}") for name, size in parameters.items()]
     totals = [("in all, at most" if limits else "in all", f"{sum(parameters.values()):,}")]
-    if used is not None:
-        totals.append(("used by a token on average, after its embedding", f"{used:,}"))
+    if per_token is not None:
+        totals.append(("used by a token on average, after its embedding", f"{per_token:,}"))
     if frozen:
         totals.append(("frozen", f"{frozen:,}"))
     console.print(number_table("parameters", ("part", "parameters"), rows, totals))
     for name, limit in limits.items():
-        about = "the limit of its vocabulary, which is learned from the data and may be smaller"
-        console.print(f"{name} counts with {limit:,} tokens, {about}", soft_wrap=True)
+        reason = "the limit of its vocabulary, which is learned from the data and may be smaller"
+        console.print(f"{name} counts with {limit:,} tokens, {reason}", soft_wrap=True)

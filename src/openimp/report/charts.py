@@ -12,8 +12,10 @@ import numpy as np
 
 from openimp.evaluation import results
 
-WIDTH, HEIGHT = 230, 133
-"""Size of the area in which a line chart draws its curves."""
+WIDTH = 230
+"""Width of the area in which a line chart draws its curves."""
+HEIGHT = 133
+"""Height of that area."""
 COLORS = 8
 """Number of curve colors in style.css. The ninth curve has the color of the first."""
 MAX_POINTS = 240
@@ -26,7 +28,7 @@ MAX_VALUE = 1e300
 
 @dataclass(frozen=True)
 class Curve:
-    """A named series of values over training steps, of which there are as many."""
+    """A named series of values, one per entry of `steps`."""
 
     name: str
     steps: list[float]
@@ -52,46 +54,52 @@ def line_chart(title: str, curves: list[Curve], shares: bool = False, smooth: bo
     `shares` are shown as percentages. With `smooth`, curves with 12 or more points get a smoothed version on top.
     """
     form = percent if shares else number
-    shown = [(f"c{i % COLORS}", _finite(curve)) for i, curve in enumerate(curves)]
-    shown = [(color, curve) for color, curve in shown if len(curve.steps)]
-    if not shown:
+    colored = [(f"c{i % COLORS}", _finite(curve)) for i, curve in enumerate(curves)]
+    colored = [(color, curve) for color, curve in colored if len(curve.steps)]
+    if not colored:
         return {"title": title, "curves": []}
-    all_steps = np.concatenate([curve.steps for _, curve in shown])
-    all_values = np.concatenate([curve.values for _, curve in shown])
-    first, last = all_steps.min(), all_steps.max()
-    low, high = all_values.min(), all_values.max()
+    all_steps = np.concatenate([curve.steps for _, curve in colored])
+    all_values = np.concatenate([curve.values for _, curve in colored])
+    first_step = all_steps.min()
+    last_step = all_steps.max()
+    low = all_values.min()
+    high = all_values.max()
     ticks = nice_ticks(0.0 if 0 < low <= high / 2 else low, high)
 
-    def right(steps: Any) -> Any:
-        return WIDTH * ((steps - first) / (last - first) if last > first else 0 * steps + 0.5)
+    def x_of(steps: np.ndarray) -> np.ndarray:
+        if last_step > first_step:
+            return WIDTH * ((steps - first_step) / (last_step - first_step))
+        return WIDTH * (0 * steps + 0.5)
 
-    def down(values: Any) -> Any:
+    def y_of(values: Any) -> Any:
         return HEIGHT * (1 - (values - ticks[0]) / (ticks[-1] - ticks[0]))
 
     drawn = []
-    for color, curve in shown:
-        x = right(np.asarray(curve.steps))
-        y = np.asarray(curve.values)
-        line = smoothed(y) if smooth else y
-        tips = [f"{curve.name}, step {step:,.0f}: {form(value)}" for step, value in zip(curve.steps, y)]
-        span = f"from {form(y[0])} at step {curve.steps[0]:,.0f} to {form(line[-1])} at step {curve.steps[-1]:,.0f}"
+    for color, curve in colored:
+        x = x_of(np.asarray(curve.steps))
+        values = np.asarray(curve.values)
+        line = smoothed(values) if smooth else values
+        tips = [f"{curve.name}, step {step:,.0f}: {form(value)}" for step, value in zip(curve.steps, values)]
+        start = f"{form(values[0])} at step {curve.steps[0]:,.0f}"
+        end = f"{form(line[-1])} at step {curve.steps[-1]:,.0f}"
         drawn.append(
             {
                 "color": color,
                 "name": curve.name,
-                "raw": None if line is y else path(x, down(y)),
-                "path": path(x, down(line)),
-                "dots": list(zip(x.round(1), down(y).round(1), tips)) if len(tips) <= MAX_DOTS else [],
+                "raw": None if line is values else path(x, y_of(values)),
+                "path": path(x, y_of(line)),
+                "dots": list(zip(x.round(1), y_of(values).round(1), tips)) if len(tips) <= MAX_DOTS else [],
                 "last": form(line[-1]),
-                "span": f"{curve.name} {span}",
+                "span": f"{curve.name} from {start} to {end}",
             }
         )
+    labeled_steps = [first_step, last_step] if last_step > first_step else [first_step]
     return {
         "title": title,
         "curves": drawn,
         "size": (WIDTH, HEIGHT),
-        "steps": [f"{step:,.0f}" for step in ([first, last] if last > first else [first])],
-        "ticks": [(round(down(tick), 1), f"{100 * tick:.3g}%" if shares else number(tick)) for tick in ticks],
+        "steps": [f"{step:,.0f}" for step in labeled_steps],
+        "ticks": [(round(y_of(tick), 1), f"{100 * tick:.3g}%" if shares else number(tick)) for tick in ticks],
     }
 
 
@@ -114,20 +122,23 @@ def smoothed(values: np.ndarray) -> np.ndarray:
         return values
     reach = max(1, len(values) // 20)
     weights = np.hanning(2 * reach + 3)[1:-1]
-    sums, total = (np.convolve(each, weights)[reach:-reach] for each in (values, np.ones_like(values)))
-    return sums / total
+    sums = np.convolve(values, weights)[reach:-reach]
+    weight_sums = np.convolve(np.ones_like(values), weights)[reach:-reach]
+    return sums / weight_sums
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
     """Two to seven evenly spaced round numbers that span the values; if `low` equals `high`, a range around it."""
     size = max(abs(low), abs(high))
     if size < 1e-200:
-        low, high = 0.0, 1.0
+        low = 0.0
+        high = 1.0
     elif high - low <= 1e-9 * size:
-        low, high = low - size / 2, high + size / 2
-    raw = (high - low) / 4
-    scale = 10.0 ** floor(log10(raw))
-    step = scale * next(factor for factor in (1, 2, 2.5, 5, 10) if raw <= factor * scale * (1 + 1e-9))
+        low -= size / 2
+        high += size / 2
+    quarter = (high - low) / 4
+    power_of_ten = 10.0 ** floor(log10(quarter))
+    step = power_of_ten * next(f for f in (1, 2, 2.5, 5, 10) if quarter <= f * power_of_ten * (1 + 1e-9))
     return [i * step for i in range(floor(low / step + 1e-9), ceil(high / step - 1e-9) + 1)]
 
 

@@ -35,9 +35,9 @@ def section(results: list[dict[str, Any]], recorded: list[dict[str, Any]], notes
     """
     if not results and not notes:
         return None
-    values = [
-        x for result in results for x in (main_metric(result), *(result["interval"] or ()), result["chance"] or 0)
-    ]
+    values = []
+    for result in results:
+        values += [main_metric(result), *(result["interval"] or ()), result["chance"] or 0]
     notes = notes + [f"{result['set']}: {result['note']}" for result in results if "note" in result]
     return {
         "notes": notes,
@@ -64,30 +64,36 @@ def _history(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def confusion(name: str, found: Classified) -> dict[str, Any]:
+def confusion(name: str, classified: Classified) -> dict[str, Any]:
     """The confusion matrix and the most frequent confusions. With many classes, there is no matrix."""
-    counts_KK = found.confusion()
-    classes = [str(label) for label in found.classes]
+    counts_KK = classified.confusion()
+    classes = [str(label) for label in classified.classes]
     total_K1 = counts_KK.sum(1, keepdims=True)
     wrong_KK = counts_KK - np.diag(counts_KK.diagonal())
-    order = [divmod(int(i), len(classes)) for i in np.argsort(-wrong_KK, axis=None, kind="stable")[:MAX_CONFUSIONS]]
+    most_frequent = np.argsort(-wrong_KK, axis=None, kind="stable")[:MAX_CONFUSIONS]
+    cells = [divmod(int(i), len(classes)) for i in most_frequent]
+    form = None
+    if len(classes) <= MAX_TABLE:
+        form = "table"
+    elif len(classes) <= MAX_MATRIX:
+        form = "squares"
     return {
-        "title": f"{name}: {found.query} → {found.target}",
+        "title": f"{name}: {classified.query} → {classified.target}",
         "classes": classes,
-        "form": "table" if len(classes) <= MAX_TABLE else "squares" if len(classes) <= MAX_MATRIX else None,
+        "form": form,
         "counts": counts_KK.tolist(),
         "shares": (counts_KK / np.maximum(1, total_K1)).tolist(),
         "cells": np.argwhere(counts_KK).tolist(),
         "correct": int(counts_KK.trace()),
         "total": int(counts_KK.sum()),
-        "frequent": [(classes[i], classes[j], wrong_KK[i, j], total_K1[i, 0]) for i, j in order if wrong_KK[i, j]],
+        "frequent": [(classes[i], classes[j], wrong_KK[i, j], total_K1[i, 0]) for i, j in cells if wrong_KK[i, j]],
     }
 
 
-def retrieval(name: str, found: RetrievalResult, source: Table, show: Show) -> dict[str, Any]:
+def retrieval(name: str, result: RetrievalResult, source: Table, show: Show) -> dict[str, Any]:
     """Example queries of one direction: those with the best, the median and the worst rank."""
-    order = np.argsort(found.rank, kind="stable")
-    middle = max(0, (len(found.rank) - CASES) // 2)
+    order = np.argsort(result.rank, kind="stable")
+    middle = max(0, (len(result.rank) - CASES) // 2)
     kinds = {"best": order[:CASES], "median": order[middle : middle + CASES], "worst": order[-CASES:]}
     chosen: dict[int, str] = {}
     for kind, queries in kinds.items():
@@ -98,22 +104,22 @@ def retrieval(name: str, found: RetrievalResult, source: Table, show: Show) -> d
         return display(show(modality, row), f"{modality}: {source.row_name(row)}")
 
     def case(query: int, kind: str) -> dict[str, Any]:
-        rank = int(found.rank[query])
+        rank = int(result.rank[query])
         answers = [
             {
-                "rank": place if place <= ANSWERS else rank,  # The best correct answer follows the first ones.
+                "rank": place if place <= ANSWERS else rank,  # Behind the first answers comes the best correct one.
                 "late": place > ANSWERS,
                 "correct": answer.correct,
                 "similarity": answer.similarity,
-                "value": value(found.target, int(found.target_row[answer.candidate])),
+                "value": value(result.target, int(result.target_row[answer.candidate])),
             }
-            for place, answer in enumerate(found.answers(query, ANSWERS), 1)
+            for place, answer in enumerate(result.answers(query, ANSWERS), 1)
         ]
-        asked = value(found.query, int(found.query_row[query]))
-        return {"kind": kind, "rank": rank, "query": asked, "answers": answers}
+        query_value = value(result.query, int(result.query_row[query]))
+        return {"kind": kind, "rank": rank, "query": query_value, "answers": answers}
 
     cases = [case(query, kind) for query, kind in chosen.items()]
-    return {"title": f"{name}: {found.query} → {found.target}", "metrics": found.metrics(), "cases": cases}
+    return {"title": f"{name}: {result.query} → {result.target}", "metrics": result.metrics(), "cases": cases}
 
 
 def display(shown: str | bytes | np.ndarray, label: str) -> dict[str, Any]:

@@ -34,12 +34,12 @@ def losses(metrics: list[MetricsLine]) -> list[dict[str, Any]]:
         lines = [line for line in metrics if task in line.tasks]
         steps: list[float] = [line.step for line in lines]
         names = dict.fromkeys(name for line in lines for name in line.tasks[task] if name != "steps")
-        values = {name: [line.tasks[task].get(name, np.nan) for line in lines] for name in names}
-        if ROUTER in values:
-            routers.append(Curve(task, steps, values.pop(ROUTER)))
-        if len(values) == 2 and "loss" in values:  # The only part adds nothing to the loss.
-            values = {"loss": values["loss"]}
-        charts.append(line_chart(task, [Curve(name, steps, found) for name, found in values.items()]))
+        values_by_name = {name: [line.tasks[task].get(name, np.nan) for line in lines] for name in names}
+        if ROUTER in values_by_name:
+            routers.append(Curve(task, steps, values_by_name.pop(ROUTER)))
+        if len(values_by_name) == 2 and "loss" in values_by_name:  # A single part shows nothing more than the loss.
+            values_by_name = {"loss": values_by_name["loss"]}
+        charts.append(line_chart(task, [Curve(name, steps, values) for name, values in values_by_name.items()]))
     return [*charts, line_chart("router losses", routers)] if routers else charts
 
 
@@ -64,27 +64,33 @@ def experts(metrics: list[MetricsLine]) -> dict[str, Any] | None:
 
     The maps of the load are left out if it is even, as with expert choice.
     """
-    last = metrics[-ceil(len(metrics) / 4) :]
-    modalities = list(dict.fromkeys(name for line in last for name in line.experts))
+    last_lines = metrics[-ceil(len(metrics) / 4) :]
+    modalities = list(dict.fromkeys(name for line in last_lines for name in line.experts))
     if not modalities:
         return None
 
     def mean(key: str) -> np.ndarray:
         """Over the lines: (modalities, layers, experts), or (modalities, layers) of `dropped`."""
-        layers = [[line.experts[name] for line in last if name in line.experts] for name in modalities]
-        return np.stack([np.mean([[getattr(x, key) for x in line] for line in lines], axis=0) for lines in layers])
+        means = []
+        for name in modalities:
+            usages = [line.experts[name] for line in last_lines if name in line.experts]
+            means.append(np.mean([[getattr(layer, key) for layer in usage] for usage in usages], axis=0))
+        return np.stack(means)
 
-    gate = mean("gate")
     load = mean("load")
     dropped = mean("dropped")
-    even = bool(np.abs(load * load.shape[2] - 1).max() <= EVEN)
+    is_even = bool(np.abs(load * load.shape[2] - 1).max() <= EVEN)
+    mapped = {"gate weight": mean("gate")}
+    if not is_even:
+        mapped["load"] = load
+    maps = []
+    for what, shares in mapped.items():
+        for i in range(load.shape[1]):
+            rows = list(zip(modalities, shares[:, i].tolist(), dropped[:, i].tolist()))
+            maps.append({"layer": i + 1, "what": what, "rows": rows})
     return {
-        "first": last[0].step,
-        "last": last[-1].step,
-        "even_load": load.mean() if even else None,
-        "maps": [
-            {"layer": i + 1, "what": what, "rows": list(zip(modalities, shares[:, i].tolist(), dropped[:, i].tolist()))}
-            for what, shares in {"gate weight": gate, **({} if even else {"load": load})}.items()
-            for i in range(load.shape[1])
-        ],
+        "first": last_lines[0].step,
+        "last": last_lines[-1].step,
+        "even_load": load.mean() if is_even else None,
+        "maps": maps,
     }

@@ -39,9 +39,10 @@ def write_report(
 
     The curves come from a run's metrics.jsonl. The evaluation sets are measured again with the newest checkpoint,
     because results.jsonl does not say which answers were given. If a set cannot be measured, the page shows its results
-    in results.jsonl. `allow_sources` reads sources that `check_sources` would refuse. `out` is by default `report.html`
-    in `run`; if that is a checkpoint, CHECKPOINT.html beside it; if it is a model of open_clip, a file in the current
-    directory.
+    in results.jsonl. `allow_sources` reads sources that `check_sources` would refuse.
+
+    The default of `out` is `report.html` in `run`, CHECKPOINT.html beside a checkpoint, or a file in the current
+    directory for a model of open_clip.
     """
     if is_model_name(run):
         run = find_model(run)
@@ -59,18 +60,18 @@ def write_report(
         raise UserError(f"{out}: --out must be a file in an existing folder")
     recorded = read_results(run / "results.jsonl")
     if has_model:
-        about, sections = _measure(run, recorded, progress, allow_sources)
+        facts, sections = _measure(run, recorded, progress, allow_sources)
     else:
-        about = {"recipe": Recipe.load(run / "recipe.yaml"), "parameters": None, "step": metrics[-1].step}
+        facts = {"recipe": Recipe.load(run / "recipe.yaml"), "parameters": None, "step": metrics[-1].step}
         notes = ["There is no checkpoint to measure."] if recorded else []
         sections = {"Results": results.section(latest(recorded), recorded, notes)}
     sections = {"Results": sections.pop("Results"), **training.sections(metrics), **sections}
-    newest = run / "metrics.jsonl" if metrics else find_model(run) / "config.json"
+    newest_file = run / "metrics.jsonl" if metrics else find_model(run) / "config.json"
     page = TEMPLATES.get_template("page.html").render(
         sections={title: data for title, data in sections.items() if data},
-        **about,
+        **facts,
         metrics=metrics,
-        written=datetime.fromtimestamp(newest.stat().st_mtime, timezone.utc),
+        written=datetime.fromtimestamp(newest_file.stat().st_mtime, timezone.utc),
         made=datetime.now(timezone.utc),
         versions={"openimp": openimp_version(), "torch": version("torch"), "Python": platform.python_version()},
     )
@@ -86,7 +87,7 @@ def _measure(
     model, (config, modalities, saved_recipe) = load_model(folder)
     recipe = saved_recipe.validated()
     step = saved_step(folder)
-    about = {"recipe": recipe, "parameters": count(model), "step": step}
+    facts = {"recipe": recipe, "parameters": count(model), "step": step}
     evaluator = Evaluator(model.to(pick_device()), recipe, modalities, config.classes, progress)
     shown: list[dict[str, Any]] = []
     notes = []
@@ -113,10 +114,11 @@ def _measure(
     # Results of published benchmarks, which only `openimp eval` measures.
     shown += latest([result for result in recorded if "library" in result])
     table = results.section(shown, recorded, notes)
-    return about, {"Results": table, "Confusions": confusions, "Retrieval": retrievals}
+    return facts, {"Results": table, "Confusions": confusions, "Retrieval": retrievals}
 
 
 def _show(modalities: Modalities, options: EvaluationSet, source: Table, name: str, row: int) -> Any:
+    """What the page shows of a modality's value in a row; see `results.Show`."""
     modality = modalities[name]
     try:
         raw = raw_value(source, modality, options.inputs[name], row)

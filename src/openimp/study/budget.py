@@ -19,8 +19,10 @@ SAVES = 5
 """Checkpoints per training, so that a crash costs little."""
 DERIVED = {"train.steps", "train.save_every", "optimizer.warmup_steps", "seed"}
 """Keys that follow from the study's FLOPs and seeds."""
-SMOKE_ROWS, SMOKE_BATCH = 48, 16
-"""Rows per source and examples per batch with --smoke."""
+SMOKE_ROWS = 48
+"""Rows per source with --smoke."""
+SMOKE_BATCH = 16
+"""Examples per batch with --smoke."""
 MAX_STEPS = 10**8
 """Limit on the steps of a run, because its whole schedule is held in memory."""
 
@@ -36,8 +38,10 @@ def variant_of(study: Study, part: Part) -> Variant:
 
 def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Recipe:
     """The recipe of one model of a study. If its FLOPs allow more than `MAX_STEPS`, that is a UserError."""
-    data = Recipe.load(study.recipe, [*study.set, *part.set, f"seed={seed}"], Path.cwd()).to_dict()
-    for key, _, value in (change.partition("=") for change in (*study.set, *part.set)):
+    changes = [*study.set, *part.set]
+    data = Recipe.load(study.recipe, [*changes, f"seed={seed}"], Path.cwd()).to_dict()
+    for change in changes:
+        key, _, value = change.partition("=")
         for derived in flat({key.strip(): yaml.load(value, RecipeLoader)}).keys() & DERIVED:
             raise UserError(f"{derived} follows from the study's FLOPs and seeds, so it cannot be set")
     if part.summed:
@@ -59,8 +63,9 @@ def part_recipe(study: Study, part: Part, seed: int, smoke: bool = False) -> Rec
     if allowed > MAX_STEPS:
         raise UserError(f"its FLOPs allow {allowed:.2g} steps, but a run has at most {MAX_STEPS:,}")
     steps = max(1, round(allowed))
-    round_length = sum(task.weight > 0 for task in recipe.tasks.values())  # Summed tasks are saved after whole rounds.
-    data["train"].update(steps=steps, save_every=max(1, steps // (SAVES * round_length)) * round_length)
+    round_length = sum(task.weight > 0 for task in recipe.tasks.values())
+    rounds_per_save = max(1, steps // (SAVES * round_length))  # Whole rounds, because summed tasks are saved after one.
+    data["train"].update(steps=steps, save_every=rounds_per_save * round_length)
     data["optimizer"]["warmup_steps"] = None  # A share of the steps, because a fixed number may exceed them.
     return Recipe.build(data)
 
@@ -82,11 +87,14 @@ def _keep_tasks(data: dict[str, Any], names: list[str], common: Recipe) -> None:
     used = {name for task in data["tasks"].values() for name in task["inputs"]}
     stems = {modality.stem for name, modality in common.make_modalities().items() if name in used}
     data["modalities"] = {stem: options for stem, options in data["modalities"].items() if stem in stems}
-    data["evaluation"]["sets"] = {
-        name: options
-        for name, options in data["evaluation"]["sets"].items()
-        if {*options["inputs"], *([options["reader"]] if "reader" in options else [])} <= used
-    }
+    kept_sets = {}
+    for name, options in data["evaluation"]["sets"].items():
+        needed = {*options["inputs"]}
+        if "reader" in options:
+            needed.add(options["reader"])
+        if needed <= used:
+            kept_sets[name] = options
+    data["evaluation"]["sets"] = kept_sets
 
 
 def flops_per_step(recipe: Recipe, variant: Variant | None = None) -> dict[str, float]:
@@ -98,5 +106,5 @@ def flops_per_step(recipe: Recipe, variant: Variant | None = None) -> dict[str, 
     variant = variant or Variant()
     modalities = variant.make_modalities(recipe)
     batches = StepBatches(recipe, modalities)
-    by_view = variant.costs(recipe, modalities, batches.classes)
-    return {name: row["flops"] for name, row in mixture(recipe, by_view).items()}
+    costs = variant.costs(recipe, modalities, batches.classes)
+    return {name: row["flops"] for name, row in mixture(recipe, costs).items()}

@@ -58,7 +58,7 @@ def draw_scores(outcomes: Outcomes) -> Figure:
 def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]]) -> Figure:
     """The mean score of each arm against its training FLOPs on a logarithmic axis, with the standard deviation.
 
-    A line connects the arms of each of the `curves`. The legend has the parts of their names that all have in common.
+    A line connects the arms of each of the `curves`. Its label has the parts that the names of its arms begin with.
     """
     figure = Figure(figsize=(9, 4.4))
     axis = figure.subplots()
@@ -66,10 +66,10 @@ def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]]) -> F
     for curve in curves:
         if arms := [arm for arm in curve if means[arm]]:
             flops = [statistics.mean(outcome.flops for outcome in outcomes[arm]) / 1e12 for arm in arms]
-            shared = os.path.commonprefix([arm.split(", ") for arm in arms])  # noqa: RUF071 (of lists)
-            label = ", ".join(shared) or min(arms, key=len)
-            middle, deviation = zip(*(mean_and_deviation(means[arm]) for arm in arms))
-            axis.errorbar(flops, middle, yerr=deviation, fmt="o-", linewidth=1, capsize=3, label=label)
+            shared_parts = os.path.commonprefix([arm.split(", ") for arm in arms])  # noqa: RUF071 (of lists)
+            label = ", ".join(shared_parts) or min(arms, key=len)
+            mean_scores, deviations = zip(*(mean_and_deviation(means[arm]) for arm in arms))
+            axis.errorbar(flops, mean_scores, yerr=deviations, fmt="o-", linewidth=1, capsize=3, label=label)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
     axis.xaxis.set_major_formatter("{x:g}")
@@ -84,12 +84,14 @@ def draw_cosines(cosines_by_arm: Mapping[str, Mapping[str, Sequence[float]]]) ->
     """A heat map per arm of the mean cosine between the gradients of each pair of tasks."""
     figure = Figure(figsize=(1 + 2.9 * len(cosines_by_arm), 3))
     axes = figure.subplots(1, len(cosines_by_arm), squeeze=False)
-    means = {arm: {pair: statistics.mean(v) for pair, v in pairs.items()} for arm, pairs in cosines_by_arm.items()}
-    largest = max(abs(mean) for by_pair in means.values() for mean in by_pair.values())
-    for axis, (arm, by_pair) in zip(axes[0], means.items()):
-        tasks = list(dict.fromkeys(name for pair in by_pair for name in pair.split("|")))
+    means_by_arm = {}
+    for arm, cosines_by_pair in cosines_by_arm.items():
+        means_by_arm[arm] = {pair: statistics.mean(cosines) for pair, cosines in cosines_by_pair.items()}
+    largest = max(abs(mean) for means in means_by_arm.values() for mean in means.values())
+    for axis, (arm, means) in zip(axes[0], means_by_arm.items()):
+        tasks = list(dict.fromkeys(name for pair in means for name in pair.split("|")))
         grid = np.full((len(tasks), len(tasks)), np.nan)
-        for pair, mean in by_pair.items():
+        for pair, mean in means.items():
             a, b = (tasks.index(name) for name in pair.split("|"))
             for x, y in {(a, b), (b, a)}:
                 grid[y, x] = mean

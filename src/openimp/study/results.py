@@ -31,24 +31,27 @@ def write_results(study: Study, outcomes: Outcomes, out: Path, name: str, comman
 def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: str) -> str:
     """Returns the page and saves its plots into `folder`."""
 
-    def plot(about: str, figure: Any, suffix: str = "") -> str:
+    def plot(caption: str, figure: Any, suffix: str = "") -> str:
         figure.savefig(folder / f"{name}{suffix}.png", facecolor="white")
-        return f"![{about}]({name}{suffix}.png)"
+        return f"![{caption}]({name}{suffix}.png)"
 
     sections = [f"# {study.title}", study.question.strip()]
     sections += [plot("Mean reciprocal rank of each arm, by evaluation set", draw_scores(outcomes))]
-    if len({statistics.mean(part.flops_factor for part in parts) for parts in study.arms.values()}) > 1:
+    flops_factors = {statistics.mean(part.flops_factor for part in parts) for parts in study.arms.values()}
+    if len(flops_factors) > 1:
         curves = draw_against_flops(outcomes, curves_of(study))
         sections += [plot("Mean over all sets against training FLOPs", curves, "-flops")]
-    seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} ({', '.join(map(str, study.seeds))})"
+    plural = "s" if len(study.seeds) > 1 else ""
+    listed_seeds = f"{len(study.seeds)} seed{plural} ({', '.join(map(str, study.seeds))})"
     sections += [
         _score_table(outcomes),
-        f"Mean reciprocal rank in percent, averaged over both directions: mean and standard deviation over {seeds}. "
-        f"TFLOPs count forward and backward passes and the optimizer. Peak memory is the most that one update "
-        "allocates beyond weights, optimizer state and batch. The minutes of training were measured on a shared "
-        "machine and are only a rough guide.",
+        "Mean reciprocal rank in percent, averaged over both directions: mean and standard deviation over "
+        f"{listed_seeds}. TFLOPs count forward and backward passes and the optimizer. Peak memory is the most that "
+        "one update allocates beyond weights, optimizer state and batch. The minutes of training were measured on a "
+        "shared machine and are only a rough guide.",
     ]
-    cosines = {arm: pooled for arm, seeds in outcomes.items() if (pooled := _pool_cosines(seeds))}
+    cosines_by_arm = {arm: _pool_cosines(seeds) for arm, seeds in outcomes.items()}
+    cosines = {arm: cosines for arm, cosines in cosines_by_arm.items() if cosines}
     if cosines:
         sections += [
             "## The tasks' gradients",
@@ -58,10 +61,11 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
             "mean over the training and the seeds, and the share of measurements below 0. For a task and itself, both "
             "batches are from that task.",
         ]
-        for arm, (first, *_) in outcomes.items():
-            if first.experts:
-                usage = draw_experts(first.experts)
-                sections += [plot(f"Expert usage by modality: {arm}", usage, f"-experts-{file_name(arm)}")]
+        for arm, seeds in outcomes.items():
+            usage = seeds[0].experts
+            if usage:
+                caption = f"Expert usage by modality: {arm}"
+                sections += [plot(caption, draw_experts(usage), f"-experts-{file_name(arm)}")]
     sections += [study.findings.strip()] if study.findings else []
     sections += [f"Written by `{command}`, {date.today().isoformat()}: {_versions(outcomes)}."]
     return "\n\n".join(sections) + "\n"
@@ -71,7 +75,8 @@ def curves_of(study: Study) -> list[list[str]]:
     """Groups of arms that differ only in their FLOPs, each in ascending order of FLOPs."""
     curves: dict[str, list[str]] = {}
     for arm, parts in sorted(study.arms.items(), key=lambda item: sum(part.flops_factor for part in item[1])):
-        curves.setdefault(repr([part.model_copy(update={"flops_factor": 1.0}) for part in parts]), []).append(arm)
+        all_but_flops = repr([part.model_copy(update={"flops_factor": 1.0}) for part in parts])
+        curves.setdefault(all_but_flops, []).append(arm)
     return list(curves.values())
 
 
@@ -101,8 +106,11 @@ def _cosine_table(cosines_by_arm: Mapping[str, Mapping[str, Sequence[float]]]) -
         row = [pair.replace("|", " and ")]
         for cosines in cosines_by_arm.values():
             values = cosines.get(pair)
-            below = f" ({statistics.mean(value < 0 for value in values):.0%} below 0)" if values else ""
-            row.append(f"{statistics.mean(values):.3f}{below}" if values else "")
+            if values:
+                negative_share = statistics.mean(value < 0 for value in values)
+                row.append(f"{statistics.mean(values):.3f} ({negative_share:.0%} below 0)")
+            else:
+                row.append("")
         rows.append(row)
     return _markdown(["tasks", *cosines_by_arm], rows)
 
@@ -128,8 +136,8 @@ def _spread(scores: Sequence[float]) -> str:
 
 
 def _versions(outcomes: Outcomes) -> str:
-    trained = sorted(set().union(*(seed.versions for seeds in outcomes.values() for seed in seeds)))
+    versions = sorted(set().union(*(seed.versions for seeds in outcomes.values() for seed in seeds)))
     return (
-        f"openimp {' and '.join(trained)}, torch {version('torch')}, Python {platform.python_version()}; "
+        f"openimp {' and '.join(versions)}, torch {version('torch')}, Python {platform.python_version()}; "
         f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
     )

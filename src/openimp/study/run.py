@@ -48,36 +48,40 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
     from openimp.study.results import write_results
 
     study, title = read_study(name, smoke)
-    plan = _plan(study, name, smoke)
-    _check_evaluation(study, name, [training for training in plan if training.seed == study.seeds[0]])
+    trainings = _trainings(study, name, smoke)
+    first_seed = study.seeds[0]
+    _check_evaluation(study, name, [training for training in trainings if training.seed == first_seed])
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: --out must be a folder, but it cannot be created: {error.strerror}") from None
     outcomes = {arm: {seed: Outcome() for seed in study.seeds} for arm in study.arms}
-    for number, (seed, arm, model_number, part, recipe) in enumerate(plan, 1):
+    for number, training in enumerate(trainings, 1):
+        arm = training.arm
+        seed = training.seed
         outcome = outcomes[arm][seed]
-        variant = variant_of(study, part)
-        run = runs / title / f"{file_name(arm)}-{model_number}-seed{seed}"
-        console.print(f"\n{title}, training {number} of {len(plan)}: {arm}, seed {seed}", style="bold")
-        _check_same_recipe(run, recipe)
-        if not train(recipe, run, "auto", variant):
+        variant = variant_of(study, training.part)
+        run = runs / title / f"{file_name(arm)}-{training.model_number}-seed{seed}"
+        console.print(f"\n{title}, training {number} of {len(trainings)}: {arm}, seed {seed}", style="bold")
+        _check_same_recipe(run, training.recipe)
+        if not train(training.recipe, run, "auto", variant):
             return False
         outcome.add(run)
-        if seed == study.seeds[0]:
+        if seed == first_seed:
             with TemporaryDirectory() as folder, console.capture():
-                training = Trainer(set_up(recipe, Path(folder), variant=variant))
-                outcome.parameters += sum(parameter.numel() for parameter in training.model.parameters())
-                outcome.memory = max(outcome.memory, peak_memory(training))
+                trainer = Trainer(set_up(training.recipe, Path(folder), variant=variant))
+                outcome.parameters += sum(parameter.numel() for parameter in trainer.model.parameters())
+                outcome.memory = max(outcome.memory, peak_memory(trainer))
     command = f"openimp study {shlex.quote(name)}{' --smoke' if smoke else ''}"
-    write_results(study, {arm: list(by_seed.values()) for arm, by_seed in outcomes.items()}, out, title, command)
+    by_arm = {arm: list(by_seed.values()) for arm, by_seed in outcomes.items()}
+    write_results(study, by_arm, out, title, command)
     console.print(f"\nThe results are in {out / title}.md", soft_wrap=True)
     return True
 
 
-def _plan(study: Study, name: str, smoke: bool) -> list[Training]:
-    """All trainings. Made before the first of them starts, so that a mistake in any arm is reported at once."""
-    plan = []
+def _trainings(study: Study, name: str, smoke: bool) -> list[Training]:
+    """All trainings of a study. They are listed before any starts, so that a mistake in any arm is reported at once."""
+    trainings = []
     for seed in study.seeds:
         for arm, parts in study.arms.items():
             for model_number, part in enumerate(parts):
@@ -85,25 +89,24 @@ def _plan(study: Study, name: str, smoke: bool) -> list[Training]:
                     recipe = part_recipe(study, part, seed, smoke)
                 except UserError as error:
                     raise UserError(f"{name}: arm {arm!r}: {error}") from None
-                plan.append(Training(seed, arm, model_number, part, recipe))
-    return plan
+                trainings.append(Training(seed, arm, model_number, part, recipe))
+    return trainings
 
 
 def _check_evaluation(study: Study, name: str, trainings: list[Training]) -> None:
-    """Checks that the arms can be compared after the trainings, which are those of one seed."""
-    sets: dict[str, set[str]] = defaultdict(set)
+    """Checks that the results of the arms can be compared. The trainings are those of one seed."""
+    sets_by_arm: dict[str, set[str]] = defaultdict(set)
     for training in trainings:
         arm = training.arm
-        retrieval = {
-            title for title, options in training.recipe.evaluation.sets.items() if isinstance(options, Retrieval)
-        }
-        if shared := retrieval & sets[arm]:
+        evaluation_sets = training.recipe.evaluation.sets
+        retrieval_sets = {title for title, options in evaluation_sets.items() if isinstance(options, Retrieval)}
+        if shared := retrieval_sets & sets_by_arm[arm]:
             raise UserError(f"{name}: arm {arm!r}: only one of its models may be evaluated on {min(shared)}")
-        sets[arm] |= retrieval
-    complete = max(sets.values(), key=len)
-    if not complete:
+        sets_by_arm[arm] |= retrieval_sets
+    most_sets = max(sets_by_arm.values(), key=len)
+    if not most_sets:
         raise UserError(f"{name}: recipe {study.recipe} has no evaluation set of type retrieval, which studies compare")
-    if not all(known <= complete for known in sets.values()):
+    if not all(sets <= most_sets for sets in sets_by_arm.values()):
         raise UserError(f"{name}: at least one arm must have all evaluation sets, so that there is a mean over them")
 
 

@@ -1,4 +1,4 @@
-"""The peer of studies: open_clip's two towers, unchanged, in openimp's training loop.
+"""A model for studies to compare with: open_clip's two towers, unchanged, in openimp's training loop.
 
     train(recipe, run, variant=TWO_TOWERS)
 
@@ -94,9 +94,10 @@ def unpatched_modalities(recipe: Recipe) -> dict[str, Modality]:
         raise UserError(f"{recipe.name}: open_clip's towers take images, but {media} has no form of pictures")
     shapes = sorted({medium.shape(view) for view in _views(recipe, media)})
     if len(shapes) > 1:
+        listed = ", ".join(" x ".join(map(str, shape)) for shape in shapes)
         raise UserError(
             f"{recipe.name}: open_clip's towers take only one shape, but the views of {media} in training and "
-            f"evaluation have the shapes {', '.join(' x '.join(map(str, shape)) for shape in shapes)}"
+            f"evaluation have the shapes {listed}"
         )
     if len({view[media].drop_tokens for view in task.views}) > 1:
         raise UserError(f"{recipe.name}: open_clip's towers have one patch dropout, but the views' drop_tokens differ")
@@ -122,12 +123,13 @@ def _pair(recipe: Recipe) -> tuple[Task, str, str]:
         raise UserError(f"{recipe.name}: two towers take one task, found {', '.join(recipe.tasks)}")
     ((name, task),) = recipe.tasks.items()
     modalities = recipe.make_modalities()
-    media, text = ([side for side in task.inputs if modalities[side].reads_text is reads] for reads in (False, True))
+    text = [modality for modality in task.inputs if modalities[modality].reads_text]
+    media = [modality for modality in task.inputs if not modalities[modality].reads_text]
     if len(media) != 1 or len(text) != 1:
         raise UserError(f"tasks.{name}: two towers take one modality and its text, found {', '.join(task.inputs)}")
     if task.objectives != [Contrastive(type="contrastive")]:
-        plain = f"tasks.{name}.objectives=[{{type: contrastive}}]"
-        raise UserError(f"tasks.{name}: open_clip's loss is contrastive and has no further options; set {plain}")
+        change = f"tasks.{name}.objectives=[{{type: contrastive}}]"
+        raise UserError(f"tasks.{name}: open_clip's loss is contrastive and has no further options; set {change}")
     if any(spec.draw > 1 for spec in task.inputs.values()):
         raise UserError(f"tasks.{name}: open_clip's loss takes one pair per example; remove draw")
     if recipe.model.moe:

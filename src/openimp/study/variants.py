@@ -21,7 +21,8 @@ MEASUREMENTS = 12
 
 
 def measure_conflict(trainer: Trainer, step: int) -> None:
-    """Measures the cosine between the tasks' gradients on the encoder now and then, and writes it to conflict.jsonl.
+    """Measures the cosine between the tasks' gradients on the encoder, and writes it to conflict.jsonl. It does so at
+    about `MEASUREMENTS` of the steps.
 
     For each task it computes the gradients of the task's next two batches. A task's cosine with itself compares these
     two. It shows how large a cosine can be at all, because batches of one task differ too. The measurements do not
@@ -43,11 +44,11 @@ def _cosines(trainer: Trainer, step: int) -> dict[str, float]:
     A task with fewer than two steps from `step` on is left out.
     """
     gradients = {}
-    for name in trainer.recipe.tasks:
-        steps = (s for s in range(step, len(trainer.data)) if trainer.data.schedule[s].task == name)
-        computed = [_gradient(trainer, trainer.data[s]) for s in islice(steps, 2)]
-        if len(computed) == 2:
-            gradients[name] = computed
+    for task in trainer.recipe.tasks:
+        steps = (later for later in range(step, len(trainer.data)) if trainer.data.schedule[later].task == task)
+        two_gradients = [_gradient(trainer, trainer.data[task_step]) for task_step in islice(steps, 2)]
+        if len(two_gradients) == 2:
+            gradients[task] = two_gradients
     return {
         f"{a}|{b}": float(F.cosine_similarity(gradients[a][0], gradients[b][1], dim=0))
         for a, b in combinations_with_replacement(gradients, 2)
@@ -58,9 +59,10 @@ def _gradient(trainer: Trainer, loaded: LoadedBatch) -> Tensor:
     """The gradient of a batch's loss with respect to all weights of the encoder, as one fp32 vector."""
     assert isinstance(trainer.model, IMP)
     trainer.forward(loaded).total.backward()
-    parts = [(p.new_zeros(p.shape) if p.grad is None else p.grad) for p in trainer.model.encoder.parameters()]
+    weights = [*trainer.model.encoder.parameters()]
+    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
     trainer.model.zero_grad(set_to_none=True)
-    return torch.cat([part.flatten() for part in parts])
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 SUMMED = Variant(name="SummedTrainer", sum_tasks=True)
@@ -72,33 +74,35 @@ round are kept until its last step, which runs one backward pass and updates the
 CONFLICT = Variant(name="ConflictTrainer", before_step=measure_conflict)
 
 
-def peak_memory(training: Trainer) -> int:
+def peak_memory(trainer: Trainer) -> int:
     """The most memory that an update of a new training allocates on top of what existed before it, in bytes.
 
     The maximum is over one update of each task and view. It is computed from the CPU allocations that torch's profiler
-    records, so it does not depend on what else runs on the machine. The training cannot go on afterwards.
+    records, so it does not depend on other programs. The training cannot go on afterwards.
     """
     # At lower levels kineto prints its start and end.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    first: dict[tuple[str, int], int] = {}
-    for step, visit in enumerate(training.data.schedule):
-        first.setdefault((visit.task, visit.view), step)
-    step_groups = [[step] for step in sorted(first.values())]
-    if (round_length := training.steps_per_update) > 1:  # Whole rounds, until every view has occurred.
-        rounds = -(-(max(first.values()) + 1) // round_length)
-        step_groups = [[*range(min(rounds * round_length, len(training.data)))]]
-    together = [[training.data[step] for step in steps] for steps in step_groups]
-    for loaded in chain.from_iterable(together):  # The first updates create the optimizer state, which must not count.
-        training.make_step(loaded)
-    peak = max(_peak_of(training, batches) for batches in together)
-    training.log.metrics.close()
+    first_steps: dict[tuple[str, int], int] = {}  # of each task and view
+    for step, visit in enumerate(trainer.data.schedule):
+        first_steps.setdefault((visit.task, visit.view), step)
+    step_groups = [[step] for step in sorted(first_steps.values())]
+    if (round_length := trainer.steps_per_update) > 1:  # Whole rounds, until every view has occurred.
+        rounds = -(-(max(first_steps.values()) + 1) // round_length)
+        step_groups = [[*range(min(rounds * round_length, len(trainer.data)))]]
+    batch_groups = [[trainer.data[step] for step in steps] for steps in step_groups]
+    # The first updates create the optimizer state, which must not count.
+    for loaded in chain.from_iterable(batch_groups):
+        trainer.make_step(loaded)
+    peak = max(_peak_of(trainer, batches) for batches in batch_groups)
+    trainer.log.metrics.close()
     return peak
 
 
-def _peak_of(training: Trainer, batches: Iterable[LoadedBatch]) -> int:
+def _peak_of(trainer: Trainer, batches: Iterable[LoadedBatch]) -> int:
     """The most bytes that are allocated at any moment of these updates, beyond what existed before them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         for loaded in batches:
-            training.make_step(loaded)
-    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+            trainer.make_step(loaded)
+    allocations = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocations.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in allocations))
