@@ -34,7 +34,7 @@ def record_training(config: str, recipe: str) -> None:
 def trained_here(folder: Path) -> bool:
     """Whether this user trained the model in `folder` on this machine."""
     files = [folder / "config.json", folder / "recipe.yaml"]
-    with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
+    with suppress(OSError, UserError):  # Without a private cache folder, no model is known.
         return _record(*(file.read_bytes() for file in files if file.exists())).exists()
     return False
 
@@ -64,9 +64,9 @@ def check_uses(path: Path, folder: Path, recipe: Recipe, used: Iterable[tuple[st
     """Checks that the sources of a model's recipe may be read.
 
     They may if this user trained the model on this machine. Otherwise each source must be bundled or inside `path`,
-    the run or model folder that the user named. `folder` has the model's files. `recipe` is the one among them,
-    or one of the user's that it completes. `used` has pairs of the part of the recipe that reads a source, for the
-    message, and the source's name.
+    the run or model folder that the user named. `folder` has the model's files. `recipe` is the model's recipe, or the
+    user's recipe completed by it. `used` has (part of the recipe that reads a source, for the message; name of the
+    source).
     """
     if trained_here(folder):
         return
