@@ -22,7 +22,7 @@ from openimp.recipe.file import override
 from openimp.recipe.schema import Recipe
 
 LICENSE = "[a-z0-9][a-z0-9.-]*"
-"""What the Hub's identifiers of licenses look like. It refuses a model card with anything else."""
+"""Pattern of the Hub's identifiers of licenses. The Hub refuses a model card with any other."""
 
 
 def push(
@@ -76,11 +76,12 @@ def write(model: Model, source: Path, name: str, license: str | None, folder: Pa
 def _with_licenses(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     data = recipe.to_dict()
     for text in overrides:
-        found = re.match(r"\s*sources\.([^.=]+)\.license\s*=", text)
-        if not found:
+        match = re.match(r"\s*sources\.([^.=]+)\.license\s*=", text)
+        if not match:
             raise UserError(f"--set {text}: only the license of a source can be changed: sources.NAME.license=LICENSE")
-        if found[1] not in recipe.sources:
-            raise UserError(f"--set {text}: the recipe has no such source{nearest(found[1], recipe.sources)}")
+        source = match[1]
+        if source not in recipe.sources:
+            raise UserError(f"--set {text}: the recipe has no such source{nearest(source, recipe.sources)}")
         override(data, text)
     return Recipe.build(data)
 
