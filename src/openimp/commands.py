@@ -120,13 +120,13 @@ def run_eval(
     folder = find_model(path)
     model, (config, modalities, saved_recipe) = load_model(folder)
     recipe = saved_recipe.validated()
-    given: Collection[str] = ()  # sources that the user's own recipe defines
+    user_sources: Collection[str] = ()  # the names of the sources in the recipe `other`
     if other or overrides:
-        recipe, given = _with_sets(recipe, other, overrides or [])
+        recipe, user_sources = _with_sets(recipe, other, overrides or [])
     if not recipe.evaluation.sets:
         raise UserError(f"{other or path}: the recipe has no evaluation sets")
     if not allow_sources:
-        check_sources(path, folder, recipe, sets or recipe.evaluation.sets, given)
+        check_sources(path, folder, recipe, sets or recipe.evaluation.sets, user_sources)
     model = model.to(pick_device())
     failure: NotMeasured | None = None
     try:
@@ -187,12 +187,13 @@ def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple
         return Recipe.build(ours), ()
     theirs, file = read_recipe(other, overrides, Path.cwd())
     # The model's own sources are kept, because its tasks name them. Unknown keys of `theirs` are refused by `build`.
-    given = theirs.get("sources") or {}
-    sources = ours["sources"] | given if isinstance(given, dict) else given
-    measured = {"sources": sources, "evaluation": theirs.get("evaluation") or {}}
+    user_sources = theirs.get("sources") or {}
+    sources = ours["sources"] | user_sources if isinstance(user_sources, dict) else user_sources
+    evaluation = theirs.get("evaluation") or {}
     if recipe.model.wrap:
-        _drop_sizes(recipe, measured["evaluation"])
-    return Recipe.build({**theirs, **ours, **measured}, file.resolve().parent, other), given
+        _drop_sizes(recipe, evaluation)
+    data = {**theirs, **ours, "sources": sources, "evaluation": evaluation}
+    return Recipe.build(data, file.resolve().parent, other), user_sources
 
 
 def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:

@@ -38,8 +38,8 @@ def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> 
 
     `sources` are the present `StepBatches.fingerprints`. Unless changes are `allowed`, they are a UserError.
     """
-    before = read_state(folder)["sources"]
-    changed = [name for name, now in sources.items() if before.get(name) != now]
+    saved_fingerprints = read_state(folder)["sources"]
+    changed = [name for name, fingerprint in sources.items() if saved_fingerprints.get(name) != fingerprint]
     if changed:
         message = f"{folder}: source {', '.join(changed)} has changed since it was saved"
         if not allowed:

@@ -123,7 +123,7 @@ def _remove_older(folder: Path, keep: int) -> None:
     best = (folder.parent / BEST).resolve().name
     # Later checkpoints are damaged; otherwise the run would have resumed from them. They must not stay the newest.
     up_to_this = [path for path in saved if path <= folder]
-    kept = {*up_to_this[-keep:], *(path for path in up_to_this if path.name == best)}
+    kept = {path for path in up_to_this if path.name == best} | set(up_to_this[-keep:])
     for path in saved:
         if path not in kept:
             _remove(path)

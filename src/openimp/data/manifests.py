@@ -69,7 +69,8 @@ def _read_all(name: str, path: str, files: list[str]) -> tuple[pa.Table, list[in
     tables = []
     for file in files:
         try:
-            tables.append(_read_csv(file) if Path(file).suffix.lower() == ".csv" else _read_json(file))
+            is_csv = Path(file).suffix.lower() == ".csv"
+            tables.append(_read_csv(file) if is_csv else _read_json(file))
         except UnicodeDecodeError:
             raise UserError(f"source {name}: {file}: is not UTF-8 text") from None
         except (ValueError, RecursionError) as error:

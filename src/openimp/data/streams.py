@@ -197,8 +197,8 @@ class Stream(Rows):
                 yield (name, row), next_state
 
     def _empty(self) -> UserError:
-        kept = f" that where {self._filter!r} keeps" if self._filter else ""
-        return UserError(f"source {self.name} ({self.path}) has no rows{kept}")
+        condition = f" that where {self._filter!r} keeps" if self._filter else ""
+        return UserError(f"source {self.name} ({self.path}) has no rows{condition}")
 
 
 class Lane:

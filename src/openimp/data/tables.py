@@ -150,8 +150,9 @@ class Table(Rows):
         folder source counts with its name and size. Files that a manifest names do not count, because reading them at
         every start would take too long.
         """
-        kept = "" if self._kept is None else "-" + stable_hash([self._kept.tobytes()])
-        return self._content() + kept
+        if self._kept is None:
+            return self._content()
+        return f"{self._content()}-{stable_hash([self._kept.tobytes()])}"
 
     def fingerprint_with_files(self, columns: Iterable[str]) -> str:
         """Hash of `fingerprint` and of the media files in these columns: all files, or 10,000 evenly spaced ones."""
@@ -195,7 +196,8 @@ class Table(Rows):
         """Keeps the selected rows that are in the parts of a source's `part`, and returns the table."""
         if part is None:
             return self
-        self.require([part.by] if part.by else [], f"sources.{self.name}.part")
+        if part.by:
+            self.require([part.by], f"sources.{self.name}.part")
         kept_rows = [row for row, number in enumerate(self.parts(part.of, part.by)) if part.selects(number)]
         if not kept_rows:
             raise UserError(

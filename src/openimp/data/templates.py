@@ -38,7 +38,8 @@ def fill(templates: list[str], row: dict[str, Any], rng: np.random.Generator | N
     time, a random subset, in random order. Without it, templates and values are used in their order.
     """
     empty_columns: dict[str, None] = {}
-    for i in range(len(templates)) if rng is None else rng.permutation(len(templates)):
+    order = range(len(templates)) if rng is None else rng.permutation(len(templates))
+    for i in order:
         pieces = _parse(templates[i])
         values = _values(pieces, row)
         if all(values.values()):

@@ -44,11 +44,13 @@ def _record(*contents: bytes) -> Path:
     return cache_folder(KNOWN) / hashlib.sha256(b"\0".join(contents)).hexdigest()
 
 
-def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], given: Collection[str] = ()) -> None:
-    """Checks that `eval` and `report` may read the sources of a model's own evaluation sets; unknown sets are ignored.
+def check_sources(
+    path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], user_sources: Collection[str] = ()
+) -> None:
+    """Checks that `eval` and `report` may read the sources of evaluation sets; unknown sets are ignored.
 
-    `given` are the names of the sources that the user's own recipe defines, which may be anywhere. For the other
-    arguments see `check_uses`.
+    `user_sources` are the names of the sources that the user's own recipe defines, which may be anywhere. For the
+    other arguments see `check_uses`.
     """
     used = []
     for name in sets:
@@ -56,7 +58,7 @@ def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str],
             continue
         options = recipe.evaluation.sets[name]
         sources = [options.source, options.train] if isinstance(options, Probe) else [options.source]
-        used += [(f"evaluation set {name}", source) for source in sources if source not in given]
+        used += [(f"evaluation set {name}", source) for source in sources if source not in user_sources]
     check_uses(path, folder, recipe, used)
 
 

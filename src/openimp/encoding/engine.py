@@ -79,7 +79,9 @@ class ItemEncoder:
         All ranks iterate together until the end, because they share the model. Each encodes its own items.
         """
         passes: Iterable[Any] = in_lockstep(self._batches(ahead(_attempt, items)), lambda batch: batch.shape)
-        for batch, shapes in self.watch(passes, self.modality.name) if self.watch else passes:
+        if self.watch:
+            passes = self.watch(passes, self.modality.name)
+        for batch, shapes in passes:
             batch = batch or _Batch([], [], None)
             # All ranks have tokens of the same shape, as in training. Ranks without an item encode zeros.
             rows, length = map(max, zip(*shapes))
@@ -148,7 +150,8 @@ class ItemEncoder:
     def _project(self, features_MD: Tensor, towards: str | None) -> Tensor:
         """The vectors (M, Z) or (M, D) fp32 of clips."""
         if towards is None:
-            return F.normalize(features_MD.float(), dim=-1) if self.normalize else features_MD.float()
+            features_MD = features_MD.float()
+            return F.normalize(features_MD, dim=-1) if self.normalize else features_MD
         with mixed_precision(self._device, self.precision):
             return self.model.project(features_MD, self.modality.name, towards, self.normalize)
 
@@ -158,7 +161,9 @@ class ItemEncoder:
             return []
         # On a GPU, index_add would sum in another order in each run.
         z_NZ = torch.stack([z.mean(0) for z in z_MZ.split(clips)])
-        return list(F.normalize(z_NZ, dim=-1) if self.normalize else z_NZ)
+        if self.normalize:
+            z_NZ = F.normalize(z_NZ, dim=-1)
+        return list(z_NZ)
 
 
 def to_cpu(results: Iterable[tuple[K, Tensor | BadMedia]]) -> Iterator[list[tuple[K, np.ndarray | BadMedia]]]:

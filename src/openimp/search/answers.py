@@ -112,10 +112,10 @@ def _parts(index: Index, uploads: Uploads, page: Answer) -> list[QueryPart]:
                 parts.append(Like(id, weight))
     if len(hits) < len({*state.more, *state.less}):
         page.notes.append("An item of this query is no longer indexed.")
-    kept: dict[str, Any] = {
+    ids_by_kind: dict[str, Any] = {
         kind: tuple(chip.id for chip in page.chips if chip.kind == kind) for kind in ("file", "more", "less")
     }
-    page.state = replace(state, **kept)
+    page.state = replace(state, **ids_by_kind)
     return parts
 
 
