@@ -186,18 +186,20 @@ class StepBatches(Dataset[LoadedBatch]):
 
         Modalities whose stem is in `fitted_stems` are left as they are.
         """
-        readers = {name: m for name, m in self.modalities.items() if m.reads_text and m.stem not in fitted_stems}
-        learning = {name: m for name, m in readers.items() if isinstance(m, Learned)}
+        learners: dict[str, Learned] = {}
+        for name, modality in self.modalities.items():
+            if modality.reads_text and modality.stem not in fitted_stems and isinstance(modality, Learned):
+                learners[name] = modality
 
         def fit() -> dict[str, dict[str, str]]:
-            for name, modality in learning.items():
-                modality.fit(self._corpus(name))
-            return {name: modality.state() for name, modality in learning.items()}
+            for name, learner in learners.items():
+                learner.fit(self._corpus(name))
+            return {name: learner.state() for name, learner in learners.items()}
 
         states = run_on_rank_zero(fit)
         if self.rank > 0:
-            for name, modality in learning.items():
-                modality.load_state(states[name])
+            for name, learner in learners.items():
+                learner.load_state(states[name])
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each source, by name. That of a table covers the media files that tasks read from it."""
