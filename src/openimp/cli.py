@@ -115,7 +115,7 @@ def eval(
     """Evaluate a model: retrieval, zero-shot classification, trained heads and probes, each compared with chance."""
     from openimp.commands import run_eval
 
-    run_eval(run, sets, recipe, out, set_, allow_sources, mteb)
+    run_eval(run, sets, recipe, out, overrides=set_, allow_sources=allow_sources, mteb=mteb)
 
 
 @app.command()
@@ -151,12 +151,18 @@ def embed(
     ] = None,
 ) -> None:
     """Embed files, and write paths and embeddings to a Parquet file; or embed rows, and write them with embeddings."""
-    from openimp.commands import run_embed, run_embed_rows
+    from openimp.commands import run_embed
+    from openimp.inference.join import embed_rows
 
     if join is None:
-        run_embed(run, files or [], out, modality, towards, batch_size, {"--column": column, "--to": to})
+        join_options = {"--column": column, "--to": to}
+        run_embed(
+            run, files or [], out, modality=modality, towards=towards, batch_size=batch_size, join_options=join_options
+        )
+    elif files:
+        raise UserError("--join embeds the rows of a source; drop files")
     else:
-        run_embed_rows(run, join, out, modality, column, to, towards, batch_size, files)
+        embed_rows(run, join, out, modality, column, to=to or "embedding", towards=towards, batch_size=batch_size)
 
 
 @app.command()
@@ -183,7 +189,9 @@ def index(
 def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replaces `**queries` of a command with an option --NAME for each modality that is installed."""
     signature = inspect.signature(command)
-    parameters = [each for each in signature.parameters.values() if each.kind != inspect.Parameter.VAR_KEYWORD]
+    parameters = [
+        parameter for parameter in signature.parameters.values() if parameter.kind != inspect.Parameter.VAR_KEYWORD
+    ]
     for name in sorted(point.name for point in entry_points(group="openimp.modalities")):
         option = typer.Option(
             f"--{name}", help=f"A file of modality {name} to search with; if that is a modality of texts, a text."
@@ -197,7 +205,7 @@ def _with_query_options(command: Callable[..., None]) -> Callable[..., None]:
 
     # typer reads both.
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
@@ -225,7 +233,17 @@ def search(
     """Search an index with texts, files, or both, and print the items that are closest to the sum of their vectors."""
     from openimp.commands import run_search
 
-    run_search(index, texts or [], minus or [], queries, modality, under, k, min_score, json)
+    run_search(
+        index,
+        texts or [],
+        minus or [],
+        queries,
+        modalities=modality,
+        under=under,
+        k=k,
+        min_score=min_score,
+        as_json=json,
+    )
 
 
 @app.command()
@@ -264,7 +282,7 @@ def push(
     from openimp.inference.publish import push as push_model
 
     warn_of_vulnerable_libraries()
-    push_model(run, name, to, private, license, set_ or [])
+    push_model(run, name, to, private, license, overrides=set_ or [])
 
 
 @app.command()
@@ -345,12 +363,15 @@ def main() -> None:
         # If the disk is full, the error has no file name.
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        where = "" if error.filename is None else f"{error.filename}: "
-        print(printable(f"openimp: {where}{error.strerror}"), file=sys.stderr)
+        file = "" if error.filename is None else f"{error.filename}: "
+        print(printable(f"openimp: {file}{error.strerror}"), file=sys.stderr)
         sys.exit(2)
 
 
 def _with_values(arguments: list[str]) -> list[str]:
     """Gives a bare --resume an empty value, because typer does not support options with an optional value."""
-    following = [*arguments[1:], ""]
-    return [f"{it}=" if it == "--resume" and after != "auto" else it for it, after in zip(arguments, following)]
+    with_values = []
+    for argument, next_argument in zip(arguments, [*arguments[1:], ""]):
+        is_bare = argument == "--resume" and next_argument != "auto"
+        with_values.append("--resume=" if is_bare else argument)
+    return with_values

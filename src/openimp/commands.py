@@ -1,4 +1,4 @@
-"""What the commands do: the glue between the command line and the library, and what they print."""
+"""The commands: the glue between the command line and the library, and their printed output."""
 
 import json
 import sys
@@ -26,7 +26,6 @@ from openimp.drafting.draft import draft_recipe, is_data, recipe_name
 from openimp.evaluation.evaluate import NotMeasured, evaluate
 from openimp.evaluation.results import latest, read_results, table
 from openimp.inference.embed import embed
-from openimp.inference.join import embed_rows
 from openimp.inference.model import load
 from openimp.parallel import distributed
 from openimp.planning.plan import plans
@@ -42,8 +41,8 @@ from openimp.search.query import Like, Query
 from openimp.training.metrics_file import read_metrics
 from openimp.training.trainer import train
 
-MAX_SHOWN = 100
-"""Most characters of an item's text in a list of results."""
+MAX_TEXT = 100
+"""Maximum number of characters of an item's text in a list of results."""
 
 
 def run_demo(overrides: list[str], run: Path | None) -> None:
@@ -76,8 +75,8 @@ def run_train(
     if resume not in (None, "", "auto"):
         raise UserError(f"--resume: expected auto or nothing, found {resume}")
     recipe = _recipe_for(name, overrides, run, resume) if is_data(name) else Recipe.load(name, overrides, Path.cwd())
-    how: bool | Literal["auto"] = "auto" if resume == "auto" else resume is not None
-    train(recipe, run or Path("runs") / recipe.name, how, allow_changed_data=allow_changed_data)
+    resumes: bool | Literal["auto"] = "auto" if resume == "auto" else resume is not None
+    train(recipe, run or Path("runs") / recipe.name, resumes, allow_changed_data=allow_changed_data)
 
 
 def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str | None) -> Recipe:
@@ -121,25 +120,29 @@ def run_eval(
     folder = find_model(path)
     model, (config, modalities, saved_recipe) = load_model(folder)
     recipe = saved_recipe.validated()
-    given: Collection[str] = ()  # sources that the user's own recipe defines
+    user_sources: Collection[str] = ()  # the names of the sources in the recipe `other`
     if other or overrides:
-        recipe, given = _with_sets(recipe, other, overrides or [])
+        recipe, user_sources = _with_sets(recipe, other, overrides or [])
     if not recipe.evaluation.sets:
         raise UserError(f"{other or path}: the recipe has no evaluation sets")
     if not allow_sources:
-        check_sources(path, folder, recipe, sets or recipe.evaluation.sets, given)
-    model, failed = model.to(pick_device()), None
+        check_sources(path, folder, recipe, sets or recipe.evaluation.sets, user_sources)
+    model = model.to(pick_device())
+    failure: NotMeasured | None = None
     try:
-        results = evaluate(model, recipe, modalities, sets or None, saved_step(folder), track, config.classes)
+        results = evaluate(
+            model, recipe, modalities, sets or None, saved_step(folder), progress=track, classes=config.classes
+        )
     except NotMeasured as error:
-        results, failed = error.results, error
+        results = error.results
+        failure = error
     if results:
         console.print(table(results))
-    for result in results if out else []:
-        assert out is not None
-        append(out, result)
-    if failed:
-        raise failed
+    if out:
+        for result in results:
+            append(out, result)
+    if failure:
+        raise failure
 
 
 def _run_benchmarks(path: Path, tasks: list[str], out: Path | None) -> None:
@@ -155,12 +158,12 @@ def _run_benchmarks(path: Path, tasks: list[str], out: Path | None) -> None:
     folder = find_model(str(path))
     model = load(folder)
     model.precision = model.config.precision
-    found, left_out = mteb_tasks.find_tasks(tasks, model.modalities)
+    mteb_task_list, left_out = mteb_tasks.find_tasks(tasks, model.modalities)
     for sentence in left_out:
         console.print(sentence, soft_wrap=True)
     results = []
     try:
-        for result in mteb_tasks.measure(model, saved_step(folder), found):
+        for result in mteb_tasks.measure(model, saved_step(folder), mteb_task_list):
             results.append(result)
             if out:
                 append(out, result)
@@ -170,8 +173,10 @@ def _run_benchmarks(path: Path, tasks: list[str], out: Path | None) -> None:
 
 
 def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple[Recipe, Collection[str]]:
-    """A model's recipe with overrides of its sources and sets, or with the sources and sets of another recipe; and the
-    names of the sources that the other recipe defines."""
+    """A model's recipe with overrides of its sources and sets, or with the sources and sets of another recipe.
+
+    The second value has the names of the sources that the other recipe defines.
+    """
     for text in overrides:
         if not text.startswith(("sources.", "evaluation.")):
             raise UserError(f"--set {text}: a trained model allows changes of sources and evaluation only")
@@ -182,23 +187,28 @@ def _with_sets(recipe: Recipe, other: str | None, overrides: list[str]) -> tuple
         return Recipe.build(ours), ()
     theirs, file = read_recipe(other, overrides, Path.cwd())
     # The model's own sources are kept, because its tasks name them. Unknown keys of `theirs` are refused by `build`.
-    given = theirs.get("sources") or {}
-    sources = ours["sources"] | given if isinstance(given, dict) else given
-    measured = {"sources": sources, "evaluation": theirs.get("evaluation") or {}}
+    user_sources = theirs.get("sources") or {}
+    sources = ours["sources"] | user_sources if isinstance(user_sources, dict) else user_sources
+    evaluation = theirs.get("evaluation") or {}
     if recipe.model.wrap:
-        _drop_sizes(recipe, measured["evaluation"])
-    return Recipe.build({**theirs, **ours, **measured}, file.resolve().parent, other), given
+        _drop_sizes(recipe, evaluation)
+    data = {**theirs, **ours, "sources": sources, "evaluation": evaluation}
+    return Recipe.build(data, file.resolve().parent, other), user_sources
 
 
 def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
     """Removes the sizes of pictures and texts from views that were written for other models than a wrapped one."""
     sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
-    for options in sets.values() if isinstance(sets, dict) else ():
+    if not isinstance(sets, dict):
+        return
+    for options in sets.values():
         view = options.get("view") if isinstance(options, dict) else None
+        if not isinstance(view, dict):
+            continue
         for name in recipe.modality_names:
-            if isinstance(view, dict) and isinstance(view.get(name), dict):
-                unknown = class_for(name, recipe.model).View.renamed
-                view[name] = {key: value for key, value in view[name].items() if key not in unknown}
+            if isinstance(view.get(name), dict):
+                removed_keys = class_for(name, recipe.model).View.renamed
+                view[name] = {key: value for key, value in view[name].items() if key not in removed_keys}
 
 
 def run_search(
@@ -227,7 +237,7 @@ def run_search(
     width = max((len(hit.modality) for hit in hits), default=0)
     for hit in hits:
         time = "" if hit.start is None or hit.end is None else f"  {clock(hit.start)} to {clock(hit.end)}"
-        text = f"  {' '.join(hit.text.split())[:MAX_SHOWN]}" if hit.text else ""
+        text = f"  {' '.join(hit.text.split())[:MAX_TEXT]}" if hit.text else ""
         console.print(f"{hit.score:6.3f}  {hit.modality:{width}}  {hit.path}{time}{text}", soft_wrap=True)
     if not hits:
         console.print("no item is that close to the query")
@@ -240,31 +250,15 @@ def run_embed(
     modality: str | None,
     towards: str | None,
     batch_size: int,
-    unused: dict[str, str | None],
+    join_options: dict[str, str | None],
 ) -> None:
-    """Embeds files. `unused` options need --join."""
-    for option in (option for option, value in unused.items() if value is not None):
-        raise UserError(f"{option} needs --join, the source whose rows to embed")
+    """Embeds files. The `join_options` need --join, so none of them may have a value."""
+    for option, value in join_options.items():
+        if value is not None:
+            raise UserError(f"{option} needs --join, the source whose rows to embed")
     if not files:
         raise UserError("name files or folders to embed, or a source with --join")
-    embed(run, files, out, modality, towards, batch_size)
-
-
-def run_embed_rows(
-    run: Path,
-    source: str,
-    out: str,
-    modality: str | None,
-    column: str | None,
-    to: str | None,
-    towards: str | None,
-    batch_size: int,
-    files: list[str] | None,
-) -> None:
-    """Embeds the rows of a source, and writes them with the embeddings."""
-    if files:
-        raise UserError("--join embeds the rows of a source; drop files")
-    embed_rows(run, source, out, modality, column, to or "embedding", towards, batch_size)
+    embed(run, files, out, modality, towards, batch_size=batch_size)
 
 
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
@@ -289,12 +283,12 @@ def run_report(run: Path, out: Path | None, allow_sources: bool = False) -> None
 def run_info(what: str, overrides: list[str]) -> None:
     """Describes a recipe, a model, or a run. A run without a checkpoint is described by its recipe."""
     path = Path(what)
+    is_folder = path.is_dir()
     is_name = is_model_name(what)
-    if (is_name or path.is_dir()) and overrides:
+    if (is_name or is_folder) and overrides:
         raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
-    if is_name or (
-        path.is_dir() and (checkpoints(path) or (path / "config.json").exists() or not (path / "recipe.yaml").exists())
-    ):
+    has_model = is_folder and (checkpoints(path) or (path / "config.json").exists())
+    if is_name or has_model or (is_folder and not (path / "recipe.yaml").exists()):
         folder = find_model(what)
         config, modalities, saved_recipe = describe_model(folder)
         console.print(f"{what if is_name else folder}: a model of recipe {config.name}", soft_wrap=True)
@@ -302,26 +296,26 @@ def run_info(what: str, overrides: list[str]) -> None:
         recipe = saved_recipe.validated()
         classes = config.classes
     else:
-        if path.is_dir():
+        if is_folder:
             refuse_links(path)
             what = str(path / "recipe.yaml")
         recipe = Recipe.load(what, overrides, Path.cwd())
         modalities = _modalities(recipe)
         classes = _classes(recipe)
-        if path.is_dir():
+        if is_folder:
             console.print(f"{path}: a run of recipe {recipe.name}, which has saved no checkpoint yet", soft_wrap=True)
         print_model(recipe.to_config(classes), modalities)
     print_costs(recipe, modalities, classes)
-    if path.is_dir():
+    if is_folder:
         _print_run(path)
 
 
 def run_plan(name: str, overrides: list[str], gpus: int, gpu: str, mfu: float) -> None:
-    """Says what a run of a recipe would need, and which layout suits it."""
+    """Prints the needs of a run of a recipe, and which layout suits it."""
     recipe = Recipe.load(name, overrides, Path.cwd())
     modalities = _modalities(recipe)
-    every = [*plans(recipe, modalities, _classes(recipe), gpus=gpus, gpu=gpu, mfu=mfu)]
-    print_plan(recipe, modalities, every, gpu)
+    layout_plans = [*plans(recipe, modalities, _classes(recipe), gpus=gpus, gpu=gpu, mfu=mfu)]
+    print_plan(recipe, modalities, layout_plans, gpu)
 
 
 def _modalities(recipe: Recipe) -> dict[str, Modality]:
@@ -334,18 +328,23 @@ def _modalities(recipe: Recipe) -> dict[str, Modality]:
 
 def _classes(recipe: Recipe) -> dict[str, list[Any]]:
     """The classes of each head. A head whose classes are neither listed nor in readable data counts as one class."""
-    found: dict[str, list[Any]] = {}
+    classes: dict[str, list[Any]] = {}
     for name, task in recipe.tasks.items():
-        for column in filter(None, [objective.class_column() for objective in task.objectives]):
-            key = head_key(task.source, column.name)
+        for objective in task.objectives:
+            column = objective.class_column()
+            if column is None:
+                continue
+            head = head_key(task.source, column.name)
+            if column.classes:
+                classes[head] = list(column.classes)
+                continue
             try:
-                found[key] = list(column.classes or ()) or classes_of(
-                    open_source(task.source, recipe.sources[task.source]), column, f"tasks.{name}"
-                )
+                source = open_source(task.source, recipe.sources[task.source])
+                classes[head] = classes_of(source, column, f"tasks.{name}")
             except UserError as error:
-                found[key] = [None]
-                console.print(f"head {key} counts as one class: {error}", soft_wrap=True)
-    return found
+                classes[head] = [None]
+                console.print(f"head {head} counts as one class: {error}", soft_wrap=True)
+    return classes
 
 
 def _print_run(path: Path) -> None:

@@ -75,24 +75,25 @@ def _save_file(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
 
 def load(folder: Path, tensors: Mapping[str, Tensor], all_of_them: bool = True) -> None:
     """Fills tensors in place from the tensors of the same names in a folder. Of a DTensor, each rank reads its local
-    shard only. Tensors that do not fit are a UserError, and so are others in the folder, unless `all_of_them` is false.
+    shard only. A UserError if a tensor does not fit or, unless `all_of_them` is false, the folder has other tensors.
     """
-    there = metadata(folder)
-    for name in sorted(there.keys() | tensors.keys() if all_of_them else tensors):
-        found = list(there[name].size) if name in there else "missing"
-        wanted = list(tensors[name].shape) if name in tensors else "unknown"
-        if found != wanted:
-            raise UserError(f"{folder}: does not fit the model: {name} is {found} there, {wanted} here")
+    saved = metadata(folder)
+    names = saved.keys() | tensors.keys() if all_of_them else tensors.keys()
+    for name in sorted(names):
+        saved_shape = list(saved[name].size) if name in saved else "missing"
+        shape = list(tensors[name].shape) if name in tensors else "unknown"
+        if saved_shape != shape:
+            raise UserError(f"{folder}: does not fit the model: {name} is {saved_shape} there, {shape} here")
     fill(folder, tensors)
 
 
 def read(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder by name, unsharded, in CPU memory."""
-    there = metadata(folder)
+    saved = metadata(folder)
     files = list(folder.glob("*.safetensors"))
     if len(files) == 1:
         return load_file(files[0])  # It maps the file into memory and copies nothing.
-    tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in there.items()}
+    tensors = {name: torch.empty(info.size, dtype=info.properties.dtype) for name, info in saved.items()}
     fill(folder, tensors)
     return tensors
 
@@ -101,30 +102,32 @@ def metadata(folder: Path) -> dict[str, Any]:
     """The `TensorStorageMetadata` of each tensor of a folder: its size, data type and shards."""
     import torch.distributed.checkpoint as dcp
 
-    found: dict[str, Any]
+    saved: dict[str, Any]
     with _damage(folder):
-        found = dict(dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+        saved = dict(dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
         # Where a shard is missing, DCP would leave uninitialized memory, and a false offset would make the tensor huge.
-        for name, about in found.items():
-            if not _complete(about.size, about.chunks):
+        for name, info in saved.items():
+            if not _complete(info.size, info.chunks):
                 raise ValueError(f"the shards of {name} do not make up a whole tensor")
-    return found
+    return saved
 
 
 def _complete(size: Sequence[int], shards: Iterable[Any]) -> bool:
     """Whether the shards, except empty ones, are the cells of a grid that covers the tensor, as on a device mesh."""
-    boxes = [
-        tuple((start, start + length) for start, length, _ in zip(shard.offsets, shard.sizes, size, strict=True))
-        for shard in shards
-        if math.prod(shard.sizes)
-    ]
+    boxes = []  # (start, stop) of each shard along each axis
+    for shard in shards:
+        if math.prod(shard.sizes):
+            sides = zip(shard.offsets, shard.sizes, size, strict=True)
+            boxes.append(tuple((start, start + length) for start, length, _ in sides))
     if not boxes:
         return math.prod(size) == 0
-    axes = [sorted(set(sides)) for sides in zip(*boxes)]
-    adjacent = all(
-        [0, *(stop for _, stop in axis)] == [*(start for start, _ in axis), end] for axis, end in zip(axes, size)
-    )
-    return adjacent and len(set(boxes)) == len(boxes) == math.prod(map(len, axes))
+    axes = [sorted(set(intervals)) for intervals in zip(*boxes)]
+    for intervals, axis_size in zip(axes, size):
+        starts = [start for start, _ in intervals]
+        stops = [stop for _, stop in intervals]
+        if [0, *stops] != [*starts, axis_size]:  # A gap or an overlap.
+            return False
+    return len(set(boxes)) == len(boxes) == math.prod(map(len, axes))
 
 
 def fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -138,7 +141,7 @@ def fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _causes() -> Iterator[None]:
-    """Raises what the first failing rank raised, in place of DCP's error, which lists the failures of all ranks."""
+    """Raises the error of the first failing rank, in place of DCP's error, which lists the failures of all ranks."""
     from torch.distributed.checkpoint import CheckpointException
 
     try:

@@ -15,11 +15,11 @@ def find_model(name: str | Path) -> Path:
     A model of the Hugging Face Hub is downloaded, and a model of open_clip is converted to a folder in the cache,
     unless it has been already.
     """
-    scheme, rest = Name.parse(name)
+    scheme, identifier = Name.parse(name)
     if scheme == OPEN_CLIP:
         return wrapped_folder(str(name))
     if scheme == HUB:
-        return _find_local(_download(str(name), HubName.parse(rest)))
+        return _find_local(_download(str(name), HubName.parse(identifier)))
     if scheme is not None:
         raise UserError(f"{name}: expected a folder, hub:OWNER/NAME or open_clip:NAME/TAG for a model")
     if not Path(name).exists():
@@ -28,7 +28,7 @@ def find_model(name: str | Path) -> Path:
 
 
 def is_model_name(name: str | Path) -> bool:
-    """Whether a name can only mean a model that is not in a folder of the user."""
+    """Whether a name has a scheme of its own, so that it cannot mean a folder."""
     return Name.parse(name).scheme in SCHEMES
 
 

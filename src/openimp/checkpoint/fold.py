@@ -22,31 +22,32 @@ from openimp.model.embedding import embedding_scale
 
 ViT = Mapping[str, Tensor]
 """The state of timm's `VisionTransformer`."""
-Named = Iterator[tuple[str, Tensor]]
+NamedTensors = Iterator[tuple[str, Tensor]]
 """Tensors of IMP by name, in fp32."""
 RGB = 3
 
 
-def encoder_weights(vit: ViT, layers: int) -> Named:
+def encoder_weights(vit: ViT, layers: int) -> NamedTensors:
     """The dense encoder: its blocks and the final norm, which has a bias in IMP as well."""
     for i in range(layers):
-        there, here = f"blocks.{i}", f"encoder.blocks.{i}"
-        yield f"{here}.norm1.weight", vit[f"{there}.norm1.weight"].float()
-        yield from _linear(f"{here}.attention.qkv", vit, f"{there}.attn.qkv", norm=f"{there}.norm1")
-        yield from _linear(f"{here}.attention.out", vit, f"{there}.attn.proj", scale=f"{there}.ls1")
-        yield f"{here}.norm2.weight", vit[f"{there}.norm2.weight"].float()
-        yield from _linear(f"{here}.mlp.up", vit, f"{there}.mlp.fc1", norm=f"{there}.norm2")
-        yield from _linear(f"{here}.mlp.down", vit, f"{there}.mlp.fc2", scale=f"{there}.ls2")
+        theirs = f"blocks.{i}"
+        ours = f"encoder.blocks.{i}"
+        yield f"{ours}.norm1.weight", vit[f"{theirs}.norm1.weight"].float()
+        yield from _linear(f"{ours}.attention.qkv", vit, f"{theirs}.attn.qkv", norm=f"{theirs}.norm1")
+        yield from _linear(f"{ours}.attention.out", vit, f"{theirs}.attn.proj", scale=f"{theirs}.ls1")
+        yield f"{ours}.norm2.weight", vit[f"{theirs}.norm2.weight"].float()
+        yield from _linear(f"{ours}.mlp.up", vit, f"{theirs}.mlp.fc1", norm=f"{theirs}.norm2")
+        yield from _linear(f"{ours}.mlp.down", vit, f"{theirs}.mlp.fc2", scale=f"{theirs}.ls2")
     yield "encoder.norm.weight", vit["norm.weight"].float()
     yield "encoder.norm.bias", _bias(vit, "norm", vit["norm.weight"]).float()
 
 
-def stem_weights(name: str, spec: StemSpec, vit: ViT, mean: Sequence[float], std: Sequence[float]) -> Named:
+def stem_weights(name: str, spec: StemSpec, vit: ViT, mean: Sequence[float], std: Sequence[float]) -> NamedTensors:
     """A stem whose patches have the height and width of the ViT's.
 
     The kernel is divided among the frames of a patch, so a clip of equal frames has the features of the picture. Its
-    channels are summed for a stem with one channel (AST, arXiv 2104.01778). Positions are those of pictures only. They
-    are zero over time.
+    channels are summed for a stem with one channel (AST, arXiv 2104.01778). Only pictures have the ViT's positions.
+    Positions over time are zero.
     """
     assert spec.patch is not None
     frames, *_, channels = spec.patch
@@ -69,19 +70,22 @@ def stem_weights(name: str, spec: StemSpec, vit: ViT, mean: Sequence[float], std
         yield f"stems.{name}.positions.1.weight", vit["pos_embed"][0].float()
 
 
-def _linear(here: str, vit: ViT, there: str, norm: str = "", scale: str = "") -> Named:
+def _linear(ours: str, vit: ViT, theirs: str, norm: str = "", scale: str = "") -> NamedTensors:
     """A linear layer that takes in the bias of the norm before it, or the LayerScale after it."""
-    weight = vit[f"{there}.weight"].double()
-    bias = _bias(vit, there, weight)
+    weight = vit[f"{theirs}.weight"].double()
+    bias = _bias(vit, theirs, weight)
     if norm:
         bias = bias + weight @ _bias(vit, norm, weight.T)
     if f"{scale}.gamma" in vit:
         gamma_D = vit[f"{scale}.gamma"].double()
-        weight, bias = gamma_D[:, None] * weight, gamma_D * bias
-    yield f"{here}.weight", weight.float()
-    yield f"{here}.bias", bias.float()
+        weight = gamma_D[:, None] * weight
+        bias = gamma_D * bias
+    yield f"{ours}.weight", weight.float()
+    yield f"{ours}.bias", bias.float()
 
 
 def _bias(vit: ViT, name: str, weight: Tensor) -> Tensor:
     """The bias of a layer in fp64; zeros, one for each row of `weight`, if it has none."""
-    return vit[f"{name}.bias"].double() if f"{name}.bias" in vit else weight.new_zeros(len(weight)).double()
+    if f"{name}.bias" in vit:
+        return vit[f"{name}.bias"].double()
+    return weight.new_zeros(len(weight)).double()

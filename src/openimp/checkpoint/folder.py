@@ -2,7 +2,7 @@
 
     step-00001000/
       model/          the weights, in safetensors files
-      ema/            their moving average (EMA), if the recipe keeps one; `load_model` prefers it to model/
+      ema/            their moving average (EMA), if the recipe asks for it; `load_model` prefers it to model/
       optimizer/      the optimizer state; the tensors are called PARAMETER|FIELD
       config.json     the version of this layout, the class of the model, and its `ModelConfig`
       recipe.yaml     the recipe with all defaults; a model is used without it
@@ -51,8 +51,7 @@ MODELS = ("IMP", "OpenCLIP")
 
 
 class SavedRecipe(NamedTuple):
-    """The recipe that lies beside a model. Using the model needs no recipe, so the text is not even parsed before
-    `validated`."""
+    """The recipe in a model's folder. Using the model needs no recipe, so only `validated` parses the text."""
 
     text: str | None  # YAML; None if there is no recipe
     file: Path  # paths in the recipe are relative to its folder
@@ -68,7 +67,7 @@ NO_RECIPE = SavedRecipe(None, Path(RECIPE))
 
 
 class SavedModel(NamedTuple):
-    """What a model's folder holds besides the weights."""
+    """The content of a model's folder, without the weights."""
 
     config: ModelConfig
     modalities: dict[str, Modality]  # with what they learned
@@ -78,8 +77,7 @@ class SavedModel(NamedTuple):
 def save_model(
     folder: Path, model: Embedder, config: ModelConfig, modalities: Modalities, recipe: str | None = None
 ) -> None:
-    """Writes what `load_model` reads: weights, configuration, and what the modalities learned; and the recipe's YAML if
-    there is one."""
+    """Writes what `load_model` reads: weights, configuration, what the modalities learned, and the recipe if given."""
     dcp.save(folder / "model", dcp.stage(model.state_dict(), {}))
     for name, text in text_files(model, config, modalities, recipe).items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -108,7 +106,7 @@ def load_model(folder: Path) -> tuple[Embedder, SavedModel]:
 
 
 def describe_model(folder: Path) -> SavedModel:
-    """Reads what a model's folder holds besides the weights.
+    """Reads the content of a model's folder, without the weights.
 
     A model with more layers than the weights have tensors is refused. Creating a layer takes time and memory even on
     the meta device, and the configuration may be untrusted.
@@ -117,9 +115,11 @@ def describe_model(folder: Path) -> SavedModel:
     modalities = config.make_modalities()
     load_learned(modalities.values(), learned)
     layers = architecture_of(config.model).count_layers(config.model, modalities)
-    tensors = len(dcp.metadata(weights_folder(folder)))
-    if layers > tensors:
-        raise UserError(f"{folder}: config.json asks for {layers} layers, but the weights are only {tensors} tensors")
+    tensor_count = len(dcp.metadata(weights_folder(folder)))
+    if layers > tensor_count:
+        raise UserError(
+            f"{folder}: config.json asks for {layers} layers, but the weights are only {tensor_count} tensors"
+        )
     return SavedModel(config, modalities, recipe)
 
 
@@ -134,7 +134,8 @@ def read_config(
     if not file.exists():
         raise UserError(f"{folder}: no model here; expected a run with a checkpoint, or a folder with config.json")
     data = _read_object(file)
-    recipe = SavedRecipe(_read_text(folder / RECIPE) if (folder / RECIPE).exists() else None, folder / RECIPE)
+    recipe_file = folder / RECIPE
+    recipe = SavedRecipe(_read_text(recipe_file) if recipe_file.exists() else None, recipe_file)
     if data.get("format") == 6:
         try:
             recipe_data = lift_recipe_6(data)
@@ -149,12 +150,14 @@ def read_config(
             f"{file}: the model is in format {version}, and this version of openimp reads formats 6 and 7 "
             "only; use the version that saved it, or train the model again"
         )
-    found = data.pop("class", None)
-    if models is not None and found not in models:
+    model_class = data.pop("class", None)
+    if models is not None and model_class not in models:
         expected = " or ".join(models)
-        raise UserError(f"{folder}: holds {found}, expected {expected}; only the study that trained it can load it")
-    others = (CONFIG, "state.json", MANIFEST)
-    learned = {path.name: _read_text(path) for path in folder.glob("*.json") if path.name not in others}
+        raise UserError(
+            f"{folder}: holds {model_class}, expected {expected}; only the study that trained it can load it"
+        )
+    not_learned = (CONFIG, "state.json", MANIFEST)
+    learned = {path.name: _read_text(path) for path in folder.glob("*.json") if path.name not in not_learned}
     return checked(ModelConfig, data, str(file), folder), learned, recipe
 
 
@@ -188,7 +191,8 @@ def load_weights(model: Embedder, folder: Path, assign: bool = False) -> None:
 
 def weights_folder(folder: Path) -> Path:
     """The folder of the EMA if a checkpoint has one, else that of the weights."""
-    return folder / "ema" if (folder / "ema").exists() else folder / "model"
+    ema = folder / "ema"
+    return ema if ema.exists() else folder / "model"
 
 
 def mark_best(run: Path, step: int) -> None:
@@ -212,14 +216,17 @@ def verify(folder: Path) -> None:
 
 def _verify_share(folder: Path) -> None:
     manifest = _read_object(folder / MANIFEST)
-    found = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
-    # File managers and network file systems add files whose names begin with a dot, which do not count.
-    names = {path.as_posix() for path in found if not path.name.startswith(".")} - {MANIFEST}
-    for name in sorted(manifest.keys() | names)[rank() :: world_size()]:
+    present = set()
+    for path in folder.rglob("*"):
+        # File managers and network file systems add files whose names begin with a dot, which do not count.
+        if not path.is_dir() and not path.name.startswith("."):
+            present.add(path.relative_to(folder).as_posix())
+    present.discard(MANIFEST)
+    for name in sorted(manifest.keys() | present)[rank() :: world_size()]:
         path = folder / name
         if name not in manifest:
             raise UserError(f"{path}: unknown: it is not in {MANIFEST}")
-        if name not in names:  # Only files in the folder are opened: a manifest may name any other file.
+        if name not in present:  # Only files in the folder are opened: a manifest may name any other file.
             raise UserError(f"{path}: missing")
         try:
             entry = manifest_entry(path)
@@ -236,14 +243,14 @@ def manifest_entry(file: Path) -> dict[str, Any]:
 
 
 def optimizer_state(model: Embedder, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The state of this rank's optimizers, as the shards that it holds, by "PARAMETER|FIELD"."""
+    """The local shards of the optimizer state, by "PARAMETER|FIELD"."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}|{field}": value
-        for optimizer in optimizers
-        for parameter, values in optimizer.state.items()
-        for field, value in values.items()
-    }
+    state = {}
+    for optimizer in optimizers:
+        for parameter, fields in optimizer.state.items():
+            for field, value in fields.items():
+                state[f"{names[parameter]}|{field}"] = value
+    return state
 
 
 def load_training_state(
@@ -254,27 +261,31 @@ def load_training_state(
     if ema is not None:
         dcp.load(folder / "ema", ema)
     parameters = dict(model.named_parameters())
-    optimizer_of = {p: each for each in optimizers for group in each.param_groups for p in group["params"]}
-    loaded: dict[str, Tensor] = {}
+    optimizer_of: dict[Tensor, torch.optim.Optimizer] = {}
     for optimizer in optimizers:
         optimizer.state.clear()
+        for group in optimizer.param_groups:
+            optimizer_of |= dict.fromkeys(group["params"], optimizer)
+    state: dict[str, Tensor] = {}
     for key in dcp.metadata(folder / "optimizer"):
         name, _, field = key.partition("|")
         if name not in parameters:
             raise UserError(f"{folder / 'optimizer'}: does not fit the model, which has no parameter {name}")
         parameter = parameters[name]
-        if parameter in optimizer_of:  # Otherwise another rank updates it.
-            # Fused optimizers have the step count on the device of the parameter.
-            loaded[key] = torch.zeros((), device=parameter.device) if field == "step" else torch.empty_like(parameter)
-            optimizer_of[parameter].state.setdefault(parameter, {})[field] = loaded[key]
-    dcp.load(folder / "optimizer", loaded, all_of_them=False)
+        if parameter not in optimizer_of:  # Another rank updates it.
+            continue
+        # Fused optimizers have the step count on the device of the parameter.
+        state[key] = torch.zeros((), device=parameter.device) if field == "step" else torch.empty_like(parameter)
+        optimizer_of[parameter].state.setdefault(parameter, {})[field] = state[key]
+    dcp.load(folder / "optimizer", state, all_of_them=False)
     return read_state(folder)
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = (run / CHECKPOINTS).glob("step-*") if run.is_dir() else []
-    return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))
+    if not run.is_dir():
+        return []
+    return sorted(path for path in (run / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d+", path.name))
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -289,12 +300,12 @@ def step_of(folder: Path) -> int:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_read_text(file))
+        data = json.loads(_read_text(file))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: damaged: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(data, dict):
         raise UserError(f"{file}: damaged: expected a JSON object")
-    return found
+    return data
 
 
 def _read_text(file: Path) -> str:

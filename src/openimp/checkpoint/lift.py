@@ -7,15 +7,16 @@ from typing import Any
 from openimp.common.errors import UserError
 
 REMOVED = {"gates": "softmax", "slots": 1}
-"""Keys of `model.moe` that went during format 6, with the only values that present models have."""
+"""Keys of `model.moe` that were removed during format 6, with the only value that is still supported."""
 
 
 def lift_recipe_6(old: dict[str, Any]) -> dict[str, Any]:
-    """The recipe in config.json of format 6, without keys that went and with the present names of others."""
+    """The recipe in config.json of format 6, without removed keys and with the present names of renamed keys."""
     recipe = copy.deepcopy(old["recipe"])
     moe = recipe["model"].get("moe") or {}
-    for key, only in REMOVED.items():
-        if (value := moe.pop(key, only)) != only:
+    for key, supported in REMOVED.items():
+        value = moe.pop(key, supported)
+        if value != supported:
             raise UserError(f"model.moe.{key} is {value!r}, which this version of openimp no longer has")
     recipe["train"].pop("upcycle", None)
     for task in recipe["tasks"].values():
@@ -28,8 +29,8 @@ def lift_recipe_6(old: dict[str, Any]) -> dict[str, Any]:
 def lift_6(old: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     """Format 7 from format 6, which had the whole recipe in config.json; `recipe` is what `lift_recipe_6` makes of it.
 
-    The recipe may have keys that this version does not know: of what is about training, only inputs, the first views
-    and objectives of tasks are read.
+    The recipe may have keys that this version does not know. Of the tasks, only inputs, first views and objectives are
+    read.
     """
     views: dict[str, Any] = {}
     losses: dict[tuple[str, str], set[str]] = {}
@@ -43,9 +44,10 @@ def lift_6(old: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
                 for pair in objective.get("pairs") or combinations(names, 2):
                     losses.setdefault((min(pair), max(pair)), set()).add(objective["loss"])
             elif objective["type"] == "distill":
-                others = [name for name in names if name != objective["of"]]
-                target = objective.get("towards") or (others[0] if len(others) == 1 else objective["of"])
-                distilled.append([objective["of"], target])
+                student = objective["of"]
+                others = [name for name in names if name != student]
+                partner = objective.get("towards") or (others[0] if len(others) == 1 else student)
+                distilled.append([student, partner])
     return {
         "format": 7,
         "class": old["model"],

@@ -1,6 +1,6 @@
 """Vision Transformers of timm and open_clip, from which IMP's encoder can start: `train.init: timm:NAME`.
 
-Only what IMP's encoder computes exactly is accepted. The reasons against all else are told by name.
+Only a ViT that IMP's encoder computes exactly is accepted. Otherwise the error lists what IMP's encoder lacks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from openimp.parallel.layout import fill_shard
 
 LIBRARIES = (TIMM, OPEN_CLIP)
 """How the names of public ViTs begin."""
-FIRST = {"timm": "model.safetensors", "open_clip": "open_clip_model.safetensors"}
+PREFERRED = {"timm": "model.safetensors", "open_clip": "open_clip_model.safetensors"}
 """The file that each library prefers to all others in a folder."""
 EPS = 1e-6
 """Epsilon of the norms of IMP's encoder."""
@@ -38,7 +38,7 @@ class PublicViT(NamedTuple):
     def pixels(self) -> tuple[int, ...]:
         """Height and width of the pictures for which the ViT has positions."""
         embed = self.trunk.patch_embed
-        return tuple(n * side for n, side in zip(embed.grid_size, embed.patch_size))
+        return tuple(patches * side for patches, side in zip(embed.grid_size, embed.patch_size))
 
     def model_options(self) -> dict[str, Any]:
         """The values that a recipe's `model` must have."""
@@ -55,7 +55,7 @@ class PublicViT(NamedTuple):
         }
 
     def stem_options(self, config: Any) -> dict[str, Any]:
-        """The values that the options of the stem of pictures must have. Any number of frames will do."""
+        """The values that the options of the stem of pictures must have. The number of frames stays as in `config`."""
         embed = self.trunk.patch_embed
         return {
             "patch": [config.patch[0], *embed.patch_size],
@@ -68,10 +68,11 @@ class ViTWeights:
     """The weights of a public ViT, for the encoder and for stems of patches of its height and width."""
 
     def __init__(self, name: str, modalities: Modalities) -> None:
-        self.name, self.vit = name, open_vit(name, weights=False)
+        self.name = name
+        self.vit = open_vit(name, weights=False)
         specs = {modality.stem: modality.stem_spec() for modality in modalities.values()}
         sides = tuple(self.vit.trunk.patch_embed.patch_size)
-        # Differing patches of pictures are refused; those of another stem leave it as it is.
+        # A stem with other patches is not loaded. For the stem of pictures, `stem_options` makes that an error.
         self.stems = {stem: spec for stem, spec in specs.items() if spec.patch and spec.patch[1:3] == sides}
         self.shapes = {name: tensor.shape for name, tensor in _tensors(self.vit, self.stems)}
 
@@ -123,12 +124,16 @@ def open_vit(name: str, weights: bool) -> PublicViT:
 def _check_folder(library: str, folder: Path) -> None:
     """Refuses a folder from which the library would read weights of another format than safetensors."""
     refuse_links(folder)
-    found = sorted(file.name for file in folder.glob("*.safetensors"))
-    if not found:
+    safe_files = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not safe_files:
         raise UserError(f"{folder}: has no weights in a .safetensors file, the only kind that is read of a folder")
-    others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pth", ".tar"))
-    if others and (first := FIRST[library]) not in found:
-        raise UserError(f"{folder}: {library} may prefer {others[0]} to {found[0]}; rename {found[0]} to {first}")
+    other_files = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pth", ".tar"))
+    preferred = PREFERRED[library]
+    if other_files and preferred not in safe_files:
+        safe_file = safe_files[0]
+        raise UserError(
+            f"{folder}: {library} may prefer {other_files[0]} to {safe_file}; rename {safe_file} to {preferred}"
+        )
 
 
 def _open_timm(model: str, weights: bool) -> PublicViT:
@@ -159,11 +164,12 @@ def _open_clip(model: str, weights: bool) -> PublicViT:
             device=device,
         )
     tower: Any = clip.visual
-    return PublicViT(getattr(tower, "trunk", tower), *(tuple(tower.preprocess_cfg[key]) for key in ("mean", "std")))
+    trunk = getattr(tower, "trunk", tower)
+    return PublicViT(trunk, tuple(tower.preprocess_cfg["mean"]), tuple(tower.preprocess_cfg["std"]))
 
 
 def obstacles(trunk: Any) -> list[str]:
-    """What IMP's encoder does not have, one sentence for each part of the ViT."""
+    """One sentence for each part of the ViT that IMP's encoder does not have."""
     from timm.layers import Attention, Mlp, PatchEmbed
     from timm.models.vision_transformer import Block, VisionTransformer
 
@@ -172,15 +178,20 @@ def obstacles(trunk: Any) -> list[str]:
         name = f"{kind.__module__}.{kind.__qualname__}"
         token = ", which has a class token" if hasattr(trunk, "class_embedding") else ""
         return [f"its image tower is {name}{token}, not timm's VisionTransformer"]
-    embed, blocks = trunk.patch_embed, [*trunk.blocks]
-    if odd := {type(block).__name__ for block in blocks if type(block) is not Block}:
-        return [f"its blocks are {', '.join(sorted(odd))}, not pre-norm blocks"]
-    attentions, mlps = [block.attn for block in blocks], [block.mlp for block in blocks]
-    odd = {type(part).__name__ for part in (*attentions, *mlps) if type(part) not in (Attention, Mlp)}
-    if odd or type(embed) is not PatchEmbed:
-        return [f"it has {', '.join(sorted(odd or {type(embed).__name__}))}"]
+    embed = trunk.patch_embed
+    blocks = list(trunk.blocks)
+    other_classes = {type(block).__name__ for block in blocks if type(block) is not Block}
+    if other_classes:
+        return [f"its blocks are {', '.join(sorted(other_classes))}, not pre-norm blocks"]
+    attentions = [block.attn for block in blocks]
+    mlps = [block.mlp for block in blocks]
+    other_classes = {type(part).__name__ for part in (*attentions, *mlps) if type(part) not in (Attention, Mlp)}
+    if not other_classes and type(embed) is not PatchEmbed:
+        other_classes = {type(embed).__name__}
+    if other_classes:
+        return [f"it has {', '.join(sorted(other_classes))}"]
     norms = [trunk.norm, *(norm for block in blocks for norm in (block.norm1, block.norm2))]
-    found = {
+    obstacle_holds = {
         "it has a class token": trunk.cls_token is not None,
         "it has register tokens": trunk.reg_token is not None,
         "it has no learned positions": trunk.pos_embed is None,
@@ -193,8 +204,8 @@ def obstacles(trunk: Any) -> list[str]:
         "its MLPs have a norm": any(_has(mlp.norm) for mlp in mlps),
         "its activation is not one kind of GELU": len({_gelu(mlp.act) for mlp in mlps} | {None}) != 2,
     }
-    found |= {reason: True for reason in map(_norm_obstacle, norms) if reason}
-    return [reason for reason, holds in found.items() if holds]
+    obstacle_holds |= {obstacle: True for obstacle in map(_norm_obstacle, norms) if obstacle}
+    return [obstacle for obstacle, holds in obstacle_holds.items() if holds]
 
 
 def _has(part: nn.Module) -> bool:
@@ -208,7 +219,9 @@ def _norm_obstacle(norm: Any) -> str | None:
         return None
     if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None:
         return f"it has {type(norm).__name__}, not LayerNorm with weights"
-    return None if norm.eps == EPS else f"the epsilon of its norms is {norm.eps:g}, not {EPS:g}"
+    if norm.eps != EPS:
+        return f"the epsilon of its norms is {norm.eps:g}, not {EPS:g}"
+    return None
 
 
 def _gelu(activation: nn.Module) -> str | None:

@@ -17,16 +17,16 @@ FREE = {"train.num_workers", "train.prefetch_factor", "train.log_every", "train.
 
 def require_same_run(folder: Path, recipe: Recipe, trainer: str) -> None:
     """Raises UserError if another recipe or trainer saved the checkpoint, and names the difference."""
-    _, _, recipe_there = read_config(folder, None)  # First, because it refuses other formats.
+    _, _, saved_recipe = read_config(folder, None)  # First, because it refuses other formats.
     saved_by = read_state(folder)["trainer"]
     if saved_by != trainer:
         raise UserError(
             f"{folder}: saved by {saved_by}, but {trainer} is to resume it; a run of a study is resumed by its study"
         )
-    for key, theirs, ours in differences(recipe_there.validated().to_dict(), recipe.to_dict()):
+    for key, theirs, ours in differences(saved_recipe.validated().to_dict(), recipe.to_dict()):
         # Data may have moved. `changed_sources` compares its content instead of its path.
-        moved = key.startswith("sources.") and key.endswith((".path", ".root", ".license"))
-        if not (moved or key in FREE or key.startswith(("evaluation.", "parallel."))):
+        is_location = key.startswith("sources.") and key.endswith((".path", ".root", ".license"))
+        if not (is_location or key in FREE or key.startswith(("evaluation.", "parallel."))):
             raise UserError(
                 f"{folder}: made by another recipe: {key} is {theirs!r} there, {ours!r} here; repeat "
                 "the --set options of the first start"
@@ -38,8 +38,8 @@ def changed_sources(folder: Path, sources: Mapping[str, str], allowed: bool) -> 
 
     `sources` are the present `StepBatches.fingerprints`. Unless changes are `allowed`, they are a UserError.
     """
-    before = read_state(folder)["sources"]
-    changed = [name for name, now in sources.items() if before.get(name) != now]
+    saved_fingerprints = read_state(folder)["sources"]
+    changed = [name for name, fingerprint in sources.items() if saved_fingerprints.get(name) != fingerprint]
     if changed:
         message = f"{folder}: source {', '.join(changed)} has changed since it was saved"
         if not allowed:
@@ -59,16 +59,16 @@ def common_checkpoints(run: Path) -> list[Path]:
 
 def newest_intact(run: Path) -> Path:
     """The newest intact checkpoint of a run; without one, a UserError."""
-    found = common_checkpoints(run)
+    saved = common_checkpoints(run)
     damage: list[str] = []
-    for folder in reversed(found):
+    for folder in reversed(saved):
         try:
             verify(folder)
         except UserError as error:
             damage.append(str(error))
             continue
         step = step_of(folder)
-        lost = counted(step_of(found[-1]) - step, "step")
+        lost = counted(step_of(saved[-1]) - step, "step")
         for message in damage:
             console.print(f"{message}; resuming from step {step}, which loses {lost}", soft_wrap=True)
         return folder

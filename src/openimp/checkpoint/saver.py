@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ class Saver:
     """
 
     def __init__(self, run: Path, keep: int) -> None:
-        self.run, self.keep = run, keep
+        self.run = run
+        self.keep = keep
         # The timeout is for slow disks. A dead rank is noticed at once.
         self.group = distributed.new_group(distributed.LONG_TIMEOUT)
         # At exit Python waits for the thread, so an error elsewhere costs no checkpoint.
@@ -45,7 +46,9 @@ class Saver:
         Rank 0 writes the `texts`, by file name. The tensors are by folder and name.
         """
         self.wait()
-        copies = {folder: dcp.stage(some, self._buffers[folder]) for folder, some in tensors.items()}
+        copies = {}
+        for folder, tensors_of_folder in tensors.items():
+            copies[folder] = dcp.stage(tensors_of_folder, self._buffers[folder])
         self._saving = self._thread.submit(self._save, checkpoint_folder(self.run, step), texts, copies)
 
     def failed(self) -> bool:
@@ -54,38 +57,47 @@ class Saver:
 
     def wait(self) -> None:
         """Returns when no checkpoint is being written. If one rank could not write, all raise CheckpointError."""
-        saving, self._saving = self._saving, None
+        saving = self._saving
+        self._saving = None
         if saving is not None:
             saving.result()
 
     def _save(self, folder: Path, texts: Mapping[str, str], copies: Mapping[str, Mapping[str, Tensor]]) -> None:
-        draft, first = folder.with_name(f".{folder.name}.tmp"), distributed.rank() == 0
+        draft = folder.with_name(f".{folder.name}.tmp")
+        is_rank_zero = distributed.rank() == 0
 
-        def write() -> dict[str, Any]:
-            files = [file for name, tensors in copies.items() for file in dcp.save(draft / name, tensors, self.group)]
-            files += [draft / name for name in texts] if first else []
+        def run_on_rank_zero(work: Callable[[], None]) -> None:
+            distributed.run_on_all_ranks(lambda: work() if is_rank_zero else None, self.group)
+
+        def write_shards() -> dict[str, Any]:
+            files = []
+            for name, tensors in copies.items():
+                files += dcp.save(draft / name, tensors, self.group)
+            if is_rank_zero:
+                files += [draft / name for name in texts]
             for file in files:
                 sync(file)
             return {file.relative_to(draft).as_posix(): manifest_entry(file) for file in files}
 
         try:
-            distributed.run_on_all_ranks(lambda: _begin(draft, texts) if first else None, self.group)
-            facts = distributed.run_on_all_ranks(write, self.group)
-            manifest = {name: fact for some in facts for name, fact in some.items()}
-            distributed.run_on_all_ranks(lambda: _publish(draft, folder, manifest) if first else None, self.group)
+            run_on_rank_zero(lambda: _begin(draft, texts))
+            manifest: dict[str, Any] = {}
+            for entries_of_rank in distributed.run_on_all_ranks(write_shards, self.group):
+                manifest |= entries_of_rank
+            run_on_rank_zero(lambda: _publish(draft, folder, manifest))
         except (UserError, OSError) as error:
-            if first:  # No rank writes to the draft anymore.
+            if is_rank_zero:  # No rank writes to the draft anymore.
                 shutil.rmtree(draft, ignore_errors=True)
             raise CheckpointError(f"{folder}: could not be saved: {error}; older checkpoints are untouched") from None
         try:
-            distributed.run_on_all_ranks(lambda: _remove_older(folder, self.keep) if first else None, self.group)
+            run_on_rank_zero(lambda: _remove_older(folder, self.keep))
         except (UserError, OSError) as error:
             raise CheckpointError(f"{folder}: is saved, but an older one could not be removed: {error}") from None
 
 
 def _begin(draft: Path, texts: Mapping[str, str]) -> None:
-    for left in draft.parent.glob(".step-*"):  # A process that was killed left it.
-        shutil.rmtree(left)
+    for old_draft in draft.parent.glob(".step-*"):  # A process that was killed left it.
+        shutil.rmtree(old_draft)
     draft.mkdir(parents=True)
     for name, text in texts.items():
         (draft / name).write_text(text, encoding="utf-8")
@@ -93,8 +105,8 @@ def _begin(draft: Path, texts: Mapping[str, str]) -> None:
 
 def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-    for written in (draft / MANIFEST, *filter(Path.is_dir, draft.iterdir()), draft):
-        sync(written)
+    for path in (draft / MANIFEST, *filter(Path.is_dir, draft.iterdir()), draft):
+        sync(path)
     if folder.exists():  # It is damaged; otherwise the run would have resumed from it.
         _remove(folder)
     # After a power failure, the run's logs must not be older than its checkpoint.
@@ -106,17 +118,19 @@ def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _remove_older(folder: Path, keep: int) -> None:
-    # One of a later step is damaged; otherwise the run would have resumed from it. It must not stay the newest.
-    found, best = checkpoints(folder.parents[1]), (folder.parent / BEST).resolve().name
-    earlier = [path for path in found if path <= folder]
-    kept = {*earlier[-keep:], *(path for path in earlier if path.name == best)}
-    for other in found:
-        if other not in kept:
-            _remove(other)
+    """Removes all checkpoints but the last `keep` up to this one, and the best of them."""
+    saved = checkpoints(folder.parents[1])
+    best = (folder.parent / BEST).resolve().name
+    # Later checkpoints are damaged; otherwise the run would have resumed from them. They must not stay the newest.
+    up_to_this = [path for path in saved if path <= folder]
+    kept = {path for path in up_to_this if path.name == best} | set(up_to_this[-keep:])
+    for path in saved:
+        if path not in kept:
+            _remove(path)
 
 
 def _remove(folder: Path) -> None:
     """Removes a checkpoint. It is renamed first, so that a crash leaves no half of it."""
-    aside = folder.with_name(f".{folder.name}.old")
-    os.replace(folder, aside)
-    shutil.rmtree(aside)
+    renamed = folder.with_name(f".{folder.name}.old")
+    os.replace(folder, renamed)
+    shutil.rmtree(renamed)

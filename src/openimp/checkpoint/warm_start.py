@@ -35,7 +35,7 @@ class Weights(Protocol):
         ...
 
     def leaves_new(self, name: str) -> bool:
-        """Whether a tensor of a part that is loaded may be missing. It then keeps its initial values."""
+        """Whether a tensor that is missing here keeps its initial values, although its part is loaded."""
         ...
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -50,7 +50,7 @@ class SavedWeights:
         """`name` is for messages."""
         self.folder = folder
         self.name = name
-        self.shapes = {name: about.size for name, about in dcp.metadata(weights_folder(folder)).items()}
+        self.shapes = {name: info.size for name, info in dcp.metadata(weights_folder(folder)).items()}
 
     def __str__(self) -> str:
         return self.name
@@ -82,28 +82,32 @@ class WarmStart:
         name. A classification head is loaded if it also has the same classes in the same order. All other parts keep
         their initial values.
         """
-        theirs, ours = self.weights.shapes, model.state_dict()
-        their_parts, our_parts = (dict.fromkeys(map(_part, names)) for names in (theirs, ours))
-        differing = {f"classifiers.{head}" for head, values in self.classes.items() if classes.get(head) != values}
-        loaded = {"encoder", *their_parts} - differing
-        chosen, new = {}, [part for part in our_parts if part not in loaded]
-        for name, tensor in ours.items():
-            if _part(name) not in loaded:
+        saved_shapes = self.weights.shapes
+        tensors = model.state_dict()
+        saved_parts = dict.fromkeys(map(_part, saved_shapes))
+        model_parts = dict.fromkeys(map(_part, tensors))
+        changed_heads = {f"classifiers.{head}" for head, values in self.classes.items() if classes.get(head) != values}
+        loaded_parts = {"encoder", *saved_parts} - changed_heads
+        loaded_tensors = {}
+        new = [part for part in model_parts if part not in loaded_parts]
+        for name, tensor in tensors.items():
+            if _part(name) not in loaded_parts:
                 continue
-            if name not in theirs and self.weights.leaves_new(name):
+            if name not in saved_shapes and self.weights.leaves_new(name):
                 new.append(re.sub(r"\.\d+", ".*", name))
                 continue
-            found = list(theirs[name]) if name in theirs else "missing"
-            if found != list(tensor.shape):
-                raise UserError(f"train.init: {self.weights}: {name} is {found} there, {list(tensor.shape)} here")
-            chosen[name] = tensor
-        self.weights.fill(chosen)
-        lists = {
-            "loaded": [part for part in our_parts if part in loaded],
+            saved_shape = list(saved_shapes[name]) if name in saved_shapes else "missing"
+            shape = list(tensor.shape)
+            if saved_shape != shape:
+                raise UserError(f"train.init: {self.weights}: {name} is {saved_shape} there, {shape} here")
+            loaded_tensors[name] = tensor
+        self.weights.fill(loaded_tensors)
+        parts_by_title = {
+            "loaded": [part for part in model_parts if part in loaded_parts],
             "new": [*dict.fromkeys(new)],
-            "left behind": [part for part in their_parts if part not in our_parts or part in differing],
+            "left behind": [part for part in saved_parts if part not in model_parts or part in changed_heads],
         }
-        text = "; ".join(f"{title}: {', '.join(parts) or 'nothing'}" for title, parts in lists.items())
+        text = "; ".join(f"{title}: {', '.join(parts) or 'nothing'}" for title, parts in parts_by_title.items())
         return f"starts from {self.weights}; {text}"
 
 
@@ -112,7 +116,8 @@ def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
 
     An encoder or a shared stem with other options is a UserError.
     """
-    init, wrap = recipe.train.init, recipe.model.wrap
+    init = recipe.train.init
+    wrap = recipe.model.wrap
     if init is None and wrap is None:
         return None
     try:
@@ -125,19 +130,24 @@ def open_warm_start(recipe: Recipe, modalities: Modalities) -> WarmStart | None:
 
 def _open_saved(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
     folder = find_model(init)
-    before, learned, _ = read_config(folder)
+    saved_config, learned, _ = read_config(folder)
     # A wrapped model is the same under all names of its folder.
-    if init != recipe.model.wrap and _title(before) != _title(recipe):
-        there, here = before.model.wrap or "no other model", recipe.model.wrap or "no other model"
-        raise UserError(f"{folder}: its recipe wraps {there}, and this one wraps {here}")
-    shared = frozenset(recipe.modalities) & frozenset(before.modalities)
-    # All modalities of a wrapped model have learned the same. With other options they only read media differently.
-    stems, same = (frozenset(recipe.modalities), frozenset()) if recipe.model.wrap else (shared, shared)
-    for key, there, here in differences(_identity(before, same), _identity(recipe, same)):
-        raise UserError(f"{folder}: {key} is {there!r} there, {here!r} here")
-    load_learned((modality for modality in modalities.values() if modality.stem in stems), learned)
+    if init != recipe.model.wrap and _title(saved_config) != _title(recipe):
+        saved_wrap = saved_config.model.wrap or "no other model"
+        wrap = recipe.model.wrap or "no other model"
+        raise UserError(f"{folder}: its recipe wraps {saved_wrap}, and this one wraps {wrap}")
+    if recipe.model.wrap:
+        # All modalities of a wrapped model have learned the same. With other options they only read media differently.
+        loaded_stems = frozenset(recipe.modalities)
+        equal_stems: frozenset[str] = frozenset()
+    else:
+        loaded_stems = frozenset(recipe.modalities) & frozenset(saved_config.modalities)
+        equal_stems = loaded_stems
+    for key, saved_value, value in differences(_identity(saved_config, equal_stems), _identity(recipe, equal_stems)):
+        raise UserError(f"{folder}: {key} is {saved_value!r} there, {value!r} here")
+    load_learned((modality for modality in modalities.values() if modality.stem in loaded_stems), learned)
     weights = SavedWeights(folder, str(folder) if Name.parse(init).scheme is None else init)
-    return WarmStart(weights, before.classes, stems)
+    return WarmStart(weights, saved_config.classes, loaded_stems)
 
 
 def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
@@ -150,17 +160,21 @@ def _open_vit(init: str, recipe: Recipe, modalities: Modalities) -> WarmStart:
         if spec.patch and spec.patch[-1] == RGB:
             options = weights.vit.stem_options(recipe.modalities[modality.stem])
             needed.setdefault("modalities", {})[modality.stem] = options
-    there, ours = flat(needed), flat(recipe.to_dict())
-    if found := differences(there, {key: ours[key] for key in there}):
-        told = ", ".join(f"{key} is {there!r} there, {here!r} here" for key, there, here in found)
-        lines = (f"{key}: {yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).strip()}"
-                 for key, value in needed.items())  # fmt: skip
-        raise UserError("\n".join((f"{init}: {told}; write into the recipe:", *lines)))
+    needed_values = flat(needed)
+    recipe_values = flat(recipe.to_dict())
+    differing = differences(needed_values, {key: recipe_values[key] for key in needed_values})
+    if differing:
+        text = ", ".join(f"{key} is {theirs!r} there, {ours!r} here" for key, theirs, ours in differing)
+        lines = [f"{init}: {text}; write into the recipe:"]
+        for key, value in needed.items():
+            flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
+            lines.append(f"{key}: {flow.strip()}")
+        raise UserError("\n".join(lines))
     return WarmStart(weights, {}, frozenset())
 
 
 def _title(config: Recipe | ModelConfig) -> str | None:
-    """The name of the wrapped model, of a local one without its folder's folder, which differs between machines."""
+    """The name of the wrapped model. Of a local model, only the last part of the folder counts."""
     name = config.model.wrap
     return name and map_path(name, lambda folder: Path(folder).name)
 

@@ -1,10 +1,10 @@
-"""Models of open_clip as folders in openimp's own layout, in openimp's cache, so that everything that takes a model's
-folder takes them.
+"""Converts models of open_clip to folders in openimp's layout, in openimp's cache. They are used like any model folder.
 
 A name is open_clip:NAME/TAG, open_clip:hf-hub:OWNER/NAME, or open_clip:local-dir:FOLDER. The library itself finds and
-downloads the weights; those that are not safetensors are read with `weights_only=True`, which runs no code. The folder
-is made once. It is made again if it cannot be loaded, as after a change of openimp's format, its recipes or the
-library; that of a local model also when one of its files has changed.
+downloads the weights. Weights that are not safetensors are read with `weights_only=True`, which runs no code.
+
+The folder is made once. It is made again if it cannot be loaded, for example after a change of openimp's format, its
+recipes or the library. The folder of a local model is also made again if one of the model's files has changed.
 """
 
 import json
@@ -41,7 +41,7 @@ LAYOUT = 1
 """Version of what is made of a model. Folders of other versions are not used."""
 HUB = "hf-hub:"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
-"""Names of a local model's weights, the first that exists. Otherwise it is its only safetensors file."""
+"""File names of a local model's weights, in order of preference. Any other safetensors file comes last."""
 
 
 class Public(NamedTuple):
@@ -97,21 +97,21 @@ def _find(name: str) -> Public:
 
 
 def _find_by_tag(library: Any, name: str) -> Public:
-    model, slash, tag = Name.parse(name).rest.rpartition("/")
-    if not slash:
-        model, tag = tag, ""
-    architecture, about = library.get_model_config(model), library.get_pretrained_cfg(model, tag)
+    identifier = Name.parse(name).rest
+    model, _, tag = identifier.rpartition("/") if "/" in identifier else (identifier, "", "")
+    architecture = library.get_model_config(model)
+    weights_config = library.get_pretrained_cfg(model, tag)
     if architecture is None:
         raise UserError(f"{name}: open_clip has no model {model!r}{nearest(model, library.list_models())}")
-    if not about:
+    if not weights_config:
         tags = ", ".join(library.list_pretrained_tags_by_model(model)) or "none"
-        what = f"open_clip has no weights {tag!r} of {model}" if tag else "names no weights"
-        raise UserError(f"{name}: {what}; expected {OPEN_CLIP}:{model}/TAG with one of the tags {tags}")
-    if bool(about.get("quick_gelu")) != bool(architecture.get("quick_gelu")):
-        other = f"{model}-quickgelu" if about.get("quick_gelu") else model.removesuffix("-quickgelu")
+        reason = f"open_clip has no weights {tag!r} of {model}" if tag else "names no weights"
+        raise UserError(f"{name}: {reason}; expected {OPEN_CLIP}:{model}/TAG with one of the tags {tags}")
+    if bool(weights_config.get("quick_gelu")) != bool(architecture.get("quick_gelu")):
+        other = f"{model}-quickgelu" if weights_config.get("quick_gelu") else model.removesuffix("-quickgelu")
         raise UserError(f"{name}: these weights were trained with another activation: use {OPEN_CLIP}:{other}/{tag}")
-    config = {"model_cfg": architecture, "preprocess_cfg": _preprocessing(about)}
-    return Public(config, Path(library.download_pretrained(about)), model)
+    config = {"model_cfg": architecture, "preprocess_cfg": _preprocessing(weights_config)}
+    return Public(config, Path(library.download_pretrained(weights_config)), model)
 
 
 def _preprocessing(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,10 +129,11 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _local_weights(name: str, folder: Path) -> Path:
-    found = [folder / file for file in WEIGHTS if (folder / file).is_file()] or sorted(folder.glob("*.safetensors"))
-    if not found:
+    named_files = [folder / file for file in WEIGHTS if (folder / file).is_file()]
+    files = named_files or sorted(folder.glob("*.safetensors"))
+    if not files:
         raise UserError(f"{name}: has no safetensors file, the only format that is read from a folder")
-    return found[0]
+    return files[0]
 
 
 def _convert(name: str, public: Public, folder: Path) -> None:
@@ -160,9 +161,9 @@ def _convert(name: str, public: Public, folder: Path) -> None:
 
 
 def _recipe_of(name: str, loss: str) -> Recipe:
-    """The recipe of a model that the library's authors trained: the modalities that it embeds, and nothing to read."""
-    local = Name.parse(name).folder is not None  # Its folders are nobody's business.
-    title = Path(name).name if local else name.rpartition(":")[2]
+    """The recipe of a model that the library's authors trained: its modalities, and no data that can be read."""
+    is_local = Name.parse(name).folder is not None  # Then the title must not tell the folders of this machine.
+    title = Path(name).name if is_local else name.rpartition(":")[2]
     task = {"source": "unknown", "objectives": [{"type": "contrastive", "loss": loss}]}
     return Recipe.build(
         {

@@ -1,4 +1,4 @@
-"""openimp's cache: folders of what can be made again, one per entry, in `$OPENIMP_CACHE/KIND/KEY`.
+"""openimp's cache. Each entry is a folder, `$OPENIMP_CACHE/KIND/KEY`, whose content can be made again.
 
 An entry is made by one process while others wait for its lock. It is made again if it cannot be read. Entries that
 nothing has read for `UNUSED_DAYS` are removed when another of their kind is made.
@@ -26,10 +26,10 @@ T = TypeVar("T")
 
 def stable_hash(parts: Iterable[Any]) -> str:
     """Hash of the `repr` of each value, 32 hexadecimal digits."""
-    total = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in parts:
-        total.update(repr(part).encode() + b"\n")
-    return total.hexdigest()[:32]
+        digest.update(repr(part).encode() + b"\n")
+    return digest.hexdigest()[:32]
 
 
 def cache_folder(kind: str) -> Path:
@@ -37,8 +37,9 @@ def cache_folder(kind: str) -> Path:
 
     The cache is `$OPENIMP_CACHE` if that is set, else `openimp` in the user's cache folder.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openimp"
-    return private_folder(private_folder(Path(os.environ.get("OPENIMP_CACHE") or cache)) / kind)
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openimp"
+    cache = private_folder(Path(os.environ.get("OPENIMP_CACHE") or default))
+    return private_folder(cache / kind)
 
 
 def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path], None]) -> T:
@@ -50,13 +51,13 @@ def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path
     with FileLock(f"{entry}.lock"):
         if entry.exists():
             try:
-                found = read(entry)
+                content = read(entry)
             except (OSError, ValueError, TypeError, UserError) as error:
                 log.info("%s is made again: %s", entry, error)
             else:
                 with suppress(OSError):  # A cache on a disk that is read-only cannot be cleaned either.
                     os.utime(entry)
-                return found
+                return content
         _remove_unused(entry.parent)
         with replacing_folder(entry) as draft:
             write(draft)
@@ -67,5 +68,9 @@ def _remove_unused(folder: Path) -> None:
     oldest = time.time() - UNUSED_DAYS * 24 * 3600
     for entry in folder.iterdir():
         with suppress(OSError):  # Another process removes it too, or Windows has it open.
-            if entry.stat().st_mtime < oldest:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if entry.stat().st_mtime >= oldest:
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()

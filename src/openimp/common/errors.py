@@ -19,7 +19,9 @@ def printable(text: str) -> str:
 
     Names can come from untrusted data or models, and an escape sequence in a name could control the terminal.
     """
-    return text if text.isprintable() else "".join(c for c in text if c.isprintable() or c in "\n\t\xa0")
+    if text.isprintable():
+        return text
+    return "".join(character for character in text if character.isprintable() or character in "\n\t\xa0")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -38,8 +40,10 @@ def counted(number: int, noun: str) -> str:
 
 
 def by_extension(files: Mapping[str, int], most: int = 5) -> str:
-    """`.heic 20, .txt 1`: numbers of files by extension, the largest first; after `most` of them, how many are left."""
-    ranked = sorted(files.items(), key=lambda each: (-each[1], each[0]))
-    named = [f"{extension or 'without extension'} {count:,}" for extension, count in ranked[:most]]
-    left = sum(count for _, count in ranked[most:])
-    return ", ".join([*named, *([f"others {left:,}"] if left else [])])
+    """`.heic 20, .txt 1, others 3`: numbers of files of the `most` frequent extensions, and of all other files."""
+    ranked = sorted(files.items(), key=lambda item: (-item[1], item[0]))
+    texts = [f"{extension or 'without extension'} {count:,}" for extension, count in ranked[:most]]
+    others = sum(count for _, count in ranked[most:])
+    if others:
+        texts.append(f"others {others:,}")
+    return ", ".join(texts)

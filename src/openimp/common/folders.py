@@ -1,7 +1,7 @@
 """Which files of a folder are read: one rule for training, `init`, `embed` and `index`.
 
-What is hidden, because its name begins with a dot, is left out at every level below the folder, and so are folders that
-are links or that may not be read. A file that the user names is read even if it is hidden.
+At every level below the folder, these are left out: hidden files and folders, whose names begin with a dot; folders
+that are links; folders that may not be read. A file that the user names is read even if it is hidden.
 """
 
 import os
@@ -29,11 +29,11 @@ def files_below(folder: str | Path) -> Iterator[os.DirEntry[str]]:
 
     Only links need a system call of their own, so a hundred thousand files are listed in a fraction of a second.
     """
-    waiting = visible(folder)[::-1]
-    while waiting:
-        entry = waiting.pop()
+    stack = visible(folder)[::-1]
+    while stack:
+        entry = stack.pop()
         if entry.is_dir(follow_symlinks=False):
-            waiting += reversed(visible(entry.path))
+            stack += reversed(visible(entry.path))
         elif not entry.is_dir():
             yield entry
 

@@ -25,15 +25,16 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """Reads all complete lines. A last line that a crash cut short is skipped; a missing file has no lines."""
     if not file.exists():
         return []
-    found = []
-    for number, line in enumerate(read_text(file, MAX_BYTES).split("\n")[:-1], 1):
+    lines = []
+    for number, text in enumerate(read_text(file, MAX_BYTES).split("\n")[:-1], 1):
         try:
-            found.append(json.loads(line))
+            line = json.loads(text)
         except ValueError:
             raise UserError(f"{file}: line {number} is not JSON") from None
-        if not isinstance(found[-1], dict) or not isinstance(found[-1].get("step", ""), int | None):
+        if not isinstance(line, dict) or not isinstance(line.get("step", ""), int | None):
             raise UserError(f"{file}: line {number} is not an object with a step")
-    return found
+        lines.append(line)
+    return lines
 
 
 def forget_after(file: Path, step: int) -> None:

@@ -47,10 +47,10 @@ class Tokens(NamedTuple):
     def split(self, examples: int) -> "list[Tokens]":
         """Chunks of at most `examples` examples."""
         parts = [() if part is None else part.split(examples) for part in self]
-        return [Tokens(*piece) for piece in zip_longest(*parts)]
+        return [Tokens(*chunk) for chunk in zip_longest(*parts)]
 
     def pad(self, examples: int) -> "Tokens":
-        """Repeats the last example until there are so many."""
+        """Repeats the last example until there are `examples` of them."""
         index = torch.arange(examples, device=self.coords.device).clamp(max=len(self.coords) - 1)
         return Tokens(self.values[index], self.coords[index], None if self.mask is None else self.mask[index])
 
@@ -150,7 +150,8 @@ class Modality(ABC):
         ids = torch.zeros(rows, length, dtype=torch.int64)
         values = ids if stem.table else torch.zeros(rows, length, self.values())
         coords = torch.zeros(rows, length, len(stem.axes), dtype=torch.int64)
-        return Tokens(values, coords, torch.ones(rows, length, dtype=torch.bool) if self.masked else None)
+        mask = torch.ones(rows, length, dtype=torch.bool) if self.masked else None
+        return Tokens(values, coords, mask)
 
     def encode_input(self, value: Any, view: Any) -> np.ndarray:
         """Makes clips, as `tokens` takes them, of one input of `model.encode_<name>` (a path, bytes, or an array)."""

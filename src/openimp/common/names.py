@@ -48,8 +48,8 @@ class HubName(NamedTuple):
     @classmethod
     def parse(cls, rest: str) -> "HubName | None":
         """None if `rest` does not have this form."""
-        found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", rest)
-        return cls(found[1], found[2]) if found else None
+        match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", rest)
+        return cls(match[1], match[2]) if match else None
 
 
 def is_url(name: str) -> bool:

@@ -36,7 +36,7 @@ class ClassColumn(NamedTuple):
 
 
 class TargetSizes(NamedTuple):
-    """What the shapes of targets depend on besides the options of an objective."""
+    """The sizes that determine the shapes of targets, besides the options of an objective."""
 
     embed_dim: int  # features of the model's embeddings
     class_numbers: Mapping[str, Mapping[Any, int]]  # the output of each class, by the name of the classification head
@@ -65,13 +65,13 @@ class Objective(Strict, ABC):
     def check(self, location: str, task: Task, recipe: Recipe) -> None:
         """Raises a UserError, whose message begins with `location`, if the options do not fit the task or the recipe.
 
-        openimp itself checks that all `modalities` are inputs of the task, before.
+        Before, openimp checks that all `modalities` are inputs of the task.
         """
 
     def work(self, task: Task) -> list[str]:
-        """What no other objective of the task may do, such as "compares image and text". It becomes part of a message.
+        """The work that only one objective of a task may do, such as "compares image and text", for error messages.
 
-        Two objectives that do the same would share the names of their losses, and perhaps a temperature or a head.
+        Two objectives with the same work would share the names of their losses, and perhaps a temperature or a head.
         """
         return [f"has the type {self.type}"]
 

@@ -27,9 +27,9 @@ class _Console(Console):
             yield Segment(text if control else printable(text), style, control)
 
     def on_broken_pipe(self) -> None:
-        """Continues without output if the reader of a pipe exits, as `head` does: a run must not end for that."""
+        """Continues without output if the reader of a pipe exits, as `head` does, so that the run continues."""
         self.quiet = True
-        # Otherwise the interpreter reports at exit what it could not write.
+        # Otherwise the interpreter reports an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -48,7 +48,8 @@ def track(items: Iterable[T], description: str) -> Iterator[T]:
     """Yields the items while a bar shows the time left. Without a terminal, prints one line at the end."""
     total = len(items) if isinstance(items, Sized) else None
     if not console.is_terminal:
-        start, count = time.perf_counter(), 0
+        start = time.perf_counter()
+        count = 0
         for count, item in enumerate(items, 1):  # noqa: B007 (the count is for the line below)
             yield item
         console.print(f"{description}: {count} in {time.perf_counter() - start:.1f} s")
@@ -64,11 +65,13 @@ class StepBar(Progress):
     """Progress of a training run: steps, time left, and below them the losses and throughput of the last record."""
 
     def __init__(self, total: int, done: int) -> None:
-        self.total, self.first, self.began, self.note = total, done, time.perf_counter(), ""
-        super().__init__(
-            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-        )  # fmt: skip
+        self.total = total
+        self.first_step = done
+        self.start_time = time.perf_counter()
+        self.note = ""
+        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+                   TimeRemainingColumn())  # fmt: skip
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
         self.task = self.add_task("train", total=total, completed=done)
 
     def get_renderables(self) -> Iterator[RenderableType]:
@@ -85,10 +88,10 @@ class StepBar(Progress):
         if console.is_terminal:
             self.note = note
             return
-        spent = time.perf_counter() - self.began
-        whole = spent / max(1, done - self.first) * (self.total - self.first)
-        place = f"step {done}/{self.total}".ljust(len(f"step {self.total}/{self.total}"))
-        console.print(f"{place}  {note}  {clock(spent)} of {clock(whole)}", soft_wrap=True)
+        elapsed = time.perf_counter() - self.start_time
+        expected = elapsed / max(1, done - self.first_step) * (self.total - self.first_step)
+        step = f"step {done}/{self.total}".ljust(len(f"step {self.total}/{self.total}"))
+        console.print(f"{step}  {note}  {clock(elapsed)} of {clock(expected)}", soft_wrap=True)
 
 
 def number_table(
@@ -116,9 +119,9 @@ def clock(seconds: float) -> str:
 @contextmanager
 def no_log_output() -> Iterator[None]:
     """Hides warnings that other libraries log, for example of weights that are not loaded on purpose."""
-    before = logging.root.manager.disable
+    disabled_level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled_level)

@@ -1,4 +1,4 @@
-"""What a modality may do besides `Modality`. A class has a protocol if it has its methods; it need not inherit them."""
+"""Protocols that a modality may have besides `Modality`. A class has a protocol if it has its methods."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable

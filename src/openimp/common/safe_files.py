@@ -15,7 +15,7 @@ from typing import BinaryIO
 from openimp.common.errors import UserError
 
 STALE = 24 * 3600
-"""Seconds after which a temporary file is one that a killed process left."""
+"""Seconds after which a temporary file counts as left by a killed process."""
 
 
 @contextmanager
@@ -28,8 +28,9 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
     """
     for old in file.parent.glob(f".{glob.escape(file.name)}.{'[0-9a-f]' * 16}.tmp"):
         with suppress(OSError):
-            about = old.lstat()
-            if stat.S_ISREG(about.st_mode) and _is_own(about) and time.time() - about.st_mtime > STALE:
+            status = old.lstat()
+            is_stale = time.time() - status.st_mtime > STALE
+            if is_stale and stat.S_ISREG(status.st_mode) and _is_own(status):
                 old.unlink()
     draft = file.with_name(f".{file.name}.{token_hex(8)}.tmp")
     stream = draft.open("xb")  # O_CREAT | O_EXCL does not follow links.
@@ -68,10 +69,10 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 def file_state(file: str | Path) -> str:
     """The size of a file and its modification time in nanoseconds. Empty if there is no such file."""
     try:
-        about = os.stat(file)
+        status = os.stat(file)
     except OSError:
         return ""
-    return f"{about.st_size}-{about.st_mtime_ns}"
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def write_text(file: Path, text: str, errors: str = "strict") -> None:
@@ -82,11 +83,11 @@ def write_text(file: Path, text: str, errors: str = "strict") -> None:
 
 def sha256(file: str | Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal digits."""
-    total = hashlib.sha256()
+    digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while chunk := stream.read(2**20):
-            total.update(chunk)
-    return total.hexdigest()
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -120,8 +121,8 @@ def private_folder(folder: Path, variable: str = "OPENIMP_CACHE") -> Path:
     return folder
 
 
-def _is_own(about: os.stat_result) -> bool:
-    return not hasattr(os, "getuid") or about.st_uid == os.getuid()  # Windows has no `getuid`.
+def _is_own(status: os.stat_result) -> bool:
+    return not hasattr(os, "getuid") or status.st_uid == os.getuid()  # Windows has no `getuid`.
 
 
 RUN_FILES = (
@@ -140,20 +141,27 @@ def refuse_links(folder: Path, patterns: Iterable[str] = RUN_FILES) -> None:
     """Refuses a folder in which a file that openimp reads or writes is a link out of it, or a pipe.
 
     `patterns` finds these files. Otherwise a run or a model made by somebody else could make openimp read or overwrite
-    the user's own files, or wait for ever.
-    The files in the cache of the Hugging Face Hub are links; these may lead to the `blobs` folder of that cache.
+    the user's own files, or wait for ever. The files in the cache of the Hugging Face Hub are links; these may lead to
+    the `blobs` folder of that cache.
     """
-    real = Path(os.path.realpath(folder))
-    allowed = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
-    for path in (path for pattern in patterns for path in folder.glob(pattern)):
-        if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(place) for place in allowed):
-            raise UserError(f"{path}: is a link out of {folder}, which openimp does not follow; remove the link")
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path}: is not a regular file")
+    real_folder = Path(os.path.realpath(folder))
+    allowed = [real_folder]
+    if real_folder.parent.name == "snapshots":
+        allowed.append(real_folder.parents[1] / "blobs")
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path.is_symlink():
+                target = Path(os.path.realpath(path))
+                if not any(target.is_relative_to(allowed_folder) for allowed_folder in allowed):
+                    raise UserError(
+                        f"{path}: is a link out of {folder}, which openimp does not follow; remove the link"
+                    )
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise UserError(f"{path}: is not a regular file")
 
 
 LARGEST_TEXT = 2**25
-"""Bytes of a file with configuration or a tokenizer at most."""
+"""Maximum size in bytes of a file with a configuration or a tokenizer."""
 
 
 def read_text(file: Path, limit: int = LARGEST_TEXT) -> str:

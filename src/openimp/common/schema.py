@@ -61,12 +61,16 @@ class TextFrom(str):
 def _absolute(name: Any, info: ValidationInfo) -> Any:
     """Makes a relative path absolute, also that of `timm:local-dir:FOLDER`."""
     folder = base_folder(name, info)
-    return name if not isinstance(name, str) or folder is None else absolute_name(name, folder)
+    if not isinstance(name, str) or folder is None:
+        return name
+    return absolute_name(name, folder)
 
 
 def base_folder(text: Any, info: ValidationInfo) -> str | Path | None:
     """The folder at which a relative path in the data starts: that given to `checked`, by default the current one."""
-    return text.folder if isinstance(text, TextFrom) else (info.context or {"folder": "."})["folder"]
+    if isinstance(text, TextFrom):
+        return text.folder
+    return info.context["folder"] if info.context else "."
 
 
 def _one_component(name: str) -> str:
@@ -119,19 +123,19 @@ Pair = Annotated[tuple[Count, Count], Field(strict=False)]
 Triple = Annotated[tuple[Count, Count, Count], Field(strict=False)]
 
 
-def checked(schema: type[Any], data: Any, where: str, folder: str | Path | None = None) -> Any:
+def checked(schema: type[Any], data: Any, error_prefix: str, folder: str | Path | None = None) -> Any:
     """Validates plain data, or a model again, with a pydantic model. The first mistake is a UserError.
 
-    Its message begins with `where`, such as the file. Relative paths in the data start at `folder`.
+    `error_prefix` is usually the file. Relative paths in the data start at `folder`.
     """
     if isinstance(data, BaseModel):
         data = data.model_dump()
     try:
         return schema.model_validate(data, context={"folder": folder})
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_mistake(data, error)}") from None
+        raise UserError(f"{error_prefix}: {_first_mistake(data, error)}") from None
     except UserError as error:  # Of a validator.
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{error_prefix}: {error}") from None
 
 
 EXPECTED = {
@@ -154,20 +158,25 @@ def _first_mistake(data: Any, error: ValidationError) -> str:
     If a value may have one of several types, pydantic reports an error per type. The errors with the longest path are
     those of the type that the value has.
     """
-    errors = [(_path(data, each), each) for each in error.errors()]
-    first = errors[0][0]
-    path = max((path for path, _ in errors if path[: len(first)] == first), key=len)
-    found = [each for other, each in errors if other == path]
-    message = _message(next((each for each in found if each["type"] not in EXPECTED), found[0]))
-    if len(found) > 1 and all(each["type"] in EXPECTED for each in found):
-        *others, last = dict.fromkeys(EXPECTED[each["type"]].format_map(each.get("ctx", {})) for each in found)
-        message = f"expected {' or '.join(filter(None, [', '.join(others), last]))}, found {_shown(found[0]['input'])}"
+    details = [(_path(data, detail), detail) for detail in error.errors()]
+    first_path = details[0][0]
+    path = max((path for path, _ in details if path[: len(first_path)] == first_path), key=len)
+    at_path = [detail for other_path, detail in details if other_path == path]
+    specific = [detail for detail in at_path if detail["type"] not in EXPECTED]
+    if specific or len(at_path) == 1:
+        message = _message((specific or at_path)[0])
+    else:
+        *others, last = dict.fromkeys(EXPECTED[detail["type"]].format_map(detail.get("ctx", {})) for detail in at_path)
+        expected = f"{', '.join(others)} or {last}" if others else last
+        message = f"expected {expected}, found {_shown(at_path[0]['input'])}"
     return ": ".join(filter(None, [".".join(path), message]))
 
 
 def _message(error: Any) -> str:
-    """What is wrong with a value; for types of error that are not known here, pydantic's message."""
-    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    """The mistake in a value. For a type of error that is not known here, it is pydantic's message."""
+    kind = error["type"]
+    value = error["input"]
+    context = error.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
     if kind in ("missing", "union_tag_not_found"):
@@ -193,9 +202,13 @@ def _shown(value: Any) -> str:
 
 
 def _path(data: Any, error: Any) -> list[str]:
-    """The keys of an error's location. Pydantic's location also names members of unions, which the data does not have,
-    and lacks the key that decides between the members."""
-    path, location = [], error["loc"]
+    """The keys of an error's location.
+
+    Pydantic's location also names members of unions, which the data does not have. It lacks the key that decides
+    between the members.
+    """
+    path = []
+    location = error["loc"]
     for i, part in enumerate(location):
         try:
             data = data[part]
@@ -203,4 +216,6 @@ def _path(data: Any, error: Any) -> list[str]:
             if error["type"] != "missing" or i < len(location) - 1:
                 continue
         path.append(str(part))
-    return path + ([error["ctx"]["discriminator"].strip("'")] if error["type"].startswith("union_tag") else [])
+    if error["type"].startswith("union_tag"):
+        path.append(error["ctx"]["discriminator"].strip("'"))
+    return path

@@ -4,13 +4,13 @@ from unicodedata import normalize
 
 
 def text_key(text: str) -> str:
-    """What equal texts have in common: `part`, `positives_by`, evaluation and `openimp init` compare texts by this key.
+    """The key that equal texts share. `part`, `positives_by`, evaluation and `openimp init` compare texts by it.
 
     Case and white space do not count, nor does how a letter is encoded: "Straße", "STRASSE" and " strasse" have one
     key. So texts that a trained tokenizer cannot tell apart, because it applies NFC and lower case, have equal keys.
     """
     if not text.isascii():
-        # Case folding may take a letter apart: that of "ΐ" is three characters.
+        # NFC again, because case folding may take a letter apart: that of "ΐ" is three characters.
         text = normalize("NFC", normalize("NFC", valid_text(text)).casefold())
     return " ".join(text.casefold().split())
 

@@ -28,9 +28,9 @@ def openimp_version() -> str:
     # An installed package may be inside the checkout of another project.
     if (PACKAGE.parents[1] / ".git").exists():
         with suppress(OSError):  # no git
-            found = subprocess.run(describe, capture_output=True, text=True)
-            if found.returncode == 0:
-                return f"{version('openimp')} ({found.stdout.strip()})"
+            described = subprocess.run(describe, capture_output=True, text=True)
+            if described.returncode == 0:
+                return f"{version('openimp')} ({described.stdout.strip()})"
     return version("openimp")
 
 
@@ -41,14 +41,15 @@ def library_version(name: str) -> str | None:
 
 def warn_of_vulnerable_libraries() -> None:
     """Prints one sentence if libraries in this environment are older than `VULNERABLE_BEFORE` says."""
-    found = []
+    vulnerable = []
     for name, (fixed, advisories) in VULNERABLE_BEFORE.items():
         installed = library_version(name)
         if installed and _release(installed) < _release(fixed):
-            found.append(f"{name} {installed} (fixed in {fixed}: {advisories})")
-    if found:
+            vulnerable.append(f"{name} {installed} (fixed in {fixed}: {advisories})")
+    if vulnerable:
         console.print(
-            f"Warning: the environment has versions with known vulnerabilities: {'; '.join(found)}.", soft_wrap=True
+            f"Warning: the environment has versions with known vulnerabilities: {'; '.join(vulnerable)}.",
+            soft_wrap=True,
         )
 
 

@@ -22,14 +22,13 @@ class Batch:
         """Parts of a batch, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        return cls(
-            {name: Tokens.cat([part.tokens[name] for part in parts]) for name in parts[0].tokens},
-            [
-                {name: torch.cat([target[name] for target in targets]) for name in targets[0]}
-                for targets in zip(*(part.targets for part in parts))
-            ],
-            [row for part in parts for row in part.rows],
-        )
+        tokens = {name: Tokens.cat([part.tokens[name] for part in parts]) for name in parts[0].tokens}
+        targets = []
+        for targets_of_objective in zip(*(part.targets for part in parts)):
+            names = targets_of_objective[0]
+            targets.append({name: torch.cat([target[name] for target in targets_of_objective]) for name in names})
+        rows = [row for part in parts for row in part.rows]
+        return cls(tokens, targets, rows)
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(

@@ -48,12 +48,12 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
     """
     if is_url(path):
         return Path(), _matching_urls(name, path)
-    scheme, wanted = Name.parse(path)
+    scheme, file_name = Name.parse(path)
     if scheme == BUNDLED:
         bundled = [file.name for file in DEMO.iterdir()] if DEMO.is_dir() else []
-        if wanted not in bundled:
-            raise UserError(f"source {name}: openimp has no bundled data {wanted!r}{nearest(wanted, bundled)}")
-        path = str(DEMO / wanted)
+        if file_name not in bundled:
+            raise UserError(f"source {name}: openimp has no bundled data {file_name!r}{nearest(file_name, bundled)}")
+        path = str(DEMO / file_name)
     if os.path.isdir(path):
         return Path(path), [path]
     files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
@@ -62,7 +62,10 @@ def locate(name: str, path: str) -> tuple[Path, list[str]]:
     for file in files:
         if not os.path.isfile(file):
             raise UserError(f"source {name}: {file}: is not a regular file")
-    return Path(path if files == [path] else re.split(r"[*?\[]", path)[0] + "_").parent, files
+    if files == [path]:
+        return Path(path).parent, files
+    before_pattern = re.split(r"[*?\[]", path)[0]
+    return Path(before_pattern + "_").parent, files
 
 
 def _matching_urls(name: str, url: str) -> list[str]:
@@ -70,15 +73,15 @@ def _matching_urls(name: str, url: str) -> list[str]:
         return [url]
     try:
         system, path = fsspec.core.url_to_fs(url)
-        found = sorted(system.glob(path))
+        files = sorted(system.glob(path))
         base = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-        names_hidden = is_hidden(path.removeprefix(base))  # As `glob.glob` does for files on disk.
-        found = [file for file in found if names_hidden or not is_hidden(file.removeprefix(base))]
+        if not is_hidden(path.removeprefix(base)):  # As `glob.glob` does for files on disk.
+            files = [file for file in files if not is_hidden(file.removeprefix(base))]
     except Exception as error:  # Each file system raises its own errors.
         raise UserError(f"source {name}: {url}: {str(error).strip() or type(error).__name__}") from None
-    if not found:
+    if not files:
         raise UserError(f"source {name}: {url}: nothing there matches")
-    return [system.unstrip_protocol(file) for file in found]
+    return [system.unstrip_protocol(file) for file in files]
 
 
 def open_forward(file: str) -> IO[bytes]:
@@ -115,19 +118,19 @@ def inside(root: Path, path: str) -> Path:
 def digest(file: str | Path, blocks: int = 64, block: int = 64 * 1024) -> str:
     """SHA-256 over a file's size and `blocks` blocks of bytes spread evenly over it, the first and last among them.
 
-    It includes all of a file of up to 4 MiB, and takes no longer for a larger file. There, a change between the blocks
-    that keeps the size is not noticed.
+    It includes all of a file of up to 4 MiB. In a larger file, a change between the blocks that keeps the size is not
+    noticed.
     """
     size = os.path.getsize(file)
-    total = hashlib.sha256(str(size).encode())
+    content_hash = hashlib.sha256(str(size).encode())
     with open(file, "rb") as handle:
         if size <= blocks * block:
-            total.update(handle.read())
+            content_hash.update(handle.read())
         else:
             for number in range(blocks):
                 handle.seek(number * (size - block) // (blocks - 1))
-                total.update(handle.read(block))
-    return total.hexdigest()
+                content_hash.update(handle.read(block))
+    return content_hash.hexdigest()
 
 
 def fingerprint(base: Path, files: Iterable[str | Path]) -> str:

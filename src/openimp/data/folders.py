@@ -31,13 +31,14 @@ def open_folder(name: str, path: str) -> Table:
     """
     if not os.path.isdir(path):
         raise UserError(f"source {name}: {path} is not a folder")
-    os.scandir(path).close()  # Raises OSError if it may not be read. Of folders below it, only the readable ones count.
-    root = Path(os.path.abspath(path))  # Paths begin with it: below Path("."), they would not.
+    os.scandir(path).close()  # Raises OSError if it may not be read. Unreadable folders below it are skipped.
+    root = Path(os.path.abspath(path))  # Absolute, because paths below Path(".") would not begin with it.
     classes = subfolders(root)
     start = len(os.path.join(root, ""))
-    entries = chain.from_iterable(files_below(root / folder) for folder in classes or [""])
-    # Path relative to `root` and size in bytes.
-    sizes = {entry.path[start:].replace(os.sep, "/"): entry.stat(follow_symlinks=False).st_size for entry in entries}
+    sizes: dict[str, int] = {}  # in bytes, by path relative to `root`
+    for entry in chain.from_iterable(files_below(root / folder) for folder in classes or [""]):
+        relative_path = entry.path[start:].replace(os.sep, "/")
+        sizes[relative_path] = entry.stat(follow_symlinks=False).st_size
     if not classes and not sizes:
         raise UserError(
             f"source {name}: {path} has no subfolders and no files; a folder source has files, or one subfolder per "
@@ -46,10 +47,13 @@ def open_folder(name: str, path: str) -> Table:
     for file in sizes:
         if not is_utf8(file):
             raise UserError(f"source {name}: {path}: the name of {file!r} is not UTF-8; rename it")
-    split = {file: os.path.splitext(file) for file in sizes}
-    stems = {stem for stem, extension in split.values() if extension.lower() != CAPTION}
-    captions = {stem: file for file, (stem, ending) in split.items() if ending.lower() == CAPTION and stem in stems}
-    media = {file: parts for file, parts in split.items() if captions.get(parts[0]) != file}
+    split_names = {file: os.path.splitext(file) for file in sizes}
+    media_stems = {stem for stem, extension in split_names.values() if extension.lower() != CAPTION}
+    captions: dict[str, str] = {}  # the caption's file by stem
+    for file, (stem, extension) in split_names.items():
+        if extension.lower() == CAPTION and stem in media_stems:
+            captions[stem] = file
+    media = {file: parts for file, parts in split_names.items() if captions.get(parts[0]) != file}
     columns: dict[str, list[Any]] = {"file": [*media]}
     if classes:
         columns["label"] = [file.split("/", 1)[0] for file in media]

@@ -13,7 +13,7 @@ from typing import Any
 
 from openimp.common.errors import UserError
 from openimp.data.files import fingerprint
-from openimp.data.streams import Named
+from openimp.data.streams import NamedRow
 from openimp.data.tables import Table
 from openimp.recipe.tasks import Source
 
@@ -85,7 +85,7 @@ def as_table(name: str, path: str, data: Any, label: str, root: Path) -> Table:
 
 
 def class_texts(features: Any) -> dict[str, Callable[[Any], Any]]:
-    """By column that holds class numbers, the function from a number to the name of the class."""
+    """For each column of class numbers, the function from a number to the name of the class."""
     from datasets import ClassLabel
 
     return {
@@ -96,13 +96,15 @@ def class_texts(features: Any) -> dict[str, Callable[[Any], Any]]:
 
 
 def _class_name(names: list[str], number: int | None) -> str | None:
-    return None if number is None or number < 0 else names[number]  # -1: the class is unknown.
+    if number is None or number < 0:  # -1: the class is unknown.
+        return None
+    return names[number]
 
 
 class HubShards:
-    """The shards of a `datasets.IterableDataset` as `streams.Shards`. `labels` name them; without, they have numbers.
+    """The shards of a `datasets.IterableDataset` as `streams.Shards`. They are named by `labels`, or else by number.
 
-    A state is that of `datasets` and the number of the next row.
+    A state has the state of `datasets` and the number of the next row.
     """
 
     def __init__(self, name: str, path: str, dataset: Any, labels: list[str] | None = None) -> None:
@@ -117,7 +119,7 @@ class HubShards:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def rows(self, shard: int, state: dict[str, Any] | None) -> Iterator[tuple[Named, Any]]:
+    def rows(self, shard: int, state: dict[str, Any] | None) -> Iterator[tuple[NamedRow, Any]]:
         number = state["row"] if state else 0
         data = self._dataset.shard(len(self), shard)
         if state:
@@ -128,8 +130,8 @@ class HubShards:
                 row = {column: values[0] for column, values in batch.items()}
                 for column, text_of in self._texts.items():
                     row[column] = text_of(row[column])
-                named = f"{self._labels[shard]}[{number}]", row
+                row_name = f"{self._labels[shard]}[{number}]"
                 number += 1
-                yield named, {"row": number, "reader": data.state_dict()}
+                yield (row_name, row), {"row": number, "reader": data.state_dict()}
         except Exception as error:  # As in `quiet`, which would run for every row.
             raise UserError(f"source {self._name}: {self._path} cannot be read: {first_line(error)}") from None

@@ -49,36 +49,36 @@ def load_batches(dataset: StepBatches, start: int, stop: int | None = None) -> I
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=torch.cuda.is_available(),
     )
-    watched = workers and hasattr(signal, "SIGCHLD")
-    loaded: list[LoadedBatch] = []
-    for part in _watch_workers(loader) if watched else loader:
+    can_watch = workers and hasattr(signal, "SIGCHLD")
+    parts_of_batch: list[LoadedBatch] = []
+    for part in _watch_workers(loader) if can_watch else loader:
         if isinstance(part, UserError):
             raise part
-        loaded.append(part)
-        if len(loaded) == parts:
-            yield LoadedBatch.merged(loaded)
-            loaded = []
+        parts_of_batch.append(part)
+        if len(parts_of_batch) == parts:
+            yield LoadedBatch.merged(parts_of_batch)
+            parts_of_batch = []
 
 
 def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[LoadedBatch | UserError]:
-    """Yields the loader's batches, and reports a dead worker only while it waits for a batch.
+    """Yields the loader's parts of batches, and reports a dead worker only while it waits for one.
 
     torch's SIGCHLD handler raises wherever the training process is. In the middle of an update, that would make the
     model unfit to be saved. So the handler is installed only during the wait.
     """
-    before = signal.getsignal(signal.SIGCHLD)
-    batches: Iterator[LoadedBatch | UserError] | None = None
-    # One `next` per batch. Another one, to see the end, could report a dead worker, which no longer matters then.
+    outer_handler = signal.getsignal(signal.SIGCHLD)
+    parts: Iterator[LoadedBatch | UserError] | None = None
+    # Exactly one `next` per part. A further `next`, which would find the end, could report a dead worker in vain.
     for _ in range(len(loader)):
         try:
-            batches = batches or iter(loader)
-            # Without the handler, the wait for a batch that a dying worker has half written would never end.
+            parts = parts or iter(loader)
+            # Without the handler, the wait for a part that a dying worker has half written would never end.
             signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
             _error_if_any_worker_fails()
-            loaded = next(batches)
-            # Here and not only below, because a worker may die just before: the handler then raises within this call.
-            signal.signal(signal.SIGCHLD, before)
-        # torch raises RuntimeError. Unpickling a batch of the dead worker raises the other errors.
+            part = next(parts)
+            # Not only in `finally`: if a worker dies just before, the handler raises in this call, where it is caught.
+            signal.signal(signal.SIGCHLD, outer_handler)
+        # torch raises RuntimeError. Unpickling a part from the dead worker raises the other errors.
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
                 raise
@@ -88,17 +88,17 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
                 "train.prefetch_factor"
             ) from None
         finally:
-            signal.signal(signal.SIGCHLD, before)
-        yield loaded
+            signal.signal(signal.SIGCHLD, outer_handler)
+        yield part
 
 
 @dataclass(frozen=True)
 class _Parts(Dataset["LoadedBatch | UserError"]):
-    """What the DataLoader reads. It returns errors as UserErrors, because one that is raised in a worker would end the
-    training without saving it.
+    """The data set of the DataLoader: the parts of all batches.
 
-    It makes parts with one thread even in the training process: the number of threads changes the last bits of a
-    spectrogram.
+    It returns an error as a UserError, because an error that a worker raises would end the training without a
+    checkpoint. It uses one thread, even in the training process, because the number of threads changes the last bits
+    of a spectrogram.
     """
 
     batches: StepBatches
@@ -108,15 +108,16 @@ class _Parts(Dataset["LoadedBatch | UserError"]):
         return len(self.batches) * self.parts
 
     def __getitem__(self, item: int) -> LoadedBatch | UserError:
+        step, number = divmod(item, self.parts)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return self.batches.part(*divmod(item, self.parts), self.parts)
+            return self.batches.part(step, number, self.parts)
         except UserError as error:
             return error
-        except Exception as error:  # Of a file system, a network or a decoder: all steps so far are saved.
+        except Exception as error:  # Of a file system, a network or a decoder.
             traceback.print_exc()
-            return UserError(f"the data of step {item // self.parts}: {type(error).__name__}: {error}")
+            return UserError(f"the data of step {step}: {type(error).__name__}: {error}")
         finally:
             torch.set_num_threads(threads)
 
@@ -130,10 +131,10 @@ def _init_worker(_: int) -> None:
 
 
 def _report_unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A worker's `sys.excepthook`, which Python's thread that hands over batches calls.
+    """A worker's `sys.excepthook`. It hides errors of the connection to the training process.
 
-    If another worker dies, the training process stops, perhaps in the middle of a handover. It has told the reason, so
-    a traceback of this worker would only distract.
+    If another worker dies, the training process reports that and stops, perhaps while it receives a batch of this
+    worker. A traceback of this worker would only distract.
     """
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)

@@ -28,8 +28,8 @@ PYTHON_ROWS = 10_000
 BLOCK_BYTES = 2**24
 """Bytes that Arrow parses at once, and so the longest row that it reads."""
 CACHED_BYTES = 2**26
-"""Bytes of manifests from which on their table is kept in the cache folder. Reading smaller manifests is faster than
-importing `datasets`, which opens the cached table."""
+"""Bytes of manifests from which on their table is kept in the cache folder. Smaller manifests are read faster than
+`datasets`, which opens a cached table, is imported."""
 CACHE_VERSION = 3
 """Version of the files in the cache folder. Files of another version are not read."""
 
@@ -69,7 +69,8 @@ def _read_all(name: str, path: str, files: list[str]) -> tuple[pa.Table, list[in
     tables = []
     for file in files:
         try:
-            tables.append(_read_csv(file) if Path(file).suffix.lower() == ".csv" else _read_json(file))
+            is_csv = Path(file).suffix.lower() == ".csv"
+            tables.append(_read_csv(file) if is_csv else _read_json(file))
         except UnicodeDecodeError:
             raise UserError(f"source {name}: {file}: is not UTF-8 text") from None
         except (ValueError, RecursionError) as error:
@@ -108,9 +109,9 @@ def _csv_header(lines: Any) -> list[str]:
 
 
 def _csv_rows(file: str) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV file with a header; any other file is a ValueError.
+    """The rows of a CSV file with a header. Any other file is a ValueError, whose message names the line.
 
-    Its message names the line. A row that spans several lines has the first one's number.
+    A row that spans several lines has the number of its first line.
     """
     with open(file, encoding="utf-8-sig", newline="") as handle:
         lines = csv.reader(handle)

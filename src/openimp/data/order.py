@@ -18,28 +18,29 @@ ROUNDS = 6
 
 def rows_at(seed: int, task: str, rows: int, positions: np.ndarray) -> np.ndarray:
     """The rows (int64) at positions (int64, from 0) in a task's endless order. Each epoch has every row once."""
-    epochs, places = np.divmod(np.asarray(positions, np.int64), rows)
-    result = np.empty_like(places)
+    epochs, positions_in_epoch = np.divmod(np.asarray(positions, np.int64), rows)
+    result = np.empty_like(positions_in_epoch)
     for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        result[chosen] = permute(places[chosen], rows, seed_key(seed, task, int(epoch)))
+        in_epoch = epochs == epoch
+        result[in_epoch] = permute(positions_in_epoch[in_epoch], rows, seed_key(seed, task, int(epoch)))
     return result
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """Applies the permutation of 0..n-1 that `key` selects to each index."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    shift = np.uint64(half)
-    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half_bits) - 1)
+    shift = np.uint64(half_bits)
+    round_keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
     value = index.astype(np.uint64)
-    todo = np.ones(len(value), bool)
-    while todo.any():
-        left, right = value[todo] >> shift, value[todo] & mask
-        for round_key in keys:
+    out_of_range = np.ones(len(value), bool)
+    while out_of_range.any():
+        left = value[out_of_range] >> shift
+        right = value[out_of_range] & mask
+        for round_key in round_keys:
             left, right = right, left ^ (_mix(right + round_key) & mask)
-        value[todo] = (left << shift) | right
-        todo &= value >= n
+        value[out_of_range] = (left << shift) | right
+        out_of_range &= value >= n
     return value.astype(np.int64)
 
 

@@ -27,15 +27,15 @@ MIN_LIMIT = 2**30
 """A file may unpack to `MAX_EXPANSION` times its size, or to `MIN_LIMIT` bytes if that is more. The minimum is for
 columns of equal labels, which take almost no space in a file."""
 BATCH_ROWS = 10_000
-"""Most rows of a batch."""
+"""Maximum number of rows in a batch."""
 BATCH_BYTES = 2**26
 """Bytes of a batch if its rows are as long as the average row of the row group."""
 WORST_BATCH_BYTES = 2**27
-"""Most bytes of a batch, whatever its rows hold, except lists that repeat a value."""
+"""Maximum number of bytes in a batch, whatever its rows hold, except lists that repeat a value."""
 BUFFER = 2**16
 """Bytes that are read at once to see the beginning of a column chunk."""
 MAX_MERGED = 1000
-"""Most batches that are merged into one table."""
+"""Maximum number of batches that are merged into one table."""
 MERGED_BYTES = 2**24
 """Bytes of merged batches from which on they are one table. Many small tables would waste memory."""
 
@@ -119,7 +119,7 @@ def _batches(handle: Any, row_groups: Iterable[int] | None) -> Iterator[pa.Recor
         group_bytes = sum(chunk.total_uncompressed_size for chunk in chunks)
         average_row = group_bytes // group.num_rows
         rows = min(BATCH_ROWS, BATCH_BYTES // max(1, average_row))
-        # No value is longer than its column chunk, but the longest is only looked for if that does not settle it.
+        # No value is longer than its column chunk. The longest value is determined only if that bound is too large.
         if min(rows, group.num_rows) * group_bytes > WORST_BATCH_BYTES:
             longest_row = average_row + _longest_values(beginnings, number, columns, chunks)
             rows = min(rows, WORST_BATCH_BYTES // max(1, longest_row))
@@ -148,5 +148,7 @@ def _longest_values(beginnings: Any, group: int, columns: list[Any], chunks: lis
 def _longest_dictionary_value(array: pa.Array) -> int:
     if pa.types.is_dictionary(array.type):
         return pc.max(pc.binary_length(array.dictionary)).as_py() or 0
-    inner = array.flatten()  # of a struct, a list of arrays; of a list, one array
-    return max(map(_longest_dictionary_value, inner if isinstance(inner, list) else [inner]), default=0)
+    inner_arrays = array.flatten()  # of a struct, a list of arrays; of a list, one array
+    if not isinstance(inner_arrays, list):
+        inner_arrays = [inner_arrays]
+    return max(map(_longest_dictionary_value, inner_arrays), default=0)

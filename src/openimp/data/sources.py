@@ -105,11 +105,13 @@ def _path_and_format(name: str, source: Source) -> tuple[str, str]:
     """The source's path and its format: that of the recipe or, by default, of the path's extension."""
     path = source.path
     assert path is not None
-    ending = Path(urlsplit(path).path if is_url(path) else path).suffix.lower()
-    kind = source.format or ("folder" if os.path.isdir(path) else FORMATS.get(ending))
+    extension = Path(urlsplit(path).path if is_url(path) else path).suffix.lower()
+    kind = source.format or ("folder" if os.path.isdir(path) else FORMATS.get(extension))
     if kind is None:
-        if not ending or not is_url(path):
+        if not extension or not is_url(path):
             locate(name, path)  # A path that does not exist is the likelier mistake.
         known = ", ".join(FORMATS)
-        raise UserError(f"source {name}: {path}: unknown extension {ending!r}; known: {known}; for others set format")
+        raise UserError(
+            f"source {name}: {path}: unknown extension {extension!r}; known: {known}; for others set format"
+        )
     return path, kind

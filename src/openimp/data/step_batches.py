@@ -67,14 +67,14 @@ class LoadedBatch:
     @classmethod
     def merged(cls, loaded: Sequence[LoadedBatch]) -> LoadedBatch:
         """The parts of all workers together."""
-        return cls(
-            loaded[0].visit,
-            [batch for part in loaded for batch in part.parts],
-            [name for part in loaded for name in part.names],
-            [bad for part in loaded for bad in part.bad],
-            {lane: cursor for part in loaded for lane, cursor in part.cursors.items()},
-            sum(part.digest for part in loaded),
-        )
+        merged = cls(loaded[0].visit)
+        for part in loaded:
+            merged.parts += part.parts
+            merged.names += part.names
+            merged.bad += part.bad
+            merged.cursors |= part.cursors
+            merged.digest += part.digest
+        return merged
 
     @cached_property
     def batch(self) -> Batch:
@@ -82,7 +82,7 @@ class LoadedBatch:
         return Batch.cat(self.parts)
 
     def to(self, device: torch.device) -> Batch:
-        """All examples on a device. They are put together there, because only the parts are in pinned memory."""
+        """All examples on a device. They are concatenated there, because only the parts are in pinned memory."""
         return Batch.cat([part.to(device) for part in self.parts])
 
     def pin_memory(self) -> LoadedBatch:
@@ -134,66 +134,83 @@ class StepBatches(Dataset[LoadedBatch]):
         self.recipe = recipe
         self.modalities = modalities
         self.schedule = Alternation(recipe)
-        self.rank, self.world_size = rank, world_size
+        self.rank = rank
+        self.world_size = world_size
         self.stores: dict[tuple[str, str, str], DecodedStore] = {}
         self.sources: dict[str, Table | Stream] = {}
         self.classes: dict[str, list[Any]] = {}
-        tables: dict[str, Table] = {}
-        tasks = {name: task for name, task in recipe.tasks.items() if task.weight}
-        for name, task in tasks.items():
-            for size in (view.batch_size or task.batch_size for view in task.views):
-                if size % world_size:
-                    raise UserError(f"tasks.{name}: batch_size {size} is not a multiple of {world_size} ranks")
-        for name, task in tasks.items():
-            source = tables.get(task.source) or open_source(
-                task.source, recipe.sources[task.source], seed_key(recipe.seed, name)
-            )
-            source.require(sorted(self._columns(task)), f"tasks.{name}")
-            if isinstance(source, Table):  # Tasks do not share a stream, because each has its own position in it.
-                tables[task.source] = source
-            else:
-                _require_whole_lanes(name, task, source, world_size)
-            self.sources[name] = source
+        self._open_sources()
         for name, source in self.sources.items():
             for objective in recipe.tasks[name].objectives:
                 if labels := objective.class_column():
                     self.classes[head_key(source.name, labels.name)] = classes_of(source, labels, f"tasks.{name}")
+        self._decode_cached_media(progress)
+
+    def _open_sources(self) -> None:
+        """Fills `sources`. Tasks share a table, but not a stream, in which each task has its own position."""
+        tables: dict[str, Table] = {}
+        tasks = {name: task for name, task in self.recipe.tasks.items() if task.weight}
+        for name, task in tasks.items():
+            for batch_size in _batch_sizes(task):
+                if batch_size % self.world_size:
+                    raise UserError(
+                        f"tasks.{name}: batch_size {batch_size} is not a multiple of {self.world_size} ranks"
+                    )
+        for name, task in tasks.items():
+            source: Table | Stream | None = tables.get(task.source)
+            if source is None:
+                options = self.recipe.sources[task.source]
+                source = open_source(task.source, options, seed_key(self.recipe.seed, name))
+            source.require(sorted(self._columns(task)), f"tasks.{name}")
+            if isinstance(source, Table):
+                tables[task.source] = source
+            else:
+                _require_whole_lanes(name, task, source, self.world_size)
+            self.sources[name] = source
+
+    def _decode_cached_media(self, progress: Progress | None) -> None:
+        """Fills `stores`."""
+        tables = {source.name: source for source in self.sources.values() if isinstance(source, Table)}
         for table in tables.values():
-            cache = recipe.sources[table.name].cache
+            cache = self.recipe.sources[table.name].cache
+            if cache == "none":
+                continue
             if cache == "memory" and ranks_on_node() > 1:
                 cache = "disk"  # Ranks share the pages of a file.
-            if cache != "none":
-                for (name, column), views in self._media_views(table.name).items():
-                    key = table.name, name, column
-                    self.stores[key] = DecodedStore.build(table, modalities[name], column, views, cache, progress)
+            for (name, column), views in self._media_views(table.name).items():
+                store = DecodedStore.build(table, self.modalities[name], column, views, cache, progress=progress)
+                self.stores[table.name, name, column] = store
 
     def fit(self, fitted_stems: Collection[str] = ()) -> None:
         """Fits the modalities that read text to the training texts, on rank 0, and gives all ranks what they learned.
 
         Modalities whose stem is in `fitted_stems` are left as they are.
         """
-        readers = {name: m for name, m in self.modalities.items() if m.reads_text and m.stem not in fitted_stems}
-        learning = {name: m for name, m in readers.items() if isinstance(m, Learned)}
+        learners: dict[str, Learned] = {}
+        for name, modality in self.modalities.items():
+            if modality.reads_text and modality.stem not in fitted_stems and isinstance(modality, Learned):
+                learners[name] = modality
 
         def fit() -> dict[str, dict[str, str]]:
-            for name, modality in learning.items():
-                modality.fit(self._corpus(name))
-            return {name: modality.state() for name, modality in learning.items()}
+            for name, learner in learners.items():
+                learner.fit(self._corpus(name))
+            return {name: learner.state() for name, learner in learners.items()}
 
         states = run_on_rank_zero(fit)
-        for name, modality in learning.items() if self.rank else ():
-            modality.load_state(states[name])
+        if self.rank > 0:
+            for name, learner in learners.items():
+                learner.load_state(states[name])
 
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each source, by name. That of a table covers the media files that tasks read from it."""
-        found = {}
+        fingerprints = {}
         for source in self.sources.values():
             if isinstance(source, Stream):
-                found[source.name] = source.fingerprint
-            elif source.name not in found:
+                fingerprints[source.name] = source.fingerprint
+            elif source.name not in fingerprints:
                 columns = {column for _, column in self._media_views(source.name)}
-                found[source.name] = source.fingerprint_with_files(sorted(columns))
-        return found
+                fingerprints[source.name] = source.fingerprint_with_files(sorted(columns))
+        return fingerprints
 
     def load_cursors(
         self, cursors: dict[str, dict[str, Cursor]], changed: Collection[str] = ()
@@ -202,12 +219,12 @@ class StepBatches(Dataset[LoadedBatch]):
 
         If a source is in `changed`, its streams start the next epoch.
         """
-        loaded = {}
-        for name, by_lane in cursors.items():
-            source = self.sources[name]
-            assert isinstance(source, Stream)
-            loaded[name] = source.load_cursors(by_lane, source.name in changed)
-        return loaded
+        used_cursors = {}
+        for task, cursor_by_lane in cursors.items():
+            stream = self.sources[task]
+            assert isinstance(stream, Stream)
+            used_cursors[task] = stream.load_cursors(cursor_by_lane, stream.name in changed)
+        return used_cursors
 
     def __len__(self) -> int:
         return len(self.schedule)
@@ -221,40 +238,50 @@ class StepBatches(Dataset[LoadedBatch]):
         Part `number` reads the same lanes of a stream in every step.
         """
         visit = self.schedule[step]
-        task, source = self.recipe.tasks[visit.task], self.sources[visit.task]
+        task = self.recipe.tasks[visit.task]
+        source = self.sources[visit.task]
         positions = self._positions(visit, number, parts)
         if not positions:
             return LoadedBatch(visit)
         loaded = self._load(visit, positions)
-        chosen = [self._readable(visit, position, loaded) for position in positions]
+        examples = [self._readable(visit, position, loaded) for position in positions]
         tokens = {}
         for name, spec in task.inputs.items():
-            items = np.stack([array for example in chosen for array in example.arrays[name]])
+            items = np.stack([array for example in examples for array in example.arrays[name]])
             rngs = [loaded[position].rng for position in positions for _ in range(spec.draw)]
             tokens[name] = self.modalities[name].tokens(items, task.views[visit.view][name], rngs)
-        targets = [
-            {key: torch.stack([target[key] for target in by_example]) for key in by_example[0]}
-            for by_example in zip(*(example.targets for example in chosen))
-        ]
-        batch = Batch(tokens, targets, rows=[example.row for example in chosen])
-        names = [example.name for example in chosen]
-        bad = [(example.name, example.bad) for position in positions if (example := loaded[position]).bad]
-        cursors = source.cursors() if isinstance(source, Stream) else {}
-        return LoadedBatch(visit, [batch], names, bad, cursors, batch_digest(f"{visit.task} {name}" for name in names))
+        targets = []
+        for targets_of_objective in zip(*(example.targets for example in examples)):
+            keys = targets_of_objective[0]
+            targets.append({key: torch.stack([target[key] for target in targets_of_objective]) for key in keys})
+        names = [example.name for example in examples]
+        asked = [loaded[position] for position in positions]
+        return LoadedBatch(
+            visit,
+            parts=[Batch(tokens, targets, rows=[example.row for example in examples])],
+            names=names,
+            bad=[(example.name, example.bad) for example in asked if example.bad],
+            cursors=source.cursors() if isinstance(source, Stream) else {},
+            digest=batch_digest(f"{visit.task} {name}" for name in names),
+        )
 
     def _positions(self, visit: Visit, number: int, parts: int) -> list[int]:
         """The positions, in the task's order, of the examples of a part, which has whole lanes.
 
-        In a batch of B, slot j is of lane j * lanes // B. A table can be divided anywhere, as if each slot was a lane.
-        If the ranks do not divide the lanes, a lane belongs to two ranks, each of which takes some of its slots.
+        In a batch of B, example j is of lane j * lanes // B. A table can be divided anywhere, as if each example was a
+        lane. If the ranks do not divide the lanes, two ranks share a lane, and each takes a part of its examples.
         """
         lanes = self._lanes(visit.task) or visit.batch_size
-        slots = visit.batch_size // lanes  # of a lane
-        first, last = (visit.batch_size // self.world_size * rank for rank in (self.rank, self.rank + 1))
-        first_lane, last_lane = first // slots, -(-last // slots)
-        begin, end = (first_lane + (last_lane - first_lane) * part // parts for part in (number, number + 1))
-        found = range(max(first, begin * slots), min(last, end * slots))
-        return [visit.start + slot % slots * lanes + slot // slots for slot in found]
+        lane_size = visit.batch_size // lanes  # examples of a lane in the batch
+        rank_size = visit.batch_size // self.world_size
+        rank_start = rank_size * self.rank
+        rank_stop = rank_start + rank_size
+        first_lane = rank_start // lane_size
+        rank_lanes = -(-rank_stop // lane_size) - first_lane
+        part_start = (first_lane + rank_lanes * number // parts) * lane_size
+        part_stop = (first_lane + rank_lanes * (number + 1) // parts) * lane_size
+        examples = range(max(rank_start, part_start), min(rank_stop, part_stop))
+        return [visit.start + j % lane_size * lanes + j // lane_size for j in examples]
 
     def _lanes(self, task: str) -> int:
         """The number of lanes of a task's stream; 0 for a table."""
@@ -263,18 +290,20 @@ class StepBatches(Dataset[LoadedBatch]):
 
     def _load(self, visit: Visit, positions: Sequence[int]) -> dict[int, Example]:
         """Reads the examples at positions in the task's order."""
-        task, source = self.recipe.tasks[visit.task], self.sources[visit.task]
+        task = self.recipe.tasks[visit.task]
+        source = self.sources[visit.task]
         columns = sorted(self._columns(task))
         if isinstance(source, Stream):
-            rows, named = [*positions], source.read(visit.start, positions, columns)
+            rows = list(positions)
+            named_rows = source.read(visit.start, positions, columns)
         else:
             rows = rows_at(self.recipe.seed, visit.task, len(source), np.array(positions, np.int64)).tolist()
-            named = [*zip(map(source.row_name, rows), source.rows(rows, columns))]
-        key, sync = seed_key(self.recipe.seed, visit.task, "augment"), task.views[visit.view].sync
-        loaded = {
-            position: Example(row, name, values, example_rng(key, position, sync))
-            for position, row, (name, values) in zip(positions, rows, named)
-        }
+            named_rows = list(zip(map(source.row_name, rows), source.rows(rows, columns)))
+        key = seed_key(self.recipe.seed, visit.task, "augment")
+        sync = task.views[visit.view].sync
+        loaded = {}
+        for position, row, (name, values) in zip(positions, rows, named_rows):
+            loaded[position] = Example(row, name, values, example_rng(key, position, sync))
         for name in task.inputs:
             self._decode(visit, name, loaded.values())
         for example in loaded.values():
@@ -284,18 +313,18 @@ class StepBatches(Dataset[LoadedBatch]):
     def _readable(self, visit: Visit, position: int, loaded: dict[int, Example]) -> Example:
         """The example at a position or, if that is bad, the next one of its lane (or of the table) that can be read.
 
-        So the replacement depends neither on the ranks nor on the workers. `loaded` gets the examples that are read.
+        So the replacement depends neither on the ranks nor on the workers. Adds the examples that it reads to `loaded`.
         """
-        step = self._lanes(visit.task) or 1
-        for candidate in range(position, position + visit.batch_size * step, step):
+        stride = self._lanes(visit.task) or 1
+        for candidate in range(position, position + visit.batch_size * stride, stride):
             if candidate not in loaded:
                 loaded |= self._load(visit, [candidate])
             if not loaded[candidate].bad:
                 return loaded[candidate]
-        first = loaded[position]
+        bad_example = loaded[position]
         raise UserError(
             f"tasks.{visit.task}: {counted(visit.batch_size, 'example')} in a row could not be read in step "
-            f"{visit.step}; first: {first.name}: {first.bad}"
+            f"{visit.step}; first: {bad_example.name}: {bad_example.bad}"
         )
 
     def _columns(self, task: Task) -> set[str]:
@@ -305,17 +334,22 @@ class StepBatches(Dataset[LoadedBatch]):
             if self.modalities[name].reads_text:
                 columns.update(columns_of(spec.columns))
             else:
-                columns.update(c for c in spec.columns if (task.source, name, c) not in self.stores)
+                columns.update(column for column in spec.columns if (task.source, name, column) not in self.stores)
         return columns
 
     def _media_views(self, source: str) -> dict[tuple[str, str], list[Any]]:
         """The views that read each media column of a source, by (modality, column)."""
-        found: dict[tuple[str, str], list[Any]] = {}
-        for task in (self.recipe.tasks[name] for name in self.sources):
-            for name, spec in task.inputs.items() if task.source == source else ():
-                for column in spec.columns if not self.modalities[name].reads_text else ():
-                    found.setdefault((name, column), []).extend(view[name] for view in task.views)
-        return found
+        media_views: dict[tuple[str, str], list[Any]] = {}
+        for task_name in self.sources:
+            task = self.recipe.tasks[task_name]
+            if task.source != source:
+                continue
+            for name, spec in task.inputs.items():
+                if self.modalities[name].reads_text:
+                    continue
+                for column in spec.columns:
+                    media_views.setdefault((name, column), []).extend(view[name] for view in task.views)
+        return media_views
 
     def _decode(self, visit: Visit, name: str, examples: Iterable[Example]) -> None:
         """Decodes and augments modality `name` of each example that is not bad, and marks those that cannot be read.
@@ -323,22 +357,29 @@ class StepBatches(Dataset[LoadedBatch]):
         One modality is decoded for all examples before the next, so that its code and constants stay in the CPU cache.
         Each example has its own random generator, so the draws do not depend on the other examples.
         """
-        task, source, modality = self.recipe.tasks[visit.task], self.sources[visit.task], self.modalities[name]
-        spec, view = task.inputs[name], task.views[visit.view][name]
+        task = self.recipe.tasks[visit.task]
+        source = self.sources[visit.task]
+        modality = self.modalities[name]
+        spec = task.inputs[name]
+        view = task.views[visit.view][name]
 
         def decode(example: Example) -> np.ndarray:
             rng = example.rng
             if modality.reads_text:
                 return modality.decode(fill(spec.columns, example.values, rng), [view])
-            column = spec.columns[int(rng.integers(len(spec.columns)))] if len(spec.columns) > 1 else spec.columns[0]
+            column = spec.columns[0]
+            if len(spec.columns) > 1:
+                column = spec.columns[int(rng.integers(len(spec.columns)))]
             store = self.stores.get((source.name, name, column))
             if store is not None:
                 return store[example.row]
             return modality.decode(source.media(example.values[column]), [view], rng)
 
         for example in examples:
+            if example.bad:
+                continue
             try:
-                for _ in range(0 if example.bad else spec.draw):
+                for _ in range(spec.draw):
                     array = modality.transform(decode(example), view, example.rng)
                     example.arrays.setdefault(name, []).append(array)
             except BadMedia as error:
@@ -365,26 +406,33 @@ class StepBatches(Dataset[LoadedBatch]):
     def _corpus(self, name: str) -> Iterator[list[str]]:
         """The texts that a modality learns from, one list per row."""
         for task_name, source in self.sources.items():
-            if spec := self.recipe.tasks[task_name].inputs.get(name):
-                columns = columns_of(spec.columns)
-                if isinstance(source, Stream):
-                    epoch = ({column: row.get(column) for column in columns} for _, row in source.epoch())
-                    rows: Iterator[dict[str, Any]] = islice(epoch, CORPUS_ROWS)
-                else:
-                    rows = _sample(source, seed_key(self.recipe.seed, task_name, "corpus"), columns)
-                yield from all_texts(spec.columns, rows)
+            spec = self.recipe.tasks[task_name].inputs.get(name)
+            if spec is None:
+                continue
+            columns = columns_of(spec.columns)
+            if isinstance(source, Stream):
+                epoch = ({column: row.get(column) for column in columns} for _, row in source.epoch())
+                rows: Iterator[dict[str, Any]] = islice(epoch, CORPUS_ROWS)
+            else:
+                rows = _sample(source, seed_key(self.recipe.seed, task_name, "corpus"), columns)
+            yield from all_texts(spec.columns, rows)
 
 
-def _require_whole_lanes(name: str, task: Task, source: Stream, ranks: int) -> None:
+def _batch_sizes(task: Task) -> list[int]:
+    """The batch size of each view of a task."""
+    return [view.batch_size or task.batch_size for view in task.views]
+
+
+def _require_whole_lanes(name: str, task: Task, stream: Stream, ranks: int) -> None:
     """Raises UserError if the lanes of a task's stream do not divide one of its batches."""
-    fit = lcm(source.lanes, ranks)
-    for size in (view.batch_size or task.batch_size for view in task.views):
-        if size % source.lanes:
-            below = size // fit * fit
-            valid = [str(works) for works in (below, below + fit) if works]
+    unit = lcm(stream.lanes, ranks)
+    for batch_size in _batch_sizes(task):
+        if batch_size % stream.lanes:
+            below = batch_size // unit * unit
+            valid_sizes = [str(size) for size in (below, below + unit) if size]
             raise UserError(
-                f"tasks.{name}: batch_size {size} is not a multiple of the {source.lanes} lanes of stream "
-                f"{source.name}; use {' or '.join(valid)}, or set sources.{source.name}.lanes"
+                f"tasks.{name}: batch_size {batch_size} is not a multiple of the {stream.lanes} lanes of stream "
+                f"{stream.name}; use {' or '.join(valid_sizes)}, or set sources.{stream.name}.lanes"
             )
 
 
@@ -394,8 +442,8 @@ def _target_columns(task: Task) -> set[str]:
 
 def _sample(table: Table, key: int, columns: list[str]) -> Iterator[dict[str, Any]]:
     """All rows of a table, or a random sample of `CORPUS_ROWS` rows in the table's order."""
-    chosen = np.arange(min(len(table), CORPUS_ROWS))
+    rows = np.arange(min(len(table), CORPUS_ROWS))
     if len(table) > CORPUS_ROWS:
-        chosen = np.sort(permute(chosen, len(table), key))
-    for start in range(0, len(chosen), 4096):
-        yield from table.rows(chosen[start : start + 4096].tolist(), columns)
+        rows = np.sort(permute(rows, len(table), key))
+    for start in range(0, len(rows), 4096):
+        yield from table.rows(rows[start : start + 4096].tolist(), columns)

@@ -55,7 +55,9 @@ class DecodedStore:
         return array
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (DecodedStore, (self._rows,)) if self._file is None else (_read, (self._file,))
+        if self._file is None:
+            return DecodedStore, (self._rows,)
+        return _read, (self._file,)
 
     @classmethod
     def build(
@@ -84,7 +86,7 @@ class DecodedStore:
 def _decode(
     table: Table, modality: Modality, column: str, views: list[Any], progress: Progress | None
 ) -> Iterator[Decoded]:
-    """Each row's array or error, in order. Threads decode them, because decoders release Python's global lock."""
+    """Each row's array or error, in order. Threads decode, because decoders release Python's global lock."""
 
     def decode(row: dict[str, Any]) -> Decoded:
         try:
@@ -92,12 +94,15 @@ def _decode(
         except BadMedia as error:
             return error
 
-    rows = range(len(table))
-    shown: Iterable[int] = progress(rows, f"decoding {table.name}.{column}") if progress else rows
+    row_numbers = range(len(table))
+    progress_bar: Iterable[int] = row_numbers
+    if progress:
+        progress_bar = progress(row_numbers, f"decoding {table.name}.{column}")
     with ThreadPoolExecutor() as pool:
-        chunks = (table.rows(rows[start : start + CHUNK], [column]) for start in rows[::CHUNK])
-        arrays = chain.from_iterable(pool.map(decode, chunk) for chunk in chunks)
-        yield from (array for _, array in zip(shown, arrays))
+        chunks = (table.rows(row_numbers[start : start + CHUNK], [column]) for start in row_numbers[::CHUNK])
+        decoded = chain.from_iterable(pool.map(decode, chunk) for chunk in chunks)
+        for _, item in zip(progress_bar, decoded):
+            yield item
 
 
 def _batches(decoded: Iterator[Decoded]) -> Iterator[pa.RecordBatch]:
@@ -132,10 +137,10 @@ def _read(file: Path) -> DecodedStore:
 
 
 def _key(table: Table, modality: Modality, column: str, views: list[Any]) -> str:
-    kind = type(modality)
+    modality_class = type(modality)
     options = [modality.config.model_dump_json(), sorted({view.model_dump_json() for view in views})]
     if state := learned_files([modality]):  # The size of a wrapped model's pictures is not in a view.
         options.append(sorted(state.items()))
     files = [(path, table.file_state(path)) for path in table.paths(column)]
-    code = [LAYOUT, version("openimp"), kind.__module__, kind.__qualname__]
+    code = [LAYOUT, version("openimp"), modality_class.__module__, modality_class.__qualname__]
     return stable_hash([code, table.fingerprint, column, options, files])

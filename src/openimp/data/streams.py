@@ -22,14 +22,14 @@ from openimp.data.order import permute, seed_key
 from openimp.data.tables import Rows, matches
 from openimp.recipe.tasks import Source
 
-Named = tuple[str, dict[str, Any]]
-"""A row and its name, by which a person can find it."""
+NamedRow = tuple[str, dict[str, Any]]
+"""A row's name, by which a person can find it, and the row."""
 Cursor = dict[str, Any]
-"""Where a window of a lane begins: the `position` of its first row in the lane, the `epoch`, the place of its shard in
+"""Where a window of a lane begins: the `position` of its first row in the lane, the `epoch`, the number of its shard in
 the epoch's order (`shard`), and the `state` in that shard, which is None at its beginning."""
-MAX_BARREN = 20
-"""If a lane has read this many times as many shards as the stream has, without a row that the filter keeps, there is
-none anymore. Otherwise it would have found it, because it reads other shards in each epoch."""
+MAX_EPOCHS_WITHOUT_ROWS = 20
+"""A stream counts as empty if a lane has read this many times its number of shards, and the filter has kept no row. In
+each epoch, the lane reads other shards."""
 
 
 class Shards(Protocol):
@@ -39,7 +39,7 @@ class Shards(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, shard: int, state: Any) -> Iterator[tuple[Named, Any]]:
+    def rows(self, shard: int, state: Any) -> Iterator[tuple[NamedRow, Any]]:
         """The rows of a shard after a state (None: all of them), each with the state after it.
 
         A state is plain data for JSON.
@@ -50,7 +50,7 @@ class Window(NamedTuple):
     """Consecutive rows of a lane."""
 
     cursor: Cursor
-    rows: list[Named]
+    rows: list[NamedRow]
 
     @property
     def start(self) -> int:
@@ -84,7 +84,7 @@ class Stream(Rows):
         self.require(source.where, f"sources.{name}.where")
         self.lanes = lane_count(source.lanes, len(shards))
         self._shards = shards
-        self._window = -(-source.window // self.lanes)
+        self._window_size = -(-source.window // self.lanes)
         self._filter = source.where
         self._seed = seed
         self._loaded = [self._beginning(lane) for lane in range(self.lanes)]
@@ -100,23 +100,30 @@ class Stream(Rows):
         """Hash of the content and of the filter. Of data that is not on disk, only the names of the shards count."""
         return self._content()
 
-    def read(self, start: int, positions: Sequence[int], columns: Sequence[str] | None = None) -> list[Named]:
+    def read(self, start: int, positions: Sequence[int], columns: Sequence[str] | None = None) -> list[NamedRow]:
         """The rows at positions from `start` on, with the given columns or all, and their names.
 
         `start` is a multiple of the number of lanes. Rows before it are forgotten: a later call with a smaller one
         restarts from the last loaded cursor or from the beginning. Skipping ahead reads the rows in between.
         """
         columns = self.columns if columns is None else columns
-        first = start // self.lanes
-        stops = {position % self.lanes: position // self.lanes + 1 for position in sorted(positions)}
-        rows = {lane: self._reader(lane, first).read(first, stop) for lane, stop in stops.items()}
-        found = (rows[position % self.lanes][position // self.lanes - first] for position in positions)
-        return [(name, {column: row.get(column) for column in columns}) for name, row in found]
+        lane_start = start // self.lanes
+        lane_stops = {position % self.lanes: position // self.lanes + 1 for position in sorted(positions)}
+        rows_by_lane = {
+            lane: self._reader(lane, lane_start).read(lane_start, lane_stop) for lane, lane_stop in lane_stops.items()
+        }
+        named_rows = []
+        for position in positions:
+            lane_position, lane = divmod(position, self.lanes)
+            name, row = rows_by_lane[lane][lane_position - lane_start]
+            named_rows.append((name, {column: row.get(column) for column in columns}))
+        return named_rows
 
-    def epoch(self) -> Iterator[Named]:
+    def epoch(self) -> Iterator[NamedRow]:
         """The rows of the first epoch, shard by shard, without shuffling them in windows."""
-        for place in range(len(self._shards)):
-            yield from (named for named, _ in self._rows(0, place, None))
+        for shard in range(len(self._shards)):
+            for named_row, _ in self._rows(0, shard, None):
+                yield named_row
 
     def cursors(self) -> dict[str, Cursor]:
         """Where each lane that was read resumes, as plain data for JSON: at the window with the last call's `start`."""
@@ -128,8 +135,8 @@ class Stream(Rows):
         If the data has `changed`, all lanes start the next epoch, because the old positions mean nothing in new data.
         There may be another number of lanes then.
         """
-        saved = len(cursors) if changed else self.lanes
-        if cursors.keys() != {str(lane) for lane in range(saved)}:
+        saved_lanes = len(cursors) if changed else self.lanes
+        if cursors.keys() != {str(lane) for lane in range(saved_lanes)}:
             raise UserError(f"source {self.name}: the checkpoint was saved with other lanes; start a new run")
         if changed:
             epoch = 1 + max(cursor["epoch"] for cursor in cursors.values())
@@ -159,15 +166,15 @@ class Stream(Rows):
         shard = cursor["shard"]
         state = cursor["state"]
         window = Window(cursor, [])
-        barren = 0
-        while barren < MAX_BARREN * len(self._shards):
-            barren += 1
-            for named, after in self._rows(epoch, shard, state):
-                barren = 0
-                window.rows.append(named)
-                if len(window.rows) == self._window:
+        shards_without_rows = 0
+        while shards_without_rows < MAX_EPOCHS_WITHOUT_ROWS * len(self._shards):
+            shards_without_rows += 1
+            for named_row, next_state in self._rows(epoch, shard, state):
+                shards_without_rows = 0
+                window.rows.append(named_row)
+                if len(window.rows) == self._window_size:
                     yield self._shuffled(lane, window)
-                    window = Window({"position": window.stop, "epoch": epoch, "shard": shard, "state": after}, [])
+                    window = Window({"position": window.stop, "epoch": epoch, "shard": shard, "state": next_state}, [])
             state = None
             last_epoch = epoch
             epoch, shard = divmod(epoch * len(self._shards) + shard + self.lanes, len(self._shards))
@@ -181,36 +188,36 @@ class Stream(Rows):
         rng = np.random.default_rng(np.random.SeedSequence([self._seed, lane, window.start]))
         return Window(window.cursor, [window.rows[i] for i in rng.permutation(len(window.rows))])
 
-    def _rows(self, epoch: int, place: int, state: Any) -> Iterator[tuple[Named, Any]]:
-        """The rows that the filter keeps of the shard at a place in an epoch's order; see `Shards.rows`."""
+    def _rows(self, epoch: int, shard: int, state: Any) -> Iterator[tuple[NamedRow, Any]]:
+        """The rows that the filter keeps of shard number `shard` in an epoch's order; see `Shards.rows`."""
         order = seed_key(self._seed, "shards", epoch)
-        (shard,) = permute(np.array([place]), len(self._shards), order).tolist()
-        for named, after in self._shards.rows(shard, state):
-            if all(matches(named[1].get(column), wanted) for column, wanted in self._filter.items()):
-                yield named, after
+        (stored_shard,) = permute(np.array([shard]), len(self._shards), order).tolist()
+        for (name, row), next_state in self._shards.rows(stored_shard, state):
+            if all(matches(row.get(column), wanted) for column, wanted in self._filter.items()):
+                yield (name, row), next_state
 
     def _empty(self) -> UserError:
-        kept = f" that where {self._filter!r} keeps" if self._filter else ""
-        return UserError(f"source {self.name} ({self.path}) has no rows{kept}")
+        condition = f" that where {self._filter!r} keeps" if self._filter else ""
+        return UserError(f"source {self.name} ({self.path}) has no rows{condition}")
 
 
 class Lane:
-    """Reads the windows of a lane forward. It holds the window of the first row that is still needed, and what has been
-    read after it."""
+    """Reads the windows of a lane forward. It holds the windows from the first row that is still needed on."""
 
     def __init__(self, windows: Iterator[Window]) -> None:
         self._windows = windows
         self._held = deque([next(windows)])
 
-    def read(self, start: int, stop: int) -> list[Named]:
+    def read(self, start: int, stop: int) -> list[NamedRow]:
         """Rows start .. stop - 1 of the lane. Windows that end before `start` are forgotten."""
         while self._held[-1].stop < stop or self._held[0].stop <= start:
             if self._held[-1].stop < max(stop, start + 1):
                 self._held.append(next(self._windows))
             if self._held[0].stop <= start:
                 self._held.popleft()
-        before = start - self._held[0].start
-        return list(islice(chain.from_iterable(window.rows for window in self._held), before, before + stop - start))
+        rows = chain.from_iterable(window.rows for window in self._held)
+        held_start = self._held[0].start
+        return list(islice(rows, start - held_start, stop - held_start))
 
     def cursor(self) -> Cursor:
         return self._held[0].cursor

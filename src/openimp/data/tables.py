@@ -96,7 +96,7 @@ class Table(Rows):
         *,
         files: Sequence[tuple[str, int]] = (),  # (name, number of rows) of each file that the rows are from, in order
         label: str | None = None,  # the column with the row names; None: rows are named by their file and number
-        texts: Mapping[str, Callable[[Any], Any]] | None = None,  # by column, what makes a text of a stored value
+        texts: Mapping[str, Callable[[Any], Any]] | None = None,  # by column, the function from stored value to text
     ) -> None:
         super().__init__(name, path, list(data.column_names), root, content)
         self._data = data
@@ -113,7 +113,9 @@ class Table(Rows):
         columns = self.columns if columns is None else columns
         stored = self._stored(indices)
         values = [self._values(column, stored) for column in columns]
-        return [dict(zip(columns, row)) for row in zip(*values)] if columns else [{} for _ in stored]
+        if not columns:
+            return [{} for _ in stored]
+        return [dict(zip(columns, row)) for row in zip(*values)]
 
     def column(self, name: str) -> list[Any]:
         """All values of a column, in memory: use it for texts and labels."""
@@ -148,8 +150,9 @@ class Table(Rows):
         folder source counts with its name and size. Files that a manifest names do not count, because reading them at
         every start would take too long.
         """
-        kept = "" if self._kept is None else "-" + stable_hash([self._kept.tobytes()])
-        return self._content() + kept
+        if self._kept is None:
+            return self._content()
+        return f"{self._content()}-{stable_hash([self._kept.tobytes()])}"
 
     def fingerprint_with_files(self, columns: Iterable[str]) -> str:
         """Hash of `fingerprint` and of the media files in these columns: all files, or 10,000 evenly spaced ones."""
@@ -169,14 +172,14 @@ class Table(Rows):
         """Selects the rows that match a source's `where`, see `matches`, and returns the table."""
         self.require(where, f"sources.{self.name}.where")
         for column, wanted in where.items():
-            kept = self._matching(column, wanted)
-            if not len(kept):
+            matching = self._matching(column, wanted)
+            if not len(matching):
                 cells = self._values(column, self._stored(range(min(len(self), 1000))))
                 values = sorted({as_text(cell) for cell in cells})[:5]
                 raise UserError(
                     f"source {self.name} ({self.path}): no row has {column} = {wanted!r}; it holds {', '.join(values)}"
                 )
-            self._kept = kept
+            self._kept = matching
         return self
 
     def _matching(self, column: str, wanted: Any) -> np.ndarray:
@@ -190,16 +193,17 @@ class Table(Rows):
         return np.asarray(matching, dtype=np.int64)
 
     def select(self, part: Part | None) -> "Table":
-        """Selects the rows of the parts that a source's `part` selects, of those selected, and returns the table."""
+        """Keeps the selected rows that are in the parts of a source's `part`, and returns the table."""
         if part is None:
             return self
-        self.require([part.by] if part.by else [], f"sources.{self.name}.part")
-        kept = [row for row, number in enumerate(self.parts(part.of, part.by)) if part.selects(number)]
-        if not kept:
+        if part.by:
+            self.require([part.by], f"sources.{self.name}.part")
+        kept_rows = [row for row, number in enumerate(self.parts(part.of, part.by)) if part.selects(number)]
+        if not kept_rows:
             raise UserError(
                 f"source {self.name} ({self.path}): part: none of {counted(len(self), 'row')} is in these parts"
             )
-        return self._keep(kept)
+        return self._keep(kept_rows)
 
     def parts(self, of: int, by: str | None) -> list[int]:
         """The part of each selected row, see `part_of`."""
@@ -210,7 +214,7 @@ class Table(Rows):
         return part_numbers
 
     def subsample(self, limit: int | None) -> "Table":
-        """Selects at most `limit` evenly spaced rows of those selected, and returns the table."""
+        """Keeps at most `limit` of the selected rows, evenly spaced, and returns the table."""
         if limit is None or limit >= len(self):
             return self
         return self._keep((np.arange(limit) * len(self) // limit).tolist())
@@ -229,8 +233,8 @@ class Table(Rows):
             yield self._stored(range(start, min(start + CHUNK, len(self))))
 
     def arrow(self, rows: range) -> Any:
-        """Consecutive rows as a pyarrow.Table with the values that `rows` returns, or null if unreadable. No rows may
-        have been left out."""
+        """Consecutive rows as a pyarrow.Table with the values that `rows` returns, or null if unreadable. The table
+        must have all its rows."""
         assert self._kept is None
         data = self._data.slice(rows.start, len(rows))
         data = getattr(data, "table", data)  # `datasets` wraps its tables.
@@ -295,8 +299,7 @@ def number_array(value: list[Any]) -> np.ndarray:
 
 
 def item_key(value: Any) -> str | None:
-    """What rows of the same item have in common in a column: the `text_key` of the value, written as text. None: it is
-    no value."""
+    """The `text_key` of a value, written as text, which all rows of the same item share. None if there is no value."""
     if value in (None, "", b"", []) or value != value or isinstance(value, Unreadable):  # NaN is not equal to itself.
         return None
     return text_key(as_text(value)) or None

@@ -14,53 +14,55 @@ from openimp.recipe.schema import Recipe
 
 
 def target_sizes(recipe: Recipe, modalities: Modalities, classes: Classes) -> TargetSizes:
-    """What the shapes of a recipe's targets depend on. `classes` has those of each classification head."""
-    numbers = {head: {value: i for i, value in enumerate(values)} for head, values in classes.items()}
-    return TargetSizes(architecture_of(recipe.model).embed_dim(recipe.model, modalities), numbers)
+    """The sizes on which the shapes of a recipe's targets depend. `classes` has the classes of each head."""
+    class_indices = {head: {label: i for i, label in enumerate(labels)} for head, labels in classes.items()}
+    return TargetSizes(architecture_of(recipe.model).embed_dim(recipe.model, modalities), class_indices)
 
 
-def classes_of(source: Table | Stream, column: ClassColumn, where: str) -> list[Any]:
+def classes_of(source: Table | Stream, column: ClassColumn, error_prefix: str) -> list[Any]:
     """The classes of a column, in the order of its head's outputs. The rows of a table must have no others."""
     if isinstance(source, Stream):
         if column.classes is None:
-            raise UserError(f"{where}: a streamed source is not read ahead, so name the classes of {column.name!r}")
+            raise UserError(
+                f"{error_prefix}: a streamed source is not read ahead, so name the classes of {column.name!r}"
+            )
         return list(column.classes)
-    found = find_classes(source, column.name, source.column(column.name), column.has_lists, where)
+    row_by_class = find_classes(source, column.name, source.column(column.name), column.has_lists, error_prefix)
     if column.classes is None:
-        return sort_classes(found)
+        return sort_classes(row_by_class)
     index = {label: i for i, label in enumerate(column.classes)}
-    for label, row in found.items():
-        index_of(label, index, f"{_name(source, column.name, where)}: {source.row_name(row)}")
+    for label, row in row_by_class.items():
+        index_of(label, index, f"{_column_prefix(source, column.name, error_prefix)}: {source.row_name(row)}")
     return list(column.classes)
 
 
-def find_classes(table: Table, column: str, values: list[Any], lists: bool, where: str) -> dict[Any, int]:
+def find_classes(table: Table, column: str, values: list[Any], lists: bool, error_prefix: str) -> dict[Any, int]:
     """The classes in a column with these values, each with the first row that has it. Unreadable rows are skipped.
 
     With `lists`, each row has a list of classes, or nothing; else each row must have one class. NaN counts as none.
-    Messages begin with `where`.
     """
-    found: dict[Any, int] = {}
-    missing = []
+    column_prefix = _column_prefix(table, column, error_prefix)
+    row_by_class: dict[Any, int] = {}
+    rows_without_class = []
     for row, value in enumerate(values):
         if isinstance(value, Unreadable):
             continue
         try:
             labels = row_classes(value, lists)
         except ValueError as error:
-            raise UserError(f"{_name(table, column, where)}: {table.row_name(row)}: {error}") from None
+            raise UserError(f"{column_prefix}: {table.row_name(row)}: {error}") from None
         for label in labels:
             if label is None or label != label:
-                missing.append(row)
+                rows_without_class.append(row)
             else:
-                found.setdefault(label, row)
-    if missing:
-        first = f"{table.row_name(missing[0])} has {values[missing[0]]!r:.60}"
+                row_by_class.setdefault(label, row)
+    if rows_without_class:
+        row = rows_without_class[0]
         raise UserError(
-            f"{_name(table, column, where)} has {counted(len(missing), 'row')} without a class (the first, {first}); "
-            "leave them out with where"
+            f"{column_prefix} has {counted(len(rows_without_class), 'row')} without a class (the first, "
+            f"{table.row_name(row)} has {values[row]!r:.60}); leave them out with where"
         )
-    return found
+    return row_by_class
 
 
 def sort_classes(classes: Iterable[Any]) -> list[Any]:
@@ -68,8 +70,8 @@ def sort_classes(classes: Iterable[Any]) -> list[Any]:
     return sorted(classes, key=lambda label: (str(type(label)), label))
 
 
-def _name(source: Table, column: str, where: str) -> str:
-    return f"{where}: column {column!r} of source {source.name}"
+def _column_prefix(source: Table, column: str, error_prefix: str) -> str:
+    return f"{error_prefix}: column {column!r} of source {source.name}"
 
 
 def row_classes(value: Any, lists: bool) -> list[Any]:
@@ -82,10 +84,10 @@ def row_classes(value: Any, lists: bool) -> list[Any]:
     return labels
 
 
-def index_of(label: Any, index: Mapping[Any, int], where: str) -> int:
-    """The index of a class. If it has none, the message begins with `where`."""
+def index_of(label: Any, index: Mapping[Any, int], error_prefix: str) -> int:
+    """The index of a class. UserError if it has none."""
     if label in index:
         return index[label]
     same_text = [known for known in index if as_text(known) == as_text(label)]
     hint = f", but {same_text[0]!r} is" if same_text else nearest(str(label), map(str, index))
-    raise UserError(f"{where}: {label!r} is not among the classes{hint}")
+    raise UserError(f"{error_prefix}: {label!r} is not among the classes{hint}")

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from openimp.common.errors import UserError
 from openimp.data.files import open_forward
-from openimp.data.streams import Named
+from openimp.data.streams import NamedRow
 from openimp.data.tables import Unreadable, UnreadableRest
 
 INTEGERS = {"cls", "cls2", "id", "index", "inx"}
@@ -69,7 +69,7 @@ class TarShards:
     def __len__(self) -> int:
         return len(self._files)
 
-    def rows(self, shard: int, state: int | None) -> Iterator[tuple[Named, int]]:
+    def rows(self, shard: int, state: int | None) -> Iterator[tuple[NamedRow, int]]:
         file = self._files[shard]
         label = Path(file).name
         try:

@@ -37,14 +37,15 @@ def fill(templates: list[str], row: dict[str, Any], rng: np.random.Generator | N
     `rng` draws the order of the templates, one value for each `{x}`, and for each `{x*}` all values or, half of the
     time, a random subset, in random order. Without it, templates and values are used in their order.
     """
-    empty: dict[str, None] = {}
-    for i in range(len(templates)) if rng is None else rng.permutation(len(templates)):
+    empty_columns: dict[str, None] = {}
+    order = range(len(templates)) if rng is None else rng.permutation(len(templates))
+    for i in order:
         pieces = _parse(templates[i])
         values = _values(pieces, row)
         if all(values.values()):
             return _write(pieces, values, rng)
-        empty |= dict.fromkeys(column for column, texts in values.items() if not texts)
-    raise BadMedia(f"no text in column {', '.join(empty)}")
+        empty_columns |= dict.fromkeys(column for column, texts in values.items() if not texts)
+    raise BadMedia(f"no text in column {', '.join(empty_columns)}")
 
 
 def all_texts(templates: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
@@ -66,8 +67,8 @@ def all_texts(templates: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[
 def _write(
     pieces: Iterable[Piece], values: dict[str, list[str]], rng: np.random.Generator | None = None, turn: int = 0
 ) -> str:
-    """Joins the pieces with values that `rng` draws; without it, `{x}` is value number `turn`, and `{x*}` all."""
-    written = []
+    """Joins the pieces with values that `rng` draws. Without it, `{x}` is value number `turn`; `{x*}` is all values."""
+    texts = []
     for text, kind in pieces:
         options = values.get(text, [])
         if kind == "one":
@@ -78,18 +79,19 @@ def _write(
                 count = len(options) if rng.random() < 0.5 else int(rng.integers(1, len(options) + 1))
                 options = [options[i] for i in rng.permutation(len(options))[:count]]
             text = ", ".join(options)
-        written.append(text)
-    return "".join(written)
+        texts.append(text)
+    return "".join(texts)
 
 
 def _values(pieces: Iterable[Piece], row: dict[str, Any]) -> dict[str, list[str]]:
     """The non-empty values, as text, of each column that a template reads."""
-    found = {}
+    texts_by_column = {}
     for column in (piece.text for piece in pieces if piece.values):
         cell = row.get(column)
-        texts = (_text(value, column) for value in (cell if isinstance(cell, list | tuple) else [cell]))
-        found[column] = [text for text in texts if text]
-    return found
+        values = cell if isinstance(cell, list | tuple) else [cell]
+        texts = [_text(value, column) for value in values]
+        texts_by_column[column] = [text for text in texts if text]
+    return texts_by_column
 
 
 def _text(value: Any, column: str) -> str:
@@ -109,12 +111,14 @@ def _parse(template: str) -> tuple[Piece, ...]:
     if not re.search(r"[{}]", template):
         return (Piece(template, "one"),)
     pieces = []
-    for escaped, column, star, literal, wrong in re.findall(
-        r"(\{\{|\}\})|\{([^{}*]+)(\*?)\}|([^{}]+)|([{}])", template
-    ):
-        if wrong or (column and column != column.strip()):
+    syntax = r"(\{\{|\}\})|\{([^{}*]+)(\*?)\}|([^{}]+)|([{}])"
+    for escaped, column, star, literal, stray_brace in re.findall(syntax, template):
+        if stray_brace or (column and column != column.strip()):
             raise UserError(f"template {template!r}: expected {{column}}, {{column*}}, or {{{{ and }}}} for braces")
-        pieces.append(Piece(column, "all" if star else "one") if column else Piece(escaped[:1] or literal, ""))
+        if column:
+            pieces.append(Piece(column, "all" if star else "one"))
+        else:
+            pieces.append(Piece(escaped[:1] or literal, ""))
     if not any(piece.values for piece in pieces):
         raise UserError(f"template {template!r} reads no column; write one as {{column}}")
     return tuple(pieces)

@@ -34,7 +34,7 @@ def record_training(config: str, recipe: str) -> None:
 def trained_here(folder: Path) -> bool:
     """Whether this user trained the model in `folder` on this machine."""
     files = [folder / "config.json", folder / "recipe.yaml"]
-    with suppress(OSError, UserError):  # Without a cache of one's own, no model is known.
+    with suppress(OSError, UserError):  # Without a private cache folder, no model is known.
         return _record(*(file.read_bytes() for file in files if file.exists())).exists()
     return False
 
@@ -44,11 +44,13 @@ def _record(*contents: bytes) -> Path:
     return cache_folder(KNOWN) / hashlib.sha256(b"\0".join(contents)).hexdigest()
 
 
-def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], given: Collection[str] = ()) -> None:
-    """Checks that `eval` and `report` may read the sources of a model's own evaluation sets; unknown sets are ignored.
+def check_sources(
+    path: Path, folder: Path, recipe: Recipe, sets: Iterable[str], user_sources: Collection[str] = ()
+) -> None:
+    """Checks that `eval` and `report` may read the sources of evaluation sets; unknown sets are ignored.
 
-    `given` are the names of the sources that the user's own recipe defines, which may be anywhere. For the other
-    arguments see `check_uses`.
+    `user_sources` are the names of the sources that the user's own recipe defines, which may be anywhere. For the
+    other arguments see `check_uses`.
     """
     used = []
     for name in sets:
@@ -56,7 +58,7 @@ def check_sources(path: Path, folder: Path, recipe: Recipe, sets: Iterable[str],
             continue
         options = recipe.evaluation.sets[name]
         sources = [options.source, options.train] if isinstance(options, Probe) else [options.source]
-        used += [(f"evaluation set {name}", source) for source in sources if source not in given]
+        used += [(f"evaluation set {name}", source) for source in sources if source not in user_sources]
     check_uses(path, folder, recipe, used)
 
 
@@ -64,9 +66,9 @@ def check_uses(path: Path, folder: Path, recipe: Recipe, used: Iterable[tuple[st
     """Checks that the sources of a model's recipe may be read.
 
     They may if this user trained the model on this machine. Otherwise each source must be bundled or inside `path`,
-    the run or model folder that the user named. `folder` has the model's files. `recipe` is the one among them,
-    or one of the user's that it completes. `used` has pairs of the part of the recipe that reads a source, for the
-    message, and the source's name.
+    the run or model folder that the user named. `folder` has the model's files. `recipe` is the model's recipe, or the
+    user's recipe completed by it. `used` has (part of the recipe that reads a source, for the message; name of the
+    source).
     """
     if trained_here(folder):
         return

@@ -35,7 +35,7 @@ COPIED_TOGETHER = 512
 class _Batch(NamedTuple):
     """Items that are encoded in one forward pass."""
 
-    errors: list[tuple[Any, BadMedia | None]]  # of each item its key, and why it cannot be read
+    errors: list[tuple[Any, BadMedia | None]]  # the key of each item, and why it cannot be read
     clips: list[int]  # the number of clips of each readable item
     tokens: Tokens | None  # of all clips; None if there are none
 
@@ -57,7 +57,7 @@ class ItemEncoder:
     view: Any
     towards: str | None  # vectors are in the space shared with it; None: the encoder's features before any projection
     precision: Precision
-    batch_size: int = 64  # most clips in a forward pass, but the clips of one item are never separated
+    batch_size: int = 64  # maximum number of clips in a forward pass, unless one item has more
     normalize: bool = True  # vectors of clips and of items have length 1
     watch: Progress | None = None  # wraps the forward passes, and may stop them
 
@@ -72,16 +72,18 @@ class ItemEncoder:
         key and a function that reads its clips, as `read` does. The functions are called in several threads, a few
         items ahead.
 
-        Each `batch_size` items, counted from the first one, are encoded apart from the others, whether all of them can
-        be read or not. So items that are divided between processes at multiples of `batch_size` have the same vectors,
-        bit for bit.
+        Items n * batch_size to (n + 1) * batch_size - 1 are encoded apart from all others, whether they can be read or
+        not. So items that are divided between processes at multiples of `batch_size` have the same vectors, bit for
+        bit.
 
         All ranks iterate together until the end, because they share the model. Each encodes its own items.
         """
         passes: Iterable[Any] = in_lockstep(self._batches(ahead(_attempt, items)), lambda batch: batch.shape)
-        for batch, shapes in self.watch(passes, self.modality.name) if self.watch else passes:
+        if self.watch:
+            passes = self.watch(passes, self.modality.name)
+        for batch, shapes in passes:
             batch = batch or _Batch([], [], None)
-            # All ranks have tokens of the same shape, as in training. Those without an item encode zeros.
+            # All ranks have tokens of the same shape, as in training. Ranks without an item encode zeros.
             rows, length = map(max, zip(*shapes))
             vectors = iter(self._vectors(batch, rows, length) if rows else ())
             for key, error in batch.errors:
@@ -99,9 +101,11 @@ class ItemEncoder:
 
     def stack(self, vectors: list[Tensor]) -> Tensor:
         """The vectors as one tensor (N, Z) or (N, D), also if there are none."""
+        if vectors:
+            return torch.stack(vectors)
         config = self.model.config
         size = config.width if self.towards is None else config.embed_dim
-        return torch.stack(vectors) if vectors else torch.zeros(0, size, device=self._device)
+        return torch.zeros(0, size, device=self._device)
 
     @property
     def _device(self) -> torch.device:
@@ -112,13 +116,13 @@ class ItemEncoder:
         batch: list[tuple[Any, np.ndarray | BadMedia]] = []
         clips = 0
         for number, (key, result) in enumerate(results):
-            new = 0 if isinstance(result, BadMedia) else len(result)
-            if batch and (number % self.batch_size == 0 or clips + new > self.batch_size):
+            item_clips = 0 if isinstance(result, BadMedia) else len(result)
+            if batch and (number % self.batch_size == 0 or clips + item_clips > self.batch_size):
                 yield self._batch(batch)
                 batch = []
                 clips = 0
             batch.append((key, result))
-            clips += new
+            clips += item_clips
         if batch:
             yield self._batch(batch)
 
@@ -133,7 +137,8 @@ class ItemEncoder:
     def _vectors(self, batch: _Batch, rows: int, length: int) -> list[Tensor]:
         """The vectors of the readable items of a batch, whose tokens are padded to the shape (rows, length)."""
         tokens = batch.tokens or self.modality.zeros(rows, length)
-        tokens = tokens if len(tokens.coords) == rows else tokens.pad(rows)
+        if len(tokens.coords) < rows:
+            tokens = tokens.pad(rows)
         z_MZ = self._project(self._features(tokens), self.towards)
         return self._means(z_MZ[: sum(batch.clips)], batch.clips)
 
@@ -145,38 +150,41 @@ class ItemEncoder:
     def _project(self, features_MD: Tensor, towards: str | None) -> Tensor:
         """The vectors (M, Z) or (M, D) fp32 of clips."""
         if towards is None:
-            return F.normalize(features_MD.float(), dim=-1) if self.normalize else features_MD.float()
+            features_MD = features_MD.float()
+            return F.normalize(features_MD, dim=-1) if self.normalize else features_MD
         with mixed_precision(self._device, self.precision):
             return self.model.project(features_MD, self.modality.name, towards, self.normalize)
 
     def _means(self, z_MZ: Tensor, clips: list[int]) -> list[Tensor]:
-        """The vectors of items from those of their clips."""
+        """The vectors of items: the means of the vectors of their clips."""
         if not clips:
             return []
         # On a GPU, index_add would sum in another order in each run.
         z_NZ = torch.stack([z.mean(0) for z in z_MZ.split(clips)])
-        return list(F.normalize(z_NZ, dim=-1) if self.normalize else z_NZ)
+        if self.normalize:
+            z_NZ = F.normalize(z_NZ, dim=-1)
+        return list(z_NZ)
 
 
 def to_cpu(results: Iterable[tuple[K, Tensor | BadMedia]]) -> Iterator[list[tuple[K, np.ndarray | BadMedia]]]:
     """The results of `ItemEncoder.encode` with vectors on the CPU, `COPIED_TOGETHER` items at a time."""
     iterator = iter(results)
     while chunk := list(islice(iterator, COPIED_TOGETHER)):
-        vectors = [vector for _, vector in chunk if isinstance(vector, Tensor)]
-        rows = iter(torch.stack(vectors).cpu().numpy() if vectors else ())
-        yield [(key, next(rows) if isinstance(vector, Tensor) else vector) for key, vector in chunk]
+        vectors = [result for _, result in chunk if isinstance(result, Tensor)]
+        vectors_on_cpu = iter(torch.stack(vectors).cpu().numpy() if vectors else ())
+        yield [(key, next(vectors_on_cpu) if isinstance(result, Tensor) else result) for key, result in chunk]
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map` in a few threads, in order. It works only a few items ahead, because a long clip takes much memory."""
     with ThreadPoolExecutor(THREADS) as pool:
-        waiting: deque[Future[R]] = deque()
+        futures: deque[Future[R]] = deque()
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * THREADS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            futures.append(pool.submit(function, item))
+            if len(futures) > 2 * THREADS:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
 
 
 def _attempt(item: tuple[K, Callable[[], np.ndarray]]) -> tuple[K, np.ndarray | BadMedia]:

@@ -25,17 +25,17 @@ READ_ROWS = 256
 """Number of rows that are read from a source at once."""
 
 
-def require_columns(table: Table, modality: Modality, spec: Input, where: str) -> None:
+def require_columns(table: Table, modality: Modality, spec: Input, error_prefix: str) -> None:
     """Raises UserError if the source lacks a column that an input reads."""
-    table.require(_columns(modality, spec), where)
+    table.require(_columns(modality, spec), error_prefix)
 
 
-def require_pair(model: Embedder, a: str, b: str, where: str) -> None:
+def require_pair(model: Embedder, a: str, b: str, error_prefix: str) -> None:
     """Raises UserError if two modalities share no space, because the model was not trained to compare them."""
     if not model.share_a_space(a, b):
         trained = ", ".join("-".join(pair) for pair in model.pairs) or "none"
         raise UserError(
-            f"{where}: no task trains {a} and {b} together, so they cannot be compared; trained pairs: {trained}"
+            f"{error_prefix}: no task trains {a} and {b} together, so they cannot be compared; trained pairs: {trained}"
         )
 
 
@@ -51,8 +51,8 @@ def raw_values(
     """For each row of these numbers, a key that equal values share, and the value, or why it cannot be read."""
     columns = _columns(modality, spec)
     chunks = (table.rows(numbers[i : i + READ_ROWS], columns) for i in range(0, len(numbers), READ_ROWS))
-    shown: Iterable[int] = progress(numbers, modality.name) if progress else numbers
-    for number, row in zip(shown, chain.from_iterable(chunks)):
+    tracked_numbers: Iterable[int] = progress(numbers, modality.name) if progress else numbers
+    for number, row in zip(tracked_numbers, chain.from_iterable(chunks)):
         try:
             value = _value(table, modality, spec, row)
             yield _key(value), value
@@ -61,12 +61,14 @@ def raw_values(
 
 
 def _columns(modality: Modality, spec: Input) -> list[str]:
-    """The columns that evaluation reads: the first template or column of the input counts."""
+    """The columns that evaluation reads: those of all templates of a text, or the first column of media."""
     return columns_of(spec.columns) if modality.reads_text else spec.columns[:1]
 
 
 def _value(table: Table, modality: Modality, spec: Input, row: dict[str, Any]) -> Raw:
-    return fill(spec.columns, row, None) if modality.reads_text else table.media(row[spec.columns[0]])
+    if modality.reads_text:
+        return fill(spec.columns, row)
+    return table.media(row[spec.columns[0]])
 
 
 def _key(value: Raw) -> str:

@@ -73,31 +73,36 @@ def embed(
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a Parquet file")
     model = load(run)
-    found, unknown = find_files(files, model.modalities, modality, "; if it is one of these, use --modality")
-    encoders = {name: model.item_encoder(name, towards, batch_size, f"embed {name}") for name in found}
+    files_by_modality, unknown = find_files(
+        files, model.modalities, modality, hint="; if it is one of these, use --modality"
+    )
+    encoders = {name: model.item_encoder(name, towards, batch_size, f"embed {name}") for name in files_by_modality}
     columns = dict.fromkeys(("path", "modality", "towards"), pa.string())
     columns["embedding"] = pa.list_(pa.float32(), model.imp.config.embed_dim)
     schema = pa.schema(columns, {"openimp": json.dumps({"model": str(run), "recipe": model.config.name})})
-    rows = dict.fromkeys(found, 0)
+    rows = dict.fromkeys(files_by_modality, 0)
     skipped: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as draft:
         with pq.ParquetWriter(draft, schema) as writer:
-            for name, paths in found.items():
+            for name, modality_files in files_by_modality.items():
                 encoder = encoders[name]
-                items = ((file, partial(_read, encoder, file)) for file in progress(paths, f"embed {name}"))
+                items = ((file, partial(_read, encoder, file)) for file in progress(modality_files, f"embed {name}"))
                 for chunk in to_cpu(encoder.encode(items)):
-                    vectors = {str(file): vector for file, vector in chunk if not isinstance(vector, BadMedia)}
-                    skipped += [f"{shown_name(file)}: {why}" for file, why in chunk if isinstance(why, BadMedia)]
-                    rows[name] += len(vectors)
-                    same = {"modality": name, "towards": encoder.towards}
-                    table = [{"path": path, **same, "embedding": vector} for path, vector in vectors.items()]
-                    writer.write_table(pa.Table.from_pylist(table, schema))
+                    new_rows = []
+                    for file, result in chunk:
+                        if isinstance(result, BadMedia):
+                            skipped.append(f"{shown_name(file)}: {result}")
+                        else:
+                            row = {"path": str(file), "modality": name, "towards": encoder.towards, "embedding": result}
+                            new_rows.append(row)
+                    rows[name] += len(new_rows)
+                    writer.write_table(pa.Table.from_pylist(new_rows, schema))
         if not sum(rows.values()):
             raise UserError(f"no file can be read; the first: {skipped[0]}")
-    done = Embedded(out, rows, skipped, unknown)
-    console.print(str(done), soft_wrap=True)
-    return done
+    embedded = Embedded(out, rows, skipped, unknown)
+    console.print(str(embedded), soft_wrap=True)
+    return embedded
 
 
 def _read(encoder: ItemEncoder, file: File) -> np.ndarray:

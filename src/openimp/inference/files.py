@@ -16,7 +16,7 @@ from openimp.common.safe_files import LARGEST_TEXT, read_text
 File = Path | str
 """A path on disk, or a URL that fsspec opens, such as `s3://bucket/photos/1.jpg`."""
 LARGEST_DOWNLOAD = 2**31
-"""Most bytes of a media file at a URL, because it is read into memory."""
+"""Maximum size in bytes of a media file at a URL, because it is read into memory."""
 
 
 def find_files(
@@ -25,61 +25,65 @@ def find_files(
     """Returns the files by modality, and the number of files in folders that belong to none, by extension.
 
     `files` are files and folders, on disk or at URLs. If two modalities share an extension, it belongs to the model's
-    first one. `only` is the modality of all files; None: their extensions decide. `hint` is what the user can do if the
-    extension of a given file does not tell.
+    first one. `only` is the modality of all files; None: their extensions decide. `hint` tells the user what to do if
+    the extension of a given file does not decide.
     """
     if only is not None and only not in modalities:
         raise UserError(f"the model has no modality {only!r}{nearest(only, modalities)}")
-    wanted = [only] if only else list(modalities)
-    modality_of = {extension: name for name in reversed(wanted) for extension in modalities[name].extensions}
-    found: dict[str, list[File]] = {}
+    names = [only] if only else list(modalities)
+    modality_of = {extension: name for name in reversed(names) for extension in modalities[name].extensions}
+    # The keys of each inner dictionary are the files, each once.
+    files_by_modality: dict[str, dict[File, None]] = {}
     given: list[File] = [str(file) if is_url(str(file)) else Path(file) for file in files]
     unknown = Counter[str]()
     for file in given:
-        inner = _files_in(file)
-        for each in [file] if inner is None else inner:
-            ending = os.path.splitext(each)[1].lower()
-            name = modality_of.get(ending)
-            if inner is None:
-                name = only or name
-                if name is None:
-                    kinds = " or ".join(modalities)
-                    reason = f"the model reads no {ending} files, only" if ending else "no extension says whether it is"
-                    raise UserError(f"{file}: {reason} {kinds}{hint}")
-            if name:
-                found.setdefault(name, []).append(Path(each) if isinstance(file, Path) else str(each))
+        files_in_folder = _files_in(file)
+        if files_in_folder is None:
+            extension = os.path.splitext(file)[1].lower()
+            name = only or modality_of.get(extension)
+            if name is None:
+                reason = "no extension says whether it is"
+                if extension:
+                    reason = f"the model reads no {extension} files, only"
+                raise UserError(f"{file}: {reason} {' or '.join(modalities)}{hint}")
+            files_by_modality.setdefault(name, {})[file] = None
+            continue
+        for path in files_in_folder:
+            extension = os.path.splitext(path)[1].lower()
+            name = modality_of.get(extension)
+            if name is None:
+                unknown[extension] += 1
             else:
-                unknown[ending] += 1
-    if not found:
-        where = ", ".join(map(str, given)) or "an empty list"
-        raise UserError(f"no files to embed in {where}; looked for {', '.join(modality_of)}")
-    return {name: list(dict.fromkeys(paths)) for name, paths in found.items()}, unknown
+                files_by_modality.setdefault(name, {})[Path(path) if isinstance(file, Path) else path] = None
+    if not files_by_modality:
+        places = ", ".join(map(str, given)) or "an empty list"
+        raise UserError(f"no files to embed in {places}; looked for {', '.join(modality_of)}")
+    return {name: list(unique_files) for name, unique_files in files_by_modality.items()}, unknown
 
 
 def _files_in(file: File) -> Iterator[str] | None:
-    """The paths of the files in a folder and its subfolders, sorted; see `common/folders.py`. None if `file` is a
-    file."""
+    """The paths of the files in a folder and its subfolders, sorted; see `common/folders.py`. None for a file."""
     if isinstance(file, Path):
         if not file.exists():
             raise UserError(f"{file}: no such file or folder")
         return (entry.path for entry in files_below(file)) if file.is_dir() else None
     try:
         system, path = fsspec.core.url_to_fs(file)
-        inner = sorted(system.find(path))
+        paths = sorted(system.find(path))
     except Exception as error:  # Each file system raises its own errors.
         raise UserError(f"{file}: {str(error).strip() or type(error).__name__}") from None
-    if not inner:
+    if not paths:
         raise UserError(f"{file}: no such file or folder")
-    if inner == [path]:
+    if paths == [path]:
         return None
-    return (system.unstrip_protocol(each) for each in inner if not is_hidden(each.removeprefix(path)))
+    return (system.unstrip_protocol(inner) for inner in paths if not is_hidden(inner.removeprefix(path)))
 
 
 def file_value(file: File, reads_text: bool) -> str | bytes | Path:
-    """What a modality decodes: the text of a file, its path, or its bytes if it is at a URL.
+    """The value that a modality decodes: the text of a file, its path, or its bytes if it is at a URL.
 
     Raises BadMedia if there is no such file, it is too large, or it is not a text in UTF-8. If the network fails, the
-    error is that of the file system, because it is not the file's fault.
+    error is that of the file system.
     """
     if isinstance(file, Path):
         return file_text(file).strip() if reads_text else file

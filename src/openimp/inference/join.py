@@ -24,8 +24,8 @@ from openimp.inference.model import Model, load
 from openimp.recipe.inputs import Input
 from openimp.recipe.tasks import Source
 
-SHOWN = 10
-"""Most rows without an embedding that are listed."""
+MAX_LISTED = 10
+"""Maximum number of rows without an embedding that are listed."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,9 @@ class Joined:
         embeddings = counted(self.rows - len(self.bad), "embedding")
         lines = [f"{self.out}: {embeddings} of {self.size} numbers in column {self.column!r}"]
         if self.bad:
-            lines.append(
-                f"{counted(len(self.bad), 'row')} could not be read and {'have' if self.bad[1:] else 'has'} none:"
-            )
-            lines += [f"  {row}" for row in self.bad[:SHOWN]]
+            verb = "has" if len(self.bad) == 1 else "have"
+            lines.append(f"{counted(len(self.bad), 'row')} could not be read and {verb} none:")
+            lines += [f"  {row}" for row in self.bad[:MAX_LISTED]]
         if self.root is not None and self.root.resolve() != self.out.resolve().parent:
             lines.append(f"as a source: {{path: {self.out}, root: {self.root}}}")
         return "\n".join(lines)
@@ -102,16 +101,17 @@ def embed_rows(
     with replacing(out) as draft:
         with pq.ParquetWriter(draft, schema) as writer:
             for chunk in to_cpu(results):
-                vectors = [None if isinstance(vector, BadMedia) else vector for _, vector in chunk]
-                bad += [f"{table.row_name(row)}: {why}" for row, why in chunk if isinstance(why, BadMedia)]
-                part = table.arrow(range(chunk[0][0], chunk[-1][0] + 1))
+                vectors = [None if isinstance(result, BadMedia) else result for _, result in chunk]
+                bad += [f"{table.row_name(row)}: {error}" for row, error in chunk if isinstance(error, BadMedia)]
+                first_row = chunk[0][0]
+                part = table.arrow(range(first_row, first_row + len(chunk)))
                 part = part.append_column(embedding, pa.array(vectors, embedding.type))
                 writer.write_table(part.replace_schema_metadata(metadata))
         if len(bad) == len(table):
             raise UserError(f"no row can be read; the first: {bad[0]}")
-    done = Joined(out, to, model.imp.config.embed_dim, len(table), bad, table.root)
-    console.print(str(done), soft_wrap=True)
-    return done
+    joined = Joined(out, column=to, size=model.imp.config.embed_dim, rows=len(table), bad=bad, root=table.root)
+    console.print(str(joined), soft_wrap=True)
+    return joined
 
 
 def _parquet_file(out: str | Path) -> Path:

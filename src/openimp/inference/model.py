@@ -69,9 +69,11 @@ class Model(nn.Module):
         self.precision = precision
         self.saved_recipe = saved_recipe
         self.views = dict(config.views)
-        self._pictures = next((m for m in modalities.values() if isinstance(m, PictureReader)), None)
-        self._texts = next((m for m in modalities.values() if isinstance(m, TextReader)), None)
-        self._unknown_texts: set[str] = set()  # those of which the user was told
+        self._pictures = next(
+            (modality for modality in modalities.values() if isinstance(modality, PictureReader)), None
+        )
+        self._texts = next((modality for modality in modalities.values() if isinstance(modality, TextReader)), None)
+        self._reported_texts: set[str] = set()  # texts without a known word, which the user was told
 
     def encode(
         self, modality: str, inputs: Any, normalize: bool = False, towards: str | None = None, batch_size: int = 64
@@ -111,8 +113,8 @@ class Model(nn.Module):
                 name = str(value) if is_path else f"input {number}"
                 raise UserError(f"{name}: cannot be read as {modality}: {vector}")
             is_unknown = isinstance(reader, TextReader) and not reader.knows(value, encoder.view)
-            if is_unknown and value not in self._unknown_texts:
-                self._unknown_texts.add(value)
+            if is_unknown and value not in self._reported_texts:
+                self._reported_texts.add(value)
                 notice(f"{value!r:.100} has no word that the model knows: read as an empty text")
             vectors[key] = vector
         return encoder.stack([vectors[id(value)] for value in inputs])
@@ -125,34 +127,36 @@ class Model(nn.Module):
         Raises:
             UserError: the model cannot compare the two modalities, or the view does not fit.
         """
-        item = self._modality(modality)
+        reader = self._modality(modality)
         towards = self.partner(modality) if towards is None else towards
         require_pair(self.imp, modality, towards, error_prefix)
         view = self.views[modality]
         try:
-            item.check(view)
+            reader.check(view)
         except ValueError as error:
             raise UserError(f"views[{modality!r}]: {error}") from None
-        return ItemEncoder(self.imp, item, view, towards, self.precision, batch_size, normalize)
+        return ItemEncoder(self.imp, reader, view, towards, self.precision, batch_size=batch_size, normalize=normalize)
 
     def partner(self, modality: str) -> str:
         """The modality that `encode` compares `modality` with by default.
 
         The candidates are the modalities that it was trained with, in the recipe's order. If there are none, they are
-        those that share a space with it, and otherwise the modality itself. Texts are compared with pictures, as users
-        of open_clip expect, and everything else with texts, if they are among the candidates. If not, the first
-        candidate is taken.
+        the modalities that share a space with it; the last of these is `modality` itself. Texts are compared with
+        pictures, as users of open_clip expect, and everything else with texts, if these are among the candidates.
+        Otherwise the first candidate is taken.
         """
-        reads_text, others = self._modality(modality).reads_text, [name for name in self.modalities if name != modality]
-        trained = [name for name in others if (min(name, modality), max(name, modality)) in self.imp.pairs]
-        partners = trained or [name for name in [*others, modality] if self.imp.share_a_space(modality, name)]
-        if not partners:
+        reads_text = self._modality(modality).reads_text
+        others = [name for name in self.modalities if name != modality]
+        candidates = [name for name in others if (min(name, modality), max(name, modality)) in self.imp.pairs]
+        if not candidates:
+            candidates = [name for name in [*others, modality] if self.imp.share_a_space(modality, name)]
+        if not candidates:
             raise UserError(f"no task trains {modality} together with another modality, so it has no embedding")
         if reads_text:
-            wanted = [name for name in partners if self.modalities[name] is self._pictures]
+            preferred = [name for name in candidates if self.modalities[name] is self._pictures]
         else:
-            wanted = [name for name in partners if self.modalities[name].reads_text]
-        return (wanted or partners)[0]
+            preferred = [name for name in candidates if self.modalities[name].reads_text]
+        return (preferred or candidates)[0]
 
     def save(self, folder: str | Path) -> None:
         """Writes the model to a new or empty folder, which `load` opens."""

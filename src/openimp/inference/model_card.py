@@ -1,4 +1,4 @@
-"""The model card that `openimp push` writes: what the model is, its training data, its results and its limits."""
+"""The model card that `openimp push` writes: the model, its training data, its results and its limits."""
 
 from itertools import combinations
 from pathlib import Path
@@ -24,8 +24,7 @@ from openimp.recipe.schema import Recipe
 from openimp.recipe.tasks import Source
 
 METRICS = {"r1": "R@1", "top1": "top-1", "map": "mAP"}
-"""Names of the main metrics. That of another library's score is in the result."""
-"""Begins the path of a source that comes with openimp."""
+"""Names of the main metrics. The result of another library has the name of its score itself."""
 
 
 def as_text(value: Any) -> str:
@@ -46,15 +45,19 @@ def model_card(model: Model, folder: Path, name: str, license: str | None) -> st
 
     `folder` is the checkpoint or the model's folder. `name` is OWNER/NAME. `license` is that of the model, if known.
     """
-    recipe, names = model.recipe, list(model.modalities)
+    recipe = model.recipe
+    names = list(model.modalities)
     pairs = [pair for pair in combinations(names, 2) if model.imp.share_a_space(*pair)]
-    tags = ["openimp", "multimodal", *names, *(["mixture-of-experts"] if recipe.model.moe else []), "arxiv:2305.06324"]
-    on_hub = (source.hub for source in training_sources(recipe).values())  # or a local folder, which `hub` may name
+    tags = ["openimp", "multimodal", *names]
+    if recipe.model.moe:
+        tags.append("mixture-of-experts")
+    tags.append("arxiv:2305.06324")
+    hub_names = (source.hub for source in training_sources(recipe).values())  # `hub` may also name a local folder.
     metadata = ModelCardData(
         library_name="openimp",
         pipeline_tag="feature-extraction",
         license=license,
-        datasets=[name for name in on_hub if name and not Path(name).is_dir()] or None,
+        datasets=[hub_name for hub_name in hub_names if hub_name and not Path(hub_name).is_dir()] or None,
         tags=tags,
     )
     return TEMPLATES.get_template("model-card.md").render(
@@ -93,14 +96,15 @@ def _example(modality: Modality) -> str:
 
 
 def _sources(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
-    """What the card says about each training source."""
-    seen, trusted = _examples_seen(recipe, folder), trained_here(folder)
+    """The values that the card shows of each training source."""
+    seen = _examples_seen(recipe, folder)
+    is_trusted = trained_here(folder)
     return [
         {
             "name": name,
             "data": public_path(source.hub or str(source.path)),
             "bundled": is_bundled(source),
-            "rows": _rows(name, source) if trusted or is_bundled(source) else None,
+            "rows": _rows(name, source) if is_trusted or is_bundled(source) else None,
             "examples": seen.get(name),
             "license": source.license or BUNDLED_LICENSES.get(Name.parse(str(source.path)).rest),
         }
@@ -135,9 +139,11 @@ def _examples_seen(recipe: Recipe, folder: Path) -> dict[str, int]:
 def _results(model: Model, folder: Path) -> list[dict[str, Any]]:
     """The results in the run's results.jsonl that were measured on exactly these weights."""
     run = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
-    found = read_results(run / "results.jsonl")
-    checkpoint = checkpoint_fields(model.imp, model.modalities)["checkpoint"] if found else None
-    latest = {(line["set"], line["task"]): line for line in found if line.get("checkpoint") == checkpoint}
+    lines = read_results(run / "results.jsonl")
+    if not lines:
+        return []
+    checkpoint = checkpoint_fields(model.imp, model.modalities)["checkpoint"]
+    latest = {(line["set"], line["task"]): line for line in lines if line.get("checkpoint") == checkpoint}
     return [
         {
             **line,

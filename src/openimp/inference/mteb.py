@@ -49,12 +49,16 @@ class MTEBEncoder(AbsEncoder):
         if not names:
             raise UserError(f"the batch has {', '.join(batch)}, but the model has {', '.join(self.model.modalities)}")
         values = {name: [_raw(value) for value in batch[name]] for name in names}
-        vectors = [self.model.encode(name, values[name], True, self._towards(name, compared)) for name in names]
+        vectors = []
+        for name in names:
+            towards = self._towards(name, compared)
+            vectors.append(self.model.encode(name, values[name], normalize=True, towards=towards))
         return torch.stack(vectors).sum(0)
 
     def _towards(self, name: str, compared: list[str]) -> str:
         """The modality of the task that `name` is compared with, or the model's default if there is no other."""
-        partner, others = self.model.partner(name), [other for other in compared if other != name]
+        partner = self.model.partner(name)
+        others = [other for other in compared if other != name]
         return partner if partner in others or not others else others[0]
 
 
@@ -69,11 +73,14 @@ def _undecoded(inputs: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def _raw(value: Any) -> Any:
-    return value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return value.get("bytes") or value.get("path")
+    return value
 
 
 def _revision(model: Model) -> str:
     """A hash of weights and views, because mteb reuses cached results of the same name and revision."""
+    weights = {name: weight.contiguous() for name, weight in model.imp.state_dict().items()}
     digest = hashlib.sha256(repr((model.views, model.precision)).encode())
-    digest.update(safetensors.torch.save({name: value.contiguous() for name, value in model.imp.state_dict().items()}))
+    digest.update(safetensors.torch.save(weights))
     return digest.hexdigest()[:16]

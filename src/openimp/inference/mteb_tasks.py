@@ -43,40 +43,46 @@ NOTES = {
 
 
 def find_tasks(names: Sequence[str], modalities: Collection[str]) -> tuple[list[AbsTask], list[str]]:
-    """The tasks with these names and those of the benchmarks with these names, each once.
+    """The named tasks and the tasks of the named benchmarks, each once.
 
-    Tasks of a benchmark that need a modality that the model lacks are left out; the second value names them in one
-    sentence per benchmark. A task of that kind that is named itself is a UserError, and so is an unknown name.
+    If the model lacks a modality that a task of a benchmark needs, the task is left out; the second value names such
+    tasks in one sentence per benchmark. If the task itself is named, that is a UserError, and so is an unknown name.
     """
-    benchmarks = {alias: item for item in mteb.get_benchmarks() for alias in (item.name, *(item.aliases or ()))}
-    known = {task.metadata.name for task in TASK_LIST}
-    found: dict[str, AbsTask] = {}
+    benchmarks: dict[str, Any] = {}
+    for benchmark in mteb.get_benchmarks():
+        benchmarks |= dict.fromkeys((benchmark.name, *(benchmark.aliases or ())), benchmark)
+    task_names = {task.metadata.name for task in TASK_LIST}
+    chosen_tasks: dict[str, AbsTask] = {}
     left_out = []
     for name in names:
         if name in benchmarks:
-            parts = _parts(benchmarks[name].tasks)
-            lacking = [task.metadata.name for task in parts if _lacks(task, modalities)]
-            if len(lacking) == len(parts):
+            tasks = _without_aggregates(benchmarks[name].tasks)
+            left_out_names = [task.metadata.name for task in tasks if _missing_modalities(task, modalities)]
+            if len(left_out_names) == len(tasks):
                 raise UserError(f"{name}: each of its tasks needs a modality that the model lacks")
-            if lacking:
-                left_out.append(f"Left out of {name}, because the model lacks a modality: {', '.join(lacking)}")
-            found |= {task.metadata.name: task for task in parts if not _lacks(task, modalities)}
-        elif name in known:
-            for task in _parts([mteb.get_task(name)]):
-                if lacks := _lacks(task, modalities):
-                    raise UserError(f"{task.metadata.name} needs {lacks}, but the model has {', '.join(modalities)}")
-                found[task.metadata.name] = task
+            if left_out_names:
+                left_out.append(f"Left out of {name}, because the model lacks a modality: {', '.join(left_out_names)}")
+            chosen_tasks |= {task.metadata.name: task for task in tasks if not _missing_modalities(task, modalities)}
+        elif name in task_names:
+            for task in _without_aggregates([mteb.get_task(name)]):
+                if missing := _missing_modalities(task, modalities):
+                    raise UserError(f"{task.metadata.name} needs {missing}, but the model has {', '.join(modalities)}")
+                chosen_tasks[task.metadata.name] = task
         else:
-            raise UserError(f"mteb has no task or benchmark called {name!r}{nearest(name, known | benchmarks.keys())}")
-    return list(found.values()), left_out
+            hint = nearest(name, task_names | benchmarks.keys())
+            raise UserError(f"mteb has no task or benchmark called {name!r}{hint}")
+    return list(chosen_tasks.values()), left_out
 
 
-def _parts(tasks: Sequence[AbsTask]) -> list[AbsTask]:
+def _without_aggregates(tasks: Sequence[AbsTask]) -> list[AbsTask]:
     """The tasks, with the parts of an aggregate task in its place: the aggregate has only their mean."""
-    return [part for task in tasks for part in (task.tasks if isinstance(task, AbsTaskAggregate) else [task])]
+    parts: list[AbsTask] = []
+    for task in tasks:
+        parts += task.tasks if isinstance(task, AbsTaskAggregate) else [task]
+    return parts
 
 
-def _lacks(task: AbsTask, modalities: Collection[str]) -> str:
+def _missing_modalities(task: AbsTask, modalities: Collection[str]) -> str:
     return ", ".join(sorted(set(task.metadata.modalities) - set(modalities)))
 
 
@@ -86,7 +92,7 @@ def measure(model: Model, step: int | None, tasks: Iterable[AbsTask]) -> Iterato
     Tasks that cannot be measured are named in one NotMeasured after the results of the others.
     """
     encoder = MTEBEncoder(model)
-    about = {
+    provenance = {
         "view": {name: view.model_dump(mode="json") for name, view in model.views.items()},
         "precision": precision_of(model.device, model.precision),
         **software_fields(model.modalities, model.modalities),
@@ -100,7 +106,7 @@ def measure(model: Model, step: int | None, tasks: Iterable[AbsTask]) -> Iterato
             reasons.append(str(error))
             continue
         for result in results:
-            yield {"set": result["set"], "type": result["type"], "step": step, **result, **about}
+            yield {"set": result["set"], "type": result["type"], "step": step, **result, **provenance}
     if reasons:
         raise NotMeasured(reasons, [])
 
@@ -108,58 +114,69 @@ def measure(model: Model, step: int | None, tasks: Iterable[AbsTask]) -> Iterato
 def _measure(encoder: MTEBEncoder, task: AbsTask) -> list[dict[str, Any]]:
     """Loads a task's data, evaluates the model, and returns a result per test split and subset (mostly a language).
 
-    What mteb, `datasets` or the hub raise becomes a UserError, so that one task does not end a benchmark of a hundred.
+    An error of mteb, `datasets` or the hub becomes a UserError, so that one task does not end a benchmark of a hundred.
     """
-    about = task.metadata
+    metadata = task.metadata
     try:
         task.load_data()
     except Exception as error:  # `datasets` and its hub client raise about twenty unrelated types.
-        raise UserError(f"{about.name}: {about.dataset['path']} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"{metadata.name}: {metadata.dataset['path']} cannot be loaded: {first_line(error)}") from error
     batch_size = encoder.model.recipe.evaluation.batch_size
-    evaluate: Any = mteb.evaluate  # Its types demand names of arguments that our encoder has no use for.
+    evaluate: Any = mteb.evaluate  # Its types demand arguments that our encoder does not use.
     try:
         with warnings.catch_warnings():
             # mteb also computes precision and F1, which are undefined for a class that is never predicted. If all
             # similarities are equal, a correlation is NaN, which raises below.
             for category in (UndefinedMetricWarning, ConstantInputWarning):
                 warnings.simplefilter("ignore", category)
-            found = evaluate(encoder, task, cache=None, co2_tracker=False, encode_kwargs={"batch_size": batch_size})
-        scores = [(split, part) for split, parts in found.task_results[0].scores.items() for part in parts]
-        if not all(abs(part["main_score"]) <= 1 for _, part in scores):  # also if one is NaN
-            raise ValueError(f"{about.main_score} is not between -1 and 1")
-        return [_result(task, split, part, len(scores) > 1) for split, part in scores]
+            measured = evaluate(encoder, task, cache=None, co2_tracker=False, encode_kwargs={"batch_size": batch_size})
+        scores_by_split = measured.task_results[0].scores
+        scores = [(split, subset) for split, subsets in scores_by_split.items() for subset in subsets]
+        if not all(abs(subset["main_score"]) <= 1 for _, subset in scores):  # also if a score is NaN
+            raise ValueError(f"{metadata.main_score} is not between -1 and 1")
+        return [_result(task, split, subset, names_split=len(scores) > 1) for split, subset in scores]
     except Exception as error:
-        raise UserError(f"{about.name}: mteb cannot measure it: {first_line(error)}") from error
+        raise UserError(f"{metadata.name}: mteb cannot measure it: {first_line(error)}") from error
     finally:
         task.unload_data()
 
 
-def _result(task: AbsTask, split: str, scores: Mapping[str, Any], several: bool) -> dict[str, Any]:
-    about, subset = task.metadata, scores["hf_subset"]
+def _result(task: AbsTask, split: str, scores: Mapping[str, Any], names_split: bool) -> dict[str, Any]:
+    """The result of a split and a subset, which `task` names with `names_split`."""
+    metadata = task.metadata
+    subset = scores["hf_subset"]
     data: Any = task.dataset
     data = data[split] if subset == "default" and subset not in data else data[subset][split]
     if isinstance(task, AbsTaskZeroShotClassification):
-        kind, name, figures = "zero_shot", f"{_names(about.modalities, 'text')} -> text", _zero_shot(task, data, scores)
+        kind = "zero_shot"
+        name = f"{_names(metadata.modalities, 'text')} -> text"
+        figures = _zero_shot(task, data, scores)
     elif isinstance(task, AbsTaskRetrieval) and "hit_rate_at_1" in scores:
-        query, target = (_names(about.get_modalities(side)) for side in (PromptType.query, PromptType.document))
-        kind, name, figures = "retrieval", f"{query} -> {target}", _retrieval(data, scores)
+        kind = "retrieval"
+        query = _names(metadata.get_modalities(PromptType.query))
+        target = _names(metadata.get_modalities(PromptType.document))
+        name = f"{query} -> {target}"
+        figures = _retrieval(data, scores)
     else:
-        kind, name = about.type, f"{_names(about.modalities)} ({about.main_score})"
+        kind = metadata.type
+        name = f"{_names(metadata.modalities)} ({metadata.main_score})"
         n = len(data) if isinstance(data, Dataset) else None
         figures = {"n": n, "candidates": None, "interval": None, "chance": None}
     result = {
-        "set": about.name,
+        "set": metadata.name,
         "type": kind,
-        "task": f"{name} [{split}, {subset}]" if several else name,
+        "task": f"{name} [{split}, {subset}]" if names_split else name,
         **figures,
         "score": float(scores["main_score"]),
-        "metric": about.main_score,
+        "metric": metadata.main_score,
         "skipped": 0,
         "library": f"mteb {version('mteb')}",
-        "dataset": f"{about.dataset['path']}@{about.dataset['revision']}",
+        "dataset": f"{metadata.dataset['path']}@{metadata.dataset['revision']}",
         "split": split,
     }
-    return result | ({"note": f"not comparable to the paper: {NOTES[about.name]}"} if about.name in NOTES else {})
+    if metadata.name in NOTES:
+        result["note"] = f"not comparable to the paper: {NOTES[metadata.name]}"
+    return result
 
 
 def _names(modalities: Sequence[str], without: str | None = None) -> str:
@@ -167,16 +184,18 @@ def _names(modalities: Sequence[str], without: str | None = None) -> str:
 
 
 def _zero_shot(task: AbsTaskZeroShotClassification, data: Any, scores: Mapping[str, Any]) -> dict[str, Any]:
-    classes, top1 = len(task.get_candidate_labels()), float(scores["accuracy"])
+    classes = len(task.get_candidate_labels())
+    top1 = float(scores["accuracy"])
     interval = share_interval(top1, len(data))
     return {"n": len(data), "candidates": classes, "top1": top1, "interval": interval, "chance": 1 / classes}
 
 
 def _retrieval(data: Any, scores: Mapping[str, Any]) -> dict[str, Any]:
     """R@k is mteb's `hit_rate_at_k`. The reciprocal rank of a query whose answer is not among the first 1,000 is 0."""
-    n, relevant = len(data["queries"]), data["relevant_docs"].values()
+    n = len(data["queries"])
     candidates = None if data["top_ranked"] else len(data["corpus"])  # Reranking has few candidates for each query.
-    correct = sum(score > 0 for documents in relevant for score in documents.values())
+    relevant_documents = data["relevant_docs"].values()
+    correct = sum(score > 0 for documents in relevant_documents for score in documents.values())
     return {
         "n": n,
         "candidates": candidates,

@@ -23,16 +23,16 @@ from openimp.model.embedder import Embedder
 
 TOLERANCE = 1e-4
 """Largest difference between the unit vectors of a graph and those of the model."""
-EXAMPLES = 2
-"""Batch size of the example with which a graph is traced; the graph takes any."""
-TRIED = 3
+TRACED_BATCH = 2
+"""Batch size with which a graph is traced. The graph takes any batch size."""
+TESTED_BATCH = 3
 """Batch size with which a graph is compared with the model."""
 LARGEST_GRAPH = 2**30
 """Bytes of weights above which they are in a file beside the graph. An ONNX file may have 2 GiB."""
 
 
 def export(run: str | Path, folder: Path) -> None:
-    """Writes the graphs NAME.onnx, graphs.json that says what they take and return, and the model's tokenizer.
+    """Writes the graphs NAME.onnx, graphs.json, which describes their inputs and outputs, and the model's tokenizer.
 
     Each graph is run with onnxruntime and compared with the model.
     """
@@ -40,19 +40,21 @@ def export(run: str | Path, folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: expected a new or empty folder")
     model = load(run, "cpu", "fp32")
-    graphs = {name: _targets(model, name) for name in model.modalities}
-    if not any(graphs.values()):
+    outputs_by_modality = {name: _outputs(model, name) for name in model.modalities}
+    if not any(outputs_by_modality.values()):
         raise UserError(f"{run}: no task trains two modalities together, so there are no embeddings to export")
     folder.mkdir(parents=True, exist_ok=True)
-    described = {name: _export_one(model, name, targets, folder) for name, targets in graphs.items() if targets}
-    about = {"recipe": model.config.name, "embed_dim": model.imp.config.embed_dim, "graphs": described}
+    graphs = {
+        name: _export_modality(model, name, outputs, folder) for name, outputs in outputs_by_modality.items() if outputs
+    }
+    description = {"recipe": model.config.name, "embed_dim": model.imp.config.embed_dim, "graphs": graphs}
     for name, text in learned_files(model.modalities.values()).items():
         (folder / name).write_text(text, encoding="utf-8")
-    (folder / "graphs.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, found in described.items():
+    (folder / "graphs.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, graph in graphs.items():
         size = sum(file.stat().st_size for file in folder.glob(f"{name}.onnx*")) / 1e6
         console.print(
-            f"{folder / found['file']}: {size:.1f} MB, differs from the model by {found['difference']:.1e}",
+            f"{folder / graph['file']}: {size:.1f} MB, differs from the model by {graph['difference']:.1e}",
             soft_wrap=True,
         )
 
@@ -72,33 +74,35 @@ class Graph(nn.Module):
         return tuple(self.imp.project(features_BD, self.name, target) for target in self.targets)
 
 
-def _targets(model: Model, name: str) -> dict[str, list[str]]:
-    """The modalities with which the embeddings of each output can be compared.
+def _outputs(model: Model, name: str) -> dict[str, list[str]]:
+    """The modalities with which the embeddings of each output can be compared, by name of the output.
 
     In a disjoint space, a modality has an output per projection head; the first is that of `Model.partner`.
     """
     shared = [other for other in model.modalities if model.imp.share_a_space(name, other)]
-    others = [other for other in shared if other != name] or shared
-    if not others:
+    comparable = [other for other in shared if other != name] or shared
+    if not comparable:
         return {}
     partner = model.partner(name)
-    heads: dict[str, list[str]] = {model.imp.head_name(name, partner): []}
-    for other in others:
-        heads.setdefault(model.imp.head_name(name, other), []).append(other)
-    first, *rest = heads.values()
-    return {"vectors": first, **{f"vectors_towards_{others[0]}": others for others in rest}}
+    comparable_by_head: dict[str, list[str]] = {model.imp.head_name(name, partner): []}
+    for other in comparable:
+        comparable_by_head.setdefault(model.imp.head_name(name, other), []).append(other)
+    outputs: dict[str, list[str]] = {}
+    for others in comparable_by_head.values():
+        outputs[f"vectors_towards_{others[0]}" if outputs else "vectors"] = others
+    return outputs
 
 
-def _export_one(model: Model, name: str, targets: dict[str, list[str]], folder: Path) -> dict[str, Any]:
-    """Writes the graph of one modality, and returns what graphs.json says about it."""
+def _export_modality(model: Model, name: str, outputs: dict[str, list[str]], folder: Path) -> dict[str, Any]:
+    """Writes the graph of a modality, and returns its entry in graphs.json."""
     modality = model.modalities[name]
     if not isinstance(modality, Tensors):
         raise UserError(f"{name} cannot be exported: it takes raw values, not a tensor")
     expected = modality.tensor_input(model.views[name])
-    graph = Graph(model.imp, name, modality, [others[0] for others in targets.values()]).eval()
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    graph = Graph(model.imp, name, modality, [others[0] for others in outputs.values()]).eval()
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     file = folder / f"{name}.onnx"
-    _write(graph, _example(expected, modality, EXAMPLES), list(targets), file, weights)
+    _write(graph, _example(expected, modality, TRACED_BATCH), list(outputs), file, weight_bytes)
     return {
         "file": file.name,
         "input": {
@@ -107,13 +111,13 @@ def _export_one(model: Model, name: str, targets: dict[str, list[str]], folder: 
             "shape": ["batch", *expected.shape],
             "preparation": expected.preparation,
         },
-        "outputs": {output: {"comparable_with": others} for output, others in targets.items()},
-        "difference": _difference(graph, file, _example(expected, modality, TRIED)),
+        "outputs": {output: {"comparable_with": others} for output, others in outputs.items()},
+        "difference": _difference(graph, file, _example(expected, modality, TESTED_BATCH)),
     }
 
 
-def _write(graph: Graph, example: Tensor, outputs: list[str], file: Path, weights: int) -> None:
-    """Traces the graph and writes it. Its weights have `weights` bytes or less."""
+def _write(graph: Graph, example: Tensor, outputs: list[str], file: Path, weight_bytes: int) -> None:
+    """Traces the graph and writes it. Its weights have at most `weight_bytes` bytes."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     with torch.no_grad(), _quiet():
@@ -122,11 +126,12 @@ def _write(graph: Graph, example: Tensor, outputs: list[str], file: Path, weight
             traced, input_names=["input"], output_names=outputs, dynamic_shapes=({0: "batch"},), verbose=False
         )
     ClearMetadataAndDocStringPass()(program.model)  # It has stack traces with the paths of this machine.
-    program.save(file, external_data=weights > LARGEST_GRAPH)
+    program.save(file, external_data=weight_bytes > LARGEST_GRAPH)
 
 
 def _example(expected: TensorInput, modality: Modality, batch: int) -> Tensor:
-    shape, generator = (batch, *expected.shape), torch.Generator().manual_seed(0)
+    shape = (batch, *expected.shape)
+    generator = torch.Generator().manual_seed(0)
     if expected.dtype.is_floating_point:
         return torch.rand(shape, generator=generator) * 2 - 1
     return torch.randint(1, modality.stem_spec().values, shape, generator=generator)
@@ -137,10 +142,14 @@ def _difference(graph: Graph, file: Path, batch: Tensor) -> float:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    found = session.run(None, {"input": batch.numpy()})
+    file_outputs = session.run(None, {"input": batch.numpy()})
     with torch.no_grad():
-        wanted = graph(batch)
-    difference = max(float((torch.from_numpy(a) - b).abs().max()) for a, b in zip(found, wanted))
+        model_outputs = graph(batch)
+    differences = [
+        float((torch.from_numpy(file_output) - model_output).abs().max())
+        for file_output, model_output in zip(file_outputs, model_outputs)
+    ]
+    difference = max(differences)
     if not difference <= TOLERANCE:  # Also if it is not a number.
         raise UserError(f"{file}: differs from the model by {difference:.1e}; try other versions of onnxruntime")
     return difference
@@ -157,7 +166,7 @@ def _require_packages() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides the progress and the warnings of torch's exporter, which concern its developers."""
+    """Hides the progress and the warnings of torch's exporter, which are for its developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,5 +1,4 @@
-"""What `openimp push` publishes of a recipe and of a model's configuration: everything but folders, passwords and the
-queries of URLs.
+"""Removes folders, passwords and the queries of URLs from a recipe or a model's configuration, for `openimp push`.
 
 Folders may tell names of users, customers or machines, and the query of a URL may hold a key.
 """
@@ -25,12 +24,12 @@ def shorten_paths(data: dict[str, Any]) -> dict[str, Any]:
 def public_path(path: str) -> str:
     """The last part of an absolute path; a URL without user, password and query; anything else as it is.
 
-    In chained URLs, such as `simplecache::s3://...`, this is done for each.
+    In chained URLs, such as `simplecache::s3://...`, this applies to each of them.
     """
     if is_url(path):
-        first, chained, rest = path.partition("::")
-        if chained:
-            return f"{public_path(first)}::{public_path(rest)}"
+        outer, is_chained, inner = path.partition("::")
+        if is_chained:
+            return f"{public_path(outer)}::{public_path(inner)}"
         parts = urlsplit(path)
         if parts.scheme in ("file", "local"):
             return Path(parts.path).name

@@ -22,7 +22,7 @@ from openimp.recipe.file import override
 from openimp.recipe.schema import Recipe
 
 LICENSE = "[a-z0-9][a-z0-9.-]*"
-"""What the Hub's identifiers of licenses look like. It refuses a model card with anything else."""
+"""Pattern of the Hub's identifiers of licenses. The Hub refuses a model card with any other."""
 
 
 def push(
@@ -43,25 +43,26 @@ def push(
         raise UserError(f"--license {license}: expected the Hub's identifier of a license, such as apache-2.0 or other")
     if to is None:
         _require_login()
-    source = find_model(run)
-    model = load(source, "cpu")
+    model_folder = find_model(run)
+    model = load(model_folder, "cpu")
     model.recipe = _with_licenses(model.recipe, overrides)
     if to is not None:
-        write(model, source, name, license, to)
+        write(model, model_folder, name, license, to)
         console.print(f"{to}: weights, recipe and model card; read README.md before you publish it", soft_wrap=True)
         return
     with TemporaryDirectory() as folder:
-        write(model, source, name, license, Path(folder))
-        url = _upload(Path(folder), name, private, f"{model.config.name}, written by openimp {openimp_version()}")
+        write(model, model_folder, name, license, Path(folder))
+        message = f"{model.config.name}, written by openimp {openimp_version()}"
+        url = _upload(Path(folder), name, private, message)
     console.print(url, soft_wrap=True)
 
 
-def write(model: Model, source: Path, name: str, license: str | None, folder: Path) -> None:
+def write(model: Model, model_folder: Path, name: str, license: str | None, folder: Path) -> None:
     """Writes what `load` needs, recipe.yaml, README.md, and the notices of bundled training data, to an empty folder.
 
-    `source` is the checkpoint or the folder from which the model was loaded.
+    The model was loaded from the checkpoint or folder `model_folder`.
     """
-    card = model_card(model, source, name, license)
+    card = model_card(model, model_folder, name, license)
     model.save(folder)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     (folder / CONFIG).write_text(json.dumps(shorten_paths(config), indent=1, ensure_ascii=False), encoding="utf-8")
@@ -76,11 +77,12 @@ def write(model: Model, source: Path, name: str, license: str | None, folder: Pa
 def _with_licenses(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     data = recipe.to_dict()
     for text in overrides:
-        found = re.match(r"\s*sources\.([^.=]+)\.license\s*=", text)
-        if not found:
+        match = re.match(r"\s*sources\.([^.=]+)\.license\s*=", text)
+        if not match:
             raise UserError(f"--set {text}: only the license of a source can be changed: sources.NAME.license=LICENSE")
-        if found[1] not in recipe.sources:
-            raise UserError(f"--set {text}: the recipe has no such source{nearest(found[1], recipe.sources)}")
+        source = match[1]
+        if source not in recipe.sources:
+            raise UserError(f"--set {text}: the recipe has no such source{nearest(source, recipe.sources)}")
         override(data, text)
     return Recipe.build(data)
 

@@ -62,8 +62,8 @@ def embed_dataset(
         f"num_{device.lower()}s": 1,
         **options,
     }
-    run_everywhere = os.path.abspath(run) if os.path.exists(run) else str(run)  # Workers have other working folders.
-    arguments = (run_everywhere, column, modality, towards, batch_size)
+    absolute_run = os.path.abspath(run) if os.path.exists(run) else str(run)  # Workers have other working folders.
+    arguments = (absolute_run, column, modality, towards, batch_size)
     return dataset.map_batches(_RowEncoder, fn_constructor_args=arguments, **options)
 
 

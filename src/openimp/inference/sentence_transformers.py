@@ -64,14 +64,20 @@ class AnyModality(nn.Module):
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Finds the modality of each input, and puts the prompt before texts."""
-        typed = [self._typed(value) for value in inputs]
-        texts = {name for name, modality in self.model.modalities.items() if modality.reads_text}
-        values = [prompt + value if prompt and name in texts else value for name, value in typed]
-        return {"names": [name for name, _ in typed], "values": values}
+        names = []
+        values = []
+        for value in inputs:
+            name, encodable = self._typed(value)
+            if prompt and self.model.modalities[name].reads_text:
+                encodable = prompt + encodable
+            names.append(name)
+            values.append(encodable)
+        return {"names": names, "values": values}
 
     def forward(self, features: dict[str, Any], towards: str | None = None) -> dict[str, Any]:
         """Adds `sentence_embedding` (B, Z)."""
-        names, values = features["names"], features["values"]
+        names = features["names"]
+        values = features["values"]
         z_BZ = torch.empty(len(names), self.get_embedding_dimension(), device=self.model.device)
         for name in dict.fromkeys(names):
             rows = [row for row, other in enumerate(names) if other == name]
@@ -87,10 +93,10 @@ class AnyModality(nn.Module):
         """Loads what `save` wrote, for `SentenceTransformer(path, trust_remote_code=True)`."""
         from sentence_transformers.util import load_dir_path
 
-        where: dict[str, Any] = {
+        hub_options: dict[str, Any] = {
             key: options.get(key) for key in ("token", "cache_folder", "revision", "local_files_only")
         }
-        return cls(load(load_dir_path(path, subfolder, **where) or path))
+        return cls(load(load_dir_path(path, subfolder, **hub_options) or path))
 
     def _typed(self, value: Any) -> tuple[str, Any]:
         """The name of an input's modality, and the input as `Model.encode` takes it."""
@@ -107,11 +113,13 @@ class AnyModality(nn.Module):
             except ValueError as error:
                 raise UserError(str(error)) from None
         if name not in self.model.modalities:
-            found = " and ".join(name) if isinstance(name, tuple) else name
-            raise UserError(f"an input is {found}, but the model encodes one of {', '.join(self.model.modalities)}")
+            kind = " and ".join(name) if isinstance(name, tuple) else name
+            raise UserError(f"an input is {kind}, but the model encodes one of {', '.join(self.model.modalities)}")
         if isinstance(value, dict) and "video_metadata" in value:
             value = value["array"]
-        return name, value.cpu().numpy() if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            value = value.cpu().numpy()
+        return name, value
 
     def _modality_of(self, path: Path) -> str:
         for name, modality in self.model.modalities.items():

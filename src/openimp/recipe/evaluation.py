@@ -12,17 +12,17 @@ from openimp.recipe.inputs import Input, Inputs, View
 def _class_names(value: Any, info: ValidationInfo) -> Any:
     """Converts a mapping, a list of names, or a text file with lines `name` or `label<TAB>name` to {label: name}."""
     if isinstance(value, str):
-        pairs = [line.partition("\t")[::2] for line in text_lines(value, info)]
+        labels_and_names = [line.partition("\t")[::2] for line in text_lines(value, info)]
     elif isinstance(value, dict):
-        pairs = list(value.items())
+        labels_and_names = list(value.items())
     elif isinstance(value, list):
-        pairs = [(name, as_text(name) if isinstance(name, int | float) else name) for name in value]
+        labels_and_names = [(label, as_text(label) if isinstance(label, int | float) else label) for label in value]
     else:
         return value
-    names = {as_text(label): name or label for label, name in pairs}
-    if len(names) < len(pairs):
-        ((twice, _),) = Counter(as_text(label) for label, _ in pairs).most_common(1)
-        raise ValueError(f"class {twice!r} is listed twice")
+    names = {as_text(label): name or label for label, name in labels_and_names}
+    if len(names) < len(labels_and_names):
+        label_counts = Counter(as_text(label) for label, _ in labels_and_names)
+        raise ValueError(f"class {label_counts.most_common(1)[0][0]!r} is listed twice")
     return names
 
 

@@ -14,7 +14,7 @@ from openimp.common.schema import TextFrom
 MAX_BYTES = 2**20
 """Largest size of a recipe or a study."""
 MAX_NODES = 100_000
-"""Most keys, values, lists and mappings in a YAML file after its aliases are expanded."""
+"""Maximum number of keys, values, lists and mappings in a YAML file after its aliases are expanded."""
 
 
 def read_recipe(name: str, overrides: Iterable[str] = (), folder: Path | None = None) -> tuple[dict[str, Any], Path]:
@@ -67,24 +67,33 @@ def find_file(name: str, folder: str = "recipes", what: str = "recipe") -> Path:
 
 def bundled(folder: str = "recipes") -> dict[str, Path]:
     """The files that come with openimp, by name."""
-    here = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[1]
+    files = {}
     # In a wheel the folder is in the package, in a checkout at the top.
-    places = (here / folder, here.parents[1] / folder)
-    return {p.relative_to(place).with_suffix("").as_posix(): p for place in places for p in place.rglob("*.yaml")}
+    for root in (package / folder, package.parents[1] / folder):
+        for file in root.rglob("*.yaml"):
+            files[file.relative_to(root).with_suffix("").as_posix()] = file
+    return files
 
 
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:
     """Flattens nested mappings and lists to {"a.b.0": value}."""
-    if isinstance(data, dict | list):
-        pairs = data.items() if isinstance(data, dict) else enumerate(data)
-        return {k: v for key, value in pairs for k, v in flat(value, f"{prefix}{key}.").items()}
-    return {prefix[:-1]: data}
+    if not isinstance(data, dict | list):
+        return {prefix[:-1]: data}
+    flattened: dict[str, Any] = {}
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        flattened |= flat(value, f"{prefix}{key}.")
+    return flattened
 
 
 def differences(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
     """The keys of `flat` whose values differ, in order, with both values."""
-    was, found = flat(before), flat(now)
-    return [(key, was.get(key), found.get(key)) for key in sorted(was | found) if was.get(key) != found.get(key)]
+    old_values = flat(before)
+    new_values = flat(now)
+    keys = sorted(old_values | new_values)
+    return [
+        (key, old_values.get(key), new_values.get(key)) for key in keys if old_values.get(key) != new_values.get(key)
+    ]
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -96,7 +105,8 @@ class RecipeLoader(yaml.SafeLoader):
     _nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        is_alias, before = self.check_event(yaml.AliasEvent), self._nodes
+        is_alias = self.check_event(yaml.AliasEvent)
+        nodes_before = self._nodes
         mark = self.peek_event().start_mark
         node: Any = super().compose_node(parent, index)
         if is_alias and not hasattr(node, "size"):
@@ -104,7 +114,7 @@ class RecipeLoader(yaml.SafeLoader):
         self._nodes += node.size if is_alias else 1
         if self._nodes > MAX_NODES:
             raise yaml.composer.ComposerError(None, None, f"more than {MAX_NODES:,} values, with its aliases", mark)
-        node.size = self._nodes - before
+        node.size = self._nodes - nodes_before
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -135,19 +145,20 @@ def override(data: dict[str, Any], text: str, folder: Path | None = None) -> Non
     try:
         for part in path:
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[int(last) if isinstance(node, list) else last] = _from(folder, yaml.load(value, RecipeLoader))
+        last_key = int(last) if isinstance(node, list) else last
+        node[last_key] = _with_folder(yaml.load(value, RecipeLoader), folder)
     except (ValueError, IndexError, TypeError, AttributeError):
         raise UserError(f"--set {text}: the recipe has no such key") from None
     except (yaml.YAMLError, RecursionError):
         raise UserError(f"--set {text}: {value!r} is not valid YAML") from None
 
 
-def _from(folder: Path | None, value: Any) -> Any:
-    """`value`, whose strings are relative to `folder` where they are paths."""
+def _with_folder(value: Any, folder: Path | None) -> Any:
+    """`value` with strings that, as paths, are relative to `folder`."""
     if isinstance(value, dict):
-        return {key: _from(folder, item) for key, item in value.items()}
+        return {key: _with_folder(item, folder) for key, item in value.items()}
     if isinstance(value, list):
-        return [_from(folder, item) for item in value]
+        return [_with_folder(item, folder) for item in value]
     if folder is None or not isinstance(value, str):
         return value
     text = TextFrom(value)

@@ -55,12 +55,12 @@ class View(Strict):
         """The options of a modality, an instance of its `View`."""
         return (self.model_extra or {})[modality]
 
-    def fill(self, modalities: Modalities, where: str) -> None:
-        """Validates the options of each modality in place, and adds defaults. `where` is for messages."""
+    def fill(self, modalities: Modalities, location: str) -> None:
+        """Validates the options of each modality in place, and adds defaults. `location` is that of the view."""
         options = self.model_extra
         assert options is not None  # Because extra keys are allowed.
         for name, modality in modalities.items():
-            options[name] = checked_view(modality, options.get(name, {}), f"{where}.{name}")
+            options[name] = checked_view(modality, options.get(name, {}), f"{location}.{name}")
         for key in options:
             if key not in modalities:
-                raise UserError(f"{where}: {unknown_key(key, [*modalities, *View.model_fields], self.renamed)}")
+                raise UserError(f"{location}: {unknown_key(key, [*modalities, *View.model_fields], self.renamed)}")

@@ -102,8 +102,10 @@ class Model(Strict):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.moe and self.moe.layers > self.layers:
             raise ValueError(f"moe.layers {self.moe.layers} is more than layers {self.layers}")
-        if (own := self.modality_specific_layers) > self.layers:
-            raise ValueError(f"modality_specific_layers {own} is more than layers {self.layers}")
+        if self.modality_specific_layers > self.layers:
+            raise ValueError(
+                f"modality_specific_layers {self.modality_specific_layers} is more than layers {self.layers}"
+            )
         if self.moe and self.moe.top_k > self.moe.experts:
             raise ValueError(f"moe.top_k {self.moe.top_k} is more than moe.experts {self.moe.experts}")
         return self

@@ -1,4 +1,4 @@
-"""`ModelConfig`: all that a trained model is. It lacks what only its training needed: data, losses and schedules."""
+"""`ModelConfig`: the configuration of a trained model, without what only training needs, such as data and losses."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -78,12 +78,12 @@ def make_modalities(names: Iterable[str], stems: dict[str, Any], model: Model) -
     return {name: modality(stems[modality.stem]) for name, modality in classes.items()}
 
 
-def fill_stems(stems: dict[str, Any], names: Iterable[str], model: Model, where: str, info: ValidationInfo) -> None:
-    """Validates the options of the stems of some modalities in place, and adds defaults. `where` names these."""
+def fill_stems(stems: dict[str, Any], names: Iterable[str], model: Model, location: str, info: ValidationInfo) -> None:
+    """Validates the options of the modalities' stems in place, and adds defaults. `location` is that of the names."""
     try:
         configs = {modality_class(name).stem: class_for(name, model).Config for name in names}
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{location}: {error}") from None
     for stem in stems:
         if stem not in configs:
             raise UserError(f"modalities: {unknown_key(stem, configs)}")
@@ -91,11 +91,11 @@ def fill_stems(stems: dict[str, Any], names: Iterable[str], model: Model, where:
         stems[stem] = checked(config, stems.get(stem, {}), f"modalities.{stem}", base_folder(None, info))
 
 
-def checked_view(modality: Modality, options: Any, where: str) -> Any:
+def checked_view(modality: Modality, options: Any, location: str) -> Any:
     """A modality's view from its options, with defaults. UserError if it does not give whole tokens."""
-    view = checked(modality.View, options, where)
+    view = checked(modality.View, options, location)
     try:
         modality.check(view)
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{location}: {error}") from None
     return view

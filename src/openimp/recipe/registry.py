@@ -1,7 +1,4 @@
-"""Finds modalities and objectives by entry point, so that other packages can add some.
-
-Recipes validate their options with it without importing a module of theirs directly.
-"""
+"""Finds modalities and objectives by entry point, so that other packages can add some."""
 
 from collections.abc import Mapping
 from functools import cache

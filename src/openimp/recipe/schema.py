@@ -70,9 +70,9 @@ class Recipe(Strict):
         return cls.build(data, file.resolve().parent, str(file))
 
     @classmethod
-    def build(cls, data: Mapping[str, Any], folder: str | Path = ".", where: str = "recipe") -> "Recipe":
-        """Validates plain data. Its paths are relative to `folder`, and `where` names it in messages."""
-        recipe: Recipe = checked(cls, data, where, folder)
+    def build(cls, data: Mapping[str, Any], folder: str | Path = ".", error_prefix: str = "recipe") -> "Recipe":
+        """Validates plain data, whose paths are relative to `folder`."""
+        recipe: Recipe = checked(cls, data, error_prefix, folder)
         return recipe
 
     @model_validator(mode="after")
@@ -96,9 +96,10 @@ class Recipe(Strict):
             raise UserError("train.compile: is for openimp's own encoder, not for a wrapped model")
         if self.model.wrap and (self.train.init or "").startswith("timm:"):
             raise UserError("train.init: a model of timm is for openimp's own encoder, not for a wrapped model")
-        experts, owners = self.model.moe.experts if self.model.moe else 0, self.parallel.expert_degree
-        if owners > 1 and (experts == 0 or experts % owners):
-            raise UserError(f"parallel.expert_degree: {experts} experts cannot be divided equally among {owners} ranks")
+        experts = self.model.moe.experts if self.model.moe else 0
+        degree = self.parallel.expert_degree
+        if degree > 1 and (experts == 0 or experts % degree):
+            raise UserError(f"parallel.expert_degree: {experts} experts cannot be divided equally among {degree} ranks")
 
     def _check_tasks(self) -> None:
         heads: dict[tuple[str, str], tuple[str, ClassColumn]] = {}
@@ -114,7 +115,10 @@ class Recipe(Strict):
                     "long ones; drop one of the two"
                 )
             self._check_objectives(key, task)
-            for column in filter(None, [objective.class_column() for objective in task.objectives]):
+            for objective in task.objectives:
+                column = objective.class_column()
+                if column is None:
+                    continue
                 first_task, first_column = heads.setdefault((task.source, column.name), (task_name, column))
                 if column != first_column:
                     raise UserError(
@@ -123,8 +127,8 @@ class Recipe(Strict):
                     )
 
     def _check_objectives(self, key: str, task: Task) -> None:
-        """Checks that the objectives of a task fit it, and that no two do the same. Messages begin with `key`."""
-        done: dict[str, int] = {}
+        """Checks that the objectives of a task fit it, and that no two of them do the same work."""
+        objective_by_work: dict[str, int] = {}
         for i, objective in enumerate(task.objectives):
             location = f"{key}.objectives.{i}"
             for name in objective.modalities(task):
@@ -132,17 +136,21 @@ class Recipe(Strict):
                     raise UserError(f"{location}: {name!r} is not an input of the task{nearest(name, task.inputs)}")
             objective.check(location, task, self)
             for work in objective.work(task):
-                if work in done:
-                    raise UserError(f"{location}: objectives.{done[work]} already {work}; drop one of the two")
-                done[work] = i
+                if work in objective_by_work:
+                    other = objective_by_work[work]
+                    raise UserError(f"{location}: objectives.{other} already {work}; drop one of the two")
+                objective_by_work[work] = i
 
     def _check_evaluation(self) -> None:
-        best, sets = self.evaluation.best, self.evaluation.sets
-        if best is not None:
-            _require("evaluation.best", "evaluation set", best, sets)
+        sets = self.evaluation.sets
+        if self.evaluation.best is not None:
+            _require("evaluation.best", "evaluation set", self.evaluation.best, sets)
         for set_name, options in sets.items():
             key = f"evaluation.sets.{set_name}"
-            for name in [*options.inputs, *([options.reader] if isinstance(options, ZeroShot) else [])]:
+            names = list(options.inputs)
+            if isinstance(options, ZeroShot):
+                names.append(options.reader)
+            for name in names:
                 if name not in self.modality_names:
                     raise UserError(f"{key}: no task trains modality {name!r}{nearest(name, self.modality_names)}")
             if isinstance(options, Retrieval) and len(options.inputs) != 2:
@@ -161,9 +169,13 @@ class Recipe(Strict):
                     raise UserError(f"{key}: train and source are both {options.train}; a probe needs new rows")
 
     def class_column(self, options: ClassHead, key: str) -> ClassColumn:
-        """What the head of an evaluation set is trained on. If nothing is, the message begins with `key`."""
+        """The column with the classes of the head that an evaluation set names. UserError if no task trains this head.
+
+        `key` is that of the set in the recipe.
+        """
         _require(f"{key}.task", "task", options.task, self.tasks)
-        columns = {column.name: column for o in self.tasks[options.task].objectives if (column := o.class_column())}
+        class_columns = [objective.class_column() for objective in self.tasks[options.task].objectives]
+        columns = {column.name: column for column in class_columns if column}
         if options.label not in columns:
             hint = nearest(options.label, columns)
             raise UserError(f"{key}.label: tasks.{options.task} has no classification of {options.label!r}{hint}")
@@ -174,7 +186,7 @@ class Recipe(Strict):
         return next(task.views[0][modality] for task in self.tasks.values() if modality in task.inputs)
 
     def to_config(self, classes: Classes) -> ModelConfig:
-        """What the recipe's model is. `classes` are those of each classification head."""
+        """The configuration of the recipe's model. `classes` has the classes of each classification head."""
         limits: dict[tuple[str, str], set[bool]] = {}
         distilled = []
         for task in self.tasks.values():
@@ -198,11 +210,11 @@ class Recipe(Strict):
         return make_modalities(self.modality_names, self.modalities, self.model)
 
     def _check_user(self, key: str, user: Task | EvaluationSet, views: Mapping[str, View]) -> None:
-        """Checks a source and its views, {key for messages: view}, with the options of their modalities."""
+        """Checks that the source exists, and validates the views, by their keys in the recipe."""
         _require(f"{key}.source", "source", user.source, self.sources)
         modalities = make_modalities(user.inputs, self.modalities, self.model)
-        for where, view in views.items():
-            view.fill(modalities, where)
+        for location, view in views.items():
+            view.fill(modalities, location)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, including all defaults."""
@@ -214,6 +226,6 @@ class Recipe(Strict):
 
 
 def _require(key: str, kind: str, name: str, known: Collection[str]) -> None:
-    """Raises UserError, which begins with `key`, if a name is not among the known ones."""
+    """Raises UserError if the name that the recipe gives for `key` is unknown."""
     if name not in known:
         raise UserError(f"{key}: no {kind} {name!r}{nearest(name, known)}")

@@ -31,13 +31,16 @@ class Part(Strict):
     def _one_choice(self) -> "Part":
         if (self.keep is None) == (self.drop is None):
             raise ValueError("give exactly one of keep and drop")
-        if (highest := max(self.keep or self.drop or ())) >= self.of:
+        highest = max(self.keep or self.drop or ())
+        if highest >= self.of:
             raise ValueError(f"there is no part {highest}, because {self.of} parts are counted from 0")
         return self
 
     def selects(self, part: int) -> bool:
         """Whether the rows of a part are selected."""
-        return part in self.keep if self.keep is not None else part not in (self.drop or ())
+        if self.keep is not None:
+            return part in self.keep
+        return part not in (self.drop or ())
 
 
 class Source(Strict):
@@ -86,12 +89,14 @@ class Source(Strict):
         """`path: hub:OWNER/NAME@REVISION` is the same as the keys `hub` and `revision`."""
         if not isinstance(data, dict) or not isinstance(data.get("path"), str):
             return data
-        scheme, rest = Name.parse(data["path"])
+        scheme, hub_name = Name.parse(data["path"])
         if scheme != HUB:
             return data
-        repository, _, revision = rest.partition("@")
-        named = {"hub": repository, **({"revision": revision} if revision else {})}
-        return {**{key: value for key, value in data.items() if key != "path"}, **named}
+        source = {key: value for key, value in data.items() if key != "path"}
+        source["hub"], _, revision = hub_name.partition("@")
+        if revision:
+            source["revision"] = revision
+        return source
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":

@@ -1,4 +1,4 @@
-"""What the page shows for a query: its parts, and its results in order."""
+"""The content of the page for a query: its parts, and its results in order."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +19,7 @@ LESS_WEIGHT = -0.5
 EXAMPLES = 12
 """Items that are shown while the query is empty."""
 MAX_NAME = 200
-"""Most characters of an item's name."""
+"""Maximum number of characters of an item's name."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Item:
     @property
     def name(self) -> str:
         """A short name: the text that belongs to the media, or the name of the file."""
-        return Path(self.hit.path).name if self.kind == "text" or not self.hit.text else self.hit.text[:MAX_NAME]
+        if self.kind == "text" or not self.hit.text:
+            return Path(self.hit.path).name
+        return self.hit.text[:MAX_NAME]
 
     @property
     def media(self) -> str:
@@ -72,7 +74,7 @@ class Answer:
 
 
 def answer(index: Index, uploads: Uploads, parameters: QueryParams) -> Answer:
-    """Searches for what the parameters of a URL say. An impossible query is an answer, too, which says why."""
+    """Searches for the query in the parameters of a URL. The answer to an impossible query gives the reason."""
     page = Answer()
     try:
         page.state = State.parse(parameters)
@@ -105,14 +107,15 @@ def _parts(index: Index, uploads: Uploads, page: Answer) -> list[QueryPart]:
         for id in getattr(state, kind):
             if hit := hits.get(id):
                 item = _item(index, hit)
-                page.chips.append(Chip(kind, id, item.name, None if item.kind == "text" else item.thumbnail))
+                thumbnail = None if item.kind == "text" else item.thumbnail
+                page.chips.append(Chip(kind, id, item.name, thumbnail))
                 parts.append(Like(id, weight))
     if len(hits) < len({*state.more, *state.less}):
         page.notes.append("An item of this query is no longer indexed.")
-    kept: dict[str, Any] = {
+    ids_by_kind: dict[str, Any] = {
         kind: tuple(chip.id for chip in page.chips if chip.kind == kind) for kind in ("file", "more", "less")
     }
-    page.state = replace(state, **kept)
+    page.state = replace(state, **ids_by_kind)
     return parts
 
 
@@ -124,8 +127,8 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
     hits = find(state.k, min_score=state.min or None)
     at_least = f" with a score of at least {state.min:.2f}" if state.min else ""
     if hits:
-        first = "The first " if len(hits) == state.k else ""
-        page.status = f"{first}{counted(len(hits), 'result')}{at_least}"
+        start = "The first " if len(hits) == state.k else ""
+        page.status = f"{start}{counted(len(hits), 'result')}{at_least}"
     elif best := find(1) if state.min else []:
         page.status = f"No result{at_least}; the best has {best[0].score:.2f}"
     else:
@@ -138,7 +141,7 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
 
 
 def _item(index: Index, hit: Hit, is_best_segment: bool = False) -> Item:
-    """How a hit is shown, without reading its media or looking it up."""
+    """The item of a hit, made without reading its media."""
     kind = kind_of(index.model.modalities[hit.modality])
     if kind == "text":
         return Item(hit, kind)
@@ -146,9 +149,9 @@ def _item(index: Index, hit: Hit, is_best_segment: bool = False) -> Item:
         index.check(hit)
     except UserError as error:
         return Item(hit, "", str(error))
-    shown = (hit.media_type or UNKNOWN).partition("/")[0]
-    if shown == "image" and kind == "video":
-        shown = "animation"
-    elif shown not in ("image", "video", "audio"):
-        shown = ""
-    return Item(hit, shown, segments=hit.parts if is_best_segment else 0)
+    shown_kind = (hit.media_type or UNKNOWN).partition("/")[0]
+    if shown_kind == "image" and kind == "video":
+        shown_kind = "animation"
+    elif shown_kind not in ("image", "video", "audio"):
+        shown_kind = ""
+    return Item(hit, shown_kind, segments=hit.parts if is_best_segment else 0)

@@ -40,8 +40,8 @@ class IndexResult:
 
     def __str__(self) -> str:
         files = ", ".join(f"{getattr(self, kind):,} {kind}" for kind in KINDS if getattr(self, kind))
-        how = "approximate" if self.approximate else "exact"
-        lines = [f"{self.folder}: {counted(self.items, 'item')}, {how} search; files: {files or 'none'}"]
+        kind_of_search = "approximate" if self.approximate else "exact"
+        lines = [f"{self.folder}: {counted(self.items, 'item')}, {kind_of_search} search; files: {files or 'none'}"]
         if self.skipped:
             lines.append(f"{counted(len(self.skipped), 'file')} could not be read, or not completely:")
             lines += [f"  {path}: {reason}" for path, reason in self.skipped.items()]
@@ -61,8 +61,7 @@ def build_index(
     """Embeds media into an index, or updates an index, and prints a summary.
 
     Only new and changed files are embedded. Files that were moved are recognized by their hash. Items are removed if
-    their file is gone from `paths`; items of other folders stay. If a call is interrupted, the next one
-    does what is left.
+    their file is gone from `paths`; items of other folders stay. If a call is interrupted, the next call continues.
 
     Args:
         model: a run, a model folder or a model on the Hugging Face Hub, as `openimp.load` takes it.
@@ -83,17 +82,16 @@ def build_index(
     opened = load(name)
     given = None if paths is None else [Path(path) for path in paths]
     folder = Path(out) if out else _default_folder(Path(name))
-    modalities = {
-        one: modality
-        for one, modality in opened.modalities.items()
-        if any(opened.imp.share_a_space(one, other) for other in opened.modalities)
-    }
+    modalities = {}
+    for modality_name, modality in opened.modalities.items():
+        if any(opened.imp.share_a_space(modality_name, other) for other in opened.modalities):
+            modalities[modality_name] = modality
     if given is None:
         media = _recipe_media(name, opened, modalities, allow_sources)
         unknown: dict[str, int] = {}
     else:
-        found, unknown = find_files(given, modalities)
-        media = list(media_of_files(found, given, modalities))
+        files_by_modality, unknown = find_files(given, modalities)
+        media = list(media_of_files(files_by_modality, given, modalities))
     metadata = Metadata(
         format=FORMAT,
         model=absolute_name(name, "."),
@@ -107,8 +105,10 @@ def build_index(
         try:
             update.run(metadata.towards, batch_size, progress)
         except KeyboardInterrupt:
-            kept = counted(items.table.count_rows(), "item")
-            console.print(f"stopped: {folder} holds {kept} so far; the same command does the rest", soft_wrap=True)
+            item_count = counted(items.table.count_rows(), "item")
+            console.print(
+                f"stopped: {folder} holds {item_count} so far; the same command does the rest", soft_wrap=True
+            )
             raise
         skipped = {path: reason for path, (_, reason) in update.skipped.items()}
         count = items.table.count_rows()
@@ -117,9 +117,9 @@ def build_index(
             raise UserError(f"no file can be read; the first: {path}: {reason}")
         items.compact()
     counts = {kind: update.counts[kind] for kind in KINDS}
-    done = IndexResult(folder, **counts, skipped=skipped, unknown=unknown, items=count, approximate=items.approximate)
-    console.print(str(done), soft_wrap=True)
-    return done
+    result = IndexResult(folder, **counts, skipped=skipped, unknown=unknown, items=count, approximate=items.approximate)
+    console.print(str(result), soft_wrap=True)
+    return result
 
 
 def _default_folder(model: Path) -> Path:

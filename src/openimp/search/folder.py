@@ -30,7 +30,7 @@ LOCK = ".lock"
 INDEX_FILES = ("**/*",)
 """Patterns of the files of an index, for `refuse_links`."""
 MAX_JSON = 2**28
-"""Most bytes of `skipped.json` that are read."""
+"""Maximum size in bytes of `skipped.json`."""
 
 
 class Metadata(Strict):
@@ -66,17 +66,19 @@ def read_metadata(folder: Path) -> Metadata | None:
     if not file.exists():
         return None
     data = _read_json(file)
-    if isinstance(data, dict) and data.get("format") == 2 and data.pop("ivf", None) is None:
-        data["format"] = FORMAT  # Only an approximate search had another form.
-    if isinstance(data, dict) and (version := data.get("format")) != FORMAT:
-        raise UserError(
-            f"{file}: format {version}, and this version of openimp reads format {FORMAT}; make a new index"
-        )
+    if isinstance(data, dict):
+        if data.get("format") == 2 and data.pop("ivf", None) is None:
+            data["format"] = FORMAT  # The formats differ only for an approximate search.
+        version = data.get("format")
+        if version != FORMAT:
+            raise UserError(
+                f"{file}: format {version}, and this version of openimp reads format {FORMAT}; make a new index"
+            )
     return checked(Metadata, data, str(file))
 
 
 def read_skipped(folder: Path) -> dict[str, tuple[str, str]]:
-    """By path, the state (see `file_state`) of each file that could not be read, and the reason."""
+    """The (`file_state`, reason) of each file that could not be read, by path."""
     file = folder / SKIPPED
     data = _read_json(file) if file.exists() else {}
     return checked(RootModel[dict[str, tuple[str, str]]], data, f"{file}: damaged").root

@@ -1,7 +1,7 @@
 """Refuses requests that do not come from the page itself, and adds the headers that limit what a browser may do.
 
-Any website can make a browser send requests to this machine. With DNS rebinding, a site whose
-name is rebound to 127.0.0.1 could also read the answers, but its requests have its own name in their Host header.
+Any website can make a browser send requests to this machine. With DNS rebinding, a site binds its name to 127.0.0.1, so
+that it could also read the answers. But its requests have its own name in their Host header.
 """
 
 import ipaddress
@@ -40,20 +40,20 @@ class Guard:
 
     def __init__(self, app: ASGIApp, host: str) -> None:
         self.app = app
-        self.names = {*LOOPBACK, host.lower()}
+        self.host_names = {*LOOPBACK, host.lower()}
         self.is_public = not is_loopback(host)
         if self.is_public:
-            self.names.add(socket.gethostname().lower())
+            self.host_names.add(socket.gethostname().lower())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
 
-        async def guarded(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                answer = MutableHeaders(scope=message)
+                response_headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
-                    answer[name] = value
-                answer.setdefault("Content-Security-Policy", POLICY)
+                    response_headers[name] = value
+                response_headers.setdefault("Content-Security-Policy", POLICY)
             await send(message)
 
         app = self.app
@@ -61,21 +61,22 @@ class Guard:
             app = PlainTextResponse("This server does not go by the name in the Host header.", 421)
         elif scope["method"] not in ("GET", "HEAD") and not _is_same_origin(headers):
             app = PlainTextResponse("This request does not come from the page of this server.", 403)
-        await app(scope, receive, guarded)
+        await app(scope, receive, send_with_headers)
 
     def _is_known(self, host: str) -> bool:
+        """Whether a Host header names this server."""
         try:
             name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
-            if name in self.names:
+            if name in self.host_names:
                 return True
             ipaddress.ip_address(name)
         except ValueError:
             return False
-        return self.is_public  # An address cannot be rebound. This machine may have several.
+        return self.is_public  # DNS cannot rebind an address, and this machine may have several.
 
 
 def _is_same_origin(headers: Headers) -> bool:
-    """Browsers send the origin of the page with every POST."""
+    """Whether a request comes from a page of this server: browsers send the page's origin with every POST."""
     try:
         return urlsplit(headers.get("origin", "")).netloc == headers["host"]
     except ValueError:

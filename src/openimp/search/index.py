@@ -23,7 +23,7 @@ from openimp.inference.model import Model, load
 from openimp.search.folder import INDEX_FILES, Metadata, fingerprint, read_metadata
 from openimp.search.media import media_state, row_media, source_table
 from openimp.search.query import EncodedQuery, Hit, Like, Query, QueryPart, Space
-from openimp.search.table import SHOWN, Items, any_of, below, quoted
+from openimp.search.table import HIT_COLUMNS, Items, any_of, below, quoted
 
 
 class Index:
@@ -82,8 +82,8 @@ class Index:
         best segment is returned, unless `under` is that file.
 
         Args:
-            queries: one or several. A string is a text. Items that are part of the query are not returned.
-            k: number of results at most.
+            queries: one part of the query or several. A string is a text. Items in the query are not returned.
+            k: maximum number of results.
             modalities: only items of these modalities. None: all that can be compared with the queries.
             under: only this file, files in this folder, or rows of the source of this name.
             min_score: only items with at least this cosine.
@@ -91,29 +91,30 @@ class Index:
         Raises:
             UserError: a query cannot be read, or no item can be compared with it.
         """
-        given = [queries] if isinstance(queries, str | QueryPart) else queries
-        if not given:
+        parts = [queries] if isinstance(queries, str | QueryPart) else queries
+        if not parts:
             raise UserError("the query is empty: give a text or a file")
         for name in modalities or ():
             if name not in self.counts:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
-        parts = self._encode_all(given)
+        encoded = self._encode_all(parts)
         filters = []
-        if likes := [part.id for part in given if isinstance(part, Like)]:
+        if likes := [part.id for part in parts if isinstance(part, Like)]:
             filters.append(f"NOT {any_of('id', likes)}")
         if under is not None:
             filters.append(self._below(under))
         hits_by_modality: list[list[Hit]] = []
         for name in dict.fromkeys(modalities or self.counts):
             space = self._space(name, self._metadata.towards[name])
-            if not all(space in part.vectors for part in parts):
+            if not all(space in query.vectors for query in encoded):
                 continue
-            # Without a filter, LanceDB does not have to scan a column.
-            of_modality = [f"modality = {quoted(name)}"] if len(self.counts) > 1 else []
-            hits = self._nearest(_sum(parts, space), k, " AND ".join([*filters, *of_modality]) or None, under)
+            modality_filters = list(filters)
+            if len(self.counts) > 1:  # Without a filter, LanceDB does not have to scan a column.
+                modality_filters.append(f"modality = {quoted(name)}")
+            hits = self._nearest(_sum(encoded, space), k, " AND ".join(modality_filters) or None, under)
             hits_by_modality.append([hit for hit in hits if min_score is None or hit.score >= min_score])
         if not hits_by_modality:
-            kinds = ", ".join(dict.fromkeys(part.modality for part in given if not isinstance(part, str | Like)))
+            kinds = ", ".join(dict.fromkeys(part.modality for part in parts if not isinstance(part, str | Like)))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
         best_first = sorted(filter(None, hits_by_modality), key=lambda hits: -hits[0].score)
@@ -127,8 +128,8 @@ class Index:
         raise UserError("the model reads no texts; search with a file")
 
     def hits(self, ids: Iterable[str]) -> dict[str, Hit]:
-        """Items by their ids, with score 1. Those that are not indexed are left out."""
-        return {row["id"]: Hit(**row) for row in self._items.rows("id", ids, SHOWN)}
+        """Items by their ids, with score 1. Ids that are not indexed are left out."""
+        return {row["id"]: Hit(**row) for row in self._items.rows("id", ids, HIT_COLUMNS)}
 
     def hit(self, id: str) -> Hit:
         """An item by its id, with score 1. UserError if it is not indexed."""
@@ -140,7 +141,7 @@ class Index:
     def check(self, hit: Hit) -> None:
         """UserError if the media of an item are gone, or have changed since they were indexed."""
         if hit.source is None:
-            # Nobody who makes up an index knows the nanosecond in which another user's file was changed.
+            # A forged index cannot have the right state: it contains the nanosecond in which the file was changed.
             if file_state(hit.path) != media_state(hit.state):
                 raise UserError(f"{hit.path}: is gone or has changed since it was indexed; index it again")
         elif self._source(hit.source).fingerprint != hit.state:
@@ -174,7 +175,7 @@ class Index:
         """At most `count` items, which are evenly spaced over the index, with score 1."""
         total = self._items.table.count_rows()
         rows = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
-        return [Hit(**row) for row in self._items.table.take_offsets(rows).select(SHOWN).to_list()]
+        return [Hit(**row) for row in self._items.table.take_offsets(rows).select(HIT_COLUMNS).to_list()]
 
     def encode(self, query: Query) -> EncodedQuery:
         """Encodes a part of a query, for all spaces that its modality is in. UserError if it cannot be read.
@@ -196,14 +197,15 @@ class Index:
         except BadMedia as error:
             file = "" if isinstance(value, bytes) else f"{value}: "
             raise UserError(f"{file}cannot be read as {name}: {error}") from None
-        others = [other for other in model.modalities if model.imp.share_a_space(name, other)]
-        towards = {self._space(name, other): other for other in others}
+        comparable = [other for other in model.modalities if model.imp.share_a_space(name, other)]
+        modality_by_space = {self._space(name, other): other for other in comparable}
         with self._encoding:
-            vectors = encoder.encode_item(clips, towards.values())
-        return EncodedQuery(name, {space: z.cpu().numpy() for space, z in zip(towards, vectors)}, query.weight)
+            vectors = encoder.encode_item(clips, modality_by_space.values())
+        vector_by_space = {space: vector.cpu().numpy() for space, vector in zip(modality_by_space, vectors)}
+        return EncodedQuery(name, vector_by_space, query.weight)
 
     def _encode_all(self, parts: Sequence[str | QueryPart]) -> list[EncodedQuery]:
-        """The parts with their vectors. Those of items are the stored ones."""
+        """The parts with their vectors. Items have their stored vectors."""
         likes = [part.id for part in parts if isinstance(part, Like)]
         stored = {row["id"]: row for row in self._items.rows("id", likes, ["id", "modality", "vector"])}
         encoded = []
@@ -224,8 +226,9 @@ class Index:
     def _space(self, name: str, other: str) -> Space:
         """The space of the vectors of one modality towards another."""
         model = self.model.imp
-        joint = model.config.space == "joint"
-        return frozenset() if joint else frozenset([model.head_name(name, other), model.head_name(other, name)])
+        if model.config.space == "joint":
+            return frozenset()
+        return frozenset([model.head_name(name, other), model.head_name(other, name)])
 
     def _source(self, name: str) -> Table:
         """A source of the recipe, opened when it is first needed."""
@@ -245,18 +248,18 @@ class Index:
     def _nearest(self, vector: np.ndarray, k: int, where: str | None, under: str | Path | None) -> list[Hit]:
         """The `k` hits that are closest to a vector (Z,), with only the best segment of each file.
 
-        How many of the nearest items are other segments is not known before, so more are read until there are enough.
+        Several of the nearest items may be segments of the same file, so more rows are read until there are `k` hits.
         """
-        count = k
+        row_count = k
         while True:
-            rows = self._items.nearest(vector, count, where)
-            best: dict[str, Hit] = {}
+            rows = self._items.nearest(vector, row_count, where)
+            best_hits: dict[str, Hit] = {}  # by file or item
             for row in rows:
                 hit = Hit(score=1 - row.pop("_distance"), **row)
-                best.setdefault(hit.path if stands_for_file(hit, under) else hit.id, hit)
-            if len(best) >= k or len(rows) < count:
-                return list(best.values())[:k]
-            count *= 4
+                best_hits.setdefault(hit.path if stands_for_file(hit, under) else hit.id, hit)
+            if len(best_hits) >= k or len(rows) < row_count:
+                return list(best_hits.values())[:k]
+            row_count *= 4
 
 
 def _sum(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray:
@@ -283,8 +286,8 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
     refuse_links(folder, INDEX_FILES)
     metadata = read_metadata(folder)
     if metadata is None:
-        what = "is not an index" if folder.exists() else "no such index"
-        raise UserError(f"{folder}: {what}; openimp index makes one")
+        reason = "is not an index" if folder.exists() else "no such index"
+        raise UserError(f"{folder}: {reason}; openimp index makes one")
     try:
         model = load(metadata.model, device)
     except UserError as error:

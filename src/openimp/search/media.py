@@ -32,8 +32,8 @@ class Media:
 
     path: str  # absolute; SOURCE/ROW/COLUMN for a row. Unique in an index.
     modality: str
-    # Of a row: the source's fingerprint. Of a file: `file_state`. If the file has a text, a space and the state of the
-    # caption follow, or the fingerprint of the source that names the file.
+    # Of a row: the source's fingerprint. Of a file: "FILE_STATE", or "FILE_STATE TEXT_STATE" if it has a text. The
+    # state of the text is that of the caption, or the fingerprint of the source that names the file.
     state: str
     raw: Callable[[], bytes | Path | np.ndarray]  # raises BadMedia if the media cannot be read
     text: ReadText = lambda: None  # its caption or the text of its row
@@ -42,13 +42,15 @@ class Media:
     column: str | None = None
 
 
-def media_of_files(found: dict[str, list[File]], given: Iterable[Path], modalities: Modalities) -> Iterator[Media]:
+def media_of_files(
+    files_by_modality: dict[str, list[File]], given: Iterable[Path], modalities: Modalities
+) -> Iterator[Media]:
     """The files that `find_files` found in the files and folders `given`.
 
     A text file beside a medium, such as `a.txt` beside `a.jpg`, is its caption, and not an item.
     """
     roots = cache(lambda: [Path(os.path.realpath(path)) for path in given])  # Slow; needed only if there are links.
-    files = [(os.path.abspath(path), name) for name, paths in found.items() for path in paths]
+    files = [(os.path.abspath(path), name) for name, paths in files_by_modality.items() for path in paths]
     texts = [(path, name) for path, name in files if modalities[name].reads_text]
     caption_of = {os.path.splitext(path)[0]: path for path, _ in texts}
     used_captions = set()
@@ -113,7 +115,7 @@ def _checked(path: str, roots: Roots | None) -> Path:
     if not is_utf8(path):
         raise BadMedia("its name is not UTF-8, so the table cannot hold it")
     if roots is not None and os.path.islink(path):
-        # Whoever put a link to elsewhere there could show the user's other files.
+        # A link that somebody else has put there could show the user's other files.
         target = Path(os.path.realpath(path))
         if not any(target.is_relative_to(root) for root in roots()):
             raise BadMedia("is a link out of the folders that are indexed")
@@ -140,7 +142,7 @@ def _rows(table: Table, modality: str, column: str, text: Callable[[int], str | 
                 pass  # Reading the row raises the same error, which is then recorded under the row's name.
         name = f"{table.name}/{row}/{column}"
         raw = partial(row_media, table, row, column)
-        yield Media(name, modality, table.fingerprint, raw, row_text, table.name, row, column)
+        yield Media(name, modality, table.fingerprint, raw, row_text, source=table.name, row=row, column=column)
 
 
 def _input_text(table: Table, modality: Modality, spec: Input, row: int) -> str | None:

@@ -34,7 +34,7 @@ SIGNATURES = (
 
 
 def kind_of(modality: Modality) -> str:
-    """What displays a modality: "text", or the main media type of most of its file extensions; "" if none has one."""
+    """How browsers display a modality: "text", or the main media type of most of its file extensions, or ""."""
     return "text" if modality.reads_text else _main_type(modality.extensions)
 
 
@@ -55,7 +55,8 @@ def media_type(media: bytes | Path, kind: str) -> str:
                 head = file.read(HEAD)
         except OSError as error:
             raise UserError(f"{media.name}: {error.strerror}") from None
-    for offset, signature, found in SIGNATURES:
+    container_kind = "audio" if kind == "audio" else "video"
+    for offset, signature, type_template in SIGNATURES:
         if head[offset:].startswith(signature):
-            return found.format("audio" if kind == "audio" else "video")
+            return type_template.format(container_kind)
     return UNKNOWN

@@ -34,11 +34,11 @@ TEMPLATES = Environment(
 TEMPLATES.filters["clock"] = clock
 TEMPLATES.filters["place"] = lambda name: os.path.basename(name) if os.path.isabs(name) else name
 THUMBNAIL = 256
-"""Pixels of the longer side of a thumbnail at most."""
+"""Maximum number of pixels of the longer side of a thumbnail."""
 RECEIVED_AT_ONCE = 4
-"""Uploads that are in memory at once. Others wait."""
+"""Number of uploads that are received at once. Others wait."""
 UPLOAD_SECONDS = 90
-"""Seconds for an upload to arrive and to be decoded at most."""
+"""Maximum time in seconds for an upload to arrive and to be decoded."""
 
 
 class Page:
@@ -60,7 +60,7 @@ class Page:
         modalities = index.model.modalities
         files = {name: modality for name, modality in modalities.items() if not modality.reads_text}
         # If two modalities share an extension, it belongs to the first one.
-        self.modality_of = {ending: name for name in reversed(files) for ending in files[name].extensions}
+        self.modality_of = {extension: name for name in reversed(files) for extension in files[name].extensions}
         self.shared: dict[str, Any] = {
             "folder": index.folder,
             "counts": index.counts,
@@ -75,8 +75,8 @@ class Page:
 
     async def search(self, request: Request) -> Response:
         """The form with the results of the query in the URL."""
-        found = await to_thread.run_sync(answer, self.index, self.uploads, request.query_params, limiter=self.searching)
-        return self._render("search.html", **vars(found))
+        search = partial(answer, self.index, self.uploads, request.query_params)
+        return self._render("search.html", **vars(await to_thread.run_sync(search, limiter=self.searching)))
 
     async def media(self, request: Request) -> Response:
         """The file of an item, or the range of it that the Range header asks for."""
@@ -122,18 +122,18 @@ class Page:
         kind = kind_of(self.index.model.modalities[hit.modality])
         if kind == "text":
             return PlainTextResponse(hit.text or "")
-        found = media_type(media, kind)
-        # The media are data of others: whatever a browser makes of them, it may run and load nothing.
+        displayed_type = media_type(media, kind)
+        # The media may be untrusted, so a browser that displays them must run and load nothing.
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "private, no-cache"}
-        name = Path(hit.path).name if found == UNKNOWN else None  # With a name, the browser saves the file.
+        name = Path(hit.path).name if displayed_type == UNKNOWN else None  # With a name, the browser saves the file.
         if isinstance(media, Path):
-            return FileResponse(media, headers=headers, media_type=found, filename=name)
+            return FileResponse(media, headers=headers, media_type=displayed_type, filename=name)
         # Only files are served in ranges, which browsers need to play sounds and clips.
-        number, file = tempfile.mkstemp(dir=self.folder.name)
-        with os.fdopen(number, "wb") as stream:
+        descriptor, file = tempfile.mkstemp(dir=self.folder.name)
+        with os.fdopen(descriptor, "wb") as stream:
             stream.write(media)
         os.utime(file, (0, 0))  # The same ETag for each range.
-        return TemporaryResponse(file, headers=headers, media_type=found, filename=name)
+        return TemporaryResponse(file, headers=headers, media_type=displayed_type, filename=name)
 
     def _thumbnail(self, id: str) -> bytes | None:
         hit = self.index.hit(id)
@@ -164,7 +164,7 @@ class Page:
 
 
 class TemporaryResponse(FileResponse):
-    """A file that is removed afterwards, also if the request is refused or the client is gone."""
+    """A file that is removed after the response, also if the request is refused or the client is gone."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

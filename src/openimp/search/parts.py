@@ -21,9 +21,9 @@ from openimp.search.media import Media
 from openimp.search.media_types import kind_of, media_type
 
 MAX_LINES = 100_000
-"""Most lines of a text file, because all rows of a file are written to the table at once."""
+"""Maximum number of lines of a text file, because all rows of a file are written to the table at once."""
 MAX_TEXT = 10_000
-"""Most characters of a line or a caption that are stored; no text encoder reads as many."""
+"""Maximum number of characters of a line or a caption that are stored; no text encoder reads as many."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class File:
     media: Media
     sha256: str
     text: str | None = None  # its caption or the text of its row
-    problem: str = ""  # why something of it cannot be read
+    problem: str = ""  # why the file, its text or a part of it cannot be read
     copied_from: str = ""  # the path of a file with the same content in the table
     parts: list[dict[str, Any]] = field(default_factory=list)  # rows of the table, with "vector" once it is known
 
@@ -70,10 +70,10 @@ def _parts(encoder: ItemEncoder, raw: bytes | Path | np.ndarray, text: str | Non
     if modality.reads_text:
         assert isinstance(raw, Path)
         return [{"part": i, "text": line[:MAX_TEXT]} for i, line in enumerate(_lines(raw)) if line]
-    shown = None if isinstance(raw, np.ndarray) else media_type(raw, kind_of(modality))
+    displayed_type = None if isinstance(raw, np.ndarray) else media_type(raw, kind_of(modality))
     segments: list[Any] = modality.segments(raw, encoder.view) if isinstance(modality, Segmented) else []
     return [
-        {"part": i, "start": start, "end": end, "text": text, "media_type": shown}
+        {"part": i, "start": start, "end": end, "text": text, "media_type": displayed_type}
         for i, (start, end) in enumerate(segments or [(None, None)])
     ]
 

@@ -44,8 +44,9 @@ def serve(index: Index, host: str, port: int) -> None:
         # The error's own text names the address once more.
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise UserError(f"{host}, port {port}: {reason}; choose another with --port or --host") from None
-    shown = f"[{host}]" if ":" in host else host
-    console.print(f"http://{shown}:{listener.getsockname()[1]} searches {counted(sum(index.counts.values()), 'item')}.")
+    url_host = f"[{host}]" if ":" in host else host
+    used_port = listener.getsockname()[1]
+    console.print(f"http://{url_host}:{used_port} searches {counted(sum(index.counts.values()), 'item')}.")
     if not is_loopback(host):
         console.print("Everybody who reaches this machine over the network can see all indexed items.")
     console.print("Stop it with Ctrl-C.")

@@ -9,9 +9,9 @@ from starlette.datastructures import QueryParams
 from openimp.common.errors import UserError
 
 MAX_TEXT = 1000
-"""Characters of a query at most."""
+"""Maximum number of characters of a query."""
 MAX_PARTS = 16
-"""Uploads or items of one query at most."""
+"""Maximum number of uploads or items of one query."""
 PAGE_RESULTS = 48
 """Results that are shown at once."""
 MAX_RESULTS = 480
@@ -19,7 +19,7 @@ MAX_RESULTS = 480
 
 @dataclass(frozen=True)
 class State:
-    """What is searched, and how results are filtered. The fields have the names of the URL's parameters."""
+    """The query and the filters of its results. The fields have the names of the URL's parameters."""
 
     q: str = ""  # a text
     file: tuple[str, ...] = ()  # ids of uploads
@@ -58,8 +58,8 @@ class State:
     def link(self, k: int = PAGE_RESULTS, **changes: Any) -> str:
         """The URL of this state with some fields changed, and the first `k` results."""
         values = vars(replace(self, k=k, **changes))
-        given = {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
-        return f"/?{urlencode(given, doseq=True)}" if given else "/"
+        parameters = {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
+        return f"/?{urlencode(parameters, doseq=True)}" if parameters else "/"
 
     def with_item(self, kind: str, id: str) -> str:
         """The URL that also asks for items more or less like one; `kind` is "more" or "less"."""
@@ -69,8 +69,8 @@ class State:
 
     def without(self, kind: str, id: str) -> str:
         """The URL without an upload or item of the query."""
-        left: dict[str, Any] = {kind: _without(getattr(self, kind), id)}
-        return self.link(**left)
+        changes: dict[str, Any] = {kind: _without(getattr(self, kind), id)}
+        return self.link(**changes)
 
 
 def _without(ids: tuple[str, ...], removed: str) -> tuple[str, ...]:

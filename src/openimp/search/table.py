@@ -21,24 +21,24 @@ from openimp.common.errors import UserError
 from openimp.search.query import Hit
 
 ITEMS = "items"
-SHOWN = [field.name for field in fields(Hit) if field.name != "score"]
-"""Columns of the results of a search."""
+HIT_COLUMNS = [field.name for field in fields(Hit) if field.name != "score"]
+"""Columns of the table that make a `Hit`."""
 BATCH = 8192
 """Rows that are read into memory at once."""
 APPROXIMATE_ROWS = 50_000
-"""Fewest rows with an index of the vectors."""
+"""Number of rows from which on the vectors have an index."""
 PARTITIONS = 40
 """Partitions of the vectors that a query is compared with. LanceDB makes one per 4,096 rows."""
-REFINED = 2
-"""For `k` results, this many times `k` rows are compared with their exact vectors, after a search in quantized ones."""
+REFINE_FACTOR = 2
+"""After a search in quantized vectors, `REFINE_FACTOR` * k rows are compared by their exact vectors for k results."""
 KEEP_VERSIONS = 24 * 3600
 """Seconds that a version of the table is kept after a newer one has replaced it, for processes that still read it."""
 FILTER_VALUES = 500
-"""Most values that one SQL filter lists."""
+"""Maximum number of values in one SQL filter."""
 
 
 class Stored(NamedTuple):
-    """What the table records of a file, or of the media in a row of a source."""
+    """The stored values of a file, or of the media in a row of a source."""
 
     sha256: str
     modality: str
@@ -95,15 +95,17 @@ class Items:
 
         Args:
             vector: (Z,), of any length.
-            k: number of rows at most.
+            k: maximum number of rows.
             where: only rows that match this SQL filter.
         """
-        query = self.table.search(vector).distance_type("cosine").limit(k).select([*SHOWN, "_distance"])
-        query = query.where(where) if where else query
+        query = self.table.search(vector).distance_type("cosine").limit(k).select([*HIT_COLUMNS, "_distance"])
+        if where:
+            query = query.where(where)
         with _read_errors():
             if self.approximate:
-                rows = query.nprobes(PARTITIONS).refine_factor(REFINED).to_list()
-                # The partitions near a text may hold texts only. The next ones have just some of the best pictures.
+                rows = query.nprobes(PARTITIONS).refine_factor(REFINE_FACTOR).to_list()
+                # The nearest partitions may have fewer than k matching rows, for example only texts if pictures are
+                # wanted. Then all vectors are compared.
                 if len(rows) == k:
                     return rows
             return query.bypass_vector_index().to_list()
@@ -143,11 +145,13 @@ class Items:
         if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
             self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
         self.table.optimize(cleanup_older_than=timedelta(days=9999))
-        # Lance removes versions by the time when they were written. The one that readers have may be years old.
+        # Lance removes versions by the time when they were written. The version that readers have may be years old: it
+        # is the last one that was written before the limit.
         now = time.time()
-        written = [version["timestamp"].timestamp() for version in self.table.list_versions()]
-        oldest = max((when for when in written if when < now - KEEP_VERSIONS), default=now - KEEP_VERSIONS)
-        self.table.optimize(cleanup_older_than=timedelta(seconds=now - oldest + 60))
+        limit = now - KEEP_VERSIONS
+        write_times = [version["timestamp"].timestamp() for version in self.table.list_versions()]
+        oldest_kept = max((write_time for write_time in write_times if write_time < limit), default=limit)
+        self.table.optimize(cleanup_older_than=timedelta(seconds=now - oldest_kept + 60))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ WRITTEN_BATCHES = 4
 
 
 class Update:
-    """One update of an index. `run` writes the table and counts, by kind, what was done."""
+    """One update of an index. `run` writes the table, and counts new, changed, moved, unchanged and removed files."""
 
     def __init__(
         self,
@@ -37,12 +37,12 @@ class Update:
         self.model = model
         self.folder = folder
         self.items = items
-        self.wanted = {one.path: one for one in media}
+        self.wanted = {item.path: item for item in media}
         self.roots = ("",) if given is None else tuple(os.path.join(os.path.abspath(path), "") for path in given)
         self.stored = items.stored()
-        # By content, the path of a file whose rows hold the vectors.
-        self.path_of = {(known.sha256, known.modality): path for path, known in self.stored.items()}
-        # By content, the path of the first row of a source. Later duplicates are left out.
+        # The path of a file whose rows hold the vectors, by `File.content`.
+        self.path_of = {(stored.sha256, stored.modality): path for path, stored in self.stored.items()}
+        # The path of the first row of a source, by `File.content`. Later duplicates are left out.
         self.first_row: dict[tuple[str, str], str] = {}
         self.gone = {path for path in self.stored if self._is_gone(path)}
         self.moved: set[str] = set()  # the paths in `gone` whose content now has another path
@@ -52,24 +52,24 @@ class Update:
     def run(self, towards: dict[str, str], batch_size: int, progress: Callable[..., Iterable[Any]]) -> None:
         """Updates the table. For `towards` see `Metadata`."""
         for path, (state, _) in list(self.skipped.items()):
-            # A kill after the rows of a file were written leaves its earlier state.
+            # If a process was killed after it wrote the rows of a file, skipped.json has the file's earlier state.
             if self._is_gone(path) or (path in self.stored and self.stored[path].state != state):
                 del self.skipped[path]
-        todo = defaultdict(list)
+        outdated = defaultdict(list)  # media by modality
         for path, media in self.wanted.items():
             if not self._is_current(media):
-                todo[media.modality].append(media)
+                outdated[media.modality].append(media)
             elif path in self.stored:
                 self.counts["unchanged"] += 1
                 if media.source:
                     self.first_row[self.stored[path].sha256, media.modality] = path
         group_size = batch_size * WRITTEN_BATCHES
-        for name, new in todo.items():
+        for name, media_of_modality in outdated.items():
             encoder = self.model.item_encoder(name, towards[name], batch_size, f"index {name}")
-            shown = iter(progress(new, f"index {name}"))
-            for start in range(0, len(new), group_size):
-                self._index(encoder, new[start : start + group_size], shown)
-            list(shown)  # Ends the progress bar.
+            progress_bar = iter(progress(media_of_modality, f"index {name}"))
+            for start in range(0, len(media_of_modality), group_size):
+                self._index(encoder, media_of_modality[start : start + group_size], progress_bar)
+            list(progress_bar)  # Ends it.
         self.items.remove(self.gone)
         self.counts["removed"] = len(self.gone - self.moved)
         self._write_skipped()
@@ -82,15 +82,16 @@ class Update:
             return (stored.state, stored.modality) == (media.state, media.modality)
         return media.path in self.skipped and self.skipped[media.path][0] == media.state
 
-    def _index(self, encoder: ItemEncoder, group: list[Media], shown: Iterator[Any]) -> None:
-        """Embeds the new content of some media and replaces their rows. Each file advances `shown`, the progress."""
+    def _index(self, encoder: ItemEncoder, group: list[Media], progress_bar: Iterator[Any]) -> None:
+        """Embeds the new content of a group of media and replaces their rows. Each file advances the progress bar."""
         files = [file for file in ahead(partial(self._open, encoder), group) if not self._is_duplicate(file)]
         self._copy_parts(encoder, files)
-        for (file, part), vector in chain.from_iterable(to_cpu(encoder.encode(_items(encoder, files, shown)))):
-            if isinstance(vector, BadMedia):
-                file.problem = file.problem or str(vector)
+        results = to_cpu(encoder.encode(_items(encoder, files, progress_bar)))
+        for (file, part), result in chain.from_iterable(results):
+            if isinstance(result, BadMedia):
+                file.problem = file.problem or str(result)
             else:
-                part["vector"] = vector
+                part["vector"] = result
         paths = {file.media.path for file in files}
         self.items.replace(paths & self.stored.keys(), [row for file in files for row in _rows(file)])
         skipped_before = dict(self.skipped)
@@ -100,9 +101,11 @@ class Update:
             self._write_skipped()
 
     def _open(self, encoder: ItemEncoder, media: Media) -> File:
+        sha256 = ""
         stored = self.stored.get(media.path)
-        only_text_differs = stored is not None and media_state(stored.state) == media_state(media.state)
-        return open_file(encoder, self.path_of, media, stored.sha256 if stored and only_text_differs else "")
+        if stored and media_state(stored.state) == media_state(media.state):
+            sha256 = stored.sha256  # Only the text of the media has changed.
+        return open_file(encoder, self.path_of, media, sha256)
 
     def _is_duplicate(self, file: File) -> bool:
         """Whether an earlier row of a source has the same content. If it has rows, they are removed."""
@@ -146,10 +149,10 @@ class Update:
         write_text(self.folder / SKIPPED, json.dumps(self.skipped, indent=1))
 
 
-def _items(encoder: ItemEncoder, files: list[File], shown: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
+def _items(encoder: ItemEncoder, files: list[File], progress_bar: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
     """The parts that have no vector, as `ItemEncoder.encode` takes them."""
     for file in files:
-        next(shown, None)
+        next(progress_bar, None)
         for part in file.parts:
             if "vector" not in part:
                 yield (file, part), partial(read_part, encoder, file, part)

@@ -7,9 +7,9 @@ from secrets import token_urlsafe
 from openimp.search.query import EncodedQuery
 
 MAX_UPLOAD_BYTES = 64 * 2**20
-"""Bytes of a file at most."""
+"""Maximum size of a file in bytes."""
 KEPT_UPLOADS = 256
-"""Uploads that are kept at most; the oldest is dropped first."""
+"""Maximum number of uploads that are kept; the oldest is dropped first."""
 KEPT_SECONDS = 24 * 3600
 
 
@@ -23,7 +23,7 @@ class Upload:
 
 
 class Uploads:
-    """Uploads by random ids, so that nobody finds those of other users. Only one thread may add some."""
+    """Uploads by random ids, so that nobody finds those of other users. Only one thread may call `add`."""
 
     def __init__(self, kept: int = KEPT_UPLOADS, seconds: float = KEPT_SECONDS) -> None:
         self.kept = kept

@@ -9,8 +9,8 @@ from openimp.common.json_lines import append, forget_after, read_lines
 from openimp.common.progress import console
 from openimp.parallel.distributed import all_gather_object, rank
 
-ENOUGH = 100
-"""Examples of a task after which the share of bad ones is judged."""
+MIN_EXAMPLES = 100
+"""`train.max_bad_fraction` applies once a task has read this many examples."""
 
 
 class BadExamples:
@@ -29,9 +29,9 @@ class BadExamples:
         self._unchecked: dict[str, list[str]] = {}  # on all ranks, since the last `check`
 
     def add(self, step: int, task: str, read: int, bad: list[tuple[str, str]]) -> None:
-        """Adds one step: the number of examples on all ranks, and the bad ones on this rank."""
+        """Adds one step: the number of examples that all ranks read, and (name, reason) of this rank's bad examples."""
         self.state.setdefault(task, {"read": 0, "bad": 0})["read"] += read
-        self._added += ({"step": step, "task": task, "where": where, "why": why} for where, why in bad)
+        self._added += ({"step": step, "task": task, "where": name, "why": reason} for name, reason in bad)
 
     def gather(self) -> None:
         """Counts and lists what all ranks have added since the last call. Every rank must call this."""
@@ -45,18 +45,21 @@ class BadExamples:
                 append(self.file, line)
 
     def report(self) -> None:
-        """Says at the end of a run how many examples could not be read, and where they are listed."""
+        """Prints how many examples could not be read in the whole run, and the file that lists them."""
         lines = read_lines(self.file) if rank() == 0 else []
         if count := len({(line["task"], line["where"]) for line in lines}):
             console.print(f"{counted(count, 'example')} could not be read; {self.file} lists them", soft_wrap=True)
 
     def check(self) -> None:
-        """Raises UserError if more examples are bad than `train.max_bad_fraction` allows, and some of them are new."""
+        """Raises UserError if more examples of a task are bad than `train.max_bad_fraction` allows.
+
+        It judges only tasks with a bad example since the last call.
+        """
         unchecked = self._unchecked
         self._unchecked = {}
         for task, examples in unchecked.items():
             counts = self.state[task]
-            if counts["read"] >= ENOUGH and counts["bad"] > self.limit * counts["read"]:
+            if counts["read"] >= MIN_EXAMPLES and counts["bad"] > self.limit * counts["read"]:
                 raise UserError(
                     f"task {task}: {counts['bad']} of {counts['read']} examples could not be read, more than "
                     f"train.max_bad_fraction {self.limit:g}; for example {'; '.join(examples[:3])}; {self.file} lists "

@@ -33,10 +33,10 @@ class Checkpointing:
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Starts writing a checkpoint, unless this step has one. Raises CheckpointError if the previous one failed.
+        """Starts writing a checkpoint, unless this step has one. Raises CheckpointError if the previous save failed.
 
         `state` is everything besides tensors that the next step depends on, as JSON values. Its "step" is the number of
-        steps that are done.
+        steps done.
         """
         if state["step"] == self.saved:
             return

@@ -26,7 +26,9 @@ def signatures(recipe: Recipe, modalities: Modalities, ranks: int) -> set[Signat
     """The signatures of all passes through a block on one of `ranks` ranks, in a training run."""
     passes: set[Signature] = set()
     for task in recipe.tasks.values():
-        for view in task.views if task.weight else ():
+        if not task.weight:
+            continue
+        for view in task.views:
             batch_size = view.batch_size or task.batch_size
             rows = {name: batch_size * spec.draw // ranks for name, spec in task.inputs.items()}
             for sizes in pass_sizes(rows, recipe.memory.chunk_size):
@@ -41,11 +43,15 @@ def signatures(recipe: Recipe, modalities: Modalities, ranks: int) -> set[Signat
 
 
 def variants(model: Embedder) -> int:
-    """How often at most each class of blocks is compiled per signature: once, unless parts of the model are frozen. The
-    code of a block depends on which of its weights are frozen, and on whether anything below it is trained."""
+    """The maximum number of times that each class of blocks is compiled per signature.
+
+    It is 1 if no part of the model is frozen. Otherwise a block is compiled once per pattern of frozen weights, and
+    for each pattern with and without trained weights below the block.
+    """
     if all(parameter.requires_grad for parameter in model.parameters()):
         return 1
-    return 2 * len({tuple(parameter.requires_grad for parameter in block.parameters()) for block in model.blocks()})
+    frozen_patterns = {tuple(parameter.requires_grad for parameter in block.parameters()) for block in model.blocks()}
+    return 2 * len(frozen_patterns)
 
 
 def compile_blocks(blocks: Sequence[nn.Module], limit: int, uncompiled: Iterable[nn.Module] = ()) -> None:

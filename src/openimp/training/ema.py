@@ -19,9 +19,9 @@ class EMA:
         self.model = model
         self.decay = decay
         self.frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        self.weights: dict[str, Tensor] = {
-            name: x.detach() if name in self.frozen else x.detach().clone() for name, x in model.state_dict().items()
-        }
+        self.weights: dict[str, Tensor] = {}
+        for name, weight in model.state_dict().items():
+            self.weights[name] = weight.detach() if name in self.frozen else weight.detach().clone()
 
     def update(self, step: int) -> None:
         """Moves the averages towards the weights after step `step`, which counts from 0.
@@ -34,7 +34,7 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Exchanges the values of the model and of `weights` for a while."""
+        """Exchanges the values of the model and of `weights` within the context."""
         self._swap()
         try:
             yield
@@ -42,16 +42,16 @@ class EMA:
             self._swap()
 
     def _swap(self) -> None:
-        for average, weight in self._pairs():  # One at a time, so that little memory is needed.
-            before = weight.clone()
+        for average, weight in self._pairs():  # One tensor at a time, to save memory.
+            weight_copy = weight.clone()
             weight.copy_(average)
-            average.copy_(before)
+            average.copy_(weight_copy)
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """The local shards of each average and of its weight, without frozen ones."""
-        weights = self.model.state_dict()
+        """The local shards of each average and of its weight, without frozen weights."""
+        model_weights = self.model.state_dict()
         return [
-            (local_shard(average), local_shard(weights[name]))
+            (local_shard(average), local_shard(model_weights[name]))
             for name, average in self.weights.items()
             if name not in self.frozen
         ]

@@ -39,22 +39,26 @@ class Log:
         self.costs = costs
         self.timer = StepTimer()
         self.metrics = Metrics(run, step, peak_flops(device, train.precision), state.get("totals"))
-        self.bad = BadExamples(run, step, train.max_bad_fraction, state.get("bad"))
-        self.first_batches: set[str] = set()
+        self.bad_examples = BadExamples(run, step, train.max_bad_fraction, state.get("bad"))
+        self._begun_tasks: set[str] = set()
 
     def print_start(self, model: Embedder, device: torch.device, step: int, signature_count: int) -> None:
-        """Prints the mixture of tasks, and what is trained where and how. Without torch.compile, there are 0
-        signatures."""
+        """Prints the mixture of tasks, the size of the model, the device, the precision and the directory of the run.
+
+        `signature_count` is 0 without torch.compile.
+        """
         console.print(mixture_table(self.recipe, self.costs))
-        size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.2f}M parameters"
-        if frozen := sum(weight.numel() for weight in model.parameters() if not weight.requires_grad):
-            size += f", {frozen / 1e6:.2f}M of them frozen,"
-        how: str = precision_of(device, self.recipe.train.precision)
+        parameter_count = sum(parameter.numel() for parameter in model.parameters())
+        frozen_count = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+        size = f"{parameter_count / 1e6:.2f}M parameters"
+        if frozen_count:
+            size += f", {frozen_count / 1e6:.2f}M of them frozen,"
+        execution: str = precision_of(device, self.recipe.train.precision)
         if distributed.world_size() > 1:
-            how += f", {distributed.world_size()} ranks"
+            execution += f", {distributed.world_size()} ranks"
         if signature_count:
-            how += f", compiled for {counted(signature_count, 'signature')}"
-        console.print(f"{self.recipe.name}: {size} on {device.type}, {how}, into {self.run}", soft_wrap=True)
+            execution += f", compiled for {counted(signature_count, 'signature')}"
+        console.print(f"{self.recipe.name}: {size} on {device.type}, {execution}, into {self.run}", soft_wrap=True)
         if step:
             console.print(f"resuming from step {step}", soft_wrap=True)
         steps = self.recipe.train.steps
@@ -68,22 +72,23 @@ class Log:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the counts to continue."""
-        return {"bad": self.bad.state, "totals": {task: dict(units) for task, units in self.metrics.totals.items()}}
+        totals = {task: dict(amounts) for task, amounts in self.metrics.totals.items()}
+        return {"bad": self.bad_examples.state, "totals": totals}
 
-    def is_due(self, step: int) -> bool:
-        """Whether a line is written after `step` steps."""
-        return step % self.recipe.train.log_every == 0 or step == self.recipe.train.steps
+    def is_due(self, steps_done: int) -> bool:
+        """Whether a line is written after `steps_done` steps."""
+        return steps_done % self.recipe.train.log_every == 0 or steps_done == self.recipe.train.steps
 
     def wants_usage(self, step: int) -> bool:
         """Whether the next line shows how step `step`, which counts from 0, used the experts.
 
-        It shows the last step of each task before the line, so that no task is left out whatever the alternation.
+        The line shows each task's last step before it, so that no task is left out, whatever the alternation.
         """
         schedule = self.data.schedule
-        task = schedule[step].task
-        while not self.is_due(step + 1):
-            step += 1
-            if schedule[step].task == task:
+        later_step = step
+        while not self.is_due(later_step + 1):
+            later_step += 1
+            if schedule[later_step].task == schedule[step].task:
                 return False
         return True
 
@@ -91,23 +96,23 @@ class Log:
         """Counts one step for the next line."""
         visit = loaded.visit
         self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], loaded.digest)
-        self.bad.add(visit.step, visit.task, visit.batch_size, loaded.bad)
+        self.bad_examples.add(visit.step, visit.task, visit.batch_size, loaded.bad)
 
-    def write(self, step: int, grad_norm: float, bar: StepBar) -> None:
-        """Writes and prints a line after `step` steps. `grad_norm` is that of the last update."""
-        lr = self.recipe.optimizer.lr * lr_schedule(self.recipe, step - 1)
-        line = self.metrics.write(step, lr, grad_norm, self.timer.record())
+    def write(self, steps_done: int, grad_norm: float, bar: StepBar) -> None:
+        """Writes and prints a line after `steps_done` steps. `grad_norm` is that of the last update."""
+        lr = self.recipe.optimizer.lr * lr_schedule(self.recipe, steps_done - 1)
+        line = self.metrics.write(steps_done, lr, grad_norm, self.timer.record())
         losses = {task: line["tasks"][task]["loss"] for task in self.recipe.tasks if task in line["tasks"]}
-        bar.report(step, losses, speed_text(line))
+        bar.report(steps_done, losses, speed_text(line))
         if warning := self.timer.warning(line, self.recipe, self.data.modalities):
             console.print(warning, soft_wrap=True)
 
     def warn_of_first_batch(self, loaded: LoadedBatch) -> None:
-        """Prints what the objectives of a task warn of in its first batch."""
+        """Prints the warnings of a task's objectives, if this batch is the first of its task."""
         name = loaded.visit.task
-        if name in self.first_batches:
+        if name in self._begun_tasks:
             return
-        self.first_batches.add(name)
+        self._begun_tasks.add(name)
         task = self.recipe.tasks[name]
         batch = loaded.batch
         warnings = [

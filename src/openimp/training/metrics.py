@@ -12,14 +12,14 @@ from openimp.objectives.losses import Losses
 from openimp.parallel.distributed import all_gather_object, all_reduce_mean, rank, world_size
 from openimp.planning.ledger import Cost
 
-DIGESTS = 2**48
-"""Sums of example digests are taken modulo this, so that the sums of all ranks can be added in int64."""
+DIGEST_MODULUS = 2**48
+"""The digest of a line is the sum of its examples' 48-bit hashes modulo this."""
 
 
 class Metrics:
     """Aggregates the metrics of the steps since the last line, and writes the next line.
 
-    Rank 0 writes. Losses and router statistics are means over all ranks. `peak` is a device's `peak_flops`.
+    Rank 0 writes. Losses and router statistics are means over all ranks. `peak` is a device's FLOP/s (`peak_flops`).
     docs/metrics.md explains every field.
     """
 
@@ -34,16 +34,16 @@ class Metrics:
             forget_after(self.file, step)
             forget_after(self.results_file, step)
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
-        self.totals = {task: Counter(units) for task, units in (totals or {}).items()}
+        self.totals = {task: Counter(amounts) for task, amounts in (totals or {}).items()}
         self._reset()
 
     def _reset(self) -> None:
         self.costs: list[Cost] = []
         self.digest = 0
-        self.steps: Counter[str] = Counter()  # by task, like the sums of its losses
-        self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        self.passes: Counter[str] = Counter()  # by modality, like the sums of how its layers use their experts
-        self.routing: dict[str, list[Tensor]] = {}
+        self.steps: Counter[str] = Counter()  # by task
+        self.loss_sums: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by task and name of the loss
+        self.passes: Counter[str] = Counter()  # by modality
+        self.usage_sums: dict[str, list[Tensor]] = {}  # by modality: per sparse layer, load, gate and dropped
 
     def add(self, task: str, losses: Losses, cost: Cost, digest: int) -> None:
         """Adds one step; `digest` is the sum of its examples' digests on this rank."""
@@ -53,27 +53,30 @@ class Metrics:
         totals = self.totals.setdefault(task, Counter())
         totals.update(steps=1, examples=cost.examples, tokens=cost.tokens, flops=cost.flops)
         # Sums stay on the device, because reading a value from a GPU would wait for the step to finish.
+        loss_sums = self.loss_sums[task]
         for name, value in {"loss": losses.total.detach(), **losses.parts}.items():
-            self.sums[task][name] = self.sums[task].get(name, 0) + value
+            loss_sums[name] = loss_sums.get(name, 0) + value
         for modality, layers in losses.usage.items():
-            if layers:
-                stats = [torch.cat([usage.load_E, usage.gate_E, usage.dropped[None]]) for usage in layers]
-                before = self.routing.get(modality)
-                self.routing[modality] = stats if before is None else [a + b for a, b in zip(before, stats)]
-                self.passes[modality] += 1
+            if not layers:
+                continue
+            self.passes[modality] += 1
+            usages = [torch.cat([layer.load_E, layer.gate_E, layer.dropped[None]]) for layer in layers]
+            if modality in self.usage_sums:
+                usages = [total + usage for total, usage in zip(self.usage_sums[modality], usages)]
+            self.usage_sums[modality] = usages
 
     def write(self, step: int, lr: float, grad_norm: float, speed: dict[str, Any]) -> dict[str, Any]:
         """Writes and returns the line for the steps up to `step`; `speed` is `StepTimer.record()`."""
         tasks: dict[str, dict[str, float]] = {}
-        for task, sums in self.sums.items():
-            means = {name: float(all_reduce_mean(total)) / self.steps[task] for name, total in sums.items()}
+        for task, loss_sums in self.loss_sums.items():
+            means = {name: float(all_reduce_mean(total)) / self.steps[task] for name, total in loss_sums.items()}
             tasks[task] = {"steps": self.steps[task], **means}
-        peak = self.peak * world_size() * speed["seconds"]
+        possible_flops = self.peak * world_size() * speed["seconds"]
         model_flops = sum(cost.model_flops for cost in self.costs)
         hardware_flops = sum(cost.hardware_flops for cost in self.costs)
-        utilization = {"mfu": model_flops / peak}
+        utilization = {"mfu": model_flops / possible_flops}
         if hardware_flops > model_flops:
-            utilization["hfu"] = hardware_flops / peak
+            utilization["hfu"] = hardware_flops / possible_flops
         line = {
             "step": step,
             "lr": lr,
@@ -82,13 +85,10 @@ class Metrics:
             "tokens_per_s": sum(cost.tokens for cost in self.costs) / speed["seconds"],
             **utilization,
             **speed,
-            "samples": f"{sum(all_gather_object(self.digest)) % DIGESTS:012x}",
+            "samples": f"{sum(all_gather_object(self.digest)) % DIGEST_MODULUS:012x}",
             "tasks": tasks,
-            "experts": {
-                modality: [self._layer(modality, stats) for stats in layers]
-                for modality, layers in self.routing.items()
-            },
-            "totals": {task: dict(units) for task, units in self.totals.items()},
+            "experts": {modality: self._mean_usage(modality) for modality in self.usage_sums},
+            "totals": {task: dict(amounts) for task, amounts in self.totals.items()},
         }
         self._reset()
         if self.board is not None:
@@ -97,10 +97,14 @@ class Metrics:
                 self.board.add_scalar(name, value, step)
         return line
 
-    def _layer(self, modality: str, stats: Tensor) -> dict[str, Any]:
-        *shares, dropped = (all_reduce_mean(stats) / self.passes[modality]).tolist()
-        experts = len(shares) // 2
-        return {"load": shares[:experts], "gate": shares[experts:], "dropped": dropped}
+    def _mean_usage(self, modality: str) -> list[dict[str, Any]]:
+        """How each sparse layer used its experts, averaged over the passes of a modality on all ranks."""
+        layers = []
+        for usage_sum in self.usage_sums[modality]:
+            *shares, dropped = (all_reduce_mean(usage_sum) / self.passes[modality]).tolist()
+            experts = len(shares) // 2
+            layers.append({"load": shares[:experts], "gate": shares[experts:], "dropped": dropped})
+        return layers
 
     def write_results(self, results: list[dict[str, Any]]) -> None:
         """Writes evaluation results, on rank 0, and removes older ones of the same step."""

@@ -18,33 +18,35 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
     """Fused AdamW, and Muon for the hidden matrices if the recipe has a `muon_lr`. Every rank must call this.
 
     Weight decay applies to kernels only, not to embedding and position tables, norms, biases and temperatures. Each
-    parameter group keeps its peak learning rate as `peak`. Frozen parameters are in none.
+    parameter group keeps its peak learning rate as `peak`. Frozen parameters are in no group.
     """
     hidden = muon_stacks(model, options)
     factors = lr_factors(model, options)
-    by_adamw = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in hidden]
+    adamw_parameters = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in hidden
+    ]
     # Tables, and the biases of experts, have two dimensions like kernels.
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     tables |= {weight for module in model.experts() for weight in module.parameters() if weight.ndim == 2}
-    by_options: dict[tuple[float, float], list[nn.Parameter]] = {}  # by weight decay and factor
-    for parameter in by_adamw:
+    by_options: dict[tuple[float, float], list[nn.Parameter]] = {}  # by weight decay and lr factor
+    for parameter in adamw_parameters:
         is_kernel = parameter.ndim >= 2 and parameter not in tables
         decay = options.weight_decay if is_kernel else 0.0
         by_options.setdefault((decay, factors[parameter]), []).append(parameter)
-    groups = [
-        {"params": group, "weight_decay": decay, "lr": options.lr * factor}
-        for (decay, factor), parameters in by_options.items()
-        for group in group_by_mesh(parameters)
-    ]
+    groups = []
+    for (decay, factor), parameters in by_options.items():
+        for group_parameters in group_by_mesh(parameters):
+            groups.append({"params": group_parameters, "weight_decay": decay, "lr": options.lr * factor})
     betas = (options.betas[0], options.betas[1])
     optimizers: list[torch.optim.Optimizer] = []
-    if groups:  # Else all that AdamW would update is frozen.
+    if groups:  # Otherwise all parameters of AdamW are frozen.
         optimizers.append(torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True))
     if options.muon_lr:
         hidden_factors = {weight: factors[weight] for weight in hidden}
         optimizers.append(Muon(hidden, options.muon_lr, options.weight_decay, lr_factors=hidden_factors))
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["peak"] = group["lr"]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
     return optimizers
 
 
@@ -55,11 +57,12 @@ def lr_schedule(recipe: Recipe, step: int) -> float:
     warmup = steps // 20 if options.warmup_steps is None else options.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return options.min_lr_ratio + (1 - options.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+    progress = (step - warmup) / max(1, steps - warmup)
+    return options.min_lr_ratio + (1 - options.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
     """Sets the learning rate of every parameter group to `factor` times its peak."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["peak"] * factor
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor

@@ -60,12 +60,13 @@ class RunDirectory:
         """The checkpoint to resume from, or None for a training run that starts at step 0.
 
         With `resume`, True requires a checkpoint, "auto" uses one if there is one, and False refuses a directory with a
-        run. Ranks that torchrun has restarted resume without being asked to. `trainer` names the class that trains.
+        run. Ranks that torchrun has restarted always use "auto". `trainer` is the name of the `Variant`.
         """
         saved = bool(common_checkpoints(self.path))
         begun = saved or (self.path / "tensorboard").exists()
+        has_recipe = self.recipe_file.exists()
         # A run that died before it began leaves this very recipe; any other file was written by the user.
-        if self.recipe_file.exists() and not begun and self.recipe_file.read_bytes() != self.recipe.to_yaml().encode():
+        if has_recipe and not begun and self.recipe_file.read_bytes() != self.recipe.to_yaml().encode():
             raise UserError(f"{self.recipe_file}: a run would overwrite it; name another directory with --run-dir")
         # torchrun also repeats a start that was refused. Only one that wrote its job's name may resume.
         begun_by_job = distributed.run_on_rank_zero(
@@ -73,12 +74,12 @@ class RunDirectory:
         )
         if (distributed.restarted() and begun_by_job) or resume == "auto":
             resume = saved  # A run that died before its first checkpoint starts again and loses nothing.
-        elif self.recipe_file.exists() and not saved:
+        elif has_recipe and not saved:
             raise UserError(
                 f"{self.path}: holds a run that saved no checkpoint; start it again with --resume auto, or name "
                 "another directory with --run-dir"
             )
-        elif self.recipe_file.exists() and not resume:
+        elif has_recipe and not resume:
             raise UserError(
                 f"{self.path}: already holds a run; resume it with --resume, or name another directory with --run-dir"
             )
@@ -98,14 +99,14 @@ class RunDirectory:
         try:
             verify(checkpoints[-1])
         except UserError:
-            return False  # Whoever resumes from the checkpoint before reports the damage.
+            return False  # A run that resumes from the previous checkpoint reports the damage.
         require_same_run(checkpoints[-1], self.recipe, trainer)
         return True
 
     def begin(self, config: str, recipe: str) -> None:
-        """Writes what the run trains; from here on the directory holds a run.
+        """Writes what the run trains. From then on, the directory holds a run.
 
-        The texts are the config.json and the recipe.yaml of its checkpoints.
+        `config` and `recipe` are the texts of the config.json and the recipe.yaml of its checkpoints.
         """
         distributed.barrier()  # Every rank must have looked for an older run before this one's files appear.
 
@@ -124,5 +125,7 @@ class RunDirectory:
         if Recipe.load(self.recipe_file).evaluation != evaluation:
             return False
         results = read_lines(self.path / "results.jsonl")
-        done = {result.get("set") for result in results if result["step"] == self.recipe.train.steps}
-        return evaluation.sets.keys() <= done and (evaluation.best is None or (self.path / CHECKPOINTS / BEST).exists())
+        evaluated_sets = {result.get("set") for result in results if result["step"] == self.recipe.train.steps}
+        if not evaluation.sets.keys() <= evaluated_sets:
+            return False
+        return evaluation.best is None or (self.path / CHECKPOINTS / BEST).exists()

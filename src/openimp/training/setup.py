@@ -97,7 +97,7 @@ def set_up(
     variant: Variant | None = None,
     allow_changed_data: bool = False,
 ) -> Parts:
-    """Opens the data, makes or loads the model, and begins or resumes the run; see `train` for the arguments."""
+    """Opens the data, makes or loads the model, and begins or resumes the run. `train` explains the arguments."""
     variant = variant or Variant()
     device = distributed.start()
     keep_freed_memory()
@@ -114,7 +114,7 @@ def set_up(
     rank = distributed.rank()
     world_size = distributed.world_size()
     data = distributed.run_first_on_node(lambda: StepBatches(recipe, modalities, track, rank, world_size))
-    fingerprints = distributed.run_on_rank_zero(data.fingerprints)  # It reads a part of every file.
+    fingerprints = distributed.run_on_rank_zero(data.fingerprints)  # Not on all ranks: it reads a part of every file.
     changed: list[str] = []
     if checkpoint is None:
         data.fit(warm_start.stems if warm_start else ())
@@ -124,14 +124,14 @@ def set_up(
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
     step_costs = variant.costs(recipe, modalities, data.classes)
     signature_count = len(signatures(recipe, modalities, world_size)) if recipe.train.compile else 0
-    model, files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
+    model, model_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
     if warm_start is not None:
         console.print(warm_start.load(model, data.classes), soft_wrap=True)
     updater = Updater(recipe, model)
-    checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, files)
+    checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, model_files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
     cursors = data.load_cursors(state.get("cursors", {}), changed)
-    directory.begin(files[CONFIG], files[RECIPE])
+    directory.begin(model_files[CONFIG], model_files[RECIPE])
     log = Log(run, data, step_costs, device, state)
     log.print_start(model, device, checkpointing.saved, signature_count)
     return Parts(
@@ -181,8 +181,8 @@ def _make_model(
     layout = choose_layout(recipe, model, device)
     if signature_count:
         # Expert parallelism shards the experts of a block as a group of its own, whose hooks divide a graph anyway.
-        apart = model.experts() if layout.expert_degree > 1 else ()
-        compile_blocks(model.blocks(), signature_count * variants(model), apart)
+        uncompiled = model.experts() if layout.expert_degree > 1 else ()
+        compile_blocks(model.blocks(), signature_count * variants(model), uncompiled)
     # All ranks gather in the same type, whatever their processors.
     precisions = distributed.all_gather_object(precision_of(device, recipe.train.precision))
     apply_parallelism(

@@ -28,28 +28,28 @@ class StepTimer:
         self.records = 0
         self.warned = False
         self.rare_waits = False
-        self.requested = time.perf_counter()
-        self.wait = 0.0
+        self.step_start = time.perf_counter()
+        self.step_wait = 0.0
         self._reset()
 
     def _reset(self) -> None:
-        self.since = time.perf_counter()
-        self.tasks: list[str] = []
-        self.steps: list[float] = []
-        self.waits: list[float] = []
+        self.record_start = time.perf_counter()
+        self.tasks: list[str] = []  # of each step
+        self.steps: list[float] = []  # seconds of each step
+        self.waits: list[float] = []  # seconds that each step waited for its batch
 
     def timed(self, batches: Iterable[LoadedBatch]) -> Iterator[LoadedBatch]:
         """Yields the batches, and measures the wait for each. A request for a batch starts a step."""
-        self.requested = time.perf_counter()
+        self.step_start = time.perf_counter()
         for loaded in batches:
-            self.wait = time.perf_counter() - self.requested
+            self.step_wait = time.perf_counter() - self.step_start
             yield loaded
-            self.requested = time.perf_counter()
+            self.step_start = time.perf_counter()
 
     def end_step(self, task: str) -> None:
         self.tasks.append(task)
-        self.steps.append(time.perf_counter() - self.requested)
-        self.waits.append(self.wait)
+        self.steps.append(time.perf_counter() - self.step_start)
+        self.waits.append(self.step_wait)
 
     def record(self) -> dict[str, Any]:
         """The times since the last record in seconds, over all ranks. Every rank must call this.
@@ -57,18 +57,25 @@ class StepTimer:
         `waits` (by task) and `data_wait`, their sum, are shares of `seconds`.
         The slowest rank delays all others, so the wait of a step is the longest wait of any rank.
         """
-        seconds = time.perf_counter() - self.since
-        (times_R2S,) = all_gather(torch.tensor([self.steps + self.waits], dtype=torch.float64))
+        seconds = time.perf_counter() - self.record_start
+        times = torch.tensor([self.steps + self.waits], dtype=torch.float64)
+        (times_R2S,) = all_gather(times)
         steps_RS, waits_RS = times_R2S.chunk(2, dim=1)
         waits_S = waits_RS.amax(0)
-        share = dict.fromkeys(self.tasks, 0.0)
-        for task, wait in zip(self.tasks, waits_S.tolist()):
-            share[task] += wait / seconds
+        wait_shares = dict.fromkeys(self.tasks, 0.0)
+        for task, wait_seconds in zip(self.tasks, waits_S.tolist()):
+            wait_shares[task] += wait_seconds / seconds
         p50, p95 = steps_RS.quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
         self.rare_waits = bool(waits_S.median() < waits_S.mean() / 10)
         self.records += 1
         self._reset()
-        return {"seconds": seconds, "step_p50": p50, "step_p95": p95, "data_wait": sum(share.values()), "waits": share}
+        return {
+            "seconds": seconds,
+            "step_p50": p50,
+            "step_p95": p95,
+            "data_wait": sum(wait_shares.values()),
+            "waits": wait_shares,
+        }
 
     def warning(self, record: Mapping[str, Any], recipe: Recipe, modalities: Modalities) -> str | None:
         """Advice, once, if much time is spent waiting for data. The first record, when workers start, is skipped."""
@@ -93,15 +100,15 @@ def advice(recipe: Recipe, modalities: Modalities, name: str, rare_waits: bool) 
     source = recipe.sources[task.source]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    media = any(not modalities[modality].reads_text for modality in task.inputs)
+    reads_media = any(not modalities[modality].reads_text for modality in task.inputs)
     ways = []
     if workers < cores:
         ways.append(f"raise train.num_workers (now {workers}; {counted(cores, 'core')} per rank)")
     if workers and rare_waits:
         ways.append(f"raise train.prefetch_factor (now {recipe.train.prefetch_factor})")
-    if media and source.cache == "none" and not source.stream:
+    if reads_media and source.cache == "none" and not source.stream:
         ways.append(f"set sources.{task.source}.cache=memory")
-    if media or not ways:
+    if reads_media or not ways:
         ways.append(f"use smaller views in tasks.{name} (lower resolution, fewer frames or seconds)")
     return ways
 

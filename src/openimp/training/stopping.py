@@ -20,11 +20,12 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Knows whether the training should stop: a signal was received, or `reason` returns True, as for a failed save."""
+    """Whether the training should stop: a signal was received, or `must_stop()` is True, for example after a failed
+    save."""
 
-    def __init__(self, reason: Callable[[], bool]) -> None:
-        self.requested = False
-        self.reason = reason
+    def __init__(self, must_stop: Callable[[], bool]) -> None:
+        self.requested = False  # by a signal
+        self.must_stop = must_stop
 
     def watch(self, items: Iterable[T], _: str = "") -> Iterator[T]:
         """Yields the items, and raises `Stopped` before the next one once a stop is requested on any rank."""
@@ -33,15 +34,15 @@ class Stop:
             yield cast(T, item)
 
     def watch_steps(
-        self, batches: Iterable[LoadedBatch], first: int, placeholder: Callable[[int], LoadedBatch]
+        self, batches: Iterable[LoadedBatch], first_step: int, placeholder: Callable[[int], LoadedBatch]
     ) -> Iterator[LoadedBatch]:
-        """Yields the batches of the steps from `first` on, and stops between two steps, but without communication.
+        """Yields the batches of the steps from `first_step` on, and stops between two steps, without communication.
 
-        Of several ranks, one alone cannot stop before a step, because the others would wait for it in the step's
-        collectives. So its batch names the reason: then no rank applies the step, and all ranks stop when they notice
-        that (`Trainer.confirm`). If loading has failed, `placeholder(step)` takes the place of the batch.
+        A rank cannot stop alone, because the others would wait for it in the step's collectives. So its batch carries
+        the reason: no rank applies the step, and all ranks stop in `Trainer.confirm`. If loading has failed,
+        `placeholder(step)` takes the place of the batch.
         """
-        for step, (loaded, reason) in enumerate(self._with_reasons(batches), first):
+        for step, (loaded, reason) in enumerate(self._with_reasons(batches), first_step):
             if distributed.world_size() == 1:
                 stop_all_ranks(reason)
             yield replace(loaded or placeholder(step), stop=reason)
@@ -49,7 +50,7 @@ class Stop:
     def _with_reasons(self, items: Iterable[T]) -> Iterator[tuple[T | None, str | None]]:
         """Yields each item and this rank's reason to stop before it: an error, "" for a request, or None.
 
-        An item that cannot be had is None, and so are all items after it.
+        From the first error on, all items are None.
         """
         iterator = iter(items)
         failure: str | None = None
@@ -64,7 +65,10 @@ class Stop:
                 failure = "" if self.requested else str(error)
             except UserError as error:
                 failure = str(error)
-            yield item, "" if failure is None and (self.requested or self.reason()) else failure
+            if failure is None and (self.requested or self.must_stop()):
+                yield item, ""
+            else:
+                yield item, failure
 
 
 def stop_all_ranks(reason: str | None) -> None:
@@ -72,16 +76,19 @@ def stop_all_ranks(reason: str | None) -> None:
 
     Every rank must call this.
     """
-    if reasons := [text for text in distributed.all_gather_object(reason) if text is not None]:
-        raise UserError(max(reasons)) if max(reasons) else Stopped
+    reasons = [text for text in distributed.all_gather_object(reason) if text is not None]
+    if not reasons:
+        return
+    error = max(reasons)  # Any error comes before "".
+    raise UserError(error) if error else Stopped
 
 
 @contextmanager
-def stop_signals(reason: Callable[[], bool]) -> Iterator[Stop]:
+def stop_signals(must_stop: Callable[[], bool]) -> Iterator[Stop]:
     """Turns the first Ctrl-C, SIGTERM or SIGHUP into a stop after the step. A second Ctrl-C interrupts at once."""
-    stop = Stop(reason)
+    stop = Stop(must_stop)
 
-    def note(number: int, _: Any) -> None:
+    def request_stop(number: int, _: Any) -> None:
         if stop.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.requested = True
@@ -92,9 +99,9 @@ def stop_signals(reason: Callable[[], bool]) -> Iterator[Stop]:
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it.
         numbers.append(signal.SIGHUP)  # The terminal was closed.
-    before = {number: signal.signal(number, note) for number in numbers}
+    previous_handlers = {number: signal.signal(number, request_stop) for number in numbers}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

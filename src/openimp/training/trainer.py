@@ -90,7 +90,7 @@ class QueuedUpdate(NamedTuple):
 
 
 class Trainer(Parts):
-    """One training run on this rank.
+    """The training loop of one rank, with the parts of its run (`Parts`).
 
     Attributes:
         step: the number of confirmed steps, which is what a checkpoint contains.
@@ -105,13 +105,15 @@ class Trainer(Parts):
         self.step = self.checkpointing.saved
         self.grad_norm = 0.0
         self._bar = StepBar(self.recipe.train.steps, self.step)
-        self._computed: list[PendingStep] = []
-        self._queued: QueuedUpdate | None = None
+        self._computed_steps: list[PendingStep] = []
+        self._queued_update: QueuedUpdate | None = None
 
     @property
     def steps_per_update(self) -> int:
         """1, or the number of tasks if the losses of all tasks are summed."""
-        return sum(task.weight > 0 for task in self.recipe.tasks.values()) if self.variant.sum_tasks else 1
+        if not self.variant.sum_tasks:
+            return 1
+        return sum(task.weight > 0 for task in self.recipe.tasks.values())
 
     def train(self) -> bool:
         """Trains the remaining steps, evaluates and saves. Returns False if a signal stopped it."""
@@ -121,20 +123,26 @@ class Trainer(Parts):
                 self.save()
                 self.evaluate(stop.watch)
                 self.checkpointing.wait()
-                self.log.bad.report()
+                self.log.bad_examples.report()
                 return True
             except Stopped:
                 self.save(wait=True)
-                saved = self.checkpointing.saved
-                up_to = "" if saved == self.step else f" up to step {saved}"
-                outcome = f"saved{up_to} in {self.run}; resume with --resume" if saved else "nothing is saved"
-                console.print(f"stopped at step {self.step}, {outcome}", soft_wrap=True)
+                self._print_stopped()
                 return False
             except CheckpointError:
                 raise
             except UserError:
                 self.save(wait=True)
                 raise
+
+    def _print_stopped(self) -> None:
+        saved_step = self.checkpointing.saved
+        if not saved_step:
+            outcome = "nothing is saved"
+        else:
+            up_to = "" if saved_step == self.step else f" up to step {saved_step}"
+            outcome = f"saved{up_to} in {self.run}; resume with --resume"
+        console.print(f"stopped at step {self.step}, {outcome}", soft_wrap=True)
 
     def _train_steps(self, stop: Stop) -> None:
         save_every = self.recipe.train.save_every
@@ -148,12 +156,12 @@ class Trainer(Parts):
                 self.make_step(loaded)
                 if self.variant.warns:
                     self.log.warn_of_first_batch(loaded)
-                step = loaded.visit.step + 1
-                must_save = self._is_due(save_every, step)
-                must_evaluate = self._is_due(evaluate_every, step)
-                if must_save or must_evaluate or self.log.is_due(step):
+                steps_done = loaded.visit.step + 1
+                must_save = self._is_due(save_every, steps_done)
+                must_evaluate = self._is_due(evaluate_every, steps_done)
+                if must_save or must_evaluate or self.log.is_due(steps_done):
                     self.settle()
-                    self.log.bad.check()
+                    self.log.bad_examples.check()
                 if must_save:
                     self.save()
                 if must_evaluate:
@@ -167,56 +175,60 @@ class Trainer(Parts):
 
         Returns the losses.
         """
-        step = loaded.visit.step
+        visit = loaded.visit
         if self.variant.before_step:
-            self.variant.before_step(self, step)
-        pending = PendingStep(loaded.without_tensors(), self.forward(loaded))
-        self._computed.append(pending)
-        if len(self._computed) == self.steps_per_update or step + 1 == self.recipe.train.steps:
+            self.variant.before_step(self, visit.step)
+        losses = self.forward(loaded)
+        self._computed_steps.append(PendingStep(loaded.without_tensors(), losses))
+        is_last_step = visit.step + 1 == self.recipe.train.steps
+        if is_last_step or len(self._computed_steps) == self.steps_per_update:
             self._update()
-        self.log.timer.end_step(loaded.visit.task)
-        return pending.losses
+        self.log.timer.end_step(visit.task)
+        return losses
 
     def forward(self, loaded: LoadedBatch) -> Losses:
         """The losses of a step's task."""
-        task = self.recipe.tasks[loaded.visit.task]
-        wants_usage = self.log.wants_usage(loaded.visit.step)
-        collect_usage(self.model, wants_usage)
-        # The model may have dropout, which a resumed run must repeat.
-        torch.manual_seed(seed_key(self.recipe.seed, "dropout", loaded.visit.step, distributed.rank()) % 2**63)
+        visit = loaded.visit
+        task = self.recipe.tasks[visit.task]
+        logs_usage = self.log.wants_usage(visit.step)
+        collect_usage(self.model, logs_usage)
+        # A resumed run must repeat the model's dropout.
+        dropout_seed = seed_key(self.recipe.seed, "dropout", visit.step, distributed.rank())
+        torch.manual_seed(dropout_seed % 2**63)
         with mixed_precision(self.device, self.recipe.train.precision):
             losses = self.variant.losses(self.model, task, loaded.to(self.device), self.encode_all)
-        return losses if wants_usage else replace(losses, usage={})
+        return losses if logs_usage else replace(losses, usage={})
 
     def _update(self) -> None:
         """Queues the update by the computed steps: usually one, or a round whose losses are summed."""
-        steps = self._computed
-        self._computed = []
+        steps = self._computed_steps
+        self._computed_steps = []
         loss = reduce(torch.add, (step.losses.total for step in steps))
-        stops = any(step.loaded.stop is not None for step in steps)
-        # NaN gradients, which no rank applies, if the loss is not finite or this rank has a reason to stop.
-        grad_output = loss.detach() * 0 + (math.nan if stops else 1)
+        must_stop = any(step.loaded.stop is not None for step in steps)
+        # 1, but NaN if the loss is not finite or this rank must stop. No rank applies NaN gradients.
+        grad_output = loss.detach() * 0 + (math.nan if must_stop else 1)
         loss.backward(grad_output)
-        self.confirm()  # The update before. Meanwhile the device computes these gradients.
+        self.confirm()  # Confirms the previous update while the device computes these gradients.
         grad_norm = self.updater.step(steps[-1].loaded.visit.step)
         for step in steps:
             step.losses = replace(step.losses, total=step.losses.total.detach())
-        self._queued = QueuedUpdate(steps, grad_norm)
+        self._queued_update = QueuedUpdate(steps, grad_norm)
 
     def confirm(self) -> None:
         """Waits until the queued steps are complete, counts and logs them.
 
-        Raises on all ranks: UserError if a loss or its gradient was not finite; if a rank had a reason to stop,
-        `Stopped` or a UserError. The steps were not applied then.
+        If the gradient norm is not finite, the steps were not applied, and this raises on all ranks: `Stopped` or a
+        UserError if a rank had a reason to stop, else a UserError that names the loss.
         """
-        if self._queued is None:
+        if self._queued_update is None:
             return
-        steps, grad_norm = self._queued
-        self._queued = None
+        steps, grad_norm = self._queued_update
+        self._queued_update = None
         self.grad_norm = grad_norm.read()
         if not math.isfinite(self.grad_norm):
-            stop_all_ranks(next((step.loaded.stop for step in steps if step.loaded.stop is not None), None))
-            raise self._not_finite(steps)
+            stop_reasons = (step.loaded.stop for step in steps if step.loaded.stop is not None)
+            stop_all_ranks(next(stop_reasons, None))
+            raise self._not_finite_error(steps)
         if self.updater.ema:
             self.updater.ema.update(steps[-1].loaded.visit.step)
         for step in steps:
@@ -235,7 +247,7 @@ class Trainer(Parts):
         Afterwards, `state` has everything that a checkpoint needs.
         """
         self.confirm()
-        self.log.bad.gather()
+        self.log.bad_examples.gather()
 
     def save(self, wait: bool = False) -> None:
         """Starts saving the confirmed steps, unless they are saved; with `wait`, returns when the files are written."""
@@ -248,26 +260,27 @@ class Trainer(Parts):
         """What a checkpoint stores for resuming besides tensors, as JSON values. Every rank must call this."""
         cursors: dict[str, dict[str, Cursor]] = {}
         for cursors_of_rank in distributed.all_gather_object(self.cursors):
-            for task, by_lane in cursors_of_rank.items():
-                cursors[task] = cursors.get(task, {}) | by_lane
+            for task, cursor_by_lane in cursors_of_rank.items():
+                cursors.setdefault(task, {}).update(cursor_by_lane)
         state = {"step": self.step, "trainer": self.variant.name, "sources": self.fingerprints, "cursors": cursors}
         return state | self.log.state()
 
     def evaluate(self, watch: Progress | None = None) -> None:
-        """Evaluates the EMA if there is one, else the model.
+        """Evaluates the EMA if there is one, else the model. If the result is the best so far, saves a checkpoint.
 
-        If the result on the set that `evaluation.best` names is the best so far, this step is saved.
-        `watch(passes, description)` wraps the forward passes. `Stop.watch` lets a signal stop them.
+        `evaluation.best` names the set that decides. `watch(passes, description)` wraps the forward passes; with
+        `Stop.watch`, a signal stops them.
         """
         self.settle()
         if self.recipe.evaluation.sets:
             self.validation.evaluate(self.step, self.updater.ema, self.log.metrics, watch)
             self.validation.keep_best(self.step, self.checkpointing, self.state())
 
-    def _is_due(self, every: int | None, step: int) -> bool:
-        """Whether something that happens every so many steps is due after `step` steps: not within a round, nor after
-        the last step."""
-        return every is not None and step % every == 0 and step < self.recipe.train.steps and not self._computed
+    def _is_due(self, every: int | None, steps_done: int) -> bool:
+        """Whether `steps_done` is a multiple of `every`. False within a round and after the last step."""
+        if every is None or self._computed_steps or steps_done == self.recipe.train.steps:
+            return False
+        return steps_done % every == 0
 
     def _placeholder_batch(self, step: int) -> LoadedBatch:
         """Zeros in place of a batch that could not be loaded, so that this rank takes part in the step's collectives.
@@ -275,25 +288,31 @@ class Trainer(Parts):
         No rank applies the step.
         """
         visit = self.data.schedule[step]
-        cpu = torch.device("cpu")
         batch = empty_batch(
-            self.recipe, visit.task, visit.view, self.modalities, self.data.classes, cpu, distributed.world_size()
+            self.recipe,
+            visit.task,
+            visit.view,
+            self.modalities,
+            self.data.classes,
+            device=torch.device("cpu"),
+            gpus=distributed.world_size(),
         )
         return LoadedBatch(visit, [batch])
 
-    def _not_finite(self, steps: list[PendingStep]) -> UserError:
+    def _not_finite_error(self, steps: list[PendingStep]) -> UserError:
         """The error of steps that were not applied. Every rank must call this.
 
         It is about the first step whose loss is not finite, or else the last step. It names up to 8 examples of each
         rank whose loss is not finite. If all losses are finite, it names examples of this rank.
         """
-        failed = next((step for step in steps if not step.losses.total.isfinite()), steps[-1])
-        visit = failed.loaded.visit
-        names = failed.loaded.names[:8]
-        loss: Tensor = failed.losses.total
-        suspects = distributed.all_gather_object([] if loss.isfinite() else names)
+        failed_step = next((step for step in steps if not step.losses.total.isfinite()), steps[-1])
+        visit = failed_step.loaded.visit
+        loss: Tensor = failed_step.losses.total
+        mean_loss = float(distributed.all_reduce_mean(loss))
+        example_names = failed_step.loaded.names[:8]
+        suspects_by_rank = distributed.all_gather_object([] if loss.isfinite() else example_names)
+        suspects = list(chain.from_iterable(suspects_by_rank)) or example_names
         return UserError(
-            f"step {visit.step}, task {visit.task}: the loss ({float(distributed.all_reduce_mean(loss)):g}) or its "
-            f"gradient is not finite; nothing was updated; the batch of {counted(visit.batch_size, 'example')} "
-            f"includes {', '.join([*chain.from_iterable(suspects)] or names)}"
+            f"step {visit.step}, task {visit.task}: the loss ({mean_loss:g}) or its gradient is not finite; nothing "
+            f"was updated; the batch of {counted(visit.batch_size, 'example')} includes {', '.join(suspects)}"
         )

@@ -15,8 +15,8 @@ from openimp.training.optimizers import lr_schedule, make_optimizers, set_learni
 class Updater:
     """Updates a model, which is distributed over the ranks, from the gradients of its backward passes.
 
-    The host does not wait for a device to compute the gradients. So it queues the update before it knows whether they
-    are finite; if they are not, the device leaves weights and optimizer state as they are.
+    The host queues an update before the device has computed the gradients. If they turn out not to be finite, the
+    device leaves weights and optimizer state as they are.
     """
 
     def __init__(self, recipe: Recipe, model: Embedder) -> None:
@@ -27,20 +27,22 @@ class Updater:
         self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
 
     def step(self, step: int) -> HostCopy:
-        """Updates every parameter that has a gradient (with `zero_missing_grads`: all), and drops the gradients.
+        """Queues the update of step `step`, which counts from 0, and drops the gradients.
 
-        Returns the Euclidean norm of the gradient before clipping. If it is not finite, nothing is updated. The norm of
-        the update before must have been read.
+        It updates every parameter that has a gradient; with `zero_missing_grads`, all that are trained. Returns the
+        Euclidean norm of the gradient before clipping. If it is not finite, nothing is updated. The caller must have
+        read the norm of the previous update.
         """
-        reshard(self.model)  # Blocks may be gathered still (`parallel.reshard_after_forward`).
+        reshard(self.model)  # With `parallel.reshard_after_forward: false`, blocks are still gathered.
         options = self.recipe.optimizer
-        for parameter in self.model.parameters() if options.zero_missing_grads else ():
-            if parameter.grad is None and parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        norm = clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf)
-        grad_norm = HostCopy(norm)
+        if options.zero_missing_grads:
+            for parameter in self.model.parameters():
+                if parameter.grad is None and parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+        grad_norm = clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf)
+        grad_norm_on_host = HostCopy(grad_norm)
         set_learning_rate(self.optimizers, lr_schedule(self.recipe, step))
-        found_inf = 1 - norm.isfinite().float()
+        found_inf = 1 - grad_norm.isfinite().float()
         for optimizer in self.optimizers:
             # As torch's GradScaler does. If it is 1, a fused optimizer changes nothing, not even its step counts.
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
@@ -48,4 +50,4 @@ class Updater:
         self.model.clamp_logit_scales()
         # None, not zero: a parameter that the next task does not use keeps its value and its optimizer state.
         self.model.zero_grad(set_to_none=True)
-        return grad_norm
+        return grad_norm_on_host

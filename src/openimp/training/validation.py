@@ -30,7 +30,7 @@ class Validation:
     def evaluate(self, step: int, ema: EMA | None, metrics: Metrics, watch: Progress | None = None) -> None:
         """Measures the model after `step` steps, with the weights of `ema` if given, and writes and prints the results.
 
-        If a set could not be measured, it raises NotMeasured after that. `watch` wraps the passes; see `Evaluator`.
+        Then it raises NotMeasured if a set could not be measured. `watch` wraps the passes; see `Evaluator`.
         """
         failure: NotMeasured | None = None
         recipe = self.data.recipe
@@ -43,7 +43,7 @@ class Validation:
                 failure = error
                 results = error.results
             finally:
-                reshard(self.model)  # What is gathered is out of date once the weights change.
+                reshard(self.model)  # Gathered weights are out of date once the EMA is swapped back.
         if results:
             distributed.run_on_rank_zero(lambda: metrics.write_results(results))
             console.print(table(results))
