@@ -134,7 +134,6 @@ def test_another_recipe_allows_only_the_sources_that_it_defines(foreign, private
         {"path": "rows.jsonl", "root": "{folder}"},
         {"path": "rows.jsonl", "root": "linked"},
         {"path": "openimp:stills.parquet", "root": "{folder}"},
-        {"path": "passwd:../x.jsonl"},
         {"path": "~/private.jsonl"},
         {"path": "~"},
         {"path": "rows.jsonl", "root": "~"},
