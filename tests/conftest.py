@@ -10,6 +10,7 @@ from typing import Any
 
 import av
 import little
+import messages
 import numpy as np
 import PIL.Image
 import pytest
@@ -38,6 +39,20 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 # For tests that start their own file on several ranks.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-messages", action="store_true", help="write tests/messages.json; needs -n 0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--update-messages"):
+        os.environ["OPENIMP_UPDATE_MESSAGES"] = "1"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--update-messages"):
+        messages.update()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -162,6 +162,7 @@ def test_the_python_on_the_page_runs(page, little_data, little_run, tmp_path, mo
         assert len(read_lines(Path("runs/mine/metrics.jsonl"))) == 20
 
 
+@pytest.mark.slow
 def test_the_search_page_runs(little_data, little_run, tmp_path, monkeypatch):
     """The commands and the code, with the little run for the demo's, its pictures for the photos, and a sound."""
     pytest.importorskip("lancedb")
@@ -188,6 +189,7 @@ def test_the_search_page_runs(little_data, little_run, tmp_path, monkeypatch):
     assert {Path(hit.path).parent.parent.name for hit in known["hits"]} == {"2025"}
 
 
+@pytest.mark.slow
 def test_the_publishing_page_runs(little_data, little_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()

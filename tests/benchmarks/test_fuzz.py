@@ -9,6 +9,8 @@ from fuzz import FORMATS, MEMORY, MEND, VIEWS, Worker, fuzz, mutated
 
 from openimp.common.modality import BadMedia
 
+pytestmark = pytest.mark.slow
+
 FILES = 25
 """Files per format."""
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 import gpu
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def test_trainings_on_one_rank_and_on_several_are_measured(tmp_path):
     manifest = gpu.make_data(tmp_path)

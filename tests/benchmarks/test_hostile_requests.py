@@ -1,6 +1,9 @@
 """benchmarks/hostile_requests.py runs a few attacks, and the server withstands them."""
 
 import hostile_requests
+import pytest
+
+pytestmark = pytest.mark.slow
 
 
 def test_hostile_uploads_and_requests_do_no_harm(monkeypatch, capsys):

@@ -5,6 +5,8 @@ import pytest
 pytest.importorskip("lancedb")
 import search
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_benchmark_runs_and_the_index_survives_a_kill(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["search.py", "--smoke"])

@@ -6,6 +6,8 @@ pytest.importorskip("lancedb")
 pytest.importorskip("webdataset")
 import size
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_benchmark_runs(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["size.py", "--smoke"])

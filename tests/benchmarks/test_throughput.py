@@ -5,6 +5,8 @@ import pytest
 pytest.importorskip("timm")
 from throughput import COLUMNS, comparisons, report
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_comparison_is_measured(tmp_path):
     rows = comparisons(smoke=True, compiled=False, folder=tmp_path)

@@ -1,7 +1,10 @@
 """The benchmark of wrapped models compares equal vectors of equal pictures."""
 
 import public
+import pytest
 import wrapped
+
+pytestmark = pytest.mark.slow
 
 
 def test_openimp_and_the_library_embed_the_same_pictures(tmp_path):

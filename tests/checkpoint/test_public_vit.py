@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from messages import refuses
 from open_clip.push_to_hf_hub import save_config_for_hf
 from processes import run, torchrun
 from safetensors.torch import save_file
@@ -101,7 +102,7 @@ def recipe_of(init: str, size: tuple[int, int], patch=(1, 1), **changes) -> Reci
 def fitting_recipe(init: str, size: tuple[int, int], **model) -> Recipe:
     """The recipe with the lines that the error asks for."""
     recipe = recipe_of(init, size)
-    with pytest.raises(UserError, match="write into the recipe:\n") as error:
+    with refuses() as error:
         open_warm_start(recipe, recipe.make_modalities())
     lines = yaml.safe_load(str(error.value).partition("\n")[2])
     data = recipe.to_dict()
@@ -229,7 +230,7 @@ def test_other_models_and_folders_are_refused_in_a_sentence(tmp_path):
     assert preferred in refusal(f"timm:local-dir:{tmp_path / 'pickled'}")
     (tmp_path / "pickled" / "model.safetensors").write_bytes(b"damaged")
     recipe = fitting_recipe(f"timm:local-dir:{tmp_path / 'pickled'}", (32, 32))
-    with pytest.raises(UserError, match="timm cannot open it"):
+    with refuses():
         load(recipe)
 
 

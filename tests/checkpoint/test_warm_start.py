@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from messages import refuses
 from tokenizers import Tokenizer, models
 
 import openimp
@@ -128,7 +129,7 @@ def test_resuming_does_not_start_again(little_run, pictures_only, tmp_path):
     tasks = [[line["tasks"] for line in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("cut", "whole")]
     assert tasks[0] == tasks[1]
     recipe.train.init = None
-    with pytest.raises(UserError, match=r"train\.init is '.*init' there, None here"):
+    with refuses():
         train(recipe, tmp_path / "cut", resume=True)
 
 
@@ -157,12 +158,12 @@ def test_what_does_not_fit_is_told_in_one_sentence(little_run, pictures_only, tm
 def test_a_folder_whose_tensors_are_not_its_configurations_is_refused(little_run, pictures_only, tmp_path):
     folder = Path(shutil.copytree(checkpoints(little_run)[-1], tmp_path / "init"))
     tensors = dcp.read(folder / "ema")
-    for change, told in ((None, "missing"), (torch.zeros(3), re.escape("[3]"))):
+    for change in (None, torch.zeros(3)):
         spoiled = {name: tensor for name, tensor in tensors.items() if name != "encoder.norm.weight"}
         shutil.rmtree(folder / "ema")
         dcp.save(folder / "ema", spoiled | ({} if change is None else {"encoder.norm.weight": change}))
-        with pytest.raises(UserError, match=rf"^train\.init: .*: encoder\.norm\.weight is {told} there, \[32\] here"):
+        with refuses():
             Trainer(set_up(recipe_of(pictures_only, folder), tmp_path / "run"))
     (folder / "config.json").write_text(json.dumps({"format": 1}))
-    with pytest.raises(UserError, match=r"^train\.init: .*in format 1, and this version"):
+    with refuses():
         Trainer(set_up(recipe_of(pictures_only, folder), tmp_path / "run"))

@@ -6,13 +6,13 @@ import stat
 from pathlib import Path
 
 import pytest
+from messages import refuses
 
 import openimp
 from openimp.checkpoint.folder import checkpoints
 from openimp.commands import run_eval
 from openimp.common import safe_files
 from openimp.common.cache import cache_folder
-from openimp.common.errors import UserError
 from openimp.common.json_lines import append, forget_after, read_lines
 from openimp.common.safe_files import private_folder, replacing, write_text
 from openimp.inference.embed import embed
@@ -131,9 +131,7 @@ def test_a_link_that_leads_out_of_a_run_is_refused(victim, tmp_path, little_data
         "train": lambda: train(Recipe.load(little_data / "recipe.yaml"), run, resume=True),
     }
     for command in commands.values():
-        with pytest.raises(
-            UserError, match=r": is a link out of .*/run, which openimp does not follow; remove the link$"
-        ):
+        with refuses():
             command()
 
 
@@ -147,7 +145,7 @@ def test_a_pipe_in_a_run_is_refused_and_not_waited_for(tmp_path, little_data, li
         lambda: openimp.load(run),
         lambda: train(Recipe.load(little_data / "recipe.yaml"), run, resume=True),
     ):
-        with pytest.raises(UserError, match=f"{place}: is not a regular file"):
+        with refuses():
             command()
 
 
@@ -163,7 +161,7 @@ def test_links_that_stay_inside_and_those_of_the_hubs_cache_are_followed(tmp_pat
         (snapshot / file.relative_to(tiny_model_folder)).symlink_to(blobs / file.name)
     openimp.load(snapshot)
     (snapshot / "more.json").symlink_to("../../../more.json")
-    with pytest.raises(UserError, match="is a link out of"):
+    with refuses():
         openimp.load(snapshot)
 
 
@@ -179,10 +177,10 @@ def test_cache_folders_are_the_users_alone(tmp_path, monkeypatch, foreign_folder
     for folder in (tmp_path / "cache" / "decoded", tmp_path / "cache"):
         for others in (0o777, 0o720):
             folder.chmod(others)
-            with pytest.raises(UserError, match="other users can write to it, so what it holds cannot be trusted"):
+            with refuses():
                 cache_folder("decoded")
         folder.chmod(0o700)
     (tmp_path / "link").symlink_to(foreign_folder)
     for folder in (foreign_folder, tmp_path / "link"):
-        with pytest.raises(UserError, match="belongs to another user; set OPENIMP_CACHE to a folder of your own"):
+        with refuses():
             private_folder(folder)

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from messages import refuses
 from PIL import Image
 
 from openimp.common.errors import UserError
@@ -288,7 +289,7 @@ def test_manifest_media_start_at_root(tmp_path):
     (tmp_path / "m.csv").write_text("file\ncat/a.png\n")
     assert colour(opened(tmp_path / "m.csv", root=f"{tmp_path}/media").media("cat/a.png")) == 0
     beside = opened(tmp_path / "m.csv")
-    with pytest.raises(BadMedia, match=r"cat/a\.png: No such file"):
+    with refuses(BadMedia):
         beside.media("cat/a.png")
     assert colour(beside.media("media/dog/c.png")) == 2
 
@@ -493,7 +494,7 @@ def test_a_stream_resumes_exactly_any_number_of_times(shards, kind, column, wind
         assert all(cursor["position"] <= start // 2 for cursor in cursors.values())
     # Before its cursors a stream has to begin anew.
     assert names(stream, 1, 3) == whole[1:4]
-    with pytest.raises(UserError, match="the checkpoint was saved with other lanes"):
+    with refuses():
         stream.load_cursors({"0": cursors["0"]})
 
 
@@ -574,7 +575,7 @@ def test_hub_media_are_not_decoded(tmp_path, hub_cache, stream):
     media, label = source.columns
     assert [row[label] for row in rows] == ["cat", "dog"]
     assert [colour(source.media(row[media])) for row in rows] == [0, 1]
-    with pytest.raises(BadMedia, match="leaves the folder"):
+    with refuses(BadMedia):
         open_source("h", Source(**options, root=str(tmp_path / "train" / "dog"))).media(rows[0][media])
 
 
@@ -593,7 +594,7 @@ def test_paths_of_a_hub_data_set_stay_in_its_own_folder(tmp_path, monkeypatch):
     rows = Rows("h", "them/birds", ["image"], hub.hub_root(Source(hub="them/birds")), str)
     assert colour(rows.media(str(picture))) == 3
     for path in (secret, "../datasets--us--secret/b.png", tmp_path / "token", "../../token"):
-        with pytest.raises(BadMedia, match="leaves the folder"):
+        with refuses(BadMedia):
             rows.media({"bytes": None, "path": str(path)})
 
 
@@ -676,7 +677,7 @@ def test_a_parquet_file_that_unpacks_to_far_more_than_it_has(tmp_path, stream, b
     monkeypatch.setenv("OPENIMP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(parquet, "MIN_LIMIT", 2**18)
     before = pa.default_memory_pool().max_memory()
-    with pytest.raises(UserError, match=r"unpacks to more than [0-9,]+ bytes, .* split it into smaller ones"):
+    with refuses():
         first_rows(opened(file, **in_order(stream)), rows)
     assert pa.default_memory_pool().max_memory() - before < 300e6
     assert sum(cached.stat().st_size for cached in (tmp_path / "cache").rglob("*") if cached.is_file()) < 2**26
@@ -731,7 +732,7 @@ def test_hostile_members(tmp_path):
     good, *refused = first_rows(stream, 1 + len(hostile))
     assert colour(stream.media(good["png"])) == 9
     for row in refused:
-        with pytest.raises(BadMedia, match=r"leaves the folder|not a regular file"):
+        with refuses(BadMedia):
             stream.media(row["png"])
 
 
@@ -771,7 +772,7 @@ def test_a_header_that_claims_a_terabyte_or_leads_astray(tmp_path, headers, good
     stream = opened(tmp_path / "x.tar", **in_order(stream=True))
     *rows, rest = first_rows(stream, good + 1)
     assert [colour(stream.media(row["png"])) for row in rows] == [1, 2][:good]
-    with pytest.raises(BadMedia, match=f"not a readable tar from here on: .*{told}"):
+    with refuses(BadMedia):
         stream.media(rest["png"])
 
 
@@ -829,7 +830,7 @@ def test_no_rows_and_no_columns(tmp_path, shards, stream):
     fails(none, **options, where={"half": [2]})
     source = opened(**options)
     source.require(["picture", "half"])
-    with pytest.raises(UserError, match=r"tasks\.t: source x \(.*\) has no column 'hafl'; did you mean 'half'"):
+    with refuses():
         source.require(["name", "hafl"], "tasks.t")
 
 
@@ -895,7 +896,7 @@ def test_a_tar_that_is_cut_off(tmp_path, place, kept):
     found = dict(stream.read(0, range(count)))
     rest = found.pop("shard-000.tar[the rest]")
     assert {row["txt"] for row in found.values()} == {f"n{i}" for i in (*range(kept), *range(10, 20))}
-    with pytest.raises(BadMedia, match="not a readable tar from here on"):
+    with refuses(BadMedia):
         stream.media(rest["png"])
     assert stream.cursors()["0"]["epoch"] == 0
     assert len(names(stream, count, count)) == count

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from messages import refuses
 
 from openimp.common.modality import BadMedia, Modality, StemSpec, Tokens
 from openimp.common.schema import Strict
@@ -133,9 +134,9 @@ def check(store: DecodedStore) -> None:
         with pytest.raises(ValueError, match="read-only"):
             found[...] = 0
     for _ in range(2):
-        with pytest.raises(BadMedia, match=r"^this is no array$"):
+        with refuses(BadMedia):
             store[len(ARRAYS)]
-        with pytest.raises(BadMedia, match="leaves the folder"):
+        with refuses(BadMedia):
             store[len(ARRAYS) + 1]
 
 
@@ -177,7 +178,7 @@ def test_many_rows_in_order(tmp_path):
 def test_nothing_can_be_decoded(tmp_path, cache):
     (tmp_path / "m.csv").write_text("file\nnone.npy\n")
     store = build(opened(tmp_path / "m.csv"), cache=cache)
-    with pytest.raises(BadMedia, match="No such file"):
+    with refuses(BadMedia):
         store[0]
 
 

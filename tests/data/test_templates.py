@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from messages import refuses
 
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia
@@ -65,7 +66,7 @@ def test_training_draws_one_template():
 def test_an_empty_column_gives_way(column):
     template = f"{{name}} {{{column}*}}"
     for rng in (None, np.random.default_rng(0)):
-        with pytest.raises(BadMedia, match=f"no text in column {column}$"):
+        with refuses(BadMedia):
             fill([template], ROW, rng)
         assert {fill([template, "name"], ROW, rng) for _ in range(20)} == {"red panda"}
 
@@ -78,7 +79,7 @@ def test_empty_items_of_a_list_are_no_values():
 
 def test_bytes_are_text_if_they_can_be():
     assert fill(["x"], {"x": "é".encode()}) == "é"
-    with pytest.raises(BadMedia, match="column x holds bytes that are not UTF-8"):
+    with refuses(BadMedia):
         fill(["x"], {"x": b"\xff"})
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from messages import refuses
 
 from openimp.common.errors import UserError
 from openimp.drafting.columns import inspect, open_candidate
@@ -97,7 +98,7 @@ def test_a_chosen_column_may_have_any_name():
     rows = numbered(6, **{"what it shows": "text {}", "colour": ["a", "b"]})
     (task,) = tasks(rows, "what it shows", "colour")
     assert (task.text.name, task.label.name) == ("what it shows", "colour")
-    with pytest.raises(UserError, match="has no column 'color'; did you mean 'colour'"):
+    with refuses():
         tasks(rows, label="color")
 
 
@@ -204,11 +205,11 @@ def test_a_source_that_cannot_be_read_does_not_hide_the_others():
     assert [task.task.candidate.place for task in named] == ["set/good.jsonl"]
     for part in ("broken.parquet is not a readable Parquet file", "empty.csv", "set/outside.jsonl"):
         assert part in "\n".join(notes)
-    with pytest.raises(UserError, match=r"nothing to train on: .*broken\.parquet") as error:
+    with refuses() as error:
         find_tasks(["set/broken.parquet"])
     assert "\n" not in str(error.value)
     Path("notes.txt").write_text("notes")
-    with pytest.raises(UserError, match=r"notes\.txt: unknown extension '\.txt'; known: \.csv, "):
+    with refuses():
         find_tasks(["notes.txt"])
 
 
@@ -216,7 +217,7 @@ def test_a_folder_without_texts_says_what_to_add_and_may_use_the_names_of_its_fi
     names = ["a red bicycle", "two dogs"]
     for name in names:
         copy("0.png", f"flat/{name}.png")
-    with pytest.raises(UserError, match=r"flat: no text or class says what is in its image files; add subfolders"):
+    with refuses():
         find_tasks(["flat"])
     ((_, task, _),), _ = find_tasks(["flat"], "name")
     assert task.text.sample == names
@@ -225,5 +226,5 @@ def test_a_folder_without_texts_says_what_to_add_and_may_use_the_names_of_its_fi
 def test_a_file_whose_name_is_not_utf8_is_told():
     for name in (b"cat", b"\xff"):
         copy("0.png", Path("named", name.decode(errors="surrogateescape"), "0.png"))
-    with pytest.raises(UserError, match="is not UTF-8; rename it"):
+    with refuses():
         find_tasks(["named"])

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from little import png
+from messages import refuses
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, top_k_accuracy_score
 
 from openimp.checkpoint.folder import load_model
@@ -229,20 +230,20 @@ def test_a_number_and_its_text_are_not_two_classes(headed):
     """The last of them would have had the rows of both."""
     made, known = headed({"colour": ["1"]}, classes=["1", "2"])
     known["all:colour"][1] = 1
-    with pytest.raises(UserError, match="column 'colour' of source rows: class '1' and another one are both '1' as"):
+    with refuses():
         check_sets(*made, known)
 
 
 def test_rows_in_no_split_and_classes_and_splits_of_unreadable_rows_are_named(setup, headed):
     made = setup({"rows": {"colour": ["red", "blue"], "part": [[1], []]}}, **SPLITS)
-    with pytest.raises(UserError, match=r"column 'part' of source rows: rows.parquet\[1\] is in no split"):
+    with refuses():
         check_sets(*made, {})
     pictures = [png(0), b"broken"]
     made = setup({"rows": {"colour": ["red", "blue"], "part": [[1], [1, 2]], "picture": pictures}}, **SPLITS)
-    with pytest.raises(UserError, match="things: no row of split '2' can be read"):
+    with refuses():
         evaluate(*made)
     made, known = headed({"colour": [[], ["red"]], "picture": pictures}, "sigmoid")
-    with pytest.raises(UserError, match="things: no row that can be read has a class in column 'colour'"):
+    with refuses():
         evaluate(*made, classes=known)
 
 
@@ -281,6 +282,6 @@ def test_a_training_keeps_the_results_of_the_sets_that_can_be_measured(own_data,
     (own_data / "broken.jsonl").write_text('{"file": "x.png", "label": "red"}')
     broken = f"evaluation.sets.broken={{type: zero_shot, source: broken, {OPTIONS}}}"
     recipe = Recipe.load(own_data / "recipe.yaml", ["train.steps=2", "sources.broken={path: broken.jsonl}", broken])
-    with pytest.raises(UserError, match="broken: no row of source broken can be read"):
+    with refuses():
         train(recipe, tmp_path / "run")
     assert [line["set"] for line in read_lines(tmp_path / "run" / "results.jsonl")] == ["colours", "tones", "tones"]

@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from messages import refuses
 
 from openimp.commands import run_eval
 from openimp.common.errors import UserError
@@ -84,7 +85,7 @@ def test_features_are_the_encoders_before_any_projection(probed):
     assert [line.pop("checkpoint") for line in before] != [line.pop("checkpoint") for line in after]
     assert before == after
     torch.nn.init.constant_(model.encoder.norm.weight, torch.nan)
-    with pytest.raises(UserError, match="features of source test are not finite"):
+    with refuses():
         evaluate(*made)
 
 
@@ -139,10 +140,10 @@ def test_unreadable_rows_of_either_part_are_left_out_counted_and_named(probed):
         assert (line["n"], line["skipped"], line["train"]["n"], line["train"]["skipped"]) == (17, 1, 17, 1)
         assert line["skipped_rows"][0].startswith("test.parquet[2]: ")
         assert line["train"]["skipped_rows"][0].startswith("train.parquet[4]: ")
-    with pytest.raises(UserError, match="no row of source test can be read"):
+    with refuses():
         evaluate(*probed(NAMES, NAMES, known, [b"broken"] * 18))
     pair = ["red", "red", "blue", "blue"]  # With its unreadable row a class has two examples.
-    with pytest.raises(UserError, match="source train has a single example of class 'blue'"):
+    with refuses():
         evaluate(*probed(pair, ["red"], squares(pair, 0, broken=3), k=1))
 
 
@@ -175,10 +176,10 @@ def test_what_no_probe_can_be_fitted_to_is_said_before_anything_is_encoded(probe
 def test_an_empty_part_and_a_missing_library_are_told(probed, monkeypatch):
     made = probed()
     made.recipe.sources["test"].where = {"label": "pink"}
-    with pytest.raises(UserError, match=r"source test .* no row has label = 'pink'"):
+    with refuses():
         check_sets(*made, {})
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(UserError, match=r"^evaluation\.sets\.things: a probe needs scikit-learn: pip install 'openimp"):
+    with refuses():
         check_sets(*probed(), {})
 
 

@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 from datasets import Audio, Dataset, DatasetDict, Image, Video
+from messages import refuses
 from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS, AbsTaskZeroShotClassification
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.get_tasks import TASK_LIST
@@ -178,7 +179,7 @@ def test_mteb_compares_what_the_task_compares(model, media_folder):
     both = encode(model, ["text", "image"], text=texts[:1], image=[picture])
     parts = model.encode_text(texts[0], normalize=True) + model.encode_image(picture, normalize=True)
     torch.testing.assert_close(both, parts, rtol=0, atol=1e-5)
-    with pytest.raises(UserError, match="the batch has smell, but the model has image, text, audio"):
+    with refuses():
         encode(model, ["text"], smell=["rose"])
 
 
@@ -211,7 +212,7 @@ def test_names_of_mteb_are_found_and_what_the_model_cannot_do_is_named():
         with pytest.raises(UserError) as error:
             mteb_tasks.find_tasks([name], ["image", "text"])
         assert str(error.value) == message
-    with pytest.raises(UserError, match=r"MIEB\(lite\): each of its tasks needs a modality that the model lacks"):
+    with refuses():
         mteb_tasks.find_tasks(["MIEB(lite)"], ["video"])
     # A note about a task that mteb has renamed would not be shown.
     assert mteb_tasks.NOTES.keys() <= {task.metadata.name for task in TASK_LIST}
@@ -302,10 +303,10 @@ def test_the_command_measures_what_it_can_and_names_the_rest(little_run, tmp_pat
 def test_mixed_options_and_a_missing_library_are_refused_in_one_sentence(little_run, monkeypatch):
     for options in ({"sets": ["a"]}, {"other": "a.yaml"}, {"overrides": ["a=1"]}, {"allow_sources": True}):
         arguments = {"sets": None, "other": None, **options}
-        with pytest.raises(UserError, match="takes no evaluation sets, --recipe, --set or --allow-sources"):
+        with refuses():
             run_eval(little_run, out=None, mteb=["a"], **arguments)
     monkeypatch.delitem(sys.modules, "openimp.inference.mteb_tasks")
     monkeypatch.delattr(openimp.inference, "mteb_tasks")
     monkeypatch.setitem(sys.modules, "mteb", None)  # as if it were not installed
-    with pytest.raises(UserError, match=r"mteb cannot be imported .*: pip install 'openimp\[eval\]'"):
+    with refuses():
         run_eval(little_run, None, None, None, mteb=["a"])

@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from messages import refuses
 
 import openimp
 from openimp.checkpoint.folder import save_model
@@ -120,7 +121,7 @@ def test_arrays_are_sounds_and_clips_and_the_clips_of_a_long_item_are_averaged(m
     samples, rate = soundfile.read(tmp_path / "low.wav", dtype="float32")
     with_rate = model.encode_audio({"array": samples, "sampling_rate": rate})
     torch.testing.assert_close(with_rate, model.encode_audio(tmp_path / "low.wav"), rtol=0, atol=1e-4)
-    with pytest.raises(UserError, match="9000 samples at a sampling rate of 0"):
+    with refuses():
         model.encode_audio({"array": samples, "sampling_rate": 0})
 
 
@@ -143,10 +144,10 @@ def test_preprocess_and_tokenizer_follow_the_views(tiny_model_folder, media_fold
     tensor = model.preprocess(path)[None]
     torch.testing.assert_close(model.encode_image(tensor), model.encode_image(path), rtol=0, atol=1e-5)
     model.views["image"].size = 12
-    with pytest.raises(UserError, match=r"views\['image'\]: size: height of 12 pixels is not a multiple of 8"):
+    with refuses():
         model.encode_image(path)
     model.views["text"].length = 100_000
-    with pytest.raises(UserError, match=r"views\['text'\]: length"):
+    with refuses():
         model.encode_text("a")
 
 
@@ -164,7 +165,7 @@ def test_each_modality_is_encoded_towards_a_sensible_partner(model, tiny_recipe,
     assert not torch.equal(model.encode_text("a"), model.encode_text("a", towards="audio"))
     assert torch.equal(model.encode_text("a"), model.encode_text("a", towards="video"))  # they share a head
     for other in ("video", "smell"):
-        with pytest.raises(UserError, match=f"no task trains image and {other} together"):
+        with refuses():
             model.encode_image(np.zeros((9, 9, 3), np.uint8), towards=other)
     recipe = tiny_recipe()
     recipe.tasks = dict(reversed(recipe.tasks.items()))
@@ -190,7 +191,7 @@ def test_a_model_has_methods_of_its_own_modalities_only(model, tiny_recipe, mode
     listener = model_of(tiny_recipe(tasks=tasks, modalities={"audio": {"window": 512, "hop": 256, "bins": 32}}))
     assert not hasattr(listener, "encode_image")
     assert listener.preprocess is None
-    with pytest.raises(UserError, match="does not read pictures"):
+    with refuses():
         _ = listener.logit_scale
 
 
@@ -224,7 +225,7 @@ def test_a_model_file_cannot_ask_for_more_layers_than_it_has(tiny_model_folder, 
     config = json.loads((folder / "config.json").read_text())
     config["model"]["layers"] = 10**9
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"config\.json asks for 1000000000 layers, but the weights are only"):
+    with refuses():
         openimp.load(folder)
 
 
@@ -235,7 +236,7 @@ def test_save_and_load_give_the_same_model(model, tmp_path, media_folder):
     for modality in model.modalities:
         inputs = inputs_of(modality, media_folder)
         assert torch.equal(again.encode(modality, inputs), model.encode(modality, inputs))
-    with pytest.raises(UserError, match="expected a new or empty folder"):
+    with refuses():
         model.save(tmp_path / "exported")
 
 
@@ -274,11 +275,11 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(tmp_path, monkeypatch):
 
 def test_a_precision_that_no_model_computes_in_is_refused(tiny_model_folder):
     """Instead of fp32 without a word."""
-    with pytest.raises(UserError, match="precision: expected 'auto', 'bf16', 'fp32', found 'fp16'"):
+    with refuses():
         openimp.load(tiny_model_folder, device="cpu", precision="fp16")
     model = openimp.load(tiny_model_folder, device="cpu")
     model.precision = "half"
-    with pytest.raises(UserError, match="found 'half'"):
+    with refuses():
         model.encode_text("a")
 
 
@@ -302,9 +303,9 @@ def test_a_model_of_the_hub_is_named_with_its_revision(tiny_model_folder, tiny_r
         assert openimp.load(name, device="cpu").recipe.name == "tiny"
     recipe = tiny_recipe(train={"init": "hub:them/model@v1"})
     assert open_warm_start(recipe, recipe.make_modalities()).weights.folder == repository / "snapshots" / commit
-    with pytest.raises(UserError, match="hub:them/model@v2: the Hugging Face Hub did not"):
+    with refuses():
         openimp.load("hub:them/model@v2")
-    with pytest.raises(UserError, match=r"train\.init: .*/them/model@v1: no such folder"):
+    with refuses():
         open_warm_start(tiny_recipe(train={"init": "them/model@v1"}), {})
 
 

@@ -15,6 +15,7 @@ import public
 import pyarrow.parquet as pq
 import pytest
 import torch
+from messages import refuses
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -214,7 +215,7 @@ def test_a_folder_is_indexed_and_searched(clip, little_data, tmp_path):
     lines = invoke("search", tmp_path / "index", "--image", query, "--json", "-k", 1).splitlines()
     assert json.loads(lines[-1])["path"] == str(query)
     assert len(invoke("search", tmp_path / "index", "a red square", "--json").splitlines()) == 10
-    with pytest.raises(UserError, match="comes without media; name files or folders"):
+    with refuses():
         invoke("index", clip, "--out", tmp_path / "other")
 
 
@@ -299,7 +300,7 @@ def test_names_of_code_in_a_configuration_of_transformers_are_ignored(tmp_path):
 
 def test_a_wrapped_model_cannot_be_exported(clip, tmp_path):
     pytest.importorskip("onnxscript")
-    with pytest.raises(UserError, match="image cannot be exported: a wrapped model has no ONNX graphs"):
+    with refuses():
         export(clip, tmp_path / "onnx")
 
 

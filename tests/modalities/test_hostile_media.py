@@ -19,6 +19,7 @@ import soundfile
 from fuzz import FORMATS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import refuses
 from recordings import picture_file as encoded
 from recordings import sound_file
 
@@ -96,9 +97,9 @@ def test_no_container_may_open_another_file(tmp_path, monkeypatch):
 
 
 def test_a_rare_codec_is_not_decoded():
-    with pytest.raises(BadMedia, match="codec that is not read: flashsv"):
+    with refuses(BadMedia):
         VIDEO.decode(film(form="flv", codec="flashsv"), [CLIP])
-    with pytest.raises(BadMedia, match="codec that is not read: tta"):
+    with refuses(BadMedia):
         AUDIO.decode(film(form="matroska", audio="tta"), [SOUND])
 
 
@@ -107,14 +108,14 @@ def test_pictures_that_unpack_to_gigabytes_are_refused_before_they_do():
     picture = encoded(flat, "GIF")
     assert len(picture) < 50_000
     for modality, view in ((IMAGE, PICTURE), (VIDEO, CLIP)):
-        with pytest.raises(BadMedia, match="6000 x 6000"):
+        with refuses(BadMedia):
             modality.decode(picture, [view])
-    with pytest.raises(BadMedia, match="6000 x 6000"):
+    with refuses(BadMedia):
         IMAGE.decode(encoded(flat.convert("L"), "JPEG", progressive=True), [PICTURE])
     # `decode` reads a baseline JPEG at a fraction of its size, but open_clip's modality reads it whole.
-    with pytest.raises(BadMedia, match="6000 x 6000"), upright(encoded(flat.convert("L"), "JPEG")):
+    with refuses(BadMedia), upright(encoded(flat.convert("L"), "JPEG")):
         pass
-    with pytest.raises(BadMedia, match="4200 x 4200"):
+    with refuses(BadMedia):
         IMAGE.decode(encoded(PIL.Image.new("RGB", (4200, 4200)), "JPEG2000"), [PICTURE])
 
 
@@ -125,14 +126,14 @@ def test_an_icon_that_holds_a_large_picture_is_refused_before_it_is_decoded(monk
     assert IMAGE.decode(icon(png(16, 16)), [PICTURE]).shape == (16, 16, 4)
     huge = icon(png(7000, 5000))
     monkeypatch.setattr(PIL.PngImagePlugin.PngImageFile, "load_prepare", lambda _: pytest.fail("it is decoded"))
-    with pytest.raises(BadMedia, match="7000 x 5000"):
+    with refuses(BadMedia):
         IMAGE.decode(huge, [PICTURE])
 
 
 def test_text_and_profiles_that_unpack_to_gigabytes_are_refused():
     packed = zlib.compress(bytes(2**26))
     for bomb in (chunk(b"zTXt", b"k\0\0" + packed), chunk(b"iCCP", b"k\0\0" + packed)):
-        with pytest.raises(BadMedia, match="Decompressed data too large"):
+        with refuses(BadMedia):
             IMAGE.decode(png(16, 16, bomb), [PICTURE])
 
 
@@ -140,7 +141,7 @@ def test_a_jpeg_of_many_scans_is_refused():
     picture = encoded(PIL.Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)), "JPEG", progressive=True)
     assert IMAGE.decode(picture, [PICTURE]).shape == (64, 64, 3)
     scan = picture[picture.rindex(b"\xff\xda") : -2]
-    with pytest.raises(BadMedia, match="scans"):
+    with refuses(BadMedia):
         IMAGE.decode(picture[:-2] + 100 * scan + picture[-2:], [PICTURE])
 
 
@@ -150,7 +151,7 @@ def test_a_gif_may_not_grow_behind_its_header():
     frame = small[small.index(b",") : -1]
     grown = frame[:5] + struct.pack("<HH", 13_000, 13_000) + frame[9:]
     assert VIDEO.decode(small[:-1] + frame + b";", [CLIP]).shape == (2, 16, 16, 3)
-    with pytest.raises(BadMedia, match="13000 x 13000"):
+    with refuses(BadMedia):
         VIDEO.decode(small[:-1] + grown + b";", [CLIP])
 
 
@@ -164,7 +165,7 @@ def test_an_animation_of_too_many_pixels_in_all_is_refused(form, monkeypatch):
         for some in (frames[:30], frames)
     )
     assert VIDEO.decode(short, [CLIP]).shape == (30, 37, 37, 3)
-    with pytest.raises(BadMedia, match="in all"):
+    with refuses(BadMedia):
         VIDEO.decode(long, [CLIP])
 
 
@@ -173,7 +174,7 @@ def test_frames_before_those_that_are_read_count_too(monkeypatch):
     monkeypatch.setattr(media, "CHECK_EVERY", 2**16)
     monkeypatch.setattr(media, "MAX_WORK", 200 * 32 * 48)
     late = film(400)
-    with pytest.raises(BadMedia, match="in all"):
+    with refuses(BadMedia):
         VIDEO.decode(late, [CLIP])
 
 
@@ -190,7 +191,7 @@ def test_what_takes_too_long_is_given_up(modality, view, raw, monkeypatch):
     modality.decode(raw, [view])
     monkeypatch.setattr(media, "CHECK_EVERY", 2**16)
     monkeypatch.setattr(media, "MAX_CPU", -1)
-    with pytest.raises(BadMedia, match="CPU time"):
+    with refuses(BadMedia):
         modality.decode(raw, [view])
 
 
@@ -201,12 +202,12 @@ def test_frames_that_take_too_much_memory_together_are_refused(monkeypatch):
     view = Video.View(size=32, frames=4, clips=2)
     assert len(VIDEO.decode(raw, [view])) == 2 * view.span  # what evaluation sees, not the whole clip
     monkeypatch.setattr(video, "MAX_CLIP_BYTES", 10 * 32 * 640 * 3)
-    with pytest.raises(BadMedia, match="bytes"):
+    with refuses(BadMedia):
         VIDEO.decode(raw, [view])
 
 
 def test_a_film_larger_than_any_is_refused():
-    with pytest.raises(BadMedia, match="frames of 16000 x 1200 pixels"):
+    with refuses(BadMedia):
         VIDEO.decode(film(1, codec="mjpeg", height=1200, width=16_000), [CLIP])
 
 
@@ -214,7 +215,7 @@ def test_a_film_that_grows_is_refused_by_the_decoder():
     """Its header is right about the first frame only; the decoder itself refuses the next before it takes memory."""
     small, large = (encoded(PIL.Image.new("L", (size, size)), "JPEG") for size in (32, 5000))
     assert len(VIDEO.decode(small + small, [CLIP])) == 2
-    with pytest.raises(BadMedia, match="Error"):
+    with refuses(BadMedia):
         VIDEO.decode(small + large, [CLIP])
 
 
@@ -233,7 +234,7 @@ def test_a_sound_of_more_samples_than_fit_is_read_where_it_is_heard(monkeypatch)
     view = Audio.View(seconds=0.128, clips=1)
     assert abs(len(AUDIO.decode(raw, [view])) - AUDIO.samples(view)) <= 2
     monkeypatch.setattr(sound, "MAX_SAMPLES", 50_000)
-    with pytest.raises(BadMedia, match="too many to read"):
+    with refuses(BadMedia):
         AUDIO.decode(raw, [view])
 
 
@@ -248,7 +249,7 @@ def test_an_info_list_that_claims_a_gigabyte_is_refused_before_ffmpeg_sets_it_as
     at = raw.index(b"INFO")
     raw[at - 4 : at] = (2**30).to_bytes(4, "little")
     raw[at + 8 : at + 12] = (2**30 - 64).to_bytes(4, "little")
-    with pytest.raises(BadMedia, match="INFO list of 1,073,741,824 bytes"):
+    with refuses(BadMedia):
         VIDEO.decode(bytes(raw), [CLIP])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import refuses
 from recordings import picture_file as file
 
 from openimp.common.modality import BadMedia
@@ -102,7 +103,7 @@ def test_decoded_pictures_cover_the_view_and_no_more(height, width, size):
 def test_huge_jpegs_are_shrunk_while_they_are_decoded_and_other_giants_refused():
     jpeg = file(PIL.Image.new("L", (9000, 8000)), "JPEG")
     assert IMAGE.decode(jpeg, [Image.View(size=64)]).shape == (74, 83, 3)
-    with pytest.raises(BadMedia, match="9000 x 8000"):
+    with refuses(BadMedia):
         IMAGE.decode(file(PIL.Image.new("1", (9000, 8000)), "PNG"), [Image.View(size=64)])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from messages import refuses
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from openimp.common.errors import UserError
@@ -105,7 +106,7 @@ def test_words_of_few_examples_are_left_out():
     small = Text(Text.Config(min_df=1, vocab_size=2 + 256))
     small.fit([[f"w{i} w{i + 1}"] for i in range(1000)])
     assert small.stem_spec().values == 2 + 256
-    with pytest.raises(UserError, match=r"min_df.* 6 of"):
+    with refuses():
         Text(Text.Config(min_df=6)).fit(corpus)
     with pytest.raises(ValueError, match="min_df"):
         Text.Config(min_df=2, tokenizer="words.json")
@@ -147,7 +148,7 @@ def test_training_and_evaluation_read_alike(text):
 
 @pytest.mark.parametrize("raw", [None, 3, b"bytes", [], [3], {"text": "x"}])
 def test_what_is_no_text_is_bad_media(text, raw):
-    with pytest.raises(BadMedia, match="expected a text"):
+    with refuses(BadMedia):
         text.decode(raw, [Text.View()])
 
 
@@ -202,7 +203,7 @@ def test_a_bad_tokenizer_file_is_named(tmp_path):
     for name in (str(path), str(tmp_path / "none.json")):
         with pytest.raises(UserError, match=re.escape(name)):
             Text(Text.Config(tokenizer=name)).fit([])
-    with pytest.raises(UserError, match=r"tokenizer\.json"):
+    with refuses():
         opened("{}")
 
 
@@ -290,7 +291,7 @@ def _split(regex: str) -> dict[str, Any]:
     ],
 )
 def test_a_tokenizer_that_could_fill_the_memory_or_never_end_is_refused(tmp_path, file, told):
-    with pytest.raises(UserError, match=f"^tokenizer.json: not a tokenizer that openimp opens: .*{re.escape(told)}"):
+    with refuses():
         opened(file)
     (tmp_path / "t.json").write_text(file)
     with pytest.raises(UserError, match=re.escape(told)):

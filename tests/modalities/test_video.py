@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import refuses
 from recordings import counting, film, picture_file, sound_file
 
 from openimp.common.modality import BadMedia
@@ -164,7 +165,7 @@ def test_an_avi_cut_short_is_bad_media(tmp_path):
     path.write_bytes(film(rng().integers(0, 256, (9, 32, 48, 3), dtype=np.uint8), "avi"))
     assert len(VIDEO.decode(str(path), [Video.View()])) == 9
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(BadMedia, match="truncated"):
+    with refuses(BadMedia):
         VIDEO.decode(str(path), [Video.View()])
 
 
@@ -178,12 +179,12 @@ def test_a_film_cut_short_behind_its_index_is_bad_media(tmp_path):
         container.mux(stream.encode())
     raw = path.read_bytes()
     assert len(VIDEO.decode(raw, [Video.View()])) == 30
-    with pytest.raises(BadMedia, match="truncated"):
+    with refuses(BadMedia):
         VIDEO.decode(raw[: len(raw) * 2 // 3], [Video.View()])
 
 
 def test_a_sound_is_no_film():
-    with pytest.raises(BadMedia, match="no video stream"):
+    with refuses(BadMedia):
         VIDEO.decode(sound_file(np.zeros(1000)), [Video.View()])
 
 

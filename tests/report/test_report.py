@@ -14,11 +14,11 @@ from xml.etree.ElementTree import Element
 
 import PIL.Image
 import pytest
+from messages import refuses
 
 from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import checkpoints, load_model, verify
 from openimp.commands import run_info
-from openimp.common.errors import UserError
 from openimp.common.json_lines import append, read_lines
 from openimp.data.sources import open_source
 from openimp.evaluation.classification import classify
@@ -336,7 +336,7 @@ def test_a_line_that_is_not_of_metrics_is_refused_in_one_sentence(little_run, tm
     lines[1] = {key: value for key, value in (lines[1] | change).items() if value is not ...}
     write_lines(tmp_path / "metrics.jsonl", lines)
     for command in (lambda: write_report(tmp_path), lambda: read_metrics(tmp_path / "metrics.jsonl")):
-        with pytest.raises(UserError, match=rf"/metrics\.jsonl: line 2 is not a line of training metrics: {why}.*$"):
+        with refuses():
             command()
 
 
@@ -362,26 +362,26 @@ def test_a_line_that_is_no_result_is_refused_in_one_sentence(little_run, tmp_pat
     lines = read_lines(little_run / "results.jsonl")
     lines.append({key: value for key, value in (lines[-1] | change).items() if value is not ...})
     write_lines(tmp_path / "results.jsonl", lines)
-    with pytest.raises(UserError, match=rf"results\.jsonl: line {len(lines)} is not an? (result|object)"):
+    with refuses():
         read_results(tmp_path / "results.jsonl")
 
 
 def test_a_page_is_written_whole_or_not_at_all(little_run, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: nothing to report on: no checkpoint, and no line in metrics\.jsonl"):
+    with refuses():
         write_report(tmp_path / "empty")
     assert list((tmp_path / "empty").iterdir()) == []
     for out in (tmp_path, tmp_path / "missing" / "page.html"):
-        with pytest.raises(UserError, match="--out must be a file in an existing folder"):
+        with refuses():
             write_report(little_run, out)
     run = Path(shutil.copytree(little_run, tmp_path / "run"))
     before = sorted(run.iterdir())
     weights = find_model(run) / "ema" / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="damaged"):
+    with refuses():
         write_report(run)
     with (run / "metrics.jsonl").open("a") as file:
         file.write("{no json\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: line \d+ is not JSON"):
+    with refuses():
         write_report(run)
     assert sorted(run.iterdir()) == before

@@ -19,6 +19,7 @@ import pytest
 import soundfile
 from conftest import TEXTS
 from filelock import FileLock
+from messages import refuses
 from processes import Process
 
 import openimp
@@ -200,7 +201,7 @@ def test_ctrl_c_says_how_to_go_on_and_an_index_without_items_is_not_searched(bui
         build(folder, progress=interrupted)
     told = f"stopped: {tmp_path / 'x.index'} holds 0 items so far; the same command does the rest\n"
     assert capsys.readouterr().out == told
-    with pytest.raises(UserError, match=r"x\.index: holds no items yet; run openimp index again"):
+    with refuses():
         open_index(tmp_path / "x.index")
 
 
@@ -269,18 +270,18 @@ def test_an_index_in_use_of_other_weights_or_of_another_format_is_refused(folder
     index = tmp_path / "x.index"
     build = partial(build_index, model, [folder / "0.png"], index)
     build()
-    with FileLock(index / ".lock"), pytest.raises(UserError, match=r"x\.index: is being written by another process"):
+    with FileLock(index / ".lock"), refuses():
         build()
     shutil.rmtree(model)
     model.mkdir()
     next(iter(imp.projections.values())).up.weight.data.mul_(2)
     save_model(model, imp, recipe.to_config({}), modalities, recipe.to_yaml())
     for use in (partial(open_index, index), build):
-        with pytest.raises(UserError, match=r"was built with other weights or views than .*model has"):
+        with refuses():
             use()
     write_text(index / METADATA, read_metadata(index).model_copy(update={"format": 1}).model_dump_json())
     for use in (partial(open_index, index), build):
-        with pytest.raises(UserError, match="format 1, and this version of openimp reads format 3; make a new index"):
+        with refuses():
             use()
 
 
@@ -396,7 +397,7 @@ def test_a_run_whose_sources_are_streams_has_no_media_to_index(tiny_recipe, tiny
     model, modalities = tiny_model(recipe)
     (tmp_path / "model").mkdir()
     save_model(tmp_path / "model", model, recipe.to_config({}), modalities, recipe.to_yaml())
-    with pytest.raises(UserError, match="no media that can be indexed, and streams are skipped; name files or folders"):
+    with refuses():
         build_index(tmp_path / "model", None, tmp_path / "x.index", allow_sources=True)
 
 
@@ -412,13 +413,13 @@ def test_rows_of_a_source_are_read_again_by_their_number(tiny_recipe, tiny_model
     save_model(tmp_path / "model", model, recipe.to_config({}), modalities, recipe.to_yaml())
     build = partial(build_index, tmp_path / "model", None, tmp_path / "x.index")
     reopen = partial(open_index, tmp_path / "x.index", allow_sources=True)
-    with pytest.raises(UserError, match="task named of its recipe reads source all"):
+    with refuses():
         build()
     done = build(allow_sources=True)
     assert (done.new, done.items, embedded) == (3, 3, {"image": 3}), "equal rows are one item"
     index = reopen()
     hits = index.search("one", k=5)
-    with pytest.raises(UserError, match="the index of its recipe reads source all"):
+    with refuses():
         open_index(tmp_path / "x.index").read(hits[0].id)
     assert {hit.path: hit.text for hit in hits} == {f"all/{i}/image": data["text"][i] for i in range(3)}
     for hit in hits:
@@ -431,7 +432,7 @@ def test_rows_of_a_source_are_read_again_by_their_number(tiny_recipe, tiny_model
     PIL.Image.new("RGB", (30, 30), (9, 99, 199)).save(fresh, "PNG")
     shifted = [fresh.getvalue(), *pictures[:3]]
     pq.write_table(pa.table({"image": shifted, "text": list("abcd")}), tmp_path / "all.parquet")
-    with pytest.raises(UserError, match="source all has changed since it was indexed"):
+    with refuses():
         reopen().read(hits[0].id)
     embedded.clear()
     done = build(allow_sources=True)

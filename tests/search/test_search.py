@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 from counted import counting
+from messages import refuses
 
 from openimp import cli
 from openimp.checkpoint.folder import save_model
@@ -125,7 +126,7 @@ def test_filters_leave_the_best_of_what_they_keep(index, media, monkeypatch):
     good = index.search("noise", k=100, min_score=least)
     assert {hit.id for hit in good} == {hit.id for hit in hits if hit.score >= least}
     assert index.search("noise", k=5, min_score=least) == good[:5], "what is not good enough takes nobody's turn"
-    with pytest.raises(UserError, match="has no items of modality 'vdieo'; did you mean 'video'"):
+    with refuses():
         index.search("noise", modalities=["vdieo"])
 
 
@@ -164,10 +165,10 @@ def test_only_indexed_media_that_are_unchanged_are_read(tiny_model_folder, media
     assert index.read(hit.id) == file
     assert index.hit(hit.id).path == str(file)
     os.utime(file)
-    with pytest.raises(UserError, match=r"1\.png: is gone or has changed since it was indexed"):
+    with refuses():
         index.read(hit.id)
     for wrong in ("0", "' OR 1=1 --", "../" + hit.id):
-        with pytest.raises(UserError, match="has no item"):
+        with refuses():
             index.read(wrong)
 
 
@@ -197,7 +198,7 @@ def test_disjoint_spaces_are_searched_one_by_one(disjoint_index, media):
             query = index.model.encode_text("noise", normalize=True, towards=hit.modality)[0].numpy()
             assert hit.score == pytest.approx(float(query @ vectors[hit.id]), abs=2e-3)
     assert {hit.modality for hit in index.search(picture, k=100)} == {"image", "video", "text"}, "these share a stem"
-    with pytest.raises(UserError, match=r"image and the items \(audio\) share no space, so they cannot be compared"):
+    with refuses():
         index.search(picture, modalities=["audio"])
 
 
@@ -213,7 +214,7 @@ def test_a_query_without_a_known_word_is_refused(tiny_recipe, tiny_model, media,
     index = open_index(done.folder)
     assert [hit.text for hit in index.search("noise")] == ["green noise"]
     for text in ("xyzzy", " "):
-        with pytest.raises(UserError, match="has no word that the model knows"):
+        with refuses():
             index.search(text)
 
 
@@ -229,8 +230,8 @@ def test_a_query_that_cannot_be_encoded_is_refused(index, media):
 
 
 def test_a_folder_that_is_no_index_is_refused(tmp_path):
-    for folder, what in ((tmp_path, "is not an index"), (tmp_path / "missing", "no such index")):
-        with pytest.raises(UserError, match=f": {what}; openimp index makes one"):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with refuses():
             open_index(folder)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from messages import refuses
 from PIL import Image
 from processes import Process
 
@@ -81,6 +82,7 @@ def outcome(folder: Path, arm: str, seed: int) -> Outcome:
     return found
 
 
+@pytest.mark.slow
 def test_every_arm_spends_the_flops_of_the_study(done):
     _, runs, _ = done
     for arm, share in {"together": 1, "half": 0.5, "alone": 1}.items():
@@ -195,7 +197,7 @@ def test_results_of_published_benchmarks_are_no_scores_of_a_study(little_run, tm
 @pytest.mark.parametrize("out", ["file", "file/folder"])
 def test_an_impossible_results_folder_is_reported_before_training(done, tmp_path, out):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=f"{out}: --out must be a folder, but it cannot be created: "):
+    with refuses():
         run_study(str(done[0]), tmp_path / "runs", tmp_path / out)
     assert not (tmp_path / "runs").exists()
 
@@ -209,13 +211,13 @@ def test_two_models_of_an_arm_cannot_share_an_evaluation_set(little_data, tmp_pa
     data["tasks"]["heard_too"] = data["tasks"]["heard"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
     study = write_study(tmp_path, arms={"a": {}, "b": [{"tasks": ["heard"]}, {"tasks": ["heard_too"]}]})
-    with pytest.raises(UserError, match="arm 'b': only one of its models may be evaluated on tones"):
+    with refuses():
         run_study(str(study), tmp_path / "runs", tmp_path / "out")
 
 
 def test_a_study_refuses_several_processes(done, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="a study trains on one rank; start it without torchrun"):
+    with refuses():
         run_study(str(done[0]), tmp_path / "runs", tmp_path)
 
 

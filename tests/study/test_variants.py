@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from messages import refuses
 
-from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.objectives.losses import task_losses
 from openimp.recipe.schema import Recipe
@@ -72,7 +72,7 @@ def test_a_round_of_which_one_loss_is_not_finite_is_neither_applied_nor_saved(li
     first_task = recipe.tasks[batches[0].visit.task]
     for loaded in batches:
         training.make_step(loaded)
-    with pytest.raises(UserError, match=rf"step 0, task {batches[0].visit.task}: the loss \(inf\)"):
+    with refuses():
         training.confirm()
     changed = [name for name, p in training.model.named_parameters() if not torch.equal(p, before[name])]
     assert not changed

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from messages import refuses
 
 import openimp
-from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.common.modality import BadMedia
 from openimp.data.sources import open_source
@@ -103,7 +103,7 @@ def test_texts_find_pictures_in_an_index(student, little_data, tmp_path):
     for colour in ("red", "blue"):
         hits = index.search(f"a {colour} square", k=6, modalities=["image"])
         assert sum(Path(hit.path).parent.name == colour for hit in hits) >= 5
-    with pytest.raises(UserError, match="no contrastive objective has learned a scale for image and text"):
+    with refuses():
         _ = openimp.load(student).logit_scale
 
 
@@ -140,13 +140,13 @@ def test_a_row_without_a_vector_is_a_bad_example(data, tmp_path):
         with pytest.raises(BadMedia, match=why):
             unit_vector(value, SIZE, "vector")
     for value in (5.0, [[1.0]] * SIZE, "[1.0]"):
-        with pytest.raises(BadMedia, match="expected a list of 24 numbers"):
+        with refuses(BadMedia):
             unit_vector(value, SIZE, "vector")
 
 
 def test_in_a_disjoint_space_the_recipe_names_what_to_compare_with(data):
     disjoint = "model.space=disjoint"
-    with pytest.raises(UserError, match=r"tasks.seen.objectives.0: in a disjoint space, distill needs `towards`"):
+    with refuses():
         Recipe.load(data / "recipe.yaml", [disjoint])
     one_task = """tasks={both: {source: pictures, inputs: {image: file, text: label}, objectives: [
         {type: distill, of: image, to: teacher}, {type: distill, of: text, to: teacher, towards: TOWARDS}]}}"""
@@ -154,8 +154,8 @@ def test_in_a_disjoint_space_the_recipe_names_what_to_compare_with(data):
     model = IMP.from_config(recipe.to_config({}), recipe.make_modalities())
     assert [*model.projections] == ["text-to-vision", "vision-to-text"]
     assert model.share_a_space("image", "text")
-    with pytest.raises(UserError, match=r"objectives.1.towards: no modality 'imag'; did you mean 'image'"):
+    with refuses():
         Recipe.load(data / "recipe.yaml", [disjoint, one_task.replace("TOWARDS", "imag")])
     twice = "tasks.seen.objectives=[{type: distill, of: image, to: teacher}, {type: distill, of: image, to: teacher}]"
-    with pytest.raises(UserError, match=r"objectives.1: objectives.0 already distills image to teacher; drop one"):
+    with refuses():
         Recipe.load(data / "recipe.yaml", [twice])

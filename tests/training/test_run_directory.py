@@ -4,6 +4,7 @@ import shutil
 import signal
 
 import pytest
+from messages import refuses
 from processes import Process
 
 from openimp.common.errors import UserError
@@ -24,7 +25,7 @@ def test_a_second_training_in_the_same_directory_is_refused(little_data, tmp_pat
     first = Process("-c", hold, run)
     assert first.stdout.readline() == "locked\n"
     for resume in (False, True, "auto"):
-        with pytest.raises(UserError, match=f"{run}: another training is writing to it"):
+        with refuses():
             train(recipe, run, resume)
     first.send_signal(signal.SIGINT)
     first.wait()
@@ -36,7 +37,7 @@ def test_a_second_training_in_the_same_directory_is_refused(little_data, tmp_pat
 
 def test_a_refused_training_leaves_no_directory(little_data, tmp_path):
     recipe = Recipe.load(little_data / "recipe.yaml", ["sources.sounds.path=missing.jsonl"])
-    with pytest.raises(UserError, match=r"missing\.jsonl"):
+    with refuses():
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -12,6 +12,7 @@ from typing import Any
 import public
 import pytest
 import torch
+from messages import refuses
 from processes import run, torchrun
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,7 +23,6 @@ import openimp
 from openimp.checkpoint import dcp
 from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import checkpoints, load_model
-from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.common.safe_files import write_text
 from openimp.data.loader import load_batches
@@ -130,7 +130,7 @@ def test_further_training_starts_from_a_run(whole, data, name, tmp_path):
     trainer = Trainer(set_up(recipe_of(data, name, init=str(whole)), tmp_path / "run"))
     assert_contains(weights(whole, "ema"), trainer.model.state_dict())
     plain = recipe_of(data, name, "model.wrap=null", "tasks.paired.views=[{}]", init=str(whole))
-    with pytest.raises(UserError, match=r"train.init: .* its recipe wraps open_clip:.* and this one wraps no other"):
+    with refuses():
         set_up(plain, tmp_path / "other")
 
 
@@ -147,7 +147,7 @@ def test_a_model_of_another_name_cannot_be_the_initial_one(data, name, tmp_path)
     (tmp_path / "link").symlink_to(name.rpartition(":")[2])
     Trainer(set_up(recipe_of(data, f"open_clip:local-dir:{tmp_path / 'link'}"), tmp_path / "linked"))
     other = public.write("oblong", tmp_path / "oblong")
-    with pytest.raises(UserError, match=r"train.init: .* its recipe wraps .*oblong, and this one wraps .*/clip"):
+    with refuses():
         Trainer(set_up(recipe_of(data, name, init=other), tmp_path / "run"))
 
 
@@ -207,7 +207,7 @@ def test_each_tower_has_the_depths_of_its_own_blocks(kind, expected, tmp_path):
 
 def test_a_tower_without_a_list_of_blocks_has_no_depths(tmp_path):
     model = load_model(find_model(public.write("resnet", tmp_path / "resnet")))[0]
-    with pytest.raises(UserError, match=r"optimizer.layer_decay: a tower of the model has no list of blocks"):
+    with refuses():
         model.depths()
 
 
