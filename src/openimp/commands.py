@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from openimp.checkpoint.find import find_model, is_model_name
-from openimp.checkpoint.folder import checkpoints, describe_model, load_model, saved_step
+from openimp.checkpoint.folder import checkpoints, describe_model, load_model, load_run_recipe, saved_step
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
@@ -84,7 +84,7 @@ def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str |
     run = run or Path("runs") / recipe_name(data)
     if resume is not None and (run / "recipe.yaml").exists():
         refuse_links(run)
-        return Recipe.load(run / "recipe.yaml", overrides, Path.cwd())
+        return load_run_recipe(run, overrides, Path.cwd())
     distributed.start()
     drafted = distributed.run_on_rank_zero(lambda: draft_recipe([data]))
     if distributed.rank() == 0:
@@ -263,7 +263,9 @@ def run_embed(
 
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
     """Serves the search page of an index, or of the media of a run's recipe."""
-    if not what.exists() and not is_model_name(what):
+    if is_model_name(what):
+        raise UserError(f"{what}: comes without media; index some first: openimp index {what} FOLDER --out my.index")
+    if not what.exists():
         raise UserError(f"{what}: no such index or run; openimp index makes an index")
     try:
         from openimp.search.server import serve
@@ -293,19 +295,25 @@ def run_info(what: str, overrides: list[str]) -> None:
         config, modalities, saved_recipe = describe_model(folder)
         console.print(f"{what if is_name else folder}: a model of recipe {config.name}", soft_wrap=True)
         print_model(config, modalities)
-        recipe = saved_recipe.validated()
         classes = config.classes
+        recipe: Recipe | None = None
+        try:
+            recipe = saved_recipe.validated()
+        except UserError as error:
+            notice(f"what a step costs is not known: {error}")
     else:
         if is_folder:
             refuse_links(path)
-            what = str(path / "recipe.yaml")
-        recipe = Recipe.load(what, overrides, Path.cwd())
+            recipe = load_run_recipe(path)
+        else:
+            recipe = Recipe.load(what, overrides, Path.cwd())
         modalities = _modalities(recipe)
         classes = _classes(recipe)
         if is_folder:
             console.print(f"{path}: a run of recipe {recipe.name}, which has saved no checkpoint yet", soft_wrap=True)
         print_model(recipe.to_config(classes), modalities)
-    print_costs(recipe, modalities, classes)
+    if recipe is not None:
+        print_costs(recipe, modalities, classes)
     if is_folder:
         _print_run(path)
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from openimp.common.cache import UNUSED_DAYS, cached
 
@@ -56,3 +57,15 @@ def test_entries_that_nothing_has_read_for_long_are_removed(cache):
     number("new", written)
     assert sorted(path.name for path in cache.iterdir() if path.is_dir()) == ["new", "read"]
     assert written == ["old", "read", "new"]
+
+
+def test_an_entry_that_another_process_uses_is_not_removed(cache):
+    written: list[str] = []
+    number("old", written)
+    long_ago = time.time() - (UNUSED_DAYS + 1) * DAY
+    os.utime(cache / "old", (long_ago, long_ago))
+    with FileLock(cache / "old.lock"):
+        number("new", written)
+        assert (cache / "old").exists()
+    number("newer", written)
+    assert not (cache / "old").exists()

@@ -44,3 +44,17 @@ def test_a_repository_may_have_a_revision():
 
 def test_a_source_may_name_a_data_set_of_the_hub_as_its_path():
     assert Source(path="hub:me/cats@v1", split="test") == Source(hub="me/cats", revision="v1", split="test")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"path": "hub:"}, "expected hub:OWNER/NAME"),
+        ({"path": "hub:../folder"}, "expected hub:OWNER/NAME"),
+        ({"path": "hub:me/cats", "hub": "me/dogs"}, "give exactly one of path and hub"),
+        ({"path": "hub:me/cats@v1", "revision": "v2"}, "revision is 'v2', and path names 'v1'"),
+    ],
+)
+def test_a_path_on_the_hub_contradicts_no_other_key(source, message):
+    with pytest.raises(ValueError, match=message):
+        Source(**source)

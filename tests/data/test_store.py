@@ -3,6 +3,7 @@
 import io
 import logging
 import multiprocessing
+import os
 import pickle
 import shutil
 import threading
@@ -232,8 +233,9 @@ def test_damage_is_mended(folder, stored, caplog):
 
 def test_what_a_killed_process_left_is_no_store(folder, stored):
     _, file = stored
-    draft = file.parent.with_name(f".{file.parent.name}.tmp")
+    draft = file.parent.with_name(f".{file.parent.name}.0123456789abcdef.tmp")
     file.parent.rename(draft)
+    os.utime(draft, (0, 0))
     check(build(opened(folder / "m.csv")))
     assert not draft.exists()
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 import openimp
 from openimp.common.errors import UserError
-from openimp.recipe.file import find_file, read_recipe
+from openimp.recipe.file import find_file, parse_mapping, read_recipe, to_yaml
 from openimp.recipe.inputs import View
 from openimp.recipe.model import absolute_name
 from openimp.recipe.schema import Recipe
@@ -377,3 +377,17 @@ def test_inputs_have_a_short_form(file):
     assert inputs["audio"].columns == ["sound"]
     assert inputs["text"].columns == ["caption", "{caption}!"]
     assert inputs["text"].draw == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "4190e10", "12E3", "1_0e2", "null", "yes", "0x1f", "1.5", "~", "a: b", "", "é"]
+)
+def test_texts_survive_being_saved_as_yaml(text):
+    data = {"value": text, text: [text, 1.5, 10, True, None]}
+    assert parse_mapping(to_yaml(data), Path("recipe.yaml"), "recipe") == data
+
+
+def test_a_recipe_may_have_as_many_values_as_its_text_has_characters():
+    """A saved recipe has the classes of the files that the user's recipe names, but aliases stay limited."""
+    data = {"classes": {f"class {i}": f"name {i}" for i in range(70_000)}}
+    assert parse_mapping(to_yaml(data), Path("recipe.yaml"), "recipe") == data

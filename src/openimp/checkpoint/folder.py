@@ -16,17 +16,16 @@
 import json
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.lift import lift_6, lift_recipe_6
+from openimp.checkpoint.lift import lift_6, lift_recipe
 from openimp.common.errors import UserError, counted
 from openimp.common.modality import Modalities, Modality
 from openimp.common.protocols import learned_files, load_learned
@@ -35,7 +34,7 @@ from openimp.common.schema import checked
 from openimp.model.build import architecture_of, build_model
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
-from openimp.recipe.file import parse_mapping
+from openimp.recipe.file import parse_mapping, read_recipe, to_yaml
 from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
@@ -51,16 +50,27 @@ MODELS = ("IMP", "OpenCLIP")
 
 
 class SavedRecipe(NamedTuple):
-    """The recipe in a model's folder. Using the model needs no recipe, so only `validated` parses the text."""
+    """The recipe in a model's folder. Using the model needs no recipe, so only `validated` parses it."""
 
-    text: str | None  # YAML; None if there is no recipe
+    content: str | dict[str, Any] | None  # YAML, or what YAML means; None if there is no recipe
     file: Path  # paths in the recipe are relative to its folder
 
     def validated(self) -> Recipe:
         """The recipe. UserError if there is none, or if it has a key that this version of openimp does not know."""
-        if self.text is None:
+        if self.content is None:
             raise UserError(f"{self.file}: missing; to use the model needs no recipe, but this does")
-        return Recipe.build(parse_mapping(self.text, self.file, "recipe"), self.file.parent, str(self.file))
+        data = parse_mapping(self.content, self.file, "recipe") if isinstance(self.content, str) else self.content
+        return Recipe.build(lift_recipe(data), self.file.parent, str(self.file))
+
+    def text(self) -> str | None:
+        """The recipe as YAML."""
+        return to_yaml(self.content) if isinstance(self.content, dict) else self.content
+
+
+def load_run_recipe(run: Path, overrides: Iterable[str] = (), folder: Path | None = None) -> Recipe:
+    """The recipe.yaml of a run, also of an older version; see `Recipe.load` for the other arguments."""
+    data, file = read_recipe(str(run / RECIPE), overrides, folder)
+    return Recipe.build(lift_recipe(data), run.resolve(), str(file))
 
 
 NO_RECIPE = SavedRecipe(None, Path(RECIPE))
@@ -138,9 +148,9 @@ def read_config(
     recipe = SavedRecipe(_read_text(recipe_file) if recipe_file.exists() else None, recipe_file)
     if data.get("format") == 6:
         try:
-            recipe_data = lift_recipe_6(data)
+            recipe_data = lift_recipe(data["recipe"])
             data = lift_6(data, recipe_data)
-            recipe = SavedRecipe(yaml.safe_dump(recipe_data, sort_keys=False, width=120), file)
+            recipe = SavedRecipe(recipe_data, file)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{file}: damaged: its recipe cannot be read: {error!r}") from None
         except UserError as error:

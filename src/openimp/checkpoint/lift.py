@@ -10,24 +10,23 @@ REMOVED = {"gates": "softmax", "slots": 1}
 """Keys of `model.moe` that were removed during format 6, with the only value that is still supported."""
 
 
-def lift_recipe_6(old: dict[str, Any]) -> dict[str, Any]:
-    """The recipe in config.json of format 6, without removed keys and with the present names of renamed keys."""
-    recipe = copy.deepcopy(old["recipe"])
-    moe = recipe["model"].get("moe") or {}
-    for key, supported in REMOVED.items():
-        value = moe.pop(key, supported)
-        if value != supported:
+def lift_recipe(old: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that an older version saved, without keys that went and with the present names of others."""
+    recipe = copy.deepcopy(old)
+    moe = (recipe.get("model") or {}).get("moe") or {}
+    for key, only in REMOVED.items():
+        if (value := moe.pop(key, only)) != only:
             raise UserError(f"model.moe.{key} is {value!r}, which this version of openimp no longer has")
-    recipe["train"].pop("upcycle", None)
-    for task in recipe["tasks"].values():
-        for objective in task["objectives"]:
+    (recipe.get("train") or {}).pop("upcycle", None)
+    for task in (recipe.get("tasks") or {}).values():
+        for objective in task.get("objectives", ()):
             if "same" in objective:
                 objective["positives_by"] = objective.pop("same")
     return recipe
 
 
 def lift_6(old: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """Format 7 from format 6, which had the whole recipe in config.json; `recipe` is what `lift_recipe_6` makes of it.
+    """Format 7 from format 6, which had the whole recipe in config.json; `recipe` is what `lift_recipe` makes of it.
 
     The recipe may have keys that this version does not know. Of the tasks, only inputs, first views and objectives are
     read.

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 from openimp.checkpoint import dcp
-from openimp.checkpoint.folder import load_model, text_files
+from openimp.checkpoint.folder import FORMAT, load_model, text_files
 from openimp.common.cache import cached, stable_hash
 from openimp.common.errors import UserError, nearest
 from openimp.common.names import OPEN_CLIP, Name
 from openimp.common.protocols import load_learned
 from openimp.common.safe_files import file_state, read_text, refuse_links
+from openimp.common.versions import library_version
 from openimp.modalities.open_clip import (
     CONFIG,
     TEXT_CONFIG,
@@ -65,11 +66,12 @@ def wrapped_folder(name: str) -> Path:
 
 def _key(name: str) -> str:
     """A hash of the name and, of a local model, of the names, sizes and times of its files."""
-    parts = [LAYOUT, name]
+    library = library_version("open_clip_torch")
+    parts = [LAYOUT, FORMAT, library, name]
     if Name.parse(name).folder is not None:
         folder = _local(name)
         files = sorted(file for file in folder.iterdir() if file.is_file())
-        parts = [LAYOUT, str(folder.resolve()), *((file.name, file_state(file)) for file in files)]
+        parts = [LAYOUT, FORMAT, library, str(folder.resolve()), *((file.name, file_state(file)) for file in files)]
     return stable_hash(parts)
 
 

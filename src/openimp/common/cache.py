@@ -14,13 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from openimp.common.errors import UserError
 from openimp.common.safe_files import private_folder, replacing_folder
 
 log = logging.getLogger(__name__)
 UNUSED_DAYS = 60
+DAMAGE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, UserError)
 T = TypeVar("T")
 
 
@@ -45,32 +46,32 @@ def cache_folder(kind: str) -> Path:
 def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path], None]) -> T:
     """What `read` returns for the folder of an entry. If there is none, `write` fills an empty folder first.
 
-    An OSError, ValueError, TypeError or UserError of `read` means that the entry is damaged or out of date.
+    An error of `read` in `DAMAGE` means that the entry is damaged or out of date.
     """
     entry = cache_folder(kind) / key
-    with FileLock(f"{entry}.lock"):
+    with _locked(entry):
         if entry.exists():
+            os.utime(entry)  # Before it is read, so that no other process removes it meanwhile.
             try:
-                content = read(entry)
-            except (OSError, ValueError, TypeError, UserError) as error:
+                return read(entry)
+            except DAMAGE as error:
                 log.info("%s is made again: %s", entry, error)
-            else:
-                with suppress(OSError):  # A cache on a disk that is read-only cannot be cleaned either.
-                    os.utime(entry)
-                return content
         _remove_unused(entry.parent)
         with replacing_folder(entry) as draft:
             write(draft)
         return read(entry)
 
 
+def _locked(entry: Path, timeout: float = -1) -> FileLock:
+    """The lock of an entry. Its file stays, because another process may be about to lock it."""
+    return FileLock(f"{entry}.lock", timeout=timeout)
+
+
 def _remove_unused(folder: Path) -> None:
     oldest = time.time() - UNUSED_DAYS * 24 * 3600
     for entry in folder.iterdir():
-        with suppress(OSError):  # Another process removes it too, or Windows has it open.
-            if entry.stat().st_mtime >= oldest:
-                continue
-            if entry.is_dir():
+        if entry.suffix == ".lock" or entry.stat().st_mtime >= oldest:
+            continue
+        with suppress(OSError, Timeout), _locked(entry, timeout=0):  # Timeout: another process uses the entry.
+            if entry.stat().st_mtime < oldest:
                 shutil.rmtree(entry)
-            else:
-                entry.unlink()

@@ -48,7 +48,7 @@ class HubName(NamedTuple):
     @classmethod
     def parse(cls, rest: str) -> "HubName | None":
         """None if `rest` does not have this form."""
-        match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", rest)
+        match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", rest)
         return cls(match[1], match[2]) if match else None
 
 

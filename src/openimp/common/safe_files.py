@@ -50,10 +50,13 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Makes an empty folder beside `folder`, which it replaces when the block ends. If the block fails it is removed.
 
-    The caller holds a lock. What a killed process has left is removed.
+    What a killed process has left is removed after a day.
     """
-    draft = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
+    for old in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > STALE:
+                shutil.rmtree(old)
+    draft = folder.with_name(f".{folder.name}.{token_hex(8)}.tmp")
     draft.mkdir()
     try:
         yield draft

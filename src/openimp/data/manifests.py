@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 
-from openimp.common.cache import cached, stable_hash
+from openimp.common.cache import DAMAGE, cached, stable_hash
 from openimp.common.errors import UserError, counted
 from openimp.common.safe_files import file_state
 
@@ -40,27 +40,37 @@ def read_manifests(name: str, path: str, files: list[str]) -> tuple[Any, list[in
     The cells of a CSV file are text, and an empty one is missing. Large tables are memory-mapped, so that opening them
     again takes no time, and processes share their memory.
     """
-    if sum(map(os.path.getsize, files)) >= CACHED_BYTES:
-        key = stable_hash([CACHE_VERSION, *((os.path.realpath(file), file_state(file)) for file in files)])
-        with suppress(OSError, UserError):  # The cache folder belongs to another user, or its disk is full.
-            return cached(
-                "manifests",
-                key,
-                lambda folder: _open_cached(folder / "rows.arrow"),
-                lambda folder: _write_cached(folder / "rows.arrow", *_read_all(name, path, files)),
-            )
-    return _read_all(name, path, files)
+    if sum(map(os.path.getsize, files)) < CACHED_BYTES:
+        return _read_all(name, path, files)
+    state = stable_hash([CACHE_VERSION, *map(file_state, files)])
+    rows: list[tuple[Any, list[int]]] = []
+
+    def write(folder: Path) -> None:
+        rows.append(_read_all(name, path, files))
+        _write_cached(folder / "rows.arrow", *rows[0], state)
+
+    try:
+        key = stable_hash(map(os.path.realpath, files))
+        return cached("manifests", key, lambda folder: _open_cached(folder / "rows.arrow", state), write)
+    except (*DAMAGE, pa.ArrowException):  # The folder belongs to another user, has no locks, or its disk is full.
+        if rows:
+            return rows[0]
+        return _read_all(name, path, files)
 
 
-def _open_cached(file: Path) -> tuple[Any, list[int]]:
+def _open_cached(file: Path, state: str) -> tuple[Any, list[int]]:
+    """The table in a file of the cache, if it was written in this state of the manifests; else ValueError."""
     from datasets.table import MemoryMappedTable  # It pickles as a path, so workers share the file.
 
     data = MemoryMappedTable.from_file(str(file))
-    return data, json.loads(data.schema.metadata[b"rows_by_file"])
+    metadata = data.schema.metadata
+    if metadata[b"state"] != state.encode():
+        raise ValueError("the manifests have changed")
+    return data, json.loads(metadata[b"rows_by_file"])
 
 
-def _write_cached(file: Path, data: pa.Table, rows_by_file: list[int]) -> None:
-    data = data.replace_schema_metadata({"rows_by_file": json.dumps(rows_by_file)})
+def _write_cached(file: Path, data: pa.Table, rows_by_file: list[int], state: str) -> None:
+    data = data.replace_schema_metadata({"rows_by_file": json.dumps(rows_by_file), "state": state})
     with pa.ipc.new_stream(file, data.schema) as writer:
         writer.write_table(data)
 

@@ -304,10 +304,10 @@ class StepBatches(Dataset[LoadedBatch]):
         loaded = {}
         for position, row, (name, values) in zip(positions, rows, named_rows):
             loaded[position] = Example(row, name, values, example_rng(key, position, sync))
+        for example in loaded.values():
+            self._read_targets(task, example)  # First, because media of an example with a bad target are not decoded.
         for name in task.inputs:
             self._decode(visit, name, loaded.values())
-        for example in loaded.values():
-            self._read_targets(task, example)
         return loaded
 
     def _readable(self, visit: Visit, position: int, loaded: dict[int, Example]) -> Example:

@@ -164,7 +164,7 @@ class Model(nn.Module):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: expected a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(folder, self.imp, self.config, self.modalities, self.saved_recipe.text)
+        save_model(folder, self.imp, self.config, self.modalities, self.saved_recipe.text())
 
     @cached_property
     def recipe(self) -> Recipe:

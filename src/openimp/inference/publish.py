@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import yaml
-
 from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CONFIG, RECIPE
 from openimp.common.errors import UserError, nearest
@@ -18,7 +16,7 @@ from openimp.data.files import DEMO
 from openimp.inference.model import Model, load
 from openimp.inference.model_card import is_bundled, model_card, training_sources
 from openimp.inference.public_recipe import shorten_paths
-from openimp.recipe.file import override
+from openimp.recipe.file import override, to_yaml
 from openimp.recipe.schema import Recipe
 
 LICENSE = "[a-z0-9][a-z0-9.-]*"
@@ -66,7 +64,7 @@ def write(model: Model, model_folder: Path, name: str, license: str | None, fold
     model.save(folder)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     (folder / CONFIG).write_text(json.dumps(shorten_paths(config), indent=1, ensure_ascii=False), encoding="utf-8")
-    text = yaml.safe_dump(shorten_paths(model.recipe.to_dict()), sort_keys=False, width=120, allow_unicode=True)
+    text = to_yaml(shorten_paths(model.recipe.to_dict()))
     (folder / RECIPE).write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
     if any(map(is_bundled, training_sources(model.recipe).values())):

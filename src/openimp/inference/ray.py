@@ -1,6 +1,5 @@
 """Embeds the rows of a Ray dataset. It needs `pip install 'openimp[ray]'`."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from openimp.common.modality import BadMedia
-from openimp.common.names import is_url
+from openimp.common.names import absolute_name, is_url
 from openimp.encoding.engine import COPIED_TOGETHER, to_cpu
 from openimp.inference.files import file_value
 from openimp.inference.model import load
@@ -62,7 +61,7 @@ def embed_dataset(
         f"num_{device.lower()}s": 1,
         **options,
     }
-    absolute_run = os.path.abspath(run) if os.path.exists(run) else str(run)  # Workers have other working folders.
+    absolute_run = absolute_name(str(run), ".")  # Workers have other working folders.
     arguments = (absolute_run, column, modality, towards, batch_size)
     return dataset.map_batches(_RowEncoder, fn_constructor_args=arguments, **options)
 

@@ -99,10 +99,14 @@ def differences(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
 class RecipeLoader(yaml.SafeLoader):
     """A YAML loader that reads 1e-3 as a number, rejects duplicate keys, and limits the expanded size of aliases.
 
-    Without that limit, a few lines of nested aliases expand to billions of values.
+    Without that limit, a few lines of nested aliases expand to billions of values. A text without aliases has fewer
+    values than characters.
     """
 
-    _nodes = 0
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._nodes = 0
+        self._max_nodes = max(MAX_NODES, len(stream))
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         is_alias = self.check_event(yaml.AliasEvent)
@@ -112,8 +116,9 @@ class RecipeLoader(yaml.SafeLoader):
         if is_alias and not hasattr(node, "size"):
             raise yaml.composer.ComposerError(None, None, "an alias stands for what it is in", mark)
         self._nodes += node.size if is_alias else 1
-        if self._nodes > MAX_NODES:
-            raise yaml.composer.ComposerError(None, None, f"more than {MAX_NODES:,} values, with its aliases", mark)
+        if self._nodes > self._max_nodes:
+            message = f"more than {self._max_nodes:,} values, with its aliases"
+            raise yaml.composer.ComposerError(None, None, message, mark)
         node.size = self._nodes - nodes_before
         return node
 
@@ -130,9 +135,20 @@ class RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class RecipeDumper(yaml.SafeDumper):
+    """Writes what `RecipeLoader` reads: a text such as "1e5" is quoted, because it would be read as a number."""
+
+
+for resolver in (RecipeLoader, RecipeDumper):
+    resolver.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+def to_yaml(data: Any) -> str:
+    """Plain data as the YAML text of a recipe."""
+    text: str = yaml.dump(data, Dumper=RecipeDumper, sort_keys=False, width=120, allow_unicode=True)
+    return text
 
 
 def override(data: dict[str, Any], text: str, folder: Path | None = None) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationInfo, model_validator
 
 from openimp.common.errors import UserError, nearest
@@ -15,7 +14,7 @@ from openimp.common.modality import Classes, Modality
 from openimp.common.objective import ClassColumn
 from openimp.common.schema import FolderName, Strict, Whole, checked
 from openimp.recipe.evaluation import ClassHead, Evaluation, EvaluationSet, Probe, Retrieval, ZeroShot
-from openimp.recipe.file import read_recipe
+from openimp.recipe.file import read_recipe, to_yaml
 from openimp.recipe.inputs import View
 from openimp.recipe.model import BATCH_ROUTINGS, Model
 from openimp.recipe.model_config import ComparedPair, ModelConfig, fill_stems, make_modalities
@@ -222,7 +221,7 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """The recipe as YAML, including all defaults."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+        return to_yaml(self.to_dict())
 
 
 def _require(key: str, kind: str, name: str, known: Collection[str]) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from openimp.common.names import HUB, Name
+from openimp.common.names import HUB, HubName, Name
 from openimp.common.objective import Objective
 from openimp.common.schema import Count, RecipePath, Strict, Whole
 from openimp.recipe.inputs import Inputs, View
@@ -89,14 +89,19 @@ class Source(Strict):
         """`path: hub:OWNER/NAME@REVISION` is the same as the keys `hub` and `revision`."""
         if not isinstance(data, dict) or not isinstance(data.get("path"), str):
             return data
-        scheme, hub_name = Name.parse(data["path"])
+        scheme, rest = Name.parse(data["path"])
         if scheme != HUB:
             return data
+        hub_name = HubName.parse(rest)
+        if hub_name is None:
+            raise ValueError(f"path: expected hub:OWNER/NAME or hub:OWNER/NAME@REVISION, found {data['path']!r}")
+        if data.get("hub") is not None:
+            raise ValueError("give exactly one of path and hub")
+        revision = data.get("revision")
+        if hub_name.revision and revision not in (None, hub_name.revision):
+            raise ValueError(f"revision is {revision!r}, and path names {hub_name.revision!r}; give one of the two")
         source = {key: value for key, value in data.items() if key != "path"}
-        source["hub"], _, revision = hub_name.partition("@")
-        if revision:
-            source["revision"] = revision
-        return source
+        return {**source, "hub": hub_name.repository, "revision": hub_name.revision or revision}
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":

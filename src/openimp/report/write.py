@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openimp.checkpoint.find import find_model, is_model_name
-from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, read_config, saved_step
+from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, load_run_recipe, read_config, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modalities
@@ -26,7 +26,6 @@ from openimp.evaluation.results import latest, read_results
 from openimp.evaluation.retrieval import RetrievalResult
 from openimp.planning.plan import count
 from openimp.recipe.evaluation import EvaluationSet
-from openimp.recipe.schema import Recipe
 from openimp.report import results, training
 from openimp.report.page import TEMPLATES
 from openimp.training.metrics_file import read_metrics
@@ -42,7 +41,7 @@ def write_report(
     in results.jsonl. `allow_sources` reads sources that `check_sources` would refuse.
 
     The default of `out` is `report.html` in `run`, CHECKPOINT.html beside a checkpoint, or a file in the current
-    directory for a model of open_clip.
+    directory for a model of the Hub or of open_clip.
     """
     if is_model_name(run):
         run = find_model(run)
@@ -62,7 +61,7 @@ def write_report(
     if has_model:
         facts, sections = _measure(run, recorded, progress, allow_sources)
     else:
-        facts = {"recipe": Recipe.load(run / "recipe.yaml"), "parameters": None, "step": metrics[-1].step}
+        facts = {"recipe": load_run_recipe(run), "parameters": None, "step": metrics[-1].step}
         notes = ["There is no checkpoint to measure."] if recorded else []
         sections = {"Results": results.section(latest(recorded), recorded, notes)}
     sections = {"Results": sections.pop("Results"), **training.sections(metrics), **sections}

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.find import find_model, is_model_name
+from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import CHECKPOINTS
 from openimp.common.errors import UserError, by_extension, counted
 from openimp.common.modality import Modalities
-from openimp.common.names import absolute_name
+from openimp.common.names import OPEN_CLIP, Name, absolute_name
 from openimp.common.progress import console, track
 from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
@@ -77,7 +77,7 @@ def build_index(
     """
     import_lancedb()  # Fails before the model is loaded and a folder is made.
     name = str(model)
-    if paths is None and is_model_name(name):
+    if paths is None and Name.parse(name).scheme == OPEN_CLIP:
         raise UserError(f"{name}: comes without media; name files or folders, and the index with --out")
     opened = load(name)
     given = None if paths is None else [Path(path) for path in paths]

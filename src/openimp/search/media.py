@@ -155,6 +155,6 @@ def _input_text(table: Table, modality: Modality, spec: Input, row: int) -> str 
 
 def _label(table: Table, user: Any, row: int) -> str | None:
     """The name of the class of a row, if a task or an evaluation set reads one."""
-    label = str(getattr(user, "label", ""))
+    label = getattr(user, "label", None)
     value = table.rows([row], [label])[0][label] if label in table.columns else None
     return value if isinstance(value, str) else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from openimp.checkpoint.folder import load_run_recipe
 from openimp.checkpoint.resume import FREE
 from openimp.common.errors import UserError
 from openimp.common.progress import console
@@ -117,6 +118,6 @@ def _check_same_recipe(run: Path, recipe: Recipe) -> None:
     """
     if not (run / "recipe.yaml").exists():
         return
-    for key, was, now in differences(Recipe.load(run / "recipe.yaml").to_dict(), recipe.to_dict()):
+    for key, was, now in differences(load_run_recipe(run).to_dict(), recipe.to_dict()):
         if key not in FREE:
             raise UserError(f"{run}: trained with {key} {was!r}, now {now!r}; remove the folder to train it again")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from openimp.checkpoint.folder import BEST, CHECKPOINTS, step_of, verify
+from openimp.checkpoint.folder import BEST, CHECKPOINTS, load_run_recipe, step_of, verify
 from openimp.checkpoint.resume import common_checkpoints, newest_intact, require_same_run
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
@@ -122,7 +122,7 @@ class RunDirectory:
     def _evaluated(self) -> bool:
         """Whether the final step was evaluated as the recipe says, and the best checkpoint is marked."""
         evaluation = self.recipe.evaluation
-        if Recipe.load(self.recipe_file).evaluation != evaluation:
+        if load_run_recipe(self.path).evaluation != evaluation:
             return False
         results = read_lines(self.path / "results.jsonl")
         evaluated_sets = {result.get("set") for result in results if result["step"] == self.recipe.train.steps}
