@@ -63,9 +63,10 @@ def write_table(run: Path, readme: Path) -> None:
     flops = sum(units["flops"] for units in spent[-1]["totals"].values())
     rows += [
         "",
-        f"{last:,} steps, {flops / 1e12:.1f} TFLOPs; training took {seconds:.0f} s, of which {wait:.1%} was spent "
-        f"waiting for data; seed {openimp.Recipe.load(run / 'recipe.yaml').seed}, {torch.get_num_threads()} threads, "
-        f"torch {version('torch')}, Python {platform.python_version()}, openimp {lines[-1]['openimp']}.",
+        f"{last:,} steps, {flops / 1e12:.1f} trillion FLOPs; training took {seconds:.0f} s, of which {wait:.1%} "
+        f"was spent waiting for data; seed {openimp.Recipe.load(run / 'recipe.yaml').seed}, "
+        f"{torch.get_num_threads()} threads, torch {version('torch')}, Python {platform.python_version()}, "
+        f"openimp {lines[-1]['openimp']}.",
     ]
     text = readme.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)

@@ -82,6 +82,7 @@ class Saver:
         try:
             run_on_rank_zero(lambda: _begin(draft, texts))
             manifest: dict[str, Any] = {}
+            # `run_on_all_ranks` returns the results of all ranks. If one rank fails, it raises on all of them.
             for entries_of_rank in distributed.run_on_all_ranks(write_shards, self.group):
                 manifest |= entries_of_rank
             run_on_rank_zero(lambda: _publish(draft, folder, manifest))
@@ -104,22 +105,27 @@ def _begin(draft: Path, texts: Mapping[str, str]) -> None:
 
 
 def _publish(draft: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
+    run = folder.parents[1]  # `folder` is RUN/checkpoints/step-...
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
     for path in (draft / MANIFEST, *filter(Path.is_dir, draft.iterdir()), draft):
         sync(path)
     if folder.exists():  # It is damaged; otherwise the run would have resumed from it.
         _remove(folder)
     # After a power failure, the run's logs must not be older than its checkpoint.
-    for log in folder.parents[1].glob("*.jsonl"):
+    for log in run.glob("*.jsonl"):
         sync(log)
     os.replace(draft, folder)
     sync(folder.parent)
-    sync(folder.parents[1])
+    sync(run)
 
 
 def _remove_older(folder: Path, keep: int) -> None:
-    """Removes all checkpoints but the last `keep` up to this one, and the best of them."""
-    saved = checkpoints(folder.parents[1])
+    """Keeps the last `keep` checkpoints up to this one, and the best one if it is not a later one.
+
+    Removes all others.
+    """
+    run = folder.parents[1]  # `folder` is RUN/checkpoints/step-...
+    saved = checkpoints(run)
     best = (folder.parent / BEST).resolve().name
     # Later checkpoints are damaged; otherwise the run would have resumed from them. They must not stay the newest.
     up_to_this = [path for path in saved if path <= folder]

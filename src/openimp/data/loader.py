@@ -1,8 +1,8 @@
 """Loads batches in worker processes. The number of workers does not change the batches.
 
-Each worker makes its part of every batch, so that prefetching holds parts of batches, and a worker reads some lanes of
-a stream only. torch's DataLoader gives item i to worker i % workers and returns the items in order: item i is part
-i % workers of step i // workers.
+Each worker makes its part of every batch. So a prefetched item is a part of a batch, not a whole one, and each worker
+reads only some lanes (sequences of shards) of a stream. torch's DataLoader gives item i to worker i % workers and
+returns the items in order: item i is part i % workers of step i // workers.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
     """
     outer_handler = signal.getsignal(signal.SIGCHLD)
     parts: Iterator[LoadedBatch | UserError] | None = None
-    # Exactly one `next` per part. A further `next`, which would find the end, could report a dead worker in vain.
+    # Exactly one `next` per part: one more, to reach the end, could report a worker that died after its last part.
     for _ in range(len(loader)):
         try:
             parts = parts or iter(loader)
@@ -76,7 +76,8 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
             signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
             _error_if_any_worker_fails()
             part = next(parts)
-            # Not only in `finally`: if a worker dies just before, the handler raises in this call, where it is caught.
+            # Restored here and in `finally`: if a worker dies just before this call, the handler raises inside `try`,
+            # which catches it.
             signal.signal(signal.SIGCHLD, outer_handler)
         # torch raises RuntimeError. Unpickling a part from the dead worker raises the other errors.
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:

@@ -49,7 +49,7 @@ class LoadedBatch:
         bad: (row name, reason) of each example that could not be read. Another example replaces it in the batch.
         cursors: where the lanes of the task's stream resume that were read, by lane; empty for tables.
         digest: a hash of the examples, whatever their order; see `batch_digest`.
-        stop: this rank's reason to stop the run before this step: an error, or "" for a signal. None: no reason.
+        stop_reason: this rank's reason to stop the run before this step: an error, or "" for a signal. None: no reason.
     """
 
     visit: Visit
@@ -58,7 +58,7 @@ class LoadedBatch:
     bad: list[tuple[str, str]] = field(default_factory=list)
     cursors: dict[str, Cursor] = field(default_factory=dict)
     digest: int = 0
-    stop: str | None = None
+    stop_reason: str | None = None
 
     def without_tensors(self) -> LoadedBatch:
         """Everything but the tensors, which take much memory."""

@@ -49,7 +49,9 @@ class RetrievalResult(Predicted):
         correct_M[self.correct_pairs[self.correct_pairs[:, 0] == query, 1]] = True
         worst_M = np.where(correct_M, -np.inf, np.inf)  # As in `ranks`, NaN counts against the model.
         order = np.lexsort((correct_M, -np.where(np.isnan(similar_M), worst_M, similar_M)))
-        chosen = [*order[:k], *(order[correct_M[order]][:1] if not correct_M[order[:k]].any() else [])]
+        chosen = list(order[:k])
+        if not correct_M[order[:k]].any():
+            chosen += list(order[correct_M[order]][:1])
         return [Answer(int(i), float(similar_M[i]), bool(correct_M[i])) for i in chosen]
 
     def metrics(self) -> dict[str, Any]:
@@ -76,22 +78,23 @@ def retrieve(
     250 notes with the names of 104 instruments make 104 texts, and all notes of an instrument are correct for its name.
     """
     a, b = options.inputs
-    encoded = {side: evaluator.encode(options, side, table, other) for side, other in ((a, b), (b, a))}
-    readable = readable_rows(table, list(encoded.values()), where)
+    # The vectors of each side are in the space that it shares with the other side.
+    encoded_by_side = {side: evaluator.encode(options, side, table, towards=other) for side, other in ((a, b), (b, a))}
+    readable = readable_rows(table, list(encoded_by_side.values()), where)
     rows = readable.row
     vectors: dict[str, Tensor] = {}
     item_row: dict[str, np.ndarray] = {}
-    index: dict[str, np.ndarray] = {}
-    for side, inputs in encoded.items():
+    item_of_row: dict[str, np.ndarray] = {}  # for each readable row, the index of its item in `vectors`
+    for side, encoded in encoded_by_side.items():
         # Items that occur in unreadable rows only are neither queries nor candidates.
-        items, first, index[side] = np.unique(inputs.item[rows], return_index=True, return_inverse=True)
-        vectors[side] = inputs.embeddings[torch.from_numpy(items)]
+        items, first, item_of_row[side] = np.unique(encoded.item[rows], return_index=True, return_inverse=True)
+        vectors[side] = encoded.embeddings[torch.from_numpy(items)]
         item_row[side] = rows[first]
-    pairs = np.unique(np.stack([index[a], index[b]], axis=1), axis=0)
+    pairs = np.unique(np.stack([item_of_row[a], item_of_row[b]], axis=1), axis=0)
     directions = [
         RetrievalResult(
-            query,
-            target,
+            query=query,
+            target=target,
             rank=ranks(vectors[query], vectors[target], correct),
             correct_pairs=correct,
             query_row=item_row[query],
@@ -125,6 +128,8 @@ def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, pairs: np.ndarray, limit: i
         best_n = similar_nM.new_full((len(similar_nM),), -torch.inf).scatter_reduce(0, query_E, correct_E, "amax")
         # `not <` instead of `>=`, so that every comparison with NaN counts against the model.
         before_n = (~(similar_nM < best_n[:, None])).sum(1)
+        # The rank is 1 + the number of wrong candidates that are not less similar than the best correct one: all such
+        # candidates minus the correct ones among them, which are the best one and its ties.
         correct_before_n = torch.zeros_like(before_n).index_add(0, query_E, (~(correct_E < best_n[query_E])).long())
         blocks.append(1 + before_n - correct_before_n)
     return torch.cat(blocks).cpu().numpy()

@@ -79,8 +79,9 @@ class RouterStats(NamedTuple):
 def expert_choice(probs_GNE: Tensor, valid_GN: Tensor, capacity_factor: float) -> Routing:
     """Each expert takes its top tokens of a group, so a token may reach 0 to E experts (arXiv 2202.09368).
 
-    An expert takes capacity_factor x valid tokens / experts tokens, at least 1, so padding never changes what valid
-    tokens receive. To keep shapes static, C counts padding too, and the slots that are not needed stay empty.
+    The number of tokens of a group that an expert takes is `capacity_factor * valid tokens / experts`, rounded, and at
+    least 1. So padding never changes what valid tokens receive. To keep shapes static, C counts padding too, and the
+    slots that are not needed stay empty.
     """
     _, tokens, experts = probs_GNE.shape
     capacity = min(tokens, _capacity(tokens, capacity_factor / experts))

@@ -6,8 +6,8 @@ import torch
 
 from openimp.common.device import Precision, precision_of, product_speed
 
-NODE = 8
-"""GPUs of a node. Its links connect them, and the network connects nodes."""
+GPUS_PER_NODE = 8
+"""Links connect the GPUs of a node, and the network connects nodes."""
 USABLE = 0.9
 """Share of a GPU's memory for tensors. The CUDA context, NCCL's buffers and gaps between tensors take the remainder."""
 GIB = 2**30

@@ -10,7 +10,7 @@ from openimp.model.embedder import Embedder
 from openimp.model.learning_rates import muon_stacks
 from openimp.parallel import distributed
 from openimp.parallel.layout import Layout
-from openimp.planning.gpus import NODE, USABLE
+from openimp.planning.gpus import GPUS_PER_NODE, USABLE
 from openimp.planning.sharding import Sharding
 from openimp.recipe.schema import Recipe
 
@@ -67,8 +67,8 @@ def alternatives(recipe: Recipe, gpus: int) -> list[Layout]:
     """
     experts = recipe.model.moe.experts if recipe.model.moe else 1
     layouts: dict[Layout, None] = {}
-    for expert_degree in (1, gcd(experts, gpus, NODE)):
-        for shard_degree in (1, min(NODE, gpus), gpus):
+    for expert_degree in (1, gcd(experts, gpus, GPUS_PER_NODE)):
+        for shard_degree in (1, min(GPUS_PER_NODE, gpus), gpus):
             with suppress(UserError):
                 layouts[layout_of(recipe, gpus, shard_degree, expert_degree)] = None
     return [*layouts]

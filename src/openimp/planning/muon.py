@@ -5,7 +5,7 @@ from collections.abc import Set
 from torch import Tensor
 
 from openimp.parallel.newton_schulz import BATCH_NUMBERS
-from openimp.planning.gpus import NODE
+from openimp.planning.gpus import GPUS_PER_NODE
 from openimp.planning.sharding import BF16_BYTES, FP32_BYTES, Group, Sharding, Traffic
 
 
@@ -15,7 +15,7 @@ class MuonWork:
     def __init__(self, sharding: Sharding, by_muon: Set[Tensor]) -> None:
         self.sharding = sharding
         self.by_muon = by_muon
-        self.node = Group(min(sharding.layout.ranks, NODE))
+        self.node = Group(min(sharding.layout.ranks, GPUS_PER_NODE))
         self.owners = self.node.size if sharding.layout.shard_degree == 1 else sharding.layout.shard_degree
 
     def is_replicated(self, weight: Tensor) -> bool:

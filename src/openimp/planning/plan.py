@@ -1,8 +1,8 @@
 """What a run needs in each layout, computed without a GPU: parameters, memory, FLOPs, communication, days.
 
-The ledger counts FLOPs, and `step_memory` counts the activations of a step. Weights, optimizer state and communication
-are computed from the sizes of tensors, as `parallel/` distributes them. The time is an estimate. docs/plan.md has the
-rules.
+`costs` (ledger.py) counts the FLOPs of a step, and `step_memory` (memory.py) its activations. Weights, optimizer state
+and communication are computed from the sizes of tensors, as `parallel/` distributes them. The time is an estimate.
+docs/plan.md has the rules.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from openimp.common.modality import Classes, Modalities
 from openimp.model.embedder import Embedder
 from openimp.model.imp import IMP
 from openimp.parallel.layout import Layout
-from openimp.planning.gpus import GIB, GPU, GPUS, NODE
+from openimp.planning.gpus import GIB, GPU, GPUS, GPUS_PER_NODE
 from openimp.planning.layouts import alternatives, default_layout, layout_of
 from openimp.planning.ledger import TaskView, costs, meta_model
 from openimp.planning.memory import step_memory
@@ -95,7 +95,8 @@ def plans(
         raise UserError(f"--gpus: expected 1 or more, found {gpus}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: expected a share above 0 and at most 1, found {mfu:g}")
-    # The recipe's degrees are checked before the costs are counted, which takes longer.
+    # First, because it checks `shard_degree` and `expert_degree`, and `costs` takes longer. Without `shard_degree`,
+    # `default_layout` below replaces this layout.
     recipe_layout = layout_of(recipe, gpus, recipe.parallel.shard_degree)
     by_view = costs(recipe, modalities, classes)
     uneven = [
@@ -107,7 +108,7 @@ def plans(
         raise UserError(f"--gpus: {gpus} GPUs do not divide a batch evenly: {', '.join(uneven)}")
     model = meta_model(recipe, modalities, classes)
     if recipe.parallel.shard_degree is None:
-        recipe_layout = default_layout(recipe, model, gpus, min(gpus, NODE), GPUS[gpu].memory_gib * GIB)
+        recipe_layout = default_layout(recipe, model, gpus, min(gpus, GPUS_PER_NODE), GPUS[gpu].memory_gib * GIB)
     precision: Precision = "fp32" if recipe.train.precision == "fp32" else "bf16"
 
     memory = {
@@ -138,17 +139,17 @@ def plans(
 def recommended(plans: Sequence[Plan]) -> Plan:
     """The plan of the fastest run that fits, or the one that needs the least memory if none fits.
 
-    The first plan, which is for the recipe's layout, stays if it fits and no other one is faster by more than
-    `MIN_SPEEDUP`. Shards over several nodes are recommended only if nothing else fits, because the planned time lacks
-    the latency of their collectives.
+    The first plan, which is for the recipe's layout, stays if it is a candidate and no other is faster by more than
+    `MIN_SPEEDUP`. Candidates are the plans that fit; those with shards over several nodes only if nothing else fits,
+    because the planned time lacks the latency of their collectives.
     """
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         return min(plans, key=lambda plan: plan.memory_bytes)
-    candidates = [plan for plan in fitting if plan.layout.shard_degree <= NODE] or fitting
+    candidates = [plan for plan in fitting if plan.layout.shard_degree <= GPUS_PER_NODE] or fitting
     fastest = min(candidates, key=lambda plan: plan.seconds)
     recipe_plan = plans[0]
-    if candidates[0] is recipe_plan and recipe_plan.seconds <= MIN_SPEEDUP * fastest.seconds:
+    if recipe_plan in candidates and recipe_plan.seconds <= MIN_SPEEDUP * fastest.seconds:
         return recipe_plan
     return fastest
 
@@ -168,6 +169,7 @@ def per_token(model: Embedder) -> int | None:
     if not isinstance(model, IMP):
         return None
     width = model.config.width
+    # `Stem.before` and `Stem.after` are width x width, with bias. The patch embedding does not count.
     stem_parameters = 2 * (width * width + width)
     # A token passes only through the modality-specific blocks of its stem. Those of all stems are equally large.
     blocks_by_stem = [count(blocks) for blocks in model.encoder.own.values()]

@@ -9,7 +9,7 @@ from torch import Tensor
 from openimp.common.device import Precision
 from openimp.model.embedder import Embedder
 from openimp.parallel.layout import Layout
-from openimp.planning.gpus import GPU, NODE
+from openimp.planning.gpus import GPU, GPUS_PER_NODE
 
 BANDWIDTH_SHARE = 0.7
 """Share of the published bandwidths that collectives reach. On H100s, others measured 0.78 within a node
@@ -52,7 +52,7 @@ class Group(NamedTuple):
         A ring over several nodes enters each node once. The group's GPUs in one node share their network cards.
         """
         received_bytes = size_bytes * (self.size - 1) / self.size
-        per_node = max(1, NODE // self.stride)
+        per_node = max(1, GPUS_PER_NODE // self.stride)
         if self.size <= per_node:
             return Traffic(received_bytes, link_bytes=received_bytes)
         return Traffic(received_bytes, network_bytes=received_bytes / per_node)

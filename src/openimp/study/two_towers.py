@@ -112,7 +112,7 @@ TWO_TOWERS = Variant(
     name="TwoTowerTrainer",
     make_modalities=unpatched_modalities,
     build_model=lambda recipe, modalities, _: TwoTowers(recipe, modalities),
-    warns=False,  # open_clip's loss cannot treat several examples as one item.
+    prints_warnings=False,  # open_clip's loss cannot treat several examples as one item.
 )
 """Trains the two towers. Its metrics count the media of an example as one token."""
 

@@ -14,7 +14,7 @@ from openimp.training.updater import Updater
 
 @dataclass
 class Checkpointing:
-    """Saves the checkpoints of a training run in the background. `saved` is the step of the newest one.
+    """Saves the checkpoints of a training run in the background. `saved_step` is the step of the newest one.
 
     `texts` are the files of `text_files`.
     """
@@ -23,13 +23,13 @@ class Checkpointing:
     model: Embedder
     updater: Updater
     texts: Mapping[str, str]
-    saved: int = 0
+    saved_step: int = 0
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Loads weights, optimizer state and EMA from a checkpoint, and returns the state that was saved with them."""
         ema = self.updater.ema.weights if self.updater.ema else None
         state = load_training_state(folder, self.model, self.updater.optimizers, ema)
-        self.saved = state["step"]
+        self.saved_step = state["step"]
         return state
 
     def save(self, state: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ class Checkpointing:
         `state` is everything besides tensors that the next step depends on, as JSON values. Its "step" is the number of
         steps done.
         """
-        if state["step"] == self.saved:
+        if state["step"] == self.saved_step:
             return
         moments = optimizer_state(self.model, self.updater.optimizers)
         tensors = {"model": self.model.state_dict(), "optimizer": moments}
@@ -46,7 +46,7 @@ class Checkpointing:
             tensors["ema"] = self.updater.ema.weights
         texts = {**self.texts, "state.json": json.dumps(state, indent=1)}
         self.saver.start(state["step"], texts, tensors)
-        self.saved = state["step"]
+        self.saved_step = state["step"]
 
     def wait(self) -> None:
         """Waits until the checkpoint that is being written is complete, or raises CheckpointError."""

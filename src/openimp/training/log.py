@@ -107,7 +107,7 @@ class Log:
         if warning := self.timer.warning(line, self.recipe, self.data.modalities):
             console.print(warning, soft_wrap=True)
 
-    def warn_of_first_batch(self, loaded: LoadedBatch) -> None:
+    def print_warnings_of_objectives(self, loaded: LoadedBatch) -> None:
         """Prints the warnings of a task's objectives, if this batch is the first of its task."""
         name = loaded.visit.task
         if name in self._begun_tasks:

@@ -50,7 +50,7 @@ class Variant:
         build_model: the model with random weights, or a wrapped one, whose weights are loaded.
         losses: the losses of a task. `encode_all` replaces `model.encode_all` if it works in chunks.
         sum_tasks: each update sums the losses of a round, which is one step of each task.
-        warns: whether to print what the objectives warn of in the first batch of each task.
+        prints_warnings: whether to print what the objectives warn of in the first batch of each task.
         before_step: called with the trainer and the number of each step, before the step is made.
     """
 
@@ -59,7 +59,7 @@ class Variant:
     build_model: Callable[[Recipe, Modalities, Classes], Embedder] = build_for_training
     losses: Callable[[Any, Task, Batch, EncodeAll | None], Losses] = task_losses
     sum_tasks: bool = False
-    warns: bool = True
+    prints_warnings: bool = True
     before_step: Callable[[Any, int], None] | None = None
 
     def costs(self, recipe: Recipe, modalities: Modalities, classes: Classes) -> Costs:
@@ -133,7 +133,7 @@ def set_up(
     cursors = data.load_cursors(state.get("cursors", {}), changed)
     directory.begin(model_files[CONFIG], model_files[RECIPE])
     log = Log(run, data, step_costs, device, state)
-    log.print_start(model, device, checkpointing.saved, signature_count)
+    log.print_start(model, device, checkpointing.saved_step, signature_count)
     return Parts(
         recipe=recipe,
         run=run,

@@ -45,7 +45,7 @@ class Stop:
         for step, (loaded, reason) in enumerate(self._with_reasons(batches), first_step):
             if distributed.world_size() == 1:
                 stop_all_ranks(reason)
-            yield replace(loaded or placeholder(step), stop=reason)
+            yield replace(loaded or placeholder(step), stop_reason=reason)
 
     def _with_reasons(self, items: Iterable[T]) -> Iterator[tuple[T | None, str | None]]:
         """Yields each item and this rank's reason to stop before it: an error, "" for a request, or None.

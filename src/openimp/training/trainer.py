@@ -70,8 +70,8 @@ def train(
 class PendingStep:
     """A step that is not complete yet. It passes through these states:
 
-    1. Computed: its losses are on the device. If the trainer sums the tasks of a round, the update comes with the
-       round's last step.
+    1. Computed: its losses are on the device. If a study sums the losses of all tasks, one step of each task makes a
+       round, and the update comes with the round's last step.
     2. Queued: its gradients and its update are queued on the device, which applies the update only if the gradients are
        finite. The host does not know yet whether they are.
     3. Confirmed: the gradients were finite, so the update was applied. The step counts, and is logged. If they were not
@@ -102,7 +102,7 @@ class Trainer(Parts):
         super().__init__(**vars(parts))
         self.modalities = self.data.modalities
         self.encode_all = in_chunks(self.model.encode_all, self.recipe.memory.chunk_size)
-        self.step = self.checkpointing.saved
+        self.step = self.checkpointing.saved_step
         self.grad_norm = 0.0
         self._bar = StepBar(self.recipe.train.steps, self.step)
         self._computed_steps: list[PendingStep] = []
@@ -117,6 +117,7 @@ class Trainer(Parts):
 
     def train(self) -> bool:
         """Trains the remaining steps, evaluates and saves. Returns False if a signal stopped it."""
+        # Besides a signal, a checkpoint that could not be written stops the run.
         with stop_signals(self.checkpointing.saver.failed) as stop, self._bar, closing(self.log.metrics):
             try:
                 self._train_steps(stop)
@@ -136,7 +137,7 @@ class Trainer(Parts):
                 raise
 
     def _print_stopped(self) -> None:
-        saved_step = self.checkpointing.saved
+        saved_step = self.checkpointing.saved_step
         if not saved_step:
             outcome = "nothing is saved"
         else:
@@ -151,11 +152,13 @@ class Trainer(Parts):
             self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
         batches = self.log.timer.timed(load_batches(self.data, self.step))
         try:
-            # The alternation has chosen the task and the view of each batch: `loaded.visit`.
+            # The alternation has chosen the task and the view of each batch: `loaded.visit`. On several
+            # ranks, `watch_steps` yields every batch, with this rank's reason to stop if there is one, and a
+            # placeholder if loading failed. A single rank stops at once.
             for loaded in stop.watch_steps(batches, self.step, self._placeholder_batch):
                 self.make_step(loaded)
-                if self.variant.warns:
-                    self.log.warn_of_first_batch(loaded)
+                if self.variant.prints_warnings:
+                    self.log.print_warnings_of_objectives(loaded)
                 steps_done = loaded.visit.step + 1
                 must_save = self._is_due(save_every, steps_done)
                 must_evaluate = self._is_due(evaluate_every, steps_done)
@@ -197,6 +200,7 @@ class Trainer(Parts):
         torch.manual_seed(dropout_seed % 2**63)
         with mixed_precision(self.device, self.recipe.train.precision):
             losses = self.variant.losses(self.model, task, loaded.to(self.device), self.encode_all)
+        # Compiled layers return their usage on every step.
         return losses if logs_usage else replace(losses, usage={})
 
     def _update(self) -> None:
@@ -204,7 +208,7 @@ class Trainer(Parts):
         steps = self._computed_steps
         self._computed_steps = []
         loss = reduce(torch.add, (step.losses.total for step in steps))
-        must_stop = any(step.loaded.stop is not None for step in steps)
+        must_stop = any(step.loaded.stop_reason is not None for step in steps)
         # 1, but NaN if the loss is not finite or this rank must stop. No rank applies NaN gradients.
         grad_output = loss.detach() * 0 + (math.nan if must_stop else 1)
         loss.backward(grad_output)
@@ -226,7 +230,7 @@ class Trainer(Parts):
         self._queued_update = None
         self.grad_norm = grad_norm.read()
         if not math.isfinite(self.grad_norm):
-            stop_reasons = (step.loaded.stop for step in steps if step.loaded.stop is not None)
+            stop_reasons = (step.loaded.stop_reason for step in steps if step.loaded.stop_reason is not None)
             stop_all_ranks(next(stop_reasons, None))
             raise self._not_finite_error(steps)
         if self.updater.ema:

@@ -31,7 +31,7 @@ class Updater:
 
         It updates every parameter that has a gradient; with `zero_missing_grads`, all that are trained. Returns the
         Euclidean norm of the gradient before clipping. If it is not finite, nothing is updated. The caller must have
-        read the norm of the previous update.
+        read the norm of the previous update, and must not update again if it was not finite.
         """
         reshard(self.model)  # With `parallel.reshard_after_forward: false`, blocks are still gathered.
         options = self.recipe.optimizer
@@ -41,10 +41,11 @@ class Updater:
                     parameter.grad = torch.zeros_like(parameter)
         grad_norm = clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf)
         grad_norm_on_host = HostCopy(grad_norm)
-        set_learning_rate(self.optimizers, lr_schedule(self.recipe, step))
+        set_learning_rate(self.optimizers, factor=lr_schedule(self.recipe, step))
         found_inf = 1 - grad_norm.isfinite().float()
         for optimizer in self.optimizers:
-            # As torch's GradScaler does. If it is 1, a fused optimizer changes nothing, not even its step counts.
+            # torch's GradScaler does the same. If `found_inf` is 1, a fused optimizer changes nothing, not even its
+            # step counts.
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
             optimizer.step()
         self.model.clamp_logit_scales()
