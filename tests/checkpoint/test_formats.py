@@ -115,7 +115,6 @@ def test_a_model_is_used_although_its_recipe_has_keys_that_went(fixtures, capsys
     for use in (lambda: model.recipe, lambda: run_eval(folder, None, None, None)):
         with refuses():
             use()
-            use()
     run_info(str(folder), [])
     printed = capsys.readouterr()
     assert "parameters" in printed.out, "info shows what it can"

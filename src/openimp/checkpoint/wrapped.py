@@ -67,7 +67,7 @@ def wrapped_folder(name: str) -> Path:
 def _key(name: str) -> str:
     """A hash of the name and, of a local model, of the names, sizes and times of its files."""
     library = library_version("open_clip_torch")
-    parts = [LAYOUT, FORMAT, library, name]
+    parts: list[Any] = [LAYOUT, FORMAT, library, name]
     if Name.parse(name).folder is not None:
         folder = _local(name)
         files = sorted(file for file in folder.iterdir() if file.is_file())
