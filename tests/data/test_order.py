@@ -18,6 +18,7 @@ def test_each_epoch_has_every_row_once(n, seed, task, epoch):
     assert np.array_equal(np.sort(rows), np.arange(n))
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(n=st.integers(1, 500), seed=st.integers(0, 99), start=st.integers(0, 2000), count=st.integers(0, 300))
 def test_any_part_can_be_asked_for_alone(n, seed, start, count):

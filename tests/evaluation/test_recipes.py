@@ -72,6 +72,7 @@ def write_csv(file: Path, rows) -> None:
         csv.writer(handle).writerows(rows)
 
 
+@pytest.mark.slow
 def test_imagenet(evaluate, copy, tmp_path):
     """Folders are ids; three of a thousand classes are there, and all are chosen from."""
     for i, wnid in enumerate(("n01440764", "n02012849", "n15075141")):

@@ -198,6 +198,7 @@ def test_mteb_tells_models_apart_by_their_weights(model, little_run):
     assert meta.n_parameters == sum(parameter.numel() for parameter in model.imp.parameters())
 
 
+@pytest.mark.slow
 def test_names_of_mteb_are_found_and_what_the_model_cannot_do_is_named():
     (task,), left_out = mteb_tasks.find_tasks(["ESC50_Zeroshot", "ESC50_Zeroshot"], ["audio", "text"])
     assert (task.metadata.name, left_out) == ("ESC50_Zeroshot", [])

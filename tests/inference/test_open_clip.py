@@ -182,6 +182,7 @@ def test_a_cached_model_that_does_not_fit_is_converted_again(spoil, clip, monkey
     assert len(conversions) == 1, "it is made again, once"
 
 
+@pytest.mark.slow
 def test_the_commands_take_a_name(clip, little_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sets = {"colours": {"type": "zero_shot", "source": "mine", "inputs": {"image": "file"}, "label": "label",

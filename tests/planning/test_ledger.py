@@ -100,6 +100,7 @@ def test_what_a_run_records_is_what_its_steps_compute(little_data, tmp_path):
     assert "hfu" not in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["{chunk_size: 2}", "{activation_checkpointing: true}"])
 def test_repeated_passes_count_in_hfu_and_not_in_mfu(little_data, tmp_path, memory):
     """Counted while training in fp32, where nothing chooses another attention."""

@@ -86,6 +86,7 @@ def test_flops_are_those_that_the_run_records(little_data, little_run):
     assert sum(found.visits.values()) == recipe.train.steps
 
 
+@pytest.mark.slow
 def test_the_planned_peak_is_near_the_measured_one(tmp_path):
     """On this CPU, in the precision that it trains in."""
     recipe = Recipe.load("mixture", LARGEST_TASK)
@@ -99,6 +100,7 @@ def test_the_planned_peak_is_near_the_measured_one(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_planned_peak_of_an_update_with_muon_is_near_the_measured_one(tmp_path):
     """Muon's iterations need most for square matrices. With few examples, the peak is in the update."""
     model = [f"model.{change}" for change in ("moe=null", "width=256", "mlp_dim=256", "layers=6")]

@@ -109,6 +109,7 @@ def test_cosines_compare_the_tasks_gradients_and_do_not_change_the_training(litt
     assert lines[0]["cosine"]["named|heard"] == pytest.approx(cosine, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_peak_memory_of_alternation_is_that_of_its_largest_task(little_data, tmp_path):
     """Batches are large, so that activations dominate as in real trainings."""
     large = [

@@ -155,6 +155,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, little_data, tmp_p
     assert json.loads((final / "state.json").read_text()) == json.loads((reference / "state.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [True, False])
 def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(own_data, tmp_path, others):
     """It is that of step 6, between two checkpoints. Other sets of the recipe, if it has any, are measured."""

@@ -92,6 +92,7 @@ def assert_contains(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert not [key for key, value in theirs.items() if not torch.equal(ours[key], value)]
 
 
+@pytest.mark.slow
 def test_it_starts_from_the_public_weights_and_learns(whole, name, data, capsys):
     lines = read_lines(whole / "metrics.jsonl")
     losses = [sum(task["loss"] for task in line["tasks"].values()) for line in lines]
@@ -105,6 +106,7 @@ def test_it_starts_from_the_public_weights_and_learns(whole, name, data, capsys)
     assert result["top1"] > result["chance"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_resumes_exactly_without_the_public_model(whole, data, name, tmp_path):
     folder = tmp_path / "clip"
     own = public.write("clip", folder)
@@ -229,6 +231,7 @@ def test_a_plan_counts_the_wrapped_model(whole, data, name):
     assert found.per_token is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["siglip", "bert", "resnet", "coca"])
 def test_other_architectures_train(kind, data, tmp_path):
     own = public.write(kind, tmp_path / kind)
