@@ -44,7 +44,7 @@ def refuses(kind: type[Exception] = UserError) -> Iterator[pytest.ExceptionInfo[
     expected = MESSAGES[name][number]
     if expected.endswith(OPEN_END):
         message = message[: len(expected) - len(OPEN_END)] + OPEN_END
-    assert message == expected
+    assert message == expected, f"{message!r} is not {expected!r}"
 
 
 def update() -> None:
