@@ -120,7 +120,8 @@ def test_a_fit_that_does_not_converge_is_no_flood_of_warnings(monkeypatch, recwa
     monkeypatch.setattr("openimp.evaluation.probe.MAX_ITER", 1)
     classes = np.arange(60) % 2
     linear(np.random.default_rng(0).normal(size=(60, 30)), classes, np.zeros((1, 30)))
-    assert not list(recwarn)
+    # An older scikit-learn uses what SciPy will remove, which is no matter of the fit.
+    assert not [warning for warning in recwarn if not issubclass(warning.category, DeprecationWarning)]
 
 
 def test_the_penalty_is_chosen_by_the_training_examples():
