@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import yaml
 
-from openimp.checkpoint.find import find_model, is_model_name
+from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import checkpoints, describe_model, load_model, load_run_recipe, saved_step
 from openimp.checkpoint.warm_start import open_warm_start
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.json_lines import append
 from openimp.common.modality import Modality
+from openimp.common.names import has_scheme
 from openimp.common.progress import clock, console, notice, number_table, track
 from openimp.common.safe_files import refuse_links
 from openimp.data.batch import head_key
@@ -263,7 +264,7 @@ def run_embed(
 
 def run_serve(what: Path, host: str, port: int, allow_sources: bool = False) -> None:
     """Serves the search page of an index, or of the media of a run's recipe."""
-    if is_model_name(what):
+    if has_scheme(what):
         raise UserError(f"{what}: comes without media; index some first: openimp index {what} FOLDER --out my.index")
     if not what.exists():
         raise UserError(f"{what}: no such index or run; openimp index makes an index")
@@ -286,7 +287,7 @@ def run_info(what: str, overrides: list[str]) -> None:
     """Describes a recipe, a model, or a run. A run without a checkpoint is described by its recipe."""
     path = Path(what)
     is_folder = path.is_dir()
-    is_name = is_model_name(what)
+    is_name = has_scheme(what)
     if (is_name or is_folder) and overrides:
         raise UserError(f"{path}: --set changes a recipe, and this is a run or a model")
     has_model = is_folder and (checkpoints(path) or (path / "config.json").exists())

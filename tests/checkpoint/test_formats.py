@@ -181,3 +181,13 @@ def test_a_configuration_that_describes_no_model_is_refused_in_one_sentence(fixt
     with refuses() as error:
         openimp.load("format-7")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spoiled", ["model: [1]", "tasks: {named: 5}", "tasks: {named: {objectives: [same]}}", "tasks: []"]
+)
+def test_a_saved_recipe_that_makes_no_sense_is_refused_in_a_sentence(fixtures, spoiled):
+    """Anybody may have written it."""
+    (fixtures / "pushed" / "recipe.yaml").write_text(f"name: x\n{spoiled}\n")
+    with refuses():
+        openimp.load("pushed", "cpu").recipe.to_dict()

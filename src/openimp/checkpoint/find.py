@@ -5,7 +5,7 @@ from pathlib import Path
 from openimp.checkpoint.folder import CONFIG, RECIPE, checkpoints
 from openimp.checkpoint.wrapped import wrapped_folder
 from openimp.common.errors import UserError
-from openimp.common.names import HUB, OPEN_CLIP, SCHEMES, HubName, Name
+from openimp.common.names import HUB, OPEN_CLIP, HubName, Name
 from openimp.common.safe_files import refuse_links
 
 
@@ -25,11 +25,6 @@ def find_model(name: str | Path) -> Path:
     if not Path(name).exists():
         raise UserError(f"{name}: no such folder; a model on the Hugging Face Hub is named hub:OWNER/NAME")
     return _find_local(Path(name))
-
-
-def is_model_name(name: str | Path) -> bool:
-    """Whether a name has a scheme of its own, so that it cannot mean a folder."""
-    return Name.parse(name).scheme in SCHEMES
 
 
 def _find_local(path: Path) -> Path:

@@ -34,7 +34,7 @@ from openimp.common.schema import checked
 from openimp.model.build import architecture_of, build_model
 from openimp.model.embedder import Embedder
 from openimp.parallel.distributed import rank, run_on_all_ranks, world_size
-from openimp.recipe.file import parse_mapping, read_recipe, to_yaml
+from openimp.recipe.file import override, parse_mapping, to_yaml
 from openimp.recipe.model_config import ModelConfig
 from openimp.recipe.schema import Recipe
 
@@ -58,7 +58,7 @@ class SavedRecipe(NamedTuple):
     def validated(self) -> Recipe:
         """The recipe. UserError if there is none, or if it has a key that this version of openimp does not know."""
         if self.content is None:
-            raise UserError(f"{self.file}: missing; to use the model needs no recipe, but this does")
+            raise UserError(f"{self.file}: missing; only embedding and search of files work without it")
         data = parse_mapping(self.content, self.file, "recipe") if isinstance(self.content, str) else self.content
         return Recipe.build(lift_recipe(data), self.file.parent, str(self.file))
 
@@ -69,8 +69,11 @@ class SavedRecipe(NamedTuple):
 
 def load_run_recipe(run: Path, overrides: Iterable[str] = (), folder: Path | None = None) -> Recipe:
     """The recipe.yaml of a run, also of an older version; see `Recipe.load` for the other arguments."""
-    data, file = read_recipe(str(run / RECIPE), overrides, folder)
-    return Recipe.build(lift_recipe(data), run.resolve(), str(file))
+    file = run / RECIPE
+    data = lift_recipe(parse_mapping(_read_text(file), file, "recipe"))
+    for text in overrides:
+        override(data, text, folder)
+    return Recipe.build(data, run.resolve(), str(file))
 
 
 NO_RECIPE = SavedRecipe(None, Path(RECIPE))

@@ -11,18 +11,29 @@ REMOVED = {"gates": "softmax", "slots": 1}
 
 
 def lift_recipe(old: dict[str, Any]) -> dict[str, Any]:
-    """A recipe that an older version saved, without keys that went and with the present names of others."""
+    """A recipe that an older version saved, without keys that were removed and with the present names of others.
+
+    It may come from a stranger. What is not a mapping or a list where one is expected stays for the schema to refuse.
+    """
     recipe = copy.deepcopy(old)
-    moe = (recipe.get("model") or {}).get("moe") or {}
+    moe = _mapping(_mapping(recipe, "model"), "moe")
     for key, only in REMOVED.items():
         if (value := moe.pop(key, only)) != only:
             raise UserError(f"model.moe.{key} is {value!r}, which this version of openimp no longer has")
-    (recipe.get("train") or {}).pop("upcycle", None)
-    for task in (recipe.get("tasks") or {}).values():
-        for objective in task.get("objectives", ()):
-            if "same" in objective:
+    _mapping(recipe, "train").pop("upcycle", None)
+    tasks = _mapping(recipe, "tasks")
+    for name in tasks:
+        objectives = _mapping(tasks, name).get("objectives")
+        for objective in objectives if isinstance(objectives, list) else ():
+            if isinstance(objective, dict) and "same" in objective:
                 objective["positives_by"] = objective.pop("same")
     return recipe
+
+
+def _mapping(data: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping at a key; an empty one if there is none."""
+    value = data.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def lift_6(old: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:

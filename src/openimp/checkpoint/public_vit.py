@@ -21,7 +21,7 @@ from openimp.parallel.layout import fill_shard
 
 LIBRARIES = (TIMM, OPEN_CLIP)
 """How the names of public ViTs begin."""
-PREFERRED = {"timm": "model.safetensors", "open_clip": "open_clip_model.safetensors"}
+PREFERRED = {TIMM: "model.safetensors", OPEN_CLIP: "open_clip_model.safetensors"}
 """The file that each library prefers to all others in a folder."""
 EPS = 1e-6
 """Epsilon of the norms of IMP's encoder."""

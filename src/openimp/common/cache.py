@@ -21,7 +21,8 @@ from openimp.common.safe_files import private_folder, replacing_folder
 
 log = logging.getLogger(__name__)
 UNUSED_DAYS = 60
-DAMAGE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, UserError)
+READ_ERRORS = (OSError, ValueError, TypeError, LookupError, NotImplementedError, UserError)
+"""Errors of libraries when they read a file that is damaged or that another version has written."""
 T = TypeVar("T")
 
 
@@ -46,7 +47,7 @@ def cache_folder(kind: str) -> Path:
 def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path], None]) -> T:
     """What `read` returns for the folder of an entry. If there is none, `write` fills an empty folder first.
 
-    An error of `read` in `DAMAGE` means that the entry is damaged or out of date.
+    If `read` raises one of `READ_ERRORS`, the entry is damaged or out of date, and is made again.
     """
     entry = cache_folder(kind) / key
     with _locked(entry):
@@ -54,7 +55,7 @@ def cached(kind: str, key: str, read: Callable[[Path], T], write: Callable[[Path
             os.utime(entry)  # Before it is read, so that no other process removes it meanwhile.
             try:
                 return read(entry)
-            except DAMAGE as error:
+            except READ_ERRORS as error:
                 log.info("%s is made again: %s", entry, error)
         _remove_unused(entry.parent)
         with replacing_folder(entry) as draft:
@@ -70,8 +71,13 @@ def _locked(entry: Path, timeout: float = -1) -> FileLock:
 def _remove_unused(folder: Path) -> None:
     oldest = time.time() - UNUSED_DAYS * 24 * 3600
     for entry in folder.iterdir():
-        if entry.suffix == ".lock" or entry.stat().st_mtime >= oldest:
-            continue
-        with suppress(OSError, Timeout), _locked(entry, timeout=0):  # Timeout: another process uses the entry.
-            if entry.stat().st_mtime < oldest:
-                shutil.rmtree(entry)
+        with suppress(OSError, Timeout):  # Timeout: another process uses the entry.
+            if entry.suffix == ".lock" or entry.stat().st_mtime >= oldest:
+                continue
+            with _locked(entry, timeout=0):
+                if entry.stat().st_mtime >= oldest:
+                    continue
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()  # Older versions of openimp stored files.

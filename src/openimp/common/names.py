@@ -52,6 +52,11 @@ class HubName(NamedTuple):
         return cls(match[1], match[2]) if match else None
 
 
+def has_scheme(name: str | Path) -> bool:
+    """Whether a name begins with one of `SCHEMES`, so that it means no file or folder of the user."""
+    return Name.parse(name).scheme in SCHEMES
+
+
 def is_url(name: str) -> bool:
     """Whether a name is a URL that fsspec opens, such as `s3://bucket/*.parquet`."""
     return Name.parse(name).scheme == "url"

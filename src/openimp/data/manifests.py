@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 
-from openimp.common.cache import DAMAGE, cached, stable_hash
+from openimp.common.cache import cache_folder, cached, stable_hash
 from openimp.common.errors import UserError, counted
 from openimp.common.safe_files import file_state
 
@@ -42,20 +42,22 @@ def read_manifests(name: str, path: str, files: list[str]) -> tuple[Any, list[in
     """
     if sum(map(os.path.getsize, files)) < CACHED_BYTES:
         return _read_all(name, path, files)
+    try:
+        cache_folder("manifests")
+    except (OSError, UserError):  # It belongs to another user, or cannot be made.
+        return _read_all(name, path, files)
     state = stable_hash([CACHE_VERSION, *map(file_state, files)])
-    rows: list[tuple[Any, list[int]]] = []
+    written: list[tuple[Any, list[int]]] = []
 
     def write(folder: Path) -> None:
-        rows.append(_read_all(name, path, files))
-        _write_cached(folder / "rows.arrow", *rows[0], state)
+        written.append(_read_all(name, path, files))
+        _write_cached(folder / "rows.arrow", *written[0], state)
 
     try:
         key = stable_hash(map(os.path.realpath, files))
         return cached("manifests", key, lambda folder: _open_cached(folder / "rows.arrow", state), write)
-    except (*DAMAGE, pa.ArrowException):  # The folder belongs to another user, has no locks, or its disk is full.
-        if rows:
-            return rows[0]
-        return _read_all(name, path, files)
+    except (OSError, ValueError, NotImplementedError):  # The disk is full, or the file system has no locks.
+        return written[0] if written else _read_all(name, path, files)
 
 
 def _open_cached(file: Path, state: str) -> tuple[Any, list[int]]:

@@ -73,7 +73,7 @@ class Model(nn.Module):
             (modality for modality in modalities.values() if isinstance(modality, PictureReader)), None
         )
         self._texts = next((modality for modality in modalities.values() if isinstance(modality, TextReader)), None)
-        self._reported_texts: set[str] = set()  # texts without a known word, which the user was told
+        self._reported_texts: set[str] = set()  # texts without a known word that were reported already
 
     def encode(
         self, modality: str, inputs: Any, normalize: bool = False, towards: str | None = None, batch_size: int = 64

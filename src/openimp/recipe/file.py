@@ -15,6 +15,8 @@ MAX_BYTES = 2**20
 """Largest size of a recipe or a study."""
 MAX_NODES = 100_000
 """Maximum number of keys, values, lists and mappings in a YAML file after its aliases are expanded."""
+MAX_SAVED_NODES = 1_000_000
+"""The maximum in a file with at least as many characters, such as a saved recipe with many classes."""
 
 
 def read_recipe(name: str, overrides: Iterable[str] = (), folder: Path | None = None) -> tuple[dict[str, Any], Path]:
@@ -99,14 +101,14 @@ def differences(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
 class RecipeLoader(yaml.SafeLoader):
     """A YAML loader that reads 1e-3 as a number, rejects duplicate keys, and limits the expanded size of aliases.
 
-    Without that limit, a few lines of nested aliases expand to billions of values. A text without aliases has fewer
-    values than characters.
+    Without that limit, a few lines of nested aliases expand to billions of values. A long text may have more values
+    than `MAX_NODES`, because a saved recipe contains the classes of the files that the user's recipe names.
     """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._nodes = 0
-        self._max_nodes = max(MAX_NODES, len(stream))
+        self._max_nodes = max(MAX_NODES, min(len(stream), MAX_SAVED_NODES))
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         is_alias = self.check_event(yaml.AliasEvent)

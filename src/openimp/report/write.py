@@ -8,11 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from openimp.checkpoint.find import find_model, is_model_name
+from openimp.checkpoint.find import find_model
 from openimp.checkpoint.folder import MANIFEST, checkpoints, load_model, load_run_recipe, read_config, saved_step
 from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modalities
+from openimp.common.names import has_scheme
 from openimp.common.protocols import Pictured
 from openimp.common.safe_files import refuse_links, write_text
 from openimp.common.versions import openimp_version
@@ -43,7 +44,7 @@ def write_report(
     The default of `out` is `report.html` in `run`, CHECKPOINT.html beside a checkpoint, or a file in the current
     directory for a model of the Hub or of open_clip.
     """
-    if is_model_name(run):
+    if has_scheme(run):
         run = find_model(run)
         out = out or Path(f"{read_config(run)[0].name}.html")
     refuse_links(run)
