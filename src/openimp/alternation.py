@@ -66,7 +66,7 @@ class Alternation(Sequence[Visit]):
             start=int(self._start[step]),
         )
 
-    def visits(self) -> dict[tuple[str, int], int]:
+    def step_counts(self) -> dict[tuple[str, int], int]:
         """The number of steps per (task, view)."""
         (tasks, views), counts = np.unique(np.stack((self._task, self._view)), axis=1, return_counts=True)
         return {(self._names[task], int(view)): int(count) for task, view, count in zip(tasks, views, counts)}

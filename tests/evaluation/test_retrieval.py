@@ -49,9 +49,9 @@ def result_of(queries, candidates, pairs, rank=None) -> RetrievalResult:
         rank=ranks(queries, candidates, pairs) if rank is None else rank,
         correct_pairs=pairs,
         query_row=np.arange(len(queries)),
-        target_row=np.arange(len(candidates)),
+        candidate_row=np.arange(len(candidates)),
         query_NZ=queries,
-        target_MZ=candidates,
+        candidate_MZ=candidates,
     )
 
 

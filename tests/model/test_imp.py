@@ -8,7 +8,7 @@ from openimp.common.modality import StemSpec, Tokens
 from openimp.model.embedding import Stem
 from openimp.model.heads import Temperature
 from openimp.model.imp import IMP
-from openimp.model.moe import collect_usage
+from openimp.model.moe import set_usage_collection
 from openimp.recipe.model import Model
 
 
@@ -78,7 +78,7 @@ def test_one_pass_of_all_modalities_equals_a_pass_of_each(routing, own):
     model = small(moe=moe, modality_specific_layers=own, qk_norm=True).train()
     if routing:  # Routers start nearly indifferent; this one has preferences.
         torch.nn.init.normal_(model.encoder.blocks[-1].mlp.router.weight_ED, std=0.7)
-    collect_usage(model, True)
+    set_usage_collection(model, True)
     inputs = {"image": patches(3), "text": texts([3, 16, 1, 7, 0, 9], 16), "video": patches(2)}
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(len(tokens.values), 32, generator=generator) for name, tokens in inputs.items()}

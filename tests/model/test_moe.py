@@ -13,8 +13,8 @@ from openimp.model.moe import (
     RouterStats,
     Routing,
     SparseMLP,
-    collect_usage,
     expert_choice,
+    set_usage_collection,
     valid_tokens_per_rank,
 )
 from openimp.recipe.model import MoE
@@ -42,7 +42,7 @@ def batch_of(seed: int, lengths: list[int], total: int) -> tuple[Tensor, Tensor]
 
 def apply(layer: SparseMLP, x: Tensor, valid: Tensor) -> tuple[Tensor, RouterStats]:
     """The layer's output for one input, and its statistics."""
-    collect_usage(layer, True)
+    set_usage_collection(layer, True)
     out, (stats,) = layer(x.flatten(0, 1), [valid], [valid_tokens_per_rank(x, valid)])
     return out.view_as(x), stats
 
@@ -225,7 +225,7 @@ def test_usage_is_only_computed_if_it_is_collected():
     inputs = x.flatten(0, 1), [valid], [valid_tokens_per_rank(x, valid)]
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     for collect in (False, True):
-        collect_usage(layer, collect)
+        set_usage_collection(layer, collect)
         _, (stats,) = layer(*inputs)
         assert (stats.usage is not None) == collect
         _, (stats,) = compiled(*inputs)

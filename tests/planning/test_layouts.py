@@ -87,10 +87,10 @@ def test_the_fastest_layout_that_fits_is_recommended(little_data):
     assert replicas.memory_bytes > node.memory_bytes > everyone.memory_bytes
     assert 1.1 * node.seconds < replicas.seconds
     assert recommended([replicas, node, everyone]) is node
-    hardly_faster = replace(node, visits={key: round(0.95 * count) for key, count in node.visits.items()})
+    hardly_faster = replace(node, step_counts={key: round(0.95 * count) for key, count in node.step_counts.items()})
     assert recommended([node, hardly_faster]) is node, "the recipe's layout stays"
     # Shards over several nodes have latencies that are not counted.
-    assert recommended([replicas, replace(everyone, visits=dict.fromkeys(everyone.visits, 0))]) is replicas
+    assert recommended([replicas, replace(everyone, step_counts=dict.fromkeys(everyone.step_counts, 0))]) is replicas
 
     def fit_into(memory_bytes: float) -> int:
         gpu = replace(node.gpu, memory_gib=memory_bytes / USABLE / 2**30)

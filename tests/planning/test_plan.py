@@ -79,11 +79,11 @@ def test_flops_are_those_that_the_run_records(little_data, little_run):
     weights = dict(meta_model(recipe, recipe.make_modalities(), CLASSES).named_parameters())
     sizes = {name: weight.numel() for name, weight in weights.items()}
     moved = sum(
-        n * (40 * sum(sizes[name] for name in found.steps[key].cost.touched) + 12 * sum(sizes.values()))
-        for key, n in found.visits.items()
+        n * (40 * sum(sizes[name] for name in found.step_needs[key].cost.touched) + 12 * sum(sizes.values()))
+        for key, n in found.step_counts.items()
     )
     assert found.seconds == found.compute_seconds == pytest.approx(found.flops / (989e12 * 0.4) + moved / 3.35e12)
-    assert sum(found.visits.values()) == recipe.train.steps
+    assert sum(found.step_counts.values()) == recipe.train.steps
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_the_planned_peak_of_an_update_with_muon_is_near_the_measured_one(tmp_pa
     model = [f"model.{change}" for change in ("moe=null", "width=256", "mlp_dim=256", "layers=6")]
     recipe = Recipe.load("mixture", [*LARGEST_TASK, *model, "tasks.stills.batch_size=8"])
     found = plan_of(recipe, classes=StepBatches(recipe, recipe.make_modalities()).classes)
-    planned = max(step.memory.temporary for (task, _), step in found.steps.items() if task == "stills")
+    planned = max(step.memory.temporary for (task, _), step in found.step_needs.items() if task == "stills")
     assert planned == pytest.approx(peak_memory(Trainer(set_up(recipe, tmp_path / "run"))), rel=0.1)
 
 
@@ -121,7 +121,7 @@ def test_what_stays_between_steps_is_counted_to_the_byte(little_data, tmp_path):
     states = [state for optimizer in training.updater.optimizers for state in optimizer.state.values()]
     moments = [tensor for state in states for key, tensor in state.items() if key != "step"]
     held = [*training.model.parameters(), *moments, *training.updater.ema.weights.values()]
-    memory = plan_of(training.recipe).steps["heard", 0].memory
+    memory = plan_of(training.recipe).step_needs["heard", 0].memory
     never = 2 * 4 * len(training.model.pairs)  # Moments of the sigmoid loss' bias, which this recipe does not use.
     assert memory.parameters + memory.optimizer_state == sum(tensor.nbytes for tensor in held) + never
 
@@ -171,7 +171,7 @@ def test_several_gpus_divide_a_step(little_data):
         return plan_of(Recipe.load(little_data / "recipe.yaml", [*changes, f"parallel={parallel}"]), gpus)
 
     def memory(plan: Plan) -> GPUMemory:
-        return plan.steps["heard", 0].memory
+        return plan.step_needs["heard", 0].memory
 
     alone = planned(1, "{}")
     shards = planned(4, "{shard_degree: 4}")
@@ -277,7 +277,7 @@ def test_ranks_receive_the_planned_number_of_bytes(little_data, tmp_path, ranks)
     run(*torchrun(ranks, __file__, file, tmp_path), check=True)
     measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
     for name in LAYOUTS:
-        planned = plan_of(recipe_in(name, file, ranks), gpus=ranks).steps["named", 0].received_bytes
+        planned = plan_of(recipe_in(name, file, ranks), gpus=ranks).step_needs["named", 0].received_bytes
         # On average, because a rank receives Muon's matrices that it owns.
         received = sum(each[name] for each in measured) / ranks
         # An all-gather of Muon's updates is padded to the largest part.
@@ -312,7 +312,7 @@ def test_the_command_prints_the_plan(little_data, capsys):
     layouts = ["{shard_degree: 1}", "{shard_degree: 1, expert_degree: 2}", "{shard_degree: 2, expert_degree: 2}"]
     assert [str(plan.layout) for plan in (first, *others)] == ["{shard_degree: 2}", *layouts]
     task, view = first.largest
-    step = first.steps[task, view]
+    step = first.step_needs[task, view]
     row = [f"{task}, {view}", f"{step.cost.examples}", f"{step.cost.tokens}", short(step.cost.flops)]
     row += [f"{1e3 * step.compute_seconds:.1f}", f"{1e3 * step.wait_seconds:.1f}", f"{step.received_bytes / 1e9:.2f}"]
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]

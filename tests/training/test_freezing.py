@@ -124,7 +124,7 @@ def test_the_plan_shows_what_is_frozen(little_data, capsys):
     model = meta_model(recipe, recipe.make_modalities(), CLASSES)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert found.frozen == sum(weight.numel() for weight in model.parameters()) - trained > 0
-    memory = found.steps["named", 0].memory
+    memory = found.step_needs["named", 0].memory
     # AdamW's two tensors and the EMA, in fp32 on two GPUs; gradients of what the task uses.
     assert memory.optimizer_state == pytest.approx(12 * trained / 2, rel=1e-3)
     assert memory.gradients < 4 * trained / 2

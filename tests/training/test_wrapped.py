@@ -179,7 +179,7 @@ def test_one_tower_learns_the_vectors_of_the_other_that_is_frozen(data, name, tm
     modalities = Trainer(set_up(recipe, tmp_path / "planned")).modalities
     found = next(plans(recipe, modalities, {}, gpus=2, gpu="h100", mfu=0.4))
     assert found.frozen == sum(value.numel() for key, value in before.items() if key.startswith("encoder.visual."))
-    memory = {key: step.memory.gradients for key, step in found.steps.items()}
+    memory = {key: step.memory.gradients for key, step in found.step_needs.items()}
     assert memory["named", 0] < 4 * (sum(found.parameters.values()) - found.frozen)
 
 

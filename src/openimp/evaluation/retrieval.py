@@ -30,33 +30,37 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class RetrievalResult(Predicted):
-    """One direction of a retrieval set."""
+    """One direction of a retrieval set. The candidates are the items of the modality `target`."""
 
     rank: np.ndarray  # (N,) int64, the rank from 1 of each query's best correct candidate
     correct_pairs: np.ndarray  # (E, 2) int64, all correct pairs (query, candidate)
     query_row: np.ndarray  # (N,) int64, for each query, the first row of the source that has it
-    target_row: np.ndarray  # (M,) int64, for each candidate, the first row of the source that has it
+    candidate_row: np.ndarray  # (M,) int64, for each candidate, the first row of the source that has it
     query_NZ: Tensor  # unit vectors
-    target_MZ: Tensor
+    candidate_MZ: Tensor
 
-    def answers(self, query: int, k: int) -> list[Answer]:
+    def answers(self, query_index: int, k: int) -> list[Answer]:
         """The `k` candidates most similar to a query, in order. If none is correct, the best correct one follows.
 
         In a tie, wrong candidates come first, so the best correct candidate is at its `rank`.
         """
-        similar_M = (self.target_MZ @ self.query_NZ[query]).cpu().numpy()
+        similar_M = (self.candidate_MZ @ self.query_NZ[query_index]).cpu().numpy()
+        correct_candidates = self.correct_pairs[self.correct_pairs[:, 0] == query_index, 1]
         correct_M = np.zeros(len(similar_M), bool)
-        correct_M[self.correct_pairs[self.correct_pairs[:, 0] == query, 1]] = True
-        worst_M = np.where(correct_M, -np.inf, np.inf)  # As in `ranks`, NaN counts against the model.
-        order = np.lexsort((correct_M, -np.where(np.isnan(similar_M), worst_M, similar_M)))
+        correct_M[correct_candidates] = True
+        # As in `ranks`, NaN counts against the model.
+        worst_M = np.where(correct_M, -np.inf, np.inf)
+        score_M = np.where(np.isnan(similar_M), worst_M, similar_M)
+        order = np.lexsort((correct_M, -score_M))  # by descending score; in a tie, wrong candidates first
         chosen = list(order[:k])
-        if not correct_M[order[:k]].any():
-            chosen += list(order[correct_M[order]][:1])
+        if not correct_M[chosen].any():
+            correct_in_order = order[correct_M[order]]
+            chosen.append(correct_in_order[0])
         return [Answer(int(i), float(similar_M[i]), bool(correct_M[i])) for i in chosen]
 
     def metrics(self) -> dict[str, Any]:
         """R@1, R@5, R@10, median rank, mean reciprocal rank, chance, and the 95 % interval of R@1."""
-        candidates = len(self.target_row)
+        candidates = len(self.candidate_row)
         return {
             "n": len(self.rank),
             "candidates": candidates,
@@ -83,13 +87,14 @@ def retrieve(
     readable = readable_rows(table, list(encoded_by_side.values()), where)
     rows = readable.row
     vectors: dict[str, Tensor] = {}
-    item_row: dict[str, np.ndarray] = {}
+    first_row_of_item: dict[str, np.ndarray] = {}  # for each item, the first row of the source that has it
     item_of_row: dict[str, np.ndarray] = {}  # for each readable row, the index of its item in `vectors`
     for side, encoded in encoded_by_side.items():
         # Items that occur in unreadable rows only are neither queries nor candidates.
-        items, first, item_of_row[side] = np.unique(encoded.item[rows], return_index=True, return_inverse=True)
+        items, first_index, inverse = np.unique(encoded.item[rows], return_index=True, return_inverse=True)
         vectors[side] = encoded.embeddings[torch.from_numpy(items)]
-        item_row[side] = rows[first]
+        first_row_of_item[side] = rows[first_index]
+        item_of_row[side] = inverse
     pairs = np.unique(np.stack([item_of_row[a], item_of_row[b]], axis=1), axis=0)
     directions = [
         RetrievalResult(
@@ -97,10 +102,10 @@ def retrieve(
             target=target,
             rank=ranks(vectors[query], vectors[target], correct),
             correct_pairs=correct,
-            query_row=item_row[query],
-            target_row=item_row[target],
+            query_row=first_row_of_item[query],
+            candidate_row=first_row_of_item[target],
             query_NZ=vectors[query],
-            target_MZ=vectors[target],
+            candidate_MZ=vectors[target],
         )
         for query, target, correct in ((a, b, pairs), (b, a, pairs[:, ::-1]))
     ]
@@ -121,15 +126,16 @@ def ranks(queries_NZ: Tensor, candidates_MZ: Tensor, pairs: np.ndarray, limit: i
     blocks = []
     for start in range(0, len(queries_NZ), block):
         similar_nM = queries_NZ[start : start + block] @ candidates_MZ.T
-        first, stop = np.searchsorted(pairs[:, 0], [start, start + len(similar_nM)])
-        query_E, candidate_E = torch.from_numpy(pairs[first:stop].copy()).to(similar_nM.device).unbind(1)
+        first_pair, end_pair = np.searchsorted(pairs[:, 0], [start, start + len(similar_nM)])
+        query_E, candidate_E = torch.from_numpy(pairs[first_pair:end_pair].copy()).to(similar_nM.device).unbind(1)
         query_E = query_E - start
         correct_E = similar_nM[query_E, candidate_E]
         best_n = similar_nM.new_full((len(similar_nM),), -torch.inf).scatter_reduce(0, query_E, correct_E, "amax")
         # `not <` instead of `>=`, so that every comparison with NaN counts against the model.
-        before_n = (~(similar_nM < best_n[:, None])).sum(1)
+        not_below_n = (~(similar_nM < best_n[:, None])).sum(1)
         # The rank is 1 + the number of wrong candidates that are not less similar than the best correct one: all such
         # candidates minus the correct ones among them, which are the best one and its ties.
-        correct_before_n = torch.zeros_like(before_n).index_add(0, query_E, (~(correct_E < best_n[query_E])).long())
-        blocks.append(1 + before_n - correct_before_n)
+        not_below_E = ~(correct_E < best_n[query_E])
+        correct_not_below_n = torch.zeros_like(not_below_n).index_add(0, query_E, not_below_E.long())
+        blocks.append(1 + not_below_n - correct_not_below_n)
     return torch.cat(blocks).cpu().numpy()

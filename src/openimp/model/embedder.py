@@ -59,8 +59,8 @@ def in_chunks(encode_all: EncodeAll, chunk_size: int | None) -> EncodeAll:
 def _join(parts: list[Tokens], encoded: list[Encoded]) -> Encoded:
     """The result for one modality from those for the parts of its batch."""
     # Averaged over all ranks, because the routers' statistics are.
-    token_counts = all_reduce_mean(torch.stack([tokens.valid().sum().float() for tokens in parts]))
-    token_shares = (token_counts / token_counts.sum().clamp(min=1)).unbind()
+    mean_token_counts = all_reduce_mean(torch.stack([tokens.valid().sum().float() for tokens in parts]))
+    token_shares = (mean_token_counts / mean_token_counts.sum().clamp(min=1)).unbind()
     by_layer = zip(*(part.routing for part in encoded))
     routing = [RouterStats.mean(stats, token_shares) for stats in by_layer]
     return Encoded(torch.cat([part.features for part in encoded]), routing)

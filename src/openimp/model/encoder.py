@@ -88,11 +88,12 @@ class Block(nn.Module):
         return MLP(config.width, config.mlp_dim, config.bias, config.gelu)
 
     def forward(
-        self, x_TD: Tensor, shapes: Shapes, masks: Masks, token_counts: Sequence[Tensor] = ()
+        self, x_TD: Tensor, shapes: Shapes, masks: Masks, mean_token_counts: Sequence[Tensor] = ()
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns router statistics per input if the block is sparse.
 
-        A sparse block needs `token_counts`, the `valid_tokens_per_rank` of its inputs.
+        A sparse block needs `mean_token_counts`: per input, its valid tokens averaged over ranks
+        (`valid_tokens_per_rank`).
         """
         x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
         return x_TD + self.mlp(self.norm2(x_TD)), []
@@ -111,7 +112,7 @@ class SparseBlock(Block):
         return SparseMLP(config.width, config.mlp_dim, config.moe, config.bias, config.gelu)
 
     def forward(
-        self, x_TD: Tensor, shapes: Shapes, masks: Masks, token_counts: Sequence[Tensor] = ()
+        self, x_TD: Tensor, shapes: Shapes, masks: Masks, mean_token_counts: Sequence[Tensor] = ()
     ) -> tuple[Tensor, list[RouterStats]]:
         x_TD = x_TD + self.attention(self.norm1(x_TD), shapes, masks)
         valid = [
@@ -119,7 +120,7 @@ class SparseBlock(Block):
             for shape, mask_BL in zip(shapes, masks)
         ]
         # Experts get bf16 tokens, also where CUDA's autocast lets the norm return fp32.
-        y_TD, stats = self.mlp(self.norm2(x_TD).type_as(x_TD), valid, token_counts)
+        y_TD, stats = self.mlp(self.norm2(x_TD).type_as(x_TD), valid, mean_token_counts)
         return x_TD + y_TD, stats
 
 
@@ -163,12 +164,12 @@ class Encoder(nn.Module):
         routing: list[list[RouterStats]] = [[] for _ in inputs]
         # Computed once for all blocks, because it takes an all-reduce.
         sparse = any(block.sparse for block in blocks.children())
-        token_counts = [valid_tokens_per_rank(*pair) for pair in zip(inputs, masks)] if sparse else []
+        mean_token_counts = [valid_tokens_per_rank(*pair) for pair in zip(inputs, masks)] if sparse else []
         for block in blocks.children():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_TD, stats = checkpoint(block, x_TD, shapes, masks, token_counts, use_reentrant=False)
+                x_TD, stats = checkpoint(block, x_TD, shapes, masks, mean_token_counts, use_reentrant=False)
             else:
-                x_TD, stats = block(x_TD, shapes, masks, token_counts)
+                x_TD, stats = block(x_TD, shapes, masks, mean_token_counts)
             for input_routing, input_stats in zip(routing, stats):
                 input_routing.append(input_stats)
         return x_TD, routing

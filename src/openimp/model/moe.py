@@ -44,7 +44,8 @@ class Usage(NamedTuple):
         load_E: each expert's share of all filled slots.
         gate_E: each expert's share of the sum of all gates. With expert choice all experts fill equally many slots, so
             only the gates show which experts the router prefers.
-        dropped: scalar, the share of tokens that no expert took.
+        dropped: scalar, the number of this rank's tokens that no expert took, divided by the mean number of tokens per
+            rank. Its mean over ranks is the share of all tokens that no expert took.
     """
 
     load_E: Tensor
@@ -57,7 +58,7 @@ class RouterStats(NamedTuple):
 
     Attributes:
         aux: scalar, the weighted sum of the router's auxiliary losses.
-        usage: None unless `collect_usage` asks for it.
+        usage: None unless `set_usage_collection` asks for it.
     """
 
     aux: Tensor
@@ -158,7 +159,7 @@ class Router(nn.Module):
         nn.init.normal_(self.weight_ED, std=0.02)
 
     def forward(
-        self, x_TD: Tensor, valid: Sequence[Tensor], token_counts: Sequence[Tensor]
+        self, x_TD: Tensor, valid: Sequence[Tensor], mean_token_counts: Sequence[Tensor]
     ) -> list[tuple[Routing, RouterStats]]:
         """Routes the tokens of each input within its groups. See `SparseMLP` for the arguments.
 
@@ -171,10 +172,10 @@ class Router(nn.Module):
         shapes = [valid_BL.shape for valid_BL in valid]
         probs = split_tokens(logits_TE.softmax(-1), shapes)
         z_losses = split_tokens(logits_TE.logsumexp(-1).square(), shapes)
-        return [self._route(*one_input) for one_input in zip(probs, z_losses, valid, token_counts)]
+        return [self._route(*one_input) for one_input in zip(probs, z_losses, valid, mean_token_counts)]
 
     def _route(
-        self, probs_BLE: Tensor, z_loss_BL: Tensor, valid_BL: Tensor, token_count: Tensor
+        self, probs_BLE: Tensor, z_loss_BL: Tensor, valid_BL: Tensor, mean_token_count: Tensor
     ) -> tuple[Routing, RouterStats]:
         config = self.config
         probs_GNE = probs_BLE
@@ -182,44 +183,45 @@ class Router(nn.Module):
         if self.training and config.routing in BATCH_ROUTINGS:
             probs_GNE = probs_BLE.flatten(0, 1)[None]
             valid_GN = valid_BL.flatten()[None]
-        aux = config.z_loss * (z_loss_BL * valid_BL).sum() / token_count
+        aux = config.z_loss * (z_loss_BL * valid_BL).sum() / mean_token_count
         if config.routing == "token_choice":
             share = config.top_k * config.capacity_factor / config.experts
             capacity = _capacity(probs_GNE.shape[1], share) if self.training else None
             routing = token_choice(probs_GNE, valid_GN, config.top_k, capacity)
-            aux = aux + config.balance_loss * config.experts * _imbalance(probs_BLE, valid_BL, token_count)
+            aux = aux + config.balance_loss * config.experts * _imbalance(probs_BLE, valid_BL, mean_token_count)
         else:
             routing = expert_choice(probs_GNE, valid_GN, config.capacity_factor)
         # Compiled layers always collect, because that costs them little and a switch would compile each of them twice.
         collects = torch.compiler.is_compiling() or self.collects_usage
-        usage = _usage(routing, valid_GN, token_count) if collects else None
+        usage = _usage(routing, valid_GN, mean_token_count) if collects else None
         return routing, RouterStats(aux, usage)
 
 
-def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, token_count: Tensor) -> Tensor:
+def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, mean_token_count: Tensor) -> Tensor:
     """The sum over experts of their share of first choices times their mean probability (arXiv 2101.03961, 2.2)."""
     is_valid_BL1 = valid_BL[..., None]
     first_choices_E = (F.one_hot(probs_BLE.argmax(-1), probs_BLE.shape[-1]) * is_valid_BL1).sum((0, 1))
-    prob_E = (probs_BLE * is_valid_BL1).sum((0, 1)) / token_count
-    return (all_reduce_mean(first_choices_E.float()) / token_count * prob_E).sum()
+    prob_E = (probs_BLE * is_valid_BL1).sum((0, 1)) / mean_token_count
+    share_E = all_reduce_mean(first_choices_E.float()) / mean_token_count
+    return (share_E * prob_E).sum()
 
 
-def collect_usage(model: nn.Module, collect: bool) -> None:
+def set_usage_collection(model: nn.Module, enabled: bool) -> None:
     """Sets whether the sparse layers of a model return their `Usage`. By default they do not, because each layer needs
     about 15 small operations per input to compute it."""
     for module in model.modules():
         if isinstance(module, Router):
-            module.collects_usage = collect
+            module.collects_usage = enabled
 
 
 @torch.no_grad()
-def _usage(routing: Routing, valid_GN: Tensor, token_count: Tensor) -> Usage:
+def _usage(routing: Routing, valid_GN: Tensor, mean_token_count: Tensor) -> Usage:
     filled_GEC = (routing.gate_GEC > 0).float()
     load_E = filled_GEC.sum((0, 2))
     gate_E = routing.gate_GEC.sum((0, 2))
     taken_GN = torch.zeros_like(valid_GN, dtype=torch.float32)
     taken_GN = taken_GN.scatter_add(1, routing.token_GEC.flatten(1), filled_GEC.flatten(1))
-    dropped = ((taken_GN == 0) & valid_GN).sum() / token_count
+    dropped = ((taken_GN == 0) & valid_GN).sum() / mean_token_count
     # A batch of padding fills no slot. `clamp` prevents 0 / 0 there.
     return Usage(load_E / load_E.sum().clamp(min=1), gate_E / gate_E.sum().clamp(min=1e-9), dropped)
 
@@ -246,10 +248,14 @@ class Experts(nn.Module):
         parameters = [self.up_EDF, self.down_EFD]
         if self.bias:
             parameters += [self.up_bias_EF, self.down_bias_ED]
-        (up_EDF, down_EFD, *biases), group = local_experts(parameters)
+        local = local_experts(parameters)
+        # From here on, E are the experts that this rank holds, and S are their slots for the tokens of all `ranks`.
+        ranks = local.group
+        up_EDF, down_EFD, *biases = local.weights
         up_bias_EF, down_bias_ED = biases or (None, None)
-        hidden_ESF = gelu(_linear(dispatch_to_experts(x_ESD, group), up_EDF, up_bias_EF), self.gelu_kind)
-        return combine_from_experts(_linear(hidden_ESF, down_EFD, down_bias_ED), group)
+        received_ESD = dispatch_to_experts(x_ESD, ranks)
+        hidden_ESF = gelu(_linear(received_ESD, up_EDF, up_bias_EF), self.gelu_kind)
+        return combine_from_experts(_linear(hidden_ESF, down_EFD, down_bias_ED), ranks)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -266,19 +272,19 @@ class SparseMLP(nn.Module):
         self.experts = Experts(config.experts, width, hidden, bias, gelu_kind)
 
     def forward(
-        self, x_TD: Tensor, valid: Sequence[Tensor], token_counts: Sequence[Tensor]
+        self, x_TD: Tensor, valid: Sequence[Tensor], mean_token_counts: Sequence[Tensor]
     ) -> tuple[Tensor, list[RouterStats]]:
         """Maps (T, D) to (T, D), and returns statistics per input.
 
         Args:
             valid: per input, (B, L), False for padding.
-            token_counts: per input, its `valid_tokens_per_rank`.
+            mean_token_counts: per input, its valid tokens averaged over ranks (`valid_tokens_per_rank`).
         """
         rows = []  # per input: the rows of `x_TD` that its slots hold
         gates = []
         all_stats = []
         input_start = 0
-        for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, token_counts)):
+        for valid_BL, (routing, stats) in zip(valid, self.router(x_TD, valid, mean_token_counts)):
             input_end = input_start + valid_BL.numel()
             group_size = valid_BL.numel() // routing.token_GEC.shape[0]
             group_start_G = torch.arange(input_start, input_end, group_size, device=x_TD.device)
@@ -289,6 +295,7 @@ class SparseMLP(nn.Module):
         row_ES = torch.cat(rows, dim=1)
         row_S = row_ES.flatten()
         gate_S1 = torch.cat(gates, dim=1).flatten()[:, None]
-        out_SD = self.experts(x_TD.index_select(0, row_S).unflatten(0, row_ES.shape)).flatten(0, 1)
+        x_ESD = x_TD.index_select(0, row_S).unflatten(0, row_ES.shape)
+        out_SD = self.experts(x_ESD).flatten(0, 1)
         sum_TD = torch.zeros_like(x_TD, dtype=out_SD.dtype)
         return sum_TD.index_add(0, row_S, out_SD * gate_S1.to(out_SD.dtype)), all_stats

@@ -84,14 +84,14 @@ def costs(
     key = json.dumps([build.__qualname__, summed, sections, class_counts])
     if key not in _cached_costs:  # Counting takes seconds, and a study needs the same costs again and again.
         model = meta_model(recipe, modalities, classes, build).train()
-        by_view = _count_passes(recipe, modalities, classes, model, losses)
-        by_view = _with_optimizer(recipe, model, by_view, summed)
+        cost_by_task_view = _count_passes(recipe, modalities, classes, model, losses)
+        cost_by_task_view = _with_optimizer(recipe, model, cost_by_task_view, summed)
         if recipe.memory != Memory():
             plain_recipe = recipe.model_copy(update={"memory": Memory()})
             plain = costs(plain_recipe, modalities, classes, build=build, losses=losses, summed=summed)
-            for task_view, cost in by_view.items():
-                by_view[task_view] = replace(cost, repeated_flops=cost.flops - plain[task_view].flops)
-        _cached_costs[key] = by_view
+            for task_view, cost in cost_by_task_view.items():
+                cost_by_task_view[task_view] = replace(cost, repeated_flops=cost.flops - plain[task_view].flops)
+        _cached_costs[key] = cost_by_task_view
     return _cached_costs[key]
 
 
@@ -99,7 +99,7 @@ def _count_passes(
     recipe: Recipe, modalities: Modalities, classes: Classes, model: Embedder, losses: Callable[..., Losses]
 ) -> dict[TaskView, Cost]:
     """The cost of a step of each task and view, without its update."""
-    by_view = {}
+    cost_by_task_view = {}
     encode_all = in_chunks(model.encode_all, recipe.memory.chunk_size)
     for task_name, task in recipe.tasks.items():
         for i, view in enumerate(task.views if task.weight else ()):
@@ -111,7 +111,7 @@ def _count_passes(
                     if not total.requires_grad:
                         raise UserError(f"tasks.{task_name}: optimizer.lr_scale freezes all that the task trains")
                     total.backward()
-            by_view[task_name, i] = Cost(
+            cost_by_task_view[task_name, i] = Cost(
                 examples=view.batch_size or task.batch_size,
                 tokens=sum(tokens.coords[..., 0].numel() for tokens in batch.tokens.values()),
                 flops=counter.get_total_flops(),
@@ -121,10 +121,10 @@ def _count_passes(
                 touched=frozenset(name for name, weight in model.named_parameters() if weight.grad is not None),
             )
             model.zero_grad()
-    return by_view
+    return cost_by_task_view
 
 
-def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: bool) -> dict[TaskView, Cost]:
+def _with_optimizer(recipe: Recipe, model: Embedder, cost_by_task_view: Costs, summed: bool) -> dict[TaskView, Cost]:
     """Adds the FLOPs of each step's update to its cost."""
     stacks = muon_stacks(model, recipe.optimizer)
     parameters = dict(model.named_parameters())
@@ -135,10 +135,10 @@ def _with_optimizer(recipe: Recipe, model: Embedder, by_view: Costs, summed: boo
         return muon_flops({parameter: stacks[parameter] for parameter in updated if parameter in stacks})
 
     with_update = {}
-    for task_view, cost in by_view.items():
+    for task_view, cost in cost_by_task_view.items():
         if summed:
-            touched_by_any = frozenset[str]().union(*(other.touched for other in by_view.values()))
-            flops = update_flops(touched_by_any) // len({task for task, _ in by_view})
+            touched_by_any = frozenset[str]().union(*(other.touched for other in cost_by_task_view.values()))
+            flops = update_flops(touched_by_any) // len({task for task, _ in cost_by_task_view})
         elif recipe.optimizer.zero_missing_grads:
             flops = update_flops(frozenset(parameters))
         else:
@@ -157,7 +157,7 @@ def meta_model(
     return model
 
 
-def mixture(recipe: Recipe, by_view: Costs) -> dict[str, dict[str, float]]:
+def mixture(recipe: Recipe, cost_by_task_view: Costs) -> dict[str, dict[str, float]]:
     """What each task contributes to the mean step: its share of the steps, and examples, tokens and FLOPs."""
     rows: dict[str, dict[str, float]] = {}
     for task, share in expected_shares(recipe).items():
@@ -165,14 +165,14 @@ def mixture(recipe: Recipe, by_view: Costs) -> dict[str, dict[str, float]]:
         view_shares = [view.weight / sum(other.weight for other in views) for view in views]
         rows[task] = {"steps": share}
         for unit in UNITS[1:]:
-            per_step = sum(view_share * getattr(by_view[task, i], unit) for i, view_share in enumerate(view_shares))
-            rows[task][unit] = share * per_step
+            view_costs = [getattr(cost_by_task_view[task, i], unit) for i in range(len(views))]
+            rows[task][unit] = share * sum(view_share * cost for view_share, cost in zip(view_shares, view_costs))
     return rows
 
 
-def mixture_table(recipe: Recipe, by_view: Costs) -> Table:
+def mixture_table(recipe: Recipe, cost_by_task_view: Costs) -> Table:
     """Each task's expected share of steps, examples, tokens and FLOPs, and the totals of the whole run."""
-    by_task = mixture(recipe, by_view)
+    by_task = mixture(recipe, cost_by_task_view)
     totals = {unit: sum(row[unit] for row in by_task.values()) for unit in UNITS}
     rows = [(name, *(f"{row[unit] / totals[unit]:.1%}" for unit in UNITS)) for name, row in by_task.items()]
     whole_run = ("in all", *(short(recipe.train.steps * totals[unit]) for unit in UNITS))
@@ -194,11 +194,11 @@ def empty_batch(
     modalities: Modalities,
     classes: Classes,
     device: torch.device,
-    gpus: int = 1,
+    ranks: int = 1,
 ) -> Batch:
-    """A batch of zeros of a task, with the shapes that the loader makes, for one of `gpus` GPUs that share it."""
+    """A batch of zeros of a task, with the shapes that the loader makes, for one of `ranks` ranks that share it."""
     task = recipe.tasks[name]
-    examples = (task.views[view].batch_size or task.batch_size) // gpus
+    examples = (task.views[view].batch_size or task.batch_size) // ranks
     tokens = {}
     with device:
         for modality, spec in task.inputs.items():

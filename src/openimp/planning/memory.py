@@ -115,7 +115,7 @@ def step_memory(
         model.to_empty(device=CPU)
         if on_gpu:
             _use_gpu_kernels(model, autocasts=not gathered_in_bf16)
-        batch = empty_batch(recipe, task, view, modalities, classes, device=CPU, gpus=gpus)
+        batch = empty_batch(recipe, task, view, modalities, classes, device=CPU, ranks=gpus)
         with StepMemory(model) as memory:
             memory.inputs = sum(leaf.nbytes for leaf in tree_leaves(vars(batch)) if isinstance(leaf, Tensor))
             with autocast(CPU, "fp32" if gathered_in_bf16 else precision):

@@ -36,22 +36,22 @@ class Plan:
 
     layout: Layout
     gpu: GPU
-    mfu: float  # assumed share of the bf16 peak; HFU if the recipe's `memory` repeats forward passes
+    utilization: float  # assumed share of the bf16 peak: the HFU if the recipe's `memory` repeats passes, else the MFU
     parameters: dict[str, int]  # number of parameters by part of the model
     frozen: int  # number of frozen parameters
     per_token: int | None  # number of parameters that a token uses; see the function `per_token`
-    steps: dict[TaskView, Step]  # what one step needs
-    visits: dict[TaskView, int]  # number of steps
+    step_needs: dict[TaskView, Step]  # what one step of this task and view needs
+    step_counts: dict[TaskView, int]  # number of steps in the whole run
 
     @property
     def largest(self) -> TaskView:
         """The task and view whose steps need the most memory."""
-        return max(self.steps, key=lambda task_view: self.steps[task_view].memory.total)
+        return max(self.step_needs, key=lambda task_view: self.step_needs[task_view].memory.total)
 
     @property
     def memory_bytes(self) -> int:
         """Most bytes that one GPU holds."""
-        return self.steps[self.largest].memory.total
+        return self.step_needs[self.largest].memory.total
 
     @property
     def fits(self) -> bool:
@@ -60,17 +60,17 @@ class Plan:
     @property
     def flops(self) -> int:
         """FLOPs of the whole run, over all GPUs. An update counts once, although several replicas compute it."""
-        return sum(self.steps[task_view].cost.flops * steps for task_view, steps in self.visits.items())
+        return sum(self.step_needs[task_view].cost.flops * steps for task_view, steps in self.step_counts.items())
 
     @property
     def compute_seconds(self) -> float:
         """Seconds of computation in the whole run."""
-        return sum(self.steps[task_view].compute_seconds * steps for task_view, steps in self.visits.items())
+        return sum(self.step_needs[task_view].compute_seconds * steps for task_view, steps in self.step_counts.items())
 
     @property
     def wait_seconds(self) -> float:
         """Seconds that the whole run waits for communication."""
-        return sum(self.steps[task_view].wait_seconds * steps for task_view, steps in self.visits.items())
+        return sum(self.step_needs[task_view].wait_seconds * steps for task_view, steps in self.step_counts.items())
 
     @property
     def seconds(self) -> float:
@@ -95,13 +95,13 @@ def plans(
         raise UserError(f"--gpus: expected 1 or more, found {gpus}")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: expected a share above 0 and at most 1, found {mfu:g}")
-    # First, because it checks `shard_degree` and `expert_degree`, and `costs` takes longer. Without `shard_degree`,
+    # Checks `shard_degree` and `expert_degree` before the slower `costs`. If the recipe has no `shard_degree`,
     # `default_layout` below replaces this layout.
     recipe_layout = layout_of(recipe, gpus, recipe.parallel.shard_degree)
-    by_view = costs(recipe, modalities, classes)
+    cost_by_task_view = costs(recipe, modalities, classes)
     uneven = [
         f"{cost.examples} of tasks.{task}.views[{view}]"
-        for (task, view), cost in by_view.items()
+        for (task, view), cost in cost_by_task_view.items()
         if cost.examples % gpus
     ]
     if uneven:
@@ -113,26 +113,26 @@ def plans(
 
     memory = {
         (task, view): step_memory(recipe, modalities, classes, task, view, precision=precision, gpus=gpus)
-        for task, view in by_view
+        for task, view in cost_by_task_view
     }
     parameters = {name: count(part) for name, part in model.named_children()}
     frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
-    visits = Alternation(recipe).visits()
+    step_counts = Alternation(recipe).step_counts()
     for layout in dict.fromkeys([recipe_layout, *alternatives(recipe, gpus)]):
         planner = StepPlanner(recipe, Sharding(layout, model, precision), GPUS[gpu], mfu)
-        steps = {
+        step_needs = {
             (task, view): planner.step(recipe.tasks[task], cost, memory[task, view])
-            for (task, view), cost in by_view.items()
+            for (task, view), cost in cost_by_task_view.items()
         }
         yield Plan(
             layout=layout,
             gpu=GPUS[gpu],
-            mfu=mfu,
+            utilization=mfu,
             parameters=parameters,
             frozen=frozen,
             per_token=per_token(model),
-            steps=steps,
-            visits=visits,
+            step_needs=step_needs,
+            step_counts=step_counts,
         )
 
 
@@ -160,7 +160,7 @@ def count(module: nn.Module) -> int:
 
 
 def per_token(model: Embedder) -> int | None:
-    """Number of parameters that a token uses on average, from its embedding to the mean over the tokens.
+    """Number of parameters that a token uses on average, after its embedding and before the mean over the tokens.
 
     These are the encoder without the experts that do not process the token, and the stem's linear layers before and
     after the encoder. On average, `capacity_factor` experts process a token with expert choice, and `top_k` with token
@@ -169,7 +169,7 @@ def per_token(model: Embedder) -> int | None:
     if not isinstance(model, IMP):
         return None
     width = model.config.width
-    # `Stem.before` and `Stem.after` are width x width, with bias. The patch embedding does not count.
+    # `Stem.before` and `Stem.after` are width x width, with bias.
     stem_parameters = 2 * (width * width + width)
     # A token passes only through the modality-specific blocks of its stem. Those of all stems are equally large.
     blocks_by_stem = [count(blocks) for blocks in model.encoder.own.values()]

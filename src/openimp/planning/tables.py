@@ -27,12 +27,12 @@ def print_plan(recipe: Recipe, modalities: Modalities, plans: Sequence[Plan], gp
             f"{step.received_bytes / 1e9:,.2f}",
             f"{step.memory.total / GIB:,.2f}",
         )
-        for (task, view), step in recipe_plan.steps.items()
+        for (task, view), step in recipe_plan.step_needs.items()
     ]
     head = ("task, view", "examples", "tokens", "FLOPs", "computes\nms", "waits\nms", "receives\nGB", "memory\nGiB")
     console.print(number_table(f"one step, divided by {recipe_plan.layout.ranks}", head, step_rows))
     task, view = recipe_plan.largest
-    memory = recipe_plan.steps[task, view].memory
+    memory = recipe_plan.step_needs[task, view].memory
     memory_head = (f"largest step: {task}, view {view}", "GiB")
     memory_rows = [(name.replace("_", " "), f"{size / GIB:,.3f}") for name, size in memory._asdict().items()]
     total_row = ("in all", f"{memory.total / GIB:,.3f}")
@@ -56,12 +56,12 @@ def print_plan(recipe: Recipe, modalities: Modalities, plans: Sequence[Plan], gp
 
 def _print_verdict(recipe: Recipe, plan: Plan, best: Plan, gpu: str) -> None:
     verdict = "fits" if plan.fits else "does not fit"
-    utilization = "HFU" if any(step.cost.repeated_flops for step in plan.steps.values()) else "MFU"
+    utilization = "HFU" if any(step.cost.repeated_flops for step in plan.step_needs.values()) else "MFU"
     lines = [
         f"{recipe.name} {verdict}: {plan.memory_bytes / GIB:,.2f} of {plan.gpu.usable_bytes / GIB:.1f} GiB for tensors "
         f"on each of {plan.layout.ranks} x {gpu}",
         f"{recipe.train.steps:,} steps, {short(plan.flops)}FLOPs: {duration(plan.compute_seconds)} at an {utilization} "
-        f"of {plan.mfu:.0%}",
+        f"of {plan.utilization:.0%}",
     ]
     if plan.layout.ranks > 1:
         lines.append(f"with communication about {duration(plan.seconds)}, an estimate from published bandwidths")
@@ -85,13 +85,13 @@ def print_model(config: ModelConfig, modalities: Modalities) -> None:
 
 def print_costs(recipe: Recipe, modalities: Modalities, classes: Classes) -> None:
     """Prints what a step of each task and view costs, and the mixture of the tasks."""
-    by_view = costs(recipe, modalities, classes)
+    cost_by_task_view = costs(recipe, modalities, classes)
     rows = [
         (task, str(view), str(cost.examples), str(cost.tokens), f"{cost.flops / 1e9:,.1f}")
-        for (task, view), cost in by_view.items()
+        for (task, view), cost in cost_by_task_view.items()
     ]
     console.print(number_table("one step", ("task", "view", "examples", "tokens", "GFLOPs"), rows))
-    console.print(mixture_table(recipe, by_view))
+    console.print(mixture_table(recipe, cost_by_task_view))
 
 
 def _print_parameters(parameters: dict[str, int], per_token: int | None, frozen: int, modalities: Modalities) -> None:

@@ -111,7 +111,7 @@ def retrieval(name: str, result: RetrievalResult, source: Table, show: Show) -> 
                 "late": place > ANSWERS,
                 "correct": answer.correct,
                 "similarity": answer.similarity,
-                "value": value(result.target, int(result.target_row[answer.candidate])),
+                "value": value(result.target, int(result.candidate_row[answer.candidate])),
             }
             for place, answer in enumerate(result.answers(query, ANSWERS), 1)
         ]

@@ -21,7 +21,7 @@ from openimp.data.step_batches import LoadedBatch
 from openimp.data.streams import Cursor
 from openimp.encoding.items import Progress
 from openimp.model.embedder import in_chunks
-from openimp.model.moe import collect_usage
+from openimp.model.moe import set_usage_collection
 from openimp.objectives.losses import Losses
 from openimp.parallel import distributed
 from openimp.parallel.layout import mixed_precision
@@ -90,7 +90,10 @@ class QueuedUpdate(NamedTuple):
 
 
 class Trainer(Parts):
-    """The training loop of one rank, with the parts of its run (`Parts`).
+    """The training loop of one rank.
+
+    It has the attributes of `Parts`: recipe, run, variant, device, data, fingerprints, model, updater, checkpointing,
+    validation, log and cursors. These are its own:
 
     Attributes:
         step: the number of confirmed steps, which is what a checkpoint contains.
@@ -117,7 +120,7 @@ class Trainer(Parts):
 
     def train(self) -> bool:
         """Trains the remaining steps, evaluates and saves. Returns False if a signal stopped it."""
-        # Besides a signal, a checkpoint that could not be written stops the run.
+        # The run stops after a signal, or if a checkpoint could not be written.
         with stop_signals(self.checkpointing.saver.failed) as stop, self._bar, closing(self.log.metrics):
             try:
                 self._train_steps(stop)
@@ -127,11 +130,11 @@ class Trainer(Parts):
                 self.log.bad_examples.report()
                 return True
             except Stopped:
-                self.save(wait=True)
+                self.save(wait=True)  # If a failed save was the reason to stop, this raises its CheckpointError.
                 self._print_stopped()
                 return False
             except CheckpointError:
-                raise
+                raise  # It is a UserError too, but saving again would not help.
             except UserError:
                 self.save(wait=True)
                 raise
@@ -194,7 +197,7 @@ class Trainer(Parts):
         visit = loaded.visit
         task = self.recipe.tasks[visit.task]
         logs_usage = self.log.wants_usage(visit.step)
-        collect_usage(self.model, logs_usage)
+        set_usage_collection(self.model, enabled=logs_usage)
         # A resumed run must repeat the model's dropout.
         dropout_seed = seed_key(self.recipe.seed, "dropout", visit.step, distributed.rank())
         torch.manual_seed(dropout_seed % 2**63)
@@ -215,6 +218,7 @@ class Trainer(Parts):
         self.confirm()  # Confirms the previous update while the device computes these gradients.
         grad_norm = self.updater.step(steps[-1].loaded.visit.step)
         for step in steps:
+            # Frees the autograd graph. The log still needs the value.
             step.losses = replace(step.losses, total=step.losses.total.detach())
         self._queued_update = QueuedUpdate(steps, grad_norm)
 
@@ -299,7 +303,7 @@ class Trainer(Parts):
             self.modalities,
             self.data.classes,
             device=torch.device("cpu"),
-            gpus=distributed.world_size(),
+            ranks=distributed.world_size(),
         )
         return LoadedBatch(visit, [batch])
 
