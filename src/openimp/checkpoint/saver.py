@@ -38,17 +38,17 @@ class Saver:
         # At exit Python waits for the thread, so an error elsewhere costs no checkpoint.
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving: Future[None] | None = None
-        self._buffers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)  # by folder and name
+        self._buffers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)  # by part and name
 
     def start(self, step: int, texts: Mapping[str, str], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Waits for the previous checkpoint, copies the tensors to CPU memory, and lets the thread write them.
 
-        Rank 0 writes the `texts`, by file name. The tensors are by folder and name.
+        Rank 0 writes the `texts`, by file name. The tensors are by part (model, optimizer or ema) and name.
         """
         self.wait()
         copies = {}
-        for folder, tensors_of_folder in tensors.items():
-            copies[folder] = dcp.stage(tensors_of_folder, self._buffers[folder])
+        for part, tensors_of_part in tensors.items():
+            copies[part] = dcp.stage(tensors_of_part, self._buffers[part])
         self._saving = self._thread.submit(self._save, checkpoint_folder(self.run, step), texts, copies)
 
     def failed(self) -> bool:
@@ -71,8 +71,8 @@ class Saver:
 
         def write_shards() -> dict[str, Any]:
             files = []
-            for name, tensors in copies.items():
-                files += dcp.save(draft / name, tensors, self.group)
+            for part, tensors in copies.items():
+                files += dcp.save(draft / part, tensors, self.group)
             if is_rank_zero:
                 files += [draft / name for name in texts]
             for file in files:

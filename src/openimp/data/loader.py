@@ -45,7 +45,7 @@ def load_batches(dataset: StepBatches, start: int, stop: int | None = None) -> I
         num_workers=workers,
         prefetch_factor=train.prefetch_factor if workers else None,
         worker_init_fn=_init_worker,
-        # Forked workers share the memory of the decoded media. Python 3.14 no longer forks by default.
+        # Forked workers share the decoded media of sources with `cache: memory`. Python 3.14 would not fork by default.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=torch.cuda.is_available(),
     )
@@ -71,13 +71,13 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
     # Exactly one `next` per part: one more, to reach the end, could report a worker that died after its last part.
     for _ in range(len(loader)):
         try:
-            parts = parts or iter(loader)
+            parts = parts or iter(loader)  # Inside `try`: this starts the workers and installs torch's handler.
             # Without the handler, the wait for a part that a dying worker has half written would never end.
             signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
             _error_if_any_worker_fails()
             part = next(parts)
-            # Restored here and in `finally`: if a worker dies just before this call, the handler raises inside `try`,
-            # which catches it.
+            # Until this call returns, our handler may raise, and the `except` below must catch that. So restoring the
+            # outer handler in `finally` alone would be too late.
             signal.signal(signal.SIGCHLD, outer_handler)
         # torch raises RuntimeError. Unpickling a part from the dead worker raises the other errors.
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
@@ -97,9 +97,9 @@ def _watch_workers(loader: DataLoader[LoadedBatch | UserError]) -> Iterator[Load
 class _Parts(Dataset["LoadedBatch | UserError"]):
     """The data set of the DataLoader: the parts of all batches.
 
-    It returns an error as a UserError, because an error that a worker raises would end the training without a
-    checkpoint. It uses one thread, even in the training process, because the number of threads changes the last bits
-    of a spectrogram.
+    An item may be a UserError: an error is returned instead of raised, because an error that a worker raises would end
+    the training without a checkpoint. An item is made with one thread, even in the training process, because the number
+    of threads changes the last bits of a spectrogram.
     """
 
     batches: StepBatches

@@ -14,16 +14,13 @@ from openimp.training.updater import Updater
 
 @dataclass
 class Checkpointing:
-    """Saves the checkpoints of a training run in the background. `saved_step` is the step of the newest one.
-
-    `texts` are the files of `text_files`.
-    """
+    """Saves the checkpoints of a training run in the background."""
 
     saver: Saver
     model: Embedder
     updater: Updater
-    texts: Mapping[str, str]
-    saved_step: int = 0
+    texts: Mapping[str, str]  # configuration, recipe and tokenizer by file name (`checkpoint.folder.text_files`)
+    saved_step: int = 0  # the step of the newest checkpoint, which may still be being written; 0 if there is none
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Loads weights, optimizer state and EMA from a checkpoint, and returns the state that was saved with them."""
@@ -33,15 +30,16 @@ class Checkpointing:
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Starts writing a checkpoint, unless this step has one. Raises CheckpointError if the previous save failed.
+        """Does nothing if this step has a checkpoint. Otherwise, starts writing one, or raises CheckpointError if the
+        previous save failed.
 
         `state` is everything besides tensors that the next step depends on, as JSON values. Its "step" is the number of
         steps done.
         """
         if state["step"] == self.saved_step:
             return
-        moments = optimizer_state(self.model, self.updater.optimizers)
-        tensors = {"model": self.model.state_dict(), "optimizer": moments}
+        optimizer_tensors = optimizer_state(self.model, self.updater.optimizers)
+        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors}
         if self.updater.ema:
             tensors["ema"] = self.updater.ema.weights
         texts = {**self.texts, "state.json": json.dumps(state, indent=1)}

@@ -1,4 +1,4 @@
-"""One update of the weights: reduced and clipped gradients, the learning rate, the optimizers, the EMA."""
+"""The optimizers, and one update of the weights with clipped gradients and the scheduled learning rate."""
 
 import math
 
@@ -14,6 +14,9 @@ from openimp.training.optimizers import lr_schedule, make_optimizers, set_learni
 
 class Updater:
     """Updates a model, which is distributed over the ranks, from the gradients of its backward passes.
+
+    It also makes the EMA of the weights, but `step` does not update it: `Trainer.confirm` does, once it knows that the
+    gradients were finite.
 
     The host queues an update before the device has computed the gradients. If they turn out not to be finite, the
     device leaves weights and optimizer state as they are.
