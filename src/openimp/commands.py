@@ -1,9 +1,11 @@
 """The commands: the glue between the command line and the library, and their printed output."""
 
 import json
+import os
 import sys
 from collections.abc import Collection
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from openimp.data.sources import open_source
 from openimp.data.targets import classes_of
 from openimp.data.trust import check_sources
 from openimp.drafting.draft import draft_recipe, is_data, recipe_name
+from openimp.evaluation.baseline import comparison
 from openimp.evaluation.evaluate import NotMeasured, evaluate
 from openimp.evaluation.results import latest, read_results, table
 from openimp.inference.embed import embed
@@ -75,9 +78,15 @@ def run_train(
     """Trains a recipe, or data, into `run` or into runs/NAME. `resume` is the value of --resume: "" or auto."""
     if resume not in (None, "", "auto"):
         raise UserError(f"--resume: expected auto or nothing, found {resume}")
-    recipe = _recipe_for(name, overrides, run, resume) if is_data(name) else Recipe.load(name, overrides, Path.cwd())
+    drafts = is_data(name)
+    recipe = _recipe_for(name, overrides, run, resume) if drafts else Recipe.load(name, overrides, Path.cwd())
+    run = run or Path("runs") / recipe.name
     resumes: bool | Literal["auto"] = "auto" if resume == "auto" else resume is not None
-    train(recipe, run or Path("runs") / recipe.name, resumes, allow_changed_data=allow_changed_data)
+    is_complete = train(recipe, run, resumes, allow_changed_data=allow_changed_data)
+    if drafts and is_complete and int(os.environ.get("RANK", 0)) == 0:
+        results = latest(read_results(run / "results.jsonl"))
+        for line in chain.from_iterable(comparison(recipe, results, task) for task in recipe.tasks):
+            console.print(line, soft_wrap=True)
 
 
 def _recipe_for(data: str, overrides: list[str], run: Path | None, resume: str | None) -> Recipe:

@@ -223,6 +223,15 @@ def test_a_folder_without_texts_says_what_to_add_and_may_use_the_names_of_its_fi
     assert task.text.sample == names
 
 
+def test_the_first_part_of_the_names_of_files_may_be_the_class():
+    """Which also a template may use, and which is a text even if it is a number, because the user names the column."""
+    for name in ("7_theo_0", "7_theo_1", "3-lucas-0", "3.lucas.1"):
+        copy("1.wav", f"flat/{name}.wav")
+    ((_, task, _),), _ = find_tasks(["flat"], label="prefix")
+    assert sorted(task.label.classes) == ["3", "7"]
+    assert task.text.template == "the sound of {prefix}"
+
+
 def test_a_file_whose_name_is_not_utf8_is_told():
     for name in (b"cat", b"\xff"):
         copy("0.png", Path("named", name.decode(errors="surrogateescape"), "0.png"))

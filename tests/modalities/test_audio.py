@@ -193,6 +193,42 @@ def test_speed_interpolates_as_numpy_does(length):
     np.testing.assert_array_equal(AUDIO.transform(item, view, None), AUDIO.transform(item, SHORT, None))
 
 
+def test_masks_hide_one_span_of_frames_and_one_band_of_bins():
+    """Of the lengths asked for, at any place, and in training only."""
+    waves = rng(1).normal(0, 0.1, (30, AUDIO.samples(SHORT))).astype(np.float32)
+    view = SHORT.model_copy(update={"mask_frames": 0.5, "mask_bins": 0.25})
+    config = AUDIO.config
+
+    def spectra(view, rngs):
+        """The spectrograms (B, frames, bins) that the tokens make up."""
+        values = AUDIO.tokens(waves, view, rngs).values
+        frames, bins = AUDIO.frames(view), config.bins
+        grid = values.unflatten(2, config.patch).unflatten(1, (frames // config.patch[0], bins // config.patch[1]))
+        return grid.permute(0, 1, 3, 2, 4).reshape(len(waves), frames, bins)
+
+    whole = spectra(view, None)
+    hidden = spectra(view, [rng(seed) for seed in range(30)]) == 0
+    assert torch.equal(spectra(view, [rng(seed) for seed in range(30)])[~hidden], whole[~hidden])
+    sizes = {0: set(), 1: set()}
+    for spectrum in hidden:
+        for axis, share in ((0, 0.5), (1, 0.25)):
+            (lines,) = spectrum.all(dim=1 - axis).nonzero(as_tuple=True)
+            sizes[axis].add(len(lines))
+            assert len(lines) <= share * spectrum.shape[axis]
+            assert len(lines) < 2 or lines[-1] - lines[0] == len(lines) - 1
+    assert min(map(len, sizes.values())) > 5
+
+
+def test_noise_is_relative_to_the_loudest_sample():
+    sound = np.zeros(16_000, np.int16)
+    sound[100] = 10_000
+    view = Audio.View(seconds=1.024, noise=0.1)
+    levels = [AUDIO.transform(sound, view, rng(seed))[200:].std() * 32767 for seed in range(40)]
+    assert min(levels) < 300
+    assert 700 < max(levels) < 1050
+    np.testing.assert_array_equal(AUDIO.transform(sound, view, None), AUDIO.transform(sound, SHORT, None))
+
+
 def test_a_faster_sound_fills_its_view_too():
     """Cut from the file, and not from the whole sound that a cache holds. The sine swells, so a cut tells its start."""
     raw = file(np.linspace(0.2, 1, 10 * RATE) * sine(1000, seconds=10.0, level=1.0))

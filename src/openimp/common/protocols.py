@@ -89,6 +89,15 @@ class Pictured(Protocol):
 
 
 @runtime_checkable
+class Comparable(Protocol):
+    """A modality whose values can be compared without an encoder, for the baseline of `openimp train DATA`."""
+
+    def raw_features(self, item: np.ndarray, view: Any) -> np.ndarray:
+        """Features (n,) fp32 of a decoded array, of the same size for all items, around 0."""
+        ...
+
+
+@runtime_checkable
 class Segmented(Protocol):
     """A modality of recordings, which `openimp index` cuts if they are long."""
 

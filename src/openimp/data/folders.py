@@ -1,6 +1,7 @@
 """Folders of media as tables: one subfolder per class, or files without classes, both with or without captions."""
 
 import os
+import re
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,8 @@ from openimp.data.tables import Table, Unreadable
 
 CAPTION = ".txt"
 """Extension of captions: `a.txt` beside `a.jpg` is its caption."""
+PREFIX_END = re.compile(r"(?<=.)[-_. ]")
+"""Separates the first part of a file's name from the others."""
 MAX_CAPTION = 2**20
 """Largest size of a caption's file in bytes."""
 
@@ -25,8 +28,9 @@ MAX_CAPTION = 2**20
 def open_folder(name: str, path: str) -> Table:
     """Opens a folder with one subfolder per class, or one with files and no subfolders.
 
-    The columns are `file` (relative path), `label` (subfolder), `name` (stem) and `extension` (lower case, without the
-    dot), and `text`, the content of the caption, if any file has one. `common/folders.py` says which files are read.
+    The columns are `file` (relative path), `label` (subfolder) or, without subfolders, `prefix` (the first part of the
+    name: `cat` of cat.12.jpg, `7` of 7_theo_3.wav), `name` (stem) and `extension` (lower case, without the dot), and
+    `text`, the content of the caption, if any file has one. `common/folders.py` says which files are read.
     `datasets` is not used, because it would guess the files' types and copy their names into its cache.
     """
     if not os.path.isdir(path):
@@ -58,6 +62,8 @@ def open_folder(name: str, path: str) -> Table:
     if classes:
         columns["label"] = [file.split("/", 1)[0] for file in media]
     columns["name"] = [os.path.basename(stem) for stem, _ in media.values()]
+    if not classes:
+        columns["prefix"] = [PREFIX_END.split(name, maxsplit=1)[0] for name in columns["name"]]
     columns["extension"] = [extension[1:].lower() for _, extension in media.values()]
     if captions:
         columns["text"] = [captions.get(stem) for stem, _ in media.values()]

@@ -116,7 +116,7 @@ def inspect(
     if not chosen:
         # Texts that repeat often are the names of classes.
         minimum |= {text.name: ROWS_PER_NAME for text in texts if ROWS_PER_NAME * text.items <= len(text.sample)}
-    label = _class_column(table, minimum, notes)
+    label = _class_column(table, minimum, notes, are_named=chosen_label is not None)
     if chosen_label and label is None:
         raise UserError(f"--label: {'; '.join(notes)}")
     text = next((text for text in texts if text.name not in minimum), None)
@@ -242,15 +242,22 @@ def _text_columns(table: Table, names: Sequence[str]) -> list[TextColumn]:
     return columns
 
 
-def _class_column(table: Table, minimum: dict[str, int], notes: list[str]) -> ClassColumn | None:
-    """The first column that has classes, preferably with names. `minimum` has the fewest rows per class of each."""
+def _class_column(
+    table: Table, minimum: dict[str, int], notes: list[str], are_named: bool = False
+) -> ClassColumn | None:
+    """The first column that has classes, preferably with names. `minimum` has the fewest rows per class of each.
+
+    `are_named`: texts of digits are names too, because the user chose the column.
+    """
     columns = []
     for name, rows_per_class in minimum.items():
         values = [value for value in table.column(name) if not isinstance(value, Unreadable)]
         are_classes = all(type(value) in (str, int) and value != "" for value in values)
         classes = list(dict.fromkeys(values)) if are_classes else []
         if 2 <= len(classes) <= len(values) / rows_per_class:
-            columns.append(ClassColumn(name, classes, all(_is_number(as_text(value)) for value in classes)))
+            are_names = are_named and all(isinstance(value, str) for value in classes)
+            are_numbers = not are_names and all(_is_number(as_text(value)) for value in classes)
+            columns.append(ClassColumn(name, classes, are_numbers))
         else:
             notes.append(
                 f"{shown(name)}: expected a class (a text or a whole number) in every row, at least two classes, and "
@@ -272,7 +279,8 @@ def _what_to_add(candidate: Candidate, media: list[MediaColumn], others: list[st
     if candidate.kind:
         return (
             f"no text or class says what is in its {candidate.kind} files; add subfolders, one for each of several "
-            "classes; captions (a.txt beside a.jpg); or a table of files and texts"
+            "classes; captions (a.txt beside a.jpg); or a table of files and texts; or use the first part of their "
+            "names as classes (cat of cat.12.jpg) with --label prefix"
         )
     if not media:
         return f"no column holds media; the others are {_listed(others)}"

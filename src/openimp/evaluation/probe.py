@@ -20,6 +20,7 @@ from openimp.data.tables import Table, Unreadable
 from openimp.data.targets import find_classes, sort_classes
 from openimp.evaluation.evaluator import Evaluator, Predicted, ReadableRows
 from openimp.evaluation.metrics import accuracy
+from openimp.evaluation.retrieval import SIMILARITIES
 from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.evaluation import Probe
 
@@ -125,11 +126,21 @@ def linear(train_ND: np.ndarray, class_N: np.ndarray, test_ND: np.ndarray) -> tu
 
 def nearest_neighbors(train_ND: np.ndarray, class_N: np.ndarray, test_ND: np.ndarray, k: int) -> np.ndarray:
     """The predictions (N,) by the `k` nearest training examples."""
-    from sklearn.neighbors import KNeighborsClassifier
+    train_ND = _unit_vectors(train_ND)
+    classes = int(class_N.max()) + 1
+    predicted = []
+    for block_MD in np.array_split(_unit_vectors(test_ND), 1 + len(test_ND) * len(train_ND) // SIMILARITIES):
+        similarity_MN = block_MD @ train_ND.T
+        nearest_MK = np.argpartition(-similarity_MN, k - 1, axis=1)[:, :k]
+        vote_MK = np.exp(np.take_along_axis(similarity_MN, nearest_MK, axis=1) / TEMPERATURE)
+        votes = np.zeros((len(block_MD), classes))
+        np.add.at(votes, (np.arange(len(block_MD))[:, None], class_N[nearest_MK]), vote_MK)
+        predicted.append(votes.argmax(1))
+    return np.concatenate(predicted)
 
-    # The cosine distance is 1 - similarity, so these weights are those of the similarities up to a factor.
-    voters = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp(-distance / TEMPERATURE))
-    return voters.fit(train_ND, class_N).predict(test_ND)
+
+def _unit_vectors(x_ND: np.ndarray) -> np.ndarray:
+    return x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True).clip(1e-12)
 
 
 def _classes(test: list[Any], train: list[Any], options: Probe, where: str) -> list[Any]:

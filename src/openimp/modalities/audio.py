@@ -100,6 +100,13 @@ class Audio(Modality):
         speed: Share = 0.0
         """Largest random change of speed in training, as a fraction; it changes the pitch too (speed perturbation, Ko
         et al., Interspeech 2015)."""
+        noise: Share = 0.0
+        """Largest amplitude of white noise that is added in training, relative to the loudest sample."""
+        mask_frames: Share = 0.0
+        """Largest share of consecutive frames that are hidden in training, one span per sound (SpecAugment, arXiv
+        1904.08779)."""
+        mask_bins: Share = 0.0
+        """Largest share of neighboring mel bins that are hidden in training, one band per sound."""
         clips: Count = 4
         """Most clips in evaluation, linearly spaced, whose embeddings are averaged; a single clip is from the middle. A
         sound that is not longer than a clip has only one clip."""
@@ -182,11 +189,20 @@ class Audio(Modality):
         sound = _cut(item, start, needed)
         if view.speed:
             sound = _at_speed(sound, speed, count)
-        return (sound * np.float32(gain)).clip(-1, 1)
+        sound = sound * np.float32(gain)
+        if view.noise:
+            amplitude = np.float32(rng.uniform(0, view.noise) * np.abs(sound).max(initial=0))
+            sound = sound + amplitude * rng.standard_normal(count, dtype=np.float32)
+        return sound.clip(-1, 1)
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
         """Cuts the normalized spectrogram of samples (B, samples) into patches: values (B, L, P) fp32."""
-        return self._tokens(torch.from_numpy(items), view.drop_tokens, rngs)
+        spectra = log_mel(torch.from_numpy(items), self.config)
+        if rngs is not None and (view.mask_frames or view.mask_bins):
+            for spectrum, rng in zip(spectra, rngs):
+                _hide(spectrum, view.mask_frames, rng, self.config.mean)
+                _hide(spectrum.T, view.mask_bins, rng, self.config.mean)
+        return self._tokens(spectra, view.drop_tokens, rngs)
 
     def show(self, value: Any, view: Any) -> bytes:
         """The spectrogram of the first clip of evaluation, as a small WebP file; see `_spectrogram`."""
@@ -197,12 +213,17 @@ class Audio(Modality):
         clips = self.encode_segment(value, view, *segment) if segment else self.encode_input(value, view)
         return self._spectrogram(clips[0], side)
 
+    def raw_features(self, item: np.ndarray, view: Any) -> np.ndarray:
+        """The log-mel spectrogram of the clips of evaluation, normalized and averaged over the frames: (bins,)."""
+        spectrum = log_mel(torch.from_numpy(self.transform(item, view, None)), self.config)
+        return ((spectrum.mean((0, 1)) - self.config.mean) / self.config.std).numpy()
+
     def from_tensor(self, batch: Tensor) -> Tokens:
         """Converts mono samples (B, N) in -1..1 at the stem's sample rate. N must be a whole number of patches."""
         if batch.ndim != 2 or not batch.is_floating_point():
             raise TypeError(f"expected float samples (B, N) in -1..1, found {batch.dtype} {list(batch.shape)}")
         self.check(self.View(seconds=batch.shape[1] / self.config.sample_rate))
-        return self._tokens(batch, 0.0, None)
+        return self._tokens(log_mel(batch, self.config), 0.0, None)
 
     def tensor_input(self, view: Any) -> TensorInput:
         samples = self.samples(view)
@@ -223,10 +244,9 @@ class Audio(Modality):
         channels = [np.interp(loudness, np.linspace(0, 1, len(COLORS)), channel) for channel in zip(*COLORS)]
         return media.encode_webp(np.stack(channels, axis=-1).round().astype(np.uint8), side)
 
-    def _tokens(self, waves: Tensor, drop: float, rngs: list[Rng] | None) -> Tokens:
+    def _tokens(self, spectra: Tensor, drop: float, rngs: list[Rng] | None) -> Tokens:
         config = self.config
-        grid = log_mel(waves, config)[..., None]
-        tokens = media.patch_tokens(grid, config.patch, config.tables, drop, rngs, spans=config.spans)
+        tokens = media.patch_tokens(spectra[..., None], config.patch, config.tables, drop, rngs, spans=config.spans)
         return tokens._replace(values=(tokens.values - config.mean) / config.std)
 
 
@@ -285,6 +305,14 @@ def _at_speed(sound: np.ndarray, speed: float, count: int) -> np.ndarray:
     left = samples.index_select(0, before)
     right = samples.index_select(0, (before + 1).clamp_(max=len(sound) - 1))
     return torch.lerp(left, right, positions.sub_(before).float()).numpy()
+
+
+def _hide(spectrum: Tensor, share: float, rng: Rng, value: float) -> None:
+    """Overwrites a random span of at most `share` of the rows of a spectrogram (frames, bins) or its transpose."""
+    rows = len(spectrum)
+    count = int(rng.integers(int(share * rows) + 1))
+    start = int(rng.integers(rows - count + 1))
+    spectrum[start : start + count] = value
 
 
 def _cut(sound: np.ndarray, start: int, count: int) -> np.ndarray:
