@@ -107,7 +107,7 @@ def test_gelu_is_the_papers_within_what_bf16_rounds():
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_attention_is_the_formula_head_by_head(qk_norm):
     torch.manual_seed(0)
-    layer = Attention(32, 4, qk_norm)
+    layer = Attention(Model(width=32, heads=4, qk_norm=qk_norm))
     x = torch.randn(2, 5, 32)
     q, k, v = layer.qkv(x).chunk(3, dim=-1)
     heads = []
@@ -117,6 +117,15 @@ def test_attention_is_the_formula_head_by_head(qk_norm):
     torch.testing.assert_close(
         layer(x.flatten(0, 1), [x.shape[:2]], [None]).view_as(x), layer.out(torch.cat(heads, -1)), rtol=1e-5, atol=1e-6
     )
+
+
+def test_mimetic_attention_starts_with_equal_keys_and_opposite_values():
+    torch.manual_seed(0)
+    layer = Attention(Model(width=32, heads=4, attention_init="mimetic"))
+    queries, keys, values = layer.qkv.weight.chunk(3)
+    assert torch.equal(queries, keys)
+    assert torch.equal(layer.out.weight, -values.T)
+    assert not torch.equal(queries, values)
 
 
 @pytest.mark.parametrize("moe", [None, *({"routing": routing, "top_k": 2} for routing in ROUTINGS)])

@@ -53,7 +53,10 @@ pytestmark = pytest.mark.slow
 MUON = "optimizer={muon_lr: 0.07, warmup_steps: 1}"
 CHUNKS = ["memory={chunk_size: 2, activation_checkpointing: true}", "model.moe.z_loss=1"]
 CASES = {
-    "shards": ["tasks.named.objectives=[{type: classification, label: label}, {type: contrastive}]"],
+    "shards": [
+        "tasks.named.objectives=[{type: classification, label: label}, {type: contrastive}]",
+        "model.attention_init=mimetic",
+    ],
     "shards, dense, sigmoid": [
         "model.moe=null",
         "tasks.named.objectives=[{type: contrastive, loss: sigmoid}, {type: classification, label: label}]",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from openimp.model.init import lecun_normal_, linear
+from openimp.model.init import lecun_normal_, linear, mimetic_keys_, mimetic_output_
 from openimp.model.kernels import attend, gelu
 from openimp.model.moe import RouterStats, SparseMLP, split_tokens, valid_tokens_per_rank
 from openimp.recipe.model import Gelu, Model
@@ -27,20 +27,25 @@ Masks = Sequence[Tensor | None]
 class Attention(nn.Module):
     """Multi-head self-attention. LayerNorm on queries and keys is optional (arXiv 2302.05442)."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, bias: bool = False) -> None:
+    def __init__(self, config: Model) -> None:
         super().__init__()
+        width = config.width
+        heads = config.heads
         self.heads = heads
-        self.qk_norm = qk_norm
+        self.qk_norm = config.qk_norm
         self.attend = attend
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.out = linear(width, width, bias=bias)
+        self.qkv = nn.Linear(width, 3 * width, bias=config.bias)
+        self.out = linear(width, width, bias=config.bias)
         head_width = width // heads
-        self.q_norm = _norm(head_width) if qk_norm else nn.Identity()
-        self.k_norm = _norm(head_width) if qk_norm else nn.Identity()
+        self.q_norm = _norm(head_width) if config.qk_norm else nn.Identity()
+        self.k_norm = _norm(head_width) if config.qk_norm else nn.Identity()
         # The release stores these kernels as (width, heads, head), so JAX takes width x heads as their fan-in.
         lecun_normal_(self.qkv.weight, width * heads)
-        if bias:
+        if config.bias:
             nn.init.zeros_(self.qkv.bias)
+        if config.attention_init == "mimetic":
+            mimetic_keys_(self.qkv.weight)
+            mimetic_output_(self.out.weight, self.qkv.weight)
 
     def forward(self, x_TD: Tensor, shapes: Shapes, masks: Masks) -> Tensor:
         qkv = split_tokens(self.qkv(x_TD), shapes)
@@ -80,7 +85,7 @@ class Block(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.norm1 = _norm(config.width)
-        self.attention = Attention(config.width, config.heads, config.qk_norm, config.bias)
+        self.attention = Attention(config)
         self.norm2 = _norm(config.width)
         self.mlp = self._make_mlp(config)
 

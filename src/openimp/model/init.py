@@ -1,4 +1,4 @@
-"""Initial weights, as in the authors' release of arXiv 2305.06324."""
+"""Initial weights: as in the authors' release of arXiv 2305.06324, or mimetic ones for attention."""
 
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -14,6 +14,30 @@ def lecun_normal_(weight: Tensor, fan_in: int) -> None:
         return
     std = fan_in**-0.5 / TRUNCATED_STD
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def mimetic_keys_(qkv_weight: Tensor) -> None:
+    """Copies the queries' weights of an attention layer (3 D, D) to the keys (arXiv 2305.09828).
+
+    So each token first attends to tokens that are similar to it, as in trained vision Transformers.
+    """
+    if has_torch_function_unary(qkv_weight):
+        handle_torch_function(mimetic_keys_, (qkv_weight,), qkv_weight)
+        return
+    queries, keys, _ = qkv_weight.detach().chunk(3)
+    keys.copy_(queries)
+
+
+def mimetic_output_(out_weight: Tensor, qkv_weight: Tensor) -> None:
+    """Makes the output layer of an attention layer minus the transpose of its values' weights.
+
+    Their product is then about minus the identity, as in trained vision Transformers (arXiv 2305.09828).
+    """
+    if has_torch_function_unary(out_weight):
+        handle_torch_function(mimetic_output_, (out_weight, qkv_weight), out_weight, qkv_weight)
+        return
+    _, _, values = qkv_weight.detach().chunk(3)
+    out_weight.detach().copy_(-values.T)
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from openimp.parallel.distributed import world_size
 from openimp.parallel.layout import fill_shard
@@ -57,8 +57,10 @@ class DeferredInit(TorchFunctionMode):
         """Fills this rank's shards of the model that `build` returned."""
         torch.manual_seed(self.seed)
         shards = dict(model.named_parameters())
-        last_call = {_target(args, kwargs): i for i, (_, args, kwargs) in enumerate(self._calls)}
-        if missing := [name for weight, name in self._names.items() if weight not in last_call]:
+        targets = {_target(args, kwargs) for _, args, kwargs in self._calls}
+        # A call may read other weights than the one that it changes.
+        last_use = {weight: i for i, (_, args, kwargs) in enumerate(self._calls) for weight in _tensors((args, kwargs))}
+        if missing := [name for weight, name in self._names.items() if weight not in targets]:
             raise TypeError(f"these weights are not initialized by in-place functions: {', '.join(missing)}")
         full_weights: dict[Tensor, Tensor] = {}
         for i, (func, args, kwargs) in enumerate(self._calls):
@@ -67,8 +69,12 @@ class DeferredInit(TorchFunctionMode):
                 full_weights[target] = torch.empty_like(target, device="cpu")
             args, kwargs = tree_map_only(Tensor, full_weights.__getitem__, (args, kwargs))
             func(*args, **kwargs)
-            if last_call[target] == i:
-                fill_shard(shards[self._names[target]], full_weights.pop(target))
+            for weight in [weight for weight in full_weights if last_use[weight] == i]:
+                fill_shard(shards[self._names[weight]], full_weights.pop(weight))
+
+
+def _tensors(arguments: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
 
 
 def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -70,6 +70,10 @@ class Model(Strict):
     """LayerNorm on queries and keys, as in the paper's MoE models."""
     bias: bool = False
     """Biases in attention, MLPs and experts. The paper's encoder has none, most public vision Transformers do."""
+    attention_init: Literal["release", "mimetic"] = "release"
+    """Initial weights of attention. release: random, as in the authors' release. mimetic: keys start equal to queries,
+    and the output starts as minus the transposed values, which resembles trained vision Transformers (arXiv
+    2305.09828)."""
     gelu: Gelu = "tanh"
     """GELU in MLPs and experts. tanh: its approximation, as in the paper. erf: exact."""
     moe: MoE | None = None
