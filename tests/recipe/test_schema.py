@@ -23,7 +23,7 @@ def bomb(start: str, each: str) -> str:
 
 
 SIZES = ["imp_s", "imp_b", "imp_m", "imp_l", "imp_moe_s", "imp_moe_b", "imp_moe_l"]
-BUNDLED = ["demo", "mixture", "icons", "public", *SIZES]
+BUNDLED = ["demo", "mixture", "icons", "photos_and_speech", "public", *SIZES]
 
 
 @pytest.fixture

@@ -107,12 +107,23 @@ def test_the_page_shows_the_results_of_the_runs(done):
         assert min(Image.open(out / picture).size) > 200
 
 
+def test_accuracies_count_all_sets(done):
+    _, runs, _ = done
+    run = next(runs.glob("little/together-*-seed0"))
+    found = Outcome()
+    found.add(run, "accuracy")
+    results = read_lines(run / "results.jsonl")
+    assert found.scores["colours"] == next(result["top1"] for result in results if result["set"] == "colours")
+    both = [result["r1"] for result in results if result["set"] == "tones"]
+    assert found.scores["tones"] == sum(both) / 2
+
+
 def test_arms_that_differ_only_in_their_flops_are_one_curve(done):
     study, _ = read_study(str(done[0]), smoke=False)
     assert sorted(curves_of(study)) == [["alone"], ["half", "together"]]
     arms = ["dense", "8 experts, shared, 60 TFLOPs", "8 experts, shared, 12 TFLOPs", "half", "whole run"]
     outcomes = {arm: [Outcome({"heard": 0.5}, flops=10**13)] for arm in arms}
-    figure = draw_against_flops(outcomes, [arms[:1], arms[1:3], arms[3:]])
+    figure = draw_against_flops(outcomes, [arms[:1], arms[1:3], arms[3:]], "accuracy")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "8 experts, shared", "half"]
 
 

@@ -22,6 +22,8 @@ CACHE_SHARE = 0.1
 """Decoded media are cached if they take at most this share of the computer's memory."""
 MARGIN = 1.15**2
 """Pixels of a cached picture, relative to those of its view."""
+PATCHES = {32: 4, 64: 8}
+"""Pixels per side of a patch by the size of the view, so that a small picture has 64 tokens; otherwise 16."""
 LONG_CLIP = 128
 """Frames: half of the limit up to which a cache holds all of a clip (`cache` in docs/recipe.md)."""
 LONG_SOUND = 150.0
@@ -50,7 +52,7 @@ def stems(views: dict[str, dict[str, Any]], machine: Machine) -> dict[str, Any]:
     """The options of the stems of pictures, clips and sounds."""
     options: dict[str, Any] = {}
     if sizes := [view["size"] for view in views.values() if "size" in view]:
-        side = 16 if max(sizes) >= 128 else 8
+        side = PATCHES.get(max(sizes), 16)
         frames = (4 if machine.is_gpu else 2) if "video" in views else 1
         options["vision"] = {"patch": [frames, side, side]}
     if "audio" in views and views["audio"]["seconds"] <= SHORT_SOUND:
@@ -85,7 +87,14 @@ def model(rows: int, machine: Machine) -> dict[str, Any]:
         width = 128
         layers = 4
     sizes = {"width": width, "layers": layers, "heads": width // 64, "mlp_dim": 4 * width}
-    return {**sizes, "qk_norm": True, "space": "joint", "embed_dim": 256, "init_temperature": 0.1}
+    return {
+        **sizes,
+        "qk_norm": True,
+        "attention_init": "mimetic",
+        "space": "joint",
+        "embed_dim": 256,
+        "init_temperature": 0.1,
+    }
 
 
 def batch_size(kind: str, rows: int, machine: Machine) -> int:

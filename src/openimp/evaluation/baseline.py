@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from openimp.common.modality import BadMedia
+from openimp.common.progress import track
 from openimp.common.protocols import Comparable
 from openimp.common.schema import as_text
 from openimp.data.sources import open_source
@@ -16,12 +17,12 @@ from openimp.evaluation.results import main_metric, percent
 from openimp.recipe.evaluation import ClassHead, ZeroShot
 from openimp.recipe.schema import Recipe
 
-TRAINING_ROWS = 5000
+TRAINING_ROWS = 2000
 """Most rows among which neighbors are looked for."""
-TEST_ROWS = 2000
+TEST_ROWS = 1000
 """Most rows that are classified."""
 NEIGHBORS = 20
-RAW = {"image": "pixels", "video": "averaged frames", "audio": "averaged log-mel spectra"}
+RAW = {"image": "pixels", "audio": "averaged log-mel spectra"}
 """What `Comparable.raw_features` are, by modality."""
 WAYS = {"zero_shot": "by the names of the classes", "classification": "by the classification head"}
 
@@ -36,14 +37,15 @@ class RawRows(NamedTuple):
 def comparison(recipe: Recipe, results: list[dict[str, Any]], task: str) -> list[str]:
     """Two lines about a task of a recipe that `openimp init` wrote: accuracies without an encoder, and after training.
 
-    Empty if the task has no classes. `results` are those of the run.
+    Empty if the task has no classes, or no rows besides those of training. `results` are those of the run.
     """
     sets = {name: recipe.evaluation.sets.get(name) for name in (task, f"{task}_classes")}
     labelled = {name: options for name, options in sets.items() if isinstance(options, ZeroShot | ClassHead)}
-    if not labelled:
+    training_source = recipe.tasks[task].source
+    if not labelled or any(options.source == training_source for options in labelled.values()):
         return []
     options = next(iter(labelled.values()))
-    known = _read(recipe, recipe.tasks[task].source, options, TRAINING_ROWS)
+    known = _read(recipe, training_source, options, TRAINING_ROWS)
     tested = _read(recipe, options.source, options, TEST_ROWS)
     if known is None or tested is None:
         return []
@@ -83,7 +85,7 @@ def _read(recipe: Recipe, source: str, options: ZeroShot | ClassHead, limit: int
     labels = table.column(options.label)
     features = []
     classes = []
-    for number, (_, value) in zip(numbers, raw_values(table, modality, spec, numbers)):
+    for (_, value), number in zip(raw_values(table, modality, spec, numbers, track), numbers):
         label = labels[number]
         if isinstance(value, BadMedia) or isinstance(label, Unreadable | list | None):
             continue

@@ -25,6 +25,8 @@ ICON = b"\0\0\1\0"
 """First bytes of an ICO file."""
 COSTLY = ("WEBP", "AVIF", "JPEG2000")
 """Formats whose decoders need at least twice the memory per pixel that others need."""
+RAW_SIDE = 32
+"""Pixels per side of the pictures that are compared without an encoder."""
 MAX_SCANS = 100
 """Most scans of a progressive JPEG; encoders write about ten."""
 PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # The workers of the loader are parallel already.
@@ -64,6 +66,12 @@ class Image(Vision):
     def thumbnail(self, value: Any, view: Any, side: int, segment: tuple[float, float] | None = None) -> bytes:
         """The whole picture."""
         return encode_webp(self.decode(value, [Image.View(size=side)]), side)
+
+    def raw_features(self, item: np.ndarray, view: Any) -> np.ndarray:
+        """The pixels of a small square, in -1..1."""
+        picture = PIL.Image.fromarray(self.transform(item, view, None)[0])
+        small = picture.resize((RAW_SIDE, RAW_SIDE), PIL.Image.Resampling.BILINEAR)
+        return np.asarray(small, np.float32).ravel() / 127.5 - 1
 
     def preprocess(self, picture: Any, view: Any) -> Tensor:
         """Converts a Pillow picture, or whatever `decode` takes, to a float tensor (3, h, w) for `from_tensor`."""

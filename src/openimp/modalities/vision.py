@@ -26,8 +26,6 @@ MARGIN = 1.15
 """Decoded pictures are larger than their views by this factor, so that crops keep some detail."""
 ASPECT = 2
 """The aspect ratio of a training crop differs from the view's by at most this factor."""
-RAW_SIDE = 32
-"""Pixels per side of the pictures that are compared without an encoder."""
 JITTERED = 0.8
 """Share of the training pictures to which color jitter is applied."""
 
@@ -136,13 +134,6 @@ class Vision(Modality):
             sizes["frames"] = batch.shape[1]
         self.check(self.View(**sizes))
         return self._tokens(batch.movedim(-3, -1), 0.0, None)
-
-    def raw_features(self, item: np.ndarray, view: Any) -> np.ndarray:
-        """The pixels of a small square, averaged over the frames, in -1..1."""
-        frames = self.transform(item, view, None)
-        mean = frames.reshape(-1, *view.hw, CHANNELS).mean(0).round().astype(np.uint8)
-        small = PIL.Image.fromarray(mean).resize((RAW_SIDE, RAW_SIDE), PIL.Image.Resampling.BILINEAR)
-        return np.asarray(small, np.float32).ravel() / 127.5 - 1
 
     def tensor_input(self, view: Any) -> TensorInput:
         height, width = view.hw

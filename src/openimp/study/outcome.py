@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from openimp.common.errors import UserError
 from openimp.common.json_lines import read_lines
 from openimp.common.schema import checked
-from openimp.evaluation.results import read_results
+from openimp.evaluation.results import main_metric, read_results
+from openimp.study.schema import Score
 from openimp.training.metrics_file import LayerUsage, read_metrics
 
 
@@ -22,7 +23,7 @@ class Outcome:
     Parameters and memory are measured with the first seed only.
     """
 
-    scores: dict[str, float] = field(default_factory=dict)  # mean reciprocal rank by set, averaged over both directions
+    scores: dict[str, float] = field(default_factory=dict)  # by evaluation set; see `Study.score`
     flops: int = 0
     steps: int = 0
     parameters: int = 0
@@ -32,7 +33,7 @@ class Outcome:
     cosines: dict[str, list[float]] = field(default_factory=dict)  # of gradients at each measured step, by task pair
     experts: dict[str, list[LayerUsage]] = field(default_factory=dict)  # latest usage by modality and sparse layer
 
-    def add(self, run: Path) -> None:
+    def add(self, run: Path, score: Score = "mrr") -> None:
         """Adds the results of a finished run, but not what `run_study` measures."""
         metrics = read_metrics(run / "metrics.jsonl")
         results = read_results(run / "results.jsonl")
@@ -48,7 +49,11 @@ class Outcome:
             if "library" in result:  # of a published benchmark, which a user measured
                 continue
             self.versions.add(result.get("openimp", "of an unknown version"))
-            if result["step"] == metrics[-1].step and result["type"] == "retrieval":
+            if result["step"] != metrics[-1].step:
+                continue
+            if score == "accuracy":
+                by_set[result["set"]].append(main_metric(result))
+            elif result["type"] == "retrieval":
                 by_set[result["set"]].append(result["mrr"])
         self.scores.update((name, statistics.mean(directions)) for name, directions in by_set.items())
         conflict = run / "conflict.jsonl"

@@ -31,8 +31,11 @@ def plot_style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(style | {"figure.constrained_layout.use": True})
 
 
-def draw_scores(outcomes: Outcomes) -> Figure:
-    """A panel for the mean and for each evaluation set. Each bar is an arm's mean, each dot one seed."""
+def draw_scores(outcomes: Outcomes, score: str) -> Figure:
+    """A panel for the mean and for each evaluation set. Each bar is an arm's mean, each dot one seed.
+
+    `score` names what is measured.
+    """
     panels = scores_by_set(outcomes)
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -51,11 +54,11 @@ def draw_scores(outcomes: Outcomes) -> Figure:
         axis.set_yticks(range(len(by_arm)), list(by_arm))
         axis.set_xlim(0, 1.18 * axis.get_xlim()[1])  # The text needs space on the right.
     axes[0][0].invert_yaxis()
-    figure.supxlabel("mean reciprocal rank, %; each dot is one seed", fontsize=8)
+    figure.supxlabel(f"{score}, %; each dot is one seed", fontsize=8)
     return figure
 
 
-def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]]) -> Figure:
+def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]], score: str) -> Figure:
     """The mean score of each arm against its training FLOPs on a logarithmic axis, with the standard deviation.
 
     A line connects the arms of each of the `curves`. Its label has the parts that the names of its arms begin with.
@@ -75,7 +78,7 @@ def draw_against_flops(outcomes: Outcomes, curves: Sequence[Sequence[str]]) -> F
     axis.xaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.set_xlabel("training TFLOPs (logarithmic)")
-    axis.set_ylabel("mean reciprocal rank over all sets, %")
+    axis.set_ylabel(f"{score} over all sets, %")
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 

@@ -17,6 +17,8 @@ from openimp.study.outcome import Outcome, Outcomes, mean_and_deviation, scores_
 from openimp.study.plots import draw_against_flops, draw_cosines, draw_experts, draw_scores, plot_style
 from openimp.study.schema import Study, file_name
 
+SCORES = {"mrr": "Mean reciprocal rank", "accuracy": "Accuracy"}
+
 
 def write_results(study: Study, outcomes: Outcomes, out: Path, name: str, command: str) -> None:
     """Writes NAME.md and its plots into the folder `out`. If that fails, older files stay unchanged."""
@@ -36,16 +38,17 @@ def _page(study: Study, outcomes: Outcomes, folder: Path, name: str, command: st
         return f"![{caption}]({name}{suffix}.png)"
 
     sections = [f"# {study.title}", study.question.strip()]
-    sections += [plot("Mean reciprocal rank of each arm, by evaluation set", draw_scores(outcomes))]
+    score = SCORES[study.score]
+    sections += [plot(f"{score} of each arm, by evaluation set", draw_scores(outcomes, score.lower()))]
     flops_factors = {statistics.mean(part.flops_factor for part in parts) for parts in study.arms.values()}
     if len(flops_factors) > 1:
-        curves = draw_against_flops(outcomes, curves_of(study))
+        curves = draw_against_flops(outcomes, curves_of(study), score.lower())
         sections += [plot("Mean over all sets against training FLOPs", curves, "-flops")]
     plural = "s" if len(study.seeds) > 1 else ""
     listed_seeds = f"{len(study.seeds)} seed{plural} ({', '.join(map(str, study.seeds))})"
     sections += [
         _score_table(outcomes),
-        "Mean reciprocal rank in percent, averaged over both directions: mean and standard deviation over "
+        f"{score} in percent, averaged over both directions of a retrieval set: mean and standard deviation over "
         f"{listed_seeds}. TFLOPs count forward and backward passes and the optimizer. Peak memory is the most that "
         "one update allocates beyond weights, optimizer state and batch. The minutes of training were measured on a "
         "shared machine and are only a rough guide.",

@@ -67,7 +67,7 @@ def run_study(name: str, runs: Path, out: Path, smoke: bool = False) -> bool:
         _check_same_recipe(run, training.recipe)
         if not train(training.recipe, run, "auto", variant):
             return False
-        outcome.add(run)
+        outcome.add(run, study.score)
         if seed == first_seed:
             with TemporaryDirectory() as folder, console.capture():
                 trainer = Trainer(set_up(training.recipe, Path(folder), variant=variant))
@@ -100,10 +100,14 @@ def _check_evaluation(study: Study, name: str, trainings: list[Training]) -> Non
     for training in trainings:
         arm = training.arm
         evaluation_sets = training.recipe.evaluation.sets
-        retrieval_sets = {title for title, options in evaluation_sets.items() if isinstance(options, Retrieval)}
-        if shared := retrieval_sets & sets_by_arm[arm]:
+        scored_sets = {
+            title
+            for title, options in evaluation_sets.items()
+            if study.score == "accuracy" or isinstance(options, Retrieval)
+        }
+        if shared := scored_sets & sets_by_arm[arm]:
             raise UserError(f"{name}: arm {arm!r}: only one of its models may be evaluated on {min(shared)}")
-        sets_by_arm[arm] |= retrieval_sets
+        sets_by_arm[arm] |= scored_sets
     most_sets = max(sets_by_arm.values(), key=len)
     if not most_sets:
         raise UserError(f"{name}: recipe {study.recipe} has no evaluation set of type retrieval, which studies compare")

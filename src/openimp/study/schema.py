@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -20,6 +20,7 @@ def _distinct(items: list[Any]) -> list[Any]:
     return items
 
 
+Score = Literal["mrr", "accuracy"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Distinct = AfterValidator(_distinct)
 
@@ -65,6 +66,9 @@ class Study(Strict):
     """Training FLOPs per arm and seed."""
     seeds: Annotated[list[Seed], Distinct] = Field([0, 1, 2], min_length=1)
     """Each arm is trained once per seed."""
+    score: Score = "mrr"
+    """mrr: the mean reciprocal rank of the retrieval sets. accuracy: top-1 or mAP of the sets with classes, and R@1 of
+    the retrieval sets. A set with several results, such as both directions of retrieval, counts with their mean."""
     conflict: bool = False
     """Measure the cosine between the tasks' gradients on the encoder throughout the training."""
     arms: Annotated[dict[FolderName, Arm], Field(min_length=2)]

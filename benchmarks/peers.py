@@ -1,0 +1,298 @@
+"""Compares openimp on recognised data with what people would use instead, at equal time on equal cores.
+
+    pip install -e '.[peers]'
+    python benchmarks/peers.py photos cifar10-train.parquet cifar10-test.parquet --write
+    python benchmarks/peers.py speech fsdd.parquet --minutes 3 --write
+    python benchmarks/peers.py photos TRAIN TEST --minutes 5 --tune        # chooses learning rates on held-out rows
+
+All arms train on the same rows with one thread each. An arm first makes a few steps, which tell its CPU time per step.
+Then it makes as many steps as fit into the budget, so that its learning rate schedule ends with it. The time is that
+of the processor, including the workers that read data, so that other load on the machine does not count. Arms take
+turns: first all arms with seed 0, then with seed 1, and so on. Tests are not timed.
+
+The arms of photos are openimp's recipe photos_and_speech without its other tasks; the same with one thing
+switched off; a ViT of timm of the same size, with AdamW; and open_clip's training code. Those of speech are openimp's
+recipe and a convolutional network.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from openimp.common.progress import console
+from openimp.common.versions import openimp_version, processor
+from openimp.evaluation.results import main_metric, read_results
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+HERE = Path(__file__).parent
+RECIPE = HERE.parent / "recipes" / "photos_and_speech.yaml"
+TITLES = {"photos": "CIFAR-10, compared with peers at equal time", "speech": "Spoken digits, compared with a peer"}
+SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
+MUON_RATES = (2e-3, 4e-3, 8e-3)
+ADAMW_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+ADAMW_LR = 2e-3
+TIMM_LR = 2e-3
+TIMM_STRONG_LR = 2e-3
+OPEN_CLIP_LR = 1e-3
+CNN_LR = 2e-3
+PILOT_STEPS = 60
+"""Steps that tell the CPU time per step."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train a model.
+
+    Attributes:
+        command: of a training: the number of steps, the seed and a folder for its files.
+        top1: the accuracy on the test rows, from that folder.
+    """
+
+    name: str
+    command: Callable[[int, int, Path], list[str]]
+    top1: Callable[[Path], float]
+
+
+@dataclass
+class Measured:
+    """The trainings of an arm, one per seed."""
+
+    steps: int
+    top1: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of CPU time, with reading the data and the test
+
+
+def openimp_arm(name: str, recipe: Path, changes: list[str], evaluation_set: str) -> Arm:
+    """A training by `openimp train`, and the accuracy on an evaluation set of its recipe."""
+
+    def command(steps: int, seed: int, folder: Path) -> list[str]:
+        settings = [*changes, f"train.steps={steps}", f"seed={seed}", "train.save_every=100000"]
+        flags = [part for setting in settings for part in ("--set", setting)]
+        return [sys.executable, "-m", "openimp", "train", str(recipe), "--run", str(folder / "run"), *flags]
+
+    def top1(folder: Path) -> float:
+        results = read_results(folder / "run" / "results.jsonl")
+        return float(next(main_metric(result) for result in results if result["set"] == evaluation_set))
+
+    return Arm(name, command, top1)
+
+
+def peer_arm(name: str, kind: str, options: dict[str, Any]) -> Arm:
+    """A training by benchmarks/peer_models.py."""
+
+    def command(steps: int, seed: int, folder: Path) -> list[str]:
+        file = folder / "options.json"
+        file.write_text(json.dumps({**options, "steps": steps, "seed": seed}), encoding="utf-8")
+        return [sys.executable, str(HERE / "peer_models.py"), kind, str(file), str(folder / "result.json")]
+
+    def top1(folder: Path) -> float:
+        return float(json.loads((folder / "result.json").read_text(encoding="utf-8"))["top1"])
+
+    return Arm(name, command, top1)
+
+
+def cpu_seconds(command: list[str]) -> float:
+    """Runs a command with one thread, and returns the CPU time of its process and of those that it started."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-1000:]}\n{result.stderr[-3000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def steps_within(arm: Arm, seconds: float) -> int:
+    """The steps of an arm that take this much CPU time, by two short trainings.
+
+    Their difference leaves out what does not depend on the steps: reading the data, and the test.
+    """
+    times = []
+    for steps in (PILOT_STEPS, 3 * PILOT_STEPS):
+        with TemporaryDirectory() as folder:
+            times.append(cpu_seconds(arm.command(steps, 0, Path(folder))))
+    return max(1, round(seconds * 2 * PILOT_STEPS / (times[1] - times[0])))
+
+
+def measure(arms: list[Arm], seeds: int, seconds: float, smoke: bool) -> dict[str, Measured]:
+    """Trains each arm with each seed. All arms have a turn before the next seed. `smoke`: for a single step."""
+    steps = {}
+    for arm in arms:
+        steps[arm.name] = 1 if smoke else steps_within(arm, seconds)
+        console.print(f"{arm.name}: {steps[arm.name]:,} steps fit into {seconds:.0f} s of CPU time", soft_wrap=True)
+    measured = {arm.name: Measured(steps[arm.name]) for arm in arms}
+    for seed in range(seeds):
+        for arm in arms:
+            with TemporaryDirectory() as folder:
+                taken = cpu_seconds(arm.command(steps[arm.name], seed, Path(folder)))
+                top1 = arm.top1(Path(folder))
+            measured[arm.name].top1.append(top1)
+            measured[arm.name].seconds.append(taken)
+            console.print(f"{arm.name}, seed {seed}: {100 * top1:.1f} % in {taken:.0f} s of CPU time", soft_wrap=True)
+    return measured
+
+
+def recipe_of(task: str, sources: dict[str, dict[str, Any]], file: Path, objective: str | None = None) -> Path:
+    """Writes the recipe photos_and_speech with one task and local sources, whose classes are in the column `name`.
+
+    `objective` is the only one that is kept, with the evaluation sets that it suffices for.
+    """
+    text = RECIPE.read_text(encoding="utf-8").replace(": label", ": name").replace("{label}", "{name}")
+    recipe = yaml.safe_load(text)
+    kept = recipe["tasks"][task]
+    sets = {name: recipe["evaluation"]["sets"][name] for name in (task, f"{task}_classes")}
+    if objective is not None:
+        kept["objectives"] = [options for options in kept["objectives"] if options["type"] == objective]
+        del sets[f"{task}_classes" if objective == "contrastive" else task]
+    stems = ("text", "vision" if task == "photos" else "audio")
+    if objective == "classification":
+        stems = stems[1:]
+        for part in (kept["inputs"], *kept["views"]):
+            del part["text"]
+    recipe["tasks"] = {task: kept}
+    recipe["sources"] = sources
+    recipe["evaluation"]["sets"] = sets
+    recipe["modalities"] = {stem: recipe["modalities"][stem] for stem in stems}
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return file
+
+
+def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: bool) -> list[Arm]:
+    """openimp, openimp with one thing changed, and peers. `tune`: candidates for learning rates instead."""
+    sources = {"photos": {**train, "cache": "memory"}, "photos_test": test}
+    recipe = recipe_of("photos", sources, folder / "photos.yaml")
+    contrastive = recipe_of("photos", sources, folder / "contrastive.yaml", "contrastive")
+    classes = recipe_of("photos", sources, folder / "classes.yaml", "classification")
+    options = {"train": train, "test": test, "media": "img", "label": "name"}
+
+    def ours(name: str, *changes: str) -> Arm:
+        return openimp_arm(name, recipe, list(changes), "photos")
+
+    def timm(name: str, lr: float, strong: bool) -> Arm:
+        return peer_arm(name, "timm", {**options, "lr": lr, "strong": strong})
+
+    if tune:
+        return [
+            *(ours(f"openimp, muon_lr {lr}", f"optimizer.muon_lr={lr}", f"optimizer.lr={lr / 4}") for lr in MUON_RATES),
+            *(ours(f"openimp, AdamW {lr}", "optimizer.muon_lr=null", f"optimizer.lr={lr}") for lr in ADAMW_RATES),
+            *(timm(f"timm, light augmentation, lr {lr}", lr, False) for lr in ADAMW_RATES),
+            *(timm(f"timm, its usual augmentation, lr {lr}", lr, True) for lr in ADAMW_RATES),
+            *(peer_arm(f"open_clip, lr {lr}", "open_clip", {**options, "lr": lr}) for lr in ADAMW_RATES),
+        ]
+    return [
+        ours("openimp, by the names of the classes"),
+        ours("AdamW instead of Muon", "optimizer.muon_lr=null", f"optimizer.lr={ADAMW_LR}"),
+        ours("random instead of mimetic attention", "model.attention_init=release"),
+        ours("no token dropped", "tasks.photos.views.1.image.drop_tokens=0"),
+        ours("batches twice as large", "tasks.photos.batch_size=256"),
+        openimp_arm("contrastive loss alone", contrastive, [], "photos"),
+        openimp_arm("classification loss alone, without texts", classes, [], "photos_classes"),
+        timm("timm's ViT, light augmentation", TIMM_LR, False),
+        timm("timm's ViT, its usual augmentation", TIMM_STRONG_LR, True),
+        peer_arm("open_clip's training code", "open_clip", {**options, "lr": OPEN_CLIP_LR}),
+    ]
+
+
+def speech_arms(data: str, folder: Path) -> list[Arm]:
+    """openimp and a convolutional network, with the official split and without one of the speakers."""
+    arms = []
+    for name, train, test in (
+        ("official split", {"split": ["train"]}, {"split": ["test"]}),
+        *(
+            (f"without {name}", {"speaker": [x for x in SPEAKERS if x != name]}, {"speaker": [name]})
+            for name in SPEAKERS
+        ),
+    ):
+        sources = {
+            "digits": {"path": data, "where": train, "cache": "memory"},
+            "digits_test": {"path": data, "where": test},
+        }
+        file = folder / f"{name.replace(' ', '_')}.yaml"
+        arms.append(openimp_arm(f"openimp, {name}", recipe_of("digits", sources, file), [], "digits"))
+        options = {
+            "train": {"path": data, "where": train},
+            "test": {"path": data, "where": test},
+            "media": "audio",
+            "label": "name",
+            "lr": CNN_LR,
+            "batch_size": 64,
+            "width": 16,
+        }
+        arms.append(peer_arm(f"convolutional network, {name}", "cnn", options))
+    return arms
+
+
+def report(title: str, measured: dict[str, Measured], args: argparse.Namespace) -> str:
+    """The results as a page."""
+    lines = [
+        f"# {title}",
+        "",
+        "| training | top-1 | steps | CPU minutes |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, arm in measured.items():
+        spread = f" ± {100 * statistics.stdev(arm.top1):.1f}" if len(arm.top1) > 1 else ""
+        minutes = statistics.mean(arm.seconds) / 60
+        lines.append(f"| {name} | {100 * statistics.mean(arm.top1):.1f}{spread} | {arm.steps:,} | {minutes:.1f} |")
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "timm"))
+    lines += [
+        "",
+        f"Accuracy in percent: mean and standard deviation over {args.seeds} seeds. CPU minutes include reading the "
+        "data and the test.",
+        "",
+        f"Written by `python benchmarks/peers.py {args.data} ... --minutes {args.minutes:g}`: openimp "
+        f"{openimp_version()}, {versions}, Python {platform.python_version()}; {processor()}, one thread.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=["photos", "speech"])
+    parser.add_argument("files", nargs="+", help="cifar10-train.parquet cifar10-test.parquet, or fsdd.parquet")
+    parser.add_argument("--minutes", type=float, default=10.0, help="CPU time of each training")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true", help="train for one step, to check that the benchmark runs")
+    parser.add_argument("--only", nargs="*", help="arms whose name contains one of these words")
+    parser.add_argument(
+        "--tune", action="store_true", help="train on nine tenths of the training rows, and test on the rest"
+    )
+    parser.add_argument("--write", action="store_true", help="also write docs/results/peers-DATA.md")
+    args = parser.parse_args()
+    if args.write and "-dirty" in openimp_version():
+        parser.error("--write: the page names a commit, but the checkout has uncommitted changes; commit them first")
+    files = [str(Path(file).resolve()) for file in args.files]
+    with TemporaryDirectory() as folder:
+        if args.data == "speech":
+            arms = speech_arms(files[0], Path(folder))
+        elif args.tune:
+            train = {"path": files[0], "part": {"of": 10, "drop": [0]}}
+            test = {"path": files[0], "part": {"of": 10, "keep": [0]}}
+            arms = photo_arms(train, test, Path(folder), tune=True)
+        else:
+            arms = photo_arms({"path": files[0]}, {"path": files[1]}, Path(folder), tune=False)
+        if args.only:
+            arms = [arm for arm in arms if any(word in arm.name for word in args.only)]
+        measured = measure(arms, args.seeds, 60 * args.minutes, args.smoke)
+    text = report(TITLES[args.data], measured, args)
+    print(text)
+    if args.write:
+        (RESULTS / f"peers-{args.data}.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
