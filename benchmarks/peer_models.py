@@ -89,9 +89,8 @@ def train(
     model: nn.Module, options: Options, examples: Examples, weight_decay: float, mixup: Mixup | None = None
 ) -> None:
     """AdamW with timm's parameter groups and a cosine schedule, in bf16."""
-    loader = DataLoader(
-        examples, options.batch_size, shuffle=True, drop_last=True, num_workers=1, persistent_workers=True
-    )
+    batch_size = min(options.batch_size, len(examples))  # Otherwise the loader would have no batch at all.
+    loader = DataLoader(examples, batch_size, shuffle=True, drop_last=True, num_workers=1, persistent_workers=True)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=options.lr, weight_decay=weight_decay)
     scheduler = CosineLRScheduler(
         optimizer, t_initial=options.steps, warmup_t=options.steps // 20, warmup_prefix=True, t_in_epochs=False

@@ -14,6 +14,8 @@ from openimp.drafting.splitting import Split
 
 BAD_ROWS_WARNING = 0.005
 """Share of bad rows in the sample above which the recipe sets `max_bad_fraction`."""
+AUGMENTATION = ("flip", "crop", "aspect")
+"""Options of a view that evaluation ignores."""
 COMMENTS = {
     "modalities": "patch: frames, height and width of a token. min_df: whole words, of which rare ones are left out.",
     "sources": "cache: media are decoded once, before training, and kept in memory.",
@@ -112,7 +114,7 @@ def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machin
         ],
     }
     sets = recipe["evaluation"]["sets"]
-    view = {kind: {key: value for key, value in views[kind].items() if key != "flip"}}
+    view = {kind: {key: value for key, value in views[kind].items() if key not in AUGMENTATION}}
     rows = {"source": f"{name}_test" if split.test else name, "inputs": inputs, "view": view}
     if task.text and task.text.items:
         sets[name] = {"type": "retrieval", **rows, "inputs": inputs | text_input, "view": view | text_view}

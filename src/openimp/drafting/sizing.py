@@ -22,6 +22,8 @@ CACHE_SHARE = 0.1
 """Decoded media are cached if they take at most this share of the computer's memory."""
 MARGIN = 1.15**2
 """Pixels of a cached picture, relative to those of its view."""
+SMALL_PICTURE = 32
+"""Pixels per side of pictures that are cropped less."""
 PATCHES = {32: 4, 64: 8}
 """Pixels per side of a patch by the size of the view, so that a small picture has 64 tokens; otherwise 16."""
 LONG_CLIP = 128
@@ -41,7 +43,8 @@ def view(kind: str, sample: Sequence[Probed], machine: Machine) -> dict[str, Any
     sizes = (32, 64, 128, 224) if machine.is_gpu else (32, 64)
     size = max((size for size in sizes if size <= side), default=sizes[0])
     if kind == "image":
-        return {"size": size}
+        # Small pictures show one thing that fills them, so crops and distortions that suit photographs hide too much.
+        return {"size": size} | ({"crop": 0.7, "aspect": 1.33, "crop_pct": 1} if size <= SMALL_PICTURE else {})
     frames = 16 if machine.is_gpu else 8
     total = median(probed.frames for probed in sample)
     span = total * min(1, 4 / seconds) if seconds else total  # frames of four seconds

@@ -24,8 +24,6 @@ Size = tuple[int, int]
 CHANNELS = 3
 MARGIN = 1.15
 """Decoded pictures are larger than their views by this factor, so that crops keep some detail."""
-ASPECT = 2
-"""The aspect ratio of a training crop differs from the view's by at most this factor."""
 JITTERED = 0.8
 """Share of the training pictures to which color jitter is applied."""
 
@@ -79,6 +77,9 @@ class Vision(Modality):
         crop: Annotated[float, Field(gt=0, le=1)] = 0.5
         """Smallest share of the picture's area that a training crop shows (Inception crop; the paper: 0.5). 1: the
         largest center crop."""
+        aspect: Annotated[float, Field(ge=1)] = 2.0
+        """Largest factor by which the aspect ratio of a training crop differs from the view's. 1: no distortion, with
+        which small pictures are learned faster."""
         flip: bool = True
         """Mirror half of the training pictures. Turn it off if captions mention left and right."""
         jitter: Share = 0.2
@@ -166,7 +167,10 @@ class Vision(Modality):
         background: tuple[int, ...] = (255, 255, 255)
         if rng is not None:
             draw = rng.random(12).tolist()  # Always 12 numbers, so that options do not change the crops.
-            box = inception_box(size, view.hw, view.crop, draw[:4]) if view.crop < 1 else center_box(size, view.hw)
+            if view.crop < 1:
+                box = inception_box(size, view.hw, view.crop, view.aspect, draw[:4])
+            else:
+                box = center_box(size, view.hw)
             mirror = view.flip and draw[4] < 0.5
             if view.jitter and draw[11] < JITTERED:
                 color_matrix = jitter_matrix(*(1 + view.jitter * (2 * x - 1) for x in draw[5:8]))
@@ -201,14 +205,14 @@ def center_box(size: Size, target: Size, share: float = 1.0) -> Box:
     return _box(size, target[0] * scale, target[1] * scale, 0.5, 0.5)
 
 
-def inception_box(size: Size, target: Size, smallest: float, draw: list[float]) -> Box:
+def inception_box(size: Size, target: Size, smallest: float, largest_factor: float, draw: list[float]) -> Box:
     """A random box with a share of the area between `smallest` and 1.
 
-    Its aspect ratio differs from the target's by at most `ASPECT`. A box that is too wide or too tall is cut instead of
-    drawn again, so with a narrow picture the share may be less than `smallest`.
+    Its aspect ratio differs from the target's by at most `largest_factor`. A box that is too wide or too tall is cut
+    instead of drawn again, so with a narrow picture the share may be less than `smallest`.
     """
     share = smallest + (1 - smallest) * draw[0]
-    aspect = target[1] / target[0] * ASPECT ** (2 * draw[1] - 1)
+    aspect = target[1] / target[0] * largest_factor ** (2 * draw[1] - 1)
     area = share * size[0] * size[1]
     return _box(size, sqrt(area / aspect), sqrt(area * aspect), draw[2], draw[3])
 
