@@ -190,7 +190,8 @@ def test_folders_without_classes_and_without_files(tmp_path):
     fails("has no subfolders and no files", path=str(tmp_path))
     (tmp_path / "a.png").write_bytes(png(0))
     (tmp_path / "a.txt").write_text("a picture", encoding="utf-8")
-    assert all_rows(opened(tmp_path)) == [{"file": "a.png", "name": "a", "extension": "png", "text": "a picture"}]
+    row = {"file": "a.png", "name": "a", "prefix": "a", "extension": "png", "text": "a picture"}
+    assert all_rows(opened(tmp_path)) == [row]
     (tmp_path / "cat").mkdir()
     fails("has no rows", path=str(tmp_path))
     fails("a folder source cannot be streamed", path=str(tmp_path), stream=True)

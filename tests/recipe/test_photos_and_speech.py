@@ -61,13 +61,24 @@ def test_the_layouts_of_the_hub_train_and_are_evaluated(openimp):
 
 def test_the_command_in_its_comment_reads_local_copies(openimp):
     Path("recipes").mkdir()
-    recipe = Path("recipes/photos_and_speech.yaml")
-    recipe.write_bytes(find_file("photos_and_speech").read_bytes())
-    comment = [line.removeprefix("#") for line in recipe.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
-    start = next(i for i, line in enumerate(comment) if line.strip().startswith("sed"))
-    command = "\n".join(comment[start : start + 3]).partition("&&")[0]
+    Path("studies").mkdir()
+    commands = []
+    for folder, kind in (("recipes", "recipe"), ("studies", "study")):
+        text = find_file("photos_and_speech", folder, kind).read_text(encoding="utf-8")
+        Path(folder, "photos_and_speech.yaml").write_text(text, encoding="utf-8")
+        comment = [line.removeprefix("#") for line in text.splitlines() if line[:1] == "#"]
+        start = next(i for i, line in enumerate(comment) if line.strip().startswith("sed"))
+        commands.append("\n".join(comment[start : start + 3]).partition("&&")[0])
     local_copies.write(Path())
-    subprocess.run(command, shell=True, check=True)
+    for command in commands:
+        subprocess.run(command, shell=True, check=True)
     code, _, err = openimp("train", "local.yaml", *changes())
     assert code == 0, err
     assert {"photos", "digits_classes", "notes"} < sets_of(Path("runs/photos_and_speech"))
+    code, _, err = openimp("study", "study.yaml", "--smoke")
+    assert code == 0, err
+    page = Path("docs/results/study-smoke.md").read_text(encoding="utf-8")
+    assert (
+        "| arm | mean | photos | photos classes | digits | digits classes | notes | photos probe | digits probe |"
+        in page
+    )

@@ -27,7 +27,10 @@ from openimp.study.results import curves_of, write_results
 from openimp.study.run import run_study
 from openimp.study.schema import Study, file_name, read_study
 
-STUDIES = sorted(path.stem for path in Path(find_file("moe", "studies")).parent.glob("*.yaml"))
+STUDIES = sorted(
+    {path.stem for path in Path(find_file("moe", "studies")).parent.glob("*.yaml")} - {"photos_and_speech"}
+)
+"""The bundled studies of bundled data. recipe/test_photos_and_speech.py runs the other one."""
 LITTLE = {
     "title": "Little arms",
     "question": "Which is better?",

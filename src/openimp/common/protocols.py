@@ -1,7 +1,7 @@
 """Protocols that a modality may have besides `Modality`. A class has a protocol if it has its methods."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -91,6 +91,8 @@ class Pictured(Protocol):
 @runtime_checkable
 class Comparable(Protocol):
     """A modality whose values can be compared without an encoder, for the baseline of `openimp train DATA`."""
+
+    raw_features_name: ClassVar[str]  # what `raw_features` returns, in the plural, such as "pixels"
 
     def raw_features(self, item: np.ndarray, view: Any) -> np.ndarray:
         """Features (n,) fp32 of a decoded array, of the same size for all items, around 0."""

@@ -22,8 +22,6 @@ TRAINING_ROWS = 2000
 TEST_ROWS = 1000
 """Most rows that are classified."""
 NEIGHBORS = 20
-RAW = {"image": "pixels", "audio": "averaged log-mel spectra"}
-"""What `Comparable.raw_features` are, by modality."""
 WAYS = {"zero_shot": "by the names of the classes", "classification": "by the classification head"}
 
 
@@ -31,6 +29,7 @@ class RawRows(NamedTuple):
     """Rows whose media and class could be read."""
 
     features: np.ndarray  # (N, D)
+    features_name: str
     classes: list[str]
 
 
@@ -52,12 +51,11 @@ def comparison(recipe: Recipe, results: list[dict[str, Any]], task: str) -> list
     trained = [
         f"{percent(main_metric(result))} % {WAYS[result['type']]}" for result in results if result["set"] in labelled
     ]
-    (name,) = options.inputs
-    baselines = _baselines(known, tested, RAW.get(name, "raw features"))
+    baselines = _baselines(known, tested)
     return [f"{task} without an encoder: {baselines}", f"{task} trained: {', '.join(trained)}"]
 
 
-def _baselines(known: RawRows, tested: RawRows, raw: str) -> str:
+def _baselines(known: RawRows, tested: RawRows) -> str:
     classes = sorted({*known.classes, *tested.classes})
     number_of = {name: number for number, name in enumerate(classes)}
     known_N = np.array([number_of[name] for name in known.classes])
@@ -68,7 +66,7 @@ def _baselines(known: RawRows, tested: RawRows, raw: str) -> str:
     shares = {
         "by chance": 1 / len(classes),
         "with the most frequent class": np.mean(tested_N == most_frequent),
-        f"by the {neighbors} nearest neighbors of {raw}": np.mean(tested_N == predicted_N),
+        f"by the {neighbors} nearest neighbors of {known.features_name}": np.mean(tested_N == predicted_N),
     }
     return ", ".join(f"{percent(float(share))} % {way}" for way, share in shares.items())
 
@@ -94,4 +92,4 @@ def _read(recipe: Recipe, source: str, options: ZeroShot | ClassHead, limit: int
         except BadMedia:
             continue
         classes.append(as_text(label))
-    return RawRows(np.stack(features), classes) if classes else None
+    return RawRows(np.stack(features), modality.raw_features_name, classes) if classes else None

@@ -42,6 +42,7 @@ class Audio(Modality):
     stem = "audio"
     extensions = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".caf", ".wma")
     decoders = ("soundfile", "av")
+    raw_features_name = "averaged log-mel spectra"
 
     class Config(media.PatchGrid):
         """The spectrogram, its patches and their position tables."""

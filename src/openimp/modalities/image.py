@@ -39,6 +39,7 @@ class Image(Vision):
     tensor_axes = ("B", "3", "H", "W")
     extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga", ".ico")
     decoders: ClassVar[tuple[str, ...]] = ("pillow",)
+    raw_features_name = "pixels"
 
     @property
     def patch(self) -> tuple[int, ...]:

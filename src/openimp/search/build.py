@@ -15,7 +15,7 @@ from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
 from openimp.inference.files import find_files
 from openimp.inference.model import Model, load
-from openimp.search.folder import FORMAT, METADATA, SKIPPED, Metadata, fingerprint, locked, read_metadata
+from openimp.search.folder import FORMAT, METADATA, SKIPPED, Metadata, fingerprint, is_of, locked, read_metadata
 from openimp.search.media import Media, media_of_files, media_of_recipe
 from openimp.search.table import ITEMS, Items, import_lancedb
 from openimp.search.update import Update
@@ -99,7 +99,7 @@ def build_index(
         towards={modality: opened.partner(modality) for modality in modalities},
     )
     with locked(folder):
-        _write_metadata(folder, metadata, replace=given is None)
+        _write_metadata(folder, metadata, opened, replace=given is None)
         items = Items(folder, opened.imp.config.embed_dim)
         update = Update(opened, folder, items, media, given)
         try:
@@ -144,10 +144,10 @@ def _recipe_media(name: str, model: Model, modalities: Modalities, allow_sources
     return media
 
 
-def _write_metadata(folder: Path, metadata: Metadata, replace: bool) -> None:
+def _write_metadata(folder: Path, metadata: Metadata, model: Model, replace: bool) -> None:
     """Writes index.json. Refuses, or with `replace` empties, an index that was built with other weights."""
     old = read_metadata(folder)
-    if old is not None and old.fingerprint != metadata.fingerprint:
+    if old is not None and not is_of(old, model):
         if not replace:
             raise UserError(
                 f"{folder}: was built with other weights or views than {metadata.model} has; name a new folder"

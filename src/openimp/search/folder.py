@@ -29,6 +29,8 @@ SKIPPED = "skipped.json"
 LOCK = ".lock"
 INDEX_FILES = ("**/*",)
 """Patterns of the files of an index, for `refuse_links`."""
+NEWER_OPTIONS = {"aspect", "noise", "mask_frames", "mask_bins"}
+"""Options of views that did not exist when fingerprints contained all options."""
 MAX_JSON = 2**28
 """Maximum size in bytes of `skipped.json`."""
 
@@ -85,8 +87,21 @@ def read_skipped(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def fingerprint(model: Model) -> str:
-    """Hash of a model's weights and views. Vectors with different fingerprints must not be compared."""
-    views = [(name, view.model_dump_json()) for name, view in model.views.items()]
+    """Hash of a model's weights and views. Vectors with different fingerprints must not be compared.
+
+    Options with their default value do not count, so that a new option changes no fingerprint.
+    """
+    return _fingerprint(model, exclude_defaults=True)
+
+
+def is_of(metadata: Metadata, model: Model) -> bool:
+    """Whether an index was built with a model's weights and views."""
+    # Older fingerprints contain all options that there were.
+    return metadata.fingerprint in (fingerprint(model), _fingerprint(model, exclude=NEWER_OPTIONS))
+
+
+def _fingerprint(model: Model, **dumped: Any) -> str:
+    views = [(name, view.model_dump_json(**dumped)) for name, view in model.views.items()]
     return stable_hash([checkpoint_fields(model.imp, model.modalities)["checkpoint"], views])
 
 
