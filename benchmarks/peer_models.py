@@ -1,4 +1,5 @@
-"""What benchmarks/peers.py trains beside openimp: timm's ViT on pictures, and a convolutional network on sounds.
+"""What benchmarks/peers.py trains beside openimp: timm's ViT and open_clip's towers on pictures, and a convolutional
+network on sounds.
 
     python benchmarks/peer_models.py timm OPTIONS.json OUT.json
 
@@ -40,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 class Options(NamedTuple):
-    """A training of a peer."""
+    """The options of a peer's training."""
 
     train: dict[str, Any]  # the source of the training rows, as in a recipe
     test: dict[str, Any]

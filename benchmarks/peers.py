@@ -6,13 +6,13 @@
     python benchmarks/peers.py photos TRAIN TEST --minutes 5 --tune        # chooses learning rates on held-out rows
 
 All arms train on the same rows with one thread each. An arm first makes a few steps, which tell its CPU time per step.
-Then it makes as many steps as fit into the budget, so that its learning rate schedule ends with it. The time is that
-of the processor, including the workers that read data, so that other load on the machine does not count. Arms take
-turns: first all arms with seed 0, then with seed 1, and so on. Tests are not timed.
+Then it makes as many steps as fit into the budget, so that its learning rate schedule ends with the budget. CPU time
+includes that of the workers that read data; other load on the machine does not count. The budget is for the steps
+alone, not for opening the data and the test. All arms are trained with seed 0, then all with seed 1, and so on.
 
-The arms of photos are openimp's recipe photos_and_speech without its other tasks; the same with one thing
-switched off; a ViT of timm of the same size, with AdamW; and open_clip's training code. Those of speech are openimp's
-recipe and a convolutional network.
+The arms of photos are the recipe photos_and_speech with its task `photos` alone; the same with one option changed; a
+ViT of timm of the same size, with AdamW; and open_clip's training program. The arms of speech are the recipe with its
+task `digits` alone, and a convolutional network: on the official split, and with each speaker held out.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from typing import Any
 
 import yaml
 
+from openimp.common.errors import counted
 from openimp.common.progress import console
 from openimp.common.versions import openimp_version, processor
 from openimp.evaluation.results import main_metric, read_results
@@ -41,8 +42,9 @@ HERE = Path(__file__).parent
 RECIPE = HERE.parent / "recipes" / "photos_and_speech.yaml"
 TITLES = {"photos": "CIFAR-10, compared with peers at equal time", "speech": "Spoken digits, compared with a peer"}
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
-MUON_RATES = (2e-3, 4e-3, 8e-3)
+MUON_RATES = (2e-3, 4e-3, 8e-3)  # candidates of --tune, as are the next ones
 ADAMW_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+# The rates below are guesses: no candidates have been compared yet.
 ADAMW_LR = 2e-3
 TIMM_LR = 2e-3
 TIMM_STRONG_LR = 2e-3
@@ -132,7 +134,7 @@ def measure(arms: list[Arm], seeds: int, seconds: float, smoke: bool) -> dict[st
     steps = {}
     for arm in arms:
         steps[arm.name] = 1 if smoke else steps_within(arm, seconds)
-        console.print(f"{arm.name}: {steps[arm.name]:,} steps fit into {seconds:.0f} s of CPU time", soft_wrap=True)
+        console.print(f"{arm.name}: {counted(steps[arm.name], 'step')}", soft_wrap=True)
     measured = {arm.name: Measured(steps[arm.name]) for arm in arms}
     for seed in range(seeds):
         for arm in arms:
@@ -145,10 +147,10 @@ def measure(arms: list[Arm], seeds: int, seconds: float, smoke: bool) -> dict[st
     return measured
 
 
-def recipe_of(task: str, sources: dict[str, dict[str, Any]], file: Path, objective: str | None = None) -> Path:
-    """Writes the recipe photos_and_speech with one task and local sources, whose classes are in the column `name`.
+def write_recipe(task: str, sources: dict[str, dict[str, Any]], file: Path, objective: str | None = None) -> Path:
+    """Writes the recipe photos_and_speech with a single task and local sources, which name classes in column `name`.
 
-    `objective` is the only one that is kept, with the evaluation sets that it suffices for.
+    With `objective`, the task keeps only this objective, and the evaluation sets that need no other.
     """
     text = RECIPE.read_text(encoding="utf-8").replace(": label", ": name").replace("{label}", "{name}")
     recipe = yaml.safe_load(text)
@@ -173,9 +175,9 @@ def recipe_of(task: str, sources: dict[str, dict[str, Any]], file: Path, objecti
 def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: bool) -> list[Arm]:
     """openimp, openimp with one thing changed, and peers. `tune`: candidates for learning rates instead."""
     sources = {"photos": {**train, "cache": "memory"}, "photos_test": test}
-    recipe = recipe_of("photos", sources, folder / "photos.yaml")
-    contrastive = recipe_of("photos", sources, folder / "contrastive.yaml", "contrastive")
-    classes = recipe_of("photos", sources, folder / "classes.yaml", "classification")
+    recipe = write_recipe("photos", sources, folder / "photos.yaml")
+    contrastive = write_recipe("photos", sources, folder / "contrastive.yaml", "contrastive")
+    classes = write_recipe("photos", sources, folder / "classes.yaml", "classification")
     options = {"train": train, "test": test, "media": "img", "label": "name"}
 
     def ours(name: str, *changes: str) -> Arm:
@@ -221,7 +223,7 @@ def speech_arms(data: str, folder: Path) -> list[Arm]:
             "digits_test": {"path": data, "where": test},
         }
         file = folder / f"{name.replace(' ', '_')}.yaml"
-        arms.append(openimp_arm(f"openimp, {name}", recipe_of("digits", sources, file), [], "digits"))
+        arms.append(openimp_arm(f"openimp, {name}", write_recipe("digits", sources, file), [], "digits"))
         options = {
             "train": {"path": data, "where": train},
             "test": {"path": data, "where": test},
@@ -247,7 +249,7 @@ def report(title: str, measured: dict[str, Measured], args: argparse.Namespace) 
         spread = f" ± {100 * statistics.stdev(arm.top1):.1f}" if len(arm.top1) > 1 else ""
         minutes = statistics.mean(arm.seconds) / 60
         lines.append(f"| {name} | {100 * statistics.mean(arm.top1):.1f}{spread} | {arm.steps:,} | {minutes:.1f} |")
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "timm"))
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "timm", "open_clip_torch"))
     lines += [
         "",
         f"Accuracy in percent: mean and standard deviation over {args.seeds} seeds. CPU minutes include reading the "
@@ -267,7 +269,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="CPU time of each training")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="train for one step, to check that the benchmark runs")
-    parser.add_argument("--only", nargs="*", help="arms whose name contains one of these words")
+    parser.add_argument(
+        "--only", nargs="*", metavar="TEXT", help="train the arms whose names contain one of these texts"
+    )
     parser.add_argument(
         "--tune", action="store_true", help="train on nine tenths of the training rows, and test on the rest"
     )

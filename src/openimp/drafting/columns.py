@@ -279,8 +279,8 @@ def _what_to_add(candidate: Candidate, media: list[MediaColumn], others: list[st
     if candidate.kind:
         return (
             f"no text or class says what is in its {candidate.kind} files; add subfolders, one for each of several "
-            "classes; captions (a.txt beside a.jpg); or a table of files and texts; or use the first part of their "
-            "names as classes (cat of cat.12.jpg) with --label prefix"
+            "classes; captions (a.txt beside a.jpg); or a table of files and texts. If the names of the files begin "
+            "with their class, as in cat.12.jpg, use --label prefix"
         )
     if not media:
         return f"no column holds media; the others are {_listed(others)}"

@@ -83,7 +83,8 @@ def _read(recipe: Recipe, source: str, options: ZeroShot | ClassHead, limit: int
     labels = table.column(options.label)
     features = []
     classes = []
-    for (_, value), number in zip(raw_values(table, modality, spec, numbers, track), numbers):
+    values = raw_values(table, modality, spec, numbers, lambda items, _: track(items, f"{source}: raw features"))
+    for (_, value), number in zip(values, numbers):
         label = labels[number]
         if isinstance(value, BadMedia) or isinstance(label, Unreadable | list | None):
             continue

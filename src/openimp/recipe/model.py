@@ -71,9 +71,9 @@ class Model(Strict):
     bias: bool = False
     """Biases in attention, MLPs and experts. The paper's encoder has none, most public vision Transformers do."""
     attention_init: Literal["release", "mimetic"] = "release"
-    """Initial weights of attention. release: random, as in the authors' release. mimetic: keys start equal to queries,
-    and the output starts as minus the transposed values, which resembles trained vision Transformers (arXiv
-    2305.09828)."""
+    """Initial weights of attention. release: random, as in the authors' release. mimetic: the keys' weights start equal
+    to the queries', and the output layer's start as minus the transpose of the values'. Trained vision Transformers
+    have similar weights (arXiv 2305.09828)."""
     gelu: Gelu = "tanh"
     """GELU in MLPs and experts. tanh: its approximation, as in the paper. erf: exact."""
     moe: MoE | None = None

@@ -15,7 +15,7 @@ from openimp.common.safe_files import write_text
 from openimp.data.trust import check_uses
 from openimp.inference.files import find_files
 from openimp.inference.model import Model, load
-from openimp.search.folder import FORMAT, METADATA, SKIPPED, Metadata, fingerprint, is_of, locked, read_metadata
+from openimp.search.folder import FORMAT, METADATA, SKIPPED, Metadata, built_with, fingerprint, locked, read_metadata
 from openimp.search.media import Media, media_of_files, media_of_recipe
 from openimp.search.table import ITEMS, Items, import_lancedb
 from openimp.search.update import Update
@@ -147,7 +147,7 @@ def _recipe_media(name: str, model: Model, modalities: Modalities, allow_sources
 def _write_metadata(folder: Path, metadata: Metadata, model: Model, replace: bool) -> None:
     """Writes index.json. Refuses, or with `replace` empties, an index that was built with other weights."""
     old = read_metadata(folder)
-    if old is not None and not is_of(old, model):
+    if old is not None and not built_with(old, model):
         if not replace:
             raise UserError(
                 f"{folder}: was built with other weights or views than {metadata.model} has; name a new folder"

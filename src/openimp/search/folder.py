@@ -91,18 +91,24 @@ def fingerprint(model: Model) -> str:
 
     Options with their default value do not count, so that a new option changes no fingerprint.
     """
-    return _fingerprint(model, exclude_defaults=True)
+    return _fingerprint(model, _weights_hash(model), exclude_defaults=True)
 
 
-def is_of(metadata: Metadata, model: Model) -> bool:
+def built_with(metadata: Metadata, model: Model) -> bool:
     """Whether an index was built with a model's weights and views."""
-    # Older fingerprints contain all options that there were.
-    return metadata.fingerprint in (fingerprint(model), _fingerprint(model, exclude=NEWER_OPTIONS))
+    weights_hash = _weights_hash(model)
+    with_changed_options = _fingerprint(model, weights_hash, exclude_defaults=True)
+    with_all_options = _fingerprint(model, weights_hash, exclude=NEWER_OPTIONS)  # as older versions wrote it
+    return metadata.fingerprint in (with_changed_options, with_all_options)
 
 
-def _fingerprint(model: Model, **dumped: Any) -> str:
-    views = [(name, view.model_dump_json(**dumped)) for name, view in model.views.items()]
-    return stable_hash([checkpoint_fields(model.imp, model.modalities)["checkpoint"], views])
+def _weights_hash(model: Model) -> Any:
+    return checkpoint_fields(model.imp, model.modalities)["checkpoint"]
+
+
+def _fingerprint(model: Model, weights_hash: Any, **dump_options: Any) -> str:
+    views = [(name, view.model_dump_json(**dump_options)) for name, view in model.views.items()]
+    return stable_hash([weights_hash, views])
 
 
 def _read_json(file: Path) -> Any:

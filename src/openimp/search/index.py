@@ -20,7 +20,7 @@ from openimp.data.tables import Table
 from openimp.data.trust import check_uses
 from openimp.encoding.engine import ItemEncoder
 from openimp.inference.model import Model, load
-from openimp.search.folder import INDEX_FILES, Metadata, is_of, read_metadata
+from openimp.search.folder import INDEX_FILES, Metadata, built_with, read_metadata
 from openimp.search.media import media_state, row_media, source_table
 from openimp.search.query import EncodedQuery, Hit, Like, Query, QueryPart, Space
 from openimp.search.table import HIT_COLUMNS, Items, any_of, below, quoted
@@ -292,7 +292,7 @@ def open_index(path: str | Path, device: str | torch.device | None = None, allow
         model = load(metadata.model, device)
     except UserError as error:
         raise UserError(f"{folder}: its model cannot be opened: {error}") from None
-    if not is_of(metadata, model):
+    if not built_with(metadata, model):
         raise UserError(
             f"{folder}: was built with other weights or views than {metadata.model} has now; build a new index"
         )

@@ -110,7 +110,8 @@ def _check_evaluation(study: Study, name: str, trainings: list[Training]) -> Non
         sets_by_arm[arm] |= scored_sets
     most_sets = max(sets_by_arm.values(), key=len)
     if not most_sets:
-        raise UserError(f"{name}: recipe {study.recipe} has no evaluation set of type retrieval, which studies compare")
+        kind = "" if study.score == "accuracy" else " of type retrieval"
+        raise UserError(f"{name}: recipe {study.recipe} has no evaluation set{kind}, which studies compare")
     if not all(sets <= most_sets for sets in sets_by_arm.values()):
         raise UserError(f"{name}: at least one arm must have all evaluation sets, so that there is a mean over them")
 
