@@ -1,5 +1,5 @@
-"""What benchmarks/peers.py trains beside openimp: timm's ViT and open_clip's towers on pictures, and a convolutional
-network on sounds.
+"""What benchmarks/peers.py trains beside openimp: timm's ViT, by itself and by lightly-train, and open_clip's towers on
+pictures; a convolutional network on sounds.
 
     python benchmarks/peer_models.py timm OPTIONS.json OUT.json
 
@@ -209,6 +209,55 @@ def open_clip_towers(options: Options) -> float:
         return float(np.mean([names[index] == label for index, label in zip(predicted.tolist(), labels)]))
 
 
+def lightly_vit(options: Options) -> float:
+    """lightly-train's program for classification, with its own augmentation, on a ViT of the same size.
+
+    It holds two percent of the rows out, because it insists on measuring some at its last step.
+    """
+    import lightly_train
+
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        media, labels = rows(options.train, options.media, options.label)
+        names = sorted({*labels})
+        for number, (picture, label) in enumerate(zip(media, labels)):
+            part = folder / ("val" if number % 50 == 0 else "train") / label
+            part.mkdir(parents=True, exist_ok=True)
+            (part / f"{number}.jpg").write_bytes(picture)
+        lightly_train.train_image_classification(
+            out=folder / "out",
+            data={"train": folder / "train", "val": folder / "val", "classes": dict(enumerate(names))},
+            model="timm/vit_tiny_patch16_224",
+            model_args={
+                "lr": options.lr,
+                "backbone_args": {
+                    "pretrained": False,
+                    "img_size": 32,
+                    "patch_size": options.patch,
+                    "embed_dim": options.width,
+                    "depth": options.layers,
+                    "num_heads": options.heads,
+                },
+            },
+            transform_args={"image_size": (32, 32)},
+            logger_args={"val_every_num_steps": options.steps},
+            steps=options.steps,
+            batch_size=options.batch_size,
+            num_workers=1,
+            seed=options.seed,
+            accelerator="cpu",
+        )
+        model = lightly_train.load_model(folder / "out" / "exported_models" / "exported_last.pt")
+        media, labels = rows(options.test, options.media, options.label)
+        pictures = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in media]
+        predicted = [
+            answer["labels"][0]
+            for start in range(0, len(media), 500)
+            for answer in model.predict_batch(pictures[start : start + 500])
+        ]
+        return float(np.mean([names[int(index)] == label for index, label in zip(predicted, labels)]))
+
+
 class ConvNet(nn.Module):
     """Four stages of two 3 x 3 convolutions over a log-mel spectrogram (B, frames, bins), and their mean."""
 
@@ -255,11 +304,13 @@ def sound_cnn(options: Options) -> float:
     return accuracy(model, decoded(options.test, False))
 
 
+MODELS = {"timm": timm_vit, "lightly": lightly_vit, "open_clip": open_clip_towers, "cnn": sound_cnn}
+
 if __name__ == "__main__":
     kind, options_file, out = sys.argv[1:]
     options = Options(**json.loads(Path(options_file).read_text(encoding="utf-8")))
     torch.manual_seed(options.seed)
     keep_freed_memory()
-    found = {"timm": timm_vit, "open_clip": open_clip_towers, "cnn": sound_cnn}[kind](options)
+    found = MODELS[kind](options)
     assert math.isfinite(found)
     Path(out).write_text(json.dumps({"top1": found}), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Compares openimp on recognised data with what people would use instead, at equal time on equal cores.
 
-    pip install -e '.[peers]'
+    pip install -e '.[peers]' lightly-train        # lightly-train is optional; its license is the AGPL
     python benchmarks/peers.py photos cifar10-train.parquet cifar10-test.parquet --write
     python benchmarks/peers.py speech fsdd.parquet --minutes 3 --write
     python benchmarks/peers.py photos TRAIN TEST --minutes 5 --tune        # chooses learning rates on held-out rows
@@ -11,23 +11,25 @@ includes that of the workers that read data; other load on the machine does not 
 alone, not for opening the data and the test. All arms are trained with seed 0, then all with seed 1, and so on.
 
 The arms of photos are the recipe photos_and_speech with its task `photos` alone; the same with one option changed; a
-ViT of timm of the same size, with AdamW; and open_clip's training program. The arms of speech are the recipe with its
-task `digits` alone, and a convolutional network: on the official split, and with each speaker held out.
+ViT of timm of the same size, with AdamW; and the training programs of lightly-train and open_clip. The arms of speech
+are the recipe with its task `digits` alone, and a convolutional network: on the official split, and with each speaker
+held out.
 """
 
 import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import yaml
@@ -42,15 +44,17 @@ HERE = Path(__file__).parent
 RECIPE = HERE.parent / "recipes" / "photos_and_speech.yaml"
 TITLES = {"photos": "CIFAR-10, compared with peers at equal time", "speech": "Spoken digits, compared with a peer"}
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
-MUON_RATES = (2e-3, 4e-3, 8e-3)  # candidates of --tune, as are the next ones
-ADAMW_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+MUON_RATES = (4e-3, 8e-3)  # candidates of --tune, as are the next ones
+ADAMW_RATES = (1e-3, 3e-3)
+LIGHTLY_RATES = (3.5e-4, 1e-3)  # lightly-train multiplies them by sqrt(batch size / 16)
 # The rates below are guesses: no candidates have been compared yet.
 ADAMW_LR = 2e-3
 TIMM_LR = 2e-3
 TIMM_STRONG_LR = 2e-3
+LIGHTLY_LR = 7e-4
 OPEN_CLIP_LR = 1e-3
 CNN_LR = 2e-3
-PILOT_STEPS = 60
+PILOT_STEPS = 40
 """Steps that tell the CPU time per step."""
 
 
@@ -66,6 +70,11 @@ class Arm:
     name: str
     command: Callable[[int, int, Path], list[str]]
     top1: Callable[[Path], float]
+
+    @property
+    def method(self) -> str:
+        """What takes the time: the name without a learning rate."""
+        return self.name.split(", lr ")[0]
 
 
 @dataclass
@@ -108,13 +117,16 @@ def peer_arm(name: str, kind: str, options: dict[str, Any]) -> Arm:
 
 def cpu_seconds(command: list[str]) -> float:
     """Runs a command with one thread, and returns the CPU time of its process and of those that it started."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-1000:]}\n{result.stderr[-3000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    with TemporaryFile() as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        # Not `process.wait()`, which does not tell the time of a single child.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{output.read().decode()[-3000:]}")
+    return usage.ru_utime + usage.ru_stime
 
 
 def steps_within(arm: Arm, seconds: float) -> int:
@@ -129,21 +141,32 @@ def steps_within(arm: Arm, seconds: float) -> int:
     return max(1, round(seconds * 2 * PILOT_STEPS / (times[1] - times[0])))
 
 
-def measure(arms: list[Arm], seeds: int, seconds: float, smoke: bool) -> dict[str, Measured]:
-    """Trains each arm with each seed. All arms have a turn before the next seed. `smoke`: for a single step."""
-    steps = {}
-    for arm in arms:
-        steps[arm.name] = 1 if smoke else steps_within(arm, seconds)
-        console.print(f"{arm.name}: {counted(steps[arm.name], 'step')}", soft_wrap=True)
-    measured = {arm.name: Measured(steps[arm.name]) for arm in arms}
-    for seed in range(seeds):
-        for arm in arms:
-            with TemporaryDirectory() as folder:
-                taken = cpu_seconds(arm.command(steps[arm.name], seed, Path(folder)))
-                top1 = arm.top1(Path(folder))
-            measured[arm.name].top1.append(top1)
-            measured[arm.name].seconds.append(taken)
-            console.print(f"{arm.name}, seed {seed}: {100 * top1:.1f} % in {taken:.0f} s of CPU time", soft_wrap=True)
+def measure(arms: list[Arm], seeds: int, seconds: float, jobs: int, smoke: bool) -> dict[str, Measured]:
+    """Trains each arm with each seed, in `jobs` processes at once. All arms have a turn before the next seed.
+
+    With `smoke`, a training is a single step.
+    """
+
+    def count_steps(arm: Arm) -> int:
+        steps = 1 if smoke else steps_within(arm, seconds)
+        console.print(f"{arm.method}: {counted(steps, 'step')}", soft_wrap=True)
+        return steps
+
+    def train(turn: tuple[int, Arm]) -> None:
+        seed, arm = turn
+        results = measured[arm.name]
+        with TemporaryDirectory() as folder:
+            taken = cpu_seconds(arm.command(results.steps, seed, Path(folder)))
+            top1 = arm.top1(Path(folder))
+        results.top1.append(top1)
+        results.seconds.append(taken)
+        console.print(f"{arm.name}, seed {seed}: {100 * top1:.1f} % in {taken:.0f} s of CPU time", soft_wrap=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        methods = {arm.method: arm for arm in arms}
+        steps = dict(zip(methods, pool.map(count_steps, methods.values())))
+        measured = {arm.name: Measured(steps[arm.method]) for arm in arms}
+        list(pool.map(train, [(seed, arm) for seed in range(seeds) for arm in arms]))
     return measured
 
 
@@ -159,7 +182,7 @@ def write_recipe(task: str, sources: dict[str, dict[str, Any]], file: Path, obje
     if objective is not None:
         kept["objectives"] = [options for options in kept["objectives"] if options["type"] == objective]
         del sets[f"{task}_classes" if objective == "contrastive" else task]
-    stems = ("text", "vision" if task == "photos" else "audio")
+    stems: tuple[str, ...] = ("text", "vision" if task == "photos" else "audio")
     if objective == "classification":
         stems = stems[1:]
         for part in (kept["inputs"], *kept["views"]):
@@ -186,24 +209,35 @@ def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: 
     def timm(name: str, lr: float, strong: bool) -> Arm:
         return peer_arm(name, "timm", {**options, "lr": lr, "strong": strong})
 
+    def lightly(name: str, lr: float) -> Arm:
+        return peer_arm(name, "lightly", {**options, "lr": lr})
+
+    has_lightly = find_spec("lightly_train") is not None
+
     if tune:
         return [
-            *(ours(f"openimp, muon_lr {lr}", f"optimizer.muon_lr={lr}", f"optimizer.lr={lr / 4}") for lr in MUON_RATES),
-            *(ours(f"openimp, AdamW {lr}", "optimizer.muon_lr=null", f"optimizer.lr={lr}") for lr in ADAMW_RATES),
+            *(ours(f"openimp, lr {lr}", f"optimizer.muon_lr={lr}", f"optimizer.lr={lr / 4}") for lr in MUON_RATES),
+            *(
+                ours(f"openimp with AdamW, lr {lr}", "optimizer.muon_lr=null", f"optimizer.lr={lr}")
+                for lr in ADAMW_RATES
+            ),
             *(timm(f"timm, light augmentation, lr {lr}", lr, False) for lr in ADAMW_RATES),
             *(timm(f"timm, its usual augmentation, lr {lr}", lr, True) for lr in ADAMW_RATES),
+            *(lightly(f"lightly-train, lr {lr}", lr) for lr in LIGHTLY_RATES if has_lightly),
             *(peer_arm(f"open_clip, lr {lr}", "open_clip", {**options, "lr": lr}) for lr in ADAMW_RATES),
         ]
     return [
         ours("openimp, by the names of the classes"),
         ours("AdamW instead of Muon", "optimizer.muon_lr=null", f"optimizer.lr={ADAMW_LR}"),
         ours("random instead of mimetic attention", "model.attention_init=release"),
-        ours("no token dropped", "tasks.photos.views.1.image.drop_tokens=0"),
+        ours("no token dropped", "tasks.photos.views.0.image.drop_tokens=0"),
+        ours("views drawn, not one after the other", "alternation.views=drawn"),
         ours("batches twice as large", "tasks.photos.batch_size=256"),
         openimp_arm("contrastive loss alone", contrastive, [], "photos"),
         openimp_arm("classification loss alone, without texts", classes, [], "photos_classes"),
         timm("timm's ViT, light augmentation", TIMM_LR, False),
         timm("timm's ViT, its usual augmentation", TIMM_STRONG_LR, True),
+        *([lightly("lightly-train, a ViT of the same size", LIGHTLY_LR)] if has_lightly else []),
         peer_arm("open_clip's training code", "open_clip", {**options, "lr": OPEN_CLIP_LR}),
     ]
 
@@ -268,6 +302,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", help="cifar10-train.parquet cifar10-test.parquet, or fsdd.parquet")
     parser.add_argument("--minutes", type=float, default=10.0, help="CPU time of each training")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once, each with one thread")
     parser.add_argument("--smoke", action="store_true", help="train for one step, to check that the benchmark runs")
     parser.add_argument(
         "--only", nargs="*", metavar="TEXT", help="train the arms whose names contain one of these texts"
@@ -291,7 +326,7 @@ def main() -> None:
             arms = photo_arms({"path": files[0]}, {"path": files[1]}, Path(folder), tune=False)
         if args.only:
             arms = [arm for arm in arms if any(word in arm.name for word in args.only)]
-        measured = measure(arms, args.seeds, 60 * args.minutes, args.smoke)
+        measured = measure(arms, args.seeds, 60 * args.minutes, args.jobs, args.smoke)
     text = report(TITLES[args.data], measured, args)
     print(text)
     if args.write:

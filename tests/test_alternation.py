@@ -91,6 +91,19 @@ def test_in_a_sequence_each_task_has_its_share_of_the_steps_at_one_time():
     assert tasks == ["a"] * 50 + ["b"] * 30 + ["c"] * 20
 
 
+@pytest.mark.parametrize("kind", ["random", "intervals", "cycle", "sequence"])
+def test_views_in_a_sequence_have_their_shares_of_a_task_one_after_the_other(kind):
+    recipe = mixture(kind, 300, THREE)
+    recipe = recipe.model_copy(update={"alternation": recipe.alternation.model_copy(update={"views": "sequence"})})
+    visits = [visit for visit in Alternation(recipe) if visit.task == "a"]
+    assert len(visits) > 100
+    views = [visit.view for visit in visits]
+    assert views == sorted(views)
+    assert views.count(0) == round(2 / 3 * len(views))
+    # A view's own batch size counts, so no example is skipped or seen twice.
+    assert all(visit.start + visit.batch_size == following.start for visit, following in pairwise(visits))
+
+
 def test_fixed_intervals_give_the_mixture_of_the_release():
     """Image-text and labelled images at every round, the others at every 5th to 12th (arXiv 2305.06324)."""
     recipe = Recipe.load("imp_s")

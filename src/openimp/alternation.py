@@ -29,7 +29,7 @@ class Visit:
 class Alternation(Sequence[Visit]):
     """The schedule of a recipe, in a few bytes per step.
 
-    The schedule of a longer run begins with that of a shorter one, except with `kind: sequence`.
+    The schedule of a longer run begins with that of a shorter one, except for sequences of tasks or views.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -46,7 +46,10 @@ class Alternation(Sequence[Visit]):
         for i, task in enumerate(tasks):
             steps_of_task = np.flatnonzero(self._task == i)
             view_weights = [view.weight for view in task.views]
-            chosen_views = _draw(view_weights, len(steps_of_task), kind == "random", (recipe.seed, 1, i))
+            if recipe.alternation.views == "sequence":
+                chosen_views = _sequence(view_weights, len(steps_of_task))
+            else:
+                chosen_views = _draw(view_weights, len(steps_of_task), kind == "random", (recipe.seed, 1, i))
             batch_size = np.array([view.batch_size or task.batch_size for view in task.views])[chosen_views]
             self._view[steps_of_task] = chosen_views
             self._batch_size[steps_of_task] = batch_size
@@ -83,12 +86,17 @@ def expected_shares(recipe: Recipe) -> dict[str, float]:
 def _tasks(kind: str, weights: list[float], intervals: list[int], steps: int, seed: int) -> np.ndarray:
     """The task index of each step, (steps,)."""
     if kind == "sequence":
-        return _pick(weights, (np.arange(steps) + 0.5) / steps)
+        return _sequence(weights, steps)
     if kind != "intervals":
         return _draw(weights, steps, kind == "random", (seed, 0))
     # In round r, each task whose interval divides r has a step.
     visited = (i for r in count() for i, interval in enumerate(intervals) if r % interval == 0)
     return np.fromiter(visited, np.int16, steps)
+
+
+def _sequence(weights: list[float], n: int) -> np.ndarray:
+    """Indices (n,) in ascending order, with frequencies proportional to the weights."""
+    return _pick(weights, (np.arange(n) + 0.5) / n)
 
 
 def _draw(weights: list[float], n: int, random: bool, key: tuple[int, ...]) -> np.ndarray:

@@ -193,22 +193,22 @@ def test_speed_interpolates_as_numpy_does(length):
     np.testing.assert_array_equal(AUDIO.transform(item, view, None), AUDIO.transform(item, SHORT, None))
 
 
+def spectra(waves, view, rngs=None):
+    """The spectrograms (B, frames, bins) that the tokens make up."""
+    values = AUDIO.tokens(waves, view, rngs).values
+    frames, bins = AUDIO.frames(view), AUDIO.config.bins
+    height, width = AUDIO.config.patch
+    grid = values.unflatten(2, (height, width)).unflatten(1, (frames // height, bins // width))
+    return grid.permute(0, 1, 3, 2, 4).reshape(len(waves), frames, bins)
+
+
 def test_masks_hide_one_span_of_frames_and_one_band_of_bins():
     """Of the lengths asked for, at any place, and in training only."""
     waves = rng(1).normal(0, 0.1, (30, AUDIO.samples(SHORT))).astype(np.float32)
     view = SHORT.model_copy(update={"mask_frames": 0.5, "mask_bins": 0.25})
-    config = AUDIO.config
-
-    def spectra(view, rngs):
-        """The spectrograms (B, frames, bins) that the tokens make up."""
-        values = AUDIO.tokens(waves, view, rngs).values
-        frames, bins = AUDIO.frames(view), config.bins
-        grid = values.unflatten(2, config.patch).unflatten(1, (frames // config.patch[0], bins // config.patch[1]))
-        return grid.permute(0, 1, 3, 2, 4).reshape(len(waves), frames, bins)
-
-    whole = spectra(view, None)
-    hidden = spectra(view, [rng(seed) for seed in range(30)]) == 0
-    assert torch.equal(spectra(view, [rng(seed) for seed in range(30)])[~hidden], whole[~hidden])
+    whole = spectra(waves, view)
+    hidden = spectra(waves, view, [rng(seed) for seed in range(30)]) == 0
+    assert torch.equal(spectra(waves, view, [rng(seed) for seed in range(30)])[~hidden], whole[~hidden])
     sizes = {0: set(), 1: set()}
     for spectrum in hidden:
         for axis, share in ((0, 0.5), (1, 0.25)):
@@ -217,6 +217,19 @@ def test_masks_hide_one_span_of_frames_and_one_band_of_bins():
             assert len(lines) <= share * spectrum.shape[axis]
             assert len(lines) < 2 or lines[-1] - lines[0] == len(lines) - 1
     assert min(map(len, sizes.values())) > 5
+
+
+def test_equalizing_changes_all_frames_by_one_smooth_curve_of_the_given_strength():
+    waves = rng(1).normal(0, 0.1, (300, AUDIO.samples(SHORT))).astype(np.float32)
+    view = SHORT.model_copy(update={"equalize": 6.0})
+    whole = spectra(waves, view)
+    changes = spectra(waves, view, [rng(seed) for seed in range(300)]) - whole
+    assert torch.allclose(changes, changes[:, :1].expand_as(changes), atol=1e-4)
+    # A smooth curve: neighboring bins change nearly alike, and no curve is flat.
+    curves = changes[:, 0] * AUDIO.config.std * 20 / np.log(10)
+    assert curves.diff().abs().mean() < 1
+    assert curves[:, [0, -1]].std() == pytest.approx(6, rel=0.1)
+    assert torch.equal(spectra(waves, view), whole)
 
 
 def test_noise_is_relative_to_the_loudest_sample():

@@ -250,6 +250,12 @@ def test_overrides_reach_everything(file):
     assert recipe.name == "a=b"
 
 
+def test_a_model_sees_its_inputs_in_the_first_view_or_in_the_last_of_a_sequence(file):
+    views = "tasks.named.views=[{image: {size: 16}}, {image: {size: 24}}]"
+    assert Recipe.load(file, [views]).inference_view("image").size == 16
+    assert Recipe.load(file, [views, "alternation.views=sequence"]).inference_view("image").size == 24
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

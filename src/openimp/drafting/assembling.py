@@ -19,9 +19,10 @@ AUGMENTATION = ("flip", "crop", "aspect")
 COMMENTS = {
     "modalities": "patch: frames, height and width of a token. min_df: whole words, of which rare ones are left out.",
     "sources": "cache: media are decoded once, before training, and kept in memory.",
-    "tasks": "Three of four steps drop half of the tokens, which makes them nearly twice as fast. positives_by: rows "
-    "with equal values in this column are positives of each other, and not negatives. weight: how often a task is "
-    "drawn.",
+    "tasks": "positives_by: rows with equal values in this column are positives of each other, and not negatives. "
+    "weight: how often a task is drawn, and the share of its steps that use a view.",
+    "alternation": "A task uses its views one after the other: many fast steps with a quarter of the tokens, then fewer "
+    "with all of them.",
     "optimizer": "As in the demo. To fine-tune a model (train.init), divide the rates by 3 or more.",
     "parallel": "With several GPUs, each has all of the model.",
     "evaluation": "Measured at the end; with every: 500, also every 500 steps.",
@@ -66,6 +67,7 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine) -> Draft:
         "modalities": modalities,
         "sources": {},
         "tasks": {},
+        "alternation": {"views": "sequence"},
         "optimizer": {"lr": 1e-3, "muon_lr": 4e-3, "weight_decay": 0.1},
         "parallel": {"shard_degree": 1},
         "train": {"num_workers": machine.workers, "save_every": 500},
@@ -109,8 +111,8 @@ def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machin
         "objectives": objectives,
         "batch_size": sizing.batch_size(kind, split.rows, machine),
         "views": [
-            {kind: views[kind], **text_view, "weight": 1},
-            {kind: {**views[kind], "drop_tokens": 0.5}, **text_view, "weight": 3},
+            {kind: {**views[kind], "drop_tokens": 0.75}, **text_view, "weight": 7},
+            {kind: views[kind], **text_view, "weight": 3},
         ],
     }
     sets = recipe["evaluation"]["sets"]

@@ -59,7 +59,7 @@ def how_fields(recipe: Recipe, modalities: Modalities, options: EvaluationSet, p
     wording: list[Any] = [spec.columns for name, spec in options.inputs.items() if modalities[name].reads_text]
     prompts = None
     if isinstance(options, ZeroShot):
-        views[options.reader] = recipe.first_view(options.reader)
+        views[options.reader] = recipe.inference_view(options.reader)
         prompts = options.prompts
         wording += [prompts, options.classes, *(["words"] if options.words else [])]
     return {

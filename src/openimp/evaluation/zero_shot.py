@@ -47,7 +47,7 @@ def class_names(labels: list[Any], options: ZeroShot, where: str) -> list[str]:
 def class_embeddings(evaluator: Evaluator, options: ZeroShot, names: list[str]) -> Tensor:
     """(K, Z) unit vectors: for each class, the mean of the unit vectors of its name in each prompt."""
     (seen,) = options.inputs
-    encoder = evaluator.item_encoder(options.reader, evaluator.recipe.first_view(options.reader), seen)
+    encoder = evaluator.item_encoder(options.reader, evaluator.recipe.inference_view(options.reader), seen)
     rank_names = [names[i] for i in own_part(len(names))]
     texts = (prompt.format(name) for name in rank_names for prompt in options.prompts)
     vectors = [vector for _, vector in encoder.encode((text, partial(encoder.read, text)) for text in texts)]

@@ -48,7 +48,7 @@ def load(path: str | Path, device: str | torch.device | None = None, precision: 
 class Model(nn.Module):
     """A trained model with a method `encode_<modality>` per modality, which is `encode` for that modality.
 
-    An input is seen in the first view of the first task that reads its modality, as in evaluation: without
+    An input is seen in the recipe's inference view of its modality (`Recipe.inference_view`), as in evaluation: without
     augmentation, with all tokens, and with the embeddings of a long item's clips averaged. You may change `views`;
     `preprocess` and `tokenizer` follow. The other attributes are the network `imp`, its `config`, the `modalities` by
     name, the `precision` (see `load`), and the `saved_recipe` of its training.

@@ -1,7 +1,7 @@
 """Sounds: mono samples, as patches of a log-mel spectrogram."""
 
 from functools import lru_cache
-from math import ceil, prod
+from math import ceil, log, prod
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -25,6 +25,8 @@ from openimp.modalities.sound import (
     sampled_array,
 )
 
+CURVE_POINTS = 5
+"""Control points of a random change of the spectrum, evenly spaced on the mel scale."""
 FLOOR = 1e-6
 """Added to the magnitude before the logarithm. A full-scale sine has magnitude 1, so this is -120 dB."""
 RANGE = 3.5 * np.log(10)
@@ -103,6 +105,9 @@ class Audio(Modality):
         et al., Interspeech 2015)."""
         noise: Share = 0.0
         """Largest amplitude of white noise that is added in training, relative to the loudest sample."""
+        equalize: Annotated[float, Field(ge=0)] = 0.0
+        """Standard deviation, in dB, of a random smooth change of the spectrum in training, as another microphone or
+        room would cause."""
         mask_frames: Share = 0.0
         """Largest share of consecutive frames that are hidden in training, one span per sound (SpecAugment, arXiv
         1904.08779)."""
@@ -199,8 +204,10 @@ class Audio(Modality):
     def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
         """Cuts the normalized spectrogram of samples (B, samples) into patches: values (B, L, P) fp32."""
         spectra = log_mel(torch.from_numpy(items), self.config)
-        if rngs is not None and (view.mask_frames or view.mask_bins):
+        if rngs is not None and (view.equalize or view.mask_frames or view.mask_bins):
             for spectrum, rng in zip(spectra, rngs):
+                if view.equalize:
+                    _equalize(spectrum, view.equalize, rng)
                 _hide(spectrum, view.mask_frames, rng, self.config.mean)
                 _hide(spectrum.T, view.mask_bins, rng, self.config.mean)
         return self._tokens(spectra, view.drop_tokens, rngs)
@@ -306,6 +313,14 @@ def _at_speed(sound: np.ndarray, speed: float, count: int) -> np.ndarray:
     left = samples.index_select(0, before)
     right = samples.index_select(0, (before + 1).clamp_(max=len(sound) - 1))
     return torch.lerp(left, right, positions.sub_(before).float()).numpy()
+
+
+def _equalize(spectrum: Tensor, decibels: float, rng: Rng) -> None:
+    """Adds the same random smooth curve over the bins to each frame of a log-mel spectrogram (frames, bins)."""
+    control_points = decibels * rng.standard_normal(CURVE_POINTS)
+    places = np.linspace(0, CURVE_POINTS - 1, spectrum.shape[1])
+    curve = np.interp(places, np.arange(CURVE_POINTS), control_points)
+    spectrum += torch.from_numpy(curve * (log(10) / 20))
 
 
 def _hide(spectrum: Tensor, share: float, rng: Rng, value: float) -> None:

@@ -73,7 +73,7 @@ class ZeroShot(Strict):
     """A column with the test split of each row, or with a list if splits overlap. Metrics are then means over the
     splits. null: all rows form one split."""
     reader: str = "text"
-    """The modality that reads the prompts. Its first training view is used."""
+    """The modality that reads the prompts. Its view is that of inference."""
     view: EvaluationView
 
 

@@ -180,9 +180,13 @@ class Recipe(Strict):
             raise UserError(f"{key}.label: tasks.{options.task} has no classification of {options.label!r}{hint}")
         return columns[options.label]
 
-    def first_view(self, modality: str) -> Any:
-        """The view of a modality for inference: the first one of the first task that reads it."""
-        return next(task.views[0][modality] for task in self.tasks.values() if modality in task.inputs)
+    def inference_view(self, modality: str) -> Any:
+        """The view of a modality for inference, of the first task that reads it.
+
+        It is the task's first view or, if the task trains its views one after the other, the last.
+        """
+        index = -1 if self.alternation.views == "sequence" else 0
+        return next(task.views[index][modality] for task in self.tasks.values() if modality in task.inputs)
 
     def to_config(self, classes: Classes) -> ModelConfig:
         """The configuration of the recipe's model. `classes` has the classes of each classification head."""
@@ -197,7 +201,7 @@ class Recipe(Strict):
             name=self.name,
             model=self.model,
             modalities=self.modalities,
-            views={name: self.first_view(name) for name in self.modality_names},
+            views={name: self.inference_view(name) for name in self.modality_names},
             pairs=[ComparedPair(modalities=pair, sigmoid=limits[pair] == {False}) for pair in sorted(limits)],
             distilled=distilled,
             classes=dict(classes),

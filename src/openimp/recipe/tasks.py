@@ -140,7 +140,7 @@ class Task(Strict):
     objectives: Annotated[list[AnyObjective], Field(min_length=1)]
     """Losses, which are summed with their weights."""
     views: Annotated[list[View], Field(min_length=1, default_factory=lambda: [View()])]
-    """How the examples are presented. Each of the task's steps draws one view."""
+    """How the examples are presented. Each of the task's steps uses one view; see `alternation.views`."""
     batch_size: Count = 256
     """Examples per step, over all ranks."""
     weight: Annotated[float, Field(ge=0)] = 1.0

@@ -14,6 +14,10 @@ class Alternation(Strict):
     """random: drawn by weight (figure 1 of the paper). intervals: each task once per `interval` rounds (the authors'
     release). cycle: a low-discrepancy sequence by weight. sequence: one task after the other, each for its share of the
     steps."""
+    views: Literal["drawn", "sequence"] = "drawn"
+    """drawn: each step of a task draws one of the task's views by weight. sequence: a task uses one view after the
+    other, each for its share of the task's steps; for example, half of the tokens at first and all tokens at the end,
+    which reaches more in the same time."""
 
 
 class Optimizer(Strict):
