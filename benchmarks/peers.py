@@ -218,7 +218,7 @@ def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: 
         return [
             *(ours(f"openimp, lr {lr}", f"optimizer.muon_lr={lr}", f"optimizer.lr={lr / 4}") for lr in MUON_RATES),
             *(
-                ours(f"openimp with AdamW, lr {lr}", "optimizer.muon_lr=null", f"optimizer.lr={lr}")
+                ours(f"AdamW, lr {lr}", "optimizer.muon_lr=null", f"optimizer.lr={lr}")
                 for lr in ADAMW_RATES
             ),
             *(timm(f"timm, light augmentation, lr {lr}", lr, False) for lr in ADAMW_RATES),
