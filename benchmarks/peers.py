@@ -217,10 +217,7 @@ def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: 
     if tune:
         return [
             *(ours(f"openimp, lr {lr}", f"optimizer.muon_lr={lr}", f"optimizer.lr={lr / 4}") for lr in MUON_RATES),
-            *(
-                ours(f"AdamW, lr {lr}", "optimizer.muon_lr=null", f"optimizer.lr={lr}")
-                for lr in ADAMW_RATES
-            ),
+            *(ours(f"AdamW, lr {lr}", "optimizer.muon_lr=null", f"optimizer.lr={lr}") for lr in ADAMW_RATES),
             *(timm(f"timm, light augmentation, lr {lr}", lr, False) for lr in ADAMW_RATES),
             *(timm(f"timm, its usual augmentation, lr {lr}", lr, True) for lr in ADAMW_RATES),
             *(lightly(f"lightly-train, lr {lr}", lr) for lr in LIGHTLY_RATES if has_lightly),
