@@ -3,7 +3,7 @@
 It is a pure function of recipe and seed, so all ranks know it without communication.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -68,6 +68,15 @@ class Alternation(Sequence[Visit]):
             batch_size=int(self._batch_size[step]),
             start=int(self._start[step]),
         )
+
+    def per_step(self, values: Mapping[tuple[str, int], float]) -> np.ndarray:
+        """The value of each step's (task, view), (steps,)."""
+        most_views = 1 + int(self._view.max(initial=0))
+        table = np.zeros((len(self._names), most_views))
+        for (task, view), value in values.items():
+            if task in self._names and view < most_views:
+                table[self._names.index(task), view] = value
+        return table[self._task, self._view]
 
     def step_counts(self) -> dict[tuple[str, int], int]:
         """The number of steps per (task, view)."""
