@@ -116,7 +116,7 @@ def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machin
         "batch_size": sizing.batch_size(kind, split.rows, machine),
         "views": [
             {kind: {**views[kind], "drop_tokens": 0.75}, **text_view, "weight": 7},
-            {kind: views[kind], **text_view, "weight": 3},
+            {kind: views[kind], **text_view, "weight": 1},
         ],
     }
     sets = recipe["evaluation"]["sets"]
