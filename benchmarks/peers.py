@@ -73,7 +73,7 @@ class Arm:
 
     @property
     def method(self) -> str:
-        """What takes the time: the name without what follows the semicolon, such as a learning rate or a speaker."""
+        """The name before the semicolon. Arms of the same method take the same time per step."""
         return self.name.split("; ")[0]
 
 

@@ -70,12 +70,10 @@ class Alternation(Sequence[Visit]):
         )
 
     def per_step(self, values: Mapping[tuple[str, int], float]) -> np.ndarray:
-        """The value of each step's (task, view), (steps,)."""
-        most_views = 1 + int(self._view.max(initial=0))
-        table = np.zeros((len(self._names), most_views))
+        """The value of the task and view of each step, (steps,). `values` has all views of the trained tasks."""
+        table = np.zeros((len(self._names), 1 + max(view for _, view in values)))
         for (task, view), value in values.items():
-            if task in self._names and view < most_views:
-                table[self._names.index(task), view] = value
+            table[self._names.index(task), view] = value
         return table[self._task, self._view]
 
     def step_counts(self) -> dict[tuple[str, int], int]:

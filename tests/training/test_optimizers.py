@@ -46,10 +46,10 @@ def test_the_learning_rate_follows_the_flops_of_views_that_follow_one_after_the_
     training = training_of(little_data, tmp_path / "run", *changes)
     small, large = (training.log.costs["named", view].flops for view in (0, 1))
     assert large > 5 * small
-    spent = [0.0]
+    done = [0.0]  # FLOPs since the warm-up
     for step in range(2, 10):
-        spent.append(spent[-1] + (small if step < 5 else large))
-    expected = [0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * flops / spent[-1])) for flops in spent[:-1])]
+        done.append(done[-1] + (small if step < 5 else large))
+    expected = [0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * flops / done[-1])) for flops in done[:-1])]
     assert training.train()
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["lr"] for line in lines] == pytest.approx([0.1 * factor for factor in expected])

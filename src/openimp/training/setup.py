@@ -128,12 +128,12 @@ def set_up(
     model, model_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
     if warm_start is not None:
         console.print(warm_start.load(model, data.classes), soft_wrap=True)
-    spent = None
+    flops_before = None
     if recipe.alternation.views == "sequence":
-        # Steps then differ most between the beginning and the end, so their number does not tell how far training is.
+        # The last steps then cost several times as much as the first, so the number of steps is no measure of progress.
         flops = data.schedule.per_step({task_view: cost.flops for task_view, cost in step_costs.items()})
-        spent = np.cumsum([0, *flops])
-    updater = Updater(recipe, model, spent)
+        flops_before = np.cumsum([0, *flops])
+    updater = Updater(recipe, model, flops_before)
     checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, model_files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
     cursors = data.load_cursors(state.get("cursors", {}), changed)

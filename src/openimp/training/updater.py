@@ -23,18 +23,18 @@ class Updater:
     device leaves weights and optimizer state as they are.
     """
 
-    def __init__(self, recipe: Recipe, model: Embedder, spent: np.ndarray | None = None) -> None:
-        """`spent` is that of `lr_schedule`."""
+    def __init__(self, recipe: Recipe, model: Embedder, flops_before: np.ndarray | None = None) -> None:
+        """See `lr_schedule` for `flops_before`."""
         options = recipe.optimizer
         self.recipe = recipe
         self.model = model
-        self.spent = spent
+        self.flops_before = flops_before
         self.optimizers = make_optimizers(options, model)
         self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a step, as a share of the peak."""
-        return lr_schedule(self.recipe, step, self.spent)
+        return lr_schedule(self.recipe, step, self.flops_before)
 
     def step(self, step: int) -> HostCopy:
         """Queues the update of step `step`, which counts from 0, and drops the gradients.
