@@ -10,10 +10,10 @@ Then it makes as many steps as fit into the budget, so that its learning rate sc
 includes that of the workers that read data; other load on the machine does not count. The budget is for the steps
 alone, not for opening the data and the test. All arms are trained with seed 0, then all with seed 1, and so on.
 
-The arms of photos are the recipe photos_and_speech with its task `photos` alone; the same with one option changed; a
-ViT of timm of the same size, with AdamW; and the training programs of lightly-train and open_clip. The arms of speech
-are the recipe with its task `digits` alone, and a convolutional network: on the official split, and with each speaker
-held out.
+The arms of photos are the recipe photos_and_speech with its task `photos` alone; the same with one option changed; the
+recipe that `openimp init` drafts; a ViT of timm of the same size, with AdamW; and the training programs of
+lightly-train and open_clip. The arms of speech are the recipe with its task `digits` alone, and a convolutional
+network: on the official split, and with each speaker held out. The drafted recipe is trained on the official split.
 """
 
 import argparse
@@ -99,6 +99,18 @@ def openimp_arm(name: str, recipe: Path, changes: list[str], evaluation_set: str
         return float(next(main_metric(result) for result in results if result["set"] == evaluation_set))
 
     return Arm(name, command, top1)
+
+
+def drafted_arm(train: dict[str, Any], test: dict[str, Any], name: str, folder: Path) -> Arm:
+    """A training of the recipe that `openimp init` drafts for the file of training rows."""
+    command = [sys.executable, "-m", "openimp", "init", train["path"]]
+    draft = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    recipe = yaml.safe_load(draft.stdout)
+    source = recipe["name"]
+    recipe["sources"] = {source: {**train, "cache": "memory"}, f"{source}_test": test}
+    file = folder / "drafted.yaml"
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return openimp_arm(name, file, [], evaluation_set=source)
 
 
 def peer_arm(name: str, kind: str, options: dict[str, Any]) -> Arm:
@@ -230,6 +242,7 @@ def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: 
         ours("no token dropped", "tasks.photos.views.0.image.drop_tokens=0"),
         ours("views drawn, not one after the other", "alternation.views=drawn"),
         ours("batches twice as large", "tasks.photos.batch_size=256"),
+        drafted_arm(train, test, "the recipe that `openimp init` drafts", folder),
         openimp_arm("contrastive loss alone", contrastive, [], "photos"),
         openimp_arm("classification loss alone, without texts", classes, [], "photos_classes"),
         timm("timm's ViT, light augmentation", TIMM_LR, False),
@@ -242,22 +255,21 @@ def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: 
 def speech_arms(data: str, folder: Path) -> list[Arm]:
     """openimp and a convolutional network, with the official split and without one of the speakers."""
     arms = []
-    for name, train, test in (
+    for name, train_rows, test_rows in (
         ("official split", {"split": ["train"]}, {"split": ["test"]}),
         *(
             (f"without {name}", {"speaker": [x for x in SPEAKERS if x != name]}, {"speaker": [name]})
             for name in SPEAKERS
         ),
     ):
-        sources = {
-            "digits": {"path": data, "where": train, "cache": "memory"},
-            "digits_test": {"path": data, "where": test},
-        }
+        train = {"path": data, "where": train_rows}
+        test = {"path": data, "where": test_rows}
+        sources = {"digits": {**train, "cache": "memory"}, "digits_test": test}
         file = folder / f"{name.replace(' ', '_')}.yaml"
         arms.append(openimp_arm(f"openimp; {name}", write_recipe("digits", sources, file), [], "digits"))
         options = {
-            "train": {"path": data, "where": train},
-            "test": {"path": data, "where": test},
+            "train": train,
+            "test": test,
             "media": "audio",
             "label": "name",
             "lr": CNN_LR,
@@ -265,6 +277,8 @@ def speech_arms(data: str, folder: Path) -> list[Arm]:
             "width": 16,
         }
         arms.append(peer_arm(f"convolutional network; {name}", "cnn", options))
+        if name == "official split":
+            arms.append(drafted_arm(train, test, f"the recipe that `openimp init` drafts; {name}", folder))
     return arms
 
 
