@@ -1,5 +1,6 @@
 """The content of the page for a query: its parts, and its results in order."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -123,21 +124,32 @@ def _search(index: Index, parts: list[QueryPart], page: Answer) -> None:
     """Adds the results to the page."""
     state = page.state
     encoded = [index.encode(part) if isinstance(part, Query) else part for part in parts]  # Once for both searches.
-    find = partial(index.search, encoded, modalities=state.modality or None, under=state.under or None)
+    find = partial(index.search, encoded, modalities=state.modality or None, under=state.under or None, by=state.by)
     hits = find(state.k, min_score=state.min or None)
     at_least = f" with a score of at least {state.min:.2f}" if state.min else ""
     if hits:
         start = "The first " if len(hits) == state.k else ""
         page.status = f"{start}{counted(len(hits), 'result')}{at_least}"
-    elif best := find(1) if state.min else []:
-        page.status = f"No result{at_least}; the best has {best[0].score:.2f}"
+    elif closest := _closest(find) if state.min else []:
+        page.status = f"No result{at_least}; the best has {closest[0].score:.2f}"
+    elif state.by == "words" and state.q:
+        page.status = "No item has these words"
     else:
         page.status = "Nothing is indexed that matches these filters"
-    if len({hit.modality for hit in hits}) > 1:
+    by_meaning = all(hit.found_by == "meaning" for hit in hits)
+    if by_meaning and len({hit.modality for hit in hits}) > 1:
         page.notes.append("The modalities take turns, because their scores cannot be compared.")
     page.items = [_item(index, hit, stands_for_file(hit, state.under or None)) for hit in hits]
     if len(hits) == state.k < MAX_RESULTS:
         page.next = state.link(k=min(state.k + PAGE_RESULTS, MAX_RESULTS))
+
+
+def _closest(find: Callable[..., list[Hit]]) -> list[Hit]:
+    """The item that is closest to the query by meaning, if the model knows a word of it."""
+    try:
+        return find(1, by="meaning")
+    except UserError:
+        return []
 
 
 def _item(index: Index, hit: Hit, is_best_segment: bool = False) -> Item:

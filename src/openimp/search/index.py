@@ -2,10 +2,13 @@
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
-from functools import cached_property
-from itertools import chain, zip_longest
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +25,14 @@ from openimp.encoding.engine import ItemEncoder
 from openimp.inference.model import Model, load
 from openimp.search.folder import INDEX_FILES, Metadata, built_with, read_metadata
 from openimp.search.media import media_state, row_media, source_table
-from openimp.search.query import EncodedQuery, Hit, Like, Query, QueryPart, Space
+from openimp.search.query import By, EncodedQuery, Hit, Like, Query, QueryPart, Space, Words
 from openimp.search.table import HIT_COLUMNS, Items, any_of, below, quoted
+
+RANKED = 500
+"""Least number of rows in a ranking that is merged with others. The page shows fewer, so more results do not change
+the order of those that are shown already."""
+RANK_CONSTANT = 60
+"""Of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): the larger, the less the first ranks count."""
 
 
 class Index:
@@ -52,6 +61,11 @@ class Index:
         counts = {name: self._items.table.count_rows(f"modality = {quoted(name)}") for name in self._metadata.towards}
         return {name: count for name, count in counts.items() if count}
 
+    @property
+    def has_words(self) -> bool:
+        """Whether items are found by the words of their texts. Indexes of older versions need `build_index` again."""
+        return self._items.has_words
+
     @cached_property
     def folders(self) -> list[str]:
         """Useful values of `under`: the sources, and the folders directly below the common parent of all files."""
@@ -73,13 +87,16 @@ class Index:
         modalities: Sequence[str] | None = None,
         under: str | Path | None = None,
         min_score: float | None = None,
+        by: By = "both",
     ) -> list[Hit]:
         """Returns the `k` best items.
 
-        Items of one modality are sorted by their cosine with the weighted sum of the queries, the highest first. The
-        modalities take turns, because their cosines cannot be compared: in most models, all texts are closer to a text
-        than any picture is. The modality with the highest cosine begins. Of a file that was cut into segments, only the
-        best segment is returned, unless `under` is that file.
+        By meaning, items of one modality are ranked by their cosine with the weighted sum of the queries. By words,
+        items whose texts (captions, names, lines) have words of the query's texts are ranked by BM25: those with any of
+        the words, and those with all of them. An item gets the sum of its reciprocal ranks. So modalities that are
+        ranked by meaning take turns, because cosines of different modalities cannot be compared: in most models, all
+        texts are closer to a text than any picture is. The modality with the best item begins. Of a file that was cut
+        into segments, only the best segment is returned, unless `under` is that file.
 
         Args:
             queries: one part of the query or several. A string is a text. Items in the query are not returned.
@@ -87,9 +104,12 @@ class Index:
             modalities: only items of these modalities. None: all that can be compared with the queries.
             under: only this file, files in this folder, or rows of the source of this name.
             min_score: only items with at least this cosine.
+            by: "both", "meaning" or "words". A query that has anything but texts is always ranked by meaning. By words,
+                items with words of a text that is subtracted are left out.
 
         Raises:
-            UserError: a query cannot be read, or no item can be compared with it.
+            UserError: a query cannot be read, no item can be compared with it, or neither the model nor an item has a
+                word of it.
         """
         parts = [queries] if isinstance(queries, str | QueryPart) else queries
         if not parts:
@@ -98,27 +118,46 @@ class Index:
             if name not in self.counts:
                 raise UserError(f"{self.folder}: has no items of modality {name!r}{nearest(name, self.counts)}")
         encoded = self._encode_all(parts)
+        words = self._words(encoded, by)
         filters = []
         if likes := [part.id for part in parts if isinstance(part, Like)]:
             filters.append(f"NOT {any_of('id', likes)}")
         if under is not None:
             filters.append(self._below(under))
-        hits_by_modality: list[list[Hit]] = []
+        ranked_by_modality: list[list[Ranked]] = []
+        is_found = False
         for name in dict.fromkeys(modalities or self.counts):
-            space = self._space(name, self._metadata.towards[name])
-            if not all(space in query.vectors for query in encoded):
+            vector = unit_vector(encoded, self._space(name, self._metadata.towards[name]))
+            if vector is None and not words:
                 continue
             modality_filters = list(filters)
             if len(self.counts) > 1:  # Without a filter, LanceDB does not have to scan a column.
                 modality_filters.append(f"modality = {quoted(name)}")
-            hits = self._nearest(_sum(encoded, space), k, " AND ".join(modality_filters) or None, under)
-            hits_by_modality.append([hit for hit in hits if min_score is None or hit.score >= min_score])
-        if not hits_by_modality:
+            where = " AND ".join(modality_filters) or None
+            rankings: list[list[Hit]] = []
+            if vector is not None and (by != "words" or words is None):
+                read = partial(self._nearest, vector, where)
+                rankings.append(distinct(read, k, RANKED if words else k, under))
+            if words is not None:
+                # Two rankings, so that an item with all words comes before one that is only near.
+                for all_words in (False, True):
+                    read = partial(self._with_words, words, all_words, vector, where)
+                    rankings.append(distinct(read, k, RANKED, under))
+            ranked = merged(rankings, under)
+            is_found |= bool(ranked)
+            if min_score is not None:
+                ranked = [item for item in ranked if item.hit.score is not None and item.hit.score >= min_score]
+            ranked_by_modality.append(ranked[:k])
+        if not ranked_by_modality:
             kinds = ", ".join(dict.fromkeys(part.modality for part in parts if not isinstance(part, str | Like)))
             items = ", ".join(modalities or self.counts)
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
-        best_first = sorted(filter(None, hits_by_modality), key=lambda hits: -hits[0].score)
-        return [hit for hit in chain.from_iterable(zip_longest(*best_first)) if hit][:k]
+        if words and by == "both" and not is_found and not any(query.vectors for query in encoded):
+            raise UserError(f"{words.wanted!r} has no word that the model knows, and no item has its words")
+        # Of equal sums, which all items have that are ranked by meaning only, that of the modality with the best item.
+        ranked_by_modality.sort(key=lambda ranked: -max((item.hit.score or 0 for item in ranked), default=0))
+        best_first = sorted(chain.from_iterable(ranked_by_modality), key=lambda item: -item.sum)
+        return [item.hit for item in best_first[:k]]
 
     def text_query(self, text: str, weight: float = 1.0) -> Query:
         """A part of a query that is a text. UserError if the model reads no texts."""
@@ -180,6 +219,7 @@ class Index:
     def encode(self, query: Query) -> EncodedQuery:
         """Encodes a part of a query, for all spaces that its modality is in. UserError if it cannot be read.
 
+        A text without a word that the model knows has no vectors.
         The lock is not held while the file is decoded, so a slow file does not delay other queries.
         """
         model = self.model
@@ -189,9 +229,11 @@ class Index:
             raise UserError(f"the model has no modality {name!r}{nearest(name, model.modalities)}")
         modality = model.modalities[name]
         encoder = ItemEncoder(model.imp, modality, model.views[name], None, model.precision)
-        is_known = not isinstance(modality, TextReader) or modality.knows(value, encoder.view)
-        if modality.reads_text and not (str(value).strip() and is_known):
-            raise UserError(f"{value!r} has no word that the model knows")
+        text = str(value) if modality.reads_text else None
+        if text is not None and not text.strip():
+            raise UserError("the text to search for is empty")
+        if isinstance(modality, TextReader) and not modality.knows(value, encoder.view):
+            return EncodedQuery(name, {}, query.weight, text)
         try:
             clips = encoder.read(value)
         except BadMedia as error:
@@ -202,7 +244,23 @@ class Index:
         with self._encoding:
             vectors = encoder.encode_item(clips, modality_by_space.values())
         vector_by_space = {space: vector.cpu().numpy() for space, vector in zip(modality_by_space, vectors)}
-        return EncodedQuery(name, vector_by_space, query.weight)
+        return EncodedQuery(name, vector_by_space, query.weight, text)
+
+    def _words(self, encoded: Sequence[EncodedQuery], by: By) -> Words | None:
+        """The words to look for in the texts of items. None if only the meaning of the query counts.
+
+        Words alone cannot say what a text beside a picture or an item means.
+        """
+        if by == "words" and not self.has_words:
+            raise UserError(f"{self.folder}: has no words; run openimp index again")
+        wanted = " ".join(query.text for query in encoded if query.text and query.weight > 0)
+        unwanted = " ".join(query.text for query in encoded if query.text and query.weight < 0)
+        if by != "meaning" and self.has_words and wanted and all(query.text for query in encoded):
+            return Words(wanted, unwanted)
+        for query in encoded:
+            if not query.vectors:
+                raise UserError(f"{query.text!r} has no word that the model knows")
+        return None
 
     def _encode_all(self, parts: Sequence[str | QueryPart]) -> list[EncodedQuery]:
         """The parts with their vectors. Items have their stored vectors."""
@@ -245,30 +303,85 @@ class Index:
         name = quoted(str(under))
         return f"(source = {name} OR path = {name} OR {below(os.path.abspath(under))})"
 
-    def _nearest(self, vector: np.ndarray, k: int, where: str | None, under: str | Path | None) -> list[Hit]:
-        """The `k` hits that are closest to a vector (Z,), with only the best segment of each file.
+    def _nearest(self, vector: np.ndarray, where: str | None, count: int) -> list[Hit]:
+        """The `count` items that are closest to a vector (Z,)."""
+        return [Hit(score=1 - row.pop("_distance"), **row) for row in self._items.nearest(vector, count, where)]
 
-        Several of the nearest items may be segments of the same file, so more rows are read until there are `k` hits.
+    def _with_words(
+        self, words: Words, all_words: bool, vector: np.ndarray | None, where: str | None, count: int
+    ) -> list[Hit]:
+        """`count` items whose texts have words, the best by BM25 first, and of equal ones the closest to a vector.
+
+        So the segment that stands for a file, all of which have the file's caption, is the closest one.
         """
-        row_count = k
-        while True:
-            rows = self._items.nearest(vector, row_count, where)
-            best_hits: dict[str, Hit] = {}  # by file or item
-            for row in rows:
-                hit = Hit(score=1 - row.pop("_distance"), **row)
-                best_hits.setdefault(hit.path if stands_for_file(hit, under) else hit.id, hit)
-            if len(best_hits) >= k or len(rows) < row_count:
-                return list(best_hits.values())[:k]
-            row_count *= 4
+        rows, item_vectors = self._items.with_words(words, all_words, count, where)
+        cosines = [None] * len(rows) if vector is None else (item_vectors @ vector).tolist()
+        bm25 = [row.pop("_score") for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: (-bm25[i], -(cosines[i] or 0)))
+        return [Hit(score=cosines[i], found_by="words", **rows[i]) for i in order]
 
 
-def _sum(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray:
-    """The weighted sum (Z,) of the parts of a query in a space."""
-    total = sum(part.weight * part.vectors[space] for part in parts)
+def unit_vector(parts: Sequence[EncodedQuery], space: Space) -> np.ndarray | None:
+    """The direction (Z,) of the weighted sum of the parts of a query in a space.
+
+    Texts without a word that the model knows do not count. None: a part is not in this space, or none is left.
+    """
+    known = [part for part in parts if part.vectors]
+    if not known or not all(space in part.vectors for part in known):
+        return None
+    total = sum(part.weight * part.vectors[space] for part in known)
     assert isinstance(total, np.ndarray)
-    if np.linalg.norm(total) < 1e-3:
+    length = np.linalg.norm(total)
+    if length < 1e-3:
         raise UserError("the queries cancel each other out")
-    return total
+    return total / length
+
+
+class Ranked(NamedTuple):
+    """A result, and the sum of its reciprocal ranks."""
+
+    hit: Hit
+    sum: float
+
+
+def distinct(read: Callable[[int], list[Hit]], k: int, count: int, under: str | Path | None) -> list[Hit]:
+    """At least `k` hits if there are as many, with only the best segment of each file.
+
+    Several of the best items may be segments of the same file, so more rows are read until there are `k` hits.
+
+    Args:
+        read: returns the best items, as many as its argument.
+        count: number of rows that are read first.
+        under: see `Index.search`.
+    """
+    count = max(k, count)
+    while True:
+        hits = read(count)
+        best_hits: dict[str, Hit] = {}
+        for hit in hits:
+            best_hits.setdefault(result_key(hit, under), hit)
+        if len(best_hits) >= k or len(hits) < count:
+            return list(best_hits.values())
+        count *= 4
+
+
+def merged(rankings: Iterable[Sequence[Hit]], under: str | Path | None) -> list[Ranked]:
+    """Merges rankings by the sum of reciprocal ranks, the largest first."""
+    sums: dict[str, float] = defaultdict(float)
+    hits: dict[str, Hit] = {}
+    for ranking in rankings:
+        for rank, hit in enumerate(ranking, start=1):
+            key = result_key(hit, under)
+            sums[key] += 1 / (RANK_CONSTANT + rank)
+            first = hits.setdefault(key, hit)
+            if first.found_by != hit.found_by:
+                hits[key] = replace(first, found_by="both")
+    return sorted((Ranked(hit, sums[key]) for key, hit in hits.items()), key=lambda item: -item.sum)
+
+
+def result_key(hit: Hit, under: str | Path | None) -> str:
+    """Hits with equal keys are one result: the segments of a file, or an item."""
+    return hit.path if stands_for_file(hit, under) else hit.id
 
 
 def open_index(path: str | Path, device: str | torch.device | None = None, allow_sources: bool = False) -> Index:

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from openimp.common.errors import UserError
-from openimp.search.query import Hit
+from openimp.search.query import Hit, Words
 
 ITEMS = "items"
-HIT_COLUMNS = [field.name for field in fields(Hit) if field.name != "score"]
+HIT_COLUMNS = [field.name for field in fields(Hit) if field.name not in ("score", "found_by")]
 """Columns of the table that make a `Hit`."""
 BATCH = 8192
 """Rows that are read into memory at once."""
@@ -110,6 +110,34 @@ class Items:
                     return rows
             return query.bypass_vector_index().to_list()
 
+    @cached_property
+    def has_words(self) -> bool:
+        """Whether the words of the items' texts have an index. Older versions built none."""
+        return "text" in self.indexed()
+
+    def with_words(
+        self, words: Words, all_words: bool, k: int, where: str | None = None
+    ) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """At most `k` rows whose texts have any or all of the wanted words, the best by BM25 first; and their vectors.
+
+        Words are compared without case, accents and endings, such as that of the plural. English stop words, such as
+        `the`, do not count.
+        """
+        lance = import_lancedb().query
+        operator = lance.FullTextOperator.AND if all_words else lance.FullTextOperator.OR
+        match = lance.MatchQuery(words.wanted, "text", operator=operator)
+        if words.unwanted:
+            unwanted = lance.MatchQuery(words.unwanted, "text")
+            match = lance.BooleanQuery([(lance.Occur.MUST, match), (lance.Occur.MUST_NOT, unwanted)])
+        query = self.table.search(match, query_type="fts").limit(k).select([*HIT_COLUMNS, "vector", "_score"])
+        if where:
+            query = query.where(where)
+        with _read_errors():
+            found = query.to_arrow()
+        values = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        vectors = values.astype(np.float32).reshape(len(found), found.schema.field("vector").type.list_size)
+        return found.drop_columns(["vector"]).to_pylist(), vectors
+
     def rows(self, column: str, values: Iterable[str], columns: list[str]) -> list[dict[str, Any]]:
         """The rows with one of these values in a column; vectors are lists of floats."""
         rows: list[dict[str, Any]] = []
@@ -137,11 +165,13 @@ class Items:
         A process reads the version that was the newest when it opened the index. So a version is kept until
         `KEEP_VERSIONS` seconds after a newer one was written.
         """
-        from lancedb.index import BTree, IvfSq
+        from lancedb.index import FTS, BTree, IvfSq
 
         indexed = self.indexed()
         if "id" not in indexed:  # The page looks up dozens of items; without it, each is a scan of the table.
             self.table.create_index("id", config=BTree())
+        if "text" not in indexed:
+            self.table.create_index("text", config=FTS())
         if "vector" not in indexed and self.table.count_rows() >= APPROXIMATE_ROWS:
             self.table.create_index("vector", config=IvfSq(distance_type="cosine"))
         self.table.optimize(cleanup_older_than=timedelta(days=9999))
