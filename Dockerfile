@@ -6,13 +6,15 @@ FROM python:3.11-slim
 
 ARG TORCH=cpu
 WORKDIR /opt/openimp
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src src
 COPY recipes recipes
 COPY studies studies
-RUN pip install --no-cache-dir --extra-index-url "https://download.pytorch.org/whl/${TORCH}" '.[search]' \
-    && useradd --create-home openimp
-USER openimp
+# hadolint ignore=DL3013  # constraints.txt has the versions.
+RUN pip install --no-cache-dir --constraint constraints.txt \
+      --extra-index-url "https://download.pytorch.org/whl/${TORCH}" '.[search]' \
+    && useradd --create-home --uid 1000 openimp
+USER 1000
 WORKDIR /data
 ENTRYPOINT ["openimp"]
 CMD ["--help"]
