@@ -10,7 +10,7 @@ from openimp.parallel.distributed import run_on_rank_zero
 from openimp.recipe.file import differences
 from openimp.recipe.schema import Recipe
 
-FREE = {"train.num_workers", "train.prefetch_factor", "train.log_every", "train.save_every", "train.keep_last",
+FREE = {"train.num_workers", "train.loggers", "train.prefetch_factor", "train.log_every", "train.save_every", "train.keep_last",
         "train.max_bad_fraction", "memory.chunk_size", "memory.activation_checkpointing"}  # fmt: skip
 """Keys that may change when a run is resumed, in addition to all of `evaluation` and `parallel`."""
 

@@ -16,6 +16,7 @@ from openimp.parallel import distributed
 from openimp.planning.gpus import peak_flops
 from openimp.planning.ledger import Costs, mixture_table
 from openimp.training.bad_examples import BadExamples
+from openimp.training.loggers import open_loggers
 from openimp.training.metrics import Metrics
 from openimp.training.step_timer import StepTimer, speed_text
 
@@ -37,7 +38,8 @@ class Log:
         self.recipe = data.recipe
         self.costs = costs
         self.timer = StepTimer()
-        self.metrics = Metrics(run, step, peak_flops(device, train.precision), state.get("totals"))
+        loggers = open_loggers(data.recipe, run, step) if distributed.rank() == 0 else []
+        self.metrics = Metrics(run, step, peak_flops(device, train.precision), state.get("totals"), loggers)
         self.bad_examples = BadExamples(run, step, train.max_bad_fraction, state.get("bad"))
         self._begun_tasks: set[str] = set()
 
