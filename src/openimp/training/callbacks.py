@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from openimp.common.errors import UserError
 from openimp.evaluation.results import main_metric
 
 
@@ -43,7 +44,7 @@ class EarlyStopping(Callback):
     def on_evaluation(self, step: int, results: list[dict[str, Any]]) -> None:
         metrics = [main_metric(result) for result in results if result["set"] == self.set]
         if not metrics:
-            raise ValueError(f"EarlyStopping: no evaluation set is called {self.set!r}")
+            raise UserError(f"EarlyStopping: no evaluation set is called {self.set!r}")
         metric = fmean(metrics)
         self._without_gain = 0 if metric > self._best else self._without_gain + 1
         self._best = max(self._best, metric)
