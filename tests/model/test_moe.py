@@ -26,7 +26,8 @@ WIDTH, HIDDEN = 12, 20
 def layer_of(seed: int = 0, bias: bool = False, **options) -> SparseMLP:
     """With biases, GELU is exact; otherwise it is the approximation."""
     torch.manual_seed(seed)
-    layer = SparseMLP(WIDTH, HIDDEN, MoE.model_validate(options), bias, "erf" if bias else "tanh")
+    config = MoE.model_validate(options)
+    layer = SparseMLP(WIDTH, HIDDEN, config.experts, config, bias, "erf" if bias else "tanh")
     # Routers start nearly indifferent; these have preferences.
     torch.nn.init.normal_(layer.router.weight_ED, std=0.7)
     for parameter in layer.experts.parameters():

@@ -149,13 +149,14 @@ def _capacity(tokens: int, share: float) -> int:
 
 
 class Router(nn.Module):
-    """One linear layer in fp32 without bias, shared by all modalities, followed by expert choice or token choice."""
+    """One linear layer in fp32 without bias, followed by expert choice or token choice."""
 
-    def __init__(self, width: int, config: MoE) -> None:
+    def __init__(self, width: int, experts: int, config: MoE, gate_scale: float) -> None:
         super().__init__()
         self.config = config
+        self.gate_scale = gate_scale
         self.collects_usage = False
-        self.weight_ED = nn.Parameter(torch.empty(config.experts, width))
+        self.weight_ED = nn.Parameter(torch.empty(experts, width))
         nn.init.normal_(self.weight_ED, std=0.02)
 
     def forward(
@@ -178,6 +179,7 @@ class Router(nn.Module):
         self, probs_BLE: Tensor, z_loss_BL: Tensor, valid_BL: Tensor, mean_token_count: Tensor
     ) -> tuple[Routing, RouterStats]:
         config = self.config
+        experts = probs_BLE.shape[-1]
         probs_GNE = probs_BLE
         valid_GN = valid_BL
         if self.training and config.routing in BATCH_ROUTINGS:
@@ -185,16 +187,16 @@ class Router(nn.Module):
             valid_GN = valid_BL.flatten()[None]
         aux = config.z_loss * (z_loss_BL * valid_BL).sum() / mean_token_count
         if config.routing == "token_choice":
-            share = config.top_k * config.capacity_factor / config.experts
+            share = config.top_k * config.capacity_factor / experts
             capacity = _capacity(probs_GNE.shape[1], share) if self.training else None
             routing = token_choice(probs_GNE, valid_GN, config.top_k, capacity)
-            aux = aux + config.balance_loss * config.experts * _imbalance(probs_BLE, valid_BL, mean_token_count)
+            aux = aux + config.balance_loss * experts * _imbalance(probs_BLE, valid_BL, mean_token_count)
         else:
             routing = expert_choice(probs_GNE, valid_GN, config.capacity_factor)
         # Compiled layers always collect, because that costs them little and a switch would compile each of them twice.
         collects = torch.compiler.is_compiling() or self.collects_usage
         usage = _usage(routing, valid_GN, mean_token_count) if collects else None
-        return routing, RouterStats(aux, usage)
+        return routing._replace(gate_GEC=self.gate_scale * routing.gate_GEC), RouterStats(aux, usage)
 
 
 def _imbalance(probs_BLE: Tensor, valid_BL: Tensor, mean_token_count: Tensor) -> Tensor:
@@ -266,10 +268,19 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class SparseMLP(nn.Module):
     """A router, and experts that process the tokens it selects."""
 
-    def __init__(self, width: int, hidden: int, config: MoE, bias: bool = False, gelu_kind: Gelu = "tanh") -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        experts: int,
+        config: MoE,
+        bias: bool = False,
+        gelu_kind: Gelu = "tanh",
+        gate_scale: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.router = Router(width, config)
-        self.experts = Experts(config.experts, width, hidden, bias, gelu_kind)
+        self.router = Router(width, experts, config, gate_scale)
+        self.experts = Experts(experts, width, hidden, bias, gelu_kind)
 
     def forward(
         self, x_TD: Tensor, valid: Sequence[Tensor], mean_token_counts: Sequence[Tensor]
@@ -299,3 +310,85 @@ class SparseMLP(nn.Module):
         out_SD = self.experts(x_ESD).flatten(0, 1)
         sum_TD = torch.zeros_like(x_TD, dtype=out_SD.dtype)
         return sum_TD.index_add(0, row_S, out_SD * gate_S1.to(out_SD.dtype)), all_stats
+
+
+class Segment(NamedTuple):
+    """The tokens `start` to `end` of each example of an input, which one stem made."""
+
+    stem: str
+    start: int
+    end: int
+
+
+class ExpertGroups(nn.Module):
+    """A router and experts per stem, so that experts specialize on modalities (MoMa, arXiv 2407.21770).
+
+    The gates are multiplied by the number of experts of the group, so that they are about 1 at first. With several
+    ranks, the experts of each group are divided among all of them, so each rank has work in every step.
+    """
+
+    def __init__(self, width: int, hidden: int, config: MoE, bias: bool = False, gelu_kind: Gelu = "tanh") -> None:
+        super().__init__()
+        self.groups = nn.ModuleDict(
+            {
+                stem: SparseMLP(width, hidden, experts, config, bias, gelu_kind, gate_scale=experts)
+                for stem, experts in config.experts_by_stem.items()
+            }
+        )
+        self.experts_by_stem = config.experts_by_stem
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        valid: Sequence[Tensor],
+        mean_token_counts: Sequence[Tensor],
+        segments: Sequence[Sequence[Segment]],
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """Maps (T, D) to (T, D), and returns statistics per input, with the experts of all groups.
+
+        Args:
+            valid: per input, (B, L), False for padding.
+            mean_token_counts: per segment of each input, in order, its valid tokens averaged over ranks.
+            segments: per input.
+        """
+        inputs = split_tokens(x_TD, [valid_BL.shape for valid_BL in valid])
+        tokens = []  # per segment
+        valid_tokens = []
+        stems = []
+        for x_BLD, valid_BL, input_segments in zip(inputs, valid, segments):
+            for stem, start, end in input_segments:
+                tokens.append(x_BLD[:, start:end])
+                valid_tokens.append(valid_BL[:, start:end])
+                stems.append(stem)
+        outputs: dict[int, Tensor] = {}
+        all_stats: dict[int, RouterStats] = {}
+        for stem in dict.fromkeys(stems):
+            members = [index for index, other in enumerate(stems) if other == stem]
+            group_TD = torch.cat([tokens[index].flatten(0, 1) for index in members])
+            group_valid = [valid_tokens[index] for index in members]
+            out_TD, group_stats = self.groups[stem](group_TD, group_valid, [mean_token_counts[i] for i in members])
+            outputs |= zip(members, split_tokens(out_TD, [valid_BL.shape for valid_BL in group_valid]))
+            all_stats |= zip(members, (self._among_all(stats, stem) for stats in group_stats))
+        results = []  # per input
+        results_stats = []
+        index = 0
+        for input_segments in segments:
+            members = range(index, index + len(input_segments))
+            results.append(torch.cat([outputs[i] for i in members], dim=1).flatten(0, 1))
+            counts = [mean_token_counts[i] for i in members]
+            shares = [count / sum(counts) for count in counts]
+            results_stats.append(RouterStats.mean([all_stats[i] for i in members], shares))
+            index = members.stop
+        return torch.cat(results), results_stats
+
+    def _among_all(self, stats: RouterStats, stem: str) -> RouterStats:
+        """The statistics of a group, with a share of 0 for each expert of the other groups."""
+        if stats.usage is None:
+            return stats
+        stems = list(self.experts_by_stem)
+        sizes = list(self.experts_by_stem.values())
+        place = stems.index(stem)
+        padding = (sum(sizes[:place]), sum(sizes[place + 1 :]))
+        load_E = F.pad(stats.usage.load_E, padding)
+        gate_E = F.pad(stats.usage.gate_E, padding)
+        return RouterStats(stats.aux, Usage(load_E, gate_E, stats.usage.dropped))

@@ -177,6 +177,9 @@ def per_token(model: Embedder) -> int | None:
     moe = model.config.moe
     if moe is None:
         return parameters
-    experts_per_token = moe.top_k if moe.routing == "token_choice" else min(moe.capacity_factor, moe.experts)
-    expert_parameters = moe.layers * count(model.experts()[0])
-    return round(parameters - expert_parameters * (1 - experts_per_token / moe.experts))
+    # Of several groups, the largest, as if a token were of its stem.
+    group_size = max(moe.group_sizes)
+    experts_per_token = moe.top_k if moe.routing == "token_choice" else min(moe.capacity_factor, group_size)
+    expert_parameters = sum(map(count, model.experts()))
+    active_share = experts_per_token / sum(moe.group_sizes)
+    return round(parameters - expert_parameters * (1 - active_share))

@@ -22,8 +22,9 @@ class MoE(Strict):
         "slots": "it was for soft routing, which openimp no longer has; remove the key",
     }
 
-    experts: Count = 16
-    """Experts per block. The paper: 16 in B and L, 4 in S."""
+    experts: Count | dict[str, Count] = 16
+    """Experts per block, which all modalities share. The paper: 16 in B and L, 4 in S. Or the experts per block that
+    each stem has to itself, with a router of its own, such as {vision: 4, text: 4}."""
     layers: Count = 6
     """Number of sparse blocks, which are the last ones."""
     routing: Literal["expert_choice", "expert_choice_batch", "token_choice"] = "expert_choice"
@@ -40,6 +41,16 @@ class MoE(Strict):
     (docs/results/paper.md)."""
     balance_loss: Annotated[float, Field(ge=0)] = 1e-2
     """Weight of the load-balancing loss, only for token choice (Switch, arXiv 2101.03961, section 2.2)."""
+
+    @property
+    def experts_by_stem(self) -> dict[str, int]:
+        """The number of experts of each stem; empty if all modalities share the experts."""
+        return self.experts if isinstance(self.experts, dict) else {}
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """The number of experts of each router in a block."""
+        return [*self.experts.values()] if isinstance(self.experts, dict) else [self.experts]
 
 
 def _library_name(name: Any, info: ValidationInfo) -> Any:
@@ -110,6 +121,9 @@ class Model(Strict):
             raise ValueError(
                 f"modality_specific_layers {self.modality_specific_layers} is more than layers {self.layers}"
             )
-        if self.moe and self.moe.top_k > self.moe.experts:
-            raise ValueError(f"moe.top_k {self.moe.top_k} is more than moe.experts {self.moe.experts}")
+        first_sparse = self.layers - (self.moe.layers if self.moe else 0)
+        if self.moe and self.moe.experts_by_stem and self.modality_specific_layers > first_sparse:
+            raise ValueError("moe.experts by stem: the modality-specific layers must come before the sparse layers")
+        if self.moe and self.moe.top_k > min(self.moe.group_sizes):
+            raise ValueError(f"moe.top_k {self.moe.top_k} is more than moe.experts {min(self.moe.group_sizes)}")
         return self

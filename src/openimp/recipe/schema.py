@@ -95,10 +95,12 @@ class Recipe(Strict):
             raise UserError("train.compile: is for openimp's own encoder, not for a wrapped model")
         if self.model.wrap and (self.train.init or "").startswith("timm:"):
             raise UserError("train.init: a model of timm is for openimp's own encoder, not for a wrapped model")
-        experts = self.model.moe.experts if self.model.moe else 0
         degree = self.parallel.expert_degree
-        if degree > 1 and (experts == 0 or experts % degree):
-            raise UserError(f"parallel.expert_degree: {experts} experts cannot be divided equally among {degree} ranks")
+        for experts in self.model.moe.group_sizes if self.model.moe else [0]:
+            if degree > 1 and (experts == 0 or experts % degree):
+                raise UserError(
+                    f"parallel.expert_degree: {experts} experts cannot be divided equally among {degree} ranks"
+                )
 
     def _check_tasks(self) -> None:
         heads: dict[tuple[str, str], tuple[str, ClassColumn]] = {}
