@@ -42,7 +42,7 @@ def require_equal_vectors(model: Model) -> None:
 def with_keys_that_went(folder: Path) -> Path:
     """Gives a model in format 6 keys of its recipe that this version no longer has."""
     config = json.loads((folder / "config.json").read_text())
-    config["recipe"]["model"]["moe"] |= {"gates": "softmax", "slots": 1}
+    config["recipe"]["model"]["moe"] |= {"gates": "softmax", "slots": 1, "routing": "expert_choice", "top_k": 2}
     config["recipe"]["train"]["upcycle"] = True
     config["recipe"]["evaluation"]["sets"]["stills"]["type"] = "telepathy"
     (folder / "config.json").write_text(json.dumps(config))
@@ -125,7 +125,10 @@ def test_a_model_is_used_although_its_recipe_has_keys_that_went(fixtures, capsys
     ("change", "message"),
     [
         ({"moe": {"experts": 2, "layers": 1, "gates": "scaled"}}, r"model\.moe\.gates is 'scaled', which this version"),
-        ({"moe": {"experts": 2, "layers": 1, "routing": "soft"}}, r"model\.moe\.routing: expected 'expert_choice', "),
+        (
+            {"moe": {"experts": 2, "layers": 1, "routing": "token_choice"}},
+            r"model\.moe\.routing is 'token_choice', which",
+        ),
         ({"heads": 3}, "model: width 8 is not a multiple of heads 3"),
     ],
 )

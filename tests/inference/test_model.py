@@ -51,7 +51,6 @@ def inputs_of(modality: str, folder: Path) -> list:
     [
         None,
         {"experts": 4, "layers": 1},
-        {"routing": "token_choice", "top_k": 2, "layers": 2},
         {"experts": {"vision": 4, "audio": 2, "text": 1}, "layers": 2},
     ],
 )

@@ -106,7 +106,7 @@ STREAMED = ["train.save_every=10", "train.keep_last=3"]
 EVALUATED = {
     "shards": [],
     "replicas": ["parallel.shard_degree=1"],
-    "expert parallelism": ["parallel={shard_degree: 1, expert_degree: 2}", "model.moe.routing=token_choice"],
+    "expert parallelism": ["parallel={shard_degree: 1, expert_degree: 2}", BY_STEM],
 }
 """Layouts in which all kinds of evaluation sets are measured."""
 MEASURED = [*LARGEST_TASK, "train.precision=bf16", "tasks.stills.batch_size=384"]
