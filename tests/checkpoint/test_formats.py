@@ -49,9 +49,9 @@ def with_keys_that_went(folder: Path) -> Path:
     return folder
 
 
-def test_formats_6_and_7_are_there():
-    assert FORMATS == ["format-6", "format-7"]
-    assert sum(file.stat().st_size for file in FIXTURES.rglob("*") if file.is_file()) < 300_000
+def test_formats_6_to_8_are_there():
+    assert FORMATS == ["format-6", "format-7", "format-8"]
+    assert sum(file.stat().st_size for file in FIXTURES.rglob("*") if file.is_file()) < 400_000
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "pushed", *FORMATS])
@@ -141,7 +141,7 @@ def test_a_model_that_this_version_cannot_compute_is_refused(fixtures, change, m
         openimp.load("format-6")
 
 
-def test_a_run_in_format_6_resumes_and_goes_on_in_format_7(fixtures):
+def test_a_run_in_format_6_resumes_and_goes_on_in_format_8(fixtures):
     folder = Path(shutil.copytree("checkpoint", "run/checkpoints/step-00000003"))
     (folder / "recipe.yaml").unlink()
     config = json.loads(Path("format-6/config.json").read_text())
@@ -154,7 +154,7 @@ def test_a_run_in_format_6_resumes_and_goes_on_in_format_7(fixtures):
     assert train(Recipe.load("recipe.yaml", ["train.steps=5"]), Path("run"), resume=True)
     assert [line["step"] for line in read_lines(Path("run/metrics.jsonl"))] == [5]
     newest = checkpoints(Path("run"))[-1]
-    assert json.loads((newest / "config.json").read_text())["format"] == 7
+    assert json.loads((newest / "config.json").read_text())["format"] == 8
     assert openimp.load("run").recipe.train.steps == 5
 
 
