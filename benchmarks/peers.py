@@ -1,6 +1,6 @@
 """Compares openimp on recognised data with what people would use instead, at equal time on equal cores.
 
-    pip install -e '.[peers]' lightly-train        # lightly-train is optional; its license is the AGPL
+    pip install -e '.[bench,peers]' pandas lightly-train   # lightly-train is optional; its license is the AGPL
     python benchmarks/peers.py photos cifar10-train.parquet cifar10-test.parquet --write
     python benchmarks/peers.py speech fsdd.parquet --minutes 3 --write
     python benchmarks/peers.py photos TRAIN TEST --minutes 5 --tune        # chooses learning rates on held-out rows
@@ -73,8 +73,8 @@ class Arm:
 
     @property
     def method(self) -> str:
-        """What takes the time: the name without a learning rate."""
-        return self.name.split(", lr ")[0]
+        """What takes the time: the name without what follows the semicolon, such as a learning rate or a speaker."""
+        return self.name.split("; ")[0]
 
 
 @dataclass
@@ -216,12 +216,12 @@ def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: 
 
     if tune:
         return [
-            *(ours(f"openimp, lr {lr}", f"optimizer.muon_lr={lr}", f"optimizer.lr={lr / 4}") for lr in MUON_RATES),
-            *(ours(f"AdamW, lr {lr}", "optimizer.muon_lr=null", f"optimizer.lr={lr}") for lr in ADAMW_RATES),
-            *(timm(f"timm, light augmentation, lr {lr}", lr, False) for lr in ADAMW_RATES),
-            *(timm(f"timm, its usual augmentation, lr {lr}", lr, True) for lr in ADAMW_RATES),
-            *(lightly(f"lightly-train, lr {lr}", lr) for lr in LIGHTLY_RATES if has_lightly),
-            *(peer_arm(f"open_clip, lr {lr}", "open_clip", {**options, "lr": lr}) for lr in ADAMW_RATES),
+            *(ours(f"openimp; lr {lr}", f"optimizer.muon_lr={lr}", f"optimizer.lr={lr / 4}") for lr in MUON_RATES),
+            *(ours(f"AdamW; lr {lr}", "optimizer.muon_lr=null", f"optimizer.lr={lr}") for lr in ADAMW_RATES),
+            *(timm(f"timm, light augmentation; lr {lr}", lr, False) for lr in ADAMW_RATES),
+            *(timm(f"timm, its usual augmentation; lr {lr}", lr, True) for lr in ADAMW_RATES),
+            *(lightly(f"lightly-train; lr {lr}", lr) for lr in LIGHTLY_RATES if has_lightly),
+            *(peer_arm(f"open_clip; lr {lr}", "open_clip", {**options, "lr": lr}) for lr in ADAMW_RATES),
         ]
     return [
         ours("openimp, by the names of the classes"),
@@ -254,7 +254,7 @@ def speech_arms(data: str, folder: Path) -> list[Arm]:
             "digits_test": {"path": data, "where": test},
         }
         file = folder / f"{name.replace(' ', '_')}.yaml"
-        arms.append(openimp_arm(f"openimp, {name}", write_recipe("digits", sources, file), [], "digits"))
+        arms.append(openimp_arm(f"openimp; {name}", write_recipe("digits", sources, file), [], "digits"))
         options = {
             "train": {"path": data, "where": train},
             "test": {"path": data, "where": test},
@@ -264,7 +264,7 @@ def speech_arms(data: str, folder: Path) -> list[Arm]:
             "batch_size": 64,
             "width": 16,
         }
-        arms.append(peer_arm(f"convolutional network, {name}", "cnn", options))
+        arms.append(peer_arm(f"convolutional network; {name}", "cnn", options))
     return arms
 
 
@@ -280,6 +280,13 @@ def report(title: str, measured: dict[str, Measured], args: argparse.Namespace) 
         spread = f" ± {100 * statistics.stdev(arm.top1):.1f}" if len(arm.top1) > 1 else ""
         minutes = statistics.mean(arm.seconds) / 60
         lines.append(f"| {name} | {100 * statistics.mean(arm.top1):.1f}{spread} | {arm.steps:,} | {minutes:.1f} |")
+    held_out: dict[str, list[float]] = {}
+    for name, arm in measured.items():
+        method, _, test = name.partition("; ")
+        if test.startswith("without "):
+            held_out.setdefault(method, []).append(100 * statistics.mean(arm.top1))
+    for method, accuracies in held_out.items():
+        lines.append(f"| {method}; mean over the held-out speakers | {statistics.mean(accuracies):.1f} | | |")
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "timm", "open_clip_torch"))
     lines += [
         "",

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
                 "timm's ViT, its usual augmentation",
             ],
         ),
-        ("speech", ["fsdd.parquet"], ["openimp, without theo", "convolutional network, without theo"]),
+        ("speech", ["fsdd.parquet"], ["openimp; without theo", "convolutional network; without theo"]),
     ],
 )
 def test_each_arm_is_trained_and_tested(monkeypatch, tmp_path, capsys, data, files, arms):
@@ -29,5 +29,7 @@ def test_each_arm_is_trained_and_tested(monkeypatch, tmp_path, capsys, data, fil
     paths = [str(tmp_path / file) for file in files]
     monkeypatch.setattr("sys.argv", ["peers.py", data, *paths, "--smoke", "--seeds", "1", "--only", *arms])
     peers.main()
-    rows = re.findall(r"^\| (.*) \| [\d.]+ \| 1 \| [\d.]+ \|$", capsys.readouterr().out, re.MULTILINE)
+    output = capsys.readouterr().out
+    rows = re.findall(r"^\| (.*) \| [\d.]+ \| 1 \| [\d.]+ \|$", output, re.MULTILINE)
     assert rows == arms
+    assert output.count("; mean over the held-out speakers | ") == (2 if data == "speech" else 0)

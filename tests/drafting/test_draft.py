@@ -156,6 +156,13 @@ def test_a_recipe_for_any_machine_is_valid_and_its_yaml_says_the_same(media_fold
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_few_cores_prepare_decoded_data_without_another_process(media_folder):
+    tasks = tasks_of_kinds(media_folder, "png")
+    uncached = replace(CPU, host_memory=1000)
+    for machine, workers in ((CPU, 0), (replace(CPU, workers=4), 4), (uncached, 1), (GPU, 8)):
+        assert assemble("all", tasks, machine).recipe["train"]["num_workers"] == workers
+
+
 @pytest.mark.slow
 def test_batches_are_halved_until_the_step_with_the_most_memory_fits(media_folder):
     """Which need not be the one with the most FLOPs: clips of one large token have few FLOPs and many bytes."""

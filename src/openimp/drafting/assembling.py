@@ -83,6 +83,10 @@ def assemble(name: str, tasks: list[NamedTask], machine: Machine) -> Draft:
     for section, steps in zip(recipe["tasks"].values(), needed):
         section["weight"] = float(f"{steps / min(needed):.2g}")
     recipe["train"]["steps"] = sizing.rounded(sum(needed))
+    decoded_once = all(recipe["sources"][name]["cache"] == "memory" for name in recipe["tasks"])
+    if decoded_once and machine.workers == 1 and not machine.is_gpu:
+        # Preparing decoded examples is little work, and a process for it would slow the threads of few cores down.
+        recipe["train"]["num_workers"] = 0
     if bad > BAD_ROWS_WARNING:
         recipe["train"]["max_bad_fraction"] = round(min(1.0, 1.5 * bad + 0.02), 2)
     return Draft(recipe, comments)
