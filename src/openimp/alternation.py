@@ -3,7 +3,7 @@
 It is a pure function of recipe and seed, so all ranks know it without communication.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -68,6 +68,13 @@ class Alternation(Sequence[Visit]):
             batch_size=int(self._batch_size[step]),
             start=int(self._start[step]),
         )
+
+    def per_step(self, values: Mapping[tuple[str, int], float]) -> np.ndarray:
+        """The value of the task and view of each step, (steps,). `values` has all views of the trained tasks."""
+        table = np.zeros((len(self._names), 1 + max(view for _, view in values)))
+        for (task, view), value in values.items():
+            table[self._names.index(task), view] = value
+        return table[self._task, self._view]
 
     def step_counts(self) -> dict[tuple[str, int], int]:
         """The number of steps per (task, view)."""

@@ -24,9 +24,11 @@ from processes import Process
 
 import openimp
 from openimp.checkpoint.folder import save_model
+from openimp.common.cache import stable_hash
 from openimp.common.errors import UserError
 from openimp.common.safe_files import write_text
 from openimp.encoding.engine import ItemEncoder
+from openimp.evaluation.provenance import checkpoint_fields
 from openimp.recipe.schema import Recipe
 from openimp.search import IndexResult, build_index, open_index
 from openimp.search.folder import METADATA, read_metadata
@@ -283,6 +285,27 @@ def test_an_index_in_use_of_other_weights_or_of_another_format_is_refused(folder
     for use in (partial(open_index, index), build):
         with refuses():
             use()
+
+
+def test_an_index_of_a_version_that_hashed_all_options_is_still_used(build, folder, tmp_path, tiny_model_folder):
+    """Options that were added later do not make it another model's."""
+    pictures = {"size", "drop_tokens", "crop", "flip", "jitter", "crop_pct"}
+    options_then = {
+        "image": pictures,
+        "video": pictures | {"frames", "stride", "clips", "crops"},
+        "audio": {"seconds", "drop_tokens", "gain", "speed", "clips"},
+        "text": {"length"},
+    }
+    build(folder / "0.png")
+    index = tmp_path / "x.index"
+    model = openimp.load(tiny_model_folder, "cpu")
+    assert model.views.keys() == options_then.keys()
+    views = [(name, view.model_dump_json(include=options_then[name])) for name, view in model.views.items()]
+    weights_hash = checkpoint_fields(model.imp, model.modalities)["checkpoint"]
+    old = read_metadata(index).model_copy(update={"fingerprint": stable_hash([weights_hash, views])})
+    write_text(index / METADATA, old.model_dump_json())
+    assert open_index(index).search("a red square")
+    assert build(folder / "1.png").new == 1
 
 
 def test_links_out_of_the_folder_are_not_followed(build, folder, tmp_path):

@@ -1,12 +1,14 @@
 """Optimizers: which of the two updates what, and the schedule."""
 
 import itertools
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from openimp.common.json_lines import read_lines
 from openimp.parallel.muon import Muon
 from openimp.recipe.schema import Recipe
 from openimp.training.optimizers import lr_schedule, set_learning_rate
@@ -34,6 +36,24 @@ def test_muon_updates_the_hidden_matrices_and_adamw_the_rest(little_data, tmp_pa
     decayed = {names[p] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
     kernels = {"stems.vision.embed.weight", "stems.audio.embed.weight", "classifiers.pictures:label.weight"}
     assert decayed == kernels | {"encoder.blocks.1.mlp.router.weight_ED"}, "no biases, also not those of the experts"
+
+
+def test_the_learning_rate_follows_the_flops_of_views_that_follow_one_after_the_other(little_data, tmp_path):
+    """And the lines of the metrics tell it."""
+    views = "tasks.named.views=[{image: {size: 16}, text: {length: 8}}, {image: {size: 64}, text: {length: 8}}]"
+    changes = [views, "tasks.heard.weight=0", "train.steps=10", "optimizer={lr: 0.1, warmup_steps: 2}"]
+    changes += ["train.log_every=1", "evaluation={}", "alternation.views=sequence"]
+    training = training_of(little_data, tmp_path / "run", *changes)
+    small, large = (training.log.costs["named", view].flops for view in (0, 1))
+    assert large > 5 * small
+    done = [0.0]  # FLOPs since the warm-up
+    for step in range(2, 10):
+        done.append(done[-1] + (small if step < 5 else large))
+    expected = [0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * flops / done[-1])) for flops in done[:-1])]
+    assert training.train()
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["lr"] for line in lines] == pytest.approx([0.1 * factor for factor in expected])
+    assert lines[5]["lr"] > 0.09, "half of the steps are done, but not half of the work"
 
 
 def test_the_learning_rate_rises_and_falls(little_data, tmp_path):

@@ -33,7 +33,7 @@ def test_waiting_for_data_is_told_once_with_what_could_be_done(own_data, tmp_pat
     assert lines[1]["data_wait"] == pytest.approx(sum(lines[1]["waits"].values()))
 
 
-def test_the_advice_fits_the_recipe(little_data, streamed):
+def test_the_advice_fits_the_recipe(little_data, streamed, monkeypatch):
     def told(folder: Path, task: str, *changes: str, rare_waits: bool = False) -> str:
         recipe = Recipe.load(folder / "recipe.yaml", changes)
         return " | ".join(advice(recipe, recipe.make_modalities(), task, rare_waits))
@@ -46,6 +46,11 @@ def test_the_advice_fits_the_recipe(little_data, streamed):
     ahead = told(little_data, "heard", many, "train.prefetch_factor=3", rare_waits=True)
     assert ahead.startswith("raise train.prefetch_factor (now 3) | set sources.sounds.cache=memory | ")
     assert told(little_data, "heard", rare_waits=True).startswith("raise train.num_workers (now 0; ")
+    for cores, raises in ((2, False), (8, True)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
+        decoded = told(little_data, "named", "sources.pictures.cache=memory")
+        assert decoded.startswith("raise train.num_workers (now 0; ") == raises
+        assert decoded.endswith(smaller)
 
 
 def test_a_line_is_short():

@@ -20,7 +20,7 @@ COMMENTS = {
     "modalities": "patch: frames, height and width of a token. min_df: whole words, of which rare ones are left out.",
     "sources": "cache: media are decoded once, before training, and kept in memory.",
     "tasks": "positives_by: rows with equal values in this column are positives of each other, and not negatives. "
-    "weight: how often a task is drawn, and the share of its steps that use a view.",
+    "weight: of a task, how often it is drawn; of a view, its share of the task's steps.",
     "alternation": "A task uses its views one after the other: many fast steps with a quarter of the tokens, then some "
     "with all of them.",
     "optimizer": "As in the demo. To fine-tune a model (train.init), divide the rates by 3 or more.",
@@ -116,7 +116,7 @@ def _add(recipe: dict[str, Any], named: NamedTask, views: dict[str, Any], machin
         "batch_size": sizing.batch_size(kind, split.rows, machine),
         "views": [
             {kind: {**views[kind], "drop_tokens": 0.75}, **text_view, "weight": 7},
-            {kind: views[kind], **text_view, "weight": 3},
+            {kind: views[kind], **text_view, "weight": 1},
         ],
     }
     sets = recipe["evaluation"]["sets"]

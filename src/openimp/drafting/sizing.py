@@ -10,7 +10,7 @@ from typing import Any
 from openimp.drafting.machine import Machine
 from openimp.drafting.probing import Probed
 
-EPOCHS = 50
+EPOCHS = 65
 """How often training sees each row of a source of `EPOCH_ROWS`; of one with 16 times as many rows, half as often."""
 EPOCH_ROWS = 5000
 MIN_STEPS = 200

@@ -16,8 +16,8 @@ class Alternation(Strict):
     steps."""
     views: Literal["drawn", "sequence"] = "drawn"
     """drawn: each step of a task draws one of the task's views by weight. sequence: a task uses one view after the
-    other, each for its share of the task's steps; for example, half of the tokens at first and all tokens at the end,
-    which reaches more in the same time."""
+    other, each for its share of the task's steps; for example, views with a quarter of the tokens and then with all of
+    them. The cosine of the learning rate then follows the share of the run's FLOPs, not of its steps."""
 
 
 class Optimizer(Strict):

@@ -29,8 +29,8 @@ SKIPPED = "skipped.json"
 LOCK = ".lock"
 INDEX_FILES = ("**/*",)
 """Patterns of the files of an index, for `refuse_links`."""
-NEWER_OPTIONS = {"aspect", "noise", "mask_frames", "mask_bins"}
-"""Options of views that did not exist when fingerprints contained all options."""
+NEWER_OPTIONS = {"aspect", "noise", "equalize", "mask_frames", "mask_bins"}
+"""Options of views that did not exist when fingerprints contained all options. Add each new option."""
 MAX_JSON = 2**28
 """Maximum size in bytes of `skipped.json`."""
 

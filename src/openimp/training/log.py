@@ -17,7 +17,6 @@ from openimp.planning.gpus import peak_flops
 from openimp.planning.ledger import Costs, mixture_table
 from openimp.training.bad_examples import BadExamples
 from openimp.training.metrics import Metrics
-from openimp.training.optimizers import lr_schedule
 from openimp.training.step_timer import StepTimer, speed_text
 
 
@@ -98,9 +97,9 @@ class Log:
         self.metrics.add(visit.task, losses, self.costs[visit.task, visit.view], loaded.digest)
         self.bad_examples.add(visit.step, visit.task, visit.batch_size, loaded.bad)
 
-    def write(self, steps_done: int, grad_norm: float, bar: StepBar) -> None:
-        """Writes and prints a line after `steps_done` steps. `grad_norm` is that of the last update."""
-        lr = self.recipe.optimizer.lr * lr_schedule(self.recipe, steps_done - 1)
+    def write(self, steps_done: int, lr_factor: float, grad_norm: float, bar: StepBar) -> None:
+        """Writes and prints a line after `steps_done` steps, with the learning rate and norm of the last update."""
+        lr = self.recipe.optimizer.lr * lr_factor
         line = self.metrics.write(steps_done, lr, grad_norm, self.timer.record())
         losses = {task: line["tasks"][task]["loss"] for task in self.recipe.tasks if task in line["tasks"]}
         bar.report(steps_done, losses, speed_text(line))

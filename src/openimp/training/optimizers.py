@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -50,14 +51,21 @@ def make_optimizers(options: Optimizer, model: Embedder) -> list[torch.optim.Opt
     return optimizers
 
 
-def lr_schedule(recipe: Recipe, step: int) -> float:
-    """Factor of the peak learning rate at a step: linear warm-up, then a cosine until the last step."""
+def lr_schedule(recipe: Recipe, step: int, flops_before: np.ndarray | None = None) -> float:
+    """Factor of the peak learning rate at a step: linear warm-up, then a cosine until the last step.
+
+    The cosine follows the share of the steps that are done or, with `flops_before` (steps + 1), the share of the FLOPs:
+    `flops_before[i]` are the FLOPs of all steps before step i, so the last entry is those of the whole run.
+    """
     options = recipe.optimizer
     steps = recipe.train.steps
     warmup = steps // 20 if options.warmup_steps is None else options.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    if flops_before is None:
+        progress = (step - warmup) / max(1, steps - warmup)
+    else:
+        progress = float((flops_before[step] - flops_before[warmup]) / (flops_before[steps] - flops_before[warmup]))
     return options.min_lr_ratio + (1 - options.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from openimp.checkpoint.folder import CONFIG, RECIPE, read_config, text_files
@@ -127,7 +128,12 @@ def set_up(
     model, model_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)
     if warm_start is not None:
         console.print(warm_start.load(model, data.classes), soft_wrap=True)
-    updater = Updater(recipe, model)
+    flops_before = None
+    if recipe.alternation.views == "sequence":
+        # The last steps then cost several times as much as the first, so the number of steps is no measure of progress.
+        flops = data.schedule.per_step({task_view: cost.flops for task_view, cost in step_costs.items()})
+        flops_before = np.cumsum([0, *flops])
+    updater = Updater(recipe, model, flops_before)
     checkpointing = Checkpointing(Saver(run, recipe.train.keep_last), model, updater, model_files)
     state = checkpointing.load(checkpoint) if checkpoint else {}
     cursors = data.load_cursors(state.get("cursors", {}), changed)

@@ -17,6 +17,8 @@ from openimp.parallel.distributed import all_gather
 from openimp.planning.ledger import short
 from openimp.recipe.schema import Recipe
 
+FEW_CORES = 8
+"""Below this number of cores and without a GPU, decoded data is prepared by the process that trains."""
 WAIT_WARNING = 0.1
 """Share of the time spent waiting for data above which `StepTimer.warning` gives advice."""
 
@@ -102,7 +104,9 @@ def advice(recipe: Recipe, modalities: Modalities, name: str, rare_waits: bool) 
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     reads_media = any(not modalities[modality].reads_text for modality in task.inputs)
     ways = []
-    if workers < cores:
+    # On few cores, a process that prepares decoded data would slow down the threads that train; drafts have none.
+    few_cores = cores < FEW_CORES and not torch.cuda.is_available()
+    if workers < cores and not (few_cores and source.cache == "memory"):
         ways.append(f"raise train.num_workers (now {workers}; {counted(cores, 'core')} per rank)")
     if workers and rare_waits:
         ways.append(f"raise train.prefetch_factor (now {recipe.train.prefetch_factor})")

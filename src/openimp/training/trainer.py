@@ -247,7 +247,7 @@ class Trainer(Parts):
             self.log.record(step.loaded, step.losses)
         self._bar.step(self.step)
         if any(self.log.is_due(step.loaded.visit.step + 1) for step in steps):
-            self.log.write(self.step, self.grad_norm, self._bar)
+            self.log.write(self.step, self.updater.lr_factor(self.step - 1), self.grad_norm, self._bar)
 
     def settle(self) -> None:
         """Confirms the queued steps, and gathers bad examples from all ranks.

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from openimp.common.device import HostCopy
@@ -22,12 +23,18 @@ class Updater:
     device leaves weights and optimizer state as they are.
     """
 
-    def __init__(self, recipe: Recipe, model: Embedder) -> None:
+    def __init__(self, recipe: Recipe, model: Embedder, flops_before: np.ndarray | None = None) -> None:
+        """See `lr_schedule` for `flops_before`."""
         options = recipe.optimizer
         self.recipe = recipe
         self.model = model
+        self.flops_before = flops_before
         self.optimizers = make_optimizers(options, model)
         self.ema = EMA(model, options.ema_decay) if options.ema_decay else None
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of a step, as a share of the peak."""
+        return lr_schedule(self.recipe, step, self.flops_before)
 
     def step(self, step: int) -> HostCopy:
         """Queues the update of step `step`, which counts from 0, and drops the gradients.
@@ -44,7 +51,7 @@ class Updater:
                     parameter.grad = torch.zeros_like(parameter)
         grad_norm = clip_grad_norm(self.model.parameters(), options.max_grad_norm or math.inf)
         grad_norm_on_host = HostCopy(grad_norm)
-        set_learning_rate(self.optimizers, factor=lr_schedule(self.recipe, step))
+        set_learning_rate(self.optimizers, factor=self.lr_factor(step))
         found_inf = 1 - grad_norm.isfinite().float()
         for optimizer in self.optimizers:
             # torch's GradScaler does the same. If `found_inf` is 1, a fused optimizer changes nothing, not even its
