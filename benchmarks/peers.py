@@ -10,10 +10,10 @@ Then it makes as many steps as fit into the budget, so that its learning rate sc
 includes that of the workers that read data; other load on the machine does not count. The budget is for the steps
 alone, not for opening the data and the test. All arms are trained with seed 0, then all with seed 1, and so on.
 
-The arms of photos are the recipe photos_and_speech with its task `photos` alone; the same with one option changed; a
-ViT of timm of the same size, with AdamW; and the training programs of lightly-train and open_clip. The arms of speech
-are the recipe with its task `digits` alone, and a convolutional network: on the official split, and with each speaker
-held out.
+The arms of photos are the recipe photos_and_speech with its task `photos` alone; the same with one option changed; the
+recipe that `openimp init` drafts; a ViT of timm of the same size, with AdamW; and the training programs of
+lightly-train and open_clip. The arms of speech are the recipe with its task `digits` alone, and a convolutional
+network: on the official split, and with each speaker held out. The drafted recipe is trained on the official split.
 """
 
 import argparse
@@ -46,6 +46,7 @@ TITLES = {"photos": "CIFAR-10, compared with peers at equal time", "speech": "Sp
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 MUON_RATES = (4e-3, 8e-3)  # candidates of --tune, as are the next ones
 ADAMW_RATES = (3e-4, 1e-3, 3e-3)
+CNN_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 LIGHTLY_RATES = (1e-4, 3.5e-4, 1e-3)  # lightly-train multiplies them by sqrt(batch size / 16)
 # The best of `--tune --minutes 1.5 --seeds 1` without the lowest candidates, which were added after that.
 ADAMW_LR = 1e-3
@@ -99,6 +100,18 @@ def openimp_arm(name: str, recipe: Path, changes: list[str], evaluation_set: str
         return float(next(main_metric(result) for result in results if result["set"] == evaluation_set))
 
     return Arm(name, command, top1)
+
+
+def drafted_arm(train: dict[str, Any], test: dict[str, Any], name: str, folder: Path) -> Arm:
+    """A training of the recipe that `openimp init` drafts for the file of training rows."""
+    command = [sys.executable, "-m", "openimp", "init", train["path"]]
+    draft = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    recipe = yaml.safe_load(draft.stdout)
+    source = recipe["name"]
+    recipe["sources"] = {source: {**train, "cache": "memory"}, f"{source}_test": test}
+    file = folder / "drafted.yaml"
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return openimp_arm(name, file, [], evaluation_set=source)
 
 
 def peer_arm(name: str, kind: str, options: dict[str, Any]) -> Arm:
@@ -230,6 +243,7 @@ def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: 
         ours("no token dropped", "tasks.photos.views.0.image.drop_tokens=0"),
         ours("views drawn, not one after the other", "alternation.views=drawn"),
         ours("batches twice as large", "tasks.photos.batch_size=256"),
+        drafted_arm(train, test, "the recipe that `openimp init` drafts", folder),
         openimp_arm("contrastive loss alone", contrastive, [], "photos"),
         openimp_arm("classification loss alone, without texts", classes, [], "photos_classes"),
         timm("timm's ViT, light augmentation", TIMM_LR, False),
@@ -239,32 +253,43 @@ def photo_arms(train: dict[str, Any], test: dict[str, Any], folder: Path, tune: 
     ]
 
 
-def speech_arms(data: str, folder: Path) -> list[Arm]:
-    """openimp and a convolutional network, with the official split and without one of the speakers."""
+def speech_arms(data: str, folder: Path, tune: bool) -> list[Arm]:
+    """openimp and a convolutional network, with the official split and without one of the speakers.
+
+    `tune`: candidates for learning rates instead.
+    """
     arms = []
-    for name, train, test in (
+
+    def network(name: str, train: dict[str, Any], test: dict[str, Any], lr: float = CNN_LR) -> Arm:
+        options = {"train": train, "test": test, "media": "audio", "label": "name", "lr": lr}
+        return peer_arm(f"convolutional network; {name}", "cnn", {**options, "batch_size": 64, "width": 16})
+
+    if tune:
+        rows = {"path": data, "where": {"split": ["train"]}}
+        train = {**rows, "part": {"of": 10, "drop": [0]}}
+        test = {**rows, "part": {"of": 10, "keep": [0]}}
+        recipe = write_recipe(
+            "digits", {"digits": {**train, "cache": "memory"}, "digits_test": test}, folder / "tune.yaml"
+        )
+        for lr in MUON_RATES:
+            rates = [f"optimizer.muon_lr={lr}", f"optimizer.lr={lr / 4}"]
+            arms.append(openimp_arm(f"openimp; lr {lr}", recipe, rates, "digits"))
+        return [*arms, *(network(f"lr {lr}", train, test, lr) for lr in CNN_RATES)]
+    for name, train_rows, test_rows in (
         ("official split", {"split": ["train"]}, {"split": ["test"]}),
         *(
             (f"without {name}", {"speaker": [x for x in SPEAKERS if x != name]}, {"speaker": [name]})
             for name in SPEAKERS
         ),
     ):
-        sources = {
-            "digits": {"path": data, "where": train, "cache": "memory"},
-            "digits_test": {"path": data, "where": test},
-        }
+        train = {"path": data, "where": train_rows}
+        test = {"path": data, "where": test_rows}
+        sources = {"digits": {**train, "cache": "memory"}, "digits_test": test}
         file = folder / f"{name.replace(' ', '_')}.yaml"
         arms.append(openimp_arm(f"openimp; {name}", write_recipe("digits", sources, file), [], "digits"))
-        options = {
-            "train": {"path": data, "where": train},
-            "test": {"path": data, "where": test},
-            "media": "audio",
-            "label": "name",
-            "lr": CNN_LR,
-            "batch_size": 64,
-            "width": 16,
-        }
-        arms.append(peer_arm(f"convolutional network; {name}", "cnn", options))
+        arms.append(network(name, train, test))
+        if name == "official split":
+            arms.append(drafted_arm(train, test, f"the recipe that `openimp init` drafts; {name}", folder))
     return arms
 
 
@@ -321,7 +346,7 @@ def main() -> None:
     files = [str(Path(file).resolve()) for file in args.files]
     with TemporaryDirectory() as folder:
         if args.data == "speech":
-            arms = speech_arms(files[0], Path(folder))
+            arms = speech_arms(files[0], Path(folder), args.tune)
         elif args.tune:
             train = {"path": files[0], "part": {"of": 10, "drop": [0]}}
             test = {"path": files[0], "part": {"of": 10, "keep": [0]}}

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
             ["cifar10-train.parquet", "cifar10-test.parquet"],
             [
                 "openimp, by the names of the classes",
+                "the recipe that `openimp init` drafts",
                 "classification loss alone, without texts",
                 "timm's ViT, its usual augmentation",
             ],

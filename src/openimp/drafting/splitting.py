@@ -102,7 +102,10 @@ def _by_hash(task: TaskDraft) -> Split:
     part_of_row = task.table.parts(parts, by)
     sizes = Counter(part_of_row)
     held_out = min(sizes, key=lambda part: (abs(sizes[part] - rows / parts), part))
-    train, test = ({**task.source, "part": {"of": parts, choice: [held_out], "by": by}} for choice in ("drop", "keep"))
+    together = {"by": by} if by else {}
+    train, test = (
+        {**task.source, "part": {"of": parts, choice: [held_out], **together}} for choice in ("drop", "keep")
+    )
     labels = task.table.column(task.label.name) if task.label else []
     return whole._replace(
         train=train,
