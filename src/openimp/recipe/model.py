@@ -7,7 +7,6 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from openimp.common.names import LOCAL, OPEN_CLIP, Name, absolute_name
 from openimp.common.schema import Count, Positive, Strict, base_folder
 
-"""Routings that depend on all tokens of the batch in training."""
 Gelu = Literal["tanh", "erf"]
 """tanh: the usual approximation of GELU. erf: GELU itself, by the error function."""
 
@@ -30,7 +29,7 @@ class MoE(Strict):
     layers: Count = 6
     """Number of sparse blocks, which are the last ones."""
     capacity_factor: Positive = 1.0
-    """Capacity of an expert, as a multiple of tokens / experts. The experts of an example choose among its tokens."""
+    """Capacity of an expert, as a multiple of tokens / experts, for each example."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-3
     """Weight of the router z-loss: the mean over tokens of logsumexp(logits)^2, summed over layers (ST-MoE, arXiv
     2202.08906, section 3.2). The authors' release and the `imp_moe_*` recipes use 1, which makes short trainings worse
