@@ -187,13 +187,16 @@ def test_the_views_of_another_recipe_must_suit_the_model(refused, succeeded, lit
     succeeded(*command, tmp_path / "24.yaml")
 
 
-def test_info_counts_the_experts_of_a_token(openimp, little_data):
-    """Choosing 2 of 2 experts uses all of the encoder, whatever the room in them. The stem has two linear layers."""
-    moe = "model.moe={experts: 2, layers: 1, routing: token_choice, top_k: 2, capacity_factor: 1.5}"
+@pytest.mark.parametrize(
+    ("experts", "unused"), [("2", 0), ("{vision: 2, text: 4, audio: 3}", 7)], ids=["shared", "by stem"]
+)
+def test_info_counts_the_experts_of_a_token(openimp, little_data, experts, unused):
+    """2 experts of 2, or of all that the stems have. An expert has two layers, and the stem as well."""
+    moe = f"model.moe={{experts: {experts}, layers: 1, capacity_factor: 2}}"
     _, printed, _ = openimp("info", little_data / "recipe.yaml", *sets(moe))
     printed_counts = (re.search(rf"{part}\W+([\d,]+)", printed)[1] for part in ("after its embedding", "encoder"))
     used, encoder = (int(count.replace(",", "")) for count in printed_counts)
-    assert used == encoder + 2 * (32 * 32 + 32)
+    assert used == encoder + 2 * (32 * 32 + 32) - unused * 2 * 32 * 64
 
 
 @pytest.mark.slow

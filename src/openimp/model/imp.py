@@ -17,7 +17,7 @@ from openimp.model.embedding import Stem
 from openimp.model.encoder import Attention, Encoder
 from openimp.model.heads import Projection, Temperature
 from openimp.model.init import linear
-from openimp.model.moe import Experts, RouterStats
+from openimp.model.moe import Experts, RouterStats, Segment
 from openimp.recipe.model import Model
 from openimp.recipe.model_config import ModelConfig
 
@@ -82,7 +82,7 @@ class IMP(Embedder):
 
     def _encode(self, sequences: Sequence[Mapping[str, Tokens]]) -> list[Encoded]:
         embedded, masks, specific_routing = zip(*map(self._embed, sequences))
-        outputs, shared_routing = self.encoder(embedded, masks)
+        outputs, shared_routing = self.encoder(embedded, masks, [self._segments(inputs) for inputs in sequences])
         features = map(self._pool, sequences, outputs, masks)
         routing = [specific + shared for specific, shared in zip(specific_routing, shared_routing)]
         return [*map(Encoded, features, routing)]
@@ -98,6 +98,16 @@ class IMP(Embedder):
             mask_BL = torch.cat([tokens.valid() for tokens in inputs.values()], dim=1)
         embedded, routing = zip(*outputs)
         return torch.cat(embedded, dim=1), mask_BL, [*chain.from_iterable(routing)]
+
+    def _segments(self, inputs: Mapping[str, Tokens]) -> list[Segment]:
+        """The places of the modalities' tokens in an input of the encoder."""
+        segments = []
+        start = 0
+        for name, tokens in inputs.items():
+            end = start + tokens.coords.shape[1]
+            segments.append(Segment(self.stem_of[name], start, end))
+            start = end
+        return segments
 
     def _pool(self, inputs: Mapping[str, Tokens], x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
         """The features (B, D) of the encoder's output for `inputs`."""

@@ -87,6 +87,13 @@ def fill_stems(stems: dict[str, Any], names: Iterable[str], model: Model, locati
     for stem in stems:
         if stem not in configs:
             raise UserError(f"modalities: {unknown_key(stem, configs)}")
+    experts = model.moe.experts_by_stem if model.moe else {}
+    for stem in experts:
+        if stem not in configs:
+            raise UserError(f"model.moe.experts: {unknown_key(stem, configs)}")
+    for stem in configs if experts else ():
+        if stem not in experts:
+            raise UserError(f"model.moe.experts: no number of experts for the stem {stem}")
     for stem, config in configs.items():
         stems[stem] = checked(config, stems.get(stem, {}), f"modalities.{stem}", base_folder(None, info))
 
