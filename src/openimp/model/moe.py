@@ -311,14 +311,14 @@ class ExpertGroups(nn.Module):
             all_stats |= zip(members, (self._among_all(stats, stem) for stats in group_stats))
         results = []  # per input
         results_stats = []
-        index = 0
+        first = 0
         for input_segments in segments:
-            members = range(index, index + len(input_segments))
-            results.append(torch.cat([outputs[i] for i in members], dim=1).flatten(0, 1))
-            counts = [mean_token_counts[i] for i in members]
+            numbers = range(first, first + len(input_segments))
+            results.append(torch.cat([outputs[i] for i in numbers], dim=1).flatten(0, 1))
+            counts = [mean_token_counts[i] for i in numbers]
             shares = [count / sum(counts) for count in counts]
-            results_stats.append(RouterStats.mean([all_stats[i] for i in members], shares))
-            index = members.stop
+            results_stats.append(RouterStats.mean([all_stats[i] for i in numbers], shares))
+            first = numbers.stop
         return torch.cat(results), results_stats
 
     def _among_all(self, stats: RouterStats, stem: str) -> RouterStats:
