@@ -41,7 +41,7 @@ def says(text: str | None, word: str) -> bool:
 def precision(index: Index, by: By) -> Precision:
     """The precision of searches by the words that are in the text of an item."""
     modalities = [name for name in MODALITIES if name in index.counts]
-    texts = [text for (text,) in Items(index.folder).columns("text")]
+    texts = [text for text, name in Items(index.folder).columns("text", "modality") if name in modalities]
     first = []
     first_five = []
     for word in WORDS:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,13 @@ class EncodedQuery:
     vectors: dict[Space, np.ndarray]  # unit vectors (Z,); empty for a text without a word that the model knows
     weight: float = 1.0  # negative: subtracted
     text: str | None = None  # None for media and items
+
+
+class Words(NamedTuple):
+    """Texts with words to look for in the texts of items."""
+
+    wanted: str
+    unwanted: str  # items with any of these words are left out; may be empty
 
 
 QueryPart = Query | Like | EncodedQuery
