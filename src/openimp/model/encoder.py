@@ -147,7 +147,8 @@ class SparseBlock(Block):
 
 
 class Encoder(nn.Module):
-    """Blocks and a final LayerNorm, with the sizes of arXiv 2305.06324. It does not depend on modalities.
+    """Blocks and a final LayerNorm, with the sizes of arXiv 2305.06324. Stems share it, except
+    `moe.experts` by stem.
 
     For comparison with a fully shared encoder, each stem may have its own copy of the first
     `config.modality_specific_layers` blocks. `stems` has their names.
@@ -165,7 +166,7 @@ class Encoder(nn.Module):
         self.own = nn.ModuleDict({name: blocks(0, specific_layers) for name in stems if specific_layers})
         self.blocks = blocks(specific_layers, config.layers)
         self.norm = _norm(config.width, bias=True)
-        self.experts_by_stem = bool(config.moe and config.moe.experts_by_stem)
+        self.has_expert_groups = bool(config.moe and config.moe.experts_by_stem)
         self.activation_checkpointing = False  # compute each block's activations again in the backward pass
 
     def forward_specific(self, x_BLD: Tensor, mask_BL: Tensor | None, stem: str) -> tuple[Tensor, list[RouterStats]]:
@@ -193,7 +194,7 @@ class Encoder(nn.Module):
         # Computed once for all blocks, because it takes an all-reduce.
         sparse = any(block.sparse for block in blocks.children())
         mean_token_counts: list[Tensor] = []
-        if not sparse or not self.experts_by_stem:
+        if not sparse or not self.has_expert_groups:
             segments = ()  # The other layers do not depend on stems.
         if sparse and segments:
             for x_BLD, mask_BL, input_segments in zip(inputs, masks, segments):

@@ -177,6 +177,6 @@ def per_token(model: Embedder) -> int | None:
     if moe is None:
         return parameters
     expert_size = count(model.experts()[0]) / moe.group_sizes[0]
-    # With experts by stem, a token of the stem that has the most.
+    # If stems have different numbers of experts, a token of the stem with the most uses the most.
     experts_per_token = min(moe.capacity_factor, max(moe.group_sizes))
     return round(parameters - moe.layers * expert_size * (sum(moe.group_sizes) - experts_per_token))

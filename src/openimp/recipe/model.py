@@ -23,7 +23,7 @@ class MoE(Strict):
         "balance_loss": "it was for token choice, which openimp no longer has; remove the key",
     }
 
-    experts: Count | dict[str, Count] = 16
+    experts: Count | Annotated[dict[str, Count], Field(min_length=1)] = 16
     """Experts per block, which all modalities share. The paper: 16 in B and L, 4 in S. Or the experts per block that
     each stem has to itself, with a router of its own, such as {vision: 4, text: 4}."""
     layers: Count = 6
