@@ -1,4 +1,4 @@
-"""Measures whether a search finds what everyday words say.
+"""Measures how often the items that an everyday word finds have this word in their texts.
 
     openimp index runs/demo
     python benchmarks/everyday_words.py runs/demo/search.index

@@ -104,8 +104,8 @@ class Index:
             modalities: only items of these modalities. None: all that can be compared with the queries.
             under: only this file, files in this folder, or rows of the source of this name.
             min_score: only items with at least this cosine.
-            by: "both", "meaning" or "words". A query that has anything but texts is always ranked by meaning. By words,
-                items with words of a text that is subtracted are left out.
+            by: "both", "meaning" or "words". A query that has anything but texts is always ranked by meaning. Items
+                with words of a text that is subtracted are not found by words.
 
         Raises:
             UserError: a query cannot be read, no item can be compared with it, or neither the model nor an item has a
@@ -154,7 +154,7 @@ class Index:
             raise UserError(f"{kinds or 'the item'} and the items ({items}) share no space, so they cannot be compared")
         if words and by == "both" and not is_found and not any(query.vectors for query in encoded):
             raise UserError(f"{words.wanted!r} has no word that the model knows, and no item has its words")
-        # Of equal sums, which all items have that are ranked by meaning only, that of the modality with the best item.
+        # Items that are ranked by meaning only have equal sums. Then the modality with the highest cosine is first.
         ranked_by_modality.sort(key=lambda ranked: -max((item.hit.score or 0 for item in ranked), default=0))
         best_first = sorted(chain.from_iterable(ranked_by_modality), key=lambda item: -item.sum)
         return [item.hit for item in best_first[:k]]
@@ -249,7 +249,7 @@ class Index:
     def _words(self, encoded: Sequence[EncodedQuery], by: By) -> Words | None:
         """The words to look for in the texts of items. None if only the meaning of the query counts.
 
-        Words alone cannot say what a text beside a picture or an item means.
+        That is so if the query has anything but texts: words cannot say what to change in a picture.
         """
         if by == "words" and not self.has_words:
             raise UserError(f"{self.folder}: has no words; run openimp index again")
@@ -312,7 +312,7 @@ class Index:
     ) -> list[Hit]:
         """`count` items whose texts have words, the best by BM25 first, and of equal ones the closest to a vector.
 
-        So the segment that stands for a file, all of which have the file's caption, is the closest one.
+        All segments of a file have its caption, so the closest one stands for the file.
         """
         rows, item_vectors = self._items.with_words(words, all_words, count, where)
         cosines = [None] * len(rows) if vector is None else (item_vectors @ vector).tolist()
