@@ -217,7 +217,7 @@ def _drop_sizes(recipe: Recipe, evaluation: Any) -> None:
             continue
         for name in recipe.modality_names:
             if isinstance(view.get(name), dict):
-                removed_keys = class_for(name, recipe.model).View.renamed
+                removed_keys = class_for(name, recipe.model, recipe.modalities).View.renamed
                 view[name] = {key: value for key, value in view[name].items() if key not in removed_keys}
 
 

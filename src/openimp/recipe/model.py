@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from openimp.common.names import LOCAL, OPEN_CLIP, Name, absolute_name
-from openimp.common.schema import Count, Positive, Strict, base_folder
+from openimp.common.schema import Count, Positive, Strict, Whole, base_folder
 
 Gelu = Literal["tanh", "erf"]
 """tanh: the usual approximation of GELU. erf: GELU itself, by the error function."""
@@ -64,8 +64,8 @@ class Model(Strict):
 
     width: Count = 384
     """Features per token."""
-    layers: Count = 12
-    """Transformer blocks."""
+    layers: Whole = 12
+    """Transformer blocks. 0: the stems' vectors go to the heads, which is enough for towers."""
     heads: Count = 6
     """Attention heads. The paper's have 64 features each."""
     mlp_dim: Count = 1536
