@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openimp.checkpoint.find import find_model
-from openimp.checkpoint.folder import SavedModel, describe_model, load_model, weights_folder
-from openimp.common.device import pick_device
 from openimp.common.errors import UserError
 from openimp.common.modality import BadMedia, Modality, Rng, StemSpec, Tokens
 from openimp.common.protocols import Pictured, Segmented
-from openimp.common.safe_files import sha256
 from openimp.common.schema import Count, RecipePath, Strict
-from openimp.encoding.engine import ItemEncoder, ahead
-from openimp.model.build import architecture_of
-from openimp.model.embedder import Embedder
+from openimp.encoding.engine import ahead
+from openimp.encoding.frozen import FrozenEncoder, open_encoder
 from openimp.recipe.registry import modality_class
 
 BATCH = 64
@@ -58,43 +52,23 @@ class Tower(Modality):
         return _restored, (self.name, self.config)  # Without the tower.
 
     @cached_property
-    def encoder(self) -> ItemEncoder:
+    def encoder(self) -> FrozenEncoder:
         """The tower, on the GPU if there is one."""
-        model, saved = _open(find_model(self.config.tower))
-        self._require_modality(saved.modalities)
-        view = saved.config.views[self.name]
-        return ItemEncoder(model, saved.modalities[self.name], view, None, saved.config.precision)
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """What training must know of the tower: the size of its vectors, and which weights they are from."""
-        folder = find_model(self.config.tower)
-        saved = describe_model(folder)
-        self._require_modality(saved.modalities)
-        features = saved.config.model.width
-        if saved.config.model.wrap:
-            features = architecture_of(saved.config.model).embed_dim(saved.config.model, saved.modalities)
-        weights = [sha256(file) for file in sorted(weights_folder(folder).glob("*.safetensors"))]
-        return {"tower": self.config.tower, "features": features, "weights": weights}
-
-    def _require_modality(self, modalities: Mapping[str, Modality]) -> None:
-        if self.name not in modalities:
-            raise UserError(f"tower {self.config.tower}: has no modality {self.name}; it has {', '.join(modalities)}")
-        if isinstance(modalities[self.name], Tower):
-            raise UserError(f"tower {self.config.tower}: its {self.name} has a tower itself")
+        return open_encoder(self.config.tower, self.name)
 
     def state(self) -> dict[str, str]:
-        return {f"tower-{self.stem}.json": json.dumps(self.facts, indent=1)}
+        facts = {"tower": self.config.tower, "weights": self.encoder.weights}
+        return {f"tower-{self.stem}.json": json.dumps(facts, indent=1)}
 
     def load_state(self, state: Mapping[str, str]) -> None:
-        if json.loads(state.get(f"tower-{self.stem}.json", "{}")).get("weights") != self.facts["weights"]:
+        if json.loads(state.get(f"tower-{self.stem}.json", "{}")).get("weights") != self.encoder.weights:
             raise UserError(f"tower {self.config.tower}: has other weights now than in training")
 
     def fit(self, corpus: Iterable[list[str]]) -> None:
         """Learns nothing."""
 
     def stem_spec(self) -> StemSpec:
-        return StemSpec(values=self.facts["features"], axes=(1,))
+        return StemSpec(values=self.encoder.features, axes=(1,))
 
     def check(self, view: Any) -> None:
         """Every view fits."""
@@ -114,28 +88,20 @@ class Tower(Modality):
     def _attempt(self, numbered: tuple[int, Callable[[], Any]]) -> list[np.ndarray] | BadMedia:
         """The clips of each crop of an item."""
         number, read = numbered
-        reader = self.encoder.modality
-        view = self.encoder.view
         try:
             value = read()
-            crops = [reader.encode_input(value, view)]
+            crops = [self.encoder.read(value)]
             for crop in range(1, 1 if self.reads_text else self.config.crops):
-                rng = np.random.default_rng([number, crop])
-                crops.append(reader.transform(reader.decode(value, [view], rng), view, rng)[None])
+                crops.append(self.encoder.read(value, np.random.default_rng([number, crop])))
             return crops
         except BadMedia as error:
             return error
 
     def _vectors(self, crops: list[np.ndarray]) -> np.ndarray:
-        """A vector (N, features) fp16 of each array of clips, with variance 1 over its features."""
-        z_MD = self._embed(np.concatenate(crops))
-        means = [z.mean(0, keepdim=True) for z in z_MD.split([len(clips) for clips in crops])]
-        return _scaled(torch.cat(means)).cpu().numpy().astype(np.float16)
-
-    @torch.no_grad()
-    def _embed(self, clips: np.ndarray) -> Tensor:
-        encoder = self.encoder
-        return encoder.encode_tokens(encoder.modality.tokens(clips, encoder.view, None))
+        """A vector (N, features) fp16 of each array of clips."""
+        z_MD = F.normalize(self.encoder.embed(np.concatenate(crops)).float(), dim=-1)
+        means = [z.mean(0) for z in z_MD.split([len(clips) for clips in crops])]
+        return _scaled(torch.stack(means)).cpu().numpy().astype(np.float16)
 
     def decode(self, raw: Any, views: list[Any], rng: Rng | None = None) -> np.ndarray:
         """The vectors of one item; see `embed_all`."""
@@ -149,11 +115,11 @@ class Tower(Modality):
 
     def encode_input(self, value: Any, view: Any) -> np.ndarray:
         """The clips as the tower's modality reads them. `tokens` embeds them."""
-        return self.encoder.modality.encode_input(value, self.encoder.view)
+        return self.encoder.read(value)
 
     def tokens(self, items: np.ndarray, view: Any, rngs: list[Rng] | None) -> Tokens:
         """One token per vector (B, features), or, without `rngs`, per clip, which the tower embeds."""
-        vectors_BD = torch.from_numpy(items).float() if rngs is not None else _scaled(self._embed(items))
+        vectors_BD = torch.from_numpy(items).float() if rngs is not None else _scaled(self.encoder.embed(items))
         return Tokens(vectors_BD[:, None], torch.zeros(len(items), 1, 1, dtype=torch.int64, device=vectors_BD.device))
 
 
@@ -167,14 +133,14 @@ class MediaTower(Tower):
         return self._reader(Pictured).thumbnail(value, self.encoder.view, side, segment)
 
     def segments(self, value: Any, view: Any) -> list[tuple[float, float]]:
-        reader = self.encoder.modality
+        reader = self.encoder.reader
         return reader.segments(value, self.encoder.view) if isinstance(reader, Segmented) else []
 
     def encode_segment(self, value: Any, view: Any, start: float, end: float) -> np.ndarray:
         return self._reader(Segmented).encode_segment(value, self.encoder.view, start, end)
 
     def _reader(self, protocol: Any) -> Any:
-        reader = self.encoder.modality
+        reader = self.encoder.reader
         if not isinstance(reader, protocol):
             raise BadMedia(f"{self.name} of tower {self.config.tower} has no pictures")
         return reader
@@ -191,13 +157,6 @@ def tower_class(name: str) -> type[Tower]:
 
 def _restored(name: str, config: Any) -> Tower:
     return tower_class(name)(config)
-
-
-@cache
-def _open(folder: Path) -> tuple[Embedder, SavedModel]:
-    """A model, which several modalities share."""
-    model, saved = load_model(folder)
-    return model.to(pick_device()), saved
 
 
 def _scaled(vectors_BD: Tensor) -> Tensor:
