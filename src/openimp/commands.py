@@ -63,9 +63,9 @@ def run_demo(overrides: list[str], run: Path | None) -> None:
     )
 
 
-def run_init(paths: list[str], text: str | None, label: str | None) -> None:
+def run_init(paths: list[str], text: str | None, label: str | None, towers: list[str]) -> None:
     """Prints a recipe for data to standard output, and to standard error what was found."""
-    drafted = draft_recipe(paths, text, label)
+    drafted = draft_recipe(paths, text, label, towers)
     for note in drafted.notes:
         notice(note)
     sys.stdout.buffer.write(drafted.text.encode())

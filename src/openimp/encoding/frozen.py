@@ -69,7 +69,7 @@ class OwnEncoder(FrozenEncoder):
         self.view = saved.config.views[modality]
         self.features = model.config.width
         self.weights = _hash(model)
-        self._encoder = ItemEncoder(model, self.reader, self.view, None, saved.config.precision)
+        self._encoder = ItemEncoder(model, self.reader, self.view, None, "fp32")  # Once, so it may take longer.
 
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
         if rng is None:
@@ -124,6 +124,15 @@ def open_encoder(name: str, modality: str) -> FrozenEncoder:
     """Opens the encoder of a modality by the name of its model."""
     kind = LibraryEncoder if Name.parse(name).scheme == SENTENCE_TRANSFORMERS else OwnEncoder
     return kind(name, modality)
+
+
+def vector_sizes(name: str) -> dict[str, int]:
+    """The modalities that a model can be a tower of, with the size of its vectors."""
+    if Name.parse(name).scheme == SENTENCE_TRANSFORMERS:
+        library = _open_library(name)
+        return dict.fromkeys(library.modalities, library.get_embedding_dimension())
+    model, saved = _open(find_model(name))
+    return dict.fromkeys(saved.modalities, model.config.width)
 
 
 @cache

@@ -68,7 +68,7 @@ class Tower(Modality):
         """Learns nothing."""
 
     def stem_spec(self) -> StemSpec:
-        return StemSpec(values=self.encoder.features, axes=(1,))
+        return StemSpec(values=self.encoder.features, axes=(1,), vector=True)
 
     def check(self, view: Any) -> None:
         """Every view fits."""

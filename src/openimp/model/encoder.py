@@ -165,7 +165,7 @@ class Encoder(nn.Module):
         # The modality-specific blocks of each stem.
         self.own = nn.ModuleDict({name: blocks(0, specific_layers) for name in stems if specific_layers})
         self.blocks = blocks(specific_layers, config.layers)
-        self.norm = _norm(config.width, bias=True)
+        self.norm = _norm(config.width, bias=True) if config.layers else nn.Identity()
         self.has_expert_groups = bool(config.moe and config.moe.experts_by_stem)
         self.activation_checkpointing = False  # compute each block's activations again in the backward pass
 

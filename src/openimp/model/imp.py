@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from openimp.common.modality import Modalities, StemSpec, Tokens
 from openimp.model.embedder import Embedder, Encoded
-from openimp.model.embedding import Stem
+from openimp.model.embedding import Stem, VectorStem
 from openimp.model.encoder import Attention, Encoder
-from openimp.model.heads import Projection, Temperature
+from openimp.model.heads import Adapter, Projection, Temperature
 from openimp.model.init import linear
 from openimp.model.moe import Experts, RouterStats, Segment
 from openimp.recipe.model import Model
@@ -44,11 +44,11 @@ class IMP(Embedder):
         self.stem_of = dict(stem_of)
         self.head_of = self.stem_of if config.share_heads else {name: name for name in stem_of}
         self.pairs = [(min(pair), max(pair)) for pair in pairs]
-        self.stems = nn.ModuleDict({name: Stem(spec, config.width) for name, spec in stems.items()})
+        self.stems = nn.ModuleDict({name: make_stem(spec, config) for name, spec in stems.items()})
         self.encoder = Encoder(config, self.stems)
         directions = chain(*map(permutations, self.pairs), distilled)
         heads = sorted({self.head_name(modality, other) for modality, other in directions})
-        self.projections = nn.ModuleDict({name: Projection(config.width, config.embed_dim) for name in heads})
+        self.projections = nn.ModuleDict({name: make_head(config) for name in heads})
         temperatures = dict.fromkeys(self.temperature_name(*pair) for pair in self.pairs)
         self.temperatures = nn.ModuleDict({name: Temperature(config.init_temperature) for name in temperatures})
         self.classifiers = nn.ModuleDict({name: linear(config.width, n) for name, n in (classes or {}).items()})
@@ -189,6 +189,16 @@ class IMP(Embedder):
         """The name of the projection head that maps `modality` to the space that it shares with `other`."""
         head = self.head_of[modality]
         return head if self.config.space == "joint" else f"{head}-to-{self.head_of[other]}"
+
+
+def make_stem(spec: StemSpec, config: Model) -> nn.Module:
+    """The stem of a modality."""
+    return VectorStem(spec, config.width) if spec.vector and not config.layers else Stem(spec, config.width)
+
+
+def make_head(config: Model) -> nn.Module:
+    """A projection head."""
+    return Projection(config.width, config.embed_dim) if config.layers else Adapter(config.width)
 
 
 def _mean(x_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -168,8 +168,8 @@ def per_token(model: Embedder) -> int | None:
     if not isinstance(model, IMP):
         return None
     width = model.config.width
-    # `Stem.before` and `Stem.after` are width x width, with bias.
-    stem_parameters = 2 * (width * width + width)
+    # `Stem.before` and `Stem.after` are width x width, with bias. Without an encoder, there are no such layers.
+    stem_parameters = 2 * (width * width + width) if model.config.layers else 0
     # A token passes only through the modality-specific blocks of its stem. Those of all stems are equally large.
     blocks_by_stem = [count(blocks) for blocks in model.encoder.own.values()]
     parameters = count(model.encoder) - sum(blocks_by_stem[1:]) + stem_parameters

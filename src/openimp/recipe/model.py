@@ -65,7 +65,8 @@ class Model(Strict):
     width: Count = 384
     """Features per token."""
     layers: Whole = 12
-    """Transformer blocks. 0: the stems' vectors go to the heads, which is enough for towers."""
+    """Transformer blocks. 0: no encoder, for towers. The vectors of a tower then go through a linear layer that starts
+    as the identity, and heads that add a small MLP; `width` and `embed_dim` must be equal."""
     heads: Count = 6
     """Attention heads. The paper's have 64 features each."""
     mlp_dim: Count = 1536
@@ -108,6 +109,8 @@ class Model(Strict):
                     raise ValueError(f"{name} is for openimp's own encoder; remove it, or remove wrap")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if not self.layers and self.width != self.embed_dim:
+            raise ValueError(f"layers 0 needs equal sizes, but width is {self.width} and embed_dim {self.embed_dim}")
         if self.moe and self.moe.layers > self.layers:
             raise ValueError(f"moe.layers {self.moe.layers} is more than layers {self.layers}")
         if self.modality_specific_layers > self.layers:
