@@ -58,6 +58,12 @@ class Recipe(Strict):
         """The modalities that tasks read, in the order of first use."""
         return list(dict.fromkeys(name for task in self.tasks.values() for name in task.inputs))
 
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether the model can do something before the first step."""
+        has_tower = any(hasattr(options, "tower") for options in self.modalities.values())
+        return bool(self.train.init or self.model.wrap or (has_tower and not self.model.layers))
+
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = (), folder: Path | None = None) -> "Recipe":
         """Reads and checks a recipe: a YAML file, or the name of a recipe that comes with openimp.
