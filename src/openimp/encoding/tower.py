@@ -39,8 +39,8 @@ class Tower(Modality):
         """A frozen encoder instead of a patch embedding."""
 
         tower: RecipePath
-        """The model that embeds items, as all commands name models: a run, `openimp:NAME`, `hub:OWNER/NAME`, or
-        `open_clip:NAME/TAG`."""
+        """The model that embeds items: a run, `hub:OWNER/NAME`, `open_clip:NAME/TAG`, or
+        `sentence_transformers:OWNER/NAME`."""
         crops: Count = 1
         """Vectors that training has of each picture, clip or sound: the first as in evaluation, the others of random
         crops. Each step draws one of them."""
