@@ -47,7 +47,12 @@ def inputs_of(modality: str, folder: Path) -> list:
 
 
 @pytest.mark.parametrize(
-    "moe", [None, {"experts": 4, "layers": 1}, {"routing": "token_choice", "top_k": 2, "layers": 2}]
+    "moe",
+    [
+        None,
+        {"experts": 4, "layers": 1},
+        {"experts": {"vision": 4, "audio": 2, "text": 1}, "layers": 2},
+    ],
 )
 def test_an_embedding_does_not_depend_on_the_rest_of_its_batch(moe, tiny_recipe, model_of, media_folder):
     model = model_of(tiny_recipe({"moe": moe}))

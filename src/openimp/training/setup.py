@@ -123,6 +123,7 @@ def set_up(
         changed = changed_sources(checkpoint, fingerprints, allow_changed_data)
         if saved_classes != data.classes:
             raise UserError(f"{checkpoint}: the classes in the data have changed since it was saved")
+    distributed.run_first_on_node(lambda: data.embed(track))
     step_costs = variant.costs(recipe, modalities, data.classes)
     signature_count = len(signatures(recipe, modalities, world_size)) if recipe.train.compile else 0
     model, model_files = _make_model(recipe, variant, data, device, signature_count, initialize=checkpoint is None)

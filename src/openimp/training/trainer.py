@@ -169,8 +169,10 @@ class Trainer(Parts):
     def _train_steps(self, stop: Stop) -> None:
         save_every = self.recipe.train.save_every
         evaluate_every = self.recipe.evaluation.every
-        if self.step and self._is_due(evaluate_every, self.step):
-            self.evaluate(stop.watch)  # The interrupted run may have saved this step without evaluating it.
+        # An interrupted run may have saved a step without evaluating it. What a public model can do before the training
+        # shows what it forgets.
+        if self._is_due(evaluate_every, self.step) if self.step else self.recipe.starts_from_weights:
+            self.evaluate(stop.watch)
         batches = self.log.timer.timed(load_batches(self.data, self.step))
         try:
             # The alternation has chosen the task and the view of each batch: `loaded.visit`. On several
