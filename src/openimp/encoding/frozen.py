@@ -47,9 +47,11 @@ class FrozenEncoder(ABC):
     reader: Modality
     view: Any
 
-    @abstractmethod
     def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
         """The clips (M, ...) of a raw value; with `rng`, a single random crop. BadMedia if it cannot be read."""
+        if rng is None:
+            return self.reader.encode_input(value, self.view)
+        return self.reader.transform(self.reader.decode(value, [self.view], rng), self.view, rng)[None]
 
     @abstractmethod
     def embed(self, clips: np.ndarray) -> Tensor:
@@ -70,11 +72,6 @@ class OwnEncoder(FrozenEncoder):
         self.features = model.config.width
         self.weights = _hash(model)
         self._encoder = ItemEncoder(model, self.reader, self.view, None, "fp32")  # Once, so it may take longer.
-
-    def read(self, value: Any, rng: Rng | None = None) -> np.ndarray:
-        if rng is None:
-            return self.reader.encode_input(value, self.view)
-        return self.reader.transform(self.reader.decode(value, [self.view], rng), self.view, rng)[None]
 
     @torch.no_grad()
     def embed(self, clips: np.ndarray) -> Tensor:
@@ -102,7 +99,7 @@ class LibraryEncoder(FrozenEncoder):
         if self.reader.reads_text:
             return _objects(value)
         if self._modality != "image":
-            return OwnEncoder.read(self, value, rng)  # type: ignore[arg-type]
+            return super().read(value, rng)
         with decoder_errors(), upright(value) as picture:
             picture = picture.convert("RGB")
         if rng is not None:
