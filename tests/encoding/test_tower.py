@@ -201,6 +201,19 @@ def test_a_model_of_transformers_reads_texts(data, clip, tmp_path):
     assert openimp.load(tmp_path / "run", "cpu").encode_text(["red", "a cat"]).shape == (2, 32)
 
 
+def test_pickled_weights_of_transformers_are_refused(data, tmp_path):
+    folder = tmp_path / "bert"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertModel(BertConfig(vocab_size=len(public.WORDS), **sizes))
+    model.save_pretrained(folder)
+    public.word_tokenizer().save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    name = f"sentence_transformers:local-dir:{folder}"
+    with refuses():
+        recipe_of(data, name).make_modalities()["text"].stem_spec()
+
+
 def test_a_local_tower_cannot_be_pushed_and_a_changed_one_is_noticed(data, tmp_path):
     folder = tmp_path / "model"
     name = public.write("clip", folder)
